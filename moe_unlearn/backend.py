@@ -1,0 +1,84 @@
+"""Which implementation of an op runs: `impl = "auto" | "triton" | "cuda" | "cpu" | "ref"`.
+
+Kernels register themselves under the name of their op, or `op.part` where an op has several parts
+(`expert_mlp.backward`). `"auto"` takes the fastest one registered for the device; a forced name that is
+missing is an error, never a silent fallback. float64 is always computed by `ref`.
+
+The environment variable `MOE_UNLEARN_IMPL` replaces `"auto"`:
+
+    MOE_UNLEARN_IMPL=ref                      one name forces every op
+    MOE_UNLEARN_IMPL=cuda,triton,ref          a preference list: the first one that is there
+    MOE_UNLEARN_IMPL=route=ref,gram=triton    pairs force single ops, the others stay "auto"
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+IMPLS = ("triton", "cuda", "cpu", "ref")
+ENVIRONMENT_VARIABLE = "MOE_UNLEARN_IMPL"
+_FASTEST_FIRST = {"cuda": ("cuda", "triton", "ref"), "cpu": ("cpu", "ref")}
+
+_kernels: dict[tuple[str, str], Callable] = {}
+
+
+def register(name: str, impl: str, kernel: Callable) -> None:
+    """Make `kernel` the implementation `impl` of the op (or `op.part`) `name`."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}; got {impl!r}")
+    _kernels[name, impl] = kernel
+
+
+def available(name: str, device_type: str) -> tuple[str, ...]:
+    """The implementations of `name` that can run on `device_type`, fastest first."""
+    order = _FASTEST_FIRST.get(device_type, ("ref",))
+    return tuple(impl for impl in order if (name, impl) in _kernels)
+
+
+def registered() -> tuple[str, ...]:
+    """The names of all ops and parts, sorted."""
+    return tuple(sorted({name for name, _ in _kernels}))
+
+
+def resolve(name: str, impl: str, tensor: torch.Tensor) -> Callable:
+    """The kernel that computes `name` on the device and dtype of `tensor`.
+
+    Raises ValueError for an unknown `impl` and RuntimeError for a forced one that is not available.
+    """
+    return _kernels[name, choose(name, impl, tensor.device.type, tensor.dtype)]
+
+
+def choose(name: str, impl: str, device_type: str, dtype: torch.dtype | None = None) -> str:
+    """The concrete implementation name behind `impl`; `resolve` says which errors."""
+    usable = available(name, device_type)
+    if impl == "auto":
+        impl, preference = _from_environment(name.partition(".")[0])
+    else:
+        preference = (impl,)
+    for choice in preference:
+        if choice not in IMPLS:
+            raise ValueError(f"impl must be 'auto' or one of {IMPLS}; got {choice!r} for {name!r}")
+    if dtype == torch.float64:
+        return "ref"
+    if impl == "auto":
+        preference = usable
+    for choice in preference:
+        if choice in usable:
+            return choice
+    raise RuntimeError(
+        f"{name!r} has no implementation {' or '.join(preference)} for device {device_type!r}; "
+        f"available: {', '.join(usable) or 'none'}"
+    )
+
+
+def _from_environment(op: str) -> tuple[str, tuple[str, ...]]:
+    value = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
+    if not value or value == "auto":
+        return "auto", ()
+    entries = [entry.strip() for entry in value.split(",") if entry.strip()]
+    pairs = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    names = tuple(entry for entry in entries if "=" not in entry)
+    if op in pairs:
+        return pairs[op], (pairs[op],)
+    return ("forced", names) if names else ("auto", ())

@@ -1,0 +1,144 @@
+"""route: one pass over the routing decision of a layer.
+
+    tokens_per_expert[g, e] = #{(t, k) : top_k_index[t, k] = e, group[t] = g}
+    expert_offsets[e]       = #{(t, k) : top_k_index[t, k] < e}                      exclusive prefix sum
+    sorted_rows             = rows n = t * K + k, stably sorted by expert
+    log_weight[t]          += sum_k log_tilt[top_k_index[t, k]]
+
+T tokens, K experts per token, E experts, N = T * K rows, G token groups (forget, retain, ...). An id
+outside [0, E) means "not here" (transformers' expert-parallel sentinel): its row is counted nowhere, adds
+nothing to `log_weight` and stands last in `sorted_rows`, behind `expert_offsets[E]`.
+
+Worked example, E = 3, K = 2, top_k_index = [[2, 0], [0, 2]], group = [0, 1]:
+
+    rows              n = 0:e2  1:e0  2:e0  3:e2
+    tokens_per_expert [[1, 0, 1], [1, 0, 1]]
+    expert_offsets    [0, 2, 2, 4]                 expert 1 is empty
+    sorted_rows       [1, 2, 0, 3]
+
+Deterministic: integers are exact, and `log_weight` adds its K terms in the order of k. Source: our
+specification (DESIGN section 2); the counting sort by expert is common to every MoE library.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_unlearn import backend
+
+
+class Routing(NamedTuple):
+    """What `route` returns; all tensors int32 on the device of `top_k_index`."""
+
+    tokens_per_expert: Tensor  # [G, E]
+    expert_offsets: Tensor  # [E + 1]
+    sorted_rows: Tensor  # [N]
+
+
+def route(
+    top_k_index: Tensor,
+    num_experts: int,
+    *,
+    group: Tensor | None = None,
+    num_groups: int = 1,
+    log_tilt: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    impl: str = "auto",
+) -> Routing:
+    """Histogram, offsets and stable sort of `top_k_index`; adds the tilt to `log_weight` in place.
+
+    Args:
+        top_k_index: integer [T, K]; ids outside [0, num_experts) are "not here".
+        num_experts: E >= 1.
+        group: integer [T], the group of each token in [0, num_groups), or -1 to leave it out of the
+            histogram; None puts every token in group 0.
+        log_tilt: float [E]; log_weight: float32 [T], added to in place. Both or neither.
+
+    Raises TypeError or ValueError for a wrong dtype, shape or device. No gradient flows.
+    """
+    _check(top_k_index, num_experts, group, num_groups, log_tilt, log_weight)
+    return Routing(*_route(top_k_index, num_experts, group, num_groups, log_tilt, log_weight, impl))
+
+
+def route_ref(
+    top_k_index: Tensor,
+    num_experts: int,
+    group: Tensor | None = None,
+    num_groups: int = 1,
+    log_tilt: Tensor | None = None,
+    log_weight: Tensor | None = None,
+) -> Routing:
+    """`route` in plain PyTorch; same arguments and shapes."""
+    num_tokens, top_k = top_k_index.shape
+    here = (top_k_index >= 0) & (top_k_index < num_experts)
+    expert = torch.where(here, top_k_index.long(), num_experts)
+    rows_per_expert = torch.bincount(expert.flatten(), minlength=num_experts + 1)
+    offsets = torch.nn.functional.pad(rows_per_expert[:num_experts].cumsum(0), (1, 0))
+    sorted_rows = torch.argsort(expert.flatten(), stable=True)
+
+    token_group = torch.zeros_like(expert[:, 0]) if group is None else group.long()
+    counted = here & (token_group >= 0)[:, None]
+    cell = (token_group[:, None] * num_experts + expert)[counted]
+    histogram = torch.bincount(cell, minlength=num_groups * num_experts).view(num_groups, num_experts)
+
+    if log_tilt is not None:
+        tilt = torch.nn.functional.pad(log_tilt.to(log_weight.dtype), (0, 1))
+        for k in range(top_k):
+            log_weight += tilt[expert[:, k]]
+    return Routing(histogram.int(), offsets.int(), sorted_rows.int())
+
+
+@torch.library.custom_op("moe_unlearn::route", mutates_args={"log_weight"})
+def _route(
+    top_k_index: Tensor,
+    num_experts: int,
+    group: Tensor | None,
+    num_groups: int,
+    log_tilt: Tensor | None,
+    log_weight: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = backend.resolve("route", impl, top_k_index)
+    return tuple(kernel(top_k_index, num_experts, group, num_groups, log_tilt, log_weight))
+
+
+@_route.register_fake
+def _(top_k_index, num_experts, group, num_groups, log_tilt, log_weight, impl):
+    def ints(*shape):
+        return top_k_index.new_empty(shape, dtype=torch.int32)
+
+    return ints(num_groups, num_experts), ints(num_experts + 1), ints(top_k_index.numel())
+
+
+backend.register("route", "ref", route_ref)
+
+
+def _check(top_k_index, num_experts, group, num_groups, log_tilt, log_weight):
+    if top_k_index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"top_k_index must be int32 or int64; got {top_k_index.dtype}")
+    if top_k_index.dim() != 2 or top_k_index.shape[1] == 0:
+        raise ValueError(f"top_k_index must be [T, K] with K >= 1; got shape {tuple(top_k_index.shape)}")
+    if num_experts < 1 or num_groups < 1:
+        raise ValueError(f"num_experts and num_groups must be >= 1; got {num_experts} and {num_groups}")
+    num_tokens = top_k_index.shape[0]
+    if group is not None:
+        if group.dtype not in (torch.int8, torch.int32, torch.int64):
+            raise TypeError(f"group must be int8, int32 or int64; got {group.dtype}")
+        if group.shape != (num_tokens,):
+            raise ValueError(f"group must be [T] = [{num_tokens}]; got shape {tuple(group.shape)}")
+    if (log_tilt is None) != (log_weight is None):
+        raise ValueError("log_tilt and log_weight go together; got only one of them")
+    if log_tilt is not None:
+        if log_tilt.shape != (num_experts,) or not log_tilt.is_floating_point():
+            raise ValueError(
+                f"log_tilt must be float [E] = [{num_experts}]; got {log_tilt.dtype} {tuple(log_tilt.shape)}"
+            )
+        if log_weight.shape != (num_tokens,) or log_weight.dtype != torch.float32:
+            raise ValueError(
+                f"log_weight must be float32 [T] = [{num_tokens}]; "
+                f"got {log_weight.dtype} {tuple(log_weight.shape)}"
+            )
+    for name, tensor in (("group", group), ("log_tilt", log_tilt), ("log_weight", log_weight)):
+        if tensor is not None and tensor.device != top_k_index.device:
+            raise ValueError(f"{name} must be on {top_k_index.device} like top_k_index; got {tensor.device}")
