@@ -51,8 +51,8 @@ def route(
     Args:
         top_k_index: integer [T, K]; ids outside [0, num_experts) are "not here".
         num_experts: E >= 1.
-        group: integer [T], the group of each token in [0, num_groups), or -1 to leave it out of the
-            histogram; None puts every token in group 0.
+        group: integer [T], the group of each token; one outside [0, num_groups), -1 by convention,
+            leaves the token out of the histogram; None puts every token in group 0.
         log_tilt: float [E]; log_weight: float32 [T], added to in place. Both or neither.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device. No gradient flows.
@@ -78,7 +78,7 @@ def route_ref(
     sorted_rows = torch.argsort(expert.flatten(), stable=True)
 
     token_group = torch.zeros_like(expert[:, 0]) if group is None else group.long()
-    counted = here & (token_group >= 0)[:, None]
+    counted = here & ((token_group >= 0) & (token_group < num_groups))[:, None]
     cell = (token_group[:, None] * num_experts + expert)[counted]
     histogram = torch.bincount(cell, minlength=num_groups * num_experts).view(num_groups, num_experts)
 

@@ -1,0 +1,263 @@
+"""How this project decides that a kernel is right: one criterion, and the inputs that break kernels.
+
+**The criterion.** Truth (`gold`) is the reference in float64 on inputs already quantised to the dtype under
+test; `baseline` is the same reference computed in that dtype. An output passes when
+
+    max |out - gold|  <= 2 * max |baseline - gold| + 2 ulp(max |gold|)        in every row
+    rms(out - gold)   <= 1.25 * (1 + 4 / sqrt(n)) * rms(baseline - gold) + ulp(rms gold) / 4   over n elements
+    NaN and infinity stand in the same places as in the baseline
+    dtype and shape are those of the baseline
+
+A row is the last dimension; rows shorter than 64 are pooled with their neighbours to at least 64, since
+the largest error of a few elements says little. The term 4 / sqrt(n) is the sampling error of a ratio of
+two RMS values. `tests/test_testing.py` measures how often correct re-ordered sums are rejected (at most
+1e-4), and that one zeroed row, one swapped pair or one stale element is.
+
+Source: our specification; comparing with the error of the same maths in the same dtype follows the
+practice of flash-attention's tests.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+MINIMUM_ROW = 64
+
+
+class AccuracyError(AssertionError):
+    """An output is less accurate than its baseline allows; the message says where and by how much."""
+
+
+def assert_as_accurate(actual: Tensor, baseline: Tensor, gold: Tensor, *, name: str = "output") -> None:
+    """Raise AccuracyError unless `actual` meets the criterion of this module's docstring.
+
+    Args:
+        actual: the result under test; baseline: the reference in the same dtype; gold: the reference in
+            float64; all of one shape, `actual` and `baseline` of one dtype.
+    """
+    if actual.shape != gold.shape or baseline.shape != gold.shape:
+        raise AccuracyError(
+            f"{name}: shapes differ: actual {tuple(actual.shape)}, baseline {tuple(baseline.shape)}, "
+            f"gold {tuple(gold.shape)}"
+        )
+    if actual.dtype != baseline.dtype:
+        raise AccuracyError(f"{name}: expected dtype {baseline.dtype}; got {actual.dtype}")
+    if gold.numel() == 0:
+        return
+    if not actual.is_floating_point():
+        if not torch.equal(actual, baseline):
+            raise AccuracyError(f"{name}: {int((actual != baseline).sum())} integer elements differ")
+        return
+    for what, find in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        if not torch.equal(find(actual), find(baseline)):
+            raise AccuracyError(
+                f"{name}: {what} in {int(find(actual).sum())} places, "
+                f"baseline has {int(find(baseline).sum())}"
+            )
+    finite = baseline.isfinite() & gold.isfinite()
+    truth = torch.where(finite, gold.double(), 0.0)
+    error = torch.where(finite, actual.double() - gold.double(), 0.0).abs()
+    allowed = torch.where(finite, baseline.double() - gold.double(), 0.0).abs()
+    _check_rows(error, allowed, truth, actual.dtype, name)
+    _check_rms(error, allowed, truth, actual.dtype, name)
+
+
+def _check_rows(error: Tensor, allowed: Tensor, truth: Tensor, dtype: torch.dtype, name: str) -> None:
+    scale = _pooled_maximum(truth.abs())
+    bound = 2 * _pooled_maximum(allowed) + 2 * ulp(scale, dtype)
+    excess = _pooled_maximum(error) - bound
+    worst = int(excess.argmax())
+    if excess[worst] > 0:
+        raise AccuracyError(
+            f"{name}: pooled row {worst} of {len(excess)}: error {float(excess[worst] + bound[worst]):.3e} "
+            f"exceeds {float(bound[worst]):.3e} (largest |gold| {float(scale[worst]):.3e}, {dtype})"
+        )
+
+
+def _check_rms(error: Tensor, allowed: Tensor, truth: Tensor, dtype: torch.dtype, name: str) -> None:
+    def rms(values: Tensor) -> Tensor:
+        return values.square().mean().sqrt()
+
+    sampling = 1 + 4 / math.sqrt(error.numel())
+    bound = 1.25 * sampling * rms(allowed) + ulp(rms(truth), dtype) / 4
+    if rms(error) > bound:
+        raise AccuracyError(f"{name}: rms error {float(rms(error)):.3e} exceeds {float(bound):.3e} ({dtype})")
+
+
+def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance between neighbours of `dtype` at magnitude |value|, as float64; the smallest at zero."""
+    info = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(value.double().abs().clamp_min(info.tiny)))
+    return torch.exp2(exponent) * info.eps
+
+
+def _pooled_maximum(values: Tensor) -> Tensor:
+    """Maximum per row of at least MINIMUM_ROW elements; see the module docstring."""
+    rows = values.reshape(-1, values.shape[-1] if values.dim() else 1)
+    pool = min(math.ceil(MINIMUM_ROW / rows.shape[1]), rows.shape[0])
+    maxima = rows.amax(1)
+    groups = len(maxima) // pool
+    # the remainder joins the last whole group, so that no pool is smaller than asked
+    index = (torch.arange(len(maxima), device=values.device) // pool).clamp_max(groups - 1)
+    return torch.full((groups,), -math.inf, dtype=maxima.dtype, device=values.device).scatter_reduce(
+        0, index, maxima, "amax"
+    )
+
+
+def check_against_ref(
+    op: Callable,
+    ref: Callable,
+    inputs: Mapping[str, object],
+    *,
+    gradients: tuple[str, ...] = (),
+    seed: int = 0,
+    gradient_layout: str = "contiguous",
+) -> None:
+    """Hold `op(**inputs)` against `ref(**inputs)`: outputs, and the gradients of the named inputs.
+
+    The reference runs twice, in the given dtype and in float64 on the same values; upstream gradients are
+    random, never uniform, and stand in memory as `gradient_layout` (see `LAYOUTS`) says.
+    """
+    wide = {k: _double(v) for k, v in inputs.items()}
+    results = []
+    for function, arguments in ((op, inputs), (ref, inputs), (ref, wide)):
+        leaves = {k: _leaf(v) if k in gradients else v for k, v in arguments.items()}
+        outputs = _as_tuple(function(**leaves))
+        floating = [out for out in outputs if out.is_floating_point() and out.requires_grad]
+        grads = {}
+        if gradients:
+            upstream = _random_upstream(floating, seed, inputs, gradients, gradient_layout)
+            values = torch.autograd.grad(
+                floating, [leaves[k] for k in gradients], upstream, allow_unused=True
+            )
+            grads = dict(zip(gradients, values, strict=True))
+        results.append((outputs, grads))
+    (actual, actual_grads), (baseline, baseline_grads), (gold, gold_grads) = results
+    for i, triple in enumerate(zip(actual, baseline, gold, strict=True)):
+        assert_as_accurate(*triple, name=f"output {i}")
+    for k in gradients:
+        triple = (actual_grads[k], baseline_grads[k], gold_grads[k])
+        if any(g is None for g in triple):
+            raise AccuracyError(f"gradient of {k}: missing in {[g is None for g in triple]} (op, ref, gold)")
+        assert_as_accurate(*triple, name=f"gradient of {k}")
+
+
+def _random_upstream(outputs, seed, inputs, gradients, layout):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(inputs[k].dtype for k in gradients)
+    upstream = []
+    for out in outputs:
+        narrow = out.dtype if out.dtype != torch.float64 else dtype
+        value = torch.randn(out.shape, generator=generator).to(narrow).to(out.dtype).to(out.device)
+        upstream.append(in_layout(value, layout))
+    return upstream
+
+
+def _double(value):
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    return value
+
+
+def _leaf(value: Tensor) -> Tensor:
+    # detach keeps strides, so a transposed or expanded input stays one
+    return value.detach().requires_grad_()
+
+
+def _as_tuple(value) -> tuple[Tensor, ...]:
+    values = value if isinstance(value, tuple) else (value,)
+    return tuple(v for v in values if isinstance(v, Tensor))
+
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "strided")
+
+
+def in_layout(value: Tensor, layout: str) -> Tensor:
+    """The values of `value` in another memory layout.
+
+    `transposed`: first and last dimension swapped in memory; `sliced`: a window of a larger tensor whose
+    rest is NaN; `offset`: storage starts one element late; `strided`: every second element of a
+    NaN-filled buffer. Integer buffers are filled with their largest value instead of NaN.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}; got {layout!r}")
+    if layout == "contiguous" or value.dim() == 0:
+        return value.contiguous()
+    if layout == "transposed":
+        return value.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "offset":
+        flat = _poisoned((value.numel() + 1,), value)
+        return flat[1:].view(value.shape).copy_(value)
+    if layout == "sliced":
+        buffer = _poisoned([n + 2 for n in value.shape], value)
+        return buffer[tuple(slice(1, n + 1) for n in value.shape)].copy_(value)
+    buffer = _poisoned([*value.shape[:-1], 2 * value.shape[-1]], value)
+    return buffer[..., ::2].copy_(value)
+
+
+def _poisoned(shape, like: Tensor) -> Tensor:
+    fill = math.nan if like.is_floating_point() else torch.iinfo(like.dtype).max
+    return torch.full(tuple(shape), fill, dtype=like.dtype, device=like.device)
+
+
+def integers(*shape: int, low: int = -3, high: int = 3, dtype=torch.float32, seed: int = 0) -> Tensor:
+    """Small integers as floats: every partial sum is exact, so any order of additions must match bitwise."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
+
+
+ROUTINGS = (
+    "uniform",
+    "skewed",
+    "one_expert",
+    "first_empty",
+    "last_empty",
+    "half_empty",
+    "sentinels",
+    "all_sentinels",
+)
+
+
+def routing(pattern: str, num_tokens: int, num_experts: int, top_k: int, *, seed: int = 0) -> Tensor:
+    """int64 `top_k_index` [T, K] of a named pattern; experts within one row are distinct where possible.
+
+    `one_expert` sends every row to expert E // 2 (a repeated id when K > 1); `sentinels` replaces about a
+    third of the ids by E, transformers' "not on this rank".
+    """
+    if pattern not in ROUTINGS:
+        raise ValueError(f"routing pattern must be one of {ROUTINGS}; got {pattern!r}")
+    generator = torch.Generator().manual_seed(seed)
+    if pattern == "all_sentinels":
+        return torch.full((num_tokens, top_k), num_experts)
+    if pattern == "one_expert":
+        return torch.full((num_tokens, top_k), num_experts // 2)
+    probability = torch.ones(num_experts)
+    if pattern == "skewed":
+        probability = 1.0 / torch.arange(1, num_experts + 1).float() ** 1.5
+    empty = {"first_empty": [0], "last_empty": [num_experts - 1], "half_empty": range(0, num_experts, 2)}
+    for expert in empty.get(pattern, ()):
+        probability[expert] = 0.0
+    if num_tokens == 0:
+        return torch.empty(0, top_k, dtype=torch.int64)
+    few = int((probability > 0).sum()) < top_k
+    index = torch.multinomial(probability.expand(num_tokens, -1), top_k, few, generator=generator)
+    if pattern == "sentinels":
+        index[torch.rand(index.shape, generator=generator) < 1 / 3] = num_experts
+    return index
+
+
+@contextlib.contextmanager
+def poison() -> Iterator[None]:
+    """Fill every `torch.empty*` made inside with NaN or the largest integer, so that reading one shows."""
+    previous = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(previous)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

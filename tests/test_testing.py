@@ -1,0 +1,177 @@
+"""The accuracy criterion on seeded bugs, and how often it rejects what is correct."""
+
+import pytest
+import torch
+
+from moe_unlearn import testing
+from moe_unlearn.testing import AccuracyError, assert_as_accurate, check_against_ref, in_layout, poison
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def product(dtype, rows=96, inner=80, columns=128, seed=0):
+    """A matrix product: gold in float64 and one in `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(rows, inner, generator=generator).to(dtype)
+    b = torch.randn(inner, columns, generator=generator).to(dtype)
+    return a.double() @ b.double(), a @ b
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_correct_result_passes(dtype):
+    gold, baseline = product(dtype)
+    assert_as_accurate(baseline, baseline, gold)
+    assert_as_accurate(gold.to(dtype), baseline, gold)
+
+
+def zero_row(out):
+    out[17] = 0
+
+
+def swap_columns(out):
+    out[5, [3, 9]] = out[5, [9, 3]]
+
+
+def stale_element(out):
+    out[40, 7] = out[39, 7]
+
+
+def scale_a_row(out):
+    out[60] *= 1.02
+
+
+def flip_sign(out):
+    out[95, 127] *= -1
+
+
+def put_nan(out):
+    out[0, 0] = torch.nan
+
+
+def put_infinity(out):
+    out[95, 0] = torch.inf
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "bug", [zero_row, swap_columns, stale_element, scale_a_row, flip_sign, put_nan, put_infinity]
+)
+def test_a_seeded_bug_fails(bug, dtype):
+    gold, baseline = product(dtype)
+    actual = baseline.clone()
+    bug(actual)
+    with pytest.raises(AccuracyError):
+        assert_as_accurate(actual, baseline, gold)
+
+
+@pytest.mark.quick
+def test_small_errors_everywhere_fail_the_rms():
+    """Each row stays inside twice its largest error, the whole does not stay inside 1.25 of the RMS."""
+    gold, baseline = product(torch.float32, rows=512, inner=2000)
+    actual = (gold + 1.7 * (baseline.double() - gold)).float()
+    with pytest.raises(AccuracyError, match="rms"):
+        assert_as_accurate(actual, baseline, gold)
+
+
+@pytest.mark.quick
+def test_wrong_dtype_and_shape_fail():
+    gold, baseline = product(torch.float32)
+    with pytest.raises(AccuracyError, match="dtype"):
+        assert_as_accurate(baseline.double(), baseline, gold)
+    with pytest.raises(AccuracyError, match="shapes"):
+        assert_as_accurate(baseline[1:], baseline, gold)
+    with pytest.raises(AccuracyError, match="integer"):
+        assert_as_accurate(torch.tensor([1]), torch.tensor([2]), torch.tensor([2]))
+
+
+@pytest.mark.quick
+def test_short_rows_are_pooled():
+    gold = torch.randn(7, 30, dtype=torch.float64)
+    pooled = testing._pooled_maximum(gold.abs())
+    assert pooled.shape == (2,)  # pools of three rows, the seventh joins the last
+    assert pooled[0] == gold[:3].abs().max() and pooled[1] == gold[3:].abs().max()
+    assert testing._pooled_maximum(torch.ones(1, 3)).shape == (1,)
+    assert testing._pooled_maximum(torch.tensor(2.0)).shape == (1,)
+
+
+@pytest.mark.parametrize("shape,dtype", [((16, 64), torch.float32), ((4, 256), torch.float32),
+                                         ((16, 64), torch.bfloat16)], ids=str)  # fmt: skip
+def test_false_rejections_are_rare(shape, dtype):
+    """10,000 sums of 48 terms added in another order: at most one may be rejected."""
+    generator = torch.Generator().manual_seed(1)
+    rejected = 0
+    for _ in range(10_000):
+        terms = torch.randn(48, *shape, generator=generator).to(dtype)
+        accumulate = torch.float32
+        baseline = terms.to(accumulate).cumsum(0)[-1].to(dtype)
+        order = torch.randperm(48, generator=generator)
+        actual = terms[order].to(accumulate).cumsum(0)[-1].to(dtype)
+        try:
+            assert_as_accurate(actual, baseline, terms.double().sum(0))
+        except AccuracyError:
+            rejected += 1
+    assert rejected <= 1
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32], ids=str)
+def test_layouts_keep_values(layout, dtype):
+    value = testing.integers(3, 4, 5, dtype=dtype)
+    other = in_layout(value, layout)
+    assert torch.equal(other, value)
+    assert other.is_contiguous() == (layout in ("contiguous", "offset"))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("pattern", testing.ROUTINGS)
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_routing_patterns(pattern, top_k):
+    index = testing.routing(pattern, 200, 8, top_k)
+    assert index.shape == (200, top_k) and index.dtype == torch.int64
+    counts = torch.bincount(index.flatten(), minlength=9)
+    expected_empty = {
+        "one_expert": [0, 1, 2, 3, 5, 6, 7, 8],
+        "first_empty": [0, 8],
+        "last_empty": [7, 8],
+        "half_empty": [0, 2, 4, 6, 8],
+        "all_sentinels": list(range(8)),
+        "sentinels": [],
+    }.get(pattern, [8])
+    assert [e for e in range(9) if counts[e] == 0] == expected_empty
+    assert testing.routing(pattern, 0, 8, top_k).shape == (0, top_k)
+
+
+@pytest.mark.quick
+def test_check_against_ref_sees_a_wrong_gradient():
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            # reads the gradient as if it were contiguous: right only for uniform or contiguous ones
+            return torch.as_strided(grad, grad.shape, (grad.shape[1], 1)) * 2
+
+    x = torch.randn(96, 80)
+    check_against_ref(lambda x: Wrong.apply(x), lambda x: x * 2, {"x": x}, gradients=("x",))
+    with pytest.raises(AccuracyError, match="gradient of x"):
+        check_against_ref(
+            lambda x: Wrong.apply(x),
+            lambda x: x * 2,
+            {"x": x},
+            gradients=("x",),
+            gradient_layout="transposed",
+        )
+
+
+@pytest.mark.quick
+def test_poison_fills_and_restores():
+    before = torch.are_deterministic_algorithms_enabled()
+    with poison():
+        assert torch.empty(4).isnan().all()
+        assert (torch.empty(4, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
+    assert torch.are_deterministic_algorithms_enabled() == before
