@@ -1,0 +1,38 @@
+# make demo    watch a Mixture-of-Experts model forget, from a fresh machine; at most 8 minutes on 2 cores
+# make test    every test; at most 40 minutes on 2 cores
+# make quick   the developers' tier; at most 3 minutes
+# make lint    ruff
+# make clean-cache   forget the trained models of the demo
+
+PYTHON ?= python3
+BIN := .venv/bin
+# further arguments of `moe-unlearn demo`, e.g. make demo DEMO="--seeds 0 1 2"
+DEMO ?=
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: demo test quick lint clean-cache clean
+
+.venv/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .[dev]
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/moe-unlearn demo $(DEMO)
+
+test: .venv/.installed
+	$(PYTEST)
+
+quick: .venv/.installed
+	$(PYTEST) -m quick
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean-cache: .venv/.installed
+	$(BIN)/moe-unlearn demo --clean-cache
+
+clean:
+	rm -rf .venv build *.egg-info runs

@@ -1,0 +1,182 @@
+"""Commit, verify and resume: a checkpoint is wholly there, with the bits that were written, or it is not.
+
+A commit writes its files into a temporary sibling folder, syncs each of them, writes a manifest of sizes
+and SHA-256 digests, syncs the folder and renames it to `step-00000042`; older checkpoints are removed only
+after that. Reading verifies sizes before digests, then the newest whole checkpoint is used and a broken
+one is reported. No pickle: tensors are safetensors, everything else is JSON.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+FORMAT = "moe-unlearn checkpoint 1"
+_MANIFEST = "manifest"
+_TENSOR = "__tensor__"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not what was written; the message names the file and what is wrong."""
+
+
+def save_state(folder: Path, name: str, state: object) -> None:
+    """Write nested dicts, lists, tensors and JSON values as `name.safetensors` and `name.json`."""
+    tensors: dict[str, torch.Tensor] = {}
+    tree = _split(state, tensors)
+    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(tree), encoding="utf-8")
+
+
+def load_state(folder: Path, name: str) -> object:
+    """Read what `save_state` wrote; CheckpointError if a file is missing or malformed."""
+    try:
+        tree = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / f"{name}.safetensors")
+        return _join(tree, tensors)
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / name}: not a saved state: {error}") from error
+
+
+def commit(root: str | Path, step: int, states: dict[str, object], *, keep: int = 2) -> Path:
+    """Write `states` (name -> what `save_state` takes) as the checkpoint of `step`; keep the newest `keep`.
+
+    Nothing is visible under the final name before every byte is on disk; an interrupted commit leaves only
+    a `.tmp-` folder, which the next commit removes.
+    """
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
+    for name, state in states.items():
+        save_state(temporary, name, state)
+    files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
+    manifest = {"format": FORMAT, "step": step, "states": sorted(states), "files": files}
+    body = json.dumps(manifest, indent=1).encode()
+    # the first line is the digest of the rest: a flipped bit in the manifest must not pass either
+    (temporary / _MANIFEST).write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    for path in temporary.iterdir():
+        _sync(path)
+    _sync(temporary)
+    final = root / f"step-{step:08d}"
+    if final.exists():
+        # moved aside first: a rename cannot replace a folder that is not empty
+        final.rename(root / f".tmp-replaced-{step}")
+    temporary.rename(final)
+    _sync(root)
+    for old in _checkpoints(root)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def verify(folder: str | Path) -> dict:
+    """The manifest of a checkpoint whose files all have their recorded size and digest; else CheckpointError."""
+    folder = Path(folder)
+    try:
+        digest, _, body = (folder / _MANIFEST).read_bytes().partition(b"\n")
+        if hashlib.sha256(body).hexdigest().encode() != digest:
+            raise CheckpointError(f"{folder}: the manifest does not match its own SHA-256")
+        manifest = json.loads(body)
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{folder}: expected format {FORMAT!r}; got {manifest['format']!r}")
+        for name, described in manifest["files"].items():
+            _verify_file(folder, name, described["size"], described["sha256"])
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder}: no readable manifest: {error!r}") from error
+    return manifest
+
+
+def load(folder: str | Path) -> tuple[int, dict[str, object]]:
+    """(step, states) of one verified checkpoint."""
+    folder = Path(folder)
+    manifest = verify(folder)
+    return manifest["step"], {name: load_state(folder, name) for name in manifest["states"]}
+
+
+def latest(root: str | Path) -> Path | None:
+    """The newest whole checkpoint under `root`; broken ones are skipped with a warning, never removed."""
+    for folder in _checkpoints(Path(root)):
+        try:
+            verify(folder)
+            return folder
+        except CheckpointError as error:
+            warnings.warn(f"skipping a broken checkpoint: {error}", stacklevel=2)
+    return None
+
+
+def random_state() -> dict:
+    """State of torch's default CPU and CUDA generators, for a bitwise resume."""
+    cuda = [t for t in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict) -> None:
+    """Restore `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    return sorted((p for p in root.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def _verify_file(folder: Path, name: str, size: int, sha256: str) -> None:
+    path = folder / name
+    if Path(name).name != name or path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{folder}: file {name!r} is missing or not a plain file")
+    if path.stat().st_size != size:
+        raise CheckpointError(f"{path}: expected {size} bytes; got {path.stat().st_size}")
+    if _describe(path)["sha256"] != sha256:
+        raise CheckpointError(f"{path}: content does not match its recorded SHA-256")
+
+
+def _describe(path: Path) -> dict:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _split(value, tensors: dict) -> object:
+    """Replace tensors by their names; integer keys, as optimizers use, survive as tagged pairs."""
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {_TENSOR: name}
+    if isinstance(value, dict):
+        return {"__dict__": [[key, _split(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"__tuple__": [_split(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [_split(item, tensors) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a checkpoint holds dicts, lists, tensors and JSON values; got {type(value).__name__}")
+
+
+def _join(tree, tensors: dict) -> object:
+    if isinstance(tree, list):
+        return [_join(item, tensors) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if _TENSOR in tree:
+        return tensors[tree[_TENSOR]]
+    if "__tuple__" in tree:
+        return tuple(_join(item, tensors) for item in tree["__tuple__"])
+    return {key: _join(item, tensors) for key, item in tree["__dict__"]}

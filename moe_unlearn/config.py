@@ -1,0 +1,333 @@
+"""Recipes: what an unlearning run is, as dataclasses that read and write YAML.
+
+A recipe names a forget and a retain objective and switches the three levers on or off:
+
+    loss = forget.gamma * L_forget + retain.alpha * L_retain            (open-unlearning's names)
+
+    trace   which retain tokens count more        (token weights in L_retain)
+    wagle   which weights may move                (a mask over the update)
+    mollm   which direction serves every objective (replaces the weighted sum above)
+
+Unknown keys, wrong types and values out of range are ValueErrors that name the key in full and, for a
+mistyped key, the nearest valid one.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "rmu", "uce")
+RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
+SCOPES = ("all", "experts", "parameters", "seuf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forget:
+    """L_forget; `losses` has the formulas. `beta` and `delta` are NPO's, SimNPO's and DPO's; `layer`
+    (index of the decoder layer whose output is steered) and `steering` (c) are RMU's."""
+
+    objective: str = "npo"
+    gamma: float = 1.0
+    beta: float = 0.1
+    delta: float = 0.0
+    layer: int = 7
+    steering: float = 2.0
+
+    def __post_init__(self):
+        _one_of("forget.objective", self.objective, FORGET_OBJECTIVES)
+        _above("forget.beta", self.beta, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retain:
+    """L_retain, a mean over the retain positions that carry a loss."""
+
+    objective: str = "nll"
+    alpha: float = 1.0
+
+    def __post_init__(self):
+        _one_of("retain.objective", self.objective, RETAIN_OBJECTIVES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Lever 1, see `moe_unlearn.trace`: select `per_layer` forget-critical experts in each layer and move
+    their weighted retain frequency a fraction `eta` of the way to their forget frequency."""
+
+    per_layer: int = 2
+    min_ratio: float = 1.5
+    min_load: float = 1.0
+    eta: float = 0.5
+    cap: float | None = 10.0
+    refresh: str = "offline"
+    allow_empty: bool = False
+
+    def __post_init__(self):
+        _above("trace.per_layer", self.per_layer, 0)
+        _between("trace.eta", self.eta, 0, 1)
+        _one_of("trace.refresh", self.refresh, ("offline", "online"))
+        if self.cap is not None:
+            _above("trace.cap", self.cap, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wagle:
+    """Lever 2, see `moe_unlearn.wagle`: keep the fraction `keep` of all weights trainable. `mask` reads a
+    saved mask instead of computing one."""
+
+    keep: float = 0.8
+    gamma: float = 1.0
+    official: bool = False
+    mask: str | None = None
+
+    def __post_init__(self):
+        _between("wagle.keep", self.keep, 0, 1)
+        _above("wagle.gamma", self.gamma, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mollm:
+    """Lever 3, see `moe_unlearn.mollm`: the common descent direction of forget, KL and retain losses. KL
+    counts only where its value exceeds `kl_floor` times the value measured at the unchanged model."""
+
+    normalize: str = "mean_norm"
+    rescale: str = "mean_gradient"
+    kl: bool = True
+    kl_floor: float = 10.0
+    log_descent_every: int = 10
+
+    def __post_init__(self):
+        _one_of("mollm.normalize", self.normalize, ("none", "unit", "mean_norm"))
+        _one_of("mollm.rescale", self.rescale, ("none", "mean_gradient"))
+        _above("mollm.log_descent_every", self.log_descent_every, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """What may train: `all` parameters that require a gradient; the `experts` TRACE selected; the
+    `parameters` matching a regular expression; or `seuf`, the one expert with the highest affinity and
+    its router, held in place by `anchor` times the anchor loss (SEUF, ACL 2025)."""
+
+    kind: str = "all"
+    parameters: list[str] = field(default_factory=list)
+    anchor: float = 1.0
+
+    def __post_init__(self):
+        _one_of("scope.kind", self.kind, SCOPES)
+        if (self.kind == "parameters") != bool(self.parameters):
+            raise ValueError(
+                "scope.parameters (a list of regular expressions) goes with scope.kind 'parameters'; "
+                f"got kind {self.kind!r} and parameters {self.parameters}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """`sgd` or `adamw`, always masked; see `moe_unlearn.optim`. `numerics` is "parity" (as torch),
+    "stochastic" (bf16 weights, rounded stochastically, fp32 state) or "fp32_master"; None takes
+    "stochastic" for bf16 models and "parity" otherwise."""
+
+    name: str = "adamw"
+    lr: float = 1e-5
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    numerics: str | None = None
+    max_grad_norm: float | None = None
+
+    def __post_init__(self):
+        _one_of("optimizer.name", self.name, ("sgd", "adamw"))
+        _at_least("optimizer.lr", self.lr, 0)
+        if self.numerics is not None:
+            _one_of("optimizer.numerics", self.numerics, ("parity", "stochastic", "fp32_master"))
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"optimizer.betas must be two numbers in [0, 1); got {self.betas}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the command line finds the model and the documents: paths, or `builtin:NAME`."""
+
+    model: str | None = None
+    forget: str | None = None
+    retain: str | None = None
+    holdout: str | None = None
+    reference: str | None = None
+    max_length: int = 512
+
+    def __post_init__(self):
+        _above("data.max_length", self.max_length, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One unlearning run; see the module docstring. A lever that is None is off."""
+
+    name: str = "custom"
+    forget: Forget = field(default_factory=Forget)
+    retain: Retain = field(default_factory=Retain)
+    trace: Trace | None = None
+    wagle: Wagle | None = None
+    mollm: Mollm | None = None
+    scope: Scope = field(default_factory=Scope)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    data: Data = field(default_factory=Data)
+    steps: int = 60
+    batch_size: int = 8
+    accumulate: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate"):
+            _above(name, getattr(self, name), 0)
+        if self.trace is not None and self.retain.objective not in ("nll", "kl"):
+            raise ValueError(
+                "trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; "
+                f"got {self.retain.objective!r}"
+            )
+        if self.scope.kind == "experts" and self.trace is None:
+            raise ValueError("scope.kind 'experts' trains the experts TRACE selects and needs trace")
+        if self.retain.objective == "embed_diff" and self.forget.objective != "rmu":
+            raise ValueError("retain.objective 'embed_diff' is RMU's and needs forget.objective 'rmu'")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Recipe":
+        """Build a recipe from nested dictionaries, as YAML gives them."""
+        return _build(cls, values, "")
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: typing.Sequence[str] = ()) -> "Recipe":
+        """Read a YAML file, or the shipped recipe of that name, and apply overrides like `trace.eta=0.7`.
+
+        An override of a lever that is off switches it on; `mollm=null` switches it off.
+        """
+        values = _read_yaml(source)
+        for override in overrides:
+            _override(values, override)
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict:
+        """Nested plain dictionaries; `from_dict` of it gives an equal recipe."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML text."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("moe_unlearn") / "recipes"
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also refuses duplicate keys and aliases (a few lines can expand to gigabytes)."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            raise ValueError(f"YAML aliases are not allowed in a recipe{self.peek_event().start_mark}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"duplicate key {key!r} in recipe{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(source: str | Path) -> dict:
+    path = Path(source)
+    if str(source) in shipped():
+        path = resources.files("moe_unlearn") / "recipes" / f"{source}.yaml"
+    elif not path.is_file():
+        raise ValueError(f"no recipe file {str(source)!r}; shipped recipes: {', '.join(shipped())}")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{source}: not a YAML recipe: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: a recipe is a mapping of keys; got {type(values).__name__}")
+    return values
+
+
+def _override(values: dict, text: str) -> None:
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise ValueError(f"an override looks like trace.eta=0.7; got {text!r}")
+    *parents, last = path.split(".")
+    for key in parents:
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    values[last] = yaml.load(value, Loader=_Loader)
+
+
+def _build(cls, values, path: str):
+    if not isinstance(values, dict):
+        raise ValueError(f"{path or 'recipe'} must be a mapping of keys; got {values!r}")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        name = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown recipe key {name!r}; {hint}valid keys: {', '.join(hints)}")
+        arguments[key] = _convert(hints[key], value, name)
+    return cls(**arguments)
+
+
+def _convert(hint, value, name: str):
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if dataclasses.is_dataclass(hint):
+        # `trace: true` is the lever with its defaults
+        return hint() if value is True else _build(hint, value, name)
+    if typing.get_origin(hint) is list:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} must be a list; got {value!r}")
+        (item,) = typing.get_args(hint)
+        return [_convert(item, v, f"{name}[{i}]") for i, v in enumerate(value)]
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-5 as text
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{name} must be a number; got {value!r}") from None
+    if type(value) is not hint:
+        raise ValueError(f"{name} must be {hint.__name__}; got {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value}")
+    return value
+
+
+def _one_of(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _above(name, value, low):
+    if not value > low:
+        raise ValueError(f"{name} must be above {low}; got {value}")
+
+
+def _at_least(name, value, low):
+    if not value >= low:
+        raise ValueError(f"{name} must be at least {low}; got {value}")
+
+
+def _between(name, value, low, high):
+    if not low < value <= high:
+        raise ValueError(f"{name} must be in ({low}, {high}]; got {value}")

@@ -1,0 +1,151 @@
+"""From documents to examples and batches; a tokenizer trained on the spot."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_unlearn.data.corpus import Document
+
+IGNORED = -100
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: token ids, labels (-100 carries no loss) and how many leading tokens are a given prefix.
+
+    The prefix is the begin-of-sequence token with the title or prompt; metrics may show it to the model.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    prefix: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int):
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens, as a `PreTrainedTokenizerFast`.
+
+    The vocabulary starts with <pad>, <s>, </s> and the 256 bytes, so any text can be encoded and comes back
+    the same. Deterministic. Raises ValueError if `vocab_size` is below 259 or there is no text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    smallest = 256 + len(SPECIAL)
+    if vocab_size < smallest:
+        raise ValueError(f"expected a vocab_size >= {smallest} (bytes, special tokens); got {vocab_size}")
+    texts = list(texts)
+    if not any(texts):
+        raise ValueError("expected some text to train the tokenizer on; got none")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
+
+
+def encode(
+    documents: Sequence[Document], tokenizer, max_length: int, *, overflow: str = "split"
+) -> list[Example]:
+    """Examples of at most `max_length` tokens: [bos] prompt or title, text, [eos].
+
+    A prompt is masked with -100, a title is not. What does not fit goes to further examples with
+    `overflow="split"` (a document with a prompt is cut instead: its answer would lose its question) and is
+    cut with `overflow="truncate"`; the later pieces of a split document have no prefix but [bos].
+
+    Raises ValueError if `max_length` is below 2, or a prompt leaves no room for its text.
+    """
+    if max_length < 2:
+        raise ValueError(f"expected a max_length of at least 2; got {max_length}")
+    if overflow not in ("split", "truncate"):
+        raise ValueError(f"expected overflow 'split' or 'truncate'; got {overflow!r}")
+    examples = []
+    for number, document in enumerate(documents):
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        prompt = bos + _ids(tokenizer, document.prompt)
+        title = _ids(tokenizer, f"{document.title}\n" if document.title else "")
+        text = title + _ids(tokenizer, document.text) + eos
+        room = max_length - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"document {number}: its prompt takes {len(prompt)} tokens and leaves no room for text in "
+                f"max_length {max_length}; prompt: {document.prompt[:60]!r}"
+            )
+        masked = len(prompt) if document.prompt else 0
+        pieces = [text[i : i + room] for i in range(0, len(text), room)]
+        if overflow == "truncate" or document.prompt:
+            pieces = pieces[:1]
+        for i, piece in enumerate(pieces):
+            ids = prompt + piece
+            prefix = len(prompt) + (min(len(title), len(piece)) if i == 0 else 0)
+            examples.append(Example(ids, [IGNORED] * masked + ids[masked:], prefix))
+    return examples
+
+
+def batches(
+    examples: Sequence[Example],
+    batch_size: int,
+    *,
+    pad_id: int = 0,
+    seed: int | None = None,
+    epoch: int = 0,
+) -> list[dict[str, Tensor]]:
+    """Right-padded batches `input_ids`, `attention_mask`, `labels` [B, S] and `index` [B], all int64.
+
+    `index` is the position in `examples`. With a `seed` the order is shuffled, differently in each `epoch`;
+    without one it is kept. Raises ValueError if there are no examples or `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected a batch_size of at least 1; got {batch_size}")
+    if not examples:
+        raise ValueError("expected at least one example to make batches of; got none")
+    order = list(range(len(examples)))
+    if seed is not None:
+        order = torch.randperm(len(order), generator=generator(seed, epoch)).tolist()
+    return [
+        collate([examples[i] for i in rows], rows, pad_id=pad_id)
+        for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+    ]
+
+
+def collate(examples: Sequence[Example], index: Sequence[int], *, pad_id: int = 0) -> dict[str, Tensor]:
+    """One batch of these examples; see `batches`."""
+    longest = max(map(len, examples))
+
+    def padded(rows: Iterable[list[int]], value: int) -> Tensor:
+        return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.int64)
+
+    return {
+        "input_ids": padded((e.input_ids for e in examples), pad_id),
+        "attention_mask": padded(([1] * len(e) for e in examples), 0),
+        "labels": padded((e.labels for e in examples), IGNORED),
+        "index": torch.tensor(index, dtype=torch.int64),
+    }
+
+
+def generator(seed: int, epoch: int) -> torch.Generator:
+    """A generator of its own for every (seed, epoch); both >= 0 and below 2^31."""
+    return torch.Generator().manual_seed((seed << 31) + epoch)
+
+
+def pad_token_id(tokenizer) -> int:
+    """The tokenizer's padding id, else its end id, else 0: padding carries no loss and no attention."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in candidates if i is not None), 0)
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    # a text that spells a special token must not become one
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []

@@ -1,0 +1,243 @@
+"""prepare(): everything a recipe computes once, on the unchanged model, stage by stage.
+
+    trace      routing frequencies of both sets, forget-critical experts, token weights or tilt
+    seuf       the one expert that may train
+    reference  log-probs (NPO, DPO), final hidden states (KL), layer outputs (RMU); never a second model
+    kl_floor   mean KL measured at the unchanged model: the rounding noise of the cached reference
+    wagle      the weight mask
+
+Finished stages are part of the step's state: preparing again after a restore runs only what is missing.
+Hidden states are cached in bfloat16 (2 H bytes a token), log-probs in float32.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_unlearn import forward, losses, seuf, trace, wagle
+from moe_unlearn.cache import RowCache
+from moe_unlearn.capture import collect_routing
+from moe_unlearn.config import Recipe
+from moe_unlearn.forward import Batch
+from moe_unlearn.trace import RoutingFrequencies
+from moe_unlearn.wagle import WeightMask
+
+STAGES = ("trace", "seuf", "reference", "kl_floor", "wagle")
+
+
+@dataclass
+class Calibration:
+    """TRACE's weights as a rule: w_t = min(cap, exp(bias + sum_k tilt[expert])), and how well it does."""
+
+    tilt: Tensor  # [L, E]
+    bias: float
+    achieved: Tensor  # [L, E] weighted retain frequency
+    ess: float  # effective sample size, in tokens
+    largest_weight: float
+
+
+@dataclass
+class Preparation:
+    """Results of the stages; None where a stage has not run or the recipe has no use for it."""
+
+    done: list[str] = dataclasses.field(default_factory=list)
+    frequencies: dict[str, RoutingFrequencies] | None = None
+    selected: Tensor | None = None  # bool [L, E]
+    calibration: Calibration | None = None
+    token_weights: RowCache | None = None
+    ref_logprobs: RowCache | None = None
+    ref_logprobs_idk: RowCache | None = None
+    ref_hidden_states: RowCache | None = None
+    ref_layer_states: RowCache | None = None
+    ref_lm_head: Tensor | None = None
+    kl_floor: float | None = None
+    mask: WeightMask | None = None
+    inactive: bool = False  # TRACE found no expert and the recipe allows that
+
+    def state_dict(self) -> dict:
+        """Nested dict of tensors and plain values."""
+        state = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, RowCache | WeightMask):
+                value = value.state_dict()
+            elif isinstance(value, Calibration):
+                value = dataclasses.asdict(value)
+            elif field.name == "frequencies" and value is not None:
+                value = {side: frequencies.to_dict() for side, frequencies in value.items()}
+            state[field.name] = value
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore `state_dict`."""
+        for field in dataclasses.fields(self):
+            value = state[field.name]
+            if value is not None and field.name in _CACHES:
+                cache = RowCache(_CACHES[field.name])
+                cache.load_state_dict(value)
+                value = cache
+            elif value is not None and field.name == "mask":
+                value = WeightMask.from_state_dict(value)
+            elif value is not None and field.name == "calibration":
+                value = Calibration(**value)
+            elif value is not None and field.name == "frequencies":
+                value = {side: RoutingFrequencies.from_dict(v) for side, v in value.items()}
+            setattr(self, field.name, value)
+
+
+_CACHES = {
+    "token_weights": "TRACE token weights",
+    "ref_logprobs": "reference log-probs",
+    "ref_logprobs_idk": "reference log-probs of the refusals",
+    "ref_hidden_states": "reference hidden states",
+    "ref_layer_states": "reference layer outputs",
+}
+
+
+def needed(recipe: Recipe) -> list[str]:
+    """The stages this recipe needs, in order."""
+    forget, retain, mollm = recipe.forget.objective, recipe.retain.objective, recipe.mollm
+    uses = {
+        "trace": recipe.trace is not None,
+        "seuf": recipe.scope.kind == "seuf",
+        "reference": forget in ("npo", "idk_dpo") or retain in ("kl", "embed_diff") or _uses_kl(recipe),
+        "kl_floor": mollm is not None and mollm.kl,
+        "wagle": recipe.wagle is not None,
+    }
+    return [stage for stage in STAGES if uses[stage]]
+
+
+def prepare(
+    model: nn.Module,
+    recipe: Recipe,
+    prepared: Preparation,
+    forget: list[Batch],
+    retain: list[Batch],
+    on_stage: Callable[[str], None] | None = None,
+) -> None:
+    """Run the stages not yet in `prepared.done`; `on_stage(name)` is called after each one."""
+    stages = {
+        "trace": _trace,
+        "seuf": _seuf,
+        "reference": _reference,
+        "kl_floor": _kl_floor,
+        "wagle": _wagle,
+    }
+    training = model.training
+    model.eval()
+    try:
+        for stage in needed(recipe):
+            if stage not in prepared.done:
+                stages[stage](model, recipe, prepared, forget, retain)
+                prepared.done.append(stage)
+                if on_stage is not None:
+                    on_stage(stage)
+    finally:
+        model.train(training)
+
+
+def _trace(model, recipe, prepared, forget, retain):
+    settings = recipe.trace
+    f = trace.routing_frequencies(model, forget)
+    r = trace.routing_frequencies(model, retain)
+    prepared.frequencies = {"forget": f, "retain": r}
+    prepared.selected = trace.select_experts(
+        f,
+        r,
+        per_layer=settings.per_layer,
+        min_ratio=settings.min_ratio,
+        min_load=settings.min_load,
+        allow_empty=settings.allow_empty,
+    )
+    if not prepared.selected.any():
+        prepared.inactive = True
+        return
+    target = trace.calibration_target(f, r, settings.eta)
+    routing = [collect_routing(model, batch) for batch in retain]  # each [L, B * S, K]
+    masks = [losses.target_mask(batch) for batch in retain]
+    counted = torch.cat([i[:, m.flatten()] for i, m in zip(routing, masks, strict=True)], dim=1)
+    result = trace.retain_weights(counted, prepared.selected, target, cap=settings.cap)
+    prepared.calibration = Calibration(
+        tilt=result.tilt,
+        bias=float(result.bias),
+        achieved=result.achieved,
+        ess=float(result.ess),
+        largest_weight=float(result.weights.max()),
+    )
+    if settings.refresh == "offline":
+        prepared.token_weights = RowCache(_CACHES["token_weights"])
+        parts = result.weights.split([int(m.sum()) for m in masks])
+        for batch, mask, part in zip(retain, masks, parts, strict=True):
+            weights = part.new_zeros(mask.shape)
+            weights[mask] = part
+            prepared.token_weights.put(batch, weights)
+
+
+def _seuf(model, recipe, prepared, forget, retain):
+    prepared.selected = seuf.select(seuf.affinity(model, forget))
+
+
+@torch.no_grad()
+def _reference(model, recipe, prepared, forget, retain):
+    if recipe.forget.objective in ("npo", "idk_dpo"):
+        prepared.ref_logprobs = RowCache(_CACHES["ref_logprobs"])
+        for batch in forget:
+            prepared.ref_logprobs.put(batch, _token_logprobs(model, batch))
+    if recipe.forget.objective == "idk_dpo":
+        prepared.ref_logprobs_idk = RowCache(_CACHES["ref_logprobs_idk"])
+        for batch in map(forward.refusal, forget):
+            prepared.ref_logprobs_idk.put(batch, _token_logprobs(model, batch))
+    if _uses_kl(recipe):
+        prepared.ref_hidden_states = RowCache(_CACHES["ref_hidden_states"])
+        for batch in retain:
+            states = losses.final_hidden_states(model, batch)
+            prepared.ref_hidden_states.put(batch, states.to(torch.bfloat16))
+        head = losses.head_of(model).weight
+        if head.requires_grad:
+            prepared.ref_lm_head = head.detach().clone()
+    if recipe.retain.objective == "embed_diff":
+        prepared.ref_layer_states = RowCache(_CACHES["ref_layer_states"])
+        for batch in retain:
+            states = forward.layer_states(model, batch, recipe.forget.layer)
+            prepared.ref_layer_states.put(batch, states.to(torch.bfloat16))
+
+
+@torch.no_grad()
+def _kl_floor(model, recipe, prepared, forget, retain):
+    total, positions = 0.0, 0
+    for batch in retain:
+        reference = prepared.ref_hidden_states.get(batch)
+        states = losses.final_hidden_states(model, batch)
+        per_token = losses.token_losses(
+            model,
+            batch,
+            kind="kl",
+            hidden_states=states,
+            ref_hidden_states=reference.to(states.dtype),
+            ref_lm_head=prepared.ref_lm_head,
+        )
+        total += float(per_token.double().sum())
+        positions += int(losses.target_mask(batch).sum())
+    prepared.kl_floor = total / max(positions, 1)
+
+
+def _wagle(model, recipe, prepared, forget, retain):
+    settings = recipe.wagle
+    if settings.mask is not None:
+        prepared.mask = WeightMask.load(settings.mask)
+        prepared.mask.check(model)
+        return
+    prepared.mask = wagle.weight_mask(
+        model, forget, retain, keep=settings.keep, gamma=settings.gamma, official=settings.official
+    )
+
+
+def _uses_kl(recipe: Recipe) -> bool:
+    return recipe.retain.objective == "kl" or (recipe.mollm is not None and recipe.mollm.kl)
+
+
+def _token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
+    return -losses.token_losses(model, batch, kind="nll").float()

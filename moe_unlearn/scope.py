@@ -1,0 +1,90 @@
+"""What may train: from a recipe's scope to frozen parameters and packed masks.
+
+Everything outside the scope is frozen with `requires_grad_(False)`; within expert weights, which share one
+tensor, the choice of experts becomes a packed mask (layout: `ops.bits`) with whole slices set or clear, so
+that the optimizer keeps state for the chosen experts only.
+"""
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from moe_unlearn.experts import experts_modules
+from moe_unlearn.ops.bits import pack_bits
+
+
+def matching(model: nn.Module, patterns: list[str]) -> set[str]:
+    """Names of the parameters in which any of the regular expressions is found."""
+    names = [name for name, _ in model.named_parameters()]
+    chosen = set()
+    for pattern in patterns:
+        try:
+            found = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"scope.parameters: {pattern!r} is no regular expression: {error}") from None
+        if not found:
+            raise ValueError(
+                f"scope.parameters: {pattern!r} matches no parameter; names look like "
+                f"{', '.join(names[:2] + names[-2:])}"
+            )
+        chosen |= found
+    return chosen
+
+
+def freeze_outside(model: nn.Module, names: set[str]) -> dict[str, bool]:
+    """Freeze every parameter not in `names`; returns the previous flags for `restore`."""
+    previous = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.requires_grad_(previous[name] and name in names)
+    return previous
+
+
+def restore(model: nn.Module, flags: dict[str, bool]) -> None:
+    """Undo `freeze_outside`."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(flags[name])
+
+
+def expert_masks(model: nn.Module, selected: Tensor) -> dict[str, Tensor]:
+    """Packed masks of the expert parameters of the experts in `selected` (bool [L, E]).
+
+    Layers follow the order of `experts_modules`; a layer without a selected expert has no entry.
+    """
+    modules = experts_modules(model)
+    if selected.dtype != torch.bool or selected.dim() != 2 or len(selected) != len(modules):
+        raise ValueError(
+            f"selected must be bool [L, E] with L = {len(modules)}; got {selected.dtype} "
+            f"{tuple(selected.shape)}"
+        )
+    masks = {}
+    for row, (name, module) in zip(selected, modules.items(), strict=True):
+        if not row.any():
+            continue
+        for suffix, parameter in module.named_parameters():
+            whole = row.to(parameter.device).view(-1, *[1] * (parameter.dim() - 1)).expand(parameter.shape)
+            masks[f"{name}.{suffix}"] = pack_bits(whole)
+    return masks
+
+
+def router_parameters(model: nn.Module, experts_name: str) -> set[str]:
+    """Names of the router's parameters beside one experts module.
+
+    The router is whatever stands under the same parent, outside the experts, with one row per expert.
+    """
+    num_experts = experts_modules(model)[experts_name].num_experts
+    parent = experts_name.rpartition(".")[0]
+    return {
+        name
+        for name, p in model.named_parameters()
+        if name.startswith(parent + ".")
+        and not name.startswith(experts_name + ".")
+        and p.dim() <= 2
+        and p.shape[0] == num_experts
+    }
+
+
+def combine(masks: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Word-wise AND of two sets of masks; a parameter in one set only keeps that mask."""
+    both = {name: masks[name] & others[name] for name in masks.keys() & others.keys()}
+    return {**masks, **others, **both}

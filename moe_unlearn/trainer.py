@@ -1,0 +1,167 @@
+"""UnlearnTrainer: the unlearning step inside transformers' Trainer.
+
+The recipe decides what is optimised and how (objectives, levers, scope, optimizer and its learning rate);
+`TrainingArguments` decide the loop (steps, batch size, accumulation, schedule, clipping, logging, saving).
+Everything else is the Trainer's: callbacks, `report_to`, evaluation, checkpoints.
+
+transformers saves a Mixture-of-Experts checkpoint with one key per expert and, on resume, loads it without
+converting back: the fused expert weights keep their initial values (transformers issue 48805). Here a
+resume goes through `from_pretrained`, and the step's own state (selection, weights, masks, caches) is
+saved beside the model.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from moe_unlearn.checkpoint import load_state, save_state
+from moe_unlearn.config import Recipe
+from moe_unlearn.data import PairCollator
+from moe_unlearn.step import UnlearnStep
+
+_STATE = "unlearn_step"
+
+
+class UnlearnTrainer(Trainer):
+    """A `transformers.Trainer` whose step unlearns.
+
+    Args:
+        model: the causal LM to change, already loaded.
+        args: TrainingArguments; `remove_unused_columns` is switched off, nested batches need that.
+        recipe: a `Recipe`, a YAML path or the name of a shipped recipe.
+        train_dataset: a `data.ForgetRetainDataset`, or any dataset with lists `forget` and `retain` of
+            examples and items `{"forget": example, "retain": example}`.
+        data_collator: makes `{"forget": batch, "retain": batch}`; default `data.PairCollator`.
+
+    Further keywords go to `Trainer`, except `optimizers`, which the recipe determines. Raises ValueError
+    for fp16 (its loss scaling would need gradients twice) and for more than one process.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        recipe: Recipe | str | Path,
+        train_dataset: Dataset,
+        data_collator=None,
+        **keywords,
+    ):
+        if "optimizers" in keywords or "optimizer_cls_and_kwargs" in keywords:
+            raise ValueError("the recipe's optimizer section makes the optimizer; pass no other")
+        if args.fp16:
+            raise ValueError("fp16 needs loss scaling, which is not supported; use bf16")
+        if args.world_size > 1:
+            raise ValueError(f"one process is supported; TrainingArguments has world_size {args.world_size}")
+        for side in ("forget", "retain"):
+            if not len(getattr(train_dataset, side, ())):
+                raise ValueError(f"train_dataset must have a non-empty list of examples {side!r}")
+        args.remove_unused_columns = False
+        if data_collator is None:
+            tokenizer = keywords.get("processing_class")
+            pad = model.config.pad_token_id if tokenizer is None else tokenizer.pad_token_id
+            data_collator = PairCollator(pad_token_id=pad or 0)
+        self.unlearn_step = UnlearnStep(model, recipe)
+        self._logged: dict[str, list[float]] = {}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=data_collator,
+            optimizers=(self.unlearn_step.optimizer, None),
+            **keywords,
+        )
+        self.add_callback(_FinishStep(self.unlearn_step))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **keywords):
+        """Prepare on the unchanged model, or restore the preparation of the checkpoint, then train."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no checkpoint to resume in {self.args.output_dir!r}")
+        if resume_from_checkpoint:
+            self.unlearn_step.load_state_dict(load_state(Path(resume_from_checkpoint), _STATE))
+        else:
+            self.prepare()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **keywords)
+
+    def prepare(self) -> None:
+        """`UnlearnStep.prepare` over all forget and retain examples of the dataset."""
+        size = self.args.per_device_train_batch_size
+
+        def batches(side: str):
+            examples = list(getattr(self.train_dataset, side))
+            for i in range(0, len(examples), size):
+                rows = [{"forget": e, "retain": e} for e in examples[i : i + size]]
+                yield self._prepare_inputs(self.data_collator(rows)[side])
+
+        self.unlearn_step.prepare(list(batches("forget")), list(batches("retain")))
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Accumulate one micro-batch; at the last one of a step, leave its gradient in `.grad`."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            metrics = self.unlearn_step.accumulate(inputs["forget"], inputs["retain"])
+        total = sum(metrics.values())
+        if self.accelerator.sync_gradients:
+            metrics |= self.unlearn_step.combine()
+        for name, value in metrics.items():
+            self._logged.setdefault(name, []).append(value)
+        return torch.tensor(total / self.current_gradient_accumulation_steps, device=self.args.device)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The summed objectives of a pair; batches that are not pairs are evaluated as usual."""
+        if "forget" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        objectives = self.unlearn_step.objectives
+        with torch.no_grad(), self.compute_loss_context_manager():
+            values = {**objectives.forget(inputs["forget"]), **objectives.retain(inputs["retain"])}
+        return sum(values.values()), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the step's metrics since the last log."""
+        if "loss" in logs and self._logged:
+            logs = logs | {name: sum(v) / len(v) for name, v in self._logged.items() if name not in logs}
+            self._logged.clear()
+        super().log(logs, start_time)
+
+    def _clip_grad_norm(self, model):
+        return torch.tensor(self.unlearn_step.clip(self.args.max_grad_norm))
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.unlearn_step.state_dict()
+        del state["optimizer"]  # the Trainer saves it
+        save_state(folder, _STATE, state)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        model = self.model if model is None else model
+        if hasattr(model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        dtypes = {p.dtype for p in model.parameters()}
+        # float32 holds every narrower value exactly; a model of one dtype needs no detour
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=dtype)
+        model.load_state_dict(saved.state_dict(), strict=True)
+
+    def _load_best_model(self):
+        if hasattr(self.model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._load_best_model()
+        return self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class _FinishStep(TrainerCallback):
+    """The Trainer steps the optimizer itself; this tells the step that it did."""
+
+    def __init__(self, step: UnlearnStep):
+        self.step = step
+
+    def on_optimizer_step(self, args, state, control, **keywords):
+        self.step.finish()

@@ -1,0 +1,143 @@
+"""The house rules: import directions, size budgets, one name per op, nothing dangerous imported."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.quick
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "moe_unlearn"
+
+# Lower layers first; a module imports only from its own or a lower layer (within `ops`, `data`, `metrics`
+# and `regress` a package is one layer).
+LAYERS = [
+    {"triton_kernels", "backend", "config", "cache", "checkpoint", "report"},
+    {"ops", "testing"},
+    {"experts", "optim"},
+    {"losses"},
+    {"capture"},
+    {"trace", "wagle", "mollm", "seuf", "forward", "scope"},
+    {"preparation", "objectives", "plan"},
+    {"step"},
+    {"data", "metrics"},
+    {"trainer"},
+    {"benchmark", "regress", "integrations", "experiment"},
+    {"cli"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# lower-layer exceptions: the data and metrics packages import nothing of the step
+INDEPENDENT = {"data": {"data"}, "metrics": {"metrics", "capture", "losses", "experts"}}
+USES_TRANSFORMERS = {
+    "experts", "capture", "trainer", "data", "metrics", "integrations", "benchmark", "experiment", "cli",
+}  # fmt: skip
+OPS = {
+    "route", "retain_weights", "expert_mlp", "expert_wgrad", "token_loss", "gram", "weight_score",
+    "masked_update",
+}  # fmt: skip
+FORBIDDEN_IMPORTS = {"pickle", "marshal", "joblib", "dill", "cloudpickle", "shelve"}
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save", "os.system"}
+
+
+def sources():
+    return sorted(PACKAGE.rglob("*.py")) + sorted((ROOT / "triton_kernels").glob("*.py"))
+
+
+def layer_of(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    if relative.parts[0] == "triton_kernels":
+        return "triton_kernels"
+    return relative.parts[1].removesuffix(".py")
+
+
+def imports(path: Path):
+    """Dotted names of everything a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 or layer_of(path) == "triton_kernels", f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def project_imports(path: Path):
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "moe_unlearn" and len(parts) > 1:
+            yield parts[1]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downward(path):
+    own = layer_of(path)
+    if own == "__init__":
+        return
+    assert own in RANK, f"{path} belongs to no layer: add it to LAYERS on purpose"
+    for used in project_imports(path):
+        if used in ("__version__",):
+            continue
+        assert RANK[used] <= RANK[own], f"{own} (layer {RANK[own]}) imports {used} (layer {RANK[used]})"
+        if own in INDEPENDENT:
+            assert used in INDEPENDENT[own] | {"backend", "ops"}, f"{own} must not import {used}"
+        if own == "triton_kernels":
+            assert used == "triton_kernels", "kernels import nothing of the package above them"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_who_may_import_what(path):
+    own = layer_of(path)
+    for name in imports(path):
+        top = name.split(".")[0]
+        assert top not in FORBIDDEN_IMPORTS, f"{path} imports {name}"
+        assert top not in ("benchmarks", "tests"), f"{path} imports {name}"
+        if top == "transformers":
+            assert own in USES_TRANSFORMERS, f"{own} imports transformers"
+        if "triton_kernels" in name:
+            assert own in ("ops", "triton_kernels"), f"{own} touches a kernel"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_dangerous_calls(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in FORBIDDEN_CALLS, f"{path}:{node.lineno} calls {name}"
+            shell = [k for k in node.keywords if k.arg == "shell"]
+            assert not shell, f"{path}:{node.lineno} uses a shell"
+            trust = [k for k in node.keywords if k.arg == "trust_remote_code"]
+            assert not trust, f"{path}:{node.lineno} trusts remote code"
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_size_budgets():
+    too_long = {str(p): lines(p) for p in sources() if lines(p) > 400}
+    too_long |= {str(p): lines(p) for p in (ROOT / "tests").rglob("*.py") if lines(p) > 500}
+    too_long |= {str(p): lines(p) for p in (ROOT / "benchmarks").rglob("*.py") if lines(p) > 400}
+    if lines(ROOT / "setup.py") > 120:
+        too_long["setup.py"] = lines(ROOT / "setup.py")
+    assert not too_long
+
+
+def test_init_files_only_reexport():
+    allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.Expr)
+    for path in PACKAGE.rglob("__init__.py"):
+        body = ast.parse(path.read_text()).body
+        assert all(isinstance(node, allowed) for node in body), f"{path} holds more than imports"
+        for node in body:
+            if isinstance(node, ast.Assign):
+                assert ast.unparse(node.targets[0]) in ("__all__", "__version__"), f"{path}:{node.lineno}"
+
+
+def test_one_op_one_file():
+    found = {p.stem for p in (PACKAGE / "ops").glob("*.py")} - {"__init__", "bits"}
+    assert found == OPS
+
+
+def test_top_level_is_fixed():
+    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    made = {"runs", "build", "dist", "__pycache__"} | {n for n in folders if n.endswith(".egg-info")}
+    assert folders - made == {"csrc", "triton_kernels", "moe_unlearn", "benchmarks", "tests"}

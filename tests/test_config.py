@@ -1,0 +1,111 @@
+"""Recipes: the shipped ones, round trips, and errors that name the key."""
+
+import dataclasses
+
+import pytest
+
+from moe_unlearn import config
+from moe_unlearn.config import Recipe
+
+pytestmark = pytest.mark.quick
+
+PROCEDURES = {"trace", "wagle", "mollm", "combined"}
+BASELINES = {"ga", "graddiff", "npo", "simnpo", "idk_dpo", "rmu", "kl_min", "seuf"}
+
+
+def test_shipped_recipes():
+    assert set(config.shipped()) == PROCEDURES | BASELINES
+
+
+@pytest.mark.parametrize("name", sorted(PROCEDURES | BASELINES))
+def test_a_shipped_recipe_loads_and_round_trips(name, tmp_path):
+    recipe = Recipe.load(name)
+    assert recipe.name == name
+    levers = {lever for lever in ("trace", "wagle", "mollm") if getattr(recipe, lever) is not None}
+    assert levers == {"combined": {"trace", "wagle", "mollm"}}.get(name, {name} & PROCEDURES)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert Recipe.load(path) == recipe
+
+
+def test_overrides():
+    recipe = Recipe.load("npo", ["optimizer.lr=1e-3", "trace.eta=0.7", "steps=3", "scope.kind=all"])
+    assert recipe.optimizer.lr == 1e-3 and recipe.steps == 3
+    assert recipe.trace == config.Trace(eta=0.7)
+    assert Recipe.load("combined", ["mollm=null"]).mollm is None
+    assert Recipe.load("npo", ["wagle=true"]).wagle == config.Wagle()
+    assert Recipe.load("trace", ["trace.cap=null"]).trace.cap is None
+    assert Recipe.load("npo", ["optimizer.betas=[0.8, 0.9]"]).optimizer.betas == [0.8, 0.9]
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("forget.betta=1", r"unknown recipe key 'forget.betta'; did you mean 'beta'"),
+        ("tracee.eta=1", r"unknown recipe key 'tracee'; did you mean 'trace'"),
+        ("steps=many", r"steps must be int; got 'many'"),
+        ("steps=1.5", r"steps must be int; got 1.5"),
+        ("steps=true", r"steps must be int; got True"),
+        ("steps=0", r"steps must be above 0; got 0"),
+        ("optimizer.lr=fast", r"optimizer.lr must be a number; got 'fast'"),
+        ("optimizer.lr=.nan", r"optimizer.lr must be finite"),
+        ("optimizer.lr=-1", r"optimizer.lr must be at least 0"),
+        ("optimizer.betas=[0.9]", r"optimizer.betas must be two numbers"),
+        ("optimizer.betas=[a, b]", r"optimizer.betas\[0\] must be a number"),
+        ("forget=npo", r"forget must be a mapping of keys; got 'npo'"),
+        ("forget.objective=npoo", r"forget.objective must be one of .*npo"),
+        ("trace.eta=2", r"trace.eta must be in \(0, 1\]; got 2"),
+        ("trace.cap=1", r"trace.cap must be above 1"),
+        ("scope.parameters=[a]", r"goes with scope.kind 'parameters'"),
+        ("scope.kind=experts", r"needs trace"),
+        ("retain.objective=embed_diff", r"RMU's"),
+        ("noequals", r"an override looks like"),
+    ],
+)
+def test_bad_overrides(override, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.load("npo", [override])
+
+
+def test_trace_needs_weighable_tokens():
+    with pytest.raises(ValueError, match="trace weighs retain tokens"):
+        Recipe.load("trace", ["retain.objective=none"])
+
+
+HOSTILE = {
+    "python tag": "name: !!python/object/apply:os.system ['true']",
+    "alias bomb": "name: &a [x]\nsteps: *a",
+    "duplicate key": "steps: 1\nsteps: 2",
+    "list": "- 1\n- 2",
+    "text": "just text",
+    "empty": "",
+    "broken": "a: [1, 2",
+    "deep": "[" * 5000,
+    "binary": "\x00\x01",
+    "unknown type": "trace: 5",
+    "nested null": "forget: null",
+    "int key": "5: 6",
+    "tab": "a:\n\t- b",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_files(text, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError):
+        Recipe.load(path)
+
+
+def test_missing_file_names_the_shipped_recipes(tmp_path):
+    with pytest.raises(ValueError, match="no recipe file 'nope.yaml'; shipped recipes: combined"):
+        Recipe.load("nope.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ValueError, match="not a YAML recipe"):
+        Recipe.load(tmp_path / "latin.yaml")
+
+
+def test_recipes_are_immutable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().steps = 5
