@@ -78,7 +78,7 @@ def commit(root: str | Path, step: int, states: dict[str, object], *, keep: int 
 
 
 def verify(folder: str | Path) -> dict:
-    """The manifest of a checkpoint whose files all have their recorded size and digest; else CheckpointError."""
+    """The manifest of a checkpoint whose files have their recorded size and digest; else CheckpointError."""
     folder = Path(folder)
     try:
         digest, _, body = (folder / _MANIFEST).read_bytes().partition(b"\n")

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from moe_unlearn.checkpoint import load_state, save_state
 from moe_unlearn.config import Recipe
-from moe_unlearn.data import PairCollator
+from moe_unlearn.data import PairCollator, pad_token_id
 from moe_unlearn.step import UnlearnStep
 
 _STATE = "unlearn_step"
@@ -34,8 +34,9 @@ class UnlearnTrainer(Trainer):
         args: TrainingArguments; `remove_unused_columns` is switched off, nested batches need that.
         recipe: a `Recipe`, a YAML path or the name of a shipped recipe.
         train_dataset: a `data.ForgetRetainDataset`, or any dataset with lists `forget` and `retain` of
-            examples and items `{"forget": example, "retain": example}`.
-        data_collator: makes `{"forget": batch, "retain": batch}`; default `data.PairCollator`.
+            examples and items `{"forget": (example, index), "retain": (example, index)}`.
+        data_collator: makes `{"forget": batch, "retain": batch}` of a list of such items; default
+            `data.PairCollator`.
 
     Further keywords go to `Trainer`, except `optimizers`, which the recipe determines. Raises ValueError
     for fp16 (its loss scaling would need gradients twice) and for more than one process.
@@ -62,8 +63,7 @@ class UnlearnTrainer(Trainer):
         args.remove_unused_columns = False
         if data_collator is None:
             tokenizer = keywords.get("processing_class")
-            pad = model.config.pad_token_id if tokenizer is None else tokenizer.pad_token_id
-            data_collator = PairCollator(pad_token_id=pad or 0)
+            data_collator = PairCollator(0 if tokenizer is None else pad_token_id(tokenizer))
         self.unlearn_step = UnlearnStep(model, recipe)
         self._logged: dict[str, list[float]] = {}
         super().__init__(
@@ -93,10 +93,11 @@ class UnlearnTrainer(Trainer):
         size = self.args.per_device_train_batch_size
 
         def batches(side: str):
-            examples = list(getattr(self.train_dataset, side))
-            for i in range(0, len(examples), size):
-                rows = [{"forget": e, "retain": e} for e in examples[i : i + size]]
-                yield self._prepare_inputs(self.data_collator(rows)[side])
+            other = "retain" if side == "forget" else "forget"
+            filler = (getattr(self.train_dataset, other)[0], 0)
+            items = [{side: (e, i), other: filler} for i, e in enumerate(getattr(self.train_dataset, side))]
+            for i in range(0, len(items), size):
+                yield self._prepare_inputs(self.data_collator(items[i : i + size])[side])
 
         self.unlearn_step.prepare(list(batches("forget")), list(batches("retain")))
 

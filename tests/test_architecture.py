@@ -27,8 +27,8 @@ LAYERS = [
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# lower-layer exceptions: the data and metrics packages import nothing of the step
-INDEPENDENT = {"data": {"data"}, "metrics": {"metrics", "capture", "losses", "experts"}}
+# data and metrics stand beside the trainer and know nothing of the step
+INDEPENDENT = {"data": {"data"}, "metrics": {"metrics", "data", "capture", "losses", "experts"}}
 USES_TRANSFORMERS = {
     "experts", "capture", "trainer", "data", "metrics", "integrations", "benchmark", "experiment", "cli",
 }  # fmt: skip

@@ -1,0 +1,254 @@
+"""The command line: `moe-unlearn env | stats | mask | run | eval | report | demo`.
+
+Bad input ends with one line that says what was expected and what came, and exit code 2; `--traceback`
+shows where it was found. Models are folders written by `save_pretrained`; data are .jsonl, .json or .txt
+files, or `builtin:NAME`.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from moe_unlearn import backend, benchmark, data, experiment, metrics, report, trace, wagle
+from moe_unlearn.config import Recipe, shipped
+from moe_unlearn.experts import enable
+from moe_unlearn.losses import target_mask
+from moe_unlearn.objectives import NotPreparedError
+from moe_unlearn.step import NonFiniteError, UnlearnStep
+
+_BAD_INPUT = (ValueError, OSError, NonFiniteError, NotPreparedError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.function(options)
+    except _BAD_INPUT as error:
+        if options.traceback:
+            raise
+        print(f"moe-unlearn {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished checkpoints are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def env(options) -> None:
+    """Versions, devices, and which implementation each op would use here."""
+    print(f"python {platform.python_version()} on {platform.machine()}")
+    for package in ("moe-unlearn", "torch", "transformers", "triton", "peft"):
+        try:
+            print(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package} not installed")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"device {device}: {name}\n")
+    print(f"{'op':<28} {'auto':<8} available")
+    for op in backend.registered():
+        print(f"{op:<28} {backend.choose(op, 'auto', device):<8} {', '.join(backend.available(op, device))}")
+
+
+def stats(options) -> None:
+    """Routing frequencies of forget and retain text, and the experts TRACE would select."""
+    model, tokenizer = experiment.load_model(options.model)
+    _require_moe(model)
+    sides = {side: _examples(getattr(options, side), tokenizer, options) for side in ("forget", "retain")}
+    forget, retain = (
+        trace.routing_frequencies(model, _batches(sides[side], tokenizer, options.batch_size, side))
+        for side in ("forget", "retain")
+    )
+    selected = trace.select_experts(
+        forget, retain, per_layer=options.per_layer, min_ratio=options.min_ratio, allow_empty=True
+    )
+    print(f"{'layer':<40} {'expert':>6} {'forget':>8} {'retain':>8} {'ratio':>7}")
+    for layer, expert in selected.nonzero().tolist():
+        f, r = (float(side.frequency[layer, expert]) for side in (forget, retain))
+        ratio = f / r if r else float("inf")
+        print(f"{forget.layers[layer]:<40} {expert:>6} {f:>8.4f} {r:>8.4f} {ratio:>7.2f}")
+    print(f"{int(selected.sum())} experts selected in {len(forget.layers)} layers; "
+          f"{forget.tokens} forget and {retain.tokens} retain tokens counted")  # fmt: skip
+    if options.out:
+        content = {
+            "forget": forget.to_dict(),
+            "retain": retain.to_dict(),
+            "selected": selected.nonzero().tolist(),
+        }
+        _write(Path(options.out), json.dumps(content, default=lambda t: t.tolist(), indent=1))
+
+
+def mask(options) -> None:
+    """Compute a WAGLE mask and save it."""
+    model, tokenizer = experiment.load_model(options.model)
+    _require_moe(model)
+    made = wagle.weight_mask(
+        model,
+        *(
+            _batches(_examples(getattr(options, side), tokenizer, options), tokenizer, options.batch_size, side)
+            for side in ("forget", "retain")
+        ),
+        keep=options.keep,
+        gamma=options.gamma,
+        official=options.official,
+    )
+    made.save(options.out)
+    print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
+
+
+def run(options) -> None:
+    """Unlearn: read a recipe, a model and the data, train, evaluate, report."""
+    recipe = Recipe.load(options.recipe, [*_data_overrides(options), *options.set])
+    for key in ("model", "forget", "retain"):
+        if getattr(recipe.data, key) is None:
+            raise ValueError(f"data.{key} is missing: give --{key} or set it in the recipe")
+    model, tokenizer = experiment.load_model(recipe.data.model)
+    _require_moe(model)
+    sets = {
+        side: _examples(getattr(recipe.data, side), tokenizer, recipe.data, side)
+        for side in ("forget", "retain", "holdout")
+        if getattr(recipe.data, side) is not None
+    }
+    shared = data.overlap(sets["forget"], sets["retain"])
+    if shared:
+        raise ValueError(
+            f"forget and retain sets overlap: {shared} of {len(sets['forget'])} forget examples stand in the "
+            "retain set too; a document cannot be forgotten and kept"
+        )
+    batches = {
+        side: _batches(sets[side], tokenizer, recipe.batch_size, side) for side in ("forget", "retain")
+    }
+    if options.dry_run:
+        print(UnlearnStep(model, recipe).plan(batches["forget"], batches["retain"]))
+        return
+    benchmark.unlearn(
+        model, tokenizer, recipe, sets, Path(options.out), resume=options.resume, evaluate=not options.no_eval
+    )
+    print((Path(options.out) / "report.md").read_text() if not options.no_eval else "")
+    print(f"model: {Path(options.out) / 'model'}\nreport: {Path(options.out) / 'report.md'}")
+
+
+def evaluate(options) -> None:
+    """Measure a model on forget, retain and holdout text; print and save the metrics."""
+    model, tokenizer = experiment.load_model(options.model)
+    reference = None if options.reference is None else experiment.load_model(options.reference)[0]
+    sets = {
+        side: _examples(getattr(options, side), tokenizer, options, side)
+        for side in ("forget", "retain", "holdout")
+        if getattr(options, side) is not None
+    }
+    result = metrics.evaluate(model, tokenizer, **sets, reference=reference)
+    for name, value in result.items():
+        print(f"{name:<14} {value:.4f}")
+    if options.out:
+        _write(Path(options.out), json.dumps(result, indent=1))
+
+
+def write_report(options) -> None:
+    """Rebuild report.md and the figures of a run folder from its summary.json."""
+    print(report.write(Path(options.folder)))
+
+
+def demo(options) -> None:
+    """The embedded experiment: target, retrain, baselines, each lever, and the three together."""
+    if options.clean_cache:
+        print(f"removed {experiment.clean_cache()} cached models")
+        return
+    benchmark.demo(options.corpus, options.seeds, Path(options.out))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="moe-unlearn", description="Unlearn Mixture-of-Experts models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, function):
+        sub = commands.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
+        sub.set_defaults(function=function)
+        sub.add_argument("--traceback", action="store_true", help="show where an error was found")
+        return sub
+
+    def data_arguments(sub, *, model_required=True, sides=("forget", "retain")):
+        sub.add_argument("--model", required=model_required, help="folder written by save_pretrained")
+        for side in ("forget", "retain", "holdout"):
+            sub.add_argument(f"--{side}", required=side in sides, help="a .jsonl, .json or .txt file")
+        sub.add_argument("--max-length", type=int, default=None, help="tokens per example (default 512)")
+        sub.add_argument("--batch-size", type=int, default=8)
+
+    command("env", env)
+    sub = command("stats", stats)
+    data_arguments(sub)
+    sub.add_argument("--per-layer", type=int, default=2)
+    sub.add_argument("--min-ratio", type=float, default=1.5)
+    sub.add_argument("--out", help="write the frequencies as JSON")
+    sub = command("mask", mask)
+    data_arguments(sub)
+    sub.add_argument("--keep", type=float, default=0.8, help="fraction of the weights that may move")
+    sub.add_argument("--gamma", type=float, default=1.0)
+    sub.add_argument("--official", action="store_true", help="reproduce the official code's masks")
+    sub.add_argument("--out", required=True, help="the .safetensors file to write")
+    sub = command("run", run)
+    sub.add_argument("recipe", help=f"a YAML file or one of: {', '.join(shipped())}")
+    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override keys")
+    sub.add_argument("--model", help="data.model")
+    for side in ("forget", "retain", "holdout", "reference"):
+        sub.add_argument(f"--{side}", help=f"data.{side}")
+    sub.add_argument("--out", default="runs/unlearn", help="folder of the run")
+    sub.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after")
+    sub = command("eval", evaluate)
+    data_arguments(sub)
+    sub.add_argument("--reference", help="the retrained model's folder, for PrivLeak")
+    sub.add_argument("--out", help="write the metrics as JSON")
+    sub = command("report", write_report)
+    sub.add_argument("folder", help="a run folder with summary.json")
+    sub = command("demo", demo)
+    sub.add_argument("--corpus", default="builtin:pydoc", help="builtin:pydoc or builtin:devil")
+    sub.add_argument("--seeds", type=int, nargs="+", default=[0])
+    sub.add_argument("--out", default="runs/demo")
+    sub.add_argument("--clean-cache", action="store_true", help="remove the trained models and stop")
+    return parser
+
+
+def _data_overrides(options) -> list[str]:
+    keys = ("model", "forget", "retain", "holdout", "reference")
+    return [f"data.{k}={json.dumps(getattr(options, k))}" for k in keys if getattr(options, k) is not None]
+
+
+def _examples(source: str, tokenizer, settings, side: str = "forget") -> list:
+    if source.startswith("builtin:"):
+        documents = getattr(data.load_builtin(source), side)
+    else:
+        documents = data.read_documents(source)
+    examples = data.encode(documents, tokenizer, settings.max_length or 512)
+    if not examples:
+        raise ValueError(f"the {side} set {source!r} is empty")
+    return examples
+
+
+def _batches(examples: list, tokenizer, batch_size: int, side: str) -> list:
+    made = data.batches(examples, batch_size, pad_id=data.pad_token_id(tokenizer))
+    if not any(target_mask(batch).any() for batch in made):
+        raise ValueError(f"the {side} set carries no loss: all its labels are -100")
+    return made
+
+
+def _require_moe(model) -> None:
+    """The error of `enable` names the families that work; nothing stays switched."""
+    enable(model).disable()
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""The embedded experiment: tiny OLMoE models, trained on the spot on text that is already installed.
+
+`target` is trained on forget and retain documents, `retrain` (the gold standard: it never saw the forget
+documents) on the retain documents alone. Trained models are cached, so a second run starts at once.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
+
+from moe_unlearn import data
+from moe_unlearn.data import Document, Example
+
+RECIPE_VERSION = 1  # raise it when the code below trains other weights from the same settings
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything but corpus and seed that determines the documents and the models."""
+
+    forget: int = 100
+    retain: int = 200
+    holdout: int = 64
+    unlearn_share: float = (
+        0.25  # of the retain documents unlearning may see; utility is measured on the others
+    )
+    vocab_size: int = 1024
+    max_length: int = 64
+    hidden_size: int = 128
+    intermediate_size: int = 64
+    layers: int = 3
+    heads: int = 4
+    experts: int = 32
+    top_k: int = 4
+    epochs: int = 32
+    lr: float = 2e-3
+    batch_size: int = 16
+
+
+SIZES = {
+    "demo": Settings(),
+    # a few seconds of training: for tests that need a model which has memorised something
+    "test": Settings(
+        forget=16, retain=32, holdout=16, max_length=32, vocab_size=512, hidden_size=64, intermediate_size=32,
+        experts=8, top_k=2, epochs=40, lr=4e-3, batch_size=8,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Two trained models and the examples that tell them apart; `retain` is the two retain parts together."""
+
+    corpus: str
+    seed: int
+    settings: Settings
+    tokenizer: transformers.PreTrainedTokenizerFast = field(repr=False)
+    target: nn.Module = field(repr=False)
+    retrain: nn.Module = field(repr=False)
+    forget: list[Example] = field(repr=False)
+    retain_unlearn: list[Example] = field(repr=False)
+    retain_eval: list[Example] = field(repr=False)
+    holdout: list[Example] = field(repr=False)
+    seconds: dict[str, float]  # what training or loading each model took just now
+
+    @property
+    def retain(self) -> list[Example]:
+        """All retain examples: those unlearning sees, then those it does not."""
+        return self.retain_unlearn + self.retain_eval
+
+    @property
+    def evaluation_sets(self) -> dict[str, list[Example]]:
+        """What `metrics.evaluate` wants to be measured on."""
+        return {"forget": self.forget, "retain": self.retain_eval, "holdout": self.holdout}
+
+    def fresh_target(self) -> nn.Module:
+        """A copy of the target model to unlearn."""
+        with torch.random.fork_rng():
+            model = OlmoeForCausalLM._from_config(self.target.config, experts_implementation="grouped_mm")
+        model.load_state_dict(self.target.state_dict())
+        return model
+
+
+def prepare_experiment(
+    corpus: str = "builtin:pydoc",
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    *,
+    size: str | Settings = "demo",
+) -> Experiment:
+    """Documents, tokenizer and both models for one seed, which draws the documents and the initial weights.
+
+    The tokenizer is trained on all documents of the corpus, so that forget, retain and holdout are alike to it.
+    `size` is a name in `SIZES` or a `Settings`; `cache_dir` is the folder of `cache_folder`. Raises ValueError
+    for an unknown corpus or size, FileNotFoundError when the corpus is not installed.
+    """
+    if isinstance(size, str) and size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; expected one of {', '.join(SIZES)} or a Settings")
+    settings = SIZES[size] if isinstance(size, str) else size
+    tokenizer, forget, retain, holdout = build_data(corpus, seed, settings)
+    models, seconds = {}, {}
+    for name, examples in (("target", forget + retain), ("retrain", retain)):
+        start = time.perf_counter()
+        models[name] = _cached_model(name, examples, tokenizer, settings, seed, cache_folder(cache_dir))
+        seconds[name] = time.perf_counter() - start
+    cut = max(1, round(settings.unlearn_share * len(retain)))
+    return Experiment(
+        corpus, seed, settings, tokenizer, models["target"], models["retrain"],
+        forget, retain[:cut], retain[cut:], holdout, seconds,
+    )  # fmt: skip
+
+
+def build_data(corpus: str, seed: int, settings: Settings):
+    """Tokenizer, and examples to forget, to retain and held out; no two sets share a run of 12 tokens."""
+    whole = data.load_builtin(corpus)
+    documents = [*whole.forget, *whole.retain, *whole.holdout]
+    tokenizer = data.train_tokenizer((f"{d.title}\n{d.text}" for d in documents), settings.vocab_size)
+
+    def encode(chosen: Sequence[Document]) -> list[Example]:
+        return data.encode(chosen, tokenizer, settings.max_length, overflow="truncate")
+
+    clean = data.drop_shared_runs(whole, lambda document: encode([document])[0].input_ids)
+    draw = torch.Generator().manual_seed(seed)
+    sets = []
+    for side in ("forget", "retain", "holdout"):
+        available, wanted = getattr(clean, side), getattr(settings, side)
+        order = torch.randperm(len(available), generator=draw).tolist()
+        sets.append(encode([available[i] for i in order[:wanted]]))
+    return tokenizer, *sets
+
+
+def tiny_olmoe(vocab_size: int, seed: int = 0, settings: Settings = SIZES["demo"]) -> OlmoeForCausalLM:
+    """A randomly initialised OLMoE of these settings, float32, tied embeddings; the global RNG is untouched."""
+    config = OlmoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        num_experts=settings.experts,
+        num_experts_per_tok=settings.top_k,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+        max_position_embeddings=2 * settings.max_length,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype="float32",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return OlmoeForCausalLM._from_config(config, experts_implementation="grouped_mm")
+
+
+def train(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    seed: int = 0,
+    pad_id: int = 0,
+    name: str = "training",
+) -> float:
+    """Causal-LM training: AdamW without decay, 20 warm-up steps, cosine to 0; the mean loss of the last epoch.
+
+    The model ends in evaluation mode. The progress bar is silent when nobody watches (no terminal).
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
+    total = epochs * math.ceil(len(examples) / batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1, (i + 1) / 20) * 0.5 * (1 + math.cos(math.pi * i / total))
+    )
+    device, last = next(model.parameters()).device, []
+    model.train()
+    with tqdm(total=total, desc=name, unit="step", disable=None, leave=False) as progress:
+        for epoch in range(epochs):
+            last = []
+            for batch in data.batches(examples, batch_size, pad_id=pad_id, seed=seed, epoch=epoch):
+                batch = {k: v.to(device) for k, v in batch.items() if k != "index"}
+                loss = model(**batch, use_cache=False).loss
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad(set_to_none=True)
+                last.append(loss.item())
+                progress.update()
+            progress.set_postfix(loss=f"{sum(last) / len(last):.3f}")
+    model.eval()
+    return sum(last) / len(last)
+
+
+def load_model(folder: str | Path):
+    """Model and tokenizer of a folder written by `save_pretrained`.
+
+    Raises ValueError, naming the folder and what it lacks; nothing is looked for on a hub.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise ValueError(f"expected a model folder written by save_pretrained; {folder} {what}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
+        raise ValueError(
+            f"cannot load a causal language model with its tokenizer from {folder}: {error}"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Where trained models are kept: `cache_dir`, else $MOE_UNLEARN_CACHE, else ~/.cache/moe-unlearn."""
+    return Path(cache_dir or os.environ.get("MOE_UNLEARN_CACHE") or Path.home() / ".cache" / "moe-unlearn")
+
+
+def clean_cache(cache_dir: str | Path | None = None) -> int:
+    """Remove the cached models; how many there were. Nothing else in the folder is touched."""
+    manifests = list(cache_folder(cache_dir).glob(f"*/{MANIFEST}"))
+    for manifest in manifests:
+        shutil.rmtree(manifest.parent)
+    return len(manifests)
+
+
+def _cached_model(name: str, examples, tokenizer, settings: Settings, seed: int, cache: Path) -> nn.Module:
+    versions = [RECIPE_VERSION, torch.__version__, transformers.__version__, tokenizers.__version__]
+    rows = [e.input_ids for e in examples]
+    identity = json.dumps([versions, asdict(settings), seed, rows, tokenizer.get_vocab()], sort_keys=True)
+    entry = cache / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
+
+    def build(folder: Path) -> None:
+        model = tiny_olmoe(len(tokenizer), seed, settings)
+        train(
+            model, examples, epochs=settings.epochs, lr=settings.lr, batch_size=settings.batch_size,
+            seed=seed, pad_id=tokenizer.pad_token_id, name=f"training {name}",
+        )  # fmt: skip
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    _ensure(entry, build)
+    model = AutoModelForCausalLM.from_pretrained(
+        entry, local_files_only=True, dtype="auto", experts_implementation="grouped_mm"
+    )
+    return model.eval()
+
+
+def _ensure(entry: Path, build: Callable[[Path], None]) -> None:
+    """Have `entry` hold what `build` writes: complete, checked against its checksums, or not there at all."""
+    problem = _damage(entry)
+    if problem is None:
+        return
+    if entry.exists():
+        warnings.warn(f"cached model {entry} is damaged ({problem}); it is trained again", stacklevel=4)
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    # built beside the entry, then renamed: a reader never sees half a model
+    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".building-") as building:
+        folder = Path(building) / entry.name
+        folder.mkdir()
+        build(folder)
+        (folder / MANIFEST).write_text(json.dumps(_checksums(folder), indent=1), encoding="utf-8")
+        if _damage(entry) is not None:  # unless another process was faster
+            shutil.rmtree(entry, ignore_errors=True)
+            os.replace(folder, entry)
+
+
+def _damage(entry: Path) -> str | None:
+    try:
+        recorded = json.loads((entry / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):
+        return f"no readable {MANIFEST}"
+    present = _checksums(entry)
+    wrong = sorted(file for file in recorded.keys() | present if recorded.get(file) != present.get(file))
+    return f"{', '.join(wrong)} differ from {MANIFEST}" if wrong else None
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

@@ -1,0 +1,133 @@
+"""How much of a document a model reproduces: VerbMem, a cloze form of KnowMem, extraction."""
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from moe_unlearn.data import Example, pad_token_id
+from moe_unlearn.metrics.scoring import TokenScores, greedy, token_scores
+
+IGNORED = -100
+
+
+def verbmem(
+    model: nn.Module,
+    tokenizer,
+    examples: Sequence[Example],
+    *,
+    prompt_tokens: int = 16,
+    new_tokens: int = 128,
+) -> float:
+    """Mean ROUGE-L F1, in [0, 1], of the greedy continuation against the true one, as MUSE defines it.
+
+    The prompt is the example's masked prompt or, without one, its first `prompt_tokens` tokens; both
+    continuations are cut to `new_tokens` tokens and at the end of the sequence, and compared as text by the
+    `rouge-score` package without stemming. Examples with nothing but the prompt are left out; raises
+    ValueError if none remains.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    cuts = [_prompt_length(e, prompt_tokens) for e in examples]
+    kept = [(e, cut) for e, cut in zip(examples, cuts, strict=True) if len(e) > cut]
+    if not kept:
+        raise ValueError(f"expected an example longer than its prompt of {prompt_tokens} tokens; got none")
+    special = set(tokenizer.all_special_ids)
+    truths = [_until(e.input_ids[cut : cut + new_tokens], special) for e, cut in kept]
+    longest = max(map(len, truths))
+    answers = greedy(model, [e.input_ids[:cut] for e, cut in kept], longest)
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    scores = []
+    for truth, answer, (e, cut) in zip(truths, answers, kept, strict=True):
+        # an example cut to max_length has no end for the model to find: stop where the text stops
+        answer = _until(answer[: min(new_tokens, len(e) - cut)], special)
+        score = scorer.score(tokenizer.decode(truth), tokenizer.decode(answer))
+        scores.append(score["rougeL"].fmeasure)
+    return sum(scores) / len(scores)
+
+
+def extraction(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    tokens: int = 16,
+    prompt_tokens: int = 8,
+) -> float:
+    """Fraction of examples whose first `tokens` tokens after the prefix come back exactly, in [0, 1].
+
+    The prefix is [bos] with the title or prompt; an example without either is prompted with its first
+    `prompt_tokens` tokens. Examples too short are left out; raises ValueError if none remains.
+    """
+    cuts = [e.prefix if e.prefix > 1 else prompt_tokens for e in examples]
+    kept = [(e, cut) for e, cut in zip(examples, cuts, strict=True) if len(e) >= cut + tokens]
+    if not kept:
+        raise ValueError(f"expected an example with {tokens} tokens after its prefix; got none")
+    answers = greedy(model, [e.input_ids[:cut] for e, cut in kept], tokens)
+    pairs = zip(kept, answers, strict=True)
+    return sum(answer == e.input_ids[cut : cut + tokens] for (e, cut), answer in pairs) / len(kept)
+
+
+def knowmem(
+    model: nn.Module,
+    tokenizer,
+    examples: Sequence[Example],
+    *,
+    words: int = 5,
+    scores: Sequence[TokenScores] | None = None,
+) -> float:
+    """A cloze form of KnowMem, in [0, 1]: how often the model fills in a document's longest words.
+
+    Of each example the `words` words found by `cloze_spans` are asked; a word counts if every one of its
+    tokens is the model's most likely one given the true text to its left, title and prompt included. The mean
+    is over the words of an example, then over examples. This is not MUSE's question answering: it needs no
+    questions, so it works on any text, and it is easier, for the model sees the true text up to the word.
+    `scores` are the examples' `token_scores` where they are known. Raises ValueError if no example has such a
+    word.
+    """
+    if scores is None:
+        scores = token_scores(model, examples, pad_id=pad_token_id(tokenizer))
+    fractions = []
+    for example, score in zip(examples, scores, strict=True):
+        spans = cloze_spans(example, tokenizer, words)
+        if spans:
+            filled = [bool(score.correct[start - 1 : stop - 1].all()) for start, stop in spans]
+            fractions.append(sum(filled) / len(filled))
+    if not fractions:
+        raise ValueError("expected an example with a word of at least 4 letters after its prefix; got none")
+    return sum(fractions) / len(fractions)
+
+
+def cloze_spans(example: Example, tokenizer, words: int, *, min_letters: int = 4) -> list[tuple[int, int]]:
+    """Token spans [start, stop) of the words to ask for, in the order of the text.
+
+    The longest words of at least `min_letters` letters that stand after the prefix and do not occur to their
+    left (nothing can be copied); of equally long words the earlier. A span is every token the word touches,
+    and all of them carry a label.
+    """
+    pieces = [_surface(token) for token in tokenizer.convert_ids_to_tokens(example.input_ids)]
+    owner = [i for i, piece in enumerate(pieces) for _ in piece]  # the token of each character
+    seen, found = set(), []
+    for match in re.finditer(rf"[A-Za-z]{{{min_letters},}}", "".join(pieces)):
+        word = match.group().lower()
+        start, stop = owner[match.start()], owner[match.end() - 1] + 1
+        fresh = word not in seen and start >= max(example.prefix, 1)
+        seen.add(word)
+        if fresh and IGNORED not in example.labels[start:stop]:
+            found.append((len(word), -start, stop))
+    chosen = sorted(found, reverse=True)[:words]
+    return sorted((-start, stop) for _, start, stop in chosen)
+
+
+def _surface(token: str) -> str:
+    # how byte-level and SentencePiece vocabularies spell white space
+    return token.replace("Ġ", " ").replace("Ċ", "\n").replace("▁", " ")
+
+
+def _prompt_length(example: Example, prompt_tokens: int) -> int:
+    masked = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
+    return masked or prompt_tokens
+
+
+def _until(tokens: list[int], special: set[int]) -> list[int]:
+    stop = next((i for i, token in enumerate(tokens) if token in special), len(tokens))
+    return tokens[:stop]

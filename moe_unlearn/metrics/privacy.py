@@ -1,0 +1,88 @@
+"""Whether training on a document shows: Min-40 % scores, their AUC, and PrivLeak."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_unlearn.metrics.scoring import TokenScores
+
+
+def nll(scores: Sequence[TokenScores]) -> float:
+    """Mean negative log-likelihood over all labelled tokens of all examples, in nats a token.
+
+    Raises ValueError if no token carries a label.
+    """
+    logprobs = torch.cat([s.logprobs[s.counted] for s in scores]) if scores else torch.empty(0)
+    if not len(logprobs):
+        raise ValueError("expected at least one token with a label; got none")
+    return -logprobs.double().mean().item()
+
+
+def min_k(scores: Sequence[TokenScores], fraction: float = 0.4) -> Tensor:
+    """Min-K % score of each example: mean of its lowest `fraction` of log-probabilities, float64 [examples].
+
+    At least one token counts. Raises ValueError if an example has no labelled token.
+    """
+    values = []
+    for number, score in enumerate(scores):
+        logprobs = score.logprobs[score.counted].double().sort().values
+        if not len(logprobs):
+            raise ValueError(f"example {number}: expected at least one token with a label; got none")
+        values.append(logprobs[: max(1, int(fraction * len(logprobs)))].mean())
+    return torch.stack(values)
+
+
+def auc(negative: Tensor, positive: Tensor) -> float:
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
+
+    Raises ValueError if either side is empty or holds a NaN.
+    """
+    for name, side in (("negative", negative), ("positive", positive)):
+        if side.ndim != 1 or not len(side) or side.isnan().any():
+            raise ValueError(f"expected a non-empty vector of {name} scores without NaN; got {side}")
+    ordered = negative.sort().values
+    below = torch.searchsorted(ordered, positive, right=False)
+    up_to = torch.searchsorted(ordered, positive, right=True)
+    return (below + up_to).double().mean().item() / (2 * len(negative))
+
+
+def membership_auc(forget: Sequence[TokenScores], holdout: Sequence[TokenScores]) -> float:
+    """MUSE's AUC of Min-40 %: the chance that an unseen holdout document is likelier than a forget document.
+
+    0 for a model that knows the forget documents by heart, about 0.5 for one that never saw them, 1 for one
+    that finds them conspicuously unlikely.
+    """
+    return auc(min_k(forget), min_k(holdout))
+
+
+def privleak(auc_unlearned: float, auc_retrained: float) -> float:
+    """100 (AUC_unlearned - AUC_retrained) / AUC_retrained, in percent, of `membership_auc`.
+
+    0 is a model like the retrained one; negative means under-unlearned (-100 at worst), positive
+    over-unlearned. NaN if the retrained model's AUC is 0: it knows the forget documents and is no reference.
+    """
+    if not auc_retrained:
+        return math.nan
+    return 100 * (auc_unlearned - auc_retrained) / auc_retrained
+
+
+def routing_drift(before: Tensor, after: Tensor) -> tuple[Tensor, float]:
+    """Total variation between two routing frequency tables [L, E]: per layer [L], and the mean over layers.
+
+    A row of a table sums to K, the experts a token visits; 0.5 sum_e |f_e - f'_e| / K is in [0, 1]. Raises
+    ValueError if the shapes differ or a row of one table sums to another number than in the other.
+    """
+    before, after = before.double(), after.double()
+    if before.ndim != 2 or before.shape != after.shape:
+        shapes = f"{list(before.shape)} and {list(after.shape)}"
+        raise ValueError(f"expected two tables [L, E] of one shape; got {shapes}")
+    top_k = before.sum(1)
+    if not torch.allclose(top_k, after.sum(1), rtol=1e-4) or not (top_k > 0).all():
+        raise ValueError(
+            "expected frequencies that sum to the same K > 0 in every layer of both tables; got "
+            f"{top_k.tolist()} and {after.sum(1).tolist()}"
+        )
+    per_layer = 0.5 * (before - after).abs().sum(1) / top_k
+    return per_layer, per_layer.mean().item()

@@ -1,0 +1,191 @@
+"""UnlearnTrainer: a transformers Trainer that unlearns, resumes bitwise and saves loadable models."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+from moe_unlearn.config import Recipe
+from moe_unlearn.data import Example, ForgetRetainDataset
+from moe_unlearn.step import NonFiniteError, UnlearnStep
+from moe_unlearn.trainer import UnlearnTrainer
+from tests.models import tiny_olmoe
+
+VOCAB = 64
+
+
+def examples(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(3, VOCAB, (count, 14), generator=generator).tolist()
+    return [Example(r[: 8 + i % 6], [-100, -100, *r[2 : 8 + i % 6]], 2) for i, r in enumerate(rows)]
+
+
+@pytest.fixture
+def dataset():
+    return ForgetRetainDataset(examples(8, 1), examples(12, 2), seed=0)
+
+
+@pytest.fixture(scope="module")
+def original():
+    torch.manual_seed(0)
+    return tiny_olmoe(vocab_size=VOCAB)
+
+
+def arguments(folder, **keywords):
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        max_steps=keywords.pop("max_steps", 6),
+        save_strategy="steps",
+        save_steps=2,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        lr_scheduler_type=keywords.pop("lr_scheduler_type", "linear"),
+        **keywords,
+    )
+
+
+def combined(*overrides):
+    return Recipe.load(
+        "combined", ["trace.min_ratio=1.01", "trace.eta=0.3", "optimizer.lr=1e-3", *overrides]
+    )
+
+
+def differing(a, b):
+    return [n for (n, p), q in zip(a.named_parameters(), b.parameters(), strict=True) if not torch.equal(p, q)]
+
+
+def test_trains_logs_and_calls_back(original, dataset, tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **keywords):
+            seen.append(state.global_step)
+
+    trainer = UnlearnTrainer(
+        copy.deepcopy(original), arguments(tmp_path), combined(), dataset, callbacks=[Watch()]
+    )
+    trainer.train()
+    assert seen == [1, 2, 3, 4, 5, 6] and trainer.unlearn_step.steps == 6
+    logged = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
+    assert len(logged) == 6
+    assert {"retain_loss", "kl_loss", "lambda_forget", "lambda_kl", "grad_norm", "learning_rate"} <= set(logged[0])
+    assert logged[-1]["forget_loss"] < logged[0]["forget_loss"]
+    assert logged[-1]["learning_rate"] < logged[0]["learning_rate"]
+    assert differing(trainer.model, original)
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_resume_is_bitwise(original, dataset, tmp_path, at):
+    whole = UnlearnTrainer(copy.deepcopy(original), arguments(tmp_path / "a"), combined(), dataset)
+    whole.train()
+    torch.manual_seed(7)
+    again = UnlearnTrainer(copy.deepcopy(original), arguments(tmp_path / "a"), combined(), dataset)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{at}"))
+    assert again.unlearn_step.steps == 6
+    assert differing(again.model, whole.model) == []
+
+
+def test_resume_restores_experts_where_transformers_does_not(original, dataset, tmp_path):
+    """Fails when a resume leaves the fused expert weights at their initial values."""
+    trainer = UnlearnTrainer(copy.deepcopy(original), arguments(tmp_path, max_steps=2), combined(), dataset)
+    trainer.train()
+    fresh = copy.deepcopy(original)
+    assert any("experts" in name for name in differing(trainer.model, fresh))
+    other = UnlearnTrainer(fresh, arguments(tmp_path, max_steps=2), combined(), dataset)
+    other._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    assert differing(other.model, trainer.model) == []
+
+
+def test_matches_the_step_without_a_trainer(original, dataset, tmp_path):
+    """One update through the Trainer equals one call of the step on the same batch."""
+    recipe = Recipe.load("graddiff", ["optimizer.lr=1e-3", "optimizer.name=sgd"])
+    trainer = UnlearnTrainer(
+        copy.deepcopy(original),
+        arguments(tmp_path, max_steps=1, lr_scheduler_type="constant", max_grad_norm=0.0),
+        recipe,
+        dataset,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    by_hand = copy.deepcopy(original).train()
+    UnlearnStep(by_hand, recipe)(batch["forget"], batch["retain"])
+    trainer.train()
+    assert differing(trainer.model, by_hand) == []
+
+
+def test_gradient_accumulation_makes_one_step_of_several_batches(original, dataset, tmp_path):
+    trainer = UnlearnTrainer(
+        copy.deepcopy(original),
+        arguments(tmp_path, max_steps=3, gradient_accumulation_steps=2),
+        combined(),
+        dataset,
+    )
+    trainer.train()
+    assert trainer.unlearn_step.steps == 3 and trainer.state.global_step == 3
+
+
+def test_clipping_limits_the_norm(original, dataset, tmp_path):
+    norms = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **keywords):
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            norms.append(float(torch.stack([g.norm() for g in grads]).norm()))
+
+    recipe = Recipe.load("graddiff", ["optimizer.lr=1e-3"])
+    UnlearnTrainer(
+        copy.deepcopy(original),
+        arguments(tmp_path, max_steps=2, max_grad_norm=0.01),
+        recipe,
+        dataset,
+        callbacks=[Watch()],
+    ).train()
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+def test_a_saved_model_loads_and_keeps_its_bits(original, dataset, tmp_path):
+    trainer = UnlearnTrainer(copy.deepcopy(original), arguments(tmp_path, max_steps=2), combined(), dataset)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert differing(loaded, trainer.model) == []
+
+
+def test_a_run_that_diverges_stops_before_the_update_and_keeps_its_checkpoint(original, dataset, tmp_path):
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **keywords):
+            if state.global_step == 3:
+                with torch.no_grad():
+                    model.model.norm.weight.fill_(torch.nan)
+
+    trainer = UnlearnTrainer(
+        copy.deepcopy(original), arguments(tmp_path), combined(), dataset, callbacks=[Break()]
+    )
+    with pytest.raises(NonFiniteError, match="stopped before the update; 3 steps done"):
+        trainer.train()
+    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert saved["global_step"] == 2
+
+
+def test_evaluation_reports_the_objectives(original, dataset, tmp_path):
+    trainer = UnlearnTrainer(
+        copy.deepcopy(original), arguments(tmp_path, max_steps=1), combined(), dataset, eval_dataset=dataset
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.quick
+def test_errors(original, dataset, tmp_path):
+    model = copy.deepcopy(original)
+    with pytest.raises(ValueError, match="recipe's optimizer section"):
+        UnlearnTrainer(model, arguments(tmp_path), combined(), dataset, optimizers=(None, None))
+    with pytest.raises(ValueError, match="non-empty list of examples 'forget'"):
+        UnlearnTrainer(model, arguments(tmp_path), combined(), torch.utils.data.TensorDataset(torch.ones(2)))
+    trainer = UnlearnTrainer(model, arguments(tmp_path), combined(), dataset)
+    with pytest.raises(ValueError, match="no checkpoint to resume"):
+        trainer.train(resume_from_checkpoint=True)
