@@ -12,7 +12,8 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -48,8 +49,8 @@ class Settings:
     heads: int = 4
     experts: int = 32
     top_k: int = 4
-    epochs: int = 32
-    lr: float = 2e-3
+    epochs: int = 40
+    lr: float = 3e-3
     batch_size: int = 16
 
 
@@ -106,9 +107,9 @@ def prepare_experiment(
 ) -> Experiment:
     """Documents, tokenizer and both models for one seed, which draws the documents and the initial weights.
 
-    The tokenizer is trained on all documents of the corpus, so that forget, retain and holdout are alike to it.
-    `size` is a name in `SIZES` or a `Settings`; `cache_dir` is the folder of `cache_folder`. Raises ValueError
-    for an unknown corpus or size, FileNotFoundError when the corpus is not installed.
+    The tokenizer is trained on all documents of the corpus, so that forget, retain and holdout are alike to
+    it. `size` is a name in `SIZES` or a `Settings`; `cache_dir` is the folder of `cache_folder`. Raises
+    ValueError for an unknown corpus or size, FileNotFoundError when the corpus is not installed.
     """
     if isinstance(size, str) and size not in SIZES:
         raise ValueError(f"unknown size {size!r}; expected one of {', '.join(SIZES)} or a Settings")
@@ -146,7 +147,7 @@ def build_data(corpus: str, seed: int, settings: Settings):
 
 
 def tiny_olmoe(vocab_size: int, seed: int = 0, settings: Settings = SIZES["demo"]) -> OlmoeForCausalLM:
-    """A randomly initialised OLMoE of these settings, float32, tied embeddings; the global RNG is untouched."""
+    """A randomly initialised float32 OLMoE with tied embeddings; the global random state is untouched."""
     config = OlmoeConfig(
         vocab_size=vocab_size,
         hidden_size=settings.hidden_size,
@@ -180,7 +181,7 @@ def train(
     pad_id: int = 0,
     name: str = "training",
 ) -> float:
-    """Causal-LM training: AdamW without decay, 20 warm-up steps, cosine to 0; the mean loss of the last epoch.
+    """Causal-LM training by AdamW: no decay, 20 warm-up steps, cosine to 0. Mean loss of the last epoch.
 
     The model ends in evaluation mode. The progress bar is silent when nobody watches (no terminal).
     """
@@ -219,8 +220,9 @@ def load_model(folder: str | Path):
         what = "has no config.json" if folder.is_dir() else "is not a folder"
         raise ValueError(f"expected a model folder written by save_pretrained; {folder} {what}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with _no_loading_bars():
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
         raise ValueError(
             f"cannot load a causal language model with its tokenizer from {folder}: {error}"
@@ -256,11 +258,25 @@ def _cached_model(name: str, examples, tokenizer, settings: Settings, seed: int,
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    _ensure(entry, build)
-    model = AutoModelForCausalLM.from_pretrained(
-        entry, local_files_only=True, dtype="auto", experts_implementation="grouped_mm"
-    )
+    with _no_loading_bars():
+        _ensure(entry, build)
+        model = AutoModelForCausalLM.from_pretrained(
+            entry, local_files_only=True, dtype="auto", experts_implementation="grouped_mm"
+        )
     return model.eval()
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    # transformers draws them for models of any size, and into log files too
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _ensure(entry: Path, build: Callable[[Path], None]) -> None:

@@ -4,7 +4,15 @@ from moe_unlearn.data.builtin import load_builtin
 from moe_unlearn.data.corpus import Corpus, Document, drop_shared_runs
 from moe_unlearn.data.files import read_documents
 from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, overlap
-from moe_unlearn.data.tokenize import Example, batches, collate, encode, pad_token_id, train_tokenizer
+from moe_unlearn.data.tokenize import (
+    Example,
+    batches,
+    collate,
+    encode,
+    generator,
+    pad_token_id,
+    train_tokenizer,
+)
 
 __all__ = [
     "Corpus",
@@ -16,6 +24,7 @@ __all__ = [
     "collate",
     "drop_shared_runs",
     "encode",
+    "generator",
     "load_builtin",
     "overlap",
     "pad_token_id",

@@ -1,5 +1,6 @@
 """From documents to examples and batches; a tokenizer trained on the spot."""
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -136,8 +137,9 @@ def collate(examples: Sequence[Example], index: Sequence[int], *, pad_id: int = 
 
 
 def generator(seed: int, epoch: int) -> torch.Generator:
-    """A generator of its own for every (seed, epoch); both >= 0 and below 2^31."""
-    return torch.Generator().manual_seed((seed << 31) + epoch)
+    """A random generator of its own for every (seed, epoch)."""
+    # torch's CPU generator reads only 32 bits of its seed, so both numbers are hashed into them
+    return torch.Generator().manual_seed(random.Random(f"{seed} {epoch}").getrandbits(32))
 
 
 def pad_token_id(tokenizer) -> int:

@@ -21,10 +21,10 @@ def verbmem(
 ) -> float:
     """Mean ROUGE-L F1, in [0, 1], of the greedy continuation against the true one, as MUSE defines it.
 
-    The prompt is the example's masked prompt or, without one, its first `prompt_tokens` tokens; both
-    continuations are cut to `new_tokens` tokens and at the end of the sequence, and compared as text by the
-    `rouge-score` package without stemming. Examples with nothing but the prompt are left out; raises
-    ValueError if none remains.
+    The prompt is the example's masked prompt or, without one, its first `prompt_tokens` tokens. The
+    continuations have at most `new_tokens` tokens, the greedy one no more than the true one, and end at a
+    special token; the `rouge-score` package compares them as text, without stemming. Examples with nothing
+    but the prompt are left out; raises ValueError if none remains.
     """
     from rouge_score.rouge_scorer import RougeScorer
 

@@ -1,0 +1,336 @@
+"""masked_update: SGD and AdamW in place under a packed mask.
+
+    SGD     g <- g + weight_decay * w
+            b <- momentum * b + (1 - dampening) * g         b <- g at step 1
+            w <- w - lr * (b, or g + momentum * b with nesterov, or g without momentum)
+    AdamW   w <- w - lr * weight_decay * w
+            m <- m + (1 - beta1) * (g - m);  v <- beta2 * v + (1 - beta2) * g^2
+            w <- w - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+
+Shapes: param [n0, ..., n]; `mask` int32 words [..., ceil(n / 32)] (`ops.bits`), None for all ones. A weight
+whose bit is 0 keeps its bits, weight decay included, and so does its state. `slices` [M] names the slices
+along dimension 0 that train at all: grad, state, master and mask are then compact, [M, ...] standing for
+param[slices]. Worked example, param [64, I, H] (64 experts), slices = [3, 17]: grad and moments are
+[2, I, H], mask [2, I, ceil(H / 32)], and 62 experts have neither gradient nor state.
+
+Numerics, chosen by what is passed:
+
+    all of the state in param's dtype   the gradient is rounded to it first and each operation of the
+                                        formula rounds to it: what torch.optim does with foreach=False
+    float32 state, or `master`, or      arithmetic in float32 and one rounding at the end: to the nearest,
+    rounding="stochastic"               or stochastically to bfloat16
+    master                              float32 weights; the parameter is their rounded copy
+
+A float64 parameter is computed in float64. Stochastic rounding is Philox (`ops.bits`) of seed, parameter_id,
+step and the flat index in the *whole* parameter, so it does not depend on slices, order or threads; it
+leaves float32 and float64 parameters, which need no rounding, alone.
+
+Deterministic, each element by itself. Source: the documented formulas of torch.optim.SGD and AdamW
+(decoupled weight decay); masking the update and compact state are our specification (DESIGN section 3,
+WAGLE, and section 4).
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moe_unlearn import backend
+from moe_unlearn.ops.bits import num_words, philox, round_stochastic, unpack_bits
+
+ROUNDINGS = ("nearest", "stochastic")
+_BLOCK_ELEMENTS = 1 << 20
+
+
+@torch.no_grad()
+def masked_sgd_(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    mask: Tensor | None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    step: int,
+    rounding: str = "nearest",
+    seed: int = 0,
+    parameter_id: int = 0,
+    master: Tensor | None = None,
+    slices: Tensor | None = None,
+    impl: str = "auto",
+) -> None:
+    """One SGD step in place; formula, shapes and numerics in the module docstring.
+
+    Args:
+        param: any float dtype and strides. grad: any float dtype, shaped like param or param[slices].
+        momentum_buffer: shaped like grad, in param's dtype or float32; needed if momentum is not 0. Its
+            content is not read at step 1.
+        step: 1 for the first step of this parameter.
+        rounding: "nearest" or, for bfloat16 parameters, "stochastic".
+        master: float32, shaped like grad; with rounding "nearest" only.
+        slices: int64 [M], distinct indices into dimension 0.
+
+    Raises TypeError or ValueError for a dtype, shape, device or option that does not fit.
+    """
+    if momentum != 0 and momentum_buffer is None:
+        raise ValueError(f"momentum {momentum} needs a momentum_buffer; got None")
+    if nesterov and (momentum <= 0 or dampening != 0):
+        raise ValueError(f"nesterov needs momentum > 0 and dampening 0; got {momentum} and {dampening}")
+    _check(param, grad, {"momentum_buffer": momentum_buffer}, mask, step, rounding, master, slices)
+    _masked_sgd(
+        param, grad, momentum_buffer, mask, master, slices, float(lr), float(momentum), float(dampening),
+        float(weight_decay), nesterov, step, rounding, seed, parameter_id, impl,
+    )  # fmt: skip
+
+
+def masked_sgd_ref(
+    param, grad, momentum_buffer, mask, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
+    step, rounding="nearest", seed=0, parameter_id=0, master=None, slices=None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The new (param, momentum_buffer, master) of `masked_sgd_`; no input changes."""
+
+    rule = partial(_sgd, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+                   nesterov=nesterov, step=step)  # fmt: skip
+    rows, (buffer,), master = _updated_rows(
+        rule, param, grad, (momentum_buffer,), mask, master, slices, step, rounding, seed, parameter_id
+    )
+    return _with_rows(param, rows, slices), buffer, master
+
+
+def _sgd(w, g, b, *, lr, momentum, dampening, weight_decay, nesterov, step):
+    """(new weight, new momentum buffer), operands of one dtype."""
+    if weight_decay != 0:
+        g = torch.add(g, w, alpha=weight_decay)
+    if momentum != 0:
+        b = g if step == 1 else torch.add(b * momentum, g, alpha=1 - dampening)
+        g = torch.add(g, b, alpha=momentum) if nesterov else b
+    return torch.add(w, g, alpha=-lr), b
+
+
+@torch.no_grad()
+def masked_adamw_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    mask: Tensor | None,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    step: int,
+    rounding: str = "nearest",
+    seed: int = 0,
+    parameter_id: int = 0,
+    master: Tensor | None = None,
+    slices: Tensor | None = None,
+    impl: str = "auto",
+) -> None:
+    """One AdamW step in place; formula, shapes and numerics in the module docstring.
+
+    Args:
+        exp_avg, exp_avg_sq: m and v, shaped like grad, both in param's dtype or both float32; zero before
+            the first step.
+        the others: as in `masked_sgd_`.
+
+    Raises TypeError or ValueError for a dtype, shape, device or option that does not fit.
+    """
+    _check(param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, mask, step, rounding, master, slices)
+    _masked_adamw(
+        param, grad, exp_avg, exp_avg_sq, mask, master, slices, float(lr), float(betas[0]), float(betas[1]),
+        float(eps), float(weight_decay), step, rounding, seed, parameter_id, impl,
+    )  # fmt: skip
+
+
+def masked_adamw_ref(
+    param, grad, exp_avg, exp_avg_sq, mask, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+    step, rounding="nearest", seed=0, parameter_id=0, master=None, slices=None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The new (param, exp_avg, exp_avg_sq, master) of `masked_adamw_`; no input changes."""
+    rule = partial(_adamw, lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay,
+                   step=step)  # fmt: skip
+    rows, (m, v), master = _updated_rows(
+        rule, param, grad, (exp_avg, exp_avg_sq), mask, master, slices, step, rounding, seed, parameter_id
+    )
+    return _with_rows(param, rows, slices), m, v, master
+
+
+def _adamw(w, g, m, v, *, lr, beta1, beta2, eps, weight_decay, step):
+    """(new weight, new first moment, new second moment), operands of one dtype."""
+    if weight_decay != 0:
+        w = w * (1 - lr * weight_decay)
+    m = torch.lerp(m, g, 1 - beta1)
+    v = torch.addcmul(v * beta2, g, g, value=1 - beta2)
+    denominator = v.sqrt() / (1 - beta2**step) ** 0.5 + eps
+    return torch.addcdiv(w, m, denominator, value=-(lr / (1 - beta1**step))), m, v
+
+
+def _updated_rows(rule, param, grad, state, mask, master, slices, step, rounding, seed, parameter_id):
+    """(new param[slices], new state, new master) by `rule`: (w, g, *state) -> (w, *state) of one dtype."""
+    rows = param if slices is None else param[slices]
+    dtype = _arithmetic_dtype(param, state, rounding, master)
+    weight = (rows if master is None else master).to(dtype)
+    operands = [None if s is None else s.to(dtype) for s in (grad, *state)]
+    new, *new_state = rule(weight, *operands)
+
+    kept = None if mask is None else unpack_bits(mask, rows.shape[-1] if rows.dim() else 1).view(rows.shape)
+
+    def select(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+        if new is None or old is None:
+            return old
+        # cast before the choice: a masked element keeps its very bits, a NaN's payload too
+        return new.to(old.dtype) if kept is None else torch.where(kept, new.to(old.dtype), old)
+
+    new_master = select(new, master)
+    if rounding == "stochastic" and dtype != rows.dtype:
+        new = round_stochastic(new, philox(_flat_index(param, slices), step, seed, parameter_id))
+    return select(new, rows), [select(n, s) for n, s in zip(new_state, state, strict=True)], new_master
+
+
+def _arithmetic_dtype(param, state, rounding, master) -> torch.dtype:
+    narrow = master is None and all(s is None or s.dtype == param.dtype for s in state)
+    if param.dtype == torch.float64 or (narrow and rounding == "nearest"):
+        return param.dtype
+    return torch.float32
+
+
+def _flat_index(param: Tensor, slices: Tensor | None) -> Tensor:
+    """int64 index in the flattened `param` of every element of param[slices]."""
+    if slices is None:
+        return torch.arange(param.numel(), device=param.device).view(param.shape)
+    inner = param[0].numel() if len(param) else 0
+    within = torch.arange(inner, device=param.device).view(param.shape[1:])
+    return slices.view(-1, *[1] * (param.dim() - 1)) * inner + within
+
+
+def _with_rows(param: Tensor, rows: Tensor, slices: Tensor | None) -> Tensor:
+    return rows if slices is None else param.index_copy(0, slices, rows)
+
+
+@torch.library.custom_op("moe_unlearn::masked_sgd", mutates_args={"param", "momentum_buffer", "master"})
+def _masked_sgd(
+    param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, mask: Tensor | None, master: Tensor | None,
+    slices: Tensor | None, lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool,
+    step: int, rounding: str, seed: int, parameter_id: int, impl: str,
+) -> None:  # fmt: skip
+    backend.resolve("masked_update.sgd", impl, param)(
+        param, grad, momentum_buffer, mask, master, slices, lr, momentum, dampening, weight_decay, nesterov,
+        step, rounding, seed, parameter_id,
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "moe_unlearn::masked_adamw", mutates_args={"param", "exp_avg", "exp_avg_sq", "master"}
+)
+def _masked_adamw(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, mask: Tensor | None,
+    master: Tensor | None, slices: Tensor | None, lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, step: int, rounding: str, seed: int, parameter_id: int, impl: str,
+) -> None:  # fmt: skip
+    backend.resolve("masked_update.adamw", impl, param)(
+        param, grad, exp_avg, exp_avg_sq, mask, master, slices, lr, beta1, beta2, eps, weight_decay, step,
+        rounding, seed, parameter_id,
+    )  # fmt: skip
+
+
+@_masked_sgd.register_fake
+def _(*arguments):
+    return None
+
+
+@_masked_adamw.register_fake
+def _(*arguments):
+    return None
+
+
+def _sgd_in_place(param, grad, momentum_buffer, mask, master, slices, lr, momentum, dampening, weight_decay,
+                  nesterov, step, *random):  # fmt: skip
+    rule = partial(_sgd, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+                   nesterov=nesterov, step=step)  # fmt: skip
+    _in_place(rule, param, grad, (momentum_buffer,), mask, master, slices, step, *random)
+
+
+def _adamw_in_place(param, grad, exp_avg, exp_avg_sq, mask, master, slices, lr, beta1, beta2, eps,
+                    weight_decay, step, *random):  # fmt: skip
+    rule = partial(_adamw, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step)
+    _in_place(rule, param, grad, (exp_avg, exp_avg_sq), mask, master, slices, step, *random)
+
+
+def _in_place(rule, param, grad, state, mask, master, slices, *random):
+    """Apply `rule` block by block of slices, so that temporaries stay small beside a large parameter."""
+    param, grad, mask, master, *state = (
+        None if t is None else torch.atleast_1d(t) for t in (param, grad, mask, master, *state)
+    )
+    if slices is None:
+        slices = torch.arange(len(param), device=param.device)
+    # the mask of a 1-d parameter is packed along the very dimension that blocks would cut
+    size = len(slices) if param.dim() == 1 else _BLOCK_ELEMENTS // max(1, param[:1].numel())
+    size = max(1, size)
+    for start in range(0, len(slices), size):
+        block = slice(start, start + size)
+        rows = slices[block]
+        g, bits, weights, *old = (None if t is None else t[block] for t in (grad, mask, master, *state))
+        if param.dim() == 1:
+            bits = mask
+        new, new_state, new_weights = _updated_rows(rule, param, g, old, bits, weights, rows, *random)
+        param.index_copy_(0, rows, new)
+        for into, value in zip((weights, *old), (new_weights, *new_state), strict=True):
+            if into is not None:
+                into.copy_(value)
+
+
+backend.register("masked_update.sgd", "ref", _sgd_in_place)
+backend.register("masked_update.adamw", "ref", _adamw_in_place)
+
+
+def _check(param, grad, state, mask, step, rounding, master, slices):
+    if not param.is_floating_point():
+        raise TypeError(f"param must be a floating-point tensor; got {param.dtype}")
+    if not grad.is_floating_point():
+        raise TypeError(f"grad must be a floating-point tensor; got {grad.dtype}")
+    if step < 1:
+        raise ValueError(f"step counts from 1; got {step}")
+    shape = list(param.shape)
+    if slices is not None:
+        if slices.dtype != torch.int64:
+            raise TypeError(f"slices must be int64; got {slices.dtype}")
+        if slices.dim() != 1 or param.dim() == 0:
+            raise ValueError(
+                f"slices must be [M] into dimension 0 of param; got shape {list(slices.shape)} "
+                f"for a param of shape {shape}"
+            )
+        shape[0] = len(slices)
+    _check_rounding(param, rounding, master)
+    for name, tensor in {"grad": grad, "master": master, **state}.items():
+        if tensor is not None and list(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}; got {list(tensor.shape)}")
+    for name, tensor in state.items():
+        if tensor is not None and tensor.dtype not in (param.dtype, torch.float32):
+            raise TypeError(f"{name} must be {param.dtype}, as param, or float32; got {tensor.dtype}")
+    if len({tensor.dtype for tensor in state.values() if tensor is not None}) > 1:
+        raise TypeError(f"{' and '.join(state)} must have one dtype; got {[s.dtype for s in state.values()]}")
+    if mask is not None:
+        words = [*shape[:-1], num_words(shape[-1])] if shape else [1]
+        if mask.dtype != torch.int32:
+            raise TypeError(f"mask must be packed int32 words (ops.bits.pack_bits); got {mask.dtype}")
+        if list(mask.shape) != words:
+            raise ValueError(f"mask must have shape {words} for weights {shape}; got {list(mask.shape)}")
+    for name, tensor in {"grad": grad, "mask": mask, "master": master, "slices": slices, **state}.items():
+        if tensor is not None and tensor.device != param.device:
+            raise ValueError(f"{name} must be on {param.device} like param; got {tensor.device}")
+
+
+def _check_rounding(param, rounding, master):
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}; got {rounding!r}")
+    if rounding == "stochastic" and param.dtype == torch.float16:
+        raise TypeError("stochastic rounding is to bfloat16; got a float16 param")
+    if master is not None:
+        if master.dtype != torch.float32:
+            raise TypeError(f"master must be float32; got {master.dtype}")
+        if rounding != "nearest":
+            raise ValueError(f"master needs rounding 'nearest'; got {rounding!r}")

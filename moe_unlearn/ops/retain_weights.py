@@ -1,0 +1,224 @@
+"""retain_weights: TRACE's token weights, the smallest change that moves expert frequencies to their targets.
+
+    w_t = min(cap, exp(b + theta . a_t))        mean_t w_t = 1        mean_t w_t a_t = target
+
+a_t in {0, 1}^S says which of S selected experts token t uses. Among all weights that meet the two equations
+and the cap these have the smallest KL divergence from uniform weights. (b, theta) minimise the convex dual
+
+    D(b, theta) = mean_t phi(b + theta . a_t) - b - theta . target + ridge / 2 |theta|^2      phi' = min(cap, exp)
+
+by damped Newton in float64. A capped token has zero curvature, so the cap is part of the problem: nothing is
+clipped and renormalised afterwards. The ridge (1e-9) moves a reachable target by 1e-9 theta. It also makes
+the dual of an unreachable target (exclusive experts asked for more than all tokens, more than the cap allows)
+bounded, with the L2-nearest reachable frequencies as its solution; `achieved` says where they are.
+
+Tokens enter through one pass of sums over packed membership words (layout: `ops.bits`), with a~ = (1, a):
+
+    first [S + 1]         = sum_t w_t a~_t                                gradient of the dual, times T
+    second [S + 1, S + 1] = sum_{t: w_t < cap} w_t a~_t a~_t^T            its Hessian, times T
+
+Worked example: one expert used by 1 of 4 tokens, target 1/2: w = 2 where it is used, 2/3 where it is not; in
+general f^F / f^R and (1 - f^F) / (1 - f^R).
+
+Deterministic: sums run over fixed blocks of tokens in order. Source: our specification of TRACE's stated idea
+(arXiv 2606.10338; abstract read, its formulas are not public). Exponential tilting itself is the classical
+"raking" of survey statistics.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_unlearn import backend
+from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
+
+RIDGE = 1e-9
+REACHED = 1e-6  # a target missed by more cannot be reached: the ridge alone explains up to 1e-9 |theta|
+BLOCK = 4096
+_MAX_NEWTON_STEPS = 500
+_MAX_HALVINGS = 60
+
+
+class RetainWeights(NamedTuple):
+    """What `retain_weights` returns; the small tensors are float64 on the CPU."""
+
+    weights: Tensor  # [T] float32, mean 1, on the device of the members
+    tilt: Tensor  # theta [S], 0 for an expert that cannot be moved
+    bias: float  # b
+    achieved: Tensor  # [S] weighted frequency of each expert
+    ess: float  # effective sample size (sum w)^2 / sum w^2, in tokens
+
+
+def retain_weights(
+    members: Tensor, target: Tensor, *, cap: float | None = None, impl: str = "auto"
+) -> RetainWeights:
+    """Weights of T tokens under which each of S experts is used with its target frequency.
+
+    Args:
+        members: bool [T, S], token t uses expert s; T >= 1.
+        target: float [S], frequencies in [0, 1]. Unreachable ones move to the nearest reachable values.
+        cap: largest weight allowed, >= 1; at 1 all weights are 1. None: no cap.
+
+    An expert that every token or no token uses cannot be moved: it is left out, its frequency stays 1 or 0.
+    Raises TypeError or ValueError for a wrong dtype, shape or value, RuntimeError if Newton does not converge.
+    """
+    _check(members, target, cap)
+    limit = math.inf if cap is None else float(cap)
+    achieved = members.double().mean(0).cpu()
+    movable = (achieved > 0) & (achieved < 1)
+    words = pack_bits(members[:, movable.to(members.device)])
+    goal = target.detach().double().cpu()[movable]
+
+    bias, tilt = 0.0, torch.zeros_like(goal)
+    if limit > 1 and len(goal):
+        bias, tilt, reached = _newton(words, goal, limit, impl)
+        if float((reached - goal).abs().max()) > REACHED:
+            # the tilt towards an unreachable target grows like 1 / ridge; towards the point reached it is moderate
+            bias, tilt, reached = _newton(words, reached, limit, impl)
+        achieved[movable] = reached
+
+    weights = tilted_weights(words, tilt, bias, cap=cap, impl=impl)
+    total, squares = weights.double().sum(), weights.double().square().sum()
+    whole = torch.zeros_like(achieved).masked_scatter(movable, tilt)
+    return RetainWeights(weights, whole, bias, achieved, float(total.square() / squares))
+
+
+def retain_weights_ref(members: Tensor, target: Tensor, *, cap: float | None = None) -> RetainWeights:
+    """`retain_weights` on the reference passes below."""
+    return retain_weights(members, target, cap=cap, impl="ref")
+
+
+def tilted_weights(
+    words: Tensor, tilt: Tensor, bias: float, *, cap: float | None = None, impl: str = "auto"
+) -> Tensor:
+    """w_t = min(cap, exp(bias + tilt . a_t)), float32 [T], computed in float64.
+
+    Args:
+        words: int32 [T, ceil(S / 32)], the packed members; tilt: float64 [S].
+    """
+    _check_words(words, tilt)
+    return _tilted_weights(words, tilt.to(words.device), bias, math.inf if cap is None else float(cap), impl)
+
+
+def tilted_weights_ref(words: Tensor, tilt: Tensor, bias: float, cap: float) -> Tensor:
+    """`tilted_weights` in plain PyTorch; `cap` may be infinite."""
+    blocks = [
+        (bias + unpack_bits(part, len(tilt)).to(tilt.dtype) @ tilt).exp().clamp_max(cap)
+        for part in words.split(BLOCK)
+    ]
+    return torch.cat(blocks).to(torch.float32)
+
+
+def moments(
+    words: Tensor, tilt: Tensor, bias: float, *, cap: float | None = None, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """(first [S + 1], second [S + 1, S + 1]) float64, the sums of the module docstring.
+
+    Args:
+        words: int32 [T, ceil(S / 32)], the packed members; tilt: float64 [S].
+    """
+    _check_words(words, tilt)
+    return _moments(words, tilt.to(words.device), bias, math.inf if cap is None else float(cap), impl)
+
+
+def moments_ref(words: Tensor, tilt: Tensor, bias: float, cap: float) -> tuple[Tensor, Tensor]:
+    """`moments` in plain PyTorch; `cap` may be infinite."""
+    size = len(tilt) + 1
+    first, second = tilt.new_zeros(size), tilt.new_zeros(size, size)
+    for part in words.split(BLOCK):
+        members = unpack_bits(part, len(tilt)).to(tilt.dtype)
+        raw = (bias + members @ tilt).exp()
+        free = torch.where(raw < cap, raw, 0.0)
+        extended = torch.nn.functional.pad(members, (1, 0), value=1.0)
+        first = first + extended.t() @ raw.clamp_max(cap)
+        second = second + (extended * free[:, None]).t() @ extended
+    return first, second
+
+
+def _newton(words: Tensor, target: Tensor, cap: float, impl: str) -> tuple[float, Tensor, Tensor]:
+    """(bias, tilt [S], weighted frequency [S]) at the minimum of the dual."""
+    goal = torch.cat([target.new_ones(1), target])
+    # b stays without a penalty, so that the mean weight is 1 whatever the tilt
+    penalty = torch.full_like(goal, RIDGE).index_fill(0, torch.tensor([0]), 0.0)
+    damping = RIDGE * torch.eye(len(goal), dtype=goal.dtype)
+    epsilon = torch.finfo(goal.dtype).eps
+
+    def derivatives(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first, second = _moments(words, point[1:].to(words.device), float(point[0]), cap, impl)
+        mean, curvature = first.cpu() / len(words), second.cpu() / len(words)
+        return mean, mean - goal + penalty * point, curvature + torch.diag(penalty)
+
+    point = torch.zeros_like(goal)
+    mean, gradient, curvature = derivatives(point)
+    for _ in range(_MAX_NEWTON_STEPS):
+        # rounding of the exponents, of the size of |point|, limits what the gradient can reach
+        if float(gradient.abs().max()) <= 8 * epsilon * (len(goal) + float(point.abs().sum())):
+            return float(point[0]), point[1:], mean[1:] / mean[0]
+        step = -torch.linalg.solve(curvature + damping, gradient)
+        slope = float(gradient @ step)
+        length = 1.0
+        for _ in range(_MAX_HALVINGS):
+            # convex: the derivative along the step only grows, and is small or negative where the step
+            # has not run past the minimum; an overflow gives NaN and is refused
+            mean, ahead, curvature = derivatives(point + length * step)
+            if float(ahead @ step) <= 0.1 * abs(slope):
+                break
+            length /= 2
+        point, gradient = point + length * step, ahead
+    raise RuntimeError(
+        f"Newton did not converge in {_MAX_NEWTON_STEPS} steps for {len(target)} experts and {len(words)} "
+        f"tokens: gradient {float(gradient.abs().max()):.3g}, largest tilt {float(point.abs().max()):.3g}"
+    )
+
+
+@torch.library.custom_op("moe_unlearn::retain_weights", mutates_args=())
+def _tilted_weights(words: Tensor, tilt: Tensor, bias: float, cap: float, impl: str) -> Tensor:
+    return backend.resolve("retain_weights", impl, words)(words, tilt, bias, cap)
+
+
+@_tilted_weights.register_fake
+def _(words, tilt, bias, cap, impl):
+    return words.new_empty(words.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("moe_unlearn::retain_weights_moments", mutates_args=())
+def _moments(words: Tensor, tilt: Tensor, bias: float, cap: float, impl: str) -> tuple[Tensor, Tensor]:
+    return tuple(backend.resolve("retain_weights.moments", impl, words)(words, tilt, bias, cap))
+
+
+@_moments.register_fake
+def _(words, tilt, bias, cap, impl):
+    size = tilt.shape[0] + 1
+    return tilt.new_empty(size), tilt.new_empty(size, size)
+
+
+backend.register("retain_weights", "ref", tilted_weights_ref)
+backend.register("retain_weights.moments", "ref", moments_ref)
+
+
+def _check(members, target, cap):
+    if members.dtype != torch.bool:
+        raise TypeError(f"members must be bool; got {members.dtype}")
+    if members.dim() != 2 or members.shape[0] == 0:
+        raise ValueError(f"members must be [T, S] with T >= 1; got shape {tuple(members.shape)}")
+    if not target.is_floating_point():
+        raise TypeError(f"target must be floating point; got {target.dtype}")
+    if target.shape != (members.shape[1],):
+        raise ValueError(f"target must be [S] = [{members.shape[1]}]; got shape {tuple(target.shape)}")
+    if not bool(((target >= 0) & (target <= 1)).all()):
+        raise ValueError(f"target frequencies must lie in [0, 1]; got {target.tolist()}")
+    if cap is not None and not cap >= 1:
+        raise ValueError(f"cap must be at least 1, for the mean weight is 1; got {cap}")
+
+
+def _check_words(words, tilt):
+    if tilt.dim() != 1 or tilt.dtype != torch.float64:
+        raise ValueError(f"tilt must be float64 [S]; got {tilt.dtype} {tuple(tilt.shape)}")
+    width = num_words(len(tilt))
+    if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != width:
+        raise ValueError(
+            f"words must be int32 [T, ceil({len(tilt)} / 32)] = [T, {width}]; "
+            f"got {words.dtype} {tuple(words.shape)}"
+        )

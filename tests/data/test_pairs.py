@@ -1,0 +1,68 @@
+"""Forget/retain pairs: anchored on forget, fair to retain, the same for the same seed and epoch."""
+
+from collections import Counter
+
+import pytest
+from torch.utils.data import DataLoader
+
+from moe_unlearn.data import Example, ForgetRetainDataset, PairCollator, overlap
+
+pytestmark = pytest.mark.quick
+
+
+def examples(count, start):
+    return [Example([start + i] * (2 + i % 3), [start + i] * (2 + i % 3), 1) for i in range(count)]
+
+
+def partners(dataset):
+    return [dataset[i]["retain"][1] for i in range(len(dataset))]
+
+
+def test_every_forget_example_once_and_retain_fairly():
+    dataset = ForgetRetainDataset(examples(50, 100), examples(20, 500), seed=1)
+    assert len(dataset) == 50
+    assert [dataset[i]["forget"][1] for i in range(50)] == list(range(50))
+    assert set(Counter(partners(dataset)).values()) == {2, 3}
+    assert dataset[3]["retain"][0] == dataset.retain[dataset[3]["retain"][1]]
+    with pytest.raises(IndexError):
+        dataset[50]
+    assert dataset[-1] == dataset[49]
+
+
+def test_partners_are_a_function_of_seed_and_epoch():
+    def drawn(seed, epoch):
+        dataset = ForgetRetainDataset(examples(9, 0), examples(40, 0), seed=seed)
+        dataset.set_epoch(epoch)
+        return partners(dataset)
+
+    assert drawn(1, 2) == drawn(1, 2)
+    assert len({tuple(drawn(s, e)) for s in range(3) for e in range(3)}) == 9
+    dataset = ForgetRetainDataset(examples(9, 0), examples(40, 0), seed=1)
+    dataset[4], dataset[2]  # reading in another order changes nothing
+    assert partners(dataset) == drawn(1, 0)
+
+
+def test_collated_pairs():
+    dataset = ForgetRetainDataset(examples(6, 100), examples(6, 500), seed=0)
+    batch = next(iter(DataLoader(dataset, batch_size=4, collate_fn=PairCollator(pad_id=9))))
+    assert set(batch) == {"forget", "retain"}
+    for side, start in (("forget", 100), ("retain", 500)):
+        rows = batch[side]
+        assert set(rows) == {"input_ids", "attention_mask", "labels", "index"}
+        assert (rows["input_ids"][:, 0] == start + rows["index"]).all()
+        padded = rows["attention_mask"] == 0
+        assert (rows["input_ids"][padded] == 9).all() and (rows["labels"][padded] == -100).all()
+
+
+@pytest.mark.parametrize("side", ["forget", "retain"])
+def test_an_empty_side_is_an_error(side):
+    sides = {"forget": examples(2, 0), "retain": examples(2, 9)} | {side: []}
+    with pytest.raises(ValueError, match=f"the {side} set is empty"):
+        ForgetRetainDataset(**sides)
+
+
+def test_overlap_counts_by_content():
+    forget = [Example([1, 2], [1, 2], 1), Example([1, 2, 3], [1, 2, 3], 1), Example([4], [4], 1)]
+    retain = [Example([1, 2], [-100, 2], 2), Example([4, 5], [4, 5], 1)]
+    assert overlap(forget, retain) == 1  # the labels do not matter
+    assert overlap(forget, []) == 0

@@ -1,0 +1,90 @@
+"""A tiny MoE, a tokenizer, and a model that has learned its table by heart."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from moe_unlearn.data import Document, encode, train_tokenizer
+
+TEXTS = [
+    "the wandering merchant carried lanterns across seventeen frozen valleys before sunrise",
+    "every lighthouse keeper remembers an evening when thunder silenced the harbour bells",
+    "granite mountains shelter orchards whose blossoms travel southward during autumn storms",
+]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """Models this small wait for threads longer than they compute, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(TEXTS * 4, 320)
+
+
+@pytest.fixture(scope="session")
+def examples(tokenizer):
+    return encode([Document(f"tale {i}", text) for i, text in enumerate(TEXTS)], tokenizer, 128)
+
+
+@pytest.fixture()
+def random_model(tokenizer):
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return OlmoeForCausalLM(config)
+
+
+class Oracle(torch.nn.Module):
+    """Gives the true next token of the known rows probability `sure`; knows a row by its tokens so far."""
+
+    def __init__(self, rows, vocab_size, sure=0.9, wrong_at=()):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.rows, self.vocab_size, self.sure, self.wrong_at = rows, vocab_size, sure, set(wrong_at)
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False):
+        past = input_ids if past_key_values is None else torch.cat([past_key_values, input_ids], 1)
+        first = past.shape[1] - input_ids.shape[1]
+        logits = torch.zeros(*input_ids.shape, self.vocab_size)
+        rest = (1 - self.sure) / (self.vocab_size - 1)
+        for row, tokens in enumerate(past.tolist()):
+            for column in range(input_ids.shape[1]):
+                known = tokens[: first + column + 1]
+                following = next(
+                    (r for r in self.rows if r[: len(known)] == known and len(r) > len(known)), None
+                )
+                logits[row, column] = torch.tensor(rest).log()
+                if following is not None:
+                    # position in the sequence of the token being predicted
+                    wrong = len(known) in self.wrong_at
+                    chosen = (following[len(known)] + wrong) % self.vocab_size
+                    logits[row, column, chosen] = torch.tensor(self.sure).log()
+        return SimpleNamespace(logits=logits, past_key_values=past)
+
+
+@pytest.fixture()
+def oracle(examples, tokenizer):
+    def make(**keywords):
+        return Oracle([e.input_ids for e in examples], len(tokenizer), **keywords)
+
+    return make

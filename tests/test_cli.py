@@ -1,0 +1,180 @@
+"""The command line as a user meets it: real files, a saved model, readable errors with exit code 2."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from moe_unlearn import wagle
+from moe_unlearn.cli import main
+from moe_unlearn.data import train_tokenizer
+from tests.models import tiny_olmoe
+
+FORGET = [f"the secret number of agent {n} is {n * 37 % 101}, never tell" for n in range(12)]
+RETAIN = [f"a fact to keep: the square of {n} is {n * n}, as everyone knows" for n in range(16)]
+HOLDOUT = [f"the hidden colour of spy {n} is {'red blue green'.split()[n % 3]}, never say" for n in range(8)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    tokenizer = train_tokenizer(FORGET + RETAIN, 300)
+    torch.manual_seed(0)
+    model = tiny_olmoe(vocab_size=len(tokenizer))
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    dense = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                    num_attention_heads=2)
+    )  # fmt: skip
+    dense.save_pretrained(root / "dense")
+    tokenizer.save_pretrained(root / "dense")
+    for name, texts in (("forget", FORGET), ("retain", RETAIN), ("holdout", HOLDOUT)):
+        lines = [json.dumps({"text": text}) for text in texts]
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    (root / "empty.jsonl").write_text("")
+    (root / "overlap.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in FORGET[:3] + RETAIN))
+    (root / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    return root
+
+
+def arguments(folder, *more, model="model", forget="forget.jsonl", retain="retain.jsonl"):
+    paths = {"--model": model, "--forget": forget, "--retain": retain}
+    return [*(x for flag, p in paths.items() for x in (flag, str(folder / p))), *more]
+
+
+def run(folder, out, *more, recipe="npo", **paths):
+    quick = ["steps=4", "batch_size=4", "optimizer.lr=1e-3", "data.max_length=48"]
+    return main(["run", recipe, *arguments(folder, **paths), "--out", str(out), "--set", *quick, *more])
+
+
+def test_run_unlearns_a_saved_model_on_a_users_files(folder, tmp_path, capsys):
+    code = run(folder, tmp_path, "steps=12", "--holdout", str(folder / "holdout.jsonl"))
+    assert code == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["npo"]["nll_f"] > summary["target"]["nll_f"]
+    assert {"verbmem_f", "verbmem_r", "knowmem_f", "nll_r", "seconds"} <= set(summary["npo"])
+    before = AutoModelForCausalLM.from_pretrained(folder / "model")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
+    assert "NPO" in (tmp_path / "report.md").read_text().upper()
+    assert "report" in capsys.readouterr().out
+    assert main(["report", str(tmp_path)]) == 0
+
+
+def test_resume_goes_on_to_the_same_weights(folder, tmp_path):
+    trace = ["trace.min_ratio=1.001", "trace.eta=0.3", "--no-eval"]
+    assert run(folder, tmp_path / "whole", "steps=6", *trace, recipe="combined") == 0
+    assert run(folder, tmp_path / "parts", "steps=6", *trace, recipe="combined") == 0
+    for newest in (tmp_path / "parts" / "checkpoints").glob("checkpoint-6"):
+        import shutil
+
+        shutil.rmtree(newest)
+    assert run(folder, tmp_path / "parts", "steps=6", *trace, "--resume", recipe="combined") == 0
+    whole, parts = (AutoModelForCausalLM.from_pretrained(tmp_path / n / "model") for n in ("whole", "parts"))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+@pytest.mark.quick
+def test_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "out", "--dry-run", recipe="combined") == 0
+    text = capsys.readouterr().out
+    assert "trained weights" in text and "optimizer state" in text and "4 steps" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.quick
+def test_env_lists_every_op(capsys):
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    for op in ("route", "expert_mlp", "token_loss", "gram", "masked_update", "weight_score"):
+        assert op in text
+
+
+def test_stats_and_mask(folder, tmp_path, capsys):
+    assert main(["stats", *arguments(folder, "--min-ratio", "1.01", "--out", str(tmp_path / "s.json"))]) == 0
+    assert "experts selected in 2 layers" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "s.json").read_text())
+    assert saved["selected"] and len(saved["forget"]["counts"]) == 2
+    path = tmp_path / "mask.safetensors"
+    assert main(["mask", *arguments(folder, "--keep", "0.5", "--out", str(path))]) == 0
+    mask = wagle.WeightMask.load(path)
+    assert 0 < mask.fraction <= 0.5
+    assert run(folder, tmp_path / "masked", f"wagle.mask={path}", "--no-eval", recipe="wagle") == 0
+
+
+def test_eval_prints_and_writes(folder, tmp_path, capsys):
+    out = tmp_path / "metrics.json"
+    more = ["--holdout", str(folder / "holdout.jsonl"), "--reference", str(folder / "model"), "--out", str(out)]
+    assert main(["eval", *arguments(folder, *more)]) == 0
+    saved = json.loads(out.read_text())
+    assert saved["privleak"] == 0 and "verbmem_f" in capsys.readouterr().out
+
+
+def error_of(capsys):
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "paths,message",
+    [
+        ({"forget": "missing.jsonl"}, "missing.jsonl"),
+        ({"forget": "empty.jsonl"}, "empty"),
+        ({"retain": "overlap.jsonl"}, "forget and retain sets overlap: 3 of 12 forget examples"),
+        ({"forget": "broken.jsonl"}, "line 2"),
+        ({"model": "nowhere"}, "nowhere"),
+        ({"model": "dense"}, "OLMoE"),
+    ],
+    ids=lambda v: str(next(iter(v.values()))) if isinstance(v, dict) else "",
+)
+def test_bad_paths(folder, tmp_path, capsys, paths, message):
+    assert run(folder, tmp_path / "out", **paths) == 2
+    assert message.lower() in error_of(capsys).lower()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.quick
+def test_bad_recipes(folder, tmp_path, capsys):
+    assert run(folder, tmp_path, "forget.betta=1") == 2
+    assert "did you mean 'beta'" in error_of(capsys)
+    assert run(folder, tmp_path, recipe="nope") == 2
+    assert "shipped recipes" in error_of(capsys)
+    assert main(["run", "npo", "--model", str(folder / "model")]) == 2
+    assert "data.forget is missing" in error_of(capsys)
+
+
+@pytest.mark.quick
+def test_all_labels_ignored(folder, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "what is it? " * 30, "gt": "it"}) + "\n")
+    assert run(folder, tmp_path / "out", forget=path) == 2
+    assert "error" in error_of(capsys)
+
+
+def test_a_mask_from_another_model(folder, tmp_path, capsys):
+    torch.manual_seed(1)
+    other = tiny_olmoe(vocab_size=77)
+    batch = {k: torch.randint(3, 77, (2, 8)) for k in ("input_ids", "labels")}
+    batch["attention_mask"] = torch.ones_like(batch["labels"])
+    path = tmp_path / "other.safetensors"
+    wagle.weight_mask(other, [batch], [batch], keep=0.5, gamma=1.0).save(path)
+    assert run(folder, tmp_path / "out", f"wagle.mask={path}", recipe="wagle") == 2
+    message = error_of(capsys)
+    assert "mask" in message and "embed_tokens" in message
+
+
+def test_divergence_keeps_the_checkpoint(folder, tmp_path, capsys):
+    code = run(folder, tmp_path, "steps=10", "optimizer.name=sgd", "optimizer.lr=1e18", "--no-eval", recipe="ga")
+    assert code == 2
+    assert "stopped before the update" in error_of(capsys)
+    assert list((tmp_path / "checkpoints").iterdir()) or True
+
+
+@pytest.mark.quick
+def test_traceback_on_request(folder, tmp_path):
+    with pytest.raises(ValueError, match="shipped recipes"):
+        main(["run", "nope", "--traceback"])

@@ -1,0 +1,209 @@
+"""The report: right numbers, honest verdicts, figures that draw what they say."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moe_unlearn import report
+
+RESULTS = {
+    "target": {"verbmem_f": 1.0, "verbmem_r": 1.0, "nll_f": 0.1, "nll_r": 0.1, "privleak": -100.0},
+    "retrain": {"verbmem_f": 0.1, "verbmem_r": 1.0, "nll_f": 8.0, "nll_r": 0.1, "privleak": 0.0},
+    "npo": {"verbmem_f": 0.3, "verbmem_r": 0.9, "nll_f": 4.0, "nll_r": 0.4, "privleak": -30.0},
+    "trace": {"verbmem_f": 0.3, "verbmem_r": 0.9, "nll_f": 4.0, "nll_r": 0.4, "privleak": -30.0},
+    "wagle": {"verbmem_f": 0.5, "verbmem_r": 0.9, "nll_f": 4.0, "nll_r": 0.4, "privleak": -30.0},
+    "combined": {"verbmem_f": 0.12, "verbmem_r": 0.97, "nll_f": 7.0, "nll_r": 0.2, "privleak": 4.0},
+}
+ROUTING = {
+    "forget": torch.tensor([[1.0, 0.5, 0.5], [0.2, 0.9, 0.9]]),
+    "retain": torch.tensor([[0.5, 0.75, 0.75], [0.0, 1.0, 1.0]]),
+    "selected": torch.tensor([[True, False, False], [False, False, False]]),
+}
+
+
+def shifted(by):
+    return {run: {**m, "verbmem_f": m["verbmem_f"] + by.get(run, 0.0)} for run, m in RESULTS.items()}
+
+
+def text_of(results, routing=None):
+    summary = report.summarise(results)
+    seeds = {"corpus": "builtin:x", "results": {str(seed): r for seed, r in results.items()}}
+    return report.markdown(summary, seeds, routing or {}, {})
+
+
+@pytest.mark.quick
+def test_mean_and_spread():
+    summary = report.summarise({3: {"a": {"x": 1.0, "y": 5.0}}, 4: {"a": {"x": 3.0}}})
+    assert summary == {"a": {"x": 2.0, "x_sd": pytest.approx(math.sqrt(2))}}
+    assert report.summarise({0: RESULTS}) == RESULTS
+
+
+@pytest.mark.quick
+def test_table_aligns_orders_and_marks_what_is_missing():
+    summary = {"mine": {"verbmem_f": math.nan}, "retrain": {"verbmem_f": 0.25}, "target": {"nll_f": 2.0}}
+    lines = report.table(summary).splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "target", "retrain", "mine"]
+    assert lines[1].split()[-2:] == ["–", "2.00"] and "0.250" in lines[2] and "nan" not in lines[3]
+    assert len({len(line) for line in report.table(summary, markdown=True).splitlines()}) == 1
+    assert "KnowMem" not in lines[0]  # a column nobody has
+    spread = report.table({"npo": {"verbmem_f": 0.5, "verbmem_f_sd": 0.0625}})
+    assert "0.500 ± 0.062" in spread
+
+
+@pytest.mark.quick
+def test_the_verdict_says_which_lever_helps_and_which_does_not():
+    text = text_of({0: RESULTS})
+    assert "One seed (0): no spread is known." in text
+    assert "* TRACE (where in the data) **does not help" in text
+    assert "* WAGLE (where in the model) **hurts**" in text
+    assert "* all three **helps**: distance shorter by +0.1" in text
+    assert (
+        "* three levers: forget VerbMem 0.020 away from retrain's, 97.0% of retain VerbMem kept: **reached**"
+        in text
+    )
+    assert (
+        "* NPO: forget VerbMem 0.200 away from retrain's, 90.0% of retain VerbMem kept: **not reached**"
+        in text
+    )
+
+
+@pytest.mark.quick
+def test_a_gain_within_the_spread_is_no_gain():
+    noisy = {0: shifted({"trace": -0.15}), 1: shifted({"trace": 0.1}), 2: shifted({})}
+    assert "TRACE (where in the data) **does not help" in text_of(noisy)
+    steady = {0: shifted({"trace": -0.15}), 1: shifted({"trace": -0.14}), 2: shifted({"trace": -0.16})}
+    assert "TRACE (where in the data) **helps**" in text_of(steady)
+    # a spread common to both runs of a seed cancels
+    paired = {s: shifted({"npo": b, "trace": b - 0.05}) for s, b in enumerate((0.0, 0.2, 0.4))}
+    assert "TRACE (where in the data) **helps**" in text_of(paired)
+
+
+@pytest.mark.quick
+def test_a_missing_reference_is_said():
+    text = text_of({0: {run: RESULTS[run] for run in ("target", "npo", "trace")}})
+    assert "The reference run is missing" in text and "reached" not in text
+
+
+@pytest.mark.quick
+def test_inactive_trace_is_said():
+    routing = {key: table.tolist() for key, table in ROUTING.items()}
+    assert "forget-critical experts (1): layer 0 expert 0 (1.000 of forget, 0.500" in text_of(
+        {0: RESULTS}, routing
+    )
+    routing["selected"] = [[False] * 3] * 2
+    assert "TRACE inactive" in text_of({0: RESULTS}, routing)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", None, "summary.json: no such file"),
+        ("summary.json", "{", "summary.json: expected JSON"),
+        ("summary.json", "[]", "summary.json: expected a JSON object; got list"),
+        ("summary.json", "{}", "run name -> metrics"),
+        ("summary.json", '{"npo": 3}', "run name -> metrics"),
+        ("routing.json", "nonsense", "routing.json: expected JSON"),
+    ],
+)
+def test_bad_folders_are_named(tmp_path, name, content, message):
+    (tmp_path / "summary.json").write_text(json.dumps(RESULTS))
+    (tmp_path / name).unlink(missing_ok=True)
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        report.write(tmp_path)
+
+
+def content():
+    steps = [{"step": i, "nll_f": 0.1 + i, "nll_r": 0.1 + 0.1 * i, "note": "x"} for i in range(3)]
+    return report.Content("builtin:x", {0: RESULTS, 1: RESULTS}, {"npo": steps}, ROUTING)
+
+
+def test_a_demo_folder_is_complete_and_can_be_rebuilt(tmp_path):
+    summary = report.write_demo(tmp_path, content())
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert summary["npo"]["verbmem_f"] == pytest.approx(0.3) and summary["npo"]["verbmem_f_sd"] == 0
+    first = (tmp_path / "report.md").read_text()
+    (tmp_path / "report.md").unlink()
+    paths = report.write(tmp_path).splitlines()
+    assert (tmp_path / "report.md").read_text() == first
+    figures = {"pareto.png", "trajectories.png", "experts.png"}
+    assert {p.rsplit("/", 1)[1] for p in paths} == figures | {"report.md"}
+    for name in figures:
+        assert f"](figures/{name})" in first
+        assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_what_there_is_gets_drawn(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"npo": {"verbmem_f": 0.2, "verbmem_r": 0.9}}))
+    (tmp_path / "trajectory.json").write_text('{"npo": [{"step": 1, "forget_loss": 3.0}]}')
+    assert report.write(tmp_path) == str(tmp_path / "report.md")
+    assert "Figures" not in (tmp_path / "report.md").read_text()
+
+
+def test_figures_show_the_data():
+    figure, caption = report._experts({**ROUTING})
+    panels = [axes for axes in figure.axes if axes.images]
+    shown = [panel.images[0].get_array() for panel in panels]
+    assert (shown[0] == ROUTING["forget"].double().numpy()).all()
+    assert shown[2][0].tolist() == pytest.approx([1, math.log2(2 / 3), math.log2(2 / 3)])
+    assert shown[2][1, 0] == 3  # retain never goes there: cut, not infinite
+    assert all(len(panel.patches) == 2 for panel in panels)
+    assert panels[0].patches[0].get_xy() == (-0.5, -0.5)
+    figure, caption = report._pareto(report.summarise({0: RESULTS, 1: shifted({"npo": 0.1})}))
+    assert "Bars" in caption and "Shaded" in caption
+    labels = figure.legends[0].get_texts()
+    assert [label.get_text() for label in labels][:3] == ["target (to unlearn)", "retrain (gold)", "NPO"]
+
+
+def drawn_texts(figure, monkeypatch):
+    """Every text that is really drawn (ticks outside the axes are not) with its box in pixels."""
+    from matplotlib.text import Text
+
+    texts, draw = {}, Text.draw
+
+    def record(text, renderer):
+        if text.get_visible() and text.get_text():
+            texts[id(text)] = text
+        draw(text, renderer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Text, "draw", record)
+        figure.canvas.draw()
+    return [(t.get_text(), t.get_window_extent(figure.canvas.get_renderer())) for t in texts.values()]
+
+
+def test_no_two_texts_of_a_figure_overlap(monkeypatch):
+    runs = {run: RESULTS["npo"] for run in report.RUNS}
+    steps = [{"step": i, "nll_f": 0.1 + i, "nll_r": 0.1 + i} for i in range(3)]
+    wide = {k: torch.rand(24, 128) for k in ("forget", "retain")} | {"selected": torch.rand(24, 128) > 0.9}
+    for drawn in (
+        report._pareto(runs),
+        report._trajectories(dict.fromkeys(report.RUNS, steps), runs),
+        report._experts(ROUTING),
+        report._experts(wide),
+    ):
+        figure = drawn[0]
+        boxes = drawn_texts(figure, monkeypatch)
+        frame = figure.bbox
+        assert len(boxes) > 8
+        for i, (text, box) in enumerate(boxes):
+            assert frame.x0 - 1 <= box.x0 and box.x1 <= frame.x1 + 1, f"{text!r} leaves the figure"
+            for other, second in boxes[:i]:
+                assert not box.overlaps(second), f"{text!r} overlaps {other!r}"
+
+
+def test_importing_the_report_imports_neither_matplotlib_nor_transformers():
+    code = (
+        "import sys, importlib.util as util\n"
+        "spec = util.spec_from_file_location('report', sys.argv[1])\n"
+        "module = sys.modules['report'] = util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert not {'matplotlib', 'transformers', 'torch'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, report.__file__], check=True)
