@@ -269,7 +269,10 @@ def _override(values: dict, text: str) -> None:
         if not isinstance(values.get(key), dict):
             values[key] = {}
         values = values[key]
-    values[last] = yaml.load(value, Loader=_Loader)
+    try:
+        values[last] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {text!r}: the value is not YAML: {error}") from error
 
 
 def _build(cls, values, path: str):

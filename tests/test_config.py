@@ -61,6 +61,7 @@ def test_overrides():
         ("scope.kind=experts", r"needs trace"),
         ("retain.objective=embed_diff", r"RMU's"),
         ("noequals", r"an override looks like"),
+        ("steps=[1, 2", r"override 'steps=\[1, 2': the value is not YAML"),
     ],
 )
 def test_bad_overrides(override, message):

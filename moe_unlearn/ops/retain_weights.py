@@ -36,6 +36,7 @@ from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
 
 RIDGE = 1e-9
 REACHED = 1e-6  # a target missed by more cannot be reached: the ridge alone explains up to 1e-9 |theta|
+TOLERANCE = 1e-12  # of the gradient of the dual: a mean of T terms in float64
 BLOCK = 4096
 _MAX_NEWTON_STEPS = 500
 _MAX_HALVINGS = 60
@@ -143,7 +144,7 @@ def _newton(words: Tensor, target: Tensor, cap: float, impl: str) -> tuple[float
     # b stays without a penalty, so that the mean weight is 1 whatever the tilt
     penalty = torch.full_like(goal, RIDGE).index_fill(0, torch.tensor([0]), 0.0)
     damping = RIDGE * torch.eye(len(goal), dtype=goal.dtype)
-    epsilon = torch.finfo(goal.dtype).eps
+    rounding = 8 * torch.finfo(goal.dtype).eps
 
     def derivatives(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         first, second = _moments(words, point[1:].to(words.device), float(point[0]), cap, impl)
@@ -153,8 +154,8 @@ def _newton(words: Tensor, target: Tensor, cap: float, impl: str) -> tuple[float
     point = torch.zeros_like(goal)
     mean, gradient, curvature = derivatives(point)
     for _ in range(_MAX_NEWTON_STEPS):
-        # rounding of the exponents, of the size of |point|, limits what the gradient can reach
-        if float(gradient.abs().max()) <= 8 * epsilon * (len(goal) + float(point.abs().sum())):
+        # a large point rounds the exponents, which limits how small the gradient can become
+        if float(gradient.abs().max()) <= TOLERANCE + rounding * float(point.abs().sum()):
             return float(point[0]), point[1:], mean[1:] / mean[0]
         step = -torch.linalg.solve(curvature + damping, gradient)
         slope = float(gradient @ step)

@@ -162,12 +162,11 @@ def _backward_ref(grad, hidden, head, labels, bias, token_weights, kind, ref_hid
             d_head += (dz.t() @ hidden[rows]).to(dtype)
         if needs_bias:
             d_bias += dz.to(dtype).sum(0)
-    empty = hidden.new_empty(0)
-    return (
-        empty if d_hidden is None else d_hidden,
-        empty if d_head is None else d_head.to(head.dtype),
-        empty if d_bias is None else d_bias.to(bias.dtype),
-        empty if d_weights is None else d_weights,
+    gradients = (d_hidden, d_head, d_bias, d_weights)
+    dtypes = (hidden.dtype, head.dtype, hidden.dtype, dtype)
+    # an op returns tensors, each one its own
+    return tuple(
+        hidden.new_empty(0) if g is None else g.to(d) for g, d in zip(gradients, dtypes, strict=True)
     )
 
 
