@@ -1,8 +1,10 @@
-"""Routing capture: which experts each token visits, taken from the inputs of the experts modules.
+"""Routing capture: which experts each token visits, read from the inputs of the experts modules.
 
-Hooks stand before the experts modules, so they see global expert ids under any experts implementation and
-under expert parallelism, and `output_router_logits`, which changes the loss, is never set. Captures run
-under no_grad and without gradient checkpointing's recompute, so nothing is counted twice.
+A hook before each experts module sees the global expert ids under every experts implementation, under PEFT
+and under expert parallelism. `output_router_logits`, which would change the loss, is never set.
+
+Every forward pass inside the context counts once. A gradient checkpoint runs its part of the forward again
+during the backward pass; the hooks recognise that they are inside a backward and count nothing then.
 """
 
 import contextlib
@@ -18,65 +20,131 @@ from moe_unlearn.ops.route import route
 Batch = dict[str, Tensor]
 
 
-@contextlib.contextmanager
-def routing_capture(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Name of the experts module -> its `top_k_index` [T, K] in the last forward pass inside.
+class RoutingCapture:
+    """What `routing_capture` collects, layers in the order of `experts_modules`."""
 
-    A layer whose hook never fired (its forward was replaced as a whole) has no entry.
+    def __init__(self, model_name: str, layers: dict[str, nn.Module], num_groups: int, keep_index: bool):
+        self.layers = list(layers)
+        self.num_groups = num_groups
+        self.keep_index = keep_index
+        self.group: Tensor | None = None
+        self._num_experts = next(iter(layers.values())).num_experts
+        self._model_name = model_name
+        self._counts: dict[str, Tensor] = {}
+        self._index: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    @property
+    def counts(self) -> Tensor:
+        """Top-K hits [L, E] int64 of the counted tokens; [L, G, E] with `num_groups` > 1."""
+        self._require_all(self._counts)
+        counts = torch.stack([self._counts[name].to(self._device) for name in self.layers])
+        return counts if self.num_groups > 1 else counts[:, 0]
+
+    @property
+    def top_k_index(self) -> Tensor:
+        """Expert ids [L, T, K] int64 of all tokens, forward passes one after the other."""
+        if not self.keep_index:
+            raise RuntimeError("ids were not kept: pass keep_index=True to routing_capture")
+        self._require_all({name for name, parts in self._index.items() if parts})
+        layers = [torch.cat(self._index[name]).to(self._device) for name in self.layers]
+        if len({tuple(index.shape) for index in layers}) > 1:
+            shapes = {name: list(index.shape) for name, index in zip(self.layers, layers, strict=True)}
+            raise ValueError(f"layers must route the same tokens to the same number of experts; got {shapes}")
+        return torch.stack(layers)
+
+    def collect(self, name: str, top_k_index: Tensor) -> None:
+        """Take the routing of one layer in one forward pass."""
+        if self.group is not None and len(self.group) != len(top_k_index):
+            raise ValueError(
+                f"{name} routes {len(top_k_index)} tokens but group has {len(self.group)}: it must name the "
+                "group of each position of the forward pass"
+            )
+        group = None if self.group is None else self.group.to(top_k_index.device)
+        hits = route(
+            top_k_index, self._num_experts, group=group, num_groups=self.num_groups
+        ).tokens_per_expert
+        self._counts[name] = self._counts[name] + hits if name in self._counts else hits.long()
+        if self.keep_index:
+            self._index[name].append(top_k_index.detach().long())
+
+    @property
+    def _device(self) -> torch.device:
+        return self._counts[self.layers[0]].device
+
+    def _require_all(self, seen) -> None:
+        missing = [name for name in self.layers if name not in seen]
+        if missing:
+            raise RuntimeError(
+                f"no routing was seen at {missing[0]} ({len(missing)} of {len(self.layers)} MoE layers of "
+                f"{self._model_name}): no forward pass ran inside the context, or a kernel that replaces the "
+                "whole MLP bypassed the experts module, so that its hooks never fire"
+            )
+
+
+@contextlib.contextmanager
+def routing_capture(
+    model: nn.Module, *, group: Tensor | None = None, num_groups: int = 1, keep_index: bool = False
+) -> Iterator[RoutingCapture]:
+    """Collect the routing of the forward passes inside.
+
+    Args:
+        group: int [B * S], the group of each position of the next forward passes; outside
+            [0, num_groups), -1 by convention, it is not counted. None counts every position in group 0.
+            `.group` of the yielded object may be set before each forward pass.
+        keep_index: keep every id too, for `.top_k_index`.
+
+    Read `.counts` and `.top_k_index` inside the context or after it: RuntimeError if a layer was never
+    reached. Raises ValueError for a model without MoE layers or with layers of different sizes.
     """
-    seen: dict[str, Tensor] = {}
+    modules = experts_modules(model)
+    if not modules:
+        raise ValueError(
+            f"{type(model).__name__} has no Mixture-of-Experts layers that transformers decorates"
+        )
+    sizes = {name: module.num_experts for name, module in modules.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"layers with different numbers of experts are not supported; got {sizes}")
+    capture = RoutingCapture(type(model).__name__, modules, num_groups, keep_index)
+    capture.group = group
 
     def hook(name):
         def collect(module, args, kwargs):
-            index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-            seen[name] = index.detach()
+            # id of the backward pass this call is part of; -1 outside: only a recompute runs inside one
+            if torch._C._current_graph_task_id() == -1:
+                capture.collect(name, kwargs["top_k_index"] if "top_k_index" in kwargs else args[1])
 
         return collect
 
-    handles = [
-        module.register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name, module in experts_modules(model).items()
-    ]
+    handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in modules.items()]
     try:
-        yield seen
+        yield capture
     finally:
         for handle in handles:
             handle.remove()
 
 
-@torch.no_grad()
 def collect_routing(model: nn.Module, batch: Batch) -> Tensor:
-    """top_k_index [L, B * S, K] int64 of one forward pass in evaluation mode; the mode is restored.
-
-    Raises ValueError for a model without experts modules or with layers of different K, RuntimeError when a
-    layer's experts were bypassed.
-    """
-    modules = experts_modules(model)
-    if not modules:
-        raise ValueError(f"{type(model).__name__} has no Mixture-of-Experts layers")
-    training = model.training
-    model.eval()
-    try:
-        with routing_capture(model) as seen:
-            final_hidden_states(model, batch)
-    finally:
-        model.train(training)
-    missing = [name for name in modules if name not in seen]
-    if missing:
-        raise RuntimeError(
-            f"no routing was seen at {missing[0]} ({len(missing)} of {len(modules)} layers): its experts module "
-            "was bypassed, as a kernel that replaces the whole MLP does"
-        )
-    if len({index.shape for index in seen.values()}) > 1:
-        raise ValueError("layers with different numbers of experts per token are not supported")
-    return torch.stack([seen[name] for name in modules]).long()
+    """top_k_index [L, B * S, K] int64 of one forward pass in evaluation mode, padding included."""
+    with torch.no_grad(), evaluation_mode(model), routing_capture(model, keep_index=True) as capture:
+        final_hidden_states(model, batch)
+    return capture.top_k_index
 
 
 def count_experts(model: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
-    """Top-K hits [L, E] int64 over the positions in `mask` (bool [B, S])."""
-    index = collect_routing(model, batch)
-    group = torch.where(mask.flatten(), 0, -1).to(torch.int32)
-    sizes = [module.num_experts for module in experts_modules(model).values()]
-    if len(set(sizes)) > 1:
-        raise ValueError(f"layers with different numbers of experts are not supported; got {sorted(set(sizes))}")
-    return torch.stack([route(i, sizes[0], group=group).tokens_per_expert[0].long() for i in index])
+    """Top-K hits [L, E] int64 over the positions in `mask` (bool [B, S]), in evaluation mode."""
+    group = torch.where(mask.flatten(), 0, -1).int()
+    with torch.no_grad(), evaluation_mode(model), routing_capture(model, group=group) as capture:
+        final_hidden_states(model, batch)
+    return capture.counts
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` inside; each submodule's own training flag afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag

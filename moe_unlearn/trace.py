@@ -1,20 +1,23 @@
 """TRACE: which retain tokens must count more, so that forget-critical experts are regularised.
 
-The paper (arXiv 2606.10338) says: forget data over-activates a few experts, retain data hits them less;
-find them offline from activation frequencies and reweight token-level retain losses so that each selected
-expert's weighted retain frequency better matches its forget frequency. Its formulas are not public; all
-formulas here are our specification of that idea.
+The paper (arXiv 2606.10338; abstract and digests read, formulas and code not public) says: forget data
+over-activates a few experts which retain data hits less; find them offline from activation frequencies, and
+reweight token-level retain losses so that each selected expert's weighted retain frequency better matches its
+forget frequency. Every formula here is our specification of that idea.
 
-    f[l, e]      = (top-K hits of expert e in layer l) / (counted tokens)        sums to K in a layer
-    selected     : f^F >= min_load K / E and f^F / f^R >= min_ratio, top `per_layer` by the gap f^F - f^R
-    target       = (1 - eta) f^R + eta f^F                                       on the selected experts
-    w_t          = min(cap, exp(b + sum_{s selected} theta_s a_{t,s}))           `ops.retain_weights`
-    L_retain     = sum_t w_t l_t / (number of retain positions)
+    f[l, e]    = (top-K hits of expert e in layer l) / (counted tokens)                sums to K in a layer
+    selected     f^F >= min_load K / E  and  f^F / f^R >= min_ratio, the `per_layer` largest gaps f^F - f^R
+    target     = (1 - eta) f^R + eta f^F                                               where selected
+    w_t        = min(cap, exp(b + sum_{s selected} theta_s a_{t,s}))                   `ops.retain_weights`
+    L_retain   = sum_t w_t l_t / (number of retain positions)
 
-A position counts iff it carries a loss (`losses.target_mask`). An expert no retain token uses has an
-unreachable target: it stays selected and its weighted frequency stays 0.
+A position t counts iff it carries a loss (`losses.target_mask`), and its weight multiplies the loss of
+predicting labels[t + 1]. An expert that no retain token uses has an infinite ratio and may be selected; its
+target cannot be reached: `achieved` stays 0 there and no weight depends on it.
 """
 
+import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,20 +25,20 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn import ops
-from moe_unlearn.capture import count_experts
-from moe_unlearn.experts import experts_modules
-from moe_unlearn.losses import target_mask
+from moe_unlearn.capture import evaluation_mode, routing_capture
+from moe_unlearn.losses import final_hidden_states, target_mask
 
 Batch = dict[str, Tensor]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RoutingFrequencies:
     """Top-K hits per layer and expert over the counted tokens of a set."""
 
-    counts: Tensor  # [L, E] int64
+    counts: Tensor  # [L, E] int64, CPU
     tokens: int
-    layers: list[str]
+    layers: list[str]  # names of the experts modules
 
     @property
     def frequency(self) -> Tensor:
@@ -43,40 +46,47 @@ class RoutingFrequencies:
         return self.counts.double() / max(self.tokens, 1)
 
     def to_dict(self) -> dict:
-        """Plain values and one tensor."""
+        """One tensor and plain values."""
         return {"counts": self.counts, "tokens": self.tokens, "layers": self.layers}
 
     @classmethod
     def from_dict(cls, state: dict) -> "RoutingFrequencies":
-        """Undo `to_dict`."""
-        return cls(torch.as_tensor(state["counts"]), int(state["tokens"]), list(state["layers"]))
+        """Undo `to_dict`; `counts` may also be nested lists, as JSON has them."""
+        counts = torch.as_tensor(state["counts"], dtype=torch.int64)
+        return cls(counts, int(state["tokens"]), list(state["layers"]))
 
 
 @dataclass(frozen=True)
 class RetainWeights:
-    """Calibrated token weights and the rule behind them."""
+    """Calibrated token weights, and the rule that gives the weight of any routing."""
 
     weights: Tensor  # [T] float32, mean 1
     ess: float  # effective sample size (sum w)^2 / sum w^2, in tokens
-    achieved: Tensor  # [L, E] float64: weighted retain frequency of the selected experts, 0 elsewhere
-    tilt: Tensor  # [L, E] float64: theta, 0 elsewhere
-    bias: float
+    achieved: Tensor  # [L, E] float64, weighted retain frequency where selected, 0 elsewhere
+    tilt: Tensor  # [L, E] float64, theta where selected, 0 elsewhere
+    bias: float  # b
+
+    @property
+    def log_weight_max(self) -> float:
+        """Log of the largest weight: the cap of online weights when the calibration had none."""
+        return math.log(float(self.weights.max()))
 
 
 def routing_frequencies(model: nn.Module, batches: Iterable[Batch]) -> RoutingFrequencies:
-    """Count the routing of all positions that carry a loss; the model is left as it was.
+    """Count the routing of every position that carries a loss, in evaluation mode without gradients.
 
-    Raises ValueError if the model has no MoE layers or no position counts.
+    The model is left as it was. Raises ValueError if it has no MoE layers or no position counts.
     """
-    counts, tokens = None, 0
-    for batch in batches:
-        mask = target_mask(batch)
-        hits = count_experts(model, batch, mask).cpu()
-        counts = hits if counts is None else counts + hits
-        tokens += int(mask.sum())
-    if not tokens:
-        raise ValueError("no position carries a loss: the set is empty or all its labels are -100")
-    return RoutingFrequencies(counts, tokens, list(experts_modules(model)))
+    tokens = 0
+    with torch.no_grad(), evaluation_mode(model), routing_capture(model) as capture:
+        for batch in batches:
+            mask = target_mask(batch)
+            tokens += int(mask.sum())
+            capture.group = torch.where(mask.flatten(), 0, -1).int()
+            final_hidden_states(model, batch)
+        if not tokens:
+            raise ValueError("no position carries a loss: the set is empty or all its labels are -100")
+    return RoutingFrequencies(capture.counts.cpu(), tokens, capture.layers)
 
 
 def select_experts(
@@ -90,33 +100,37 @@ def select_experts(
 ) -> Tensor:
     """Forget-critical experts, bool [L, E]; see the module docstring. Equal gaps go to the lower id.
 
-    Raises ValueError when none qualifies, naming the highest ratio found, unless `allow_empty`.
+    Args:
+        forget, retain: frequencies, or tables [L, E] of them.
+        per_layer: at most this many in each layer.
+        min_ratio: smallest f^F / f^R; infinite where no retain token uses the expert.
+        min_load: smallest f^F in units of the uniform load K / E.
+
+    Raises ValueError when no expert qualifies, naming the highest ratio found, unless `allow_empty`.
     """
     if per_layer < 1:
         raise ValueError(f"per_layer must be at least 1; got {per_layer}")
     f, r = _frequency(forget), _frequency(retain)
     if f.shape != r.shape or f.dim() != 2:
         raise ValueError(f"expected two tables [L, E] of one shape; got {list(f.shape)} and {list(r.shape)}")
-    top_k = f.sum(1, keepdim=True)
-    loaded = (f > 0) & (f >= min_load * top_k / f.shape[1])
-    ratio = torch.where(r > 0, f / r.clamp_min(1e-300), torch.inf)
-    candidates = loaded & (ratio >= min_ratio)
-    if not candidates.any() and not allow_empty:
-        highest = torch.where(loaded, ratio, 0.0).max()
-        raise ValueError(
-            f"no forget-critical expert: the highest ratio of forget to retain frequency is {float(highest):.3f}, "
-            f"min_ratio is {min_ratio}; lower it, or allow an empty selection"
-        )
-    gap = torch.where(candidates, f - r, -torch.inf)
-    ranked = torch.argsort(gap, dim=1, descending=True, stable=True)[:, :per_layer]
-    selected = torch.zeros_like(candidates).scatter_(1, ranked, True)
-    return selected & candidates
+    # the frequencies of a layer sum to K, so their mean is the uniform load K / E
+    loaded = (f > 0) & (f >= min_load * f.mean(1, keepdim=True))
+    ratio = torch.where(r > 0, f / r, torch.inf)
+    critical = loaded & (ratio >= min_ratio)
+    if not critical.any():
+        message = _why_empty(torch.where(loaded, ratio, -torch.inf), min_ratio, min_load)
+        if not allow_empty:
+            raise ValueError(message)
+        _log.warning("TRACE inactive: %s", message)
+    gap = torch.where(critical, f - r, -torch.inf)
+    largest = torch.argsort(gap, dim=1, descending=True, stable=True)[:, :per_layer]
+    return torch.zeros_like(critical).scatter_(1, largest, True) & critical
 
 
 def calibration_target(
     forget: RoutingFrequencies | Tensor, retain: RoutingFrequencies | Tensor, eta: float
 ) -> Tensor:
-    """(1 - eta) f^R + eta f^F, [L, E] float64; eta in [0, 1]."""
+    """(1 - eta) f^R + eta f^F, [L, E] float64; eta in [0, 1] says how far retain moves towards forget."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1]; got {eta}")
     return (1 - eta) * _frequency(retain) + eta * _frequency(forget)
@@ -125,44 +139,65 @@ def calibration_target(
 def retain_weights(
     top_k_index: Tensor, selected: Tensor, target: Tensor, *, cap: float | None = None, impl: str = "auto"
 ) -> RetainWeights:
-    """Token weights from the routing of all retain tokens; see the module docstring.
+    """Token weights from the routing of all counted retain tokens; see the module docstring.
 
     Args:
-        top_k_index: int [L, T, K]; an id twice in one row counts once.
-        selected: bool [L, E]; target: float [L, E], read where selected.
-        cap: largest weight, None is no cap.
+        top_k_index: int [L, T, K], T >= 1; an id twice in one row counts once.
+        selected: bool [L, E]; with nothing selected all weights are 1.
+        target: float [L, E], frequencies in [0, 1], read where selected; what cannot be reached moves to
+            the nearest reachable values, see `.achieved`.
+        cap: largest weight, >= 1; None is no cap.
 
-    Nothing selected gives weights 1. Raises ValueError if the shapes do not fit or T = 0.
+    Raises TypeError or ValueError if dtypes, shapes or values do not fit.
     """
-    if top_k_index.dim() != 3 or top_k_index.shape[1] == 0:
-        raise ValueError(f"top_k_index must be [L, T, K] with T >= 1; got {list(top_k_index.shape)}")
-    if selected.dtype != torch.bool or selected.dim() != 2 or len(selected) != len(top_k_index):
-        raise ValueError(
-            f"selected must be bool [L, E] with L = {len(top_k_index)}; got {selected.dtype} {list(selected.shape)}"
-        )
-    if target.shape != selected.shape:
-        raise ValueError(f"target must be {list(selected.shape)}; got {list(target.shape)}")
-    chosen = selected.nonzero()
-    members = torch.stack(
-        [(top_k_index[layer] == expert).any(-1) for layer, expert in chosen.tolist()]
-        or [top_k_index.new_zeros(top_k_index.shape[1], dtype=torch.bool)],
-        dim=1,
+    _check(top_k_index, selected, target)
+    chosen = selected.cpu()
+    users = [(top_k_index[layer] == expert).any(-1) for layer, expert in chosen.nonzero().tolist()]
+    nobody = torch.zeros(top_k_index.shape[1], 0, dtype=torch.bool, device=top_k_index.device)
+    members = torch.stack(users, 1) if users else nobody
+    solved = ops.retain_weights(members, target.double().cpu()[chosen], cap=cap, impl=impl)
+    achieved, tilt = (
+        torch.zeros(chosen.shape, dtype=torch.float64).masked_scatter(chosen, values)
+        for values in (solved.achieved, solved.tilt)
     )
-    wanted = target.double().cpu()[selected.cpu()] if len(chosen) else torch.zeros(1, dtype=torch.float64)
-    solved = ops.retain_weights(members, wanted, cap=cap, impl=impl)
-    tilt, achieved = (torch.zeros(selected.shape, dtype=torch.float64) for _ in range(2))
-    if len(chosen):
-        tilt[selected.cpu()], achieved[selected.cpu()] = solved.tilt, solved.achieved
     return RetainWeights(solved.weights, solved.ess, achieved, tilt, solved.bias)
 
 
-def online_weights(log_weight: Tensor, bias: float, cap: float) -> Tensor:
-    """min(cap, exp(bias + log_weight)) of the tilt `ops.route` added up during the forward pass.
+def online_weights(log_weight: Tensor, bias: float, cap: float | None) -> Tensor:
+    """min(cap, exp(bias + log_weight)), float32, for the tilt `ops.route` added up during a forward pass.
 
-    theta and b are those of the preparation, so the mean is 1 only as far as the routing has not moved.
+    theta and b stay those of the preparation, so the mean is 1 only as far as the routing has not moved.
+    Without a cap of its own a recipe passes the largest weight seen in the preparation
+    (exp `.log_weight_max`), so that tokens routed as none was then cannot explode.
     """
-    return (log_weight.double() + bias).exp().clamp_max(cap).float()
+    weights = (log_weight.double() + bias).exp()
+    return (weights if cap is None else weights.clamp_max(cap)).float()
 
 
 def _frequency(table: RoutingFrequencies | Tensor) -> Tensor:
     return table.frequency if isinstance(table, RoutingFrequencies) else table.double()
+
+
+def _why_empty(ratio: Tensor, min_ratio: float, min_load: float) -> str:
+    """Says which expert came nearest; `ratio` [L, E] is -inf where the load is too small."""
+    if not ratio.isfinite().any():
+        return f"no forget-critical expert: none has {min_load} times the uniform load on the forget set"
+    layer, expert = divmod(int(ratio.argmax()), ratio.shape[1])
+    return (
+        "no forget-critical expert: the highest ratio of forget to retain frequency is "
+        f"{float(ratio.max()):.3f} (layer {layer}, expert {expert}), min_ratio is {min_ratio}"
+    )
+
+
+def _check(top_k_index, selected, target):
+    if top_k_index.is_floating_point() or top_k_index.dtype == torch.bool:
+        raise TypeError(f"top_k_index must be an integer tensor; got {top_k_index.dtype}")
+    if top_k_index.dim() != 3 or top_k_index.shape[1] == 0:
+        raise ValueError(f"top_k_index must be [L, T, K] with T >= 1; got {list(top_k_index.shape)}")
+    if selected.dtype != torch.bool or selected.dim() != 2 or len(selected) != len(top_k_index):
+        raise ValueError(
+            f"selected must be bool [L, E] with L = {len(top_k_index)}; "
+            f"got {selected.dtype} {list(selected.shape)}"
+        )
+    if target.shape != selected.shape:
+        raise ValueError(f"target must be [L, E] = {list(selected.shape)}; got {list(target.shape)}")

@@ -1,27 +1,32 @@
 """gram: inner products of m gradient sets over a whole model.
 
-    G[i, j] = sum over parameters p of <g_i,p * mask_p, g_j,p * mask_p>
+    G[i, j] = sum over parameters p of < mask_p * g_i,p , mask_p * g_j,p >
 
-A gradient set is a list of tensors, one per parameter, None meaning zero; masks are packed words (layout:
-`ops.bits`) or None, and apply before the products. Nothing of the size of the model is made: parameters are
-visited one after the other. The products of one parameter are summed in at least float32, parameters are
-added in order in float64: deterministic.
+A gradient set is a list of tensors, one per parameter, None meaning zero. Masks are packed words (layout:
+`ops.bits`) and apply before the products: what they hide may hold anything, NaN included.
 
-The factor ("ghost") form computes the same for gradients G_i = sum_n dy_i[n] (x) x_i[n] of grouped rows
-without making them, which pays for experts with few rows:
+The factor ("ghost") form gives the same for grouped weight gradients G_i[e] = sum_{n in e} dy_i[n] (x) x[n]
+without making them, at n_e^2 (P + m^2 M) instead of n_e m M P products per expert: for experts with few rows.
 
-    <G_i, G_j> = sum_e sum_{n, n' in e} (dy_i[n] . dy_j[n']) (x_i[n] . x_j[n'])
+    G[i, j] = sum_e sum_{n, n' in e} (x[n] . x[n']) (dy_i[n] . dy_j[n'])
 
-Source: our specification; the factor identity is known from ghost clipping in differential privacy.
+Worked example, one parameter, g_0 = (1, 2), g_1 = (3, 0), no mask: G = [[5, 3], [3, 9]].
+
+Products and sums are float64: exact products of float32 and narrower gradients, so that what the common
+descent direction needs, small differences of large entries, survives. Deterministic: blocks, parameters and
+experts are added in order. No gradient flows. Source: our specification; the factor identity is the one of
+ghost clipping in differential privacy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from moe_unlearn import backend
 from moe_unlearn.ops.bits import num_words, unpack_bits
+
+BLOCK = 1 << 20  # elements widened to float64 at a time
 
 
 def gram(
@@ -30,79 +35,80 @@ def gram(
     masks: Sequence[Tensor | None] | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """G [m, m] float64, symmetric, on the device of the gradients; see the module docstring.
+    """G [m, m] float64, exactly symmetric, on the device of the first gradient; see the module docstring.
 
     Args:
-        gradients: m lists of one length; at each position tensors of one shape and dtype, or None.
-        masks: a list of that length of int32 words [..., ceil(n / 32)] or None; None masks nothing.
+        gradients: m >= 1 lists of one length; at each position float tensors of one shape, dtype and
+            device, or None.
+        masks: a list of that length, int32 words [..., ceil(n / 32)] or None at each position.
 
-    Raises ValueError if lengths, shapes or masks do not fit together.
+    A gradient that is not finite makes its entries not finite; nothing is raised. Raises TypeError or
+    ValueError, naming the position, if lengths, shapes, dtypes, devices or masks do not fit together.
     """
     _check(gradients, masks)
-    total = None
+    m = len(gradients)
+    first = next((g for tensors in gradients for g in tensors if g is not None), None)
+    total = torch.zeros(m, m, dtype=torch.float64, device=None if first is None else first.device)
     for position, tensors in enumerate(zip(*gradients, strict=True)):
         present = [i for i, g in enumerate(tensors) if g is not None]
-        if not present:
-            continue
-        mask = None if masks is None else masks[position]
-        part = _gram([tensors[i] for i in present], mask, impl)
-        if total is None:
-            total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=part.device)
-        index = torch.tensor(present, device=part.device)
-        total[index[:, None], index] += part
-    return torch.zeros(len(gradients), len(gradients), dtype=torch.float64) if total is None else total
+        if present:
+            mask = None if masks is None else masks[position]
+            part = _gram([tensors[i] for i in present], mask, impl).to(total.device)
+            index = torch.tensor(present, device=total.device)
+            total[index[:, None], index] += part
+    return total
 
 
 def gram_ref(gradients: list[Tensor], mask: Tensor | None = None) -> Tensor:
-    """Inner products [m, m] float64 of m tensors of one shape, masked."""
-    wide = torch.promote_types(gradients[0].dtype, torch.float32)
-    rows = []
-    for g in gradients:
+    """G [m, m] float64 of m tensors of one shape, in plain PyTorch."""
+    total = gradients[0].new_zeros(len(gradients), len(gradients), dtype=torch.float64)
+    for block in _blocks(gradients, mask):
+        total = total + block @ block.t()
+    return total.tril() + total.tril(-1).t()
+
+
+def _blocks(gradients: list[Tensor], mask: Tensor | None) -> Iterator[Tensor]:
+    """The masked gradients as float64 [m, elements], whole rows of at most about BLOCK elements at a time."""
+    width = gradients[0].shape[-1] if gradients[0].dim() else 1
+    rows = [g.reshape(-1, width) for g in gradients] if width else []
+    height = max(BLOCK // max(width, 1), 1)
+    for start in range(0, len(rows[0]) if rows else 0, height):
+        block = torch.stack([r[start : start + height].to(torch.float64) for r in rows])
         if mask is not None:
-            g = torch.where(unpack_bits(mask, g.shape[-1] if g.dim() else 1).view(g.shape), g, 0)
-        rows.append(g.flatten().to(wide))
-    # one dot product for each pair, so that G is exactly symmetric
-    products = {(i, j): torch.dot(rows[i], rows[j]) for i in range(len(rows)) for j in range(i + 1)}
-    return torch.stack(
-        [torch.stack([products[max(i, j), min(i, j)] for j in range(len(rows))]) for i in range(len(rows))]
-    ).double()
+            words = mask.reshape(-1, mask.shape[-1])[start : start + height]
+            block = torch.where(unpack_bits(words, width), block, 0.0)
+        yield block.flatten(1)
 
 
 def gram_factors(
-    grads: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    expert_offsets: Sequence[Tensor],
-    *,
-    experts: Tensor | None = None,
+    row_gradients: Sequence[Tensor], inputs: Tensor, expert_offsets: Tensor, *, impl: str = "auto"
 ) -> Tensor:
-    """G [m, m] float64 from factors: grads[i] [N_i, M], inputs[i] [N_i, P], expert_offsets[i] int [E + 1].
+    """G [m, m] float64 of grouped weight gradients from their factors; see the module docstring.
 
-    Set i has its own sorted rows; `experts` restricts the sum to these experts. Cost per expert and pair:
-    n_i n_j (M + P) instead of (n_i + n_j) M P.
+    Args:
+        row_gradients: m >= 1 tensors dy_i [R, M] of one dtype, rows sorted by expert. An objective that
+            does not see a row has a zero row there.
+        inputs: x [R, P] of the same dtype, the rows' inputs, shared by the objectives.
+        expert_offsets: int32 or int64 [E + 1], exclusive prefix sums as `route` makes them; rows behind
+            the last offset take no part.
+
+    Masks within a weight cannot be applied to factors: use `gram` on the gradients themselves.
     """
-    if not len(grads) == len(inputs) == len(expert_offsets) > 0:
-        raise ValueError(
-            f"expected as many grads as inputs and expert_offsets; got {len(grads)}, {len(inputs)}, "
-            f"{len(expert_offsets)}"
-        )
-    m = len(grads)
-    bounds = [offsets.tolist() for offsets in expert_offsets]
-    listed = range(len(bounds[0]) - 1) if experts is None else experts.tolist()
-    total = torch.zeros(m, m, dtype=torch.float64, device=grads[0].device)
-    wide = torch.promote_types(grads[0].dtype, torch.float32)
-    for e in listed:
-        parts = [
-            (g[b[e] : b[e + 1]].to(wide), x[b[e] : b[e + 1]].to(wide))
-            for g, x, b in zip(grads, inputs, bounds, strict=True)
-        ]
-        for i in range(m):
-            for j in range(i + 1):
-                (gi, xi), (gj, xj) = parts[i], parts[j]
-                value = ((gi @ gj.t()) * (xi @ xj.t())).sum().double()
-                total[i, j] += value
-                if i != j:
-                    total[j, i] += value
-    return total
+    _check_factors(row_gradients, inputs, expert_offsets)
+    return _gram_factors(list(row_gradients), inputs, expert_offsets, impl)
+
+
+def gram_factors_ref(row_gradients: list[Tensor], inputs: Tensor, expert_offsets: Tensor) -> Tensor:
+    """`gram_factors` in plain PyTorch."""
+    m = len(row_gradients)
+    total = inputs.new_zeros(m, m, dtype=torch.float64)
+    bounds = expert_offsets.tolist()
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        x = inputs[start:end].to(torch.float64)
+        dy = torch.stack([g[start:end].to(torch.float64) for g in row_gradients])
+        weighted = (x @ x.t()) @ dy
+        total = total + weighted.flatten(1) @ dy.flatten(1).t()
+    return total.tril() + total.tril(-1).t()
 
 
 @torch.library.custom_op("moe_unlearn::gram", mutates_args=())
@@ -115,26 +121,64 @@ def _(gradients, mask, impl):
     return gradients[0].new_empty(len(gradients), len(gradients), dtype=torch.float64)
 
 
+@torch.library.custom_op("moe_unlearn::gram_factors", mutates_args=())
+def _gram_factors(row_gradients: list[Tensor], inputs: Tensor, expert_offsets: Tensor, impl: str) -> Tensor:
+    return backend.resolve("gram.factors", impl, inputs)(row_gradients, inputs, expert_offsets)
+
+
+@_gram_factors.register_fake
+def _(row_gradients, inputs, expert_offsets, impl):
+    return inputs.new_empty(len(row_gradients), len(row_gradients), dtype=torch.float64)
+
+
 backend.register("gram", "ref", gram_ref)
+backend.register("gram.factors", "ref", gram_factors_ref)
 
 
 def _check(gradients, masks):
-    lengths = {len(g) for g in gradients}
-    if len(lengths) != 1:
-        raise ValueError(f"expected gradient sets of one length; got lengths {[len(g) for g in gradients]}")
-    if masks is not None and len(masks) not in lengths:
-        raise ValueError(f"expected one mask or None for each of {lengths.pop()} parameters; got {len(masks)}")
+    lengths = [len(tensors) for tensors in gradients]
+    if not lengths or len(set(lengths)) > 1:
+        raise ValueError(f"expected at least one gradient set, all of one length; got lengths {lengths}")
+    if masks is not None and len(masks) != lengths[0]:
+        raise ValueError(f"expected one mask or None for each of {lengths[0]} parameters; got {len(masks)}")
     for position, tensors in enumerate(zip(*gradients, strict=True)):
         present = [g for g in tensors if g is not None]
-        if len({(g.shape, g.dtype, g.device) for g in present}) > 1:
-            kinds = [(g.dtype, tuple(g.shape), str(g.device)) for g in present]
-            raise ValueError(f"parameter {position}: expected one dtype, shape and device; got {kinds}")
-        mask = None if masks is None or not present else masks[position]
+        if not present:
+            continue
+        if not present[0].is_floating_point():
+            raise TypeError(f"parameter {position}: gradients must be floating point; got {present[0].dtype}")
+        kinds = {(g.dtype, tuple(g.shape), str(g.device)) for g in present}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"parameter {position}: expected one dtype, shape and device; got {sorted(map(str, kinds))}"
+            )
+        mask, shape = None if masks is None else masks[position], present[0].shape
         if mask is not None:
-            shape = present[0].shape
             words = (*shape[:-1], num_words(shape[-1])) if shape else (1,)
-            if mask.dtype != torch.int32 or mask.shape != words:
+            if mask.dtype != torch.int32 or mask.shape != words or mask.device != present[0].device:
                 raise ValueError(
-                    f"parameter {position}: mask must be int32 words {list(words)}; "
-                    f"got {mask.dtype} {list(mask.shape)}"
+                    f"parameter {position}: mask must be int32 words {list(words)} on {present[0].device}; "
+                    f"got {mask.dtype} {list(mask.shape)} on {mask.device}"
                 )
+
+
+def _check_factors(row_gradients, inputs, expert_offsets):
+    if not row_gradients:
+        raise ValueError("expected at least one block of row gradients; got none")
+    if inputs.dim() != 2 or not inputs.is_floating_point():
+        raise ValueError(f"inputs must be float [R, P]; got {inputs.dtype} {list(inputs.shape)}")
+    for i, g in enumerate(row_gradients):
+        if g.shape != row_gradients[0].shape or g.dim() != 2 or len(g) != len(inputs):
+            raise ValueError(
+                f"row_gradients[{i}] must be [R, M] with R = {len(inputs)} and one M; got {list(g.shape)}"
+            )
+        if g.dtype != inputs.dtype or g.device != inputs.device:
+            raise ValueError(
+                f"row_gradients[{i}] must be {inputs.dtype} on {inputs.device} like inputs; "
+                f"got {g.dtype} on {g.device}"
+            )
+    if expert_offsets.dtype not in (torch.int32, torch.int64) or expert_offsets.dim() != 1:
+        raise ValueError(
+            f"expert_offsets must be int32 or int64 [E + 1]; got {expert_offsets.dtype} "
+            f"{list(expert_offsets.shape)}"
+        )

@@ -5,12 +5,14 @@
 a_t in {0, 1}^S says which of S selected experts token t uses. Among all weights that meet the two equations
 and the cap these have the smallest KL divergence from uniform weights. (b, theta) minimise the convex dual
 
-    D(b, theta) = mean_t phi(b + theta . a_t) - b - theta . target + ridge / 2 |theta|^2      phi' = min(cap, exp)
+    D(b, theta) = mean_t phi(b + theta . a_t) - b - theta . target + ridge / 2 |theta|^2
+    phi'(x)     = min(cap, exp(x))
 
 by damped Newton in float64. A capped token has zero curvature, so the cap is part of the problem: nothing is
-clipped and renormalised afterwards. The ridge (1e-9) moves a reachable target by 1e-9 theta. It also makes
-the dual of an unreachable target (exclusive experts asked for more than all tokens, more than the cap allows)
-bounded, with the L2-nearest reachable frequencies as its solution; `achieved` says where they are.
+clipped and renormalised afterwards. The ridge shrinks from 0.1 to 1e-7, each solution starting the next, and
+the last step is proximal (the ridge pulls towards the tilt found, not to 0), which leaves a reachable target
+exact to rounding. An unreachable one (exclusive experts asked for more than all tokens, more than the cap
+allows) moves to the L2-nearest reachable frequencies, the end of the ridge path; `achieved` says which.
 
 Tokens enter through one pass of sums over packed membership words (layout: `ops.bits`), with a~ = (1, a):
 
@@ -34,11 +36,10 @@ from torch import Tensor
 from moe_unlearn import backend
 from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
 
-RIDGE = 1e-9
-REACHED = 1e-6  # a target missed by more cannot be reached: the ridge alone explains up to 1e-9 |theta|
-TOLERANCE = 1e-12  # of the gradient of the dual: a mean of T terms in float64
+RIDGES = tuple(10.0**-k for k in range(1, 8))
+REACHED = 1e-5  # a target missed by more cannot be reached: the last ridge explains 1e-7 |theta|
 BLOCK = 4096
-_MAX_NEWTON_STEPS = 500
+_MAX_STEPS = 100
 _MAX_HALVINGS = 60
 
 
@@ -63,7 +64,7 @@ def retain_weights(
         cap: largest weight allowed, >= 1; at 1 all weights are 1. None: no cap.
 
     An expert that every token or no token uses cannot be moved: it is left out, its frequency stays 1 or 0.
-    Raises TypeError or ValueError for a wrong dtype, shape or value, RuntimeError if Newton does not converge.
+    Raises TypeError or ValueError for a wrong dtype, shape or value, RuntimeError without convergence.
     """
     _check(members, target, cap)
     limit = math.inf if cap is None else float(cap)
@@ -74,12 +75,7 @@ def retain_weights(
 
     bias, tilt = 0.0, torch.zeros_like(goal)
     if limit > 1 and len(goal):
-        bias, tilt, reached = _newton(words, goal, limit, impl)
-        if float((reached - goal).abs().max()) > REACHED:
-            # the tilt towards an unreachable target grows like 1 / ridge; towards the point reached it is moderate
-            bias, tilt, reached = _newton(words, reached, limit, impl)
-        achieved[movable] = reached
-
+        bias, tilt, achieved[movable] = _solve(words, goal, limit, impl)
     weights = tilted_weights(words, tilt, bias, cap=cap, impl=impl)
     total, squares = weights.double().sum(), weights.double().square().sum()
     whole = torch.zeros_like(achieved).masked_scatter(movable, tilt)
@@ -138,40 +134,64 @@ def moments_ref(words: Tensor, tilt: Tensor, bias: float, cap: float) -> tuple[T
     return first, second
 
 
-def _newton(words: Tensor, target: Tensor, cap: float, impl: str) -> tuple[float, Tensor, Tensor]:
-    """(bias, tilt [S], weighted frequency [S]) at the minimum of the dual."""
+def _solve(words: Tensor, target: Tensor, cap: float, impl: str) -> tuple[float, Tensor, Tensor]:
+    """(bias, tilt [S], weighted frequency [S]) for the reachable target nearest to `target`."""
+    origin = torch.zeros(len(target) + 1, dtype=torch.float64)
+
+    def follow_ridge(goal: Tensor) -> tuple[Tensor, Tensor]:
+        point = origin
+        for ridge in RIDGES:
+            point, mean = _newton(words, goal, cap, ridge, origin, point, impl)
+        return point, mean
+
     goal = torch.cat([target.new_ones(1), target])
-    # b stays without a penalty, so that the mean weight is 1 whatever the tilt
-    penalty = torch.full_like(goal, RIDGE).index_fill(0, torch.tensor([0]), 0.0)
-    damping = RIDGE * torch.eye(len(goal), dtype=goal.dtype)
+    point, mean = follow_ridge(goal)
+    if float((mean - goal).abs().max()) > REACHED:
+        # the tilt to an unreachable target grows like 1 / ridge, that to the point reached is moderate
+        goal = torch.cat([goal[:1], mean[1:]])
+        point, mean = follow_ridge(goal)
+    point, mean = _newton(words, goal, cap, RIDGES[-1], point, point, impl)
+    if not float((mean - goal).abs().max()) <= REACHED:
+        raise RuntimeError(
+            f"no convergence for {len(target)} experts and {len(words)} tokens: mean weight "
+            f"{float(mean[0])}, frequencies off by {float((mean - goal)[1:].abs().max()):.3g}"
+        )
+    return float(point[0]), point[1:], mean[1:] / mean[0]
+
+
+def _newton(
+    words: Tensor, goal: Tensor, cap: float, ridge: float, center: Tensor, point: Tensor, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Minimise D + ridge / 2 |theta - center|^2 from `point` = (b, theta); returns it and mean_t w_t a~_t."""
+    # b has no ridge, so that the mean weight is 1 whatever the tilt
+    penalty = torch.full_like(goal, ridge).index_fill(0, torch.tensor([0]), 0.0)
     rounding = 8 * torch.finfo(goal.dtype).eps
 
     def derivatives(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         first, second = _moments(words, point[1:].to(words.device), float(point[0]), cap, impl)
-        mean, curvature = first.cpu() / len(words), second.cpu() / len(words)
-        return mean, mean - goal + penalty * point, curvature + torch.diag(penalty)
+        mean = first.cpu() / len(words)
+        hessian = second.cpu() / len(words) + torch.diag(penalty)
+        return mean, mean - goal + penalty * (point - center), hessian
 
-    point = torch.zeros_like(goal)
-    mean, gradient, curvature = derivatives(point)
-    for _ in range(_MAX_NEWTON_STEPS):
-        # a large point rounds the exponents, which limits how small the gradient can become
-        if float(gradient.abs().max()) <= TOLERANCE + rounding * float(point.abs().sum()):
-            return float(point[0]), point[1:], mean[1:] / mean[0]
-        step = -torch.linalg.solve(curvature + damping, gradient)
+    mean, gradient, hessian = derivatives(point)
+    for _ in range(_MAX_STEPS):
+        # rounding of the exponents, which grow with the point, limits how small the gradient can become
+        if float(gradient.abs().max()) <= 1e-13 + rounding * (1 + float(point.abs().sum())):
+            break
+        # a state in which every token is capped has no curvature along b
+        hessian[0, 0] += torch.finfo(goal.dtype).eps
+        step = -torch.linalg.solve(hessian, gradient)
         slope = float(gradient @ step)
         length = 1.0
         for _ in range(_MAX_HALVINGS):
-            # convex: the derivative along the step only grows, and is small or negative where the step
-            # has not run past the minimum; an overflow gives NaN and is refused
-            mean, ahead, curvature = derivatives(point + length * step)
+            # the dual is convex, its derivative along the step only grows: small or negative means that the
+            # step has not run past the minimum; an overflow gives NaN and is refused
+            mean, ahead, hessian = derivatives(point + length * step)
             if float(ahead @ step) <= 0.1 * abs(slope):
                 break
             length /= 2
         point, gradient = point + length * step, ahead
-    raise RuntimeError(
-        f"Newton did not converge in {_MAX_NEWTON_STEPS} steps for {len(target)} experts and {len(words)} "
-        f"tokens: gradient {float(gradient.abs().max()):.3g}, largest tilt {float(point.abs().max()):.3g}"
-    )
+    return point, mean
 
 
 @torch.library.custom_op("moe_unlearn::retain_weights", mutates_args=())

@@ -1,18 +1,29 @@
-"""token_loss: hidden states x head -> per-token losses with per-token weights; logits are never stored.
+"""token_loss: hidden states x head -> per-token losses with per-token weights; no T x V tensor exists.
 
-    z_t = softcap * tanh(scale * (head h_t + bias) / softcap)      (without softcap: scale * (head h_t + bias))
-    loss[t] = w_t * l_t
-    nll     l_t = logsumexp(z_t) - z_t[y_t] = -log p
-    uce     l_t = -log(1 - p / 2)                                  in [0, log 2]; d/dz_y = p (1 - p) / (2 - p)
-    kl      l_t = sum_v q_v (log q_v - log p_v),  q from the reference hidden states through the same head
+    z_t = cap(scale * (W h_t + b)),  cap(x) = softcap * tanh(x / softcap), the identity without softcap
+    p_t = softmax(z_t),  loss[t] = w_t * l_t
 
-Shapes: T tokens, H hidden, V vocabulary; hidden_states [T, H], lm_head [V, H], labels [T]. Rows whose label
-is -100 or whose weight is 0 are exactly 0, have zero gradient, and are dropped before the product. The rest
-go in chunks of rows whose logits fit a workspace of 32 MiB, forward and backward; saved for the backward is
-one log-sum-exp per row. Logits and softmax are float32 (float64 for float64).
+    nll    l_t = -log p_t[y_t]                                       dl/dz = p - onehot(y)
+    uce    l_t = -log(1 - p_t[y_t] / 2), in [0, log 2]               dl/dz = -(e^l - 1) (p - onehot(y))
+    kl     l_t = sum_v q_t[v] (log q_t[v] - log p_t[v])              dl/dz = p - q
 
-Deterministic: chunks in order. Source: UCE from the MOLLM authors' FedOSD code (the division by 2 was read
-there; its use in MOLLM is a reconstruction), the others standard.
+T tokens, H hidden, V vocabulary: hidden_states h [T, H], lm_head W [V, H], labels y [T]. q is the softmax of
+reference hidden states under the same head, or a frozen copy of it; no gradient flows into q. In `uce`,
+e^l - 1 = p / (2 - p), so the gradient at the target logit is p (1 - p) / (2 - p).
+
+A row whose label is -100 or whose weight is 0 has loss exactly 0 and gradient exactly 0, whatever it holds,
+and is dropped before the matrix product. (Where the weights themselves need a gradient, which is l_t, only
+the label drops a row.) Worked example: labels [5, -100, 2, 7] with weights [1, 3, 0, 2] multiply rows 0
+and 3 alone.
+
+The rest goes in tiles of rows x vocabulary whose logits, with the temporaries beside them, fit a workspace
+of 32 MiB. Logits and softmax are float32, float64 if an input is; the forward keeps two or three numbers per
+row and the backward recomputes each tile of logits from the saved log-sum-exp. Gradients are summed in
+float32 and rounded once.
+
+Deterministic: tiles in a fixed order, no atomics. Source: nll and kl are standard; uce with its division by
+2 was read in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping
+are our specification.
 """
 
 import torch
@@ -23,6 +34,8 @@ from moe_unlearn import backend
 KINDS = ("nll", "uce", "kl")
 IGNORED = -100
 WORKSPACE_BYTES = 32 * 2**20
+_TEMPORARIES = 4  # tiles of logits alive at a time: z, p, and for kl the two of the reference
+_DEFAULT_ROWS = 4096
 
 
 def token_loss(
@@ -37,237 +50,296 @@ def token_loss(
     ref_lm_head: Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    chunk_rows: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """loss [T] float32 (float64 for float64), differentiable in hidden states, head, bias and weights.
+    """loss [T], float32 (float64 for float64); differentiable in hidden_states, lm_head, bias and weights.
 
     Args:
-        labels: int64 [T], -100 ignored; for "kl" they only say which rows count.
-        token_weights: float [T] >= 0, None is 1.
-        ref_hidden_states: [T, H], and ref_lm_head: [V, H] if the head has changed; with "kl" only.
+        hidden_states, lm_head, bias: any float dtypes; [T, H], [V, H] and [V].
+        labels: int64 [T], -100 is ignored; for "kl" they only say which rows count.
+        token_weights: float [T]; None is 1.
+        kind: "nll", "uce" or "kl".
+        ref_hidden_states: [T, H], required by "kl"; ref_lm_head: [V, H] where the reference had another
+            head than `lm_head`. Both for "kl" only.
         logit_scale, logit_softcap: as in the formula.
+        chunk_rows: rows per tile, None for a default; the vocabulary side of a tile follows from it.
 
-    Raises TypeError or ValueError for what does not fit. A label outside [0, V) is an error too.
+    Raises TypeError or ValueError for a dtype, shape, device, option or label that does not fit. There is
+    no double backward; `token_loss_ref` has one.
     """
     _check(hidden_states, lm_head, labels, bias, token_weights, kind, ref_hidden_states, ref_lm_head)
-    if token_weights is not None:
-        token_weights = token_weights.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    _check_options(logit_scale, logit_softcap, chunk_rows)
+    drop_zero_weights = token_weights is not None and not token_weights.requires_grad
     return _token_loss(
-        hidden_states, lm_head, labels, bias, token_weights, kind, ref_hidden_states, ref_lm_head,
-        float(logit_scale), float(logit_softcap or 0.0), impl,
+        hidden_states, lm_head, labels, bias, token_weights, ref_hidden_states, ref_lm_head, kind,
+        float(logit_scale), None if logit_softcap is None else float(logit_softcap), drop_zero_weights,
+        chunk_rows, impl,
     )[0]  # fmt: skip
 
 
 def token_loss_ref(
-    hidden_states: Tensor,
-    lm_head: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    kind: str = "nll",
-    ref_hidden_states: Tensor | None = None,
-    ref_lm_head: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-) -> Tensor:
-    """`token_loss` in plain PyTorch with all logits at once, differentiable by autograd."""
-    logp = torch.log_softmax(_logits(hidden_states, lm_head, bias, logit_scale, logit_softcap or 0.0), -1)
+    hidden_states, lm_head, labels, *, bias=None, token_weights=None, kind="nll", ref_hidden_states=None,
+    ref_lm_head=None, logit_scale=1.0, logit_softcap=None,
+) -> Tensor:  # fmt: skip
+    """`token_loss` in plain PyTorch, all logits at once, differentiable by autograd."""
+    dtype = _wide(hidden_states, lm_head)
+    drop_zero_weights = token_weights is not None and not token_weights.requires_grad
+    rows = _counted(labels, token_weights, drop_zero_weights)
+    z = _logits(hidden_states[rows].to(dtype), lm_head, bias, logit_scale, logit_softcap)
+    log_p = z - z.logsumexp(1, keepdim=True)
     if kind == "kl":
         head = lm_head if ref_lm_head is None else ref_lm_head
-        reference = _logits(ref_hidden_states, head, bias, logit_scale, logit_softcap or 0.0).detach()
-        logq = torch.log_softmax(reference, -1)
-        loss = (logq.exp() * (logq - logp)).sum(-1)
+        z_ref = _logits(ref_hidden_states[rows].to(dtype), head, bias, logit_scale, logit_softcap).detach()
+        log_q = z_ref - z_ref.logsumexp(1, keepdim=True)
+        loss = (log_q.exp() * (log_q - log_p)).sum(1)
     else:
-        picked = logp.gather(1, labels.clamp_min(0)[:, None])[:, 0]
-        loss = -picked if kind == "nll" else -torch.log1p(-0.5 * picked.exp())
+        log_py = log_p.gather(1, labels[rows, None]).squeeze(1)
+        loss = -log_py if kind == "nll" else -torch.log1p(-log_py.exp() / 2)
     if token_weights is not None:
-        loss = torch.where(token_weights == 0, 0.0, loss) * token_weights
-    return torch.where(labels == IGNORED, 0.0, loss)
+        loss = token_weights[rows].to(dtype) * loss
+    return torch.zeros(labels.shape, dtype=dtype, device=labels.device).index_put((rows,), loss)
 
 
-def _logits(hidden, head, bias, scale, softcap):
-    """[n, V] in at least float32; `softcap` 0 is none."""
-    z = torch.nn.functional.linear(hidden, head, bias).to(torch.promote_types(hidden.dtype, torch.float32))
-    z = z if scale == 1.0 else z * scale
-    return softcap * torch.tanh(z / softcap) if softcap else z
+def _wide(*tensors: Tensor) -> torch.dtype:
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
 
 
-def _kept_chunks(hidden, head, labels, token_weights):
-    """Indices of the rows that count, in chunks whose logits fit the workspace."""
-    kept = labels != IGNORED
-    if token_weights is not None:
-        kept = kept & (token_weights != 0)
-    width = torch.promote_types(hidden.dtype, torch.float32).itemsize
-    return kept.nonzero()[:, 0].split(max(1, WORKSPACE_BYTES // (width * len(head))))
+def _counted(labels: Tensor, token_weights: Tensor | None, drop_zero_weights: bool) -> Tensor:
+    """Indices of the rows that are computed, ascending."""
+    counted = labels != IGNORED
+    if drop_zero_weights:
+        counted = counted & (token_weights != 0)
+    return counted.nonzero().squeeze(1)
 
 
-def _forward_ref(hidden, head, labels, bias, token_weights, kind, ref_hidden, ref_head, scale, softcap):
-    """(loss [T], log-sum-exp [T])."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    loss = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
-    lse = torch.zeros_like(loss)
-    for rows in _kept_chunks(hidden, head, labels, token_weights):
-        z = _logits(hidden[rows], head, bias, scale, softcap)
-        lse[rows] = z.logsumexp(-1)
-        if kind == "kl":
-            logq = torch.log_softmax(
-                _logits(ref_hidden[rows], head if ref_head is None else ref_head, bias, scale, softcap), -1
-            )
-            value = (logq.exp() * (logq - (z - lse[rows, None]))).sum(-1)
-        else:
-            logp = z.gather(1, labels[rows, None])[:, 0] - lse[rows]
-            value = -logp if kind == "nll" else -torch.log1p(-0.5 * logp.exp())
-        loss[rows] = value if token_weights is None else value * token_weights[rows]
-    return loss, lse
-
-
-def _backward_ref(grad, hidden, head, labels, bias, token_weights, kind, ref_hidden, ref_head, scale, softcap,
-                  lse, needs_hidden, needs_head, needs_bias, needs_weights):  # fmt: skip
-    """Gradients of hidden, head, bias and weights; an empty tensor where not needed."""
-    dtype = lse.dtype
-    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
-    d_head = torch.zeros_like(head, dtype=dtype, memory_format=torch.contiguous_format) if needs_head else None
-    d_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
-    d_weights = torch.zeros_like(token_weights) if needs_weights else None
-    for rows in _kept_chunks(hidden, head, labels, token_weights):
-        z = _logits(hidden[rows], head, bias, scale, softcap)
-        p = (z - lse[rows, None]).exp()
-        if kind == "kl":
-            logq = torch.log_softmax(
-                _logits(ref_hidden[rows], head if ref_head is None else ref_head, bias, scale, softcap), -1
-            )
-            q = logq.exp()
-            value = (q * (logq - (z - lse[rows, None]))).sum(-1)
-            dz = p - q
-        else:
-            target = p.gather(1, labels[rows, None])
-            logp = (z.gather(1, labels[rows, None])[:, 0] - lse[rows])
-            if kind == "nll":
-                value, factor = -logp, torch.ones_like(target)
-            else:
-                value, factor = -torch.log1p(-0.5 * logp.exp()), -target / (2 - target)
-            dz = p * factor
-            dz.scatter_add_(1, labels[rows, None], -factor)
-        if needs_weights:
-            d_weights[rows] = grad[rows] * value
-        upstream = grad[rows].to(dtype)
-        dz = dz * (upstream if token_weights is None else upstream * token_weights[rows])[:, None]
-        if softcap:
-            dz = dz * (1 - (z / softcap).square())
-        dz = (dz if scale == 1.0 else dz * scale).to(hidden.dtype)
-        if needs_hidden:
-            d_hidden[rows] = dz @ head
-        if needs_head:
-            d_head += (dz.t() @ hidden[rows]).to(dtype)
-        if needs_bias:
-            d_bias += dz.to(dtype).sum(0)
-    gradients = (d_hidden, d_head, d_bias, d_weights)
-    dtypes = (hidden.dtype, head.dtype, hidden.dtype, dtype)
-    # an op returns tensors, each one its own
-    return tuple(
-        hidden.new_empty(0) if g is None else g.to(d) for g, d in zip(gradients, dtypes, strict=True)
-    )
+def _logits(h: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Logits [n, v] in the dtype of `h` under `head` [v, H], any dtype."""
+    z = h @ head.to(h.dtype).t()
+    if bias is not None:
+        z = z + bias.to(h.dtype)
+    if scale != 1.0:
+        z = z * scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 @torch.library.custom_op("moe_unlearn::token_loss", mutates_args=())
 def _token_loss(
-    hidden_states: Tensor, lm_head: Tensor, labels: Tensor, bias: Tensor | None, token_weights: Tensor | None,
-    kind: str, ref_hidden_states: Tensor | None, ref_lm_head: Tensor | None, scale: float, softcap: float,
-    impl: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    kernel = backend.resolve("token_loss", impl, hidden_states)
-    return kernel(
-        hidden_states, lm_head, labels, bias, token_weights, kind, ref_hidden_states, ref_lm_head, scale, softcap
-    )
+    hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
+    ref_hidden: Tensor | None, ref_head: Tensor | None, kind: str, scale: float, softcap: float | None,
+    drop_zero_weights: bool, chunk_rows: int | None, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, l, log-sum-exp of z, log-sum-exp of the reference's z), each [T] and 0 in dropped rows."""
+    kernel = backend.resolve("token_loss", impl, hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return kernel(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
+                      drop_zero_weights, chunk_rows)  # fmt: skip
 
 
 @_token_loss.register_fake
-def _(hidden_states, *rest):
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    shape = hidden_states.shape[:1]
-    return hidden_states.new_empty(shape, dtype=dtype), hidden_states.new_empty(shape, dtype=dtype)
+def _(hidden, head, labels, *options):
+    return tuple(hidden.new_empty(labels.shape, dtype=_wide(hidden, head)) for _ in range(4))
 
 
 @torch.library.custom_op("moe_unlearn::token_loss_backward", mutates_args=())
 def _token_loss_backward(
-    grad: Tensor, hidden_states: Tensor, lm_head: Tensor, labels: Tensor, bias: Tensor | None,
-    token_weights: Tensor | None, kind: str, ref_hidden_states: Tensor | None, ref_lm_head: Tensor | None,
-    scale: float, softcap: float, lse: Tensor, needs_hidden: bool, needs_head: bool, needs_bias: bool,
-    needs_weights: bool, impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    kernel = backend.resolve("token_loss.backward", impl, hidden_states)
-    return kernel(
-        grad, hidden_states, lm_head, labels, bias, token_weights, kind, ref_hidden_states, ref_lm_head, scale,
-        softcap, lse, needs_hidden, needs_head, needs_bias, needs_weights,
-    )  # fmt: skip
+    grad: Tensor, hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
+    ref_hidden: Tensor | None, ref_head: Tensor | None, value: Tensor, lse: Tensor, ref_lse: Tensor,
+    kind: str, scale: float, softcap: float | None, drop_zero_weights: bool, chunk_rows: int | None,
+    needs_hidden: bool, needs_head: bool, needs_bias: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, head and bias; an empty tensor for one that is not needed."""
+    kernel = backend.resolve("token_loss.backward", impl, hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return kernel(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, lse, ref_lse,
+                      kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head,
+                      needs_bias)  # fmt: skip
 
 
 @_token_loss_backward.register_fake
-def _(grad, hidden_states, lm_head, labels, bias, token_weights, kind, ref_hidden_states, ref_lm_head, scale,
-      softcap, lse, needs_hidden, needs_head, needs_bias, needs_weights, impl):  # fmt: skip
-    def like(tensor, needed):
-        return tensor.new_empty(tensor.shape) if needed else hidden_states.new_empty(0)
-
+def _(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, lse, ref_lse, kind, scale,
+      softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head, needs_bias, impl):  # fmt: skip
     return (
-        like(hidden_states, needs_hidden), like(lm_head, needs_head), like(bias, needs_bias),
-        like(token_weights, needs_weights),
-    )  # fmt: skip
+        hidden.new_empty(hidden.shape if needs_hidden else 0),
+        head.new_empty(head.shape if needs_head else 0),
+        bias.new_empty(bias.shape) if needs_bias else head.new_empty(0),
+    )
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, head, labels, bias, weights, ctx.kind, ref_hidden, ref_head, ctx.scale, ctx.softcap, ctx.impl = inputs
-    ctx.save_for_backward(hidden, head, labels, bias, weights, ref_hidden, ref_head, output[1])
-    ctx.mark_non_differentiable(output[1])
+    *tensors, ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, grad, _):
-    hidden, head, labels, bias, weights, ref_hidden, ref_head, lse = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)]
-    results = torch.ops.moe_unlearn.token_loss_backward(
-        grad, hidden, head, labels, bias, weights, ctx.kind, ref_hidden, ref_head, ctx.scale, ctx.softcap, lse,
-        *needs, ctx.impl,
-    )  # fmt: skip
-    d_hidden, d_head, d_bias, d_weights = (r if n else None for r, n in zip(results, needs, strict=True))
-    return d_hidden, d_head, None, d_bias, d_weights, *[None] * 6
+def _backward(ctx, grad, *unused):
+    hidden, head, labels, bias, weights, ref_hidden, ref_head, value, lse, ref_lse = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    grads = [None] * 3
+    if any(needs):
+        results = _token_loss_backward(
+            grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, lse, ref_lse, ctx.kind,
+            ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, *needs, ctx.impl,
+        )  # fmt: skip
+        grads = [result if need else None for result, need in zip(results, needs, strict=True)]
+    grad_weights = None
+    if ctx.needs_input_grad[4]:
+        grad_weights = torch.where(labels == IGNORED, 0, grad * value).to(weights.dtype)
+    return grads[0], grads[1], None, grads[2], grad_weights, *[None] * 8
 
 
 def _no_double_backward(ctx, *grads):
-    raise RuntimeError("token_loss has no double backward; token_loss_ref has")
+    raise RuntimeError("token_loss has no double backward; token_loss_ref has one")
 
 
 _token_loss.register_autograd(_backward, setup_context=_setup_context)
 _token_loss_backward.register_autograd(_no_double_backward)
-backend.register("token_loss", "ref", _forward_ref)
-backend.register("token_loss.backward", "ref", _backward_ref)
 
 
-def _check(hidden, head, labels, bias, token_weights, kind, ref_hidden, ref_head):
+def _forward_tiled(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
+                   drop_zero_weights, chunk_rows):  # fmt: skip
+    dtype = _wide(hidden, head)
+    value, lse, ref_lse = (torch.zeros(labels.shape, dtype=dtype, device=labels.device) for _ in range(3))
+    ref_head = head if ref_head is None else ref_head
+    counted = _counted(labels, weights, drop_zero_weights)
+    _check_labels(labels[counted], kind, len(head))
+    for rows in counted.split(chunk_rows or _DEFAULT_ROWS):
+        h, y = hidden[rows].to(dtype), labels[rows]
+        h_ref = ref_hidden[rows].to(dtype) if kind == "kl" else None
+        log_z = torch.full_like(h[:, 0], -torch.inf)
+        log_z_ref, picked, expected = log_z, torch.zeros_like(log_z), torch.zeros_like(log_z)
+        for tile in _tiles(len(rows), len(head), dtype):
+            b = None if bias is None else bias[tile]
+            z = _logits(h, head[tile], b, scale, softcap)
+            log_z = torch.logaddexp(log_z, z.logsumexp(1))
+            if kind == "kl":
+                z_ref = _logits(h_ref, ref_head[tile], b, scale, softcap)
+                previous, log_z_ref = log_z_ref, torch.logaddexp(log_z_ref, z_ref.logsumexp(1))
+                term = ((z_ref - log_z_ref[:, None]).exp() * (z_ref - z)).sum(1)
+                expected = expected * (previous - log_z_ref).exp() + term  # sum_v q (z_ref - z) so far
+            else:
+                column, inside = _column(y, tile)
+                picked = torch.where(inside, z.gather(1, column).squeeze(1), picked)
+        if kind == "kl":
+            value[rows], ref_lse[rows] = expected - log_z_ref + log_z, log_z_ref
+        else:
+            log_py = picked - log_z
+            value[rows] = -log_py if kind == "nll" else -torch.log1p(-log_py.exp() / 2)
+        lse[rows] = log_z
+    # an ignored row is 0 under a weight of NaN too
+    loss = value.clone() if weights is None else torch.where(labels == IGNORED, 0, value * weights.to(dtype))
+    return loss, value, lse, ref_lse
+
+
+def _backward_tiled(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, lse, ref_lse,
+                    kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head,
+                    needs_bias):  # fmt: skip
+    dtype = lse.dtype
+    ref_head = head if ref_head is None else ref_head
+    upstream = grad.to(dtype) if weights is None else grad.to(dtype) * weights.to(dtype)
+    if kind == "uce":
+        upstream = -upstream * torch.expm1(value)
+    chunks = [
+        (rows, hidden[rows].to(dtype), ref_hidden[rows].to(dtype) if kind == "kl" else None)
+        for rows in _counted(labels, weights, drop_zero_weights).split(chunk_rows or _DEFAULT_ROWS)
+    ]
+    sums = [torch.zeros_like(h) if needs_hidden else None for _, h, _ in chunks]
+    grad_head = head.new_zeros(head.shape if needs_head else 0)
+    grad_bias = head.new_zeros(0) if not needs_bias else bias.new_zeros(bias.shape)
+    # the vocabulary outside: a tile of the head's gradient is complete, and rounded once, when it is left
+    for tile in _tiles(len(chunks[0][0]), len(head), dtype):
+        w, b = head[tile].to(dtype), None if bias is None else bias[tile]
+        grad_w, grad_b = torch.zeros_like(w) if needs_head else None, torch.zeros_like(w[:, 0])
+        for (rows, h, h_ref), grad_h in zip(chunks, sums, strict=True):
+            z = _logits(h, w, b, scale, softcap)
+            dz = (z - lse[rows, None]).exp()
+            if kind == "kl":
+                z_ref = _logits(h_ref, ref_head[tile], b, scale, softcap)
+                dz = dz - (z_ref - ref_lse[rows, None]).exp()
+            else:
+                column, inside = _column(labels[rows], tile)
+                dz = dz.scatter_add(1, column, -inside.to(dtype)[:, None])
+            dz = dz * (upstream[rows] * scale)[:, None]
+            if softcap is not None:
+                dz = dz * (1 - (z / softcap).square())
+            if needs_hidden:
+                grad_h += dz @ w
+            if needs_head:
+                grad_w += dz.t() @ h
+            if needs_bias:
+                grad_b += dz.sum(0)
+        if needs_head:
+            grad_head[tile] = grad_w.to(head.dtype)
+        if needs_bias:
+            grad_bias[tile] = grad_b.to(bias.dtype)
+    grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else 0)
+    if needs_hidden:
+        for (rows, _, _), grad_h in zip(chunks, sums, strict=True):
+            grad_hidden[rows] = grad_h.to(hidden.dtype)
+    return grad_hidden, grad_head, grad_bias
+
+
+def _tiles(rows: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
+    """Cuts of the vocabulary such that the tiles of `rows` rows fit the workspace."""
+    width = max(1, WORKSPACE_BYTES // (_TEMPORARIES * dtype.itemsize * max(1, rows)))
+    return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+
+
+def _column(labels: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+    """(column [n, 1] of each label within the tile, clamped into it; whether it is inside [n])."""
+    inside = (labels >= tile.start) & (labels < tile.stop)
+    return (labels - tile.start).clamp(0, tile.stop - tile.start - 1)[:, None], inside
+
+
+backend.register("token_loss", "ref", _forward_tiled)
+backend.register("token_loss.backward", "ref", _backward_tiled)
+
+
+def _check(hidden, head, labels, bias, weights, kind, ref_hidden, ref_head):
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}; got {kind!r}")
-    if hidden.dim() != 2 or not hidden.is_floating_point():
-        raise ValueError(f"hidden_states must be float [T, H]; got {hidden.dtype} {tuple(hidden.shape)}")
-    if head.dim() != 2 or head.shape[1] != hidden.shape[1]:
-        raise ValueError(f"lm_head must be [V, H] with H = {hidden.shape[1]}; got {tuple(head.shape)}")
+    if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1] or len(head) == 0:
+        raise ValueError(
+            f"hidden_states and lm_head must be [T, H] and [V, H] with V >= 1; "
+            f"got {list(hidden.shape)} and {list(head.shape)}"
+        )
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64; got {labels.dtype}")
-    if (kind == "kl") != (ref_hidden is not None):
-        raise ValueError("ref_hidden_states goes with kind 'kl', and only with it")
-    tokens = (len(hidden),)
-    expected = {
-        "labels": (labels, tokens),
-        "bias": (bias, (len(head),)),
-        "token_weights": (token_weights, tokens),
-        "ref_hidden_states": (ref_hidden, tuple(hidden.shape)),
-        "ref_lm_head": (ref_head, tuple(head.shape)),
-    }
-    for name, (tensor, shape) in expected.items():
+    if (ref_hidden is not None) != (kind == "kl") or (ref_head is not None and kind != "kl"):
+        given = {"ref_hidden_states": ref_hidden, "ref_lm_head": ref_head}
+        raise ValueError(
+            f"kind 'kl' needs ref_hidden_states and takes ref_lm_head, other kinds take neither; "
+            f"got kind {kind!r} with {[name for name, tensor in given.items() if tensor is not None]}"
+        )
+    (tokens, _), vocabulary = hidden.shape, len(head)
+    shapes = {
+        "hidden_states": (hidden, hidden.shape), "lm_head": (head, head.shape), "labels": (labels, (tokens,)),
+        "bias": (bias, (vocabulary,)), "token_weights": (weights, (tokens,)),
+        "ref_hidden_states": (ref_hidden, hidden.shape), "ref_lm_head": (ref_head, head.shape),
+    }  # fmt: skip
+    for name, (tensor, shape) in shapes.items():
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}; got {list(tensor.shape)}")
+            raise ValueError(f"{name} must have shape {list(shape)}; got {list(tensor.shape)}")
+        if name != "labels" and not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point; got {tensor.dtype}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on {hidden.device} like hidden_states; got {tensor.device}")
-    for name, tensor in (("lm_head", head), ("bias", bias), ("ref_hidden_states", ref_hidden)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name} must be {hidden.dtype} like hidden_states; got {tensor.dtype}")
+
+
+def _check_options(scale, softcap, chunk_rows):
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"logit_softcap must be above 0, or None for none; got {softcap}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
+
+
+def _check_labels(labels, kind, vocabulary):
+    if kind == "kl" or labels.numel() == 0:
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= vocabulary:
+        bad = low if low < 0 else high
+        raise ValueError(f"labels must be in [0, {vocabulary}) or {IGNORED}; got {bad}")

@@ -1,19 +1,29 @@
 """weight_score: WAGLE's score, its exact global threshold by radix histogram, and the packed mask.
 
-    S = (w - g_r / gamma) * g_f                          float32, in exactly this order of operations
+    S = (theta - g_r / gamma) * g_f
 
-Division, subtraction, product: no fused multiply-add can contract it, so every backend gives the same bits.
-The magnitude |S| of a float32 sorts like its bit pattern, a 31-bit integer; the k-th largest over a whole
-model is found in two streaming passes, without storing a score or sorting:
+in float32 and in exactly this order: a true (IEEE) division, a subtraction, a product. No fused multiply-add
+can contract it, so every backend gives the same bits. |S| sorts like its bit pattern, a 31-bit integer; the
+k-th largest of a whole model is found in two streaming passes, without a score tensor and without sorting:
 
-    pass 0   histogram of the high 16 bits                       -> the bin where the k-th largest lies
-    pass 1   histogram of the low 16 bits inside that bin        -> its exact bit pattern
-    mask     bits where |S| > threshold, and the first few that equal it, in flat order, to make k
+    digit 0   histogram of the high 16 bits of |S|                     -> the bin that holds the k-th largest
+    digit 1   histogram of the low 16 bits where the high ones agree   -> its exact bit pattern
+    mask      bits where |S| > threshold, and the first few equal to it in flat order, to make k
 
-Shapes: weight, grad_forget, grad_retain [..., n] of any float dtype; histograms int64 [65536]; mask int32
-words [..., ceil(n / 32)] (`ops.bits`). Integers are exact: deterministic whatever the order. Source: WAGLE
-(arXiv 2410.17509) equation 7 for S, read in the paper; threshold and layout are our specification.
+NaN and infinity land in the bins from 0x7F80 on, so the histogram also says whether all scores are finite.
+
+Worked example, gamma = 1, theta = (1, 2), g_r = (0, 1), g_f = (-1, 3): S = (-1, 3), bit patterns of |S|
+0x3F800000 and 0x40400000; the largest is in bin 0x4040, its low bits are 0x0000.
+
+Shapes: weight, grad_forget, grad_retain [..., n] of any float dtype, widened to float32; histograms int64
+[65536]; masks int32 words [..., ceil(n / 32)] (layout: `ops.bits`; a 0-d weight counts as [1]). Integers and
+element-wise: the same bits for any number of threads. No gradient flows.
+
+Source: S is equation 7 of WAGLE (NeurIPS 2024, arXiv 2410.17509; paper and code read) up to the order of
+operations; threshold and layout are our specification.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,20 +32,25 @@ from moe_unlearn import backend
 from moe_unlearn.ops.bits import num_words, pack_bits
 
 BINS = 1 << 16
+FIRST_NON_FINITE_BIN = 0x7F80
+BLOCK = 1 << 20  # elements scored at a time
+_SMALLEST_GAMMA, _LARGEST_GAMMA = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def weight_score(
     weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, *, gamma: float, impl: str = "auto"
 ) -> Tensor:
-    """S [..., n] float32; raises ValueError if the shapes differ or gamma is not positive."""
+    """S [..., n] float32 (float64 for a float64 weight); raises TypeError or ValueError, see `score_mask`."""
     _check(weight, grad_forget, grad_retain, gamma)
-    return _score(weight, grad_forget, grad_retain, gamma, impl)
+    return _weight_score(weight, grad_forget, grad_retain, gamma, impl)
 
 
 def weight_score_ref(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float) -> Tensor:
-    """`weight_score` in plain PyTorch; float64 inputs are scored in float64."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(dtype) - grad_retain.to(dtype) / gamma) * grad_forget.to(dtype)
+    """`weight_score` in plain PyTorch."""
+    dtype = _score_dtype(weight)
+    # on CUDA a division by a Python number becomes a product with its reciprocal: divide by a tensor
+    divisor = torch.full((), gamma, dtype=dtype, device=weight.device)
+    return (weight.to(dtype) - grad_retain.to(dtype) / divisor) * grad_forget.to(dtype)
 
 
 def score_histogram(
@@ -48,12 +63,25 @@ def score_histogram(
     prefix: int = 0,
     impl: str = "auto",
 ) -> Tensor:
-    """int64 [65536]: counts of the high 16 bits of |S| (digit 0), or of the low 16 bits where the high
-    ones equal `prefix` (digit 1)."""
+    """int64 [65536]: counts of the high 16 bits of |S| (digit 0), or of the low 16 bits of those elements
+    whose high bits equal `prefix` (digit 1). Raises TypeError or ValueError, see `score_mask`."""
     _check(weight, grad_forget, grad_retain, gamma)
     if digit not in (0, 1) or not 0 <= prefix < BINS:
         raise ValueError(f"digit must be 0 or 1 and prefix in [0, {BINS}); got {digit} and {prefix}")
-    return _histogram(weight, grad_forget, grad_retain, gamma, digit, prefix, impl)
+    return _score_histogram(weight, grad_forget, grad_retain, gamma, digit, prefix, impl)
+
+
+def score_histogram_ref(
+    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, digit: int, prefix: int
+) -> Tensor:
+    """`score_histogram` in plain PyTorch."""
+    counts = torch.zeros(BINS, dtype=torch.int64, device=weight.device)
+    for bits in _bit_rows(weight, grad_forget, grad_retain, gamma):
+        high, low = bits >> 16, bits & 0xFFFF
+        counts = counts + torch.bincount(
+            high.flatten() if digit == 0 else low[high == prefix], minlength=BINS
+        )
+    return counts
 
 
 def score_mask(
@@ -65,89 +93,120 @@ def score_mask(
     threshold_bits: int,
     ties: int,
     impl: str = "auto",
-) -> tuple[Tensor, int]:
-    """(words, ties taken): bits where |S| > threshold, and the first `ties` elements equal to it.
+) -> tuple[Tensor, Tensor]:
+    """(words, ties_taken): bits where |S| > threshold, and the first `ties` elements equal to it.
 
-    `threshold_bits` is the bit pattern of the threshold; elements are counted in flat order.
+    Args:
+        weight, grad_forget, grad_retain: float [..., n], one shape and device.
+        gamma: a positive normal float32 number.
+        threshold_bits: the bit pattern of the float32 threshold, in [0, 2^31).
+        ties: how many equal elements may be taken, in flat order; ties_taken (int64 []) says how many were.
+
+    Raises TypeError or ValueError for a wrong dtype, shape, device or value.
     """
     _check(weight, grad_forget, grad_retain, gamma)
-    words, taken = _mask(weight, grad_forget, grad_retain, gamma, threshold_bits, ties, impl)
-    return words, int(taken)
+    if not 0 <= threshold_bits < 1 << 31 or ties < 0:
+        raise ValueError(
+            f"threshold_bits must be in [0, 2^31) and ties not negative; got {threshold_bits} and {ties}"
+        )
+    return _score_mask(weight, grad_forget, grad_retain, gamma, threshold_bits, ties, impl)
 
 
-def _bits(weight, grad_forget, grad_retain, gamma) -> Tensor:
-    """The bit pattern of |S| as int32 >= 0; NaN sorts above infinity."""
-    score = weight_score_ref(weight, grad_forget, grad_retain, gamma).float()
-    return score.abs().view(torch.int32)
+def score_mask_ref(
+    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, threshold_bits: int, ties: int
+) -> tuple[Tensor, Tensor]:
+    """`score_mask` in plain PyTorch."""
+    blocks = []
+    seen = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for bits in _bit_rows(weight, grad_forget, grad_retain, gamma):
+        equal = bits == threshold_bits
+        rank = seen + equal.flatten().cumsum(0).view_as(equal)
+        blocks.append(pack_bits((bits > threshold_bits) | (equal & (rank <= ties))))
+        seen = seen + equal.sum()
+    shape = _words_shape(weight)
+    words = torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.int32, device=weight.device)
+    return words.view(shape), seen.clamp_max(ties)
 
 
-def _histogram_ref(weight, grad_forget, grad_retain, gamma, digit, prefix):
-    bits = _bits(weight, grad_forget, grad_retain, gamma).flatten()
-    high, low = bits >> 16, bits & 0xFFFF
-    chosen = high if digit == 0 else low[high == prefix]
-    return torch.bincount(chosen, minlength=BINS)
+def _bit_rows(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float) -> Iterator[Tensor]:
+    """Bit patterns of |S|, int32 [rows, n], whole rows of at most about BLOCK elements at a time."""
+    width = weight.shape[-1] if weight.dim() else 1
+    if weight.numel() == 0:
+        return
+    flat = [t.reshape(-1, width) for t in (weight, grad_forget, grad_retain)]
+    height = max(BLOCK // width, 1)
+    for start in range(0, len(flat[0]), height):
+        block = weight_score_ref(*(t[start : start + height] for t in flat), gamma)
+        yield block.to(torch.float32).view(torch.int32) & 0x7FFFFFFF
 
 
-def _mask_ref(weight, grad_forget, grad_retain, gamma, threshold_bits, ties):
-    bits = _bits(weight, grad_forget, grad_retain, gamma)
-    equal = bits == threshold_bits
-    rank = equal.flatten().cumsum(0).view(bits.shape)
-    taken = equal & (rank <= ties)
-    return pack_bits((bits > threshold_bits) | taken), taken.sum()
+def _words_shape(weight: Tensor) -> tuple[int, ...]:
+    return (*weight.shape[:-1], num_words(weight.shape[-1])) if weight.dim() else (1,)
+
+
+def _score_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 @torch.library.custom_op("moe_unlearn::weight_score", mutates_args=())
-def _score(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, impl: str) -> Tensor:
-    return backend.resolve("weight_score", impl, weight)(weight, grad_forget, grad_retain, gamma)
+def _weight_score(
+    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, impl: str
+) -> Tensor:
+    kernel = backend.resolve("weight_score", impl, weight)
+    return kernel(weight, grad_forget, grad_retain, gamma).contiguous()
 
 
-@_score.register_fake
+@_weight_score.register_fake
 def _(weight, grad_forget, grad_retain, gamma, impl):
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return weight.new_empty(weight.shape, dtype=dtype)
+    return weight.new_empty(weight.shape, dtype=_score_dtype(weight))
 
 
-@torch.library.custom_op("moe_unlearn::score_histogram", mutates_args=())
-def _histogram(
+@torch.library.custom_op("moe_unlearn::weight_score_histogram", mutates_args=())
+def _score_histogram(
     weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, digit: int, prefix: int, impl: str
 ) -> Tensor:
     kernel = backend.resolve("weight_score.histogram", impl, weight)
     return kernel(weight, grad_forget, grad_retain, gamma, digit, prefix)
 
 
-@_histogram.register_fake
-def _(weight, *rest):
+@_score_histogram.register_fake
+def _(weight, grad_forget, grad_retain, gamma, digit, prefix, impl):
     return weight.new_empty(BINS, dtype=torch.int64)
 
 
-@torch.library.custom_op("moe_unlearn::score_mask", mutates_args=())
-def _mask(
-    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, threshold_bits: int, ties: int,
+@torch.library.custom_op("moe_unlearn::weight_score_mask", mutates_args=())
+def _score_mask(
+    weight: Tensor,
+    grad_forget: Tensor,
+    grad_retain: Tensor,
+    gamma: float,
+    threshold_bits: int,
+    ties: int,
     impl: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     kernel = backend.resolve("weight_score.mask", impl, weight)
-    return kernel(weight, grad_forget, grad_retain, gamma, threshold_bits, ties)
+    return tuple(kernel(weight, grad_forget, grad_retain, gamma, threshold_bits, ties))
 
 
-@_mask.register_fake
-def _(weight, *rest):
-    shape = (*weight.shape[:-1], num_words(weight.shape[-1])) if weight.dim() else (1,)
-    return weight.new_empty(shape, dtype=torch.int32), weight.new_empty((), dtype=torch.int64)
+@_score_mask.register_fake
+def _(weight, grad_forget, grad_retain, gamma, threshold_bits, ties, impl):
+    words = weight.new_empty(_words_shape(weight), dtype=torch.int32)
+    return words, weight.new_empty((), dtype=torch.int64)
 
 
 backend.register("weight_score", "ref", weight_score_ref)
-backend.register("weight_score.histogram", "ref", _histogram_ref)
-backend.register("weight_score.mask", "ref", _mask_ref)
+backend.register("weight_score.histogram", "ref", score_histogram_ref)
+backend.register("weight_score.mask", "ref", score_mask_ref)
 
 
 def _check(weight, grad_forget, grad_retain, gamma):
-    if not gamma > 0:
-        raise ValueError(f"gamma must be above 0; got {gamma}")
+    if not _SMALLEST_GAMMA <= gamma <= _LARGEST_GAMMA:
+        raise ValueError(f"gamma must be in [{_SMALLEST_GAMMA:g}, {_LARGEST_GAMMA:g}]; got {gamma}")
     for name, tensor in (("weight", weight), ("grad_forget", grad_forget), ("grad_retain", grad_retain)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point; got {tensor.dtype}")
         if tensor.shape != weight.shape or tensor.device != weight.device:
             raise ValueError(
-                f"{name} must be {list(weight.shape)} on {weight.device}; "
+                f"{name} must be {list(weight.shape)} on {weight.device} like weight; "
                 f"got {list(tensor.shape)} on {tensor.device}"
             )
