@@ -74,7 +74,7 @@ class UnlearnTrainer(Trainer):
             optimizers=(self.unlearn_step.optimizer, None),
             **keywords,
         )
-        self.add_callback(_FinishStep(self.unlearn_step))
+        self.add_callback(_Bookkeeping(self.unlearn_step, train_dataset))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **keywords):
         """Prepare on the unchanged model, or restore the preparation of the checkpoint, then train."""
@@ -158,11 +158,16 @@ class UnlearnTrainer(Trainer):
         return self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-class _FinishStep(TrainerCallback):
-    """The Trainer steps the optimizer itself; this tells the step that it did."""
+class _Bookkeeping(TrainerCallback):
+    """What the Trainer does itself and the step, or the dataset, has to know."""
 
-    def __init__(self, step: UnlearnStep):
-        self.step = step
+    def __init__(self, step: UnlearnStep, dataset: Dataset):
+        self.step, self.dataset = step, dataset
+
+    def on_epoch_begin(self, args, state, control, **keywords):
+        # accelerate forwards the epoch to the dataset, but not after a resume in the middle of one
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int(state.epoch or 0))
 
     def on_optimizer_step(self, args, state, control, **keywords):
         self.step.finish()

@@ -1,23 +1,29 @@
-"""WAGLE: which weights may move (NeurIPS 2024, arXiv 2410.17509; paper and code read).
+"""WAGLE: which weights may move (NeurIPS 2024, arXiv 2410.17509; paper and released code read).
 
-    S_i = theta_i g_f,i - (1 / gamma) g_r,i g_f,i          keep the top fraction of |S| over the whole model
+    S_i = theta_i g_f,i - (1 / gamma) g_r,i g_f,i           keep the top fraction of |S| over the whole model
 
-N counts all elements of `named_parameters()`, shared tensors once; ties go by that order, then by flat index.
+The first term is the sensitivity of the forget loss, the second its correction by retained utility (equation
+7, the Hessian taken as gamma I). N counts every element of `named_parameters()`, shared tensors once; equal
+scores go by that order, then by flat index. The sign of the forget loss does not matter. The mask is over the
+update: gradient, momentum and decay (`optim`).
 
-Native mode: gradients are means over the counted tokens of each set, gamma is on that scale, and a score of
-exactly 0 is never kept, so experts the forget set never routes to freeze themselves and `fraction` may stay
-below `keep`. Official mode reproduces the released code: gradients are sums over batches of mean losses,
-gamma is its mu, exactly int(keep N) weights are kept and zeros fill up, in order.
+Native mode: gradients are means over the counted tokens of each whole set, so gamma does not depend on batch
+sizes. A score of exactly 0 is never kept: experts the forget set does not route to and parameters without
+`requires_grad` freeze themselves, and `fraction` may stay below `keep`.
 
-The threshold is exact and needs no score tensor: `ops.weight_score` streams histograms. Memory: one gradient
-per set, the mask one bit per weight.
+Official mode reproduces the released code's masks wherever the score decides: gradients are sums over batches
+of each batch's mean loss, gamma is its `mu`, and exactly int(keep N) weights are kept, zeros filling up.
+
+No score tensor of the model exists and nothing is sorted: `ops.weight_score` streams histograms, parameter by
+parameter. Memory: two float32 gradients of the trainable parameters, and one bit per weight.
 """
 
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,27 +31,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moe_unlearn.experts import experts_modules
+from moe_unlearn.capture import evaluation_mode
 from moe_unlearn.losses import target_mask, token_losses
-from moe_unlearn.ops.bits import num_words, unpack_bits
-from moe_unlearn.ops.weight_score import score_histogram, score_mask, weight_score
+from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
+from moe_unlearn.ops.weight_score import FIRST_NON_FINITE_BIN, score_histogram, score_mask
 
 Batch = dict[str, Tensor]
 FORMAT = "moe-unlearn weight mask 1"
+_BITS_IN_BYTE = torch.tensor([byte.bit_count() for byte in range(256)])
+_log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class WeightMask:
-    """A packed mask over a model's parameters.
+    """One bit per weight of a model, packed; made by `weight_mask`."""
 
-    `keep` is the fraction asked for, `magnitudes` the mean of the two score terms, |theta g_f| and
-    |g_r g_f| / gamma.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    packed: dict[str, Tensor]
-    keep: float
-    magnitudes: dict[str, float]
+    shapes: dict[str, tuple[int, ...]]  # in `named_parameters()` order
+    packed: dict[str, Tensor]  # int32 words, layout `ops.bits`
+    keep: float  # the fraction asked for
+    gamma: float = 1.0
+    official: bool = False
+    magnitudes: dict[str, float] = field(default_factory=dict)  # mean |theta g_f|, mean |g_r g_f| / gamma
 
     @property
     def names(self) -> list[str]:
@@ -53,7 +59,7 @@ class WeightMask:
         return list(self.shapes)
 
     def words(self, name: str) -> Tensor:
-        """The packed int32 words of one parameter."""
+        """The packed int32 words [..., ceil(n / 32)] of one parameter."""
         return self.packed[name]
 
     def kept(self, name: str) -> Tensor:
@@ -63,31 +69,33 @@ class WeightMask:
 
     @property
     def fraction(self) -> float:
-        """Kept weights over all weights."""
-        total = sum(_numel(shape) for shape in self.shapes.values())
-        return sum(int(self.kept(name).sum()) for name in self.names) / max(total, 1)
+        """Kept weights over all weights; below `keep` where scores are exactly 0 (native mode)."""
+        counts = [self._count(name) for name in self.names]
+        return sum(kept for kept, _ in counts) / max(sum(total for _, total in counts), 1)
 
-    def report(self, model: nn.Module) -> dict[str, dict[str, float]]:
-        """Kept fraction by `layer`, by `kind` of matrix, and by `expert` (layer name / expert id)."""
-        sums: dict[str, dict[str, list[int]]] = {"layer": {}, "kind": {}, "expert": {}}
-        experts = experts_modules(model)
+    @property
+    def fraction_per_layer(self) -> dict[str, float]:
+        """Kept fraction of each decoder layer, "outside layers" for embeddings, final norm and head."""
+        return _fractions((_layer_and_kind(name)[0], *self._count(name)) for name in self.names)
 
-        def add(group: str, key: str, kept: Tensor) -> None:
-            entry = sums[group].setdefault(key, [0, 0])
-            entry[0] += int(kept.sum())
-            entry[1] += kept.numel()
+    @property
+    def fraction_per_kind(self) -> dict[str, float]:
+        """Kept fraction of each kind of matrix: the same parameter in all layers."""
+        return _fractions((_layer_and_kind(name)[1], *self._count(name)) for name in self.names)
 
-        for name in self.names:
-            kept = self.kept(name)
-            parts = name.split(".")
-            number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-            add("layer", ".".join(parts[: number + 1]) if number is not None else "outside layers", kept)
-            add("kind", ".".join(p for p in parts[(number or 0) + 1 :] if p != "weight") or name, kept)
-            owner = name.rpartition(".")[0]
-            if owner in experts:
-                for e, of_expert in enumerate(kept):
-                    add("expert", f"{owner} / {e}", of_expert)
-        return {group: {k: a / b for k, (a, b) in entries.items()} for group, entries in sums.items()}
+    @property
+    def fraction_per_expert(self) -> dict[str, Tensor]:
+        """Experts module -> kept fraction [E] float64 of each of its experts."""
+        kept: dict[str, Tensor] = {}
+        total: dict[str, float] = {}
+        for name, shape in self.shapes.items():
+            owner = _experts_owner(name)
+            # parameters of an experts module are stacked by expert along their first dimension
+            if owner is not None and len(shape) >= 2:
+                counts = _kept_per_row(self.packed[name]).reshape(shape[0], -1).sum(1)
+                kept[owner] = kept.get(owner, 0) + counts.double()
+                total[owner] = total.get(owner, 0) + _numel(shape[1:])
+        return {owner: counts / total[owner] for owner, counts in kept.items()}
 
     def check(self, model: nn.Module) -> None:
         """ValueError naming the first parameter in which the mask and the model differ."""
@@ -95,63 +103,73 @@ class WeightMask:
         for name in [*own, *self.shapes]:
             if own.get(name) != self.shapes.get(name):
                 raise ValueError(
-                    f"the mask belongs to another model: {name} is {_shape(self.shapes.get(name))} in the mask "
-                    f"and {_shape(own.get(name))} in the model"
+                    f"the mask belongs to another model: {name} is {_shape(self.shapes.get(name))} in the "
+                    f"mask and {_shape(own.get(name))} in {type(model).__name__}"
                 )
 
     def state_dict(self) -> dict:
         """Nested dict of tensors and plain values."""
         return {
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "shapes": [[name, list(shape)] for name, shape in self.shapes.items()],
             "packed": dict(self.packed),
             "keep": self.keep,
-            "magnitudes": self.magnitudes,
+            "gamma": self.gamma,
+            "official": self.official,
+            "magnitudes": dict(self.magnitudes),
         }
 
     @classmethod
     def from_state_dict(cls, state: dict) -> "WeightMask":
         """Undo `state_dict`; ValueError if words and shapes do not fit together."""
-        shapes = {name: tuple(int(n) for n in shape) for name, shape in state["shapes"].items()}
-        if set(shapes) != set(state["packed"]):
-            raise ValueError("a mask needs words for exactly the parameters it names")
+        shapes = {str(name): tuple(shape) for name, shape in state["shapes"]}
+        if shapes.keys() != state["packed"].keys():
+            different = sorted(shapes.keys() ^ state["packed"].keys())
+            raise ValueError(f"words and shapes name different parameters: {different[0]!r}")
         for name, shape in shapes.items():
-            words = state["packed"][name]
-            expected = (*shape[:-1], num_words(shape[-1])) if shape else (1,)
-            if words.dtype != torch.int32 or tuple(words.shape) != expected:
-                raise ValueError(
-                    f"mask of {name}: expected int32 words {list(expected)}; got {words.dtype} {list(words.shape)}"
-                )
-        return cls(shapes, dict(state["packed"]), float(state["keep"]), dict(state["magnitudes"]))
+            _check_words(name, shape, state["packed"][name])
+        magnitudes = {str(k): float(v) for k, v in state["magnitudes"].items()}
+        keep, gamma, official = float(state["keep"]), float(state["gamma"]), bool(state["official"])
+        return cls(shapes, dict(state["packed"]), keep, gamma, official, magnitudes)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; it is there whole or not at all."""
+        """Write one safetensors file; under this name it is there whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         state = self.state_dict()
         tensors = {name: words.cpu().contiguous() for name, words in state.pop("packed").items()}
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".mask-")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-mask-")
         os.close(descriptor)
         try:
             save_file(tensors, temporary, {"format": FORMAT, "state": json.dumps(state)})
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            _sync(temporary)
             os.replace(temporary, path)
+            _sync(path.parent)
         finally:
             Path(temporary).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "WeightMask":
-        """Read `save`'s file; ValueError for a missing, damaged or foreign one."""
+        """Read what `save` wrote, to the CPU; ValueError for a missing, damaged or foreign file."""
         try:
             with safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"expected format {FORMAT!r}; got {metadata.get('format')!r}")
                 packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
-            state = json.loads(metadata["state"])
-            return cls.from_state_dict({**state, "packed": packed})
-        except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
+            return cls.from_state_dict({**json.loads(metadata["state"]), "packed": packed})
+        except (
+            OSError,
+            SafetensorError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            RecursionError,
+        ) as error:
             raise ValueError(f"{path}: not a weight mask: {error}") from error
+
+    def _count(self, name: str) -> tuple[int, int]:
+        return int(_kept_per_row(self.packed[name]).sum()), _numel(self.shapes[name])
 
 
 def weight_mask(
@@ -162,108 +180,183 @@ def weight_mask(
     keep: float,
     gamma: float,
     official: bool = False,
-    forget_loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+    forget_loss: Callable[[nn.Module, Batch], Tensor] = token_losses,
+    retain_loss: Callable[[nn.Module, Batch], Tensor] = token_losses,
 ) -> WeightMask:
     """Score all weights and keep the top fraction; see the module docstring.
 
-    `forget_loss(model, batch)` replaces the forget side's NLL: a sum over the batch's tokens in native mode,
-    a mean in official mode; its sign does not matter. Parameters that do not require a gradient score 0.
-    The model, its gradients and its mode are left as they were.
+    Args:
+        keep: fraction to keep, in (0, 1]; gamma: the Hessian's scale, > 0.
+        official: reproduce the released code.
+        forget_loss, retain_loss: (model, batch) -> per-token losses [B, S], 0 where `losses.target_mask` is
+            False; the default is the NLL.
 
-    Raises ValueError for keep outside (0, 1], gamma <= 0, an empty set, or a score that is not finite.
+    The model is scored in evaluation mode; its mode and its `.grad` fields are left as they were, and both
+    score terms' mean magnitudes are logged. Deterministic as far as the model's backward pass is.
+
+    Raises ValueError for keep or gamma out of range, a set without a position that carries a loss, or a
+    score that is not finite (naming the parameter).
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1]; got {keep}")
-    if not gamma > 0:
-        raise ValueError(f"gamma must be above 0; got {gamma}")
-    parameters = dict(model.named_parameters())
-    held = {name: p.grad for name, p in parameters.items()}
-    training = model.training
-    model.eval()
-    try:
-        forget = _gradients(model, parameters, forget_batches, official, forget_loss, "forget")
-        retain = _gradients(model, parameters, retain_batches, official, None, "retain")
-    finally:
-        model.train(training)
-        for name, p in parameters.items():
-            p.grad = held[name]
-
-    def scored(name: str) -> tuple[Tensor, Tensor, Tensor]:
-        p = parameters[name].detach()
-        return p, forget.get(name, torch.zeros_like(p)), retain.get(name, torch.zeros_like(p))
-
-    magnitudes = _magnitudes(parameters, scored, gamma)
-    total = sum(p.numel() for p in parameters.values())
-    threshold, ties = _threshold(parameters, scored, gamma, int(keep * total), official)
+    parameters = {name: p for name, p in model.named_parameters()}
+    with evaluation_mode(model):
+        forget = _gradients(model, forget_batches, forget_loss, official, "forget")
+        retain = _gradients(model, retain_batches, retain_loss, official, "retain")
+    scored = _Scored(parameters, forget, retain, gamma)
+    magnitudes = scored.magnitudes()
+    _log.info(
+        "WAGLE score terms: mean |theta g_f| %.3e, mean |g_r g_f| / gamma %.3e (gamma %g)",
+        magnitudes["forget_term"], magnitudes["retain_term"], gamma,
+    )  # fmt: skip
+    count = int(keep * sum(p.numel() for p in parameters.values()))
+    threshold, ties = _threshold(scored, count, zeros_fill=official)
     packed = {}
-    for name in parameters:
-        packed[name], taken = score_mask(*scored(name), gamma=gamma, threshold_bits=threshold, ties=ties)
-        ties -= taken
+    for name, terms in scored.items():
+        packed[name], taken = score_mask(*terms, gamma=gamma, threshold_bits=threshold, ties=ties)
+        ties -= int(taken)
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    return WeightMask(shapes, packed, keep, magnitudes)
+    return WeightMask(shapes, packed, keep, gamma, official, magnitudes)
 
 
-def _gradients(model, parameters, batches, official, loss, side) -> dict[str, Tensor]:
-    """Gradient of each parameter that has one: a mean over tokens, or a sum over batches of means."""
-    for p in parameters.values():
-        p.grad = None
-    tokens = 0
-    for batch in batches:
-        count = int(target_mask(batch).sum())
-        tokens += count
-        if not count:
-            continue
-        value = token_losses(model, batch).sum() / (count if official else 1) if loss is None \
-            else loss(model, batch)  # fmt: skip
-        value.backward()
-    if not tokens:
+def _gradients(model, batches, loss, official, side) -> dict[str, Tensor]:
+    """float32 gradients of the mean over the set's tokens, or of the sum over batches of their means."""
+    batches = [batch for batch in batches if target_mask(batch).any()]
+    tokens = [int(target_mask(batch).sum()) for batch in batches]
+    if not batches:
         raise ValueError(f"the {side} set carries no loss: it is empty or all its labels are -100")
-    gradients = {}
-    for name, p in parameters.items():
-        if p.grad is not None:
-            gradients[name] = p.grad if official else p.grad / tokens
+    sums: dict[str, Tensor] = {}
+
+    def take(name):
+        def hook(p):
+            # one parameter at a time, so that no second gradient of the model is ever held
+            wide = p.grad.to(torch.promote_types(p.dtype, torch.float32))
+            sums[name] = sums[name] + wide if name in sums else wide
             p.grad = None
-    return gradients
+
+        return hook
+
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    held = {name: p.grad for name, p in trainable.items()}
+    handles = []
+    try:
+        for name, p in trainable.items():
+            p.grad = None
+            handles.append(p.register_post_accumulate_grad_hook(take(name)))
+        with torch.enable_grad():
+            for batch, count in zip(batches, tokens, strict=True):
+                value = loss(model, batch).sum() / (count if official else sum(tokens))
+                # no gradient at all: every parameter the loss depends on is frozen
+                if value.requires_grad:
+                    value.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, p in trainable.items():
+            p.grad = held[name]
+    return sums
 
 
-def _magnitudes(parameters, scored, gamma) -> dict[str, float]:
-    """Means over the model of |theta g_f| and |g_r g_f| / gamma; also where a score that is not finite shows."""
-    first = second = 0.0
-    total = 0
-    for name in parameters:
-        weight, g_f, g_r = scored(name)
-        if not weight_score(weight, g_f, g_r, gamma=gamma).isfinite().all():
-            raise ValueError(f"the WAGLE score of {name} is not finite: its weights or gradients are not")
-        first += float((weight.float() * g_f.float()).abs().double().sum())
-        second += float((g_r.float() * g_f.float()).abs().double().sum()) / gamma
-        total += weight.numel()
-    return {"weight_term": first / max(total, 1), "retain_term": second / max(total, 1)}
+class _Scored:
+    """The three tensors of each parameter's score; those without a forget gradient score exactly 0."""
+
+    def __init__(self, parameters, forget, retain, gamma):
+        self.parameters, self.forget, self.retain, self.gamma = parameters, forget, retain, gamma
+
+    def items(self) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+        """(name, (weight, grad_forget, grad_retain)) in `named_parameters()` order."""
+        for name, p in self.parameters.items():
+            zero = torch.zeros((), dtype=torch.float32, device=p.device).expand(p.shape)
+            if name in self.forget:
+                yield name, (p.detach(), self.forget[name], self.retain.get(name, zero))
+            else:
+                yield name, (zero, zero, zero)
+
+    def histogram(self, digit: int, prefix: int = 0) -> Tensor:
+        """Histogram of the whole model, int64 [65536] on the CPU."""
+        total = 0
+        for name, terms in self.items():
+            counts = score_histogram(*terms, gamma=self.gamma, digit=digit, prefix=prefix).cpu()
+            if digit == 0 and counts[FIRST_NON_FINITE_BIN:].any():
+                raise ValueError(
+                    f"the WAGLE score of {name} is not finite in {int(counts[FIRST_NON_FINITE_BIN:].sum())} "
+                    f"of {terms[0].numel()} places: its weights or gradients are not, or gamma is too small"
+                )
+            total = total + counts
+        return total
+
+    def magnitudes(self) -> dict[str, float]:
+        """Means over the model of |theta g_f| and |g_r g_f| / gamma."""
+        first = second = 0.0
+        for _, (weight, g_f, g_r) in self.items():
+            first += float((weight.float() * g_f).abs().sum(dtype=torch.float64))
+            second += float((g_r * g_f).abs().sum(dtype=torch.float64)) / self.gamma
+        count = max(sum(p.numel() for p in self.parameters.values()), 1)
+        return {"forget_term": first / count, "retain_term": second / count}
 
 
-def _threshold(parameters, scored, gamma, count, official) -> tuple[int, int]:
+def _threshold(scored: _Scored, count: int, *, zeros_fill: bool) -> tuple[int, int]:
     """Bit pattern of the count-th largest |S|, and how many elements equal to it are kept."""
-
-    def histogram(digit: int, prefix: int = 0) -> Tensor:
-        return sum(
-            score_histogram(*scored(name), gamma=gamma, digit=digit, prefix=prefix).cpu() for name in parameters
-        )
-
+    high_histogram = scored.histogram(0)
     if count == 0:
         return 0x7FFFFFFF, 0
-    high, above = _descend(histogram(0), count)
-    low, above_low = _descend(histogram(1, high), count - above)
+    high, above = _descend(high_histogram, count)
+    low, above_low = _descend(scored.histogram(1, high), count - above)
     threshold = (high << 16) | low
-    if threshold == 0 and not official:
-        return 0, 0  # all that is left scores exactly 0 and stays frozen
+    if threshold == 0 and not zeros_fill:
+        return 0, 0
     return threshold, count - above - above_low
 
 
 def _descend(histogram: Tensor, count: int) -> tuple[int, int]:
-    """(bin that holds the count-th largest, elements in higher bins)."""
+    """(bin that holds the count-th largest element, number of elements in higher bins)."""
     from_top = histogram.flip(0).cumsum(0)
-    position = int((from_top >= count).nonzero()[0])
-    above = int(from_top[position - 1]) if position else 0
-    return len(histogram) - 1 - position, above
+    position = int((from_top < count).sum())
+    return len(histogram) - 1 - position, int(from_top[position] - histogram[len(histogram) - 1 - position])
+
+
+def _kept_per_row(words: Tensor) -> Tensor:
+    """Number of set bits along the last dimension."""
+    return _BITS_IN_BYTE[words.cpu().contiguous().view(torch.uint8).long()].sum(-1)
+
+
+def _fractions(entries: Iterable[tuple[str, int, int]]) -> dict[str, float]:
+    """Ratio of the sums of (key, kept, total), keys in order of appearance."""
+    sums: dict[str, tuple[int, int]] = {}
+    for key, kept, total in entries:
+        before = sums.get(key, (0, 0))
+        sums[key] = (before[0] + kept, before[1] + total)
+    return {key: kept / max(total, 1) for key, (kept, total) in sums.items()}
+
+
+def _layer_and_kind(name: str) -> tuple[str, str]:
+    """("model.layers.3", "mlp.experts.down_proj") of "model.layers.3.mlp.experts.down_proj"."""
+    parts = name.removesuffix(".weight").split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if number is None:
+        return "outside layers", ".".join(parts)
+    return ".".join(parts[: number + 1]), ".".join(parts[number + 1 :])
+
+
+def _experts_owner(name: str) -> str | None:
+    owner = name.rpartition(".")[0]
+    # PEFT wraps an experts module, under the same name, in layers called base_layer
+    plain = [part for part in owner.split(".") if part != "base_layer"]
+    return ".".join(plain) if plain and plain[-1] == "experts" else None
+
+
+def _check_words(name: str, shape: tuple, words: Tensor) -> None:
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"mask of {name}: a shape is a list of sizes; got {list(shape)}")
+    width = shape[-1] if shape else 1
+    expected = (*shape[:-1], num_words(width)) if shape else (1,)
+    if words.dtype != torch.int32 or tuple(words.shape) != expected:
+        raise ValueError(
+            f"mask of {name}: expected int32 words {list(expected)}; got {words.dtype} {list(words.shape)}"
+        )
+    allowed = pack_bits(torch.ones(width, dtype=torch.bool)).to(words.device)
+    if (words & ~allowed).any():
+        raise ValueError(f"mask of {name}: bits are set behind the end of a row")
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -272,3 +365,11 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 def _shape(shape) -> str:
     return "absent" if shape is None else str(list(shape))
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,11 +1,13 @@
 """All metrics of one model as one flat dictionary."""
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 
 from torch import nn
 
 from moe_unlearn.data import Example, pad_token_id
-from moe_unlearn.metrics.memorization import extraction, knowmem, verbmem
+from moe_unlearn.metrics.memorization import NothingToMeasureError, extraction, knowmem, verbmem
 from moe_unlearn.metrics.privacy import membership_auc, nll, privleak
 from moe_unlearn.metrics.scoring import token_scores
 
@@ -35,13 +37,16 @@ def evaluate(
     pad = pad_token_id(tokenizer)
     results, scored = {}, {}
     for suffix, examples in (("f", forget), ("r", retain)):
-        scored[suffix] = token_scores(model, examples, batch_size=batch_size, pad_id=pad)
-        results[f"verbmem_{suffix}"] = verbmem(
-            model, tokenizer, examples, prompt_tokens=prompt_tokens, new_tokens=new_tokens
+        scored[suffix] = scores = token_scores(model, examples, batch_size=batch_size, pad_id=pad)
+        results[f"nll_{suffix}"] = nll(scores)
+        verbatim = partial(
+            verbmem, model, tokenizer, examples, prompt_tokens=prompt_tokens, new_tokens=new_tokens
         )
-        results[f"knowmem_{suffix}"] = knowmem(model, tokenizer, examples, scores=scored[suffix])
-        results[f"nll_{suffix}"] = nll(scored[suffix])
-        results[f"extraction_{suffix}"] = extraction(model, examples, prompt_tokens=prompt_tokens)
+        cloze = partial(knowmem, model, tokenizer, examples, scores=scores)
+        extracted = partial(extraction, model, examples, prompt_tokens=prompt_tokens)
+        for name, metric in (("verbmem", verbatim), ("knowmem", cloze), ("extraction", extracted)):
+            with suppress(NothingToMeasureError):  # documents too short for it
+                results[f"{name}_{suffix}"] = metric()
     if holdout:
         unseen = token_scores(model, holdout, batch_size=batch_size, pad_id=pad)
         results["nll_h"] = nll(unseen)

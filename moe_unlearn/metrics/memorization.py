@@ -11,6 +11,10 @@ from moe_unlearn.metrics.scoring import TokenScores, greedy, token_scores
 IGNORED = -100
 
 
+class NothingToMeasureError(ValueError):
+    """No example is long enough, or has what the metric needs."""
+
+
 def verbmem(
     model: nn.Module,
     tokenizer,
@@ -24,14 +28,14 @@ def verbmem(
     The prompt is the example's masked prompt or, without one, its first `prompt_tokens` tokens. The
     continuations have at most `new_tokens` tokens, the greedy one no more than the true one, and end at a
     special token; the `rouge-score` package compares them as text, without stemming. Examples with nothing
-    but the prompt are left out; raises ValueError if none remains.
+    but the prompt are left out; raises NothingToMeasureError if none remains.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     cuts = [_prompt_length(e, prompt_tokens) for e in examples]
     kept = [(e, cut) for e, cut in zip(examples, cuts, strict=True) if len(e) > cut]
     if not kept:
-        raise ValueError(f"expected an example longer than its prompt of {prompt_tokens} tokens; got none")
+        raise NothingToMeasureError(f"expected an example longer than its prompt of {prompt_tokens} tokens; got none")
     special = set(tokenizer.all_special_ids)
     truths = [_until(e.input_ids[cut : cut + new_tokens], special) for e, cut in kept]
     longest = max(map(len, truths))
@@ -56,12 +60,12 @@ def extraction(
     """Fraction of examples whose first `tokens` tokens after the prefix come back exactly, in [0, 1].
 
     The prefix is [bos] with the title or prompt; an example without either is prompted with its first
-    `prompt_tokens` tokens. Examples too short are left out; raises ValueError if none remains.
+    `prompt_tokens` tokens. Examples too short are left out; raises NothingToMeasureError if none remains.
     """
     cuts = [e.prefix if e.prefix > 1 else prompt_tokens for e in examples]
     kept = [(e, cut) for e, cut in zip(examples, cuts, strict=True) if len(e) >= cut + tokens]
     if not kept:
-        raise ValueError(f"expected an example with {tokens} tokens after its prefix; got none")
+        raise NothingToMeasureError(f"expected an example with {tokens} tokens after its prefix; got none")
     answers = greedy(model, [e.input_ids[:cut] for e, cut in kept], tokens)
     pairs = zip(kept, answers, strict=True)
     return sum(answer == e.input_ids[cut : cut + tokens] for (e, cut), answer in pairs) / len(kept)
@@ -93,7 +97,7 @@ def knowmem(
             filled = [bool(score.correct[start - 1 : stop - 1].all()) for start, stop in spans]
             fractions.append(sum(filled) / len(filled))
     if not fractions:
-        raise ValueError("expected an example with a word of at least 4 letters after its prefix; got none")
+        raise NothingToMeasureError("expected an example with a word of at least 4 letters after its prefix; got none")
     return sum(fractions) / len(fractions)
 
 

@@ -17,9 +17,12 @@ the label drops a row.) Worked example: labels [5, -100, 2, 7] with weights [1, 
 and 3 alone.
 
 The rest goes in tiles of rows x vocabulary whose logits, with the temporaries beside them, fit a workspace
-of 32 MiB. Logits and softmax are float32, float64 if an input is; the forward keeps two or three numbers per
-row and the backward recomputes each tile of logits from the saved log-sum-exp. Gradients are summed in
-float32 and rounded once.
+of 32 MiB. Logits and softmax are float32, float64 if an input is; the forward keeps a few numbers per row and
+the backward recomputes each tile from the saved log-sum-exp. Gradients are summed in float32 and rounded
+once.
+
+Precision: log softmax is always (z - max z) - log sum exp(z - max z), so a confident token keeps its small
+loss and large logits lose nothing; kl of a row to itself is exactly 0, and a word with q = 0 adds exactly 0.
 
 Deterministic: tiles in a fixed order, no atomics. Source: nll and kl are standard; uce with its division by
 2 was read in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping
@@ -87,12 +90,13 @@ def token_loss_ref(
     drop_zero_weights = token_weights is not None and not token_weights.requires_grad
     rows = _counted(labels, token_weights, drop_zero_weights)
     z = _logits(hidden_states[rows].to(dtype), lm_head, bias, logit_scale, logit_softcap)
-    log_p = z - z.logsumexp(1, keepdim=True)
+    log_p = torch.log_softmax(z, 1)
     if kind == "kl":
         head = lm_head if ref_lm_head is None else ref_lm_head
         z_ref = _logits(ref_hidden_states[rows].to(dtype), head, bias, logit_scale, logit_softcap).detach()
-        log_q = z_ref - z_ref.logsumexp(1, keepdim=True)
-        loss = (log_q.exp() * (log_q - log_p)).sum(1)
+        log_q = torch.log_softmax(z_ref, 1)
+        q = log_q.exp()
+        loss = torch.where(q == 0, 0, q * (log_q - log_p)).sum(1)
     else:
         log_py = log_p.gather(1, labels[rows, None]).squeeze(1)
         loss = -log_py if kind == "nll" else -torch.log1p(-log_py.exp() / 2)
@@ -130,7 +134,10 @@ def _token_loss(
     ref_hidden: Tensor | None, ref_head: Tensor | None, kind: str, scale: float, softcap: float | None,
     drop_zero_weights: bool, chunk_rows: int | None, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, l, log-sum-exp of z, log-sum-exp of the reference's z), each [T] and 0 in dropped rows."""
+    """(loss [T], l [T], log-sum-exp [2, T] of z and of the reference's z), 0 in dropped rows.
+
+    A log-sum-exp is the pair (max z, log sum exp(z - max z)), kept apart for precision.
+    """
     kernel = backend.resolve("token_loss", impl, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         return kernel(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
@@ -139,26 +146,28 @@ def _token_loss(
 
 @_token_loss.register_fake
 def _(hidden, head, labels, *options):
-    return tuple(hidden.new_empty(labels.shape, dtype=_wide(hidden, head)) for _ in range(4))
+    loss = hidden.new_empty(labels.shape, dtype=_wide(hidden, head))
+    pair = loss.new_empty(2, *labels.shape)
+    return loss, torch.empty_like(loss), pair, torch.empty_like(pair)
 
 
 @torch.library.custom_op("moe_unlearn::token_loss_backward", mutates_args=())
 def _token_loss_backward(
     grad: Tensor, hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
-    ref_hidden: Tensor | None, ref_head: Tensor | None, value: Tensor, lse: Tensor, ref_lse: Tensor,
+    ref_hidden: Tensor | None, ref_head: Tensor | None, value: Tensor, log_z: Tensor, log_z_ref: Tensor,
     kind: str, scale: float, softcap: float | None, drop_zero_weights: bool, chunk_rows: int | None,
     needs_hidden: bool, needs_head: bool, needs_bias: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, head and bias; an empty tensor for one that is not needed."""
     kernel = backend.resolve("token_loss.backward", impl, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        return kernel(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, lse, ref_lse,
-                      kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head,
-                      needs_bias)  # fmt: skip
+        return kernel(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, log_z,
+                      log_z_ref, kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden,
+                      needs_head, needs_bias)  # fmt: skip
 
 
 @_token_loss_backward.register_fake
-def _(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, lse, ref_lse, kind, scale,
+def _(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, log_z, log_z_ref, kind, scale,
       softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head, needs_bias, impl):  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if needs_hidden else 0),
@@ -174,13 +183,13 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *unused):
-    hidden, head, labels, bias, weights, ref_hidden, ref_head, value, lse, ref_lse = ctx.saved_tensors
+    hidden, head, labels, bias, weights, ref_hidden, ref_head, value, log_z, log_z_ref = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads = [None] * 3
     if any(needs):
         results = _token_loss_backward(
-            grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, lse, ref_lse, ctx.kind,
-            ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, *needs, ctx.impl,
+            grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, log_z, log_z_ref,
+            ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, *needs, ctx.impl,
         )  # fmt: skip
         grads = [result if need else None for result, need in zip(results, needs, strict=True)]
     grad_weights = None
@@ -200,42 +209,58 @@ _token_loss_backward.register_autograd(_no_double_backward)
 def _forward_tiled(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
                    drop_zero_weights, chunk_rows):  # fmt: skip
     dtype = _wide(hidden, head)
-    value, lse, ref_lse = (torch.zeros(labels.shape, dtype=dtype, device=labels.device) for _ in range(3))
+    value = torch.zeros(labels.shape, dtype=dtype, device=labels.device)
+    log_z, log_z_ref = value.new_zeros(2, *labels.shape), value.new_zeros(2, *labels.shape)
     ref_head = head if ref_head is None else ref_head
     counted = _counted(labels, weights, drop_zero_weights)
     _check_labels(labels[counted], kind, len(head))
     for rows in counted.split(chunk_rows or _DEFAULT_ROWS):
         h, y = hidden[rows].to(dtype), labels[rows]
         h_ref = ref_hidden[rows].to(dtype) if kind == "kl" else None
-        log_z = torch.full_like(h[:, 0], -torch.inf)
-        log_z_ref, picked, expected = log_z, torch.zeros_like(log_z), torch.zeros_like(log_z)
+        # finite, so that a tile of logits that are all -infinity does not make NaN
+        m = m_ref = torch.full_like(value[rows], torch.finfo(dtype).min)
+        s = s_ref = picked = cross = torch.zeros_like(m)
         for tile in _tiles(len(rows), len(head), dtype):
             b = None if bias is None else bias[tile]
             z = _logits(h, head[tile], b, scale, softcap)
-            log_z = torch.logaddexp(log_z, z.logsumexp(1))
+            before, (m, s) = m, _log_sum_exp(m, s, z)
             if kind == "kl":
                 z_ref = _logits(h_ref, ref_head[tile], b, scale, softcap)
-                previous, log_z_ref = log_z_ref, torch.logaddexp(log_z_ref, z_ref.logsumexp(1))
-                term = ((z_ref - log_z_ref[:, None]).exp() * (z_ref - z)).sum(1)
-                expected = expected * (previous - log_z_ref).exp() + term  # sum_v q (z_ref - z) so far
+                before_ref, s_before, (m_ref, s_ref) = m_ref, s_ref, _log_sum_exp(m_ref, s_ref, z_ref)
+                # cross = sum_v exp(z_ref - m_ref) ((z_ref - m_ref) - (z - m)), moved to the new maxima first
+                cross = cross + s_before * ((before_ref - m_ref) - (before - m))
+                z, z_ref = z - m[:, None], z_ref - m_ref[:, None]
+                term = torch.where(z_ref.exp() == 0, 0, z_ref.exp() * (z_ref - z))
+                cross = cross * (before_ref - m_ref).exp() + term.sum(1)
             else:
                 column, inside = _column(y, tile)
                 picked = torch.where(inside, z.gather(1, column).squeeze(1), picked)
+        log_z[:, rows] = torch.stack([m, s.log()])
         if kind == "kl":
-            value[rows], ref_lse[rows] = expected - log_z_ref + log_z, log_z_ref
+            log_z_ref[:, rows] = torch.stack([m_ref, s_ref.log()])
+            value[rows] = cross / s_ref + (s.log() - s_ref.log())
         else:
-            log_py = picked - log_z
-            value[rows] = -log_py if kind == "nll" else -torch.log1p(-log_py.exp() / 2)
-        lse[rows] = log_z
+            nll = (m - picked) + s.log()
+            value[rows] = nll if kind == "nll" else -torch.log1p(-torch.exp(-nll) / 2)
     # an ignored row is 0 under a weight of NaN too
-    loss = value.clone() if weights is None else torch.where(labels == IGNORED, 0, value * weights.to(dtype))
-    return loss, value, lse, ref_lse
+    weighted = value.clone() if weights is None else value * weights.to(dtype)
+    return torch.where(labels == IGNORED, 0, weighted), value, log_z, log_z_ref
 
 
-def _backward_tiled(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, lse, ref_lse,
+def _log_sum_exp(m: Tensor, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Take a tile of logits into the running maximum m and sum s of exp(z - m)."""
+    new = torch.maximum(m, z.amax(1))
+    return new, s * (m - new).exp() + (z - new[:, None]).exp().sum(1)
+
+
+def _softmax(z: Tensor, log_z: Tensor) -> Tensor:
+    return ((z - log_z[0, :, None]) - log_z[1, :, None]).exp()
+
+
+def _backward_tiled(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, log_z, log_z_ref,
                     kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head,
                     needs_bias):  # fmt: skip
-    dtype = lse.dtype
+    dtype = log_z.dtype
     ref_head = head if ref_head is None else ref_head
     upstream = grad.to(dtype) if weights is None else grad.to(dtype) * weights.to(dtype)
     if kind == "uce":
@@ -253,10 +278,10 @@ def _backward_tiled(grad, hidden, head, labels, bias, weights, ref_hidden, ref_h
         grad_w, grad_b = torch.zeros_like(w) if needs_head else None, torch.zeros_like(w[:, 0])
         for (rows, h, h_ref), grad_h in zip(chunks, sums, strict=True):
             z = _logits(h, w, b, scale, softcap)
-            dz = (z - lse[rows, None]).exp()
+            dz = _softmax(z, log_z[:, rows])
             if kind == "kl":
                 z_ref = _logits(h_ref, ref_head[tile], b, scale, softcap)
-                dz = dz - (z_ref - ref_lse[rows, None]).exp()
+                dz = dz - _softmax(z_ref, log_z_ref[:, rows])
             else:
                 column, inside = _column(labels[rows], tile)
                 dz = dz.scatter_add(1, column, -inside.to(dtype)[:, None])
