@@ -38,9 +38,7 @@ class Settings:
     forget: int = 100
     retain: int = 200
     holdout: int = 64
-    unlearn_share: float = (
-        0.25  # of the retain documents unlearning may see; utility is measured on the others
-    )
+    unlearn_share: float = 0.25  # of the retain documents: unlearning sees them, utility is of the others
     vocab_size: int = 1024
     max_length: int = 64
     hidden_size: int = 128
@@ -224,9 +222,7 @@ def load_model(folder: str | Path):
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
-        raise ValueError(
-            f"cannot load a causal language model with its tokenizer from {folder}: {error}"
-        ) from error
+        raise ValueError(f"cannot load a causal language model with its tokenizer from {folder}: {error}") from error
     return model.eval(), tokenizer
 
 

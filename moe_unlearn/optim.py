@@ -1,11 +1,26 @@
 """MaskedSGD and MaskedAdamW: torch optimizers whose masked weights keep their bits.
 
+    optimizer = MaskedAdamW(model.parameters(), lr=1e-5, numerics="stochastic")
+    optimizer.set_masks([words_or_None, ...])          # one per parameter, in the order of the groups
+
 `group["masks"]` is a list beside `group["params"]` of packed int32 words (`ops.bits`) or None; a position,
-never a tensor, ties the two, so that a wrapper may replace the parameters. Slices along dimension 0 whose
-mask is all zero have no state at all. Maths and numerics: `ops.masked_update`.
+never a tensor, ties the two, so that a wrapper may replace the parameters. State exists only where something
+trains: slices along dimension 0 without a set bit (experts that are frozen) have none, and `state["slices"]`
+lists those that have. A mask may change later: state is carried over, new slices start from zero.
+
+`numerics`, for parameters narrower than float32 (wider ones need none of it):
+
+    parity        moments in the parameter's dtype, the same bits as torch.optim with foreach=False
+    nearest       float32 moments and arithmetic, one rounding to nearest
+    stochastic    the same with stochastic rounding to bfloat16: small updates survive on average
+    fp32_master   a float32 copy of the trained weights is updated, the parameter is its rounding
+
+Why it matters: bfloat16 keeps 8 bits, so SGD at lr 1e-5 under "parity" or "nearest" changes next to nothing.
+Formulas and the random bits are those of `ops.masked_update`; the parameter id that enters the random bits
+is the position over all groups. Deterministic.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,27 +28,53 @@ from torch import Tensor
 from moe_unlearn.ops.bits import num_words
 from moe_unlearn.ops.masked_update import masked_adamw_, masked_sgd_
 
-NUMERICS = ("parity", "stochastic", "fp32_master")
+NUMERICS = ("parity", "nearest", "stochastic", "fp32_master")
 
 
 class _Masked(torch.optim.Optimizer):
     """What the two share: masks, compact state, the loop over parameters."""
 
-    moments: tuple[str, ...] = ()
-
     def __init__(self, params: Iterable, defaults: dict):
-        if defaults["numerics"] not in NUMERICS:
-            raise ValueError(f"numerics must be one of {NUMERICS}; got {defaults['numerics']!r}")
-        for name in ("lr", "weight_decay"):
-            if not defaults[name] >= 0:
-                raise ValueError(f"{name} must be at least 0; got {defaults[name]}")
+        # parameter id -> (mask, its version, slices); a cache, never saved
+        self._layouts: dict[int, tuple] = {}
         super().__init__(params, defaults)
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._layouts = {}
+
     def add_param_group(self, param_group: dict) -> None:
-        """As in torch; a group without masks gets None for each parameter."""
+        """As in torch; a group may bring its `masks`, None for each parameter otherwise."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("masks", [None] * len(group["params"]))
+        if group["numerics"] not in NUMERICS:
+            raise ValueError(f"numerics must be one of {NUMERICS}; got {group['numerics']!r}")
+        for name in ("lr", "weight_decay"):
+            if not group[name] >= 0:
+                raise ValueError(f"{name} must be at least 0; got {group[name]}")
+
+    def set_masks(self, masks: Sequence[Tensor | None] | Mapping[int, Tensor | None]) -> None:
+        """Set the mask of every parameter (a sequence) or of some (a dict by parameter id).
+
+        Raises TypeError or ValueError naming the parameter whose mask does not fit; then nothing is set.
+        """
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        new = [mask for group in self.param_groups for mask in group["masks"]]
+        if isinstance(masks, Mapping):
+            for i, mask in masks.items():
+                if not 0 <= i < len(parameters):
+                    raise ValueError(f"masks name parameter {i}; there are {len(parameters)}")
+                new[i] = mask
+        elif len(masks) != len(parameters):
+            raise ValueError(f"expected one mask or None for each of {len(parameters)} parameters; got {len(masks)}")
+        else:
+            new = list(masks)
+        for i, (p, mask) in enumerate(zip(parameters, new, strict=True)):
+            _check_mask(_local(p), mask, i)
+        for group in self.param_groups:
+            count = len(group["params"])
+            group["masks"], new = new[:count], new[count:]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):
@@ -55,74 +96,75 @@ class _Masked(torch.optim.Optimizer):
         return loss
 
     def _update(self, group: dict, p: Tensor, mask: Tensor | None, parameter_id: int) -> None:
-        if p.grad.is_sparse:
+        weight, grad = _local(p), _local(p.grad)
+        if grad.is_sparse:
             raise ValueError(f"parameter {parameter_id}: sparse gradients are not supported")
-        _check_mask(p, mask, parameter_id)
-        state = self.state[p]
-        if not state:
-            self._new_state(group, p, mask, state)
-        slices = state.get("slices")
-        grad = p.grad
+        slices = self._slices(parameter_id, weight, mask)
         if slices is not None:
-            grad, mask = grad[slices], mask[slices]
-            if not len(slices):
+            if len(slices) == 0:
+                self.state.pop(p, None)
                 return
+            grad, mask = grad[slices], mask[slices]
+        state = self.state[p]
+        _fit_state(state, weight, slices, self._moments(group), group["numerics"])
         state["step"] += 1
-        stochastic = group["numerics"] == "stochastic" and p.dtype == torch.bfloat16
-        options = {
-            "lr": float(group["lr"]),
-            "step": int(state["step"]),
-            "weight_decay": group["weight_decay"],
-            "rounding": "stochastic" if stochastic else "nearest",
-            "seed": group["seed"],
-            "parameter_id": parameter_id,
-            "master": state.get("master"),
-            "slices": slices,
-        }
-        self._apply(group, p, grad, mask, state, options)
+        stochastic = group["numerics"] == "stochastic" and weight.dtype not in (torch.float32, torch.float64)
+        self._apply(
+            group, weight, -grad if group["maximize"] else grad, mask, state,
+            lr=float(group["lr"]), weight_decay=group["weight_decay"], step=int(state["step"]),
+            rounding="stochastic" if stochastic else "nearest", seed=group["seed"],
+            parameter_id=parameter_id, master=state.get("master"), slices=slices,
+        )  # fmt: skip
 
-    def _new_state(self, group: dict, p: Tensor, mask: Tensor | None, state: dict) -> None:
-        state["step"] = torch.tensor(0.0)
-        own = p
-        if mask is not None and p.dim() > 0:
-            trained = mask.flatten(1).ne(0).any(1) if mask.dim() > 1 else mask.ne(0).any().expand(len(p))
-            if not trained.all():
-                state["slices"] = trained.nonzero().flatten()
-                own = p[state["slices"]]
-        dtype = _state_dtype(group, p)
-        for name in self._moments(group):
-            state[name] = torch.zeros_like(own, dtype=dtype, memory_format=torch.contiguous_format)
-        if group["numerics"] == "fp32_master":
-            state["master"] = own.detach().to(dtype, copy=True)
+    def _slices(self, parameter_id: int, p: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The slices along dimension 0 with a set bit; None if that is all of them."""
+        if mask is None:
+            return None
+        known = self._layouts.get(parameter_id)
+        if known is not None and known[0] is mask and known[1] == mask._version:
+            return known[2]
+        _check_mask(p, mask, parameter_id)
+        slices = _trained_slices(p, mask)
+        self._layouts[parameter_id] = (mask, mask._version, slices)
+        return slices
 
     def state_size(self, p: Tensor, mask: Tensor | None) -> int:
-        """Bytes of state `p` has, or will have under `mask`."""
+        """Bytes of moments and master weights that `p` has, or will have under `mask`."""
         group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
-        elements = p.numel()
-        if mask is not None and mask.dim() > 1:
-            trained = int(mask.flatten(1).ne(0).any(1).sum())
-            elements = elements // max(len(p), 1) * trained
-        width = torch.empty((), dtype=_state_dtype(group, p)).element_size()
-        copies = len(self._moments(group)) + (group["numerics"] == "fp32_master")
-        return elements * width * copies
+        slices = None if mask is None else _trained_slices(p, mask)
+        share = 1 if slices is None else len(slices) / max(len(p), 1) if p.dim() else 0
+        copies = len(self._moments(group)) + _needs_master(p, group["numerics"])
+        return round(p.numel() * share) * _state_dtype(p, group["numerics"]).itemsize * copies
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As in torch, but state keeps its own dtype: torch would cast float32 moments to the parameter's."""
-        super().load_state_dict(state_dict)
-        saved = dict(enumerate(p for group in self.param_groups for p in group["params"]))
-        for i, values in state_dict["state"].items():
-            own = self.state[saved[int(i)]]
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    device = saved[int(i)].device if name != "step" else value.device
-                    own[name] = value.detach().to(device, copy=True)
+        """As in torch, and bit for bit; a state of torch.optim.AdamW or SGD without masks is understood.
 
-    def _moments(self, group: dict) -> tuple[str, ...]:
-        return self.moments
+        Options the saved groups do not know (masks, numerics, ...) keep their present values.
+        """
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        # a different number of groups is for torch to report
+        groups = [mine | saved for mine, saved in zip(own, state_dict["param_groups"], strict=False)]
+        groups += state_dict["param_groups"][len(own) :]
+        # without the state: torch would cast float32 moments to the dtype of the parameter
+        super().load_state_dict(state_dict | {"param_groups": groups, "state": {}})
+        owner = {
+            i: (p, group)
+            for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
+            for i, p in zip(saved["params"], group["params"], strict=True)
+        }
+        for group in self.param_groups:
+            pairs = zip(group["masks"], group["params"], strict=True)
+            group["masks"] = [mask if mask is None else mask.to(p.device) for mask, p in pairs]
+        for i, values in state_dict["state"].items():
+            p, group = owner[int(i)]
+            self.state[p] = _loaded(values, p, self._moments(group), group["numerics"])
 
 
 class MaskedSGD(_Masked):
-    """SGD under packed masks; options as torch.optim.SGD, `numerics` and `seed` as `ops.masked_update`."""
+    """SGD under packed masks; options as torch.optim.SGD, masks and `numerics` as in the module docstring.
+
+    Raises ValueError for an option out of range.
+    """
 
     def __init__(
         self,
@@ -133,20 +175,23 @@ class MaskedSGD(_Masked):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
+        maximize: bool = False,
         numerics: str = "parity",
         seed: int = 0,
     ):
+        if not momentum >= 0:
+            raise ValueError(f"momentum must be at least 0; got {momentum}")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("nesterov needs momentum above 0 and dampening 0")
         super().__init__(params, {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-            "nesterov": nesterov, "numerics": numerics, "seed": seed,
+            "nesterov": nesterov, "maximize": maximize, "numerics": numerics, "seed": seed,
         })  # fmt: skip
 
     def _moments(self, group: dict) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _apply(self, group, p, grad, mask, state, options) -> None:
+    def _apply(self, group, p, grad, mask, state, **options) -> None:
         masked_sgd_(
             p, grad, state.get("momentum_buffer"), mask, momentum=group["momentum"],
             dampening=group["dampening"], nesterov=group["nesterov"], **options,
@@ -154,9 +199,10 @@ class MaskedSGD(_Masked):
 
 
 class MaskedAdamW(_Masked):
-    """AdamW under packed masks; options as torch.optim.AdamW, `numerics` and `seed` as `ops.masked_update`."""
+    """AdamW under packed masks; options as torch.optim.AdamW, masks and `numerics` as in the module docstring.
 
-    moments = ("exp_avg", "exp_avg_sq")
+    Raises ValueError for an option out of range.
+    """
 
     def __init__(
         self,
@@ -166,35 +212,104 @@ class MaskedAdamW(_Masked):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
+        maximize: bool = False,
         numerics: str = "parity",
         seed: int = 0,
     ):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1); got {betas}")
+        if not eps >= 0:
+            raise ValueError(f"eps must be at least 0; got {eps}")
         super().__init__(params, {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "numerics": numerics,
-            "seed": seed,
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+            "numerics": numerics, "seed": seed,
         })  # fmt: skip
 
-    def _apply(self, group, p, grad, mask, state, options) -> None:
+    def _moments(self, group: dict) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def _apply(self, group, p, grad, mask, state, **options) -> None:
         masked_adamw_(
             p, grad, state["exp_avg"], state["exp_avg_sq"], mask, betas=tuple(group["betas"]),
             eps=group["eps"], **options,
         )  # fmt: skip
 
 
-def _state_dtype(group: dict, p: Tensor) -> torch.dtype:
-    if group["numerics"] == "parity":
-        return p.dtype
-    return torch.promote_types(p.dtype, torch.float32)
+def _local(tensor: Tensor) -> Tensor:
+    """The shard of this process, where the tensor is a distributed one."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _state_dtype(p: Tensor, numerics: str) -> torch.dtype:
+    return p.dtype if numerics == "parity" else torch.promote_types(p.dtype, torch.float32)
+
+
+def _needs_master(p: Tensor, numerics: str) -> bool:
+    return numerics == "fp32_master" and p.dtype not in (torch.float32, torch.float64)
+
+
+def _trained_slices(p: Tensor, mask: Tensor) -> Tensor | None:
+    """int64 indices along dimension 0 with a set bit, None for all; dimension 1 and less is one slice."""
+    trained = mask.flatten(1).ne(0).any(1) if mask.dim() > 1 else mask.ne(0).any().expand(p.shape[:1] or 1)
+    return None if trained.all() else trained.nonzero().squeeze(1)
+
+
+def _fit_state(state: dict, p: Tensor, slices: Tensor | None, moments: tuple[str, ...], numerics: str) -> None:
+    """Make `state` what `slices` ask for, keeping what it holds for slices that stay."""
+    if "step" not in state:
+        state["step"] = torch.tensor(0.0)
+    old, tensors = state.get("slices"), [k for k in (*moments, "master") if k in state]
+    if old is not slices and not (old is not None and slices is not None and torch.equal(old, slices)):
+        source = torch.full((len(p),), -1, device=p.device)
+        held = torch.arange(len(p), device=p.device) if old is None else old
+        source[held] = torch.arange(len(held), device=p.device)
+        source = source if slices is None else source[slices]
+        kept = source >= 0
+        for name in tensors:
+            fresh = _fresh(name, p, slices, state[name].dtype)
+            fresh[kept] = state[name][source[kept]]
+            state[name] = fresh
+    if slices is None:
+        state.pop("slices", None)
+    else:
+        state["slices"] = slices
+    for name in (*moments, *(["master"] if _needs_master(p, numerics) else [])):
+        if name not in state:
+            state[name] = _fresh(name, p, slices, _state_dtype(p, numerics))
+
+
+def _fresh(name: str, p: Tensor, slices: Tensor | None, dtype: torch.dtype) -> Tensor:
+    trained = p if slices is None else p[slices]
+    if name == "master":
+        return trained.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return torch.zeros(trained.shape, dtype=dtype, device=p.device)
+
+
+def _loaded(values: dict, p: Tensor, moments: tuple[str, ...], numerics: str) -> dict:
+    """A parameter's saved state, own or torch's, as tensors of its own on its device."""
+    state = {}
+    for name, value in values.items():
+        if name == "step":
+            state[name] = torch.as_tensor(value, dtype=torch.float32).cpu().clone()
+        elif name == "slices":
+            state[name] = value.to(p.device, copy=True)
+        elif name in (*moments, "master") and value is not None:
+            dtype = torch.float32 if name == "master" else _state_dtype(p, numerics)
+            state[name] = value.detach().to(p.device, dtype, copy=True)
+    if "step" not in state:
+        # torch.optim.SGD counts no steps; where it has a buffer, the first step is behind it
+        state["step"] = torch.tensor(1.0 if "momentum_buffer" in state else 0.0)
+    return state
 
 
 def _check_mask(p: Tensor, mask: Tensor | None, parameter_id: int) -> None:
     if mask is None:
         return
-    words = (*p.shape[:-1], num_words(p.shape[-1])) if p.dim() else (1,)
-    if mask.dtype != torch.int32 or mask.shape != words:
-        raise ValueError(
-            f"parameter {parameter_id} of shape {list(p.shape)}: mask must be int32 words {list(words)}; "
-            f"got {mask.dtype} {list(mask.shape)}"
-        )
+    words = [*p.shape[:-1], num_words(p.shape[-1])] if p.dim() else [1]
+    where = f"parameter {parameter_id} of shape {list(p.shape)}"
+    if mask.dtype != torch.int32:
+        raise TypeError(f"{where}: mask must be int32 words (ops.bits.pack_bits); got {mask.dtype}")
+    if list(mask.shape) != words:
+        raise ValueError(f"{where}: mask must have shape {words}; got {list(mask.shape)}")
+    if mask.device != p.device:
+        raise ValueError(f"{where}: mask must be on {p.device}; got {mask.device}")

@@ -294,45 +294,45 @@ def _pareto(summary: Summary):
     runs = [r for r in ordered(summary) if set(keys) <= summary[r].keys()]
     if len(runs) < 2:
         return None
-    figure, ((whole, near),) = _new(10, 4.8, 1, 2)
-    caption = "Forgetting against utility; up and left is better. Right: the upper left corner, enlarged"
-    for axes in (whole, near):
+    corner = {"xlim": (-0.02, 0.4), "ylim": (0.75, 1.02)}
+    enlarge = any(
+        all(low <= summary[r][k] <= high for k, (low, high) in zip(keys, corner.values(), strict=True))
+        for r in runs
+        if r not in ("target", "retrain")
+    )
+    figure, (panels,) = _new(10 if enlarge else 6, 4.8, 1, 2 if enlarge else 1)
+    caption = "Forgetting against utility; up and left is better"
+    for axes in panels:
         for run in runs:
             colour, marker = STYLES.get(run, ("#888888", "h"))
             x, y = (summary[run][key] for key in keys)
             spread = [[summary[run].get(f"{key}_sd", 0.0)] for key in keys]
             axes.errorbar(x, y, spread[1], spread[0], color=colour, lw=1, zorder=3)
             if run == "retrain":  # hollow and large: other runs should land on it
-                axes.scatter(
-                    x, y, 420, color="none", marker=marker, ec=colour, lw=1.5, zorder=5, label=RUNS[run]
-                )
+                axes.scatter(x, y, 420, color="none", marker=marker, ec=colour, lw=1.5, zorder=5, label=RUNS[run])
             else:
-                axes.scatter(
-                    x, y, 70, color=colour, marker=marker, ec="white", zorder=4, label=RUNS.get(run, run)
-                )
+                axes.scatter(x, y, 70, color=colour, marker=marker, ec="white", zorder=4, label=RUNS.get(run, run))
         if {"retrain", "target"} <= set(runs):
             gold, floor = summary["retrain"]["verbmem_f"], KEEP * summary["target"]["verbmem_r"]
             axes.fill_between([gold - WITHIN, gold + WITHIN], floor, 2, color="#009E73", alpha=0.12, lw=0)
         axes.set(xlabel="VerbMem forget (ROUGE-L F1)", ylabel="VerbMem retain (ROUGE-L F1)")
         axes.grid(alpha=0.3)
-    whole.set(xlim=(-0.04, 1.06), ylim=(-0.04, 1.06))
-    near.set(xlim=(-0.02, 0.4), ylim=(0.75, 1.02))
+    panels[0].set(xlim=(-0.04, 1.06), ylim=(-0.04, 1.06))
+    if enlarge:
+        panels[1].set(**corner)
+        caption += ". Right: the upper left corner, enlarged"
     if {"retrain", "target"} <= set(runs):
-        caption += (
-            f". Shaded: the goal, within {WITHIN:.2f} of retrain and {KEEP:.0%} of the target's utility"
-        )
+        caption += f". Shaded: the goal, within {WITHIN:.2f} of retrain and {KEEP:.0%} of the target's utility"
     if any("verbmem_f_sd" in summary[run] for run in runs):
         caption += ". Bars: sample standard deviation over seeds"
-    _shared_legend(figure, whole)
+    _shared_legend(figure, panels[0])
     return figure, caption + "."
 
 
 def _shared_legend(figure, axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    columns = min(8, len(labels))
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.2
-    )
+    columns = min(round(figure.get_figwidth() * 0.8), len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.2)
 
 
 def _trajectories(trajectory: dict, summary: Summary):
@@ -352,11 +352,10 @@ def _trajectories(trajectory: dict, summary: Summary):
             axes.plot(x, y, color=colour, marker=marker, ms=4, lw=1.5, label=RUNS.get(run, run))
         if key in summary.get("retrain", {}):
             axes.axhline(summary["retrain"][key], color="black", ls="--", lw=1, label="retrain (gold)")
-        axes.set(
-            title=f"{text} documents", xlabel="step", ylabel="NLL (nats a token, log scale)", yscale="log"
-        )
+        axes.set(title=f"{text} documents", xlabel="step", ylabel="NLL (nats a token, log scale)", yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3, which="both")
     _shared_legend(figure, left)
     return figure, "NLL while unlearning: left should rise to the dashed line, right should stay on it."

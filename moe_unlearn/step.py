@@ -295,7 +295,9 @@ class UnlearnStep:
         active = torch.ones(len(names), dtype=torch.bool)
         if "kl" in names:
             value = sum(m["kl_loss"] for m in self._micro_batches) / len(self._micro_batches)
-            active[names.index("kl")] = value > settings.kl_floor * self.prepared.kl_floor
+            active[names.index("kl")] = mollm.kl_active(
+                value, self.prepared.kl_floor, factor=settings.kl_floor
+            )
         if not torch.isfinite(products).all():
             self.discard()
             raise NonFiniteError("a gradient is not finite: stopped before the update, weights unchanged")

@@ -199,7 +199,9 @@ def weight_mask(
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1]; got {keep}")
-    parameters = {name: p for name, p in model.named_parameters()}
+    if not gamma > 0:
+        raise ValueError(f"gamma must be above 0; got {gamma}")
+    parameters = dict(model.named_parameters())
     with evaluation_mode(model):
         forget = _gradients(model, forget_batches, forget_loss, official, "forget")
         retain = _gradients(model, retain_batches, retain_loss, official, "retain")

@@ -123,7 +123,7 @@ def _forward_ref(
     slots = torch.zeros(num_tokens * top_k, x.shape[1], dtype=dtype, device=x.device)
     if y_parts:
         slots = slots.index_copy(0, here, torch.cat(y_parts).to(dtype))
-    return slots.view(num_tokens, top_k, -1).sum(1).to(x.dtype), z
+    return slots.view(num_tokens, top_k, x.shape[1]).sum(1).to(x.dtype), z
 
 
 def _backward_ref(
@@ -153,7 +153,7 @@ def _backward_ref(
         scaled[here] = (a * w).to(scaled.dtype)
         dz[here] = _activate_backward(z[here], da * w, gate, interleaved, gated)
         d_slots[rows] = dz[here] @ w1
-    return d_slots.view(num_tokens, top_k, -1).sum(1), d_weights.view(num_tokens, top_k), dz, scaled
+    return d_slots.view(num_tokens, top_k, x.shape[1]).sum(1), d_weights.view(num_tokens, top_k), dz, scaled
 
 
 def dw_dtype(weights: Tensor) -> torch.dtype:

@@ -18,11 +18,11 @@ and 3 alone.
 
 The rest goes in tiles of rows x vocabulary whose logits, with the temporaries beside them, fit a workspace
 of 32 MiB. Logits and softmax are float32, float64 if an input is; the forward keeps a few numbers per row and
-the backward recomputes each tile from the saved log-sum-exp. Gradients are summed in float32 and rounded
-once.
+the backward recomputes each tile from the saved normaliser of the softmax. Gradients are summed in float32
+and rounded once.
 
-Precision: log softmax is always (z - max z) - log sum exp(z - max z), so a confident token keeps its small
-loss and large logits lose nothing; kl of a row to itself is exactly 0, and a word with q = 0 adds exactly 0.
+Precision: the normaliser is kept as the pair (max z, sum exp(z - max z)), so a confident token keeps its
+small loss and large logits lose nothing; kl of a row to itself is exactly 0, and q = 0 adds exactly 0.
 
 Deterministic: tiles in a fixed order, no atomics. Source: nll and kl are standard; uce with its division by
 2 was read in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping
@@ -134,9 +134,9 @@ def _token_loss(
     ref_hidden: Tensor | None, ref_head: Tensor | None, kind: str, scale: float, softcap: float | None,
     drop_zero_weights: bool, chunk_rows: int | None, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [T], l [T], log-sum-exp [2, T] of z and of the reference's z), 0 in dropped rows.
+    """(loss [T], l [T], the softmax's max z and sum exp(z - max z) [2, T], those of the reference [2, T]).
 
-    A log-sum-exp is the pair (max z, log sum exp(z - max z)), kept apart for precision.
+    All are 0 in dropped rows.
     """
     kernel = backend.resolve("token_loss", impl, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -154,20 +154,20 @@ def _(hidden, head, labels, *options):
 @torch.library.custom_op("moe_unlearn::token_loss_backward", mutates_args=())
 def _token_loss_backward(
     grad: Tensor, hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
-    ref_hidden: Tensor | None, ref_head: Tensor | None, value: Tensor, log_z: Tensor, log_z_ref: Tensor,
+    ref_hidden: Tensor | None, ref_head: Tensor | None, value: Tensor, norm: Tensor, ref_norm: Tensor,
     kind: str, scale: float, softcap: float | None, drop_zero_weights: bool, chunk_rows: int | None,
     needs_hidden: bool, needs_head: bool, needs_bias: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, head and bias; an empty tensor for one that is not needed."""
     kernel = backend.resolve("token_loss.backward", impl, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        return kernel(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, log_z,
-                      log_z_ref, kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden,
+        return kernel(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm,
+                      ref_norm, kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden,
                       needs_head, needs_bias)  # fmt: skip
 
 
 @_token_loss_backward.register_fake
-def _(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, log_z, log_z_ref, kind, scale,
+def _(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm, kind, scale,
       softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head, needs_bias, impl):  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if needs_hidden else 0),
@@ -183,12 +183,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *unused):
-    hidden, head, labels, bias, weights, ref_hidden, ref_head, value, log_z, log_z_ref = ctx.saved_tensors
+    hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads = [None] * 3
     if any(needs):
         results = _token_loss_backward(
-            grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, log_z, log_z_ref,
+            grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm,
             ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, *needs, ctx.impl,
         )  # fmt: skip
         grads = [result if need else None for result, need in zip(results, needs, strict=True)]
@@ -210,57 +210,66 @@ def _forward_tiled(hidden, head, labels, bias, weights, ref_hidden, ref_head, ki
                    drop_zero_weights, chunk_rows):  # fmt: skip
     dtype = _wide(hidden, head)
     value = torch.zeros(labels.shape, dtype=dtype, device=labels.device)
-    log_z, log_z_ref = value.new_zeros(2, *labels.shape), value.new_zeros(2, *labels.shape)
+    norm, ref_norm = value.new_zeros(2, *labels.shape), value.new_zeros(2, *labels.shape)
     ref_head = head if ref_head is None else ref_head
     counted = _counted(labels, weights, drop_zero_weights)
     _check_labels(labels[counted], kind, len(head))
     for rows in counted.split(chunk_rows or _DEFAULT_ROWS):
         h, y = hidden[rows].to(dtype), labels[rows]
         h_ref = ref_hidden[rows].to(dtype) if kind == "kl" else None
-        # finite, so that a tile of logits that are all -infinity does not make NaN
-        m = m_ref = torch.full_like(value[rows], torch.finfo(dtype).min)
-        s = s_ref = picked = cross = torch.zeros_like(m)
+        picked = torch.zeros_like(value[rows])
+        parts, ref_parts, crosses = [], [], []
         for tile in _tiles(len(rows), len(head), dtype):
             b = None if bias is None else bias[tile]
             z = _logits(h, head[tile], b, scale, softcap)
-            before, (m, s) = m, _log_sum_exp(m, s, z)
+            parts.append(_peak_and_sum(z))
             if kind == "kl":
                 z_ref = _logits(h_ref, ref_head[tile], b, scale, softcap)
-                before_ref, s_before, (m_ref, s_ref) = m_ref, s_ref, _log_sum_exp(m_ref, s_ref, z_ref)
-                # cross = sum_v exp(z_ref - m_ref) ((z_ref - m_ref) - (z - m)), moved to the new maxima first
-                cross = cross + s_before * ((before_ref - m_ref) - (before - m))
-                z, z_ref = z - m[:, None], z_ref - m_ref[:, None]
-                term = torch.where(z_ref.exp() == 0, 0, z_ref.exp() * (z_ref - z))
-                cross = cross * (before_ref - m_ref).exp() + term.sum(1)
+                ref_parts.append(_peak_and_sum(z_ref))
+                z, z_ref = z - parts[-1][0][:, None], z_ref - ref_parts[-1][0][:, None]
+                q = z_ref.exp()
+                crosses.append(torch.where(q == 0, 0, q * (z_ref - z)).sum(1))
             else:
                 column, inside = _column(y, tile)
                 picked = torch.where(inside, z.gather(1, column).squeeze(1), picked)
-        log_z[:, rows] = torch.stack([m, s.log()])
+        shifts, norm[:, rows] = _merge(parts)
         if kind == "kl":
-            log_z_ref[:, rows] = torch.stack([m_ref, s_ref.log()])
-            value[rows] = cross / s_ref + (s.log() - s_ref.log())
+            ref_shifts, ref_norm[:, rows] = _merge(ref_parts)
+            q_sums = torch.stack([total for _, total in ref_parts])
+            # q (log q - log p) of a tile, unnormalised, moved from the maxima of the tile to those of the row
+            cross = (torch.stack(crosses) + q_sums * (ref_shifts - shifts)) * ref_shifts.exp()
+            p_sum, q_sum = norm[1, rows], ref_norm[1, rows]
+            value[rows] = cross.sum(0) / q_sum + (p_sum / q_sum).log()
         else:
-            nll = (m - picked) + s.log()
+            nll = (norm[0, rows] - picked) + norm[1, rows].log()
             value[rows] = nll if kind == "nll" else -torch.log1p(-torch.exp(-nll) / 2)
     # an ignored row is 0 under a weight of NaN too
     weighted = value.clone() if weights is None else value * weights.to(dtype)
-    return torch.where(labels == IGNORED, 0, weighted), value, log_z, log_z_ref
+    return torch.where(labels == IGNORED, 0, weighted), value, norm, ref_norm
 
 
-def _log_sum_exp(m: Tensor, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Take a tile of logits into the running maximum m and sum s of exp(z - m)."""
-    new = torch.maximum(m, z.amax(1))
-    return new, s * (m - new).exp() + (z - new[:, None]).exp().sum(1)
+def _peak_and_sum(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(m, sum exp(z - m)) over the columns of a tile, m its maximum."""
+    # finite, so that a tile of logits that are all -infinity sums to 0 and not to NaN
+    m = z.amax(1).clamp_min(torch.finfo(z.dtype).min)
+    return m, (z - m[:, None]).exp().sum(1)
 
 
-def _softmax(z: Tensor, log_z: Tensor) -> Tensor:
-    return ((z - log_z[0, :, None]) - log_z[1, :, None]).exp()
+def _merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(maximum of each tile minus that of the row [tiles, n]; maximum and sum of the row [2, n])."""
+    peaks, sums = (torch.stack(values) for values in zip(*parts, strict=True))
+    m = peaks.amax(0)
+    return peaks - m, torch.stack([m, (sums * (peaks - m).exp()).sum(0)])
 
 
-def _backward_tiled(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, log_z, log_z_ref,
+def _softmax(z: Tensor, norm: Tensor) -> Tensor:
+    return (z - norm[0, :, None]).exp() / norm[1, :, None]
+
+
+def _backward_tiled(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm,
                     kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head,
                     needs_bias):  # fmt: skip
-    dtype = log_z.dtype
+    dtype = norm.dtype
     ref_head = head if ref_head is None else ref_head
     upstream = grad.to(dtype) if weights is None else grad.to(dtype) * weights.to(dtype)
     if kind == "uce":
@@ -278,10 +287,10 @@ def _backward_tiled(grad, hidden, head, labels, bias, weights, ref_hidden, ref_h
         grad_w, grad_b = torch.zeros_like(w) if needs_head else None, torch.zeros_like(w[:, 0])
         for (rows, h, h_ref), grad_h in zip(chunks, sums, strict=True):
             z = _logits(h, w, b, scale, softcap)
-            dz = _softmax(z, log_z[:, rows])
+            dz = _softmax(z, norm[:, rows])
             if kind == "kl":
                 z_ref = _logits(h_ref, ref_head[tile], b, scale, softcap)
-                dz = dz - _softmax(z_ref, log_z_ref[:, rows])
+                dz = dz - _softmax(z_ref, ref_norm[:, rows])
             else:
                 column, inside = _column(labels[rows], tile)
                 dz = dz.scatter_add(1, column, -inside.to(dtype)[:, None])

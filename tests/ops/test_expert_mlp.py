@@ -1,0 +1,310 @@
+"""expert_mlp: every layout, gate and routing pattern against the float64 reference, and the known MoE bugs."""
+
+import itertools
+
+import pytest
+import torch
+
+from moe_unlearn.ops import Gate, expert_mlp, expert_mlp_ref, route
+from moe_unlearn.ops.expert_mlp import ACTIVATIONS, activate
+from moe_unlearn.testing import LAYOUTS, ROUTINGS, check_against_ref, in_layout, integers, poison, routing
+
+GRADIENTS = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
+GPT_OSS = Gate("silu", 1.702, 7.0, 1.0)
+
+
+def case(pattern="skewed", tokens=19, hidden=24, inner=16, experts=5, top_k=2, *, dtype=torch.float32, bias=False,
+         transposed=False, interleaved=False, gated=True, gate=Gate(), seed=0):  # noqa: B008  # fmt: skip
+    """Arguments of the op for one routing pattern and layout."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    index = routing(pattern, tokens, experts, top_k, seed=seed)
+    made = route(index, experts)
+    wide = 2 * inner if gated else inner
+    w1 = normal(experts, hidden, wide) if transposed else normal(experts, wide, hidden)
+    w2 = normal(experts, inner, hidden) if transposed else normal(experts, hidden, inner)
+    arguments = {
+        "hidden_states": normal(tokens, hidden),
+        "top_k_weights": torch.rand((tokens, top_k), generator=generator).to(dtype) + 0.1,
+        "sorted_rows": made.sorted_rows,
+        "expert_offsets": made.expert_offsets,
+        "gate_up_proj": w1 / hidden**0.5,
+        "down_proj": w2 / inner**0.5,
+        "gate": gate,
+        "transposed": transposed,
+        "interleaved": interleaved,
+        "gated": gated,
+    }
+    if bias:
+        arguments |= {"gate_up_bias": normal(experts, wide), "down_bias": normal(experts, hidden)}
+    return arguments
+
+
+def check(arguments, **keywords):
+    gradients = GRADIENTS + (("gate_up_bias", "down_bias") if "down_bias" in arguments else ())
+    check_against_ref(expert_mlp, expert_mlp_ref, arguments, gradients=gradients, **keywords)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("pattern", [p for p in ROUTINGS if p != "all_sentinels"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_routing_patterns(pattern, top_k):
+    check(case(pattern, top_k=top_k))
+
+
+LAYOUT_FLAGS = list(itertools.product([False, True], repeat=4))
+
+
+@pytest.mark.parametrize("flags", LAYOUT_FLAGS, ids=lambda f: "".join("tibg"[i] if on else "-" for i, on in enumerate(f)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layout_flags(flags, dtype):
+    transposed, interleaved, bias, gated = flags
+    check(case(transposed=transposed, interleaved=interleaved, bias=bias, gated=gated, dtype=dtype))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("gate", [*map(Gate, ACTIVATIONS), GPT_OSS, Gate("silu", 1.0, 0.5), Gate("gelu", limit=0.3)], ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+def test_gates(gate, gated):
+    check(case(gate=gate, gated=gated, bias=True, seed=3))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gate_derivatives_by_autograd(activation):
+    """The hand-written derivative, bit for bit of float64, at points away from kinks."""
+    from moe_unlearn.ops.expert_mlp import _activate_backward
+
+    for gate in (Gate(activation), Gate(activation, 1.702, 0.7, 1.0)):
+        for interleaved, gated in ((False, True), (True, True), (False, False)):
+            z = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+            out = activate(z, gate, interleaved, gated)
+            upstream = torch.randn_like(out)
+            (expected,) = torch.autograd.grad(out, z, upstream)
+            got = _activate_backward(z.detach(), upstream, gate, interleaved, gated)
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layouts_of_inputs_and_upstream_gradients(layout):
+    arguments = case(bias=True)
+    moved = {k: in_layout(v, layout) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    check(moved, gradient_layout=layout)
+    expanded = arguments | {"hidden_states": arguments["hidden_states"][:1].expand(19, -1)}
+    check(expanded, gradient_layout=layout)
+
+
+@pytest.mark.quick
+def test_expanded_upstream_gradient():
+    arguments = case()
+    x = arguments["hidden_states"].requires_grad_()
+    (a,) = torch.autograd.grad(expert_mlp(**arguments).sum(), x)
+    (b,) = torch.autograd.grad((expert_mlp(**arguments) * torch.ones(19, 24)).sum(), x)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_one_token(top_k):
+    check(case("uniform", tokens=1, top_k=top_k, bias=True))
+
+
+@pytest.mark.quick
+def test_no_token():
+    arguments = case("uniform", tokens=0, bias=True)
+    leaves = [arguments[k].requires_grad_() for k in GRADIENTS]
+    out = expert_mlp(**arguments)
+    assert out.shape == (0, 24)
+    for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert grad.shape == leaf.shape and (grad == 0).all()
+
+
+@pytest.mark.quick
+def test_one_expert_only():
+    check(case("uniform", experts=1, top_k=1))
+
+
+@pytest.mark.quick
+def test_float32_routing_weights_in_a_bf16_layer():
+    arguments = case(dtype=torch.bfloat16)
+    arguments["top_k_weights"] = torch.rand(19, 2) + 0.1
+    check(arguments)
+    weights = arguments["top_k_weights"].requires_grad_()
+    out = expert_mlp(**arguments)
+    assert out.dtype == torch.bfloat16
+    assert torch.autograd.grad(out.float().sum(), weights)[0].dtype == torch.float32
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("transposed", [False, True])
+def test_integers_are_exact(transposed):
+    """relu on small integers: any order of additions must give the same bits, forward and backward."""
+    arguments = case(transposed=transposed, gate=Gate("relu"))
+    for k in ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj"):
+        arguments[k] = integers(*arguments[k].shape, seed=len(k)).requires_grad_()
+    wide = {k: v.detach().double().requires_grad_() if k in GRADIENTS else v for k, v in arguments.items()}
+    out, gold = expert_mlp(**arguments), expert_mlp_ref(**wide)
+    assert torch.equal(out.double(), gold)
+    upstream = integers(19, 24, seed=9)
+    ours = torch.autograd.grad(out, [arguments[k] for k in GRADIENTS], upstream)
+    theirs = torch.autograd.grad(gold, [wide[k] for k in GRADIENTS], upstream.double())
+    for name, a, b in zip(GRADIENTS, ours, theirs, strict=True):
+        assert torch.equal(a.double(), b), name
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("pattern", ["first_empty", "last_empty", "half_empty", "one_expert"])
+def test_an_empty_expert_has_exactly_zero_gradient(pattern):
+    arguments = case(pattern, bias=True)
+    leaves = [arguments[k].requires_grad_() for k in ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")]
+    with poison():
+        grads = torch.autograd.grad(expert_mlp(**arguments), leaves, torch.randn(19, 24))
+    rows = arguments["expert_offsets"].diff()
+    for grad in grads:
+        assert (grad[rows == 0] == 0).all() and (grad[rows > 0].flatten(1) != 0).any(1).all()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("pattern", ["sentinels", "all_sentinels"])
+def test_sentinel_rows_contribute_nothing_even_with_nan_weights(pattern):
+    arguments = case(pattern, bias=True)
+    index = routing(pattern, 19, 5, 2)
+    clean = arguments["top_k_weights"].masked_fill(index == 5, 0.0)
+    arguments["top_k_weights"] = arguments["top_k_weights"].masked_fill(index == 5, torch.nan)
+    leaves = [arguments[k].requires_grad_() for k in GRADIENTS]
+    with poison():
+        out = expert_mlp(**arguments)
+        grads = torch.autograd.grad(out, leaves, torch.ones(19, 24).mul_(torch.arange(24)))
+    assert torch.equal(out, expert_mlp(**arguments | {"top_k_weights": clean}))
+    assert all(g.isfinite().all() for g in grads)
+    assert (grads[1][index == 5] == 0).all()
+    if pattern == "all_sentinels":
+        assert (out == 0).all() and all((g == 0).all() for g in grads)
+
+
+@pytest.mark.quick
+def test_a_nan_token_stays_in_its_row():
+    arguments = case("uniform")
+    arguments["hidden_states"][7] = torch.nan
+    out = expert_mlp(**arguments)
+    assert out[7].isnan().all() and out[torch.arange(19) != 7].isfinite().all()
+
+
+@pytest.mark.quick
+def test_only_what_is_asked_for_is_computed(monkeypatch):
+    from moe_unlearn import backend
+
+    calls = []
+    real = backend._kernels["expert_wgrad", "ref"]
+    monkeypatch.setitem(
+        backend._kernels, ("expert_wgrad", "ref"), lambda *a: calls.append(a[0].shape) or real(*a)
+    )
+    arguments = case(bias=True)
+    x = arguments["hidden_states"].requires_grad_()
+    expert_mlp(**arguments).sum().backward()
+    assert calls == [] and x.grad is not None
+    arguments["down_proj"].requires_grad_()
+    expert_mlp(**arguments).sum().backward()
+    assert len(calls) == 1
+
+
+@pytest.mark.quick
+def test_runs_repeat_bitwise_and_inputs_are_untouched():
+    arguments = case(bias=True, dtype=torch.bfloat16)
+    copies = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+    first = expert_mlp(**arguments)
+    for _ in range(20):
+        assert torch.equal(expert_mlp(**arguments), first)
+    assert all(torch.equal(arguments[k], v) for k, v in copies.items())
+
+
+@pytest.mark.quick
+def test_permuting_tokens_permutes_the_output():
+    index = routing("uniform", 19, 5, 2)
+    arguments = case("uniform")
+    order = torch.randperm(19)
+    made = route(index[order], 5)
+    moved = arguments | {
+        "hidden_states": arguments["hidden_states"][order],
+        "top_k_weights": arguments["top_k_weights"][order],
+        "sorted_rows": made.sorted_rows,
+        "expert_offsets": made.expert_offsets,
+    }
+    torch.testing.assert_close(expert_mlp(**moved), expert_mlp(**arguments)[order])
+
+
+def flat(arguments, impl="auto"):
+    """Positional arguments of the custom op."""
+    a = {"gate_up_bias": None, "down_bias": None} | arguments
+    names = ("hidden_states", "top_k_weights", "sorted_rows", "expert_offsets", "gate_up_proj", "down_proj",
+             "gate_up_bias", "down_bias")  # fmt: skip
+    return (*(a[n] for n in names), *a["gate"], a["transposed"], a["interleaved"], a["gated"], impl)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("pattern", ["skewed", "sentinels"])
+def test_opcheck(pattern, bias):
+    arguments = case(pattern, bias=bias, tokens=7)
+    for k in GRADIENTS:
+        arguments[k].requires_grad_()
+    torch.library.opcheck(torch.ops.moe_unlearn.expert_mlp.default, flat(arguments))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradcheck_in_float64(transposed):
+    arguments = case(tokens=5, hidden=6, inner=4, experts=3, bias=True, dtype=torch.float64, transposed=transposed)
+    names = [*GRADIENTS, "gate_up_bias", "down_bias"]
+
+    def function(*values):
+        return expert_mlp(**arguments | dict(zip(names, values, strict=True)))
+
+    assert torch.autograd.gradcheck(function, [arguments[n].requires_grad_() for n in names])
+
+
+def test_compiles_without_graph_breaks():
+    arguments = case(bias=True)
+    x = arguments["hidden_states"].requires_grad_()
+    w = arguments["gate_up_proj"].requires_grad_()
+    compiled = torch.compile(lambda: expert_mlp(**arguments), fullgraph=True, backend="aot_eager")
+    upstream = torch.randn(19, 24)
+    ours = torch.autograd.grad(compiled(), [x, w], upstream)
+    theirs = torch.autograd.grad(expert_mlp(**arguments), [x, w], upstream)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.quick
+def test_double_backward_is_refused():
+    arguments = case()
+    x = arguments["hidden_states"].requires_grad_()
+    (grad,) = torch.autograd.grad(expert_mlp(**arguments).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no double backward"):
+        grad.sum().backward()
+
+
+BAD = {
+    "hidden dim": ({"hidden_states": torch.randn(19, 2, 12)}, ValueError, r"hidden_states must be float \[T, H\]"),
+    "hidden int": ({"hidden_states": torch.ones(19, 24, dtype=torch.int64)}, ValueError, "hidden_states must be float"),
+    "weights rows": ({"top_k_weights": torch.rand(18, 2)}, ValueError, "with T = 19"),
+    "rows dtype": ({"sorted_rows": torch.zeros(38, dtype=torch.int64)}, TypeError, "sorted_rows must be int32"),
+    "rows size": ({"sorted_rows": torch.zeros(37, dtype=torch.int32)}, ValueError, r"sorted_rows must be \[38\]"),
+    "offsets size": ({"expert_offsets": torch.zeros(5, dtype=torch.int32)}, ValueError, r"expert_offsets must be \[6\]"),
+    "w1 shape": ({"gate_up_proj": torch.randn(5, 24, 32)}, ValueError, r"gate_up_proj must be \[5, 32, 24\]"),
+    "w2 dtype": ({"down_proj": torch.randn(5, 24, 16).double()}, TypeError, "down_proj must be torch.float32"),
+    "w dims": ({"down_proj": torch.randn(24, 16)}, ValueError, "three dimensions"),
+    "bias": ({"down_bias": torch.randn(5, 23)}, ValueError, r"down_bias must be \[5, 24\]; got \[5, 23\]"),
+    "gate": ({"gate": Gate("swish")}, ValueError, "'swish'"),
+    "impl": ({"impl": "cuda"}, RuntimeError, "no implementation cuda"),
+    "impl name": ({"impl": "fast"}, ValueError, "'fast'"),
+    "device": ({"down_proj": torch.randn(5, 24, 16, device="meta")}, ValueError, "must be on cpu"),
+}  # fmt: skip
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("change,error,message", BAD.values(), ids=BAD)
+def test_bad_inputs(change, error, message):
+    with pytest.raises(error, match=message):
+        expert_mlp(**case() | change)

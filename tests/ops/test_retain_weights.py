@@ -1,0 +1,309 @@
+"""retain_weights: closed form, optimality, the cap and the nearest reachable targets, found independently."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from torch.library import opcheck
+
+from moe_unlearn.ops import retain_weights, retain_weights_ref
+from moe_unlearn.ops.bits import pack_bits
+from moe_unlearn.ops.retain_weights import _moments, _tilted_weights, moments, tilted_weights
+from moe_unlearn.testing import LAYOUTS, assert_as_accurate, in_layout, integers
+
+FLOAT32, FLOAT64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+EXACT = 1e-7  # what is promised of a reachable target
+NEAREST = 2e-5  # of an unreachable one: the last ridge, 1e-7, times the slope of the KL divergence there
+
+
+def random_members(num_tokens, rates, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(num_tokens, len(rates), generator=generator) < torch.as_tensor(rates)
+
+
+def frequency(members):
+    return members.double().mean(0)
+
+
+def check(members, result, cap=None):
+    """Properties that hold whatever the target: mean 1, the cap, the rule, achieved and ESS from the weights."""
+    w = result.weights.double()
+    assert result.weights.dtype == torch.float32 and w.shape == (len(members),)
+    assert abs(float(w.mean()) - 1) <= 4 * FLOAT32
+    assert cap is None or float(w.max()) <= cap * (1 + FLOAT32)
+    rule = (result.bias + members.double() @ result.tilt).exp().clamp_max(math.inf if cap is None else cap)
+    assert float((rule - w).abs().max()) <= FLOAT32 * float(w.max())
+    moved = (w[:, None] * members).mean(0)
+    assert float((moved - result.achieved).abs().max()) <= 4 * FLOAT32
+    assert result.ess == pytest.approx(float(w.sum() ** 2 / w.square().sum()))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("rate,target", [(0.25, 0.5), (0.25, 0.1), (0.02, 0.3), (0.9, 0.95), (0.5, 0.5)])
+def test_one_expert_has_the_closed_form(rate, target):
+    members = (torch.arange(1000) < 1000 * rate)[torch.randperm(1000)][:, None]
+    result = retain_weights(members, torch.tensor([target], dtype=torch.float64))
+    used, unused = target / rate, (1 - target) / (1 - rate)
+    expected = torch.where(members[:, 0], used, unused)
+    assert float((result.weights - expected).abs().max()) <= 4 * FLOAT32 * max(used, unused)
+    assert float(abs(result.tilt[0] - math.log(used / unused))) <= EXACT
+    check(members, result)
+
+
+@pytest.mark.quick
+def test_the_worked_example():
+    result = retain_weights(torch.tensor([[True], [False], [False], [False]]), torch.tensor([0.5]))
+    assert result.weights.tolist() == pytest.approx([2, 2 / 3, 2 / 3, 2 / 3])
+    assert result.ess == pytest.approx(16 / (4 + 3 * 4 / 9))
+
+
+@pytest.mark.quick
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.sampled_from([None, 3.0, 20.0]))
+def test_reachable_targets_are_hit(seed, experts, cap):
+    """Targets are the frequencies under random weights that respect the cap, so that they can be reached."""
+    generator = torch.Generator().manual_seed(seed)
+    members = random_members(600, torch.rand(experts, generator=generator) * 0.6 + 0.1, seed)
+    w = torch.rand(600, generator=generator).double() + 0.3
+    target = ((w / w.mean())[:, None] * members).mean(0)
+    result = retain_weights(members, target, cap=cap)
+    assert float((result.achieved - target).abs().max()) <= EXACT
+    check(members, result, cap)
+
+
+@pytest.mark.quick
+def test_far_targets_are_hit_and_more_experts_than_a_word():
+    members = random_members(20000, [0.05, 0.1, 0.2, 0.02, 0.1])
+    target = frequency(members) * torch.tensor([2, 3, 2, 5, 4.0])
+    result = retain_weights(members, target)
+    assert float((result.achieved - target).abs().max()) <= EXACT
+    check(members, result)
+    members = random_members(3000, torch.linspace(0.02, 0.4, 70), seed=1)
+    target = frequency(members) * 1.1
+    result = retain_weights(members, target)
+    assert float((result.achieved - target).abs().max()) <= EXACT
+    check(members, result)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_the_weights_minimise_kl(cap):
+    """Moving along directions that keep mean, frequencies and cap raises sum w log w."""
+    members = random_members(300, [0.2, 0.3, 0.1])
+    target = frequency(members) * torch.tensor([1.5, 0.8, 1.6])
+    result = retain_weights(members, target, cap=cap)
+    assert float((result.achieved - target).abs().max()) <= EXACT
+    w = (result.bias + members.double() @ result.tilt).exp()
+    free = torch.ones_like(w, dtype=torch.bool) if cap is None else w < cap
+    assert (cap is None) == bool(free.all()), "the cap must bind, or its case is not tested"
+    w = w if cap is None else w.clamp_max(cap)
+
+    def kl(weights):
+        return float((weights * weights.log()).sum())
+
+    constraints = torch.cat([torch.ones(300, 1).double(), members.double()], 1)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(20):
+        # capped tokens may only come down, and others only take up what keeps the sums
+        direction = torch.randn(300, generator=generator).double()
+        direction = torch.where(free, direction, -direction.abs())
+        fixed = torch.where(free[:, None], constraints, 0)
+        sums = torch.linalg.lstsq(fixed.t() @ fixed, constraints.t() @ direction).solution
+        direction = direction - fixed @ sums
+        assert float((constraints.t() @ direction).abs().max()) <= 1e4 * FLOAT64
+        assert kl(w + 1e-3 * direction) > kl(w)
+
+
+@pytest.mark.quick
+def test_the_cap_is_not_clip_then_renormalise():
+    members = random_members(400, [0.1])
+    rate = float(frequency(members))
+    cap = 2.5
+    result = retain_weights(members, torch.tensor([0.2]), cap=cap)
+    assert float(result.achieved) == pytest.approx(0.2, abs=EXACT)  # reachable: 0.2 <= 2.5 * rate
+    assert 0.2 < cap * rate
+    beyond = retain_weights(members, torch.tensor([0.9]), cap=cap)
+    assert float(beyond.achieved) == pytest.approx(cap * rate, abs=NEAREST)
+    assert float(beyond.weights.max()) == cap
+    check(members, beyond, cap)
+
+
+def nearest_reachable(members, target, cap):
+    """Projection of the target by scipy over weights of the distinct membership patterns."""
+    patterns, counts = torch.unique(members, dim=0, return_counts=True)
+    a, share = patterns.double().numpy(), (counts.double() / len(members)).numpy()
+    goal = target.double().numpy()
+    found = minimize(
+        lambda w: 0.5 * ((a.T @ (share * w) - goal) ** 2).sum(),
+        share * 0 + 1,
+        jac=lambda w: share * (a @ (a.T @ (share * w) - goal)),
+        bounds=[(0, cap)] * len(share),
+        constraints={"type": "eq", "fun": lambda w: share @ w - 1, "jac": lambda w: share},
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 500},
+    )
+    return torch.from_numpy(a.T @ (share * found.x))
+
+
+UNREACHABLE = {
+    "exclusive": ([[1, 0]] * 10 + [[0, 1]] * 30 + [[0, 0]] * 60, [0.7, 0.8], None),
+    "exclusive capped": ([[1, 0]] * 10 + [[0, 1]] * 30 + [[0, 0]] * 60, [0.7, 0.8], 2.0),
+    "all tokens": ([[1], [0], [0]], [1.0], None),
+    "no token": ([[1], [0], [0]], [0.0], None),
+    "together and apart": ([[1, 1, 0]] * 5 + [[0, 0, 1]] * 5 + [[0, 0, 0]] * 10, [0.5, 0.2, 0.4], None),
+    "above the cap": ([[1, 0]] * 5 + [[1, 1]] * 2 + [[0, 1]] * 9 + [[0, 0]] * 30, [0.9, 0.1], 1.5),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", UNREACHABLE)
+def test_an_unreachable_target_moves_to_the_nearest_reachable(name):
+    rows, target, cap = UNREACHABLE[name]
+    members, target = torch.tensor(rows).bool(), torch.tensor(target)
+    result = retain_weights(members, target, cap=cap)
+    expected = nearest_reachable(members, target, cap)
+    assert result.achieved.tolist() == pytest.approx(expected.tolist(), abs=NEAREST)
+    assert float(result.tilt.abs().max()) < 50, "a tilt that float32 sums can hold"
+    check(members, result, cap)
+
+
+@pytest.mark.parametrize("cap", [None, 4.0])
+def test_many_unreachable_targets_converge(cap):
+    members = random_members(4000, torch.rand(32, generator=torch.Generator().manual_seed(1)) * 0.3)
+    target = (3 * frequency(members)).clamp_max(1)
+    result = retain_weights(members, target, cap=cap)
+    assert float((result.achieved - target).abs().max()) > 0.01
+    check(members, result, cap)
+    # at the nearest point no reachable direction comes nearer: the best vertex towards the target gains nothing
+    gap = target - result.achieved
+    score, order = (members.double() @ gap).sort(descending=True)
+    weights = torch.zeros(4000).double()
+    whole = 4000 if cap is None else cap
+    weights[: int(4000 / whole)] = whole
+    vertex = (weights[order.argsort()][:, None] * members).mean(0)
+    assert float(gap @ (vertex - result.achieved)) <= NEAREST
+
+
+@pytest.mark.quick
+def test_experts_that_cannot_move_are_left_out():
+    members = torch.cat([random_members(50, [0.4]), torch.zeros(50, 1).bool(), torch.ones(50, 1).bool()], 1)
+    result = retain_weights(members, torch.tensor([0.6, 0.5, 0.5]))
+    assert result.achieved.tolist() == pytest.approx([0.6, 0.0, 1.0])
+    assert result.tilt[1:].tolist() == [0, 0]
+    check(members, result)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("members", [torch.zeros(7, 0), torch.zeros(7, 3), torch.ones(1, 2)], ids=str)
+def test_nothing_to_move_gives_ones(members):
+    result = retain_weights(members.bool(), torch.full(members.shape[1:], 0.5))
+    assert result.weights.tolist() == [1.0] * len(members) and result.ess == len(members)
+
+
+@pytest.mark.quick
+def test_cap_one_gives_ones():
+    members = random_members(40, [0.3])
+    result = retain_weights(members, torch.tensor([0.9]), cap=1)
+    assert result.weights.tolist() == [1.0] * 40
+    assert result.achieved.tolist() == frequency(members).tolist()
+
+
+@pytest.mark.quick
+def test_experts_that_always_go_together_share_the_tilt():
+    members = random_members(200, [0.2]).expand(200, 2)
+    result = retain_weights(members, torch.tensor([0.4, 0.4]))
+    assert result.achieved.tolist() == pytest.approx([0.4, 0.4], abs=EXACT)
+    assert float(result.tilt[0]) == pytest.approx(float(result.tilt[1]))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("cap", [math.inf, 1.5])
+@pytest.mark.parametrize("size", [0, 1, 33])
+def test_moments_by_hand(size, cap):
+    members = random_members(9000, [0.3] * size)
+    tilt = integers(size, dtype=torch.float64) / 8
+    first, second = moments(pack_bits(members), tilt, -0.25, cap=cap)
+    extended = torch.cat([torch.ones(9000, 1), members], 1).double()
+    raw = (-0.25 + members.double() @ tilt).exp()
+    w = raw.clamp_max(cap)
+    free = torch.where(raw < cap, w, 0)
+    for got, truth in ((first, extended.t() @ w), (second, (extended * free[:, None]).t() @ extended)):
+        # rounded to float32: another order of the float64 sums passes, a token too many does not
+        assert_as_accurate(got.float(), truth.float(), truth)
+    weights = tilted_weights(pack_bits(members), tilt, -0.25, cap=cap)
+    assert torch.equal(weights, w.float())
+
+
+@pytest.mark.quick
+def test_zero_tilt_counts_exactly():
+    members = random_members(5000, [0.3] * 40)
+    first, second = moments(pack_bits(members), torch.zeros(40).double(), 0.0)
+    extended = torch.cat([torch.ones(5000, 1), members], 1).double()
+    assert torch.equal(second, extended.t() @ extended) and torch.equal(first, second[0])
+
+
+@pytest.mark.quick
+def test_no_tokens_and_other_layouts():
+    empty = torch.zeros(0, 2, dtype=torch.int32)
+    assert tilted_weights(empty, torch.zeros(40).double(), 0.0).shape == (0,)
+    assert not moments(empty, torch.zeros(40).double(), 0.0)[1].any()
+    members = random_members(64, [0.3, 0.6])
+    expected = retain_weights(members, torch.tensor([0.4, 0.5]))
+    for layout in LAYOUTS:
+        moved = in_layout(members.to(torch.uint8), layout).view(torch.bool)
+        got = retain_weights(moved, in_layout(torch.tensor([0.4, 0.5]), layout))
+        assert torch.equal(got.weights, expected.weights)
+
+
+@pytest.mark.quick
+def test_runs_agree_bitwise_and_the_reference_is_the_op():
+    members = random_members(9000, [0.1, 0.2, 0.3])
+    target = frequency(members) * 1.4
+    runs = [
+        retain_weights(members, target),
+        retain_weights(members, target),
+        retain_weights_ref(members, target),
+    ]
+    assert all(torch.equal(runs[0].weights, other.weights) for other in runs[1:])
+
+
+@pytest.mark.quick
+def test_opcheck_and_compile():
+    words, tilt = pack_bits(random_members(20, [0.3] * 35)), torch.randn(35).double()
+    opcheck(_moments, (words, tilt, 0.1, 2.0, "ref"))
+    opcheck(_tilted_weights, (words, tilt, 0.1, 2.0, "ref"))
+    function = torch.compile(lambda w, t: (tilted_weights(w, t, 0.1, cap=2.0), *moments(w, t, 0.1)),
+                             fullgraph=True, backend="aot_eager")  # fmt: skip
+    plain = (tilted_weights(words, tilt, 0.1, cap=2.0), *moments(words, tilt, 0.1))
+    assert all(torch.equal(a, b) for a, b in zip(function(words, tilt), plain, strict=True))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "members,target,cap,error,message",
+    [
+        (torch.ones(3, 1), [0.5], None, TypeError, "members must be bool; got torch.float32"),
+        (torch.ones(3).bool(), [0.5], None, ValueError, r"\[T, S\] with T >= 1"),
+        (torch.ones(0, 1).bool(), [0.5], None, ValueError, r"T >= 1; got shape \(0, 1\)"),
+        (torch.ones(3, 2).bool(), [0.5], None, ValueError, r"target must be \[S\] = \[2\]"),
+        (torch.ones(3, 1).bool(), [1.5], None, ValueError, r"must lie in \[0, 1\]"),
+        (torch.ones(3, 1).bool(), [math.nan], None, ValueError, r"must lie in \[0, 1\]"),
+        (torch.ones(3, 1).bool(), [0.5], 0.9, ValueError, "cap must be at least 1"),
+        (torch.ones(3, 1).bool(), [0.5], math.nan, ValueError, "cap must be at least 1"),
+    ],
+)
+def test_bad_input_is_named(members, target, cap, error, message):
+    with pytest.raises(error, match=message):
+        retain_weights(members, torch.tensor(target), cap=cap)
+
+
+@pytest.mark.quick
+def test_bad_words_are_named():
+    words = torch.zeros(3, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"tilt must be float64 \[S\]"):
+        moments(words, torch.zeros(3), 0.0)
+    with pytest.raises(ValueError, match=r"\[T, 2\]"):
+        moments(words, torch.zeros(40).double(), 0.0)
