@@ -29,6 +29,7 @@ from moe_unlearn.data import Document, Example
 
 RECIPE_VERSION = 1  # raise it when the code below trains other weights from the same settings
 MANIFEST = "manifest.json"
+BUILDING = ".building-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +233,9 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 
 def clean_cache(cache_dir: str | Path | None = None) -> int:
-    """Remove the cached models; how many there were. Nothing else in the folder is touched."""
+    """Remove the cached models; how many there were. Nothing else but unfinished ones is touched."""
+    for unfinished in cache_folder(cache_dir).glob(f"{BUILDING}*"):  # of processes that were killed
+        shutil.rmtree(unfinished, ignore_errors=True)
     manifests = list(cache_folder(cache_dir).glob(f"*/{MANIFEST}"))
     for manifest in manifests:
         shutil.rmtree(manifest.parent)
@@ -284,7 +287,7 @@ def _ensure(entry: Path, build: Callable[[Path], None]) -> None:
         warnings.warn(f"cached model {entry} is damaged ({problem}); it is trained again", stacklevel=4)
     entry.parent.mkdir(parents=True, exist_ok=True)
     # built beside the entry, then renamed: a reader never sees half a model
-    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".building-") as building:
+    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=BUILDING) as building:
         folder = Path(building) / entry.name
         folder.mkdir()
         build(folder)

@@ -1,79 +1,97 @@
 """Forget and retain objectives, and the way from a model to per-token losses.
 
-Sequence log-probabilities are sums over the positions that carry a loss; S is the sequence-summed NLL, so
-S = -seq_logprobs. Exact forms as in open-unlearning (field-standard names); TRACE's weighted mean and the
-position rule are our specification:
+Formulas over log-probabilities; a sequence's is the sum over the positions that carry a loss:
 
-    a position t counts iff attention_mask[t] = 1 and labels[t + 1] != -100; it predicts labels[t + 1]
+    nll        mean of -w log p                                  GA is its negative, GradDiff its difference
+    uce        mean of -w log(1 - p / 2), in [0, log 2]          MOLLM's bounded forget loss
+    kl         mean of w KL(p_ref || p)                          summed over the vocabulary
+    npo        -(2 / beta) mean log sigmoid(-beta (s - s_ref))                     s = sequence log-prob
+    simnpo     -(2 / beta) mean log sigmoid(-beta (s / length + delta))
+    idk_dpo    -(2 / beta) mean log sigmoid(beta ((s_idk - s_idk_ref) - (s_forget - s_forget_ref)))
+    rmu        mean over counted tokens and dimensions of (h - control)^2
+    embed_diff the same with (h - h_ref)^2
+
+Token means are sum_t w_t l_t / (number of positions): weights do not enter the divisor. A position t counts
+iff attention_mask[t] = 1 and labels[t + 1] != -100; its loss is that of predicting labels[t + 1].
+
+Sources: the baselines as open-unlearning defines them (read there); uce in the FedOSD code of MOLLM's authors,
+its use in MOLLM is our reconstruction; the weighted mean and the rule of positions are our specification.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
-from moe_unlearn.ops.token_loss import token_loss
+from moe_unlearn.ops.token_loss import IGNORED, token_loss
 
 Batch = dict[str, Tensor]
 
+# config field -> the factor it puts on the logits; flags of a config, never names of models
+_LOGIT_FACTORS = {
+    "logits_scaling": lambda value: 1.0 / value,
+    "logit_scale": float,
+    "lm_head_multiplier": float,
+}
+
 
 def nll(token_logprobs: Tensor, weights: Tensor | None = None) -> Tensor:
-    """sum_t w_t (-log p_t) / T over token_logprobs [T]; gradient ascent is its negative."""
+    """sum_t w_t (-log p_t) / T over token_logprobs [T]; 0 for T = 0."""
     return _weighted_mean(-token_logprobs, weights)
 
 
 def uce(token_logprobs: Tensor, weights: Tensor | None = None) -> Tensor:
-    """sum_t w_t (-log(1 - p_t / 2)) / T: bounded by log 2, flat at p = 0 and at p = 1 (MOLLM's forget loss;
-    read in the authors' FedOSD code)."""
-    return _weighted_mean(-torch.log1p(-0.5 * token_logprobs.exp()), weights)
+    """sum_t w_t (-log(1 - p_t / 2)) / T over token_logprobs [T]; flat at p = 0 and at p = 1."""
+    return _weighted_mean(-torch.log1p(-0.5 * _wide(token_logprobs).exp()), weights)
 
 
 def npo(seq_logprobs: Tensor, ref_seq_logprobs: Tensor, beta: float) -> Tensor:
-    """-(2 / beta) mean log sigmoid(-beta (seq_logprobs - ref_seq_logprobs)), sequences [B]."""
-    return -2 / beta * _log_sigmoid(beta * (ref_seq_logprobs - seq_logprobs)).mean()
+    """Negative preference optimisation of sequences [B]; (2 / beta) log 2 at the reference."""
+    return -2 / beta * logsigmoid(-beta * _wide(seq_logprobs - ref_seq_logprobs)).mean()
 
 
 def simnpo(seq_logprobs: Tensor, lengths: Tensor, beta: float, delta: float = 0.0) -> Tensor:
-    """-(2 / beta) mean log sigmoid(beta (-seq_logprobs / lengths - delta)); NPO without a reference."""
-    per_token = -seq_logprobs / lengths.clamp_min(1)
-    return -2 / beta * _log_sigmoid(beta * (per_token - delta)).mean()
+    """NPO without a reference: log-probs [B] by their lengths [B] in tokens; an empty sequence counts as 0."""
+    mean_nll = -_wide(seq_logprobs) / lengths.clamp_min(1)
+    return -2 / beta * logsigmoid(beta * (mean_nll - delta)).mean()
 
 
 def idk_dpo(
     idk_seq_logprobs: Tensor,
     ref_idk_seq_logprobs: Tensor,
-    seq_logprobs: Tensor,
-    ref_seq_logprobs: Tensor,
+    forget_seq_logprobs: Tensor,
+    ref_forget_seq_logprobs: Tensor,
     beta: float,
 ) -> Tensor:
-    """-(2 / beta) mean log sigmoid(beta ((idk - ref_idk) - (forget - ref_forget))) of log-probs [B]."""
-    margin = (idk_seq_logprobs - ref_idk_seq_logprobs) - (seq_logprobs - ref_seq_logprobs)
-    return -2 / beta * _log_sigmoid(beta * margin).mean()
-
-
-def kl(ref_logprobs: Tensor, logprobs: Tensor, weights: Tensor | None = None) -> Tensor:
-    """sum_t w_t KL(p_ref || p)_t / T of two full log-distributions [T, V].
-
-    For a model's head use `token_losses(kind="kl")`, which never holds [T, V].
-    """
-    return _weighted_mean((ref_logprobs.exp() * (ref_logprobs - logprobs)).sum(-1), weights)
+    """Preference of a refusal over the answer to be forgotten, each a log-prob [B] with its reference."""
+    margin = (idk_seq_logprobs - ref_idk_seq_logprobs) - (forget_seq_logprobs - ref_forget_seq_logprobs)
+    return -2 / beta * logsigmoid(beta * _wide(margin)).mean()
 
 
 def rmu(hidden_states: Tensor, control: Tensor, mask: Tensor) -> Tensor:
-    """Mean over masked tokens and dimensions of (h - control)^2; h [B, S, H], control [H], mask [B, S]."""
+    """Steering of hidden_states [B, S, H] to control [H] where mask [B, S] is set."""
     return embed_diff(hidden_states, control.expand_as(hidden_states), mask)
 
 
 def embed_diff(hidden_states: Tensor, ref_hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """Mean over masked tokens and dimensions of (h - h_ref)^2, [B, S, H] and mask [B, S]."""
-    difference = torch.where(mask[..., None], hidden_states - ref_hidden_states, 0)
-    return difference.float().square().sum() / (mask.sum().clamp_min(1) * hidden_states.shape[-1])
+    """Mean squared difference [] of two [B, S, H] where mask [B, S] is set; 0 where it is nowhere."""
+    # taking the rows, not multiplying by the mask: padding may hold anything
+    difference = _wide(hidden_states[mask]) - _wide(ref_hidden_states[mask])
+    return difference.square().sum() / max(difference.numel(), 1)
+
+
+def sequence_sums(token_values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sum [B] of token_values [B, S] over the set positions of mask [B, S], over all without one."""
+    return (token_values if mask is None else torch.where(mask, token_values, 0)).sum(1)
 
 
 def target_mask(batch: Batch) -> Tensor:
-    """bool [B, S]: the positions that carry a loss; see the module docstring."""
+    """bool [B, S]: the positions that carry a loss; see the module docstring. The last never does."""
     mask = torch.zeros_like(batch["attention_mask"], dtype=torch.bool)
-    mask[:, :-1] = (batch["attention_mask"][:, :-1] == 1) & (batch["labels"][:, 1:] != -100)
+    mask[:, :-1] = (batch["attention_mask"][:, :-1] == 1) & (batch["labels"][:, 1:] != IGNORED)
     return mask
 
 
@@ -82,29 +100,63 @@ class Head:
     """The output head as `token_loss` takes it."""
 
     weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    logit_softcap: float | None
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+
+def kl(
+    hidden_states: Tensor,
+    ref_hidden_states: Tensor,
+    head: Head,
+    weights: Tensor | None = None,
+    *,
+    ref_lm_head: Tensor | None = None,
+) -> Tensor:
+    """sum_t w_t KL(p_ref || p)_t / T from hidden states [T, H] and a head; logits are never stored.
+
+    `ref_lm_head` is the head of the reference where it differs. No gradient flows into the reference.
+    """
+    labels = torch.zeros(len(hidden_states), dtype=torch.int64, device=hidden_states.device)
+    values = token_loss(
+        hidden_states, head.weight, labels, bias=head.bias, token_weights=weights, kind="kl",
+        ref_hidden_states=ref_hidden_states, ref_lm_head=ref_lm_head, logit_scale=head.logit_scale,
+        logit_softcap=head.logit_softcap,
+    )  # fmt: skip
+    return values.sum() / max(len(values), 1)
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a causal LM; scaling and soft-capping are read from its config, `verify_head` checks them."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{type(model).__name__} has no output embeddings: a causal language model is needed")
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    """The head of a causal language model, PEFT-wrapped or not, with its config's scale and soft-cap.
+
+    Raises ValueError for a model without a head, or with one that is more than a weight and a bias.
+    What a config does not say is not guessed: `verify_head` finds it out.
+    """
+    causal = _unwrapped(model)
+    layer = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
+    if layer is None:
+        raise ValueError(f"{type(causal).__name__} has no output head: a causal language model is needed")
+    if hasattr(layer, "base_layer"):
+        raise ValueError(
+            f"the output head is wrapped in an adapter ({type(layer).__name__}), which its weight alone does "
+            f"not show: leave it out of target_modules"
+        )
+    config = causal.config.get_text_config() if hasattr(causal.config, "get_text_config") else causal.config
     scale = 1.0
-    if getattr(config, "logits_scaling", None):
-        scale = 1.0 / config.logits_scaling
-    elif getattr(config, "logit_scale", None):
-        scale = float(config.logit_scale)
-    return Head(head.weight, getattr(head, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    for field, factor in _LOGIT_FACTORS.items():
+        value = getattr(config, field, None)
+        if value is not None:
+            scale *= factor(value)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), scale, float(softcap) if softcap else None)
 
 
 def final_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """Output [B, S, H] of the decoder's last norm, what the head multiplies; the head does not run."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = getattr(causal, causal.base_model_prefix)
+    """Output [B, S, H] of the decoder's last norm, which is what the head multiplies; the head does not run."""
+    causal = _unwrapped(model)
+    decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else None
+    if decoder is None or decoder is causal:
+        decoder = getattr(causal, causal.base_model_prefix)
     out = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return out.last_hidden_state
 
@@ -119,19 +171,20 @@ def token_losses(
     ref_hidden_states: Tensor | None = None,
     ref_lm_head: Tensor | None = None,
 ) -> Tensor:
-    """Per-token losses [B, S], float32: position t holds the loss of predicting labels[t + 1], 0 elsewhere.
+    """Per-token losses [B, S], float32: position t holds that of predicting labels[t + 1], 0 if it counts not.
 
-    `token_weights` [B, S] multiply them; `hidden_states` [B, S, H] spares the forward pass.
+    `token_weights` [B, S] multiply them; `hidden_states` [B, S, H] spare the forward pass; "kl" needs
+    `ref_hidden_states` [B, S, H]. Errors as `token_loss`.
     """
     states = final_hidden_states(model, batch) if hidden_states is None else hidden_states
     head = head_of(model)
-    labels = torch.full_like(batch["labels"], -100)
-    labels[:, :-1] = batch["labels"][:, 1:]
-    labels = torch.where(target_mask(batch), labels, -100)
-    flat = token_loss(
+    targets = torch.full_like(batch["labels"], IGNORED)
+    targets[:, :-1] = batch["labels"][:, 1:]
+    targets = torch.where(target_mask(batch), targets, IGNORED)
+    losses = token_loss(
         states.flatten(0, 1),
         head.weight,
-        labels.flatten(),
+        targets.flatten(),
         bias=head.bias,
         token_weights=None if token_weights is None else token_weights.flatten(),
         kind=kind,
@@ -140,33 +193,60 @@ def token_losses(
         logit_scale=head.logit_scale,
         logit_softcap=head.logit_softcap,
     )
-    return flat.view(labels.shape)
+    return losses.view(targets.shape)
 
 
 @torch.no_grad()
 def verify_head(model: nn.Module, batch: Batch) -> None:
-    """Compare `token_losses` with the model's own logits once; RuntimeError if they are not reproduced.
+    """Compare the log-probs of `token_losses` with those of the model's own logits, once.
 
-    A head that does more than config fields say (an extra norm, another scale) must not be guessed at.
+    Raises RuntimeError if they differ by more than the rounding of logits in their dtype explains: the head
+    does more than its config says (another norm, another scale). ValueError if no position of the batch counts.
     """
     mask = target_mask(batch)
-    ours = -token_losses(model, batch)[mask]
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    logp = torch.log_softmax(logits.float(), -1)[:, :-1]
-    labels = batch["labels"][:, 1:].clamp_min(0)
-    theirs = logp.gather(2, labels[..., None])[..., 0][mask[:, :-1]]
-    # the two differ by the rounding of the logits, which grows with their size
-    allowed = 8 * torch.finfo(logits.dtype).eps * (1 + logits.abs().max().float())
-    if len(ours) and float((ours - theirs).abs().max()) > float(allowed):
+    if not mask.any():
+        raise ValueError("verify_head needs a batch with a position that carries a loss")
+    with _evaluating(model):
+        ours = -token_losses(model, batch)[mask]
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[mask]
+    targets = batch["labels"].roll(-1, 1)[mask]
+    theirs = torch.log_softmax(_wide(logits), -1).gather(1, targets[:, None]).squeeze(1)
+    # matrix product, scale and soft-cap each round a logit to its dtype; the rest is float32
+    size = _wide(logits).abs().amax(1)
+    allowed = 4 * torch.finfo(logits.dtype).eps * size + 64 * torch.finfo(torch.float32).eps * (1 + size)
+    difference = (ours - theirs).abs()
+    # written so that NaN fails
+    if not (difference <= allowed).all():
         raise RuntimeError(
-            f"{type(model).__name__}: logits are not head(final hidden states) with the scale and soft-cap of "
-            f"its config; log-probs differ by {float((ours - theirs).abs().max()):.3g}"
+            f"{type(_unwrapped(model)).__name__}: its logits are not the head applied to the final hidden "
+            f"states with the scale and soft-cap of its config; log-probs differ by up to "
+            f"{float(difference.max()):.3g}, rounding explains {float(allowed.max()):.3g}"
         )
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The causal language model inside data-parallel and PEFT wrappers."""
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode inside, each as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    values = _wide(values)
     return (values if weights is None else values * weights).sum() / max(len(values), 1)
-
-
-def _log_sigmoid(values: Tensor) -> Tensor:
-    return torch.nn.functional.logsigmoid(values.float() if values.dtype != torch.float64 else values)

@@ -10,7 +10,8 @@ lists those that have. A mask may change later: state is carried over, new slice
 
 `numerics`, for parameters narrower than float32 (wider ones need none of it):
 
-    parity        moments in the parameter's dtype, the same bits as torch.optim with foreach=False
+    parity        moments in the parameter's dtype, the bits of torch.optim.AdamW with foreach=False (SGD in
+                  bfloat16 rounds once where torch also rounds lr, at places that depend on its vector loop)
     nearest       float32 moments and arithmetic, one rounding to nearest
     stochastic    the same with stochastic rounding to bfloat16: small updates survive on average
     fp32_master   a float32 copy of the trained weights is updated, the parameter is its rounding

@@ -57,9 +57,7 @@ def test_a_cached_model_is_the_trained_one(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    "change", [{"epochs": 1}, {"lr": 1e-3}, {"experts": 4}, {"retain": 7}, {"batch_size": 4}]
-)
+@pytest.mark.parametrize("change", [{"epochs": 1}, {"lr": 1e-3}, {"experts": 4}, {"retain": 7}, {"batch_size": 4}])
 def test_other_settings_are_other_models(made, change, monkeypatch):
     cache, _ = made
     trained = []
@@ -175,6 +173,7 @@ def test_clean_cache_removes_models_only(tmp_path):
         (folder / "weights").write_text("1")
 
     experiment._ensure(tmp_path / "target-1", build)
+    (tmp_path / ".building-x").mkdir()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     assert experiment.clean_cache(tmp_path) == 1 and experiment.clean_cache(tmp_path / "none") == 0

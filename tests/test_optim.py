@@ -69,7 +69,7 @@ def make(kind, params, masks=None, **options):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "kind, theirs, options",
     [
@@ -171,7 +171,7 @@ def test_bf16_sgd_at_a_small_rate():
         for _ in range(100):
             p.grad = torch.full_like(p, 0.5)
             optimizer.step()
-        moved[numerics] = float((1.5 - p.double()).mean())
+        moved[numerics] = float((1.5 - p.detach().double()).mean())
         master = optimizer.state[p].get("master")
     assert moved["parity"] == moved["nearest"] == 0
     gap, chance, trials = 2**-7, 5e-6 / 2**-7, 40_000 * 100

@@ -9,10 +9,20 @@ Shapes: T tokens, K experts per token, N = T * K rows, H hidden, I intermediate,
 `expert_offsets` come from `ops.route`: rows behind `expert_offsets[E]` are "not here" and contribute exactly
 nothing, whatever their weight holds. Saved for the backward: hidden states and pre-activations z.
 
-Backward: dgrad first (d hidden_states, d top_k_weights, dz and the weighted activation), then the weight
-gradients through `expert_wgrad`, those that are asked for only. The routing-weight gradient is
-<d out[t] W_down, a[n]>, one dot product per row. No atomics, fixed order of additions: deterministic.
-Source: our specification; the maths is transformers' experts interface.
+Backward, of which only what is asked for is computed: dgrad first,
+
+    da[n]      = d_out[t] down_proj[e]
+    d_w[t, k]  = <da[n], a[n]> (+ <d_out[t], down_bias[e]>)          one dot product per row
+    dz[n]      = w[t, k] da[n] * a'(z[n])
+    d_x[t]     = sum_k dz[n] gate_up_proj[e]                          terms added in the order of k
+
+then the weight gradients through `expert_wgrad`, from dz and the weighted activation w[t, k] a[n].
+
+Worked example, H = I = 1, one expert of weights gate 1, up 2, down 3, activation relu, x = 2, w = 0.5:
+z = (2, 4), a = 2 * 4 = 8, y = 24, out = 12.
+
+No atomics, fixed order of additions: deterministic. Source: our specification; the maths is that of
+transformers' experts interface.
 """
 
 import math
@@ -57,6 +67,7 @@ def expert_mlp(
     transposed: bool = False,
     interleaved: bool = False,
     gated: bool = True,
+    trained_experts: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """The expert layer, differentiable in all floating inputs; see the module docstring.
@@ -67,33 +78,34 @@ def expert_mlp(
         gate_up_proj: [E, 2I, H], or [E, H, 2I] if `transposed`; [E, I, H] if not `gated`.
         down_proj: [E, H, I], or [E, I, H] if `transposed`; biases [E, 2I] and [E, H].
         interleaved: gate and up alternate (gate0, up0, ...) instead of standing one after the other.
+        trained_experts: int32 [M_e], distinct: the experts whose weights and biases get a gradient, that of
+            the others being exactly zero at no cost; None is all of them. It changes nothing else.
 
-    Returns [T, H] in the dtype of `hidden_states`. Raises TypeError or ValueError for bad shapes, dtypes or
-    devices, and RuntimeError on double backward.
+    Returns [T, H] in the dtype of `hidden_states`. Under autocast the layer computes in autocast's dtype, as
+    linear layers do. Raises TypeError or ValueError for bad shapes, dtypes or devices, and RuntimeError on
+    double backward.
     """
+    device = hidden_states.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        narrow = [_autocast(t) for t in (hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias)]
+        with torch.autocast(device, enabled=False):
+            return expert_mlp(
+                narrow[0], top_k_weights, sorted_rows, expert_offsets, *narrow[1:], gate=gate,
+                transposed=transposed, interleaved=interleaved, gated=gated, trained_experts=trained_experts,
+                impl=impl,
+            ).to(hidden_states.dtype)  # fmt: skip
     _check(hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj,
-           gate_up_bias, down_bias, gate, transposed, interleaved, gated)  # fmt: skip
+           gate_up_bias, down_bias, gate, transposed, gated, trained_experts)  # fmt: skip
     return _expert_mlp(
         hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias,
-        down_bias, *gate, transposed, interleaved, gated, impl,
+        down_bias, trained_experts, *gate, transposed, interleaved, gated, impl,
     )[0]  # fmt: skip
 
 
 def expert_mlp_ref(
-    hidden_states: Tensor,
-    top_k_weights: Tensor,
-    sorted_rows: Tensor,
-    expert_offsets: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    *,
-    gate: Gate = Gate(),  # noqa: B008
-    transposed: bool = False,
-    interleaved: bool = False,
-    gated: bool = True,
-) -> Tensor:
+    hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias=None,
+    down_bias=None, *, gate=Gate(), transposed=False, interleaved=False, gated=True,  # noqa: B008
+) -> Tensor:  # fmt: skip
     """`expert_mlp` in plain PyTorch, differentiable by autograd; same arguments and shapes."""
     return _forward_ref(
         hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias,
@@ -108,81 +120,93 @@ def _forward_ref(
     """Output [T, H] and pre-activations [N, 2I] in sorted order, zero behind the last expert."""
     num_tokens, top_k = weights.shape
     gate = Gate(activation, alpha, limit, shift)
-    z_parts, y_parts = [], []
+    z, y = [], []
     for e, rows in _segments(sorted_rows, expert_offsets):
         w1, w2 = (w[e].t() if transposed else w[e] for w in (gate_up_proj, down_proj))
         b1, b2 = (None if b is None else b[e] for b in (gate_up_bias, down_bias))
-        z = torch.nn.functional.linear(x[rows // top_k], w1, b1)
-        y = torch.nn.functional.linear(activate(z, gate, interleaved, gated), w2, b2)
-        z_parts.append(z)
-        y_parts.append(y * weights.flatten()[rows, None])
-    here = _here(sorted_rows, expert_offsets)
-    width = gate_up_proj.shape[2 if transposed else 1]
-    z = torch.cat([*z_parts, x.new_zeros(len(sorted_rows) - len(here), width)])
-    dtype = torch.promote_types(x.dtype, weights.dtype)
-    slots = torch.zeros(num_tokens * top_k, x.shape[1], dtype=dtype, device=x.device)
-    if y_parts:
-        slots = slots.index_copy(0, here, torch.cat(y_parts).to(dtype))
+        z.append(torch.nn.functional.linear(x[rows // top_k], w1, b1))
+        out = torch.nn.functional.linear(activate(z[-1], gate, interleaved, gated), w2, b2)
+        y.append(out * weights.flatten()[rows, None])
+    behind = num_tokens * top_k - int(expert_offsets[-1])
+    z = torch.cat([*z, x.new_zeros(behind, gate_up_proj.shape[2 if transposed else 1])])
+    y = torch.cat([*y, x.new_zeros(behind, x.shape[1])]).to(torch.promote_types(x.dtype, weights.dtype))
+    slots = torch.empty_like(y).index_copy(0, sorted_rows.long(), y)
     return slots.view(num_tokens, top_k, x.shape[1]).sum(1).to(x.dtype), z
 
 
 def _backward_ref(
     grad_out, x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, down_bias, z,
-    activation, alpha, limit, shift, transposed, interleaved, gated,
+    activation, alpha, limit, shift, transposed, interleaved, gated, needs,
 ):  # fmt: skip
-    """d hidden_states [T, H], d top_k_weights [T, K], dz [N, 2I], weighted activation [N, I]."""
+    """d hidden_states [T, H], d top_k_weights [T, K], dz [N, 2I], weighted activation [N, I].
+
+    `needs` says for each of the four whether it is wanted; one that is not has no rows.
+    """
+    need_x, need_weights, need_z, need_scaled = needs
     num_tokens, top_k = weights.shape
+    num_rows, hidden = num_tokens * top_k, x.shape[1]
     gate = Gate(activation, alpha, limit, shift)
-    width = down_proj.shape[1 if transposed else 2]
-    dz, scaled = torch.zeros_like(z), z.new_zeros(len(z), width)
-    d_slots = torch.zeros(num_tokens * top_k, x.shape[1], dtype=x.dtype, device=x.device)
-    d_weights = torch.zeros(num_tokens * top_k, dtype=weights.dtype, device=x.device)
+    wide = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
+    d_slots = x.new_zeros(num_rows * need_x, hidden)
+    d_weights = weights.new_zeros(num_rows * need_weights)
+    dz = z.new_zeros(num_rows * need_z, z.shape[1])
+    scaled = z.new_zeros(num_rows * need_scaled, down_proj.shape[1 if transposed else 2])
     start = 0
     for e, rows in _segments(sorted_rows, expert_offsets):
-        here = slice(start, start + len(rows))
-        start += len(rows)
-        w1, w2 = (w[e].t() if transposed else w[e] for w in (gate_up_proj, down_proj))
-        g = grad_out[rows // top_k]
+        here = slice(start, start := start + len(rows))
         w = weights.flatten()[rows, None]
-        da = g @ w2
         a = activate(z[here], gate, interleaved, gated)
-        dw = (da.to(dw_dtype(weights)) * a).sum(1)
-        if down_bias is not None:
-            dw = dw + (g.to(dw.dtype) * down_bias[e]).sum(1)
-        d_weights[rows] = dw.to(weights.dtype)
-        scaled[here] = (a * w).to(scaled.dtype)
-        dz[here] = _activate_backward(z[here], da * w, gate, interleaved, gated)
-        d_slots[rows] = dz[here] @ w1
-    return d_slots.view(num_tokens, top_k, x.shape[1]).sum(1), d_weights.view(num_tokens, top_k), dz, scaled
-
-
-def dw_dtype(weights: Tensor) -> torch.dtype:
-    """The routing-weight gradient is summed over I in at least float32."""
-    return torch.promote_types(weights.dtype, torch.float32)
+        if need_scaled:
+            scaled[here] = (a * w).to(z.dtype)
+        if not (need_x or need_weights or need_z):
+            continue
+        w1, w2 = (p[e].t() if transposed else p[e] for p in (gate_up_proj, down_proj))
+        g = grad_out[rows // top_k]
+        da = (g @ w2).to(wide)
+        if need_weights:
+            dw = (da * a).sum(1)
+            if down_bias is not None:
+                dw = dw + (g.to(wide) * down_bias[e]).sum(1)
+            d_weights[rows] = dw.to(weights.dtype)
+        if need_x or need_z:
+            dz_here = _activate_backward(z[here], da * w, gate, interleaved, gated)
+            if need_z:
+                dz[here] = dz_here
+            if need_x:
+                d_slots[rows] = dz_here @ w1
+    d_x = d_slots.view(num_tokens * need_x, top_k, hidden).sum(1)
+    return d_x, d_weights.view(num_tokens * need_weights, top_k), dz, scaled
 
 
 def activate(z: Tensor, gate: Gate, interleaved: bool = False, gated: bool = True) -> Tensor:
     """Pre-activations [..., 2I] (or [..., I] if not gated) -> activations [..., I]; see `Gate`."""
     if not gated:
-        return _act(z.clamp(max=gate.limit), gate)
+        return _act(_clamp_above(z, gate.limit), gate)
     g, u = _split(z, interleaved)
-    return _act(g.clamp(max=gate.limit), gate) * (u.clamp(-gate.limit, gate.limit) + gate.shift)
+    if math.isfinite(gate.limit):
+        u = u.clamp(-gate.limit, gate.limit)
+    return _act(_clamp_above(g, gate.limit), gate) * (u + gate.shift if gate.shift else u)
+
+
+def _clamp_above(x: Tensor, limit: float) -> Tensor:
+    # a clamp at infinity changes no value but drops the gradient of a NaN
+    return x.clamp(max=limit) if math.isfinite(limit) else x
 
 
 def _activate_backward(z: Tensor, grad: Tensor, gate: Gate, interleaved: bool, gated: bool) -> Tensor:
-    """Gradient of `activate`, computed in at least float32, in the dtype of z."""
-    wide = torch.promote_types(z.dtype, torch.float32)
-    grad = grad.to(wide)
+    """Gradient of `activate`, computed in the dtype of `grad`, in the dtype of z."""
+    clamped = math.isfinite(gate.limit)
     if not gated:
-        z_wide = z.to(wide)
-        inner = grad * _act_derivative(z_wide.clamp(max=gate.limit), gate)
-        return torch.where(z_wide <= gate.limit, inner, 0).to(z.dtype)
-    g, u = (part.to(wide) for part in _split(z, interleaved))
-    clamped = g.clamp(max=gate.limit)
-    d_gate = grad * (u.clamp(-gate.limit, gate.limit) + gate.shift) * _act_derivative(clamped, gate)
-    d_up = grad * _act(clamped, gate)
-    d_gate = torch.where(g <= gate.limit, d_gate, 0)
-    d_up = torch.where(u.abs() <= gate.limit, d_up, 0)
+        x = z.to(grad.dtype)
+        dz = grad * _act_derivative(_clamp_above(x, gate.limit), gate)
+        return (torch.where(x <= gate.limit, dz, 0) if clamped else dz).to(z.dtype)
+    g, u = (part.to(grad.dtype) for part in _split(z, interleaved))
+    below = _clamp_above(g, gate.limit)
+    up = (u.clamp(-gate.limit, gate.limit) if clamped else u) + gate.shift
+    d_gate, d_up = grad * up * _act_derivative(below, gate), grad * _act(below, gate)
+    if clamped:
+        d_gate = torch.where(g <= gate.limit, d_gate, 0)
+        d_up = torch.where(u.abs() <= gate.limit, d_up, 0)
     joined = torch.stack([d_gate, d_up], -1).flatten(-2) if interleaved else torch.cat([d_gate, d_up], -1)
     return joined.to(z.dtype)
 
@@ -226,15 +250,18 @@ def _segments(sorted_rows: Tensor, expert_offsets: Tensor):
             yield e, sorted_rows[start:stop].long()
 
 
-def _here(sorted_rows: Tensor, expert_offsets: Tensor) -> Tensor:
-    return sorted_rows[: int(expert_offsets[-1])].long()
+def _autocast(tensor: Tensor | None) -> Tensor | None:
+    """`tensor` as autocast hands it to a linear layer; float64 stays."""
+    if tensor is None or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 @torch.library.custom_op("moe_unlearn::expert_mlp", mutates_args=())
 def _expert_mlp(
     hidden_states: Tensor, top_k_weights: Tensor, sorted_rows: Tensor, expert_offsets: Tensor,
     gate_up_proj: Tensor, down_proj: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None,
-    activation: str, alpha: float, limit: float, shift: float,
+    trained_experts: Tensor | None, activation: str, alpha: float, limit: float, shift: float,
     transposed: bool, interleaved: bool, gated: bool, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     kernel = backend.resolve("expert_mlp", impl, hidden_states)
@@ -245,11 +272,10 @@ def _expert_mlp(
 
 
 @_expert_mlp.register_fake
-def _(hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, *rest):
-    transposed = rest[7]
+def _(x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, b1, b2, trained_experts,
+      activation, alpha, limit, shift, transposed, interleaved, gated, impl):  # fmt: skip
     width = gate_up_proj.shape[2 if transposed else 1]
-    out = hidden_states.new_empty(hidden_states.shape)
-    return out, hidden_states.new_empty(sorted_rows.shape[0], width)
+    return x.new_empty(x.shape), x.new_empty(sorted_rows.shape[0], width)
 
 
 @torch.library.custom_op("moe_unlearn::expert_mlp_backward", mutates_args=())
@@ -257,69 +283,75 @@ def _expert_mlp_backward(
     grad_out: Tensor, hidden_states: Tensor, top_k_weights: Tensor, sorted_rows: Tensor,
     expert_offsets: Tensor, gate_up_proj: Tensor, down_proj: Tensor, down_bias: Tensor | None, z: Tensor,
     activation: str, alpha: float, limit: float, shift: float,
-    transposed: bool, interleaved: bool, gated: bool, impl: str,
+    transposed: bool, interleaved: bool, gated: bool, needs: list[bool], impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     kernel = backend.resolve("expert_mlp.backward", impl, hidden_states)
     return kernel(
         grad_out, hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj,
-        down_bias, z, activation, alpha, limit, shift, transposed, interleaved, gated,
+        down_bias, z, activation, alpha, limit, shift, transposed, interleaved, gated, needs,
     )  # fmt: skip
 
 
 @_expert_mlp_backward.register_fake
-def _(grad_out, hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj,
-      down_bias, z, activation, alpha, limit, shift, transposed, *rest):  # fmt: skip
+def _(grad_out, x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, down_bias, z,
+      activation, alpha, limit, shift, transposed, interleaved, gated, needs, impl):  # fmt: skip
+    (num_tokens, top_k), num_rows = weights.shape, z.shape[0]
     width = down_proj.shape[1 if transposed else 2]
     return (
-        hidden_states.new_empty(hidden_states.shape),
-        top_k_weights.new_empty(top_k_weights.shape),
-        torch.empty_like(z),
-        z.new_empty(z.shape[0], width),
+        x.new_empty(num_tokens * needs[0], x.shape[1]),
+        weights.new_empty(num_tokens * needs[1], top_k),
+        z.new_empty(num_rows * needs[2], z.shape[1]),
+        z.new_empty(num_rows * needs[3], width),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    (x, weights, rows, offsets, w1, w2, b1, b2, *ctx.options) = inputs
-    ctx.save_for_backward(x, weights, rows, offsets, w1, w2, b1, b2, output[1])
+    (*tensors, ctx.activation, ctx.alpha, ctx.limit, ctx.shift, ctx.transposed, ctx.interleaved, ctx.gated,
+     ctx.impl) = inputs  # fmt: skip
+    ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out, _):
     if grad_out is None:
-        return (None,) * 16
-    x, weights, rows, offsets, w1, w2, b1, b2, z = ctx.saved_tensors
-    transposed, impl = ctx.options[4], ctx.options[-1]
-    dx, dw, dz, scaled = torch.ops.moe_unlearn.expert_mlp_backward(
-        grad_out, x, weights, rows, offsets, w1, w2, b2, z, *ctx.options
-    )
+        return (None,) * 17
+    x, weights, rows, offsets, w1, w2, b1, b2, trained, z = ctx.saved_tensors
+    need_x, need_weights, _, _, need_w1, need_w2, need_b1, need_b2, *_ = ctx.needs_input_grad
+    d_x, d_weights, dz, scaled = torch.ops.moe_unlearn.expert_mlp_backward(
+        grad_out, x, weights, rows, offsets, w1, w2, b2, z, ctx.activation, ctx.alpha, ctx.limit, ctx.shift,
+        ctx.transposed, ctx.interleaved, ctx.gated,
+        [need_x, need_weights, need_w1 or need_b1, need_w2], ctx.impl,
+    )  # fmt: skip
     token = rows // weights.shape[1]
-    needs = ctx.needs_input_grad
 
-    def wgrad(out_side, in_side, out_rows=None, in_rows=None, dtype=None):
-        if transposed:
-            out_side, in_side, out_rows, in_rows = in_side, out_side, in_rows, out_rows
-        return expert_wgrad(
-            out_side, in_side, offsets, grad_rows=out_rows, input_rows=in_rows, out_dtype=dtype, impl=impl
-        )
+    def wgrad(like, grad, input, grad_rows=None, input_rows=None):
+        dw = expert_wgrad(
+            grad, input, offsets, grad_rows=grad_rows, input_rows=input_rows, experts=trained,
+            out_dtype=like.dtype, impl=ctx.impl,
+        ).view(-1, *like.shape[1:])  # fmt: skip
+        return dw if trained is None else like.new_zeros(like.shape).index_copy(0, trained.long(), dw)
 
-    d_w1 = wgrad(dz, x, in_rows=token, dtype=w1.dtype) if needs[4] else None
-    d_w2 = wgrad(grad_out, scaled, out_rows=token, dtype=w2.dtype) if needs[5] else None
-    d_b1 = d_b2 = None
-    if b1 is not None and needs[6]:
-        ones = dz.new_ones(1, 1).expand(len(dz), 1)
-        d_b1 = expert_wgrad(dz, ones, offsets, out_dtype=b1.dtype, impl=impl).squeeze(-1)
-    if b2 is not None and needs[7]:
+    d_w1 = d_w2 = d_b1 = d_b2 = None
+    if need_w1 and ctx.transposed:
+        d_w1 = wgrad(w1, x, dz, grad_rows=token)
+    elif need_w1:
+        d_w1 = wgrad(w1, dz, x, input_rows=token)
+    if need_w2 and ctx.transposed:
+        d_w2 = wgrad(w2, scaled, grad_out, input_rows=token)
+    elif need_w2:
+        d_w2 = wgrad(w2, grad_out, scaled, grad_rows=token)
+    if need_b1:
+        d_b1 = wgrad(b1, dz, dz.new_ones(1, 1).expand(len(dz), 1))
+    if need_b2:
         column = weights.flatten()[rows.long(), None].to(grad_out.dtype)
-        d_b2 = expert_wgrad(
-            grad_out, column, offsets, grad_rows=token, out_dtype=b2.dtype, impl=impl
-        ).squeeze(-1)
-    return (dx if needs[0] else None, dw if needs[1] else None, None, None, d_w1, d_w2, d_b1, d_b2,
-            *[None] * 8)  # fmt: skip
+        d_b2 = wgrad(b2, grad_out, column, grad_rows=token)
+    return (d_x if need_x else None, d_weights if need_weights else None, None, None, d_w1, d_w2, d_b1, d_b2,
+            *[None] * 9)  # fmt: skip
 
 
 def _no_double_backward(ctx, *grads):
-    raise RuntimeError("expert_mlp has no double backward; use impl-free expert_mlp_ref for that")
+    raise RuntimeError("expert_mlp has no double backward: use expert_mlp_ref, which autograd differentiates")
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
@@ -328,18 +360,19 @@ backend.register("expert_mlp", "ref", _forward_ref)
 backend.register("expert_mlp.backward", "ref", _backward_ref)
 
 
-def _check(x, weights, sorted_rows, expert_offsets, w1, w2, b1, b2, gate, transposed, interleaved, gated):
+def _check(x, weights, sorted_rows, expert_offsets, w1, w2, b1, b2, gate, transposed, gated, trained):
     if gate.activation not in ACTIVATIONS:
         raise ValueError(f"gate.activation must be one of {ACTIVATIONS}; got {gate.activation!r}")
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"hidden_states must be float [T, H]; got {x.dtype} {tuple(x.shape)}")
-    if weights.dim() != 2 or len(weights) != len(x) or not weights.is_floating_point():
+    if weights.dim() != 2 or not weights.is_floating_point() or weights.shape[1] == 0:
         raise ValueError(
-            f"top_k_weights must be float [T, K] with T = {len(x)}; got {weights.dtype} {tuple(weights.shape)}"
+            f"top_k_weights must be float [T, K] with K >= 1; got {weights.dtype} {tuple(weights.shape)}"
         )
-    for name, ids in (("sorted_rows", sorted_rows), ("expert_offsets", expert_offsets)):
-        if ids.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, as ops.route returns it; got {ids.dtype}")
+    integers = {"sorted_rows": sorted_rows, "expert_offsets": expert_offsets, "trained_experts": trained}
+    for name, ids in integers.items():
+        if ids is not None and (ids.dtype != torch.int32 or ids.dim() != 1):
+            raise TypeError(f"{name} must be int32 with one dimension; got {ids.dtype} {tuple(ids.shape)}")
     if w1.dim() != 3 or w2.dim() != 3:
         raise ValueError(
             f"gate_up_proj and down_proj must have three dimensions; got {tuple(w1.shape)}, {tuple(w2.shape)}"
@@ -348,12 +381,14 @@ def _check(x, weights, sorted_rows, expert_offsets, w1, w2, b1, b2, gate, transp
     inner = w2.shape[1 if transposed else 2]
     wide = 2 * inner if gated else inner
     expected = {
+        "top_k_weights": (weights, (len(x), weights.shape[1])),
         "sorted_rows": (sorted_rows, (weights.numel(),)),
         "expert_offsets": (expert_offsets, (num_experts + 1,)),
         "gate_up_proj": (w1, (num_experts, hidden, wide) if transposed else (num_experts, wide, hidden)),
         "down_proj": (w2, (num_experts, inner, hidden) if transposed else (num_experts, hidden, inner)),
         "gate_up_bias": (b1, (num_experts, wide)),
         "down_bias": (b2, (num_experts, hidden)),
+        "trained_experts": (trained, (0 if trained is None else len(trained),)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor is None:
@@ -362,5 +397,5 @@ def _check(x, weights, sorted_rows, expert_offsets, w1, w2, b1, b2, gate, transp
             raise ValueError(f"{name} must be {list(shape)}; got {list(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device} like hidden_states; got {tensor.device}")
-        if tensor.is_floating_point() and tensor.dtype != x.dtype:
+        if name != "top_k_weights" and tensor.is_floating_point() and tensor.dtype != x.dtype:
             raise TypeError(f"{name} must be {x.dtype} like hidden_states; got {tensor.dtype}")

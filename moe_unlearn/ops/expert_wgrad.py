@@ -7,13 +7,23 @@
     sgd, adamw            the masked update of `masked_update`, straight     expert_wgrad_sgd_, _adamw_
                           from the float32 dW, which is never stored
     score                 WAGLE's (W - g_r / gamma) * g_f, float32           expert_wgrad_score
-    two gradients         <g_i, g_j> for i, j of forget, retain              expert_wgrad_inner
+    inner products        <g_i, g_j> of m gradients, none of them stored     expert_wgrad_inner
 
-Shapes: grad [R, M], input [R', P], N sorted rows, dW [M_e, M, P]. `expert_offsets` int32 [E + 1] bounds the
-rows of each expert; row j itself stands for a missing `grad_rows` or `input_rows`. An expert without rows
-has dW exactly zero. Sums run over j in order, in float32 for narrower inputs (one library product per
-expert): deterministic. Source: our specification.
+Shapes: grad [R, M], input [R', P], N sorted rows, dW [M_e, M, P] in the layout of the weight (swap grad and
+input for a transposed one). `expert_offsets` int32 [E + 1] bounds the rows of each expert, or [E, 2] gives
+start and stop of each, for a part of its rows (those of one token group). Position j itself stands for a
+missing `grad_rows` or `input_rows`. Only rows inside the bounds are read. An expert without rows has dW
+exactly zero.
+
+Worked example, two experts, M = P = 1, grad = (1, 2, 3), input = (1, 1, 2), offsets (0, 3, 3):
+dW = (1 * 1 + 2 * 1 + 3 * 2, 0) = (9, 0).
+
+Sums run over j in order, in float32 for narrower inputs (one library product per expert): deterministic.
+Source: our specification.
 """
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +31,17 @@ from torch import Tensor
 from moe_unlearn import backend
 from moe_unlearn.ops.bits import num_words, unpack_bits
 from moe_unlearn.ops.masked_update import masked_adamw_, masked_sgd_
-from moe_unlearn.ops.weight_score import weight_score
+from moe_unlearn.ops.weight_score import weight_score_ref
+
+
+class Factors(NamedTuple):
+    """What one gradient is made of: the first arguments of `expert_wgrad`."""
+
+    grad: Tensor
+    input: Tensor
+    expert_offsets: Tensor
+    grad_rows: Tensor | None = None
+    input_rows: Tensor | None = None
 
 
 def expert_wgrad(
@@ -40,123 +60,190 @@ def expert_wgrad(
     """dW [M_e, M, P] of the listed experts; see the module docstring.
 
     Args:
-        grad, input: [R, M] and [R', P] of one float dtype; expert_offsets: int32 [E + 1].
+        grad, input: [R, M] and [R', P] of one float dtype; expert_offsets: int32 [E + 1] or [E, 2].
         grad_rows, input_rows: integer [N], which row of grad and input stands at each sorted position.
         experts: integer [M_e], the trained experts in the order of the result; None is all of them.
         mask: int32 words [M_e, M, ceil(P / 32)]; None keeps everything.
-        out: float buffer [M_e, M, P] to add dW to in place; it is returned.
+        out: float buffer [M_e, M, P] to add dW to in place, rounded once; it is returned.
         out_dtype: dtype of a new result, default that of grad.
 
     No gradient flows. Raises TypeError or ValueError for what does not fit.
     """
-    _check(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, out)
+    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
+    _check(factors, experts, mask, {} if out is None else {"out": out})
     if out is not None:
-        _accumulate(grad, input, expert_offsets, out, grad_rows, input_rows, experts, mask, impl)
+        _accumulate(out, *factors, experts, mask, impl)
         return out
-    dtype = grad.dtype if out_dtype is None else out_dtype
-    return _expert_wgrad(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, dtype, impl)
+    return _expert_wgrad(*factors, experts, mask, grad.dtype if out_dtype is None else out_dtype, impl)
 
 
 def expert_wgrad_ref(
-    grad: Tensor,
-    input: Tensor,
-    expert_offsets: Tensor,
-    grad_rows: Tensor | None = None,
-    input_rows: Tensor | None = None,
-    experts: Tensor | None = None,
-    mask: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    grad, input, expert_offsets, grad_rows=None, input_rows=None, experts=None, mask=None, out_dtype=None
 ) -> Tensor:
     """`expert_wgrad` in plain PyTorch, one matrix product per expert; same arguments and shapes."""
-    bounds = expert_offsets.tolist()
-    listed = range(len(bounds) - 1) if experts is None else experts.tolist()
-    products = []
-    for e in listed:
-        g, x = (
-            rows[bounds[e] : bounds[e + 1]] if index is None else rows[index[bounds[e] : bounds[e + 1]].long()]
-            for rows, index in ((grad, grad_rows), (input, input_rows))
-        )
-        # a product over no rows is exactly zero
-        products.append(g.t() @ x)
-    shape = (0, grad.shape[1], input.shape[1])
-    dw = torch.stack(products) if products else grad.new_zeros(shape)
+    dtype = grad.dtype if out_dtype is None else out_dtype
+    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
+    products = list(_products(factors, experts, torch.promote_types(grad.dtype, dtype)))
+    dw = torch.stack(products) if products else grad.new_zeros(0, grad.shape[1], input.shape[1])
     if mask is not None:
         dw = torch.where(unpack_bits(mask, dw.shape[-1]), dw, 0)
-    return dw.to(grad.dtype if out_dtype is None else out_dtype)
+    return dw.to(dtype)
 
 
-def expert_wgrad_sgd_(weight, momentum_buffer, grad, input, expert_offsets, *, experts=None, mask=None,
-                      grad_rows=None, input_rows=None, impl="auto", **options) -> None:  # fmt: skip
-    """weight[experts] <- masked SGD with dW, in place; `options` are those of `masked_sgd_`.
+def _products(factors: Factors, experts: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
+    """dW[m] [M, P] in `dtype`, one expert after the other."""
+    grad, input, offsets, grad_rows, input_rows = factors
+    bounds = (offsets if offsets.dim() == 2 else torch.stack([offsets[:-1], offsets[1:]], 1)).tolist()
+    for e in range(len(bounds)) if experts is None else experts.tolist():
+        rows = slice(*bounds[e])
+        g = grad[rows] if grad_rows is None else grad[grad_rows[rows].long()]
+        x = input[rows] if input_rows is None else input[input_rows[rows].long()]
+        # a product over no rows is exactly zero
+        yield g.to(dtype).t() @ x.to(dtype)
 
-    momentum_buffer and master are compact, [M_e, M, P]. dW stays in float32 up to the update, which rounds
-    it only where torch would (see `masked_update`).
+
+def expert_wgrad_sgd_(
+    weight: Tensor, momentum_buffer: Tensor | None, grad: Tensor, input: Tensor, expert_offsets: Tensor, *,
+    lr: float, step: int, grad_rows: Tensor | None = None, input_rows: Tensor | None = None,
+    experts: Tensor | None = None, mask: Tensor | None = None, master: Tensor | None = None,
+    momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False,
+    rounding: str = "nearest", seed: int = 0, parameter_id: int = 0, impl: str = "auto",
+) -> None:  # fmt: skip
+    """weight[experts] <- masked SGD with dW, in place; the options are those of `masked_sgd_`.
+
+    `experts` are distinct. momentum_buffer and master are compact, [M_e, M, P]. dW is float32 up to the
+    update, which rounds it only where `masked_update` says. Weights whose bit is 0 and experts that are not
+    listed stay bitwise untouched. Raises TypeError or ValueError for what does not fit.
     """
-    dw = _wide_wgrad(grad, input, expert_offsets, grad_rows, input_rows, experts, impl)
-    masked_sgd_(weight, dw, momentum_buffer, mask, slices=_slices(experts), impl=impl, **options)
+    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
+    _check(factors, experts, mask, {"momentum_buffer": momentum_buffer, "master": master}, weight)
+    _sgd(weight, momentum_buffer, master, *factors, experts, mask, float(lr), float(momentum), float(dampening),
+         float(weight_decay), nesterov, step, rounding, seed, parameter_id, impl)  # fmt: skip
 
 
-def expert_wgrad_adamw_(weight, exp_avg, exp_avg_sq, grad, input, expert_offsets, *, experts=None,
-                        mask=None, grad_rows=None, input_rows=None, impl="auto", **options) -> None:  # fmt: skip
-    """weight[experts] <- masked AdamW with dW, in place; `options` are those of `masked_adamw_`."""
-    dw = _wide_wgrad(grad, input, expert_offsets, grad_rows, input_rows, experts, impl)
-    masked_adamw_(weight, dw, exp_avg, exp_avg_sq, mask, slices=_slices(experts), impl=impl, **options)
+def expert_wgrad_sgd_ref_(weight, momentum_buffer, master, grad, input, expert_offsets, grad_rows, input_rows,
+                          experts, mask, lr, momentum, dampening, weight_decay, nesterov, *random):  # fmt: skip
+    """`expert_wgrad_sgd_` one expert after the other, in place."""
+    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
+    for (buffer, own), words, rule in _updates(weight, factors, experts, mask, (momentum_buffer, master), *random):
+        masked_sgd_(weight, rule.pop("grad"), buffer, words, master=own, lr=lr, momentum=momentum,
+                    dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, **rule)  # fmt: skip
 
 
-def expert_wgrad_score(weight, gradients, *, gamma: float, experts=None, impl="auto") -> Tensor:
-    """WAGLE's score [M_e, M, P] of weight[experts], float32.
+def expert_wgrad_adamw_(
+    weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, input: Tensor, expert_offsets: Tensor, *,
+    lr: float, step: int, grad_rows: Tensor | None = None, input_rows: Tensor | None = None,
+    experts: Tensor | None = None, mask: Tensor | None = None, master: Tensor | None = None,
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+    rounding: str = "nearest", seed: int = 0, parameter_id: int = 0, impl: str = "auto",
+) -> None:  # fmt: skip
+    """weight[experts] <- masked AdamW with dW, in place; the options are those of `masked_adamw_`.
 
-    `gradients` is two dicts of `expert_wgrad` arguments (grad, input, expert_offsets, grad_rows,
-    input_rows): of the forget rows, then of the retain rows.
+    exp_avg, exp_avg_sq and master are compact, [M_e, M, P]; the rest is as in `expert_wgrad_sgd_`.
     """
-    forget, retain = _two(gradients, experts, impl)
-    chosen = weight if experts is None else weight[experts.long()]
-    return weight_score(chosen, forget, retain, gamma=gamma, impl=impl)
+    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
+    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master}
+    _check(factors, experts, mask, state, weight)
+    _adamw(weight, exp_avg, exp_avg_sq, master, *factors, experts, mask, float(lr), float(betas[0]),
+           float(betas[1]), float(eps), float(weight_decay), step, rounding, seed, parameter_id, impl)  # fmt: skip
 
 
-def expert_wgrad_inner(gradients, *, experts=None, mask=None, impl="auto") -> Tensor:
-    """Gram matrix [M_e, 2, 2] float64 of the two masked gradients of each expert, neither of them stored.
+def expert_wgrad_adamw_ref_(weight, exp_avg, exp_avg_sq, master, grad, input, expert_offsets, grad_rows, input_rows,
+                            experts, mask, lr, beta1, beta2, eps, weight_decay, *random):  # fmt: skip
+    """`expert_wgrad_adamw_` one expert after the other, in place."""
+    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
+    for (m, v, own), words, rule in _updates(weight, factors, experts, mask, (exp_avg, exp_avg_sq, master), *random):
+        masked_adamw_(weight, rule.pop("grad"), m, v, words, master=own, lr=lr, betas=(beta1, beta2), eps=eps,
+                      weight_decay=weight_decay, **rule)  # fmt: skip
 
-    `gradients` as in `expert_wgrad_score`.
+
+def _updates(weight, factors, experts, mask, state, step, rounding, seed, parameter_id):
+    """For each listed expert its compact state, its mask and the arguments that both update rules share."""
+    if experts is None:
+        experts = torch.arange(len(weight), device=weight.device)
+    for i, dw in enumerate(_products(factors, experts, _wide(weight.dtype))):
+        one = slice(i, i + 1)
+        yield [None if s is None else s[one] for s in state], None if mask is None else mask[one], {
+            "grad": dw[None], "slices": experts[one].long(), "step": step, "rounding": rounding, "seed": seed,
+            "parameter_id": parameter_id, "impl": "ref",
+        }  # fmt: skip
+
+
+def expert_wgrad_score(
+    weight: Tensor,
+    forget: Factors,
+    retain: Factors,
+    *,
+    gamma: float,
+    experts: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """WAGLE's score [M_e, M, P] of weight[experts] from its two gradients; see `weight_score`.
+
+    float32 (float64 for a float64 weight), and so are the gradients it is made of. Raises TypeError or
+    ValueError for what does not fit.
     """
-    sides = _two(gradients, experts, impl, mask=mask)
-    flat = torch.stack([side.double().flatten(1) for side in sides], 1)  # [M_e, 2, M * P]
-    return flat @ flat.transpose(1, 2)
+    for factors in (forget, retain):
+        _check(factors, experts, None, {}, weight)
+    if not gamma > 0:
+        raise ValueError(f"gamma must be positive; got {gamma}")
+    return _score(weight, *forget, *retain, experts, float(gamma), impl)
 
 
-def _two(gradients, experts, impl, **keywords) -> list[Tensor]:
-    if len(gradients) != 2:
-        raise ValueError(f"expected the arguments of two gradients; got {len(gradients)}")
-    return [
-        expert_wgrad(**side, experts=experts, out_dtype=_wide(side["grad"].dtype), impl=impl, **keywords)
-        for side in gradients
-    ]
+def expert_wgrad_score_ref(weight, *arguments):
+    """`expert_wgrad_score` in plain PyTorch."""
+    forget, retain, (experts, gamma) = Factors(*arguments[:5]), Factors(*arguments[5:10]), arguments[10:]
+    dtype = _wide(weight.dtype)
+    g_f, g_r = (expert_wgrad_ref(*side, experts, None, dtype) for side in (forget, retain))
+    return weight_score_ref(weight if experts is None else weight[experts.long()], g_f, g_r, gamma)
 
 
-def _wide_wgrad(grad, input, expert_offsets, grad_rows, input_rows, experts, impl):
-    return expert_wgrad(
-        grad, input, expert_offsets, grad_rows=grad_rows, input_rows=input_rows, experts=experts,
-        out_dtype=_wide(grad.dtype), impl=impl,
-    )  # fmt: skip
+def expert_wgrad_inner(
+    gradients: Sequence[Factors], *, experts: Tensor | None = None, mask: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
+    """Gram matrices [M_e, m, m] float64 of m masked gradients of each expert, exactly symmetric.
+
+    A gradient exists for one expert at a time only. Add over dimension 0 for the whole weight. Raises
+    TypeError or ValueError for what does not fit.
+    """
+    if not gradients:
+        raise ValueError("expected the factors of at least one gradient; got none")
+    for factors in gradients:
+        _check(factors, experts, mask, {})
+    shapes = [(f.grad.shape[1], f.input.shape[1], f.grad.dtype) for f in gradients]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"the gradients must have one M, P and dtype; got {shapes}")
+    return _inner(*map(list, zip(*gradients, strict=True)), experts, mask, impl)
+
+
+def expert_wgrad_inner_ref(grads, inputs, offsets, grad_rows, input_rows, experts, mask):
+    """`expert_wgrad_inner` in plain PyTorch."""
+    gradients = [Factors(*one) for one in zip(grads, inputs, offsets, grad_rows, input_rows, strict=True)]
+    sides = [_products(factors, experts, _wide(factors.grad.dtype)) for factors in gradients]
+    grams = []
+    for i, dws in enumerate(zip(*sides, strict=True)):
+        g = torch.stack(dws)
+        if mask is not None:
+            g = torch.where(unpack_bits(mask[i], g.shape[-1]), g, 0)
+        g = g.double().flatten(1)
+        product = g @ g.t()
+        grams.append(product.tril() + product.tril(-1).t())
+    return torch.stack(grams) if grams else grads[0].new_zeros(0, len(sides), len(sides), dtype=torch.float64)
+
+
+def _accumulate_ref(out, grad, input, expert_offsets, grad_rows, input_rows, experts, mask) -> None:
+    dtype = torch.promote_types(out.dtype, _wide(grad.dtype))
+    out += expert_wgrad_ref(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _slices(experts: Tensor | None) -> Tensor | None:
-    return None if experts is None else experts.long()
-
-
-def _accumulate_ref(grad, input, expert_offsets, out, grad_rows, input_rows, experts, mask) -> None:
-    out += expert_wgrad_ref(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, out.dtype)
-
-
 @torch.library.custom_op("moe_unlearn::expert_wgrad", mutates_args=())
 def _expert_wgrad(
-    grad: Tensor, input: Tensor, expert_offsets: Tensor, grad_rows: Tensor | None,
-    input_rows: Tensor | None, experts: Tensor | None, mask: Tensor | None, out_dtype: torch.dtype,
-    impl: str,
+    grad: Tensor, input: Tensor, expert_offsets: Tensor, grad_rows: Tensor | None, input_rows: Tensor | None,
+    experts: Tensor | None, mask: Tensor | None, out_dtype: torch.dtype, impl: str,
 ) -> Tensor:  # fmt: skip
     kernel = backend.resolve("expert_wgrad", impl, grad)
     return kernel(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, out_dtype)
@@ -164,45 +251,122 @@ def _expert_wgrad(
 
 @_expert_wgrad.register_fake
 def _(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, out_dtype, impl):
-    count = expert_offsets.shape[0] - 1 if experts is None else experts.shape[0]
-    return grad.new_empty(count, grad.shape[1], input.shape[1], dtype=out_dtype)
+    return grad.new_empty(_count(expert_offsets, experts), grad.shape[1], input.shape[1], dtype=out_dtype)
 
 
 @torch.library.custom_op("moe_unlearn::expert_wgrad_accumulate", mutates_args={"out"})
 def _accumulate(
-    grad: Tensor, input: Tensor, expert_offsets: Tensor, out: Tensor, grad_rows: Tensor | None,
+    out: Tensor, grad: Tensor, input: Tensor, expert_offsets: Tensor, grad_rows: Tensor | None,
     input_rows: Tensor | None, experts: Tensor | None, mask: Tensor | None, impl: str,
 ) -> None:  # fmt: skip
     kernel = backend.resolve("expert_wgrad.accumulate", impl, grad)
-    kernel(grad, input, expert_offsets, out, grad_rows, input_rows, experts, mask)
+    kernel(out, grad, input, expert_offsets, grad_rows, input_rows, experts, mask)
 
 
-@_accumulate.register_fake
-def _(*arguments):
-    return None
+@torch.library.custom_op("moe_unlearn::expert_wgrad_sgd", mutates_args={"weight", "momentum_buffer", "master"})
+def _sgd(
+    weight: Tensor, momentum_buffer: Tensor | None, master: Tensor | None, grad: Tensor, input: Tensor,
+    expert_offsets: Tensor, grad_rows: Tensor | None, input_rows: Tensor | None, experts: Tensor | None,
+    mask: Tensor | None, lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool,
+    step: int, rounding: str, seed: int, parameter_id: int, impl: str,
+) -> None:  # fmt: skip
+    backend.resolve("expert_wgrad.sgd", impl, weight)(
+        weight, momentum_buffer, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask, lr,
+        momentum, dampening, weight_decay, nesterov, step, rounding, seed, parameter_id,
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "moe_unlearn::expert_wgrad_adamw", mutates_args={"weight", "exp_avg", "exp_avg_sq", "master"}
+)
+def _adamw(
+    weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None, grad: Tensor, input: Tensor,
+    expert_offsets: Tensor, grad_rows: Tensor | None, input_rows: Tensor | None, experts: Tensor | None,
+    mask: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+    step: int, rounding: str, seed: int, parameter_id: int, impl: str,
+) -> None:  # fmt: skip
+    backend.resolve("expert_wgrad.adamw", impl, weight)(
+        weight, exp_avg, exp_avg_sq, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask,
+        lr, beta1, beta2, eps, weight_decay, step, rounding, seed, parameter_id,
+    )  # fmt: skip
+
+
+for _mutating in (_accumulate, _sgd, _adamw):
+    _mutating.register_fake(lambda *arguments: None)
+
+
+@torch.library.custom_op("moe_unlearn::expert_wgrad_score", mutates_args=())
+def _score(
+    weight: Tensor, grad_f: Tensor, input_f: Tensor, expert_offsets_f: Tensor, grad_rows_f: Tensor | None,
+    input_rows_f: Tensor | None, grad_r: Tensor, input_r: Tensor, expert_offsets_r: Tensor,
+    grad_rows_r: Tensor | None, input_rows_r: Tensor | None, experts: Tensor | None, gamma: float, impl: str,
+) -> Tensor:  # fmt: skip
+    return backend.resolve("expert_wgrad.score", impl, weight)(
+        weight, grad_f, input_f, expert_offsets_f, grad_rows_f, input_rows_f, grad_r, input_r, expert_offsets_r,
+        grad_rows_r, input_rows_r, experts, gamma,
+    )  # fmt: skip
+
+
+@_score.register_fake
+def _(weight, *arguments):
+    experts = arguments[10]
+    count = weight.shape[0] if experts is None else experts.shape[0]
+    return weight.new_empty(count, *weight.shape[1:], dtype=_wide(weight.dtype))
+
+
+@torch.library.custom_op("moe_unlearn::expert_wgrad_inner", mutates_args=())
+def _inner(
+    grads: list[Tensor], inputs: list[Tensor], expert_offsets: list[Tensor], grad_rows: list[Tensor | None],
+    input_rows: list[Tensor | None], experts: Tensor | None, mask: Tensor | None, impl: str,
+) -> Tensor:  # fmt: skip
+    kernel = backend.resolve("expert_wgrad.inner", impl, grads[0])
+    return kernel(grads, inputs, expert_offsets, grad_rows, input_rows, experts, mask)
+
+
+@_inner.register_fake
+def _(grads, inputs, expert_offsets, grad_rows, input_rows, experts, mask, impl):
+    count = _count(expert_offsets[0], experts)
+    return grads[0].new_empty(count, len(grads), len(grads), dtype=torch.float64)
+
+
+def _count(expert_offsets: Tensor, experts: Tensor | None) -> int:
+    """M_e: how many experts are listed."""
+    if experts is not None:
+        return experts.shape[0]
+    return expert_offsets.shape[0] - (1 if expert_offsets.dim() == 1 else 0)
 
 
 backend.register("expert_wgrad", "ref", expert_wgrad_ref)
 backend.register("expert_wgrad.accumulate", "ref", _accumulate_ref)
+backend.register("expert_wgrad.sgd", "ref", expert_wgrad_sgd_ref_)
+backend.register("expert_wgrad.adamw", "ref", expert_wgrad_adamw_ref_)
+backend.register("expert_wgrad.score", "ref", expert_wgrad_score_ref)
+backend.register("expert_wgrad.inner", "ref", expert_wgrad_inner_ref)
 
 
-def _check(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, out):
+def _check(factors, experts, mask, buffers, weight=None):
+    grad, input, offsets, grad_rows, input_rows = factors
     for name, rows in (("grad", grad), ("input", input)):
         if rows.dim() != 2 or not rows.is_floating_point():
             raise ValueError(f"{name} must be float with two dimensions; got {rows.dtype} {tuple(rows.shape)}")
     if grad.dtype != input.dtype:
         raise TypeError(f"grad and input must have one dtype; got {grad.dtype} and {input.dtype}")
-    if expert_offsets.dtype != torch.int32 or expert_offsets.dim() != 1 or len(expert_offsets) < 2:
-        raise ValueError(
-            f"expert_offsets must be int32 [E + 1]; got {expert_offsets.dtype} {tuple(expert_offsets.shape)}"
-        )
+    bounds = offsets.dim() == 2 and offsets.shape[1] == 2 or offsets.dim() == 1 and len(offsets) > 1
+    if offsets.dtype != torch.int32 or not bounds:
+        raise ValueError(f"expert_offsets must be int32 [E + 1] or [E, 2]; got {offsets.dtype} {tuple(offsets.shape)}")
     for name, ids in (("grad_rows", grad_rows), ("input_rows", input_rows), ("experts", experts)):
         if ids is not None and (ids.dtype not in (torch.int32, torch.int64) or ids.dim() != 1):
             raise ValueError(f"{name} must be int32 or int64 [n]; got {ids.dtype} {tuple(ids.shape)}")
-    count = len(expert_offsets) - 1 if experts is None else len(experts)
-    shape = (count, grad.shape[1], input.shape[1])
-    if out is not None and (out.shape != shape or not out.is_floating_point()):
-        raise ValueError(f"out must be float {list(shape)}; got {out.dtype} {list(out.shape)}")
+    whole, shape = ((_count(offsets, e), grad.shape[1], input.shape[1]) for e in (None, experts))
+    floats = {"weight": (weight, whole)} | {name: (buffer, shape) for name, buffer in buffers.items()}
+    for name, (tensor, expected) in floats.items():
+        if tensor is not None and (tensor.shape != expected or not tensor.is_floating_point()):
+            raise ValueError(f"{name} must be float {list(expected)}; got {tensor.dtype} {list(tensor.shape)}")
     words = (*shape[:-1], num_words(shape[-1]))
     if mask is not None and (mask.dtype != torch.int32 or mask.shape != words):
         raise ValueError(f"mask must be int32 words {list(words)}; got {mask.dtype} {list(mask.shape)}")
+    tensors = {"input": input, "expert_offsets": offsets, "grad_rows": grad_rows, "input_rows": input_rows,
+               "experts": experts, "mask": mask, "weight": weight, **buffers}  # fmt: skip
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != grad.device:
+            raise ValueError(f"{name} must be on {grad.device} like grad; got {tensor.device}")

@@ -16,7 +16,8 @@ param[slices]. Worked example, param [64, I, H] (64 experts), slices = [3, 17]: 
 Numerics, chosen by what is passed:
 
     all of the state in param's dtype   the gradient is rounded to it first and each operation of the
-                                        formula rounds to it: what torch.optim does with foreach=False
+                                        formula rounds to it once: the bits of torch.optim.AdamW, and in
+                                        float32 and float64 of SGD, with foreach=False
     float32 state, or `master`, or      arithmetic in float32 and one rounding at the end: to the nearest,
     rounding="stochastic"               or stochastically to bfloat16
     master                              float32 weights; the parameter is their rounded copy
@@ -103,11 +104,19 @@ def masked_sgd_ref(
 def _sgd(w, g, b, *, lr, momentum, dampening, weight_decay, nesterov, step):
     """(new weight, new momentum buffer), operands of one dtype."""
     if weight_decay != 0:
-        g = torch.add(g, w, alpha=weight_decay)
+        g = _add(g, w, weight_decay)
     if momentum != 0:
-        b = g if step == 1 else torch.add(b * momentum, g, alpha=1 - dampening)
-        g = torch.add(g, b, alpha=momentum) if nesterov else b
-    return torch.add(w, g, alpha=-lr), b
+        b = g if step == 1 else _add(b * momentum, g, 1 - dampening)
+        g = _add(g, b, momentum) if nesterov else b
+    return _add(w, g, -lr), b
+
+
+def _add(a, b, alpha):
+    """a + alpha * b, rounded once."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.add(a, b, alpha=alpha)
+    # in narrow dtypes torch.add rounds alpha too, and more often where its loop is not vectorised
+    return torch.add(a.float(), b.float(), alpha=alpha).to(a.dtype)
 
 
 @torch.no_grad()
@@ -267,15 +276,12 @@ def _in_place(rule, param, grad, state, mask, master, slices, *random):
     )
     if slices is None:
         slices = torch.arange(len(param), device=param.device)
-    # the mask of a 1-d parameter is packed along the very dimension that blocks would cut
-    size = len(slices) if param.dim() == 1 else _BLOCK_ELEMENTS // max(1, param[:1].numel())
-    size = max(1, size)
+    # one block for a 1-d parameter: its mask is packed along the very dimension that blocks cut
+    size = max(1, len(slices) if param.dim() == 1 else _BLOCK_ELEMENTS // max(1, param[:1].numel()))
     for start in range(0, len(slices), size):
         block = slice(start, start + size)
         rows = slices[block]
         g, bits, weights, *old = (None if t is None else t[block] for t in (grad, mask, master, *state))
-        if param.dim() == 1:
-            bits = mask
         new, new_state, new_weights = _updated_rows(rule, param, g, old, bits, weights, rows, *random)
         param.index_copy_(0, rows, new)
         for into, value in zip((weights, *old), (new_weights, *new_state), strict=True):

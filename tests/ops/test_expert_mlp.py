@@ -5,12 +5,23 @@ import itertools
 import pytest
 import torch
 
+from moe_unlearn import backend
 from moe_unlearn.ops import Gate, expert_mlp, expert_mlp_ref, route
-from moe_unlearn.ops.expert_mlp import ACTIVATIONS, activate
-from moe_unlearn.testing import LAYOUTS, ROUTINGS, check_against_ref, in_layout, integers, poison, routing
+from moe_unlearn.ops.expert_mlp import ACTIVATIONS, _activate_backward, activate
+from moe_unlearn.testing import (
+    LAYOUTS,
+    ROUTINGS,
+    assert_as_accurate,
+    check_against_ref,
+    in_layout,
+    integers,
+    poison,
+    routing,
+)
 
 GRADIENTS = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
 GPT_OSS = Gate("silu", 1.702, 7.0, 1.0)
+GATES = [*map(Gate, ACTIVATIONS), GPT_OSS, Gate("silu", 1.0, 0.5), Gate("gelu", limit=0.3)]
 
 
 def case(pattern="skewed", tokens=19, hidden=24, inner=16, experts=5, top_k=2, *, dtype=torch.float32, bias=False,
@@ -58,7 +69,7 @@ def test_routing_patterns(pattern, top_k):
 LAYOUT_FLAGS = list(itertools.product([False, True], repeat=4))
 
 
-@pytest.mark.parametrize("flags", LAYOUT_FLAGS, ids=lambda f: "".join("tibg"[i] if on else "-" for i, on in enumerate(f)))
+@pytest.mark.parametrize("flags", LAYOUT_FLAGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layout_flags(flags, dtype):
     transposed, interleaved, bias, gated = flags
@@ -66,26 +77,40 @@ def test_layout_flags(flags, dtype):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("gate", [*map(Gate, ACTIVATIONS), GPT_OSS, Gate("silu", 1.0, 0.5), Gate("gelu", limit=0.3)], ids=str)
+@pytest.mark.parametrize("gate", GATES, ids=str)
 @pytest.mark.parametrize("gated", [True, False])
 def test_gates(gate, gated):
     check(case(gate=gate, gated=gated, bias=True, seed=3))
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gate_derivatives_by_autograd(activation):
-    """The hand-written derivative, bit for bit of float64, at points away from kinks."""
-    from moe_unlearn.ops.expert_mlp import _activate_backward
+@pytest.mark.parametrize("gate", [*GATES, Gate("gelu_tanh", 1.702, 0.7, 1.0)], ids=str)
+@pytest.mark.parametrize("interleaved,gated", [(False, True), (True, True), (False, False)])
+def test_derivatives_are_as_accurate_as_autograd(gate, interleaved, gated):
+    torch.manual_seed(0)
+    z, upstream = torch.randn(64, 96), torch.randn(64, 48 if gated else 96)
 
-    for gate in (Gate(activation), Gate(activation, 1.702, 0.7, 1.0)):
-        for interleaved, gated in ((False, True), (True, True), (False, False)):
-            z = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
-            out = activate(z, gate, interleaved, gated)
-            upstream = torch.randn_like(out)
-            (expected,) = torch.autograd.grad(out, z, upstream)
-            got = _activate_backward(z.detach(), upstream, gate, interleaved, gated)
-            torch.testing.assert_close(got, expected)
+    def by_autograd(z, upstream):
+        z = z.requires_grad_()
+        return torch.autograd.grad(activate(z, gate, interleaved, gated), z, upstream)[0]
+
+    baseline, gold = by_autograd(z.clone(), upstream), by_autograd(z.double(), upstream.double())
+    assert_as_accurate(_activate_backward(z, upstream, gate, interleaved, gated), baseline, gold)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gate", [Gate(), Gate("silu", 1.0, 1.5), Gate("relu", limit=1.5)], ids=str)
+def test_gradient_at_the_clamp_and_of_nan_is_that_of_torch(gate, gated):
+    values = [-torch.inf, -1.5, 0.0, 1.5, 2.0, torch.inf, torch.nan]
+    z = torch.cartesian_prod(torch.tensor(values), torch.tensor(values)).requires_grad_()
+    out = activate(z, gate, gated=gated)
+    (expected,) = torch.autograd.grad(out, z, torch.ones_like(out))
+    got = _activate_backward(z.detach(), torch.ones_like(out), gate, False, gated)
+    finite = z.isfinite().all(1)
+    assert_as_accurate(got[finite], expected[finite], expected[finite].double())
+    nan = z.isnan().any(1)
+    assert torch.equal(got[nan].isnan(), expected[nan].isnan())
 
 
 @pytest.mark.quick
@@ -196,8 +221,6 @@ def test_a_nan_token_stays_in_its_row():
 
 @pytest.mark.quick
 def test_only_what_is_asked_for_is_computed(monkeypatch):
-    from moe_unlearn import backend
-
     calls = []
     real = backend._kernels["expert_wgrad", "ref"]
     monkeypatch.setitem(
@@ -225,7 +248,9 @@ def test_runs_repeat_bitwise_and_inputs_are_untouched():
 @pytest.mark.quick
 def test_permuting_tokens_permutes_the_output():
     index = routing("uniform", 19, 5, 2)
-    arguments = case("uniform")
+    arguments = case("uniform", gate=Gate("relu"))
+    for k in GRADIENTS:
+        arguments[k] = integers(*arguments[k].shape, seed=len(k))
     order = torch.randperm(19)
     made = route(index[order], 5)
     moved = arguments | {
@@ -234,14 +259,71 @@ def test_permuting_tokens_permutes_the_output():
         "sorted_rows": made.sorted_rows,
         "expert_offsets": made.expert_offsets,
     }
-    torch.testing.assert_close(expert_mlp(**moved), expert_mlp(**arguments)[order])
+    assert torch.equal(expert_mlp(**moved), expert_mlp(**arguments)[order])
+
+
+WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("trained", [[1, 3], [4, 0], [], [0, 1, 2, 3, 4]], ids=str)
+def test_only_trained_experts_get_a_gradient(trained, transposed):
+    arguments = case(bias=True, transposed=transposed)
+    names = (*GRADIENTS, "gate_up_bias", "down_bias")
+    leaves = [arguments[k].requires_grad_() for k in names]
+    upstream = torch.randn(19, 24)
+    everything = torch.autograd.grad(expert_mlp(**arguments), leaves, upstream)
+    arguments["trained_experts"] = torch.tensor(trained, dtype=torch.int32)
+    with poison():
+        got = torch.autograd.grad(expert_mlp(**arguments), leaves, upstream)
+    for name, a, b in zip(names, got, everything, strict=True):
+        if name in WEIGHTS:
+            frozen = torch.ones(5, dtype=torch.bool)
+            frozen[trained] = False
+            b = b.masked_fill(frozen.view(-1, *[1] * (b.dim() - 1)), 0)
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("wanted", [c for n in (1, 2, 3) for c in itertools.combinations(range(6), n)], ids=str)
+def test_any_subset_of_gradients_is_the_same_gradients(wanted):
+    arguments = case("sentinels", bias=True)
+    names = (*GRADIENTS, "gate_up_bias", "down_bias")
+    upstream = torch.randn(19, 24)
+    leaves = [arguments[k].requires_grad_() for k in names]
+    everything = torch.autograd.grad(expert_mlp(**arguments), leaves, upstream)
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i in wanted)
+    got = torch.autograd.grad(expert_mlp(**arguments), [leaves[i] for i in wanted], upstream)
+    assert all(torch.equal(g, everything[i]) for i, g in zip(wanted, got, strict=True))
+
+
+@pytest.mark.quick
+def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights_own():
+    arguments = case(bias=True)
+    names = (*GRADIENTS, "gate_up_bias", "down_bias")
+    leaves = [arguments[k].requires_grad_() for k in names]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = expert_mlp(**arguments)
+    upstream = torch.randn(19, 24).bfloat16().float()
+    got = torch.autograd.grad(out, leaves, upstream)
+    narrow = {k: v.detach().bfloat16().requires_grad_() if k in names else v for k, v in arguments.items()}
+    narrow["top_k_weights"] = arguments["top_k_weights"]
+    plain = expert_mlp(**narrow)
+    expected = torch.autograd.grad(plain, [narrow[k] for k in names], upstream.bfloat16())
+    assert out.dtype == torch.float32 and torch.equal(out, plain.float())
+    assert all(a.dtype == torch.float32 and torch.equal(a, b.float()) for a, b in zip(got, expected, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        wide = {k: v.double() if k in names else v for k, v in arguments.items()}
+        assert expert_mlp(**wide).dtype == torch.float64
 
 
 def flat(arguments, impl="auto"):
     """Positional arguments of the custom op."""
-    a = {"gate_up_bias": None, "down_bias": None} | arguments
+    a = {"gate_up_bias": None, "down_bias": None, "trained_experts": None} | arguments
     names = ("hidden_states", "top_k_weights", "sorted_rows", "expert_offsets", "gate_up_proj", "down_proj",
-             "gate_up_bias", "down_bias")  # fmt: skip
+             "gate_up_bias", "down_bias", "trained_experts")  # fmt: skip
     return (*(a[n] for n in names), *a["gate"], a["transposed"], a["interleaved"], a["gated"], impl)
 
 
@@ -251,7 +333,18 @@ def test_opcheck(pattern, bias):
     arguments = case(pattern, bias=bias, tokens=7)
     for k in GRADIENTS:
         arguments[k].requires_grad_()
+    if bias:
+        arguments["trained_experts"] = torch.tensor([1, 3], dtype=torch.int32)
     torch.library.opcheck(torch.ops.moe_unlearn.expert_mlp.default, flat(arguments))
+
+
+@pytest.mark.parametrize("needs", [[True] * 4, [True, False, False, False], [False, False, False, True]], ids=str)
+def test_opcheck_of_the_backward(needs):
+    arguments = case("sentinels", bias=True, tokens=7)
+    x, weights, rows, offsets, w1, w2, _, b2, _, *options, impl = flat(arguments)
+    z = torch.ops.moe_unlearn.expert_mlp(*flat(arguments))[1]
+    values = (torch.randn(7, 24), x, weights, rows, offsets, w1, w2, b2, z, *options, needs, impl)
+    torch.library.opcheck(torch.ops.moe_unlearn.expert_mlp_backward.default, values)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -288,10 +381,12 @@ def test_double_backward_is_refused():
 BAD = {
     "hidden dim": ({"hidden_states": torch.randn(19, 2, 12)}, ValueError, r"hidden_states must be float \[T, H\]"),
     "hidden int": ({"hidden_states": torch.ones(19, 24, dtype=torch.int64)}, ValueError, "hidden_states must be float"),
-    "weights rows": ({"top_k_weights": torch.rand(18, 2)}, ValueError, "with T = 19"),
+    "weights rows": ({"top_k_weights": torch.rand(18, 2)}, ValueError, r"top_k_weights must be \[19, 2\]; got \[18, 2\]"),
+    "K = 0": ({"top_k_weights": torch.rand(19, 0)}, ValueError, "K >= 1"),
+    "trained": ({"trained_experts": torch.tensor([0])}, TypeError, "trained_experts must be int32"),
     "rows dtype": ({"sorted_rows": torch.zeros(38, dtype=torch.int64)}, TypeError, "sorted_rows must be int32"),
     "rows size": ({"sorted_rows": torch.zeros(37, dtype=torch.int32)}, ValueError, r"sorted_rows must be \[38\]"),
-    "offsets size": ({"expert_offsets": torch.zeros(5, dtype=torch.int32)}, ValueError, r"expert_offsets must be \[6\]"),
+    "offsets size": ({"expert_offsets": torch.zeros(5).int()}, ValueError, r"expert_offsets must be \[6\]"),
     "w1 shape": ({"gate_up_proj": torch.randn(5, 24, 32)}, ValueError, r"gate_up_proj must be \[5, 32, 24\]"),
     "w2 dtype": ({"down_proj": torch.randn(5, 24, 16).double()}, TypeError, "down_proj must be torch.float32"),
     "w dims": ({"down_proj": torch.randn(24, 16)}, ValueError, "three dimensions"),
