@@ -131,7 +131,7 @@ class Scope:
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """`sgd` or `adamw`, always masked; see `moe_unlearn.optim`. `numerics` is "parity" (as torch),
-    "stochastic" (bf16 weights, rounded stochastically, fp32 state) or "fp32_master"; None takes
+    "nearest" or "stochastic" (fp32 state, bf16 weights rounded once) or "fp32_master"; None takes
     "stochastic" for bf16 models and "parity" otherwise."""
 
     name: str = "adamw"
@@ -147,7 +147,7 @@ class Optimizer:
         _one_of("optimizer.name", self.name, ("sgd", "adamw"))
         _at_least("optimizer.lr", self.lr, 0)
         if self.numerics is not None:
-            _one_of("optimizer.numerics", self.numerics, ("parity", "stochastic", "fp32_master"))
+            _one_of("optimizer.numerics", self.numerics, ("parity", "nearest", "stochastic", "fp32_master"))
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"optimizer.betas must be two numbers in [0, 1); got {self.betas}")
 

@@ -36,8 +36,8 @@ BUILDING = ".building-"
 class Settings:
     """Everything but corpus and seed that determines the documents and the models."""
 
-    forget: int = 100
-    retain: int = 200
+    forget: int = 40
+    retain: int = 260
     holdout: int = 64
     unlearn_share: float = 0.25  # of the retain documents: unlearning sees them, utility is of the others
     vocab_size: int = 1024

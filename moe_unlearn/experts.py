@@ -8,11 +8,11 @@ Importing this module registers it; then any of these uses it:
 
 It reads the layout flags of the experts module (transposed, interleaved, bias, gate), never a model's name,
 and an activation is never guessed from attributes: the module's own function is called once on a fixed probe
-and compared with the known formulas. What it does not compute itself (an unknown gate, a norm after the
-experts, weights that are not floating point) goes to transformers' "grouped_mm" with one warning.
+and compared with the known formulas. What it does not compute itself goes to transformers' "grouped_mm" with
+one warning: an unknown gate, one with parameters of its own, a norm after each expert, quantised weights.
 
-Per-step inputs (token groups, tilt) live in one `StepInputs` on each experts module, set and cleared by
-`step_inputs`.
+Per-step inputs (token groups, tilt, trained experts) live in one `StepInputs` on each experts module, set and
+cleared by `step_inputs`.
 """
 
 import contextlib
@@ -23,23 +23,27 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8ExpertsInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-from moe_unlearn.ops.expert_mlp import Gate, activate, expert_mlp
+from moe_unlearn.ops.expert_mlp import ACTIVATIONS, Gate, activate, expert_mlp
 from moe_unlearn.ops.route import route
 
 NAME = "moe_unlearn"
-_ATTRIBUTE = "_moe_unlearn"
 _FALLBACK = "grouped_mm"
+_ATTRIBUTE = "_moe_unlearn"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
 class StepInputs:
     """Inputs of one step for one layer; all tensors or plain numbers.
 
-    `group` [T] and `tokens_per_expert` [G, E] (int64, added to) count tokens of each group; `log_tilt` [E]
-    is added up over a token's experts into `log_weight` [T]. `armed` is switched off before the backward, so
-    that a gradient checkpoint's recompute counts nothing twice.
+    Sinks, which every forward pass adds to while `armed` (a gradient checkpoint's recompute is not one):
+    `tokens_per_expert` int64 [G, E] counts the tokens of each `group` [T]; `log_weight` float32 [T] collects
+    `log_tilt` [E] over a token's experts.
+
+    `trained_experts` int32 [M_e] are the experts whose weights get a gradient, None all of them.
     """
 
     group: Tensor | None = None
@@ -47,99 +51,117 @@ class StepInputs:
     log_tilt: Tensor | None = None
     log_weight: Tensor | None = None
     tokens_per_expert: Tensor | None = None
+    trained_experts: Tensor | None = None
     armed: bool = True
 
 
 @dataclass
 class _State:
-    """What lives on an experts module: the probed gate, and the inputs of the current step."""
+    """What lives on an experts module: its gate (None: `reason` says why not) and the step's inputs."""
 
     gate: Gate | None
+    interleaved: bool = False
+    reason: str = ""
+    warned: bool = False
     inputs: StepInputs | None = None
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> experts module, in the order of `named_modules`; empty for a model without any.
 
-    Experts modules are those transformers decorates: they carry `is_transposed` and `down_proj`.
+    Experts modules are those transformers decorates: they carry its layout flags. Wrappers around them (PEFT)
+    do not count.
     """
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "is_transposed") and hasattr(module, "down_proj")
-    }
+    flags = {"is_transposed", "is_concatenated", "has_gate"}
+    return {name: module for name, module in model.named_modules() if flags <= vars(module).keys()}
 
 
 def experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """transformers' experts contract: hidden states [T, H], indices and weights [T, K] -> [T, H]."""
+    """transformers' experts contract: hidden states [T, H], indices and weights [T, K] -> [T, H].
+
+    Ids outside [0, num_experts) are "not here" and contribute nothing, whatever their weight.
+    """
     state = _state(self)
-    inputs = state.inputs if state.inputs is not None and state.inputs.armed else None
-    routing = route(
-        top_k_index,
-        self.num_experts,
-        group=None if inputs is None else inputs.group,
-        num_groups=1 if inputs is None else inputs.num_groups,
-        log_tilt=None if inputs is None else inputs.log_tilt,
-        log_weight=None if inputs is None else inputs.log_weight,
-    )
-    if inputs is not None and inputs.tokens_per_expert is not None:
-        inputs.tokens_per_expert += routing.tokens_per_expert
-    if state.gate is None:
-        return ALL_EXPERTS_FUNCTIONS[_FALLBACK](self, hidden_states, top_k_index, top_k_weights)
+    inputs = state.inputs or StepInputs(armed=False)
     up = self.gate_up_proj if self.has_gate else self.up_proj
+    reason = state.reason or _not_computable(up)
+    if inputs.armed and not _recomputing():
+        routing = route(
+            top_k_index, self.num_experts, group=inputs.group, num_groups=inputs.num_groups,
+            log_tilt=inputs.log_tilt, log_weight=inputs.log_weight,
+        )  # fmt: skip
+        if inputs.tokens_per_expert is not None:
+            inputs.tokens_per_expert += routing.tokens_per_expert
+    elif not reason:
+        routing = route(top_k_index, self.num_experts)
+    if reason:
+        _warn_once(self, state, reason)
+        return ALL_EXPERTS_FUNCTIONS[_FALLBACK](self, hidden_states, top_k_index, top_k_weights)
     biases = (None, None)
     if self.has_bias:
         biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias)
     return expert_mlp(
-        hidden_states,
-        top_k_weights,
-        routing.sorted_rows,
-        routing.expert_offsets,
-        up,
-        self.down_proj,
-        *biases,
-        gate=state.gate,
-        transposed=self.is_transposed,
-        interleaved=not getattr(self, "is_concatenated", True),
-        gated=self.has_gate,
-    )
+        hidden_states, top_k_weights, routing.sorted_rows, routing.expert_offsets, up, self.down_proj, *biases,
+        gate=state.gate, transposed=self.is_transposed, interleaved=state.interleaved,
+        gated=self.has_gate, trained_experts=inputs.trained_experts,
+    )  # fmt: skip
+
+
+def _fp8_experts_forward(self: nn.Module, *arguments, **keywords) -> Tensor:
+    state = self.__dict__.setdefault(_ATTRIBUTE, _State(None))
+    _warn_once(self, state, "its weights are quantised to FP8")
+    return ALL_FP8_EXPERTS_FUNCTIONS[_FALLBACK](self, *arguments, **keywords)
 
 
 ExpertsInterface.register(NAME, experts_forward)
+FP8ExpertsInterface.register(NAME, _fp8_experts_forward)
 
 
 class enable:  # noqa: N801 -- used like a function
     """Switch a model's experts to "moe_unlearn"; idempotent, undone by `.disable()` or as a context manager.
 
-    Raises ValueError for a model without decorated experts modules.
+    The gates are probed here, so that the model may be compiled right away. Raises ValueError for a model
+    without decorated experts modules.
     """
 
     def __init__(self, model: nn.Module):
         modules = experts_modules(model)
         if not modules:
-            raise ValueError(
-                f"{type(model).__name__} has no Mixture-of-Experts layers that transformers decorates; families "
-                "that work: OLMoE, Qwen2-MoE, Qwen3-MoE, Mixtral, DeepSeek-V2/V3, gpt-oss, GraniteMoE, PhiMoE "
-                "and every other with an experts implementation"
-            )
-        # each module dispatches on its own config, which sub-models share or have for themselves
+            raise ValueError(_no_experts(model))
+        # each module dispatches on its own config, which parts of a model share or have for themselves
         configs = {id(m.config): m.config for m in modules.values()}
-        self._previous = [(c, getattr(c, "_experts_implementation", None)) for c in configs.values()]
+        # the internal field, since the public setter would overwrite the choice of sub-configs too
+        self._previous = [(c, c._experts_implementation_internal) for c in configs.values()]
         for config in configs.values():
-            config._experts_implementation = NAME
+            config._experts_implementation_internal = NAME
+        for module in modules.values():
+            if not module.down_proj.is_meta:
+                _state(module)
 
     def disable(self) -> None:
-        """Restore the implementation each part had before."""
+        """Restore the implementation each part had before; a second call changes nothing more."""
         for config, implementation in self._previous:
-            config._experts_implementation = implementation
+            config._experts_implementation_internal = implementation
+        self._previous = []
 
     def __enter__(self) -> "enable":
         return self
 
     def __exit__(self, *exception) -> None:
         self.disable()
+
+
+def _no_experts(model: nn.Module) -> str:
+    classes = {type(m).__name__ for m in model.modules()}
+    similar = sorted(c for c in classes if "expert" in c.lower() or "moe" in c.lower())
+    return (
+        f"{type(model).__name__} has no Mixture-of-Experts layers that transformers decorates "
+        f"(@use_experts_implementation); similar classes found: {', '.join(similar) or 'none'}. Families that "
+        "work: OLMoE, Qwen2-MoE, Qwen3-MoE, Mixtral, DeepSeek-V2/V3, gpt-oss, GraniteMoE, PhiMoE, Nemotron-H "
+        "and every other with an experts implementation"
+    )
 
 
 @contextlib.contextmanager
@@ -151,79 +173,109 @@ def step_inputs(
     log_tilt: Tensor | None = None,
     log_weight: Tensor | None = None,
     tokens_per_expert: Tensor | None = None,
+    trained_experts: list[Tensor | None] | None = None,
 ) -> Iterator[list[StepInputs]]:
-    """Give every experts module its inputs for the forward passes inside, and take them back at the end.
+    """Give every experts module its inputs for the passes inside; whatever stood there before comes back.
 
-    log_tilt [L, E] and tokens_per_expert [L, G, E] are split by layer (order of `experts_modules`); group
-    and log_weight [T] are shared by the layers. Leave the context before `backward()`.
+    log_tilt [L, E], tokens_per_expert [L, G, E] and the L entries of trained_experts belong to the layers in
+    the order of `experts_modules`; group [T] and log_weight [T] are shared by them. See `StepInputs`.
+
+    The backward pass may run inside, and must where trained_experts meets gradient checkpointing, since the
+    recompute reads it. Without trained_experts those of an enclosing `step_inputs` stay in force. Raises
+    ValueError if an argument has not one entry per layer.
     """
-    modules = list(experts_modules(model).values())
+    states = [_state(module) for module in experts_modules(model).values()]
+    by_layer = {"log_tilt": log_tilt, "tokens_per_expert": tokens_per_expert, "trained_experts": trained_experts}
+    for name, value in by_layer.items():
+        if value is not None and len(value) != len(states):
+            raise ValueError(f"{name} must have one entry for each of {len(states)} MoE layers; got {len(value)}")
+    previous = [state.inputs for state in states]
     made = []
+    for layer, before in enumerate(previous):
+        own = {name: None if value is None else value[layer] for name, value in by_layer.items()}
+        if trained_experts is None and before is not None:
+            own["trained_experts"] = before.trained_experts
+        made.append(StepInputs(group=group, num_groups=num_groups, log_weight=log_weight, **own))
     try:
-        for layer, module in enumerate(modules):
-            inputs = StepInputs(
-                group=group,
-                num_groups=num_groups,
-                log_tilt=None if log_tilt is None else log_tilt[layer],
-                log_weight=log_weight,
-                tokens_per_expert=None if tokens_per_expert is None else tokens_per_expert[layer],
-            )
-            _state(module).inputs = inputs
-            made.append(inputs)
+        for state, inputs in zip(states, made, strict=True):
+            state.inputs = inputs
         yield made
     finally:
-        for inputs in made:
-            inputs.armed = False
-        for module in modules[: len(made)]:
-            _state(module).inputs = None
+        for state, before in zip(states, previous, strict=True):
+            state.inputs = before
+
+
+def _recomputing() -> bool:
+    """Whether this runs inside a backward pass, where only a gradient checkpoint calls a forward."""
+    # compiled code has its recompute decided at compile time and never runs this again
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _warn_once(module: nn.Module, state: _State, reason: str) -> None:
+    if not state.warned:
+        state.warned = True
+        # one location for all layers: Python shows equal warnings of one place once
+        warnings.warn(
+            f"{type(module).__name__}: {reason}; its experts run on {_FALLBACK!r} instead of {NAME!r}",
+            stacklevel=2,
+        )
+
+
+def _not_computable(weight: Tensor) -> str:
+    """Why `expert_mlp` cannot take this weight; empty if it can."""
+    if weight.dtype not in _DTYPES:
+        return f"its weights are {weight.dtype}"
+    if hasattr(weight, "__tensor_flatten__"):
+        return f"its weights are {type(weight).__name__}"
+    return ""
 
 
 def _state(module: nn.Module) -> _State:
     state = module.__dict__.get(_ATTRIBUTE)
-    if state is None:
-        gate, reason = _probe(module)
-        if gate is None:
-            warnings.warn(
-                f"{type(module).__name__}: {reason}; its experts run on {_FALLBACK!r} instead of {NAME!r}",
-                stacklevel=3,
-            )
-        state = module.__dict__[_ATTRIBUTE] = _State(gate)
+    return _new_state(module) if state is None else state
+
+
+@torch.compiler.disable(
+    reason="call moe_unlearn.enable(model), or the model itself once, before compiling: gates are probed then"
+)
+def _new_state(module: nn.Module) -> _State:
+    module.__dict__[_ATTRIBUTE] = state = _probe(module)
     return state
 
 
-@torch.no_grad()
-def _probe(module: nn.Module) -> tuple[Gate | None, str]:
-    """The module's gate, or None and the reason it cannot be computed here."""
+def _probe(module: nn.Module) -> _State:
+    """The module's gate and layout, or the reason they cannot be computed here."""
     if getattr(module, "has_post_expert_norm", False):
-        return None, "it normalises after each expert"
-    if not module.down_proj.is_floating_point():
-        return None, f"its weights are {module.down_proj.dtype}"
-    interleaved = not getattr(module, "is_concatenated", True)
+        return _State(None, reason="it normalises after each expert")
+    device = torch.device("cpu") if module.down_proj.is_meta else module.down_proj.device
     function = module._apply_gate if module.has_gate else module.act_fn
-    # both signs, both sides of every limit in use, zero, and no two columns alike
-    values = torch.linspace(-12, 12, 49)
-    probe = torch.stack([values, values.roll(17)], -1 if interleaved else 0)
-    probe = probe.reshape(1, -1) if module.has_gate else values[None]
-    probe = probe.to(module.down_proj.device)
-    try:
-        expected = function(probe.clone())
-    except Exception as error:  # a foreign function may fail in any way on the probe
-        return None, f"its activation fails on a probe ({error})"
-    for gate in _candidates(module):
-        ours = activate(probe, gate, interleaved, module.has_gate)
-        if ours.shape == expected.shape and torch.allclose(ours, expected, rtol=1e-5, atol=1e-6):
-            return gate, ""
-    return None, "its activation is none of the known formulas"
+    # both signs of every size: a clamp shows wherever it stands
+    sizes = torch.cat([torch.linspace(0, 8, 33), torch.logspace(1, 5, 25)])
+    values = torch.cat([-sizes, sizes]).to(device)
+    pairs = torch.cartesian_prod(values, values)
+    # the flag first, but what counts is what the function does
+    for interleaved in (not module.is_concatenated, module.is_concatenated) if module.has_gate else (False,):
+        probe = (pairs if interleaved else pairs.t()).reshape(1, -1) if module.has_gate else values[None]
+        try:
+            with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                expected = function(probe.clone())
+        except Exception as error:  # a foreign function may fail in any way on the probe
+            return _State(None, reason=f"its activation fails on a probe ({error})")
+        if expected.requires_grad:
+            return _State(None, reason="its activation has parameters of its own")
+        for gate in _candidates(module):
+            ours = activate(probe, gate, interleaved, module.has_gate)
+            if ours.shape == expected.shape and torch.allclose(ours, expected, rtol=1e-5, atol=1e-6):
+                return _State(gate, interleaved)
+    return _State(None, reason="its activation is none of the known formulas")
 
 
 def _candidates(module: nn.Module) -> Iterator[Gate]:
-    """Gates to compare with; a module's attributes only supply numbers to try."""
-    for activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
-        yield Gate(activation)
-    attributes = [getattr(module, n, None) for n in ("alpha", "swiglu_alpha", "limit", "swiglu_limit")]
-    numbers = {float(v) for v in attributes if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    for limit in sorted({7.0, math.inf} | numbers):
-        for alpha in sorted({1.0, 1.702} | numbers):
-            for shift in (0.0, 1.0):
-                if limit > 0:
-                    yield Gate("silu", alpha, limit, shift)
+    """Gates to compare with, plain ones first; the module's attributes only supply numbers to try."""
+    numbers = {float(v) for v in vars(module).values() if type(v) in (int, float) and v > 0}
+    for limit in (math.inf, *sorted(numbers - {math.inf})):
+        for shift in (0.0, 1.0):
+            for activation in ACTIVATIONS:
+                yield Gate(activation, 1.0, limit, shift)
+            for alpha in sorted(numbers | {1.702}):
+                yield Gate("silu", alpha, limit, shift)

@@ -93,6 +93,7 @@ class UnlearnStep:
         for side, batches in (("forget", forget), ("retain", retain)):
             if not any(losses.target_mask(batch).any() for batch in batches):
                 raise ValueError(f"the {side} set carries no loss: it is empty or all labels are -100")
+        losses.verify_head(self.model, {key: value[:1] for key, value in retain[0].items()})
 
         def after(stage: str) -> None:
             self._apply_scope()

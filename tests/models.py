@@ -12,6 +12,7 @@ from transformers import (
     GraniteMoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    NemotronHConfig,
     OlmoeConfig,
     OlmoeForCausalLM,
     PhimoeConfig,
@@ -21,6 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 SIZE = {
     "hidden_size": 32,
@@ -34,8 +36,8 @@ SIZE = {
 }
 
 
-def _build(model_class, config_class, vocab_size, experts_implementation, **keywords):
-    config = config_class(**{**SIZE, "vocab_size": vocab_size, **keywords})
+def _build(model_class, config_class, vocab_size, experts_implementation, changes, **keywords):
+    config = config_class(**{**SIZE, "vocab_size": vocab_size, **keywords, **changes})
     model = model_class._from_config(config, experts_implementation=experts_implementation)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -47,66 +49,66 @@ def _build(model_class, config_class, vocab_size, experts_implementation, **keyw
     return model
 
 
-def tiny_olmoe(vocab_size=64, implementation="eager"):
+def tiny_olmoe(vocab_size=64, implementation="eager", **changes):
     """8 experts, 2 per token."""
-    return _build(OlmoeForCausalLM, OlmoeConfig, vocab_size, implementation, intermediate_size=24,
+    return _build(OlmoeForCausalLM, OlmoeConfig, vocab_size, implementation, changes, intermediate_size=24,
                   num_experts=8, num_experts_per_tok=2)  # fmt: skip
 
 
-def tiny_qwen2_moe(vocab_size=64, implementation="eager"):
+def tiny_qwen2_moe(vocab_size=64, implementation="eager", **changes):
     """A shared expert beside the routed ones."""
-    return _build(Qwen2MoeForCausalLM, Qwen2MoeConfig, vocab_size, implementation, intermediate_size=48,
+    return _build(Qwen2MoeForCausalLM, Qwen2MoeConfig, vocab_size, implementation, changes, intermediate_size=48,
                   moe_intermediate_size=24, shared_expert_intermediate_size=32, num_experts=8,
                   num_experts_per_tok=2)  # fmt: skip
 
 
-def tiny_qwen3_moe(vocab_size=64, implementation="eager"):
+def tiny_qwen3_moe(vocab_size=64, implementation="eager", **changes):
     """Normalised routing weights."""
-    return _build(Qwen3MoeForCausalLM, Qwen3MoeConfig, vocab_size, implementation, intermediate_size=48,
+    return _build(Qwen3MoeForCausalLM, Qwen3MoeConfig, vocab_size, implementation, changes, intermediate_size=48,
                   moe_intermediate_size=24, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True,
                   head_dim=8)  # fmt: skip
 
 
-def tiny_mixtral(vocab_size=64, implementation="eager"):
+def tiny_mixtral(vocab_size=64, implementation="eager", **changes):
     """float32 routing weights."""
-    return _build(MixtralForCausalLM, MixtralConfig, vocab_size, implementation, intermediate_size=24,
+    return _build(MixtralForCausalLM, MixtralConfig, vocab_size, implementation, changes, intermediate_size=24,
                   num_local_experts=4, num_experts_per_tok=2)  # fmt: skip
 
 
-def tiny_deepseek_v2(vocab_size=64, implementation="eager"):
+def tiny_deepseek_v2(vocab_size=64, implementation="eager", **changes):
     """A dense first layer, latent attention, a shared expert."""
-    return _build(DeepseekV2ForCausalLM, DeepseekV2Config, vocab_size, implementation, intermediate_size=48,
+    return _build(DeepseekV2ForCausalLM, DeepseekV2Config, vocab_size, implementation, changes, intermediate_size=48,
                   moe_intermediate_size=24, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1,
                   first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=8,
                   qk_rope_head_dim=8, v_head_dim=8, num_key_value_heads=4, num_hidden_layers=3,
                   topk_method="greedy", n_group=1, topk_group=1)  # fmt: skip
 
 
-def tiny_deepseek_v3(vocab_size=64, implementation="eager"):
+def tiny_deepseek_v3(vocab_size=64, implementation="eager", **changes):
     """Grouped sigmoid routing with scaling."""
-    return _build(DeepseekV3ForCausalLM, DeepseekV3Config, vocab_size, implementation, intermediate_size=48,
+    return _build(DeepseekV3ForCausalLM, DeepseekV3Config, vocab_size, implementation, changes, intermediate_size=48,
                   moe_intermediate_size=24, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1,
                   first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8,
                   qk_rope_head_dim=8, v_head_dim=8, num_key_value_heads=4, n_group=2, topk_group=1,
                   num_hidden_layers=3)  # fmt: skip
 
 
-def tiny_gpt_oss(vocab_size=64, implementation="eager"):
+def tiny_gpt_oss(vocab_size=64, implementation="eager", **changes):
     """Transposed, interleaved, biased experts with a clamped gate of their own."""
-    return _build(GptOssForCausalLM, GptOssConfig, vocab_size, implementation, intermediate_size=24,
+    return _build(GptOssForCausalLM, GptOssConfig, vocab_size, implementation, changes, intermediate_size=24,
                   num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=16)  # fmt: skip
 
 
-def tiny_granite_moe(vocab_size=64, implementation="eager"):
+def tiny_granite_moe(vocab_size=64, implementation="eager", **changes):
     """Scaled logits, embeddings and residuals."""
-    return _build(GraniteMoeForCausalLM, GraniteMoeConfig, vocab_size, implementation, intermediate_size=24,
+    return _build(GraniteMoeForCausalLM, GraniteMoeConfig, vocab_size, implementation, changes, intermediate_size=24,
                   num_local_experts=4, num_experts_per_tok=2, logits_scaling=2.0, embedding_multiplier=3.0,
                   residual_multiplier=0.7)  # fmt: skip
 
 
-def tiny_phimoe(vocab_size=64, implementation="eager"):
+def tiny_phimoe(vocab_size=64, implementation="eager", **changes):
     """A head with a bias."""
-    return _build(PhimoeForCausalLM, PhimoeConfig, vocab_size, implementation, intermediate_size=24,
+    return _build(PhimoeForCausalLM, PhimoeConfig, vocab_size, implementation, changes, intermediate_size=24,
                   num_local_experts=4, num_experts_per_tok=2, lm_head_bias=True)  # fmt: skip
 
 
@@ -121,3 +123,24 @@ TINY_MODELS = {
     "granite_moe": tiny_granite_moe,
     "phimoe": tiny_phimoe,
 }
+
+# Changes that send every token to every expert: rounding cannot then send it elsewhere.
+ALL_EXPERTS = {
+    **dict.fromkeys(("olmoe", "qwen2_moe", "qwen3_moe"), {"num_experts_per_tok": 8}),
+    **dict.fromkeys(("mixtral", "gpt_oss", "granite_moe"), {"num_experts_per_tok": 4}),
+    "deepseek_v2": {"num_experts_per_tok": 8},
+    "deepseek_v3": {"num_experts_per_tok": 8, "n_group": 1},
+    "phimoe": {"num_local_experts": 2},
+}
+
+
+def nemotron_h_experts(implementation="eager"):
+    """An experts module without gate: up, squared relu, down."""
+    config = NemotronHConfig(n_routed_experts=4, hidden_size=32, moe_intermediate_size=24, moe_latent_size=None,
+                             mlp_hidden_act="relu2")  # fmt: skip
+    config._experts_implementation = implementation
+    module = NemotronHExperts(config)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(0, 0.2)
+    return module

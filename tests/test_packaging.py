@@ -39,8 +39,8 @@ import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("triton", "peft"):
-            raise ImportError(f"{name} is not installed")
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"{name} is not installed")
 
 sys.meta_path.insert(0, Refuse())
 import moe_unlearn
@@ -50,7 +50,7 @@ raise SystemExit(main(["env"]))
 
 
 @pytest.mark.slow
-def test_works_without_triton_and_peft():
+def test_works_without_triton():
     result = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert "route" in result.stdout and "ref" in result.stdout
