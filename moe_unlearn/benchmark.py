@@ -19,9 +19,11 @@ from moe_unlearn.trainer import UnlearnTrainer
 RUNS = ("graddiff", "npo", "trace", "wagle", "mollm", "combined")
 
 # What the tiny models need instead of the shipped recipes' settings, which are for real ones. Chosen on
-# seeds 100-102, reported on seeds 0-2; benchmarks/NOTES.md has the search.
-DEMO_COMMON = ["steps=40", "batch_size=16", "optimizer.lr=3e-4"]
-DEMO_OVERRIDES: dict[str, list[str]] = {}
+# builtin:pydoc, seed 0, and reported on others; benchmarks/NOTES.md has the search.
+DEMO_COMMON = ["batch_size=40", "optimizer.lr=1e-4", "steps=40"]
+DEMO_OVERRIDES: dict[str, list[str]] = {
+    "combined": ["wagle.keep=0.3", "optimizer.lr=6e-5", "steps=76"],
+}
 TRAJECTORY_EVERY = 5
 
 
@@ -34,11 +36,12 @@ def unlearn(
     *,
     resume: bool = False,
     evaluate: bool = True,
-) -> None:
+) -> dict:
     """Run `recipe` on `sets` ("forget", "retain" and perhaps "holdout" examples) and write the folder `out`.
 
     `out` gets `recipe.yaml`, `checkpoints/`, `model/` (loads with `from_pretrained`), `summary.json`,
-    `trajectory.json` and `report.md`. With `resume` the newest checkpoint goes on.
+    `trajectory.json` and `report.md`. With `resume` the newest checkpoint goes on. Returns the summary: run
+    name -> metrics, empty without `evaluate`.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -79,6 +82,7 @@ def unlearn(
         summary[recipe.name] = after | {"seconds": seconds}
         _write_json(out / "summary.json", summary)
         report.write(out)
+    return summary
 
 
 def demo(corpus: str, seeds: list[int], out: Path, runs: tuple[str, ...] = RUNS) -> dict:

@@ -128,11 +128,14 @@ def run(options) -> None:
     if options.dry_run:
         print(UnlearnStep(model, recipe).plan(batches["forget"], batches["retain"]))
         return
-    benchmark.unlearn(
-        model, tokenizer, recipe, sets, Path(options.out), resume=options.resume, evaluate=not options.no_eval
+    out = Path(options.out)
+    summary = benchmark.unlearn(
+        model, tokenizer, recipe, sets, out, resume=options.resume, evaluate=not options.no_eval
     )
-    print((Path(options.out) / "report.md").read_text() if not options.no_eval else "")
-    print(f"model: {Path(options.out) / 'model'}\nreport: {Path(options.out) / 'report.md'}")
+    print(f"model: {out / 'model'}")
+    if summary:
+        print(report.table(summary))
+        print(report.write(out))
 
 
 def evaluate(options) -> None:
@@ -161,7 +164,9 @@ def demo(options) -> None:
     if options.clean_cache:
         print(f"removed {experiment.clean_cache()} cached models")
         return
-    benchmark.demo(options.corpus, options.seeds, Path(options.out))
+    summary = benchmark.demo(options.corpus, options.seeds, Path(options.out))
+    print(report.table(summary))
+    print(report.write(Path(options.out)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -211,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", help="a run folder with summary.json")
     sub = command("demo", demo)
     sub.add_argument("--corpus", default="builtin:pydoc", help="builtin:pydoc or builtin:devil")
-    sub.add_argument("--seeds", type=int, nargs="+", default=[0])
+    sub.add_argument("--seeds", type=int, nargs="+", default=[1], help="settings were chosen on seed 0")
     sub.add_argument("--out", default="runs/demo")
     sub.add_argument("--clean-cache", action="store_true", help="remove the trained models and stop")
     return parser

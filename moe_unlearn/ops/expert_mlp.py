@@ -21,8 +21,7 @@ then the weight gradients through `expert_wgrad`, from dz and the weighted activ
 Worked example, H = I = 1, one expert of weights gate 1, up 2, down 3, activation relu, x = 2, w = 0.5:
 z = (2, 4), a = 2 * 4 = 8, y = 24, out = 12.
 
-No atomics, fixed order of additions: deterministic. Source: our specification; the maths is that of
-transformers' experts interface.
+No atomics, fixed order of additions: deterministic. Source: our specification of transformers' experts maths.
 """
 
 import math
@@ -119,19 +118,12 @@ def _forward_ref(
 ):  # fmt: skip
     """Output [T, H] and pre-activations [N, 2I] in sorted order, zero behind the last expert."""
     num_tokens, top_k = weights.shape
-    gate = Gate(activation, alpha, limit, shift)
-    z, y = [], []
-    for e, rows in _segments(sorted_rows, expert_offsets):
-        w1, w2 = (w[e].t() if transposed else w[e] for w in (gate_up_proj, down_proj))
-        b1, b2 = (None if b is None else b[e] for b in (gate_up_bias, down_bias))
-        z.append(torch.nn.functional.linear(x[rows // top_k], w1, b1))
-        out = torch.nn.functional.linear(activate(z[-1], gate, interleaved, gated), w2, b2)
-        y.append(out * weights.flatten()[rows, None])
-    behind = num_tokens * top_k - int(expert_offsets[-1])
-    z = torch.cat([*z, x.new_zeros(behind, gate_up_proj.shape[2 if transposed else 1])])
-    y = torch.cat([*y, x.new_zeros(behind, x.shape[1])]).to(torch.promote_types(x.dtype, weights.dtype))
-    slots = torch.empty_like(y).index_copy(0, sorted_rows.long(), y)
-    return slots.view(num_tokens, top_k, x.shape[1]).sum(1).to(x.dtype), z
+    rows = sorted_rows[: int(expert_offsets[-1])].long()
+    z = _grouped_linear(x[rows // top_k], gate_up_proj, gate_up_bias, expert_offsets, transposed)
+    a = activate(z, Gate(activation, alpha, limit, shift), interleaved, gated)
+    y = _grouped_linear(a, down_proj, down_bias, expert_offsets, transposed)
+    slots = _slots(y * weights.flatten()[rows, None], rows, weights.numel())
+    return slots.view(num_tokens, top_k, x.shape[1]).sum(1).to(x.dtype), _padded(z, weights.numel())
 
 
 def _backward_ref(
@@ -143,39 +135,54 @@ def _backward_ref(
     `needs` says for each of the four whether it is wanted; one that is not has no rows.
     """
     need_x, need_weights, need_z, need_scaled = needs
-    num_tokens, top_k = weights.shape
-    num_rows, hidden = num_tokens * top_k, x.shape[1]
+    (num_tokens, top_k), num_rows, hidden = weights.shape, weights.numel(), x.shape[1]
     gate = Gate(activation, alpha, limit, shift)
     wide = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
-    d_slots = x.new_zeros(num_rows * need_x, hidden)
-    d_weights = weights.new_zeros(num_rows * need_weights)
-    dz = z.new_zeros(num_rows * need_z, z.shape[1])
-    scaled = z.new_zeros(num_rows * need_scaled, down_proj.shape[1 if transposed else 2])
-    start = 0
-    for e, rows in _segments(sorted_rows, expert_offsets):
-        here = slice(start, start := start + len(rows))
-        w = weights.flatten()[rows, None]
-        a = activate(z[here], gate, interleaved, gated)
-        if need_scaled:
-            scaled[here] = (a * w).to(z.dtype)
-        if not (need_x or need_weights or need_z):
-            continue
-        w1, w2 = (p[e].t() if transposed else p[e] for p in (gate_up_proj, down_proj))
+    rows = sorted_rows[: int(expert_offsets[-1])].long()
+    z, w = z[: len(rows)], weights.flatten()[rows, None]
+    a = activate(z, gate, interleaved, gated)
+    d_x, d_weights = x.new_empty(0, hidden), weights.new_empty(0, top_k)
+    dz, scaled = z.new_empty(0, z.shape[1]), z.new_empty(0, a.shape[1])
+    if need_scaled:
+        scaled = _padded((a * w).to(z.dtype), num_rows)
+    if need_x or need_weights or need_z:
         g = grad_out[rows // top_k]
-        da = (g @ w2).to(wide)
-        if need_weights:
-            dw = (da * a).sum(1)
-            if down_bias is not None:
-                dw = dw + (g.to(wide) * down_bias[e]).sum(1)
-            d_weights[rows] = dw.to(weights.dtype)
-        if need_x or need_z:
-            dz_here = _activate_backward(z[here], da * w, gate, interleaved, gated)
-            if need_z:
-                dz[here] = dz_here
-            if need_x:
-                d_slots[rows] = dz_here @ w1
-    d_x = d_slots.view(num_tokens * need_x, top_k, hidden).sum(1)
-    return d_x, d_weights.view(num_tokens * need_weights, top_k), dz, scaled
+        da = _grouped_linear(g, down_proj, None, expert_offsets, not transposed).to(wide)
+    if need_weights:
+        dw = (da * a).sum(1)
+        if down_bias is not None:
+            expert = torch.repeat_interleave(torch.arange(len(down_bias), device=x.device), expert_offsets.diff())
+            dw = dw + (g.to(wide) * down_bias[expert]).sum(1)
+        d_weights = _slots(dw.to(weights.dtype), rows, num_rows).view(num_tokens, top_k)
+    if need_x or need_z:
+        dz_here = _activate_backward(z, da * w, gate, interleaved, gated)
+    if need_z:
+        dz = _padded(dz_here, num_rows)
+    if need_x:
+        d_rows = _grouped_linear(dz_here, gate_up_proj, None, expert_offsets, not transposed)
+        d_x = _slots(d_rows, rows, num_rows).view(num_tokens, top_k, hidden).sum(1)
+    return d_x, d_weights, dz, scaled
+
+
+def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, transposed: bool) -> Tensor:
+    """Each expert's linear layer on its own slice of `rows`, which are sorted by expert."""
+    bounds = offsets.tolist()
+    parts = [rows.new_zeros(0, weight.shape[2 if transposed else 1])]
+    for e, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if start < stop:
+            w = weight[e].t() if transposed else weight[e]
+            parts.append(torch.nn.functional.linear(rows[start:stop], w, None if bias is None else bias[e]))
+    return torch.cat(parts)
+
+
+def _slots(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """values[j] at place rows[j] of `num_rows`, zero elsewhere."""
+    return values.new_zeros(num_rows, *values.shape[1:]).index_copy(0, rows, values)
+
+
+def _padded(values: Tensor, num_rows: int) -> Tensor:
+    """Zero rows behind `values`, up to `num_rows`."""
+    return torch.cat([values, values.new_zeros(num_rows - len(values), values.shape[1])])
 
 
 def activate(z: Tensor, gate: Gate, interleaved: bool = False, gated: bool = True) -> Tensor:
@@ -240,14 +247,6 @@ def _split(z: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
         return z[..., ::2], z[..., 1::2]
     gate, up = z.chunk(2, dim=-1)
     return gate, up
-
-
-def _segments(sorted_rows: Tensor, expert_offsets: Tensor):
-    """(expert, its rows as int64) for every expert that has any."""
-    bounds = expert_offsets.tolist()
-    for e, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        if start < stop:
-            yield e, sorted_rows[start:stop].long()
 
 
 def _autocast(tensor: Tensor | None) -> Tensor | None:
@@ -366,9 +365,7 @@ def _check(x, weights, sorted_rows, expert_offsets, w1, w2, b1, b2, gate, transp
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"hidden_states must be float [T, H]; got {x.dtype} {tuple(x.shape)}")
     if weights.dim() != 2 or not weights.is_floating_point() or weights.shape[1] == 0:
-        raise ValueError(
-            f"top_k_weights must be float [T, K] with K >= 1; got {weights.dtype} {tuple(weights.shape)}"
-        )
+        raise ValueError(f"top_k_weights must be float [T, K] with K >= 1; got {weights.dtype} {tuple(weights.shape)}")
     integers = {"sorted_rows": sorted_rows, "expert_offsets": expert_offsets, "trained_experts": trained}
     for name, ids in integers.items():
         if ids is not None and (ids.dtype != torch.int32 or ids.dim() != 1):

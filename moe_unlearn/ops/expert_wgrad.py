@@ -276,9 +276,7 @@ def _sgd(
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "moe_unlearn::expert_wgrad_adamw", mutates_args={"weight", "exp_avg", "exp_avg_sq", "master"}
-)
+@torch.library.custom_op("moe_unlearn::expert_wgrad_adamw", mutates_args={"weight", "exp_avg", "exp_avg_sq", "master"})
 def _adamw(
     weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None, grad: Tensor, input: Tensor,
     expert_offsets: Tensor, grad_rows: Tensor | None, input_rows: Tensor | None, experts: Tensor | None,

@@ -222,9 +222,7 @@ def test_a_nan_token_stays_in_its_row():
 def test_only_what_is_asked_for_is_computed(monkeypatch):
     calls = []
     real = backend._kernels["expert_wgrad", "ref"]
-    monkeypatch.setitem(
-        backend._kernels, ("expert_wgrad", "ref"), lambda *a: calls.append(a[0].shape) or real(*a)
-    )
+    monkeypatch.setitem(backend._kernels, ("expert_wgrad", "ref"), lambda *a: calls.append(a[0].shape) or real(*a))
     arguments = case(bias=True)
     x = arguments["hidden_states"].requires_grad_()
     expert_mlp(**arguments).sum().backward()

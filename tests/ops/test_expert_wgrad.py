@@ -304,9 +304,7 @@ def test_opcheck_and_compile():
     arguments = (made["grad"], made["input"], made["expert_offsets"], None, made["input_rows"], experts, mask)
     torch.library.opcheck(torch.ops.moe_unlearn.expert_wgrad.default, (*arguments, torch.float32, "auto"))
     out = torch.zeros(2, M, P)
-    torch.library.opcheck(
-        torch.ops.moe_unlearn.expert_wgrad_accumulate.default, (out, *arguments, "auto")
-    )
+    torch.library.opcheck(torch.ops.moe_unlearn.expert_wgrad_accumulate.default, (out, *arguments, "auto"))
     compiled = torch.compile(lambda: expert_wgrad(**made), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(), expert_wgrad(**made))
 
