@@ -20,11 +20,12 @@ RUNS = ("graddiff", "npo", "trace", "wagle", "mollm", "combined")
 
 # What the tiny models need instead of the shipped recipes' settings, which are for real ones. Chosen on
 # builtin:pydoc, seed 0, and reported on others; benchmarks/NOTES.md has the search.
-DEMO_COMMON = ["batch_size=40", "optimizer.lr=1e-4", "steps=40"]
+DEMO_COMMON = ["batch_size=16", "optimizer.lr=3e-4", "steps=20"]
 DEMO_OVERRIDES: dict[str, list[str]] = {
-    "combined": ["wagle.keep=0.3", "optimizer.lr=6e-5", "steps=76"],
+    "mollm": ["optimizer.lr=1e-4", "steps=40"],
+    "combined": ["trace.eta=1", "wagle.keep=0.3", "batch_size=40", "optimizer.lr=1e-4", "steps=41"],
 }
-TRAJECTORY_EVERY = 5
+TRAJECTORY_POINTS = 8
 
 
 def unlearn(
@@ -144,7 +145,7 @@ def unlearn_once(made: Experiment, recipe: Recipe) -> tuple[nn.Module, list[dict
         start = time.perf_counter()
         metrics_ = step(*_pair(pairs, i, size))
         seconds += time.perf_counter() - start
-        if (i + 1) % TRAJECTORY_EVERY == 0 or i + 1 == recipe.steps:
+        if (i + 1) % max(1, recipe.steps // TRAJECTORY_POINTS) == 0 or i + 1 == recipe.steps:
             trajectory.append(_measure(model, made, i + 1) | metrics_)
     return model.eval(), trajectory, step, seconds
 

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from moe_unlearn.checkpoint import load_state, save_state
 from moe_unlearn.config import Recipe
-from moe_unlearn.data import PairCollator, pad_token_id
+from moe_unlearn.data import PairCollator, pad_token_id, refusals
 from moe_unlearn.step import UnlearnStep
 
 _STATE = "unlearn_step"
@@ -61,10 +61,9 @@ class UnlearnTrainer(Trainer):
             if not len(getattr(train_dataset, side, ())):
                 raise ValueError(f"train_dataset must have a non-empty list of examples {side!r}")
         args.remove_unused_columns = False
-        if data_collator is None:
-            tokenizer = keywords.get("processing_class")
-            data_collator = PairCollator(0 if tokenizer is None else pad_token_id(tokenizer))
         self.unlearn_step = UnlearnStep(model, recipe)
+        if data_collator is None:
+            data_collator = self._pair_collator(keywords.get("processing_class"), train_dataset.forget)
         self._logged: dict[str, list[float]] = {}
         super().__init__(
             model=model,
@@ -75,6 +74,14 @@ class UnlearnTrainer(Trainer):
             **keywords,
         )
         self.add_callback(_Bookkeeping(self.unlearn_step, train_dataset))
+
+    def _pair_collator(self, tokenizer, forget) -> PairCollator:
+        recipe = self.unlearn_step.recipe
+        if recipe.forget.objective != "idk_dpo":
+            return PairCollator(0 if tokenizer is None else pad_token_id(tokenizer))
+        if tokenizer is None:
+            raise ValueError("forget.objective 'idk_dpo' needs processing_class, a tokenizer, for its refusals")
+        return PairCollator(pad_token_id(tokenizer), refusals(forget, tokenizer, seed=recipe.seed))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **keywords):
         """Prepare on the unchanged model, or restore the preparation of the checkpoint, then train."""

@@ -74,6 +74,18 @@ def test_resume_goes_on_to_the_same_weights(folder, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), parts.parameters(), strict=True))
 
 
+def test_idk_dpo_makes_its_refusals_from_questions(folder, tmp_path, capsys):
+    path = tmp_path / "questions.jsonl"
+    rows = [{"question": f"what is the number of agent {n}?", "answer": str(n * 37 % 101)} for n in range(8)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert run(folder, tmp_path / "out", "steps=6", "--no-eval", forget=path, recipe="idk_dpo") == 0
+    trajectory = json.loads((tmp_path / "out" / "trajectory.json").read_text())["idk_dpo"]
+    assert trajectory[0]["forget_loss"] == pytest.approx(13.863, abs=0.01)  # (2 / beta) log 2
+    assert trajectory[-1]["forget_loss"] < trajectory[0]["forget_loss"]
+    assert run(folder, tmp_path / "plain", recipe="idk_dpo") == 2
+    assert "has no prompt to refuse" in error_of(capsys)
+
+
 @pytest.mark.quick
 def test_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "out", "--dry-run", recipe="combined") == 0

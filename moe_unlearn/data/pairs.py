@@ -6,7 +6,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moe_unlearn.data.tokenize import Example, collate, generator
+from moe_unlearn.data.tokenize import IGNORED, Example, collate, generator
+
+REFUSALS = (
+    "I do not know.",
+    "I cannot answer that.",
+    "That is something I have no information about.",
+    "I am not able to say.",
+    "I have no answer to this question.",
+    "This is unknown to me.",
+    "I could not tell you.",
+    "I was never told about that.",
+)
 
 
 class ForgetRetainDataset(Dataset):
@@ -41,17 +52,46 @@ class ForgetRetainDataset(Dataset):
 
 
 class PairCollator:
-    """Collates items of `ForgetRetainDataset` to {"forget": batch, "retain": batch}, each with `index`."""
+    """Collates items of `ForgetRetainDataset` to {"forget": batch, "retain": batch}, each with `index`.
 
-    def __init__(self, pad_id: int = 0):
-        self.pad_id = pad_id
+    With `refusals`, one example for each forget example, the forget batch also holds them as `idk_input_ids`,
+    `idk_attention_mask` and `idk_labels`, which preference objectives need.
+    """
+
+    def __init__(self, pad_id: int = 0, refusals: Sequence[Example] | None = None):
+        self.pad_id, self.refusals = pad_id, refusals
 
     def __call__(self, items: Sequence[dict[str, tuple[Example, int]]]) -> dict[str, dict[str, Tensor]]:
         sides = {}
         for side in ("forget", "retain"):
             examples, index = zip(*(item[side] for item in items), strict=True)
             sides[side] = collate(examples, index, pad_id=self.pad_id)
+        if self.refusals is not None:
+            rows = [self.refusals[item["forget"][1]] for item in items]
+            refused = collate(rows, range(len(rows)), pad_id=self.pad_id)
+            sides["forget"] |= {f"idk_{k}": refused[k] for k in ("input_ids", "attention_mask", "labels")}
         return sides
+
+
+def refusals(examples: Sequence[Example], tokenizer, *, seed: int = 0) -> list[Example]:
+    """The prompt of each example with a randomly drawn refusal for its answer.
+
+    Raises ValueError for an example without a prompt: there is no question that could be refused.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] + end for text in REFUSALS]
+    draw = torch.randint(len(answers), (len(examples),), generator=generator(seed, 0)).tolist()
+    made = []
+    for number, (example, choice) in enumerate(zip(examples, draw, strict=True)):
+        masked = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
+        if not masked:
+            raise ValueError(
+                f"example {number} has no prompt to refuse: give the forget set as prompt and answer "
+                "(`prompt` and `gt`, or `question` and `answer`)"
+            )
+        ids = example.input_ids[:masked] + answers[choice]
+        made.append(Example(ids, [IGNORED] * masked + answers[choice], masked))
+    return made
 
 
 def overlap(forget: Sequence[Example], retain: Sequence[Example]) -> int:
