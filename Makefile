@@ -1,7 +1,7 @@
 # make demo    watch a Mixture-of-Experts model forget, from a fresh machine; at most 8 minutes on 2 cores
 # make test    every test; at most 40 minutes on 2 cores
 # make quick   the developers' tier; at most 3 minutes
-# make lint    ruff
+# make lint    ruff check and format
 # make clean-cache   forget the trained models of the demo
 
 PYTHON ?= python3

@@ -60,9 +60,7 @@ class RoutingCapture:
                 "group of each position of the forward pass"
             )
         group = None if self.group is None else self.group.to(top_k_index.device)
-        hits = route(
-            top_k_index, self._num_experts, group=group, num_groups=self.num_groups
-        ).tokens_per_expert
+        hits = route(top_k_index, self._num_experts, group=group, num_groups=self.num_groups).tokens_per_expert
         self._counts[name] = self._counts[name] + hits if name in self._counts else hits.long()
         if self.keep_index:
             self._index[name].append(top_k_index.detach().long())
@@ -98,9 +96,7 @@ def routing_capture(
     """
     modules = experts_modules(model)
     if not modules:
-        raise ValueError(
-            f"{type(model).__name__} has no Mixture-of-Experts layers that transformers decorates"
-        )
+        raise ValueError(f"{type(model).__name__} has no Mixture-of-Experts layers that transformers decorates")
     sizes = {name: module.num_experts for name, module in modules.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"layers with different numbers of experts are not supported; got {sizes}")

@@ -122,9 +122,7 @@ def run(options) -> None:
             f"forget and retain sets overlap: {shared} of {len(sets['forget'])} forget examples stand in the "
             "retain set too; a document cannot be forgotten and kept"
         )
-    batches = {
-        side: _batches(sets[side], tokenizer, recipe.batch_size, side) for side in ("forget", "retain")
-    }
+    batches = {side: _batches(sets[side], tokenizer, recipe.batch_size, side) for side in ("forget", "retain")}
     if options.dry_run:
         print(UnlearnStep(model, recipe).plan(batches["forget"], batches["retain"]))
         return

@@ -190,8 +190,7 @@ class Recipe:
             _above(name, getattr(self, name), 0)
         if self.trace is not None and self.retain.objective not in ("nll", "kl"):
             raise ValueError(
-                "trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; "
-                f"got {self.retain.objective!r}"
+                f"trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; got {self.retain.objective!r}"
             )
         if self.scope.kind == "experts" and self.trace is None:
             raise ValueError("scope.kind 'experts' trains the experts TRACE selects and needs trace")

@@ -22,12 +22,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8ExpertsInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from moe_unlearn.ops.expert_mlp import ACTIVATIONS, Gate, activate, expert_mlp
-from moe_unlearn.ops.route import route
+from moe_unlearn.ops.route import Routing, route
 
 NAME = "moe_unlearn"
 _FALLBACK = "grouped_mm"
@@ -82,35 +83,43 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     Ids outside [0, num_experts) are "not here" and contribute nothing, whatever their weight.
     """
     state = _state(self)
-    inputs = state.inputs or StepInputs(armed=False)
     up = self.gate_up_proj if self.has_gate else self.up_proj
-    reason = state.reason or _not_computable(up)
-    if inputs.armed and not _recomputing():
-        routing = route(
-            top_k_index, self.num_experts, group=inputs.group, num_groups=inputs.num_groups,
-            log_tilt=inputs.log_tilt, log_weight=inputs.log_weight,
-        )  # fmt: skip
-        if inputs.tokens_per_expert is not None:
-            inputs.tokens_per_expert += routing.tokens_per_expert
-    elif not reason:
-        routing = route(top_k_index, self.num_experts)
-    if reason:
+    routing = _counted_routing(self, state, top_k_index)
+    if reason := state.reason or _not_computable(up):
         _warn_once(self, state, reason)
         return ALL_EXPERTS_FUNCTIONS[_FALLBACK](self, hidden_states, top_k_index, top_k_weights)
+    if routing is None:
+        routing = route(top_k_index, self.num_experts)
     biases = (None, None)
     if self.has_bias:
         biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias)
     return expert_mlp(
         hidden_states, top_k_weights, routing.sorted_rows, routing.expert_offsets, up, self.down_proj, *biases,
         gate=state.gate, transposed=self.is_transposed, interleaved=state.interleaved,
-        gated=self.has_gate, trained_experts=inputs.trained_experts,
+        gated=self.has_gate, trained_experts=None if state.inputs is None else state.inputs.trained_experts,
     )  # fmt: skip
 
 
-def _fp8_experts_forward(self: nn.Module, *arguments, **keywords) -> Tensor:
-    state = self.__dict__.setdefault(_ATTRIBUTE, _State(None))
-    _warn_once(self, state, "its weights are quantised to FP8")
-    return ALL_FP8_EXPERTS_FUNCTIONS[_FALLBACK](self, *arguments, **keywords)
+def _fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The same contract for transformers' FP8 experts, which dispatch on functions of their own."""
+    state = _state(self)
+    _counted_routing(self, state, top_k_index)
+    _warn_once(self, state, state.reason or "its weights are quantised")
+    return ALL_FP8_EXPERTS_FUNCTIONS[_FALLBACK](self, hidden_states, top_k_index, top_k_weights)
+
+
+def _counted_routing(module: nn.Module, state: _State, top_k_index: Tensor) -> Routing | None:
+    """The routing with the sinks of the step's inputs served; None if there is nothing to count."""
+    inputs = state.inputs
+    if inputs is None or not inputs.armed or _recomputing():
+        return None
+    routing = route(
+        top_k_index, module.num_experts, group=inputs.group, num_groups=inputs.num_groups,
+        log_tilt=inputs.log_tilt, log_weight=inputs.log_weight,
+    )  # fmt: skip
+    if inputs.tokens_per_expert is not None:
+        inputs.tokens_per_expert += routing.tokens_per_expert
+    return routing
 
 
 ExpertsInterface.register(NAME, experts_forward)
@@ -153,12 +162,12 @@ class enable:  # noqa: N801 -- used like a function
 
 def _no_experts(model: nn.Module) -> str:
     classes = {type(m).__name__ for m in model.modules()}
-    similar = sorted(c for c in classes if "expert" in c.lower() or "moe" in c.lower())
+    similar = sorted(c for c in classes if "expert" in c.lower() or c.lower().endswith(("moe", "moeblock")))
     return (
-        f"{type(model).__name__} has no Mixture-of-Experts layers that transformers decorates "
-        f"(@use_experts_implementation); similar classes found: {', '.join(similar) or 'none'}. Families that "
-        "work: OLMoE, Qwen2-MoE, Qwen3-MoE, Mixtral, DeepSeek-V2/V3, gpt-oss, GraniteMoE, PhiMoE, Nemotron-H "
-        "and every other with an experts implementation"
+        f"{type(model).__name__} has no Mixture-of-Experts layers that transformers {transformers.__version__} "
+        f"decorates (@use_experts_implementation); similar classes found: {', '.join(similar) or 'none'}. "
+        "Families that work: OLMoE, Qwen2-MoE, Qwen3-MoE, Mixtral, DeepSeek-V2/V3, gpt-oss, GraniteMoE, PhiMoE, "
+        "Nemotron-H and every other with an experts implementation"
     )
 
 
@@ -245,6 +254,8 @@ def _probe(module: nn.Module) -> _State:
     """The module's gate and layout, or the reason they cannot be computed here."""
     if getattr(module, "has_post_expert_norm", False):
         return _State(None, reason="it normalises after each expert")
+    if module.down_proj.dtype not in _DTYPES:
+        return _State(None, reason=f"its weights are {module.down_proj.dtype}")
     device = torch.device("cpu") if module.down_proj.is_meta else module.down_proj.device
     function = module._apply_gate if module.has_gate else module.act_fn
     # both signs of every size: a clamp shows wherever it stands

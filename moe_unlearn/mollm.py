@@ -71,9 +71,7 @@ def common_descent(
         return CommonDescent(weights, coefficients, True, ~kept)
 
     own, lengths = gram[kept][:, kept], norms[kept]
-    scale = {"none": torch.ones_like, "unit": torch.reciprocal, "mean_norm": lambda n: n.mean() / n}[
-        normalize
-    ](lengths)
+    scale = {"none": torch.ones_like, "unit": torch.reciprocal, "mean_norm": lambda n: n.mean() / n}[normalize](lengths)
     normalised = own * scale[:, None] * scale
     solution = minimum_norm(normalised)
     squared = float(solution @ normalised @ solution)

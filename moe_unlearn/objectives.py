@@ -100,9 +100,9 @@ class Objectives:
             state = self._need("trace", self.prepared.calibration)
             log_weight = torch.zeros(batch["input_ids"].numel(), device=batch["input_ids"].device)
             with step_inputs(self.model, log_tilt=state.tilt.float(), log_weight=log_weight):
-                yield lambda: trace.online_weights(
-                    log_weight, state.bias, settings.cap or state.largest_weight
-                ).view(batch["input_ids"].shape)
+                yield lambda: trace.online_weights(log_weight, state.bias, settings.cap or state.largest_weight).view(
+                    batch["input_ids"].shape
+                )
 
     def _forget(self, batch: Batch) -> Tensor:
         settings = self.recipe.forget

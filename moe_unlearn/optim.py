@@ -87,9 +87,7 @@ class _Masked(torch.optim.Optimizer):
         parameter_id = 0
         for group in self.param_groups:
             if len(group["masks"]) != len(group["params"]):
-                raise ValueError(
-                    f"a group has {len(group['params'])} parameters but {len(group['masks'])} masks"
-                )
+                raise ValueError(f"a group has {len(group['params'])} parameters but {len(group['masks'])} masks")
             for p, mask in zip(group["params"], group["masks"], strict=True):
                 if p.grad is not None:
                     self._update(group, p, mask, parameter_id)

@@ -89,9 +89,7 @@ def _levers(step) -> dict[str, str]:
     if recipe.wagle is not None:
         levers["wagle"] = f"keep {recipe.wagle.keep:g}, mask made in prepare()"
         if prepared.mask is not None:
-            levers["wagle"] = (
-                f"kept {prepared.mask.fraction:.4f} of all weights (asked {recipe.wagle.keep:g})"
-            )
+            levers["wagle"] = f"kept {prepared.mask.fraction:.4f} of all weights (asked {recipe.wagle.keep:g})"
     if recipe.mollm is not None:
         names = ["forget", "retain", *(["kl"] if recipe.mollm.kl else [])]
         levers["mollm"] = f"common descent of {', '.join(names)} ({recipe.mollm.normalize})"

@@ -54,8 +54,7 @@ def expert_masks(model: nn.Module, selected: Tensor) -> dict[str, Tensor]:
     modules = experts_modules(model)
     if selected.dtype != torch.bool or selected.dim() != 2 or len(selected) != len(modules):
         raise ValueError(
-            f"selected must be bool [L, E] with L = {len(modules)}; got {selected.dtype} "
-            f"{tuple(selected.shape)}"
+            f"selected must be bool [L, E] with L = {len(modules)}; got {selected.dtype} {tuple(selected.shape)}"
         )
     masks = {}
     for row, (name, module) in zip(selected, modules.items(), strict=True):

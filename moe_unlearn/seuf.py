@@ -57,9 +57,7 @@ def affinity(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
         mask = batch["attention_mask"].to(torch.float64)
         per_layer = [g[:, :-1].double().view(*mask.shape, -1) for g in collected.values()]
         length = mask.sum(1).clamp_min(1)
-        total = total + torch.stack(
-            [((g * mask[..., None]).sum(1) / length[:, None]).sum(0) for g in per_layer]
-        )
+        total = total + torch.stack([((g * mask[..., None]).sum(1) / length[:, None]).sum(0) for g in per_layer])
         sequences += len(mask)
     return total / sequences
 

@@ -296,9 +296,7 @@ class UnlearnStep:
         active = torch.ones(len(names), dtype=torch.bool)
         if "kl" in names:
             value = sum(m["kl_loss"] for m in self._micro_batches) / len(self._micro_batches)
-            active[names.index("kl")] = mollm.kl_active(
-                value, self.prepared.kl_floor, factor=settings.kl_floor
-            )
+            active[names.index("kl")] = mollm.kl_active(value, self.prepared.kl_floor, factor=settings.kl_floor)
         if not torch.isfinite(products).all():
             self.discard()
             raise NonFiniteError("a gradient is not finite: stopped before the update, weights unchanged")
@@ -359,13 +357,10 @@ def check_batch(batch: Batch, side: str) -> None:
     """Raise ValueError unless `batch` has the three tensors [B, S] of transformers' conventions."""
     for key in ("input_ids", "attention_mask", "labels"):
         if key not in batch:
-            raise ValueError(
-                f"the {side} batch has no {key!r}; got {', '.join(map(str, batch)) or 'nothing'}"
-            )
+            raise ValueError(f"the {side} batch has no {key!r}; got {', '.join(map(str, batch)) or 'nothing'}")
         if batch[key].shape != batch["input_ids"].shape or batch[key].dim() != 2:
             raise ValueError(
-                f"{side} batch: {key} must be [B, S] = {list(batch['input_ids'].shape)}; "
-                f"got {list(batch[key].shape)}"
+                f"{side} batch: {key} must be [B, S] = {list(batch['input_ids'].shape)}; got {list(batch[key].shape)}"
             )
     if len(batch["input_ids"]) == 0:
         raise ValueError(f"the {side} batch has no rows")

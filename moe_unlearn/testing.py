@@ -56,8 +56,7 @@ def assert_as_accurate(actual: Tensor, baseline: Tensor, gold: Tensor, *, name: 
     for what, find in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         if not torch.equal(find(actual), find(baseline)):
             raise AccuracyError(
-                f"{name}: {what} in {int(find(actual).sum())} places, "
-                f"baseline has {int(find(baseline).sum())}"
+                f"{name}: {what} in {int(find(actual).sum())} places, baseline has {int(find(baseline).sum())}"
             )
     finite = baseline.isfinite() & gold.isfinite()
     truth = torch.where(finite, gold.double(), 0.0)
@@ -135,9 +134,7 @@ def check_against_ref(
         grads = {}
         if gradients:
             upstream = _random_upstream(floating, seed, inputs, gradients, gradient_layout)
-            values = torch.autograd.grad(
-                floating, [leaves[k] for k in gradients], upstream, allow_unused=True
-            )
+            values = torch.autograd.grad(floating, [leaves[k] for k in gradients], upstream, allow_unused=True)
             grads = dict(zip(gradients, values, strict=True))
         results.append((outputs, grads))
     (actual, actual_grads), (baseline, baseline_grads), (gold, gold_grads) = results

@@ -127,9 +127,7 @@ def select_experts(
     return torch.zeros_like(critical).scatter_(1, largest, True) & critical
 
 
-def calibration_target(
-    forget: RoutingFrequencies | Tensor, retain: RoutingFrequencies | Tensor, eta: float
-) -> Tensor:
+def calibration_target(forget: RoutingFrequencies | Tensor, retain: RoutingFrequencies | Tensor, eta: float) -> Tensor:
     """(1 - eta) f^R + eta f^F, [L, E] float64; eta in [0, 1] says how far retain moves towards forget."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1]; got {eta}")
@@ -196,8 +194,7 @@ def _check(top_k_index, selected, target):
         raise ValueError(f"top_k_index must be [L, T, K] with T >= 1; got {list(top_k_index.shape)}")
     if selected.dtype != torch.bool or selected.dim() != 2 or len(selected) != len(top_k_index):
         raise ValueError(
-            f"selected must be bool [L, E] with L = {len(top_k_index)}; "
-            f"got {selected.dtype} {list(selected.shape)}"
+            f"selected must be bool [L, E] with L = {len(top_k_index)}; got {selected.dtype} {list(selected.shape)}"
         )
     if target.shape != selected.shape:
         raise ValueError(f"target must be [L, E] = {list(selected.shape)}; got {list(target.shape)}")

@@ -294,6 +294,9 @@ def test_delegation_warns_once_for_all_layers_and_passes():
         module._apply_gate = lambda z: z.chunk(2, -1)[0].sin() * z.chunk(2, -1)[1]
     ids = torch.randint(3, 64, (1, 4))
     assert len(warned(lambda: [model(ids), model(ids)])) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids)
 
 
 @pytest.mark.quick
@@ -313,7 +316,9 @@ def test_quantised_weights_are_delegated(dtype, monkeypatch):
     calls = []
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", lambda self, x, *a: calls.append(1) or x)
     module = module_like()
-    module.gate_up_proj = torch.nn.Parameter(torch.zeros(EXPERTS, 2 * INNER, HIDDEN).to(dtype), requires_grad=False)
+    for name in ("gate_up_proj", "down_proj"):
+        weight = torch.zeros_like(getattr(module, name)).to(dtype)
+        setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
     x = torch.randn(3, HIDDEN)
     with pytest.warns(UserWarning, match=f"its weights are {dtype}"):
         assert module(x, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)) is x
@@ -323,10 +328,16 @@ def test_quantised_weights_are_delegated(dtype, monkeypatch):
 @pytest.mark.quick
 def test_transformers_fp8_experts_are_delegated_to_their_own_function(monkeypatch):
     monkeypatch.setitem(ALL_FP8_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", lambda self, x, *a: x + 1)
-    module = torch.nn.Module()
-    forward = ALL_FP8_EXPERTS_FUNCTIONS.get_interface(NAME, None)
-    with pytest.warns(UserWarning, match="quantised to FP8"):
-        assert forward(module, torch.zeros(1), None, None) == 1
+    module = module_like(experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(module, name).detach().to(torch.float8_e4m3fn)
+        setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
+    counts = torch.zeros(1, 1, EXPERTS, dtype=torch.int64)
+    x = torch.zeros(2, HIDDEN)
+    with step_inputs(torch.nn.ModuleList([module]), tokens_per_expert=counts):
+        with pytest.warns(UserWarning, match="its weights are torch.float8_e4m3fn"):
+            assert torch.equal(module(x, torch.tensor([[1], [3]]), torch.ones(2, 1)), x + 1)
+    assert counts.flatten().tolist() == [0, 1, 0, 1]
 
 
 def test_gates_of_other_families():

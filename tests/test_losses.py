@@ -103,9 +103,7 @@ def test_weights_and_given_states_and_kinds():
         plain = losses.token_losses(model, batch)
         weighted = losses.token_losses(model, batch, token_weights=weights, hidden_states=states)
         uce = losses.token_losses(model, batch, kind="uce", hidden_states=states)
-        same = losses.token_losses(
-            model, batch, kind="kl", hidden_states=states, ref_hidden_states=states.clone()
-        )
+        same = losses.token_losses(model, batch, kind="kl", hidden_states=states, ref_hidden_states=states.clone())
         other = losses.token_losses(
             model, batch, kind="kl", hidden_states=states, ref_hidden_states=states.flip(1),
             ref_lm_head=2 * losses.head_of(model).weight,

@@ -61,14 +61,8 @@ def test_the_verdict_says_which_lever_helps_and_which_does_not():
     assert "* TRACE (where in the data) **does not help" in text
     assert "* WAGLE (where in the model) **hurts**" in text
     assert "* all three **helps**: distance shorter by +0.1" in text
-    assert (
-        "* three levers: forget VerbMem 0.020 away from retrain's, 97.0% of retain VerbMem kept: **reached**"
-        in text
-    )
-    assert (
-        "* NPO: forget VerbMem 0.200 away from retrain's, 90.0% of retain VerbMem kept: **not reached**"
-        in text
-    )
+    assert "* three levers: forget VerbMem 0.020 away from retrain's, 97.0% of retain VerbMem kept: **reached**" in text
+    assert "* NPO: forget VerbMem 0.200 away from retrain's, 90.0% of retain VerbMem kept: **not reached**" in text
 
 
 @pytest.mark.quick
@@ -91,9 +85,7 @@ def test_a_missing_reference_is_said():
 @pytest.mark.quick
 def test_inactive_trace_is_said():
     routing = {key: table.tolist() for key, table in ROUTING.items()}
-    assert "forget-critical experts (1): layer 0 expert 0 (1.000 of forget, 0.500" in text_of(
-        {0: RESULTS}, routing
-    )
+    assert "forget-critical experts (1): layer 0 expert 0 (1.000 of forget, 0.500" in text_of({0: RESULTS}, routing)
     routing["selected"] = [[False] * 3] * 2
     assert "TRACE inactive" in text_of({0: RESULTS}, routing)
 

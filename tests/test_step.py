@@ -171,9 +171,7 @@ def test_trace_weights_have_mean_one_and_hit_their_targets(model):
     step, forget, retain = prepared(model, recipe("trace", "trace.cap=null"))
     state = step.prepared
     masks = [losses.target_mask(b) for b in retain]
-    given = torch.cat(
-        [state.token_weights.get(b)[m] for b, m in zip(retain, masks, strict=True)]
-    ).double()
+    given = torch.cat([state.token_weights.get(b)[m] for b, m in zip(retain, masks, strict=True)]).double()
     assert float(given.mean()) == pytest.approx(1, abs=1e-6)
     f, r = state.frequencies["forget"].frequency, state.frequencies["retain"].frequency
     target = trace.calibration_target(state.frequencies["forget"], state.frequencies["retain"], 0.3)
@@ -185,9 +183,7 @@ def test_trace_weights_have_mean_one_and_hit_their_targets(model):
 @pytest.mark.quick
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_wagle_leaves_masked_weights_bitwise_alone(optimizer, model):
-    made = recipe(
-        "wagle", "wagle.keep=0.5", "optimizer.weight_decay=0.1", f"optimizer.name={optimizer}", lr=1e-2
-    )
+    made = recipe("wagle", "wagle.keep=0.5", "optimizer.weight_decay=0.1", f"optimizer.name={optimizer}", lr=1e-2)
     step, forget, retain = prepared(model, made)
     before = weights(model)
     for i in range(5):

@@ -55,9 +55,7 @@ def put_infinity(out):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "bug", [zero_row, swap_columns, stale_element, scale_a_row, flip_sign, put_nan, put_infinity]
-)
+@pytest.mark.parametrize("bug", [zero_row, swap_columns, stale_element, scale_a_row, flip_sign, put_nan, put_infinity])
 def test_a_seeded_bug_fails(bug, dtype):
     gold, baseline = product(dtype)
     actual = baseline.clone()

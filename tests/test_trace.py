@@ -125,9 +125,7 @@ def test_an_expert_retain_never_uses_may_be_selected():
     f, r = torch.tensor([[0.6, 0.4, 0.0]]), torch.tensor([[0.0, 0.5, 0.5]])
     assert trace.select_experts(f, r, per_layer=3).tolist() == [[True, False, False]]
     # never used by either side: 0 / 0 is no ratio
-    assert not trace.select_experts(
-        f[:, [1, 2]], r[:, [1, 0]], per_layer=2, allow_empty=True, min_load=0
-    ).any()
+    assert not trace.select_experts(f[:, [1, 2]], r[:, [1, 0]], per_layer=2, allow_empty=True, min_load=0).any()
 
 
 def test_bad_selections_are_named():
@@ -196,10 +194,7 @@ def test_the_tilt_gives_the_weights_again_on_line(cap):
 def test_online_weights_are_capped_by_what_the_preparation_saw():
     found = trace.retain_weights(*case())
     tokens = torch.tensor([0.0, 80.0])
-    assert (
-        trace.online_weights(tokens, found.bias, math.exp(found.log_weight_max))[1]
-        <= 1.0001 * found.weights.max()
-    )
+    assert trace.online_weights(tokens, found.bias, math.exp(found.log_weight_max))[1] <= 1.0001 * found.weights.max()
     assert trace.online_weights(tokens, 0.0, None)[0] == 1
 
 

@@ -51,9 +51,7 @@ def arguments(folder, **keywords):
 
 
 def combined(*overrides):
-    return Recipe.load(
-        "combined", ["trace.min_ratio=1.01", "trace.eta=0.3", "optimizer.lr=1e-3", *overrides]
-    )
+    return Recipe.load("combined", ["trace.min_ratio=1.01", "trace.eta=0.3", "optimizer.lr=1e-3", *overrides])
 
 
 def differing(a, b):
@@ -67,9 +65,7 @@ def test_trains_logs_and_calls_back(original, dataset, tmp_path):
         def on_step_end(self, args, state, control, **keywords):
             seen.append(state.global_step)
 
-    trainer = UnlearnTrainer(
-        copy.deepcopy(original), arguments(tmp_path), combined(), dataset, callbacks=[Watch()]
-    )
+    trainer = UnlearnTrainer(copy.deepcopy(original), arguments(tmp_path), combined(), dataset, callbacks=[Watch()])
     trainer.train()
     assert seen == [1, 2, 3, 4, 5, 6] and trainer.unlearn_step.steps == 6
     logged = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
@@ -171,9 +167,7 @@ def test_a_run_that_diverges_stops_before_the_update_and_keeps_its_checkpoint(or
                 with torch.no_grad():
                     model.model.norm.weight.fill_(torch.nan)
 
-    trainer = UnlearnTrainer(
-        copy.deepcopy(original), arguments(tmp_path), combined(), dataset, callbacks=[Break()]
-    )
+    trainer = UnlearnTrainer(copy.deepcopy(original), arguments(tmp_path), combined(), dataset, callbacks=[Break()])
     with pytest.raises(NonFiniteError, match="stopped before the update; 3 steps done"):
         trainer.train()
     saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())

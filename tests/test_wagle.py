@@ -265,9 +265,7 @@ def test_reported_fractions_add_up():
     owner = "model.layers.1.mlp.experts"
     own = [mask.kept(n) for n in mask.names if n.startswith(owner)]
     assert len(own) == 4, "weights and biases"
-    per_expert = torch.stack(
-        [sum(k[e].sum() for k in own) / sum(k[e].numel() for k in own) for e in range(4)]
-    )
+    per_expert = torch.stack([sum(k[e].sum() for k in own) / sum(k[e].numel() for k in own) for e in range(4)])
     assert torch.equal(mask.fraction_per_expert[owner].float(), per_expert)
     assert set(mask.fraction_per_expert) == {owner, owner.replace("1", "0")}
 
@@ -374,9 +372,7 @@ def test_broken_files_are_refused(content, tmp_path):
 @pytest.mark.quick
 def test_a_mask_from_another_model_names_the_first_difference(model):
     mask = weight_mask(model, *data(), keep=0.5, gamma=1.0)
-    with pytest.raises(
-        ValueError, match=r"embed_tokens.weight is \[64, 32\] in the mask and \[70, 32\] in Olmoe"
-    ):
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is \[64, 32\] in the mask and \[70, 32\] in Olmoe"):
         mask.check(tiny_olmoe(vocab_size=70))
     smaller = Line(3)
     with pytest.raises(ValueError, match=r"weights\.0 is absent in the mask"):

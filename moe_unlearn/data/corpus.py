@@ -39,9 +39,7 @@ def runs(tokens: Sequence, length: int = RUN) -> set[tuple]:
     return {tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1)}
 
 
-def drop_shared_runs(
-    corpus: Corpus, tokens: Callable[[Document], Sequence] = words, length: int = RUN
-) -> Corpus:
+def drop_shared_runs(corpus: Corpus, tokens: Callable[[Document], Sequence] = words, length: int = RUN) -> Corpus:
     """The corpus without the documents that share a run of `length` tokens with another part.
 
     Retain documents all stay, a forget document goes if retain has one of its runs, a holdout document if

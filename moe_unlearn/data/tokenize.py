@@ -56,9 +56,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
 
 
-def encode(
-    documents: Sequence[Document], tokenizer, max_length: int, *, overflow: str = "split"
-) -> list[Example]:
+def encode(documents: Sequence[Document], tokenizer, max_length: int, *, overflow: str = "split") -> list[Example]:
     """Examples of at most `max_length` tokens: [bos] prompt or title, text, [eos].
 
     A prompt is masked with -100, a title is not. What does not fit goes to further examples with

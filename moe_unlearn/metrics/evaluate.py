@@ -39,9 +39,7 @@ def evaluate(
     for suffix, examples in (("f", forget), ("r", retain)):
         scored[suffix] = scores = token_scores(model, examples, batch_size=batch_size, pad_id=pad)
         results[f"nll_{suffix}"] = nll(scores)
-        verbatim = partial(
-            verbmem, model, tokenizer, examples, prompt_tokens=prompt_tokens, new_tokens=new_tokens
-        )
+        verbatim = partial(verbmem, model, tokenizer, examples, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
         cloze = partial(knowmem, model, tokenizer, examples, scores=scores)
         extracted = partial(extraction, model, examples, prompt_tokens=prompt_tokens)
         for name, metric in (("verbmem", verbatim), ("knowmem", cloze), ("extraction", extracted)):
@@ -53,8 +51,7 @@ def evaluate(
         results["minkauc"] = membership_auc(scored["f"], unseen)
         if reference_auc is None and reference is not None:
             known, new = (
-                token_scores(reference, examples, batch_size=batch_size, pad_id=pad)
-                for examples in (forget, holdout)
+                token_scores(reference, examples, batch_size=batch_size, pad_id=pad) for examples in (forget, holdout)
             )
             reference_auc = membership_auc(known, new)
         if reference_auc is not None:

@@ -74,9 +74,7 @@ def greedy(
     by_length: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(i)
-    groups = [
-        rows[i : i + batch_size] for rows in by_length.values() for i in range(0, len(rows), batch_size)
-    ]
+    groups = [rows[i : i + batch_size] for rows in by_length.values() for i in range(0, len(rows), batch_size)]
     device = next(model.parameters()).device
     continuations: list[list[int]] = [[] for _ in prompts]
     with evaluating(model):

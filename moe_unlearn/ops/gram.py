@@ -169,16 +169,12 @@ def _check_factors(row_gradients, inputs, expert_offsets):
         raise ValueError(f"inputs must be float [R, P]; got {inputs.dtype} {list(inputs.shape)}")
     for i, g in enumerate(row_gradients):
         if g.shape != row_gradients[0].shape or g.dim() != 2 or len(g) != len(inputs):
-            raise ValueError(
-                f"row_gradients[{i}] must be [R, M] with R = {len(inputs)} and one M; got {list(g.shape)}"
-            )
+            raise ValueError(f"row_gradients[{i}] must be [R, M] with R = {len(inputs)} and one M; got {list(g.shape)}")
         if g.dtype != inputs.dtype or g.device != inputs.device:
             raise ValueError(
-                f"row_gradients[{i}] must be {inputs.dtype} on {inputs.device} like inputs; "
-                f"got {g.dtype} on {g.device}"
+                f"row_gradients[{i}] must be {inputs.dtype} on {inputs.device} like inputs; got {g.dtype} on {g.device}"
             )
     if expert_offsets.dtype not in (torch.int32, torch.int64) or expert_offsets.dim() != 1:
         raise ValueError(
-            f"expert_offsets must be int32 or int64 [E + 1]; got {expert_offsets.dtype} "
-            f"{list(expert_offsets.shape)}"
+            f"expert_offsets must be int32 or int64 [E + 1]; got {expert_offsets.dtype} {list(expert_offsets.shape)}"
         )

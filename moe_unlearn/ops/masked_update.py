@@ -232,9 +232,7 @@ def _masked_sgd(
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "moe_unlearn::masked_adamw", mutates_args={"param", "exp_avg", "exp_avg_sq", "master"}
-)
+@torch.library.custom_op("moe_unlearn::masked_adamw", mutates_args={"param", "exp_avg", "exp_avg_sq", "master"})
 def _masked_adamw(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, mask: Tensor | None,
     master: Tensor | None, slices: Tensor | None, lr: float, beta1: float, beta2: float, eps: float,

@@ -53,9 +53,7 @@ class RetainWeights(NamedTuple):
     ess: float  # effective sample size (sum w)^2 / sum w^2, in tokens
 
 
-def retain_weights(
-    members: Tensor, target: Tensor, *, cap: float | None = None, impl: str = "auto"
-) -> RetainWeights:
+def retain_weights(members: Tensor, target: Tensor, *, cap: float | None = None, impl: str = "auto") -> RetainWeights:
     """Weights of T tokens under which each of S experts is used with its target frequency.
 
     Args:
@@ -87,9 +85,7 @@ def retain_weights_ref(members: Tensor, target: Tensor, *, cap: float | None = N
     return retain_weights(members, target, cap=cap, impl="ref")
 
 
-def tilted_weights(
-    words: Tensor, tilt: Tensor, bias: float, *, cap: float | None = None, impl: str = "auto"
-) -> Tensor:
+def tilted_weights(words: Tensor, tilt: Tensor, bias: float, *, cap: float | None = None, impl: str = "auto") -> Tensor:
     """w_t = min(cap, exp(bias + tilt . a_t)), float32 [T], computed in float64.
 
     Args:
@@ -102,8 +98,7 @@ def tilted_weights(
 def tilted_weights_ref(words: Tensor, tilt: Tensor, bias: float, cap: float) -> Tensor:
     """`tilted_weights` in plain PyTorch; `cap` may be infinite."""
     blocks = [
-        (bias + unpack_bits(part, len(tilt)).to(tilt.dtype) @ tilt).exp().clamp_max(cap)
-        for part in words.split(BLOCK)
+        (bias + unpack_bits(part, len(tilt)).to(tilt.dtype) @ tilt).exp().clamp_max(cap) for part in words.split(BLOCK)
     ]
     return torch.cat(blocks).to(torch.float32)
 
@@ -240,6 +235,5 @@ def _check_words(words, tilt):
     width = num_words(len(tilt))
     if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != width:
         raise ValueError(
-            f"words must be int32 [T, ceil({len(tilt)} / 32)] = [T, {width}]; "
-            f"got {words.dtype} {tuple(words.shape)}"
+            f"words must be int32 [T, ceil({len(tilt)} / 32)] = [T, {width}]; got {words.dtype} {tuple(words.shape)}"
         )

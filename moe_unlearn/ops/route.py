@@ -136,8 +136,7 @@ def _check(top_k_index, num_experts, group, num_groups, log_tilt, log_weight):
             )
         if log_weight.shape != (num_tokens,) or log_weight.dtype != torch.float32:
             raise ValueError(
-                f"log_weight must be float32 [T] = [{num_tokens}]; "
-                f"got {log_weight.dtype} {tuple(log_weight.shape)}"
+                f"log_weight must be float32 [T] = [{num_tokens}]; got {log_weight.dtype} {tuple(log_weight.shape)}"
             )
     for name, tensor in (("group", group), ("log_tilt", log_tilt), ("log_weight", log_weight)):
         if tensor is not None and tensor.device != top_k_index.device:

@@ -78,9 +78,7 @@ def score_histogram_ref(
     counts = torch.zeros(BINS, dtype=torch.int64, device=weight.device)
     for bits in _bit_rows(weight, grad_forget, grad_retain, gamma):
         high, low = bits >> 16, bits & 0xFFFF
-        counts = counts + torch.bincount(
-            high.flatten() if digit == 0 else low[high == prefix], minlength=BINS
-        )
+        counts = counts + torch.bincount(high.flatten() if digit == 0 else low[high == prefix], minlength=BINS)
     return counts
 
 
@@ -106,9 +104,7 @@ def score_mask(
     """
     _check(weight, grad_forget, grad_retain, gamma)
     if not 0 <= threshold_bits < 1 << 31 or ties < 0:
-        raise ValueError(
-            f"threshold_bits must be in [0, 2^31) and ties not negative; got {threshold_bits} and {ties}"
-        )
+        raise ValueError(f"threshold_bits must be in [0, 2^31) and ties not negative; got {threshold_bits} and {ties}")
     return _score_mask(weight, grad_forget, grad_retain, gamma, threshold_bits, ties, impl)
 
 
@@ -149,9 +145,7 @@ def _score_dtype(weight: Tensor) -> torch.dtype:
 
 
 @torch.library.custom_op("moe_unlearn::weight_score", mutates_args=())
-def _weight_score(
-    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, impl: str
-) -> Tensor:
+def _weight_score(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, impl: str) -> Tensor:
     kernel = backend.resolve("weight_score", impl, weight)
     return kernel(weight, grad_forget, grad_retain, gamma).contiguous()
 

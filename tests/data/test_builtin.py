@@ -53,8 +53,7 @@ def test_no_run_of_12_bpe_tokens_is_shared(name):
 def test_pydoc_is_split_by_subject_and_holds_every_paragraph_once():
     corpus = data.load_builtin("builtin:pydoc")
     subjects = {
-        side: {d.title.rsplit(" ", 1)[0] for d in getattr(corpus, side)}
-        for side in ("forget", "retain", "holdout")
+        side: {d.title.rsplit(" ", 1)[0] for d in getattr(corpus, side)} for side in ("forget", "retain", "holdout")
     }
     assert subjects["forget"] | subjects["holdout"] <= set(builtin.PYDOC_FORGET)
     assert subjects["retain"] <= set(builtin.PYDOC_RETAIN)

@@ -19,9 +19,7 @@ def examples(*lengths):
     return [Example([10 + i] * n, [10 + i] * n, 1) for i, n in enumerate(lengths)]
 
 
-@pytest.mark.parametrize(
-    "text", ["fox", "  two  spaces\n\ttab ", "ünïcödé 漢字 🦊", "\x00\x7f", "don't , stop ."]
-)
+@pytest.mark.parametrize("text", ["fox", "  two  spaces\n\ttab ", "ünïcödé 漢字 🦊", "\x00\x7f", "don't , stop ."])
 def test_any_text_comes_back(tokenizer, text):
     assert tokenizer.decode(encode([Document("", text)], tokenizer, 999)[0].input_ids[1:-1]) == text
 

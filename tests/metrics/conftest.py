@@ -70,9 +70,7 @@ class Oracle(torch.nn.Module):
         for row, tokens in enumerate(past.tolist()):
             for column in range(input_ids.shape[1]):
                 known = tokens[: first + column + 1]
-                following = next(
-                    (r for r in self.rows if r[: len(known)] == known and len(r) > len(known)), None
-                )
+                following = next((r for r in self.rows if r[: len(known)] == known and len(r) > len(known)), None)
                 logits[row, column] = torch.tensor(rest).log()
                 if following is not None:
                     # position in the sequence of the token being predicted

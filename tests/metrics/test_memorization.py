@@ -41,9 +41,7 @@ def test_a_masked_prompt_is_the_prompt(oracle, tokenizer):
     model = oracle()
     model.rows = [e.input_ids for e in asked]
     assert verbmem(model, tokenizer, asked, prompt_tokens=1) == 1
-    model.rows = [
-        [1]
-    ]  # knows nothing: had the answer leaked into the prompt, nothing would remain to be asked
+    model.rows = [[1]]  # knows nothing: had the answer leaked into the prompt, nothing would remain to be asked
     assert verbmem(model, tokenizer, asked, prompt_tokens=1000) == 0
 
 
@@ -72,12 +70,8 @@ def test_cloze_words_are_the_longest_new_ones(tokenizer):
     spans = cloze_spans(example, tokenizer, 4)
     words = [tokenizer.decode(example.input_ids[a:b]).strip(" ;,") for a, b in spans]
     assert words == ["harbour", "bells", "lighthouses", "autumn"]  # first occurrences, in the text's order
-    assert [
-        tokenizer.decode(example.input_ids[a:b]).strip() for a, b in cloze_spans(example, tokenizer, 1)
-    ] == [
-        "lighthouses;"
-        if ";" in tokenizer.decode(example.input_ids[spans[2][0] : spans[2][1]])
-        else "lighthouses"
+    assert [tokenizer.decode(example.input_ids[a:b]).strip() for a, b in cloze_spans(example, tokenizer, 1)] == [
+        "lighthouses;" if ";" in tokenizer.decode(example.input_ids[spans[2][0] : spans[2][1]]) else "lighthouses"
     ]
     everything = [tokenizer.decode(example.input_ids[a:b]) for a, b in cloze_spans(example, tokenizer, 99)]
     assert not any("title" in word for word in everything)

@@ -83,9 +83,7 @@ def test_evaluate_is_flat_and_leaves_the_model_alone(random_model, tokenizer, ex
     weights = {k: v.clone() for k, v in random_model.state_dict().items()}
     sets = {"forget": examples[:1], "retain": examples[1:2]}
     plain = evaluate(random_model, tokenizer, **sets)
-    assert set(plain) == {
-        f"{metric}_{side}" for metric in ("verbmem", "knowmem", "nll", "extraction") for side in "fr"
-    }
+    assert set(plain) == {f"{metric}_{side}" for metric in ("verbmem", "knowmem", "nll", "extraction") for side in "fr"}
     full = evaluate(random_model, tokenizer, **sets, holdout=examples[2:], reference=random_model)
     assert full["privleak"] == (0 if full["minkauc"] else pytest.approx(math.nan, nan_ok=True))
     assert {k: full[k] for k in plain} == plain and {"nll_h", "minkauc"} <= set(full)

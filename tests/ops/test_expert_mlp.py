@@ -110,6 +110,8 @@ def test_gradient_is_cut_at_the_clamp_as_torch_cuts_it_and_nan_is_never_lost(gat
     finite = z.isfinite().all(1)
     assert torch.equal(got[finite] == 0, expected[finite] == 0)
     assert not (expected.isnan() & got.isfinite()).any()
+    if gate == Gate():  # nothing is clamped: a token that is NaN must show in both
+        assert got[z.isnan().all(1)].isnan().all() and expected[z.isnan().all(1)].isnan().all()
 
 
 @pytest.mark.quick

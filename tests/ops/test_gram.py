@@ -15,8 +15,7 @@ SHAPES = [(4, 6, 5), (33,), (7, 32), (), (0, 5), (3, 0), (1, 70)]
 
 def gradient_sets(m, make, missing=()):
     return [
-        [None if (i, p) in missing else make(shape, 100 * i + p) for p, shape in enumerate(SHAPES)]
-        for i in range(m)
+        [None if (i, p) in missing else make(shape, 100 * i + p) for p, shape in enumerate(SHAPES)] for i in range(m)
     ]
 
 
@@ -131,9 +130,7 @@ def test_factors_are_the_gram_of_the_gradients_they_make(pattern, m):
 def test_factors_take_other_layouts_and_no_rows():
     dy, x, offsets, full = factors("half_empty", 2, lambda s, seed: integers(*s, seed=seed))
     moved = [in_layout(dy[0], "transposed"), in_layout(dy[1], "sliced")]
-    assert torch.equal(
-        gram_factors(moved, in_layout(x, "strided"), offsets.long()), gram([[g] for g in full])
-    )
+    assert torch.equal(gram_factors(moved, in_layout(x, "strided"), offsets.long()), gram([[g] for g in full]))
     empty = gram_factors([torch.zeros(0, 4)], torch.zeros(0, 6), torch.zeros(6, dtype=torch.int32))
     assert torch.equal(empty, torch.zeros(1, 1, dtype=torch.float64))
 

@@ -55,9 +55,7 @@ def test_adamw_is_torch_adamw_where_the_mask_allows(options, dtype, impl):
     optimizer = torch.optim.AdamW([theirs], lr=1e-2, foreach=False, fused=False, **options)
     for step in range(1, 21):
         theirs.grad = randn(5, 6, 37, seed=step, dtype=dtype)
-        masked_adamw_(
-            ours, theirs.grad.clone(), m, v, pack_bits(mask), lr=1e-2, step=step, impl=impl, **options
-        )
+        masked_adamw_(ours, theirs.grad.clone(), m, v, pack_bits(mask), lr=1e-2, step=step, impl=impl, **options)
         optimizer.step()
     state = optimizer.state[theirs]
     for mine, other in ((ours, theirs), (m, state["exp_avg"]), (v, state["exp_avg_sq"])):
@@ -126,12 +124,8 @@ def test_the_op_is_as_accurate_as_its_reference(compact, numerics, impl):
         "step": 3,
     }
     m, v = moments(shape, state)
-    check_against_ref(
-        lambda **k: adamw(**k, impl=impl), masked_adamw_ref, inputs | {"exp_avg": m, "exp_avg_sq": v}
-    )
-    check_against_ref(
-        lambda **k: sgd(**k, impl=impl), masked_sgd_ref, inputs | {"momentum_buffer": m, "momentum": 0.9}
-    )
+    check_against_ref(lambda **k: adamw(**k, impl=impl), masked_adamw_ref, inputs | {"exp_avg": m, "exp_avg_sq": v})
+    check_against_ref(lambda **k: sgd(**k, impl=impl), masked_sgd_ref, inputs | {"momentum_buffer": m, "momentum": 0.9})
 
 
 @pytest.mark.quick
@@ -147,9 +141,7 @@ def test_compact_slices_equal_a_dense_mask_that_freezes_the_rest(rounding, shape
     m, v = moments(shape, torch.float32)
     common = {"lr": 0.03, "weight_decay": 0.1, "step": 4, "rounding": rounding, "seed": 7, "impl": impl}
     dense = adamw(param, grad, m, v, mask=pack_bits(mask), **common)
-    compact = adamw(
-        param, grad[slices], m[slices], v[slices], mask=pack_bits(mask[slices]), slices=slices, **common
-    )
+    compact = adamw(param, grad[slices], m[slices], v[slices], mask=pack_bits(mask[slices]), slices=slices, **common)
     assert same_bits(dense[0], compact[0]) and not same_bits(dense[0], param)
     assert same_bits(dense[1][slices], compact[1]) and same_bits(dense[2][slices], compact[2])
 
@@ -246,9 +238,7 @@ def test_masked_elements_keep_every_bit(rounding, impl):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(
-    "shape, slices", [((0, 4), None), ((3, 0), None), ((3, 4), []), ((), None), ((0,), None)]
-)
+@pytest.mark.parametrize("shape, slices", [((0, 4), None), ((3, 0), None), ((3, 4), []), ((), None), ((0,), None)])
 def test_empty_and_zero_dimensional(shape, slices, impl):
     slices = None if slices is None else torch.tensor(slices, dtype=torch.int64)
     param = torch.ones(shape)

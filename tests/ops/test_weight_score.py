@@ -105,9 +105,7 @@ def test_expanded_zeros_score_zero_and_fill_in_order():
     zero = torch.zeros(()).expand(3, 40)
     assert int(score_histogram(zero, zero, zero, gamma=1.0, digit=0)[0]) == 120
     words, taken = score_mask(zero, zero, zero, gamma=1.0, threshold_bits=0, ties=41)
-    assert (
-        unpack_bits(words, 40).flatten().nonzero().flatten().tolist() == list(range(41)) and int(taken) == 41
-    )
+    assert unpack_bits(words, 40).flatten().nonzero().flatten().tolist() == list(range(41)) and int(taken) == 41
 
 
 def test_minus_zero_is_zero_and_what_is_not_finite_sorts_last():
