@@ -108,7 +108,7 @@ def test_the_sets_are_apart_and_reproducible():
     other = experiment.build_data("builtin:pydoc", 4, SIZES["demo"])
     assert other[1] != first[1] and other[0].get_vocab() == first[0].get_vocab()
     forget, retain, holdout = first[1:]
-    assert (len(forget), len(retain)) == (100, 200) and 50 <= len(holdout) <= 64
+    assert (len(forget), len(retain)) == (SIZES["demo"].forget, SIZES["demo"].retain) and 50 <= len(holdout) <= 64
     sets = [set().union(*(runs(e.input_ids) for e in examples)) for examples in (forget, retain, holdout)]
     assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
 
