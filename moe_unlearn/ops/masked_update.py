@@ -27,8 +27,7 @@ step and the flat index in the *whole* parameter, so it does not depend on slice
 leaves float32 and float64 parameters, which need no rounding, alone.
 
 Deterministic, each element by itself. Source: the documented formulas of torch.optim.SGD and AdamW
-(decoupled weight decay); masking the update and compact state are our specification (DESIGN section 3,
-WAGLE, and section 4).
+(decoupled weight decay); masking the update and compact state are our specification.
 """
 
 from functools import partial

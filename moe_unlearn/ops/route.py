@@ -17,7 +17,7 @@ Worked example, E = 3, K = 2, top_k_index = [[2, 0], [0, 2]], group = [0, 1]:
     sorted_rows       [1, 2, 0, 3]
 
 Deterministic: integers are exact, and `log_weight` adds its K terms in the order of k. Source: our
-specification (DESIGN section 2); the counting sort by expert is common to every MoE library.
+specification; the counting sort by expert is common to every MoE library.
 """
 
 from typing import NamedTuple
