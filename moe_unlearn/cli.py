@@ -132,8 +132,7 @@ def run(options) -> None:
     )
     print(f"model: {out / 'model'}")
     if summary:
-        print(report.table(summary))
-        print(report.write(out))
+        _print_run(out, summary)
 
 
 def evaluate(options) -> None:
@@ -162,9 +161,8 @@ def demo(options) -> None:
     if options.clean_cache:
         print(f"removed {experiment.clean_cache()} cached models")
         return
-    summary = benchmark.demo(options.corpus, options.seeds, Path(options.out))
-    print(report.table(summary))
-    print(report.write(Path(options.out)))
+    out = Path(options.out)
+    _print_run(out, benchmark.demo(options.corpus, options.seeds, out))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -246,6 +244,12 @@ def _batches(examples: list, tokenizer, batch_size: int, side: str) -> list:
 def _require_moe(model) -> None:
     """The error of `enable` names the families that work; nothing stays switched."""
     enable(model).disable()
+
+
+def _print_run(out: Path, summary: dict) -> None:
+    """The table of a finished run and the paths of its report, which is already written."""
+    print(report.table(summary))
+    print(*(out / "report.md", *sorted((out / "figures").glob("*.png"))), sep="\n")
 
 
 def _write(path: Path, text: str) -> None:

@@ -135,7 +135,7 @@ class Objectives:
         given = batch.get("ref_logprobs")
         if given is None:
             given = self._need("reference", self.prepared.ref_logprobs).get(batch)
-        return (given * losses.target_mask(batch)).sum(1)
+        return losses.sequence_sums(given, losses.target_mask(batch))
 
     def _need(self, stage: str, value):
         if value is None:

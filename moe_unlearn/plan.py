@@ -8,6 +8,7 @@ from moe_unlearn import losses
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.forward import Batch
 from moe_unlearn.ops.bits import unpack_bits
+from moe_unlearn.preparation import uses_kl
 
 _HIDDEN_BYTES = 2  # cached hidden states are bfloat16
 _LOGPROB_BYTES = 4
@@ -136,7 +137,7 @@ def _cache_bytes(step, forget: list[Batch], retain: list[Batch]) -> int:
         predicted += tokens["forget"] * _LOGPROB_BYTES
     if recipe.retain.objective == "embed_diff":
         predicted += tokens["retain"] * hidden.shape[1] * _HIDDEN_BYTES
-    if recipe.retain.objective == "kl" or (recipe.mollm is not None and recipe.mollm.kl):
+    if uses_kl(recipe):
         predicted += tokens["retain"] * hidden.shape[1] * _HIDDEN_BYTES
         predicted += hidden.numel() * hidden.element_size() if hidden.requires_grad else 0
     return predicted

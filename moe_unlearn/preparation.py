@@ -103,7 +103,7 @@ def needed(recipe: Recipe) -> list[str]:
     uses = {
         "trace": recipe.trace is not None,
         "seuf": recipe.scope.kind == "seuf",
-        "reference": forget in ("npo", "idk_dpo") or retain in ("kl", "embed_diff") or _uses_kl(recipe),
+        "reference": forget in ("npo", "idk_dpo") or retain in ("kl", "embed_diff") or uses_kl(recipe),
         "kl_floor": mollm is not None and mollm.kl,
         "wagle": recipe.wagle is not None,
     }
@@ -190,7 +190,7 @@ def _reference(model, recipe, prepared, forget, retain):
         prepared.ref_logprobs_idk = RowCache(_CACHES["ref_logprobs_idk"])
         for batch in map(forward.refusal, forget):
             prepared.ref_logprobs_idk.put(batch, _token_logprobs(model, batch))
-    if _uses_kl(recipe):
+    if uses_kl(recipe):
         prepared.ref_hidden_states = RowCache(_CACHES["ref_hidden_states"])
         for batch in retain:
             states = losses.final_hidden_states(model, batch)
@@ -235,7 +235,8 @@ def _wagle(model, recipe, prepared, forget, retain):
     )
 
 
-def _uses_kl(recipe: Recipe) -> bool:
+def uses_kl(recipe: Recipe) -> bool:
+    """Whether the recipe compares with reference hidden states: KL as retain objective or in MOLLM."""
     return recipe.retain.objective == "kl" or (recipe.mollm is not None and recipe.mollm.kl)
 
 

@@ -32,18 +32,10 @@ def matching(model: nn.Module, patterns: list[str]) -> set[str]:
     return chosen
 
 
-def freeze_outside(model: nn.Module, names: set[str]) -> dict[str, bool]:
-    """Freeze every parameter not in `names`; returns the previous flags for `restore`."""
-    previous = {name: p.requires_grad for name, p in model.named_parameters()}
+def set_trainable(model: nn.Module, flags: dict[str, bool], names: set[str]) -> None:
+    """Let the parameters in `names` train as their `flags` say, and freeze all others."""
     for name, p in model.named_parameters():
-        p.requires_grad_(previous[name] and name in names)
-    return previous
-
-
-def restore(model: nn.Module, flags: dict[str, bool]) -> None:
-    """Undo `freeze_outside`."""
-    for name, p in model.named_parameters():
-        p.requires_grad_(flags[name])
+        p.requires_grad_(flags[name] and name in names)
 
 
 def expert_masks(model: nn.Module, selected: Tensor) -> dict[str, Tensor]:

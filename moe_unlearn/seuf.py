@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.experts import experts_modules
+from moe_unlearn.losses import final_hidden_states
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def affinity(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     total, sequences = 0.0, 0
     for batch in batches:
         with gates(model) as collected:
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            final_hidden_states(model, batch)
         mask = batch["attention_mask"].to(torch.float64)
         per_layer = [g[:, :-1].double().view(*mask.shape, -1) for g in collected.values()]
         length = mask.sum(1).clamp_min(1)

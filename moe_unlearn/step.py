@@ -233,7 +233,7 @@ class UnlearnStep:
     def close(self) -> None:
         """Give the model back: experts implementation and `requires_grad` flags as they were."""
         self.discard()
-        scope.restore(self.model, self._flags)
+        scope.set_trainable(self.model, self._flags, set(self._flags))
         self._implementation.disable()
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -249,8 +249,7 @@ class UnlearnStep:
             if kind == "seuf":
                 layer = int(selected.any(1).nonzero()[0])
                 names |= scope.router_parameters(self.model, list(experts_modules(self.model))[layer])
-        for name, p in self.model.named_parameters():
-            p.requires_grad_(self._flags[name] and name in names)
+        scope.set_trainable(self.model, self._flags, names)
 
     def _apply_masks(self) -> None:
         masks = {}
@@ -275,7 +274,9 @@ class UnlearnStep:
             sum(weights[name] * value for name, value in values.items()).backward()
             return
         if "anchor" in values:
-            values = values | {"forget": values["forget"] + self.recipe.scope.anchor * values.pop("anchor")}
+            anchor = self.recipe.scope.anchor * values["anchor"]
+            values = {name: v for name, v in values.items() if name != "anchor"}
+            values["forget"] = values["forget"] + anchor
         for i, (name, value) in enumerate(values.items()):
             # forget has a graph of its own; retain and KL share theirs, freed by the last of the two
             value.backward(retain_graph=name != "forget" and i + 1 < len(values))

@@ -49,6 +49,14 @@ def changed(model, before):
     return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
 
 
+def check_changes(model, results):
+    """The change, not the weight: a missing update would hide in the weight's own rounding."""
+    for name, start in model.named_parameters():
+        change = [results[k][name].double() - start.double() for k in ("ours", "baseline", "gold")]
+        assert change[2].abs().max() > 0
+        assert_as_accurate(change[0].float(), change[1].float(), change[2], name=name)
+
+
 def prepared(model, made):
     step = UnlearnStep(model, made)
     forget, retain = data()
@@ -86,11 +94,7 @@ def test_graddiff_with_sgd_is_what_torch_computes_by_hand(model):
                 for p in own.parameters():
                     p -= 0.1 * p.grad
         results[kind] = weights(own)
-    for name, start in model.named_parameters():
-        # the change, not the weight: a missing update would hide in the weight's own rounding
-        change = [results[k][name].double() - start.double() for k in ("ours", "baseline", "gold")]
-        assert change[2].abs().max() > 0
-        assert_as_accurate(change[0].float(), change[1].float(), change[2], name=name)
+    check_changes(model, results)
 
 
 @pytest.mark.quick
@@ -111,10 +115,7 @@ def test_accumulated_micro_batches_equal_one_batch_when_sizes_are_given(model):
         else:
             step(whole, whole)
         results[kind] = weights(own)
-    for name, start in model.named_parameters():
-        change = [results[k][name].double() - start.double() for k in ("ours", "baseline", "gold")]
-        assert change[2].abs().max() > 0
-        assert_as_accurate(change[0].float(), change[1].float(), change[2], name=name)
+    check_changes(model, results)
 
 
 @pytest.mark.quick
