@@ -4,6 +4,9 @@ Kernels register themselves under the name of their op, or `op.part` where an op
 (`expert_mlp.backward`). `"auto"` takes the fastest one registered for the device; a forced name that is
 missing is an error, never a silent fallback. float64 is always computed by `ref`.
 
+Triton kernels run on CUDA devices, and on the CPU in Triton's interpreter where TRITON_INTERPRET=1 was set
+before they are first used: only when forced, since the interpreter is there to test them.
+
 The environment variable `MOE_UNLEARN_IMPL` replaces `"auto"`:
 
     MOE_UNLEARN_IMPL=ref                      one name forces every op
@@ -11,6 +14,9 @@ The environment variable `MOE_UNLEARN_IMPL` replaces `"auto"`:
     MOE_UNLEARN_IMPL=route=ref,gram=triton    pairs force single ops, the others stay "auto"
 """
 
+import functools
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 
@@ -18,13 +24,16 @@ import torch
 
 IMPLS = ("triton", "cuda", "cpu", "ref")
 ENVIRONMENT_VARIABLE = "MOE_UNLEARN_IMPL"
-_FASTEST_FIRST = {"cuda": ("cuda", "triton", "ref"), "cpu": ("cpu", "ref")}
+_FASTEST_FIRST = {"cuda": ("cuda", "triton", "ref"), "cpu": ("cpu", "ref", "triton")}
 
-_kernels: dict[tuple[str, str], Callable] = {}
+_kernels: dict[tuple[str, str], Callable | str] = {}
 
 
-def register(name: str, impl: str, kernel: Callable) -> None:
-    """Make `kernel` the implementation `impl` of the op (or `op.part`) `name`."""
+def register(name: str, impl: str, kernel: Callable | str) -> None:
+    """Make `kernel` the implementation `impl` of the op (or `op.part`) `name`.
+
+    A kernel given as "module:function" is imported when it first runs.
+    """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}; got {impl!r}")
     _kernels[name, impl] = kernel
@@ -33,7 +42,7 @@ def register(name: str, impl: str, kernel: Callable) -> None:
 def available(name: str, device_type: str) -> tuple[str, ...]:
     """The implementations of `name` that can run on `device_type`, fastest first."""
     order = _FASTEST_FIRST.get(device_type, ("ref",))
-    return tuple(impl for impl in order if (name, impl) in _kernels)
+    return tuple(impl for impl in order if (name, impl) in _kernels and _can_run(impl, device_type))
 
 
 def registered() -> tuple[str, ...]:
@@ -46,7 +55,11 @@ def resolve(name: str, impl: str, tensor: torch.Tensor) -> Callable:
 
     Raises ValueError for an unknown `impl` and RuntimeError for a forced one that is not available.
     """
-    return _kernels[name, choose(name, impl, tensor.device.type, tensor.dtype)]
+    key = name, choose(name, impl, tensor.device.type, tensor.dtype)
+    if isinstance(_kernels[key], str):
+        module, _, function = _kernels[key].partition(":")
+        _kernels[key] = getattr(importlib.import_module(module), function)
+    return _kernels[key]
 
 
 def choose(name: str, impl: str, device_type: str, dtype: torch.dtype | None = None) -> str:
@@ -70,6 +83,17 @@ def choose(name: str, impl: str, device_type: str, dtype: torch.dtype | None = N
         f"{name!r} has no implementation {' or '.join(preference)} for device {device_type!r}; "
         f"available: {', '.join(usable) or 'none'}"
     )
+
+
+def _can_run(impl: str, device_type: str) -> bool:
+    if impl != "triton":
+        return True
+    return _has_triton() and (device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _from_environment(op: str) -> tuple[str, tuple[str, ...]]:

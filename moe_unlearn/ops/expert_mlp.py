@@ -357,6 +357,8 @@ _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
 _expert_mlp_backward.register_autograd(_no_double_backward)
 backend.register("expert_mlp", "ref", _forward_ref)
 backend.register("expert_mlp.backward", "ref", _backward_ref)
+backend.register("expert_mlp", "triton", "moe_unlearn.triton_kernels.expert_mlp:expert_mlp")
+backend.register("expert_mlp.backward", "triton", "moe_unlearn.triton_kernels.expert_mlp:expert_mlp_backward")
 
 
 def _check(x, weights, sorted_rows, expert_offsets, w1, w2, b1, b2, gate, transposed, gated, trained):

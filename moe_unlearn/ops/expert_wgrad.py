@@ -340,6 +340,12 @@ backend.register("expert_wgrad.sgd", "ref", expert_wgrad_sgd_ref_)
 backend.register("expert_wgrad.adamw", "ref", expert_wgrad_adamw_ref_)
 backend.register("expert_wgrad.score", "ref", expert_wgrad_score_ref)
 backend.register("expert_wgrad.inner", "ref", expert_wgrad_inner_ref)
+backend.register("expert_wgrad", "triton", "moe_unlearn.triton_kernels.expert_wgrad:expert_wgrad")
+backend.register("expert_wgrad.accumulate", "triton", "moe_unlearn.triton_kernels.expert_wgrad:accumulate_")
+backend.register("expert_wgrad.sgd", "triton", "moe_unlearn.triton_kernels.expert_wgrad:sgd_")
+backend.register("expert_wgrad.adamw", "triton", "moe_unlearn.triton_kernels.expert_wgrad:adamw_")
+backend.register("expert_wgrad.score", "triton", "moe_unlearn.triton_kernels.expert_wgrad:score")
+backend.register("expert_wgrad.inner", "triton", "moe_unlearn.triton_kernels.expert_wgrad:inner")
 
 
 def _check(factors, experts, mask, buffers, weight=None):

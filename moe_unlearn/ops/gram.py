@@ -133,6 +133,8 @@ def _(row_gradients, inputs, expert_offsets, impl):
 
 backend.register("gram", "ref", gram_ref)
 backend.register("gram.factors", "ref", gram_factors_ref)
+backend.register("gram", "triton", "moe_unlearn.triton_kernels.gram:gram")
+backend.register("gram.factors", "triton", "moe_unlearn.triton_kernels.gram:gram_factors")
 
 
 def _check(gradients, masks):

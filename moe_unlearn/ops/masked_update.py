@@ -288,6 +288,8 @@ def _in_place(rule, param, grad, state, mask, master, slices, *random):
 
 backend.register("masked_update.sgd", "ref", _sgd_in_place)
 backend.register("masked_update.adamw", "ref", _adamw_in_place)
+backend.register("masked_update.sgd", "triton", "moe_unlearn.triton_kernels.masked_update:masked_sgd_")
+backend.register("masked_update.adamw", "triton", "moe_unlearn.triton_kernels.masked_update:masked_adamw_")
 
 
 def _check(param, grad, state, mask, step, rounding, master, slices):

@@ -212,6 +212,8 @@ def _(words, tilt, bias, cap, impl):
 
 backend.register("retain_weights", "ref", tilted_weights_ref)
 backend.register("retain_weights.moments", "ref", moments_ref)
+backend.register("retain_weights", "triton", "moe_unlearn.triton_kernels.retain_weights:retain_weights")
+backend.register("retain_weights.moments", "triton", "moe_unlearn.triton_kernels.retain_weights:moments")
 
 
 def _check(members, target, cap):

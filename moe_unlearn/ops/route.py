@@ -112,6 +112,7 @@ def _(top_k_index, num_experts, group, num_groups, log_tilt, log_weight, impl):
 
 
 backend.register("route", "ref", route_ref)
+backend.register("route", "triton", "moe_unlearn.triton_kernels.route:route")
 
 
 def _check(top_k_index, num_experts, group, num_groups, log_tilt, log_weight):

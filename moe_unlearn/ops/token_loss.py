@@ -328,6 +328,8 @@ def _column(labels: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
 
 backend.register("token_loss", "ref", _forward_tiled)
 backend.register("token_loss.backward", "ref", _backward_tiled)
+backend.register("token_loss", "triton", "moe_unlearn.triton_kernels.token_loss:token_loss")
+backend.register("token_loss.backward", "triton", "moe_unlearn.triton_kernels.token_loss:token_loss_backward")
 
 
 def _check(hidden, head, labels, bias, weights, kind, ref_hidden, ref_head):

@@ -191,6 +191,9 @@ def _(weight, grad_forget, grad_retain, gamma, threshold_bits, ties, impl):
 backend.register("weight_score", "ref", weight_score_ref)
 backend.register("weight_score.histogram", "ref", score_histogram_ref)
 backend.register("weight_score.mask", "ref", score_mask_ref)
+backend.register("weight_score", "triton", "moe_unlearn.triton_kernels.weight_score:weight_score")
+backend.register("weight_score.histogram", "triton", "moe_unlearn.triton_kernels.weight_score:score_histogram")
+backend.register("weight_score.mask", "triton", "moe_unlearn.triton_kernels.weight_score:score_mask")
 
 
 def _check(weight, grad_forget, grad_retain, gamma):

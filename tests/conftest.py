@@ -1,0 +1,36 @@
+"""Before anything imports Triton: without a GPU its kernels run in the interpreter."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where Triton kernels run: the GPU if there is one, else the CPU with the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_raw_bf16_dot():
+    """The interpreter multiplies bfloat16 operands of `tl.dot` as raw bit patterns, without an error."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    original = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *arguments):
+        for operand in (a, b):
+            if operand.dtype.scalar.is_bf16():
+                raise TypeError("tl.dot on bfloat16 operands in the interpreter: use common.dot")
+        return original(self, a, b, *arguments)
+
+    InterpreterBuilder.create_dot = create_dot
+    yield
+    InterpreterBuilder.create_dot = original

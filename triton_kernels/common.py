@@ -1,0 +1,51 @@
+"""What several kernels share: the matrix product, the bits of stochastic rounding, the running device."""
+
+import os
+
+import triton
+import triton.language as tl
+from triton.language.random import philox_impl
+
+# Triton decides when a kernel is decorated whether its interpreter runs it, and so does `dot`.
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def dot(a, b, accumulator):
+    """accumulator + a @ b, accumulated in float32; float32 operands are multiplied as such, never as TF32.
+
+    The interpreter multiplies bfloat16 operands as raw bit patterns, so they are widened there first.
+    """
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def random_bits(index, step, seed, parameter_id):
+    """Word 0 of Philox4x32-10, uint32: counter (index, step), key (seed, parameter_id); see `ops.bits.philox`.
+
+    index: int64 tensor of flat element indices; step: int64 scalar; seed, parameter_id: their low 32 bits count.
+    """
+    zero = tl.zeros_like(index)
+    word0, _, _, _ = philox_impl(
+        (index & 0xFFFFFFFF).to(tl.uint32),
+        (index >> 32).to(tl.uint32),
+        ((zero + step) & 0xFFFFFFFF).to(tl.uint32),
+        ((zero + step) >> 32).to(tl.uint32),
+        ((zero + seed) & 0xFFFFFFFF).to(tl.uint32),
+        ((zero + parameter_id) & 0xFFFFFFFF).to(tl.uint32),
+        10,
+    )
+    return word0
+
+
+@triton.jit
+def round_stochastic(value, random):
+    """float32 -> bfloat16, up with probability equal to the fraction cut off; NaN and infinity are kept."""
+    bits = value.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    quiet = tl.where(value != value, 0x00400000, 0).to(tl.uint32)
+    kept = tl.where(finite, bits + (random & 0xFFFF), bits | quiet)
+    return (kept >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
