@@ -61,7 +61,9 @@ def unlearn(
         seed=recipe.seed,
         report_to="none",
     )
-    dataset = data.ForgetRetainDataset(sets["forget"], sets["retain"], seed=recipe.seed)
+    dataset = data.ForgetRetainDataset(
+        sets["forget"], sets["retain"], seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
+    )
     trainer = UnlearnTrainer(model, arguments, recipe, dataset, processing_class=tokenizer)
     summary = {}
     reference = None
@@ -139,7 +141,9 @@ def unlearn_once(made: Experiment, recipe: Recipe) -> tuple[nn.Module, list[dict
     size = recipe.batch_size
     step.prepare(data.batches(made.forget, size), data.batches(made.retain_unlearn, size))
     seconds = time.perf_counter() - start
-    pairs = data.ForgetRetainDataset(made.forget, made.retain_unlearn, seed=recipe.seed)
+    pairs = data.ForgetRetainDataset(
+        made.forget, made.retain_unlearn, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
+    )
     trajectory = [_measure(model, made, 0)]
     for i in tqdm(range(recipe.steps), desc=recipe.name, unit="step", disable=None, leave=False):
         start = time.perf_counter()

@@ -181,13 +181,15 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     data: Data = field(default_factory=Data)
     steps: int = 60
-    batch_size: int = 8
+    batch_size: int = 8  # forget rows of a micro-batch
+    retain_per_forget: float = 1.0  # retain rows for each of them, at least 1
     accumulate: int = 1
     seed: int = 0
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate"):
             _above(name, getattr(self, name), 0)
+        _at_least("retain_per_forget", self.retain_per_forget, 1)
         if self.trace is not None and self.retain.objective not in ("nll", "kl"):
             raise ValueError(
                 f"trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; got {self.retain.objective!r}"

@@ -34,7 +34,7 @@ class UnlearnTrainer(Trainer):
         args: TrainingArguments; `remove_unused_columns` is switched off, nested batches need that.
         recipe: a `Recipe`, a YAML path or the name of a shipped recipe.
         train_dataset: a `data.ForgetRetainDataset`, or any dataset with lists `forget` and `retain` of
-            examples and items `{"forget": (example, index), "retain": (example, index)}`.
+            examples and items `{"forget": [(example, index)], "retain": [(example, index), ...]}`.
         data_collator: makes `{"forget": batch, "retain": batch}` of a list of such items; default
             `data.PairCollator`.
 
@@ -101,8 +101,8 @@ class UnlearnTrainer(Trainer):
 
         def batches(side: str):
             other = "retain" if side == "forget" else "forget"
-            filler = (getattr(self.train_dataset, other)[0], 0)
-            items = [{side: (e, i), other: filler} for i, e in enumerate(getattr(self.train_dataset, side))]
+            filler = [(getattr(self.train_dataset, other)[0], 0)]
+            items = [{side: [(e, i)], other: filler} for i, e in enumerate(getattr(self.train_dataset, side))]
             for i in range(0, len(items), size):
                 yield self._prepare_inputs(self.data_collator(items[i : i + size])[side])
 

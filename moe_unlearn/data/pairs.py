@@ -1,5 +1,7 @@
-"""Pairs of a forget and a retain example for trainers that draw both at every step."""
+"""Forget examples with their retain examples, for trainers that draw both at every step."""
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,34 +23,39 @@ REFUSALS = (
 
 
 class ForgetRetainDataset(Dataset):
-    """Item i is the i-th forget example with a randomly drawn retain example.
+    """Item i is the i-th forget example with randomly drawn retain examples.
 
-    The partners are a function of `seed` and the epoch alone: every epoch (`set_epoch`) walks through a fresh
-    permutation of the retain examples, so none comes twice before all have come. Raises ValueError if either
-    side is empty.
+    `retain_per_forget` >= 1 is how many on average: partners i * r to (i + 1) * r, both rounded down, so that a
+    batch of all F forget examples holds exactly floor(F * r) retain examples. The partners are a function of
+    `seed` and the epoch alone: every epoch (`set_epoch`) walks through a fresh permutation of the retain
+    examples, so none comes twice before all have come. Raises ValueError if a side is empty or r < 1.
     """
 
-    def __init__(self, forget: Sequence[Example], retain: Sequence[Example], *, seed: int = 0):
+    def __init__(
+        self, forget: Sequence[Example], retain: Sequence[Example], *, seed: int = 0, retain_per_forget: float = 1.0
+    ):
         for name, side in (("forget", forget), ("retain", retain)):
             if not len(side):
                 raise ValueError(f"expected at least one {name} example; the {name} set is empty")
-        self.forget, self.retain, self.seed = forget, retain, seed
+        if not retain_per_forget >= 1:
+            raise ValueError(f"retain_per_forget must be at least 1; got {retain_per_forget}")
+        self.forget, self.retain, self.seed, self.retain_per_forget = forget, retain, seed, retain_per_forget
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the partners of this epoch."""
         draw, rows = generator(self.seed, epoch), []
-        while len(rows) < len(self.forget):
+        bounds = [math.floor(i * self.retain_per_forget) for i in range(len(self.forget) + 1)]
+        while len(rows) < bounds[-1]:
             rows += torch.randperm(len(self.retain), generator=draw).tolist()
-        self.partners = rows[: len(self.forget)]
+        self.partners = [rows[start:stop] for start, stop in itertools.pairwise(bounds)]
 
     def __len__(self) -> int:
         return len(self.forget)
 
-    def __getitem__(self, i: int) -> dict[str, tuple[Example, int]]:
+    def __getitem__(self, i: int) -> dict[str, list[tuple[Example, int]]]:
         i = range(len(self))[i]  # IndexError past the end, and negative positions as in a list
-        partner = self.partners[i]
-        return {"forget": (self.forget[i], i), "retain": (self.retain[partner], partner)}
+        return {"forget": [(self.forget[i], i)], "retain": [(self.retain[p], p) for p in self.partners[i]]}
 
 
 class PairCollator:
@@ -61,13 +68,13 @@ class PairCollator:
     def __init__(self, pad_id: int = 0, refusals: Sequence[Example] | None = None):
         self.pad_id, self.refusals = pad_id, refusals
 
-    def __call__(self, items: Sequence[dict[str, tuple[Example, int]]]) -> dict[str, dict[str, Tensor]]:
+    def __call__(self, items: Sequence[dict[str, list[tuple[Example, int]]]]) -> dict[str, dict[str, Tensor]]:
         sides = {}
         for side in ("forget", "retain"):
-            examples, index = zip(*(item[side] for item in items), strict=True)
+            examples, index = zip(*(pair for item in items for pair in item[side]), strict=True)
             sides[side] = collate(examples, index, pad_id=self.pad_id)
         if self.refusals is not None:
-            rows = [self.refusals[item["forget"][1]] for item in items]
+            rows = [self.refusals[i] for item in items for _, i in item["forget"]]
             refused = collate(rows, range(len(rows)), pad_id=self.pad_id)
             sides["forget"] |= {f"idk_{k}": refused[k] for k in ("input_ids", "attention_mask", "labels")}
         return sides

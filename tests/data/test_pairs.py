@@ -15,18 +15,35 @@ def examples(count, start):
 
 
 def partners(dataset):
-    return [dataset[i]["retain"][1] for i in range(len(dataset))]
+    return [index for i in range(len(dataset)) for _, index in dataset[i]["retain"]]
 
 
 def test_every_forget_example_once_and_retain_fairly():
     dataset = ForgetRetainDataset(examples(50, 100), examples(20, 500), seed=1)
     assert len(dataset) == 50
-    assert [dataset[i]["forget"][1] for i in range(50)] == list(range(50))
+    assert [dataset[i]["forget"] for i in range(50)] == [[(e, i)] for i, e in enumerate(dataset.forget)]
     assert set(Counter(partners(dataset)).values()) == {2, 3}
-    assert dataset[3]["retain"][0] == dataset.retain[dataset[3]["retain"][1]]
+    [(example, index)] = dataset[3]["retain"]
+    assert example == dataset.retain[index]
     with pytest.raises(IndexError):
         dataset[50]
     assert dataset[-1] == dataset[49]
+
+
+@pytest.mark.parametrize("ratio,count", [(1.625, 65), (2.0, 80), (1.01, 40)])
+def test_several_retain_examples_for_each_forget_example(ratio, count):
+    dataset = ForgetRetainDataset(examples(40, 100), examples(65, 500), retain_per_forget=ratio)
+    assert len(partners(dataset)) == count
+    assert {len(dataset[i]["retain"]) for i in range(40)} <= {int(ratio), int(ratio) + 1}
+    if count <= 65:
+        assert len(set(partners(dataset))) == count
+    batch = PairCollator()([dataset[i] for i in range(40)])
+    assert len(batch["forget"]["input_ids"]) == 40 and batch["retain"]["index"].tolist() == partners(dataset)
+
+
+def test_fewer_than_one_retain_example_is_an_error():
+    with pytest.raises(ValueError, match="at least 1; got 0.5"):
+        ForgetRetainDataset(examples(4, 0), examples(4, 9), retain_per_forget=0.5)
 
 
 def test_partners_are_a_function_of_seed_and_epoch():
