@@ -6,11 +6,13 @@ machine without a GPU compile for another one.
 """
 
 import os
+from typing import NamedTuple
 
 import torch
 
 ARCHITECTURES = (80, 90, 100)
 _INTERPRETED_PROGRAMS = 3
+MAX_SPANS = 2048
 
 
 def architecture(device: torch.device) -> int:
@@ -29,3 +31,208 @@ def num_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class MaskedUpdate(NamedTuple):
+    block_words: int
+    num_warps: int
+
+
+def masked_update(shape: tuple[int, ...], dtype: torch.dtype, arch: int) -> MaskedUpdate:
+    """Eight elements a thread: one 16-byte access to a bfloat16 tensor, two to its float32 moments."""
+    return MaskedUpdate(block_words=32, num_warps=4)
+
+
+class Route(NamedTuple):
+    """Tiles of `route`, in rows; `chunk`: blocks whose counts a scatter program holds at a time, `cells`: elements
+    of the histogram it sums at a time."""
+
+    tokens_per_block: int
+    blocks: int
+    count_tile: int
+    tile: int
+    chunk: int
+    cells: int
+    num_warps: int
+
+
+def route(num_tokens: int, top_k: int, num_experts: int) -> Route:
+    """About one block per multiprocessor; each scatter program reads the counts of all of them."""
+    # one row per thread: the comparison of all pairs costs a thread 128 registers
+    tile = 128
+    limit = 128 if num_tokens * top_k <= 2**20 else 256
+    tokens_per_block = max(-(-2 * tile // top_k), -(-num_tokens // limit))
+    blocks = max(1, -(-num_tokens // tokens_per_block))
+    # 4096 counts in flight, 32 per thread
+    chunk = max(1, min(64, 4096 // (1 << (num_experts - 1).bit_length())))
+    return Route(tokens_per_block, blocks, 512, tile, chunk, 16, 4)
+
+
+class RetainWeights(NamedTuple):
+    block: int
+    num_warps: int
+
+
+def retain_weights() -> RetainWeights:
+    """`block`: tokens a program weighs."""
+    return RetainWeights(block=128, num_warps=4)
+
+
+class Moments(NamedTuple):
+    """`block`: tokens weighed at a time; a program of the second stage adds `sum_chunks` x `sum_block` at a time."""
+
+    tokens_per_chunk: int
+    chunks: int
+    block: int
+    num_warps: int
+    sum_block: int
+    sum_chunks: int
+
+
+def moments(num_tokens: int, size: int) -> Moments:
+    """About four programs per multiprocessor; `size`: S + 1. The order of the sums follows from the shape alone."""
+    block = 32
+    tiles = -(-size // 32)
+    limit = max(1, 528 // (tiles * (tiles + 1) // 2))
+    blocks_per_chunk = max(1, -(-num_tokens // (block * limit)))
+    chunks = max(1, -(-num_tokens // (block * blocks_per_chunk)))
+    return Moments(block * blocks_per_chunk, chunks, block, 8, 32, 32)
+
+
+class WeightScore(NamedTuple):
+    block_words: int
+    num_warps: int
+    num_spans: int
+
+
+def weight_score(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> WeightScore:
+    """num_spans: programs that walk contiguous spans, eight to a multiprocessor so that loads overlap."""
+    return WeightScore(block_words=32, num_warps=4, num_spans=min(8 * num_programs(device), MAX_SPANS))
+
+
+class MatmulTile(NamedTuple):
+    """One tile of a grouped product: `rows` x `columns` of the output, `depth` of the inner dimension at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    group: int
+    persistent: bool
+    descriptors: bool
+    num_warps: int
+    num_stages: int
+
+
+class ExpertMLP(NamedTuple):
+    """Tiles of `expert_mlp`. `gate_up` counts its columns in activations: a gated tile multiplies twice as many."""
+
+    gate_up: MatmulTile
+    linear: MatmulTile
+    activation: MatmulTile
+    weights_rows: int
+    weights_hidden: int
+    sum_columns: int
+
+
+def expert_mlp(rows_per_expert: int, hidden: int, inner: int, dtype: torch.dtype, arch: int) -> ExpertMLP:
+    """On sm_90 each of two warp groups multiplies 64 x 256 from shared memory; the epilogue of the gradient of the
+    activation holds seven values per element, so its tile is half as wide."""
+
+    def tile(columns, depth, num_stages, num_warps=8):
+        rows = 128 if rows_per_expert > 64 else 64
+        hopper = arch >= 90
+        return MatmulTile(rows, columns, depth, 8, hopper, hopper, num_warps, num_stages)
+
+    sum_columns = min(1024, 1 << (hidden - 1).bit_length())
+    if dtype == torch.float32:  # multiplied by ordinary instructions: operands must fit in registers
+        plain = MatmulTile(64, 64, 16, 8, False, False, 8, 3)
+        return ExpertMLP(plain._replace(columns=32), plain, plain, 16, 256, sum_columns)
+    if arch < 90:
+        return ExpertMLP(tile(64, 32, 4), tile(128, 32, 4), tile(64, 32, 4), 16, 256, sum_columns)
+    return ExpertMLP(tile(128, 64, 4), tile(256, 64, 4), tile(128, 64, 4), 16, 256, sum_columns)
+
+
+class OuterTile(NamedTuple):
+    """One tile of `expert_wgrad`: `block_m` x `block_p` of a weight gradient, `block_rows` of its rows at a time.
+    `splits`: parts that each expert's rows are cut into."""
+
+    block_m: int
+    block_p: int
+    block_rows: int
+    group: int
+    splits: int
+    descriptors: bool
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+
+
+def expert_wgrad(
+    epilogue: str, shape: tuple[int, int, int], rows_per_expert: int, gathered: bool, dtype: torch.dtype, arch: int,
+    programs: int,
+) -> OuterTile:  # fmt: skip
+    """epilogue: "store", "pair" (two gradients), "weights" (an update of nothing else, to the nearest), "update" or
+    "master" (an update with masters); shape: [M_e, M, P] of a gradient; gathered: whether rows of a factor are.
+
+    Only a store has registers to spare for 128 x 256, which reads least. An update with state waits for memory most of
+    the time: of 64 x 128, two programs fit on a multiprocessor, and one multiplies while the other waits. Rows are split
+    where the tiles do not fill the device twice and a part still has 1024 rows on average: fewer cost less than writing
+    and reading partial sums.
+    """
+    stages = 5 if gathered else 3  # row numbers are loaded two stages ahead: three blocks in flight either way
+    if dtype == torch.float32:  # multiplied by ordinary instructions: operands must fit in registers
+        tile = OuterTile(64, 64, 16, 8, 1, False, 4, stages, None)
+    else:
+        hopper = arch >= 90
+        block_p = 256 if hopper and epilogue == "store" else 128
+        tile = OuterTile(128, block_p, 64 if hopper else 32, 8, 1, hopper, 8, stages, None)
+        if epilogue in ("update", "master"):
+            tile = tile._replace(block_m=64, max_registers=128 if epilogue == "update" else None)
+    tiles = shape[0] * -(-shape[1] // tile.block_m) * -(-shape[2] // tile.block_p)
+    splits = min(2 * programs // max(tiles, 1), rows_per_expert // 1024, 8)
+    return tile._replace(splits=max(splits, 1)) if epilogue == "store" else tile
+
+
+def expert_wgrad_sum() -> tuple[int, int]:
+    """(rows of 32 columns, num_warps) of a program that adds up parts: 16 elements a thread."""
+    return 64, 4
+
+
+class TokenLoss(NamedTuple):
+    """Tiles of `token_loss`: of the logits, and of the gradients of hidden states and head. `tiles_per_split`: tiles of
+    logits that a program of the forward folds; `chunk`: columns of dl/dz that exist at a time; the gradient of the
+    hidden states is cut into `split_tiles` tiles at least, but no chunk into more than `splits`."""
+
+    logits: MatmulTile
+    grad_hidden: MatmulTile
+    grad_head: MatmulTile
+    tiles_per_split: int
+    chunk: int
+    split_tiles: int
+    splits: int
+    merge_rows: int
+    merge_splits: int
+
+
+def token_loss(
+    num_rows: int, vocabulary: int, hidden: int, dtype: torch.dtype, arch: int, two_logits: bool
+) -> TokenLoss:
+    """two_logits: kl, whose tiles hold the logits of the reference too. A row of dl/dz takes 32 KB, less beyond 16,384
+    rows: half a gigabyte then. A chunk of 16,384 columns spends 2 % of its time on the sums it adds to."""
+    hopper = arch >= 90
+    rows = 128 if num_rows > 64 else 64
+    if dtype == torch.float32:  # multiplied by ordinary instructions: operands must fit in registers
+        logits = products = MatmulTile(64, 64, 16, 8, False, False, 4, 3)
+    elif hopper:
+        logits = MatmulTile(rows, 128 if two_logits else 256, 64, 16, False, True, 8, 3)
+        products = MatmulTile(rows, 256, 64, 16, False, True, 8, 3)
+    else:
+        logits = MatmulTile(rows, 64 if two_logits else 128, 32, 16, False, False, 8, 4)
+        products = MatmulTile(rows, 128, 32, 16, False, False, 8, 4)
+    row_tiles, column_tiles = -(-num_rows // logits.rows), -(-vocabulary // logits.columns)
+    # many more programs than multiprocessors: some rows do not count, and theirs have nothing to do
+    tiles_per_split = max(1, row_tiles * column_tiles // 8192)
+    chunk = min(2**15 // dtype.itemsize, max(2**29 // (dtype.itemsize * num_rows), 1024))
+    chunk = -(-min(chunk, vocabulary) // logits.columns) * logits.columns
+    grad_head = products._replace(rows=max(products.rows, logits.rows))
+    return TokenLoss(logits, products, grad_head, tiles_per_split, chunk, 256, max(chunk // 1024, 1), 32, 32)
