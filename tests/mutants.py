@@ -249,7 +249,7 @@ def stages(file: str) -> list[list[str]]:
     )
     if op == "common":  # the functions that the others call
         return [[*own, "-m", "quick"], [*memory, "-k", "5x6x37"], [str(TESTS / "test_masked_update.py")]]
-    return [[*own, "-m", "quick"], [*memory, "-k", f"{op}/"], own]
+    return [[*own, "-m", "quick"], [*memory, "-k", f"{op}/ or of_{op}_"], own]
 
 
 def run(mutant: Mutant | None, file: str, limits: tuple[float, ...] = (600, 600, 600)) -> tuple[str, list[float]]:

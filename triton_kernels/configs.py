@@ -134,22 +134,22 @@ class ExpertMLP(NamedTuple):
     sum_columns: int
 
 
-def expert_mlp(rows_per_expert: int, hidden: int, inner: int, dtype: torch.dtype, arch: int) -> ExpertMLP:
-    """On sm_90 each of two warp groups multiplies 64 x 256 from shared memory; the epilogue of the gradient of the
-    activation holds seven values per element, so its tile is half as wide."""
+def expert_mlp(rows_per_expert: int, hidden: int, dtype: torch.dtype, arch: int, aligned: bool) -> ExpertMLP:
+    """aligned: descriptors can name both weights and the rows between them. On sm_90 each of two warp groups then
+    multiplies 64 x 256; the gradient of the activation holds half a dozen values per element, its tile is narrower."""
+    rows = 128 if rows_per_expert > 64 else 64
 
-    def tile(columns, depth, num_stages, num_warps=8):
-        rows = 128 if rows_per_expert > 64 else 64
-        hopper = arch >= 90
-        return MatmulTile(rows, columns, depth, 8, hopper, hopper, num_warps, num_stages)
+    def tile(columns: int) -> MatmulTile:
+        if arch >= 90 and aligned:
+            return MatmulTile(rows, columns, 64, 8, True, True, 8, 4)
+        return MatmulTile(rows, columns // 2, 32, 8, False, False, 8, 4)
 
-    sum_columns = min(1024, 1 << (hidden - 1).bit_length())
     if dtype == torch.float32:  # multiplied by ordinary instructions: operands must fit in registers
-        plain = MatmulTile(64, 64, 16, 8, False, False, 8, 3)
-        return ExpertMLP(plain._replace(columns=32), plain, plain, 16, 256, sum_columns)
-    if arch < 90:
-        return ExpertMLP(tile(64, 32, 4), tile(128, 32, 4), tile(64, 32, 4), 16, 256, sum_columns)
-    return ExpertMLP(tile(128, 64, 4), tile(256, 64, 4), tile(128, 64, 4), 16, 256, sum_columns)
+        linear = activation = MatmulTile(64, 64, 16, 8, False, False, 8, 3)
+        gate_up = linear._replace(columns=32)
+    else:
+        gate_up, linear, activation = tile(128), tile(256), tile(128 if arch < 100 else 64)
+    return ExpertMLP(gate_up, linear, activation, 16, 256, min(1024, 1 << (hidden - 1).bit_length()))
 
 
 class OuterTile(NamedTuple):
@@ -175,7 +175,7 @@ def expert_wgrad(
     "master" (an update with masters); shape: [M_e, M, P] of a gradient; gathered: whether rows of a factor are.
 
     Only a store has registers to spare for 128 x 256, which reads least. An update with state waits for memory most of
-    the time: of 64 x 128, two programs fit on a multiprocessor, and one multiplies while the other waits. Rows are split
+    the time: with 64 x 128, two programs fit on a multiprocessor, one multiplies while the other waits. Rows are split
     where the tiles do not fill the device twice and a part still has 1024 rows on average: fewer cost less than writing
     and reading partial sums.
     """
@@ -186,8 +186,10 @@ def expert_wgrad(
         hopper = arch >= 90
         block_p = 256 if hopper and epilogue == "store" else 128
         tile = OuterTile(128, block_p, 64 if hopper else 32, 8, 1, hopper, 8, stages, None)
-        if epilogue in ("update", "master"):
-            tile = tile._replace(block_m=64, max_registers=128 if epilogue == "update" else None)
+        if epilogue in ("update", "master") or epilogue == "pair" and not hopper:
+            tile = tile._replace(block_m=64)
+        if epilogue == "update" and arch == 90:
+            tile = tile._replace(max_registers=128)
     tiles = shape[0] * -(-shape[1] // tile.block_m) * -(-shape[2] // tile.block_p)
     splits = min(2 * programs // max(tiles, 1), rows_per_expert // 1024, 8)
     return tile._replace(splits=max(splits, 1)) if epilogue == "store" else tile
@@ -215,24 +217,28 @@ class TokenLoss(NamedTuple):
 
 
 def token_loss(
-    num_rows: int, vocabulary: int, hidden: int, dtype: torch.dtype, arch: int, two_logits: bool
+    num_rows: int, vocabulary: int, dtype: torch.dtype, arch: int, two_logits: bool, softcap: bool, aligned: bool
 ) -> TokenLoss:
-    """two_logits: kl, whose tiles hold the logits of the reference too. A row of dl/dz takes 32 KB, less beyond 16,384
-    rows: half a gigabyte then. A chunk of 16,384 columns spends 2 % of its time on the sums it adds to."""
-    hopper = arch >= 90
+    """two_logits: kl, whose tiles hold the logits of the reference too; aligned: a descriptor can name the head. A row
+    of dl/dz takes 32 KB, less beyond 16,384 rows: half a gigabyte then. A chunk of 16,384 columns spends 2 % of its
+    time on the sums it adds to."""
     rows = 128 if num_rows > 64 else 64
+
+    def tile(columns: int, described: bool) -> MatmulTile:
+        if described:
+            return MatmulTile(rows, columns, 64, 16, False, True, 8, 3)
+        return MatmulTile(rows, columns // 2, 32, 16, False, False, 8, 4)
+
     if dtype == torch.float32:  # multiplied by ordinary instructions: operands must fit in registers
-        logits = products = MatmulTile(64, 64, 16, 8, False, False, 4, 3)
-    elif hopper:
-        logits = MatmulTile(rows, 128 if two_logits else 256, 64, 16, False, True, 8, 3)
-        products = MatmulTile(rows, 256, 64, 16, False, True, 8, 3)
+        logits = MatmulTile(64, 64, 16, 8, False, False, 8, 3)
+        grad_hidden = grad_head = logits._replace(num_warps=4)
     else:
-        logits = MatmulTile(rows, 64 if two_logits else 128, 32, 16, False, False, 8, 4)
-        products = MatmulTile(rows, 128, 32, 16, False, False, 8, 4)
+        # what tanh and a second tile of logits hold in registers leaves room for half the columns
+        logits = tile(128 if two_logits or softcap else 256, arch >= 90 and aligned)
+        grad_hidden, grad_head = tile(256, arch >= 90 and aligned), tile(256, arch >= 90)
     row_tiles, column_tiles = -(-num_rows // logits.rows), -(-vocabulary // logits.columns)
     # many more programs than multiprocessors: some rows do not count, and theirs have nothing to do
     tiles_per_split = max(1, row_tiles * column_tiles // 8192)
     chunk = min(2**15 // dtype.itemsize, max(2**29 // (dtype.itemsize * num_rows), 1024))
     chunk = -(-min(chunk, vocabulary) // logits.columns) * logits.columns
-    grad_head = products._replace(rows=max(products.rows, logits.rows))
-    return TokenLoss(logits, products, grad_head, tiles_per_split, chunk, 256, max(chunk // 1024, 1), 32, 32)
+    return TokenLoss(logits, grad_hidden, grad_head, tiles_per_split, chunk, 256, max(chunk // 1024, 1), 32, 32)

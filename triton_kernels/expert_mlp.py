@@ -33,6 +33,7 @@ from moe_unlearn.triton_kernels.gate import activate, activate_backward
 from moe_unlearn.triton_kernels.grouped_matmul import (
     column_halves,
     column_quarters,
+    describable,
     find_tile,
     grid,
     product,
@@ -56,7 +57,7 @@ def expert_mlp(
     z = x.new_empty(num_rows, wide)
     if num_rows == 0:
         return x.new_empty(x.shape), z
-    tiles = configs.expert_mlp(num_rows // max(num_experts, 1), hidden, inner, x.dtype, configs.architecture(x.device))
+    tiles = _tiles(num_rows, hidden, inner, gate_up_proj, down_proj)
     rows = sorted_rows.contiguous(), expert_offsets.contiguous()
     tile = tiles.gate_up
     weight = weight_argument(gate_up_proj, (1 + (gated and interleaved)) * tile.columns, tile)
@@ -86,7 +87,7 @@ def expert_mlp_backward(
     d_x, d_weights = x.new_empty(len(x) * need_x, hidden), weights.new_empty(len(weights) * need_weights, top_k)
     if num_rows == 0 or not any(needs):
         return d_x, d_weights, dz, scaled
-    tiles = configs.expert_mlp(num_rows // max(num_experts, 1), hidden, inner, x.dtype, configs.architecture(x.device))
+    tiles = _tiles(num_rows, hidden, inner, gate_up_proj, down_proj)
     rows = sorted_rows.contiguous(), expert_offsets.contiguous()
     tile = tiles.activation
     weight = weight_argument(down_proj, tile.columns, tile)
@@ -119,10 +120,9 @@ def _linear_to_tokens(
     (num_rows, depth), (num_experts, _, columns), tile = left.shape, weight.shape, tiles.linear
     slots = left.new_empty(num_rows, columns)
     argument = weight_argument(weight, tile.columns, tile)
-    source, described = rows_argument(left, tile)
     _linear_kernel[grid(num_rows, num_experts, columns, tile, left.device)](
-        source, *rows, argument.source, _contiguous(bias), _contiguous(weights), slots, num_rows, *argument.strides,
-        COLUMNS=columns, DEPTH=depth, NUM_EXPERTS=num_experts, ACCESS=argument.access, DESCRIPTOR=described,
+        rows_argument(left, tile), *rows, argument.source, _contiguous(bias), _contiguous(weights), slots, num_rows, *argument.strides,
+        COLUMNS=columns, DEPTH=depth, NUM_EXPERTS=num_experts, ACCESS=argument.access, DESCRIPTOR=tile.descriptors,
         **_blocks(tile),
     )  # fmt: skip
     out = left.new_empty(num_rows // top_k, columns)
@@ -132,15 +132,20 @@ def _linear_to_tokens(
     return out
 
 
+def _tiles(num_rows: int, hidden: int, inner: int, *weights: Tensor) -> configs.ExpertMLP:
+    rows_per_expert, dtype, arch = num_rows // len(weights[0]), weights[0].dtype, configs.architecture(weights[0].device)
+    aligned = inner * dtype.itemsize % 16 == 0 and all(describable(w) or describable(w.mT) for w in weights)
+    return configs.expert_mlp(rows_per_expert, hidden, dtype, arch, aligned)
+
+
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
 def _blocks(tile: configs.MatmulTile) -> dict[str, int]:
-    # shared memory lets one program run at a time: left alone, ptxas may spill in order to fit two
     return {
         "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth, "GROUP": tile.group,
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": 255,
+        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
 
 

@@ -7,11 +7,13 @@
 
 All share one main loop (`grouped_outer`): a program computes a tile of dW of one listed expert in float32 registers,
 and what happens to it there is the epilogue. Experts without rows run the loop zero times, so their tiles are exact
-zeros. A tile whose mask bits are all zero multiplies nothing.
+zeros. A tile whose mask bits are all zero multiplies nothing. Each tile is a program of its own, not a turn of a
+persistent one: how long a tile takes follows the routing, so the device hands out programs as it becomes free, and
+nothing hoisted out of a loop over tiles takes registers from the accumulator.
 
 Each element belongs to one program and its sum runs over the rows in order: the same bits for any order of programs, no
 atomics. Where few tiles meet many rows, each expert's rows are cut into `splits` parts, whose float32 tiles go to a
-workspace of splits x 4 bytes an element; a second launch adds the parts in order. For `score` and `inner` a program
+workspace of splits x 4 bytes an element; a second launch adds them in order. For `score` and `inner` a program
 holds the tiles of two gradients. `inner` writes the three float64 products of each pair of tiles, 24 bytes a tile, and
 a last launch adds those of each expert in a fixed order; no gradient reaches memory.
 """
@@ -70,9 +72,9 @@ def _write(
 @triton.jit
 def _store_kernel(
     out, out_strides, grad, input, bounds, grad_rows, input_rows, strides, experts, mask, mask_strides, num_listed,
-    M: tl.constexpr, P: tl.constexpr, ACCUMULATE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr,
-    BY_DESCRIPTOR: tl.constexpr, BOUNDS_STEP: tl.constexpr,
+    M: tl.constexpr, P: tl.constexpr, ACCUMULATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
+    BOUNDS_STEP: tl.constexpr,
 ):  # fmt: skip
     """With SPLITS > 1 out is the workspace [SPLITS * num_listed, M, P]: part s of matrix i at s * num_listed + i."""
     matrix, m, p = find_tile(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, GROUP)
@@ -101,10 +103,9 @@ def _sum_parts_kernel(
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     index, m, p = find_tile(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, 1)
-    offsets, exists = places(parts_strides, index, m, p, M, P, BLOCK_M, BLOCK_P)
-    total = tl.load(parts + offsets, mask=exists, other=0.0)
-    for _ in range(1, SPLITS):
-        offsets += num_listed * parts_strides[0]
+    total = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
+    for part in range(SPLITS):
+        offsets, exists = places(parts_strides, index + part * num_listed, m, p, M, P, BLOCK_M, BLOCK_P)
         total += tl.load(parts + offsets, mask=exists, other=0.0)
     _write(out, out_strides, mask, mask_strides, total, index, m, p, M, P, ACCUMULATE)
 

@@ -32,30 +32,28 @@ class Weight(NamedTuple):
     access: int
 
 
-def weight_argument(weight: torch.Tensor, block_columns: int, tile: configs.MatmulTile) -> Weight:
-    """`weight` [E, depth, columns] by descriptor if the tile wants one and its layout allows it, else by pointers."""
-    stride_expert, stride_depth, stride_column = weight.stride()
-    strides = stride_expert, stride_column, stride_depth
-    access, ordered, block = BY_COLUMN, weight, [1, tile.depth, block_columns]
-    if stride_depth == 1:
-        access, ordered, block = BY_DEPTH, weight.transpose(1, 2), [1, block_columns, tile.depth]
-    if not (tile.descriptors and describable(ordered)):
-        return Weight(weight, strides, POINTERS)
-    return Weight(TensorDescriptor(ordered, ordered.shape, ordered.stride(), block), strides, access)
-
-
-def rows_argument(rows: torch.Tensor, tile: configs.MatmulTile) -> tuple[torch.Tensor | TensorDescriptor, bool]:
-    """Contiguous `rows` [N, depth] and whether they are given by descriptor; see `weight_argument`."""
-    described = tile.descriptors and describable(rows)
-    block = [tile.rows, tile.depth]
-    return TensorDescriptor(rows, rows.shape, rows.stride(), block) if described else rows, described
-
-
 def describable(tensor: torch.Tensor) -> bool:
     """Whether a TMA descriptor can name `tensor`: the last dimension contiguous, all else 16-byte aligned."""
     *outer, last = tensor.stride()
     aligned = all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in outer)
     return last == 1 and aligned and tensor.numel() > 0 and tensor.data_ptr() % 16 == 0
+
+
+def weight_argument(weight: torch.Tensor, block_columns: int, tile: configs.MatmulTile) -> Weight:
+    """`weight` [E, depth, columns] in any strides; by descriptor if the tile wants one, `describable` as it stands or
+    with depth and columns exchanged."""
+    stride_expert, stride_depth, stride_column = weight.stride()
+    strides = stride_expert, stride_column, stride_depth
+    if not tile.descriptors:
+        return Weight(weight, strides, POINTERS)
+    if describable(weight):
+        return Weight(TensorDescriptor.from_tensor(weight, [1, tile.depth, block_columns]), strides, BY_COLUMN)
+    return Weight(TensorDescriptor.from_tensor(weight.mT, [1, block_columns, tile.depth]), strides, BY_DEPTH)
+
+
+def rows_argument(rows: torch.Tensor, tile: configs.MatmulTile) -> torch.Tensor | TensorDescriptor:
+    """`rows` [N, depth], contiguous; by descriptor if the tile wants one."""
+    return TensorDescriptor.from_tensor(rows, [tile.rows, tile.depth]) if tile.descriptors else rows
 
 
 def grid(

@@ -44,6 +44,8 @@ class FactorArguments(NamedTuple):
 def tile_for(epilogue: str, factors, experts: torch.Tensor | None) -> tuple[tuple[int, int, int], OuterTile]:
     """The shape [M_e, M, P] of a gradient and the tile that computes it; factors as in `ops.expert_wgrad`."""
     grad, input, expert_offsets, grad_rows, input_rows = factors
+    if grad.dtype == torch.float64:
+        raise TypeError("float64 factors are multiplied by impl='ref' only")
     num_experts = len(expert_offsets) - (expert_offsets.dim() == 1)
     shape = (num_experts if experts is None else len(experts), grad.shape[1], input.shape[1])
     rows = [len(r) for r in (grad_rows, input_rows) if r is not None]

@@ -91,13 +91,13 @@ def _weights_kernel(
 
 @triton.jit
 def _extended(words, token, inside, tile, num_members, stride_t, stride_word):
-    """a~ [tokens, 32] float64, elements 32 tile and on: the members, then a 1; behind it and outside 0."""
+    """a~ [tokens, 32] float64, elements 32 tile and on: the members, then a 1, then what nobody stores; 0 outside."""
     bit = tl.arange(0, WORD_BITS)
     element = tile * WORD_BITS + bit
     # 32 members end with a word: the 1 is then in a tile of its own, without a word
     mask = inside & (tl.zeros_like(token) + tile * WORD_BITS < num_members)
     word = tl.load(words + token * stride_t + tile.to(tl.int64) * stride_word, mask=mask, other=0)
-    member = ((word[:, None] >> bit[None, :]) & 1) * (element < num_members)[None, :]
+    member = (word[:, None] >> bit[None, :]) & 1
     return (member | (inside[:, None] & (element == num_members)[None, :])).to(tl.float64)
 
 

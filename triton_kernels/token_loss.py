@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_unlearn.triton_kernels import configs
 from moe_unlearn.triton_kernels.token_loss_backward import token_loss_backward
 from moe_unlearn.triton_kernels.token_loss_logits import (
     IGNORED,
     LOWEST,
-    describable,
+    choose_tiles,
+    is_label,
     log1p,
     logits,
     multiplied_dtype,
@@ -55,13 +55,12 @@ def token_loss(
     loss, norm, ref_norm = torch.empty_like(value), value.new_empty(2, num_rows), value.new_empty(2, num_rows)
     if num_rows == 0:
         return loss, value, norm, ref_norm
-    is_kl = kind == "kl"
-    config = configs.token_loss(num_rows, vocabulary, width, dtype, configs.architecture(hidden.device), is_kl)
+    config = choose_tiles(hidden, head, ref_head, dtype, kind, softcap)
     tile = config.logits
     rows = select_rows(hidden, ref_hidden, labels, weights if drop_zero_weights else None, dtype)
-    described = tile.descriptors and describable(rows.hidden, rows.ref_hidden, head, ref_head)
+    described = tile.descriptors
     splits = triton.cdiv(triton.cdiv(vocabulary, tile.columns), config.tiles_per_split)
-    partials = value.new_empty(5 if is_kl else 3, splits, num_rows)
+    partials = value.new_empty(5 if kind == "kl" else 3, splits, num_rows)
     blocks = [tile.rows, tile.depth], [tile.columns, tile.depth]
     _partials_kernel[(triton.cdiv(num_rows, tile.rows) * splits,)](
         operand(rows.hidden, blocks[0], described), operand(rows.ref_hidden, blocks[0], described),
@@ -124,8 +123,7 @@ def _partials_kernel(
         )  # fmt: skip
         tile_m, tile_s = _peak_and_sum(z, 1)
         if ref_hidden is None:
-            v = column + tl.arange(0, COLUMNS)
-            picked += tl.sum(tl.where(v[None, :] == label[:, None], z, 0.0), 1)
+            picked += tl.sum(tl.where(is_label(label, column, COLUMNS), z, 0.0), 1)
             m, s, _ = _fold(m, s, tile_m, tile_s)
         else:
             tile_ref_m = tl.maximum(tl.max(z_ref, 1), LOWEST)

@@ -26,11 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_unlearn.triton_kernels import configs
 from moe_unlearn.triton_kernels.common import dot, round_nearest
 from moe_unlearn.triton_kernels.token_loss_logits import (
-    describable,
+    choose_tiles,
     expm1,
+    is_label,
     load_tile,
     logits,
     multiplied_dtype,
@@ -58,15 +58,13 @@ def token_loss_backward(
     grad_bias = torch.empty(vocabulary if needs_bias else 0, dtype=like.dtype, device=like.device)
     if num_rows == 0:
         return grad_hidden, grad_head.zero_(), grad_bias.zero_()
-    config = configs.token_loss(
-        num_rows, vocabulary, width, dtype, configs.architecture(hidden.device), kind == "kl"
-    )
+    config = choose_tiles(hidden, head, ref_head, dtype, kind, softcap)
     chunk, tile = config.chunk, config.logits
     rows = select_rows(hidden, ref_hidden, labels, weights if drop_zero_weights else None, dtype)
     dlogits = torch.empty(num_rows, chunk, dtype=dtype, device=hidden.device)
     row_tiles = triton.cdiv(num_rows, tile.rows)
     column_sums = norm.new_empty(row_tiles, chunk) if needs_bias else None
-    described = tile.descriptors and describable(rows.hidden, rows.ref_hidden, head, ref_head)
+    described = tile.descriptors
     blocks = [tile.rows, tile.depth], [tile.columns, tile.depth]
     sources = (
         operand(rows.hidden, blocks[0], described), operand(rows.ref_hidden, blocks[0], described),
@@ -80,7 +78,8 @@ def token_loss_backward(
     for start in range(0, vocabulary, chunk):
         columns = min(chunk, vocabulary - start)
         _dlogits_kernel[(row_tiles * triton.cdiv(columns, tile.columns),)](
-            *sources, bias, labels, weights, grad, value, norm, ref_norm, rows.index, rows.count, dlogits, column_sums,
+            *sources, bias, labels, weights, grad, value, norm, ref_norm, rows.index, rows.count,
+            operand(dlogits, [tile.rows, tile.columns], described), column_sums,
             num_rows, start, columns, rows.hidden.stride(0), *head.stride(),
             *(head if ref_head is None else ref_head).stride(), 0 if bias is None else bias.stride(0),
             labels.stride(0), 0 if weights is None else weights.stride(0), grad.stride(0),
@@ -107,7 +106,7 @@ def token_loss_backward(
 
 def _launch_head_gradient(dlogits, rows, grad_head, start, columns, tile):
     num_rows, width = rows.hidden.shape
-    described = tile.descriptors and describable(dlogits, rows.hidden)
+    described = tile.descriptors
     _head_gradient_kernel[(triton.cdiv(columns, tile.rows) * triton.cdiv(width, tile.columns),)](
         operand(dlogits, [tile.depth, tile.rows], described),
         operand(rows.hidden, [tile.depth, tile.columns], described),
@@ -119,7 +118,7 @@ def _launch_head_gradient(dlogits, rows, grad_head, start, columns, tile):
 
 def _launch_hidden_sums(dlogits, head, rows, sums, sums_tiles, start, columns, config):
     tile, (vocabulary, width) = config.grad_hidden, head.shape
-    described = tile.descriptors and describable(dlogits, head)
+    described = tile.descriptors
     _hidden_sums_kernel[(sums_tiles,)](
         operand(dlogits, [tile.rows, tile.depth], described), operand(head, [tile.depth, tile.columns], described),
         rows.count, sums, len(dlogits), start, columns, dlogits.stride(0), *head.stride(),
@@ -163,8 +162,7 @@ def _dlogits_kernel(
         dz -= _softmax(z_ref, ref_norm, token, live, num_rows)
     else:
         label = tl.load(labels + token * label_stride, mask=live, other=-1)
-        v = column + tl.arange(0, COLUMNS)
-        dz -= (v[None, :] == label[:, None]).to(tl.float32)
+        dz = tl.where(is_label(label, column, COLUMNS), dz - 1, dz)
     dz *= (upstream * SCALE)[:, None]
     if SOFTCAP is not None:
         ratio = z * (1 / SOFTCAP)
@@ -172,8 +170,11 @@ def _dlogits_kernel(
         dz *= tl.where(z == -float("inf"), 0.0, 1 - ratio * ratio)
     dz = tl.where(live[:, None], dz, 0.0)
     at = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    out = dlogits + row.to(tl.int64)[:, None] * CHUNK + at[None, :]
-    tl.store(out, round_nearest(dz, dlogits.dtype.element_ty), mask=(row < num_rows)[:, None])
+    if DESCRIPTORS:
+        dlogits.store([row_tile * ROWS, column_tile * COLUMNS], round_nearest(dz, dlogits.dtype))
+    else:
+        out = dlogits + row.to(tl.int64)[:, None] * CHUNK + at[None, :]
+        tl.store(out, round_nearest(dz, dlogits.dtype.element_ty), mask=(row < num_rows)[:, None])
     if column_sums is not None:
         tl.store(column_sums + row_tile.to(tl.int64) * CHUNK + at, tl.sum(dz, 0))
 

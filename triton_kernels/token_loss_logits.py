@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_unlearn.triton_kernels import configs
 from moe_unlearn.triton_kernels.common import dot
 
 IGNORED = tl.constexpr(-100)
@@ -61,6 +62,13 @@ def select_rows(
         return gathered
 
     return Rows(count, index, slot, gather(hidden), None if ref_hidden is None else gather(ref_hidden))
+
+
+def choose_tiles(
+    hidden: Tensor, head: Tensor, ref_head: Tensor | None, dtype: torch.dtype, kind: str, softcap: float | None
+) -> configs.TokenLoss:
+    arch, aligned = configs.architecture(hidden.device), describable(head, ref_head)
+    return configs.token_loss(len(hidden), len(head), dtype, arch, kind == "kl", softcap is not None, aligned)
 
 
 def operand(tensor: Tensor | None, block: list[int], described: bool) -> Tensor | TensorDescriptor | None:
@@ -168,6 +176,14 @@ def logits(
     if bias is not None:
         offset = tl.load(bias + v.to(tl.int64) * bias_stride, mask=inside, other=0.0).to(tl.float32)
     return _finish(z, offset, inside, SCALE, SOFTCAP), _finish(z_ref, offset, inside, SCALE, SOFTCAP)
+
+
+@triton.jit
+def is_label(label, column, COLUMNS: tl.constexpr):
+    """bool [ROWS, COLUMNS]: where the int64 labels [ROWS] stand in a tile from `column` on."""
+    # compared as int32: the tile has many times more elements than labels
+    at = tl.where((label >= column) & (label < column + COLUMNS), label - column, -1).to(tl.int32)
+    return at[:, None] == tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit

@@ -4,6 +4,7 @@
     python -m tests.static.compile --op route --arch 90
     python -m tests.static.compile --triton DIR           with the Triton installed in DIR
     python -m tests.static.compile --json FILE            the figures, for the ledger
+    python -m tests.static.compile --recorded             only what the ledger has not seen, and a rotating tenth
 
 `tests/static/launches_<op>.py` holds CASES: name -> function that calls the op's launchers on empty CPU tensors
 of production shapes. Launches are recorded, not run.
@@ -11,6 +12,7 @@ of production shapes. Launches are recorded, not run.
 
 import argparse
 import dataclasses
+import datetime
 import importlib
 import json
 import multiprocessing
@@ -22,6 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+LEDGER = HERE / "ledger.json"
 ARCHITECTURES = (80, 90, 100)
 PROCESSES = 2
 COLUMNS = {
@@ -38,17 +41,20 @@ def operations() -> list[str]:
     return sorted(path.stem.removeprefix("launches_") for path in HERE.glob("launches_*.py"))
 
 
-def measure(modules: dict[str, str], architectures: tuple[int, ...]) -> dict[str, dict[str, dict]]:
+def measure(
+    modules: dict[str, str], architectures: tuple[int, ...], recorded: dict[str, dict[str, dict]] | None = None
+) -> dict[str, dict[str, dict]]:
     """{"sm_90": {"file/kernel/case": {"config": ..., <figures>}}}; a compiler error stands under "error".
 
     modules: op -> module with CASES. A case that launches a kernel in several specialisations numbers them; a
     specialisation that several cases launch belongs to the first. A case of another op than the kernel's file
-    is named with its op.
+    is named with its op. What is `recorded` with the same identity is not compiled again, but for a tenth of it.
     """
     from tests.static import triton_private
 
     names: list[tuple[str, str]] = []
     _launches.clear()
+    today = datetime.date.today().toordinal()
     for arch in architectures:
         os.environ["MOE_UNLEARN_TRITON_ARCH"] = str(arch)
         seen: set[str] = set()
@@ -59,20 +65,28 @@ def measure(modules: dict[str, str], architectures: tuple[int, ...]) -> dict[str
                 if not launches:
                     raise ValueError(f"the static case {op}/{case} launches no kernel on sm_{arch}")
                 for launch in launches:
-                    if launch.key in seen:
+                    if launch.identity in seen:
                         continue
-                    seen.add(launch.key)
+                    seen.add(launch.identity)
                     number = counts[launch.name] = counts.get(launch.name, 0) + 1
                     suffix = f" #{number}" if number > 1 else ""
                     prefix = "" if launch.name.startswith(f"{op}/") else f"{op}: "
                     names.append((f"sm_{arch}", f"{launch.name}/{prefix}{case}{suffix}"))
                     _launches.append(launch)
+    known = [(recorded or {}).get(arch, {}).get(name, {}) for arch, name in names]
+    todo = [i for i, launch in enumerate(_launches)
+            if known[i].get("identity") != launch.identity or resampled(launch.identity, today)]  # fmt: skip
     with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
-        entries = pool.map(_compile, range(len(_launches)), chunksize=1)
+        compiled = dict(zip(todo, pool.map(_compile, todo, chunksize=1), strict=True))
     measured: dict[str, dict[str, dict]] = {f"sm_{arch}": {} for arch in architectures}
-    for (arch, name), entry in zip(names, entries, strict=True):
-        measured[arch][name] = entry
+    for i, (arch, name) in enumerate(names):
+        measured[arch][name] = compiled.get(i, known[i])
     return measured
+
+
+def resampled(identity: str, day: int) -> bool:
+    """Whether it is this launch's day, one in ten, to be compiled although nothing changed."""
+    return (int(identity, 16) + day) % 10 == 0
 
 
 def _compile(index: int) -> dict:
@@ -85,7 +99,8 @@ def _compile(index: int) -> dict:
     except Exception as error:
         message = str(error).strip() or repr(error)
         return {"config": launch.config, "error": f"{type(error).__name__}: {message}"}
-    return {"config": launch.config, "seconds": time.perf_counter() - start, **dataclasses.asdict(figures)}
+    seconds = time.perf_counter() - start
+    return {"config": launch.config, "identity": launch.identity, "seconds": seconds, **dataclasses.asdict(figures)}
 
 
 def table(measured: dict[str, dict[str, dict]]) -> str:
@@ -98,7 +113,8 @@ def table(measured: dict[str, dict[str, dict]]) -> str:
                 lines.append(f"{name:<{width}}  {entry['config']}\n    {entry['error']}")
                 continue
             cells = "".join(f"{entry[column] or '·':>9}" for column in COLUMNS)
-            lines.append(f"{name:<{width}}{cells}{entry['seconds']:>9.1f}  {entry['config']}")
+            seconds = f"{entry['seconds']:.1f}" if "seconds" in entry else "-"
+            lines.append(f"{name:<{width}}{cells}{seconds:>9}  {entry['config']}")
     return "\n".join(lines)
 
 
@@ -130,6 +146,7 @@ def main() -> int:
     parser.add_argument("--arch", action="append", type=int, choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--triton", type=Path, help="folder of another Triton")
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--recorded", type=Path, nargs="?", const=LEDGER, help="a ledger, to leave out what is there")
     arguments = parser.parse_args()
     if _PREPARED not in os.environ:
         return run(*sys.argv[1:], triton_folder=arguments.triton).returncode
@@ -141,7 +158,9 @@ def main() -> int:
     ops = arguments.op if arguments.op or arguments.module else operations()
     modules = {op: f"tests.static.launches_{op}" for op in ops or ()}
     modules |= {module.rpartition(".")[2]: module for module in arguments.module}
-    measured = measure(modules, tuple(arguments.arch or ARCHITECTURES))
+    recorded = json.loads(arguments.recorded.read_text()) if arguments.recorded else {}
+    known = recorded.get(f"triton {triton.__version__}", {})
+    measured = measure(modules, tuple(arguments.arch or ARCHITECTURES), known)
     if arguments.json:
         arguments.json.write_text(json.dumps({"triton": triton.__version__, "measured": measured}))
     print(f"Triton {triton.__version__}", table(measured), sep="\n")

@@ -1,5 +1,6 @@
 """The tools of the ledger see what they must: in machine code of seeded kernels, and in seeded bad entries."""
 
+import datetime
 import importlib.util
 import json
 
@@ -39,6 +40,30 @@ def test_seeded_kernels(tmp_path):
     assert verdicts.keys() == {"spilling", "float32", "bfloat16", "broken"}
     assert "spilling instructions" in verdicts["spilling"] and "float atomics" in verdicts["float32"]
     assert "does not compile" in verdicts["broken"] and "incompatible dimensions" in verdicts["broken"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_only_changed_launches_and_a_rotating_tenth_are_compiled_again(tmp_path):
+    first, second, recorded = (tmp_path / f"{name}.json" for name in ("first", "second", "recorded"))
+    options = ["--module=tests.static.seeded", "--arch=90"]
+    tool.run(*options, "--json", str(first), capture_output=True)
+    before = json.loads(first.read_text())
+    entries = {name: e | {"registers": 7} for name, e in before["measured"]["sm_90"].items()}
+    changed = "seeded/_matmul_kernel/pointers"
+    entries[changed]["identity"] = "0" * 16
+    recorded.write_text(json.dumps({f"triton {before['triton']}": {"sm_90": entries}}))
+    tool.run(*options, "--json", str(second), "--recorded", str(recorded), capture_output=True)
+    today = datetime.date.today().toordinal()
+    for name, entry in json.loads(second.read_text())["measured"]["sm_90"].items():
+        fresh = "error" in entry or name == changed or tool.resampled(entry["identity"], today)
+        assert fresh == (entry.get("registers") != 7), name
+
+
+@pytest.mark.quick
+def test_every_launch_has_its_day():
+    for identity in ("0123456789abcdef", "f" * 16, "0" * 16):
+        assert sum(tool.resampled(identity, day) for day in range(739_000, 739_010)) == 1
 
 
 @pytest.mark.quick

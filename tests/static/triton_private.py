@@ -34,10 +34,16 @@ class Launch(NamedTuple):
         return f"{self.kernel.fn.__module__.rpartition('.')[2]}/{self.kernel.fn.__name__}"
 
     @property
-    def key(self) -> str:
-        """Equal for two launches that Triton would serve with one binary."""
-        parts = self.kernel.cache_key, self.signature, self.constexprs, self.attrs, sorted(self.options.items())
-        return hashlib.sha256(repr((self.arch, *parts)).encode()).hexdigest()
+    def identity(self) -> str:
+        """Equal for two launches that one version of Triton compiles to the same binary, on whatever machine.
+
+        The kernel's cache key covers its source, every function it calls and the constants they read.
+        """
+        constexprs = {path: getattr(value, "cache_key", value) for path, value in self.constexprs.items()}
+        # the paths of Triton's own libraries: part of its version, not of the launch
+        options = sorted((name, value) for name, value in self.options.items() if name != "extern_libs")
+        parts = self.arch, self.kernel.cache_key, self.signature, constexprs, self.attrs, options
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @property
     def config(self) -> str:
@@ -80,7 +86,7 @@ def record(function: Callable[[], None], arch: int) -> list[Launch]:
 
     def keep(kernel, key, signature, device, constexprs, options, attrs, warmup):
         launch = Launch(kernel, arch, signature, constexprs, attrs, dict(options.__dict__))
-        found.setdefault(launch.key, launch)
+        found.setdefault(launch.identity, launch)
 
     original, JITFunction._do_compile = JITFunction._do_compile, keep
     driver.set_active(_Target(arch))

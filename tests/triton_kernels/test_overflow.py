@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_unlearn.ops import expert_mlp
+from moe_unlearn.ops import Gate, expert_mlp
+from moe_unlearn.testing import integers
 from moe_unlearn.triton_kernels.common import INTERPRET
 from tests.checkers.case import Case, bits
 from tests.checkers.child import in_child
@@ -95,24 +96,26 @@ def test_every_argument_may_reach_past_2_to_the_31(name, architecture, monkeypat
 @pytest.mark.parametrize("name", ["expert_wgrad/store half_empty", "weight_score/score 3x5x7"])
 def test_results_may_reach_past_2_to_the_31(name, dim):
     def run():
-        results = []
+        results, allocated = [], []
         for offset in (0, PAST):
             case = CASES[name]()
 
             def allocate(shape, dtype, offset=offset):
-                return stretched(torch.zeros(shape, dtype=dtype), dim, offset)
+                allocated.append(stretched(torch.zeros(shape, dtype=dtype), dim, offset))
+                return allocated[-1]
 
             arguments = map_tensors(dict(case.arguments), torch.clone)
             with lazily(allocate):
                 outputs = tensors_in(case.function(**arguments))
             results.append([bits(output) for output in outputs])
-        if results[0] != results[1] or outputs[0].stride(dim) < 2**20:
+        assert allocated[-1].stride(dim) * (allocated[-1].shape[dim] - 1) > PAST
+        if results[0] != results[1]:
             yield "other bits"
 
     assert in_child(run) == []
 
 
-ROWS = 2**16 + 5
+ROWS = 2**21 + 5  # many rows and short sums: the programs that run are quick
 
 
 def far_end(name, grid):
@@ -123,23 +126,28 @@ def far_end(name, grid):
         return [(x, 0, 0) for x in range(grid[0] - 4, grid[0])]
     row_tiles = triton.cdiv(ROWS, 128)
     end = row_tiles * (grid[0] // (row_tiles + 2))
-    return [(x, 0, 0) for x in range(end - 2, end)]
+    return [(x, 0, 0) for x in range(end - 1, end)]
 
 
-@pytest.mark.parametrize("hidden,inner", [(16, 2**15), (2**15, 16)])
+@pytest.mark.parametrize("hidden,inner", [(16, 2**10), (2**10, 16)])
 def test_the_layer_of_expert_mlp_may_reach_past_2_to_the_31(hidden, inner, monkeypatch):
-    """One expert; only its last rows and columns are computed, and these alone are not zero."""
+    """One expert; only its last rows and columns are computed, and these alone are not zero: small integers."""
     monkeypatch.setenv("MOE_UNLEARN_TRITON_ARCH", "80")
-    last = 4  # rows and columns that are looked at
+    last = 2  # rows and columns that are looked at
+
+    def values(*shape):
+        return integers(*shape, low=1, high=2, dtype=torch.bfloat16, seed=len(shape))
 
     def run():
         x, upstream = (lazy((ROWS, hidden), dtype=torch.bfloat16) for _ in range(2))
-        gate_up, down = torch.zeros(1, 2 * inner, hidden), torch.zeros(1, hidden, inner)
-        x[-last:, -last:], upstream[-last:, -last:] = torch.randn(2, last, last).bfloat16()
-        gate_up[0, -last:, -last:] = gate_up[0, inner - last : inner, -last:] = torch.randn(last, last)
-        down[0, -last:, -last:] = torch.randn(last, last)
+        gate_up, down = (
+            torch.zeros(1, *shape, dtype=torch.bfloat16) for shape in ((2 * inner, hidden), (hidden, inner))
+        )
+        x[-last:, -last:], upstream[-last:, -last:] = values(2, last, last)
+        gate_up[0, -last:, -last:] = gate_up[0, inner - last : inner, -last:] = values(last, last)
+        down[0, -last:, -last:] = torch.ones(last, last)
         routed = {"sorted_rows": torch.arange(ROWS).int(), "expert_offsets": torch.tensor([0, ROWS]).int()}
-        weights = {"gate_up_proj": gate_up.bfloat16(), "down_proj": down.bfloat16()}
+        weights = {"gate_up_proj": gate_up, "down_proj": down, "gate": Gate("relu")}
         results = []
         for impl, rows in (("triton", ROWS), ("ref", last)):
             tokens = x[-rows:].detach().requires_grad_()
@@ -151,7 +159,7 @@ def test_the_layer_of_expert_mlp_may_reach_past_2_to_the_31(hidden, inner, monke
                 gradients = torch.autograd.grad(out, (tokens, shares), upstream[-rows:])
             results.append([tensor[-last:, -last:].detach().clone() for tensor in (out, *gradients)])
         for ours, theirs in zip(*results, strict=True):
-            if not theirs.any() or not torch.allclose(ours, theirs, rtol=2**-6, atol=2**-6):
+            if not theirs.any() or not torch.equal(ours, theirs):
                 yield f"{ours} instead of {theirs}"
         if resident_bytes() > 1500 * 2**20:
             yield f"{resident_bytes() >> 20} MiB were touched"

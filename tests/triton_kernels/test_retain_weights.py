@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+import triton.language as tl
 
 from moe_unlearn.ops import retain_weights
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
 from moe_unlearn.testing import LAYOUTS, assert_as_accurate, in_layout, integers, poison
 from moe_unlearn.triton_kernels import configs
+from moe_unlearn.triton_kernels import retain_weights as kernels
 from tests.ops.test_retain_weights import EXACT, check, frequency, random_members
 
 # either side of a word, and of the 1 that stands behind the members
@@ -107,6 +109,13 @@ def test_all_tokens_at_the_cap_have_no_second_moments(device):
     # at the cap exactly, a token is not free
     first, second = moments(words, torch.zeros_like(tilt), 0.0, cap=1.0, impl="triton")
     assert not second.any() and float(first[0]) == 50
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kernel", [kernels._weights_kernel, kernels._moments_kernel])
+def test_bias_and_cap_are_declared_float64(kernel):
+    """Without that a compiled kernel takes them as float32; the interpreter ignores it, so the next test cannot see."""
+    assert kernel.fn.__annotations__["bias"] == kernel.fn.__annotations__["cap"] == tl.float64
 
 
 @pytest.mark.quick
