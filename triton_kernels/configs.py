@@ -230,8 +230,8 @@ def token_loss(
         return MatmulTile(rows, columns // 2, 32, 16, False, False, 8, 4)
 
     if dtype == torch.float32:  # multiplied by ordinary instructions: operands must fit in registers
-        logits = MatmulTile(64, 64, 16, 8, False, False, 8, 3)
-        grad_hidden = grad_head = logits._replace(num_warps=4)
+        grad_hidden = grad_head = MatmulTile(64, 64, 16, 8, False, False, 4, 3)
+        logits = grad_hidden._replace(num_warps=4 if two_logits else 8)
     else:
         # what tanh and a second tile of logits hold in registers leaves room for half the columns
         logits = tile(128 if two_logits or softcap else 256, arch >= 90 and aligned)

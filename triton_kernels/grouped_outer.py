@@ -192,8 +192,12 @@ def halves(tile):
 
 @triton.jit
 def places(strides, index, m, p, M: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Offsets (int64) of the tile at (m, p) of matrix `index`, and which of its elements exist."""
+    """Offsets (int64) of the tile at (m, p) of matrix `index`, and which of its elements, or rows, exist."""
     row = m + tl.arange(0, BLOCK_M)[:, None]
     column = p + tl.arange(0, BLOCK_P)[None, :]
     offsets = index * strides[0] + row.to(tl.int64) * strides[1] + column.to(tl.int64) * strides[2]
-    return offsets, (row < M) & (column < P)
+    if P % BLOCK_P == 0:
+        exists = (row < M) & (p < P)
+    else:
+        exists = (row < M) & (column < P)
+    return offsets, exists

@@ -13,7 +13,7 @@ moments: two launches. Inside, a~ holds the 1 behind its S members, so that a ti
     _sum_kernel      grid (blocks of elements): adds the chunks in a fixed order, mirrors the triangle, moves the 1
                      to the front.
 
-Workspace: 8 (n + 1) n bytes per chunk, at most 528 / pairs chunks (`configs.moments`): 5 MB whatever S up to 500.
+Workspace: 8 (n + 1) n bytes per chunk, at most 528 / pairs chunks (`configs.moments`): at most 8.1 MB for S up to 512.
 Deterministic: the chunks depend on the shape alone, every sum runs in a fixed order, no atomics.
 """
 

@@ -30,7 +30,6 @@ from moe_unlearn.triton_kernels.common import dot, round_nearest
 from moe_unlearn.triton_kernels.token_loss_logits import (
     choose_tiles,
     expm1,
-    is_label,
     load_tile,
     logits,
     multiplied_dtype,
@@ -162,7 +161,9 @@ def _dlogits_kernel(
         dz -= _softmax(z_ref, ref_norm, token, live, num_rows)
     else:
         label = tl.load(labels + token * label_stride, mask=live, other=-1)
-        dz = tl.where(is_label(label, column, COLUMNS), dz - 1, dz)
+        # compared as int32, which takes half the registers
+        label = tl.where((label >= column) & (label < column + COLUMNS), label - column, -1).to(tl.int32)
+        dz = tl.where(label[:, None] == tl.arange(0, COLUMNS)[None, :], dz - 1, dz)
     dz *= (upstream * SCALE)[:, None]
     if SOFTCAP is not None:
         ratio = z * (1 / SOFTCAP)

@@ -179,14 +179,6 @@ def logits(
 
 
 @triton.jit
-def is_label(label, column, COLUMNS: tl.constexpr):
-    """bool [ROWS, COLUMNS]: where the int64 labels [ROWS] stand in a tile from `column` on."""
-    # compared as int32: the tile has many times more elements than labels
-    at = tl.where((label >= column) & (label < column + COLUMNS), label - column, -1).to(tl.int32)
-    return at[:, None] == tl.arange(0, COLUMNS)[None, :]
-
-
-@triton.jit
 def _finish(z, offset, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     z = (z + offset[None, :]) * SCALE
     if SOFTCAP is not None:
