@@ -124,19 +124,25 @@ class MatmulTile(NamedTuple):
 
 
 class ExpertMLP(NamedTuple):
-    """Tiles of `expert_mlp`. `gate_up` counts its columns in activations: a gated tile multiplies twice as many."""
+    """Tiles of `expert_mlp`. `gate_up` counts its columns in activations: a gated tile multiplies twice as many. The
+    epilogues of `gate_up` and of `activation`, the gradient of the activation, run on so many slices of columns."""
 
     gate_up: MatmulTile
     linear: MatmulTile
     activation: MatmulTile
+    gate_up_slices: int
+    activation_slices: int
+    activation_registers: int | None
     weights_rows: int
     weights_hidden: int
     sum_columns: int
 
 
-def expert_mlp(rows_per_expert: int, hidden: int, dtype: torch.dtype, arch: int, aligned: bool) -> ExpertMLP:
-    """aligned: descriptors can name both weights and the rows between them. On sm_90 each of two warp groups then
-    multiplies 64 x 256; the gradient of the activation holds half a dozen values per element, its tile is narrower."""
+def expert_mlp(
+    rows_per_expert: int, hidden: int, pairs: bool, dtype: torch.dtype, arch: int, aligned: bool
+) -> ExpertMLP:
+    """pairs: gate and up alternate; aligned: descriptors can name both weights and the rows between them. On sm_90 each
+    of two warp groups then multiplies 64 x 256; the gradient of the activation needs registers for its epilogue."""
     rows = 128 if rows_per_expert > 64 else 64
 
     def tile(columns: int) -> MatmulTile:
@@ -144,12 +150,16 @@ def expert_mlp(rows_per_expert: int, hidden: int, dtype: torch.dtype, arch: int,
             return MatmulTile(rows, columns, 64, 8, True, True, 8, 4)
         return MatmulTile(rows, columns // 2, 32, 8, False, False, 8, 4)
 
+    registers = None
     if dtype == torch.float32:  # multiplied by ordinary instructions: operands must fit in registers
         linear = activation = MatmulTile(64, 64, 16, 8, False, False, 8, 3)
         gate_up = linear._replace(columns=32)
     else:
         gate_up, linear, activation = tile(128), tile(256), tile(128 if arch < 100 else 64)
-    return ExpertMLP(gate_up, linear, activation, 16, 256, min(1024, 1 << (hidden - 1).bit_length()))
+        if not activation.descriptors:
+            registers = 168  # left alone, ptxas spills a few to fit two programs
+    sum_columns = min(1024, 1 << (hidden - 1).bit_length())
+    return ExpertMLP(gate_up, linear, activation, 2, 8 if pairs else 4, registers, 16, 256, sum_columns)
 
 
 class OuterTile(NamedTuple):
@@ -171,8 +181,9 @@ def expert_wgrad(
     epilogue: str, shape: tuple[int, int, int], rows_per_expert: int, gathered: bool, dtype: torch.dtype, arch: int,
     programs: int,
 ) -> OuterTile:  # fmt: skip
-    """epilogue: "store", "pair" (two gradients), "weights" (an update of nothing else, to the nearest), "update" or
-    "master" (an update with masters); shape: [M_e, M, P] of a gradient; gathered: whether rows of a factor are.
+    """epilogue: "store", "pair" (two gradients), "weights" (an update of nothing else, to the nearest), "state" (an
+    update of weights and state, to the nearest) or "update" (any other); shape: [M_e, M, P] of a gradient; gathered:
+    whether rows of a factor are.
 
     Only a store has registers to spare for 128 x 256, which reads least. An update with state waits for memory most of
     the time: with 64 x 128, two programs fit on a multiprocessor, one multiplies while the other waits. Rows are split
@@ -186,9 +197,9 @@ def expert_wgrad(
         hopper = arch >= 90
         block_p = 256 if hopper and epilogue == "store" else 128
         tile = OuterTile(128, block_p, 64 if hopper else 32, 8, 1, hopper, 8, stages, None)
-        if epilogue in ("update", "master") or epilogue == "pair" and not hopper:
+        if epilogue in ("state", "update") or epilogue == "pair" and not hopper:
             tile = tile._replace(block_m=64)
-        if epilogue == "update" and arch == 90:
+        if epilogue == "state" and arch == 90:  # what two programs can have; Triton 3.6 takes a few more if allowed
             tile = tile._replace(max_registers=128)
     tiles = shape[0] * -(-shape[1] // tile.block_m) * -(-shape[2] // tile.block_p)
     splits = min(2 * programs // max(tiles, 1), rows_per_expert // 1024, 8)
@@ -217,11 +228,11 @@ class TokenLoss(NamedTuple):
 
 
 def token_loss(
-    num_rows: int, vocabulary: int, dtype: torch.dtype, arch: int, two_logits: bool, softcap: bool, aligned: bool
+    num_rows: int, vocabulary: int, dtype: torch.dtype, arch: int, two_logits: bool, long_epilogue: bool, aligned: bool
 ) -> TokenLoss:
-    """two_logits: kl, whose tiles hold the logits of the reference too; aligned: a descriptor can name the head. A row
-    of dl/dz takes 32 KB, less beyond 16,384 rows: half a gigabyte then. A chunk of 16,384 columns spends 2 % of its
-    time on the sums it adds to."""
+    """two_logits: kl, whose tiles hold the logits of the reference too; long_epilogue: a soft cap or a bias; aligned: a
+    descriptor can name the head. A row of dl/dz takes 32 KB, less beyond 16,384 rows: half a gigabyte then. A chunk of
+    16,384 columns spends 2 % of its time on the sums it adds to."""
     rows = 128 if num_rows > 64 else 64
 
     def tile(columns: int, described: bool) -> MatmulTile:
@@ -233,8 +244,8 @@ def token_loss(
         grad_hidden = grad_head = MatmulTile(64, 64, 16, 8, False, False, 4, 3)
         logits = grad_hidden._replace(num_warps=4 if two_logits else 8)
     else:
-        # what tanh and a second tile of logits hold in registers leaves room for half the columns
-        logits = tile(128 if two_logits or softcap else 256, arch >= 90 and aligned)
+        # tanh, sums over rows or a second tile of logits leave registers for half the columns
+        logits = tile(128 if two_logits or long_epilogue else 256, arch >= 90 and aligned)
         grad_hidden, grad_head = tile(256, arch >= 90 and aligned), tile(256, arch >= 90)
     row_tiles, column_tiles = -(-num_rows // logits.rows), -(-vocabulary // logits.columns)
     # many more programs than multiprocessors: some rows do not count, and theirs have nothing to do
@@ -242,3 +253,31 @@ def token_loss(
     chunk = min(2**15 // dtype.itemsize, max(2**29 // (dtype.itemsize * num_rows), 1024))
     chunk = -(-min(chunk, vocabulary) // logits.columns) * logits.columns
     return TokenLoss(logits, grad_hidden, grad_head, tiles_per_split, chunk, 256, max(chunk // 1024, 1), 32, 32)
+
+
+class Gram(NamedTuple):
+    """`programs` of `gram` at most, each a block of mask words at a time; `sum_block`: programs summed at a time."""
+
+    programs: int
+    block_words: int
+    num_warps: int
+    sum_block: int
+
+
+def gram(sets: int) -> Gram:
+    """Eight elements of each of two sets a thread; four sets make ten sums of products, and a thread has half of it."""
+    return Gram(1024, 32 if sets <= 2 else 16, 4, 1024)
+
+
+class GramFactors(NamedTuple):
+    rows: int
+    depth: int
+    num_warps: int
+    num_stages: int
+    sum_block: int
+
+
+def gram_factors(sets: int) -> GramFactors:
+    """Experts have few rows: blocks of 32 waste little, and a float64 tile of 32 x 32 for each pair of sets takes 16
+    registers."""
+    return GramFactors(32, 32, 4, 3, 1024)

@@ -31,8 +31,7 @@ from moe_unlearn.triton_kernels import configs
 from moe_unlearn.triton_kernels.common import round_nearest
 from moe_unlearn.triton_kernels.gate import activate, activate_backward
 from moe_unlearn.triton_kernels.grouped_matmul import (
-    column_halves,
-    column_quarters,
+    column_slices,
     describable,
     find_tile,
     grid,
@@ -57,7 +56,7 @@ def expert_mlp(
     z = x.new_empty(num_rows, wide)
     if num_rows == 0:
         return x.new_empty(x.shape), z
-    tiles = _tiles(num_rows, hidden, inner, gate_up_proj, down_proj)
+    tiles = _tiles(num_rows, hidden, inner, gated and interleaved, gate_up_proj, down_proj)
     rows = sorted_rows.contiguous(), expert_offsets.contiguous()
     tile = tiles.gate_up
     weight = weight_argument(gate_up_proj, (1 + (gated and interleaved)) * tile.columns, tile)
@@ -66,7 +65,7 @@ def expert_mlp(
         x, *rows, weight.source, _contiguous(gate_up_bias), z, a, num_rows, *x.stride(), *weight.strides,
         alpha, limit, shift, HIDDEN=hidden, INNER=inner, NUM_EXPERTS=num_experts, TOP_K=top_k, GATED=gated,
         INTERLEAVED=interleaved, ACTIVATION=activation, CLAMPED=math.isfinite(limit), ACCESS=weight.access,
-        **_blocks(tile),
+        SLICES=tiles.gate_up_slices, **_blocks(tile),
     )  # fmt: skip
     return _linear_to_tokens(a, rows, down_proj, down_bias, weights, top_k, tiles), z
 
@@ -87,7 +86,7 @@ def expert_mlp_backward(
     d_x, d_weights = x.new_empty(len(x) * need_x, hidden), weights.new_empty(len(weights) * need_weights, top_k)
     if num_rows == 0 or not any(needs):
         return d_x, d_weights, dz, scaled
-    tiles = _tiles(num_rows, hidden, inner, gate_up_proj, down_proj)
+    tiles = _tiles(num_rows, hidden, inner, gated and interleaved, gate_up_proj, down_proj)
     rows = sorted_rows.contiguous(), expert_offsets.contiguous()
     tile = tiles.activation
     weight = weight_argument(down_proj, tile.columns, tile)
@@ -98,7 +97,8 @@ def expert_mlp_backward(
         dz if need_z or need_x else None, scaled if need_scaled else None, partial if need_weights else None,
         num_rows, *grad_out.stride(), *weight.strides, alpha, limit, shift,
         HIDDEN=hidden, INNER=inner, NUM_EXPERTS=num_experts, TOP_K=top_k, GATED=gated, INTERLEAVED=interleaved,
-        ACTIVATION=activation, CLAMPED=math.isfinite(limit), ACCESS=weight.access, **_blocks(tile),
+        ACTIVATION=activation, CLAMPED=math.isfinite(limit), ACCESS=weight.access, SLICES=tiles.activation_slices,
+        **_blocks(tile), maxnreg=tiles.activation_registers,
     )  # fmt: skip
     if need_weights:
         row_tiles = triton.cdiv(num_rows, tiles.weights_rows) + min(num_rows, num_experts + 1)
@@ -121,7 +121,8 @@ def _linear_to_tokens(
     slots = left.new_empty(num_rows, columns)
     argument = weight_argument(weight, tile.columns, tile)
     _linear_kernel[grid(num_rows, num_experts, columns, tile, left.device)](
-        rows_argument(left, tile), *rows, argument.source, _contiguous(bias), _contiguous(weights), slots, num_rows, *argument.strides,
+        rows_argument(left, tile), *rows, argument.source, _contiguous(bias), _contiguous(weights), slots, num_rows,
+        *argument.strides,
         COLUMNS=columns, DEPTH=depth, NUM_EXPERTS=num_experts, ACCESS=argument.access, DESCRIPTOR=tile.descriptors,
         **_blocks(tile),
     )  # fmt: skip
@@ -132,10 +133,11 @@ def _linear_to_tokens(
     return out
 
 
-def _tiles(num_rows: int, hidden: int, inner: int, *weights: Tensor) -> configs.ExpertMLP:
-    rows_per_expert, dtype, arch = num_rows // len(weights[0]), weights[0].dtype, configs.architecture(weights[0].device)
+def _tiles(num_rows: int, hidden: int, inner: int, pairs: bool, *weights: Tensor) -> configs.ExpertMLP:
+    rows_per_expert, dtype = num_rows // len(weights[0]), weights[0].dtype
     aligned = inner * dtype.itemsize % 16 == 0 and all(describable(w) or describable(w.mT) for w in weights)
-    return configs.expert_mlp(rows_per_expert, hidden, dtype, arch, aligned)
+    arch = configs.architecture(weights[0].device)
+    return configs.expert_mlp(rows_per_expert, hidden, pairs, dtype, arch, aligned)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -156,7 +158,7 @@ def _gate_up_kernel(
     HIDDEN: tl.constexpr, INNER: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr,
     ACCESS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """Tiles [BLOCK_ROWS, BLOCK_COLUMNS] of the activation, and of z the same columns of both halves."""
     COLUMN_TILES: tl.constexpr = (INNER + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
@@ -180,12 +182,12 @@ def _gate_up_kernel(
                 BOTH * INNER, HIDDEN, NUM_EXPERTS, BLOCK_ROWS, BOTH * BLOCK_COLUMNS, BLOCK_DEPTH, ACCESS, False,
             )  # fmt: skip
             up = gate
-        gates, ups = column_halves(gate), column_halves(up)
-        for half in tl.static_range(2):
+        gates, ups = column_slices(gate, SLICES), column_slices(up, SLICES)
+        for i in tl.static_range(SLICES):
             _store_activation(
-                gates[half], ups[half], row, stop, start + half * (BLOCK_COLUMNS // 2), expert, bias, z, a,
+                gates[i], ups[i], row, stop, start + i * (BLOCK_COLUMNS // SLICES), expert, bias, z, a,
                 alpha, limit, shift, INNER, NUM_EXPERTS, GATED, INTERLEAVED, ACTIVATION, CLAMPED,
-                BLOCK_ROWS, BLOCK_COLUMNS // 2,
+                BLOCK_ROWS, BLOCK_COLUMNS // SLICES,
             )  # fmt: skip
 
 
@@ -280,7 +282,7 @@ def _activation_gradient_kernel(
     HIDDEN: tl.constexpr, INNER: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr,
     ACCESS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """dz, scaled = w a and partial[column tile, j] = sum_i da[j, i] a[j, i]; each may be absent."""
     COLUMN_TILES: tl.constexpr = (INNER + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
@@ -303,12 +305,13 @@ def _activation_gradient_kernel(
         # rows behind the last expert: z and weights are read as zero, whatever they hold
         used = tl.where(expert < NUM_EXPERTS, stop, 0)
         weights = tl.load(row_weights + slot, mask=row < used, other=0.0).to(tl.float32)
-        quarters = column_quarters(da)
+        parts = column_slices(da, SLICES)
         total = tl.zeros((BLOCK_ROWS,), tl.float32)
-        for q in tl.static_range(4):
+        for i in tl.static_range(SLICES):
             total += _store_gradient(
-                quarters[q], weights, row, stop, used, start + q * (BLOCK_COLUMNS // 4), z, dz, scaled, partial,
-                alpha, limit, shift, INNER, GATED, INTERLEAVED, ACTIVATION, CLAMPED, BLOCK_ROWS, BLOCK_COLUMNS // 4,
+                parts[i], weights, row, stop, used, start + i * (BLOCK_COLUMNS // SLICES), z, dz, scaled, partial,
+                alpha, limit, shift, INNER, GATED, INTERLEAVED, ACTIVATION, CLAMPED,
+                BLOCK_ROWS, BLOCK_COLUMNS // SLICES,
             )  # fmt: skip
         if partial is not None:
             tl.store(partial + column_tile.to(tl.int64) * num_rows + row, total, mask=row < stop)

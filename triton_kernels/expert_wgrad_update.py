@@ -169,8 +169,10 @@ def adamw_(
 
 
 def _launch(weight: torch.Tensor, state, mask, factors, experts, key, rounding, scalars, flags) -> None:
-    nothing_else = state == (None, None, None) and rounding == "nearest"
-    epilogue = "master" if state[2] is not None else "weights" if nothing_else else "update"
+    if state[2] is not None or rounding == "stochastic":
+        epilogue = "update"
+    else:
+        epilogue = "weights" if state == (None, None, None) else "state"
     shape, tile = tile_for(epilogue, factors, experts)
     if 0 in shape:
         return

@@ -176,14 +176,11 @@ def product_of_halves(
 
 
 @triton.jit
-def column_halves(x):
-    """[rows, columns] -> its left and right half. An epilogue of half the width needs half the registers."""
-    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def column_quarters(x):
-    left, right = column_halves(x)
-    a, b = column_halves(left)
-    c, d = column_halves(right)
-    return a, b, c, d
+def column_slices(x, COUNT: tl.constexpr):
+    """[rows, columns] -> COUNT slices of columns, left to right: an epilogue of one slice after the other holds less in
+    registers."""
+    if COUNT == 1:
+        return (x,)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+        return column_slices(left, COUNT // 2) + column_slices(right, COUNT // 2)

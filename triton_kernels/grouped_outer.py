@@ -72,7 +72,7 @@ def num_tiles(shape: tuple[int, int, int], tile: OuterTile) -> int:
     return shape[0] * triton.cdiv(shape[1], tile.block_m) * triton.cdiv(shape[2], tile.block_p)
 
 
-def tile_options(shape: tuple[int, int, int], tile: OuterTile) -> dict[str, int]:
+def tile_options(shape: tuple[int, int, int], tile: OuterTile) -> dict[str, int | None]:
     """The keyword arguments of a launch that all kernels share."""
     return {
         "M": shape[1], "P": shape[2], "BLOCK_M": tile.block_m, "BLOCK_P": tile.block_p, "BLOCK_ROWS": tile.block_rows,
@@ -192,12 +192,8 @@ def halves(tile):
 
 @triton.jit
 def places(strides, index, m, p, M: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Offsets (int64) of the tile at (m, p) of matrix `index`, and which of its elements, or rows, exist."""
+    """Offsets (int64) of the tile at (m, p) of matrix `index`, and which of its elements exist."""
     row = m + tl.arange(0, BLOCK_M)[:, None]
     column = p + tl.arange(0, BLOCK_P)[None, :]
     offsets = index * strides[0] + row.to(tl.int64) * strides[1] + column.to(tl.int64) * strides[2]
-    if P % BLOCK_P == 0:
-        exists = (row < M) & (p < P)
-    else:
-        exists = (row < M) & (column < P)
-    return offsets, exists
+    return offsets, (row < M) & (column < P)

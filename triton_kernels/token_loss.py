@@ -54,7 +54,7 @@ def token_loss(
     loss, norm, ref_norm = torch.empty_like(value), value.new_empty(2, num_rows), value.new_empty(2, num_rows)
     if num_rows == 0:
         return loss, value, norm, ref_norm
-    config = choose_tiles(hidden, head, ref_head, dtype, kind, softcap)
+    config = choose_tiles(hidden, head, ref_head, bias, dtype, kind, softcap)
     tile = config.logits
     rows = select_rows(hidden, ref_hidden, labels, weights if drop_zero_weights else None, dtype)
     described = tile.descriptors

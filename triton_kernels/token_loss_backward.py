@@ -57,7 +57,7 @@ def token_loss_backward(
     grad_bias = torch.empty(vocabulary if needs_bias else 0, dtype=like.dtype, device=like.device)
     if num_rows == 0:
         return grad_hidden, grad_head.zero_(), grad_bias.zero_()
-    config = choose_tiles(hidden, head, ref_head, dtype, kind, softcap)
+    config = choose_tiles(hidden, head, ref_head, bias, dtype, kind, softcap)
     chunk, tile = config.chunk, config.logits
     rows = select_rows(hidden, ref_hidden, labels, weights if drop_zero_weights else None, dtype)
     dlogits = torch.empty(num_rows, chunk, dtype=dtype, device=hidden.device)
@@ -214,7 +214,8 @@ def _head_gradient_kernel(
         h = load_tile(hidden, k, column_tile * COLUMNS, counted, HIDDEN, hidden_row, 1, DEPTH, COLUMNS, DESCRIPTORS)
         total = dot(dz.T, h, total)
     row, column = row_tile * ROWS + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    out = grad_head + (start + row).to(tl.int64)[:, None] * HIDDEN + column[None, :]
+    out = grad_head + (start + row_tile * ROWS).to(tl.int64) * HIDDEN
+    out += tl.arange(0, ROWS)[:, None] * HIDDEN + column[None, :]
     mask = (row < columns)[:, None] & (column < HIDDEN)[None, :]
     tl.store(out, round_nearest(total, grad_head.dtype.element_ty), mask=mask)
 
@@ -243,9 +244,9 @@ def _hidden_sums_kernel(
     if split >= splits:
         return
     row_tile, column_tile = place(tl.program_id(0) % tiles, row_tiles, WIDTH_TILES, GROUP)
-    strip = (split * row_tiles + row_tile).to(tl.int64)
-    row, column = strip * ROWS + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    at = sums + row[:, None] * HIDDEN + column[None, :]
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    at = sums + (split * row_tiles + row_tile).to(tl.int64) * ROWS * HIDDEN
+    at += tl.arange(0, ROWS)[:, None] * HIDDEN + column[None, :]
     inside = (column < HIDDEN)[None, :]
     if FIRST:
         total = tl.zeros((ROWS, COLUMNS), tl.float32)

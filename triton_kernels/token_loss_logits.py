@@ -65,10 +65,12 @@ def select_rows(
 
 
 def choose_tiles(
-    hidden: Tensor, head: Tensor, ref_head: Tensor | None, dtype: torch.dtype, kind: str, softcap: float | None
-) -> configs.TokenLoss:
+    hidden: Tensor, head: Tensor, ref_head: Tensor | None, bias: Tensor | None, dtype: torch.dtype, kind: str,
+    softcap: float | None,
+) -> configs.TokenLoss:  # fmt: skip
     arch, aligned = configs.architecture(hidden.device), describable(head, ref_head)
-    return configs.token_loss(len(hidden), len(head), dtype, arch, kind == "kl", softcap is not None, aligned)
+    long_epilogue = softcap is not None or bias is not None
+    return configs.token_loss(len(hidden), len(head), dtype, arch, kind == "kl", long_epilogue, aligned)
 
 
 def operand(tensor: Tensor | None, block: list[int], described: bool) -> Tensor | TensorDescriptor | None:

@@ -26,7 +26,8 @@ def _arguments(dtype, transposed, interleaved, gated, bias, tokens, offset):
 def _case(*, dtype=torch.bfloat16, transposed=False, interleaved=False, gated=True, bias=False, tokens=TOKENS,
           offset=0, gate=("silu", 1.0, float("inf"), 0.0), needs=(True, True, True, True)):  # fmt: skip
     def launch():
-        x, weights, rows, offsets, w1, w2, b1, b2 = _arguments(dtype, transposed, interleaved, gated, bias, tokens, offset)
+        made = _arguments(dtype, transposed, interleaved, gated, bias, tokens, offset)
+        x, weights, rows, offsets, w1, w2, b1, b2 = made
         options = *gate, transposed, interleaved, gated
         out, z = expert_mlp.expert_mlp(x, weights, rows, offsets, w1, w2, b1, b2, *options)
         expert_mlp.expert_mlp_backward(out, x, weights, rows, offsets, w1, w2, b2, z, *options, list(needs))

@@ -106,23 +106,24 @@ for _name, _arguments in {
     CASES[f"route/{_name}"] = functools.partial(_route_case, *_arguments)
 
 
+def configured(op, name: str, **changes):
+    """`op` with some of what `configs.<name>` chooses changed, to reach on small inputs what large ones take."""
+
+    def call(*arguments, **keywords):
+        from moe_unlearn.triton_kernels import configs  # late: mutants replace the package
+
+        choose = getattr(configs, name)
+        with mock.patch.object(configs, name, lambda *a, **k: choose(*a, **k)._replace(**changes)):
+            return op(*arguments, **keywords)
+
+    return call
+
+
 @case("route/many tiles per block")
 def _():
-    """The tiles of millions of tokens, made small."""
     made = _route_case("sentinels", 301, 7, 3)
-
-    def small(op):
-        def call(**arguments):
-            from moe_unlearn.triton_kernels import configs
-
-            small = {"tokens_per_block": 50, "blocks": 7, "count_tile": 16, "tile": 32, "chunk": 2, "cells": 4}
-            chosen = configs.route(301, 3, 7)._replace(**small)
-            with mock.patch.object(configs, "route", lambda *unused: chosen):
-                return op(**arguments)
-
-        return call
-
-    return made._replace(function=small(made.function))
+    small = {"tokens_per_block": 50, "blocks": 7, "count_tile": 16, "tile": 32, "chunk": 2, "cells": 4}
+    return made._replace(function=configured(made.function, "route", **small))
 
 
 # ------------------------------------------------------------------------------------------------ retain_weights
@@ -210,6 +211,16 @@ for _name in _SIZES:
     def _(name=_name):
         made, *_ = _wgrad(name, torch.float32)
         return Case(functools.partial(expert_wgrad, impl="triton"), made)
+
+    if _name in ("half_empty", "odd tiles"):
+
+        @case(f"expert_wgrad/split accumulate {_name}")
+        def _(name=_name):
+            made, experts, mask, weight = _wgrad(name)
+            function = configured(functools.partial(expert_wgrad, impl="triton"), "expert_wgrad", splits=3)
+            return Case(
+                function, made | {"experts": experts, "mask": mask, "out": weight[:2].float()}, mutates=("out",)
+            )
 
     # the other epilogues: what differs from `store` is what they read and write beside the product
     if _name in ("skewed", "one_expert", "all_sentinels"):
@@ -381,3 +392,12 @@ for _shape in [(5, 6, 37), (1, 1), (3, 2, 1030)]:
                 CASES[f"masked_update/{_rule.__name__[7:-1]} {_what}"] = functools.partial(
                     _update_case, _rule, _shape, _dtype, _masked
                 )
+
+
+@case("masked_update/elements of a vector")
+def _():
+    """A parameter of one dimension, whose slices are elements, in other strides than its gradient."""
+    param = in_layout(test_masked_update.randn(150), "strided")
+    slices = torch.randperm(150, generator=torch.Generator().manual_seed(4))[:70]
+    rest = {"grad": test_masked_update.randn(70, seed=1), "momentum_buffer": None, "mask": None, "slices": slices}
+    return compared(functools.partial(masked_sgd_, lr=0.5, step=1), {"param": param, **rest}, mutates=("param",))
