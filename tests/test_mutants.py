@@ -125,7 +125,7 @@ mutants.KERNELS = folder / "kernels"
 for name in sys.argv[2:]:
     mutants.stages = lambda file: [[str(folder / name)]]
     mutant = mutants.Mutant("gram.py", "a_kernel", "constant", 8, 9, "2", 1)
-    print(mutants.run(mutant, "gram.py", (9,))[0])
+    print(mutants.run(mutant, "gram.py", 9)[0])
 """
 
 

@@ -56,10 +56,11 @@ def expert_mlp(
     z = x.new_empty(num_rows, wide)
     if num_rows == 0:
         return x.new_empty(x.shape), z
-    tiles = _tiles(num_rows, hidden, inner, gated and interleaved, gate_up_proj, down_proj)
+    pairs = gated and interleaved
+    tiles = _tiles(num_rows, hidden, inner, pairs, gate_up_proj, down_proj)
     rows = sorted_rows.contiguous(), expert_offsets.contiguous()
     tile = tiles.gate_up
-    weight = weight_argument(gate_up_proj, (1 + (gated and interleaved)) * tile.columns, tile)
+    weight = weight_argument(gate_up_proj, 2 * tile.columns if pairs else tile.columns, tile)
     a = x.new_empty(num_rows, inner)
     _gate_up_kernel[grid(num_rows, num_experts, inner, tile, x.device)](
         x, *rows, weight.source, _contiguous(gate_up_bias), z, a, num_rows, *x.stride(), *weight.strides,
@@ -81,9 +82,8 @@ def expert_mlp_backward(
         gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
     (num_experts, wide, hidden), inner = gate_up_proj.shape, down_proj.shape[2]
     num_rows, top_k = weights.numel(), weights.shape[1]
-    dz = z.new_empty(num_rows * (need_z or need_x), wide)
-    scaled = z.new_empty(num_rows * need_scaled, inner)
-    d_x, d_weights = x.new_empty(len(x) * need_x, hidden), weights.new_empty(len(weights) * need_weights, top_k)
+    dz, scaled = z.new_empty(num_rows * (need_z or need_x), wide), z.new_empty(num_rows * need_scaled, inner)
+    d_x, d_weights = x.new_empty(0, hidden), weights.new_empty(len(weights) * need_weights, top_k)
     if num_rows == 0 or not any(needs):
         return d_x, d_weights, dz, scaled
     tiles = _tiles(num_rows, hidden, inner, gated and interleaved, gate_up_proj, down_proj)
@@ -109,7 +109,7 @@ def expert_mlp_backward(
         )  # fmt: skip
     if need_x:
         d_x = _linear_to_tokens(dz, rows, gate_up_proj, None, None, top_k, tiles)
-    return d_x, d_weights, dz if need_z else dz[:0], scaled
+    return d_x, d_weights, dz if need_z else z.new_empty(0, wide), scaled
 
 
 def _linear_to_tokens(
@@ -122,9 +122,8 @@ def _linear_to_tokens(
     argument = weight_argument(weight, tile.columns, tile)
     _linear_kernel[grid(num_rows, num_experts, columns, tile, left.device)](
         rows_argument(left, tile), *rows, argument.source, _contiguous(bias), _contiguous(weights), slots, num_rows,
-        *argument.strides,
-        COLUMNS=columns, DEPTH=depth, NUM_EXPERTS=num_experts, ACCESS=argument.access, DESCRIPTOR=tile.descriptors,
-        **_blocks(tile),
+        *argument.strides, COLUMNS=columns, DEPTH=depth, NUM_EXPERTS=num_experts, ACCESS=argument.access,
+        DESCRIPTOR=tile.descriptors, **_blocks(tile),
     )  # fmt: skip
     out = left.new_empty(num_rows // top_k, columns)
     _sum_kernel[len(out), triton.cdiv(columns, tiles.sum_columns)](
@@ -350,9 +349,8 @@ def _store_gradient(
             narrow = round_nearest(a * weights[:, None], dtype)
             tl.store(scaled + row[:, None].to(tl.int64) * INNER + column[None, :], narrow, mask=inside)
     if dz is not None:
-        d_gate, d_up = activate_backward(
-            gate, up, da * weights[:, None], alpha, limit, shift, ACTIVATION, CLAMPED, GATED
-        )
+        weighted = da * weights[:, None]
+        d_gate, d_up = activate_backward(gate, up, weighted, alpha, limit, shift, ACTIVATION, CLAMPED, GATED)
         d_gate = round_nearest(d_gate, dtype)
         if GATED:
             d_up = round_nearest(d_up, dtype)

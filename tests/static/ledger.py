@@ -123,9 +123,13 @@ def write(ledger: dict[str, dict[str, Entries]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Record tests/static/ledger.json anew and say what changed.")
     parser.add_argument("--oldest", type=Path, default=OLDEST_FOLDER, help=f"the folder that holds Triton {OLDEST}")
+    parser.add_argument("--everything", action="store_true", help="also what has not changed since it was recorded")
     arguments = parser.parse_args()
     before = read() if LEDGER.exists() else {}
-    ledger = dict([measure(None, tool.ARCHITECTURES, True), measure(arguments.oldest, OLDEST_ARCHITECTURES, True)])
+    everything = arguments.everything or not before
+    ledger = dict(
+        [measure(None, tool.ARCHITECTURES, everything), measure(arguments.oldest, OLDEST_ARCHITECTURES, everything)]
+    )
     broken, count = uncovered(ledger, kernels_in_sources()), 0
     for version, by_arch in ledger.items():
         for arch, entries in by_arch.items():

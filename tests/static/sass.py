@@ -40,7 +40,7 @@ def read(cubin: bytes, ttir: str, shared_bytes: int, tensor_memory: int, tools: 
         file.write(cubin)
         file.flush()
         resources = _run(tools / "cuobjdump", "-res-usage", file.name)
-        code = _run(tools / "nvdisasm", "-c", file.name)
+        code = _run(tools / "nvdisasm", "-c", "-ndf", file.name)
     return parse(resources, code, ttir, shared_bytes, tensor_memory)
 
 

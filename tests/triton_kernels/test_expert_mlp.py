@@ -1,86 +1,188 @@
-"""expert_mlp by its Triton kernels: every layout, gate and routing pattern against the float64 reference."""
+"""expert_mlp in Triton: both passes against the reference, every layout, gate and routing pattern.
+
+Most tests shrink the tiles of `configs`, so that small shapes have several, with tails, in each direction;
+`test_shipped_tiles` takes them as they are. A call takes the interpreter about half a second, so properties that meet
+in different code are combined rather than multiplied: gates know nothing of the architecture, routing nothing of dtypes.
+"""
 
 import functools
+import itertools
 
 import pytest
 import torch
 
 from moe_unlearn.ops import Gate, expert_mlp, expert_mlp_ref
-from moe_unlearn.testing import LAYOUTS, ROUTINGS, check_against_ref, in_layout, integers, poison
-from tests.ops.test_expert_mlp import GATES, GPT_OSS, GRADIENTS, LAYOUT_FLAGS, case
+from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, check_against_ref, in_layout, integers, poison
+from moe_unlearn.triton_kernels import configs
+from tests.ops.test_expert_mlp import GATES, GPT_OSS, GRADIENTS, LAYOUT_FLAGS, case, flat
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = (BF16, FP16, FP32)
+ARCHITECTURES = (80, 90)
+ALL = (True, True, True, True)
+# two and a half tiles of depth and of columns, of 16 bytes in every dtype, as descriptors need them
+SHAPE = {"tokens": 19, "hidden": 40, "inner": 24, "experts": 4, "top_k": 2}
 triton_mlp = functools.partial(expert_mlp, impl="triton")
 
 
-@pytest.fixture(autouse=True, params=[80, 90], ids=["sm_80", "sm_90"])
-def architecture(request, monkeypatch):
-    """On a GPU both variants, pointers and persistent programs with descriptors, run as well if it is Hopper."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] * 10 < request.param:
-        pytest.skip(f"sm_{request.param} kernels do not run on this GPU")
-    monkeypatch.setenv("MOE_UNLEARN_TRITON_ARCH", str(request.param))
+def shrunk(arch: int, *arguments):
+    """Tiles of 16 x 16 x 16; on sm_90 persistent, and by descriptors in float32 too, whose shipped tiles use none."""
+    *_, aligned = arguments
+    tiles = shipped(*arguments)
+    small = {"rows": 16, "columns": 16, "depth": 16, "group": 2}
+    small |= {"persistent": arch >= 90, "descriptors": arch >= 90 and aligned}
+    changed = {name: getattr(tiles, name)._replace(**small) for name in ("gate_up", "linear", "activation")}
+    return tiles._replace(**changed, activation_slices=2, weights_hidden=32, sum_columns=32)
+
+
+shipped = configs.expert_mlp
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """On architecture `use(arch)`."""
+
+    def use(arch):
+        monkeypatch.setenv("MOE_UNLEARN_TRITON_ARCH", str(arch))
+        monkeypatch.setattr(configs, "expert_mlp", functools.partial(shrunk, arch))
+
+    return use
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=["sm_80", "sm_90"])
+def arch(request, small_tiles):
+    small_tiles(request.param)
+    return request.param
 
 
 def on(device, arguments):
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in arguments.items()}
 
 
-def check(device, arguments, **keywords):
-    gradients = GRADIENTS + (("gate_up_bias", "down_bias") if "down_bias" in arguments else ())
-    with poison():
-        check_against_ref(triton_mlp, expert_mlp_ref, on(device, arguments), gradients=gradients, **keywords)
+def forward(impl, **arguments):
+    """(output, z)"""
+    return torch.ops.moe_unlearn.expert_mlp(*flat(arguments, impl))
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("pattern", [p for p in ROUTINGS if p != "all_sentinels"])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_routing_patterns(device, pattern, top_k):
-    # enough rows that no single one, whose slope may be next to zero, makes up a row of a weight gradient
-    check(device, case(pattern, tokens=61, top_k=top_k, bias=True))
+def backward(impl, *, grad_out, z, needs=ALL, **arguments):
+    """(d_x, d_weights, dz, scaled)"""
+    x, weights, rows, offsets, w1, w2, _, b2, _, *options, _ = flat(arguments)
+    return torch.ops.moe_unlearn.expert_mlp_backward(
+        grad_out, x, weights, rows, offsets, w1, w2, b2, z, *options, list(needs), impl
+    )
 
 
-# transposed, interleaved, bias, gated
+def backward_case(device, arguments, layout="contiguous"):
+    """`arguments` with a random upstream gradient and the z of the reference."""
+    arguments = on(device, arguments)
+    x = arguments["hidden_states"]
+    grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(x)
+    return arguments | {"grad_out": in_layout(grad_out, layout), "z": forward("ref", **arguments)[1]}
+
+
+def check(device, arguments, layout="contiguous"):
+    """Output, z, and what both passes leave to expert_wgrad, in memory full of NaN."""
+    both = backward_case(device, arguments, layout)
+    for function, values in ((forward, on(device, arguments)), (backward, both)):
+        with poison():
+            check_against_ref(functools.partial(function, "triton"), functools.partial(function, "ref"), values)
+
+
+# transposed, interleaved, bias, gated; every dtype meets each of them on both architectures
 @pytest.mark.parametrize("flags", LAYOUT_FLAGS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layout_flags(device, flags, dtype):
+def test_layouts(device, arch, flags):
     transposed, interleaved, bias, gated = flags
-    check(device, case(transposed=transposed, interleaved=interleaved, bias=bias, gated=gated, dtype=dtype))
-
-
-@pytest.mark.parametrize("gate", GATES, ids=str)
-@pytest.mark.parametrize("gated", [True, False])
-def test_gates(device, gate, gated):
-    check(device, case(gate=gate, gated=gated, bias=True, seed=3))
-
-
-# several tiles of rows, of columns and of depth; the second shape is no multiple of 8, so no descriptor can name it
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("hidden,inner", [(320, 272), (131, 149)])
-@pytest.mark.parametrize("flags", [(False, False), (True, True)], ids=["Qwen", "gpt-oss"])
-def test_several_tiles(device, dtype, hidden, inner, flags):
-    transposed, interleaved = flags
-    gate = GPT_OSS if interleaved else Gate()
-    shape = {"tokens": 150, "hidden": hidden, "inner": inner, "experts": 3, "top_k": 2}
-    check(device, case(**shape, dtype=dtype, transposed=transposed, interleaved=interleaved, gate=gate, bias=True))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_memory_layouts_of_inputs_and_upstream_gradients(device, layout, dtype):
-    arguments = on(device, case(bias=True, dtype=dtype))
-    moved = {k: in_layout(v, layout) if torch.is_tensor(v) else v for k, v in arguments.items()}
-    check(device, moved, gradient_layout=layout)
-    expanded = arguments | {"hidden_states": arguments["hidden_states"][:1].expand(19, -1)}
-    check(device, expanded, gradient_layout=layout)
+    dtype = DTYPES[(sum(flags) + arch // 10) % 3]
+    check(device, case(**SHAPE, transposed=transposed, interleaved=interleaved, bias=bias, gated=gated, dtype=dtype))
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("tokens,experts,top_k", [(1, 5, 1), (1, 5, 5), (19, 1, 1), (130, 1, 1)])
-def test_one_token_and_one_expert(device, tokens, experts, top_k):
-    check(device, case("uniform", tokens=tokens, experts=experts, top_k=top_k, bias=True))
+@pytest.mark.parametrize(
+    "pattern,top_k,on_arch",
+    [(p, 1 + i % 3, ARCHITECTURES[i % 2]) for i, p in enumerate(ROUTINGS)] + [("skewed", 3, 90)],
+)
+def test_routing_patterns(device, small_tiles, pattern, top_k, on_arch):
+    small_tiles(on_arch)
+    check(device, case(pattern, **SHAPE | {"top_k": top_k}, bias=True))
 
 
-def test_no_token(device):
+# one tile: the formulas, not the layout, are at stake
+@pytest.mark.parametrize("gate", [*GATES, Gate("gelu_tanh", 1.702, 0.7, 1.0)], ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+def test_gates(device, small_tiles, gate, gated):
+    small_tiles(80)
+    check(device, case("uniform", 16, 16, 16, experts=1, top_k=1, gate=gate, gated=gated, bias=True, seed=3))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gate", [Gate(), Gate("silu", 1.0, 1.5), Gate("relu", limit=1.5), Gate("gelu_tanh")], ids=str)
+def test_gradient_is_cut_at_the_clamp_as_torch_cuts_it_and_nan_is_never_lost(device, small_tiles, gate, gated):
+    """z takes every pair of special values; da is 1, so that dz is the derivative itself."""
+    small_tiles(80)
+    values = torch.tensor([-2.0, -1.5, 0.0, 1.5, 2.0, torch.nan])
+    z = torch.cartesian_prod(values, values) if gated else values[:, None]
+    arguments = case("uniform", len(z), 16, 1, experts=1, top_k=1, gate=gate, gated=gated)
+    arguments |= {"top_k_weights": torch.ones(len(z), 1), "down_proj": torch.eye(16, 1)[None]}
+    arguments = on(device, arguments | {"z": z, "grad_out": torch.ones(len(z), 16)})
+    ours, reference = (backward(impl, **arguments) for impl in ("triton", "ref"))
+    for name, a, b in zip(("dz", "scaled"), ours[2:], reference[2:], strict=True):
+        assert torch.equal(a.isnan(), b.isnan()), name
+        assert torch.equal(a == 0, b == 0), name
+        assert_as_accurate(a, b, b.double(), name=name)
+
+
+WIDE = {"hidden": 272, "inner": 144, "experts": 2, "top_k": 1, "bias": True}
+PAIRS = {"transposed": True, "interleaved": True, "gate": GPT_OSS}
+SHIPPED = {
+    "sm_80": (80, WIDE | {"tokens": 150, "dtype": BF16}),
+    "sm_80, pairs": (80, WIDE | PAIRS | {"tokens": 150, "dtype": FP16}),
+    "sm_90": (90, WIDE | {"tokens": 150, "dtype": BF16}),
+    "sm_90, pairs": (90, WIDE | PAIRS | {"tokens": 150, "dtype": BF16}),
+    "sm_90, few rows": (90, WIDE | {"tokens": 70, "gated": False, "dtype": FP16}),
+    # no multiple of 16 bytes: no descriptor can name it
+    "sm_90, odd": (90, WIDE | {"tokens": 150, "hidden": 131, "inner": 149, "dtype": BF16}),
+    "sm_90, pairs, odd": (90, WIDE | PAIRS | {"tokens": 70, "hidden": 131, "inner": 149, "dtype": BF16}),
+    "sm_100": (100, WIDE | {"tokens": 150, "dtype": BF16}),
+    "float32": (90, WIDE | {"tokens": 70, "hidden": 131, "inner": 77, "dtype": FP32}),
+}
+
+
+@pytest.mark.parametrize("on_arch,arguments", SHIPPED.values(), ids=SHIPPED)
+def test_shipped_tiles(device, monkeypatch, on_arch, arguments):
+    if device.type == "cuda" and torch.cuda.get_device_capability()[0] * 10 < on_arch:
+        pytest.skip(f"tiles for sm_{on_arch} do not fit this GPU")
+    monkeypatch.setenv("MOE_UNLEARN_TRITON_ARCH", str(on_arch))
+    check(device, case("uniform", **arguments))
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
+def test_memory_layouts_of_inputs_and_upstream_gradients(device, arch, layout):
+    arguments = on(device, case(**SHAPE, bias=True, dtype=BF16))
+    moved = {k: in_layout(v, layout) if torch.is_tensor(v) else v for k, v in arguments.items()}
+    check(device, moved, layout)
+
+
+@pytest.mark.quick
+def test_expanded_inputs(device, arch):
+    """One token, one expert and one gradient, each many times in the same memory."""
+    arguments = on(device, case(**SHAPE))
+    for name in ("hidden_states", "gate_up_proj", "down_proj"):
+        arguments[name] = arguments[name][:1].expand_as(arguments[name])
+    grad_out = torch.randn(1, 1, generator=torch.Generator().manual_seed(1)).to(device).expand(19, 40)
+    both = backward_case(device, arguments) | {"grad_out": grad_out}
+    check_against_ref(functools.partial(forward, "triton"), functools.partial(forward, "ref"), arguments)
+    check_against_ref(functools.partial(backward, "triton"), functools.partial(backward, "ref"), both)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("tokens,experts,top_k", [(1, 5, 1), (1, 5, 5), (33, 1, 1), (2, 40, 16)])
+def test_few_tokens_and_many_experts(device, arch, tokens, experts, top_k):
+    check(device, case("uniform", tokens, experts=experts, top_k=top_k, bias=True))
+
+
+@pytest.mark.quick
+def test_no_token(device, arch):
     arguments = on(device, case("uniform", tokens=0, bias=True))
     leaves = [arguments[k].requires_grad_() for k in GRADIENTS]
     out = triton_mlp(**arguments)
@@ -89,94 +191,104 @@ def test_no_token(device):
         assert grad.shape == leaf.shape and (grad == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_float32_routing_weights_in_a_narrow_layer(device, dtype):
-    arguments = case(dtype=dtype)
-    arguments["top_k_weights"] = torch.rand(19, 2) + 0.1
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_float32_routing_weights_in_a_narrow_layer(device, arch, dtype):
+    arguments = case(**SHAPE, dtype=dtype)
+    arguments["top_k_weights"] = torch.rand(19, 2, generator=torch.Generator().manual_seed(0)) + 0.1
     check(device, arguments)
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("flags", LAYOUT_FLAGS, ids=str)
-def test_integers_are_exact(device, flags):
+# the flags once more, with the weight gradients of the public op
+@pytest.mark.parametrize("flags", LAYOUT_FLAGS[1::2], ids=str)
+def test_integers_are_exact(device, small_tiles, flags):
     """relu on small integers: any order of additions must give the same bits, forward and backward."""
     transposed, interleaved, bias, gated = flags
-    arguments = case("sentinels", transposed=transposed, interleaved=interleaved, bias=bias, gated=gated,
+    small_tiles(ARCHITECTURES[sum(flags) % 2])
+    arguments = case("sentinels", **SHAPE, transposed=transposed, interleaved=interleaved, bias=bias, gated=gated,
                      gate=Gate("relu"))  # fmt: skip
     names = GRADIENTS + (("gate_up_bias", "down_bias") if bias else ())
     for k in names:
         arguments[k] = integers(*arguments[k].shape, seed=len(k))
-    arguments, upstream = on(device, arguments), integers(19, 24, seed=9).to(device)
+    arguments, upstream = on(device, arguments), integers(19, 40, seed=9).to(device)
     results = []
     for function, wide in ((triton_mlp, torch.float32), (expert_mlp_ref, torch.float64)):
         leaves = {k: v.to(wide).requires_grad_() if k in names else v for k, v in arguments.items()}
-        out = function(**leaves)
-        grads = torch.autograd.grad(out, [leaves[k] for k in names], upstream.to(wide))
+        with poison():
+            out = function(**leaves)
+            grads = torch.autograd.grad(out, [leaves[k] for k in names], upstream.to(wide))
         results.append([t.double() for t in (out, *grads)])
     for name, ours, exact in zip(("output", *names), *results, strict=True):
         assert torch.equal(ours, exact), name
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("pattern", ["first_empty", "last_empty", "half_empty", "one_expert"])
-def test_an_empty_expert_has_exactly_zero_gradient(device, pattern):
-    arguments = on(device, case(pattern, bias=True))
-    leaves = [arguments[k].requires_grad_() for k in ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")]
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_gradients_of_the_public_op(device, arch, dtype):
+    # enough rows that no single one, whose slope may be next to zero, makes up a row of a weight gradient
+    arguments = on(device, case("uniform", **SHAPE | {"tokens": 40, "experts": 2}, bias=True, dtype=dtype))
     with poison():
-        grads = torch.autograd.grad(triton_mlp(**arguments), leaves, torch.randn(19, 24).to(device))
-    rows = arguments["expert_offsets"].diff()
-    for grad in grads:
-        assert (grad[rows == 0] == 0).all() and (grad[rows > 0].flatten(1) != 0).any(1).all()
+        check_against_ref(
+            triton_mlp, expert_mlp_ref, arguments, gradients=(*GRADIENTS, "gate_up_bias", "down_bias")
+        )  # fmt: skip
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("pattern", ["sentinels", "all_sentinels"])
-def test_sentinel_rows_contribute_nothing_even_with_nan_weights(device, pattern):
-    arguments = on(device, case(pattern, bias=True))
-    rows, offsets = arguments["sorted_rows"].long(), arguments["expert_offsets"]
-    behind = rows[int(offsets[-1]) :]
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rows_behind_the_last_expert_come_out_as_zero_whatever_they_hold(device, arch, pattern, interleaved):
+    arguments = on(device, case(pattern, **SHAPE, bias=True, interleaved=interleaved))
+    count = int(arguments["expert_offsets"][-1])
+    behind = arguments["sorted_rows"][count:].long()
     assert len(behind)
     results = []
     for value in (0.5, torch.nan):
-        weights = arguments["top_k_weights"].clone()
-        weights.view(-1)[behind] = value
-        leaves = {k: (weights if k == "top_k_weights" else arguments[k]).clone().requires_grad_() for k in GRADIENTS}
+        arguments["top_k_weights"].view(-1)[behind] = value
+        both = backward_case(device, arguments)
+        both["z"][count:] = value
         with poison():
-            out = triton_mlp(**arguments | leaves)
-            grads = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
-        results.append((out, *grads))
-        assert (grads[1].view(-1)[behind] == 0).all()
+            results.append((*forward("triton", **arguments), *backward("triton", **both)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b) and a.isfinite().all()
+    out, z, d_x, d_weights, dz, scaled = results[1]
+    assert (d_weights.view(-1)[behind] == 0).all()
+    assert all((rows[count:] == 0).all() for rows in (z, dz, scaled))
+    if pattern == "all_sentinels":
+        assert (out == 0).all() and (d_x == 0).all()
 
 
-@pytest.mark.parametrize("wanted", [(k,) for k in GRADIENTS] + [("hidden_states", "down_proj")], ids=str)
-def test_only_what_is_asked_for(device, wanted):
-    """A gradient does not depend on which others are computed beside it."""
-    arguments = on(device, case(dtype=torch.bfloat16))
-    upstream = torch.randn(19, 24).bfloat16().to(device)
-
-    def gradients(names):
-        leaves = {k: v.detach().requires_grad_() if k in names else v for k, v in arguments.items()}
-        return dict(zip(names, torch.autograd.grad(triton_mlp(**leaves), [leaves[k] for k in names], upstream), strict=True))
-
-    alone, together = gradients(wanted), gradients(GRADIENTS)
-    assert all(torch.equal(alone[k], together[k]) for k in wanted)
+@pytest.mark.quick
+def test_a_nan_token_stays_in_its_row(device, arch):
+    arguments = on(device, case("uniform", **SHAPE))
+    arguments["hidden_states"][7] = torch.nan
+    both = backward_case(device, arguments)
+    others = torch.arange(19) != 7
+    for result in (forward("triton", **arguments)[0], backward("triton", **both)[0]):
+        assert result[7].isnan().all() and result[others].isfinite().all()
 
 
-def test_the_same_bits_again_and_inputs_untouched(device):
-    arguments = on(device, case("skewed", tokens=70, dtype=torch.bfloat16, bias=True))
-    before = {k: v.clone() for k, v in arguments.items() if torch.is_tensor(v)}
-    leaves = {k: arguments[k].requires_grad_() for k in GRADIENTS}
-    runs = []
-    for _ in range(3):
-        out = triton_mlp(**arguments)
-        runs.append((out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))))
+@pytest.mark.quick
+@pytest.mark.parametrize("needs", [n for n in itertools.product([False, True], repeat=4) if n != ALL], ids=str)
+def test_only_what_is_asked_for_and_the_same_bits(device, small_tiles, needs):
+    small_tiles(ARCHITECTURES[sum(needs) % 2])
+    both = backward_case(device, case("sentinels", tokens=9, bias=True, interleaved=needs[0]))
+    everything = backward("triton", **both)
+    with poison():
+        some = backward("triton", **both, needs=needs)
+    for wanted, a, b in zip(needs, some, everything, strict=True):
+        assert torch.equal(a, b) if wanted else a.shape == (0, b.shape[1])
+        assert a.dtype == b.dtype
+
+
+@pytest.mark.quick
+def test_the_same_bits_again_and_inputs_untouched(device, arch):
+    both = backward_case(device, case(**SHAPE, dtype=BF16, bias=True))
+    arguments = {k: v for k, v in both.items() if k not in ("z", "grad_out")}
+    before = {k: v.clone() for k, v in both.items() if torch.is_tensor(v)}
+    runs = [(*forward("triton", **arguments), *backward("triton", **both)) for _ in range(3)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
-    assert all(torch.equal(before[k], arguments[k]) for k in before)
+    assert all(torch.equal(before[k], both[k]) for k in before)
 
 
-def test_one_graph(device):
+def test_compiles_without_graph_breaks(device, arch):
     arguments = on(device, case(bias=True))
     leaves = [arguments[k].requires_grad_() for k in GRADIENTS]
     compiled = torch.compile(lambda: triton_mlp(**arguments), fullgraph=True, backend="aot_eager")
@@ -184,3 +296,13 @@ def test_one_graph(device):
     assert torch.equal(out, plain)
     for a, b in zip(*(torch.autograd.grad(o.square().sum(), leaves) for o in (out, plain)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("hidden,inner,dtype", [(2048, 768, BF16), (2880, 2880, BF16), (2048, 1408, FP16)], ids=str)
+def test_production_shapes_get_descriptors_on_hopper(hidden, inner, dtype):
+    tiles = configs.expert_mlp(512, hidden, False, dtype, 90, True)
+    for tile in (tiles.gate_up, tiles.linear, tiles.activation):
+        assert tile.descriptors and tile.persistent and tile.rows == 128
+    assert not configs.expert_mlp(512, hidden, False, dtype, 80, True).linear.descriptors
+    assert not configs.expert_mlp(512, hidden, False, dtype, 90, False).linear.descriptors
