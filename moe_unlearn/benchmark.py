@@ -19,7 +19,7 @@ from moe_unlearn.trainer import UnlearnTrainer
 RUNS = ("graddiff", "npo", "trace", "wagle", "mollm", "combined")
 
 # What the tiny models need instead of the shipped recipes' settings, which are for real ones. Chosen on
-# builtin:pydoc, seed 0, and reported on others; benchmarks/NOTES.md has the search.
+# builtin:pydoc, seeds 0 and 4, and reported on others; benchmarks/NOTES.md has the search.
 # A batch holds all 40 forget and all 65 visible retain documents.
 DEMO_COMMON = ["batch_size=40", "retain_per_forget=1.625", "optimizer.lr=1.5e-4", "steps=20"]
 DEMO_OVERRIDES: dict[str, list[str]] = {

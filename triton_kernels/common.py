@@ -66,6 +66,16 @@ def round_nearest(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def widen(value):
+    """float32 of a float tile. By bits in the interpreter, which multiplies bfloat16 denormals by powers of two."""
+    if INTERPRET and value.dtype == tl.bfloat16:
+        wide = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = value.to(tl.float32)
+    return wide
+
+
+@triton.jit
 def unpack_words(words):
     """int32 mask words [...] -> their bits as bool [..., 32]; layout in `ops.bits`."""
     return ((tl.expand_dims(words, -1) >> tl.arange(0, 32)) & 1) != 0

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.common import round_nearest
+from moe_unlearn.triton_kernels.common import round_nearest, widen
 from moe_unlearn.triton_kernels.configs import OuterTile
 from moe_unlearn.triton_kernels.expert_wgrad_update import adamw_, sgd_
 from moe_unlearn.triton_kernels.grouped_outer import (
@@ -65,7 +65,7 @@ def _write(
             tile = tl.where(unpack_column(words), tile, 0.0)
         offsets, exists = places(out_strides, index, m, p, M, P, tile.shape[0], tile.shape[1])
         if ACCUMULATE:
-            tile += tl.load(out + offsets, mask=exists).to(tl.float32)
+            tile += widen(tl.load(out + offsets, mask=exists))
         tl.store(out + offsets, round_nearest(tile, out.dtype.element_ty), mask=exists)
 
 
@@ -124,7 +124,7 @@ def _score(
         _score(out, weight, out_strides, weight_strides, forget, retain, index, expert, m, p, gamma, M, P)
     else:
         offsets, exists = places(weight_strides, expert, m, p, M, P, forget.shape[0], forget.shape[1])
-        w = tl.load(weight + offsets, mask=exists, other=0.0).to(tl.float32)
+        w = widen(tl.load(weight + offsets, mask=exists, other=0.0))
         offsets, exists = places(out_strides, index, m, p, M, P, forget.shape[0], forget.shape[1])
         tl.store(out + offsets, (w - tl.div_rn(retain, gamma)) * forget, mask=exists)
 

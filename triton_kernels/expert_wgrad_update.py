@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_unlearn.triton_kernels.common import round_nearest
+from moe_unlearn.triton_kernels.common import round_nearest, widen
 from moe_unlearn.triton_kernels.grouped_outer import (
     factor_arguments,
     find_tile,
@@ -79,7 +79,7 @@ def _update(
             partial = live & (words != -1)
         if master is None:
             old = tl.load(weight + at_weight, mask=live)
-            w = old.to(tl.float32)
+            w = widen(old)
         else:
             at_master, _ = places(master_strides, index, m, p, M, P, g.shape[0], g.shape[1])
             old = tl.load(weight + at_weight, mask=partial)
@@ -94,14 +94,14 @@ def _update(
             old_second = tl.load(second + at_second, mask=live)
             decay, gradient_share, beta2, square_share, correction, eps, negative_rate = scalars
             w, new_first, new_second = adamw_rule(
-                w, g, old_first.to(tl.float32), old_second.to(tl.float32), decay, gradient_share, beta2, square_share,
+                w, g, widen(old_first), widen(old_second), decay, gradient_share, beta2, square_share,
                 correction, eps, negative_rate, STEP_DTYPE, DECAY,
             )  # fmt: skip
             new_second = round_nearest(new_second, second.dtype.element_ty)
             tl.store(second + at_second, _select(new_second, old_second, kept, mask), mask=live)
         else:
             negative_lr, momentum, gradient_share, weight_decay = scalars
-            b = old_first.to(tl.float32) if MOMENTUM else g
+            b = widen(old_first) if MOMENTUM else g
             w, new_first = sgd_rule(
                 w, g, b, negative_lr, momentum, gradient_share, weight_decay, STEP_DTYPE, DECAY, MOMENTUM, NESTEROV,
                 FIRST_STEP,

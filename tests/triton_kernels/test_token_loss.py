@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from moe_unlearn.ops.token_loss import IGNORED, KINDS, token_loss
-from moe_unlearn.testing import LAYOUTS, assert_as_accurate, integers, poison
+from moe_unlearn.testing import LAYOUTS, integers, poison, ulp
 from moe_unlearn.triton_kernels import configs
 from moe_unlearn.triton_kernels.token_loss_logits import _tanh, expm1, log1p
 from tests.ops import test_token_loss as reference
@@ -20,6 +20,7 @@ from tests.ops.test_token_loss import GRADIENTS, HEAD_OPTIONS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # float32 has no descriptors: its kernels are the same everywhere
+TOKENS = 64  # of which more than 32 count: two row tiles; larger shapes take the interpreter minutes
 VARIANTS = [(90, BF16), (80, BF16), (90, FP16), (90, FP32)]
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NaN and infinity are meant
 
@@ -51,8 +52,8 @@ def small(monkeypatch, shipped):
     return shipped
 
 
-def make(device, tokens=70, hidden=40, vocabulary=97, **options):
-    """The reference's inputs: 40 columns, so that rows of bfloat16 are 16-byte aligned."""
+def make(device, tokens=TOKENS, hidden=24, vocabulary=70, **options):
+    """The reference's inputs: 24 columns, so that rows of bfloat16 are 16-byte aligned."""
     return on(device, reference.make(tokens, hidden, vocabulary, **options))
 
 
@@ -66,7 +67,7 @@ def loss_and_gradients(inputs, names, upstream, impl="triton"):
     return loss.detach(), torch.autograd.grad(loss, [leaves[k] for k in names], upstream.to(loss.device))
 
 
-def uneven(tokens):
+def uneven(tokens=TOKENS):
     return torch.linspace(-1.3, 0.9, tokens)
 
 
@@ -83,7 +84,7 @@ def test_value_and_gradients(device, small, arch, dtype, kind):
 def test_shipped_tiles(device, shipped, arch, dtype, kind):
     shipped(arch)
     # more rows than a tile has, and more columns
-    reference.check(make(device, 210, 72, 301, kind=kind, dtype=dtype), "triton")
+    reference.check(make(device, 230, 72, 270, kind=kind, dtype=dtype), "triton")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,11 +117,11 @@ def test_a_head_of_its_own_for_the_reference(device, small, arch, dtype):
 
 def test_expanded_hidden_states_and_upstream(device, small):
     small(90)
-    inputs = make(device) | {"hidden_states": torch.ones(1, 40, device=device).expand(70, 40)}
-    names, upstream = GRADIENTS[1:3], torch.tensor(0.7).expand(70)
+    inputs = make(device) | {"hidden_states": torch.ones(1, 24, device=device).expand(TOKENS, 24)}
+    names, upstream = GRADIENTS[1:3], torch.tensor(0.7).expand(TOKENS)
     _, expanded = loss_and_gradients(inputs, names, upstream)
     _, plain = loss_and_gradients(
-        inputs | {"hidden_states": torch.ones(70, 40, device=device)}, names, upstream.clone()
+        inputs | {"hidden_states": torch.ones(TOKENS, 24, device=device)}, names, upstream.clone()
     )
     assert all(torch.equal(a, b) for a, b in zip(expanded, plain, strict=True))
 
@@ -131,8 +132,8 @@ def test_mixed_dtypes_are_multiplied_in_float32(device, small):
     for name, dtype in {"lm_head": BF16, "bias": FP16, "token_weights": torch.float64}.items():
         inputs[name] = inputs[name].to(dtype)
     same = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
-    loss, grads = loss_and_gradients(inputs, GRADIENTS[:3], uneven(70))
-    expected, expected_grads = loss_and_gradients(same, GRADIENTS[:3], uneven(70))
+    loss, grads = loss_and_gradients(inputs, GRADIENTS[:3], uneven())
+    expected, expected_grads = loss_and_gradients(same, GRADIENTS[:3], uneven())
     assert torch.equal(loss, expected)
     for name, a, b in zip(GRADIENTS, grads, expected_grads, strict=False):
         assert a.dtype == inputs[name].dtype and torch.equal(a, b.to(a.dtype))
@@ -146,10 +147,9 @@ def test_float64_of_the_head_is_refused(device):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arch, dtype", [(90, BF16), (90, FP32)], ids=str)
-def test_dropped_rows_are_exactly_zero_whatever_they_hold(device, small, arch, dtype, kind):
-    small(arch)
-    inputs, upstream = make(device, kind=kind, dtype=dtype), uneven(70).to(device)
+def test_dropped_rows_are_exactly_zero_whatever_they_hold(device, small, kind):
+    small(90)
+    inputs, upstream = make(device, kind=kind, dtype=BF16), uneven().to(device)
     dropped = (inputs["labels"] == IGNORED) | (inputs["token_weights"] == 0)
     dirty = {k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()}
     dirty["hidden_states"][dropped] = torch.nan
@@ -168,11 +168,11 @@ def test_dropped_rows_are_exactly_zero_whatever_they_hold(device, small, arch, d
 
 
 def test_few_rows_of_many_count(device, small):
-    """Five of 70: most programs have nothing to do, and the sums are split."""
+    """Five of 64: most programs have nothing to do, and the sums are split."""
     small(90)
     inputs = make(device, dtype=BF16, weights=False)
     inputs["labels"][:] = IGNORED
-    inputs["labels"][[3, 31, 32, 40, 69]] = torch.arange(5, device=device) + 60
+    inputs["labels"][[3, 31, 32, 40, 63]] = torch.arange(5, device=device) + 60
     reference.check(inputs, "triton", gradients=GRADIENTS[:3])
 
 
@@ -185,12 +185,12 @@ def test_weights_that_need_a_gradient_keep_their_zero_rows(device, small):
     assert weights.grad[(weights == 0) & (inputs["labels"] != IGNORED)].all()
 
 
-@pytest.mark.parametrize("needed", [c for n in (1, 2) for c in itertools.combinations(GRADIENTS[:3], n)], ids=str)
+@pytest.mark.parametrize("needed", itertools.combinations(GRADIENTS[:3], 1), ids=str)
 def test_only_the_gradients_needed(device, small, needed):
     small(90)
     inputs = make(device, dtype=BF16)
-    _, everything = loss_and_gradients(inputs, GRADIENTS[:3], uneven(70))
-    _, some = loss_and_gradients(inputs, needed, uneven(70))
+    _, everything = loss_and_gradients(inputs, GRADIENTS[:3], uneven())
+    _, some = loss_and_gradients(inputs, needed, uneven())
     expected = dict(zip(GRADIENTS, everything, strict=False))
     assert all(torch.equal(grad, expected[name]) for name, grad in zip(needed, some, strict=True))
 
@@ -231,14 +231,14 @@ def test_all_weights_zero(device, small, kind):
     inputs = make(device, kind=kind, dtype=BF16)
     inputs["token_weights"].zero_()
     with poison():
-        loss, grads = loss_and_gradients(inputs, GRADIENTS[:3], uneven(70))
+        loss, grads = loss_and_gradients(inputs, GRADIENTS[:3], uneven())
     assert not loss.any() and not any(grad.any() for grad in grads)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 7, 5), (3, 16, 64)], ids=str)
 def test_tiny_shapes(device, sizes, kind):
-    inputs = make(device, *sizes, kind=kind, dtype=BF16, weights=False)
+    inputs = make(device, *sizes, kind=kind, weights=False)
     inputs["labels"][:] = torch.arange(sizes[0], device=device)
     reference.check(inputs, "triton", gradients=GRADIENTS[:3])
 
@@ -249,24 +249,22 @@ def test_kl_to_itself_is_exactly_zero_and_its_gradient_too(device, small, arch, 
     small(arch)
     inputs = make(device, kind="kl", dtype=dtype)
     inputs["ref_hidden_states"] = inputs["hidden_states"].clone()
-    loss, grads = loss_and_gradients(inputs, GRADIENTS[:3], uneven(70))
+    loss, grads = loss_and_gradients(inputs, GRADIENTS[:3], uneven())
     assert not loss.any() and not any(grad.any() for grad in grads)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arch, dtype", [(90, BF16), (90, FP32)], ids=str)
-def test_a_row_of_nan_or_infinity_stays_alone(device, small, arch, dtype, kind):
-    small(arch)
-    inputs = make(device, kind=kind, dtype=dtype, weights=False)
+def test_a_row_of_nan_or_infinity_stays_alone(device, small, kind):
+    small(90)
+    inputs = make(device, kind=kind, dtype=BF16, weights=False)
     inputs["labels"][:4] = torch.tensor([5, 6, 7, 8])
+    loss, (grad,) = loss_and_gradients(inputs, GRADIENTS[:1], uneven())
     inputs["hidden_states"][0, 3] = torch.nan
     inputs["hidden_states"][1, 3] = torch.inf
-    loss, (grad,) = loss_and_gradients(inputs, GRADIENTS[:1], uneven(70))
-    expected, (expected_grad,) = loss_and_gradients(inputs, GRADIENTS[:1], uneven(70), impl="ref")
-    assert loss[:2].isnan().all() and loss[2:].isfinite().all()
-    assert torch.equal(grad.isnan(), expected_grad.isnan()) and grad[:2].isnan().all()
-    assert_as_accurate(loss[2:], expected[2:], expected[2:])
+    dirty_loss, (dirty_grad,) = loss_and_gradients(inputs, GRADIENTS[:1], uneven())
+    assert dirty_loss[:2].isnan().all() and dirty_grad[:2].isnan().all()
+    assert torch.equal(dirty_loss[2:], loss[2:]) and torch.equal(dirty_grad[2:], grad[2:])
 
 
 def test_a_logit_of_minus_infinity_has_probability_zero(device, small):
@@ -288,15 +286,15 @@ def test_large_logits_do_not_overflow(device, small, kind):
     reference.check(inputs, "triton", gradients=("hidden_states", "lm_head"))
 
 
-@pytest.mark.parametrize("label", [97, -1, 10**12])
+@pytest.mark.parametrize("label", [70, -1, 10**12])
 @pytest.mark.parametrize("kind", ["nll", "uce"])
 def test_a_label_outside_the_vocabulary_is_shown_as_nan(device, small, kind, label):
     """Raising would wait for the device; the row is NaN, its neighbours are not."""
     small(90)
     inputs = make(device, kind=kind, weights=False)
     inputs["labels"][20] = label
-    loss, (grad,) = loss_and_gradients(inputs, GRADIENTS[:1], uneven(70))
-    others = torch.arange(70, device=device) != 20
+    loss, (grad,) = loss_and_gradients(inputs, GRADIENTS[:1], uneven())
+    others = torch.arange(TOKENS, device=device) != 20
     assert loss[20].isnan() and grad[20].isnan().all()
     assert loss[others].isfinite().all() and grad[others].isfinite().all()
 
@@ -325,25 +323,24 @@ def test_compiles_as_one_graph(device, small, kind):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_same_bits_every_time(device, small, kind):
+def test_the_same_bits_every_time(device, small):
     small(90)
-    inputs = make(device, kind=kind, dtype=BF16)
-    first = loss_and_gradients(inputs, GRADIENTS, uneven(70))
+    inputs = make(device, kind="kl", dtype=BF16)
+    first = loss_and_gradients(inputs, GRADIENTS, uneven())
     with poison():
-        second = loss_and_gradients(inputs, GRADIENTS, uneven(70))
+        second = loss_and_gradients(inputs, GRADIENTS, uneven())
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["nll", "kl"])
 def test_one_row_has_the_same_loss_in_any_company(device, small, kind):
     """With one run of the vocabulary the sums of a row do not depend on the others."""
     small(90)
     inputs = make(device, kind=kind, dtype=BF16)
     together = token_loss(**inputs, impl="triton")
     names = ("hidden_states", "labels", "token_weights", "ref_hidden_states")
-    for row in (0, 5, 33, 69):
+    for row in (0, 5, 33, 63):
         alone = {k: v[row : row + 1] if k in names else v for k, v in inputs.items()}
         assert torch.equal(token_loss(**alone, impl="triton")[0], together[row])
 
@@ -366,9 +363,8 @@ def test_functions_are_accurate_near_zero_and_far(device):
         (outs[1], torch.log1p, -x.abs().clamp_max(0.5)),
         (outs[2], torch.expm1, x.abs().clamp_max(1.0)),
     ):
-        # rows of neighbours: the criterion is relative within each
-        rows = (out.cpu(), function(argument), function(argument.double()))
-        assert_as_accurate(*(row.view(-1, 64) for row in rows))
+        truth = function(argument.double())
+        assert ((out.cpu() - truth).abs() <= 4 * ulp(truth, FP32)).all()  # what their docstrings say
 
 
 def test_tiles_fit_together_and_the_workspace_is_bounded():
