@@ -1,8 +1,8 @@
 """expert_mlp in Triton: both passes against the reference, every layout, gate and routing pattern.
 
 Most tests shrink the tiles of `configs`, so that small shapes have several, with tails, in each direction;
-`test_shipped_tiles` takes them as they are. A call takes the interpreter about half a second, so properties that meet
-in different code are combined rather than multiplied: gates know nothing of the architecture, routing nothing of dtypes.
+`test_shipped_tiles` takes them as they are. Each call takes the interpreter a good part of a second, so properties that
+live in different code are combined, not multiplied: gates know nothing of the architecture, routing nothing of dtypes.
 """
 
 import functools
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moe_unlearn.ops import Gate, expert_mlp, expert_mlp_ref
-from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, check_against_ref, in_layout, integers, poison
+from moe_unlearn.testing import LAYOUTS, ROUTINGS, check_against_ref, in_layout, integers, poison
 from moe_unlearn.triton_kernels import configs
 from tests.ops.test_expert_mlp import GATES, GPT_OSS, GRADIENTS, LAYOUT_FLAGS, case, flat
 
@@ -20,8 +20,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, FP16, FP32)
 ARCHITECTURES = (80, 90)
 ALL = (True, True, True, True)
-# two and a half tiles of depth and of columns, of 16 bytes in every dtype, as descriptors need them
-SHAPE = {"tokens": 19, "hidden": 40, "inner": 24, "experts": 4, "top_k": 2}
+# one and a half tiles of depth and of columns, 16 bytes long in every dtype, as descriptors need them
+SHAPE = {"tokens": 19, "hidden": 24, "inner": 24, "experts": 3, "top_k": 2}
 triton_mlp = functools.partial(expert_mlp, impl="triton")
 
 
@@ -88,22 +88,21 @@ def check(device, arguments, layout="contiguous"):
             check_against_ref(functools.partial(function, "triton"), functools.partial(function, "ref"), values)
 
 
-# transposed, interleaved, bias, gated; every dtype meets each of them on both architectures
-@pytest.mark.parametrize("flags", LAYOUT_FLAGS, ids=str)
-def test_layouts(device, arch, flags):
-    transposed, interleaved, bias, gated = flags
-    dtype = DTYPES[(sum(flags) + arch // 10) % 3]
-    check(device, case(**SHAPE, transposed=transposed, interleaved=interleaved, bias=bias, gated=gated, dtype=dtype))
+@pytest.mark.parametrize("gated,interleaved,transposed", list(itertools.product([True, False], repeat=3)))
+def test_layouts(device, arch, gated, interleaved, transposed):
+    turn = gated + interleaved + transposed + arch // 10
+    flags = {"gated": gated, "interleaved": interleaved, "transposed": transposed, "bias": turn % 2 == 0}
+    check(device, case(**SHAPE, **flags, dtype=DTYPES[turn % 3]))
+
+
+ROUTED = [(p, 1 + i % 3, ARCHITECTURES[i % 2]) for i, p in enumerate(ROUTINGS)]
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    "pattern,top_k,on_arch",
-    [(p, 1 + i % 3, ARCHITECTURES[i % 2]) for i, p in enumerate(ROUTINGS)] + [("skewed", 3, 90)],
-)
+@pytest.mark.parametrize("pattern,top_k,on_arch", [*ROUTED, ("skewed", 3, 90)])
 def test_routing_patterns(device, small_tiles, pattern, top_k, on_arch):
     small_tiles(on_arch)
-    check(device, case(pattern, **SHAPE | {"top_k": top_k}, bias=True))
+    check(device, case(pattern, **SHAPE | {"top_k": top_k, "experts": 4}, bias=True))
 
 
 # one tile: the formulas, not the layout, are at stake
@@ -129,9 +128,9 @@ def test_gradient_is_cut_at_the_clamp_as_torch_cuts_it_and_nan_is_never_lost(dev
     for name, a, b in zip(("dz", "scaled"), ours[2:], reference[2:], strict=True):
         assert torch.equal(a.isnan(), b.isnan()), name
         assert torch.equal(a == 0, b == 0), name
-        assert_as_accurate(a, b, b.double(), name=name)
 
 
+# two tiles of columns in each product, and of rows in one expert
 WIDE = {"hidden": 272, "inner": 144, "experts": 2, "top_k": 1, "bias": True}
 PAIRS = {"transposed": True, "interleaved": True, "gate": GPT_OSS}
 SHIPPED = {
@@ -157,32 +156,38 @@ def test_shipped_tiles(device, monkeypatch, on_arch, arguments):
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "contiguous"])
-def test_memory_layouts_of_inputs_and_upstream_gradients(device, arch, layout):
+def test_memory_layouts_of_inputs_and_upstream_gradients(device, small_tiles, layout):
+    small_tiles(90)  # what no descriptor can name goes by pointers
     arguments = on(device, case(**SHAPE, bias=True, dtype=BF16))
     moved = {k: in_layout(v, layout) if torch.is_tensor(v) else v for k, v in arguments.items()}
     check(device, moved, layout)
 
 
 @pytest.mark.quick
-def test_expanded_inputs(device, arch):
+def test_expanded_inputs(device, small_tiles):
     """One token, one expert and one gradient, each many times in the same memory."""
+    small_tiles(90)
     arguments = on(device, case(**SHAPE))
     for name in ("hidden_states", "gate_up_proj", "down_proj"):
         arguments[name] = arguments[name][:1].expand_as(arguments[name])
-    grad_out = torch.randn(1, 1, generator=torch.Generator().manual_seed(1)).to(device).expand(19, 40)
+    grad_out = torch.randn(1, 1, generator=torch.Generator().manual_seed(1)).to(device).expand(19, 24)
     both = backward_case(device, arguments) | {"grad_out": grad_out}
     check_against_ref(functools.partial(forward, "triton"), functools.partial(forward, "ref"), arguments)
     check_against_ref(functools.partial(backward, "triton"), functools.partial(backward, "ref"), both)
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("tokens,experts,top_k", [(1, 5, 1), (1, 5, 5), (33, 1, 1), (2, 40, 16)])
-def test_few_tokens_and_many_experts(device, arch, tokens, experts, top_k):
+@pytest.mark.parametrize(
+    "tokens,experts,top_k,on_arch", [(1, 5, 1, 90), (1, 5, 5, 80), (33, 1, 1, 80), (1, 40, 16, 90)]
+)
+def test_few_tokens_and_many_experts(device, small_tiles, tokens, experts, top_k, on_arch):
+    small_tiles(on_arch)
     check(device, case("uniform", tokens, experts=experts, top_k=top_k, bias=True))
 
 
 @pytest.mark.quick
-def test_no_token(device, arch):
+def test_no_token(device, small_tiles):
+    small_tiles(90)
     arguments = on(device, case("uniform", tokens=0, bias=True))
     leaves = [arguments[k].requires_grad_() for k in GRADIENTS]
     out = triton_mlp(**arguments)
@@ -191,8 +196,9 @@ def test_no_token(device, arch):
         assert grad.shape == leaf.shape and (grad == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_float32_routing_weights_in_a_narrow_layer(device, arch, dtype):
+@pytest.mark.parametrize("dtype,on_arch", [(BF16, 90), (FP16, 80)], ids=str)
+def test_float32_routing_weights_in_a_narrow_layer(device, small_tiles, dtype, on_arch):
+    small_tiles(on_arch)
     arguments = case(**SHAPE, dtype=dtype)
     arguments["top_k_weights"] = torch.rand(19, 2, generator=torch.Generator().manual_seed(0)) + 0.1
     check(device, arguments)
@@ -209,7 +215,7 @@ def test_integers_are_exact(device, small_tiles, flags):
     names = GRADIENTS + (("gate_up_bias", "down_bias") if bias else ())
     for k in names:
         arguments[k] = integers(*arguments[k].shape, seed=len(k))
-    arguments, upstream = on(device, arguments), integers(19, 40, seed=9).to(device)
+    arguments, upstream = on(device, arguments), integers(19, 24, seed=9).to(device)
     results = []
     for function, wide in ((triton_mlp, torch.float32), (expert_mlp_ref, torch.float64)):
         leaves = {k: v.to(wide).requires_grad_() if k in names else v for k, v in arguments.items()}
@@ -221,8 +227,9 @@ def test_integers_are_exact(device, small_tiles, flags):
         assert torch.equal(ours, exact), name
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_gradients_of_the_public_op(device, arch, dtype):
+@pytest.mark.parametrize("dtype,on_arch", [(BF16, 80), (FP32, 90)], ids=str)
+def test_gradients_of_the_public_op(device, small_tiles, dtype, on_arch):
+    small_tiles(on_arch)
     # enough rows that no single one, whose slope may be next to zero, makes up a row of a weight gradient
     arguments = on(device, case("uniform", **SHAPE | {"tokens": 40, "experts": 2}, bias=True, dtype=dtype))
     with poison():
@@ -232,9 +239,13 @@ def test_gradients_of_the_public_op(device, arch, dtype):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("pattern", ["sentinels", "all_sentinels"])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rows_behind_the_last_expert_come_out_as_zero_whatever_they_hold(device, arch, pattern, interleaved):
+@pytest.mark.parametrize(
+    "pattern,interleaved,on_arch", [("sentinels", False, 80), ("sentinels", True, 90), ("all_sentinels", True, 80)]
+)
+def test_rows_behind_the_last_expert_come_out_as_zero_whatever_they_hold(
+    device, small_tiles, pattern, interleaved, on_arch
+):
+    small_tiles(on_arch)
     arguments = on(device, case(pattern, **SHAPE, bias=True, interleaved=interleaved))
     count = int(arguments["expert_offsets"][-1])
     behind = arguments["sorted_rows"][count:].long()
@@ -283,13 +294,14 @@ def test_the_same_bits_again_and_inputs_untouched(device, arch):
     both = backward_case(device, case(**SHAPE, dtype=BF16, bias=True))
     arguments = {k: v for k, v in both.items() if k not in ("z", "grad_out")}
     before = {k: v.clone() for k, v in both.items() if torch.is_tensor(v)}
-    runs = [(*forward("triton", **arguments), *backward("triton", **both)) for _ in range(3)]
+    runs = [(*forward("triton", **arguments), *backward("triton", **both)) for _ in range(2)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
     assert all(torch.equal(before[k], both[k]) for k in before)
 
 
-def test_compiles_without_graph_breaks(device, arch):
-    arguments = on(device, case(bias=True))
+def test_compiles_without_graph_breaks(device, small_tiles):
+    small_tiles(90)
+    arguments = on(device, case(tokens=7, bias=True))
     leaves = [arguments[k].requires_grad_() for k in GRADIENTS]
     compiled = torch.compile(lambda: triton_mlp(**arguments), fullgraph=True, backend="aot_eager")
     out, plain = compiled(), triton_mlp(**arguments)
