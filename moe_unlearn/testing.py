@@ -12,8 +12,8 @@ A row is the last dimension; rows shorter than 64 are pooled with their neighbou
 the largest error of a few elements says little. For the same reason, and since one factor's error can run
 through a whole row of a weight gradient, the baseline's error in a row counts as at least the 90th
 percentile over the rows that are not zero, relative to max |gold|. The term 4 / sqrt(n) is the sampling
-error of a ratio of two RMS values. `tests/test_testing.py` measures how often correct re-ordered sums are rejected (at most
-1e-4), and that one zeroed row, one swapped pair or one stale element is.
+error of a ratio of two RMS values. `tests/test_testing.py` measures how often correct re-ordered sums are
+rejected (at most 1e-4), and that one zeroed row, one swapped pair or one stale element is.
 
 Source: our specification; comparing with the error of the same maths in the same dtype follows the
 practice of flash-attention's tests.

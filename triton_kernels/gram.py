@@ -175,14 +175,14 @@ def _factors_kernel(
     expert = tl.sum((blocks <= program).to(tl.int32), 0)
     before = tl.max(tl.where(blocks <= program, blocks, 0), 0)
     here = expert < NUM_EXPERTS
-    begin = tl.load(expert_offsets + expert, mask=here, other=0).to(tl.int64) + (program - before) * ROWS
-    stop = tl.load(expert_offsets + expert + 1, mask=here, other=0).to(tl.int64)
-    row = begin + tl.arange(0, ROWS)
+    begin = tl.load(expert_offsets + expert, mask=here, other=0) + (program - before) * ROWS
+    stop = tl.load(expert_offsets + expert + 1, mask=here, other=0)
+    row = (begin + tl.arange(0, ROWS)).to(tl.int64)
     sums = ()
     for _ in tl.static_range(LEFT * RIGHT):
         sums += (tl.full((), 0, tl.float64),)
     for first in range(begin, stop, ROWS):
-        other = first + tl.arange(0, ROWS)
+        other = (first + tl.arange(0, ROWS)).to(tl.int64)
         share = tl.where(first == begin, 0.5, 1.0).to(tl.float64)
         near = share * _inner(inputs, input_strides, row, inputs, input_strides, other, stop, DEPTH, ROWS, BLOCK)
         added = ()

@@ -192,7 +192,7 @@ _SIZES = {
 
 
 def _wgrad(name, dtype=BF16, seed=0, masked=True):
-    """(factors by name, experts, mask words, weight) of a size. Small integers: a sum has the same bits in any order."""
+    """(factors by name, experts, mask words, weight) of a size. Small integers: any order gives the same bits."""
     with mock.patch.multiple(test_expert_wgrad, **{"T": test_expert_wgrad.T} | _SIZES[name]):
         sizes = test_expert_wgrad
         pattern = name if name in ("half_empty", "one_expert", "sentinels", "all_sentinels") else "skewed"
