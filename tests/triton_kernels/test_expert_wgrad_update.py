@@ -111,11 +111,13 @@ def test_shipped_tiles(device, numerics, rule):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("numerics", ["bf16 fp32 state", "bf16 master"])
 @pytest.mark.parametrize("rule", ["adamw decay", "sgd momentum"])
-def test_what_the_mask_keeps_out_stays_untouched(device, small_tiles, rule):  # noqa: F811
-    """A tile without a bit, rows without a bit, words without a bit, bits: all with state and weights of any kind."""
-    function, made, common = prepared("bf16 fp32 state", rule, sizes=SIZES)
+def test_what_the_mask_keeps_out_stays_untouched(device, small_tiles, rule, numerics):  # noqa: F811
+    """A tile without a bit, rows without a bit, words without a bit, words of one bit and of all, any bits."""
+    function, made, common = prepared(numerics, rule, sizes=SIZES)
     common["mask"][0, :32, :2], common["mask"][1, 5], common["mask"][0, :, 1] = 0, 0, 0
+    common["mask"][1, 6], common["mask"][1, 7, :2] = 1, -1
     common["param"][1, 3] = torch.nan  # expert 1 is not listed
     kept = unpack_bits(common["mask"], SIZES["P"])
     for name in STATE[function]:
