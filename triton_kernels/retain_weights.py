@@ -33,7 +33,7 @@ def retain_weights(words: Tensor, tilt: Tensor, bias: float, cap: float) -> Tens
     weights = torch.empty(num_tokens, dtype=torch.float32, device=words.device)
     if num_tokens:
         _weights_kernel[(triton.cdiv(num_tokens, config.block),)](
-            words, tilt, weights, bias, cap, num_tokens, len(tilt), *words.stride(), tilt.stride(0),
+            words, tilt.contiguous(), weights, bias, cap, num_tokens, len(tilt), *words.stride(),
             BLOCK=config.block, num_warps=config.num_warps,
         )  # fmt: skip
     return weights
@@ -50,7 +50,7 @@ def moments(words: Tensor, tilt: Tensor, bias: float, cap: float) -> tuple[Tenso
     partial, first, second = doubles(config.chunks, size + 1, size), doubles(size), doubles(size, size)
     tiles = triton.cdiv(size, WORD_BITS.value)
     _moments_kernel[tiles * (tiles + 1) // 2, config.chunks](
-        words, tilt, partial, bias, cap, num_tokens, config.tokens_per_chunk, size - 1, *words.stride(), tilt.stride(0),
+        words, tilt.contiguous(), partial, bias, cap, num_tokens, config.tokens_per_chunk, size - 1, *words.stride(),
         BLOCK=config.block, num_warps=config.num_warps,
     )  # fmt: skip
     _sum_kernel[(triton.cdiv((size + 1) * size, config.sum_block),)](
@@ -60,7 +60,7 @@ def moments(words: Tensor, tilt: Tensor, bias: float, cap: float) -> tuple[Tenso
 
 
 @triton.jit
-def _weigh(words, tilt, bias, cap, token, inside, num_members, stride_t, stride_word, stride_tilt, BLOCK: tl.constexpr):
+def _weigh(words, tilt, bias, cap, token, inside, num_members, stride_t, stride_word, BLOCK: tl.constexpr):
     """exp(bias + tilt . a_t) and the same but at most cap, float64, of a block of tokens."""
     bit = tl.arange(0, WORD_BITS)
     place = words + token * stride_t
@@ -69,7 +69,7 @@ def _weigh(words, tilt, bias, cap, token, inside, num_members, stride_t, stride_
         word = tl.load(place, mask=inside, other=0)
         # the summed dimension comes first: a thread then adds up its own tokens
         member = ((word[None, :] >> bit[:, None]) & 1).to(tl.float64)
-        member_tilt = tl.load(tilt + (start + bit) * stride_tilt, mask=start + bit < num_members, other=0.0)
+        member_tilt = tl.load(tilt + start + bit, mask=start + bit < num_members, other=0.0)
         exponent += tl.sum(member * member_tilt[:, None], axis=0)
         place += stride_word
     raw = tl.exp(exponent + bias)
@@ -80,12 +80,12 @@ def _weigh(words, tilt, bias, cap, token, inside, num_members, stride_t, stride_
 @triton.jit(do_not_specialize=["num_tokens", "num_members"])
 def _weights_kernel(
     words, tilt, weights, bias: tl.float64, cap: tl.float64, num_tokens, num_members,
-    stride_t, stride_word, stride_tilt, BLOCK: tl.constexpr,
+    stride_t, stride_word, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """weights[t] = min(cap, exp(bias + tilt . a_t))."""
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = token < num_tokens
-    _, weight = _weigh(words, tilt, bias, cap, token, inside, num_members, stride_t, stride_word, stride_tilt, BLOCK)
+    _, weight = _weigh(words, tilt, bias, cap, token, inside, num_members, stride_t, stride_word, BLOCK)
     tl.store(weights + token, weight.to(tl.float32), mask=inside)
 
 
@@ -104,7 +104,7 @@ def _extended(words, token, inside, tile, num_members, stride_t, stride_word):
 @triton.jit(do_not_specialize=["num_tokens", "tokens_per_chunk", "num_members"])
 def _moments_kernel(
     words, tilt, partial, bias: tl.float64, cap: tl.float64, num_tokens, tokens_per_chunk, num_members,
-    stride_t, stride_word, stride_tilt, BLOCK: tl.constexpr,
+    stride_t, stride_word, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile i <= j of partial[chunk, :n] = sum_t free_t a~ a~^T; with i = 0 also row n = sum_t w_t a~."""
     pair, chunk = tl.program_id(0), tl.program_id(1)
@@ -119,11 +119,9 @@ def _moments_kernel(
     start = chunk.to(tl.int64) * tokens_per_chunk
     end = tl.minimum(start + tokens_per_chunk, num_tokens)
     for block in range(start, end, BLOCK):
-        token = block + tl.arange(0, BLOCK)
+        token = block + tl.arange(0, BLOCK).to(tl.int64)
         inside = token < end
-        raw, weight = _weigh(
-            words, tilt, bias, cap, token, inside, num_members, stride_t, stride_word, stride_tilt, BLOCK
-        )
+        raw, weight = _weigh(words, tilt, bias, cap, token, inside, num_members, stride_t, stride_word, BLOCK)
         left = _extended(words, token, inside, i, num_members, stride_t, stride_word)
         right = _extended(words, token, inside, j, num_members, stride_t, stride_word)
         # a token at its cap has no curvature
