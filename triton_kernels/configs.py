@@ -264,9 +264,9 @@ class Gram(NamedTuple):
     sum_block: int
 
 
-def gram(sets: int) -> Gram:
-    """Eight elements of each of two sets a thread; four sets make ten sums of products, and a thread has half of it."""
-    return Gram(1024, 32 if sets <= 2 else 16, 4, 1024)
+def gram() -> Gram:
+    """Four elements of each set a thread: four sets make ten float64 sums of products, 80 registers of a thread."""
+    return Gram(1024, 16, 4, 1024)
 
 
 class GramFactors(NamedTuple):

@@ -2,7 +2,7 @@
 
 `gram`, the sets of one parameter:
 
-    _products_kernel   grid (at most `configs.gram(...).programs`): a program walks blocks of mask words, each element
+    _products_kernel   grid (at most `configs.gram().programs`): a program walks blocks of mask words, each element
                        of the sets read once, and keeps the products of all pairs (i, j >= i) element by element
     _sum_kernel        grid (m, m): a pair's partial sums, in order, to (i, j) and (j, i)
 
@@ -51,7 +51,7 @@ def gram(gradients: list[Tensor], mask: Tensor | None = None) -> Tensor:
     slices = [as_slices(g.view(-1) if flat else g) for g in gradients]
     count, rows, columns = slices[0].shape
     num_words = count * rows * triton.cdiv(columns, 32)
-    config = configs.gram(min(m, _AT_ONCE))
+    config = configs.gram()
     programs = min(config.programs, triton.cdiv(num_words, config.block_words))
     partials = out.new_empty(m, m, programs)
     for numbers in _launches(m):

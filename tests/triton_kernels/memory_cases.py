@@ -192,12 +192,17 @@ _SIZES = {
 
 
 def _wgrad(name, dtype=BF16, seed=0, masked=True):
-    """(factors by name, experts, mask words, weight) of a size. Small integers: any order gives the same bits."""
+    """(factors by name, experts, mask words, weight) of a size.
+
+    Small integers: any order gives the same bits. No zeros: a sum of negative zeros alone may have either sign.
+    """
     with mock.patch.multiple(test_expert_wgrad, **{"T": test_expert_wgrad.T} | _SIZES[name]):
         sizes = test_expert_wgrad
         pattern = name if name in ("half_empty", "one_expert", "sentinels", "all_sentinels") else "skewed"
         made = sizes.case(pattern, dtype, seed, exact=True)
         behind = int(made["expert_offsets"][-1])
+        for factor in (made["grad"], made["input"]):
+            factor[factor == 0] = 1
         made["grad"][behind:] = torch.nan
         shape = (2, sizes.M, sizes.P)
         weight = torch.randn(sizes.E, sizes.M, sizes.P).to(dtype)

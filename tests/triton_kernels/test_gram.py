@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture
 def small(monkeypatch):
     """Two words a block, three programs, sums of two: a few hundred elements cross every boundary."""
-    monkeypatch.setattr(configs, "gram", lambda sets: configs.Gram(3, 2, 4, 2))
+    monkeypatch.setattr(configs, "gram", lambda: configs.Gram(3, 2, 4, 2))
     monkeypatch.setattr(configs, "gram_factors", lambda sets: configs.GramFactors(16, 16, 4, 2, 2))
 
 
