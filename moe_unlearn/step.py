@@ -45,7 +45,8 @@ class UnlearnStep:
         recipe: a `Recipe`, the path of a YAML file or the name of a shipped recipe.
         optimizer: a `MaskedSGD` or `MaskedAdamW` over the model's parameters; None builds the recipe's.
 
-    Raises TypeError for another optimizer and ValueError for a model without MoE layers.
+    Raises TypeError for another optimizer and ValueError for a model without MoE layers, or with nothing to
+    train within the recipe's scope.
     """
 
     def __init__(
@@ -254,6 +255,11 @@ class UnlearnStep:
             if kind == "seuf":
                 layer = int(selected.any(1).nonzero()[0])
                 names |= scope.router_parameters(self.model, list(experts_modules(self.model))[layer])
+        if not any(self._flags[name] for name in names):
+            raise ValueError(
+                f"nothing to train: every parameter in the scope ({kind!r}) is frozen; a parameter that does not "
+                "require grad when the step is built, as those under adapters, stays as it is"
+            )
         scope.set_trainable(self.model, self._flags, names)
 
     def _apply_masks(self) -> None:

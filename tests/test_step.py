@@ -422,6 +422,21 @@ def test_close_gives_the_model_back(model):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("name", ["npo", "combined"])
+def test_adapters_learn_and_the_weights_under_them_stay(model, name):
+    peft = pytest.importorskip("peft")
+    experts = [n for n, _ in model.named_parameters() if ".experts." in n]
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, settings)
+    before = weights(wrapped)
+    step, forget, retain = prepared(wrapped, recipe(name))
+    step(forget[0], retain[0])
+    assert changed(wrapped, before) == {n for n in before if "lora_" in n}
+    with pytest.raises(ValueError, match=r"nothing to train: .* \('parameters'\) is frozen"):
+        UnlearnStep(wrapped, recipe("rmu"))
+
+
+@pytest.mark.quick
 def test_plan_is_readable_and_counts(model):
     step, forget, retain = prepared(model, recipe("combined"))
     plan = step.plan()
