@@ -32,20 +32,11 @@ from moe_unlearn.triton_kernels.masked_update import (
     adamw_constants,
     adamw_rule,
     round_weight,
+    select,
     sgd_constants,
     sgd_rule,
     step_dtype,
 )
-
-
-@triton.jit
-def _select(new, old, kept, mask):
-    """`new` where the mask allows it, the very bits of `old` elsewhere."""
-    if mask is None:
-        selected = new
-    else:
-        selected = tl.where(kept, new, old)
-    return selected
 
 
 @triton.jit
@@ -98,7 +89,7 @@ def _update(
                 correction, eps, negative_rate, STEP_DTYPE, DECAY,
             )  # fmt: skip
             new_second = round_nearest(new_second, second.dtype.element_ty)
-            tl.store(second + at_second, _select(new_second, old_second, kept, mask), mask=live)
+            tl.store(second + at_second, select(new_second, old_second, kept, mask), mask=live)
         else:
             negative_lr, momentum, gradient_share, weight_decay = scalars
             b = widen(old_first) if MOMENTUM else g
@@ -109,12 +100,12 @@ def _update(
 
         if first is not None:
             new_first = round_nearest(new_first, first.dtype.element_ty)
-            tl.store(first + at_first, _select(new_first, old_first, kept, mask), mask=live)
+            tl.store(first + at_first, select(new_first, old_first, kept, mask), mask=live)
         if master is not None:
-            tl.store(master + at_master, _select(w, old_master, kept, mask), mask=live)
+            tl.store(master + at_master, select(w, old_master, kept, mask), mask=live)
         element, _ = places((M * P, P, 1), expert, m, p, M, P, g.shape[0], g.shape[1])
         new = round_weight(w, weight.dtype.element_ty, element, step, seed, parameter_id, STOCHASTIC)
-        tl.store(weight + at_weight, _select(new, old, kept, mask), mask=live)
+        tl.store(weight + at_weight, select(new, old, kept, mask), mask=live)
 
 
 @triton.jit(do_not_specialize=["step", "seed", "parameter_id"])

@@ -173,7 +173,7 @@ def _position(rows, columns, BLOCK: tl.constexpr, ROWS_FIRST: tl.constexpr):
 
 
 @triton.jit
-def _select(new, old, kept, mask):
+def select(new, old, kept, mask):
     """`new` where the mask allows it, the very bits of `old` elsewhere."""
     if mask is None:
         selected = new
@@ -236,7 +236,7 @@ def _update_kernel(
             correction, eps, negative_rate, STEP_DTYPE, DECAY,
         )  # fmt: skip
         new_second = round_nearest(new_second, second.dtype.element_ty)
-        tl.store(second, _select(new_second, old_second, kept, mask), mask=live)
+        tl.store(second, select(new_second, old_second, kept, mask), mask=live)
     else:
         negative_lr, momentum, gradient_share, weight_decay = scalars
         b = old_first.to(tl.float32) if MOMENTUM else g
@@ -247,11 +247,11 @@ def _update_kernel(
 
     if first is not None:
         new_first = round_nearest(new_first, first.dtype.element_ty)
-        tl.store(first, _select(new_first, old_first, kept, mask), mask=live)
+        tl.store(first, select(new_first, old_first, kept, mask), mask=live)
     if master is not None:
-        tl.store(master, _select(w, old_master, kept, mask), mask=live)
+        tl.store(master, select(w, old_master, kept, mask), mask=live)
     new = round_weight(w, param.dtype.element_ty, flat, step, seed, parameter_id, STOCHASTIC)
-    tl.store(param, _select(new, old, kept, mask), mask=live)
+    tl.store(param, select(new, old, kept, mask), mask=live)
 
 
 def masked_sgd_(

@@ -108,7 +108,7 @@ def _partials_kernel(
     row = row_tile * ROWS + tl.arange(0, ROWS)
     live = row < counted
     token = tl.load(index + row, mask=live, other=0).to(tl.int64)
-    label = tl.load(labels + token * label_stride, mask=live, other=-1)
+    label = tl.load(labels + token * label_stride)
     m = tl.full((ROWS,), LOWEST, tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
     picked, ref_m, ref_s, cross = s, m, s, s

@@ -150,17 +150,18 @@ def _dlogits_kernel(
     )  # fmt: skip
     row = row_tile * ROWS + tl.arange(0, ROWS)
     live = row < counted
+    # rows that do not count take what belongs to token 0, and are dropped in the end
     token = tl.load(index + row, mask=live, other=0).to(tl.int64)
-    upstream = tl.load(grad + token * grad_stride, mask=live, other=0.0).to(tl.float32)
+    upstream = tl.load(grad + token * grad_stride).to(tl.float32)
     if weights is not None:
-        upstream *= tl.load(weights + token * weight_stride, mask=live, other=0.0).to(tl.float32)
+        upstream *= tl.load(weights + token * weight_stride).to(tl.float32)
     if KIND == "uce":
-        upstream *= -expm1(tl.load(value + token, mask=live, other=0.0))
-    dz = _softmax(z, norm, token, live, num_rows)
+        upstream *= -expm1(tl.load(value + token))
+    dz = _softmax(z, norm, token, num_rows)
     if KIND == "kl":
-        dz -= _softmax(z_ref, ref_norm, token, live, num_rows)
+        dz -= _softmax(z_ref, ref_norm, token, num_rows)
     else:
-        label = tl.load(labels + token * label_stride, mask=live, other=-1)
+        label = tl.load(labels + token * label_stride)
         # compared as int32, which takes half the registers
         label = tl.where((label >= column) & (label < column + COLUMNS), label - column, -1).to(tl.int32)
         dz = tl.where(label[:, None] == tl.arange(0, COLUMNS)[None, :], dz - 1, dz)
@@ -181,9 +182,8 @@ def _dlogits_kernel(
 
 
 @triton.jit
-def _softmax(z, norm, token, live, num_rows):
-    peak = tl.load(norm + token, mask=live, other=0.0)
-    total = tl.load(norm + num_rows + token, mask=live, other=1.0)
+def _softmax(z, norm, token, num_rows):
+    peak, total = tl.load(norm + token), tl.load(norm + num_rows + token)
     return tl.exp(z - peak[:, None]) * tl.div_rn(1.0, total)[:, None]
 
 
