@@ -9,7 +9,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# further arguments of `moe-unlearn demo`, e.g. make demo DEMO="--seeds 1 2 3"
+# further arguments of `moe-unlearn demo`, e.g. make demo DEMO="--seeds 5 6 7"
 DEMO ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -344,6 +344,8 @@ def _trajectories(trajectory: dict, summary: Summary):
     series = {run: steps for run, steps in series.items() if steps}
     if not series:
         return None
+    from matplotlib.ticker import LogLocator
+
     figure, ((left, right),) = _new(10, 4.2, 1, 2)
     for axes, key, text in ((left, keys[0], "forget"), (right, keys[1], "retain")):
         for run, steps in series.items():
@@ -353,6 +355,10 @@ def _trajectories(trajectory: dict, summary: Summary):
         if key in summary.get("retrain", {}):
             axes.axhline(summary["retrain"][key], color="black", ls="--", lw=1, label="retrain (gold)")
         axes.set(title=f"{text} documents", xlabel="step", ylabel="NLL (nats a token, log scale)", yscale="log")
+        # less than a decade would show a single number
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -255,15 +255,20 @@ def stages(file: str) -> list[list[str]]:
     return [cases, quick, own] if op in COMPARED else [quick, cases, own]
 
 
-def run(mutant: Mutant | None, file: str, limit: int = TEST_SECONDS) -> tuple[str, list[float]]:
-    """("killed" | "survived" | "timed out", seconds of each stage) of a mutant, or of the kernels as they are."""
+def run(
+    mutant: Mutant | None, file: str, limit: int = TEST_SECONDS, only: int | None = None
+) -> tuple[str, list[float]]:
+    """("killed" | "survived" | "timed out", seconds of each stage) of a mutant, or of the kernels as they are.
+
+    only: the one stage to run, counted from 1.
+    """
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "triton_kernels"
         shutil.copytree(KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
         if mutant is not None:
             (copy / file).write_text(mutant.apply((KERNELS / file).read_text()))
-        for arguments in stages(file):
+        for arguments in stages(file) if only is None else [stages(file)[only - 1]]:
             begun = time.monotonic()
             status = _in_child(lambda arguments=arguments: _pytest(copy, arguments, limit))
             seconds.append(round(time.monotonic() - begun, 1))
@@ -340,16 +345,18 @@ def verdict(mutant: Mutant) -> dict:
     } | ({"reason": reason} if reason else {})  # fmt: skip
 
 
-def verdicts(mutants: list[Mutant], jobs: int = 1, unmutated: bool = True) -> list[dict]:
-    """Run the mutants in `jobs` processes; if `unmutated`, the kernels as they are must pass first."""
+def verdicts(mutants: list[Mutant], jobs: int = 1) -> list[dict]:
+    """Run the mutants in `jobs` processes; what killed one must let the kernels pass as they are."""
     # the slow imports, once: every mutant's process is a fork of this one
     importlib.import_module("tests.triton_kernels.memory_cases")
-    for file in sorted({mutant.file for mutant in mutants}) if unmutated else ():
-        result, seconds = run(None, file)
+    results = sorted(_shared(mutants, jobs), key=lambda r: (r["file"], r["line"], r["kind"], r["after"]))
+    kills = {(op_of(Path(r["file"]).stem), r["stage"]): r["file"] for r in results if r["result"] != "survived"}
+    for (op, stage), file in sorted(kills.items()):
+        result, seconds = run(None, file, only=stage)
+        print(f"{op}, stage {stage}, as it is: {result} {seconds[0]} s", flush=True)
         if result != "survived":
-            raise RuntimeError(f"{file} fails its own tests, unmutated: {result} in stage {len(seconds)}")
-        print(f"{file}: as it is {seconds} s", flush=True)
-    return sorted(_shared(mutants, jobs), key=lambda r: (r["file"], r["line"], r["kind"], r["after"]))
+            raise RuntimeError(f"the kernels of {op} fail stage {stage} of their tests unmutated: {result}")
+    return results
 
 
 def _shared(mutants: list[Mutant], jobs: int) -> Iterator[dict]:
@@ -423,7 +430,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{mutant.file}:{mutant.line} {mutant.kernel}, {mutant.kind}: {before}  ->  {after}")
         return 0
     begun = time.monotonic()
-    results = verdicts(mutants, options.jobs, unmutated=not options.sample)
+    results = verdicts(mutants, options.jobs)
     survivors = [result for result in results if result["result"] == "survived"]
     counts = summary(results)
     for file, count in counts.items():
