@@ -3,7 +3,7 @@
 # make quick   the developers' tier; at most 3 minutes
 # make lint    ruff check and format
 # make ledger  compile every Triton kernel and record its registers, spills, shared memory ...; no GPU needed
-# make mutants   the tests against wrong versions of every Triton kernel; about an hour on 2 cores
+# make mutants   the tests against wrong versions of every Triton kernel; about half an hour on 2 cores
 # make gpu     the kernels' tests and compute-sanitizer on this machine's GPU
 # make clean-cache   forget the trained models of the demo
 

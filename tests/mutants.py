@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "triton_kernels"
 TESTS = ROOT / "tests" / "triton_kernels"
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
-PER_FILE = 8
+PER_FILE = 5
 COMPARED = {"expert_wgrad", "route", "weight_score"}  # their memory cases compare with the reference, bit for bit
 TEST_SECONDS = 90  # of one test
 

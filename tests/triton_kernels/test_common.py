@@ -37,24 +37,26 @@ def test_random_bits_and_rounding_are_those_of_the_reference(device, step, seed,
 def _dot_kernel(a, b, out, RAW: tl.constexpr, SIZE: tl.constexpr):
     row = tl.arange(0, SIZE)
     tile = row[:, None] * SIZE + row[None, :]
-    zero = tl.zeros((SIZE, SIZE), tl.float32)
+    total = tl.load(out + tile)
     if RAW:
-        product = tl.dot(tl.load(a + tile), tl.load(b + tile), zero)
+        total = tl.dot(tl.load(a + tile), tl.load(b + tile), total)
     else:
-        product = dot(tl.load(a + tile), tl.load(b + tile), zero)
-    tl.store(out + tile, product)
+        total = dot(tl.load(a + tile), tl.load(b + tile), total)
+    tl.store(out + tile, total)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dot(device, dtype):
     a, b = torch.randn(2, 16, 16, device=device).to(dtype)
-    out = torch.empty(16, 16, device=device)
+    before = torch.randn(16, 16, device=device)
+    out = before.clone()
     _dot_kernel[(1,)](a, b, out, False, 16)
-    assert_as_accurate(out, a.float() @ b.float(), a.double() @ b.double())
+    assert_as_accurate(out, before + a.float() @ b.float(), before.double() + a.double() @ b.double())
 
 
 @pytest.mark.skipif(not INTERPRET.value, reason="only the interpreter gets this wrong")
 def test_a_raw_bfloat16_dot_is_refused(device):
     a = torch.ones(16, 16, dtype=torch.bfloat16)
     with pytest.raises(Exception, match="common.dot"):
-        _dot_kernel[(1,)](a, a, torch.empty(16, 16), True, 16)
+        _dot_kernel[(1,)](a, a, torch.zeros(16, 16), True, 16)
