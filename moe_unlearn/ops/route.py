@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_unlearn import backend
+from moe_unlearn import backend, native
 
 
 class Routing(NamedTuple):
@@ -111,7 +111,19 @@ def _(top_k_index, num_experts, group, num_groups, log_tilt, log_weight, impl):
     return ints(num_groups, num_experts), ints(num_experts + 1), ints(top_k_index.numel())
 
 
+def _route_native(top_k_index, num_experts, group, num_groups, log_tilt, log_weight):
+    return torch.ops.moe_unlearn_native.route(
+        top_k_index.contiguous(),
+        num_experts,
+        None if group is None else group.contiguous(),
+        num_groups,
+        None if log_tilt is None else log_tilt.to(torch.float32).contiguous(),
+        log_weight,
+    )
+
+
 backend.register("route", "ref", route_ref)
+native.register("route", _route_native)
 backend.register("route", "triton", "moe_unlearn.triton_kernels.route:route")
 
 
