@@ -22,16 +22,15 @@ from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CHOICE = os.environ.get("MOE_UNLEARN_BUILD", "")
-TORCH_2_10 = "0x020a000000000000"
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 SOURCES = {
     "cpu": ["csrc/registration.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
     "cuda": sorted(glob("csrc/cuda/*.cu")),
 }
-WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 # An op's bits must not depend on which products a compiler contracts: a fused multiply-add is written out.
 # The other two flags let loops with sqrt and with choices vectorise; they change no value.
-CXX = "-std=c++20 -O3 -g0 -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+CXX = "-std=c++20 -O3 -g0 -fvisibility=hidden -Wall -Wextra -Werror".split()
+CXX += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 
 
 def why_not() -> dict[str, str]:
@@ -46,7 +45,7 @@ def why_not() -> dict[str, str]:
     except ImportError:
         why = "no torch at build time; `pip install --no-build-isolation .` after torch builds it"
         return dict.fromkeys(SOURCES, why)
-    cuda = "" if cpp_extension.CUDA_HOME or shutil.which("nvcc") else "no nvcc"
+    cuda = "" if cpp_extension.CUDA_HOME else "no nvcc"
     if CHOICE != "cuda":
         cuda = "this torch has no CUDA" if version.cuda is None else "MOE_UNLEARN_BUILD=cpu" if CHOICE else cuda
     compiler = cpp_extension.get_cxx_compiler().split()[0]
@@ -66,9 +65,9 @@ def require() -> None:
 def extension(name: str):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
-    flags = [*CXX, *WARNINGS, *(f"-isystem{path}" for path in include_paths())]
+    flags = [*CXX, *(f"-isystem{path}" for path in include_paths())]
     common = {"depends": HEADERS, "include_dirs": [os.path.abspath("csrc")], "py_limited_api": True}
-    macros = [("TORCH_TARGET_VERSION", TORCH_2_10)]
+    macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # 2.10
     make = CppExtension
     if name == "cuda":
         macros, make = [*macros, ("USE_CUDA", None)], CUDAExtension

@@ -1,12 +1,13 @@
 """Contenders measured side by side: their rounds take turns, and what counts is the ratio of their medians.
 
 Machines share their cores with other work, so absolute times mean little and times from different runs
-nothing. `python benchmarks/bench_<op>.py` prints the ratios and writes benchmarks/results/cpu/<op>.json.
+nothing. With one thread it is the processor time of the thread that counts, which leaves out what others take
+from the clock. `OMP_NUM_THREADS=1 python -m benchmarks.bench_<op>` prints the ratios and writes
+benchmarks/results/cpu/<op>.json.
 """
 
 import json
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -26,14 +27,15 @@ def compare(name: str, contenders: dict[str, Callable], *, target: float | None 
         contenders: functions without arguments, each called once to warm up and then once a round.
         target: the ratio of the second contender to ours that is asked for.
     """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for function in contenders.values():
         function()
     seconds = {key: [] for key in contenders}
     for _ in range(rounds):
         for key, function in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             function()
-            seconds[key].append(time.perf_counter() - start)
+            seconds[key].append(clock() - start)
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     ours, *rivals = medians
     result = {"name": name, "rounds": rounds, "milliseconds": {k: round(1e3 * v, 3) for k, v in medians.items()}}
@@ -48,17 +50,13 @@ def compare(name: str, contenders: dict[str, Callable], *, target: float | None 
     return result
 
 
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def write(op: str, results: list[dict]) -> None:
     """Write results/cpu/<op>.json with what they were measured on."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     stamp = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "time": "processor" if torch.get_num_threads() == 1 else "wall",
         "instruction_set": native.instruction_set(),
         "processor": _processor(),
         "python": platform.python_version(),
