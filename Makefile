@@ -2,6 +2,9 @@
 # make test    every test; at most 40 minutes on 2 cores
 # make quick   the developers' tier; at most 3 minutes
 # make lint    ruff check and format
+# make ledger  compile every Triton kernel and record its registers, spills, shared memory ...; no GPU needed
+# make mutants   the tests against wrong versions of every Triton kernel; about an hour on 2 cores
+# make gpu     the kernels' tests and compute-sanitizer on this machine's GPU
 # make clean-cache   forget the trained models of the demo
 
 PYTHON ?= python3
@@ -12,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 # a change here builds the native extension again
 NATIVE := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test quick lint clean-cache clean
+.PHONY: demo test quick lint ledger mutants gpu clean-cache clean
 
 # without build isolation, so that the native extension is built against this very torch
 .venv/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
@@ -21,10 +24,20 @@ NATIVE := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable .[dev]
 	touch $@
 
+# the oldest supported Triton, beside the one the environment uses; its folder is only ever complete
+OLDEST_TRITON := 3.6.0
+OLDEST := .venv/triton-$(OLDEST_TRITON)
+
+$(OLDEST): | .venv/.installed
+	rm -rf $@.partial $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.partial triton==$(OLDEST_TRITON)
+	mv $@.partial $@
+	touch $@
+
 demo: .venv/.installed
 	$(BIN)/moe-unlearn demo $(DEMO)
 
-test: .venv/.installed
+test: .venv/.installed $(OLDEST)
 	$(PYTEST)
 
 quick: .venv/.installed
@@ -33,6 +46,16 @@ quick: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+ledger: .venv/.installed $(OLDEST)
+	$(BIN)/python -m tests.static.ledger
+
+mutants: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
+
+# in the machine's own environment: its torch is built for its CUDA and brings the Triton that goes with it
+gpu:
+	$(PYTHON) -m tests.gpu
 
 clean-cache: .venv/.installed
 	$(BIN)/moe-unlearn demo --clean-cache

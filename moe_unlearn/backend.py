@@ -93,7 +93,10 @@ def _can_run(impl: str, device_type: str) -> bool:
 
 @functools.cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # of a finder that refuses by raising
+        return False
 
 
 def _from_environment(op: str) -> tuple[str, tuple[str, ...]]:

@@ -184,6 +184,7 @@ class Recipe:
     batch_size: int = 8  # forget rows of a micro-batch
     retain_per_forget: float = 1.0  # retain rows for each of them, at least 1
     accumulate: int = 1
+    stop_forget_loss: float | None = None  # the first step that sees a forget loss this low is the last
     seed: int = 0
 
     def __post_init__(self):

@@ -62,6 +62,8 @@ class UnlearnStep:
         self.objectives = Objectives(model, self.recipe, self.prepared)
         self.masks: dict[str, Tensor] = {}
         self.steps = 0
+        #: whether the last step saw a forget loss at or below `recipe.stop_forget_loss`
+        self.done = False
         self._apply_scope()
         if optimizer is None:
             optimizer = build_optimizer(model, self.recipe)
@@ -170,6 +172,9 @@ class UnlearnStep:
             self.discard()
             raise NonFiniteError(f"the gradient norm is {norm}: stopped before the update, weights unchanged")
         self._norm = metrics["grad_norm"] = norm
+        if self.recipe.stop_forget_loss is not None:
+            forget = sum(m["forget_loss"] for m in self._micro_batches) / len(self._micro_batches)
+            self.done = forget <= self.recipe.stop_forget_loss
         return metrics
 
     def update(self) -> dict[str, float]:

@@ -117,6 +117,8 @@ class UnlearnTrainer(Trainer):
         total = sum(metrics.values())
         if self.accelerator.sync_gradients:
             metrics |= self.unlearn_step.combine()
+            if self.unlearn_step.done:
+                self.control.should_training_stop = True
         for name, value in metrics.items():
             self._logged.setdefault(name, []).append(value)
         return torch.tensor(total / self.current_gradient_accumulation_steps, device=self.args.device)

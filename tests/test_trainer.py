@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,23 @@ def arguments(folder, **keywords):
 
 def combined(*overrides):
     return Recipe.load("combined", ["trace.min_ratio=1.01", "trace.eta=0.3", "optimizer.lr=1e-3", *overrides])
+
+
+def test_a_forget_loss_that_is_low_enough_ends_the_run(tmp_path, original, dataset):
+    def run(**limits):
+        model = copy.deepcopy(original)
+        trainer = UnlearnTrainer(model, arguments(tmp_path), replace(combined(), **limits), dataset)
+        trainer.train()
+        return trainer, [entry["forget_loss"] for entry in trainer.state.log_history if "forget_loss" in entry]
+
+    _, losses = run()
+    limit = losses[3]
+    first = next(i for i, loss in enumerate(losses) if loss <= limit)
+    stopped, seen = run(stop_forget_loss=limit)
+    assert seen == losses[: first + 1]
+    assert stopped.state.global_step == stopped.unlearn_step.steps == first + 1
+    assert stopped.unlearn_step.done
+    assert not run(stop_forget_loss=min(losses) / 2)[0].unlearn_step.done
 
 
 def differing(a, b):

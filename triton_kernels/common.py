@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.random import philox_impl
@@ -49,3 +50,54 @@ def round_stochastic(value, random):
     quiet = tl.where(value != value, 0x00400000, 0).to(tl.uint32)
     kept = tl.where(finite, bits + (random & 0xFFFF), bits | quiet)
     return (kept >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def round_nearest(value, dtype: tl.constexpr):
+    """float32 -> `dtype`, ties to even. By bits in the interpreter, which rounds bfloat16 ties away from zero
+    and its denormals to zero."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        kept = tl.where(value != value, bits | 0x00400000, bits + 0x7FFF + ((bits >> 16) & 1))
+        narrow = (kept >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrow = value.to(dtype)
+    return narrow
+
+
+@triton.jit
+def widen(value):
+    """float32 of a float tile. By bits in the interpreter, which multiplies bfloat16 denormals by powers of two."""
+    if INTERPRET and value.dtype == tl.bfloat16:
+        wide = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = value.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def unpack_words(words):
+    """int32 mask words [...] -> their bits as bool [..., 32]; layout in `ops.bits`."""
+    return ((tl.expand_dims(words, -1) >> tl.arange(0, 32)) & 1) != 0
+
+
+@triton.jit
+def word_elements(pointer, strides, index, row, at):
+    """Pointers [words, 32] to the elements behind the mask words `at` of rows `row` of slices `index`, all int64;
+    strides are those of `as_slices`."""
+    bit = tl.arange(0, 32).to(tl.int64)
+    first = index * strides[0] + row * strides[1] + at * 32 * strides[2]
+    return pointer + (first[:, None] + bit[None, :] * strides[2])
+
+
+def as_slices(tensor: torch.Tensor, sliced: bool = False) -> torch.Tensor:
+    """[slices, rows, columns] of any tensor, a view where the strides of its middle dimensions allow one.
+
+    One dimension is one row; two are one slice, or, if `sliced`, slices of one row.
+    """
+    tensor = torch.atleast_1d(tensor)
+    if tensor.dim() == 1:
+        return tensor[None, None]
+    if tensor.dim() == 2:
+        return tensor[:, None] if sliced else tensor[None]
+    return tensor.flatten(1, -2)

@@ -9,7 +9,8 @@ from moe_unlearn.ops.bits import pack_bits, philox, round_stochastic
 from moe_unlearn.ops.masked_update import masked_adamw_, masked_adamw_ref, masked_sgd_, masked_sgd_ref
 from moe_unlearn.testing import LAYOUTS, assert_as_accurate, check_against_ref, in_layout, poison
 
-IMPLS = backend.available("masked_update.adamw", "cpu")
+# Triton's are in tests/triton_kernels: the square root of torch on the CPU is one ulp off IEEE's now and then
+IMPLS = [impl for impl in ("ref", "cpu") if impl in backend.available("masked_update.adamw", "cpu")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SGD = {
     "plain": {},
@@ -361,5 +362,5 @@ def test_bad_sgd_options():
         masked_sgd_(param, param, None, None, lr=0.1, momentum=0.9, step=1)
     with pytest.raises(ValueError, match="nesterov needs momentum"):
         masked_sgd_(param, param, None, None, lr=0.1, nesterov=True, step=1)
-    with pytest.raises(RuntimeError, match="no implementation triton"):
-        masked_sgd_(param, param, None, None, lr=0.1, step=1, impl="triton")
+    with pytest.raises(RuntimeError, match="no implementation cuda"):
+        masked_sgd_(param, param, None, None, lr=0.1, step=1, impl="cuda")

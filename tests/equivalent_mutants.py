@@ -1,0 +1,17 @@
+"""Mutants that compute the same: nothing can tell them from the kernel, for the reason given."""
+
+# (file, kernel, line before, line after) -> reason
+EQUIVALENT: dict[tuple[str, str, str, str], str] = {
+    (
+        "masked_update.py",
+        "_update_kernel",
+        "words = tl.where(exists, -1, 0)",
+        "words = tl.where(exists, 1, 0)",
+    ): "without a mask no bit is looked at, only whether a word is zero; old values are loaded in vain",
+    (
+        "weight_score.py",
+        "_mask_kernel",
+        "if (total > 0) & (left > 0):",
+        "if (total >= 0) & (left > 0):",
+    ): "ranks of no elements are computed, which the branch only saves",
+}

@@ -1,0 +1,43 @@
+"""The SGD and AdamW epilogues of expert_wgrad on the layer of `launches_expert_wgrad`."""
+
+from collections.abc import Callable
+
+import torch
+
+from moe_unlearn.triton_kernels.expert_wgrad_update import adamw_, sgd_
+from tests.static.launches_expert_wgrad import gate_up, matrices, some, words
+
+_BF16, _FP32 = torch.bfloat16, torch.float32
+
+
+def _adamw(dtype, state, rounding="nearest", *, masked=True, master=False, listed=True):
+    count = 2 if listed else 8
+    adamw_(
+        matrices(dtype), matrices(state, count), matrices(state, count), matrices(_FP32, count) if master else None,
+        *gate_up(dtype), some() if listed else None, words(count) if masked else None,
+        1e-5, 0.9, 0.95, 1e-8, 0.1, 7, rounding, 0, 0,
+    )  # fmt: skip
+
+
+def _sgd(dtype, state=None, rounding="nearest", *, momentum=0.0, decay=0.0, nesterov=False, step=7, master=False):
+    buffer = None if state is None else matrices(state)
+    sgd_(
+        matrices(dtype), buffer, matrices(_FP32) if master else None, *gate_up(dtype), None, words(),
+        1e-3, momentum, 0.0, decay, nesterov, step, rounding, 0, 0,
+    )  # fmt: skip
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "adamw bf16": lambda: _adamw(_BF16, _BF16),
+    "adamw bf16 fp32 state": lambda: _adamw(_BF16, _FP32),
+    "adamw bf16 unmasked, all experts": lambda: _adamw(_BF16, _FP32, masked=False, listed=False),
+    "adamw bf16 stochastic": lambda: _adamw(_BF16, _FP32, "stochastic"),
+    "adamw bf16 master": lambda: _adamw(_BF16, _FP32, master=True),
+    "adamw fp32": lambda: _adamw(_FP32, _FP32),
+    "sgd bf16": lambda: _sgd(_BF16),
+    "sgd bf16 stochastic": lambda: _sgd(_BF16, rounding="stochastic"),
+    "sgd bf16 master": lambda: _sgd(_BF16, master=True),
+    "sgd bf16 momentum": lambda: _sgd(_BF16, _FP32, momentum=0.9, decay=0.1),
+    "sgd bf16 first step": lambda: _sgd(_BF16, _FP32, momentum=0.9, decay=0.1, step=1),
+    "sgd fp32 nesterov": lambda: _sgd(_FP32, _FP32, momentum=0.9, decay=0.1, nesterov=True),
+}

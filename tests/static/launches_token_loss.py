@@ -1,0 +1,39 @@
+"""Launches of `token_loss` at production shapes, for the ahead-of-time compiler."""
+
+import torch
+
+from moe_unlearn.triton_kernels.token_loss import token_loss, token_loss_backward
+
+QWEN3, OLMOE = (151_936, 2048), (50_304, 2048)
+
+
+def _both(
+    kind, shape=QWEN3, tokens=8192, *, dtype=torch.bfloat16, trained_head=False, bias=False, weights=True,
+    own_head=False, transposed=False, softcap=None, scale=1.0,
+):  # fmt: skip
+    vocabulary, width = shape
+    hidden = torch.empty(tokens, width, dtype=dtype)
+    head = torch.empty(width, vocabulary, dtype=dtype).t() if transposed else torch.empty(shape, dtype=dtype)
+    arguments = (
+        hidden, head, torch.empty(tokens, dtype=torch.int64), torch.empty(vocabulary, dtype=dtype) if bias else None,
+        torch.empty(tokens) if weights else None, torch.empty_like(hidden) if kind == "kl" else None,
+        torch.empty_like(head) if own_head else None,
+    )  # fmt: skip
+    options = kind, scale, softcap, True, None
+    _, value, norm, ref_norm = token_loss(*arguments, *options)
+    token_loss_backward(torch.empty(tokens), *arguments, value, norm, ref_norm, *options, True, trained_head, bias)
+
+
+CASES = {
+    "nll, qwen3": lambda: _both("nll"),
+    "nll, head trained": lambda: _both("nll", trained_head=True, weights=False),
+    "uce, softcap": lambda: _both("uce", scale=0.5, softcap=30.0),
+    "kl, qwen3": lambda: _both("kl", trained_head=True),
+    "kl, head of its own": lambda: _both("kl", own_head=True),
+    "nll, bias": lambda: _both("nll", OLMOE, trained_head=True, bias=True),
+    "nll, few rows": lambda: _both("nll", OLMOE, tokens=64),
+    "nll, head transposed": lambda: _both("nll", OLMOE, transposed=True),
+    "nll, fp16": lambda: _both("nll", OLMOE, dtype=torch.float16, trained_head=True),
+    "nll, fp32": lambda: _both("nll", OLMOE, tokens=2048, dtype=torch.float32, trained_head=True),
+    "kl, fp32": lambda: _both("kl", OLMOE, tokens=2048, dtype=torch.float32),
+}

@@ -1,0 +1,105 @@
+"""All that the ahead-of-time tool uses of Triton's private interface (3.6 to 3.9): record launches, compile them.
+
+Triton's own `JITFunction.run` binds and specialises the arguments of a launch; a driver that only knows its target
+stands in for the GPU, and what would be compiled and run is kept instead.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Launch(NamedTuple):
+    """One specialisation of a kernel, everything its compilation depends on."""
+
+    kernel: JITFunction
+    arch: int
+    signature: dict[str, Any]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """ "route/_count_kernel": its file and function."""
+        return f"{self.kernel.fn.__module__.rpartition('.')[2]}/{self.kernel.fn.__name__}"
+
+    @property
+    def identity(self) -> str:
+        """Equal for two launches that one version of Triton compiles to the same binary, on whatever machine.
+
+        The kernel's cache key covers its source, every function it calls and the constants they read.
+        """
+        constexprs = {path: getattr(value, "cache_key", value) for path, value in self.constexprs.items()}
+        # the paths of Triton's own libraries: part of its version, not of the launch
+        options = sorted((name, value) for name, value in self.options.items() if name != "extern_libs")
+        parts = self.arch, self.kernel.cache_key, self.signature, constexprs, self.attrs, options
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    @property
+    def config(self) -> str:
+        """What distinguishes it from other launches of the kernel, readable."""
+        names = list(self.signature)
+        constants = {names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
+        types = dict.fromkeys(str(t).removeprefix("*") for t in self.signature.values() if str(t).startswith("*"))
+        shown = [f"{name}={value}" for name, value in constants.items()]
+        shown += [f"{name}={self.options[name]}" for name in ("num_warps", "num_stages")]
+        shown += ["enable_fp_fusion=False"] * (not self.options["enable_fp_fusion"])
+        return " ".join([",".join(types), *shown])
+
+
+class Binary(NamedTuple):
+    cubin: bytes
+    ttir: str
+    shared_bytes: int
+    tensor_memory_columns: int
+
+
+class _Target:
+    """The driver of a GPU that is not there. The device number is the architecture, so Triton's caches keep apart."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def record(function: Callable[[], None], arch: int) -> list[Launch]:
+    """The launches `function` makes, in order and each specialisation once; no kernel runs."""
+    found: dict[str, Launch] = {}
+
+    def keep(kernel, key, signature, device, constexprs, options, attrs, warmup):
+        launch = Launch(kernel, arch, signature, constexprs, attrs, dict(options.__dict__))
+        found.setdefault(launch.identity, launch)
+
+    original, JITFunction._do_compile = JITFunction._do_compile, keep
+    driver.set_active(_Target(arch))
+    try:
+        function()
+    finally:
+        JITFunction._do_compile = original
+    return list(found.values())
+
+
+def compile_launch(launch: Launch) -> Binary:
+    source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
+    target = GPUTarget("cuda", launch.arch, 32)
+    compiled = triton.compile(source, target=target, options=launch.options)
+    metadata = compiled.metadata
+    return Binary(compiled.asm["cubin"], compiled.asm["ttir"], metadata.shared, getattr(metadata, "tmem_size", 0) or 0)

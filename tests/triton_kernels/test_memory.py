@@ -1,0 +1,27 @@
+"""Every op and epilogue under guard pages, fillings, shuffled programs and the tracer, on both code paths."""
+
+import pytest
+
+from moe_unlearn import backend
+from moe_unlearn.triton_kernels.common import INTERPRET
+from tests.checkers.case import findings
+from tests.triton_kernels.memory_cases import CASES
+
+pytestmark = pytest.mark.skipif(not INTERPRET.value, reason="the checkers observe the interpreter")
+# Where tensor descriptors may be used, tensors keep their alignment; elsewhere they touch the guard page.
+ARCHITECTURES = {"80": 1, "90": 16}
+# `make quick` takes the cases that found bugs most often when the kernels were written
+QUICK = ("one token", "odd tiles", "solved", "5x6x37")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.quick if any(q in n for q in QUICK) else ()) for n in CASES]
+)
+def test_memory_and_order(name, architecture, monkeypatch):
+    monkeypatch.setenv("MOE_UNLEARN_TRITON_ARCH", architecture)
+    assert findings(CASES[name](), alignment=ARCHITECTURES[architecture]) == []
+
+
+def test_every_op_and_epilogue_has_a_case():
+    assert {name.partition(".")[0] for name in backend.registered()} <= {name.partition("/")[0] for name in CASES}

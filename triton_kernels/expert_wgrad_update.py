@@ -1,0 +1,186 @@
+"""expert_wgrad_sgd_ and expert_wgrad_adamw_: the masked update of `masked_update` on weight gradients in registers.
+
+One launch, no workspace, no atomics; every element belongs to one program. The float32 tile of dW comes from the main
+loop of `grouped_outer`, and the rules from `masked_update`, bit for bit. The epilogue takes the tile in slices of
+columns: the accumulator and the state of all of it would not fit in registers. Accesses are predicated by whole mask
+words; inside a word the old bits are selected and stored again. A tile without a mask bit is neither computed nor read.
+
+Experts that are listed but have no rows take their step with a gradient of exactly zero, decay and momentum included.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_unlearn.triton_kernels.common import round_nearest, widen
+from moe_unlearn.triton_kernels.grouped_outer import (
+    factor_arguments,
+    find_tile,
+    halves,
+    listed,
+    load_bounds,
+    load_words,
+    num_tiles,
+    outer_product,
+    places,
+    stop_unless_kept,
+    tile_for,
+    tile_options,
+    unpack_column,
+)
+from moe_unlearn.triton_kernels.masked_update import (
+    adamw_constants,
+    adamw_rule,
+    round_weight,
+    sgd_constants,
+    sgd_rule,
+    step_dtype,
+)
+
+
+@triton.jit
+def _select(new, old, kept, mask):
+    """`new` where the mask allows it, the very bits of `old` elsewhere."""
+    if mask is None:
+        selected = new
+    else:
+        selected = tl.where(kept, new, old)
+    return selected
+
+
+@triton.jit
+def _update(
+    g, weight, first, second, master, mask, weight_strides, first_strides, second_strides, master_strides, mask_strides,
+    index, expert, m, p, step, seed, parameter_id, scalars,
+    M: tl.constexpr, P: tl.constexpr, ADAMW: tl.constexpr, STEP_DTYPE: tl.constexpr,
+    DECAY: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FIRST_STEP: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """One step of the weights at (m, p) with the tile g of the gradient, slice by slice."""
+    if g.shape[1] > 32:
+        g, right = halves(g)
+        _update(
+            g, weight, first, second, master, mask, weight_strides, first_strides, second_strides, master_strides,
+            mask_strides, index, expert, m, p, step, seed, parameter_id, scalars,
+            M, P, ADAMW, STEP_DTYPE, DECAY, MOMENTUM, NESTEROV, FIRST_STEP, STOCHASTIC,
+        )  # fmt: skip
+        _update(
+            right, weight, first, second, master, mask, weight_strides, first_strides, second_strides, master_strides,
+            mask_strides, index, expert, m, p + g.shape[1], step, seed, parameter_id, scalars,
+            M, P, ADAMW, STEP_DTYPE, DECAY, MOMENTUM, NESTEROV, FIRST_STEP, STOCHASTIC,
+        )  # fmt: skip
+    else:
+        at_weight, live = places(weight_strides, expert, m, p, M, P, g.shape[0], g.shape[1])
+        partial, kept = live, live
+        if mask is not None:
+            words = load_words(mask, mask_strides, index, m, p, M, P, g.shape[0], 1)
+            kept = unpack_column(words)
+            live &= words != 0
+            partial = live & (words != 1)
+        if master is None:
+            old = tl.load(weight + at_weight, mask=live)
+            w = widen(old)
+        else:
+            at_master, _ = places(master_strides, index, m, p, M, P, g.shape[0], g.shape[1])
+            old = tl.load(weight + at_weight, mask=partial)
+            old_master = tl.load(master + at_master, mask=live)
+            w = old_master
+        if first is not None:
+            at_first, _ = places(first_strides, index, m, p, M, P, g.shape[0], g.shape[1])
+            old_first = tl.load(first + at_first, mask=partial if FIRST_STEP else live)
+
+        if ADAMW:
+            at_second, _ = places(second_strides, index, m, p, M, P, g.shape[0], g.shape[1])
+            old_second = tl.load(second + at_second, mask=live)
+            decay, gradient_share, beta2, square_share, correction, eps, negative_rate = scalars
+            w, new_first, new_second = adamw_rule(
+                w, g, widen(old_first), widen(old_second), decay, gradient_share, beta2, square_share,
+                correction, eps, negative_rate, STEP_DTYPE, DECAY,
+            )  # fmt: skip
+            new_second = round_nearest(new_second, second.dtype.element_ty)
+            tl.store(second + at_second, _select(new_second, old_second, kept, mask), mask=live)
+        else:
+            negative_lr, momentum, gradient_share, weight_decay = scalars
+            b = widen(old_first) if MOMENTUM else g
+            w, new_first = sgd_rule(
+                w, g, b, negative_lr, momentum, gradient_share, weight_decay, STEP_DTYPE, DECAY, MOMENTUM, NESTEROV,
+                FIRST_STEP,
+            )  # fmt: skip
+
+        if first is not None:
+            new_first = round_nearest(new_first, first.dtype.element_ty)
+            tl.store(first + at_first, _select(new_first, old_first, kept, mask), mask=live)
+        if master is not None:
+            tl.store(master + at_master, _select(w, old_master, kept, mask), mask=live)
+        element, _ = places((M * P, P, 1), expert, m, p, M, P, g.shape[0], g.shape[1])
+        new = round_weight(w, weight.dtype.element_ty, element, step, seed, parameter_id, STOCHASTIC)
+        tl.store(weight + at_weight, _select(new, old, kept, mask), mask=live)
+
+
+@triton.jit(do_not_specialize=["step", "seed", "parameter_id"])
+def _update_kernel(
+    weight, first, second, master, mask, weight_strides, first_strides, second_strides, master_strides, mask_strides,
+    grad, input, bounds, grad_rows, input_rows, strides, experts, num_listed,
+    step: tl.int64, seed: tl.int64, parameter_id: tl.int64, scalars,
+    M: tl.constexpr, P: tl.constexpr, ADAMW: tl.constexpr, STEP_DTYPE: tl.constexpr,
+    DECAY: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FIRST_STEP: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    GROUP: tl.constexpr, BY_DESCRIPTOR: tl.constexpr, BOUNDS_STEP: tl.constexpr,
+):  # fmt: skip
+    """first, second: exp_avg and exp_avg_sq, or momentum_buffer and None; None where there is no such tensor."""
+    index, m, p = find_tile(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, GROUP)
+    expert = listed(experts, index)
+    start, stop = load_bounds(bounds, expert, BOUNDS_STEP)
+    stop = stop_unless_kept(mask, mask_strides, index, m, p, start, stop, M, P, BLOCK_M, BLOCK_P)
+    g = outer_product(
+        grad, input, grad_rows, input_rows, strides, start, stop, m, p,
+        M, P, BLOCK_M, BLOCK_P, BLOCK_ROWS, BY_DESCRIPTOR,
+    )  # fmt: skip
+    _update(
+        g, weight, first, second, master, mask, weight_strides, first_strides, second_strides, master_strides,
+        mask_strides, index, expert, m, p, step, seed, parameter_id, scalars,
+        M, P, ADAMW, STEP_DTYPE, DECAY, MOMENTUM, NESTEROV, FIRST_STEP, STOCHASTIC,
+    )  # fmt: skip
+
+
+def sgd_(
+    weight, momentum_buffer, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask, lr, momentum,
+    dampening, weight_decay, nesterov, step, rounding, seed, parameter_id,
+) -> None:  # fmt: skip
+    """weight[experts] <- masked SGD with dW, in place; arguments as in `ops.expert_wgrad.expert_wgrad_sgd_ref_`."""
+    scalars, flags = sgd_constants(lr, momentum, dampening, weight_decay, nesterov, step)
+    flags |= {"ADAMW": False, "STEP_DTYPE": step_dtype(weight, (momentum_buffer,), rounding, master)}
+    state = (momentum_buffer if flags["MOMENTUM"] else None, None, master)
+    factors = (grad, input, expert_offsets, grad_rows, input_rows)
+    _launch(weight, state, mask, factors, experts, (step, seed, parameter_id), rounding, scalars, flags)
+
+
+def adamw_(
+    weight, exp_avg, exp_avg_sq, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask, lr, beta1,
+    beta2, eps, weight_decay, step, rounding, seed, parameter_id,
+) -> None:  # fmt: skip
+    """weight[experts] <- masked AdamW with dW, in place; arguments as in `ops.expert_wgrad.expert_wgrad_adamw_ref_`."""
+    scalars, flags = adamw_constants(lr, beta1, beta2, eps, weight_decay, step)
+    flags |= {"ADAMW": True, "STEP_DTYPE": step_dtype(weight, (exp_avg, exp_avg_sq), rounding, master)}
+    flags |= {"MOMENTUM": False, "NESTEROV": False, "FIRST_STEP": False}
+    factors = (grad, input, expert_offsets, grad_rows, input_rows)
+    state = (exp_avg, exp_avg_sq, master)
+    _launch(weight, state, mask, factors, experts, (step, seed, parameter_id), rounding, scalars, flags)
+
+
+def _launch(weight: torch.Tensor, state, mask, factors, experts, key, rounding, scalars, flags) -> None:
+    if state[2] is not None or rounding == "stochastic":
+        epilogue = "update"
+    else:
+        epilogue = "weights" if state == (None, None, None) else "state"
+    shape, tile = tile_for(epilogue, factors, experts)
+    if 0 in shape:
+        return
+    side = factor_arguments(*factors, tile)
+    tensors = (weight, *state, mask)
+    _update_kernel[(num_tiles(shape, tile),)](
+        *tensors, *(None if t is None else t.stride() for t in tensors), *side[:6],
+        None if experts is None else experts.contiguous(), shape[0], *key, tuple(scalars),
+        STOCHASTIC=rounding == "stochastic", BY_DESCRIPTOR=side.by_descriptor, BOUNDS_STEP=side.bounds_step,
+        enable_fp_fusion=False, **flags, **tile_options(shape, tile),
+    )  # fmt: skip

@@ -1,0 +1,298 @@
+"""masked_update: SGD and AdamW in place under a packed mask; formulas and numerics in `ops.masked_update`.
+
+One launch, element by element: the same bits for any order of programs, no workspace, no atomics.
+
+A program owns BLOCK mask words of one slice and the 32 elements behind each: a tile [BLOCK, 32]. It loads every word
+once, stops if all are zero, and expands the others in registers. Loads and stores are predicated by whole words, which
+keeps them 16 bytes wide and leaves parameter and state behind a zero word untouched and unread; inside a word the old
+bits are selected and stored again. What only supplies those old bits (the parameter beside a master, the momentum
+buffer at step 1) is loaded for words that have a zero bit, and for no others.
+
+Words are numbered along the rows, or, for a parameter whose rows are adjacent in memory (a transposed view), down the
+columns, so that accesses coalesce either way. Any strides; tensors of more than three dimensions whose middle ones do
+not merge are copied and written back.
+
+The bits are those of the reference: every operation of the rule rounds once and in the same order (`tl.fma` where torch
+fuses, IEEE division and square root). Only the reference's float32 square root on the CPU, MKL's, may be one ulp off.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_unlearn.triton_kernels import configs
+from moe_unlearn.triton_kernels.common import (
+    as_slices,
+    random_bits,
+    round_nearest,
+    round_stochastic,
+    unpack_words,
+    word_elements,
+)
+
+# The rules below are shared with the epilogues of `expert_wgrad`. How to use them:
+#
+#     host     scalars, flags = adamw_constants(lr, beta1, beta2, eps, weight_decay, step)
+#              kernel[grid](..., *scalars, STEP_DTYPE=..., **flags)        or sgd_constants(...)
+#     device   w, m, v = adamw_rule(w, g, m, v, <the scalars in order>, STEP_DTYPE, DECAY)
+#              new = round_weight(w, param.dtype.element_ty, index, step, seed, parameter_id, STOCHASTIC)
+#              tl.store(param, tl.where(bits, new, old), ...)              bits = common.unpack_words(words)
+#
+# w, g, m, v, b are float32 tiles of one shape: w is the master where there is one, else the widened parameter; g the
+# float32 gradient. STEP_DTYPE is the dtype each operation rounds to: `step_dtype(param, state, rounding, master)`, that
+# is float32 unless all of the state has the parameter's narrow dtype. index is the int64 flat index in the *whole*
+# parameter. Every product that is added is written as tl.fma and nothing else can be contracted, so the bits do not
+# depend on enable_fp_fusion.
+
+_TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def step_dtype(
+    param: torch.Tensor, state: tuple[torch.Tensor | None, ...], rounding: str, master: torch.Tensor | None
+) -> tl.dtype:
+    """The dtype that each operation of a rule rounds to: the parameter's if all of the state has it, else float32."""
+    narrow = master is None and all(s is None or s.dtype == param.dtype for s in state)
+    return _TL_DTYPES[param.dtype] if narrow and rounding == "nearest" else tl.float32
+
+
+class SGDScalars(NamedTuple):
+    """The scalars of `sgd_rule`, in its order."""
+
+    negative_lr: float
+    momentum: float
+    gradient_share: float
+    weight_decay: float
+
+
+def sgd_constants(
+    lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool, step: int
+) -> tuple[SGDScalars, dict[str, bool]]:
+    """(scalars, flags) of one SGD step, computed in double precision as torch.optim does."""
+    flags = {
+        "DECAY": weight_decay != 0,
+        "MOMENTUM": momentum != 0,
+        "NESTEROV": nesterov,
+        "FIRST_STEP": momentum != 0 and step == 1,
+    }
+    return SGDScalars(-lr, momentum, 1 - dampening, weight_decay), flags
+
+
+class AdamWScalars(NamedTuple):
+    """The scalars of `adamw_rule`, in its order."""
+
+    kept: float
+    gradient_share: float
+    beta2: float
+    square_share: float
+    correction: float
+    eps: float
+    negative_rate: float
+
+
+def adamw_constants(
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
+) -> tuple[AdamWScalars, dict[str, bool]]:
+    """(scalars, flags) of one AdamW step, computed in double precision as torch.optim does."""
+    correction, negative_rate = (1 - beta2**step) ** 0.5, -(lr / (1 - beta1**step))
+    scalars = AdamWScalars(1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, correction, eps, negative_rate)
+    return scalars, {"DECAY": weight_decay != 0}
+
+
+@triton.jit
+def _round(value, DTYPE: tl.constexpr):
+    """`value` rounded to DTYPE, held in float32."""
+    return round_nearest(value, DTYPE).to(tl.float32)
+
+
+@triton.jit
+def sgd_rule(
+    w, g, b, negative_lr, momentum, gradient_share, weight_decay,
+    STEP_DTYPE: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    FIRST_STEP: tl.constexpr,
+):  # fmt: skip
+    """(new weight, new momentum buffer), float32 tiles; b is not read without MOMENTUM or at FIRST_STEP."""
+    g = _round(g, STEP_DTYPE)
+    if DECAY:
+        g = _round(tl.fma(w, weight_decay, g), STEP_DTYPE)
+    if MOMENTUM:
+        if FIRST_STEP:
+            b = g
+        else:
+            b = _round(tl.fma(g, gradient_share, _round(b * momentum, STEP_DTYPE)), STEP_DTYPE)
+        if NESTEROV:
+            g = _round(tl.fma(b, momentum, g), STEP_DTYPE)
+        else:
+            g = b
+    return _round(tl.fma(g, negative_lr, w), STEP_DTYPE), b
+
+
+@triton.jit
+def adamw_rule(
+    w, g, m, v, kept, gradient_share, beta2, square_share, correction, eps, negative_rate,
+    STEP_DTYPE: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    """(new weight, new first moment, new second moment), float32 tiles."""
+    g = _round(g, STEP_DTYPE)
+    if DECAY:
+        w = _round(w * kept, STEP_DTYPE)
+    # torch.lerp starts from the nearer end; the interpreter hands scalars over as Python floats
+    gradient_share = tl.cast(gradient_share, tl.float32)
+    from_m = gradient_share < 0.5
+    share = tl.where(from_m, gradient_share, gradient_share - 1)
+    m = _round(tl.fma(g - m, share, tl.where(from_m, m, g)), STEP_DTYPE)
+    v = _round(tl.fma(g * square_share, g, _round(v * beta2, STEP_DTYPE)), STEP_DTYPE)
+    root = _round(tl.div_rn(_round(tl.sqrt_rn(v), STEP_DTYPE), correction), STEP_DTYPE)
+    denominator = _round(root + _round(tl.cast(eps, tl.float32), STEP_DTYPE), STEP_DTYPE)
+    return _round(w + tl.div_rn(m * negative_rate, denominator), STEP_DTYPE), m, v
+
+
+@triton.jit
+def round_weight(w, dtype: tl.constexpr, index, step, seed, parameter_id, STOCHASTIC: tl.constexpr):
+    """The float32 weight in the parameter's dtype: to the nearest, or stochastically to bfloat16."""
+    if STOCHASTIC and dtype == tl.bfloat16:
+        rounded = round_stochastic(w, random_bits(index, step, seed, parameter_id))
+    else:
+        rounded = round_nearest(w, dtype)
+    return rounded
+
+
+@triton.jit
+def _position(rows, columns, BLOCK: tl.constexpr, ROWS_FIRST: tl.constexpr):
+    """This program's slice, and per word: row and number in the row (all int64), and whether it exists."""
+    per_row = tl.cdiv(columns, 32)
+    blocks = tl.cdiv(rows * per_row, BLOCK)
+    index = (tl.program_id(0) // blocks).to(tl.int64)
+    word = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    if ROWS_FIRST:
+        row, at = word % rows, word // rows
+    else:
+        row, at = word // per_row, word % per_row
+    return index, row.to(tl.int64), at.to(tl.int64), word < rows * per_row
+
+
+@triton.jit
+def _select(new, old, kept, mask):
+    """`new` where the mask allows it, the very bits of `old` elsewhere."""
+    if mask is None:
+        selected = new
+    else:
+        selected = tl.where(kept, new, old)
+    return selected
+
+
+@triton.jit(do_not_specialize=["step", "seed", "parameter_id"])
+def _update_kernel(
+    param, grad, first, second, master, mask, slices,
+    param_strides, grad_strides, first_strides, second_strides, master_strides, mask_strides,
+    rows, columns, step: tl.int64, seed: tl.int64, parameter_id: tl.int64, scalars,
+    ADAMW: tl.constexpr, STEP_DTYPE: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr, FIRST_STEP: tl.constexpr, STOCHASTIC: tl.constexpr, GATHER: tl.constexpr,
+    ROWS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """first, second: exp_avg and exp_avg_sq, or momentum_buffer and None; None where there is no such tensor."""
+    index, row, at, exists = _position(rows, columns, BLOCK, ROWS_FIRST)
+    if mask is None:
+        words = tl.where(exists, -1, 0)
+    else:
+        at_word = mask + index * mask_strides[0] + row * mask_strides[1] + at * mask_strides[2]
+        words = tl.load(at_word, mask=exists, other=0)
+        if tl.max((words != 0).to(tl.int32)) == 0:
+            return
+    column = at[:, None] * 32 + tl.arange(0, 32)[None, :]
+    live = (words != 0)[:, None] & (column < columns)
+    partial = live & (words != -1)[:, None]
+    kept = unpack_words(words)
+
+    slice_index = index
+    if GATHER:
+        flat = tl.load(slices + column, mask=live, other=0)
+        param += flat * param_strides[2]
+    else:
+        if slices is not None:
+            slice_index = tl.load(slices + index)
+        flat = ((slice_index * rows + row) * columns)[:, None] + column
+        param = word_elements(param, param_strides, slice_index, row, at)
+    g = tl.load(word_elements(grad, grad_strides, index, row, at), mask=live).to(tl.float32)
+    if master is None:
+        old = tl.load(param, mask=live)
+        w = old.to(tl.float32)
+    else:
+        master = word_elements(master, master_strides, index, row, at)
+        old = tl.load(param, mask=partial)
+        old_master = tl.load(master, mask=live)
+        w = old_master
+    if first is not None:
+        first = word_elements(first, first_strides, index, row, at)
+        old_first = tl.load(first, mask=partial if FIRST_STEP else live)
+
+    if ADAMW:
+        second = word_elements(second, second_strides, index, row, at)
+        old_second = tl.load(second, mask=live)
+        decay, gradient_share, beta2, square_share, correction, eps, negative_rate = scalars
+        w, new_first, new_second = adamw_rule(
+            w, g, old_first.to(tl.float32), old_second.to(tl.float32), decay, gradient_share, beta2, square_share,
+            correction, eps, negative_rate, STEP_DTYPE, DECAY,
+        )  # fmt: skip
+        new_second = round_nearest(new_second, second.dtype.element_ty)
+        tl.store(second, _select(new_second, old_second, kept, mask), mask=live)
+    else:
+        negative_lr, momentum, gradient_share, weight_decay = scalars
+        b = old_first.to(tl.float32) if MOMENTUM else g
+        w, new_first = sgd_rule(
+            w, g, b, negative_lr, momentum, gradient_share, weight_decay, STEP_DTYPE, DECAY, MOMENTUM, NESTEROV,
+            FIRST_STEP,
+        )  # fmt: skip
+
+    if first is not None:
+        new_first = round_nearest(new_first, first.dtype.element_ty)
+        tl.store(first, _select(new_first, old_first, kept, mask), mask=live)
+    if master is not None:
+        tl.store(master, _select(w, old_master, kept, mask), mask=live)
+    new = round_weight(w, param.dtype.element_ty, flat, step, seed, parameter_id, STOCHASTIC)
+    tl.store(param, _select(new, old, kept, mask), mask=live)
+
+
+def masked_sgd_(
+    param, grad, momentum_buffer, mask, master, slices, lr, momentum, dampening, weight_decay, nesterov, step,
+    rounding, seed, parameter_id,
+) -> None:  # fmt: skip
+    """One SGD step in place; arguments as in `ops.masked_update.masked_sgd_`."""
+    scalars, flags = sgd_constants(lr, momentum, dampening, weight_decay, nesterov, step)
+    dtype = step_dtype(param, (momentum_buffer,), rounding, master)
+    state = (momentum_buffer if flags["MOMENTUM"] else None, None)
+    flags |= {"ADAMW": False, "STEP_DTYPE": dtype, "STOCHASTIC": rounding == "stochastic"}
+    _launch(param, grad, *state, master, mask, slices, (step, seed, parameter_id), scalars, flags)
+
+
+def masked_adamw_(
+    param, grad, exp_avg, exp_avg_sq, mask, master, slices, lr, beta1, beta2, eps, weight_decay, step, rounding,
+    seed, parameter_id,
+) -> None:  # fmt: skip
+    """One AdamW step in place; arguments as in `ops.masked_update.masked_adamw_`."""
+    scalars, flags = adamw_constants(lr, beta1, beta2, eps, weight_decay, step)
+    dtype = step_dtype(param, (exp_avg, exp_avg_sq), rounding, master)
+    flags |= {"ADAMW": True, "STEP_DTYPE": dtype, "STOCHASTIC": rounding == "stochastic"}
+    flags |= {"MOMENTUM": False, "NESTEROV": False, "FIRST_STEP": False}
+    _launch(param, grad, exp_avg, exp_avg_sq, master, mask, slices, (step, seed, parameter_id), scalars, flags)
+
+
+def _launch(param, grad, first, second, master, mask, slices, key, scalars, flags) -> None:
+    if grad.numel() == 0:
+        return
+    gather = slices is not None and param.dim() == 1
+    tensors = (param, grad, first, second, master, mask)
+    views = [None if t is None else as_slices(t, slices is not None) for t in tensors]
+    strides = [None if v is None else v.stride() for v in views]
+    num_slices, rows, columns = views[1].shape
+    config = configs.masked_update(tuple(views[1].shape), param.dtype, configs.architecture(param.device))
+    grid = (num_slices * triton.cdiv(rows * triton.cdiv(columns, 32), config.block_words),)
+    _update_kernel[grid](
+        *views, None if slices is None else slices.contiguous(), *strides, rows, columns, *key, tuple(scalars),
+        GATHER=gather, ROWS_FIRST=strides[0][2] > strides[0][1] and rows > 1, BLOCK=config.block_words,
+        num_warps=config.num_warps, enable_fp_fusion=False, **flags,
+    )  # fmt: skip
+    for i in (0, 2, 3, 4):
+        if views[i] is not None and views[i].data_ptr() != tensors[i].data_ptr():
+            tensors[i].copy_(views[i].view_as(tensors[i]))

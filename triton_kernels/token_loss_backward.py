@@ -1,0 +1,283 @@
+"""token_loss, backward: the vocabulary in chunks, each a tile of dl/dz for all rows that count.
+
+For each chunk of `configs.token_loss(...).chunk` columns, after `_select_kernel` and `_gather_kernel` of
+`token_loss_logits` once:
+
+    _dlogits_kernel        grid (row tiles x column tiles): logits once more, dl/dz [T, chunk] from the saved normaliser
+                           in the dtype that is multiplied; with a bias, the sums of its columns over each row tile
+    _bias_kernel           grid (column blocks): these sums over the row tiles, in order
+    _head_gradient_kernel  grid (chunk x H tiles): dl/dz^T h, complete and rounded once
+    _hidden_sums_kernel    grid (row tiles x H tiles x splits): sums += dl/dz W in float32, split over the chunk where
+                           few rows count
+
+and once at the end `_scatter_kernel`, grid (rows): the sum of the splits, in order, to where the row came from, or
+zeros.
+
+Matrix products of 2 T' V H, T' the rows that count, the forward's one included: 3 with a frozen head, 4 with a trained
+one; kl needs 5 and 6. Writing dl/dz in bfloat16 once costs the same rounding as any 16-bit backward and saves a trained
+head the second recomputation.
+
+Workspace for T = 8192, H = 2048 in bfloat16: dl/dz 256 MB, sums 64 MB, rows 32 MB (64 for kl); whatever V is.
+Deterministic: no atomics, fixed orders; splits follow from the number of rows that count, not from the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_unlearn.triton_kernels.common import dot, round_nearest
+from moe_unlearn.triton_kernels.token_loss_logits import (
+    choose_tiles,
+    expm1,
+    load_tile,
+    logits,
+    multiplied_dtype,
+    operand,
+    place,
+    select_rows,
+)
+
+
+def token_loss_backward(
+    grad: Tensor, hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
+    ref_hidden: Tensor | None, ref_head: Tensor | None, value: Tensor, norm: Tensor, ref_norm: Tensor,
+    kind: str, scale: float, softcap: float | None, drop_zero_weights: bool, chunk_rows: int | None,
+    needs_hidden: bool, needs_head: bool, needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden [T, H], head [V, H] and bias [V] in their dtypes; empty for one that is not needed.
+
+    grad [T]: upstream, any strides; value, norm and ref_norm as the forward returns them; the rest as there.
+    """
+    dtype = multiplied_dtype(hidden, head, ref_hidden, ref_head)
+    (num_rows, width), vocabulary = hidden.shape, len(head)
+    grad_hidden = torch.empty(hidden.shape if needs_hidden else 0, dtype=hidden.dtype, device=hidden.device)
+    grad_head = torch.empty(head.shape if needs_head else 0, dtype=head.dtype, device=head.device)
+    like = bias if needs_bias else head
+    grad_bias = torch.empty(vocabulary if needs_bias else 0, dtype=like.dtype, device=like.device)
+    if num_rows == 0:
+        return grad_hidden, grad_head.zero_(), grad_bias.zero_()
+    config = choose_tiles(hidden, head, ref_head, bias, dtype, kind, softcap)
+    chunk, tile = config.chunk, config.logits
+    rows = select_rows(hidden, ref_hidden, labels, weights if drop_zero_weights else None, dtype)
+    dlogits = torch.empty(num_rows, chunk, dtype=dtype, device=hidden.device)
+    row_tiles = triton.cdiv(num_rows, tile.rows)
+    column_sums = norm.new_empty(row_tiles, chunk) if needs_bias else None
+    described = tile.descriptors
+    blocks = [tile.rows, tile.depth], [tile.columns, tile.depth]
+    sources = (
+        operand(rows.hidden, blocks[0], described), operand(rows.ref_hidden, blocks[0], described),
+        operand(head, blocks[1], described), operand(ref_head, blocks[1], described),
+    )  # fmt: skip
+    sums_rows = config.grad_hidden.rows
+    width_tiles = triton.cdiv(width, config.grad_hidden.columns)
+    sums_tiles = triton.cdiv(num_rows, sums_rows) * width_tiles
+    sums_tiles = max(sums_tiles, min(sums_tiles * config.splits, config.split_tiles))
+    sums = norm.new_empty(sums_tiles // max(width_tiles, 1) * sums_rows, width) if needs_hidden else None
+    for start in range(0, vocabulary, chunk):
+        columns = min(chunk, vocabulary - start)
+        _dlogits_kernel[(row_tiles * triton.cdiv(columns, tile.columns),)](
+            *sources, bias, labels, weights, grad, value, norm, ref_norm, rows.index, rows.count,
+            operand(dlogits, [tile.rows, tile.columns], described), column_sums,
+            num_rows, start, columns, rows.hidden.stride(0), *head.stride(),
+            *(head if ref_head is None else ref_head).stride(), 0 if bias is None else bias.stride(0),
+            labels.stride(0), 0 if weights is None else weights.stride(0), grad.stride(0),
+            KIND=kind, VOCABULARY=vocabulary, HIDDEN=width, CHUNK=chunk, SCALE=scale, SOFTCAP=softcap,
+            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, DESCRIPTORS=described,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        if needs_bias:
+            _bias_kernel[(triton.cdiv(columns, 128),)](
+                column_sums, rows.count, grad_bias, start, columns, CHUNK=chunk, ROWS=tile.rows, BLOCK=128, num_warps=4
+            )
+        if needs_head:
+            _launch_head_gradient(dlogits, rows, grad_head, start, columns, config.grad_head)
+        if needs_hidden:
+            _launch_hidden_sums(dlogits, head, rows, sums, sums_tiles, start, columns, config)
+    if needs_hidden:
+        _scatter_kernel[(triton.cdiv(num_rows, 16),)](
+            sums, rows.slot, rows.count, grad_hidden, num_rows,
+            HIDDEN=width, WIDTH_TILES=width_tiles, TILE_ROWS=sums_rows, SPLIT_TILES=config.split_tiles,
+            SPLITS=config.splits, ROWS=16, COLUMNS=128, num_warps=4,
+        )  # fmt: skip
+    return grad_hidden, grad_head, grad_bias
+
+
+def _launch_head_gradient(dlogits, rows, grad_head, start, columns, tile):
+    num_rows, width = rows.hidden.shape
+    described = tile.descriptors
+    _head_gradient_kernel[(triton.cdiv(columns, tile.rows) * triton.cdiv(width, tile.columns),)](
+        operand(dlogits, [tile.depth, tile.rows], described),
+        operand(rows.hidden, [tile.depth, tile.columns], described),
+        rows.count, grad_head, num_rows, start, columns, dlogits.stride(0), rows.hidden.stride(0),
+        HIDDEN=width, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, DESCRIPTORS=described,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def _launch_hidden_sums(dlogits, head, rows, sums, sums_tiles, start, columns, config):
+    tile, (vocabulary, width) = config.grad_hidden, head.shape
+    described = tile.descriptors
+    _hidden_sums_kernel[(sums_tiles,)](
+        operand(dlogits, [tile.rows, tile.depth], described), operand(head, [tile.depth, tile.columns], described),
+        rows.count, sums, len(dlogits), start, columns, dlogits.stride(0), *head.stride(),
+        VOCABULARY=vocabulary, HIDDEN=width, WIDTH_TILES=triton.cdiv(width, tile.columns),
+        SPLIT_TILES=config.split_tiles, SPLITS=config.splits, FIRST=start == 0,
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, DESCRIPTORS=described,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows", "columns"])
+def _dlogits_kernel(
+    hidden, ref_hidden, head, ref_head, bias, labels, weights, grad, value, norm, ref_norm, index, count, dlogits,
+    column_sums, num_rows, start, columns, hidden_row, head_row, head_column, ref_head_row, ref_head_column,
+    bias_stride, label_stride, weight_stride, grad_stride,
+    KIND: tl.constexpr, VOCABULARY: tl.constexpr, HIDDEN: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """dlogits [T, CHUNK] of the vocabulary from `start` on: zero behind the rows that count, to the end of a tile."""
+    counted = tl.load(count)
+    row_tile, column_tile = place(tl.program_id(0), tl.cdiv(counted, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
+    if row_tile * ROWS >= counted:
+        return
+    column = start + column_tile * COLUMNS
+    z, z_ref = logits(
+        hidden, ref_hidden, head, ref_head, bias, row_tile * ROWS, column, num_rows, hidden_row, head_row, head_column,
+        ref_head_row, ref_head_column, bias_stride, VOCABULARY, HIDDEN, SCALE, SOFTCAP, ROWS, COLUMNS, DEPTH,
+        DESCRIPTORS,
+    )  # fmt: skip
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    live = row < counted
+    token = tl.load(index + row, mask=live, other=0).to(tl.int64)
+    upstream = tl.load(grad + token * grad_stride, mask=live, other=0.0).to(tl.float32)
+    if weights is not None:
+        upstream *= tl.load(weights + token * weight_stride, mask=live, other=0.0).to(tl.float32)
+    if KIND == "uce":
+        upstream *= -expm1(tl.load(value + token, mask=live, other=0.0))
+    dz = _softmax(z, norm, token, live, num_rows)
+    if KIND == "kl":
+        dz -= _softmax(z_ref, ref_norm, token, live, num_rows)
+    else:
+        label = tl.load(labels + token * label_stride, mask=live, other=-1)
+        # compared as int32, which takes half the registers
+        label = tl.where((label >= column) & (label < column + COLUMNS), label - column, -1).to(tl.int32)
+        dz = tl.where(label[:, None] == tl.arange(0, COLUMNS)[None, :], dz - 1, dz)
+    dz *= (upstream * SCALE)[:, None]
+    if SOFTCAP is not None:
+        ratio = z * (1 / SOFTCAP)
+        # the columns behind the vocabulary are -infinity
+        dz *= tl.where(z == -float("inf"), 0.0, 1 - ratio * ratio)
+    dz = tl.where(live[:, None], dz, 0.0)
+    at = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    if DESCRIPTORS:
+        dlogits.store([row_tile * ROWS, column_tile * COLUMNS], round_nearest(dz, dlogits.dtype))
+    else:
+        out = dlogits + row.to(tl.int64)[:, None] * CHUNK + at[None, :]
+        tl.store(out, round_nearest(dz, dlogits.dtype.element_ty), mask=(row < num_rows)[:, None])
+    if column_sums is not None:
+        tl.store(column_sums + row_tile.to(tl.int64) * CHUNK + at, tl.sum(dz, 0))
+
+
+@triton.jit
+def _softmax(z, norm, token, live, num_rows):
+    peak = tl.load(norm + token, mask=live, other=0.0)
+    total = tl.load(norm + num_rows + token, mask=live, other=1.0)
+    return tl.exp(z - peak[:, None]) * tl.div_rn(1.0, total)[:, None]
+
+
+@triton.jit(do_not_specialize=["columns"])
+def _bias_kernel(
+    column_sums, count, grad_bias, start, columns, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    total = tl.zeros((BLOCK,), tl.float32)
+    for row_tile in range(0, tl.cdiv(tl.load(count), ROWS)):
+        total += tl.load(column_sums + tl.cast(row_tile, tl.int64) * CHUNK + column, mask=inside, other=0.0)
+    tl.store(grad_bias + start + column, round_nearest(total, grad_bias.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows", "columns"])
+def _head_gradient_kernel(
+    dlogits, hidden, count, grad_head, num_rows, start, columns, dlogits_row, hidden_row,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """grad_head[start : start + columns] = dlogits^T hidden over the rows that count and the zeros behind them."""
+    row_tile, column_tile = place(tl.program_id(0), tl.cdiv(columns, ROWS), tl.cdiv(HIDDEN, COLUMNS), GROUP)
+    counted = tl.load(count)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, counted, DEPTH):
+        dz = load_tile(dlogits, k, row_tile * ROWS, counted, columns, dlogits_row, 1, DEPTH, ROWS, DESCRIPTORS)
+        h = load_tile(hidden, k, column_tile * COLUMNS, counted, HIDDEN, hidden_row, 1, DEPTH, COLUMNS, DESCRIPTORS)
+        total = dot(dz.T, h, total)
+    row, column = row_tile * ROWS + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    out = grad_head + (start + row_tile * ROWS).to(tl.int64) * HIDDEN
+    out += tl.arange(0, ROWS)[:, None] * HIDDEN + column[None, :]
+    mask = (row < columns)[:, None] & (column < HIDDEN)[None, :]
+    tl.store(out, round_nearest(total, grad_head.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _strips(counted, WIDTH_TILES: tl.constexpr, ROWS: tl.constexpr, SPLIT_TILES: tl.constexpr, SPLITS: tl.constexpr):
+    """(row tiles, splits) of the sums: split s of row tile r is strip s * row tiles + r of ROWS rows."""
+    row_tiles = tl.cdiv(counted, ROWS)
+    return row_tiles, tl.maximum(tl.minimum(SPLIT_TILES // (row_tiles * WIDTH_TILES), SPLITS), 1)
+
+
+@triton.jit(do_not_specialize=["num_rows", "columns"])
+def _hidden_sums_kernel(
+    dlogits, head, count, sums, num_rows, start, columns, dlogits_row, head_row, head_column,
+    VOCABULARY: tl.constexpr, HIDDEN: tl.constexpr, WIDTH_TILES: tl.constexpr, SPLIT_TILES: tl.constexpr,
+    SPLITS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """sums [strips * ROWS, HIDDEN] of one split; the first chunk starts them."""
+    counted = tl.load(count)
+    if counted == 0:
+        return
+    row_tiles, splits = _strips(counted, WIDTH_TILES, ROWS, SPLIT_TILES, SPLITS)
+    tiles = row_tiles * WIDTH_TILES
+    split = tl.program_id(0) // tiles
+    if split >= splits:
+        return
+    row_tile, column_tile = place(tl.program_id(0) % tiles, row_tiles, WIDTH_TILES, GROUP)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    at = sums + (split * row_tiles + row_tile).to(tl.int64) * ROWS * HIDDEN
+    at += tl.arange(0, ROWS)[:, None] * HIDDEN + column[None, :]
+    inside = (column < HIDDEN)[None, :]
+    if FIRST:
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    else:
+        total = tl.load(at, mask=inside, other=0.0)
+    length = tl.cdiv(tl.cdiv(columns, DEPTH), splits) * DEPTH
+    for k in range(split * length, tl.minimum(split * length + length, columns), DEPTH):
+        dz = load_tile(dlogits, row_tile * ROWS, k, counted, columns, dlogits_row, 1, ROWS, DEPTH, DESCRIPTORS)
+        w = load_tile(
+            head, start + k, column_tile * COLUMNS, VOCABULARY, HIDDEN, head_row, head_column, DEPTH, COLUMNS,
+            DESCRIPTORS,
+        )  # fmt: skip
+        total = dot(dz, w.to(dz.dtype), total)
+    tl.store(at, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _scatter_kernel(
+    sums, slots, count, grad_hidden, num_rows, HIDDEN: tl.constexpr, WIDTH_TILES: tl.constexpr, TILE_ROWS: tl.constexpr,
+    SPLIT_TILES: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """grad_hidden[t] = the splits of row slot[t] in order, or zeros."""
+    row_tiles, splits = _strips(tl.maximum(tl.load(count), 1), WIDTH_TILES, TILE_ROWS, SPLIT_TILES, SPLITS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    slot = tl.load(slots + row, mask=row < num_rows, other=-1).to(tl.int64)
+    for start in range(0, HIDDEN, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = (column < HIDDEN)[None, :]
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for split in range(0, splits):
+            source = sums + (split * row_tiles * TILE_ROWS + slot)[:, None] * HIDDEN + column[None, :]
+            total += tl.load(source, mask=(slot >= 0)[:, None] & inside, other=0.0)
+        out = grad_hidden + row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+        tl.store(out, round_nearest(total, grad_hidden.dtype.element_ty), mask=(row < num_rows)[:, None] & inside)

@@ -1,0 +1,204 @@
+"""weight_score: scores, their radix histogram and the mask they give; formula and layouts in `ops.weight_score`.
+
+    weight_score      1 launch; the score tensor, for those who want it
+    score_histogram   1 launch (and the clearing of 512 KB of counts)
+    score_mask        2 launches: how many elements of each span equal the threshold; the words. 1 without ties
+
+Scores live in registers only: a tile [BLOCK, 32] stands for BLOCK mask words. Every operation is IEEE and none can be
+contracted, so the bits are those of the reference.
+
+The histogram adds integers to global memory, which gives the same counts in any order. Shared memory cannot be
+addressed from here, and `tl.histogram` costs each element as many instructions as there are bins. Zeros are summed
+tile by tile first: experts that no forget row reached score exactly zero, and would queue for one address.
+
+The mask needs the number of equal elements before each element in flat order. At most `configs.MAX_SPANS` programs
+each own a contiguous span of words; the first launch counts the equals of every span (workspace: 8 bytes a span), in
+the second a program adds up the counts of the spans before its own and walks its span in order. Inside a tile ranks
+are integer prefix sums, computed only where an element equals the threshold. No atomics.
+
+Any strides (more than three dimensions whose middle ones do not merge are copied), int64 offsets, up to 2^36 elements.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_unlearn.triton_kernels import configs
+from moe_unlearn.triton_kernels.common import as_slices, word_elements
+
+_BINS = 1 << 16
+
+
+@triton.jit
+def _place(block, rows, columns, num_words, BLOCK: tl.constexpr):
+    """Slice, row and number in the row (int64) of the words of one tile, and which elements [BLOCK, 32] exist."""
+    per_row = tl.cdiv(columns, 32)
+    word = block * BLOCK + tl.arange(0, BLOCK)
+    line, at = word // per_row, word % per_row
+    column = at[:, None] * 32 + tl.arange(0, 32)[None, :]
+    exists = (word < num_words)[:, None] & (column < columns)
+    return (line // rows).to(tl.int64), (line % rows).to(tl.int64), at.to(tl.int64), exists
+
+
+@triton.jit
+def _score(weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, index, row, at, exists):
+    """float32 scores [BLOCK, 32]."""
+    w = tl.load(word_elements(weight, weight_strides, index, row, at), mask=exists, other=0.0).to(tl.float32)
+    f = tl.load(word_elements(forget, forget_strides, index, row, at), mask=exists, other=0.0).to(tl.float32)
+    r = tl.load(word_elements(retain, retain_strides, index, row, at), mask=exists, other=0.0).to(tl.float32)
+    return (w - tl.div_rn(r, gamma)) * f
+
+
+@triton.jit
+def _magnitude(score):
+    """The bit pattern of |score|, int32."""
+    return score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _score_kernel(
+    out, weight, forget, retain, out_strides, weight_strides, forget_strides, retain_strides, gamma,
+    rows, columns, num_words, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index, row, at, exists = _place(tl.program_id(0), rows, columns, num_words, BLOCK)
+    score = _score(
+        weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, index, row, at, exists
+    )
+    tl.store(word_elements(out, out_strides, index, row, at), score, mask=exists)
+
+
+@triton.jit(do_not_specialize=["prefix"])
+def _histogram_kernel(
+    counts, weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, prefix,
+    rows, columns, num_words, DIGIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index, row, at, exists = _place(tl.program_id(0), rows, columns, num_words, BLOCK)
+    score = _score(
+        weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, index, row, at, exists
+    )
+    bits = _magnitude(score)
+    if DIGIT == 0:
+        digit = bits >> 16
+    else:
+        digit = bits & 0xFFFF
+        exists &= (bits >> 16) == prefix
+    zeros = tl.sum(tl.sum((exists & (digit == 0)).to(tl.int32), axis=1))
+    tl.atomic_add(counts, zeros.to(tl.int64), mask=zeros > 0, sem="relaxed")
+    one = tl.full(digit.shape, 1, tl.int64)
+    tl.atomic_add(counts + digit, one, mask=exists & (digit != 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _count_ties_kernel(
+    ties_in_span, weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, threshold,
+    rows, columns, num_words, blocks_per_span, BLOCK: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * blocks_per_span
+    last = tl.minimum(first + blocks_per_span, tl.cdiv(num_words, BLOCK))
+    equal = tl.zeros((BLOCK, 32), tl.int32)
+    for block in range(first, last):
+        index, row, at, exists = _place(block, rows, columns, num_words, BLOCK)
+        score = _score(
+            weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, index, row, at, exists
+        )
+        equal += (exists & (_magnitude(score) == threshold)).to(tl.int32)
+    tl.store(ties_in_span + tl.program_id(0), tl.sum(tl.sum(equal.to(tl.int64), axis=1)))
+
+
+@triton.jit(do_not_specialize=["threshold", "ties"])
+def _mask_kernel(
+    words, ties_taken, ties_in_span, weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma,
+    threshold, ties: tl.int64, rows, columns, num_words, blocks_per_span, BLOCK: tl.constexpr, SPANS: tl.constexpr,
+):  # fmt: skip
+    """words: contiguous; ties_in_span None: no element that equals the threshold is taken."""
+    program = tl.program_id(0)
+    if ties_in_span is not None:
+        span = tl.arange(0, SPANS)
+        counts = tl.load(ties_in_span + span, mask=span < tl.num_programs(0), other=0)
+        left = ties - tl.sum(tl.where(span < program, counts, 0))
+        if program == 0:
+            tl.store(ties_taken, tl.minimum(tl.sum(counts), ties))
+    bit = tl.arange(0, 32)[None, :]
+    first = program * blocks_per_span
+    last = tl.minimum(first + blocks_per_span, tl.cdiv(num_words, BLOCK))
+    for block in range(first, last):
+        index, row, at, exists = _place(block, rows, columns, num_words, BLOCK)
+        score = _score(
+            weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, index, row, at, exists
+        )
+        bits = _magnitude(score)
+        packed = tl.sum((exists & (bits > threshold)).to(tl.int32) << bit, axis=1)
+        if ties_in_span is not None:
+            equal = (exists & (bits == threshold)).to(tl.int32)
+            per_word = tl.sum(equal, axis=1)
+            total = tl.sum(per_word)
+            if (total > 0) & (left > 0):
+                before = tl.cumsum(per_word, axis=0) - per_word
+                rank = before[:, None] + tl.cumsum(equal, axis=1)
+                packed |= tl.sum(tl.where(rank <= left, equal, 0) << bit, axis=1)
+            left -= total
+        word = block * BLOCK + tl.arange(0, BLOCK)
+        tl.store(words + word, packed, mask=word < num_words)
+
+
+def weight_score(
+    weight: torch.Tensor, grad_forget: torch.Tensor, grad_retain: torch.Tensor, gamma: float
+) -> torch.Tensor:
+    """float32 scores shaped like `weight`."""
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    if weight.numel():
+        config = configs.weight_score(tuple(weight.shape), weight.dtype, weight.device)
+        tensors, strides, sizes = _sliced(out, weight, grad_forget, grad_retain)
+        grid = (triton.cdiv(sizes[-1], config.block_words),)
+        _score_kernel[grid](*tensors, *strides, gamma, *sizes, BLOCK=config.block_words, num_warps=config.num_warps)
+    return out
+
+
+def score_histogram(
+    weight: torch.Tensor, grad_forget: torch.Tensor, grad_retain: torch.Tensor, gamma: float, digit: int, prefix: int
+) -> torch.Tensor:
+    """int64 [65536]: counts of the high 16 bits of |S| (digit 0), or of the low ones behind `prefix` (digit 1)."""
+    counts = torch.zeros(_BINS, dtype=torch.int64, device=weight.device)
+    if weight.numel():
+        config = configs.weight_score(tuple(weight.shape), weight.dtype, weight.device)
+        tensors, strides, sizes = _sliced(weight, grad_forget, grad_retain)
+        grid = (triton.cdiv(sizes[-1], config.block_words),)
+        _histogram_kernel[grid](
+            counts, *tensors, *strides, gamma, prefix, *sizes, DIGIT=digit, BLOCK=config.block_words,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+    return counts
+
+
+def score_mask(
+    weight: torch.Tensor, grad_forget: torch.Tensor, grad_retain: torch.Tensor, gamma: float, threshold_bits: int,
+    ties: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(int32 words [..., ceil(n / 32)], int64 [] ties taken)."""
+    tensors, strides, sizes = _sliced(weight, grad_forget, grad_retain)
+    shape = (*weight.shape[:-1], triton.cdiv(weight.shape[-1], 32)) if weight.dim() else (1,)
+    words = torch.empty(shape, dtype=torch.int32, device=weight.device)
+    taken = torch.zeros((), dtype=torch.int64, device=weight.device)
+    if weight.numel():
+        config = configs.weight_score(tuple(weight.shape), weight.dtype, weight.device)
+        blocks = triton.cdiv(sizes[-1], config.block_words)
+        blocks_per_span = triton.cdiv(blocks, config.num_spans)
+        grid = (triton.cdiv(blocks, blocks_per_span),)
+        sizes = (*sizes, blocks_per_span)
+        launch = {"BLOCK": config.block_words, "num_warps": config.num_warps}
+        ties_in_span = None
+        if ties:
+            ties_in_span = torch.empty(grid, dtype=torch.int64, device=weight.device)
+            _count_ties_kernel[grid](ties_in_span, *tensors, *strides, gamma, threshold_bits, *sizes, **launch)
+        _mask_kernel[grid](
+            words, taken, ties_in_span, *tensors, *strides, gamma, threshold_bits, ties, *sizes,
+            SPANS=configs.MAX_SPANS, **launch,
+        )  # fmt: skip
+    return words, taken
+
+
+def _sliced(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], list[tuple[int, ...]], tuple[int, int, int]]:
+    """The tensors as [slices, rows, columns], their strides, and (rows, columns, number of mask words)."""
+    views = [as_slices(t) for t in tensors]
+    num_slices, rows, columns = views[0].shape
+    return views, [v.stride() for v in views], (rows, columns, num_slices * rows * triton.cdiv(columns, 32))
