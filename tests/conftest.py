@@ -34,18 +34,3 @@ def no_raw_bf16_dot():
     InterpreterBuilder.create_dot = create_dot
     yield
     InterpreterBuilder.create_dot = original
-
-
-# Not part of `make test` yet: written, and most of them seen to pass one by one, but never yet all together.
-collect_ignore = [
-    "static",
-    "test_mutants.py",
-    "triton_kernels/test_checkers.py",
-    "triton_kernels/test_expert_mlp.py",
-    "triton_kernels/test_expert_wgrad.py",
-    "triton_kernels/test_expert_wgrad_update.py",
-    "triton_kernels/test_gram.py",
-    "triton_kernels/test_memory.py",
-    "triton_kernels/test_overflow.py",
-    "triton_kernels/test_token_loss.py",
-]

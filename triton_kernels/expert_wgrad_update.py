@@ -76,7 +76,7 @@ def _update(
             words = load_words(mask, mask_strides, index, m, p, M, P, g.shape[0], 1)
             kept = unpack_column(words)
             live &= words != 0
-            partial = live & (words != 1)
+            partial = live & (words != -1)
         if master is None:
             old = tl.load(weight + at_weight, mask=live)
             w = widen(old)
