@@ -21,7 +21,7 @@ void run(Routing& r, const Tensor& like, cudaStream_t stream) {
   check(route<Index>(r, plan, stream));
 }
 
-std::tuple<Tensor, Tensor, Tensor> route(
+std::tuple<Tensor, Tensor, Tensor> route_rows(
     const Tensor& top_k_index, int64_t num_experts, const std::optional<Tensor>& group, int64_t num_groups,
     const std::optional<Tensor>& log_tilt, const std::optional<Tensor>& log_weight) {
   STD_TORCH_CHECK(top_k_index.is_contiguous(), "top_k_index must be contiguous");
@@ -56,4 +56,4 @@ std::tuple<Tensor, Tensor, Tensor> route(
 }  // namespace
 }  // namespace moe_unlearn
 
-STABLE_TORCH_LIBRARY_IMPL(moe_unlearn_native, CUDA, m) { m.impl("route", TORCH_BOX(&moe_unlearn::route)); }
+STABLE_TORCH_LIBRARY_IMPL(moe_unlearn_native, CUDA, m) { m.impl("route", TORCH_BOX(&moe_unlearn::route_rows)); }
