@@ -31,6 +31,7 @@ SOURCES = {
 # The other two flags let loops with sqrt and with choices vectorise; they change no value.
 CXX = "-std=c++20 -O3 -g0 -fvisibility=hidden -Wall -Wextra -Werror".split()
 CXX += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+NVCC = "-std=c++20 -O3 --fmad=false -Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror,-fvisibility=hidden".split()
 
 
 def why_not() -> dict[str, str]:
@@ -65,13 +66,12 @@ def require() -> None:
 def extension(name: str):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
-    flags = [*CXX, *(f"-isystem{path}" for path in include_paths())]
+    includes = [part for path in include_paths() for part in ("-isystem", path)]
     common = {"depends": HEADERS, "include_dirs": [os.path.abspath("csrc")], "py_limited_api": True}
-    macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # 2.10
-    make = CppExtension
+    make, macros, flags = CppExtension, [("TORCH_TARGET_VERSION", "0x020a000000000000")], [*CXX, *includes]  # 2.10
     if name == "cuda":
         macros, make = [*macros, ("USE_CUDA", None)], CUDAExtension
-        flags = {"cxx": flags, "nvcc": ["-std=c++20", "-O3", "-Werror", "all-warnings"]}
+        flags = {"cxx": flags, "nvcc": [*NVCC, *includes]}
     return make(f"moe_unlearn._C_{name}", SOURCES[name], define_macros=macros, extra_compile_args=flags, **common)
 
 

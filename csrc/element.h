@@ -10,9 +10,15 @@
 
 #if defined(__CUDACC__)
 #define MOE_UNLEARN_ELEMENT __host__ __device__ __forceinline__
-#define MOE_UNLEARN_UNROLL _Pragma("unroll")
 #else
 #define MOE_UNLEARN_ELEMENT inline __attribute__((always_inline))
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define MOE_UNLEARN_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)  // the host's pass over device code
+#define MOE_UNLEARN_UNROLL
+#else
 #define MOE_UNLEARN_UNROLL _Pragma("GCC unroll 32")
 #endif
 

@@ -1,6 +1,7 @@
 // The threads of a launch as a kernel sees them, and how a kernel is launched.
 //
-// A kernel is a struct with `threads` (per block), `Arguments`, and
+// A kernel is a struct with `threads` (per block), `resident` (blocks a multiprocessor has to hold, which bounds the
+// registers), `Arguments`, and
 //
 //     template <class Group> static MOE_UNLEARN_DEVICE void run(const Group&, const Arguments&, unsigned char* shared)
 //
@@ -86,7 +87,8 @@ struct Group {
 };
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::threads) entry(const __grid_constant__ typename Kernel::Arguments arguments) {
+__global__ void __launch_bounds__(Kernel::threads, Kernel::resident)
+    entry(const __grid_constant__ typename Kernel::Arguments arguments) {
   extern __shared__ __align__(16) unsigned char shared[];
   Kernel::run(Group(), arguments, shared);
 }

@@ -23,7 +23,7 @@ struct Operands {
 
 template <class Rule, Dtype A>
 struct MaskedUpdate {
-  static constexpr int threads = 256;
+  static constexpr int threads = 256, resident = 2;
 
   struct Arguments {
     Operands o;

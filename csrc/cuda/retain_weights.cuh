@@ -31,7 +31,7 @@ MOE_UNLEARN_DEVICE double uncapped_weight(const Tokens& tokens, int64_t t) {
 MOE_UNLEARN_DEVICE double capped(double weight, double cap) { return weight > cap ? cap : weight; }
 
 struct Weights {
-  static constexpr int threads = 256;
+  static constexpr int threads = 256, resident = 2;
   struct Arguments {
     Tokens tokens;
     float* out;
@@ -68,7 +68,7 @@ struct MomentsPlan {
 };
 
 struct Moments {
-  static constexpr int threads = MomentsPlan::threads;
+  static constexpr int threads = MomentsPlan::threads, resident = 2;
   static constexpr int rows_per_thread = word_bits / (threads / warp_size);
   struct Arguments {
     Tokens tokens;
@@ -132,7 +132,7 @@ struct Moments {
 
 /// Adds up the parts in order, a thread for each element of first and second, and puts the constant in front.
 struct MomentsSum {
-  static constexpr int threads = 256;
+  static constexpr int threads = 256, resident = 2;
   struct Arguments {
     const double* partial;
     int64_t words, tiles, parts, size;  // size: S + 1

@@ -61,7 +61,7 @@ struct RoutePlan {
 
 template <class Index>
 struct Route {
-  static constexpr int threads = RoutePlan::threads, warps = RoutePlan::warps;
+  static constexpr int threads = RoutePlan::threads, warps = RoutePlan::warps, resident = 4;
 
   struct Arguments {
     Routing r;

@@ -43,7 +43,7 @@ MOE_UNLEARN_DEVICE void score_chunk(Chunk& score, const ScoreTerms& t, const Pla
 MOE_UNLEARN_DEVICE uint32_t magnitude_bits(float score) { return bits_of(score) & 0x7FFFFFFF; }
 
 struct Scores {
-  static constexpr int threads = 256;
+  static constexpr int threads = 256, resident = 4;
   struct Arguments {
     ScoreTerms t;
     Rows out;
@@ -74,7 +74,7 @@ struct HistogramArguments {
 /// Digit 0 with bins in shared memory, or digit 0 or 1 without.
 template <int digit, bool shared_bins>
 struct ScoreHistogram {
-  static constexpr int threads = shared_bins ? 1024 : 256;
+  static constexpr int threads = shared_bins ? 1024 : 256, resident = shared_bins ? 1 : 4;
   static constexpr int bins = 1 << 15;
   using Arguments = HistogramArguments;
 
@@ -164,7 +164,7 @@ MOE_UNLEARN_DEVICE void compare_chunk(
 
 /// The words of a span with all of its ties, and their number.
 struct MaskAll {
-  static constexpr int threads = MaskPlan::threads;
+  static constexpr int threads = MaskPlan::threads, resident = 4;
   static constexpr size_t shared_bytes = threads / warp_size * sizeof(int64_t);
   using Arguments = MaskArguments;
 
@@ -186,7 +186,7 @@ struct MaskAll {
 
 /// Leaves only the first `ties` of all ties in the mask, and says how many there were.
 struct MaskTies {
-  static constexpr int threads = MaskPlan::threads;
+  static constexpr int threads = MaskPlan::threads, resident = 4;
   static constexpr size_t shared_bytes = MaskAll::shared_bytes;
   using Arguments = MaskArguments;
 

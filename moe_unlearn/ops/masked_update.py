@@ -324,8 +324,9 @@ def _native_operands(param, grad, state, mask, master, slices, rounding):
 
 backend.register("masked_update.sgd", "ref", _sgd_in_place)
 backend.register("masked_update.adamw", "ref", _adamw_in_place)
-native.register("masked_update.sgd", _sgd_native)
-native.register("masked_update.adamw", _adamw_native)
+for _impl in ("cpu", "cuda"):
+    native.register("masked_update.sgd", _sgd_native, _impl)
+    native.register("masked_update.adamw", _adamw_native, _impl)
 backend.register("masked_update.sgd", "triton", "moe_unlearn.triton_kernels.masked_update:masked_sgd_")
 backend.register("masked_update.adamw", "triton", "moe_unlearn.triton_kernels.masked_update:masked_adamw_")
 

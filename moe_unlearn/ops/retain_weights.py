@@ -220,8 +220,9 @@ def _moments_native(words, tilt, bias, cap):
 
 backend.register("retain_weights", "ref", tilted_weights_ref)
 backend.register("retain_weights.moments", "ref", moments_ref)
-native.register("retain_weights", _weights_native)
-native.register("retain_weights.moments", _moments_native)
+for _impl in ("cpu", "cuda"):
+    native.register("retain_weights", _weights_native, _impl)
+    native.register("retain_weights.moments", _moments_native, _impl)
 backend.register("retain_weights", "triton", "moe_unlearn.triton_kernels.retain_weights:retain_weights")
 backend.register("retain_weights.moments", "triton", "moe_unlearn.triton_kernels.retain_weights:moments")
 

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from moe_unlearn import backend, native
 
+_MOST_EXPERTS_CUDA = 1024
+
 
 class Routing(NamedTuple):
     """What `route` returns; all tensors int32 on the device of `top_k_index`."""
@@ -122,8 +124,15 @@ def _route_native(top_k_index, num_experts, group, num_groups, log_tilt, log_wei
     )
 
 
+def _route_cuda(top_k_index, num_experts, *arguments):
+    # the kernel counts in shared memory
+    kernel = _route_native if num_experts <= _MOST_EXPERTS_CUDA else route_ref
+    return kernel(top_k_index, num_experts, *arguments)
+
+
 backend.register("route", "ref", route_ref)
 native.register("route", _route_native)
+native.register("route", _route_cuda, "cuda")
 backend.register("route", "triton", "moe_unlearn.triton_kernels.route:route")
 
 

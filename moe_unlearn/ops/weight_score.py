@@ -212,9 +212,10 @@ def _native_terms(weight, *grads, flat):
 backend.register("weight_score", "ref", weight_score_ref)
 backend.register("weight_score.histogram", "ref", score_histogram_ref)
 backend.register("weight_score.mask", "ref", score_mask_ref)
-native.register("weight_score", _score_native)
-native.register("weight_score.histogram", _histogram_native)
-native.register("weight_score.mask", _mask_native)
+for _impl in ("cpu", "cuda"):
+    native.register("weight_score", _score_native, _impl)
+    native.register("weight_score.histogram", _histogram_native, _impl)
+    native.register("weight_score.mask", _mask_native, _impl)
 backend.register("weight_score", "triton", "moe_unlearn.triton_kernels.weight_score:weight_score")
 backend.register("weight_score.histogram", "triton", "moe_unlearn.triton_kernels.weight_score:score_histogram")
 backend.register("weight_score.mask", "triton", "moe_unlearn.triton_kernels.weight_score:score_mask")
