@@ -5,11 +5,13 @@ import torch
 
 from moe_unlearn import native
 
+WITHOUT_LIBRARY = ("test_build", "test_cuda", "test_cuda_device")
+
 
 def pytest_collection_modifyitems(items):
     why = native.load("cpu")
     for item in items:
-        if why and "native" in item.path.parts and item.path.stem != "test_build":
+        if why and "native" in item.path.parts and item.path.stem not in WITHOUT_LIBRARY:
             item.add_marker(pytest.mark.skip(reason=f"_C_cpu {why}"))
 
 

@@ -123,17 +123,23 @@ def write(version: str, by_arch: dict[str, Entries]) -> None:
     LEDGER.write_text(f"{{\n  {json.dumps(version)}: {{\n" + ",\n".join(blocks) + "\n  }\n}\n")
 
 
-def build_emulation(folder: Path) -> Path:
-    """The library of emulation.cpp: the bindings, launchers and kernels of every op, on the CPU."""
-    here, libraries = Path(__file__).parent, Path(torch.__file__).parent / "lib"
-    includes = [*torch_includes(), f"-isystem{cuda_include()}", f"-I{here}"]
-    flags = "-O1 -g0 -shared -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Werror -Wl,-Bsymbolic".split()
-    library = folder / "libemulation.so"
-    command = ["g++", *flags, *COMMON, '-DMOE_UNLEARN_EMULATION="emulation.h"', *includes, here / "emulation.cpp"]
-    command += ["-o", library, f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
+def compile_host(source: str, output: Path, *flags: str) -> None:
+    """Compile a file of this folder with g++, kernels and launchers for emulated threads."""
+    here = Path(__file__).parent
+    command = ["g++", *COMMON, '-DMOE_UNLEARN_EMULATION="emulation.h"', f"-I{here}", "-isystem", cuda_include()]
+    command += ["-Wall", "-Wextra", "-Werror", *flags, str(here / source), "-o", str(output)]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         raise RuntimeError(process.stderr)
+
+
+def build_emulation(folder: Path) -> Path:
+    """The library of emulation.cpp: the bindings, launchers and kernels of every op, on the CPU."""
+    flags = "-O1 -g0 -shared -fPIC -fvisibility=hidden -ffp-contract=off -Wl,-Bsymbolic".split()
+    # kept though they stand before the source
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
+    library = folder / "libemulation.so"
+    compile_host("emulation.cpp", library, *flags, *torch_includes(), *libraries)
     return library
 
 
