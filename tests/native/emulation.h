@@ -1,5 +1,5 @@
 // A launch on the CPU: every thread of a block (of the grid, if it is cooperative) is a fiber that runs until its next
-// barrier; between barriers the order of threads is shuffled, so that a missing barrier shows. Included by
+// barrier. The order of threads is shuffled and warps drift apart, so that a missing barrier shows. Included by
 // csrc/cuda/group.cuh in place of the real thing, inside the namespace moe_unlearn.
 //
 // A barrier that not all of its threads reach is an error: kernels are held to converged barriers. Shared memory
@@ -174,19 +174,29 @@ void run(const typename Kernel::Arguments& arguments, int64_t first, int64_t las
     prepare(fiber, &Launch<Kernel>::enter, std::bit_cast<uint64_t>(&launches[i]));
   }
   grid_barrier = {static_cast<int>(count), 0, 0};
-  std::vector<int> order(count);
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<size_t> warps(count / 32), lanes(32);
+  std::iota(warps.begin(), warps.end(), 0);
+  std::iota(lanes.begin(), lanes.end(), 0);
   std::mt19937 random(seed);
-  for (bool progress = true; progress;) {
-    progress = false;
-    std::shuffle(order.begin(), order.end(), random);
-    for (const int i : order) {
-      Fiber& fiber = fibers[i];
-      if (fiber.done || (fiber.waits_for && fiber.waits_for->generation == fiber.generation)) continue;
-      fiber.waits_for = nullptr;
-      current = &fiber;
-      swapcontext(&scheduler, &fiber.context);
-      progress = true;
+  const auto can_run = [](const Fiber& fiber) {
+    return !fiber.done && !(fiber.waits_for && fiber.waits_for->generation == fiber.generation);
+  };
+  for (bool runnable = true; runnable;) {
+    runnable = false;
+    std::shuffle(warps.begin(), warps.end(), random);
+    std::shuffle(lanes.begin(), lanes.end(), random);
+    for (const size_t warp : warps) {
+      // every other one stays behind, so that warps drift apart as far as their barriers let them
+      const bool skipped = random() % 2 == 0;
+      for (const size_t lane : lanes) {
+        Fiber& fiber = fibers[warp * 32 + lane];
+        if (!can_run(fiber)) continue;
+        runnable = true;
+        if (skipped) continue;
+        fiber.waits_for = nullptr;
+        current = &fiber;
+        swapcontext(&scheduler, &fiber.context);
+      }
     }
   }
   for (size_t i = 0; i < count; ++i)
