@@ -34,7 +34,9 @@ std::tuple<Tensor, Tensor> mask(
     int64_t threshold_bits, int64_t ties) {
   const OnDevice device(weight);
   const ScoreTerms terms = terms_of(weight, grad_forget, grad_retain, gamma);
-  const MaskPlan plan(terms.chunks);
+  Device properties{};
+  check(get_device(properties));
+  const MaskPlan plan(terms.chunks, properties.multiprocessors);
   std::vector<int64_t> shape(weight.sizes().begin(), weight.sizes().end());
   shape.back() = terms.words;
   auto words = torch::stable::new_empty(weight, shape, ScalarType::Int);

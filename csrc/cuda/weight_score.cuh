@@ -124,12 +124,13 @@ struct ScoreHistogram {
 
 struct MaskPlan {
   static constexpr int threads = 256;
-  static constexpr int64_t most_spans = 4096;
+  static constexpr int64_t spans_per_multiprocessor = 32;
 
   int64_t chunks_per_span, spans;  // at least one span, whole steps of a block
 
-  explicit MaskPlan(int64_t chunks) {
-    chunks_per_span = ceil_div<int64_t>(std::max<int64_t>(ceil_div(chunks, most_spans), 1), threads) * threads;
+  MaskPlan(int64_t chunks, int64_t multiprocessors) {
+    const int64_t evenly = std::max<int64_t>(ceil_div(chunks, spans_per_multiprocessor * multiprocessors), 1);
+    chunks_per_span = ceil_div<int64_t>(evenly, threads) * threads;
     spans = std::max<int64_t>(ceil_div(chunks, chunks_per_span), 1);
   }
 };

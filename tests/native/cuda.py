@@ -8,6 +8,7 @@ are a compiler's choice, so figures of another nvcc are not compared.
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import re
 import shutil
@@ -21,7 +22,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = Path(__file__).parent / "cuda_ledger.json"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-OPS = tuple(sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")))
+# the bindings, and kernels without one
+SOURCES = {path.stem: path for folder in ("csrc/cuda", "tests/native") for path in (ROOT / folder).glob("*.cu")}
+OPS = tuple(sorted(SOURCES))
 NEVER = ("stack_bytes", "spill_bytes")
 GROWS = ("registers", "shared_bytes")
 DTYPES = ("none", "float32", "bfloat16", "float16", "word")  # of csrc/element.h
@@ -54,19 +57,33 @@ def torch_includes() -> list[str]:
     return [part for path in include_paths() for part in ("-isystem", path)]
 
 
-def compile_op(op: str, arch: str) -> Entries:
-    """ptxas' figures of every kernel of an op. For sm_90a the host's half of the binding is compiled too.
+def compile_op(op: str, arch: str, output: Path) -> Entries:
+    """ptxas' figures of every kernel of an op. For sm_90a the host's half of a binding is compiled too.
 
     Raises RuntimeError with the compiler's words if there is an error or a warning.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        kind = ["-c", "-Xcompiler=-fPIC"] if arch == "sm_90a" else ["-cubin"]
-        command = [nvcc(), *NVCC_FLAGS, *COMMON, *torch_includes(), *kind, f"-arch={arch}", "-Xptxas=-v"]
-        source = ROOT / "csrc" / "cuda" / f"{op}.cu"
-        process = subprocess.run([*command, source, "-o", f"{folder}/out"], capture_output=True, text=True)
+    whole = arch == "sm_90a" and SOURCES[op].parent.name == "cuda"
+    command = [nvcc(), *NVCC_FLAGS, *COMMON, *torch_includes(), f"-arch={arch}", "-Xptxas=-v"]
+    command += ["-c", "-Xcompiler=-fPIC"] if whole else ["-cubin"]
+    process = subprocess.run([*command, SOURCES[op], "-o", output], capture_output=True, text=True)
     if process.returncode:
-        raise RuntimeError(f"{source.name} for {arch}:\n{process.stdout}{process.stderr}")
+        raise RuntimeError(f"{SOURCES[op].name} for {arch}:\n{process.stdout}{process.stderr}")
     return {f"{op}/{name}": entry for name, entry in parse(process.stdout + process.stderr).items()}
+
+
+def instructions(cubin: Path) -> str | None:
+    """What a compiled kernel consists of; None without a disassembler (Triton brings one)."""
+    bundled = [] if importlib.util.find_spec("triton") is None else [_bundled_disassembler()]
+    program = next(filter(None, map(shutil.which, ["nvdisasm", *bundled])), None)
+    if program is None:
+        return None
+    return subprocess.run([program, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def _bundled_disassembler() -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm")
 
 
 def parse(listing: str) -> Entries:
@@ -165,7 +182,8 @@ def main() -> int:
     by_arch = {arch: {} for arch in ARCHITECTURES}
     for arch, entries in by_arch.items():
         for op in OPS:
-            entries |= compile_op(op, arch)
+            with tempfile.TemporaryDirectory() as folder:
+                entries |= compile_op(op, arch, Path(folder, "out"))
         broken += violations(arch, entries)
         print(*differences(arch, before.get(arch, {}), entries), sep="\n")
     write(version, by_arch)

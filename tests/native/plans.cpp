@@ -2,6 +2,7 @@
 
 #include <cstdio>
 
+#include "cuda/expert_wgrad.cuh"
 #include "cuda/masked_update.cuh"
 #include "cuda/retain_weights.cuh"
 #include "cuda/route.cuh"
@@ -47,9 +48,9 @@ void check_route() {
 }
 
 void check_mask() {
-  for (const int64_t chunks : {int64_t{0}, int64_t{1}, int64_t{256}, int64_t{257}, int64_t{1} << 20, (int64_t{1} << 33) + 5}) {
-    const MaskPlan plan(chunks);
-    CHECK(plan.spans >= 1 && plan.spans <= MaskPlan::most_spans);
+  for (const int64_t chunks : {0LL, 1LL, 256LL, 257LL, 1LL << 20, (1LL << 33) + 5}) {
+    const MaskPlan plan(chunks, 132);
+    CHECK(plan.spans >= 1 && plan.spans <= 132 * MaskPlan::spans_per_multiprocessor);
     CHECK(plan.chunks_per_span % MaskPlan::threads == 0);
     CHECK(plan.spans * plan.chunks_per_span >= chunks);
     CHECK(chunks == 0 || (plan.spans - 1) * plan.chunks_per_span < chunks);
@@ -69,6 +70,33 @@ void check_moments() {
         for (int64_t column = row; column < plan.words; ++column)
           CHECK(MomentsPlan::tile(row, column, plan.words) == next++);
       CHECK(next == plan.tiles);
+    }
+}
+
+void check_wgrad() {
+  for (const int64_t experts : {0, 1, 5})
+    for (const int64_t rows : {8, 128, 776})
+      for (const int64_t columns : {8, 256, 2048}) {
+        const WgradPlan plan(experts, rows, columns, 132);
+        CHECK(plan.blocks <= 132 && plan.blocks <= plan.tiles && (plan.tiles == 0) == (plan.blocks == 0));
+        int64_t index = 0;  // every tile once, an expert's together
+        for (int64_t e = 0; e < experts; ++e)
+          for (int64_t row = 0; row < rows; row += WgradPlan::length)
+            for (int64_t column = 0; column < columns; column += WgradPlan::length) {
+              const WgradPlan::Tile tile = plan.tile(index++);
+              CHECK(tile.expert == e && tile.row == row && tile.column == column);
+            }
+        CHECK(index == plan.tiles);
+      }
+  CHECK(WgradPlan::shared_bytes <= 227 * 1024 && WgradPlan::steps(0) == 0 && WgradPlan::steps(WgradPlan::depth + 1) == 2);
+  // a stage's pieces fill it, and the 8 rows of a group use different banks
+  bool used[WgradPlan::factor_bytes / 16] = {};
+  for (int row = 0; row < WgradPlan::depth; ++row)
+    for (int piece = 0; piece < WgradPlan::length / 8; ++piece) {
+      const int at = SwappedTile::offset(row, piece, WgradPlan::depth) / 16;
+      CHECK(at * 16 < WgradPlan::factor_bytes && !used[at]);
+      used[at] = true;
+      CHECK(row % 8 == 0 || at % 8 != SwappedTile::offset(row - 1, piece, WgradPlan::depth) / 16 % 8);
     }
 }
 
@@ -104,6 +132,7 @@ int main() {
   check_route();
   check_mask();
   check_moments();
+  check_wgrad();
   check_rows();
   check_arithmetic_dtype();
   return failures != 0;

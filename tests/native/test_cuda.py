@@ -26,14 +26,18 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 @pytest.mark.parametrize("arch", tool.ARCHITECTURES)
 @pytest.mark.parametrize("op", tool.OPS)
-def test_an_op_compiles_without_warning_spill_or_growth(op, arch):
-    measured = tool.compile_op(op, arch)
+def test_an_op_compiles_without_warning_spill_or_growth(op, arch, tmp_path):
+    measured = tool.compile_op(op, arch, tmp_path / "out")
     found = tool.violations(arch, measured)
     recorded = tool.read().get(tool.nvcc_version())
     if recorded is not None:
         own = {name: entry for name, entry in recorded[arch].items() if name.startswith(f"{op}/")}
         found += tool.differences(arch, own, measured)
     assert measured and not found, "\n".join(["if meant so: python -m tests.native.cuda", *found])
+    if (op, arch) == ("expert_wgrad", "sm_90a"):
+        listing = tool.instructions(tmp_path / "out")
+        expected = ("HGMMA.64x128x16.F32.BF16", "LDGSTS", "USETMAXREG")
+        assert listing is None or all(name in listing for name in expected)
 
 
 def test_the_ledger_holds_nothing_forbidden_and_every_op():
@@ -172,15 +176,16 @@ def test_weight_score_of_nan_infinity_denormals_and_poisoned_padding(gpu):
     score_cases.test_poisoned_padding_is_not_counted()
 
 
-def test_ties_across_spans_are_taken_in_flat_order(gpu):
-    """Several spans of 256 chunks, each with ties, on both sides of the last one taken."""
-    arguments = tuple(integers(20, 1000, seed=s, low=-2, high=2) for s in range(3))
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+def test_ties_across_spans_are_taken_in_flat_order(gpu, multiprocessors):
+    """Spans of five steps and of two, each with ties, on both sides of the last one taken."""
+    arguments = tuple(integers(300, 1000, seed=s, low=-2, high=2) for s in range(3))
     bits = score_cases.magnitudes(arguments, 1.0)
     threshold = int(bits.median())
     equal = int((bits == threshold).sum())
     assert equal > 3000
     for ties in (5, equal // 2, equal - 1):
-        gpu.emulate(seed=ties)
+        gpu.emulate(multiprocessors, seed=ties)
         options = {"gamma": 1.0, "threshold_bits": threshold, "ties": ties}
         with poison():
             words, taken = score_cases.score_mask(*arguments, **options, impl="cpu")
@@ -196,6 +201,11 @@ def test_ties_across_spans_are_taken_in_flat_order(gpu):
 @pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 70])
 def test_retain_weights_against_the_formulas(gpu, size, num_tokens, cap):
     weights_cases.test_against_the_formulas(size, num_tokens, cap, None)
+
+
+def test_retain_weights_of_many_experts_whose_parts_take_several_stages(gpu):
+    """18 parts of 512 tokens: the stage in shared memory is filled twice."""
+    weights_cases.test_against_the_formulas(300, 4700, 1.1, None)
 
 
 def test_retain_weights_of_one_shape_are_the_same_on_any_gpu(gpu):
