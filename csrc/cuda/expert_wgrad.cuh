@@ -145,7 +145,8 @@ struct Wgrad {
     for (int64_t done = step > lag ? step - lag : 0; done < step; ++done) publish(done);
   }
 
-  static MOE_UNLEARN_DEVICE void consume(const Arguments& a, uint32_t stage_memory, Barriers& barriers, float* exchange) {
+  static MOE_UNLEARN_DEVICE void consume(
+      const Arguments& a, uint32_t stage_memory, Barriers& barriers, float* exchange) {
     const int thread = static_cast<int>(threadIdx.x) % WgradPlan::warpgroup, lane = thread % warp_size;
     const int self = static_cast<int>(threadIdx.x) / WgradPlan::warpgroup - 1;
     float sum[2][64];
@@ -168,7 +169,8 @@ struct Wgrad {
       for (int64_t i = 0; i < steps; ++i, ++step) {
         const int stage = static_cast<int>(step % stages);
         hopper::wait(barriers.full[stage], static_cast<uint32_t>(step / stages & 1));
-        const uint32_t grad = stage_memory + stage * WgradPlan::stage_bytes, input = grad + WgradPlan::factor_bytes;
+        const uint32_t grad = stage_memory + stage * WgradPlan::stage_bytes;
+        const uint32_t input = grad + WgradPlan::factor_bytes;
         hopper::begin_products();
         MOE_UNLEARN_UNROLL
         for (int k = 0; k < depth; k += 16) {

@@ -56,7 +56,8 @@ MOE_UNLEARN_DEVICE void fence_writes() { asm volatile("fence.proxy.async.shared:
 
 /// 16 bytes from global to shared memory, or 16 zeros: `from` is not read then.
 MOE_UNLEARN_DEVICE void copy_or_zero(uint32_t to, const void* from, bool copied) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copied ? 16 : 0) : "memory");
+  const int bytes = copied ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
 MOE_UNLEARN_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -68,8 +69,8 @@ MOE_UNLEARN_DEVICE void wait_for_copies() {
 
 // ---- Products ------------------------------------------------------------------------------------------------
 
-/// What wgmma needs to know of 16 rows of a SwappedTile at `address`, both operands with their depth outermost: distances
-/// of the blocks of 64 columns and of groups of 8 rows, in units of 16 bytes, and the swapping of 128-byte rows.
+/// What wgmma needs to know of 16 rows of a SwappedTile at `address`, both operands with their depth outermost:
+/// distances of the blocks of 64 columns and of groups of 8 rows, in units of 16 bytes, and the swapping in 128 bytes.
 MOE_UNLEARN_DEVICE uint64_t operand(uint32_t address, int depth) {
   const uint64_t blocks = depth * SwappedTile::row_bytes >> 4, groups = 8 * SwappedTile::row_bytes >> 4;
   return (address & 0x3FFFF) >> 4 | blocks << 16 | groups << 32 | uint64_t{1} << 62;

@@ -88,7 +88,8 @@ void check_wgrad() {
             }
         CHECK(index == plan.tiles);
       }
-  CHECK(WgradPlan::shared_bytes <= 227 * 1024 && WgradPlan::steps(0) == 0 && WgradPlan::steps(WgradPlan::depth + 1) == 2);
+  CHECK(WgradPlan::shared_bytes <= 227 * 1024);
+  CHECK(WgradPlan::steps(0) == 0 && WgradPlan::steps(WgradPlan::depth + 1) == 2);
   // a stage's pieces fill it, and the 8 rows of a group use different banks
   bool used[WgradPlan::factor_bytes / 16] = {};
   for (int row = 0; row < WgradPlan::depth; ++row)
@@ -102,7 +103,8 @@ void check_wgrad() {
 
 void check_rows() {
   Rows rows;
-  const int64_t shape[] = {4, 3, 64}, contiguous[] = {192, 64, 1}, padded[] = {210, 70, 1}, turned[] = {1, 4, 12};
+  const int64_t shape[] = {4, 3, 64}, contiguous[] = {192, 64, 1};
+  const int64_t padded[] = {210, 70, 1}, turned[] = {1, 4, 12};
   alignas(16) static char memory[64];
   CHECK(rows.set(memory, Dtype::bfloat16, 3, shape, contiguous));
   CHECK(rows.vector && rows.dims == 1 && rows.count == 12 && rows.strides[0] == 128 && rows.words() == 2);
