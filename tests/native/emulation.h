@@ -177,6 +177,7 @@ void run(const typename Kernel::Arguments& arguments, int64_t first, int64_t las
   std::vector<size_t> warps(count / 32), lanes(32);
   std::iota(warps.begin(), warps.end(), 0);
   std::iota(lanes.begin(), lanes.end(), 0);
+  std::vector<bool> asleep(count / 32);
   std::mt19937 random(seed);
   const auto can_run = [](const Fiber& fiber) {
     return !fiber.done && !(fiber.waits_for && fiber.waits_for->generation == fiber.generation);
@@ -186,13 +187,13 @@ void run(const typename Kernel::Arguments& arguments, int64_t first, int64_t las
     std::shuffle(warps.begin(), warps.end(), random);
     std::shuffle(lanes.begin(), lanes.end(), random);
     for (const size_t warp : warps) {
-      // every other one stays behind, so that warps drift apart as far as their barriers let them
-      const bool skipped = random() % 2 == 0;
+      // half of them sleep for a while, so that warps drift apart as far as their barriers let them
+      if (random() % 8 == 0) asleep[warp] = !asleep[warp];
       for (const size_t lane : lanes) {
         Fiber& fiber = fibers[warp * 32 + lane];
         if (!can_run(fiber)) continue;
         runnable = true;
-        if (skipped) continue;
+        if (asleep[warp]) continue;
         fiber.waits_for = nullptr;
         current = &fiber;
         swapcontext(&scheduler, &fiber.context);
