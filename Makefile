@@ -12,13 +12,16 @@ BIN := .venv/bin
 # further arguments of `moe-unlearn demo`, e.g. make demo DEMO="--seeds 5 6 7"
 DEMO ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# a change here builds the native extension again
+NATIVE := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
 .PHONY: demo test quick lint ledger mutants gpu clean-cache clean
 
-.venv/.installed: pyproject.toml setup.py constraints.txt
+# without build isolation, so that the native extension is built against this very torch
+.venv/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .[dev]
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch "setuptools>=77" ninja
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable .[dev]
 	touch $@
 
 # the oldest supported Triton, beside the one the environment uses; its folder is only ever complete
@@ -58,4 +61,4 @@ clean-cache: .venv/.installed
 	$(BIN)/moe-unlearn demo --clean-cache
 
 clean:
-	rm -rf .venv build *.egg-info runs
+	rm -rf .venv build *.egg-info runs moe_unlearn/_C_*

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from moe_unlearn import backend, benchmark, data, experiment, metrics, report, trace, wagle
+from moe_unlearn import backend, benchmark, data, experiment, metrics, native, report, trace, wagle
 from moe_unlearn.config import Recipe, shipped
 from moe_unlearn.experts import enable
 from moe_unlearn.losses import target_mask
@@ -51,7 +51,10 @@ def env(options) -> None:
             print(f"{package} not installed")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"device {device}: {name}\n")
+    print(f"device {device}: {name}")
+    for line in native.report():
+        print(f"native library {line}")
+    print()
     print(f"{'op':<28} {'auto':<8} available")
     for op in backend.registered():
         print(f"{op:<28} {backend.choose(op, 'auto', device):<8} {', '.join(backend.available(op, device))}")

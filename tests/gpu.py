@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 from benchmarks import stamp
 
-FOLDERS = ("tests/triton_kernels", "tests/ops")
+FOLDERS = ("tests/triton_kernels", "tests/ops", "tests/native/test_cuda_device.py")
 SANITIZER_FOLDER = "tests/triton_kernels"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 SANITIZER_SECONDS = 1800

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "moe_unlearn"
 # Lower layers first; a module imports only from its own or a lower layer (within `ops`, `data`, `metrics`
 # and `regress` a package is one layer).
 LAYERS = [
-    {"triton_kernels", "backend", "config", "cache", "checkpoint", "report"},
+    {"triton_kernels", "backend", "native", "config", "cache", "checkpoint", "report"},
     {"ops", "testing"},
     {"experts", "optim"},
     {"losses"},

@@ -17,7 +17,8 @@ Numerics, chosen by what is passed:
 
     all of the state in param's dtype   the gradient is rounded to it first and each operation of the
                                         formula rounds to it once: the bits of torch.optim.AdamW, and in
-                                        float32 and float64 of SGD, with foreach=False
+                                        float32 and float64 of SGD, with foreach=False (of float32 AdamW
+                                        where torch's square root is correctly rounded)
     float32 state, or `master`, or      arithmetic in float32 and one rounding at the end: to the nearest,
     rounding="stochastic"               or stochastically to bfloat16
     master                              float32 weights; the parameter is their rounded copy
@@ -35,7 +36,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moe_unlearn import backend
+from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import num_words, philox, round_stochastic, unpack_bits
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -173,7 +174,9 @@ def _adamw(w, g, m, v, *, lr, beta1, beta2, eps, weight_decay, step):
         w = w * (1 - lr * weight_decay)
     m = torch.lerp(m, g, 1 - beta1)
     v = torch.addcmul(v * beta2, g, g, value=1 - beta2)
-    denominator = v.sqrt() / (1 - beta2**step) ** 0.5 + eps
+    # MKL's float32 square root, which torch uses, is not correctly rounded on every CPU; through float64 it is
+    root = v.double().sqrt().to(v.dtype) if v.dtype == torch.float32 else v.sqrt()
+    denominator = root / (1 - beta2**step) ** 0.5 + eps
     return torch.addcdiv(w, m, denominator, value=-(lr / (1 - beta1**step))), m, v
 
 
@@ -286,8 +289,44 @@ def _in_place(rule, param, grad, state, mask, master, slices, *random):
                 into.copy_(value)
 
 
+def _sgd_native(param, grad, momentum_buffer, mask, master, slices, lr, momentum, dampening, weight_decay,
+                nesterov, step, rounding, seed, parameter_id):  # fmt: skip
+    operands = _native_operands(param, grad, (momentum_buffer,), mask, master, slices, rounding)
+    torch.ops.moe_unlearn_native.masked_sgd_(
+        *operands, lr, momentum, 1 - dampening, weight_decay, nesterov, step, rounding == "stochastic", seed,
+        parameter_id,
+    )  # fmt: skip
+
+
+def _adamw_native(param, grad, exp_avg, exp_avg_sq, mask, master, slices, lr, beta1, beta2, eps, weight_decay,
+                  step, rounding, seed, parameter_id):  # fmt: skip
+    operands = _native_operands(param, grad, (exp_avg, exp_avg_sq), mask, master, slices, rounding)
+    torch.ops.moe_unlearn_native.masked_adamw_(
+        *operands, 1 - lr * weight_decay, beta1, beta2, (1 - beta2**step) ** 0.5, eps, -(lr / (1 - beta1**step)),
+        step, rounding == "stochastic", seed, parameter_id,
+    )  # fmt: skip
+
+
+def _native_operands(param, grad, state, mask, master, slices, rounding):
+    """(param, grad, *state, mask, master, slices) of at least one dimension, two with slices."""
+    if grad.dtype == torch.float64:
+        # rounded once, to the dtype of the arithmetic
+        grad = grad.to(_arithmetic_dtype(param, state, rounding, master))
+    tensors = [None if t is None else torch.atleast_1d(t) for t in (param, grad, *state, master)]
+    if slices is not None:
+        slices = slices.contiguous()
+        if param.dim() == 1:
+            tensors = [None if t is None else t.unsqueeze(1) for t in tensors]
+            mask = None if mask is None else unpack_bits(mask, len(slices)).int().unsqueeze(1)
+    *tensors, master = tensors
+    return *tensors, mask, master, slices
+
+
 backend.register("masked_update.sgd", "ref", _sgd_in_place)
 backend.register("masked_update.adamw", "ref", _adamw_in_place)
+for _impl in ("cpu", "cuda"):
+    native.register("masked_update.sgd", _sgd_native, _impl)
+    native.register("masked_update.adamw", _adamw_native, _impl)
 backend.register("masked_update.sgd", "triton", "moe_unlearn.triton_kernels.masked_update:masked_sgd_")
 backend.register("masked_update.adamw", "triton", "moe_unlearn.triton_kernels.masked_update:masked_adamw_")
 

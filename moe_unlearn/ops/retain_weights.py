@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_unlearn import backend
+from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
 
 RIDGES = tuple(10.0**-k for k in range(1, 8))
@@ -210,8 +210,19 @@ def _(words, tilt, bias, cap, impl):
     return tilt.new_empty(size), tilt.new_empty(size, size)
 
 
+def _weights_native(words, tilt, bias, cap):
+    return torch.ops.moe_unlearn_native.retain_weights(words.contiguous(), tilt.contiguous(), bias, cap)
+
+
+def _moments_native(words, tilt, bias, cap):
+    return torch.ops.moe_unlearn_native.retain_weights_moments(words.contiguous(), tilt.contiguous(), bias, cap)
+
+
 backend.register("retain_weights", "ref", tilted_weights_ref)
 backend.register("retain_weights.moments", "ref", moments_ref)
+for _impl in ("cpu", "cuda"):
+    native.register("retain_weights", _weights_native, _impl)
+    native.register("retain_weights.moments", _moments_native, _impl)
 backend.register("retain_weights", "triton", "moe_unlearn.triton_kernels.retain_weights:retain_weights")
 backend.register("retain_weights.moments", "triton", "moe_unlearn.triton_kernels.retain_weights:moments")
 

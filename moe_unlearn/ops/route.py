@@ -25,7 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_unlearn import backend
+from moe_unlearn import backend, native
+
+_MOST_EXPERTS_CUDA = 1024
 
 
 class Routing(NamedTuple):
@@ -111,7 +113,26 @@ def _(top_k_index, num_experts, group, num_groups, log_tilt, log_weight, impl):
     return ints(num_groups, num_experts), ints(num_experts + 1), ints(top_k_index.numel())
 
 
+def _route_native(top_k_index, num_experts, group, num_groups, log_tilt, log_weight):
+    return torch.ops.moe_unlearn_native.route(
+        top_k_index.contiguous(),
+        num_experts,
+        None if group is None else group.contiguous(),
+        num_groups,
+        None if log_tilt is None else log_tilt.to(torch.float32).contiguous(),
+        log_weight,
+    )
+
+
+def _route_cuda(top_k_index, num_experts, *arguments):
+    # the kernel counts in shared memory
+    kernel = _route_native if num_experts <= _MOST_EXPERTS_CUDA else route_ref
+    return kernel(top_k_index, num_experts, *arguments)
+
+
 backend.register("route", "ref", route_ref)
+native.register("route", _route_native)
+native.register("route", _route_cuda, "cuda")
 backend.register("route", "triton", "moe_unlearn.triton_kernels.route:route")
 
 

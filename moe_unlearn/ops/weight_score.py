@@ -28,7 +28,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moe_unlearn import backend
+from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import num_words, pack_bits
 
 BINS = 1 << 16
@@ -188,9 +188,34 @@ def _(weight, grad_forget, grad_retain, gamma, threshold_bits, ties, impl):
     return words, weight.new_empty((), dtype=torch.int64)
 
 
+def _score_native(weight, grad_forget, grad_retain, gamma):
+    terms = _native_terms(weight, grad_forget, grad_retain, flat=True)
+    return torch.ops.moe_unlearn_native.weight_score(*terms, gamma).view(weight.shape)
+
+
+def _histogram_native(weight, grad_forget, grad_retain, gamma, digit, prefix):
+    terms = _native_terms(weight, grad_forget, grad_retain, flat=True)
+    return torch.ops.moe_unlearn_native.weight_score_histogram(*terms, gamma, digit, prefix)
+
+
+def _mask_native(weight, grad_forget, grad_retain, gamma, threshold_bits, ties):
+    terms = _native_terms(weight, grad_forget, grad_retain, flat=False)
+    return torch.ops.moe_unlearn_native.weight_score_mask(*terms, gamma, threshold_bits, ties)
+
+
+def _native_terms(weight, *grads, flat):
+    """The terms, of at least one dimension and a dtype the kernels read; as one row if that needs no copy."""
+    terms = [torch.atleast_1d(t.float() if t.dtype == torch.float64 else t) for t in (weight, *grads)]
+    return [t.view(-1) for t in terms] if flat and all(t.is_contiguous() for t in terms) else terms
+
+
 backend.register("weight_score", "ref", weight_score_ref)
 backend.register("weight_score.histogram", "ref", score_histogram_ref)
 backend.register("weight_score.mask", "ref", score_mask_ref)
+for _impl in ("cpu", "cuda"):
+    native.register("weight_score", _score_native, _impl)
+    native.register("weight_score.histogram", _histogram_native, _impl)
+    native.register("weight_score.mask", _mask_native, _impl)
 backend.register("weight_score", "triton", "moe_unlearn.triton_kernels.weight_score:weight_score")
 backend.register("weight_score.histogram", "triton", "moe_unlearn.triton_kernels.weight_score:score_histogram")
 backend.register("weight_score.mask", "triton", "moe_unlearn.triton_kernels.weight_score:score_mask")

@@ -1,0 +1,56 @@
+// The binding of masked_update.
+
+#include "cuda/masked_update.cuh"
+
+#include "cuda/binding.h"
+
+namespace moe_unlearn {
+namespace {
+
+Operands operands(
+    const Tensor& param, const Tensor& grad, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& master, const std::optional<Tensor>& slices, bool stochastic, int64_t step,
+    int64_t seed, int64_t parameter_id) {
+  Operands o;
+  param.mutable_data_ptr();  // a lazily copied tensor becomes its own before it is written
+  o.param = rows_of(param), o.grad = rows_of(grad), o.mask = rows_of(mask), o.master = rows_of(master);
+  o.step = step, o.seed = seed, o.parameter_id = parameter_id;
+  o.stochastic = stochastic && o.param.dtype == Dtype::bfloat16;
+  if (slices.has_value()) {
+    STD_TORCH_CHECK(slices->is_contiguous() && param.dim() > 1, "slices must be contiguous, rows at least 1-d");
+    o.slices = slices->const_data_ptr<int64_t>();
+    o.num_slices = param.size(0);
+    o.rows_per_slice = std::max<int64_t>(o.grad.count / std::max<int64_t>(slices->numel(), 1), 1);
+  }
+  return o;
+}
+
+void masked_sgd_(
+    const Tensor& param, const Tensor& grad, const std::optional<Tensor>& momentum_buffer,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& master, const std::optional<Tensor>& slices,
+    double lr, double momentum, double grad_scale, double weight_decay, bool nesterov, int64_t step,
+    bool stochastic, int64_t seed, int64_t parameter_id) {
+  const OnDevice device(param);
+  Operands o = operands(param, grad, mask, master, slices, stochastic, step, seed, parameter_id);
+  o.state[0] = rows_of(momentum_buffer);
+  check(masked_update(o, Sgd(lr, momentum, grad_scale, weight_decay, nesterov, step), device.stream()));
+}
+
+void masked_adamw_(
+    const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& master, const std::optional<Tensor>& slices,
+    double decay, double beta1, double beta2, double root_correction, double eps, double step_size, int64_t step,
+    bool stochastic, int64_t seed, int64_t parameter_id) {
+  const OnDevice device(param);
+  Operands o = operands(param, grad, mask, master, slices, stochastic, step, seed, parameter_id);
+  o.state[0] = rows_of(exp_avg), o.state[1] = rows_of(exp_avg_sq);
+  check(masked_update(o, AdamW(decay, beta1, beta2, root_correction, eps, step_size), device.stream()));
+}
+
+}  // namespace
+}  // namespace moe_unlearn
+
+STABLE_TORCH_LIBRARY_IMPL(moe_unlearn_native, CUDA, m) {
+  m.impl("masked_sgd_", TORCH_BOX(&moe_unlearn::masked_sgd_));
+  m.impl("masked_adamw_", TORCH_BOX(&moe_unlearn::masked_adamw_));
+}

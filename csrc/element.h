@@ -1,0 +1,171 @@
+// The arithmetic of single elements: float dtypes as float32, stochastic rounding, SGD and AdamW. No torch, no
+// loops, no state; usable from CPU and CUDA code, and the same bits on both: a fused multiply-add is written out,
+// and both compilers are told to make none of their own.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define MOE_UNLEARN_ELEMENT __host__ __device__ __forceinline__
+#else
+#define MOE_UNLEARN_ELEMENT inline __attribute__((always_inline))
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define MOE_UNLEARN_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)  // the host's pass over device code
+#define MOE_UNLEARN_UNROLL
+#else
+#define MOE_UNLEARN_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace moe_unlearn {
+
+/// What lies in memory. `word` is a packed mask word, `none` an absent tensor.
+enum class Dtype : int { none, float32, bfloat16, float16, word };
+
+MOE_UNLEARN_ELEMENT float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+MOE_UNLEARN_ELEMENT uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// ---- float32 from and to the bits of a dtype, to the nearest -----------------------------------------------
+
+template <Dtype D>
+MOE_UNLEARN_ELEMENT float widen(uint32_t bits) {
+  if constexpr (D == Dtype::bfloat16) return float_of(bits << 16);
+  if constexpr (D == Dtype::float16) {
+    const uint32_t magnitude = bits & 0x7FFF, sign = (bits & 0x8000) << 16;
+    const uint32_t denormal = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+    const uint32_t finite = magnitude < 0x400 ? denormal : (magnitude << 13) + (112u << 23);
+    return float_of(sign | (magnitude >= 0x7C00 ? magnitude << 13 | 0x7F800000 : finite));
+  }
+  return float_of(bits);
+}
+
+template <Dtype D>
+MOE_UNLEARN_ELEMENT uint32_t narrow(float value) {
+  const uint32_t bits = bits_of(value);
+  if constexpr (D == Dtype::bfloat16)
+    return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  if constexpr (D == Dtype::float16) {
+    const uint32_t magnitude = bits & 0x7FFFFFFF;
+    const uint32_t normal = (magnitude - (112u << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13;
+    // the last bit of 0.5f is half's smallest denormal: the sum is rounded where half rounds
+    const uint32_t denormal = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000;
+    const uint32_t finite = magnitude < 0x38800000 ? denormal : normal;
+    const uint32_t infinite = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;
+    return (bits >> 16 & 0x8000) | (magnitude >= 0x47800000 ? infinite : finite);
+  }
+  return bits;
+}
+
+template <Dtype D>
+MOE_UNLEARN_ELEMENT float round_to(float value) {
+  return widen<D>(narrow<D>(value));
+}
+
+/// round_to<A> inside a rule. Operands of dtype A have no low bits, so nor have the NaNs that come of them, and
+/// the carry of rounding cannot run through one: bfloat16 needs no case for NaN.
+template <Dtype A>
+MOE_UNLEARN_ELEMENT float rounded(float value) {
+  if constexpr (A == Dtype::bfloat16) {
+    const uint32_t bits = bits_of(value);
+    return float_of((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000);
+  }
+  return round_to<A>(value);
+}
+
+// ---- Stochastic rounding -----------------------------------------------------------------------------------
+
+/// Word 0 of Philox4x32-10 (Salmon et al., SC 2011) at counter (index, step) and key (seed, parameter id), of
+/// which the low words count.
+MOE_UNLEARN_ELEMENT uint32_t philox(uint64_t index, uint64_t step, uint32_t seed, uint32_t parameter_id) {
+  uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32);
+  uint32_t c2 = static_cast<uint32_t>(step), c3 = static_cast<uint32_t>(step >> 32);
+  MOE_UNLEARN_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t{c0} * 0xD2511F53, p1 = uint64_t{c2} * 0xCD9E8D57;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ seed;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ parameter_id;
+    c3 = static_cast<uint32_t>(p0);
+    seed += 0x9E3779B9;
+    parameter_id += 0xBB67AE85;
+  }
+  return c0;
+}
+
+/// `value` cut to bfloat16 after adding 16 random bits below it; NaN and infinity as they are.
+MOE_UNLEARN_ELEMENT float round_stochastic(float value, uint32_t random) {
+  const uint32_t bits = bits_of(value);
+  const bool finite = (bits & 0x7F800000) != 0x7F800000;
+  return finite ? float_of((bits + (random & 0xFFFF)) & 0xFFFF0000) : value;
+}
+
+// ---- Update rules, every operation rounded to dtype A (float32: not at all) --------------------------------
+
+struct Sgd {
+  static constexpr int states = 1;
+  float negative_lr, momentum, grad_scale, weight_decay;
+  bool nesterov, first, has_state;  // without momentum a buffer is neither read nor written
+
+  Sgd(double lr, double momentum, double grad_scale, double weight_decay, bool nesterov, int64_t step)
+      : negative_lr(static_cast<float>(-lr)),
+        momentum(static_cast<float>(momentum)),
+        grad_scale(static_cast<float>(grad_scale)),
+        weight_decay(static_cast<float>(weight_decay)),
+        nesterov(nesterov),
+        first(step == 1),
+        has_state(momentum != 0) {}
+
+  /// The new weight w and momentum s[0].
+  template <Dtype A>
+  MOE_UNLEARN_ELEMENT void apply(float& w, float g, float (&s)[2]) const {
+    if (weight_decay != 0) g = rounded<A>(fmaf(weight_decay, w, g));
+    if (has_state) {
+      s[0] = first ? g : rounded<A>(fmaf(grad_scale, g, rounded<A>(s[0] * momentum)));
+      g = nesterov ? rounded<A>(fmaf(momentum, s[0], g)) : s[0];
+    }
+    w = rounded<A>(fmaf(negative_lr, g, w));
+  }
+};
+
+struct AdamW {
+  static constexpr int states = 2;
+  static constexpr bool has_state = true;
+  float decay, lerp, beta2, one_minus_beta2, root_correction, eps, step_size;
+
+  AdamW(double decay, double beta1, double beta2, double root_correction, double eps, double step_size)
+      : decay(static_cast<float>(decay)),
+        lerp(static_cast<float>(1 - beta1)),
+        beta2(static_cast<float>(beta2)),
+        one_minus_beta2(static_cast<float>(1 - beta2)),
+        root_correction(static_cast<float>(root_correction)),
+        eps(static_cast<float>(eps)),
+        step_size(static_cast<float>(step_size)) {}
+
+  /// The new weight w and moments s.
+  template <Dtype A>
+  MOE_UNLEARN_ELEMENT void apply(float& w, float g, float (&s)[2]) const {
+    // torch.lerp starts from the nearer end
+    const bool near = lerp < 0.5f && lerp > -0.5f;
+    if (decay != 1) w = rounded<A>(w * decay);
+    s[0] = rounded<A>(fmaf(near ? lerp : lerp - 1, g - s[0], near ? s[0] : g));
+    s[1] = rounded<A>(fmaf(one_minus_beta2 * g, g, rounded<A>(s[1] * beta2)));
+    const float root = rounded<A>(rounded<A>(sqrtf(s[1])) / root_correction);
+    w = rounded<A>(w + step_size * s[0] / rounded<A>(root + eps));
+  }
+};
+
+}  // namespace moe_unlearn

@@ -1,0 +1,36 @@
+// Every native schema, in one place. The public ops `moe_unlearn::<op>` are defined in Python, and theirs is
+// the checking of arguments; these are the raw kernels behind them, and Python's glue is their only caller.
+//
+// A kernel file registers its functions for these names (STABLE_TORCH_LIBRARY_IMPL); nothing but this file
+// defines a name. `(a!)` marks what an op writes.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(moe_unlearn_native, m) {
+  // The instruction set in use. A name ("baseline", "avx2", "avx512") lowers it, "" takes the CPU's best.
+  m.def("instruction_set(str? limit) -> str");
+
+  m.def(
+      "route(Tensor top_k_index, int num_experts, Tensor? group, int num_groups, Tensor? log_tilt, "
+      "Tensor(a!)? log_weight) -> (Tensor, Tensor, Tensor)");
+
+  m.def("retain_weights(Tensor words, Tensor tilt, float bias, float cap) -> Tensor");
+  m.def("retain_weights_moments(Tensor words, Tensor tilt, float bias, float cap) -> (Tensor, Tensor)");
+
+  m.def("weight_score(Tensor weight, Tensor grad_forget, Tensor grad_retain, float gamma) -> Tensor");
+  m.def(
+      "weight_score_histogram(Tensor weight, Tensor grad_forget, Tensor grad_retain, float gamma, int digit, "
+      "int prefix) -> Tensor");
+  m.def(
+      "weight_score_mask(Tensor weight, Tensor grad_forget, Tensor grad_retain, float gamma, "
+      "int threshold_bits, int ties) -> (Tensor, Tensor)");
+
+  m.def(
+      "masked_sgd_(Tensor(a!) param, Tensor grad, Tensor(b!)? momentum_buffer, Tensor? mask, "
+      "Tensor(c!)? master, Tensor? slices, float lr, float momentum, float grad_scale, float weight_decay, "
+      "bool nesterov, int step, bool stochastic, int seed, int parameter_id) -> ()");
+  m.def(
+      "masked_adamw_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor? mask, "
+      "Tensor(d!)? master, Tensor? slices, float decay, float beta1, float beta2, float root_correction, "
+      "float eps, float step_size, int step, bool stochastic, int seed, int parameter_id) -> ()");
+}

@@ -1,0 +1,62 @@
+"""The native libraries: loaded once, registered with `backend` where they are there.
+
+`_C_cpu` and `_C_cuda` lie beside this file, built from `csrc/` by setup.py on libtorch's stable ABI; they hold
+no Python module, only ops `torch.ops.moe_unlearn_native.*`. The package works without them, on `ref`.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from moe_unlearn import backend
+
+LIBRARIES = ("cpu", "cuda")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+_FOLDER = Path(__file__).parent
+_HOW_TO_BUILD = "not built: `pip install --no-build-isolation .` with torch and a C++ compiler there builds it"
+
+
+@functools.cache
+def load(name: str) -> str:
+    """Load the library `_C_<name>`; "" if it is usable, else one line that says why not."""
+    paths = sorted(_FOLDER.glob(f"_C_{name}*.so"))
+    if not paths:
+        return _build_report().get(name, _HOW_TO_BUILD)
+    if name == "cuda" and (torch.version.cuda is None or load("cpu")):
+        return "not loaded: " + ("this torch has no CUDA" if torch.version.cuda is None else "it needs _C_cpu")
+    try:
+        torch.ops.load_library(paths[0])
+    except OSError as error:
+        return f"not loaded: {error}"
+    return ""
+
+
+def register(name: str, kernel: Callable | str, impl: str = "cpu") -> None:
+    """`backend.register(name, impl, kernel)` if the library of `impl` is usable; otherwise nothing."""
+    if not load(impl):
+        backend.register(name, impl, kernel)
+
+
+def instruction_set(limit: str | None = None) -> str:
+    """The instruction set the CPU kernels use; a name of INSTRUCTION_SETS lowers it, "" takes the best again.
+
+    It changes speed only: all of them give the same bits.
+    """
+    return torch.ops.moe_unlearn_native.instruction_set(limit)
+
+
+def report() -> list[str]:
+    """One line per library: what it uses, or why it is not used."""
+    usable = {"cpu": lambda: f"built, {instruction_set()}", "cuda": lambda: "built"}
+    return [f"{name}: {load(name) or usable[name]()}" for name in LIBRARIES]
+
+
+def _build_report() -> dict[str, str]:
+    """What setup.py wrote about each library."""
+    path = _FOLDER / "_C_build.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    entries = dict(line.split(": ", 1) for line in lines)
+    # "built" without a library: somebody removed it
+    return {name: why for name, why in entries.items() if why != "built"}

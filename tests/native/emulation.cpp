@@ -1,0 +1,31 @@
+// The CUDA bindings, launchers and kernels as ops `moe_unlearn_emulated::*` of CPU tensors, in emulated threads: the
+// very sources of csrc/, with what a CUDA build of torch would provide replaced below.
+
+#include "cuda/binding.h"
+
+extern "C" {
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+const char* cudaGetErrorString(cudaError_t) { return "an error of the emulated launch"; }
+
+[[gnu::visibility("default")]] void emulate(int multiprocessors, int64_t shared_limit, uint32_t seed) {
+  moe_unlearn::emulation::device = {multiprocessors, shared_limit};
+  moe_unlearn::emulation::seed = seed;
+}
+}
+
+#define moe_unlearn_native moe_unlearn_emulated
+#define CUDA CPU
+
+#include "cuda/masked_update.cu"
+#include "cuda/retain_weights.cu"
+#include "cuda/route.cu"
+#include "cuda/weight_score.cu"
+#include "registration.cpp"

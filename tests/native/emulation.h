@@ -1,0 +1,232 @@
+// A launch on the CPU: every thread of a block (of the grid, if it is cooperative) is a fiber that runs until its next
+// barrier. The order of threads is shuffled and warps drift apart, so that a missing barrier shows. Included by
+// csrc/cuda/group.cuh in place of the real thing, inside the namespace moe_unlearn.
+//
+// A barrier that not all of its threads reach is an error: kernels are held to converged barriers. Shared memory
+// starts as garbage.
+
+}  // namespace moe_unlearn
+
+#include <ucontext.h>
+
+#include <bit>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+namespace moe_unlearn {
+namespace emulation {
+
+/// The GPU that is emulated; set by tests.
+inline Device device{3, 227 * 1024};
+inline uint32_t seed = 0;
+
+struct Barrier {
+  int members = 0, arrived = 0;
+  int64_t generation = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Barrier* waits_for = nullptr;
+  int64_t generation = 0;
+  bool done = false;
+};
+
+struct Warp {
+  Barrier barrier;
+  uint64_t value[32];
+};
+
+struct Block {
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::vector<unsigned char> shared;
+};
+
+inline ucontext_t scheduler;
+inline Fiber* current = nullptr;
+inline Barrier grid_barrier;
+inline int64_t grid_size = 0;
+inline const char* failure = nullptr;
+
+inline void meet(Barrier& barrier) {
+  if (++barrier.arrived == barrier.members) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  current->waits_for = &barrier;
+  current->generation = barrier.generation;
+  swapcontext(&current->context, &scheduler);
+}
+
+}  // namespace emulation
+
+struct Group {
+  int thread_index;
+  int64_t block_index;
+  emulation::Block* own;
+
+  int thread() const { return thread_index; }
+  int64_t block() const { return block_index; }
+  int64_t blocks() const { return emulation::grid_size; }
+  void sync() const { emulation::meet(own->barrier); }
+  void sync_warp() const { emulation::meet(warp().barrier); }
+  void sync_grid() const { emulation::meet(emulation::grid_barrier); }
+
+  template <class T>
+  T shuffle(T value, int lane) const {
+    static_assert(sizeof(T) <= sizeof(uint64_t));
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof(T));
+    exchange(bits);
+    memcpy(&value, &warp().value[lane], sizeof(T));
+    sync_warp();
+    return value;
+  }
+  template <class T>
+  T shuffle_up(T value, int distance) const {
+    return shuffle(value, lane() >= distance ? lane() - distance : lane());
+  }
+  uint32_t match(uint32_t key) const {
+    exchange(key);
+    uint32_t equal = 0;
+    for (int i = 0; i < 32; ++i) equal |= static_cast<uint32_t>(warp().value[i] == key) << i;
+    sync_warp();
+    return equal;
+  }
+  bool any(bool condition) const {
+    exchange(condition);
+    uint64_t found = 0;
+    for (uint64_t value : warp().value) found |= value;
+    sync_warp();
+    return found != 0;
+  }
+
+  template <class T>
+  void add(T* to, T value) const {
+    *to += value;
+  }
+  void fail() const { emulation::failure = "trap"; }
+
+ private:
+  int lane() const { return thread_index % 32; }
+  emulation::Warp& warp() const { return own->warps[thread_index / 32]; }
+  void exchange(uint64_t value) const {
+    warp().value[lane()] = value;
+    sync_warp();
+  }
+};
+
+namespace emulation {
+
+/// The fiber will call enter(argument), which makecontext can only pass as two ints.
+[[gnu::noinline]] inline void prepare(Fiber& fiber, void (*enter)(unsigned, unsigned), uint64_t argument) {
+  constexpr size_t stack = 32 * 1024;
+  if (!fiber.stack) fiber.stack = std::make_unique_for_overwrite<char[]>(stack);
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = stack;
+  fiber.context.uc_link = nullptr;
+  const auto entry = reinterpret_cast<void (*)()>(enter);
+  makecontext(&fiber.context, entry, 2, static_cast<unsigned>(argument >> 32), static_cast<unsigned>(argument));
+}
+
+template <class Kernel>
+struct Launch {
+  const typename Kernel::Arguments* arguments;
+  Group group;
+  Fiber* fiber;
+
+  static void enter(unsigned high, unsigned low) {
+    auto* self = std::bit_cast<Launch*>(uint64_t{high} << 32 | low);
+    Kernel::run(self->group, *self->arguments, self->group.own->shared.data());
+    self->fiber->done = true;
+    swapcontext(&self->fiber->context, &scheduler);
+  }
+};
+
+/// Runs the blocks [first, last) at once.
+template <class Kernel>
+void run(const typename Kernel::Arguments& arguments, int64_t first, int64_t last, size_t shared_bytes) {
+  constexpr int threads = Kernel::threads;
+  static std::vector<Fiber> fibers;  // stacks are used again
+  const size_t count = static_cast<size_t>(last - first) * threads;
+  if (fibers.size() < count) fibers.resize(count);
+  std::vector<Block> blocks(static_cast<size_t>(last - first));
+  std::vector<Launch<Kernel>> launches(count);
+  for (size_t i = 0; i < count; ++i) {
+    const size_t b = i / threads;
+    Block& block = blocks[b];
+    if (i % threads == 0) {
+      block.barrier.members = threads;
+      block.warps.resize(threads / 32);
+      for (Warp& warp : block.warps) warp.barrier.members = 32;
+      block.shared.assign(shared_bytes, 0xA5);
+    }
+    Fiber& fiber = fibers[i];
+    fiber.done = false, fiber.waits_for = nullptr;
+    launches[i] = {&arguments, {static_cast<int>(i % threads), first + static_cast<int64_t>(b), &block}, &fiber};
+    prepare(fiber, &Launch<Kernel>::enter, std::bit_cast<uint64_t>(&launches[i]));
+  }
+  grid_barrier = {static_cast<int>(count), 0, 0};
+  std::vector<size_t> warps(count / 32), lanes(32);
+  std::iota(warps.begin(), warps.end(), 0);
+  std::iota(lanes.begin(), lanes.end(), 0);
+  std::vector<bool> asleep(count / 32);
+  std::mt19937 random(seed);
+  const auto can_run = [](const Fiber& fiber) {
+    return !fiber.done && !(fiber.waits_for && fiber.waits_for->generation == fiber.generation);
+  };
+  for (bool runnable = true; runnable;) {
+    runnable = false;
+    std::shuffle(warps.begin(), warps.end(), random);
+    std::shuffle(lanes.begin(), lanes.end(), random);
+    for (const size_t warp : warps) {
+      // half of them sleep for a while, so that warps drift apart as far as their barriers let them
+      if (random() % 8 == 0) asleep[warp] = !asleep[warp];
+      for (const size_t lane : lanes) {
+        Fiber& fiber = fibers[warp * 32 + lane];
+        if (!can_run(fiber)) continue;
+        runnable = true;
+        if (asleep[warp]) continue;
+        fiber.waits_for = nullptr;
+        current = &fiber;
+        swapcontext(&scheduler, &fiber.context);
+      }
+    }
+  }
+  for (size_t i = 0; i < count; ++i)
+    if (!fibers[i].done) throw std::runtime_error("a barrier that not all of its threads reach");
+}
+
+}  // namespace emulation
+
+template <class Kernel>
+cudaError_t launch(
+    const typename Kernel::Arguments& arguments, int64_t blocks, size_t shared_bytes, cudaStream_t,
+    bool cooperative = false) {
+  if (shared_bytes > static_cast<size_t>(emulation::device.shared_limit)) return cudaErrorInvalidValue;
+  emulation::grid_size = blocks;
+  if (cooperative && blocks > 0)
+    emulation::run<Kernel>(arguments, 0, blocks, shared_bytes);
+  else
+    for (int64_t block = 0; block < blocks; ++block) emulation::run<Kernel>(arguments, block, block + 1, shared_bytes);
+  if (const char* const what = std::exchange(emulation::failure, nullptr)) throw std::runtime_error(what);
+  return cudaSuccess;
+}
+
+inline cudaError_t get_device(Device& device) {
+  device = emulation::device;
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t get_resident_blocks(int& blocks, size_t) {
+  blocks = 1;
+  return cudaSuccess;
+}

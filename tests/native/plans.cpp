@@ -1,0 +1,141 @@
+// The host's half of a launch: grids, spans and shared memory, as functions of shape and GPU. Prints what is wrong.
+
+#include <cstdio>
+
+#include "cuda/expert_wgrad.cuh"
+#include "cuda/masked_update.cuh"
+#include "cuda/retain_weights.cuh"
+#include "cuda/route.cuh"
+#include "cuda/weight_score.cuh"
+
+using namespace moe_unlearn;
+
+int failures = 0;
+
+#define CHECK(condition)                                          \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      std::printf("line %d: not true: %s\n", __LINE__, #condition); \
+      ++failures;                                                 \
+    }                                                             \
+  } while (false)
+
+void check_route() {
+  const int32_t any = 0;
+  for (const int64_t tokens : {0, 1, 100, 8192, 1 << 20})
+    for (const int64_t top_k : {1, 8, 16})
+      for (const int64_t experts : {1, 128, 512, 1024})
+        for (const int64_t groups : {1, 3, 64})
+          for (const int64_t resident : {0, 1, 132 * 4}) {
+            Routing r{};
+            r.num_tokens = tokens, r.top_k = top_k, r.num_experts = experts, r.num_groups = groups;
+            r.group = &any;
+            RoutePlan plan(r);
+            plan.spread(r, resident);
+            CHECK(plan.shared_bytes <= 48 * 1024);
+            CHECK(plan.cells == 0 || plan.cells == groups * experts);
+            CHECK(plan.blocks >= 1 && plan.blocks <= std::max<int64_t>(resident, 1));
+            // every row has a warp, and no warp but the last ones is idle
+            CHECK(plan.blocks * RoutePlan::warps * plan.rows_per_warp >= r.rows());
+            CHECK(plan.rows_per_warp % warp_size == 0);
+            CHECK(plan.workspace == (experts + 1) * (plan.blocks + 1));
+          }
+  Routing r{};
+  r.num_tokens = 8192, r.top_k = 8, r.num_experts = 128, r.num_groups = 1;
+  RoutePlan plan(r);
+  plan.spread(r, 132 * 4);
+  CHECK(plan.blocks == 128 && plan.rows_per_warp == 64 && plan.cells == 0);
+}
+
+void check_mask() {
+  for (const int64_t chunks : {0LL, 1LL, 256LL, 257LL, 1LL << 20, (1LL << 33) + 5}) {
+    const MaskPlan plan(chunks, 132);
+    CHECK(plan.spans >= 1 && plan.spans <= 132 * MaskPlan::spans_per_multiprocessor);
+    CHECK(plan.chunks_per_span % MaskPlan::threads == 0);
+    CHECK(plan.spans * plan.chunks_per_span >= chunks);
+    CHECK(chunks == 0 || (plan.spans - 1) * plan.chunks_per_span < chunks);
+  }
+}
+
+void check_moments() {
+  for (const int64_t tokens : {0, 1, 255, 257, 8192, 1 << 20})
+    for (const int64_t size : {0, 1, 31, 32, 64, 512}) {
+      const MomentsPlan plan(tokens, size);
+      CHECK(plan.words * 32 > size && (plan.words - 1) * 32 <= size);
+      CHECK(plan.parts >= 1 && plan.parts * plan.tokens_per_part >= tokens);
+      CHECK(tokens == 0 || (plan.parts - 1) * plan.tokens_per_part < tokens);
+      CHECK(plan.parts * plan.tiles <= std::max(MomentsPlan::most_blocks, plan.tiles));
+      int64_t next = 0;
+      for (int64_t row = 0; row < plan.words; ++row)
+        for (int64_t column = row; column < plan.words; ++column)
+          CHECK(MomentsPlan::tile(row, column, plan.words) == next++);
+      CHECK(next == plan.tiles);
+    }
+}
+
+void check_wgrad() {
+  for (const int64_t experts : {0, 1, 5})
+    for (const int64_t rows : {8, 128, 776})
+      for (const int64_t columns : {8, 256, 2048}) {
+        const WgradPlan plan(experts, rows, columns, 132);
+        CHECK(plan.blocks <= 132 && plan.blocks <= plan.tiles && (plan.tiles == 0) == (plan.blocks == 0));
+        int64_t index = 0;  // every tile once, an expert's together
+        for (int64_t e = 0; e < experts; ++e)
+          for (int64_t row = 0; row < rows; row += WgradPlan::length)
+            for (int64_t column = 0; column < columns; column += WgradPlan::length) {
+              const WgradPlan::Tile tile = plan.tile(index++);
+              CHECK(tile.expert == e && tile.row == row && tile.column == column);
+            }
+        CHECK(index == plan.tiles);
+      }
+  CHECK(WgradPlan::shared_bytes <= 227 * 1024);
+  CHECK(WgradPlan::steps(0) == 0 && WgradPlan::steps(WgradPlan::depth + 1) == 2);
+  // a stage's pieces fill it, and the 8 rows of a group use different banks
+  bool used[WgradPlan::factor_bytes / 16] = {};
+  for (int row = 0; row < WgradPlan::depth; ++row)
+    for (int piece = 0; piece < WgradPlan::length / 8; ++piece) {
+      const int at = SwappedTile::offset(row, piece, WgradPlan::depth) / 16;
+      CHECK(at * 16 < WgradPlan::factor_bytes && !used[at]);
+      used[at] = true;
+      CHECK(row % 8 == 0 || at % 8 != SwappedTile::offset(row - 1, piece, WgradPlan::depth) / 16 % 8);
+    }
+}
+
+void check_rows() {
+  Rows rows;
+  const int64_t shape[] = {4, 3, 64}, contiguous[] = {192, 64, 1};
+  const int64_t padded[] = {210, 70, 1}, turned[] = {1, 4, 12};
+  alignas(16) static char memory[64];
+  CHECK(rows.set(memory, Dtype::bfloat16, 3, shape, contiguous));
+  CHECK(rows.vector && rows.dims == 1 && rows.count == 12 && rows.strides[0] == 128 && rows.words() == 2);
+  CHECK(rows.set(memory, Dtype::bfloat16, 3, shape, padded));
+  CHECK(!rows.vector && rows.dims == 1 && rows.strides[0] == 140);
+  CHECK(rows.set(memory, Dtype::float32, 3, shape, turned));
+  CHECK(!rows.vector && rows.dims == 2 && rows.step == 48);
+  CHECK(rows.set(memory + 2, Dtype::bfloat16, 3, shape, contiguous) && !rows.vector);
+  const int64_t many[] = {2, 2, 2, 2, 2, 2, 2, 2, 2}, apart[] = {1, 4, 16, 64, 256, 1024, 4096, 16384, 65536};
+  CHECK(rows.set(memory, Dtype::float32, 8, many, apart));
+  CHECK(!rows.set(memory, Dtype::float32, 9, many, apart));
+}
+
+void check_arithmetic_dtype() {
+  Operands o;
+  o.param.dtype = o.grad.dtype = Dtype::bfloat16;
+  CHECK(arithmetic_dtype(o) == Dtype::bfloat16);
+  o.state[0].dtype = Dtype::float32;
+  CHECK(arithmetic_dtype(o) == Dtype::float32);
+  o.state[0].dtype = Dtype::bfloat16;
+  CHECK(arithmetic_dtype(o) == Dtype::bfloat16);
+  o.master.dtype = Dtype::float32;
+  CHECK(arithmetic_dtype(o) == Dtype::float32);
+}
+
+int main() {
+  check_route();
+  check_mask();
+  check_moments();
+  check_wgrad();
+  check_rows();
+  check_arithmetic_dtype();
+  return failures != 0;
+}

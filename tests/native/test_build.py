@@ -1,0 +1,173 @@
+"""The build of the native extension: what setup.py builds, what it says otherwise, and life without it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_unlearn import backend, native
+from moe_unlearn.ops import route
+
+ROOT = Path(__file__).resolve().parents[2]
+INDEX = torch.tensor([[1, 0]])
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The sources without anything built."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "moe_unlearn", "triton_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_C_*", "__pycache__"))
+    return tmp_path
+
+
+def build(folder, *arguments, command=("build_ext", "--inplace"), **environment):
+    process = subprocess.run(
+        [sys.executable, *arguments, "setup.py", *command], cwd=folder, env=os.environ | environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return process.returncode, process.stdout + process.stderr
+
+
+def said(output):
+    return [line for line in output.splitlines() if line.startswith("moe-unlearn: native library")]
+
+
+@pytest.mark.quick
+def test_the_library_needs_no_python_and_one_torch_library():
+    """The stable ABI: no symbol of libtorch_python, none of C++ torch that may change."""
+    if native.load("cpu"):
+        pytest.skip(native.load("cpu"))
+    (path,) = Path(native.__file__).parent.glob("_C_cpu*.so")
+    if shutil.which("nm") is None:
+        pytest.skip("no nm")
+    listing = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split()[-1] for line in listing.splitlines()]
+    assert not [s for s in symbols if s.startswith(("Py", "_Py"))]
+    # mangled names of namespaces c10, at and torch
+    assert not [s for s in symbols if s.startswith(("_ZN3c10", "_ZNK3c10", "_ZN2at", "_ZNK2at", "_ZN5torch"))]
+    assert "torch_parallel_for" in symbols
+    assert path.name == "_C_cpu.abi3.so"
+
+
+@pytest.mark.quick
+def test_report_and_instruction_sets():
+    lines = native.report()
+    assert [line.split(":")[0] for line in lines] == list(native.LIBRARIES)
+    if native.load("cpu"):
+        pytest.skip(native.load("cpu"))
+    best = native.instruction_set("")
+    try:
+        assert native.instruction_set("baseline") == "baseline" == native.instruction_set()
+        with pytest.raises(RuntimeError, match="no instruction set is called mmx"):
+            native.instruction_set("mmx")
+    finally:
+        assert native.instruction_set("") == best
+    assert lines[0] == f"cpu: built, {best}"
+
+
+@pytest.mark.quick
+def test_every_native_schema_is_defined_in_one_file():
+    for path in (ROOT / "csrc").rglob("*.cpp"):
+        if path.name != "registration.cpp":
+            assert "m.def(" not in path.read_text(), f"{path} defines a schema"
+
+
+@pytest.mark.quick
+def test_source_files_are_short():
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
+    assert sources and all(len(p.read_text().splitlines()) <= 400 for p in sources)
+    assert all(len(line) <= 120 for p in sources for line in p.read_text().splitlines())
+
+
+WITHOUT = """
+import torch
+from moe_unlearn import backend, native
+from moe_unlearn.ops import route
+index = torch.tensor([[1, 0]])
+assert route(index, 2).expert_offsets.tolist() == [0, 1, 2]
+assert backend.choose("route", "auto", "cpu") == "ref"
+try:
+    route(index, 2, impl="cpu")
+except RuntimeError as error:
+    print(error)
+print(native.report()[0])
+"""
+
+
+@pytest.mark.slow
+def test_without_the_library_auto_is_ref_and_cpu_is_an_error(copy):
+    process = subprocess.run([sys.executable, "-c", WITHOUT], cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)},
+                             capture_output=True, text=True)  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    error, report = process.stdout.splitlines()
+    assert error.startswith("'route' has no implementation cpu for device 'cpu'; available:")
+    assert report.startswith("cpu: not built: `pip install --no-build-isolation .`")
+
+
+@pytest.mark.slow
+def test_nothing_is_built_on_request_and_an_unknown_request_is_named(copy):
+    code, output = build(copy, MOE_UNLEARN_BUILD="0")
+    assert code == 0 and said(output) == ["moe-unlearn: native library not built: MOE_UNLEARN_BUILD=0"]
+    assert not list(copy.rglob("_C_*.so"))
+    code, output = build(copy, MOE_UNLEARN_BUILD="gpu")
+    assert code == 1 and "MOE_UNLEARN_BUILD must be 0, cpu or cuda; got 'gpu'" in output
+
+
+@pytest.mark.slow
+def test_an_isolated_build_says_how_to_build(copy):
+    """An isolated build has setuptools but no torch: -S leaves out site-packages."""
+    import setuptools
+
+    path = copy / "without_torch"
+    path.mkdir()
+    (path / "setuptools").symlink_to(Path(setuptools.__file__).parent)
+    for name in ("_distutils_hack", "pkg_resources"):
+        source = Path(sysconfig.get_paths()["purelib"], name)
+        if source.exists():
+            (path / name).symlink_to(source)
+    code, output = build(copy, "-S", PYTHONPATH=str(path), MOE_UNLEARN_BUILD="")
+    assert code == 0, output
+    (line,) = said(output)
+    assert "no torch at build time" in line and "--no-build-isolation" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reason", ["no compiler", "broken source"])
+def test_a_failing_build_says_one_line_and_leaves_the_package_usable(copy, reason):
+    environment = {"MOE_UNLEARN_BUILD": ""}
+    expected = "cpu: not built: no C++ compiler"
+    if reason == "no compiler":
+        environment["CXX"] = "there-is-no-such-compiler"
+    else:
+        (copy / "csrc" / "cpu" / "common.cpp").write_text("this is not C++\n")
+        for path in (copy / "csrc" / "cpu").glob("*.cpp"):
+            if path.name != "common.cpp":
+                path.unlink()
+        expected = "cpu: not built: "
+    code, output = build(copy, **environment)
+    assert code == 0, output
+    report = (copy / "moe_unlearn" / "_C_build.txt").read_text()
+    assert report.startswith(expected) and "cuda: not built: " in report
+    assert any(expected.removeprefix("cpu: ") in line for line in said(output))
+    process = subprocess.run([sys.executable, "-c", WITHOUT], cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)},
+                             capture_output=True, text=True)  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    code, output = build(copy, **environment | {"MOE_UNLEARN_BUILD": "cpu"})
+    assert code != 0 and "MOE_UNLEARN_BUILD=cpu: cpu not built: " in output
+
+
+@pytest.mark.quick
+def test_forcing_cpu_runs_the_library():
+    if native.load("cpu"):
+        with pytest.raises(RuntimeError, match="no implementation cpu"):
+            route(INDEX, 2, impl="cpu")
+    else:
+        assert route(INDEX, 2, impl="cpu").expert_offsets.tolist() == [0, 1, 2]
+        assert backend.choose("route", "auto", "cpu") == "cpu"

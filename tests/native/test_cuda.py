@@ -1,0 +1,282 @@
+"""The CUDA kernels without a GPU: they compile, spill nothing and cost what the ledger says; and their very code,
+bindings and launchers, run in emulated threads, has the bits of the reference for any GPU and order of threads."""
+
+import importlib
+import math
+import subprocess
+
+import pytest
+import torch
+
+from moe_unlearn import native
+from moe_unlearn.ops.retain_weights import moments, tilted_weights
+from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison
+from tests.native import cuda as tool
+from tests.native import test_masked_update as update_cases
+from tests.native import test_retain_weights as weights_cases
+from tests.native import test_route as route_cases
+from tests.native import test_weight_score as score_cases
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(tool.nvcc() is None, reason="there is no nvcc")]
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+# ---- What the compiler says --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", tool.ARCHITECTURES)
+@pytest.mark.parametrize("op", tool.OPS)
+def test_an_op_compiles_without_warning_spill_or_growth(op, arch, tmp_path):
+    measured = tool.compile_op(op, arch, tmp_path / "out")
+    found = tool.violations(arch, measured)
+    recorded = tool.read().get(tool.nvcc_version())
+    if recorded is not None:
+        own = {name: entry for name, entry in recorded[arch].items() if name.startswith(f"{op}/")}
+        found += tool.differences(arch, own, measured)
+    assert measured and not found, "\n".join(["if meant so: python -m tests.native.cuda", *found])
+    if (op, arch) == ("expert_wgrad", "sm_90a"):
+        listing = tool.instructions(tmp_path / "out")
+        expected = ("HGMMA.64x128x16.F32.BF16", "LDGSTS", "USETMAXREG")
+        assert listing is None or all(name in listing for name in expected)
+
+
+def test_the_ledger_holds_nothing_forbidden_and_every_op():
+    for by_arch in tool.read().values():
+        assert tuple(by_arch) == tool.ARCHITECTURES
+        for arch, entries in by_arch.items():
+            assert not tool.violations(arch, entries)
+            assert {name.partition("/")[0] for name in entries} == set(tool.OPS)
+
+
+def test_the_ledger_tool_sees_spills_growth_and_strangers():
+    listing = (
+        "ptxas info : Compiling entry function '_ZN11moe_unlearn5entryINS_6ScoresEEEvNT_9ArgumentsE' for 'sm_80'\n"
+        "    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
+        "ptxas info : Used 50 registers, used 1 barriers, 96 bytes smem, 380 bytes cmem[0]\n"
+    )
+    measured = tool.parse(listing)
+    assert measured == {"Scores": {"registers": 50, "stack_bytes": 8, "spill_bytes": 28, "shared_bytes": 96}}
+    assert tool.violations("sm_80", measured) == ["sm_80 Scores: 8 stack_bytes", "sm_80 Scores: 28 spill_bytes"]
+    before = {"Scores": measured["Scores"] | {"registers": 40}, "Gone": measured["Scores"]}
+    assert tool.differences("sm_80", before, measured) == [
+        "sm_80 Gone: in the ledger, no longer compiled",
+        "sm_80 Scores: registers 40 -> 50",
+    ]
+
+
+# ---- The emulation -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return tool.build_emulation(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture
+def gpu(library, monkeypatch):
+    """impl="cpu" runs the CUDA kernels on an emulated GPU, which the fixture's `emulate` describes."""
+    if native.load("cpu"):
+        pytest.skip(f"_C_cpu {native.load('cpu')}")  # nothing would be registered as "cpu"
+    ops = tool.EmulatedOps(library)
+    ops.emulate()
+    monkeypatch.setattr(torch.ops, "moe_unlearn_native", ops)
+    yield ops
+    ops.emulate()
+
+
+def test_launch_plans(tmp_path):
+    """Grids, spans and shared memory, from the same headers as the kernels."""
+    program = tmp_path / "plans"
+    tool.compile_host("plans.cpp", program)
+    process = subprocess.run([program], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout
+
+
+# ---- route -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", route_cases.SIZES, ids=str)
+@pytest.mark.parametrize("pattern", ROUTINGS)
+def test_route_has_the_bits_of_ref(gpu, pattern, size):
+    arguments = route_cases.inputs(size, pattern)
+    expected = route_cases.run(arguments, "ref")
+    for multiprocessors in (1, 3) if size[0] < 1000 else (1, 5):
+        gpu.emulate(multiprocessors, seed=multiprocessors)
+        route_cases.assert_same(route_cases.run(arguments, "cpu"), expected)
+
+
+def test_route_on_every_number_of_blocks_and_order_of_threads(gpu):
+    """Blocks beyond a warp, whose counts are scanned in steps of 32; spans that end inside a step."""
+    arguments = route_cases.inputs((2600, 64, 8), "skewed")
+    expected = route_cases.run(arguments, "ref")
+    for multiprocessors in (2, 33, 64):
+        gpu.emulate(multiprocessors, seed=multiprocessors)
+        route_cases.assert_same(route_cases.run(arguments, "cpu"), expected)
+    arguments = route_cases.inputs((257, 33, 5), "sentinels")
+    expected = route_cases.run(arguments, "ref")
+    for seed in range(10):
+        gpu.emulate(3, seed=seed)
+        route_cases.assert_same(route_cases.run(arguments, "cpu"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("group_dtype", [torch.int8, torch.int32, torch.int64], ids=str)
+def test_route_of_integer_types_and_ids_beyond_the_experts(gpu, dtype, group_dtype):
+    route_cases.test_integer_types_and_ids_beyond_the_experts(dtype, group_dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_route_of_every_layout(gpu, layout):
+    route_cases.test_every_memory_layout(layout)
+
+
+def test_route_without_groups_and_with_many(gpu):
+    route_cases.test_without_groups_and_with_narrow_tilt()
+    route_cases.test_a_negative_zero_weight_meets_the_tilt_of_a_sentinel_as_in_ref()
+    # more cells than shared memory holds, and the most experts
+    for experts, groups in ((64, 300), (1024, 2), (1024, 3)):
+        arguments = route_cases.inputs((200, experts, 4), "uniform")
+        arguments["num_groups"] = groups
+        arguments["group"] = torch.arange(200) % groups
+        route_cases.assert_same(route_cases.run(arguments, "cpu"), route_cases.run(arguments, "ref"))
+
+
+def test_route_beyond_the_most_experts_is_left_to_ref(gpu):
+    arguments = {**route_cases.inputs((20, 1025, 4), "uniform"), "group": None, "num_groups": 1}
+    with pytest.raises(RuntimeError, match="emulated launch"):
+        route_cases.run(arguments, "cpu")
+    module = importlib.import_module("moe_unlearn.ops.route")
+    index = arguments["top_k_index"]
+    route_cases.assert_same(module._route_cuda(index, 1025, None, 1, None, None), module.route_ref(index, 1025))
+
+
+# ---- weight_score ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared_limit", [227 * 1024, 99 * 1024], ids=["large", "small"])
+@pytest.mark.parametrize("shape", score_cases.SHAPES, ids=str)
+def test_weight_score_has_the_bits_of_ref(gpu, shape, shared_limit):
+    gpu.emulate(2, shared_limit, seed=len(shape))
+    score_cases.check(score_cases.terms(shape))
+
+
+@pytest.mark.parametrize("dtypes", [(BF16,) * 3, (F16,) * 3, (BF16, F32, F16), (F32, BF16, torch.float64)], ids=str)
+def test_weight_score_of_every_dtype(gpu, dtypes):
+    score_cases.check(score_cases.terms((3, 70), dtypes))
+    score_cases.check(score_cases.terms((2, 64), dtypes))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weight_score_of_every_layout(gpu, layout):
+    score_cases.test_every_memory_layout(layout)
+
+
+def test_weight_score_of_nan_infinity_denormals_and_poisoned_padding(gpu):
+    score_cases.test_nan_infinity_and_denormals()
+    score_cases.test_poisoned_padding_is_not_counted()
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+def test_ties_across_spans_are_taken_in_flat_order(gpu, multiprocessors):
+    """Spans of five steps and of two, each with ties, on both sides of the last one taken."""
+    arguments = tuple(integers(300, 1000, seed=s, low=-2, high=2) for s in range(3))
+    bits = score_cases.magnitudes(arguments, 1.0)
+    threshold = int(bits.median())
+    equal = int((bits == threshold).sum())
+    assert equal > 3000
+    for ties in (5, equal // 2, equal - 1):
+        gpu.emulate(multiprocessors, seed=ties)
+        options = {"gamma": 1.0, "threshold_bits": threshold, "ties": ties}
+        with poison():
+            words, taken = score_cases.score_mask(*arguments, **options, impl="cpu")
+        expected, _ = score_cases.score_mask(*arguments, **options, impl="ref")
+        assert torch.equal(words, expected) and int(taken) == ties
+
+
+# ---- retain_weights ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cap", [math.inf, 1.1])
+@pytest.mark.parametrize("num_tokens", [0, 1, 40, 1500])
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 70])
+def test_retain_weights_against_the_formulas(gpu, size, num_tokens, cap):
+    weights_cases.test_against_the_formulas(size, num_tokens, cap, None)
+
+
+def test_retain_weights_of_many_experts_whose_parts_take_several_stages(gpu):
+    """18 parts of 512 tokens: the stage in shared memory is filled twice."""
+    weights_cases.test_against_the_formulas(300, 4700, 1.1, None)
+
+
+def test_retain_weights_of_one_shape_are_the_same_on_any_gpu(gpu):
+    _, words, tilt = weights_cases.case(1500, 37)
+    results = []
+    for multiprocessors in (1, 4):
+        gpu.emulate(multiprocessors, seed=multiprocessors)
+        results.append((tilted_weights(words, tilt, -0.3, cap=2.0, impl="cpu"),
+                        *moments(words, tilt, -0.3, cap=2.0, impl="cpu")))  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_retain_weights_overflow_strides_and_solver(gpu):
+    weights_cases.test_overflow_leaves_nan_and_infinity_where_the_reference_does()
+    weights_cases.test_strided_words_and_tilt()
+    members, _, _ = weights_cases.case(500, 5)
+    target = members.double().mean(0) * 0.9
+    ours, reference = (weights_cases.retain_weights(members, target, impl=impl) for impl in ("cpu", "ref"))
+    assert_as_accurate(ours.weights, reference.weights, reference.weights.double())
+
+
+# ---- masked_update -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtypes", update_cases.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "rule, options", [("sgd", o) for o in update_cases.SGD] + [("adamw", o) for o in update_cases.ADAMW]
+)
+def test_masked_update_has_the_bits_of_ref(gpu, rule, options, dtypes):
+    update_cases.test_same_bits_as_ref(rule, options, dtypes, None)
+    # whole rows of words, moved 16 bytes at a time
+    update_cases.check(rule, update_cases.case((3, 64), dtypes), **options)
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, F32, F32), (BF16, BF16, BF16), (F32, F32, F32)], ids=str)
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_masked_update_with_stochastic_rounding_and_masters(gpu, rule, dtypes):
+    update_cases.test_stochastic_rounding_and_masters(rule, dtypes, None)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (3, 1), (1,), (31,), (33,), (2, 2, 2, 64), ()], ids=str)
+@pytest.mark.parametrize("slices", [None, [], [0]])
+def test_masked_update_of_shapes(gpu, shape, slices):
+    update_cases.test_shapes(shape, slices)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("slices", [None, [3, 1]])
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, F16, BF16)], ids=str)
+def test_masked_update_of_every_layout(gpu, dtypes, slices, layout):
+    update_cases.test_every_memory_layout(dtypes, slices, layout, None)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_masked_update_rounds_as_torch_does(gpu, dtype):
+    update_cases.test_conversions_round_as_torch_does(dtype, None)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16)], ids=str)
+def test_masked_weights_keep_every_bit(gpu, dtypes):
+    update_cases.test_masked_weights_keep_every_bit_and_are_not_read_into_their_neighbours(dtypes, None)
+    update_cases.test_expanded_gradient()
+
+
+def test_a_slice_out_of_range_stops_the_kernel(gpu):
+    with pytest.raises(RuntimeError, match="trap"):
+        update_cases.run("sgd", update_cases.case(slices=[0, 1]) | {"slices": torch.tensor([0, 9])}, "cpu")
+
+
+def test_words_in_any_layout_of_the_mask(gpu):
+    tensors = update_cases.case((4, 5, 70))
+    expected = update_cases.run("sgd", tensors, "ref")
+    tensors["mask"] = in_layout(tensors["mask"], "strided")
+    update_cases.assert_same_bits(update_cases.run("sgd", tensors, "cpu"), expected)

@@ -1,0 +1,274 @@
+"""The CUDA library on a GPU: the cases of the CPU kernels' tests and a few that need a real device."""
+
+import math
+
+import pytest
+import torch
+
+from moe_unlearn import native
+from moe_unlearn.ops import masked_adamw_, masked_sgd_, route, score_histogram, score_mask, weight_score
+from moe_unlearn.ops.retain_weights import moments, retain_weights, tilted_weights
+from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison
+from tests.native import test_masked_update as update_cases
+from tests.native import test_retain_weights as weights_cases
+from tests.native import test_route as route_cases
+from tests.native import test_weight_score as score_cases
+
+WHY_NOT = (
+    "there is no GPU" if not torch.cuda.is_available() else native.load("cuda") and f"_C_cuda {native.load('cuda')}"
+)
+pytestmark = [pytest.mark.quick, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "it runs")]
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+GROUP_DTYPES = [torch.int8, torch.int32, torch.int64]
+
+
+def on_gpu(arguments, layout="contiguous"):
+    """The tensors among the values (or elements) on the GPU, in a layout."""
+    if isinstance(arguments, dict):
+        return {k: on_gpu(v, layout) for k, v in arguments.items()}
+    if isinstance(arguments, tuple):
+        return tuple(on_gpu(v, layout) for v in arguments)
+    return in_layout(arguments.cuda(), layout) if isinstance(arguments, torch.Tensor) else arguments
+
+
+def on_cpu(tensors):
+    return [None if t is None else t.cpu() for t in tensors]
+
+
+# ---- route -------------------------------------------------------------------------------------------------
+
+
+def check_route(arguments, layout="contiguous"):
+    expected = route_cases.run(arguments, "ref")
+    moved = on_gpu(arguments, layout)
+    with poison():
+        out = route(**moved, impl="cuda")
+    weights = [] if moved.get("log_weight") is None else [moved["log_weight"]]
+    route_cases.assert_same(on_cpu([*out, *weights]), expected)
+
+
+@pytest.mark.parametrize("size", [*route_cases.SIZES, (8192, 128, 8), (40000, 512, 16)], ids=str)
+@pytest.mark.parametrize("pattern", ROUTINGS)
+def test_route_has_the_bits_of_ref(pattern, size):
+    check_route(route_cases.inputs(size, pattern))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("group_dtype", GROUP_DTYPES, ids=str)
+def test_route_of_integer_types_and_ids_beyond_the_experts(dtype, group_dtype):
+    arguments = route_cases.inputs((300, 7, 2), "uniform", dtype, group_dtype)
+    arguments["top_k_index"][::3, 0] = torch.iinfo(dtype).min
+    arguments["top_k_index"][1::3, 1] = torch.iinfo(dtype).max
+    arguments["group"][::5] = torch.iinfo(group_dtype).max
+    check_route(arguments)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_route_of_every_layout(layout):
+    check_route(route_cases.inputs((50, 6, 3), "sentinels"), layout)
+
+
+@pytest.mark.parametrize("experts, groups", [(64, 300), (1024, 3), (1025, 2)])
+def test_route_with_more_cells_than_shared_memory_holds(experts, groups):
+    arguments = route_cases.inputs((3000, experts, 4), "uniform")
+    arguments |= {"num_groups": groups, "group": torch.arange(3000) % groups}
+    check_route(arguments)
+    check_route(arguments | {"group": None, "num_groups": 1, "log_tilt": None, "log_weight": None})
+
+
+def test_route_of_a_million_tokens():
+    check_route(route_cases.inputs((1 << 20, 512, 16), "skewed"))
+
+
+def test_route_never_waits_for_the_host():
+    """Work that a graph captures and replays cannot have read anything back."""
+    arguments = on_gpu(route_cases.inputs((2600, 64, 8), "skewed"))
+    arguments |= {"log_tilt": None, "log_weight": None}
+    expected = route(**arguments, impl="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        route(**arguments, impl="cuda")
+        with torch.cuda.graph(graph, stream=stream):
+            out = route(**arguments, impl="cuda")
+    for _ in range(3):
+        for tensor in out:
+            tensor.fill_(-1)
+        graph.replay()
+        torch.cuda.synchronize()
+        route_cases.assert_same(out, expected)
+
+
+# ---- weight_score ------------------------------------------------------------------------------------------
+
+
+def check_score(arguments, gamma=0.37, layout="contiguous", thresholds=None):
+    moved = on_gpu(arguments, layout)
+    with poison():
+        score = weight_score(*moved, gamma=gamma, impl="cuda").cpu()
+    expected = score_cases.weight_score_ref(*arguments, gamma)
+    assert score.shape == expected.shape
+    assert torch.equal(score.view(torch.int32), expected.view(torch.int32))
+    bits = score_cases.magnitudes(arguments, gamma)
+    middle = int(bits.median()) if len(bits) else 7
+    for digit, prefix in ((0, 0), (1, middle >> 16), (1, 0)):
+        options = {"gamma": gamma, "digit": digit, "prefix": prefix}
+        histograms = score_histogram(*moved, **options, impl="cuda"), score_histogram(*arguments, **options, impl="ref")
+        assert torch.equal(histograms[0].cpu(), histograms[1])
+    for threshold in thresholds or (0, middle, 0x7F800000):
+        equal = int((bits == threshold).sum())
+        for ties in {0, 1, equal // 2, equal, equal + 3}:
+            options = {"gamma": gamma, "threshold_bits": threshold, "ties": ties}
+            with poison():
+                words, taken = score_mask(*moved, **options, impl="cuda")
+            expected_words, expected_taken = score_mask(*arguments, **options, impl="ref")
+            assert torch.equal(words.cpu(), expected_words) and int(taken) == int(expected_taken)
+
+
+@pytest.mark.parametrize("shape", [*score_cases.SHAPES, (300, 1000), (64, 33, 2048)], ids=str)
+def test_weight_score_has_the_bits_of_ref(shape):
+    check_score(score_cases.terms(shape))
+    check_score(tuple(integers(*shape, seed=s) for s in range(3)), gamma=1.0)
+
+
+@pytest.mark.parametrize("dtypes", [(BF16,) * 3, (F16,) * 3, (BF16, F32, F16), (F32, BF16, torch.float64)], ids=str)
+def test_weight_score_of_every_dtype(dtypes):
+    check_score(score_cases.terms((3, 70), dtypes))
+    check_score(score_cases.terms((2, 64), dtypes))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weight_score_of_every_layout(layout):
+    check_score(score_cases.terms((3, 4, 41)), layout=layout)
+
+
+def test_weight_score_of_nan_infinity_and_denormals():
+    weight, grad_forget, grad_retain = score_cases.terms((4, 40))
+    weight[0, 0], weight[1, 1], grad_forget[2, 2], grad_retain[3, 3] = torch.nan, torch.inf, -torch.inf, 1e-42
+    weight[3], grad_forget[3] = 1e-39, 1.0
+    arguments = weight, grad_forget, grad_retain
+    for gamma in (1e-30, 0.5):
+        histograms = [
+            score_histogram(*a, gamma=gamma, digit=0, impl=impl).cpu()
+            for a, impl in ((arguments, "ref"), (on_gpu(arguments), "cuda"))
+        ]
+        assert torch.equal(*histograms)
+
+
+# ---- retain_weights ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cap", [math.inf, 1.1])
+@pytest.mark.parametrize("num_tokens", [0, 1, 40, 9001])
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 70, 130])
+def test_retain_weights_against_the_formulas(size, num_tokens, cap):
+    members, words, tilt = weights_cases.case(num_tokens, size)
+    results = []
+    for _ in range(2):
+        with poison():
+            weights = tilted_weights(words.cuda(), tilt.cuda(), weights_cases.BIAS, cap=cap, impl="cuda")
+            sums = moments(words.cuda(), tilt.cuda(), weights_cases.BIAS, cap=cap, impl="cuda")
+        results.append(on_cpu((weights, *sums)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for got, gold in zip(results[0], weights_cases.oracle(members, tilt, cap), strict=True):
+        assert_as_accurate(got.float(), gold.float(), gold)
+
+
+def test_the_solver_finds_what_it_finds_on_the_reference():
+    members, _, _ = weights_cases.case(3000, 12)
+    target = members.double().mean(0) * (1 + 0.2 * integers(12, low=-1, high=1).double())
+    ours = retain_weights(members.cuda(), target, cap=3.0, impl="cuda")
+    reference = retain_weights(members, target, cap=3.0, impl="ref")
+    assert_as_accurate(ours.weights.cpu(), reference.weights, reference.weights.double())
+
+
+# ---- masked_update -----------------------------------------------------------------------------------------
+
+
+def check_update(rule, tensors, layout="contiguous", **options):
+    expected = update_cases.run(rule, tensors, "ref", **options)
+    moved = {k: None if v is None else in_layout(v.cuda(), layout) for k, v in tensors.items()}
+    update_cases.update(rule, moved, "cuda", **options)
+    actual = on_cpu(moved[k] for k in ("param", "first", "second", "master"))
+    update_cases.assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("dtypes", update_cases.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "rule, options", [("sgd", o) for o in update_cases.SGD] + [("adamw", o) for o in update_cases.ADAMW]
+)
+def test_masked_update_has_the_bits_of_ref(rule, options, dtypes):
+    for shape in ((4, 5, 70), (3, 64), (40, 33, 256)):
+        check_update(rule, update_cases.case(shape, dtypes), **options)
+    check_update(rule, update_cases.case(dtypes=dtypes, keep=None), step=1, **options)
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, F32, F32), (BF16, BF16, BF16), (F32, F32, F32)], ids=str)
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_masked_update_with_stochastic_rounding_and_masters(rule, dtypes):
+    options = {"weight_decay": 0.1} | ({"momentum": 0.9} if rule == "sgd" else {})
+    random = {"rounding": "stochastic", "seed": -5, "parameter_id": 1 << 33}
+    check_update(rule, update_cases.case(dtypes=dtypes), step=(1 << 32) + 7, **random, **options)
+    for slices in (None, [3, 0]):
+        check_update(rule, update_cases.case(dtypes=dtypes, slices=slices), **random, **options)
+        check_update(rule, update_cases.case(dtypes=dtypes, slices=slices, master=True), **options)
+
+
+@pytest.mark.parametrize("slices", [None, [], [0]])
+@pytest.mark.parametrize("shape", [(3, 0), (3, 1), (1,), (31,), (32,), (33,), (95,), (2, 2, 2, 64)], ids=str)
+def test_masked_update_of_shapes(shape, slices):
+    for keep in (0.5, None):
+        check_update("adamw", update_cases.case(shape, (BF16, F32, F32), slices, keep), rounding="stochastic")
+        check_update("sgd", update_cases.case(shape, (F32, F32, F32), slices, keep), momentum=0.9)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), ()], ids=str)
+def test_masked_update_of_nothing_and_of_one_number(shape):
+    check_update("adamw", update_cases.case(shape, (BF16, F32, F32)), rounding="stochastic")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("slices", [None, [3, 1]])
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, F16, BF16)], ids=str)
+def test_masked_update_of_every_layout(dtypes, slices, layout):
+    check_update("adamw", update_cases.case((4, 3, 2, 41), dtypes, slices), layout)
+
+
+def test_masked_weights_keep_every_bit():
+    for dtypes in ((F32,) * 3, (BF16,) * 3, (F16,) * 3):
+        tensors = update_cases.case((6, 64), dtypes, keep=0.5)
+        kept = update_cases.pack_bits(torch.arange(384).view(6, 64) % 3 == 0)
+        tensors |= {"mask": kept}
+        check_update("adamw", tensors, weight_decay=0.1)
+
+
+@pytest.mark.slow
+def test_offsets_beyond_two_to_the_31():
+    """A bfloat16 parameter of 2^31 + 2^20 weights of which only the last words train."""
+    rows = (1 << 11) + 1
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("less than 24 GB of the GPU are free")
+    param = torch.zeros(rows, 1 << 20, dtype=BF16, device="cuda")
+    grad = torch.ones_like(param)
+    mask = torch.zeros(rows, 1 << 15, dtype=torch.int32, device="cuda")
+    mask[-1, -2:] = -1
+    masked_sgd_(param, grad, None, mask, lr=1.0, step=1, rounding="stochastic", impl="cuda")
+    assert int((param != 0).sum()) == 64 and bool((param[-1, -64:] == -1).all())
+    words, taken = score_mask(param, grad, param, gamma=1.0, threshold_bits=0, ties=0, impl="cuda")
+    assert int(taken) == 0 and not bool(words.any())  # S = (-1 + 1) * 1
+    histogram = score_histogram(param, grad, grad, gamma=1.0, digit=0, impl="cuda")
+    assert int(histogram.sum()) == param.numel() and int(histogram[0x4000]) == 64
+
+
+def test_work_goes_to_the_current_stream():
+    """On a stream that still waits, nothing has been written yet; afterwards everything has."""
+    param, grad = torch.zeros(1 << 20, device="cuda"), torch.ones(1 << 20, device="cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        masked_adamw_(param, grad, torch.zeros_like(param), torch.zeros_like(param), None, lr=1.0, step=1, impl="cuda")
+    early = param.clone()
+    stream.synchronize()
+    assert not bool(early.any()) and bool((param < 0).all())
