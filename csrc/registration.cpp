@@ -33,4 +33,7 @@ STABLE_TORCH_LIBRARY(moe_unlearn_native, m) {
       "masked_adamw_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor? mask, "
       "Tensor(d!)? master, Tensor? slices, float decay, float beta1, float beta2, float root_correction, "
       "float eps, float step_size, int step, bool stochastic, int seed, int parameter_id) -> ()");
+
+  m.def("gram(Tensor[] gradients, Tensor? mask) -> Tensor");
+  m.def("gram_factors(Tensor[] row_gradients, Tensor inputs, int[] expert_offsets) -> Tensor");
 }
