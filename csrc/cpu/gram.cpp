@@ -2,7 +2,7 @@
 // factors. Products of float32 and narrower are exact in float64; sums over fixed blocks, added in order.
 
 #include "cpu/common.h"
-#include "cpu/matmul.h"
+#include "cpu/product.h"
 
 #include <array>
 #include <vector>
@@ -163,8 +163,6 @@ class FactorWorkspace {
     return torch::stable::new_empty(like, {factor_rows, width}, ScalarType::Double);
   }
 
-  static Tensor first_rows(Tensor& from, int64_t rows) { return torch::stable::narrow(from, 0, 0, rows); }
-
   void widen_x(int64_t first, Tensor& to) {
     for_this_cpu<widen_rows, const Rows&, int64_t, int64_t, double*, int64_t>(
         factors_.inputs, first, to.size(0), to.mutable_data_ptr<double>(), x_width_);
@@ -182,7 +180,7 @@ class FactorWorkspace {
       for_this_cpu<widen_rows, const Rows&, int64_t, int64_t, double*, int64_t>(
           factors_.row_gradients[i], b, rows, dy.mutable_data_ptr<double>() + i * dy_width_, m_ * dy_width_);
     Tensor products = first_rows(products_, x_a.size(0));
-    products = torch::stable::narrow(products, 1, 0, rows);
+    products = first_columns(products, rows);
     multiply(products, x_a, torch::stable::transpose(x_b, 0, 1));
     multiply(out, products, dy);
   }
@@ -210,7 +208,7 @@ Tensor gram_factors(
   const int64_t m = static_cast<int64_t>(row_gradients.size()), pairs = m * (m + 1) / 2;
   const int64_t count = static_cast<int64_t>(tasks.size());
   std::vector<Lanes> parts(count * pairs, Lanes{});
-  parallel(count, 1, [&](int64_t first, int64_t last) {
+  parallel_products(count, [&](int64_t first, int64_t last) {
     FactorWorkspace workspace(factors, inputs);
     for (int64_t task = first; task < last; ++task) workspace.run(tasks[task], parts.data() + task * pairs);
   });
