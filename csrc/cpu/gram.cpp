@@ -179,9 +179,8 @@ class FactorWorkspace {
     for (int64_t i = 0; i < m_; ++i)
       for_this_cpu<widen_rows, const Rows&, int64_t, int64_t, double*, int64_t>(
           factors_.row_gradients[i], b, rows, dy.mutable_data_ptr<double>() + i * dy_width_, m_ * dy_width_);
-    Tensor products = first_rows(products_, x_a.size(0));
-    products = first_columns(products, rows);
-    multiply(products, x_a, torch::stable::transpose(x_b, 0, 1));
+    const Tensor products = corner(products_, x_a.size(0), rows);
+    multiply(products, x_a, transposed(x_b));
     multiply(out, products, dy);
   }
 

@@ -17,6 +17,13 @@ inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
 inline Tensor first_rows(Tensor& tensor, int64_t count) { return torch::stable::narrow(tensor, 0, 0, count); }
 inline Tensor first_columns(Tensor& tensor, int64_t count) { return torch::stable::narrow(tensor, 1, 0, count); }
 
+inline Tensor corner(Tensor& tensor, int64_t rows, int64_t columns) {
+  Tensor top = first_rows(tensor, rows);
+  return first_columns(top, columns);
+}
+
+inline Tensor transposed(const Tensor& tensor) { return torch::stable::transpose(tensor, 0, 1); }
+
 /// f(first, last) for each thread's part of the tasks, each of which holds products. As many parts as threads even
 /// where there are fewer tasks: only inside a region that threads share does a product run in one thread, so that
 /// its bits do not depend on their number.

@@ -1,4 +1,4 @@
-"""gram in C++: the sums of the reference, exact where they are integers, and the same bits for any number of threads."""
+"""gram in C++: the sums of the reference, exact for integers, and the same bits for any number of threads."""
 
 import pytest
 import torch
