@@ -331,7 +331,8 @@ Problem problem(
     const std::string& kind, double scale, double softcap) {
   STD_TORCH_CHECK(labels.is_contiguous() && index.is_contiguous(), "labels and index must be contiguous");
   const Side model(hidden, head), reference(ref_hidden.value_or(hidden), ref_head.value_or(head));
-  const Options options{Rows(bias), static_cast<float>(scale), static_cast<float>(softcap), kind == "kl", kind == "uce"};
+  const Options options{
+      Rows(bias), static_cast<float>(scale), static_cast<float>(softcap), kind == "kl", kind == "uce"};
   return {model, reference, options, labels.const_data_ptr<int64_t>(), index.const_data_ptr<int64_t>(), index.size(0),
           hidden.size(0), head.size(0), hidden.size(1),
           has_pair_products() && model.can_pair() && reference.can_pair()};

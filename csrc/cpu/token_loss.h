@@ -310,11 +310,18 @@ MOE_UNLEARN_INLINE void pack_row_pairs(
       return reinterpret_cast<const Bits16*>(from.row(index != nullptr ? index[first + r] : first + r));
     };
     const bool both = 2 * k + 1 < count;
-    const int64_t step = from.step / 2;
     const Bits16 *const low = row(2 * k), *const high = row(both ? 2 * k + 1 : 2 * k);
-    for (int64_t c = 0; c < from.width; c += lanes)
-      for (int j = 0; j < lanes; ++j)
-        to[(c / lanes * pairs + k) * lanes + j] = low[(c + j) * step] | (both ? uint32_t{high[(c + j) * step]} << 16 : 0);
+    const uint32_t kept = both ? 0xFFFFFFFF : 0;
+    const auto pack = [&](int64_t step) MOE_UNLEARN_INLINE_LAMBDA {
+      for (int64_t c = 0; c < from.width; c += lanes)
+        for (int j = 0; j < lanes; ++j)
+          to[(c / lanes * pairs + k) * lanes + j] =
+              low[(c + j) * step] | (static_cast<uint32_t>(high[(c + j) * step]) << 16 & kept);
+    };
+    if (from.step == 2)  // a constant step: vector loads
+      pack(1);
+    else
+      pack(from.step / 2);
   }
 }
 

@@ -9,7 +9,7 @@ from moe_unlearn.testing import LAYOUTS, assert_as_accurate, integers, poison
 from tests.ops.test_token_loss import GRADIENTS, HEAD_OPTIONS, check, make
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-# rows: two forward blocks; vocabulary: three forward tiles and eleven of the backward, the last ones odd
+# tokens: three forward blocks; vocabulary: three forward tiles and six of the backward, the last ones odd
 TOKENS, HIDDEN, VOCABULARY = 300, 64, 1301
 
 
