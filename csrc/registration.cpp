@@ -33,4 +33,15 @@ STABLE_TORCH_LIBRARY(moe_unlearn_native, m) {
       "masked_adamw_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor? mask, "
       "Tensor(d!)? master, Tensor? slices, float decay, float beta1, float beta2, float root_correction, "
       "float eps, float step_size, int step, bool stochastic, int seed, int parameter_id) -> ()");
+
+  m.def("gram(Tensor[] gradients, Tensor? mask) -> Tensor");
+  m.def("gram_factors(Tensor[] row_gradients, Tensor inputs, int[] expert_offsets) -> Tensor");
+
+  m.def(
+      "token_loss(Tensor hidden, Tensor head, Tensor labels, Tensor index, Tensor? bias, Tensor? ref_hidden, "
+      "Tensor? ref_head, str kind, float scale, float softcap, bool direction) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "token_loss_head(Tensor(a!)? grad_head, Tensor(b!)? grad_bias, Tensor upstream, Tensor norm, Tensor ref_norm, "
+      "Tensor hidden, Tensor head, Tensor labels, Tensor index, Tensor? bias, Tensor? ref_hidden, Tensor? ref_head, "
+      "str kind, float scale, float softcap) -> ()");
 }

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from moe_unlearn import backend
+from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import num_words, unpack_bits
 
 BLOCK = 1 << 20  # elements widened to float64 at a time
@@ -131,8 +131,20 @@ def _(row_gradients, inputs, expert_offsets, impl):
     return inputs.new_empty(len(row_gradients), len(row_gradients), dtype=torch.float64)
 
 
+def _gram_native(gradients, mask):
+    if mask is None and all(g.is_contiguous() for g in gradients):
+        gradients = [g.view(-1) for g in gradients]  # one row: whole words whatever the last dimension
+    return torch.ops.moe_unlearn_native.gram(gradients, None if mask is None else mask.contiguous())
+
+
+def _gram_factors_native(row_gradients, inputs, expert_offsets):
+    return torch.ops.moe_unlearn_native.gram_factors(row_gradients, inputs, expert_offsets.tolist())
+
+
 backend.register("gram", "ref", gram_ref)
 backend.register("gram.factors", "ref", gram_factors_ref)
+native.register("gram", _gram_native)
+native.register("gram.factors", _gram_factors_native)
 backend.register("gram", "triton", "moe_unlearn.triton_kernels.gram:gram")
 backend.register("gram.factors", "triton", "moe_unlearn.triton_kernels.gram:gram_factors")
 

@@ -32,13 +32,14 @@ are our specification.
 import torch
 from torch import Tensor
 
-from moe_unlearn import backend
+from moe_unlearn import backend, native
 
 KINDS = ("nll", "uce", "kl")
 IGNORED = -100
 WORKSPACE_BYTES = 32 * 2**20
 _TEMPORARIES = 4  # tiles of logits alive at a time: z, p, and for kl the two of the reference
 _DEFAULT_ROWS = 4096
+_KEPT = "token_loss.kept"
 
 
 def token_loss(
@@ -77,7 +78,7 @@ def token_loss(
     return _token_loss(
         hidden_states, lm_head, labels, bias, token_weights, ref_hidden_states, ref_lm_head, kind,
         float(logit_scale), None if logit_softcap is None else float(logit_softcap), drop_zero_weights,
-        chunk_rows, impl,
+        chunk_rows, impl, hidden_states.requires_grad and torch.is_grad_enabled(),
     )[0]  # fmt: skip
 
 
@@ -132,42 +133,53 @@ def _logits(h: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap:
 def _token_loss(
     hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
     ref_hidden: Tensor | None, ref_head: Tensor | None, kind: str, scale: float, softcap: float | None,
-    drop_zero_weights: bool, chunk_rows: int | None, impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [T], l [T], the softmax's max z and sum exp(z - max z) [2, T], those of the reference [2, T]).
+    drop_zero_weights: bool, chunk_rows: int | None, impl: str, keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss [T], l [T], the softmax's max z and sum exp(z - max z) [2, T], those of the reference [2, T], dl/dh).
 
-    All are 0 in dropped rows.
+    All are 0 in dropped rows. dl/dh [T, H] is for the backward, empty unless `keep` and the kernel can keep it.
     """
-    kernel = backend.resolve("token_loss", impl, hidden)
+    arguments = (hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
+                 drop_zero_weights, chunk_rows)  # fmt: skip
+    kept = _kept(hidden, impl, keep)
+    kernel = backend.resolve(kept or "token_loss", impl, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        return kernel(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
-                      drop_zero_weights, chunk_rows)  # fmt: skip
+        return kernel(*arguments) if kept else (*kernel(*arguments), hidden.new_empty(0))
+
+
+def _kept(hidden: Tensor, impl: str, keep: bool) -> str:
+    """The part that keeps dl/dh, if the implementation chosen has it."""
+    chosen = backend.choose("token_loss", impl, hidden.device.type, hidden.dtype) if keep else None
+    return _KEPT if chosen in backend.available(_KEPT, hidden.device.type) else ""
 
 
 @_token_loss.register_fake
-def _(hidden, head, labels, *options):
+def _(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap, drop, chunk_rows, impl,
+      keep=False):  # fmt: skip
     loss = hidden.new_empty(labels.shape, dtype=_wide(hidden, head))
     pair = loss.new_empty(2, *labels.shape)
-    return loss, torch.empty_like(loss), pair, torch.empty_like(pair)
+    direction = pair.new_empty(hidden.shape) if _kept(hidden, impl, keep) else hidden.new_empty(0)
+    return loss, torch.empty_like(loss), pair, torch.empty_like(pair), direction
 
 
 @torch.library.custom_op("moe_unlearn::token_loss_backward", mutates_args=())
 def _token_loss_backward(
     grad: Tensor, hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
     ref_hidden: Tensor | None, ref_head: Tensor | None, value: Tensor, norm: Tensor, ref_norm: Tensor,
-    kind: str, scale: float, softcap: float | None, drop_zero_weights: bool, chunk_rows: int | None,
+    direction: Tensor, kind: str, scale: float, softcap: float | None, drop_zero_weights: bool, chunk_rows: int | None,
     needs_hidden: bool, needs_head: bool, needs_bias: bool, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, head and bias; an empty tensor for one that is not needed."""
     kernel = backend.resolve("token_loss.backward", impl, hidden)
+    kept = {"direction": direction} if direction.numel() else {}
     with torch.autocast(hidden.device.type, enabled=False):
         return kernel(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm,
                       ref_norm, kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden,
-                      needs_head, needs_bias)  # fmt: skip
+                      needs_head, needs_bias, **kept)  # fmt: skip
 
 
 @_token_loss_backward.register_fake
-def _(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm, kind, scale,
+def _(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm, direction, kind, scale,
       softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head, needs_bias, impl):  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if needs_hidden else 0),
@@ -177,25 +189,25 @@ def _(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, no
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, ctx.impl = inputs
+    *tensors, ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, ctx.impl, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *unused):
-    hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm = ctx.saved_tensors
+    hidden, head, labels, bias, weights, ref_hidden, ref_head, value, *saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads = [None] * 3
     if any(needs):
         results = _token_loss_backward(
-            grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm,
+            grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, *saved,
             ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, *needs, ctx.impl,
         )  # fmt: skip
         grads = [result if need else None for result, need in zip(results, needs, strict=True)]
     grad_weights = None
     if ctx.needs_input_grad[4]:
         grad_weights = torch.where(labels == IGNORED, 0, grad * value).to(weights.dtype)
-    return grads[0], grads[1], None, grads[2], grad_weights, *[None] * 8
+    return grads[0], grads[1], None, grads[2], grad_weights, *[None] * 9
 
 
 def _no_double_backward(ctx, *grads):
@@ -328,6 +340,9 @@ def _column(labels: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
 
 backend.register("token_loss", "ref", _forward_tiled)
 backend.register("token_loss.backward", "ref", _backward_tiled)
+native.register("token_loss", "moe_unlearn.ops.native.token_loss:forward")
+native.register("token_loss.backward", "moe_unlearn.ops.native.token_loss:backward")
+native.register(_KEPT, "moe_unlearn.ops.native.token_loss:forward_kept")
 backend.register("token_loss", "triton", "moe_unlearn.triton_kernels.token_loss:token_loss")
 backend.register("token_loss.backward", "triton", "moe_unlearn.triton_kernels.token_loss:token_loss_backward")
 
