@@ -60,9 +60,9 @@ void for_this_cpu(Arguments... arguments) {
 #if defined(__x86_64__)
   switch (instruction_set()) {
     case InstructionSet::avx512:
-      return for_avx512<body>(arguments...);
+      return for_avx512<body, Arguments...>(arguments...);
     case InstructionSet::avx2:
-      return for_avx2<body>(arguments...);
+      return for_avx2<body, Arguments...>(arguments...);
     default:
       break;
   }

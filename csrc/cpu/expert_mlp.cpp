@@ -12,7 +12,7 @@
 namespace moe_unlearn {
 namespace {
 
-constexpr int64_t chunk_rows = 128;  // enough to reuse a weight from memory, few enough to stay in cache
+constexpr int64_t chunk_rows = 256;  // enough to reuse a weight from memory, few enough to stay in cache
 constexpr int64_t chunk_cost = 16;   // of reading the weights once, counted in rows
 
 struct Chunk {
@@ -49,9 +49,14 @@ struct Layer {
       token.push_back(rows[i] / top_k);
       here[rows[i]] = 1;
     }
-    for (int64_t e = 0; e < experts; ++e)
-      for (int64_t first = offsets[e]; first < offsets[e + 1]; first += chunk_rows)
-        chunks.push_back({e, first, std::min(chunk_rows, offsets[e + 1] - first)});
+    for (int64_t e = 0; e < experts; ++e) {
+      const int64_t count = offsets[e + 1] - offsets[e];
+      if (count <= 0) continue;
+      // of even size: each costs a pass over the weights
+      const int64_t size = ceil_div(ceil_div(count, ceil_div(count, chunk_rows)), row_step) * row_step;
+      for (int64_t first = 0; first < count; first += size)
+        chunks.push_back({e, offsets[e] + first, std::min(size, count - first)});
+    }
     const Rows w(top_k_weights);
     for (int64_t t = 0; t < tokens; ++t) {
       const Matrix row(reinterpret_cast<char*>(&weight[t * top_k]), ScalarType::Float, 1, top_k);
@@ -143,6 +148,12 @@ struct Gradients {
   float* d_weight;  // of each slot
 };
 
+MOE_UNLEARN_INLINE float total(const Word& lanes) {
+  double sum = 0;
+  for (const float lane : lanes) sum += lane;
+  return static_cast<float>(sum);
+}
+
 /// dz of a chunk from its z and da; and of each row w * a and <da, a>.
 template <Activation activation>
 MOE_UNLEARN_INLINE void activate_chunk_backward(
@@ -151,7 +162,7 @@ MOE_UNLEARN_INLINE void activate_chunk_backward(
   for (int64_t j = 0; j < chunk.count; ++j) {
     const int64_t slot = layer.slot[chunk.first + j];
     const float weight = layer.weight[slot];
-    float sums[word_bits] = {};
+    Word sums = {};
     for (int64_t first = 0; first < layer.inner; first += word_bits) {
       const int64_t n = std::min<int64_t>(layer.inner - first, word_bits);
       const Halves from(layer, z.row(chunk.first + j), first), at(layer, to.dz.row(j), first);
@@ -163,14 +174,12 @@ MOE_UNLEARN_INLINE void activate_chunk_backward(
       apply_gate_backward<activation>(layer.gate, g, u, weighted, out);
       store(g, layer.dtype, at.gate, at.step, 0xFFFFFFFF, n);
       if (layer.gate.gated) store(u, layer.dtype, at.up, at.step, 0xFFFFFFFF, n);
-      for (int k = 0; k < word_bits; ++k) sums[k] += k < n ? d[k] * out[k] : 0.0f;
+      for (int k = 0; k < word_bits; ++k) sums[k] = k < n ? __builtin_fmaf(d[k], out[k], sums[k]) : sums[k];
       if (to.scaled.rows == 0) continue;
       for (int k = 0; k < word_bits; ++k) out[k] *= weight;
       store(out, layer.dtype, to.scaled.row(chunk.first + j) + first * item, item, 0xFFFFFFFF, n);
     }
-    float sum = 0;
-    for (const float s : sums) sum += s;
-    to.d_weight[slot] = sum;
+    to.d_weight[slot] = total(sums);
   }
 }
 
@@ -201,15 +210,15 @@ MOE_UNLEARN_INLINE void add_bias_products(
   const int64_t item = item_size(grad.dtype);
   const char* const from = bias.row(chunk.expert);
   for (int64_t j = 0; j < chunk.count; ++j) {
-    float sums[word_bits] = {};
+    Word sums = {};
     for (int64_t first = 0; first < grad.columns; first += word_bits) {
       const int64_t n = std::min<int64_t>(grad.columns - first, word_bits);
       Word g, b;
       load(g, grad.dtype, grad.row(j) + first * item, item, n);
       load(b, bias.dtype, from + first * bias.step, bias.step, n);
-      for (int k = 0; k < word_bits; ++k) sums[k] += k < n ? g[k] * b[k] : 0.0f;
+      for (int k = 0; k < word_bits; ++k) sums[k] = k < n ? __builtin_fmaf(g[k], b[k], sums[k]) : sums[k];
     }
-    for (const float s : sums) d_weight[layer.slot[chunk.first + j]] += s;
+    d_weight[layer.slot[chunk.first + j]] += total(sums);
   }
 }
 

@@ -54,8 +54,9 @@ struct ValueAndSlope {
 
 /// x * sigmoid(v), v' being the slope of v at x.
 MOE_UNLEARN_INLINE ValueAndSlope sigmoid_gated(float x, float v, float v_slope) {
-  const float s = 1 / (1 + exponential(-v));
-  return {x * s, s + x * v_slope * s * (1 - s)};
+  const float e = exponential(-v), s = 1 / (1 + e);
+  const float rest = s < 0.5f ? 1 - s : e * s;  // 1 - s without cancellation
+  return {x * s, s + x * v_slope * s * rest};
 }
 
 template <Activation activation>
@@ -88,24 +89,33 @@ MOE_UNLEARN_INLINE float clamp_both(float x, float limit) { return x < -limit ? 
 /// out = the activations of the pre-activations gate (and up).
 template <Activation activation>
 MOE_UNLEARN_INLINE void apply_gate(const Gate& how, const Word& gate, const Word& up, Word& out) {
-  for (int j = 0; j < word_bits; ++j) {
+  for (int j = 0; j < word_bits; ++j)
     out[j] = activate<activation>(clamp_above(gate[j], how.limit), how.alpha).value;
-    if (how.gated) out[j] *= clamp_both(up[j], how.limit) + how.shift;
-  }
+  if (!how.gated) return;
+  for (int j = 0; j < word_bits; ++j) out[j] *= clamp_both(up[j], how.limit) + how.shift;
 }
 
 /// The gradients of gate and up, in their places, from that of the activations; `out` as in apply_gate.
 template <Activation activation>
 MOE_UNLEARN_INLINE void apply_gate_backward(const Gate& how, Word& gate, Word& up, const Word& grad, Word& out) {
-  const bool clamped = how.limit < std::numeric_limits<float>::infinity();
+  Word slope;
   for (int j = 0; j < word_bits; ++j) {
-    const auto [value, slope] = activate<activation>(clamp_above(gate[j], how.limit), how.alpha);
-    const float factor = how.gated ? clamp_both(up[j], how.limit) + how.shift : 1.0f;
-    const float d_gate = grad[j] * factor * slope, d_up = grad[j] * value;
-    out[j] = value * factor;
-    // where a clamp is passed the gradient is 0, for NaN too; without a clamp a NaN is kept
-    gate[j] = !clamped || gate[j] <= how.limit ? d_gate : 0.0f;
-    up[j] = !clamped || std::fabs(up[j]) <= how.limit ? d_up : 0.0f;
+    const auto both = activate<activation>(clamp_above(gate[j], how.limit), how.alpha);
+    out[j] = both.value;
+    slope[j] = both.slope;
+  }
+  // where a clamp is passed the gradient is 0, for NaN too; without a clamp a NaN is kept
+  const bool open = how.limit == std::numeric_limits<float>::infinity();
+  const auto cut = [&](float x, float d) MOE_UNLEARN_INLINE_LAMBDA { return open || x <= how.limit ? d : 0.0f; };
+  if (!how.gated) {
+    for (int j = 0; j < word_bits; ++j) gate[j] = cut(gate[j], grad[j] * slope[j]);
+    return;
+  }
+  for (int j = 0; j < word_bits; ++j) {
+    const float factor = clamp_both(up[j], how.limit) + how.shift;
+    gate[j] = cut(gate[j], grad[j] * factor * slope[j]);
+    up[j] = cut(std::fabs(up[j]), grad[j] * out[j]);
+    out[j] *= factor;
   }
 }
 

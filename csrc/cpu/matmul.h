@@ -14,11 +14,13 @@
 
 namespace moe_unlearn {
 
-/// oneDNN, which multiplies narrow dtypes, makes one primitive per shape: with rows counted in steps of 16 there are
-/// few to make. float32 is the BLAS's.
-constexpr int64_t row_step = 16;
+/// oneDNN, which multiplies narrow dtypes, makes one primitive per shape: rows are counted in steps, of a few per
+/// cent, so that there are few shapes. float32 is the BLAS's.
+constexpr int64_t row_step = 8;
 inline int64_t padded(int64_t rows, ScalarType dtype) {
-  return dtype == ScalarType::Float ? rows : ceil_div(rows, row_step) * row_step;
+  if (dtype == ScalarType::Float) return rows;
+  const int64_t step = rows <= 32 * row_step ? row_step : 4 * row_step;
+  return ceil_div(rows, step) * step;
 }
 
 /// Zeroed bytes on a cache line.
