@@ -34,6 +34,37 @@ STABLE_TORCH_LIBRARY(moe_unlearn_native, m) {
       "Tensor(d!)? master, Tensor? slices, float decay, float beta1, float beta2, float root_correction, "
       "float eps, float step_size, int step, bool stochastic, int seed, int parameter_id) -> ()");
 
+  m.def(
+      "expert_wgrad_(Tensor(a!) out, Tensor grad, Tensor input, Tensor bounds, Tensor? grad_rows, "
+      "Tensor? input_rows, Tensor? mask, bool accumulate) -> ()");
+  m.def(
+      "expert_wgrad_sgd_(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor(c!)? master, Tensor grad, "
+      "Tensor input, Tensor bounds, Tensor? grad_rows, Tensor? input_rows, Tensor experts, Tensor? mask, float lr, "
+      "float momentum, float grad_scale, float weight_decay, bool nesterov, int step, bool stochastic, int seed, "
+      "int parameter_id) -> ()");
+  m.def(
+      "expert_wgrad_adamw_(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? master, "
+      "Tensor grad, Tensor input, Tensor bounds, Tensor? grad_rows, Tensor? input_rows, Tensor experts, "
+      "Tensor? mask, float decay, float beta1, float beta2, float root_correction, float eps, float step_size, "
+      "int step, bool stochastic, int seed, int parameter_id) -> ()");
+  m.def(
+      "expert_wgrad_score_(Tensor(a!) out, Tensor weight, Tensor grad_f, Tensor input_f, Tensor bounds_f, "
+      "Tensor? grad_rows_f, Tensor? input_rows_f, Tensor grad_r, Tensor input_r, Tensor bounds_r, "
+      "Tensor? grad_rows_r, Tensor? input_rows_r, Tensor experts, float gamma) -> ()");
+  m.def(
+      "expert_wgrad_inner_(Tensor(a!) out, Tensor[] grads, Tensor[] inputs, Tensor[] bounds, Tensor[] grad_rows, "
+      "Tensor[] input_rows, Tensor? mask) -> ()");
+
+  m.def(
+      "expert_mlp(Tensor hidden_states, Tensor top_k_weights, Tensor sorted_rows, Tensor expert_offsets, "
+      "Tensor gate_up_proj, Tensor down_proj, Tensor? gate_up_bias, Tensor? down_bias, str activation, float alpha, "
+      "float limit, float shift, bool transposed, bool interleaved, bool gated) -> (Tensor, Tensor)");
+  m.def(
+      "expert_mlp_backward(Tensor grad_out, Tensor hidden_states, Tensor top_k_weights, Tensor sorted_rows, "
+      "Tensor expert_offsets, Tensor gate_up_proj, Tensor down_proj, Tensor? down_bias, Tensor z, str activation, "
+      "float alpha, float limit, float shift, bool transposed, bool interleaved, bool gated, bool need_x, "
+      "bool need_weights, bool need_z, bool need_scaled) -> (Tensor, Tensor, Tensor, Tensor)");
+
   m.def("gram(Tensor[] gradients, Tensor? mask) -> Tensor");
   m.def("gram_factors(Tensor[] row_gradients, Tensor inputs, int[] expert_offsets) -> Tensor");
 

@@ -151,6 +151,13 @@ struct Rows {
     if (tensor.has_value()) *this = Rows(*tensor);
   }
 
+  /// Dense rows.
+  Rows(char* data, ScalarType dtype, int64_t count, int64_t width)
+      : data(data), dtype(dtype), width(width), count(count), step(item_size(dtype)), item(step), dims(1) {
+    sizes[0] = count;
+    strides[0] = width * item;
+  }
+
   explicit operator bool() const { return dtype != ScalarType::Undefined; }
 
   char* row(int64_t index) const {

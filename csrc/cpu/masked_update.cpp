@@ -4,21 +4,12 @@
 // state is in a narrow dtype every operation is rounded to it, as torch.optim does (A below). Each weight is
 // computed by itself, so threads and order change no bit.
 
-#include "cpu/common.h"
+#include "cpu/masked_update.h"
 
 namespace moe_unlearn {
 namespace {
 
 constexpr int64_t grain = 512;  // words per thread at least
-
-struct Operands {
-  Rows param, grad, mask, master;
-  Rows state[2];
-  const int64_t* slices;       // slice of param each slice of grad stands for, or null
-  int64_t rows_per_slice;
-  int64_t step, seed, parameter_id;
-  bool stochastic;
-};
 
 /// round_to<A> inside a rule. Operands of dtype A have no low bits, so nor have the NaNs that come of them, and
 /// the carry of rounding cannot run through one: bfloat16 needs no case for NaN.
@@ -29,61 +20,50 @@ MOE_UNLEARN_INLINE float rounded(float value) {
   return bits_to_float((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000);
 }
 
-struct Sgd {
-  static constexpr int states = 1;
-  float negative_lr, momentum, grad_scale, weight_decay;
-  bool nesterov, first, has_state;  // without momentum a buffer is neither read nor written
-
-  /// The new weights w and momenta s[0]; g is scratch.
-  template <ScalarType A>
-  MOE_UNLEARN_INLINE void apply(Word& w, Word& g, Word (&s)[2]) const {
-    Word& b = s[0];
-    if (weight_decay != 0)
-      for (int j = 0; j < word_bits; ++j) g[j] = rounded<A>(__builtin_fmaf(weight_decay, w[j], g[j]));
-    if (momentum != 0) {
-      if (first)
-        for (int j = 0; j < word_bits; ++j) b[j] = g[j];
-      else
-        for (int j = 0; j < word_bits; ++j)
-          b[j] = rounded<A>(__builtin_fmaf(grad_scale, g[j], rounded<A>(b[j] * momentum)));
-      if (nesterov)
-        for (int j = 0; j < word_bits; ++j) g[j] = rounded<A>(__builtin_fmaf(momentum, b[j], g[j]));
-      else
-        for (int j = 0; j < word_bits; ++j) g[j] = b[j];
-    }
-    for (int j = 0; j < word_bits; ++j) w[j] = rounded<A>(__builtin_fmaf(negative_lr, g[j], w[j]));
+/// The new weights w and momenta s[0]; g is scratch.
+template <ScalarType A>
+MOE_UNLEARN_INLINE void apply(const Sgd& rule, Word& w, Word& g, Word (&s)[2]) {
+  const float momentum = rule.momentum;
+  Word& b = s[0];
+  if (rule.weight_decay != 0)
+    for (int j = 0; j < word_bits; ++j) g[j] = rounded<A>(__builtin_fmaf(rule.weight_decay, w[j], g[j]));
+  if (momentum != 0) {
+    if (rule.first)
+      for (int j = 0; j < word_bits; ++j) b[j] = g[j];
+    else
+      for (int j = 0; j < word_bits; ++j)
+        b[j] = rounded<A>(__builtin_fmaf(rule.grad_scale, g[j], rounded<A>(b[j] * momentum)));
+    if (rule.nesterov)
+      for (int j = 0; j < word_bits; ++j) g[j] = rounded<A>(__builtin_fmaf(momentum, b[j], g[j]));
+    else
+      for (int j = 0; j < word_bits; ++j) g[j] = b[j];
   }
-};
+  for (int j = 0; j < word_bits; ++j) w[j] = rounded<A>(__builtin_fmaf(rule.negative_lr, g[j], w[j]));
+}
 
-struct AdamW {
-  static constexpr int states = 2;
-  static constexpr bool has_state = true;
-  float decay, lerp, beta2, one_minus_beta2, root_correction, eps, step_size;
-
-  template <ScalarType A>
-  MOE_UNLEARN_INLINE void apply(Word& w, Word& g, Word (&s)[2]) const {
-    Word &m = s[0], &v = s[1];
-    // torch.lerp starts from the nearer end
-    const bool near = lerp < 0.5f && lerp > -0.5f;
-    const float weight = near ? lerp : lerp - 1;
-    if (decay != 1)
-      for (int j = 0; j < word_bits; ++j) w[j] = rounded<A>(w[j] * decay);
-    for (int j = 0; j < word_bits; ++j)
-      m[j] = rounded<A>(__builtin_fmaf(weight, g[j] - m[j], near ? m[j] : g[j]));
-    for (int j = 0; j < word_bits; ++j) {
-      const float old = rounded<A>(v[j] * beta2);
-      v[j] = rounded<A>(__builtin_fmaf(one_minus_beta2 * g[j], g[j], old));
-    }
-    for (int j = 0; j < word_bits; ++j) {
-      const float root = rounded<A>(rounded<A>(__builtin_sqrtf(v[j])) / root_correction);
-      w[j] = rounded<A>(w[j] + step_size * m[j] / rounded<A>(root + eps));
-    }
+template <ScalarType A>
+MOE_UNLEARN_INLINE void apply(const AdamW& rule, Word& w, Word& g, Word (&s)[2]) {
+  Word &m = s[0], &v = s[1];
+  // torch.lerp starts from the nearer end
+  const bool near = rule.lerp < 0.5f && rule.lerp > -0.5f;
+  const float weight = near ? rule.lerp : rule.lerp - 1;
+  if (rule.decay != 1)
+    for (int j = 0; j < word_bits; ++j) w[j] = rounded<A>(w[j] * rule.decay);
+  for (int j = 0; j < word_bits; ++j)
+    m[j] = rounded<A>(__builtin_fmaf(weight, g[j] - m[j], near ? m[j] : g[j]));
+  for (int j = 0; j < word_bits; ++j) {
+    const float old = rounded<A>(v[j] * rule.beta2);
+    v[j] = rounded<A>(__builtin_fmaf(rule.one_minus_beta2 * g[j], g[j], old));
   }
-};
+  for (int j = 0; j < word_bits; ++j) {
+    const float root = rounded<A>(rounded<A>(__builtin_sqrtf(v[j])) / rule.root_correction);
+    w[j] = rounded<A>(w[j] + rule.step_size * m[j] / rounded<A>(root + rule.eps));
+  }
+}
 
 /// Cuts w to bfloat16 after adding 16 random bits below it: word 0 of Philox4x32-10 (Salmon et al., SC 2011) at
 /// counter (flat index, step) and key (seed, parameter id).
-MOE_UNLEARN_INLINE void round_stochastic(Word& w, int64_t index, const Operands& o) {
+MOE_UNLEARN_INLINE void round_stochastic(Word& w, int64_t index, const UpdateOperands& o) {
   constexpr uint64_t low_half = 0xFFFFFFFF;
   const auto step = static_cast<uint64_t>(o.step);
   uint32_t random[word_bits];
@@ -111,20 +91,20 @@ MOE_UNLEARN_INLINE void round_stochastic(Word& w, int64_t index, const Operands&
   }
 }
 
-/// The words [begin, end) of grad by `rule` in arithmetic of dtype A. `uniform`: every operand has dtype A and
+/// The words [begin, end) by `rule` in arithmetic of dtype A. `uniform`: every operand has dtype A and
 /// lies contiguous along its rows, with neither master nor stochastic rounding; then the compiler knows it all.
 template <class Rule, ScalarType A, bool uniform>
-MOE_UNLEARN_INLINE void update_words(const Operands& o, const Rule& rule, int64_t begin, int64_t end) {
+MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& rule, int64_t begin, int64_t end) {
   const auto dtype = [&](const Rows& rows) MOE_UNLEARN_INLINE_LAMBDA { return uniform ? A : rows.dtype; };
   const auto step = [&](const Rows& rows) MOE_UNLEARN_INLINE_LAMBDA {
     return uniform ? static_cast<int64_t>(sizeof(typename Format<A>::Bits)) : rows.step;
   };
-  const int64_t words = o.grad.words(), width = o.grad.width;
+  const int64_t words = o.words(), width = o.param.width;
   const int states = rule.has_state ? Rule::states : 0;
   for (int64_t row = begin / words; row * words < end; ++row) {
     const int64_t slice = o.slices ? row / o.rows_per_slice : 0;
     const int64_t param_row = o.slices ? o.slices[slice] * o.rows_per_slice + row % o.rows_per_slice : row;
-    char *const param = o.param.row(param_row), *const grad = o.grad.row(row);
+    char *const param = o.param.row(param_row), *const grad = o.grad.row(row - o.first_row);
     char* const mask = o.mask ? o.mask.row(row) : nullptr;
     char* const master = !uniform && o.master ? o.master.row(row) : nullptr;
     char* const state[2] = {o.state[0] ? o.state[0].row(row) : nullptr, o.state[1] ? o.state[1].row(row) : nullptr};
@@ -147,7 +127,7 @@ MOE_UNLEARN_INLINE void update_words(const Operands& o, const Rule& rule, int64_
         load(w, dtype(o.param), at(o.param, param), step(o.param), n);
       for (int i = 0; i < states; ++i) load(s[i], dtype(o.state[i]), at(o.state[i], state[i]), step(o.state[i]), n);
 
-      rule.template apply<A>(w, g, s);
+      apply<A>(rule, w, g, s);
 
       constexpr bool is_rounded = A != ScalarType::Float;  // then all that is written has dtype A
       for (int i = 0; i < states; ++i)
@@ -160,49 +140,31 @@ MOE_UNLEARN_INLINE void update_words(const Operands& o, const Rule& rule, int64_
 }
 
 template <class Rule, ScalarType A>
-void run(const Operands& o, const Rule& rule) {
+void run(const UpdateOperands& o, const Rule& rule, int64_t begin, int64_t end) {
   bool uniform = !o.master && !o.stochastic;
   for (const Rows* rows : {&o.param, &o.grad, &o.state[0], &o.state[1]})
     uniform &= !*rows || (rows->dtype == A && rows->step == rows->item);
-  parallel(o.grad.count * o.grad.words(), grain, [&](int64_t begin, int64_t end) {
-    if (uniform)
-      for_this_cpu<update_words<Rule, A, true>, const Operands&, const Rule&>(o, rule, begin, end);
-    else
-      for_this_cpu<update_words<Rule, A, false>, const Operands&, const Rule&>(o, rule, begin, end);
-  });
-}
-
-/// Runs `rule` in the arithmetic that the dtypes ask for (the module docstring of masked_update.py).
-template <class Rule>
-void update(const Operands& o, const Rule& rule) {
-  bool narrow = !o.master && !o.stochastic;
-  for (const Rows& state : o.state) narrow &= !state || state.dtype == o.param.dtype;
-  if (narrow && o.param.dtype == ScalarType::BFloat16)
-    run<Rule, ScalarType::BFloat16>(o, rule);
-  else if (narrow && o.param.dtype == ScalarType::Half)
-    run<Rule, ScalarType::Half>(o, rule);
+  if (uniform)
+    for_this_cpu<update_in<Rule, A, true>, const UpdateOperands&, const Rule&>(o, rule, begin, end);
   else
-    run<Rule, ScalarType::Float>(o, rule);
+    for_this_cpu<update_in<Rule, A, false>, const UpdateOperands&, const Rule&>(o, rule, begin, end);
 }
 
-Operands operands(
-    const Tensor& param, const Tensor& grad, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& master, const std::optional<Tensor>& slices, bool stochastic, int64_t step,
-    int64_t seed, int64_t parameter_id) {
-  Operands o{};
-  param.mutable_data_ptr();  // a lazily copied tensor becomes its own before it is written
-  o.param = Rows(param), o.grad = Rows(grad), o.mask = Rows(mask), o.master = Rows(master);
-  o.step = step, o.seed = seed, o.parameter_id = parameter_id;
-  o.stochastic = stochastic && param.scalar_type() == ScalarType::BFloat16;
-  if (slices.has_value()) {
-    STD_TORCH_CHECK(slices->is_contiguous() && param.dim() > 1, "slices must be contiguous, rows at least 1-d");
-    o.slices = slices->const_data_ptr<int64_t>();
-    o.rows_per_slice = std::max<int64_t>(o.grad.count / std::max<int64_t>(slices->numel(), 1), 1);
-    for (int64_t i = 0; i < slices->numel(); ++i)
-      STD_TORCH_CHECK(
-          o.slices[i] >= 0 && o.slices[i] < param.size(0), "slice ", o.slices[i], " of ", param.size(0));
+template <class Rule>
+void run(const UpdateOperands& o, const Rule& rule, int64_t begin, int64_t end) {
+  switch (o.arithmetic()) {
+    case ScalarType::BFloat16:
+      return run<Rule, ScalarType::BFloat16>(o, rule, begin, end);
+    case ScalarType::Half:
+      return run<Rule, ScalarType::Half>(o, rule, begin, end);
+    default:
+      return run<Rule, ScalarType::Float>(o, rule, begin, end);
   }
-  return o;
+}
+
+template <class Rule>
+void update(const UpdateOperands& o, const Rule& rule) {
+  parallel(o.grad.count * o.words(), grain, [&](int64_t begin, int64_t end) { run(o, rule, begin, end); });
 }
 
 void masked_sgd_(
@@ -210,18 +172,10 @@ void masked_sgd_(
     const std::optional<Tensor>& mask, const std::optional<Tensor>& master, const std::optional<Tensor>& slices,
     double lr, double momentum, double grad_scale, double weight_decay, bool nesterov, int64_t step,
     bool stochastic, int64_t seed, int64_t parameter_id) {
-  Operands o = operands(param, grad, mask, master, slices, stochastic, step, seed, parameter_id);
+  const Rows g(grad);
+  UpdateOperands o(param, g, g.count, mask, master, slices, stochastic, step, seed, parameter_id);
   o.state[0] = Rows(momentum_buffer);
-  const Sgd rule{
-      .negative_lr = static_cast<float>(-lr),
-      .momentum = static_cast<float>(momentum),
-      .grad_scale = static_cast<float>(grad_scale),
-      .weight_decay = static_cast<float>(weight_decay),
-      .nesterov = nesterov,
-      .first = step == 1,
-      .has_state = momentum != 0,
-  };
-  update(o, rule);
+  update(o, Sgd(lr, momentum, grad_scale, weight_decay, nesterov, step));
 }
 
 void masked_adamw_(
@@ -229,21 +183,42 @@ void masked_adamw_(
     const std::optional<Tensor>& mask, const std::optional<Tensor>& master, const std::optional<Tensor>& slices,
     double decay, double beta1, double beta2, double root_correction, double eps, double step_size, int64_t step,
     bool stochastic, int64_t seed, int64_t parameter_id) {
-  Operands o = operands(param, grad, mask, master, slices, stochastic, step, seed, parameter_id);
+  const Rows g(grad);
+  UpdateOperands o(param, g, g.count, mask, master, slices, stochastic, step, seed, parameter_id);
   o.state[0] = Rows(exp_avg), o.state[1] = Rows(exp_avg_sq);
-  const AdamW rule{
-      .decay = static_cast<float>(decay),
-      .lerp = static_cast<float>(1 - beta1),
-      .beta2 = static_cast<float>(beta2),
-      .one_minus_beta2 = static_cast<float>(1 - beta2),
-      .root_correction = static_cast<float>(root_correction),
-      .eps = static_cast<float>(eps),
-      .step_size = static_cast<float>(step_size),
-  };
-  update(o, rule);
+  update(o, AdamW(decay, beta1, beta2, root_correction, eps, step_size));
 }
 
 }  // namespace
+
+UpdateOperands::UpdateOperands(
+    const Tensor& param, const Rows& grad, int64_t rows, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& master, const std::optional<Tensor>& slices, bool stochastic, int64_t step,
+    int64_t seed, int64_t parameter_id)
+    : grad(grad), mask(mask), master(master), slices(nullptr), rows_per_slice(1), first_row(0), step(step),
+      seed(seed), parameter_id(parameter_id),
+      stochastic(stochastic && param.scalar_type() == ScalarType::BFloat16) {
+  param.mutable_data_ptr();  // a lazily copied tensor becomes its own before it is written
+  this->param = Rows(param);
+  if (slices.has_value()) {
+    STD_TORCH_CHECK(slices->is_contiguous() && param.dim() > 1, "slices must be contiguous, rows at least 1-d");
+    this->slices = slices->const_data_ptr<int64_t>();
+    rows_per_slice = std::max<int64_t>(rows / std::max<int64_t>(slices->numel(), 1), 1);
+    for (int64_t i = 0; i < slices->numel(); ++i)
+      STD_TORCH_CHECK(
+          this->slices[i] >= 0 && this->slices[i] < param.size(0), "slice ", this->slices[i], " of ", param.size(0));
+  }
+}
+
+ScalarType UpdateOperands::arithmetic() const {
+  bool narrow = !master && !stochastic;
+  for (const Rows& s : state) narrow &= !s || s.dtype == param.dtype;
+  return narrow ? param.dtype : ScalarType::Float;
+}
+
+void update_words(const UpdateOperands& o, const Sgd& rule, int64_t begin, int64_t end) { run(o, rule, begin, end); }
+void update_words(const UpdateOperands& o, const AdamW& rule, int64_t begin, int64_t end) { run(o, rule, begin, end); }
+
 }  // namespace moe_unlearn
 
 STABLE_TORCH_LIBRARY_IMPL(moe_unlearn_native, CPU, m) {

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_unlearn import backend
+from moe_unlearn import backend, native
 from moe_unlearn.ops.expert_wgrad import expert_wgrad
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -89,9 +89,8 @@ def expert_mlp(
         narrow = [_autocast(t) for t in (hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias)]
         with torch.autocast(device, enabled=False):
             return expert_mlp(
-                narrow[0], top_k_weights, sorted_rows, expert_offsets, *narrow[1:], gate=gate,
+                narrow[0], top_k_weights, sorted_rows, expert_offsets, *narrow[1:], gate=gate, impl=impl,
                 transposed=transposed, interleaved=interleaved, gated=gated, trained_experts=trained_experts,
-                impl=impl,
             ).to(hidden_states.dtype)  # fmt: skip
     _check(hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj,
            gate_up_bias, down_bias, gate, transposed, gated, trained_experts)  # fmt: skip
@@ -357,6 +356,8 @@ _expert_mlp.register_autograd(_backward, setup_context=_setup_context)
 _expert_mlp_backward.register_autograd(_no_double_backward)
 backend.register("expert_mlp", "ref", _forward_ref)
 backend.register("expert_mlp.backward", "ref", _backward_ref)
+native.register("expert_mlp", "moe_unlearn.ops.native.expert_mlp:forward")
+native.register("expert_mlp.backward", "moe_unlearn.ops.native.expert_mlp:backward")
 backend.register("expert_mlp", "triton", "moe_unlearn.triton_kernels.expert_mlp:expert_mlp")
 backend.register("expert_mlp.backward", "triton", "moe_unlearn.triton_kernels.expert_mlp:expert_mlp_backward")
 
@@ -373,9 +374,8 @@ def _check(x, weights, sorted_rows, expert_offsets, w1, w2, b1, b2, gate, transp
         if ids is not None and (ids.dtype != torch.int32 or ids.dim() != 1):
             raise TypeError(f"{name} must be int32 with one dimension; got {ids.dtype} {tuple(ids.shape)}")
     if w1.dim() != 3 or w2.dim() != 3:
-        raise ValueError(
-            f"gate_up_proj and down_proj must have three dimensions; got {tuple(w1.shape)}, {tuple(w2.shape)}"
-        )
+        shapes = f"{tuple(w1.shape)}, {tuple(w2.shape)}"
+        raise ValueError(f"gate_up_proj and down_proj must have three dimensions; got {shapes}")
     num_experts, hidden = len(w1), x.shape[1]
     inner = w2.shape[1 if transposed else 2]
     wide = 2 * inner if gated else inner

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_unlearn import backend
+from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import num_words, unpack_bits
 from moe_unlearn.ops.masked_update import masked_adamw_, masked_sgd_
 from moe_unlearn.ops.weight_score import weight_score_ref
@@ -340,6 +340,12 @@ backend.register("expert_wgrad.sgd", "ref", expert_wgrad_sgd_ref_)
 backend.register("expert_wgrad.adamw", "ref", expert_wgrad_adamw_ref_)
 backend.register("expert_wgrad.score", "ref", expert_wgrad_score_ref)
 backend.register("expert_wgrad.inner", "ref", expert_wgrad_inner_ref)
+native.register("expert_wgrad", "moe_unlearn.ops.native.expert_wgrad:store")
+native.register("expert_wgrad.accumulate", "moe_unlearn.ops.native.expert_wgrad:accumulate")
+native.register("expert_wgrad.sgd", "moe_unlearn.ops.native.expert_wgrad:sgd")
+native.register("expert_wgrad.adamw", "moe_unlearn.ops.native.expert_wgrad:adamw")
+native.register("expert_wgrad.score", "moe_unlearn.ops.native.expert_wgrad:score")
+native.register("expert_wgrad.inner", "moe_unlearn.ops.native.expert_wgrad:inner")
 backend.register("expert_wgrad", "triton", "moe_unlearn.triton_kernels.expert_wgrad:expert_wgrad")
 backend.register("expert_wgrad.accumulate", "triton", "moe_unlearn.triton_kernels.expert_wgrad:accumulate_")
 backend.register("expert_wgrad.sgd", "triton", "moe_unlearn.triton_kernels.expert_wgrad:sgd_")

@@ -76,10 +76,7 @@ def masked_sgd_(
 
     Raises TypeError or ValueError for a dtype, shape, device or option that does not fit.
     """
-    if momentum != 0 and momentum_buffer is None:
-        raise ValueError(f"momentum {momentum} needs a momentum_buffer; got None")
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise ValueError(f"nesterov needs momentum > 0 and dampening 0; got {momentum} and {dampening}")
+    _check_momentum(momentum_buffer, momentum, dampening, nesterov)
     _check(param, grad, {"momentum_buffer": momentum_buffer}, mask, step, rounding, master, slices)
     _masked_sgd(
         param, grad, momentum_buffer, mask, master, slices, float(lr), float(momentum), float(dampening),
@@ -366,6 +363,13 @@ def _check(param, grad, state, mask, step, rounding, master, slices):
     for name, tensor in {"grad": grad, "mask": mask, "master": master, "slices": slices, **state}.items():
         if tensor is not None and tensor.device != param.device:
             raise ValueError(f"{name} must be on {param.device} like param; got {tensor.device}")
+
+
+def _check_momentum(momentum_buffer, momentum, dampening, nesterov):
+    if momentum != 0 and momentum_buffer is None:
+        raise ValueError(f"momentum {momentum} needs a momentum_buffer; got None")
+    if nesterov and (momentum <= 0 or dampening != 0):
+        raise ValueError(f"nesterov needs momentum > 0 and dampening 0; got {momentum} and {dampening}")
 
 
 def _check_rounding(param, rounding, master):

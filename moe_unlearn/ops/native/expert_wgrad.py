@@ -1,0 +1,112 @@
+"""The calls of csrc/cpu/expert_wgrad.cpp: every index int64 and dense, the bounds those of the listed experts.
+
+It has no float64: factors, buffers and results of that dtype go to `ref`.
+"""
+
+import torch
+
+from moe_unlearn.ops.expert_wgrad import (
+    Factors,
+    _accumulate_ref,
+    expert_wgrad_adamw_ref_,
+    expert_wgrad_ref,
+    expert_wgrad_score_ref,
+    expert_wgrad_sgd_ref_,
+)
+from moe_unlearn.ops.masked_update import _check, _check_momentum
+
+
+def store(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, out_dtype):
+    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
+    if torch.float64 in (grad.dtype, out_dtype):
+        return expert_wgrad_ref(*factors, experts, mask, out_dtype)
+    operands = _operands(factors, experts)
+    out = grad.new_empty(len(operands[2]), grad.shape[1], input.shape[1], dtype=out_dtype)
+    torch.ops.moe_unlearn_native.expert_wgrad_(out, *operands, mask, False)
+    return out
+
+
+def accumulate(out, grad, input, expert_offsets, grad_rows, input_rows, experts, mask):
+    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
+    if torch.float64 in (grad.dtype, out.dtype):
+        return _accumulate_ref(out, *factors, experts, mask)
+    torch.ops.moe_unlearn_native.expert_wgrad_(out, *_operands(factors, experts), mask, True)
+
+
+def sgd(weight, momentum_buffer, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask, lr,
+        momentum, dampening, weight_decay, nesterov, step, rounding, seed, parameter_id):  # fmt: skip
+    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
+    if grad.dtype == torch.float64:
+        return expert_wgrad_sgd_ref_(
+            weight, momentum_buffer, master, *factors, experts, mask, lr, momentum, dampening, weight_decay,
+            nesterov, step, rounding, seed, parameter_id,
+        )  # fmt: skip
+    listed = _listed(weight, experts)
+    _check_momentum(momentum_buffer, momentum, dampening, nesterov)
+    _check(weight, _like(weight, listed), {"momentum_buffer": momentum_buffer}, mask, step, rounding, master, listed)
+    torch.ops.moe_unlearn_native.expert_wgrad_sgd_(
+        weight, momentum_buffer, master, *_operands(factors, experts), listed, mask, lr, momentum,
+        1 - dampening, weight_decay, nesterov, step, rounding == "stochastic", seed, parameter_id,
+    )  # fmt: skip
+
+
+def adamw(weight, exp_avg, exp_avg_sq, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask,
+          lr, beta1, beta2, eps, weight_decay, step, rounding, seed, parameter_id):  # fmt: skip
+    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
+    if grad.dtype == torch.float64:
+        return expert_wgrad_adamw_ref_(
+            weight, exp_avg, exp_avg_sq, master, *factors, experts, mask, lr, beta1, beta2, eps, weight_decay,
+            step, rounding, seed, parameter_id,
+        )  # fmt: skip
+    listed, state = _listed(weight, experts), {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    _check(weight, _like(weight, listed), state, mask, step, rounding, master, listed)
+    torch.ops.moe_unlearn_native.expert_wgrad_adamw_(
+        weight, exp_avg, exp_avg_sq, master, *_operands(factors, experts), listed, mask,
+        1 - lr * weight_decay, beta1, beta2, (1 - beta2**step) ** 0.5, eps, -(lr / (1 - beta1**step)), step,
+        rounding == "stochastic", seed, parameter_id,
+    )  # fmt: skip
+
+
+def score(weight, *arguments):
+    forget, retain, (experts, gamma) = Factors(*arguments[:5]), Factors(*arguments[5:10]), arguments[10:]
+    if torch.float64 in (forget.grad.dtype, retain.grad.dtype):
+        return expert_wgrad_score_ref(weight, *arguments)
+    listed = _listed(weight, experts)
+    out = weight.new_empty(len(listed), *weight.shape[1:], dtype=torch.float32)
+    torch.ops.moe_unlearn_native.expert_wgrad_score_(
+        out, weight, *_operands(forget, experts), *_operands(retain, experts), listed, gamma
+    )
+    return out
+
+
+def inner(grads, inputs, expert_offsets, grad_rows, input_rows, experts, mask):
+    gradients = [Factors(*one) for one in zip(grads, inputs, expert_offsets, grad_rows, input_rows, strict=True)]
+    sides = []
+    for factors in gradients:
+        rows = [_positions(factors) if r is None else r for r in factors[3:]]
+        sides.append(_operands(factors._replace(grad_rows=rows[0], input_rows=rows[1]), experts))
+    out = grads[0].new_empty(len(sides[0][2]), len(sides), len(sides), dtype=torch.float64)
+    torch.ops.moe_unlearn_native.expert_wgrad_inner_(out, *map(list, zip(*sides, strict=True)), mask)
+    return out
+
+
+def _operands(factors, experts):
+    """(grad, input, bounds [M_e, 2], grad_rows, input_rows)."""
+    grad, input, offsets, *rows = factors
+    bounds = offsets if offsets.dim() == 2 else torch.stack([offsets[:-1], offsets[1:]], 1)
+    if experts is not None:
+        bounds = bounds[experts.long()]
+    return grad, input, bounds.long().contiguous(), *(None if r is None else r.long().contiguous() for r in rows)
+
+
+def _listed(weight, experts):
+    return torch.arange(len(weight)) if experts is None else experts.long().contiguous()
+
+
+def _like(weight, listed):
+    """Stands for the gradient of weight[listed] where its shape is checked."""
+    return weight.new_empty(()).expand(len(listed), *weight.shape[1:])
+
+
+def _positions(factors):
+    return torch.arange(max(len(factors.grad), len(factors.input)))
