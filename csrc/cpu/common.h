@@ -7,6 +7,8 @@
 
 #pragma once
 
+#include "element.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -182,71 +184,42 @@ using Word [[gnu::aligned(64)]] = float[word_bits];
 using Bits32 [[gnu::may_alias]] = uint32_t;
 using Bits16 [[gnu::may_alias]] = uint16_t;
 
-MOE_UNLEARN_INLINE float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
-MOE_UNLEARN_INLINE uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
-
 MOE_UNLEARN_INLINE uint32_t choose(bool condition, uint32_t yes, uint32_t no) { return condition ? yes : no; }
 
+/// A dtype of torch's as one of element.h's.
 template <ScalarType>
 struct Format;
 
 template <>
 struct Format<ScalarType::Float> {
   using Bits = Bits32;
-  MOE_UNLEARN_INLINE static float widen(uint32_t bits) { return bits_to_float(bits); }
-  MOE_UNLEARN_INLINE static uint32_t narrow(float value) { return float_to_bits(value); }
+  static constexpr Dtype dtype = Dtype::float32;
 };
 
 template <>
 struct Format<ScalarType::BFloat16> {
   using Bits = Bits16;
-  MOE_UNLEARN_INLINE static float widen(uint32_t bits) { return bits_to_float(bits << 16); }
-  MOE_UNLEARN_INLINE static uint32_t narrow(float value) {
-    const uint32_t bits = float_to_bits(value), even = bits >> 16 & 1;
-    return choose((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, (bits + 0x7FFF + even) >> 16);
-  }
+  static constexpr Dtype dtype = Dtype::bfloat16;
 };
 
 template <>
 struct Format<ScalarType::Half> {
   using Bits = Bits16;
-  MOE_UNLEARN_INLINE static float widen(uint32_t bits) {
-    const uint32_t magnitude = bits & 0x7FFF, sign = (bits & 0x8000) << 16;
-    // by integers, so that a flush-to-zero mode does not reach half's denormals
-    const uint32_t denormal = float_to_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
-    const uint32_t normal = (magnitude << 13) + (112u << 23);
-    const uint32_t finite = choose(magnitude < 0x400, denormal, normal);
-    return bits_to_float(sign | choose(magnitude >= 0x7C00, magnitude << 13 | 0x7F800000, finite));
-  }
-  MOE_UNLEARN_INLINE static uint32_t narrow(float value) {
-    const uint32_t bits = float_to_bits(value), magnitude = bits & 0x7FFFFFFF, even = magnitude >> 13 & 1;
-    const uint32_t normal = (magnitude - (112u << 23) + 0xFFF + even) >> 13;
-    // the last bit of 0.5f is half's smallest denormal: the sum is rounded where half rounds
-    const uint32_t denormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3F000000;
-    const uint32_t finite = choose(magnitude < 0x38800000, denormal, normal);
-    const uint32_t infinite = choose(magnitude > 0x7F800000, 0x7E00, 0x7C00);
-    return (bits >> 16 & 0x8000) | choose(magnitude >= 0x47800000, infinite, finite);
-  }
+  static constexpr Dtype dtype = Dtype::float16;
 };
-
-/// `value` rounded to nearest in dtype D.
-template <ScalarType D>
-MOE_UNLEARN_INLINE float round_to(float value) {
-  return Format<D>::widen(Format<D>::narrow(value));
-}
 
 template <ScalarType D>
 MOE_UNLEARN_INLINE void load_as(Word& out, const char* from, int64_t step, int64_t n) {
   using Bits = typename Format<D>::Bits;
   if (n == word_bits && step == sizeof(Bits)) {
     const auto* raw = reinterpret_cast<const Bits*>(from);
-    for (int j = 0; j < word_bits; ++j) out[j] = Format<D>::widen(raw[j]);
+    for (int j = 0; j < word_bits; ++j) out[j] = widen<Format<D>::dtype>(raw[j]);
     return;
   }
   for (int j = 0; j < word_bits; ++j) {
     Bits raw = 0;
     if (j < n) std::memcpy(&raw, from + j * step, sizeof(raw));
-    out[j] = Format<D>::widen(raw);
+    out[j] = widen<Format<D>::dtype>(raw);
   }
 }
 
@@ -265,18 +238,18 @@ MOE_UNLEARN_INLINE void load(Word& out, ScalarType dtype, const char* from, int6
 template <ScalarType D, bool rounded>
 MOE_UNLEARN_INLINE void store_as(const Word& value, char* to, int64_t step, uint32_t chosen, int64_t n) {
   using Bits = typename Format<D>::Bits;
-  const auto narrow = [](float x) MOE_UNLEARN_INLINE_LAMBDA {
-    return rounded && D == ScalarType::BFloat16 ? float_to_bits(x) >> 16 : Format<D>::narrow(x);
+  const auto in_bits = [](float x) MOE_UNLEARN_INLINE_LAMBDA {
+    return rounded && D == ScalarType::BFloat16 ? bits_of(x) >> 16 : narrow<Format<D>::dtype>(x);
   };
   if (n == word_bits && step == sizeof(Bits)) {
     auto* raw = reinterpret_cast<Bits*>(to);
     // an element that is not chosen keeps its very bits, a NaN's payload too
     for (int j = 0; j < word_bits; ++j)
-      raw[j] = static_cast<Bits>(choose(chosen >> j & 1, narrow(value[j]), raw[j]));
+      raw[j] = static_cast<Bits>(choose(chosen >> j & 1, in_bits(value[j]), raw[j]));
     return;
   }
   for (int j = 0; j < n; ++j) {
-    const Bits raw = static_cast<Bits>(narrow(value[j]));
+    const Bits raw = static_cast<Bits>(in_bits(value[j]));
     if (chosen >> j & 1) std::memcpy(to + j * step, &raw, sizeof(raw));
   }
 }

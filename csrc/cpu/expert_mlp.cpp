@@ -184,7 +184,8 @@ MOE_UNLEARN_INLINE void activate_chunk_backward(
 }
 
 template <Activation activation>
-void run_forward(const Layer& l, const Chunk& c, const Matrix& z, const Rows& bias, const Matrix& kept, const Matrix& a) {
+void run_forward(
+    const Layer& l, const Chunk& c, const Matrix& z, const Rows& bias, const Matrix& kept, const Matrix& a) {
   for_this_cpu<
       activate_chunk<activation>, const Layer&, const Chunk&, const Matrix&, const Rows&, const Matrix&,
       const Matrix&>(l, c, z, bias, kept, a);

@@ -3,10 +3,9 @@
 
 #pragma once
 
-#include "cpu/common.h"
+#include "cpu/vector_math.h"
 
 #include <cmath>
-#include <limits>
 #include <string>
 
 namespace moe_unlearn {
@@ -25,36 +24,13 @@ struct Gate {
   bool interleaved, gated;
 };
 
-/// e^x to about one unit in the last place: 2^n of the nearest n, times a Taylor polynomial on |r| <= ln(2) / 2.
-MOE_UNLEARN_INLINE float exponential(float x) {
-  constexpr float round_to_integer = 0x1.8p23f, lowest = -87.0f, highest = 88.72f;
-  // by choices that let NaN through
-  const float bounded = x < lowest ? lowest : x > highest ? highest : x;
-  const float shifted = __builtin_fmaf(bounded, 1.44269504f, round_to_integer);
-  const float n = shifted - round_to_integer;
-  // ln(2) in two parts, the first of so few bits that its product with n is exact
-  const float r = __builtin_fmaf(n, 2.12194440e-4f, __builtin_fmaf(n, -0.693359375f, bounded));
-  float p = 1.0f / 5040;
-  p = __builtin_fmaf(p, r, 1.0f / 720);
-  p = __builtin_fmaf(p, r, 1.0f / 120);
-  p = __builtin_fmaf(p, r, 1.0f / 24);
-  p = __builtin_fmaf(p, r, 1.0f / 6);
-  p = __builtin_fmaf(p, r, 0.5f);
-  p = __builtin_fmaf(p, r, 1.0f);
-  p = __builtin_fmaf(p, r, 1.0f);
-  // half of 2^n, since 2^128 is infinite while e^88.72 is not
-  const float power = bits_to_float((float_to_bits(shifted) << 23) + 0x3F000000);
-  const float result = p * power * 2;
-  return x < lowest ? 0.0f : x > highest ? std::numeric_limits<float>::infinity() : result;
-}
-
 struct ValueAndSlope {
   float value, slope;
 };
 
 /// x * sigmoid(v), v' being the slope of v at x.
 MOE_UNLEARN_INLINE ValueAndSlope sigmoid_gated(float x, float v, float v_slope) {
-  const float e = exponential(-v), s = 1 / (1 + e);
+  const float e = exp_float(-v), s = 1 / (1 + e);
   const float rest = s < 0.5f ? 1 - s : e * s;  // 1 - s without cancellation
   return {x * s, s + x * v_slope * s * rest};
 }
@@ -66,7 +42,7 @@ MOE_UNLEARN_INLINE ValueAndSlope activate(float x, float alpha) {
       return sigmoid_gated(x, alpha * x, alpha);
     case Activation::gelu: {
       const float cdf = 0.5f * (1 + __builtin_erff(x * 0.707106781f));
-      return {x * cdf, cdf + x * exponential(-0.5f * x * x) * 0.398942280f};
+      return {x * cdf, cdf + x * exp_float(-0.5f * x * x) * 0.398942280f};
     }
     case Activation::gelu_tanh: {
       // (1 + tanh(u)) / 2 is sigmoid(2 u)

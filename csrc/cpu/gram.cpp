@@ -40,7 +40,7 @@ MOE_UNLEARN_INLINE void widen(const Rows& g, const char* row, int64_t word, uint
     for (int j = 0; j < word_bits; ++j) to[j] = static_cast<double>(value[j]);
   else  // a choice, not a product: what a mask hides may be NaN
     for (int j = 0; j < word_bits; ++j)
-      to[j] = static_cast<double>(bits_to_float(choose(kept >> j & 1, float_to_bits(value[j]), 0)));
+      to[j] = static_cast<double>(float_of(choose(kept >> j & 1, bits_of(value[j]), 0)));
 }
 
 /// Adds the words [begin, end) to the lanes of every pair i <= j; `wide` has room for a piece of each gradient.

@@ -11,84 +11,23 @@ namespace {
 
 constexpr int64_t grain = 512;  // words per thread at least
 
-/// round_to<A> inside a rule. Operands of dtype A have no low bits, so nor have the NaNs that come of them, and
-/// the carry of rounding cannot run through one: bfloat16 needs no case for NaN.
-template <ScalarType A>
-MOE_UNLEARN_INLINE float rounded(float value) {
-  if (A != ScalarType::BFloat16) return round_to<A>(value);
-  const uint32_t bits = float_to_bits(value);
-  return bits_to_float((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000);
-}
-
-/// The new weights w and momenta s[0]; g is scratch.
-template <ScalarType A>
-MOE_UNLEARN_INLINE void apply(const Sgd& rule, Word& w, Word& g, Word (&s)[2]) {
-  const float momentum = rule.momentum;
-  Word& b = s[0];
-  if (rule.weight_decay != 0)
-    for (int j = 0; j < word_bits; ++j) g[j] = rounded<A>(__builtin_fmaf(rule.weight_decay, w[j], g[j]));
-  if (momentum != 0) {
-    if (rule.first)
-      for (int j = 0; j < word_bits; ++j) b[j] = g[j];
-    else
-      for (int j = 0; j < word_bits; ++j)
-        b[j] = rounded<A>(__builtin_fmaf(rule.grad_scale, g[j], rounded<A>(b[j] * momentum)));
-    if (rule.nesterov)
-      for (int j = 0; j < word_bits; ++j) g[j] = rounded<A>(__builtin_fmaf(momentum, b[j], g[j]));
-    else
-      for (int j = 0; j < word_bits; ++j) g[j] = b[j];
-  }
-  for (int j = 0; j < word_bits; ++j) w[j] = rounded<A>(__builtin_fmaf(rule.negative_lr, g[j], w[j]));
-}
-
-template <ScalarType A>
-MOE_UNLEARN_INLINE void apply(const AdamW& rule, Word& w, Word& g, Word (&s)[2]) {
-  Word &m = s[0], &v = s[1];
-  // torch.lerp starts from the nearer end
-  const bool near = rule.lerp < 0.5f && rule.lerp > -0.5f;
-  const float weight = near ? rule.lerp : rule.lerp - 1;
-  if (rule.decay != 1)
-    for (int j = 0; j < word_bits; ++j) w[j] = rounded<A>(w[j] * rule.decay);
-  for (int j = 0; j < word_bits; ++j)
-    m[j] = rounded<A>(__builtin_fmaf(weight, g[j] - m[j], near ? m[j] : g[j]));
+template <ScalarType A, class Rule>
+MOE_UNLEARN_INLINE void apply(const Rule& rule, Word& w, const Word& g, Word (&s)[2]) {
   for (int j = 0; j < word_bits; ++j) {
-    const float old = rounded<A>(v[j] * rule.beta2);
-    v[j] = rounded<A>(__builtin_fmaf(rule.one_minus_beta2 * g[j], g[j], old));
-  }
-  for (int j = 0; j < word_bits; ++j) {
-    const float root = rounded<A>(rounded<A>(__builtin_sqrtf(v[j])) / rule.root_correction);
-    w[j] = rounded<A>(w[j] + rule.step_size * m[j] / rounded<A>(root + rule.eps));
+    float of_state[2] = {s[0][j], s[1][j]};
+    rule.template apply<Format<A>::dtype>(w[j], g[j], of_state);
+    s[0][j] = of_state[0], s[1][j] = of_state[1];
   }
 }
 
-/// Cuts w to bfloat16 after adding 16 random bits below it: word 0 of Philox4x32-10 (Salmon et al., SC 2011) at
-/// counter (flat index, step) and key (seed, parameter id).
-MOE_UNLEARN_INLINE void round_stochastic(Word& w, int64_t index, const UpdateOperands& o) {
-  constexpr uint64_t low_half = 0xFFFFFFFF;
-  const auto step = static_cast<uint64_t>(o.step);
+/// Cuts w, the weights from flat element `index` on, to bfloat16.
+MOE_UNLEARN_INLINE void round_word(Word& w, int64_t index, const UpdateOperands& o) {
   uint32_t random[word_bits];
-  for (int j = 0; j < word_bits; ++j) {
-    const uint64_t counter = static_cast<uint64_t>(index) + static_cast<uint64_t>(j);
-    // 32-bit words in lanes of 64: one product gives both of its halves
-    uint64_t c0 = counter & low_half, c1 = counter >> 32, c2 = step & low_half, c3 = step >> 32;
-    uint32_t k0 = static_cast<uint32_t>(o.seed), k1 = static_cast<uint32_t>(o.parameter_id);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t p0 = c0 * 0xD2511F53, p1 = c2 * 0xCD9E8D57;
-      c0 = p1 >> 32 ^ c1 ^ k0;
-      c1 = p1 & low_half;
-      c2 = p0 >> 32 ^ c3 ^ k1;
-      c3 = p0 & low_half;
-      k0 += 0x9E3779B9;
-      k1 += 0xBB67AE85;
-    }
-    random[j] = static_cast<uint32_t>(c0) & 0xFFFF;
-  }
-  for (int j = 0; j < word_bits; ++j) {
-    const uint32_t bits = float_to_bits(w[j]);
-    const bool finite = (bits & 0x7F800000) != 0x7F800000;
-    w[j] = bits_to_float(choose(finite, (bits + random[j]) & 0xFFFF0000, bits));
-  }
+  for (int j = 0; j < word_bits; ++j)
+    random[j] = philox(
+        static_cast<uint64_t>(index) + j, static_cast<uint64_t>(o.step), static_cast<uint32_t>(o.seed),
+        static_cast<uint32_t>(o.parameter_id));
+  for (int j = 0; j < word_bits; ++j) w[j] = round_stochastic(w[j], random[j]);
 }
 
 /// The words [begin, end) by `rule` in arithmetic of dtype A. `uniform`: every operand has dtype A and
@@ -120,7 +59,7 @@ MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& rule, int
       Word w, g, s[2];
       load(g, dtype(o.grad), at(o.grad, grad), step(o.grad), n);
       if (A != ScalarType::Float && dtype(o.grad) != A)
-        for (int j = 0; j < word_bits; ++j) g[j] = round_to<A>(g[j]);
+        for (int j = 0; j < word_bits; ++j) g[j] = round_to<Format<A>::dtype>(g[j]);
       if (master)
         load(w, ScalarType::Float, at(o.master, master), o.master.step, n);
       else
@@ -133,7 +72,7 @@ MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& rule, int
       for (int i = 0; i < states; ++i)
         store<is_rounded>(s[i], dtype(o.state[i]), at(o.state[i], state[i]), step(o.state[i]), bits, n);
       if (master) store(w, ScalarType::Float, at(o.master, master), o.master.step, bits, n);
-      if (!uniform && o.stochastic) round_stochastic(w, param_row * width + first, o);
+      if (!uniform && o.stochastic) round_word(w, param_row * width + first, o);
       store<is_rounded>(w, dtype(o.param), at(o.param, param), step(o.param), bits, n);
     }
   }

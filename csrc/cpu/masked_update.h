@@ -28,36 +28,6 @@ struct UpdateOperands {
   ScalarType arithmetic() const;
 };
 
-struct Sgd {
-  static constexpr int states = 1;
-  float negative_lr, momentum, grad_scale, weight_decay;
-  bool nesterov, first, has_state;  // without momentum a buffer is neither read nor written
-
-  Sgd(double lr, double momentum, double grad_scale, double weight_decay, bool nesterov, int64_t step)
-      : negative_lr(static_cast<float>(-lr)),
-        momentum(static_cast<float>(momentum)),
-        grad_scale(static_cast<float>(grad_scale)),
-        weight_decay(static_cast<float>(weight_decay)),
-        nesterov(nesterov),
-        first(step == 1),
-        has_state(momentum != 0) {}
-};
-
-struct AdamW {
-  static constexpr int states = 2;
-  static constexpr bool has_state = true;
-  float decay, lerp, beta2, one_minus_beta2, root_correction, eps, step_size;
-
-  AdamW(double decay, double beta1, double beta2, double root_correction, double eps, double step_size)
-      : decay(static_cast<float>(decay)),
-        lerp(static_cast<float>(1 - beta1)),
-        beta2(static_cast<float>(beta2)),
-        one_minus_beta2(static_cast<float>(1 - beta2)),
-        root_correction(static_cast<float>(root_correction)),
-        eps(static_cast<float>(eps)),
-        step_size(static_cast<float>(step_size)) {}
-};
-
 /// The words [begin, end) by a rule, in the calling thread.
 void update_words(const UpdateOperands& operands, const Sgd& rule, int64_t begin, int64_t end);
 void update_words(const UpdateOperands& operands, const AdamW& rule, int64_t begin, int64_t end);

@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "cpu/common.h"
+#include "cpu/product.h"
 
 #include <cstdlib>
 #include <memory>
@@ -70,11 +70,9 @@ inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b) {
   const auto view = [](const Matrix& m) {
     const int64_t sizes[] = {m.rows, m.columns}, strides[] = {m.step, m.column_step};
     const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-    return torch::stable::detail::from(torch::stable::from_blob(m.data, {sizes, 2}, {strides, 2}, cpu, m.dtype));
+    return torch::stable::from_blob(m.data, {sizes, 2}, {strides, 2}, cpu, m.dtype);
   };
-  StableIValue stack[] = {view(a), view(b), view(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<Tensor>(stack[0]);  // the result's handle is ours to close
+  multiply(view(out), view(a), view(b));
 }
 
 /// Copies the row `from` to dense memory `to` in dtype `to_dtype`.

@@ -280,8 +280,8 @@ MOE_UNLEARN_INLINE void add_row(float* to, const Rows& rows, int64_t row, float 
 // The layouts of bfloat16 pairs that `multiply_pairs` takes; the low half of a word is the first of a pair.
 
 MOE_UNLEARN_INLINE uint32_t narrowed(float value, bool residual) {
-  const uint32_t bits = Format<ScalarType::BFloat16>::narrow(value);
-  return residual ? Format<ScalarType::BFloat16>::narrow(value - Format<ScalarType::BFloat16>::widen(bits)) : bits;
+  const uint32_t bits = narrow<Dtype::bfloat16>(value);
+  return residual ? narrow<Dtype::bfloat16>(value - widen<Dtype::bfloat16>(bits)) : bits;
 }
 
 MOE_UNLEARN_INLINE uint32_t half_at(const Rows& rows, int64_t row, int64_t column) {

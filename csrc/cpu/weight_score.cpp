@@ -40,7 +40,7 @@ MOE_UNLEARN_INLINE void for_each_word(const Terms& t, int64_t begin, int64_t end
   }
 }
 
-MOE_UNLEARN_INLINE uint32_t magnitude_bits(float score) { return float_to_bits(score) & 0x7FFFFFFF; }
+MOE_UNLEARN_INLINE uint32_t magnitude_bits(float score) { return bits_of(score) & 0x7FFFFFFF; }
 
 MOE_UNLEARN_INLINE void score_words(const Terms& t, int64_t begin, int64_t end, float* out) {
   const int64_t words = t.weight.words(), width = t.weight.width;
