@@ -27,7 +27,6 @@ namespace moe_unlearn {
 /// What lies in memory. `word` is a packed mask word, `none` an absent tensor.
 enum class Dtype : int { none, float32, bfloat16, float16, word };
 
-// not memcpy on the host: GCC does not vectorise loops with it
 MOE_UNLEARN_ELEMENT float float_of(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
   return __uint_as_float(bits);
@@ -94,21 +93,23 @@ MOE_UNLEARN_ELEMENT float rounded(float value) {
 // ---- Stochastic rounding -----------------------------------------------------------------------------------
 
 /// Word 0 of Philox4x32-10 (Salmon et al., SC 2011) at counter (index, step) and key (seed, parameter id), of
-/// which the low words count.
+/// which the low words count. Lane holds the counter's words: uint32_t, or uint64_t where that vectorises better.
+template <class Lane = uint32_t>
 MOE_UNLEARN_ELEMENT uint32_t philox(uint64_t index, uint64_t step, uint32_t seed, uint32_t parameter_id) {
-  uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32);
-  uint32_t c2 = static_cast<uint32_t>(step), c3 = static_cast<uint32_t>(step >> 32);
+  constexpr uint64_t low = 0xFFFFFFFF;
+  auto c0 = static_cast<Lane>(index & low), c1 = static_cast<Lane>(index >> 32);
+  auto c2 = static_cast<Lane>(step & low), c3 = static_cast<Lane>(step >> 32);
   MOE_UNLEARN_UNROLL
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t{c0} * 0xD2511F53, p1 = uint64_t{c2} * 0xCD9E8D57;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ seed;
-    c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ parameter_id;
-    c3 = static_cast<uint32_t>(p0);
+    c0 = static_cast<Lane>(p1 >> 32) ^ c1 ^ seed;
+    c1 = static_cast<Lane>(p1 & low);
+    c2 = static_cast<Lane>(p0 >> 32) ^ c3 ^ parameter_id;
+    c3 = static_cast<Lane>(p0 & low);
     seed += 0x9E3779B9;
     parameter_id += 0xBB67AE85;
   }
-  return c0;
+  return static_cast<uint32_t>(c0);
 }
 
 /// `value` cut to bfloat16 after adding 16 random bits below it; NaN and infinity as they are.
@@ -119,6 +120,8 @@ MOE_UNLEARN_ELEMENT float round_stochastic(float value, uint32_t random) {
 }
 
 // ---- Update rules, every operation rounded to dtype A (float32: not at all) --------------------------------
+//
+// In parts, so that a CPU kernel can run each part over many elements; `apply` is one element's whole update.
 
 struct Sgd {
   static constexpr int states = 1;
@@ -134,15 +137,32 @@ struct Sgd {
         first(step == 1),
         has_state(momentum != 0) {}
 
+  template <Dtype A>
+  MOE_UNLEARN_ELEMENT float decayed(float w, float g) const {
+    return rounded<A>(fmaf(weight_decay, w, g));
+  }
+  template <Dtype A>
+  MOE_UNLEARN_ELEMENT float moment(float g, float b) const {
+    return rounded<A>(fmaf(grad_scale, g, rounded<A>(b * momentum)));
+  }
+  template <Dtype A>
+  MOE_UNLEARN_ELEMENT float ahead(float g, float b) const {
+    return rounded<A>(fmaf(momentum, b, g));
+  }
+  template <Dtype A>
+  MOE_UNLEARN_ELEMENT float moved(float w, float g) const {
+    return rounded<A>(fmaf(negative_lr, g, w));
+  }
+
   /// The new weight w and momentum s[0].
   template <Dtype A>
   MOE_UNLEARN_ELEMENT void apply(float& w, float g, float (&s)[2]) const {
-    if (weight_decay != 0) g = rounded<A>(fmaf(weight_decay, w, g));
+    if (weight_decay != 0) g = decayed<A>(w, g);
     if (has_state) {
-      s[0] = first ? g : rounded<A>(fmaf(grad_scale, g, rounded<A>(s[0] * momentum)));
-      g = nesterov ? rounded<A>(fmaf(momentum, s[0], g)) : s[0];
+      s[0] = first ? g : moment<A>(g, s[0]);
+      g = nesterov ? ahead<A>(g, s[0]) : s[0];
     }
-    w = rounded<A>(fmaf(negative_lr, g, w));
+    w = moved<A>(w, g);
   }
 };
 
@@ -160,16 +180,33 @@ struct AdamW {
         eps(static_cast<float>(eps)),
         step_size(static_cast<float>(step_size)) {}
 
+  template <Dtype A>
+  MOE_UNLEARN_ELEMENT float decayed(float w) const {
+    return rounded<A>(w * decay);
+  }
+  template <Dtype A>
+  MOE_UNLEARN_ELEMENT float first_moment(float g, float m) const {
+    // torch.lerp starts from the nearer end
+    const bool near = lerp < 0.5f && lerp > -0.5f;
+    return rounded<A>(fmaf(near ? lerp : lerp - 1, g - m, near ? m : g));
+  }
+  template <Dtype A>
+  MOE_UNLEARN_ELEMENT float second_moment(float g, float v) const {
+    return rounded<A>(fmaf(one_minus_beta2 * g, g, rounded<A>(v * beta2)));
+  }
+  template <Dtype A>
+  MOE_UNLEARN_ELEMENT float moved(float w, float m, float v) const {
+    const float root = rounded<A>(rounded<A>(sqrtf(v)) / root_correction);
+    return rounded<A>(w + step_size * m / rounded<A>(root + eps));
+  }
+
   /// The new weight w and moments s.
   template <Dtype A>
   MOE_UNLEARN_ELEMENT void apply(float& w, float g, float (&s)[2]) const {
-    // torch.lerp starts from the nearer end
-    const bool near = lerp < 0.5f && lerp > -0.5f;
-    if (decay != 1) w = rounded<A>(w * decay);
-    s[0] = rounded<A>(fmaf(near ? lerp : lerp - 1, g - s[0], near ? s[0] : g));
-    s[1] = rounded<A>(fmaf(one_minus_beta2 * g, g, rounded<A>(s[1] * beta2)));
-    const float root = rounded<A>(rounded<A>(sqrtf(s[1])) / root_correction);
-    w = rounded<A>(w + step_size * s[0] / rounded<A>(root + eps));
+    if (decay != 1) w = decayed<A>(w);
+    s[0] = first_moment<A>(g, s[0]);
+    s[1] = second_moment<A>(g, s[1]);
+    w = moved<A>(w, s[0], s[1]);
   }
 };
 

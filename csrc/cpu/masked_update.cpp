@@ -11,20 +11,41 @@ namespace {
 
 constexpr int64_t grain = 512;  // words per thread at least
 
-template <ScalarType A, class Rule>
-MOE_UNLEARN_INLINE void apply(const Rule& rule, Word& w, const Word& g, Word (&s)[2]) {
-  for (int j = 0; j < word_bits; ++j) {
-    float of_state[2] = {s[0][j], s[1][j]};
-    rule.template apply<Format<A>::dtype>(w[j], g[j], of_state);
-    s[0][j] = of_state[0], s[1][j] = of_state[1];
+/// The new weights w and momenta s[0]; g is scratch.
+template <Dtype A>
+MOE_UNLEARN_INLINE void apply(const Sgd& rule, Word& w, Word& g, Word (&s)[2]) {
+  Word& b = s[0];
+  if (rule.weight_decay != 0)
+    for (int j = 0; j < word_bits; ++j) g[j] = rule.decayed<A>(w[j], g[j]);
+  if (rule.has_state) {
+    if (rule.first)
+      for (int j = 0; j < word_bits; ++j) b[j] = g[j];
+    else
+      for (int j = 0; j < word_bits; ++j) b[j] = rule.moment<A>(g[j], b[j]);
+    if (rule.nesterov)
+      for (int j = 0; j < word_bits; ++j) g[j] = rule.ahead<A>(g[j], b[j]);
+    else
+      for (int j = 0; j < word_bits; ++j) g[j] = b[j];
   }
+  for (int j = 0; j < word_bits; ++j) w[j] = rule.moved<A>(w[j], g[j]);
+}
+
+/// The new weights w and moments s.
+template <Dtype A>
+MOE_UNLEARN_INLINE void apply(const AdamW& rule, Word& w, const Word& g, Word (&s)[2]) {
+  Word &m = s[0], &v = s[1];
+  if (rule.decay != 1)
+    for (int j = 0; j < word_bits; ++j) w[j] = rule.decayed<A>(w[j]);
+  for (int j = 0; j < word_bits; ++j) m[j] = rule.first_moment<A>(g[j], m[j]);
+  for (int j = 0; j < word_bits; ++j) v[j] = rule.second_moment<A>(g[j], v[j]);
+  for (int j = 0; j < word_bits; ++j) w[j] = rule.moved<A>(w[j], m[j], v[j]);
 }
 
 /// Cuts w, the weights from flat element `index` on, to bfloat16.
 MOE_UNLEARN_INLINE void round_word(Word& w, int64_t index, const UpdateOperands& o) {
   uint32_t random[word_bits];
   for (int j = 0; j < word_bits; ++j)
-    random[j] = philox(
+    random[j] = philox<uint64_t>(
         static_cast<uint64_t>(index) + j, static_cast<uint64_t>(o.step), static_cast<uint32_t>(o.seed),
         static_cast<uint32_t>(o.parameter_id));
   for (int j = 0; j < word_bits; ++j) w[j] = round_stochastic(w[j], random[j]);
@@ -66,7 +87,7 @@ MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& rule, int
         load(w, dtype(o.param), at(o.param, param), step(o.param), n);
       for (int i = 0; i < states; ++i) load(s[i], dtype(o.state[i]), at(o.state[i], state[i]), step(o.state[i]), n);
 
-      apply<A>(rule, w, g, s);
+      apply<Format<A>::dtype>(rule, w, g, s);
 
       constexpr bool is_rounded = A != ScalarType::Float;  // then all that is written has dtype A
       for (int i = 0; i < states; ++i)
