@@ -13,7 +13,7 @@ BIN := .venv/bin
 DEMO ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 # a change here builds the native extension again
-NATIVE := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
 .PHONY: demo test quick lint ledger mutants gpu clean-cache clean
 

@@ -10,6 +10,7 @@
 #include <ucontext.h>
 
 #include <bit>
+#include <cstring>
 #include <memory>
 #include <numeric>
 #include <random>
