@@ -6,6 +6,7 @@ package: the op's quick tests, then its memory and overflow cases, then its whol
 failure. A mutant that changes nothing stands in `tests/equivalent_mutants.py`, with the reason.
 
     python -m tests.mutants                        all, recorded in benchmarks/results/mutants.json
+    python -m tests.mutants --again                the recorded survivors, after a test was added
     python -m tests.mutants --sample 10 --seed 7   ten of them
     python -m tests.mutants --only gram --list     those of one file, not run
 """
@@ -414,6 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, help="run so many, drawn by --seed, and record nothing")
     parser.add_argument("--seed", type=int, help="default: from the commit")
     parser.add_argument("--only", help="mutate this file only, e.g. gram, and record nothing")
+    parser.add_argument("--again", action="store_true", help="run the recorded survivors again and record what changed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
     options = parser.parse_args(arguments)
@@ -424,6 +426,10 @@ def main(arguments: list[str] | None = None) -> int:
         mutants = random.Random(seed).sample(mutants, min(options.sample, len(mutants)))
         print(f"{len(mutants)} mutants drawn by seed {seed}; again with: "
               f"python -m tests.mutants --sample {options.sample} --seed {seed}")  # fmt: skip
+    recorded = json.loads(RESULTS.read_text()) if options.again else {}
+    if options.again:
+        survived = [(r["file"], r["kernel"], r["before"], r["after"]) for r in recorded["survivors"]]
+        mutants = [mutant for mutant in mutants if identity(mutant) in survived]
     if options.list:
         for mutant in mutants:
             *_, before, after = identity(mutant)
@@ -435,7 +441,15 @@ def main(arguments: list[str] | None = None) -> int:
     counts = summary(results)
     for file, count in counts.items():
         print(f"{file}: {', '.join(f'{n} {what}' for what, n in count.items() if n)}")
-    if not (options.sample or options.only):
+    if options.again:
+        for result in results:
+            of_file = recorded["counts"][result["file"]]
+            of_file["survived"] -= 1
+            of_file[result["result"]] += 1
+        recorded["survivors"] = survivors
+        recorded["equivalent"] += [r for r in results if r["result"] == "equivalent"]
+        RESULTS.write_text(json.dumps(recorded, indent=1) + "\n")
+    elif not (options.sample or options.only):
         record = {
             "mutants": len(results), "seconds": round(time.monotonic() - begun), "counts": counts,
             "survivors": survivors, "equivalent": [r for r in results if r["result"] == "equivalent"],

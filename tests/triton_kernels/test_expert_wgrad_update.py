@@ -23,7 +23,7 @@ from tests.triton_kernels.test_expert_wgrad import (  # noqa: F401  fixtures
 )
 from tests.triton_kernels.test_masked_update import NUMERICS, RULES, assert_same, ieee_sqrt, inputs  # noqa: F401
 
-EXPERTS = [2, 0]
+EXPERTS = [3, 2, 1]  # half_empty gives rows to 1 and 3
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NaN and infinity are meant
 STATE = {adamw: ("exp_avg", "exp_avg_sq"), sgd: ("momentum_buffer",)}
 
@@ -36,6 +36,7 @@ def prepared(numerics, rule, *, pattern="half_empty", sizes=SIZES, experts=EXPER
     common, state = inputs(numerics, (4, sizes["M"], sizes["P"]), slices=experts, masked=masked)
     # a sum of negative zeros alone may keep its sign or not
     common["grad"] = expert_wgrad_ref(**made, experts=listed, out_dtype=FP32) + 0.0
+    assert experts == [] or common["grad"].any()
     common |= options | dict(zip(STATE[function], state, strict=False))
     if function is sgd and "momentum" not in options:
         common["momentum_buffer"] = None
@@ -116,9 +117,9 @@ def test_shipped_tiles(device, numerics, rule):
 def test_what_the_mask_keeps_out_stays_untouched(device, small_tiles, rule, numerics):  # noqa: F811
     """A tile without a bit, rows without a bit, words without a bit, words of one bit and of all, any bits."""
     function, made, common = prepared(numerics, rule, sizes=SIZES)
-    common["mask"][0, :32, :2], common["mask"][1, 5], common["mask"][0, :, 1] = 0, 0, 0
-    common["mask"][1, 6], common["mask"][1, 7, :2] = 1, -1
-    common["param"][1, 3] = torch.nan  # expert 1 is not listed
+    common["mask"][0, :32, :2], common["mask"][2, 5], common["mask"][0, :, 1] = 0, 0, 0
+    common["mask"][2, 6], common["mask"][2, 7, :2] = 1, -1
+    common["param"][0, 3] = torch.nan  # expert 0 is not listed
     kept = unpack_bits(common["mask"], SIZES["P"])
     for name in STATE[function]:
         common[name][~kept] = torch.nan
@@ -130,6 +131,14 @@ def test_what_the_mask_keeps_out_stays_untouched(device, small_tiles, rule, nume
         same_bits(state[~kept], common[name][~kept]) for name, state in zip(STATE[function], new[1:], strict=False)
     )
     assert not same_bits(new[0], common["param"])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("word", [1, -(2**31)])
+def test_tiles_of_one_word_alone_are_not_skipped(device, small_tiles, word):  # noqa: F811
+    function, made, common = prepared("bf16", "adamw decay")
+    common["mask"][:] = word
+    check(function, made, common, device)
 
 
 @pytest.mark.quick
@@ -145,7 +154,7 @@ def test_a_buffer_without_momentum_is_left_alone_but_chooses_the_arithmetic(devi
     function, made, common = prepared("bf16", "sgd decay")
     common["param"].flatten()[33:35] = 0  # the interpreter does not round to bfloat16 denormals
     for dtype in (BF16, FP32):
-        common["momentum_buffer"] = randn(2, SIZES["M"], SIZES["P"], dtype=dtype)
+        common["momentum_buffer"] = randn(len(EXPERTS), SIZES["M"], SIZES["P"], dtype=dtype)
         new = check(function, made, common, device)
         assert same_bits(new[1], common["momentum_buffer"])
 
