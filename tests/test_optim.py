@@ -68,6 +68,13 @@ def make(kind, params, masks=None, **options):
     return optimizer
 
 
+@pytest.fixture
+def rounded_sqrt(monkeypatch):
+    """torch.optim with the correctly rounded square root, as ours has it: MKL's is a last bit off on some CPUs."""
+    original = torch.Tensor.sqrt
+    monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: original(x.double()).to(x.dtype))
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
@@ -80,7 +87,7 @@ def make(kind, params, masks=None, **options):
         (MaskedAdamW, torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-4, "maximize": True}),
     ],
 )
-def test_parity_with_torch_under_a_scheduler(kind, theirs, options, dtype):
+def test_parity_with_torch_under_a_scheduler(kind, theirs, options, dtype, rounded_sqrt):
     ours, reference = parameters(dtype), parameters(dtype)
     pair = kind(ours, **options), theirs(reference, foreach=False, fused=False, **options)
     masks = random_masks()
@@ -213,7 +220,7 @@ def test_saved_and_resumed_gives_the_same_bits(numerics, kind):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("kind, theirs", [(MaskedSGD, torch.optim.SGD), (MaskedAdamW, torch.optim.AdamW)])
-def test_a_torch_state_is_continued(kind, theirs):
+def test_a_torch_state_is_continued(kind, theirs, rounded_sqrt):
     reference = parameters()
     optimizer = theirs(reference, foreach=False, **OPTIONS[kind])
     train(optimizer, reference, 3)

@@ -1,7 +1,7 @@
 """The SGD and AdamW epilogues give, bit for bit, what the reference's masked update makes of the same gradient.
 
 Factors are small integers, so that the gradient is exact whatever the order of its sum. As in
-test_masked_update.py the reference runs on the CPU, with the correctly rounded square root.
+test_masked_update.py the reference runs on the CPU.
 """
 
 import pytest
@@ -21,7 +21,7 @@ from tests.triton_kernels.test_expert_wgrad import (  # noqa: F401  fixtures
     direct,
     small_tiles,
 )
-from tests.triton_kernels.test_masked_update import NUMERICS, RULES, assert_same, ieee_sqrt, inputs  # noqa: F401
+from tests.triton_kernels.test_masked_update import NUMERICS, RULES, assert_same, inputs
 
 EXPERTS = [3, 2, 1]  # half_empty gives rows to 1 and 3
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NaN and infinity are meant

@@ -1,7 +1,6 @@
 """The Triton updates give the reference's bits: every numerics, rule, shape and layout; masked elements stay untouched.
 
-The reference always runs on the CPU, so that a GPU is held to the same bits. Its float32 square root there (MKL's) may
-be one ulp off; `ieee_sqrt` gives it the correctly rounded one, which CUDA and the kernels use.
+The reference always runs on the CPU, so that a GPU is held to the same bits.
 """
 
 import numpy as np
@@ -35,12 +34,6 @@ RULES = {f"adamw {k}": (adamw, v) for k, v in ADAMW.items()} | {f"sgd {k}": (sgd
 RULES["adamw far ends"] = adamw, {"betas": (0.25, 0.5), "eps": 0.3, "weight_decay": 0.2}
 FEW_NUMERICS = ("fp32", "bf16", "bf16 fp32 state stochastic", "bf16 master")
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NaN and infinity are meant
-
-
-@pytest.fixture(autouse=True)
-def ieee_sqrt(monkeypatch):
-    original = torch.Tensor.sqrt
-    monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: original(x.double()).to(x.dtype))
 
 
 def inputs(numerics, shape, *, slices=None, masked=True, keep=0.5):
