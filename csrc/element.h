@@ -1,6 +1,6 @@
-// The arithmetic of single elements: float dtypes as float32, stochastic rounding, SGD and AdamW. No torch, no
-// loops, no state; usable from CPU and CUDA code, and the same bits on both: a fused multiply-add is written out,
-// and both compilers are told to make none of their own.
+// The arithmetic of single elements: float dtypes as float32, WAGLE's score, stochastic rounding, SGD and AdamW.
+// No torch, no loops, no state; usable from CPU and CUDA code, and the same bits on both: a fused multiply-add is
+// written out, and both compilers are told to make none of their own.
 
 #pragma once
 
@@ -89,6 +89,15 @@ MOE_UNLEARN_ELEMENT float rounded(float value) {
   }
   return round_to<A>(value);
 }
+
+// ---- WAGLE's score ------------------------------------------------------------------------------------------
+
+MOE_UNLEARN_ELEMENT float score_of(float weight, float grad_forget, float grad_retain, float gamma) {
+  return (weight - grad_retain / gamma) * grad_forget;
+}
+
+/// |score| as bits: they order as the magnitudes do.
+MOE_UNLEARN_ELEMENT uint32_t magnitude_bits(float score) { return bits_of(score) & 0x7FFFFFFF; }
 
 // ---- Stochastic rounding -----------------------------------------------------------------------------------
 

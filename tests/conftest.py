@@ -15,6 +15,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def rounded_sqrt(monkeypatch):
+    """torch.optim with the correctly rounded square root, as ours has it: MKL's is a last bit off on some CPUs."""
+    original = torch.Tensor.sqrt
+    monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: original(x.double()).to(x.dtype))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_raw_bf16_dot():
     """The interpreter multiplies bfloat16 operands of `tl.dot` as raw bit patterns, without an error."""

@@ -426,8 +426,8 @@ def main(arguments: list[str] | None = None) -> int:
         mutants = random.Random(seed).sample(mutants, min(options.sample, len(mutants)))
         print(f"{len(mutants)} mutants drawn by seed {seed}; again with: "
               f"python -m tests.mutants --sample {options.sample} --seed {seed}")  # fmt: skip
-    recorded = json.loads(RESULTS.read_text()) if options.again else {}
     if options.again:
+        recorded = json.loads(RESULTS.read_text())
         survived = [(r["file"], r["kernel"], r["before"], r["after"]) for r in recorded["survivors"]]
         mutants = [mutant for mutant in mutants if identity(mutant) in survived]
     if options.list:

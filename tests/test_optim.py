@@ -68,13 +68,6 @@ def make(kind, params, masks=None, **options):
     return optimizer
 
 
-@pytest.fixture
-def rounded_sqrt(monkeypatch):
-    """torch.optim with the correctly rounded square root, as ours has it: MKL's is a last bit off on some CPUs."""
-    original = torch.Tensor.sqrt
-    monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: original(x.double()).to(x.dtype))
-
-
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(

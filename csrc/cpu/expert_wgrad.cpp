@@ -236,7 +236,7 @@ MOE_UNLEARN_INLINE void score_block(
     load(w, weight.dtype, weight.row(weight_row + row) + first * weight.step, weight.step, n);
     load_word(g_f, forget, row, first, n);
     load_word(g_r, retain, row, first, n);
-    for (int j = 0; j < word_bits; ++j) w[j] = (w[j] - g_r[j] / gamma) * g_f[j];
+    for (int j = 0; j < word_bits; ++j) w[j] = score_of(w[j], g_f[j], g_r[j], gamma);
     char* const to = reinterpret_cast<char*>(out + row * forget.columns + first);
     store(w, ScalarType::Float, to, sizeof(float), 0xFFFFFFFF, n);
   };

@@ -34,13 +34,11 @@ MOE_UNLEARN_INLINE void for_each_word(const Terms& t, int64_t begin, int64_t end
       load(w, t.weight.dtype, weight + first * t.weight.step, t.weight.step, n);
       load(g_f, t.grad_forget.dtype, grad_forget + first * t.grad_forget.step, t.grad_forget.step, n);
       load(g_r, t.grad_retain.dtype, grad_retain + first * t.grad_retain.step, t.grad_retain.step, n);
-      for (int j = 0; j < word_bits; ++j) w[j] = (w[j] - g_r[j] / t.gamma) * g_f[j];
+      for (int j = 0; j < word_bits; ++j) w[j] = score_of(w[j], g_f[j], g_r[j], t.gamma);
       f(row * words + word, n, w);
     }
   }
 }
-
-MOE_UNLEARN_INLINE uint32_t magnitude_bits(float score) { return bits_of(score) & 0x7FFFFFFF; }
 
 MOE_UNLEARN_INLINE void score_words(const Terms& t, int64_t begin, int64_t end, float* out) {
   const int64_t words = t.weight.words(), width = t.weight.width;

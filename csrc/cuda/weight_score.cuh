@@ -37,10 +37,8 @@ MOE_UNLEARN_DEVICE void score_chunk(Chunk& score, const ScoreTerms& t, const Pla
   widen(g_f, forget, t.grad_forget.dtype);
   widen(g_r, retain, t.grad_retain.dtype);
   MOE_UNLEARN_UNROLL
-  for (int j = 0; j < chunk_size; ++j) score[j] = (score[j] - g_r[j] / t.gamma) * g_f[j];
+  for (int j = 0; j < chunk_size; ++j) score[j] = score_of(score[j], g_f[j], g_r[j], t.gamma);
 }
-
-MOE_UNLEARN_DEVICE uint32_t magnitude_bits(float score) { return bits_of(score) & 0x7FFFFFFF; }
 
 struct Scores {
   static constexpr int threads = 256, resident = 4;

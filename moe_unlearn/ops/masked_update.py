@@ -299,9 +299,14 @@ def _adamw_native(param, grad, exp_avg, exp_avg_sq, mask, master, slices, lr, be
                   step, rounding, seed, parameter_id):  # fmt: skip
     operands = _native_operands(param, grad, (exp_avg, exp_avg_sq), mask, master, slices, rounding)
     torch.ops.moe_unlearn_native.masked_adamw_(
-        *operands, 1 - lr * weight_decay, beta1, beta2, (1 - beta2**step) ** 0.5, eps, -(lr / (1 - beta1**step)),
-        step, rounding == "stochastic", seed, parameter_id,
+        *operands, *_adamw_scalars(lr, beta1, beta2, eps, weight_decay, step), step, rounding == "stochastic", seed,
+        parameter_id,
     )  # fmt: skip
+
+
+def _adamw_scalars(lr, beta1, beta2, eps, weight_decay, step):
+    """What a native AdamW step takes: decay, beta1, beta2, root_correction, eps, step_size."""
+    return 1 - lr * weight_decay, beta1, beta2, (1 - beta2**step) ** 0.5, eps, -(lr / (1 - beta1**step))
 
 
 def _native_operands(param, grad, state, mask, master, slices, rounding):

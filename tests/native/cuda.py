@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from tests.static import ledger
+
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = Path(__file__).parent / "cuda_ledger.json"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
@@ -117,8 +119,7 @@ def violations(arch: str, entries: Entries) -> list[str]:
 
 def differences(arch: str, recorded: Entries, measured: Entries) -> list[str]:
     """What grew since `recorded`, and which kernels have no counterpart."""
-    found = [f"{arch} {name}: compiled, not in the ledger" for name in measured.keys() - recorded.keys()]
-    found += [f"{arch} {name}: in the ledger, no longer compiled" for name in recorded.keys() - measured.keys()]
+    found = ledger.unmatched(arch, recorded, measured)
     for name in recorded.keys() & measured.keys():
         before, now = recorded[name], measured[name]
         changes = [f"{what} {before[what]} -> {now[what]}" for what in GROWS if now[what] > before[what]]
@@ -129,15 +130,6 @@ def differences(arch: str, recorded: Entries, measured: Entries) -> list[str]:
 
 def read() -> dict[str, dict[str, Entries]]:
     return json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
-
-
-def write(version: str, by_arch: dict[str, Entries]) -> None:
-    """One line per kernel, so that a change of one is a change of its line."""
-    blocks = []
-    for arch, entries in by_arch.items():
-        lines = [f"      {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items())]
-        blocks.append(f"    {json.dumps(arch)}: {{\n" + ",\n".join(lines) + "\n    }")
-    LEDGER.write_text(f"{{\n  {json.dumps(version)}: {{\n" + ",\n".join(blocks) + "\n  }\n}\n")
 
 
 def compile_host(source: str, output: Path, *flags: str) -> None:
@@ -186,7 +178,7 @@ def main() -> int:
                 entries |= compile_op(op, arch, Path(folder, "out"))
         broken += violations(arch, entries)
         print(*differences(arch, before.get(arch, {}), entries), sep="\n")
-    write(version, by_arch)
+    ledger.write({version: by_arch}, LEDGER)
     if broken:
         print("\nNot allowed, recorded or not:", *broken, sep="\n  ")
     return int(bool(broken))

@@ -43,10 +43,15 @@ def violations(arch: str, entries: Entries) -> list[str]:
     return found
 
 
+def unmatched(arch: str, recorded: Entries, measured: Entries) -> list[str]:
+    """The entries without a counterpart."""
+    found = [f"{arch} {name}: compiled, not in the ledger" for name in measured.keys() - recorded.keys()]
+    return found + [f"{arch} {name}: in the ledger, no longer compiled" for name in recorded.keys() - measured.keys()]
+
+
 def differences(arch: str, recorded: Entries, measured: Entries) -> list[str]:
     """What got worse since `recorded`, and which entries have no counterpart."""
-    found = [f"{arch} {name}: compiled, not in the ledger" for name in measured.keys() - recorded.keys()]
-    found += [f"{arch} {name}: in the ledger, no longer compiled" for name in recorded.keys() - measured.keys()]
+    found = unmatched(arch, recorded, measured)
     for name in recorded.keys() & measured.keys():
         before, now = recorded[name], measured[name]
         if "error" in before or "error" in now:
@@ -108,7 +113,7 @@ def read() -> dict[str, dict[str, Entries]]:
     return json.loads(LEDGER.read_text())
 
 
-def write(ledger: dict[str, dict[str, Entries]]) -> None:
+def write(ledger: dict[str, dict[str, Entries]], path: Path = LEDGER) -> None:
     """One line per entry, so that a change of one kernel is a change of its lines."""
     versions = []
     for version, by_arch in ledger.items():
@@ -117,7 +122,7 @@ def write(ledger: dict[str, dict[str, Entries]]) -> None:
             lines = [f"      {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items())]
             blocks.append(f"    {json.dumps(arch)}: {{\n" + ",\n".join(lines) + "\n    }")
         versions.append(f"  {json.dumps(version)}: {{\n" + ",\n".join(blocks) + "\n  }")
-    LEDGER.write_text("{\n" + ",\n".join(versions) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(versions) + "\n}\n")
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from moe_unlearn.ops.expert_wgrad import (
     expert_wgrad_score_ref,
     expert_wgrad_sgd_ref_,
 )
-from moe_unlearn.ops.masked_update import _check, _check_momentum
+from moe_unlearn.ops.masked_update import _adamw_scalars, _check, _check_momentum
 
 
 def store(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, out_dtype):
@@ -62,8 +62,7 @@ def adamw(weight, exp_avg, exp_avg_sq, master, grad, input, expert_offsets, grad
     _check(weight, _like(weight, listed), state, mask, step, rounding, master, listed)
     torch.ops.moe_unlearn_native.expert_wgrad_adamw_(
         weight, exp_avg, exp_avg_sq, master, *_operands(factors, experts), listed, mask,
-        1 - lr * weight_decay, beta1, beta2, (1 - beta2**step) ** 0.5, eps, -(lr / (1 - beta1**step)), step,
-        rounding == "stochastic", seed, parameter_id,
+        *_adamw_scalars(lr, beta1, beta2, eps, weight_decay, step), step, rounding == "stochastic", seed, parameter_id,
     )  # fmt: skip
 
 
