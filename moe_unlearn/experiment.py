@@ -30,6 +30,7 @@ from moe_unlearn.data import Document, Example
 RECIPE_VERSION = 1  # raise it when the code below trains other weights from the same settings
 MANIFEST = "manifest.json"
 BUILDING = ".building-"
+MODELS = ("target", "retrain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,20 +111,41 @@ def prepare_experiment(
     it. `size` is a name in `SIZES` or a `Settings`; `cache_dir` is the folder of `cache_folder`. Raises
     ValueError for an unknown corpus or size, FileNotFoundError when the corpus is not installed.
     """
-    if isinstance(size, str) and size not in SIZES:
-        raise ValueError(f"unknown size {size!r}; expected one of {', '.join(SIZES)} or a Settings")
-    settings = SIZES[size] if isinstance(size, str) else size
-    tokenizer, forget, retain, holdout = build_data(corpus, seed, settings)
+    settings = settings_of(size)
+    tokenizer, forget, retain, holdout = built = build_data(corpus, seed, settings)
     models, seconds = {}, {}
-    for name, examples in (("target", forget + retain), ("retrain", retain)):
+    for name in MODELS:
         start = time.perf_counter()
-        models[name] = _cached_model(name, examples, tokenizer, settings, seed, cache_folder(cache_dir))
+        models[name] = _cached_model(name, built, settings, seed, cache_folder(cache_dir))
         seconds[name] = time.perf_counter() - start
     cut = max(1, round(settings.unlearn_share * len(retain)))
     return Experiment(
         corpus, seed, settings, tokenizer, models["target"], models["retrain"],
         forget, retain[:cut], retain[cut:], holdout, seconds,
     )  # fmt: skip
+
+
+def train_model(
+    name: str,
+    corpus: str,
+    seed: int,
+    cache_dir: str | Path | None = None,
+    *,
+    size: str | Settings = "demo",
+    on_step: Callable[[], None] | None = None,
+) -> None:
+    """Have one of the two models of `prepare_experiment` in the cache; `on_step` as in `train`."""
+    settings = settings_of(size)
+    _cached_model(name, build_data(corpus, seed, settings), settings, seed, cache_folder(cache_dir), on_step)
+
+
+def settings_of(size: str | Settings) -> Settings:
+    """The `Settings` of a name in `SIZES`; itself otherwise."""
+    if isinstance(size, Settings):
+        return size
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; expected one of {', '.join(SIZES)} or a Settings")
+    return SIZES[size]
 
 
 def build_data(corpus: str, seed: int, settings: Settings):
@@ -179,10 +201,12 @@ def train(
     seed: int = 0,
     pad_id: int = 0,
     name: str = "training",
+    on_step: Callable[[], None] | None = None,
 ) -> float:
     """Causal-LM training by AdamW: no decay, 20 warm-up steps, cosine to 0. Mean loss of the last epoch.
 
-    The model ends in evaluation mode. The progress bar is silent when nobody watches (no terminal).
+    The model ends in evaluation mode. `on_step` is called after each step; without it there is a progress
+    bar, silent when nobody watches (no terminal).
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
     total = epochs * math.ceil(len(examples) / batch_size)
@@ -191,7 +215,8 @@ def train(
     )
     device, last = next(model.parameters()).device, []
     model.train()
-    with tqdm(total=total, desc=name, unit="step", disable=None, leave=False) as progress:
+    silent = None if on_step is None else True
+    with tqdm(total=total, desc=name, unit="step", disable=silent, leave=False) as progress:
         for epoch in range(epochs):
             last = []
             for batch in data.batches(examples, batch_size, pad_id=pad_id, seed=seed, epoch=epoch):
@@ -204,6 +229,8 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
                 last.append(loss.item())
                 progress.update()
+                if on_step is not None:
+                    on_step()
             progress.set_postfix(loss=f"{sum(last) / len(last):.3f}")
     model.eval()
     return sum(last) / len(last)
@@ -242,7 +269,11 @@ def clean_cache(cache_dir: str | Path | None = None) -> int:
     return len(manifests)
 
 
-def _cached_model(name: str, examples, tokenizer, settings: Settings, seed: int, cache: Path) -> nn.Module:
+def _cached_model(
+    name: str, built: tuple, settings: Settings, seed: int, cache: Path, on_step: Callable[[], None] | None = None
+) -> nn.Module:
+    tokenizer, forget, retain, _ = built
+    examples = forget + retain if name == "target" else retain
     versions = [RECIPE_VERSION, torch.__version__, transformers.__version__, tokenizers.__version__]
     rows = [e.input_ids for e in examples]
     identity = json.dumps([versions, asdict(settings), seed, rows, tokenizer.get_vocab()], sort_keys=True)
@@ -252,7 +283,7 @@ def _cached_model(name: str, examples, tokenizer, settings: Settings, seed: int,
         model = tiny_olmoe(len(tokenizer), seed, settings)
         train(
             model, examples, epochs=settings.epochs, lr=settings.lr, batch_size=settings.batch_size,
-            seed=seed, pad_id=tokenizer.pad_token_id, name=f"training {name}",
+            seed=seed, pad_id=tokenizer.pad_token_id, name=f"training {name}", on_step=on_step,
         )  # fmt: skip
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
