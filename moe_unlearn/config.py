@@ -185,12 +185,15 @@ class Recipe:
     retain_per_forget: float = 1.0  # retain rows for each of them, at least 1
     accumulate: int = 1
     stop_forget_loss: float | None = None  # the first step that sees a forget loss this low is the last
+    retain_budget: float | None = None  # a retain loss above it ends the run before the step's update
+    guard: str = "strict"  # or "loss": gradients need not be known before the first update, see `step`
     seed: int = 0
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate"):
             _above(name, getattr(self, name), 0)
         _at_least("retain_per_forget", self.retain_per_forget, 1)
+        _one_of("guard", self.guard, ("strict", "loss"))
         if self.trace is not None and self.retain.objective not in ("nll", "kl"):
             raise ValueError(
                 f"trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; got {self.retain.objective!r}"

@@ -18,7 +18,7 @@ cleared by `step_inputs`.
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8ExpertsInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-from moe_unlearn.ops.expert_mlp import ACTIVATIONS, Gate, activate, expert_mlp
+from moe_unlearn.ops.expert_mlp import expert_mlp
+from moe_unlearn.ops.gate import ACTIVATIONS, Gate, activate
 from moe_unlearn.ops.route import Routing, route
+from moe_unlearn.sinks import CompactSink
 
 NAME = "moe_unlearn"
 _FALLBACK = "grouped_mm"
@@ -44,7 +46,8 @@ class StepInputs:
     `tokens_per_expert` int64 [G, E] counts the tokens of each `group` [T]; `log_weight` float32 [T] collects
     `log_tilt` [E] over a token's experts.
 
-    `trained_experts` int32 [M_e] are the experts whose weights get a gradient, None all of them.
+    `trained_experts` int32 [M_e] are the experts whose weights get a gradient, None all of them. With
+    `weight_gradients`, a sink of `sinks`, no weight gets one: its factors go there.
     """
 
     group: Tensor | None = None
@@ -53,6 +56,7 @@ class StepInputs:
     log_weight: Tensor | None = None
     tokens_per_expert: Tensor | None = None
     trained_experts: Tensor | None = None
+    weight_gradients: CompactSink | None = None
     armed: bool = True
 
 
@@ -93,11 +97,27 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     biases = (None, None)
     if self.has_bias:
         biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias)
+    trained = None if state.inputs is None else state.inputs.trained_experts
+    sink = _sink(state, (up, self.down_proj, *biases))
     return expert_mlp(
         hidden_states, top_k_weights, routing.sorted_rows, routing.expert_offsets, up, self.down_proj, *biases,
         gate=state.gate, transposed=self.is_transposed, interleaved=state.interleaved,
-        gated=self.has_gate, trained_experts=None if state.inputs is None else state.inputs.trained_experts,
+        gated=self.has_gate, trained_experts=trained, sink=sink,
     )  # fmt: skip
+
+
+def _sink(state: _State, weights: tuple[Tensor | None, ...]) -> Callable | None:
+    """Where the weights' gradients go, if not to the weights: weights that are made of others need theirs."""
+    inputs = state.inputs
+    if inputs is None or inputs.weight_gradients is None or torch.compiler.is_compiling():
+        return None
+    trained = [w for w in weights if w is not None and w.requires_grad]
+    if not torch.is_grad_enabled() or not trained or not all(w.is_leaf for w in trained):
+        return None
+    if not _recomputing():
+        for weight in trained:
+            inputs.weight_gradients.enter(weight)
+    return inputs.weight_gradients.take
 
 
 def _fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -181,15 +201,17 @@ def step_inputs(
     log_weight: Tensor | None = None,
     tokens_per_expert: Tensor | None = None,
     trained_experts: list[Tensor | None] | None = None,
+    weight_gradients: CompactSink | None = None,
 ) -> Iterator[list[StepInputs]]:
     """Give every experts module its inputs for the passes inside; whatever stood there before comes back.
 
     log_tilt [L, E], tokens_per_expert [L, G, E] and the L entries of trained_experts belong to the layers in
-    the order of `experts_modules`; group [T] and log_weight [T] are shared by them. See `StepInputs`.
+    the order of `experts_modules`; group [T], log_weight [T] and weight_gradients are shared by them. See
+    `StepInputs`.
 
-    The backward pass may run inside, and must where trained_experts meets gradient checkpointing, since the
-    recompute reads it. Without trained_experts those of an enclosing `step_inputs` stay in force. Raises
-    ValueError if an argument has not one entry per layer.
+    The backward pass may run inside, and must where trained_experts or weight_gradients meet gradient
+    checkpointing, since the recompute reads them. Where these two are missing, those of an enclosing
+    `step_inputs` stay in force. Raises ValueError if an argument has not one entry per layer.
     """
     states = [_state(module) for module in experts_modules(model).values()]
     by_layer = {"log_tilt": log_tilt, "tokens_per_expert": tokens_per_expert, "trained_experts": trained_experts}
@@ -200,8 +222,10 @@ def step_inputs(
     made = []
     for layer, before in enumerate(previous):
         own = {name: None if value is None else value[layer] for name, value in by_layer.items()}
-        if trained_experts is None and before is not None:
-            own["trained_experts"] = before.trained_experts
+        own["weight_gradients"] = weight_gradients
+        for name in ("trained_experts", "weight_gradients"):
+            if own[name] is None and before is not None:
+                own[name] = getattr(before, name)
         made.append(StepInputs(group=group, num_groups=num_groups, log_weight=log_weight, **own))
     try:
         for state, inputs in zip(states, made, strict=True):

@@ -1,5 +1,7 @@
 """What the objectives need of a forward pass beside token losses: sequences, refusals, layer outputs."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -9,9 +11,20 @@ from moe_unlearn.experts import experts_modules
 Batch = dict[str, Tensor]
 
 
-def sequence_logprobs(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum of the token log-probabilities of each row, [B]."""
-    return -losses.token_losses(model, batch, kind="nll").sum(1)
+def stack(batches: list[Batch]) -> tuple[Batch, list[slice]]:
+    """Rows of all batches in one, padded on the right to the longest; the rows of each in it."""
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+    stacked = {
+        key: torch.cat([nn.functional.pad(batch[key], (0, length - batch[key].shape[1])) for batch in batches])
+        for key in ("input_ids", "attention_mask")
+    }
+    ends = torch.tensor([len(batch["input_ids"]) for batch in batches]).cumsum(0).tolist()
+    return stacked, [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def sequence_logprobs(model: nn.Module, batch: Batch, hidden_states: Tensor | None = None) -> Tensor:
+    """Sum of the token log-probabilities of each row, [B]; `hidden_states` [B, S, H] spare the forward pass."""
+    return -losses.token_losses(model, batch, kind="nll", hidden_states=hidden_states).sum(1)
 
 
 def refusal(batch: Batch) -> Batch:
@@ -23,17 +36,38 @@ def refusal(batch: Batch) -> Batch:
     return rows | ({"index": batch["index"]} if "index" in batch else {})
 
 
+def check_batch(batch: Batch, side: str) -> None:
+    """Raise ValueError unless `batch` has the three tensors [B, S] of transformers' conventions."""
+    for key in ("input_ids", "attention_mask", "labels"):
+        if key not in batch:
+            raise ValueError(f"the {side} batch has no {key!r}; got {', '.join(map(str, batch)) or 'nothing'}")
+        if batch[key].shape != batch["input_ids"].shape or batch[key].dim() != 2:
+            raise ValueError(
+                f"{side} batch: {key} must be [B, S] = {list(batch['input_ids'].shape)}; got {list(batch[key].shape)}"
+            )
+    if len(batch["input_ids"]) == 0:
+        raise ValueError(f"the {side} batch has no rows")
+
+
+class _Reached(Exception):  # noqa: N818 -- not an error: it ends a forward pass early
+    """The layer whose output was wanted has run."""
+
+
 def layer_states(model: nn.Module, batch: Batch, layer: int) -> Tensor:
-    """Output [B, S, H] of decoder layer `layer`."""
+    """Output [B, S, H] of decoder layer `layer`; the layers behind it do not run."""
     layers = decoder_layers(model)
     if not 0 <= layer < len(layers):
         raise ValueError(f"forget.layer must be in [0, {len(layers)}) for this model; got {layer}")
     captured = []
-    handle = layers[layer].register_forward_hook(
-        lambda module, args, output: captured.append(output[0] if isinstance(output, tuple) else output)
-    )
+
+    def stop(module, args, output):
+        captured.append(output[0] if isinstance(output, tuple) else output)
+        raise _Reached
+
+    handle = layers[layer].register_forward_hook(stop)
     try:
-        losses.final_hidden_states(model, batch)
+        with contextlib.suppress(_Reached):
+            losses.final_hidden_states(model, batch)
     finally:
         handle.remove()
     return captured[0]

@@ -10,16 +10,17 @@ Each loss is a mean over its own unit: positions that carry a loss, or sequences
 `sizes` counts these units, so that a caller that splits a batch can weigh the parts exactly.
 """
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
 
 from moe_unlearn import losses, seuf, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules, step_inputs
-from moe_unlearn.forward import Batch, control_vector, layer_states, refusal, sequence_logprobs
+from moe_unlearn.forward import Batch, control_vector, layer_states, refusal, sequence_logprobs, stack
 from moe_unlearn.preparation import Preparation
+
+# of the positions of a joint forward pass that padding may add to those of separate ones
+LARGEST_PADDING = 0.125
 
 
 class NotPreparedError(RuntimeError):
@@ -27,10 +28,49 @@ class NotPreparedError(RuntimeError):
 
 
 class Objectives:
-    """Evaluates a recipe's objectives on batches of the model it was made for."""
+    """Evaluates a recipe's objectives on batches of the model it was made for.
+
+    Called with a forget and a retain batch it gives all losses. Where rows can share it, both sides travel in
+    one forward pass: sequences never mix, and padding is on the right. `separate` says why they cannot.
+    """
 
     def __init__(self, model: nn.Module, recipe: Recipe, prepared: Preparation):
         self.model, self.recipe, self.prepared = model, recipe, prepared
+        #: int64 [2, E] for each MoE layer: visits in the last joint forward pass, of positions that carry a
+        #: forget and a retain loss
+        self.tokens_per_expert: list[Tensor] = []
+
+    @property
+    def separate(self) -> str:
+        """Why forget and retain rows have forward passes of their own; empty where they share one."""
+        recipe = self.recipe
+        if recipe.mollm is not None:
+            return "MOLLM goes backward once for each objective, which would walk the other side's rows in vain"
+        if recipe.scope.kind == "seuf":
+            return "SEUF's anchor reads the gates of the forget rows"
+        if recipe.retain.objective == "none":
+            return "no retain objective"
+        if (recipe.forget.objective == "rmu") != (recipe.retain.objective == "embed_diff"):
+            return "RMU's forward stops at its layer, the retain objective's goes on to the head"
+        return ""
+
+    def __call__(self, forget: Batch, retain: Batch, *, joint: bool = True) -> dict[str, Tensor]:
+        """Losses by name of one pair of batches; `joint=False` keeps the forward passes apart."""
+        parts = [forget, retain]
+        if self.recipe.forget.objective == "idk_dpo":
+            parts.insert(1, refusal(forget))
+        if not joint or self.separate or _padded_share(parts) > LARGEST_PADDING:
+            return {**self.forget(forget), **self.retain(retain)}
+        stacked, rows = stack(parts)
+        groups = [torch.where(losses.target_mask(b), side, -1) for side, b in ((0, forget), (1, retain))]
+        group = torch.full_like(stacked["input_ids"], -1, dtype=torch.int32)
+        for part, values in ((0, groups[0]), (-1, groups[1])):
+            group[rows[part], : values.shape[1]] = values.to(torch.int32)
+        states, log_weight = self._states(stacked, self._tilt(retain), group)
+        states = [states[r, : b["input_ids"].shape[1]] for r, b in zip(rows, parts, strict=True)]
+        if log_weight is not None:
+            log_weight = log_weight[rows[-1], : retain["input_ids"].shape[1]]
+        return {**self.forget(forget, *states[:-1]), **self.retain(retain, states[-1], log_weight)}
 
     def sizes(self, forget: Batch, retain: Batch) -> dict[str, int]:
         """Units each side's losses average over: sequences for sequence losses, else positions."""
@@ -41,10 +81,10 @@ class Objectives:
             "retain": int(losses.target_mask(retain).sum()),
         }
 
-    def forget(self, batch: Batch) -> dict[str, Tensor]:
-        """{"forget": loss} and, for SEUF, {"anchor": loss}."""
+    def forget(self, batch: Batch, *states: Tensor) -> dict[str, Tensor]:
+        """{"forget": loss} and, for SEUF, {"anchor": loss}; `states` [B, S, H] spare the forward passes."""
         if self.recipe.scope.kind != "seuf":
-            return {"forget": self._forget(batch)}
+            return {"forget": self._forget(batch, *states)}
         layer, expert = self._need("seuf", self.prepared.selected).nonzero()[0].tolist()
         name = list(experts_modules(self.model))[layer]
         with seuf.gates(self.model, [name]) as collected:
@@ -53,24 +93,51 @@ class Objectives:
         attended = batch["attention_mask"].bool().flatten()
         return {"forget": loss, "anchor": seuf.anchor_loss(collected[name], expert, attended)}
 
-    def retain(self, batch: Batch) -> dict[str, Tensor]:
-        """{"retain": loss} and, for MOLLM, {"kl": loss}; both from one forward pass."""
-        objective = self.recipe.retain.objective
+    def retain(self, batch: Batch, states: Tensor | None = None, log_weight: Tensor | None = None) -> dict[str, Tensor]:
+        """{"retain": loss} and, for MOLLM, {"kl": loss}; both from one forward pass, or from `states`
+        [B, S, H] and what TRACE collected in it, log_weight [B, S]."""
+        objective, with_kl = self.recipe.retain.objective, self.recipe.mollm is not None and self.recipe.mollm.kl
+        if objective == "none" and not with_kl:
+            return {}
+        if states is None:
+            states, log_weight = self._states(batch, self._tilt(batch), layer=self._layer("embed_diff", objective))
+        mask = losses.target_mask(batch)
         if objective == "embed_diff":
             reference = self._need("reference", self.prepared.ref_layer_states).get(batch)
-            states = layer_states(self.model, batch, self.recipe.forget.layer)
-            mask = losses.target_mask(batch)
             return {"retain": losses.embed_diff(states, reference.to(states.dtype), mask)}
-        with self._tilted(batch) as weigh:
-            states = losses.final_hidden_states(self.model, batch)
-        weights = weigh()
-        positions = losses.target_mask(batch).sum().clamp_min(1)
-        out = {}
+        positions, out = mask.sum().clamp_min(1), {}
         if objective != "none":
+            weights = self._token_weights(batch, log_weight)
             out["retain"] = self._token_sum(batch, states, objective, weights) / positions
-        if self.recipe.mollm is not None and self.recipe.mollm.kl:
+        if with_kl:
             out["kl"] = self._token_sum(batch, states, "kl", None) / positions
         return out
+
+    def _states(self, batch: Batch, tilt: Tensor | None = None, group: Tensor | None = None, layer: int | None = None):
+        """Hidden states [B, S, H] and log_weight [B, S] of one forward pass, final or behind RMU's layer."""
+        if group is not None:
+            layer = self._layer("rmu", self.recipe.forget.objective)
+        ids = batch["input_ids"]
+        log_weight = None if tilt is None else torch.zeros(ids.numel(), device=ids.device)
+        counts = None
+        if group is not None:
+            group = group.flatten()
+            counts = self.tokens_per_expert = [
+                torch.zeros(2, module.num_experts, dtype=torch.int64, device=ids.device)
+                for module in experts_modules(self.model).values()
+            ]
+        with step_inputs(
+            self.model, group=group, num_groups=1 if group is None else 2, tokens_per_expert=counts,
+            log_tilt=tilt, log_weight=log_weight,
+        ):  # fmt: skip
+            if layer is None:
+                states = losses.final_hidden_states(self.model, batch)
+            else:
+                states = layer_states(self.model, batch, layer)
+        return states, None if log_weight is None else log_weight.view(ids.shape)
+
+    def _layer(self, kind: str, objective: str) -> int | None:
+        return self.recipe.forget.layer if objective == kind else None
 
     def _token_sum(self, batch: Batch, states: Tensor, kind: str, weights: Tensor | None) -> Tensor:
         keywords = {}
@@ -87,35 +154,35 @@ class Objectives:
         )
         return per_token.sum()
 
-    @contextlib.contextmanager
-    def _tilted(self, batch: Batch):
-        """Yields a function that gives the token weights once the forward pass inside is over."""
+    def _tilt(self, batch: Batch) -> Tensor | None:
+        """TRACE's tilt where token weights are made during the forward pass."""
         settings = self.recipe.trace
-        given = batch.get("token_weights")
-        if given is not None or settings is None or self.prepared.inactive:
-            yield lambda: given
-        elif settings.refresh == "offline":
-            yield lambda: self._need("trace", self.prepared.token_weights).get(batch)
-        else:
-            state = self._need("trace", self.prepared.calibration)
-            log_weight = torch.zeros(batch["input_ids"].numel(), device=batch["input_ids"].device)
-            with step_inputs(self.model, log_tilt=state.tilt.float(), log_weight=log_weight):
-                yield lambda: trace.online_weights(log_weight, state.bias, settings.cap or state.largest_weight).view(
-                    batch["input_ids"].shape
-                )
+        if settings is None or self.prepared.inactive or settings.refresh == "offline" or "token_weights" in batch:
+            return None
+        return self._need("trace", self.prepared.calibration).tilt.float()
 
-    def _forget(self, batch: Batch) -> Tensor:
+    def _token_weights(self, batch: Batch, log_weight: Tensor | None) -> Tensor | None:
+        settings = self.recipe.trace
+        if "token_weights" in batch or settings is None or self.prepared.inactive:
+            return batch.get("token_weights")
+        if settings.refresh == "offline":
+            return self._need("trace", self.prepared.token_weights).get(batch)
+        state = self._need("trace", self.prepared.calibration)
+        return trace.online_weights(log_weight, state.bias, settings.cap or state.largest_weight)
+
+    def _forget(self, batch: Batch, states: Tensor | None = None, states_idk: Tensor | None = None) -> Tensor:
         settings = self.recipe.forget
+        if states is None:
+            states = self._states(batch, layer=self._layer("rmu", settings.objective))[0]
         if settings.objective == "rmu":
-            states = layer_states(self.model, batch, settings.layer)
             control = control_vector(self.recipe.seed, settings.steering, states.shape[-1]).to(states)
             return losses.rmu(states, control, losses.target_mask(batch))
         if settings.objective in ("ga", "uce"):
             kind = "nll" if settings.objective == "ga" else "uce"
-            per_token = losses.token_losses(self.model, batch, kind=kind)
+            per_token = losses.token_losses(self.model, batch, kind=kind, hidden_states=states)
             mean = per_token.sum() / losses.target_mask(batch).sum().clamp_min(1)
             return -mean if settings.objective == "ga" else mean
-        sequences = sequence_logprobs(self.model, batch)
+        sequences = sequence_logprobs(self.model, batch, states)
         if settings.objective == "simnpo":
             lengths = losses.target_mask(batch).sum(1)
             return losses.simnpo(sequences, lengths, settings.beta, settings.delta)
@@ -124,7 +191,7 @@ class Objectives:
             return losses.npo(sequences, reference, settings.beta)
         idk = refusal(batch)
         return losses.idk_dpo(
-            sequence_logprobs(self.model, idk),
+            sequence_logprobs(self.model, idk, states_idk),
             self._need("reference", self.prepared.ref_logprobs_idk).get(idk).sum(1),
             sequences,
             reference,
@@ -144,3 +211,10 @@ class Objectives:
                 f"its stage {stage!r} has not run"
             )
         return value
+
+
+def _padded_share(batches: list[Batch]) -> float:
+    """What share of the positions of the batches stacked is padding that they do not have themselves."""
+    shapes = [batch["input_ids"].shape for batch in batches]
+    stacked = sum(rows for rows, _ in shapes) * max(length for _, length in shapes)
+    return 1 - sum(rows * length for rows, length in shapes) / stacked

@@ -21,12 +21,14 @@ Formulas and the random bits are those of `ops.masked_update`; the parameter id 
 is the position over all groups. Deterministic.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moe_unlearn.config import Recipe
 from moe_unlearn.ops.bits import num_words
+from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_sgd_
 from moe_unlearn.ops.masked_update import masked_adamw_, masked_sgd_
 
 NUMERICS = ("parity", "nearest", "stochastic", "fp32_master")
@@ -36,13 +38,15 @@ class _Masked(torch.optim.Optimizer):
     """What the two share: masks, compact state, the loop over parameters."""
 
     def __init__(self, params: Iterable, defaults: dict):
-        # parameter id -> (mask, its version, slices); a cache, never saved
+        # parameter id -> (mask, its version, slices, mask of the slices); a cache, never saved
         self._layouts: dict[int, tuple] = {}
+        #: compact gradients, [M, ...] for the M slices that train, by parameter; they stand in for `.grad`
+        self.gradients: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._layouts = {}
+        self._layouts, self.gradients = {}, {}
 
     def add_param_group(self, param_group: dict) -> None:
         """As in torch; a group may bring its `masks`, None for each parameter otherwise."""
@@ -84,48 +88,89 @@ class _Masked(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group, p, mask, parameter_id in self._parameters():
+            if p in self.gradients or p.grad is not None:
+                self._update(group, p, mask, parameter_id)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; compact gradients are dropped."""
+        super().zero_grad(set_to_none)
+        self.gradients.clear()
+
+    def layout(self, p: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
+        """(slices, mask) of a parameter: int64 [M] along dimension 0 that train, None for all of them, and
+        the packed mask of these, None if every weight trains. None for a parameter that is not here."""
+        for _, q, mask, parameter_id in self._parameters():
+            if q is p:
+                return self._layout(parameter_id, _local(p), mask)
+        return None
+
+    @torch.no_grad()
+    def update_from(self, p: Tensor, factors: Factors) -> None:
+        """Update an expert weight [E, M, P] from the factors of its gradient, which is never stored.
+
+        The arithmetic is that of `step` with the gradient in float32. Raises ValueError for a parameter that
+        is not here or has `maximize` set.
+        """
+        for group, q, mask, parameter_id in self._parameters():
+            if q is p and not group["maximize"]:
+                self._update(group, p, mask, parameter_id, factors)
+                return
+        raise ValueError(f"expected a parameter of this optimizer without maximize; got one of {list(p.shape)}")
+
+    def _parameters(self) -> Iterator[tuple[dict, Tensor, Tensor | None, int]]:
+        """(group, parameter, mask, parameter id) of each."""
         parameter_id = 0
         for group in self.param_groups:
             if len(group["masks"]) != len(group["params"]):
                 raise ValueError(f"a group has {len(group['params'])} parameters but {len(group['masks'])} masks")
             for p, mask in zip(group["params"], group["masks"], strict=True):
-                if p.grad is not None:
-                    self._update(group, p, mask, parameter_id)
+                yield group, p, mask, parameter_id
                 parameter_id += 1
-        return loss
 
-    def _update(self, group: dict, p: Tensor, mask: Tensor | None, parameter_id: int) -> None:
-        weight, grad = _local(p), _local(p.grad)
-        if grad.is_sparse:
-            raise ValueError(f"parameter {parameter_id}: sparse gradients are not supported")
-        slices = self._slices(parameter_id, weight, mask)
-        if slices is not None:
-            if len(slices) == 0:
-                self.state.pop(p, None)
-                return
-            grad, mask = grad[slices], mask[slices]
+    def _update(self, group, p, mask, parameter_id, factors: Factors | None = None) -> None:
+        weight = _local(p)
+        slices, compact_mask = self._layout(parameter_id, weight, mask)
+        if slices is not None and len(slices) == 0:
+            self.state.pop(p, None)
+            return
+        grad = None
+        if factors is None:
+            grad = self.gradients.get(p)
+            if grad is None:
+                grad = _local(p.grad)
+                if grad.is_sparse:
+                    raise ValueError(f"parameter {parameter_id}: sparse gradients are not supported")
+                grad = grad if slices is None else grad[slices]
+            grad = -grad if group["maximize"] else grad
         state = self.state[p]
         _fit_state(state, weight, slices, self._moments(group), group["numerics"])
         state["step"] += 1
         stochastic = group["numerics"] == "stochastic" and weight.dtype not in (torch.float32, torch.float64)
-        self._apply(
-            group, weight, -grad if group["maximize"] else grad, mask, state,
-            lr=float(group["lr"]), weight_decay=group["weight_decay"], step=int(state["step"]),
-            rounding="stochastic" if stochastic else "nearest", seed=group["seed"],
-            parameter_id=parameter_id, master=state.get("master"), slices=slices,
-        )  # fmt: skip
+        options = {
+            "lr": float(group["lr"]), "weight_decay": group["weight_decay"], "step": int(state["step"]),
+            "rounding": "stochastic" if stochastic else "nearest", "seed": group["seed"],
+            "parameter_id": parameter_id, "master": state.get("master"),
+        }  # fmt: skip
+        if factors is None:
+            self._apply(group, weight, grad, compact_mask, state, slices=slices, **options)
+        else:
+            self._apply_factors(group, weight, factors, compact_mask, state, experts=slices, **options)
 
-    def _slices(self, parameter_id: int, p: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The slices along dimension 0 with a set bit; None if that is all of them."""
+    def _layout(self, parameter_id: int, p: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if mask is None:
-            return None
+            return None, None
         known = self._layouts.get(parameter_id)
         if known is not None and known[0] is mask and known[1] == mask._version:
-            return known[2]
+            return known[2:]
         _check_mask(p, mask, parameter_id)
         slices = _trained_slices(p, mask)
-        self._layouts[parameter_id] = (mask, mask._version, slices)
-        return slices
+        compact = mask if slices is None else mask[slices]
+        if bool((compact == -1).all()) and p.dim() and p.shape[-1] % 32 == 0:
+            compact = None  # whole slices: nothing is left for a bit to say
+        self._layouts[parameter_id] = (mask, mask._version, slices, compact)
+        return slices, compact
 
     def state_size(self, p: Tensor, mask: Tensor | None) -> int:
         """Bytes of moments and master weights that `p` has, or will have under `mask`."""
@@ -196,6 +241,12 @@ class MaskedSGD(_Masked):
             dampening=group["dampening"], nesterov=group["nesterov"], **options,
         )  # fmt: skip
 
+    def _apply_factors(self, group, p, factors, mask, state, **options) -> None:
+        expert_wgrad_sgd_(
+            p, state.get("momentum_buffer"), **factors._asdict(), mask=mask, momentum=group["momentum"],
+            dampening=group["dampening"], nesterov=group["nesterov"], **options,
+        )  # fmt: skip
+
 
 class MaskedAdamW(_Masked):
     """AdamW under packed masks; options as torch.optim.AdamW, masks and `numerics` as in the module docstring.
@@ -232,6 +283,30 @@ class MaskedAdamW(_Masked):
             p, grad, state["exp_avg"], state["exp_avg_sq"], mask, betas=tuple(group["betas"]),
             eps=group["eps"], **options,
         )  # fmt: skip
+
+    def _apply_factors(self, group, p, factors, mask, state, **options) -> None:
+        expert_wgrad_adamw_(
+            p, state["exp_avg"], state["exp_avg_sq"], **factors._asdict(), mask=mask, betas=tuple(group["betas"]),
+            eps=group["eps"], **options,
+        )  # fmt: skip
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW:
+    """The recipe's masked optimizer over every parameter that requires a gradient."""
+    settings = recipe.optimizer
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    numerics = settings.numerics
+    if numerics is None:
+        numerics = "stochastic" if any(p.dtype == torch.bfloat16 for p in parameters) else "parity"
+    common = {
+        "lr": settings.lr,
+        "weight_decay": settings.weight_decay,
+        "numerics": numerics,
+        "seed": recipe.seed,
+    }
+    if settings.name == "sgd":
+        return MaskedSGD(parameters, momentum=settings.momentum, **common)
+    return MaskedAdamW(parameters, betas=tuple(settings.betas), eps=settings.eps, **common)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import re
 import torch
 from torch import Tensor, nn
 
+from moe_unlearn.config import Scope
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.ops.bits import pack_bits
 
@@ -30,6 +31,19 @@ def matching(model: nn.Module, patterns: list[str]) -> set[str]:
             )
         chosen |= found
     return chosen
+
+
+def trained_names(model: nn.Module, settings: Scope, selected: Tensor | None) -> set[str]:
+    """Names of the parameters within the scope; before experts are `selected` (bool [L, E]), all of them."""
+    if settings.kind == "parameters":
+        return matching(model, settings.parameters)
+    if settings.kind not in ("experts", "seuf") or selected is None:
+        return {name for name, _ in model.named_parameters()}
+    names = set(expert_masks(model, selected))
+    if settings.kind == "seuf":
+        layer = int(selected.any(1).nonzero()[0])
+        names |= router_parameters(model, list(experts_modules(model))[layer])
+    return names
 
 
 def set_trainable(model: nn.Module, flags: dict[str, bool], names: set[str]) -> None:

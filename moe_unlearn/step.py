@@ -11,7 +11,18 @@ the mask allow:
     g = sum_i c_i grad L_i,  c from the Gram matrix of the masked gradients  with MOLLM
 
 Micro-batches are averaged equally; `sizes` (what `Objectives.sizes` counts, summed over the global batch)
-weighs them exactly instead. This is the plain path: autograd and one masked optimizer.
+weighs them exactly instead.
+
+The fused step (the default) sends forget and retain rows through one forward pass where they can share it,
+and takes the expert weights' gradients where they are made (`sinks`): compact, of the trained experts only
+and with the mask applied, or, under `guard: loss`, as the update itself, so that dW never exists. What
+forbids this single pass, `obstacle` says. `fused=False` is the plain path, autograd and one masked
+optimizer, which the fused one must equal.
+
+`guard: strict` knows every gradient before the first weight changes: whatever is not finite leaves the
+weights bitwise as they were. `guard: loss` checks the losses so; the gradients of the experts are checked
+layer by layer on the way, and a bad one stops the step with layers above it updated already. Then
+`restore()` is called, if there is one, to bring back the last checkpoint.
 """
 
 import math
@@ -21,19 +32,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn import losses, mollm, scope
+from moe_unlearn import losses, mollm, paths, scope
 from moe_unlearn.config import Recipe
-from moe_unlearn.experts import enable, experts_modules
-from moe_unlearn.forward import Batch
+from moe_unlearn.experts import enable, step_inputs
+from moe_unlearn.forward import Batch, check_batch
+from moe_unlearn.gradients import Gradients
 from moe_unlearn.objectives import NotPreparedError, Objectives
-from moe_unlearn.ops import gram
-from moe_unlearn.optim import MaskedAdamW, MaskedSGD
+from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
 from moe_unlearn.plan import Plan, make_plan
 from moe_unlearn.preparation import Preparation, needed, prepare
+from moe_unlearn.sinks import CompactSink, NonFiniteError, UpdateSink
 
 
-class NonFiniteError(FloatingPointError):
-    """A loss or gradient is NaN or infinite; raised before the update, so no weight has changed."""
+class RetainBudgetError(ArithmeticError):
+    """The retain loss is above the recipe's budget; raised before the update, so no weight has changed."""
 
 
 class UnlearnStep:
@@ -44,6 +56,7 @@ class UnlearnStep:
             "moe_unlearn" implementation and parameters outside the scope are frozen until `close()`.
         recipe: a `Recipe`, the path of a YAML file or the name of a shipped recipe.
         optimizer: a `MaskedSGD` or `MaskedAdamW` over the model's parameters; None builds the recipe's.
+        fused: False takes the plain path, for comparison.
 
     Raises TypeError for another optimizer and ValueError for a model without MoE layers, or with nothing to
     train within the recipe's scope.
@@ -54,9 +67,13 @@ class UnlearnStep:
         model: nn.Module,
         recipe: Recipe | str | Path,
         optimizer: MaskedSGD | MaskedAdamW | None = None,
+        *,
+        fused: bool = True,
     ):
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-        self.model = model
+        self.model, self.fused = model, fused
+        #: called when a step stopped with some weights updated already; what it returns ends the error's message
+        self.restore: Callable[[], str] | None = None
         self._implementation = enable(model)
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self.prepared = Preparation()
@@ -73,8 +90,9 @@ class UnlearnStep:
         self.optimizer = optimizer
         self._micro_batches: list[dict[str, float]] = []
         self._sizes_given = False
-        self._gradients: dict[str, list[Tensor | None]] = {}
-        self._norm = 0.0
+        self._gradients = self._no_gradients()
+        self._updated: list[str] = []
+        self._norm: float | None = None
 
     def prepare(
         self,
@@ -117,15 +135,20 @@ class UnlearnStep:
     ) -> dict[str, float]:
         """One step, or with `update=False` one micro-batch of it; returns the metrics as floats.
 
-        Raises NotPreparedError, ValueError for a bad batch, NonFiniteError before any weight changes.
+        Raises NotPreparedError, ValueError for a bad batch, and before any weight changes NonFiniteError and
+        RetainBudgetError; under `guard: loss` NonFiniteError may come later, see the module docstring.
         """
-        metrics = self.accumulate(forget_batch, retain_batch, sizes=sizes)
+        metrics = self.accumulate(forget_batch, retain_batch, sizes=sizes, last=update)
         return metrics | self.update() if update else metrics
 
     def accumulate(
-        self, forget_batch: Batch, retain_batch: Batch, *, sizes: dict[str, int] | None = None
+        self, forget_batch: Batch, retain_batch: Batch, *, sizes: dict[str, int] | None = None, last: bool = False
     ) -> dict[str, float]:
-        """Losses and gradients of one micro-batch; nothing moves."""
+        """Losses and gradients of one micro-batch; nothing moves.
+
+        `last` says that no micro-batch follows before the update: if it is also the first, and there is no
+        `obstacle`, expert weights are updated in the backward pass.
+        """
         missing = [stage for stage in needed(self.recipe) if stage not in self.prepared.done]
         if missing:
             raise NotPreparedError(
@@ -136,22 +159,29 @@ class UnlearnStep:
             raise ValueError("`sizes` must be given for all micro-batches of a step or for none")
         check_batch(forget_batch, "forget")
         check_batch(retain_batch, "retain")
-        values = {**self.objectives.forget(forget_batch), **self.objectives.retain(retain_batch)}
-        metrics = {f"{name}_loss": float(value.detach()) for name, value in values.items()}
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if bad:
+        if not self._micro_batches:
+            self._gradients = self._no_gradients()
+        single_pass = last and not self._micro_batches and not self.obstacle
+        sink = self._sink(single_pass)
+        try:
+            # the backward pass belongs inside: a gradient checkpoint's recompute asks for the sink again
+            with step_inputs(self.model, weight_gradients=sink):
+                values = self.objectives(forget_batch, retain_batch, joint=self.fused)
+                metrics = {f"{name}_loss": float(value.detach()) for name, value in values.items()}
+                self._check_losses(metrics)
+                self._sizes_given = sizes is not None
+                if self._sizes_given:
+                    own = self.objectives.sizes(forget_batch, retain_batch)
+                    share = {side: own[side] / max(sizes[side], 1) for side in own}
+                    values = {name: v * share["forget" if name in _FORGET_SIDE else "retain"]
+                              for name, v in values.items()}  # fmt: skip
+                self._backward(values)
+        except NonFiniteError as error:
+            raise self._stopped(error) from None
+        except RetainBudgetError:
             self.discard()
-            raise NonFiniteError(
-                f"{', '.join(f'{name} is {metrics[name]}' for name in bad)}: stopped before the update; "
-                f"{self.steps} steps done, weights unchanged by this one"
-            )
-        self._sizes_given = sizes is not None
-        if self._sizes_given:
-            own = self.objectives.sizes(forget_batch, retain_batch)
-            share = {side: own[side] / max(sizes[side], 1) for side in own}
-            values = {name: v * share["forget" if name in _FORGET_SIDE else "retain"]
-                      for name, v in values.items()}  # fmt: skip
-        self._backward(values)
+            raise
+        self._updated = sink.updated if single_pass else []
         self._micro_batches.append(metrics)
         return metrics
 
@@ -163,16 +193,17 @@ class UnlearnStep:
         """
         if not self._micro_batches:
             raise RuntimeError("nothing accumulated: call accumulate(), or the step itself, first")
-        parts = 1 if self._sizes_given else len(self._micro_batches)
-        for gradient in self._accumulated():
-            gradient.div_(parts)
+        self._gradients.divide(1 if self._sizes_given else len(self._micro_batches))
         metrics = self._combine_mollm() if self.recipe.mollm is not None else {}
-        masks = [self.masks.get(name) for name, _ in self._trained()]
-        norm = float(gram([[p.grad for _, p in self._trained()]], masks=masks)[0, 0]) ** 0.5
+        norm = self._gradients.norm()
         if not math.isfinite(norm):
-            self.discard()
-            raise NonFiniteError(f"the gradient norm is {norm}: stopped before the update, weights unchanged")
-        self._norm = metrics["grad_norm"] = norm
+            raise self._stopped(
+                NonFiniteError(f"the gradient norm is {norm}: stopped before the update", self._updated)
+            )
+        # with updates in the backward pass there never was a whole gradient
+        self._norm = None if self._updated else norm
+        if self._norm is not None:
+            metrics["grad_norm"] = norm
         if self.recipe.stop_forget_loss is not None:
             forget = sum(m["forget_loss"] for m in self._micro_batches) / len(self._micro_batches)
             self.done = forget <= self.recipe.stop_forget_loss
@@ -188,11 +219,16 @@ class UnlearnStep:
         return metrics
 
     def clip(self, limit: float | None) -> float:
-        """Scale the combined gradient down to the norm `limit`; returns the norm before, masks applied."""
+        """Scale the combined gradient down to the norm `limit`; returns the norm before, masks applied.
+
+        Raises RuntimeError where expert weights have been updated already.
+        """
+        if self._norm is None:
+            if limit is not None:
+                raise RuntimeError("a step that updates in its backward pass has no whole gradient to clip")
+            return math.nan
         if limit is not None and self._norm > limit:
-            for _, p in self._trained():
-                if p.grad is not None:
-                    p.grad.mul_(limit / self._norm)
+            self._gradients.scale(limit / self._norm)
         return self._norm
 
     def finish(self) -> None:
@@ -202,9 +238,9 @@ class UnlearnStep:
 
     def discard(self) -> None:
         """Drop accumulated gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
         self._gradients.clear()
         self._micro_batches.clear()
+        self._updated = []
 
     def plan(self, forget_batches: Iterable[Batch] = (), retain_batches: Iterable[Batch] = ()) -> Plan:
         """What the step will do and the memory it predicts; the batches size the reference caches."""
@@ -246,15 +282,8 @@ class UnlearnStep:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def _apply_scope(self) -> None:
-        kind, selected = self.recipe.scope.kind, self.prepared.selected
-        names = set(self._flags)
-        if kind == "parameters":
-            names = scope.matching(self.model, self.recipe.scope.parameters)
-        elif kind in ("experts", "seuf") and selected is not None:
-            names = set(scope.expert_masks(self.model, selected))
-            if kind == "seuf":
-                layer = int(selected.any(1).nonzero()[0])
-                names |= scope.router_parameters(self.model, list(experts_modules(self.model))[layer])
+        kind = self.recipe.scope.kind
+        names = scope.trained_names(self.model, self.recipe.scope, self.prepared.selected)
         if not any(self._flags[name] for name in names):
             raise ValueError(
                 f"nothing to train: every parameter in the scope ({kind!r}) is frozen; a parameter that does not "
@@ -274,6 +303,43 @@ class UnlearnStep:
         by_parameter = {p: self.masks.get(name) for name, p in self.model.named_parameters()}
         for group in self.optimizer.param_groups:
             group["masks"] = [by_parameter.get(p) for p in group["params"]]
+        for name, p in self._trained():
+            if name in self.masks and not self.masks[name].any():
+                p.requires_grad_(False)
+
+    @property
+    def obstacle(self) -> str:
+        """Why expert weights are not updated in the backward pass itself; empty if they are."""
+        return paths.obstacle(self)
+
+    def _no_gradients(self) -> Gradients:
+        return Gradients(self.optimizer, self._trained(), self.masks)
+
+    def _sink(self, single_pass: bool) -> CompactSink | None:
+        if not self.fused:
+            return None
+        if not single_pass:
+            return CompactSink(self.optimizer, self.optimizer.gradients)
+        return UpdateSink(self.optimizer, self.optimizer.gradients, {p: name for name, p in self._trained()})
+
+    def _check_losses(self, metrics: dict[str, float]) -> None:
+        bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise NonFiniteError(f"{', '.join(bad)}: stopped before the update; {self.steps} steps done")
+        budget, retain = self.recipe.retain_budget, metrics.get("retain_loss")
+        if budget is not None and retain is not None and retain > budget:
+            raise RetainBudgetError(
+                f"retain_loss is {retain:.6g}, above the budget of {budget:.6g}: stopped before the update; "
+                f"{self.steps} steps done, weights unchanged by this one"
+            )
+
+    def _stopped(self, error: NonFiniteError) -> NonFiniteError:
+        """The error with what it left behind, after the gradients are dropped."""
+        self.discard()
+        if not error.updated:
+            return NonFiniteError(f"{error}, weights unchanged by this one")
+        restored = "no checkpoint was restored" if self.restore is None else self.restore()
+        return NonFiniteError(f"{error}; updated already: {', '.join(error.updated)}; {restored}", error.updated)
 
     def _backward(self, values: dict[str, Tensor]) -> None:
         if self.recipe.mollm is None:
@@ -291,36 +357,18 @@ class UnlearnStep:
         for i, (name, value) in enumerate(values.items()):
             # forget has a graph of its own; retain and KL share theirs, freed by the last of the two
             value.backward(retain_graph=name != "forget" and i + 1 < len(values))
-            held = self._gradients.setdefault(name, [None] * len(self._trained()))
-            for j, (_, p) in enumerate(self._trained()):
-                if p.grad is not None:
-                    held[j] = p.grad if held[j] is None else held[j] + p.grad
-                    p.grad = None
-
-    def _accumulated(self) -> list[Tensor]:
-        lists = list(self._gradients.values()) or [[p.grad for _, p in self._trained()]]
-        return [g for gradients in lists for g in gradients if g is not None]
+            self._gradients.collect(name)
 
     def _combine_mollm(self) -> dict[str, float]:
-        settings, names = self.recipe.mollm, list(self._gradients)
-        masks = [self.masks.get(name) for name, _ in self._trained()]
-        products = gram(list(self._gradients.values()), masks=masks)
+        settings, names = self.recipe.mollm, list(self._gradients.sets)
+        products = self._gradients.products()
         active = torch.ones(len(names), dtype=torch.bool)
         if "kl" in names:
             value = sum(m["kl_loss"] for m in self._micro_batches) / len(self._micro_batches)
             active[names.index("kl")] = mollm.kl_active(value, self.prepared.kl_floor, factor=settings.kl_floor)
         if not torch.isfinite(products).all():
-            self.discard()
-            raise NonFiniteError("a gradient is not finite: stopped before the update, weights unchanged")
-        direction = mollm.common_descent(
-            products, normalize=settings.normalize, rescale=settings.rescale, active=active
-        )
-        for j, (_, p) in enumerate(self._trained()):
-            terms = [(float(c), g[j]) for c, g in
-                     zip(direction.coefficients, self._gradients.values(), strict=True)]  # fmt: skip
-            present = [c * g for c, g in terms if g is not None and c != 0]
-            # at a stationary point nothing may move, momentum and decay included
-            p.grad = sum(present[1:], present[0]) if present and not direction.stationary else None
+            raise self._stopped(NonFiniteError("a gradient is not finite: stopped before the update"))
+        direction = self._gradients.descend(settings, products, active, keep=self._measures_descent())
         metrics = {f"lambda_{n}": float(w) for n, w in zip(names, direction.weights, strict=True)}
         metrics["stationary"] = float(direction.stationary)
         if isinstance(self.optimizer, MaskedSGD):
@@ -329,50 +377,17 @@ class UnlearnStep:
             metrics |= {f"descent_{n}": float(r) for n, r in zip(names, rates, strict=True)}
         return metrics
 
-    def _optimizer_step(self) -> dict[str, float]:
+    def _measures_descent(self) -> bool:
         settings = self.recipe.mollm
         measured = settings is not None and not isinstance(self.optimizer, MaskedSGD)
-        if not measured or self.steps % settings.log_descent_every:
+        return measured and self.steps % settings.log_descent_every == 0
+
+    def _optimizer_step(self) -> dict[str, float]:
+        if not self._measures_descent():
             self.optimizer.step()
             return {}
-        trained = self._trained()
-        before = [p.detach().clone() for _, p in trained]
-        self.optimizer.step()
-        change = [p.detach() - old for (_, p), old in zip(trained, before, strict=True)]
-        products = gram([*self._gradients.values(), change])[:-1, -1]
-        return {f"descent_{n}": float(v) for n, v in zip(self._gradients, products, strict=True)}
+        return {f"descent_{name}": value for name, value in self._gradients.step_and_measure().items()}
 
 
 _FORGET_SIDE = ("forget", "anchor")
-_MAY_DIFFER = ("name", "steps", "data")
-
-
-def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW:
-    """The recipe's masked optimizer over every parameter that requires a gradient."""
-    settings = recipe.optimizer
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    numerics = settings.numerics
-    if numerics is None:
-        numerics = "stochastic" if any(p.dtype == torch.bfloat16 for p in parameters) else "parity"
-    common = {
-        "lr": settings.lr,
-        "weight_decay": settings.weight_decay,
-        "numerics": numerics,
-        "seed": recipe.seed,
-    }
-    if settings.name == "sgd":
-        return MaskedSGD(parameters, momentum=settings.momentum, **common)
-    return MaskedAdamW(parameters, betas=tuple(settings.betas), eps=settings.eps, **common)
-
-
-def check_batch(batch: Batch, side: str) -> None:
-    """Raise ValueError unless `batch` has the three tensors [B, S] of transformers' conventions."""
-    for key in ("input_ids", "attention_mask", "labels"):
-        if key not in batch:
-            raise ValueError(f"the {side} batch has no {key!r}; got {', '.join(map(str, batch)) or 'nothing'}")
-        if batch[key].shape != batch["input_ids"].shape or batch[key].dim() != 2:
-            raise ValueError(
-                f"{side} batch: {key} must be [B, S] = {list(batch['input_ids'].shape)}; got {list(batch[key].shape)}"
-            )
-    if len(batch["input_ids"]) == 0:
-        raise ValueError(f"the {side} batch has no rows")
+_MAY_DIFFER = ("name", "steps", "data", "guard", "retain_budget")

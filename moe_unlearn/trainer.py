@@ -74,6 +74,7 @@ class UnlearnTrainer(Trainer):
             **keywords,
         )
         self.add_callback(_Bookkeeping(self.unlearn_step, train_dataset))
+        self.unlearn_step.restore = self._restore
 
     def _pair_collator(self, tokenizer, forget) -> PairCollator:
         recipe = self.unlearn_step.recipe
@@ -113,7 +114,9 @@ class UnlearnTrainer(Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            metrics = self.unlearn_step.accumulate(inputs["forget"], inputs["retain"])
+            # clipping and further micro-batches are the Trainer's to ask for
+            last = self.args.gradient_accumulation_steps == 1 and not self.args.max_grad_norm
+            metrics = self.unlearn_step.accumulate(inputs["forget"], inputs["retain"], last=last)
         total = sum(metrics.values())
         if self.accelerator.sync_gradients:
             metrics |= self.unlearn_step.combine()
@@ -160,6 +163,17 @@ class UnlearnTrainer(Trainer):
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         saved = type(model).from_pretrained(resume_from_checkpoint, dtype=dtype)
         model.load_state_dict(saved.state_dict(), strict=True)
+
+    def _restore(self) -> str:
+        """Bring back the newest checkpoint after a step that stopped half-way."""
+        folder = Path(self.args.output_dir)
+        checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+        if checkpoint is None:
+            return "there is no checkpoint to restore"
+        self._load_from_checkpoint(checkpoint)
+        self.unlearn_step.load_state_dict(load_state(Path(checkpoint), _STATE))
+        self._load_optimizer_and_scheduler(checkpoint)
+        return f"{Path(checkpoint).name} was restored"
 
     def _load_best_model(self):
         if hasattr(self.model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:

@@ -7,61 +7,20 @@ import pytest
 import torch
 
 from moe_unlearn import losses, mollm, trace
-from moe_unlearn.config import Recipe, shipped
+from moe_unlearn.config import shipped
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.objectives import NotPreparedError
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.step import NonFiniteError, UnlearnStep
-from moe_unlearn.testing import assert_as_accurate
-from tests.batches import random_batch, random_batches, with_refusals
+from tests.batches import random_batch
 from tests.models import tiny_olmoe
-
-VOCAB = 64
-SMALL = {
-    # a random model is already unlikely enough for the default beta
-    "simnpo": ["forget.beta=0.2"],
-    "rmu": ["forget.layer=1", r"scope.parameters=['layers\.[01].*down_proj']"],
-    "trace": ["trace.min_ratio=1.01", "trace.eta=0.3"],
-    "combined": ["trace.min_ratio=1.01", "trace.eta=0.3"],
-}
+from tests.steps import VOCAB, changed, check_changes, prepared, recipe, weights
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
     return tiny_olmoe(vocab_size=VOCAB).eval()
-
-
-def data(seed=0):
-    forget = [with_refusals(b, seed=i) for i, b in enumerate(random_batches(VOCAB, seed=seed + 1))]
-    return forget, random_batches(VOCAB, seed=seed + 2)
-
-
-def recipe(name, *overrides, lr=1e-3):
-    return Recipe.load(name, [*SMALL.get(name, []), f"optimizer.lr={lr}", *overrides])
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def changed(model, before):
-    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-
-
-def check_changes(model, results):
-    """The change, not the weight: a missing update would hide in the weight's own rounding."""
-    for name, start in model.named_parameters():
-        change = [results[k][name].double() - start.double() for k in ("ours", "baseline", "gold")]
-        assert change[2].abs().max() > 0
-        assert_as_accurate(change[0].float(), change[1].float(), change[2], name=name)
-
-
-def prepared(model, made):
-    step = UnlearnStep(model, made)
-    forget, retain = data()
-    step.prepare(forget, retain)
-    return step, forget, retain
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -216,10 +175,10 @@ def test_mollm_from_bf16_references_lowers_both_losses(model):
 def test_mollm_direction_lowers_every_masked_objective(model):
     """<g^_i, d> >= |d|^2 for the normalised, masked gradients and the direction before rescaling."""
     made = recipe("combined", "mollm.rescale=none", "mollm.normalize=unit", "mollm.kl_floor=0")
-    step, forget, retain = prepared(model, made)
+    step, forget, retain = prepared(model, made, fused=False)
     step(forget[1], retain[1])  # leave the unchanged model, where KL has no gradient
     step.accumulate(forget[0], retain[0])
-    raw = {name: [None if g is None else g.clone() for g in gs] for name, gs in step._gradients.items()}
+    raw = {name: [None if g is None else g.clone() for g in gs] for name, gs in step._gradients.sets.items()}
     metrics = step.combine()
     kept = [unpack_bits(step.masks[name], p.shape[-1]).view(p.shape) for name, p in step._trained()]
 
@@ -244,7 +203,7 @@ def test_descent_logged_for_sgd_is_the_measured_one(model):
     step(forget[0], retain[0])
     before = weights(model)
     step.accumulate(forget[0], retain[0])
-    gradients = {name: [g.clone() for g in gs] for name, gs in step._gradients.items()}
+    gradients = {name: [g.clone() for g in gs] for name, gs in step._gradients.sets.items()}
     metrics = step.update()
     for name, gs in gradients.items():
         named = zip(gs, step._trained(), strict=True)

@@ -1,7 +1,8 @@
 """The eight ops. Each file: formula, public function, `<op>_ref` beside it, custom op, autograd."""
 
-from moe_unlearn.ops.expert_mlp import Gate, expert_mlp, expert_mlp_ref
+from moe_unlearn.ops.expert_mlp import expert_mlp, expert_mlp_ref
 from moe_unlearn.ops.expert_wgrad import expert_wgrad, expert_wgrad_ref
+from moe_unlearn.ops.gate import Gate
 from moe_unlearn.ops.gram import gram, gram_factors, gram_ref
 from moe_unlearn.ops.masked_update import masked_adamw_, masked_adamw_ref, masked_sgd_, masked_sgd_ref
 from moe_unlearn.ops.retain_weights import RetainWeights, retain_weights, retain_weights_ref

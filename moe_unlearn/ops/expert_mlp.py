@@ -16,7 +16,8 @@ Backward, of which only what is asked for is computed: dgrad first,
     dz[n]      = w[t, k] da[n] * a'(z[n])
     d_x[t]     = sum_k dz[n] gate_up_proj[e]                          terms added in the order of k
 
-then the weight gradients through `expert_wgrad`, from dz and the weighted activation w[t, k] a[n].
+then the weight gradients through `expert_wgrad`, from dz and the weighted activation w[t, k] a[n]: as
+gradients of the weights or, with a `sink`, as factors that the sink turns into whatever it needs.
 
 Worked example, H = I = 1, one expert of weights gate 1, up 2, down 3, activation relu, x = 2, w = 0.5:
 z = (2, 4), a = 2 * 4 = 8, y = 24, out = 12.
@@ -24,32 +25,16 @@ z = (2, 4), a = 2 * 4 = 8, y = 24, out = 12.
 No atomics, fixed order of additions: deterministic. Source: our specification of transformers' experts maths.
 """
 
-import math
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_unlearn import backend, native
-from moe_unlearn.ops.expert_wgrad import expert_wgrad
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-
-
-class Gate(NamedTuple):
-    """The activation between the projections, with clamp as torch.clamp has it (its gradient too):
-
-        gated       act(min(gate, limit)) * (clamp(up, -limit, limit) + shift)
-        not gated   act(min(z, limit))
-
-    `silu` is x * sigmoid(alpha * x); `alpha` means nothing to the others. SwiGLU is `Gate()`, gpt-oss
-    `Gate("silu", 1.702, 7.0, 1.0)`.
-    """
-
-    activation: str = "silu"
-    alpha: float = 1.0
-    limit: float = math.inf
-    shift: float = 0.0
+from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
+from moe_unlearn.ops.gate import ACTIVATIONS, Gate, activate, activate_backward
 
 
 def expert_mlp(
@@ -67,6 +52,7 @@ def expert_mlp(
     interleaved: bool = False,
     gated: bool = True,
     trained_experts: Tensor | None = None,
+    sink: Callable[[Tensor, Factors], None] | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """The expert layer, differentiable in all floating inputs; see the module docstring.
@@ -79,6 +65,9 @@ def expert_mlp(
         interleaved: gate and up alternate (gate0, up0, ...) instead of standing one after the other.
         trained_experts: int32 [M_e], distinct: the experts whose weights and biases get a gradient, that of
             the others being exactly zero at no cost; None is all of them. It changes nothing else.
+        sink: called in the backward pass as sink(weight, factors) for each weight and bias that requires a
+            gradient, once this layer's other gradients are made: it may change the weight. Such a weight gets
+            no gradient of its own. `factors` are those of its dW, a bias [E, M] standing for [E, M, 1].
 
     Returns [T, H] in the dtype of `hidden_states`. Under autocast the layer computes in autocast's dtype, as
     linear layers do. Raises TypeError or ValueError for bad shapes, dtypes or devices, and RuntimeError on
@@ -91,10 +80,12 @@ def expert_mlp(
             return expert_mlp(
                 narrow[0], top_k_weights, sorted_rows, expert_offsets, *narrow[1:], gate=gate, impl=impl,
                 transposed=transposed, interleaved=interleaved, gated=gated, trained_experts=trained_experts,
+                sink=sink,
             ).to(hidden_states.dtype)  # fmt: skip
     _check(hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj,
            gate_up_bias, down_bias, gate, transposed, gated, trained_experts)  # fmt: skip
-    return _expert_mlp(
+    layer = _expert_mlp if sink is None else functools.partial(_WithSink.apply, sink)
+    return layer(
         hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias,
         down_bias, trained_experts, *gate, transposed, interleaved, gated, impl,
     )[0]  # fmt: skip
@@ -154,7 +145,7 @@ def _backward_ref(
             dw = dw + (g.to(wide) * down_bias[expert]).sum(1)
         d_weights = _slots(dw.to(weights.dtype), rows, num_rows).view(num_tokens, top_k)
     if need_x or need_z:
-        dz_here = _activate_backward(z, da * w, gate, interleaved, gated)
+        dz_here = activate_backward(z, da * w, gate, interleaved, gated)
     if need_z:
         dz = _padded(dz_here, num_rows)
     if need_x:
@@ -182,70 +173,6 @@ def _slots(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
 def _padded(values: Tensor, num_rows: int) -> Tensor:
     """Zero rows behind `values`, up to `num_rows`."""
     return torch.cat([values, values.new_zeros(num_rows - len(values), values.shape[1])])
-
-
-def activate(z: Tensor, gate: Gate, interleaved: bool = False, gated: bool = True) -> Tensor:
-    """Pre-activations [..., 2I] (or [..., I] if not gated) -> activations [..., I]; see `Gate`."""
-    if not gated:
-        return _act(_clamp_above(z, gate.limit), gate)
-    g, u = _split(z, interleaved)
-    if math.isfinite(gate.limit):
-        u = u.clamp(-gate.limit, gate.limit)
-    return _act(_clamp_above(g, gate.limit), gate) * (u + gate.shift if gate.shift else u)
-
-
-def _clamp_above(x: Tensor, limit: float) -> Tensor:
-    # a clamp at infinity changes no value but drops the gradient of a NaN
-    return x.clamp(max=limit) if math.isfinite(limit) else x
-
-
-def _activate_backward(z: Tensor, grad: Tensor, gate: Gate, interleaved: bool, gated: bool) -> Tensor:
-    """Gradient of `activate`, computed in the dtype of `grad`, in the dtype of z."""
-    clamped = math.isfinite(gate.limit)
-    if not gated:
-        x = z.to(grad.dtype)
-        dz = grad * _act_derivative(_clamp_above(x, gate.limit), gate)
-        return (torch.where(x <= gate.limit, dz, 0) if clamped else dz).to(z.dtype)
-    g, u = (part.to(grad.dtype) for part in _split(z, interleaved))
-    below = _clamp_above(g, gate.limit)
-    up = (u.clamp(-gate.limit, gate.limit) if clamped else u) + gate.shift
-    d_gate, d_up = grad * up * _act_derivative(below, gate), grad * _act(below, gate)
-    if clamped:
-        d_gate = torch.where(g <= gate.limit, d_gate, 0)
-        d_up = torch.where(u.abs() <= gate.limit, d_up, 0)
-    joined = torch.stack([d_gate, d_up], -1).flatten(-2) if interleaved else torch.cat([d_gate, d_up], -1)
-    return joined.to(z.dtype)
-
-
-def _act(x: Tensor, gate: Gate) -> Tensor:
-    if gate.activation == "silu":
-        return torch.nn.functional.silu(x) if gate.alpha == 1 else x * torch.sigmoid(gate.alpha * x)
-    if gate.activation == "gelu":
-        return torch.nn.functional.gelu(x)
-    if gate.activation == "gelu_tanh":
-        return torch.nn.functional.gelu(x, approximate="tanh")
-    return x.relu() if gate.activation == "relu" else x.relu().square()
-
-
-def _act_derivative(x: Tensor, gate: Gate) -> Tensor:
-    if gate.activation == "silu":
-        s = torch.sigmoid(gate.alpha * x)
-        return s + gate.alpha * x * s * (1 - s)
-    if gate.activation == "gelu":
-        density = torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
-        return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
-    if gate.activation == "gelu_tanh":
-        scale = math.sqrt(2 / math.pi)
-        t = torch.tanh(scale * (x + 0.044715 * x**3))
-        return 0.5 * (1 + t) + 0.5 * x * (1 - t.square()) * scale * (1 + 3 * 0.044715 * x.square())
-    return (x > 0).to(x.dtype) if gate.activation == "relu" else 2 * x.relu()
-
-
-def _split(z: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    if interleaved:
-        return z[..., ::2], z[..., 1::2]
-    gate, up = z.chunk(2, dim=-1)
-    return gate, up
 
 
 def _autocast(tensor: Tensor | None) -> Tensor | None:
@@ -314,38 +241,65 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, _):
     if grad_out is None:
         return (None,) * 17
+    d_x, d_weights, weights, factors, trained = _dgrad(ctx, grad_out, ctx.needs_input_grad)
+
+    def wgrad(like, own):
+        if own is None:
+            return None
+        dw = expert_wgrad(**own._asdict(), experts=trained, out_dtype=like.dtype, impl=ctx.impl)
+        dw = dw.view(-1, *like.shape[1:])
+        return dw if trained is None else like.new_zeros(like.shape).index_copy(0, trained.long(), dw)
+
+    return (d_x, d_weights, None, None, *map(wgrad, weights, factors), *[None] * 9)
+
+
+def _dgrad(ctx, grad_out, needs):
+    """d hidden_states, d top_k_weights, and the four weights with the factors of their gradients, None each
+    where not needed; the trained experts."""
+    # unpacked once: a gradient checkpoint gives its tensors only once
     x, weights, rows, offsets, w1, w2, b1, b2, trained, z = ctx.saved_tensors
-    need_x, need_weights, _, _, need_w1, need_w2, need_b1, need_b2, *_ = ctx.needs_input_grad
+    need_x, need_weights, _, _, need_w1, need_w2, need_b1, need_b2, *_ = needs
     d_x, d_weights, dz, scaled = torch.ops.moe_unlearn.expert_mlp_backward(
         grad_out, x, weights, rows, offsets, w1, w2, b2, z, ctx.activation, ctx.alpha, ctx.limit, ctx.shift,
         ctx.transposed, ctx.interleaved, ctx.gated,
         [need_x, need_weights, need_w1 or need_b1, need_w2], ctx.impl,
     )  # fmt: skip
     token = rows // weights.shape[1]
-
-    def wgrad(like, grad, input, grad_rows=None, input_rows=None):
-        dw = expert_wgrad(
-            grad, input, offsets, grad_rows=grad_rows, input_rows=input_rows, experts=trained,
-            out_dtype=like.dtype, impl=ctx.impl,
-        ).view(-1, *like.shape[1:])  # fmt: skip
-        return dw if trained is None else like.new_zeros(like.shape).index_copy(0, trained.long(), dw)
-
-    d_w1 = d_w2 = d_b1 = d_b2 = None
-    if need_w1 and ctx.transposed:
-        d_w1 = wgrad(w1, x, dz, grad_rows=token)
-    elif need_w1:
-        d_w1 = wgrad(w1, dz, x, input_rows=token)
-    if need_w2 and ctx.transposed:
-        d_w2 = wgrad(w2, scaled, grad_out, input_rows=token)
-    elif need_w2:
-        d_w2 = wgrad(w2, grad_out, scaled, grad_rows=token)
+    up = Factors(dz, x, offsets, None, token)
+    down = Factors(grad_out, scaled, offsets, token, None)
+    if ctx.transposed:
+        up, down = (Factors(f.input, f.grad, offsets, f.input_rows, f.grad_rows) for f in (up, down))
+    factors = [up if need_w1 else None, down if need_w2 else None, None, None]
     if need_b1:
-        d_b1 = wgrad(b1, dz, dz.new_ones(1, 1).expand(len(dz), 1))
+        factors[2] = Factors(dz, dz.new_ones(1, 1).expand(len(dz), 1), offsets, None, None)
     if need_b2:
         column = weights.flatten()[rows.long(), None].to(grad_out.dtype)
-        d_b2 = wgrad(b2, grad_out, column, grad_rows=token)
-    return (d_x if need_x else None, d_weights if need_weights else None, None, None, d_w1, d_w2, d_b1, d_b2,
-            *[None] * 9)  # fmt: skip
+        factors[3] = Factors(grad_out, column, offsets, token, None)
+    d_x, d_weights = d_x if need_x else None, d_weights if need_weights else None
+    return d_x, d_weights, (w1, w2, b1, b2), factors, trained
+
+
+class _WithSink(torch.autograd.Function):
+    """The op whose backward hands the factors of its weight gradients to a sink."""
+
+    @staticmethod
+    def forward(ctx, sink, *inputs):
+        output = _expert_mlp(*inputs)
+        # the weights themselves: a gradient checkpoint gives back detached ones
+        ctx.sink, ctx.weights = sink, inputs[4:8]
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, _):
+        if grad_out is not None:
+            d_x, d_weights, _, factors, _ = _dgrad(ctx, grad_out, ctx.needs_input_grad[1:])
+            for weight, own in zip(ctx.weights, factors, strict=True):
+                if own is not None:
+                    ctx.sink(weight, own)
+            return (None, d_x, d_weights, *[None] * 15)
+        return (None,) * 18
 
 
 def _no_double_backward(ctx, *grads):

@@ -7,7 +7,7 @@ import torch
 
 from moe_unlearn import backend
 from moe_unlearn.ops import Gate, expert_mlp, expert_mlp_ref, route
-from moe_unlearn.ops.expert_mlp import ACTIVATIONS, _activate_backward, activate
+from moe_unlearn.ops.gate import ACTIVATIONS, activate, activate_backward
 from moe_unlearn.testing import (
     LAYOUTS,
     ROUTINGS,
@@ -95,7 +95,7 @@ def test_derivatives_are_as_accurate_as_autograd(gate, interleaved, gated):
         return torch.autograd.grad(activate(z, gate, interleaved, gated), z, upstream)[0]
 
     baseline, gold = by_autograd(z.clone(), upstream), by_autograd(z.double(), upstream.double())
-    assert_as_accurate(_activate_backward(z, upstream, gate, interleaved, gated), baseline, gold)
+    assert_as_accurate(activate_backward(z, upstream, gate, interleaved, gated), baseline, gold)
 
 
 @pytest.mark.quick
@@ -106,7 +106,7 @@ def test_gradient_is_cut_at_the_clamp_as_torch_cuts_it_and_nan_is_never_lost(gat
     z = torch.cartesian_prod(torch.tensor(values), torch.tensor(values)).requires_grad_()
     out = activate(z, gate, gated=gated)
     (expected,) = torch.autograd.grad(out, z, torch.ones_like(out))
-    got = _activate_backward(z.detach(), torch.ones_like(out), gate, False, gated)
+    got = activate_backward(z.detach(), torch.ones_like(out), gate, False, gated)
     finite = z.isfinite().all(1)
     assert torch.equal(got[finite] == 0, expected[finite] == 0)
     assert not (expected.isnan() & got.isfinite()).any()

@@ -1,0 +1,89 @@
+"""The activation between the expert projections, as expert_mlp's reference computes it."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+
+class Gate(NamedTuple):
+    """The activation between the projections, with clamp as torch.clamp has it (its gradient too):
+
+        gated       act(min(gate, limit)) * (clamp(up, -limit, limit) + shift)
+        not gated   act(min(z, limit))
+
+    `silu` is x * sigmoid(alpha * x); `alpha` means nothing to the others. SwiGLU is `Gate()`, gpt-oss
+    `Gate("silu", 1.702, 7.0, 1.0)`.
+    """
+
+    activation: str = "silu"
+    alpha: float = 1.0
+    limit: float = math.inf
+    shift: float = 0.0
+
+
+def activate(z: Tensor, gate: Gate, interleaved: bool = False, gated: bool = True) -> Tensor:
+    """Pre-activations [..., 2I] (or [..., I] if not gated) -> activations [..., I]; see `Gate`."""
+    if not gated:
+        return _act(_clamp_above(z, gate.limit), gate)
+    g, u = _split(z, interleaved)
+    if math.isfinite(gate.limit):
+        u = u.clamp(-gate.limit, gate.limit)
+    return _act(_clamp_above(g, gate.limit), gate) * (u + gate.shift if gate.shift else u)
+
+
+def _clamp_above(x: Tensor, limit: float) -> Tensor:
+    # a clamp at infinity changes no value but drops the gradient of a NaN
+    return x.clamp(max=limit) if math.isfinite(limit) else x
+
+
+def activate_backward(z: Tensor, grad: Tensor, gate: Gate, interleaved: bool, gated: bool) -> Tensor:
+    """Gradient of `activate`, computed in the dtype of `grad`, in the dtype of z."""
+    clamped = math.isfinite(gate.limit)
+    if not gated:
+        x = z.to(grad.dtype)
+        dz = grad * _act_derivative(_clamp_above(x, gate.limit), gate)
+        return (torch.where(x <= gate.limit, dz, 0) if clamped else dz).to(z.dtype)
+    g, u = (part.to(grad.dtype) for part in _split(z, interleaved))
+    below = _clamp_above(g, gate.limit)
+    up = (u.clamp(-gate.limit, gate.limit) if clamped else u) + gate.shift
+    d_gate, d_up = grad * up * _act_derivative(below, gate), grad * _act(below, gate)
+    if clamped:
+        d_gate = torch.where(g <= gate.limit, d_gate, 0)
+        d_up = torch.where(u.abs() <= gate.limit, d_up, 0)
+    joined = torch.stack([d_gate, d_up], -1).flatten(-2) if interleaved else torch.cat([d_gate, d_up], -1)
+    return joined.to(z.dtype)
+
+
+def _act(x: Tensor, gate: Gate) -> Tensor:
+    if gate.activation == "silu":
+        return torch.nn.functional.silu(x) if gate.alpha == 1 else x * torch.sigmoid(gate.alpha * x)
+    if gate.activation == "gelu":
+        return torch.nn.functional.gelu(x)
+    if gate.activation == "gelu_tanh":
+        return torch.nn.functional.gelu(x, approximate="tanh")
+    return x.relu() if gate.activation == "relu" else x.relu().square()
+
+
+def _act_derivative(x: Tensor, gate: Gate) -> Tensor:
+    if gate.activation == "silu":
+        s = torch.sigmoid(gate.alpha * x)
+        return s + gate.alpha * x * s * (1 - s)
+    if gate.activation == "gelu":
+        density = torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
+        return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
+    if gate.activation == "gelu_tanh":
+        scale = math.sqrt(2 / math.pi)
+        t = torch.tanh(scale * (x + 0.044715 * x**3))
+        return 0.5 * (1 + t) + 0.5 * x * (1 - t.square()) * scale * (1 + 3 * 0.044715 * x.square())
+    return (x > 0).to(x.dtype) if gate.activation == "relu" else 2 * x.relu()
+
+
+def _split(z: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    if interleaved:
+        return z[..., ::2], z[..., 1::2]
+    gate, up = z.chunk(2, dim=-1)
+    return gate, up

@@ -1,0 +1,70 @@
+"""Which way each layer's gradients take in a step, and why; a plan prints it, the step acts on it."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from moe_unlearn.experts import experts_modules
+
+
+class Path(NamedTuple):
+    """The way of one MoE layer: `update` in the backward pass, `compact` gradients, `autograd`, `frozen`
+    (gradients pass through) or `below` (nothing under it trains: its forward keeps nothing)."""
+
+    layer: str
+    way: str
+    trained: str
+    reason: str
+
+
+def obstacle(step) -> str:
+    """Why an `UnlearnStep` does not update expert weights in its backward pass; empty if it does."""
+    recipe, separate = step.recipe, step.objectives.separate
+    reasons = {
+        "the plain path was asked for": not step.fused,
+        "guard 'strict' knows every gradient before the first update (guard: loss allows it)": recipe.guard == "strict",
+        "MOLLM's direction needs every gradient": recipe.mollm is not None,
+        "clipping needs every gradient (optimizer.max_grad_norm: null allows it)":
+            recipe.optimizer.max_grad_norm is not None,
+        "several micro-batches make one gradient": recipe.accumulate > 1,
+        f"two forward passes use each weight: {separate}": bool(separate) and recipe.retain.objective != "none",
+        "the optimizer maximizes": any(group["maximize"] for group in step.optimizer.param_groups),
+    }  # fmt: skip
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def paths(step) -> list[Path]:
+    """The way of every MoE layer, in the order of `experts_modules`."""
+    blocked, made = obstacle(step), []
+    trains = {name for name, p in step.model.named_parameters() if p.requires_grad}
+    modules = experts_modules(step.model)
+    order = [name for name, _ in step.model.named_modules()]
+    lowest = min((order.index(name.rpartition(".")[0]) for name in trains), default=len(order))
+    for name, module in modules.items():
+        own = {suffix: p for suffix, p in module.named_parameters() if p.requires_grad}
+        if not own:
+            below = lowest > order.index(name)
+            why = (
+                "nothing trains here or below: no graph is kept" if below else "gradients of layers below pass through"
+            )
+            made.append(Path(name, "below" if below else "frozen", "no expert", why))
+            continue
+        made.append(Path(name, *_way(step, module, own, blocked)))
+    return made
+
+
+def _way(step, module: nn.Module, own: dict[str, nn.Parameter], blocked: str) -> tuple[str, str, str]:
+    layouts = {suffix: step.optimizer.layout(p) for suffix, p in own.items()}
+    counts = {len(p) if not layout or layout[0] is None else len(layout[0]) for p, layout in
+              zip(own.values(), layouts.values(), strict=True)}  # fmt: skip
+    trained = f"{max(counts)} of {module.num_experts} experts"
+    if not step.fused:
+        return "autograd", trained, blocked
+    # of an adapter the experts see the sum, whose gradient autograd takes apart
+    weights = {suffix for suffix, _ in module.named_parameters(recurse=False)}
+    if not own.keys() <= weights or not all(p.is_leaf for p in own.values()):
+        return "autograd", trained, "the weights are made of others (an adapter)"
+    if blocked:
+        return "compact", trained, blocked
+    biases = any(p.dim() != 3 for p in own.values())
+    return "update", trained, "in the epilogue of the weight gradient" + (", biases compact" if biases else "")

@@ -1,0 +1,265 @@
+"""The fused step: the gradients' ways, what they cost, and what happens when a step must stop."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from moe_unlearn.experts import experts_modules, step_inputs
+from moe_unlearn.objectives import Objectives
+from moe_unlearn.ops.bits import pack_bits
+from moe_unlearn.ops.expert_wgrad import Factors
+from moe_unlearn.optim import MaskedSGD
+from moe_unlearn.paths import paths
+from moe_unlearn.preparation import Preparation
+from moe_unlearn.sinks import CompactSink, NonFiniteError, UpdateSink
+from moe_unlearn.step import RetainBudgetError, UnlearnStep
+from tests.batches import random_batch
+from tests.models import TINY_MODELS, tiny_olmoe
+from tests.steps import VOCAB, changed, check_changes, prepared, recipe, weights
+
+pytestmark = pytest.mark.quick
+ONE_PASS = ("guard=loss",)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return tiny_olmoe(vocab_size=VOCAB).eval()
+
+
+def spoil(model, layer, value=math.inf):
+    """Multiply the gradient that leaves a decoder layer downward."""
+    return model.model.layers[layer].register_forward_pre_hook(
+        lambda module, args: (args[0].register_hook(lambda g: g * value), None)[1]
+    )
+
+
+def check_against_plain(model, made, steps=2, **options):
+    """The fused step as accurate as the plain one, each step from the same weights and state."""
+    gold_model = copy.deepcopy(model).double()
+    pair = {
+        "ours": (copy.deepcopy(model), True),
+        "baseline": (copy.deepcopy(model), False),
+        "gold": (gold_model, False),
+    }
+    made_steps = {}
+    for kind, (own, fused) in pair.items():
+        made_steps[kind], forget, retain = prepared(own, made, fused=fused, **options)
+    plain = made_steps["baseline"]
+    for kind in ("ours", "gold"):
+        # one preparation, or a threshold might part them
+        made_steps[kind].load_state_dict(plain.state_dict())
+    for i in range(steps):
+        state, start = plain.state_dict(), weights(plain.model)
+        results = {}
+        for kind, step in made_steps.items():
+            dtype = torch.float64 if kind == "gold" else torch.float32
+            step.model.load_state_dict({n: w.to(dtype) for n, w in start.items()}, strict=False)
+            step.load_state_dict(copy.deepcopy(state))
+            step(forget[i], retain[i])
+            results[kind] = weights(step.model)
+        reference = copy.deepcopy(model)
+        reference.load_state_dict(start, strict=False)
+        check_changes(reference, results, only_changed=True)
+    return made_steps["ours"]
+
+
+@pytest.mark.parametrize("overrides", [(), ONE_PASS], ids=["compact", "one pass"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["graddiff", "wagle", "mollm"])
+def test_a_fused_step_is_the_plain_step(name, optimizer, overrides, model):
+    made = recipe(name, f"optimizer.name={optimizer}", "optimizer.weight_decay=0.1", "forget.gamma=0.5", *overrides)
+    step = check_against_plain(model, made)
+    ways = {path.way for path in paths(step)}
+    assert ways == {"update" if overrides and name != "mollm" else "compact"}
+
+
+def test_forget_and_retain_rows_share_one_forward_pass(model):
+    step, forget, retain = prepared(model, recipe("graddiff"))
+    calls = []
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    long = random_batch(VOCAB, rows=3, seed=8)
+    joint = step.objectives(forget[0], long)
+    assert len(calls) == 1
+    counts = torch.stack(list(step.objectives.tokens_per_expert))
+    apart = step.objectives(forget[0], long, joint=False)
+    assert len(calls) == 3
+    for name in ("forget", "retain"):
+        assert float(joint[name]) == pytest.approx(float(apart[name]), rel=1e-5)
+    positions = step.objectives.sizes(forget[0], long)
+    assert counts.sum(2).tolist() == [[2 * positions["forget"], 2 * positions["retain"]]] * len(counts)
+
+
+def test_rows_of_very_different_length_travel_apart(model):
+    calls = []
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    short = {k: v[:, :4].contiguous() for k, v in random_batch(VOCAB, seed=1).items()}
+    long = {k: v.repeat(1, 4) for k, v in random_batch(VOCAB, seed=2).items()}
+    Objectives(model, recipe("graddiff"), Preparation())(short, long)
+    assert len(calls) == 2
+
+
+def test_gradients_are_compact_and_masked_weights_and_frozen_experts_have_none(model):
+    step, forget, retain = prepared(model, recipe("trace", "scope.kind=experts", "trace.per_layer=1"))
+    step(forget[0], retain[0], update=False)
+    selected = step.prepared.selected.sum(1).tolist()
+    for count, module in zip(selected, experts_modules(model).values(), strict=True):
+        for p in module.parameters():
+            assert p.grad is None
+            gradient = step.optimizer.gradients.get(p)
+            assert gradient is None if count == 0 else gradient.shape == (count, *p.shape[1:])
+
+
+def test_one_pass_leaves_no_gradient_of_an_expert_weight(model):
+    step, forget, retain = prepared(model, recipe("graddiff", *ONE_PASS))
+    seen = []
+    original = UpdateSink.take
+    before = weights(model)
+
+    def watch(sink, weight, factors):
+        original(sink, weight, factors)
+        seen.append((weight.grad, dict(sink.gradients)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UpdateSink, "take", watch)
+        metrics = step(forget[0], retain[0])
+    assert seen and all(grad is None and not compact for grad, compact in seen)
+    assert "grad_norm" not in metrics
+    assert changed(model, before) == set(before)
+
+
+def test_gradient_checkpointing_takes_the_same_way(model):
+    results = []
+    for checkpointing in (False, True):
+        own = copy.deepcopy(model).train()
+        if checkpointing:
+            own.gradient_checkpointing_enable({"use_reentrant": False})
+        step, forget, retain = prepared(own, recipe("graddiff", *ONE_PASS, "optimizer.name=sgd"))
+        own.train()
+        step(forget[0], retain[0])
+        results.append(weights(own))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_an_update_below_a_retained_graph_is_noticed_by_autograd(model):
+    step, forget, retain = prepared(model, recipe("graddiff", *ONE_PASS))
+    names = {p: name for name, p in model.named_parameters()}
+    with step_inputs(model, weight_gradients=UpdateSink(step.optimizer, step.optimizer.gradients, names)):
+        loss = sum(step.objectives(forget[0], retain[0]).values())
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_a_weight_used_twice_waits_for_both_gradients(model):
+    first = model.model.layers[0].mlp
+    model.model.layers[1].mlp.experts = first.experts
+    step = check_against_plain(model, recipe("graddiff", *ONE_PASS, "optimizer.name=sgd", "forget.gamma=0.5"), steps=1)
+    step(*(random_batch(VOCAB, seed=i) for i in (1, 2)), update=False)
+    metrics = step.update()
+    assert "grad_norm" in metrics
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("name", ["graddiff", "wagle", "mollm"])
+def test_under_the_strict_guard_a_bad_gradient_changes_nothing(name, value, model):
+    step, forget, retain = prepared(model, recipe(name))
+    step(forget[0], retain[0])
+    before, state = weights(model), copy.deepcopy(step.optimizer.state_dict())
+    hook = spoil(model, 1, value)
+    with pytest.raises(NonFiniteError, match="weights unchanged") as caught:
+        step(forget[1], retain[1])
+    assert caught.value.updated == () and not changed(model, before)
+    for old, new in zip(state["state"].values(), step.optimizer.state_dict()["state"].values(), strict=True):
+        assert all(torch.equal(old[k], new[k]) for k in old if torch.is_tensor(old[k]))
+    hook.remove()
+    step(forget[1], retain[1])
+    assert changed(model, before)
+
+
+def test_in_one_pass_a_bad_gradient_stops_at_its_layer_and_names_what_was_updated(model):
+    step, forget, retain = prepared(model, recipe("graddiff", *ONE_PASS))
+    before = weights(model)
+    spoil(model, 1)
+    step.restore = lambda: model.load_state_dict(before, strict=False) and "checkpoint-0 was restored"
+    upper, lower = list(experts_modules(model))[1], list(experts_modules(model))[0]
+    with pytest.raises(NonFiniteError, match="updated already.*checkpoint-0 was restored") as caught:
+        step(forget[0], retain[0])
+    assert {name.rpartition(".")[0] for name in caught.value.updated} == {upper}
+    assert f"the gradient of {lower}" in str(caught.value)
+    assert not changed(model, before)
+    assert not step.optimizer.gradients and all(p.grad is None for p in model.parameters())
+
+
+def test_a_product_that_may_overflow_is_stored_and_checked_first():
+    weight = torch.nn.Parameter(torch.zeros(2, 4, 4))
+    optimizer = MaskedSGD([weight], lr=1.0)
+    sink = UpdateSink(optimizer, optimizer.gradients, {weight: "w"})
+    huge = torch.full((3, 4), 1e20)
+    sink.take(weight, Factors(huge, huge, torch.tensor([0, 3, 3], dtype=torch.int32)))
+    assert not sink.updated and not weight.any() and not optimizer.gradients[weight].isfinite().all()
+
+
+def test_the_retain_budget_stops_before_the_update(model):
+    step, forget, retain = prepared(model, recipe("graddiff", "retain_budget=0.5", *ONE_PASS))
+    before = weights(model)
+    with pytest.raises(RetainBudgetError, match=r"retain_loss is .* above the budget of 0.5"):
+        step(forget[0], retain[0])
+    assert not changed(model, before) and step.steps == 0
+
+
+def test_what_forbids_one_pass_is_said():
+    for override, reason in {
+        "guard=strict": "guard 'strict'",
+        "optimizer.max_grad_norm=1.0": "max_grad_norm: null",
+        "accumulate=2": "micro-batches",
+        "mollm=true": "MOLLM",
+    }.items():
+        step = UnlearnStep(tiny_olmoe(vocab_size=VOCAB), recipe("graddiff", *ONE_PASS, override))
+        assert reason in step.obstacle, override
+        assert {p.way for p in paths(step)} == {"compact"} and all(reason in p.reason for p in paths(step))
+
+
+def test_paths_below_the_lowest_trained_layer_keep_no_graph(model):
+    last = list(experts_modules(model))[-1]
+    name = last.replace(".", r"\.") + r"\.down_proj"
+    step, forget, retain = prepared(model, recipe("graddiff", f"scope.parameters=['{name}']", "scope.kind=parameters"))
+    assert [p.way for p in paths(step)] == ["below"] * (len(paths(step)) - 1) + ["compact"]
+    inputs = []
+    for module in experts_modules(model).values():
+        module.register_forward_pre_hook(lambda m, args: inputs.append(args[0].requires_grad))
+    step(forget[0], retain[0])
+    assert inputs == [False] * len(inputs)
+
+
+def test_a_weight_without_a_trained_bit_is_frozen(model):
+    step, forget, retain = prepared(model, recipe("wagle", "wagle.keep=0.5"))
+    name, p = next((n, p) for n, p in model.named_parameters() if "down_proj" in n)
+    step.prepared.mask.words(name).zero_()
+    step._apply_masks()
+    assert not p.requires_grad
+    before = p.detach().clone()
+    step(forget[0], retain[0])
+    assert torch.equal(p, before) and p not in step.optimizer.state
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_biases_and_other_layouts(family):
+    torch.manual_seed(1)
+    model = TINY_MODELS[family](vocab_size=VOCAB).eval()
+    check_against_plain(model, recipe("graddiff", "forget.gamma=0.5", "optimizer.name=sgd", *ONE_PASS), steps=1)
+
+
+def test_a_compact_sink_adds_up_and_masks():
+    weight = torch.nn.Parameter(torch.zeros(3, 2, 33))
+    mask = torch.zeros(3, 2, 33, dtype=torch.bool)
+    mask[1, 0, ::2] = True
+    optimizer = MaskedSGD([weight], lr=1.0)
+    optimizer.set_masks([pack_bits(mask)])
+    factors = Factors(torch.ones(4, 2), torch.ones(4, 33), torch.tensor([0, 1, 4, 4], dtype=torch.int32))
+    sink = CompactSink(optimizer, {})
+    sink.take(weight, factors)
+    sink.take(weight, factors)
+    assert torch.equal(sink.gradients[weight], torch.where(mask[1:2], 6.0, 0.0))
