@@ -95,17 +95,21 @@ class Wagle:
 @dataclass(frozen=True, kw_only=True)
 class Mollm:
     """Lever 3, see `moe_unlearn.mollm`: the common descent direction of forget, KL and retain losses. KL
-    counts only where its value exceeds `kl_floor` times the value measured at the unchanged model."""
+    counts only where its value exceeds `kl_floor` times the value measured at the unchanged model.
+    `gradients` of expert weights are kept "compact", as "factors" (less memory for long weights and few
+    rows, at the price of making them twice), or "auto", whichever is smaller."""
 
     normalize: str = "mean_norm"
     rescale: str = "mean_gradient"
     kl: bool = True
     kl_floor: float = 10.0
     log_descent_every: int = 10
+    gradients: str = "auto"
 
     def __post_init__(self):
         _one_of("mollm.normalize", self.normalize, ("none", "unit", "mean_norm"))
         _one_of("mollm.rescale", self.rescale, ("none", "mean_gradient"))
+        _one_of("mollm.gradients", self.gradients, ("auto", "compact", "factors"))
         _above("mollm.log_descent_every", self.log_descent_every, 0)
 
 

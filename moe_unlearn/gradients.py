@@ -1,18 +1,25 @@
-"""The gradients of one step: in `.grad`, or compact in `optimizer.gradients`; for MOLLM a set for each objective.
+"""The gradients of one step: in `.grad`, or compact or as factors in `optimizer.gradients`; for MOLLM a set for
+each objective.
 
     one set      g = grad sum_i w_i L_i
-    MOLLM        g = sum_i c_i grad L_i, c from the Gram matrix of the masked gradients
+    MOLLM        g = sum_i c_i grad L_i, c from the Gram matrix of the masked gradients; |g|^2 = c^T Gram c
 
-Expert weights have theirs compact where a sink collects them, of the slices that train and with the mask
-applied; what belongs to neither is None. See `sinks` and `mollm`.
+Expert weights have theirs where a sink collects them (`sinks`): compact, of the slices that train and with the
+mask applied, or as factors. Factors make MOLLM's step two phases: first the inner products, of which no gradient
+is stored, then one weighted weight gradient, in whose epilogue the optimizer updates.
 """
 
+import torch
 from torch import Tensor, nn
 
 from moe_unlearn import mollm
 from moe_unlearn.config import Mollm
 from moe_unlearn.ops import gram
+from moe_unlearn.ops.expert_wgrad import Factors
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
+from moe_unlearn.sinks import inner_products, join
+
+Gradient = Tensor | list[Factors] | None
 
 
 class Gradients:
@@ -22,65 +29,86 @@ class Gradients:
         self, optimizer: MaskedSGD | MaskedAdamW, trained: list[tuple[str, nn.Parameter]], masks: dict[str, Tensor]
     ):
         self.optimizer, self.trained, self.masks = optimizer, trained, masks
-        #: objective -> a gradient or None for each trained parameter; empty without MOLLM
-        self.sets: dict[str, list[Tensor | None]] = {}
+        #: objective -> for each trained parameter a gradient, a list of factors or None; empty without MOLLM
+        self.sets: dict[str, list[Gradient]] = {}
+        #: where a `FactorSink` leaves the factors of a backward pass
+        self.factors: dict[Tensor, list[Factors]] = {}
         self._compact: set[Tensor] = set()  # parameters whose gradients in the sets are compact
-
-    def of(self, p: nn.Parameter) -> Tensor | None:
-        """The gradient of the step, compact or not."""
-        return self.optimizer.gradients.get(p, p.grad)
+        self._norm: float | None = None  # of MOLLM's direction
 
     def collect(self, objective: str) -> None:
         """Take what a backward pass of this objective left, and add it to the objective's set."""
         held = self.sets.setdefault(objective, [None] * len(self.trained))
         for i, (_, p) in enumerate(self.trained):
-            new = self.of(p)
-            if new is not None:
+            new = self.factors.get(p, self._of(p))
+            if isinstance(new, list):
+                held[i] = [*(held[i] or []), *new]
+            elif new is not None:
                 held[i] = new if held[i] is None else held[i].add_(new)
                 p.grad = None
         self._compact |= self.optimizer.gradients.keys()
         self.optimizer.gradients.clear()
+        self.factors.clear()
 
     def divide(self, parts: int) -> None:
         """The mean of `parts` micro-batches, from their sum."""
-        for gradients in self.sets.values() or [[self.of(p) for _, p in self.trained]]:
-            for gradient in gradients:
-                if gradient is not None and parts != 1:
+        if parts == 1:
+            return
+        for gradients in self.sets.values() or [[self._of(p) for _, p in self.trained]]:
+            for i, gradient in enumerate(gradients):
+                if isinstance(gradient, list):
+                    gradients[i] = [f._replace(grad=f.grad / parts) for f in gradient]
+                elif gradient is not None:
                     gradient.div_(parts)
 
     def norm(self) -> float:
         """Of the gradient of the step, masks applied."""
-        return float(self._gram([[self.of(p) for _, p in self.trained]])[0, 0]) ** 0.5
+        if self._norm is not None:
+            return self._norm
+        return float(self._gram([[self._of(p) for _, p in self.trained]])[0, 0]) ** 0.5
 
     def scale(self, factor: float) -> None:
         """Multiply the gradient of the step."""
         for _, p in self.trained:
-            gradient = self.of(p)
-            if gradient is not None:
+            gradient = self._of(p)
+            if isinstance(gradient, Factors):
+                self.optimizer.gradients[p] = gradient._replace(grad=gradient.grad * factor)
+            elif gradient is not None:
                 gradient.mul_(factor)
 
     def products(self) -> Tensor:
-        """Gram matrix [m, m] of the objectives' masked gradients."""
-        return self._gram(list(self.sets.values()))
+        """Gram matrix [m, m] float64 of the objectives' masked gradients."""
+        sets = list(self.sets.values())
+        total = self._gram([[None if isinstance(g, list) else g for g in gradients] for gradients in sets])
+        for i, (_, p) in enumerate(self.trained):
+            present = [j for j, gradients in enumerate(sets) if isinstance(gradients[i], list)]
+            if present:
+                whole = [_whole([(1.0, f) for f in sets[j][i]]) for j in present]
+                index = torch.tensor(present, device=total.device)
+                total[index[:, None], index] += inner_products(whole, *self.optimizer.layout(p)).to(total.device)
+        return total
 
     def descend(self, settings: Mollm, products: Tensor, active: Tensor, *, keep: bool) -> mollm.CommonDescent:
         """Make the common descent direction the gradient of the step; without `keep` the sets end here."""
         direction = mollm.common_descent(
             products, normalize=settings.normalize, rescale=settings.rescale, active=active
         )
+        c = direction.coefficients.to(products)
+        self._norm = 0.0 if direction.stationary else float(c @ products @ c) ** 0.5
+        # at a stationary point nothing may move, momentum and decay included
+        used = [] if direction.stationary else [j for j, value in enumerate(c.tolist()) if value != 0]
+        sets = list(self.sets.values())
         for i, (_, p) in enumerate(self.trained):
-            terms = [
-                (float(c), gradients[i])
-                for c, gradients in zip(direction.coefficients, self.sets.values(), strict=True)
-                if gradients[i] is not None and c != 0
-            ]
-            # at a stationary point nothing may move, momentum and decay included
-            if not terms or direction.stationary:
+            terms = [(float(c[j]), sets[j][i]) for j in used if sets[j][i] is not None]
+            if not terms:
                 continue
-            (c, first), *others = terms
-            total = c * first if keep else first.mul_(c)
-            for c, gradient in others:
-                total.add_(gradient, alpha=c)
+            if isinstance(terms[0][1], list):
+                self.optimizer.gradients[p] = _whole([(c_j, f) for c_j, parts in terms for f in parts])
+                continue
+            (first, total), *others = terms
+            total = first * total if keep else total.mul_(first)
+            for c_j, gradient in others:
+                total.add_(gradient, alpha=c_j)
             if p in self._compact:
                 self.optimizer.gradients[p] = total
             else:
@@ -88,6 +116,11 @@ class Gradients:
         if not keep:
             self.sets = dict.fromkeys(self.sets, [])
         return direction
+
+    @property
+    def factored(self) -> bool:
+        """Whether a gradient of the sets is there as factors only."""
+        return any(isinstance(g, list) for gradients in self.sets.values() for g in gradients)
 
     def step_and_measure(self) -> dict[str, float]:
         """`optimizer.step()`; the inner product of the change it made with each objective's gradient."""
@@ -98,17 +131,27 @@ class Gradients:
         products = gram([*self.sets.values(), change])[:-1, -1]
         return dict(zip(self.sets, products.tolist(), strict=True))
 
+    def clear(self) -> None:
+        """Drop everything."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.sets, self._norm = {}, None
+        self.factors.clear()
+        self._compact.clear()
+
+    def _of(self, p: nn.Parameter) -> Tensor | Factors | None:
+        return self.optimizer.gradients.get(p, p.grad)
+
     def _rows(self, p: nn.Parameter) -> Tensor:
         """The part of a parameter that its gradient is of."""
         layout = self.optimizer.layout(p) if p in self._compact else None
         return p.detach() if layout is None or layout[0] is None else p.detach()[layout[0]]
 
-    def clear(self) -> None:
-        """Drop everything."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.sets.clear()
-        self._compact.clear()
-
     def _gram(self, sets: list[list[Tensor | None]]) -> Tensor:
         compact = self._compact | self.optimizer.gradients.keys()
         return gram(sets, masks=[None if p in compact else self.masks.get(name) for name, p in self.trained])
+
+
+def _whole(parts: list[tuple[float, Factors]]) -> Factors:
+    if len(parts) == 1 and parts[0][0] == 1:
+        return parts[0][1]
+    return join(parts)[0]

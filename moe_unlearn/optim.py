@@ -40,8 +40,9 @@ class _Masked(torch.optim.Optimizer):
     def __init__(self, params: Iterable, defaults: dict):
         # parameter id -> (mask, its version, slices, mask of the slices); a cache, never saved
         self._layouts: dict[int, tuple] = {}
-        #: compact gradients, [M, ...] for the M slices that train, by parameter; they stand in for `.grad`
-        self.gradients: dict[Tensor, Tensor] = {}
+        #: by parameter, what stands in for `.grad`: a compact gradient, [M, ...] for the M slices that train, or
+        #: the factors of an expert weight's, from which `step` updates without storing it
+        self.gradients: dict[Tensor, Tensor | Factors] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
@@ -89,8 +90,10 @@ class _Masked(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group, p, mask, parameter_id in self._parameters():
-            if p in self.gradients or p.grad is not None:
-                self._update(group, p, mask, parameter_id)
+            if p in self.gradients:
+                self._update(group, p, mask, parameter_id, self.gradients[p])
+            elif p.grad is not None:
+                self._update(group, p, mask, parameter_id, _local(p.grad))
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -108,16 +111,16 @@ class _Masked(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update_from(self, p: Tensor, factors: Factors) -> None:
-        """Update an expert weight [E, M, P] from the factors of its gradient, which is never stored.
+        """Update one expert weight [E, M, P] from the factors of its gradient, as `step` does.
 
-        The arithmetic is that of `step` with the gradient in float32. Raises ValueError for a parameter that
-        is not here or has `maximize` set.
+        The gradient is never stored, and float32 up to the update. Raises ValueError for a parameter that is
+        not here.
         """
         for group, q, mask, parameter_id in self._parameters():
-            if q is p and not group["maximize"]:
+            if q is p:
                 self._update(group, p, mask, parameter_id, factors)
                 return
-        raise ValueError(f"expected a parameter of this optimizer without maximize; got one of {list(p.shape)}")
+        raise ValueError(f"expected a parameter of this optimizer; got one of shape {list(p.shape)}")
 
     def _parameters(self) -> Iterator[tuple[dict, Tensor, Tensor | None, int]]:
         """(group, parameter, mask, parameter id) of each."""
@@ -129,21 +132,17 @@ class _Masked(torch.optim.Optimizer):
                 yield group, p, mask, parameter_id
                 parameter_id += 1
 
-    def _update(self, group, p, mask, parameter_id, factors: Factors | None = None) -> None:
+    def _update(self, group, p, mask, parameter_id, gradient: Tensor | Factors) -> None:
         weight = _local(p)
         slices, compact_mask = self._layout(parameter_id, weight, mask)
         if slices is not None and len(slices) == 0:
             self.state.pop(p, None)
             return
-        grad = None
-        if factors is None:
-            grad = self.gradients.get(p)
-            if grad is None:
-                grad = _local(p.grad)
-                if grad.is_sparse:
-                    raise ValueError(f"parameter {parameter_id}: sparse gradients are not supported")
-                grad = grad if slices is None else grad[slices]
-            grad = -grad if group["maximize"] else grad
+        factored = isinstance(gradient, Factors)
+        if not factored and gradient.is_sparse:
+            raise ValueError(f"parameter {parameter_id}: sparse gradients are not supported")
+        if group["maximize"]:
+            gradient = gradient._replace(grad=-gradient.grad) if factored else -gradient
         state = self.state[p]
         _fit_state(state, weight, slices, self._moments(group), group["numerics"])
         state["step"] += 1
@@ -153,10 +152,12 @@ class _Masked(torch.optim.Optimizer):
             "rounding": "stochastic" if stochastic else "nearest", "seed": group["seed"],
             "parameter_id": parameter_id, "master": state.get("master"),
         }  # fmt: skip
-        if factors is None:
-            self._apply(group, weight, grad, compact_mask, state, slices=slices, **options)
-        else:
-            self._apply_factors(group, weight, factors, compact_mask, state, experts=slices, **options)
+        if factored:
+            self._apply_factors(group, weight, gradient, compact_mask, state, experts=slices, **options)
+            return
+        if slices is not None and p not in self.gradients:
+            gradient = gradient[slices]
+        self._apply(group, weight, gradient, compact_mask, state, slices=slices, **options)
 
     def _layout(self, parameter_id: int, p: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if mask is None:

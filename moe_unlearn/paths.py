@@ -8,8 +8,9 @@ from moe_unlearn.experts import experts_modules
 
 
 class Path(NamedTuple):
-    """The way of one MoE layer: `update` in the backward pass, `compact` gradients, `autograd`, `frozen`
-    (gradients pass through) or `below` (nothing under it trains: its forward keeps nothing)."""
+    """The way of one MoE layer: `update` in the backward pass, `compact` gradients, their `factors` (or
+    compact, where that is smaller), `autograd`, `frozen` (gradients pass through) or `below` (nothing up to it
+    trains: its forward keeps nothing)."""
 
     layer: str
     way: str
@@ -27,8 +28,8 @@ def obstacle(step) -> str:
         "clipping needs every gradient (optimizer.max_grad_norm: null allows it)":
             recipe.optimizer.max_grad_norm is not None,
         "several micro-batches make one gradient": recipe.accumulate > 1,
+        step.held_back: bool(step.held_back),
         f"two forward passes use each weight: {separate}": bool(separate) and recipe.retain.objective != "none",
-        "the optimizer maximizes": any(group["maximize"] for group in step.optimizer.param_groups),
     }  # fmt: skip
     return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -65,6 +66,8 @@ def _way(step, module: nn.Module, own: dict[str, nn.Parameter], blocked: str) ->
     if not own.keys() <= weights or not all(p.is_leaf for p in own.values()):
         return "autograd", trained, "the weights are made of others (an adapter)"
     if blocked:
-        return "compact", trained, blocked
+        mollm = step.recipe.mollm
+        way = "compact" if mollm is None or mollm.gradients == "compact" else "factors"
+        return way, trained, blocked
     biases = any(p.dim() != 3 for p in own.values())
     return "update", trained, "in the epilogue of the weight gradient" + (", biases compact" if biases else "")

@@ -1,21 +1,25 @@
 """Where the weight gradients of the experts go in the fused step, instead of `.grad`.
 
     CompactSink    sum of the masked dW of the trained slices, [M_e, M, P] in the parameter's dtype
+    FactorSink     the factors themselves, where they are smaller than that: dW is made when its use is known
     UpdateSink     the optimizer's update straight from the factors of dW, which is never stored
 
 A sink is given to `step_inputs(weight_gradients=...)`. The experts of the forward pass announce their weights
 (`enter`), and in the backward pass, after a layer's dgrad, each hands over the factors of its dW (`take`). A
 weight that entered twice has two gradients to wait for, and a bias none that a kernel could update from: such
-take the compact form also in an `UpdateSink`. What the optimizer does not train is dropped.
+take the compact form in every sink. What the optimizer does not train is dropped.
 
 Deterministic. Source: our specification.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from moe_unlearn.ops import gram_factors
 from moe_unlearn.ops.bits import unpack_bits
-from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
+from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad, expert_wgrad_inner
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 
 
@@ -52,6 +56,36 @@ class CompactSink:
         self.gradients[weight] = dw
 
 
+class FactorSink(CompactSink):
+    """Keeps factors in `factors`, parameter -> list, one for each time a backward pass met the weight.
+
+    form: "factors" keeps every weight's, "auto" those that are smaller than the compact gradient would be.
+    """
+
+    def __init__(
+        self,
+        optimizer: MaskedSGD | MaskedAdamW,
+        gradients: dict[Tensor, Tensor],
+        factors: dict[Tensor, list[Factors]],
+        form: str,
+    ):
+        super().__init__(optimizer, gradients)
+        self.factors, self.form = factors, form
+        self._kept: dict[Tensor, bool] = {}  # one form a step for each weight, whatever the rows of a pass
+
+    def take(self, weight: Tensor, factors: Factors) -> None:
+        layout = self.optimizer.layout(weight)
+        if weight not in self._kept and layout is not None:
+            trained = len(weight) if layout[0] is None else len(layout[0])
+            smaller = factors.grad.numel() + factors.input.numel() < trained * weight[0].numel()
+            self._kept[weight] = weight.dim() == 3 and (self.form == "factors" or smaller)
+        if self._kept.get(weight):
+            # what they were computed from must not stay with them
+            self.factors.setdefault(weight, []).append(Factors(*(None if v is None else v.detach() for v in factors)))
+        else:
+            super().take(weight, factors)
+
+
 class UpdateSink(CompactSink):
     """Updates every weight [E, M, P] of `names` (parameter -> name) that one forward pass used once.
 
@@ -82,6 +116,59 @@ class UpdateSink(CompactSink):
             return
         self.optimizer.update_from(weight, factors)
         self.updated.append(self.names[weight])
+
+
+def join(parts: Sequence[tuple[float, Factors]], experts: Tensor | None = None) -> tuple[Factors, Tensor]:
+    """The factors of sum_i c_i dW_i, and for each of its rows (sorted by expert) the part i it comes from.
+
+    With `experts` (distinct, integer [M_e]) the rows are those of these experts alone, still under offsets
+    [E + 1] of all of them.
+    """
+    device, num_experts = parts[0][1].grad.device, len(parts[0][1].expert_offsets) - 1
+    listed = torch.ones(num_experts, dtype=torch.bool, device=device)
+    if experts is not None:
+        listed = torch.zeros_like(listed).index_fill(0, experts.long(), True)
+    expert_of, part_of, rows, starts = [], [], ([], []), [0, 0]
+    for i, (_, f) in enumerate(parts):
+        counts = f.expert_offsets.diff().long()
+        owner = torch.repeat_interleave(torch.arange(num_experts, device=device), counts)
+        position = listed[owner].nonzero().squeeze(1)
+        expert_of.append(owner[position])
+        part_of.append(torch.full_like(position, i))
+        for side, (values, index) in enumerate(((f.grad, f.grad_rows), (f.input, f.input_rows))):
+            rows[side].append(starts[side] + (position if index is None else index.long()[position]))
+            starts[side] += len(values)
+    owner = torch.cat(expert_of)
+    order = owner.argsort(stable=True)
+    offsets = torch.cat([owner.new_zeros(1), torch.bincount(owner, minlength=num_experts).cumsum(0)])
+    grad = torch.cat([f.grad if c == 1 else f.grad * c for c, f in parts])
+    grad_rows, input_rows = (torch.cat(side)[order] for side in rows)
+    joined = Factors(grad, torch.cat([f.input for _, f in parts]), offsets.int(), grad_rows, input_rows)
+    return joined, torch.cat(part_of)[order]
+
+
+def inner_products(gradients: Sequence[Factors], experts: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Gram matrix [m, m] float64 of m gradients of one weight [E, M, P], of which none is stored whole.
+
+    Expert by expert the cheaper of two forms: with n rows in all, the gradients themselves, one expert's at a
+    time (2 n M P operations), or the rows' own products (2 n^2 (M + P)), which know nothing of a mask.
+    """
+    first = gradients[0]
+    rows, inputs = first.grad.shape[1], first.input.shape[1]
+    if experts is None:
+        experts = torch.arange(len(first.expert_offsets) - 1, device=first.grad.device)
+    per_expert = sum(f.expert_offsets.diff() for f in gradients)[experts.long()]
+    ghost = (per_expert * (rows + inputs) < rows * inputs) & (mask is None)
+    total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=first.grad.device)
+    if ghost.any():
+        joined, part = join([(1.0, f) for f in gradients], experts[ghost])
+        dy, x = joined.grad[joined.grad_rows], joined.input[joined.input_rows]
+        sides = [torch.where((part == i)[:, None], dy, 0) for i in range(len(gradients))]
+        total += gram_factors(sides, x, joined.expert_offsets)
+    if not ghost.all():
+        words = None if mask is None else mask[~ghost]
+        total += expert_wgrad_inner(gradients, experts=experts[~ghost], mask=words).sum(0)
+    return total
 
 
 def _largest_sum(factors: Factors) -> float:

@@ -41,7 +41,7 @@ from moe_unlearn.objectives import NotPreparedError, Objectives
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
 from moe_unlearn.plan import Plan, make_plan
 from moe_unlearn.preparation import Preparation, needed, prepare
-from moe_unlearn.sinks import CompactSink, NonFiniteError, UpdateSink
+from moe_unlearn.sinks import CompactSink, FactorSink, NonFiniteError, UpdateSink
 
 
 class RetainBudgetError(ArithmeticError):
@@ -74,6 +74,8 @@ class UnlearnStep:
         self.model, self.fused = model, fused
         #: called when a step stopped with some weights updated already; what it returns ends the error's message
         self.restore: Callable[[], str] | None = None
+        #: why the caller needs whole gradients before the update, empty if it does not
+        self.held_back = ""
         self._implementation = enable(model)
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self.prepared = Preparation()
@@ -92,6 +94,7 @@ class UnlearnStep:
         self._sizes_given = False
         self._gradients = self._no_gradients()
         self._updated: list[str] = []
+        self._measured = False  # whether the descent of MOLLM's objectives is measured in this step
         self._norm: float | None = None
 
     def prepare(
@@ -318,9 +321,13 @@ class UnlearnStep:
     def _sink(self, single_pass: bool) -> CompactSink | None:
         if not self.fused:
             return None
-        if not single_pass:
-            return CompactSink(self.optimizer, self.optimizer.gradients)
-        return UpdateSink(self.optimizer, self.optimizer.gradients, {p: name for name, p in self._trained()})
+        held = self.optimizer, self.optimizer.gradients
+        if single_pass:
+            return UpdateSink(*held, {p: name for name, p in self._trained()})
+        mollm = self.recipe.mollm
+        if mollm is None or mollm.gradients == "compact":
+            return CompactSink(*held)
+        return FactorSink(*held, self._gradients.factors, mollm.gradients)
 
     def _check_losses(self, metrics: dict[str, float]) -> None:
         bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
@@ -368,7 +375,11 @@ class UnlearnStep:
             active[names.index("kl")] = mollm.kl_active(value, self.prepared.kl_floor, factor=settings.kl_floor)
         if not torch.isfinite(products).all():
             raise self._stopped(NonFiniteError("a gradient is not finite: stopped before the update"))
-        direction = self._gradients.descend(settings, products, active, keep=self._measures_descent())
+        every = settings.log_descent_every
+        self._measured = (
+            not isinstance(self.optimizer, MaskedSGD) and self.steps % every == 0 and not self._gradients.factored
+        )
+        direction = self._gradients.descend(settings, products, active, keep=self._measured)
         metrics = {f"lambda_{n}": float(w) for n, w in zip(names, direction.weights, strict=True)}
         metrics["stationary"] = float(direction.stationary)
         if isinstance(self.optimizer, MaskedSGD):
@@ -377,13 +388,8 @@ class UnlearnStep:
             metrics |= {f"descent_{n}": float(r) for n, r in zip(names, rates, strict=True)}
         return metrics
 
-    def _measures_descent(self) -> bool:
-        settings = self.recipe.mollm
-        measured = settings is not None and not isinstance(self.optimizer, MaskedSGD)
-        return measured and self.steps % settings.log_descent_every == 0
-
     def _optimizer_step(self) -> dict[str, float]:
-        if not self._measures_descent():
+        if not self._measured:
             self.optimizer.step()
             return {}
         return {f"descent_{name}": value for name, value in self._gradients.step_and_measure().items()}

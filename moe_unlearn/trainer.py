@@ -62,6 +62,10 @@ class UnlearnTrainer(Trainer):
                 raise ValueError(f"train_dataset must have a non-empty list of examples {side!r}")
         args.remove_unused_columns = False
         self.unlearn_step = UnlearnStep(model, recipe)
+        if args.gradient_accumulation_steps > 1:
+            self.unlearn_step.held_back = "TrainingArguments.gradient_accumulation_steps is above 1"
+        elif args.max_grad_norm:
+            self.unlearn_step.held_back = "TrainingArguments.max_grad_norm clips (0 does not)"
         if data_collator is None:
             data_collator = self._pair_collator(keywords.get("processing_class"), train_dataset.forget)
         self._logged: dict[str, list[float]] = {}
@@ -114,9 +118,7 @@ class UnlearnTrainer(Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            # clipping and further micro-batches are the Trainer's to ask for
-            last = self.args.gradient_accumulation_steps == 1 and not self.args.max_grad_norm
-            metrics = self.unlearn_step.accumulate(inputs["forget"], inputs["retain"], last=last)
+            metrics = self.unlearn_step.accumulate(inputs["forget"], inputs["retain"], last=True)
         total = sum(metrics.values())
         if self.accelerator.sync_gradients:
             metrics |= self.unlearn_step.combine()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ import torch
 from moe_unlearn.experts import experts_modules, step_inputs
 from moe_unlearn.objectives import Objectives
 from moe_unlearn.ops.bits import pack_bits
-from moe_unlearn.ops.expert_wgrad import Factors
+from moe_unlearn.ops.expert_wgrad import Factors, _products
 from moe_unlearn.optim import MaskedSGD
 from moe_unlearn.paths import paths
 from moe_unlearn.preparation import Preparation
-from moe_unlearn.sinks import CompactSink, NonFiniteError, UpdateSink
+from moe_unlearn.sinks import CompactSink, NonFiniteError, UpdateSink, inner_products, join
 from moe_unlearn.step import RetainBudgetError, UnlearnStep
 from tests.batches import random_batch
 from tests.models import TINY_MODELS, tiny_olmoe
@@ -71,9 +72,59 @@ def check_against_plain(model, made, steps=2, **options):
 @pytest.mark.parametrize("name", ["graddiff", "wagle", "mollm"])
 def test_a_fused_step_is_the_plain_step(name, optimizer, overrides, model):
     made = recipe(name, f"optimizer.name={optimizer}", "optimizer.weight_decay=0.1", "forget.gamma=0.5", *overrides)
+    if made.mollm is not None:
+        made = replace(made, mollm=replace(made.mollm, gradients="compact"))
     step = check_against_plain(model, made)
     ways = {path.way for path in paths(step)}
     assert ways == {"update" if overrides and name != "mollm" else "compact"}
+
+
+@pytest.mark.parametrize("name", ["mollm", "combined"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_two_phases_of_mollm_are_the_plain_step(name, optimizer, model):
+    made = recipe(name, f"optimizer.name={optimizer}", "mollm.gradients=factors", "optimizer.weight_decay=0.1")
+    step = check_against_plain(model, made)
+    assert {path.way for path in paths(step)} == {"factors"}
+
+
+def test_factors_and_compact_gradients_have_the_same_products(model):
+    metrics, products = [], []
+    for form in ("compact", "factors"):
+        made = recipe("mollm", f"mollm.gradients={form}", "optimizer.name=sgd", "mollm.kl_floor=0")
+        step, forget, retain = prepared(copy.deepcopy(model), made)
+        step(forget[1], retain[1])
+        for i in (0, 2):
+            step(forget[i], retain[i], update=False)
+        assert step._gradients.factored == (form == "factors")
+        kept = [f for gs in step._gradients.sets.values() for g in gs if isinstance(g, list) for f in g]
+        assert not any(v.requires_grad for f in kept for v in f if v is not None)
+        products.append(step._gradients.products())
+        metrics.append(step.update())
+    torch.testing.assert_close(products[0], products[1], rtol=1e-5, atol=0)
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_inner_products_choose_a_form_and_agree(rows):
+    def factors(seed):
+        g = torch.Generator().manual_seed(seed)
+        offsets = torch.tensor([0, rows, rows, rows + 3], dtype=torch.int32)
+        index = torch.randperm(rows + 5, generator=g)[: rows + 3]
+        return Factors(
+            torch.randn(rows + 3, 6, generator=g), torch.randn(rows + 5, 8, generator=g), offsets, None, index
+        )
+
+    sides = [factors(1), factors(2)]
+    dense = [torch.stack(list(_products(f, None, torch.float64))).flatten() for f in sides]
+    expected = torch.stack(dense) @ torch.stack(dense).t()
+    torch.testing.assert_close(inner_products(sides, None, None), expected, rtol=1e-5, atol=1e-5)
+    full = pack_bits(torch.ones(3, 6, 8, dtype=torch.bool))
+    torch.testing.assert_close(inner_products(sides, None, full), expected, rtol=1e-5, atol=1e-5)
+    joined, part = join([(2.0, sides[0]), (-1.0, sides[1])], torch.tensor([2]))
+    total = torch.stack(list(_products(joined, None, torch.float64)))
+    expected = (2 * dense[0] - dense[1]).view(3, 6, 8)
+    torch.testing.assert_close(total[2], expected[2], rtol=1e-5, atol=1e-5)
+    assert not total[:2].any() and part.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_forget_and_retain_rows_share_one_forward_pass(model):
@@ -219,7 +270,7 @@ def test_what_forbids_one_pass_is_said():
     }.items():
         step = UnlearnStep(tiny_olmoe(vocab_size=VOCAB), recipe("graddiff", *ONE_PASS, override))
         assert reason in step.obstacle, override
-        assert {p.way for p in paths(step)} == {"compact"} and all(reason in p.reason for p in paths(step))
+        assert {p.way for p in paths(step)} <= {"compact", "factors"} and all(reason in p.reason for p in paths(step))
 
 
 def test_paths_below_the_lowest_trained_layer_keep_no_graph(model):
