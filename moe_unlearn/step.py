@@ -82,11 +82,14 @@ class UnlearnStep:
         retain_batches: Iterable[Batch],
         *,
         on_stage: Callable[[str], None] | None = None,
+        cache_dir: str | Path | None = None,
     ) -> Preparation:
         """Run the preparation stages the recipe needs and that have not run; see `preparation`.
 
         Both sets must hold every row the step will meet when weights or references are cached for it.
         `on_stage(name)` is called after each stage, when `state_dict()` already holds its result.
+        `cache_dir` is a folder that keeps references from run to run, under the content of model and rows;
+        OSError names it where it cannot be written to. Under PEFT references are those of the base model.
         """
         forget, retain = list(forget_batches), list(retain_batches)
         for batch in forget:
@@ -103,7 +106,7 @@ class UnlearnStep:
             if on_stage is not None:
                 on_stage(stage)
 
-        prepare(self.model, self.recipe, self.prepared, forget, retain, after)
+        prepare(self.model, self.recipe, self.prepared, forget, retain, after, cache_dir)
         self._apply_masks()
         return self.prepared
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"losses"},
     {"capture"},
     {"trace", "wagle", "mollm", "seuf", "forward", "scope"},
-    {"preparation", "objectives", "plan"},
+    {"reference", "preparation", "objectives", "plan"},
     {"step"},
     {"data", "metrics"},
     {"trainer"},
