@@ -137,6 +137,15 @@ def test_a_store_gives_back_what_was_written(store):
     assert len(list(store.folder.iterdir())) == 2
 
 
+def test_a_row_in_two_files_is_read_once(store):
+    store.write(rows("a"))
+    store.write(rows("a", "b"))
+    flip(max(store.folder.iterdir()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_equal(store.read({"a": 3}), {"a": rows("a")["a"]})
+
+
 def test_empty_rows_are_stored(store):
     empty = {"a": torch.zeros(0, 2, dtype=torch.bfloat16)}
     store.write(empty)
@@ -277,8 +286,9 @@ def test_many_writers_at_once(store):
     assert len(list(store.folder.iterdir())) == 4
 
 
-def test_digest_is_of_the_content_not_of_its_place(monkeypatch):
-    monkeypatch.setattr("moe_unlearn.cache._CHUNK", 64)
+@pytest.mark.parametrize("chunk", [1, 64, 160, 10**6])
+def test_digest_is_of_the_content_not_of_its_place(chunk, monkeypatch):
+    monkeypatch.setattr("moe_unlearn.cache._CHUNK", chunk)
     x = torch.randn(6, 5, 7)
     digest = tensor_digest(x)
     assert digest == tensor_digest(x.clone()) == tensor_digest(x.transpose(0, 2).contiguous().transpose(0, 2))

@@ -90,8 +90,8 @@ def test_runs_share_the_references_in_a_folder(folder, tmp_path, monkeypatch):
         raise AssertionError("computed and written although it is on disk")
 
     monkeypatch.setattr(RowStore, "write", refuse)
-    more = ["--cache", str(tmp_path / "cache"), "optimizer.lr=1e-2"]
-    assert run(folder, tmp_path / "second", *common, *more, recipe="wagle") == 0
+    more = ["wagle.keep=0.5", *common, "--cache", str(tmp_path / "cache")]
+    assert run(folder, tmp_path / "second", *more, recipe="wagle") == 0
     assert references(tmp_path / "cache") == first
 
 

@@ -233,7 +233,8 @@ def logits(model, batch):
 def test_references_under_peft_are_the_base_models_whatever_the_adapters_learned(model, tmp_path):
     base = prepare(copy.deepcopy(model), tmp_path)
     wrapped = adapted(model, modules_to_save=["lm_head"])
-    wrapped.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    # frozen, but not the base model's
+    wrapped.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5).requires_grad_(False)
     assert reference.model_digest(wrapped) == reference.model_digest(model)
     enable(wrapped)  # the step's own implementation rounds differently
     before = logits(wrapped, data()[0][0])
