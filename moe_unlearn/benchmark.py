@@ -41,12 +41,13 @@ def unlearn(
     *,
     resume: bool = False,
     evaluate: bool = True,
+    cache_dir: Path | None = None,
 ) -> dict:
     """Run `recipe` on `sets` ("forget", "retain" and perhaps "holdout" examples) and write the folder `out`.
 
     `out` gets `recipe.yaml`, `checkpoints/`, `model/` (loads with `from_pretrained`), `summary.json`,
-    `trajectory.json` and `report.md`. With `resume` the newest checkpoint goes on. Returns the summary: run
-    name -> metrics, empty without `evaluate`.
+    `trajectory.json` and `report.md`. With `resume` the newest checkpoint goes on. References are kept in
+    `cache_dir`, by default `out/cache`. Returns the summary: run name -> metrics, empty without `evaluate`.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -68,7 +69,9 @@ def unlearn(
     dataset = data.ForgetRetainDataset(
         sets["forget"], sets["retain"], seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
     )
-    trainer = UnlearnTrainer(model, arguments, recipe, dataset, processing_class=tokenizer)
+    trainer = UnlearnTrainer(
+        model, arguments, recipe, dataset, processing_class=tokenizer, cache_dir=cache_dir or out / "cache"
+    )
     summary = {}
     reference = None
     if evaluate:

@@ -1,26 +1,58 @@
 """Values cached per row of the data: reference log-probs and hidden states, token weights.
 
-A row is found by its `index` or, without one, by its content (input ids and labels where the attention
-mask is 1), so that the same document is found whatever its batch and padding. Values are stored for the
-attended positions only.
+In memory (`RowCache`) a row is found by its `index` or, without one, by its content, so that the same
+document is found whatever its batch and padding. On disk (`RowStore`) it is found by its content alone: an
+index may be used again for other data. Values are stored for the attended positions only.
 """
 
+import contextlib
 import hashlib
+import json
+import os
+import re
+import secrets
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+FORMAT = "moe-unlearn rows 1"
+_IGNORED = -100  # the label that carries no loss
+_CHUNK = 2**24  # bytes copied at a time from a device, or from strided memory
+_UNFINISHED = ".rows-"
+_ABANDONED = 3600  # seconds; a batch is written in far less
 
-def row_keys(batch: dict[str, Tensor]) -> list[str]:
-    """One key per row of a batch: its `index` if there is one, else a 128-bit hash of its content."""
-    if "index" in batch:
-        return [f"index {i}" for i in batch["index"].tolist()]
+
+def content_keys(batch: dict[str, Tensor]) -> list[str]:
+    """One 128-bit hash per row of a batch, of its ids and labels where attended; padding does not enter."""
     attended = batch["attention_mask"].bool().cpu()
     keys = []
     for ids, labels, mask in zip(batch["input_ids"].cpu(), batch["labels"].cpu(), attended, strict=True):
-        content = torch.stack([ids[mask], labels[mask]]).to(torch.int64).contiguous()
-        keys.append(hashlib.blake2b(content.numpy().tobytes(), digest_size=16).hexdigest())
+        content, person = [ids[mask], labels[mask]], b""
+        where = mask.nonzero().flatten()
+        following = torch.cat([labels[1:], labels.new_tensor([_IGNORED])])[mask]
+        if len(where) and (int(where[-1] - where[0]) >= len(where) or following[-1] != _IGNORED):
+            # gaps shift positions, and a label on the padding is predicted by the last attended token
+            content, person = [*content, where - where[0], following], b"irregular"
+        data = torch.stack(content).to(torch.int64).contiguous().numpy().tobytes()
+        keys.append(hashlib.blake2b(data, digest_size=16, person=person).hexdigest())
     return keys
+
+
+def row_keys(batch: dict[str, Tensor]) -> list[str]:
+    """One key per row of a batch: its `index` if there is one, else that of its content."""
+    return [f"index {i}" for i in batch["index"].tolist()] if "index" in batch else content_keys(batch)
+
+
+def rows_of(batch: dict[str, Tensor], values: Tensor) -> list[Tensor]:
+    """The attended positions of `values` [B, S, ...]: B tensors [length, ...] on the CPU."""
+    mask = batch["attention_mask"].bool()
+    return [row[attended].detach().cpu() for row, attended in zip(values, mask, strict=True)]
 
 
 class RowCache:
@@ -40,8 +72,11 @@ class RowCache:
 
     def put(self, batch: dict[str, Tensor], values: Tensor) -> None:
         """Store `values` [B, S, ...] of a batch; a row seen again must have the same length."""
-        for key, row, mask in zip(row_keys(batch), values, batch["attention_mask"].bool(), strict=True):
-            row = row[mask].detach().cpu()
+        self.put_rows(batch, rows_of(batch, values))
+
+    def put_rows(self, batch: dict[str, Tensor], rows: list[Tensor]) -> None:
+        """`put` of what `rows_of` gives; the rows are kept, not copied."""
+        for key, row in zip(row_keys(batch), rows, strict=True):
             if key in self._rows and len(self._rows[key]) != len(row):
                 raise ValueError(
                     f"{self.what}: two rows share the key {key!r} but have {len(self._rows[key])} and "
@@ -84,3 +119,122 @@ class RowCache:
         """Replace the contents by those of `state_dict`."""
         rows = state["values"].split(state["lengths"]) if state["lengths"] else []
         self._rows = dict(zip(state["keys"], (row.clone() for row in rows), strict=True))
+
+
+class RowStore:
+    """Rows on disk: a folder of safetensors files, each written whole, checked when read, and never trusted.
+
+    A file holds the rows of one `write`: their values [tokens, ...] end to end and, in its header, their
+    keys, their lengths, the name of the folder and a SHA-256 over all of that. Any number of processes may
+    read and write one folder: files appear by renaming and are never changed. Files that are not the
+    store's are left alone.
+
+    Args:
+        folder: made by the first `write`. Its name must say what the values are and what they depend on: a
+            file that was written under another name is not read.
+        dtype, shape: of every row, [length, *shape].
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, shape: tuple[int, ...] = ()):
+        self.folder, self.dtype, self.shape = folder, dtype, shape
+
+    def read(self, lengths: dict[str, int]) -> dict[str, Tensor]:
+        """Those of the rows `lengths` (content key -> tokens) that are there, whole and as they were written.
+
+        A file that holds any of them and is damaged is named in a warning and not used.
+        """
+        found: dict[str, Tensor] = {}
+        wanted = dict(lengths)
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if not re.fullmatch(r"[0-9a-f]{32}\.safetensors", path.name) or not path.is_file():
+                continue
+            try:
+                rows = self._read_file(path, wanted)
+            except Exception as error:  # bytes that anybody may have written make parsers raise many kinds
+                problem = f"{type(error).__name__}: {error}"
+                warnings.warn(f"{path} is damaged ({problem}); its rows are computed again", stacklevel=2)
+                continue
+            found |= rows
+            for key in rows:
+                del wanted[key]
+        return found
+
+    def write(self, rows: dict[str, Tensor]) -> None:
+        """Add rows (content key -> [length, *shape]) as one file, or raise OSError and leave nothing."""
+        if not rows:
+            return
+        values = torch.cat(list(rows.values()))
+        header = {
+            "format": FORMAT,
+            "of": self.folder.name,
+            "keys": list(rows),
+            "lengths": [len(row) for row in rows.values()],
+        }
+        described = json.dumps(header)
+        body = save({"values": values}, {"rows": described, "sha256": _checksum(described, values)})
+        name = hashlib.sha256("".join(rows).encode()).hexdigest()[:32]
+        path, unfinished = self.folder / f"{name}.safetensors", self.folder / f"{_UNFINISHED}{secrets.token_hex(8)}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_abandoned()
+            with unfinished.open("xb") as file:
+                file.write(body)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write to the cache: {error.strerror}", str(path)) from error
+        finally:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+
+    def _read_file(self, path: Path, wanted: dict[str, int]) -> dict[str, Tensor]:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            header = json.loads(metadata["rows"])
+            if header["format"] != FORMAT or header["of"] != self.folder.name:
+                raise ValueError(f"expected rows of {self.folder.name}; got {header['format']!r} of {header['of']}")
+            here = dict(zip(header["keys"], header["lengths"], strict=True))
+            if not here.keys() & wanted.keys():
+                return {}
+            values = file.get_tensor("values")
+        if _checksum(metadata["rows"], values) != metadata["sha256"]:
+            raise ValueError("its content does not match its SHA-256")
+        if values.dtype != self.dtype or values.shape[1:] != self.shape:
+            raise ValueError(f"expected {self.dtype} [tokens, *{self.shape}]; got {values.dtype} {list(values.shape)}")
+        rows = zip(here, values.split(header["lengths"]), strict=True)
+        found = {key: row.clone() for key, row in rows if key in wanted}
+        wrong = [key for key, row in found.items() if len(row) != wanted[key]]
+        if wrong:
+            raise ValueError(f"row {wrong[0]} has {wanted[wrong[0]]} tokens; got {len(found[wrong[0]])}")
+        return found
+
+    def _remove_abandoned(self) -> None:
+        for path in self.folder.glob(f"{_UNFINISHED}*"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
+
+
+def tensor_digest(tensor: Tensor, prefix: bytes = b"") -> str:
+    """SHA-256 of `prefix`, the dtype, the shape and the bytes of a tensor, whatever its device and strides."""
+    digest = hashlib.sha256(prefix)
+    digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    for chunk in _chunks(tensor.detach()):
+        digest.update(chunk.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _checksum(described: str, values: Tensor) -> str:
+    return tensor_digest(values, described.encode())
+
+
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's elements in order, in parts that cost no copy of the whole."""
+    if tensor.is_contiguous():
+        yield from tensor.view(-1).split(max(_CHUNK // tensor.element_size(), 1))
+    elif tensor.numel() * tensor.element_size() <= _CHUNK:
+        yield tensor.contiguous()
+    else:
+        for part in tensor:
+            yield from _chunks(part)

@@ -130,9 +130,11 @@ def run(options) -> None:
         print(UnlearnStep(model, recipe).plan(batches["forget"], batches["retain"]))
         return
     out = Path(options.out)
+    # the folder changes no result, so that it is no part of the recipe
     summary = benchmark.unlearn(
-        model, tokenizer, recipe, sets, out, resume=options.resume, evaluate=not options.no_eval
-    )
+        model, tokenizer, recipe, sets, out, resume=options.resume, evaluate=not options.no_eval,
+        cache_dir=None if options.cache is None else Path(options.cache),
+    )  # fmt: skip
     print(f"model: {out / 'model'}")
     if summary:
         _print_run(out, summary)
@@ -204,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     for side in ("forget", "retain", "holdout", "reference"):
         sub.add_argument(f"--{side}", help=f"data.{side}")
     sub.add_argument("--out", default="runs/unlearn", help="folder of the run")
+    sub.add_argument("--cache", help="folder of reference values that runs share (default: OUT/cache)")
     sub.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after")

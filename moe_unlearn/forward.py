@@ -49,6 +49,14 @@ def check_batch(batch: Batch, side: str) -> None:
         raise ValueError(f"the {side} batch has no rows")
 
 
+def check_batches(batches: list[Batch], side: str) -> None:
+    """`check_batch` of each; raises ValueError also if none of them carries a loss."""
+    for batch in batches:
+        check_batch(batch, side)
+    if not any(losses.target_mask(batch).any() for batch in batches):
+        raise ValueError(f"the {side} set carries no loss: it is empty or all labels are -100")
+
+
 class _Reached(Exception):  # noqa: N818 -- not an error: it ends a forward pass early
     """The layer whose output was wanted has run."""
 

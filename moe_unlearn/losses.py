@@ -132,7 +132,7 @@ def head_of(model: nn.Module) -> Head:
     Raises ValueError for a model without a head, or with one that is more than a weight and a bias.
     What a config does not say is not guessed: `verify_head` finds it out.
     """
-    causal = _unwrapped(model)
+    causal = unwrapped(model)
     layer = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
     if layer is None:
         raise ValueError(f"{type(causal).__name__} has no output head: a causal language model is needed")
@@ -153,7 +153,7 @@ def head_of(model: nn.Module) -> Head:
 
 def final_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """Output [B, S, H] of the decoder's last norm, which is what the head multiplies; the head does not run."""
-    causal = _unwrapped(model)
+    causal = unwrapped(model)
     decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else None
     if decoder is None or decoder is causal:
         decoder = getattr(causal, causal.base_model_prefix)
@@ -218,13 +218,13 @@ def verify_head(model: nn.Module, batch: Batch) -> None:
     # written so that NaN fails
     if not (difference <= allowed).all():
         raise RuntimeError(
-            f"{type(_unwrapped(model)).__name__}: its logits are not the head applied to the final hidden "
+            f"{type(unwrapped(model)).__name__}: its logits are not the head applied to the final hidden "
             f"states with the scale and soft-cap of its config; log-probs differ by up to "
             f"{float(difference.max()):.3g}, rounding explains {float(allowed.max()):.3g}"
         )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The causal language model inside data-parallel and PEFT wrappers."""
     while isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module

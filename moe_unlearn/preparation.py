@@ -2,22 +2,26 @@
 
     trace      routing frequencies of both sets, forget-critical experts, token weights or tilt
     seuf       the one expert that may train
-    reference  log-probs (NPO, DPO), final hidden states (KL), layer outputs (RMU); never a second model
+    reference  log-probs (NPO, DPO), final hidden states (KL), layer outputs (RMU); see `reference`
     kl_floor   mean KL measured at the unchanged model: the rounding noise of the cached reference
     wagle      the weight mask
 
 Finished stages are part of the step's state: preparing again after a restore runs only what is missing.
+With a `cache_dir` the references are kept on disk too, each batch as it is done: a run that was interrupted
+goes on there, and any other recipe that needs the same values of the same model and documents reads them.
 Hidden states are cached in bfloat16 (2 H bytes a token), log-probs in float32.
 """
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn import forward, losses, seuf, trace, wagle
+from moe_unlearn import forward, losses, reference, seuf, trace, wagle
 from moe_unlearn.cache import RowCache
 from moe_unlearn.capture import collect_routing
 from moe_unlearn.config import Recipe
@@ -117,12 +121,17 @@ def prepare(
     forget: list[Batch],
     retain: list[Batch],
     on_stage: Callable[[str], None] | None = None,
+    cache_dir: str | Path | None = None,
 ) -> None:
-    """Run the stages not yet in `prepared.done`; `on_stage(name)` is called after each one."""
+    """Run the stages not yet in `prepared.done`; `on_stage(name)` is called after each one.
+
+    `cache_dir` is the folder where references are kept between runs; None keeps them in memory only.
+    """
+    folder = None if cache_dir is None else reference.make_folder(cache_dir)
     stages = {
         "trace": _trace,
         "seuf": _seuf,
-        "reference": _reference,
+        "reference": partial(_reference, folder=folder),
         "kl_floor": _kl_floor,
         "wagle": _wagle,
     }
@@ -181,46 +190,57 @@ def _seuf(model, recipe, prepared, forget, retain):
 
 
 @torch.no_grad()
-def _reference(model, recipe, prepared, forget, retain):
-    if recipe.forget.objective in ("npo", "idk_dpo"):
-        prepared.ref_logprobs = RowCache(_CACHES["ref_logprobs"])
-        for batch in forget:
-            prepared.ref_logprobs.put(batch, _token_logprobs(model, batch))
-    if recipe.forget.objective == "idk_dpo":
-        prepared.ref_logprobs_idk = RowCache(_CACHES["ref_logprobs_idk"])
-        for batch in map(forward.refusal, forget):
-            prepared.ref_logprobs_idk.put(batch, _token_logprobs(model, batch))
-    if uses_kl(recipe):
-        prepared.ref_hidden_states = RowCache(_CACHES["ref_hidden_states"])
-        for batch in retain:
-            states = losses.final_hidden_states(model, batch)
-            prepared.ref_hidden_states.put(batch, states.to(torch.bfloat16))
+def _reference(model, recipe, prepared, forget, retain, folder):
+    trained_head = losses.head_of(model).weight
+    with reference.base_model(model):
         head = losses.head_of(model).weight
-        if head.requires_grad:
-            prepared.ref_lm_head = head.detach().clone()
-    if recipe.retain.objective == "embed_diff":
-        prepared.ref_layer_states = RowCache(_CACHES["ref_layer_states"])
-        for batch in retain:
-            states = forward.layer_states(model, batch, recipe.forget.layer)
-            prepared.ref_layer_states.put(batch, states.to(torch.bfloat16))
+        hidden, layer = (head.shape[1],), recipe.forget.layer
+        digest = None if folder is None else reference.model_digest(model)
+
+        def cached(kind, batches, compute, dtype, shape=(), **settings):
+            store = None
+            if digest is not None:
+                store = reference.open_store(folder, kind, digest, dtype, shape, **settings)
+            setattr(prepared, kind, reference.fill(RowCache(_CACHES[kind]), batches, compute, store))
+
+        def token_logprobs(batch):
+            return -losses.token_losses(model, batch, kind="nll").float()
+
+        def hidden_states(batch):
+            return losses.final_hidden_states(model, batch).to(torch.bfloat16)
+
+        def layer_states(batch):
+            return forward.layer_states(model, batch, layer).to(torch.bfloat16)
+
+        if recipe.forget.objective in ("npo", "idk_dpo"):
+            cached("ref_logprobs", forget, token_logprobs, torch.float32)
+        if recipe.forget.objective == "idk_dpo":
+            cached("ref_logprobs_idk", [forward.refusal(b) for b in forget], token_logprobs, torch.float32)
+        if uses_kl(recipe):
+            cached("ref_hidden_states", retain, hidden_states, torch.bfloat16, hidden)
+            # an adapter may bring a head of its own, which is not the reference's even where it is frozen
+            if trained_head.requires_grad or trained_head is not head:
+                prepared.ref_lm_head = head.detach().clone()
+        if recipe.retain.objective == "embed_diff":
+            cached("ref_layer_states", retain, layer_states, torch.bfloat16, hidden, layer=layer)
 
 
 @torch.no_grad()
 def _kl_floor(model, recipe, prepared, forget, retain):
     total, positions = 0.0, 0
-    for batch in retain:
-        reference = prepared.ref_hidden_states.get(batch)
-        states = losses.final_hidden_states(model, batch)
-        per_token = losses.token_losses(
-            model,
-            batch,
-            kind="kl",
-            hidden_states=states,
-            ref_hidden_states=reference.to(states.dtype),
-            ref_lm_head=prepared.ref_lm_head,
-        )
-        total += float(per_token.double().sum())
-        positions += int(losses.target_mask(batch).sum())
+    with reference.base_model(model):
+        for batch in retain:
+            states = losses.final_hidden_states(model, batch)
+            per_token = losses.token_losses(
+                model,
+                batch,
+                kind="kl",
+                hidden_states=states,
+                ref_hidden_states=prepared.ref_hidden_states.get(batch).to(states.dtype),
+                ref_lm_head=prepared.ref_lm_head,
+            )
+            total += float(per_token.double().sum())
+            positions += int(losses.target_mask(batch).sum())
     prepared.kl_floor = total / max(positions, 1)
 
 
@@ -238,7 +258,3 @@ def _wagle(model, recipe, prepared, forget, retain):
 def uses_kl(recipe: Recipe) -> bool:
     """Whether the recipe compares with reference hidden states: KL as retain objective or in MOLLM."""
     return recipe.retain.objective == "kl" or (recipe.mollm is not None and recipe.mollm.kl)
-
-
-def _token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
-    return -losses.token_losses(model, batch, kind="nll").float()

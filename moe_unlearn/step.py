@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from moe_unlearn import losses, mollm, paths, scope
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import enable, step_inputs
-from moe_unlearn.forward import Batch, check_batch
+from moe_unlearn.forward import Batch, check_batch, check_batches
 from moe_unlearn.gradients import Gradients
 from moe_unlearn.objectives import NotPreparedError, Objectives
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
@@ -103,20 +103,18 @@ class UnlearnStep:
         retain_batches: Iterable[Batch],
         *,
         on_stage: Callable[[str], None] | None = None,
+        cache_dir: str | Path | None = None,
     ) -> Preparation:
         """Run the preparation stages the recipe needs and that have not run; see `preparation`.
 
         Both sets must hold every row the step will meet when weights or references are cached for it.
         `on_stage(name)` is called after each stage, when `state_dict()` already holds its result.
+        `cache_dir` is a folder that keeps references from run to run, under the content of model and rows;
+        OSError names it where it cannot be written to. Under PEFT references are those of the base model.
         """
         forget, retain = list(forget_batches), list(retain_batches)
-        for batch in forget:
-            check_batch(batch, "forget")
-        for batch in retain:
-            check_batch(batch, "retain")
         for side, batches in (("forget", forget), ("retain", retain)):
-            if not any(losses.target_mask(batch).any() for batch in batches):
-                raise ValueError(f"the {side} set carries no loss: it is empty or all labels are -100")
+            check_batches(batches, side)
         losses.verify_head(self.model, {key: value[:1] for key, value in retain[0].items()})
 
         def after(stage: str) -> None:
@@ -124,7 +122,7 @@ class UnlearnStep:
             if on_stage is not None:
                 on_stage(stage)
 
-        prepare(self.model, self.recipe, self.prepared, forget, retain, after)
+        prepare(self.model, self.recipe, self.prepared, forget, retain, after, cache_dir)
         self._apply_masks()
         return self.prepared
 

@@ -37,6 +37,7 @@ class UnlearnTrainer(Trainer):
             examples and items `{"forget": [(example, index)], "retain": [(example, index), ...]}`.
         data_collator: makes `{"forget": batch, "retain": batch}` of a list of such items; default
             `data.PairCollator`.
+        cache_dir: folder that keeps references from run to run; see `UnlearnStep.prepare`.
 
     Further keywords go to `Trainer`, except `optimizers`, which the recipe determines. Raises ValueError
     for fp16 (its loss scaling would need gradients twice) and for more than one process.
@@ -49,6 +50,7 @@ class UnlearnTrainer(Trainer):
         recipe: Recipe | str | Path,
         train_dataset: Dataset,
         data_collator=None,
+        cache_dir: str | Path | None = None,
         **keywords,
     ):
         if "optimizers" in keywords or "optimizer_cls_and_kwargs" in keywords:
@@ -66,6 +68,7 @@ class UnlearnTrainer(Trainer):
             self.unlearn_step.held_back = "TrainingArguments.gradient_accumulation_steps is above 1"
         elif args.max_grad_norm:
             self.unlearn_step.held_back = "TrainingArguments.max_grad_norm clips (0 does not)"
+        self._cache_dir = cache_dir
         if data_collator is None:
             data_collator = self._pair_collator(keywords.get("processing_class"), train_dataset.forget)
         self._logged: dict[str, list[float]] = {}
@@ -111,7 +114,7 @@ class UnlearnTrainer(Trainer):
             for i in range(0, len(items), size):
                 yield self._prepare_inputs(self.data_collator(items[i : i + size])[side])
 
-        self.unlearn_step.prepare(list(batches("forget")), list(batches("retain")))
+        self.unlearn_step.prepare(list(batches("forget")), list(batches("retain")), cache_dir=self._cache_dir)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Accumulate one micro-batch; at the last one of a step, leave its gradient in `.grad`."""

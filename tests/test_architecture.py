@@ -22,7 +22,7 @@ LAYERS = [
     {"capture"},
     {"trace", "wagle", "mollm", "seuf", "forward", "scope"},
     {"gradients"},
-    {"preparation", "objectives", "paths", "plan"},
+    {"reference", "preparation", "objectives", "paths", "plan"},
     {"step"},
     {"data", "metrics"},
     {"trainer"},

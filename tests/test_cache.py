@@ -1,9 +1,18 @@
-"""Rows are found by index or by content, whatever the batch and the padding."""
+"""Rows are found by index or by content, whatever the batch and the padding; on disk they are never trusted."""
+
+import json
+import os
+import resource
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from moe_unlearn.cache import RowCache, row_keys
+from moe_unlearn.cache import RowCache, RowStore, content_keys, row_keys, rows_of, tensor_digest
 
 pytestmark = pytest.mark.quick
 
@@ -77,3 +86,212 @@ def test_state_round_trip():
     empty = RowCache("empty")
     empty.load_state_dict(RowCache("empty").state_dict())
     assert len(empty) == 0
+
+
+def test_content_keys_ignore_index_and_padding_and_see_everything_else():
+    plain = content_keys(batch([5, 6, 7], [8, 9]))
+    assert plain == content_keys(batch([5, 6, 7], [8, 9], pad_left=2, pad_right=3, index=[9, 4]))
+    assert plain == row_keys(batch([5, 6, 7], [8, 9]))
+    gap, label_on_padding = batch([5, 6, 0, 7]), batch([5, 6, 7], pad_right=1)
+    gap["attention_mask"][0, 2] = 0
+    label_on_padding["labels"][0, 3] = 4  # predicted by the last attended token
+    assert len({plain[0], *content_keys(gap), *content_keys(label_on_padding)}) == 3
+    assert len(set(content_keys(batch([5, 6], [5, 6], [], [])))) == 2
+
+
+def rows(*names, length=3, width=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(length + i, width, generator=generator).bfloat16() for i, n in enumerate(names)}
+
+
+def lengths(stored):
+    return {key: len(row) for key, row in stored.items()}
+
+
+def check_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RowStore(tmp_path / "states-0", torch.bfloat16, (2,))
+
+
+def only_file(store):
+    (path,) = store.folder.iterdir()
+    return path
+
+
+def test_a_store_gives_back_what_was_written(store):
+    assert store.read({"a": 3}) == {} and not store.folder.exists()
+    first, second = rows("a", "b"), rows("b", "c", seed=1)
+    store.write(first)
+    store.write({})
+    check_equal(store.read(lengths(first)), first)
+    store.write({"c": second["c"]})
+    everything = first | {"c": second["c"]}
+    again = RowStore(store.folder, store.dtype, store.shape)
+    check_equal(again.read(lengths(everything) | {"unknown": 7}), everything)
+    check_equal(again.read({"b": 4}), {"b": first["b"]})
+    assert len(list(store.folder.iterdir())) == 2
+
+
+def test_a_row_in_two_files_is_read_once(store):
+    store.write(rows("a"))
+    store.write(rows("a", "b"))
+    flip(max(store.folder.iterdir()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_equal(store.read({"a": 3}), {"a": rows("a")["a"]})
+
+
+def test_empty_rows_are_stored(store):
+    empty = {"a": torch.zeros(0, 2, dtype=torch.bfloat16)}
+    store.write(empty)
+    check_equal(store.read({"a": 0}), empty)
+    cache, made = RowCache("values"), batch([5, 6], [])
+    cache.put_rows(made, rows_of(made, values(made)))
+    assert cache.get(made).tolist() == [[5, 6], [0, 0]]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def change_header(path, **changes):
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata["rows"] = json.dumps(json.loads(metadata["rows"]) | changes)
+    save_file(load_file(path), path, metadata)
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "empty": lambda path: path.write_bytes(b""),
+    "flipped bit": flip,
+    "huge header": lambda path: path.write_bytes(b"\xff" * 64),
+    "pickle": lambda path: path.write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR."),
+    "no metadata": lambda path: save_file({"values": torch.zeros(7, 2)}, path),
+    "other tensors": lambda path: save_file({"x": torch.zeros(7)}, path, {"rows": "[]", "sha256": ""}),
+    "deep header": lambda path: save_file({"values": torch.zeros(7)}, path, {"rows": "[" * 10**5, "sha256": ""}),
+    "exchanged keys": lambda path: change_header(path, keys=["b", "a"]),
+    "other lengths": lambda path: change_header(path, lengths=[4, 3]),
+    "negative lengths": lambda path: change_header(path, lengths=[-1, 8]),
+    "keys that are lists": lambda path: change_header(path, keys=[["a"], ["b"]]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_named_once_and_replaced_by_the_next_write(store, damage):
+    stored = rows("a", "b")
+    store.write(stored)
+    DAMAGE[damage](only_file(store))
+    with pytest.warns(UserWarning, match="computed again") as caught:
+        assert store.read(lengths(stored)) == {}
+    assert len(caught) == 1 and str(only_file(store)) in str(caught[0].message)
+    store.write(stored)
+    assert only_file(store).stat().st_size > 100, "in the place of the damaged one"
+    check_equal(store.read(lengths(stored)), stored)
+
+
+def test_forged_files_with_a_right_checksum_are_not_used(store):
+    """Nothing keeps a stranger from writing checksums: what is read must still fit what was asked for."""
+    wide = RowStore(store.folder, torch.float32, (3,))
+    wide.write({"a": torch.zeros(3, 3)})
+    with pytest.warns(UserWarning, match=r"expected torch.bfloat16 \[tokens, \*\(2,\)\]; got torch.float32 \[3, 3\]"):
+        assert store.read({"a": 3}) == {}
+    only_file(store).unlink()
+    store.write(rows("a"))
+    with pytest.warns(UserWarning, match="row a has 5 tokens; got 3"):
+        assert store.read({"a": 5}) == {}
+
+
+def test_a_file_of_another_kind_renamed_into_place_is_not_used(store, tmp_path):
+    other = RowStore(tmp_path / "states-1", torch.bfloat16, (2,))
+    other.write(rows("a"))
+    store.write(rows("b"))
+    moved = store.folder / only_file(other).name
+    only_file(other).rename(moved)
+    with pytest.warns(UserWarning, match=f"{moved.name} .* expected rows of states-0; got .* of states-1"):
+        check_equal(store.read({"a": 3, "b": 3}), rows("b"))
+    assert moved.exists()
+
+
+def test_foreign_files_are_left_alone(store):
+    store.write(rows("a"))
+    names = ["notes.txt", "model.safetensors", ".hidden", f"{'0' * 31}.safetensors"]
+    for name in names:
+        (store.folder / name).write_text("not ours")
+    (store.folder / f"{'1' * 32}.safetensors").mkdir()
+    os.mkfifo(store.folder / f"{'2' * 32}.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_equal(store.read({"a": 3}), rows("a"))
+        store.write(rows("b"))
+    assert all((store.folder / name).read_text() == "not ours" for name in names)
+
+
+def test_what_a_killed_process_left_goes_when_it_is_old(store):
+    store.write(rows("a"))
+    old, young = store.folder / ".rows-old", store.folder / ".rows-young"
+    for path in (old, young):
+        path.write_text("half")
+    hours_ago = time.time() - 7200
+    os.utime(old, (hours_ago, hours_ago))
+    store.write(rows("b"))
+    assert not old.exists() and young.exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(store):
+    store.write(rows("a"))
+    before = only_file(store)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # the kernel refuses the write in the middle of the file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        with pytest.raises(OSError, match=f"cannot write to the cache: .*{store.folder}"):
+            store.write(rows("b", length=5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert only_file(store) == before
+    check_equal(store.read({"a": 3}), rows("a"))
+
+
+def test_a_folder_that_cannot_be_written_is_named(store, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=f"cannot write to the cache: .*{tmp_path}/file/states"):
+        RowStore(tmp_path / "file" / "states", torch.bfloat16, (2,)).write(rows("a"))
+    store.write(rows("a"))
+    if os.getuid() == 0:  # permissions do not bind root
+        refused = PermissionError(13, "Permission denied")
+        monkeypatch.setattr(type(store.folder), "open", lambda *a, **k: (_ for _ in ()).throw(refused))
+    store.folder.chmod(0o500)
+    try:
+        with pytest.raises(PermissionError, match=f"cannot write to the cache: Permission denied: .*{store.folder}"):
+            store.write(rows("b"))
+        check_equal(store.read({"a": 3}), rows("a"))
+    finally:
+        store.folder.chmod(0o700)
+
+
+def test_many_writers_at_once(store):
+    batches = [rows(f"{i}a", f"{i}b", seed=i) for i in range(4)] * 4
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(store.write, batches))
+    everything = {key: row for made in batches for key, row in made.items()}
+    check_equal(store.read(lengths(everything)), everything)
+    assert len(list(store.folder.iterdir())) == 4
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 160, 10**6])
+def test_digest_is_of_the_content_not_of_its_place(chunk, monkeypatch):
+    monkeypatch.setattr("moe_unlearn.cache._CHUNK", chunk)
+    x = torch.randn(6, 5, 7)
+    digest = tensor_digest(x)
+    assert digest == tensor_digest(x.clone()) == tensor_digest(x.transpose(0, 2).contiguous().transpose(0, 2))
+    others = [x.view(5, 6, 7), x.view(torch.int32), x + 1, x.half(), x[:5], x[..., :1], x[0, 0, 0], x[:0]]
+    assert len({digest, *map(tensor_digest, others), tensor_digest(x, b"header")}) == len(others) + 2
+    assert tensor_digest(torch.tensor([0.0])) != tensor_digest(torch.tensor([-0.0]))

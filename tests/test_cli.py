@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moe_unlearn import wagle
+from moe_unlearn.cache import RowStore
 from moe_unlearn.cli import main
 from moe_unlearn.data import train_tokenizer
 from tests.models import tiny_olmoe
@@ -72,6 +73,33 @@ def test_resume_goes_on_to_the_same_weights(folder, tmp_path):
     assert run(folder, tmp_path / "parts", "steps=6", *trace, "--resume", recipe="combined") == 0
     whole, parts = (AutoModelForCausalLM.from_pretrained(tmp_path / n / "model") for n in ("whole", "parts"))
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), parts.parameters(), strict=True))
+
+
+def test_runs_share_the_references_in_a_folder(folder, tmp_path, monkeypatch):
+    def references(root):
+        return {p: p.read_bytes() for p in root.rglob("*.safetensors")}
+
+    common = ["steps=1", "--no-eval"]
+    assert run(folder, tmp_path / "alone", *common) == 0
+    assert run(folder, tmp_path / "first", *common, "--cache", str(tmp_path / "cache")) == 0
+    first = references(tmp_path / "cache")
+    assert len(first) == len(references(tmp_path / "alone" / "cache")) == 3
+    assert not (tmp_path / "first" / "cache").exists()
+
+    def refuse(*_):
+        raise AssertionError("computed and written although it is on disk")
+
+    monkeypatch.setattr(RowStore, "write", refuse)
+    more = ["wagle.keep=0.5", *common, "--cache", str(tmp_path / "cache")]
+    assert run(folder, tmp_path / "second", *more, recipe="wagle") == 0
+    assert references(tmp_path / "cache") == first
+
+
+@pytest.mark.quick
+def test_a_cache_that_cannot_be_is_named(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(folder, tmp_path / "out", "--no-eval", "--cache", str(tmp_path / "file")) == 2
+    assert f"cache_dir cannot be made a folder: it is a file: '{tmp_path}/file'" in error_of(capsys)
 
 
 def test_idk_dpo_makes_its_refusals_from_questions(folder, tmp_path, capsys):
