@@ -51,10 +51,10 @@ class Products {
         grad_(memory_.data(), dtype, factors.most(dtype), factors.grad.width),
         input_(grad_.row(grad_.rows), dtype, grad_.rows, factors.input.width) {}
 
-  /// out = the rows of dW[expert] from `first_row` on
-  void compute(const Matrix& out, int64_t expert, int64_t first_row) {
+  /// out = the rows of dW[expert] from `first_row` on, or zeros if they are not wanted
+  void compute(const Matrix& out, int64_t expert, int64_t first_row, bool wanted) {
     const int64_t count = factors_.count(expert), start = factors_.start(expert);
-    if (count == 0) {
+    if (count == 0 || !wanted) {
       std::memset(out.data, 0, out.rows * out.row_bytes());
       return;
     }
@@ -74,7 +74,13 @@ class Products {
   int64_t gathered_ = -1;
 };
 
-/// epilogue(rows, dW): the rows of the compact [listed, M, P] that a block is, and each gradient's dW there.
+MOE_UNLEARN_INLINE uint32_t mask_word(const Rows& mask, int64_t row, int64_t word) {
+  uint32_t bits = 0xFFFFFFFF;
+  if (mask) std::memcpy(&bits, mask.row(row) + word * mask.step, sizeof(bits));
+  return bits;
+}
+
+/// A block: rows of the compact [listed, M, P].
 struct Block {
   int64_t index, expert, first_row, rows;  // first_row of the expert's M
 };
@@ -94,19 +100,32 @@ struct Blocks {
     const int64_t first = index % per_expert * rows;
     return {index, index / per_expert, first, std::min(rows, height - first)};
   }
+
+  /// Whether the block has a bit in the mask: where not, its dW counts as zero and is not computed.
+  bool trains(const Rows& mask, int64_t index) const {
+    const Block block = (*this)[index];
+    const int64_t first = block.expert * height + block.first_row;
+    for (int64_t row = first; mask && row < first + block.rows; ++row)
+      for (int64_t word = 0; word < mask.width; ++word)
+        if (mask_word(mask, row, word) != 0) return true;
+    return !mask;
+  }
 };
 
 /// epilogue(block, dW of each gradient) for each block, in parallel. With `out`, dense and of this dtype, dW of the
 /// only gradient is computed there.
 template <class Epilogue>
 void for_each_block(
-    const std::vector<Factors>& gradients, ScalarType dtype, const Epilogue& epilogue, char* out = nullptr) {
+    const std::vector<Factors>& gradients, ScalarType dtype, const Rows& mask, const Epilogue& epilogue,
+    char* out = nullptr) {
   const Blocks blocks(gradients, dtype);
   const int64_t row_bytes = blocks.width * item_size(dtype), bytes = blocks.rows * row_bytes;
   std::vector<int64_t> cost;
+  std::vector<char> trains;
   for (int64_t i = 0; i < blocks.count(); ++i) {
-    cost.push_back(epilogue_cost);
-    for (const Factors& factors : gradients) cost.back() += padded(factors.count(blocks[i].expert), dtype);
+    cost.push_back(epilogue_cost), trains.push_back(blocks.trains(mask, i));
+    for (const Factors& factors : gradients)
+      if (trains[i]) cost.back() += padded(factors.count(blocks[i].expert), dtype);
   }
   parallel_by_cost(cost, [&](int64_t first, int64_t last) {
     std::vector<Products> products;
@@ -120,17 +139,11 @@ void for_each_block(
         char* const place =
             out ? out + (block.expert * blocks.height + block.first_row) * row_bytes : memory.data() + g * bytes;
         dw[g] = Matrix(place, dtype, block.rows, blocks.width);
-        products[g].compute(dw[g], block.expert, block.first_row);
+        products[g].compute(dw[g], block.expert, block.first_row, trains[i]);
       }
       epilogue(block, dw);
     }
   });
-}
-
-MOE_UNLEARN_INLINE uint32_t mask_word(const Rows& mask, int64_t row, int64_t word) {
-  uint32_t bits = 0xFFFFFFFF;
-  if (mask) std::memcpy(&bits, mask.row(row) + word * mask.step, sizeof(bits));
-  return bits;
 }
 
 /// f(row of dW, first element, elements, mask bits) for each word of a block's rows, first_row being that in mask.
@@ -182,7 +195,7 @@ void expert_wgrad_(
       for_this_cpu<store_block, const Matrix&, const Rows&, const Rows&>(
           dw[0], to, words, block.expert * factors[0].grad.width + block.first_row, accumulate);
   };
-  for_each_block(factors, narrow ? grad.scalar_type() : ScalarType::Float, write, direct ? data : nullptr);
+  for_each_block(factors, narrow ? grad.scalar_type() : ScalarType::Float, words, write, direct ? data : nullptr);
 }
 
 // ---- sgd, adamw ----------------------------------------------------------------------------------------------
@@ -192,7 +205,7 @@ void update(const UpdateOperands& whole, const Rule& rule, const Factors& factor
   const int64_t height = factors.grad.width, words = whole.words();
   const bool narrow = whole.arithmetic() == factors.grad.dtype;
   for_each_block(
-      {factors}, narrow ? factors.grad.dtype : ScalarType::Float,
+      {factors}, narrow ? factors.grad.dtype : ScalarType::Float, whole.mask,
       [&](const Block& block, const std::vector<Matrix>& dw) {
         UpdateOperands part = whole;
         part.first_row = block.expert * height + block.first_row;
@@ -253,7 +266,7 @@ void expert_wgrad_score_(
   const Rows weights(weight);
   const int64_t *const listed = indices(experts), height = weight.size(1), width = weight.size(2);
   float* const scores = out.mutable_data_ptr<float>();
-  for_each_block(sides, ScalarType::Float, [&](const Block& block, const std::vector<Matrix>& dw) {
+  for_each_block(sides, ScalarType::Float, Rows(), [&](const Block& block, const std::vector<Matrix>& dw) {
     for_this_cpu<score_block, const Matrix&, const Matrix&, const Rows&, int64_t, float, float*>(
         dw[0], dw[1], weights, listed[block.expert] * height + block.first_row, static_cast<float>(gamma),
         scores + (block.expert * height + block.first_row) * width);
@@ -291,7 +304,7 @@ void expert_wgrad_inner_(
   const int64_t m = static_cast<int64_t>(gradients.size()), height = gradients[0].grad.width;
   const Blocks blocks(gradients, ScalarType::Float);
   std::vector<double> parts(blocks.count() * m * m);
-  for_each_block(gradients, ScalarType::Float, [&](const Block& block, const std::vector<Matrix>& dw) {
+  for_each_block(gradients, ScalarType::Float, words, [&](const Block& block, const std::vector<Matrix>& dw) {
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j <= i; ++j)
         for_this_cpu<inner_block, const Matrix&, const Matrix&, const Rows&, int64_t, double*>(

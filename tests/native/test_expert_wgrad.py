@@ -46,6 +46,7 @@ def store(made, **options):
 def keep(*shape, seed=0):
     kept = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     kept[:, ::3, :64] = False  # whole words of zeros
+    kept[1:3, shape[1] // 8 :] = False  # whole blocks, and the rest of one
     return kept
 
 
