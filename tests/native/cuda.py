@@ -24,8 +24,7 @@ from tests.static import ledger
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = Path(__file__).parent / "cuda_ledger.json"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-# the bindings, and kernels without one
-SOURCES = {path.stem: path for folder in ("csrc/cuda", "tests/native") for path in (ROOT / folder).glob("*.cu")}
+SOURCES = {path.stem: path for path in (ROOT / "csrc/cuda").glob("*.cu")}
 OPS = tuple(sorted(SOURCES))
 NEVER = ("stack_bytes", "spill_bytes")
 GROWS = ("registers", "shared_bytes")
@@ -64,7 +63,7 @@ def compile_op(op: str, arch: str, output: Path) -> Entries:
 
     Raises RuntimeError with the compiler's words if there is an error or a warning.
     """
-    whole = arch == "sm_90a" and SOURCES[op].parent.name == "cuda"
+    whole = arch == "sm_90a"
     command = [nvcc(), *NVCC_FLAGS, *COMMON, *torch_includes(), f"-arch={arch}", "-Xptxas=-v"]
     command += ["-c", "-Xcompiler=-fPIC"] if whole else ["-cubin"]
     process = subprocess.run([*command, SOURCES[op], "-o", output], capture_output=True, text=True)
@@ -158,13 +157,15 @@ class EmulatedOps:
     def __init__(self, library: Path):
         torch.ops.load_library(library)
         self._emulate = ctypes.CDLL(str(library)).emulate
-        self._emulate.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_uint32]
+        self._emulate.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int]
 
     def __getattr__(self, name: str):
         return getattr(torch.ops.moe_unlearn_emulated, name)
 
-    def emulate(self, multiprocessors: int = 3, shared_limit: int = 227 * 1024, seed: int = 0) -> None:
-        self._emulate(multiprocessors, shared_limit, seed)
+    def emulate(
+        self, multiprocessors: int = 3, shared_limit: int = 227 * 1024, seed: int = 0, capability: int = 90
+    ) -> None:
+        self._emulate(multiprocessors, shared_limit, seed, capability)
 
 
 def main() -> int:
