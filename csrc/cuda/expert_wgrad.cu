@@ -8,7 +8,7 @@ namespace moe_unlearn {
 namespace {
 
 Factor factor(const Tensor& tensor, const std::optional<Tensor>& rows) {
-  const bool dense = tensor.scalar_type() == ScalarType::BFloat16 && (tensor.stride(1) == 1 || tensor.size(1) == 1);
+  const bool dense = tensor.scalar_type() == ScalarType::BFloat16 && tensor.stride(1) == 1;
   STD_TORCH_CHECK(dense, "factors must be bfloat16 with columns of stride 1");
   const auto* const data = static_cast<const uint16_t*>(tensor.const_data_ptr());
   return {data, tensor.size(0), tensor.size(1), tensor.stride(0), indices(rows)};

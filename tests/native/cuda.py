@@ -72,19 +72,19 @@ def compile_op(op: str, arch: str, output: Path) -> Entries:
     return {f"{op}/{name}": entry for name, entry in parse(process.stdout + process.stderr).items()}
 
 
-def instructions(cubin: Path) -> str | None:
-    """What a compiled kernel consists of; None without a disassembler (Triton brings one)."""
+def instructions(compiled: Path) -> str | None:
+    """What compiled kernels consist of; None without a disassembler (Triton brings one)."""
     bundled = [] if importlib.util.find_spec("triton") is None else [_bundled_disassembler()]
-    program = next(filter(None, map(shutil.which, ["nvdisasm", *bundled])), None)
+    program = next(filter(None, map(shutil.which, ["cuobjdump", *bundled])), None)
     if program is None:
         return None
-    return subprocess.run([program, cubin], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([program, "-sass", compiled], capture_output=True, text=True, check=True).stdout
 
 
 def _bundled_disassembler() -> str:
     import triton
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm")
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
 def parse(listing: str) -> Entries:

@@ -162,7 +162,7 @@ def check_update(rule, numerics, shape=SMALL, dtype=None, layout="contiguous", e
     weight[0] = torch.nan if experts is not None else weight[0]
     mask = pack_bits(keep(count, *shape))
     state = [torch.zeros(count, *shape, dtype=state_dtype) for _ in range(states)]
-    master = weight[experts].float() if has_master else None
+    master = (weight if experts is None else weight[experts]).float() if has_master else None
     random = {"rounding": rounding, "seed": 5, "parameter_id": 7}
     narrow = state_dtype == weight_dtype == made.grad.dtype and rounding == "nearest" and (states or not has_master)
     copies = [None if t is None else t.clone() for t in (weight, master, *state)]
