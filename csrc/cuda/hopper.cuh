@@ -124,8 +124,8 @@ inline cudaError_t make_boxes(
 /// barrier. `boxes` is a parameter of the kernel.
 MOE_UNLEARN_DEVICE void load_box(uint32_t to, const Boxes& boxes, int column, int row, uint64_t& barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-      "l"(&boxes), "r"(column), "r"(row), "r"(shared_address(&barrier))
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(to), "l"(&boxes), "r"(column), "r"(row), "r"(shared_address(&barrier))
       : "memory");
 }
 

@@ -107,7 +107,7 @@ def parse(listing: str) -> Entries:
 def kernel_name(symbol: str) -> str:
     """`Kernel<...>` of the mangled `entry<Kernel<...>>(...)`."""
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
-    name = re.search(r"entry<(.*?) ?>\(", name.replace("moe_unlearn::", ""))[1]
+    name = re.search(r"entry<(.*?)>\(", name.replace("moe_unlearn::", "").replace(" >", ">"))[1]
     return re.sub(r"\(Dtype\)(\d)", lambda number: DTYPES[int(number[1])], name)
 
 

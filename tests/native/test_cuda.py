@@ -291,42 +291,27 @@ def test_words_in_any_layout_of_the_mask(gpu):
 
 # M and P: parts of tiles, several tiles in each direction, exactly one
 WGRAD_SHAPES = ((40, 136), (264, 8), (128, 128))
-# which factors are gathered row by row; the others are copied in boxes
-INDEXED = ("neither", "grad", "input", "both")
 
 
-def wgrad_factors(shape, indexed="input", pattern="skewed", tokens=60, exact=True, seed=0):
-    """bfloat16 factors in sorted order, but the indexed ones scattered among rows of NaN."""
-    made = wgrad_cases.factors(shape, BF16, pattern, tokens, exact=exact, seed=seed)
-    made = made._replace(input=made.input[made.input_rows], input_rows=None)
-    for name in {"neither": (), "both": ("grad", "input")}.get(indexed, (indexed,)):
-        rows = getattr(made, name)
-        place = torch.randperm(2 * len(rows), generator=torch.Generator().manual_seed(seed))[: len(rows)]
-        scattered = torch.full((2 * len(rows), rows.shape[1]), torch.nan, dtype=BF16)
-        scattered[place] = rows
-        made = made._replace(**{name: scattered, f"{name}_rows": place})
-    return made
-
-
-def check_wgrad(made, **options):
+def check_wgrad(made):
     with poison():
-        got = wgrad_cases.store(made, out_dtype=F32, **options)
-    assert torch.equal(got.double(), wgrad_cases.gold(made, **options))
+        got = wgrad_cases.store(made, out_dtype=F32)
+    assert torch.equal(got.double(), wgrad_cases.gold(made))
 
 
-@pytest.mark.parametrize("indexed", INDEXED)
+@pytest.mark.parametrize("indexed", wgrad_cases.INDEXED)
 @pytest.mark.parametrize("pattern", ROUTINGS)
 @pytest.mark.parametrize("shape", WGRAD_SHAPES, ids=str)
 def test_wgrad_is_exact_on_integers(gpu, shape, pattern, indexed):
     for multiprocessors in (1, 4):
         gpu.emulate(multiprocessors, seed=multiprocessors)
-        check_wgrad(wgrad_factors(shape, indexed, pattern))
+        check_wgrad(wgrad_cases.scattered(shape, indexed, pattern))
 
 
-@pytest.mark.parametrize("indexed", INDEXED)
+@pytest.mark.parametrize("indexed", wgrad_cases.INDEXED)
 def test_wgrad_in_many_orders_of_threads(gpu, indexed):
     """Experts of up to 11 stages, twice around the ring, and tiles that two consumers have in turn."""
-    made = wgrad_factors((40, 264), indexed, tokens=400)
+    made = wgrad_cases.scattered((40, 264), indexed, tokens=400)
     assert max(made.expert_offsets.diff()) > 2 * 5 * 32 and min(made.expert_offsets.diff()) > 0
     for seed in range(12):
         gpu.emulate(1 + seed % 3, seed=seed)
@@ -335,34 +320,23 @@ def test_wgrad_in_many_orders_of_threads(gpu, indexed):
 
 @pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 64, 160, 161])
 def test_wgrad_of_one_expert_with_rows_around_a_stage(gpu, tokens):
-    for indexed in INDEXED:
-        check_wgrad(wgrad_factors((136, 16), indexed, "one_expert", tokens))
+    for indexed in wgrad_cases.INDEXED:
+        check_wgrad(wgrad_cases.scattered((136, 16), indexed, "one_expert", tokens))
 
 
-@pytest.mark.parametrize("indexed", INDEXED)
+@pytest.mark.parametrize("indexed", wgrad_cases.INDEXED)
 def test_wgrad_reads_no_row_of_another_expert(gpu, indexed):
     """Rows between the bounds of the listed experts are NaN and infinite; so is what lies beside the columns."""
-    made = wgrad_factors((40, 136), indexed, "uniform", tokens=200)
-    start, stop = made.expert_offsets[:-1], made.expert_offsets[1:]
-    made = made._replace(expert_offsets=torch.stack([start + 3, stop - 2], 1))
+    made = wgrad_cases.scattered((40, 136), indexed, "uniform", tokens=200)
     experts = torch.tensor([3, 1])
-    own = torch.cat([torch.arange(*made.expert_offsets[e].tolist()) for e in experts])
-    poisoned = {}
-    for name in ("grad", "input"):
-        rows, index = getattr(made, name), getattr(made, f"{name}_rows")
-        wide = torch.full((len(rows), rows.shape[1] + 16), torch.inf, dtype=BF16)
-        wide[::2] = torch.nan
-        wide = wide[:, 8:-8]
-        used = own if index is None else index[own]
-        wide[used] = rows[used]
-        poisoned[name] = wide
+    made, poisoned = wgrad_cases.poisoned_elsewhere(made, experts)
     expected = wgrad_cases.gold(made, experts)
-    assert torch.equal(wgrad_cases.store(made._replace(**poisoned), experts=experts, out_dtype=F32).double(), expected)
+    assert torch.equal(wgrad_cases.store(poisoned, experts=experts, out_dtype=F32).double(), expected)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
 def test_wgrad_is_stored_and_added_under_masks_in_every_layout(gpu, dtype):
-    made, kept = wgrad_factors((40, 136), exact=False), wgrad_cases.keep(wgrad_cases.E, 40, 136)
+    made, kept = wgrad_cases.scattered((40, 136), exact=False), wgrad_cases.keep(wgrad_cases.E, 40, 136)
     dw, mask = wgrad_cases.store(made, out_dtype=F32), pack_bits(kept)
     assert_as_accurate(dw, expert_wgrad_ref(*made, None, None, F32), wgrad_cases.gold(made))
     with poison():
@@ -384,7 +358,10 @@ def test_wgrad_update_is_masked_update_of_the_stored_gradient(gpu, rule, numeric
 
 
 def test_wgrad_score_is_weight_score_of_the_stored_gradients(gpu):
-    sides = wgrad_factors((40, 136), "input", seed=1), wgrad_factors((40, 136), "grad", "half_empty", seed=2)
+    sides = (
+        wgrad_cases.scattered((40, 136), "input", seed=1),
+        wgrad_cases.scattered((40, 136), "grad", "half_empty", seed=2),
+    )
     experts = torch.tensor([4, 0])
     for dtype in (BF16, F16, F32):
         weight = torch.randn(wgrad_cases.E, 40, 136).to(dtype)
@@ -396,7 +373,7 @@ def test_wgrad_score_is_weight_score_of_the_stored_gradients(gpu):
 
 
 def test_wgrad_beyond_what_the_kernel_takes_is_an_error(gpu):
-    made, fine = wgrad_factors((40, 136)), torch.zeros(7, 64, dtype=BF16)
+    made, fine = wgrad_cases.scattered((40, 136)), torch.zeros(7, 64, dtype=BF16)
     _check_hopper((9, 0), fine, fine[:, 8:48], fine[3:])
     for capability in ((8, 9), (10, 0)):
         with pytest.raises(Unfit, match="compute capability 9.0"):
@@ -416,7 +393,7 @@ def test_wgrad_beyond_what_the_kernel_takes_is_an_error(gpu):
 
 
 def test_wgrad_of_an_expert_that_does_not_exist_stops_the_kernel(gpu):
-    made, weight = wgrad_factors((40, 136)), torch.zeros(wgrad_cases.E, 40, 136)
+    made, weight = wgrad_cases.scattered((40, 136)), torch.zeros(wgrad_cases.E, 40, 136)
     bounds = torch.tensor([[0, 1]])
     with pytest.raises(RuntimeError, match="trap"):
         gpu.expert_wgrad_sgd_(weight, None, None, *made[:2], bounds, None, made.input_rows, torch.tensor([9]), None,
