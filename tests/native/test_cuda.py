@@ -89,10 +89,11 @@ def gpu(library, monkeypatch):
     ops.emulate()
 
 
-def test_launch_plans(tmp_path):
-    """Grids, spans and shared memory, from the same headers as the kernels."""
-    program = tmp_path / "plans"
-    tool.compile_host("plans.cpp", program)
+@pytest.mark.parametrize("source", ["plans.cpp", "hopper.cpp"])
+def test_launch_plans_and_the_emulation_of_hopper(source, tmp_path):
+    """Grids, spans and shared memory, from the kernels' own headers; flaws of a Hopper kernel that must show."""
+    program = tmp_path / "program"
+    tool.compile_host(source, program)
     process = subprocess.run([program], capture_output=True, text=True)
     assert process.returncode == 0, process.stdout
 
@@ -313,7 +314,7 @@ def test_wgrad_in_many_orders_of_threads(gpu, indexed):
     """Experts of up to 11 stages, twice around the ring, and tiles that two consumers have in turn."""
     made = wgrad_cases.scattered((40, 264), indexed, tokens=400)
     assert max(made.expert_offsets.diff()) > 2 * 5 * 32 and min(made.expert_offsets.diff()) > 0
-    for seed in range(12):
+    for seed in range(6):
         gpu.emulate(1 + seed % 3, seed=seed)
         check_wgrad(made)
 
