@@ -5,8 +5,8 @@
 // One persistent block per multiprocessor goes through a list of 128 x 128 tiles. A producer warpgroup fills a ring of
 // stages with rows of grad and input; two consumer warpgroups take turns at the tiles: while one has its epilogue, the
 // other multiplies. A factor whose rows stand in order is copied in boxes (TMA); a gathered one, and the last rows of
-// an expert, row by row, with zeros behind them: no row of another expert is ever read. Sums run in the order of
-// rows, tiles are disjoint, no atomics: the same bits for any grid.
+// an expert, row by row, with zeros behind them: no row of another expert is ever read. A tile whose mask is zero is
+// not computed. Sums run in the order of rows, tiles are disjoint, no atomics: the same bits for any grid.
 //
 // Proven in emulated threads against the reference; not yet run on a GPU.
 
@@ -47,12 +47,13 @@ struct WgradPlan {
   static constexpr int depth = 32;    // rows of the factors in a stage
   static constexpr int stages = 5;
   static constexpr int warpgroup = 128, threads = 3 * warpgroup;
+  static constexpr int producer_registers = 88, consumer_registers = 208;
   static constexpr int factor_bytes = depth * length * 2, stage_bytes = 2 * factor_bytes;
   static constexpr int alignment = 1024;  // of what swapped rows are counted from
   static constexpr int exchange_rows = 32, exchange_width = length + 4;  // a warp's part of a tile, float32
   static constexpr int exchange_bytes = exchange_rows * exchange_width * 4;
   static constexpr size_t shared_bytes =
-      alignment + stages * stage_bytes + 8 * exchange_bytes + (2 * stages + 2) * sizeof(uint64_t);
+      alignment + stages * stage_bytes + 8 * exchange_bytes + (2 * stages + 4) * sizeof(uint64_t);
 
   int64_t row_tiles, column_tiles, tiles, blocks;
 
@@ -90,7 +91,26 @@ struct Wgrad {
   struct Barriers {
     uint64_t full[stages], empty[stages];
     uint64_t turn[2];  // of the consumers
+    int64_t step[2];   // where a consumer's turn begins in the ring
   };
+
+  /// How many stages a tile takes; the same in every warp.
+  template <class Group>
+  static MOE_UNLEARN_DEVICE int64_t count_steps(const Group& group, const Arguments& a, const WgradPlan::Tile& tile) {
+    const int64_t steps = WgradPlan::steps(a.f.stop(tile.expert) - a.f.start(tile.expert));
+    const Rows* const mask = a.epilogue.kept();
+    if (!mask || !*mask) return steps;
+    constexpr int words = length / word_bits;
+    for (int word = group.thread() % warp_size; word < length * words; word += warp_size) {
+      const int64_t row = tile.row + word / words, column = tile.column / word_bits + word % words;
+      uint32_t bits = 0;
+      if (row < a.f.grad.columns && column < mask->width)
+        bits = *reinterpret_cast<const uint32_t*>(
+            mask->row(tile.expert * a.f.grad.columns + row) + column * mask->step);
+      if (group.any(bits != 0)) return steps;
+    }
+    return 0;
+  }
 
   /// How a producer's thread copies a factor: a 16-byte piece of every eighth row, or one thread everything in boxes.
   struct Source {
@@ -142,6 +162,7 @@ struct Wgrad {
     };
     for (int64_t index = group.block(); index < a.plan.tiles; index += group.blocks()) {
       const auto tile = a.plan.tile(index);
+      if (count_steps(group, a, tile) == 0) continue;
       const int64_t start = a.f.start(tile.expert), stop = a.f.stop(tile.expert);
       Source grad(a.f.grad, group.thread(), tile.row), input(a.f.input, group.thread(), tile.column);
       grad.look_up(start, stop), input.look_up(start, stop);
@@ -197,41 +218,38 @@ struct Wgrad {
     const int self = group.thread() / WgradPlan::warpgroup - 1;
     const int64_t rows = a.f.grad.columns, columns = a.f.input.columns;
     float sum[2][64];
-    int64_t step = 0;
     uint32_t turn = 0;
-    int owner = 0;
     exchange += group.thread() / warp_size % 8 * (WgradPlan::exchange_rows * width);
     if (self == 1) hopper::arrive(barriers.turn[0]);
-    for (int64_t index = group.block(); index < a.plan.tiles; index += group.blocks(), owner ^= 1) {
+    for (int64_t index = group.block() + self * group.blocks(); index < a.plan.tiles; index += 2 * group.blocks()) {
       const auto tile = a.plan.tile(index);
-      const int64_t steps = WgradPlan::steps(a.f.stop(tile.expert) - a.f.start(tile.expert));
-      if (owner == self) {
-        // stages are told apart by the parity of their uses: nobody may wait for one before its turn
-        hopper::wait(barriers.turn[self], turn++ & 1);
-        multiply(sum, step, steps, memory, barriers, lane == 0);
-        hopper::arrive(barriers.turn[self ^ 1]);
+      const int64_t steps = count_steps(group, a, tile);
+      // stages are told apart by the parity of their uses: nobody may wait for one before its turn
+      hopper::wait(barriers.turn[self], turn++ & 1);
+      const int64_t step = barriers.step[self];
+      multiply(sum, step, steps, memory, barriers, lane == 0);
+      if (thread == 0) barriers.step[self ^ 1] = step + steps;
+      hopper::arrive(barriers.turn[self ^ 1]);
 
-        // a thread holds, of every 8 columns, two of the rows lane / 4 and lane / 4 + 8 of its warp's 16 in each half
-        MOE_UNLEARN_UNROLL
-        for (int i = 0; i < 128; ++i) {
-          const int row = lane / 4 + i % 4 / 2 * 8 + i / 64 * 16, column = i % 64 / 4 * 8 + lane % 4 * 2 + i % 2;
-          exchange[row * width + column] = sum[i / 64][i % 64];
-        }
-        group.sync_warp();
+      // a thread holds, of every 8 columns, two of the rows lane / 4 and lane / 4 + 8 of its warp's 16 in each half
+      MOE_UNLEARN_UNROLL
+      for (int i = 0; i < 128; ++i) {
+        const int row = lane / 4 + i % 4 / 2 * 8 + i / 64 * 16, column = i % 64 / 4 * 8 + lane % 4 * 2 + i % 2;
+        exchange[row * width + column] = sum[i / 64][i % 64];
+      }
+      group.sync_warp();
 #if defined(__CUDA_ARCH__)
 #pragma unroll 1
 #endif
-        for (int i = lane; i < WgradPlan::exchange_rows * length / chunk_size; i += warp_size) {
-          const int local_row = i / (length / chunk_size), local_column = i % (length / chunk_size) * chunk_size;
-          const int64_t row = tile.row + local_row / 16 * 64 + thread / warp_size * 16 + local_row % 16;
-          const int64_t column = tile.column + local_column;
-          if (row >= rows || column >= columns) continue;
-          const Place place{tile.expert * rows + row, column, chunk_size};
-          if (!a.epilogue(place, columns, exchange + local_row * width + local_column)) group.fail();
-        }
-        group.sync_warp();
+      for (int i = lane; i < WgradPlan::exchange_rows * length / chunk_size; i += warp_size) {
+        const int local_row = i / (length / chunk_size), local_column = i % (length / chunk_size) * chunk_size;
+        const int64_t row = tile.row + local_row / 16 * 64 + thread / warp_size * 16 + local_row % 16;
+        const int64_t column = tile.column + local_column;
+        if (row >= rows || column >= columns) continue;
+        const Place place{tile.expert * rows + row, column, chunk_size};
+        if (!a.epilogue(place, columns, exchange + local_row * width + local_column)) group.fail();
       }
-      step += steps;
+      group.sync_warp();
     }
   }
 
@@ -248,14 +266,15 @@ struct Wgrad {
       for (uint64_t& full : barriers.full) hopper::set_up(full, WgradPlan::warpgroup);
       for (uint64_t& empty : barriers.empty) hopper::set_up(empty, WgradPlan::warpgroup / warp_size);
       for (uint64_t& turn : barriers.turn) hopper::set_up(turn, WgradPlan::warpgroup);
+      barriers.step[0] = 0;
       hopper::fence_barriers();
     }
     group.sync();
     if (group.thread() < WgradPlan::warpgroup) {
-      hopper::give_registers<56>();
+      hopper::give_registers<WgradPlan::producer_registers>();
       produce(group, a, memory, barriers);
     } else {
-      hopper::take_registers<224>();
+      hopper::take_registers<WgradPlan::consumer_registers>();
       consume(group, a, memory, barriers, reinterpret_cast<float*>(behind));
     }
 #endif

@@ -1,5 +1,5 @@
 // What becomes of dW, chunk by chunk, in expert_wgrad. Row m * M + i is row i of the m-th listed expert. An epilogue
-// is false where that expert does not exist.
+// is false where that expert does not exist; where the mask `kept` is 0 it may be given 0 for dW.
 
 #pragma once
 
@@ -11,6 +11,8 @@ namespace moe_unlearn {
 struct WgradStore {
   Rows out, mask;
   bool add;
+
+  MOE_UNLEARN_DEVICE const Rows* kept() const { return &mask; }
 
   MOE_UNLEARN_DEVICE bool operator()(const Place& place, int64_t, const float* gradient) const {
     const uint32_t chosen = chosen_elements(mask, place), written = add ? chosen : (1u << place.n) - 1;
@@ -36,6 +38,8 @@ struct WgradUpdate {
   Operands o;
   Rule rule;
 
+  MOE_UNLEARN_DEVICE const Rows* kept() const { return &o.mask; }
+
   MOE_UNLEARN_DEVICE bool operator()(const Place& place, int64_t width, const float* gradient) const {
     const uint32_t chosen = chosen_elements(o.mask, place);
     if (chosen == 0) return true;
@@ -53,6 +57,8 @@ struct WgradScore {
   const int64_t* experts;
   int64_t num_experts, rows_per_expert;  // of weight
   float gamma;
+
+  MOE_UNLEARN_DEVICE const Rows* kept() const { return nullptr; }
 
   MOE_UNLEARN_DEVICE bool operator()(const Place& place, int64_t, const float* gradient) const {
     const int64_t local = divide(place.row, rows_per_expert), expert = experts[local];
