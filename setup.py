@@ -70,8 +70,8 @@ def extension(name: str):
     common = {"depends": HEADERS, "include_dirs": [os.path.abspath("csrc")], "py_limited_api": True}
     make, macros, flags = CppExtension, [("TORCH_TARGET_VERSION", "0x020a000000000000")], [*CXX, *includes]  # 2.10
     if name == "cuda":
-        macros, make = [*macros, ("USE_CUDA", None)], CUDAExtension
-        flags = {"cxx": flags, "nvcc": [*NVCC, *includes]}
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")  # without the a, Hopper's kernels are not there
+        macros, make, flags = [*macros, ("USE_CUDA", None)], CUDAExtension, {"cxx": flags, "nvcc": [*NVCC, *includes]}
     return make(f"moe_unlearn._C_{name}", SOURCES[name], define_macros=macros, extra_compile_args=flags, **common)
 
 

@@ -2,7 +2,8 @@
 
 Kernels register themselves under the name of their op, or `op.part` where an op has several parts
 (`expert_mlp.backward`). `"auto"` takes the fastest one registered for the device; a forced name that is
-missing is an error, never a silent fallback. float64 is always computed by `ref`.
+missing is an error, never a silent fallback. float64 is always computed by `ref`. A kernel that does not take
+every operand raises `Unfit` before it writes anything: then comes the next one, if there is a choice.
 
 Triton kernels run on CUDA devices, and on the CPU in Triton's interpreter where TRITON_INTERPRET=1 was set
 before they are first used: only when forced, since the interpreter is there to test them.
@@ -27,6 +28,10 @@ ENVIRONMENT_VARIABLE = "MOE_UNLEARN_IMPL"
 _FASTEST_FIRST = {"cuda": ("cuda", "triton", "ref"), "cpu": ("cpu", "ref", "triton")}
 
 _kernels: dict[tuple[str, str], Callable | str] = {}
+
+
+class Unfit(RuntimeError):
+    """What a kernel needs and its operands lack."""
 
 
 def register(name: str, impl: str, kernel: Callable | str) -> None:
@@ -55,15 +60,36 @@ def resolve(name: str, impl: str, tensor: torch.Tensor) -> Callable:
 
     Raises ValueError for an unknown `impl` and RuntimeError for a forced one that is not available.
     """
-    key = name, choose(name, impl, tensor.device.type, tensor.dtype)
+    choices = _choices(name, impl, tensor.device.type, tensor.dtype)
+    if len(choices) == 1:
+        return _kernel(name, choices[0])
+
+    def first_that_fits(*arguments):
+        for choice in choices:
+            try:
+                return _kernel(name, choice)(*arguments)
+            except Unfit as error:
+                unfit = error
+        raise unfit
+
+    return first_that_fits
+
+
+def choose(name: str, impl: str, device_type: str, dtype: torch.dtype | None = None) -> str:
+    """The concrete implementation name behind `impl`, if it takes the operands; `resolve` says which errors."""
+    return _choices(name, impl, device_type, dtype)[0]
+
+
+def _kernel(name: str, impl: str) -> Callable:
+    key = name, impl
     if isinstance(_kernels[key], str):
         module, _, function = _kernels[key].partition(":")
         _kernels[key] = getattr(importlib.import_module(module), function)
     return _kernels[key]
 
 
-def choose(name: str, impl: str, device_type: str, dtype: torch.dtype | None = None) -> str:
-    """The concrete implementation name behind `impl`; `resolve` says which errors."""
+def _choices(name: str, impl: str, device_type: str, dtype: torch.dtype | None) -> tuple[str, ...]:
+    """The implementations that `impl` allows and the device has, in the order of preference."""
     usable = available(name, device_type)
     if impl == "auto":
         impl, preference = _from_environment(name.partition(".")[0])
@@ -73,16 +99,16 @@ def choose(name: str, impl: str, device_type: str, dtype: torch.dtype | None = N
         if choice not in IMPLS:
             raise ValueError(f"impl must be 'auto' or one of {IMPLS}; got {choice!r} for {name!r}")
     if dtype == torch.float64:
-        return "ref"
+        return ("ref",)
     if impl == "auto":
         preference = usable
-    for choice in preference:
-        if choice in usable:
-            return choice
-    raise RuntimeError(
-        f"{name!r} has no implementation {' or '.join(preference)} for device {device_type!r}; "
-        f"available: {', '.join(usable) or 'none'}"
-    )
+    choices = tuple(choice for choice in preference if choice in usable)
+    if not choices:
+        raise RuntimeError(
+            f"{name!r} has no implementation {' or '.join(preference)} for device {device_type!r}; "
+            f"available: {', '.join(usable) or 'none'}"
+        )
+    return choices
 
 
 def _can_run(impl: str, device_type: str) -> bool:

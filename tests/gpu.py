@@ -23,7 +23,7 @@ SANITIZER_FOLDER = "tests/triton_kernels"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 SANITIZER_SECONDS = 1800
 # a test that is about the interpreter, or about machines of another kind, has nothing to do on a GPU
-SKIPS_ALLOWED = re.compile(r"interpreter|without a GPU", re.IGNORECASE)
+SKIPS_ALLOWED = re.compile(r"interpreter|without a GPU|needs Hopper", re.IGNORECASE)
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 
 

@@ -45,6 +45,25 @@ def test_float64_is_always_ref():
     assert backend.resolve("toy", "auto", torch.zeros(1, dtype=torch.float64))() == "ref"
 
 
+def test_a_kernel_that_does_not_fit_passes_on_only_where_there_is_a_choice(monkeypatch):
+    def picky(operand):
+        if operand < 0:
+            raise backend.Unfit("toy needs what is not negative")
+        return "picky"
+
+    backend.register("toy", "cpu", picky)
+    backend.register("toy", "ref", lambda operand: "ref")
+    like = torch.zeros(1)
+    assert [backend.resolve("toy", "auto", like)(i) for i in (1, -1)] == ["picky", "ref"]
+    with pytest.raises(backend.Unfit, match="not negative"):
+        backend.resolve("toy", "cpu", like)(-1)
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "cpu,cuda,ref")
+    assert backend.resolve("toy", "auto", like)(-1) == "ref"
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "toy=cpu")
+    with pytest.raises(backend.Unfit):
+        backend.resolve("toy", "auto", like)(-1)
+
+
 @pytest.mark.parametrize(
     "value,expected",
     [("ref", "ref"), ("cuda,ref", "ref"), ("cuda, cpu", "cpu"), ("toy=ref,other=cuda", "ref"),

@@ -1,25 +1,45 @@
-// expert_wgrad on Hopper: dW = grad^T input over the rows of each listed expert, in bfloat16 with float32 sums, and
-// the masked update applied to it in registers: dW is never stored. NOT YET RUN ON A GPU, and bound to no op.
+// expert_wgrad on Hopper: dW = grad^T input over the rows of each listed expert, in bfloat16 with float32 sums. What
+// becomes of a tile of dW (stored, added, updating weights, scored) happens in the block that computed it. Inner
+// products of several gradients are not here: they need as many tiles at once.
 //
-// One persistent block per multiprocessor goes through a list of 128 x 128 tiles. A producer warpgroup gathers rows
-// of grad and input into a ring of stages; two consumer warpgroups take turns at the tiles: while one updates
-// weights, the other multiplies. Rows beyond an expert's last are zeros in shared memory and are not read. Sums run
-// in the order of rows, tiles are disjoint, no atomics: the same bits for any grid.
+// One persistent block per multiprocessor goes through a list of 128 x 128 tiles. A producer warpgroup fills a ring of
+// stages with rows of grad and input; two consumer warpgroups take turns at the tiles: while one has its epilogue, the
+// other multiplies. A factor whose rows stand in order is copied in boxes (TMA); a gathered one, and the last rows of
+// an expert, row by row, with zeros behind them: no row of another expert is ever read. A tile whose mask is zero is
+// not computed. Sums run in the order of rows, tiles are disjoint, no atomics: the same bits for any grid.
+//
+// Proven in emulated threads against the reference; not yet run on a GPU.
 
 #pragma once
 
 #include "cuda/hopper.cuh"
-#include "cuda/masked_update.cuh"
+#include "cuda/wgrad_epilogue.cuh"
 
 namespace moe_unlearn {
 
-/// What a gradient is made of. Columns have stride 1 and start at 16-byte addresses; rows 16-byte strides.
+/// A bfloat16 matrix [height, columns]: columns of stride 1, a multiple of 8; rows at 16-byte addresses.
+struct Factor {
+  const uint16_t* data;
+  int64_t height, columns, stride;  // stride of rows, in elements
+  const int64_t* rows;              // which row stands at each position; null: the position itself
+  bool boxed = false;               // copied in boxes; set by the launcher
+  hopper::Boxes boxes{};
+
+  bool fits() const {
+    const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && (stride | columns) % 8 == 0;
+    return aligned && height <= INT32_MAX && columns <= INT32_MAX;
+  }
+  bool can_be_boxed() const { return !rows && height > 0 && columns > 0 && stride >= columns; }
+};
+
+/// What a gradient [experts, grad.columns, input.columns] is made of.
 struct Factors {
-  const uint16_t *grad, *input;               // bfloat16 [R, M], [R', P]
-  int64_t grad_stride, input_stride;          // of rows, in elements
-  const int64_t *grad_rows, *input_rows;      // which row stands at each position; null: the position itself
-  const int64_t* bounds;                      // [experts, 2] positions
-  int64_t experts, rows, columns;             // rows and columns of dW; multiples of 8
+  Factor grad, input;
+  const int64_t* bounds;  // [experts, 2] positions
+  int64_t experts;
+
+  MOE_UNLEARN_DEVICE int64_t start(int64_t expert) const { return bounds[2 * expert]; }
+  MOE_UNLEARN_DEVICE int64_t stop(int64_t expert) const { return bounds[2 * expert + 1]; }
 };
 
 struct WgradPlan {
@@ -27,12 +47,13 @@ struct WgradPlan {
   static constexpr int depth = 32;    // rows of the factors in a stage
   static constexpr int stages = 5;
   static constexpr int warpgroup = 128, threads = 3 * warpgroup;
+  static constexpr int producer_registers = 88, consumer_registers = 208;
   static constexpr int factor_bytes = depth * length * 2, stage_bytes = 2 * factor_bytes;
   static constexpr int alignment = 1024;  // of what swapped rows are counted from
   static constexpr int exchange_rows = 32, exchange_width = length + 4;  // a warp's part of a tile, float32
   static constexpr int exchange_bytes = exchange_rows * exchange_width * 4;
   static constexpr size_t shared_bytes =
-      alignment + stages * stage_bytes + 8 * exchange_bytes + (2 * stages + 2) * sizeof(uint64_t);
+      alignment + stages * stage_bytes + 8 * exchange_bytes + (2 * stages + 4) * sizeof(uint64_t);
 
   int64_t row_tiles, column_tiles, tiles, blocks;
 
@@ -50,93 +71,111 @@ struct WgradPlan {
     return {expert, (line - expert * row_tiles) * length, (index - line * column_tiles) * length};
   }
 
-  static MOE_UNLEARN_HOST_DEVICE int64_t steps(int64_t positions) { return ceil_div<int64_t>(positions, depth); }
-};
-
-#if defined(__CUDACC__)
-
-/// The masked update of a chunk of dW. Row m * M + i of the state is row i of the m-th listed expert.
-template <class Rule, Dtype A>
-struct WgradUpdate {
-  Operands o;
-  Rule rule;
-
-  MOE_UNLEARN_DEVICE void operator()(const Place& place, int64_t width, const float* gradient) const {
-    const uint32_t chosen = chosen_elements(o, place);
-    if (chosen == 0) return;
-    const auto get_gradient = [&](Chunk& g) {
-      MOE_UNLEARN_UNROLL
-      for (int j = 0; j < chunk_size; ++j) g[j] = gradient[j];
-    };
-    if (!update_chunk<A>(o, rule, place, chosen, width, get_gradient)) __trap();
+  static MOE_UNLEARN_HOST_DEVICE int64_t steps(int64_t positions) {
+    return positions > 0 ? ceil_div<int64_t>(positions, depth) : 0;
   }
 };
 
 template <class Epilogue>
-struct WgradArguments {
-  Factors f;
-  WgradPlan plan;
-  Epilogue epilogue;
-};
-
-template <class Epilogue>
 struct Wgrad {
-  using Arguments = WgradArguments<Epilogue>;
+  static constexpr int threads = WgradPlan::threads, resident = 1;
   static constexpr int stages = WgradPlan::stages, depth = WgradPlan::depth, length = WgradPlan::length;
   static constexpr int width = WgradPlan::exchange_width;
+
+  struct Arguments {
+    Factors f;
+    WgradPlan plan;
+    Epilogue epilogue;
+  };
 
   struct Barriers {
     uint64_t full[stages], empty[stages];
     uint64_t turn[2];  // of the consumers
+    int64_t step[2];   // where a consumer's turn begins in the ring
   };
 
-  /// The rows of a factor that a producer's thread copies: every eighth of a stage, a 16-byte piece each.
-  struct Gather {
+  /// How many stages a tile takes; the same in every warp.
+  template <class Group>
+  static MOE_UNLEARN_DEVICE int64_t count_steps(const Group& group, const Arguments& a, const WgradPlan::Tile& tile) {
+    const int64_t steps = WgradPlan::steps(a.f.stop(tile.expert) - a.f.start(tile.expert));
+    const Rows* const mask = a.epilogue.kept();
+    if (!mask || !*mask) return steps;
+    constexpr int words = length / word_bits;
+    for (int word = group.thread() % warp_size; word < length * words; word += warp_size) {
+      const int64_t row = tile.row + word / words, column = tile.column / word_bits + word % words;
+      uint32_t bits = 0;
+      if (row < a.f.grad.columns && column < mask->width)
+        bits = *reinterpret_cast<const uint32_t*>(
+            mask->row(tile.expert * a.f.grad.columns + row) + column * mask->step);
+      if (group.any(bits != 0)) return steps;
+    }
+    return 0;
+  }
+
+  /// How a producer's thread copies a factor: a 16-byte piece of every eighth row, or one thread everything in boxes.
+  struct Source {
     static constexpr int apart = 8, rows = depth / apart, pieces = length / 8;
+    const Factor& f;
+    int thread;
+    int64_t column;      // of the factor, where the tile begins
     int position[rows];  // row of the factor, -1 for zeros
 
-    MOE_UNLEARN_DEVICE void look_up(const int64_t* index, int64_t first, int64_t stop) {
+    MOE_UNLEARN_DEVICE Source(const Factor& f, int thread, int64_t column) : f(f), thread(thread), column(column) {}
+
+    MOE_UNLEARN_DEVICE void look_up(int64_t first, int64_t stop) {
       MOE_UNLEARN_UNROLL
       for (int i = 0; i < rows; ++i) {
-        const int64_t at = first + threadIdx.x / pieces + i * apart;
-        position[i] = static_cast<int>(at >= stop ? -1 : index ? index[at] : at);
+        const int64_t at = first + thread / pieces + i * apart;
+        position[i] = static_cast<int>(at >= stop ? -1 : f.rows ? f.rows[at] : at);
       }
     }
-    MOE_UNLEARN_DEVICE void copy(uint32_t to, const uint16_t* from, int64_t stride, int64_t column, int64_t columns) {
-      const int piece = threadIdx.x % pieces;
+
+    /// Rows [first, first + depth) of a boxed factor, or those looked up.
+    MOE_UNLEARN_DEVICE void copy(uint32_t to, bool whole, int64_t first, uint64_t& full) const {
+      constexpr int block = SwappedTile::block_columns, block_bytes = depth * SwappedTile::row_bytes;
+      if (f.boxed && whole) {
+        if (thread != 0) return;
+        hopper::expect_bytes(full, WgradPlan::factor_bytes);
+        for (int i = 0; i < length / block; ++i)
+          hopper::load_box(
+              to + i * block_bytes, f.boxes, static_cast<int>(column) + i * block, static_cast<int>(first), full);
+        return;
+      }
+      const int piece = thread % pieces;
       const int64_t own = column + piece * 8;
       MOE_UNLEARN_UNROLL
       for (int i = 0; i < rows; ++i) {
-        const int row = static_cast<int>(threadIdx.x) / pieces + i * apart;
-        const bool copied = position[i] >= 0 && own < columns;
-        const uint16_t* const source = copied ? from + int64_t{position[i]} * stride + own : from;
-        hopper::copy_or_zero(to + SwappedTile::offset(row, piece, depth), source, copied);
+        const bool copied = position[i] >= 0 && own < f.columns;
+        const uint16_t* const source = copied ? f.data + int64_t{position[i]} * f.stride + own : f.data;
+        hopper::copy_or_zero(to + SwappedTile::offset(thread / pieces + i * apart, piece, depth), source, copied);
       }
     }
   };
 
-  static MOE_UNLEARN_DEVICE void produce(const Arguments& a, uint32_t stage_memory, Barriers& barriers) {
-    const Factors& f = a.f;
+  template <class Group>
+  static MOE_UNLEARN_DEVICE void produce(const Group& group, const Arguments& a, uint32_t memory, Barriers& barriers) {
     constexpr int lag = 2;  // stages between a copy and the word that it is there
     int64_t step = 0;
     const auto publish = [&](int64_t done) {
       hopper::fence_writes();
       hopper::arrive(barriers.full[done % stages]);
     };
-    for (int64_t index = blockIdx.x; index < a.plan.tiles; index += gridDim.x) {
+    for (int64_t index = group.block(); index < a.plan.tiles; index += group.blocks()) {
       const auto tile = a.plan.tile(index);
-      const int64_t start = f.bounds[2 * tile.expert], stop = f.bounds[2 * tile.expert + 1];
-      Gather grad, input;
-      grad.look_up(f.grad_rows, start, stop), input.look_up(f.input_rows, start, stop);
+      if (count_steps(group, a, tile) == 0) continue;
+      const int64_t start = a.f.start(tile.expert), stop = a.f.stop(tile.expert);
+      Source grad(a.f.grad, group.thread(), tile.row), input(a.f.input, group.thread(), tile.column);
+      grad.look_up(start, stop), input.look_up(start, stop);
       for (int64_t first = start; first < stop; first += depth, ++step) {
         const int stage = static_cast<int>(step % stages);
         hopper::wait(barriers.empty[stage], static_cast<uint32_t>(step / stages & 1) ^ 1);
-        const uint32_t memory = stage_memory + stage * WgradPlan::stage_bytes;
-        grad.copy(memory, f.grad, f.grad_stride, tile.row, f.rows);
-        input.copy(memory + WgradPlan::factor_bytes, f.input, f.input_stride, tile.column, f.columns);
+        const uint32_t to = memory + stage * WgradPlan::stage_bytes;
+        const bool whole = stop - first >= depth;
+        grad.copy(to, whole, first, barriers.full[stage]);
+        input.copy(to + WgradPlan::factor_bytes, whole, first, barriers.full[stage]);
         hopper::commit_copies();
         // the next stage's rows are looked up while this one's copies are on their way
-        grad.look_up(f.grad_rows, first + depth, stop), input.look_up(f.input_rows, first + depth, stop);
+        grad.look_up(first + depth, stop), input.look_up(first + depth, stop);
         hopper::wait_for_copies<lag>();
         if (step >= lag) publish(step - lag);
       }
@@ -145,44 +184,51 @@ struct Wgrad {
     for (int64_t done = step > lag ? step - lag : 0; done < step; ++done) publish(done);
   }
 
-  static MOE_UNLEARN_DEVICE void consume(
-      const Arguments& a, uint32_t stage_memory, Barriers& barriers, float* exchange) {
-    const int thread = static_cast<int>(threadIdx.x) % WgradPlan::warpgroup, lane = thread % warp_size;
-    const int self = static_cast<int>(threadIdx.x) / WgradPlan::warpgroup - 1;
-    float sum[2][64];
-    int64_t step = 0;
-    uint32_t turn = 0;
-    int owner = 0;
-    exchange += threadIdx.x / warp_size % 8 * (WgradPlan::exchange_rows * width);
-    if (self == 1) hopper::arrive(barriers.turn[0]);
-    for (int64_t index = blockIdx.x; index < a.plan.tiles; index += gridDim.x, owner ^= 1) {
-      const auto tile = a.plan.tile(index);
-      const int64_t steps = WgradPlan::steps(a.f.bounds[2 * tile.expert + 1] - a.f.bounds[2 * tile.expert]);
-      if (owner != self) {
-        step += steps;
-        continue;
+  /// sum = the tile's dW, from the stages of step and the following.
+  static MOE_UNLEARN_DEVICE void multiply(
+      float (&sum)[2][64], int64_t step, int64_t steps, uint32_t memory, Barriers& barriers, bool leader) {
+    MOE_UNLEARN_UNROLL
+    for (int i = 0; i < 64; ++i) sum[0][i] = sum[1][i] = 0;
+    hopper::settle(sum[0]), hopper::settle(sum[1]);
+    for (const int64_t last = step + steps; step < last; ++step) {
+      const int stage = static_cast<int>(step % stages);
+      hopper::wait(barriers.full[stage], static_cast<uint32_t>(step / stages & 1));
+      const uint32_t grad = memory + stage * WgradPlan::stage_bytes, input = grad + WgradPlan::factor_bytes;
+      hopper::begin_products();
+      MOE_UNLEARN_UNROLL
+      for (int k = 0; k < depth; k += 16) {
+        const uint32_t upper = grad + k * SwappedTile::row_bytes, lower = upper + WgradPlan::factor_bytes / 2;
+        const uint64_t right = SwappedTile::operand(input + k * SwappedTile::row_bytes, depth);
+        hopper::multiply(sum[0], SwappedTile::operand(upper, depth), right);
+        hopper::multiply(sum[1], SwappedTile::operand(lower, depth), right);
       }
+      hopper::commit_products();
+      hopper::wait_for_products<1>();  // the stage before has been read
+      if (leader && step > last - steps) hopper::arrive(barriers.empty[(step - 1) % stages]);
+    }
+    hopper::wait_for_products<0>();
+    if (leader && steps > 0) hopper::arrive(barriers.empty[(step - 1) % stages]);
+    hopper::settle(sum[0]), hopper::settle(sum[1]);
+  }
+
+  template <class Group>
+  static MOE_UNLEARN_DEVICE void consume(
+      const Group& group, const Arguments& a, uint32_t memory, Barriers& barriers, float* exchange) {
+    const int thread = group.thread() % WgradPlan::warpgroup, lane = thread % warp_size;
+    const int self = group.thread() / WgradPlan::warpgroup - 1;
+    const int64_t rows = a.f.grad.columns, columns = a.f.input.columns;
+    float sum[2][64];
+    uint32_t turn = 0;
+    exchange += group.thread() / warp_size % 8 * (WgradPlan::exchange_rows * width);
+    if (self == 1) hopper::arrive(barriers.turn[0]);
+    for (int64_t index = group.block() + self * group.blocks(); index < a.plan.tiles; index += 2 * group.blocks()) {
+      const auto tile = a.plan.tile(index);
+      const int64_t steps = count_steps(group, a, tile);
       // stages are told apart by the parity of their uses: nobody may wait for one before its turn
       hopper::wait(barriers.turn[self], turn++ & 1);
-      MOE_UNLEARN_UNROLL
-      for (int i = 0; i < 64; ++i) sum[0][i] = sum[1][i] = 0;
-      for (int64_t i = 0; i < steps; ++i, ++step) {
-        const int stage = static_cast<int>(step % stages);
-        hopper::wait(barriers.full[stage], static_cast<uint32_t>(step / stages & 1));
-        const uint32_t grad = stage_memory + stage * WgradPlan::stage_bytes;
-        const uint32_t input = grad + WgradPlan::factor_bytes;
-        hopper::begin_products();
-        MOE_UNLEARN_UNROLL
-        for (int k = 0; k < depth; k += 16) {
-          const uint32_t rows = k * SwappedTile::row_bytes;
-          const uint64_t right = hopper::operand(input + rows, depth);
-          hopper::multiply(sum[0], hopper::operand(grad + rows, depth), right, true);
-          hopper::multiply(sum[1], hopper::operand(grad + WgradPlan::factor_bytes / 2 + rows, depth), right, true);
-        }
-        hopper::commit_products();
-        hopper::wait_for_products<0>();
-        if (lane == 0) hopper::arrive(barriers.empty[stage]);
-      }
+      const int64_t step = barriers.step[self];
+      multiply(sum, step, steps, memory, barriers, lane == 0);
+      if (thread == 0) barriers.step[self ^ 1] = step + steps;
       hopper::arrive(barriers.turn[self ^ 1]);
 
       // a thread holds, of every 8 columns, two of the rows lane / 4 and lane / 4 + 8 of its warp's 16 in each half
@@ -191,75 +237,83 @@ struct Wgrad {
         const int row = lane / 4 + i % 4 / 2 * 8 + i / 64 * 16, column = i % 64 / 4 * 8 + lane % 4 * 2 + i % 2;
         exchange[row * width + column] = sum[i / 64][i % 64];
       }
-      __syncwarp();
+      group.sync_warp();
+#if defined(__CUDA_ARCH__)
 #pragma unroll 1
-      for (int chunk = lane; chunk < WgradPlan::exchange_rows * length / chunk_size; chunk += warp_size) {
-        const int local_row = chunk / (length / chunk_size), local_column = chunk % (length / chunk_size) * chunk_size;
+#endif
+      for (int i = lane; i < WgradPlan::exchange_rows * length / chunk_size; i += warp_size) {
+        const int local_row = i / (length / chunk_size), local_column = i % (length / chunk_size) * chunk_size;
         const int64_t row = tile.row + local_row / 16 * 64 + thread / warp_size * 16 + local_row % 16;
         const int64_t column = tile.column + local_column;
-        const Place place{
-            tile.expert * a.f.rows + row, column, row < a.f.rows && column < a.f.columns ? chunk_size : 0};
-        a.epilogue(place, a.f.columns, exchange + local_row * width + local_column);
+        if (row >= rows || column >= columns) continue;
+        const Place place{tile.expert * rows + row, column, chunk_size};
+        if (!a.epilogue(place, columns, exchange + local_row * width + local_column)) group.fail();
       }
-      __syncwarp();
+      group.sync_warp();
     }
+  }
+
+  template <class Group>
+  static MOE_UNLEARN_DEVICE void run(
+      [[maybe_unused]] const Group& group, [[maybe_unused]] const Arguments& a,
+      [[maybe_unused]] unsigned char* shared) {
+#if defined(MOE_UNLEARN_HOPPER_CODE)
+    const uint32_t start = hopper::shared_address(shared), alignment = WgradPlan::alignment;
+    const uint32_t memory = (start + alignment - 1) / alignment * alignment;
+    unsigned char* const behind = shared + (memory - start) + stages * WgradPlan::stage_bytes;
+    auto& barriers = *reinterpret_cast<Barriers*>(behind + 8 * WgradPlan::exchange_bytes);
+    if (group.thread() == 0) {
+      for (uint64_t& full : barriers.full) hopper::set_up(full, WgradPlan::warpgroup);
+      for (uint64_t& empty : barriers.empty) hopper::set_up(empty, WgradPlan::warpgroup / warp_size);
+      for (uint64_t& turn : barriers.turn) hopper::set_up(turn, WgradPlan::warpgroup);
+      barriers.step[0] = 0;
+      hopper::fence_barriers();
+    }
+    group.sync();
+    if (group.thread() < WgradPlan::warpgroup) {
+      hopper::give_registers<WgradPlan::producer_registers>();
+      produce(group, a, memory, barriers);
+    } else {
+      hopper::take_registers<WgradPlan::consumer_registers>();
+      consume(group, a, memory, barriers, reinterpret_cast<float*>(behind));
+    }
+#endif
   }
 };
 
+/// epilogue(place, columns of dW, float32 dW[8]) for each chunk of dW. cudaErrorNotSupported on anything but Hopper,
+/// in a library that was compiled without sm_90a, and for factors that cannot be copied 16 bytes at a time.
 template <class Epilogue>
-__global__ void __launch_bounds__(WgradPlan::threads, 1)
-    wgrad_entry([[maybe_unused]] const __grid_constant__ WgradArguments<Epilogue> arguments) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+cudaError_t expert_wgrad(Factors f, const Epilogue& epilogue, cudaStream_t stream) {
   using Kernel = Wgrad<Epilogue>;
-  extern __shared__ unsigned char shared[];
-  const uint32_t start = hopper::shared_address(shared), alignment = WgradPlan::alignment;
-  const uint32_t stage_memory = (start + alignment - 1) / alignment * alignment;
-  unsigned char* const behind = shared + (stage_memory - start) + WgradPlan::stages * WgradPlan::stage_bytes;
-  auto& barriers = *reinterpret_cast<typename Kernel::Barriers*>(behind + 8 * WgradPlan::exchange_bytes);
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < WgradPlan::stages; ++stage) {
-      hopper::set_up(barriers.full[stage], WgradPlan::warpgroup);
-      hopper::set_up(barriers.empty[stage], WgradPlan::warpgroup / warp_size);
-    }
-    for (uint64_t& turn : barriers.turn) hopper::set_up(turn, WgradPlan::warpgroup);
-  }
-  __syncthreads();
-  if (threadIdx.x < WgradPlan::warpgroup) {
-    hopper::give_registers<56>();
-    Kernel::produce(arguments, stage_memory, barriers);
-  } else {
-    hopper::take_registers<224>();
-    Kernel::consume(arguments, stage_memory, barriers, reinterpret_cast<float*>(behind));
-  }
-#endif
-}
-
-/// cudaErrorNotSupported on anything but Hopper, and for factors that cannot be copied 16 bytes at a time.
-template <class Rule, Dtype A>
-cudaError_t expert_wgrad(const Factors& f, const Operands& o, const Rule& rule, cudaStream_t stream) {
-  using Epilogue = WgradUpdate<Rule, A>;
-  int index = 0, major = 0, minor = 0;
   Device device{};
-  cudaError_t error = cudaGetDevice(&index);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
-  if (error == cudaSuccess) error = get_device(device);
+  bool compiled = false;
+  cudaError_t error = get_device(device);
+  if (error == cudaSuccess) error = hopper::is_compiled<Kernel>(compiled, 2 * 64);
   if (error != cudaSuccess) return error;
-  const auto addresses = reinterpret_cast<uintptr_t>(f.grad) | reinterpret_cast<uintptr_t>(f.input);
-  const bool aligned = addresses % 16 == 0 && (f.grad_stride | f.input_stride | f.rows | f.columns) % 8 == 0;
-  if (major != 9 || minor != 0 || !aligned) return cudaErrorNotSupported;
-
-  const WgradPlan plan(f.experts, f.rows, f.columns, device.multiprocessors);
-  if (plan.tiles == 0) return cudaSuccess;
-  constexpr size_t shared_bytes = WgradPlan::shared_bytes;
-  error = cudaFuncSetAttribute(
-      wgrad_entry<Epilogue>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (error != cudaSuccess) return error;
-  const auto blocks = static_cast<unsigned>(plan.blocks);
-  wgrad_entry<Epilogue><<<blocks, WgradPlan::threads, shared_bytes, stream>>>({f, plan, {o, rule}});
-  return cudaGetLastError();
+  if (device.capability != 90 || !compiled || !f.grad.fits() || !f.input.fits()) return cudaErrorNotSupported;
+  for (Factor* const factor : {&f.grad, &f.input}) {
+    if (!factor->can_be_boxed()) continue;
+    error = hopper::make_boxes(
+        factor->boxes, factor->data, factor->height, factor->columns, factor->stride, WgradPlan::depth);
+    if (error != cudaSuccess) return error;
+    factor->boxed = true;
+  }
+  const WgradPlan plan(f.experts, f.grad.columns, f.input.columns, device.multiprocessors);
+  return launch<Kernel>({f, plan, epilogue}, plan.blocks, WgradPlan::shared_bytes, stream);
 }
 
-#endif
+/// One step of Sgd or AdamW; not of a float16 parameter with float16 state.
+template <class Rule>
+cudaError_t expert_wgrad_update(const Factors& f, const Operands& o, const Rule& rule, cudaStream_t stream) {
+  switch (arithmetic_dtype(o)) {
+    case Dtype::bfloat16:
+      return expert_wgrad(f, WgradUpdate<Rule, Dtype::bfloat16>{o, rule}, stream);
+    case Dtype::float32:
+      return expert_wgrad(f, WgradUpdate<Rule, Dtype::float32>{o, rule}, stream);
+    default:
+      return cudaErrorNotSupported;
+  }
+}
 
 }  // namespace moe_unlearn

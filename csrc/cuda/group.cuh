@@ -53,6 +53,7 @@ MOE_UNLEARN_HOST_DEVICE int count_bits(uint32_t bits) {
 struct Device {
   int multiprocessors;
   int64_t shared_limit;  // bytes a block may ask for
+  int capability;        // 10 * major + minor
 };
 
 #if defined(__CUDACC__)
@@ -120,13 +121,16 @@ cudaError_t launch(
 
 /// The current device.
 inline cudaError_t get_device(Device& device) {
-  int index = 0, shared = 0;
+  int index = 0, shared = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&index);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
   device.shared_limit = shared;
+  device.capability = 10 * major + minor;
   return error;
 }
 

@@ -1,7 +1,12 @@
-// The instructions of Hopper's asynchronous kernels, by name: barriers in shared memory, copies that may be gathered
-// and cut off, and the tensor cores' wgmma on tiles that lie [depth, 64] in shared memory. sm_90a only.
+// The instructions of Hopper's asynchronous kernels, by name: barriers in shared memory, copies of gathered rows and
+// of whole boxes, and the tensor cores' wgmma on tiles that lie [depth, 64] in shared memory. sm_90a only; an
+// emulation has the same names.
 
 #pragma once
+
+#if defined(__CUDACC__)
+#include <cuda.h>
+#endif
 
 #include "cuda/group.cuh"
 
@@ -16,9 +21,21 @@ struct SwappedTile {
   static MOE_UNLEARN_HOST_DEVICE int offset(int row, int piece, int depth) {
     return piece / 8 * depth * row_bytes + row * row_bytes + ((piece % 8 ^ row % 8) << 4);
   }
+
+  /// What wgmma needs to know of 16 rows at `address`, the depth outermost: the distances of blocks of 64 columns and
+  /// of groups of 8 rows, in units of 16 bytes, and the swapping in 128 bytes.
+  static MOE_UNLEARN_HOST_DEVICE uint64_t operand(uint32_t address, int depth) {
+    const uint64_t blocks = depth * row_bytes >> 4, groups = 8 * row_bytes >> 4;
+    return (address & 0x3FFFF) >> 4 | blocks << 16 | groups << 32 | uint64_t{1} << 62;
+  }
 };
 
 }  // namespace moe_unlearn
+
+// other architectures compile a kernel without its body
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define MOE_UNLEARN_HOPPER_CODE 1
+#endif
 
 #if defined(__CUDACC__)
 
@@ -49,6 +66,15 @@ MOE_UNLEARN_DEVICE void wait(uint64_t& barrier, uint32_t parity) {
       : "memory");
 }
 
+/// The phase ends only when as many bytes more have been copied by load_box.
+MOE_UNLEARN_DEVICE void expect_bytes(uint64_t& barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+               : "memory");
+}
+
+/// Makes barriers that have been set up visible to load_box.
+MOE_UNLEARN_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
 /// Makes ordinary writes to shared memory visible to wgmma.
 MOE_UNLEARN_DEVICE void fence_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -67,14 +93,43 @@ MOE_UNLEARN_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// ---- Products ------------------------------------------------------------------------------------------------
+/// A matrix of bfloat16 from which boxes of [rows of a box, 64] are copied.
+using Boxes = CUtensorMap;
 
-/// What wgmma needs to know of 16 rows of a SwappedTile at `address`, both operands with their depth outermost:
-/// distances of the blocks of 64 columns and of groups of 8 rows, in units of 16 bytes, and the swapping in 128 bytes.
-MOE_UNLEARN_DEVICE uint64_t operand(uint32_t address, int depth) {
-  const uint64_t blocks = depth * SwappedTile::row_bytes >> 4, groups = 8 * SwappedTile::row_bytes >> 4;
-  return (address & 0x3FFFF) >> 4 | blocks << 16 | groups << 32 | uint64_t{1} << 62;
+/// `stride` in elements, a multiple of 8; `data` at a 16-byte address; libcuda is found at run time.
+inline cudaError_t make_boxes(
+    Boxes& boxes, const uint16_t* data, int64_t rows, int64_t columns, int64_t stride, int rows_of_a_box) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+  if (error != cudaSuccess) return error;
+  if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t box[] = {SwappedTile::block_columns, static_cast<cuuint32_t>(rows_of_a_box)}, every[] = {1, 1};
+  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  const CUresult result = encode(
+      &boxes, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<uint16_t*>(data), sizes, strides, box, every,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
+
+/// One thread copies a box, zeros where it leaves the matrix, to a block of a SwappedTile; its bytes count for the
+/// barrier. `boxes` is a parameter of the kernel.
+MOE_UNLEARN_DEVICE void load_box(uint32_t to, const Boxes& boxes, int column, int row, uint64_t& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(to), "l"(&boxes), "r"(column), "r"(row), "r"(shared_address(&barrier))
+      : "memory");
+}
+
+// ---- Products ------------------------------------------------------------------------------------------------
 
 MOE_UNLEARN_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 MOE_UNLEARN_DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -84,10 +139,16 @@ MOE_UNLEARN_DEVICE void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-/// d [64, 128] (+)= a^T [64, 16] b [16, 128] by a warpgroup, both operands with their depth outermost.
-MOE_UNLEARN_DEVICE void multiply(float (&d)[64], uint64_t a, uint64_t b, bool add) {
+/// The compiler moves no use of d across this: products write it until they have been waited for.
+MOE_UNLEARN_DEVICE void settle(float (&d)[64]) {
+  MOE_UNLEARN_UNROLL
+  for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+/// d [64, 128] += a^T [64, 16] b [16, 128] by a warpgroup; a and b as `operand` describes them.
+MOE_UNLEARN_DEVICE void multiply(float (&d)[64], uint64_t a, uint64_t b) {
   asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
+      "{ .reg .pred p; setp.eq.b32 p, 0, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
@@ -105,7 +166,7 @@ MOE_UNLEARN_DEVICE void multiply(float (&d)[64], uint64_t a, uint64_t b, bool ad
         "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]),
         "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
         "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+      : "l"(a), "l"(b));
 }
 
 template <int registers>
@@ -115,6 +176,15 @@ MOE_UNLEARN_DEVICE void take_registers() {
 template <int registers>
 MOE_UNLEARN_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+/// Whether the binary on the current device holds the body of a kernel whose threads need as many registers.
+template <class Kernel>
+cudaError_t is_compiled(bool& compiled, int registers) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, entry<Kernel>);
+  compiled = attributes.numRegs >= registers;
+  return error;
 }
 
 }  // namespace moe_unlearn::hopper

@@ -2,28 +2,10 @@
 
 #include "cuda/masked_update.cuh"
 
-#include "cuda/binding.h"
+#include "cuda/operands.h"
 
 namespace moe_unlearn {
 namespace {
-
-Operands operands(
-    const Tensor& param, const Tensor& grad, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& master, const std::optional<Tensor>& slices, bool stochastic, int64_t step,
-    int64_t seed, int64_t parameter_id) {
-  Operands o;
-  param.mutable_data_ptr();  // a lazily copied tensor becomes its own before it is written
-  o.param = rows_of(param), o.grad = rows_of(grad), o.mask = rows_of(mask), o.master = rows_of(master);
-  o.step = step, o.seed = seed, o.parameter_id = parameter_id;
-  o.stochastic = stochastic && o.param.dtype == Dtype::bfloat16;
-  if (slices.has_value()) {
-    STD_TORCH_CHECK(slices->is_contiguous() && param.dim() > 1, "slices must be contiguous, rows at least 1-d");
-    o.slices = slices->const_data_ptr<int64_t>();
-    o.num_slices = param.size(0);
-    o.rows_per_slice = std::max<int64_t>(o.grad.count / std::max<int64_t>(slices->numel(), 1), 1);
-  }
-  return o;
-}
 
 void masked_sgd_(
     const Tensor& param, const Tensor& grad, const std::optional<Tensor>& momentum_buffer,
@@ -31,8 +13,9 @@ void masked_sgd_(
     double lr, double momentum, double grad_scale, double weight_decay, bool nesterov, int64_t step,
     bool stochastic, int64_t seed, int64_t parameter_id) {
   const OnDevice device(param);
-  Operands o = operands(param, grad, mask, master, slices, stochastic, step, seed, parameter_id);
-  o.state[0] = rows_of(momentum_buffer);
+  const Rows gradient = rows_of(grad);
+  Operands o = operands_of(param, gradient.count, mask, master, slices, stochastic, step, seed, parameter_id);
+  o.grad = gradient, o.state[0] = rows_of(momentum_buffer);
   check(masked_update(o, Sgd(lr, momentum, grad_scale, weight_decay, nesterov, step), device.stream()));
 }
 
@@ -42,8 +25,9 @@ void masked_adamw_(
     double decay, double beta1, double beta2, double root_correction, double eps, double step_size, int64_t step,
     bool stochastic, int64_t seed, int64_t parameter_id) {
   const OnDevice device(param);
-  Operands o = operands(param, grad, mask, master, slices, stochastic, step, seed, parameter_id);
-  o.state[0] = rows_of(exp_avg), o.state[1] = rows_of(exp_avg_sq);
+  const Rows gradient = rows_of(grad);
+  Operands o = operands_of(param, gradient.count, mask, master, slices, stochastic, step, seed, parameter_id);
+  o.grad = gradient, o.state[0] = rows_of(exp_avg), o.state[1] = rows_of(exp_avg_sq);
   check(masked_update(o, AdamW(decay, beta1, beta2, root_correction, eps, step_size), device.stream()));
 }
 

@@ -22,11 +22,11 @@ struct Operands {
 };
 
 /// The elements of a chunk that train: those of `place`, without those whose mask bit is 0.
-MOE_UNLEARN_DEVICE uint32_t chosen_elements(const Operands& o, const Place& place) {
+MOE_UNLEARN_DEVICE uint32_t chosen_elements(const Rows& mask, const Place& place) {
   const uint32_t chosen = (1u << place.n) - 1;
-  if (!o.mask || chosen == 0) return chosen;
+  if (!mask || chosen == 0) return chosen;
   const int64_t word = place.first / word_bits;
-  const uint32_t bits = *reinterpret_cast<const uint32_t*>(o.mask.row(place.row) + word * o.mask.step);
+  const uint32_t bits = *reinterpret_cast<const uint32_t*>(mask.row(place.row) + word * mask.step);
   return chosen & bits >> (place.first - word * word_bits);
 }
 
@@ -110,7 +110,7 @@ struct MaskedUpdate {
     if (chunk >= a.chunks) return;
     const Rows& grad = a.o.grad;
     const Place place = place_of(chunk, a.words, grad.width);
-    const uint32_t chosen = chosen_elements(a.o, place);
+    const uint32_t chosen = chosen_elements(a.o.mask, place);
     if (chosen == 0) return;
     const Raw raw = load(grad, grad.row(place.row), place);
     const auto widen_gradient = [&](Chunk& g) { widen(g, raw, grad.dtype); };

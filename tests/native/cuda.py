@@ -24,8 +24,7 @@ from tests.static import ledger
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = Path(__file__).parent / "cuda_ledger.json"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-# the bindings, and kernels without one
-SOURCES = {path.stem: path for folder in ("csrc/cuda", "tests/native") for path in (ROOT / folder).glob("*.cu")}
+SOURCES = {path.stem: path for path in (ROOT / "csrc/cuda").glob("*.cu")}
 OPS = tuple(sorted(SOURCES))
 NEVER = ("stack_bytes", "spill_bytes")
 GROWS = ("registers", "shared_bytes")
@@ -64,7 +63,7 @@ def compile_op(op: str, arch: str, output: Path) -> Entries:
 
     Raises RuntimeError with the compiler's words if there is an error or a warning.
     """
-    whole = arch == "sm_90a" and SOURCES[op].parent.name == "cuda"
+    whole = arch == "sm_90a"
     command = [nvcc(), *NVCC_FLAGS, *COMMON, *torch_includes(), f"-arch={arch}", "-Xptxas=-v"]
     command += ["-c", "-Xcompiler=-fPIC"] if whole else ["-cubin"]
     process = subprocess.run([*command, SOURCES[op], "-o", output], capture_output=True, text=True)
@@ -73,19 +72,19 @@ def compile_op(op: str, arch: str, output: Path) -> Entries:
     return {f"{op}/{name}": entry for name, entry in parse(process.stdout + process.stderr).items()}
 
 
-def instructions(cubin: Path) -> str | None:
-    """What a compiled kernel consists of; None without a disassembler (Triton brings one)."""
+def instructions(compiled: Path) -> str | None:
+    """What compiled kernels consist of; None without a disassembler (Triton brings one)."""
     bundled = [] if importlib.util.find_spec("triton") is None else [_bundled_disassembler()]
-    program = next(filter(None, map(shutil.which, ["nvdisasm", *bundled])), None)
+    program = next(filter(None, map(shutil.which, ["cuobjdump", *bundled])), None)
     if program is None:
         return None
-    return subprocess.run([program, cubin], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([program, "-sass", compiled], capture_output=True, text=True, check=True).stdout
 
 
 def _bundled_disassembler() -> str:
     import triton
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm")
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
 def parse(listing: str) -> Entries:
@@ -108,7 +107,7 @@ def parse(listing: str) -> Entries:
 def kernel_name(symbol: str) -> str:
     """`Kernel<...>` of the mangled `entry<Kernel<...>>(...)`."""
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
-    name = re.search(r"entry<(.*?) ?>\(", name.replace("moe_unlearn::", ""))[1]
+    name = re.search(r"entry<(.*?)>\(", name.replace("moe_unlearn::", "").replace(" >", ">"))[1]
     return re.sub(r"\(Dtype\)(\d)", lambda number: DTYPES[int(number[1])], name)
 
 
@@ -158,13 +157,15 @@ class EmulatedOps:
     def __init__(self, library: Path):
         torch.ops.load_library(library)
         self._emulate = ctypes.CDLL(str(library)).emulate
-        self._emulate.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_uint32]
+        self._emulate.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int]
 
     def __getattr__(self, name: str):
         return getattr(torch.ops.moe_unlearn_emulated, name)
 
-    def emulate(self, multiprocessors: int = 3, shared_limit: int = 227 * 1024, seed: int = 0) -> None:
-        self._emulate(multiprocessors, shared_limit, seed)
+    def emulate(
+        self, multiprocessors: int = 3, shared_limit: int = 227 * 1024, seed: int = 0, capability: int = 90
+    ) -> None:
+        self._emulate(multiprocessors, shared_limit, seed, capability)
 
 
 def main() -> int:

@@ -15,8 +15,9 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 }
 const char* cudaGetErrorString(cudaError_t) { return "an error of the emulated launch"; }
 
-[[gnu::visibility("default")]] void emulate(int multiprocessors, int64_t shared_limit, uint32_t seed) {
-  moe_unlearn::emulation::device = {multiprocessors, shared_limit};
+[[gnu::visibility("default")]] void emulate(
+    int multiprocessors, int64_t shared_limit, uint32_t seed, int capability) {
+  moe_unlearn::emulation::device = {multiprocessors, shared_limit, capability};
   moe_unlearn::emulation::seed = seed;
 }
 }
@@ -24,6 +25,7 @@ const char* cudaGetErrorString(cudaError_t) { return "an error of the emulated l
 #define moe_unlearn_native moe_unlearn_emulated
 #define CUDA CPU
 
+#include "cuda/expert_wgrad.cu"
 #include "cuda/masked_update.cu"
 #include "cuda/retain_weights.cu"
 #include "cuda/route.cu"

@@ -11,6 +11,8 @@
 
 #include <bit>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -21,19 +23,35 @@ namespace moe_unlearn {
 namespace emulation {
 
 /// The GPU that is emulated; set by tests.
-inline Device device{3, 227 * 1024};
+inline Device device{3, 227 * 1024, 90};
 inline uint32_t seed = 0;
+inline std::mt19937 random;
 
 struct Barrier {
   int members = 0, arrived = 0;
   int64_t generation = 0;
 };
 
+/// What a thread has started and not yet waited for, in groups.
+struct Pending {
+  std::vector<std::function<void()>> open;
+  std::deque<std::vector<std::function<void()>>> groups;
+
+  void commit() { groups.push_back(std::exchange(open, {})); }
+};
+
+struct Block;
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
+  Block* block = nullptr;
+  int thread = 0;
   Barrier* waits_for = nullptr;
   int64_t generation = 0;
+  std::function<bool()> ready;  // where it waits for something else than a barrier
+  Pending copies, products;
+  std::vector<std::function<void()>> landed;  // copies that are there, but not yet fenced
   bool done = false;
 };
 
@@ -45,7 +63,7 @@ struct Warp {
 struct Block {
   Barrier barrier;
   std::vector<Warp> warps;
-  std::vector<unsigned char> shared;
+  std::vector<unsigned char> shared, asynchronous;  // the latter as Hopper's asynchronous units see it
 };
 
 inline ucontext_t scheduler;
@@ -53,6 +71,7 @@ inline Fiber* current = nullptr;
 inline Barrier grid_barrier;
 inline int64_t grid_size = 0;
 inline const char* failure = nullptr;
+inline std::vector<std::function<void()>> in_flight;  // done by nobody's thread, at any time
 
 inline void meet(Barrier& barrier) {
   if (++barrier.arrived == barrier.members) {
@@ -168,9 +187,12 @@ void run(const typename Kernel::Arguments& arguments, int64_t first, int64_t las
       block.warps.resize(threads / 32);
       for (Warp& warp : block.warps) warp.barrier.members = 32;
       block.shared.assign(shared_bytes, 0xA5);
+      block.asynchronous.assign(shared_bytes, 0xFF);  // NaN
     }
     Fiber& fiber = fibers[i];
-    fiber.done = false, fiber.waits_for = nullptr;
+    fiber.done = false, fiber.waits_for = nullptr, fiber.ready = nullptr;
+    fiber.copies = fiber.products = {}, fiber.landed.clear();
+    fiber.block = &block, fiber.thread = static_cast<int>(i % threads);
     launches[i] = {&arguments, {static_cast<int>(i % threads), first + static_cast<int64_t>(b), &block}, &fiber};
     prepare(fiber, &Launch<Kernel>::enter, std::bit_cast<uint64_t>(&launches[i]));
   }
@@ -179,9 +201,11 @@ void run(const typename Kernel::Arguments& arguments, int64_t first, int64_t las
   std::iota(warps.begin(), warps.end(), 0);
   std::iota(lanes.begin(), lanes.end(), 0);
   std::vector<bool> asleep(count / 32);
-  std::mt19937 random(seed);
+  random.seed(seed);
+  in_flight.clear();
   const auto can_run = [](const Fiber& fiber) {
-    return !fiber.done && !(fiber.waits_for && fiber.waits_for->generation == fiber.generation);
+    if (fiber.done || (fiber.ready && !fiber.ready())) return false;
+    return !(fiber.waits_for && fiber.waits_for->generation == fiber.generation);
   };
   for (bool runnable = true; runnable;) {
     runnable = false;
@@ -195,14 +219,24 @@ void run(const typename Kernel::Arguments& arguments, int64_t first, int64_t las
         if (!can_run(fiber)) continue;
         runnable = true;
         if (asleep[warp]) continue;
-        fiber.waits_for = nullptr;
+        fiber.waits_for = nullptr, fiber.ready = nullptr;
         current = &fiber;
         swapcontext(&scheduler, &fiber.context);
       }
     }
+    std::shuffle(in_flight.begin(), in_flight.end(), random);
+    while (!in_flight.empty() && (!runnable || random() % 4 == 0)) {
+      in_flight.back()();
+      in_flight.pop_back();
+      runnable = true;
+    }
   }
-  for (size_t i = 0; i < count; ++i)
+  if (const char* const what = std::exchange(failure, nullptr)) throw std::runtime_error(what);
+  for (size_t i = 0; i < count; ++i) {
     if (!fibers[i].done) throw std::runtime_error("a barrier that not all of its threads reach");
+    for (const Pending& pending : {fibers[i].copies, fibers[i].products})
+      if (!pending.open.empty() || !pending.groups.empty()) throw std::runtime_error("nobody waited for the last work");
+  }
 }
 
 }  // namespace emulation
@@ -217,7 +251,6 @@ cudaError_t launch(
     emulation::run<Kernel>(arguments, 0, blocks, shared_bytes);
   else
     for (int64_t block = 0; block < blocks; ++block) emulation::run<Kernel>(arguments, block, block + 1, shared_bytes);
-  if (const char* const what = std::exchange(emulation::failure, nullptr)) throw std::runtime_error(what);
   return cudaSuccess;
 }
 
@@ -231,3 +264,5 @@ cudaError_t get_resident_blocks(int& blocks, size_t) {
   blocks = 1;
   return cudaSuccess;
 }
+
+#include "emulated_hopper.h"

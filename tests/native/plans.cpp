@@ -89,7 +89,18 @@ void check_wgrad() {
         CHECK(index == plan.tiles);
       }
   CHECK(WgradPlan::shared_bytes <= 227 * 1024);
-  CHECK(WgradPlan::steps(0) == 0 && WgradPlan::steps(WgradPlan::depth + 1) == 2);
+  CHECK(WgradPlan::steps(0) == 0 && WgradPlan::steps(-100) == 0 && WgradPlan::steps(WgradPlan::depth + 1) == 2);
+  // a box of the producer's is one block of a stage's tile, and 16 rows of it begin where swapping does
+  CHECK(SwappedTile::row_bytes * 8 == WgradPlan::alignment && WgradPlan::depth % 16 == 0);
+  CHECK(WgradPlan::stage_bytes % WgradPlan::alignment == 0 && WgradPlan::exchange_bytes % sizeof(uint64_t) == 0);
+  CHECK(WgradPlan::producer_registers + 2 * WgradPlan::consumer_registers == 3 * 168);  // what a launch gives out
+  alignas(16) static uint16_t memory[16];
+  const int64_t row = 0;
+  const Factor whole{memory, 100, 40, 48, nullptr}, gathered{memory, 100, 40, 48, &row};
+  CHECK(whole.fits() && whole.can_be_boxed() && gathered.fits() && !gathered.can_be_boxed());
+  CHECK(!Factor(memory, 0, 40, 48, nullptr).can_be_boxed() && !Factor(memory, 100, 40, 0, nullptr).can_be_boxed());
+  CHECK(!Factor(memory + 1, 100, 40, 48, nullptr).fits() && !Factor(memory, 100, 40, 44, nullptr).fits());
+  CHECK(!Factor(memory, 100, 36, 48, nullptr).fits() && !Factor(memory, int64_t{1} << 31, 40, 48, nullptr).fits());
   // a stage's pieces fill it, and the 8 rows of a group use different banks
   bool used[WgradPlan::factor_bytes / 16] = {};
   for (int row = 0; row < WgradPlan::depth; ++row)

@@ -9,9 +9,14 @@ import pytest
 import torch
 
 from moe_unlearn import native
+from moe_unlearn.backend import Unfit
+from moe_unlearn.ops.bits import pack_bits
+from moe_unlearn.ops.expert_wgrad import expert_wgrad_ref, expert_wgrad_score
+from moe_unlearn.ops.native.expert_wgrad import _check_hopper
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison
 from tests.native import cuda as tool
+from tests.native import test_expert_wgrad as wgrad_cases
 from tests.native import test_masked_update as update_cases
 from tests.native import test_retain_weights as weights_cases
 from tests.native import test_route as route_cases
@@ -36,7 +41,7 @@ def test_an_op_compiles_without_warning_spill_or_growth(op, arch, tmp_path):
     assert measured and not found, "\n".join(["if meant so: python -m tests.native.cuda", *found])
     if (op, arch) == ("expert_wgrad", "sm_90a"):
         listing = tool.instructions(tmp_path / "out")
-        expected = ("HGMMA.64x128x16.F32.BF16", "LDGSTS", "USETMAXREG")
+        expected = ("HGMMA.64x128x16.F32.BF16", "UTMALDG.2D", "LDGSTS", "USETMAXREG")
         assert listing is None or all(name in listing for name in expected)
 
 
@@ -84,10 +89,11 @@ def gpu(library, monkeypatch):
     ops.emulate()
 
 
-def test_launch_plans(tmp_path):
-    """Grids, spans and shared memory, from the same headers as the kernels."""
-    program = tmp_path / "plans"
-    tool.compile_host("plans.cpp", program)
+@pytest.mark.parametrize("source", ["plans.cpp", "hopper.cpp"])
+def test_launch_plans_and_the_emulation_of_hopper(source, tmp_path):
+    """Grids, spans and shared memory, from the kernels' own headers; flaws of a Hopper kernel that must show."""
+    program = tmp_path / "program"
+    tool.compile_host(source, program)
     process = subprocess.run([program], capture_output=True, text=True)
     assert process.returncode == 0, process.stdout
 
@@ -280,3 +286,135 @@ def test_words_in_any_layout_of_the_mask(gpu):
     expected = update_cases.run("sgd", tensors, "ref")
     tensors["mask"] = in_layout(tensors["mask"], "strided")
     update_cases.assert_same_bits(update_cases.run("sgd", tensors, "cpu"), expected)
+
+
+# ---- expert_wgrad ------------------------------------------------------------------------------------------
+
+# M and P: parts of tiles, several tiles in each direction, exactly one
+WGRAD_SHAPES = ((40, 136), (264, 8), (128, 128))
+
+
+def check_wgrad(made):
+    with poison():
+        got = wgrad_cases.store(made, out_dtype=F32)
+    assert torch.equal(got.double(), wgrad_cases.gold(made))
+
+
+@pytest.mark.parametrize("indexed", wgrad_cases.INDEXED)
+@pytest.mark.parametrize("pattern", ROUTINGS)
+@pytest.mark.parametrize("shape", WGRAD_SHAPES, ids=str)
+def test_wgrad_is_exact_on_integers(gpu, shape, pattern, indexed):
+    choice = wgrad_cases.INDEXED.index(indexed)
+    gpu.emulate(1 + choice % 3, seed=choice)
+    check_wgrad(wgrad_cases.scattered(shape, indexed, pattern))
+
+
+@pytest.mark.parametrize("indexed", wgrad_cases.INDEXED)
+def test_wgrad_in_many_orders_of_threads(gpu, indexed):
+    """Experts of up to 11 stages, twice around the ring, and tiles that two consumers have in turn."""
+    made = wgrad_cases.scattered((40, 264), indexed, tokens=400)
+    assert max(made.expert_offsets.diff()) > 2 * 5 * 32 and min(made.expert_offsets.diff()) > 0
+    for seed in range(6):
+        gpu.emulate(1 + seed % 3, seed=seed)
+        check_wgrad(made)
+
+
+@pytest.mark.parametrize("indexed", wgrad_cases.INDEXED)
+def test_wgrad_of_tiles_without_a_mask_bit_is_not_computed(gpu, indexed):
+    """15 tiles of which 7, an expert's only bit in the last row, and none of another expert are kept."""
+    shape, made = (40, 264), wgrad_cases.scattered((40, 264), indexed, tokens=150)
+    kept = torch.ones(wgrad_cases.E, *shape, dtype=torch.bool)
+    kept[::2, :, 128:256] = False
+    kept[1] = kept[3] = False
+    kept[3, -1, 136] = True
+    expected = torch.where(kept, wgrad_cases.gold(made), 0)
+    for name in ("grad_rows", "input_rows"):
+        if getattr(made, name) is not None:
+            getattr(made, name)[made.expert_offsets[1] : made.expert_offsets[2]] = 10**9  # a crash if it is read
+    for seed in range(4):
+        gpu.emulate(1 + seed % 2, seed=seed)
+        with poison():
+            got = wgrad_cases.store(made, mask=pack_bits(kept), out_dtype=F32)
+        assert torch.equal(got.double(), expected)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 64, 160, 161])
+def test_wgrad_of_one_expert_with_rows_around_a_stage(gpu, tokens):
+    for indexed in wgrad_cases.INDEXED:
+        check_wgrad(wgrad_cases.scattered((136, 16), indexed, "one_expert", tokens))
+
+
+@pytest.mark.parametrize("indexed", wgrad_cases.INDEXED)
+def test_wgrad_reads_no_row_of_another_expert(gpu, indexed):
+    """Rows between the bounds of the listed experts are NaN and infinite; so is what lies beside the columns."""
+    made = wgrad_cases.scattered((40, 136), indexed, "uniform", tokens=200)
+    experts = torch.tensor([3, 1])
+    made, poisoned = wgrad_cases.poisoned_elsewhere(made, experts)
+    expected = wgrad_cases.gold(made, experts)
+    assert torch.equal(wgrad_cases.store(poisoned, experts=experts, out_dtype=F32).double(), expected)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+def test_wgrad_is_stored_and_added_under_masks_in_every_layout(gpu, dtype):
+    made, kept = wgrad_cases.scattered((40, 136), exact=False), wgrad_cases.keep(wgrad_cases.E, 40, 136)
+    dw, mask = wgrad_cases.store(made, out_dtype=F32), pack_bits(kept)
+    assert_as_accurate(dw, expert_wgrad_ref(*made, None, None, F32), wgrad_cases.gold(made))
+    with poison():
+        got = wgrad_cases.store(made, mask=mask, out_dtype=dtype)
+    assert torch.equal(got, torch.where(kept, dw, 0).to(dtype))
+    out = torch.randn(dw.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = torch.where(kept, (out.float() + dw).to(dtype), out)
+    for layout in LAYOUTS:
+        moved = in_layout(out.clone(), layout)
+        assert torch.equal(wgrad_cases.store(made, out=moved, mask=in_layout(mask, layout)), expected)
+
+
+@pytest.mark.parametrize("numerics", sorted(set(wgrad_cases.NUMERICS) - {"half"}))
+@pytest.mark.parametrize("rule", wgrad_cases.RULES)
+def test_wgrad_update_is_masked_update_of_the_stored_gradient(gpu, rule, numerics):
+    if (rule, numerics) != ("sgd", "wide state"):
+        wgrad_cases.check_update(rule, numerics, (40, 136), BF16)
+        wgrad_cases.check_update(rule, numerics, (136, 8), BF16, "transposed", experts=None)
+
+
+def test_wgrad_score_is_weight_score_of_the_stored_gradients(gpu):
+    sides = (
+        wgrad_cases.scattered((40, 136), "input", seed=1),
+        wgrad_cases.scattered((40, 136), "grad", "half_empty", seed=2),
+    )
+    experts = torch.tensor([4, 0])
+    for dtype in (BF16, F16, F32):
+        weight = torch.randn(wgrad_cases.E, 40, 136).to(dtype)
+        both = [wgrad_cases.store(side, experts=experts, out_dtype=F32) for side in sides]
+        for layout in ("contiguous", "transposed"):
+            with poison():
+                got = expert_wgrad_score(in_layout(weight, layout), *sides, gamma=0.5, experts=experts, impl="cpu")
+            assert torch.equal(got, score_cases.weight_score(weight[experts], *both, gamma=0.5, impl="cpu"))
+
+
+def test_wgrad_beyond_what_the_kernel_takes_is_an_error(gpu):
+    made, fine = wgrad_cases.scattered((40, 136)), torch.zeros(7, 64, dtype=BF16)
+    _check_hopper((9, 0), fine, fine[:, 8:48], fine[3:])
+    for capability in ((8, 9), (10, 0)):
+        with pytest.raises(Unfit, match="compute capability 9.0"):
+            _check_hopper(capability, fine)
+    for bad in (fine.float(), fine[:, :63], fine[:, 4:60], fine.t(), torch.zeros(7, 60, dtype=BF16)[:, :56]):
+        with pytest.raises(Unfit, match="multiple of 8 columns"):
+            _check_hopper((9, 0), fine, bad)
+    # the launcher's own word
+    for expected, grad in (("bfloat16", made.grad.float()), ("Hopper", made.grad[:, :39])):
+        with pytest.raises(RuntimeError, match=expected):
+            wgrad_cases.store(made._replace(grad=grad, input=made.input.to(grad.dtype)))
+    with pytest.raises(RuntimeError, match="Hopper"):
+        wgrad_cases.check_update("adamw", "half", (40, 136), BF16)
+    gpu.emulate(capability=100)
+    with pytest.raises(RuntimeError, match="Hopper"):
+        wgrad_cases.store(made)
+
+
+def test_wgrad_of_an_expert_that_does_not_exist_stops_the_kernel(gpu):
+    made, weight = wgrad_cases.scattered((40, 136)), torch.zeros(wgrad_cases.E, 40, 136)
+    bounds = torch.tensor([[0, 1]])
+    with pytest.raises(RuntimeError, match="trap"):
+        gpu.expert_wgrad_sgd_(weight, None, None, *made[:2], bounds, None, made.input_rows, torch.tensor([9]), None,
+                              0.1, 0.0, 1.0, 0.0, False, 1, False, 0, 0)  # fmt: skip

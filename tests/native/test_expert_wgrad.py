@@ -39,8 +39,45 @@ def gold(made, experts=None):
     return expert_wgrad_ref(*(t.double() if t is not None and t.is_floating_point() else t for t in made), experts)
 
 
-def store(made, **options):
-    return expert_wgrad(*made[:3], grad_rows=made.grad_rows, input_rows=made.input_rows, impl="cpu", **options)
+# which factors are gathered row by row; the rows of the others stand in order
+INDEXED = ("neither", "grad", "input", "both")
+
+
+def scattered(shape, indexed="input", pattern="skewed", tokens=60, exact=True, seed=0):
+    """bfloat16 factors in sorted order, but the indexed ones scattered among rows of NaN."""
+    made = factors(shape, BF16, pattern, tokens, exact=exact, seed=seed)
+    made = made._replace(input=made.input[made.input_rows], input_rows=None)
+    for name in {"neither": (), "both": ("grad", "input")}.get(indexed, (indexed,)):
+        rows = getattr(made, name)
+        place = torch.randperm(2 * len(rows), generator=torch.Generator().manual_seed(seed))[: len(rows)]
+        wide = torch.full((2 * len(rows), rows.shape[1]), torch.nan, dtype=BF16)
+        wide[place] = rows
+        made = made._replace(**{name: wide, f"{name}_rows": place})
+    return made
+
+
+def poisoned_elsewhere(made, experts):
+    """(factors with a part of each expert's rows, the same with NaN and infinity in all that the experts do not use)"""
+    start, stop = made.expert_offsets[:-1], made.expert_offsets[1:]
+    made = made._replace(expert_offsets=torch.stack([start + 3, stop - 2], 1))
+    own = torch.cat([torch.arange(*made.expert_offsets[e].tolist()) for e in experts])
+    poisoned = made
+    for name in ("grad", "input"):
+        rows, index = getattr(made, name), getattr(made, f"{name}_rows")
+        wide = torch.full((len(rows), rows.shape[1] + 16), torch.inf, dtype=rows.dtype)
+        wide[::2] = torch.nan
+        used = own if index is None else index[own]
+        wide[used, 8:-8] = rows[used]
+        poisoned = poisoned._replace(**{name: wide[:, 8:-8]})
+    return made, poisoned
+
+
+def moved_to(device, made):
+    return Factors(*(None if t is None else t.to(device) for t in made))
+
+
+def store(made, impl="cpu", **options):
+    return expert_wgrad(*made[:3], grad_rows=made.grad_rows, input_rows=made.input_rows, impl=impl, **options)
 
 
 def keep(*shape, seed=0):
@@ -151,19 +188,21 @@ NUMERICS = {
 }
 
 
-def check_update(rule, numerics, shape=SMALL, dtype=None, layout="contiguous", experts=(3, 1), tokens=21):
+def check_update(
+    rule, numerics, shape=SMALL, dtype=None, layout="contiguous", experts=(3, 1), tokens=21, impl="cpu", device="cpu"
+):
     """Steps 1 and 2 of the fused update give the bits of masked_update on the stored dW."""
     options, states = RULES[rule]
     weight_dtype, state_dtype, rounding, has_master = NUMERICS[numerics]
-    made = factors(shape, dtype or weight_dtype, tokens=tokens)
-    experts = None if experts is None else torch.tensor(experts)
+    made = moved_to(device, factors(shape, dtype or weight_dtype, tokens=tokens))
+    experts = None if experts is None else torch.tensor(experts, device=device)
     count = E if experts is None else len(experts)
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(E, *shape, generator=generator).to(weight_dtype)
+    weight = torch.randn(E, *shape, generator=generator).to(device, weight_dtype)
     weight[0] = torch.nan if experts is not None else weight[0]
-    mask = pack_bits(keep(count, *shape))
-    state = [torch.zeros(count, *shape, dtype=state_dtype) for _ in range(states)]
-    master = weight[experts].float() if has_master else None
+    mask = pack_bits(keep(count, *shape)).to(device)
+    state = [torch.zeros(count, *shape, dtype=state_dtype, device=device) for _ in range(states)]
+    master = (weight if experts is None else weight[experts]).float() if has_master else None
     random = {"rounding": rounding, "seed": 5, "parameter_id": 7}
     narrow = state_dtype == weight_dtype == made.grad.dtype and rounding == "nearest" and (states or not has_master)
     copies = [None if t is None else t.clone() for t in (weight, master, *state)]
@@ -172,10 +211,10 @@ def check_update(rule, numerics, shape=SMALL, dtype=None, layout="contiguous", e
         ours, theirs = (expert_wgrad_adamw_, masked_adamw_) if states == 2 else (expert_wgrad_sgd_, masked_sgd_)
         buffers = moved[2:] if states else [None]
         ours(moved[0], *buffers, *made[:3], input_rows=made.input_rows, experts=experts, mask=mask, master=moved[1],
-             step=step, impl="cpu", **options, **random)  # fmt: skip
-        dw = store(made, experts=experts, out_dtype=made.grad.dtype if narrow else F32)
+             step=step, impl=impl, **options, **random)  # fmt: skip
+        dw = store(made, impl, experts=experts, out_dtype=made.grad.dtype if narrow else F32)
         theirs(copies[0], dw, *(copies[2:] if states else [None]), mask, master=copies[1], slices=experts, step=step,
-               impl="cpu", **options, **random)  # fmt: skip
+               impl=impl, **options, **random)  # fmt: skip
     for ours, theirs in zip(moved, copies, strict=True):
         if ours is not None:
             bits = {2: torch.int16, 4: torch.int32}[ours.element_size()]

@@ -1,10 +1,14 @@
-"""The calls of csrc/cpu/expert_wgrad.cpp: every index int64 and dense, the bounds those of the listed experts.
+"""The calls of csrc/*/expert_wgrad.*: every index int64 and dense, the bounds those of the listed experts.
 
-It has no float64: factors, buffers and results of that dtype go to `ref`.
+They have no float64: factors, buffers and results of that dtype go to `ref`. CUDA's kernel is for Hopper and
+bfloat16 factors, and has no inner products.
 """
+
+import functools
 
 import torch
 
+from moe_unlearn.backend import Unfit
 from moe_unlearn.ops.expert_wgrad import (
     Factors,
     _accumulate_ref,
@@ -99,7 +103,7 @@ def _operands(factors, experts):
 
 
 def _listed(weight, experts):
-    return torch.arange(len(weight)) if experts is None else experts.long().contiguous()
+    return torch.arange(len(weight), device=weight.device) if experts is None else experts.long().contiguous()
 
 
 def _like(weight, listed):
@@ -109,3 +113,41 @@ def _like(weight, listed):
 
 def _positions(factors):
     return torch.arange(max(len(factors.grad), len(factors.input)))
+
+
+def _for_hopper(kernel, factors, updates=False):
+    """`kernel` where csrc/cuda/expert_wgrad.cuh takes its arguments; `factors` says where the first grad is."""
+
+    @functools.wraps(kernel)
+    def checked(*arguments):
+        _check_hopper(torch.cuda.get_device_capability(arguments[0].device), *arguments[factors : factors + 2])
+        if updates and arguments[0].dtype == torch.float16:
+            raise Unfit("CUDA's expert_wgrad has no update of float16 weights")
+        return kernel(*arguments)
+
+    return checked
+
+
+def _check_hopper(capability, *factors):
+    """Raises Unfit for what the wgmma kernel cannot copy 16 bytes at a time, and anywhere else than on Hopper."""
+    if capability != (9, 0):
+        raise Unfit(f"CUDA's expert_wgrad needs a GPU of compute capability 9.0; got {capability[0]}.{capability[1]}")
+    for factor in factors:
+        aligned = factor.data_ptr() % 16 == 0 and factor.stride(0) % 8 == 0 and factor.shape[1] % 8 == 0
+        if factor.dtype != torch.bfloat16 or factor.stride(1) != 1 or not aligned:
+            raise Unfit(
+                "CUDA's expert_wgrad needs bfloat16 factors, rows at 16-byte addresses and a multiple of 8 columns of "
+                f"stride 1; got {factor.dtype} {list(factor.shape)} of strides {list(factor.stride())}"
+            )
+
+
+store_cuda = _for_hopper(store, 0)
+accumulate_cuda = _for_hopper(accumulate, 1)
+sgd_cuda = _for_hopper(sgd, 3, updates=True)
+adamw_cuda = _for_hopper(adamw, 4, updates=True)
+
+
+def score_cuda(weight, *arguments):
+    capability = torch.cuda.get_device_capability(weight.device)
+    _check_hopper(capability, *arguments[:2], *arguments[5:7])
+    return score(weight, *arguments)
