@@ -110,7 +110,7 @@ Tensor entry_space(const Problem& p, const Side& side, int64_t columns) {
   return floats(side.head, p.pairs || side.head_rows.dtype == ScalarType::Float ? 0 : columns, p.hidden);
 }
 
-/// Tokens times entries of the head, summed over the vocabulary: [tokens, hidden], or its transpose from pairs.
+/// Tokens times entries of the head, summed over the vocabulary: [tokens, hidden].
 class Values {
  public:
   Values(const Problem& p, bool wanted)
@@ -127,22 +127,23 @@ class Values {
       return for_this_cpu<fold, float*, const float*, int64_t, int64_t, const float*>(
           data(sums_), data(part_), t.count, p_.hidden, rescale);
     }
-    const int64_t pairs = ceil_div(t.columns, 2);
-    for_this_cpu<pack_row_pairs<pair_rows>, uint32_t*, const Rows&, const int64_t*, int64_t, int64_t>(
+    const int64_t pairs = ceil_div(t.columns, 2), panel = pairs * word_bits;  // the words of 32 tokens or columns
+    for_this_cpu<pack_row_pairs<word_bits>, uint32_t*, const Rows&, const int64_t*, int64_t, int64_t>(
         head_.data(), p_.model.head_rows, nullptr, t.first, t.columns);
     for (const bool residual : {false, true}) {
       if (residual && !p_.options.kl) continue;
       for_this_cpu<pack_tile, uint32_t*, const Tile&, bool>(tile_.data(), t, residual);
-      for (int64_t c = 0; c < p_.hidden; c += pair_rows)
-        multiply_pairs(
-            data(sums_) + c * block, block, {reinterpret_cast<const char*>(head_.data() + c * pairs), 4, 4 * pair_rows},
-            pair_rows, tile_.data(), ceil_div(t.count, word_bits), pairs, true, residual ? nullptr : rescale);
+      for (int64_t c = 0; c < p_.hidden; c += word_bits)
+        for (int64_t r = 0; r < t.count; r += word_bits)
+          multiply_pairs(
+              data(sums_) + r * p_.hidden + c, p_.hidden,
+              {reinterpret_cast<const char*>(tile_.data() + r / word_bits * panel), 4, 4 * word_bits},
+              std::min<int64_t>(t.count - r, word_bits), head_.data() + c / word_bits * panel, 1, pairs, true,
+              residual ? nullptr : rescale + r);
     }
   }
 
-  float sum(int64_t token, int64_t c) const {
-    return data(sums_)[p_.pairs ? c * block + token : token * p_.hidden + c];
-  }
+  const float* of(int64_t token) const { return data(sums_) + token * p_.hidden; }
 
  private:
   const Problem& p_;
@@ -239,12 +240,13 @@ class Forward {
     const bool kl = p_.options.kl;
     const float factor = kl ? 1.0f : tokens_.inverse[r] * p_.options.scale, label = kl ? 0.0f : tokens_.picked[r];
     const char* const w_y = head.row(kl ? 0 : tokens_.label[r]);
+    const float* const sums = values_.of(r);
     float* const to = out_.direction + p_.index[begin + r] * p_.hidden;
     for (int64_t c = 0; c < p_.hidden; c += word_bits) {
       const int64_t n = std::min<int64_t>(p_.hidden - c, word_bits);
       Word w{};
       if (!kl) load(w, head.dtype, w_y + c * head.step, head.step, n);
-      for (int64_t j = 0; j < n; ++j) to[c + j] = values_.sum(r, c + j) * factor - w[j] * label;
+      for (int64_t j = 0; j < n; ++j) to[c + j] = sums[c + j] * factor - w[j] * label;
     }
   }
 

@@ -203,7 +203,7 @@ MOE_UNLEARN_INLINE void gradient_tile(
   });
   for (int64_t r = 0; r < t.count; r += word_bits) {
     const int64_t token = t.begin + r, n = std::min<int64_t>(t.count - r, word_bits);
-    Word peak, peak_ref, inverse, inverse_ref, factor;
+    Word peak, peak_ref, inverse, inverse_ref, factor, share, change;
     take(peak, tokens.peak, token);
     take(peak_ref, tokens.peak_ref, token);
     take(inverse, tokens.inverse, token);
@@ -212,13 +212,17 @@ MOE_UNLEARN_INLINE void gradient_tile(
     for (int64_t v = 0; v < t.columns; ++v) {
       const float bias = bias_of(o, t.first + v);
       float* const at = t.z + v * t.stride + r;
-      const float* const at_ref = t.z_ref + v * t.stride + r;
       for (int j = 0; j < word_bits; ++j) {
-        const float z = logit(o, at[j], bias), p = exp_float(z - peak[j]) * inverse[j];
-        const float q = o.kl ? exp_float(logit(o, at_ref[j], bias) - peak_ref[j]) * inverse_ref[j] : 0.0f;
-        const float dz = (p - q) * factor[j] * slope(o, z);
-        at[j] = j < n ? dz : 0.0f;
+        const float z = logit(o, at[j], bias);
+        share[j] = exp_float(z - peak[j]) * inverse[j];
+        change[j] = factor[j] * slope(o, z);
       }
+      if (o.kl) {
+        const float* const at_ref = t.z_ref + v * t.stride + r;
+        for (int j = 0; j < word_bits; ++j)
+          share[j] -= exp_float(logit(o, at_ref[j], bias) - peak_ref[j]) * inverse_ref[j];
+      }
+      for (int j = 0; j < word_bits; ++j) at[j] = j < n ? share[j] * change[j] : 0.0f;
     }
   }
   for_each_label(t, tokens, [&](int64_t r, int64_t v) MOE_UNLEARN_INLINE_LAMBDA { t.z[v * t.stride + r] = 0; });
