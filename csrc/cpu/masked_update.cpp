@@ -131,7 +131,8 @@ MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& given, in
       const auto at = [&](const Rows& rows, char* row) MOE_UNLEARN_INLINE_LAMBDA { return row + first * step(rows); };
 
       if (uniform && n == word_bits) {
-        const Dense dense{at(o.param, param), at(o.grad, grad), {at(o.state[0], state[0]), at(o.state[1], state[1])}, bits};
+        const Dense dense{
+            at(o.param, param), at(o.grad, grad), {at(o.state[0], state[0]), at(o.state[1], state[1])}, bits};
         if (A != ScalarType::Float) {
           __builtin_prefetch(dense.param + ahead);
           __builtin_prefetch(dense.grad + ahead);

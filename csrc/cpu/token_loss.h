@@ -191,10 +191,8 @@ MOE_UNLEARN_INLINE void kl_tile(const Options& o, const Tile& t, Tokens& tokens)
 }
 
 /// Products to gradients of the logits where the softmax is known, times the token's factor: (p_v - q_v) c_v; under a
-/// label p_v c_v, but 0 at the label itself, whose (p_v - 1) c_v goes to `of_label`. Adds sums over tokens to
-/// bias_sums, unless that is null.
-MOE_UNLEARN_INLINE void gradient_tile(
-    const Options& o, const Tile& t, const Tokens& tokens, float* of_label, double* bias_sums) {
+/// label p_v c_v, but 0 at the label itself, whose (p_v - 1) c_v goes to `of_label`.
+MOE_UNLEARN_INLINE void gradient_tile(const Options& o, const Tile& t, const Tokens& tokens, float* of_label) {
   for_each_label(t, tokens, [&](int64_t r, int64_t v) MOE_UNLEARN_INLINE_LAMBDA {
     const int64_t token = t.begin + r;
     const float z = logit(o, t.z[v * t.stride + r], bias_of(o, t.first + v));
@@ -226,10 +224,13 @@ MOE_UNLEARN_INLINE void gradient_tile(
     }
   }
   for_each_label(t, tokens, [&](int64_t r, int64_t v) MOE_UNLEARN_INLINE_LAMBDA { t.z[v * t.stride + r] = 0; });
-  if (bias_sums == nullptr) return;
+}
+
+/// Adds the sums over tokens of a tile of gradients and of its labels' own.
+inline void add_bias_sums(const Tile& t, const Tokens& tokens, const float* of_label, double* bias_sums) {
   for (int64_t v = 0; v < t.columns; ++v)
     for (int64_t r = 0; r < t.count; ++r) bias_sums[v] += static_cast<double>(t.z[v * t.stride + r]);
-  for_each_label(t, tokens, [&](int64_t r, int64_t v) MOE_UNLEARN_INLINE_LAMBDA {
+  for_each_label(t, tokens, [&](int64_t r, int64_t v) {
     bias_sums[v] += static_cast<double>(of_label[r]);
   });
 }

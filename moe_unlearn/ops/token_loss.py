@@ -78,7 +78,7 @@ def token_loss(
     return _token_loss(
         hidden_states, lm_head, labels, bias, token_weights, ref_hidden_states, ref_lm_head, kind,
         float(logit_scale), None if logit_softcap is None else float(logit_softcap), drop_zero_weights,
-        chunk_rows, impl, hidden_states.requires_grad and torch.is_grad_enabled(),
+        chunk_rows, impl, _trained(hidden_states), _trained(lm_head, bias),
     )[0]  # fmt: skip
 
 
@@ -104,6 +104,10 @@ def token_loss_ref(
     if token_weights is not None:
         loss = token_weights[rows].to(dtype) * loss
     return torch.zeros(labels.shape, dtype=dtype, device=labels.device).index_put((rows,), loss)
+
+
+def _trained(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:
@@ -133,18 +137,21 @@ def _logits(h: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap:
 def _token_loss(
     hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
     ref_hidden: Tensor | None, ref_head: Tensor | None, kind: str, scale: float, softcap: float | None,
-    drop_zero_weights: bool, chunk_rows: int | None, impl: str, keep: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [T], l [T], the softmax's max z and sum exp(z - max z) [2, T], those of the reference [2, T], dl/dh).
+    drop_zero_weights: bool, chunk_rows: int | None, impl: str, keep: bool = False, keep_head: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss [T], l [T], the softmax's max z and sum exp(z - max z) [2, T], those of the reference [2, T], dl/dh, ...).
 
-    All are 0 in dropped rows. dl/dh [T, H] is for the backward, empty unless `keep` and the kernel can keep it.
+    All are 0 in dropped rows. dl/dh [T, H] is for the backward, empty unless `keep` and the kernel can keep it; the
+    last three are for the gradients of head and bias, by `keep_head`.
     """
     arguments = (hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
                  drop_zero_weights, chunk_rows)  # fmt: skip
-    kept = _kept(hidden, impl, keep)
+    kept = _kept(hidden, impl, keep or keep_head)
     kernel = backend.resolve(kept or "token_loss", impl, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        return kernel(*arguments) if kept else (*kernel(*arguments), hidden.new_empty(0))
+        if kept:
+            return kernel(*arguments, keep, keep_head)
+        return *kernel(*arguments), *(hidden.new_empty(0) for _ in range(4))
 
 
 def _kept(hidden: Tensor, impl: str, keep: bool) -> str:
@@ -155,11 +162,16 @@ def _kept(hidden: Tensor, impl: str, keep: bool) -> str:
 
 @_token_loss.register_fake
 def _(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap, drop, chunk_rows, impl,
-      keep=False):  # fmt: skip
+      keep=False, keep_head=False):  # fmt: skip
     loss = hidden.new_empty(labels.shape, dtype=_wide(hidden, head))
     pair = loss.new_empty(2, *labels.shape)
-    direction = pair.new_empty(hidden.shape) if _kept(hidden, impl, keep) else hidden.new_empty(0)
-    return loss, torch.empty_like(loss), pair, torch.empty_like(pair), direction
+    if _kept(hidden, impl, keep or keep_head):
+        from moe_unlearn.ops.native.token_loss import room
+
+        kept = room(hidden, head, labels, bias, ref_hidden, ref_head, kind, keep, keep_head)
+    else:
+        kept = [hidden.new_empty(0) for _ in range(4)]
+    return loss, torch.empty_like(loss), pair, torch.empty_like(pair), *kept
 
 
 @torch.library.custom_op("moe_unlearn::token_loss_backward", mutates_args=())
@@ -189,25 +201,32 @@ def _(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, no
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, ctx.impl, _ = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    *tensors, ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, ctx.impl, _, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:5])
+    ctx.kept = output[5:]  # not saved: the first backward writes it, a further one goes without
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *unused):
     hidden, head, labels, bias, weights, ref_hidden, ref_head, value, *saved = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    grads = [None] * 3
+    grads, kept, ctx.kept = [None] * 3, ctx.kept, ()
+    if any(needs[1:]) and kept and kept[0].numel() and not torch.is_grad_enabled():
+        from moe_unlearn.ops.native.token_loss import head_gradient_
+
+        grad_bias = head_gradient_(grad, hidden, head, labels, bias, weights, value, *saved[:2], *kept, ctx.kind,
+                                   ctx.scale, ctx.softcap, ctx.drop, *needs[1:])  # fmt: skip
+        grads, needs = [None, kept[0] if needs[1] else None, grad_bias if needs[2] else None], [needs[0], False, False]
     if any(needs):
         results = _token_loss_backward(
             grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, *saved,
             ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, *needs, ctx.impl,
         )  # fmt: skip
-        grads = [result if need else None for result, need in zip(results, needs, strict=True)]
+        grads = [result if need else old for result, need, old in zip(results, needs, grads, strict=True)]
     grad_weights = None
     if ctx.needs_input_grad[4]:
         grad_weights = torch.where(labels == IGNORED, 0, grad * value).to(weights.dtype)
-    return grads[0], grads[1], None, grads[2], grad_weights, *[None] * 9
+    return grads[0], grads[1], None, grads[2], grad_weights, *[None] * 10
 
 
 def _no_double_backward(ctx, *grads):
