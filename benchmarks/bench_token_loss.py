@@ -66,7 +66,7 @@ def case(name, trained, kept=1.0):
     rivals = [THEIRS] if name == "float32" else [THEIRS, WIDENED]
     contenders = {kind: lambda k=kind: step(k, h, head, labels) for kind in (OURS, *rivals)}
     label = f"{'trained' if trained else 'frozen'} head, {name}" + ("" if kept == 1 else f", {kept:.0%} of the labels")
-    result = compare(label, contenders, target=1, rounds=3)
+    result = compare(label, contenders, target=1, rounds=2)
     result["loss"] = {kind: float(step(kind, h, head, labels)) for kind in contenders}
     if kept < 1:
         return result

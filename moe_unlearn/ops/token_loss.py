@@ -7,26 +7,23 @@
     uce    l_t = -log(1 - p_t[y_t] / 2), in [0, log 2]               dl/dz = -(e^l - 1) (p - onehot(y))
     kl     l_t = sum_v q_t[v] (log q_t[v] - log p_t[v])              dl/dz = p - q
 
-T tokens, H hidden, V vocabulary: hidden_states h [T, H], lm_head W [V, H], labels y [T]. q is the softmax of
-reference hidden states under the same head, or a frozen copy of it; no gradient flows into q. In `uce`,
-e^l - 1 = p / (2 - p), so the gradient at the target logit is p (1 - p) / (2 - p).
+T tokens, H hidden, V vocabulary: hidden_states h [T, H], lm_head W [V, H], labels y [T]. q is the softmax of reference
+hidden states under the same head, or a frozen copy of it; no gradient flows into q. In `uce`, e^l - 1 = p / (2 - p), so
+the gradient at the target logit is p (1 - p) / (2 - p).
 
-A row whose label is -100 or whose weight is 0 has loss exactly 0 and gradient exactly 0, whatever it holds,
-and is dropped before the matrix product. (Where the weights themselves need a gradient, which is l_t, only
-the label drops a row.) Worked example: labels [5, -100, 2, 7] with weights [1, 3, 0, 2] multiply rows 0
-and 3 alone.
+A row whose label is -100 or whose weight is 0 has loss exactly 0 and gradient exactly 0, whatever it holds, and is
+dropped before the matrix product. (Where the weights themselves need a gradient, which is l_t, only the label drops a
+row.) Worked example: labels [5, -100, 2, 7] with weights [1, 3, 0, 2] multiply rows 0 and 3 alone.
 
-The rest goes in tiles of rows x vocabulary whose logits, with the temporaries beside them, fit a workspace
-of 32 MiB. Logits and softmax are float32, float64 if an input is; the forward keeps a few numbers per row and
-the backward recomputes each tile from the saved normaliser of the softmax. Gradients are summed in float32
-and rounded once.
+The rest goes in tiles of rows x vocabulary whose logits, with the temporaries beside them, fit a workspace of 32 MiB.
+Logits and softmax are float32, float64 if an input is; the forward keeps a few numbers per row and the backward
+recomputes each tile from the saved normaliser of the softmax. Gradients are summed in float32 and rounded once.
 
 Precision: the normaliser is kept as the pair (max z, sum exp(z - max z)), so a confident token keeps its
 small loss and large logits lose nothing; kl of a row to itself is exactly 0, and q = 0 adds exactly 0.
 
-Deterministic: tiles in a fixed order, no atomics. Source: nll and kl are standard; uce with its division by
-2 was read in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping
-are our specification.
+Deterministic: tiles in a fixed order, no atomics. Source: nll and kl are standard; uce with its division by 2 was read
+in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping are ours.
 """
 
 import torch
@@ -72,8 +69,8 @@ def token_loss(
     Raises TypeError or ValueError for a dtype, shape, device, option or label that does not fit. There is
     no double backward; `token_loss_ref` has one.
     """
-    _check(hidden_states, lm_head, labels, bias, token_weights, kind, ref_hidden_states, ref_lm_head)
-    _check_options(logit_scale, logit_softcap, chunk_rows)
+    _check(hidden_states, lm_head, labels, bias, token_weights, kind, ref_hidden_states, ref_lm_head,
+           logit_softcap, chunk_rows)  # fmt: skip
     drop_zero_weights = token_weights is not None and not token_weights.requires_grad
     return _token_loss(
         hidden_states, lm_head, labels, bias, token_weights, ref_hidden_states, ref_lm_head, kind,
@@ -149,9 +146,8 @@ def _token_loss(
     kept = _kept(hidden, impl, keep or keep_head)
     kernel = backend.resolve(kept or "token_loss", impl, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        if kept:
-            return kernel(*arguments, keep, keep_head)
-        return *kernel(*arguments), *(hidden.new_empty(0) for _ in range(4))
+        none = [hidden.new_empty(0) for _ in range(4)]
+        return kernel(*arguments, keep, keep_head) if kept else (*kernel(*arguments), *none)
 
 
 def _kept(hidden: Tensor, impl: str, keep: bool) -> str:
@@ -165,12 +161,10 @@ def _(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, so
       keep=False, keep_head=False):  # fmt: skip
     loss = hidden.new_empty(labels.shape, dtype=_wide(hidden, head))
     pair = loss.new_empty(2, *labels.shape)
+    kept = [hidden.new_empty(0) for _ in range(4)]
     if _kept(hidden, impl, keep or keep_head):
-        from moe_unlearn.ops.native.token_loss import room
-
+        room = backend.resolve("token_loss.room", impl, hidden)
         kept = room(hidden, head, labels, bias, ref_hidden, ref_head, kind, keep, keep_head)
-    else:
-        kept = [hidden.new_empty(0) for _ in range(4)]
     return loss, torch.empty_like(loss), pair, torch.empty_like(pair), *kept
 
 
@@ -193,11 +187,9 @@ def _token_loss_backward(
 @_token_loss_backward.register_fake
 def _(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm, direction, kind, scale,
       softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head, needs_bias, impl):  # fmt: skip
-    return (
-        hidden.new_empty(hidden.shape if needs_hidden else 0),
-        head.new_empty(head.shape if needs_head else 0),
-        bias.new_empty(bias.shape) if needs_bias else head.new_empty(0),
-    )
+    grad_bias = bias.new_empty(bias.shape) if needs_bias else head.new_empty(0)
+    grad_head = head.new_empty(head.shape if needs_head else 0)
+    return hidden.new_empty(hidden.shape if needs_hidden else 0), grad_head, grad_bias
 
 
 def _setup_context(ctx, inputs, output):
@@ -212,11 +204,10 @@ def _backward(ctx, grad, *unused):
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads, kept, ctx.kept = [None] * 3, ctx.kept, ()
     if any(needs[1:]) and kept and kept[0].numel() and not torch.is_grad_enabled():
-        from moe_unlearn.ops.native.token_loss import head_gradient_
-
-        grad_bias = head_gradient_(grad, hidden, head, labels, bias, weights, value, *saved[:2], *kept, ctx.kind,
-                                   ctx.scale, ctx.softcap, ctx.drop, *needs[1:])  # fmt: skip
-        grads, needs = [None, kept[0] if needs[1] else None, grad_bias if needs[2] else None], [needs[0], False, False]
+        kernel = backend.resolve("token_loss.head", ctx.impl, hidden)
+        bias_grad = kernel(grad, hidden, head, labels, bias, weights, value, *saved[:2], *kept, ctx.kind, ctx.scale,
+                           ctx.softcap, ctx.drop, *needs[1:])  # fmt: skip
+        grads, needs = [None, kept[0] if needs[1] else None, bias_grad if needs[2] else None], [needs[0], False, False]
     if any(needs):
         results = _token_loss_backward(
             grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, *saved,
@@ -293,10 +284,6 @@ def _merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return peaks - m, torch.stack([m, (sums * (peaks - m).exp()).sum(0)])
 
 
-def _softmax(z: Tensor, norm: Tensor) -> Tensor:
-    return (z - norm[0, :, None]).exp() / norm[1, :, None]
-
-
 def _backward_tiled(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm,
                     kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head,
                     needs_bias):  # fmt: skip
@@ -318,10 +305,10 @@ def _backward_tiled(grad, hidden, head, labels, bias, weights, ref_hidden, ref_h
         grad_w, grad_b = torch.zeros_like(w) if needs_head else None, torch.zeros_like(w[:, 0])
         for (rows, h, h_ref), grad_h in zip(chunks, sums, strict=True):
             z = _logits(h, w, b, scale, softcap)
-            dz = _softmax(z, norm[:, rows])
+            dz = (z - norm[0, rows, None]).exp() / norm[1, rows, None]
             if kind == "kl":
                 z_ref = _logits(h_ref, ref_head[tile], b, scale, softcap)
-                dz = dz - _softmax(z_ref, ref_norm[:, rows])
+                dz = dz - (z_ref - ref_norm[0, rows, None]).exp() / ref_norm[1, rows, None]
             else:
                 column, inside = _column(labels[rows], tile)
                 dz = dz.scatter_add(1, column, -inside.to(dtype)[:, None])
@@ -362,11 +349,13 @@ backend.register("token_loss.backward", "ref", _backward_tiled)
 native.register("token_loss", "moe_unlearn.ops.native.token_loss:forward")
 native.register("token_loss.backward", "moe_unlearn.ops.native.token_loss:backward")
 native.register(_KEPT, "moe_unlearn.ops.native.token_loss:forward_kept")
+native.register("token_loss.room", "moe_unlearn.ops.native.token_loss:room")
+native.register("token_loss.head", "moe_unlearn.ops.native.token_loss:head_gradient_")
 backend.register("token_loss", "triton", "moe_unlearn.triton_kernels.token_loss:token_loss")
 backend.register("token_loss.backward", "triton", "moe_unlearn.triton_kernels.token_loss:token_loss_backward")
 
 
-def _check(hidden, head, labels, bias, weights, kind, ref_hidden, ref_head):
+def _check(hidden, head, labels, bias, weights, kind, ref_hidden, ref_head, softcap, chunk_rows):
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}; got {kind!r}")
     if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1] or len(head) == 0:
@@ -397,9 +386,6 @@ def _check(hidden, head, labels, bias, weights, kind, ref_hidden, ref_head):
             raise TypeError(f"{name} must be floating point; got {tensor.dtype}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on {hidden.device} like hidden_states; got {tensor.device}")
-
-
-def _check_options(scale, softcap, chunk_rows):
     if softcap is not None and not softcap > 0:
         raise ValueError(f"logit_softcap must be above 0, or None for none; got {softcap}")
     if chunk_rows is not None and chunk_rows < 1:
@@ -411,5 +397,4 @@ def _check_labels(labels, kind, vocabulary):
         return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= vocabulary:
-        bad = low if low < 0 else high
-        raise ValueError(f"labels must be in [0, {vocabulary}) or {IGNORED}; got {bad}")
+        raise ValueError(f"labels must be in [0, {vocabulary}) or {IGNORED}; got {low if low < 0 else high}")
