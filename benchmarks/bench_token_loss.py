@@ -85,7 +85,7 @@ def main():
     if len(sys.argv) == 4:
         return measure_memory(sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3] == "1")
     results = [case(name, trained) for name in ("float32", "bfloat16") for trained in (False, True)]
-    results.append(case("float32", True, kept=0.5))
+    results.append(case("bfloat16", True, kept=0.5))
     write("token_loss", results)
 
 

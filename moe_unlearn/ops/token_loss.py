@@ -197,11 +197,12 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output[1:5])
     ctx.kept = output[5:]  # not saved: the first backward writes it, a further one goes without
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for what is kept would be as large again
 
 
 def _backward(ctx, grad, *unused):
     hidden, head, labels, bias, weights, ref_hidden, ref_head, value, *saved = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    *needs, needs_weights = (grad is not None and ctx.needs_input_grad[i] for i in (0, 1, 3, 4))
     grads, kept, ctx.kept = [None] * 3, ctx.kept, ()
     if any(needs[1:]) and kept and kept[0].numel() and not torch.is_grad_enabled():
         kernel = backend.resolve("token_loss.head", ctx.impl, hidden)
@@ -214,9 +215,7 @@ def _backward(ctx, grad, *unused):
             ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, *needs, ctx.impl,
         )  # fmt: skip
         grads = [result if need else old for result, need, old in zip(results, needs, grads, strict=True)]
-    grad_weights = None
-    if ctx.needs_input_grad[4]:
-        grad_weights = torch.where(labels == IGNORED, 0, grad * value).to(weights.dtype)
+    grad_weights = torch.where(labels == IGNORED, 0, grad * value).to(weights.dtype) if needs_weights else None
     return grads[0], grads[1], None, grads[2], grad_weights, *[None] * 10
 
 
