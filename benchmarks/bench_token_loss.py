@@ -1,8 +1,8 @@
 """Loss and gradients from hidden states and an output head, against logits and F.cross_entropy with autograd.
 
 `frozen`: gradient of the hidden states alone, as where experts are trained; `trained`: of the head too, for which
-ours makes some of the logits twice. Extra memory is the growth of the peak resident size over what stood before the call, in
-a process of its own; the gradients themselves are in it, on both sides, and without them it is given too.
+ours makes some of the logits twice. Extra memory is the growth of the peak resident size over what stood before the
+call, in a process of its own; the gradients themselves are in it, on both sides, and without them it is given too.
 """
 
 import subprocess
