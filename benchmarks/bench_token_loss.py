@@ -1,8 +1,8 @@
 """Loss and gradients from hidden states and an output head, against logits and F.cross_entropy with autograd.
 
 `frozen`: gradient of the hidden states alone, as where experts are trained; `trained`: of the head too, for which
-ours makes the logits twice. Extra memory is the growth of the peak resident size over what stood before the call, in
-a process of its own; the gradients themselves are in it, on both sides, and without them it is given too.
+ours makes some of the logits twice. Extra memory is the growth of the peak resident size over what stood before the
+call, in a process of its own; the gradients themselves are in it, on both sides, and without them it is given too.
 """
 
 import subprocess
@@ -66,7 +66,7 @@ def case(name, trained, kept=1.0):
     rivals = [THEIRS] if name == "float32" else [THEIRS, WIDENED]
     contenders = {kind: lambda k=kind: step(k, h, head, labels) for kind in (OURS, *rivals)}
     label = f"{'trained' if trained else 'frozen'} head, {name}" + ("" if kept == 1 else f", {kept:.0%} of the labels")
-    result = compare(label, contenders, target=1, rounds=3)
+    result = compare(label, contenders, target=1, rounds=2)
     result["loss"] = {kind: float(step(kind, h, head, labels)) for kind in contenders}
     if kept < 1:
         return result

@@ -70,9 +70,10 @@ STABLE_TORCH_LIBRARY(moe_unlearn_native, m) {
 
   m.def(
       "token_loss(Tensor hidden, Tensor head, Tensor labels, Tensor index, Tensor? bias, Tensor? ref_hidden, "
-      "Tensor? ref_head, str kind, float scale, float softcap, bool direction) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? ref_head, str kind, float scale, float softcap, bool direction, Tensor(a!)? kept, Tensor(b!)? peaks, "
+      "Tensor(c!)? spare) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "token_loss_head(Tensor(a!)? grad_head, Tensor(b!)? grad_bias, Tensor upstream, Tensor norm, Tensor ref_norm, "
       "Tensor hidden, Tensor head, Tensor labels, Tensor index, Tensor? bias, Tensor? ref_hidden, Tensor? ref_head, "
-      "str kind, float scale, float softcap) -> ()");
+      "str kind, float scale, float softcap, Tensor? kept, Tensor? peaks, Tensor? spare) -> ()");
 }

@@ -10,6 +10,7 @@ namespace moe_unlearn {
 namespace {
 
 constexpr int64_t grain = 512;  // words per thread at least
+constexpr int64_t ahead = 1024;  // bytes: the prefetch of the hardware stops at every page
 
 /// The new weights w and momenta s[0]; g is scratch.
 template <Dtype A>
@@ -41,6 +42,57 @@ MOE_UNLEARN_INLINE void apply(const AdamW& rule, Word& w, const Word& g, Word (&
   for (int j = 0; j < word_bits; ++j) w[j] = rule.moved<A>(w[j], m[j], v[j]);
 }
 
+/// A word of operands of dtype A, dense along their rows.
+struct Dense {
+  char *param, *grad, *state[2];
+  uint32_t bits;
+};
+
+/// The new weights and moments of a word in one loop, with nothing in memory but the operands.
+template <ScalarType A, int states, class Rule>
+MOE_UNLEARN_INLINE void update_dense(const Rule& rule, const Dense& word) {
+  using Bits = typename Format<A>::Bits;
+  constexpr Dtype D = Format<A>::dtype;
+  auto *const w = reinterpret_cast<Bits*>(word.param), *const g = reinterpret_cast<Bits*>(word.grad);
+  auto *const m = reinterpret_cast<Bits*>(word.state[0]), *const v = reinterpret_cast<Bits*>(word.state[1]);
+  // what a rule leaves is rounded
+  const auto in_bits = [](float x) MOE_UNLEARN_INLINE_LAMBDA {
+    return A == ScalarType::BFloat16 ? bits_of(x) >> 16 : narrow<D>(x);
+  };
+#pragma GCC ivdep
+  for (int j = 0; j < word_bits; ++j) {
+    const bool chosen = word.bits >> j & 1;
+    float value = widen<D>(w[j]), s[] = {states > 0 ? widen<D>(m[j]) : 0.0f, states > 1 ? widen<D>(v[j]) : 0.0f};
+    rule.template apply<D>(value, widen<D>(g[j]), s);
+    w[j] = static_cast<Bits>(choose(chosen, in_bits(value), w[j]));
+    if (states > 0) m[j] = static_cast<Bits>(choose(chosen, in_bits(s[0]), m[j]));
+    if (states > 1) v[j] = static_cast<Bits>(choose(chosen, in_bits(s[1]), v[j]));
+  }
+}
+
+// Whether the word was updated: a choice left to the loop would keep it from vector registers, so the usual ones are
+// made before it, and the compiler finds them made.
+
+template <ScalarType A>
+MOE_UNLEARN_INLINE bool try_dense(const Sgd& rule, const Dense& word) {
+  if (rule.weight_decay != 0 || rule.nesterov || rule.first) return false;
+  if (rule.has_state)
+    update_dense<A, 1>(rule, word);
+  else
+    update_dense<A, 0>(rule, word);
+  return true;
+}
+
+template <ScalarType A>
+MOE_UNLEARN_INLINE bool try_dense(const AdamW& rule, const Dense& word) {
+  if (!(rule.lerp < 0.5f && rule.lerp > -0.5f)) return false;
+  if (rule.decay != 1)
+    update_dense<A, 2>(rule, word);
+  else
+    update_dense<A, 2>(rule, word);
+  return true;
+}
+
 /// Cuts w, the weights from flat element `index` on, to bfloat16.
 MOE_UNLEARN_INLINE void round_word(Word& w, int64_t index, const UpdateOperands& o) {
   uint32_t random[word_bits];
@@ -54,7 +106,8 @@ MOE_UNLEARN_INLINE void round_word(Word& w, int64_t index, const UpdateOperands&
 /// The words [begin, end) by `rule` in arithmetic of dtype A. `uniform`: every operand has dtype A and
 /// lies contiguous along its rows, with neither master nor stochastic rounding; then the compiler knows it all.
 template <class Rule, ScalarType A, bool uniform>
-MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& rule, int64_t begin, int64_t end) {
+MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& given, int64_t begin, int64_t end) {
+  const Rule rule = given;  // which no store can touch
   const auto dtype = [&](const Rows& rows) MOE_UNLEARN_INLINE_LAMBDA { return uniform ? A : rows.dtype; };
   const auto step = [&](const Rows& rows) MOE_UNLEARN_INLINE_LAMBDA {
     return uniform ? static_cast<int64_t>(sizeof(typename Format<A>::Bits)) : rows.step;
@@ -76,6 +129,17 @@ MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& rule, int
       if (bits == 0) continue;
       const int64_t first = word * word_bits, n = std::min<int64_t>(width - first, word_bits);
       const auto at = [&](const Rows& rows, char* row) MOE_UNLEARN_INLINE_LAMBDA { return row + first * step(rows); };
+
+      if (uniform && n == word_bits) {
+        const Dense dense{
+            at(o.param, param), at(o.grad, grad), {at(o.state[0], state[0]), at(o.state[1], state[1])}, bits};
+        if (A != ScalarType::Float) {
+          __builtin_prefetch(dense.param + ahead);
+          __builtin_prefetch(dense.grad + ahead);
+          for (int i = 0; i < states; ++i) __builtin_prefetch(dense.state[i] + ahead);
+        }
+        if (try_dense<A>(rule, dense)) continue;
+      }
 
       Word w, g, s[2];
       load(g, dtype(o.grad), at(o.grad, grad), step(o.grad), n);

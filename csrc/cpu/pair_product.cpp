@@ -33,7 +33,7 @@ MOE_UNLEARN_PAIRS void multiply_tile(
       sums[i][half] = _mm512_setzero_ps();
       if (!accumulate || i >= rows) continue;
       sums[i][half] = _mm512_loadu_ps(c + i * c_row + 16 * half);
-      if (scale != nullptr) sums[i][half] = _mm512_mul_ps(sums[i][half], _mm512_loadu_ps(scale + 16 * half));
+      if (scale != nullptr) sums[i][half] = _mm512_mul_ps(sums[i][half], _mm512_set1_ps(scale[i]));
     }
   for (int64_t k = 0; k < pairs; ++k) {
     const __m512i left = _mm512_loadu_si512(b + k * 32), right = _mm512_loadu_si512(b + k * 32 + 16);
@@ -62,7 +62,7 @@ void multiply_pairs(
       for (int64_t i = 0; i < pair_rows; ++i) starts[i] = a.data + (first + std::min(i, count - 1)) * a.row;
       multiply_tile(
           c + first * c_row + panel * word_bits, c_row, starts, a.step, count, b + panel * pairs * word_bits, pairs,
-          accumulate, scale != nullptr ? scale + panel * word_bits : nullptr);
+          accumulate, scale != nullptr ? scale + first : nullptr);
     }
 }
 

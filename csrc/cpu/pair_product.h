@@ -19,7 +19,7 @@ struct Pairs {
 };
 
 /// c [rows, 32 panels] = a b, or scale c + a b: `panels` of 32 columns each, b [panels, pairs, 32] holding the pairs
-/// of terms of its columns as words (the first term in the low half); scale one factor a column, or null.
+/// of terms of its columns as words (the first term in the low half); scale one factor a row, or null.
 void multiply_pairs(
     float* c, int64_t c_row, const Pairs& a, int64_t rows, const uint32_t* b, int64_t panels, int64_t pairs,
     bool accumulate, const float* scale);

@@ -14,10 +14,7 @@
 // CPU has AVX512-BF16. There exponentials and gradients are rounded to bfloat16 as the second factor of a product;
 // the label's, which can outweigh all others, is added exactly, and for kl the rounding errors are multiplied too.
 
-#include "cpu/token_loss.h"
-
-#include "cpu/pair_product.h"
-#include "cpu/product.h"
+#include "cpu/token_loss_matrices.h"
 
 #include <cmath>
 #include <string>
@@ -26,134 +23,11 @@
 namespace moe_unlearn {
 namespace {
 
-constexpr int64_t block = 128;           // tokens of a forward tile: enough blocks to share, products at full speed
-constexpr int64_t width = 512;           // its entries of the vocabulary
-constexpr int64_t backward_block = 512;  // and those of a backward tile
-constexpr int64_t backward_width = 256;
-
-struct Side {
-  Tensor head;
-  Rows hidden, head_rows;
-
-  Side(const Tensor& hidden, const Tensor& head) : head(head), hidden(hidden), head_rows(head) {}
-  bool can_pair() const {
-    return hidden.dtype == ScalarType::BFloat16 && head_rows.dtype == ScalarType::BFloat16 && head_rows.step == 2 &&
-        hidden.width % word_bits == 0;
-  }
-};
-
-struct Problem {
-  Side model, reference;  // the reference is that of kl, otherwise the model again
-  Options options;
-  const int64_t *labels, *index;  // [tokens]; the rows to compute [count], ascending
-  int64_t count, tokens, vocabulary, hidden;
-  bool pairs;  // products of bfloat16 pairs
-
-  int64_t label(int64_t i) const { return options.kl ? -1 : labels[index[i]]; }
-};
-
-float* data(const Tensor& tensor) { return static_cast<float*>(const_cast<void*>(tensor.const_data_ptr())); }
-
-Tensor floats(const Tensor& like, int64_t rows, int64_t columns) {
-  return torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);
-}
-
-/// Computed rows of one side, ready to be multiplied with its head.
-class Keys {
- public:
-  Keys(const Problem& p, const Side& side, int64_t room)
-      : p_(p), side_(side), dense_(floats(side.head, p.pairs ? 0 : room, p.hidden)),
-        packed_(p.pairs ? ceil_div(room, word_bits) * word_bits * p.hidden / 2 : 0) {}
-
-  /// Takes the rows index[begin, begin + count).
-  void gather(int64_t begin, int64_t count) {
-    if (p_.pairs)
-      for_this_cpu<pack_along_rows, uint32_t*, const Rows&, const int64_t*, int64_t, int64_t>(
-          packed_.data(), side_.hidden, p_.index, begin, count);
-    else
-      for_this_cpu<copy_rows, float*, const Rows&, const int64_t*, int64_t, int64_t>(
-          data(dense_), side_.hidden, p_.index, begin, count);
-  }
-
-  Tensor rows(int64_t begin, int64_t count) const {
-    Tensor dense = dense_;
-    return torch::stable::narrow(dense, 0, begin, count);
-  }
-
-  /// `count` entries of the head as float32, a view or a copy in `space`; nothing where pairs are multiplied.
-  Tensor entries(Tensor& space, int64_t first, int64_t count) const {
-    Tensor head = side_.head;
-    if (p_.pairs || side_.head_rows.dtype == ScalarType::Float) return torch::stable::narrow(head, 0, first, count);
-    for_this_cpu<copy_rows, float*, const Rows&, const int64_t*, int64_t, int64_t>(
-        data(space), side_.head_rows, nullptr, first, count);
-    return first_rows(space, count);
-  }
-
-  /// z [columns, count] = entries w of the head times the rows taken, from `begin` of them on.
-  void multiply_head(Tensor& z, const Tensor& w, int64_t first, int64_t columns, int64_t begin, int64_t count) const {
-    if (!p_.pairs) return multiply(corner(z, columns, count), w, transposed(rows(begin, count)));
-    const int64_t row = columns > 1 ? side_.head_rows.row(1) - side_.head_rows.row(0) : 0;
-    multiply_pairs(
-        data(z), z.size(1), {side_.head_rows.row(first), row, 4}, columns, packed_.data() + begin * p_.hidden / 2,
-        ceil_div(count, word_bits), p_.hidden / 2, false, nullptr);
-  }
-
- private:
-  const Problem& p_;
-  const Side& side_;
-  Tensor dense_;
-  std::vector<uint32_t> packed_;
-};
-
-/// Space for head entries as float32 where they are not.
-Tensor entry_space(const Problem& p, const Side& side, int64_t columns) {
-  return floats(side.head, p.pairs || side.head_rows.dtype == ScalarType::Float ? 0 : columns, p.hidden);
-}
-
-/// Tokens times entries of the head, summed over the vocabulary: [tokens, hidden], or its transpose from pairs.
-class Values {
- public:
-  Values(const Problem& p, bool wanted)
-      : p_(p), sums_(floats(p.model.head, wanted ? block : 0, p.hidden)),
-        part_(floats(p.model.head, wanted && !p.pairs ? block : 0, p.hidden)),
-        head_(wanted && p.pairs ? width / 2 * p.hidden : 0), tile_(wanted && p.pairs ? width / 2 * block : 0) {}
-
-  void reset() { torch::stable::zero_(sums_); }
-
-  /// sums = rescale * sums + tile^T w
-  void add(const Tile& t, Tensor& z, const Tensor& w, const float* rescale) {
-    if (!p_.pairs) {
-      multiply(first_rows(part_, t.count), transposed(corner(z, t.columns, t.count)), w);
-      return for_this_cpu<fold, float*, const float*, int64_t, int64_t, const float*>(
-          data(sums_), data(part_), t.count, p_.hidden, rescale);
-    }
-    const int64_t pairs = ceil_div(t.columns, 2);
-    for_this_cpu<pack_row_pairs<pair_rows>, uint32_t*, const Rows&, const int64_t*, int64_t, int64_t>(
-        head_.data(), p_.model.head_rows, nullptr, t.first, t.columns);
-    for (const bool residual : {false, true}) {
-      if (residual && !p_.options.kl) continue;
-      for_this_cpu<pack_tile, uint32_t*, const Tile&, bool>(tile_.data(), t, residual);
-      for (int64_t c = 0; c < p_.hidden; c += pair_rows)
-        multiply_pairs(
-            data(sums_) + c * block, block, {reinterpret_cast<const char*>(head_.data() + c * pairs), 4, 4 * pair_rows},
-            pair_rows, tile_.data(), ceil_div(t.count, word_bits), pairs, true, residual ? nullptr : rescale);
-    }
-  }
-
-  float sum(int64_t token, int64_t c) const {
-    return data(sums_)[p_.pairs ? c * block + token : token * p_.hidden + c];
-  }
-
- private:
-  const Problem& p_;
-  Tensor sums_, part_;
-  std::vector<uint32_t> head_, tile_;
-};
-
 /// What the forward writes; rows that are not computed stay 0.
 struct Output {
   float *value, *norm, *norm_ref;  // [tokens], [2, tokens], [2, tokens]
   float* direction;                // [tokens, hidden], null if not asked for
+  Kept kept;
 };
 
 /// A thread's tiles of the forward.
@@ -173,15 +47,15 @@ class Forward {
     if (p_.options.kl) keys_ref_.gather(begin, count);
     values_.reset();
     const bool direction = out_.direction != nullptr, kl = p_.options.kl;
-    pass(count, direction && !kl, [&](const Tile& t) {
+    pass(begin, count, direction && !kl, [&](const Tile& t) {
       for_this_cpu<kl_or_label_tile, const Options&, const Tile&, Tokens&>(p_.options, t, tokens_);
     });
     finish(begin, count);
     if (!direction) return;
     if (kl)
-      pass(count, true, [&](const Tile& t) {
-        for_this_cpu<gradient_tile, const Options&, const Tile&, const Tokens&, float*, double*>(
-            p_.options, t, tokens_, nullptr, nullptr);  // no labels
+      pass(begin, count, true, [&](const Tile& t) {
+        for_this_cpu<gradient_tile, const Options&, const Tile&, const Tokens&, float*>(
+            p_.options, t, tokens_, nullptr);  // no labels
       });
     for (int64_t r = 0; r < count; ++r) write_direction(begin, r);
   }
@@ -193,7 +67,7 @@ class Forward {
 
   /// f(tile) on products down the vocabulary; with `add` what it leaves goes to the values.
   template <class F>
-  void pass(int64_t count, bool add, const F& f) {
+  void pass(int64_t begin, int64_t count, bool add, const F& f) {
     for (int64_t first = 0; first < p_.vocabulary; first += width) {
       const int64_t columns = std::min(width, p_.vocabulary - first);
       if (p_.options.kl) {
@@ -204,6 +78,8 @@ class Forward {
       keys_.multiply_head(z_, w, first, columns, 0, count);
       const Tile tile{data(z_), data(z_ref_), block, 0, count, first, columns};
       f(tile);
+      if (out_.kept)
+        for_this_cpu<keep_tile, const Kept&, const Tile&, const Tokens&, int64_t>(out_.kept, tile, tokens_, begin);
       if (add) values_.add(tile, z_, w, tokens_.rescale.data());
     }
   }
@@ -227,6 +103,7 @@ class Forward {
       tokens_.inverse[r] = static_cast<float>(1 / sum);
       tokens_.factor[r] = p_.options.scale;
       tokens_.picked[r] = static_cast<float>(others / sum) * p_.options.scale * slope(p_.options, tokens_.picked[r]);
+      if (out_.kept) out_.kept.slopes[begin + r] = tokens_.picked[r];
       if (!p_.options.kl) continue;
       out_.norm_ref[t] = tokens_.peak_ref[r];
       out_.norm_ref[p_.tokens + t] = static_cast<float>(sum_ref);
@@ -239,12 +116,13 @@ class Forward {
     const bool kl = p_.options.kl;
     const float factor = kl ? 1.0f : tokens_.inverse[r] * p_.options.scale, label = kl ? 0.0f : tokens_.picked[r];
     const char* const w_y = head.row(kl ? 0 : tokens_.label[r]);
+    const float* const sums = values_.of(r);
     float* const to = out_.direction + p_.index[begin + r] * p_.hidden;
     for (int64_t c = 0; c < p_.hidden; c += word_bits) {
       const int64_t n = std::min<int64_t>(p_.hidden - c, word_bits);
       Word w{};
       if (!kl) load(w, head.dtype, w_y + c * head.step, head.step, n);
-      for (int64_t j = 0; j < n; ++j) to[c + j] = values_.sum(r, c + j) * factor - w[j] * label;
+      for (int64_t j = 0; j < n; ++j) to[c + j] = sums[c + j] * factor - w[j] * label;
     }
   }
 
@@ -261,29 +139,57 @@ class Backward {
  public:
   Backward(
       const Problem& p, const Tokens& tokens, const Keys& keys, const Keys& keys_ref,
-      const std::vector<uint32_t>& packed, const Rows& grad_head, const Rows& grad_bias)
-      : p_(p), tokens_(tokens), keys_(keys), keys_ref_(keys_ref), packed_(packed), grad_head_(grad_head),
+      const std::vector<uint32_t>& packed, const Kept& kept, const Rows& grad_head, const Rows& grad_bias)
+      : p_(p), tokens_(tokens), keys_(keys), keys_ref_(keys_ref), packed_(packed), kept_(kept), grad_head_(grad_head),
         grad_bias_(grad_bias), w_(entry_space(p, p.model, backward_width)),
         w_ref_(entry_space(p, p.reference, p.options.kl ? backward_width : 0)),
         z_(floats(p.model.head, backward_width, backward_block)),
         z_ref_(floats(p.model.head, p.options.kl ? backward_width : 0, backward_block)),
         sums_(floats(p.model.head, grad_head ? backward_width : 0, p.hidden)),
         part_(floats(p.model.head, grad_head && !p.pairs ? backward_width : 0, p.hidden)),
-        rounded_(grad_head && p.pairs ? backward_width * backward_block : 0), of_label_(backward_block) {}
+        rounded_(grad_head && p.pairs ? backward_width * backward_block : 0), of_label_(backward_block),
+        factor_(kept ? kept.room : 0) {}
 
-  /// The entries [first, first + columns) of the vocabulary.
+  /// The entries [first, first + columns) of the vocabulary, a group.
   void run(int64_t first, int64_t columns) {
-    const Tensor w = keys_.entries(w_, first, columns);
+    const int64_t kept = kept_ ? kept_.count(columns) : 0;
+    if (kept > 0)
+      for_this_cpu<scale_group, const Kept&, const Tokens&, int64_t, float*>(kept_, tokens_, first, factor_.data());
+    for (int64_t entry = 0, next; entry < columns; entry = next) {
+      next = std::min(entry + backward_width, entry < kept ? kept : columns);
+      run_tiles(first + entry, next - entry, entry < kept ? first : -1, columns);
+    }
+  }
+
+ private:
+  /// factor = by how much what was kept of a group's tiles is multiplied
+  MOE_UNLEARN_INLINE static void scale_group(const Kept& kept, const Tokens& tokens, int64_t first, float* factor) {
+    const float* const peaks = kept.peaks + first / width * kept.tokens;
+    for (int64_t i = 0; i < std::min(kept.room, kept.tokens); ++i)
+      factor[i] = exp_float(peaks[i] - tokens.peak[i]) * tokens.inverse[i] * tokens.factor[i];
+  }
+
+  /// Entries of the group that starts at `group`, from what was kept of it; -1: from their logits.
+  void run_tiles(int64_t first, int64_t columns, int64_t group, int64_t group_columns) {
+    const bool kept = group >= 0;
+    const Tensor w = kept ? w_ : keys_.entries(w_, first, columns);
     const Tensor w_ref = p_.options.kl ? keys_ref_.entries(w_ref_, first, columns) : w;
     double bias_sums[backward_width] = {};
     torch::stable::zero_(sums_);
     for (int64_t begin = 0; begin < p_.count; begin += backward_block) {
       const int64_t count = std::min(backward_block, p_.count - begin);
-      keys_.multiply_head(z_, w, first, columns, begin, count);
-      if (p_.options.kl) keys_ref_.multiply_head(z_ref_, w_ref, first, columns, begin, count);
       const Tile tile{data(z_), data(z_ref_), backward_block, begin, count, first, columns};
-      for_this_cpu<gradient_tile, const Options&, const Tile&, const Tokens&, float*, double*>(
-          p_.options, tile, tokens_, of_label_.data(), grad_bias_ ? bias_sums : nullptr);
+      if (kept) {
+        for_this_cpu<take_tile, const Kept&, const Tile&, int64_t, int64_t, const float*>(
+            kept_, tile, group, group_columns, factor_.data());
+        std::copy_n(tokens_.picked.data() + begin, count, of_label_.data());
+      } else {
+        keys_.multiply_head(z_, w, first, columns, begin, count);
+        if (p_.options.kl) keys_ref_.multiply_head(z_ref_, w_ref, first, columns, begin, count);
+        for_this_cpu<gradient_tile, const Options&, const Tile&, const Tokens&, float*>(
+            p_.options, tile, tokens_, of_label_.data());
+      }
+      if (grad_bias_) add_bias_sums(tile, tokens_, of_label_.data(), bias_sums);
       if (grad_head_) add(tile);
     }
     if (grad_head_)
@@ -294,7 +200,6 @@ class Backward {
     }
   }
 
- private:
   /// sums += tile h, and the labels' own terms
   void add(const Tile& t) {
     if (p_.pairs) {
@@ -319,10 +224,11 @@ class Backward {
   const Tokens& tokens_;
   const Keys &keys_, &keys_ref_;
   const std::vector<uint32_t>& packed_;  // the hidden states in pairs of rows, a block after the other
+  const Kept& kept_;
   Rows grad_head_, grad_bias_;
   Tensor w_, w_ref_, z_, z_ref_, sums_, part_;
   std::vector<uint16_t> rounded_;
-  std::vector<float> of_label_;
+  std::vector<float> of_label_, factor_;
 };
 
 Problem problem(
@@ -338,17 +244,26 @@ Problem problem(
           has_pair_products() && model.can_pair() && reference.can_pair()};
 }
 
-/// (l, norm, ref_norm, dl/dh) as float32, 0 in the rows outside the index; dl/dh is empty unless asked for.
+Kept kept_of(
+    const Problem& p, const std::optional<Tensor>& gradient, const std::optional<Tensor>& peaks,
+    const std::optional<Tensor>& spare) {
+  return peaks.has_value() ? Kept(p, *gradient, *peaks, *spare) : Kept();
+}
+
+/// (l, norm, ref_norm, dl/dh) as float32, 0 in the rows outside the index; dl/dh is empty unless asked for. What is
+/// kept of the tiles goes to `kept`, which becomes the head's gradient, peaks and spare.
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss(
     const Tensor& hidden, const Tensor& head, const Tensor& labels, const Tensor& index,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& ref_hidden, const std::optional<Tensor>& ref_head,
-    const std::string& kind, double scale, double softcap, bool direction) {
+    const std::string& kind, double scale, double softcap, bool direction, const std::optional<Tensor>& kept,
+    const std::optional<Tensor>& peaks, const std::optional<Tensor>& spare) {
   const Problem p = problem(hidden, head, labels, index, bias, ref_hidden, ref_head, kind, scale, softcap);
   auto value = torch::stable::new_zeros(hidden, {p.tokens}, ScalarType::Float);
   auto norm = torch::stable::new_zeros(hidden, {2, p.tokens}, ScalarType::Float);
   auto ref_norm = torch::stable::new_zeros(hidden, {2, p.tokens}, ScalarType::Float);
   auto directions = torch::stable::new_zeros(hidden, {direction ? p.tokens : 0, p.hidden}, ScalarType::Float);
-  const Output out{data(value), data(norm), data(ref_norm), direction ? data(directions) : nullptr};
+  const Output out{
+      data(value), data(norm), data(ref_norm), direction ? data(directions) : nullptr, kept_of(p, kept, peaks, spare)};
   parallel_products(ceil_div(p.count, block), [&](int64_t first, int64_t last) {
     Forward forward(p, out);
     for (int64_t begin = first * block; begin < std::min(last * block, p.count); begin += block)
@@ -357,13 +272,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss(
   return {value, norm, ref_norm, directions};
 }
 
-/// Writes the gradients of head and bias for dloss/dl = upstream.
+/// Writes the gradients of head and bias for dloss/dl = upstream; that of the head in the place of the kept tiles.
 void token_loss_head(
     const std::optional<Tensor>& grad_head, const std::optional<Tensor>& grad_bias, const Tensor& upstream,
     const Tensor& norm, const Tensor& ref_norm, const Tensor& hidden, const Tensor& head, const Tensor& labels,
     const Tensor& index, const std::optional<Tensor>& bias, const std::optional<Tensor>& ref_hidden,
-    const std::optional<Tensor>& ref_head, const std::string& kind, double scale, double softcap) {
+    const std::optional<Tensor>& ref_head, const std::string& kind, double scale, double softcap,
+    const std::optional<Tensor>& tiles, const std::optional<Tensor>& peaks, const std::optional<Tensor>& spare) {
   const Problem p = problem(hidden, head, labels, index, bias, ref_hidden, ref_head, kind, scale, softcap);
+  const Kept kept = kept_of(p, tiles, peaks, spare);
   Tokens tokens(p.count);
   for (int64_t i = 0; i < p.count; ++i) {
     const int64_t t = p.index[i];
@@ -373,6 +290,7 @@ void token_loss_head(
     tokens.inverse[i] = 1 / data(norm)[p.tokens + t];
     tokens.peak_ref[i] = data(ref_norm)[t];
     tokens.inverse_ref[i] = 1 / data(ref_norm)[p.tokens + t];
+    if (kept) tokens.picked[i] = -kept.slopes[i] * data(upstream)[t];
   }
   Keys keys(p, p.model, p.count), keys_ref(p, p.reference, p.options.kl ? p.count : 0);
   keys.gather(0, p.count);
@@ -382,10 +300,10 @@ void token_loss_head(
     for_this_cpu<pack_row_pairs<word_bits>, uint32_t*, const Rows&, const int64_t*, int64_t, int64_t>(
         packed.data() + begin / 2 * p.hidden, p.model.hidden, p.index, begin,
         std::min(backward_block, p.count - begin));
-  parallel_products(ceil_div(p.vocabulary, backward_width), [&](int64_t first, int64_t last) {
-    Backward backward(p, tokens, keys, keys_ref, packed, Rows(grad_head), Rows(grad_bias));
-    for (int64_t v = first * backward_width; v < std::min(last * backward_width, p.vocabulary); v += backward_width)
-      backward.run(v, std::min(backward_width, p.vocabulary - v));
+  parallel_products(ceil_div(p.vocabulary, width), [&](int64_t first, int64_t last) {
+    Backward backward(p, tokens, keys, keys_ref, packed, kept, Rows(grad_head), Rows(grad_bias));
+    for (int64_t v = first * width; v < std::min(last * width, p.vocabulary); v += width)
+      backward.run(v, std::min(width, p.vocabulary - v));
   });
 }
 

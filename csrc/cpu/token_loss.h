@@ -191,10 +191,8 @@ MOE_UNLEARN_INLINE void kl_tile(const Options& o, const Tile& t, Tokens& tokens)
 }
 
 /// Products to gradients of the logits where the softmax is known, times the token's factor: (p_v - q_v) c_v; under a
-/// label p_v c_v, but 0 at the label itself, whose (p_v - 1) c_v goes to `of_label`. Adds sums over tokens to
-/// bias_sums, unless that is null.
-MOE_UNLEARN_INLINE void gradient_tile(
-    const Options& o, const Tile& t, const Tokens& tokens, float* of_label, double* bias_sums) {
+/// label p_v c_v, but 0 at the label itself, whose (p_v - 1) c_v goes to `of_label`.
+MOE_UNLEARN_INLINE void gradient_tile(const Options& o, const Tile& t, const Tokens& tokens, float* of_label) {
   for_each_label(t, tokens, [&](int64_t r, int64_t v) MOE_UNLEARN_INLINE_LAMBDA {
     const int64_t token = t.begin + r;
     const float z = logit(o, t.z[v * t.stride + r], bias_of(o, t.first + v));
@@ -203,7 +201,7 @@ MOE_UNLEARN_INLINE void gradient_tile(
   });
   for (int64_t r = 0; r < t.count; r += word_bits) {
     const int64_t token = t.begin + r, n = std::min<int64_t>(t.count - r, word_bits);
-    Word peak, peak_ref, inverse, inverse_ref, factor;
+    Word peak, peak_ref, inverse, inverse_ref, factor, share, change;
     take(peak, tokens.peak, token);
     take(peak_ref, tokens.peak_ref, token);
     take(inverse, tokens.inverse, token);
@@ -212,20 +210,27 @@ MOE_UNLEARN_INLINE void gradient_tile(
     for (int64_t v = 0; v < t.columns; ++v) {
       const float bias = bias_of(o, t.first + v);
       float* const at = t.z + v * t.stride + r;
-      const float* const at_ref = t.z_ref + v * t.stride + r;
       for (int j = 0; j < word_bits; ++j) {
-        const float z = logit(o, at[j], bias), p = exp_float(z - peak[j]) * inverse[j];
-        const float q = o.kl ? exp_float(logit(o, at_ref[j], bias) - peak_ref[j]) * inverse_ref[j] : 0.0f;
-        const float dz = (p - q) * factor[j] * slope(o, z);
-        at[j] = j < n ? dz : 0.0f;
+        const float z = logit(o, at[j], bias);
+        share[j] = exp_float(z - peak[j]) * inverse[j];
+        change[j] = factor[j] * slope(o, z);
       }
+      if (o.kl) {
+        const float* const at_ref = t.z_ref + v * t.stride + r;
+        for (int j = 0; j < word_bits; ++j)
+          share[j] -= exp_float(logit(o, at_ref[j], bias) - peak_ref[j]) * inverse_ref[j];
+      }
+      for (int j = 0; j < word_bits; ++j) at[j] = j < n ? share[j] * change[j] : 0.0f;
     }
   }
   for_each_label(t, tokens, [&](int64_t r, int64_t v) MOE_UNLEARN_INLINE_LAMBDA { t.z[v * t.stride + r] = 0; });
-  if (bias_sums == nullptr) return;
+}
+
+/// Adds the sums over tokens of a tile of gradients and of its labels' own.
+inline void add_bias_sums(const Tile& t, const Tokens& tokens, const float* of_label, double* bias_sums) {
   for (int64_t v = 0; v < t.columns; ++v)
     for (int64_t r = 0; r < t.count; ++r) bias_sums[v] += static_cast<double>(t.z[v * t.stride + r]);
-  for_each_label(t, tokens, [&](int64_t r, int64_t v) MOE_UNLEARN_INLINE_LAMBDA {
+  for_each_label(t, tokens, [&](int64_t r, int64_t v) {
     bias_sums[v] += static_cast<double>(of_label[r]);
   });
 }

@@ -7,26 +7,23 @@
     uce    l_t = -log(1 - p_t[y_t] / 2), in [0, log 2]               dl/dz = -(e^l - 1) (p - onehot(y))
     kl     l_t = sum_v q_t[v] (log q_t[v] - log p_t[v])              dl/dz = p - q
 
-T tokens, H hidden, V vocabulary: hidden_states h [T, H], lm_head W [V, H], labels y [T]. q is the softmax of
-reference hidden states under the same head, or a frozen copy of it; no gradient flows into q. In `uce`,
-e^l - 1 = p / (2 - p), so the gradient at the target logit is p (1 - p) / (2 - p).
+T tokens, H hidden, V vocabulary: hidden_states h [T, H], lm_head W [V, H], labels y [T]. q is the softmax of reference
+hidden states under the same head, or a frozen copy of it; no gradient flows into q. In `uce`, e^l - 1 = p / (2 - p), so
+the gradient at the target logit is p (1 - p) / (2 - p).
 
-A row whose label is -100 or whose weight is 0 has loss exactly 0 and gradient exactly 0, whatever it holds,
-and is dropped before the matrix product. (Where the weights themselves need a gradient, which is l_t, only
-the label drops a row.) Worked example: labels [5, -100, 2, 7] with weights [1, 3, 0, 2] multiply rows 0
-and 3 alone.
+A row whose label is -100 or whose weight is 0 has loss exactly 0 and gradient exactly 0, whatever it holds, and is
+dropped before the matrix product. (Where the weights themselves need a gradient, which is l_t, only the label drops a
+row.) Worked example: labels [5, -100, 2, 7] with weights [1, 3, 0, 2] multiply rows 0 and 3 alone.
 
-The rest goes in tiles of rows x vocabulary whose logits, with the temporaries beside them, fit a workspace
-of 32 MiB. Logits and softmax are float32, float64 if an input is; the forward keeps a few numbers per row and
-the backward recomputes each tile from the saved normaliser of the softmax. Gradients are summed in float32
-and rounded once.
+The rest goes in tiles of rows x vocabulary whose logits, with the temporaries beside them, fit a workspace of 32 MiB.
+Logits and softmax are float32, float64 if an input is; the forward keeps a few numbers per row and the backward
+recomputes each tile from the saved normaliser of the softmax. Gradients are summed in float32 and rounded once.
 
 Precision: the normaliser is kept as the pair (max z, sum exp(z - max z)), so a confident token keeps its
 small loss and large logits lose nothing; kl of a row to itself is exactly 0, and q = 0 adds exactly 0.
 
-Deterministic: tiles in a fixed order, no atomics. Source: nll and kl are standard; uce with its division by
-2 was read in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping
-are our specification.
+Deterministic: tiles in a fixed order, no atomics. Source: nll and kl are standard; uce with its division by 2 was read
+in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping are ours.
 """
 
 import torch
@@ -72,13 +69,13 @@ def token_loss(
     Raises TypeError or ValueError for a dtype, shape, device, option or label that does not fit. There is
     no double backward; `token_loss_ref` has one.
     """
-    _check(hidden_states, lm_head, labels, bias, token_weights, kind, ref_hidden_states, ref_lm_head)
-    _check_options(logit_scale, logit_softcap, chunk_rows)
+    _check(hidden_states, lm_head, labels, bias, token_weights, kind, ref_hidden_states, ref_lm_head,
+           logit_softcap, chunk_rows)  # fmt: skip
     drop_zero_weights = token_weights is not None and not token_weights.requires_grad
     return _token_loss(
         hidden_states, lm_head, labels, bias, token_weights, ref_hidden_states, ref_lm_head, kind,
         float(logit_scale), None if logit_softcap is None else float(logit_softcap), drop_zero_weights,
-        chunk_rows, impl, hidden_states.requires_grad and torch.is_grad_enabled(),
+        chunk_rows, impl, _trained(hidden_states), _trained(lm_head, bias),
     )[0]  # fmt: skip
 
 
@@ -104,6 +101,10 @@ def token_loss_ref(
     if token_weights is not None:
         loss = token_weights[rows].to(dtype) * loss
     return torch.zeros(labels.shape, dtype=dtype, device=labels.device).index_put((rows,), loss)
+
+
+def _trained(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:
@@ -133,18 +134,20 @@ def _logits(h: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap:
 def _token_loss(
     hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
     ref_hidden: Tensor | None, ref_head: Tensor | None, kind: str, scale: float, softcap: float | None,
-    drop_zero_weights: bool, chunk_rows: int | None, impl: str, keep: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [T], l [T], the softmax's max z and sum exp(z - max z) [2, T], those of the reference [2, T], dl/dh).
+    drop_zero_weights: bool, chunk_rows: int | None, impl: str, keep: bool = False, keep_head: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss [T], l [T], the softmax's max z and sum exp(z - max z) [2, T], those of the reference [2, T], dl/dh, ...).
 
-    All are 0 in dropped rows. dl/dh [T, H] is for the backward, empty unless `keep` and the kernel can keep it.
+    All are 0 in dropped rows. dl/dh [T, H] is for the backward, empty unless `keep` and the kernel can keep it; the
+    last three are for the gradients of head and bias, by `keep_head`.
     """
     arguments = (hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
                  drop_zero_weights, chunk_rows)  # fmt: skip
-    kept = _kept(hidden, impl, keep)
+    kept = _kept(hidden, impl, keep or keep_head)
     kernel = backend.resolve(kept or "token_loss", impl, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        return kernel(*arguments) if kept else (*kernel(*arguments), hidden.new_empty(0))
+        none = [hidden.new_empty(0) for _ in range(4)]
+        return kernel(*arguments, keep, keep_head) if kept else (*kernel(*arguments), *none)
 
 
 def _kept(hidden: Tensor, impl: str, keep: bool) -> str:
@@ -155,11 +158,14 @@ def _kept(hidden: Tensor, impl: str, keep: bool) -> str:
 
 @_token_loss.register_fake
 def _(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap, drop, chunk_rows, impl,
-      keep=False):  # fmt: skip
+      keep=False, keep_head=False):  # fmt: skip
     loss = hidden.new_empty(labels.shape, dtype=_wide(hidden, head))
     pair = loss.new_empty(2, *labels.shape)
-    direction = pair.new_empty(hidden.shape) if _kept(hidden, impl, keep) else hidden.new_empty(0)
-    return loss, torch.empty_like(loss), pair, torch.empty_like(pair), direction
+    kept = [hidden.new_empty(0) for _ in range(4)]
+    if _kept(hidden, impl, keep or keep_head):
+        room = backend.resolve("token_loss.room", impl, hidden)
+        kept = room(hidden, head, labels, bias, ref_hidden, ref_head, kind, keep, keep_head)
+    return loss, torch.empty_like(loss), pair, torch.empty_like(pair), *kept
 
 
 @torch.library.custom_op("moe_unlearn::token_loss_backward", mutates_args=())
@@ -181,33 +187,36 @@ def _token_loss_backward(
 @_token_loss_backward.register_fake
 def _(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm, direction, kind, scale,
       softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head, needs_bias, impl):  # fmt: skip
-    return (
-        hidden.new_empty(hidden.shape if needs_hidden else 0),
-        head.new_empty(head.shape if needs_head else 0),
-        bias.new_empty(bias.shape) if needs_bias else head.new_empty(0),
-    )
+    grad_bias = bias.new_empty(bias.shape) if needs_bias else head.new_empty(0)
+    grad_head = head.new_empty(head.shape if needs_head else 0)
+    return hidden.new_empty(hidden.shape if needs_hidden else 0), grad_head, grad_bias
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, ctx.impl, _ = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    *tensors, ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, ctx.impl, _, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:5])
+    ctx.kept = output[5:]  # not saved: the first backward writes it, a further one goes without
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for what is kept would be as large again
 
 
 def _backward(ctx, grad, *unused):
     hidden, head, labels, bias, weights, ref_hidden, ref_head, value, *saved = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-    grads = [None] * 3
+    *needs, needs_weights = (grad is not None and ctx.needs_input_grad[i] for i in (0, 1, 3, 4))
+    grads, kept, ctx.kept = [None] * 3, ctx.kept, ()
+    if any(needs[1:]) and kept and kept[0].numel() and not torch.is_grad_enabled():
+        kernel = backend.resolve("token_loss.head", ctx.impl, hidden)
+        bias_grad = kernel(grad, hidden, head, labels, bias, weights, value, *saved[:2], *kept, ctx.kind, ctx.scale,
+                           ctx.softcap, ctx.drop, *needs[1:])  # fmt: skip
+        grads, needs = [None, kept[0] if needs[1] else None, bias_grad if needs[2] else None], [needs[0], False, False]
     if any(needs):
         results = _token_loss_backward(
             grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, *saved,
             ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, *needs, ctx.impl,
         )  # fmt: skip
-        grads = [result if need else None for result, need in zip(results, needs, strict=True)]
-    grad_weights = None
-    if ctx.needs_input_grad[4]:
-        grad_weights = torch.where(labels == IGNORED, 0, grad * value).to(weights.dtype)
-    return grads[0], grads[1], None, grads[2], grad_weights, *[None] * 9
+        grads = [result if need else old for result, need, old in zip(results, needs, grads, strict=True)]
+    grad_weights = torch.where(labels == IGNORED, 0, grad * value).to(weights.dtype) if needs_weights else None
+    return grads[0], grads[1], None, grads[2], grad_weights, *[None] * 10
 
 
 def _no_double_backward(ctx, *grads):
@@ -274,10 +283,6 @@ def _merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return peaks - m, torch.stack([m, (sums * (peaks - m).exp()).sum(0)])
 
 
-def _softmax(z: Tensor, norm: Tensor) -> Tensor:
-    return (z - norm[0, :, None]).exp() / norm[1, :, None]
-
-
 def _backward_tiled(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm,
                     kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head,
                     needs_bias):  # fmt: skip
@@ -299,10 +304,10 @@ def _backward_tiled(grad, hidden, head, labels, bias, weights, ref_hidden, ref_h
         grad_w, grad_b = torch.zeros_like(w) if needs_head else None, torch.zeros_like(w[:, 0])
         for (rows, h, h_ref), grad_h in zip(chunks, sums, strict=True):
             z = _logits(h, w, b, scale, softcap)
-            dz = _softmax(z, norm[:, rows])
+            dz = (z - norm[0, rows, None]).exp() / norm[1, rows, None]
             if kind == "kl":
                 z_ref = _logits(h_ref, ref_head[tile], b, scale, softcap)
-                dz = dz - _softmax(z_ref, ref_norm[:, rows])
+                dz = dz - (z_ref - ref_norm[0, rows, None]).exp() / ref_norm[1, rows, None]
             else:
                 column, inside = _column(labels[rows], tile)
                 dz = dz.scatter_add(1, column, -inside.to(dtype)[:, None])
@@ -343,11 +348,13 @@ backend.register("token_loss.backward", "ref", _backward_tiled)
 native.register("token_loss", "moe_unlearn.ops.native.token_loss:forward")
 native.register("token_loss.backward", "moe_unlearn.ops.native.token_loss:backward")
 native.register(_KEPT, "moe_unlearn.ops.native.token_loss:forward_kept")
+native.register("token_loss.room", "moe_unlearn.ops.native.token_loss:room")
+native.register("token_loss.head", "moe_unlearn.ops.native.token_loss:head_gradient_")
 backend.register("token_loss", "triton", "moe_unlearn.triton_kernels.token_loss:token_loss")
 backend.register("token_loss.backward", "triton", "moe_unlearn.triton_kernels.token_loss:token_loss_backward")
 
 
-def _check(hidden, head, labels, bias, weights, kind, ref_hidden, ref_head):
+def _check(hidden, head, labels, bias, weights, kind, ref_hidden, ref_head, softcap, chunk_rows):
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}; got {kind!r}")
     if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1] or len(head) == 0:
@@ -378,9 +385,6 @@ def _check(hidden, head, labels, bias, weights, kind, ref_hidden, ref_head):
             raise TypeError(f"{name} must be floating point; got {tensor.dtype}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on {hidden.device} like hidden_states; got {tensor.device}")
-
-
-def _check_options(scale, softcap, chunk_rows):
     if softcap is not None and not softcap > 0:
         raise ValueError(f"logit_softcap must be above 0, or None for none; got {softcap}")
     if chunk_rows is not None and chunk_rows < 1:
@@ -392,5 +396,4 @@ def _check_labels(labels, kind, vocabulary):
         return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= vocabulary:
-        bad = low if low < 0 else high
-        raise ValueError(f"labels must be in [0, {vocabulary}) or {IGNORED}; got {bad}")
+        raise ValueError(f"labels must be in [0, {vocabulary}) or {IGNORED}; got {low if low < 0 else high}")

@@ -215,3 +215,19 @@ def test_the_default_implementation_on_the_cpu():
     assert native.load("cpu") == ""
     inputs = several_tiles("nll")
     assert torch.equal(token_loss(**inputs), token_loss(**inputs, impl="cpu"))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", ["nll", "uce"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_second_backward_has_nothing_kept_and_leaves_the_first_gradient_alone(kind, dtype):
+    inputs = several_tiles(kind, dtype)
+    leaves = {k: inputs[k].detach().requires_grad_() for k in GRADIENTS if inputs.get(k) is not None}
+    loss = token_loss(**(inputs | leaves), impl="cpu").sum()
+    first = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
+    before = [g.clone() for g in first]
+    second = torch.autograd.grad(loss, list(leaves.values()))
+    for a, b, kept in zip(first, second, before, strict=True):
+        assert torch.equal(a, kept)
+        if dtype == F32:
+            torch.testing.assert_close(a, b)

@@ -2,39 +2,53 @@
 
 The forward can keep dl/dh, the gradient of each row's loss before weights and upstream, for one matrix product
 more; a backward without it would have to make the logits again. The gradients of head and bias need each row's
-upstream first, so there they are made again. Tiles have a size of their own: `chunk_rows` is for `ref`.
+upstream first. For them the forward keeps exponentials of logits, as many as fit into the memory of the head's
+gradient, which is then made in their place, and into a spare tensor of at most SPARE_BYTES; other logits are made
+again, and all of them for kl, in a second backward and with create_graph.
+Tiles have a size of their own: `chunk_rows` is for `ref`.
 """
 
 import torch
 from torch import Tensor
 
-from moe_unlearn.ops.token_loss import IGNORED, _backward_tiled, _check_labels, _counted, _forward_tiled
+from moe_unlearn.ops.token_loss import IGNORED, _backward_tiled, _check_labels, _counted, _forward_tiled, _wide
 
+GROUP = 512  # entries of the vocabulary, `width` in token_loss_matrices.h
+SPARE_BYTES = 2**27
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def forward(*arguments):
-    return _forward(*arguments, keep=False)[:4]
+    return forward_kept(*arguments, False, False)[:4]
 
 
-def forward_kept(*arguments):
-    return _forward(*arguments, keep=True)
+def room(hidden, head, labels, bias, ref_hidden, ref_head, kind, keep, keep_head):
+    """Where dl/dh, exponentials in the place of the head's gradient, their maxima and the spare ones are kept."""
+    direction = hidden.new_zeros(len(hidden) if keep else 0, hidden.shape[1], dtype=_wide(hidden, head))
+    if not keep_head or kind == "kl" or not _can_take(hidden, head, bias):
+        return direction, *(head.new_empty(0) for _ in range(3))
+    groups, rows = -(-len(head) // GROUP), -(-len(labels) // 32) * 32
+    columns = min(GROUP // 4, SPARE_BYTES // max(1, groups * rows * head.element_size()))
+    peaks = head.new_empty(groups + 1, len(labels), dtype=torch.float32)
+    return direction, head.new_empty(head.shape), peaks, head.new_empty(groups, columns, rows)
 
 
-def _forward(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap, drop_zero_weights,
-             chunk_rows, *, keep):  # fmt: skip
-    """What the op returns; dl/dh is empty without `keep`."""
+def forward_kept(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap, drop_zero_weights,
+                 chunk_rows, keep, keep_head):  # fmt: skip
+    """What the op returns; all that is not kept is empty."""
     arguments = hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap
     if not _can_take(hidden, head, bias, ref_hidden, ref_head):
         outputs = _forward_tiled(*arguments, drop_zero_weights, chunk_rows)
-        return *outputs, outputs[0].new_zeros(hidden.shape)
+        return *outputs, *room(hidden, head, labels, bias, ref_hidden, ref_head, kind, keep, keep_head)
     index = _counted(labels, weights, drop_zero_weights)
     _check_labels(labels[index], kind, len(head))
     problem = _problem(hidden, head, labels, index, bias, ref_hidden, ref_head, kind, scale, softcap)
-    value, norm, ref_norm, direction = torch.ops.moe_unlearn_native.token_loss(*problem, keep)
+    kept = room(hidden, head, labels, bias, ref_hidden, ref_head, kind, False, keep_head)[1:]
+    kernel = torch.ops.moe_unlearn_native.token_loss
+    value, norm, ref_norm, direction = kernel(*problem, keep, *(kept if kept[0].numel() else [None] * 3))
     weighted = value.clone() if weights is None else value * weights.float()
     # an ignored row is 0 under a weight of NaN too
-    return torch.where(labels == IGNORED, 0, weighted), value, norm, ref_norm, direction
+    return torch.where(labels == IGNORED, 0, weighted), value, norm, ref_norm, direction, *kept
 
 
 def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm, kind, scale,
@@ -45,22 +59,48 @@ def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, va
                                needs_bias)  # fmt: skip
     index = _counted(labels, weights, drop_zero_weights)
     problem = _problem(hidden, head, labels, index, bias, ref_hidden, ref_head, kind, scale, softcap)
-    upstream = torch.zeros(labels.shape)
-    upstream[index] = (grad.float() if weights is None else grad.float() * weights.float())[index]
-    if kind == "uce":
-        upstream *= -torch.expm1(value)
+    upstream = _upstream(grad, weights, value, index, kind)
     grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else 0)
     if needs_hidden:
         if direction is None:
-            direction = torch.ops.moe_unlearn_native.token_loss(*problem, True)[3]
+            direction = torch.ops.moe_unlearn_native.token_loss(*problem, True, None, None, None)[3]
         torch.mul(direction, upstream[:, None], out=grad_hidden)
     grad_head = head.new_empty(head.shape if needs_head else 0)
     grad_bias = head.new_empty(0) if not needs_bias else bias.new_empty(bias.shape)
     if needs_head or needs_bias:
         torch.ops.moe_unlearn_native.token_loss_head(
-            grad_head if needs_head else None, grad_bias if needs_bias else None, upstream, norm, ref_norm, *problem
-        )
+            grad_head if needs_head else None, grad_bias if needs_bias else None, upstream, norm, ref_norm, *problem,
+            None, None, None,
+        )  # fmt: skip
     return grad_hidden, grad_head, grad_bias
+
+
+@torch.library.custom_op("moe_unlearn::token_loss_head_", mutates_args=("kept",))
+def head_gradient_(
+    grad: Tensor, hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
+    value: Tensor, norm: Tensor, ref_norm: Tensor, kept: Tensor, peaks: Tensor, spare: Tensor, kind: str, scale: float,
+    softcap: float | None, drop_zero_weights: bool, needs_head: bool, needs_bias: bool,
+) -> Tensor:  # fmt: skip
+    """Makes `kept` the gradient of the head, if that is needed, and returns that of the bias, or an empty tensor."""
+    index = _counted(labels, weights, drop_zero_weights)
+    problem = _problem(hidden, head, labels, index, bias, None, None, kind, scale, softcap)
+    upstream = _upstream(grad, weights, value, index, kind)
+    grad_bias = bias.new_empty(bias.shape) if needs_bias else head.new_empty(0)
+    grads = kept if needs_head else None, grad_bias if needs_bias else None
+    torch.ops.moe_unlearn_native.token_loss_head(*grads, upstream, norm, ref_norm, *problem, kept, peaks, spare)
+    return grad_bias
+
+
+@head_gradient_.register_fake
+def _(grad, hidden, head, labels, bias, *rest):
+    return bias.new_empty(bias.shape) if rest[-1] else head.new_empty(0)
+
+
+def _upstream(grad, weights, value, index, kind):
+    """dloss / d(nll or kl) of each row."""
+    upstream = torch.zeros(value.shape)
+    upstream[index] = (grad.float() if weights is None else grad.float() * weights.float())[index]
+    return upstream * -torch.expm1(value) if kind == "uce" else upstream
 
 
 def _can_take(*tensors: Tensor | None) -> bool:
