@@ -1,0 +1,146 @@
+"""What an operation costs: floating-point operations, bytes moved, and what its kernel allocates inside.
+
+Matrix products count two operations per multiply and add; element-wise work counts as bytes only. Routed rows
+are taken as spread evenly, so that M_e of E experts see N M_e / E of N rows.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from moe_unlearn.ops.token_loss import IGNORED
+
+_MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "dot", "mv")
+
+
+def kernel(function) -> str:
+    """The name under which an operation is counted: ours by their names, torch's by kind."""
+    namespace, _, name = function._schema.name.partition("::")
+    if namespace == "moe_unlearn":
+        return name
+    if name in _MATRIX_PRODUCTS:
+        return "matmul"
+    return "attention" if "attention" in name else "other"
+
+
+def nbytes(tensor: Tensor) -> int:
+    """Bytes an operation touches of `tensor`: its elements, but an expanded one only once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def arguments(function, args: tuple, kwargs: Mapping) -> dict:
+    """Name -> value of an operation's arguments."""
+    names = [argument.name for argument in function._schema.arguments]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def flops(function, args: tuple, kwargs: Mapping, out) -> int:
+    """Floating-point operations of the matrix products in one operation; 0 for all others."""
+    own = _FLOPS.get(function._schema.name)
+    if own is not None:
+        return int(own(arguments(function, args, kwargs)))
+    formula = flop_registry.get(function.overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+
+
+def workspace(function, args: tuple, kwargs: Mapping, out) -> int:
+    """Bytes the kernel behind one operation allocates and releases inside, at most at a time."""
+    own = _WORKSPACE.get(function._schema.name)
+    return 0 if own is None else int(own(arguments(function, args, kwargs)))
+
+
+def _experts_share(experts: Tensor | None, offsets: Tensor) -> float:
+    total = len(offsets) - (offsets.dim() == 1)
+    return 1.0 if experts is None else len(experts) / max(total, 1)
+
+
+def _expert_mlp(a: dict) -> float:
+    weights = a["gate_up_proj"].numel() + a["down_proj"].numel()
+    return 2 * a["top_k_weights"].numel() * weights / len(a["down_proj"])
+
+
+def _expert_mlp_backward(a: dict) -> float:
+    need_x, *need_others, _ = a["needs"]
+    weights = a["gate_up_proj"].numel() * need_x + a["down_proj"].numel() * (need_x or any(need_others))
+    return 2 * a["top_k_weights"].numel() * weights / len(a["down_proj"])
+
+
+def _wgrad(a: dict) -> float:
+    grad, input = a["grad"], a["input"]
+    rows = len(grad if a["grad_rows"] is None else a["grad_rows"])
+    return 2 * rows * grad.shape[1] * input.shape[1] * _experts_share(a["experts"], a["expert_offsets"])
+
+
+def _wgrad_sides(a: dict) -> float:
+    sides = [_wgrad({key: a[f"{key}_{side}"] for key in ("grad", "input", "expert_offsets", "grad_rows")} |
+                    {"experts": a["experts"]}) for side in "fr"]  # fmt: skip
+    return sum(sides)
+
+
+def _wgrad_inner(a: dict) -> float:
+    one = zip(a["grads"], a["inputs"], a["expert_offsets"], a["grad_rows"], strict=True)
+    names = ("grad", "input", "expert_offsets", "grad_rows")
+    products = sum(_wgrad(dict(zip(names, side, strict=True)) | {"experts": a["experts"]}) for side in one)
+    m, like = len(a["grads"]), a["grads"][0]
+    experts = len(a["expert_offsets"][0]) if a["experts"] is None else len(a["experts"])
+    return products + m * (m + 1) * experts * like.shape[1] * a["inputs"][0].shape[1]
+
+
+def _counted_rows(labels: Tensor) -> int:
+    # labels are real in a rehearsal, and a fake one could hold anything
+    return len(labels) if type(labels).__name__ == "FakeTensor" else int((labels != IGNORED).sum())
+
+
+def _token_loss(a: dict) -> float:
+    products = 2 if a["kind"] == "kl" else 1
+    return 2 * _counted_rows(a["labels"]) * a["head"].numel() * (products + bool(a["keep"]))
+
+
+def _token_loss_backward(a: dict) -> float:
+    logits = 2 if a["kind"] == "kl" else 1
+    kept = a["direction"].numel() > 0
+    products = (logits if a["needs_head"] or not kept else 0) + a["needs_head"] + (a["needs_hidden"] and not kept)
+    return 2 * _counted_rows(a["labels"]) * a["head"].numel() * products
+
+
+def _gram(a: dict) -> float:
+    m = len(a["gradients"])
+    return m * (m + 1) * a["gradients"][0].numel()
+
+
+def _gram_factors(a: dict) -> float:
+    rows, m = a["inputs"].shape[0], len(a["row_gradients"])
+    per_expert = rows / max(len(a["expert_offsets"]) - 1, 1)
+    return 2 * rows * per_expert * (a["inputs"].shape[1] + m**2 * a["row_gradients"][0].shape[1])
+
+
+def _attention(a: dict) -> float:
+    return sdpa_flop_count(a["query"].shape, a["key"].shape, a["value"].shape)
+
+
+def _attention_backward(a: dict) -> float:
+    # the scores again, then the gradients of both products' operands
+    return 2.5 * _attention(a)
+
+
+_CPU_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+_FLOPS = {
+    "moe_unlearn::expert_mlp": _expert_mlp,
+    "moe_unlearn::expert_mlp_backward": _expert_mlp_backward,
+    "moe_unlearn::expert_wgrad": _wgrad,
+    "moe_unlearn::expert_wgrad_accumulate": _wgrad,
+    "moe_unlearn::expert_wgrad_sgd": _wgrad,
+    "moe_unlearn::expert_wgrad_adamw": _wgrad,
+    "moe_unlearn::expert_wgrad_score": _wgrad_sides,
+    "moe_unlearn::expert_wgrad_inner": _wgrad_inner,
+    "moe_unlearn::token_loss": _token_loss,
+    "moe_unlearn::token_loss_backward": _token_loss_backward,
+    "moe_unlearn::gram": _gram,
+    "moe_unlearn::gram_factors": _gram_factors,
+    _CPU_ATTENTION: _attention,
+    f"{_CPU_ATTENTION}_backward": _attention_backward,
+}
+_WORKSPACE = {}
