@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from moe_unlearn.ops.token_loss import IGNORED
+from moe_unlearn import backend
+from moe_unlearn.ops.token_loss import _DEFAULT_ROWS, _TEMPORARIES, IGNORED, WORKSPACE_BYTES
 
 _MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "dot", "mv")
 
@@ -46,10 +47,14 @@ def flops(function, args: tuple, kwargs: Mapping, out) -> int:
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
 
-def workspace(function, args: tuple, kwargs: Mapping, out) -> int:
+def workspace(function, args: tuple, kwargs: Mapping) -> int:
     """Bytes the kernel behind one operation allocates and releases inside, at most at a time."""
-    own = _WORKSPACE.get(function._schema.name)
-    return 0 if own is None else int(own(arguments(function, args, kwargs)))
+    part, own = _WORKSPACE.get(function._schema.name, (None, None))
+    if own is None:
+        return 0
+    named = arguments(function, args, kwargs)
+    like = next(v for v in named.values() if isinstance(v, Tensor) and v.is_floating_point())
+    return int(own(part and backend.choose(part, named["impl"], like.device.type, like.dtype), named))
 
 
 def _experts_share(experts: Tensor | None, offsets: Tensor) -> float:
@@ -143,4 +148,88 @@ _FLOPS = {
     _CPU_ATTENTION: _attention,
     f"{_CPU_ATTENTION}_backward": _attention_backward,
 }
-_WORKSPACE = {}
+
+# What kernels allocate inside, from their own block sizes. Counted is what goes through torch's allocator: the C++
+# kernels keep some scratch of a cache's size per thread outside of it.
+_FORWARD_TILE, _FORWARD_WIDTH = 128, 512  # csrc/cpu/token_loss.cpp: block, width
+_BACKWARD_TILE, _BACKWARD_WIDTH = 512, 256  # backward_block, backward_width
+
+
+def _expert_mlp_space(impl: str, a: dict) -> int:
+    """Every implementation has the rows of the output [N, H] before they are added; triton activations [N, I]."""
+    x, rows = a["hidden_states"], a["top_k_weights"].numel()
+    inner = a["down_proj"].numel() // len(a["down_proj"]) // x.shape[1]
+    wide = a["gate_up_proj"].numel() // len(a["gate_up_proj"]) // x.shape[1]
+    return rows * x.itemsize * {"cpu": x.shape[1], "triton": x.shape[1] + inner}.get(impl, 4 * x.shape[1] + wide)
+
+
+def _expert_mlp_backward_space(impl: str, a: dict) -> int:
+    """The rows of d hidden_states [N, H], where it is asked for."""
+    x, z = a["hidden_states"], a["z"]
+    if impl in ("cpu", "triton"):
+        return a["needs"][0] * len(z) * x.shape[1] * x.itemsize
+    return 4 * len(z) * (x.shape[1] + 2 * z.shape[1])
+
+
+def _token_loss_space(impl: str, a: dict) -> int:
+    """Tiles of logits, copies of hidden states and, where it is not float32, of head entries."""
+    rows, (vocabulary, hidden), sides = _counted_rows(a["labels"]), a["head"].shape, 1 + (a["kind"] == "kl")
+    if impl == "triton":
+        return sides * len(a["labels"]) * hidden * a["hidden"].itemsize
+    if impl == "ref":
+        return _tiled_space(rows, vocabulary, hidden, sides)
+    copied = 0 if a["head"].dtype == torch.float32 else _FORWARD_WIDTH
+    keys = sides * (_FORWARD_TILE + copied) * hidden + 2 * bool(a["keep"]) * _FORWARD_TILE * hidden
+    tasks = min(torch.get_num_threads(), max(1, math.ceil(rows / _FORWARD_TILE)))
+    return 4 * tasks * (keys + sides * _FORWARD_WIDTH * _FORWARD_TILE) + 8 * rows
+
+
+def _token_loss_backward_space(impl: str, a: dict) -> int:
+    """The same for the backward; the gradient of the hidden states is made in float32."""
+    rows, (vocabulary, hidden), sides = _counted_rows(a["labels"]), a["head"].shape, 1 + (a["kind"] == "kl")
+    tokens = len(a["labels"])
+    if impl == "triton":
+        gathered = sides * tokens * hidden * a["hidden"].itemsize
+        # a row of dl/dz takes 32 KiB, from 16,384 tokens on less, at most the whole vocabulary
+        row = min(2**15, max(2**29 // max(tokens, 1), 1024 * a["hidden"].itemsize), vocabulary * a["hidden"].itemsize)
+        return gathered + a["needs_hidden"] * 4 * tokens * hidden + tokens * row
+    if impl == "ref":
+        return _tiled_space(rows, vocabulary, hidden, sides) + 4 * rows * hidden
+    space = 0 if a["hidden"].dtype == torch.float32 else 4 * a["hidden"].numel()
+    if a["needs_head"]:
+        copied = 0 if a["head"].dtype == torch.float32 else _BACKWARD_WIDTH
+        tile = sides * (copied * hidden + _BACKWARD_WIDTH * _BACKWARD_TILE) + 2 * _BACKWARD_WIDTH * hidden
+        tasks = min(torch.get_num_threads(), math.ceil(vocabulary / _BACKWARD_WIDTH))
+        space = max(space, 4 * (tasks * tile + sides * rows * hidden))
+    return space + 8 * rows + 4 * tokens
+
+
+def _tiled_space(rows: int, vocabulary: int, hidden: int, sides: int) -> int:
+    chunk = min(rows, _DEFAULT_ROWS)
+    return min(WORKSPACE_BYTES, 4 * _TEMPORARIES * chunk * vocabulary) + 4 * hidden * (sides * rows + vocabulary)
+
+
+def _attention_space(impl: str, a: dict) -> int:
+    """Torch's own flash attention on the CPU: a tile of scores and its sums for each thread, float32."""
+    queries, width = a["query"].shape[-2:]
+    rows = min(queries, 256 if queries >= 768 else 64 if queries >= 192 else 32)
+    keys = min(a["key"].shape[-2], 512)
+    scores = rows * keys * (4 if a["query"].dtype == torch.float32 else 6)
+    return torch.get_num_threads() * (scores + 4 * rows * (2 + width))
+
+
+def _attention_backward_space(impl: str, a: dict) -> int:
+    queries = a["query"].shape[-2]
+    rows = min(queries, 256 if queries >= 768 else 64 if queries >= 192 else 32)
+    keys = min(a["key"].shape[-2], 512)
+    return torch.get_num_threads() * 2 * rows * keys * (4 if a["query"].dtype == torch.float32 else 6)
+
+
+_WORKSPACE = {
+    "moe_unlearn::expert_mlp": ("expert_mlp", _expert_mlp_space),
+    "moe_unlearn::expert_mlp_backward": ("expert_mlp.backward", _expert_mlp_backward_space),
+    "moe_unlearn::token_loss": ("token_loss", _token_loss_space),
+    "moe_unlearn::token_loss_backward": ("token_loss.backward", _token_loss_backward_space),
+    _CPU_ATTENTION: (None, _attention_space),
+    f"{_CPU_ATTENTION}_backward": (None, _attention_backward_space),
+}

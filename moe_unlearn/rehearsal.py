@@ -19,7 +19,6 @@ inside is not seen here: `costs.workspace` says it.
 """
 
 import copy
-import weakref
 from collections import defaultdict
 
 import torch
@@ -30,65 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_unlearn import costs
+from moe_unlearn.memory import Ledger
 
 aten = torch.ops.aten
 
 _SMALL = 1024  # elements up to which a new floating-point tensor is real: counters, scalars, rotary frequencies
 _LARGE = 1 << 26  # elements from which a new tensor of any dtype is a fake
 _INNER_PRODUCTS = ("moe_unlearn::gram", "moe_unlearn::gram_factors", "moe_unlearn::expert_wgrad_inner")
-_CUDA_BLOCK = 512  # bytes to which torch's CUDA allocator rounds
-
-
-class Ledger:
-    """Allocations and releases in their order, each storage with a key and, once known, a component."""
-
-    def __init__(self, device: torch.device):
-        self._block = _CUDA_BLOCK if device.type == "cuda" else 1
-        self._events: list[tuple[int, int]] = []
-        self._live: dict[int, int] = {}  # address of the storage -> key
-        self._component: dict[int, str] = {}
-        self._keys = 0
-
-    def add(self, tensor: Tensor, component: str) -> None:
-        """Count the storage of `tensor` from now until it is released; nothing if it is counted already."""
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._live or not storage.nbytes():
-            return
-        self._keys += 1
-        self._live[storage._cdata] = self._keys
-        size = -(-storage.nbytes() // self._block) * self._block
-        self._component[self._keys] = component
-        self._events.append((self._keys, size))
-        weakref.finalize(storage, self._release, storage._cdata, size).atexit = False
-
-    def _release(self, address: int, size: int) -> None:
-        self._events.append((self._live.pop(address), -size))
-
-    def pulse(self, size: int, component: str = "workspace") -> None:
-        """Count `size` bytes that come and go at once, as what a kernel allocates inside."""
-        if size:
-            self._keys += 1
-            self._component[self._keys] = component
-            self._events += [(self._keys, size), (self._keys, -size)]
-
-    def label(self, tensors, component: str) -> None:
-        """What has turned out to be `component`: a storage that is counted changes name, back to its start."""
-        for tensor in tensors:
-            key = self._live.get(tensor.untyped_storage()._cdata)
-            if key is not None:
-                self._component[key] = component
-
-    def peak(self) -> dict[str, int]:
-        """Bytes by component at the moment when their sum is largest."""
-        total = most = at = 0
-        for i, (_, size) in enumerate(self._events, 1):
-            total += size
-            if total > most:
-                most, at = total, i
-        held: dict[str, int] = defaultdict(int)
-        for key, size in self._events[:at]:
-            held[self._component[key]] += size
-        return {name: size for name, size in held.items() if size}
 
 
 class Rehearsal(TorchDispatchMode):
@@ -99,16 +46,15 @@ class Rehearsal(TorchDispatchMode):
 
     def __init__(self, device: torch.device):
         super().__init__()
-        self.device = device
+        self.device = torch.device(device)
         self.ledger = Ledger(device)
         self.phase = "activations"
         self.flops: dict[str, int] = defaultdict(int)
         self.moved: dict[str, int] = defaultdict(int)
         self._fake_mode = FakeTensorMode()
 
-    def twin(self, value, shared=()):
-        """A deep copy of `value` without its storage; the objects in `shared` are in it themselves."""
-        memo = {id(thing): thing for thing in shared}
+    def twin(self, value, memo: dict[int, object]):
+        """A deep copy of `value` whose floating-point tensors are fakes; `memo` as in copy.deepcopy."""
         with _Copying(self):
             return copy.deepcopy(value, memo)
 
@@ -116,6 +62,11 @@ class Rehearsal(TorchDispatchMode):
         """A fake on the rehearsal's device with the shape, strides and dtype of `tensor`."""
         with self._fake_mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A fake on the rehearsal's device."""
+        with self._fake_mode:
+            return torch.empty(shape, dtype=dtype, device=self.device)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -169,8 +120,7 @@ class Rehearsal(TorchDispatchMode):
     def _indices(self, mask: Tensor) -> Tensor:
         """The indices [n, dims] of a mask's set elements, of all where nothing is known."""
         if isinstance(mask, FakeTensor):
-            with self._fake_mode:
-                return torch.empty(mask.numel(), mask.dim(), dtype=torch.int64, device=self.device)
+            return self.empty((mask.numel(), mask.dim()), torch.int64)
         return mask.nonzero()
 
     def _expanded(self, indices):
@@ -193,8 +143,16 @@ class Rehearsal(TorchDispatchMode):
         self.flops[kernel] += costs.flops(function, args, kwargs, out)
         self.moved[kernel] += sum(costs.nbytes(t) for t in (*tensors, *results))
         for tensor in results:
+            if function is aten.add.Tensor and _summing(*args):
+                self.ledger.replace(args[0], tensor, self.phase)
             self.ledger.add(tensor, self.phase)
-        self.ledger.pulse(costs.workspace(function, args, kwargs, out))
+        self.ledger.pulse(costs.workspace(function, args, kwargs), "workspace")
+
+
+def _summing(old: Tensor, new: Tensor) -> bool:
+    """Whether autograd adds gradients: in place where nobody else has the first, but for fakes out of place."""
+    inside = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+    return inside and isinstance(new, Tensor) and old.shape == new.shape and old.dtype == new.dtype
 
 
 class _Copying(TorchFunctionMode):

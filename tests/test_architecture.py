@@ -14,12 +14,12 @@ PACKAGE = ROOT / "moe_unlearn"
 # and `regress` a package is one layer).
 LAYERS = [
     {"triton_kernels", "backend", "native", "config", "cache", "checkpoint", "report"},
-    {"ops", "testing"},
+    {"ops", "testing", "memory"},
     {"experts", "optim"},
     {"losses"},
     {"capture"},
     {"trace", "wagle", "mollm", "seuf", "forward", "scope"},
-    {"preparation", "objectives", "plan"},
+    {"preparation", "objectives", "plan", "rehearsal", "costs"},
     {"step"},
     {"data", "metrics"},
     {"trainer"},
