@@ -178,8 +178,9 @@ def _token_loss_space(impl: str, a: dict) -> int:
         return sides * len(a["labels"]) * hidden * a["hidden"].itemsize
     if impl == "ref":
         return _tiled_space(rows, vocabulary, hidden, sides)
+    dense = not _pairs(a)
     copied = 0 if a["head"].dtype == torch.float32 else _FORWARD_WIDTH
-    keys = sides * (_FORWARD_TILE + copied) * hidden + 2 * bool(a["keep"]) * _FORWARD_TILE * hidden
+    keys = dense * sides * (_FORWARD_TILE + copied) * hidden + (1 + dense) * bool(a["keep"]) * _FORWARD_TILE * hidden
     tasks = min(torch.get_num_threads(), max(1, math.ceil(rows / _FORWARD_TILE)))
     return 4 * tasks * (keys + sides * _FORWARD_WIDTH * _FORWARD_TILE) + 8 * rows
 
@@ -197,11 +198,21 @@ def _token_loss_backward_space(impl: str, a: dict) -> int:
         return _tiled_space(rows, vocabulary, hidden, sides) + 4 * rows * hidden
     space = 0 if a["hidden"].dtype == torch.float32 else 4 * a["hidden"].numel()
     if a["needs_head"]:
-        copied = 0 if a["head"].dtype == torch.float32 else _BACKWARD_WIDTH
-        tile = sides * (copied * hidden + _BACKWARD_WIDTH * _BACKWARD_TILE) + 2 * _BACKWARD_WIDTH * hidden
+        dense = not _pairs(a)
+        copied = 0 if a["head"].dtype == torch.float32 else dense * _BACKWARD_WIDTH
+        tile = sides * (copied * hidden + _BACKWARD_WIDTH * _BACKWARD_TILE) + (1 + dense) * _BACKWARD_WIDTH * hidden
         tasks = min(torch.get_num_threads(), math.ceil(vocabulary / _BACKWARD_WIDTH))
-        space = max(space, 4 * (tasks * tile + sides * rows * hidden))
+        space = max(space, 4 * (tasks * tile + dense * sides * rows * hidden))
     return space + 8 * rows + 4 * tokens
+
+
+def _pairs(a: dict) -> bool:
+    """Whether products take bfloat16 in pairs: their operands are then packed outside of torch's allocator."""
+    return (
+        a["hidden"].dtype == a["head"].dtype == torch.bfloat16
+        and a["hidden"].shape[1] % 32 == 0
+        and torch.cpu._is_avx512_bf16_supported()
+    )
 
 
 def _tiled_space(rows: int, vocabulary: int, hidden: int, sides: int) -> int:
