@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from moe_unlearn import backend
@@ -33,9 +34,10 @@ def nbytes(tensor: Tensor) -> int:
 
 
 def arguments(function, args: tuple, kwargs: Mapping) -> dict:
-    """Name -> value of an operation's arguments."""
-    names = [argument.name for argument in function._schema.arguments]
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
+    """Name -> value of an operation's arguments, defaults included."""
+    declared = function._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in declared if argument.has_default_value()}
+    return defaults | dict(zip((argument.name for argument in declared), args, strict=False)) | dict(kwargs)
 
 
 def flops(function, args: tuple, kwargs: Mapping, out) -> int:
@@ -95,8 +97,8 @@ def _wgrad_inner(a: dict) -> float:
 
 
 def _counted_rows(labels: Tensor) -> int:
-    # labels are real in a rehearsal, and a fake one could hold anything
-    return len(labels) if type(labels).__name__ == "FakeTensor" else int((labels != IGNORED).sum())
+    """Rows that a loss computes: all where the labels have no values."""
+    return len(labels) if isinstance(labels, FakeTensor) else int((labels != IGNORED).sum())
 
 
 def _token_loss(a: dict) -> float:
@@ -168,7 +170,7 @@ def _expert_mlp_backward_space(impl: str, a: dict) -> int:
     x, z = a["hidden_states"], a["z"]
     if impl in ("cpu", "triton"):
         return a["needs"][0] * len(z) * x.shape[1] * x.itemsize
-    return 4 * len(z) * (x.shape[1] + 2 * z.shape[1])
+    return 4 * len(z) * (x.shape[1] + 4 * z.shape[1])
 
 
 def _token_loss_space(impl: str, a: dict) -> int:
@@ -216,8 +218,8 @@ def _pairs(a: dict) -> bool:
 
 
 def _tiled_space(rows: int, vocabulary: int, hidden: int, sides: int) -> int:
-    chunk = min(rows, _DEFAULT_ROWS)
-    return min(WORKSPACE_BYTES, 4 * _TEMPORARIES * chunk * vocabulary) + 4 * hidden * (sides * rows + vocabulary)
+    tile = min(WORKSPACE_BYTES // _TEMPORARIES, 4 * min(rows, _DEFAULT_ROWS) * vocabulary)
+    return (1 + 2 * sides) * tile + 4 * hidden * (sides * rows + vocabulary)
 
 
 def _attention_space(impl: str, a: dict) -> int:

@@ -77,7 +77,7 @@ class Ledger:
         held: dict[str, int] = defaultdict(int)
         for key, size in self._events[:at]:
             held[self._components[key]] += size
-        return dict(held)
+        return {name: size for name, size in held.items() if size}
 
     def largest(self) -> dict[str, int]:
         """The largest bytes of each component, whenever that is."""

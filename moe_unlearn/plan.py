@@ -21,7 +21,9 @@ from moe_unlearn.wagle import WeightMask
 
 _HIDDEN_BYTES = 2  # cached hidden states are bfloat16
 _LOGPROB_BYTES = 4
-_CACHES = "reference caches"
+CACHES = "reference caches"
+# what a step has that is not a gradient
+_NOT_GRADIENTS = ("model", "optimizer", "prepared", "objectives", "masks", "recipe")
 
 
 @dataclass
@@ -29,8 +31,9 @@ class Plan:
     """A step's plan; `str(plan)` is the table the command line prints.
 
     memory: bytes by component when their sum is largest, which is `peak`; largest: the most each component takes
-    at any time. flops, bytes: per kernel, of one step's matrix products and of all it reads and writes. paths:
-    (layer, path, reason). Activations are None where the step cannot be rehearsed; a note says why.
+    at any time. flops, bytes: per kernel, of the matrix products and of everything read and written, for one
+    micro-batch and its update. paths: (layer, path, reason). Where the step cannot be rehearsed, a note says why
+    and memory is what is known without: weights, optimizer state, mask and caches.
     """
 
     recipe: str
@@ -100,40 +103,60 @@ def make_plan(step, forget: list[Batch], retain: list[Batch]) -> Plan:
         plan.notes.append(f"MOLLM keeps {2 + recipe.mollm.kl} gradient sets until their Gram matrix is known")
     if recipe.optimizer.max_grad_norm is not None:
         plan.notes.append("max_grad_norm needs every gradient before the first update")
-    with torch.random.fork_rng():
-        _rehearse(plan, step, device, batches, _cache_bytes(step, forget, retain))
+    caches = _cache_bytes(step, forget, retain)
+    if device.type != "cpu" and caches:
+        plan.notes.append(f"reference caches take {caches / 2**20:.2f} MiB on the host")
+        caches = 0
+    try:
+        _rehearse(plan, step, Rehearsal(device), batches, caches)
+    except (RuntimeError, TypeError) as error:
+        # of wrappers that cannot be copied, and of operations that torch's fakes do not know
+        plan.notes.append(f"not rehearsed, so activations, gradients and workspace are unknown ({error})")
+        plan.memory = plan.largest = _static(step, named, caches)
     return plan
 
 
-def _rehearse(plan: Plan, step, device: torch.device, batches: dict[str, Batch], caches: int) -> None:
-    rehearsal = Rehearsal(device)
+def _rehearse(plan: Plan, step, rehearsal: Rehearsal, batches: dict[str, Batch], caches: int) -> None:
+    """Two steps of a shadow of `step`, their costs into `plan`."""
     ledger = rehearsal.ledger
     shadow = _shadow(step, rehearsal, batches)
     for tensor in (*shadow.model.parameters(), *shadow.model.buffers()):
         ledger.add(tensor, "weights")
-    ledger.label(_tensors(shadow.optimizer.state), "optimizer state")
-    if device.type == "cpu":
-        ledger.hold(caches, _CACHES)
-    elif caches:
-        plan.notes.append(f"reference caches take {caches / 2**20:.2f} MiB on the host")
+    for tensor in _tensors(list(shadow.optimizer.state.values())):
+        ledger.add(tensor, "optimizer state")
+    ledger.hold(caches, CACHES)
     shadow.optimizer.register_step_pre_hook(lambda *_: ledger.label(_gradients(shadow), "gradients"))
-    with rehearsal:
+    devices = [] if rehearsal.device.type == "cpu" else [rehearsal.device]
+    with torch.random.fork_rng(devices), rehearsal:
         rehearsal.phase = "mask"
         shadow._apply_scope()
         shadow._apply_masks()
         # the first step makes the optimizer's state, the second one has it from its start
         for _ in range(2):
-            rehearsal.flops.clear()
-            rehearsal.moved.clear()
-            rehearsal.phase = "activations"
-            shadow.accumulate(batches["forget"], batches["retain"])
-            ledger.label(_gradients(shadow), "gradients")
+            # more micro-batches hold no more than the second one, which finds gradients there
+            for _ in range(min(step.recipe.accumulate, 2)):
+                rehearsal.reset_costs()
+                rehearsal.phase = "activations"
+                shadow.accumulate(batches["forget"], batches["retain"])
+                ledger.label(_gradients(shadow), "gradients")
             rehearsal.phase = "workspace"
             shadow.update()
-            ledger.label(_tensors(shadow.optimizer.state), "optimizer state")
+            ledger.label(_tensors(list(shadow.optimizer.state.values())), "optimizer state")
     plan.flops = {name: count for name, count in rehearsal.flops.items() if count}
     plan.bytes = dict(rehearsal.moved)
     plan.memory, plan.largest = ledger.peak(), ledger.largest()
+
+
+def _static(step, named: list[tuple[str, Tensor]], caches: int) -> dict[str, int]:
+    """Bytes by component that need no rehearsal."""
+    masks = step.masks.values()
+    known = {
+        "weights": sum(p.numel() * p.element_size() for _, p in named),
+        "optimizer state": sum(step.optimizer.state_size(p, step.masks.get(n)) for n, p in named if p.requires_grad),
+        "mask": sum(words.numel() * words.element_size() for words in masks),
+        CACHES: caches,
+    }
+    return {name: size for name, size in known.items() if size}
 
 
 def _shadow(step, rehearsal: Rehearsal, batches: dict[str, Batch]):
@@ -153,8 +176,10 @@ def _assumed(step, rehearsal: Rehearsal, batches: dict[str, Batch]) -> Preparati
     """What prepare() has made, its caches holding zeros for `batches`, and stand-ins for what it has not."""
     recipe, own = step.recipe, step.prepared
     stages = needed(recipe)
-    out = Preparation(done=stages, inactive=own.inactive, selected=own.selected, mask=own.mask,
-                      calibration=own.calibration, kl_floor=own.kl_floor or 0.0)  # fmt: skip
+    out = Preparation(
+        done=stages, inactive=own.inactive, selected=own.selected, mask=own.mask, calibration=own.calibration,
+        kl_floor=own.kl_floor or 0.0,
+    )  # fmt: skip
     forget, retain = batches["forget"], batches["retain"]
     modules = experts_modules(step.model)
     hidden = losses.head_of(step.model).weight.shape[1]
@@ -186,12 +211,14 @@ def _assumed(step, rehearsal: Rehearsal, batches: dict[str, Batch]) -> Preparati
         head = losses.head_of(step.model).weight
         if head.requires_grad:
             out.ref_lm_head = rehearsal.fake(head)
-            rehearsal.ledger.add(out.ref_lm_head, _CACHES)
+            rehearsal.ledger.add(out.ref_lm_head, CACHES)
     if recipe.retain.objective == "embed_diff":
         out.ref_layer_states = zeros(retain, hidden, dtype=torch.bfloat16)
     if "wagle" in stages and out.mask is None:
         shapes = {name: tuple(p.shape) for name, p in step.model.named_parameters()}
-        packed = {name: rehearsal.empty((*s[:-1], num_words(s[-1]) if s else 1), torch.int32) for name, s in shapes.items()}
+        packed = {
+            name: rehearsal.empty((*s[:-1], num_words(s[-1]) if s else 1), torch.int32) for name, s in shapes.items()
+        }
         out.mask = WeightMask(shapes, packed, recipe.wagle.keep)
     if out.mask is not None:
         for words in out.mask.packed.values():
@@ -203,9 +230,6 @@ def _gradients(step) -> list[Tensor]:
     """The gradients a step holds: those of autograd, and everything it has put aside itself."""
     own = {name: value for name, value in vars(step).items() if name not in _NOT_GRADIENTS}
     return [p.grad for p in step.model.parameters() if p.grad is not None] + _tensors(own)
-
-
-_NOT_GRADIENTS = ("model", "optimizer", "prepared", "objectives", "masks", "recipe")
 
 
 def _tensors(value) -> list[Tensor]:
@@ -255,6 +279,8 @@ def _path_lines(paths: list[tuple[str, str, str]]) -> list[str]:
         lines.append(f"  {layers}: {paths[i][1]}, {paths[i][2]}")
         i = j
     return lines
+
+
 def _levers(step) -> dict[str, str]:
     recipe, prepared = step.recipe, step.prepared
     levers = {"trace": "off", "wagle": "off", "mollm": "off"}

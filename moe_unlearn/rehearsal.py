@@ -53,6 +53,11 @@ class Rehearsal(TorchDispatchMode):
         self.moved: dict[str, int] = defaultdict(int)
         self._fake_mode = FakeTensorMode()
 
+    def reset_costs(self) -> None:
+        """Count floating-point operations and bytes from here."""
+        self.flops.clear()
+        self.moved.clear()
+
     def twin(self, value, memo: dict[int, object]):
         """A deep copy of `value` whose floating-point tensors are fakes; `memo` as in copy.deepcopy."""
         with _Copying(self):
@@ -104,7 +109,12 @@ class Rehearsal(TorchDispatchMode):
         if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"):
             args = (args[0], self._expanded(args[1]), *args[2:])
         written = function._schema.arguments
-        if name.startswith("aten::") and written and written[0].alias_info is not None and written[0].alias_info.is_write:
+        if (
+            name.startswith("aten::")
+            and written
+            and written[0].alias_info is not None
+            and written[0].alias_info.is_write
+        ):
             if not isinstance(args[0], FakeTensor):
                 return args[0]
         return self._run(function, args, kwargs)

@@ -207,8 +207,16 @@ class UnlearnStep:
         self._micro_batches.clear()
 
     def plan(self, forget_batches: Iterable[Batch] = (), retain_batches: Iterable[Batch] = ()) -> Plan:
-        """What the step will do and the memory it predicts; the batches size the reference caches."""
-        return make_plan(self, list(forget_batches), list(retain_batches))
+        """What the step will do and what it will take for the largest batches given; see `plan`.
+
+        All batches together size the reference caches. Before prepare() as after; changes nothing. Raises
+        ValueError for a bad batch.
+        """
+        forget, retain = list(forget_batches), list(retain_batches)
+        for side, batches in (("forget", forget), ("retain", retain)):
+            for batch in batches:
+                check_batch(batch, side)
+        return make_plan(self, forget, retain)
 
     def state_dict(self) -> dict:
         """Preparation, optimizer and step count; with the model's weights, all a bitwise resume needs."""
