@@ -123,7 +123,8 @@ class Rehearsal(TorchDispatchMode):
         def faked(value):
             return self.fake(value) if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
 
-        args, kwargs = tree_map(faked, (args, kwargs))
+        if any(type(t) is not FakeTensor for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+            args, kwargs = tree_map(faked, (args, kwargs))
         with self._fake_mode:
             return function(*args, **kwargs)
 

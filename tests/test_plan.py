@@ -77,8 +77,8 @@ def test_memory_follows_the_objective(name):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_memory_with_micro_batches_and_state(accumulate):
+def test_memory_with_micro_batches_and_state():
+    accumulate = 3
     step = UnlearnStep(tiny("olmoe"), made("graddiff", f"accumulate={accumulate}"))
     forget, retain = batch(1), batch(2)
     step(forget, retain)
@@ -132,10 +132,9 @@ def state_of(step):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["graddiff", "combined"])
-def test_planning_changes_nothing(name):
+def test_planning_changes_nothing():
     forget, retain = batch(1), batch(2)
-    step = UnlearnStep(tiny("olmoe"), made(name, "trace.min_ratio=1.01" if name == "combined" else "optimizer.lr=1e-3"))
+    step = UnlearnStep(tiny("olmoe"), made("combined", "trace.min_ratio=1.01"))
     for stage in ("new", "prepared", "stepped", "accumulated"):
         if stage == "prepared":
             step.prepare([forget], [retain])
