@@ -2,7 +2,8 @@
 
 The prediction is a rehearsal: two steps of the step's own code on tensors without storage (`rehearsal`), so it
 follows whatever the step does. What prepare() has not made yet is assumed in its largest shape. Nothing of the
-step, its model or the random state changes.
+step, its model or the random state changes. Not counted is what stands beside torch's tensors: the batches, the
+CUDA context, cuBLAS' workspace, scratch of the C++ kernels.
 """
 
 from dataclasses import dataclass, field
@@ -111,7 +112,8 @@ def make_plan(step, forget: list[Batch], retain: list[Batch]) -> Plan:
         _rehearse(plan, step, Rehearsal(device), batches, caches)
     except (RuntimeError, TypeError) as error:
         # of wrappers that cannot be copied, and of operations that torch's fakes do not know
-        plan.notes.append(f"not rehearsed, so activations, gradients and workspace are unknown ({error})")
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        plan.notes.append(f"not rehearsed, so activations, gradients and workspace are unknown ({reason})")
         plan.memory = plan.largest = _static(step, named, caches)
     return plan
 

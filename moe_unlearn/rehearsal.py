@@ -102,28 +102,21 @@ class Rehearsal(TorchDispatchMode):
         if function is aten.nonzero.default:
             return self._indices(args[0])
         if function is aten.masked_select.default:
-            return aten.index.Tensor(args[0], self._expanded([args[1]]))
+            return self._run(aten.index.Tensor, (args[0], self._expanded([args[1]])), {})
         if name in _INNER_PRODUCTS:
             like = self._run(function, args, kwargs)
             return torch.eye(like.shape[-1], dtype=like.dtype, device=self.device).expand(like.shape)
         if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"):
             args = (args[0], self._expanded(args[1]), *args[2:])
-        written = function._schema.arguments
-        if (
-            name.startswith("aten::")
-            and written
-            and written[0].alias_info is not None
-            and written[0].alias_info.is_write
-        ):
-            if not isinstance(args[0], FakeTensor):
-                return args[0]
+        if _in_place(function) and not isinstance(args[0], FakeTensor):
+            return args[0]
         return self._run(function, args, kwargs)
 
     def _run(self, function, args, kwargs):
         def faked(value):
             return self.fake(value) if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
 
-        if any(type(t) is not FakeTensor for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+        if any(isinstance(t, Tensor) and not isinstance(t, FakeTensor) for t in tree_leaves((args, kwargs))):
             args, kwargs = tree_map(faked, (args, kwargs))
         with self._fake_mode:
             return function(*args, **kwargs)
@@ -158,6 +151,13 @@ class Rehearsal(TorchDispatchMode):
                 self.ledger.replace(args[0], tensor, self.phase)
             self.ledger.add(tensor, self.phase)
         self.ledger.pulse(costs.workspace(function, args, kwargs), "workspace")
+
+
+def _in_place(function) -> bool:
+    """Whether a torch operation writes its first argument and returns it."""
+    first = next(iter(function._schema.arguments), None)
+    writes = first is not None and first.alias_info is not None and first.alias_info.is_write
+    return writes and function.namespace == "aten"
 
 
 def _summing(old: Tensor, new: Tensor) -> bool:
