@@ -149,7 +149,8 @@ class Rehearsal(TorchDispatchMode):
         for tensor in results:
             if function is aten.add.Tensor and _summing(*args):
                 self.ledger.replace(args[0], tensor, self.phase)
-            self.ledger.add(tensor, self.phase)
+            else:
+                self.ledger.add(tensor, self.phase)
         self.ledger.pulse(costs.workspace(function, args, kwargs), "workspace")
 
 

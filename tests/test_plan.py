@@ -167,6 +167,16 @@ def test_a_model_without_weights_gets_the_plan_of_the_real_one(family, name):
 
 
 @pytest.mark.quick
+def test_a_gate_is_probed_where_there_are_no_weights_too():
+    model = tiny("olmoe", device="meta")
+    for module in experts_modules(model).values():
+        module._apply_gate = lambda z: z.chunk(2, -1)[0].sin() * z.chunk(2, -1)[1]
+    with pytest.warns(UserWarning, match="none of the known formulas"):
+        plan = UnlearnStep(model, made("graddiff")).plan([batch(1)], [batch(2)])
+    assert "expert_mlp" not in plan.flops
+
+
+@pytest.mark.quick
 def test_without_batches_the_recipe_says_their_size():
     step = UnlearnStep(tiny("olmoe"), made("graddiff", "batch_size=2", "data.max_length=32"))
     assert step.plan().shape == "forget 2 x 32, retain 2 x 32"
