@@ -69,10 +69,10 @@ def resolve(name: str, impl: str, tensor: torch.Tensor) -> Callable:
     if len(choices) == 1:
         return _kernel(name, choices[0])
 
-    def first_that_fits(*arguments):
+    def first_that_fits(*arguments, **options):
         for choice in choices:
             try:
-                return _kernel(name, choice)(*arguments)
+                return _kernel(name, choice)(*arguments, **options)
             except Unfit as error:
                 unfit = error
         raise unfit

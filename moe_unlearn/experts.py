@@ -81,6 +81,12 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if flags <= vars(module).keys()}
 
 
+def copy_gate(source: nn.Module, target: nn.Module) -> None:
+    """Give `target`, a copy of the experts module `source` whose values cannot be read, the gate of `source`."""
+    if _ATTRIBUTE not in target.__dict__:
+        target.__dict__[_ATTRIBUTE] = _probe(source)
+
+
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """transformers' experts contract: hidden states [T, H], indices and weights [T, K] -> [T, H].
 

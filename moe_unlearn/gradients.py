@@ -131,6 +131,15 @@ class Gradients:
         products = gram([*self.sets.values(), change])[:-1, -1]
         return dict(zip(self.sets, products.tolist(), strict=True))
 
+    def held(self) -> list[Tensor]:
+        """Every tensor that stands for a gradient."""
+        found = [p.grad for _, p in self.trained if p.grad is not None]
+        groups = (self.optimizer.gradients.values(), *self.sets.values(), *self.factors.values())
+        for gradient in (g for group in groups for g in group):
+            for part in gradient if isinstance(gradient, list) else [gradient]:
+                found += [v for v in (part if isinstance(part, Factors) else [part]) if v is not None]
+        return found
+
     def clear(self) -> None:
         """Drop everything."""
         self.optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,8 @@ Each loss is a mean over its own unit: positions that carry a loss, or sequences
 `sizes` counts these units, so that a caller that splits a batch can weigh the parts exactly.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules, step_inputs
 from moe_unlearn.forward import Batch, control_vector, layer_states, refusal, sequence_logprobs, stack
 from moe_unlearn.preparation import Preparation
+from moe_unlearn.sinks import NonFiniteError
 
 # of the positions of a joint forward pass that padding may add to those of separate ones
 LARGEST_PADDING = 0.125
@@ -25,6 +28,23 @@ LARGEST_PADDING = 0.125
 
 class NotPreparedError(RuntimeError):
     """The recipe needs something that prepare() computes and has not computed."""
+
+
+class RetainBudgetError(ArithmeticError):
+    """The retain loss is above the recipe's budget; raised before the update, so no weight has changed."""
+
+
+def check_losses(recipe: Recipe, metrics: dict[str, float], steps: int) -> None:
+    """Raise NonFiniteError or RetainBudgetError, with the number of steps done, for losses to stop at."""
+    bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise NonFiniteError(f"{', '.join(bad)}: stopped before the update; {steps} steps done")
+    budget, retain = recipe.retain_budget, metrics.get("retain_loss")
+    if budget is not None and retain is not None and retain > budget:
+        raise RetainBudgetError(
+            f"retain_loss is {retain:.6g}, above the budget of {budget:.6g}: stopped before the update; "
+            f"{steps} steps done, weights unchanged by this one"
+        )
 
 
 class Objectives:

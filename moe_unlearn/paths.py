@@ -23,13 +23,13 @@ def obstacle(step) -> str:
     recipe, separate = step.recipe, step.objectives.separate
     reasons = {
         "the plain path was asked for": not step.fused,
-        "guard 'strict' knows every gradient before the first update (guard: loss allows it)": recipe.guard == "strict",
         "MOLLM's direction needs every gradient": recipe.mollm is not None,
+        f"two forward passes use each weight: {separate}": bool(separate) and recipe.retain.objective != "none",
         "clipping needs every gradient (optimizer.max_grad_norm: null allows it)":
             recipe.optimizer.max_grad_norm is not None,
         "several micro-batches make one gradient": recipe.accumulate > 1,
         step.held_back: bool(step.held_back),
-        f"two forward passes use each weight: {separate}": bool(separate) and recipe.retain.objective != "none",
+        "guard 'strict' knows every gradient before the first update (guard: loss allows it)": recipe.guard == "strict",
     }  # fmt: skip
     return next((reason for reason, holds in reasons.items() if holds), "")
 

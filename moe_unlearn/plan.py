@@ -1,22 +1,40 @@
-"""What a step will do and what it will hold in memory, before it does it."""
+"""What a step will do, and the time and memory it will take, before it does it.
+
+The prediction is a rehearsal: two steps of the step's own code on tensors without storage (`rehearsal`), so it
+follows whatever the step does. What prepare() has not made yet is assumed in its largest shape. Nothing of the
+step, its model or the random state changes. Not counted is what stands beside torch's tensors: the batches, the
+CUDA context, cuBLAS' workspace, scratch of the C++ kernels.
+"""
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from moe_unlearn import losses
-from moe_unlearn.experts import experts_modules
-from moe_unlearn.forward import Batch
-from moe_unlearn.ops.bits import unpack_bits
-from moe_unlearn.preparation import uses_kl
+from moe_unlearn.cache import RowCache
+from moe_unlearn.experts import copy_gate, experts_modules
+from moe_unlearn.forward import Batch, check_batch, refusal
+from moe_unlearn.ops.bits import num_words, unpack_bits
+from moe_unlearn.paths import Path, paths
+from moe_unlearn.preparation import Calibration, Preparation, needed, uses_kl
+from moe_unlearn.rehearsal import Rehearsal
+from moe_unlearn.wagle import WeightMask
 
 _HIDDEN_BYTES = 2  # cached hidden states are bfloat16
 _LOGPROB_BYTES = 4
+CACHES = "reference caches"
 
 
 @dataclass
 class Plan:
-    """A step's plan; `str(plan)` is the table the command line prints. Memory is in bytes."""
+    """A step's plan; `str(plan)` is the table the command line prints.
+
+    memory: bytes by component when their sum is largest, which is `peak`; largest: the most each component takes
+    at any time. flops, bytes: per kernel, of the matrix products and of everything read and written, for one
+    micro-batch and its update. paths: which way each layer's gradients take (`paths.Path`). Where the step cannot be
+    rehearsed, a note says why and memory is what is known without: weights, optimizer state, mask and caches.
+    """
 
     recipe: str
     levers: dict[str, str]
@@ -24,33 +42,55 @@ class Plan:
     trained: int  # elements that may move
     layers: int
     steps: int
+    device: str = "cpu"
+    shape: str = ""  # of the batches
+    paths: list[Path] = field(default_factory=list)
+    flops: dict[str, int] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    largest: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def total(self) -> int:
-        """Sum of the predicted components, without activations."""
+    def peak(self) -> int:
+        """Predicted bytes at the peak, everything included."""
         return sum(self.memory.values())
 
     def __str__(self) -> str:
         share = self.trained / max(self.weights, 1)
-        lines = [
-            f"recipe {self.recipe}: {self.steps} steps, {self.layers} MoE layers",
+        return "\n".join([
+            f"recipe {self.recipe}: {self.steps} steps, {self.layers} MoE layers, on {self.device}",
+            f"batch: {self.shape}",
             f"trained weights: {self.trained:,} of {self.weights:,} ({share:.1%})",
             *(f"  {name:<8} {text}" for name, text in self.levers.items()),
-            "memory beyond activations:",
-            *(f"  {name:<22} {size / 2**20:10.2f} MiB" for name, size in self.memory.items()),
-            f"  {'total':<22} {self.total / 2**20:10.2f} MiB",
+            *_path_lines(self.paths),
+            f"{'one step':<26} {'GFLOP':>12} {'MiB moved':>12}",
+            *(f"  {name:<24} {self.flops.get(name, 0) / 1e9:12.3f} {size / 2**20:12.1f}"
+              for name, size in sorted(self.bytes.items(), key=lambda item: -item[1])),
+            f"  {'total':<24} {sum(self.flops.values()) / 1e9:12.3f} {sum(self.bytes.values()) / 2**20:12.1f}",
+            f"{'memory (MiB)':<26} {'at the peak':>12} {'at most':>12}",
+            *(f"  {name:<24} {self.memory.get(name, 0) / 2**20:12.2f} {size / 2**20:12.2f}"
+              for name, size in self.largest.items()),
+            f"  {'peak':<24} {self.peak / 2**20:12.2f}",
             *(f"note: {note}" for note in self.notes),
-        ]
-        return "\n".join(lines)
+        ])  # fmt: skip
 
 
 def make_plan(step, forget: list[Batch], retain: list[Batch]) -> Plan:
-    """The plan of an `UnlearnStep` as it stands: before prepare() masks and selections are unknown."""
+    """The plan of an `UnlearnStep` as it stands, for the largest batch of each side.
+
+    Without batches, the recipe's batch size and length are assumed. A model on the meta device is planned for
+    CUDA where there is a GPU, for the CPU otherwise. Before prepare(), masks keep everything and as many experts
+    are selected as the recipe allows.
+    """
+    for side, batches in (("forget", forget), ("retain", retain)):
+        for batch in batches:
+            check_batch(batch, side)
     recipe = step.recipe
     named = list(step.model.named_parameters())
     trained = [(name, p) for name, p in named if p.requires_grad]
+    device = _device(named)
+    batches = {side: _largest(given, step, device) for side, given in (("forget", forget), ("retain", retain))}
     plan = Plan(
         recipe=recipe.name,
         levers=_levers(step),
@@ -58,21 +98,179 @@ def make_plan(step, forget: list[Batch], retain: list[Batch]) -> Plan:
         trained=sum(_kept(p, step.masks.get(name)) for name, p in trained),
         layers=len(experts_modules(step.model)),
         steps=recipe.steps,
+        device=str(device),
+        shape=", ".join(f"{side} {' x '.join(map(str, b['input_ids'].shape))}" for side, b in batches.items()),
+        paths=paths(step),
     )
-    objectives = 1
     if recipe.mollm is not None:
-        objectives = 2 + recipe.mollm.kl
-        plan.notes.append(f"MOLLM keeps {objectives} gradient sets until their Gram matrix is known")
-    plan.memory = {
-        "weights": sum(p.numel() * p.element_size() for _, p in named),
-        "gradients": sum(p.numel() * p.element_size() for _, p in trained) * (objectives + (objectives > 1)),
-        "optimizer state": sum(step.optimizer.state_size(p, step.masks.get(name)) for name, p in trained),
-        "mask": _mask_bytes(step, named),
-        "reference caches": _cache_bytes(step, forget, retain),
-    }
+        plan.notes.append(f"MOLLM keeps {2 + recipe.mollm.kl} gradient sets until their Gram matrix is known")
     if recipe.optimizer.max_grad_norm is not None:
         plan.notes.append("max_grad_norm needs every gradient before the first update")
+    caches = _cache_bytes(step, forget, retain)
+    if device.type != "cpu" and caches:
+        plan.notes.append(f"reference caches take {caches / 2**20:.2f} MiB on the host")
+        caches = 0
+    try:
+        _rehearse(plan, step, Rehearsal(device), batches, caches)
+    except (RuntimeError, TypeError) as error:
+        # of wrappers that cannot be copied, and of operations that torch's fakes do not know
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        plan.notes.append(f"not rehearsed, so activations, gradients and workspace are unknown ({reason})")
+        plan.memory = plan.largest = _static(step, named, caches)
     return plan
+
+
+def _rehearse(plan: Plan, step, rehearsal: Rehearsal, batches: dict[str, Batch], caches: int) -> None:
+    """Two steps of a shadow of `step`, their costs into `plan`."""
+    ledger = rehearsal.ledger
+    shadow = _shadow(step, rehearsal, batches)
+    for tensor in (*shadow.model.parameters(), *shadow.model.buffers()):
+        ledger.add(tensor, "weights")
+    for tensor in _tensors(list(shadow.optimizer.state.values())):
+        ledger.add(tensor, "optimizer state")
+    ledger.hold(caches, CACHES)
+    shadow.optimizer.register_step_pre_hook(lambda *_: ledger.label(shadow.gradients.held(), "gradients"))
+    devices = [] if rehearsal.device.type == "cpu" else [rehearsal.device]
+    with torch.random.fork_rng(devices), rehearsal:
+        rehearsal.phase = "mask"
+        shadow._apply_scope()
+        shadow._apply_masks()
+        # the first step makes the optimizer's state, the second one has it from its start
+        for _ in range(2):
+            # more micro-batches hold no more than the second one, which finds gradients there
+            for _ in range(min(step.recipe.accumulate, 2)):
+                rehearsal.reset_costs()
+                rehearsal.phase = "activations"
+                shadow.accumulate(batches["forget"], batches["retain"], last=step.recipe.accumulate == 1)
+                ledger.label(shadow.gradients.held(), "gradients")
+            rehearsal.phase = "workspace"
+            shadow.update()
+            ledger.label(_tensors(list(shadow.optimizer.state.values())), "optimizer state")
+    plan.flops = {name: count for name, count in rehearsal.flops.items() if count}
+    plan.bytes = dict(rehearsal.moved)
+    plan.memory, plan.largest = ledger.peak(), ledger.largest()
+
+
+def _static(step, named: list[tuple[str, Tensor]], caches: int) -> dict[str, int]:
+    """Bytes by component that need no rehearsal."""
+    masks = step.masks.values()
+    known = {
+        "weights": sum(p.numel() * p.element_size() for _, p in named),
+        "optimizer state": sum(step.optimizer.state_size(p, step.masks.get(n)) for n, p in named if p.requires_grad),
+        "mask": sum(words.numel() * words.element_size() for words in masks),
+        CACHES: caches,
+    }
+    return {name: size for name, size in known.items() if size}
+
+
+def _shadow(step, rehearsal: Rehearsal, batches: dict[str, Batch]):
+    """A copy of the step on fakes, prepared for `batches`, with a clean slate."""
+    assumed = _assumed(step, rehearsal, batches)
+    memo = {id(step.prepared): assumed, id(step.masks): {}}
+    memo |= {id(mask): mask for group in step.optimizer.param_groups for mask in group["masks"] if mask is not None}
+    shadow = rehearsal.twin(step, memo)
+    pairs = zip(*(experts_modules(s.model).values() for s in (step, shadow)), strict=True)
+    for original, copied in pairs:
+        copy_gate(original, copied)
+    shadow.discard()
+    return shadow
+
+
+def _assumed(step, rehearsal: Rehearsal, batches: dict[str, Batch]) -> Preparation:
+    """What prepare() has made, its caches holding zeros for `batches`, and stand-ins for what it has not."""
+    recipe, own = step.recipe, step.prepared
+    stages = needed(recipe)
+    out = Preparation(
+        done=stages, inactive=own.inactive, selected=own.selected, mask=own.mask, calibration=own.calibration,
+        kl_floor=own.kl_floor or 0.0,
+    )  # fmt: skip
+    forget, retain = batches["forget"], batches["retain"]
+    modules = experts_modules(step.model)
+    hidden = losses.head_of(step.model).weight.shape[1]
+
+    def zeros(batch: Batch, *tail: int, dtype: torch.dtype = torch.float32) -> RowCache:
+        cache = RowCache("stand-in")
+        cache.put(batch, torch.zeros(*batch["input_ids"].shape, *tail, dtype=dtype))
+        return cache
+
+    if out.selected is None and ("trace" in stages or "seuf" in stages):
+        selected = torch.zeros(len(modules), max(m.num_experts for m in modules.values()), dtype=torch.bool)
+        if "seuf" in stages:
+            selected[0, 0] = True
+        else:
+            selected[:, : recipe.trace.per_layer] = True
+        out.selected = selected
+    if "trace" in stages and not out.inactive:
+        if out.calibration is None:
+            tilt = torch.zeros(out.selected.shape)
+            out.calibration = Calibration(tilt, 0.0, tilt, 0.0, 1.0)
+        if recipe.trace.refresh == "offline":
+            out.token_weights = zeros(retain)
+    if recipe.forget.objective in ("npo", "idk_dpo"):
+        out.ref_logprobs = zeros(forget)
+    if recipe.forget.objective == "idk_dpo":
+        out.ref_logprobs_idk = zeros(refusal(forget))
+    if uses_kl(recipe):
+        out.ref_hidden_states = zeros(retain, hidden, dtype=torch.bfloat16)
+        head = losses.head_of(step.model).weight
+        if head.requires_grad:
+            out.ref_lm_head = rehearsal.fake(head)
+            rehearsal.ledger.add(out.ref_lm_head, CACHES)
+    if recipe.retain.objective == "embed_diff":
+        out.ref_layer_states = zeros(retain, hidden, dtype=torch.bfloat16)
+    if "wagle" in stages and out.mask is None:
+        shapes = {name: tuple(p.shape) for name, p in step.model.named_parameters()}
+        packed = {
+            name: rehearsal.empty((*s[:-1], num_words(s[-1]) if s else 1), torch.int32) for name, s in shapes.items()
+        }
+        out.mask = WeightMask(shapes, packed, recipe.wagle.keep)
+    if out.mask is not None:
+        for words in out.mask.packed.values():
+            rehearsal.ledger.add(words, "mask")
+    return out
+
+
+def _tensors(value) -> list[Tensor]:
+    """The tensors in nested dicts, lists, tuples and plain objects of this package."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif type(value).__module__.startswith("moe_unlearn.") and hasattr(value, "__dict__"):
+        value = vars(value).values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for item in value for tensor in _tensors(item)]
+
+
+def _device(named) -> torch.device:
+    device = named[0][1].device
+    if device.type != "meta":
+        return device
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _largest(given: list[Batch], step, device: torch.device) -> Batch:
+    if given:
+        batch = max(given, key=lambda b: b["input_ids"].numel())
+        return {key: value.to(device) for key, value in batch.items()}
+    recipe = step.recipe
+    ids = torch.ones(recipe.batch_size, recipe.data.max_length, dtype=torch.int64, device=device)
+    batch = {"input_ids": ids, "attention_mask": ids, "labels": ids}
+    return batch | {f"idk_{key}": value for key, value in batch.items()}
+
+
+def _path_lines(paths: list[Path]) -> list[str]:
+    """One line for each run of layers that take one path for one reason."""
+    lines, i = [], 0
+    while i < len(paths):
+        j = i
+        while j < len(paths) and paths[j][1:] == paths[i][1:]:
+            j += 1
+        layers = paths[i][0] if j == i + 1 else f"{paths[i][0]} ... {paths[j - 1][0]} ({j - i} layers)"
+        lines.append(f"  {layers}: {paths[i].way}, {paths[i].trained}; {paths[i].reason}")
+        i = j
+    return lines
 
 
 def _levers(step) -> dict[str, str]:
@@ -95,7 +293,8 @@ def _levers(step) -> dict[str, str]:
         names = ["forget", "retain", *(["kl"] if recipe.mollm.kl else [])]
         levers["mollm"] = f"common descent of {', '.join(names)} ({recipe.mollm.normalize})"
     levers["scope"] = recipe.scope.kind
-    levers["update"] = f"{type(step.optimizer).__name__}, plain path (autograd, then the masked update)"
+    one_pass = "in the backward pass" if not step.obstacle else f"after it: {step.obstacle}"
+    levers["update"] = f"{type(step.optimizer).__name__}, {one_pass}"
     return levers
 
 
@@ -103,12 +302,6 @@ def _kept(parameter: Tensor, words: Tensor | None) -> int:
     if words is None:
         return parameter.numel()
     return int(unpack_bits(words, parameter.shape[-1] if parameter.dim() else 1).sum())
-
-
-def _mask_bytes(step, named) -> int:
-    if step.masks:
-        return sum(words.numel() * words.element_size() for words in step.masks.values())
-    return sum(p.numel() for _, p in named) // 8 if step.recipe.wagle is not None else 0
 
 
 def _cache_bytes(step, forget: list[Batch], retain: list[Batch]) -> int:

@@ -125,13 +125,15 @@ def join(parts: Sequence[tuple[float, Factors]], experts: Tensor | None = None) 
     [E + 1] of all of them.
     """
     device, num_experts = parts[0][1].grad.device, len(parts[0][1].expert_offsets) - 1
-    listed = torch.ones(num_experts, dtype=torch.bool, device=device)
+    # the last place is that of rows behind the last expert
+    listed = torch.arange(num_experts + 1, device=device) < num_experts
     if experts is not None:
         listed = torch.zeros_like(listed).index_fill(0, experts.long(), True)
     expert_of, part_of, rows, starts = [], [], ([], []), [0, 0]
     for i, (_, f) in enumerate(parts):
-        counts = f.expert_offsets.diff().long()
-        owner = torch.repeat_interleave(torch.arange(num_experts, device=device), counts)
+        index = next((r for r in (f.grad_rows, f.input_rows) if r is not None), f.grad[:, 0])
+        positions = torch.arange(len(index), device=device)
+        owner = torch.searchsorted(f.expert_offsets[1:].long(), positions, right=True)
         position = listed[owner].nonzero().squeeze(1)
         expert_of.append(owner[position])
         part_of.append(torch.full_like(position, i))
@@ -140,7 +142,8 @@ def join(parts: Sequence[tuple[float, Factors]], experts: Tensor | None = None) 
             starts[side] += len(values)
     owner = torch.cat(expert_of)
     order = owner.argsort(stable=True)
-    offsets = torch.cat([owner.new_zeros(1), torch.bincount(owner, minlength=num_experts).cumsum(0)])
+    counts = owner.new_zeros(num_experts + 1).index_add(0, owner + 1, torch.ones_like(owner))
+    offsets = counts.cumsum(0)
     grad = torch.cat([f.grad if c == 1 else f.grad * c for c, f in parts])
     grad_rows, input_rows = (torch.cat(side)[order] for side in rows)
     joined = Factors(grad, torch.cat([f.input for _, f in parts]), offsets.int(), grad_rows, input_rows)

@@ -37,15 +37,11 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.experts import enable, step_inputs
 from moe_unlearn.forward import Batch, check_batch, check_batches
 from moe_unlearn.gradients import Gradients
-from moe_unlearn.objectives import NotPreparedError, Objectives
+from moe_unlearn.objectives import NotPreparedError, Objectives, RetainBudgetError, check_losses
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
 from moe_unlearn.plan import Plan, make_plan
 from moe_unlearn.preparation import Preparation, needed, prepare
 from moe_unlearn.sinks import CompactSink, FactorSink, NonFiniteError, UpdateSink
-
-
-class RetainBudgetError(ArithmeticError):
-    """The retain loss is above the recipe's budget; raised before the update, so no weight has changed."""
 
 
 class UnlearnStep:
@@ -92,7 +88,7 @@ class UnlearnStep:
         self.optimizer = optimizer
         self._micro_batches: list[dict[str, float]] = []
         self._sizes_given = False
-        self._gradients = self._no_gradients()
+        self.gradients = self._no_gradients()
         self._updated: list[str] = []
         self._measured = False  # whether the descent of MOLLM's objectives is measured in this step
         self._norm: float | None = None
@@ -161,7 +157,7 @@ class UnlearnStep:
         check_batch(forget_batch, "forget")
         check_batch(retain_batch, "retain")
         if not self._micro_batches:
-            self._gradients = self._no_gradients()
+            self.gradients = self._no_gradients()
         single_pass = last and not self._micro_batches and not self.obstacle
         sink = self._sink(single_pass)
         try:
@@ -169,7 +165,7 @@ class UnlearnStep:
             with step_inputs(self.model, weight_gradients=sink):
                 values = self.objectives(forget_batch, retain_batch, joint=self.fused)
                 metrics = {f"{name}_loss": float(value.detach()) for name, value in values.items()}
-                self._check_losses(metrics)
+                check_losses(self.recipe, metrics, self.steps)
                 self._sizes_given = sizes is not None
                 if self._sizes_given:
                     own = self.objectives.sizes(forget_batch, retain_batch)
@@ -194,9 +190,9 @@ class UnlearnStep:
         """
         if not self._micro_batches:
             raise RuntimeError("nothing accumulated: call accumulate(), or the step itself, first")
-        self._gradients.divide(1 if self._sizes_given else len(self._micro_batches))
+        self.gradients.divide(1 if self._sizes_given else len(self._micro_batches))
         metrics = self._combine_mollm() if self.recipe.mollm is not None else {}
-        norm = self._gradients.norm()
+        norm = self.gradients.norm()
         if not math.isfinite(norm):
             raise self._stopped(
                 NonFiniteError(f"the gradient norm is {norm}: stopped before the update", self._updated)
@@ -229,7 +225,7 @@ class UnlearnStep:
                 raise RuntimeError("a step that updates in its backward pass has no whole gradient to clip")
             return math.nan
         if limit is not None and self._norm > limit:
-            self._gradients.scale(limit / self._norm)
+            self.gradients.scale(limit / self._norm)
         return self._norm
 
     def finish(self) -> None:
@@ -239,12 +235,16 @@ class UnlearnStep:
 
     def discard(self) -> None:
         """Drop accumulated gradients."""
-        self._gradients.clear()
+        self.gradients.clear()
         self._micro_batches.clear()
         self._updated = []
 
     def plan(self, forget_batches: Iterable[Batch] = (), retain_batches: Iterable[Batch] = ()) -> Plan:
-        """What the step will do and the memory it predicts; the batches size the reference caches."""
+        """What the step will do and what it will take for the largest batches given; see `plan`.
+
+        All batches together size the reference caches. Before prepare() as after; changes nothing. Raises
+        ValueError for a bad batch.
+        """
         return make_plan(self, list(forget_batches), list(retain_batches))
 
     def state_dict(self) -> dict:
@@ -325,18 +325,7 @@ class UnlearnStep:
         mollm = self.recipe.mollm
         if mollm is None or mollm.gradients == "compact":
             return CompactSink(*held)
-        return FactorSink(*held, self._gradients.factors, mollm.gradients)
-
-    def _check_losses(self, metrics: dict[str, float]) -> None:
-        bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
-        if bad:
-            raise NonFiniteError(f"{', '.join(bad)}: stopped before the update; {self.steps} steps done")
-        budget, retain = self.recipe.retain_budget, metrics.get("retain_loss")
-        if budget is not None and retain is not None and retain > budget:
-            raise RetainBudgetError(
-                f"retain_loss is {retain:.6g}, above the budget of {budget:.6g}: stopped before the update; "
-                f"{self.steps} steps done, weights unchanged by this one"
-            )
+        return FactorSink(*held, self.gradients.factors, mollm.gradients)
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
         """The error with what it left behind, after the gradients are dropped."""
@@ -362,11 +351,11 @@ class UnlearnStep:
         for i, (name, value) in enumerate(values.items()):
             # forget has a graph of its own; retain and KL share theirs, freed by the last of the two
             value.backward(retain_graph=name != "forget" and i + 1 < len(values))
-            self._gradients.collect(name)
+            self.gradients.collect(name)
 
     def _combine_mollm(self) -> dict[str, float]:
-        settings, names = self.recipe.mollm, list(self._gradients.sets)
-        products = self._gradients.products()
+        settings, names = self.recipe.mollm, list(self.gradients.sets)
+        products = self.gradients.products()
         active = torch.ones(len(names), dtype=torch.bool)
         if "kl" in names:
             value = sum(m["kl_loss"] for m in self._micro_batches) / len(self._micro_batches)
@@ -375,9 +364,9 @@ class UnlearnStep:
             raise self._stopped(NonFiniteError("a gradient is not finite: stopped before the update"))
         every = settings.log_descent_every
         self._measured = (
-            not isinstance(self.optimizer, MaskedSGD) and self.steps % every == 0 and not self._gradients.factored
+            not isinstance(self.optimizer, MaskedSGD) and self.steps % every == 0 and not self.gradients.factored
         )
-        direction = self._gradients.descend(settings, products, active, keep=self._measured)
+        direction = self.gradients.descend(settings, products, active, keep=self._measured)
         metrics = {f"lambda_{n}": float(w) for n, w in zip(names, direction.weights, strict=True)}
         metrics["stationary"] = float(direction.stationary)
         if isinstance(self.optimizer, MaskedSGD):
@@ -390,7 +379,7 @@ class UnlearnStep:
         if not self._measured:
             self.optimizer.step()
             return {}
-        return {f"descent_{name}": value for name, value in self._gradients.step_and_measure().items()}
+        return {f"descent_{name}": value for name, value in self.gradients.step_and_measure().items()}
 
 
 _FORGET_SIDE = ("forget", "anchor")

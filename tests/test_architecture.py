@@ -14,7 +14,7 @@ PACKAGE = ROOT / "moe_unlearn"
 # and `regress` a package is one layer).
 LAYERS = [
     {"triton_kernels", "backend", "native", "config", "cache", "checkpoint", "report"},
-    {"ops", "testing"},
+    {"ops", "testing", "memory"},
     {"optim"},
     {"sinks"},
     {"experts"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"capture"},
     {"trace", "wagle", "mollm", "seuf", "forward", "scope"},
     {"gradients"},
-    {"reference", "preparation", "objectives", "paths", "plan"},
+    {"reference", "preparation", "objectives", "paths", "plan", "rehearsal", "costs"},
     {"step"},
     {"data", "metrics"},
     {"trainer"},

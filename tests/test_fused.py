@@ -95,10 +95,10 @@ def test_factors_and_compact_gradients_have_the_same_products(model):
         step(forget[1], retain[1])
         for i in (0, 2):
             step(forget[i], retain[i], update=False)
-        assert step._gradients.factored == (form == "factors")
-        kept = [f for gs in step._gradients.sets.values() for g in gs if isinstance(g, list) for f in g]
+        assert step.gradients.factored == (form == "factors")
+        kept = [f for gs in step.gradients.sets.values() for g in gs if isinstance(g, list) for f in g]
         assert not any(v.requires_grad for f in kept for v in f if v is not None)
-        products.append(step._gradients.products())
+        products.append(step.gradients.products())
         metrics.append(step.update())
     torch.testing.assert_close(products[0], products[1], rtol=1e-5, atol=0)
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)

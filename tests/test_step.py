@@ -178,7 +178,7 @@ def test_mollm_direction_lowers_every_masked_objective(model):
     step, forget, retain = prepared(model, made, fused=False)
     step(forget[1], retain[1])  # leave the unchanged model, where KL has no gradient
     step.accumulate(forget[0], retain[0])
-    raw = {name: [None if g is None else g.clone() for g in gs] for name, gs in step._gradients.sets.items()}
+    raw = {name: [None if g is None else g.clone() for g in gs] for name, gs in step.gradients.sets.items()}
     metrics = step.combine()
     kept = [unpack_bits(step.masks[name], p.shape[-1]).view(p.shape) for name, p in step._trained()]
 
@@ -203,7 +203,7 @@ def test_descent_logged_for_sgd_is_the_measured_one(model):
     step(forget[0], retain[0])
     before = weights(model)
     step.accumulate(forget[0], retain[0])
-    gradients = {name: [g.clone() for g in gs] for name, gs in step._gradients.sets.items()}
+    gradients = {name: [g.clone() for g in gs] for name, gs in step.gradients.sets.items()}
     metrics = step.update()
     for name, gs in gradients.items():
         named = zip(gs, step._trained(), strict=True)

@@ -1,0 +1,156 @@
+"""Memory by component: a ledger of allocations that are predicted, and the peak of those that happen."""
+
+import contextlib
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import profile
+
+TRANSIENT = ("activations", "workspace")
+_CUDA_BLOCK = 512  # bytes to which torch's CUDA allocator rounds
+
+
+class Ledger:
+    """Allocations and releases of tensors, fakes too, in their order; each belongs to a component.
+
+    On a CUDA `device` sizes are rounded up as torch's allocator does. Which component a storage is may turn out
+    later: `label` renames it back to its start.
+    """
+
+    def __init__(self, device: torch.device):
+        self._block = _CUDA_BLOCK if device.type == "cuda" else 1
+        self._events: list[tuple[int, int]] = []  # (key, bytes), negative where released
+        self._components: list[str] = []  # by key
+        self._live: dict[int, int] = {}  # address of a storage -> key
+        self._replacement: tuple[int, int, int, int] | None = None  # (old key, new key, new address, bytes)
+
+    def add(self, tensor: Tensor, component: str) -> None:
+        """Count the storage of `tensor` until it is released; nothing if it is counted already."""
+        self._settle()
+        if (registered := self._register(tensor, component)) is not None:
+            key, _, size = registered
+            self._events.append((key, size))
+
+    def hold(self, size: int, component: str) -> None:
+        """Count `size` bytes for good."""
+        if size:
+            self._settle()
+            self._events.append((self._key(component), size))
+
+    def pulse(self, size: int, component: str) -> None:
+        """Count `size` bytes that come and go at once, as what a kernel allocates inside."""
+        if size:
+            self._settle()
+            key = self._key(component)
+            self._events += [(key, size), (key, -size)]
+
+    def replace(self, old: Tensor, new: Tensor, component: str) -> None:
+        """`new` takes over the place of `old` if that is released before anything else is allocated."""
+        self._settle()
+        key = self._live.get(old.untyped_storage()._cdata)
+        registered = self._register(new, component)
+        if key is not None and registered is not None:
+            self._replacement = key, *registered
+        elif registered is not None:
+            self._events.append((registered[0], registered[2]))
+
+    def label(self, tensors: Iterable[Tensor], component: str) -> None:
+        """What was allocated as activations or workspace has been `component` all the time."""
+        self._settle()
+        for tensor in tensors:
+            key = self._live.get(tensor.untyped_storage()._cdata)
+            if key is not None and self._components[key] in TRANSIENT:
+                self._components[key] = component
+
+    def peak(self) -> dict[str, int]:
+        """Bytes by component at the moment when their sum is largest."""
+        self._settle()
+        total = most = at = 0
+        for i, (_, size) in enumerate(self._events, 1):
+            total += size
+            if total > most:
+                most, at = total, i
+        held: dict[str, int] = defaultdict(int)
+        for key, size in self._events[:at]:
+            held[self._components[key]] += size
+        return {name: size for name, size in held.items() if size}
+
+    def largest(self) -> dict[str, int]:
+        """The largest bytes of each component, whenever that is."""
+        self._settle()
+        held: dict[str, int] = defaultdict(int)
+        most: dict[str, int] = defaultdict(int)
+        for key, size in self._events:
+            name = self._components[key]
+            held[name] += size
+            most[name] = max(most[name], held[name])
+        return dict(most)
+
+    def _key(self, component: str) -> int:
+        self._components.append(component)
+        return len(self._components) - 1
+
+    def _register(self, tensor: Tensor, component: str) -> tuple[int, int, int] | None:
+        """(key, address, bytes) of a storage not seen before."""
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, -(-storage.nbytes() // self._block) * self._block
+        if address in self._live or not size:
+            return None
+        self._live[address] = key = self._key(component)
+        weakref.finalize(storage, self._release, address, size).atexit = False
+        return key, address, size
+
+    def _release(self, address: int, size: int) -> None:
+        key = self._live.pop(address)
+        if self._replacement is not None and self._replacement[0] == key:
+            # nothing was allocated in between: the new one lives in the place of the old one
+            self._live[self._replacement[2]], self._replacement = key, None
+            return
+        self._settle()
+        self._events.append((key, -size))
+
+    def _settle(self) -> None:
+        """A replacement whose old storage stays is an allocation."""
+        if self._replacement is not None:
+            _, key, _, size = self._replacement
+            self._replacement = None
+            self._events.append((key, size))
+
+
+@dataclass
+class Measured:
+    """`peak`: the most bytes held at a time beyond those at the start; 0 until the block has ended."""
+
+    peak: int = 0
+
+
+@contextlib.contextmanager
+def measured_peak(device: torch.device | str) -> Iterator[Measured]:
+    """Measure what torch's allocator for `device` hands out inside the block.
+
+    On CUDA, the growth of max_memory_allocated, whose statistics are reset. On the CPU, every allocation and
+    release that torch's profiler records: tensors and what operations and kernels allocate as tensors; memory
+    taken beside torch's allocator (scratch of C++ kernels and of oneDNN) is not seen. An exception passes
+    through.
+    """
+    device, result = torch.device(device), Measured()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        yield result
+        torch.cuda.synchronize(device)
+        result.peak = torch.cuda.max_memory_allocated(device) - start
+        return
+    with profile(use_kineto=True, profile_memory=True) as recorded:
+        yield result
+    # stable: of events of one nanosecond the first one recorded stays first
+    events = (e for e in recorded.kineto_results.events() if e.name() == "[memory]")
+    total = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        result.peak = max(result.peak, total)

@@ -1,0 +1,187 @@
+"""Rehearsal: a step's own code on tensors without storage, counting what it would allocate and compute.
+
+    with Rehearsal(device) as rehearsal:
+        shadow = rehearsal.twin(step)            # parameters and state are fakes, nothing of the step is touched
+        shadow(forget_batch, retain_batch)
+    rehearsal.ledger.peak()
+
+Floating-point tensors are fakes (torch's FakeTensor): they have shape, strides, dtype and device, and each
+operation yields fakes of what it would return, autograd included. Integer and boolean tensors stay real, for
+their values decide shapes: token ids, attention masks, packed weight masks, expert lists. Where a fake would
+have to tell a value, the answer is the one that asks for most:
+
+    a scalar             1: finite, positive, true
+    a mask               all of it; so every row, expert and slice takes part
+    inner products       the unit matrix, so that MOLLM keeps every objective
+
+An in-place write of fake values into a real tensor is left out. Kernels do not run, so what they allocate
+inside is not seen here: `costs.workspace` says it.
+"""
+
+import copy
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from moe_unlearn import costs
+from moe_unlearn.memory import Ledger
+
+aten = torch.ops.aten
+
+_SMALL = 1024  # elements up to which a new floating-point tensor is real: counters, scalars, rotary frequencies
+_LARGE = 1 << 26  # elements from which a new tensor of any dtype is a fake
+_INNER_PRODUCTS = ("moe_unlearn::gram", "moe_unlearn::gram_factors", "moe_unlearn::expert_wgrad_inner")
+
+
+class Rehearsal(TorchDispatchMode):
+    """The mode of the module docstring; `phase` names the component of what is allocated next.
+
+    flops, moved: per kernel, floating-point operations and bytes read and written, each operand once.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = torch.device(device)
+        self.ledger = Ledger(device)
+        self.phase = "activations"
+        self.flops: dict[str, int] = defaultdict(int)
+        self.moved: dict[str, int] = defaultdict(int)
+        self._fake_mode = FakeTensorMode()
+
+    def reset_costs(self) -> None:
+        """Count floating-point operations and bytes from here."""
+        self.flops.clear()
+        self.moved.clear()
+
+    def twin(self, value, memo: dict[int, object]):
+        """A deep copy of `value` whose floating-point tensors are fakes; `memo` as in copy.deepcopy."""
+        with _Copying(self):
+            return copy.deepcopy(value, memo)
+
+    def fake(self, tensor: Tensor) -> Tensor:
+        """A fake on the rehearsal's device with the shape, strides and dtype of `tensor`."""
+        with self._fake_mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A fake on the rehearsal's device."""
+        with self._fake_mode:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if any(isinstance(t, FakeTensor) for t in tensors):
+            out = self._on_fakes(function, args, kwargs)
+        elif tensors:
+            out = function(*args, **kwargs)
+        else:
+            out = self._constructed(function, args, kwargs)
+        self._count(function, args, kwargs, tensors, out)
+        return out
+
+    def _constructed(self, function, args, kwargs):
+        with self._fake_mode:
+            fake = function(*args, **kwargs)
+        if not isinstance(fake, FakeTensor):
+            return fake
+        limit = _SMALL if fake.is_floating_point() else _LARGE
+        return function(*args, **kwargs) if fake.numel() <= limit else fake
+
+    def _on_fakes(self, function, args, kwargs):
+        name = function._schema.name
+        if function is aten._local_scalar_dense.default:
+            return torch.ones((), dtype=args[0].dtype).item()
+        if function is aten.equal.default:
+            return True
+        if function is aten.nonzero.default:
+            return self._indices(args[0])
+        if function is aten.masked_select.default:
+            return self._run(aten.index.Tensor, (args[0], self._expanded([args[1]])), {})
+        if name in _INNER_PRODUCTS:
+            like = self._run(function, args, kwargs)
+            return torch.eye(like.shape[-1], dtype=like.dtype, device=self.device).expand(like.shape)
+        if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"):
+            args = (args[0], self._expanded(args[1]), *args[2:])
+        if _in_place(function) and not isinstance(args[0], FakeTensor):
+            return args[0]
+        return self._run(function, args, kwargs)
+
+    def _run(self, function, args, kwargs):
+        def faked(value):
+            return self.fake(value) if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
+
+        if any(isinstance(t, Tensor) and not isinstance(t, FakeTensor) for t in tree_leaves((args, kwargs))):
+            args, kwargs = tree_map(faked, (args, kwargs))
+        with self._fake_mode:
+            return function(*args, **kwargs)
+
+    def _indices(self, mask: Tensor) -> Tensor:
+        """The indices [n, dims] of a mask's set elements, of all where nothing is known."""
+        if isinstance(mask, FakeTensor):
+            return self.empty((mask.numel(), mask.dim()), torch.int64)
+        return mask.nonzero()
+
+    def _expanded(self, indices):
+        """Indices without masks, as indexing makes them itself."""
+        out = []
+        for index in indices:
+            if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+                found = self._indices(index)
+                self.ledger.add(found, "workspace")
+                out += found.unbind(1)
+            else:
+                out.append(index)
+        return out
+
+    def _count(self, function, args, kwargs, tensors, out) -> None:
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if function.is_view:
+            return
+        kernel = costs.kernel(function)
+        self.flops[kernel] += costs.flops(function, args, kwargs, out)
+        self.moved[kernel] += sum(costs.nbytes(t) for t in (*tensors, *results))
+        for tensor in results:
+            if function is aten.add.Tensor and _summing(*args):
+                self.ledger.replace(args[0], tensor, self.phase)
+            else:
+                self.ledger.add(tensor, self.phase)
+        self.ledger.pulse(costs.workspace(function, args, kwargs), "workspace")
+
+
+def _in_place(function) -> bool:
+    """Whether a torch operation writes its first argument and returns it."""
+    first = next(iter(function._schema.arguments), None)
+    writes = first is not None and first.alias_info is not None and first.alias_info.is_write
+    return writes and function.namespace == "aten"
+
+
+def _summing(old: Tensor, new: Tensor) -> bool:
+    """Whether autograd adds gradients: in place where nobody else has the first, but for fakes out of place."""
+    inside = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+    return inside and isinstance(new, Tensor) and old.shape == new.shape and old.dtype == new.dtype
+
+
+class _Copying(TorchFunctionMode):
+    """Inside, copy.deepcopy turns floating-point tensors into fakes."""
+
+    def __init__(self, rehearsal: Rehearsal):
+        super().__init__()
+        self._rehearsal = rehearsal
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__deepcopy__:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                real = not (tensor.is_meta or tensor.is_floating_point() and tensor.numel() > _SMALL)
+                memo[id(tensor)] = tensor.clone() if real else self._rehearsal.fake(tensor)
+            return memo[id(tensor)]
+        if function is torch._C.TensorBase.clone:  # of a parameter
+            return self._rehearsal.fake(args[0])
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))

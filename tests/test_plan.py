@@ -1,0 +1,246 @@
+"""step.plan(): its memory against what a step allocates, its costs against formulas, and that it changes nothing."""
+
+import itertools
+
+import pytest
+import torch
+
+from moe_unlearn.config import Recipe
+from moe_unlearn.experts import experts_modules
+from moe_unlearn.memory import measured_peak
+from moe_unlearn.step import UnlearnStep
+from tests.batches import random_batch, with_refusals
+from tests.models import TINY_MODELS
+
+VOCAB, ROWS, LENGTH, HIDDEN = 256, 4, 48, 64
+RECIPES = {
+    "graddiff": [],
+    "trace": ["trace.min_ratio=1.01", "scope.kind=experts"],  # 2 of 8 experts a layer, 2 of 4 for gpt-oss
+    "wagle": ["wagle.keep=0.5"],
+    "mollm": [],
+}
+FIXED = ("weights", "mask", "reference caches")
+
+
+def tiny(family, dtype=torch.float32, device="cpu"):
+    torch.manual_seed(0)
+    with torch.device(device):
+        return TINY_MODELS[family](vocab_size=VOCAB, hidden_size=HIDDEN).to(dtype).eval()
+
+
+def batch(seed, rows=ROWS, length=LENGTH):
+    return with_refusals(random_batch(VOCAB, rows, length, seed=seed), seed=seed)
+
+
+def made(name, *overrides):
+    return Recipe.load(name, [*RECIPES.get(name, []), "optimizer.lr=1e-4", *overrides])
+
+
+def prepared(model, recipe, forget, retain):
+    step = UnlearnStep(model, recipe)
+    step.prepare([forget], [retain])
+    return step
+
+
+def check(step, forget, retain, device="cpu", allowed=0.1):
+    """The prediction beyond weights, masks and caches against two steps as they happen."""
+    plan = step.plan([forget], [retain])
+    with measured_peak(device) as measured:
+        for _ in range(2):
+            step(forget, retain)
+    predicted = plan.peak - sum(plan.memory.get(name, 0) for name in FIXED)
+    assert predicted == pytest.approx(measured.peak, rel=allowed), str(plan)
+
+
+SETTINGS = list(itertools.product(("float32", "bfloat16"), ("sgd", "adamw")))
+# every recipe meets every family, and with it two settings that between them have both dtypes and optimizers
+CASES = [
+    (family, name, *SETTINGS[k])
+    for i, family in enumerate(("olmoe", "qwen3_moe", "gpt_oss"))
+    for j, name in enumerate(RECIPES)
+    for k in ((0, 3), (1, 2))[(i + j) % 2]
+]
+
+
+@pytest.mark.parametrize(("family", "name", "dtype", "optimizer"), CASES)
+def test_memory_is_what_a_step_allocates(family, name, dtype, optimizer):
+    forget, retain = batch(1), batch(2)
+    model = tiny(family, getattr(torch, dtype))
+    check(prepared(model, made(name, f"optimizer.name={optimizer}"), forget, retain), forget, retain)
+
+
+@pytest.mark.parametrize("name", ["npo", "idk_dpo", "kl_min", "seuf", "combined"])
+def test_memory_follows_the_objective(name):
+    overrides = ["trace.min_ratio=1.01"] if name == "combined" else []
+    forget, retain = batch(1, rows=2), batch(2)
+    check(prepared(tiny("olmoe"), made(name, *overrides), forget, retain), forget, retain)
+
+
+@pytest.mark.quick
+def test_memory_with_micro_batches_and_state():
+    accumulate = 3
+    step = UnlearnStep(tiny("olmoe"), made("graddiff", f"accumulate={accumulate}"))
+    forget, retain = batch(1), batch(2)
+    step(forget, retain)
+    plan = step.plan([forget], [retain])
+    state = sum(v.numel() * v.element_size() for s in step.optimizer.state.values() for v in s.values())
+    assert plan.memory["optimizer state"] == state
+    with measured_peak("cpu") as measured:
+        for i in range(accumulate):
+            step(forget, retain, update=i + 1 == accumulate)
+    beyond = plan.peak - sum(plan.memory.get(name, 0) for name in (*FIXED, "optimizer state"))
+    assert beyond == pytest.approx(measured.peak, rel=0.1)
+
+
+@pytest.mark.quick
+def test_a_padded_batch_and_a_full_one_take_their_own_attention():
+    full = {"input_ids": torch.full((4, 64), 5), "attention_mask": torch.ones(4, 64, dtype=torch.int64)}
+    full["labels"] = full["input_ids"]
+    step = UnlearnStep(tiny("olmoe"), made("graddiff", "optimizer.name=sgd"))
+    check(step, full, full)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", RECIPES)
+def test_memory_on_a_gpu(name):
+    forget, retain = ({k: v.cuda() for k, v in batch(seed, 16, 256).items()} for seed in (1, 2))
+    model = TINY_MODELS["olmoe"](vocab_size=VOCAB, hidden_size=256).to("cuda", torch.bfloat16).eval()
+    step = prepared(model, made(name), forget, retain)
+    step(forget, retain, update=False)
+    step.discard()  # kernels are compiled and cuBLAS has its workspace
+    check(step, forget, retain, "cuda")
+
+
+def state_of(step):
+    """Everything a plan could disturb, by value."""
+    tensors = {f"model {n}": t.clone() for n, t in step.model.state_dict().items()}
+    for i, state in enumerate(step.optimizer.state.values()):
+        tensors |= {f"state {i} {k}": v.clone() for k, v in state.items()}
+    tensors |= {f"grad {n}": p.grad.clone() for n, p in step.model.named_parameters() if p.grad is not None}
+    tensors |= {f"mask {n}": m.clone() for n, m in step.masks.items()}
+    tensors["random"] = torch.get_rng_state()
+    plain = {
+        "steps": step.steps, "done": step.done, "stages": list(step.prepared.done), "attributes": sorted(vars(step)),
+        "flags": {n: p.requires_grad for n, p in step.model.named_parameters()},
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in step.model.modules()],
+        "optimizer hooks": len(step.optimizer._optimizer_step_pre_hooks),
+        "gates": [m.__dict__.get("_moe_unlearn") for m in experts_modules(step.model).values()],
+        "versions": [p._version for p in step.model.parameters()],
+        "micro-batches": [dict(m) for m in step._micro_batches],
+    }  # fmt: skip
+    return tensors, plain
+
+
+@pytest.mark.quick
+def test_planning_changes_nothing():
+    forget, retain = batch(1), batch(2)
+    step = UnlearnStep(tiny("olmoe"), made("combined", "trace.min_ratio=1.01"))
+    for stage in ("new", "prepared", "stepped", "accumulated"):
+        if stage == "prepared":
+            step.prepare([forget], [retain])
+        elif stage == "stepped":
+            step(forget, retain)
+        elif stage == "accumulated":
+            step(forget, retain, update=False)
+        tensors, plain = state_of(step)
+        step.plan([forget], [retain])
+        tensors_after, plain_after = state_of(step)
+        assert plain_after == plain, stage
+        assert tensors_after.keys() == tensors.keys()
+        for key, value in tensors.items():
+            assert torch.equal(tensors_after[key], value), (stage, key)
+    step.update()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("family", "name"), [("gpt_oss", "graddiff"), ("olmoe", "combined")])
+def test_a_model_without_weights_gets_the_plan_of_the_real_one(family, name):
+    forget, retain = batch(1), batch(2)
+    plans = {}
+    for device in ("cpu", "meta"):
+        step = UnlearnStep(tiny(family, device=device), made(name))
+        plans[device] = step.plan([forget], [retain])
+        if device == "meta":
+            assert all(p.is_meta for p in step.model.parameters())
+    assert plans["meta"].flops == plans["cpu"].flops
+    assert plans["meta"].peak == pytest.approx(plans["cpu"].peak, rel=0.01)
+
+
+@pytest.mark.quick
+def test_a_gate_is_probed_where_there_are_no_weights_too():
+    model = tiny("olmoe", device="meta")
+    for module in experts_modules(model).values():
+        module._apply_gate = lambda z: z.chunk(2, -1)[0].sin() * z.chunk(2, -1)[1]
+    with pytest.warns(UserWarning, match="none of the known formulas"):
+        plan = UnlearnStep(model, made("graddiff")).plan([batch(1)], [batch(2)])
+    assert "expert_mlp" not in plan.flops
+
+
+@pytest.mark.quick
+def test_without_batches_the_recipe_says_their_size():
+    step = UnlearnStep(tiny("olmoe"), made("graddiff", "batch_size=2", "data.max_length=32"))
+    assert step.plan().shape == "forget 2 x 32, retain 2 x 32"
+    small, large = batch(1, rows=1), batch(2, rows=3)
+    plan = step.plan([small, large], [small])
+    assert plan.shape == "forget 3 x 48, retain 1 x 48"
+    with pytest.raises(ValueError, match="retain batch has no 'labels'"):
+        step.plan([small], [{k: v for k, v in small.items() if k != "labels"}])
+
+
+@pytest.mark.quick
+def test_flops_are_those_of_the_products():
+    model = tiny("olmoe")
+    step = UnlearnStep(model, made("graddiff", "optimizer.name=sgd"))
+    forget, retain = batch(1), batch(2)
+    flops = step.plan([forget], [retain]).flops
+    module = next(iter(experts_modules(model).values()))
+    tokens, top_k, layers = 2 * ROWS * LENGTH, model.config.num_experts_per_tok, model.config.num_hidden_layers
+    one_expert = module.gate_up_proj[0].numel() + module.down_proj[0].numel()
+    forward = 2 * tokens * top_k * one_expert * layers
+    assert flops["expert_mlp"] == flops["expert_mlp_backward"] == flops["expert_wgrad"] == forward
+    counted = sum(int((b["labels"][:, 1:] != -100).sum()) for b in (forget, retain))
+    assert flops["token_loss"] % (2 * counted * VOCAB * HIDDEN) == 0
+    heads = model.config.num_attention_heads
+    scores = 2 * 2 * 2 * ROWS * heads * LENGTH * LENGTH * (HIDDEN // heads) * layers
+    assert flops["attention"] == pytest.approx(3.5 * scores)
+
+
+@pytest.mark.quick
+def test_fewer_trained_experts_take_less():
+    forget, retain = batch(1), batch(2)
+    step = prepared(tiny("olmoe"), made("trace", "trace.per_layer=1"), forget, retain)
+    plan = step.plan([forget], [retain])
+    everything = UnlearnStep(tiny("olmoe"), made("graddiff")).plan([forget], [retain])
+    assert plan.largest["optimizer state"] < 0.2 * everything.largest["optimizer state"]
+    assert plan.peak < everything.peak
+
+
+@pytest.mark.quick
+def test_what_cannot_be_rehearsed_is_said():
+    model = tiny("olmoe")
+    model.model.norm.register_forward_pre_hook(lambda module, args: float(args[0].detach().numpy()[0, 0, 0]) and None)
+    plan = UnlearnStep(model, made("graddiff")).plan([batch(1)], [batch(2)])
+    assert set(plan.memory) == {"weights", "optimizer state"}
+    assert any(note.startswith("not rehearsed") for note in plan.notes)
+    assert "not rehearsed" in str(plan)
+
+
+@pytest.mark.quick
+def test_the_table_says_paths_costs_and_memory():
+    step = UnlearnStep(tiny("olmoe"), made("mollm"))
+    plan = step.plan([batch(1)], [batch(2)])
+    assert [path.layer for path in plan.paths] == list(experts_modules(step.model))
+    assert plan.peak == sum(plan.memory.values()) <= sum(plan.largest.values())
+    text = str(plan)
+    for word in (
+        "(2 layers): factors, 8 of 8 experts; MOLLM",
+        "expert_wgrad",
+        "GFLOP",
+        "activations",
+        "workspace",
+        "peak",
+        "3 gradient sets",
+    ):
+        assert word in text
+    plan.paths[0] = plan.paths[0]._replace(way="update", reason="no reason")
+    assert "layers.0.mlp.experts: update, 8 of 8 experts; no reason" in str(plan)
