@@ -77,6 +77,17 @@ def test_memory_follows_the_objective(name):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("override", ["guard=loss", "mollm.gradients=factors", "mollm.gradients=compact"])
+def test_memory_follows_the_way_of_the_gradients(override):
+    name = "graddiff" if override == "guard=loss" else "mollm"
+    forget, retain = batch(1), batch(2)
+    step = prepared(tiny("olmoe"), made(name, override), forget, retain)
+    check(step, forget, retain)
+    way = {"guard=loss": "update"}.get(override, override.rpartition("=")[2])
+    assert {path.way for path in step.plan([forget], [retain]).paths} == {way}
+
+
+@pytest.mark.quick
 def test_memory_with_micro_batches_and_state():
     accumulate = 3
     step = UnlearnStep(tiny("olmoe"), made("graddiff", f"accumulate={accumulate}"))
