@@ -22,7 +22,7 @@ LAYERS = [
     {"capture"},
     {"trace", "wagle", "mollm", "seuf", "forward", "scope"},
     {"gradients"},
-    {"preparation", "objectives", "paths", "plan"},
+    {"preparation", "objectives", "paths", "plan", "verify"},
     {"step"},
     {"data", "metrics"},
     {"trainer"},
