@@ -1,5 +1,6 @@
 """What a step will do and what it will hold in memory, before it does it."""
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -72,6 +73,10 @@ def make_plan(step, forget: list[Batch], retain: list[Batch]) -> Plan:
     }
     if recipe.optimizer.max_grad_norm is not None:
         plan.notes.append("max_grad_norm needs every gradient before the first update")
+    if step.verifier.remaining:
+        steps = "every step" if step.verifier.remaining == math.inf else f"{step.verifier.remaining} steps"
+        plan.memory["verification"] = step.verifier.memory()
+        plan.notes.append(f"verify runs {steps} beside the plain path, at about six times their time")
     return plan
 
 
