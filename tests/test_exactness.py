@@ -47,8 +47,8 @@ def test_the_full_matrix_has_every_objective_with_every_lever_it_goes_with():
 @pytest.mark.parametrize("case", COVER, ids=named)
 def test_steps(case, monkeypatch):
     monkeypatch.setenv("MOE_UNLEARN_IMPL", case["impl"])
-    found = check_steps(Subject(case), 3)
-    assert found["steps"] == 3 and found["not_compared"] == 0
+    found = check_steps(Subject(case), 5)
+    assert found["steps"] == 5 and found["not_compared"] == 0
 
 
 @pytest.mark.quick
@@ -72,7 +72,7 @@ def test_a_run_on_its_own_stays_as_close_as_rounding_lets_it(case):
 
 @pytest.mark.parametrize("case", RUNS, ids=named)
 def test_runs_again_and_resumed_have_the_same_bits(case):
-    check_bits(Subject(case), 4, [1, 2, 3])
+    check_bits(Subject(case), 4)
 
 
 def test_three_steps_on_triton(monkeypatch):
