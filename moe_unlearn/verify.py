@@ -13,7 +13,7 @@ instead of the step:
                 experts, and the report counts how often they had chosen others. A router that does not choose
                 by topk is not held to them; a step whose routes then part is reported as not compared.
     losses      one number's error may be small by luck, and so may a factor's that all gradients share: beside
-                the baseline's error stand those of float64 runs with each weight off by up to one ulp
+                the baseline's error stand those of float64 runs with each weight off by a few last bits
     weights     Adam divides by |g|, so that a gradient of rounding noise has an update of any sign: weights
                 are held to the formula at the step's own new moments (which are held to the truth), of SGD to
                 the truth; all in terms of the change
@@ -44,6 +44,8 @@ from moe_unlearn.forward import Batch
 from moe_unlearn.routes import Routes
 
 PERTURBATIONS = 2  # float64 runs on weights that are off by rounding
+# by how many last bits: float32 sums round at every addition, those of narrower numbers only when stored
+_ULPS = {True: 8, False: 1}
 
 
 class VerificationError(ArithmeticError):
@@ -166,7 +168,7 @@ class Verifier:
                 p.copy_(self._weights.get(name, source))
                 if perturb is not None:
                     off = 2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1
-                    p.mul_(1 + torch.finfo(source.dtype).eps * off.to(p.device))
+                    p.mul_(1 + _ULPS[source.element_size() >= 4] * torch.finfo(source.dtype).eps * off.to(p.device))
         twin.discard()
         twin.optimizer.load_state_dict(self._optimizer)
         twin.steps = step.steps
