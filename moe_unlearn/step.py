@@ -187,7 +187,7 @@ class UnlearnStep:
             self.discard()
             raise
         self._updated = sink.updated if single_pass else []
-        self._micro_batches.append(metrics)
+        self._micro_batches.append(dict(metrics))
         return metrics
 
     def combine(self) -> dict[str, float]:
