@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from moe_unlearn.comparison import Comparison, Report, Run
 from moe_unlearn.forward import Batch
 from moe_unlearn.routes import Routes
+from moe_unlearn.sinks import NonFiniteError
 
 PERTURBATIONS = 2  # float64 runs on weights that are off by rounding
 # by how many last bits: float32 sums round at every addition, those of narrower numbers only when stored
@@ -108,9 +109,13 @@ class Verifier:
         self.remaining -= 1
         step = self.step
         ours = Run.of(step)
-        baseline, routes = self._replay(None)
-        gold, _ = self._replay(torch.float64)
-        others = [self._replay(torch.float64, seed)[0] for seed in range(PERTURBATIONS)]
+        try:
+            baseline, routes = self._replay(None)
+            gold, _ = self._replay(torch.float64)
+            others = [self._replay(torch.float64, seed)[0] for seed in range(PERTURBATIONS)]
+        except NonFiniteError as error:
+            self._undo()
+            raise VerificationError(Report(step.steps + 1, problems=["the plain path stops"]), str(error)) from error
         saved = _by_parameter(step.optimizer, self._optimizer["state"])
         masters = {p: state["master"] for p, state in saved.items() if "master" in state}
         report = Report(step.steps + 1, routed=self._routes.count, rerouted=routes.rerouted)

@@ -7,7 +7,7 @@ import torch
 
 from moe_unlearn.gradients import Gradients
 from moe_unlearn.objectives import Objectives
-from moe_unlearn.optim import MaskedSGD, build_optimizer
+from moe_unlearn.optim import MaskedSGD
 from moe_unlearn.routes import Routes
 from moe_unlearn.sinks import CompactSink, UpdateSink
 from moe_unlearn.step import UnlearnStep
@@ -206,10 +206,18 @@ def test_a_bad_number_of_steps(verify, model):
         UnlearnStep(model, recipe("graddiff"), verify=verify)
 
 
-def test_a_router_without_topk_is_reported():
+def test_a_plain_path_that_stops_is_a_difference(model, monkeypatch):
+    step, forget, retain = prepared(model, recipe("graddiff", *UPDATE), verify=True)
+    before, norm = weights(model), Gradients.norm
+    monkeypatch.setattr(Gradients, "norm", lambda g: norm(g) if step._gradients is g else float("nan"))
+    with pytest.raises(VerificationError, match="the plain path stops"):
+        step(forget[0], retain[0])
+    assert not changed(model, before) and step.steps == 0
+
+
+def test_a_router_without_topk_keeps_its_own_routes():
     torch.manual_seed(0)
     model = tiny_phimoe(vocab_size=VOCAB).eval()
     step, forget, retain = prepared(model, recipe("graddiff", "forget.gamma=0.5"), verify=True)
     step(forget[0], retain[0])
-    assert build_optimizer(model, step.recipe) is not None
-    assert step.verifier.reports[0].rerouted == 0
+    assert step.verifier.reports[0].rerouted == 0 and step.verifier.reports[0].compared
