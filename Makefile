@@ -4,6 +4,7 @@
 # make lint    ruff check and format
 # make ledger  compile every Triton kernel and record its registers, spills, shared memory ...; no GPU needed
 # make mutants   the tests against wrong versions of every Triton kernel; about half an hour on 2 cores
+# make soak    the full exactness matrix of the fused step; hours on one core, `make soak SOAK="--minutes 30"` a sample
 # make gpu     the kernels' tests and compute-sanitizer on this machine's GPU
 # make clean-cache   forget the trained models of the demo
 
@@ -11,11 +12,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 # further arguments of `moe-unlearn demo`, e.g. make demo DEMO="--seeds 5 6 7"
 DEMO ?=
+# further arguments of the soak
+SOAK ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 # a change here builds the native extension again
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test quick lint ledger mutants gpu clean-cache clean
+.PHONY: demo test quick lint ledger mutants soak gpu clean-cache clean
 
 # without build isolation, so that the native extension is built against this very torch
 .venv/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
@@ -52,6 +55,9 @@ ledger: .venv/.installed $(OLDEST)
 
 mutants: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
+
+soak: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(SOAK)
 
 # in the machine's own environment: its torch is built for its CUDA and brings the Triton that goes with it
 gpu:

@@ -42,12 +42,14 @@ def unlearn(
     resume: bool = False,
     evaluate: bool = True,
     cache_dir: Path | None = None,
+    verify: int | bool = 0,
 ) -> dict:
     """Run `recipe` on `sets` ("forget", "retain" and perhaps "holdout" examples) and write the folder `out`.
 
     `out` gets `recipe.yaml`, `checkpoints/`, `model/` (loads with `from_pretrained`), `summary.json`,
-    `trajectory.json` and `report.md`. With `resume` the newest checkpoint goes on. References are kept in
-    `cache_dir`, by default `out/cache`. Returns the summary: run name -> metrics, empty without `evaluate`.
+    `trajectory.json`, `report.md` and, with `verify` as in `UnlearnStep`, `verified.txt`. With `resume` the
+    newest checkpoint goes on. References are kept in `cache_dir`, by default `out/cache`. Returns the summary:
+    run name -> metrics, empty without `evaluate`.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -70,8 +72,9 @@ def unlearn(
         sets["forget"], sets["retain"], seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
     )
     trainer = UnlearnTrainer(
-        model, arguments, recipe, dataset, processing_class=tokenizer, cache_dir=cache_dir or out / "cache"
-    )
+        model, arguments, recipe, dataset, processing_class=tokenizer, cache_dir=cache_dir or out / "cache",
+        verify=verify,
+    )  # fmt: skip
     summary = {}
     reference = None
     if evaluate:
@@ -81,7 +84,11 @@ def unlearn(
             reference = summary["retrain"].get("minkauc")
         summary["target"] = metrics.evaluate(model, tokenizer, **sets, reference_auc=reference)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        if verify:
+            (out / "verified.txt").write_text(trainer.unlearn_step.verifier.summary() + "\n", encoding="utf-8")
     seconds = time.perf_counter() - start
     trainer.save_model(str(out / "model"))
     tokenizer.save_pretrained(out / "model")

@@ -20,9 +20,10 @@ from moe_unlearn.config import Recipe, shipped
 from moe_unlearn.experts import enable
 from moe_unlearn.losses import target_mask
 from moe_unlearn.objectives import NotPreparedError
-from moe_unlearn.step import NonFiniteError, UnlearnStep
+from moe_unlearn.step import NonFiniteError, RetainBudgetError, UnlearnStep
+from moe_unlearn.verify import VerificationError
 
-_BAD_INPUT = (ValueError, OSError, NonFiniteError, NotPreparedError)
+_BAD_INPUT = (ValueError, OSError, NonFiniteError, RetainBudgetError, NotPreparedError, VerificationError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,15 +128,17 @@ def run(options) -> None:
         )
     batches = {side: _batches(sets[side], tokenizer, recipe.batch_size, side) for side in ("forget", "retain")}
     if options.dry_run:
-        print(UnlearnStep(model, recipe).plan(batches["forget"], batches["retain"]))
+        print(UnlearnStep(model, recipe, verify=options.verify).plan(batches["forget"], batches["retain"]))
         return
     out = Path(options.out)
     # the folder changes no result, so that it is no part of the recipe
     summary = benchmark.unlearn(
         model, tokenizer, recipe, sets, out, resume=options.resume, evaluate=not options.no_eval,
-        cache_dir=None if options.cache is None else Path(options.cache),
+        cache_dir=None if options.cache is None else Path(options.cache), verify=options.verify,
     )  # fmt: skip
     print(f"model: {out / 'model'}")
+    if options.verify:
+        print(f"verified: {out / 'verified.txt'}")
     if summary:
         _print_run(out, summary)
 
@@ -208,6 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="runs/unlearn", help="folder of the run")
     sub.add_argument("--cache", help="folder of reference values that runs share (default: OUT/cache)")
     sub.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    sub.add_argument("--verify", type=_steps, nargs="?", const=True, default=0, metavar="N",
+                     help="make the first N steps (without N all) beside the plain path and compare")  # fmt: skip
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after")
     sub = command("eval", evaluate)
@@ -222,6 +227,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="runs/demo")
     sub.add_argument("--clean-cache", action="store_true", help="remove the trained models and stop")
     return parser
+
+
+def _steps(text: str) -> int:
+    """A number of steps, at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of steps; got {text!r}")
+    return int(text)
 
 
 def _data_overrides(options) -> list[str]:

@@ -206,6 +206,8 @@ class Recipe:
             raise ValueError("scope.kind 'experts' trains the experts TRACE selects and needs trace")
         if self.retain.objective == "embed_diff" and self.forget.objective != "rmu":
             raise ValueError("retain.objective 'embed_diff' is RMU's and needs forget.objective 'rmu'")
+        if self.retain.objective == "embed_diff" and self.mollm is not None and self.mollm.kl:
+            raise ValueError("mollm.kl compares final hidden states, where RMU's forward does not go: mollm.kl=false")
 
     @classmethod
     def from_dict(cls, values: dict) -> "Recipe":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_unlearn import mollm
 from moe_unlearn.config import Mollm
 from moe_unlearn.ops import gram
-from moe_unlearn.ops.expert_wgrad import Factors
+from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.sinks import inner_products, join
 
@@ -36,11 +36,23 @@ class Gradients:
         self._compact: set[Tensor] = set()  # parameters whose gradients in the sets are compact
         self._norm: float | None = None  # of MOLLM's direction
 
+    def of(self, p: nn.Parameter) -> Tensor | Factors | None:
+        """The gradient of the step: whole, compact or as factors."""
+        return self.optimizer.gradients.get(p, p.grad)
+
+    def made(self, p: nn.Parameter) -> Tensor | None:
+        """The gradient of the step, whole or compact: made from its factors if need be."""
+        gradient = self.of(p)
+        if not isinstance(gradient, Factors):
+            return gradient
+        experts, mask = self.optimizer.layout(p)
+        return expert_wgrad(**gradient._asdict(), experts=experts, mask=mask, out_dtype=p.dtype)
+
     def collect(self, objective: str) -> None:
         """Take what a backward pass of this objective left, and add it to the objective's set."""
         held = self.sets.setdefault(objective, [None] * len(self.trained))
         for i, (_, p) in enumerate(self.trained):
-            new = self.factors.get(p, self._of(p))
+            new = self.factors.get(p, self.of(p))
             if isinstance(new, list):
                 held[i] = [*(held[i] or []), *new]
             elif new is not None:
@@ -54,7 +66,7 @@ class Gradients:
         """The mean of `parts` micro-batches, from their sum."""
         if parts == 1:
             return
-        for gradients in self.sets.values() or [[self._of(p) for _, p in self.trained]]:
+        for gradients in self.sets.values() or [[self.of(p) for _, p in self.trained]]:
             for i, gradient in enumerate(gradients):
                 if isinstance(gradient, list):
                     gradients[i] = [f._replace(grad=f.grad / parts) for f in gradient]
@@ -65,12 +77,12 @@ class Gradients:
         """Of the gradient of the step, masks applied."""
         if self._norm is not None:
             return self._norm
-        return float(self._gram([[self._of(p) for _, p in self.trained]])[0, 0]) ** 0.5
+        return float(self._gram([[self.of(p) for _, p in self.trained]])[0, 0]) ** 0.5
 
     def scale(self, factor: float) -> None:
         """Multiply the gradient of the step."""
         for _, p in self.trained:
-            gradient = self._of(p)
+            gradient = self.of(p)
             if isinstance(gradient, Factors):
                 self.optimizer.gradients[p] = gradient._replace(grad=gradient.grad * factor)
             elif gradient is not None:
@@ -146,9 +158,6 @@ class Gradients:
         self.sets, self._norm = {}, None
         self.factors.clear()
         self._compact.clear()
-
-    def _of(self, p: nn.Parameter) -> Tensor | Factors | None:
-        return self.optimizer.gradients.get(p, p.grad)
 
     def _rows(self, p: nn.Parameter) -> Tensor:
         """The part of a parameter that its gradient is of."""

@@ -151,13 +151,16 @@ def head_of(model: nn.Module) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), scale, float(softcap) if softcap else None)
 
 
-def final_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """Output [B, S, H] of the decoder's last norm, which is what the head multiplies; the head does not run."""
+def decoder_of(model: nn.Module) -> nn.Module:
+    """A causal LM without its head."""
     causal = unwrapped(model)
     decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else None
-    if decoder is None or decoder is causal:
-        decoder = getattr(causal, causal.base_model_prefix)
-    out = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return getattr(causal, causal.base_model_prefix) if decoder is None or decoder is causal else decoder
+
+
+def final_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """Output [B, S, H] of the decoder's last norm, which is what the head multiplies; the head does not run."""
+    out = decoder_of(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return out.last_hidden_state
 
 

@@ -6,6 +6,7 @@ step, its model or the random state changes. Not counted is what stands beside t
 CUDA context, cuBLAS' workspace, scratch of the C++ kernels.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -117,6 +118,12 @@ def make_plan(step, forget: list[Batch], retain: list[Batch]) -> Plan:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         plan.notes.append(f"not rehearsed, so activations, gradients and workspace are unknown ({reason})")
         plan.memory = plan.largest = _static(step, named, caches)
+    if step.verifier.remaining:
+        steps = "every step" if step.verifier.remaining == math.inf else f"{step.verifier.remaining} steps"
+        size = step.verifier.memory() / 2**20
+        plan.notes.append(
+            f"verify runs {steps} beside the plain path, at about six times their time and {size:.2f} MiB beside these"
+        )
     return plan
 
 

@@ -42,6 +42,7 @@ from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
 from moe_unlearn.plan import Plan, make_plan
 from moe_unlearn.preparation import Preparation, needed, prepare
 from moe_unlearn.sinks import CompactSink, FactorSink, NonFiniteError, UpdateSink
+from moe_unlearn.verify import Verifier
 
 
 class UnlearnStep:
@@ -53,6 +54,7 @@ class UnlearnStep:
         recipe: a `Recipe`, the path of a YAML file or the name of a shipped recipe.
         optimizer: a `MaskedSGD` or `MaskedAdamW` over the model's parameters; None builds the recipe's.
         fused: False takes the plain path, for comparison.
+        verify: how many steps, True all, are made beside the plain path and compared; see `verify`.
 
     Raises TypeError for another optimizer and ValueError for a model without MoE layers, or with nothing to
     train within the recipe's scope.
@@ -65,6 +67,7 @@ class UnlearnStep:
         optimizer: MaskedSGD | MaskedAdamW | None = None,
         *,
         fused: bool = True,
+        verify: int | bool = 0,
     ):
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         self.model, self.fused = model, fused
@@ -92,6 +95,7 @@ class UnlearnStep:
         self._updated: list[str] = []
         self._measured = False  # whether the descent of MOLLM's objectives is measured in this step
         self._norm: float | None = None
+        self.verifier = Verifier(self, verify)
 
     def prepare(
         self,
@@ -162,7 +166,8 @@ class UnlearnStep:
         sink = self._sink(single_pass)
         try:
             # the backward pass belongs inside: a gradient checkpoint's recompute asks for the sink again
-            with step_inputs(self.model, weight_gradients=sink):
+            watch = self.verifier.watch(forget_batch, retain_batch, sizes)
+            with step_inputs(self.model, weight_gradients=sink), watch:
                 values = self.objectives(forget_batch, retain_batch, joint=self.fused)
                 metrics = {f"{name}_loss": float(value.detach()) for name, value in values.items()}
                 check_losses(self.recipe, metrics, self.steps)
@@ -179,7 +184,7 @@ class UnlearnStep:
             self.discard()
             raise
         self._updated = sink.updated if single_pass else []
-        self._micro_batches.append(metrics)
+        self._micro_batches.append(dict(metrics))
         return metrics
 
     def combine(self) -> dict[str, float]:
@@ -212,8 +217,7 @@ class UnlearnStep:
         self.clip(self.recipe.optimizer.max_grad_norm)
         metrics |= self._optimizer_step()
         metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
-        self.finish()
-        return metrics
+        return metrics | self.finish()
 
     def clip(self, limit: float | None) -> float:
         """Scale the combined gradient down to the norm `limit`; returns the norm before, masks applied.
@@ -224,14 +228,17 @@ class UnlearnStep:
             if limit is not None:
                 raise RuntimeError("a step that updates in its backward pass has no whole gradient to clip")
             return math.nan
+        self.verifier.clipped_to = limit
         if limit is not None and self._norm > limit:
             self.gradients.scale(limit / self._norm)
         return self._norm
 
-    def finish(self) -> None:
-        """Close a step whose update has been made: drop its gradients and count it."""
+    def finish(self) -> dict[str, float]:
+        """Close a step whose update has been made: verify, drop its gradients and count it; returns metrics."""
+        metrics = self.verifier.check()
         self.discard()
         self.steps += 1
+        return metrics
 
     def discard(self) -> None:
         """Drop accumulated gradients."""

@@ -10,6 +10,7 @@ resume goes through `from_pretrained`, and the step's own state (selection, weig
 saved beside the model.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ class UnlearnTrainer(Trainer):
         data_collator: makes `{"forget": batch, "retain": batch}` of a list of such items; default
             `data.PairCollator`.
         cache_dir: folder that keeps references from run to run; see `UnlearnStep.prepare`.
+        verify: how many steps to make beside the plain path, as in `UnlearnStep`.
 
     Further keywords go to `Trainer`, except `optimizers`, which the recipe determines. Raises ValueError
     for fp16 (its loss scaling would need gradients twice) and for more than one process.
@@ -51,6 +53,7 @@ class UnlearnTrainer(Trainer):
         train_dataset: Dataset,
         data_collator=None,
         cache_dir: str | Path | None = None,
+        verify: int | bool = 0,
         **keywords,
     ):
         if "optimizers" in keywords or "optimizer_cls_and_kwargs" in keywords:
@@ -63,7 +66,7 @@ class UnlearnTrainer(Trainer):
             if not len(getattr(train_dataset, side, ())):
                 raise ValueError(f"train_dataset must have a non-empty list of examples {side!r}")
         args.remove_unused_columns = False
-        self.unlearn_step = UnlearnStep(model, recipe)
+        self.unlearn_step = UnlearnStep(model, recipe, verify=verify)
         if args.gradient_accumulation_steps > 1:
             self.unlearn_step.held_back = "TrainingArguments.gradient_accumulation_steps is above 1"
         elif args.max_grad_norm:
@@ -80,7 +83,7 @@ class UnlearnTrainer(Trainer):
             optimizers=(self.unlearn_step.optimizer, None),
             **keywords,
         )
-        self.add_callback(_Bookkeeping(self.unlearn_step, train_dataset))
+        self.add_callback(_Bookkeeping(self.unlearn_step, train_dataset, self._log_metrics))
         self.unlearn_step.restore = self._restore
 
     def _pair_collator(self, tokenizer, forget) -> PairCollator:
@@ -120,16 +123,20 @@ class UnlearnTrainer(Trainer):
         """Accumulate one micro-batch; at the last one of a step, leave its gradient in `.grad`."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
+        # accelerate's mixed precision wraps the model's forward, which is not what the step calls
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
             metrics = self.unlearn_step.accumulate(inputs["forget"], inputs["retain"], last=True)
         total = sum(metrics.values())
         if self.accelerator.sync_gradients:
             metrics |= self.unlearn_step.combine()
             if self.unlearn_step.done:
                 self.control.should_training_stop = True
+        self._log_metrics(metrics)
+        return torch.tensor(total / self.current_gradient_accumulation_steps, device=self.args.device)
+
+    def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._logged.setdefault(name, []).append(value)
-        return torch.tensor(total / self.current_gradient_accumulation_steps, device=self.args.device)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The summed objectives of a pair; batches that are not pairs are evaluated as usual."""
@@ -137,7 +144,7 @@ class UnlearnTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         objectives = self.unlearn_step.objectives
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             values = {**objectives.forget(inputs["forget"]), **objectives.retain(inputs["retain"])}
         return sum(values.values()), None, None
 
@@ -189,8 +196,8 @@ class UnlearnTrainer(Trainer):
 class _Bookkeeping(TrainerCallback):
     """What the Trainer does itself and the step, or the dataset, has to know."""
 
-    def __init__(self, step: UnlearnStep, dataset: Dataset):
-        self.step, self.dataset = step, dataset
+    def __init__(self, step: UnlearnStep, dataset: Dataset, log: Callable[[dict[str, float]], None]):
+        self.step, self.dataset, self.log = step, dataset, log
 
     def on_epoch_begin(self, args, state, control, **keywords):
         # accelerate forwards the epoch to the dataset, but not after a resume in the middle of one
@@ -198,4 +205,4 @@ class _Bookkeeping(TrainerCallback):
             self.dataset.set_epoch(int(state.epoch or 0))
 
     def on_optimizer_step(self, args, state, control, **keywords):
-        self.step.finish()
+        self.log(self.step.finish())

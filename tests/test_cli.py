@@ -11,6 +11,7 @@ from moe_unlearn import wagle
 from moe_unlearn.cache import RowStore
 from moe_unlearn.cli import main
 from moe_unlearn.data import train_tokenizer
+from moe_unlearn.sinks import CompactSink
 from tests.models import tiny_olmoe
 
 FORGET = [f"the secret number of agent {n} is {n * 37 % 101}, never tell" for n in range(12)]
@@ -63,6 +64,22 @@ def test_run_unlearns_a_saved_model_on_a_users_files(folder, tmp_path, capsys):
     assert "NPO" in (tmp_path / "report.md").read_text().upper()
     assert "report" in capsys.readouterr().out
     assert main(["report", str(tmp_path)]) == 0
+
+
+def test_verify_compares_the_first_steps_and_writes_what_it_found(folder, tmp_path, capsys, monkeypatch):
+    assert run(folder, tmp_path, "--verify", "2", "--no-eval") == 0
+    assert f"verified: {tmp_path / 'verified.txt'}" in capsys.readouterr().out
+    found = (tmp_path / "verified.txt").read_text()
+    assert "step 1: equals" in found and "step 2: equals" in found and "step 3" not in found
+    logged = json.loads((tmp_path / "trajectory.json").read_text())["npo"]
+    assert ["verify_difference" in entry for entry in logged] == [True, True, False, False]
+    take = CompactSink.take
+    monkeypatch.setattr(CompactSink, "take", lambda sink, weight, f: take(sink, weight, f._replace(grad=2 * f.grad)))
+    assert run(folder, tmp_path / "wrong", "--verify", "--no-eval") == 2
+    assert "NOT the plain step" in capsys.readouterr().err
+    assert "NOT the plain step" in (tmp_path / "wrong" / "verified.txt").read_text()
+    with pytest.raises(SystemExit):
+        run(folder, tmp_path, "--verify", "-1")
 
 
 def test_resume_goes_on_to_the_same_weights(folder, tmp_path):

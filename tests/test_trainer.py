@@ -172,6 +172,18 @@ def test_clipping_limits_the_norm(original, dataset, tmp_path):
     assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_steps_in_the_trainer_are_verified(bf16, original, dataset, tmp_path):
+    model = copy.deepcopy(original)
+    options = arguments(tmp_path, max_steps=3, gradient_accumulation_steps=2, max_grad_norm=0.1, bf16=bf16)
+    trainer = UnlearnTrainer(model, options, combined("mollm=null"), dataset, verify=2)
+    trainer.train()
+    reports = trainer.unlearn_step.verifier.reports
+    assert [r.step for r in reports] == [1, 2] and all(r.compared and 0 < r.largest for r in reports)
+    logged = [entry.get("verify_difference") for entry in trainer.state.log_history if "forget_loss" in entry]
+    assert logged == [reports[0].largest, reports[1].largest, None]
+
+
 def test_a_saved_model_loads_and_keeps_its_bits(original, dataset, tmp_path):
     trainer = UnlearnTrainer(copy.deepcopy(original), arguments(tmp_path, max_steps=2), combined(), dataset)
     trainer.train()
@@ -212,3 +224,15 @@ def test_errors(original, dataset, tmp_path):
     trainer = UnlearnTrainer(model, arguments(tmp_path), combined(), dataset)
     with pytest.raises(ValueError, match="no checkpoint to resume"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_mixed_precision_reaches_the_step(original, dataset, tmp_path):
+    losses = []
+    for bf16 in (False, True):
+        trainer = UnlearnTrainer(
+            copy.deepcopy(original), arguments(tmp_path / str(bf16), max_steps=1, bf16=bf16), "graddiff", dataset
+        )
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["retain_loss"])
+    # bfloat16 keeps 8 bits
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=2**-6)

@@ -76,6 +76,9 @@ def expert_mlp(
     device = hidden_states.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         narrow = [_autocast(t) for t in (hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias)]
+        if sink is not None:
+            own = dict(zip(narrow[1:], (gate_up_proj, down_proj, gate_up_bias, down_bias), strict=True))
+            sink = functools.partial(_through, sink, own)
         with torch.autocast(device, enabled=False):
             return expert_mlp(
                 narrow[0], top_k_weights, sorted_rows, expert_offsets, *narrow[1:], gate=gate, impl=impl,
@@ -173,6 +176,11 @@ def _slots(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
 def _padded(values: Tensor, num_rows: int) -> Tensor:
     """Zero rows behind `values`, up to `num_rows`."""
     return torch.cat([values, values.new_zeros(num_rows - len(values), values.shape[1])])
+
+
+def _through(sink: Callable, own: dict[Tensor | None, Tensor | None], narrow: Tensor, factors: Factors) -> None:
+    """The sink of a weight whose copy in autocast's dtype has factors."""
+    sink(own[narrow], factors)
 
 
 def _autocast(tensor: Tensor | None) -> Tensor | None:

@@ -1,0 +1,242 @@
+"""Judging a step beside the plain one: the criterion of `testing` for everything a step makes.
+
+What is compared with what, and why not simply weights with weights, is said in `verify`. Source: our
+specification; Adam's formula is that of `ops.masked_update`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from moe_unlearn.ops.bits import philox, round_stochastic, unpack_bits
+from moe_unlearn.testing import AccuracyError, assert_as_accurate, ulp
+
+_WORST = 8  # tensors a report names
+
+
+@dataclass
+class Report:
+    """What verifying one step found; `str(report)` names the worst tensors."""
+
+    step: int
+    #: what, e.g. "gradient of NAME" -> max |fused - plain| / max |plain|
+    differences: dict[str, float] = field(default_factory=dict)
+    #: what does not meet the criterion, and by how much
+    problems: list[str] = field(default_factory=list)
+    #: tokens times layers, and how many of them the plain paths would have sent to other experts
+    routed: int = 0
+    rerouted: int = 0
+    #: False where routes parted for good; then nothing was judged
+    compared: bool = True
+
+    @property
+    def largest(self) -> float:
+        """The largest relative difference; 0 for a step that was not compared."""
+        return max(self.differences.values(), default=0.0) if self.compared else 0.0
+
+    def __str__(self) -> str:
+        if not self.compared:
+            return f"step {self.step}: not compared: its router sends tokens elsewhere in another precision"
+        worst = sorted(self.differences.items(), key=lambda item: -item[1])[:_WORST]
+        lines = [
+            f"step {self.step}: {'NOT the plain step' if self.problems else 'equals the plain step'} within the "
+            f"criterion; largest relative difference {self.largest:.2e} among {len(self.differences)} tensors",
+            *(f"  above the criterion: {problem}" for problem in self.problems),
+            *(f"  {difference:.2e}  {name}" for name, difference in worst),
+            f"  {self.rerouted} of {self.routed} routes were near a tie and taken as the fused step took them",
+        ]
+        return "\n".join(lines)
+
+
+@dataclass
+class Run:
+    """One way of making the step."""
+
+    losses: list[dict[str, float]]
+    gradients: dict[str, Tensor | None]
+    compact: set[str]  # whose gradients are of the slices that train, and masked
+    updated: set[str]  # in the backward pass: their gradients never were
+    weights: dict[str, Tensor]
+    state: dict[str, dict]  # of the optimizer, by parameter
+
+    @classmethod
+    def of(cls, step) -> "Run":
+        """What a step has after its update, copied; before it is finished."""
+        named = step._trained()
+        return cls(
+            [dict(losses) for losses in step._micro_batches],
+            {name: _clone(step.gradients.made(p)) for name, p in named},
+            {name for name, p in named if p in step.optimizer.gradients},
+            set(step._updated),
+            {name: p.detach().clone() for name, p in named},
+            {name: {k: v.clone() for k, v in step.optimizer.state.get(p, {}).items()} for name, p in named},
+        )
+
+
+class Comparison:
+    """Judges a step after its update and fills `report`.
+
+    Args:
+        step, plain: the step itself and the plain one.
+        before, masters: the weights before it by name, and their masters, compact, by parameter.
+        ours, baseline, gold, others: the step, the plain one, the plain one in float64, and those of weights
+            off by rounding.
+    """
+
+    def __init__(
+        self, step, plain, before: dict[str, Tensor], masters: dict[Tensor, Tensor], report: Report,
+        ours: Run, baseline: Run, gold: Run, others: list[Run],
+    ):  # fmt: skip
+        self.step, self.plain, self.before, self.masters, self.report = step, plain, before, masters, report
+        self.ours, self.baseline, self.gold, self.others = ours, baseline, gold, others
+
+    def run(self) -> None:
+        """Judge everything."""
+        for i, losses in enumerate(self.ours.losses):
+            for name, value in losses.items():
+                at = f"{name} of micro-batch {i}" if len(self.ours.losses) > 1 else name
+
+                def loss(run: Run, name=name, i=i) -> Tensor:
+                    return torch.tensor(run.losses[i][name], dtype=torch.float64)
+
+                # a difference of logarithms of order one, whose last bit it has however small it is
+                last_bit = torch.finfo(torch.float32).eps
+                self._judge(at, torch.tensor(value, dtype=torch.float32), loss, last_bit)
+        names = {p: name for name, p in self.step._trained()}
+        # the options are those of the plain step: its optimizer began as the step's own did
+        for (_, p, _, i), (group, _, mask, _) in zip(
+            self.step.optimizer._parameters(), self.plain.optimizer._parameters(), strict=True
+        ):
+            if p in names:
+                self._parameter(names[p], group, p, mask, i)
+
+    def _parameter(self, name: str, group: dict, p: nn.Parameter, mask: Tensor | None, parameter_id: int) -> None:
+        slices, _ = self.step.optimizer.layout(p)
+        slices = slice(None) if slices is None else slices
+        kept = torch.ones_like(p, dtype=torch.bool)
+        if mask is not None:
+            kept = unpack_bits(mask, p.shape[-1] if p.dim() else 1).view(p.shape)
+        before, after = self.before[name], self.ours.weights[name]
+        self._require(
+            torch.equal(before[~kept], after[~kept]), f"weight {name}: weights moved that the mask holds back"
+        )
+
+        def gradient(run: Run) -> Tensor:
+            made = run.gradients[name]
+            made = torch.zeros_like(run.weights[name]) if made is None else made
+            # a compact one has its mask applied already
+            return made if name in run.compact else torch.where(kept, made, 0)[slices]
+
+        if name not in self.ours.updated:
+            self._judge(f"gradient of {name}", gradient(self.ours), gradient)
+        ours, plain = self.ours.state[name], self.baseline.state[name]
+        count, expected = (float(state.get("step", 0)) for state in (ours, plain))
+        if ours.keys() != plain.keys() or count != expected:
+            self.report.problems.append(
+                f"state of {name}: expected {sorted(plain)} at step {expected:g}; got {sorted(ours)} at step {count:g}"
+            )
+            return
+        for key in sorted(ours.keys() - {"step", "slices", "master"}):
+            self._judge(f"{key} of {name}", ours[key], lambda run, key=key: run.state[name][key])
+        if ours:
+            update = _Update(group, parameter_id, p, slices, count)
+            self._weight(name, p, update, before[slices], after[slices], kept[slices], gradient)
+        else:
+            self._require(torch.equal(before, after), f"weight {name}: moved, which it does not in the plain step")
+
+    def _weight(self, name, p, update: "_Update", before, after, kept, gradient) -> None:
+        """The slices of one weight that train, [M, ...] each."""
+        start = self.masters.get(p, before).double()
+        runs, gold = (self.ours, self.baseline), self.gold.weights[name][update.slices]
+        truths = [torch.where(kept, update.truth(run.state[name], start, gold), start) for run in runs]
+        ends = [run.state[name].get("master", run.weights[name][update.slices]) for run in runs]
+        self._difference(f"weight {name}", *ends)
+        if update.rounds:
+            slack = self._slack(update, gradient)
+            wrong = [int(update.off(*pair, start, slack).sum()) for pair in zip(ends, truths, strict=True)]
+            self._require(wrong[0] <= wrong[1], f"weight {name}: {wrong[0]} of {kept.numel()} weights are not the "
+                          "rounding of their update")  # fmt: skip
+            return
+        ours, plain = (end.double() - truth for end, truth in zip(ends, truths, strict=True))
+        change, dtype = truths[0] - start, torch.promote_types(p.dtype, torch.float32)
+        self._assert(f"weight {name}", (change + ours).to(dtype), (change + plain).to(dtype), change)
+        if "master" in self.ours.state[name]:
+            rounded = torch.where(kept, ends[0].to(p.dtype), before)
+            self._require(torch.equal(after, rounded), f"weight {name}: is not the rounding of its master weights")
+
+    def _slack(self, update: "_Update", gradient: Callable[[Run], Tensor]) -> Tensor | float:
+        """What the error of an update without moments may be that its gradient's causes."""
+        if update.own_moments:
+            return 0.0
+        errors = [(gradient(run).double() - gradient(self.gold)).abs() for run in (self.baseline, *self.others)]
+        return 2 * update.sensitivity * torch.stack(errors).amax() if errors[0].numel() else 0.0
+
+    def _judge(self, name: str, ours: Tensor, of: Callable[[Run], Tensor], floor: float = 0.0) -> None:
+        plain, gold = of(self.baseline), of(self.gold)
+        self._difference(name, ours, plain)
+        gold = gold.double()
+        errors = [of(run).double() - gold for run in (self.baseline, *self.others)]
+        allowed = torch.stack(errors).square().sum(0).sqrt().clamp_min(floor)
+        self._assert(name, ours, (gold + allowed).to(ours.dtype), gold)
+
+    def _difference(self, name: str, ours: Tensor, plain: Tensor) -> None:
+        if ours.numel():
+            scale = float(plain.double().abs().max())
+            difference = float((ours.double() - plain.double()).abs().max())
+            self.report.differences[name] = difference / scale if scale else float(difference > 0)
+
+    def _require(self, holds: bool, problem: str) -> None:
+        if not holds:
+            self.report.problems.append(problem)
+
+    def _assert(self, name: str, ours: Tensor, baseline: Tensor, gold: Tensor) -> None:
+        try:
+            assert_as_accurate(ours, baseline, gold, name=name)
+        except AccuracyError as error:
+            self.report.problems.append(str(error))
+
+
+class _Update:
+    """One parameter's update in float64, for the slices that train."""
+
+    def __init__(self, group: dict, parameter_id: int, p: nn.Parameter, slices, count: float):
+        self.group, self.parameter_id, self.p, self.slices, self.count = group, parameter_id, p, slices, count
+        self.adam = "betas" in group
+        self.own_moments = self.adam or (group["momentum"] > 0 and not group["nesterov"])
+        self.sensitivity = group["lr"] * (1 + group.get("momentum", 0.0))
+        narrow = torch.finfo(p.dtype).bits < 32
+        self.rounds = narrow and group["numerics"] in ("nearest", "stochastic")
+
+    def truth(self, state: dict, start: Tensor, gold: Tensor) -> Tensor:
+        """The new weights, from the new moments where these determine them, else `gold`."""
+        group = self.group
+        if self.adam:
+            first, second = (state[key].double() for key in ("exp_avg", "exp_avg_sq"))
+            corrections = [1 - beta**self.count for beta in group["betas"]]
+            decayed = start * (1 - group["lr"] * group["weight_decay"])
+            return decayed - group["lr"] / corrections[0] * first / (
+                second.sqrt() / math.sqrt(corrections[1]) + group["eps"]
+            )
+        return start - group["lr"] * state["momentum_buffer"].double() if self.own_moments else gold
+
+    def off(self, end: Tensor, truth: Tensor, start: Tensor, slack: Tensor | float) -> Tensor:
+        """bool: the weights that no value within the arithmetic's error of `truth` rounds to."""
+        slack = slack + 2 * ulp(torch.maximum(truth.abs(), start.abs()), torch.float32)
+        # a weight the mask holds back has nothing to round
+        slack = torch.where(truth == start, 0.0, slack)
+        low, high = (self._rounded((truth + sign * slack).float()).float() for sign in (-1, 1))
+        return (end.float() < low) | (end.float() > high)
+
+    def _rounded(self, value: Tensor) -> Tensor:
+        if self.group["numerics"] != "stochastic" or self.p.dtype != torch.bfloat16:
+            return value.to(self.p.dtype)
+        index = torch.arange(self.p.numel(), device=self.p.device).view(self.p.shape)[self.slices]
+        random = philox(index, int(self.count), self.group["seed"], self.parameter_id)
+        return round_stochastic(value, random)
+
+
+def _clone(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.detach().clone()

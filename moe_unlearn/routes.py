@@ -1,0 +1,111 @@
+"""The routes of a step, recorded in one run and taken in another: what a comparison across precisions needs.
+
+A token near a tie goes elsewhere once a number is rounded otherwise; no criterion for rounding holds then. All
+ways of making a step see the rows in one order, however they stack and pad them, so that the attended tokens
+of all forward passes, one after the other, name the routes. Source: our specification.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from moe_unlearn.experts import experts_modules
+from moe_unlearn.losses import decoder_of
+
+
+class Routes:
+    """The experts that attended tokens visit, by layer, in the order of the forward passes.
+
+    `rerouted` counts the tokens, once for each layer, that would have gone elsewhere than they were made to.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.layers = {name: [] for name in experts_modules(model)}
+        self.rerouted = 0
+
+    @property
+    def count(self) -> int:
+        return sum(len(index) for parts in self.layers.values() for index in parts)
+
+    def equal(self, other: "Routes") -> bool:
+        """Whether every token went to the same experts."""
+        pairs = zip(self.layers.values(), other.layers.values(), strict=True)
+        return all(
+            torch.equal(*(torch.cat(parts).sort(1).values for parts in pair)) if all(pair) else not any(pair)
+            for pair in pairs
+        )
+
+    @contextlib.contextmanager
+    def record(self, model: nn.Module, forced: "Routes | None" = None, *, wide: bool = False) -> Iterator[None]:
+        """Record the forward passes inside; `forced` are routes to take, `wide` computes all in float64."""
+        mode = _Mode(self, forced, wide)
+
+        def decoder(module, args, keywords):
+            # a gradient checkpoint's recompute is part of a backward pass and runs no decoder
+            mode.attended, mode.layer = keywords["attention_mask"].bool().flatten(), 0
+
+        def leave(*_):
+            mode.attended = None
+
+        def experts(name, module, args, keywords):
+            if mode.attended is not None:
+                index = keywords["top_k_index"] if "top_k_index" in keywords else args[1]
+                self.layers[name].append(index.detach()[mode.attended])
+                mode.layer += 1
+
+        own = decoder_of(model)
+        handles = [
+            own.register_forward_pre_hook(decoder, with_kwargs=True),
+            own.register_forward_hook(leave, always_call=True),
+            *(
+                module.register_forward_pre_hook(lambda m, a, k, name=name: experts(name, m, a, k), with_kwargs=True)
+                for name, module in experts_modules(model).items()
+            ),
+        ]
+        try:
+            with mode if forced is not None else contextlib.nullcontext():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Mode(TorchFunctionMode):
+    """Within a decoder: topk takes the forced routes, and float32 asked for by name becomes float64."""
+
+    def __init__(self, routes: Routes, forced: Routes | None, wide: bool):
+        self.routes, self.forced, self.wide = routes, forced, wide
+        self.attended: Tensor | None = None
+        self.layer = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.attended is None:
+            return function(*args, **kwargs)
+        if self.wide:
+            # transformers computes norms, softmaxes and routers in float32 whatever the model's dtype
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            kwargs = {key: torch.float64 if v is torch.float32 else v for key, v in kwargs.items()}
+            if function is torch.Tensor.float:
+                function = torch.Tensor.double
+        result = function(*args, **kwargs)
+        if function in (torch.topk, torch.Tensor.topk):
+            return self._forced(args[0] if args else kwargs["input"], result)
+        return result
+
+    def _forced(self, scores: Tensor, result):
+        names = list(self.routes.layers)
+        if self.layer >= len(names):
+            return result
+        known = self.forced.layers[names[self.layer]]
+        start = sum(len(index) for index in self.routes.layers[names[self.layer]])
+        index = torch.cat(known)[start : start + int(self.attended.sum())] if known else None
+        if index is None or result.indices.shape != (len(self.attended), index.shape[1]):
+            return result
+        own = result.indices.clone()
+        self.routes.rerouted += int((own[self.attended].sort(1).values != index.sort(1).values).any(1).sum())
+        own[self.attended] = index.to(own.dtype)
+        return torch.return_types.topk((scores.gather(-1, own), own))

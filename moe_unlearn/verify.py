@@ -1,0 +1,235 @@
+"""verify: the first steps of a run beside the plain path, and against it in float64.
+
+    step = UnlearnStep(model, recipe, verify=10)         # True verifies every step
+    step(forget_batch, retain_batch)["verify_difference"]
+    print(step.verifier.reports[-1])
+
+From the same weights and optimizer state the plain path (`fused=False`) makes the step twice more: in the
+model's dtype, the baseline, and in float64, the truth. Losses, gradients (where the fused step has them),
+weights and optimizer state must meet the criterion of `testing`. Where a plain comparison would judge rounding
+instead of the step:
+
+    routing     a token near a tie goes elsewhere in another precision: the plain runs take the fused step's
+                experts, and the report counts how often they had chosen others. A router that does not choose
+                by topk is not held to them; a step whose routes then part is reported as not compared.
+    losses      one number's error may be small by luck, and so may a factor's that all gradients share: beside
+                the baseline's error stand those of float64 runs with each weight off by a few last bits
+    weights     Adam divides by |g|, so that a gradient of rounding noise has an update of any sign: weights
+                are held to the formula at the step's own new moments (which are held to the truth), of SGD to
+                the truth; all in terms of the change
+    rounding    a weight narrower than its arithmetic must be what the same random bits make of a value
+                within the error of that arithmetic
+    masks       what the mask holds back must keep its bits
+
+Memory while steps are verified (`Verifier.memory`): the trained weights and their optimizer state as before
+the step, for the way back; two copies of the model, one in float64, with dense gradients and optimizer state;
+and gradients, weights and state of each run that is compared. With all weights trained by AdamW in float32 that
+is some 200 bytes a weight: verify a run on a small model, or within a small scope. A verified step takes about
+six times as long.
+
+Deterministic. Source: our specification.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from moe_unlearn.comparison import Comparison, Report, Run
+from moe_unlearn.forward import Batch
+from moe_unlearn.routes import Routes
+from moe_unlearn.sinks import NonFiniteError
+
+PERTURBATIONS = 2  # float64 runs on weights that are off by rounding
+# by how many last bits: float32 sums round at every addition, those of narrower numbers only when stored
+_ULPS = {True: 8, False: 1}
+
+
+class VerificationError(ArithmeticError):
+    """The fused step is not the plain one; the model and the optimizer are as before the step."""
+
+    def __init__(self, report: Report, undone: str):
+        super().__init__(f"{report}\n{undone}")
+        self.report = report
+
+
+class Verifier:
+    """Watches an `UnlearnStep` and verifies its first `steps` updates (True: all of them)."""
+
+    def __init__(self, step, steps: int | bool):
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"verify must be a number of steps, or True for all of them; got {steps!r}")
+        self.step = step
+        self.remaining = math.inf if steps is True else int(steps)
+        self.reports: list[Report] = []
+        #: the limit that the gradient norm was clipped to
+        self.clipped_to: float | None = None
+        self._micro_batches: list[tuple] = []
+        self._twins: dict[torch.dtype | None, object] = {}
+
+    @contextlib.contextmanager
+    def watch(self, forget: Batch, retain: Batch, sizes: dict[str, int] | None) -> Iterator[None]:
+        """Around losses and gradients of one micro-batch; the first of a step keeps the state before it.
+
+        Raises ValueError if the forward pass draws random numbers: the two paths would draw others.
+        """
+        if not self.remaining:
+            yield
+            return
+        step = self.step
+        if not step._micro_batches:
+            self._micro_batches, self.clipped_to = [], None
+            self._weights = {name: p.detach().clone() for name, p in step._trained()}
+            self._optimizer = copy.deepcopy(step.optimizer.state_dict())
+            self._routes = Routes(step.model)
+        device = next(step.model.parameters()).device
+        before = _random_state(device)
+        with self._routes.record(step.model):
+            yield
+        if not torch.equal(before, _random_state(device)):
+            self._undo()
+            raise ValueError(
+                "expected a forward pass without random numbers to verify; this one drew some (dropout, jitter): "
+                "set them to 0 or verify=0"
+            )
+        autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        self._micro_batches.append((forget, retain, sizes, autocast))
+
+    def check(self) -> dict[str, float]:
+        """After an update, while its gradients are still there: the metric `verify_difference`.
+
+        Raises VerificationError, with the weights and the optimizer's state as before the step.
+        """
+        if not self.remaining or not self._micro_batches:
+            return {}
+        self.remaining -= 1
+        step = self.step
+        ours = Run.of(step)
+        try:
+            baseline, routes = self._replay(None)
+            gold, _ = self._replay(torch.float64)
+            others = [self._replay(torch.float64, seed)[0] for seed in range(PERTURBATIONS)]
+        except NonFiniteError as error:
+            self._undo()
+            raise VerificationError(Report(step.steps + 1, problems=["the plain path stops"]), str(error)) from error
+        saved = _by_parameter(step.optimizer, self._optimizer["state"])
+        masters = {p: state["master"] for p, state in saved.items() if "master" in state}
+        report = Report(step.steps + 1, routed=self._routes.count, rerouted=routes.rerouted)
+        report.compared = routes.equal(self._routes)
+        if report.compared:
+            Comparison(step, self.plain, self._weights, masters, report, ours, baseline, gold, others).run()
+        self.reports.append(report)
+        self._micro_batches = []
+        if not self.remaining:
+            self._twins.clear()
+        if report.problems:
+            self._undo()
+            raise VerificationError(report, f"stopped; {step.steps} steps done, weights and optimizer as before this")
+        return {"verify_difference": report.largest}
+
+    @property
+    def plain(self):
+        """The plain step as it is after the last verified update; None before the first."""
+        return self._twins.get(None)
+
+    def memory(self) -> int:
+        """Bytes that verifying a step adds at most; see the module docstring."""
+        step = self.step
+        weights = list(step.model.parameters())
+        trained = [(p, step.masks.get(name)) for name, p in step._trained()]
+        state = sum(step.optimizer.state_size(p, mask) for p, mask in trained)
+        moved = sum(p.numel() for p, _ in trained)
+        width = max(p.element_size() for p in weights)
+        # before the step; the result of a run, and the model it was made on
+        narrow = [width * moved + state, 2 * width * moved + state, width * sum(map(torch.numel, weights))]
+        wide = [part * 8 // min(width, 4) for part in narrow]
+        return narrow[0] + 3 * narrow[1] + narrow[2] + (2 + PERTURBATIONS) * wide[1] + wide[2]
+
+    def summary(self) -> str:
+        """The reports of all verified steps."""
+        return "\n".join(map(str, self.reports))
+
+    @torch.no_grad()
+    def _undo(self) -> None:
+        for name, p in self.step.model.named_parameters():
+            if name in self._weights:
+                p.copy_(self._weights[name])
+        self.step.optimizer.load_state_dict(self._optimizer)
+        self.step.discard()
+
+    def _replay(self, dtype: torch.dtype | None, perturb: int | None = None):
+        """The plain step from the state before, its result, and the routes it took."""
+        step = self.step
+        if dtype not in self._twins:
+            self._twins[dtype] = self._twin(dtype)
+        twin = self._twins[dtype]
+        generator = torch.Generator().manual_seed(perturb or 0)
+        enabled, narrow = self._micro_batches[0][3]
+        with torch.no_grad():
+            for (name, source), p in zip(step.model.named_parameters(), twin.model.parameters(), strict=True):
+                p.copy_(self._weights.get(name, source))
+                if perturb is not None:
+                    off = 2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1
+                    rounded = narrow if enabled else source.dtype
+                    p.mul_(1 + _ULPS[rounded.itemsize >= 4] * torch.finfo(rounded).eps * off.to(p.device))
+        twin.discard()
+        twin.optimizer.load_state_dict(self._optimizer)
+        twin.steps = step.steps
+        model = twin.model
+        routes = Routes(model)
+        for forget, retain, sizes, (enabled, narrow) in self._micro_batches:
+            device = forget["input_ids"].device.type
+            with (
+                torch.autocast(device, narrow, enabled=enabled and dtype is None),
+                routes.record(model, self._routes, wide=dtype is not None),
+            ):
+                twin.accumulate(forget, retain, sizes=sizes)
+        twin.combine()
+        twin.clip(self.clipped_to)
+        if dtype is not None:
+            _take_masters(twin, self._optimizer["state"])
+        twin.optimizer.step()
+        return Run.of(twin), routes
+
+    def _twin(self, dtype: torch.dtype | None):
+        """A plain step over a copy of the model."""
+        step = self.step
+        model = copy.deepcopy(step.model).to(dtype)
+        for module in model.modules():
+            # it changes no number, and a recompute would choose its routes anew
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False
+        recipe = dataclasses.replace(step.recipe, retain_budget=None)
+        twin = type(step)(model, recipe, _twin_optimizer(step, model), fused=False)
+        state = {"recipe": recipe.to_dict(), "steps": step.steps, "prepared": step.prepared.state_dict()}
+        twin.load_state_dict(state)
+        return twin
+
+
+def _twin_optimizer(step, model: nn.Module):
+    """The step's optimizer over the parameters of a copy of its model."""
+    twins = dict(zip(step.model.parameters(), model.parameters(), strict=True))
+    groups = [{**group, "params": [twins[p] for p in group["params"]]} for group in step.optimizer.param_groups]
+    return type(step.optimizer)(groups)
+
+
+@torch.no_grad()
+def _take_masters(step, saved: dict) -> None:
+    """Masters, which a float64 model has none of, become its weights once the gradient is made from the rounded."""
+    for p, state in _by_parameter(step.optimizer, saved).items():
+        own = step.optimizer.state[p]
+        if "master" in state:
+            p[own["slices"] if "slices" in own else slice(None)] = state["master"].to(p.dtype)
+            del own["master"]
+
+
+def _by_parameter(optimizer, state: dict) -> dict:
+    return {p: state[i] for _, p, _, i in optimizer._parameters() if i in state}
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
