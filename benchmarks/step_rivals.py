@@ -40,8 +40,7 @@ class Rival:
         if restricted:
             self.experts = [None if w is None else w.flatten(1).any(1).nonzero().squeeze(1) for w in words]
         else:
-            self.masks = [None if w is None else unpack_bits(w, p.shape[-1]) for w, (_, p) in
-                          zip(words, named, strict=True)]  # fmt: skip
+            self.masks = [None if w is None else _dense(w, p) for w, p in zip(words, self.parameters, strict=True)]
         self.compact = [
             p if e is None else nn.Parameter(p.data[e]) for p, e in zip(self.parameters, self.experts, strict=True)
         ]
@@ -143,6 +142,14 @@ class Rival:
                 gradient.add_(other, alpha=c)
             total[i] = gradient
         return total
+
+
+def _dense(words: Tensor, p: Tensor) -> Tensor:
+    """The mask as bool, unpacked in parts so that nothing larger exists on the way."""
+    mask = torch.empty(p.shape, dtype=torch.bool, device=p.device)
+    for part, own in zip(mask, words, strict=True) if p.dim() > 1 else [(mask, words)]:
+        part.copy_(unpack_bits(own, p.shape[-1]))
+    return mask
 
 
 def free_experts(model: nn.Module) -> None:
