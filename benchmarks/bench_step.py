@@ -16,6 +16,8 @@ torch's ("parity"), unless a contender's name says otherwise.
 import argparse
 import gc
 import json
+import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -64,32 +66,45 @@ class Case:
 
 
 class Bench:
-    """A case over a model; makes its contenders."""
+    """A case over a model; makes its contenders. Those that differ in a switch alone share their state."""
 
     def __init__(self, case: Case, model: nn.Module, device: str):
         self.case, self.model = case, model
         vocab = model.config.vocab_size
         self.forget, self.retain = (step_models.batch(vocab, case.rows, case.length, s, device) for s in (1, 2))
+        self._steps: dict[tuple, UnlearnStep] = {}
+        self._rivals: dict[str, Rival] = {}
 
     def contender(self, name: str) -> Callable[[], dict]:
         """A step. Words of the name choose: ours (GradDiff, stochastic, guard loss), or a rival: dense or
         restricted (two forwards, fused), free experts."""
         if name.startswith("ours"):
-            overrides = ["optimizer.numerics=stochastic"] if "stochastic" in name else []
-            overrides += ["guard=loss"] if "guard loss" in name else []
-            step = self._step("graddiff" if "GradDiff" in name else self.case.objective, *overrides)
-            return lambda: step(self.forget, self.retain)
-        model = step_models.twin(self.model)
-        rival = Rival(
-            model, self._step(self.case.objective), self.forget, self.retain, restricted=RESTRICTED in name,
-            joint="two forwards" not in name, fused="fused" in name,
-        )  # fmt: skip
-        if name == FREE:
-            free_experts(model)
-        return rival
+            numerics = "stochastic" if "stochastic" in name else "parity"
+            guard = "loss" if "guard loss" in name else "strict"
+            step = self._step("graddiff" if "GradDiff" in name else self.case.objective, numerics)
 
-    def _step(self, objective: str, *overrides: str) -> UnlearnStep:
-        options = ["optimizer.numerics=parity", "optimizer.lr=1e-5", *overrides]
+            def ours() -> dict:
+                step.recipe = replace(step.recipe, guard=guard)
+                return step(self.forget, self.retain)
+
+            return ours
+        kind = name.partition(",")[0]
+        if kind not in self._rivals:
+            model = step_models.twin(self.model)
+            reference = self._steps.get((self.case.objective, "parity")) or self._made(self.case.objective, "parity")
+            self._rivals[kind] = Rival(model, reference, self.forget, self.retain, restricted=kind == RESTRICTED)
+            if kind == FREE:
+                free_experts(model)
+        rival, fused = self._rivals[kind], True if "fused" in name or kind == RESTRICTED else None
+        return lambda: rival(joint="two forwards" not in name, fused=fused)
+
+    def _step(self, objective: str, numerics: str) -> UnlearnStep:
+        if (objective, numerics) not in self._steps:
+            self._steps[objective, numerics] = self._made(objective, numerics)
+        return self._steps[objective, numerics]
+
+    def _made(self, objective: str, numerics: str) -> UnlearnStep:
+        options = [f"optimizer.numerics={numerics}", "optimizer.lr=1e-5"]
         if self.case.experts is not None:
             # as many experts as asked for, whatever the routing of random weights
             options += ["scope.kind=experts", f"trace.per_layer={self.case.experts}", "trace.min_ratio=0.0",
@@ -102,6 +117,12 @@ class Bench:
         step.prepare([self.forget], [self.retain])
         return step
 
+    def drop(self, device: str) -> None:
+        """Forget the contenders made so far."""
+        self._steps.clear()
+        self._rivals.clear()
+        _collect(device)
+
 
 def measure_times(bench: Bench, device: str, *, together: bool = True, names: tuple[str, ...] = ()) -> dict:
     """Medians in milliseconds, the contenders taking turns or, where memory forbids it, one after the other."""
@@ -109,24 +130,34 @@ def measure_times(bench: Bench, device: str, *, together: bool = True, names: tu
     names = names or case.contenders
     rounds = 3 if case.geometry == "wide" else 7
 
-    def timed(names: tuple[str, ...]) -> dict[str, float]:
-        made = {name: _synchronised(bench.contender(name)) if gpu else bench.contender(name) for name in names}
+    def timed(names: tuple[str, ...]) -> dict:
+        user = {name: [] for name in names}
+        made = {name: _watched(bench.contender(name), user[name], gpu) for name in names}
         clock = time.perf_counter if gpu else None
-        return harness.compare(case.name, made, rounds=rounds, clock=clock)["milliseconds"]
+        times = {"milliseconds": harness.compare(case.name, made, rounds=rounds, clock=clock)["milliseconds"]}
+        if not gpu:
+            # without what the system took to hand out memory; the warm-up left out
+            times["user_milliseconds"] = {name: round(statistics.median(t[1:]), 3) for name, t in user.items()}
+        return times
 
     if together:
-        return {"milliseconds": timed(names)}
+        return timed(names)
     milliseconds = {}
     for name in names:
-        milliseconds |= timed((name,))
-        _collect(device)
+        milliseconds |= timed((name,))["milliseconds"]
+        bench.drop(device)
     return {"milliseconds": milliseconds, "interleaved": False}
 
 
-def _synchronised(step: Callable[[], dict]) -> Callable[[], None]:
+def _watched(step: Callable[[], dict], user: list[float], gpu: bool) -> Callable[[], None]:
+    """The step as it is timed, its user time in milliseconds noted."""
+
     def run() -> None:
+        start = resource.getrusage(resource.RUSAGE_THREAD).ru_utime
         step()
-        torch.cuda.synchronize()
+        if gpu:
+            torch.cuda.synchronize()
+        user.append(1e3 * (resource.getrusage(resource.RUSAGE_THREAD).ru_utime - start))
 
     return run
 
@@ -143,7 +174,10 @@ def measure_memory(bench: Bench, name: str, device: str) -> float:
     step = bench.contender(name)
     for _ in range(2):
         step()
-    return round((peak() - before) / MIB, 1)
+    result = round((peak() - before) / MIB, 1)
+    del step
+    bench.drop(device)
+    return result
 
 
 def _resident(what: str) -> int:
@@ -162,7 +196,8 @@ def cpu_cases() -> list[Case]:
     ours, cases, memory = OURS, [], ("ours", "ours, guard loss", DENSE, RESTRICTED)
     for objective in ("graddiff", "npo"):
         more = ("dense, fused AdamW",) if objective == "graddiff" else ()
-        cases.append(Case("wide", objective, contenders=(*ours, DENSE, *more), memory=memory[:3] if more else ()))
+        watched = memory[:3] if more else ()
+        cases.append(Case("wide", objective, contenders=(*ours, DENSE, *more), memory=watched))
     cases.append(Case("wide", "graddiff", keep=0.5, contenders=(*ours, DENSE, "dense, fused AdamW")))
     # three dense gradient sets and those of ours: both layers do not fit beside them
     cases.append(Case("wide", "mollm", contenders=("ours", "ours, GradDiff", DENSE), changes={"num_hidden_layers": 1}))
@@ -245,6 +280,7 @@ def run_gpu(cases: list[Case], device: str, *, toy: bool, seconds: float = GPU_S
             try:
                 row["extra_mib"][name] = measure_memory(bench, name, device)
             except torch.OutOfMemoryError:
+                bench.drop(device)
                 row.setdefault("out_of_memory", []).append(name)
         fit = tuple(name for name in case.contenders if name in row["extra_mib"])
         _collect(device)

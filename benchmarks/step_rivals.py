@@ -24,11 +24,9 @@ class Rival:
     """One step a call. `reference` is the step whose recipe, masks, selection and token weights are taken over."""
 
     def __init__(
-        self, model: nn.Module, reference: UnlearnStep, forget: Batch, retain: Batch, *, restricted: bool = False,
-        joint: bool = True, fused: bool = False,
+        self, model: nn.Module, reference: UnlearnStep, forget: Batch, retain: Batch, *, restricted: bool = False
     ):  # fmt: skip
         self.model, self.recipe, self.forget, self.retain = model, reference.recipe, forget, retain
-        self.restricted, self.joint = restricted, joint
         flags = {name: p.requires_grad for name, p in reference.model.named_parameters()}
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
@@ -44,9 +42,7 @@ class Rival:
         self.compact = [
             p if e is None else nn.Parameter(p.data[e]) for p, e in zip(self.parameters, self.experts, strict=True)
         ]
-        self.optimizer = torch.optim.AdamW(
-            self.compact, lr=self.recipe.optimizer.lr, weight_decay=0.0, fused=True if restricted or fused else None
-        )
+        self.optimizer = torch.optim.AdamW(self.compact, lr=self.recipe.optimizer.lr, weight_decay=0.0)
         self._cache(reference)
 
     @torch.no_grad()
@@ -70,9 +66,9 @@ class Rival:
             targets.shape
         )
 
-    def losses(self) -> dict[str, Tensor]:
+    def losses(self, *, joint: bool = True) -> dict[str, Tensor]:
         """The recipe's losses by name."""
-        if self.joint and self.recipe.mollm is None:
+        if joint and self.recipe.mollm is None:
             both = {k: torch.cat([self.forget[k], self.retain[k]]) for k in ("input_ids", "attention_mask")}
             own, other = self._logits(both).split([len(self.forget["labels"]), len(self.retain["labels"])])
         else:
@@ -92,12 +88,14 @@ class Rival:
             losses["kl"] = (self.reference.exp() * (self.reference - logprobs)).sum(-1).mean()
         return losses
 
-    def __call__(self) -> dict[str, float]:
-        losses = self.losses()
+    def __call__(self, *, joint: bool = True, fused: bool | None = None) -> dict[str, float]:
+        """One step; `fused` as torch's AdamW takes it."""
+        losses = self.losses(joint=joint)
         gradients = self._common_descent(losses) if self.recipe.mollm is not None else self._gradient(losses)
         for p, gradient in zip(self.compact, gradients, strict=True):
             p.grad = gradient
         del gradients
+        self.optimizer.param_groups[0]["fused"] = fused
         self.optimizer.step()
         for p, compact, experts in zip(self.parameters, self.compact, self.experts, strict=True):
             compact.grad = None

@@ -92,5 +92,6 @@ def _largest_sum(factors: Factors) -> float:
     for values, index in ((factors.grad, factors.grad_rows), (factors.input, factors.input_rows)):
         # rows behind the last expert belong to nobody and may hold anything
         values = values[:rows] if index is None else values
-        bound *= float(torch.linalg.vector_norm(values, float("inf"))) if values.numel() else 0.0
+        low, high = values.aminmax() if values.numel() else (values.new_zeros(()),) * 2
+        bound *= float(torch.maximum(-low, high))
     return bound
