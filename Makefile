@@ -5,7 +5,7 @@
 # make ledger  compile every Triton kernel and record its registers, spills, shared memory ...; no GPU needed
 # make mutants   the tests against wrong versions of every Triton kernel; about half an hour on 2 cores
 # make gpu     the kernels' tests and compute-sanitizer on this machine's GPU
-# make bench   the whole step against transformers and torch, table and plots; half an hour, 15 GB of memory
+# make bench   the whole step against transformers and torch, table and plots; 40 minutes, 15 GB of memory
 # make bench-gpu   the same on this machine's GPU, three published geometries; at most 9 minutes
 # make clean-cache   forget the trained models of the demo
 
