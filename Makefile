@@ -6,6 +6,8 @@
 # make mutants   the tests against wrong versions of every Triton kernel; about half an hour on 2 cores
 # make soak    the full exactness matrix of the fused step; hours on one core, `make soak SOAK="--minutes 30"` a sample
 # make gpu     the kernels' tests and compute-sanitizer on this machine's GPU
+# make bench   the whole step against transformers and torch, table and plots; 40 minutes, 15 GB of memory
+# make bench-gpu   the same on this machine's GPU, three published geometries; at most 9 minutes
 # make clean-cache   forget the trained models of the demo
 
 PYTHON ?= python3
@@ -18,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 # a change here builds the native extension again
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test quick lint ledger mutants soak gpu clean-cache clean
+.PHONY: demo test quick lint ledger mutants soak gpu bench bench-gpu clean-cache clean
 
 # without build isolation, so that the native extension is built against this very torch
 .venv/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
@@ -62,6 +64,13 @@ soak: .venv/.installed
 # in the machine's own environment: its torch is built for its CUDA and brings the Triton that goes with it
 gpu:
 	$(PYTHON) -m tests.gpu
+
+bench: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_step
+	$(BIN)/python -m benchmarks.plots
+
+bench-gpu:
+	$(PYTHON) -m benchmarks.bench_step --device cuda
 
 clean-cache: .venv/.installed
 	$(BIN)/moe-unlearn demo --clean-cache

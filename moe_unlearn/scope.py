@@ -6,6 +6,7 @@ that the optimizer keeps state for the chosen experts only.
 """
 
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def trained_names(model: nn.Module, settings: Scope, selected: Tensor | None) ->
         return matching(model, settings.parameters)
     if settings.kind not in ("experts", "seuf") or selected is None:
         return {name for name, _ in model.named_parameters()}
-    names = set(expert_masks(model, selected))
+    names = {name for name, _, _ in _selected_parameters(model, selected)}
     if settings.kind == "seuf":
         layer = int(selected.any(1).nonzero()[0])
         names |= router_parameters(model, list(experts_modules(model))[layer])
@@ -57,19 +58,24 @@ def expert_masks(model: nn.Module, selected: Tensor) -> dict[str, Tensor]:
 
     Layers follow the order of `experts_modules`; a layer without a selected expert has no entry.
     """
+    masks = {}
+    for name, row, p in _selected_parameters(model, selected):
+        # all rows of an expert are alike: the bits are packed for one of them
+        words = pack_bits(row.to(p.device)[:, None].expand(-1, p.shape[-1]))
+        masks[name] = words.view(len(row), *[1] * (p.dim() - 2), -1).expand(*p.shape[:-1], -1).contiguous()
+    return masks
+
+
+def _selected_parameters(model: nn.Module, selected: Tensor) -> Iterator[tuple[str, Tensor, nn.Parameter]]:
+    """Name, selection [E] and expert parameter in every layer with a selected expert."""
     modules = experts_modules(model)
     if selected.dtype != torch.bool or selected.dim() != 2 or len(selected) != len(modules):
         raise ValueError(
             f"selected must be bool [L, E] with L = {len(modules)}; got {selected.dtype} {tuple(selected.shape)}"
         )
-    masks = {}
     for row, (name, module) in zip(selected, modules.items(), strict=True):
-        if not row.any():
-            continue
-        for suffix, parameter in module.named_parameters():
-            whole = row.to(parameter.device).view(-1, *[1] * (parameter.dim() - 1)).expand(parameter.shape)
-            masks[f"{name}.{suffix}"] = pack_bits(whole)
-    return masks
+        for suffix, parameter in module.named_parameters() if row.any() else ():
+            yield f"{name}.{suffix}", row, parameter
 
 
 def router_parameters(model: nn.Module, experts_name: str) -> set[str]:

@@ -177,10 +177,13 @@ def inner_products(gradients: Sequence[Factors], experts: Tensor | None, mask: T
 def _largest_sum(factors: Factors) -> float:
     """A bound on every |dW|, in float64; infinite or NaN if a factor is."""
     offsets = factors.expert_offsets
-    rows = int(offsets.max())
-    bound = float((offsets[1:] - offsets[:-1]).max())
+    rows = int(offsets[-1])
+    bound = (offsets[1:] - offsets[:-1]).max().double()
     for values, index in ((factors.grad, factors.grad_rows), (factors.input, factors.input_rows)):
         # rows behind the last expert belong to nobody and may hold anything
         values = values[:rows] if index is None else values
-        bound *= float(torch.linalg.vector_norm(values, float("inf"))) if values.numel() else 0.0
-    return bound
+        if not values.numel():
+            return 0.0
+        low, high = values.aminmax()  # the infinity norm, many times as fast
+        bound = bound * torch.maximum(-low, high).double()
+    return float(bound)

@@ -1,0 +1,367 @@
+"""The whole unlearning step, losses to updated weights, against what a user has today (`step_rivals`).
+
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_step            every case; the table; results/cpu/step.json
+    python -m benchmarks.bench_step --only "wide npo"            the cases whose name holds this; other rows stay
+    python -m benchmarks.bench_step --device cuda                the GPU form: three published geometries
+    python -m benchmarks.bench_step --device cpu --toy           its code at toy size; nothing is written
+
+The contenders of a case take turns in one process, and what counts is the ratio of their medians. They train the
+same weights in memory, so that the largest model there is room for can be measured. Extra memory is the peak
+beyond weights and batches: of the resident set of a fresh process, or of the allocator on a GPU.
+
+Batches are random whole rows; TRACE selects the experts that train. AdamW has moments in the weights' dtype, as
+torch's ("parity"), unless a contender's name says otherwise.
+"""
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks import harness, stamp, step_models
+from benchmarks.step_rivals import Rival, free_experts
+from moe_unlearn.config import Recipe
+from moe_unlearn.step import UnlearnStep
+
+MIB = 2**20
+GPU_SECONDS = 450  # no case starts later: what has started ends within nine minutes
+TARGETS = {1.0: 2.0, 0.2: 3.0, 0.05: 4.0}
+MEMORY_TARGET, MOLLM_TARGET, CEILING_TARGET = 1 / 3, 1.4, 0.8
+OURS, DENSE, RESTRICTED, FREE = ("ours", "ours, guard loss"), "dense", "restricted", "free experts"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. In each layer `experts` train, everything where it is None; `keep` masks weights too."""
+
+    geometry: str
+    objective: str
+    experts: int | None = None
+    share: float = 1.0
+    keep: float | None = None
+    rows: int = 4  # of each side
+    length: int = 128
+    contenders: tuple[str, ...] = ()  # of the timing; see `Bench.contender`
+    memory: tuple[str, ...] = ()  # whose extra memory is measured
+    growth: str = ""  # the plot this row is a point of
+    changes: dict = field(default_factory=dict)  # of the model's config
+
+    @property
+    def name(self) -> str:
+        """Unique among the cases."""
+        scope = "all" if self.experts is None else f"{self.experts} experts a layer ({self.share:.0%})"
+        scope += "" if self.keep is None else f", {self.keep:.0%} of the weights"
+        changes = "".join(f", {key} {value}" for key, value in self.changes.items())
+        return f"{self.geometry} {self.objective}, {scope}, {2 * self.rows * self.length} tokens{changes}"
+
+
+class Bench:
+    """A case over a model; makes its contenders. Those that differ in a switch alone share their state."""
+
+    def __init__(self, case: Case, model: nn.Module, device: str):
+        self.case, self.model = case, model
+        vocab = model.config.vocab_size
+        self.forget, self.retain = (step_models.batch(vocab, case.rows, case.length, s, device) for s in (1, 2))
+        self._steps: dict[tuple, UnlearnStep] = {}
+        self._rivals: dict[str, Rival] = {}
+
+    def contender(self, name: str) -> Callable[[], dict]:
+        """A step. Words of the name choose: ours (GradDiff, stochastic, guard loss), or a rival: dense or
+        restricted (two forwards, fused), free experts."""
+        if name.startswith("ours"):
+            numerics = "stochastic" if "stochastic" in name else "parity"
+            guard = "loss" if "guard loss" in name else "strict"
+            step = self._step("graddiff" if "GradDiff" in name else self.case.objective, numerics)
+
+            def ours() -> dict:
+                step.recipe = replace(step.recipe, guard=guard)
+                return step(self.forget, self.retain)
+
+            return ours
+        kind = name.partition(",")[0]
+        if kind not in self._rivals:
+            model = step_models.twin(self.model)
+            reference = self._steps.get((self.case.objective, "parity")) or self._made(self.case.objective, "parity")
+            self._rivals[kind] = Rival(model, reference, self.forget, self.retain, restricted=kind == RESTRICTED)
+            if kind == FREE:
+                free_experts(model)
+        rival, fused = self._rivals[kind], True if "fused" in name or kind == RESTRICTED else None
+        return lambda: rival(joint="two forwards" not in name, fused=fused)
+
+    def _step(self, objective: str, numerics: str) -> UnlearnStep:
+        if (objective, numerics) not in self._steps:
+            self._steps[objective, numerics] = self._made(objective, numerics)
+        return self._steps[objective, numerics]
+
+    def _made(self, objective: str, numerics: str) -> UnlearnStep:
+        options = [f"optimizer.numerics={numerics}", "optimizer.lr=1e-5"]
+        if self.case.experts is not None:
+            # as many experts as asked for, whatever the routing of random weights
+            options += ["scope.kind=experts", f"trace.per_layer={self.case.experts}", "trace.min_ratio=0.0",
+                        "trace.min_load=0.0", "trace.eta=0.1"]  # fmt: skip
+        step = UnlearnStep(step_models.twin(self.model), Recipe.load(objective, options))
+        if self.case.keep is not None:
+            state = step.state_dict()
+            state["prepared"]["mask"] = step_models.random_mask(self.model, self.case.keep)
+            step.load_state_dict(state)
+        step.prepare([self.forget], [self.retain])
+        return step
+
+    def drop(self, device: str) -> None:
+        """Forget the contenders made so far."""
+        self._steps.clear()
+        self._rivals.clear()
+        _collect(device)
+
+
+def measure_times(bench: Bench, device: str, *, together: bool = True, names: tuple[str, ...] = ()) -> dict:
+    """Medians in milliseconds, the contenders taking turns or, where memory forbids it, one after the other."""
+    case, gpu = bench.case, device == "cuda"
+    names = names or case.contenders
+    rounds = 2 if case.geometry == "wide" else 5
+
+    def timed(names: tuple[str, ...]) -> dict:
+        user = {name: [] for name in names}
+        made = {name: _watched(bench.contender(name), user[name], gpu) for name in names}
+        clock = time.perf_counter if gpu else None
+        times = {"milliseconds": harness.compare(case.name, made, rounds=rounds, clock=clock)["milliseconds"]}
+        if not gpu:
+            # without what the system took to hand out memory; the warm-up left out
+            times["user_milliseconds"] = {name: round(statistics.median(t[1:]), 3) for name, t in user.items()}
+        return times
+
+    if together:
+        return timed(names)
+    milliseconds = {}
+    for name in names:
+        milliseconds |= timed((name,))["milliseconds"]
+        bench.drop(device)
+    return {"milliseconds": milliseconds, "interleaved": False}
+
+
+def _watched(step: Callable[[], dict], user: list[float], gpu: bool) -> Callable[[], None]:
+    """The step as it is timed, its user time in milliseconds noted."""
+
+    def run() -> None:
+        start = resource.getrusage(resource.RUSAGE_THREAD).ru_utime
+        step()
+        if gpu:
+            torch.cuda.synchronize()
+        user.append(1e3 * (resource.getrusage(resource.RUSAGE_THREAD).ru_utime - start))
+
+    return run
+
+
+def measure_memory(bench: Bench, name: str, device: str) -> float:
+    """MiB beyond weights and batches at the peak of two steps, preparation included."""
+    _collect(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before, peak = _resident("VmRSS"), lambda: _resident("VmHWM")
+    step = bench.contender(name)
+    for _ in range(2):
+        step()
+    result = round((peak() - before) / MIB, 1)
+    del step
+    bench.drop(device)
+    return result
+
+
+def _resident(what: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+def _collect(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def cpu_cases() -> list[Case]:
+    """The wide model and the demo's, then the points of the three plots (one layer of the wide model)."""
+    ours, cases, memory = OURS, [], ("ours", "ours, guard loss", DENSE, RESTRICTED)
+    for objective in ("graddiff", "npo"):
+        more = ("dense, fused AdamW",) if objective == "graddiff" else ()
+        watched = memory[:3] if more else ()
+        cases.append(Case("wide", objective, contenders=(*ours, DENSE, *more), memory=watched))
+    cases.append(Case("wide", "graddiff", keep=0.5, contenders=(*ours, DENSE, "dense, fused AdamW")))
+    # three dense gradient sets and those of ours: both layers do not fit beside them
+    cases.append(Case("wide", "mollm", contenders=("ours", "ours, GradDiff", DENSE), changes={"num_hidden_layers": 1}))
+    for experts, share in ((13, 0.2), (3, 0.05)):
+        for objective in ("graddiff", "npo", "mollm"):
+            first = objective == "graddiff"
+            more = ("ours, stochastic",) if first and share == 0.2 else ()
+            own = ("ours", "ours, GradDiff") if objective == "mollm" else ours
+            watched = {"graddiff": memory, "mollm": ("ours", DENSE)}.get(objective, ()) if share == 0.2 else ()
+            cases.append(Case("wide", objective, experts, share, contenders=(*own, DENSE, RESTRICTED, *more),
+                              memory=watched))  # fmt: skip
+    for objective in ("graddiff", "npo", "mollm"):
+        own = ("ours", "ours, GradDiff") if objective == "mollm" else ours
+        cases.append(Case("tiny", objective, rows=40, length=64, contenders=(*own, DENSE, FREE)))
+    layer, held = {"num_hidden_layers": 1}, memory[:3]
+    for length in (32, 64, 128, 256):
+        cases.append(Case("wide", "graddiff", 13, 0.2, length=length,
+                          contenders=(*ours, DENSE, RESTRICTED, *(("dense, two forwards",) if length == 128 else ())),
+                          growth="time over tokens", changes=layer))  # fmt: skip
+    for experts in (3, 13, 26, 39, 52, 64):
+        cases.append(Case("wide", "graddiff", experts, experts / 64, length=64, memory=held,
+                          growth="memory over trained experts", changes=layer))  # fmt: skip
+    for total in (16, 32, 64, 128):
+        cases.append(Case("wide", "graddiff", 8, 8 / total, length=64, memory=held,
+                          growth="memory over all experts", changes={**layer, "num_experts": total}))  # fmt: skip
+    return cases
+
+
+def gpu_cases() -> list[Case]:
+    """Three published geometries, 8192 tokens. Whoever runs out of memory is said to."""
+    size = {"rows": 8, "length": 512}
+    every = (*OURS, DENSE, RESTRICTED)
+    cases = [Case("OLMoE-1B-7B", "graddiff", contenders=(*OURS, DENSE, "dense, fused AdamW"), **size)]
+    for geometry, total in (("OLMoE-1B-7B", 64), ("DeepSeek-V2-Lite", 64), ("Qwen3-30B-A3B", 128)):
+        for share in (0.2, 0.05):
+            experts = round(share * total)
+            cases.append(Case(geometry, "graddiff", experts, share, contenders=every, **size))
+        mollm = ("ours", "ours, GradDiff", DENSE, RESTRICTED)
+        cases.append(Case(geometry, "mollm", round(0.05 * total), 0.05, contenders=mollm, **size))
+    return [replace(case, memory=case.contenders) for case in cases]
+
+
+def run_cpu(case: Case) -> dict:
+    """A row of the table: each measurement in a process of its own, which starts from the same memory."""
+    row = {"name": case.name, **asdict(case)}
+    if case.contenders:
+        row |= _child(case, "")
+    if case.memory:
+        row["extra_mib"] = {name: _child(case, name)["extra_mib"] for name in case.memory}
+    return row
+
+
+def _child(case: Case, memory: str) -> dict:
+    command = [sys.executable, "-m", "benchmarks.bench_step", "--case", json.dumps(asdict(case)), "--memory", memory]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(case: Case, memory: str) -> dict:
+    """What a process of `run_cpu` measures."""
+    bench = Bench(case, step_models.build(case.geometry, **case.changes), "cpu")
+    return {"extra_mib": measure_memory(bench, memory, "cpu")} if memory else measure_times(bench, "cpu")
+
+
+def run_gpu(cases: list[Case], device: str, *, toy: bool, seconds: float = GPU_SECONDS) -> list[dict]:
+    """All rows in one process, a model for each geometry; what time does not suffice for is left out and said."""
+    start, rows, model, geometry = time.perf_counter(), [], None, ""
+    for case in cases:
+        row = {"name": case.name, **asdict(case)}
+        rows.append(row)
+        if time.perf_counter() - start > seconds:
+            row["skipped"] = f"after {seconds:.0f} s"
+            continue
+        if case.geometry != geometry:
+            model = None
+            _collect(device)
+            model, geometry = step_models.build(case.geometry, device, toy=toy), case.geometry
+        bench = Bench(replace(case, rows=2, length=32) if toy else case, model, device)
+        row["extra_mib"] = {}
+        for name in case.memory:
+            try:
+                row["extra_mib"][name] = measure_memory(bench, name, device)
+            except torch.OutOfMemoryError:
+                bench.drop(device)
+                row.setdefault("out_of_memory", []).append(name)
+        fit = tuple(name for name in case.contenders if name in row["extra_mib"])
+        _collect(device)
+        free = torch.cuda.mem_get_info()[0] / MIB if device == "cuda" else float("inf")
+        if fit:
+            together = sum(row["extra_mib"][name] for name in fit) < 0.9 * free
+            row |= measure_times(bench, device, together=together, names=fit)
+    return rows
+
+
+def verdicts(row: dict) -> list[tuple[str, float, float | None, bool | None]]:
+    """(what, result, target, hit) of a row."""
+    ms, mib, found = row.get("milliseconds", {}), row.get("extra_mib", {}), []
+
+    def add(what: str, value: float, target: float | None = None, *, at_most: bool = False) -> None:
+        hit = None if target is None else (value <= target if at_most else value >= target)
+        found.append((what, round(value, 2), target, hit))
+
+    for ours in (name for name in ms if name.startswith("ours") and "GradDiff" not in name):
+        for rival in (name for name in ms if not name.startswith("ours")):
+            if rival == FREE:
+                add(f"{ours}: share of the ceiling", ms[FREE] / ms[ours], CEILING_TARGET)
+                continue
+            wide = row["geometry"] == "wide" and not row["growth"] and rival == DENSE
+            add(f"{ours}: speed-up over {rival}", ms[rival] / ms[ours], TARGETS[row["share"]] if wide else None)
+    if "ours, GradDiff" in ms:
+        add("ours: time of GradDiff's", ms["ours"] / ms["ours, GradDiff"], MOLLM_TARGET, at_most=True)
+    for ours in (name for name in mib if name.startswith("ours") and mib.get(DENSE)):
+        target = MEMORY_TARGET if row["share"] == 0.2 and not row["growth"] else None
+        add(f"{ours}: extra memory of dense's", mib[ours] / mib[DENSE], target, at_most=True)
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    """Every result beside its target."""
+    lines = []
+    for row in rows:
+        lines.append(row["name"])
+        times = ", ".join(f"{name} {value:.0f} ms" for name, value in row.get("milliseconds", {}).items())
+        sizes = ", ".join(f"{name} {value:.0f} MiB" for name, value in row.get("extra_mib", {}).items())
+        lines += [f"    {text}" for text in (times, sizes) if text]
+        lines += [f"    out of memory: {', '.join(row['out_of_memory'])}"] if "out_of_memory" in row else []
+        for what, value, target, hit in verdicts(row):
+            asked = "" if target is None else f"   target {target:.3g}: {'hit' if hit else 'MISSED'}"
+            lines.append(f"    {what:<52} {value:6.2f}{asked}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--toy", action="store_true", help="the GPU form's code at toy size")
+    parser.add_argument("--only", default="", help="cases whose name or plot holds this")
+    parser.add_argument("--table", action="store_true", help="print what has been measured")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case is not None:
+        print(json.dumps(child(Case(**json.loads(arguments.case)), arguments.memory)))
+        return
+    gpu = arguments.device == "cuda" or arguments.toy
+    cases = [c for c in (gpu_cases() if gpu else cpu_cases()) if arguments.only in f"{c.name}, {c.growth}"]
+    if gpu:
+        rows = run_gpu(cases, arguments.device, toy=arguments.toy)
+        print(table(rows))
+        if not arguments.toy:
+            folder = harness.RESULTS.parent / stamp.folder_of(torch.cuda.get_device_name())
+            folder.mkdir(parents=True, exist_ok=True)
+            Path(folder, "step.json").write_text(json.dumps({"stamp": stamp.stamp(), "rows": rows}, indent=1) + "\n")
+        return
+    path = harness.RESULTS / "step.json"
+    held = (
+        {row["name"] + row["growth"]: row for row in json.loads(path.read_text())["results"]} if path.exists() else {}
+    )
+    for case in [] if arguments.table else cases:
+        held[case.name + case.growth] = run_cpu(case)
+        # after every case, so that a run that is stopped keeps what it has
+        harness.write("step", [held[c.name + c.growth] for c in cpu_cases() if c.name + c.growth in held])
+    print(table([held[c.name + c.growth] for c in cases if c.name + c.growth in held]))
+
+
+if __name__ == "__main__":
+    main()
