@@ -113,7 +113,7 @@ def read() -> dict[str, dict[str, Entries]]:
     return json.loads(LEDGER.read_text())
 
 
-def write(ledger: dict[str, dict[str, Entries]], path: Path = LEDGER) -> None:
+def write(ledger: dict[str, dict[str, Entries]], path: Path | None = None) -> None:
     """One line per entry, so that a change of one kernel is a change of its lines."""
     versions = []
     for version, by_arch in ledger.items():
@@ -122,7 +122,7 @@ def write(ledger: dict[str, dict[str, Entries]], path: Path = LEDGER) -> None:
             lines = [f"      {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items())]
             blocks.append(f"    {json.dumps(arch)}: {{\n" + ",\n".join(lines) + "\n    }")
         versions.append(f"  {json.dumps(version)}: {{\n" + ",\n".join(blocks) + "\n  }")
-    path.write_text("{\n" + ",\n".join(versions) + "\n}\n")
+    (path or LEDGER).write_text("{\n" + ",\n".join(versions) + "\n}\n")
 
 
 def main() -> int:
