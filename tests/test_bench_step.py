@@ -52,6 +52,7 @@ def test_the_gpu_form_runs_and_says_what_it_left_out():
     assert "speed-up over dense" in bench_step.table(rows)
 
 
+@pytest.mark.quick
 def test_verdicts_name_the_target_that_was_missed():
     row = {"name": "n", "geometry": "wide", "share": 0.2, "growth": "", "milliseconds": {"ours": 10, "dense": 25},
            "extra_mib": {"ours": 1.0, "dense": 4.0}}  # fmt: skip

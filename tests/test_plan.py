@@ -142,7 +142,6 @@ def state_of(step):
     return tensors, plain
 
 
-@pytest.mark.quick
 def test_planning_changes_nothing():
     forget, retain = batch(1), batch(2)
     step = UnlearnStep(tiny("olmoe"), made("combined", "trace.min_ratio=1.01"))
