@@ -7,7 +7,6 @@ from benchmarks import bench_step, step_models
 from benchmarks.bench_step import Bench, Case
 from moe_unlearn.experts import experts_modules
 
-pytestmark = pytest.mark.quick
 SMALL = {"num_experts": 8, "num_experts_per_tok": 2}
 
 
