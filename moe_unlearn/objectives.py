@@ -82,11 +82,12 @@ class Objectives:
         if not joint or self.separate or _padded_share(parts) > LARGEST_PADDING:
             return {**self.forget(forget), **self.retain(retain)}
         stacked, rows = stack(parts)
-        groups = [torch.where(losses.target_mask(b), side, -1) for side, b in ((0, forget), (1, retain))]
         group = torch.full_like(stacked["input_ids"], -1, dtype=torch.int32)
-        for part, values in ((0, groups[0]), (-1, groups[1])):
-            group[rows[part], : values.shape[1]] = values.to(torch.int32)
-        states, log_weight = self._states(stacked, self._tilt(retain), group)
+        for side, (part, batch) in enumerate(((rows[0], forget), (rows[-1], retain))):
+            mask = losses.target_mask(batch)
+            group[part, : mask.shape[1]][mask] = side
+        layer = self._layer("rmu", self.recipe.forget.objective)
+        states, log_weight = self._states(stacked, self._tilt(retain), group, layer)
         states = [states[r, : b["input_ids"].shape[1]] for r, b in zip(rows, parts, strict=True)]
         if log_weight is not None:
             log_weight = log_weight[rows[-1], : retain["input_ids"].shape[1]]
@@ -135,8 +136,6 @@ class Objectives:
 
     def _states(self, batch: Batch, tilt: Tensor | None = None, group: Tensor | None = None, layer: int | None = None):
         """Hidden states [B, S, H] and log_weight [B, S] of one forward pass, final or behind RMU's layer."""
-        if group is not None:
-            layer = self._layer("rmu", self.recipe.forget.objective)
         ids = batch["input_ids"]
         log_weight = None if tilt is None else torch.zeros(ids.numel(), device=ids.device)
         counts = None

@@ -104,10 +104,8 @@ class _Masked(torch.optim.Optimizer):
     def layout(self, p: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
         """(slices, mask) of a parameter: int64 [M] along dimension 0 that train, None for all of them, and
         the packed mask of these, None if every weight trains. None for a parameter that is not here."""
-        for _, q, mask, parameter_id in self._parameters():
-            if q is p:
-                return self._layout(parameter_id, _local(p), mask)
-        return None
+        found = self._find(p)
+        return None if found is None else self._layout(found[2], _local(p), found[1])
 
     @torch.no_grad()
     def update_from(self, p: Tensor, factors: Factors) -> None:
@@ -116,11 +114,15 @@ class _Masked(torch.optim.Optimizer):
         The gradient is never stored, and float32 up to the update. Raises ValueError for a parameter that is
         not here.
         """
-        for group, q, mask, parameter_id in self._parameters():
-            if q is p:
-                self._update(group, p, mask, parameter_id, factors)
-                return
-        raise ValueError(f"expected a parameter of this optimizer; got one of shape {list(p.shape)}")
+        found = self._find(p)
+        if found is None:
+            raise ValueError(f"expected a parameter of this optimizer; got one of shape {list(p.shape)}")
+        group, mask, parameter_id = found
+        self._update(group, p, mask, parameter_id, factors)
+
+    def _find(self, p: Tensor) -> tuple[dict, Tensor | None, int] | None:
+        """(group, mask, parameter id) of a parameter; None if it is not here."""
+        return next(((group, mask, i) for group, q, mask, i in self._parameters() if q is p), None)
 
     def _parameters(self) -> Iterator[tuple[dict, Tensor, Tensor | None, int]]:
         """(group, parameter, mask, parameter id) of each."""
@@ -175,7 +177,7 @@ class _Masked(torch.optim.Optimizer):
 
     def state_size(self, p: Tensor, mask: Tensor | None) -> int:
         """Bytes of moments and master weights that `p` has, or will have under `mask`."""
-        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+        group, _, _ = self._find(p)
         slices = None if mask is None else _trained_slices(p, mask)
         share = 1 if slices is None else len(slices) / max(len(p), 1) if p.dim() else 0
         copies = len(self._moments(group)) + _needs_master(p, group["numerics"])
