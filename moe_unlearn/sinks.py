@@ -40,6 +40,14 @@ class CompactSink:
     def enter(self, weight: Tensor) -> None:
         """A forward pass uses `weight`."""
 
+    def experts(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """Ascending int32 [M_e]: the experts of which a gradient of any of `weights` is kept; None: of all."""
+        layouts = [found for found in map(self.optimizer.layout, weights) if found is not None]
+        if any(slices is None for slices, _ in layouts):
+            return None
+        kept = [slices for slices, _ in layouts] or [torch.empty(0, dtype=torch.long, device=weights[0].device)]
+        return torch.cat(kept).unique().int()
+
     def take(self, weight: Tensor, factors: Factors) -> None:
         """The backward pass has the factors of a gradient of `weight`."""
         layout = self.optimizer.layout(weight)
