@@ -6,7 +6,6 @@ from torch import nn
 
 from moe_unlearn.experts import experts_modules
 
-
 _STRICT = "guard 'strict' knows every gradient before the first update (guard: loss allows it)"
 
 

@@ -15,13 +15,14 @@ weighs them exactly instead.
 
 The fused step (the default) sends forget and retain rows through one forward pass where they can share it,
 and takes the expert weights' gradients where they are made (`sinks`): compact, of the trained experts only
-and with the mask applied, or, under `guard: loss`, as the update itself, so that dW never exists. What
-forbids this single pass, `obstacle` says. `fused=False` is the plain path, autograd and one masked
+and with the mask applied; or as the factors they are made of, where these are smaller, so that dW exists only
+in the epilogue that makes the update of it; or, under `guard: loss`, as that update itself in the backward
+pass. What forbids this single pass, `obstacle` says. `fused=False` is the plain path, autograd and one masked
 optimizer, which the fused one must equal.
 
-`guard: strict` knows every gradient, or the factors it is made of, before the first weight changes: whatever
-is not finite leaves the weights bitwise as they were. `guard: loss` checks the losses so; the gradients of the experts are checked
-layer by layer on the way, and a bad one stops the step with layers above it updated already. Then
+`guard: strict` knows every gradient, or its factors, before the first weight changes: whatever is not finite
+leaves the weights bitwise as they were. `guard: loss` checks the losses so; the gradients of the experts are
+checked layer by layer on the way, and a bad one stops the step with layers above it updated already. Then
 `restore()` is called, if there is one, to bring back the last checkpoint.
 """
 
