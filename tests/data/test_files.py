@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_unlearn.data import Document, read_documents
+from moe_unlearn.data import Document, load
 
 pytestmark = pytest.mark.quick
 
@@ -34,17 +34,17 @@ def test_objects(tmp_path, item, expected):
     other = {"text": "other"}
     jsonl = write(tmp_path, "a.jsonl", f"{json.dumps(item)}\n\n{json.dumps(other)}\n")
     listed = write(tmp_path, "a.json", json.dumps([item, other]))
-    assert read_documents(jsonl) == read_documents(str(listed)) == [expected, Document("", "other")]
+    assert load(jsonl) == load(str(listed)) == [expected, Document("", "other")]
 
 
 def test_text_files_are_split_at_blank_lines(tmp_path):
     path = write(tmp_path, "a.txt", "\ufeffone\nstill one\r\n\r\ntwo\n \t\n\n\nthree\n")
-    assert [d.text for d in read_documents(path)] == ["one\nstill one", "two", "three"]
+    assert [d.text for d in load(path)] == ["one\nstill one", "two", "three"]
 
 
 def test_line_separators_inside_json_strings_do_not_split(tmp_path):
     path = write(tmp_path, "a.jsonl", json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False) + "\r\n")
-    assert read_documents(path) == [Document("", "a\u2028b\x85c")]
+    assert load(path) == [Document("", "a\u2028b\x85c")]
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def test_line_separators_inside_json_strings_do_not_split(tmp_path):
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
-        read_documents(write(tmp_path, name, content))
+        load(write(tmp_path, name, content))
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such file"):
-        read_documents(tmp_path / "none.jsonl")
+        load(tmp_path / "none.jsonl")
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(FileNotFoundError):
-        read_documents(tmp_path / "folder.json")
+        load(tmp_path / "folder.json")
