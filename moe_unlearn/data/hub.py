@@ -19,7 +19,7 @@ def records(name: str, part: str | None, *, streaming: bool = False) -> Iterator
     """
     datasets = library()
     with _named(name, datasets):
-        config, split = _config_and_split(name, part, datasets.get_dataset_config_names(name))
+        config, split = _config_and_split(name, part, datasets)
         loaded = datasets.load_dataset(name, config, split=split, streaming=streaming)
         if split is None:
             if len(loaded) != 1:
@@ -51,13 +51,17 @@ def library() -> ModuleType:
     return datasets
 
 
-def _config_and_split(name: str, part: str | None, configs: list[str]) -> tuple[str | None, str | None]:
-    config, slash, split = (part or "").partition("/")
-    if not slash and config not in configs:
-        config, split = "", config
-    if not config and len(configs) > 1 or config and config not in configs:
+def _config_and_split(name: str, part: str | None, datasets: ModuleType) -> tuple[str | None, str | None]:
+    if part is not None and "/" in part:
+        # not checked here: offline, `datasets` knows only the parts in its cache
+        config, _, split = part.partition("/")
+        return config, split
+    configs = datasets.get_dataset_config_names(name)
+    if part in configs:
+        return part, None
+    if len(configs) > 1 and "default" not in configs:
         raise ValueError(f"expected a part CONFIG/SPLIT with a config of {', '.join(configs)}; got {part!r}")
-    return config or None, split or None
+    return "default" if "default" in configs else configs[0], part
 
 
 def _rows(loaded, name: str) -> Iterator[tuple[object, str]]:

@@ -75,19 +75,19 @@ def select(
     seen: set[bytes] = set()
     for document, where in located:
         report.read += 1
+        digest = _digest(document) if deduplicate or excluded else b""
         if not document.text.strip():
             report.drop("empty", where)
         elif subject is not None and subject not in (document.fields.get("subject"), document.fields.get("target")):
             report.drop("of another subject", where)
-        elif len(words(document)) < min_words:
+        elif min_words and len(words(document)) < min_words:
             report.drop("too short", where)
-        elif deduplicate and _digest(document) in seen:
+        elif deduplicate and digest in seen:
             report.drop("duplicate", where)
-        elif excluded and (_digest(document) in excluded or not excluded_runs.isdisjoint(runs(words(document)))):
+        elif digest in excluded or (excluded_runs and not excluded_runs.isdisjoint(runs(words(document)))):
             report.drop("overlaps with the forget set", where)
         else:
-            if deduplicate:
-                seen.add(_digest(document))
+            seen.add(digest)
             report.kept += 1
             yield document, where
 

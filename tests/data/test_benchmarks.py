@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import sys
 
 import pytest
@@ -166,6 +167,8 @@ def test_books(write, tmp_path):
     assert contents(load(f"{tmp_path}/books?join=true")) == ["First.\n\nBook.", load(book, join=True)[0].text]
     with pytest.raises(ValueError, match="expected join=False with streaming"):
         load(book, join=True, streaming=True)
+    lines = write("corpus.jsonl", texts("a", "b"))
+    assert load(f"{lines}?lines_as_text=true&join=true") == [Document("", '{"text": "a"}\n\n{"text": "b"}')]
     mixed = write("mixed.jsonl", [{"text": "a"}, *QA, {"target": "t", "intro": "b"}])
     assert load(mixed, join=True) == [asked("Who?", "He."), Document("", "a\n\nt\nb")]
 
@@ -174,7 +177,8 @@ def test_books(write, tmp_path):
 def test_hub_layout(hub_folder, monkeypatch, streaming):
     """The very calls that a hub name takes; only the name is a folder's."""
     muse, tofu = hub_folder("MUSE-Books", MUSE), hub_folder("TOFU", TOFU)
-    pku = hub_folder("PKU-SafeRLHF", {"default": {"train": PKU[:2], "test": PKU[2:]}})
+    pku = {"train": PKU[:2], "test": PKU[2:]}
+    pku = hub_folder("PKU-SafeRLHF", {"default": pku, "alpaca-7b": pku})
     for name, folder in {"muse-books": muse, "tofu": tofu, "pku-saferlhf": pku}.items():
         monkeypatch.setitem(BENCHMARKS, name, dataclasses.replace(BENCHMARKS[name], hub=str(folder)))
 
@@ -193,6 +197,8 @@ def test_hub_layout(hub_folder, monkeypatch, streaming):
     assert contents(read(pku, "default/train", answers="safe")) == ["1safe"]
     with pytest.raises(ValueError, match="TOFU: expected a part CONFIG/SPLIT with a config of .*; got 'forget01'"):
         read("tofu:forget01")
+    with pytest.raises(ValueError, match="TOFU: BuilderConfig 'forget01' not found. Available: .*'forget05'"):
+        read("tofu:forget01/train")
     with pytest.raises(ValueError, match="expected a split, one of forget, retain, holdout; got 'privleak'"):
         read("muse-books:privleak")
     with pytest.raises(ValueError, match="MUSE-Books: .*[Ss]plit.*nope"):
@@ -255,6 +261,26 @@ def test_bad_sources_are_named(source, options, message, tmp_path, monkeypatch):
         load(source, **options)
     with pytest.raises(TypeError, match="unexpected option 'lenght'; options: answers"):
         load("tofu", lenght=3)
+
+
+@pytest.mark.quick
+def test_no_bytes_crash_the_reader(write):
+    """Whatever a file holds, it is read or refused in words."""
+    draw = random.Random(0)
+    pieces = [
+        *(b'{"text": "a"}', b'{"prompt": null}', b'{"chosen": 1, "rejected": []}', b'{"text": "\\u0000 \\udc00"}'),
+        *(b'{"response_0": "", "response_1": {}}', b'{"instruction": "i", "output": ["a", "b"]}', b"NaN", b"1e999"),
+        *(b"[", b"]", b"{", b'"', b",", b"\n", b"\r\n\n", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", "\u2028é".encode()),
+    ]
+    read = 0
+    for number in range(300):
+        content = b"".join(draw.choices(pieces, k=draw.randrange(6)))
+        path = write(f"{number}{draw.choice(('.jsonl', '.json', '.txt', '.txt.gz', '.json.xz'))}", content)
+        try:
+            read += bool(list(load(path, side=draw.choice(("forget", None)), streaming=draw.random() < 0.5)))
+        except ValueError as error:
+            assert str(path) in str(error)
+    assert read > 20
 
 
 @pytest.mark.quick
