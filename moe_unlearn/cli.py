@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def env(options) -> None:
     """Versions, devices, and which implementation each op would use here."""
     print(f"python {platform.python_version()} on {platform.machine()}")
-    for package in ("moe-unlearn", "torch", "transformers", "triton", "peft"):
+    for package in ("moe-unlearn", "torch", "transformers", "triton", "peft", "datasets"):
         try:
             print(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
