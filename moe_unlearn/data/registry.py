@@ -267,15 +267,27 @@ def _folder_files(folder: Path, split: str | None, side: str | None) -> list[Pat
         found = [file for name in names for file in _file_of(folder, name)]
         if len(found) > 1:
             raise ValueError(f"{folder}: several files serve as {side}; name one: {', '.join(p.name for p in found)}")
-    if found or (folder / "README.md").is_file() or any(folder.rglob("*.parquet")):
+    if found or _in_hub_layout(folder):
         return found
     own = sorted(p for p in folder.iterdir() if _is_file_name(p) and p.is_file())
     if split is None and own:
         return own
-    there = ", ".join(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if _is_file_name(p))[:20])
+    there = ", ".join(sorted(str(p.relative_to(folder)) for p in _within(folder) if _is_file_name(p))[:20])
     raise FileNotFoundError(
         f"{folder}: expected a file {split or 'of documents'} ({', '.join(_FORMATS)}); the folder has {there or 'none'}"
     )
+
+
+def _in_hub_layout(folder: Path) -> bool:
+    """Whether `datasets` knows what the folder holds: by its README, or as parquet files."""
+    readme = folder / "README.md"
+    described = readme.is_file() and b"data_files:" in readme.read_bytes()
+    return described or any(path.suffix == ".parquet" for path in _within(folder))
+
+
+def _within(folder: Path) -> Iterator[Path]:
+    """What stands in a folder and in its folders; no deeper, for somebody may name a whole disk."""
+    return itertools.chain(folder.glob("*"), folder.glob("*/*"))
 
 
 def _file_of(folder: Path, name: str) -> list[Path]:

@@ -158,6 +158,17 @@ def test_a_person_of_rwku(write, tmp_path):
 
 
 @pytest.mark.quick
+def test_a_folder_of_files_with_a_readme_of_its_own(write, tmp_path):
+    write("mine/README.md", "# My files")
+    write("mine/b.txt", "b")
+    write("mine/a.jsonl", texts("a"))
+    assert contents(load(tmp_path / "mine")) == contents(load(tmp_path / "mine", side="retain")) == ["a", "b"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty: expected a file of documents .*the folder has none"):
+        load(tmp_path / "empty")
+
+
+@pytest.mark.quick
 def test_books(write, tmp_path):
     book = write("books/2.txt", "Chapter 1\r\n\r\nIt was late.\r\nVery late.")
     assert load(book, join=True) == [Document("", "Chapter 1\n\nIt was late.\nVery late.")]
