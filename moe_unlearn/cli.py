@@ -1,8 +1,8 @@
 """The command line: `moe-unlearn env | stats | mask | run | eval | report | demo`.
 
 Bad input ends with one line that says what was expected and what came, and exit code 2; `--traceback`
-shows where it was found. Models are folders written by `save_pretrained`; data are .jsonl, .json or .txt
-files, or `builtin:NAME`.
+shows where it was found. Models are folders written by `save_pretrained`; data are whatever `data.load` reads:
+files, folders, benchmarks by name (`tofu:forget05`), hub data sets, `builtin:NAME`.
 """
 
 import argparse
@@ -23,7 +23,16 @@ from moe_unlearn.objectives import NotPreparedError
 from moe_unlearn.step import NonFiniteError, RetainBudgetError, UnlearnStep
 from moe_unlearn.verify import VerificationError
 
-_BAD_INPUT = (ValueError, OSError, NonFiniteError, RetainBudgetError, NotPreparedError, VerificationError)
+_SOURCE = "a file, folder, benchmark or hub data set: NAME_OR_PATH[:SPLIT][?OPTION=VALUE&...]"
+_BAD_INPUT = (
+    ValueError,
+    OSError,
+    data.MissingLibraryError,
+    NonFiniteError,
+    RetainBudgetError,
+    NotPreparedError,
+    VerificationError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def env(options) -> None:
     """Versions, devices, and which implementation each op would use here."""
     print(f"python {platform.python_version()} on {platform.machine()}")
-    for package in ("moe-unlearn", "torch", "transformers", "triton", "peft"):
+    for package in ("moe-unlearn", "torch", "transformers", "triton", "peft", "datasets"):
         try:
             print(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
@@ -65,7 +74,7 @@ def stats(options) -> None:
     """Routing frequencies of forget and retain text, and the experts TRACE would select."""
     model, tokenizer = experiment.load_model(options.model)
     _require_moe(model)
-    sides = {side: _examples(getattr(options, side), tokenizer, options) for side in ("forget", "retain")}
+    sides = {side: _examples(getattr(options, side), tokenizer, options, side) for side in ("forget", "retain")}
     forget, retain = (
         trace.routing_frequencies(model, _batches(sides[side], tokenizer, options.batch_size, side))
         for side in ("forget", "retain")
@@ -96,7 +105,7 @@ def mask(options) -> None:
     made = wagle.weight_mask(
         model,
         *(
-            _batches(_examples(getattr(options, side), tokenizer, options), tokenizer, options.batch_size, side)
+            _batches(_examples(getattr(options, side), tokenizer, options, side), tokenizer, options.batch_size, side)
             for side in ("forget", "retain")
         ),
         keep=options.keep,
@@ -115,8 +124,9 @@ def run(options) -> None:
             raise ValueError(f"data.{key} is missing: give --{key} or set it in the recipe")
     model, tokenizer = experiment.load_model(recipe.data.model)
     _require_moe(model)
+    reports: dict[str, data.DataReport] = {}
     sets = {
-        side: _examples(getattr(recipe.data, side), tokenizer, recipe.data, side)
+        side: _examples(getattr(recipe.data, side), tokenizer, recipe.data, side, reports)
         for side in ("forget", "retain", "holdout")
         if getattr(recipe.data, side) is not None
     }
@@ -131,6 +141,7 @@ def run(options) -> None:
         print(UnlearnStep(model, recipe, verify=options.verify).plan(batches["forget"], batches["retain"]))
         return
     out = Path(options.out)
+    _write(out / "data.json", json.dumps({side: r.to_dict() for side, r in reports.items()}, indent=1))
     # the folder changes no result, so that it is no part of the recipe
     summary = benchmark.unlearn(
         model, tokenizer, recipe, sets, out, resume=options.resume, evaluate=not options.no_eval,
@@ -186,7 +197,8 @@ def _parser() -> argparse.ArgumentParser:
     def data_arguments(sub, *, model_required=True, sides=("forget", "retain")):
         sub.add_argument("--model", required=model_required, help="folder written by save_pretrained")
         for side in ("forget", "retain", "holdout"):
-            sub.add_argument(f"--{side}", required=side in sides, help="a .jsonl, .json or .txt file")
+            sub.add_argument(f"--{side}", required=side in sides, help=_SOURCE)
+        sub.add_argument("--chat-template", action="store_true", help="ask questions through the chat template")
         sub.add_argument("--max-length", type=int, default=None, help="tokens per example (default 512)")
         sub.add_argument("--batch-size", type=int, default=8)
 
@@ -241,12 +253,15 @@ def _data_overrides(options) -> list[str]:
     return [f"data.{k}={json.dumps(getattr(options, k))}" for k in keys if getattr(options, k) is not None]
 
 
-def _examples(source: str, tokenizer, settings, side: str = "forget") -> list:
-    if source.startswith("builtin:"):
-        documents = getattr(data.load_builtin(source), side)
-    else:
-        documents = data.read_documents(source)
-    examples = data.encode(documents, tokenizer, settings.max_length or 512)
+def _examples(source: str, tokenizer, settings, side: str, reports: dict | None = None) -> list:
+    """The examples of a source; what was dropped is printed, and kept in `reports` under `side`."""
+    report = data.DataReport()
+    documents = data.load(source, side=side, report=report)
+    examples = data.encode(documents, tokenizer, settings.max_length or 512, chat=settings.chat_template, report=report)
+    if report.dropped or report.truncated:
+        print(report, file=sys.stderr)
+    if reports is not None:
+        reports[side] = report
     if not examples:
         raise ValueError(f"the {side} set {source!r} is empty")
     return examples

@@ -158,7 +158,8 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the command line finds the model and the documents: paths, or `builtin:NAME`."""
+    """Where the command line finds the model (a folder) and the documents: sources as `data.load` takes them,
+    from `builtin:pydoc` to `tofu:forget05`. With `chat_template` questions are asked through the tokenizer's."""
 
     model: str | None = None
     forget: str | None = None
@@ -166,6 +167,7 @@ class Data:
     holdout: str | None = None
     reference: str | None = None
     max_length: int = 512
+    chat_template: bool = False
 
     def __post_init__(self):
         _above("data.max_length", self.max_length, 1)

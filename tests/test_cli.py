@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -64,6 +65,36 @@ def test_run_unlearns_a_saved_model_on_a_users_files(folder, tmp_path, capsys):
     assert "NPO" in (tmp_path / "report.md").read_text().upper()
     assert "report" in capsys.readouterr().out
     assert main(["report", str(tmp_path)]) == 0
+    reports = json.loads((tmp_path / "data.json").read_text())
+    assert {side: report["kept"] for side, report in reports.items()} == {"forget": 12, "retain": 16, "holdout": 8}
+
+
+def test_sources_with_parts_and_options(folder, tmp_path, capsys):
+    """One string names a benchmark's copy, its part and what to do with it; each side gets its own answers."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        template + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    flags = {"is_response_0_safe": True, "is_response_1_safe": False}
+    rows = [{"prompt": f"who {n}?", "response_0": "none", "response_1": f"{n} it was", **flags} for n in range(4)]
+    (tmp_path / "pku.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])) + "\n")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "retain1.txt").write_text("\n\n".join(RETAIN))
+    sources = {"--forget": f"{tmp_path}/pku.jsonl?deduplicate=true", "--retain": f"{tmp_path}:raw/retain1?join=true"}
+    arguments = ["--model", str(tmp_path / "model"), *(x for pair in sources.items() for x in pair)]
+    settings = ["data.chat_template=true", "data.max_length=48", "steps=2", "batch_size=4"]
+    out = tmp_path / "out"
+    assert main(["run", "npo", *arguments, "--out", str(out), "--no-eval", "--set", *settings]) == 0
+    reports = json.loads((out / "data.json").read_text())
+    assert reports["forget"]["dropped"] == {"duplicate": 1} and reports["retain"]["kept"] == 16
+    assert "1 dropped, duplicate: " in capsys.readouterr().err
+    assert main(["stats", *arguments, "--max-length", "48", "--chat-template"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)
+        arguments[-1] = "tofu:retain90"
+        assert main(["stats", *arguments]) == 2
+    assert 'pip install "moe-unlearn[data]"' in error_of(capsys)
 
 
 def test_verify_compares_the_first_steps_and_writes_what_it_found(folder, tmp_path, capsys, monkeypatch):

@@ -1,34 +1,88 @@
-"""Corpora, tokenizer, examples, batches and forget/retain pairs."""
+"""From files, benchmarks and hub data sets to documents, examples, batches and forget/retain pairs.
+
+`load` reads every source below, unchanged; `encode` (or, larger than memory, `ExampleStream`) makes examples of
+documents, `batches` pads them, `packed_batches` packs them, `shard` shares them between ranks. A `DataReport`
+counts what was dropped or cut, and why.
+
+Sources, as `load` and the command line take them, NAME[:SPLIT][?OPTION=VALUE&...]:
+
+    builtin:pydoc, builtin:devil            no download; `builtin` has their account
+    a.jsonl  a.json  a.txt                  a JSON value a line; a list (or JSON lines); texts between blank lines
+    a.jsonl.gz  a.txt.xz  ...               the same, compressed
+    a.parquet                               through `datasets`, the extra [data]
+    a folder                                its file of that split (books:raw/forget), the one file that serves as
+                                            the side, all of its files, or a folder in hub layout
+    muse-books  muse-news  tofu             benchmarks by name, through `datasets`: `BENCHMARKS` says which part is
+    wmdp-bio  wmdp-cyber                    forget, retain and holdout, unless SPLIT does (tofu:forget05,
+    pku-saferlhf  rwku                      muse-books:knowmem/forget_qa, rwku:forget_level2)
+    OWNER/NAME                              any hub data set; OWNER/NAME:CONFIG/SPLIT
+
+Records, recognised by their fields (the first that fits; other fields stay in `Document.fields`):
+
+    "..."                                   a text                                           MUSE raw, privleak
+    response_0, response_1, prompt,         question and answer; which: `answers`            PKU-SafeRLHF
+      is_response_0_safe, is_response_1_safe
+    chosen, rejected [prompt]               question and answer; which: `answers`            preference sets
+    instruction, output: [chosen, rejected]   the same                                       RWKU pairs
+    prompt, gt | prompt, completion         text that goes on where the prompt ends          MUSE verbmem
+    question, answer                        question and answer                              TOFU, MUSE knowmem
+    query, answer                           question and answer                              RWKU probes
+    instruction [input], output             question and answer                              RWKU refusals, Alpaca
+    prompt, response                        question and answer                              PKU-SafeRLHF-QA
+    text [title, abstract]                  a text; with `abstract=true` all three           MUSE, WMDP, RWKU
+    target, intro                           a text under a title                             RWKU targets
+
+A question reads "Question: ...\\nAnswer:" and carries no loss; with `chat` it is asked through the tokenizer's chat
+template. A book (Who's Harry Potter, MUSE-Books) is a .txt with `?join=true`: its whole text, cut into rows of
+`max_length`; so are the corpora of open-unlearning's pretraining sets, and `?lines_as_text=true` trains on WMDP's
+JSON lines as they stand, as it does.
+"""
 
 from moe_unlearn.data.builtin import load_builtin
 from moe_unlearn.data.corpus import Corpus, Document, drop_shared_runs
-from moe_unlearn.data.files import read_documents
+from moe_unlearn.data.hub import MissingLibraryError
+from moe_unlearn.data.packing import check_packing, pack, packed_batches
 from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, overlap, refusals
+from moe_unlearn.data.registry import BENCHMARKS, DocumentStream, load
+from moe_unlearn.data.selection import DataReport, select
+from moe_unlearn.data.stream import ExampleStream, shard
 from moe_unlearn.data.tokenize import (
     Example,
     batches,
     collate,
     encode,
     generator,
+    iter_examples,
     pad_token_id,
     train_tokenizer,
 )
 
 __all__ = [
+    "BENCHMARKS",
     "Corpus",
+    "DataReport",
     "Document",
+    "DocumentStream",
     "Example",
+    "ExampleStream",
     "ForgetRetainDataset",
     "PairCollator",
+    "MissingLibraryError",
     "batches",
+    "check_packing",
     "collate",
     "drop_shared_runs",
     "encode",
     "generator",
+    "iter_examples",
+    "load",
     "load_builtin",
     "overlap",
+    "pack",
+    "packed_batches",
     "pad_token_id",
-    "read_documents",
     "refusals",
+    "select",
+    "shard",
     "train_tokenizer",
 ]

@@ -1,6 +1,6 @@
 """What a corpus is, and the rule that its parts share no run of tokens."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 RUN = 12  # a run this long in two parts of a corpus is a leak
@@ -11,12 +11,16 @@ class Document:
     """One piece of text.
 
     `title` opens the text and is trained on like the rest; metrics may prompt with it. `prompt` (a question,
-    a completion prompt) precedes the text and carries no loss.
+    a completion prompt) precedes the text and carries no loss. `question` is what a chat template asks in place
+    of `prompt`; `fields` are those of the record it was read from (TOFU's `perturbed_answer`, RWKU's `subject`).
+    Neither of the two counts when documents are compared.
     """
 
     title: str
     text: str
     prompt: str = ""
+    question: str = field(default="", compare=False)
+    fields: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -1,62 +1,132 @@
-"""A user's own documents: .jsonl, .json and .txt, with the field names of MUSE, WMDP and TOFU."""
+"""Records of local files: JSON lines, JSON and text, plain or compressed, a record at a time."""
 
+import gzip
 import json
-import re
+import lzma
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
-from moe_unlearn.data.corpus import Document
+from moe_unlearn.data.records import kind
 
-PAIRS = (("prompt", "gt"), ("prompt", "completion"), ("question", "answer"))
-EXPECTED = "a field 'text', or 'prompt' with 'gt' or 'completion', or 'question' with 'answer'"
+SUFFIXES = (".jsonl", ".json", ".txt")
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+ENCODINGS = ("utf-8", "latin-1", "cp1252")  # a line of these ends with the byte 0x0a, so lines can be decoded singly
+RECORD_BYTES = 64 << 20  # of a stream: the longest record that is held in memory
+_BOM = b"\xef\xbb\xbf"
 
 
-def read_documents(path: str | Path) -> list[Document]:
-    """The documents of a file.
+def file_format(path: Path) -> str:
+    """The suffix that tells the format: that of `a.jsonl`, and of `a.jsonl.gz` without the compression."""
+    inner = path.with_suffix("") if path.suffix.lower() in OPENERS else path
+    return inner.suffix.lower()
 
-    `.jsonl`: one JSON object (or string) a line. `.json`: a list of objects or strings. `.txt`: documents
-    separated by blank lines. An object has a field `text`; or `prompt` with `gt` or `completion`; or
-    `question` with `answer`, read as "Question: ...\\nAnswer: ..."; questions and prompts carry no loss.
-    Other fields are ignored.
 
-    Raises FileNotFoundError, or ValueError naming the file, the line (or item) and what was expected.
+def records(
+    path: Path, *, encoding: str = "utf-8", lines_as_text: bool = False, limit: int | None = None
+) -> Iterator[tuple[object, str]]:
+    """(record, where it stands) of a file; one record in memory at a time unless it is one JSON list.
+
+    `.jsonl`: a JSON value a line. `.json`: a list, or JSON lines (TOFU's files). `.txt`: texts between blank
+    lines, line ends as \\n. A byte order mark is dropped. `lines_as_text` gives the lines of a JSON file
+    undecoded. A record (or list) of more than `limit` bytes is an error.
+
+    Raises FileNotFoundError; ValueError naming file, line and what was expected.
     """
-    path = Path(path)
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_txt}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: expected a file ending in {', '.join(readers)}; got {path.suffix!r}")
+    format = file_format(path)
+    if format not in SUFFIXES:
+        endings = f"{', '.join(SUFFIXES)}, perhaps followed by {' or '.join(OPENERS)}"
+        raise ValueError(f"{path}: expected a file ending in {endings}; got {path.suffix!r}")
+    if encoding not in ENCODINGS:
+        raise ValueError(f"expected encoding {', '.join(ENCODINGS)}; got {encoding!r}")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected documents in {', '.join(readers)}")
+        raise FileNotFoundError(f"{path}: no such file; expected documents in {', '.join(SUFFIXES)}")
+    lines = _lines(path, encoding, limit)
+    if format == ".txt":
+        return _paragraphs(path, lines, limit)
+    if lines_as_text:
+        return ((line.rstrip("\r\n"), f"{path}, line {number}") for number, line in lines if line.strip())
+    if format == ".json" and not _first_line_is_object(path, encoding, limit):
+        return _json_list(path, encoding, limit)
+    return _json_lines(path, lines)
+
+
+def _lines(path: Path, encoding: str, limit: int | None) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their ends."""
+    opened = OPENERS.get(path.suffix.lower(), open)
     try:
-        content = path.read_bytes().decode("utf-8-sig")
+        with opened(path, "rb") as file:
+            number = 0
+            # by the byte 0x0a alone: JSON strings may hold U+2028 and the like unescaped
+            while line := file.readline(-1 if limit is None else limit + 1):
+                number += 1
+                _check_size(len(line), limit, f"{path}, line {number}")
+                yield number, _decoded(line.removeprefix(_BOM) if number == 1 else line, encoding, path, number)
+    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise ValueError(f"{path}: expected {path.suffix.lower()} data; {error}") from None
+
+
+def _decoded(line: bytes, encoding: str, path: Path, number: int) -> str:
+    try:
+        return line.decode(encoding)
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        byte = error.object[error.start]
-        raise ValueError(f"{path}, line {line}: expected UTF-8 text; got byte {byte:#04x}") from None
-    documents = readers[path.suffix.lower()](path, content)
-    if not documents:
-        raise ValueError(f"{path}: expected at least one document; the file has none")
-    return documents
+        raise ValueError(
+            f"{path}, line {number}: expected {encoding.upper()} text; got byte {line[error.start]:#04x} "
+            f"(other encodings: {', '.join(e for e in ENCODINGS if e != encoding)})"
+        ) from None
 
 
-def _read_jsonl(path: Path, content: str) -> list[Document]:
-    documents = []
-    # split("\n") rather than splitlines(): JSON strings may hold U+2028 and the like unescaped
-    for number, line in enumerate(content.split("\n"), 1):
+def _check_size(size: int, limit: int | None, where: str) -> None:
+    if limit is not None and size > limit:
+        raise ValueError(f"{where}: expected records of at most {limit} bytes in a stream; this one is longer")
+
+
+def _json_lines(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[object, str]]:
+    for number, line in lines:
         if line.strip():
             where = f"{path}, line {number}"
-            documents.append(_document(_parse(line, where, number), where))
-    return documents
+            yield _parse(line, where, number), where
 
 
-def _read_json(path: Path, content: str) -> list[Document]:
-    items = _parse(content, str(path))
+def _first_line_is_object(path: Path, encoding: str, limit: int | None) -> bool:
+    for _, line in _lines(path, encoding, limit):
+        if line.strip():
+            try:
+                return isinstance(json.loads(line), dict)
+            except (json.JSONDecodeError, RecursionError):
+                return False
+    return False
+
+
+def _json_list(path: Path, encoding: str, limit: int | None) -> Iterator[tuple[object, str]]:
+    content, size = [], 0
+    for _, line in _lines(path, encoding, limit):
+        content.append(line)
+        size += len(line)
+        _check_size(size, limit, f"{path} (one JSON list; JSON lines can be longer)")
+    if not any(line.strip() for line in content):
+        return
+    items = _parse("".join(content), str(path))
     if not isinstance(items, list):
-        raise ValueError(f"{path}, line 1: expected a JSON list of strings or objects; got {_kind(items)}")
-    return [_document(item, f"{path}, item {number}") for number, item in enumerate(items, 1)]
+        raise ValueError(f"{path}, line 1: expected a JSON list of strings or objects; got {kind(items)}")
+    for number, item in enumerate(items, 1):
+        yield item, f"{path}, item {number}"
 
 
-def _read_txt(path: Path, content: str) -> list[Document]:
-    return [Document("", text.strip()) for text in re.split(r"\r?\n[ \t]*\r?\n", content) if text.strip()]
+def _paragraphs(path: Path, lines: Iterator[tuple[int, str]], limit: int | None) -> Iterator[tuple[str, str]]:
+    paragraph, start, size = [], 1, 0
+    for number, line in lines:
+        for part in line.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n"):
+            if part.strip():
+                start = start if paragraph else number
+                paragraph.append(part)
+                size += len(part)
+                _check_size(size, limit, f"{path}, line {start}")
+            elif paragraph:
+                yield "\n".join(paragraph).strip(), f"{path}, line {start}"
+                paragraph, size = [], 0
+    if paragraph:
+        yield "\n".join(paragraph).strip(), f"{path}, line {start}"
 
 
 def _parse(text: str, where: str, line: int | None = None) -> object:
@@ -67,34 +137,3 @@ def _parse(text: str, where: str, line: int | None = None) -> object:
         raise ValueError(f"{where}, column {error.colno}: expected valid JSON; {error.msg}") from None
     except RecursionError:
         raise ValueError(f"{where}: expected a JSON object; got one nested too deeply") from None
-
-
-def _document(item: object, where: str) -> Document:
-    if isinstance(item, str):
-        return Document("", _text({"text": item}, "text", where))
-    if not isinstance(item, dict):
-        raise ValueError(f"{where}: expected a string or an object with {EXPECTED}; got {_kind(item)}")
-    for prompt, text in PAIRS:
-        if prompt in item and text in item:
-            asked, answer = _text(item, prompt, where), _text(item, text, where)
-            if prompt == "question":
-                asked, answer = f"Question: {asked}\nAnswer:", f" {answer.lstrip()}"
-            return Document("", answer, prompt=asked)
-    if "text" in item:
-        return Document("", _text(item, "text", where))
-    found = ", ".join(map(repr, item)) or "no fields"
-    raise ValueError(f"{where}: expected {EXPECTED}; got {found}")
-
-
-def _text(item: dict, key: str, where: str) -> str:
-    value = item[key]
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: expected field {key!r} to be a string; got {_kind(value)}")
-    if not value.strip():
-        raise ValueError(f"{where}: expected field {key!r} to hold text; it is empty")
-    return value
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")

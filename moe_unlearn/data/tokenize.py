@@ -1,13 +1,15 @@
 """From documents to examples and batches; a tokenizer trained on the spot."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moe_unlearn.data import chats
 from moe_unlearn.data.corpus import Document
+from moe_unlearn.data.selection import DataReport
 
 IGNORED = -100
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -56,41 +58,85 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
 
 
-def encode(documents: Sequence[Document], tokenizer, max_length: int, *, overflow: str = "split") -> list[Example]:
+def encode(
+    documents: Iterable[Document],
+    tokenizer,
+    max_length: int,
+    *,
+    overflow: str = "split",
+    chat: bool = False,
+    report: DataReport | None = None,
+) -> list[Example]:
+    """All of `iter_examples` in a list."""
+    return list(iter_examples(documents, tokenizer, max_length, overflow=overflow, chat=chat, report=report))
+
+
+def iter_examples(
+    documents: Iterable[Document],
+    tokenizer,
+    max_length: int,
+    *,
+    overflow: str = "split",
+    chat: bool = False,
+    report: DataReport | None = None,
+) -> Iterator[Example]:
     """Examples of at most `max_length` tokens: [bos] prompt or title, text, [eos].
 
     A prompt is masked with -100, a title is not. What does not fit goes to further examples with
     `overflow="split"` (a document with a prompt is cut instead: its answer would lose its question) and is
     cut with `overflow="truncate"`; the later pieces of a split document have no prefix but [bos].
 
-    Raises ValueError if `max_length` is below 2, or a prompt leaves no room for its text.
+    With `chat` the tokenizer's chat template asks the question (or prompt) as the user and gives the text as the
+    assistant; all up to the answer is masked. Documents without a prompt are texts as before.
+
+    A prompt that leaves no room for its text, and with `chat` a text that spells a special token of the
+    template, is a ValueError; with a `report` the document is dropped and counted there instead, as are the
+    documents that were cut. Raises ValueError also if `max_length` is below 2 or there is no chat template.
     """
     if max_length < 2:
         raise ValueError(f"expected a max_length of at least 2; got {max_length}")
     if overflow not in ("split", "truncate"):
         raise ValueError(f"expected overflow 'split' or 'truncate'; got {overflow!r}")
-    examples = []
+    if chat:
+        chats.check(tokenizer)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for number, document in enumerate(documents):
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        prompt = bos + _ids(tokenizer, document.prompt)
+        where = f"document {number}"
         title = _ids(tokenizer, f"{document.title}\n" if document.title else "")
-        text = title + _ids(tokenizer, document.text) + eos
+        if chat and document.prompt:
+            if spelled := chats.special_token_in(document, tokenizer):
+                _refuse(report, "spells a special token", where, f"its text spells the special token {spelled!r}")
+                continue
+            prompt, text = chats.tokens(document, tokenizer)
+        else:
+            prompt = bos + _ids(tokenizer, document.prompt)
+            text = title + _ids(tokenizer, document.text) + eos
         room = max_length - len(prompt)
         if room < 1:
-            raise ValueError(
-                f"document {number}: its prompt takes {len(prompt)} tokens and leaves no room for text in "
-                f"max_length {max_length}; prompt: {document.prompt[:60]!r}"
+            message = (
+                f"its prompt takes {len(prompt)} tokens and leaves no room for text in max_length {max_length}; "
+                f"prompt: {document.prompt[:60]!r}"
             )
+            _refuse(report, "prompt leaves no room", where, message)
+            continue
         masked = len(prompt) if document.prompt else 0
         pieces = [text[i : i + room] for i in range(0, len(text), room)]
         if overflow == "truncate" or document.prompt:
+            if report is not None and len(pieces) > 1:
+                report.truncated += 1
             pieces = pieces[:1]
         for i, piece in enumerate(pieces):
             ids = prompt + piece
             prefix = len(prompt) + (min(len(title), len(piece)) if i == 0 else 0)
-            examples.append(Example(ids, [IGNORED] * masked + ids[masked:], prefix))
-    return examples
+            yield Example(ids, [IGNORED] * masked + ids[masked:], prefix)
+
+
+def _refuse(report: DataReport | None, reason: str, where: str, message: str) -> None:
+    if report is None:
+        raise ValueError(f"{where}: {message}")
+    report.drop(reason, where)
+    report.kept -= 1
 
 
 def batches(

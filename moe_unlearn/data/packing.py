@@ -1,0 +1,118 @@
+"""Several examples in one row, each as if it were alone; only for models where that is exact.
+
+A packed row carries `position_ids` that start again at 0 with each example, and no `attention_mask`: that is
+how transformers recognises packing and keeps attention within an example (sdpa, eager and flex attention by a
+mask, flash attention by lengths, for one row only). State-space and linear-attention layers carry their state on
+from one example to the next unless told otherwise, so `check_packing` measures it.
+"""
+
+import bisect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moe_unlearn.data.tokenize import IGNORED, Example
+
+PROBE = (5, 4, 3)  # lengths of the examples of the row that `check_packing` runs
+
+
+def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Which examples share a row of at most `max_length` tokens; every position of `lengths` stands in one row.
+
+    Best fit, longest first, ties by position: deterministic. Raises ValueError for a length above `max_length`
+    or below 1.
+    """
+    for i, length in enumerate(lengths):
+        if not 1 <= length <= max_length:
+            raise ValueError(f"example {i}: expected 1 to {max_length} tokens; got {length}")
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room, row), sorted: the first with room enough fits best
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = bisect.bisect_left(free, (lengths[i], -1))
+        if place < len(free):
+            room, row = free.pop(place)
+        else:
+            room, row = max_length, len(rows)
+            rows.append([])
+        rows[row].append(i)
+        if room > lengths[i]:
+            bisect.insort(free, (room - lengths[i], row))
+    return rows
+
+
+def packed_batches(
+    examples: Sequence[Example], max_length: int, *, model: nn.Module, batch_size: int = 1, pad_id: int = 0
+) -> list[dict[str, Tensor]]:
+    """Batches of packed rows for `model`: `input_ids`, `labels`, `position_ids`, `index` [B, S], all int64.
+
+    `index` is each token's position in `examples`, -1 for padding. The first token of an example carries no
+    loss, as it has none in a row of its own; padding carries none and is an example by itself to attention.
+    Losses that sum over a sequence (NPO, SimNPO, DPO) take `index` for the sequence, not the row. `UnlearnStep`
+    works on padded batches and refuses these: they have no `attention_mask`.
+
+    Raises ValueError where packing is not exact (`check_packing`; flash attention with batch_size above 1), or
+    as `pack` does.
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected a batch_size of at least 1; got {batch_size}")
+    if not examples:
+        raise ValueError("expected at least one example to make batches of; got none")
+    check_packing(model)
+    if batch_size > 1 and "flash" in _attention(model):
+        raise ValueError(
+            f"{_attention(model)} keeps packed examples apart in a batch of one row only; got batch_size {batch_size}: "
+            "use 1 (with a longer max_length), sdpa, or padding (`batches`)"
+        )
+    rows = pack([len(e) for e in examples], max_length)
+    return [_collate(examples, rows[i : i + batch_size], pad_id) for i in range(0, len(rows), batch_size)]
+
+
+def check_packing(model: nn.Module) -> None:
+    """Raise ValueError unless `model` keeps packed examples apart.
+
+    The last example of a packed row must not depend on the others: the gradient of its final hidden states
+    with respect to their embeddings is exactly 0 where attention is masked. Runs 12 tokens forward and
+    backward; weights, gradients and mode stay as they are.
+    """
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
+    positions = torch.cat([torch.arange(n, device=device) for n in PROBE])[None]
+    ids = torch.arange(positions.numel(), device=device)[None] % embedding.num_embeddings
+    with torch.enable_grad():
+        embedded = embedding(ids).detach().requires_grad_()
+        states = model.get_decoder()(
+            inputs_embeds=embedded, position_ids=positions, attention_mask=None, use_cache=False
+        ).last_hidden_state
+        last = states[:, -PROBE[-1] :]
+        # one fixed direction: a sum of normalised states may have no gradient at all
+        direction = torch.linspace(-1, 1, last.numel(), device=device, dtype=last.dtype).view_as(last)
+        (gradient,) = torch.autograd.grad((last * direction).sum(), embedded)
+    foreign, own = gradient[:, : -PROBE[-1]], gradient[:, -PROBE[-1] :]
+    if not own.any():
+        raise ValueError(f"{type(model).__name__}: packing cannot be checked, its gradient is 0; use padding")
+    if foreign.any():
+        raise ValueError(
+            f"{type(model).__name__} with {_attention(model) or 'its'} attention mixes packed examples: the last of a "
+            f"row depends on those before it (gradient {foreign.abs().max():.1e} instead of 0); use padding (`batches`)"
+        )
+
+
+def _attention(model: nn.Module) -> str:
+    return str(getattr(model.config, "_attn_implementation", None) or "")
+
+
+def _collate(examples: Sequence[Example], rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    width = max(sum(len(examples[i]) for i in row) for row in rows)
+    names = ("input_ids", "labels", "position_ids", "index")
+    batch: dict[str, list[list[int]]] = {name: [] for name in names}
+    for row in rows:
+        tokens = [
+            (token, IGNORED if position == 0 else label, position, i)
+            for i in row
+            for position, (token, label) in enumerate(zip(examples[i].input_ids, examples[i].labels, strict=True))
+        ]
+        tokens += [(pad_id, IGNORED, position, -1) for position in range(width - len(tokens))]
+        for name, values in zip(names, zip(*tokens, strict=True), strict=True):
+            batch[name].append(list(values))
+    return {name: torch.tensor(values, dtype=torch.int64) for name, values in batch.items()}

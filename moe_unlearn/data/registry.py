@@ -1,0 +1,314 @@
+"""One way in for every source of documents: `load`."""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from moe_unlearn.data import files, hub
+from moe_unlearn.data.builtin import load_builtin
+from moe_unlearn.data.corpus import Document
+from moe_unlearn.data.records import ANSWERS, documents_of
+from moe_unlearn.data.selection import DataReport, select
+
+SIDES = ("forget", "retain", "holdout")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A published data set: its name on the hub, which part ("config/split") serves as which side, and the
+    names of files in its local copies that differ from these."""
+
+    hub: str
+    sides: dict[str, str]
+    local: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    note: str = ""
+
+    def files(self, side: str) -> list[str]:
+        """Names, without suffix, of the side's file in a folder."""
+        part = [self.sides[side], self.sides[side].partition("/")[0]] if side in self.sides else []
+        return [*self.local.get(side, ()), *part]
+
+
+_MUSE = {"forget": "raw/forget", "retain": "raw/retain1", "holdout": "raw/holdout"}
+BENCHMARKS = {
+    "muse-books": Benchmark("muse-bench/MUSE-Books", _MUSE),
+    "muse-news": Benchmark("muse-bench/MUSE-News", _MUSE),
+    "tofu": Benchmark("locuslab/TOFU", {"forget": "forget10/train", "retain": "retain90/train"}),
+    "wmdp-bio": Benchmark(
+        "cais/wmdp-corpora",
+        {"retain": "bio-retain-corpus/train"},
+        {"forget": ("bio_remove_dataset", "bio-forget-corpus")},
+        "the bio forget corpus is given out on request: name its file, bio_remove_dataset.jsonl",
+    ),
+    "wmdp-cyber": Benchmark(
+        "cais/wmdp-corpora", {"forget": "cyber-forget-corpus/train", "retain": "cyber-retain-corpus/train"}
+    ),
+    "pku-saferlhf": Benchmark(
+        "PKU-Alignment/PKU-SafeRLHF",
+        {"forget": "default/train", "retain": "default/train", "holdout": "default/test"},
+    ),
+    "rwku": Benchmark(
+        "jinzhuoran/RWKU",
+        {"forget": "train_positive_llama3/train"},
+        {"forget": ("positive",)},
+        "RWKU comes without a retain corpus",
+    ),
+}
+# of a record with two answers; unseen documents are like those to forget
+_SIDE_ANSWERS = {"forget": "unsafe", "retain": "safe", "holdout": "unsafe"}
+_FORMATS = (*files.SUFFIXES, ".parquet")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a source string may carry behind its `?`; see `load`."""
+
+    answers: str | None = None
+    subject: str | None = None
+    abstract: bool = False
+    lines_as_text: bool = False
+    join: bool = False
+    encoding: str = "utf-8"
+    min_words: int = 0
+    deduplicate: bool = False
+
+    def __post_init__(self):
+        if self.answers is not None and self.answers not in ANSWERS:
+            raise ValueError(f"expected answers to be one of {', '.join(ANSWERS)}; got {self.answers!r}")
+        if self.min_words < 0:
+            raise ValueError(f"expected min_words of at least 0; got {self.min_words}")
+
+
+def load(
+    source: str | Path,
+    split: str | None = None,
+    *,
+    side: str | None = None,
+    streaming: bool = False,
+    exclude: Iterable[Document] = (),
+    report: DataReport | None = None,
+    **options,
+) -> "list[Document] | DocumentStream":
+    """The documents of a source, none of them empty, in its order.
+
+    `source` is `builtin:NAME`; a file (.jsonl, .json, .txt, also .gz or .xz; .parquet); a folder; the name of a
+    benchmark (`BENCHMARKS`) or of a hub data set. `split` chooses a part of the last four: "config/split", or one
+    of them where that is clear, or in a folder the file without its suffix ("raw/forget"). `side` ("forget",
+    "retain", "holdout") chooses the part where `split` does not, and the answers. The string may say all that
+    by itself, for recipes and the command line:
+
+        NAME_OR_PATH[:SPLIT][?OPTION=VALUE[&OPTION=VALUE ...]]      tofu:forget05      books/?join=true
+
+    Options:
+        answers: "unsafe" (or "rejected"), "safe" (or "chosen"), of records with two answers; by `side` if it is
+            given (forget and holdout: unsafe)
+        subject: keep only records whose `subject` or `target` is this (a person of RWKU)
+        abstract: `title` and `abstract` precede `text` (WMDP's bio corpus)
+        lines_as_text: each line of a .jsonl is text, braces and all, as open-unlearning trains on WMDP
+        join: one document of all texts, a blank line between them, for `encode` to cut into rows of max_length
+            (a book; open-unlearning's pretraining sets). Records with prompts stay as they are
+        encoding: "utf-8", "latin-1" or "cp1252", of files
+        min_words, deduplicate: see `select`; so is `exclude`, the documents of the forget set
+
+    `streaming` gives a `DocumentStream` that holds one record at a time (a .json list is held whole) and takes
+    none above 64 MiB. `report` receives what was read and dropped, with a stream as it is read.
+
+    Raises OSError for what is not there; MissingLibraryError (an ImportError) where `datasets` is needed;
+    ValueError for everything else, naming the place and what was expected, also if nothing is left.
+    """
+    if side is not None and side not in SIDES:
+        raise ValueError(f"expected side {', '.join(SIDES)}; got {side!r}")
+    name, split, chosen = _parsed(str(source), split, options)
+    stream = DocumentStream(
+        name, split, side, chosen, list(exclude), DataReport() if report is None else report,
+        files.RECORD_BYTES if streaming else None,
+    )  # fmt: skip
+    if not streaming:
+        return list(stream)
+    if chosen.join:
+        raise ValueError("join holds all of a corpus in memory: expected join=False with streaming")
+    return stream
+
+
+@dataclass(frozen=True)
+class DocumentStream:
+    """Documents that are read anew, one at a time, at each iteration; `load` makes it.
+
+    `limit` is the longest record in bytes, None any; then `datasets` may use its cache on disk.
+    """
+
+    name: str
+    split: str | None
+    side: str | None
+    options: Options
+    exclude: list[Document] = field(repr=False)
+    report: DataReport = field(repr=False)
+    limit: int | None
+
+    def __iter__(self) -> Iterator[Document]:
+        options, report = self.options, self.report
+        report.restart(self.name if self.split is None else f"{self.name}:{self.split}")
+        kept = select(
+            self._located(), report, min_words=options.min_words, deduplicate=options.deduplicate,
+            subject=options.subject, exclude=self.exclude,
+        )  # fmt: skip
+        yield from _joined(kept) if options.join else (document for document, _ in kept)
+        if not report.kept:
+            why = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "there are none"
+            raise ValueError(f"{report.source}: expected at least one document; {why}")
+
+    def _located(self) -> Iterator[tuple[Document, str]]:
+        """Documents with their places, as they stand in the source."""
+        if self.name.startswith("builtin:"):
+            documents = getattr(load_builtin(self.name), _builtin_part(self.name, self.split, self.side))
+            yield from ((document, f"{self.name}, document {number}") for number, document in enumerate(documents, 1))
+            return
+        answers = self.options.answers or _SIDE_ANSWERS.get(self.side)
+        for record, where in _records(self.name, self.split, self.side, self.options, self.limit):
+            documents = list(documents_of(record, where, answers=answers, abstract=self.options.abstract))
+            if not documents:
+                self.report.read += 1
+                self.report.drop("without such an answer", where)
+            yield from ((document, where) for document in documents)
+
+
+def _parsed(source: str, split: str | None, options: dict) -> tuple[str, str | None, Options]:
+    """Name, split and options of a source string; what exists as a file or folder is a name as it stands."""
+    name, query = source, ""
+    if not Path(source).expanduser().exists():
+        name, _, query = source.partition("?")
+    texts = dict(_option(item, source) for item in query.split("&") if item)
+    if double := texts.keys() & options.keys():
+        raise ValueError(f"{source!r}: option {', '.join(sorted(double))} is given twice")
+    if not name.startswith("builtin:") and not Path(name).expanduser().exists():
+        name, colon, part = name.rpartition(":") if ":" in name else (name, "", "")
+        if colon and split is not None:
+            raise ValueError(f"{source!r} names the split {part!r} and split={split!r} is given too")
+        split = part if colon else split
+    unknown = [key for key in options if key not in _OPTIONS]
+    if unknown:
+        raise TypeError(f"load() got an unexpected option {unknown[0]!r}; options: {', '.join(_OPTIONS)}")
+    return name, split, Options(**texts, **options)
+
+
+_OPTIONS = {f.name: f.type for f in fields(Options)}
+
+
+def _option(item: str, source: str) -> tuple[str, str | bool | int]:
+    key, _, value = item.partition("=")
+    if key not in _OPTIONS:
+        raise ValueError(f"{source!r}: unknown option {key!r}; expected one of {', '.join(_OPTIONS)}")
+    if _OPTIONS[key] is bool:
+        if value not in ("true", "false"):
+            raise ValueError(f"{source!r}: expected {key}=true or {key}=false; got {value!r}")
+        return key, value == "true"
+    if _OPTIONS[key] is int:
+        if not value.isdecimal():
+            raise ValueError(f"{source!r}: expected {key} to be a number; got {value!r}")
+        return key, int(value)
+    return key, value
+
+
+def _builtin_part(name: str, split: str | None, side: str | None) -> str:
+    part = split or side
+    if part not in SIDES:
+        raise ValueError(f"{name}: expected a split or side, one of {', '.join(SIDES)}; got {part!r}")
+    return part
+
+
+def _records(name: str, split: str | None, side: str | None, options: Options, limit: int | None) -> Iterator:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        found = _folder_files(path, split, side)
+        if not found:
+            yield from hub.records(str(path), split, streaming=limit is not None)
+        for file in found:
+            yield from _file_records(file, options, limit)
+    elif path.is_file() or _is_file_name(path):
+        if split is not None:
+            raise ValueError(f"{path}: a file has no splits; got split {split!r}")
+        yield from _file_records(path, options, limit)
+    elif name in BENCHMARKS:
+        known = BENCHMARKS[name]
+        if split is None and side not in known.sides:
+            given = f"no part of {name} serves as {side}" if side else "expected a split or a side"
+            raise ValueError("; ".join(filter(None, (f"{name}: {given}", known.note))))
+        yield from hub.records(known.hub, split or known.sides[side], streaming=limit is not None)
+    elif _HUB_NAME.fullmatch(name):
+        yield from hub.records(name, split, streaming=limit is not None)
+    else:
+        raise FileNotFoundError(
+            f"{name!r}: no such file or folder; expected a path, builtin:NAME, a hub name OWNER/NAME, or one of "
+            f"{', '.join(BENCHMARKS)}"
+        )
+
+
+def _file_records(path: Path, options: Options, limit: int | None) -> Iterator[tuple[object, str]]:
+    if files.file_format(path) == ".parquet":
+        return hub.parquet_records(path, streaming=limit is not None)
+    return files.records(path, encoding=options.encoding, lines_as_text=options.lines_as_text, limit=limit)
+
+
+def _folder_files(folder: Path, split: str | None, side: str | None) -> list[Path]:
+    """The files of a folder to read, none if it is one for `datasets`.
+
+    `split` is one file's name without suffix. Without it, the one file that serves as `side` in a known layout;
+    else all files of the folder, in the order of their names, unless it is in hub layout.
+    """
+    if split is not None:
+        if Path(split).is_absolute() or ".." in Path(split).parts:
+            raise ValueError(f"{folder}: expected a split within the folder; got {split!r}")
+        found = _file_of(folder, split)
+    else:
+        names = dict.fromkeys(name for known in BENCHMARKS.values() for name in known.files(side))
+        found = [file for name in names for file in _file_of(folder, name)]
+        if len(found) > 1:
+            raise ValueError(f"{folder}: several files serve as {side}; name one: {', '.join(p.name for p in found)}")
+    if found or _in_hub_layout(folder):
+        return found
+    own = sorted(p for p in folder.iterdir() if _is_file_name(p) and p.is_file())
+    if split is None and own:
+        return own
+    there = ", ".join(sorted(str(p.relative_to(folder)) for p in _within(folder) if _is_file_name(p))[:20])
+    raise FileNotFoundError(
+        f"{folder}: expected a file {split or 'of documents'} ({', '.join(_FORMATS)}); the folder has {there or 'none'}"
+    )
+
+
+def _in_hub_layout(folder: Path) -> bool:
+    """Whether `datasets` knows what the folder holds: by its README, or as parquet files."""
+    readme = folder / "README.md"
+    described = readme.is_file() and b"data_files:" in readme.read_bytes()
+    return described or any(path.suffix == ".parquet" for path in _within(folder))
+
+
+def _within(folder: Path) -> Iterator[Path]:
+    """What stands in a folder and in its folders; no deeper, for somebody may name a whole disk."""
+    return itertools.chain(folder.glob("*"), folder.glob("*/*"))
+
+
+def _file_of(folder: Path, name: str) -> list[Path]:
+    """The file `name` with the first suffix there is, in a list."""
+    suffixes = [format + packed for format in _FORMATS for packed in ("", *files.OPENERS)]
+    return [path for suffix in suffixes if (path := folder / f"{name}{suffix}").is_file()][:1]
+
+
+def _is_file_name(path: Path) -> bool:
+    return files.file_format(path) in _FORMATS
+
+
+def _joined(kept: Iterable[tuple[Document, str]]) -> Iterator[Document]:
+    """One document of all texts of a file or split; those with a prompt as they are."""
+    # places read "FILE, line 3" or "NAME, row 3"
+    for _, group in itertools.groupby(kept, key=lambda pair: pair[1].rpartition(", ")[0]):
+        texts = []
+        for document, _ in group:
+            if document.prompt:
+                yield document
+            else:
+                texts.append(f"{document.title}\n{document.text}" if document.title else document.text)
+        if texts:
+            yield Document("", "\n\n".join(texts))
