@@ -19,12 +19,19 @@ QUESTION = "Question: {question}\nAnswer: "
 
 
 def fields(rows: Sequence, names: Sequence[str], where: str) -> list[dict]:
-    """The named fields of rows that are mappings or objects; ValueError names the set, row and field missing."""
+    """The named fields of rows; ValueError names the set, the row and what is missing.
+
+    A row is a mapping, a string (its `text`), or an object with attributes; an attribute `fields` that is a
+    mapping, the record an object was read from, counts first.
+    """
     if not rows:
         raise ValueError(f"{where}: expected at least one row; got none")
     taken = []
     for number, row in enumerate(rows):
-        values = row if isinstance(row, Mapping) else getattr(row, "__dict__", {})
+        values = {"text": row} if isinstance(row, str) else row
+        if not isinstance(values, Mapping):
+            values = getattr(row, "__dict__", {})
+            values = {**values, **values.get("fields", {})}
         missing = [name for name in names if values.get(name) is None]
         if missing:
             raise ValueError(f"{where}, row {number}: expected {', '.join(names)}; {', '.join(missing)} is missing")

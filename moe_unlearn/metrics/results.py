@@ -21,7 +21,7 @@ from pathlib import Path
 
 from torch import nn
 
-from moe_unlearn.metrics.workers import gather, is_first, local
+from moe_unlearn.metrics.workers import gather, is_first, local, on_first, sharded
 from moe_unlearn.reference import model_digest
 
 FORMAT = "moe-unlearn evaluation 1"  # raise it when the same model, data and settings give other numbers
@@ -120,7 +120,8 @@ class Evaluation:
         settings: plain values on which numbers depend; they are written, cached under and compared with.
         out: folder of the files; None writes none.
         cache_dir: folder of results by content of model, tokenizer, data and settings; None keeps none. A
-            model with adapters is not cached (a warning says so): its digest is its base model's.
+            model with adapters, whose digest is its base model's, or with sharded weights is not cached; a
+            warning says so.
         reference_run: folder of the retrained model's evaluation.
     """
 
@@ -135,6 +136,8 @@ class Evaluation:
         self._cache = None
         if cache_dir is not None and hasattr(local(model), "disable_adapter"):
             warnings.warn("results of a model with adapters are not cached; merge them to have a cache", stacklevel=3)
+        elif cache_dir is not None and sharded(model):
+            warnings.warn("results of a model with sharded weights are not cached", stacklevel=3)
         elif cache_dir is not None:
             self._cache = Path(cache_dir)
             self._identity = [FORMAT, model_digest(model), _tokenizer_digest(tokenizer), name, settings]
@@ -146,11 +149,12 @@ class Evaluation:
         result = self._cached(path)
         if result is None:
             result = compute()
-            if path is not None and is_first():
+            if path is not None:
                 body = json.dumps(result)
-                write_text(path, hashlib.sha256(body.encode()).hexdigest() + "\n" + body)
+                on_first(lambda: write_text(path, hashlib.sha256(body.encode()).hexdigest() + "\n" + body))
         self.results[key] = result
-        self._write()
+        if self._out is not None:
+            on_first(self._write)
         return result
 
     def digest(self, key: str) -> str:
@@ -189,8 +193,6 @@ class Evaluation:
         return self._cache / f"result-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
 
     def _write(self) -> None:
-        if self._out is None or not is_first():
-            return
         settings = {"format": FORMAT, "settings": self.settings, "data": self._data}
         for suffix, content in (("SETTINGS", settings), ("EVAL", self.results), ("SUMMARY", self.summary)):
             text = json.dumps(_finite(content), indent=4, sort_keys=True)

@@ -66,6 +66,28 @@ def gather(value: object) -> list:
     return [json.loads(bytes(b[: int(n)].cpu().numpy())) for b, n in zip(bodies, lengths, strict=True)]
 
 
+def sharded(model: nn.Module) -> bool:
+    """Whether no rank holds all weights, so that every rank must take part in every forward pass."""
+    return any(isinstance(m, FullyShardedDataParallel) for m in model.modules()) or any(
+        isinstance(p, DTensor) for p in model.parameters()
+    )
+
+
+def on_first(write: Callable[[], None]) -> None:
+    """Have the first rank write; an OSError there is raised on every rank, so that none goes on alone."""
+    error = None
+    if is_first():
+        try:
+            write()
+        except OSError as raised:
+            error = raised
+    message = gather(None if error is None else str(error))[0]
+    if error is not None:
+        raise error
+    if message is not None:
+        raise OSError(f"rank 0 cannot write: {message}")
+
+
 def is_first() -> bool:
     """Whether this rank writes files."""
     return not _initialised() or distributed.get_rank() == 0
@@ -76,7 +98,6 @@ def _initialised() -> bool:
 
 
 def _ranks(model: nn.Module) -> tuple[int, int]:
-    sharded = any(isinstance(m, FullyShardedDataParallel) for m in model.modules()) or any(
-        isinstance(p, DTensor) for p in model.parameters()
-    )
-    return (0, 1) if sharded or not _initialised() else (distributed.get_rank(), distributed.get_world_size())
+    if sharded(model) or not _initialised():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()

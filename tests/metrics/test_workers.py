@@ -39,6 +39,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert first["errors"][0] == "RuntimeError: rank 1 failed: KeyError: 'broken'"
     assert second["errors"][0] == "KeyError: 'broken'"
     assert first["errors"][1] == "ValueError: expected the same items on every rank; the ranks have [1, 2]"
+    assert first["errors"][2] == "OSError: no space" and second["errors"][2] == "OSError: rank 0 cannot write: no space"
+    assert first["sharded"] == second["sharded"] and len(first["sharded"]) == 3
     assert json.loads((tmp_path / "run" / "MUSE_SUMMARY.json").read_text()) == first["summary"]
     assert len(list((tmp_path / "cache").iterdir())) == 4  # one file a result, of one rank
 

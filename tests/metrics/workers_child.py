@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.distributed.fsdp import fully_shard
 
-from moe_unlearn.data import Document, encode
+from moe_unlearn.data import Document, Example, encode
 from moe_unlearn.metrics import MuseData, MuseSettings, evaluate_muse, greedy, token_scores
-from moe_unlearn.metrics.workers import share
+from moe_unlearn.metrics.workers import on_first, share
 from tests.models import tiny_olmoe
 
 
@@ -41,6 +42,20 @@ def evaluations(folder: Path | None) -> dict:
     }
 
 
+def sharded_scores() -> list:
+    """Of a model no rank holds alone: every rank must do every forward pass."""
+    torch.manual_seed(0)
+    model = tiny_olmoe()
+    rows = [Example(list(range(3, n)), list(range(3, n)), 1) for n in (9, 20, 5)]
+    alone = [s.logprobs for s in token_scores(model, rows[:1], batch_size=1)]
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    together = [s.logprobs for s in token_scores(model, rows, batch_size=1)]
+    torch.testing.assert_close(together[0], alone[0])
+    return [row.tolist() for row in together]
+
+
 def main(rank: int, folder: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = evaluations(folder)
@@ -51,6 +66,7 @@ def main(rank: int, folder: Path) -> None:
         return [item * 0.1 for item in items]
 
     found["shared"], found["mine"] = share(plain, [1, 2, 3], work), mine
+    found["sharded"] = sharded_scores()
     found["errors"] = []
 
     def fail(items):
@@ -58,9 +74,16 @@ def main(rank: int, folder: Path) -> None:
             raise KeyError("broken")
         return items
 
-    for items, compute in (([1, 2], fail), ([1] * (rank + 1), list)):
+    def full_disk():
+        raise OSError("no space")
+
+    for attempt in (
+        lambda: share(plain, [1, 2], fail),
+        lambda: share(plain, [1] * (rank + 1), list),
+        lambda: on_first(full_disk),
+    ):
         try:
-            share(plain, items, compute)
+            attempt()
         except Exception as error:
             found["errors"].append(f"{type(error).__name__}: {error}")
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
