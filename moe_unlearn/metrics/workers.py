@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import distributed, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 
 def local(model: nn.Module) -> nn.Module:
@@ -68,6 +66,12 @@ def gather(value: object) -> list:
 
 def sharded(model: nn.Module) -> bool:
     """Whether no rank holds all weights, so that every rank must take part in every forward pass."""
+    if not _initialised():
+        return False
+    # imported here: one process never needs them, and they are slow to import
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
     return any(isinstance(m, FullyShardedDataParallel) for m in model.modules()) or any(
         isinstance(p, DTensor) for p in model.parameters()
     )
@@ -98,6 +102,6 @@ def _initialised() -> bool:
 
 
 def _ranks(model: nn.Module) -> tuple[int, int]:
-    if sharded(model) or not _initialised():
+    if not _initialised() or sharded(model):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()

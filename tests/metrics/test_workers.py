@@ -21,7 +21,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     command = [sys.executable, "-m", "tests.metrics.workers_child"]
     children = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=ROOT, env=environment) for rank in range(2)]
     try:
-        assert [child.wait(timeout=120) for child in children] == [0, 0]
+        assert [child.wait(timeout=300) for child in children] == [0, 0]
     finally:
         for child in children:
             child.kill()
