@@ -174,11 +174,13 @@ def _evaluate_benchmark(options) -> None:
     named = [entry.partition("=") for entry in options.data]
     if not named or not all(source for _, _, source in named):
         raise ValueError(f"--benchmark needs --data NAME=FILE ...; got {' '.join(options.data) or 'none'}")
-    rows = {name: _rows(source) for name, _, source in named}
-    settings = {"out": options.out, "cache_dir": options.cache, "batch_size": options.batch_size}
+    sources = {name: source for name, _, source in named}
+    if len(sources) < len(named):
+        raise ValueError(f"--data names a set twice: {' '.join(options.data)}")
     if options.benchmark == "wmdp":
         if options.reference_run:
             raise ValueError("--reference-run is for muse and tofu; accuracies are compared with no other run")
+        rows = {name: _rows(source) for name, source in sources.items()}
         evaluation = partial(metrics.evaluate_choices, tasks=rows)
     else:
         evaluation, kind = {
@@ -186,11 +188,12 @@ def _evaluate_benchmark(options) -> None:
             "tofu": (metrics.evaluate_tofu, metrics.TofuData),
         }[options.benchmark]
         sets = [field.name for field in fields(kind)]
-        if unknown := rows.keys() - sets:
+        if unknown := sources.keys() - sets:
             raise ValueError(f"{options.benchmark} has no set {min(unknown)!r}; expected some of {', '.join(sets)}")
+        rows = {name: _rows(source) for name, source in sources.items()}
         evaluation = partial(evaluation, data=kind(**rows), reference_run=options.reference_run)
     model, tokenizer = experiment.load_model(options.model)
-    result = evaluation(model, tokenizer, **settings)
+    result = evaluation(model, tokenizer, out=options.out, cache_dir=options.cache, batch_size=options.batch_size)
     for name, value in result.items():
         print(f"{name:<28} {'-' if value is None else format(value, '.4g')}")
 

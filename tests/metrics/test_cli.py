@@ -1,6 +1,7 @@
 """`moe-unlearn eval --benchmark`: files in, the benchmark's files out, a reference run compared."""
 
 import json
+import re
 
 import pytest
 
@@ -52,13 +53,12 @@ def test_wmdp(folder, capsys):
         (["--benchmark", "muse"], "needs --data NAME=FILE"),
         (["--benchmark", "muse", "--data", "forget.json"], "needs --data NAME=FILE"),
         (["--benchmark", "tofu", "--data", "forgotten={bio.jsonl}"], "tofu has no set 'forgotten'; expected .*forget"),
+        (["--benchmark", "muse", "--data", "forget=a", "forget=b"], "names a set twice"),
         (["--benchmark", "wmdp", "--data", "wmdp_bio={holdout.json}"], "wmdp_bio, row 0: expected question"),
         (["--benchmark", "tofu", "--data", "forget={model/config.json}"], "expected a JSON list"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(folder, capsys, arguments, message):
-    import re
-
     filled = [re.sub(r"\{(.*)\}", lambda m: str(folder / m[1]), a) for a in arguments]
     assert evaluate(folder, *filled) == 2
     error = capsys.readouterr().err
