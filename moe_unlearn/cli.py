@@ -10,6 +10,8 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -155,7 +157,16 @@ def run(options) -> None:
 
 
 def evaluate(options) -> None:
-    """Measure a model on forget, retain and holdout text; print and save the metrics."""
+    """Measure a model on forget, retain and holdout text, or with --benchmark; print and save the metrics."""
+    if options.benchmark:
+        _evaluate_benchmark(options)
+        return
+    for option, given in (("--data", options.data), ("--reference-run", options.reference_run)):
+        if given:
+            raise ValueError(f"{option} is for a --benchmark; give --forget and --retain without one")
+    for side in ("forget", "retain"):
+        if getattr(options, side) is None:
+            raise ValueError(f"--{side} is missing; or give a --benchmark with its --data")
     model, tokenizer = experiment.load_model(options.model)
     reference = None if options.reference is None else experiment.load_model(options.reference)[0]
     sets = {
@@ -168,6 +179,41 @@ def evaluate(options) -> None:
         print(f"{name:<14} {value:.4f}")
     if options.out:
         _write(Path(options.out), json.dumps(result, indent=1))
+
+
+def _evaluate_benchmark(options) -> None:
+    named = [entry.partition("=") for entry in options.data]
+    if not named or not all(source for _, _, source in named):
+        raise ValueError(f"--benchmark needs --data NAME=SOURCE ...; got {' '.join(options.data) or 'none'}")
+    sources = {name: source for name, _, source in named}
+    if len(sources) < len(named):
+        raise ValueError(f"--data names a set twice: {' '.join(options.data)}")
+    if options.benchmark == "wmdp":
+        if options.reference_run:
+            raise ValueError("--reference-run is for muse and tofu; accuracies are compared with no other run")
+        rows = {name: _rows(source) for name, source in sources.items()}
+        evaluation = partial(metrics.evaluate_choices, tasks=rows)
+    else:
+        evaluation, kind = {
+            "muse": (metrics.evaluate_muse, metrics.MuseData),
+            "tofu": (metrics.evaluate_tofu, metrics.TofuData),
+        }[options.benchmark]
+        sets = [field.name for field in fields(kind)]
+        if unknown := sources.keys() - sets:
+            raise ValueError(f"{options.benchmark} has no set {min(unknown)!r}; expected some of {', '.join(sets)}")
+        rows = {name: _rows(source) for name, source in sources.items()}
+        evaluation = partial(evaluation, data=kind(**rows), reference_run=options.reference_run)
+    model, tokenizer = experiment.load_model(options.model)
+    result = evaluation(model, tokenizer, out=options.out, cache_dir=options.cache, batch_size=options.batch_size)
+    for name, value in result.items():
+        print(f"{name:<28} {'-' if value is None else format(value, '.4g')}")
+
+
+def _rows(source: str) -> list:
+    """The records of a file as they are, whatever their fields, or the documents of another source."""
+    if data.files.file_format(Path(source)) not in data.files.SUFFIXES:
+        return data.load(source)
+    return [record for record, _ in data.files.records(Path(source))]
 
 
 def write_report(options) -> None:
@@ -228,9 +274,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after")
     sub = command("eval", evaluate)
-    data_arguments(sub)
+    data_arguments(sub, sides=())
     sub.add_argument("--reference", help="the retrained model's folder, for PrivLeak")
-    sub.add_argument("--out", help="write the metrics as JSON")
+    sub.add_argument("--benchmark", choices=("muse", "tofu", "wmdp"), help="evaluate its sets, given by --data")
+    sub.add_argument("--data", nargs="+", action="extend", default=[], metavar="NAME=SOURCE",
+                     help="the benchmark's sets, e.g. forget_qa=qa.json; wmdp: wmdp_bio=bio.jsonl")  # fmt: skip
+    sub.add_argument("--reference-run", help="folder of the retrained model's evaluation by the same --benchmark, "
+                     "for privleak and forget_quality")  # fmt: skip
+    sub.add_argument("--cache", help="folder of results by content of model, data and settings")
+    sub.add_argument("--out", help="write the metrics as JSON: a file; with --benchmark a folder")
     sub = command("report", write_report)
     sub.add_argument("folder", help="a run folder with summary.json")
     sub = command("demo", demo)

@@ -32,7 +32,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # data and metrics stand beside the trainer and know nothing of the step
-INDEPENDENT = {"data": {"data"}, "metrics": {"metrics", "data", "capture", "losses", "experts"}}
+INDEPENDENT = {"data": {"data"}, "metrics": {"metrics", "data", "capture", "losses", "experts", "reference"}}
 USES_TRANSFORMERS = {
     "experts", "capture", "trainer", "data", "metrics", "integrations", "benchmark", "experiment", "cli",
 }  # fmt: skip

@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 class MissingLibraryError(ImportError):
-    """`datasets` is needed for this source and not installed."""
+    """What was asked for needs a library that is not installed; the message names it and its extra."""
 
 
 def records(name: str, part: str | None, *, streaming: bool = False) -> Iterator[tuple[object, str]]:

@@ -1,24 +1,65 @@
 """What a model remembers, what it still can, and what it gives away."""
 
+from moe_unlearn.metrics.choices import continuation_logprobs, evaluate_choices, multiple_choice
 from moe_unlearn.metrics.evaluate import evaluate
-from moe_unlearn.metrics.memorization import cloze_spans, extraction, knowmem, verbmem
-from moe_unlearn.metrics.privacy import auc, membership_auc, min_k, nll, privleak, routing_drift
-from moe_unlearn.metrics.scoring import TokenScores, evaluating, greedy, token_scores
+from moe_unlearn.metrics.gibberish import GibberishRate, gibberish_rate, repetition
+from moe_unlearn.metrics.harness import harness, write_task
+from moe_unlearn.metrics.memorization import (
+    cloze_spans,
+    exact_memorization,
+    extraction,
+    extraction_strength,
+    knowmem,
+    verbmem,
+)
+from moe_unlearn.metrics.muse import MuseData, MuseSettings, evaluate_muse
+from moe_unlearn.metrics.privacy import auc, membership_auc, min_k, nll, privleak
+from moe_unlearn.metrics.relearning import RelearningCurve, relearning_attack
+from moe_unlearn.metrics.results import Evaluation, ReferenceRun
+from moe_unlearn.metrics.routing import Routes, RoutingChange, routes, routing_change, routing_drift
+from moe_unlearn.metrics.scoring import TokenScores, context_length, evaluating, greedy, token_scores
+from moe_unlearn.metrics.tofu import TofuData, TofuSettings, evaluate_tofu, kolmogorov_smirnov
 
 __all__ = [
+    "Evaluation",
+    "GibberishRate",
+    "MuseData",
+    "MuseSettings",
+    "ReferenceRun",
+    "RelearningCurve",
+    "Routes",
+    "RoutingChange",
+    "TofuData",
+    "TofuSettings",
     "TokenScores",
     "auc",
     "cloze_spans",
+    "context_length",
+    "continuation_logprobs",
     "evaluate",
+    "evaluate_choices",
+    "evaluate_muse",
+    "evaluate_tofu",
     "evaluating",
+    "exact_memorization",
     "extraction",
+    "extraction_strength",
+    "gibberish_rate",
     "greedy",
+    "harness",
     "knowmem",
+    "kolmogorov_smirnov",
     "membership_auc",
     "min_k",
+    "multiple_choice",
     "nll",
     "privleak",
+    "relearning_attack",
+    "repetition",
+    "routes",
+    "routing_change",
     "routing_drift",
     "token_scores",
     "verbmem",
+    "write_task",
 ]

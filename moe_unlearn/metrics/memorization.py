@@ -1,4 +1,4 @@
-"""How much of a document a model reproduces: VerbMem, a cloze form of KnowMem, extraction."""
+"""How much of a document a model reproduces: VerbMem, a cloze form of KnowMem, extraction, memorisation."""
 
 import re
 from collections.abc import Sequence
@@ -39,12 +39,13 @@ def verbmem(
     special = set(tokenizer.all_special_ids)
     truths = [_until(e.input_ids[cut : cut + new_tokens], special) for e, cut in kept]
     longest = max(map(len, truths))
-    answers = greedy(model, [e.input_ids[:cut] for e, cut in kept], longest)
+    prompts = [e.input_ids[:cut] for e, cut in kept]
+    answers = greedy(model, prompts, longest, pad_id=pad_token_id(tokenizer), stop=special)
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     scores = []
     for truth, answer, (e, cut) in zip(truths, answers, kept, strict=True):
         # an example cut to max_length has no end for the model to find: stop where the text stops
-        answer = _until(answer[: min(new_tokens, len(e) - cut)], special)
+        answer = answer[: min(new_tokens, len(e) - cut)]
         score = scorer.score(tokenizer.decode(truth), tokenizer.decode(answer))
         scores.append(score["rougeL"].fmeasure)
     return sum(scores) / len(scores)
@@ -69,6 +70,28 @@ def extraction(
     answers = greedy(model, [e.input_ids[:cut] for e, cut in kept], tokens)
     pairs = zip(kept, answers, strict=True)
     return sum(answer == e.input_ids[cut : cut + tokens] for (e, cut), answer in pairs) / len(kept)
+
+
+def exact_memorization(score: TokenScores) -> float | None:
+    """Fraction of the labelled tokens that are the model's most likely ones given the true text to their left.
+
+    In [0, 1], as open-unlearning defines it; None without a labelled token.
+    """
+    hits = score.correct[score.counted]
+    return hits.double().mean().item() if len(hits) else None
+
+
+def extraction_strength(score: TokenScores) -> float | None:
+    """1 - k / n, k the smallest position in 0 .. n-1 from which on all of the n labelled tokens are most likely.
+
+    As open-unlearning computes it: k is n - 1 even when the last token is wrong, so that 1 / n is the least.
+    None without a labelled token.
+    """
+    hits = score.correct[score.counted].tolist()
+    if not hits:
+        return None
+    last_miss = max((i for i, hit in enumerate(hits) if not hit), default=-1)
+    return 1 - min(last_miss + 1, len(hits) - 1) / len(hits)
 
 
 def knowmem(

@@ -66,23 +66,3 @@ def privleak(auc_unlearned: float, auc_retrained: float) -> float:
     if not auc_retrained:
         return math.nan
     return 100 * (auc_unlearned - auc_retrained) / auc_retrained
-
-
-def routing_drift(before: Tensor, after: Tensor) -> tuple[Tensor, float]:
-    """Total variation between two routing frequency tables [L, E]: per layer [L], and the mean over layers.
-
-    A row of a table sums to K, the experts a token visits; 0.5 sum_e |f_e - f'_e| / K is in [0, 1]. Raises
-    ValueError if the shapes differ or a row of one table sums to another number than in the other.
-    """
-    before, after = before.double(), after.double()
-    if before.ndim != 2 or before.shape != after.shape:
-        shapes = f"{list(before.shape)} and {list(after.shape)}"
-        raise ValueError(f"expected two tables [L, E] of one shape; got {shapes}")
-    top_k = before.sum(1)
-    if not torch.allclose(top_k, after.sum(1), rtol=1e-4) or not (top_k > 0).all():
-        raise ValueError(
-            "expected frequencies that sum to the same K > 0 in every layer of both tables; got "
-            f"{top_k.tolist()} and {after.sum(1).tolist()}"
-        )
-    per_layer = 0.5 * (before - after).abs().sum(1) / top_k
-    return per_layer, per_layer.mean().item()

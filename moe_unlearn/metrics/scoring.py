@@ -1,6 +1,9 @@
-"""What every metric reads: the log-probability of each token, and greedy continuations."""
+"""What every metric reads: the log-probability of each token, and greedy continuations.
 
-from collections.abc import Iterator, Sequence
+Both batch rows of several lengths, and all ranks of torch.distributed share the rows (`workers`).
+"""
+
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.data import Example, batches
+from moe_unlearn.metrics.workers import local, share
 
 
 @dataclass(frozen=True)
@@ -36,58 +40,116 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def context_length(model: nn.Module) -> int | None:
+    """Tokens the model's positions reach (`max_position_embeddings`); None if its config does not say."""
+    config = getattr(local(model), "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
 def token_scores(
     model: nn.Module, examples: Sequence[Example], *, batch_size: int = 32, pad_id: int = 0
 ) -> list[TokenScores]:
-    """Scores of every example, in order; one forward pass. Raises ValueError if there are no examples."""
-    scores: list[TokenScores] = [None] * len(examples)
-    # similar lengths together, so that little is padded
-    by_length = sorted(range(len(examples)), key=lambda i: (len(examples[i]), i))
-    device = next(model.parameters()).device
-    with evaluating(model):
-        for batch in batches([examples[i] for i in by_length], batch_size, pad_id=pad_id):
+    """Scores of every example, in order; one forward pass.
+
+    Raises ValueError if there are no examples, or one is empty or longer than the model's context.
+    """
+    if not examples:
+        raise ValueError("expected at least one example to score; got none")
+    _check_lengths(model, [len(e) for e in examples], "example")
+
+    def compute(rows: list[Example]) -> list:
+        scored: list = [None] * len(rows)
+        # similar lengths together, so that little is padded
+        by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+        for batch in batches([rows[i] for i in by_length], batch_size, pad_id=pad_id):
             ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits = plain(input_ids=ids, attention_mask=mask, use_cache=False).logits
             for row, position in enumerate(batch["index"].tolist()):
-                example = examples[by_length[position]]
-                predicted = logits[row, : len(example) - 1].float()
-                target = ids[row, 1 : len(example)]
+                i = by_length[position]
+                predicted, target = logits[row, : len(rows[i]) - 1].float(), ids[row, 1 : len(rows[i])]
                 chosen = predicted.gather(1, target[:, None])[:, 0]
-                scores[by_length[position]] = TokenScores(
-                    (chosen - predicted.logsumexp(1)).cpu(),
-                    (predicted.argmax(1) == target).cpu(),
-                    torch.tensor(example.labels[1:]) != -100,
-                )
-    return scores
+                correct = predicted.argmax(1) == target
+                scored[i] = [(chosen - predicted.logsumexp(1)).tolist(), correct.tolist()]
+        return scored
+
+    plain = local(model)
+    device = next(plain.parameters()).device
+    with evaluating(plain):
+        scored = share(plain, examples, compute)
+    return [
+        TokenScores(
+            torch.tensor(logprobs, dtype=torch.float32),
+            torch.tensor(correct, dtype=torch.bool),
+            torch.tensor(example.labels[1:], dtype=torch.int64) != -100,
+        )
+        for (logprobs, correct), example in zip(scored, examples, strict=True)
+    ]
 
 
 def greedy(
-    model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, *, batch_size: int = 128
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    batch_size: int = 128,
+    pad_id: int = 0,
+    stop: Collection[int] = (),
 ) -> list[list[int]]:
-    """The `new_tokens` most likely tokens after each prompt, one after the other, in order of the prompts.
+    """The most likely tokens after each prompt, one after the other, in order of the prompts.
 
-    Prompts of one length are decoded together with a key-value cache and without padding. Nothing stops
-    early: tokens after an end-of-sequence are the caller's to cut. Raises ValueError on an empty prompt.
+    A continuation has `new_tokens` tokens, or those before its first token in `stop`. Nothing else ends or
+    changes it: the model's `generation_config` (penalties, forced tokens) is not read. Prompts of several
+    lengths are padded on the left and decoded together with a key-value cache; a row gets the tokens it gets
+    alone, up to ties within the rounding of the model's dtype.
+
+    Raises ValueError on an empty prompt, or one that with `new_tokens` exceeds the model's context.
     """
-    if any(not prompt for prompt in prompts):
-        raise ValueError("expected prompts of at least one token; got an empty one")
-    by_length: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(i)
-    groups = [rows[i : i + batch_size] for rows in by_length.values() for i in range(0, len(rows), batch_size)]
-    device = next(model.parameters()).device
-    continuations: list[list[int]] = [[] for _ in prompts]
-    with evaluating(model):
-        for rows in groups if new_tokens else []:
-            ids = torch.tensor([list(prompts[i]) for i in rows], device=device)
-            mask, cache, generated = torch.ones_like(ids), None, []
-            while True:
-                out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-                ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-                generated.append(ids)
-                if len(generated) == new_tokens:
-                    break
-                mask = torch.cat([mask, torch.ones_like(ids)], 1)
-            for i, tokens in zip(rows, torch.cat(generated, 1).tolist(), strict=True):
-                continuations[i] = tokens
-    return continuations
+    _check_lengths(model, [len(prompt) for prompt in prompts], "prompt", new_tokens)
+    stop = frozenset(stop)
+
+    def compute(rows: list[Sequence[int]]) -> list:
+        continuations: list = [None] * len(rows)
+        by_length = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+        for start in range(0, len(rows), batch_size):
+            chosen = by_length[start : start + batch_size]
+            decoded = _decode(plain, [rows[i] for i in chosen], new_tokens, pad_id, stop)
+            for i, tokens in zip(chosen, decoded, strict=True):
+                end = next((at for at, token in enumerate(tokens) if token in stop), len(tokens))
+                continuations[i] = tokens[:end]
+        return continuations
+
+    plain = local(model)
+    with evaluating(plain):
+        return share(plain, prompts, compute) if new_tokens else [[] for _ in prompts]
+
+
+def _decode(model, prompts, new_tokens: int, pad_id: int, stop: frozenset[int]) -> list[list[int]]:
+    longest, device = max(map(len, prompts)), next(model.parameters()).device
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    # a token's position is its place in its own row, whatever stands to its left
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    stops = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    cache, generated = None, []
+    while True:
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        generated.append(ids)
+        ended |= torch.isin(ids[:, 0], stops)
+        if len(generated) == new_tokens or bool(ended.all()):
+            return torch.cat(generated, 1).tolist()
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        positions = positions[:, -1:] + 1
+
+
+def _check_lengths(model: nn.Module, lengths: list[int], what: str, more: int = 0) -> None:
+    context = context_length(model)
+    for number, length in enumerate(lengths):
+        if not length:
+            raise ValueError(f"{what} {number}: expected at least one token; got none")
+        if context is not None and length + more > context:
+            new = f" and {more} new ones" if more else ""
+            raise ValueError(f"{what} {number}: its {length} tokens{new} exceed the model's context of {context}")

@@ -62,14 +62,19 @@ class Oracle(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.rows, self.vocab_size, self.sure, self.wrong_at = rows, vocab_size, sure, set(wrong_at)
 
-    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False):
+    def forward(
+        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False, labels=None
+    ):
         past = input_ids if past_key_values is None else torch.cat([past_key_values, input_ids], 1)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(past)
         first = past.shape[1] - input_ids.shape[1]
         logits = torch.zeros(*input_ids.shape, self.vocab_size)
         rest = (1 - self.sure) / (self.vocab_size - 1)
         for row, tokens in enumerate(past.tolist()):
             for column in range(input_ids.shape[1]):
-                known = tokens[: first + column + 1]
+                seen = attention_mask[row, : first + column + 1].tolist()
+                known = [token for token, attended in zip(tokens, seen, strict=False) if attended]
                 following = next((r for r in self.rows if r[: len(known)] == known and len(r) > len(known)), None)
                 logits[row, column] = torch.tensor(rest).log()
                 if following is not None:

@@ -62,3 +62,29 @@ def test_the_mode_of_every_module_is_restored(random_model, fail):
     except RuntimeError:
         pass
     assert [m.training for m in random_model.modules()] == before and not torch.is_inference_mode_enabled()
+
+
+def test_a_stop_token_ends_only_its_own_row(random_model, examples):
+    prompts = [e.input_ids[:n] for e in examples for n in (3, 7)]
+    whole = greedy(random_model, prompts, 12)
+    stop = whole[1][4]
+    stopped = greedy(random_model, prompts, 12, stop={stop})
+    for full, short in zip(whole, stopped, strict=True):
+        assert short == (full[: full.index(stop)] if stop in full else full)
+    assert len(stopped[1]) <= 4
+
+
+def test_what_exceeds_the_context_is_an_error_that_says_so(random_model):
+    random_model.config.max_position_embeddings = 16
+    long = Example(list(range(3, 20)), list(range(3, 20)), 1)
+    with pytest.raises(ValueError, match="example 1: its 17 tokens exceed the model's context of 16"):
+        token_scores(random_model, [Example([1, 5], [1, 5], 1), long])
+    with pytest.raises(ValueError, match="prompt 0: its 9 tokens and 8 new ones exceed"):
+        greedy(random_model, [[3] * 9], 8)
+    assert len(greedy(random_model, [[3] * 9], 7)[0]) == 7
+    with pytest.raises(ValueError, match="example 0: expected at least one token"):
+        token_scores(random_model, [Example([], [], 0)])
+    with pytest.raises(ValueError, match="at least one example"):
+        token_scores(random_model, [])
+    one = token_scores(random_model, [Example([3], [3], 1)])[0]
+    assert len(one.logprobs) == len(one.correct) == len(one.counted) == 0

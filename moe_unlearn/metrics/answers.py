@@ -1,0 +1,132 @@
+"""Questions put to a model: how likely it finds an answer, and what it answers.
+
+A prompt and its answer are tokenised as in training (`data.encode`): the prompt without trailing white space,
+then white space and answer, then the end token. MUSE and open-unlearning leave the white space with the
+prompt, which gives a byte-level vocabulary a token it never saw there.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from moe_unlearn.data import Document, Example, encode, pad_token_id
+from moe_unlearn.metrics.results import Result, mean_result
+from moe_unlearn.metrics.scoring import TokenScores, context_length, greedy, token_scores
+
+IGNORED = -100
+QUESTION = "Question: {question}\nAnswer: "
+
+
+def fields(rows: Sequence, names: Sequence[str], where: str) -> list[dict]:
+    """The named fields of rows; ValueError names the set, the row and what is missing.
+
+    A row is a mapping, a string (its `text`), or an object with attributes; an attribute `fields` that is a
+    mapping, the record an object was read from, counts first.
+    """
+    if not rows:
+        raise ValueError(f"{where}: expected at least one row; got none")
+    taken = []
+    for number, row in enumerate(rows):
+        values = {"text": row} if isinstance(row, str) else row
+        if not isinstance(values, Mapping):
+            values = getattr(row, "__dict__", {})
+            values = {**values, **values.get("fields", {})}
+        missing = [name for name in names if values.get(name) is None]
+        if missing:
+            raise ValueError(f"{where}, row {number}: expected {', '.join(names)}; {', '.join(missing)} is missing")
+        taken.append({name: values[name] for name in names})
+    return taken
+
+
+def pair(tokenizer, prompt: str, answer: str, max_length: int, *, chat: bool = False) -> Example:
+    """One example: the prompt masked, the answer and its end labelled, cut to `max_length`.
+
+    With `chat` the tokenizer's chat template asks the prompt (`data.encode`). Raises ValueError if the prompt leaves
+    no room for the answer.
+    """
+    asked = prompt.rstrip()
+    space = prompt[len(asked) :]
+    answer = space + (answer.lstrip() if space else answer)
+    return encode([Document("", answer, asked)], tokenizer, max_length, chat=chat)[0]
+
+
+def text_example(tokenizer, text: str, max_length: int) -> Example:
+    """A text with its begin token and without end token, cut to `max_length`."""
+    return without_end(encode([Document("", text)], tokenizer, max_length, overflow="truncate")[0], tokenizer)
+
+
+def without_end(example: Example, tokenizer) -> Example:
+    """The example without a final end token; metrics about the text itself do not count it."""
+    if tokenizer.eos_token_id is None or example.input_ids[-1] != tokenizer.eos_token_id:
+        return example
+    return Example(example.input_ids[:-1], example.labels[:-1], min(example.prefix, len(example) - 1))
+
+
+def room(model: nn.Module, max_length: int) -> int:
+    """`max_length`, or the model's context if that is shorter."""
+    return min(max_length, context_length(model) or max_length)
+
+
+def probability(model: nn.Module, tokenizer, examples: Sequence[Example], *, batch_size: int) -> list[dict]:
+    """`prob` = exp(-`avg_loss`) of each example, `avg_loss` the mean NLL of its labelled tokens in nats.
+
+    Both are None where no token carries a label.
+    """
+    scores = token_scores(model, examples, batch_size=batch_size, pad_id=pad_token_id(tokenizer))
+    return [_likelihood(score) for score in scores]
+
+
+def _likelihood(score: TokenScores) -> dict:
+    counted = score.logprobs[score.counted].double()
+    if not len(counted):
+        return {"prob": None, "avg_loss": None}
+    loss = -counted.mean().item()
+    return {"prob": math.exp(-loss), "avg_loss": loss}
+
+
+def rouge(
+    model: nn.Module,
+    tokenizer,
+    examples: Sequence[Example],
+    answers: Sequence[str],
+    *,
+    key: str,
+    new_tokens: int,
+    cut_at: Sequence[str] = (),
+    use_stemmer: bool = True,
+    batch_size: int = 32,
+) -> Result:
+    """Greedy answers to the prompts of `examples`, compared as text with `answers` by the `rouge-score` package.
+
+    An answer ends at the end token, after `new_tokens` tokens, or before the first of `cut_at` in its text.
+    `agg_value` is the mean of `key`: `rougeL_f1`, `rougeL_recall` or `rouge1_recall`, in [0, 1].
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    prompts = [example.input_ids[: _answer_start(example)] for example in examples]
+    generated = greedy(
+        model, prompts, new_tokens, batch_size=batch_size, pad_id=pad_token_id(tokenizer),
+        stop=set(tokenizer.all_special_ids),
+    )  # fmt: skip
+    scorer, values = RougeScorer(["rouge1", "rougeL"], use_stemmer=use_stemmer), []
+    for prompt, tokens, answer in zip(prompts, generated, answers, strict=True):
+        text = tokenizer.decode(tokens)
+        for mark in cut_at:
+            text = text.split(mark)[0]
+        score = scorer.score(answer, text.strip())
+        values.append(
+            {
+                "rouge1_recall": score["rouge1"].recall,
+                "rougeL_f1": score["rougeL"].fmeasure,
+                "rougeL_recall": score["rougeL"].recall,
+                "input": tokenizer.decode(prompt, skip_special_tokens=True),
+                "ground_truth": answer,
+                "generation": text.strip(),
+            }
+        )
+    return mean_result(values, key)
+
+
+def _answer_start(example: Example) -> int:
+    return next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))

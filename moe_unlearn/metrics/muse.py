@@ -1,0 +1,184 @@
+"""MUSE (arXiv 2407.06460): verbatim and knowledge memorisation, privacy leakage, utility preservation.
+
+    forget_verbmem_ROUGE   VerbMem: mean ROUGE-L F1 of the greedy continuation of forget prompts, in [0, 1]
+    forget_knowmem_ROUGE   KnowMem: mean ROUGE-L F1 of the greedy answers to questions about the forget set
+    retain_knowmem_ROUGE   UtilPreserv: the same about the retain set
+    mia_min_k              AUC of the Min-40 % score, forget against holdout (see below)
+    privleak               100 (A - A_retrained) / A_retrained, in percent; needs the retrained model's run
+    extraction_strength, exact_memorization   on the verbatim prompts and continuations
+
+Names and units are open-unlearning's; MUSE prints the first three times 100. Two conventions of the AUC are
+about: open-unlearning's `mia_min_k` (also `auc`) is the chance that a forget document is likelier than a
+holdout document, 1 for a model that knows them by heart; MUSE's A, here `auc_muse`, is 1 minus that.
+PrivLeak is made from MUSE's, in both projects: 0 is a model like the retrained one, negative under-unlearned.
+
+Differences between the two that are settings here: ROUGE with stemming (open-unlearning, our default) or
+without (MUSE). Ours alone: white space between prompt and answer belongs to the answer (`answers`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from moe_unlearn.data import pad_token_id
+from moe_unlearn.metrics.answers import QUESTION, fields, pair, room, rouge, text_example, without_end
+from moe_unlearn.metrics.memorization import exact_memorization, extraction_strength
+from moe_unlearn.metrics.privacy import auc, min_k, privleak
+from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result
+from moe_unlearn.metrics.scoring import token_scores
+
+CUT_AT = ("\n\n", "\nQuestion", "Question:")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuseData:
+    """Rows of MUSE's files; a metric whose rows are absent is not computed.
+
+    `verbmem`: `prompt`, `gt`. `forget_qa`, `retain_qa` and their few-shot examples `*_icl`: `question`,
+    `answer`. `forget`, `holdout` (of the folder privleak): `text`.
+    """
+
+    verbmem: Sequence = ()
+    forget_qa: Sequence = ()
+    forget_qa_icl: Sequence = ()
+    retain_qa: Sequence = ()
+    retain_qa_icl: Sequence = ()
+    forget: Sequence = ()
+    holdout: Sequence = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuseSettings:
+    """What MUSE's numbers depend on beside model and data; lengths in tokens.
+
+    `chat` asks through the tokenizer's chat template instead of `question`. `max_length` cuts documents.
+    """
+
+    verbmem_tokens: int = 128
+    knowmem_tokens: int = 32
+    use_stemmer: bool = True
+    question: str = QUESTION
+    chat: bool = False
+    min_k: float = 0.4
+    max_length: int = 2048
+
+
+def evaluate_muse(
+    model: nn.Module,
+    tokenizer,
+    data: MuseData,
+    *,
+    settings: MuseSettings | None = None,
+    out=None,
+    cache_dir=None,
+    reference_run=None,
+    batch_size: int = 32,
+) -> dict[str, float | None]:
+    """The summary of all results that `data` allows; files and cache as `results.Evaluation` has them.
+
+    `reference_run` is the folder of the retrained model's evaluation on the same data with the same settings;
+    without it there is no `privleak`. `privleak` is None where the retrained model's AUC is 0 (MUSE).
+
+    Raises ValueError for rows without their fields, for nothing to measure, for prompts that exceed the
+    model's context, and for a reference run that does not fit.
+    """
+    settings = settings or MuseSettings()
+    run = Evaluation(
+        "MUSE", model, tokenizer, asdict(settings), out=out, cache_dir=cache_dir, reference_run=reference_run
+    )
+    asked = {"forget": (data.forget_qa, data.forget_qa_icl), "retain": (data.retain_qa, data.retain_qa_icl)}
+    # all rows are looked at before the first forward pass
+    qa = {
+        side: (fields(rows, ("question", "answer"), f"{side}_qa"), _shots(icl, f"{side}_qa_icl"))
+        for side, (rows, icl) in asked.items()
+        if len(rows)
+    }
+    verbatim = fields(data.verbmem, ("prompt", "gt"), "verbmem") if len(data.verbmem) else []
+    if bool(len(data.forget)) != bool(len(data.holdout)):
+        raise ValueError(f"privleak needs both sides; got {len(data.forget)} forget and {len(data.holdout)} holdout")
+    texts = [fields(rows, ("text",), side) for side, rows in (("forget", data.forget), ("holdout", data.holdout))
+             if len(rows)]  # fmt: skip
+    if not (qa or verbatim or texts):
+        raise ValueError("expected rows of at least one of MUSE's sets; got none")
+    if run.reference is not None and not texts:
+        raise ValueError("a reference run is for privleak, which needs forget and holdout texts; got none")
+    for side, (rows, shots) in qa.items():
+        run.add(
+            f"{side}_knowmem_ROUGE",
+            [rows, shots],
+            lambda rows=rows, shots=shots: _knowmem(model, tokenizer, rows, shots, settings, batch_size),
+        )
+    if verbatim:
+        _verbatim(run, model, tokenizer, verbatim, settings, batch_size)
+    if texts:
+        run.add("mia_min_k", texts, lambda: _membership(model, tokenizer, texts, settings, batch_size))
+        reference = run.from_reference("mia_min_k")
+        if reference is not None:
+            ours, theirs = (1 - r["agg_value"] for r in (run.results["mia_min_k"], reference))
+            value = {"agg_value": privleak(ours, theirs), "auc_muse": ours, "auc_muse_retrained": theirs}
+            run.add("privleak", [run.digest("mia_min_k"), reference["agg_value"]], lambda: value)
+    return run.summary
+
+
+def _shots(rows: Sequence, where: str) -> list[dict]:
+    return fields(rows, ("question", "answer"), where) if len(rows) else []
+
+
+def _knowmem(model, tokenizer, rows, shots, settings, batch_size) -> Result:
+    shown = "".join(f"{settings.question.format(question=s['question'])}{s['answer']}\n\n" for s in shots)
+    examples = []
+    for row in rows:
+        prompt = shown + settings.question.format(question=row["question"])
+        if settings.chat:
+            prompt = shown + row["question"]
+        examples.append(pair(tokenizer, prompt, row["answer"], room(model, 2**31), chat=settings.chat))
+    return rouge(
+        model, tokenizer, examples, [row["answer"] for row in rows], key="rougeL_f1", cut_at=CUT_AT,
+        new_tokens=settings.knowmem_tokens, use_stemmer=settings.use_stemmer, batch_size=batch_size,
+    )  # fmt: skip
+
+
+def _verbatim(run: Evaluation, model, tokenizer, rows, settings, batch_size) -> None:
+    limit = room(model, settings.max_length)
+    examples = [without_end(pair(tokenizer, row["prompt"], row["gt"], limit), tokenizer) for row in rows]
+
+    def verbmem() -> Result:
+        cut = settings.verbmem_tokens
+        truths = [tokenizer.decode(e.input_ids[e.prefix : e.prefix + cut]).strip() for e in examples]
+        return rouge(
+            model, tokenizer, examples, truths, key="rougeL_f1", new_tokens=cut,
+            use_stemmer=settings.use_stemmer, batch_size=batch_size,
+        )  # fmt: skip
+
+    run.add("forget_verbmem_ROUGE", rows, verbmem)
+    memorised(run, model, tokenizer, rows, examples, batch_size)
+
+
+def memorised(run: Evaluation, model, tokenizer, rows, examples, batch_size: int) -> None:
+    """Add `extraction_strength` and `exact_memorization` of these examples, from one pass over them."""
+    scores: list = []
+
+    def measured(metric) -> Result:
+        if not scores:
+            scores.extend(token_scores(model, examples, batch_size=batch_size, pad_id=pad_token_id(tokenizer)))
+        return mean_result([{"score": metric(score)} for score in scores], "score")
+
+    run.add("extraction_strength", rows, lambda: measured(extraction_strength))
+    run.add("exact_memorization", rows, lambda: measured(exact_memorization))
+
+
+def _membership(model, tokenizer, texts, settings, batch_size) -> Result:
+    limit, sides, pad = room(model, settings.max_length), {}, pad_token_id(tokenizer)
+    for name, rows in zip(("forget", "holdout"), texts, strict=True):
+        examples = [text_example(tokenizer, row["text"], limit) for row in rows]
+        short = next((i for i, e in enumerate(examples) if len(e) < 2), None)
+        if short is not None:
+            raise ValueError(
+                f"{name}, row {short}: expected a text of at least two tokens; got {rows[short]['text']!r}"
+            )
+        sides[name] = min_k(token_scores(model, examples, batch_size=batch_size, pad_id=pad), settings.min_k)
+    known = auc(sides["holdout"], sides["forget"])
+    # open-unlearning's score of a row is minus the mean log-probability
+    rows = {name: {"value_by_index": by_index([{"score": -v} for v in s.tolist()])} for name, s in sides.items()}
+    return {"agg_value": known, "auc": known, "auc_muse": 1 - known, **rows}

@@ -1,0 +1,231 @@
+"""The results of one benchmark on one model: each computed once, cached by content, on disk as soon as known.
+
+A result is a dictionary in open-unlearning's form: `agg_value`, the number that is reported, and usually
+`value_by_index`, what it is made of, one entry a row of the data. Three files stand in a run's folder:
+
+    NAME_EVAL.json      result name -> result (with the values of every row)
+    NAME_SUMMARY.json   result name -> agg_value, flat
+    NAME_SETTINGS.json  what the numbers depend on: settings, and a digest of the data of each result
+
+The folder of an earlier run can be the `ReferenceRun` of a later one: the retrained (retain-only) model's
+scores, to which PrivLeak and forget quality compare.
+"""
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from moe_unlearn.metrics.workers import gather, is_first, local, on_first, sharded
+from moe_unlearn.reference import model_digest
+
+FORMAT = "moe-unlearn evaluation 1"  # raise it when the same model, data and settings give other numbers
+Result = dict[str, object]
+
+
+def mean_result(values: list[dict], key: str) -> Result:
+    """The mean of `key` over the rows as `agg_value`; a list counts as its mean, None is left out.
+
+    Raises ValueError if nothing is left to average.
+    """
+    numbers = []
+    for value in values:
+        number = value[key]
+        if isinstance(number, list):
+            number = sum(number) / len(number)
+        if number is not None:
+            numbers.append(number)
+    if not numbers:
+        raise ValueError(f"expected at least one row with a value of {key!r}; got none of {len(values)}")
+    return {"agg_value": sum(numbers) / len(numbers), "value_by_index": by_index(values)}
+
+
+def by_index(values: list[dict]) -> dict[str, dict]:
+    """Rows under their positions as text, as JSON has them."""
+    return {str(i): value for i, value in enumerate(values)}
+
+
+def data_digest(rows: object) -> str:
+    """SHA-256 of rows of plain values."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=vars).encode()).hexdigest()
+
+
+class ReferenceRun:
+    """The results in the folder of an earlier evaluation, NAME_EVAL.json, by this package or open-unlearning.
+
+    `result(key, settings, digest)` is a result of it. Where it holds values of rows, or was written with other
+    settings or other data than those given, ValueError says what differs. open-unlearning writes no
+    settings: then a warning says that nothing could be checked but the number of rows.
+    """
+
+    def __init__(self, folder: str | Path, name: str):
+        self.folder, self.name = Path(folder), name
+        self._results = self._read("EVAL")
+        if self._results is None:
+            raise ValueError(f"expected a folder with the {name}_EVAL.json of an earlier evaluation; got {folder}")
+        self._written = self._read("SETTINGS")
+        if self._written is None:
+            warnings.warn(
+                f"{self.folder} has no {name}_SETTINGS.json: that its data and settings agree is not checked",
+                stacklevel=2,
+            )
+        elif self._written.get("format") != FORMAT:
+            raise ValueError(
+                f"{self.folder}: expected an evaluation of format {FORMAT!r}; got {self._written.get('format')!r}"
+            )
+
+    def result(self, key: str, settings: dict, digest: str, rows: int | None = None) -> Result:
+        """Result `key`, for this data (`rows` in number) at these settings; ValueError as the class says."""
+        found = self._results.get(key)
+        if not isinstance(found, dict) or found.get("agg_value") is None:
+            raise ValueError(f"the reference run {self.folder} has no result {key!r}")
+        if self._written is not None:
+            theirs = self._written["settings"]
+            # by way of JSON: a tuple and a list are one setting
+            ours = json.loads(json.dumps(settings))
+            different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            if different:
+                what = ", ".join(f"{k} {theirs.get(k)!r} instead of {ours.get(k)!r}" for k in different)
+                raise ValueError(f"the reference run {self.folder} was made with other settings: {what}")
+            if self._written["data"].get(key) != digest:
+                raise ValueError(f"the reference run {self.folder} computed {key!r} on other data")
+        elif rows is not None and len(found.get("value_by_index", ())) not in (0, rows):
+            count = len(found["value_by_index"])
+            raise ValueError(f"the reference run {self.folder} has {count} rows in {key!r}; expected {rows}")
+        return found
+
+    def _read(self, suffix: str) -> dict | None:
+        path = self.folder / f"{self.name}_{suffix}.json"
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not readable JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: expected a JSON object; got a {type(content).__name__}")
+        return content
+
+
+class Evaluation:
+    """Computes, caches and writes the results of one benchmark; see the module docstring.
+
+    Args:
+        name: first part of the files' names.
+        settings: plain values on which numbers depend; they are written, cached under and compared with.
+        out: folder of the files; None writes none.
+        cache_dir: folder of results by content of model, tokenizer, data and settings; None keeps none. A
+            model with adapters, whose digest is its base model's, or with sharded weights is not cached; a
+            warning says so.
+        reference_run: folder of the retrained model's evaluation.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, tokenizer, settings: dict, *, out: str | Path | None = None,
+        cache_dir: str | Path | None = None, reference_run: str | Path | None = None,
+    ):  # fmt: skip
+        self.name, self.settings, self.results = name, settings, {}
+        self.reference = None if reference_run is None else ReferenceRun(reference_run, name)
+        self._out = None if out is None else Path(out)
+        self._data: dict[str, str] = {}
+        self._cache = None
+        if cache_dir is not None and hasattr(local(model), "disable_adapter"):
+            warnings.warn("results of a model with adapters are not cached; merge them to have a cache", stacklevel=3)
+        elif cache_dir is not None and sharded(model):
+            warnings.warn("results of a model with sharded weights are not cached", stacklevel=3)
+        elif cache_dir is not None:
+            self._cache = Path(cache_dir)
+            self._identity = [FORMAT, model_digest(model), _tokenizer_digest(tokenizer), name, settings]
+
+    def add(self, key: str, data: object, compute: Callable[[], Result], *, digest: str | None = None) -> Result:
+        """Have result `key`, a function of the model, `data` (plain rows) and the settings; written at once."""
+        self._data[key] = digest = digest or data_digest(data)
+        path = self._path(key, digest)
+        result = self._cached(path)
+        if result is None:
+            result = compute()
+            if path is not None:
+                body = json.dumps(result)
+                on_first(lambda: write_text(path, hashlib.sha256(body.encode()).hexdigest() + "\n" + body))
+        self.results[key] = result
+        if self._out is not None:
+            on_first(self._write)
+        return result
+
+    def digest(self, key: str) -> str:
+        """The digest of the data of a result that was added."""
+        return self._data[key]
+
+    def from_reference(self, key: str) -> Result | None:
+        """The reference run's result `key`, checked against this run's; None without a reference run."""
+        if self.reference is None:
+            return None
+        rows = len(self.results[key].get("value_by_index", ()))
+        return self.reference.result(key, self.settings, self._data[key], rows)
+
+    @property
+    def summary(self) -> dict[str, float | None]:
+        """Result name -> number, sorted; None where it is not a number."""
+        return {key: _number(result["agg_value"]) for key, result in sorted(self.results.items())}
+
+    def _cached(self, path: Path | None) -> Result | None:
+        found = None
+        # one rank looks, so that all either have the result or compute it together
+        if path is not None and is_first() and path.is_file():
+            try:
+                digest, _, body = path.read_text("utf-8").partition("\n")
+                if hashlib.sha256(body.encode()).hexdigest() != digest:
+                    raise ValueError("its content does not match its SHA-256")
+                found = json.loads(body)
+            except (OSError, ValueError) as error:
+                warnings.warn(f"{path} is damaged ({error}); it is computed again", stacklevel=3)
+        return gather(found)[0]
+
+    def _path(self, key: str, digest: str) -> Path | None:
+        if self._cache is None:
+            return None
+        identity = json.dumps([*self._identity, key, digest], sort_keys=True)
+        return self._cache / f"result-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+
+    def _write(self) -> None:
+        settings = {"format": FORMAT, "settings": self.settings, "data": self._data}
+        for suffix, content in (("SETTINGS", settings), ("EVAL", self.results), ("SUMMARY", self.summary)):
+            text = json.dumps(_finite(content), indent=4, sort_keys=True)
+            write_text(self._out / f"{self.name}_{suffix}.json", text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _tokenizer_digest(tokenizer) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = tokenizer.get_vocab() if backend is None else backend.to_str()
+    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+    return data_digest([content, special, getattr(tokenizer, "chat_template", None)])
+
+
+def _number(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _finite(value: object) -> object:
+    """Plain values with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else _number(value)

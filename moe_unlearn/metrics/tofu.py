@@ -1,0 +1,220 @@
+"""TOFU (arXiv 2401.06121): probability, ROUGE, truth ratio, forget quality, model utility.
+
+For a set s of forget, retain, ra (real authors), wf (world facts), with P(a) = exp(-mean NLL of a's tokens,
+the end token with them):
+
+    s_Q_A_Prob              mean P(answer)
+    s_Q_A_PARA_Prob         mean P(paraphrased answer); forget and retain
+    s_Q_A_PERT_Prob         mean over rows, in a row over its perturbed answers, of P
+    s_Q_A_Prob_normalised   mean of P(answer) / (P(answer) + sum over the perturbed answers of P); ra and wf
+    s_Q_A_ROUGE             mean ROUGE-L recall of the greedy answer
+    truth ratio             R = P_perturbed / P_correct of a row; P_perturbed from the NLL averaged over the
+                            perturbed answers, P_correct of the paraphrased answer (of the answer: ra, wf)
+    forget_truth_ratio      mean min(R, 1 / R)          retain_, ra_, wf_Truth_Ratio: mean max(0, 1 - R)
+    forget_quality          p-value of the two-sample Kolmogorov-Smirnov test between the R of the forget
+                            rows and the retrained model's; 1 is like the retrained model
+    model_utility           harmonic mean of the nine: (Prob, ROUGE, Truth_Ratio) of retain, ra and wf; Prob
+                            is the normalised one for ra and wf. 0 if one of them is 0
+    extraction_strength, exact_memorization   on the forget rows
+
+Names are open-unlearning's, and so are the formulas, with the 1e-10 it adds to denominators: a collapsed
+model has P below that, and published numbers contain it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from moe_unlearn.data import MissingLibraryError
+from moe_unlearn.metrics.answers import QUESTION, fields, pair, probability, room, rouge, without_end
+from moe_unlearn.metrics.muse import memorised
+from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result
+
+TINY = 1e-10
+SHORT = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+UTILITY = tuple(
+    f"{side}_{metric}"
+    for side, prob in (("retain", "Q_A_Prob"), ("ra", "Q_A_Prob_normalised"), ("wf", "Q_A_Prob_normalised"))
+    for metric in (prob, "Q_A_ROUGE", "Truth_Ratio")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TofuData:
+    """Rows of TOFU's perturbed files; what an absent set is needed for is not computed.
+
+    All: `question`, `answer`, `perturbed_answer` (a list); `forget`, `retain` also `paraphrased_answer`.
+    """
+
+    forget: Sequence = ()
+    retain: Sequence = ()
+    real_authors: Sequence = ()
+    world_facts: Sequence = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TofuSettings:
+    """What TOFU's numbers depend on beside model and data; lengths in tokens; `chat` as in MUSE's settings."""
+
+    new_tokens: int = 200
+    use_stemmer: bool = True
+    question: str = QUESTION
+    chat: bool = False
+    max_length: int = 512
+
+
+def evaluate_tofu(
+    model: nn.Module,
+    tokenizer,
+    data: TofuData,
+    *,
+    settings: TofuSettings | None = None,
+    out=None,
+    cache_dir=None,
+    reference_run=None,
+    batch_size: int = 32,
+) -> dict[str, float | None]:
+    """The summary of all results that `data` allows; files and cache as `results.Evaluation` has them.
+
+    `reference_run` is the folder of the retrained model's evaluation on the same data with the same settings;
+    without it there is no `forget_quality`. Raises ValueError for rows without their fields, no rows at all
+    or a reference run that does not fit; MissingLibraryError for forget quality without scipy (extra `eval`).
+    """
+    settings = settings or TofuSettings()
+    run = Evaluation(
+        "TOFU", model, tokenizer, asdict(settings), out=out, cache_dir=cache_dir, reference_run=reference_run
+    )
+    if run.reference is not None:
+        kolmogorov_smirnov([0.0], [0.0])  # a missing scipy is found before an hour of scoring, not after
+        if not len(data.forget):
+            raise ValueError("a reference run is for forget_quality, which needs forget rows; got none")
+    sets = {}
+    for name, side in SHORT.items():
+        if len(getattr(data, name)):
+            wanted = ["question", "answer", "perturbed_answer"]
+            wanted += ["paraphrased_answer"] if side in ("forget", "retain") else []
+            sets[side] = _rows(fields(getattr(data, name), wanted, name), name)
+    if not sets:
+        raise ValueError("expected rows of at least one of TOFU's sets; got none")
+    for side, rows in sets.items():
+        _side(run, model, tokenizer, side, rows, settings, batch_size)
+    if "forget" in sets:
+        reference = run.from_reference("forget_truth_ratio")
+        if reference is not None:
+            ours, theirs = (_ratios(r) for r in (run.results["forget_truth_ratio"], reference))
+            value = {"agg_value": kolmogorov_smirnov(ours, theirs)}
+            run.add("forget_quality", [run.digest("forget_truth_ratio"), theirs], lambda: value)
+    if all(key in run.results for key in UTILITY):
+        nine = [run.results[key]["agg_value"] for key in UTILITY]
+        run.add("model_utility", [run.digest(key) for key in UTILITY], lambda: {"agg_value": harmonic_mean(nine)})
+    return run.summary
+
+
+def kolmogorov_smirnov(first: Sequence[float], second: Sequence[float]) -> float:
+    """p-value of the two-sided two-sample Kolmogorov-Smirnov test (scipy's `ks_2samp`); symmetric.
+
+    Raises ValueError for an empty sample, MissingLibraryError without scipy.
+    """
+    try:
+        from scipy.stats import ks_2samp
+    except ImportError as error:
+        raise MissingLibraryError("forget quality needs scipy: pip install moe-unlearn[eval]") from error
+    if not len(first) or not len(second):
+        raise ValueError(f"expected two samples that are not empty; got {len(first)} and {len(second)} values")
+    return float(ks_2samp(first, second).pvalue)
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """n / sum(1 / v); 0 if a value is 0. Raises ValueError for no values or negative ones."""
+    if not values or min(values) < 0:
+        raise ValueError(f"expected values of at least 0; got {list(values)}")
+    return len(values) / sum(1 / v for v in values) if min(values) else 0.0
+
+
+def truth_ratio(correct: list[dict], wrong: list[dict], *, forget: bool) -> Result:
+    """R of each row from `avg_loss` of its correct and its wrong answers (a list); see the module docstring.
+
+    The mean is of min(R, 1 / R) with `forget`, else of max(0, 1 - R). A row with an answer without tokens has
+    no R.
+    """
+    values = []
+    for right, others in zip(correct, wrong, strict=True):
+        losses = [loss for loss in others["avg_loss"] if loss is not None]
+        ratio = closeness = None
+        if right["avg_loss"] is not None and losses:
+            ratio = math.exp(-sum(losses) / len(losses)) / (math.exp(-right["avg_loss"]) + TINY)
+            closeness = min(ratio, 1 / (ratio + TINY)) if forget else max(0.0, 1 - ratio)
+        values.append({"score": ratio, "value": closeness})
+    mean = mean_result(values, "value")["agg_value"]
+    return {"agg_value": mean, "value_by_index": by_index([{"score": v["score"]} for v in values])}
+
+
+def _side(run: Evaluation, model, tokenizer, side: str, rows: list[dict], settings, batch_size: int) -> None:
+    def example(row, answer):
+        prompt = settings.question.format(question=row["question"])
+        if settings.chat:
+            prompt = row["question"]
+        return pair(tokenizer, prompt, answer, room(model, settings.max_length), chat=settings.chat)
+
+    def likelihoods(key: str) -> Result:
+        flat = [example(row, answer) for row in rows for answer in _listed(row[key])]
+        found = iter(probability(model, tokenizer, flat, batch_size=batch_size))
+        values = []
+        for row in rows:
+            own = [next(found) for _ in _listed(row[key])]
+            lists = {name: [v[name] for v in own] for name in ("prob", "avg_loss")}
+            values.append(lists if isinstance(row[key], list) else own[0])
+        return mean_result(values, "prob")
+
+    def answered() -> Result:
+        examples, truths = [example(row, row["answer"]) for row in rows], [row["answer"] for row in rows]
+        return rouge(
+            model, tokenizer, examples, truths, key="rougeL_recall", new_tokens=settings.new_tokens,
+            use_stemmer=settings.use_stemmer, batch_size=batch_size,
+        )  # fmt: skip
+
+    paraphrased = side in ("forget", "retain")
+    parts = {"Prob": "answer", "PERT_Prob": "perturbed_answer"}
+    parts |= {"PARA_Prob": "paraphrased_answer"} if paraphrased else {}
+    found = {
+        name: list(run.add(f"{side}_Q_A_{name}", rows, lambda key=key: likelihoods(key))["value_by_index"].values())
+        for name, key in parts.items()
+    }
+    run.add(f"{side}_Q_A_ROUGE", rows, answered)
+    if not paraphrased:
+        run.add(f"{side}_Q_A_Prob_normalised", rows, lambda: _normalised(found["Prob"], found["PERT_Prob"]))
+    name = "forget_truth_ratio" if side == "forget" else f"{side}_Truth_Ratio"
+    correct = found["PARA_Prob" if paraphrased else "Prob"]
+    run.add(name, rows, lambda: truth_ratio(correct, found["PERT_Prob"], forget=side == "forget"))
+    if side == "forget":
+        examples = [without_end(example(row, row["answer"]), tokenizer) for row in rows]
+        memorised(run, model, tokenizer, rows, examples, batch_size)
+
+
+def _normalised(correct: list[dict], wrong: list[dict]) -> Result:
+    values = [
+        {"prob": right["prob"] / (right["prob"] + sum(others["prob"]) + TINY)}
+        for right, others in zip(correct, wrong, strict=True)
+    ]
+    return mean_result(values, "prob")
+
+
+def _rows(rows: list[dict], where: str) -> list[dict]:
+    for number, row in enumerate(rows):
+        for key in row.keys() - {"question"}:
+            answers = row[key]
+            text = isinstance(answers, str) if key != "perturbed_answer" else isinstance(answers, list)
+            if not text or not all(isinstance(a, str) and a.strip() for a in _listed(answers)) or not answers:
+                kind = "a list of texts" if key == "perturbed_answer" else "a text"
+                raise ValueError(f"{where}, row {number}: expected {key} to be {kind}, none empty; got {answers!r}")
+    return rows
+
+
+def _listed(value: object) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _ratios(result: Result) -> list[float]:
+    return [v["score"] for v in result["value_by_index"].values() if v["score"] is not None]

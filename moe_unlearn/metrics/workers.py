@@ -1,0 +1,107 @@
+"""Work shared by the ranks of torch.distributed: each does its part, all get everything.
+
+Without an initialised process group there is one rank. A model whose own forward pass needs all ranks (its
+weights are sharded) cannot be used by one of them alone: then every rank does all the work.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import distributed, nn
+
+
+def local(model: nn.Module) -> nn.Module:
+    """The model inside data-parallel wrappers, whose forward pass would wait for the other ranks."""
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def share(model: nn.Module, items: Sequence, compute: Callable[[list], list]) -> list:
+    """`compute(items)`, one JSON value an item, with the items dealt out to the ranks; in order of the items.
+
+    Every rank must call it with the same number of items (ValueError otherwise). An exception on one rank is
+    raised there, and on the others as a RuntimeError that names the rank: none is left waiting.
+    """
+    rank, world = _ranks(model)
+    if world == 1:
+        return compute(list(items))
+    mine, error = list(items[rank::world]), None
+    try:
+        part = {"items": len(items), "results": compute(mine) if mine else []}
+    except Exception as raised:
+        part, error = {"items": len(items), "error": f"{type(raised).__name__}: {raised}"}, raised
+    parts = gather(part)
+    if error is not None:
+        raise error
+    for number, other in enumerate(parts):
+        if "error" in other:
+            raise RuntimeError(f"rank {number} failed: {other['error']}")
+    counts = [other["items"] for other in parts]
+    if len(set(counts)) > 1:
+        raise ValueError(f"expected the same items on every rank; the ranks have {counts}")
+    merged = [None] * len(items)
+    for number, other in enumerate(parts):
+        merged[number::world] = other["results"]
+    return merged
+
+
+def gather(value: object) -> list:
+    """The JSON value of every rank, in their order; floats come back bit for bit."""
+    if not _initialised():
+        return [value]
+    device = torch.device("cuda") if distributed.get_backend() == "nccl" else torch.device("cpu")
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    length = torch.tensor([len(data)], device=device)
+    lengths = [torch.empty_like(length) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(lengths, length)
+    longest = int(max(lengths))
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(data)] = data
+    bodies = [torch.empty_like(padded) for _ in lengths]
+    distributed.all_gather(bodies, padded)
+    return [json.loads(bytes(b[: int(n)].cpu().numpy())) for b, n in zip(bodies, lengths, strict=True)]
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether no rank holds all weights, so that every rank must take part in every forward pass."""
+    if not _initialised():
+        return False
+    # imported here: one process never needs them, and they are slow to import
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(m, FullyShardedDataParallel) for m in model.modules()) or any(
+        isinstance(p, DTensor) for p in model.parameters()
+    )
+
+
+def on_first(write: Callable[[], None]) -> None:
+    """Have the first rank write; an OSError there is raised on every rank, so that none goes on alone."""
+    error = None
+    if is_first():
+        try:
+            write()
+        except OSError as raised:
+            error = raised
+    message = gather(None if error is None else str(error))[0]
+    if error is not None:
+        raise error
+    if message is not None:
+        raise OSError(f"rank 0 cannot write: {message}")
+
+
+def is_first() -> bool:
+    """Whether this rank writes files."""
+    return not _initialised() or distributed.get_rank() == 0
+
+
+def _initialised() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _ranks(model: nn.Module) -> tuple[int, int]:
+    if not _initialised() or sharded(model):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()

@@ -1,0 +1,51 @@
+"""Two gloo processes share the work and both get what one process gets."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_unlearn.metrics.workers import gather, is_first, share
+from tests.metrics.workers_child import evaluations
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.metrics.workers_child"]
+    children = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=ROOT, env=environment) for rank in range(2)]
+    try:
+        assert [child.wait(timeout=300) for child in children] == [0, 0]
+    finally:
+        for child in children:
+            child.kill()
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    alone = evaluations(None)
+    for key, value in alone.items():
+        assert first[key] == second[key]
+        if key == "logprobs":  # rows in batches of other sizes are rounded otherwise
+            for row, expected in zip(first[key], value, strict=True):
+                torch.testing.assert_close(torch.tensor(row), torch.tensor(expected))
+        else:
+            assert first[key] == value
+    assert first["shared"] == second["shared"] == [0.1, 0.2, 3 * 0.1]
+    assert first["mine"] == [1, 3] and second["mine"] == [2]
+    assert first["errors"][0] == "RuntimeError: rank 1 failed: KeyError: 'broken'"
+    assert second["errors"][0] == "KeyError: 'broken'"
+    assert first["errors"][1] == "ValueError: expected the same items on every rank; the ranks have [1, 2]"
+    assert first["errors"][2] == "OSError: no space" and second["errors"][2] == "OSError: rank 0 cannot write: no space"
+    assert first["sharded"] == second["sharded"] and len(first["sharded"]) == 3
+    assert json.loads((tmp_path / "run" / "MUSE_SUMMARY.json").read_text()) == first["summary"]
+    assert len(list((tmp_path / "cache").iterdir())) == 4  # one file a result, of one rank
+
+
+@pytest.mark.quick
+def test_one_process_needs_no_group():
+    assert share(torch.nn.Linear(1, 1), (1, 2), lambda items: [2 * i for i in items]) == [2, 4]
+    assert gather({"a": 1}) == [{"a": 1}] and is_first()

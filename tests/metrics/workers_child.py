@@ -1,0 +1,94 @@
+"""One of two processes that share an evaluation; writes what it found as JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+
+from moe_unlearn.data import Document, Example, encode
+from moe_unlearn.metrics import MuseData, MuseSettings, evaluate_muse, greedy, token_scores
+from moe_unlearn.metrics.workers import on_first, share
+from tests.models import tiny_olmoe
+
+
+def evaluations(folder: Path | None) -> dict:
+    """Scores, continuations and MUSE of a model and texts that are always the same."""
+    from moe_unlearn.data import train_tokenizer
+    from tests.metrics.conftest import TEXTS
+
+    tokenizer = train_tokenizer(TEXTS * 4, 320)
+    torch.manual_seed(0)
+    model = tiny_olmoe(len(tokenizer))
+    if folder is not None:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    examples = encode([Document("", text) for text in TEXTS], tokenizer, 60)
+    data = MuseData(
+        verbmem=[{"prompt": t[:20], "gt": t[20:]} for t in TEXTS],
+        forget=[{"text": t} for t in TEXTS],
+        holdout=[{"text": t[::-1]} for t in TEXTS[:2]],
+    )
+    place = {} if folder is None else {"out": folder / "run", "cache_dir": folder / "cache"}
+    settings = MuseSettings(verbmem_tokens=8)
+    summaries = [evaluate_muse(model, tokenizer, data, settings=settings, batch_size=2, **place) for _ in range(2)]
+    assert summaries[0] == summaries[1]
+    return {
+        "logprobs": [s.logprobs.tolist() for s in token_scores(model, examples)],
+        "greedy": greedy(model, [e.input_ids[:n] for e, n in zip(examples, (3, 9, 5), strict=True)], 6),
+        "one": greedy(model, [[1, 5]], 3),  # fewer prompts than ranks
+        "summary": summaries[0],
+    }
+
+
+def sharded_scores() -> list:
+    """Of a model no rank holds alone: every rank must do every forward pass."""
+    torch.manual_seed(0)
+    model = tiny_olmoe()
+    rows = [Example(list(range(3, n)), list(range(3, n)), 1) for n in (9, 20, 5)]
+    alone = [s.logprobs for s in token_scores(model, rows[:1], batch_size=1)]
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    together = [s.logprobs for s in token_scores(model, rows, batch_size=1)]
+    torch.testing.assert_close(together[0], alone[0])
+    return [row.tolist() for row in together]
+
+
+def main(rank: int, folder: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = evaluations(folder)
+    plain, mine = torch.nn.Linear(1, 1), []
+
+    def work(items):
+        mine.extend(items)
+        return [item * 0.1 for item in items]
+
+    found["shared"], found["mine"] = share(plain, [1, 2, 3], work), mine
+    found["sharded"] = sharded_scores()
+    found["errors"] = []
+
+    def fail(items):
+        if rank == 1:
+            raise KeyError("broken")
+        return items
+
+    def full_disk():
+        raise OSError("no space")
+
+    for attempt in (
+        lambda: share(plain, [1, 2], fail),
+        lambda: share(plain, [1] * (rank + 1), list),
+        lambda: on_first(full_disk),
+    ):
+        try:
+            attempt()
+        except Exception as error:
+            found["errors"].append(f"{type(error).__name__}: {error}")
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
