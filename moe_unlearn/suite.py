@@ -8,14 +8,14 @@ import copy
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
-import os
-import tempfile
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from torch import nn
 
 from moe_unlearn import __version__, data, experiment, metrics, trace
 from moe_unlearn.cache import tensor_digest
+from moe_unlearn.checkpoint import write_text
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Document, Example
 from moe_unlearn.data.tokenize import IGNORED
@@ -118,39 +119,37 @@ def unlearning(
         )
     rows = _Rows(out, source.tokenizer, trained, sets, asked)
     results: dict[int, dict[str, dict[str, float]]] = {seed: {} for seed in seeds}
-    for name, baseline in sources.items():
 
-        def as_it_is(baseline=baseline) -> dict[str, float]:
-            return _measure(baseline.fresh().eval(), source.tokenizer, sets, asked)
+    def as_it_is(baseline: _Source) -> dict[str, float]:
+        return _measure(baseline.fresh().eval(), source.tokenizer, sets, asked)
 
-        values = rows.get(name, None, baseline, as_it_is)
-        for seed in seeds:
-            results[seed][name] = dict(values)
-    for recipe in chosen:
-        for seed in seeds:
+    def unlearned(recipe: Recipe) -> dict[str, float]:
+        return _run(source, trained, sets, recipe, asked, on_step or (lambda progress: None))
+
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        for name, baseline in sources.items():
+            values = rows.get(name, None, baseline, partial(as_it_is, baseline))
+            for seed in seeds:
+                results[seed][name] = dict(values)
+        for recipe, seed in itertools.product(chosen, seeds):
             seeded = dataclasses.replace(recipe, seed=seed)
-
-            def unlearned(seeded=seeded) -> dict[str, float]:
-                return _run(source, trained, sets, seeded, asked, on_step or (lambda progress: None))
-
-            results[seed][recipe.name] = rows.get(recipe.name, seeded, source, unlearned)
+            results[seed][recipe.name] = rows.get(recipe.name, seeded, source, partial(unlearned, seeded))
     table = Table.joined([Table(results)])
     if out is not None:
-        _write(Path(out) / _TABLE, table.to_json())
+        write_text(Path(out) / _TABLE, table.to_json() + "\n")
     return table
 
 
 def _run(source, trained, sets, recipe: Recipe, asked, on_step) -> dict[str, float]:
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(recipe.seed)
-        model = source.fresh()
-        step, seconds = _unlearn(model, source.tokenizer, trained, recipe, on_step)
-        values = _measure(model.eval(), source.tokenizer, sets, asked) | {"seconds": seconds}
-        counted = step.prepared.frequencies
-        if counted is not None and "routing_drift" in asked:
-            batches = data.batches(trained["forget"], 32, pad_id=data.pad_token_id(source.tokenizer))
-            after = trace.routing_frequencies(model, [_on(batch, model) for batch in batches])
-            values["routing_drift"] = metrics.routing_drift(counted["forget"].frequency, after.frequency)[1]
+    torch.manual_seed(recipe.seed)
+    model = source.fresh()
+    step, seconds = _unlearn(model, source.tokenizer, trained, recipe, on_step)
+    values = _measure(model.eval(), source.tokenizer, sets, asked) | {"seconds": seconds}
+    counted = step.prepared.frequencies
+    if counted is not None and "routing_drift" in asked:
+        batches = data.batches(trained["forget"], 32, pad_id=data.pad_token_id(source.tokenizer))
+        after = trace.routing_frequencies(model, [_on(batch, model) for batch in batches])
+        values["routing_drift"] = metrics.routing_drift(counted["forget"].frequency, after.frequency)[1]
     return values
 
 
@@ -194,6 +193,7 @@ def _on(batch: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Ten
 
 
 def _measure(model: nn.Module, tokenizer, sets, asked: Sequence[Metric]) -> dict[str, float]:
+    torch.manual_seed(0)  # a metric that draws draws the same for every row
     names = [name for name in asked if isinstance(name, str)]
     known = {side: sets[side] for side in ("forget", "retain", "holdout") if side in sets}
     values = metrics.evaluate(model, tokenizer, **known, only=names)
@@ -210,23 +210,26 @@ class _Source:
     """A model that can be had anew, any number of times."""
 
     def __init__(self, what: str, model: Model, tokenizer):
-        self.what, self._model, self.tokenizer, self._last = what, model, tokenizer, lambda: None
+        self.what, self._model, self.tokenizer = what, model, tokenizer
+        self._first: nn.Module | None = None  # made for its tokenizer or digest, and not given out yet
+        self._last, self._digest = lambda: None, None
         if isinstance(model, nn.Module):
             self._make = lambda: copy.deepcopy(model)
         elif isinstance(model, str | Path):
-            self._make = lambda: experiment.load_model(model)
+            folder = experiment.model_folder(model)
+            self._make = lambda: experiment.load_model(folder)
         elif callable(model):
             self._make = model
         else:
             raise TypeError(f"{what}: expected a model, a folder or a function; got {type(model).__name__}")
-        self._first: nn.Module | None = self.fresh() if not isinstance(model, nn.Module) else None
-        self._digest = None
+        if tokenizer is None and not isinstance(model, nn.Module):
+            self._first = self.fresh()
         if self.tokenizer is None:
             raise ValueError(f"{what}: expected a tokenizer too, with a model in memory; got none")
 
     def fresh(self) -> nn.Module:
         """A model nobody has changed."""
-        first, self._first = getattr(self, "_first", None), None
+        first, self._first = self._first, None
         if first is not None:
             return first
         made = self._make()
@@ -274,7 +277,7 @@ class _Rows:
             except (ValueError, KeyError) as error:
                 warnings.warn(f"{path} is damaged ({error}); the run {run!r} is made again", stacklevel=3)
         values = make()
-        _write(path, Table({0: {run: values}}).to_json())
+        write_text(path, Table({0: {run: values}}).to_json() + "\n")
         return values
 
 
@@ -340,10 +343,3 @@ def _identity(metric: Metric) -> list[str]:
     except (OSError, TypeError):  # made in an interpreter, or in C
         text = ""
     return [getattr(metric, "__module__", ""), _name(metric), text]
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".row-", delete=False) as file:
-        file.write(text + "\n")
-    os.replace(file.name, path)
