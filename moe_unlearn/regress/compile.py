@@ -46,8 +46,10 @@ def run(
     """`measure` in a fresh process, by `compilers`, with the Triton in `triton_folder` instead of the installed one.
 
     Triton keeps what it compiled in `cache_folder` (default: where it always does). Raises ValueError for a module
-    that cannot be loaded, RuntimeError with the process's words if it dies.
+    that cannot be loaded or a folder without Triton, RuntimeError with the process's words if it dies.
     """
+    if triton_folder is not None and not Path(triton_folder, "triton").is_dir():
+        raise ValueError(f"expected a folder that holds another Triton; there is none in {triton_folder}")
     command = [sys.executable, "-m", "moe_unlearn.regress.compile"]
     command += [f"--arch={arch}" for arch in architectures] + [f"--module={module}" for module in modules]
     command += [f"--compiler={compiler}" for compiler in compilers]

@@ -255,7 +255,28 @@ class TestVerdicts:
         assert report.exit_code == 3 and "no nvcc" in report.notes[0] and "has no figures" in report.notes[1]
         assert "0 compared" in report.summary()
 
+    def test_what_is_not_there_is_said_and_left_out(self, monkeypatch):
+        def missing():
+            raise sass.NoDisassembler("there is no cuobjdump; Triton's wheel and CUDA's toolkit bring one")
+
+        def notes(*compilers):
+            measured, told = compiling.measure(["sm_90"], None, [], {}, compilers)
+            assert measured == {}
+            return told
+
+        monkeypatch.setattr(nvcc, "compiler", lambda: None)
+        assert notes("nvcc") == ["CUDA kernels are left out: there is no nvcc"]
+        monkeypatch.setattr(nvcc, "SOURCES", {})
+        assert "csrc/cuda, come with a checkout only" in notes("nvcc")[0]
+        monkeypatch.setattr(sass, "disassembler", missing)
+        (told,) = notes("triton")
+        assert told.startswith("Triton kernels are left out: there is no cuobjdump") or "not installed" in told
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert "Triton is not installed; pip install moe-unlearn[triton]" in notes("triton")[0]
+
     def test_bad_input(self):
+        with pytest.raises(ValueError, match="there is none in nowhere"):
+            static.check(["sm_90"], triton_folder=Path("nowhere"))
         with pytest.raises(ValueError, match="one of sm_75, sm_80, .*; got 'gfx942'"):
             static.check(["gfx942"])
         with pytest.raises(ValueError, match="at least one architecture"):
