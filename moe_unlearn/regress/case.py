@@ -24,7 +24,7 @@ from torch import Tensor
 
 GROUP = "moe_unlearn.kernels"
 
-_registry: dict[str, tuple["Case", str]] = {}  # name -> the case and the file or package it came with
+_registry: dict[str, "Case"] = {}
 _origin: contextvars.ContextVar[str] = contextvars.ContextVar("origin", default="")
 
 
@@ -42,6 +42,7 @@ class Case:
     routing: a pattern of `testing.ROUTINGS`, or "" for none.
     gradients: the inputs whose gradients are compared too.
     device: where the inputs are moved before the calls; None leaves them.
+    origin: path of the file, or name of the module or entry point it came with; `register` sets it.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Case:
     gradients: tuple[str, ...] = ()
     baseline: Callable | None = None
     device: str | None = None
+    origin: str = ""
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name or not self.name.isprintable():
@@ -79,12 +81,12 @@ class Case:
 
 def register(case: Case) -> Case:
     """Make `case` known under its name; ValueError if another file registered the name."""
-    origin = _origin.get() or getattr(case.inputs, "__module__", "") or ""
+    origin = _origin.get() or case.origin or getattr(case.inputs, "__module__", "")
     known = _registry.get(case.name)
-    if known is not None and known[1] != origin:
-        raise ValueError(f"two cases are named {case.name!r}: from {known[1]} and from {origin}")
-    _registry[case.name] = case, origin
-    return case
+    if known is not None and known.origin != origin:
+        raise ValueError(f"two cases are named {case.name!r}: from {known.origin} and from {origin}")
+    _registry[case.name] = dataclasses.replace(case, origin=origin)
+    return _registry[case.name]
 
 
 def cases(patterns: Iterable[str] = (), *, tags: Iterable[str] = ()) -> list[Case]:
@@ -92,14 +94,24 @@ def cases(patterns: Iterable[str] = (), *, tags: Iterable[str] = ()) -> list[Cas
     patterns, wanted = tuple(patterns), frozenset(tags)
     return [
         case
-        for name, (case, _) in sorted(_registry.items())
-        if wanted <= case.tags and (not patterns or any(fnmatchcase(name, p) for p in patterns))
+        for name, case in sorted(_registry.items())
+        if wanted <= case.tags and (not patterns or matches(name, patterns))
     ]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is one of the shell-style patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def on(case: Case, device: str | None) -> Case:
+    """The case with its inputs moved to `device`; None leaves it."""
+    return case if device is None else dataclasses.replace(case, device=device)
 
 
 def forget(origin: str) -> None:
     """Unregister what came from `origin`."""
-    for name in [name for name, (_, own) in _registry.items() if own == origin]:
+    for name in [name for name, case in _registry.items() if case.origin == origin]:
         del _registry[name]
 
 
@@ -134,10 +146,10 @@ def load(path: str | Path) -> list[Case]:
     finally:
         sys.path.remove(str(path.parent))
         _origin.reset(token)
-    found = [case for case, own in _registry.values() if own == origin]
+    found = [case for case in _registry.values() if case.origin == origin]
     if not found:
         _registry.update(before)
-        raise ValueError(f"{path}: expected a file with global names for moe_unlearn.regress.case.Case objects; got none")
+        raise ValueError(f"{path}: expected moe_unlearn.regress.case.Case objects among the global names; got none")
     return found
 
 

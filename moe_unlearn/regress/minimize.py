@@ -1,9 +1,9 @@
 """From a failing case to the smallest one that still fails, and a script that shows it.
 
 A deterministic greedy search: each size by itself goes to its smallest value, else as near to it as halving the
-distance finds; then simpler routing is tried; again until nothing shrinks. A smaller case counts if it fails in the same
-way (wrong values, or the same type of error). Shrunk cases have no record, so they are held against the baseline; a case
-that only its record tells from a right one keeps its sizes, and its script reads the recorded arrays.
+distance finds; then simpler routing is tried; again until nothing shrinks. A smaller case counts if it fails in the
+same way (wrong values, or the same type of error). Shrunk cases have no record, so they are held against the baseline;
+a case that only its record tells from a right one keeps its sizes, and its script reads the recorded arrays.
 
 Source: our specification; shrinking one coordinate after the other follows property-based testing.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_unlearn.regress import numeric
+from moe_unlearn.regress import numeric, ours
 from moe_unlearn.regress.case import Case
 from moe_unlearn.testing import AccuracyError
 
@@ -91,7 +91,6 @@ Run with the environment the kernel needs; ends with an error as long as the ker
 """
 
 {imports}
-
 {find}
 inputs = case.make({seed}{keywords})
 for name, value in inputs.items():
@@ -100,10 +99,9 @@ for name, value in inputs.items():
 made = numeric.evaluate(case, seed={seed}{keywords})
 expected = {expected}
 for name, actual in made.actual.items():
-    # the element that is farthest from the truth
-    error = (actual.double() - made.gold[name].double()).abs().flatten()
-    if error.numel():
-        i = int(error.argmax())
+    if actual.shape == made.gold[name].shape and actual.numel():
+        # the element that is farthest from the truth
+        i = int((actual.double() - made.gold[name].double()).abs().argmax())
         values = (tensor.flatten()[i].item() for tensor in (actual, expected[name], made.gold[name]))
         print("{{}} [{{}}]: got {{!r}}, expected {{!r}}, float64 {{!r}}".format(name, i, *values))
     assert_as_accurate(actual, expected[name], made.gold[name], name=name)
@@ -111,18 +109,20 @@ print("not wrong any more")
 '''
 
 
-def script(case: Case, seed: int, found: Failure, find: str, arrays: Path | None = None) -> str:
-    """Source of a stand-alone script; `find` defines `case`, `arrays` is a file of recorded outputs to compare with."""
+def script(case: Case, seed: int, found: Failure, impl: str = "auto", arrays: Path | None = None) -> str:
+    """Source of a stand-alone script; `arrays` is a file of recorded outputs to compare with, None the baseline."""
     routing = f", routing={found.routing!r}" if found.routing else ""
     imports = ["from moe_unlearn.regress import numeric", "from moe_unlearn.testing import assert_as_accurate"]
     expected = "made.baseline"
+    if case.device is not None:
+        imports.insert(0, "import dataclasses\n")
     if arrays is not None:
         imports.insert(0, "from safetensors.torch import load_file\n")
         expected = f"load_file({str(arrays)!r})  # as recorded"
     message = re.sub(r'"""|\\', "'", found.message).strip()
     return _SCRIPT.format(
         title=f"{case.name} with seed {seed}: {found.kind}.".replace('"', "'").replace("\\", "/"),
-        message=message, imports="\n".join(imports), find=find, seed=seed, expected=expected,
+        message=message, imports="\n".join(imports), find=_finder(case, impl), seed=seed, expected=expected,
         keywords=routing + "".join(f", {name}={value}" for name, value in found.sizes.items()),
     )  # fmt: skip
 
@@ -138,10 +138,14 @@ def write(folder: Path, case: Case, text: str) -> Path:
     return path
 
 
-def finder(case: Case, module: Path | None, impl: str) -> str:
-    """Lines that define `case` in a script: from the user's file, or one of ours."""
-    if module is None:
-        line = f"from moe_unlearn.regress import ours\n\ncases = ours.cases({impl!r}, {case.device!r})"
+def _finder(case: Case, impl: str) -> str:
+    """Lines that define the case in a script."""
+    origin, name, device = case.origin, case.name, case.device
+    if origin == ours.ORIGIN:
+        lines = f"from moe_unlearn.regress import ours\n\nfound = ours.cases({impl!r})"
+    elif origin.endswith(".py"):
+        lines = f"from moe_unlearn.regress.case import load\n\nfound = load({origin!r})"
     else:
-        line = f"from moe_unlearn.regress.case import load\n\ncases = load({str(module.resolve())!r})"
-    return f"{line}\n(case,) = [case for case in cases if case.name == {case.name!r}]"
+        lines = "from moe_unlearn.regress.case import cases, load_entry_points\n\nload_entry_points()\nfound = cases()"
+    lines += f"\n(case,) = [case for case in found if case.name == {name!r}]"
+    return lines if device is None else f"{lines}\ncase = dataclasses.replace(case, device={device!r})"

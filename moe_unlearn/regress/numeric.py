@@ -60,7 +60,9 @@ def evaluate(case: Case, seed: int = 0, *, routing: str | None = None, **sizes: 
         inputs = case.make(seed, routing=routing, **sizes)
         before = digests(inputs)
         if digests(case.make(seed, routing=routing, **sizes)) != before:
-            raise CaseError(f"case {case.name!r}: two calls of inputs({seed}) differ; all randomness must be the seed's")
+            raise CaseError(
+                f"case {case.name!r}: two calls of inputs({seed}) differ; all randomness must be the seed's"
+            )
     except CaseError:
         raise
     except Exception as error:
@@ -79,9 +81,7 @@ def evaluate(case: Case, seed: int = 0, *, routing: str | None = None, **sizes: 
             raise MutationError(f"case {case.name!r}: the kernel changed its input {', '.join(changed)}")
         return result
 
-    triples = outcomes(
-        function, reference, inputs, gradients=tuple(case.gradients), seed=seed, baseline=case.baseline
-    )
+    triples = outcomes(function, reference, inputs, gradients=tuple(case.gradients), seed=seed, baseline=case.baseline)
     if not triples:
         raise CaseError(f"case {case.name!r}: expected a tensor, or a tuple, list or dict of them; got none")
     columns = ({name: _plain(t[i]) for name, t in triples.items()} for i in range(3))
@@ -99,7 +99,9 @@ def judge(actual: Tensor, expected: Tensor, gold: Tensor, output: str = "output"
     return Verdict(output, ACCURATE, error_ratio(actual, expected, gold))
 
 
-def judge_all(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], gold: Mapping[str, Tensor]) -> list[Verdict]:
+def judge_all(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], gold: Mapping[str, Tensor]
+) -> list[Verdict]:
     """A verdict for each output, also for one that is missing on either side."""
     verdicts = []
     for name in [*expected, *(name for name in actual if name not in expected)]:

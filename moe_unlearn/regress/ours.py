@@ -27,13 +27,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PATTERNS = ("uniform", "skewed", "one_expert", "half_empty")
 
 
-def register_all(impl: str = "auto", device: str | None = None) -> list[Case]:
+def register_all(impl: str = "auto") -> list[Case]:
     """Register our cases with the implementation `impl` of every op; earlier ones are replaced."""
     forget(ORIGIN)
-    return [register(case) for case in cases(impl, device)]
+    return [register(case) for case in cases(impl)]
 
 
-def cases(impl: str = "auto", device: str | None = None) -> list[Case]:
+def cases(impl: str = "auto") -> list[Case]:
     """Our cases, each op called with impl=`impl`; not registered."""
     makers = (_route, _retain_weights, _expert_mlp, _expert_wgrad, _token_loss, _gram, _weight_score, _masked_update)
     made = []
@@ -41,7 +41,7 @@ def cases(impl: str = "auto", device: str | None = None) -> list[Case]:
         op = maker.__name__.strip("_")
         for name, options in maker(impl):
             tags = frozenset({"ours", op, *name.split("/")})
-            made.append(Case(name=f"{op}/{name}", tags=tags, device=device, **options))
+            made.append(Case(name=f"{op}/{name}", tags=tags, origin=ORIGIN, **options))
     return made
 
 
@@ -64,13 +64,16 @@ def _words(seed: int, *shape: int) -> Tensor:
 def _route(impl: str) -> Cases:
     sizes = {"tokens": 100, "experts": 8, "top_k": 2}
     for pattern in (*PATTERNS, "sentinels"):
-        yield pattern, {
-            "function": functools.partial(_call_route, ops.route, impl=impl),
-            "reference": functools.partial(_call_route, ops.route_ref),
-            "inputs": _route_inputs,
-            "sizes": sizes,
-            "routing": pattern,
-        }
+        yield (
+            pattern,
+            {
+                "function": functools.partial(_call_route, ops.route, impl=impl),
+                "reference": functools.partial(_call_route, ops.route_ref),
+                "inputs": _route_inputs,
+                "sizes": sizes,
+                "routing": pattern,
+            },
+        )
 
 
 def _route_inputs(seed, *, tokens, experts, top_k, routing):
@@ -91,9 +94,7 @@ def _index(pattern, tokens, experts, top_k, seed):
 def _call_route(function, top_k_index, num_experts, group, log_tilt, log_weight, **choice):
     """The op adds to log_weight in place: it is given a copy, which is returned."""
     added = log_weight.clone()
-    made = function(
-        top_k_index, num_experts, group=group, num_groups=2, log_tilt=log_tilt, log_weight=added, **choice
-    )
+    made = function(top_k_index, num_experts, group=group, num_groups=2, log_tilt=log_tilt, log_weight=added, **choice)
     return {**made._asdict(), "log_weight": added}
 
 
@@ -102,13 +103,16 @@ def _call_route(function, top_k_index, num_experts, group, log_tilt, log_weight,
 
 def _retain_weights(impl: str) -> Cases:
     for name, cap in (("free", None), ("capped", 1.5)):
-        yield name, {
-            "function": functools.partial(_call_retain_weights, cap=cap, impl=impl),
-            "reference": functools.partial(_retain_weights_truth, cap=cap),
-            "inputs": _retain_weights_inputs,
-            "sizes": {"tokens": 300, "experts": 5},
-            "smallest": {"tokens": 8},
-        }
+        yield (
+            name,
+            {
+                "function": functools.partial(_call_retain_weights, cap=cap, impl=impl),
+                "reference": functools.partial(_retain_weights_truth, cap=cap),
+                "inputs": _retain_weights_inputs,
+                "sizes": {"tokens": 300, "experts": 5},
+                "smallest": {"tokens": 8},
+            },
+        )
 
 
 def _retain_weights_inputs(seed, *, tokens, experts):
@@ -140,23 +144,29 @@ def _expert_mlp(impl: str) -> Cases:
     gpt_oss = ops.Gate("silu", 1.702, 7.0, 1.0)
     for dtype in DTYPES:
         for pattern in PATTERNS:
-            yield f"{dtype}/{pattern}", {
-                "function": functools.partial(ops.expert_mlp, impl=impl),
-                "reference": ops.expert_mlp_ref,
-                "inputs": functools.partial(_expert_mlp_inputs, dtype=dtype, bias=False),
-                "sizes": sizes,
-                "routing": pattern,
-                "gradients": gradients,
-            }
+            yield (
+                f"{dtype}/{pattern}",
+                {
+                    "function": functools.partial(ops.expert_mlp, impl=impl),
+                    "reference": ops.expert_mlp_ref,
+                    "inputs": functools.partial(_expert_mlp_inputs, dtype=dtype, bias=False),
+                    "sizes": sizes,
+                    "routing": pattern,
+                    "gradients": gradients,
+                },
+            )
         options = {"gate": gpt_oss, "transposed": True, "interleaved": True}
-        yield f"{dtype}/gpt_oss", {
-            "function": functools.partial(ops.expert_mlp, impl=impl, **options),
-            "reference": functools.partial(ops.expert_mlp_ref, **options),
-            "inputs": functools.partial(_expert_mlp_inputs, dtype=dtype, bias=True),
-            "sizes": {**sizes, "tokens": 24},
-            "routing": "uniform",
-            "gradients": (*gradients, "gate_up_bias", "down_bias"),
-        }
+        yield (
+            f"{dtype}/gpt_oss",
+            {
+                "function": functools.partial(ops.expert_mlp, impl=impl, **options),
+                "reference": functools.partial(ops.expert_mlp_ref, **options),
+                "inputs": functools.partial(_expert_mlp_inputs, dtype=dtype, bias=True),
+                "sizes": {**sizes, "tokens": 24},
+                "routing": "uniform",
+                "gradients": (*gradients, "gate_up_bias", "down_bias"),
+            },
+        )
 
 
 def _expert_mlp_inputs(seed, *, tokens, hidden, inner, experts, top_k, routing, dtype, bias):
@@ -165,7 +175,8 @@ def _expert_mlp_inputs(seed, *, tokens, hidden, inner, experts, top_k, routing, 
     made = ops.route_ref(_index(routing, tokens, experts, top_k, seed), experts)
     w1, w2 = normal(experts, 2 * inner, hidden) / hidden**0.5, normal(experts, hidden, inner) / inner**0.5
     inputs = {
-        "hidden_states": normal(tokens, hidden).to(kind),
+        # with biases large enough for the clamp of gpt-oss to matter
+        "hidden_states": (normal(tokens, hidden) * (4 if bias else 1)).to(kind),
         "top_k_weights": (normal(tokens, min(top_k, experts)).abs() + 0.1).to(kind),
         "sorted_rows": made.sorted_rows,
         "expert_offsets": made.expert_offsets,
@@ -183,17 +194,20 @@ def _expert_mlp_inputs(seed, *, tokens, hidden, inner, experts, top_k, routing, 
 
 def _expert_wgrad(impl: str) -> Cases:
     sizes = {"tokens": 60, "hidden": 64, "inner": 32, "experts": 5, "top_k": 2}
-    parts = {"store": (_store, "skewed"), "masked": (_store, "half_empty"), "adamw": (_adamw, "skewed"),
+    parts = {"store": (_store, "skewed"), "masked": (_store, "first_empty"), "adamw": (_adamw, "skewed"),
              "score": (_score, "skewed"), "inner": (_inner, "skewed")}  # fmt: skip
     for dtype in DTYPES:
         for part, (function, pattern) in parts.items():
-            yield f"{part}/{dtype}", {
-                "function": functools.partial(function, impl=impl),
-                "reference": functools.partial(function, impl="ref"),
-                "inputs": functools.partial(_expert_wgrad_inputs, dtype=dtype, part=part),
-                "sizes": sizes,
-                "routing": pattern,
-            }
+            yield (
+                f"{part}/{dtype}",
+                {
+                    "function": functools.partial(function, impl=impl),
+                    "reference": functools.partial(function, impl="ref"),
+                    "inputs": functools.partial(_expert_wgrad_inputs, dtype=dtype, part=part),
+                    "sizes": sizes,
+                    "routing": pattern,
+                },
+            )
 
 
 def _expert_wgrad_inputs(seed, *, tokens, hidden, inner, experts, top_k, routing, dtype, part):
@@ -220,9 +234,7 @@ def _expert_wgrad_inputs(seed, *, tokens, hidden, inner, experts, top_k, routing
 
 
 def _store(grad, input, expert_offsets, input_rows, experts, mask=None, *, impl):
-    return ops.expert_wgrad(
-        grad, input, expert_offsets, input_rows=input_rows, experts=experts, mask=mask, impl=impl
-    )
+    return ops.expert_wgrad(grad, input, expert_offsets, input_rows=input_rows, experts=experts, mask=mask, impl=impl)
 
 
 def _adamw(grad, input, expert_offsets, input_rows, experts, mask, weight, *, impl):
@@ -256,14 +268,17 @@ def _token_loss(impl: str) -> Cases:
     gradients = ("hidden_states", "lm_head", "bias", "token_weights")
     for kind in ("nll", "uce", "kl"):
         for dtype in DTYPES:
-            yield f"{kind}/{dtype}", {
-                "function": functools.partial(_loss, ops.token_loss, kind=kind, impl=impl),
-                "reference": functools.partial(_loss, ops.token_loss_ref, kind=kind),
-                "inputs": functools.partial(_token_loss_inputs, kind=kind, dtype=dtype),
-                "sizes": {"tokens": 300, "hidden": 24, "vocabulary": 97},
-                "smallest": {"vocabulary": 2},
-                "gradients": gradients,
-            }
+            yield (
+                f"{kind}/{dtype}",
+                {
+                    "function": functools.partial(_loss, ops.token_loss, kind=kind, impl=impl),
+                    "reference": functools.partial(_loss, ops.token_loss_ref, kind=kind),
+                    "inputs": functools.partial(_token_loss_inputs, kind=kind, dtype=dtype),
+                    "sizes": {"tokens": 300, "hidden": 24, "vocabulary": 97},
+                    "smallest": {"vocabulary": 2},
+                    "gradients": gradients,
+                },
+            )
 
 
 def _token_loss_inputs(seed, *, tokens, hidden, vocabulary, kind, dtype):
@@ -297,19 +312,25 @@ def _loss(function, hidden_states, lm_head, ref_hidden_states=None, **arguments)
 
 def _gram(impl: str) -> Cases:
     for dtype in DTYPES:
-        yield f"masked/{dtype}", {
-            "function": functools.partial(ops.gram, impl=impl),
-            "reference": functools.partial(ops.gram, impl="ref"),
-            "inputs": functools.partial(_gram_inputs, dtype=dtype),
-            "sizes": {"objectives": 3, "rows": 20, "columns": 70},
-        }
-        yield f"factors/{dtype}", {
-            "function": functools.partial(gram_factors, impl=impl),
-            "reference": functools.partial(gram_factors, impl="ref"),
-            "inputs": functools.partial(_factors_inputs, dtype=dtype),
-            "sizes": {"objectives": 3, "tokens": 40, "hidden": 24, "inner": 16, "experts": 5, "top_k": 2},
-            "routing": "skewed",
-        }
+        yield (
+            f"masked/{dtype}",
+            {
+                "function": functools.partial(ops.gram, impl=impl),
+                "reference": functools.partial(ops.gram, impl="ref"),
+                "inputs": functools.partial(_gram_inputs, dtype=dtype),
+                "sizes": {"objectives": 3, "rows": 20, "columns": 70},
+            },
+        )
+        yield (
+            f"factors/{dtype}",
+            {
+                "function": functools.partial(gram_factors, impl=impl),
+                "reference": functools.partial(gram_factors, impl="ref"),
+                "inputs": functools.partial(_factors_inputs, dtype=dtype),
+                "sizes": {"objectives": 3, "tokens": 40, "hidden": 24, "inner": 16, "experts": 5, "top_k": 2},
+                "routing": "skewed",
+            },
+        )
 
 
 def _gram_inputs(seed, *, objectives, rows, columns, dtype):
@@ -338,12 +359,15 @@ def _factors_inputs(seed, *, objectives, tokens, hidden, inner, experts, top_k, 
 
 def _weight_score(impl: str) -> Cases:
     for dtype in DTYPES:
-        yield dtype, {
-            "function": functools.partial(_score_parts, impl=impl),
-            "reference": functools.partial(_score_parts, impl="ref"),
-            "inputs": functools.partial(_weight_score_inputs, dtype=dtype),
-            "sizes": {"rows": 30, "columns": 70},
-        }
+        yield (
+            dtype,
+            {
+                "function": functools.partial(_score_parts, impl=impl),
+                "reference": functools.partial(_score_parts, impl="ref"),
+                "inputs": functools.partial(_weight_score_inputs, dtype=dtype),
+                "sizes": {"rows": 30, "columns": 70},
+            },
+        )
 
 
 def _weight_score_inputs(seed, *, rows, columns, dtype):
@@ -369,12 +393,15 @@ def _masked_update(impl: str) -> Cases:
     for dtype in DTYPES:
         for rounding in ("nearest",) if dtype == "float32" else ("nearest", "stochastic"):
             for rule, function in (("sgd", _sgd_step), ("adamw", _adamw_step)):
-                yield f"{rule}/{dtype}/{rounding}", {
-                    "function": functools.partial(function, rounding=rounding, impl=impl),
-                    "reference": functools.partial(function, rounding=rounding, impl="ref"),
-                    "inputs": functools.partial(_masked_update_inputs, dtype=dtype),
-                    "sizes": {"experts": 4, "rows": 8, "columns": 70},
-                }
+                yield (
+                    f"{rule}/{dtype}/{rounding}",
+                    {
+                        "function": functools.partial(function, rounding=rounding, impl=impl),
+                        "reference": functools.partial(function, rounding=rounding, impl="ref"),
+                        "inputs": functools.partial(_masked_update_inputs, dtype=dtype),
+                        "sizes": {"experts": 4, "rows": 8, "columns": 70},
+                    },
+                )
 
 
 def _masked_update_inputs(seed, *, experts, rows, columns, dtype):

@@ -1,10 +1,10 @@
 """Results as text for people, as markdown, as JSON and as JUnit XML, and the exit code that they mean.
 
-    0   fine
-    1   a regression: less accurate, other bits under --strict, an error, slower, more registers
-    2   usage: nothing recorded, a case that cannot be judged, a record that would be overwritten
-    3   the environment does not reproduce the recorded inputs
-    4   a corrupt store (raised as `store.StoreError`)
+0   fine
+1   a regression: less accurate, other bits under --strict, an error, slower, more registers
+2   usage: nothing recorded, a case that cannot be judged, a record that would be overwritten
+3   the environment does not reproduce the recorded inputs
+4   a corrupt store (raised as `store.StoreError`)
 """
 
 import json
@@ -12,12 +12,13 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 from moe_unlearn.regress.numeric import EQUAL, Verdict
+from moe_unlearn.regress.store import Entry
 
 FINE, REGRESSION, USAGE, ENVIRONMENT, CORRUPT = range(5)
 
@@ -68,7 +69,7 @@ def text(results: Sequence[Result], *, verbose: bool = False) -> str:
     for result in results:
         if not (verbose or result.status not in ("equal", "unchanged") or result.speed):
             continue
-        ratio = f"  error {_ratio(result)} x recorded" if result.status == "accurate" else ""
+        ratio = f"  error {_ratio(result)} x" if result.status == "accurate" else ""
         lines.append(f"{_WORDS.get(result.status, result.status):<18} {result.case}{ratio}")
         details = (result.message, result.speed, result.repro and f"repro: {result.repro}")
         lines += [f"    {line}" for detail in details if detail for line in detail.splitlines()]
@@ -124,6 +125,36 @@ def junit(results: Sequence[Result]) -> str:
         elif r.speed or r.status != EQUAL:
             ElementTree.SubElement(case, "system-out").text = _printable(f"{r.status} {r.message} {r.speed}".strip())
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
+
+
+def store_table(entries: Sequence[Entry], *, markdown: bool = False) -> str:
+    """A line per record, the newest of each case first, and a count."""
+    head = ("case", "recorded", "torch", "kernel", "largest RMS error", "remark")
+    rows = [tuple(_row(entry)) for entry in entries]
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)]
+    else:
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
+    count = len({entry.case for entry in entries})
+    return "\n".join([*lines, "", f"{count} cases, {len(entries)} records, all whole"])
+
+
+def _row(entry: Entry) -> Iterator[str]:
+    content = entry.content
+    source = content["source"]
+    errors = [output["rms_error"] for output in content["outputs"].values() if "rms_error" in output]
+    yield entry.case
+    yield content["recorded"]
+    yield content["environment"].get("torch", "")
+    yield " ".join(filter(None, (source.get("commit", "")[:9], "changed" if source.get("dirty") else "")))
+    yield f"{max(errors):.2e}" if errors else "integers"
+    yield f"superseded the former: {content['reason']}" if content["supersedes"] else ""
+
+
+def store_json(entries: Sequence[Entry]) -> str:
+    """The records as they are, each with its SHA-256."""
+    return json.dumps([{"sha256": entry.sha256, **entry.content} for entry in entries], indent=1)
 
 
 def write(path: Path, content: str) -> None:

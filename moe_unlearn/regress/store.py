@@ -29,9 +29,9 @@ from torch import Tensor
 FORMAT = "moe-unlearn kernels 1"
 _NAME = re.compile(r"(?P<slug>.*)-(?P<sha>[0-9a-f]{64})\.json")
 _FIELDS = {
-    "format": str, "case": str, "seed": int, "sizes": dict, "routing": str, "inputs": dict, "outputs": dict,
-    "arrays": str, "environment": dict, "source": dict, "seconds": list, "supersedes": (str, type(None)), "reason": str,
-    "recorded": str,
+    "format": str, "case": str, "origin": str, "seed": int, "sizes": dict, "routing": str, "inputs": dict,
+    "outputs": dict, "arrays": str, "environment": dict, "source": dict, "seconds": list,
+    "supersedes": (str, type(None)), "reason": str, "recorded": str,
 }  # fmt: skip
 
 
@@ -52,15 +52,24 @@ class Entry:
 
 
 class Store:
-    """A folder of records; it need not exist before the first one is added."""
+    """A folder of records; it need not exist before the first one is added.
+
+    It is read once: what another process adds later is seen by a new `Store`.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--store expects a folder; got the file {str(self.folder)!r}")
+        self._entries: list[Entry] | None = None
 
     def entries(self) -> list[Entry]:
         """Every record, verified; StoreError names a broken, missing or doubled one."""
+        if self._entries is None:
+            self._entries = self._verified()
+        return self._entries
+
+    def _verified(self) -> list[Entry]:
         found = [self._read(path) for path in sorted((self.folder / "entries").glob("*.json"))]
         known = {entry.sha256: entry for entry in found}
         successors: dict[str, Entry] = {}
@@ -69,7 +78,9 @@ class Store:
             if former is None:
                 continue
             if former not in known or known[former].case != entry.case:
-                raise StoreError(f"{self.folder}: the entry {former} of {entry.case!r} is missing; {entry.sha256} names it")
+                raise StoreError(
+                    f"{self.folder}: {entry.sha256} of {entry.case!r} supersedes {former}, which is missing"
+                )
             if former in successors:
                 raise StoreError(
                     f"{self.folder}: two entries of {entry.case!r} supersede {former}: {successors[former].sha256} and "
@@ -126,6 +137,7 @@ class Store:
 
         The entry it supersedes must be the newest of its case (None where there is none yet).
         """
+        self._entries = None
         newest = self.current().get(content["case"])
         if content["supersedes"] != (None if newest is None else newest.sha256):
             raise ValueError(
@@ -138,7 +150,9 @@ class Store:
         whole = {"format": FORMAT, **content, "arrays": digest, "recorded": now}
         body = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
         sha = self._write("entries", f"{_slug(content['case'])}-{{sha}}.json", body)
-        return Entry(sha, json.loads(body))
+        entry = Entry(sha, json.loads(body))
+        self._entries.append(entry)
+        return entry
 
     def _read(self, path: Path) -> Entry:
         data, named = _bytes(path), _NAME.fullmatch(path.name)

@@ -1,7 +1,9 @@
 """What can be done with a case and a store: record, check, accept, compare. The command line and pytest share it."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from moe_unlearn.regress import minimize, numeric, timing
 from moe_unlearn.regress.case import Case, digest, source
 from moe_unlearn.regress.fingerprint import fingerprint, mismatch
 from moe_unlearn.regress.numeric import ACCURATE, EQUAL, INACCURATE
-from moe_unlearn.regress.report import Result
+from moe_unlearn.regress.report import FINE, Result
 from moe_unlearn.regress.store import Entry, Store, StoreError
 
 ROUNDS = 7
@@ -41,9 +43,11 @@ def _record(case: Case, store: Store, seed: int | None, speed: bool, reason: str
     made = numeric.evaluate(case, seed)
     verdicts = tuple(numeric.judge_all(made.actual, made.baseline, made.gold))
     if numeric.worst(verdicts) == INACCURATE:
-        return Result(case.name, "inaccurate", "not recorded, its reference says it is wrong: " + _why(verdicts), verdicts)
+        hint = "a kernel meant to be less accurate than plain PyTorch names a `baseline` in its case"
+        message = f"not recorded, wrong by its own reference ({hint}):\n{_why(verdicts)}"
+        return Result(case.name, INACCURATE, message, verdicts)
     content = {
-        "case": case.name, "seed": seed, **_definition(case), "inputs": made.inputs,
+        "case": case.name, "origin": _origin_name(case), "seed": seed, **_definition(case), "inputs": made.inputs,
         "outputs": {name: _describe(value, made.gold[name]) for name, value in made.actual.items()},
         "environment": fingerprint(case.device or "cpu"), "source": source(case),
     }  # fmt: skip
@@ -52,7 +56,8 @@ def _record(case: Case, store: Store, seed: int | None, speed: bool, reason: str
         if same:
             return Result(case.name, "unchanged")
         if reason is None:
-            return Result(case.name, "refused", f"recorded differently on {former.content['recorded']}; see check, accept")
+            when = former.content["recorded"]
+            return Result(case.name, "refused", f"recorded differently on {when}; see check, accept")
     content |= {
         "seconds": timing.measure({"": timed_call(case, seed)}, rounds=ROUNDS)[""] if speed else [],
         "supersedes": former and former.sha256,
@@ -62,9 +67,31 @@ def _record(case: Case, store: Store, seed: int | None, speed: bool, reason: str
     return Result(case.name, "recorded" if reason is None else "accepted", outputs=verdicts)
 
 
-def check(case: Case, entry: Entry | None, arrays: Mapping[str, Tensor] | None, *, strict: bool = False) -> Result:
-    """Hold what `case` gives now against its record, an entry and its arrays."""
-    return _timed(case, lambda: _check(case, entry, arrays, strict))
+def check(
+    case: Case,
+    store: Store,
+    *,
+    strict: bool = False,
+    speed: bool = False,
+    repros: Path | None = None,
+    impl: str = "auto",
+) -> Result:
+    """Hold what `case` gives now against its record.
+
+    Args:
+        strict: other bits fail, however accurate.
+        speed: show the recorded time beside one of now, unless the numbers fail.
+        repros: folder for a stand-alone script of the smallest failure; None writes none.
+        impl: what the script asks of our ops.
+    """
+    entry = store.current().get(case.name)
+    arrays = entry and store.arrays(entry)
+    result = _timed(case, lambda: _check(case, entry, arrays, strict))
+    if speed and result.code == FINE:
+        result = replace(result, speed=_recorded_speed(case, entry))
+    if repros is not None and result.status in (INACCURATE, "failed"):
+        result = replace(result, repro=_reproduce(case, entry, store, result, repros, impl))
+    return result
 
 
 def _check(case: Case, entry: Entry | None, arrays: Mapping[str, Tensor] | None, strict: bool) -> Result:
@@ -144,40 +171,46 @@ def timed_call(case: Case, seed: int) -> Callable[[], object]:
     return timing.rotate(call, make)
 
 
-def recorded_speed(case: Case, entry: Entry) -> str:
-    """Recorded time and time now, as information; they are only put in relation where the devices are the same."""
-    then = entry.content["seconds"]
+def _recorded_speed(case: Case, entry: Entry) -> str:
+    then, device = entry.content["seconds"], case.device or "cpu"
     if not then:
         return "no time is recorded (record --speed)"
-    now = timing.measure({"": timed_call(case, entry.content["seed"])}, rounds=ROUNDS, device=case.device or "cpu")[""]
-    then, now = sorted(then)[len(then) // 2], sorted(now)[len(now) // 2]
-    fields = mismatch(entry.content["environment"], fingerprint(case.device or "cpu"))
-    relation = f"other device, {'; '.join(fields)}" if fields else f"{now / then:.2f} x, another run: use compare --base"
+    now = timing.measure({"": timed_call(case, entry.content["seed"])}, rounds=ROUNDS, device=device)[""]
+    then, now = statistics.median(then), statistics.median(now)
+    fields = mismatch(entry.content["environment"], fingerprint(device))
+    relation = f"not comparable, {'; '.join(fields)}" if fields else f"{now / then:.2f} x, of two runs"
     return f"recorded {then * 1e6:.0f} us, now {now * 1e6:.0f} us ({relation})"
 
 
-def reproduce(case: Case, entry: Entry | None, store: Store, result: Result, folder: Path, find: str) -> Path | None:
-    """A stand-alone script of the smallest failure like that of `result`; None where there is nothing to show."""
-    if result.status not in (INACCURATE, "failed"):
-        return None
-    seed = 0 if entry is None else entry.content["seed"]
-    found, arrays = minimize.shrink(case, seed), None
+def _reproduce(case: Case, entry: Entry, store: Store, result: Result, folder: Path, impl: str) -> str:
+    """Path of a script that shows the smallest failure like that of `result`; "" where there is none to show."""
+    if not case.origin:
+        return ""
+    seed, arrays = entry.content["seed"], None
+    found = minimize.shrink(case, seed)
     if found is None:
-        if entry is None:
-            return None
+        if result.status == "failed":
+            return ""
         # as good as its baseline: only the record shows the loss
         arrays = store.arrays_path(entry).resolve()
         found = minimize.Failure(dict(case.sizes), case.routing, "less accurate than recorded", result.message)
-    return minimize.write(folder, case, minimize.script(case, seed, found, find, arrays))
+    return str(minimize.write(folder, case, minimize.script(case, seed, found, impl, arrays)))
 
 
-def gone(current: Mapping[str, Entry], cases: Sequence[Case], patterns: Sequence[str]) -> list[Result]:
-    """Results for records without a case, where all cases were asked for."""
-    if patterns:
-        return []
-    missing = sorted(set(current) - {case.name for case in cases})
-    why = "recorded, but no such case is registered; is a --module missing?"
-    return [Result(name, "gone", why) for name in missing]
+def gone(cases: Sequence[Case], store: Store) -> list[Result]:
+    """Results for records whose case is not among `cases`, of the files and packages that these come from."""
+    names, origins = {case.name for case in cases}, {_origin_name(case) for case in cases}
+    why = "recorded, but the case is not there any more"
+    return [
+        Result(name, "gone", why)
+        for name, entry in sorted(store.current().items())
+        if name not in names and entry.content["origin"] in origins
+    ]
+
+
+def _origin_name(case: Case) -> str:
+    """What a store calls the file or package of a case; no path of this machine."""
+    return Path(case.origin).name if case.origin.endswith(".py") else case.origin
 
 
 def _definition(case: Case) -> dict[str, object]:
@@ -206,4 +239,4 @@ def _timed(case: Case, judge: Callable[[], Result]) -> Result:
         result = Result(case.name, "invalid", str(error))
     except Exception as error:
         result = Result(case.name, "failed", f"{type(error).__name__}: {error}")
-    return Result(**{**vars(result), "seconds": time.perf_counter() - start})
+    return replace(result, seconds=time.perf_counter() - start)
