@@ -141,8 +141,8 @@ def test_a_corrupt_store(package, capsys):
     assert softmax("record") == 0
     (arrays,) = Path("kernel_store/arrays").iterdir()
     arrays.write_bytes(arrays.read_bytes()[:-1])
-    for verb in (softmax("check"), kernels("report")):
-        assert verb == 4
+    for verb in (lambda: softmax("check"), lambda: kernels("report")):
+        assert verb() == 4
         assert f"corrupt store: {arrays}: content does not match its SHA-256" in capsys.readouterr().err
 
 
@@ -216,7 +216,7 @@ def test_speed_of_another_device_is_not_compared(package, capsys, monkeypatch):
 
 def test_compare(package, capsys):
     Path("old.py").write_text(example())
-    package("(e / e.sum(-1, keepdim=True)).sort(-1, stable=True).values.gather(-1, x.argsort(-1).argsort(-1))")
+    package("(x.sort(-1), e / e.sum(-1, keepdim=True))[1]")
     assert kernels("compare", "old.py", "test_softmax.py") == 1
     assert re.search(r"slower +softmax\n +slower: [\d.]+ x base", capsys.readouterr().out)
     package(BROKEN)

@@ -50,7 +50,8 @@ def test_recorded_accuracy_is_the_measure_not_the_baseline():
 
 @pytest.mark.parametrize(
     "change",
-    [lambda y: y.double(), lambda y: y[:-1], lambda y: y.t(), lambda y: y / 0, lambda y: torch.where(y > 2, torch.nan, y)],
+    [lambda y: y.double(), lambda y: y[:-1], lambda y: y.t(), lambda y: y / 0,
+     lambda y: torch.where(y > 2, torch.nan, y)],
     ids=["dtype", "shape", "transposed", "infinite", "nan"],
 )  # fmt: skip
 def test_dtype_shape_and_nans(change):

@@ -7,7 +7,6 @@ import pytest
 from moe_unlearn.regress import numeric, seeded
 
 
-@pytest.mark.quick
 def test_all_are_found_and_no_harmless_change_is():
     outcome = seeded.run()
     assert outcome.bugs >= 30 and outcome.changes >= 10
@@ -23,8 +22,8 @@ def test_on_other_seeds(seed):
 @pytest.mark.quick
 def test_the_corpus_is_broad():
     kinds = Counter(bug.kind for bug in seeded.BUGS)
-    wanted = {"index", "mask", "stride", "dtype", "accumulation", "initialisation", "off by one", "sign", "dropped expert",
-              "scale", "precision", "stale row"}  # fmt: skip
+    wanted = {"index", "mask", "stride", "dtype", "accumulation", "initialisation", "off by one", "sign",
+              "dropped expert", "scale", "precision", "stale row"}  # fmt: skip
     assert wanted <= set(kinds)
     titles = [(bug.case, bug.kind, bug.name) for bug in seeded.BUGS]
     assert len(titles) == len(set(titles))
@@ -39,7 +38,10 @@ def test_a_blind_criterion_is_noticed(monkeypatch):
 
 
 @pytest.mark.quick
-def test_rows_for_the_table():
+def test_rows_for_the_table(monkeypatch):
+    monkeypatch.setattr(seeded, "BUGS", seeded.BUGS[-3:])
+    monkeypatch.setattr(seeded, "CHANGES", seeded.CHANGES[-1:])
+
     def row(check, limit, measured, at_most=False, note=""):
         return check, limit, measured, at_most
 
