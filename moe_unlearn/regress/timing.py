@@ -1,7 +1,8 @@
 """Speed compared honestly: rounds of the contenders take turns, and a verdict needs a shown change that matters.
 
-**Measuring.** A round is one timed batch of calls of each contender; the order is reversed from round to round,
-so that drift of the machine cancels. Before the first round every contender runs for `warm_up` seconds, and a
+**Measuring.** A round times a batch of calls of each contender; the order is reversed every time, so that drift
+of the machine cancels. With `repeats` a round times each of them that often, in turns, and the fastest counts:
+being interrupted only ever adds time. Before the first round every contender runs for `warm_up` seconds, and a
 contender too short for the clock is called several times a round. The clock is the processor time of the thread
 where torch has one thread (what others take from the machine is left out), wall time where it has more, and CUDA
 events on a GPU. `rotate` lets every call meet inputs that the caches no longer hold.
@@ -41,6 +42,8 @@ Verdict = Literal["slower", "faster", "same", "refused", "suppressed"]
 THRESHOLD = 0.05
 CONFIDENCE = 0.99
 MINIMUM_ROUNDS = 5
+# measured on the recordings of noise.py: one reading a round needs about four times the rounds on a busy machine
+REPEATS = 3
 LOOKS = (8, 16, 32, 64, 128, 256)
 
 # kept from the time of import: a kernel that replaces the module's attributes cannot change what we read
@@ -80,6 +83,7 @@ def measure(
     contenders: Mapping[str, Callable[[], object]],
     *,
     rounds: int = 7,
+    repeats: int = 1,
     warm_up: float = 0.2,
     shortest: float = 2e-3,
     device: torch.device | str = "cpu",
@@ -90,16 +94,18 @@ def measure(
     Args:
         contenders: functions without arguments; their results are dropped.
         rounds: at least MINIMUM_ROUNDS for a verdict, fewer are taken as they are.
+        repeats: readings of each contender in a round; the smallest counts.
         warm_up: wall seconds that each contender runs first; at least one call.
         shortest: seconds; a contender that takes less is called as often as fills them in every round.
         device: where the work runs; its type decides the clock where `clock` is None (module docstring).
         clock: seconds; for a GPU it must itself wait for the device.
 
-    Raises ValueError without contenders or rounds.
+    Raises ValueError without contenders, rounds or repeats.
     """
-    if not contenders or rounds < 1:
-        raise ValueError(f"expected at least one contender and one round; got {len(contenders)} and {rounds}")
-    turns = take_turns(contenders, warm_up=warm_up, shortest=shortest, device=device, clock=clock)
+    if not contenders or min(rounds, repeats) < 1:
+        got = f"{len(contenders)}, {rounds} and {repeats}"
+        raise ValueError(f"expected at least one contender, one round and one repeat; got {got}")
+    turns = take_turns(contenders, repeats=repeats, warm_up=warm_up, shortest=shortest, device=device, clock=clock)
     table = list(itertools.islice(turns, rounds))
     return {name: [row[name] for row in table] for name in contenders}
 
@@ -107,6 +113,7 @@ def measure(
 def take_turns(
     contenders: Mapping[str, Callable[[], object]],
     *,
+    repeats: int = REPEATS,
     warm_up: float = 0.2,
     shortest: float = 2e-3,
     device: torch.device | str = "cpu",
@@ -117,9 +124,14 @@ def take_turns(
     calls = {name: _warm(function, watch, warm_up, shortest) for name, function in contenders.items()}
     order = list(contenders)
     while True:
-        seconds = {name: watch(contenders[name], calls[name]) / calls[name] for name in order}
-        yield {name: seconds[name] for name in contenders}
-        order.reverse()
+        fastest = dict.fromkeys(contenders, math.inf)
+        for _ in range(repeats):
+            for name in order:
+                fastest[name] = min(fastest[name], watch(contenders[name], calls[name]) / calls[name])
+            order.reverse()
+        if repeats % 2 == 0:
+            order.reverse()
+        yield fastest
 
 
 def stopwatch(
