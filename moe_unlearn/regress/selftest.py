@@ -90,9 +90,14 @@ def _rates(
 
 def defences() -> Iterator[Row]:
     """Every adversary of `defence` is flagged for what it does, and the honest kernel for nothing."""
-    for kind, flagged in defence.prove():
-        check = "honest kernel: flagged" if kind == "honest" else f"{kind}: flagged"
-        yield Row(check, 0.0 if kind == "honest" else 1.0, float(flagged), at_most=kind == "honest")
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for name, kind, findings in defence.prove(device):
+            if kind:
+                flagged = any(finding.kind == kind for finding in findings)
+                yield Row(f"{kind} ({name}, {device}): flagged", 1.0, float(flagged))
+            else:
+                note = "; ".join(map(str, findings))
+                yield Row(f"nothing ({name}, {device}): flagged", 0.0, float(bool(findings)), at_most=True, note=note)
 
 
 def numbers() -> Iterator[Row]:
@@ -105,11 +110,11 @@ def numbers() -> Iterator[Row]:
 
 def table(rows: Iterable[Row]) -> Iterator[str]:
     """check, limit, measured, verdict; line by line as the rows come."""
-    yield f"{'check':44} {'limit':>9} {'measured':>9}  verdict"
+    yield f"{'check':60} {'limit':>9} {'measured':>9}  verdict"
     for row in rows:
         limit = f"{'<=' if row.at_most else '>='} {row.limit:.0%}"
         verdict = ("ok" if row.passed else "FAILED") + (f"  ({row.note})" if row.note else "")
-        yield f"{row.check:44} {limit:>9} {row.measured:>9.1%}  {verdict}"
+        yield f"{row.check:60} {limit:>9} {row.measured:>9.1%}  {verdict}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

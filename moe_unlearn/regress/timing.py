@@ -47,7 +47,7 @@ REPEATS = 3
 LOOKS = (8, 16, 32, 64, 128, 256)
 
 # kept from the time of import: a kernel that replaces the module's attributes cannot change what we read
-_perf_counter, _thread_time, _Event, _synchronize = (
+perf_counter, thread_time, _Event, synchronize = (
     time.perf_counter,
     time.thread_time,
     torch.cuda.Event,
@@ -140,7 +140,7 @@ def stopwatch(
     """A function (function, calls) -> seconds that these calls take together, by the clock of `measure`."""
     if clock is None and torch.device(device).type == "cuda":
         return _cuda_seconds
-    clock = clock or (_thread_time if torch.get_num_threads() == 1 else _perf_counter)
+    clock = clock or (thread_time if torch.get_num_threads() == 1 else perf_counter)
 
     def seconds(function: Callable[[], object], calls: int) -> float:
         turns = itertools.repeat(None, calls)
@@ -154,24 +154,24 @@ def stopwatch(
 
 def _cuda_seconds(function: Callable[[], object], calls: int) -> float:
     start, end = _Event(enable_timing=True), _Event(enable_timing=True)
-    _synchronize()
+    synchronize()
     start.record()
     for _ in range(calls):
         function()
     end.record()
     # all streams: work left on another one must not run into the next contender's round
-    _synchronize()
+    synchronize()
     return start.elapsed_time(end) / 1e3
 
 
 def _warm(function: Callable[[], object], watch: Callable, warm_up: float, shortest: float) -> int:
     """Run `function` for `warm_up` seconds; the number of calls that a round takes."""
-    start, fastest, calls = _perf_counter(), math.inf, 1
+    start, fastest, calls = perf_counter(), math.inf, 1
     while True:
         fastest = min(fastest, watch(function, calls) / calls)
         # one call may be less than the clock can show
         needed = math.ceil(shortest / fastest) if fastest > 0 else 2 * calls
-        if _perf_counter() - start >= warm_up and (fastest > 0 or calls >= 1 << 16):
+        if perf_counter() - start >= warm_up and (fastest > 0 or calls >= 1 << 16):
             return max(1, min(needed, 1 << 20))
         calls = max(1, min(needed, 2 * calls))
 
