@@ -8,7 +8,7 @@
     patched timer      a clock of Python's or torch's is no longer the one that was there
     impossible speed   more than TOO_FAST times as fast as a rival, or than the machine's measured ceilings allow
 
-An op that writes its inputs on purpose says so (`writes`). The first five are facts; the last is a suspicion.
+The first five are facts; the last is a suspicion.
 `adversaries` holds a kernel for each, and `prove` shows that each is flagged.
 
 Source: our specification; the list follows KernelBench's adversarial kernels.
@@ -17,7 +17,7 @@ Source: our specification; the list follows KernelBench's adversarial kernels.
 import threading
 import time
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from moe_unlearn.regress import adversaries, timing
-from moe_unlearn.regress.timing import perf_counter, synchronize, thread_time
+from moe_unlearn.regress.numeric import same_bits
+from moe_unlearn.regress.timing import perf_counter, synchronize, tensors, thread_time
 
 TOO_FAST = 10.0
 # a measured ceiling is itself noisy
@@ -68,7 +69,6 @@ def inspect(
     function: Callable[..., object],
     inputs: Inputs,
     *,
-    writes: Collection[str] = (),
     rival: Callable[..., object] | None = None,
     flops: float = 0.0,
     moved: float = 0.0,
@@ -79,7 +79,6 @@ def inspect(
     Args:
         function: called as function(**inputs(seed)); returns tensors, in tuples, lists or dicts.
         inputs: the same inputs for the same seed, others for another, newly allocated each time.
-        writes: names of the inputs that `function` may change and return.
         rival: an honest implementation to be compared in speed.
         flops, moved: floating-point operations and bytes that a call cannot do without, held against `ceilings`.
 
@@ -87,7 +86,7 @@ def inspect(
     """
     findings = patched_timers()
     for check in (_mutated, _aliased, _cached, _unfinished):
-        findings += check(function, inputs, writes)
+        findings += check(function, inputs)
     findings += patched_timers()
     if rival is not None or ceilings is not None:
         calls = {"ours": timing.rotate(function, inputs)} | ({"rival": timing.rotate(rival, inputs)} if rival else {})
@@ -142,62 +141,60 @@ def prove(device: str = "cpu") -> Iterator[tuple[str, str, list[Finding]]]:
         yield name, kind, found
 
 
-def _mutated(function: Callable, inputs: Inputs, writes: Collection[str]) -> list[Finding]:
+def _mutated(function: Callable, inputs: Inputs) -> list[Finding]:
     given = inputs(0)
-    before = {name: value.detach().clone() for name, value in _named(given).items() if name not in writes}
+    before = _copies(given)
     function(**given)
     _finish(given)
-    changed = [name for name, value in before.items() if not _same_bits(value, given[name])]
+    changed = [name for name, value in tensors(given).items() if not same_bits(before[name], value)]
     return [Finding("mutated input", f"the call changes {name}") for name in changed]
 
 
-def _aliased(function: Callable, inputs: Inputs, writes: Collection[str]) -> list[Finding]:
+def _aliased(function: Callable, inputs: Inputs) -> list[Finding]:
+    # all of them stay alive, so that memory in use twice is memory shared
     first, second = inputs(0), inputs(1)
-    earlier, later = _tensors(function(**first)), _tensors(function(**second))
-    allowed = {_storage(second[name]) for name in writes if isinstance(second.get(name), Tensor)}
-    findings = []
-    for i, output in enumerate(later):
-        where = _storage(output)
-        if where in allowed or not where:
-            continue
-        shared = [name for name, value in _named(second).items() if _storage(value) == where]
-        findings += [Finding("aliased output", f"output {i} lies in the memory of {name}") for name in shared]
-        if not shared and where in {_storage(value) for value in earlier}:
-            findings.append(Finding("aliased output", f"output {i} lies in the memory of an earlier call's output"))
-    return findings
+    earlier, later = tensors(function(**first)), tensors(function(**second))
+    owners = {_memory(value): "the output of an earlier call" for value in earlier.values()}
+    owners |= {_memory(value): name for name, value in tensors(second).items()}
+    return [
+        Finding("aliased output", f"{_output(name)} lies in the memory of {owners[_memory(value)]}")
+        for name, value in later.items()
+        if _memory(value) in owners and value.numel()
+    ]
 
 
-def _cached(function: Callable, inputs: Inputs, writes: Collection[str]) -> list[Finding]:
+def _cached(function: Callable, inputs: Inputs) -> list[Finding]:
     """The results of two seeds in memory of their own, then both again, in turns, in one piece of memory."""
 
-    def results(given: Mapping[str, object]) -> list[Tensor]:
-        outputs = _tensors(function(**given))
+    def results(given: Mapping[str, object]) -> dict[str, Tensor]:
+        outputs = tensors(function(**given))
         _finish(given)
-        return [value.detach().clone() for value in [*outputs, *(given[name] for name in writes)]]
+        return _copies(outputs)
 
     given = inputs(0)
     old, new = results(inputs(0)), results(inputs(1))
-    if old and _all_same(old, new) and not _all_same(_tensors(given), _tensors(inputs(1))):
+    if _same(old, new):
+        if not old or _same(tensors(given), tensors(inputs(1))):
+            return []
         return [Finding("cached result", "other inputs give the same results")]
     for seed in (0, 1, 0, 1):
         if not _refill(given, inputs(seed)):
             return []
-        stale, fresh = (new, old) if seed == 0 else (old, new)
-        if _all_same(results(given), stale) and not _all_same(stale, fresh):
+        if _same(results(given), new if seed == 0 else old):
             return [Finding("cached result", "other values in the same memory give the old results")]
     return []
 
 
-def _unfinished(function: Callable, inputs: Inputs, writes: Collection[str]) -> list[Finding]:
+def _unfinished(function: Callable, inputs: Inputs) -> list[Finding]:
     given = inputs(0)
     if _device(given).type == "cuda":
         return _unfinished_on_gpu(function, given)
     threads = set(threading.enumerate())
-    outputs = _tensors(function(**given))
-    at_return = [value.detach().clone() for value in outputs]
+    outputs = tensors(function(**given))
+    at_return = _copies(outputs)
     left = [thread.name for thread in threading.enumerate() if thread not in threads]
     _sleep(SETTLE)
-    if not _all_same(at_return, outputs):
+    if not _same(at_return, outputs):
         return [Finding("side-stream work", "the outputs still change after the call has returned")]
     if left:
         return [Finding("side-stream work", f"the call leaves threads behind: {', '.join(left)}")]
@@ -239,8 +236,8 @@ def _unfinished_on_gpu(function: Callable, given: Mapping[str, object]) -> list[
 
 def _refill(given: Mapping[str, object], values: Mapping[str, object]) -> bool:
     """Copy `values` into the memory of `given`; False where they do not fit into it."""
-    targets, sources = _named(given), _named(values)
-    if any(target.shape != sources[name].shape for name, target in targets.items()):
+    targets, sources = tensors(given), tensors(values)
+    if any(name not in sources or target.shape != sources[name].shape for name, target in targets.items()):
         return False
     try:
         for name, target in targets.items():
@@ -250,39 +247,26 @@ def _refill(given: Mapping[str, object], values: Mapping[str, object]) -> bool:
     return True
 
 
-def _named(given: Mapping[str, object]) -> dict[str, Tensor]:
-    return {name: value for name, value in given.items() if isinstance(value, Tensor)}
+def _copies(found: Mapping[str, object]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in tensors(found).items()}
 
 
-def _tensors(value: object) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(same_bits(a[name].detach(), b[name].detach()) for name in a)
 
 
-def _storage(value: Tensor) -> int:
-    """Address of the memory; 0 where there is none."""
+def _memory(value: Tensor) -> int:
     return value.untyped_storage().data_ptr()
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal, with NaN equal to NaN."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
-
-
-def _bits(value: Tensor) -> Tensor:
-    return value.detach().contiguous().flatten().view(torch.uint8)
-
-
-def _all_same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(_same_bits, a, b))
-
-
 def _device(given: Mapping[str, object]) -> torch.device:
-    return next((value.device for value in _named(given).values()), torch.device("cpu"))
+    return next((value.device for value in tensors(given).values()), torch.device("cpu"))
 
 
 def _finish(given: Mapping[str, object]) -> None:
     if _device(given).type == "cuda":
         synchronize()
+
+
+def _output(name: str) -> str:
+    return f"output {name}" if name else "the output"

@@ -44,15 +44,13 @@ CONFIDENCE = 0.99
 MINIMUM_ROUNDS = 5
 # measured on the recordings of noise.py: one reading a round needs about four times the rounds on a busy machine
 REPEATS = 3
+WARM_UP = 0.2
+SHORTEST = 2e-3
 LOOKS = (8, 16, 32, 64, 128, 256)
 
-# kept from the time of import: a kernel that replaces the module's attributes cannot change what we read
-perf_counter, thread_time, _Event, synchronize = (
-    time.perf_counter,
-    time.thread_time,
-    torch.cuda.Event,
-    torch.cuda.synchronize,
-)
+# kept from the time of import: a kernel that replaces the modules' attributes cannot change what we read
+perf_counter, thread_time, synchronize = time.perf_counter, time.thread_time, torch.cuda.synchronize
+_Event, _record, _elapsed_time = torch.cuda.Event, torch.cuda.Event.record, torch.cuda.Event.elapsed_time
 
 
 class Interval(NamedTuple):
@@ -84,8 +82,8 @@ def measure(
     *,
     rounds: int = 7,
     repeats: int = 1,
-    warm_up: float = 0.2,
-    shortest: float = 2e-3,
+    warm_up: float = WARM_UP,
+    shortest: float = SHORTEST,
     device: torch.device | str = "cpu",
     clock: Callable[[], float] | None = None,
 ) -> dict[str, list[float]]:
@@ -114,14 +112,14 @@ def take_turns(
     contenders: Mapping[str, Callable[[], object]],
     *,
     repeats: int = REPEATS,
-    warm_up: float = 0.2,
-    shortest: float = 2e-3,
+    warm_up: float = WARM_UP,
+    shortest: float = SHORTEST,
     device: torch.device | str = "cpu",
     clock: Callable[[], float] | None = None,
 ) -> Iterator[dict[str, float]]:
     """The rounds of `measure`, one after another without end."""
     watch = stopwatch(device, clock)
-    calls = {name: _warm(function, watch, warm_up, shortest) for name, function in contenders.items()}
+    calls = {name: warm(function, watch, warm_up, shortest) for name, function in contenders.items()}
     order = list(contenders)
     while True:
         fastest = dict.fromkeys(contenders, math.inf)
@@ -155,17 +153,22 @@ def stopwatch(
 def _cuda_seconds(function: Callable[[], object], calls: int) -> float:
     start, end = _Event(enable_timing=True), _Event(enable_timing=True)
     synchronize()
-    start.record()
+    _record(start)
     for _ in range(calls):
         function()
-    end.record()
+    _record(end)
     # all streams: work left on another one must not run into the next contender's round
     synchronize()
-    return start.elapsed_time(end) / 1e3
+    return _elapsed_time(start, end) / 1e3
 
 
-def _warm(function: Callable[[], object], watch: Callable, warm_up: float, shortest: float) -> int:
-    """Run `function` for `warm_up` seconds; the number of calls that a round takes."""
+def warm(
+    function: Callable[[], object],
+    watch: Callable[[Callable[[], object], int], float],
+    warm_up: float = WARM_UP,
+    shortest: float = SHORTEST,
+) -> int:
+    """Run `function` for `warm_up` wall seconds, at least once; the calls that fill `shortest` seconds of `watch`."""
     start, fastest, calls = perf_counter(), math.inf, 1
     while True:
         fastest = min(fastest, watch(function, calls) / calls)
@@ -188,13 +191,24 @@ def rotate(
     """
     inputs = [make(0)]
     if copies is None:
-        tensors = [value for value in inputs[0].values() if isinstance(value, torch.Tensor)]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        device = tensors[0].device if tensors else torch.device("cpu")
+        found = list(tensors(inputs[0]).values())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in found)
+        device = found[0].device if found else torch.device("cpu")
         copies = min(64, max(2, math.ceil(2 * cache_bytes(device) / max(size, 1))))
     inputs += [make(i) for i in range(1, copies)]
     following = itertools.cycle(inputs)
     return lambda: function(**next(following))
+
+
+def tensors(value: object, path: str = "") -> dict[str, torch.Tensor]:
+    """The tensors in nested dicts, lists and tuples, by their path: "masks.1"."""
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    found: dict[str, torch.Tensor] = {}
+    for key, part in parts:
+        found |= tensors(part, f"{path}.{key}" if path else str(key))
+    return found
 
 
 def cache_bytes(device: torch.device | str) -> int:
