@@ -1,7 +1,8 @@
 """Speed compared honestly: rounds of the contenders take turns, and a verdict needs a shown change that matters.
 
-**Measuring.** A round is one timed batch of calls of each contender; the order is reversed from round to round,
-so that drift of the machine cancels. Before the first round every contender runs for `warm_up` seconds, and a
+**Measuring.** A round times a batch of calls of each contender; the order is reversed every time, so that drift
+of the machine cancels. With `repeats` a round times each of them that often, in turns, and the fastest counts:
+being interrupted only ever adds time. Before the first round every contender runs for `warm_up` seconds, and a
 contender too short for the clock is called several times a round. The clock is the processor time of the thread
 where torch has one thread (what others take from the machine is left out), wall time where it has more, and CUDA
 events on a GPU. `rotate` lets every call meet inputs that the caches no longer hold.
@@ -41,15 +42,15 @@ Verdict = Literal["slower", "faster", "same", "refused", "suppressed"]
 THRESHOLD = 0.05
 CONFIDENCE = 0.99
 MINIMUM_ROUNDS = 5
+# measured on the recordings of noise.py: one reading a round needs about four times the rounds on a busy machine
+REPEATS = 3
+WARM_UP = 0.2
+SHORTEST = 2e-3
 LOOKS = (8, 16, 32, 64, 128, 256)
 
-# kept from the time of import: a kernel that replaces the module's attributes cannot change what we read
-_perf_counter, _thread_time, _Event, _synchronize = (
-    time.perf_counter,
-    time.thread_time,
-    torch.cuda.Event,
-    torch.cuda.synchronize,
-)
+# kept from the time of import: a kernel that replaces the modules' attributes cannot change what we read
+perf_counter, thread_time, synchronize = time.perf_counter, time.thread_time, torch.cuda.synchronize
+_Event, _record, _elapsed_time = torch.cuda.Event, torch.cuda.Event.record, torch.cuda.Event.elapsed_time
 
 
 class Interval(NamedTuple):
@@ -80,8 +81,9 @@ def measure(
     contenders: Mapping[str, Callable[[], object]],
     *,
     rounds: int = 7,
-    warm_up: float = 0.2,
-    shortest: float = 2e-3,
+    repeats: int = 1,
+    warm_up: float = WARM_UP,
+    shortest: float = SHORTEST,
     device: torch.device | str = "cpu",
     clock: Callable[[], float] | None = None,
 ) -> dict[str, list[float]]:
@@ -90,16 +92,18 @@ def measure(
     Args:
         contenders: functions without arguments; their results are dropped.
         rounds: at least MINIMUM_ROUNDS for a verdict, fewer are taken as they are.
+        repeats: readings of each contender in a round; the smallest counts.
         warm_up: wall seconds that each contender runs first; at least one call.
         shortest: seconds; a contender that takes less is called as often as fills them in every round.
         device: where the work runs; its type decides the clock where `clock` is None (module docstring).
         clock: seconds; for a GPU it must itself wait for the device.
 
-    Raises ValueError without contenders or rounds.
+    Raises ValueError without contenders, rounds or repeats.
     """
-    if not contenders or rounds < 1:
-        raise ValueError(f"expected at least one contender and one round; got {len(contenders)} and {rounds}")
-    turns = take_turns(contenders, warm_up=warm_up, shortest=shortest, device=device, clock=clock)
+    if not contenders or min(rounds, repeats) < 1:
+        got = f"{len(contenders)}, {rounds} and {repeats}"
+        raise ValueError(f"expected at least one contender, one round and one repeat; got {got}")
+    turns = take_turns(contenders, repeats=repeats, warm_up=warm_up, shortest=shortest, device=device, clock=clock)
     table = list(itertools.islice(turns, rounds))
     return {name: [row[name] for row in table] for name in contenders}
 
@@ -107,19 +111,25 @@ def measure(
 def take_turns(
     contenders: Mapping[str, Callable[[], object]],
     *,
-    warm_up: float = 0.2,
-    shortest: float = 2e-3,
+    repeats: int = REPEATS,
+    warm_up: float = WARM_UP,
+    shortest: float = SHORTEST,
     device: torch.device | str = "cpu",
     clock: Callable[[], float] | None = None,
 ) -> Iterator[dict[str, float]]:
     """The rounds of `measure`, one after another without end."""
     watch = stopwatch(device, clock)
-    calls = {name: _warm(function, watch, warm_up, shortest) for name, function in contenders.items()}
+    calls = {name: warm(function, watch, warm_up, shortest) for name, function in contenders.items()}
     order = list(contenders)
     while True:
-        seconds = {name: watch(contenders[name], calls[name]) / calls[name] for name in order}
-        yield {name: seconds[name] for name in contenders}
-        order.reverse()
+        fastest = dict.fromkeys(contenders, math.inf)
+        for _ in range(repeats):
+            for name in order:
+                fastest[name] = min(fastest[name], watch(contenders[name], calls[name]) / calls[name])
+            order.reverse()
+        if repeats % 2 == 0:
+            order.reverse()
+        yield fastest
 
 
 def stopwatch(
@@ -128,7 +138,7 @@ def stopwatch(
     """A function (function, calls) -> seconds that these calls take together, by the clock of `measure`."""
     if clock is None and torch.device(device).type == "cuda":
         return _cuda_seconds
-    clock = clock or (_thread_time if torch.get_num_threads() == 1 else _perf_counter)
+    clock = clock or (thread_time if torch.get_num_threads() == 1 else perf_counter)
 
     def seconds(function: Callable[[], object], calls: int) -> float:
         turns = itertools.repeat(None, calls)
@@ -142,24 +152,29 @@ def stopwatch(
 
 def _cuda_seconds(function: Callable[[], object], calls: int) -> float:
     start, end = _Event(enable_timing=True), _Event(enable_timing=True)
-    _synchronize()
-    start.record()
+    synchronize()
+    _record(start)
     for _ in range(calls):
         function()
-    end.record()
+    _record(end)
     # all streams: work left on another one must not run into the next contender's round
-    _synchronize()
-    return start.elapsed_time(end) / 1e3
+    synchronize()
+    return _elapsed_time(start, end) / 1e3
 
 
-def _warm(function: Callable[[], object], watch: Callable, warm_up: float, shortest: float) -> int:
-    """Run `function` for `warm_up` seconds; the number of calls that a round takes."""
-    start, fastest, calls = _perf_counter(), math.inf, 1
+def warm(
+    function: Callable[[], object],
+    watch: Callable[[Callable[[], object], int], float],
+    warm_up: float = WARM_UP,
+    shortest: float = SHORTEST,
+) -> int:
+    """Run `function` for `warm_up` wall seconds, at least once; the calls that fill `shortest` seconds of `watch`."""
+    start, fastest, calls = perf_counter(), math.inf, 1
     while True:
         fastest = min(fastest, watch(function, calls) / calls)
         # one call may be less than the clock can show
         needed = math.ceil(shortest / fastest) if fastest > 0 else 2 * calls
-        if _perf_counter() - start >= warm_up and (fastest > 0 or calls >= 1 << 16):
+        if perf_counter() - start >= warm_up and (fastest > 0 or calls >= 1 << 16):
             return max(1, min(needed, 1 << 20))
         calls = max(1, min(needed, 2 * calls))
 
@@ -176,13 +191,24 @@ def rotate(
     """
     inputs = [make(0)]
     if copies is None:
-        tensors = [value for value in inputs[0].values() if isinstance(value, torch.Tensor)]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        device = tensors[0].device if tensors else torch.device("cpu")
+        found = list(tensors(inputs[0]).values())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in found)
+        device = found[0].device if found else torch.device("cpu")
         copies = min(64, max(2, math.ceil(2 * cache_bytes(device) / max(size, 1))))
     inputs += [make(i) for i in range(1, copies)]
     following = itertools.cycle(inputs)
     return lambda: function(**next(following))
+
+
+def tensors(value: object, path: str = "") -> dict[str, torch.Tensor]:
+    """The tensors in nested dicts, lists and tuples, by their path: "masks.1"."""
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    found: dict[str, torch.Tensor] = {}
+    for key, part in parts:
+        found |= tensors(part, f"{path}.{key}" if path else str(key))
+    return found
 
 
 def cache_bytes(device: torch.device | str) -> int:
