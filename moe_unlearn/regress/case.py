@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -121,21 +122,12 @@ def load(path: str | Path) -> list[Case]:
     Its cases are what it registers itself, and the `Case` objects and lists of them among its global names.
     """
     path = Path(path).resolve()
-    if not path.is_file():
-        raise ValueError(f"--module expects a Python file; got {str(path)!r}")
     origin = str(path)
     before = dict(_registry)
     forget(origin)
-    name = f"_kernels_{hashlib.sha256(origin.encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, origin, loader=_Fresh(name, origin))
-    module = importlib.util.module_from_spec(spec)
-    # found by name where a decorator or dataclass of the file looks for its own module
-    sys.modules[name] = module
     token = _origin.set(origin)
-    sys.path.insert(0, str(path.parent))
     try:
-        module.__loader__.exec_module(module)
-        for value in list(vars(module).values()):
+        for value in list(vars(execute(path)).values()):
             for case in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(case, Case):
                     register(case)
@@ -144,13 +136,30 @@ def load(path: str | Path) -> list[Case]:
         _registry.update(before)
         raise
     finally:
-        sys.path.remove(str(path.parent))
         _origin.reset(token)
     found = [case for case in _registry.values() if case.origin == origin]
     if not found:
         _registry.update(before)
         raise ValueError(f"{path}: expected moe_unlearn.regress.case.Case objects among the global names; got none")
     return found
+
+
+def execute(path: str | Path) -> ModuleType:
+    """Run the Python file at `path`, as its text is now, and return it as a module; ValueError if it is no file."""
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise ValueError(f"--module expects a Python file; got {str(path)!r}")
+    name = f"_kernels_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Fresh(name, str(path)))
+    module = importlib.util.module_from_spec(spec)
+    # found by name where a decorator or dataclass of the file looks for its own module
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        module.__loader__.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
 
 
 class _Fresh(importlib.machinery.SourceFileLoader):

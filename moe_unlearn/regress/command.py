@@ -212,7 +212,7 @@ def _side(side: str, options) -> list[Case]:
 def _static(options, verb) -> int:
     store = Path(options.store)
     ledger = store / static.LEDGER_NAME if options.module else None
-    made = verb(options.static, " ".join(options.pattern) or None, ledger, modules=options.module)
+    made = verb(options.static, options.pattern, ledger, modules=options.module)
     for line in (*made.problems, *(f"note: {note}" for note in made.notes)):
         print(line, file=_prose(options))
     if options.verbose:

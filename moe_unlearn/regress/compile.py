@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from moe_unlearn.regress import launches, ledger, nvcc, sass
+from moe_unlearn.regress.case import execute
 from moe_unlearn.regress.ledger import Entries, Ledger
 from moe_unlearn.regress.static_case import CudaCase, LaunchCase, StaticCase, registered
 
@@ -35,7 +36,7 @@ _launches: list = []  # inherited by the forked workers
 
 def run(
     architectures: Sequence[str],
-    kernels: str | None = None,
+    kernels: Sequence[str] = (),
     modules: Sequence[str] = (),
     recorded: Path | None = None,
     *,
@@ -53,7 +54,7 @@ def run(
     command = [sys.executable, "-m", "moe_unlearn.regress.compile"]
     command += [f"--arch={arch}" for arch in architectures] + [f"--module={module}" for module in modules]
     command += [f"--compiler={compiler}" for compiler in compilers]
-    command += [] if kernels is None else [f"--kernels={kernels}"]
+    command += [f"--kernels={kernel}" for kernel in kernels]
     command += [] if recorded is None else [f"--recorded={recorded}"]
     dropped = {"TRITON_INTERPRET", "MOE_UNLEARN_TRITON_ARCH"}
     path = [str(triton_folder.resolve())] if triton_folder else []
@@ -75,7 +76,7 @@ def run(
 
 def measure(
     architectures: Sequence[str],
-    kernels: str | None,
+    kernels: Sequence[str],
     modules: Sequence[str],
     recorded: Ledger,
     compilers: Sequence[str] = COMPILERS,
@@ -86,7 +87,7 @@ def measure(
     `selected`. What is `recorded` with the same identity is not compiled again, but for a tenth.
     """
     for module in modules:
-        load(module)
+        execute(module) if module.endswith(".py") else importlib.import_module(module)
     notes: list[str] = []
     measured: Ledger = {}
     if modules and not registered():
@@ -97,27 +98,16 @@ def measure(
     return measured, notes
 
 
-def selected(name: str, kernels: str | None) -> bool:
-    """Whether an entry is asked for: `kernels` is a pattern with * and ?, or the first parts of its name."""
-    if kernels is None:
-        return True
-    return fnmatch.fnmatchcase(name, kernels) or f"{name}/".startswith(f"{kernels.rstrip('/')}/")
+def selected(name: str, kernels: Sequence[str]) -> bool:
+    """Whether an entry is asked for: by a pattern with * and ?, by the first parts of its name, or all by none."""
+    return not kernels or any(
+        fnmatch.fnmatchcase(name, kernel) or f"{name}/".startswith(f"{kernel.rstrip('/')}/") for kernel in kernels
+    )
 
 
 def resampled(identity: str, day: int) -> bool:
     """Whether it is this launch's day, one in ten, to be compiled although nothing changed."""
     return (int(identity, 16) + day) % 10 == 0
-
-
-def load(module: str) -> None:
-    """Import a user's module: the path of a file, or a dotted name."""
-    file = Path(module)
-    if file.suffix != ".py":
-        importlib.import_module(module)
-        return
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    sys.modules[file.stem] = made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
 
 
 def _triton(architectures, kernels, foreign, recorded, measured, notes) -> None:
@@ -157,7 +147,7 @@ def _ours() -> list[tuple[str, LaunchCase]]:
 
 
 def _measure_triton(
-    cases: list[tuple[str, StaticCase]], numbers: tuple[int, ...], kernels: str | None, recorded: dict[str, Entries]
+    cases: list[tuple[str, StaticCase]], numbers: tuple[int, ...], kernels: Sequence[str], recorded: dict[str, Entries]
 ) -> dict[str, Entries]:
     """A case that launches a kernel in several specialisations numbers them; a specialisation that several cases
     launch belongs to the first. A case of another op than the kernel's file is named with its op.
@@ -207,10 +197,14 @@ def _compile(index: int) -> dict:
 
 
 def _measure_cuda(
-    cases: list[CudaCase], architectures: Sequence[str], kernels: str | None, recorded: dict[str, Entries]
+    cases: list[CudaCase], architectures: Sequence[str], kernels: Sequence[str], recorded: dict[str, Entries]
 ) -> dict[str, Entries]:
     """A file is compiled as a whole, unless its name alone rules it out."""
-    wanted = [case for case in cases if kernels is None or fnmatch.fnmatchcase(case.name, kernels.split("/")[0])]
+    wanted = [
+        case
+        for case in cases
+        if not kernels or any(fnmatch.fnmatchcase(case.name, kernel.split("/")[0]) for kernel in kernels)
+    ]
     tasks = [(case, arch) for arch in architectures for case in wanted]
     today = datetime.date.today().toordinal()
 
@@ -240,7 +234,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", required=True, help="sm_90; may be repeated")
     parser.add_argument("--compiler", action="append", choices=COMPILERS, help="default: all")
-    parser.add_argument("--kernels", help="a pattern, or the first parts of the entries' names")
+    parser.add_argument("--kernels", action="append", default=[], help="a pattern, or the first parts of a name")
     parser.add_argument("--module", action="append", default=[], help="a user's cases instead of ours")
     parser.add_argument("--recorded", type=Path, help="a ledger, to leave out what is there")
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")

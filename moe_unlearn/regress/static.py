@@ -53,7 +53,7 @@ class Report:
 
 def check(
     architectures: Sequence[str],
-    kernels: str | None = None,
+    kernels: Sequence[str] = (),
     ledger: Path | None = None,
     *,
     modules: Sequence[str] = (),
@@ -64,7 +64,7 @@ def check(
 
     Without `modules` the kernels are ours and `ledger` is the shipped one; then spills and float atomics are problems
     whatever is recorded. With `modules` (paths or dotted names) the kernels are those they register, and `ledger` is
-    to be given. `kernels` selects entries: a pattern, or the first parts of a name ("route", "route/_count_kernel").
+    to be given. `kernels` selects entries: patterns, or the first parts of names ("route", "route/_count_kernel").
     A launch whose kernel, arguments and options are those of the ledger's entry is not compiled again unless
     `everything` is asked for, except a tenth of them that rotates with the day.
 
@@ -91,7 +91,7 @@ def check(
 
 def record(
     architectures: Sequence[str],
-    kernels: str | None = None,
+    kernels: Sequence[str] = (),
     ledger: Path | None = None,
     *,
     modules: Sequence[str] = (),

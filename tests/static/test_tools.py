@@ -245,7 +245,7 @@ class TestVerdicts:
         compiled(monkeypatch, worse() | {"route/a/b": GOOD, "route/a/gone": GOOD})
         static.record(ledger=path, **self.options)
         compiled(monkeypatch, {"route/a/b": GOOD | {"registers": 9}})
-        report = static.record(kernels="route", ledger=path, **self.options)
+        report = static.record(kernels=["route"], ledger=path, **self.options)
         assert report.notes == ["triton 3.0 sm_90 route/a/gone: in the ledger, no longer compiled"]
         assert ledger.read(path)["triton 3.0"]["sm_90"] == worse() | {"route/a/b": GOOD | {"registers": 9}}
 
@@ -260,7 +260,7 @@ class TestVerdicts:
             raise sass.NoDisassembler("there is no cuobjdump; Triton's wheel and CUDA's toolkit bring one")
 
         def notes(*compilers):
-            measured, told = compiling.measure(["sm_90"], None, [], {}, compilers)
+            measured, told = compiling.measure(["sm_90"], [], [], {}, compilers)
             assert measured == {}
             return told
 
@@ -293,9 +293,10 @@ class TestVerdicts:
             static.CudaCase("a/b", Path("x.cu"))
 
     def test_names_are_selected_by_pattern_or_by_their_first_parts(self):
-        asked = (None, "gram", "gram/_gram_kernel", NAME, "*/experts", "gr", "_gram_kernel")
-        chosen = [selection for selection in asked if compiling.selected(NAME, selection)]
-        assert chosen == [None, "gram", "gram/_gram_kernel", NAME, "*/experts"]
+        asked = ("gram", "gram/_gram_kernel", NAME, "*/experts", "gr", "_gram_kernel")
+        chosen = [selection for selection in asked if compiling.selected(NAME, [selection])]
+        assert compiling.selected(NAME, []) and compiling.selected(NAME, ["route", "gram"])
+        assert chosen == ["gram", "gram/_gram_kernel", NAME, "*/experts"]
 
     def test_the_table_shows_every_figure(self):
         text = static.table({"triton 3.9.0": {"sm_90": worse(spills=12)}, "nvcc 13.0": {"sm_80": {"a/k": PTXAS}}})
