@@ -28,6 +28,7 @@ from moe_unlearn.checkpoint import write_text
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Document, Example
 from moe_unlearn.data.tokenize import IGNORED
+from moe_unlearn.metrics.evaluate import NAMES as EVALUATED
 from moe_unlearn.reference import model_digest
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.table import RETRAIN, Table, checked
@@ -37,7 +38,7 @@ Model = nn.Module | str | Path | Callable[[], object]
 Metric = str | Callable[[nn.Module, object, dict[str, list[Example]]], Mapping[str, float]]
 Item = Example | Document | str
 
-NAMES = (*metrics.NAMES, "routing_drift")
+NAMES = (*EVALUATED, "routing_drift")
 SIDES = ("forget", "retain")
 _ROWS, _TABLE = "rows", "table.json"
 
