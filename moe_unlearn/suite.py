@@ -27,6 +27,7 @@ from moe_unlearn.cache import tensor_digest
 from moe_unlearn.checkpoint import write_text
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Document, Example
+from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.data.tokenize import IGNORED
 from moe_unlearn.metrics.evaluate import NAMES as EVALUATED
 from moe_unlearn.reference import model_digest
@@ -162,7 +163,7 @@ def _unlearn(model: nn.Module, tokenizer, trained, recipe: Recipe, on_step) -> t
         trained["forget"], trained["retain"], seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
     )
     collator = pair_collator(recipe, tokenizer, trained["forget"])
-    step.prepare(*([_on(b, model) for b in data.side_batches(pairs, side, size, collator)] for side in SIDES))
+    step.prepare(*([_on(b, model) for b in side_batches(pairs, side, size, collator)] for side in SIDES))
     seconds = time.perf_counter() - start
     on_step(Progress(recipe.name, recipe.seed, 0, False, {}, step))
     for i in range(recipe.steps):

@@ -21,7 +21,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from moe_unlearn.checkpoint import load_state, save_state
 from moe_unlearn.config import Recipe
-from moe_unlearn.data import Example, PairCollator, pad_token_id, refusals, side_batches
+from moe_unlearn.data import Example, PairCollator, pad_token_id, refusals
+from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.step import UnlearnStep
 
 _STATE = "unlearn_step"
