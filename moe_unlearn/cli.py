@@ -1,4 +1,4 @@
-"""The command line: `moe-unlearn env | stats | mask | run | eval | report | demo`.
+"""The command line: `moe-unlearn env | stats | mask | run | eval | report | demo | kernels`.
 
 Bad input ends with one line that says what was expected and what came, and exit code 2; `--traceback`
 shows where it was found. Models are folders written by `save_pretrained`; data are whatever `data.load` reads:
@@ -22,6 +22,7 @@ from moe_unlearn.config import Recipe, shipped
 from moe_unlearn.experts import enable
 from moe_unlearn.losses import target_mask
 from moe_unlearn.objectives import NotPreparedError
+from moe_unlearn.regress import command as regression
 from moe_unlearn.step import NonFiniteError, RetainBudgetError, UnlearnStep
 from moe_unlearn.verify import VerificationError
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        options.function(options)
+        return options.function(options) or 0
     except _BAD_INPUT as error:
         if options.traceback:
             raise
@@ -50,7 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; finished checkpoints are kept", file=sys.stderr)
         return 130
-    return 0
 
 
 def env(options) -> None:
@@ -230,6 +230,11 @@ def demo(options) -> None:
     _print_run(out, benchmark.demo(options.corpus, options.seeds, out))
 
 
+def kernels(options) -> int:
+    """Kernel regression testing: is a kernel, ours or yours, as right, as fast and as lean as it was?"""
+    return regression.run(options)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moe-unlearn", description="Unlearn Mixture-of-Experts models.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -290,6 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", type=int, nargs="+", default=[7], help="settings were chosen on seeds 0 to 4")
     sub.add_argument("--out", default="runs/demo")
     sub.add_argument("--clean-cache", action="store_true", help="remove the trained models and stop")
+    regression.add_arguments(command("kernels", kernels))
     return parser
 
 

@@ -126,42 +126,63 @@ def check_against_ref(
     The reference runs twice, in the given dtype and in float64 on the same values; upstream gradients are
     random, never uniform, and stand in memory as `gradient_layout` (see `LAYOUTS`) says.
     """
+    made = outcomes(op, ref, inputs, gradients=gradients, seed=seed, gradient_layout=gradient_layout)
+    for name, triple in made.items():
+        assert_as_accurate(*triple, name=name)
+
+
+def outcomes(
+    op: Callable,
+    ref: Callable,
+    inputs: Mapping[str, object],
+    *,
+    gradients: tuple[str, ...] = (),
+    seed: int = 0,
+    gradient_layout: str = "contiguous",
+    baseline: Callable | None = None,
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """What `check_against_ref` compares: (actual, baseline, gold) of "output 0", ... and "gradient of x", ...
+
+    A dict of outputs gives "output key". `baseline` computes in the given dtype in place of `ref`.
+    """
     wide = {k: _double(v) for k, v in inputs.items()}
-    results = []
-    for function, arguments in ((op, inputs), (ref, inputs), (ref, wide)):
+    results, dtypes = [], None
+    for function, arguments in ((op, inputs), (baseline or ref, inputs), (ref, wide)):
         leaves = {k: _leaf(v) if k in gradients else v for k, v in arguments.items()}
-        outputs = _as_tuple(function(**leaves))
-        floating = [out for out in outputs if out.is_floating_point() and out.requires_grad]
-        grads = {}
+        made = _named(function(**leaves))
+        floating = [out for out in made.values() if out.is_floating_point() and out.requires_grad]
+        # the first run decides: the others' upstream gradients have its values in their dtype
+        dtypes = dtypes or [out.dtype for out in floating]
+        made = {name: out.detach() for name, out in made.items()}
         if gradients:
-            upstream = _random_upstream(floating, seed, inputs, gradients, gradient_layout)
+            upstream = _random_upstream(floating, dtypes, seed, gradient_layout)
             values = torch.autograd.grad(floating, [leaves[k] for k in gradients], upstream, allow_unused=True)
-            grads = dict(zip(gradients, values, strict=True))
-        results.append((outputs, grads))
-    (actual, actual_grads), (baseline, baseline_grads), (gold, gold_grads) = results
-    for i, triple in enumerate(zip(actual, baseline, gold, strict=True)):
-        assert_as_accurate(*triple, name=f"output {i}")
-    for k in gradients:
-        triple = (actual_grads[k], baseline_grads[k], gold_grads[k])
-        if any(g is None for g in triple):
-            raise AccuracyError(f"gradient of {k}: missing in {[g is None for g in triple]} (op, ref, gold)")
-        assert_as_accurate(*triple, name=f"gradient of {k}")
+            made |= {f"gradient of {k}": value for k, value in zip(gradients, values, strict=True)}
+        results.append(made)
+    names = [list(made) for made in results]
+    if names[0] != names[1] or names[1] != names[2]:
+        raise AccuracyError(f"op, baseline and gold give different outputs: {names[0]}, {names[1]}, {names[2]}")
+    triples = {name: tuple(made[name] for made in results) for name in names[0]}
+    for name, triple in triples.items():
+        if any(value is None for value in triple):
+            raise AccuracyError(f"{name}: missing in {[value is None for value in triple]} (op, ref, gold)")
+    return triples
 
 
-def _random_upstream(outputs, seed, inputs, gradients, layout):
+def _random_upstream(outputs, dtypes, seed, layout):
     generator = torch.Generator().manual_seed(seed)
-    dtype = next(inputs[k].dtype for k in gradients)
     upstream = []
-    for out in outputs:
-        narrow = out.dtype if out.dtype != torch.float64 else dtype
-        value = torch.randn(out.shape, generator=generator).to(narrow).to(out.dtype).to(out.device)
+    for out, dtype in zip(outputs, dtypes, strict=True):
+        value = torch.randn(out.shape, generator=generator).to(dtype).to(out.dtype).to(out.device)
         upstream.append(in_layout(value, layout))
     return upstream
 
 
 def _double(value):
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.double()
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(map(_double, value))
     return value
 
 
@@ -170,9 +191,13 @@ def _leaf(value: Tensor) -> Tensor:
     return value.detach().requires_grad_()
 
 
-def _as_tuple(value) -> tuple[Tensor, ...]:
-    values = value if isinstance(value, tuple) else (value,)
-    return tuple(v for v in values if isinstance(v, Tensor))
+def _named(value) -> dict[str, Tensor]:
+    """The tensors a function returned, by name: one, several, or a dict of them."""
+    if isinstance(value, Mapping):
+        items = value.items()
+    else:
+        items = enumerate(value if isinstance(value, (tuple, list)) else (value,))
+    return {f"output {key}": v for key, v in items if isinstance(v, Tensor)}
 
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "strided")

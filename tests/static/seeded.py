@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_unlearn.regress import static
+
 
 @triton.jit
 def _matmul_kernel(a, b, out, rows, columns, inner, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
@@ -63,3 +65,12 @@ CASES = {
     "integer": lambda: _atomic(_integer_atomic_kernel, torch.int32, torch.int32),
     "broken": lambda: _atomic(_broken_kernel, torch.float32, torch.float32),
 }
+for name, launch in CASES.items():
+    static.register(static.LaunchCase(name, launch))
+static.register(
+    static.TritonCase(
+        "by signature", _matmul_kernel,
+        {**dict.fromkeys(("a", "b", "out"), "*bf16:16"), **dict.fromkeys(("rows", "columns", "inner"), "i32:16")},
+        {"M": 128, "N": 128, "K": 64}, num_warps=8,
+    )
+)  # fmt: skip

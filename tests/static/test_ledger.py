@@ -6,8 +6,8 @@ from importlib import metadata
 
 import pytest
 
-from tests.static import compile as tool
-from tests.static import ledger
+from moe_unlearn.regress import ledger, static
+from tests.static import ledger as tool
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -18,12 +18,10 @@ def absent(message: str) -> None:
     pytest.fail(f"{message}; make installs and records it") if "MAKELEVEL" in os.environ else pytest.skip(message)
 
 
-def compare(triton_folder, arch: int) -> None:
-    version, measured = ledger.measure(triton_folder, (arch,), everything=False)
-    recorded = ledger.read()[version]
-    name = f"sm_{arch}"
-    found = ledger.violations(name, measured[name]) + ledger.differences(name, recorded[name], measured[name])
-    assert not found, "\n".join([f"{version}; if meant so: make ledger", *found])
+def compare(arch: str, triton_folder=None) -> None:
+    report = static.check([arch], cache_folder=tool.CACHE, compilers=["triton"], triton_folder=triton_folder)
+    assert report.compared and not report.notes, report.notes
+    assert not report.problems, "\n".join(["if meant so: make ledger", *report.problems])
 
 
 @pytest.mark.slow
@@ -32,20 +30,20 @@ def test_every_kernel_costs_what_the_ledger_says(arch):
     version = f"triton {metadata.version('triton')}"
     if version not in ledger.read():
         absent(f"the ledger has no figures of {version}")
-    compare(None, arch)
+    compare(arch)
 
 
 @pytest.mark.slow
 def test_the_oldest_supported_triton_compiles_every_kernel():
-    if not (ledger.OLDEST_FOLDER / "triton").is_dir():
-        absent(f"Triton {ledger.OLDEST} is not in {ledger.OLDEST_FOLDER}")
-    for arch in ledger.OLDEST_ARCHITECTURES:
-        compare(ledger.OLDEST_FOLDER, arch)
+    if not (tool.OLDEST_FOLDER / "triton").is_dir():
+        absent(f"Triton {tool.OLDEST} is not in {tool.OLDEST_FOLDER}")
+    for arch in tool.OLDEST_ARCHITECTURES:
+        compare(arch, tool.OLDEST_FOLDER)
 
 
 @pytest.mark.quick
 def test_every_kernel_is_in_the_ledger_and_nothing_else():
-    assert not ledger.uncovered(ledger.read(), ledger.kernels_in_sources())
+    assert not tool.uncovered(ledger.read(), tool.kernels_in_sources())
 
 
 @pytest.mark.quick

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.static.compile import ROOT
+from tests.static.ledger import ROOT
 
 # None in sys.modules is how Python itself records that an import is impossible
 PROGRAM = """

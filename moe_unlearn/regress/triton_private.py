@@ -5,17 +5,18 @@ stands in for the GPU, and what would be compiled and run is kept instead.
 """
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+from moe_unlearn.regress.static_case import LaunchCase, TritonCase
+
+VERSION = f"triton {triton.__version__}"
 
 
 class Launch(NamedTuple):
@@ -31,7 +32,7 @@ class Launch(NamedTuple):
     @property
     def name(self) -> str:
         """ "route/_count_kernel": its file and function."""
-        return f"{self.kernel.fn.__module__.rpartition('.')[2]}/{self.kernel.fn.__name__}"
+        return f"{Path(self.kernel.fn.__code__.co_filename).stem}/{self.kernel.fn.__name__}"
 
     @property
     def identity(self) -> str:
@@ -80,8 +81,15 @@ class _Target:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def record(function: Callable[[], None], arch: int) -> list[Launch]:
-    """The launches `function` makes, in order and each specialisation once; no kernel runs."""
+def launches(case: TritonCase | LaunchCase, arch: int) -> list[Launch]:
+    """What `case` compiles, in order and each specialisation once; no kernel runs. ValueError if it is nothing."""
+    found = _recorded(case, arch) if isinstance(case, LaunchCase) else [_specialised(case, arch)]
+    if not found:
+        raise ValueError(f"the static case {case.name!r} launches no kernel on sm_{arch}")
+    return found
+
+
+def _recorded(case: LaunchCase, arch: int) -> list[Launch]:
     found: dict[str, Launch] = {}
 
     def keep(kernel, key, signature, device, constexprs, options, attrs, warmup):
@@ -91,10 +99,32 @@ def record(function: Callable[[], None], arch: int) -> list[Launch]:
     original, JITFunction._do_compile = JITFunction._do_compile, keep
     driver.set_active(_Target(arch))
     try:
-        function()
+        case.launch()
     finally:
         JITFunction._do_compile = original
     return list(found.values())
+
+
+def _specialised(case: TritonCase, arch: int) -> Launch:
+    """As Triton's own ahead-of-time compiler reads a signature."""
+    kernel = case.kernel
+    while not isinstance(kernel, JITFunction):
+        if not hasattr(kernel, "fn"):
+            raise ValueError(f"the static case {case.name!r}: expected a @triton.jit kernel; got {case.kernel!r}")
+        kernel = kernel.fn  # of autotune and heuristics
+    names, given = kernel.arg_names, {*case.signature, *case.constexprs}
+    if given != set(names):
+        raise ValueError(
+            f"the static case {case.name!r}: {kernel.fn.__name__} takes {', '.join(names)}; missing "
+            f"{sorted(set(names) - given)}, unknown {sorted(given - set(names))}"
+        )
+    kinds = {name: case.signature.get(name, "constexpr") for name in names}
+    signature = {name: kind.removesuffix(":16") for name, kind in kinds.items()}
+    constexprs = {(names.index(name),): value for name, value in case.constexprs.items()}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind.endswith(":16")}
+    wanted = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = make_backend(GPUTarget("cuda", arch, 32)).parse_options(wanted)
+    return Launch(kernel, arch, signature, constexprs, attrs, dict(options.__dict__))
 
 
 def compile_launch(launch: Launch) -> Binary:

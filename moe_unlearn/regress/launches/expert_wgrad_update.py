@@ -1,11 +1,11 @@
-"""The SGD and AdamW epilogues of expert_wgrad on the layer of `launches_expert_wgrad`."""
+"""The SGD and AdamW epilogues of expert_wgrad on the layer of `launches.expert_wgrad`."""
 
 from collections.abc import Callable
 
 import torch
 
+from moe_unlearn.regress.launches.expert_wgrad import gate_up, matrices, some, words
 from moe_unlearn.triton_kernels.expert_wgrad_update import adamw_, sgd_
-from tests.static.launches_expert_wgrad import gate_up, matrices, some, words
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
 

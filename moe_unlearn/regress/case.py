@@ -1,0 +1,250 @@
+"""A case: one kernel, its reference, and inputs that a seed determines.
+
+Cases are registered by the modules that hold them: ours in `ours`, a user's in a file given by
+`--module path` (`load`) or in a package that names itself under the entry point group `moe_unlearn.kernels`
+(`load_entry_points`; the entry point is a module that registers when imported). A store never names code to
+import.
+"""
+
+import contextvars
+import dataclasses
+import hashlib
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+GROUP = "moe_unlearn.kernels"
+
+_registry: dict[str, "Case"] = {}
+_origin: contextvars.ContextVar[str] = contextvars.ContextVar("origin", default="")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kernel under test.
+
+    function: function(**inputs) -> a tensor, or a tuple, list or dict of tensors. It must not change its inputs.
+    reference: the same call in plain PyTorch; called on float64 copies of the floating inputs it is the truth, on the
+        inputs themselves the baseline, unless `baseline` is given (a kernel that is meant to be less accurate than
+        plain PyTorch in its dtype, say in fp8, names its own).
+    inputs: inputs(seed, **sizes) -> the arguments by name: tensors, lists of tensors, plain values; with `routing` set
+        it is called with routing=... too. All randomness comes from the seed.
+    sizes: what a shrinker may make smaller, down to `smallest` (1 where it says nothing).
+    routing: a pattern of `testing.ROUTINGS`, or "" for none.
+    gradients: the inputs whose gradients are compared too.
+    device: where the inputs are moved before the calls; None leaves them.
+    origin: path of the file, or name of the module or entry point it came with; `register` sets it.
+    """
+
+    name: str
+    function: Callable
+    reference: Callable
+    inputs: Callable
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    tags: frozenset[str] = frozenset()
+    smallest: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    routing: str = ""
+    gradients: tuple[str, ...] = ()
+    baseline: Callable | None = None
+    device: str | None = None
+    origin: str = ""
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name or not self.name.isprintable():
+            raise ValueError(f"a case's name must be printable text; got {self.name!r}")
+        for field in ("function", "reference", "inputs"):
+            if not callable(getattr(self, field)):
+                raise TypeError(f"case {self.name!r}: {field} must be callable; got {getattr(self, field)!r}")
+        if isinstance(self.tags, str) or isinstance(self.gradients, str):
+            raise TypeError(f"case {self.name!r}: tags and gradients are collections of names, not one string")
+        bad = {k: v for k, v in self.sizes.items() if not isinstance(v, int) or v < self.smallest.get(k, 1)}
+        if bad:
+            raise ValueError(f"case {self.name!r}: sizes must be integers of at least their smallest; got {bad}")
+
+    def make(self, seed: int = 0, *, routing: str | None = None, **sizes: int) -> dict[str, object]:
+        """The inputs at `seed`, with some sizes or the routing changed, on the case's device."""
+        chosen = {"routing": routing or self.routing} if self.routing else {}
+        made = self.inputs(seed, **{**self.sizes, **sizes}, **chosen)
+        if not isinstance(made, Mapping):
+            raise TypeError(f"case {self.name!r}: inputs must give a dict; got {type(made).__name__}")
+        return {k: v if self.device is None else _to(v, self.device) for k, v in made.items()}
+
+
+def register(case: Case) -> Case:
+    """Make `case` known under its name; ValueError if another file registered the name."""
+    origin = _origin.get() or case.origin or getattr(case.inputs, "__module__", "")
+    known = _registry.get(case.name)
+    if known is not None and known.origin != origin:
+        raise ValueError(f"two cases are named {case.name!r}: from {known.origin} and from {origin}")
+    _registry[case.name] = dataclasses.replace(case, origin=origin)
+    return _registry[case.name]
+
+
+def cases(patterns: Iterable[str] = (), *, tags: Iterable[str] = ()) -> list[Case]:
+    """Registered cases by name, that match one of `patterns` (shell style; none is all) and have all `tags`."""
+    patterns, wanted = tuple(patterns), frozenset(tags)
+    return [
+        case
+        for name, case in sorted(_registry.items())
+        if wanted <= case.tags and (not patterns or matches(name, patterns))
+    ]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is one of the shell-style patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def on(case: Case, device: str | None) -> Case:
+    """The case with its inputs moved to `device`; None leaves it."""
+    return case if device is None else dataclasses.replace(case, device=device)
+
+
+def forget(origin: str) -> None:
+    """Unregister what came from `origin`."""
+    for name in [name for name, case in _registry.items() if case.origin == origin]:
+        del _registry[name]
+
+
+def load(path: str | Path) -> list[Case]:
+    """Run the Python file at `path` and register its cases; those of an earlier load of it are replaced.
+
+    Its cases are what it registers itself, and the `Case` objects and lists of them among its global names.
+    """
+    path = Path(path).resolve()
+    origin = str(path)
+    before = dict(_registry)
+    forget(origin)
+    token = _origin.set(origin)
+    try:
+        for value in list(vars(execute(path)).values()):
+            for case in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(case, Case):
+                    register(case)
+    except BaseException:
+        _registry.clear()
+        _registry.update(before)
+        raise
+    finally:
+        _origin.reset(token)
+    found = [case for case in _registry.values() if case.origin == origin]
+    if not found:
+        _registry.update(before)
+        raise ValueError(f"{path}: expected moe_unlearn.regress.case.Case objects among the global names; got none")
+    return found
+
+
+def execute(path: str | Path) -> ModuleType:
+    """Run the Python file at `path`, as its text is now, and return it as a module; ValueError if it is no file."""
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise ValueError(f"--module expects a Python file; got {str(path)!r}")
+    name = f"_kernels_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Fresh(name, str(path)))
+    module = importlib.util.module_from_spec(spec)
+    # found by name where a decorator or dataclass of the file looks for its own module
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        module.__loader__.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+class _Fresh(importlib.machinery.SourceFileLoader):
+    """Reads the text as it is now."""
+
+    def path_stats(self, path):
+        # without a time of change there is no cached .pyc, which may be older within the clock's resolution
+        raise OSError("not cached")
+
+
+def load_entry_points() -> None:
+    """Import what installed packages offer under the group `moe_unlearn.kernels`."""
+    for point in importlib.metadata.entry_points(group=GROUP):
+        token = _origin.set(point.value)
+        try:
+            point.load()
+        finally:
+            _origin.reset(token)
+
+
+def digests(inputs: Mapping[str, object]) -> dict[str, str]:
+    """SHA-256 of each input: of dtype, shape and values of a tensor, of the text of a plain value."""
+    return {name: digest(value, name) for name, value in inputs.items()}
+
+
+def digest(value: object, name: str = "value") -> str:
+    """SHA-256 of a tensor (dtype, shape, bytes) or of nested lists of tensors and plain values."""
+    hasher = hashlib.sha256()
+    for part in _parts(value, name):
+        hasher.update(part)
+    return hasher.hexdigest()
+
+
+def _parts(value, name):
+    if isinstance(value, Tensor):
+        yield f"tensor {value.dtype} {tuple(value.shape)};".encode()
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, (list, tuple)):
+        yield f"{type(value).__name__} {len(value)};".encode()
+        for item in value:
+            yield from _parts(item, name)
+    elif isinstance(value, dict):
+        yield f"dict {len(value)};".encode()
+        for key, item in value.items():
+            yield f"{key!r}:".encode()
+            yield from _parts(item, name)
+    elif value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        yield f"{value!r};".encode()
+    else:
+        raise TypeError(
+            f"input {name!r}: expected tensors, lists or dicts of them, or plain values; got {type(value).__name__}"
+        )
+
+
+def source(case: Case) -> dict[str, object]:
+    """Where the kernel comes from: function, SHA-256 of its file, git commit and whether its tree was changed."""
+    function = case.function
+    while hasattr(function, "func") or hasattr(function, "__wrapped__"):
+        function = getattr(function, "func", None) or function.__wrapped__
+    found: dict[str, object] = {"function": getattr(function, "__qualname__", type(function).__name__)}
+    try:
+        path = Path(inspect.getsourcefile(function))
+        found |= {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    except (TypeError, OSError):  # builtins and C functions have no file
+        return found
+    commit = _git(path.parent, "rev-parse", "HEAD")
+    if commit is not None:
+        changed = _git(path.parent, "status", "--porcelain", "--untracked-files=no")
+        found |= {"commit": commit, "dirty": bool(changed)}
+    return found
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _to(value, device: str):
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_to(item, device) for item in value)
+    return value

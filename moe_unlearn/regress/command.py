@@ -1,0 +1,249 @@
+"""`moe-unlearn kernels`: list | record | check | compare | report | accept | selftest.
+
+Cases are ours, and those of installed packages (entry point group `moe_unlearn.kernels`); with `--module FILE.py`
+those of the file instead. Exit codes: see `report`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_unlearn import backend
+from moe_unlearn.regress import case as registry
+from moe_unlearn.regress import ours, report, static, verbs
+from moe_unlearn.regress.case import Case
+from moe_unlearn.regress.fingerprint import fingerprint
+from moe_unlearn.regress.report import Result
+from moe_unlearn.regress.store import Store, StoreError
+
+STORE = "kernel_store"
+REPROS = "kernel_repros"
+
+
+def run(options: argparse.Namespace) -> int:
+    """What the command line asked for; returns the exit code. Raises ValueError for bad input (exit code 2)."""
+    try:
+        return options.verb(options)
+    except (StoreError, static.CorruptLedger) as error:
+        print(f"moe-unlearn kernels: corrupt store: {error}", file=sys.stderr)
+        return report.CORRUPT
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verbs and their options."""
+    verbs_of = parser.add_subparsers(dest="kernels_verb", required=True)
+
+    def verb(name, function, *, cases=True):
+        sub = verbs_of.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
+        sub.set_defaults(verb=function)
+        sub.add_argument("--store", default=STORE, metavar="DIR", help=f"folder of the records (default {STORE})")
+        sub.add_argument("--json", metavar="FILE", help="write the results as JSON; - is standard output")
+        if cases:
+            sub.add_argument("--module", action="append", default=[], metavar="FILE.py", help="the cases of this file")
+            sub.add_argument("--tag", action="append", default=[], help="only cases that have this tag")
+            sub.add_argument("--impl", default="auto", help=f"of our ops: auto, {', '.join(backend.IMPLS)}")
+            sub.add_argument("--device", help="where the inputs are moved: cpu, cuda, ...")
+            sub.add_argument("--junit", metavar="FILE", help="write the results as JUnit XML")
+            sub.add_argument("--verbose", action="store_true", help="a line for every case")
+        return sub
+
+    def patterns(sub):
+        sub.add_argument("pattern", nargs="*", help="names of cases, * and ? allowed (default: all)")
+
+    def architectures(sub):
+        what = "sm_80, sm_90, ...: compile, and compare registers, spills and instructions instead"
+        sub.add_argument("--static", action="append", default=[], metavar="ARCH", help=what)
+
+    patterns(verb("list", list_cases))
+    sub = verb("record", record)
+    patterns(sub)
+    architectures(sub)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--speed", action="store_true", help="record times too")
+    sub = verb("check", check)
+    patterns(sub)
+    architectures(sub)
+    sub.add_argument("--strict", action="store_true", help="other bits fail, however accurate")
+    sub.add_argument("--speed", action="store_true", help="show recorded times beside those of now")
+    sub.add_argument("--repro", default=REPROS, metavar="DIR", help=f"folder of repro scripts (default {REPROS})")
+    sub = verb("compare", compare)
+    sub.add_argument("sides", nargs="*", metavar="A B", help="implementations of our ops, or two files with cases")
+    sub.add_argument("--case", action="append", default=[], metavar="PATTERN", help="only cases of this name")
+    sub.add_argument("--base", metavar="REV", help="a git revision, against which the present tree is held")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--strict", action="store_true", help="other bits fail, however accurate")
+    sub.add_argument("--no-speed", action="store_true", help="numbers only")
+    sub = verb("accept", accept)
+    patterns(sub)
+    sub.add_argument("--reason", required=True, help="why the new values are right; kept in the store")
+    sub.add_argument("--speed", action="store_true", help="record times too")
+    sub = verb("report", show, cases=False)
+    patterns(sub)
+    sub.add_argument("--markdown", action="store_true", help="as a markdown table")
+    verb("selftest", selftest, cases=False)
+
+
+def list_cases(options) -> int:
+    """The cases, their tags, and whether they are recorded."""
+    current = Store(options.store).current()
+    chosen = _cases(options)
+    for case in chosen:
+        recorded = current[case.name].content["recorded"] if case.name in current else "not recorded"
+        sizes = " ".join(f"{k}={v}" for k, v in case.sizes.items())
+        print(f"{case.name:<40} {recorded:<26} {sizes}")
+    print(f"{len(chosen)} cases, {sum(case.name in current for case in chosen)} of them recorded in {options.store}")
+    return report.FINE
+
+
+def record(options) -> int:
+    """Record what the cases give now; what is recorded differently is refused."""
+    if options.static:
+        if not options.module:
+            raise ValueError("record --static expects --module: the ledger of our own kernels ships with the package")
+        return _static(options, static.record)
+    store = Store(options.store)
+    return _finish(
+        options, [verbs.record(case, store, seed=options.seed, speed=options.speed) for case in _cases(options)]
+    )
+
+
+def accept(options) -> int:
+    """Record what the cases give now as right; the former records are kept beneath."""
+    if not options.pattern:
+        raise ValueError("accept expects the names of the cases, '*' for all of them")
+    store = Store(options.store)
+    return _finish(
+        options, [verbs.accept(case, store, options.reason, speed=options.speed) for case in _cases(options)]
+    )
+
+
+def check(options) -> int:
+    """Hold what the cases give now against the records; a failing one is shrunk to a script."""
+    if options.static:
+        return _static(options, static.check)
+    store, chosen = Store(options.store), _cases(options)
+    repros = Path(options.repro) if options.repro else None
+    results = [
+        verbs.check(case, store, strict=options.strict, speed=options.speed, repros=repros, impl=options.impl)
+        for case in chosen
+    ]
+    if not options.pattern and not options.tag:
+        results += verbs.gone(chosen, store)
+    return _finish(options, results)
+
+
+def compare(options) -> int:
+    """Hold B against A in numbers and speed: two implementations, two files, or --base REV against this tree."""
+    if options.base is not None:
+        raise ValueError("--base is not there yet")
+    if len(options.sides) != 2:
+        raise ValueError(f"compare expects A and B, or --base REV; got {len(options.sides)} operands")
+    base, head = ({case.name: case for case in _side(side, options)} for side in options.sides)
+    if set(base) != set(head):
+        raise ValueError(f"A and B have different cases: {', '.join(sorted(set(base) ^ set(head))[:5])}")
+    results = [
+        verbs.compare(base[name], head[name], seed=options.seed, speed=not options.no_speed, strict=options.strict)
+        for name in base
+    ]
+    return _finish(options, results)
+
+
+def show(options) -> int:
+    """What the store holds: every record and those it superseded, all of it verified."""
+    store = Store(options.store)
+    if not store.folder.is_dir():
+        raise ValueError(f"there is no store {options.store!r}")
+    entries = [
+        entry
+        for name in sorted(store.current())
+        if not options.pattern or registry.matches(name, options.pattern)
+        for entry in store.history(name)
+    ]
+    for entry in entries:
+        store.arrays(entry)
+    if options.json:
+        _write(options.json, report.store_json(entries))
+    print(report.store_table(entries, markdown=options.markdown), file=_prose(options))
+    return report.FINE
+
+
+def selftest(options) -> int:
+    """Measure the tool itself: seeded numeric bugs found, false alarms, slow-downs found."""
+    from moe_unlearn.regress import seeded
+
+    outcome = seeded.run()
+    print(outcome)
+    return report.FINE if outcome.all_found else report.REGRESSION
+
+
+def _cases(options, patterns: Sequence[str] | None = None) -> list[Case]:
+    """The chosen cases, registered; ValueError if there are none."""
+    patterns = options.pattern if patterns is None else patterns
+    if options.impl not in ("auto", *backend.IMPLS):
+        raise ValueError(f"--impl must be auto or one of {', '.join(backend.IMPLS)}; got {options.impl!r}")
+    if options.module:
+        names = {case.name for path in options.module for case in registry.load(path)}
+    else:
+        ours.register_all(options.impl)
+        registry.load_entry_points()
+        names = None
+    found = [c for c in registry.cases(patterns, tags=options.tag) if names is None or c.name in names]
+    if not found:
+        raise ValueError(f"no case matches {' '.join([*patterns, *options.tag]) or 'anything'}; see kernels list")
+    return [registry.on(case, options.device) for case in found]
+
+
+def _side(side: str, options) -> list[Case]:
+    """One operand of compare."""
+    if side in ("auto", *backend.IMPLS):
+        chosen = argparse.Namespace(**{**vars(options), "impl": side})
+    elif side.endswith(".py"):
+        chosen = argparse.Namespace(**{**vars(options), "module": [side]})
+    else:
+        raise ValueError(f"expected auto, {', '.join(backend.IMPLS)} or a file FILE.py; got {side!r}")
+    found = _cases(chosen, options.case)
+    # both sides may register the same names
+    for case in found:
+        registry.forget(case.origin)
+    return found
+
+
+def _static(options, verb) -> int:
+    store = Path(options.store)
+    ledger = store / static.LEDGER_NAME if options.module else None
+    made = verb(options.static, options.pattern, ledger, modules=options.module)
+    for line in (*made.problems, *(f"note: {note}" for note in made.notes)):
+        print(line, file=_prose(options))
+    if options.verbose:
+        print(static.table(made.measured), file=_prose(options))
+    results = [Result(line.split(":")[0], "static", line) for line in made.problems]
+    _files(options, results or [Result(made.summary(), "equal")])
+    print(made.summary(), file=_prose(options))
+    return made.exit_code
+
+
+def _finish(options, results: Sequence[Result]) -> int:
+    """Print and write the results; returns their exit code."""
+    print(report.text(results, verbose=options.verbose), file=_prose(options))
+    _files(options, results)
+    return report.exit_code(results)
+
+
+def _files(options, results: Sequence[Result]) -> None:
+    if options.json:
+        _write(options.json, report.to_json(results, fingerprint(options.device or "cpu")))
+    if options.junit:
+        report.write(Path(options.junit), report.junit(results))
+
+
+def _write(where: str, content: str) -> None:
+    if where == "-":
+        print(content)
+    else:
+        report.write(Path(where), content)
+
+
+def _prose(options):
+    """Where text for people goes: beside JSON on standard output there is none."""
+    return sys.stderr if options.json == "-" else sys.stdout

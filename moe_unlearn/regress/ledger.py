@@ -1,0 +1,114 @@
+"""The ledger of what kernels cost: a compiler's figures for an architecture, and what may not change in them.
+
+    {"triton 3.9.0": {"sm_90": {"file/kernel/case": {"config": ..., "registers": ..., ...}}},
+     "nvcc 13.0": {"sm_90a": {"case/kernel": {"registers": ..., ...}}}}
+
+Registers are a compiler's choice: figures of two compilers or versions are not compared.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from moe_unlearn.checkpoint import write_text
+
+SHIPPED = Path(__file__).with_name("ledger.json")  # of the kernels of this package
+# what a block may use, in KB by compute capability (CUDA C++ programming guide, technical specifications)
+_SHARED_KB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+GROWS = (
+    "registers", "stack_bytes", "spills", "spill_bytes", "shared_bytes", "tensor_memory", "atomics", "float_atomics",
+)  # fmt: skip
+LOST = ("hgmma", "hmma", "utcmma", "tma", "cp_async")
+
+Entries = dict[str, dict]
+Ledger = dict[str, dict[str, Entries]]  # by compiler, then by architecture
+
+
+class CorruptLedger(ValueError):
+    """A ledger that is not what `write` wrote."""
+
+
+def capability(architecture: str) -> int:
+    """90 of "sm_90" and of "sm_90a"; ValueError for what is no architecture known here."""
+    match = re.fullmatch(r"sm_(\d+)[af]?", architecture)
+    if match is None or int(match[1]) not in _SHARED_KB:
+        known = ", ".join(f"sm_{number}" for number in _SHARED_KB)
+        raise ValueError(f"expected an architecture, one of {known}; got {architecture!r}")
+    return int(match[1])
+
+
+def failures(arch: str, entries: Entries) -> list[str]:
+    """What cannot run at all: no binary, or more shared memory than there is."""
+    found, limit = [], _SHARED_KB[capability(arch)] * 1024
+    for name, entry in entries.items():
+        if "error" in entry:
+            found.append(f"{_where(arch, name, entry)}: does not compile: {entry['error']}")
+        elif entry["shared_bytes"] > limit:
+            shared = f"{entry['shared_bytes']} bytes of shared memory; {limit} are there"
+            found.append(f"{_where(arch, name, entry)}: {shared}")
+    return found
+
+
+def violations(arch: str, entries: Entries) -> list[str]:
+    """What none of our own kernels may do, whatever is recorded: `failures`, spills, float atomics."""
+    found = failures(arch, entries)
+    for name, entry in entries.items():
+        where = _where(arch, name, entry)
+        if entry.get("spills"):
+            found.append(f"{where}: {entry['spills']} spilling instructions, {entry['stack_bytes']} bytes of stack")
+        if "spill_bytes" in entry and (entry["spill_bytes"] or entry["stack_bytes"]):
+            found.append(f"{where}: {entry['spill_bytes']} bytes spilled, {entry['stack_bytes']} bytes of stack")
+        if entry.get("float_atomics"):
+            found.append(f"{where}: {entry['float_atomics']} float atomics: sums in no fixed order")
+    return found
+
+
+def differences(arch: str, recorded: Entries, measured: Entries) -> list[str]:
+    """What got worse since `recorded`, and which entries have no counterpart."""
+    found = [f"{arch} {name}: compiled, not in the ledger" for name in measured.keys() - recorded.keys()]
+    found += [f"{arch} {name}: in the ledger, no longer compiled" for name in recorded.keys() - measured.keys()]
+    for name in recorded.keys() & measured.keys():
+        before, now = recorded[name], measured[name]
+        if "error" in before or "error" in now:
+            continue
+        both = before.keys() & now.keys()
+        changes = [f"{c} {before[c]} -> {now[c]}" for c in GROWS if c in both and now[c] > before[c]]
+        changes += [f"{c} {before[c]} -> lost" for c in LOST if c in both and before[c] and not now[c]]
+        if changes:
+            line = f"{arch} {name}: {', '.join(changes)}"
+            was = f"was [{before['config']}], " if before.get("config") != now.get("config") else ""
+            found.append(f"{line}; {was}now [{now['config']}]" if "config" in now else line)
+    return sorted(found)
+
+
+def read(path: Path = SHIPPED) -> Ledger:
+    """The ledger at `path`, empty if there is none. CorruptLedger, naming the file, if it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        ledger = json.loads(path.read_text(encoding="utf-8"))
+        whole = all(
+            isinstance(entry, dict) and ("error" in entry or isinstance(entry["registers"], int))
+            for by_arch in ledger.values() for entries in by_arch.values() for entry in entries.values()
+        )  # fmt: skip
+    except (ValueError, AttributeError, KeyError) as error:
+        raise CorruptLedger(f"{path}: not a ledger of kernels: {error!r}") from error
+    if not whole:
+        raise CorruptLedger(f"{path}: not a ledger of kernels: an entry has no figures")
+    return ledger
+
+
+def write(ledger: Ledger, path: Path = SHIPPED) -> None:
+    """One line per entry, so that a change of one kernel is a change of its lines; all of the file or nothing."""
+    versions = []
+    for version, by_arch in ledger.items():
+        blocks = []
+        for arch, entries in by_arch.items():
+            lines = [f"      {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items())]
+            blocks.append(f"    {json.dumps(arch)}: {{\n" + ",\n".join(lines) + "\n    }")
+        versions.append(f"  {json.dumps(version)}: {{\n" + ",\n".join(blocks) + "\n  }")
+    write_text(path, "{\n" + ",\n".join(versions) + "\n}\n")
+
+
+def _where(arch: str, name: str, entry: dict) -> str:
+    return f"{arch} {name} [{entry['config']}]" if "config" in entry else f"{arch} {name}"

@@ -1,0 +1,209 @@
+"""The store: what each case gave, in files that are only ever added.
+
+    entries/<case>-<sha256>.json     one record: case, seed, sizes, SHA-256 of each input, digests and errors of the
+                                     outputs, where it was made, of which source, and which entry it supersedes
+    arrays/<sha256>.safetensors      the outputs
+
+Every file is named by the SHA-256 of its bytes, written beside its place and linked into it, so that it is wholly
+there or not at all. An entry names the one it supersedes: the former stays, and one that disappeared is missed. The
+newest of a case is the one no other supersedes. No pickle; nothing in a store is ever imported or run. Entries of
+different cases never touch one file, so that a store lives well in git.
+
+Source: our specification.
+"""
+
+import datetime
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+FORMAT = "moe-unlearn kernels 1"
+_NAME = re.compile(r"(?P<slug>.*)-(?P<sha>[0-9a-f]{64})\.json")
+_FIELDS = {
+    "format": str, "case": str, "origin": str, "seed": int, "sizes": dict, "routing": str, "inputs": dict,
+    "outputs": dict, "arrays": str, "environment": dict, "source": dict, "seconds": list,
+    "supersedes": (str, type(None)), "reason": str, "recorded": str,
+}  # fmt: skip
+
+
+class StoreError(Exception):
+    """A store that does not hold what was written; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One record, as its file says it; `sha256` is the digest of the file."""
+
+    sha256: str
+    content: Mapping[str, object]
+
+    @property
+    def case(self) -> str:
+        return self.content["case"]
+
+
+class Store:
+    """A folder of records; it need not exist before the first one is added.
+
+    It is read once: what another process adds later is seen by a new `Store`.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"--store expects a folder; got the file {str(self.folder)!r}")
+        self._entries: list[Entry] | None = None
+
+    def entries(self) -> list[Entry]:
+        """Every record, verified; StoreError names a broken, missing or doubled one."""
+        if self._entries is None:
+            self._entries = self._verified()
+        return self._entries
+
+    def _verified(self) -> list[Entry]:
+        found = [self._read(path) for path in sorted((self.folder / "entries").glob("*.json"))]
+        known = {entry.sha256: entry for entry in found}
+        successors: dict[str, Entry] = {}
+        for entry in found:
+            former = entry.content["supersedes"]
+            if former is None:
+                continue
+            if former not in known or known[former].case != entry.case:
+                raise StoreError(
+                    f"{self.folder}: {entry.sha256} of {entry.case!r} supersedes {former}, which is missing"
+                )
+            if former in successors:
+                raise StoreError(
+                    f"{self.folder}: two entries of {entry.case!r} supersede {former}: {successors[former].sha256} and "
+                    f"{entry.sha256}; keep one of them"
+                )
+            successors[former] = entry
+        return found
+
+    def current(self) -> dict[str, Entry]:
+        """The newest entry of each case."""
+        found = self.entries()
+        superseded = {entry.content["supersedes"] for entry in found}
+        current: dict[str, Entry] = {}
+        for entry in found:
+            if entry.sha256 in superseded:
+                continue
+            if entry.case in current:
+                raise StoreError(
+                    f"{self.folder}: two first entries of {entry.case!r}: {current[entry.case].sha256} and "
+                    f"{entry.sha256}; keep one of them"
+                )
+            current[entry.case] = entry
+        return current
+
+    def history(self, case: str) -> list[Entry]:
+        """The entries of a case, the newest first."""
+        known = {entry.sha256: entry for entry in self.entries()}
+        entry, chain = self.current().get(case), []
+        while entry is not None:
+            chain.append(entry)
+            entry = known.get(entry.content["supersedes"])
+        return chain
+
+    def arrays(self, entry: Entry) -> dict[str, Tensor]:
+        """The recorded outputs of an entry, verified; StoreError if they are not what was written."""
+        path = self.arrays_path(entry)
+        data = _bytes(path)
+        if hashlib.sha256(data).hexdigest() != entry.content["arrays"]:
+            raise StoreError(f"{path}: content does not match its SHA-256")
+        try:
+            arrays = safetensors.torch.load(data)
+        except SafetensorError as error:
+            raise StoreError(f"{path}: not a safetensors file: {error}") from error
+        if set(arrays) != set(entry.content["outputs"]):
+            raise StoreError(f"{path}: expected outputs {sorted(entry.content['outputs'])}; got {sorted(arrays)}")
+        return {name: arrays[name] for name in entry.content["outputs"]}
+
+    def arrays_path(self, entry: Entry) -> Path:
+        """The file of an entry's outputs."""
+        return self.folder / "arrays" / f"{entry.content['arrays']}.safetensors"
+
+    def add(self, content: Mapping[str, object], arrays: Mapping[str, Tensor]) -> Entry:
+        """Write one record and its outputs; `content` lacks `format`, `arrays` and `recorded`.
+
+        The entry it supersedes must be the newest of its case (None where there is none yet).
+        """
+        self._entries = None
+        newest = self.current().get(content["case"])
+        if content["supersedes"] != (None if newest is None else newest.sha256):
+            raise ValueError(
+                f"{content['case']!r} is recorded as {newest and newest.sha256}; an entry that supersedes "
+                f"{content['supersedes']} cannot be added"
+            )
+        data = safetensors.torch.save({name: value.contiguous() for name, value in arrays.items()})
+        digest = self._write("arrays", "{sha}.safetensors", data)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        whole = {"format": FORMAT, **content, "arrays": digest, "recorded": now}
+        body = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
+        sha = self._write("entries", f"{_slug(content['case'])}-{{sha}}.json", body)
+        entry = Entry(sha, json.loads(body))
+        self._entries.append(entry)
+        return entry
+
+    def _read(self, path: Path) -> Entry:
+        data, named = _bytes(path), _NAME.fullmatch(path.name)
+        sha = hashlib.sha256(data).hexdigest()
+        if named is None or named["sha"] != sha:
+            raise StoreError(f"{path}: content does not match the SHA-256 in its name")
+        try:
+            content = json.loads(data)
+            if content["format"] != FORMAT:
+                raise StoreError(f"{path}: expected format {FORMAT!r}; got {content['format']!r}")
+            wrong = [key for key, kind in _FIELDS.items() if not isinstance(content[key], kind)]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise StoreError(f"{path}: not an entry: {error!r}") from error
+        if wrong or named["slug"] != _slug(content["case"]):
+            raise StoreError(f"{path}: not an entry: {', '.join(wrong) or 'its name is of another case'}")
+        return Entry(sha, content)
+
+    def _write(self, folder: str, name: str, data: bytes) -> str:
+        """Put `data` under the name its digest gives, all of it or nothing; there already, it stays."""
+        sha = hashlib.sha256(data).hexdigest()
+        target = self.folder / folder / name.format(sha=sha)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._keep_bytes()
+        if target.exists() and target.read_bytes() == data:
+            return sha
+        handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        return sha
+
+    def _keep_bytes(self) -> None:
+        """A checkout with other line ends would not match its digests."""
+        attributes = self.folder / ".gitattributes"
+        if not attributes.exists():
+            attributes.write_text("* -text\n", encoding="utf-8")
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _slug(case: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", case)[:100]
