@@ -49,12 +49,17 @@ def case(geometry: Geometry, tokens: int, share: float, tier: int, seconds: floa
     return Case(
         "expert_layer",
         f"{geometry.name}, {tokens} tokens, {share:.0%} trained",
-        NAMES,
+        tuple(name for name in NAMES if name != FUSED or not _whole_on_cpu(geometry, device)),
         functools.partial(work, geometry, tokens, share, device),
         tier,
         seconds,
         facts={"geometry": geometry.name, "tokens": tokens, "share": share, "routing": "uniform"},
     )
+
+
+def _whole_on_cpu(geometry: Geometry, device: str) -> bool:
+    # seconds a step: three rounds, and the rival between (a) and (b) in the narrow copies alone
+    return device == "cpu" and geometry is shapes.OLMOE
 
 
 def work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
@@ -66,6 +71,8 @@ def work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
         FUSED: dense(layer, peers[GROUPED], fused=True),
         FAIR: compact(layer, peers[GROUPED]),
     }
+    if _whole_on_cpu(geometry, device):
+        del contenders[FUSED]
     contenders |= {PEER[name]: compact(layer, peers[name]) for name in rivals.PEERS if name in peers}
     published = geometry in shapes.GATE and (device == "cpu" or (geometry is shapes.QWEN3 and tokens == 8192))
     wanted, of_peer = TARGETS[device].get(share, (None, None)) if published else (None, None)
@@ -76,7 +83,7 @@ def work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
         targets={name: t for name, t in ((DENSE, wanted), *((p, of_peer) for p in PEER.values())) if t},
         flops=shapes.layer_flops(geometry, tokens) * (2 + share),
         bytes=shapes.forward_bytes(geometry, tokens) + share * parameters * _UPDATE_BYTES,
-        rounds=3 if device == "cpu" and geometry is shapes.OLMOE else 7,
+        rounds=3 if _whole_on_cpu(geometry, device) else 7,
         memory=True,
     )
 
