@@ -59,7 +59,9 @@ def work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
 
     contenders, missing = {OURS: ours}, {}
     if hasattr(F, "grouped_mm"):
-        contenders |= {name: theirs(weight, grad, x, offsets, trained, keep, name == DENSE) for name in (DENSE, COMPACT)}
+        contenders |= {
+            name: theirs(weight, grad, x, offsets, trained, keep, name == DENSE) for name in (DENSE, COMPACT)
+        }
     else:
         missing = dict.fromkeys((DENSE, COMPACT), f"torch {torch.__version__} has no F.grouped_mm")
     products = 2.0 * rows * shape[1] * shape[2]

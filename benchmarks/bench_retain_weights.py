@@ -38,7 +38,9 @@ def cases(device: str) -> list[Case]:
         for part in PARTS:
             make = functools.partial(work, part, size, device)
             found.append(
-                Case("retain_weights", f"{part}, {TOKENS} tokens, {size} experts", (OURS, DENSE, REF), make, 1, 5, facts)
+                Case(
+                    "retain_weights", f"{part}, {TOKENS} tokens, {size} experts", (OURS, DENSE, REF), make, 1, 5, facts
+                )
             )
         if size == 32 or device == "cuda":  # a CPU takes a minute for the other
             make, title = functools.partial(solved, size, device), f"solved, {TOKENS} tokens, {size} experts"

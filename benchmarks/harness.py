@@ -49,7 +49,7 @@ class Work:
     found: dict = field(default_factory=dict)  # further results
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One row: `names` are its contenders, ours first; `make` builds them, or returns a row measured otherwise."""
 
@@ -159,8 +159,8 @@ def measure_ceilings(device: str, size: int | None = None) -> dict:
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         out = torch.empty(n, n, device=device, dtype=dtype)
-        result["flops"][str(dtype).removeprefix("torch.")] = 2.0 * n**3 / _best(
-            lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device
+        result["flops"][str(dtype).removeprefix("torch.")] = (
+            2.0 * n**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)
         )
     source = torch.ones((size or (8192 if device == "cuda" else 4096)) ** 2, device=device)
     copy = torch.empty_like(source)
