@@ -36,12 +36,8 @@ def cases(device: str) -> list[Case]:
     for size in (32, 128):
         facts = {"tokens": TOKENS, "experts": size}
         for part in PARTS:
-            make = functools.partial(work, part, size, device)
-            found.append(
-                Case(
-                    "retain_weights", f"{part}, {TOKENS} tokens, {size} experts", (OURS, DENSE, REF), make, 1, 5, facts
-                )
-            )
+            make, title = functools.partial(work, part, size, device), f"{part}, {TOKENS} tokens, {size} experts"
+            found.append(Case("retain_weights", title, (OURS, DENSE, REF), make, 1, 5, facts))
         if size == 32 or device == "cuda":  # a CPU takes a minute for the other
             make, title = functools.partial(solved, size, device), f"solved, {TOKENS} tokens, {size} experts"
             found.append(Case("retain_weights", title, (OURS, REF), make, 2, 10, facts))

@@ -83,12 +83,14 @@ def speedup(run: dict, file: Path) -> bool:
         what = v["what"].removeprefix("times as fast as ").replace(": speed-up over ", " / ")
         labels.append(f"{title}   {what}" if title != previous else what)
         previous = title
-        axes.barh(i, v["value"], color=BLUE if v["value"] >= 1 else GREY, height=0.7, alpha=0.85)
+        # from 1, since the axis is logarithmic
+        axes.barh(i, v["value"] - 1, left=1, color=BLUE if v["value"] >= 1 else GREY, height=0.7, alpha=0.85)
         if "low" in v:
             axes.plot([v["low"], v["high"]], [i, i], color="black", linewidth=0.8)
         if v["target"] is not None:
             axes.plot([v["target"]] * 2, [i - 0.45, i + 0.45], color="#c0392b", linewidth=2)
-        axes.text(max(v["value"], v.get("high", 0)) * 1.04, i, f"{v['value']:.2f}", va="center", fontsize=7)
+        end = max(1, v["value"], v.get("high", 0), v["target"] or 0)
+        axes.text(end * 1.04, i, f"{v['value']:.2f}", va="center", fontsize=7)
     axes.set_yticks(range(len(bars)), labels, fontsize=7)
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="times as fast as the rival (red: what is asked for)")
@@ -143,8 +145,10 @@ def growth(run: dict, file: Path) -> bool:
     own = [row for row in rows if row["geometry"] == geometry]
     share = collections.Counter(row["share"] for row in own).most_common(1)[0][0]
     tokens = collections.Counter(row["tokens"] for row in own).most_common(1)[0][0]
-    columns = (("tokens", f"tokens, {share:.0%} of the experts train", [r for r in own if r["share"] == share]),
-               ("share", f"share of the experts that train, {tokens} tokens", [r for r in own if r["tokens"] == tokens]))  # fmt: skip
+    columns = (
+        ("tokens", f"tokens, {share:.0%} of the experts train", [r for r in own if r["share"] == share]),
+        ("share", f"share of the experts that train, {tokens} tokens", [r for r in own if r["tokens"] == tokens]),
+    )
     figure, panels = pyplot.subplots(2, 2, figsize=(9.0, 6.0), layout="constrained", sharey="row")
     names = list(dict.fromkeys(name for row in own for name in row["milliseconds"]))
     colors = {name: BLUE if name == OURS else RIVALS[i % len(RIVALS)] for i, name in enumerate(names)}

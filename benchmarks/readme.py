@@ -66,7 +66,8 @@ def _line(row: dict, found: dict) -> str:
             of = of.removesuffix("'s")
     limits = f" [{found['low']:.2f}, {found['high']:.2f}]" if "low" in found else ""
     verdict = "hit" if found["hit"] else "**missed**"
-    return f"| {row['op']}: {row['name']} | {what} | {of} | {found['value']:.2f}{limits} | {found['target']:.3g} | {verdict} |"
+    cells = f"{row['op']}: {row['name']}", what, of, f"{found['value']:.2f}{limits}", f"{found['target']:.3g}", verdict
+    return f"| {' | '.join(cells)} |"
 
 
 def _remarks(run: dict) -> list[str]:
