@@ -43,7 +43,7 @@ def case(geometry: Geometry, tokens: int, routing: str, tier: int, direction: st
         (OURS, *rivals.EXPERTS),
         functools.partial(work, geometry, tokens, routing, direction, device),
         tier,
-        seconds=5,
+        seconds=4,
         facts={"geometry": geometry.name, "tokens": tokens, "routing": routing, "direction": direction},
     )
 

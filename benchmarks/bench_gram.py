@@ -49,12 +49,12 @@ def dots(sets, widen=None):
 
 
 def sets_work(m, dtype, device, masked) -> Work:
-    generator = torch.Generator().manual_seed(0)
+    random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     dtype, shapes = getattr(torch, dtype), SHAPES[device]
-    sets = [[torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes] for _ in range(m)]
+    sets = [[torch.randn(shape, **random).to(dtype) for shape in shapes] for _ in range(m)]
     moved = float(m * sum(g.numel() * g.element_size() for g in sets[0]))
     if masked:
-        masks = [(torch.rand(shape, generator=generator) < 0.5).to(device) for shape in shapes]
+        masks = [torch.rand(shape, **random) < 0.5 for shape in shapes]
         words = [pack_bits(mask) for mask in masks]
         contenders = {
             OURS: lambda: gram(sets, masks=words),

@@ -38,19 +38,19 @@ def case(rule, dtype, keep, device, state=None, rounding="nearest") -> Case:
         make = functools.partial(sgd, dtype, keep, device, 0.9 if "momentum" in rule else 0.0)
     aimed = keep == 0.5 and rule != "SGD momentum" and not more
     facts = {"rule": rule, "keep": keep, "dtype": dtype}
-    return Case("masked_update", f"{rule} {dtype}, kept {keep}{more}", names, make, 0 if aimed else 1, 4, facts)
+    return Case("masked_update", f"{rule} {dtype}, kept {keep}{more}", names, make, 0 if aimed else 1, 3, facts)
 
 
 def tensors(dtype, keep, device):
-    generator, shape = torch.Generator().manual_seed(0), SHAPES[device]
-    param = torch.randn(shape, generator=generator).to(device, getattr(torch, dtype))
-    grad = torch.randn(shape, generator=generator).mul_(1e-2).to(device, getattr(torch, dtype))
+    random = {"size": SHAPES[device], "generator": torch.Generator(device).manual_seed(0), "device": device}
+    param = torch.randn(**random).to(getattr(torch, dtype))
+    grad = torch.randn(**random).mul_(1e-2).to(getattr(torch, dtype))
     if keep == "blocks":
-        mask = torch.zeros(shape, dtype=torch.bool)
+        mask = torch.zeros(SHAPES[device], dtype=torch.bool, device=device)
         mask[:, ::20] = True
     else:
-        mask = torch.rand(shape, generator=generator) < keep
-    return param, grad, mask.to(device)
+        mask = torch.rand(**random) < keep
+    return param, grad, mask
 
 
 def chain(optimizer, param, mask):

@@ -21,7 +21,8 @@ CPU_SIZE = 512, 1024, 50_000  # tokens, hidden width, vocabulary
 
 def cases(device: str) -> list[Case]:
     if device == "cpu":
-        rows = [(*CPU_SIZE, dtype, trained, 1) for dtype in ("bfloat16", "float32") for trained in (False, True)]
+        kinds = [(dtype, trained) for dtype in ("bfloat16", "float32") for trained in (False, True)]
+        rows = [(*CPU_SIZE, dtype, trained, 1 if dtype == "bfloat16" else 2) for dtype, trained in kinds]
         return [case(*row, "", device) for row in rows]
     found = []
     for geometry in shapes.GATE:
@@ -46,12 +47,11 @@ def case(tokens, hidden, vocabulary, dtype, trained, tier, of, device) -> Case:
 
 
 def work(tokens, hidden, vocabulary, dtype, trained, device) -> Work:
-    generator = torch.Generator().manual_seed(0)
+    random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     dtype = getattr(torch, dtype)
-    h = torch.randn(tokens, hidden, generator=generator).to(device, dtype).requires_grad_()
-    head = torch.randn(vocabulary, hidden, generator=generator).div_(hidden**0.5).to(device, dtype)
-    head.requires_grad_(trained)
-    labels = torch.randint(0, vocabulary, (tokens,), generator=generator).to(device)
+    h = torch.randn(tokens, hidden, **random).to(dtype).requires_grad_()
+    head = torch.randn(vocabulary, hidden, **random).div_(hidden**0.5).to(dtype).requires_grad_(trained)
+    labels = torch.randint(0, vocabulary, (tokens,), **random)
     weights = torch.full((tokens,), 1 / tokens, device=device)
     peers, missing = rivals.collected(rivals.LOSSES)
     widened = "logits.float() + cross_entropy"

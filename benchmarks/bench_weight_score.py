@@ -36,10 +36,10 @@ def cases(device: str) -> list[Case]:
 
 
 def tensors(dtype, device):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     return [
         tuple(
-            torch.randn(SHAPES[device], generator=generator).mul_(scale).to(device, getattr(torch, dtype))
+            torch.randn(SHAPES[device], generator=generator, device=device).mul_(scale).to(getattr(torch, dtype))
             for scale in (0.02, 1e-3, 1e-3)
         )
         for _ in range(TENSORS)

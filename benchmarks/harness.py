@@ -92,8 +92,8 @@ def run(case: Case, device: str, ceilings: Mapping) -> dict:
         try:
             extra = peak_memory(function, device)
         except Exception as error:  # noqa: BLE001 -- of a rival anything may come, and it is said what
-            _wait(device)  # raises again where the device is lost
-            row["missing"][name] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            row["missing"][name] = f"failed: {brief(error)}"
+            still_usable(device, name, error)
             continue
         able[name] = function
         if work.memory and extra is not None:
@@ -212,9 +212,20 @@ def _resident(what: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
+def brief(error: Exception) -> str:
+    """Its kind and the first line of what it says."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def still_usable(device: str, name: str, error: Exception) -> None:
+    """Raise RuntimeError where `error` of the contender has left the GPU unusable for this process."""
+    if device != "cuda":
+        return
+    try:
         torch.cuda.synchronize()
+    except Exception as lost:
+        raise RuntimeError(f"{name} left the device unusable: {brief(error)}") from lost
 
 
 def _graphs(able: Mapping[str, Callable], missing: dict[str, str]) -> dict[str, Callable]:
@@ -226,8 +237,8 @@ def _graphs(able: Mapping[str, Callable], missing: dict[str, str]) -> dict[str, 
             with torch.cuda.graph(graph):
                 function()
         except Exception as error:  # noqa: BLE001 -- whoever waits for the device cannot be recorded
-            _wait("cuda")
-            missing[f"{name}, graph"] = f"cannot be recorded: {str(error).strip().splitlines()[0][:120]}"
+            missing[f"{name}, graph"] = f"cannot be recorded: {brief(error)}"
+            still_usable("cuda", name, error)
             continue
         graphs[f"{name}, graph"] = graph.replay
     return graphs

@@ -35,8 +35,10 @@ class Record:
         """Say whether the run is whole; returns that."""
         skipped = [row for row in self.content["rows"] if "skipped" in row]
         failed = [row for row in self.content["rows"] if "error" in row]
-        parts = [f"{len(rows)} of {len(self.content['rows'])} cases {what}" for rows, what in
-                 ((skipped, "left out for lack of time"), (failed, "failed")) if rows]  # fmt: skip
+        total = len(self.content["rows"])
+        parts = [f"only {only!r}"] if (only := self.content.get("only")) else []
+        parts += [f"{len(skipped)} of {total} cases left out for lack of time"] if skipped else []
+        parts += [f"{len(failed)} of {total} cases failed"] if failed else []
         self.content["state"] = f"partial: {', '.join(parts)}" if parts else COMPLETE
         self.save()
         return self.content["state"]

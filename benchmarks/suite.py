@@ -10,6 +10,7 @@ itself and no other. Exit status: 0, also where something was left out; 1 where 
 """
 
 import argparse
+import collections
 import contextlib
 import importlib
 import json
@@ -21,7 +22,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TextIO
 
 from benchmarks import record as records
@@ -65,13 +68,13 @@ def conduct(
 ) -> None:
     """Measure the cases in turn until `seconds` after `start`; `ask(title, seconds)` measures one within that time.
 
-    Where cases have taken longer than expected so far, later ones are expected to, by as much.
+    Where cases of an op have taken longer than expected so far, its later ones are expected to, by as much.
     """
-    expected = spent = 0.0
+    expected, spent = collections.Counter(), collections.Counter()
     for case in chosen:
         now = clock()
         left = seconds - (now - start)
-        needed = case.seconds * max(1.0, spent / expected if expected else 1.0)
+        needed = case.seconds * max(1.0, spent[case.op] / expected[case.op] if expected[case.op] else 1.0)
         row = {"op": case.op, "name": case.name, **case.facts}
         if needed > left:
             row["skipped"] = f"{max(left, 0):.0f} s of {seconds:.0f} were left; it takes about {needed:.0f}"
@@ -80,7 +83,8 @@ def conduct(
                 row = ask(case.title, left)
             except Broken as error:
                 row["error"] = str(error)
-            expected, spent = expected + case.seconds, spent + clock() - now
+            expected[case.op] += case.seconds
+            spent[case.op] += clock() - now
         record.add(row, clock() - start)
         say(line(row))
     say(record.finish())
@@ -105,10 +109,13 @@ def _mark(hit: bool) -> str:
 
 
 class Worker:
-    """A process that measures cases by their title, started again after one that broke it."""
+    """A process that measures cases by their title, started again after one that broke it.
 
-    def __init__(self, device: str, log: TextIO):
-        self.device, self.log = device, log
+    `command` answers each line on its stdin with one line of JSON on its stdout; what it prints goes to `log`.
+    """
+
+    def __init__(self, command: Sequence[str], log: TextIO):
+        self.command, self.log = command, log
         self.process: subprocess.Popen | None = None
 
     def ask(self, title: str, seconds: float) -> dict:
@@ -139,10 +146,9 @@ class Worker:
             self.process = None
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "benchmarks.suite", "--worker", "--device", self.device]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, start_new_session=True,
-            cwd=stamp.ROOT,
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=stamp.ROOT,
+            start_new_session=True,
         )  # fmt: skip
         self.answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=_forward, args=(self.process.stdout, self.answers), daemon=True).start()
@@ -175,10 +181,22 @@ def work(device: str) -> None:
             ceilings = row["ceilings"]
         else:
             ceilings = ceilings or harness.measure_ceilings(device)
-            row = harness.run(known[title], device, ceilings)
+            row = measured(known[title], device, ceilings)
             harness.collect(device)
         answers.write(json.dumps(row) + "\n")
         answers.flush()
+
+
+def measured(case: Case, device: str, ceilings: Mapping) -> dict:
+    """The row of a case, an error of it in the row; one that leaves a GPU unusable is raised."""
+    from benchmarks import harness
+
+    try:
+        return harness.run(case, device, ceilings)
+    except Exception as error:
+        harness.still_usable(device, case.title, error)
+        traceback.print_exc()
+        return {"op": case.op, "name": case.name, **case.facts, "error": harness.brief(error)}
 
 
 def environment(device: str) -> dict:
@@ -221,17 +239,15 @@ def main() -> int:
 
 def conducted(arguments: argparse.Namespace, chosen: Sequence[Case]) -> int:
     """A run from its environment to its record."""
-    from pathlib import Path
-
     start, clock = time.monotonic(), time.monotonic
     seconds = arguments.seconds or SECONDS[arguments.device]
     with tempfile.TemporaryFile("w+") as log:
-        worker = Worker(arguments.device, log)
+        worker = Worker([sys.executable, "-m", "benchmarks.suite", "--worker", "--device", arguments.device], log)
         try:
             head = worker.ask(ENVIRONMENT, seconds)
             where = head["stamp"]
             path = Path(arguments.out) if arguments.out else records.new_path(where["device"], where["commit"])
-            record = records.Record(path, {**head, "started": round(time.time()), "budget": seconds})
+            record = records.Record(path, {**head, "only": arguments.only, "started": time.time(), "budget": seconds})
             conduct(chosen, worker.ask, record, seconds=seconds - RESERVE, clock=clock, start=start)
         except Broken as error:
             print(f"nothing measured: {error}", file=sys.stderr)
