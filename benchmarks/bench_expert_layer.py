@@ -35,8 +35,8 @@ def cases(device: str) -> list[Case]:
     if device == "cpu":
         narrow = shapes.OLMOE.narrow(4)
         rows = [(shapes.OLMOE, 1024, share, 0, 60) for share in (0.2, 1.0)]
-        rows += [(narrow, tokens, 0.2, 1, 8) for tokens in (256, 512, 1024, 2048)]
-        rows += [(narrow, 1024, share, 1, 8) for share in (0.05, 0.5, 1.0)]
+        rows += [(narrow, tokens, 0.2, 1, 6) for tokens in (256, 512, 1024, 2048)]
+        rows += [(narrow, 1024, share, 1, 6) for share in (0.05, 0.5, 1.0)]
     else:
         rows = [(shapes.QWEN3, 8192, share, 0, 6) for share in (0.05, 1.0, 0.2)]
         rows += [(shapes.QWEN3, tokens, 0.2, 1, 6) for tokens in shapes.GPU_TOKENS if tokens != 8192]

@@ -28,11 +28,11 @@ def cases(device: str) -> list[Case]:
             whole = functools.partial(sets_work, m, dtype, device, False)
             masked = functools.partial(sets_work, m, dtype, device, True)
             name = f"{m} objectives, {dtype}"
-            found.append(Case("gram", name, (OURS, DOT, WIDE), whole, 1, 5, {"dtype": dtype}))
-            found.append(Case("gram", f"{name}, half masked", (OURS, PRODUCT), masked, 2, 5, {"dtype": dtype}))
+            found.append(Case("gram", name, (OURS, DOT, WIDE), whole, 1, 4, {"dtype": dtype}))
+            found.append(Case("gram", f"{name}, half masked", (OURS, PRODUCT), masked, 2, 4, {"dtype": dtype}))
         name = f"factors, 3 objectives, {ROWS} rows an expert, {dtype}"
         make = functools.partial(factors_work, 3, dtype, device)
-        found.append(Case("gram", name, (OURS, DENSE, REF), make, 2, 5, {"dtype": dtype}))
+        found.append(Case("gram", name, (OURS, DENSE, REF), make, 2, 4, {"dtype": dtype}))
     return found
 
 

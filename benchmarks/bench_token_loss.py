@@ -82,6 +82,7 @@ def work(tokens, hidden, vocabulary, dtype, trained, device) -> Work:
         contenders,
         missing,
         targets=targets,
+        mib_target=1024.0 if device == "cuda" and vocabulary == shapes.QWEN3.vocabulary and not trained else None,
         # the products that a fused loss needs: logits, then one gradient or two
         flops=2.0 * tokens * hidden * vocabulary * (3 if trained else 2),
         bytes=h.element_size() * (3.0 * head.numel() if trained else 2.0 * head.numel()),

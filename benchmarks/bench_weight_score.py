@@ -27,7 +27,7 @@ def cases(device: str) -> list[Case]:
     for dtype in ("bfloat16", "float32"):
         name, names = f"threshold and mask, {dtype}", (OURS, ARGSORT, KTHVALUE)
         found.append(
-            Case("weight_score", name, names, functools.partial(threshold, dtype, device), 0, 15, {"dtype": dtype})
+            Case("weight_score", name, names, functools.partial(threshold, dtype, device), 0, 10, {"dtype": dtype})
         )
         for part in PARTS:
             make = functools.partial(piece, part, dtype, device)

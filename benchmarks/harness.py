@@ -40,6 +40,7 @@ class Work:
     targets: dict[str, float] = field(default_factory=dict)  # rival: how many times as fast ours is asked to be
     teraflops_target: float | None = None
     microseconds_target: float | None = None
+    mib_target: float | None = None  # of extra memory
     flops: float = 0.0  # useful ones, of one call
     bytes: float = 0.0  # the least that one call moves
     dtype: torch.dtype = torch.bfloat16
@@ -141,6 +142,8 @@ def verdicts(seconds: Mapping[str, list[float]], work: Work, extra_mib: Mapping[
     if work.microseconds_target:
         best = min(statistics.median(values) for name, values in seconds.items() if name.startswith(OURS))
         add("microseconds", 1e6 * best, work.microseconds_target, at_most=True)
+    if work.mib_target and OURS in extra_mib:
+        add("MiB of extra memory", extra_mib[OURS], work.mib_target, at_most=True)
     for rival, size in extra_mib.items():
         if rival != OURS and size and extra_mib.get(OURS) is not None:
             add(f"extra memory of that of {rival}", extra_mib[OURS] / size, None)

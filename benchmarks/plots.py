@@ -11,6 +11,7 @@ From results/cpu/step.json, how the whole step grows:
 """
 
 import collections
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -114,20 +115,21 @@ def roofline(run: dict, file: Path) -> bool:
     figure, panels = pyplot.subplots(
         1, len(dtypes), figsize=(5.2 * len(dtypes), 4.0), layout="constrained", squeeze=False
     )
+    markers = dict(zip(dict.fromkeys(row["op"] for row in rows), itertools.cycle("os^DvP"), strict=False))
     for axes, dtype in zip(panels[0], dtypes, strict=True):
         own = [row for row in rows if row["dtype"] == dtype]
         peak, bandwidth = run["ceilings"]["flops"][dtype], run["ceilings"]["bytes"]
         intensities = [row["flops"] / row["bytes"] for row in own]
         grid = [min(*intensities, peak / bandwidth) / 2, peak / bandwidth, 2 * max(*intensities, peak / bandwidth)]
         axes.plot(grid, [min(peak, bandwidth * x) for x in grid], color="black", linewidth=1.2)
-        for j, op in enumerate(dict.fromkeys(row["op"] for row in own)):
+        for op in dict.fromkeys(row["op"] for row in own):
             of_op = [row for row in own if row["op"] == op]
             for ours in (False, True):
                 points = [(row["flops"] / row["bytes"], 1e3 * row["flops"] / ms) for row in of_op
                           for name, ms in row["milliseconds"].items() if name.startswith(OURS) == ours]  # fmt: skip
                 if points:
                     style = {"s": 26, "zorder": 3} if ours else {"s": 12, "facecolors": "none", "zorder": 2}
-                    axes.scatter(*zip(*points, strict=True), marker="os^Dv"[j % 5],
+                    axes.scatter(*zip(*points, strict=True), marker=markers[op],
                                  edgecolors=BLUE if ours else GREY, **({"color": BLUE} if ours else {}),
                                  label=f"{op}: {'ours' if ours else 'rivals'}", **style)  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="useful FLOP per byte that must move", ylabel="FLOP/s", title=dtype)

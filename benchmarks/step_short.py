@@ -34,7 +34,7 @@ def cases(device: str, *, toy: bool = False) -> list[Case]:
             short = replace(case, contenders=contenders, memory=memory)
             found.append(_case(short, functools.partial(on_cpu, short), tier, seconds))
         if case.geometry == "tiny" and case.objective == "graddiff":
-            found.append(_case(case, functools.partial(on_cpu, case), 1, 40))
+            found.append(_case(case, functools.partial(on_cpu, case), 1, 30))
     return found
 
 

@@ -16,6 +16,7 @@ from benchmarks import (
     harness,
     rivals,
     shapes,
+    step_short,
     suite,
 )
 from benchmarks.harness import OURS
@@ -135,6 +136,16 @@ def test_route_retain_weights_and_gram(monkeypatch):
     assert bench_gram.sets_work(2, "float32", "cpu", False).found["largest_relative_error"][OURS] < 1e-5
     factors = bench_gram.factors_work(2, "float32", "cpu").contenders
     assert alike(factors[OURS](), factors[bench_gram.DENSE]())
+
+
+def test_the_step_s_rows_have_the_suite_s_form():
+    (first, *_) = step_short.cases("cpu", toy=True)
+    row = harness.run(first, "cpu", {})
+    assert row["op"] == "step" and first.title == f"step: {row['name']}" and row["missing"] == {}
+    assert any(v["what"] == "ours: speed-up over dense" for v in row["verdicts"])
+    assert "speed-up over dense" in suite.line(row)
+    short = [case for case in step_short.cases("cpu") if case.tier == 0]
+    assert len(short) == 3 and all({"ours", "dense"} <= set(case.names) for case in short)
 
 
 def test_a_missing_library_is_a_line(monkeypatch):
