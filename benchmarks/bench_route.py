@@ -56,6 +56,5 @@ def work(num_tokens, num_experts, top_k, device) -> Work:
         microseconds_target=20.0 if asked else None,
         bytes=num_tokens * (top_k * (8.0 + 4) + 8 + 8),
         dtype=torch.float32,
-        rounds=15,
         graph=True,
     )
