@@ -103,8 +103,11 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     biases = (None, None)
     if self.has_bias:
         biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias)
+    weights = [w for w in (up, self.down_proj, *biases) if w is not None and w.requires_grad]
     trained = None if state.inputs is None else state.inputs.trained_experts
-    sink = _sink(state, (up, self.down_proj, *biases))
+    sink = _sink(state, weights)
+    if sink is not None and not (hidden_states.requires_grad or top_k_weights.requires_grad):
+        trained = state.inputs.weight_gradients.experts(weights)
     return expert_mlp(
         hidden_states, top_k_weights, routing.sorted_rows, routing.expert_offsets, up, self.down_proj, *biases,
         gate=state.gate, transposed=self.is_transposed, interleaved=state.interleaved,
@@ -112,16 +115,15 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     )  # fmt: skip
 
 
-def _sink(state: _State, weights: tuple[Tensor | None, ...]) -> Callable | None:
+def _sink(state: _State, weights: list[Tensor]) -> Callable | None:
     """Where the weights' gradients go, if not to the weights: weights that are made of others need theirs."""
     inputs = state.inputs
     if inputs is None or inputs.weight_gradients is None or torch.compiler.is_compiling():
         return None
-    trained = [w for w in weights if w is not None and w.requires_grad]
-    if not torch.is_grad_enabled() or not trained or not all(w.is_leaf for w in trained):
+    if not torch.is_grad_enabled() or not weights or not all(w.is_leaf for w in weights):
         return None
     if not _recomputing():
-        for weight in trained:
+        for weight in weights:
             inputs.weight_gradients.enter(weight)
     return inputs.weight_gradients.take
 

@@ -5,8 +5,8 @@ each objective.
     MOLLM        g = sum_i c_i grad L_i, c from the Gram matrix of the masked gradients; |g|^2 = c^T Gram c
 
 Expert weights have theirs where a sink collects them (`sinks`): compact, of the slices that train and with the
-mask applied, or as factors. Factors make MOLLM's step two phases: first the inner products, of which no gradient
-is stored, then one weighted weight gradient, in whose epilogue the optimizer updates.
+mask applied, or as factors. With factors a step has two phases: first all of them become known, and MOLLM's inner
+products, of which no gradient is stored; then one weight gradient is made, in whose epilogue the optimizer updates.
 """
 
 import torch
@@ -17,7 +17,7 @@ from moe_unlearn.config import Mollm
 from moe_unlearn.ops import gram
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
-from moe_unlearn.sinks import inner_products, join
+from moe_unlearn.sinks import inner_products, join, may_overflow
 
 Gradient = Tensor | list[Factors] | None
 
@@ -62,6 +62,19 @@ class Gradients:
         self.optimizer.gradients.clear()
         self.factors.clear()
 
+    def settle(self) -> bool:
+        """Make the factors of one backward pass the gradients of the step; whether any of them are factors.
+
+        Raises NonFiniteError if a factor is not finite; where a sum could overflow, the gradient is made.
+        """
+        names = {p: name for name, p in self.trained}
+        for p, parts in self.factors.items():
+            gradient = self.optimizer.gradients[p] = _whole([(1.0, f) for f in parts])
+            if may_overflow(gradient, names[p]):
+                self.optimizer.gradients[p] = self.made(p)
+        self.factors.clear()
+        return any(isinstance(g, Factors) for g in self.optimizer.gradients.values())
+
     def divide(self, parts: int) -> None:
         """The mean of `parts` micro-batches, from their sum."""
         if parts == 1:
@@ -74,10 +87,11 @@ class Gradients:
                     gradient.div_(parts)
 
     def norm(self) -> float:
-        """Of the gradient of the step, masks applied."""
+        """Of the gradient of the step, masks applied, without what are factors."""
         if self._norm is not None:
             return self._norm
-        return float(self._gram([[self.of(p) for _, p in self.trained]])[0, 0]) ** 0.5
+        whole = [self.of(p) for _, p in self.trained]
+        return float(self._gram([[None if isinstance(g, Factors) else g for g in whole]])[0, 0]) ** 0.5
 
     def scale(self, factor: float) -> None:
         """Multiply the gradient of the step."""

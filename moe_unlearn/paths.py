@@ -6,6 +6,8 @@ from torch import nn
 
 from moe_unlearn.experts import experts_modules
 
+_STRICT = "guard 'strict' knows every gradient before the first update (guard: loss allows it)"
+
 
 class Path(NamedTuple):
     """The way of one MoE layer: `update` in the backward pass, `compact` gradients, their `factors` (or
@@ -20,6 +22,11 @@ class Path(NamedTuple):
 
 def obstacle(step) -> str:
     """Why an `UnlearnStep` does not update expert weights in its backward pass; empty if it does."""
+    return need(step) or ("" if step.recipe.guard == "loss" else _STRICT)
+
+
+def need(step) -> str:
+    """Why a step needs whole gradients before the first update; empty if it does not."""
     recipe, separate = step.recipe, step.objectives.separate
     reasons = {
         "the plain path was asked for": not step.fused,
@@ -29,7 +36,6 @@ def obstacle(step) -> str:
             recipe.optimizer.max_grad_norm is not None,
         "several micro-batches make one gradient": recipe.accumulate > 1,
         step.held_back: bool(step.held_back),
-        "guard 'strict' knows every gradient before the first update (guard: loss allows it)": recipe.guard == "strict",
     }  # fmt: skip
     return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -67,7 +73,7 @@ def _way(step, module: nn.Module, own: dict[str, nn.Parameter], blocked: str) ->
         return "autograd", trained, "the weights are made of others (an adapter)"
     if blocked:
         mollm = step.recipe.mollm
-        way = "compact" if mollm is None or mollm.gradients == "compact" else "factors"
-        return way, trained, blocked
+        form = mollm.gradients if mollm else "compact" if need(step) else "auto"
+        return "compact" if form == "compact" else "factors", trained, blocked
     biases = any(p.dim() != 3 for p in own.values())
     return "update", trained, "in the epilogue of the weight gradient" + (", biases compact" if biases else "")

@@ -40,6 +40,14 @@ class CompactSink:
     def enter(self, weight: Tensor) -> None:
         """A forward pass uses `weight`."""
 
+    def experts(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """Ascending int32 [M_e]: the experts of which a gradient of any of `weights` is kept; None: of all."""
+        layouts = [found for found in map(self.optimizer.layout, weights) if found is not None]
+        if any(slices is None for slices, _ in layouts):
+            return None
+        kept = [slices for slices, _ in layouts] or [torch.empty(0, dtype=torch.long, device=weights[0].device)]
+        return torch.cat(kept).unique().int()
+
     def take(self, weight: Tensor, factors: Factors) -> None:
         """The backward pass has the factors of a gradient of `weight`."""
         layout = self.optimizer.layout(weight)
@@ -106,16 +114,22 @@ class UpdateSink(CompactSink):
         if weight.dim() != 3 or self._uses.get(weight, 0) > 1 or self.optimizer.layout(weight) is None:
             super().take(weight, factors)
             return
-        largest = _largest_sum(factors)
-        if not largest < torch.finfo(torch.float32).max:
-            if not largest < float("inf"):
-                raise NonFiniteError(
-                    f"the gradient of {self.names[weight]} is not finite: stopped before its update", (*self.updated,)
-                )
+        if may_overflow(factors, self.names[weight], (*self.updated,)):
             super().take(weight, factors)
             return
         self.optimizer.update_from(weight, factors)
         self.updated.append(self.names[weight])
+
+
+def may_overflow(factors: Factors, name: str, updated: tuple[str, ...] = ()) -> bool:
+    """Whether the gradient of weight `name`, not to be stored, might not be finite though its factors are.
+
+    Raises NonFiniteError with `updated` if a factor is not.
+    """
+    largest = _largest_sum(factors)
+    if not largest < float("inf"):
+        raise NonFiniteError(f"the gradient of {name} is not finite: stopped before its update", updated)
+    return not largest < torch.finfo(torch.float32).max
 
 
 def join(parts: Sequence[tuple[float, Factors]], experts: Tensor | None = None) -> tuple[Factors, Tensor]:

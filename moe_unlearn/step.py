@@ -15,13 +15,14 @@ weighs them exactly instead.
 
 The fused step (the default) sends forget and retain rows through one forward pass where they can share it,
 and takes the expert weights' gradients where they are made (`sinks`): compact, of the trained experts only
-and with the mask applied, or, under `guard: loss`, as the update itself, so that dW never exists. What
-forbids this single pass, `obstacle` says. `fused=False` is the plain path, autograd and one masked
+and with the mask applied; or as the factors they are made of, where these are smaller, so that dW exists only
+in the epilogue that makes the update of it; or, under `guard: loss`, as that update itself in the backward
+pass. What forbids this single pass, `obstacle` says. `fused=False` is the plain path, autograd and one masked
 optimizer, which the fused one must equal.
 
-`guard: strict` knows every gradient before the first weight changes: whatever is not finite leaves the
-weights bitwise as they were. `guard: loss` checks the losses so; the gradients of the experts are checked
-layer by layer on the way, and a bad one stops the step with layers above it updated already. Then
+`guard: strict` knows every gradient, or its factors, before the first weight changes: whatever is not finite
+leaves the weights bitwise as they were. `guard: loss` checks the losses so; the gradients of the experts are
+checked layer by layer on the way, and a bad one stops the step with layers above it updated already. Then
 `restore()` is called, if there is one, to bring back the last checkpoint.
 """
 
@@ -162,8 +163,9 @@ class UnlearnStep:
         check_batch(retain_batch, "retain")
         if not self._micro_batches:
             self.gradients = self._no_gradients()
-        single_pass = last and not self._micro_batches and not self.obstacle
-        sink = self._sink(single_pass)
+        whole = last and not self._micro_batches
+        single_pass = whole and not self.obstacle
+        sink = self._sink(whole, single_pass)
         try:
             # the backward pass belongs inside: a gradient checkpoint's recompute asks for the sink again
             watch = self.verifier.watch(forget_batch, retain_batch, sizes)
@@ -197,13 +199,15 @@ class UnlearnStep:
             raise RuntimeError("nothing accumulated: call accumulate(), or the step itself, first")
         self.gradients.divide(1 if self._sizes_given else len(self._micro_batches))
         metrics = self._combine_mollm() if self.recipe.mollm is not None else {}
-        norm = self.gradients.norm()
-        if not math.isfinite(norm):
-            raise self._stopped(
-                NonFiniteError(f"the gradient norm is {norm}: stopped before the update", self._updated)
-            )
-        # with updates in the backward pass there never was a whole gradient
-        self._norm = None if self._updated else norm
+        try:
+            factored = self.recipe.mollm is None and self.gradients.settle()
+            norm = self.gradients.norm()
+            if not math.isfinite(norm):
+                raise NonFiniteError(f"the gradient norm is {norm}: stopped before the update", self._updated)
+        except NonFiniteError as error:
+            raise self._stopped(error) from None
+        # with updates in the backward pass or from factors there never is a whole gradient
+        self._norm = None if self._updated or factored else norm
         if self._norm is not None:
             metrics["grad_norm"] = norm
         if self.recipe.stop_forget_loss is not None:
@@ -222,11 +226,11 @@ class UnlearnStep:
     def clip(self, limit: float | None) -> float:
         """Scale the combined gradient down to the norm `limit`; returns the norm before, masks applied.
 
-        Raises RuntimeError where expert weights have been updated already.
+        Raises RuntimeError where there are no whole gradients of the experts.
         """
         if self._norm is None:
             if limit is not None:
-                raise RuntimeError("a step that updates in its backward pass has no whole gradient to clip")
+                raise RuntimeError("a step that makes its update from factors has no whole gradient to clip")
             return math.nan
         self.verifier.clipped_to = limit
         if limit is not None and self._norm > limit:
@@ -323,16 +327,15 @@ class UnlearnStep:
     def _no_gradients(self) -> Gradients:
         return Gradients(self.optimizer, self._trained(), self.masks)
 
-    def _sink(self, single_pass: bool) -> CompactSink | None:
+    def _sink(self, whole: bool, single_pass: bool) -> CompactSink | None:
         if not self.fused:
             return None
         held = self.optimizer, self.optimizer.gradients
         if single_pass:
             return UpdateSink(*held, {p: name for name, p in self._trained()})
         mollm = self.recipe.mollm
-        if mollm is None or mollm.gradients == "compact":
-            return CompactSink(*held)
-        return FactorSink(*held, self.gradients.factors, mollm.gradients)
+        form = mollm.gradients if mollm else "auto" if whole and not paths.need(self) else "compact"
+        return CompactSink(*held) if form == "compact" else FactorSink(*held, self.gradients.factors, form)
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
         """The error with what it left behind, after the gradients are dropped."""

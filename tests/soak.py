@@ -1,10 +1,11 @@
 """make soak: the full matrix of `tests.exactness`, as far as the time given goes; the result is recorded.
 
-    python -m tests.soak [--minutes M] [--steps 100] [--out benchmarks/results/soak.json]
+    python -m tests.soak [--minutes M] [--steps 100] [--out benchmarks/results/soak.json] [--fresh]
 
 Each case: verified steps re-synchronised to the plain path, a free run, a second run and a resume at every
 boundary, all of `--steps` steps. Cases come in a drawn, fixed order, so that a short soak is a fair sample; the
-record says how many of them were run. The exit code is 1 if one failed.
+record says how many of them were run, and at which commit each. A soak goes on where one of as many steps ended,
+with the cases that failed again; `--fresh` begins anew. The exit code is 1 if a case failed.
 """
 
 import argparse
@@ -41,21 +42,36 @@ def run(case: dict, steps: int) -> dict:
     return found | {"cpu_seconds": round(time.process_time() - started, 1)}
 
 
+def recorded(path: Path, steps: int) -> list[dict]:
+    """The cases that passed with as many steps, as an earlier soak left them."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["steps_per_check"] != steps:
+        return []
+    return [entry for entry in found["results"] if "failed" not in entry]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after this long")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", type=Path, default=RESULTS / "soak.json")
+    parser.add_argument("--fresh", action="store_true", help="forget what has been recorded")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    cases, done, started = list(exactness.full_matrix()), [], time.monotonic()
+    cases, started, here = list(exactness.full_matrix()), time.monotonic(), stamp()
+    done = [] if options.fresh else recorded(options.out, options.steps)
+    known = {entry["case"] for entry in done}
     for case in cases:
+        if named(case) in known:
+            continue
         if time.monotonic() - started > 60 * options.minutes:
             break
-        done.append(run(case, options.steps))
+        done.append(run(case, options.steps) | {"commit": here["commit"]})
         print(f"{len(done)}/{len(cases)} {json.dumps(done[-1])}", flush=True)
         summary = {
-            "stamp": stamp(),
+            "stamp": here,
             "steps_per_check": options.steps,
             "cases_run": len(done),
             "cases": len(cases),
@@ -63,11 +79,13 @@ def main(arguments: list[str] | None = None) -> int:
             "largest_difference": max(
                 (e["steps"]["largest_difference"] for e in done if isinstance(e["steps"], dict)), default=None
             ),
-            "minutes": round((time.monotonic() - started) / 60, 1),
+            "cpu_minutes": round(sum(e["cpu_seconds"] for e in done) / 60, 1),
             "results": done,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        partial = options.out.with_suffix(".partial")
+        partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        partial.replace(options.out)
     return int(any("failed" in entry for entry in done))
 
 

@@ -2,12 +2,12 @@
 
 import copy
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from moe_unlearn.experts import experts_modules, step_inputs
+from moe_unlearn.gradients import Gradients
 from moe_unlearn.objectives import Objectives
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.expert_wgrad import Factors, _products
@@ -22,6 +22,8 @@ from tests.steps import VOCAB, changed, check_changes, prepared, recipe, weights
 
 pytestmark = pytest.mark.quick
 ONE_PASS = ("guard=loss",)
+WHOLE = ("optimizer.max_grad_norm=1e9",)  # the norm wants whole gradients
+WAYS = {"factors": (), "compact": WHOLE, "update": ONE_PASS}
 
 
 @pytest.fixture
@@ -67,16 +69,52 @@ def check_against_plain(model, made, steps=2, **options):
     return made_steps["ours"]
 
 
-@pytest.mark.parametrize("overrides", [(), ONE_PASS], ids=["compact", "one pass"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("name", ["graddiff", "wagle", "mollm"])
-def test_a_fused_step_is_the_plain_step(name, optimizer, overrides, model):
-    made = recipe(name, f"optimizer.name={optimizer}", "optimizer.weight_decay=0.1", "forget.gamma=0.5", *overrides)
-    if made.mollm is not None:
-        made = replace(made, mollm=replace(made.mollm, gradients="compact"))
+@pytest.mark.parametrize("name", ["graddiff", "wagle"])
+def test_a_fused_step_is_the_plain_step(name, optimizer, way, model):
+    made = recipe(name, f"optimizer.name={optimizer}", "optimizer.weight_decay=0.1", "forget.gamma=0.5", *WAYS[way])
     step = check_against_plain(model, made)
-    ways = {path.way for path in paths(step)}
-    assert ways == {"update" if overrides and name != "mollm" else "compact"}
+    assert {path.way for path in paths(step)} == {way}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_mollm_with_compact_gradients_is_the_plain_step(optimizer, model):
+    made = recipe("mollm", f"optimizer.name={optimizer}", "mollm.gradients=compact", "optimizer.weight_decay=0.1")
+    step = check_against_plain(model, made)
+    assert {path.way for path in paths(step)} == {"compact"}
+
+
+def test_the_strict_guard_keeps_factors_where_they_are_smaller(model, monkeypatch):
+    kept, settle = [], Gradients.settle
+    monkeypatch.setattr(
+        Gradients, "settle", lambda own: (kept.append((set(own.factors), set(own.optimizer.gradients))), settle(own))[1]
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("experts" in name)
+    step, forget, retain = prepared(model, recipe("graddiff"))
+    before = weights(model)
+    metrics = step(forget[0], retain[0])
+    short = {key: value[:1, :4] for key, value in forget[1].items()}
+    step(short, {key: value[:1, :4] for key, value in retain[1].items()})
+    experts = {p for p in model.parameters() if p.requires_grad}
+    # 2 x 32 rows an expert take more than its gradient, eight rows less
+    assert kept == [(set(), experts), (experts, set())]
+    assert "grad_norm" in metrics and changed(model, before) == {n for n, p in model.named_parameters() if p in experts}
+
+
+def test_factors_that_may_overflow_are_made_gradients_first(model):
+    step, forget, retain = prepared(model, recipe("graddiff"))
+    weight = model.model.layers[0].mlp.experts.down_proj
+    offsets = torch.arange(0, 2 * len(weight) + 1, 2, dtype=torch.int32)
+    grad, x = torch.ones(len(weight) * 2, weight.shape[1]), torch.ones(len(weight) * 2, weight.shape[2])
+    for scale, way in ((1.0, Factors), (1e20, torch.Tensor)):
+        step.gradients.factors[weight] = [Factors(scale * grad, scale * x, offsets)]
+        assert step.gradients.settle() == (way is Factors)
+        assert isinstance(step.optimizer.gradients[weight], way)
+    step.gradients.factors[weight] = [Factors(math.nan * grad, x, offsets)]
+    with pytest.raises(NonFiniteError, match="layers.0.mlp.experts.down_proj is not finite"):
+        step.gradients.settle()
 
 
 @pytest.mark.parametrize("name", ["mollm", "combined"])
@@ -194,7 +232,7 @@ def test_gradient_checkpointing_takes_the_same_way(model):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-@pytest.mark.parametrize("overrides", [(), ONE_PASS], ids=["compact", "one pass"])
+@pytest.mark.parametrize("overrides", WAYS.values(), ids=WAYS)
 def test_under_autocast_experts_learn_as_on_the_plain_path(overrides, model):
     changes = []
     for fused in (True, False):
@@ -230,10 +268,11 @@ def test_a_weight_used_twice_waits_for_both_gradients(model):
     assert "grad_norm" in metrics
 
 
+@pytest.mark.parametrize("way", ["factors", "compact"])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("name", ["graddiff", "wagle", "mollm"])
-def test_under_the_strict_guard_a_bad_gradient_changes_nothing(name, value, model):
-    step, forget, retain = prepared(model, recipe(name))
+def test_under_the_strict_guard_a_bad_gradient_changes_nothing(name, value, way, model):
+    step, forget, retain = prepared(model, recipe(name, *WAYS[way]))
     step(forget[0], retain[0])
     before, state = weights(model), copy.deepcopy(step.optimizer.state_dict())
     hook = spoil(model, 1, value)
@@ -294,7 +333,7 @@ def test_paths_below_the_lowest_trained_layer_keep_no_graph(model):
     last = list(experts_modules(model))[-1]
     name = last.replace(".", r"\.") + r"\.down_proj"
     step, forget, retain = prepared(model, recipe("graddiff", f"scope.parameters=['{name}']", "scope.kind=parameters"))
-    assert [p.way for p in paths(step)] == ["below"] * (len(paths(step)) - 1) + ["compact"]
+    assert [p.way for p in paths(step)] == ["below"] * (len(paths(step)) - 1) + ["factors"]
     inputs = []
     for module in experts_modules(model).values():
         module.register_forward_pre_hook(lambda m, args: inputs.append(args[0].requires_grad))

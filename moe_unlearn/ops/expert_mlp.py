@@ -17,7 +17,8 @@ Backward, of which only what is asked for is computed: dgrad first,
     d_x[t]     = sum_k dz[n] gate_up_proj[e]                          terms added in the order of k
 
 then the weight gradients through `expert_wgrad`, from dz and the weighted activation w[t, k] a[n]: as
-gradients of the weights or, with a `sink`, as factors that the sink turns into whatever it needs.
+gradients of the weights or, with a `sink`, as factors that the sink turns into whatever it needs. Where neither
+d_w nor d_x is asked for, as in the lowest layer that trains, only rows of `trained_experts` are computed.
 
 Worked example, H = I = 1, one expert of weights gate 1, up 2, down 3, activation relu, x = 2, w = 0.5:
 z = (2, 4), a = 2 * 4 = 8, y = 24, out = 12.
@@ -64,7 +65,8 @@ def expert_mlp(
         down_proj: [E, H, I], or [E, I, H] if `transposed`; biases [E, 2I] and [E, H].
         interleaved: gate and up alternate (gate0, up0, ...) instead of standing one after the other.
         trained_experts: int32 [M_e], distinct: the experts whose weights and biases get a gradient, that of
-            the others being exactly zero at no cost; None is all of them. It changes nothing else.
+            the others being exactly zero at no cost; None is all of them. It changes nothing else; a `sink`
+            must want no other expert's factors.
         sink: called in the backward pass as sink(weight, factors) for each weight and bias that requires a
             gradient, once this layer's other gradients are made: it may change the weight. Such a weight gets
             no gradient of its own. `factors` are those of its dW, a bias [E, M] standing for [E, M, 1].
@@ -267,6 +269,8 @@ def _dgrad(ctx, grad_out, needs):
     # unpacked once: a gradient checkpoint gives its tensors only once
     x, weights, rows, offsets, w1, w2, b1, b2, trained, z = ctx.saved_tensors
     need_x, need_weights, _, _, need_w1, need_w2, need_b1, need_b2, *_ = needs
+    if trained is not None and not (need_x or need_weights):
+        rows, offsets, z = _rows_of(trained, rows, offsets, z)
     d_x, d_weights, dz, scaled = torch.ops.moe_unlearn.expert_mlp_backward(
         grad_out, x, weights, rows, offsets, w1, w2, b2, z, ctx.activation, ctx.alpha, ctx.limit, ctx.shift,
         ctx.transposed, ctx.interleaved, ctx.gated,
@@ -285,6 +289,16 @@ def _dgrad(ctx, grad_out, needs):
         factors[3] = Factors(grad_out, column, offsets, token, None)
     d_x, d_weights = d_x if need_x else None, d_weights if need_weights else None
     return d_x, d_weights, (w1, w2, b1, b2), factors, trained
+
+
+def _rows_of(experts: Tensor, rows: Tensor, offsets: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """sorted_rows, expert_offsets and z with every row that belongs to none of `experts` behind the last expert."""
+    listed = torch.zeros_like(offsets, dtype=torch.bool).index_fill(0, experts.long(), True)
+    # expert E is that of the rows behind the last one
+    owner = torch.searchsorted(offsets[1:], torch.arange(len(rows), device=rows.device), right=True)
+    order = (~listed[owner]).argsort(stable=True)
+    counts = offsets.diff() * listed[:-1]
+    return rows[order], torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(), z[order]
 
 
 class _WithSink(torch.autograd.Function):
