@@ -13,6 +13,13 @@ README = stamp.ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks.readme: begin -->", "<!-- benchmarks.readme: end -->"
 STALE = "**measured before the kernels changed**"
 _FIGURE = "speedup.png"
+_RESULTS = {
+    "times as fast as ": "times as fast",
+    ": speed-up over ": "times as fast",
+    ": share of the ": "share of the speed",
+    ": extra memory of ": "extra memory, as a part",
+    ": time of ": "time, times that",
+}
 _HEADER = "| work | result | against | measured | target | |\n|---|---|---|---|---|---|"
 
 
@@ -54,16 +61,18 @@ def _shown(found: dict) -> bool:
     return found["target"] is not None
 
 
+def _named(what: str) -> tuple[str, str]:
+    """The result and whom it is held against; `bench_step` puts the contender of ours before a colon."""
+    for parting, result in _RESULTS.items():
+        ours, found, rival = what.partition(parting)
+        if found:
+            form = f" ({ours.removeprefix('ours, ')})" if ours not in ("", "ours") else ""
+            return result + form, rival.removesuffix("'s")
+    return what, ""
+
+
 def _line(row: dict, found: dict) -> str:
-    what, _, rival = found["what"].partition(" as fast as ")
-    of, what = ("", found["what"]) if not rival else (rival, "times as fast")
-    for parting in (": speed-up over ", ": extra memory of ", ": share of the "):
-        if parting in found["what"]:
-            ours, _, of = found["what"].partition(parting)
-            what = {": speed-up over ": "times as fast", ": extra memory of ": "extra memory, of the rival's",
-                    ": share of the ": "share of the ceiling"}[parting]  # fmt: skip
-            what += f" ({ours.removeprefix('ours, ')})" if ours != "ours" else ""
-            of = of.removesuffix("'s")
+    what, of = _named(found["what"])
     limits = f" [{found['low']:.2f}, {found['high']:.2f}]" if "low" in found else ""
     verdict = "hit" if found["hit"] else "**missed**"
     cells = f"{row['op']}: {row['name']}", what, of, f"{found['value']:.2f}{limits}", f"{found['target']:.3g}", verdict

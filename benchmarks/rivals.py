@@ -123,7 +123,7 @@ def _torch_linear_loss(chunked: bool) -> Loss:
 
 def _liger_loss() -> Loss:
     function = module("liger_kernel.transformers.functional", "liger-kernel", gpu=True).liger_fused_linear_cross_entropy
-    return lambda h, head, labels, weights: function(h, head, labels, reduction="none") @ weights
+    return lambda h, head, labels, weights: function(h, head, labels, reduction="none").float() @ weights
 
 
 def _cut_cross_entropy() -> Loss:

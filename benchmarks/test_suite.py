@@ -41,14 +41,14 @@ def built(case: Case) -> Work:
 def test_op(benchmark, case, name):
     work = built(case)
     if name in work.missing:
-        pytest.skip(work.missing[name])
+        pytest.skip(f"{name}: {work.missing[name]}")
     function = work.contenders[name]
     try:
         function()
     except Exception as error:
         if name == OURS:
             raise
-        pytest.skip(f"failed: {type(error).__name__}: {error}")
+        pytest.skip(f"{name} failed: {harness.brief(error)}")
     benchmark.group = case.title
     benchmark.extra_info.update(case.facts, device=DEVICE, flops=work.flops, bytes=work.bytes)
     benchmark(synchronized(function))
