@@ -6,8 +6,10 @@
 # make mutants   the tests against wrong versions of every Triton kernel; about half an hour on 2 cores
 # make soak    the full exactness matrix of the fused step; hours on one core, `make soak SOAK="--minutes 30"` a sample
 # make gpu     the kernels' tests and compute-sanitizer on this machine's GPU
-# make bench   the whole step against transformers and torch, table and plots; 40 minutes, 15 GB of memory
-# make bench-gpu   the same on this machine's GPU, three published geometries; at most 9 minutes
+# make bench   every op and the whole step against what else there is: one file, pictures, README's table; at most
+#              15 minutes on one core, 15 GB of memory; `make bench BENCH="--only route"` a part
+# make bench-gpu   the same on this machine's GPU, published geometries, what matters first; at most 9 minutes
+# make bench-step  the whole step alone, in full: growth, memory, NPO, MOLLM; 40 minutes, 15 GB of memory
 # make clean-cache   forget the trained models of the demo
 
 PYTHON ?= python3
@@ -16,11 +18,13 @@ BIN := .venv/bin
 DEMO ?=
 # further arguments of the soak
 SOAK ?=
+# further arguments of the benchmark suite
+BENCH ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 # a change here builds the native extension again
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test quick lint ledger mutants soak gpu bench bench-gpu clean-cache clean
+.PHONY: demo test quick lint ledger mutants soak gpu bench bench-step bench-gpu clean-cache clean
 
 # without build isolation, so that the native extension is built against this very torch
 .venv/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
@@ -66,11 +70,16 @@ gpu:
 	$(PYTHON) -m tests.gpu
 
 bench: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.suite $(BENCH)
+	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.readme
+
+bench-step: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_step
 	$(BIN)/python -m benchmarks.plots
 
 bench-gpu:
-	$(PYTHON) -m benchmarks.bench_step --device cuda
+	$(PYTHON) -m benchmarks.suite --device cuda $(BENCH)
 
 clean-cache: .venv/.installed
 	$(BIN)/moe-unlearn demo --clean-cache

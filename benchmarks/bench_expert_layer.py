@@ -1,132 +1,159 @@
-"""One expert layer of OLMoE, forward + backward + masked AdamW, against what a user has today.
+"""One expert layer, forward + backward + masked AdamW, against what a user has today.
 
-Rival: transformers' `grouped_mm` experts, autograd, gradient times mask, torch's AdamW. The mask keeps half of the
-weights of the trained experts; the rival has no way to leave an expert's gradient out, so its mask is zero there.
-Ours is the same maths from the ops: the update is made of each block of the weight gradient, which is never stored.
-
-    python -m benchmarks.bench_expert_layer          the layer itself (64 experts, 1024 tokens): 10 GB of memory
-    python -m benchmarks.bench_expert_layer small    16 experts, 256 tokens: the same 128 rows an expert
+Rivals, with transformers' `grouped_mm` or a peer's experts and autograd: (a) every gradient multiplied by a dense mask
+and given to torch's AdamW; a frozen expert's gradient cannot be left out, so its mask is zero there; (b) the trained
+experts' gradients taken out, masked, and given to torch's fused AdamW over compact copies that are written back. The
+mask keeps half of the weights of the trained experts. Ours is the same maths from the ops: the update is made of
+each block of the weight gradient, which is never stored. Extra memory has the state of the optimizer in it.
 """
 
-import sys
+import functools
+from collections.abc import Callable
 
 import torch
-from transformers import OlmoeConfig
-from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+from torch import Tensor, nn
 
-from benchmarks.harness import compare, write
-from moe_unlearn.ops import expert_mlp, route
+from benchmarks import rivals, shapes
+from benchmarks.harness import OURS, Case, Work
+from benchmarks.layers import Layer
+from benchmarks.shapes import Geometry
 from moe_unlearn.ops.bits import pack_bits
-from moe_unlearn.ops.expert_wgrad import expert_wgrad_adamw_
+from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_
 
-HIDDEN, INNER, TOP_K = 2048, 1024, 8
-SIZES = {"full": (64, 1024), "small": (16, 256)}
-LR, SILU = 1e-5, ("silu", 1.0, float("inf"), 0.0, False, False, True)
-
-
-class Layer:
-    """What both sides start from: the experts, one batch, and the mask of the trained experts."""
-
-    def __init__(self, experts, tokens, share):
-        torch.manual_seed(0)
-        config = OlmoeConfig(
-            hidden_size=HIDDEN, intermediate_size=INNER, num_experts=experts, num_experts_per_tok=TOP_K
-        )
-        config._experts_implementation = "grouped_mm"
-        with torch.device("meta"):
-            self.experts = OlmoeExperts(config).bfloat16()
-        self.experts.to_empty(device="cpu")
-        for p in self.experts.parameters():
-            # drawn once for all experts: drawing each would take longer than what is measured
-            p.data.copy_(torch.randn(p.shape[1:]).mul_(0.02))
-        self.hidden = torch.randn(tokens, HIDDEN).bfloat16().requires_grad_()
-        scores, self.index = torch.randn(tokens, experts).softmax(1).topk(TOP_K)
-        self.weights = scores.bfloat16().requires_grad_()
-        self.upstream = torch.randn(tokens, HIDDEN).bfloat16() * 1e-2
-        self.trained = torch.randperm(experts)[: round(share * experts)].sort().values
-        self.masks = []
-        for p in self.experts.parameters():
-            mask = torch.zeros(p.shape, dtype=torch.bool)
-            mask[self.trained] = torch.rand(p.shape[1:]) < 0.5
-            self.masks.append(mask)
+LR = 1e-5
+GROUPED = "transformers grouped_mm"
+DENSE, FUSED, FAIR = (f"{GROUPED} + {kind}" for kind in ("mask + AdamW", "mask + fused AdamW", "compact AdamW"))
+PEER = {name: f"{name} + compact AdamW" for name in rivals.PEERS}
+NAMES = (OURS, DENSE, FUSED, FAIR, *PEER.values())
+# share of the experts: times as fast as (a), and as the best peer's (b)
+TARGETS = {"cpu": {1.0: (2.0, None), 0.2: (3.0, None)}, "cuda": {1.0: (2.3, 1.4), 0.05: (4.4, 2.7)}}
+# bytes a trained weight: weight and both moments in bf16 read and written, one bit of mask
+_UPDATE_BYTES = 3 * 4 + 1 / 8
 
 
-def theirs(layer, fused=False):
-    optimizer = torch.optim.AdamW(layer.experts.parameters(), lr=LR, weight_decay=0.0, fused=fused)
+def cases(device: str) -> list[Case]:
+    if device == "cpu":
+        narrow = shapes.OLMOE.narrow(4)
+        rows = [(shapes.OLMOE, 1024, share, 0, 60) for share in (0.2, 1.0)]
+        rows += [(narrow, tokens, 0.2, 1, 6) for tokens in (256, 512, 1024, 2048)]
+        rows += [(narrow, 1024, share, 1, 6) for share in (0.05, 0.5, 1.0)]
+    else:
+        rows = [(shapes.QWEN3, 8192, share, 0, 6) for share in (0.05, 1.0, 0.2)]
+        rows += [(shapes.QWEN3, tokens, 0.2, 1, 6) for tokens in shapes.GPU_TOKENS if tokens != 8192]
+        rows += [(shapes.QWEN3, 8192, 0.5, 1, 6)]
+        rows += [(g, 8192, share, 1, 6) for g in shapes.GATE[1:] for share in (0.2, 1.0)]
+    return [case(*row, device) for row in rows]
 
-    def step():
-        optimizer.zero_grad()
-        layer.hidden.grad = layer.weights.grad = None
-        out = layer.experts(layer.hidden, layer.index, layer.weights)
-        out.backward(layer.upstream)
-        for p, mask in zip(layer.experts.parameters(), layer.masks, strict=True):
+
+def case(geometry: Geometry, tokens: int, share: float, tier: int, seconds: float, device: str) -> Case:
+    return Case(
+        "expert_layer",
+        f"{geometry.name}, {tokens} tokens, {share:.0%} trained",
+        tuple(name for name in NAMES if name != FUSED or not _whole_on_cpu(geometry, device)),
+        functools.partial(work, geometry, tokens, share, device),
+        tier,
+        seconds,
+        facts={"geometry": geometry.name, "tokens": tokens, "share": share, "routing": "uniform"},
+    )
+
+
+def _whole_on_cpu(geometry: Geometry, device: str) -> bool:
+    # seconds a step: three rounds, and the rival between (a) and (b) in the narrow copies alone
+    return device == "cpu" and geometry is shapes.OLMOE
+
+
+def work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
+    layer = Layer(geometry, tokens, device=device, share=share)
+    peers, missing = rivals.collected({name: rivals.EXPERTS[name] for name in (GROUPED, *rivals.PEERS)}, layer)
+    contenders = {
+        OURS: ours(layer),
+        DENSE: dense(layer, peers[GROUPED], fused=None),
+        FUSED: dense(layer, peers[GROUPED], fused=True),
+        FAIR: compact(layer, peers[GROUPED]),
+    }
+    if _whole_on_cpu(geometry, device):
+        del contenders[FUSED]
+    contenders |= {PEER[name]: compact(layer, peers[name]) for name in rivals.PEERS if name in peers}
+    published = geometry in shapes.GATE and (device == "cpu" or (geometry is shapes.QWEN3 and tokens == 8192))
+    wanted, of_peer = TARGETS[device].get(share, (None, None)) if published else (None, None)
+    parameters = sum(p.numel() for p in layer.parameters())
+    return Work(
+        contenders,
+        {PEER[name]: why for name, why in missing.items()},
+        targets={name: t for name, t in ((DENSE, wanted), *((p, of_peer) for p in PEER.values())) if t},
+        flops=shapes.layer_flops(geometry, tokens) * (2 + share),
+        bytes=shapes.forward_bytes(geometry, tokens) + share * parameters * _UPDATE_BYTES,
+        rounds=3 if _whole_on_cpu(geometry, device) else 7,
+        memory=True,
+    )
+
+
+def ours(layer: Layer) -> Callable[[], object]:
+    """The update happens in the sink of `expert_mlp`; weights, words and moments are this contender's own."""
+    own = {id(p): (m, {}) for p, m in zip(layer.parameters(), layer.masks(), strict=True)}
+    words = {key: pack_bits(mask[layer.trained]) for key, (mask, _) in own.items()}
+    moments = {key: state for key, (_, state) in own.items()}
+    del own
+    experts = layer.trained.int()
+
+    def update(weight: Tensor, factors: Factors) -> None:
+        state = moments[id(weight)]
+        if not state:
+            shape = len(experts), *weight.shape[1:]
+            state |= {name: weight.new_zeros(shape) for name in ("exp_avg", "exp_avg_sq")}
+        rows = factors._asdict()
+        expert_wgrad_adamw_(
+            weight, *state.values(), **rows, experts=experts, mask=words[id(weight)], lr=LR, step=1
+        )  # fmt: skip
+
+    def step() -> object:
+        out = layer.ours(layer.hidden, layer.index, layer.weights, trained_experts=experts, sink=update)
+        return out.detach(), *_backward(layer, out)
+
+    return step
+
+
+def dense(layer: Layer, experts: rivals.Experts, *, fused: bool | None) -> Callable[[], object]:
+    """(a): every gradient, a dense mask, torch's AdamW."""
+    masks = layer.masks()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=LR, weight_decay=0.0, fused=fused)
+
+    def step() -> object:
+        out = experts(layer.hidden, layer.index, layer.weights)
+        gradients = _backward(layer, out)
+        for p, mask in zip(layer.parameters(), masks, strict=True):
             p.grad.mul_(mask)
         optimizer.step()
-        return out, layer.hidden.grad, layer.weights.grad
+        optimizer.zero_grad()
+        return out.detach(), *gradients
 
     return step
 
 
-def ours(layer):
-    experts = layer.trained.int()
-    parameters = [p.detach().clone() for p in layer.experts.parameters()]
-    words = [pack_bits(mask[layer.trained[0]]).repeat(len(experts), 1, 1) for mask in layer.masks]
-    moments = [[torch.zeros(len(experts), *p.shape[1:], dtype=p.dtype) for _ in range(2)] for p in parameters]
-    x, weights = layer.hidden.detach(), layer.weights.detach()
-    ops = torch.ops.moe_unlearn
+def compact(layer: Layer, experts: rivals.Experts) -> Callable[[], object]:
+    """(b): the optimizer knows the trained experts alone."""
+    masks = [mask[layer.trained] for mask in layer.masks()]
+    copies = [nn.Parameter(p.detach()[layer.trained]) for p in layer.parameters()]
+    optimizer = torch.optim.AdamW(copies, lr=LR, weight_decay=0.0, fused=True)
 
-    def step():
-        rows = route(layer.index, len(parameters[0]), impl="cpu")
-        where = rows.sorted_rows, rows.expert_offsets
-        out, z = ops.expert_mlp(x, weights, *where, *parameters, None, None, None, *SILU, "cpu")
-        d_x, d_weights, dz, scaled = ops.expert_mlp_backward(
-            layer.upstream, x, weights, *where, *parameters, None, z, *SILU, [True] * 4, "cpu"
-        )
-        token = rows.sorted_rows // TOP_K
-        factors = ((dz, x, {"input_rows": token}), (layer.upstream, scaled, {"grad_rows": token}))
-        for p, mask, state, (grad, input, maps) in zip(parameters, words, moments, factors, strict=True):
-            expert_wgrad_adamw_(
-                p, *state, grad, input, rows.expert_offsets, **maps, experts=experts, mask=mask, lr=LR, step=1,
-                impl="cpu",
-            )  # fmt: skip
-        return out, d_x, d_weights
+    def step() -> object:
+        out = experts(layer.hidden, layer.index, layer.weights)
+        gradients = _backward(layer, out)
+        for p, own, mask in zip(layer.parameters(), copies, masks, strict=True):
+            own.grad = p.grad[layer.trained].mul_(mask)
+            p.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+        for p, own in zip(layer.parameters(), copies, strict=True):
+            p.data.index_copy_(0, layer.trained, own.data)
+        return out.detach(), *gradients
 
     return step
 
 
-def check(layer):
-    """Both compute the same layer: the largest difference relative to the largest value."""
-    pairs = zip(ours(layer)(), theirs(layer)(), strict=True)
-    return max(float(((a - b).abs().max() / b.abs().max()).detach()) for a, b in pairs)
-
-
-def inference(layer):
-    """Forward only, as evaluation runs it."""
-    rows = route(layer.index, len(layer.experts.gate_up_proj), impl="cpu")
-    parameters = [p.detach() for p in layer.experts.parameters()]
-    arguments = layer.hidden.detach(), layer.weights.detach(), rows.sorted_rows, rows.expert_offsets, *parameters
-    return {
-        "ours": lambda: expert_mlp(*arguments, impl="cpu"),
-        "grouped_mm": torch.no_grad()(lambda: layer.experts(layer.hidden, layer.index, layer.weights)),
-    }
-
-
-def main(size="full"):
-    experts, tokens = SIZES[size]
-    results = []
-    for share, target in ((1.0, 2), (0.2, 3)):
-        layer = Layer(experts, tokens, share)
-        difference = check(layer) if size == "small" else None
-        contenders = {"ours": ours(layer), "grouped_mm + mask + torch AdamW": theirs(layer)}
-        if size == "small":
-            contenders["grouped_mm + mask + torch fused AdamW"] = theirs(layer, fused=True)
-        name = f"OLMoE layer, {experts} experts, {tokens} tokens, bf16, {share:.0%} trained"
-        results.append(compare(name, contenders, target=target, rounds=3 if size == "full" else 5))
-        if difference is not None:
-            results[-1]["largest_difference"] = round(difference, 4)
-    results.append(compare(f"the same, forward only, {experts} experts", inference(layer), rounds=3))
-    write(f"expert_layer_{size}" if size != "full" else "expert_layer", results)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def _backward(layer: Layer, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden states and routing weights; those of the parameters stay in them."""
+    out.backward(layer.upstream)
+    gradients = layer.hidden.grad, layer.weights.grad
+    layer.hidden.grad = layer.weights.grad = None
+    return gradients

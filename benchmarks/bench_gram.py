@@ -4,24 +4,41 @@ Rivals: one dot product per pair of objectives and tensor, in the gradients' own
 with the sums in float64 as here; and, for the factors, the dense weight gradients and dot products of those.
 """
 
+import functools
+
 import torch
 
-from benchmarks.harness import compare, write
+from benchmarks.harness import OURS, Case, Work
 from moe_unlearn.ops import gram, gram_factors
 from moe_unlearn.ops.bits import pack_bits
 
-SHAPES = [(8, 512, 1024), (8, 1024, 256), (1024, 1024)]  # 7.3 million elements an objective
+SHAPES = {
+    "cpu": [(8, 512, 1024), (8, 1024, 256), (1024, 1024)],  # 7.3 million elements an objective
+    "cuda": [(64, 2048, 1024), (64, 1024, 1024)],  # 201 million
+}
 EXPERTS, ROWS, HIDDEN, INNER = 16, 12, 1024, 512  # factors: few rows an expert
+DOT, WIDE, PRODUCT = "torch.dot", "torch.dot in float64", "product with the mask, torch.dot"
+DENSE, REF = "dense gradients, torch.dot", "ref"
 
 
-def gradient_sets(m, dtype):
-    generator = torch.Generator().manual_seed(0)
-    return [[torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES] for _ in range(m)]
+def cases(device: str) -> list[Case]:
+    found = []
+    for dtype in ("bfloat16", "float32"):
+        for m in (2, 3):
+            whole = functools.partial(sets_work, m, dtype, device, False)
+            masked = functools.partial(sets_work, m, dtype, device, True)
+            name = f"{m} objectives, {dtype}"
+            found.append(Case("gram", name, (OURS, DOT, WIDE), whole, 1, 4, {"dtype": dtype}))
+            found.append(Case("gram", f"{name}, half masked", (OURS, PRODUCT), masked, 2, 4, {"dtype": dtype}))
+        name = f"factors, 3 objectives, {ROWS} rows an expert, {dtype}"
+        make = functools.partial(factors_work, 3, dtype, device)
+        found.append(Case("gram", name, (OURS, DENSE, REF), make, 2, 4, {"dtype": dtype}))
+    return found
 
 
 def dots(sets, widen=None):
     m = len(sets)
-    G = torch.zeros(m, m, dtype=torch.float64)
+    G = torch.zeros(m, m, dtype=torch.float64, device=sets[0][0].device)
     for i in range(m):
         for j in range(i, m):
             for a, b in zip(sets[i], sets[j], strict=True):
@@ -31,54 +48,38 @@ def dots(sets, widen=None):
     return G
 
 
-def masked_dots(sets, masks):
-    return dots([[g * mask for g, mask in zip(tensors, masks, strict=True)] for tensors in sets])
-
-
-def factors(m, dtype):
-    generator = torch.Generator().manual_seed(1)
-    rows = EXPERTS * ROWS
-    dy = [torch.randn(rows, INNER, generator=generator).to(dtype) for _ in range(m)]
-    return dy, torch.randn(rows, HIDDEN, generator=generator).to(dtype), torch.arange(0, rows + 1, ROWS)
-
-
-def dense(dy, x, offsets):
-    bounds = offsets.tolist()
-    spans = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
-    return dots([[g[s].t() @ x[s] for s in spans] for g in dy])
-
-
-def main():
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        for m in (2, 3):
-            sets = gradient_sets(m, dtype)
-            masks = [torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.5 for shape in SHAPES]
-            words = [pack_bits(mask) for mask in masks]
-            contenders = {
-                "ours": lambda s=sets: gram(s, impl="cpu"),
-                "torch.dot": lambda s=sets: dots(s),
-                "torch.dot in float64": lambda s=sets: dots(s, torch.float64),
-            }
-            result = compare(f"{m} objectives, {name}", contenders)
-            exact = dots(sets, torch.float64)
-            errors = {key: float(((f() - exact).abs() / exact.abs()).max()) for key, f in contenders.items()}
-            results.append(result | {"largest_relative_error": errors})
-            contenders = {
-                "ours": lambda s=sets, w=words: gram(s, masks=w, impl="cpu"),
-                "product with the mask, torch.dot": lambda s=sets, k=masks: masked_dots(s, k),
-            }
-            results.append(compare(f"{m} objectives, half masked, {name}", contenders))
-        arguments = factors(3, dtype)
+def sets_work(m, dtype, device, masked) -> Work:
+    random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    dtype, shapes = getattr(torch, dtype), SHAPES[device]
+    sets = [[torch.randn(shape, **random).to(dtype) for shape in shapes] for _ in range(m)]
+    moved = float(m * sum(g.numel() * g.element_size() for g in sets[0]))
+    if masked:
+        masks = [torch.rand(shape, **random) < 0.5 for shape in shapes]
+        words = [pack_bits(mask) for mask in masks]
         contenders = {
-            "ours": lambda a=arguments: gram_factors(*a, impl="cpu"),
-            "dense gradients, torch.dot": lambda a=arguments: dense(*a),
-            "ref": lambda a=arguments: gram_factors(*a, impl="ref"),
+            OURS: lambda: gram(sets, masks=words),
+            PRODUCT: lambda: dots([[g * mask for g, mask in zip(own, masks, strict=True)] for own in sets]),
         }
-        results.append(compare(f"factors, 3 objectives, {ROWS} rows an expert, {name}", contenders))
-    write("gram", results)
+        return Work(contenders, bytes=moved, dtype=dtype)
+    contenders = {OURS: lambda: gram(sets), DOT: lambda: dots(sets), WIDE: lambda: dots(sets, torch.float64)}
+    exact = contenders[WIDE]()
+    errors = {name: float(((f() - exact).abs() / exact.abs()).max()) for name, f in contenders.items()}
+    return Work(contenders, bytes=moved, dtype=dtype, found={"largest_relative_error": errors})
 
 
-if __name__ == "__main__":
-    main()
+def factors_work(m, dtype, device) -> Work:
+    generator = torch.Generator().manual_seed(1)
+    dtype, rows = getattr(torch, dtype), EXPERTS * ROWS
+    dy = [torch.randn(rows, INNER, generator=generator).to(device, dtype) for _ in range(m)]
+    x = torch.randn(rows, HIDDEN, generator=generator).to(device, dtype)
+    offsets = torch.arange(0, rows + 1, ROWS)
+    spans = [slice(a, a + ROWS) for a in range(0, rows, ROWS)]
+    offsets = offsets.to(device)
+    return Work(
+        {
+            OURS: lambda: gram_factors(dy, x, offsets),
+            DENSE: lambda: dots([[g[s].t() @ x[s] for s in spans] for g in dy]),
+            REF: lambda: gram_factors(dy, x, offsets, impl="ref"),
+        },
+        dtype=dtype,
+    )

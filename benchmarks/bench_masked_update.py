@@ -1,85 +1,107 @@
 """masked_update against what a user has today: gradient times mask, then torch's optimizer.
 
-That chain leaves masked weights alone only without weight decay (the decay here is 0), and it holds a mask
-of one byte a weight.
+That chain leaves masked weights alone only without weight decay (the decay here is 0), and it holds a mask of one
+byte a weight. `blocks`: one row in 20 is kept whole.
 """
+
+import functools
 
 import torch
 
-from benchmarks.harness import compare, write
+from benchmarks.harness import OURS, Case, Work
 from moe_unlearn.ops import masked_adamw_, masked_sgd_
 from moe_unlearn.ops.bits import pack_bits
 
-SHAPE = (8, 1024, 2048)  # 16.8 million weights: 8 experts' down projections of OLMoE
+SHAPES = {"cpu": (8, 1024, 2048), "cuda": (64, 1024, 2048)}  # 16.8 million weights; 134 million
+SGD, EXPRESSION = "grad.mul_(mask) + torch SGD", "w.sub_(g * mask * lr)"
+ADAMW, FUSED = "grad.mul_(mask) + torch AdamW", "grad.mul_(mask) + torch fused AdamW"
+STOCHASTIC = "stochastic"
 
 
-def tensors(dtype, keep, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    param = torch.randn(SHAPE, generator=generator).to(dtype)
-    grad = (torch.randn(SHAPE, generator=generator) * 1e-2).to(dtype)
-    mask = torch.zeros(SHAPE, dtype=torch.bool)
-    if keep == "blocks":  # one row in 20
+def cases(device: str) -> list[Case]:
+    found = []
+    for dtype in ("bfloat16", "float32"):
+        for keep in (0.5, 0.05, "blocks"):
+            found.append(case("SGD", dtype, keep, device))
+        found.append(case("SGD momentum", dtype, 0.5, device))
+        found += [case("AdamW", dtype, keep, device) for keep in (0.5, "blocks")]
+    wide = {"state": "float32"}
+    return [*found, case("AdamW", "bfloat16", 0.5, device, **wide),
+            case("AdamW", "bfloat16", 0.5, device, **wide, rounding=STOCHASTIC)]  # fmt: skip
+
+
+def case(rule, dtype, keep, device, state=None, rounding="nearest") -> Case:
+    names = {"SGD": (OURS, SGD, EXPRESSION), "SGD momentum": (OURS, SGD), "AdamW": (OURS, ADAMW, FUSED)}[rule]
+    more = "".join(f", {text}" for text in (state and f"{state} state", rounding == STOCHASTIC and rounding) if text)
+    make = functools.partial(adamw, dtype, keep, device, state, rounding)
+    if rule != "AdamW":
+        make = functools.partial(sgd, dtype, keep, device, 0.9 if "momentum" in rule else 0.0)
+    aimed = keep == 0.5 and rule != "SGD momentum" and not more
+    facts = {"rule": rule, "keep": keep, "dtype": dtype}
+    return Case("masked_update", f"{rule} {dtype}, kept {keep}{more}", names, make, 0 if aimed else 1, 3, facts)
+
+
+def tensors(dtype, keep, device):
+    random = {"size": SHAPES[device], "generator": torch.Generator(device).manual_seed(0), "device": device}
+    param = torch.randn(**random).to(getattr(torch, dtype))
+    grad = torch.randn(**random).mul_(1e-2).to(getattr(torch, dtype))
+    if keep == "blocks":
+        mask = torch.zeros(SHAPES[device], dtype=torch.bool, device=device)
         mask[:, ::20] = True
     else:
-        mask = torch.rand(SHAPE, generator=generator) < keep
+        mask = torch.rand(**random) < keep
     return param, grad, mask
 
 
-def torch_step(optimizer, param, mask):
+def chain(optimizer, param, mask):
     param.grad.mul_(mask)
     optimizer.step()
 
 
-def sgd(dtype, keep, **options):
-    param, grad, mask = tensors(dtype, keep)
-    words, theirs = pack_bits(mask), torch.nn.Parameter(param.clone())
+def parameter(param, grad):
+    theirs = torch.nn.Parameter(param.clone())
     theirs.grad = grad.clone()
-    buffer = torch.zeros_like(param) if options else None
-    optimizer = torch.optim.SGD([theirs], lr=1e-3, **options)
+    return theirs
 
-    def expression():
-        with torch.no_grad():
-            theirs.sub_(theirs.grad * mask * 1e-3)
 
+def sgd(dtype, keep, device, momentum) -> Work:
+    param, grad, mask = tensors(dtype, keep, device)
+    words, theirs = pack_bits(mask), parameter(param, grad)
+    buffer = torch.zeros_like(param) if momentum else None
+    optimizer = torch.optim.SGD([theirs], lr=1e-3, momentum=momentum)
     contenders = {
-        "ours": lambda: masked_sgd_(param, grad, buffer, words, lr=1e-3, step=2, impl="cpu", **options),
-        "grad.mul_(mask) + torch SGD": lambda: torch_step(optimizer, theirs, mask),
+        OURS: lambda: masked_sgd_(param, grad, buffer, words, lr=1e-3, step=2, momentum=momentum),
+        SGD: lambda: chain(optimizer, theirs, mask),
     }
-    if not options:
-        contenders["w.sub_(g * mask * lr)"] = expression
-    return contenders
-
-
-def adamw(dtype, keep, state_dtype=None, rounding="nearest"):
-    param, grad, mask = tensors(dtype, keep)
-    words = pack_bits(mask)
-    m, v = (torch.zeros(SHAPE, dtype=state_dtype or dtype) for _ in range(2))
-    contenders = {
-        "ours": lambda: masked_adamw_(param, grad, m, v, words, lr=1e-3, step=2, rounding=rounding, impl="cpu")
-    }
-    for name, fused in (("AdamW", False), ("fused AdamW", True)):
-        theirs = torch.nn.Parameter(param.clone())
-        theirs.grad = grad.clone()
-        optimizer = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.0, fused=fused)
-        contenders[f"grad.mul_(mask) + torch {name}"] = lambda o=optimizer, p=theirs: torch_step(o, p, mask)
-    return contenders
-
-
-def main():
-    results = []
-    for dtype in (torch.bfloat16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
-        for keep in (0.5, 0.05, "blocks"):
-            results.append(compare(f"SGD {name}, kept {keep}", sgd(dtype, keep), target=8))
-        results.append(compare(f"SGD momentum {name}, kept 0.5", sgd(dtype, 0.5, momentum=0.9)))
-        for keep in (0.5, "blocks"):
-            results.append(compare(f"AdamW {name}, kept {keep}", adamw(dtype, keep), target=4))
-    results.append(compare("AdamW bfloat16, float32 state", adamw(torch.bfloat16, 0.5, torch.float32)))
-    results.append(
-        compare("AdamW bfloat16, float32 state, stochastic", adamw(torch.bfloat16, 0.5, torch.float32, "stochastic"))
+    if not momentum:
+        contenders[EXPRESSION] = torch.no_grad()(lambda: theirs.sub_(theirs.grad * mask * 1e-3))
+    size = param.element_size()
+    return Work(
+        contenders,
+        targets={SGD: 8.0} if keep == 0.5 and not momentum and device == "cpu" else {},
+        bytes=param.numel() * ((5 if momentum else 3) * size * fraction(keep) + 1 / 8),
+        dtype=param.dtype,
     )
-    write("masked_update", results)
 
 
-if __name__ == "__main__":
-    main()
+def adamw(dtype, keep, device, state, rounding) -> Work:
+    param, grad, mask = tensors(dtype, keep, device)
+    words = pack_bits(mask)
+    m, v = (torch.zeros_like(param, dtype=getattr(torch, state or dtype)) for _ in range(2))
+    contenders = {OURS: lambda: masked_adamw_(param, grad, m, v, words, lr=1e-3, step=2, rounding=rounding)}
+    for name, fused in ((ADAMW, False), (FUSED, True)):
+        theirs = parameter(param, grad)
+        optimizer = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.0, fused=fused)
+        contenders[name] = functools.partial(chain, optimizer, theirs, mask)
+    traffic = 3 * param.element_size() + 4 * m.element_size()
+    return Work(
+        contenders,
+        targets={ADAMW: 4.0} if keep == 0.5 and state is None and device == "cpu" else {},
+        bytes=param.numel() * (traffic * fraction(keep) + 1 / 8),
+        dtype=param.dtype,
+    )
+
+
+def fraction(keep) -> float:
+    """Of the lines of memory that an update cannot leave out: half of the weights at random touch every line."""
+    return 1 / 20 if keep == "blocks" else 1.0

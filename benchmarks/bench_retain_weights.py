@@ -1,18 +1,21 @@
 """TRACE's token weights and the sums of one Newton step, against dense float64 products.
 
-Rival: what a user writes today, with the members as a dense bool [T, S]: one product for the exponents, and a
-weighted product for the Hessian. Ours reads one bit a token and expert. S: 32 are two experts in each of 16 layers,
-128 are eight.
+Rival: what a user writes today, with the members as a dense bool [T, S]: one product for the exponents, and a weighted
+product for the Hessian. Ours reads one bit a token and expert. S: 32 are two experts in each of 16 layers, 128 are
+eight. `solved`: all of Newton's method.
 """
+
+import functools
 
 import torch
 
-from benchmarks.harness import compare, write
+from benchmarks.harness import OURS, Case, Work
 from moe_unlearn.ops import retain_weights
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
 
 TOKENS, BIAS, CAP = 1 << 16, 0.1, 1.5
+DENSE, REF = "dense float64", "ref"
 
 
 def dense_weights(members, tilt):
@@ -25,26 +28,50 @@ def dense_moments(members, tilt):
     return extended.T @ raw.clamp_max(CAP), (extended * torch.where(raw < CAP, raw, 0.0)[:, None]).T @ extended
 
 
-def main():
-    results = []
+PARTS = {"weights": (tilted_weights, dense_weights), "moments": (moments, dense_moments)}
+
+
+def cases(device: str) -> list[Case]:
+    found = []
     for size in (32, 128):
-        generator = torch.Generator().manual_seed(size)
-        members = torch.rand(TOKENS, size, generator=generator) < 0.2
-        words, tilt = pack_bits(members), torch.linspace(-0.3, 0.3, size).double()
-        for name, function, dense in (("weights", tilted_weights, dense_weights), ("moments", moments, dense_moments)):
-            contenders = {
-                "ours": lambda f=function, w=words, t=tilt: f(w, t, BIAS, cap=CAP, impl="cpu"),
-                "dense float64": lambda f=dense, m=members, t=tilt: f(m, t),
-                "ref": lambda f=function, w=words, t=tilt: f(w, t, BIAS, cap=CAP, impl="ref"),
-            }
-            results.append(compare(f"{name}, {TOKENS} tokens, {size} experts", contenders))
-        target = (members.double().mean(0) * torch.linspace(0.8, 1.5, size)).clamp(0.01, 0.99)
-        solved = {
-            impl: lambda i=impl, m=members, g=target: retain_weights(m, g, cap=10.0, impl=i) for impl in ("cpu", "ref")
-        }
-        results.append(compare(f"solved, {TOKENS} tokens, {size} experts", solved, rounds=3))
-    write("retain_weights", results)
+        facts = {"tokens": TOKENS, "experts": size}
+        for part in PARTS:
+            make, title = functools.partial(work, part, size, device), f"{part}, {TOKENS} tokens, {size} experts"
+            found.append(Case("retain_weights", title, (OURS, DENSE, REF), make, 1, 5, facts))
+        if size == 32 or device == "cuda":  # a CPU takes a minute for the other
+            make, title = functools.partial(solved, size, device), f"solved, {TOKENS} tokens, {size} experts"
+            found.append(Case("retain_weights", title, (OURS, REF), make, 2, 10, facts))
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def membership(size, device):
+    generator = torch.Generator().manual_seed(size)
+    return (torch.rand(TOKENS, size, generator=generator) < 0.2).to(device)
+
+
+def work(part, size, device) -> Work:
+    members, tilt = membership(size, device), torch.linspace(-0.3, 0.3, size, device=device).double()
+    words, (function, dense) = pack_bits(members), PARTS[part]
+    return Work(
+        {
+            OURS: lambda: function(words, tilt, BIAS, cap=CAP),
+            DENSE: lambda: dense(members, tilt),
+            REF: lambda: function(words, tilt, BIAS, cap=CAP, impl="ref"),
+        },
+        bytes=TOKENS * (size / 8 + (4 if part == "weights" else 0)),
+        dtype=torch.float64,
+    )
+
+
+def solved(size, device) -> Work:
+    members = membership(size, device)
+    target = members.double().mean(0) * torch.linspace(0.8, 1.5, size, device=device).double()
+    target = target.clamp(0.01, 0.99)
+    return Work(
+        {
+            OURS: lambda: retain_weights(members, target, cap=10.0),
+            REF: lambda: retain_weights(members, target, cap=10.0, impl="ref"),
+        },
+        dtype=torch.float64,
+        rounds=5,
+    )

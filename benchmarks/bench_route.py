@@ -1,22 +1,43 @@
-"""route and the sums of retain_weights, against the same in torch calls: what the references do."""
+"""route, against the same in torch calls: sort, histograms and sums as MoE code writes them."""
+
+import functools
 
 import torch
 
-from benchmarks.harness import compare, write
+from benchmarks.harness import OURS, Case, Work
 from moe_unlearn.ops import route
-from moe_unlearn.ops.bits import pack_bits
-from moe_unlearn.ops.retain_weights import moments, tilted_weights
 from moe_unlearn.testing import routing
 
+TORCH, REF = "torch calls", "ref"
+SIZES = {
+    "cpu": ((64, 64, 8), (1024, 64, 8), (8192, 128, 8), (32768, 256, 8)),
+    "cuda": ((8192, 128, 8), (256, 128, 8), (2048, 64, 8), (32768, 128, 8)),
+}
 
-def routes(num_tokens, num_experts, top_k):
-    index = routing("uniform", num_tokens, num_experts, top_k)
-    group = torch.arange(num_tokens) % 2
-    tilt, log_weight = torch.randn(num_experts), torch.zeros(num_tokens)
+
+def cases(device: str) -> list[Case]:
+    first = (8192, 128, 8)
+    return [
+        Case(
+            "route",
+            f"T {t}, E {e}, K {k}",
+            (OURS, TORCH, REF),
+            functools.partial(work, t, e, k, device),
+            0 if device == "cuda" and (t, e, k) == first else 1,
+            2,
+            {"tokens": t, "experts": e, "top_k": k},
+        )
+        for t, e, k in SIZES[device]
+    ]
+
+
+def work(num_tokens, num_experts, top_k, device) -> Work:
+    index = routing("uniform", num_tokens, num_experts, top_k).to(device)
+    group = (torch.arange(num_tokens) % 2).to(device)
+    tilt, log_weight = torch.randn(num_experts, device=device), torch.zeros(num_tokens, device=device)
     options = {"group": group, "num_groups": 2, "log_tilt": tilt, "log_weight": log_weight}
 
     def torch_calls():
-        """Sort and histograms as MoE code writes them."""
         flat = index.flatten()
         order = flat.argsort(stable=True)
         counts = torch.stack([torch.bincount(index[group == g].flatten(), minlength=num_experts) for g in (0, 1)])
@@ -24,34 +45,16 @@ def routes(num_tokens, num_experts, top_k):
         log_weight.add_(tilt[index].sum(1))
         return order, counts, offsets
 
-    return {
-        "ours": lambda: route(index, num_experts, **options, impl="cpu"),
-        "torch calls": torch_calls,
-        "ref": lambda: route(index, num_experts, **options, impl="ref"),
-    }
-
-
-def sums(num_tokens, num_members, rate):
-    generator = torch.Generator().manual_seed(0)
-    words = pack_bits(torch.rand(num_tokens, num_members, generator=generator) < rate)
-    tilt = torch.randn(num_members, generator=generator, dtype=torch.float64) / 10
-    return (
-        {impl: lambda i=impl: moments(words, tilt, -0.1, cap=5.0, impl=i) for impl in ("cpu", "ref")},
-        {impl: lambda i=impl: tilted_weights(words, tilt, -0.1, cap=5.0, impl=i) for impl in ("cpu", "ref")},
+    asked = device == "cuda" and (num_tokens, num_experts) == (8192, 128)
+    return Work(
+        {
+            OURS: lambda: route(index, num_experts, **options),
+            TORCH: torch_calls,
+            REF: lambda: route(index, num_experts, **options, impl="ref"),
+        },
+        targets={TORCH: 5.0} if asked else {},
+        microseconds_target=20.0 if asked else None,
+        bytes=num_tokens * (top_k * (8.0 + 4) + 8 + 8),
+        dtype=torch.float32,
+        graph=True,
     )
-
-
-def main():
-    results = [
-        compare(f"route, T {t}, E {e}, K {k}", routes(t, e, k), rounds=15)
-        for t, e, k in ((64, 64, 8), (1024, 64, 8), (8192, 128, 8), (32768, 256, 8))
-    ]
-    for num_tokens, num_members, rate in ((20000, 16, 0.125), (20000, 128, 0.0625), (20000, 128, 0.9)):
-        size = f"T {num_tokens}, S {num_members}, {rate:.0%} members"
-        for name, contenders in zip(("moments", "weights"), sums(num_tokens, num_members, rate), strict=True):
-            results.append(compare(f"retain_weights {name}, {size}", contenders))
-    write("route", results)
-
-
-if __name__ == "__main__":
-    main()

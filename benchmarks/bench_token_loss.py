@@ -1,93 +1,92 @@
-"""Loss and gradients from hidden states and an output head, against logits and F.cross_entropy with autograd.
+"""Loss and gradients from hidden states and an output head, against logits and cross_entropy and fused peers.
 
 `frozen`: gradient of the hidden states alone, as where experts are trained; `trained`: of the head too, for which
-ours makes some of the logits twice. Extra memory is the growth of the peak resident size over what stood before the
-call, in a process of its own; the gradients themselves are in it, on both sides, and without them it is given too.
+ours makes some of the logits twice. Every token has a weight of its own, all of them 1 / T, so that peers without
+such weights compute the same. Extra memory has the gradients in it, on every side.
 """
 
-import subprocess
-import sys
+import functools
+import warnings
 
 import torch
-import torch.nn.functional as F
 
-from benchmarks.harness import compare, write
+from benchmarks import rivals, shapes
+from benchmarks.harness import OURS, Case, Work
 from moe_unlearn.ops import token_loss
 
-TOKENS, HIDDEN, VOCABULARY = 2048, 1024, 50_000
-OURS, THEIRS, WIDENED = "ours", "logits + cross_entropy", "logits.float() + cross_entropy"
-LEAST_MEMORY_RATIO = 8
+LOGITS, CHUNKED = "logits + cross_entropy", "torch F.linear_cross_entropy, chunked mean"
+PEERS = ("liger fused linear CE", "cut-cross-entropy")
+CPU_SIZE = 512, 1024, 50_000  # tokens, hidden width, vocabulary
 
 
-def inputs(dtype, trained, tokens=TOKENS):
-    generator = torch.Generator().manual_seed(0)
-    h = torch.randn(tokens, HIDDEN, generator=generator).to(dtype).requires_grad_()
-    head = (torch.randn(VOCABULARY, HIDDEN, generator=generator) / HIDDEN**0.5).to(dtype).requires_grad_(trained)
-    return h, head, torch.randint(0, VOCABULARY, (tokens,), generator=generator)
+def cases(device: str) -> list[Case]:
+    if device == "cpu":
+        kinds = [(dtype, trained) for dtype in ("bfloat16", "float32") for trained in (False, True)]
+        rows = [(*CPU_SIZE, dtype, trained, 1 if dtype == "bfloat16" else 2) for dtype, trained in kinds]
+        return [case(*row, "", device) for row in rows]
+    found = []
+    for geometry in shapes.GATE:
+        for tokens in (8192, 2048) if geometry is shapes.QWEN3 else (8192,):
+            for trained in (False, True):
+                tier = 0 if geometry is shapes.QWEN3 and tokens == 8192 else 2
+                size = tokens, geometry.hidden, geometry.vocabulary
+                found.append(case(*size, "bfloat16", trained, tier, f"{geometry.name} head, ", device))
+    return found
 
 
-def step(kind, h, head, labels):
-    """Forward and backward; returns the loss."""
-    h.grad = head.grad = None
-    if kind == OURS:
-        loss = token_loss(h, head, labels, impl="cpu").sum() / (labels >= 0).sum()
-    else:
-        logits = h @ head.t()
-        loss = F.cross_entropy(logits.float() if kind == WIDENED else logits, labels)
-    loss.backward()
-    return loss.detach()
+def case(tokens, hidden, vocabulary, dtype, trained, tier, of, device) -> Case:
+    return Case(
+        "token_loss",
+        f"{of}{tokens} tokens, V {vocabulary}, {'trained' if trained else 'frozen'} head, {dtype}",
+        (OURS, *rivals.LOSSES),
+        functools.partial(work, tokens, hidden, vocabulary, dtype, trained, device),
+        tier,
+        seconds=6 if device == "cuda" else 25 if dtype == "float32" or not trained else 15,
+        facts={"tokens": tokens, "hidden": hidden, "vocabulary": vocabulary, "trained": trained},
+    )
 
 
-def status(field):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+def work(tokens, hidden, vocabulary, dtype, trained, device) -> Work:
+    random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    dtype = getattr(torch, dtype)
+    h = torch.randn(tokens, hidden, **random).to(dtype).requires_grad_()
+    head = torch.randn(vocabulary, hidden, **random).div_(hidden**0.5).to(dtype).requires_grad_(trained)
+    labels = torch.randint(0, vocabulary, (tokens,), **random)
+    weights = torch.full((tokens,), 1 / tokens, device=device)
+    peers, missing = rivals.collected(rivals.LOSSES)
+    widened = "logits.float() + cross_entropy"
+    if device == "cpu" and (trained or dtype == torch.float32):
+        missing[CHUNKED] = "only with the frozen head in bfloat16: it takes five times as long as the others"
+        peers.pop(CHUNKED, None)
+    if dtype == torch.float32:
+        missing[widened] = "the logits are float32 already"
+        del peers[widened]
 
+    def ours(h, head, labels, weights):
+        return token_loss(h, head, labels, token_weights=weights).sum()
 
-def measure_memory(kind, dtype, trained):
-    """Prints the bytes by which the peak resident size grows; run in a process of its own."""
-    step(kind, *inputs(dtype, trained, tokens=2))
-    arguments = inputs(dtype, trained)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
-    before = status("VmRSS")
-    step(kind, *arguments)
-    print(status("VmHWM") - before)
+    def step(function, rounded=False):
+        own = weights.to(dtype) if rounded else weights
+        with warnings.catch_warnings():
+            # torch says which configurations fall back to its plain path; times and memory show it
+            warnings.simplefilter("ignore")
+            loss = function(h, head, labels, own)
+            loss.backward()
+        h.grad = head.grad = None
+        return loss.detach()
 
-
-def memory(kind, name, trained):
-    command = [sys.executable, "-m", "benchmarks.bench_token_loss", kind, name, str(int(trained))]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def case(name, trained, kept=1.0):
-    dtype = getattr(torch, name)
-    h, head, labels = inputs(dtype, trained)
-    labels[: round((1 - kept) * TOKENS)] = -100
-    rivals = [THEIRS] if name == "float32" else [THEIRS, WIDENED]
-    contenders = {kind: lambda k=kind: step(k, h, head, labels) for kind in (OURS, *rivals)}
-    label = f"{'trained' if trained else 'frozen'} head, {name}" + ("" if kept == 1 else f", {kept:.0%} of the labels")
-    result = compare(label, contenders, target=1, rounds=2)
-    result["loss"] = {kind: float(step(kind, h, head, labels)) for kind in contenders}
-    if kept < 1:
-        return result
-    gradients = (h.numel() + (head.numel() if trained else 0)) * h.element_size()
-    extra = {kind: memory(kind, name, trained) for kind in contenders}
-    result["extra_bytes"], result["bytes_of_gradients"] = extra, gradients
-    without = {kind: max(size - gradients, 1) for kind, size in extra.items()}
-    result["memory_ratio"] = round(extra[THEIRS] / extra[OURS], 1)
-    result["memory_ratio_without_gradients"] = round(without[THEIRS] / without[OURS], 1)
-    result["memory_reached"] = result["memory_ratio_without_gradients"] >= LEAST_MEMORY_RATIO
-    print(f"  extra MB { ({k: v >> 20 for k, v in extra.items()}) }, of them gradients {gradients >> 20}", flush=True)
-    return result
-
-
-def main():
-    if len(sys.argv) == 4:
-        return measure_memory(sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3] == "1")
-    results = [case(name, trained) for name in ("float32", "bfloat16") for trained in (False, True)]
-    results.append(case("float32", True, kept=0.5))
-    write("token_loss", results)
-
-
-if __name__ == "__main__":
-    main()
+    contenders = {OURS: functools.partial(step, ours)}
+    contenders |= {name: functools.partial(step, f, rounded=name == LOGITS) for name, f in peers.items()}
+    targets = {LOGITS: 1.0} if device == "cpu" else {name: 1.33 for name in PEERS}
+    return Work(
+        contenders,
+        missing,
+        targets=targets,
+        mib_target=1024.0 if device == "cuda" and vocabulary == shapes.QWEN3.vocabulary and not trained else None,
+        # the products that a fused loss needs: logits, then one gradient or two
+        flops=2.0 * tokens * hidden * vocabulary * (3 if trained else 2),
+        bytes=h.element_size() * (3.0 * head.numel() if trained else 2.0 * head.numel()),
+        dtype=dtype,
+        rounds=3 if device == "cpu" else 7,
+        memory=True,
+    )

@@ -18,15 +18,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 _SOURCES = {"triton_kernels": (".py",), "csrc": (".cpp", ".cu", ".cuh", ".h", ".hpp")}
+_ON_GPUS_ALONE = ("triton_kernels/", "csrc/cuda/")
 
 
-def kernel_sources_hash(root: Path = ROOT) -> str:
-    """sha256 over path and content of every kernel source: triton_kernels/ and csrc/."""
+def kernel_sources_hash(root: Path = ROOT, *, device: str = "cuda") -> str:
+    """sha256 over path and content of every kernel source: triton_kernels/ and csrc/.
+
+    For "cpu" without those that never run there: triton_kernels/ and csrc/cuda/.
+    """
     digest = hashlib.sha256()
     for folder, suffixes in _SOURCES.items():
         for path in sorted(p for p in (root / folder).rglob("*") if p.suffix in suffixes):
+            name = path.relative_to(root).as_posix()
+            if device == "cpu" and name.startswith(_ON_GPUS_ALONE):
+                continue
             content = path.read_bytes()
-            digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+            digest.update(f"{name}\0{len(content)}\0".encode())
             digest.update(content)
     return digest.hexdigest()
 

@@ -1,0 +1,114 @@
+"""README's table of costs, made from the newest run of each device: python -m benchmarks.readme
+
+What stands between the two marks in README.md is replaced. `tests/test_bench_readme.py` fails where README and the run
+differ, and where a kernel changed since the run without README saying so; running this again repairs both.
+"""
+
+import sys
+from pathlib import Path
+
+from benchmarks import record, stamp
+
+README = stamp.ROOT / "README.md"
+BEGIN, END = "<!-- benchmarks.readme: begin -->", "<!-- benchmarks.readme: end -->"
+STALE = "**measured before the kernels changed**"
+_FIGURE = "speedup.png"
+_RESULTS = {
+    "times as fast as ": "times as fast",
+    ": speed-up over ": "times as fast",
+    ": share of the ": "share of the speed",
+    ": extra memory of ": "extra memory, as a part",
+    ": time of ": "time, times that",
+}
+_HEADER = "| work | result | against | measured | target | |\n|---|---|---|---|---|---|"
+
+
+def generated(results: Path = stamp.RESULTS, root: Path = stamp.ROOT) -> str:
+    """The text between the marks, for the runs that are there."""
+    parts = [_device(device, results, root) for device in sorted(record.runs(results))]
+    return "\n\n".join(parts) if parts else "No run of the suite is recorded yet."
+
+
+def _device(device: str, results: Path, root: Path) -> str:
+    path, run = record.latest(device, results)
+    lines = [_where(path, run, root), "", _HEADER]
+    lines += [_line(row, found) for row in run["rows"] for found in row.get("verdicts", ()) if _shown(found)]
+    lines += ["", *_remarks(run)]
+    figure = path.parent / _FIGURE
+    if figure.exists():
+        lines += ["", f"![Times as fast as each rival]({figure.relative_to(root).as_posix()})"]
+    return "\n".join(lines).rstrip()
+
+
+def stale(run: dict, root: Path = stamp.ROOT) -> bool:
+    """Whether a kernel that runs on the device of this run has changed since."""
+    return run["kernels"] != stamp.kernel_sources_hash(root, device=run["fingerprint"]["device"])
+
+
+def _where(path: Path, run: dict, root: Path) -> str:
+    found, where = run["fingerprint"], run["stamp"]
+    on_gpu = found["device"] == "cuda"
+    what = where["device"] if on_gpu else f"{found['cpu']} ({found['native']}), {found['threads']} thread"
+    parts = [f"{what}, torch {found['torch']}, {run['time']} time, commit {(where['commit'] or 'unknown')[:9]}"]
+    if run["state"] != record.COMPLETE:
+        parts.append(run["state"])
+    if stale(run, root):
+        parts.append(STALE)
+    return f"{'; '.join(parts)} (`{path.relative_to(root).as_posix()}`):"
+
+
+def _shown(found: dict) -> bool:
+    return found["target"] is not None
+
+
+def _named(what: str) -> tuple[str, str]:
+    """The result and whom it is held against; `bench_step` puts the contender of ours before a colon."""
+    for parting, result in _RESULTS.items():
+        ours, found, rival = what.partition(parting)
+        if found:
+            form = f" ({ours.removeprefix('ours, ')})" if ours not in ("", "ours") else ""
+            return result + form, rival.removesuffix("'s")
+    return what, ""
+
+
+def _line(row: dict, found: dict) -> str:
+    what, of = _named(found["what"])
+    limits = f" [{found['low']:.2f}, {found['high']:.2f}]" if "low" in found else ""
+    verdict = "hit" if found["hit"] else "**missed**"
+    cells = f"{row['op']}: {row['name']}", what, of, f"{found['value']:.2f}{limits}", f"{found['target']:.3g}", verdict
+    return f"| {' | '.join(cells)} |"
+
+
+def _remarks(run: dict) -> list[str]:
+    """Who is missing and why, and what was not measured: once for each reason."""
+    reasons: dict[str, set[str]] = {}
+    for row in run["rows"]:
+        for name, why in row.get("missing", {}).items():
+            # whatever is put around a peer's layer, it is the peer that is missing
+            reasons.setdefault(why, set()).add(name.partition(" + ")[0] if why.startswith("its ") else name)
+    lines = [f"Not measured, {why}: {', '.join(sorted(names))}." for why, names in sorted(reasons.items())]
+    lines += [f"Failed: {row['op']}: {row['name']}: {row['error']}." for row in run["rows"] if "error" in row]
+    skipped = [f"{row['op']}: {row['name']}" for row in run["rows"] if "skipped" in row]
+    lines += [f"Left out for lack of time: {'; '.join(skipped)}."] if skipped else []
+    return [run["source"], *lines] if "source" in run else lines
+
+
+def replaced(readme: str, text: str) -> str:
+    """README with `text` between the marks. Raises ValueError unless both marks are there, in order."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"expected {BEGIN} and then {END} in README.md")
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def main() -> int:
+    text = replaced(README.read_text(), generated())
+    changed = text != README.read_text()
+    README.write_text(text)
+    print("README.md written" if changed else "README.md says so already")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

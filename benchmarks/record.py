@@ -1,0 +1,79 @@
+"""One file a run: benchmarks/results/<device>/<date>-<commit>.json, written anew after every row.
+
+    {"stamp": ..., "fingerprint": ..., "ceilings": ..., "kernels": hash, "state": "running" | "complete" | why partial,
+     "seconds": ..., "rows": [...]}
+
+A run that is stopped has lost nothing that it measured, and its file says that it is not whole.
+"""
+
+import datetime
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks import stamp
+
+COMPLETE, RUNNING = "complete", "partial: the run was stopped"
+
+
+class Record:
+    """The file of a run under way."""
+
+    def __init__(self, path: Path, head: Mapping):
+        self.path = path
+        self.content = {**head, "state": RUNNING, "seconds": 0.0, "rows": []}
+        self.save()
+
+    def add(self, row: Mapping, seconds: float) -> None:
+        """Keep a row; `seconds` is how long the run has taken by now."""
+        self.content["rows"].append(dict(row))
+        self.content["seconds"] = round(seconds, 1)
+        self.save()
+
+    def finish(self) -> str:
+        """Say whether the run is whole; returns that."""
+        skipped = [row for row in self.content["rows"] if "skipped" in row]
+        failed = [row for row in self.content["rows"] if "error" in row]
+        total = len(self.content["rows"])
+        parts = [f"only {only!r}"] if (only := self.content.get("only")) else []
+        parts += [f"{len(skipped)} of {total} cases left out for lack of time"] if skipped else []
+        parts += [f"{len(failed)} of {total} cases failed"] if failed else []
+        self.content["state"] = f"partial: {', '.join(parts)}" if parts else COMPLETE
+        self.save()
+        return self.content["state"]
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+
+def new_path(device: str, commit: str | None, date: str | None = None, results: Path = stamp.RESULTS) -> Path:
+    """Where a run on `device` ("cpu", or the name of a GPU) is written; no earlier run is overwritten."""
+    name = f"{date or datetime.date.today().isoformat()}-{(commit or 'unknown')[:9]}"
+    folder = results / stamp.folder_of(device)
+    taken = {path.stem for path in folder.glob(f"{name}*.json")}
+    names = (name if n == 1 else f"{name}-{n}" for n in range(1, len(taken) + 2))
+    return folder / f"{next(n for n in names if n not in taken)}.json"
+
+
+def runs(results: Path = stamp.RESULTS) -> dict[str, list[Path]]:
+    """The files of runs by device folder, oldest first."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(results.glob("*/[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*.json"), key=_order):
+        found.setdefault(path.parent.name, []).append(path)
+    return found
+
+
+def _order(path: Path) -> tuple[str, float]:
+    # several runs of one day: by the time they began
+    return path.name[:10], json.loads(path.read_text()).get("started", 0.0)
+
+
+def latest(device: str, results: Path = stamp.RESULTS) -> tuple[Path, dict] | None:
+    """The newest run of a device folder, a complete one if there is any."""
+    contents = [(path, json.loads(path.read_text())) for path in runs(results).get(device, [])]
+    whole = [pair for pair in contents if pair[1]["state"] == COMPLETE]
+    return (whole or contents or [None])[-1]

@@ -1,0 +1,61 @@
+"""The whole step in the suite: on a CPU the rows of `bench_step` that the targets name, on a GPU all of them.
+
+Each is a case of its own, so that a run that must end keeps those it has.
+"""
+
+import functools
+from dataclasses import replace
+
+from benchmarks import bench_step
+from benchmarks.bench_step import DENSE, OURS, RESTRICTED
+from benchmarks.harness import Case
+
+# objective, experts that train: contenders, those whose memory is measured, tier, seconds
+_CPU = {
+    ("graddiff", 13): ((*OURS, DENSE, RESTRICTED), ("ours", DENSE), 0, 140),
+    ("graddiff", None): ((*OURS, DENSE), (), 0, 90),
+    ("graddiff", 3): ((OURS[0], DENSE, RESTRICTED), (), 0, 70),
+}
+_GPU_SECONDS = 45
+
+
+def cases(device: str, *, toy: bool = False) -> list[Case]:
+    if device == "cuda" or toy:
+        tiers = {"OLMoE-1B-7B": 0, "Qwen3-30B-A3B": 0}
+        return [
+            _case(c, functools.partial(on_gpu, c, device, toy), tiers.get(c.geometry, 1), _GPU_SECONDS)
+            for c in bench_step.gpu_cases()
+        ]
+    found = []
+    for case in bench_step.cpu_cases():
+        chosen = _CPU.get((case.objective, case.experts)) if case.geometry == "wide" else None
+        if chosen and not case.growth and case.keep is None:
+            contenders, memory, tier, seconds = chosen
+            short = replace(case, contenders=contenders, memory=memory)
+            found.append(_case(short, functools.partial(on_cpu, short), tier, seconds))
+        if case.geometry == "tiny" and case.objective == "graddiff":
+            found.append(_case(case, functools.partial(on_cpu, case), 1, 30))
+    return found
+
+
+def _case(case: bench_step.Case, make, tier: int, seconds: float) -> Case:
+    return Case("step", case.name, case.contenders, make, tier, seconds, {"geometry": case.geometry})
+
+
+def on_cpu(case: bench_step.Case) -> dict:
+    return with_verdicts(bench_step.run_cpu(case))
+
+
+def on_gpu(case: bench_step.Case, device: str, toy: bool) -> dict:
+    (row,) = bench_step.run_gpu([case], device, toy=toy)
+    return with_verdicts(row)
+
+
+def with_verdicts(row: dict) -> dict:
+    """The row of `bench_step` as the suite has its rows."""
+    found = [
+        {"what": what, "value": value, "target": target, "hit": hit}
+        for what, value, target, hit in bench_step.verdicts(row)
+    ]
+    missing = {name: "out of memory" for name in row.get("out_of_memory", ())}
+    return {**row, "name": row["name"], "op": "step", "missing": missing, "verdicts": found}
