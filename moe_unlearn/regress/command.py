@@ -12,6 +12,7 @@ from pathlib import Path
 from moe_unlearn import backend
 from moe_unlearn.regress import case as registry
 from moe_unlearn.regress import ours, report, static, verbs
+from moe_unlearn.regress import selftest as measured
 from moe_unlearn.regress.case import Case
 from moe_unlearn.regress.fingerprint import fingerprint
 from moe_unlearn.regress.report import Result
@@ -81,7 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub = verb("report", show, cases=False)
     patterns(sub)
     sub.add_argument("--markdown", action="store_true", help="as a markdown table")
-    verb("selftest", selftest, cases=False)
+    sub = verbs_of.add_parser("selftest", help=selftest.__doc__, description=selftest.__doc__)
+    sub.set_defaults(verb=selftest)
+    sub.add_argument("--comparisons", type=int, default=measured.COMPARISONS, help="on recorded noise, per trace")
+    sub.add_argument("--real", type=float, default=0, metavar="SECONDS", help="on the real clock for so long instead")
 
 
 def list_cases(options) -> int:
@@ -170,11 +174,11 @@ def show(options) -> int:
 
 def selftest(options) -> int:
     """Measure the tool itself: seeded numeric bugs found, false alarms, slow-downs found."""
-    from moe_unlearn.regress import seeded
-
-    outcome = seeded.run()
-    print(outcome)
-    return report.FINE if outcome.all_found else report.REGRESSION
+    arguments = [
+        f"--comparisons={options.comparisons}",
+        *(["--real", f"--seconds={options.real}"] if options.real else []),
+    ]
+    return measured.main(arguments)
 
 
 def _cases(options, patterns: Sequence[str] | None = None) -> list[Case]:
