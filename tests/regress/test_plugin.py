@@ -4,42 +4,70 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import pytest_moe_unlearn
+from moe_unlearn.regress import plugin
+from moe_unlearn.testing import AccuracyError
 from tests.regress.test_command import BROKEN, RIGHT, example
 
+pytest_plugins = ["pytester"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def pytest_run(folder, *arguments):
-    command = [sys.executable, "-m", "pytest", "-p", "moe_unlearn.regress.plugin", "-p", "no:cacheprovider", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture
+def run(pytester, monkeypatch):
+    """Run pytest on a scratch folder with the foreign softmax of README.md; its outcomes and its output."""
+    pytester.makeini("[pytest]\naddopts = --strict-markers -p moe_unlearn.regress.plugin -p no:cacheprovider")
+    (pytester.path / "test_softmax.py").write_text(example())
+
+    def call(*arguments):
+        made = pytester.runpytest_inprocess(*arguments)
+        outcomes = made.parseoutcomes()
+        # that the plugin was imported before pytest could rewrite its assertions
+        outcomes.pop("warnings", None)
+        return outcomes, "\n".join(made.outlines + made.errlines)
+
+    return call
+
+
+@pytest.mark.quick
+def test_a_foreign_kernel_is_recorded_broken_and_caught(run, pytester, load_script):
+    outcomes, out = run()
+    assert outcomes == {"failed": 1} and "record it with pytest --kernel-record" in out
+    assert run("--kernel-record")[0] == run()[0] == {"passed": 1}
+    (pytester.path / "test_softmax.py").write_text(example().replace(RIGHT, BROKEN))
+    for arguments in ((), ("--kernel-record",)):
+        outcomes, out = run(*arguments)
+        assert outcomes == {"failed": 1}
+        assert re.search(r"less accurate +softmax", out) and "test_softmax[softmax]" in out
+    with pytest.raises(AccuracyError):
+        load_script(pytester.path / "kernel_repros" / "repro_softmax.py")
 
 
 @pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
-    (tmp_path / "test_softmax.py").write_text(example())
-    return tmp_path
+def load_script(monkeypatch):
+    import runpy
+
+    from moe_unlearn.regress import case as registry
+
+    monkeypatch.setattr(registry, "_registry", {})
+    return lambda path: runpy.run_path(str(path))
 
 
-@pytest.mark.slow
-def test_a_foreign_kernel_is_recorded_broken_and_caught(folder):
-    code, out = pytest_run(folder)
-    assert code == 1 and "record it with pytest --kernel-record" in out
-    assert pytest_run(folder, "--kernel-record")[0] == 0
-    (folder / "test_softmax.py").write_text(example().replace(RIGHT, BROKEN))
-    code, out = pytest_run(folder)
-    assert code == 1 and re.search(r"less accurate +softmax", out) and "test_softmax[softmax]" in out
-    script = folder / "kernel_repros" / "repro_softmax.py"
-    done = subprocess.run(
-        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "AccuracyError" in done.stderr and len(script.read_text().splitlines()) <= 40
+@pytest.mark.quick
+def test_strict_and_accept(run, pytester):
+    assert run("--kernel-record")[0] == {"passed": 1}
+    text = example().replace(RIGHT, "torch.softmax(x, -1)")
+    (pytester.path / "test_softmax.py").write_text(text)
+    assert run()[0] == {"passed": 1}
+    outcomes, out = run("--kernel-strict")
+    assert outcomes == {"failed": 1} and "other bits in output 0" in out
+    assert run("--kernel-accept", "torch's own")[0] == run("--kernel-strict")[0] == {"passed": 1}
+    assert len(list((pytester.path / "kernel_store" / "entries").iterdir())) == 2
 
 
 WAYS = """
@@ -58,31 +86,51 @@ def test_fixture_alone(kernel_case):
 
 def test_neither(kernel_case):
     kernel_case.check()
+
+def test_no_case(kernel_case):
+    kernel_case.check(1)
 """
 
 
-@pytest.mark.slow
-def test_several_cases_and_the_fixture_alone(folder):
-    (folder / "test_ways.py").write_text(WAYS)
-    code, out = pytest_run(folder, "--kernel-record", "-o", "kernel_store=deep/store", "test_ways.py", "-rA")
+@pytest.mark.quick
+def test_several_cases_and_the_fixture_alone(run, pytester):
+    (pytester.path / "test_ways.py").write_text(WAYS)
+    outcomes, out = run("--kernel-record", "-o", "kernel_store=deep/store", "test_ways.py", "-rA")
+    assert outcomes == {"passed": 3, "failed": 2}
     assert {"PASSED test_ways.py::test_two[softmax]", "PASSED test_ways.py::test_two[other]"} <= set(out.splitlines())
-    assert "PASSED test_ways.py::test_fixture_alone" in out and "3 passed" in out and "1 failed" in out
-    assert "expects a Case, or a mark that has one" in out and (folder / "deep" / "store" / "entries").is_dir()
+    assert "expects a Case, or a mark that has one" in out and "expected a Case; got 1" in out
+    assert len(list((pytester.path / "deep" / "store" / "entries").iterdir())) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "test, message",
     [
         ("@pytest.mark.kernel_case(1)\ndef test_a(): pass", "takes the fixture `kernel_case`"),
         ("@pytest.mark.kernel_case\ndef test_a(kernel_case): pass", r"expected the mark kernel_case\(case, ...\)"),
-        ("@pytest.mark.kernel_case(1)\ndef test_a(kernel_case): kernel_case.check()", "expected a Case; got 1"),
     ],
 )
-def test_wrong_use_is_named(folder, test, message):
-    (folder / "test_wrong.py").write_text(f"import pytest\n\n{test}\n")
-    code, out = pytest_run(folder, "test_wrong.py")
-    assert code and re.search(message, out)
+def test_wrong_marks_are_named(run, pytester, test, message):
+    (pytester.path / "test_wrong.py").write_text(f"import pytest\n\n{test}\n")
+    _, out = run("test_wrong.py")
+    assert re.search(message, out)
+
+
+@pytest.mark.slow
+def test_in_a_process_of_its_own(tmp_path):
+    (tmp_path / "test_softmax.py").write_text(example())
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "moe_unlearn.regress.plugin",
+        "--kernel-record",
+        "--strict-markers",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.quick
@@ -94,11 +142,6 @@ def test_the_plugin_imports_neither_torch_nor_the_package():
 
 @pytest.mark.quick
 def test_the_entry_point_is_the_plugin():
-    import tomllib
-
-    import pytest_moe_unlearn
-    from moe_unlearn.regress import plugin
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     # pytest takes `-p NAME` from the entry point of that name, so that it never loads both
     assert project["project"]["entry-points"]["pytest11"] == {plugin.__name__: pytest_moe_unlearn.__name__}
