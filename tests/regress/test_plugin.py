@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def run(pytester, monkeypatch):
     """Run pytest on a scratch folder with the foreign softmax of README.md; its outcomes and its output."""
-    pytester.makeini("[pytest]\naddopts = --strict-markers -p moe_unlearn.regress.plugin -p no:cacheprovider")
+    # without hypothesis, which is imported anew by every run
+    others = "-p no:cacheprovider -p no:hypothesispytest"
+    pytester.makeini(f"[pytest]\naddopts = --strict-markers -p {plugin.__name__} {others}")
     (pytester.path / "test_softmax.py").write_text(example())
 
     def call(*arguments):
@@ -34,7 +36,6 @@ def run(pytester, monkeypatch):
     return call
 
 
-@pytest.mark.quick
 def test_a_foreign_kernel_is_recorded_broken_and_caught(run, pytester, load_script):
     outcomes, out = run()
     assert outcomes == {"failed": 1} and "record it with pytest --kernel-record" in out
@@ -58,7 +59,6 @@ def load_script(monkeypatch):
     return lambda path: runpy.run_path(str(path))
 
 
-@pytest.mark.quick
 def test_strict_and_accept(run, pytester):
     assert run("--kernel-record")[0] == {"passed": 1}
     text = example().replace(RIGHT, "torch.softmax(x, -1)")
@@ -92,7 +92,6 @@ def test_no_case(kernel_case):
 """
 
 
-@pytest.mark.quick
 def test_several_cases_and_the_fixture_alone(run, pytester):
     (pytester.path / "test_ways.py").write_text(WAYS)
     outcomes, out = run("--kernel-record", "-o", "kernel_store=deep/store", "test_ways.py", "-rA")
@@ -102,7 +101,6 @@ def test_several_cases_and_the_fixture_alone(run, pytester):
     assert len(list((pytester.path / "deep" / "store" / "entries").iterdir())) == 2
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     "test, message",
     [
