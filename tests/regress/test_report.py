@@ -11,7 +11,7 @@ from moe_unlearn.regress.numeric import Verdict
 from moe_unlearn.regress.report import STATUSES, Result
 
 RESULTS = [
-    Result("a|b/c", "inaccurate", "line 1\nline <2> & \x00 |", (Verdict("o", "inaccurate", math.inf, "m"),), 1.5, "r.py"),
+    Result("a|b/c", "inaccurate", "line 1\nline <2> & \x00 |", (Verdict("o", "inaccurate", math.inf),), 1.5, "r.py"),
     Result("equal one", "equal", outputs=(Verdict("o", "equal", 1.0),), seconds=0.5),
     Result("other", "accurate", outputs=(Verdict("o", "accurate", 1.2), Verdict("p", "equal", math.nan))),
     Result("there", "unrecorded", "no record"),
