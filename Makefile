@@ -2,7 +2,7 @@
 # make test    every test; at most 40 minutes on 2 cores
 # make quick   the developers' tier; at most 3 minutes
 # make lint    ruff check and format
-# make ledger  compile every Triton kernel and record its registers, spills, shared memory ...; no GPU needed
+# make ledger  compile every Triton and CUDA kernel and record its registers, spills ...; no GPU needed
 # make mutants   the tests against wrong versions of every Triton kernel; about half an hour on 2 cores
 # make soak    the full exactness matrix of the fused step; hours on one core, `make soak SOAK="--minutes 30"` a sample
 # make gpu     the kernels' tests and compute-sanitizer on this machine's GPU

@@ -112,8 +112,6 @@ if names:
     from torch.utils.cpp_extension import BuildExtension as base
 packages = find_packages(include=["moe_unlearn", "moe_unlearn.*"])
 setup(
-    # outside of the package, which takes seconds to import: pytest loads its plugins in every run
-    py_modules=["pytest_moe_unlearn"],
     packages=[*packages, "moe_unlearn.triton_kernels"],
     package_dir={"moe_unlearn.triton_kernels": "triton_kernels"},
     ext_modules=[extension(name) for name in names],

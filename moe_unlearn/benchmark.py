@@ -1,26 +1,22 @@
 """Whole runs: one unlearning run on a user's data, and the embedded experiment with all its rivals."""
 
 import json
-import multiprocessing
-import signal
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import TrainingArguments
 
-from moe_unlearn import data, experiment, metrics, report, trace
+from moe_unlearn import data, experiment, metrics, report, workers
 from moe_unlearn.config import Recipe
 from moe_unlearn.experiment import Experiment, Settings
-from moe_unlearn.step import UnlearnStep
+from moe_unlearn.suite import Progress, unlearning
+from moe_unlearn.table import Table
 from moe_unlearn.trainer import UnlearnTrainer
 
+__all__ = ["Progress", "Table", "demo", "demo_recipe", "unlearn", "unlearning"]
 RUNS = ("graddiff", "npo", "trace", "wagle", "mollm", "combined")
 
 # What the tiny models need instead of the shipped recipes' settings, which are for real ones. Chosen on
@@ -117,153 +113,62 @@ def demo(
     torch has threads): models this small leave most of a second thread idle. Deterministic on one machine,
     whatever the number of processes.
     """
-    with _Workers(processes or torch.get_num_threads()) as workers:
+    with workers.Workers(processes or torch.get_num_threads()) as pool:
         settings = experiment.settings_of(size)
         batches = sum(-(-n // settings.batch_size) for n in (settings.retain, settings.retain + settings.forget))
         training = [(name, corpus, seed, size) for seed in seeds for name in experiment.MODELS]
         total = len(seeds) * settings.epochs * batches
-        seconds = workers.run("training", _train, training, total)
+        seconds = pool.run("training", _train, training, total)
         recipes = {name: demo_recipe(name, 0) for name in runs}
         # the longest first, so that no process is left alone with one at the end
         order = sorted(runs, key=lambda name: -recipes[name].steps)
         tasks = [(name, corpus, seed, size) for name in (*order, *experiment.MODELS) for seed in seeds]
         total = len(seeds) * sum(recipe.steps for recipe in recipes.values())
-        done = workers.run("unlearning", _run, tasks, total)
-    results, trajectories, routing = {}, {}, {}
-    for seed in seeds:
-        found = {name: done[name, corpus, seed, size] for name in (*experiment.MODELS, *runs)}
-        results[seed] = {name: result[0] for name, result in found.items()}
-        auc = results[seed]["retrain"]["minkauc"]
-        for name, values in results[seed].items():
-            values["privleak"] = metrics.privleak(values["minkauc"], auc)
-            if name in experiment.MODELS:
-                values["seconds"] = seconds[name, corpus, seed, size]
-        if seed == seeds[0]:
-            trajectories = {name: found[name][1] for name in runs}
-            routing = next((found[name][2] for name in runs if found[name][2]), {})
-    content = report.Content(corpus=corpus, results=results, trajectories=trajectories, routing=routing)
+        done = pool.run("unlearning", _run, tasks, total)
+    table = Table.joined(done[name, corpus, seed, size][0] for seed in seeds for name in (*experiment.MODELS, *runs))
+    for (name, _, seed, _), spent in seconds.items():
+        table.results[seed][name]["seconds"] = spent
+    first = {name: done[name, corpus, seeds[0], size] for name in runs}
+    trajectories = {name: found[1] for name, found in first.items()}
+    routing = next((found[2] for found in first.values() if found[2]), {})
+    content = report.Content(corpus=corpus, results=table.results, trajectories=trajectories, routing=routing)
     return report.write_demo(out, content)
-
-
-class _Workers:
-    """Processes of one thread each that report the steps they have done."""
-
-    def __init__(self, processes: int):
-        # not forked: the caller's threads would be missing in the children
-        context = multiprocessing.get_context("spawn")
-        self._steps = context.Value("q", 0)
-        self._pool = ProcessPoolExecutor(processes, context, _start_worker, (self._steps,))
-
-    def __enter__(self) -> "_Workers":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if exception[0] is not None:
-            self._steps.value = _STOP
-        self._pool.shutdown(cancel_futures=True)
-
-    def run(self, title: str, function: Callable, tasks: list[tuple], total: int) -> dict[tuple, Any]:
-        """Task -> function(*task), each as it becomes free; a bar of `total` steps where somebody watches."""
-        self._steps.value = 0
-        futures = {self._pool.submit(function, *task): task for task in tasks}
-        pending = set(futures)
-        with tqdm(total=total, desc=title, unit="step", disable=None, leave=False) as bar:
-            while pending:
-                finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                bar.update(self._steps.value - bar.n)
-                for future in finished:
-                    future.result()
-        return {task: future.result() for future, task in futures.items()}
-
-
-_STOP = -1
-_steps_done: Any = None  # of this worker's pool; set once, when the process starts
-
-
-def _start_worker(steps) -> None:
-    global _steps_done
-    _steps_done = steps
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts everybody; the caller stops the others
-
-
-def _advance(steps: int = 1) -> None:
-    with _steps_done.get_lock():
-        if _steps_done.value == _STOP:
-            raise InterruptedError("another run failed, or the demo was interrupted")
-        _steps_done.value += steps
 
 
 def _train(name: str, corpus: str, seed: int, size: str | Settings) -> float:
     start = time.perf_counter()
-    experiment.train_model(name, corpus, seed, size=size, on_step=_advance)
+    experiment.train_model(name, corpus, seed, size=size, on_step=workers.advance)
     return time.perf_counter() - start
 
 
-def _run(name: str, corpus: str, seed: int, size: str | Settings) -> tuple[dict, list[dict], dict]:
-    """Metrics, trajectory and routing of one run, or of the target or retrained model as it is."""
+def _run(name: str, corpus: str, seed: int, size: str | Settings) -> tuple[Table, list[dict], dict]:
+    """Row, trajectory and routing of one run, or of the target or retrained model as it is."""
     made = experiment.prepare_experiment(corpus, seed, size=size)
-    sets, trajectory, routing = made.evaluation_sets, [], {}
-    if name in experiment.MODELS:
-        return metrics.evaluate(getattr(made, name), made.tokenizer, **sets), trajectory, routing
-    recipe = demo_recipe(name, seed)
-    model, trajectory, step, seconds = unlearn_once(made, recipe, on_step=_advance)
-    _advance(recipe.steps - step.steps)  # those that a stop spared
-    results = metrics.evaluate(model, made.tokenizer, **sets) | {"seconds": seconds}
-    if step.prepared.frequencies is not None:
-        f, r = (step.prepared.frequencies[side].frequency for side in ("forget", "retain"))
-        routing = {"forget": f, "retain": r, "selected": step.prepared.selected}
-        after = trace.routing_frequencies(model, data.batches(made.forget, 32)).frequency
-        results["routing_drift"] = metrics.routing_drift(f, after)[1]
-    return results, trajectory, routing
+    trajectory, routing = [], {}
+
+    def watch(progress: Progress) -> None:
+        recipe, step = recipes[0], progress.unlearn_step
+        spared = recipe.steps - progress.step if progress.last else 0
+        workers.advance(spared + (progress.step > 0))
+        if progress.last or progress.step % max(1, recipe.steps // TRAJECTORY_POINTS) == 0:
+            trajectory.append(_measure(step.model, made, progress.step) | progress.metrics)
+        if progress.last and step.prepared.frequencies is not None:
+            routing.update({side: step.prepared.frequencies[side].frequency for side in ("forget", "retain")})
+            routing["selected"] = step.prepared.selected
+
+    recipes = [] if name in experiment.MODELS else [demo_recipe(name, seed)]
+    table = unlearning(
+        made.fresh_target, made.forget, made.retain_unlearn, recipes, tokenizer=made.tokenizer,
+        evaluation={"retain": made.retain_eval, "holdout": made.holdout},
+        baselines={} if recipes else {name: getattr(made, name)}, seeds=[seed], on_step=watch,
+    )  # fmt: skip
+    return table, trajectory, routing
 
 
 def demo_recipe(name: str, seed: int, *overrides: str) -> Recipe:
     """The shipped recipe `name` with the tiny experiment's settings."""
     recipe = Recipe.load(name, [*DEMO_COMMON, *DEMO_OVERRIDES.get(name, []), *overrides])
     return replace(recipe, seed=seed)
-
-
-def unlearn_once(
-    made: Experiment, recipe: Recipe, on_step: Callable[[], None] = lambda: None
-) -> tuple[nn.Module, list[dict], UnlearnStep, float]:
-    """One run on a copy of the target: the model, its trajectory, the step, and seconds spent in it.
-
-    `on_step` is called after each step.
-    """
-    torch.manual_seed(recipe.seed)
-    model = made.fresh_target()
-    step = UnlearnStep(model, recipe)
-    start = time.perf_counter()
-    size = recipe.batch_size
-    step.prepare(data.batches(made.forget, size), data.batches(made.retain_unlearn, size))
-    seconds = time.perf_counter() - start
-    pairs = data.ForgetRetainDataset(
-        made.forget, made.retain_unlearn, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
-    )
-    trajectory = [_measure(model, made, 0)]
-    for i in range(recipe.steps):
-        start = time.perf_counter()
-        metrics_ = step(*_pair(pairs, i, size))
-        seconds += time.perf_counter() - start
-        on_step()
-        last = step.done or i + 1 == recipe.steps
-        if last or (i + 1) % max(1, recipe.steps // TRAJECTORY_POINTS) == 0:
-            trajectory.append(_measure(model, made, i + 1) | metrics_)
-        if last:
-            break
-    return model.eval(), trajectory, step, seconds
-
-
-def _pair(pairs: data.ForgetRetainDataset, i: int, size: int) -> tuple[dict, dict]:
-    """Forget and retain batch of step i: a seeded permutation of the forget set, anew in every epoch."""
-    per_epoch = -(-len(pairs) // size)
-    epoch, position = divmod(i, per_epoch)
-    pairs.set_epoch(epoch)
-    order = torch.randperm(len(pairs), generator=data.generator(pairs.seed, epoch)).tolist()
-    items = [pairs[j] for j in order[position * size : (position + 1) * size]]
-    batch = data.PairCollator()(items)
-    return batch["forget"], batch["retain"]
 
 
 def _measure(model: nn.Module, made: Experiment, step: int) -> dict:

@@ -9,6 +9,7 @@ one is reported. No pickle: tensors are safetensors, everything else is JSON.
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import warnings
@@ -75,6 +76,20 @@ def commit(root: str | Path, step: int, states: dict[str, object], *, keep: int 
     for old in _checkpoints(root)[keep:]:
         shutil.rmtree(old)
     return final
+
+
+def write_text(path: Path, text: str) -> None:
+    """Have `text` stand in the file `path`, all of it or nothing; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def verify(folder: str | Path) -> dict:

@@ -236,15 +236,21 @@ def train(
     return sum(last) / len(last)
 
 
+def model_folder(folder: str | Path) -> Path:
+    """`folder`, in which there is a config.json; else ValueError."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise ValueError(f"expected a model folder written by save_pretrained; {folder} {what}")
+    return folder
+
+
 def load_model(folder: str | Path):
     """Model and tokenizer of a folder written by `save_pretrained`.
 
     Raises ValueError, naming the folder and what it lacks; nothing is looked for on a hub.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise ValueError(f"expected a model folder written by save_pretrained; {folder} {what}")
+    folder = model_folder(folder)
     try:
         with _no_loading_bars():
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")

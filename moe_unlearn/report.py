@@ -9,6 +9,7 @@ frequencies and `selected`, all [L, E]).
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,10 +126,10 @@ def ordered(summary: dict) -> list[str]:
     return [r for r in RUNS if r in summary] + [r for r in summary if r not in RUNS]
 
 
-def table(summary: Summary, *, markdown: bool = False) -> str:
-    """The metrics as a text table, columns aligned; as Markdown if asked."""
-    keys = [key for key in COLUMNS if any(key in metrics for metrics in summary.values())]
-    rows = [["run", *(COLUMNS[key][0] for key in keys)]]
+def table(summary: Summary, *, markdown: bool = False, keys: Sequence[str] = ()) -> str:
+    """The metrics as a text table, columns aligned; as Markdown if asked. `keys` are the columns, if not the usual."""
+    keys = keys or [key for key in COLUMNS if any(key in metrics for metrics in summary.values())]
+    rows = [["run", *(COLUMNS.get(key, (key,))[0] for key in keys)]]
     for run in ordered(summary):
         rows.append([RUNS.get(run, run), *(_cell(summary[run], key) for key in keys)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -230,7 +231,7 @@ def _selection(routing: dict) -> str:
 
 
 def _cell(metrics: dict[str, float], key: str) -> str:
-    value, digits = metrics.get(key), COLUMNS[key][1]
+    value, digits = metrics.get(key), COLUMNS.get(key, (key, 3))[1]
     if value is None or math.isnan(value):
         return "–"
     spread = metrics.get(f"{key}_sd")

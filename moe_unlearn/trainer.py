@@ -10,7 +10,7 @@ resume goes through `from_pretrained`, and the step's own state (selection, weig
 saved beside the model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,10 +21,22 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from moe_unlearn.checkpoint import load_state, save_state
 from moe_unlearn.config import Recipe
-from moe_unlearn.data import PairCollator, pad_token_id, refusals
+from moe_unlearn.data import Example, PairCollator, pad_token_id, refusals, side_batches
 from moe_unlearn.step import UnlearnStep
 
 _STATE = "unlearn_step"
+
+
+def pair_collator(recipe: Recipe, tokenizer, forget: Sequence[Example]) -> PairCollator:
+    """What collates the pairs of `forget` for a recipe: with refusals where its objective has them.
+
+    Raises ValueError if that needs a `tokenizer` and there is none, or an example has no prompt to refuse.
+    """
+    if recipe.forget.objective != "idk_dpo":
+        return PairCollator(0 if tokenizer is None else pad_token_id(tokenizer))
+    if tokenizer is None:
+        raise ValueError("forget.objective 'idk_dpo' needs processing_class, a tokenizer, for its refusals")
+    return PairCollator(pad_token_id(tokenizer), refusals(forget, tokenizer, seed=recipe.seed))
 
 
 class UnlearnTrainer(Trainer):
@@ -73,7 +85,9 @@ class UnlearnTrainer(Trainer):
             self.unlearn_step.held_back = "TrainingArguments.max_grad_norm clips (0 does not)"
         self._cache_dir = cache_dir
         if data_collator is None:
-            data_collator = self._pair_collator(keywords.get("processing_class"), train_dataset.forget)
+            data_collator = pair_collator(
+                self.unlearn_step.recipe, keywords.get("processing_class"), train_dataset.forget
+            )
         self._logged: dict[str, list[float]] = {}
         super().__init__(
             model=model,
@@ -85,14 +99,6 @@ class UnlearnTrainer(Trainer):
         )
         self.add_callback(_Bookkeeping(self.unlearn_step, train_dataset, self._log_metrics))
         self.unlearn_step.restore = self._restore
-
-    def _pair_collator(self, tokenizer, forget) -> PairCollator:
-        recipe = self.unlearn_step.recipe
-        if recipe.forget.objective != "idk_dpo":
-            return PairCollator(0 if tokenizer is None else pad_token_id(tokenizer))
-        if tokenizer is None:
-            raise ValueError("forget.objective 'idk_dpo' needs processing_class, a tokenizer, for its refusals")
-        return PairCollator(pad_token_id(tokenizer), refusals(forget, tokenizer, seed=recipe.seed))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **keywords):
         """Prepare on the unchanged model, or restore the preparation of the checkpoint, then train."""
@@ -108,16 +114,16 @@ class UnlearnTrainer(Trainer):
 
     def prepare(self) -> None:
         """`UnlearnStep.prepare` over all forget and retain examples of the dataset."""
-        size = self.args.per_device_train_batch_size
-
-        def batches(side: str):
-            other = "retain" if side == "forget" else "forget"
-            filler = [(getattr(self.train_dataset, other)[0], 0)]
-            items = [{side: [(e, i)], other: filler} for i, e in enumerate(getattr(self.train_dataset, side))]
-            for i in range(0, len(items), size):
-                yield self._prepare_inputs(self.data_collator(items[i : i + size])[side])
-
-        self.unlearn_step.prepare(list(batches("forget")), list(batches("retain")), cache_dir=self._cache_dir)
+        forget, retain = (
+            [
+                self._prepare_inputs(batch)
+                for batch in side_batches(
+                    self.train_dataset, side, self.args.per_device_train_batch_size, self.data_collator
+                )
+            ]
+            for side in ("forget", "retain")
+        )
+        self.unlearn_step.prepare(forget, retain, cache_dir=self._cache_dir)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Accumulate one micro-batch; at the last one of a step, leave its gradient in `.grad`."""

@@ -27,14 +27,14 @@ LAYERS = [
     {"step"},
     {"data", "metrics"},
     {"trainer"},
-    {"benchmark", "regress", "integrations", "experiment"},
+    {"benchmark", "suite", "table", "workers", "regress", "integrations", "experiment"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # data and metrics stand beside the trainer and know nothing of the step
 INDEPENDENT = {"data": {"data"}, "metrics": {"metrics", "data", "capture", "losses", "experts"}}
 USES_TRANSFORMERS = {
-    "experts", "capture", "trainer", "data", "metrics", "integrations", "benchmark", "experiment", "cli",
+    "experts", "capture", "trainer", "data", "metrics", "integrations", "benchmark", "suite", "experiment", "cli",
 }  # fmt: skip
 OPS = {
     "route", "retain_weights", "expert_mlp", "expert_wgrad", "token_loss", "gram", "weight_score",

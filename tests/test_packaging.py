@@ -27,6 +27,7 @@ def test_wheel_contents(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "moe_unlearn/triton_kernels/__init__.py" in names
     assert "moe_unlearn/recipes/combined.yaml" in names
+    assert "moe_unlearn/regress/ledger.json" in names
     assert "moe_unlearn/py.typed" in names
     assert "moe_unlearn/ops/route.py" in names
     tops = {n.split("/")[0] for n in names}

@@ -3,7 +3,7 @@
 from moe_unlearn.data.builtin import load_builtin
 from moe_unlearn.data.corpus import Corpus, Document, drop_shared_runs
 from moe_unlearn.data.files import read_documents
-from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, overlap, refusals
+from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, overlap, refusals, side_batches
 from moe_unlearn.data.tokenize import (
     Example,
     batches,
@@ -30,5 +30,6 @@ __all__ = [
     "pad_token_id",
     "read_documents",
     "refusals",
+    "side_batches",
     "train_tokenizer",
 ]

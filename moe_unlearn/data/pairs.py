@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -78,6 +78,14 @@ class PairCollator:
             refused = collate(rows, range(len(rows)), pad_id=self.pad_id)
             sides["forget"] |= {f"idk_{k}": refused[k] for k in ("input_ids", "attention_mask", "labels")}
         return sides
+
+
+def side_batches(dataset: Dataset, side: str, size: int, collator: Callable) -> list[dict[str, Tensor]]:
+    """Every example of one side of a `ForgetRetainDataset` once, in order, in the collator's batches of `size`."""
+    other = "retain" if side == "forget" else "forget"
+    filler = [(getattr(dataset, other)[0], 0)]
+    items = [{side: [(example, i)], other: filler} for i, example in enumerate(getattr(dataset, side))]
+    return [collator(items[i : i + size])[side] for i in range(0, len(items), size)]
 
 
 def refusals(examples: Sequence[Example], tokenizer, *, seed: int = 0) -> list[Example]:

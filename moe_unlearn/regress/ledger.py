@@ -7,10 +7,10 @@ Registers are a compiler's choice: figures of two compilers or versions are not 
 """
 
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
+
+from moe_unlearn.checkpoint import write_text
 
 SHIPPED = Path(__file__).with_name("ledger.json")  # of the kernels of this package
 # what a block may use, in KB by compute capability (CUDA C++ programming guide, technical specifications)
@@ -107,10 +107,7 @@ def write(ledger: Ledger, path: Path = SHIPPED) -> None:
             lines = [f"      {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items())]
             blocks.append(f"    {json.dumps(arch)}: {{\n" + ",\n".join(lines) + "\n    }")
         versions.append(f"  {json.dumps(version)}: {{\n" + ",\n".join(blocks) + "\n  }")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".ledger-", delete=False) as file:
-        file.write("{\n" + ",\n".join(versions) + "\n}\n")
-    os.replace(file.name, path)
+    write_text(path, "{\n" + ",\n".join(versions) + "\n}\n")
 
 
 def _where(arch: str, name: str, entry: dict) -> str:

@@ -4,6 +4,9 @@ Half of them break one of our ops, through its arguments or results, half are sm
 stand harmless changes (other orders of the same additions, other but equal formulas), which must not be called wrong.
 `run` records each right kernel, judges each wrong one against that record, and counts.
 
+What the criterion allows is not among them: an RMS error below a quarter of a unit in the last place, such as rounding
+towards zero in a tensor most of which stays untouched. `--strict` sees that, as it sees every other bit.
+
 Source: our specification; the kinds are those of mutation testing and of the known bugs of MoE kernels.
 """
 
@@ -192,17 +195,6 @@ def _adamw(**change) -> Break:
     return _instead(other)
 
 
-def _truncated(kernel: Callable) -> Callable:
-    """The weights updated in float32 and cut to bfloat16."""
-
-    def call(param, **rest):
-        made = kernel(param.float(), **rest)
-        bits = made["param"].view(torch.int32) & ~0xFFFF
-        return {**made, "param": bits.view(torch.float32).to(param.dtype)}
-
-    return call
-
-
 def _bugs() -> Iterator[tuple[str, str, str, Break]]:
     mlp, narrow = "expert_mlp/float32/skewed", "expert_mlp/bfloat16/skewed"
     yield mlp, "index", "sorted rows one off", _argument("sorted_rows", lambda r: r.roll(1))
@@ -309,7 +301,6 @@ def _bugs() -> Iterator[tuple[str, str, str, Break]]:
     yield "masked_update/adamw/float32/nearest", "mask", "not applied", _adamw(mask=None)
     yield "masked_update/adamw/float32/nearest", "scale", "eps times ten", _adamw(eps=1e-3)
     yield "masked_update/adamw/float32/nearest", "formula", "no weight decay", _adamw(weight_decay=0.0)
-    yield "masked_update/adamw/bfloat16/nearest", "rounding", "towards zero", _truncated
     yield (
         "masked_update/sgd/float32/nearest",
         "initialisation",

@@ -69,8 +69,9 @@ def _matmul_inputs(dtype):
 
 
 def _rows_inputs(seed, rows, columns):
-    # large values: a softmax that does not subtract the maximum overflows
-    return {"x": 40 * _normal(seed, (rows, columns))[0]}
+    # large values, rows far apart: a softmax that does not subtract each row's maximum overflows
+    x, offset = _normal(seed, (rows, columns), (rows, 1))
+    return {"x": 20 * x + 500 * offset}
 
 
 def _norm_inputs(seed, rows, columns):
@@ -125,6 +126,12 @@ def _maximum_of_all(x):
     return e / e.sum(-1, keepdim=True)
 
 
+def _variance_narrow(x, weight):
+    narrow = x.half()
+    variance = narrow.square().mean(-1, keepdim=True) - narrow.mean(-1, keepdim=True).square()
+    return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(variance.float() + 1e-5) * weight
+
+
 def _inner_tail_missing(a, b):
     return a[:, :192] @ b[:192]
 
@@ -134,6 +141,11 @@ def _accumulates_narrow(a, b):
     for x, y in zip(a.split(8, 1), b.split(8, 0), strict=True):
         total += (x.float() @ y.float()).bfloat16()
     return total.to(a.dtype)
+
+
+def _rounds_towards_zero(a, b):
+    exact = a.float() @ b.float()
+    return (exact.view(torch.int32) & ~0xFFFF).view(torch.float32).to(a.dtype)
 
 
 def _operands_rounded(a, b):
@@ -163,10 +175,8 @@ def _unscaled(q, k, v):
 
 def _mask_all_rows(q, k, v):
     """The first row sees nothing: NaN."""
-    scores = (q @ k.t() / q.shape[1] ** 0.5).masked_fill(
-        torch.ones(len(q), len(k), dtype=torch.bool).triu(0), -torch.inf
-    )
-    return torch.softmax(scores, -1) @ v
+    scores = q @ k.t() / q.shape[1] ** 0.5
+    return torch.softmax(scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(0), -torch.inf), -1) @ v
 
 
 def _sine_negated(x, angle):
@@ -201,15 +211,14 @@ KERNEL_BUGS = [
         lambda x, weight: x / (x.square().mean(-1, keepdim=True).sqrt() + 1e-3) * weight)),
     ("rms_norm", "index", "weight one off", _replaced(lambda x, weight: rms_norm(x, weight.roll(1)))),
     ("layer_norm", "formula", "not centred", _replaced(rms_norm)),
-    ("layer_norm", "cancellation", "variance as E[x^2] - E[x]^2 in float16", _replaced(
-        lambda x, weight: (x - x.mean(-1, keepdim=True)) * torch.rsqrt(
-            (x.half().square().mean(-1, keepdim=True) - x.half().mean(-1, keepdim=True).square()).float() + 1e-5) * weight)),
+    ("layer_norm", "cancellation", "variance as E[x^2] - E[x]^2 in float16", _replaced(_variance_narrow)),
     ("matmul/float32", "mask", "tail of the inner dimension left out", _replaced(_inner_tail_missing)),
     ("matmul/float32", "dtype", "operands rounded to bfloat16", _replaced(_operands_rounded)),
     ("matmul/float32", "stride", "second operand transposed", _replaced(_wrong_stride)),
     ("matmul/float32", "accumulation", "a block added twice", _replaced(lambda a, b: a @ b + a[:, :8] @ b[:8])),
     ("matmul/float32", "initialisation", "accumulator not zeroed", _replaced(lambda a, b: a @ b + 1e-4)),
     ("matmul/bfloat16", "accumulation", "in bfloat16", _replaced(_accumulates_narrow)),
+    ("matmul/bfloat16", "rounding", "towards zero", _replaced(_rounds_towards_zero)),
     ("matmul/bfloat16", "stale tile", "one tile is the one before", _replaced(
         lambda a, b: (a @ b).index_copy(0, torch.arange(16, 32), (a @ b)[:16]))),
     ("attention", "mask", "sees one token ahead", _replaced(_mask_off_by_one)),

@@ -5,6 +5,7 @@ stands in for the GPU, and what would be compiled and run is kept instead.
 """
 
 import hashlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
@@ -31,7 +32,7 @@ class Launch(NamedTuple):
     @property
     def name(self) -> str:
         """ "route/_count_kernel": its file and function."""
-        return f"{self.kernel.fn.__module__.rpartition('.')[2]}/{self.kernel.fn.__name__}"
+        return f"{Path(self.kernel.fn.__code__.co_filename).stem}/{self.kernel.fn.__name__}"
 
     @property
     def identity(self) -> str:

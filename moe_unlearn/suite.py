@@ -1,0 +1,345 @@
+"""Unlearning as a benchmark suite embeds it: a model, two sets of documents, recipes, metrics; a table comes back.
+
+table = benchmark.unlearning("models/olmoe", forget, retain, ["npo", "trace", "combined"], seeds=(0, 1, 2))
+print(table.to_markdown())
+"""
+
+import copy
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import json
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from moe_unlearn import __version__, data, experiment, metrics, trace
+from moe_unlearn.cache import tensor_digest
+from moe_unlearn.checkpoint import write_text
+from moe_unlearn.config import Recipe
+from moe_unlearn.data import Document, Example
+from moe_unlearn.data.tokenize import IGNORED
+from moe_unlearn.reference import model_digest
+from moe_unlearn.step import UnlearnStep
+from moe_unlearn.table import RETRAIN, Table, checked
+from moe_unlearn.trainer import pair_collator
+
+Model = nn.Module | str | Path | Callable[[], object]
+Metric = str | Callable[[nn.Module, object, dict[str, list[Example]]], Mapping[str, float]]
+Item = Example | Document | str
+
+NAMES = (*metrics.NAMES, "routing_drift")
+SIDES = ("forget", "retain")
+_ROWS, _TABLE = "rows", "table.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: `step` 0 after the preparation, then after each step, with the step's `metrics`."""
+
+    run: str
+    seed: int
+    step: int
+    last: bool
+    metrics: dict[str, float]
+    unlearn_step: UnlearnStep
+
+
+def unlearning(
+    model: Model,
+    forget: Sequence[Item],
+    retain: Sequence[Item],
+    recipes: Sequence[str | Path | Recipe],
+    metrics: Sequence[Metric] | None = None,
+    *,
+    tokenizer=None,
+    evaluation: Mapping[str, Sequence[Item]] | None = None,
+    baselines: Mapping[str, Model] | None = None,
+    seeds: Sequence[int] = (0,),
+    max_length: int = 512,
+    out: str | Path | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+) -> Table:
+    """Unlearn `forget` by each recipe from a fresh copy of `model` and measure; a row for each run and seed.
+
+    Args:
+        model: a model (copied for each run, itself untouched), the folder of one, or a function that makes one anew
+            at every call: the model, or the pair of model and tokenizer.
+        forget, retain: what unlearning sees: texts, `Document`s (cut to examples of `max_length` tokens) or `Example`s.
+        recipes: names of shipped recipes, paths of YAML files or `Recipe`s; the row has the recipe's name.
+        metrics: names among `NAMES`, and functions (model, tokenizer, sets) -> {name: number}, called in this order in
+            evaluation mode; they leave the model as they found it. Default: every name that the sets allow.
+        tokenizer: needed with a model in memory; a folder has its own.
+        evaluation: further sets by name, to measure on: "holdout", unseen documents, for `minkauc`; "forget" and
+            "retain" to measure on others than unlearning saw; any other name is for functions. They see all in `sets`.
+        baselines: models measured as they are, a row each. Default: {"target": model}. With one named "retrain", which
+            never saw `forget`, and `minkauc`, every row has `privleak`.
+        seeds: each recipe runs once for each, instead of its own `seed`. A baseline is measured once.
+        out: a folder where each finished row is kept under the content of model, data, recipe and metrics (of a
+            function its name and source text), so that an interrupted call goes on with the run it was in. Also gets
+            `table.json`.
+        on_step: called after each run's preparation and steps; not for rows found in `out`.
+
+    Rows also have `seconds`, spent in preparation and steps, and for recipes that count routing `routing_drift`.
+    All but `seconds` is deterministic on one machine; the global random state is left as it was. Bad input is a
+    ValueError (TypeError for a wrong kind) before the first model runs.
+    """
+    chosen = _recipes(recipes)
+    asked = _metrics(metrics, evaluation or {}, baselines or {})
+    if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ValueError(f"expected different seeds, integers from 0; got {list(seeds)}")
+    if not chosen and baselines is not None and not baselines:
+        raise ValueError("expected recipes to run or baselines to measure; got neither")
+    if twice := {recipe.name for recipe in chosen} & {"target" if baselines is None else None, *(baselines or {})}:
+        raise ValueError(f"a recipe and a baseline are both named {sorted(twice)[0]!r}")
+    given = {"forget": forget, "retain": retain}, dict(evaluation or {})
+    for side, items in (*given[0].items(), *given[1].items()):
+        _check_items(side, items)
+    source = _Source("model", model, tokenizer)
+    sources = {"target": source}
+    if baselines is not None:
+        sources = {name: source if made is model else _Source(name, made, source.tokenizer)
+                   for name, made in baselines.items()}  # fmt: skip
+    trained, further = (
+        {side: _encoded(side, items, source.tokenizer, max_length) for side, items in sides.items()} for sides in given
+    )
+    sets = trained | further
+    if shared := data.overlap(trained["forget"], trained["retain"]):
+        raise ValueError(
+            f"forget and retain overlap: {shared} of {len(trained['forget'])} forget examples are in retain too"
+        )
+    rows = _Rows(out, source.tokenizer, trained, sets, asked)
+    results: dict[int, dict[str, dict[str, float]]] = {seed: {} for seed in seeds}
+
+    def as_it_is(baseline: _Source) -> dict[str, float]:
+        return _measure(baseline.fresh().eval(), source.tokenizer, sets, asked)
+
+    def unlearned(recipe: Recipe) -> dict[str, float]:
+        return _run(source, trained, sets, recipe, asked, on_step or (lambda progress: None))
+
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        for name, baseline in sources.items():
+            values = rows.get(name, None, baseline, partial(as_it_is, baseline))
+            for seed in seeds:
+                results[seed][name] = dict(values)
+        for recipe, seed in itertools.product(chosen, seeds):
+            seeded = dataclasses.replace(recipe, seed=seed)
+            results[seed][recipe.name] = rows.get(recipe.name, seeded, source, partial(unlearned, seeded))
+    table = Table.joined([Table(results)])
+    if out is not None:
+        write_text(Path(out) / _TABLE, table.to_json() + "\n")
+    return table
+
+
+def _run(source, trained, sets, recipe: Recipe, asked, on_step) -> dict[str, float]:
+    torch.manual_seed(recipe.seed)
+    model = source.fresh()
+    step, seconds = _unlearn(model, source.tokenizer, trained, recipe, on_step)
+    values = _measure(model.eval(), source.tokenizer, sets, asked) | {"seconds": seconds}
+    counted = step.prepared.frequencies
+    if counted is not None and "routing_drift" in asked:
+        batches = data.batches(trained["forget"], 32, pad_id=data.pad_token_id(source.tokenizer))
+        after = trace.routing_frequencies(model, [_on(batch, model) for batch in batches])
+        values["routing_drift"] = metrics.routing_drift(counted["forget"].frequency, after.frequency)[1]
+    return values
+
+
+def _unlearn(model: nn.Module, tokenizer, trained, recipe: Recipe, on_step) -> tuple[UnlearnStep, float]:
+    """One run on `model`: the step, and seconds spent in it."""
+    step, size = UnlearnStep(model, recipe), recipe.batch_size
+    start = time.perf_counter()
+    pairs = data.ForgetRetainDataset(
+        trained["forget"], trained["retain"], seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
+    )
+    collator = pair_collator(recipe, tokenizer, trained["forget"])
+    step.prepare(*([_on(b, model) for b in data.side_batches(pairs, side, size, collator)] for side in SIDES))
+    seconds = time.perf_counter() - start
+    on_step(Progress(recipe.name, recipe.seed, 0, False, {}, step))
+    for i in range(recipe.steps):
+        start = time.perf_counter()
+        for part in range(recipe.accumulate):
+            batch = collator(_items(pairs, i * recipe.accumulate + part, size))
+            sides = (_on(batch[side], model) for side in SIDES)
+            values = step(*sides, update=part + 1 == recipe.accumulate)
+        seconds += time.perf_counter() - start
+        last = step.done or i + 1 == recipe.steps
+        on_step(Progress(recipe.name, recipe.seed, i + 1, last, values, step))
+        if last:
+            break
+    return step, seconds
+
+
+def _items(pairs: data.ForgetRetainDataset, i: int, size: int) -> list:
+    """The pairs of batch i: a seeded permutation of the forget set, anew in every epoch."""
+    per_epoch = -(-len(pairs) // size)
+    epoch, position = divmod(i, per_epoch)
+    pairs.set_epoch(epoch)
+    order = torch.randperm(len(pairs), generator=data.generator(pairs.seed, epoch)).tolist()
+    return [pairs[j] for j in order[position * size : (position + 1) * size]]
+
+
+def _on(batch: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def _measure(model: nn.Module, tokenizer, sets, asked: Sequence[Metric]) -> dict[str, float]:
+    torch.manual_seed(0)  # a metric that draws draws the same for every row
+    names = [name for name in asked if isinstance(name, str)]
+    known = {side: sets[side] for side in ("forget", "retain", "holdout") if side in sets}
+    values = metrics.evaluate(model, tokenizer, **known, only=names)
+    for metric in asked:
+        if not isinstance(metric, str):
+            found = checked(metric(model, tokenizer, sets), f"the metric {_name(metric)}")
+            if taken := found.keys() & {*values, "seconds", "routing_drift", "privleak"}:
+                raise ValueError(f"the metric {_name(metric)} names {sorted(taken)[0]!r}, which is there already")
+            values |= found
+    return values
+
+
+class _Source:
+    """A model that can be had anew, any number of times."""
+
+    def __init__(self, what: str, model: Model, tokenizer):
+        self.what, self._model, self.tokenizer = what, model, tokenizer
+        self._first: nn.Module | None = None  # made for its tokenizer or digest, and not given out yet
+        self._last, self._digest = lambda: None, None
+        if isinstance(model, nn.Module):
+            self._make = lambda: copy.deepcopy(model)
+        elif isinstance(model, str | Path):
+            folder = experiment.model_folder(model)
+            self._make = lambda: experiment.load_model(folder)
+        elif callable(model):
+            self._make = model
+        else:
+            raise TypeError(f"{what}: expected a model, a folder or a function; got {type(model).__name__}")
+        if tokenizer is None and not isinstance(model, nn.Module):
+            self._first = self.fresh()
+        if self.tokenizer is None:
+            raise ValueError(f"{what}: expected a tokenizer too, with a model in memory; got none")
+
+    def fresh(self) -> nn.Module:
+        """A model nobody has changed."""
+        first, self._first = self._first, None
+        if first is not None:
+            return first
+        made = self._make()
+        made, own = made if isinstance(made, tuple) else (made, None)
+        if not isinstance(made, nn.Module):
+            raise TypeError(f"{self.what}: expected the function to make a model; got {type(made).__name__}")
+        if made is self._last():
+            raise ValueError(f"{self.what}: the function gave one model twice; each run needs a fresh one")
+        self._last, self.tokenizer = weakref.ref(made), self.tokenizer or own
+        return made
+
+    def digest(self) -> str:
+        """Of class, config and weights."""
+        if self._digest is None:
+            model = self._model if isinstance(self._model, nn.Module) else self.fresh()
+            adapters = model.state_dict().items() if hasattr(model, "disable_adapter") else ()
+            parts = [model_digest(model), *(f"{name} {tensor_digest(tensor)}" for name, tensor in adapters)]
+            self._digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+            self._first = None if model is self._model else model
+        return self._digest
+
+
+class _Rows:
+    """Finished rows in a folder, a file each, named after all that determines them; without a folder nothing."""
+
+    def __init__(self, out: str | Path | None, tokenizer, trained, sets, asked: Sequence[Metric]):
+        self.folder = None if out is None else Path(out) / _ROWS
+        examples = {
+            name: {side: [dataclasses.astuple(e) for e in examples] for side, examples in given.items()}
+            for name, given in (("trained", trained), ("measured", sets))
+        }
+        words = None if out is None else sorted(tokenizer.get_vocab().items())
+        versions = [__version__, torch.__version__, transformers.__version__]
+        self._common = [versions, words, examples, [_identity(metric) for metric in asked]]
+
+    def get(self, run: str, recipe: Recipe | None, source: _Source, make: Callable[[], dict]) -> dict[str, float]:
+        if self.folder is None:
+            return make()
+        settings = None if recipe is None else recipe.to_dict()
+        identity = json.dumps([*self._common, run, settings, source.digest()], default=str)
+        path = self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+        if path.is_file():
+            try:
+                return Table.from_json(path.read_text(encoding="utf-8")).results[0][run]
+            except (ValueError, KeyError) as error:
+                warnings.warn(f"{path} is damaged ({error}); the run {run!r} is made again", stacklevel=3)
+        values = make()
+        write_text(path, Table({0: {run: values}}).to_json() + "\n")
+        return values
+
+
+def _recipes(recipes: Sequence[str | Path | Recipe]) -> list[Recipe]:
+    if isinstance(recipes, str | Path | Recipe):
+        raise TypeError(f"expected a list of recipes; got one: {recipes!r}")
+    made = [recipe if isinstance(recipe, Recipe) else Recipe.load(recipe) for recipe in recipes]
+    names = [recipe.name for recipe in made]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two recipes are named {twice[0]!r}; give one of them another `name`")
+    return made
+
+
+def _metrics(asked: Sequence[Metric] | None, evaluation, baselines) -> list[Metric]:
+    if asked is None:
+        return list(NAMES)
+    if isinstance(asked, str) or callable(asked):
+        raise TypeError(f"expected a list of metrics; got one: {asked!r}")
+    for metric in asked:
+        if not callable(metric) and metric not in NAMES:
+            raise ValueError(f"expected metrics among {', '.join(NAMES)}, or functions; got {metric!r}")
+    keys = [metric if isinstance(metric, str) else _name(metric) for metric in asked]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"the metric {twice[0]!r} is asked for twice")
+    if not asked:
+        raise ValueError("expected at least one metric; got none")
+    if {"minkauc", "privleak"} & set(keys) and "holdout" not in evaluation:
+        raise ValueError("minkauc and privleak need unseen documents: evaluation={'holdout': ...}")
+    if "privleak" in keys and RETRAIN not in baselines:
+        raise ValueError(f"privleak needs the retrained model: baselines={{{RETRAIN!r}: ...}}")
+    return list(asked)
+
+
+def _check_items(side: str, items: Sequence[Item]) -> None:
+    if isinstance(items, str) or not isinstance(items, Sequence):
+        raise TypeError(f"{side}: expected a list of texts, Documents or Examples; got {type(items).__name__}")
+    if not items:
+        raise ValueError(f"{side}: expected at least one document or example; the set is empty")
+    wrong = next((item for item in items if not isinstance(item, str | Document | Example)), None)
+    if wrong is not None:
+        raise TypeError(f"{side}: expected texts, Documents or Examples; got {type(wrong).__name__}")
+
+
+def _encoded(side: str, items: Sequence[Item], tokenizer, max_length: int) -> list[Example]:
+    made: list[Example] = []
+    for item in items:
+        document = Document("", item) if isinstance(item, str) else item
+        made += [item] if isinstance(item, Example) else data.encode([document], tokenizer, max_length)
+    if not any(label != IGNORED for example in made for label in example.labels[1:]):
+        raise ValueError(f"{side}: no example has a token to predict")
+    return made
+
+
+def _name(metric: Callable) -> str:
+    return getattr(metric, "__qualname__", type(metric).__qualname__)
+
+
+def _identity(metric: Metric) -> list[str]:
+    if isinstance(metric, str):
+        return [metric]
+    try:
+        text = inspect.getsource(metric if hasattr(metric, "__qualname__") else type(metric))
+    except (OSError, TypeError):  # made in an interpreter, or in C
+        text = ""
+    return [getattr(metric, "__module__", ""), _name(metric), text]

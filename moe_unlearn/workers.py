@@ -1,0 +1,62 @@
+"""Processes of one thread each, for work whose parts are too small to fill a core's neighbours."""
+
+import multiprocessing
+import signal
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+_STOP = -1
+_steps_done: Any = None  # of this worker's pool; set once, when the process starts
+
+
+class Workers:
+    """A pool of `processes` that report the steps they have done; a context manager.
+
+    If the context ends with an exception the tasks that run stop at their next `advance`.
+    """
+
+    def __init__(self, processes: int):
+        # not forked: the caller's threads would be missing in the children
+        context = multiprocessing.get_context("spawn")
+        self._steps = context.Value("q", 0)
+        self._pool = ProcessPoolExecutor(processes, context, _start_worker, (self._steps,))
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if exception[0] is not None:
+            self._steps.value = _STOP
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, title: str, function: Callable, tasks: list[tuple], total: int) -> dict[tuple, Any]:
+        """Task -> function(*task), each as it becomes free; a bar of `total` steps where somebody watches."""
+        self._steps.value = 0
+        futures = {self._pool.submit(function, *task): task for task in tasks}
+        pending = set(futures)
+        with tqdm(total=total, desc=title, unit="step", disable=None, leave=False) as bar:
+            while pending:
+                finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                bar.update(self._steps.value - bar.n)
+                for future in finished:
+                    future.result()
+        return {task: future.result() for future, task in futures.items()}
+
+
+def advance(steps: int = 1) -> None:
+    """Called in a worker: so many steps are done. InterruptedError if the others have stopped."""
+    with _steps_done.get_lock():
+        if _steps_done.value == _STOP:
+            raise InterruptedError("another run failed, or the caller was interrupted")
+        _steps_done.value += steps
+
+
+def _start_worker(steps) -> None:
+    global _steps_done
+    _steps_done = steps
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts everybody; the caller stops the others
