@@ -41,9 +41,16 @@ class Side:
         self.tree = tree
 
     def load(
-        self, modules: list[str], patterns: list[str], tags: list[str], impl: str, device: str | None, threads: int
+        self,
+        modules: list[str],
+        patterns: list[str],
+        tags: list[str],
+        impl: str,
+        device: str | None,
+        threads: int,
+        start: int,
     ):
-        """Register the cases; their names and the fingerprint of this process."""
+        """Register the cases and take a core, another at every start; the cases' names and the fingerprint."""
         import torch
 
         from moe_unlearn.regress import case as registry
@@ -60,7 +67,11 @@ class Side:
             ours.register_all(impl)
         chosen = [case for case in registry.cases(patterns, tags=tags) if known is None or case.name in known]
         self.cases = {case.name: registry.on(case, device) for case in chosen}
-        return {"cases": list(self.cases), "fingerprint": fingerprint(device or "cpu")}
+        answer = {"cases": list(self.cases), "fingerprint": fingerprint(device or "cpu")}
+        if threads == 1 and hasattr(os, "sched_setaffinity"):
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[start % len(cores)]})
+        return answer
 
     def evaluate(self, case: str, seed: int, out: str):
         """Write results and truth to the safetensors file `out`; the digests of the inputs."""
@@ -74,18 +85,17 @@ class Side:
         return {"inputs": made.inputs}
 
     def prepare(self, case: str, seed: int):
-        """Make the inputs and warm up."""
+        """Make the inputs and warm up; the calls that a round needs."""
         from moe_unlearn.regress import timing, verbs
 
         chosen = self.cases[case]
         self.call = verbs.timed_call(chosen, seed)
         self.watch = timing.stopwatch(chosen.device or "cpu")
-        self.calls = timing.warm(self.call, self.watch)
-        return {}
+        return {"calls": timing.warm(self.call, self.watch)}
 
-    def reading(self):
-        """Seconds of one call."""
-        return {"seconds": self.watch(self.call, self.calls) / self.calls}
+    def reading(self, calls: int):
+        """Seconds of one call, of so many together."""
+        return {"seconds": self.watch(self.call, calls) / calls}
 
 
 def serve(tree: Path, package: Path, harness: Path) -> None:

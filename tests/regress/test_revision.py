@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_unlearn.regress import revision
 from moe_unlearn.regress.revision import WorkerError, compare
@@ -46,6 +47,15 @@ case("wrong", wrong)
 """
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Processor time, which neighbours hardly disturb; both workers take the number of threads from here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A commit with three kernels; in the working tree one is slower, one wrong, one new and one fails."""
@@ -81,7 +91,9 @@ def _files(root):
     }
 
 
-def test_head_against_base_in_a_scratch_repository(repository):
+def test_head_against_base_in_a_scratch_repository(repository, monkeypatch):
+    # every pair of processes imports torch and transformers twice
+    monkeypatch.setattr(revision, "CONFIRMATIONS", 1)
     before, said = _files(repository), []
     found = {r.case: r for r in compare("HEAD", modules=[repository / "kernels.py"], say=said.append)}
     assert {name: result.status for name, result in found.items()} == {
