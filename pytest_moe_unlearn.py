@@ -59,6 +59,7 @@ class KernelCase:
         """
         __tracebackhide__ = True
         from moe_unlearn.regress import report, verbs
+        from moe_unlearn.regress.case import Case
         from moe_unlearn.regress.store import Store
 
         case = self.case if case is None else case
@@ -66,6 +67,8 @@ class KernelCase:
             raise pytest.UsageError(f"{self._path.name}: kernel_case.check() expects a Case, or a mark that has one")
         option, root = self._config.getoption, self._config.rootpath
         store = Store(root / self._config.getini("kernel_store"))
+        if not isinstance(case, Case):
+            raise pytest.UsageError(f"{self._path.name}: expected a Case; got {case!r}")
         if any(case is value for value in vars(self._module).values()):
             # a script can load it from there
             case = dataclasses.replace(case, origin=case.origin or str(self._path))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_unlearn import testing
-from moe_unlearn.testing import AccuracyError, assert_as_accurate, check_against_ref, in_layout, poison
+from moe_unlearn.testing import AccuracyError, assert_as_accurate, check_against_ref, in_layout, outcomes, poison
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -173,3 +173,21 @@ def test_poison_fills_and_restores():
         assert torch.empty(4).isnan().all()
         assert (torch.empty(4, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
     assert torch.are_deterministic_algorithms_enabled() == before
+
+
+def test_gold_has_the_upstream_gradients_of_the_op():
+    """float32 results of bfloat16 inputs: their gradients are float32 numbers, in the truth too."""
+    inputs = {"x": torch.tensor([1.0, 2.0, 0.5], dtype=torch.bfloat16), "w": torch.ones(3)}
+
+    def product(x, w):
+        return x.to(w.dtype) * w
+
+    actual, _, gold = outcomes(product, product, inputs, gradients=("x", "w"))["gradient of w"]
+    assert torch.equal(actual.double(), gold) and not torch.equal(actual, actual.bfloat16().float())
+
+
+def test_outputs_of_a_dict_and_missing_ones_are_named():
+    x = {"x": torch.ones(3)}
+    assert set(outcomes(lambda x: {"m": x, "v": x}, lambda x: {"m": x, "v": x}, x)) == {"output m", "output v"}
+    with pytest.raises(AccuracyError, match="different outputs"):
+        check_against_ref(lambda x: (x,), lambda x: (x, x), x)

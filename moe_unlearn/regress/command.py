@@ -11,7 +11,8 @@ from pathlib import Path
 
 from moe_unlearn import backend
 from moe_unlearn.regress import case as registry
-from moe_unlearn.regress import ours, report, static, verbs
+from moe_unlearn.regress import ours, report, revision, static, verbs
+from moe_unlearn.regress import selftest as measured
 from moe_unlearn.regress.case import Case
 from moe_unlearn.regress.fingerprint import fingerprint
 from moe_unlearn.regress.report import Result
@@ -81,7 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub = verb("report", show, cases=False)
     patterns(sub)
     sub.add_argument("--markdown", action="store_true", help="as a markdown table")
-    verb("selftest", selftest, cases=False)
+    sub = verbs_of.add_parser("selftest", help=selftest.__doc__, description=selftest.__doc__)
+    sub.set_defaults(verb=selftest)
+    sub.add_argument("--comparisons", type=int, default=measured.COMPARISONS, help="on recorded noise, per trace")
+    sub.add_argument("--real", type=float, default=0, metavar="SECONDS", help="on the real clock for so long instead")
 
 
 def list_cases(options) -> int:
@@ -136,7 +140,7 @@ def check(options) -> int:
 def compare(options) -> int:
     """Hold B against A in numbers and speed: two implementations, two files, or --base REV against this tree."""
     if options.base is not None:
-        raise ValueError("--base is not there yet")
+        return _finish(options, _against_revision(options))
     if len(options.sides) != 2:
         raise ValueError(f"compare expects A and B, or --base REV; got {len(options.sides)} operands")
     base, head = ({case.name: case for case in _side(side, options)} for side in options.sides)
@@ -170,11 +174,11 @@ def show(options) -> int:
 
 def selftest(options) -> int:
     """Measure the tool itself: seeded numeric bugs found, false alarms, slow-downs found."""
-    from moe_unlearn.regress import seeded
-
-    outcome = seeded.run()
-    print(outcome)
-    return report.FINE if outcome.all_found else report.REGRESSION
+    arguments = [
+        f"--comparisons={options.comparisons}",
+        *(["--real", f"--seconds={options.real}"] if options.real else []),
+    ]
+    return measured.main(arguments)
 
 
 def _cases(options, patterns: Sequence[str] | None = None) -> list[Case]:
@@ -192,6 +196,19 @@ def _cases(options, patterns: Sequence[str] | None = None) -> list[Case]:
     if not found:
         raise ValueError(f"no case matches {' '.join([*patterns, *options.tag]) or 'anything'}; see kernels list")
     return [registry.on(case, options.device) for case in found]
+
+
+def _against_revision(options) -> list[Result]:
+    if options.sides:
+        raise ValueError(f"compare expects either A and B or --base REV; got both, {' '.join(options.sides)}")
+    try:
+        return revision.compare(
+            options.base, modules=options.module, patterns=options.case, tags=options.tag, impl=options.impl,
+            device=options.device, seed=options.seed, speed=not options.no_speed, strict=options.strict,
+            say=lambda line: print(line, file=sys.stderr),
+        )  # fmt: skip
+    except revision.WorkerError as error:
+        raise ValueError(str(error)) from error
 
 
 def _side(side: str, options) -> list[Case]:

@@ -24,10 +24,10 @@ FINE, REGRESSION, USAGE, ENVIRONMENT, CORRUPT = range(5)
 
 # status -> exit code, in the order of the summary
 STATUSES = {
-    "equal": FINE, "accurate": FINE, "recorded": FINE, "unchanged": FINE, "accepted": FINE,
+    "equal": FINE, "accurate": FINE, "recorded": FINE, "unchanged": FINE, "accepted": FINE, "new": FINE,
     "inaccurate": REGRESSION, "different": REGRESSION, "failed": REGRESSION, "slower": REGRESSION,
-    "static": REGRESSION, "environment": ENVIRONMENT, "unrecorded": USAGE, "gone": USAGE, "changed": USAGE,
-    "refused": USAGE, "invalid": USAGE,
+    "suspicious": REGRESSION, "static": REGRESSION, "environment": ENVIRONMENT, "unrecorded": USAGE,
+    "gone": USAGE, "changed": USAGE, "refused": USAGE, "invalid": USAGE,
 }  # fmt: skip
 _WORDS = {"accurate": "as accurate", "inaccurate": "less accurate", "different": "not bitwise equal"}
 

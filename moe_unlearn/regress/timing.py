@@ -119,7 +119,7 @@ def take_turns(
 ) -> Iterator[dict[str, float]]:
     """The rounds of `measure`, one after another without end."""
     watch = stopwatch(device, clock)
-    calls = {name: warm(function, watch, warm_up, shortest) for name, function in contenders.items()}
+    calls = common({name: warm(function, watch, warm_up, shortest) for name, function in contenders.items()})
     order = list(contenders)
     while True:
         fastest = dict.fromkeys(contenders, math.inf)
@@ -177,6 +177,16 @@ def warm(
         if perf_counter() - start >= warm_up and (fastest > 0 or calls >= 1 << 16):
             return max(1, min(needed, 1 << 20))
         calls = max(1, min(needed, 2 * calls))
+
+
+def common(calls: Mapping[str, int]) -> dict[str, int]:
+    """The calls of a round, raised to the largest number where that is at most 4 times as many.
+
+    The fastest of several long batches is not that of as many short ones, so contenders that are about as fast
+    take the same number, whatever noise there was when it was chosen.
+    """
+    most = max(calls.values())
+    return {name: most if most <= 4 * number else number for name, number in calls.items()}
 
 
 def rotate(

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_unlearn.regress import minimize, numeric, timing
+from moe_unlearn.regress import defence, minimize, numeric, timing
 from moe_unlearn.regress.case import Case, digest, source
 from moe_unlearn.regress.fingerprint import fingerprint, mismatch
-from moe_unlearn.regress.numeric import ACCURATE, EQUAL, INACCURATE
+from moe_unlearn.regress.numeric import ACCURATE, INACCURATE
 from moe_unlearn.regress.report import FINE, Result
 from moe_unlearn.regress.store import Entry, Store, StoreError
 
@@ -132,15 +132,25 @@ def compare(base: Case, head: Case, *, seed: int = 0, speed: bool = True, strict
         verdicts = tuple(numeric.judge_all(other.actual, one.actual, one.gold))
         level = numeric.worst(verdicts)
         status = "different" if strict and level == ACCURATE else level
-        found = None
-        if speed:
-            places = tuple(fingerprint(case.device or "cpu") for case in (base, head))
-            found = timing.decide(_pairs(base, head, seed), numerics=level != INACCURATE, fingerprints=places)
-            if found.verdict == "slower" and status in (EQUAL, ACCURATE):
-                status = "slower"
-        return Result(head.name, status, _why(verdicts), verdicts, speed=str(found or ""))
+        result = Result(head.name, status, _why(verdicts), verdicts)
+        return _with_comparison(result, base, head, seed, level != INACCURATE) if speed else result
 
     return _timed(head, compared)
+
+
+def _with_comparison(result: Result, base: Case, head: Case, seed: int, right: bool) -> Result:
+    """The result with the speed of `head` beside that of `base`; a head that fools the clock fails."""
+    tricks = defence.inspect(head.function, lambda copy: head.make(seed + copy)) if right else []
+    if tricks:
+        message = "its speed is not measured: " + "; ".join(map(str, tricks))
+        return replace(result, status="suspicious", message="\n".join(filter(None, (result.message, message))))
+    places = tuple(fingerprint(case.device or "cpu") for case in (base, head))
+    found = timing.decide(_pairs(base, head, seed), numerics=right, fingerprints=places)
+    speed = str(found)
+    if found.ratio is not None and found.ratio.value < 1 / defence.TOO_FAST:
+        speed += f"; suspicious, more than {defence.TOO_FAST:g} times as fast"
+    slower = found.verdict == "slower" and result.code == FINE
+    return replace(result, speed=speed, status="slower" if slower else result.status)
 
 
 def _pairs(base: Case, head: Case, seed: int) -> Iterator[tuple[float, float]]:

@@ -10,8 +10,6 @@ from moe_unlearn.regress import case as registry
 from moe_unlearn.regress import ours
 from moe_unlearn.regress.case import Case, cases, load, register, source
 
-pytestmark = pytest.mark.quick
-
 FILE = """
 import torch
 from moe_unlearn.regress.case import Case, register
@@ -48,6 +46,7 @@ def simple(name="simple", **options):
     return Case(name, lambda x: x, lambda x: x, lambda seed, n: {"x": torch.ones(n)}, **options)
 
 
+@pytest.mark.quick
 def test_a_file_gives_its_cases(file):
     path = list(sys.path)
     assert [case.name for case in load(file)] == ["three", "one", "two"] and sys.path == path
@@ -56,6 +55,7 @@ def test_a_file_gives_its_cases(file):
     assert all(case.origin == str(file) for case in cases())
 
 
+@pytest.mark.quick
 def test_a_file_is_read_again(file):
     before = load(file)[0]
     file.write_text(FILE.format(body="x + 2"))  # same size, within the clock's resolution

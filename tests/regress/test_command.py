@@ -10,6 +10,8 @@ import pytest
 
 from moe_unlearn import cli
 from moe_unlearn.regress import case as registry
+from moe_unlearn.regress import static
+from moe_unlearn.regress.report import Result
 from moe_unlearn.regress.store import Store
 from moe_unlearn.testing import AccuracyError
 
@@ -76,7 +78,6 @@ def test_a_foreign_kernel_is_recorded_broken_and_caught(package, capsys):
     assert "not wrong any more" in capsys.readouterr().out
 
 
-@pytest.mark.quick
 def test_a_loss_that_only_the_record_shows(package, capsys):
     """More accurate than plain PyTorch was recorded; plain PyTorch is a loss, and its script reads the record."""
     package("(e.double() / e.double().sum(-1, keepdim=True)).float()")
@@ -90,7 +91,6 @@ def test_a_loss_that_only_the_record_shows(package, capsys):
         runpy.run_path("kernel_repros/repro_softmax.py")
 
 
-@pytest.mark.quick
 def test_record_never_overwrites_and_accept_keeps_the_former(package, capsys):
     assert softmax("record") == 0 and softmax("record") == 0
     assert "1 unchanged" in capsys.readouterr().out
@@ -114,7 +114,6 @@ def test_record_never_overwrites_and_accept_keeps_the_former(package, capsys):
     assert "wrong by its own reference" in capsys.readouterr().out
 
 
-@pytest.mark.quick
 def test_other_inputs_are_no_regression(package, capsys):
     assert softmax("record") == 0
     package(generator="generator", **{"manual_seed(seed)": "manual_seed(seed + 1)"})
@@ -126,7 +125,6 @@ def test_other_inputs_are_no_regression(package, capsys):
     assert softmax("accept", "softmax", "--reason", "one more row") == 0 and softmax("check") == 0
 
 
-@pytest.mark.quick
 def test_a_case_that_disappeared(package, capsys):
     assert softmax("record") == 0
     package(**{'Case("softmax"': 'Case("soft"'})
@@ -136,7 +134,6 @@ def test_a_case_that_disappeared(package, capsys):
     assert softmax("check", "soft") == 0
 
 
-@pytest.mark.quick
 def test_a_corrupt_store(package, capsys):
     assert softmax("record") == 0
     (arrays,) = Path("kernel_store/arrays").iterdir()
@@ -146,7 +143,6 @@ def test_a_corrupt_store(package, capsys):
         assert f"corrupt store: {arrays}: content does not match its SHA-256" in capsys.readouterr().err
 
 
-@pytest.mark.quick
 def test_kernels_that_fail(package, capsys):
     assert softmax("record") == 0
     package("e.view(3)")
@@ -166,7 +162,6 @@ def test_kernels_that_fail(package, capsys):
     assert "its reference fails: ZeroDivisionError" in capsys.readouterr().out
 
 
-@pytest.mark.quick
 def test_json_alone_on_standard_output(package, capsys):
     softmax("record", "--json", "-")
     captured = capsys.readouterr()
@@ -223,3 +218,54 @@ def test_compare(package, capsys):
     assert kernels("compare", "old.py", "test_softmax.py") == 1
     assert "suppressed: the results are wrong" in capsys.readouterr().out
     assert kernels("compare", "ref", "auto", "--case", "route/*", "--no-speed") == 0
+
+
+def test_a_kernel_that_fools_the_clock_is_not_timed(package, capsys):
+    Path("old.py").write_text(example())
+    package(
+        "seen.setdefault(x.data_ptr(), e / e.sum(-1, keepdim=True))", **{"import torch\n": "import torch\nseen = {}\n"}
+    )
+    assert kernels("compare", "old.py", "test_softmax.py") == 1
+    assert "its speed is not measured: cached result" in capsys.readouterr().out
+
+
+def test_against_a_revision(package, capsys, monkeypatch):
+    def compared(base, **options):
+        assert base == "HEAD~1" and options["modules"] == ["test_softmax.py"] and options["patterns"] == ["s*"]
+        options["say"]("building")
+        return [Result("softmax", "slower", speed="slower: 1.2 x base")]
+
+    monkeypatch.setattr("moe_unlearn.regress.revision.compare", compared)
+    assert softmax("compare", "--base", "HEAD~1", "--case", "s*") == 1
+    captured = capsys.readouterr()
+    assert "slower: 1.2 x base" in captured.out and "building" in captured.err
+    assert softmax("compare", "a", "b", "--base", "HEAD") == 2
+    assert "either A and B or --base REV" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("problems, code", [([], 0), (["triton sm_90 route/x: registers 32 -> 40"], 1)])
+def test_static(package, capsys, monkeypatch, problems, code):
+    def measured(verb):
+        def call(architectures, kernels, ledger, *, modules):
+            assert (architectures, kernels) == (["sm_90"], "route*")
+            assert (ledger, modules) == (
+                (Path("kernel_store/static.json"), ["x.py"]) if verb == "record" else (None, [])
+            )
+            return static.Report({}, problems, ["a note"], compared=1)
+
+        return call
+
+    for verb in ("check", "record"):
+        monkeypatch.setattr(static, verb, measured(verb))
+    assert kernels("check", "route*", "--static", "sm_90", "--json", "out.json") == code
+    assert kernels("record", "route*", "--static", "sm_90", "--module", "x.py") == code
+    out = capsys.readouterr().out
+    assert "note: a note" in out and all(problem in out for problem in problems)
+    assert json.loads(Path("out.json").read_text())["exit_code"] == code
+
+
+def test_selftest_gives_its_exit_code(monkeypatch):
+    seen = []
+    monkeypatch.setattr("moe_unlearn.regress.selftest.main", lambda arguments: seen.append(arguments) or 1)
+    assert kernels("selftest", "--comparisons", "5", "--real", "2") == 1
+    assert seen == [["--comparisons=5", "--real", "--seconds=2.0"]]

@@ -26,7 +26,6 @@ def case(wrong, **options):
     )
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(
     "wrong, smallest",
     [
@@ -43,7 +42,6 @@ def test_sizes(wrong, smallest):
     assert found == minimize.shrink(case(wrong), 0)
 
 
-@pytest.mark.quick
 def test_smallest_sizes_and_tries_are_kept():
     always = case(lambda *shape: True, smallest={"rows": 8})
     assert minimize.shrink(always, 0).sizes == {"rows": 8, "columns": 1}
@@ -51,7 +49,6 @@ def test_smallest_sizes_and_tries_are_kept():
     assert minimize.shrink(case(lambda *shape: False), 0) is None
 
 
-@pytest.mark.quick
 def test_an_error_is_not_exchanged_for_another():
     def function(x):
         if len(x) < 4:

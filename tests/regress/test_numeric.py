@@ -9,8 +9,6 @@ from moe_unlearn.regress import numeric, ours
 from moe_unlearn.regress.case import Case, digest
 from moe_unlearn.regress.numeric import ACCURATE, EQUAL, INACCURATE, CaseError, MutationError, evaluate, judge_all
 
-pytestmark = pytest.mark.quick
-
 
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -31,6 +29,7 @@ def level(function, recorded, **options):
     return numeric.worst(judge_all(made.actual, recorded.actual, made.gold))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("gradients", [(), ("a", "b")])
 def test_three_levels(gradients):
     recorded = evaluate(product(gradients=gradients))
@@ -48,6 +47,7 @@ def test_recorded_accuracy_is_the_measure_not_the_baseline():
     assert level(torch.matmul, coarse) == ACCURATE
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "change",
     [lambda y: y.double(), lambda y: y[:-1], lambda y: y.t(), lambda y: y / 0,

@@ -19,7 +19,6 @@ def test_on_other_seeds(seed):
     assert not outcome.missed and not outcome.alarms, str(outcome)
 
 
-@pytest.mark.quick
 def test_the_corpus_is_broad():
     kinds = Counter(bug.kind for bug in seeded.BUGS)
     wanted = {"index", "mask", "stride", "dtype", "accumulation", "initialisation", "off by one", "sign",
@@ -37,7 +36,6 @@ def test_a_blind_criterion_is_noticed(monkeypatch):
     assert outcome.found == 0 and len(outcome.missed) == len(bugs)
 
 
-@pytest.mark.quick
 def test_rows_for_the_table(monkeypatch):
     monkeypatch.setattr(seeded, "BUGS", seeded.BUGS[-3:])
     monkeypatch.setattr(seeded, "CHANGES", seeded.CHANGES[-1:])

@@ -8,7 +8,6 @@ import torch
 
 from moe_unlearn.regress.store import Store, StoreError
 
-pytestmark = pytest.mark.quick
 ARRAYS = {"output 0": torch.tensor([1.0, -0.0, float("nan")]), "empty": torch.zeros(0, 3), "ids": torch.arange(3)}
 
 
@@ -33,6 +32,7 @@ def again(store):
     return Store(store.folder)
 
 
+@pytest.mark.quick
 def test_reads_what_was_written(store):
     current = again(store).current()
     assert set(current) == {"softmax", "other/float32"}
@@ -49,6 +49,7 @@ def test_the_former_entry_is_kept(store):
     assert torch.equal(store.arrays(former)["ids"], torch.arange(3))
 
 
+@pytest.mark.quick
 def test_only_the_newest_can_be_superseded(store):
     former = store.history("softmax")[1].sha256
     before = sorted(p.name for p in store.folder.rglob("*"))

@@ -67,6 +67,11 @@ def test_short_contenders_are_called_in_batches():
 
 
 @pytest.mark.quick
+def test_contenders_about_as_fast_take_the_same_number_of_calls():
+    assert timing.common({"a": 10, "b": 40, "c": 9}) == {"a": 40, "b": 40, "c": 9}
+
+
+@pytest.mark.quick
 def test_a_contender_below_the_clocks_resolution():
     ticks = itertools.count()
     coarse = measure({"a": lambda: next(ticks)}, rounds=5, warm_up=0, clock=lambda: next(ticks) // 1000 * 1e-3)

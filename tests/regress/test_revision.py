@@ -1,0 +1,162 @@
+"""A tree against a git revision of it: in a scratch repository, and of this project."""
+
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_unlearn.regress import revision
+from moe_unlearn.regress.revision import WorkerError, compare
+
+pytestmark = pytest.mark.slow
+
+KERNELS = """
+import torch
+from helper import passes
+from moe_unlearn.regress.case import Case, register
+
+print("what a kernel's file prints is not an answer")
+
+def inputs(seed, n=256):
+    return {"x": torch.randn(n, n, generator=torch.Generator().manual_seed(seed))}
+
+def softmax(x):
+    return torch.softmax(x, -1)
+
+def slow(x):
+    for _ in range(passes):
+        y = softmax(x)
+    return y
+
+def wrong(x):
+    return softmax(x) * factor
+
+def case(name, function):
+    register(Case(name, function, softmax, inputs, sizes={"n": 256}))
+
+factor = 1.0
+case("same", softmax)
+case("slow", slow)
+case("wrong", wrong)
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Processor time, which neighbours hardly disturb; both workers take the number of threads from here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A commit with three kernels; in the working tree one is slower, one wrong, one new and one fails."""
+    root = tmp_path / "repository"
+    temporary = tmp_path / "temporary"
+    for folder in (root, temporary):
+        folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    (root / "kernels.py").write_text(textwrap.dedent(KERNELS))
+    (root / "helper.py").write_text("passes = 2\n")
+    who = ["-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "base"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    hook = root / ".git" / "hooks" / "post-checkout"
+    hook.write_text("#!/bin/sh\ntouch hooked\n")
+    hook.chmod(0o755)
+    (root / "helper.py").write_text("passes = 3\n")
+    source = (root / "kernels.py").read_text().replace("factor = 1.0", "factor = 1.01")
+    source += 'case("new", softmax)\ncase("broken", lambda x: 1 / 0)\n'
+    (root / "kernels.py").write_text(source)
+    yield root
+    assert list(temporary.iterdir()) == []
+    assert len(_git(root, "worktree", "list").splitlines()) == 1
+
+
+def _git(root, *arguments):
+    return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout
+
+
+def _files(root):
+    return {
+        path: path.read_bytes() for path in root.rglob("*") if path.is_file() and not path.is_relative_to(root / ".git")
+    }
+
+
+def test_head_against_base_in_a_scratch_repository(repository, monkeypatch):
+    # every pair of processes imports torch and transformers twice
+    monkeypatch.setattr(revision, "CONFIRMATIONS", 1)
+    before, said = _files(repository), []
+    found = {r.case: r for r in compare("HEAD", modules=[repository / "kernels.py"], say=said.append)}
+    assert {name: result.status for name, result in found.items()} == {
+        "same": "equal", "slow": "slower", "wrong": "inaccurate", "new": "new", "broken": "failed",
+    }  # fmt: skip
+    assert found["slow"].speed.startswith("slower: 1.")
+    assert found["same"].speed.startswith("same: ")
+    assert found["wrong"].speed == "suppressed: the results are wrong, so their speed says nothing"
+    assert "head: ZeroDivisionError" in found["broken"].message
+    assert said[0].endswith("nothing to build")
+    assert _files(repository) == before
+
+
+def test_a_worker_that_cannot_start_and_a_build_that_fails_leave_nothing(repository):
+    (repository / "helper.py").unlink()
+    said = []
+    with pytest.raises(WorkerError, match="head: ModuleNotFoundError: No module named 'helper'"):
+        compare("HEAD", modules=[repository / "kernels.py"], say=said.append, build=["git", "no-such-command"])
+    assert "not built, git failed" in said[0]
+
+
+def test_what_is_no_revision_or_repository_is_named(repository, tmp_path):
+    with pytest.raises(ValueError, match="expected a git revision of repository; got 'nowhere'"):
+        compare("nowhere", modules=[repository / "kernels.py"])
+    outside = tmp_path / "outside.py"
+    outside.write_text("")
+    with pytest.raises(ValueError, match="--base needs a git repository"):
+        compare("HEAD", modules=[outside])
+    with pytest.raises(ValueError, match="outside.py is outside repository"):
+        compare("HEAD", modules=[repository / "kernels.py", outside])
+    with pytest.raises(ValueError, match="expects Python files; got none.py"):
+        compare("HEAD", modules=[tmp_path / "none.py"])
+
+
+def test_ctrl_c_removes_the_worktree_and_the_workers(repository):
+    program = (
+        "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+        "from moe_unlearn.regress.revision import compare\n"
+        "compare('HEAD', modules=[sys.argv[2]], say=lambda line: print(line, flush=True))"
+    )
+    # a kernel that never returns, so that the signal finds the comparison at work
+    source = (repository / "kernels.py").read_text()
+    (repository / "kernels.py").write_text(source + 'case("aaa", lambda x: __import__("time").sleep(600))\n')
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, tempfile.tempdir, repository / "kernels.py"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(revision.PACKAGE).parent,
+    )  # fmt: skip
+    assert "nothing to build" in process.stdout.readline()
+    deadline = time.monotonic() + 30
+    while len(workers := _children(process.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not (revision.PACKAGE.parent / ".git").exists(), reason="needs a git checkout")
+def test_this_project_against_its_last_commit():
+    said = []
+    results = compare("HEAD", patterns=["route/*"], say=said.append, speed=False)
+    assert results and {result.status for result in results} <= {"equal", "accurate"}
+    assert "native library" in said[0]
