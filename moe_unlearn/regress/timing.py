@@ -17,7 +17,11 @@ lies beyond `threshold`.
 lies wholly on one side of each of 1 + threshold and 1 / (1 + threshold). Looking repeatedly inflates false
 alarms, so the permitted error is split evenly among the looks (Bonferroni), which bounds the total by
 1 - confidence whatever happens between them, as far as the rounds' ratios are independent. What holds on real
-noise, which is not, is measured: `moe_unlearn.regress.selftest`.
+noise, which is not, `moe_unlearn.regress.selftest` measures: on each of the six recordings of `noise`, of variation
+6 % to 57 %, no false alarm in 1,000 comparisons of equals, and all of 1,000 slow-downs by 10 % found, in 8 to 62 rounds
+on average. (A recording has 4,000 readings, so these comparisons share readings.) A `verdict` on a fixed number of
+rounds has no such bound: at 7 rounds of one reading the worst of the recordings gives 1.3 % false alarms, and a
+slow-down by 10 % is found in 1 % to 94 % of the comparisons.
 
 Source: our specification; interleaving, the interval and the threshold follow the practice of FLA's and
 pytest-benchmark's users.
