@@ -1,7 +1,8 @@
 """Packages, and the native extension of `csrc/`; everything declarative is in pyproject.toml.
 
 `triton_kernels/` is installed as `moe_unlearn.triton_kernels`: a top-level package of that name would
-shadow triton-lang's own, whose presence other libraries probe for.
+shadow triton-lang's own, whose presence other libraries probe for. The pytest plugin is installed as
+`pytest_moe_unlearn`: pytest imports it in every run, and the package's import takes seconds.
 
 The extension is two libraries beside the package, `_C_cpu` and `_C_cuda`, on libtorch's stable ABI: one
 binary for every torch >= 2.10. It is optional. What was built, or why not, goes to `_C_build.txt`, which
@@ -105,15 +106,16 @@ def command(base):
 reasons = {name: f"not built: {why}" if why else "" for name, why in why_not().items()}
 names = [name for name in SOURCES if not reasons[name]]
 require()
-if not names:
-    print(f"moe-unlearn: native library {reasons['cpu']}")
 base = build_ext
 if names:
     from torch.utils.cpp_extension import BuildExtension as base
-packages = find_packages(include=["moe_unlearn", "moe_unlearn.*"])
+else:
+    print(f"moe-unlearn: native library {reasons['cpu']}")
+PLUGIN = "moe_unlearn.regress.pytest_plugin"
+elsewhere = {"moe_unlearn.triton_kernels": "triton_kernels", "pytest_moe_unlearn": PLUGIN.replace(".", "/")}
 setup(
-    packages=[*packages, "moe_unlearn.triton_kernels"],
-    package_dir={"moe_unlearn.triton_kernels": "triton_kernels"},
+    packages=[*find_packages(include=["moe_unlearn", "moe_unlearn.*"], exclude=[PLUGIN]), *elsewhere],
+    package_dir=elsewhere,
     ext_modules=[extension(name) for name in names],
     cmdclass={"build_ext": command(base)},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if names else {},

@@ -32,7 +32,7 @@ def test_wheel_contents(tmp_path):
     assert "moe_unlearn/ops/route.py" in names
     tops = {n.split("/")[0] for n in names}
     # a top-level triton_kernels would shadow triton-lang's package
-    assert {t for t in tops if not t.endswith(".dist-info")} == {"moe_unlearn", "pytest_moe_unlearn.py"}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"moe_unlearn", "pytest_moe_unlearn"}
 
 
 BLOCKED = """

@@ -247,7 +247,7 @@ def test_against_a_revision(package, capsys, monkeypatch):
 def test_static(package, capsys, monkeypatch, problems, code):
     def measured(verb):
         def call(architectures, kernels, ledger, *, modules):
-            assert (architectures, kernels) == (["sm_90"], "route*")
+            assert (architectures, kernels) == (["sm_90"], ["route*"])
             assert (ledger, modules) == (
                 (Path("kernel_store/static.json"), ["x.py"]) if verb == "record" else (None, [])
             )

@@ -8,8 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-
 import pytest_moe_unlearn
+
 from moe_unlearn.regress import plugin
 from moe_unlearn.testing import AccuracyError
 from tests.regress.test_command import BROKEN, RIGHT, example
@@ -143,7 +143,6 @@ def test_the_entry_point_is_the_plugin():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     # pytest takes `-p NAME` from the entry point of that name, so that it never loads both
     assert project["project"]["entry-points"]["pytest11"] == {plugin.__name__: pytest_moe_unlearn.__name__}
-    assert project["tool"]["setuptools"]["py-modules"] == [pytest_moe_unlearn.__name__]
     hooks = {name for name in vars(pytest_moe_unlearn) if name.startswith("pytest_")} | {"kernel_case"}
     assert set(plugin.__all__) == hooks
     assert all(getattr(plugin, name) is getattr(pytest_moe_unlearn, name) for name in hooks)

@@ -7,8 +7,8 @@
     pytest --kernel-record        once, and for new cases: the store is added to, never overwritten
     pytest                        holds every kernel against its record
 
-pytest imports this module in every run of an environment that has moe-unlearn, so that it stands outside of the
-package, whose import takes seconds, and imports it in the fixture only.
+pytest imports this module in every run of an environment that has moe-unlearn, so that it is installed outside of
+the package, whose import takes seconds, and imports that in the fixture only.
 """
 
 import dataclasses
