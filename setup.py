@@ -1,8 +1,8 @@
 """Packages, and the native extension of `csrc/`; everything declarative is in pyproject.toml.
 
 `triton_kernels/` is installed as `moe_unlearn.triton_kernels`: a top-level package of that name would
-shadow triton-lang's own, whose presence other libraries probe for. The pytest plugin is installed as
-`pytest_moe_unlearn`: pytest imports it in every run, and the package's import takes seconds.
+shadow triton-lang's own, whose presence other libraries probe for. The pytest plugin, which pytest imports
+in every run, is installed outside of the package, whose import takes seconds.
 
 The extension is two libraries beside the package, `_C_cpu` and `_C_cuda`, on libtorch's stable ABI: one
 binary for every torch >= 2.10. It is optional. What was built, or why not, goes to `_C_build.txt`, which
@@ -51,10 +51,7 @@ def why_not() -> dict[str, str]:
     if CHOICE != "cuda":
         cuda = "this torch has no CUDA" if version.cuda is None else "MOE_UNLEARN_BUILD=cpu" if CHOICE else cuda
     compiler = cpp_extension.get_cxx_compiler().split()[0]
-    return {
-        "cpu": "" if shutil.which(compiler) else "no C++ compiler",
-        "cuda": cuda or ("" if SOURCES["cuda"] else "no CUDA kernels yet"),
-    }
+    return {"cpu": "" if shutil.which(compiler) else "no C++ compiler", "cuda": cuda}
 
 
 def require() -> None:
@@ -111,11 +108,10 @@ if names:
     from torch.utils.cpp_extension import BuildExtension as base
 else:
     print(f"moe-unlearn: native library {reasons['cpu']}")
-PLUGIN = "moe_unlearn.regress.pytest_plugin"
-elsewhere = {"moe_unlearn.triton_kernels": "triton_kernels", "pytest_moe_unlearn": PLUGIN.replace(".", "/")}
+places = {"moe_unlearn.triton_kernels": "triton_kernels", "pytest_moe_unlearn": "moe_unlearn/regress/pytest_plugin"}
 setup(
-    packages=[*find_packages(include=["moe_unlearn", "moe_unlearn.*"], exclude=[PLUGIN]), *elsewhere],
-    package_dir=elsewhere,
+    packages=[*find_packages(include=["moe_unlearn*"], exclude=["moe_unlearn.regress.pytest_plugin"]), *places],
+    package_dir=places,
     ext_modules=[extension(name) for name in names],
     cmdclass={"build_ext": command(base)},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if names else {},
