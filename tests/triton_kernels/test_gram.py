@@ -34,8 +34,9 @@ def assert_same_sums(actual, truth):
     assert_as_accurate(actual.cpu().float(), truth.float(), truth)
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 7])  # more than four take several launches
+@pytest.mark.parametrize(
+    "m", [1, pytest.param(2, marks=pytest.mark.quick), 3, 4, 7]
+)  # more than four take several launches
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_integers_match_bitwise(device, dtype, m):
     missing = {(0, 1), (m - 1, 0)}
@@ -111,8 +112,7 @@ def test_every_pair_is_in_a_launch_in_ascending_order(m):
     assert all(list(numbers) == sorted(set(numbers)) and len(numbers) <= 4 for numbers in _launches(m))
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("m", [1, 2, 5])  # more than three take several launches
+@pytest.mark.parametrize("m", [1, pytest.param(2, marks=pytest.mark.quick), 5])  # more than three take several launches
 @pytest.mark.parametrize("pattern", ROUTINGS)
 def test_factors_of_integers_match_bitwise(device, small, pattern, m):
     dy, x, offsets, full = reference.factors(pattern, m, lambda s, seed: integers(*s, seed=seed), num_tokens=30)

@@ -86,8 +86,9 @@ def test_every_layout(shape, layout, device):
         assert_same((expected, [t.cpu() for t in (out if isinstance(out, tuple) else (out,))]))
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("shape", [(5, 70), (2, 2, 100), (500,), (21, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [pytest.param((5, 70), marks=pytest.mark.quick), (2, 2, 100), (500,), (21, 3)], ids=str
+)
 def test_tiles_and_spans_change_no_bit(shape, small_spans, device):
     """Integers: many ties; the count cuts inside words, at tile and at span boundaries."""
     given = tuple(integers(*shape, seed=s) for s in range(3))
@@ -104,8 +105,7 @@ def test_ties_are_taken_in_flat_order(ties, small_spans, device):
     assert int(taken) == min(ties, 900)
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("value", [0.0, -0.0, 1.5, 2.0**-140])
+@pytest.mark.parametrize("value", [pytest.param(0.0, marks=pytest.mark.quick), -0.0, 1.5, 2.0**-140])
 def test_one_value_everywhere(value, small_spans, device):
     """All of the counts in one bin; zeros are summed before they are added."""
     given = [torch.full((7, 90), value), torch.ones(7, 90), torch.zeros(7, 90)]
