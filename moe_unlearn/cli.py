@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from moe_unlearn import backend, benchmark, data, experiment, metrics, native, report, trace, wagle
-from moe_unlearn.config import Recipe, shipped
+from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.experts import enable
 from moe_unlearn.losses import target_mask
 from moe_unlearn.objectives import NotPreparedError
@@ -109,7 +109,13 @@ def mask(options) -> None:
 
 def run(options) -> None:
     """Unlearn: read a recipe, a model and the data, train, evaluate, report."""
-    recipe = Recipe.load(options.recipe, [*_data_overrides(options), *options.set])
+    known = options.model_config if options.model_config in models() else None
+    recipe = Recipe.load(options.recipe, [*_data_overrides(options), *options.set], model=known)
+    if options.model_config is not None and recipe.data.model is None:
+        if not options.dry_run:
+            raise ValueError("data.model is missing: --model-config alone gives no weights, only a --dry-run")
+        print(UnlearnStep(experiment.meta_model(options.model_config), recipe).plan())
+        return
     for key in ("model", "forget", "retain"):
         if getattr(recipe.data, key) is None:
             raise ValueError(f"data.{key} is missing: give --{key} or set it in the recipe")
@@ -206,6 +212,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("recipe", help=f"a YAML file or one of: {', '.join(shipped())}")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override keys")
     sub.add_argument("--model", help="data.model")
+    sub.add_argument("--model-config", metavar="NAME", help=f"take the recipe's values for one of: "
+                     f"{', '.join(models())}; with --dry-run and without --model plan for it, or for the folder or "
+                     "config.json given, without weights and data")  # fmt: skip
     for side in ("forget", "retain", "holdout", "reference"):
         sub.add_argument(f"--{side}", help=f"data.{side}")
     sub.add_argument("--out", default="runs/unlearn", help="folder of the run")

@@ -250,6 +250,7 @@ def _wagle(model, recipe, prepared, forget, retain):
         prepared.mask = WeightMask.load(settings.mask)
         prepared.mask.check(model)
         return
+    forget = [forward.forgotten(recipe, batch) for batch in forget]
     prepared.mask = wagle.weight_mask(
         model, forget, retain, keep=settings.keep, gamma=settings.gamma, official=settings.official
     )

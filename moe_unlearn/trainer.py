@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from moe_unlearn.checkpoint import load_state, save_state
-from moe_unlearn.config import Recipe
+from moe_unlearn.config import NEED_REFUSALS, Recipe
 from moe_unlearn.data import PairCollator, pad_token_id, refusals
 from moe_unlearn.step import UnlearnStep
 
@@ -88,10 +88,12 @@ class UnlearnTrainer(Trainer):
 
     def _pair_collator(self, tokenizer, forget) -> PairCollator:
         recipe = self.unlearn_step.recipe
-        if recipe.forget.objective != "idk_dpo":
+        if recipe.forget.objective not in NEED_REFUSALS:
             return PairCollator(0 if tokenizer is None else pad_token_id(tokenizer))
         if tokenizer is None:
-            raise ValueError("forget.objective 'idk_dpo' needs processing_class, a tokenizer, for its refusals")
+            raise ValueError(
+                f"forget.objective {recipe.forget.objective!r} needs processing_class, a tokenizer, for its refusals"
+            )
         return PairCollator(pad_token_id(tokenizer), refusals(forget, tokenizer, seed=recipe.seed))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **keywords):
