@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from moe_unlearn import backend, benchmark, data, experiment, metrics, native, report, trace, wagle
+from moe_unlearn import backend, benchmark, data, experiment, mask_files, metrics, native, report, trace, wagle
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.experts import enable
 from moe_unlearn.losses import target_mask
@@ -103,7 +103,7 @@ def mask(options) -> None:
         gamma=options.gamma,
         official=options.official,
     )
-    made.save(options.out)
+    mask_files.save(made, options.out, model, options.format)
     print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
 
 
@@ -207,7 +207,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--keep", type=float, default=0.8, help="fraction of the weights that may move")
     sub.add_argument("--gamma", type=float, default=1.0)
     sub.add_argument("--official", action="store_true", help="reproduce the official code's masks")
-    sub.add_argument("--out", required=True, help="the .safetensors file to write")
+    sub.add_argument("--format", choices=mask_files.FORMATS, default="native", help="native: safetensors, a bit for "
+                     "each weight; official: the WAGLE code's {name: bool tensor}, expert by expert")  # fmt: skip
+    sub.add_argument("--out", required=True, help="the file to write; wagle.mask of a recipe reads both formats")
     sub = command("run", run)
     sub.add_argument("recipe", help=f"a YAML file or one of: {', '.join(shipped())}")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override keys")

@@ -82,7 +82,7 @@ class Trace:
 @dataclass(frozen=True, kw_only=True)
 class Wagle:
     """Lever 2, see `moe_unlearn.wagle`: keep the fraction `keep` of all weights trainable. `mask` reads a
-    saved mask instead of computing one."""
+    saved mask instead of computing one, also one of the official code."""
 
     keep: float = 0.8
     gamma: float = 1.0
