@@ -32,7 +32,9 @@ def refusal(batch: Batch) -> Batch:
     """The refusal rows of a preference batch, as a batch of their own."""
     missing = [k for k in ("idk_input_ids", "idk_attention_mask", "idk_labels") if k not in batch]
     if missing:
-        raise ValueError(f"a forget.objective with refusals (idk_dpo, idk_nll) needs the batch keys {', '.join(missing)}")
+        raise ValueError(
+            f"a forget.objective with refusals (idk_dpo, idk_nll) needs the batch keys {', '.join(missing)}"
+        )
     rows = {k: batch[f"idk_{k}"] for k in ("input_ids", "attention_mask", "labels")}
     return rows | ({"index": batch["index"]} if "index" in batch else {})
 

@@ -110,7 +110,9 @@ def from_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _plain(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"official masks name the parameters of a plain transformers model; got {type(model).__name__}")
+        raise ValueError(
+            f"official masks name the parameters of a plain transformers model; got {type(model).__name__}"
+        )
     return model
 
 

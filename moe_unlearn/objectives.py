@@ -62,6 +62,12 @@ class Objectives:
         self.tokens_per_expert: list[Tensor] = []
 
     @property
+    def factors(self) -> dict[str, float]:
+        """What multiplies each loss in their sum, where MOLLM does not combine them."""
+        recipe = self.recipe
+        return {"forget": recipe.forget.gamma, "retain": recipe.retain.alpha, "anchor": recipe.scope.anchor}
+
+    @property
     def separate(self) -> str:
         """Why forget and retain rows have forward passes of their own; empty where they share one."""
         recipe = self.recipe

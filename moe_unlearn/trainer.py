@@ -114,12 +114,16 @@ class UnlearnTrainer(Trainer):
 
         def batches(side: str):
             other = "retain" if side == "forget" else "forget"
-            filler = [(getattr(self.train_dataset, other)[0], 0)]
-            items = [{side: [(e, i)], other: filler} for i, e in enumerate(getattr(self.train_dataset, side))]
+            filler, rows = self._item(other, 0), len(getattr(self.train_dataset, side))
+            items = [{side: self._item(side, i), other: filler} for i in range(rows)]
             for i in range(0, len(items), size):
-                yield self._prepare_inputs(self.data_collator(items[i : i + size])[side])
+                yield self._prepare_inputs(self.data_collator(items[i : i + size]))[side]
 
         self.unlearn_step.prepare(list(batches("forget")), list(batches("retain")), cache_dir=self._cache_dir)
+
+    def _item(self, side: str, index: int):
+        """What an item of the dataset holds of row `index` of one side."""
+        return [(getattr(self.train_dataset, side)[index], index)]
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Accumulate one micro-batch; at the last one of a step, leave its gradient in `.grad`."""
