@@ -45,9 +45,9 @@ def save(mask: WeightMask, path: str | Path, model: nn.Module, format: str = "na
         mask.save(path)
         return
     named = to_hub(model, {name: mask.kept(name).cpu() for name in mask.names})
-    with whole_file(path) as temporary:
-        # clones: a view would bring the fused tensor with it when the file is read again
-        torch.save({name: kept.clone() for name, kept in named.items()}, temporary)
+    # an open file, since torch refuses some names; clones, since a view would be saved with all it is a view of
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save({name: kept.clone() for name, kept in named.items()}, file)
 
 
 def load(path: str | Path, model: nn.Module) -> WeightMask:

@@ -143,7 +143,7 @@ class _Method(UnlearnTrainer):
                 model=self.model,
                 tokenizer=self.processing_class,
             )
-        self.log(metrics)
+        self.log(dict(metrics))  # which adds to it
         return metrics
 
     def _item(self, side: str, index: int):
