@@ -55,7 +55,8 @@ def unlearn(
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulate,
         learning_rate=recipe.optimizer.lr,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=recipe.optimizer.warmup_steps,
         max_grad_norm=recipe.optimizer.max_grad_norm or 0.0,
         logging_steps=1,
         save_strategy="steps",
@@ -86,7 +87,8 @@ def unlearn(
         if verify:
             (out / "verified.txt").write_text(trainer.unlearn_step.verifier.summary() + "\n", encoding="utf-8")
     seconds = time.perf_counter() - start
-    trainer.save_model(str(out / "model"))
+    # not save_model, which would put a pickle of the training arguments beside the weights
+    trainer.model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     trajectory = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
     _write_json(out / "trajectory.json", {recipe.name: trajectory})

@@ -6,6 +6,7 @@ after that. Reading verifies sizes before digests, then the newest whole checkpo
 one is reported. No pickle: tensors are safetensors, everything else is JSON.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import secrets
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +28,22 @@ _TENSOR = "__tensor__"
 
 class CheckpointError(ValueError):
     """A checkpoint that is not what was written; the message names the file and what is wrong."""
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[str]:
+    """A temporary file beside `path`, which takes its name, synced, after the block and vanishes if that raises."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}-")
+    os.close(descriptor)
+    try:
+        yield temporary
+        _sync(Path(temporary))
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def save_state(folder: Path, name: str, state: object) -> None:

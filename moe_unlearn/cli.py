@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from moe_unlearn import backend, benchmark, data, experiment, metrics, native, report, trace, wagle
-from moe_unlearn.config import Recipe, shipped
+from moe_unlearn import backend, benchmark, data, experiment, mask_files, metrics, native, report, trace, wagle
+from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.experts import enable
 from moe_unlearn.losses import target_mask
 from moe_unlearn.objectives import NotPreparedError
@@ -114,13 +114,19 @@ def mask(options) -> None:
         gamma=options.gamma,
         official=options.official,
     )
-    made.save(options.out)
+    mask_files.save(made, options.out, model, options.format)
     print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
 
 
 def run(options) -> None:
     """Unlearn: read a recipe, a model and the data, train, evaluate, report."""
-    recipe = Recipe.load(options.recipe, [*_data_overrides(options), *options.set])
+    known = options.model_config if options.model_config in models() else None
+    recipe = Recipe.load(options.recipe, [*_data_overrides(options), *options.set], model=known)
+    if options.model_config is not None and recipe.data.model is None:
+        if not options.dry_run:
+            raise ValueError("data.model is missing: --model-config alone gives no weights, only a --dry-run")
+        print(UnlearnStep(experiment.meta_model(options.model_config), recipe).plan())
+        return
     for key in ("model", "forget", "retain"):
         if getattr(recipe.data, key) is None:
             raise ValueError(f"data.{key} is missing: give --{key} or set it in the recipe")
@@ -264,11 +270,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--keep", type=float, default=0.8, help="fraction of the weights that may move")
     sub.add_argument("--gamma", type=float, default=1.0)
     sub.add_argument("--official", action="store_true", help="reproduce the official code's masks")
-    sub.add_argument("--out", required=True, help="the .safetensors file to write")
+    sub.add_argument("--format", choices=mask_files.FORMATS, default="native", help="native: safetensors, a bit for "
+                     "each weight; official: the WAGLE code's {name: bool tensor}, expert by expert")  # fmt: skip
+    sub.add_argument("--out", required=True, help="the file to write; wagle.mask of a recipe reads both formats")
     sub = command("run", run)
     sub.add_argument("recipe", help=f"a YAML file or one of: {', '.join(shipped())}")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override keys")
     sub.add_argument("--model", help="data.model")
+    sub.add_argument("--model-config", metavar="NAME", help=f"take the recipe's values for one of: "
+                     f"{', '.join(models())}; with --dry-run and without --model plan for it, or for the folder or "
+                     "config.json given, without weights and data")  # fmt: skip
     for side in ("forget", "retain", "holdout", "reference"):
         sub.add_argument(f"--{side}", help=f"data.{side}")
     sub.add_argument("--out", default="runs/unlearn", help="folder of the run")

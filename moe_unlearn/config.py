@@ -23,8 +23,10 @@ from pathlib import Path
 
 import yaml
 
-FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "rmu", "uce")
+FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce")
+NEED_REFUSALS = ("idk_dpo", "idk_nll")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
+_FOLDER = resources.files("moe_unlearn") / "recipes"
 SCOPES = ("all", "experts", "parameters", "seuf")
 
 
@@ -80,7 +82,7 @@ class Trace:
 @dataclass(frozen=True, kw_only=True)
 class Wagle:
     """Lever 2, see `moe_unlearn.wagle`: keep the fraction `keep` of all weights trainable. `mask` reads a
-    saved mask instead of computing one."""
+    saved mask instead of computing one, also one of the official code."""
 
     keep: float = 0.8
     gamma: float = 1.0
@@ -144,12 +146,14 @@ class Optimizer:
     eps: float = 1e-8
     momentum: float = 0.0
     weight_decay: float = 0.0
+    warmup_steps: int = 0  # from 0 to lr, linearly; then lr stays
     numerics: str | None = None
     max_grad_norm: float | None = None
 
     def __post_init__(self):
         _one_of("optimizer.name", self.name, ("sgd", "adamw"))
         _at_least("optimizer.lr", self.lr, 0)
+        _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
         if self.numerics is not None:
             _one_of("optimizer.numerics", self.numerics, ("parity", "nearest", "stochastic", "fp32_master"))
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
@@ -159,7 +163,8 @@ class Optimizer:
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Where the command line finds the model (a folder) and the documents: sources as `data.load` takes them,
-    from `builtin:pydoc` to `tofu:forget05`. With `chat_template` questions are asked through the tokenizer's."""
+    from `builtin:pydoc` to `tofu:forget05`. With `chat_template` questions are asked through the tokenizer's.
+    Without documents a plan takes `forget_rows` and `retain_rows` examples of `max_length` tokens."""
 
     model: str | None = None
     forget: str | None = None
@@ -168,9 +173,14 @@ class Data:
     reference: str | None = None
     max_length: int = 512
     chat_template: bool = False
+    forget_rows: int | None = None
+    retain_rows: int | None = None
 
     def __post_init__(self):
         _above("data.max_length", self.max_length, 1)
+        for name in ("forget_rows", "retain_rows"):
+            if getattr(self, name) is not None:
+                _above(f"data.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,12 +227,15 @@ class Recipe:
         return _build(cls, values, "")
 
     @classmethod
-    def load(cls, source: str | Path, overrides: typing.Sequence[str] = ()) -> "Recipe":
+    def load(cls, source: str | Path, overrides: typing.Sequence[str] = (), *, model: str | None = None) -> "Recipe":
         """Read a YAML file, or the shipped recipe of that name, and apply overrides like `trace.eta=0.7`.
 
-        An override of a lever that is off switches it on; `mollm=null` switches it off.
+        An override of a lever that is off switches it on; `mollm=null` switches it off. `model`, a name in
+        `models()`, first applies what this recipe takes for that model (RMU's layers and steering, for one).
         """
         values = _read_yaml(source)
+        if model is not None:
+            _merge(values, _read_model(model).get("recipes", {}).get(values.get("name"), {}))
         for override in overrides:
             _override(values, override)
         return cls.from_dict(values)
@@ -238,8 +251,17 @@ class Recipe:
 
 def shipped() -> tuple[str, ...]:
     """Names of the recipes that come with the package."""
-    folder = resources.files("moe_unlearn") / "recipes"
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
+    return _names(_FOLDER)
+
+
+def models() -> tuple[str, ...]:
+    """Names of the models whose published geometry, and values for the recipes, come with the package."""
+    return _names(_FOLDER / "models")
+
+
+def geometry(model: str) -> dict:
+    """Keywords of the transformers config of a model in `models()`, `model_type` and `dtype` among them."""
+    return _read_model(model)["config"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -258,12 +280,26 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _names(folder) -> tuple[str, ...]:
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
+
+
+def _read_model(name: str) -> dict:
+    if name not in models():
+        raise ValueError(f"no model {name!r} among those shipped: {', '.join(models())}")
+    return _parse(_FOLDER / "models" / f"{name}.yaml", name)
+
+
 def _read_yaml(source: str | Path) -> dict:
     path = Path(source)
     if str(source) in shipped():
-        path = resources.files("moe_unlearn") / "recipes" / f"{source}.yaml"
+        path = _FOLDER / f"{source}.yaml"
     elif not path.is_file():
         raise ValueError(f"no recipe file {str(source)!r}; shipped recipes: {', '.join(shipped())}")
+    return _parse(path, source)
+
+
+def _parse(path, source: str | Path) -> dict:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -271,6 +307,15 @@ def _read_yaml(source: str | Path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{source}: a recipe is a mapping of keys; got {type(values).__name__}")
     return values
+
+
+def _merge(values: dict, changes: dict) -> None:
+    """Take over `changes` into `values`, mapping by mapping."""
+    for key, change in changes.items():
+        if isinstance(change, dict) and isinstance(values.get(key), dict):
+            _merge(values[key], change)
+        else:
+            values[key] = change
 
 
 def _override(values: dict, text: str) -> None:

@@ -22,9 +22,10 @@ import torch
 import transformers
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
 from moe_unlearn import data
+from moe_unlearn.config import geometry, models
 from moe_unlearn.data import Document, Example
 
 RECIPE_VERSION = 1  # raise it when the code below trains other weights from the same settings
@@ -258,6 +259,25 @@ def load_model(folder: str | Path):
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
         raise ValueError(f"cannot load a causal language model with its tokenizer from {folder}: {error}") from error
     return model.eval(), tokenizer
+
+
+def meta_model(source: str | Path) -> nn.Module:
+    """A causal LM without storage, on the meta device, in the dtype of its config.
+
+    `source` is a name in `models()`, a folder with a config.json, or such a file. Raises ValueError for
+    anything else.
+    """
+    if source in models():
+        made = AutoConfig.for_model(**geometry(source))
+    elif Path(source).exists():
+        try:
+            made = AutoConfig.from_pretrained(source, local_files_only=True)
+        except Exception as error:  # transformers raises many kinds for a damaged file
+            raise ValueError(f"cannot read a model's config from {source}: {error}") from error
+    else:
+        raise ValueError(f"no model {str(source)!r}: a folder, a config.json or one of {', '.join(models())}")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(made, dtype=made.dtype)
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn import losses
+from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
 
 Batch = dict[str, Tensor]
@@ -31,9 +32,16 @@ def refusal(batch: Batch) -> Batch:
     """The refusal rows of a preference batch, as a batch of their own."""
     missing = [k for k in ("idk_input_ids", "idk_attention_mask", "idk_labels") if k not in batch]
     if missing:
-        raise ValueError(f"forget.objective 'idk_dpo' needs the batch keys {', '.join(missing)}")
+        raise ValueError(
+            f"a forget.objective with refusals (idk_dpo, idk_nll) needs the batch keys {', '.join(missing)}"
+        )
     rows = {k: batch[f"idk_{k}"] for k in ("input_ids", "attention_mask", "labels")}
     return rows | ({"index": batch["index"]} if "index" in batch else {})
+
+
+def forgotten(recipe: Recipe, batch: Batch) -> Batch:
+    """The rows that carry the forget loss: of `idk_nll` the refusals, else the batch itself."""
+    return refusal(batch) if recipe.forget.objective == "idk_nll" else batch
 
 
 def check_batch(batch: Batch, side: str) -> None:

@@ -8,6 +8,7 @@ Formulas over log-probabilities; a sequence's is the sum over the positions that
     npo        -(2 / beta) mean log sigmoid(-beta (s - s_ref))                     s = sequence log-prob
     simnpo     -(2 / beta) mean log sigmoid(-beta (s / length + delta))
     idk_dpo    -(2 / beta) mean log sigmoid(beta ((s_idk - s_idk_ref) - (s_forget - s_forget_ref)))
+    idk_nll    nll of a refusal in the answer's place                              WAGLE's PO
     rmu        mean over counted tokens and dimensions of (h - control)^2
     embed_diff the same with (h - h_ref)^2
 

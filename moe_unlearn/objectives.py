@@ -1,13 +1,14 @@
 """The recipe's losses of one pair of batches, each a scalar with its graph.
 
-Names: `forget` (GA, NPO, SimNPO, IDK-DPO, RMU or UCE), `retain` (NLL, KL or RMU's embedding difference),
+Names: `forget` (GA, NPO, SimNPO, IDK-DPO, IDK-NLL, RMU or UCE), `retain` (NLL, KL or RMU's embedding difference),
 `kl` (MOLLM's third objective) and `anchor` (SEUF). Formulas are in `losses` and `seuf`; here they meet
 batches, caches and TRACE's token weights:
 
     L_retain = sum_t w_t l_t / (number of retain positions)
 
 Each loss is a mean over its own unit: positions that carry a loss, or sequences for NPO, SimNPO and DPO.
-`sizes` counts these units, so that a caller that splits a batch can weigh the parts exactly.
+`sizes` counts these units, so that a caller that splits a batch can weigh the parts exactly. A batch's
+`state_mask` [B, S], if it has one, says which of its hidden states RMU steers and keeps instead.
 """
 
 import math
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from moe_unlearn import losses, seuf, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules, step_inputs
-from moe_unlearn.forward import Batch, control_vector, layer_states, refusal, sequence_logprobs, stack
+from moe_unlearn.forward import Batch, control_vector, forgotten, layer_states, refusal, sequence_logprobs, stack
 from moe_unlearn.preparation import Preparation
 from moe_unlearn.sinks import NonFiniteError
 
@@ -61,6 +62,12 @@ class Objectives:
         self.tokens_per_expert: list[Tensor] = []
 
     @property
+    def factors(self) -> dict[str, float]:
+        """What multiplies each loss in their sum, where MOLLM does not combine them."""
+        recipe = self.recipe
+        return {"forget": recipe.forget.gamma, "retain": recipe.retain.alpha, "anchor": recipe.scope.anchor}
+
+    @property
     def separate(self) -> str:
         """Why forget and retain rows have forward passes of their own; empty where they share one."""
         recipe = self.recipe
@@ -76,11 +83,12 @@ class Objectives:
 
     def __call__(self, forget: Batch, retain: Batch, *, joint: bool = True) -> dict[str, Tensor]:
         """Losses by name of one pair of batches; `joint=False` keeps the forward passes apart."""
+        forget = forgotten(self.recipe, forget)
         parts = [forget, retain]
         if self.recipe.forget.objective == "idk_dpo":
             parts.insert(1, refusal(forget))
         if not joint or self.separate or _padded_share(parts) > LARGEST_PADDING:
-            return {**self.forget(forget), **self.retain(retain)}
+            return {**self._forget_side(forget), **self.retain(retain)}
         stacked, rows = stack(parts)
         group = torch.full_like(stacked["input_ids"], -1, dtype=torch.int32)
         for side, (part, batch) in enumerate(((rows[0], forget), (rows[-1], retain))):
@@ -91,19 +99,23 @@ class Objectives:
         states = [states[r, : b["input_ids"].shape[1]] for r, b in zip(rows, parts, strict=True)]
         if log_weight is not None:
             log_weight = log_weight[rows[-1], : retain["input_ids"].shape[1]]
-        return {**self.forget(forget, *states[:-1]), **self.retain(retain, states[-1], log_weight)}
+        return {**self._forget_side(forget, *states[:-1]), **self.retain(retain, states[-1], log_weight)}
 
     def sizes(self, forget: Batch, retain: Batch) -> dict[str, int]:
         """Units each side's losses average over: sequences for sequence losses, else positions."""
         by_sequence = self.recipe.forget.objective in ("npo", "simnpo", "idk_dpo")
-        positions = int(losses.target_mask(forget).sum())
+        positions = int(losses.target_mask(forgotten(self.recipe, forget)).sum())
         return {
             "forget": len(forget["input_ids"]) if by_sequence else positions,
             "retain": int(losses.target_mask(retain).sum()),
         }
 
-    def forget(self, batch: Batch, *states: Tensor) -> dict[str, Tensor]:
-        """{"forget": loss} and, for SEUF, {"anchor": loss}; `states` [B, S, H] spare the forward passes."""
+    def forget(self, batch: Batch) -> dict[str, Tensor]:
+        """{"forget": loss} and, for SEUF, {"anchor": loss}."""
+        return self._forget_side(forgotten(self.recipe, batch))
+
+    def _forget_side(self, batch: Batch, *states: Tensor) -> dict[str, Tensor]:
+        """`forget` of the rows that carry its loss; `states` [B, S, H] spare the forward passes."""
         if self.recipe.scope.kind != "seuf":
             return {"forget": self._forget(batch, *states)}
         layer, expert = self._need("seuf", self.prepared.selected).nonzero()[0].tolist()
@@ -125,7 +137,7 @@ class Objectives:
         mask = losses.target_mask(batch)
         if objective == "embed_diff":
             reference = self._need("reference", self.prepared.ref_layer_states).get(batch)
-            return {"retain": losses.embed_diff(states, reference.to(states.dtype), mask)}
+            return {"retain": losses.embed_diff(states, reference.to(states.dtype), batch.get("state_mask", mask))}
         positions, out = mask.sum().clamp_min(1), {}
         if objective != "none":
             weights = self._token_weights(batch, log_weight)
@@ -195,9 +207,9 @@ class Objectives:
             states = self._states(batch, layer=self._layer("rmu", settings.objective))[0]
         if settings.objective == "rmu":
             control = control_vector(self.recipe.seed, settings.steering, states.shape[-1]).to(states)
-            return losses.rmu(states, control, losses.target_mask(batch))
-        if settings.objective in ("ga", "uce"):
-            kind = "nll" if settings.objective == "ga" else "uce"
+            return losses.rmu(states, control, batch.get("state_mask", losses.target_mask(batch)))
+        if settings.objective in ("ga", "idk_nll", "uce"):
+            kind = "uce" if settings.objective == "uce" else "nll"
             per_token = losses.token_losses(self.model, batch, kind=kind, hidden_states=states)
             mean = per_token.sum() / losses.target_mask(batch).sum().clamp_min(1)
             return -mean if settings.objective == "ga" else mean

@@ -45,6 +45,7 @@ class Plan:
     steps: int
     device: str = "cpu"
     shape: str = ""  # of the batches
+    data: str = ""  # rows and epochs, where known
     paths: list[Path] = field(default_factory=list)
     flops: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class Plan:
         return "\n".join([
             f"recipe {self.recipe}: {self.steps} steps, {self.layers} MoE layers, on {self.device}",
             f"batch: {self.shape}",
+            *([f"data: {self.data}"] if self.data else []),
             f"trained weights: {self.trained:,} of {self.weights:,} ({share:.1%})",
             *(f"  {name:<8} {text}" for name, text in self.levers.items()),
             *_path_lines(self.paths),
@@ -80,7 +82,7 @@ class Plan:
 def make_plan(step, forget: list[Batch], retain: list[Batch]) -> Plan:
     """The plan of an `UnlearnStep` as it stands, for the largest batch of each side.
 
-    Without batches, the recipe's batch size and length are assumed. A model on the meta device is planned for
+    Without batches, the recipe's batch size, rows and length are assumed. A model on the meta device is planned for
     CUDA where there is a GPU, for the CPU otherwise. Before prepare(), masks keep everything and as many experts
     are selected as the recipe allows.
     """
@@ -101,10 +103,14 @@ def make_plan(step, forget: list[Batch], retain: list[Batch]) -> Plan:
         steps=recipe.steps,
         device=str(device),
         shape=", ".join(f"{side} {' x '.join(map(str, b['input_ids'].shape))}" for side, b in batches.items()),
+        data=_data(recipe, forget, retain),
         paths=paths(step),
     )
     if recipe.mollm is not None:
         plan.notes.append(f"MOLLM keeps {2 + recipe.mollm.kl} gradient sets until their Gram matrix is known")
+    if recipe.wagle is not None and recipe.wagle.mask is None and step.prepared.mask is None:
+        size = 2 * 4 * sum(p.numel() for _, p in trained) / 2**20
+        plan.notes.append(f"prepare() makes WAGLE's mask from two float32 gradients, {size:.2f} MiB beside the weights")
     if recipe.optimizer.max_grad_norm is not None:
         plan.notes.append("max_grad_norm needs every gradient before the first update")
     caches = _cache_bytes(step, forget, retain)
@@ -267,6 +273,18 @@ def _largest(given: list[Batch], step, device: torch.device) -> Batch:
     return batch | {f"idk_{key}": value for key, value in batch.items()}
 
 
+def _data(recipe, forget: list[Batch], retain: list[Batch]) -> str:
+    """Rows of both sides, given or the recipe's, and the epochs that the recipe's steps make of them."""
+    sides = {"forget": (forget, recipe.data.forget_rows), "retain": (retain, recipe.data.retain_rows)}
+    rows = {side: sum(len(b["input_ids"]) for b in given) or stated for side, (given, stated) in sides.items()}
+    text = ", ".join(f"{count:,} {side} rows" for side, count in rows.items() if count)
+    if rows["forget"]:
+        visited = recipe.batch_size * recipe.accumulate
+        epoch = math.ceil(rows["forget"] / visited)
+        text += f"; an epoch is {epoch} steps of {visited}, the run {recipe.steps / epoch:.1f} epochs"
+    return text
+
+
 def _path_lines(paths: list[Path]) -> list[str]:
     """One line for each run of layers that take one path for one reason."""
     lines, i = [], 0
@@ -326,8 +344,11 @@ def _cache_bytes(step, forget: list[Batch], retain: list[Batch]) -> int:
     if prepared.done:
         return held
     hidden = losses.head_of(step.model).weight
+    assumed = {"forget": recipe.data.forget_rows, "retain": recipe.data.retain_rows}
     tokens = {
         side: sum(int(b["attention_mask"].sum()) for b in batches)
+        if batches
+        else (assumed[side] or 0) * recipe.data.max_length
         for side, batches in (("forget", forget), ("retain", retain))
     }
     predicted = 0

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn import forward, losses, reference, seuf, trace, wagle
+from moe_unlearn import forward, losses, mask_files, reference, seuf, trace, wagle
 from moe_unlearn.cache import RowCache
 from moe_unlearn.capture import collect_routing
 from moe_unlearn.config import Recipe
@@ -247,9 +247,9 @@ def _kl_floor(model, recipe, prepared, forget, retain):
 def _wagle(model, recipe, prepared, forget, retain):
     settings = recipe.wagle
     if settings.mask is not None:
-        prepared.mask = WeightMask.load(settings.mask)
-        prepared.mask.check(model)
+        prepared.mask = mask_files.load(settings.mask, model)
         return
+    forget = [forward.forgotten(recipe, batch) for batch in forget]
     prepared.mask = wagle.weight_mask(
         model, forget, retain, keep=settings.keep, gamma=settings.gamma, official=settings.official
     )

@@ -347,12 +347,7 @@ class UnlearnStep:
 
     def _backward(self, values: dict[str, Tensor]) -> None:
         if self.recipe.mollm is None:
-            weights = {
-                "forget": self.recipe.forget.gamma,
-                "retain": self.recipe.retain.alpha,
-                "anchor": self.recipe.scope.anchor,
-            }
-            sum(weights[name] * value for name, value in values.items()).backward()
+            sum(self.objectives.factors[name] * value for name, value in values.items()).backward()
             return
         if "anchor" in values:
             anchor = self.recipe.scope.anchor * values["anchor"]

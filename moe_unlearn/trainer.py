@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from moe_unlearn.checkpoint import load_state, save_state
-from moe_unlearn.config import Recipe
+from moe_unlearn.config import NEED_REFUSALS, Recipe
 from moe_unlearn.data import Example, PairCollator, pad_token_id, refusals
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.step import UnlearnStep
@@ -33,10 +33,12 @@ def pair_collator(recipe: Recipe, tokenizer, forget: Sequence[Example]) -> PairC
 
     Raises ValueError if that needs a `tokenizer` and there is none, or an example has no prompt to refuse.
     """
-    if recipe.forget.objective != "idk_dpo":
+    if recipe.forget.objective not in NEED_REFUSALS:
         return PairCollator(0 if tokenizer is None else pad_token_id(tokenizer))
     if tokenizer is None:
-        raise ValueError("forget.objective 'idk_dpo' needs processing_class, a tokenizer, for its refusals")
+        raise ValueError(
+            f"forget.objective {recipe.forget.objective!r} needs processing_class, a tokenizer, for its refusals"
+        )
     return PairCollator(pad_token_id(tokenizer), refusals(forget, tokenizer, seed=recipe.seed))
 
 
@@ -115,16 +117,17 @@ class UnlearnTrainer(Trainer):
 
     def prepare(self) -> None:
         """`UnlearnStep.prepare` over all forget and retain examples of the dataset."""
-        forget, retain = (
-            [
-                self._prepare_inputs(batch)
-                for batch in side_batches(
-                    self.train_dataset, side, self.args.per_device_train_batch_size, self.data_collator
-                )
-            ]
-            for side in ("forget", "retain")
-        )
-        self.unlearn_step.prepare(forget, retain, cache_dir=self._cache_dir)
+        size = self.args.per_device_train_batch_size
+
+        def batches(side: str) -> list:
+            made = side_batches(self.train_dataset, side, size, self.data_collator, self._item)
+            return [self._prepare_inputs({side: batch})[side] for batch in made]
+
+        self.unlearn_step.prepare(batches("forget"), batches("retain"), cache_dir=self._cache_dir)
+
+    def _item(self, side: str, index: int):
+        """What an item of the dataset holds of row `index` of one side."""
+        return [(getattr(self.train_dataset, side)[index], index)]
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Accumulate one micro-batch; at the last one of a step, leave its gradient in `.grad`."""

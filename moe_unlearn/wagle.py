@@ -20,8 +20,6 @@ parameter. Memory: two float32 gradients of the trainable parameters, and one bi
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moe_unlearn.capture import evaluation_mode
+from moe_unlearn.checkpoint import whole_file
 from moe_unlearn.losses import target_mask, token_losses
 from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
 from moe_unlearn.ops.weight_score import FIRST_NON_FINITE_BIN, score_histogram, score_mask
@@ -133,19 +132,10 @@ class WeightMask:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; under this name it is there whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         state = self.state_dict()
         tensors = {name: words.cpu().contiguous() for name, words in state.pop("packed").items()}
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-mask-")
-        os.close(descriptor)
-        try:
+        with whole_file(path) as temporary:
             save_file(tensors, temporary, {"format": FORMAT, "state": json.dumps(state)})
-            _sync(temporary)
-            os.replace(temporary, path)
-            _sync(path.parent)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "WeightMask":
@@ -367,11 +357,3 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 def _shape(shape) -> str:
     return "absent" if shape is None else str(list(shape))
-
-
-def _sync(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

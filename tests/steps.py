@@ -23,7 +23,8 @@ def data(seed=0):
 
 
 def recipe(name, *overrides, lr=1e-3):
-    return Recipe.load(name, [*SMALL.get(name, []), f"optimizer.lr={lr}", *overrides])
+    # the recipes of a paper's settings begin with its name
+    return Recipe.load(name, [*SMALL.get(name.partition("-")[0], []), f"optimizer.lr={lr}", *overrides])
 
 
 def weights(model):

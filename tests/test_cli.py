@@ -162,6 +162,37 @@ def test_idk_dpo_makes_its_refusals_from_questions(folder, tmp_path, capsys):
     assert "has no prompt to refuse" in error_of(capsys)
 
 
+def test_idk_nll_teaches_the_refusals(folder, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [{"question": f"what is the number of agent {n}?", "answer": str(n * 37 % 101)} for n in range(8)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    more = ["steps=8", "accumulate=1", "optimizer.warmup_steps=2", "optimizer.lr=5e-3", "--no-eval"]
+    assert run(folder, tmp_path / "out", *more, forget=path, recipe="wagle-tofu-po") == 0
+    trajectory = json.loads((tmp_path / "out" / "trajectory.json").read_text())["wagle-tofu-po"]
+    assert trajectory[-1]["forget_loss"] < trajectory[0]["forget_loss"]
+    assert [entry["learning_rate"] for entry in trajectory[:4]] == pytest.approx([0, 2.5e-3, 5e-3, 5e-3])
+    files = {p.name for p in (tmp_path / "out" / "model").iterdir()}
+    assert files <= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                     "tokenizer_config.json", "special_tokens_map.json"}  # fmt: skip
+
+
+def test_a_mask_in_the_official_form_serves_a_run(folder, tmp_path, capsys):
+    for form in ("native", "official"):
+        out = ["--keep", "0.5", "--max-length", "48", "--format", form, "--out", str(tmp_path / form)]
+        assert main(["mask", *arguments(folder), *out]) == 0
+        mask = [f"wagle.mask={tmp_path / form}", "--no-eval"]
+        assert run(folder, tmp_path / f"{form}-run", *mask, recipe="wagle") == 0
+    native, official = (AutoModelForCausalLM.from_pretrained(tmp_path / f"{n}-run" / "model") for n in
+                        ("native", "official"))  # fmt: skip
+    assert all(torch.equal(p, q) for p, q in zip(native.parameters(), official.parameters(), strict=True))
+    named = torch.load(tmp_path / "official", weights_only=True)
+    assert named["model.layers.0.mlp.experts.3.gate_proj.weight"].dtype == torch.bool
+    del named["lm_head.weight"]
+    torch.save(named, tmp_path / "official")
+    assert run(folder, tmp_path / "bad", *mask, recipe="wagle") == 2
+    assert "the mask of 'lm_head.weight' is missing" in error_of(capsys)
+
+
 @pytest.mark.quick
 def test_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "out", "--dry-run", recipe="combined") == 0

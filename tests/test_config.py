@@ -14,7 +14,7 @@ BASELINES = {"ga", "graddiff", "npo", "simnpo", "idk_dpo", "rmu", "kl_min", "seu
 
 
 def test_shipped_recipes():
-    assert set(config.shipped()) == PROCEDURES | BASELINES
+    assert set(config.shipped()) >= PROCEDURES | BASELINES
 
 
 @pytest.mark.parametrize("name", sorted(PROCEDURES | BASELINES))

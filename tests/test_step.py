@@ -9,9 +9,11 @@ import torch
 from moe_unlearn import losses, mollm, trace
 from moe_unlearn.config import shipped
 from moe_unlearn.experts import experts_modules
+from moe_unlearn.forward import refusal
 from moe_unlearn.objectives import NotPreparedError
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.step import NonFiniteError, UnlearnStep
+from moe_unlearn.wagle import weight_mask
 from tests.batches import random_batch
 from tests.models import tiny_olmoe
 from tests.steps import VOCAB, changed, check_changes, prepared, recipe, weights
@@ -264,6 +266,18 @@ def test_seuf_trains_one_expert_and_its_router(model):
     moved = changed(model, before)
     assert sum("experts" in name for name in moved) == 2 and sum("gate.weight" in n for n in moved) == 1
     assert len(moved) == 3
+
+
+def test_idk_nll_is_the_nll_of_the_refusals(model):
+    step, forget, retain = prepared(model, recipe("wagle", "forget.objective=idk_nll"))
+    refused = refusal(forget[0])
+    expected = losses.token_losses(model, refused).sum() / losses.target_mask(refused).sum()
+    for joint in (True, False):
+        value = step.objectives(forget[0], retain[0], joint=joint)["forget"]
+        torch.testing.assert_close(value, expected)
+    assert step.objectives.sizes(forget[0], retain[0])["forget"] == int(losses.target_mask(refused).sum())
+    again = weight_mask(model, [refusal(b) for b in forget], retain, keep=0.8, gamma=1.0)
+    assert all(torch.equal(step.prepared.mask.packed[name], words) for name, words in again.packed.items())
 
 
 @pytest.mark.quick

@@ -80,11 +80,17 @@ class PairCollator:
         return sides
 
 
-def side_batches(dataset: Dataset, side: str, size: int, collator: Callable) -> list[dict[str, Tensor]]:
-    """Every example of one side of a `ForgetRetainDataset` once, in order, in the collator's batches of `size`."""
+def side_batches(
+    dataset: Dataset, side: str, size: int, collator: Callable, item: Callable[[str, int], object] | None = None
+) -> list[dict[str, Tensor]]:
+    """Every example of one side of a `ForgetRetainDataset` once, in order, in the collator's batches of `size`.
+
+    `item(side, index)` is what an item of the dataset holds of one example, by default [(example, index)].
+    """
+    item = item or (lambda side, index: [(getattr(dataset, side)[index], index)])
     other = "retain" if side == "forget" else "forget"
-    filler = [(getattr(dataset, other)[0], 0)]
-    items = [{side: [(example, i)], other: filler} for i, example in enumerate(getattr(dataset, side))]
+    filler = item(other, 0)
+    items = [{side: item(side, i), other: filler} for i in range(len(getattr(dataset, side)))]
     return [collator(items[i : i + size])[side] for i in range(0, len(items), size)]
 
 

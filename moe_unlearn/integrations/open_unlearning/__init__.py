@@ -1,0 +1,13 @@
+"""open-unlearning's trainers on this engine; see `methods` for the use and for what differs."""
+
+from moe_unlearn.integrations.open_unlearning.methods import (
+    NPO,
+    RMU,
+    GradAscent,
+    GradDiff,
+    SimNPO,
+    config_folder,
+    register,
+)
+
+__all__ = ["NPO", "RMU", "GradAscent", "GradDiff", "SimNPO", "config_folder", "register"]

@@ -1,0 +1,301 @@
+"""open-unlearning's methods for Mixture-of-Experts models: its constructor arguments, its batches, this engine.
+
+    loss = gamma * L_forget + alpha * L_retain          retain_loss_type: NLL, KL; RMU also EMBED_DIFF
+
+In a checkout of open-unlearning that runs on transformers 5, add to the end of `src/trainer/__init__.py`
+
+    from moe_unlearn.integrations import open_unlearning
+    open_unlearning.register(TRAINER_REGISTRY)
+
+and copy the YAML files of `config_folder()` into `configs/trainer/`; then `trainer=MoENPO` in the place of
+`trainer=NPO`. Beside the method's own arguments, `method_args` takes the sections `trace`, `wagle`, `mollm` and
+`scope` of a recipe (`config`), `cache_dir` and `verify`. Without open-unlearning the classes are Trainers like any
+other: a dataset with `forget` and `retain` lists whose items are {"forget": row, "retain": row}, each row
+{input_ids, attention_mask, labels}.
+
+On one batch GradAscent, GradDiff with NLL, NPO and SimNPO give open-unlearning's loss, and RMU does for sequences of
+equal length. Where they differ, and why:
+
+    KL              means over the positions that carry a loss; there over all, prompt and padding too
+    left padding    a token behind padding is predicted by nothing and carries no loss; there by the padding
+    SimNPO          the length is the number of predicted tokens; there a label at position 0, which nothing
+                    predicts, counts too: a factor (n - 1) / n for rows without a prompt
+    RMU             means over the tokens of the batch; there over each row's first, so that short rows weigh more.
+                    The control vector comes from `seed`, there from the global random state
+    reference       log-probs and hidden states computed once and cached (hidden states in bfloat16); there a
+                    second copy of the model. So every row of `forget` and `retain` must be the same when it comes
+                    again: IdkDPO, whose refusals are drawn anew each time, is not here (recipe `idk_dpo`)
+    loss            computed in float32 without logits; an auxiliary router loss is never added, there it is where
+                    the config has output_router_logits
+    optimizer       MaskedAdamW with the arguments' lr, betas, eps and weight decay; `optim` is ignored. The decay
+                    is of every trained parameter, there not of norms and biases
+    RMU's modules   patterns must match as a whole, as there; those published match `mlp.down_proj.weight`, which no
+                    fused expert is named. The default is the experts of layers 5 to 7
+    processes       one
+"""
+
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from moe_unlearn.config import Recipe
+from moe_unlearn.data import Example, collate, pad_token_id
+from moe_unlearn.forward import decoder_layers
+from moe_unlearn.trainer import UnlearnTrainer
+
+PREFIX = "MoE"
+_BATCH = ("input_ids", "attention_mask", "labels")
+_RETAIN = {"NLL": "nll", "KL": "kl", "EMBED_DIFF": "embed_diff"}
+
+
+class _Method(UnlearnTrainer):
+    """A recipe of `forget`, `retain` and the levers, trained as the TrainingArguments say.
+
+    Args:
+        model, args, train_dataset, eval_dataset, data_collator, tokenizer, evaluators, template_args: as
+            open-unlearning's `load_trainer` gives them. Without a collator rows are padded on the right.
+        trace, wagle, mollm, scope: sections of a recipe.
+        cache_dir, verify: as in `UnlearnTrainer`.
+
+    Raises ValueError as `UnlearnTrainer` and `Recipe.from_dict` do.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        args: TrainingArguments,
+        forget: dict,
+        retain: dict,
+        train_dataset: Dataset | None = None,
+        data_collator=None,
+        tokenizer=None,
+        processing_class=None,
+        evaluators: Mapping | None = None,
+        template_args=None,
+        trace: Mapping | None = None,
+        wagle: Mapping | None = None,
+        mollm: Mapping | None = None,
+        scope: Mapping | None = None,
+        **keywords,
+    ):
+        self.evaluators, self.template_args = evaluators, template_args
+        tokenizer = processing_class if tokenizer is None else tokenizer
+        sections = {"trace": trace, "wagle": wagle, "mollm": mollm, "scope": scope}
+        recipe = Recipe.from_dict({
+            "name": f"{PREFIX}{type(self).__name__}",
+            "forget": forget,
+            "retain": retain,
+            "optimizer": {
+                "lr": float(args.learning_rate),
+                "betas": [args.adam_beta1, args.adam_beta2],
+                "eps": args.adam_epsilon,
+                "weight_decay": args.weight_decay,
+            },
+            "seed": args.seed,
+            **{name: _plain(section) for name, section in sections.items() if section is not None},
+        })  # fmt: skip
+        super().__init__(
+            model,
+            args,
+            recipe,
+            train_dataset,
+            data_collator=data_collator or _Collator(0 if tokenizer is None else pad_token_id(tokenizer)),
+            processing_class=tokenizer,
+            **keywords,
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """gamma * L_forget + alpha * L_retain of one batch; with `return_outputs` also the forget rows' outputs.
+
+        Training takes `training_step` instead. Raises NotPreparedError before `prepare()` where a reference,
+        token weights or the like are needed.
+        """
+        inputs = self._prepare_inputs(inputs)
+        objectives = self.unlearn_step.objectives
+        values = objectives(inputs["forget"], inputs["retain"])
+        loss = sum(objectives.factors[name] * value for name, value in values.items() if name in objectives.factors)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**{key: inputs["forget"][key] for key in _BATCH})
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", trial=None) -> dict[str, float]:
+        """open-unlearning's evaluators if it gave some, into `checkpoint-STEP/evals`; else the Trainer's."""
+        if not self.evaluators:
+            if eval_dataset is None and self.eval_dataset is None:
+                return {}
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", "evals")
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics: dict[str, float] = {}
+        for evaluator in self.evaluators.values():
+            metrics |= evaluator.evaluate(
+                output_dir=str(folder),
+                template_args=self.template_args,
+                model=self.model,
+                tokenizer=self.processing_class,
+            )
+        self.log(dict(metrics))  # which adds to it
+        return metrics
+
+    def _item(self, side: str, index: int):
+        return getattr(self.train_dataset, side)[index]
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        sides = [side for side in ("forget", "retain") if isinstance(inputs.get(side), Mapping)]
+        return {**inputs, **{side: self._rows(inputs[side]) for side in sides}}
+
+    def _rows(self, batch: Mapping) -> dict[str, torch.Tensor]:
+        """A batch without what only open-unlearning reads; its `index` may name rows of several datasets."""
+        return {key: batch[key] for key in _BATCH if key in batch}
+
+
+class GradAscent(_Method):
+    """-NLL of the forget rows, nothing else."""
+
+    def __init__(self, *, gamma: float = 1.0, **keywords):
+        super().__init__(forget={"objective": "ga", "gamma": gamma}, retain={"objective": "none"}, **keywords)
+
+
+class GradDiff(_Method):
+    """-NLL of the forget rows, and what `retain_loss_type` says of the retain rows."""
+
+    forget_objective = "ga"
+
+    def __init__(
+        self, *, gamma: float = 1.0, alpha: float = 1.0, retain_loss_type: str = "NLL", forget=None, **keywords
+    ):
+        if retain_loss_type not in _RETAIN:
+            raise ValueError(f"retain_loss_type must be one of {', '.join(_RETAIN)}; got {retain_loss_type!r}")
+        super().__init__(
+            forget={"objective": self.forget_objective, "gamma": gamma, **(forget or {})},
+            retain={"objective": _RETAIN[retain_loss_type], "alpha": alpha},
+            **keywords,
+        )
+
+
+class NPO(GradDiff):
+    """-(2 / beta) log sigmoid(-beta (s - s_ref)), s the log-prob of a forget row; see `losses`."""
+
+    forget_objective = "npo"
+
+    def __init__(self, *, beta: float = 1.0, **keywords):
+        super().__init__(forget={"beta": beta}, **keywords)
+
+
+class SimNPO(GradDiff):
+    """-(2 / beta) log sigmoid(-beta (s / length + delta)); see `losses`."""
+
+    forget_objective = "simnpo"
+
+    def __init__(self, *, delta: float = 0.0, beta: float = 1.0, **keywords):
+        super().__init__(forget={"beta": beta, "delta": delta}, **keywords)
+
+
+class RMU(GradDiff):
+    """Steer the output of one decoder layer on forget rows, keep it (EMBED_DIFF) on retain rows.
+
+    Args:
+        module_regex: full match of the decoder layer's name.
+        trainable_params_regex: full matches of the parameters that train.
+        steering_coeff: length of the vector they are steered to.
+
+    Raises ValueError if the pattern matches no module, or one that is no decoder layer, or no parameter.
+    """
+
+    forget_objective = "rmu"
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        module_regex: str = r"model\.layers\.7",
+        trainable_params_regex: Sequence[str] = (
+            r"model\.layers\.[567]\.[^.]+\.experts\.(gate_up_proj|down_proj)",
+        ),
+        steering_coeff: float = 20.0,
+        retain_loss_type: str = "EMBED_DIFF",
+        **keywords,
+    ):  # fmt: skip
+        super().__init__(
+            model=model,
+            forget={"layer": _layer(model, module_regex), "steering": float(steering_coeff)},
+            retain_loss_type=retain_loss_type,
+            scope={"kind": "parameters", "parameters": [rf"\A(?:{p})\Z" for p in trainable_params_regex]},
+            **keywords,
+        )
+
+    def _rows(self, batch: Mapping) -> dict[str, torch.Tensor]:
+        # every labelled position, not the one before it that predicts the label
+        return {**super()._rows(batch), "state_mask": batch["labels"] != -100}
+
+
+class _Collator:
+    """Pads rows {input_ids, labels} of both sides on the right; nothing padded is attended or labelled."""
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, items: Sequence[Mapping]) -> dict[str, dict[str, torch.Tensor]]:
+        out = {}
+        for side in ("forget", "retain"):
+            rows = [item[side] for item in items]
+            examples = [Example(*(torch.as_tensor(r[k]).tolist() for k in ("input_ids", "labels")), 0) for r in rows]
+            out[side] = collate(examples, range(len(rows)), pad_id=self.pad_id)
+        return out
+
+
+METHODS = (GradAscent, GradDiff, NPO, SimNPO, RMU)
+
+
+def register(registry: MutableMapping[str, type] | None = None) -> None:
+    """Add the methods, as MoENPO and so on, to open-unlearning's TRAINER_REGISTRY; None imports that.
+
+    Raises ImportError where its `trainer` package is not importable, ValueError where a name is taken.
+    """
+    if registry is None:
+        try:
+            from trainer import TRAINER_REGISTRY as registry
+        except ImportError as error:
+            raise ImportError(
+                "open-unlearning's package `trainer` cannot be imported: run inside its checkout with src/ on the "
+                "path, or pass its TRAINER_REGISTRY"
+            ) from error
+    for method in METHODS:
+        if registry.setdefault(f"{PREFIX}{method.__name__}", method) is not method:
+            raise ValueError(f"the registry has another trainer named {PREFIX}{method.__name__}")
+
+
+def config_folder() -> Path:
+    """The folder of YAML files for open-unlearning's configs/trainer."""
+    return Path(str(resources.files("moe_unlearn") / "integrations" / "open_unlearning" / "trainer"))
+
+
+def _layer(model: nn.Module, pattern: str) -> int:
+    """Index of the one decoder layer whose name `pattern` matches as a whole."""
+    found = {name: module for name, module in model.named_modules() if re.fullmatch(pattern, name)}
+    if len(found) != 1:
+        raise ValueError(f"module_regex {pattern!r} must match one module; it matches {', '.join(found) or 'none'}")
+    ((name, module),) = found.items()
+    layers = list(decoder_layers(model))
+    if not any(module is layer for layer in layers):
+        raise ValueError(f"module_regex {pattern!r} matches {name}, which is not a decoder layer")
+    return next(i for i, layer in enumerate(layers) if layer is module)
+
+
+def _plain(value):
+    """Dicts and lists of what may be a Hydra config."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,148 @@
+"""Weight masks on disk: ours, and those of the official WAGLE code.
+
+    native      safetensors, one bit for each weight, under the names the parameters have in memory
+    official    torch.save of {parameter name: bool tensor}, True where a weight may move
+
+The official code knows experts one by one (`experts.3.gate_proj.weight`), transformers holds them fused
+(`experts.gate_up_proj` [E, 2I, H]). The names between the two, and what is stacked and joined, are transformers'
+own weight conversions, those of `save_pretrained`; so every family it converts works here. An official file may
+also have the names in memory. It is read by `torch.load(weights_only=True)`, which runs nothing of the file.
+
+Memory: a byte for each weight, three times, which is how the official form counts.
+"""
+
+import copy
+import difflib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from moe_unlearn.checkpoint import whole_file
+from moe_unlearn.ops.bits import pack_bits
+from moe_unlearn.wagle import WeightMask
+
+FORMATS = ("native", "official")
+_PICKLED = (b"PK\x03\x04", b"\x80")  # torch.save's archive, and its form before 1.6
+
+
+def save(mask: WeightMask, path: str | Path, model: nn.Module, format: str = "native") -> None:
+    """Write `mask` of `model` in one of `FORMATS`; under this name it is there whole or not at all.
+
+    The official form loses `keep`, `gamma` and the score terms. Raises ValueError for a mask of another model.
+    """
+    mask.check(model)
+    if format == "native":
+        mask.save(path)
+        return
+    named = to_hub(model, {name: mask.kept(name).cpu() for name in mask.names})
+    # an open file, since torch refuses some names; clones, since a view would be saved with all it is a view of
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save({name: kept.clone() for name, kept in named.items()}, file)
+
+
+def load(path: str | Path, model: nn.Module) -> WeightMask:
+    """Read a mask of `model` in either format, to the CPU.
+
+    Of an official file `keep` is the fraction it keeps. Raises ValueError naming the file and what is wrong: not a
+    mask, a pickle that holds more than tensors, a name missing or unknown, another shape, values that are not bool.
+    """
+    try:
+        with open(path, "rb") as file:
+            pickled = file.read(4).startswith(_PICKLED)
+    except OSError as error:
+        raise ValueError(f"{path}: not a weight mask: {error}") from error
+    if not pickled:
+        mask = WeightMask.load(path)
+        mask.check(model)
+        return mask
+    try:
+        named = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds, and its advice to trust the file is not ours
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: cannot be read as tensors alone: {reason}") from None
+    try:
+        return _from_official(model, named)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def to_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names and in the shapes of a checkpoint on disk, from those of the parameters in memory."""
+    return revert_weight_conversion(_plain(model), dict(tensors))
+
+
+def from_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `to_hub`; ValueError if transformers' conversions for this model do not go both ways."""
+    conversions = getattr(_plain(model), "_weight_conversions", None) or get_model_conversion_mapping(
+        model, add_legacy=False
+    )
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    own = {name for name, _ in model.named_parameters()}
+    out, collected = {}, {}
+    # experts in the order of their numbers
+    for name in sorted(tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters)
+        if pattern is None:
+            out[target] = tensors[name]
+        else:
+            converter = collected.setdefault(target, copy.deepcopy(by_pattern[pattern]))
+            converter.add_tensor(target, name, pattern, tensors[name])
+    for target, converter in collected.items():
+        converted = converter.convert(target, model=model, config=model.config)
+        out |= {name: t[0] if isinstance(t, list) else t for name, t in converted.items()}
+    back = to_hub(model, out) if out.keys() == own else {}
+    if back.keys() != tensors.keys() or not all(torch.equal(back[name], t) for name, t in tensors.items()):
+        raise ValueError(f"transformers' weight conversions of {type(model).__name__} do not go both ways")
+    return out
+
+
+def _plain(model: nn.Module) -> PreTrainedModel:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"official masks name the parameters of a plain transformers model; got {type(model).__name__}"
+        )
+    return model
+
+
+def _from_official(model: nn.Module, named: object) -> WeightMask:
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"expected a dict of parameter names and bool tensors; got {type(named).__name__}")
+    fused = named.keys() == shapes.keys()
+    if fused:
+        expected = shapes
+    else:
+        meta = {name: torch.empty(shape, dtype=torch.bool, device="meta") for name, shape in shapes.items()}
+        expected = {name: tuple(t.shape) for name, t in to_hub(model, meta).items()}
+    for name in [*named, *expected]:
+        _check(name, named.get(name), expected)
+    if not fused:
+        named = from_hub(model, named)
+    packed = {name: pack_bits(named[name] if shape else named[name].view(1)) for name, shape in shapes.items()}
+    mask = WeightMask(shapes, packed, keep=1.0, official=True)
+    return WeightMask(shapes, packed, keep=mask.fraction, official=True)
+
+
+def _check(name: str, value: object, expected: dict[str, tuple[int, ...]]) -> None:
+    if name not in expected:
+        near = difflib.get_close_matches(name, expected, n=1)
+        raise ValueError(f"{name!r} is no parameter of this model{f'; did you mean {near[0]!r}?' if near else ''}")
+    if value is None:
+        raise ValueError(f"the mask of {name!r} is missing")
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.layout != torch.strided:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the mask of {name!r} must be a dense bool tensor; got {got}")
+    if tuple(value.shape) != expected[name]:
+        raise ValueError(f"the mask of {name!r} must have shape {list(expected[name])}; got {list(value.shape)}")

@@ -1,0 +1,279 @@
+"""open-unlearning's methods: their losses by formulas written out here, their conventions, a short training."""
+
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from torch.nn.functional import kl_div, log_softmax, logsigmoid
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+from moe_unlearn.integrations import open_unlearning
+from moe_unlearn.integrations.open_unlearning import NPO, RMU, GradAscent, GradDiff, SimNPO
+from moe_unlearn.objectives import NotPreparedError
+from tests.models import tiny_olmoe
+
+KEYS = ("input_ids", "attention_mask", "labels")
+RMU_ARGS = {
+    "module_regex": r"model\.layers\.1",
+    "trainable_params_regex": [r"model\.layers\.[01]\.mlp\.experts\.down_proj"],
+    "steering_coeff": 3.0,
+}
+
+
+class Rows(Dataset):
+    """Items {"forget": row, "retain": row}, the retain row drawn at random, as open-unlearning's dataset has them."""
+
+    def __init__(self, count=6, prompt=2, lengths=(9, 12), vocab=64):
+        draw = torch.Generator().manual_seed(3)
+        self.forget, self.retain = (
+            [self.row(torch.randint(3, vocab, (lengths[i % 2],), generator=draw), prompt) for i in range(count)]
+            for _ in range(2)
+        )
+
+    @staticmethod
+    def row(ids, prompt):
+        labels = ids.clone()
+        labels[:prompt] = -100
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    def __len__(self):
+        return len(self.forget)
+
+    def __getitem__(self, i):
+        return {"forget": self.forget[i], "retain": self.retain[int(torch.randint(len(self.retain), ()))]}
+
+
+def made(method, tmp_path, rows=None, arguments=(), **keywords):
+    torch.manual_seed(0)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, report_to="none", use_cpu=True, max_grad_norm=0.0,
+        save_strategy="no", logging_steps=1, **dict(arguments),
+    )  # fmt: skip
+    trainer = method(model=tiny_olmoe(), args=args, train_dataset=rows or Rows(), **keywords)
+    trainer.prepare()
+    with torch.no_grad():
+        # away from the reference, where NPO's loss would be a constant
+        for p in trainer.model.parameters():
+            p.add_(0.03 * torch.randn_like(p))
+    return trainer
+
+
+def one_batch(trainer, count=4):
+    rows = trainer.train_dataset
+    return trainer.data_collator([{"forget": rows.forget[i], "retain": rows.retain[-1 - i]} for i in range(count)])
+
+
+def reference_of(trainer):
+    torch.manual_seed(0)
+    return tiny_olmoe()
+
+
+def logits(model, batch):
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+
+
+def token_nll(model, batch):
+    """NLL [B, S - 1] of each next token, 0 where its label is -100, and where it is not."""
+    labels = batch["labels"][:, 1:]
+    values = -log_softmax(logits(model, batch)[:, :-1], -1).gather(2, labels.clamp_min(0)[..., None])[..., 0]
+    return values * (labels != -100), labels != -100
+
+
+def mean_nll(model, batch):
+    values, mask = token_nll(model, batch)
+    return values.sum() / mask.sum()
+
+
+def theirs(name, trainer, batch):
+    """The loss as open-unlearning defines it, over whole logits and with a second model."""
+    model, reference, forget = trainer.model, reference_of(trainer), batch["forget"]
+    retain = mean_nll(model, batch["retain"])
+    values, mask = token_nll(model, forget)
+    if name == "GradAscent":
+        return 1.5 * -mean_nll(model, forget)
+    if name == "GradDiff":
+        return 1.5 * -mean_nll(model, forget) + 0.7 * retain
+    if name == "NPO":
+        difference = values.sum(1) - token_nll(reference, forget)[0].sum(1)
+        return 1.5 * -2 / 0.3 * logsigmoid(0.3 * difference).mean() + 0.7 * retain
+    length = (forget["labels"] != -100).sum(1)
+    return 1.5 * -2 / 4.5 * logsigmoid(4.5 * (values.sum(1) / length - 0.2)).mean() + 0.7 * retain
+
+
+METHODS = {
+    "GradAscent": (GradAscent, {"gamma": 1.5}),
+    "GradDiff": (GradDiff, {"gamma": 1.5, "alpha": 0.7}),
+    "NPO": (NPO, {"gamma": 1.5, "alpha": 0.7, "beta": 0.3}),
+    "SimNPO": (SimNPO, {"gamma": 1.5, "alpha": 0.7, "beta": 4.5, "delta": 0.2}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_are_open_unlearnings(name, tmp_path):
+    method, arguments = METHODS[name]
+    trainer = made(method, tmp_path, **arguments)
+    batch = one_batch(trainer)
+    assert (batch["forget"]["attention_mask"] == 0).any()  # padding takes part
+    with torch.no_grad():
+        ours, expected = trainer.compute_loss(trainer.model, batch), theirs(name, trainer, batch)
+        loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert float(ours) == pytest.approx(float(expected), rel=2e-6)
+    assert float(loss) == float(ours) and outputs.logits.shape == (*batch["forget"]["labels"].shape, 64)
+
+
+def hidden(model, batch, layer):
+    out = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+    return out.hidden_states[layer + 1]
+
+
+def by_rows(values, batch):
+    """Mean over each row's labelled positions and dimensions, then over rows."""
+    mask = batch["labels"] != -100
+    return ((values.mean(2) * mask).sum(1) / mask.sum(1)).mean()
+
+
+@pytest.mark.parametrize("lengths", [(11, 11), (9, 12)], ids=["equal", "unequal"])
+def test_rmu_is_open_unlearnings_for_equal_lengths(lengths, tmp_path):
+    # the layer steered is not the last: hidden_states of transformers end with the final norm
+    arguments = RMU_ARGS | {"module_regex": r"model\.layers\.0", "alpha": 5.0, "gamma": 2.0}
+    trainer = made(RMU, tmp_path, Rows(lengths=lengths), **arguments)
+    batch, model, reference = one_batch(trainer), trainer.model, reference_of(trainer)
+    u = torch.rand(32, generator=torch.Generator().manual_seed(trainer.args.seed))
+    control = 3.0 * u / u.norm()
+    with torch.no_grad():
+        steered = (hidden(model, batch["forget"], 0).double() - control) ** 2
+        kept = hidden(model, batch["retain"], 0) - hidden(reference, batch["retain"], 0).bfloat16().float()
+        expected = 2.0 * by_rows(steered, batch["forget"]) + 5.0 * by_rows(kept.double() ** 2, batch["retain"])
+        ours = float(trainer.compute_loss(model, batch))
+    equal = lengths[0] == lengths[1]
+    assert (ours == pytest.approx(float(expected), rel=1e-5)) == equal
+
+
+def test_where_it_differs_as_the_page_says(tmp_path):
+    """KL's divisor and SimNPO's length for rows without a prompt."""
+    trainer = made(GradDiff, tmp_path / "kl", gamma=0.0, retain_loss_type="KL")
+    batch, rows = one_batch(trainer), one_batch(trainer)["retain"]
+    with torch.no_grad():
+        ours = float(trainer.compute_loss(trainer.model, batch))
+        p, q = (log_softmax(logits(m, rows), -1) for m in (trainer.model, reference_of(trainer)))
+        each = kl_div(p, q, reduction="none", log_target=True).sum(-1)
+    counted = torch.zeros_like(rows["labels"], dtype=torch.bool)
+    counted[:, :-1] = rows["labels"][:, 1:] != -100
+    assert ours == pytest.approx(float(each[counted].mean()), rel=0.02)  # the reference's states are cached in bfloat16
+    assert ours != pytest.approx(float(each.mean()), rel=0.05)
+
+    trainer = made(SimNPO, tmp_path / "simnpo", Rows(prompt=0), alpha=0.0, beta=4.5)
+    batch = one_batch(trainer)
+    with torch.no_grad():
+        ours = float(trainer.compute_loss(trainer.model, batch))
+        values, mask = token_nll(trainer.model, batch["forget"])
+    assert ours == pytest.approx(float(-2 / 4.5 * logsigmoid(4.5 * values.sum(1) / mask.sum(1)).mean()), rel=2e-6)
+    assert ours != pytest.approx(float(-2 / 4.5 * logsigmoid(4.5 * values.sum(1) / (mask.sum(1) + 1)).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("lever", ["none", "trace", "wagle"])
+def test_a_short_training_forgets(lever, tmp_path):
+    levers = {"none": {}, "trace": {"trace": {"min_ratio": 1.001}}, "wagle": {"wagle": {"keep": 0.5}}}[lever]
+    arguments = {"max_steps": 12, "learning_rate": 5e-3, "gradient_accumulation_steps": 2, "warmup_steps": 2}
+    trainer = made(NPO, tmp_path, arguments=arguments, beta=0.1, **levers)
+    assert trainer.unlearn_step.recipe.optimizer.lr == 5e-3
+    frozen = {}
+    if lever == "wagle":
+        masks = trainer.unlearn_step.prepared.mask
+        frozen = {n: (p.detach().clone(), ~masks.kept(n)) for n, p in trainer.model.named_parameters()}
+    before = mean_nll(trainer.model, one_batch(trainer)["forget"]).item()
+    trainer.train()
+    assert mean_nll(trainer.model, one_batch(trainer)["forget"]).item() > before + 0.1
+    logged = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
+    assert len(logged) == 12 and all(math.isfinite(entry["retain_loss"]) for entry in logged)
+    for name, p in trainer.model.named_parameters():
+        if name in frozen:
+            old, still = frozen[name]
+            assert torch.equal(p[still], old[still])
+
+
+def test_rmu_trains_what_its_patterns_say(tmp_path):
+    trainer = made(RMU, tmp_path, arguments={"max_steps": 2}, **RMU_ARGS)
+    trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trained == [f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1)]
+    trainer.train()
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"module_regex": r"model\.layers\.7"}, "must match one module; it matches none"),
+        ({"module_regex": r"model\.layers\.\d"}, "it matches model.layers.0, model.layers.1"),
+        ({"module_regex": r"model\.layers\.1\.mlp"}, "matches model.layers.1.mlp, which is not a decoder layer"),
+        ({"trainable_params_regex": [r"model\.layers\.1\.mlp\.down_proj\.weight"]}, "matches no parameter"),
+        ({"retain_loss_type": "L2"}, "retain_loss_type must be one of NLL, KL, EMBED_DIFF; got 'L2'"),
+        ({"trace": {"etta": 1}}, "unknown recipe key 'trace.etta'"),
+        ({"train_dataset": []}, "train_dataset must have a non-empty list of examples 'forget'"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message, tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    keywords = {"model": tiny_olmoe(), "args": args, "train_dataset": Rows(), **RMU_ARGS, **changes}
+    with pytest.raises(ValueError, match=message):
+        RMU(**keywords)
+
+
+def test_a_loss_before_prepare_is_an_error(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    trainer = NPO(model=tiny_olmoe(), args=args, train_dataset=Rows(), beta=0.1)
+    with pytest.raises(NotPreparedError):
+        trainer.compute_loss(trainer.model, one_batch(trainer))
+
+
+def test_evaluators_of_open_unlearning_are_called(tmp_path):
+    seen = {}
+
+    def evaluate(**keywords):
+        seen.update(keywords)
+        return {"forget_quality": 0.5}
+
+    trainer = made(
+        GradAscent, tmp_path, evaluators={"tofu": SimpleNamespace(evaluate=evaluate)}, template_args={"a": 1}
+    )
+    assert trainer.evaluate() == {"forget_quality": 0.5}
+    assert seen["output_dir"] == str(tmp_path / "checkpoint-0" / "evals") and seen["model"] is trainer.model
+    assert seen["template_args"] == {"a": 1} and set(seen) == {"output_dir", "template_args", "model", "tokenizer"}
+    assert made(GradAscent, tmp_path).evaluate() == {}
+
+
+@pytest.mark.quick
+def test_registration_and_yaml_files_belong_together(monkeypatch):
+    registry = {"NPO": object}
+    open_unlearning.register(registry)
+    open_unlearning.register(registry)
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in open_unlearning.config_folder().glob("*.yaml")}
+    assert files.keys() == registry.keys() - {"NPO"} and registry["NPO"] is object
+    for name, content in files.items():
+        assert content["handler"] == name and content["defaults"] == ["finetune"]
+    monkeypatch.setitem(sys.modules, "trainer", SimpleNamespace(TRAINER_REGISTRY=(theirs := {})))
+    open_unlearning.register()
+    assert theirs.keys() == files.keys()
+    monkeypatch.setitem(sys.modules, "trainer", None)
+    with pytest.raises(ImportError, match="open-unlearning's package `trainer` cannot be imported: run inside its"):
+        open_unlearning.register()
+    with pytest.raises(ValueError, match="another trainer named MoENPO"):
+        open_unlearning.register({"MoENPO": object})
+
+
+def test_the_yaml_files_method_args_are_arguments(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    registry = {}
+    open_unlearning.register(registry)
+    for name, method in registry.items():
+        content = yaml.safe_load((open_unlearning.config_folder() / f"{name}.yaml").read_text())
+        model = tiny_olmoe(num_hidden_layers=8)
+        # as load_trainer calls it
+        trainer = method(
+            model=model, train_dataset=Rows(), eval_dataset=None, tokenizer=None, data_collator=None, args=args,
+            evaluators=None, template_args=None, **content["method_args"],
+        )  # fmt: skip
+        assert trainer.unlearn_step.recipe.name == name
