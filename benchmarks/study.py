@@ -32,15 +32,15 @@ RESULTS = Path(__file__).parent / "results" / "study"
 
 #: recipe, learning rate and what else tiny models need; chosen on seed 0, which is not reported
 BASELINES = {
-    "GradDiff": ("graddiff", "optimizer.lr=1e-4"),
-    "NPO": ("npo", "optimizer.lr=1e-4", "forget.beta=0.02"),
+    "GradDiff": ("graddiff", "optimizer.lr=1e-4", "retain.alpha=3.0"),
+    "NPO": ("npo", "optimizer.lr=1e-4", "forget.beta=0.02", "retain.alpha=20.0"),
     "SimNPO": ("simnpo", "optimizer.lr=1e-4", "forget.beta=1.0", "forget.gamma=1.0"),
-    "KL-min": ("kl_min", "optimizer.lr=1e-4"),
+    "KL-min": ("kl_min", "optimizer.lr=1e-4", "retain.alpha=3.0"),
     "RMU": (
-        "rmu", "optimizer.lr=1e-3", "forget.layer=1", "forget.steering=20.0",
+        "rmu", "optimizer.lr=1e-3", "retain.alpha=5.0", "forget.layer=1", "forget.steering=20.0",
         r"scope.parameters=['layers\.[01]\..*experts\.down_proj']",
     ),
-    "SEUF": ("seuf", "optimizer.lr=3e-3"),
+    "SEUF": ("seuf", "optimizer.lr=1e-3"),
     "UCE": ("graddiff", "optimizer.lr=1e-4", "forget.objective=uce"),
 }  # fmt: skip
 TRACE = ("trace.eta=0.5", "trace.cap=10.0", "trace.per_layer=2", "trace.min_ratio=1.5", "trace.allow_empty=true")
@@ -74,28 +74,28 @@ class Scale:
     check_every: int
 
 
-_SMALL = Settings(forget=24, retain=160, holdout=40, max_length=48, top_k=2)
-_WHOLE = Settings(top_k=2)
+# one size for both scales: what --small has made, the whole study does not make again
+_SIZE = Settings(forget=24, retain=160, holdout=40, max_length=48, top_k=2)
 SCALES = {
     "small": Scale(
-        settings=_SMALL, corpora=("builtin:devil", "builtin:pydoc"), seeds=(1, 2), axis={
-            "K 1": ("builtin:devil", replace(_SMALL, top_k=1)),
-            "K 2": ("builtin:devil", _SMALL),
+        settings=_SIZE, corpora=("builtin:devil",), seeds=(1, 2, 3), axis={
+            "K 2": ("builtin:devil", _SIZE),
+            "far apart": ("builtin:devil+pydoc", _SIZE),
         },
-        axis_seeds=(1, 2), axis_baselines=("GradDiff",), ablations=("builtin:devil",), max_steps=60, check_every=3,
+        axis_seeds=(1, 2), axis_baselines=("SimNPO",), ablations=("builtin:devil",), max_steps=60, check_every=3,
     ),
     "whole": Scale(
-        settings=_WHOLE, corpora=("builtin:devil", "builtin:pydoc"), seeds=(1, 2, 3, 4, 5), axis={
-            "K 1": ("builtin:devil", replace(_WHOLE, top_k=1)),
-            "K 2": ("builtin:devil", _WHOLE),
-            "K 4": ("builtin:devil", replace(_WHOLE, top_k=4)),
-            "64 experts": ("builtin:devil", replace(_WHOLE, experts=64)),
-            "twice as long": ("builtin:devil", replace(_WHOLE, epochs=80)),
-            "far apart": ("builtin:devil+pydoc", _WHOLE),
-            "one manual": ("builtin:pydoc", _WHOLE),
+        settings=_SIZE, corpora=("builtin:devil", "builtin:pydoc"), seeds=(1, 2, 3, 4, 5), axis={
+            "K 1": ("builtin:devil", replace(_SIZE, top_k=1)),
+            "K 2": ("builtin:devil", _SIZE),
+            "K 4": ("builtin:devil", replace(_SIZE, top_k=4)),
+            "64 experts": ("builtin:devil", replace(_SIZE, experts=64)),
+            "twice as long": ("builtin:devil", replace(_SIZE, epochs=80)),
+            "far apart": ("builtin:devil+pydoc", _SIZE),
+            "one manual": ("builtin:pydoc", _SIZE),
         },
-        axis_seeds=(1, 2, 3, 4, 5), axis_baselines=("GradDiff", "NPO"),
-        ablations=("builtin:devil", "builtin:pydoc"), max_steps=150, check_every=3,
+        axis_seeds=(1, 2, 3, 4, 5), axis_baselines=("SimNPO", "GradDiff"),
+        ablations=("builtin:devil", "builtin:pydoc"), max_steps=60, check_every=3,
     ),
 }  # fmt: skip
 #: settings of TRACE that are tried where it should help most
@@ -143,7 +143,7 @@ def _axis(scale: Scale) -> Iterator[Entry]:
 
 
 def _ablations(scale: Scale) -> Iterator[Entry]:
-    for corpus, seed in itertools.product(scale.ablations, scale.seeds):
+    for corpus, seed in itertools.product(scale.ablations, scale.axis_seeds):
 
         def entry(baseline, variant, overrides=(), corpus=corpus, seed=seed, **options):
             # TRACE where it should help most: the retain documents seen seldom touch what is critical
@@ -188,31 +188,60 @@ def execute(folder: Path, spec: Spec) -> float:
 
 
 def make(folder: Path, specs: list[Spec], jobs: int, log: Callable[[str], None] = print) -> list[str]:
-    """Make what is missing of `specs`, in `jobs` processes of one thread; what failed, a line each."""
-    failed: list[str] = []
-    models = list(dict.fromkeys(spec.models for spec in specs))
-    for stage in (models, list(dict.fromkeys(specs))):
-        pending = [spec for spec in stage if load(folder, spec) is None]
-        if not pending:
-            continue
-        start = time.perf_counter()
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
-            futures = {pool.submit(execute, folder, spec): spec for spec in pending}
-            for done, future in enumerate(as_completed(futures), 1):
-                spec = futures[future]
-                outcome = f"{future.result():.0f} s" if future.exception() is None else f"FAILED: {future.exception()}"
-                line = f"{part(folder, spec).stem} {spec.overrides} {spec.control}: {outcome}"
-                if future.exception() is not None:
-                    failed.append(line)
-                minutes = (time.perf_counter() - start) / 60
-                log(f"[{done}/{len(pending)}, {minutes:.1f} min] {line}")
+    """Make what is missing of `specs`, seed by seed, each in one thread; what failed, a line each."""
+    stages = []
+    for seed in dict.fromkeys(spec.seed for spec in specs):
+        runs = list(dict.fromkeys(spec for spec in specs if spec.seed == seed))
+        stages += [list(dict.fromkeys(spec.models for spec in runs)), runs]
+    stages = [[spec for spec in stage if load(folder, spec) is None] for stage in stages]
+    total, done, failed, start = sum(map(len, stages)), 0, [], time.perf_counter()
+    with _Pool(jobs) as pool:
+        for stage in stages:
+            for spec, outcome in pool.outcomes(folder, stage):
+                done += 1
+                line = f"{part(folder, spec).stem} {' '.join(spec.overrides)} {spec.control}: {outcome}"
+                if isinstance(outcome, Exception):
+                    failed.append(f"FAILED {line}")
+                log(f"[{done}/{total}, {(time.perf_counter() - start) / 60:.1f} min] {line}")
     return failed
+
+
+class _Pool:
+    """Processes of one thread each; with one job, this process."""
+
+    def __init__(self, jobs: int):
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) if jobs > 1 else None
+
+    def __enter__(self) -> "_Pool":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def outcomes(self, folder: Path, specs: list[Spec]) -> Iterator[tuple[Spec, str | Exception]]:
+        """Each spec as it ends, with its processor time or what went wrong: one failure stops no other run."""
+        if self._pool is None:
+            torch.set_num_threads(1)
+            for spec in specs:
+                yield spec, _outcome(lambda spec=spec: execute(folder, spec))
+            return
+        futures = {self._pool.submit(execute, folder, spec): spec for spec in specs}
+        for future in as_completed(futures):
+            yield futures[future], _outcome(future.result)
+
+
+def _outcome(result: Callable[[], float]) -> str | Exception:
+    try:
+        return f"{result():.0f} s"
+    except Exception as error:
+        return error
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.partition("\n")[0])
-    parser.add_argument("--small", action="store_true", help="fewer seeds and smaller models")
+    parser.add_argument("--small", action="store_true", help="one corpus and fewer seeds")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--parts", type=Path, help="folder of the results of single runs (default: OUT/parts)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")

@@ -174,9 +174,7 @@ def expert_gradients(model: nn.Module, batches: list[dict], weights: Tensor | No
 def _unlearn(spec: Spec, made: Experiment, models: dict) -> dict:
     """The run itself: what was reached when, utility there, and what the levers did."""
     recipe = replace(Recipe.load(spec.recipe, [*_whole_batches(made), *spec.overrides]), seed=spec.seed)
-    level = models["models"]["retrain"]["verbmem_f"]
-    reference = models["models"]["retrain"]["minkauc"]
-    critical = _table(models["selected"], spec.settings)
+    watch = _Watch(made, models)
     torch.manual_seed(spec.seed)
     model = made.fresh_target()
     step = UnlearnStep(model, recipe)
@@ -184,46 +182,80 @@ def _unlearn(spec: Spec, made: Experiment, models: dict) -> dict:
     pairs = data.ForgetRetainDataset(
         made.forget, made.retain_unlearn, seed=spec.seed, retain_per_forget=recipe.retain_per_forget
     )
-    matched: dict[str, dict | None] = {"near": None, "retrain": None}
-    levels = {"near": level + NEAR, "retrain": level}
-    trajectory = [{"step": 0, "verbmem_f": models["models"]["target"]["verbmem_f"]}]
-    with control(spec, step, retain):
+    with control(spec):
         step.prepare(data.batches(made.forget, BATCH), retain)
-        _after_preparation(spec, step, retain)
-        previous = _copy(model)
+        _change_weights(spec, step, retain)
+        watch.previous = _copy(model)
         for i in range(1, spec.max_steps + 1):
-            values = step(*_pair(pairs, i - 1, recipe.batch_size))
-            if i % spec.check_every and i < spec.max_steps:
-                continue
-            model.eval()
-            before, now = trajectory[-1]["verbmem_f"], metrics.verbmem(model, made.tokenizer, made.forget)
-            trajectory.append({"step": i, "verbmem_f": now} | {k: v for k, v in values.items() if k.endswith("_loss")})
-            crossed = [name for name in levels if matched[name] is None and now <= levels[name]]
-            if crossed:
-                here, there = (_measured(model, made, critical, reference, s) for s in (previous, None))
-                for name in crossed:
-                    share = 1.0 if before <= now else min(1.0, (before - levels[name]) / (before - now))
-                    matched[name] = {k: (1 - share) * here[k] + share * there[k] for k in there}
-                    matched[name]["step"] = (1 - share) * trajectory[-2]["step"] + share * i
-            if matched["retrain"] is not None:
+            step(*_pair(pairs, i - 1, recipe.batch_size))
+            if (i % spec.check_every == 0 or i == spec.max_steps) and watch.check(model, i):
                 break
-            previous = _copy(model)
-    calibration, tokens = step.prepared.calibration, sum(int(losses.target_mask(b).sum()) for b in retain)
-    out = {"matched": matched, "trajectory": trajectory, "end": _measured(model, made, critical, reference, None)}
-    if calibration is not None:
-        chosen = step.prepared.selected if recipe.scope.kind != "seuf" else calibration.tilt != 0
-        f, r = (step.prepared.frequencies[side].frequency for side in ("forget", "retain"))
-        out["trace"] = {
-            "selected": int(chosen.sum()),
-            "ratio": float((f[chosen] / r[chosen].clamp_min(1e-9)).mean()),
-            "ess": calibration.ess / tokens,
-            "largest_weight": calibration.largest_weight,
-        }
-    if step.prepared.mask is not None:
-        out["kept"] = step.prepared.mask.fraction
     step.close()
-    out |= _gradient_norms(model, retain, critical, step.prepared)
-    return out
+    return {
+        "matched": watch.matched,
+        "trajectory": watch.trajectory,
+        "end": watch.end or watch.measure(model),
+        **_levers(step, retain),
+        **_gradient_norms(model, retain, watch.critical, step.prepared),
+    }
+
+
+class _Watch:
+    """Looks at a model every few steps, and measures it where its VerbMem crosses a level."""
+
+    def __init__(self, made: Experiment, models: dict):
+        target, retrain = (models["models"][name] for name in ("target", "retrain"))
+        self.made, self.auc = made, retrain["minkauc"]
+        self.critical = _table(models["selected"], made.settings)
+        self.levels = {"near": retrain["verbmem_f"] + NEAR, "retrain": retrain["verbmem_f"]}
+        self.matched: dict[str, dict | None] = dict.fromkeys(self.levels)
+        self.trajectory = [{"step": 0, "verbmem_f": target["verbmem_f"]}]
+        self.previous: dict[str, Tensor] = {}  # weights at the check before
+        self.end: dict | None = None
+
+    def check(self, model: nn.Module, i: int) -> bool:
+        """Look at step i; whether the run is over."""
+        model.eval()
+        last, now = self.trajectory[-1], metrics.verbmem(model, self.made.tokenizer, self.made.forget)
+        self.trajectory.append({"step": i, "verbmem_f": now})
+        crossed = [name for name, level in self.levels.items() if self.matched[name] is None and now <= level]
+        if crossed:
+            there, current = self.measure(model) | {"step": i}, _copy(model)
+            model.load_state_dict(self.previous)
+            here = self.measure(model) | {"step": last["step"]}
+            model.load_state_dict(current)
+            for name in crossed:
+                share = (last["verbmem_f"] - self.levels[name]) / (last["verbmem_f"] - now)
+                self.matched[name] = {k: (1 - share) * here[k] + share * there[k] for k in there}
+            self.end = there
+        else:
+            self.end = None
+        self.previous = _copy(model)
+        return self.matched["retrain"] is not None
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        values = measure(model, self.made, self.critical)
+        return values | {"privleak": metrics.privleak(values["minkauc"], self.auc)}
+
+
+def _levers(step: UnlearnStep, retain: list[dict]) -> dict:
+    """What TRACE chose and what its weights cost; what WAGLE kept."""
+    prepared, found = step.prepared, {}
+    if prepared.calibration is not None:
+        # SEUF selects too, and later
+        chosen = prepared.calibration.tilt != 0 if step.recipe.scope.kind == "seuf" else prepared.selected
+        f, r = (prepared.frequencies[side].frequency[chosen] for side in ("forget", "retain"))
+        found["trace"] = {
+            "selected": int(chosen.sum()),
+            "ratio": float((f / r.clamp_min(1e-9)).mean()),
+            "ess": prepared.calibration.ess / sum(int(losses.target_mask(batch).sum()) for batch in retain),
+            "largest_weight": prepared.calibration.largest_weight,
+        }
+    elif step.recipe.trace is not None:
+        found["trace"] = None  # no expert qualified: a run without TRACE
+    if prepared.mask is not None:
+        found["kept"] = prepared.mask.fraction
+    return found
 
 
 def _gradient_norms(model, retain, critical, prepared) -> dict:
@@ -243,8 +275,8 @@ def _gradient_norms(model, retain, critical, prepared) -> dict:
 
 
 @contextlib.contextmanager
-def control(spec: Spec, step: UnlearnStep, retain: list[dict]) -> Iterator[None]:
-    """Replace the decision an ablation is about while a step is prepared and run."""
+def control(spec: Spec) -> Iterator[None]:
+    """Replace the decision an ablation is about while a step is prepared and run; ValueError for an unknown one."""
     if spec.control and spec.control not in CONTROLS:
         raise ValueError(f"unknown control {spec.control!r}; expected one of {', '.join(CONTROLS)}")
     draw = data.generator(spec.seed, 1)
@@ -275,7 +307,7 @@ def control(spec: Spec, step: UnlearnStep, retain: list[dict]) -> Iterator[None]
         yield
 
 
-def _after_preparation(spec: Spec, step: UnlearnStep, retain: list[dict]) -> None:
+def _change_weights(spec: Spec, step: UnlearnStep, retain: list[dict]) -> None:
     """The two controls that change token weights: none, or their places, within the same distribution."""
     cache = step.prepared.token_weights
     if spec.control not in ("shuffled-tokens", "sequence-weights") or cache is None:
@@ -292,19 +324,6 @@ def _after_preparation(spec: Spec, step: UnlearnStep, retain: list[dict]) -> Non
         ]
     for batch, values in zip(retain, weights, strict=True):
         cache.put(batch, values)
-
-
-def _measured(model, made, critical, reference, state) -> dict[str, float]:
-    """`measure` of the model as it is, or as it was in `state`."""
-    current = None
-    if state is not None:
-        current = _copy(model)
-        model.load_state_dict(state)
-    values = measure(model, made, critical)
-    values["privleak"] = metrics.privleak(values["minkauc"], reference)
-    if current is not None:
-        model.load_state_dict(current)
-    return values
 
 
 def _whole_batches(made: Experiment) -> list[str]:

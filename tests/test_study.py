@@ -113,9 +113,9 @@ def test_expert_gradients_equal_autograd_on_one_batch_and_follow_the_weights(mad
 def prepared(made, spec):
     recipe = Recipe.load(spec.recipe, spec.overrides)
     step, retain = UnlearnStep(made.fresh_target(), recipe), data.batches(made.retain_unlearn, 8)
-    with study_run.control(spec, step, retain):
+    with study_run.control(spec):
         step.prepare(data.batches(made.forget, 8), retain)
-        study_run._after_preparation(spec, step, retain)
+        study_run._change_weights(spec, step, retain)
     weights = [step.prepared.token_weights.get(b) for b in retain] if step.prepared.token_weights else []
     return step.prepared, weights, [losses.target_mask(b) for b in retain]
 
@@ -154,7 +154,7 @@ def test_equal_lambda_is_equal_and_only_inside(made):
     found = {}
     for name in ("equal-lambda", ""):
         step = UnlearnStep(made.fresh_target(), Recipe.load(spec.recipe, spec.overrides))
-        with study_run.control(replace(spec, control=name), step, []):
+        with study_run.control(replace(spec, control=name)):
             forget, retain = data.batches(made.forget, 8), data.batches(made.retain_unlearn, 8)
             step.prepare(forget, retain)
             found[name] = step(forget[0], retain[0])
@@ -194,10 +194,28 @@ def test_what_is_there_is_not_made_again_and_half_a_part_is(parts, monkeypatch):
     study.part(parts, replace(SPEC, seed=9)).unlink()
 
 
+def test_one_failed_run_is_named_and_stops_no_other(tmp_path, monkeypatch):
+    def fails(spec, models):
+        if spec.control:
+            raise RuntimeError("no such thing")
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(study, "run", fails)
+    lines = []
+    specs = [replace(SPEC, control="x"), SPEC, replace(SPEC, seed=4)]
+    (failure,) = study.make(tmp_path, specs, 1, lines.append)
+    assert failure.startswith("FAILED pydoc-seed3-graddiff") and failure.endswith("x: no such thing")
+    assert len(lines) == 5 and all(study.load(tmp_path, s) for s in (SPEC, SPEC.models, specs[2]))
+
+
 def test_intervals_are_students_and_paired():
     found = study_report.paired([1.0, 2.0, 3.0])
     assert found == {"mean": 2.0, "half": pytest.approx(4.302652729911275 / math.sqrt(3)), "n": 3}
-    assert study_report.paired([5.0])["half"] is None and study_report.paired([]) == {"mean": None, "half": None, "n": 0}
+    assert study_report.paired([5.0])["half"] is None and study_report.paired([]) == {
+        "mean": None,
+        "half": None,
+        "n": 0,
+    }
 
 
 def test_the_report_counts_what_did_not_reach_and_pairs_by_seed(parts, tmp_path):
