@@ -6,7 +6,8 @@
     python -m benchmarks.study --list [--small]     every run and whether it is done
 
 Every result is a small JSON of its own, named by a digest of what it is the result of (`study_run.Spec`): runs that
-two parts of the study share are made once. Trained models are kept in the cache of `moe_unlearn.experiment`.
+two parts of the study share are made once, and those of --small count for the whole. They are kept in the folder
+`study` beside the trained models, see `moe_unlearn.experiment.cache_folder`.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.study_run import Spec, run
-from moe_unlearn.experiment import Settings
+from moe_unlearn.experiment import Settings, cache_folder
 
 RESULTS = Path(__file__).parent / "results" / "study"
 
@@ -243,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="one corpus and fewer seeds")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--parts", type=Path, help="folder of the results of single runs (default: OUT/parts)")
+    parser.add_argument("--parts", type=Path, help="folder of the results of single runs (default: in the cache)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
     parser.add_argument("--only", default="", help="regular expression over 'group case baseline variant seed'")
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
@@ -251,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     name = "small" if given.small else "whole"
     out = given.out / name
-    parts = given.parts or out / "parts"
+    parts = given.parts or cache_folder() / "study"
     chosen = [
         e for e in entries(SCALES[name])
         if re.search(given.only, f"{e.group} {e.case} {e.baseline} {e.variant} {e.spec.seed}")

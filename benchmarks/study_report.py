@@ -96,7 +96,7 @@ def write(out: Path, entries: list[Entry], parts: Path, name: str) -> str:
         "unlearning never saw. ± is a 95 % t interval over seeds, of paired differences to the plain baseline; "
         f"\"at +{NEAR}\" compares so far above that level, on the way there.", "",
     ]  # fmt: skip
-    data = {"command": command, "runs": found.there, "of": found.wanted, "stamp": stamp.stamp()}
+    data = {"command": command, "runs": found.there, "of": found.wanted, "made_with": _made_with()}
     for title, section in (("main", _main), ("mismatch", _mismatch), ("ablation", _ablation)):
         text, data[title] = section(found)
         lines += text
@@ -109,6 +109,12 @@ def write(out: Path, entries: list[Entry], parts: Path, name: str) -> str:
             figure.savefig(out / file, dpi=160)
             pyplot.close(figure)
     return text
+
+
+def _made_with() -> dict:
+    """Versions, commit and processor; not a stamp, which a change of kernels would make stale."""
+    keep = ("python", "versions", "commit", "uncommitted_changes")
+    return {key: value for key, value in stamp.stamp().items() if key in keep} | {"device": "cpu"}
 
 
 def _main(found: Found) -> tuple[list[str], list[dict]]:
@@ -175,60 +181,56 @@ def _row(row: dict) -> str:
 def _mismatch(found: Found) -> tuple[list[str], list[dict]]:
     """TRACE against plain, seed by seed, with what was measured of its premise."""
     rows, lines = [], []
-    for case in found.cases("mismatch"):
-        for baseline in dict.fromkeys(b for b, _ in found.keys("mismatch", case)):
-            key, base = (("mismatch", case, baseline, v) for v in ("TRACE", "plain"))
-            for seed, result in found.cells.get(key, {}).items():
-                if result.get("trace") is None:  # no expert qualified
-                    continue
-                row = {"case": case, "baseline": baseline, "seed": seed, **result["trace"]}
-                for level in ("near", LEVEL):
-                    for metric in UTILITIES:
-                        ours, theirs = found.at(key, metric, level), found.at(base, metric, level)
-                        if seed in ours and seed in theirs:
-                            row[f"{metric} {level}"] = [theirs[seed], ours[seed]]
-                row["gradients"] = result.get("retain_gradient")
-                row["target"] = found.models["mismatch", case][seed].get("retain_gradient")
-                models = found.models["mismatch", case][seed]
-                row["forget_gradient"] = (
-                    {
-                        "critical": statistics.fmean(models["forget_gradient"]),
-                        "others": models["forget_gradient_others"],
-                    }
-                    if models["forget_gradient"]
-                    else None
-                )
-                rows.append(row)
-    if rows:
+    if found.cases("mismatch"):
         lines = [
             "## Mismatch: what TRACE changes", "",
-            "Differences TRACE - plain. f^F/f^R is the mean over the experts selected, ESS the effective sample size "
-            "of the token weights over the number of tokens; \"seldom\": unlearning sees the retain documents that "
-            "use the forget-critical experts least. Gradient norms are those of one expert of the unchanged model: "
-            "retain over forget, in critical experts / in others, and the factor TRACE's weights put on the retain "
-            "gradient of critical experts. Seeds: those in which an expert qualified, of all.", "",
+            "Differences TRACE - plain. Seeds: those in which an expert qualified, of all. f^F/f^R is the mean over "
+            "the experts selected, ESS the effective sample size of the token weights over the number of tokens; "
+            "\"seldom\": unlearning sees the retain documents that use the forget-critical experts least. Gradient "
+            "norms are those of one expert of the unchanged model: retain over forget, in critical experts / in "
+            "others, and the factor TRACE's weights put on the retain gradient of critical experts.", "",
             "| case | baseline | seeds | selected | f^F/f^R | ESS | retain / forget gradient | factor | Δ VerbMem | "
             "Δ VerbMem at +0.1 | Δ NLL | Δ NLL critical tokens |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
-    for case, baseline in dict.fromkeys((r["case"], r["baseline"]) for r in rows):
-        own = [r for r in rows if (r["case"], r["baseline"]) == (case, baseline)]
-        means = [statistics.fmean(r[k] for r in own) for k in ("selected", "ratio", "ess")]
-        shown = ("verbmem_r " + LEVEL, "verbmem_r near", "nll_r " + LEVEL, "nll_c " + LEVEL)
-        deltas = [paired(r[m][1] - r[m][0] for r in own if m in r) for m in shown]
-        known = [r for r in own if r["target"] and r["forget_gradient"]]
-        shares = {
-            kind: paired(r["target"]["uniform"][kind] / r["forget_gradient"][kind] for r in known)
-            for kind in ("critical", "others")
-        }
-        factor = paired(r["target"]["weighted"]["critical"] / r["target"]["uniform"]["critical"] for r in known)
-        all_seeds = len(found.cells["mismatch", case, baseline, "TRACE"])
-        lines.append(
-            f"| {case} | {baseline} | {len(own)}/{all_seeds} | {means[0]:.1f} | {means[1]:.2f} | {means[2]:.2f} | "
-            f"{_mean(shares['critical'], 2)} / {_mean(shares['others'], 2)} | {_mean(factor, 2)} | "
-            + " | ".join(map(_interval, deltas)) + " |"
-        )  # fmt: skip
+    for case in found.cases("mismatch"):
+        for baseline in dict.fromkeys(b for b, _ in found.keys("mismatch", case)):
+            results = found.cells.get(("mismatch", case, baseline, "TRACE"), {})
+            own = [_mismatch_row(found, case, baseline, seed) for seed in results if results[seed]["trace"]]
+            selected, ratio, ess = (paired(r[k] for r in own) for k in ("selected", "ratio", "ess"))
+            known = [(r["target"], r["forget_gradient"]) for r in own if r["forget_gradient"]]
+            critical, others = (
+                paired(retain["uniform"][kind] / forget[kind] for retain, forget in known)
+                for kind in ("critical", "others")
+            )
+            factor = paired(g["weighted"]["critical"] / g["uniform"]["critical"] for g, _ in known)
+            cells = [
+                case, baseline, f"{len(own)}/{len(results)}", _mean(selected, 1), _mean(ratio, 2), _mean(ess, 2),
+                f"{_mean(critical, 2)} / {_mean(others, 2)}", _mean(factor, 2),
+            ]  # fmt: skip
+            for metric in ("verbmem_r " + LEVEL, "verbmem_r near", "nll_r " + LEVEL, "nll_c " + LEVEL):
+                cells.append(_interval(paired(r[metric][1] - r[metric][0] for r in own if metric in r)))
+            lines.append("| " + " | ".join(cells) + " |")
+            rows += own
     return [*lines, ""], rows
+
+
+def _mismatch_row(found: Found, case: str, baseline: str, seed: int) -> dict:
+    """One seed: [plain, TRACE] for each metric and level, mismatch, gradient norms."""
+    key, base = (("mismatch", case, baseline, variant) for variant in ("TRACE", "plain"))
+    result, models = found.cells[key][seed], found.models["mismatch", case][seed]
+    row = {"case": case, "baseline": baseline, "seed": seed, **result["trace"]}
+    for level in ("near", LEVEL):
+        for metric in UTILITIES:
+            ours, theirs = found.at(key, metric, level), found.at(base, metric, level)
+            if seed in ours and seed in theirs:
+                row[f"{metric} {level}"] = [theirs[seed], ours[seed]]
+    row |= {"gradients": result.get("retain_gradient"), "target": models.get("retain_gradient")}
+    row["forget_gradient"] = None
+    if models["forget_gradient"]:
+        mean = statistics.fmean(models["forget_gradient"])
+        row["forget_gradient"] = {"critical": mean, "others": models["forget_gradient_others"]}
+    return row
 
 
 def _ablation(found: Found) -> tuple[list[str], list[dict]]:

@@ -242,6 +242,29 @@ def test_the_report_counts_what_did_not_reach_and_pairs_by_seed(parts, tmp_path)
     assert "| GradDiff | TRACE | 0/1 | – | – |" in study_report.write(tmp_path, entries, folder, "small")
 
 
+def test_a_run_in_which_trace_found_no_expert_is_counted_apart(parts, tmp_path):
+    folder, none = tmp_path / "parts", study.load(parts, SPEC) | {"trace": None}
+    folder.mkdir()
+    for spec, result in ((SPEC.models, study.load(parts, SPEC.models)), (SPEC, none), (traced(SPEC), none)):
+        study.part(folder, spec).write_text(json.dumps(result))
+    entries = [Entry("mismatch", "near", "GradDiff", v, s) for v, s in (("plain", SPEC), ("TRACE", traced(SPEC)))]
+    text = study_report.write(tmp_path, entries, folder, "small")
+    assert "| near | GradDiff | 0/1 |" in text
+
+
+def test_a_corpus_of_two_sources_forgets_the_one_and_retains_the_other():
+    try:
+        both, devil = (data.load_builtin(name) for name in ("builtin:devil+pydoc", "builtin:devil"))
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    manual = {d.text for d in data.load_builtin("builtin:pydoc").retain}
+    assert both.name == "builtin:devil+pydoc" and {d.text for d in both.retain} <= manual
+    assert {d.text for d in both.forget} <= {d.text for d in devil.forget} and len(both.forget) > 400
+    for name in ("devil+pydoc", "builtin:devil+x", "builtin:devil+pydoc+devil", "builtin:"):
+        with pytest.raises(ValueError, match="expected one of builtin:devil, builtin:pydoc, or two"):
+            data.load_builtin(name)
+
+
 def test_the_command_lists_filters_and_ends(capsys, tmp_path):
     arguments = ["--small", "--parts", str(tmp_path), "--only", "^main builtin:devil NPO .* 1$", "--list"]
     assert study.main(arguments) == 0
