@@ -51,13 +51,14 @@ class Found:
     def __init__(self, entries: list[Entry], parts: Path):
         self.cells: dict[tuple, dict[int, dict]] = defaultdict(dict)
         self.models: dict[tuple, dict[int, dict]] = defaultdict(dict)
-        self.wanted, self.there = len(entries), 0
+        self.wanted, self.there, self.seconds = len(entries), 0, 0.0
         for e in entries:
             result, models = load(parts, e.spec), load(parts, e.spec.models)
             if models is not None:
                 self.models[e.group, e.case][e.spec.seed] = models
             if result is not None:
                 self.there += 1
+                self.seconds += result["seconds"]
                 self.cells[e.group, e.case, e.baseline, e.variant][e.spec.seed] = result
 
     def at(self, key: tuple, metric: str, level: str = LEVEL) -> dict[int, float]:
@@ -91,7 +92,8 @@ def write(out: Path, entries: list[Entry], parts: Path, name: str) -> str:
     command = "python -m benchmarks.study" + (" --small" if name == "small" else "")
     lines = [
         "# What each lever buys", "",
-        f"Made by `{command}` and the same with `--report`; {found.there} of {found.wanted} runs. Every run ends where "
+        f"Made by `{command}` and the same with `--report`; {found.there} of {found.wanted} runs, "
+        f"{found.seconds / 60:.0f} minutes of one thread. Every run ends where "
         "VerbMem of the forget documents falls to the retrained model's; utility is of retain documents that "
         "unlearning never saw. ± is a 95 % t interval over seeds, of paired differences to the plain baseline; "
         f"\"at +{NEAR}\" compares so far above that level, on the way there.", "",
@@ -130,7 +132,7 @@ def _main(found: Found) -> tuple[list[str], list[dict]]:
             for which in ("target", "retrain")
         )
         lines += [
-            f"## {case}", "",
+            f"## {case}", "", *_matrix(found, case), "",
             f"VerbMem forget / retain: target {target['verbmem_f']:.3f} / {target['verbmem_r']:.3f}, retrained "
             f"{retrain['verbmem_f']:.3f} / {retrain['verbmem_r']:.3f}. Strongest plain baseline: {strongest}.", "",
             "| baseline | variant | reached | steps | VerbMem | Δ | against strongest, % | Δ at +0.1 | KnowMem | NLL | "
@@ -164,6 +166,17 @@ def _goal(rows: list[dict]) -> str:
         f"Goal from the paper, TRACE at least {GOAL} % above the strongest plain baseline: {verdict}; the best "
         f"baseline with TRACE alone is {best['baseline']}, {_interval(gain, 1)} % ({gain['n']} seeds)."
     )
+
+
+def _matrix(found: Found, case: str) -> list[str]:
+    """VerbMem retain at the level, baselines down and levers across; in brackets how many seeds reached it."""
+    keys = found.keys("main", case)
+    baselines, variants = (list(dict.fromkeys(k[i] for k in keys)) for i in (0, 1))
+    lines = ["| VerbMem retain | " + " | ".join(variants) + " |", "|---" * (len(variants) + 1) + "|"]
+    for baseline in baselines:
+        values = [paired(found.at(("main", case, baseline, v), "verbmem_r").values()) for v in variants]
+        lines.append(f"| {baseline} | " + " | ".join(f"{_mean(v)} ({v['n']})" for v in values) + " |")
+    return lines
 
 
 def _row(row: dict) -> str:
