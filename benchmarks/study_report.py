@@ -102,14 +102,15 @@ def write(out: Path, entries: list[Entry], parts: Path, name: str) -> str:
     for title, section in (("main", _main), ("mismatch", _mismatch), ("ablation", _ablation)):
         text, data[title] = section(found)
         lines += text
-    text = "\n".join(lines) + "\n"
-    (out / "study.md").write_text(text, encoding="utf-8")
-    (out / "study.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    for file, draw in (("levers.png", _draw_levers), ("mismatch.png", _draw_mismatch), ("gradients.png", _draw_norms)):
+    for file, caption, draw in FIGURES:
         figure = draw(data)
         if figure is not None:
+            lines += [f"![{caption}]({file})", "", caption, ""]
             figure.savefig(out / file, dpi=160)
             pyplot.close(figure)
+    text = "\n".join(lines)
+    (out / "study.md").write_text(text, encoding="utf-8")
+    (out / "study.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return text
 
 
@@ -341,7 +342,9 @@ def _draw_norms(data: dict):
         low, high = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
         axes.plot([low, high], [low, high], color="black", linewidth=0.8)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_minor_formatter(ticker.NullFormatter())
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axis.set_minor_locator(ticker.NullLocator())
         axes.set(xlabel="retain-gradient norm, uniform weights", ylabel="with TRACE's weights", title=title)
     panels[0].legend(frameon=False, fontsize=8)
     return figure
@@ -352,3 +355,18 @@ def _panels(count: int, height: float = 3.2):
     for axes in panels[0]:
         axes.spines[["top", "right"]].set_visible(False)
     return figure, list(panels[0])
+
+
+FIGURES = (
+    (
+        "levers.png",
+        "Paired differences at the retrained model's level; blue where the interval is clear of 0.",
+        _draw_levers,
+    ),
+    (
+        "mismatch.png",
+        "TRACE's effect over measured mismatch and effective sample size; below 0 it helps.",
+        _draw_mismatch,
+    ),
+    ("gradients.png", "Mean retain-gradient norm of an expert, without and with TRACE's weights.", _draw_norms),
+)
