@@ -4,6 +4,8 @@ Matched forgetting: a run is watched every `check_every` steps and ends where Ve
 at or below the retrained model's. Between that check and the one before, every number is interpolated linearly in
 VerbMem, so that runs are compared at one level of forgetting and not at one number of steps.
 
+A step sees all forget documents and all retain documents that unlearning may see.
+
 "Critical" experts are those TRACE selects at its default thresholds in the unchanged target model, whatever the
 recipe; "critical tokens" are the unseen retain tokens that use one of them there.
 """
@@ -21,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn import data, experiment, losses, metrics, mollm, trace, wagle
-from moe_unlearn.benchmark import _pair
 from moe_unlearn.capture import collect_routing
 from moe_unlearn.config import Recipe, Trace
 from moe_unlearn.experiment import Experiment, Settings
@@ -173,21 +174,19 @@ def expert_gradients(model: nn.Module, batches: list[dict], weights: Tensor | No
 
 def _unlearn(spec: Spec, made: Experiment, models: dict) -> dict:
     """The run itself: what was reached when, utility there, and what the levers did."""
-    recipe = replace(Recipe.load(spec.recipe, [*_whole_batches(made), *spec.overrides]), seed=spec.seed)
+    recipe = replace(Recipe.load(spec.recipe, spec.overrides), seed=spec.seed)
     watch = _Watch(made, models)
     torch.manual_seed(spec.seed)
     model = made.fresh_target()
     step = UnlearnStep(model, recipe)
     retain = data.batches(made.retain_unlearn, BATCH)
-    pairs = data.ForgetRetainDataset(
-        made.forget, made.retain_unlearn, seed=spec.seed, retain_per_forget=recipe.retain_per_forget
-    )
+    whole = [data.batches(side, len(side))[0] for side in (made.forget, made.retain_unlearn)]
     with control(spec):
         step.prepare(data.batches(made.forget, BATCH), retain)
         _change_weights(spec, step, retain)
         watch.previous = _copy(model)
         for i in range(1, spec.max_steps + 1):
-            step(*_pair(pairs, i - 1, recipe.batch_size))
+            step(*whole)
             if (i % spec.check_every == 0 or i == spec.max_steps) and watch.check(model, i):
                 break
     step.close()
@@ -324,10 +323,6 @@ def _change_weights(spec: Spec, step: UnlearnStep, retain: list[dict]) -> None:
         ]
     for batch, values in zip(retain, weights, strict=True):
         cache.put(batch, values)
-
-
-def _whole_batches(made: Experiment) -> list[str]:
-    return [f"batch_size={len(made.forget)}", f"retain_per_forget={len(made.retain_unlearn) / len(made.forget)!r}"]
 
 
 def _critical(model: nn.Module, forget: list, retain: list) -> Tensor:
