@@ -83,7 +83,7 @@ SCALES = {
             "K 2": ("builtin:devil", _SIZE),
             "far apart": ("builtin:devil+pydoc", _SIZE),
         },
-        axis_seeds=(1, 2), axis_baselines=("SimNPO",), ablations=("builtin:devil",), max_steps=60, check_every=3,
+        axis_seeds=(1, 2), axis_baselines=("SimNPO",), ablations=("builtin:devil",), max_steps=90, check_every=3,
     ),
     "whole": Scale(
         settings=_SIZE, corpora=("builtin:devil", "builtin:pydoc"), seeds=(1, 2, 3, 4, 5), axis={
@@ -96,7 +96,7 @@ SCALES = {
             "one manual": ("builtin:pydoc", _SIZE),
         },
         axis_seeds=(1, 2, 3, 4, 5), axis_baselines=("SimNPO", "GradDiff"),
-        ablations=("builtin:devil", "builtin:pydoc"), max_steps=60, check_every=3,
+        ablations=("builtin:devil", "builtin:pydoc"), max_steps=90, check_every=3,
     ),
 }  # fmt: skip
 #: settings of TRACE that are tried where it should help most
