@@ -17,9 +17,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from importlib import resources
 from unittest import mock
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from moe_unlearn import data, experiment, losses, metrics, mollm, trace, wagle
@@ -59,8 +61,9 @@ class Spec:
 
     @property
     def key(self) -> str:
-        """A digest of everything above."""
-        return hashlib.sha256(json.dumps([VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()[:16]
+        """A digest of everything above and of what the shipped recipe says."""
+        content = json.dumps([VERSION, asdict(self), _shipped(self.recipe)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def models(self) -> "Spec":
@@ -74,6 +77,13 @@ def run(spec: Spec, models: dict | None = None) -> dict:
     made = _prepared(spec.models)
     result = measure_models(made) if spec.recipe is None else _unlearn(spec, made, models)
     return {"spec": asdict(spec), **result, "seconds": time.process_time() - start}
+
+
+@lru_cache
+def _shipped(name: str | None) -> dict | None:
+    if name is None:
+        return None
+    return yaml.safe_load((resources.files("moe_unlearn") / "recipes" / f"{name}.yaml").read_text("utf-8"))
 
 
 @lru_cache(maxsize=1)

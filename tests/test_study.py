@@ -70,8 +70,11 @@ def test_a_key_changes_with_everything_that_makes_the_result(monkeypatch):
     ]  # fmt: skip
     assert len({s.key for s in [SPEC, *others]}) == 7 and replace(SPEC).key == SPEC.key
     before = SPEC.key
-    monkeypatch.setattr(study_run, "VERSION", 0)
-    assert SPEC.key != before
+    for name, value in (("VERSION", 0), ("_shipped", lambda name: {"name": "graddiff, changed"})):
+        with monkeypatch.context() as patch:
+            patch.setattr(study_run, name, value)
+            assert SPEC.key != before
+    assert SPEC.key == before
 
 
 def test_numbers_are_interpolated_where_forgetting_crosses_the_retrained_model(parts):
