@@ -94,6 +94,7 @@ SCALES = {
             "twice as long": ("builtin:devil", replace(_SIZE, epochs=80)),
             "far apart": ("builtin:devil+pydoc", _SIZE),
             "one manual": ("builtin:pydoc", _SIZE),
+            "half seen": ("builtin:devil", replace(_SIZE, unlearn_share=0.5)),
         },
         axis_seeds=(1, 2, 3, 4, 5), axis_baselines=("SimNPO", "GradDiff"),
         ablations=("builtin:devil", "builtin:pydoc"), max_steps=90, check_every=3,
