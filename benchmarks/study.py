@@ -79,7 +79,7 @@ class Scale:
 _SIZE = Settings(forget=24, retain=160, holdout=40, max_length=48, top_k=2)
 SCALES = {
     "small": Scale(
-        settings=_SIZE, corpora=("builtin:devil",), seeds=(1, 2, 3), axis={
+        settings=_SIZE, corpora=("builtin:devil",), seeds=(1, 2), axis={
             "K 2": ("builtin:devil", _SIZE),
             "far apart": ("builtin:devil+pydoc", _SIZE),
         },
