@@ -6,6 +6,7 @@ Nothing of these texts is in this repository; they are read where they are insta
 import gzip
 import re
 import string
+from dataclasses import replace
 from pathlib import Path
 
 from moe_unlearn.data.corpus import Corpus, Document, drop_shared_runs
@@ -27,15 +28,18 @@ BASE64 = {c: i for i, c in enumerate(string.ascii_uppercase + string.ascii_lower
 
 
 def load_builtin(name: str) -> Corpus:
-    """The corpus `builtin:pydoc` or `builtin:devil`.
+    """The corpus `builtin:pydoc` or `builtin:devil`; `builtin:devil+pydoc` forgets the one's and retains the other's.
 
     Forget, retain and holdout share no run of 12 words. Raises ValueError for another name, FileNotFoundError
     naming the packages to install when the dictionaries are missing.
     """
-    loaders = {"builtin:pydoc": pydoc, "builtin:devil": devil}
-    if name not in loaders:
-        raise ValueError(f"unknown corpus {name!r}; expected one of {', '.join(sorted(loaders))}")
-    return loaders[name]()
+    loaders = {"pydoc": pydoc, "devil": devil}
+    sources = name.removeprefix("builtin:").split("+")
+    if not name.startswith("builtin:") or len(sources) > 2 or not loaders.keys() >= set(sources):
+        known = ", ".join(f"builtin:{source}" for source in sorted(loaders))
+        raise ValueError(f"unknown corpus {name!r}; expected one of {known}, or two of them as builtin:devil+pydoc")
+    first, *others = (loaders[source]() for source in sources)
+    return drop_shared_runs(replace(first, name=name, retain=others[0].retain)) if others else first
 
 
 def pydoc() -> Corpus:

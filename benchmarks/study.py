@@ -1,0 +1,281 @@
+"""What each lever buys, measured: baselines with and without TRACE, WAGLE and MOLLM at matched forgetting.
+
+    python -m benchmarks.study --small              half an hour on two cores
+    python -m benchmarks.study                      the whole study, hours; killed, it goes on where it was
+    python -m benchmarks.study --report [--small]   table, figures and one JSON from the parts that are there
+    python -m benchmarks.study --list [--small]     every run and whether it is done
+
+Every result is a small JSON of its own, named by a digest of what it is the result of (`study_run.Spec`): runs that
+two parts of the study share are made once, and those of --small count for the whole. They are kept in the folder
+`study` beside the trained models, see `moe_unlearn.experiment.cache_folder`.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.study_run import Spec, run
+from moe_unlearn.experiment import Settings, cache_folder
+
+RESULTS = Path(__file__).parent / "results" / "study"
+
+#: recipe, learning rate and what else tiny models need; chosen on seed 0, which is not reported
+BASELINES = {
+    "GradDiff": ("graddiff", "optimizer.lr=1e-4", "retain.alpha=3.0"),
+    "NPO": ("npo", "optimizer.lr=1e-4", "forget.beta=0.02", "retain.alpha=20.0"),
+    "SimNPO": ("simnpo", "optimizer.lr=1e-4", "forget.beta=1.0", "forget.gamma=1.0"),
+    "KL-min": ("kl_min", "optimizer.lr=1e-4", "retain.alpha=3.0"),
+    "RMU": (
+        "rmu", "optimizer.lr=1e-3", "retain.alpha=5.0", "forget.layer=1", "forget.steering=20.0",
+        r"scope.parameters=['layers\.[01]\..*experts\.down_proj']",
+    ),
+    "SEUF": ("seuf", "optimizer.lr=1e-3"),
+    "UCE": ("graddiff", "optimizer.lr=1e-4", "forget.objective=uce"),
+}  # fmt: skip
+TRACE = ("trace.eta=0.5", "trace.cap=10.0", "trace.per_layer=2", "trace.min_ratio=1.5", "trace.allow_empty=true")
+WAGLE = ("wagle.keep=0.8",)
+MOLLM = ("mollm.kl=true",)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of a table: `group` is the table, `case` what is held fixed within a comparison."""
+
+    group: str
+    case: str
+    baseline: str
+    variant: str
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of the study: sizes and counts."""
+
+    settings: Settings
+    corpora: tuple[str, ...]
+    seeds: tuple[int, ...]
+    axis: dict[str, tuple[str, Settings]]  # case of the mismatch axis -> corpus and settings
+    axis_seeds: tuple[int, ...]
+    axis_baselines: tuple[str, ...]
+    ablations: tuple[str, ...]  # corpora
+    max_steps: int
+    check_every: int
+
+
+# one size for both scales: what --small has made, the whole study does not make again
+_SIZE = Settings(forget=24, retain=160, holdout=40, max_length=48, top_k=2)
+SCALES = {
+    "small": Scale(
+        settings=_SIZE, corpora=("builtin:devil",), seeds=(1, 2), axis={
+            "K 2": ("builtin:devil", _SIZE),
+            "far apart": ("builtin:devil+pydoc", _SIZE),
+        },
+        axis_seeds=(1, 2), axis_baselines=("SimNPO",), ablations=("builtin:devil",), max_steps=90, check_every=3,
+    ),
+    "whole": Scale(
+        settings=_SIZE, corpora=("builtin:devil", "builtin:pydoc"), seeds=(1, 2, 3, 4, 5), axis={
+            "K 1": ("builtin:devil", replace(_SIZE, top_k=1)),
+            "K 2": ("builtin:devil", _SIZE),
+            "K 4": ("builtin:devil", replace(_SIZE, top_k=4)),
+            "64 experts": ("builtin:devil", replace(_SIZE, experts=64)),
+            "twice as long": ("builtin:devil", replace(_SIZE, epochs=80)),
+            "far apart": ("builtin:devil+pydoc", _SIZE),
+            "one manual": ("builtin:pydoc", _SIZE),
+            "half seen": ("builtin:devil", replace(_SIZE, unlearn_share=0.5)),
+        },
+        axis_seeds=(1, 2, 3, 4, 5), axis_baselines=("SimNPO", "GradDiff"),
+        ablations=("builtin:devil", "builtin:pydoc"), max_steps=90, check_every=3,
+    ),
+}  # fmt: skip
+#: settings of TRACE that are tried where it should help most
+TRACE_SETTINGS = {
+    "eta 0.25": "trace.eta=0.25", "eta 1": "trace.eta=1.0", "cap 2": "trace.cap=2.0", "no cap": "trace.cap=null",
+    "4 experts": "trace.per_layer=4", "ratio 1.2": "trace.min_ratio=1.2", "online": "trace.refresh=online",
+}  # fmt: skip
+
+
+def levers(baseline: str) -> dict[str, tuple[str, ...]]:
+    """The levers that can be put on a baseline, alone and together, as overrides of its recipe."""
+    mollm = MOLLM
+    if baseline in ("KL-min", "RMU"):  # KL is KL-min's retain loss already; RMU's forward never gets to the head
+        mollm = ("mollm.kl=false",)
+    found = {"TRACE": TRACE, "WAGLE": WAGLE, "MOLLM": mollm, "all three": (*TRACE, *WAGLE, *mollm)}
+    if baseline == "RMU":  # compares hidden states: there are no token losses to weigh
+        del found["TRACE"], found["all three"]
+    return {"plain": (), **found}
+
+
+def entries(scale: Scale) -> list[Entry]:
+    """The whole study at a scale: seed by seed, so that what is there early is balanced."""
+    found = [*_main(scale), *_axis(scale), *_ablations(scale)]
+    return sorted(found, key=lambda e: (e.spec.seed, e.spec.corpus, str(e.spec.settings), e.spec.retain))
+
+
+def _spec(scale: Scale, corpus: str, seed: int, baseline: str, overrides: tuple[str, ...] = (), **options) -> Spec:
+    recipe, *own = BASELINES[baseline]
+    options = {"settings": scale.settings, "max_steps": scale.max_steps, "check_every": scale.check_every, **options}
+    return Spec(corpus=corpus, seed=seed, recipe=recipe, overrides=(*own, *overrides), **options)
+
+
+def _main(scale: Scale) -> Iterator[Entry]:
+    for corpus, seed, baseline in itertools.product(scale.corpora, scale.seeds, BASELINES):
+        for variant, overrides in levers(baseline).items():
+            yield Entry("main", corpus, baseline, variant, _spec(scale, corpus, seed, baseline, overrides))
+
+
+def _axis(scale: Scale) -> Iterator[Entry]:
+    cases = itertools.product(scale.axis.items(), ("random", "seldom"), scale.axis_seeds, scale.axis_baselines)
+    for (name, (corpus, settings)), retain, seed, baseline in cases:
+        for variant in ("plain", "TRACE"):
+            spec = _spec(scale, corpus, seed, baseline, levers(baseline)[variant], settings=settings, retain=retain)
+            yield Entry("mismatch", f"{name}, {retain}", baseline, variant, spec)
+
+
+def _ablations(scale: Scale) -> Iterator[Entry]:
+    for corpus, seed in itertools.product(scale.ablations, scale.axis_seeds):
+
+        def entry(baseline, variant, overrides=(), corpus=corpus, seed=seed, **options):
+            # TRACE where it should help most: the retain documents seen seldom touch what is critical
+            retain = "random" if {"wagle", "mollm"} & {o.split(".")[0] for o in overrides} else options.pop("retain")
+            spec = _spec(scale, corpus, seed, baseline, overrides, retain=retain, **options)
+            return Entry("ablation", corpus, baseline, variant, spec)
+
+        for baseline in scale.axis_baselines:
+            yield entry(baseline, "plain, seldom", retain="seldom")
+            yield entry(baseline, "TRACE, seldom", TRACE, retain="seldom")
+            for name in ("random-experts", "shuffled-tokens", "sequence-weights"):
+                yield entry(baseline, f"TRACE, {name}", TRACE, retain="seldom", control=name)
+            for name, override in TRACE_SETTINGS.items():
+                yield entry(baseline, f"TRACE, {name}", (*TRACE, override), retain="seldom")
+            for name in ("random-mask", "magnitude-mask"):
+                yield entry(baseline, f"WAGLE, {name}", WAGLE, control=name)
+        yield entry("UCE", "MOLLM, equal-lambda", MOLLM, control="equal-lambda")
+
+
+def part(folder: Path, spec: Spec) -> Path:
+    """Where the result of `spec` is kept."""
+    words = [spec.corpus.removeprefix("builtin:"), f"seed{spec.seed}", spec.recipe or "models", spec.key]
+    return folder / ("-".join(re.sub(r"\W+", "_", word) for word in words) + ".json")
+
+
+def load(folder: Path, spec: Spec) -> dict | None:
+    """The result of `spec`, None where it is not there or not whole."""
+    try:
+        return json.loads(part(folder, spec).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def execute(folder: Path, spec: Spec) -> float:
+    """Make one part; processor seconds. The models' part must be there before that of a run."""
+    result = run(spec, None if spec.recipe is None else load(folder, spec.models))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".part-", delete=False, encoding="utf-8") as file:
+        json.dump(result, file)
+    os.replace(file.name, part(folder, spec))
+    return result["seconds"]
+
+
+def make(folder: Path, specs: list[Spec], jobs: int, log: Callable[[str], None] = print) -> list[str]:
+    """Make what is missing of `specs`, seed by seed, each in one thread; what failed, a line each."""
+    stages = []
+    for seed in dict.fromkeys(spec.seed for spec in specs):
+        runs = list(dict.fromkeys(spec for spec in specs if spec.seed == seed))
+        stages += [list(dict.fromkeys(spec.models for spec in runs)), runs]
+    stages = [[spec for spec in stage if load(folder, spec) is None] for stage in stages]
+    total, done, failed, start = sum(map(len, stages)), 0, [], time.perf_counter()
+    with _Pool(jobs) as pool:
+        for stage in stages:
+            for spec, outcome in pool.outcomes(folder, stage):
+                done += 1
+                line = f"{part(folder, spec).stem} {' '.join(spec.overrides)} {spec.control}: {outcome}"
+                if isinstance(outcome, Exception):
+                    failed.append(f"FAILED {line}")
+                log(f"[{done}/{total}, {(time.perf_counter() - start) / 60:.1f} min] {line}")
+    return failed
+
+
+class _Pool:
+    """Processes of one thread each; with one job, this process."""
+
+    def __init__(self, jobs: int):
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) if jobs > 1 else None
+
+    def __enter__(self) -> "_Pool":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def outcomes(self, folder: Path, specs: list[Spec]) -> Iterator[tuple[Spec, str | Exception]]:
+        """Each spec as it ends, with its processor time or what went wrong: one failure stops no other run."""
+        if self._pool is None:
+            torch.set_num_threads(1)
+            for spec in specs:
+                yield spec, _outcome(lambda spec=spec: execute(folder, spec))
+            return
+        futures = {self._pool.submit(execute, folder, spec): spec for spec in specs}
+        for future in as_completed(futures):
+            yield futures[future], _outcome(future.result)
+
+
+def _outcome(result: Callable[[], float]) -> str | Exception:
+    try:
+        return f"{result():.0f} s"
+    except Exception as error:
+        return error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.partition("\n")[0])
+    parser.add_argument("--small", action="store_true", help="one corpus and fewer seeds")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--parts", type=Path, help="folder of the results of single runs (default: in the cache)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
+    parser.add_argument("--only", default="", help="regular expression over 'group case baseline variant seed'")
+    parser.add_argument("--list", action="store_true", help="print the runs and stop")
+    parser.add_argument("--report", action="store_true", help="make the report from the parts that are there")
+    given = parser.parse_args(arguments)
+    name = "small" if given.small else "whole"
+    out = given.out / name
+    parts = given.parts or cache_folder() / "study"
+    chosen = [
+        e for e in entries(SCALES[name])
+        if re.search(given.only, f"{e.group} {e.case} {e.baseline} {e.variant} {e.spec.seed}")
+    ]  # fmt: skip
+    if given.report:
+        from benchmarks import study_report
+
+        print(study_report.write(out, chosen, parts, name))
+        return 0
+    specs = list(dict.fromkeys(e.spec for e in chosen))
+    if given.list:
+        for e in chosen:
+            state = "todo" if load(parts, e.spec) is None else "done"
+            print(f"{state} {e.group}: {e.case}: {e.baseline}, {e.variant}, seed {e.spec.seed}")
+        models = {e.spec.models for e in chosen}
+        done = sum(load(parts, spec) is not None for spec in specs)
+        print(f"{done} of {len(specs)} runs done, on {len(models)} pairs of models")
+        return 0
+    failed = make(parts, specs, given.jobs, lambda line: print(line, flush=True))
+    print(*failed, sep="\n", end="" if not failed else "\n")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,372 @@
+"""Table, figures and one JSON of the study, from whatever parts are there.
+
+Comparisons are paired: the difference between two runs on the same models and documents, its mean over seeds, and a
+95 % interval by Student's t (a bootstrap of five values would be too narrow). A run that never reaches the level of
+forgetting is counted as not reached and takes no part.
+"""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+from scipy import stats
+
+from benchmarks import stamp
+from benchmarks.study import Entry, load
+from benchmarks.study_run import NEAR
+
+matplotlib.use("Agg")
+from matplotlib import pyplot, ticker  # noqa: E402 -- after the choice of a backend without a display
+
+LEVEL = "retrain"
+GOAL = 9  # percent of relative utility
+BLUE, ORANGE, GREY = "#1f5fa8", "#c2682a", "#8a8a8a"
+#: metric -> what it says; utility of unseen retain documents
+UTILITIES = {
+    "verbmem_r": "VerbMem",
+    "knowmem_r": "KnowMem",
+    "nll_r": "NLL",
+    "nll_c": "NLL, critical tokens",
+}
+
+
+def paired(differences: Iterable[float]) -> dict:
+    """Mean, half-width of the 95 % t interval (None below two values) and how many."""
+    values = list(differences)
+    if not values:
+        return {"mean": None, "half": None, "n": 0}
+    half = None
+    if len(values) > 1:
+        half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": statistics.fmean(values), "half": half, "n": len(values)}
+
+
+class Found:
+    """The parts that are there, by table, case, baseline and variant."""
+
+    def __init__(self, entries: list[Entry], parts: Path):
+        self.cells: dict[tuple, dict[int, dict]] = defaultdict(dict)
+        self.models: dict[tuple, dict[int, dict]] = defaultdict(dict)
+        self.wanted, self.there, self.seconds = len(entries), 0, 0.0
+        for e in entries:
+            result, models = load(parts, e.spec), load(parts, e.spec.models)
+            if models is not None:
+                self.models[e.group, e.case][e.spec.seed] = models
+            if result is not None:
+                self.there += 1
+                self.seconds += result["seconds"]
+                self.cells[e.group, e.case, e.baseline, e.variant][e.spec.seed] = result
+
+    def at(self, key: tuple, metric: str, level: str = LEVEL) -> dict[int, float]:
+        """seed -> value at the level of forgetting, for those seeds that reached it."""
+        matched = {seed: result["matched"][level] for seed, result in self.cells.get(key, {}).items()}
+        return {seed: m[metric] for seed, m in matched.items() if m is not None and metric in m}
+
+    def difference(self, key: tuple, other: tuple, metric: str, level: str = LEVEL) -> dict:
+        """`paired` of key - other over the seeds both have."""
+        ours, theirs = self.at(key, metric, level), self.at(other, metric, level)
+        return paired(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
+
+    def relative(self, key: tuple, other: tuple, metric: str, level: str = LEVEL) -> dict:
+        """`paired` of key / other - 1 in percent."""
+        ours, theirs = self.at(key, metric, level), self.at(other, metric, level)
+        return paired(100 * (ours[s] / theirs[s] - 1) for s in sorted(ours.keys() & theirs.keys()) if theirs[s])
+
+    def cases(self, group: str) -> list[str]:
+        """The cases of a table, in the order of the study."""
+        return list(dict.fromkeys(case for g, case, *_ in self.cells if g == group))
+
+    def keys(self, group: str, case: str) -> list[tuple]:
+        """Baseline and variant of the cells of one case."""
+        return list(dict.fromkeys(key[2:] for key in self.cells if key[:2] == (group, case)))
+
+
+def write(out: Path, entries: list[Entry], parts: Path, name: str) -> str:
+    """Write `study.md`, `study.json` and the figures into `out`; returns the table's text."""
+    found = Found(entries, parts)
+    out.mkdir(parents=True, exist_ok=True)
+    command = "python -m benchmarks.study" + (" --small" if name == "small" else "")
+    lines = [
+        "# What each lever buys", "",
+        f"Made by `{command}` and the same with `--report`; {found.there} of {found.wanted} runs, "
+        f"{found.seconds / 60:.0f} minutes of one thread. Every run ends where "
+        "VerbMem of the forget documents falls to the retrained model's; utility is of retain documents that "
+        "unlearning never saw. ± is a 95 % t interval over seeds, of paired differences to the plain baseline; "
+        f"\"at +{NEAR}\" compares so far above that level, on the way there.", "",
+    ]  # fmt: skip
+    data = {"command": command, "runs": found.there, "of": found.wanted, "made_with": _made_with()}
+    for title, section in (("main", _main), ("mismatch", _mismatch), ("ablation", _ablation)):
+        text, data[title] = section(found)
+        lines += text
+    for file, caption, draw in FIGURES:
+        figure = draw(data)
+        if figure is not None:
+            lines += [f"![{caption}]({file})", "", caption, ""]
+            figure.savefig(out / file, dpi=160)
+            pyplot.close(figure)
+    text = "\n".join(lines)
+    (out / "study.md").write_text(text, encoding="utf-8")
+    (out / "study.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return text
+
+
+def _made_with() -> dict:
+    """Versions, commit and processor; not a stamp, which a change of kernels would make stale."""
+    keep = ("python", "versions", "commit", "uncommitted_changes")
+    return {key: value for key, value in stamp.stamp().items() if key in keep} | {"device": "cpu"}
+
+
+def _main(found: Found) -> tuple[list[str], list[dict]]:
+    lines, rows = [], []
+    for case in found.cases("main"):
+        plain = {b: paired(found.at(("main", case, b, v), "verbmem_r").values()) for b, v in found.keys("main", case)
+                 if v == "plain"}  # fmt: skip
+        reached = {b: v["mean"] for b, v in plain.items() if v["mean"] is not None}
+        strongest = max(reached, key=reached.get) if reached else None
+        models = found.models["main", case].values()
+        target, retrain = (
+            {k: statistics.fmean(m["models"][which][k] for m in models) for k in ("verbmem_f", "verbmem_r", "nll_r")}
+            for which in ("target", "retrain")
+        )
+        lines += [
+            f"## {case}", "", *_matrix(found, case), "",
+            f"VerbMem forget / retain: target {target['verbmem_f']:.3f} / {target['verbmem_r']:.3f}, retrained "
+            f"{retrain['verbmem_f']:.3f} / {retrain['verbmem_r']:.3f}. Strongest plain baseline: {strongest}.", "",
+            "| baseline | variant | reached | steps | VerbMem | Δ | against strongest, % | Δ at +0.1 | KnowMem | NLL | "
+            "NLL critical tokens | Δ | PrivLeak |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for baseline, variant in found.keys("main", case):
+            key, base = ("main", case, baseline, variant), ("main", case, baseline, "plain")
+            row = {"case": case, "baseline": baseline, "variant": variant, "runs": len(found.cells[key])}
+            row["reached"] = len(found.at(key, "step"))
+            row |= {m: paired(found.at(key, m).values()) for m in ("step", *UTILITIES, "privleak")}
+            row["difference"] = {m: found.difference(key, base, m) for m in UTILITIES}
+            row["difference_near"] = {m: found.difference(key, base, m, "near") for m in UTILITIES}
+            if strongest is not None:
+                row["against_strongest"] = found.relative(key, ("main", case, strongest, "plain"), "verbmem_r")
+            rows.append(row)
+            lines.append(_row(row))
+        lines += ["", _goal([r for r in rows if r["case"] == case]), ""]
+    return lines, rows
+
+
+def _goal(rows: list[dict]) -> str:
+    """What TRACE's paper claims, beside what the rows of one corpus say."""
+    tried = [r for r in rows if r["variant"] == "TRACE" and r.get("against_strongest", {"n": 0})["n"]]
+    if not tried:
+        return "No run with TRACE alone reached the level yet."
+    best = max(tried, key=lambda r: r["against_strongest"]["mean"])
+    gain = best["against_strongest"]
+    verdict = "reached" if gain["mean"] >= GOAL else "not reached"
+    return (
+        f"Goal from the paper, TRACE at least {GOAL} % above the strongest plain baseline: {verdict}; the best "
+        f"baseline with TRACE alone is {best['baseline']}, {_interval(gain, 1)} % ({gain['n']} seeds)."
+    )
+
+
+def _matrix(found: Found, case: str) -> list[str]:
+    """VerbMem retain at the level, baselines down and levers across; in brackets how many seeds reached it."""
+    keys = found.keys("main", case)
+    baselines, variants = (list(dict.fromkeys(k[i] for k in keys)) for i in (0, 1))
+    lines = ["| VerbMem retain | " + " | ".join(variants) + " |", "|---" * (len(variants) + 1) + "|"]
+    for baseline in baselines:
+        values = [paired(found.at(("main", case, baseline, v), "verbmem_r").values()) for v in variants]
+        lines.append(f"| {baseline} | " + " | ".join(f"{_mean(v)} ({v['n']})" for v in values) + " |")
+    return lines
+
+
+def _row(row: dict) -> str:
+    plain = row["variant"] == "plain"
+    cells = [
+        row["baseline"], row["variant"], f"{row['reached']}/{row['runs']}", _mean(row["step"], 0),
+        _mean(row["verbmem_r"]), "" if plain else _interval(row["difference"]["verbmem_r"]),
+        _interval(row.get("against_strongest"), 1), "" if plain else _interval(row["difference_near"]["verbmem_r"]),
+        _mean(row["knowmem_r"]), _mean(row["nll_r"]), _mean(row["nll_c"]),
+        "" if plain else _interval(row["difference"]["nll_c"]), _mean(row["privleak"], 0),
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def _mismatch(found: Found) -> tuple[list[str], list[dict]]:
+    """TRACE against plain, seed by seed, with what was measured of its premise."""
+    rows, lines = [], []
+    if found.cases("mismatch"):
+        lines = [
+            "## Mismatch: what TRACE changes", "",
+            "Differences TRACE - plain. Seeds: those in which an expert qualified, of all. f^F/f^R is the mean over "
+            "the experts selected, ESS the effective sample size of the token weights over the number of tokens; "
+            "\"seldom\": unlearning sees the retain documents that use the forget-critical experts least. Gradient "
+            "norms are those of one expert of the unchanged model: retain over forget, in critical experts / in "
+            "others, and the factor TRACE's weights put on the retain gradient of critical experts.", "",
+            "| case | baseline | seeds | selected | f^F/f^R | ESS | retain / forget gradient | factor | Δ VerbMem | "
+            "Δ VerbMem at +0.1 | Δ NLL | Δ NLL critical tokens |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+    for case in found.cases("mismatch"):
+        for baseline in dict.fromkeys(b for b, _ in found.keys("mismatch", case)):
+            results = found.cells.get(("mismatch", case, baseline, "TRACE"), {})
+            own = [_mismatch_row(found, case, baseline, seed) for seed in results if results[seed]["trace"]]
+            selected, ratio, ess = (paired(r[k] for r in own) for k in ("selected", "ratio", "ess"))
+            known = [(r["target"], r["forget_gradient"]) for r in own if r["forget_gradient"]]
+            critical, others = (
+                paired(retain["uniform"][kind] / forget[kind] for retain, forget in known)
+                for kind in ("critical", "others")
+            )
+            factor = paired(g["weighted"]["critical"] / g["uniform"]["critical"] for g, _ in known)
+            cells = [
+                case, baseline, f"{len(own)}/{len(results)}", _mean(selected, 1), _mean(ratio, 2), _mean(ess, 2),
+                f"{_mean(critical, 2)} / {_mean(others, 2)}", _mean(factor, 2),
+            ]  # fmt: skip
+            for metric in ("verbmem_r " + LEVEL, "verbmem_r near", "nll_r " + LEVEL, "nll_c " + LEVEL):
+                cells.append(_interval(paired(r[metric][1] - r[metric][0] for r in own if metric in r)))
+            lines.append("| " + " | ".join(cells) + " |")
+            rows += own
+    return [*lines, ""], rows
+
+
+def _mismatch_row(found: Found, case: str, baseline: str, seed: int) -> dict:
+    """One seed: [plain, TRACE] for each metric and level, mismatch, gradient norms."""
+    key, base = (("mismatch", case, baseline, variant) for variant in ("TRACE", "plain"))
+    result, models = found.cells[key][seed], found.models["mismatch", case][seed]
+    row = {"case": case, "baseline": baseline, "seed": seed, **result["trace"]}
+    for level in ("near", LEVEL):
+        for metric in UTILITIES:
+            ours, theirs = found.at(key, metric, level), found.at(base, metric, level)
+            if seed in ours and seed in theirs:
+                row[f"{metric} {level}"] = [theirs[seed], ours[seed]]
+    row |= {"gradients": result.get("retain_gradient"), "target": models.get("retain_gradient")}
+    row["forget_gradient"] = None
+    if models["forget_gradient"]:
+        mean = statistics.fmean(models["forget_gradient"])
+        row["forget_gradient"] = {"critical": mean, "others": models["forget_gradient_others"]}
+    return row
+
+
+def _ablation(found: Found) -> tuple[list[str], list[dict]]:
+    lines, rows = [], []
+    for case in found.cases("ablation"):
+        lines += [
+            f"## Ablations, {case}", "",
+            "Δ against the same baseline plain; uniform token weights are that baseline.", "",
+            "| baseline | variant | reached | VerbMem | Δ | Δ NLL | Δ NLL critical tokens | ESS |",
+            "|---|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for baseline, variant in found.keys("ablation", case):
+            key = ("ablation", case, baseline, variant)
+            seldom = variant.startswith("TRACE") or variant.endswith("seldom")
+            base = ("ablation", case, baseline, "plain, seldom") if seldom else ("main", case, baseline, "plain")
+            row = {"case": case, "baseline": baseline, "variant": variant, "runs": len(found.cells[key])}
+            row |= {"reached": len(found.at(key, "step")), "verbmem_r": paired(found.at(key, "verbmem_r").values())}
+            row["difference"] = {m: found.difference(key, base, m) for m in UTILITIES}
+            row["ess"] = paired(r["trace"]["ess"] for r in found.cells[key].values() if r.get("trace"))
+            rows.append(row)
+            deltas = [row["difference"][m] for m in ("verbmem_r", "nll_r", "nll_c")]
+            lines.append(
+                f"| {baseline} | {variant} | {row['reached']}/{row['runs']} | {_mean(row['verbmem_r'])} | "
+                + " | ".join("" if key == base else _interval(d) for d in deltas) + f" | {_mean(row['ess'], 2)} |"
+            )  # fmt: skip
+        lines.append("")
+    return lines, rows
+
+
+def _mean(value: dict, digits: int = 3) -> str:
+    return "–" if value["mean"] is None else f"{value['mean']:.{digits}f}"
+
+
+def _interval(value: dict | None, digits: int = 3) -> str:
+    if value is None or value["mean"] is None:
+        return "–"
+    half = "" if value["half"] is None else f" ± {value['half']:.{digits}f}"
+    return f"{value['mean']:+.{digits}f}{half}"
+
+
+def _draw_levers(data: dict):
+    """Paired differences in VerbMem, a panel for each corpus."""
+    rows = [r for r in data["main"] if r["variant"] != "plain" and r["difference"]["verbmem_r"]["n"]]
+    cases = list(dict.fromkeys(r["case"] for r in rows))
+    if not cases:
+        return None
+    figure, panels = _panels(len(cases), height=max(3.0, 0.2 * len(rows) / len(cases) + 1))
+    for axes, case in zip(panels, cases, strict=True):
+        own = [r for r in rows if r["case"] == case][::-1]
+        for y, r in enumerate(own):
+            value = r["difference"]["verbmem_r"]
+            clear = value["half"] is not None and abs(value["mean"]) > value["half"]
+            axes.errorbar(value["mean"], y, xerr=value["half"], fmt="o", color=BLUE if clear else GREY, markersize=4)
+        axes.set_yticks(range(len(own)), [f"{r['baseline']} + {r['variant']}" for r in own], fontsize=7)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set(xlabel="VerbMem retain, with lever - without", title=case)
+    return figure
+
+
+def _draw_mismatch(data: dict):
+    """TRACE's effect on NLL over mismatch and over effective sample size; below 0 it helps."""
+    rows = [r for r in data["mismatch"] if f"nll_c {LEVEL}" in r]
+    if not rows:
+        return None
+    figure, panels = _panels(2)
+    for axes, (x, label) in zip(panels, (("ratio", "f^F / f^R of the selected experts"), ("ess", "ESS / tokens")),
+                                strict=True):  # fmt: skip
+        for metric, color, name in (("nll_r", GREY, "all tokens"), ("nll_c", BLUE, "tokens of critical experts")):
+            effects = [math.log(b / a) for a, b in (r[f"{metric} {LEVEL}"] for r in rows)]
+            axes.plot([r[x] for r in rows], effects, "o", color=color, markersize=4, alpha=0.7, label=name)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(xlabel=label, ylabel="log of retain NLL, TRACE / plain")
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_norms(data: dict):
+    """Mean retain-gradient norm per expert, critical and other, without and with TRACE's weights."""
+    panels_of = {"target": "unchanged model", "gradients": "end of the TRACE run"}
+    rows = {k: [r[k] for r in data["mismatch"] if r.get(k) and "weighted" in r[k]] for k in panels_of}
+    if not any(rows.values()):
+        return None
+    figure, panels = _panels(2)
+    for axes, (where, title) in zip(panels, panels_of.items(), strict=True):
+        for kind, color in (("others", GREY), ("critical", ORANGE)):
+            points = [(r["uniform"][kind], r["weighted"][kind]) for r in rows[where]]
+            axes.loglog(
+                *zip(*points, strict=True),
+                "o",
+                color=color,
+                markersize=4,
+                alpha=0.7,
+                label={"others": "other", "critical": "critical"}[kind] + " experts",
+            )
+        low, high = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
+        axes.plot([low, high], [low, high], color="black", linewidth=0.8)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axis.set_minor_locator(ticker.NullLocator())
+        axes.set(xlabel="retain-gradient norm, uniform weights", ylabel="with TRACE's weights", title=title)
+    panels[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _panels(count: int, height: float = 3.2):
+    figure, panels = pyplot.subplots(1, count, figsize=(4.2 * count, height), layout="constrained", squeeze=False)
+    for axes in panels[0]:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, list(panels[0])
+
+
+FIGURES = (
+    (
+        "levers.png",
+        "Paired differences at the retrained model's level; blue where the interval is clear of 0.",
+        _draw_levers,
+    ),
+    (
+        "mismatch.png",
+        "TRACE's effect over measured mismatch and effective sample size; below 0 it helps.",
+        _draw_mismatch,
+    ),
+    ("gradients.png", "Mean retain-gradient norm of an expert, without and with TRACE's weights.", _draw_norms),
+)
