@@ -112,8 +112,15 @@ def run(case: Case, device: str, ceilings: Mapping) -> dict:
 
 
 def timed(contenders: Mapping[str, Callable], rounds: int, device: str) -> dict[str, list[float]]:
-    """`timing.measure` with at least `rounds`, and more where they are cheap: they narrow the interval."""
-    turns = timing.take_turns(contenders, device=device)
+    """`timing.measure` with at least `rounds`, and more where they are cheap: they narrow the interval.
+
+    Where they are not, a round has one reading of each contender.
+    """
+    start = time.monotonic()
+    for function in contenders.values():
+        function()
+    repeats = timing.REPEATS if time.monotonic() - start < CHEAP_SECONDS else 1
+    turns = timing.take_turns(contenders, repeats=repeats, device=device)
     table, end = [], time.monotonic() + CHEAP_SECONDS
     while len(table) < rounds or (len(table) < MOST_ROUNDS and time.monotonic() < end):
         table.append(next(turns))
