@@ -93,6 +93,16 @@ def test_a_case_that_breaks_its_worker_costs_itself_alone(run):
     assert "ERROR: its process" in suite.line(content["rows"][1])
 
 
+def test_a_case_that_the_end_of_the_run_cuts_off_is_left_out_and_no_failure(run):
+    def ask(clock, title, left):
+        clock.now += left
+        raise suite.Broken(f"no end within {left:.0f} s")
+
+    content, _ = run(cases(1), ask, seconds=20)
+    assert content["rows"][0]["skipped"] == "no end within 20 s"
+    assert content["state"] == "partial: 1 of 1 cases left out for lack of time"
+
+
 def test_what_was_measured_survives_a_stop(tmp_path):
     own = record.Record(tmp_path / "run.json", HEAD)
     own.add({"op": "op", "name": "first"}, 2.0)
