@@ -33,7 +33,6 @@ from benchmarks.step_rivals import Rival, free_experts
 from moe_unlearn.config import Recipe
 from moe_unlearn.step import UnlearnStep
 
-MIB = 2**20
 GPU_SECONDS = 450  # no case starts later: what has started ends within nine minutes
 TARGETS = {1.0: 2.0, 0.2: 3.0, 0.05: 4.0}
 MEMORY_TARGET, CEILING_TARGET = 1 / 3, 0.8
@@ -174,19 +173,14 @@ def measure_memory(bench: Bench, name: str, device: str) -> float:
         before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, peak = _resident("VmRSS"), lambda: _resident("VmHWM")
+        before, peak = harness.resident("VmRSS"), lambda: harness.resident("VmHWM")
     step = bench.contender(name)
     for _ in range(2):
         step()
-    result = round((peak() - before) / MIB, 1)
+    result = round((peak() - before) / harness.MIB, 1)
     del step
     bench.drop(device)
     return result
-
-
-def _resident(what: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 def _collect(device: str) -> None:
@@ -289,7 +283,7 @@ def run_gpu(cases: list[Case], device: str, *, toy: bool, seconds: float = GPU_S
                 row.setdefault("out_of_memory", []).append(name)
         fit = tuple(name for name in case.contenders if name in row["extra_mib"])
         _collect(device)
-        free = torch.cuda.mem_get_info()[0] / MIB if device == "cuda" else float("inf")
+        free = torch.cuda.mem_get_info()[0] / harness.MIB if device == "cuda" else float("inf")
         if fit:
             together = sum(row["extra_mib"][name] for name in fit) < 0.9 * free
             row |= measure_times(bench, device, together=together, names=fit)

@@ -207,9 +207,9 @@ def peak_memory(function: Callable[[], object], device: str) -> float | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     told = _forget_peak()
-    before = _resident("VmRSS") if told else 0
+    before = resident("VmRSS") if told else 0
     function()
-    return _resident("VmHWM") - before if told else None
+    return resident("VmHWM") - before if told else None
 
 
 def collect(device: str) -> None:
@@ -229,7 +229,8 @@ def _forget_peak() -> bool:
     return True
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
+    """Bytes of this process, "VmRSS" or their peak, "VmHWM"."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 

@@ -14,10 +14,8 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,6 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.study_run import Spec, run
+from moe_unlearn.checkpoint import write_text
 from moe_unlearn.experiment import Settings, cache_folder
 
 RESULTS = Path(__file__).parent / "results" / "study"
@@ -182,10 +181,7 @@ def load(folder: Path, spec: Spec) -> dict | None:
 def execute(folder: Path, spec: Spec) -> float:
     """Make one part; processor seconds. The models' part must be there before that of a run."""
     result = run(spec, None if spec.recipe is None else load(folder, spec.models))
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".part-", delete=False, encoding="utf-8") as file:
-        json.dump(result, file)
-    os.replace(file.name, part(folder, spec))
+    write_text(part(folder, spec), json.dumps(result))
     return result["seconds"]
 
 

@@ -73,7 +73,7 @@ def _way(step, module: nn.Module, own: dict[str, nn.Parameter], blocked: str) ->
         return "autograd", trained, "the weights are made of others (an adapter)"
     if blocked:
         mollm = step.recipe.mollm
-        form = mollm.gradients if mollm else "compact" if need(step) else "auto"
+        form = mollm.gradients if mollm else "auto" if blocked == _STRICT else "compact"
         return "compact" if form == "compact" else "factors", trained, blocked
     biases = any(p.dim() != 3 for p in own.values())
     return "update", trained, "in the epilogue of the weight gradient" + (", biases compact" if biases else "")

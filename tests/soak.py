@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.stamp import RESULTS, stamp
+from moe_unlearn.checkpoint import write_text
 from tests import exactness
 from tests.exactness import Subject, check_bits, check_free_running, check_steps, named
 
@@ -82,10 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             "cpu_minutes": round(sum(e["cpu_seconds"] for e in done) / 60, 1),
             "results": done,
         }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.out.with_suffix(".partial")
-        partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        partial.replace(options.out)
+        write_text(options.out, json.dumps(summary, indent=1) + "\n")
     return int(any("failed" in entry for entry in done))
 
 

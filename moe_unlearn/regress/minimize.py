@@ -8,13 +8,12 @@ a case that only its record tells from a right one keeps its sizes, and its scri
 Source: our specification; shrinking one coordinate after the other follows property-based testing.
 """
 
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from moe_unlearn.checkpoint import write_text
 from moe_unlearn.regress import numeric, ours
 from moe_unlearn.regress.case import Case
 from moe_unlearn.testing import AccuracyError
@@ -129,12 +128,8 @@ def script(case: Case, seed: int, found: Failure, impl: str = "auto", arrays: Pa
 
 def write(folder: Path, case: Case, text: str) -> Path:
     """Put a script into `folder` under the case's name, replacing an earlier one."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"repro_{re.sub(r'[^A-Za-z0-9]+', '_', case.name)}.py"
-    handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=folder)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    write_text(path, text)
     return path
 
 

@@ -9,14 +9,13 @@
 
 import json
 import math
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from moe_unlearn.checkpoint import write_text
 from moe_unlearn.regress.numeric import EQUAL, Verdict
 from moe_unlearn.regress.store import Entry
 
@@ -159,12 +158,7 @@ def store_json(entries: Sequence[Entry]) -> str:
 
 def write(path: Path, content: str) -> None:
     """Write a report so that it is wholly there or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(content + "\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    write_text(path, content + "\n")
 
 
 def _ratio(result: Result) -> str:

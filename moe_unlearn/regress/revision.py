@@ -26,8 +26,9 @@ import torch
 from safetensors.torch import load_file
 
 from moe_unlearn.regress import numeric, timing
-from moe_unlearn.regress.numeric import ACCURATE, INACCURATE
-from moe_unlearn.regress.report import Result
+from moe_unlearn.regress.numeric import INACCURATE
+from moe_unlearn.regress.report import FINE, Result
+from moe_unlearn.regress.verbs import held_against
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIRMATIONS = 2
@@ -157,18 +158,12 @@ def _compared(name: str, base: "_Side", head: "_Side", seed: int, speed: bool, s
         theirs = base.evaluate(name, seed)
     except WorkerError as error:
         return Result(name, "new", f"the base fails: {error}")
-    if ours.inputs != theirs.inputs:
-        return Result(name, "changed", "the two cases have different inputs")
-    verdicts = tuple(numeric.judge_all(ours.actual, theirs.actual, ours.gold))
-    level = numeric.worst(verdicts)
-    status = "different" if strict and level == ACCURATE else level
-    message = "\n".join(verdict.message for verdict in verdicts if verdict.message)
-    found = None
-    if speed:
-        found = _decide(name, base, head, seed, level != INACCURATE)
-        if found.verdict == "slower" and level != INACCURATE and status != "different":
-            status = "slower"
-    return Result(name, status, message, verdicts, speed=str(found or ""))
+    result = held_against(name, theirs, ours, strict=strict)
+    if not speed or result.status == "changed":
+        return result
+    found = _decide(name, base, head, seed, result.status != INACCURATE)
+    slower = found.verdict == "slower" and result.code == FINE
+    return replace(result, speed=str(found), status="slower" if slower else result.status)
 
 
 def _decide(name: str, base: "_Side", head: "_Side", seed: int, numerics: bool) -> timing.Comparison:

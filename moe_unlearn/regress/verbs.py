@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_unlearn.regress import defence, minimize, numeric, timing
 from moe_unlearn.regress.case import Case, digest, source
 from moe_unlearn.regress.fingerprint import fingerprint, mismatch
-from moe_unlearn.regress.numeric import ACCURATE, INACCURATE
+from moe_unlearn.regress.numeric import ACCURATE, INACCURATE, Evaluation
 from moe_unlearn.regress.report import FINE, Result
 from moe_unlearn.regress.store import Entry, Store, StoreError
 
@@ -127,15 +127,21 @@ def compare(base: Case, head: Case, *, seed: int = 0, speed: bool = True, strict
 
     def compared() -> Result:
         one, other = (numeric.evaluate(case, seed) for case in (base, head))
-        if one.inputs != other.inputs:
-            return Result(head.name, "changed", "the two cases have different inputs")
-        verdicts = tuple(numeric.judge_all(other.actual, one.actual, one.gold))
-        level = numeric.worst(verdicts)
-        status = "different" if strict and level == ACCURATE else level
-        result = Result(head.name, status, _why(verdicts), verdicts)
-        return _with_comparison(result, base, head, seed, level != INACCURATE) if speed else result
+        result = held_against(head.name, one, other, strict=strict)
+        if not speed or result.status == "changed":
+            return result
+        return _with_comparison(result, base, head, seed, result.status != INACCURATE)
 
     return _timed(head, compared)
+
+
+def held_against(name: str, base: Evaluation, head: Evaluation, *, strict: bool) -> Result:
+    """`head` held against `base` in numbers alone."""
+    if base.inputs != head.inputs:
+        return Result(name, "changed", "the two cases have different inputs")
+    verdicts = tuple(numeric.judge_all(head.actual, base.actual, head.gold))
+    level = numeric.worst(verdicts)
+    return Result(name, "different" if strict and level == ACCURATE else level, _why(verdicts), verdicts)
 
 
 def _with_comparison(result: Result, base: Case, head: Case, seed: int, right: bool) -> Result:
