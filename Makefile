@@ -10,6 +10,8 @@
 #              15 minutes on one core, 15 GB of memory; `make bench BENCH="--only route"` a part
 # make bench-gpu   the same on this machine's GPU, published geometries, what matters first; at most 9 minutes
 # make bench-step  the whole step alone, in full: growth, memory, NPO, MOLLM; 40 minutes, 15 GB of memory
+# make study   what each lever buys, half an hour on 2 cores; `make study STUDY=` the whole study, 2 hours and more,
+#              goes on where it was stopped
 # make clean-cache   forget the trained models of the demo
 
 PYTHON ?= python3
@@ -20,11 +22,13 @@ DEMO ?=
 SOAK ?=
 # further arguments of the benchmark suite
 BENCH ?=
+# which study: --small or, empty, the whole
+STUDY ?= --small
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 # a change here builds the native extension again
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test quick lint ledger mutants soak gpu bench bench-step bench-gpu clean-cache clean
+.PHONY: demo test quick lint ledger mutants soak gpu bench bench-step bench-gpu study clean-cache clean
 
 # without build isolation, so that the native extension is built against this very torch
 .venv/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
@@ -77,6 +81,11 @@ bench: .venv/.installed
 bench-step: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_step
 	$(BIN)/python -m benchmarks.plots
+
+study: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study $(STUDY)
+	$(BIN)/python -m benchmarks.study $(STUDY) --report
+	$(BIN)/python -m benchmarks.readme
 
 bench-gpu:
 	$(PYTHON) -m benchmarks.suite --device cuda $(BENCH)

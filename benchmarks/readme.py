@@ -1,16 +1,18 @@
-"""README's table of costs, made from the newest run of each device: python -m benchmarks.readme
+"""README's figures, made from what is recorded: python -m benchmarks.readme
 
-What stands between the two marks in README.md is replaced. `tests/test_bench_readme.py` fails where README and the run
+Costs are those of the newest run of each device; what the levers buy is the study's (`efficacy`). What stands between
+two marks in README.md is replaced. `tests/test_bench_readme.py` fails where README and the run
 differ, and where a kernel changed since the run without README saying so; running this again repairs both.
 """
 
 import sys
 from pathlib import Path
 
-from benchmarks import record, stamp
+from benchmarks import efficacy, record, stamp
 
 README = stamp.ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks.readme: begin -->", "<!-- benchmarks.readme: end -->"
+EFFICACY = "<!-- benchmarks.efficacy: begin -->", "<!-- benchmarks.efficacy: end -->"
 STALE = "**measured before the kernels changed**"
 _FIGURE = "speedup.png"
 _RESULTS = {
@@ -93,17 +95,22 @@ def _remarks(run: dict) -> list[str]:
     return [run["source"], *lines] if "source" in run else lines
 
 
-def replaced(readme: str, text: str) -> str:
-    """README with `text` between the marks. Raises ValueError unless both marks are there, in order."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"expected {BEGIN} and then {END} in README.md")
+def replaced(readme: str, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """README with `text` between two marks. Raises ValueError unless both marks are there, in order."""
+    before, begins, rest = readme.partition(begin)
+    _, ends, after = rest.partition(end)
+    if not begins or not ends:
+        raise ValueError(f"expected {begin} and then {end} in README.md")
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
+def current(readme: str) -> str:
+    """README with every generated section as the recorded results have it."""
+    return replaced(replaced(readme, generated()), efficacy.generated(), *EFFICACY)
+
+
 def main() -> int:
-    text = replaced(README.read_text(), generated())
+    text = current(README.read_text())
     changed = text != README.read_text()
     README.write_text(text)
     print("README.md written" if changed else "README.md says so already")

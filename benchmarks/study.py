@@ -2,7 +2,7 @@
 
     python -m benchmarks.study --small              half an hour on two cores
     python -m benchmarks.study                      the whole study, hours; killed, it goes on where it was
-    python -m benchmarks.study --report [--small]   table, figures and one JSON from the parts that are there
+    python -m benchmarks.study --report [--small]   table, figures and JSON from the parts that are there
     python -m benchmarks.study --list [--small]     every run and whether it is done
 
 Every result is a small JSON of its own, named by a digest of what it is the result of (`study_run.Spec`): runs that
@@ -29,6 +29,7 @@ from moe_unlearn.checkpoint import write_text
 from moe_unlearn.experiment import Settings, cache_folder
 
 RESULTS = Path(__file__).parent / "results" / "study"
+RUNS = "runs.jsonl"
 
 #: recipe, learning rate and what else tiny models need; chosen on seed 0, which is not reported
 BASELINES = {
@@ -178,6 +179,13 @@ def load(folder: Path, spec: Spec) -> dict | None:
         return None
 
 
+def recorded(out: Path) -> dict[str, dict]:
+    """key -> result of every run that an earlier report wrote into `out`."""
+    path = out / RUNS
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return {result.pop("key"): result for result in map(json.loads, lines)}
+
+
 def execute(folder: Path, spec: Spec) -> float:
     """Make one part; processor seconds. The models' part must be there before that of a run."""
     result = run(spec, None if spec.recipe is None else load(folder, spec.models))
@@ -257,7 +265,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.report:
         from benchmarks import study_report
 
-        print(study_report.write(out, chosen, parts, name))
+        known = recorded(out)
+        print(study_report.write(out, chosen, lambda spec: load(parts, spec) or known.get(spec.key), name))
         return 0
     specs = list(dict.fromkeys(e.spec for e in chosen))
     if given.list:

@@ -9,21 +9,20 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib
 from scipy import stats
 
 from benchmarks import stamp
-from benchmarks.study import Entry, load
-from benchmarks.study_run import NEAR
+from benchmarks.study import RUNS, Entry
+from benchmarks.study_reading import LEVEL, goal, interval, reading
+from benchmarks.study_run import NEAR, Spec
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker  # noqa: E402 -- after the choice of a backend without a display
 
-LEVEL = "retrain"
-GOAL = 9  # percent of relative utility
 BLUE, ORANGE, GREY = "#1f5fa8", "#c2682a", "#8a8a8a"
 #: metric -> what it says; utility of unseen retain documents
 UTILITIES = {
@@ -46,20 +45,23 @@ def paired(differences: Iterable[float]) -> dict:
 
 
 class Found:
-    """The parts that are there, by table, case, baseline and variant."""
+    """The results that are there, by table, case, baseline and variant."""
 
-    def __init__(self, entries: list[Entry], parts: Path):
+    def __init__(self, entries: list[Entry], result_of: Callable[[Spec], dict | None]):
         self.cells: dict[tuple, dict[int, dict]] = defaultdict(dict)
         self.models: dict[tuple, dict[int, dict]] = defaultdict(dict)
-        self.wanted, self.there, self.seconds = len(entries), 0, 0.0
+        self.wanted = len({e.spec for e in entries})
+        self.runs: dict[str, dict] = {}  # key -> result, of runs and of the models they start from
+        there = set()
         for e in entries:
-            result, models = load(parts, e.spec), load(parts, e.spec.models)
+            result, models = result_of(e.spec), result_of(e.spec.models)
             if models is not None:
-                self.models[e.group, e.case][e.spec.seed] = models
+                self.models[e.group, e.case][e.spec.seed] = self.runs[e.spec.models.key] = models
             if result is not None:
-                self.there += 1
-                self.seconds += result["seconds"]
-                self.cells[e.group, e.case, e.baseline, e.variant][e.spec.seed] = result
+                there.add(e.spec)
+                self.cells[e.group, e.case, e.baseline, e.variant][e.spec.seed] = self.runs[e.spec.key] = result
+        self.there = len(there)
+        self.seconds = sum(r["seconds"] for r in self.runs.values())
 
     def at(self, key: tuple, metric: str, level: str = LEVEL) -> dict[int, float]:
         """seed -> value at the level of forgetting, for those seeds that reached it."""
@@ -85,9 +87,9 @@ class Found:
         return list(dict.fromkeys(key[2:] for key in self.cells if key[:2] == (group, case)))
 
 
-def write(out: Path, entries: list[Entry], parts: Path, name: str) -> str:
-    """Write `study.md`, `study.json` and the figures into `out`; returns the table's text."""
-    found = Found(entries, parts)
+def write(out: Path, entries: list[Entry], result_of: Callable[[Spec], dict | None], name: str) -> str:
+    """Write `study.md`, `study.json`, the figures and `runs.jsonl` into `out`; returns the table's text."""
+    found = Found(entries, result_of)
     out.mkdir(parents=True, exist_ok=True)
     command = "python -m benchmarks.study" + (" --small" if name == "small" else "")
     lines = [
@@ -98,20 +100,34 @@ def write(out: Path, entries: list[Entry], parts: Path, name: str) -> str:
         "unlearning never saw. ± is a 95 % t interval over seeds, of paired differences to the plain baseline; "
         f"\"at +{NEAR}\" compares so far above that level, on the way there.", "",
     ]  # fmt: skip
-    data = {"command": command, "runs": found.there, "of": found.wanted, "made_with": _made_with()}
+    data = {"command": command, "runs": found.there, "of": found.wanted, "near": NEAR, "made_with": _made_with()}
     for title, section in (("main", _main), ("mismatch", _mismatch), ("ablation", _ablation)):
         text, data[title] = section(found)
         lines += text
+    lines += ["## Reading", "", *(f"* {sentence}" for sentence in reading(data)), ""]
+    data["figures"] = {}
     for file, caption, draw in FIGURES:
         figure = draw(data)
         if figure is not None:
             lines += [f"![{caption}]({file})", "", caption, ""]
+            data["figures"][file] = caption
             figure.savefig(out / file, dpi=160)
             pyplot.close(figure)
     text = "\n".join(lines)
     (out / "study.md").write_text(text, encoding="utf-8")
     (out / "study.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    lines = (json.dumps({"key": key, **_rounded(result)}) for key, result in sorted(found.runs.items()))
+    (out / RUNS).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return text
+
+
+def _rounded(value: object) -> object:
+    """Plain values with 6 significant digits: half the size, and more than a seed tells."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _made_with() -> dict:
@@ -123,10 +139,7 @@ def _made_with() -> dict:
 def _main(found: Found) -> tuple[list[str], list[dict]]:
     lines, rows = [], []
     for case in found.cases("main"):
-        plain = {b: paired(found.at(("main", case, b, v), "verbmem_r").values()) for b, v in found.keys("main", case)
-                 if v == "plain"}  # fmt: skip
-        reached = {b: v["mean"] for b, v in plain.items() if v["mean"] is not None}
-        strongest = max(reached, key=reached.get) if reached else None
+        strongest = {level: _strongest(found, case, level) for level in (LEVEL, "near")}
         models = found.models["main", case].values()
         target, retrain = (
             {k: statistics.fmean(m["models"][which][k] for m in models) for k in ("verbmem_f", "verbmem_r", "nll_r")}
@@ -135,7 +148,8 @@ def _main(found: Found) -> tuple[list[str], list[dict]]:
         lines += [
             f"## {case}", "", *_matrix(found, case), "",
             f"VerbMem forget / retain: target {target['verbmem_f']:.3f} / {target['verbmem_r']:.3f}, retrained "
-            f"{retrain['verbmem_f']:.3f} / {retrain['verbmem_r']:.3f}. Strongest plain baseline: {strongest}.", "",
+            f"{retrain['verbmem_f']:.3f} / {retrain['verbmem_r']:.3f}. Strongest plain baseline: {strongest[LEVEL]}, "
+            f"at +{NEAR} {strongest['near']}.", "",
             "| baseline | variant | reached | steps | VerbMem | Δ | against strongest, % | Δ at +0.1 | KnowMem | NLL | "
             "NLL critical tokens | Δ | PrivLeak |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -145,28 +159,24 @@ def _main(found: Found) -> tuple[list[str], list[dict]]:
             row = {"case": case, "baseline": baseline, "variant": variant, "runs": len(found.cells[key])}
             row["reached"] = len(found.at(key, "step"))
             row |= {m: paired(found.at(key, m).values()) for m in ("step", *UTILITIES, "privleak")}
+            row["verbmem_r_near"] = paired(found.at(key, "verbmem_r", "near").values())
             row["difference"] = {m: found.difference(key, base, m) for m in UTILITIES}
             row["difference_near"] = {m: found.difference(key, base, m, "near") for m in UTILITIES}
-            if strongest is not None:
-                row["against_strongest"] = found.relative(key, ("main", case, strongest, "plain"), "verbmem_r")
+            for level, best in strongest.items():
+                if best is not None:
+                    against = found.relative(key, ("main", case, best, "plain"), "verbmem_r", level)
+                    row["against_strongest" + ("" if level == LEVEL else "_near")] = against
             rows.append(row)
             lines.append(_row(row))
-        lines += ["", _goal([r for r in rows if r["case"] == case]), ""]
+        lines += ["", goal([r for r in rows if r["case"] == case]), ""]
     return lines, rows
 
 
-def _goal(rows: list[dict]) -> str:
-    """What TRACE's paper claims, beside what the rows of one corpus say."""
-    tried = [r for r in rows if r["variant"] == "TRACE" and r.get("against_strongest", {"n": 0})["n"]]
-    if not tried:
-        return "No run with TRACE alone reached the level yet."
-    best = max(tried, key=lambda r: r["against_strongest"]["mean"])
-    gain = best["against_strongest"]
-    verdict = "reached" if gain["mean"] >= GOAL else "not reached"
-    return (
-        f"Goal from the paper, TRACE at least {GOAL} % above the strongest plain baseline: {verdict}; the best "
-        f"baseline with TRACE alone is {best['baseline']}, {_interval(gain, 1)} % ({gain['n']} seeds)."
-    )
+def _strongest(found: Found, case: str, level: str) -> str | None:
+    """The plain baseline that keeps the most VerbMem at a level."""
+    plain = {b: found.at(("main", case, b, v), "verbmem_r", level) for b, v in found.keys("main", case) if v == "plain"}
+    reached = {b: statistics.fmean(values.values()) for b, values in plain.items() if values}
+    return max(reached, key=reached.get) if reached else None
 
 
 def _matrix(found: Found, case: str) -> list[str]:
@@ -184,10 +194,10 @@ def _row(row: dict) -> str:
     plain = row["variant"] == "plain"
     cells = [
         row["baseline"], row["variant"], f"{row['reached']}/{row['runs']}", _mean(row["step"], 0),
-        _mean(row["verbmem_r"]), "" if plain else _interval(row["difference"]["verbmem_r"]),
-        _interval(row.get("against_strongest"), 1), "" if plain else _interval(row["difference_near"]["verbmem_r"]),
+        _mean(row["verbmem_r"]), "" if plain else interval(row["difference"]["verbmem_r"]),
+        interval(row.get("against_strongest"), 1), "" if plain else interval(row["difference_near"]["verbmem_r"]),
         _mean(row["knowmem_r"]), _mean(row["nll_r"]), _mean(row["nll_c"]),
-        "" if plain else _interval(row["difference"]["nll_c"]), _mean(row["privleak"], 0),
+        "" if plain else interval(row["difference"]["nll_c"]), _mean(row["privleak"], 0),
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
@@ -223,7 +233,7 @@ def _mismatch(found: Found) -> tuple[list[str], list[dict]]:
                 f"{_mean(critical, 2)} / {_mean(others, 2)}", _mean(factor, 2),
             ]  # fmt: skip
             for metric in ("verbmem_r " + LEVEL, "verbmem_r near", "nll_r " + LEVEL, "nll_c " + LEVEL):
-                cells.append(_interval(paired(r[metric][1] - r[metric][0] for r in own if metric in r)))
+                cells.append(interval(paired(r[metric][1] - r[metric][0] for r in own if metric in r)))
             lines.append("| " + " | ".join(cells) + " |")
             rows += own
     return [*lines, ""], rows
@@ -268,7 +278,7 @@ def _ablation(found: Found) -> tuple[list[str], list[dict]]:
             deltas = [row["difference"][m] for m in ("verbmem_r", "nll_r", "nll_c")]
             lines.append(
                 f"| {baseline} | {variant} | {row['reached']}/{row['runs']} | {_mean(row['verbmem_r'])} | "
-                + " | ".join("" if key == base else _interval(d) for d in deltas) + f" | {_mean(row['ess'], 2)} |"
+                + " | ".join("" if key == base else interval(d) for d in deltas) + f" | {_mean(row['ess'], 2)} |"
             )  # fmt: skip
         lines.append("")
     return lines, rows
@@ -276,13 +286,6 @@ def _ablation(found: Found) -> tuple[list[str], list[dict]]:
 
 def _mean(value: dict, digits: int = 3) -> str:
     return "–" if value["mean"] is None else f"{value['mean']:.{digits}f}"
-
-
-def _interval(value: dict | None, digits: int = 3) -> str:
-    if value is None or value["mean"] is None:
-        return "–"
-    half = "" if value["half"] is None else f" ± {value['half']:.{digits}f}"
-    return f"{value['mean']:+.{digits}f}{half}"
 
 
 def _draw_levers(data: dict):

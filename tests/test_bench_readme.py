@@ -70,7 +70,7 @@ def test_the_text_goes_between_the_marks():
 @pytest.mark.quick
 def test_readme_says_what_the_newest_run_says():
     page = readme.README.read_text()
-    assert page == readme.replaced(page, readme.generated()), "run python -m benchmarks.readme"
+    assert page == readme.current(page), "run python -m benchmarks.readme"
 
 
 def test_every_picture_is_drawn_from_the_run_alone(root):

@@ -36,6 +36,10 @@ def parts(tmp_path_factory):
     return folder
 
 
+def there(folder):
+    return lambda spec: study.load(folder, spec)
+
+
 def traced(spec, control=""):
     return replace(spec, overrides=(*spec.overrides, *study.TRACE, "trace.min_ratio=1.05"), control=control)
 
@@ -227,14 +231,14 @@ def test_the_report_counts_what_did_not_reach_and_pairs_by_seed(parts, tmp_path)
         for group in ("main", "mismatch")
         for variant, spec in (("plain", SPEC), ("TRACE", traced(SPEC)), ("WAGLE", replace(SPEC, control="none")))
     ]
-    text = study_report.write(tmp_path, entries, parts, "small")
+    text = study_report.write(tmp_path, entries, there(parts), "small")
     content = json.loads((tmp_path / "study.json").read_text())
     plain, with_trace = content["main"]
     ours, theirs = (study.load(parts, s)["matched"]["retrain"]["verbmem_r"] for s in (traced(SPEC), SPEC))
     assert with_trace["difference"]["verbmem_r"] == {"mean": pytest.approx(ours - theirs), "half": None, "n": 1}
     assert with_trace["against_strongest"]["mean"] == pytest.approx(100 * (ours / theirs - 1))
-    assert plain["reached"] == 1 and content["runs"] == 4 and content["of"] == 6
-    assert "| GradDiff | TRACE | 1/1 |" in text and "4 of 6 runs" in text
+    assert plain["reached"] == 1 and content["runs"] == 2 and content["of"] == 3
+    assert "| GradDiff | TRACE | 1/1 |" in text and "2 of 3 runs" in text
     assert (tmp_path / "levers.png").stat().st_size > 1000
     lost = study.load(parts, traced(SPEC)) | {"matched": {"near": None, "retrain": None}}
     folder = tmp_path / "parts"
@@ -242,7 +246,20 @@ def test_the_report_counts_what_did_not_reach_and_pairs_by_seed(parts, tmp_path)
         study.part(folder, spec).parent.mkdir(exist_ok=True)
         study.part(folder, spec).write_text(json.dumps(study.load(parts, spec)))
     study.part(folder, traced(SPEC)).write_text(json.dumps(lost))
-    assert "| GradDiff | TRACE | 0/1 | – | – |" in study_report.write(tmp_path, entries, folder, "small")
+    assert "| GradDiff | TRACE | 0/1 | – | – |" in study_report.write(tmp_path, entries, there(folder), "small")
+
+
+def test_a_report_can_be_made_again_from_what_it_recorded(parts, tmp_path, monkeypatch, capsys):
+    entries = [Entry("main", "builtin:pydoc", "GradDiff", v, s) for v, s in (("plain", SPEC), ("TRACE", traced(SPEC)))]
+    monkeypatch.setattr(study, "entries", lambda scale: entries)
+    where = ["--small", "--report", "--out", str(tmp_path), "--parts"]
+    assert study.main([*where, str(parts)]) == 0
+    first = capsys.readouterr().out
+    known = study.recorded(tmp_path / "small")
+    assert set(known) == {SPEC.key, traced(SPEC).key, SPEC.models.key}
+    assert study.main([*where, str(tmp_path / "nothing")]) == 0
+    assert capsys.readouterr().out == first and "2 of 2 runs" in first
+    assert study.recorded(tmp_path / "small") == known and study.recorded(tmp_path) == {}
 
 
 def test_a_run_in_which_trace_found_no_expert_is_counted_apart(parts, tmp_path):
@@ -251,7 +268,7 @@ def test_a_run_in_which_trace_found_no_expert_is_counted_apart(parts, tmp_path):
     for spec, result in ((SPEC.models, study.load(parts, SPEC.models)), (SPEC, none), (traced(SPEC), none)):
         study.part(folder, spec).write_text(json.dumps(result))
     entries = [Entry("mismatch", "near", "GradDiff", v, s) for v, s in (("plain", SPEC), ("TRACE", traced(SPEC)))]
-    text = study_report.write(tmp_path, entries, folder, "small")
+    text = study_report.write(tmp_path, entries, there(folder), "small")
     assert "| near | GradDiff | 0/1 |" in text
 
 

@@ -1,0 +1,89 @@
+"""What the numbers of a study say, in sentences made from them."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+LEVEL = "retrain"
+GOAL = 9  # percent of relative utility
+
+
+def reading(data: dict) -> list[str]:
+    """The sentences on the goal of TRACE's paper, on its premise, and on the ablations; of `study.json`."""
+    cases = dict.fromkeys(row["case"] for row in data["main"])
+    found = [f"{case}: {goal([r for r in data['main'] if r['case'] == case])}" for case in cases]
+    return [*found, *_premise(data["mismatch"]), *_ablations(data["ablation"])]
+
+
+def goal(rows: list[dict]) -> str:
+    """What TRACE's paper claims, beside what the rows of one corpus say at both levels."""
+    found = []
+    for key, where in (("against_strongest", ""), ("against_strongest_near", " at the looser level")):
+        tried = [r for r in rows if r["variant"] == "TRACE" and r.get(key, {"n": 0})["n"]]
+        if not tried:
+            found.append(f"no run with TRACE alone reached the level{where}")
+            continue
+        best = max(tried, key=lambda r: r[key]["mean"])
+        verdict = "reached" if best[key]["mean"] >= GOAL else "not reached"
+        found.append(
+            f"{verdict}{where}, where the best baseline with TRACE alone is {best['baseline']}, "
+            f"{interval(best[key], 1)} % ({best[key]['n']} seeds)"
+        )
+    return f"Goal from the paper, TRACE at least {GOAL} % above the strongest plain baseline: {'; '.join(found)}."
+
+
+def _premise(rows: list[dict]) -> list[str]:
+    """TRACE's effect over what was measured of its premise, each seed a point."""
+    found = []
+    for metric, of in (("nll_c", "on tokens of critical experts"), ("nll_r", "on all")):
+        points = [r for r in rows if f"{metric} {LEVEL}" in r]
+        if len(points) < 3:
+            continue
+        effects = [math.log(after / before) for before, after in (r[f"{metric} {LEVEL}"] for r in points)]
+        lower = sum(effect < 0 for effect in effects)
+        found.append(
+            f"TRACE changes the NLL of retain tokens by {100 * math.expm1(statistics.fmean(effects)):+.0f} % {of} "
+            f"(geometric mean of {len(points)} paired runs, lower in {lower}); its rank correlation is "
+            f"{_spearman([r['ratio'] for r in points], effects)} with f^F/f^R of the selected experts and "
+            f"{_spearman([r['ess'] for r in points], effects)} with the effective sample size."
+        )
+    known = [r["target"] for r in rows if r["target"] and "weighted" in (r["gradients"] or {})]
+    weighted = [r["gradients"] for r in rows if "weighted" in (r["gradients"] or {})]
+    if weighted and known:
+        critical, others = (
+            statistics.fmean(g["weighted"][kind] / g["uniform"][kind] for g in known if "weighted" in g)
+            for kind in ("critical", "others")
+        )
+        found.append(
+            f"TRACE's weights multiply the retain-gradient norm of a critical expert by {critical:.2f} and that of "
+            f"another by {others:.2f} in the unchanged model (means over {len(known)} runs)."
+        )
+    return found
+
+
+def _ablations(rows: list[dict]) -> list[str]:
+    """Each control beside what it replaces."""
+    found = {(r["case"], r["baseline"], r["variant"]): r["difference"]["verbmem_r"] for r in rows}
+    lines = []
+    for case, baseline in dict.fromkeys((r["case"], r["baseline"]) for r in rows):
+        own = {v: d for (c, b, v), d in found.items() if (c, b) == (case, baseline) and d["n"] and "plain" not in v}
+        if own:
+            listed = "; ".join(f"{variant} {interval(value)}" for variant, value in own.items())
+            lines.append(f"Ablations, {case}, {baseline}, change of VerbMem retain against plain: {listed}.")
+    return lines
+
+
+def _spearman(first: Sequence[float], second: Sequence[float]) -> str:
+    from scipy import stats
+
+    if len(set(first)) == 1 or len(set(second)) == 1:
+        return "not defined"
+    found = stats.spearmanr(first, second)
+    return f"{found.statistic:+.2f} (p {found.pvalue:.2g})"
+
+
+def interval(value: dict | None, digits: int = 3) -> str:
+    if value is None or value["mean"] is None:
+        return "–"
+    half = "" if value["half"] is None else f" ± {value['half']:.{digits}f}"
+    return f"{value['mean']:+.{digits}f}{half}"
