@@ -165,6 +165,8 @@ def run(options) -> None:
 def evaluate(options) -> None:
     """Measure a model on forget, retain and holdout text, or with --benchmark; print and save the metrics."""
     if options.benchmark:
+        if options.before or options.relearn:
+            raise ValueError("--before and --relearn are for --forget and --retain; leave out --benchmark")
         _evaluate_benchmark(options)
         return
     for option, given in (("--data", options.data), ("--reference-run", options.reference_run)):
@@ -181,8 +183,16 @@ def evaluate(options) -> None:
         if getattr(options, side) is not None
     }
     result = metrics.evaluate(model, tokenizer, **sets, reference=reference)
+    if options.before or options.relearn:
+        before = None if options.before is None else experiment.load_model(options.before)[0]
+        result |= metrics.audit(
+            model, tokenizer, forget=sets["forget"], retain=sets["retain"], before=before,
+            relearn_steps=options.relearn, relearn_lr=options.relearn_lr, batch_size=options.batch_size,
+        )  # fmt: skip
     for name, value in result.items():
-        print(f"{name:<14} {value:.4f}")
+        if name == "relearning":
+            value = ", ".join(f"{v['nll']:.3f} at {i}" for i, v in zip(value["steps"], value["values"], strict=True))
+        print(f"{name:<15} {f'{value:.4f}' if isinstance(value, float) else value}")
     if options.out:
         _write(Path(options.out), json.dumps(result, indent=1))
 
@@ -292,6 +302,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("eval", evaluate)
     data_arguments(sub, sides=())
     sub.add_argument("--reference", help="the retrained model's folder, for PrivLeak")
+    sub.add_argument("--before", help="the model's folder before unlearning: how far routing moved, gibberish")
+    sub.add_argument("--relearn", type=_steps, default=0, metavar="STEPS",
+                     help="attack: fine-tune a copy on the forget set for so many steps")  # fmt: skip
+    sub.add_argument("--relearn-lr", type=float, default=1e-4, help="learning rate of the attack (default 1e-4)")
     sub.add_argument("--benchmark", choices=("muse", "tofu", "wmdp"), help="evaluate its sets, given by --data")
     sub.add_argument("--data", nargs="+", action="extend", default=[], metavar="NAME=SOURCE",
                      help="the benchmark's sets, e.g. forget_qa=qa.json; wmdp: wmdp_bio=bio.jsonl")  # fmt: skip

@@ -229,6 +229,22 @@ def test_eval_prints_and_writes(folder, tmp_path, capsys):
     assert saved["privleak"] == 0 and "verbmem_f" in capsys.readouterr().out
 
 
+def test_eval_tells_what_moved_and_how_fast_it_comes_back(folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "out", "--no-eval", recipe="graddiff") == 0
+    capsys.readouterr()
+    out = tmp_path / "metrics.json"
+    before = arguments(folder)[:2][1]
+    after = ["eval", "--model", str(tmp_path / "out" / "model"), *arguments(folder)[2:], "--out", str(out)]
+    assert main([*after, "--before", before, "--relearn", "3", "--relearn-lr", "1e-2"]) == 0
+    saved, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert saved["routing_overlap"] < 1 and 0 <= saved["gibberish"] <= 1
+    assert saved["relearning"]["steps"] == [0, 3] and saved["relearn_half"] in (0, 3)
+    assert saved["relearning"]["values"][1]["nll"] < saved["relearning"]["values"][0]["nll"]
+    assert "relearning" in printed and " at 3" in printed
+    assert main([*after, "--benchmark", "muse", "--data", "verbmem=x", "--relearn", "3"]) == 2
+    assert "leave out --benchmark" in error_of(capsys)
+
+
 def error_of(capsys):
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err

@@ -1,5 +1,6 @@
 """What a model remembers, what it still can, and what it gives away."""
 
+from moe_unlearn.metrics.audit import audit
 from moe_unlearn.metrics.choices import continuation_logprobs, evaluate_choices, multiple_choice
 from moe_unlearn.metrics.evaluate import evaluate
 from moe_unlearn.metrics.gibberish import GibberishRate, gibberish_rate, repetition
@@ -33,6 +34,7 @@ __all__ = [
     "TofuSettings",
     "TokenScores",
     "auc",
+    "audit",
     "cloze_spans",
     "context_length",
     "continuation_logprobs",

@@ -32,7 +32,7 @@ def verbmem(
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    cuts = [_prompt_length(e, prompt_tokens) for e in examples]
+    cuts = [prompt_length(e, prompt_tokens) for e in examples]
     kept = [(e, cut) for e, cut in zip(examples, cuts, strict=True) if len(e) > cut]
     if not kept:
         raise NothingToMeasureError(f"expected an example longer than its prompt of {prompt_tokens} tokens; got none")
@@ -150,7 +150,8 @@ def _surface(token: str) -> str:
     return token.replace("Ġ", " ").replace("Ċ", "\n").replace("▁", " ")
 
 
-def _prompt_length(example: Example, prompt_tokens: int) -> int:
+def prompt_length(example: Example, prompt_tokens: int) -> int:
+    """The tokens of the example's masked prompt, or `prompt_tokens` where it has none."""
     masked = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
     return masked or prompt_tokens
 
