@@ -179,11 +179,14 @@ def load(folder: Path, spec: Spec) -> dict | None:
         return None
 
 
-def recorded(out: Path) -> dict[str, dict]:
-    """key -> result of every run that an earlier report wrote into `out`."""
+def restore(out: Path, folder: Path, specs: list[Spec]) -> None:
+    """Make parts of what an earlier report wrote into `out`, where they are not there."""
     path = out / RUNS
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    return {result.pop("key"): result for result in map(json.loads, lines)}
+    known = {result.pop("key"): result for result in map(json.loads, lines)}
+    for spec in {*specs, *(spec.models for spec in specs)}:
+        if spec.key in known and load(folder, spec) is None:
+            write_text(part(folder, spec), json.dumps(known[spec.key]))
 
 
 def execute(folder: Path, spec: Spec) -> float:
@@ -262,13 +265,13 @@ def main(arguments: list[str] | None = None) -> int:
         e for e in entries(SCALES[name])
         if re.search(given.only, f"{e.group} {e.case} {e.baseline} {e.variant} {e.spec.seed}")
     ]  # fmt: skip
+    specs = list(dict.fromkeys(e.spec for e in chosen))
+    restore(out, parts, specs)
     if given.report:
         from benchmarks import study_report
 
-        known = recorded(out)
-        print(study_report.write(out, chosen, lambda spec: load(parts, spec) or known.get(spec.key), name))
+        print(study_report.write(out, chosen, parts, name))
         return 0
-    specs = list(dict.fromkeys(e.spec for e in chosen))
     if given.list:
         for e in chosen:
             state = "todo" if load(parts, e.spec) is None else "done"

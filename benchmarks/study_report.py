@@ -9,16 +9,16 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
 from scipy import stats
 
 from benchmarks import stamp
-from benchmarks.study import RUNS, Entry
+from benchmarks.study import RUNS, Entry, load
 from benchmarks.study_reading import LEVEL, goal, interval, reading
-from benchmarks.study_run import NEAR, Spec
+from benchmarks.study_run import NEAR
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker  # noqa: E402 -- after the choice of a backend without a display
@@ -47,14 +47,14 @@ def paired(differences: Iterable[float]) -> dict:
 class Found:
     """The results that are there, by table, case, baseline and variant."""
 
-    def __init__(self, entries: list[Entry], result_of: Callable[[Spec], dict | None]):
+    def __init__(self, entries: list[Entry], parts: Path):
         self.cells: dict[tuple, dict[int, dict]] = defaultdict(dict)
         self.models: dict[tuple, dict[int, dict]] = defaultdict(dict)
         self.wanted = len({e.spec for e in entries})
         self.runs: dict[str, dict] = {}  # key -> result, of runs and of the models they start from
         there = set()
         for e in entries:
-            result, models = result_of(e.spec), result_of(e.spec.models)
+            result, models = load(parts, e.spec), load(parts, e.spec.models)
             if models is not None:
                 self.models[e.group, e.case][e.spec.seed] = self.runs[e.spec.models.key] = models
             if result is not None:
@@ -87,9 +87,9 @@ class Found:
         return list(dict.fromkeys(key[2:] for key in self.cells if key[:2] == (group, case)))
 
 
-def write(out: Path, entries: list[Entry], result_of: Callable[[Spec], dict | None], name: str) -> str:
+def write(out: Path, entries: list[Entry], parts: Path, name: str) -> str:
     """Write `study.md`, `study.json`, the figures and `runs.jsonl` into `out`; returns the table's text."""
-    found = Found(entries, result_of)
+    found = Found(entries, parts)
     out.mkdir(parents=True, exist_ok=True)
     command = "python -m benchmarks.study" + (" --small" if name == "small" else "")
     lines = [

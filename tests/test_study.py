@@ -36,7 +36,7 @@ def parts(tmp_path_factory):
     return folder
 
 
-def there(folder):
+def folder:
     return lambda spec: study.load(folder, spec)
 
 
@@ -231,7 +231,7 @@ def test_the_report_counts_what_did_not_reach_and_pairs_by_seed(parts, tmp_path)
         for group in ("main", "mismatch")
         for variant, spec in (("plain", SPEC), ("TRACE", traced(SPEC)), ("WAGLE", replace(SPEC, control="none")))
     ]
-    text = study_report.write(tmp_path, entries, there(parts), "small")
+    text = study_report.write(tmp_path, entries, parts, "small")
     content = json.loads((tmp_path / "study.json").read_text())
     plain, with_trace = content["main"]
     ours, theirs = (study.load(parts, s)["matched"]["retrain"]["verbmem_r"] for s in (traced(SPEC), SPEC))
@@ -246,20 +246,23 @@ def test_the_report_counts_what_did_not_reach_and_pairs_by_seed(parts, tmp_path)
         study.part(folder, spec).parent.mkdir(exist_ok=True)
         study.part(folder, spec).write_text(json.dumps(study.load(parts, spec)))
     study.part(folder, traced(SPEC)).write_text(json.dumps(lost))
-    assert "| GradDiff | TRACE | 0/1 | – | – |" in study_report.write(tmp_path, entries, there(folder), "small")
+    assert "| GradDiff | TRACE | 0/1 | – | – |" in study_report.write(tmp_path, entries, folder, "small")
 
 
-def test_a_report_can_be_made_again_from_what_it_recorded(parts, tmp_path, monkeypatch, capsys):
+def test_what_a_report_recorded_is_parts_again(parts, tmp_path, monkeypatch, capsys):
     entries = [Entry("main", "builtin:pydoc", "GradDiff", v, s) for v, s in (("plain", SPEC), ("TRACE", traced(SPEC)))]
     monkeypatch.setattr(study, "entries", lambda scale: entries)
-    where = ["--small", "--report", "--out", str(tmp_path), "--parts"]
-    assert study.main([*where, str(parts)]) == 0
-    first = capsys.readouterr().out
-    known = study.recorded(tmp_path / "small")
-    assert set(known) == {SPEC.key, traced(SPEC).key, SPEC.models.key}
-    assert study.main([*where, str(tmp_path / "nothing")]) == 0
-    assert capsys.readouterr().out == first and "2 of 2 runs" in first
-    assert study.recorded(tmp_path / "small") == known and study.recorded(tmp_path) == {}
+    arguments = ["--small", "--out", str(tmp_path), "--parts"]
+    assert study.main([*arguments, str(parts), "--report"]) == 0
+    first, fresh = capsys.readouterr().out, tmp_path / "fresh"
+    assert "2 of 2 runs" in first
+    assert study.main([*arguments, str(fresh), "--list"]) == 0
+    assert "2 of 2 runs done" in capsys.readouterr().out
+    old, new = (study.load(folder, SPEC)["matched"]["retrain"] for folder in (parts, fresh))
+    assert new == pytest.approx(old, rel=1e-5) and study.load(fresh, SPEC.models) is not None
+    before = (tmp_path / "small" / study.RUNS).read_text()
+    assert study.main([*arguments, str(fresh), "--report"]) == 0
+    assert capsys.readouterr().out == first and (tmp_path / "small" / study.RUNS).read_text() == before
 
 
 def test_a_run_in_which_trace_found_no_expert_is_counted_apart(parts, tmp_path):
@@ -268,7 +271,7 @@ def test_a_run_in_which_trace_found_no_expert_is_counted_apart(parts, tmp_path):
     for spec, result in ((SPEC.models, study.load(parts, SPEC.models)), (SPEC, none), (traced(SPEC), none)):
         study.part(folder, spec).write_text(json.dumps(result))
     entries = [Entry("mismatch", "near", "GradDiff", v, s) for v, s in (("plain", SPEC), ("TRACE", traced(SPEC)))]
-    text = study_report.write(tmp_path, entries, there(folder), "small")
+    text = study_report.write(tmp_path, entries, folder, "small")
     assert "| near | GradDiff | 0/1 |" in text
 
 
