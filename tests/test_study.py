@@ -36,10 +36,6 @@ def parts(tmp_path_factory):
     return folder
 
 
-def folder:
-    return lambda spec: study.load(folder, spec)
-
-
 def traced(spec, control=""):
     return replace(spec, overrides=(*spec.overrides, *study.TRACE, "trace.min_ratio=1.05"), control=control)
 
