@@ -42,9 +42,11 @@ Read and run against, since no single version was at hand, these files put toget
 src/train.py, data/unlearn.py and trainer/utils.py at 19a6141, data/__init__.py at 87a31a8, data/utils.py at 10eb1c9,
 data/qa.py at 817e5c9, trainer/unlearn/{grad_diff at 7fa0b55, npo and simnpo at 56b662e, rmu at afcd6b6, grad_ascent at
 a50f1e2}.py, configs/trainer/finetune.yaml at f7656c7; of filyp/open-unlearning, whose author moved it to transformers
-4.51, trainer/base.py at f1d2572 and trainer/__init__.py at 4cfbf48. Debugging and SuperLoss branches, deepspeed, chat
-templates and its own evaluators were left out, and methods that a version names `compute_unlearn_loss` or
-`compute_loss_normal` took the present name, `compute_loss`.
+4.51, trainer/base.py at f1d2572, trainer/__init__.py at 4cfbf48 and the YAML files of GradDiff and NPO at 42e9f5f; of
+other copies data/collators.py (zigozk at cb2cdfc), data/pretraining.py (chengjiali at 06cc5ad) and the YAML files of
+SimNPO (zgoel317 at 37b02f2) and RMU (Dornavineeth at e30348f), all in open-unlearning. Debugging, sweeper and SuperLoss
+parts, deepspeed, chat templates and its evaluators were left out, data configs were our own, and methods that a version
+names `compute_unlearn_loss` or `compute_loss_normal` took the present name, `compute_loss`.
 """
 
 import re
