@@ -8,7 +8,7 @@ batches, caches and TRACE's token weights:
 
 Each loss is a mean over its own unit: positions that carry a loss, or sequences for NPO, SimNPO and DPO.
 `sizes` counts these units, so that a caller that splits a batch can weigh the parts exactly. A batch's
-`state_mask` [B, S], if it has one, says which of its hidden states RMU steers and keeps instead.
+`state_mask` [B, S], if it has one, says which of its attended hidden states RMU steers and keeps instead.
 """
 
 import math

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.functional import kl_div, log_softmax, logsigmoid
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
+from moe_unlearn.data import train_tokenizer
 from moe_unlearn.integrations import open_unlearning
 from moe_unlearn.integrations.open_unlearning import NPO, RMU, GradAscent, GradDiff, SimNPO
 from moe_unlearn.objectives import NotPreparedError
@@ -130,14 +132,19 @@ def hidden(model, batch, layer):
     return out.hidden_states[layer + 1]
 
 
-def by_rows(values, batch):
-    """Mean over each row's labelled positions and dimensions, then over rows."""
+def theirs_over_tokens(squares, batch):
+    """The rows' sums of token means over the harmonic mean of their labelled tokens: a [B] / [B, 1] averaged."""
     mask = batch["labels"] != -100
-    return ((values.mean(2) * mask).sum(1) / mask.sum(1)).mean()
+    return ((squares.mean(2) * mask).sum(1) / mask.sum(1, keepdim=True)).mean()
 
 
-@pytest.mark.parametrize("lengths", [(11, 11), (9, 12)], ids=["equal", "unequal"])
-def test_rmu_is_open_unlearnings_for_equal_lengths(lengths, tmp_path):
+def harmonic_over_arithmetic(batch):
+    tokens = (batch["labels"] != -100).sum(1).double()
+    return 1 / (1 / tokens).mean() / tokens.mean()
+
+
+@pytest.mark.parametrize("lengths", [(11, 11), (5, 12)], ids=["equal", "unequal"])
+def test_rmu_is_open_unlearnings_but_for_the_mean_of_lengths(lengths, tmp_path):
     # the layer steered is not the last: hidden_states of transformers end with the final norm
     arguments = RMU_ARGS | {"module_regex": r"model\.layers\.0", "alpha": 5.0, "gamma": 2.0}
     trainer = made(RMU, tmp_path, Rows(lengths=lengths), **arguments)
@@ -146,11 +153,41 @@ def test_rmu_is_open_unlearnings_for_equal_lengths(lengths, tmp_path):
     control = 3.0 * u / u.norm()
     with torch.no_grad():
         steered = (hidden(model, batch["forget"], 0).double() - control) ** 2
-        kept = hidden(model, batch["retain"], 0) - hidden(reference, batch["retain"], 0).bfloat16().float()
-        expected = 2.0 * by_rows(steered, batch["forget"]) + 5.0 * by_rows(kept.double() ** 2, batch["retain"])
+        kept = (hidden(model, batch["retain"], 0) - hidden(reference, batch["retain"], 0).bfloat16().float()).double()
         ours = float(trainer.compute_loss(model, batch))
-    equal = lengths[0] == lengths[1]
-    assert (ours == pytest.approx(float(expected), rel=1e-5)) == equal
+    sides = {"forget": 2.0 * theirs_over_tokens(steered, batch["forget"])}
+    sides["retain"] = 5.0 * theirs_over_tokens(kept**2, batch["retain"])
+    expected = sum(value * harmonic_over_arithmetic(batch[side]) for side, value in sides.items())
+    assert ours == pytest.approx(float(expected), rel=1e-5)
+    assert (ours == pytest.approx(float(sum(sides.values())), rel=1e-3)) == (lengths[0] == lengths[1])
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_a_token_that_pads_may_end_a_row(padding_side, tmp_path):
+    """A collator that masks every pad token also masks an eos that pads: labelled, but of no known state."""
+
+    def masked(items):
+        batch = plain(items)
+        for rows in batch.values():
+            ends = rows["attention_mask"].sum(1) - 1
+            rows["attention_mask"][torch.arange(len(ends)), ends] = 0
+            rows["attention_mask"] = rows["attention_mask"].bool()
+            if padding_side == "left":
+                turns = rows["input_ids"].shape[1] - 1 - ends
+                for key in KEYS:
+                    rows[key] = torch.stack([row.roll(int(n)) for row, n in zip(rows[key], turns, strict=True)])
+        return batch
+
+    plain = made(GradAscent, tmp_path / "collator").data_collator
+    trainer = made(RMU, tmp_path / "rmu", data_collator=masked, gamma=0.0, **RMU_ARGS)
+    trainer.model.load_state_dict(reference_of(trainer).state_dict())
+    with torch.no_grad():
+        assert float(trainer.compute_loss(trainer.model, one_batch(trainer))) < 1e-4  # bfloat16 of the cache
+    trainer = made(NPO, tmp_path / "npo", data_collator=masked, **METHODS["NPO"][1])
+    batch = one_batch(trainer)
+    with torch.no_grad():
+        ours, expected = trainer.compute_loss(trainer.model, batch), theirs("NPO", trainer, batch)
+    assert float(ours) == pytest.approx(float(expected), rel=2e-6)  # the label itself counts
 
 
 def test_where_it_differs_as_the_page_says(tmp_path):
@@ -229,20 +266,33 @@ def test_a_loss_before_prepare_is_an_error(tmp_path):
         trainer.compute_loss(trainer.model, one_batch(trainer))
 
 
-def test_evaluators_of_open_unlearning_are_called(tmp_path):
-    seen = {}
+@pytest.mark.parametrize("name", ["tokenizer", "processing_class"])  # of its versions before and since February 2026
+def test_evaluators_of_open_unlearning_are_called(name, tmp_path):
+    """At the start and after each epoch, as `configs/trainer/finetune.yaml` asks, without an eval_dataset."""
+    seen = []
 
     def evaluate(**keywords):
-        seen.update(keywords)
+        seen.append(keywords)
         return {"forget_quality": 0.5}
 
+    tokenizer = train_tokenizer(["words"], 260)
     trainer = made(
-        GradAscent, tmp_path, evaluators={"tofu": SimpleNamespace(evaluate=evaluate)}, template_args={"a": 1}
-    )
+        GradAscent, tmp_path, arguments={"eval_strategy": "epoch", "eval_on_start": True, "num_train_epochs": 1},
+        evaluators={"tofu": SimpleNamespace(evaluate=evaluate)}, template_args={"a": 1}, **{name: tokenizer},
+    )  # fmt: skip
     assert trainer.evaluate() == {"forget_quality": 0.5}
-    assert seen["output_dir"] == str(tmp_path / "checkpoint-0" / "evals") and seen["model"] is trainer.model
-    assert seen["template_args"] == {"a": 1} and set(seen) == {"output_dir", "template_args", "model", "tokenizer"}
+    assert seen[0] == {
+        "output_dir": str(tmp_path / "checkpoint-0" / "evals"), "template_args": {"a": 1}, "model": trainer.model,
+        "tokenizer": tokenizer,
+    }  # fmt: skip
+    trainer.train()
+    assert [Path(keywords["output_dir"]).parent.name for keywords in seen[1:]] == ["checkpoint-0", "checkpoint-3"]
+
+
+def test_evaluation_without_evaluators_is_the_trainers(tmp_path):
     assert made(GradAscent, tmp_path).evaluate() == {}
+    with pytest.raises(ValueError, match="didn't pass an `eval_dataset`"):
+        made(GradAscent, tmp_path, arguments={"eval_strategy": "epoch"})
 
 
 @pytest.mark.quick
@@ -273,7 +323,7 @@ def test_the_yaml_files_method_args_are_arguments(tmp_path):
         model = tiny_olmoe(num_hidden_layers=8)
         # as load_trainer calls it
         trainer = method(
-            model=model, train_dataset=Rows(), eval_dataset=None, tokenizer=None, data_collator=None, args=args,
+            model=model, train_dataset=Rows(), eval_dataset=None, processing_class=None, data_collator=None, args=args,
             evaluators=None, template_args=None, **content["method_args"],
         )  # fmt: skip
         assert trainer.unlearn_step.recipe.name == name

@@ -8,19 +8,23 @@ In a checkout of open-unlearning that runs on transformers 5, add to the end of 
     open_unlearning.register(TRAINER_REGISTRY)
 
 and copy the YAML files of `config_folder()` into `configs/trainer/`; then `trainer=MoENPO` in the place of
-`trainer=NPO`. Beside the method's own arguments, `method_args` takes the sections `trace`, `wagle`, `mollm` and
-`scope` of a recipe (`config`), `cache_dir` and `verify`. Without open-unlearning the classes are Trainers like any
-other: a dataset with `forget` and `retain` lists whose items are {"forget": row, "retain": row}, each row
+`trainer=NPO`. transformers 5.23 has no argument `logging_dir` any more, which `configs/trainer/finetune.yaml` sets:
+`~trainer.args.logging_dir` takes it away, for its trainers as for these. Beside the method's own arguments,
+`method_args` takes the sections `trace`, `wagle`, `mollm` and `scope` of a recipe (`config`), `cache_dir` and
+`verify`: `'+trainer.method_args.trace={per_layer:2,eta:0.5}'`. Without open-unlearning the classes are Trainers like
+any other: a dataset with `forget` and `retain` lists whose items are {"forget": row, "retain": row}, each row
 {input_ids, attention_mask, labels}.
 
 On one batch GradAscent, GradDiff with NLL, NPO and SimNPO give open-unlearning's loss, and RMU does for sequences of
 equal length. Where they differ, and why:
 
     KL              means over the positions that carry a loss; there over all, prompt and padding too
-    left padding    a token behind padding is predicted by nothing and carries no loss; there by the padding
+    masked tokens   its collator masks every pad token: an eos too, where that pads. What follows one is predicted by
+                    nothing and carries no loss, and RMU neither steers nor keeps its state; there both count
     SimNPO          the length is the number of predicted tokens; there a label at position 0, which nothing
-                    predicts, counts too: a factor (n - 1) / n for rows without a prompt
-    RMU             means over the tokens of the batch; there over each row's first, so that short rows weigh more.
+                    predicts, counts too: a factor (n - 1) / n. Its own datasets never label that position
+    RMU             the divisor is the arithmetic mean of the rows' numbers of labelled tokens (a mean over the
+                    batch's tokens); there, through a broadcast, their harmonic mean: a loss larger by their ratio.
                     The control vector comes from `seed`, there from the global random state
     reference       log-probs and hidden states computed once and cached (hidden states in bfloat16); there a
                     second copy of the model. So every row of `forget` and `retain` must be the same when it comes
@@ -29,9 +33,20 @@ equal length. Where they differ, and why:
                     the config has output_router_logits
     optimizer       MaskedAdamW with the arguments' lr, betas, eps and weight decay; `optim` is ignored. The decay
                     is of every trained parameter, there not of norms and biases
-    RMU's modules   patterns must match as a whole, as there; those published match `mlp.down_proj.weight`, which no
-                    fused expert is named. The default is the experts of layers 5 to 7
+    clipping        by the gradient norm of what trains; there RMU's is that of every parameter, trained or not
+    RMU's modules   patterns must match as a whole, as there. Its YAML trains every parameter, its class
+                    `mlp.down_proj.weight`, which no fused expert is named; here the experts of layers 5 to 7 train
     processes       one
+
+Read and run against, since no single version was at hand, these files put together: of locuslab/open-unlearning
+src/train.py, data/unlearn.py and trainer/utils.py at 19a6141, data/__init__.py at 87a31a8, data/utils.py at 10eb1c9,
+data/qa.py at 817e5c9, trainer/unlearn/{grad_diff at 7fa0b55, npo and simnpo at 56b662e, rmu at afcd6b6, grad_ascent at
+a50f1e2}.py, configs/trainer/finetune.yaml at f7656c7; of filyp/open-unlearning, whose author moved it to transformers
+4.51, trainer/base.py at f1d2572, trainer/__init__.py at 4cfbf48 and the YAML files of GradDiff and NPO at 42e9f5f; of
+other copies data/collators.py (zigozk at cb2cdfc), data/pretraining.py (chengjiali at 06cc5ad) and the YAML files of
+SimNPO (zgoel317 at 37b02f2) and RMU (Dornavineeth at e30348f), all in open-unlearning. Debugging, sweeper and SuperLoss
+parts, deepspeed, chat templates and its evaluators were left out, data configs were our own, and methods that a version
+names `compute_unlearn_loss` or `compute_loss_normal` took the present name, `compute_loss`.
 """
 
 import re
@@ -75,6 +90,7 @@ class _Method(UnlearnTrainer):
         forget: dict,
         retain: dict,
         train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
         data_collator=None,
         tokenizer=None,
         processing_class=None,
@@ -107,6 +123,8 @@ class _Method(UnlearnTrainer):
             args,
             recipe,
             train_dataset,
+            # the Trainer wants one wherever eval_strategy is not "no"; evaluators bring their own
+            eval_dataset=() if eval_dataset is None and evaluators else eval_dataset,
             data_collator=data_collator or _Collator(0 if tokenizer is None else pad_token_id(tokenizer)),
             processing_class=tokenizer,
             **keywords,
@@ -235,8 +253,8 @@ class RMU(GradDiff):
         )
 
     def _rows(self, batch: Mapping) -> dict[str, torch.Tensor]:
-        # every labelled position, not the one before it that predicts the label
-        return {**super()._rows(batch), "state_mask": batch["labels"] != -100}
+        # every labelled position, not the one before it that predicts the label; no reference is kept of masked ones
+        return {**super()._rows(batch), "state_mask": (batch["labels"] != -100) & batch["attention_mask"].bool()}
 
 
 class _Collator:
