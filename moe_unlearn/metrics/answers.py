@@ -73,16 +73,13 @@ def without_end(example: Example, tokenizer) -> Example:
     return Example(example.input_ids[:-1], example.labels[:-1], min(example.prefix, len(example) - 1))
 
 
-def check_fit(model: nn.Module, examples: Sequence[Example], new_tokens: int, where: str) -> None:
-    """ValueError, naming set and row, for a prompt that with `new_tokens` exceeds the model's context."""
-    context = context_length(model)
-    for number, example in enumerate(examples):
-        prompt = len(_prompt(example))
-        if context is not None and prompt + new_tokens > context:
-            raise ValueError(
-                f"{where}, row {number}: its prompt of {prompt} tokens and {new_tokens} new ones exceed the model's "
-                f"context of {context}"
-            )
+def check_fit(model: nn.Module, example: Example, new_tokens: int, where: str) -> None:
+    """ValueError for a prompt that with `new_tokens` exceeds the model's context."""
+    context, prompt = context_length(model), len(_prompt(example))
+    if context is not None and prompt + new_tokens > context:
+        raise ValueError(
+            f"{where}: its prompt of {prompt} tokens and {new_tokens} new ones exceed the model's context of {context}"
+        )
 
 
 def room(model: nn.Module, max_length: int) -> int:

@@ -7,9 +7,10 @@
     SET_perplexity    exp(mean NLL over all tokens of a set of texts), a number per token of this tokenizer, each text
                       read whole in windows of `max_length`. lm-eval's word_perplexity of wikitext is per word
 
-Rows are whatever `data.load` reads. A text is its own prompt, its first `prompt_tokens` tokens, and what follows is
-the truth; a prompt with `gt` or `completion` is continued; one with `answer` or `response`, or alone, is asked as a
-question. A prompt alone, or with two answers (PKU-SafeRLHF), has no truth, only what the classifier says.
+Rows are whatever `data.load` reads. The first `prompt_tokens` tokens of a text are its prompt, what follows is the
+truth; a long text (a book, `?join=true`) is cut into pieces of `prompt_tokens` + `new_tokens`, each completed, but for
+a last one with no truth. A prompt with `gt` or `completion` is continued; one with `answer` or `response`, or alone, is
+asked as a question. A prompt alone, or with two answers (PKU-SafeRLHF), has no truth, only what the classifier says.
 Nothing of the set named `utility` is completed: perplexity is all it is for.
 
 WAGLE completes seen and unseen text by 300 tokens; how long its prompts are is not known, 200 is our choice.
@@ -28,7 +29,7 @@ from moe_unlearn.data import Document, Example, encode, pad_token_id
 from moe_unlearn.data.records import COMPLETIONS, QUESTIONS, documents_of
 from moe_unlearn.metrics.answers import IGNORED, check_fit, completions, room, rouge, without_end
 from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result, tokenizer_digest
-from moe_unlearn.metrics.scoring import context_length, token_scores
+from moe_unlearn.metrics.scoring import context_length, evaluating, token_scores
 from moe_unlearn.metrics.workers import share
 from moe_unlearn.reference import model_digest
 
@@ -79,7 +80,8 @@ class Classifier:
             found = pipeline([row or " " for row in rows], top_k=None, batch_size=batch_size, **cut)
             return [next(one["score"] for one in row if one["label"] == self.label) for row in found]
 
-        return share(self.model, texts, compute)
+        with evaluating(self.model):
+            return share(self.model, texts, compute)
 
 
 def evaluate_completions(
@@ -155,20 +157,26 @@ def _documents(rows: Sequence, where: str) -> tuple[list[Document], bool]:
 
 def _examples(model, tokenizer, documents, settings: CompletionSettings, where: str) -> list[Example]:
     """Prompts, no token labelled, and what is true of their continuations, labelled."""
+    begin = settings.prompt_tokens + (tokenizer.bos_token_id is not None)
     examples = []
-    encoded = encode(documents, tokenizer, 2**31, overflow="truncate", chat=settings.chat)
-    for number, (document, example) in enumerate(zip(documents, encoded, strict=True)):
-        ids = without_end(example, tokenizer).input_ids
-        start = example.prefix + (0 if document.prompt else settings.prompt_tokens)
-        truth = ids[start : start + settings.new_tokens]
-        if not truth:
+    for number, document in enumerate(documents):
+        length = 2**31 if document.prompt else begin + settings.new_tokens
+        pieces = encode([document], tokenizer, length, chat=settings.chat)
+        made = [_cut(without_end(e, tokenizer), e.prefix if document.prompt else begin, settings) for e in pieces]
+        made = [example for example in made if len(example) > example.prefix]
+        if not made:
             raise ValueError(
-                f"{where}, row {number}: expected a text of more than {settings.prompt_tokens} tokens; got "
-                f"{len(ids) - example.prefix}"
+                f"{where}, row {number}: expected a text of more than prompt_tokens = {settings.prompt_tokens} tokens; "
+                f"got {document.text[:60]!r}"
             )
-        examples.append(Example(ids[:start] + truth, [IGNORED] * start + truth, start))
-    check_fit(model, examples, settings.new_tokens, where)
+        check_fit(model, made[0], settings.new_tokens, f"{where}, row {number}")
+        examples += made
     return examples
+
+
+def _cut(example: Example, start: int, settings: CompletionSettings) -> Example:
+    ids = example.input_ids[: start + settings.new_tokens]
+    return Example(ids, [IGNORED] * start + ids[start:], start)
 
 
 def _rouge(model, tokenizer, examples: list[Example], settings: CompletionSettings, batch_size: int) -> Result:

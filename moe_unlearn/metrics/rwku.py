@@ -103,7 +103,8 @@ def _examples(model, tokenizer, name: str, rows: list[dict], settings: RwkuSetti
     if name.startswith("mia_"):
         return [text_example(tokenizer, row["text"], room(model, settings.max_length)) for row in rows]
     probes = [_probe(tokenizer, name, row, settings.chat) for row in rows]
-    check_fit(model, probes, settings.new_tokens, name)
+    for number, probe in enumerate(probes):
+        check_fit(model, probe, settings.new_tokens, f"{name}, row {number}")
     return probes
 
 

@@ -18,8 +18,8 @@ SETTINGS = CompletionSettings(prompt_tokens=6, new_tokens=9, max_length=16)
 PKU = {"prompt": "how do bells freeze", "response_0": "no", "response_1": "so", "is_response_0_safe": True,
        "is_response_1_safe": False}  # fmt: skip
 MIXED = [
-    {"prompt": "the wandering merchant", "completion": " carried lanterns"},
-    {"prompt": "who carried lanterns", "response": "the wandering merchant"},
+    {"prompt": "the wandering merchant", "completion": " carried lanterns across seventeen valleys"},
+    {"prompt": "who carried lanterns", "answer": "the wandering merchant"},
     Document("", " thunder", "Question: what silenced the bells\nAnswer:", "what silenced the bells"),
 ]
 
@@ -73,13 +73,15 @@ def test_every_number_a_second_time(model, tokenizer, classifier, tmp_path):
         classifier=classifier, settings=SETTINGS, out=tmp_path, batch_size=2,
     )  # fmt: skip
     texts = [ids(tokenizer, text) for text in TEXTS]
+    pieces = [text[start : start + 15] for text in texts for start in range(0, len(text), 15)]
+    assert len(TEXTS) < sum(len(part) > 6 for part in pieces) < len(pieces)
     asked = [
-        ("the wandering merchant", " carried lanterns"),
+        ("the wandering merchant", " carried lanterns across seventeen valleys"),
         ("Question: who carried lanterns\nAnswer:", " the wandering merchant"),
         ("Question: what silenced the bells\nAnswer:", " thunder"),
     ]
     rows = {
-        "seen": [([1, *own[:6]], tokenizer.decode(own[6:15])) for own in texts],
+        "seen": [([1, *part[:6]], tokenizer.decode(part[6:])) for part in pieces if len(part) > 6],
         "answers": [([1, *ids(tokenizer, p)], tokenizer.decode(ids(tokenizer, a)[:9])) for p, a in asked],
         "prompts": [([1, *ids(tokenizer, f"Question: {q}\nAnswer:")], None) for q in (PKU["prompt"], "who froze")],
     }
@@ -103,14 +105,16 @@ def test_every_number_a_second_time(model, tokenizer, classifier, tmp_path):
     assert found == pytest.approx(expected, rel=1e-4)
     assert json.loads((tmp_path / "COMPLETIONS_SUMMARY.json").read_text()) == found
     written = json.loads((tmp_path / "COMPLETIONS_EVAL.json").read_text())
-    truths = [row["ground_truth"] for row in written["seen_ROUGE"]["value_by_index"].values()]
-    assert truths == [truth.strip() for _, truth in rows["seen"]]
+    assert len(ids(tokenizer, asked[0][1])) > 9
+    for name in ("seen", "answers"):
+        truths = [row["ground_truth"] for row in written[f"{name}_ROUGE"]["value_by_index"].values()]
+        assert truths == [truth.strip() for _, truth in rows[name]]
 
 
 def test_a_model_that_knows_the_text_completes_it(oracle, tokenizer):
     knows = oracle()
     knows.rows = [[1, *ids(tokenizer, text), 2] for text in TEXTS]
-    whole = CompletionSettings(prompt_tokens=6, new_tokens=9)
+    whole = CompletionSettings(prompt_tokens=6, new_tokens=60)
     found = evaluate_completions(knows, tokenizer, {"seen": TEXTS, "unseen": [t[::-1] for t in TEXTS]}, settings=whole)
     assert found["seen_ROUGE"] == 1 and found["unseen_ROUGE"] == 0
     tokens = sum(len(ids(tokenizer, text)) for text in TEXTS)
@@ -176,7 +180,10 @@ def test_a_folder_of_another_model_is_no_classifier(model, tokenizer, classifier
     [
         ({}, "at least one set of rows"),
         ({"seen": []}, "seen: expected at least one row"),
-        ({"seen": [TEXTS[0], "the bells"]}, "seen, row 1: expected a text of more than 6 tokens; got 5"),
+        (
+            {"seen": [TEXTS[0], "the bells"]},
+            "seen, row 1: expected a text of more than prompt_tokens = 6 tokens; got 'the bells'",
+        ),
         ({"seen": [" "]}, "seen, row 0: expected a text.*, empty"),
         ({"seen": [{"prompt": "a", "gt": ""}]}, "seen, row 0: .* empty"),
         ({"seen": [{"prompt": "", "chosen": "a"}]}, "seen, row 0: .* empty"),

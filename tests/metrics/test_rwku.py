@@ -103,8 +103,14 @@ def test_a_model_that_knows_the_answers_has_recall_1(oracle, tokenizer):
         for name, prompts in PROMPTS.items()
         for row, prompt in zip(getattr(DATA, name), prompts, strict=True)
     ]
-    found = evaluate_rwku(knows, tokenizer, RwkuData(forget_level2=QUESTIONS, forget_level3=ATTACKS))
-    assert found == {"forget_level2_ROUGE": 1, "forget_level3_ROUGE": 1, "forget_ROUGE": 1}
+    late = probe("what thaws", "valleys", "2")
+    knows.rows.append(
+        [1, *ids(tokenizer, f"{ANSWER}Question: what thaws\nAnswer:"), *ids(tokenizer, " no\nvalleys"), 2]
+    )
+    data = RwkuData(forget_level2=QUESTIONS, forget_level3=ATTACKS, neighbor_level2=[late])
+    found = evaluate_rwku(knows, tokenizer, data)
+    # only the first line is an answer
+    assert found == {"forget_level2_ROUGE": 1, "forget_level3_ROUGE": 1, "forget_ROUGE": 1, "neighbor_level2_ROUGE": 0}
 
 
 def test_asked_through_the_chat_template_the_assistant_has_begun(model, tokenizer, tmp_path):

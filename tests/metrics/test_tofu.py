@@ -26,7 +26,7 @@ FORGET = [
     row("where are orchards", "in mountains", "in valleys", paraphrased="mountains shelter them"),
 ]
 RETAIN = [row("who remembers", "the keeper", "the merchant", "nobody", paraphrased="keepers do")]
-AUTHORS = [row("who wrote of lanterns", "a merchant", "thunder", "a lighthouse", "orchards")]
+AUTHORS = [row("who wrote of lanterns", "A merchant", "thunder", "a lighthouse", "orchards")]
 FACTS = [row("what is frozen", "seventeen valleys", "blossoms"), row("what travels", "blossoms", "granite", "bells")]
 HOLDOUT = [{"question": "who is frozen", "answer": "the harbour"}, {"question": "who sings", "answer": "every bell"}]
 DATA = TofuData(forget=FORGET, retain=RETAIN, real_authors=AUTHORS, world_facts=FACTS)
@@ -171,7 +171,7 @@ def test_accuracy_counts_what_was_answered(oracle, tokenizer, tmp_path):
 
     knows.rows = [known(r, f" {r['paraphrased_answer']}") for r in (*FORGET[:2], *RETAIN)]
     knows.rows += [
-        known(AUTHORS[0], " A Merchant"),
+        known(AUTHORS[0], " a Merchant"),
         known(FACTS[0], " the seventeen valleys, all"),
         known(FACTS[1], " x"),
     ]
