@@ -11,7 +11,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -36,6 +35,14 @@ _BAD_INPUT = (
     NotPreparedError,
     VerificationError,
 )
+# function, its sets (None: names of the user's own), its settings
+_BENCHMARKS = {
+    "muse": (metrics.evaluate_muse, metrics.MuseData, metrics.MuseSettings),
+    "tofu": (metrics.evaluate_tofu, metrics.TofuData, metrics.TofuSettings),
+    "wmdp": (metrics.evaluate_choices, None, None),
+    "rwku": (metrics.evaluate_rwku, metrics.RwkuData, metrics.RwkuSettings),
+    "completions": (metrics.evaluate_completions, None, metrics.CompletionSettings),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -169,7 +176,8 @@ def evaluate(options) -> None:
             raise ValueError("--before and --relearn are for --forget and --retain; leave out --benchmark")
         _evaluate_benchmark(options)
         return
-    for option, given in (("--data", options.data), ("--reference-run", options.reference_run)):
+    only = {"--data": options.data, "--reference-run": options.reference_run, "--classifier": options.classifier}
+    for option, given in only.items():
         if given:
             raise ValueError(f"{option} is for a --benchmark; give --forget and --retain without one")
     for side in ("forget", "retain"):
@@ -204,23 +212,26 @@ def _evaluate_benchmark(options) -> None:
     sources = {name: source for name, _, source in named}
     if len(sources) < len(named):
         raise ValueError(f"--data names a set twice: {' '.join(options.data)}")
-    if options.benchmark == "wmdp":
-        if options.reference_run:
-            raise ValueError("--reference-run is for muse and tofu; accuracies are compared with no other run")
-        rows = {name: _rows(source) for name, source in sources.items()}
-        evaluation = partial(metrics.evaluate_choices, tasks=rows)
-    else:
-        evaluation, kind = {
-            "muse": (metrics.evaluate_muse, metrics.MuseData),
-            "tofu": (metrics.evaluate_tofu, metrics.TofuData),
-        }[options.benchmark]
-        sets = [field.name for field in fields(kind)]
-        if unknown := sources.keys() - sets:
-            raise ValueError(f"{options.benchmark} has no set {min(unknown)!r}; expected some of {', '.join(sets)}")
-        rows = {name: _rows(source) for name, source in sources.items()}
-        evaluation = partial(evaluation, data=kind(**rows), reference_run=options.reference_run)
+    evaluation, kind, settings = _BENCHMARKS[options.benchmark]
+    if options.reference_run and options.benchmark not in ("muse", "tofu"):
+        raise ValueError(f"--reference-run is for muse and tofu; {options.benchmark} is compared with no other run")
+    judged = {options.classifier is not None, options.label is not None}
+    if len(judged) > 1 or (True in judged and options.benchmark != "completions"):
+        raise ValueError("--classifier FOLDER and --label NAME go together, with --benchmark completions")
+    sets = [field.name for field in fields(kind)] if kind else sources
+    if unknown := sources.keys() - sets:
+        raise ValueError(f"{options.benchmark} has no set {min(unknown)!r}; expected some of {', '.join(sets)}")
+    rows = {name: _rows(source) for name, source in sources.items()}
+    more = {"settings": settings(chat=options.chat_template)} if settings else {}
+    if options.reference_run:
+        more["reference_run"] = options.reference_run
+    if options.classifier:
+        more["classifier"] = metrics.Classifier(*experiment.load_classifier(options.classifier), options.label)
     model, tokenizer = experiment.load_model(options.model)
-    result = evaluation(model, tokenizer, out=options.out, cache_dir=options.cache, batch_size=options.batch_size)
+    result = evaluation(
+        model, tokenizer, kind(**rows) if kind else rows, out=options.out, cache_dir=options.cache,
+        batch_size=options.batch_size, **more,
+    )  # fmt: skip
     for name, value in result.items():
         print(f"{name:<28} {'-' if value is None else format(value, '.4g')}")
 
@@ -306,11 +317,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--relearn", type=_steps, default=0, metavar="STEPS",
                      help="attack: fine-tune a copy on the forget set for so many steps")  # fmt: skip
     sub.add_argument("--relearn-lr", type=float, default=1e-4, help="learning rate of the attack (default 1e-4)")
-    sub.add_argument("--benchmark", choices=("muse", "tofu", "wmdp"), help="evaluate its sets, given by --data")
+    sub.add_argument("--benchmark", choices=tuple(_BENCHMARKS), help="evaluate its sets, given by --data")
     sub.add_argument("--data", nargs="+", action="extend", default=[], metavar="NAME=SOURCE",
-                     help="the benchmark's sets, e.g. forget_qa=qa.json; wmdp: wmdp_bio=bio.jsonl")  # fmt: skip
+                     help="the benchmark's sets, e.g. forget_qa=qa.json; wmdp: wmdp_bio=bio.jsonl; "
+                     "completions: names of your own, utility=wikitext.txt for perplexity alone")  # fmt: skip
     sub.add_argument("--reference-run", help="folder of the retrained model's evaluation by the same --benchmark, "
                      "for privleak and forget_quality")  # fmt: skip
+    sub.add_argument("--classifier", help="folder of a sequence classifier (Toxic-BERT) that judges completions")
+    sub.add_argument("--label", help="the classifier's label whose probability is reported, e.g. toxic")
     sub.add_argument("--cache", help="folder of results by content of model, data and settings")
     sub.add_argument("--out", help="write the metrics as JSON: a file; with --benchmark a folder")
     sub = command("report", write_report)

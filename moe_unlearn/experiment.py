@@ -22,7 +22,14 @@ import torch
 import transformers
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+)
 
 from moe_unlearn import data
 from moe_unlearn.config import geometry, models
@@ -251,14 +258,28 @@ def load_model(folder: str | Path):
 
     Raises ValueError, naming the folder and what it lacks; nothing is looked for on a hub.
     """
+    return _load(folder, AutoModelForCausalLM, "causal language model")[:2]
+
+
+def load_classifier(folder: str | Path):
+    """Model and tokenizer of a sequence classifier (Toxic-BERT) in a folder; errors as of `load_model`."""
+    model, tokenizer, missing = _load(folder, AutoModelForSequenceClassification, "sequence classifier")
+    if missing:  # transformers would draw them at random
+        raise ValueError(f"expected a sequence classifier in {folder}; it has no weights {', '.join(sorted(missing))}")
+    return model, tokenizer
+
+
+def _load(folder: str | Path, kind: type, name: str):
+    """Model, tokenizer, and the names of the weights that the folder does not have."""
     folder = model_folder(folder)
     try:
         with _no_loading_bars():
-            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
+            model, info = kind.from_pretrained(folder, local_files_only=True, dtype="auto", output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
-        raise ValueError(f"cannot load a causal language model with its tokenizer from {folder}: {error}") from error
-    return model.eval(), tokenizer
+        why = str(error).strip().partition("\n")[0]  # the rest lists all that transformers knows
+        raise ValueError(f"cannot load a {name} with its tokenizer from {folder}: {why}") from error
+    return model.eval(), tokenizer, info["missing_keys"]
 
 
 def meta_model(source: str | Path) -> nn.Module:

@@ -28,7 +28,7 @@ Records, recognised by their fields (the first that fits; other fields stay in `
     question, answer                        question and answer                              TOFU, MUSE knowmem
     query, answer                           question and answer                              RWKU probes
     instruction [input], output             question and answer                              RWKU refusals, Alpaca
-    prompt, response                        question and answer                              PKU-SafeRLHF-QA
+    prompt, response | prompt, answer       question and answer                              PKU-SafeRLHF-QA
     text [title, abstract]                  a text; with `abstract=true` all three           MUSE, WMDP, RWKU
     target, intro                           a text under a title                             RWKU targets
 

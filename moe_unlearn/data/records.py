@@ -5,14 +5,16 @@ from collections.abc import Iterator, Mapping
 from moe_unlearn.data.corpus import Document
 
 # asked as "Question: ...\nAnswer:" where no chat template asks them; the rest of a pair is the answer
-QUESTIONS = (("question", "answer"), ("query", "answer"), ("instruction", "output"), ("prompt", "response"))
+QUESTIONS = (
+    ("question", "answer"), ("query", "answer"), ("instruction", "output"), ("prompt", "response"), ("prompt", "answer")
+)  # fmt: skip
 # the second field goes on where the first ends
 COMPLETIONS = (("prompt", "gt"), ("prompt", "completion"))
 ANSWERS = {"unsafe": "rejected", "rejected": "rejected", "safe": "chosen", "chosen": "chosen"}
 EXPECTED = (
-    "a field 'text'; or 'prompt' with 'gt', 'completion' or 'response'; or 'question' or 'query' with 'answer'; "
-    "or 'instruction' with 'output'; or 'response_0' and 'response_1'; or 'chosen' and 'rejected'; or 'target' "
-    "with 'intro'"
+    "a field 'text'; or 'prompt' with 'gt', 'completion', 'response' or 'answer'; or 'question' or 'query' with "
+    "'answer'; or 'instruction' with 'output'; or 'response_0' and 'response_1'; or 'chosen' and 'rejected'; or "
+    "'target' with 'intro'"
 )
 
 

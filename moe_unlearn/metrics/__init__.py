@@ -2,6 +2,7 @@
 
 from moe_unlearn.metrics.audit import audit
 from moe_unlearn.metrics.choices import continuation_logprobs, evaluate_choices, multiple_choice
+from moe_unlearn.metrics.completions import Classifier, CompletionSettings, evaluate_completions
 from moe_unlearn.metrics.evaluate import evaluate
 from moe_unlearn.metrics.gibberish import GibberishRate, gibberish_rate, repetition
 from moe_unlearn.metrics.harness import harness, write_task
@@ -18,10 +19,13 @@ from moe_unlearn.metrics.privacy import auc, membership_auc, min_k, nll, privlea
 from moe_unlearn.metrics.relearning import RelearningCurve, relearning_attack
 from moe_unlearn.metrics.results import Evaluation, ReferenceRun
 from moe_unlearn.metrics.routing import Routes, RoutingChange, routes, routing_change, routing_drift
+from moe_unlearn.metrics.rwku import RwkuData, RwkuSettings, evaluate_rwku
 from moe_unlearn.metrics.scoring import TokenScores, context_length, evaluating, greedy, token_scores
 from moe_unlearn.metrics.tofu import TofuData, TofuSettings, evaluate_tofu, kolmogorov_smirnov
 
 __all__ = [
+    "Classifier",
+    "CompletionSettings",
     "Evaluation",
     "GibberishRate",
     "MuseData",
@@ -30,6 +34,8 @@ __all__ = [
     "RelearningCurve",
     "Routes",
     "RoutingChange",
+    "RwkuData",
+    "RwkuSettings",
     "TofuData",
     "TofuSettings",
     "TokenScores",
@@ -40,7 +46,9 @@ __all__ = [
     "continuation_logprobs",
     "evaluate",
     "evaluate_choices",
+    "evaluate_completions",
     "evaluate_muse",
+    "evaluate_rwku",
     "evaluate_tofu",
     "evaluating",
     "exact_memorization",

@@ -39,6 +39,16 @@ def fields(rows: Sequence, names: Sequence[str], where: str) -> list[dict]:
     return taken
 
 
+def texts(rows: Sequence, names: Sequence[str], where: str) -> list[dict]:
+    """`fields` that are texts with more than white space; ValueError names the set, the row and what came."""
+    taken = fields(rows, names, where)
+    for number, row in enumerate(taken):
+        for name, value in row.items():
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"{where}, row {number}: expected {name} to be a text, not empty; got {value!r}")
+    return taken
+
+
 def pair(tokenizer, prompt: str, answer: str, max_length: int, *, chat: bool = False) -> Example:
     """One example: the prompt masked, the answer and its end labelled, cut to `max_length`.
 
@@ -63,6 +73,15 @@ def without_end(example: Example, tokenizer) -> Example:
     return Example(example.input_ids[:-1], example.labels[:-1], min(example.prefix, len(example) - 1))
 
 
+def check_fit(model: nn.Module, example: Example, new_tokens: int, where: str) -> None:
+    """ValueError for a prompt that with `new_tokens` exceeds the model's context."""
+    context, prompt = context_length(model), len(_prompt(example))
+    if context is not None and prompt + new_tokens > context:
+        raise ValueError(
+            f"{where}: its prompt of {prompt} tokens and {new_tokens} new ones exceed the model's context of {context}"
+        )
+
+
 def room(model: nn.Module, max_length: int) -> int:
     """`max_length`, or the model's context if that is shorter."""
     return min(max_length, context_length(model) or max_length)
@@ -85,6 +104,32 @@ def _likelihood(score: TokenScores) -> dict:
     return {"prob": math.exp(-loss), "avg_loss": loss}
 
 
+def completions(
+    model: nn.Module,
+    tokenizer,
+    examples: Sequence[Example],
+    *,
+    new_tokens: int,
+    cut_at: Sequence[str] = (),
+    batch_size: int = 32,
+) -> list[str]:
+    """Greedy answers to the prompts of `examples`, without white space around them.
+
+    An answer ends at a special token, after `new_tokens` tokens, or before the first of `cut_at` in its text.
+    """
+    generated = greedy(
+        model, [_prompt(example) for example in examples], new_tokens, batch_size=batch_size,
+        pad_id=pad_token_id(tokenizer), stop=set(tokenizer.all_special_ids),
+    )  # fmt: skip
+    texts = []
+    for tokens in generated:
+        text = tokenizer.decode(tokens)
+        for mark in cut_at:
+            text = text.split(mark)[0]
+        texts.append(text.strip())
+    return texts
+
+
 def rouge(
     model: nn.Module,
     tokenizer,
@@ -99,34 +144,29 @@ def rouge(
 ) -> Result:
     """Greedy answers to the prompts of `examples`, compared as text with `answers` by the `rouge-score` package.
 
-    An answer ends at the end token, after `new_tokens` tokens, or before the first of `cut_at` in its text.
-    `agg_value` is the mean of `key`: `rougeL_f1`, `rougeL_recall` or `rouge1_recall`, in [0, 1].
+    The answers are those of `completions`. `agg_value` is the mean of `key`: `rougeL_f1`, `rougeL_recall` or
+    `rouge1_recall`, in [0, 1].
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    prompts = [example.input_ids[: _answer_start(example)] for example in examples]
-    generated = greedy(
-        model, prompts, new_tokens, batch_size=batch_size, pad_id=pad_token_id(tokenizer),
-        stop=set(tokenizer.all_special_ids),
-    )  # fmt: skip
+    generated = completions(model, tokenizer, examples, new_tokens=new_tokens, cut_at=cut_at, batch_size=batch_size)
     scorer, values = RougeScorer(["rouge1", "rougeL"], use_stemmer=use_stemmer), []
-    for prompt, tokens, answer in zip(prompts, generated, answers, strict=True):
-        text = tokenizer.decode(tokens)
-        for mark in cut_at:
-            text = text.split(mark)[0]
-        score = scorer.score(answer, text.strip())
+    for example, text, answer in zip(examples, generated, answers, strict=True):
+        score = scorer.score(answer, text)
         values.append(
             {
                 "rouge1_recall": score["rouge1"].recall,
                 "rougeL_f1": score["rougeL"].fmeasure,
                 "rougeL_recall": score["rougeL"].recall,
-                "input": tokenizer.decode(prompt, skip_special_tokens=True),
+                "input": tokenizer.decode(_prompt(example), skip_special_tokens=True),
                 "ground_truth": answer,
-                "generation": text.strip(),
+                "generation": text,
             }
         )
     return mean_result(values, key)
 
 
-def _answer_start(example: Example) -> int:
-    return next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
+def _prompt(example: Example) -> list[int]:
+    """The tokens before the first that carries a label."""
+    start = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
+    return example.input_ids[:start]

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from moe_unlearn.data import pad_token_id
+from moe_unlearn.data import Example, pad_token_id
 from moe_unlearn.metrics.answers import QUESTION, fields, pair, room, rouge, text_example, without_end
 from moe_unlearn.metrics.memorization import exact_memorization, extraction_strength
 from moe_unlearn.metrics.privacy import auc, min_k, privleak
@@ -112,12 +112,8 @@ def evaluate_muse(
     if verbatim:
         _verbatim(run, model, tokenizer, verbatim, settings, batch_size)
     if texts:
-        run.add("mia_min_k", texts, lambda: _membership(model, tokenizer, texts, settings, batch_size))
-        reference = run.from_reference("mia_min_k")
-        if reference is not None:
-            ours, theirs = (1 - r["agg_value"] for r in (run.results["mia_min_k"], reference))
-            value = {"agg_value": privleak(ours, theirs), "auc_muse": ours, "auc_muse_retrained": theirs}
-            run.add("privleak", [run.digest("mia_min_k"), reference["agg_value"]], lambda: value)
+        examples = _texts(model, tokenizer, texts, settings)
+        membership(run, model, tokenizer, texts, examples, fraction=settings.min_k, batch_size=batch_size)
     return run.summary
 
 
@@ -168,17 +164,37 @@ def memorised(run: Evaluation, model, tokenizer, rows, examples, batch_size: int
     run.add("exact_memorization", rows, lambda: measured(exact_memorization))
 
 
-def _membership(model, tokenizer, texts, settings, batch_size) -> Result:
-    limit, sides, pad = room(model, settings.max_length), {}, pad_token_id(tokenizer)
+def membership(
+    run: Evaluation, model, tokenizer, rows, examples: dict[str, list[Example]], *, fraction: float, batch_size: int
+) -> None:
+    """Add `mia_min_k` of the forget and holdout examples made of `rows` and, with a reference run, `privleak`."""
+
+    def measured() -> Result:
+        pad = pad_token_id(tokenizer)
+        sides = {
+            name: min_k(token_scores(model, own, batch_size=batch_size, pad_id=pad), fraction)
+            for name, own in examples.items()
+        }
+        known = auc(sides["holdout"], sides["forget"])
+        # open-unlearning's score of a row is minus the mean log-probability
+        values = {n: {"value_by_index": by_index([{"score": -v} for v in s.tolist()])} for n, s in sides.items()}
+        return {"agg_value": known, "auc": known, "auc_muse": 1 - known, **values}
+
+    run.add("mia_min_k", rows, measured)
+    reference = run.from_reference("mia_min_k")
+    if reference is not None:
+        ours, theirs = (1 - r["agg_value"] for r in (run.results["mia_min_k"], reference))
+        value = {"agg_value": privleak(ours, theirs), "auc_muse": ours, "auc_muse_retrained": theirs}
+        run.add("privleak", [run.digest("mia_min_k"), reference["agg_value"]], lambda: value)
+
+
+def _texts(model, tokenizer, texts, settings) -> dict[str, list[Example]]:
+    limit, sides = room(model, settings.max_length), {}
     for name, rows in zip(("forget", "holdout"), texts, strict=True):
-        examples = [text_example(tokenizer, row["text"], limit) for row in rows]
-        short = next((i for i, e in enumerate(examples) if len(e) < 2), None)
+        sides[name] = [text_example(tokenizer, row["text"], limit) for row in rows]
+        short = next((i for i, e in enumerate(sides[name]) if len(e) < 2), None)
         if short is not None:
             raise ValueError(
                 f"{name}, row {short}: expected a text of at least two tokens; got {rows[short]['text']!r}"
             )
-        sides[name] = min_k(token_scores(model, examples, batch_size=batch_size, pad_id=pad), settings.min_k)
-    known = auc(sides["holdout"], sides["forget"])
-    # open-unlearning's score of a row is minus the mean log-probability
-    rows = {name: {"value_by_index": by_index([{"score": -v} for v in s.tolist()])} for name, s in sides.items()}
-    return {"agg_value": known, "auc": known, "auc_muse": 1 - known, **rows}
+    return sides

@@ -140,7 +140,7 @@ class Evaluation:
             warnings.warn("results of a model with sharded weights are not cached", stacklevel=3)
         elif cache_dir is not None:
             self._cache = Path(cache_dir)
-            self._identity = [FORMAT, model_digest(model), _tokenizer_digest(tokenizer), name, settings]
+            self._identity = [FORMAT, model_digest(model), tokenizer_digest(tokenizer), name, settings]
 
     def add(self, key: str, data: object, compute: Callable[[], Result], *, digest: str | None = None) -> Result:
         """Have result `key`, a function of the model, `data` (plain rows) and the settings; written at once."""
@@ -213,7 +213,8 @@ def write_text(path: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _tokenizer_digest(tokenizer) -> str:
+def tokenizer_digest(tokenizer) -> str:
+    """SHA-256 of vocabulary and rules, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = tokenizer.get_vocab() if backend is None else backend.to_str()
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}

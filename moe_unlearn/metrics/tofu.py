@@ -16,20 +16,33 @@ the end token with them):
     model_utility           harmonic mean of the nine: (Prob, ROUGE, Truth_Ratio) of retain, ra and wf; Prob
                             is the normalised one for ra and wf. 0 if one of them is 0
     extraction_strength, exact_memorization   on the forget rows
+    mia_min_k, privleak     MUSE's (`muse`), on the answers of the forget and the holdout rows
 
 Names are open-unlearning's, and so are the formulas, with the 1e-10 it adds to denominators: a collapsed
 model has P below that, and published numbers contain it.
+
+WAGLE (arXiv 2410.17509) sums a model up in two numbers of its own, in [0, 1], from the same values:
+
+    wagle_unlearn_effect    mean of 1 - p, A, 1 - accuracy and 1 - ROUGE, the last two of forget. p is that of the
+                            Kolmogorov-Smirnov test between this model's own R of the forget and the retain rows;
+                            A the chance that a forget answer is less likely than a holdout one (`auc_muse`)
+    wagle_utility           mean of accuracy and ROUGE of retain, ra and wf
+
+The paper leaves accuracy open. Here a row of forget or retain counts if its paraphrased answer has a larger P than
+each perturbed one, a row of ra or wf if its answer stands, in whatever case, in the greedy answer. The code its authors
+released for SOUL does the latter too, but for forget and retain compares sentence embeddings of the greedy answer.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from torch import nn
 
-from moe_unlearn.data import MissingLibraryError
-from moe_unlearn.metrics.answers import QUESTION, fields, pair, probability, room, rouge, without_end
-from moe_unlearn.metrics.muse import memorised
+from moe_unlearn.data import Example, MissingLibraryError
+from moe_unlearn.metrics.answers import QUESTION, fields, pair, probability, room, rouge, texts, without_end
+from moe_unlearn.metrics.muse import membership, memorised
 from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result
 
 TINY = 1e-10
@@ -45,13 +58,15 @@ UTILITY = tuple(
 class TofuData:
     """Rows of TOFU's perturbed files; what an absent set is needed for is not computed.
 
-    All: `question`, `answer`, `perturbed_answer` (a list); `forget`, `retain` also `paraphrased_answer`.
+    All: `question`, `answer`; all but `holdout` also `perturbed_answer` (a list); `forget`, `retain` also
+    `paraphrased_answer`. `holdout` are rows like the forget rows that no model has seen.
     """
 
     forget: Sequence = ()
     retain: Sequence = ()
     real_authors: Sequence = ()
     world_facts: Sequence = ()
+    holdout: Sequence = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +77,7 @@ class TofuSettings:
     use_stemmer: bool = True
     question: str = QUESTION
     chat: bool = False
+    min_k: float = 0.4
     max_length: int = 512
 
 
@@ -79,17 +95,20 @@ def evaluate_tofu(
     """The summary of all results that `data` allows; files and cache as `results.Evaluation` has them.
 
     `reference_run` is the folder of the retrained model's evaluation on the same data with the same settings;
-    without it there is no `forget_quality`. Raises ValueError for rows without their fields, no rows at all
-    or a reference run that does not fit; MissingLibraryError for forget quality without scipy (extra `eval`).
+    without it there is no `forget_quality` and no `privleak`. Raises ValueError for rows without their fields, no
+    rows at all or a reference run that does not fit; MissingLibraryError without scipy (extra `eval`) for forget
+    quality and where forget, retain and holdout give WAGLE's numbers.
     """
     settings = settings or TofuSettings()
     run = Evaluation(
         "TOFU", model, tokenizer, asdict(settings), out=out, cache_dir=cache_dir, reference_run=reference_run
     )
-    if run.reference is not None:
+    if run.reference is not None and not len(data.forget):
+        raise ValueError("a reference run is for forget_quality, which needs forget rows; got none")
+    if len(data.holdout) and not len(data.forget):
+        raise ValueError("holdout rows are compared with forget rows; got none")
+    if run.reference is not None or len(data.retain) and len(data.holdout):
         kolmogorov_smirnov([0.0], [0.0])  # a missing scipy is found before an hour of scoring, not after
-        if not len(data.forget):
-            raise ValueError("a reference run is for forget_quality, which needs forget rows; got none")
     sets = {}
     for name, side in SHORT.items():
         if len(getattr(data, name)):
@@ -98,6 +117,7 @@ def evaluate_tofu(
             sets[side] = _rows(fields(getattr(data, name), wanted, name), name)
     if not sets:
         raise ValueError("expected rows of at least one of TOFU's sets; got none")
+    unseen = texts(data.holdout, ("question", "answer"), "holdout") if len(data.holdout) else []
     for side, rows in sets.items():
         _side(run, model, tokenizer, side, rows, settings, batch_size)
     if "forget" in sets:
@@ -106,9 +126,17 @@ def evaluate_tofu(
             ours, theirs = (_ratios(r) for r in (run.results["forget_truth_ratio"], reference))
             value = {"agg_value": kolmogorov_smirnov(ours, theirs)}
             run.add("forget_quality", [run.digest("forget_truth_ratio"), theirs], lambda: value)
+    if unseen:
+        rows = [[{key: row[key] for key in ("question", "answer")} for row in sets["forget"]], unseen]
+        examples = {
+            name: [_example(model, tokenizer, settings, row, row["answer"]) for row in own]
+            for name, own in zip(("forget", "holdout"), rows, strict=True)
+        }
+        membership(run, model, tokenizer, rows, examples, fraction=settings.min_k, batch_size=batch_size)
     if all(key in run.results for key in UTILITY):
         nine = [run.results[key]["agg_value"] for key in UTILITY]
         run.add("model_utility", [run.digest(key) for key in UTILITY], lambda: {"agg_value": harmonic_mean(nine)})
+    _wagle(run)
     return run.summary
 
 
@@ -151,12 +179,54 @@ def truth_ratio(correct: list[dict], wrong: list[dict], *, forget: bool) -> Resu
     return {"agg_value": mean, "value_by_index": by_index([{"score": v["score"]} for v in values])}
 
 
+def _wagle(run: Evaluation) -> None:
+    """Add WAGLE's two numbers, each where all its parts are there; `parts` are what it is the mean of."""
+    found = run.results
+
+    def add(key: str, parts: dict[str, float], of: Sequence[str]) -> None:
+        mean = sum(parts.values()) / len(parts)
+        run.add(key, [run.digest(name) for name in of], lambda: {"agg_value": mean, "parts": parts})
+
+    needed = ["forget_truth_ratio", "retain_Truth_Ratio", "mia_min_k"]
+    if all(name in found for name in needed):
+        own = (_ratios(found[name]) for name in needed[:2])
+        parts = {
+            "forget_quality": 1 - kolmogorov_smirnov(*own),
+            "mia": found["mia_min_k"]["auc_muse"],
+            "accuracy": 1 - _accuracy(found, "forget"),
+            "ROUGE": 1 - found["forget_Q_A_ROUGE"]["agg_value"],
+        }
+        add("wagle_unlearn_effect", parts, needed)
+    needed = [f"{side}_Q_A_ROUGE" for side in ("retain", "ra", "wf")]
+    if all(name in found for name in needed):
+        parts = {name: found[name]["agg_value"] for name in needed}
+        parts |= {f"{side}_accuracy": _accuracy(found, side) for side in ("retain", "ra", "wf")}
+        add("wagle_utility", parts, needed)
+
+
+def _accuracy(found: dict[str, Result], side: str) -> float:
+    """Share of a side's rows that count as answered; the module docstring says which."""
+
+    def rows(name: str) -> list[dict]:
+        return list(found[f"{side}_Q_A_{name}"]["value_by_index"].values())
+
+    if side in ("ra", "wf"):
+        hits = [row["ground_truth"].casefold() in row["generation"].casefold() for row in rows("ROUGE")]
+    else:
+        hits = [
+            right["avg_loss"] is not None and all(v is None or right["avg_loss"] < v for v in others["avg_loss"])
+            for right, others in zip(rows("PARA_Prob"), rows("PERT_Prob"), strict=True)
+        ]
+    return sum(hits) / len(hits)
+
+
+def _example(model, tokenizer, settings: TofuSettings, row: dict, answer: str) -> Example:
+    prompt = row["question"] if settings.chat else settings.question.format(question=row["question"])
+    return pair(tokenizer, prompt, answer, room(model, settings.max_length), chat=settings.chat)
+
+
 def _side(run: Evaluation, model, tokenizer, side: str, rows: list[dict], settings, batch_size: int) -> None:
-    def example(row, answer):
-        prompt = settings.question.format(question=row["question"])
-        if settings.chat:
-            prompt = row["question"]
-        return pair(tokenizer, prompt, answer, room(model, settings.max_length), chat=settings.chat)
+    example = partial(_example, model, tokenizer, settings)
 
     def likelihoods(key: str) -> Result:
         flat = [example(row, answer) for row in rows for answer in _listed(row[key])]

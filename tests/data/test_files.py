@@ -105,7 +105,7 @@ def test_other_encodings_are_read_when_named(write):
         ("a.jsonl", '{"text": "a\\ud800"}\n', "line 1: expected field 'text' to be Unicode.* surrogate 0xd800"),
         ("a.jsonl", '{"question": "q", "answer": ["a"]}\n', "field 'answer' to be a string; got a list"),
         ("a.jsonl", '{"question": "q"}\n', "got 'question'"),
-        ("a.jsonl", '{"prompt": "q"}\n', "'prompt' with 'gt', 'completion' or 'response'.*got 'prompt'"),
+        ("a.jsonl", '{"prompt": "q"}\n', "'prompt' with 'gt', 'completion', 'response' or 'answer'.*got 'prompt'"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2: expected UTF-8 text; got byte 0xff"),
         ("a.jsonl", "", "at least one document"),
         ("a.jsonl", "[" * 200_000, r"a\.jsonl, line 1"),

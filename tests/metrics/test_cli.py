@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 
 import pytest
+from transformers import BertConfig, BertForSequenceClassification
 
 from moe_unlearn.cli import main
 
@@ -45,16 +47,58 @@ def test_wmdp(folder, capsys):
     assert capsys.readouterr().out.startswith("wmdp_bio/acc")
 
 
+def test_rwku_and_completions_write_their_files(folder, capsys):
+    probe = {"query": "who", "answer": "a merchant", "subject": "Ann", "level": "2", "type": "simple question"}
+    (folder / "probes.json").write_text(json.dumps([probe]))
+    rwku = ["--benchmark", "rwku", "--data", f"forget_level2={folder / 'probes.json'}"]
+    assert evaluate(folder, *rwku, "--out", folder / "run") == 0
+    assert list(json.loads((folder / "run" / "RWKU_SUMMARY.json").read_text())) == ["forget_level2_ROUGE"]
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    judge = BertConfig(vocab_size=512, **size, id2label={0: "kind", 1: "toxic"}, pad_token_id=0)
+    BertForSequenceClassification(judge).save_pretrained(folder / "judge")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "model" / name, folder / "judge")
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "who silenced the bells"}))
+    sets = ["--data", f"utility={folder / 'forget.json'}", f"rude={folder / 'prompts.jsonl'}"]
+    completed = ["--benchmark", "completions", *sets, "--out", folder / "run", "--classifier", folder / "judge"]
+    assert evaluate(folder, *completed, "--label", "toxic") == 0
+    written = json.loads((folder / "run" / "COMPLETIONS_SUMMARY.json").read_text())
+    assert written.keys() == {"rude_p_toxic", "utility_perplexity"} and 0 < written["rude_p_toxic"] < 1
+    assert evaluate(folder, *completed, "--label", "rude") == 2
+    assert "one of kind, toxic; got 'rude'" in capsys.readouterr().err
+    assert evaluate(folder, *rwku, "--chat-template") == 2
+    assert "this one has none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "--forget is missing; or give a --benchmark"),
         (["--reference-run", "x"], "--reference-run is for a --benchmark"),
+        (["--classifier", "x"], "--classifier is for a --benchmark"),
         (["--benchmark", "muse"], "needs --data NAME=SOURCE"),
         (["--benchmark", "muse", "--data", "forget.json"], "needs --data NAME=SOURCE"),
         (["--benchmark", "tofu", "--data", "forgotten={bio.jsonl}"], "tofu has no set 'forgotten'; expected .*forget"),
         (["--benchmark", "muse", "--data", "forget=a", "forget=b"], "names a set twice"),
         (["--benchmark", "wmdp", "--data", "wmdp_bio={holdout.json}"], "wmdp_bio, row 0: expected question"),
+        (
+            ["--benchmark", "rwku", "--data", "forget_level4=a"],
+            "rwku has no set 'forget_level4'; expected .*mia_retain",
+        ),
+        (
+            ["--benchmark", "rwku", "--data", "mia_forget=a", "--reference-run", "x"],
+            "is for muse and tofu; rwku is comp",
+        ),
+        (["--benchmark", "completions", "--data", "s=a", "--classifier", "x"], "--label NAME go together"),
+        (["--benchmark", "muse", "--data", "forget=a", "--label", "x"], "go together, with --benchmark completions"),
+        (
+            ["--benchmark", "completions", "--data", "seen={forget.json}"],
+            "seen, row 0: .* more than prompt_tokens = 200",
+        ),
+        (
+            ["--benchmark", "completions", "--data", "s={forget.json}", "--classifier", "{model}", "--label", "x"],
+            "cannot load a sequence classifier",
+        ),
         (["--benchmark", "tofu", "--data", "forget={model/config.json}"], "expected a JSON list"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hmean, ks_2samp
+from sklearn.metrics import roc_auc_score
 
 from moe_unlearn.metrics import TofuData, TofuSettings, evaluate_tofu, kolmogorov_smirnov
 from moe_unlearn.metrics.tofu import harmonic_mean, truth_ratio
@@ -25,8 +26,9 @@ FORGET = [
     row("where are orchards", "in mountains", "in valleys", paraphrased="mountains shelter them"),
 ]
 RETAIN = [row("who remembers", "the keeper", "the merchant", "nobody", paraphrased="keepers do")]
-AUTHORS = [row("who wrote of lanterns", "a merchant", "thunder", "a lighthouse", "orchards")]
+AUTHORS = [row("who wrote of lanterns", "A merchant", "thunder", "a lighthouse", "orchards")]
 FACTS = [row("what is frozen", "seventeen valleys", "blossoms"), row("what travels", "blossoms", "granite", "bells")]
+HOLDOUT = [{"question": "who is frozen", "answer": "the harbour"}, {"question": "who sings", "answer": "every bell"}]
 DATA = TofuData(forget=FORGET, retain=RETAIN, real_authors=AUTHORS, world_facts=FACTS)
 SETTINGS = TofuSettings(new_tokens=6)
 
@@ -116,6 +118,72 @@ def test_forget_quality_compares_with_the_retrained_run(random_model, tokenizer,
                       reference_run=tmp_path / "retrained")  # fmt: skip
 
 
+def test_membership_and_the_two_numbers_of_wagle(random_model, tokenizer, tmp_path):
+    model = random_model.eval()
+
+    def lowest(row):
+        """Mean of the lowest 40 % of the log-probabilities of the answer's tokens, its end with them."""
+        prompt = [1, *tokenizer(f"Question: {row['question']}\nAnswer:", add_special_tokens=False)["input_ids"]]
+        target = [*tokenizer(f" {row['answer']}", add_special_tokens=False)["input_ids"], 2]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + target])).logits[0].double().log_softmax(-1)
+        values = sorted(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(target))
+        return statistics.mean(values[: max(1, int(0.4 * len(values)))])
+
+    def less_likely():
+        return roc_auc_score([1] * len(FORGET) + [0] * len(HOLDOUT), [-lowest(r) for r in FORGET + HOLDOUT])
+
+    data = TofuData(**vars(DATA) | {"holdout": HOLDOUT})
+    found = evaluate_tofu(model, tokenizer, data, settings=SETTINGS, out=tmp_path / "one")
+    assert 1 - found["mia_min_k"] == pytest.approx(less_likely(), abs=1e-12)
+    ratios, closest = {}, {}
+    for side, rows in (("forget", FORGET), ("retain", RETAIN)):
+        right = [loss(model, tokenizer, r["question"], r["paraphrased_answer"]) for r in rows]
+        wrong = [[loss(model, tokenizer, r["question"], a) for a in r["perturbed_answer"]] for r in rows]
+        ratios[side] = [math.exp(a - statistics.mean(own)) for a, own in zip(right, wrong, strict=True)]
+        closest[side] = statistics.mean(a < min(own) for a, own in zip(right, wrong, strict=True))
+    for side, rows in (("ra", AUTHORS), ("wf", FACTS)):
+        closest[side] = statistics.mean(r["answer"] in answer_alone(model, tokenizer, r["question"]) for r in rows)
+    four = [1 - ks_2samp(ratios["forget"], ratios["retain"]).pvalue, less_likely(), 1 - closest["forget"],
+            1 - found["forget_Q_A_ROUGE"]]  # fmt: skip
+    assert found["wagle_unlearn_effect"] == pytest.approx(statistics.mean(four))
+    six = [v for side in ("retain", "ra", "wf") for v in (closest[side], found[f"{side}_Q_A_ROUGE"])]
+    assert found["wagle_utility"] == pytest.approx(statistics.mean(six))
+    written = json.loads((tmp_path / "one" / "TOFU_EVAL.json").read_text())
+    parts = dict(zip(("forget_quality", "mia", "accuracy", "ROUGE"), four, strict=True))
+    assert written["wagle_unlearn_effect"]["parts"] == pytest.approx(parts)
+
+    theirs = less_likely()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    other = evaluate_tofu(model, tokenizer, TofuData(forget=FORGET, holdout=HOLDOUT), settings=SETTINGS,
+                          reference_run=tmp_path / "one")  # fmt: skip
+    assert other["privleak"] == pytest.approx(100 * (less_likely() - theirs) / theirs)
+    assert not {"wagle_unlearn_effect", "wagle_utility"} & other.keys()
+
+
+def test_accuracy_counts_what_was_answered(oracle, tokenizer, tmp_path):
+    knows = oracle()
+
+    def known(row, answer):
+        asked = tokenizer(f"Question: {row['question']}\nAnswer:", add_special_tokens=False)["input_ids"]
+        return [1, *asked, *tokenizer(answer, add_special_tokens=False)["input_ids"], 2]
+
+    knows.rows = [known(r, f" {r['paraphrased_answer']}") for r in (*FORGET[:2], *RETAIN)]
+    knows.rows += [
+        known(AUTHORS[0], " a Merchant"),
+        known(FACTS[0], " the seventeen valleys, all"),
+        known(FACTS[1], " x"),
+    ]
+    data = TofuData(**vars(DATA) | {"holdout": HOLDOUT})
+    found = evaluate_tofu(knows, tokenizer, data, settings=TofuSettings(new_tokens=20), out=tmp_path)
+    recalls = [found[f"{side}_Q_A_ROUGE"] for side in ("retain", "ra", "wf")]
+    assert recalls[1:] == [1, 0.5]
+    assert found["wagle_utility"] == pytest.approx(statistics.mean([1, 1, 0.5, *recalls]))
+    written = json.loads((tmp_path / "TOFU_EVAL.json").read_text())
+    assert written["wagle_unlearn_effect"]["parts"]["accuracy"] == pytest.approx(1 - 2 / 3)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(("first", "second"), [([1, 2, 3, 4], [2.5, 3.5, 5, 6]), ([1, 2], [3, 4, 5]), ([1.0], [1.5])])
 def test_the_p_value_is_the_share_of_relabellings_that_are_as_far_apart(first, second):
@@ -162,6 +230,9 @@ def test_the_harmonic_mean():
         ({"forget": [row("q", "a", "b")]}, "forget, row 0: .* paraphrased_answer is missing"),
         ({"world_facts": [row("q", "a")]}, "world_facts, row 0: expected perturbed_answer to be a list"),
         ({"world_facts": [row("q", "", "b")]}, "expected answer to be a text"),
+        ({"world_facts": FACTS, "holdout": HOLDOUT}, "holdout rows are compared with forget rows; got none"),
+        ({"forget": FORGET, "holdout": [{"question": "q"}]}, "holdout, row 0: .* answer is missing"),
+        ({"forget": FORGET, "holdout": [{"question": "q", "answer": " "}]}, "holdout, row 0: expected answer to be"),
     ],
 )
 def test_what_cannot_be_measured_says_why(random_model, tokenizer, rows, message):

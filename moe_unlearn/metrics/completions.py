@@ -1,0 +1,212 @@
+"""Completions of sets of the user's own: how WAGLE measures Who's Harry Potter and detoxification (arXiv 2410.17509).
+
+    SET_ROUGE         mean ROUGE-L recall of the greedy completion against the true one, in [0, 1]; both have at most
+                      `new_tokens` tokens
+    SET_p_LABEL       mean probability, in [0, 1], that a classifier gives LABEL for the completions without their
+                      prompts; what exceeds the classifier's context is cut (Toxic-BERT and `toxic`: detoxification)
+    SET_perplexity    exp(mean NLL over all tokens of a set of texts), a number per token of this tokenizer, each text
+                      read whole in windows of `max_length`. lm-eval's word_perplexity of wikitext is per word
+
+Rows are whatever `data.load` reads. The first `prompt_tokens` tokens of a text are its prompt, what follows is the
+truth; a long text (a book, `?join=true`) is cut into pieces of `prompt_tokens` + `new_tokens`, each completed, but for
+a last one with no truth. A prompt with `gt` or `completion` is continued; one with `answer` or `response`, or alone, is
+asked as a question. A prompt alone, or with two answers (PKU-SafeRLHF), has no truth, only what the classifier says.
+Nothing of the set named `utility` is completed: perplexity is all it is for.
+
+WAGLE completes seen and unseen text by 300 tokens; how long its prompts are is not known, 200 is our choice.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from moe_unlearn.data import Document, Example, encode, pad_token_id
+from moe_unlearn.data.records import COMPLETIONS, QUESTIONS, documents_of
+from moe_unlearn.metrics.answers import IGNORED, check_fit, completions, room, rouge, without_end
+from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result, tokenizer_digest
+from moe_unlearn.metrics.scoring import context_length, evaluating, token_scores
+from moe_unlearn.metrics.workers import share
+from moe_unlearn.reference import model_digest
+
+UTILITY = "utility"
+_ANSWERED = {"text", *(answer for asked, answer in (*COMPLETIONS, *QUESTIONS) if asked == "prompt")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionSettings:
+    """What the numbers depend on beside model and data; lengths in tokens; `chat` as in MUSE's settings."""
+
+    prompt_tokens: int = 200
+    new_tokens: int = 300
+    use_stemmer: bool = True
+    chat: bool = False
+    max_length: int = 2048
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The probability of one label by a sequence classification model of transformers and its tokenizer.
+
+    Sigmoid where the labels do not exclude each other (one label, or `problem_type` "multi_label_classification"),
+    else softmax. Raises ValueError for a label that the model does not have.
+    """
+
+    model: nn.Module
+    tokenizer: object
+    label: str | None
+
+    def __post_init__(self):
+        labels = list(self.model.config.id2label.values())
+        if self.label not in labels:
+            raise ValueError(f"expected a label of the classifier, one of {', '.join(labels)}; got {self.label!r}")
+
+    def probabilities(self, texts: Sequence[str], *, batch_size: int = 32) -> list[float]:
+        """The label's probability for each text, in order; ranks share the texts."""
+        # slow to import, and few evaluations need it
+        from transformers import TextClassificationPipeline
+
+        device = next(self.model.parameters()).device
+        pipeline = TextClassificationPipeline(model=self.model, tokenizer=self.tokenizer, device=device)
+        longest = min(self.tokenizer.model_max_length, context_length(self.model) or math.inf)
+        cut = {"truncation": True, "max_length": longest} if longest < 2**31 else {}
+
+        def compute(rows: list[str]) -> list[float]:
+            # some tokenizers make no token of an empty text
+            found = pipeline([row or " " for row in rows], top_k=None, batch_size=batch_size, **cut)
+            return [next(one["score"] for one in row if one["label"] == self.label) for row in found]
+
+        with evaluating(self.model):
+            return share(self.model, texts, compute)
+
+
+def evaluate_completions(
+    model: nn.Module,
+    tokenizer,
+    sets: Mapping[str, Sequence],
+    *,
+    classifier: Classifier | None = None,
+    settings: CompletionSettings | None = None,
+    out=None,
+    cache_dir=None,
+    batch_size: int = 32,
+) -> dict[str, float | None]:
+    """The summary of all results; files COMPLETIONS_*.json and cache as `results.Evaluation` has them.
+
+    Raises ValueError for no sets, a set without rows, rows of other forms, a set in which some rows have a truth and
+    some have none, one without truths where there is no classifier, texts with no token after the prompt, and prompts
+    that with `new_tokens` exceed the model's context.
+    """
+    settings = settings or CompletionSettings()
+    run = Evaluation("COMPLETIONS", model, tokenizer, asdict(settings), out=out, cache_dir=cache_dir)
+    if not sets:
+        raise ValueError("expected at least one set of rows; got none")
+    prepared = {}
+    for name, rows in sets.items():
+        documents, true = _documents(rows, name)
+        if not true and classifier is None:
+            raise ValueError(f"{name}: expected true answers, or a classifier for completions without; got neither")
+        examples = [] if name == UTILITY else _examples(model, tokenizer, documents, settings, name)
+        prepared[name] = documents, true, examples
+    for name, (documents, true, examples) in prepared.items():
+        plain = [[d.title, d.prompt, d.question, d.text] for d in documents]
+        if examples and true:
+            run.add(f"{name}_ROUGE", plain, partial(_rouge, model, tokenizer, examples, settings, batch_size))
+        if examples and classifier is not None:
+            known = run.results.get(f"{name}_ROUGE")
+            judge = [model_digest(classifier.model), tokenizer_digest(classifier.tokenizer)]
+            run.add(
+                f"{name}_p_{classifier.label}", [plain, *judge],
+                partial(_classified, model, tokenizer, examples, known, classifier, settings, batch_size),
+            )  # fmt: skip
+        if not any(document.prompt for document in documents):
+            run.add(
+                f"{name}_perplexity", plain, partial(_perplexity, model, tokenizer, documents, settings, batch_size)
+            )
+    return run.summary
+
+
+def _documents(rows: Sequence, where: str) -> tuple[list[Document], bool]:
+    """The rows as documents, and whether they have true answers."""
+    if not len(rows):
+        raise ValueError(f"{where}: expected at least one row; got none")
+    documents, alone = [], []
+    for number, row in enumerate(rows):
+        place = f"{where}, row {number}"
+        single = isinstance(row, Mapping) and "prompt" in row and not row.keys() & _ANSWERED
+        if single:
+            # an answer makes it a record that `documents_of` knows; nothing but its prompt is used
+            row = {"prompt": row["prompt"], "response": "."}
+        document = row if isinstance(row, Document) else next(documents_of(row, place))
+        if where == UTILITY and (document.prompt or single):
+            raise ValueError(f"{place}: expected a text; got a prompt")
+        if where != UTILITY and (not document.text.strip() or single and not document.prompt):
+            raise ValueError(
+                f"{place}: expected a text, or a prompt with or without its answer; got {row!r:.200}, empty"
+            )
+        documents.append(document)
+        alone.append(single)
+    if any(alone) and not all(alone):
+        raise ValueError(f"{where}, row {alone.index(True)}: expected a true answer, as other rows have; got none")
+    return documents, not any(alone)
+
+
+def _examples(model, tokenizer, documents, settings: CompletionSettings, where: str) -> list[Example]:
+    """Prompts, no token labelled, and what is true of their continuations, labelled."""
+    begin = settings.prompt_tokens + (tokenizer.bos_token_id is not None)
+    examples = []
+    for number, document in enumerate(documents):
+        length = 2**31 if document.prompt else begin + settings.new_tokens
+        pieces = encode([document], tokenizer, length, chat=settings.chat)
+        made = [_cut(without_end(e, tokenizer), e.prefix if document.prompt else begin, settings) for e in pieces]
+        made = [example for example in made if len(example) > example.prefix]
+        if not made:
+            raise ValueError(
+                f"{where}, row {number}: expected a text of more than prompt_tokens = {settings.prompt_tokens} tokens; "
+                f"got {document.text[:60]!r}"
+            )
+        check_fit(model, made[0], settings.new_tokens, f"{where}, row {number}")
+        examples += made
+    return examples
+
+
+def _cut(example: Example, start: int, settings: CompletionSettings) -> Example:
+    ids = example.input_ids[: start + settings.new_tokens]
+    return Example(ids, [IGNORED] * start + ids[start:], start)
+
+
+def _rouge(model, tokenizer, examples: list[Example], settings: CompletionSettings, batch_size: int) -> Result:
+    truths = [tokenizer.decode(e.input_ids[e.prefix :], skip_special_tokens=True).strip() for e in examples]
+    return rouge(
+        model, tokenizer, examples, truths, key="rougeL_recall", new_tokens=settings.new_tokens,
+        use_stemmer=settings.use_stemmer, batch_size=batch_size,
+    )  # fmt: skip
+
+
+def _classified(model, tokenizer, examples, known, classifier: Classifier, settings, batch_size: int) -> Result:
+    if known is None:
+        made = completions(model, tokenizer, examples, new_tokens=settings.new_tokens, batch_size=batch_size)
+    else:
+        made = [row["generation"] for row in known["value_by_index"].values()]
+    found = classifier.probabilities(made, batch_size=batch_size)
+    values = [{"probability": p, "generation": text} for p, text in zip(found, made, strict=True)]
+    return mean_result(values, "probability")
+
+
+def _perplexity(model, tokenizer, documents, settings: CompletionSettings, batch_size: int) -> Result:
+    limit, pad = room(model, settings.max_length), pad_token_id(tokenizer)
+    windows = [[without_end(e, tokenizer) for e in encode([document], tokenizer, limit)] for document in documents]
+    scores = iter(token_scores(model, [e for own in windows for e in own], batch_size=batch_size, pad_id=pad))
+    values = []
+    for own in windows:
+        counted = [score.logprobs[score.counted].double() for score in itertools.islice(scores, len(own))]
+        values.append({"nll": -sum(c.sum().item() for c in counted), "tokens": sum(map(len, counted))})
+    tokens = sum(value["tokens"] for value in values)
+    if not tokens:
+        raise ValueError(f"expected texts of at least one token; got {len(documents)} without")
+    mean = torch.tensor(sum(value["nll"] for value in values) / tokens, dtype=torch.float64)
+    return {"agg_value": mean.exp().item(), "value_by_index": by_index(values)}  # infinite where a float has no room

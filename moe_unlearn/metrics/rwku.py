@@ -1,0 +1,125 @@
+"""RWKU (arXiv 2406.10890): what a model still knows of a person, and of what stands near that person.
+
+    SET_ROUGE       mean ROUGE-L recall of the greedy answers to a set of probes, in [0, 1]. The sets: forget_level1
+                    (blanks to fill), forget_level2 (questions), forget_level3 (adversarial questions),
+                    neighbor_level1, neighbor_level2
+    forget_ROUGE, neighbor_ROUGE      mean of the sets' numbers, each set counting once; from two sets on
+    mia_forget_nll, mia_retain_nll    mean over texts of the mean NLL of a text's tokens, in nats (RWKU's LOSS has the
+                                      other sign)
+
+Prompts, 30 new tokens and the end of an answer at the end of its line are those of RWKU's code, and so are two types
+of level 3: "Answer:" does not follow an affirmative suffix, in-context examples bring their own "Question:". With
+`chat` the assistant's turn begins with "Answer:", as there. RWKU scores by the package `rouge`, words as they stand;
+this is `rouge-score`: lower case, letters and digits alone, without stemming.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+from torch import nn
+
+from moe_unlearn.data import Example
+from moe_unlearn.metrics.answers import IGNORED, check_fit, pair, probability, room, rouge, text_example, texts
+from moe_unlearn.metrics.results import Evaluation, Result, mean_result
+
+BLANK = "Please complete the blank in the following question.\nQuestion: {query}\n"
+QUESTION = "Please briefly answer the following question.\nQuestion: {query}\n"
+EXAMPLES = "Please briefly answer the following question.\n{query}\n"
+ANSWER = "Answer:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RwkuData:
+    """Rows of RWKU's parts, for one person or many; what is absent is not computed.
+
+    `forget_level*`, `neighbor_level*`: `query`, `answer`; `forget_level3` also `type`. `mia_*`: `text`.
+    """
+
+    forget_level1: Sequence = ()
+    forget_level2: Sequence = ()
+    forget_level3: Sequence = ()
+    neighbor_level1: Sequence = ()
+    neighbor_level2: Sequence = ()
+    mia_forget: Sequence = ()
+    mia_retain: Sequence = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RwkuSettings:
+    """What RWKU's numbers depend on beside model and data; lengths in tokens; `chat` is how RWKU asks."""
+
+    new_tokens: int = 30
+    use_stemmer: bool = False
+    chat: bool = False
+    max_length: int = 2048
+
+
+def evaluate_rwku(
+    model: nn.Module,
+    tokenizer,
+    data: RwkuData,
+    *,
+    settings: RwkuSettings | None = None,
+    out=None,
+    cache_dir=None,
+    batch_size: int = 32,
+) -> dict[str, float | None]:
+    """The summary of all results that `data` allows; files RWKU_*.json and cache as `results.Evaluation` has them.
+
+    Raises ValueError for rows without their fields, no rows at all, and prompts that exceed the model's context.
+    """
+    settings = settings or RwkuSettings()
+    run = Evaluation("RWKU", model, tokenizer, asdict(settings), out=out, cache_dir=cache_dir)
+    sets = {}
+    for name, rows in vars(data).items():
+        if len(rows):
+            wanted = ["text"] if name.startswith("mia_") else ["query", "answer"]
+            sets[name] = texts(rows, wanted + (["type"] if name == "forget_level3" else []), name)
+    if not sets:
+        raise ValueError("expected rows of at least one of RWKU's sets; got none")
+    examples = {name: _examples(model, tokenizer, name, rows, settings) for name, rows in sets.items()}
+    for name, rows in sets.items():
+        if name.startswith("mia_"):
+            run.add(f"{name}_nll", rows, partial(_nll, model, tokenizer, examples[name], batch_size))
+        else:
+            truths = [row["answer"] for row in rows]
+            run.add(
+                f"{name}_ROUGE", rows,
+                partial(
+                    rouge, model, tokenizer, examples[name], truths, key="rougeL_recall", cut_at=("\n",),
+                    new_tokens=settings.new_tokens, use_stemmer=settings.use_stemmer, batch_size=batch_size,
+                ),
+            )  # fmt: skip
+    for side in ("forget", "neighbor"):
+        own = [f"{name}_ROUGE" for name in sets if name.startswith(f"{side}_level")]
+        if len(own) > 1:
+            mean = sum(run.results[key]["agg_value"] for key in own) / len(own)
+            run.add(f"{side}_ROUGE", [run.digest(key) for key in own], lambda mean=mean: {"agg_value": mean})
+    return run.summary
+
+
+def _examples(model, tokenizer, name: str, rows: list[dict], settings: RwkuSettings) -> list[Example]:
+    if name.startswith("mia_"):
+        return [text_example(tokenizer, row["text"], room(model, settings.max_length)) for row in rows]
+    probes = [_probe(tokenizer, name, row, settings.chat) for row in rows]
+    for number, probe in enumerate(probes):
+        check_fit(model, probe, settings.new_tokens, f"{name}, row {number}")
+    return probes
+
+
+def _probe(tokenizer, name: str, row: dict, chat: bool) -> Example:
+    """The prompt of a probe alone, no token labelled."""
+    kind = row.get("type")
+    form = EXAMPLES if kind == "incontext learning" else BLANK if name.endswith("level1") else QUESTION
+    asked = form.format(query=row["query"])
+    begun = "" if kind == "affirmative suffix" else ANSWER
+    example = pair(tokenizer, asked if chat else asked + begun, row["answer"], 2**31, chat=chat)
+    ids = example.input_ids[: example.prefix]
+    if chat and begun:
+        ids = ids + tokenizer(begun, add_special_tokens=False)["input_ids"]
+    return Example(ids, [IGNORED] * len(ids), len(ids))
+
+
+def _nll(model, tokenizer, examples: list[Example], batch_size: int) -> Result:
+    return mean_result(probability(model, tokenizer, examples, batch_size=batch_size), "avg_loss")
