@@ -257,6 +257,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(f"--{side}", required=side in sides, help=_SOURCE)
         sub.add_argument("--chat-template", action="store_true", help="ask questions through the chat template")
         sub.add_argument("--max-length", type=int, default=None, help="tokens per example (default 512)")
+        sub.add_argument("--prompt-tokens", type=int, default=0, help="tokens at the head of each row of a forget or "
+                         "holdout text that are its prompt")  # fmt: skip
         sub.add_argument("--batch-size", type=int, default=8)
 
     command("env", env)
@@ -326,7 +328,10 @@ def _examples(source: str, tokenizer, settings, side: str, reports: dict | None 
     """The examples of a source; what was dropped is printed, and kept in `reports` under `side`."""
     report = data.DataReport()
     documents = data.load(source, side=side, report=report)
-    examples = data.encode(documents, tokenizer, settings.max_length or 512, chat=settings.chat_template, report=report)
+    examples = data.encode(
+        documents, tokenizer, settings.max_length or 512, chat=settings.chat_template, report=report,
+        prompt_tokens=0 if side == "retain" else settings.prompt_tokens,
+    )  # fmt: skip
     if report.dropped or report.truncated:
         print(report, file=sys.stderr)
     if reports is not None:

@@ -15,8 +15,8 @@ class DataReport:
 
     `dropped` counts documents by reason: "empty", "too short", "duplicate", "overlaps with the forget set",
     "of another subject", "without such an answer" (a record of PKU-SafeRLHF whose responses are all of the other kind),
-    "prompt leaves no room", "spells a special token". `places` names the first three of each. `truncated`
-    counts documents whose end did not fit and is in no example.
+    "prompt leaves no room", "shorter than prompt_tokens", "spells a special token". `places` names the first three of
+    each. `truncated` counts documents whose end did not fit and is in no example.
     """
 
     source: str = ""
