@@ -63,6 +63,7 @@ def unlearn(
         save_steps=max(1, recipe.steps // 5),
         save_total_limit=2,
         seed=recipe.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),  # elsewhere torch warns
         report_to="none",
     )
     dataset = data.ForgetRetainDataset(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moe_unlearn import wagle
 from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import train_tokenizer
@@ -66,6 +67,7 @@ def folder(tmp_path_factory):
     for name in ("bio", "cyber"):
         questions = [{"question": f"Which {n}?", "choices": list("wxyz"), "answer": n % 4} for n in range(4)]
         write(root / f"wmdp_{name}.jsonl", questions)
+    write(root / "mmlu.jsonl", [question | {"subject": "abstract_algebra"} for question in questions])
     wrong = {f"{side}_perturbed": [perturbed(q["question"], q["answer"], ["a song", "no book"]) for q in asked(side)]
              for side in ("forget10", "retain", "real_authors", "world_facts")}  # fmt: skip
     write_tofu(root / "TOFU", {side: asked(side) for side in ("forget10", "retain90")} | wrong)
@@ -216,3 +218,92 @@ def test_unlearning(run, walk, folder):
         assert len({name.partition(".mlp.")[0] for name in (*experts, *router)}) == len(router) == 1
         assert len(experts) == 2
         assert len({int(i) for name in experts for i in changed[name].flatten(1).any(1).nonzero()}) == 1
+
+
+def test_wagle_moves_what_the_mask_of_the_command_line_keeps(walk):
+    run = next(run for run in RUNS if run.recipe == "wagle-tofu-graddiff")
+    changed = moved(walk(run))
+    path = "runs/mask.safetensors"
+    settings = ["--official", "--keep", "0.95", "--gamma", "1e-6", "--batch-size", "1", "--out", path]
+    model = f"models/{run.model}"
+    assert main(["mask", "--model", model, "--forget", run.forget, "--retain", run.retain, *settings]) == 0
+    mask = wagle.WeightMask.load(path)
+    assert not any((where & ~mask.kept(name)).any() for name, where in changed.items())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`eval --benchmark` of the model that `run` made. `files` is how its files begin. With `compared`, the result
+    that needs the retrained model's run, and `alike`, what it is for that model itself."""
+
+    benchmark: str
+    run: str
+    data: tuple[str, ...]
+    files: str
+    keys: set[str]
+    compared: str | None = None
+    alike: float | None = None
+
+
+MUSE_KEYS = {"forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE", "mia_min_k",
+             "extraction_strength", "exact_memorization"}  # fmt: skip
+TOFU_KEYS = {
+    *("forget_truth_ratio", "model_utility", "extraction_strength", "exact_memorization"),
+    *(f"{side}_Truth_Ratio" for side in ("retain", "ra", "wf")),
+    *(f"{side}_Q_A_{metric}" for side in ("forget", "retain", "ra", "wf") for metric in ("Prob", "PERT_Prob", "ROUGE")),
+    *(f"{side}_Q_A_PARA_Prob" for side in ("forget", "retain")),
+    *(f"{side}_Q_A_Prob_normalised" for side in ("ra", "wf")),
+}
+KNOWMEM = ("forget_qa", "forget_qa_icl", "retain_qa", "retain_qa_icl")
+# one row for each of the command line's benchmarks; a new one needs its row here and its files in `folder`
+EVALUATIONS = [
+    Evaluation(
+        "muse", "trace-muse-books",
+        ("verbmem=data/books:verbmem/forget", *(f"{name}=data/books:knowmem/{name}" for name in KNOWMEM),
+         *(f"{side}=data/books:privleak/{side}" for side in ("forget", "holdout"))),
+        "MUSE", MUSE_KEYS, "privleak", 0,
+    ),
+    Evaluation(
+        "muse", "combined",
+        ("verbmem=data/news/verbmem/forget.json", *(f"{name}=data/news/knowmem/{name}.json" for name in KNOWMEM),
+         *(f"{side}=data/news/privleak/{side}.json" for side in ("forget", "holdout"))),
+        "MUSE", MUSE_KEYS, "privleak", 0,
+    ),
+    Evaluation(
+        "tofu", "wagle-tofu-npo",
+        ("forget=TOFU:forget10_perturbed", *(f"{side}=TOFU:{side}_perturbed"
+                                             for side in ("retain", "real_authors", "world_facts"))),
+        "TOFU", TOFU_KEYS, "forget_quality", 1,
+    ),
+    Evaluation(
+        "wmdp", "wagle-wmdp-npo", ("wmdp_bio=wmdp_bio.jsonl", "wmdp_cyber=wmdp_cyber.jsonl", "mmlu=mmlu.jsonl"),
+        "LMEval", {f"{task}/{value}" for task in ("wmdp_bio", "wmdp_cyber", "mmlu") for value in ("acc", "acc_stderr")},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS, ids=lambda e: f"{e.benchmark}-{e.run}")
+def test_evaluation(evaluation, walk, folder, capsys):
+    def evaluate(model, out, *more):
+        arguments = ["--data", *evaluation.data, "--cache", "runs/results", "--out", out, *more]
+        assert main(["eval", "--model", model, "--benchmark", evaluation.benchmark, *arguments]) == 0
+        return {kind: read(folder / out / f"{evaluation.files}_{kind}.json") for kind in ("SUMMARY", "EVAL")}
+
+    run = walk(next(run for run in RUNS if run.recipe == evaluation.run))
+    retrained = f"{run.out}/retrained"
+    assert evaluate("models/retrained", retrained)["SUMMARY"].keys() == evaluation.keys
+    compared = {evaluation.compared} - {None}
+    reference = ["--reference-run", retrained] if compared else []
+    capsys.readouterr()
+    found = evaluate(f"{run.out}/model", f"{run.out}/evaluated", *reference)
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    summary, whole = found["SUMMARY"], found["EVAL"]
+    assert summary.keys() == whole.keys() == printed.keys() == evaluation.keys | compared
+    for name, value in summary.items():
+        assert value == whole[name]["agg_value"] and math.isfinite(value)
+        assert float(printed[name]) == pytest.approx(value, rel=1e-3)
+    files = {path.name for path in (folder / run.out / "evaluated").iterdir()}
+    assert files == {f"{evaluation.files}_{kind}.json" for kind in ("SUMMARY", "EVAL", "SETTINGS")}
+    for name in compared:
+        itself = evaluate("models/retrained", f"{run.out}/itself", *reference)
+        assert itself["SUMMARY"][name] == evaluation.alike != summary[name]
