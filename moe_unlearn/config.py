@@ -165,7 +165,7 @@ class Data:
     """Where the command line finds the model (a folder) and the documents: sources as `data.load` takes them,
     from `builtin:pydoc` to `tofu:forget05`. With `chat_template` questions are asked through the tokenizer's.
     `prompt_tokens`, if not 0, is how many tokens at the head of each row of a forget or holdout text are its prompt.
-    Without documents a plan takes `forget_rows` and `retain_rows` examples of `max_length` tokens."""
+    Of more than `forget_rows` or `retain_rows` examples so many are drawn; a plan without documents assumes them."""
 
     model: str | None = None
     forget: str | None = None

@@ -220,6 +220,17 @@ def test_unlearning(run, walk, folder):
         assert len({int(i) for name in experts for i in changed[name].flatten(1).any(1).nonzero()}) == 1
 
 
+def test_a_recipe_draws_as_many_rows_as_its_setting_has(folder, capsys):
+    run = next(run for run in RUNS if run.recipe == "wagle-detox-po")
+    more = ["data.forget_rows=3", "data.retain_rows=5", "steps=1"]
+    assert main(["run", run.recipe, *run.arguments(), *more, "--out", "runs/drawn", "--no-eval"]) == 0
+    reports = read(folder / "runs" / "drawn" / "data.json")
+    assert [(reports[side]["kept"], reports[side]["rows"]) for side in ("forget", "retain")] == [(8, 3), (20, 5)]
+    assert "forget: 3 of 8 rows are drawn, data.forget_rows" in capsys.readouterr().err
+    assert main(["run", run.recipe, *run.arguments(), *more, "--dry-run"]) == 0
+    assert "data: 3 forget rows, 5 retain rows" in capsys.readouterr().out
+
+
 def test_wagle_moves_what_the_mask_of_the_command_line_keeps(walk):
     run = next(run for run in RUNS if run.recipe == "wagle-tofu-graddiff")
     changed = moved(walk(run))

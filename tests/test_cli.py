@@ -160,6 +160,7 @@ def test_idk_dpo_makes_its_refusals_from_questions(folder, tmp_path, capsys):
     assert trajectory[-1]["forget_loss"] < trajectory[0]["forget_loss"]
     assert run(folder, tmp_path / "plain", recipe="idk_dpo") == 2
     assert "has no prompt to refuse" in error_of(capsys)
+    assert not (tmp_path / "plain").exists()
 
 
 def test_idk_nll_teaches_the_refusals(folder, tmp_path):

@@ -42,7 +42,7 @@ from moe_unlearn.data.builtin import load_builtin
 from moe_unlearn.data.corpus import Corpus, Document, drop_shared_runs
 from moe_unlearn.data.hub import MissingLibraryError
 from moe_unlearn.data.packing import check_packing, pack, packed_batches
-from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, overlap, refusals
+from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, draw, overlap, refusals
 from moe_unlearn.data.registry import BENCHMARKS, DocumentStream, load
 from moe_unlearn.data.selection import DataReport, select
 from moe_unlearn.data.stream import ExampleStream, shard
@@ -71,6 +71,7 @@ __all__ = [
     "batches",
     "check_packing",
     "collate",
+    "draw",
     "drop_shared_runs",
     "encode",
     "generator",

@@ -115,6 +115,12 @@ def refusals(examples: Sequence[Example], tokenizer, *, seed: int = 0) -> list[E
     return made
 
 
+def draw(examples: Sequence[Example], count: int, *, seed: int) -> list[Example]:
+    """`count` of the examples, drawn by `seed`, in their order; all of them where there are no more."""
+    chosen = torch.randperm(len(examples), generator=generator(seed, 0))[:count]
+    return [examples[i] for i in sorted(chosen.tolist())]
+
+
 def overlap(forget: Sequence[Example], retain: Sequence[Example]) -> int:
     """How many forget examples stand in the retain set too, token by token."""
     kept = {tuple(e.input_ids) for e in retain}
