@@ -161,11 +161,11 @@ def run(options) -> None:
         print(UnlearnStep(model, recipe, verify=options.verify).plan(batches["forget"], batches["retain"]))
         return
     out = Path(options.out)
-    _write(out / "data.json", json.dumps({side: r.to_dict() for side, r in reports.items()}, indent=1))
     # the folder changes no result, so that it is no part of the recipe
     summary = benchmark.unlearn(
         model, tokenizer, recipe, sets, out, resume=options.resume, evaluate=not options.no_eval,
         cache_dir=None if options.cache is None else Path(options.cache), verify=options.verify,
+        reports=reports,
     )  # fmt: skip
     print(f"model: {out / 'model'}")
     if options.verify:

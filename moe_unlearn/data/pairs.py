@@ -108,7 +108,7 @@ def refusals(examples: Sequence[Example], tokenizer, *, seed: int = 0) -> list[E
         if not masked:
             raise ValueError(
                 f"example {number} has no prompt to refuse: give the forget set as prompt and answer "
-                "(`prompt` and `gt`, or `question` and `answer`), or texts with prompt_tokens"
+                "(`prompt` and `gt`, or `question` and `answer`), or texts with data.prompt_tokens above 0"
             )
         ids = example.input_ids[:masked] + answers[choice]
         made.append(Example(ids, [IGNORED] * masked + answers[choice], masked))
