@@ -34,8 +34,8 @@ Records, recognised by their fields (the first that fits; other fields stay in `
 
 A question reads "Question: ...\\nAnswer:" and carries no loss; with `chat` it is asked through the tokenizer's chat
 template. A book (Who's Harry Potter, MUSE-Books) is a .txt with `?join=true`: its whole text, cut into rows of
-`max_length`, the head of each a prompt with `prompt_tokens`; so are the corpora of open-unlearning's pretraining sets, and `?lines_as_text=true` trains on WMDP's
-JSON lines as they stand, as it does.
+`max_length`, the head of each a prompt with `prompt_tokens`; so are the corpora of open-unlearning's pretraining sets,
+and `?lines_as_text=true` trains on WMDP's JSON lines as they stand, as it does.
 """
 
 from moe_unlearn.data.builtin import load_builtin
