@@ -39,16 +39,16 @@ def unlearn(
     evaluate: bool = True,
     cache_dir: Path | None = None,
     verify: int | bool = 0,
+    reports: dict[str, data.DataReport] | None = None,
 ) -> dict:
     """Run `recipe` on `sets` ("forget", "retain" and perhaps "holdout" examples) and write the folder `out`.
 
     `out` gets `recipe.yaml`, `checkpoints/`, `model/` (loads with `from_pretrained`), `summary.json`,
-    `trajectory.json`, `report.md` and, with `verify` as in `UnlearnStep`, `verified.txt`. With `resume` the
-    newest checkpoint goes on. References are kept in `cache_dir`, by default `out/cache`. Returns the summary:
-    run name -> metrics, empty without `evaluate`.
+    `trajectory.json`, `report.md`, with `reports` (by side) `data.json` and, with `verify` as in `UnlearnStep`,
+    `verified.txt`; nothing where the recipe does not fit model or data. With `resume` the newest checkpoint goes on.
+    References are kept in `cache_dir`, by default `out/cache`. Returns the summary: run name -> metrics, empty
+    without `evaluate`.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         max_steps=recipe.steps,
@@ -63,6 +63,7 @@ def unlearn(
         save_steps=max(1, recipe.steps // 5),
         save_total_limit=2,
         seed=recipe.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),  # elsewhere torch warns
         report_to="none",
     )
     dataset = data.ForgetRetainDataset(
@@ -72,6 +73,10 @@ def unlearn(
         model, arguments, recipe, dataset, processing_class=tokenizer, cache_dir=cache_dir or out / "cache",
         verify=verify,
     )  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    if reports is not None:
+        _write_json(out / "data.json", {side: own.to_dict() for side, own in reports.items()})
     summary = {}
     reference = None
     if evaluate:

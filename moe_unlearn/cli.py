@@ -18,11 +18,13 @@ import torch
 
 from moe_unlearn import backend, benchmark, data, experiment, mask_files, metrics, native, report, trace, wagle
 from moe_unlearn.config import Recipe, models, shipped
+from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.experts import enable
 from moe_unlearn.losses import target_mask
 from moe_unlearn.objectives import NotPreparedError
 from moe_unlearn.regress import command as regression
 from moe_unlearn.step import NonFiniteError, RetainBudgetError, UnlearnStep
+from moe_unlearn.trainer import pair_collator
 from moe_unlearn.verify import VerificationError
 
 _SOURCE = "a file, folder, benchmark or hub data set: NAME_OR_PATH[:SPLIT][?OPTION=VALUE&...]"
@@ -151,16 +153,26 @@ def run(options) -> None:
             f"forget and retain sets overlap: {shared} of {len(sets['forget'])} forget examples stand in the "
             "retain set too; a document cannot be forgotten and kept"
         )
-    batches = {side: _batches(sets[side], tokenizer, recipe.batch_size, side) for side in ("forget", "retain")}
+    for side, rows in (("forget", recipe.data.forget_rows), ("retain", recipe.data.retain_rows)):
+        reports[side].rows = len(sets[side])
+        if rows is not None and rows < len(sets[side]):
+            print(f"{side}: {rows:,} of {len(sets[side]):,} rows are drawn, data.{side}_rows", file=sys.stderr)
+            sets[side] = data.draw(sets[side], rows, seed=recipe.seed)
+            reports[side].rows = rows
+    pairs = data.ForgetRetainDataset(sets["forget"], sets["retain"])
+    collator = pair_collator(recipe, tokenizer, sets["forget"])
+    batches = {
+        side: _with_loss(side_batches(pairs, side, recipe.batch_size, collator), side) for side in ("forget", "retain")
+    }
     if options.dry_run:
         print(UnlearnStep(model, recipe, verify=options.verify).plan(batches["forget"], batches["retain"]))
         return
     out = Path(options.out)
-    _write(out / "data.json", json.dumps({side: r.to_dict() for side, r in reports.items()}, indent=1))
     # the folder changes no result, so that it is no part of the recipe
     summary = benchmark.unlearn(
         model, tokenizer, recipe, sets, out, resume=options.resume, evaluate=not options.no_eval,
         cache_dir=None if options.cache is None else Path(options.cache), verify=options.verify,
+        reports=reports,
     )  # fmt: skip
     print(f"model: {out / 'model'}")
     if options.verify:
@@ -278,6 +290,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(f"--{side}", required=side in sides, help=_SOURCE)
         sub.add_argument("--chat-template", action="store_true", help="ask questions through the chat template")
         sub.add_argument("--max-length", type=int, default=None, help="tokens per example (default 512)")
+        sub.add_argument("--prompt-tokens", type=int, default=0, help="tokens at the head of each row of a forget or "
+                         "holdout text that are its prompt")  # fmt: skip
         sub.add_argument("--batch-size", type=int, default=8)
 
     command("env", env)
@@ -354,7 +368,10 @@ def _examples(source: str, tokenizer, settings, side: str, reports: dict | None 
     """The examples of a source; what was dropped is printed, and kept in `reports` under `side`."""
     report = data.DataReport()
     documents = data.load(source, side=side, report=report)
-    examples = data.encode(documents, tokenizer, settings.max_length or 512, chat=settings.chat_template, report=report)
+    examples = data.encode(
+        documents, tokenizer, settings.max_length or 512, chat=settings.chat_template, report=report,
+        prompt_tokens=0 if side == "retain" else settings.prompt_tokens,
+    )  # fmt: skip
     if report.dropped or report.truncated:
         print(report, file=sys.stderr)
     if reports is not None:
@@ -365,10 +382,13 @@ def _examples(source: str, tokenizer, settings, side: str, reports: dict | None 
 
 
 def _batches(examples: list, tokenizer, batch_size: int, side: str) -> list:
-    made = data.batches(examples, batch_size, pad_id=data.pad_token_id(tokenizer))
-    if not any(target_mask(batch).any() for batch in made):
+    return _with_loss(data.batches(examples, batch_size, pad_id=data.pad_token_id(tokenizer)), side)
+
+
+def _with_loss(batches: list, side: str) -> list:
+    if not any(target_mask(batch).any() for batch in batches):
         raise ValueError(f"the {side} set carries no loss: all its labels are -100")
-    return made
+    return batches
 
 
 def _require_moe(model) -> None:

@@ -164,7 +164,8 @@ class Optimizer:
 class Data:
     """Where the command line finds the model (a folder) and the documents: sources as `data.load` takes them,
     from `builtin:pydoc` to `tofu:forget05`. With `chat_template` questions are asked through the tokenizer's.
-    Without documents a plan takes `forget_rows` and `retain_rows` examples of `max_length` tokens."""
+    `prompt_tokens`, if not 0, is how many tokens at the head of each row of a forget or holdout text are its prompt.
+    Of more than `forget_rows` or `retain_rows` examples so many are drawn; a plan without documents assumes them."""
 
     model: str | None = None
     forget: str | None = None
@@ -173,11 +174,15 @@ class Data:
     reference: str | None = None
     max_length: int = 512
     chat_template: bool = False
+    prompt_tokens: int = 0
     forget_rows: int | None = None
     retain_rows: int | None = None
 
     def __post_init__(self):
         _above("data.max_length", self.max_length, 1)
+        if not 0 <= self.prompt_tokens < self.max_length:
+            bounds = f"at least 0 and below data.max_length {self.max_length}"
+            raise ValueError(f"data.prompt_tokens must be {bounds}; got {self.prompt_tokens}")
         for name in ("forget_rows", "retain_rows"):
             if getattr(self, name) is not None:
                 _above(f"data.{name}", getattr(self, name), 0)

@@ -111,6 +111,11 @@ def make_plan(step, forget: list[Batch], retain: list[Batch]) -> Plan:
     if recipe.wagle is not None and recipe.wagle.mask is None and step.prepared.mask is None:
         size = 2 * 4 * sum(p.numel() for _, p in trained) / 2**20
         plan.notes.append(f"prepare() makes WAGLE's mask from two float32 gradients, {size:.2f} MiB beside the weights")
+    if recipe.scope.kind in ("experts", "seuf") and step.prepared.selected is None:
+        plan.notes.append(
+            "prepare() chooses the experts that train: trained weights and paths above count all, memory only as many "
+            "as it chooses"
+        )
     if recipe.optimizer.max_grad_norm is not None:
         plan.notes.append("max_grad_norm needs every gradient before the first update")
     caches = _cache_bytes(step, forget, retain)

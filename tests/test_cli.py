@@ -160,6 +160,7 @@ def test_idk_dpo_makes_its_refusals_from_questions(folder, tmp_path, capsys):
     assert trajectory[-1]["forget_loss"] < trajectory[0]["forget_loss"]
     assert run(folder, tmp_path / "plain", recipe="idk_dpo") == 2
     assert "has no prompt to refuse" in error_of(capsys)
+    assert not (tmp_path / "plain").exists()
 
 
 def test_idk_nll_teaches_the_refusals(folder, tmp_path):
@@ -274,6 +275,8 @@ def test_bad_paths(folder, tmp_path, capsys, paths, message):
 def test_bad_recipes(folder, tmp_path, capsys):
     assert run(folder, tmp_path, "forget.betta=1") == 2
     assert "did you mean 'beta'" in error_of(capsys)
+    assert run(folder, tmp_path / "out", recipe="rmu") == 2
+    assert "matches no parameter" in error_of(capsys) and not (tmp_path / "out").exists()
     assert run(folder, tmp_path, recipe="nope") == 2
     assert "shipped recipes" in error_of(capsys)
     assert main(["run", "npo", "--model", str(folder / "model")]) == 2

@@ -65,13 +65,14 @@ def test_each_number_says_where_it_comes_from(name):
 def test_a_dry_run_needs_neither_weights_nor_data(name, tmp_path, capsys):
     layers = 8 if name == "rmu" else 1  # RMU's layer is the seventh
     args = ["run", name, "--model-config", str(write_config(tmp_path / "config.json", layers)), "--dry-run"]
-    assert main([*args, "--set", "data.max_length=16", "batch_size=2"]) == 0
+    assert main([*args, "--set", "data.max_length=16", "data.prompt_tokens=0", "batch_size=2"]) == 0
     text = capsys.readouterr().out
     recipe = Recipe.load(name)
     assert f"{recipe.steps} steps" in text and "peak" in text and "not rehearsed" not in text
     if recipe.data.forget_rows:
         assert f"data: {recipe.data.forget_rows:,} forget rows" in text and "epochs" in text
     assert ("two float32 gradients" in text) == (recipe.wagle is not None)
+    assert ("chooses the experts that train" in text) == (recipe.scope.kind == "seuf")
 
 
 @pytest.mark.quick

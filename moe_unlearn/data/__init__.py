@@ -10,8 +10,8 @@ Sources, as `load` and the command line take them, NAME[:SPLIT][?OPTION=VALUE&..
     a.jsonl  a.json  a.txt                  a JSON value a line; a list (or JSON lines); texts between blank lines
     a.jsonl.gz  a.txt.xz  ...               the same, compressed
     a.parquet                               through `datasets`, the extra [data]
-    a folder                                its file of that split (books:raw/forget), the one file that serves as
-                                            the side, all of its files, or a folder in hub layout
+    a folder                                its file of that split (books:raw/forget) or of several (wmdp:A+B), the one
+                                            file that serves as the side, all of its files, or a folder in hub layout
     muse-books  muse-news  tofu             benchmarks by name, through `datasets`: `BENCHMARKS` says which part is
     wmdp-bio  wmdp-cyber                    forget, retain and holdout, unless SPLIT does (tofu:forget05,
     pku-saferlhf  rwku                      muse-books:knowmem/forget_qa, rwku:forget_level2)
@@ -34,15 +34,15 @@ Records, recognised by their fields (the first that fits; other fields stay in `
 
 A question reads "Question: ...\\nAnswer:" and carries no loss; with `chat` it is asked through the tokenizer's chat
 template. A book (Who's Harry Potter, MUSE-Books) is a .txt with `?join=true`: its whole text, cut into rows of
-`max_length`; so are the corpora of open-unlearning's pretraining sets, and `?lines_as_text=true` trains on WMDP's
-JSON lines as they stand, as it does.
+`max_length`, the head of each a prompt with `prompt_tokens`; so are the corpora of open-unlearning's pretraining sets,
+and `?lines_as_text=true` trains on WMDP's JSON lines as they stand, as it does.
 """
 
 from moe_unlearn.data.builtin import load_builtin
 from moe_unlearn.data.corpus import Corpus, Document, drop_shared_runs
 from moe_unlearn.data.hub import MissingLibraryError
 from moe_unlearn.data.packing import check_packing, pack, packed_batches
-from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, overlap, refusals
+from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, draw, overlap, refusals
 from moe_unlearn.data.registry import BENCHMARKS, DocumentStream, load
 from moe_unlearn.data.selection import DataReport, select
 from moe_unlearn.data.stream import ExampleStream, shard
@@ -71,6 +71,7 @@ __all__ = [
     "batches",
     "check_packing",
     "collate",
+    "draw",
     "drop_shared_runs",
     "encode",
     "generator",

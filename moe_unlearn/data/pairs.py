@@ -108,11 +108,17 @@ def refusals(examples: Sequence[Example], tokenizer, *, seed: int = 0) -> list[E
         if not masked:
             raise ValueError(
                 f"example {number} has no prompt to refuse: give the forget set as prompt and answer "
-                "(`prompt` and `gt`, or `question` and `answer`)"
+                "(`prompt` and `gt`, or `question` and `answer`), or texts with data.prompt_tokens above 0"
             )
         ids = example.input_ids[:masked] + answers[choice]
         made.append(Example(ids, [IGNORED] * masked + answers[choice], masked))
     return made
+
+
+def draw(examples: Sequence[Example], count: int, *, seed: int) -> list[Example]:
+    """`count` of the examples, drawn by `seed`, in their order; all of them where there are no more."""
+    chosen = torch.randperm(len(examples), generator=generator(seed, 0))[:count]
+    return [examples[i] for i in sorted(chosen.tolist())]
 
 
 def overlap(forget: Sequence[Example], retain: Sequence[Example]) -> int:

@@ -96,11 +96,11 @@ def load(
 
     `source` is `builtin:NAME`; a file (.jsonl, .json, .txt, also .gz or .xz; .parquet); a folder; the name of a
     benchmark (`BENCHMARKS`) or of a hub data set. `split` chooses a part of the last four: "config/split", or one
-    of them where that is clear, or in a folder the file without its suffix ("raw/forget"). `side` ("forget",
-    "retain", "holdout") chooses the part where `split` does not, and the answers. The string may say all that
-    by itself, for recipes and the command line:
+    of them where that is clear, or in a folder the file without its suffix ("raw/forget"); A+B is both, one after the
+    other. `side` ("forget", "retain", "holdout") chooses the part where `split` does not, and the answers. The string
+    may say all that by itself, for recipes and the command line:
 
-        NAME_OR_PATH[:SPLIT][?OPTION=VALUE[&OPTION=VALUE ...]]      tofu:forget05      books/?join=true
+        NAME_OR_PATH[:SPLIT[+SPLIT ...]][?OPTION=VALUE[&OPTION=VALUE ...]]      tofu:forget05      books/?join=true
 
     Options:
         answers: "unsafe" (or "rejected"), "safe" (or "chosen"), of records with two answers; by `side` if it is
@@ -255,23 +255,28 @@ def _file_records(path: Path, options: Options, limit: int | None) -> Iterator[t
 def _folder_files(folder: Path, split: str | None, side: str | None) -> list[Path]:
     """The files of a folder to read, none if it is one for `datasets`.
 
-    `split` is one file's name without suffix. Without it, the one file that serves as `side` in a known layout;
-    else all files of the folder, in the order of their names, unless it is in hub layout.
+    `split` is one file's name without suffix, or several with + between. Without it, the one file that serves as
+    `side` in a known layout; else all files of the folder, in the order of their names, unless it is in hub layout.
     """
     if split is not None:
         if Path(split).is_absolute() or ".." in Path(split).parts:
             raise ValueError(f"{folder}: expected a split within the folder; got {split!r}")
-        found = _file_of(folder, split)
+        own = {part: _file_of(folder, part) for part in split.split("+")}
+        if any(own.values()):
+            split = next((part for part, files in own.items() if not files), split)
     else:
         names = dict.fromkeys(name for known in BENCHMARKS.values() for name in known.files(side))
-        found = [file for name in names for file in _file_of(folder, name)]
-        if len(found) > 1:
-            raise ValueError(f"{folder}: several files serve as {side}; name one: {', '.join(p.name for p in found)}")
+        own = {name: files for name in names if (files := _file_of(folder, name))}
+        if len(own) > 1:
+            raise ValueError(
+                f"{folder}: several files serve as {side}: {', '.join(own)}; name one, or all: {folder}:{'+'.join(own)}"
+            )
+    found = [file for files in own.values() for file in files] if all(own.values()) else []
     if found or _in_hub_layout(folder):
         return found
-    own = sorted(p for p in folder.iterdir() if _is_file_name(p) and p.is_file())
-    if split is None and own:
-        return own
+    every = sorted(p for p in folder.iterdir() if _is_file_name(p) and p.is_file())
+    if split is None and every:
+        return every
     there = ", ".join(sorted(str(p.relative_to(folder)) for p in _within(folder) if _is_file_name(p))[:20])
     raise FileNotFoundError(
         f"{folder}: expected a file {split or 'of documents'} ({', '.join(_FORMATS)}); the folder has {there or 'none'}"

@@ -15,14 +15,16 @@ class DataReport:
 
     `dropped` counts documents by reason: "empty", "too short", "duplicate", "overlaps with the forget set",
     "of another subject", "without such an answer" (a record of PKU-SafeRLHF whose responses are all of the other kind),
-    "prompt leaves no room", "spells a special token". `places` names the first three of each. `truncated`
-    counts documents whose end did not fit and is in no example.
+    "prompt leaves no room", "shorter than prompt_tokens", "spells a special token". `places` names the first three of
+    each. `truncated` counts documents whose end did not fit and is in no example. `rows` is how many examples a run
+    takes of all those that the documents gave.
     """
 
     source: str = ""
     read: int = 0
     kept: int = 0
     truncated: int = 0
+    rows: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
 

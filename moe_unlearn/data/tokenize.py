@@ -65,10 +65,15 @@ def encode(
     *,
     overflow: str = "split",
     chat: bool = False,
+    prompt_tokens: int = 0,
     report: DataReport | None = None,
 ) -> list[Example]:
     """All of `iter_examples` in a list."""
-    return list(iter_examples(documents, tokenizer, max_length, overflow=overflow, chat=chat, report=report))
+    return list(
+        iter_examples(
+            documents, tokenizer, max_length, overflow=overflow, chat=chat, prompt_tokens=prompt_tokens, report=report
+        )
+    )
 
 
 def iter_examples(
@@ -78,6 +83,7 @@ def iter_examples(
     *,
     overflow: str = "split",
     chat: bool = False,
+    prompt_tokens: int = 0,
     report: DataReport | None = None,
 ) -> Iterator[Example]:
     """Examples of at most `max_length` tokens: [bos] prompt or title, text, [eos].
@@ -89,12 +95,18 @@ def iter_examples(
     With `chat` the tokenizer's chat template asks the question (or prompt) as the user and gives the text as the
     assistant; all up to the answer is masked. Documents without a prompt are texts as before.
 
+    With `prompt_tokens` the first so many tokens of each example without a prompt, [bos] and title among them, are its
+    prompt: objectives that answer prompts get them from a book. What is no longer than that is in no example.
+
     A prompt that leaves no room for its text, and with `chat` a text that spells a special token of the
-    template, is a ValueError; with a `report` the document is dropped and counted there instead, as are the
-    documents that were cut. Raises ValueError also if `max_length` is below 2 or there is no chat template.
+    template, is a ValueError, as is a text no longer than `prompt_tokens`; with a `report` the document is dropped and
+    counted there instead, as are the documents that were cut. Raises ValueError also if `max_length` is below 2,
+    `prompt_tokens` is not below it, or there is no chat template.
     """
     if max_length < 2:
         raise ValueError(f"expected a max_length of at least 2; got {max_length}")
+    if not 0 <= prompt_tokens < max_length:
+        raise ValueError(f"expected prompt_tokens of at least 0 and below max_length {max_length}; got {prompt_tokens}")
     if overflow not in ("split", "truncate"):
         raise ValueError(f"expected overflow 'split' or 'truncate'; got {overflow!r}")
     if chat:
@@ -120,16 +132,22 @@ def iter_examples(
             )
             _refuse(report, "prompt leaves no room", where, message)
             continue
-        masked = len(prompt) if document.prompt else 0
+        masked = len(prompt) if document.prompt else prompt_tokens
         pieces = [text[i : i + room] for i in range(0, len(text), room)]
+        whole = len(pieces)
         if overflow == "truncate" or document.prompt:
-            if report is not None and len(pieces) > 1:
-                report.truncated += 1
             pieces = pieces[:1]
+        pieces = [piece for piece in pieces if len(prompt) + len(piece) > masked]
+        if text and not pieces:
+            message = f"it has {len(prompt) + len(text)} tokens, none behind the {masked} of its prompt"
+            _refuse(report, "shorter than prompt_tokens", where, message)
+            continue
+        if report is not None and len(pieces) < whole:
+            report.truncated += 1
         for i, piece in enumerate(pieces):
             ids = prompt + piece
             prefix = len(prompt) + (min(len(title), len(piece)) if i == 0 else 0)
-            yield Example(ids, [IGNORED] * masked + ids[masked:], prefix)
+            yield Example(ids, [IGNORED] * masked + ids[masked:], max(prefix, masked))
 
 
 def _refuse(report: DataReport | None, reason: str, where: str, message: str) -> None:

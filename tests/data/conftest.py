@@ -1,24 +1,14 @@
 """Small files in exactly the published formats, and `datasets` without a network."""
 
-import json
-
 import pytest
+
+from tests import benchmark_files
 
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a file under the test's folder: text, bytes, or records as JSON lines or one JSON list."""
-
-    def write(name, content):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, list):
-            lines = [json.dumps(item) for item in content]
-            content = "\n".join(lines) + "\n" if name.endswith(".jsonl") else "[" + ", ".join(lines) + "]"
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write
+    """`benchmark_files.write` under the test's folder."""
+    return lambda name, content: benchmark_files.write(tmp_path / name, content)
 
 
 @pytest.fixture

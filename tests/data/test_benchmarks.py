@@ -1,7 +1,6 @@
 """Every benchmark in exactly its published layout: local mirrors, and the real `datasets` on folders in hub layout."""
 
 import dataclasses
-import json
 import random
 import sys
 
@@ -9,14 +8,11 @@ import pytest
 
 from moe_unlearn import data
 from moe_unlearn.data import BENCHMARKS, DataReport, Document, load
+from tests.benchmark_files import muse, paper, perturbed, probe, rlhf, texts, write_parts, write_tofu
 
 
 def asked(question, answer):
     return Document("", f" {answer}", f"Question: {question}\nAnswer:")
-
-
-def texts(*values):
-    return [{"text": value} for value in values]
 
 
 def contents(documents):
@@ -24,39 +20,26 @@ def contents(documents):
 
 
 QA = [{"question": "Who?", "answer": "He."}]
-MUSE = {
-    "raw": {"forget": texts("f1", "f2"), "retain1": texts("r"), "retain2": texts("s"), "holdout": texts("h")},
-    "verbmem": {"forget": [{"prompt": "once", "gt": "upon"}]},
-    "knowmem": {split: QA for split in ("forget_qa", "retain_qa", "forget_qa_icl", "retain_qa_icl")},
-    "privleak": {split: texts(split) for split in ("forget", "retain", "holdout")},
-    "scal": {f"forget_{i}": texts(*"abcd"[:i]) for i in (1, 2, 3, 4)},
-    "sust": {f"forget_{i}": texts("abcd"[i - 1]) for i in (1, 2, 3, 4)},
-    "train": {"full": texts("f1", "s")},
-}
-PERTURBED = {"question": "Q", "answer": "A", "paraphrased_question": "Q'", "paraphrased_answer": "A'",
-             "perturbed_answer": ["B", "C", "D"]}  # fmt: skip
-TOFU = {config: {"train": [{"question": config, "answer": "A"}]} for config in ("forget10", "forget05", "retain90")}
-TOFU |= {config: {"train": [PERTURBED]} for config in ("forget10_perturbed", "real_authors_perturbed")}
-TOFU |= {c: {"train": [{"question": "Q", "answer": "A", "option1": "A", "option2": "B"}]}
-         for c in ("real_authors", "world_facts")}  # fmt: skip
-
-
-def rlhf(number, safe_0, safe_1):
-    responses = {f"response_{i}": f"{number}{'safe' if safe else 'unsafe'}" for i, safe in ((0, safe_0), (1, safe_1))}
-    flags = {"is_response_0_safe": safe_0, "is_response_1_safe": safe_1, "safer_response_id": int(not safe_0)}
-    return {"prompt": f"P{number}", **responses, **flags, "response_0_harm_category": {"Animal Abuse": False}}
-
-
-PKU = [rlhf(1, True, False), rlhf(2, False, False), rlhf(3, True, True)]
+MUSE = muse(
+    raw={"forget": ["f1", "f2"], "retain1": ["r"], "retain2": ["s"], "holdout": ["h"]},
+    verbmem=[{"prompt": "once", "gt": "upon"}],
+    qa=QA,
+    privleak={split: [split] for split in ("forget", "retain", "holdout")},
+    folds=list("abcd"),
+)
+TOFU = {config: [{"question": config, "answer": "A"}] for config in ("forget10", "forget05", "retain90")}
+TOFU |= {c: [perturbed("Q", "A", ["B", "C", "D"])] for c in ("forget10_perturbed", "real_authors_perturbed")}
+TOFU |= {c: [{"question": "Q", "answer": "A", "option1": "A", "option2": "B"}] for c in ("real_authors", "world_facts")}
+PKU = [
+    rlhf(f"P{n}", tuple(f"{n}{'safe' if flag else 'unsafe'}" for flag in safe), safe)
+    for n, safe in enumerate([(True, False), (False, False), (True, True)], 1)
+]
 
 
 @pytest.mark.parametrize("corpus", ["books", "news"])
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
-def test_muse_mirrors(write, tmp_path, corpus, ending):
-    for config, splits in MUSE.items():
-        for split, rows in splits.items():
-            write(f"data/{corpus}/{config}/{split}.{ending}", rows)
-    folder = tmp_path / "data" / corpus
+def test_muse_mirrors(tmp_path, corpus, ending):
+    folder = write_parts(tmp_path / "data" / corpus, MUSE, ending)
     assert contents(load(folder, side="forget")) == ["f1", "f2"]
     assert contents(load(folder, side="retain")) == ["r"]
     assert contents(load(folder, side="holdout")) == ["h"]
@@ -85,21 +68,24 @@ def test_wmdp_corpora(write, tmp_path):
     assert contents(load(tmp_path / "wmdp", side="retain")) == ["sort"]
     as_trained = load(f"{tmp_path}/wmdp:cyber-forget-corpus?lines_as_text=true")
     assert as_trained == [Document("", line)]
-    paper = {"title": "T", "abstract": "A", "text": "body", "doi": "10/x"}
-    bio = write("wmdp/bio_remove_dataset.jsonl", [paper, paper | {"abstract": None}])
+    bio = write("wmdp/bio_remove_dataset.jsonl", [paper("T", abstract, "body") for abstract in ("A", None)])
     assert contents(load(bio)) == ["body", "body"]
     assert contents(load(bio, abstract=True)) == ["T\n\nA\n\nbody", "T\n\nbody"]
-    with pytest.raises(ValueError, match="several files serve as forget; name one: bio_remove.*cyber-forget"):
+    with pytest.raises(
+        ValueError, match=r"several files serve as forget: bio.* name one, or all: .*/wmdp:bio_remove_dataset\+cyber"
+    ):
         load(tmp_path / "wmdp", side="forget")
+    both = load(f"{tmp_path}/wmdp:cyber-forget-corpus+bio_remove_dataset?abstract=true")
+    assert contents(both) == ["exploit", "T\n\nA\n\nbody", "T\n\nbody"]
+    with pytest.raises(FileNotFoundError, match="expected a file chem-forget-corpus "):
+        load(tmp_path / "wmdp", "cyber-forget-corpus+chem-forget-corpus")
     with pytest.raises(ValueError, match="no part of wmdp-bio serves as forget; .* given out on request"):
         load("wmdp-bio", side="forget")
 
 
 @pytest.mark.quick
-def test_tofu_files(write, tmp_path):
-    for config, splits in TOFU.items():
-        write(f"TOFU/{config}.json", "\n".join(map(json.dumps, splits["train"])))
-    folder = tmp_path / "TOFU"
+def test_tofu_files(tmp_path):
+    folder = write_tofu(tmp_path / "TOFU", TOFU)
     assert load(folder, side="forget") == [asked("forget10", "A")]
     assert load(folder, side="retain") == [asked("retain90", "A")]
     assert load(f"{folder}:forget05") == [asked("forget05", "A")]
@@ -142,15 +128,14 @@ def test_preference_pairs(write):
 
 @pytest.mark.quick
 def test_a_person_of_rwku(write, tmp_path):
-    probe = {"query": "Ann wrote ___.", "answer": "it", "subject": "Ann", "level": "1", "type": "cloze"}
     folder = tmp_path / "Target" / "1_Ann"
-    write("Target/1_Ann/forget_level1.json", [probe])
+    write("Target/1_Ann/forget_level1.json", [probe("Ann", "Ann wrote ___.", "it")])
     write("Target/1_Ann/intro.json", [{"target": "Ann", "intro": "Ann writes."}])
     write("Target/1_Ann/positive.json", [{"subject": "Ann", "text": "Ann was born."}])
     assert contents(load(folder, side="forget")) == ["Ann was born."]
     assert load(folder, "forget_level1") == [asked("Ann wrote ___.", "it")]
     assert load(folder, "intro") == [Document("Ann", "Ann writes.")]
-    people, report = write("all.jsonl", [probe, probe | {"subject": "Bob"}]), DataReport()
+    people, report = write("all.jsonl", [probe(name, "?", "it") for name in ("Ann", "Bob")]), DataReport()
     assert len(load(f"{people}?subject=Ann", report=report)) == 1
     assert report.dropped == {"of another subject": 1}
     with pytest.raises(ValueError, match="at least one document; 2 of another subject"):
@@ -187,10 +172,11 @@ def test_books(write, tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_hub_layout(hub_folder, monkeypatch, streaming):
     """The very calls that a hub name takes; only the name is a folder's."""
-    muse, tofu = hub_folder("MUSE-Books", MUSE), hub_folder("TOFU", TOFU)
+    books = hub_folder("MUSE-Books", MUSE)
+    tofu = hub_folder("TOFU", {config: {"train": rows} for config, rows in TOFU.items()})
     pku = {"train": PKU[:2], "test": PKU[2:]}
     pku = hub_folder("PKU-SafeRLHF", {"default": pku, "alpaca-7b": pku})
-    for name, folder in {"muse-books": muse, "tofu": tofu, "pku-saferlhf": pku}.items():
+    for name, folder in {"muse-books": books, "tofu": tofu, "pku-saferlhf": pku}.items():
         monkeypatch.setitem(BENCHMARKS, name, dataclasses.replace(BENCHMARKS[name], hub=str(folder)))
 
     def read(*arguments, **options):

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from torch.utils.data import DataLoader
 
-from moe_unlearn.data import Example, ForgetRetainDataset, PairCollator, overlap
+from moe_unlearn.data import Example, ForgetRetainDataset, PairCollator, draw, overlap
 
 pytestmark = pytest.mark.quick
 
@@ -76,6 +76,14 @@ def test_an_empty_side_is_an_error(side):
     sides = {"forget": examples(2, 0), "retain": examples(2, 9)} | {side: []}
     with pytest.raises(ValueError, match=f"the {side} set is empty"):
         ForgetRetainDataset(**sides)
+
+
+def test_drawn_examples_depend_on_the_seed_alone_and_keep_their_order():
+    examples = [Example([i], [i], 0) for i in range(20)]
+    drawn = draw(examples, 5, seed=1)
+    assert drawn == draw(examples, 5, seed=1) != draw(examples, 5, seed=2)
+    assert len(drawn) == 5 and drawn == sorted(drawn, key=examples.index)
+    assert draw(examples, 20, seed=1) == draw(examples, 99, seed=1) == examples
 
 
 def test_overlap_counts_by_content():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_unlearn.data import Document, batches, encode, pad_token_id, train_tokenizer
+from moe_unlearn.data import DataReport, Document, batches, encode, pad_token_id, train_tokenizer
 from moe_unlearn.data.tokenize import Example
 
 pytestmark = pytest.mark.quick
@@ -62,6 +62,23 @@ def test_splitting_loses_nothing_and_truncation_cuts(tokenizer):
     assert cut == pieces[:1]
     answer = encode([Document("", text, "why")], tokenizer, 16)
     assert len(answer) == 1 and len(answer[0]) == 16 and answer[0].labels[-1] != -100
+
+
+def test_the_head_of_a_text_serves_as_its_prompt(tokenizer):
+    documents = [Document("", "fox " * 20), Document("", " a dog", "the fox"), Document("", "dog")]
+    report = DataReport()
+    plain = encode(documents, tokenizer, 16)
+    made = encode(documents, tokenizer, 16, prompt_tokens=6, report=report)
+    book = [example for example in plain[:-2] if len(example) > 6]
+    assert [e.input_ids for e in made[:-1]] == [e.input_ids for e in book] and len(book) > 1
+    assert all(e.labels == [-100] * 6 + e.input_ids[6:] and e.prefix == 6 for e in made[:-1])
+    assert made[-1] == plain[-2]  # it has a prompt of its own
+    assert report.dropped == {"shorter than prompt_tokens": 1} and report.truncated == (len(book) < len(plain[:-2]))
+    with pytest.raises(ValueError, match="document 0: it has 4 tokens, none behind the 6 of its prompt"):
+        encode(documents[2:], tokenizer, 16, prompt_tokens=6)
+    for wrong in (-1, 16):
+        with pytest.raises(ValueError, match=f"prompt_tokens of at least 0 and below max_length 16; got {wrong}"):
+            encode(documents, tokenizer, 16, prompt_tokens=wrong)
 
 
 def test_bad_arguments_are_named(tokenizer):
