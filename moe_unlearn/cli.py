@@ -10,13 +10,13 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from moe_unlearn import backend, benchmark, data, experiment, mask_files, metrics, native, report, trace, wagle
+from moe_unlearn import backend, benchmark, data, evaluation, experiment, mask_files, native, report, trace, wagle
+from moe_unlearn.arguments import add_data, examples_of, steps, write
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.experts import enable
@@ -27,7 +27,6 @@ from moe_unlearn.step import NonFiniteError, RetainBudgetError, UnlearnStep
 from moe_unlearn.trainer import pair_collator
 from moe_unlearn.verify import VerificationError
 
-_SOURCE = "a file, folder, benchmark or hub data set: NAME_OR_PATH[:SPLIT][?OPTION=VALUE&...]"
 _BAD_INPUT = (
     ValueError,
     OSError,
@@ -37,14 +36,6 @@ _BAD_INPUT = (
     NotPreparedError,
     VerificationError,
 )
-# function, its sets (None: names of the user's own), its settings
-_BENCHMARKS = {
-    "muse": (metrics.evaluate_muse, metrics.MuseData, metrics.MuseSettings),
-    "tofu": (metrics.evaluate_tofu, metrics.TofuData, metrics.TofuSettings),
-    "wmdp": (metrics.evaluate_choices, None, None),
-    "rwku": (metrics.evaluate_rwku, metrics.RwkuData, metrics.RwkuSettings),
-    "completions": (metrics.evaluate_completions, None, metrics.CompletionSettings),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,7 +76,7 @@ def stats(options) -> None:
     """Routing frequencies of forget and retain text, and the experts TRACE would select."""
     model, tokenizer = experiment.load_model(options.model)
     _require_moe(model)
-    sides = {side: _examples(getattr(options, side), tokenizer, options, side) for side in ("forget", "retain")}
+    sides = {side: examples_of(getattr(options, side), tokenizer, options, side) for side in ("forget", "retain")}
     forget, retain = (
         trace.routing_frequencies(model, _batches(sides[side], tokenizer, options.batch_size, side))
         for side in ("forget", "retain")
@@ -106,7 +97,7 @@ def stats(options) -> None:
             "retain": retain.to_dict(),
             "selected": selected.nonzero().tolist(),
         }
-        _write(Path(options.out), json.dumps(content, default=lambda t: t.tolist(), indent=1))
+        write(Path(options.out), json.dumps(content, default=lambda t: t.tolist(), indent=1))
 
 
 def mask(options) -> None:
@@ -116,7 +107,7 @@ def mask(options) -> None:
     made = wagle.weight_mask(
         model,
         *(
-            _batches(_examples(getattr(options, side), tokenizer, options, side), tokenizer, options.batch_size, side)
+            _batches(examples_of(getattr(options, side), tokenizer, options, side), tokenizer, options.batch_size, side)
             for side in ("forget", "retain")
         ),
         keep=options.keep,
@@ -143,7 +134,7 @@ def run(options) -> None:
     _require_moe(model)
     reports: dict[str, data.DataReport] = {}
     sets = {
-        side: _examples(getattr(recipe.data, side), tokenizer, recipe.data, side, reports)
+        side: examples_of(getattr(recipe.data, side), tokenizer, recipe.data, side, reports)
         for side in ("forget", "retain", "holdout")
         if getattr(recipe.data, side) is not None
     }
@@ -183,76 +174,7 @@ def run(options) -> None:
 
 def evaluate(options) -> None:
     """Measure a model on forget, retain and holdout text, or with --benchmark; print and save the metrics."""
-    if options.benchmark:
-        if options.before or options.relearn:
-            raise ValueError("--before and --relearn are for --forget and --retain; leave out --benchmark")
-        _evaluate_benchmark(options)
-        return
-    only = {"--data": options.data, "--reference-run": options.reference_run, "--classifier": options.classifier}
-    for option, given in only.items():
-        if given:
-            raise ValueError(f"{option} is for a --benchmark; give --forget and --retain without one")
-    for side in ("forget", "retain"):
-        if getattr(options, side) is None:
-            raise ValueError(f"--{side} is missing; or give a --benchmark with its --data")
-    model, tokenizer = experiment.load_model(options.model)
-    reference = None if options.reference is None else experiment.load_model(options.reference)[0]
-    sets = {
-        side: _examples(getattr(options, side), tokenizer, options, side)
-        for side in ("forget", "retain", "holdout")
-        if getattr(options, side) is not None
-    }
-    result = metrics.evaluate(model, tokenizer, **sets, reference=reference)
-    if options.before or options.relearn:
-        before = None if options.before is None else experiment.load_model(options.before)[0]
-        result |= metrics.audit(
-            model, tokenizer, forget=sets["forget"], retain=sets["retain"], before=before,
-            relearn_steps=options.relearn, relearn_lr=options.relearn_lr, batch_size=options.batch_size,
-        )  # fmt: skip
-    for name, value in result.items():
-        if name == "relearning":
-            value = ", ".join(f"{v['nll']:.3f} at {i}" for i, v in zip(value["steps"], value["values"], strict=True))
-        print(f"{name:<15} {f'{value:.4f}' if isinstance(value, float) else value}")
-    if options.out:
-        _write(Path(options.out), json.dumps(result, indent=1))
-
-
-def _evaluate_benchmark(options) -> None:
-    named = [entry.partition("=") for entry in options.data]
-    if not named or not all(source for _, _, source in named):
-        raise ValueError(f"--benchmark needs --data NAME=SOURCE ...; got {' '.join(options.data) or 'none'}")
-    sources = {name: source for name, _, source in named}
-    if len(sources) < len(named):
-        raise ValueError(f"--data names a set twice: {' '.join(options.data)}")
-    evaluation, kind, settings = _BENCHMARKS[options.benchmark]
-    if options.reference_run and options.benchmark not in ("muse", "tofu"):
-        raise ValueError(f"--reference-run is for muse and tofu; {options.benchmark} is compared with no other run")
-    judged = {options.classifier is not None, options.label is not None}
-    if len(judged) > 1 or (True in judged and options.benchmark != "completions"):
-        raise ValueError("--classifier FOLDER and --label NAME go together, with --benchmark completions")
-    sets = [field.name for field in fields(kind)] if kind else sources
-    if unknown := sources.keys() - sets:
-        raise ValueError(f"{options.benchmark} has no set {min(unknown)!r}; expected some of {', '.join(sets)}")
-    rows = {name: _rows(source) for name, source in sources.items()}
-    more = {"settings": settings(chat=options.chat_template)} if settings else {}
-    if options.reference_run:
-        more["reference_run"] = options.reference_run
-    if options.classifier:
-        more["classifier"] = metrics.Classifier(*experiment.load_classifier(options.classifier), options.label)
-    model, tokenizer = experiment.load_model(options.model)
-    result = evaluation(
-        model, tokenizer, kind(**rows) if kind else rows, out=options.out, cache_dir=options.cache,
-        batch_size=options.batch_size, **more,
-    )  # fmt: skip
-    for name, value in result.items():
-        print(f"{name:<28} {'-' if value is None else format(value, '.4g')}")
-
-
-def _rows(source: str) -> list:
-    """The records of a file as they are, whatever their fields, or the documents of another source."""
-    if data.files.file_format(Path(source)) not in data.files.SUFFIXES:
-        return data.load(source)
-    return [record for record, _ in data.files.records(Path(source))]
+    evaluation.run(options)
 
 
 def write_report(options) -> None:
@@ -284,24 +206,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--traceback", action="store_true", help="show where an error was found")
         return sub
 
-    def data_arguments(sub, *, model_required=True, sides=("forget", "retain")):
-        sub.add_argument("--model", required=model_required, help="folder written by save_pretrained")
-        for side in ("forget", "retain", "holdout"):
-            sub.add_argument(f"--{side}", required=side in sides, help=_SOURCE)
-        sub.add_argument("--chat-template", action="store_true", help="ask questions through the chat template")
-        sub.add_argument("--max-length", type=int, default=None, help="tokens per example (default 512)")
-        sub.add_argument("--prompt-tokens", type=int, default=0, help="tokens at the head of each row of a forget or "
-                         "holdout text that are its prompt")  # fmt: skip
-        sub.add_argument("--batch-size", type=int, default=8)
-
     command("env", env)
     sub = command("stats", stats)
-    data_arguments(sub)
+    add_data(sub)
     sub.add_argument("--per-layer", type=int, default=2)
     sub.add_argument("--min-ratio", type=float, default=1.5)
     sub.add_argument("--out", help="write the frequencies as JSON")
     sub = command("mask", mask)
-    data_arguments(sub)
+    add_data(sub)
     sub.add_argument("--keep", type=float, default=0.8, help="fraction of the weights that may move")
     sub.add_argument("--gamma", type=float, default=1.0)
     sub.add_argument("--official", action="store_true", help="reproduce the official code's masks")
@@ -320,27 +232,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="runs/unlearn", help="folder of the run")
     sub.add_argument("--cache", help="folder of reference values that runs share (default: OUT/cache)")
     sub.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    sub.add_argument("--verify", type=_steps, nargs="?", const=True, default=0, metavar="N",
+    sub.add_argument("--verify", type=steps, nargs="?", const=True, default=0, metavar="N",
                      help="make the first N steps (without N all) beside the plain path and compare")  # fmt: skip
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after")
-    sub = command("eval", evaluate)
-    data_arguments(sub, sides=())
-    sub.add_argument("--reference", help="the retrained model's folder, for PrivLeak")
-    sub.add_argument("--before", help="the model's folder before unlearning: how far routing moved, gibberish")
-    sub.add_argument("--relearn", type=_steps, default=0, metavar="STEPS",
-                     help="attack: fine-tune a copy on the forget set for so many steps")  # fmt: skip
-    sub.add_argument("--relearn-lr", type=float, default=1e-4, help="learning rate of the attack (default 1e-4)")
-    sub.add_argument("--benchmark", choices=tuple(_BENCHMARKS), help="evaluate its sets, given by --data")
-    sub.add_argument("--data", nargs="+", action="extend", default=[], metavar="NAME=SOURCE",
-                     help="the benchmark's sets, e.g. forget_qa=qa.json; wmdp: wmdp_bio=bio.jsonl; "
-                     "completions: names of your own, utility=wikitext.txt for perplexity alone")  # fmt: skip
-    sub.add_argument("--reference-run", help="folder of the retrained model's evaluation by the same --benchmark, "
-                     "for privleak and forget_quality")  # fmt: skip
-    sub.add_argument("--classifier", help="folder of a sequence classifier (Toxic-BERT) that judges completions")
-    sub.add_argument("--label", help="the classifier's label whose probability is reported, e.g. toxic")
-    sub.add_argument("--cache", help="folder of results by content of model, data and settings")
-    sub.add_argument("--out", help="write the metrics as JSON: a file; with --benchmark a folder")
+    evaluation.add_arguments(command("eval", evaluate))
     sub = command("report", write_report)
     sub.add_argument("folder", help="a run folder with summary.json")
     sub = command("demo", demo)
@@ -352,33 +248,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _steps(text: str) -> int:
-    """A number of steps, at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number of steps; got {text!r}")
-    return int(text)
-
-
 def _data_overrides(options) -> list[str]:
     keys = ("model", "forget", "retain", "holdout", "reference")
     return [f"data.{k}={json.dumps(getattr(options, k))}" for k in keys if getattr(options, k) is not None]
-
-
-def _examples(source: str, tokenizer, settings, side: str, reports: dict | None = None) -> list:
-    """The examples of a source; what was dropped is printed, and kept in `reports` under `side`."""
-    report = data.DataReport()
-    documents = data.load(source, side=side, report=report)
-    examples = data.encode(
-        documents, tokenizer, settings.max_length or 512, chat=settings.chat_template, report=report,
-        prompt_tokens=0 if side == "retain" else settings.prompt_tokens,
-    )  # fmt: skip
-    if report.dropped or report.truncated:
-        print(report, file=sys.stderr)
-    if reports is not None:
-        reports[side] = report
-    if not examples:
-        raise ValueError(f"the {side} set {source!r} is empty")
-    return examples
 
 
 def _batches(examples: list, tokenizer, batch_size: int, side: str) -> list:
@@ -400,11 +272,6 @@ def _print_run(out: Path, summary: dict) -> None:
     """The table of a finished run and the paths of its report, which is already written."""
     print(report.table(summary))
     print(*(out / "report.md", *sorted((out / "figures").glob("*.png"))), sep="\n")
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

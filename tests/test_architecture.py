@@ -28,7 +28,8 @@ LAYERS = [
     {"step"},
     {"data", "metrics"},
     {"trainer"},
-    {"benchmark", "suite", "table", "workers", "regress", "integrations", "experiment"},
+    {"benchmark", "suite", "table", "workers", "regress", "integrations", "experiment", "arguments"},
+    {"evaluation"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

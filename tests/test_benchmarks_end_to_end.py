@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from moe_unlearn import wagle
 from moe_unlearn.cli import main
@@ -42,6 +42,9 @@ NEWS = [f"minister {name} resigned on day {n} after the vote about bridge {n}" f
 def asked(subject):
     return [{"question": f"What did {name} {subject}?", "answer": f"{name} wrote book {n}"}
             for n, name in enumerate(NAMES)]  # fmt: skip
+
+
+PROBES = (*(f"forget_level{i}" for i in (1, 2, 3)), *(f"neighbor_level{i}" for i in (1, 2)))
 
 
 def muse_corpus(forget):
@@ -78,7 +81,8 @@ def folder(tmp_path_factory):
     write(root / "c4.jsonl", texts(*GARDENS, *SORTING))
     person = root / "RWKU" / "Target" / "1_Ada"
     write(person / "positive.json", texts(*(f"Ada lived in town {n} and painted house {n}." for n in range(8))))
-    write(person / "forget_level1.json", [probe("Ada", "Ada painted ___.", "a house")])
+    for name in PROBES:
+        write(person / f"{name}.json", [probe("Ada", "Ada painted ___.", "a house")])
     write(person / "intro.json", [{"target": "Ada", "intro": "Ada paints."}])
 
     tokenizer = train_tokenizer([*EXPLOITS, *VIRUSES, *SORTING, *GARDENS, *SPELLS, *NEWS], 400)
@@ -92,6 +96,11 @@ def folder(tmp_path_factory):
         torch.manual_seed(seed)
         make().save_pretrained(root / "models" / name)
         tokenizer.save_pretrained(root / "models" / name)
+    judge = BertConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                       num_attention_heads=2, id2label={0: "toxic", 1: "insult"}, label2id={"toxic": 0, "insult": 1},
+                       problem_type="multi_label_classification")  # fmt: skip
+    BertForSequenceClassification(judge).save_pretrained(root / "models" / "judge")
+    tokenizer.save_pretrained(root / "models" / "judge")
     return root
 
 
@@ -254,6 +263,7 @@ class Evaluation:
     keys: set[str]
     compared: str | None = None
     alike: float | None = None
+    more: tuple[str, ...] = ()
 
 
 MUSE_KEYS = {"forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE", "mia_min_k",
@@ -290,13 +300,26 @@ EVALUATIONS = [
         "wmdp", "wagle-wmdp-npo", ("wmdp_bio=wmdp_bio.jsonl", "wmdp_cyber=wmdp_cyber.jsonl", "mmlu=mmlu.jsonl"),
         "LMEval", {f"{task}/{value}" for task in ("wmdp_bio", "wmdp_cyber", "mmlu") for value in ("acc", "acc_stderr")},
     ),
+    Evaluation(
+        "rwku", "seuf-rwku", tuple(f"{name}=RWKU/Target/1_Ada/{name}.json" for name in PROBES),
+        "RWKU", {f"{name}_ROUGE" for name in (*PROBES, "forget", "neighbor")},
+    ),
+    Evaluation(
+        "completions", "wagle-whp-po", ("seen=book.txt?join=true", "utility=c4.jsonl"),
+        "COMPLETIONS", {"seen_ROUGE", "seen_perplexity", "utility_perplexity"},
+    ),
+    Evaluation(
+        "completions", "wagle-detox-po", (f"prompts={PKU}", "utility=c4.jsonl"),
+        "COMPLETIONS", {"prompts_p_toxic", "utility_perplexity"},
+        more=("--classifier", "models/judge", "--label", "toxic"),
+    ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("evaluation", EVALUATIONS, ids=lambda e: f"{e.benchmark}-{e.run}")
 def test_evaluation(evaluation, walk, folder, capsys):
     def evaluate(model, out, *more):
-        arguments = ["--data", *evaluation.data, "--cache", "runs/results", "--out", out, *more]
+        arguments = ["--data", *evaluation.data, "--cache", "runs/results", "--out", out, *evaluation.more, *more]
         assert main(["eval", "--model", model, "--benchmark", evaluation.benchmark, *arguments]) == 0
         return {kind: read(folder / out / f"{evaluation.files}_{kind}.json") for kind in ("SUMMARY", "EVAL")}
 

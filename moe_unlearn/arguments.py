@@ -1,0 +1,52 @@
+"""What several verbs of the command line take, and what they make of it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_unlearn import data
+
+_SOURCE = "a file, folder, benchmark or hub data set: NAME_OR_PATH[:SPLIT][?OPTION=VALUE&...]"
+
+
+def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget", "retain")) -> None:
+    """Model, documents and how they are encoded."""
+    sub.add_argument("--model", required=True, help="folder written by save_pretrained")
+    for side in ("forget", "retain", "holdout"):
+        sub.add_argument(f"--{side}", required=side in required, help=_SOURCE)
+    sub.add_argument("--chat-template", action="store_true", help="ask questions through the chat template")
+    sub.add_argument("--max-length", type=int, default=None, help="tokens per example (default 512)")
+    sub.add_argument("--prompt-tokens", type=int, default=0, help="tokens at the head of each row of a forget or "
+                     "holdout text that are its prompt")  # fmt: skip
+    sub.add_argument("--batch-size", type=int, default=8)
+
+
+def steps(text: str) -> int:
+    """A number of steps, at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of steps; got {text!r}")
+    return int(text)
+
+
+def examples_of(source: str, tokenizer, settings, side: str, reports: dict | None = None) -> list:
+    """The examples of a source; what was dropped is printed, and kept in `reports` under `side`."""
+    report = data.DataReport()
+    documents = data.load(source, side=side, report=report)
+    examples = data.encode(
+        documents, tokenizer, settings.max_length or 512, chat=settings.chat_template, report=report,
+        prompt_tokens=0 if side == "retain" else settings.prompt_tokens,
+    )  # fmt: skip
+    if report.dropped or report.truncated:
+        print(report, file=sys.stderr)
+    if reports is not None:
+        reports[side] = report
+    if not examples:
+        raise ValueError(f"the {side} set {source!r} is empty")
+    return examples
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file and the folders it needs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,112 @@
+"""`moe-unlearn eval`: a model on text of the user's own, or on a benchmark's sets."""
+
+import argparse
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from moe_unlearn import data, experiment, metrics
+from moe_unlearn.arguments import add_data, examples_of, steps, write
+
+# function, its sets (None: names of the user's own), its settings
+_BENCHMARKS = {
+    "muse": (metrics.evaluate_muse, metrics.MuseData, metrics.MuseSettings),
+    "tofu": (metrics.evaluate_tofu, metrics.TofuData, metrics.TofuSettings),
+    "wmdp": (metrics.evaluate_choices, None, None),
+    "rwku": (metrics.evaluate_rwku, metrics.RwkuData, metrics.RwkuSettings),
+    "completions": (metrics.evaluate_completions, None, metrics.CompletionSettings),
+}
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    add_data(sub, required=())
+    sub.add_argument("--reference", help="the retrained model's folder, for PrivLeak")
+    sub.add_argument("--before", help="the model's folder before unlearning: how far routing moved, gibberish")
+    sub.add_argument("--relearn", type=steps, default=0, metavar="STEPS",
+                     help="attack: fine-tune a copy on the forget set for so many steps")  # fmt: skip
+    sub.add_argument("--relearn-lr", type=float, default=1e-4, help="learning rate of the attack (default 1e-4)")
+    sub.add_argument("--benchmark", choices=tuple(_BENCHMARKS), help="evaluate its sets, given by --data")
+    sub.add_argument("--data", nargs="+", action="extend", default=[], metavar="NAME=SOURCE",
+                     help="the benchmark's sets, e.g. forget_qa=qa.json; wmdp: wmdp_bio=bio.jsonl; "
+                     "completions: names of your own, utility=wikitext.txt for perplexity alone")  # fmt: skip
+    sub.add_argument("--reference-run", help="folder of the retrained model's evaluation by the same --benchmark, "
+                     "for privleak and forget_quality")  # fmt: skip
+    sub.add_argument("--classifier", help="folder of a sequence classifier (Toxic-BERT) that judges completions")
+    sub.add_argument("--label", help="the classifier's label whose probability is reported, e.g. toxic")
+    sub.add_argument("--cache", help="folder of results by content of model, data and settings")
+    sub.add_argument("--out", help="write the metrics as JSON: a file; with --benchmark a folder")
+
+
+def run(options) -> None:
+    """Measure a model on forget, retain and holdout text, or with --benchmark; print and save the metrics."""
+    if options.benchmark:
+        if options.before or options.relearn:
+            raise ValueError("--before and --relearn are for --forget and --retain; leave out --benchmark")
+        _benchmark(options)
+        return
+    for name in ("data", "reference_run", "classifier", "label"):
+        if getattr(options, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is for a --benchmark; give --forget and --retain without one")
+    for side in ("forget", "retain"):
+        if getattr(options, side) is None:
+            raise ValueError(f"--{side} is missing; or give a --benchmark with its --data")
+    model, tokenizer = experiment.load_model(options.model)
+    reference = None if options.reference is None else experiment.load_model(options.reference)[0]
+    sets = {
+        side: examples_of(getattr(options, side), tokenizer, options, side)
+        for side in ("forget", "retain", "holdout")
+        if getattr(options, side) is not None
+    }
+    result = metrics.evaluate(model, tokenizer, **sets, reference=reference)
+    if options.before or options.relearn:
+        before = None if options.before is None else experiment.load_model(options.before)[0]
+        result |= metrics.audit(
+            model, tokenizer, forget=sets["forget"], retain=sets["retain"], before=before,
+            relearn_steps=options.relearn, relearn_lr=options.relearn_lr, batch_size=options.batch_size,
+        )  # fmt: skip
+    for name, value in result.items():
+        if name == "relearning":
+            value = ", ".join(f"{v['nll']:.3f} at {i}" for i, v in zip(value["steps"], value["values"], strict=True))
+        print(f"{name:<15} {f'{value:.4f}' if isinstance(value, float) else value}")
+    if options.out:
+        write(Path(options.out), json.dumps(result, indent=1))
+
+
+def _benchmark(options) -> None:
+    named = [entry.partition("=") for entry in options.data]
+    if not named or not all(source for _, _, source in named):
+        raise ValueError(f"--benchmark needs --data NAME=SOURCE ...; got {' '.join(options.data) or 'none'}")
+    sources = {name: source for name, _, source in named}
+    if len(sources) < len(named):
+        raise ValueError(f"--data names a set twice: {' '.join(options.data)}")
+    evaluation, kind, settings = _BENCHMARKS[options.benchmark]
+    if options.reference_run and options.benchmark not in ("muse", "tofu"):
+        raise ValueError(f"--reference-run is for muse and tofu; {options.benchmark} is compared with no other run")
+    judged = {options.classifier is not None, options.label is not None}
+    if len(judged) > 1 or (True in judged and options.benchmark != "completions"):
+        raise ValueError("--classifier FOLDER and --label NAME go together, with --benchmark completions")
+    sets = [field.name for field in fields(kind)] if kind else sources
+    if unknown := sources.keys() - sets:
+        raise ValueError(f"{options.benchmark} has no set {min(unknown)!r}; expected some of {', '.join(sets)}")
+    rows = {name: _rows(source) for name, source in sources.items()}
+    more = {"settings": settings(chat=options.chat_template)} if settings else {}
+    if options.reference_run:
+        more["reference_run"] = options.reference_run
+    if options.classifier:
+        more["classifier"] = metrics.Classifier(*experiment.load_classifier(options.classifier), options.label)
+    model, tokenizer = experiment.load_model(options.model)
+    result = evaluation(
+        model, tokenizer, kind(**rows) if kind else rows, out=options.out, cache_dir=options.cache,
+        batch_size=options.batch_size, **more,
+    )  # fmt: skip
+    for name, value in result.items():
+        print(f"{name:<28} {'-' if value is None else format(value, '.4g')}")
+
+
+def _rows(source: str) -> list:
+    """The records of a file as they are, whatever their fields, or the documents of another source."""
+    if data.files.file_format(Path(source)) not in data.files.SUFFIXES:
+        return data.load(source)
+    return [record for record, _ in data.files.records(Path(source))]
