@@ -17,12 +17,13 @@ from scipy import stats
 
 from benchmarks import stamp
 from benchmarks.study import RUNS, Entry, load
-from benchmarks.study_reading import LEVEL, goal, interval, reading
+from benchmarks.study_reading import goal, interval, reading
 from benchmarks.study_run import NEAR
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker  # noqa: E402 -- after the choice of a backend without a display
 
+LEVEL = "retrain"
 BLUE, ORANGE, GREY = "#1f5fa8", "#c2682a", "#8a8a8a"
 #: metric -> what it says; utility of unseen retain documents
 UTILITIES = {
@@ -263,8 +264,8 @@ def _ablation(found: Found) -> tuple[list[str], list[dict]]:
         lines += [
             f"## Ablations, {case}", "",
             "Δ against the same baseline plain; uniform token weights are that baseline.", "",
-            "| baseline | variant | reached | VerbMem | Δ | Δ NLL | Δ NLL critical tokens | ESS |",
-            "|---|---|---|---|---|---|---|---|",
+            "| baseline | variant | reached | VerbMem | Δ | Δ at +0.1 | Δ NLL critical tokens | Δ at +0.1 | ESS |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for baseline, variant in found.keys("ablation", case):
             key = ("ablation", case, baseline, variant)
@@ -273,9 +274,10 @@ def _ablation(found: Found) -> tuple[list[str], list[dict]]:
             row = {"case": case, "baseline": baseline, "variant": variant, "runs": len(found.cells[key])}
             row |= {"reached": len(found.at(key, "step")), "verbmem_r": paired(found.at(key, "verbmem_r").values())}
             row["difference"] = {m: found.difference(key, base, m) for m in UTILITIES}
+            row["difference_near"] = {m: found.difference(key, base, m, "near") for m in UTILITIES}
             row["ess"] = paired(r["trace"]["ess"] for r in found.cells[key].values() if r.get("trace"))
             rows.append(row)
-            deltas = [row["difference"][m] for m in ("verbmem_r", "nll_r", "nll_c")]
+            deltas = [row[of][m] for m in ("verbmem_r", "nll_c") for of in ("difference", "difference_near")]
             lines.append(
                 f"| {baseline} | {variant} | {row['reached']}/{row['runs']} | {_mean(row['verbmem_r'])} | "
                 + " | ".join("" if key == base else interval(d) for d in deltas) + f" | {_mean(row['ess'], 2)} |"
@@ -289,34 +291,50 @@ def _mean(value: dict, digits: int = 3) -> str:
 
 
 def _draw_levers(data: dict):
-    """Paired differences in VerbMem, a panel for each corpus."""
-    rows = [r for r in data["main"] if r["variant"] != "plain" and r["difference"]["verbmem_r"]["n"]]
+    """Paired differences in VerbMem at both levels, a panel for each corpus."""
+    levels = {"difference_near": (0.16, f"{NEAR} above the retrained model's", "o"),
+              "difference": (-0.16, "at the retrained model's", "s")}  # fmt: skip
+    rows = [r for r in data["main"] if r["variant"] != "plain" and any(r[k]["verbmem_r"]["n"] for k in levels)]
     cases = list(dict.fromkeys(r["case"] for r in rows))
     if not cases:
         return None
-    figure, panels = _panels(len(cases), height=max(3.0, 0.2 * len(rows) / len(cases) + 1))
+    figure, panels = _panels(len(cases), height=max(3.0, 0.26 * len(rows) / len(cases) + 1))
     for axes, case in zip(panels, cases, strict=True):
         own = [r for r in rows if r["case"] == case][::-1]
-        for y, r in enumerate(own):
-            value = r["difference"]["verbmem_r"]
-            clear = value["half"] is not None and abs(value["mean"]) > value["half"]
-            axes.errorbar(value["mean"], y, xerr=value["half"], fmt="o", color=BLUE if clear else GREY, markersize=4)
+        for key, (shift, _, marker) in levels.items():
+            for y, r in enumerate(own):
+                value = r[key]["verbmem_r"]
+                if value["n"]:
+                    clear = value["half"] is not None and abs(value["mean"]) > value["half"]
+                    axes.errorbar(value["mean"], y + shift, xerr=value["half"], fmt=marker, markersize=4,
+                                  color=BLUE if clear else GREY, mfc=None if marker == "o" else "white")  # fmt: skip
         axes.set_yticks(range(len(own)), [f"{r['baseline']} + {r['variant']}" for r in own], fontsize=7)
         axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_ylim(-0.7, len(own) - 0.3)
+        axes.set_xlim(*_around(r[key]["verbmem_r"] for r in own for key in levels))
         axes.set(xlabel="VerbMem retain, with lever - without", title=case)
+    for _, name, marker in levels.values():
+        panels[0].plot([], [], marker, color=GREY, mfc=None if marker == "o" else "white", markersize=4, label=name)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return figure
+
+
+def _around(values: Iterable[dict]) -> tuple[float, float]:
+    """Limits that hold every mean; an interval of two seeds may be cut."""
+    means = [v["mean"] for v in values if v["n"]]
+    return min(0, *means) - 0.1, max(0, *means) + 0.1
 
 
 def _draw_mismatch(data: dict):
     """TRACE's effect on NLL over mismatch and over effective sample size; below 0 it helps."""
-    rows = [r for r in data["mismatch"] if f"nll_c {LEVEL}" in r]
+    rows = [r for r in data["mismatch"] if "nll_c near" in r]
     if not rows:
         return None
     figure, panels = _panels(2)
     for axes, (x, label) in zip(panels, (("ratio", "f^F / f^R of the selected experts"), ("ess", "ESS / tokens")),
                                 strict=True):  # fmt: skip
         for metric, color, name in (("nll_r", GREY, "all tokens"), ("nll_c", BLUE, "tokens of critical experts")):
-            effects = [math.log(b / a) for a, b in (r[f"{metric} {LEVEL}"] for r in rows)]
+            effects = [math.log(b / a) for a, b in (r[f"{metric} near"] for r in rows)]
             axes.plot([r[x] for r in rows], effects, "o", color=color, markersize=4, alpha=0.7, label=name)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(xlabel=label, ylabel="log of retain NLL, TRACE / plain")
@@ -363,12 +381,12 @@ def _panels(count: int, height: float = 3.2):
 FIGURES = (
     (
         "levers.png",
-        "Paired differences at the retrained model's level; blue where the interval is clear of 0.",
+        "Paired differences with 95 % intervals; blue where they are clear of 0.",
         _draw_levers,
     ),
     (
         "mismatch.png",
-        "TRACE's effect over measured mismatch and effective sample size; below 0 it helps.",
+        "TRACE's effect over measured mismatch and effective sample size, at the looser level; below 0 it helps.",
         _draw_mismatch,
     ),
     ("gradients.png", "Mean retain-gradient norm of an expert, without and with TRACE's weights.", _draw_norms),
