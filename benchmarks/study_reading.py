@@ -2,9 +2,22 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from scipy import stats
 
 GOAL = 9  # percent of relative utility
+
+
+def paired(differences: Iterable[float]) -> dict:
+    """Mean, half-width of the 95 % t interval (None below two values) and how many."""
+    values = list(differences)
+    if not values:
+        return {"mean": None, "half": None, "n": 0}
+    half = None
+    if len(values) > 1:
+        half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": statistics.fmean(values), "half": half, "n": len(values)}
 
 
 def reading(data: dict) -> list[str]:
@@ -47,6 +60,15 @@ def _premise(rows: list[dict]) -> list[str]:
             f"{_spearman([r['ratio'] for r in points], effects)} with f^F/f^R of the selected experts and "
             f"{_spearman([r['ess'] for r in points], effects)} with the effective sample size."
         )
+    points = sorted((r for r in rows if "verbmem_r near" in r), key=lambda r: r["ratio"])
+    if len(points) > 3:
+        changes = [100 * (after / before - 1) for before, after in (r["verbmem_r near"] for r in points)]
+        half = len(points) // 2
+        found.append(
+            f"There TRACE changes VerbMem retain by {interval(paired(changes[half:]), 1)} % in the half of these runs "
+            f"with the stronger mismatch (f^F/f^R from {points[half]['ratio']:.1f} on), by "
+            f"{interval(paired(changes[:half]), 1)} % in the other (runs of one seed are not independent)."
+        )
     known = [r["target"] for r in rows if r["target"] and "weighted" in (r["gradients"] or {})]
     weighted = [r["gradients"] for r in rows if "weighted" in (r["gradients"] or {})]
     if weighted and known:
@@ -74,8 +96,6 @@ def _ablations(rows: list[dict]) -> list[str]:
 
 
 def _spearman(first: Sequence[float], second: Sequence[float]) -> str:
-    from scipy import stats
-
     if len(set(first)) == 1 or len(set(second)) == 1:
         return "not defined"
     found = stats.spearmanr(first, second)

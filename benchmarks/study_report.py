@@ -13,11 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
-from scipy import stats
 
 from benchmarks import stamp
 from benchmarks.study import RUNS, Entry, load
-from benchmarks.study_reading import goal, interval, reading
+from benchmarks.study_reading import goal, interval, paired, reading
 from benchmarks.study_run import NEAR
 
 matplotlib.use("Agg")
@@ -32,17 +31,6 @@ UTILITIES = {
     "nll_r": "NLL",
     "nll_c": "NLL, critical tokens",
 }
-
-
-def paired(differences: Iterable[float]) -> dict:
-    """Mean, half-width of the 95 % t interval (None below two values) and how many."""
-    values = list(differences)
-    if not values:
-        return {"mean": None, "half": None, "n": 0}
-    half = None
-    if len(values) > 1:
-        half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": statistics.fmean(values), "half": half, "n": len(values)}
 
 
 class Found:

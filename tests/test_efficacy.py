@@ -75,3 +75,14 @@ def test_sentences_follow_from_the_numbers(study):
     assert "of a critical expert by 2.50 and that of another by 0.50" in norms
     assert ablation.startswith("Ablations, c, NPO, change of VerbMem retain at the looser level: ")
     assert ablation.endswith(": TRACE, random-experts -0.100 ± 0.020.")
+
+
+@pytest.mark.quick
+def test_runs_are_split_by_their_mismatch(study):
+    retained = {5.0: 0.3, 1.5: 0.19, 2.0: 0.22, 4.0: 0.22}
+    study["mismatch"] = [point(r, 0.5, 1.0, 1.0) | {"verbmem_r near": [0.2, v]} for r, v in retained.items()]
+    (sentence,) = [found for found in study_reading.reading(study) if "in the half of these runs" in found]
+    # +50 and +10 % above the median ratio, -5 and +10 % below: t of two values is 12.7
+    assert "by +30.0 ± 254.1 % in the half of these runs with the stronger mismatch (f^F/f^R from 4.0 on)" in sentence
+    assert "by +2.5 ± 95.3 % in the other" in sentence
+    assert study_reading.reading(study)[1].count("not defined") == 2  # nothing varies: no rank correlation
