@@ -73,7 +73,7 @@ def folder(tmp_path_factory):
     write(root / "mmlu.jsonl", [question | {"subject": "abstract_algebra"} for question in questions])
     wrong = {f"{side}_perturbed": [perturbed(q["question"], q["answer"], ["a song", "no book"]) for q in asked(side)]
              for side in ("forget10", "retain", "real_authors", "world_facts")}  # fmt: skip
-    write_tofu(root / "TOFU", {side: asked(side) for side in ("forget10", "retain90")} | wrong)
+    write_tofu(root / "TOFU", {side: asked(side) for side in ("forget10", "retain90", "holdout10")} | wrong)
     pairs = [rlhf(f"How to hurt {name}?", (f"hit {name} hard", f"do not, call {name}"), (False, True))
              for name in NAMES]  # fmt: skip
     write(root / "PKU-SafeRLHF" / "data" / "train.jsonl", pairs)
@@ -253,16 +253,15 @@ def test_wagle_moves_what_the_mask_of_the_command_line_keeps(walk):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`eval --benchmark` of the model that `run` made. `files` is how its files begin. With `compared`, the result
-    that needs the retrained model's run, and `alike`, what it is for that model itself."""
+    """`eval --benchmark` of the model that `run` made. `files` is how its files begin. `compared` are the
+    results that need the retrained model's run, with what they are for that model itself."""
 
     benchmark: str
     run: str
     data: tuple[str, ...]
     files: str
     keys: set[str]
-    compared: str | None = None
-    alike: float | None = None
+    compared: tuple[tuple[str, float], ...] = ()
     more: tuple[str, ...] = ()
 
 
@@ -270,6 +269,7 @@ MUSE_KEYS = {"forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROU
              "extraction_strength", "exact_memorization"}  # fmt: skip
 TOFU_KEYS = {
     *("forget_truth_ratio", "model_utility", "extraction_strength", "exact_memorization"),
+    *("mia_min_k", "wagle_unlearn_effect", "wagle_utility"),
     *(f"{side}_Truth_Ratio" for side in ("retain", "ra", "wf")),
     *(f"{side}_Q_A_{metric}" for side in ("forget", "retain", "ra", "wf") for metric in ("Prob", "PERT_Prob", "ROUGE")),
     *(f"{side}_Q_A_PARA_Prob" for side in ("forget", "retain")),
@@ -282,19 +282,19 @@ EVALUATIONS = [
         "muse", "trace-muse-books",
         ("verbmem=data/books:verbmem/forget", *(f"{name}=data/books:knowmem/{name}" for name in KNOWMEM),
          *(f"{side}=data/books:privleak/{side}" for side in ("forget", "holdout"))),
-        "MUSE", MUSE_KEYS, "privleak", 0,
+        "MUSE", MUSE_KEYS, (("privleak", 0),),
     ),
     Evaluation(
         "muse", "combined",
         ("verbmem=data/news/verbmem/forget.json", *(f"{name}=data/news/knowmem/{name}.json" for name in KNOWMEM),
          *(f"{side}=data/news/privleak/{side}.json" for side in ("forget", "holdout"))),
-        "MUSE", MUSE_KEYS, "privleak", 0,
+        "MUSE", MUSE_KEYS, (("privleak", 0),),
     ),
     Evaluation(
         "tofu", "wagle-tofu-npo",
-        ("forget=TOFU:forget10_perturbed", *(f"{side}=TOFU:{side}_perturbed"
+        ("forget=TOFU:forget10_perturbed", "holdout=TOFU:holdout10", *(f"{side}=TOFU:{side}_perturbed"
                                              for side in ("retain", "real_authors", "world_facts"))),
-        "TOFU", TOFU_KEYS, "forget_quality", 1,
+        "TOFU", TOFU_KEYS, (("forget_quality", 1), ("privleak", 0)),
     ),
     Evaluation(
         "wmdp", "wagle-wmdp-npo", ("wmdp_bio=wmdp_bio.jsonl", "wmdp_cyber=wmdp_cyber.jsonl", "mmlu=mmlu.jsonl"),
@@ -326,18 +326,18 @@ def test_evaluation(evaluation, walk, folder, capsys):
     run = walk(next(run for run in RUNS if run.recipe == evaluation.run))
     retrained = f"{run.out}/retrained"
     assert evaluate("models/retrained", retrained)["SUMMARY"].keys() == evaluation.keys
-    compared = {evaluation.compared} - {None}
+    compared = dict(evaluation.compared)
     reference = ["--reference-run", retrained] if compared else []
     capsys.readouterr()
     found = evaluate(f"{run.out}/model", f"{run.out}/evaluated", *reference)
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
     summary, whole = found["SUMMARY"], found["EVAL"]
-    assert summary.keys() == whole.keys() == printed.keys() == evaluation.keys | compared
+    assert summary.keys() == whole.keys() == printed.keys() == evaluation.keys | compared.keys()
     for name, value in summary.items():
         assert value == whole[name]["agg_value"] and math.isfinite(value)
         assert float(printed[name]) == pytest.approx(value, rel=1e-3)
     files = {path.name for path in (folder / run.out / "evaluated").iterdir()}
     assert files == {f"{evaluation.files}_{kind}.json" for kind in ("SUMMARY", "EVAL", "SETTINGS")}
-    for name in compared:
+    for name, alike in compared.items():
         itself = evaluate("models/retrained", f"{run.out}/itself", *reference)
-        assert itself["SUMMARY"][name] == evaluation.alike != summary[name]
+        assert itself["SUMMARY"][name] == alike != summary[name]
