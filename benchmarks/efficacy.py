@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 from benchmarks.stamp import ROOT
-from benchmarks.study_reading import reading
+from benchmarks.study_reading import interval, reading
 
 STUDIES = ("whole", "small")
+_ABLATIONS = """| ablation of | | Δ at the retrained model's level | Δ at the looser level | seeds |
+|---|---|---|---|---|"""
 LEVERS = ("TRACE", "WAGLE", "MOLLM", "all three")
 
 
@@ -31,9 +33,22 @@ def generated(results: Path = ROOT / "benchmarks" / "results", root: Path = ROOT
         rows = [row for row in study["main"] if row["case"] == case]
         parts.append("\n".join([_header(case, rows), *_lines(rows)]))
     parts.append("\n".join(f"* {sentence}" for sentence in reading(study)))
+    if study["ablation"]:
+        rows = [row for row in study["ablation"] if not row["variant"].startswith("plain")]
+        parts.append(
+            "Ablations, against the plain baseline; those of TRACE where unlearning sees the retain documents that use the "
+            "forget-critical experts least."
+        )
+        parts.append("\n".join([_ABLATIONS, *map(_ablation, rows)]))
     parts += [f"![{caption}]({where}/{file})" for file, caption in study["figures"].items()]
     parts.append(f"Intervals, other metrics and every run: `{where}/`. What was tried before: `benchmarks/NOTES.md`.")
     return "\n\n".join(parts)
+
+
+def _ablation(row: dict) -> str:
+    """What takes the place of one of the library's decisions, or a setting of TRACE."""
+    both = (interval(row[key]["verbmem_r"]) for key in ("difference", "difference_near"))
+    return f"| {row['case']}, {row['baseline']} | {row['variant']} | {' | '.join(both)} | {row['runs']} |"
 
 
 def _header(case: str, rows: list[dict]) -> str:

@@ -21,10 +21,10 @@ def paired(differences: Iterable[float]) -> dict:
 
 
 def reading(data: dict) -> list[str]:
-    """The sentences on the goal of TRACE's paper, on its premise, and on the ablations; of `study.json`."""
+    """The sentences on the goal of TRACE's paper and on its premise; of `study.json`."""
     cases = dict.fromkeys(row["case"] for row in data["main"])
     found = [f"{case}: {goal([r for r in data['main'] if r['case'] == case])}" for case in cases]
-    return [*found, *_premise(data["mismatch"]), *_ablations(data["ablation"])]
+    return [*found, *_premise(data["mismatch"])]
 
 
 def goal(rows: list[dict]) -> str:
@@ -81,18 +81,6 @@ def _premise(rows: list[dict]) -> list[str]:
             f"another by {others:.2f} in the unchanged model (means over {len(known)} runs)."
         )
     return found
-
-
-def _ablations(rows: list[dict]) -> list[str]:
-    """Each control beside what it replaces."""
-    found = {(r["case"], r["baseline"], r["variant"]): r["difference_near"]["verbmem_r"] for r in rows}
-    lines = []
-    for case, baseline in dict.fromkeys((r["case"], r["baseline"]) for r in rows):
-        own = {v: d for (c, b, v), d in found.items() if (c, b) == (case, baseline) and d["n"] and "plain" not in v}
-        if own:
-            listed = "; ".join(f"{variant} {interval(value)}" for variant, value in own.items())
-            lines.append(f"Ablations, {case}, {baseline}, change of VerbMem retain at the looser level: {listed}.")
-    return lines
 
 
 def _spearman(first: Sequence[float], second: Sequence[float]) -> str:
