@@ -36,8 +36,8 @@ def generated(results: Path = ROOT / "benchmarks" / "results", root: Path = ROOT
     if study["ablation"]:
         rows = [row for row in study["ablation"] if not row["variant"].startswith("plain")]
         parts.append(
-            "Ablations, against the plain baseline; those of TRACE where unlearning sees the retain documents that use the "
-            "forget-critical experts least."
+            "Ablations, against the plain baseline; those of TRACE where unlearning sees the retain documents that use "
+            "the forget-critical experts least."
         )
         parts.append("\n".join([_ABLATIONS, *map(_ablation, rows)]))
     parts += [f"![{caption}]({where}/{file})" for file, caption in study["figures"].items()]
