@@ -351,7 +351,7 @@ def _draw_norms(data: dict):
         low, high = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
         axes.plot([low, high], [low, high], color="black", linewidth=0.8)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_locator(ticker.LogLocator(subs=(1,)))
             axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             axis.set_minor_locator(ticker.NullLocator())
         axes.set(xlabel="retain-gradient norm, uniform weights", ylabel="with TRACE's weights", title=title)
