@@ -285,7 +285,8 @@ def test_a_corpus_of_two_sources_forgets_the_one_and_retains_the_other():
 
 
 def test_the_command_lists_filters_and_ends(capsys, tmp_path):
-    arguments = ["--small", "--parts", str(tmp_path), "--only", "^main builtin:devil NPO .* 1$", "--list"]
+    where = ["--parts", str(tmp_path), "--out", str(tmp_path)]  # nothing is recorded there
+    arguments = ["--small", *where, "--only", "^main builtin:devil NPO .* 1$", "--list"]
     assert study.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and lines[-1] == "0 of 5 runs done, on 1 pairs of models"
