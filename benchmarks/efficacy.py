@@ -6,8 +6,8 @@ The whole study counts where its report is there, else the small one.
 import json
 from pathlib import Path
 
-from benchmarks.stamp import ROOT
-from benchmarks.study_reading import interval, reading
+from benchmarks.stamp import RESULTS, ROOT
+from benchmarks.study_reading import clear, interval, reading
 
 STUDIES = ("whole", "small")
 _ABLATIONS = """| ablation of | | Δ at the retrained model's level | Δ at the looser level | seeds |
@@ -15,7 +15,7 @@ _ABLATIONS = """| ablation of | | Δ at the retrained model's level | Δ at the 
 LEVERS = ("TRACE", "WAGLE", "MOLLM", "all three")
 
 
-def generated(results: Path = ROOT / "benchmarks" / "results", root: Path = ROOT) -> str:
+def generated(results: Path = RESULTS, root: Path = ROOT) -> str:
     """The section's text."""
     folder = next((f for f in (results / "study" / name for name in STUDIES) if (f / "study.json").exists()), None)
     if folder is None:
@@ -87,4 +87,4 @@ def _difference(value: dict) -> str:
     if value["mean"] is None:
         return "–"
     text = f"{value['mean']:+.2f}"
-    return f"**{text}**" if value["half"] is not None and abs(value["mean"]) > value["half"] else text
+    return f"**{text}**" if clear(value) else text

@@ -69,12 +69,10 @@ def _premise(rows: list[dict]) -> list[str]:
             f"with the stronger mismatch (f^F/f^R from {points[half]['ratio']:.1f} on), by "
             f"{interval(paired(changes[:half]), 1)} % in the other (runs of one seed are not independent)."
         )
-    known = [r["target"] for r in rows if r["target"] and "weighted" in (r["gradients"] or {})]
-    weighted = [r["gradients"] for r in rows if "weighted" in (r["gradients"] or {})]
-    if weighted and known:
+    known = [r["target"] for r in rows if all("weighted" in (r[where] or {}) for where in ("target", "gradients"))]
+    if known:
         critical, others = (
-            statistics.fmean(g["weighted"][kind] / g["uniform"][kind] for g in known if "weighted" in g)
-            for kind in ("critical", "others")
+            statistics.fmean(g["weighted"][kind] / g["uniform"][kind] for g in known) for kind in ("critical", "others")
         )
         found.append(
             f"TRACE's weights multiply the retain-gradient norm of a critical expert by {critical:.2f} and that of "
@@ -88,6 +86,11 @@ def _spearman(first: Sequence[float], second: Sequence[float]) -> str:
         return "not defined"
     found = stats.spearmanr(first, second)
     return f"{found.statistic:+.2f} (p {found.pvalue:.2g})"
+
+
+def clear(value: dict) -> bool:
+    """Whether the interval of a `paired` value leaves out 0."""
+    return value["half"] is not None and abs(value["mean"]) > value["half"]
 
 
 def interval(value: dict | None, digits: int = 3) -> str:

@@ -16,7 +16,7 @@ import matplotlib
 
 from benchmarks import stamp
 from benchmarks.study import RUNS, Entry, load
-from benchmarks.study_reading import goal, interval, paired, reading
+from benchmarks.study_reading import clear, goal, interval, paired, reading
 from benchmarks.study_run import NEAR
 
 matplotlib.use("Agg")
@@ -293,9 +293,9 @@ def _draw_levers(data: dict):
             for y, r in enumerate(own):
                 value = r[key]["verbmem_r"]
                 if value["n"]:
-                    clear = value["half"] is not None and abs(value["mean"]) > value["half"]
-                    axes.errorbar(value["mean"], y + shift, xerr=value["half"], fmt=marker, markersize=4,
-                                  color=BLUE if clear else GREY, mfc=None if marker == "o" else "white")  # fmt: skip
+                    color, inside = BLUE if clear(value) else GREY, None if marker == "o" else "white"
+                    axes.errorbar(value["mean"], y + shift, xerr=value["half"], fmt=marker, markersize=4, color=color,
+                                  mfc=inside)  # fmt: skip
         axes.set_yticks(range(len(own)), [f"{r['baseline']} + {r['variant']}" for r in own], fontsize=7)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_ylim(-0.7, len(own) - 0.3)

@@ -172,11 +172,6 @@ def run(options) -> None:
         _print_run(out, summary)
 
 
-def evaluate(options) -> None:
-    """Measure a model on forget, retain and holdout text, or with --benchmark; print and save the metrics."""
-    evaluation.run(options)
-
-
 def write_report(options) -> None:
     """Rebuild report.md and the figures of a run folder from its summary.json."""
     print(report.write(Path(options.folder)))
@@ -236,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
                      help="make the first N steps (without N all) beside the plain path and compare")  # fmt: skip
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after")
-    evaluation.add_arguments(command("eval", evaluate))
+    evaluation.add_arguments(command("eval", evaluation.run))
     sub = command("report", write_report)
     sub.add_argument("folder", help="a run folder with summary.json")
     sub = command("demo", demo)

@@ -112,13 +112,13 @@ def evaluate_completions(
             raise ValueError(f"{name}: expected true answers, or a classifier for completions without; got neither")
         examples = [] if name == UTILITY else _examples(model, tokenizer, documents, settings, name)
         prepared[name] = documents, true, examples
+    judge = [] if classifier is None else [model_digest(classifier.model), tokenizer_digest(classifier.tokenizer)]
     for name, (documents, true, examples) in prepared.items():
         plain = [[d.title, d.prompt, d.question, d.text] for d in documents]
         if examples and true:
             run.add(f"{name}_ROUGE", plain, partial(_rouge, model, tokenizer, examples, settings, batch_size))
         if examples and classifier is not None:
             known = run.results.get(f"{name}_ROUGE")
-            judge = [model_digest(classifier.model), tokenizer_digest(classifier.tokenizer)]
             run.add(
                 f"{name}_p_{classifier.label}", [plain, *judge],
                 partial(_classified, model, tokenizer, examples, known, classifier, settings, batch_size),
