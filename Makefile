@@ -4,7 +4,7 @@
 # make lint    ruff check and format
 # make ledger  compile every Triton and CUDA kernel and record its registers, spills ...; no GPU needed
 # make mutants   the tests against wrong versions of every Triton kernel; about half an hour on 2 cores
-# make soak    the full exactness matrix of the fused step; hours on one core, `make soak SOAK="--minutes 30"` a sample
+# make soak    the full exactness matrix of the fused step; 2 hours on 2 cores; `make soak SOAK="--minutes 30"` a sample
 # make gpu     the kernels' tests and compute-sanitizer on this machine's GPU
 # make bench   every op and the whole step against what else there is: one file, pictures, README's table; at most
 #              15 minutes on one core, 15 GB of memory; `make bench BENCH="--only route"` a part
@@ -67,7 +67,7 @@ mutants: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 soak: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(SOAK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --jobs $$(nproc) $(SOAK)
 
 # in the machine's own environment: its torch is built for its CUDA and brings the Triton that goes with it
 gpu:

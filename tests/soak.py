@@ -1,19 +1,23 @@
 """make soak: the full matrix of `tests.exactness`, as far as the time given goes; the result is recorded.
 
-    python -m tests.soak [--minutes M] [--steps 100] [--out benchmarks/results/soak.json] [--fresh]
+    python -m tests.soak [--jobs N] [--minutes M] [--steps 100] [--out benchmarks/results/soak.json] [--fresh]
 
 Each case: verified steps re-synchronised to the plain path, a free run, a second run and a resume at every
 boundary, all of `--steps` steps. Cases come in a drawn, fixed order, so that a short soak is a fair sample; the
-record says how many of them were run, and at which commit each. A soak goes on where one of as many steps ended,
+record says how many of them were run, and at which commit each. `--jobs` processes share them, each of one thread,
+so that the bits of a case do not depend on how many there are. A soak goes on where one of as many steps ended,
 with the cases that failed again; `--fresh` begins anew. The exit code is 1 if a case failed.
 """
 
 import argparse
+import gc
 import json
+import multiprocessing
 import os
 import sys
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -24,8 +28,16 @@ from tests import exactness
 from tests.exactness import Subject, check_bits, check_free_running, check_steps, named
 
 
-def run(case: dict, steps: int) -> dict:
-    """What became of one case."""
+def ready() -> None:
+    """Make a process ready for cases."""
+    torch.set_num_threads(1)
+    gc.set_threshold(50_000)  # what the imports made stays: to look through it so often takes a tenth of the time
+
+
+def run(case: dict, steps: int, until: float) -> dict | None:
+    """What became of one case; None if it is past `until`, in seconds since the epoch."""
+    if time.time() > until:
+        return None
     os.environ["MOE_UNLEARN_IMPL"] = case["impl"]
     started, found = time.process_time(), {"case": named(case)}
     checks = {
@@ -53,37 +65,45 @@ def recorded(path: Path, steps: int) -> list[dict]:
     return [entry for entry in found["results"] if "failed" not in entry]
 
 
+def summary(done: list[dict], cases: list[dict], steps: int, here: dict) -> dict:
+    """The record of the cases done so far."""
+    return {
+        "stamp": here,
+        "steps_per_check": steps,
+        "cases_run": len(done),
+        "cases": len(cases),
+        "failed": sum("failed" in entry for entry in done),
+        "largest_difference": max(
+            (e["steps"]["largest_difference"] for e in done if isinstance(e["steps"], dict)), default=None
+        ),
+        "cpu_minutes": round(sum(e["cpu_seconds"] for e in done) / 60, 1),
+        "results": done,
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after this long")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", type=Path, default=RESULTS / "soak.json")
     parser.add_argument("--fresh", action="store_true", help="forget what has been recorded")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    cases, started, here = list(exactness.full_matrix()), time.monotonic(), stamp()
+    cases, here = list(exactness.full_matrix()), stamp()
     done = [] if options.fresh else recorded(options.out, options.steps)
-    known = {entry["case"] for entry in done}
-    for case in cases:
-        if named(case) in known:
-            continue
-        if time.monotonic() - started > 60 * options.minutes:
-            break
-        done.append(run(case, options.steps) | {"commit": here["commit"]})
-        print(f"{len(done)}/{len(cases)} {json.dumps(done[-1])}", flush=True)
-        summary = {
-            "stamp": here,
-            "steps_per_check": options.steps,
-            "cases_run": len(done),
-            "cases": len(cases),
-            "failed": sum("failed" in entry for entry in done),
-            "largest_difference": max(
-                (e["steps"]["largest_difference"] for e in done if isinstance(e["steps"], dict)), default=None
-            ),
-            "cpu_minutes": round(sum(e["cpu_seconds"] for e in done) / 60, 1),
-            "results": done,
-        }
-        write_text(options.out, json.dumps(summary, indent=1) + "\n")
+    known, until = {entry["case"] for entry in done}, time.time() + 60 * options.minutes
+    # spawned, not forked: torch's threads do not survive a fork
+    pool = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), ready)
+    try:
+        left = [pool.submit(run, case, options.steps, until) for case in cases if named(case) not in known]
+        for future in as_completed(left):
+            if (entry := future.result()) is None:
+                continue
+            done.append(entry | {"commit": here["commit"]})
+            print(f"{len(done)}/{len(cases)} {json.dumps(done[-1])}", flush=True)
+            write_text(options.out, json.dumps(summary(done, cases, options.steps, here), indent=1) + "\n")
+    finally:
+        pool.shutdown(cancel_futures=True)
     return int(any("failed" in entry for entry in done))
 
 
