@@ -7,6 +7,7 @@ from torch import nn
 from moe_unlearn.experts import experts_modules
 
 _STRICT = "guard 'strict' knows every gradient before the first update (guard: loss allows it)"
+_ADAPTED = "the weights are made of others (an adapter)"
 
 
 class Path(NamedTuple):
@@ -49,15 +50,23 @@ def paths(step) -> list[Path]:
     lowest = min((order.index(name.rpartition(".")[0]) for name in trains), default=len(order))
     for name, module in modules.items():
         own = {suffix: p for suffix, p in module.named_parameters() if p.requires_grad}
-        if not own:
-            below = lowest > order.index(name)
-            why = (
-                "nothing trains here or below: no graph is kept" if below else "gradients of layers below pass through"
-            )
-            made.append(Path(name, "below" if below else "frozen", "no expert", why))
-            continue
-        made.append(Path(name, *_way(step, module, own, blocked)))
+        if own:
+            path = _way(step, module, own, blocked)
+        elif any(parameter.startswith(_wrapped(name) + ".") for parameter in trains):
+            path = "autograd", "adapters", _ADAPTED
+        elif lowest > order.index(name):
+            path = "below", "no expert", "nothing trains here or below: no graph is kept"
+        else:
+            path = "frozen", "no expert", "gradients of layers below pass through"
+        made.append(Path(name, *path))
     return made
+
+
+def _wrapped(name: str) -> str:
+    """The name of a module with what PEFT has wrapped around it."""
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return name
 
 
 def _way(step, module: nn.Module, own: dict[str, nn.Parameter], blocked: str) -> tuple[str, str, str]:
@@ -70,7 +79,7 @@ def _way(step, module: nn.Module, own: dict[str, nn.Parameter], blocked: str) ->
     # of an adapter the experts see the sum, whose gradient autograd takes apart
     weights = {suffix for suffix, _ in module.named_parameters(recurse=False)}
     if not own.keys() <= weights or not all(p.is_leaf for p in own.values()):
-        return "autograd", trained, "the weights are made of others (an adapter)"
+        return "autograd", trained, _ADAPTED
     if blocked:
         mollm = step.recipe.mollm
         form = mollm.gradients if mollm else "auto" if blocked == _STRICT else "compact"

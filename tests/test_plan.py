@@ -2,6 +2,7 @@
 
 import itertools
 
+import peft
 import pytest
 import torch
 
@@ -109,6 +110,21 @@ def test_a_padded_batch_and_a_full_one_take_their_own_attention():
     full["labels"] = full["input_ids"]
     step = UnlearnStep(tiny("olmoe"), made("graddiff", "optimizer.name=sgd"))
     check(step, full, full)
+
+
+@pytest.mark.parametrize("where", ["attention", "experts"])
+@pytest.mark.parametrize("name", ["npo", "mollm"])
+def test_memory_and_paths_with_adapters(where, name):
+    on = {
+        "attention": {"target_modules": ["q_proj", "v_proj"]},
+        "experts": {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    }
+    model = peft.get_peft_model(tiny("olmoe"), peft.LoraConfig(r=4, **on[where]))
+    forget, retain = batch(1), batch(2)
+    step = prepared(model, made(name), forget, retain)
+    check(step, forget, retain)
+    way = {"attention": "frozen", "experts": "autograd"}[where]
+    assert [path.way for path in step.plan([forget], [retain]).paths] == [way] * 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
