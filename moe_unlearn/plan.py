@@ -133,7 +133,7 @@ def make_plan(step, forget: list[Batch], retain: list[Batch]) -> Plan:
         steps = "every step" if step.verifier.remaining == math.inf else f"{step.verifier.remaining} steps"
         size = step.verifier.memory() / 2**20
         plan.notes.append(
-            f"verify runs {steps} beside the plain path, at about six times their time and {size:.2f} MiB beside these"
+            f"verify runs {steps} beside the plain path, at 5 to 8 times their time and {size:.2f} MiB beside these"
         )
     return plan
 

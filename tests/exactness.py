@@ -191,18 +191,22 @@ def check_free_running(subject: Subject, steps: int) -> None:
     """Fused and plain on their own: losses of every step, and both sets' after the last.
 
     Rounding grows from step to step: the error allowed is the largest, over the run, of the plain path and of
-    two runs that began with weights off by rounding, all against float64.
+    two runs that began with weights off by rounding, all against float64. These are made where it would not pass
+    without them: they allow more, never less.
     """
     subject.start()
-    wide = {"fused": False, "dtype": torch.float64}
-    ways = [{}, {"fused": False}, wide, {**wide, "off": 1}, {**wide, "off": 2}]
-    runs = [torch.stack(_trajectory(subject, way, steps)) for way in ways]
-    ours, plain, gold, *others = runs
-    errors = torch.stack([run - gold for run in (plain, *others)]).square().sum(0).sqrt().amax(0)
-    for column in range(gold.shape[1]):
-        truth = gold[:, column]
-        baseline = (truth + errors[column]).float()
-        assert_as_accurate(ours[:, column].float(), baseline, truth, name=f"loss {column} of the run")
+    wide, off = {"fused": False, "dtype": torch.float64}, []
+    ours, gold = (torch.stack(_trajectory(subject, way, steps)) for way in ({}, wide))
+    for way in ({"fused": False}, {**wide, "off": 1}, {**wide, "off": 2}):
+        off.append(torch.stack(_trajectory(subject, way, steps)) - gold)
+        try:
+            for column, error in enumerate(torch.stack(off).square().sum(0).sqrt().amax(0)):
+                truth = gold[:, column]
+                assert_as_accurate(ours[:, column].float(), (truth + error).float(), truth, name=f"loss {column}")
+            return
+        except AssertionError:
+            if len(off) == 3:
+                raise
 
 
 def _trajectory(subject: Subject, way: dict, steps: int) -> list[torch.Tensor]:
