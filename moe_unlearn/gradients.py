@@ -17,6 +17,7 @@ from moe_unlearn.config import Mollm
 from moe_unlearn.ops import gram
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
+from moe_unlearn.ranks import Ranks
 from moe_unlearn.sinks import inner_products, join, may_overflow
 
 Gradient = Tensor | list[Factors] | None
@@ -75,11 +76,16 @@ class Gradients:
         self.factors.clear()
         return any(isinstance(g, Factors) for g in self.optimizer.gradients.values())
 
+    def add_up(self, ranks: Ranks) -> None:
+        """The sum of every rank's gradients, none of which are factors."""
+        for gradients in self._held():
+            ranks.add_({name: g for (name, _), g in zip(self.trained, gradients, strict=True)})
+
     def divide(self, parts: int) -> None:
-        """The mean of `parts` micro-batches, from their sum."""
+        """The mean of `parts` gradients, from their sum."""
         if parts == 1:
             return
-        for gradients in self.sets.values() or [[self.of(p) for _, p in self.trained]]:
+        for gradients in self._held():
             for i, gradient in enumerate(gradients):
                 if isinstance(gradient, list):
                     gradients[i] = [f._replace(grad=f.grad / parts) for f in gradient]
@@ -172,6 +178,10 @@ class Gradients:
         self.sets, self._norm = {}, None
         self.factors.clear()
         self._compact.clear()
+
+    def _held(self) -> list[list[Gradient]]:
+        """The sets, or the one there is without MOLLM."""
+        return [*self.sets.values()] or [[self.of(p) for _, p in self.trained]]
 
     def _rows(self, p: nn.Parameter) -> Tensor:
         """The part of a parameter that its gradient is of."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from moe_unlearn.ops.token_loss import IGNORED, token_loss
+from moe_unlearn.ranks import local
 
 Batch = dict[str, Tensor]
 
@@ -230,8 +231,7 @@ def verify_head(model: nn.Module, batch: Batch) -> None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The causal language model inside data-parallel and PEFT wrappers."""
-    while isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+    model = local(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

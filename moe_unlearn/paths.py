@@ -31,6 +31,7 @@ def need(step) -> str:
     recipe, separate = step.recipe, step.objectives.separate
     reasons = {
         "the plain path was asked for": not step.fused,
+        f"the gradients of {step.ranks.count} ranks are added up": step.ranks.count > 1,
         "MOLLM's direction needs every gradient": recipe.mollm is not None,
         f"two forward passes use each weight: {separate}": bool(separate) and recipe.retain.objective != "none",
         "clipping needs every gradient (optimizer.max_grad_norm: null allows it)":
@@ -39,6 +40,15 @@ def need(step) -> str:
         step.held_back: bool(step.held_back),
     }  # fmt: skip
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def form(step) -> str:
+    """What is kept of a gradient until the update: "compact", "factors" or, whichever is smaller, "auto"."""
+    if step.ranks.count > 1:
+        return "compact"
+    if step.recipe.mollm is not None:
+        return step.recipe.mollm.gradients
+    return "compact" if need(step) else "auto"
 
 
 def paths(step) -> list[Path]:
@@ -81,8 +91,6 @@ def _way(step, module: nn.Module, own: dict[str, nn.Parameter], blocked: str) ->
     if not own.keys() <= weights or not all(p.is_leaf for p in own.values()):
         return "autograd", trained, _ADAPTED
     if blocked:
-        mollm = step.recipe.mollm
-        form = mollm.gradients if mollm else "auto" if blocked == _STRICT else "compact"
-        return "compact" if form == "compact" else "factors", trained, blocked
+        return "compact" if form(step) == "compact" else "factors", trained, blocked
     biases = any(p.dim() != 3 for p in own.values())
     return "update", trained, "in the epilogue of the weight gradient" + (", biases compact" if biases else "")

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn import forward, losses, mask_files, reference, seuf, trace, wagle
-from moe_unlearn.cache import RowCache
+from moe_unlearn.cache import RowCache, content_keys
 from moe_unlearn.capture import collect_routing
 from moe_unlearn.config import Recipe
 from moe_unlearn.forward import Batch
+from moe_unlearn.ranks import Ranks
 from moe_unlearn.trace import RoutingFrequencies
 from moe_unlearn.wagle import WeightMask
 
@@ -60,6 +61,11 @@ class Preparation:
     kl_floor: float | None = None
     mask: WeightMask | None = None
     inactive: bool = False  # TRACE found no expert and the recipe allows that
+
+    def chosen(self) -> list[Tensor]:
+        """What decides which weights train: the selected experts, the words of the mask."""
+        found = [self.selected, *(self.mask.packed.values() if self.mask is not None else [])]
+        return [tensor for tensor in found if tensor is not None]
 
     def state_dict(self) -> dict:
         """Nested dict of tensors and plain values."""
@@ -120,14 +126,17 @@ def prepare(
     prepared: Preparation,
     forget: list[Batch],
     retain: list[Batch],
+    ranks: Ranks,
     on_stage: Callable[[str], None] | None = None,
     cache_dir: str | Path | None = None,
 ) -> None:
     """Run the stages not yet in `prepared.done`; `on_stage(name)` is called after each one.
 
-    `cache_dir` is the folder where references are kept between runs; None keeps them in memory only.
+    `cache_dir` is the folder where references are kept between runs; None keeps them in memory only. All ranks do
+    the same work on the same rows (ValueError otherwise), and take the first one's experts and mask.
     """
-    folder = None if cache_dir is None else reference.make_folder(cache_dir)
+    ranks.agree("the rows of prepare()", lambda: [[content_keys(b) for b in side] for side in (forget, retain)])
+    folder = None if cache_dir is None or not ranks.first else reference.make_folder(cache_dir)
     stages = {
         "trace": _trace,
         "seuf": _seuf,
@@ -141,6 +150,7 @@ def prepare(
         for stage in needed(recipe):
             if stage not in prepared.done:
                 stages[stage](model, recipe, prepared, forget, retain)
+                ranks.share_(prepared.chosen())
                 prepared.done.append(stage)
                 if on_stage is not None:
                     on_stage(stage)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moe_unlearn.cache import RowCache, RowStore, content_keys, rows_of, tensor_digest
 from moe_unlearn.forward import Batch
 from moe_unlearn.losses import unwrapped
+from moe_unlearn.ranks import local
 
 _ROW = ("input_ids", "attention_mask", "labels")
 # what the class and the tensors say already, or a save changes; names with an underscore choose how the same
@@ -129,8 +130,7 @@ def fill(
 
 def _adapted(model: nn.Module) -> nn.Module | None:
     """The PEFT wrapper inside data-parallel ones, None if there is none."""
-    while isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+    model = local(model)
     return model if hasattr(model, "disable_adapter") else None
 
 

@@ -24,6 +24,9 @@ optimizer, which the fused one must equal.
 leaves the weights bitwise as they were. `guard: loss` checks the losses so; the gradients of the experts are
 checked layer by layer on the way, and a bad one stops the step with layers above it updated already. Then
 `restore()` is called, if there is one, to bring back the last checkpoint.
+
+A model in DistributedDataParallel makes each process one of several ranks (`ranks`): every one calls the step with rows
+of its own and `prepare` with all rows; losses, and so what stops a step, are the mean over the ranks.
 """
 
 import math
@@ -42,6 +45,7 @@ from moe_unlearn.objectives import NotPreparedError, Objectives, RetainBudgetErr
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
 from moe_unlearn.plan import Plan, make_plan
 from moe_unlearn.preparation import Preparation, needed, prepare
+from moe_unlearn.ranks import Ranks, local
 from moe_unlearn.sinks import CompactSink, FactorSink, NonFiniteError, UpdateSink
 from moe_unlearn.verify import Verifier
 
@@ -50,15 +54,15 @@ class UnlearnStep:
     """One unlearning step over a model with Mixture-of-Experts layers.
 
     Args:
-        model: a transformers causal LM (PEFT-wrapped or not); its experts are switched to the
-            "moe_unlearn" implementation and parameters outside the scope are frozen until `close()`.
+        model: a transformers causal LM (PEFT-wrapped or not, in DistributedDataParallel or not); its experts are
+            switched to the "moe_unlearn" implementation and parameters outside the scope are frozen until `close()`.
         recipe: a `Recipe`, the path of a YAML file or the name of a shipped recipe.
         optimizer: a `MaskedSGD` or `MaskedAdamW` over the model's parameters; None builds the recipe's.
         fused: False takes the plain path, for comparison.
         verify: how many steps, True all, are made beside the plain path and compared; see `verify`.
 
-    Raises TypeError for another optimizer and ValueError for a model without MoE layers, or with nothing to
-    train within the recipe's scope.
+    Raises TypeError for another optimizer and ValueError for a model without MoE layers, with nothing to train within
+    the recipe's scope or with sharded weights, and for `verify` with several ranks.
     """
 
     def __init__(
@@ -71,22 +75,25 @@ class UnlearnStep:
         verify: int | bool = 0,
     ):
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-        self.model, self.fused = model, fused
+        self.ranks = Ranks(model)
+        if verify and self.ranks.count > 1:
+            raise ValueError(f"verify is for one process; got a model shared by {self.ranks.count} ranks")
+        self.model, self.fused = local(model), fused
         #: called when a step stopped with some weights updated already; what it returns ends the error's message
         self.restore: Callable[[], str] | None = None
         #: why the caller needs whole gradients before the update, empty if it does not
         self.held_back = ""
-        self._implementation = enable(model)
-        self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._implementation = enable(self.model)
+        self._flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
         self.prepared = Preparation()
-        self.objectives = Objectives(model, self.recipe, self.prepared)
+        self.objectives = Objectives(self.model, self.recipe, self.prepared)
         self.masks: dict[str, Tensor] = {}
         self.steps = 0
         #: whether the last step saw a forget loss at or below `recipe.stop_forget_loss`
         self.done = False
         self._apply_scope()
         if optimizer is None:
-            optimizer = build_optimizer(model, self.recipe)
+            optimizer = build_optimizer(self.model, self.recipe)
         elif not isinstance(optimizer, MaskedSGD | MaskedAdamW):
             raise TypeError(f"optimizer must be a MaskedSGD or MaskedAdamW; got {type(optimizer).__name__}")
         self.optimizer = optimizer
@@ -112,6 +119,7 @@ class UnlearnStep:
         `on_stage(name)` is called after each stage, when `state_dict()` already holds its result.
         `cache_dir` is a folder that keeps references from run to run, under the content of model and rows;
         OSError names it where it cannot be written to. Under PEFT references are those of the base model.
+        Ranks must be given the same rows (ValueError), and take the first one's experts and mask.
         """
         forget, retain = list(forget_batches), list(retain_batches)
         for side, batches in (("forget", forget), ("retain", retain)):
@@ -123,7 +131,7 @@ class UnlearnStep:
             if on_stage is not None:
                 on_stage(stage)
 
-        prepare(self.model, self.recipe, self.prepared, forget, retain, after, cache_dir)
+        prepare(self.model, self.recipe, self.prepared, forget, retain, self.ranks, after, cache_dir)
         self._apply_masks()
         return self.prepared
 
@@ -171,7 +179,7 @@ class UnlearnStep:
             watch = self.verifier.watch(forget_batch, retain_batch, sizes)
             with step_inputs(self.model, weight_gradients=sink), watch:
                 values = self.objectives(forget_batch, retain_batch, joint=self.fused)
-                metrics = {f"{name}_loss": float(value.detach()) for name, value in values.items()}
+                metrics = self.ranks.mean({f"{name}_loss": float(value.detach()) for name, value in values.items()})
                 check_losses(self.recipe, metrics, self.steps)
                 self._sizes_given = sizes is not None
                 if self._sizes_given:
@@ -197,7 +205,8 @@ class UnlearnStep:
         """
         if not self._micro_batches:
             raise RuntimeError("nothing accumulated: call accumulate(), or the step itself, first")
-        self.gradients.divide(1 if self._sizes_given else len(self._micro_batches))
+        self.gradients.add_up(self.ranks)
+        self.gradients.divide(1 if self._sizes_given else len(self._micro_batches) * self.ranks.count)
         metrics = self._combine_mollm() if self.recipe.mollm is not None else {}
         try:
             factored = self.recipe.mollm is None and self.gradients.settle()
@@ -333,8 +342,7 @@ class UnlearnStep:
         held = self.optimizer, self.optimizer.gradients
         if single_pass:
             return UpdateSink(*held, {p: name for name, p in self._trained()})
-        mollm = self.recipe.mollm
-        form = mollm.gradients if mollm else "auto" if whole and not paths.need(self) else "compact"
+        form = paths.form(self) if whole or self.recipe.mollm else "compact"
         return CompactSink(*held) if form == "compact" else FactorSink(*held, self.gradients.factors, form)
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:

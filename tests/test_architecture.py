@@ -13,7 +13,7 @@ PACKAGE = ROOT / "moe_unlearn"
 # Lower layers first; a module imports only from its own or a lower layer (within `ops`, `data`, `metrics`
 # and `regress` a package is one layer).
 LAYERS = [
-    {"triton_kernels", "backend", "native", "config", "cache", "checkpoint", "report"},
+    {"triton_kernels", "backend", "native", "config", "cache", "checkpoint", "report", "ranks"},
     {"ops", "testing", "memory"},
     {"optim"},
     {"sinks"},
@@ -34,7 +34,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # data and metrics stand beside the trainer and know nothing of the step
-INDEPENDENT = {"data": {"data"}, "metrics": {"metrics", "data", "capture", "losses", "experts", "reference"}}
+INDEPENDENT = {"data": {"data"}, "metrics": {"metrics", "data", "capture", "losses", "experts", "reference", "ranks"}}
 USES_TRANSFORMERS = {
     "experts", "capture", "mask_files", "trainer", "data", "metrics", "integrations", "benchmark", "suite",
     "experiment", "cli",

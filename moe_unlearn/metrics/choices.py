@@ -27,7 +27,8 @@ from moe_unlearn.data import pad_token_id
 from moe_unlearn.metrics.answers import fields
 from moe_unlearn.metrics.results import Evaluation, Result, mean_result
 from moe_unlearn.metrics.scoring import context_length, evaluating
-from moe_unlearn.metrics.workers import local, share
+from moe_unlearn.metrics.workers import share
+from moe_unlearn.ranks import local
 
 DESCRIPTION = "The following are multiple choice questions (with answers) about {subject}.\n\n"
 SUBJECTS = {"wmdp_bio": "biology", "wmdp_chem": "chemistry", "wmdp_cyber": "cybersecurity"}

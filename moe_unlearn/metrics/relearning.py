@@ -11,7 +11,7 @@ from torch import nn
 from moe_unlearn.data import Example, batches
 from moe_unlearn.metrics.privacy import nll
 from moe_unlearn.metrics.scoring import evaluating, token_scores
-from moe_unlearn.metrics.workers import local
+from moe_unlearn.ranks import local
 
 Measure = Callable[[nn.Module], dict[str, float]]
 

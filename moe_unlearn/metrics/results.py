@@ -21,7 +21,8 @@ from pathlib import Path
 
 from torch import nn
 
-from moe_unlearn.metrics.workers import gather, is_first, local, on_first, sharded
+from moe_unlearn.metrics.workers import is_first, on_first
+from moe_unlearn.ranks import gather, local, sharded
 from moe_unlearn.reference import model_digest
 
 FORMAT = "moe-unlearn evaluation 1"  # raise it when the same model, data and settings give other numbers

@@ -10,7 +10,7 @@ from moe_unlearn.capture import routing_capture
 from moe_unlearn.data import Example, batches
 from moe_unlearn.losses import final_hidden_states
 from moe_unlearn.metrics.scoring import evaluating
-from moe_unlearn.metrics.workers import local
+from moe_unlearn.ranks import local
 
 
 @dataclass(frozen=True)

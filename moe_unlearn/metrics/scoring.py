@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.data import Example, batches
-from moe_unlearn.metrics.workers import local, share
+from moe_unlearn.metrics.workers import share
+from moe_unlearn.ranks import local
 
 
 @dataclass(frozen=True)

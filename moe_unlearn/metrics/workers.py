@@ -4,18 +4,11 @@ Without an initialised process group there is one rank. A model whose own forwar
 weights are sharded) cannot be used by one of them alone: then every rank does all the work.
 """
 
-import json
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import distributed, nn
 
-
-def local(model: nn.Module) -> nn.Module:
-    """The model inside data-parallel wrappers, whose forward pass would wait for the other ranks."""
-    while isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    return model
+from moe_unlearn.ranks import gather, initialised, sharded
 
 
 def share(model: nn.Module, items: Sequence, compute: Callable[[list], list]) -> list:
@@ -47,36 +40,6 @@ def share(model: nn.Module, items: Sequence, compute: Callable[[list], list]) ->
     return merged
 
 
-def gather(value: object) -> list:
-    """The JSON value of every rank, in their order; floats come back bit for bit."""
-    if not _initialised():
-        return [value]
-    device = torch.device("cuda") if distributed.get_backend() == "nccl" else torch.device("cpu")
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    length = torch.tensor([len(data)], device=device)
-    lengths = [torch.empty_like(length) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(lengths, length)
-    longest = int(max(lengths))
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: len(data)] = data
-    bodies = [torch.empty_like(padded) for _ in lengths]
-    distributed.all_gather(bodies, padded)
-    return [json.loads(bytes(b[: int(n)].cpu().numpy())) for b, n in zip(bodies, lengths, strict=True)]
-
-
-def sharded(model: nn.Module) -> bool:
-    """Whether no rank holds all weights, so that every rank must take part in every forward pass."""
-    if not _initialised():
-        return False
-    # imported here: one process never needs them, and they are slow to import
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(m, FullyShardedDataParallel) for m in model.modules()) or any(
-        isinstance(p, DTensor) for p in model.parameters()
-    )
-
-
 def on_first(write: Callable[[], None]) -> None:
     """Have the first rank write; an OSError there is raised on every rank, so that none goes on alone."""
     error = None
@@ -94,14 +57,10 @@ def on_first(write: Callable[[], None]) -> None:
 
 def is_first() -> bool:
     """Whether this rank writes files."""
-    return not _initialised() or distributed.get_rank() == 0
-
-
-def _initialised() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return not initialised() or distributed.get_rank() == 0
 
 
 def _ranks(model: nn.Module) -> tuple[int, int]:
-    if not _initialised() or sharded(model):
+    if not initialised() or sharded(model):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()

@@ -1,30 +1,19 @@
 """Two gloo processes share the work and both get what one process gets."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from moe_unlearn.metrics.workers import gather, is_first, share
+from moe_unlearn.metrics.workers import is_first, share
+from moe_unlearn.ranks import gather
 from tests.metrics.workers_child import evaluations
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.two_ranks import run_two
 
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.metrics.workers_child"]
-    children = [subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=ROOT, env=environment) for rank in range(2)]
-    try:
-        assert [child.wait(timeout=300) for child in children] == [0, 0]
-    finally:
-        for child in children:
-            child.kill()
+    run_two("tests.metrics.workers_child", tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     alone = evaluations(None)
     for key, value in alone.items():

@@ -12,6 +12,7 @@ from moe_unlearn.data import Document, Example, encode
 from moe_unlearn.metrics import MuseData, MuseSettings, evaluate_muse, greedy, token_scores
 from moe_unlearn.metrics.workers import on_first, share
 from tests.models import tiny_olmoe
+from tests.two_ranks import join
 
 
 def evaluations(folder: Path | None) -> dict:
@@ -57,7 +58,7 @@ def sharded_scores() -> list:
 
 
 def main(rank: int, folder: Path) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    join(rank, folder)
     found = evaluations(folder)
     plain, mine = torch.nn.Linear(1, 1), []
 

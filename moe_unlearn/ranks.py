@@ -1,0 +1,130 @@
+"""The ranks of torch.distributed that train one model: each has all weights, and rows of its own.
+
+    g = 1/R sum_r g_r            for R ranks; weighed by `sizes` of the global batch  g = sum_r g_r
+
+A model in torch's DistributedDataParallel is such a replica. Its wrapper's forward pass is not used, so that its hooks
+rest: what the ranks add up are the step's own gradients, compact, so that only what trains is sent.
+
+Every rank makes the same calls. Sums are the same bits on all of them, and so are the weights after a step. What one
+rank alone finds wrong with its own arguments it raises alone, as everywhere in torch.distributed.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+class Ranks:
+    """The ranks that share a model, one if it is no replica; `count` of them.
+
+    Raises ValueError for a model whose weights are sharded.
+    """
+
+    def __init__(self, model: nn.Module):
+        if sharded(model):
+            raise ValueError(
+                "expected all weights on every rank; got a model whose weights are sharded (FSDP): leave it whole and "
+                "put it in torch.nn.parallel.DistributedDataParallel, or train one process"
+            )
+        self.group = model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        self.count = 1 if self.group is None else distributed.get_world_size(self.group)
+        self.device = next(model.parameters()).device
+
+    def __deepcopy__(self, memo: dict) -> "Ranks":
+        """As many ranks, none of which is spoken to: for a rehearsal."""
+        copied = object.__new__(Ranks)
+        copied.group, copied.count, copied.device = None, self.count, self.device
+        return copied
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes."""
+        return self.group is None or distributed.get_rank(self.group) == 0
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The mean of every rank's values; not finite where one of them is not."""
+        if self.group is None:
+            return dict(values)
+        total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        distributed.all_reduce(total, group=self.group)
+        return dict(zip(values, (total / self.count).tolist(), strict=True))
+
+    def add_(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """The sum of every rank's gradients, in place, by the name of their parameter.
+
+        Raises RuntimeError on all ranks if some have a gradient that others have not.
+        """
+        if self.group is None:
+            return
+        present = torch.tensor([g is not None for g in gradients.values()], dtype=torch.int32, device=self.device)
+        distributed.all_reduce(present, group=self.group)
+        for (name, gradient), holders in zip(gradients.items(), present.tolist(), strict=True):
+            if holders not in (0, self.count):
+                raise RuntimeError(f"the gradient of {name}: expected it on all {self.count} ranks; {holders} have one")
+            if gradient is not None:
+                self._in_place(gradient, distributed.all_reduce)
+
+    def share_(self, tensors: Iterable[Tensor]) -> None:
+        """The first rank's tensors, in place, on all of them; each has the same shapes."""
+        if self.group is not None:
+            for tensor in tensors:
+                self._in_place(tensor, lambda t, group: distributed.broadcast(t, group=group, group_src=0))
+
+    def agree(self, what: str, value: Callable[[], object]) -> None:
+        """Raise ValueError on all ranks unless they have the same JSON value."""
+        if self.group is None:
+            return
+        values = gather(value(), self.group)
+        if any(other != values[0] for other in values):
+            raise ValueError(f"expected {what} to be the same on all {self.count} ranks; they differ")
+
+    def _in_place(self, tensor: Tensor, exchange) -> None:
+        # collectives take memory without gaps, on the device of their backend
+        sent = tensor.to(self.device).contiguous()
+        exchange(sent, group=self.group)
+        if sent is not tensor:
+            tensor.copy_(sent)
+
+
+def local(model: nn.Module) -> nn.Module:
+    """The model inside data-parallel wrappers, whose forward pass would wait for the other ranks."""
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether no rank holds all weights, so that every rank must take part in every forward pass."""
+    if not initialised():
+        return False
+    # imported here: one process never needs them, and they are slow to import
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(m, FullyShardedDataParallel) for m in model.modules()) or any(
+        isinstance(p, DTensor) for p in model.parameters()
+    )
+
+
+def gather(value: object, group: "distributed.ProcessGroup | None" = None) -> list:
+    """The JSON value of every rank, in their order; floats come back bit for bit."""
+    if not initialised():
+        return [value]
+    device = torch.device("cuda") if distributed.get_backend(group) == "nccl" else torch.device("cpu")
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    length = torch.tensor([len(data)], device=device)
+    lengths = [torch.empty_like(length) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(lengths, length, group=group)
+    longest = int(max(lengths))
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(data)] = data
+    bodies = [torch.empty_like(padded) for _ in lengths]
+    distributed.all_gather(bodies, padded, group=group)
+    return [json.loads(bytes(b[: int(n)].cpu().numpy())) for b, n in zip(bodies, lengths, strict=True)]
+
+
+def initialised() -> bool:
+    """Whether this process is a rank of torch.distributed."""
+    return distributed.is_available() and distributed.is_initialized()

@@ -1,0 +1,118 @@
+"""One of two ranks that make unlearning steps together; writes its weights, and the errors it met."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from moe_unlearn.objectives import Objectives
+from moe_unlearn.step import UnlearnStep
+from tests.models import tiny_olmoe
+from tests.steps import VOCAB, changed, data, recipe, weights
+from tests.two_ranks import join
+
+STEPS = 2
+SGD = ["optimizer.name=sgd", "optimizer.momentum=0.9"]
+CASES = {
+    "graddiff": ["optimizer.max_grad_norm=0.5"],
+    "npo": ["fused=false"],
+    "trace": ["scope.kind=experts"],
+    "wagle": ["wagle.keep=0.3"],
+    "mollm": ["mollm.gradients=factors", "mollm.kl_floor=0"],
+    "combined": ["sizes=true", "mollm.kl_floor=0"],
+}
+
+
+def made(name: str, *more: str):
+    """The recipe of a case, and what it asks of the step itself."""
+    asked = {line.partition("=")[0] for line in CASES[name]} & {"fused", "sizes"}
+    own = [line for line in CASES[name] if line.partition("=")[0] not in asked]
+    return recipe(name, *SGD, *own, *more, lr=1e-2), {"fused": "fused" not in asked}, "sizes" in asked
+
+
+def model() -> torch.nn.Module:
+    """The same on every rank."""
+    torch.manual_seed(0)
+    return tiny_olmoe(VOCAB).eval()
+
+
+def batches_of(i: int, rank: int) -> tuple[dict, dict]:
+    """What a rank has in step `i`."""
+    forget, retain = data()
+    which = (2 * i + rank) % len(forget)
+    return forget[which], retain[which]
+
+
+def both_sizes(step, i: int) -> dict[str, int]:
+    """Of the batches that the ranks have in step `i`."""
+    own = [step.objectives.sizes(*batches_of(i, rank)) for rank in range(2)]
+    return {side: own[0][side] + own[1][side] for side in own[0]}
+
+
+def run(name: str, rank: int, folder: Path) -> tuple[dict, list[dict]]:
+    """Weights and metrics after `STEPS` steps."""
+    settings, options, sized = made(name)
+    step = UnlearnStep(DistributedDataParallel(model()), settings, **options)
+    step.prepare(*data(), cache_dir=folder / "cache")
+    metrics = [step(*batches_of(i, rank), sizes=both_sizes(step, i) if sized else None) for i in range(STEPS)]
+    return weights(step.model), metrics
+
+
+class NotFinite(Objectives):
+    """Losses that are all NaN."""
+
+    def __call__(self, *args, **options):
+        return {name: value * float("nan") for name, value in super().__call__(*args, **options).items()}
+
+
+def refused(rank: int) -> list[str]:
+    """What must end on both ranks, though only one of them may have cause to, with no weight moved."""
+    errors = []
+
+    def attempt(act):
+        step = UnlearnStep(DistributedDataParallel(model()), recipe("graddiff"))
+        before = weights(step.model)
+        try:
+            act(step)
+        except (ValueError, ArithmeticError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+        assert not changed(step.model, before)
+
+    def bad_loss(step):
+        step.objectives.__class__ = NotFinite if rank else Objectives
+        step(*batches_of(0, rank))
+
+    def bad_gradient(step):
+        if rank:
+            step.model.model.norm.weight.register_hook(lambda g: g * float("inf"))
+        step(*batches_of(0, rank))
+
+    def sharded(step):
+        UnlearnStep(fully_shard(model()), recipe("graddiff"))
+
+    attempt(bad_loss)
+    attempt(bad_gradient)
+    attempt(lambda step: step.prepare(*(side[rank:] for side in data())))
+    attempt(sharded)
+    attempt(lambda step: UnlearnStep(DistributedDataParallel(model()), recipe("graddiff"), verify=1))
+    return errors
+
+
+def main(rank: int, folder: Path) -> None:
+    join(rank, folder)
+    found = {}
+    for name in CASES:
+        after, found[name] = run(name, rank, folder)
+        save_file(after, folder / f"{name}-{rank}.safetensors")
+    found["errors"] = refused(rank)
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

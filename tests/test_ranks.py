@@ -1,0 +1,91 @@
+"""Two ranks make the step that one process makes of both their batches."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moe_unlearn.ranks import Ranks
+from moe_unlearn.step import UnlearnStep
+from tests import ranks_child
+from tests.ranks_child import CASES, STEPS, batches_of, both_sizes, made
+from tests.steps import check_changes, data, recipe, weights
+from tests.two_ranks import run_two
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The folder where both have left what they found, and that."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_two("tests.ranks_child", folder)
+    return folder, *(json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2))
+
+
+def alone(name, dtype=torch.float32, *, fused=True):
+    """Weights and losses of one process to which the ranks' batches are micro-batches."""
+    # what ranks add up is compact, whatever the recipe says
+    settings, options, sized = made(name, *(["mollm.gradients=compact"] if name in ("mollm", "combined") else []))
+    step = UnlearnStep(ranks_child.model().to(dtype), settings, fused=fused and options["fused"])
+    step.prepare(*data())
+    losses = []
+    for i in range(STEPS):
+        sizes = both_sizes(step, i) if sized else None
+        parts = [step.accumulate(*batches_of(i, rank), sizes=sizes) for rank in range(2)]
+        losses.append({key: sum(part[key] for part in parts) / 2 for key in parts[0]})
+        step.update()
+    return weights(step.model), losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_make_the_step_of_one(name, ranks):
+    folder, *found = ranks
+    ours, other = (load_file(folder / f"{name}-{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(ours[key], other[key]) for key in ours)
+    assert found[0][name] == found[1][name]
+    accumulated, losses = alone(name)
+    plain, gold = (alone(name, dtype, fused=False)[0] for dtype in (torch.float32, torch.float64))
+    check_changes(ranks_child.model(), {"ours": ours, "baseline": plain, "gold": gold}, only_changed=True)
+    for mine, expected in zip(found[0][name], losses, strict=True):
+        assert {key: mine[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+    assert all(torch.equal(ours[key], accumulated[key]) for key in ours)
+
+
+@pytest.mark.slow
+def test_what_one_rank_cannot_do_neither_does(ranks):
+    _, first, second = ranks
+    assert first["errors"] == second["errors"]
+    for error, words in zip(
+        first["errors"],
+        (
+            "NonFiniteError: forget_loss is nan, retain_loss is nan: stopped before the update",
+            "NonFiniteError: the gradient norm is",
+            "ValueError: expected the rows of prepare() to be the same on all 2 ranks; they differ",
+            "ValueError: expected all weights on every rank; got a model whose weights are sharded (FSDP)",
+            "ValueError: verify is for one process; got a model shared by 2 ranks",
+        ),
+        strict=True,
+    ):
+        assert error.startswith(words)
+
+
+@pytest.mark.quick
+def test_one_process_speaks_to_nobody():
+    alone = Ranks(torch.nn.Linear(1, 1))
+    gradients = {"a": torch.ones(2), "b": None}
+    alone.add_(gradients)
+    alone.share_([gradients["a"]])
+    alone.agree("anything", lambda: pytest.fail("nobody to compare with"))
+    assert alone.count == 1 and alone.first and alone.mean({"x": 1.5}) == {"x": 1.5}
+    assert torch.equal(gradients["a"], torch.ones(2))
+
+
+@pytest.mark.quick
+def test_the_plan_of_ranks_says_that_gradients_are_added_up():
+    step = UnlearnStep(ranks_child.model(), recipe("graddiff", "guard=loss"))
+    step.ranks.count = 2
+    forget, retain = data()
+    plan = step.plan(forget, retain)
+    assert {(path.way, path.reason) for path in plan.paths} == {("compact", "the gradients of 2 ranks are added up")}
+    assert plan.memory["gradients"] > 0

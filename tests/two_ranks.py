@@ -1,0 +1,27 @@
+"""Two processes that are the ranks of a gloo group."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from torch import distributed
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_two(module: str, folder: Path) -> None:
+    """Run `python -m module RANK FOLDER` as ranks 0 and 1; both must end well."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module]
+    children = [subprocess.Popen([*command, str(rank), str(folder)], cwd=ROOT, env=environment) for rank in range(2)]
+    try:
+        assert [child.wait(timeout=300) for child in children] == [0, 0]
+    finally:
+        for child in children:
+            child.kill()
+
+
+def join(rank: int, folder: Path) -> None:
+    """Make this process one of the two."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
