@@ -2,8 +2,9 @@
 
     g = 1/R sum_r g_r            for R ranks; weighed by `sizes` of the global batch  g = sum_r g_r
 
-A model in torch's DistributedDataParallel is such a replica. Its wrapper's forward pass is not used, so that its hooks
-rest: what the ranks add up are the step's own gradients, compact, so that only what trains is sent.
+What the ranks add up are the step's own gradients, compact, so that only what trains is sent. A model need not be in
+torch's DistributedDataParallel, which takes memory for a gradient of every weight; if it is, the wrapper's forward pass
+is not used, and its hooks rest.
 
 Every rank makes the same calls. Sums are the same bits on all of them, and so are the weights after a step. What one
 rank alone finds wrong with its own arguments it raises alone, as everywhere in torch.distributed.
@@ -17,20 +18,22 @@ from torch import Tensor, distributed, nn
 
 
 class Ranks:
-    """The ranks that share a model, one if it is no replica; `count` of them.
+    """The ranks that share a model, `count` of them: those of `group`, else of its DistributedDataParallel, else one.
 
-    Raises ValueError for a model whose weights are sharded.
+    All take the first one's parameters and buffers. Raises ValueError for a model whose weights are sharded.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, group: "distributed.ProcessGroup | None" = None):
         if sharded(model):
             raise ValueError(
-                "expected all weights on every rank; got a model whose weights are sharded (FSDP): leave it whole and "
-                "put it in torch.nn.parallel.DistributedDataParallel, or train one process"
+                "expected all weights on every rank; got a model whose weights are sharded (FSDP): leave it whole"
             )
-        self.group = model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        if group is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            group = model.process_group
+        self.group = group
         self.count = 1 if self.group is None else distributed.get_world_size(self.group)
         self.device = next(model.parameters()).device
+        self.share_(tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
 
     def __deepcopy__(self, memo: dict) -> "Ranks":
         """As many ranks, none of which is spoken to: for a rehearsal."""

@@ -25,8 +25,8 @@ leaves the weights bitwise as they were. `guard: loss` checks the losses so; the
 checked layer by layer on the way, and a bad one stops the step with layers above it updated already. Then
 `restore()` is called, if there is one, to bring back the last checkpoint.
 
-A model in DistributedDataParallel makes each process one of several ranks (`ranks`): every one calls the step with rows
-of its own and `prepare` with all rows; losses, and so what stops a step, are the mean over the ranks.
+With a `process_group` each process is one of several ranks (`ranks`): every one calls the step with rows of its own
+and `prepare` with all rows; losses, and so what stops a step, are the mean over the ranks.
 """
 
 import math
@@ -54,15 +54,16 @@ class UnlearnStep:
     """One unlearning step over a model with Mixture-of-Experts layers.
 
     Args:
-        model: a transformers causal LM (PEFT-wrapped or not, in DistributedDataParallel or not); its experts are
-            switched to the "moe_unlearn" implementation and parameters outside the scope are frozen until `close()`.
+        model: a transformers causal LM (PEFT-wrapped or not); its experts are switched to the
+            "moe_unlearn" implementation and parameters outside the scope are frozen until `close()`.
         recipe: a `Recipe`, the path of a YAML file or the name of a shipped recipe.
         optimizer: a `MaskedSGD` or `MaskedAdamW` over the model's parameters; None builds the recipe's.
         fused: False takes the plain path, for comparison.
         verify: how many steps, True all, are made beside the plain path and compared; see `verify`.
+        process_group: the ranks that train this model, which take the first one's weights; see `ranks`.
 
-    Raises TypeError for another optimizer and ValueError for a model without MoE layers, with nothing to train within
-    the recipe's scope or with sharded weights, and for `verify` with several ranks.
+    Raises TypeError for another optimizer and ValueError for a model without MoE layers, with nothing to train in the
+    recipe's scope or with sharded weights, and for `verify` with several ranks.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class UnlearnStep:
         *,
         fused: bool = True,
         verify: int | bool = 0,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
     ):
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-        self.ranks = Ranks(model)
+        self.ranks = Ranks(model, process_group)
         if verify and self.ranks.count > 1:
             raise ValueError(f"verify is for one process; got a model shared by {self.ranks.count} ranks")
         self.model, self.fused = local(model), fused
@@ -113,13 +115,12 @@ class UnlearnStep:
         on_stage: Callable[[str], None] | None = None,
         cache_dir: str | Path | None = None,
     ) -> Preparation:
-        """Run the preparation stages the recipe needs and that have not run; see `preparation`.
+        """Run the preparation stages the recipe needs and that have not run, the same on all ranks; see `preparation`.
 
         Both sets must hold every row the step will meet when weights or references are cached for it.
         `on_stage(name)` is called after each stage, when `state_dict()` already holds its result.
         `cache_dir` is a folder that keeps references from run to run, under the content of model and rows;
         OSError names it where it cannot be written to. Under PEFT references are those of the base model.
-        Ranks must be given the same rows (ValueError), and take the first one's experts and mask.
         """
         forget, retain = list(forget_batches), list(retain_batches)
         for side, batches in (("forget", forget), ("retain", retain)):

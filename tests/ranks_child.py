@@ -35,9 +35,8 @@ def made(name: str, *more: str):
     return recipe(name, *SGD, *own, *more, lr=1e-2), {"fused": "fused" not in asked}, "sizes" in asked
 
 
-def model() -> torch.nn.Module:
-    """The same on every rank."""
-    torch.manual_seed(0)
+def model(seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
     return tiny_olmoe(VOCAB).eval()
 
 
@@ -57,7 +56,10 @@ def both_sizes(step, i: int) -> dict[str, int]:
 def run(name: str, rank: int, folder: Path) -> tuple[dict, list[dict]]:
     """Weights and metrics after `STEPS` steps."""
     settings, options, sized = made(name)
-    step = UnlearnStep(DistributedDataParallel(model()), settings, **options)
+    if name == "graddiff":
+        step = UnlearnStep(DistributedDataParallel(model()), settings, **options)
+    else:  # weights that differ become the first rank's
+        step = UnlearnStep(model(rank), settings, process_group=distributed.group.WORLD, **options)
     step.prepare(*data(), cache_dir=folder / "cache")
     metrics = [step(*batches_of(i, rank), sizes=both_sizes(step, i) if sized else None) for i in range(STEPS)]
     return weights(step.model), metrics
