@@ -32,13 +32,12 @@ class Ranks:
             group = model.process_group
         self.group = group
         self.count = 1 if self.group is None else distributed.get_world_size(self.group)
-        self.device = next(model.parameters()).device
         self.share_(tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
 
     def __deepcopy__(self, memo: dict) -> "Ranks":
         """As many ranks, none of which is spoken to: for a rehearsal."""
         copied = object.__new__(Ranks)
-        copied.group, copied.count, copied.device = None, self.count, self.device
+        copied.group, copied.count = None, self.count
         return copied
 
     @property
@@ -50,8 +49,8 @@ class Ranks:
         """The mean of every rank's values; not finite where one of them is not."""
         if self.group is None:
             return dict(values)
-        total = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        distributed.all_reduce(total, group=self.group)
+        total = torch.tensor(list(values.values()), dtype=torch.float64)
+        self._in_place(total, distributed.all_reduce)
         return dict(zip(values, (total / self.count).tolist(), strict=True))
 
     def add_(self, gradients: Mapping[str, Tensor | None]) -> None:
@@ -61,8 +60,8 @@ class Ranks:
         """
         if self.group is None:
             return
-        present = torch.tensor([g is not None for g in gradients.values()], dtype=torch.int32, device=self.device)
-        distributed.all_reduce(present, group=self.group)
+        present = torch.tensor([g is not None for g in gradients.values()], dtype=torch.int32)
+        self._in_place(present, distributed.all_reduce)
         for (name, gradient), holders in zip(gradients.items(), present.tolist(), strict=True):
             if holders not in (0, self.count):
                 raise RuntimeError(f"the gradient of {name}: expected it on all {self.count} ranks; {holders} have one")
@@ -83,9 +82,9 @@ class Ranks:
         if any(other != values[0] for other in values):
             raise ValueError(f"expected {what} to be the same on all {self.count} ranks; they differ")
 
-    def _in_place(self, tensor: Tensor, exchange) -> None:
-        # collectives take memory without gaps, on the device of their backend
-        sent = tensor.to(self.device).contiguous()
+    def _in_place(self, tensor: Tensor, exchange: Callable) -> None:
+        # collectives take memory without gaps, NCCL's on its own device
+        sent = tensor.to(_device(self.group, tensor.device)).contiguous()
         exchange(sent, group=self.group)
         if sent is not tensor:
             tensor.copy_(sent)
@@ -115,7 +114,7 @@ def gather(value: object, group: "distributed.ProcessGroup | None" = None) -> li
     """The JSON value of every rank, in their order; floats come back bit for bit."""
     if not initialised():
         return [value]
-    device = torch.device("cuda") if distributed.get_backend(group) == "nccl" else torch.device("cpu")
+    device = _device(group, torch.device("cpu"))
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     length = torch.tensor([len(data)], device=device)
     lengths = [torch.empty_like(length) for _ in range(distributed.get_world_size(group))]
@@ -131,3 +130,10 @@ def gather(value: object, group: "distributed.ProcessGroup | None" = None) -> li
 def initialised() -> bool:
     """Whether this process is a rank of torch.distributed."""
     return distributed.is_available() and distributed.is_initialized()
+
+
+def _device(group: "distributed.ProcessGroup | None", preferred: torch.device) -> torch.device:
+    """Where the backend of `group` takes tensors: `preferred`, if it can."""
+    if distributed.get_backend(group) == "nccl" and preferred.type != "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return preferred

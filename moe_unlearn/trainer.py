@@ -11,10 +11,11 @@ saved beside the model.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -56,8 +57,9 @@ class UnlearnTrainer(Trainer):
         cache_dir: folder that keeps references from run to run; see `UnlearnStep.prepare`.
         verify: how many steps to make beside the plain path, as in `UnlearnStep`.
 
-    Further keywords go to `Trainer`, except `optimizers`, which the recipe determines. Raises ValueError
-    for fp16 (its loss scaling would need gradients twice) and for more than one process.
+    Further keywords go to `Trainer`, except `optimizers`, which the recipe determines. Several processes (`torchrun`)
+    are ranks, each with all weights; see `ranks`. Raises ValueError for fp16 (its loss scaling would need gradients
+    twice), and for FSDP and DeepSpeed over several processes.
     """
 
     def __init__(
@@ -75,13 +77,14 @@ class UnlearnTrainer(Trainer):
             raise ValueError("the recipe's optimizer section makes the optimizer; pass no other")
         if args.fp16:
             raise ValueError("fp16 needs loss scaling, which is not supported; use bf16")
-        if args.world_size > 1:
-            raise ValueError(f"one process is supported; TrainingArguments has world_size {args.world_size}")
+        if args.world_size > 1 and (args.fsdp or args.deepspeed):
+            raise ValueError("FSDP and DeepSpeed share weights out; every rank of UnlearnTrainer needs all of them")
         for side in ("forget", "retain"):
             if not len(getattr(train_dataset, side, ())):
                 raise ValueError(f"train_dataset must have a non-empty list of examples {side!r}")
         args.remove_unused_columns = False
-        self.unlearn_step = UnlearnStep(model, recipe, verify=verify)
+        ranks = distributed.group.WORLD if args.world_size > 1 else None
+        self.unlearn_step = UnlearnStep(model, recipe, verify=verify, process_group=ranks)
         if args.gradient_accumulation_steps > 1:
             self.unlearn_step.held_back = "TrainingArguments.gradient_accumulation_steps is above 1"
         elif args.max_grad_norm:
@@ -100,6 +103,9 @@ class UnlearnTrainer(Trainer):
             optimizers=(self.unlearn_step.optimizer, None),
             **keywords,
         )
+        if ranks is not None:
+            # the step adds gradients up itself; DistributedDataParallel would hold memory for one of every weight
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.add_callback(_Bookkeeping(self.unlearn_step, train_dataset, self._log_metrics))
         self.unlearn_step.restore = self._restore
 
@@ -169,11 +175,12 @@ class UnlearnTrainer(Trainer):
         return torch.tensor(self.unlearn_step.clip(self.args.max_grad_norm))
 
     def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        state = self.unlearn_step.state_dict()
-        del state["optimizer"]  # the Trainer saves it
-        save_state(folder, _STATE, state)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            state = self.unlearn_step.state_dict()
+            del state["optimizer"]  # the Trainer saves it
+            save_state(folder, _STATE, state)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -10,10 +10,13 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from moe_unlearn.data import ForgetRetainDataset
 from moe_unlearn.objectives import Objectives
 from moe_unlearn.step import UnlearnStep
+from moe_unlearn.trainer import UnlearnTrainer
 from tests.models import tiny_olmoe
 from tests.steps import VOCAB, changed, data, recipe, weights
+from tests.test_trainer import arguments, combined, differing, examples
 from tests.two_ranks import join
 
 STEPS = 2
@@ -65,6 +68,21 @@ def run(name: str, rank: int, folder: Path) -> tuple[dict, list[dict]]:
     return weights(step.model), metrics
 
 
+def trained(folder: Path, **keywords) -> tuple[dict, dict]:
+    """Weights and losses of a Trainer's run, and in which weights one differs that is resumed half-way."""
+    dataset = ForgetRetainDataset(examples(16, 1), examples(20, 2), seed=0)  # whole batches alone
+
+    def trainer() -> UnlearnTrainer:
+        settings = arguments(folder, max_steps=4, **keywords)
+        return UnlearnTrainer(model(), settings, combined("mollm.gradients=compact"), dataset)
+
+    whole, again = trainer(), trainer()
+    whole.train()
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    losses = [entry["forget_loss"] for entry in whole.state.log_history if "forget_loss" in entry]
+    return weights(whole.model), {"losses": losses, "differing": differing(again.model, whole.model)}
+
+
 class NotFinite(Objectives):
     """Losses that are all NaN."""
 
@@ -72,7 +90,7 @@ class NotFinite(Objectives):
         return {name: value * float("nan") for name, value in super().__call__(*args, **options).items()}
 
 
-def refused(rank: int) -> list[str]:
+def refused(rank: int, folder: Path) -> list[str]:
     """What must end on both ranks, though only one of them may have cause to, with no weight moved."""
     errors = []
 
@@ -102,6 +120,7 @@ def refused(rank: int) -> list[str]:
     attempt(lambda step: step.prepare(*(side[rank:] for side in data())))
     attempt(sharded)
     attempt(lambda step: UnlearnStep(DistributedDataParallel(model()), recipe("graddiff"), verify=1))
+    attempt(lambda step: trained(folder / "fsdp", ddp_backend="gloo", fsdp=True))
     return errors
 
 
@@ -111,7 +130,9 @@ def main(rank: int, folder: Path) -> None:
     for name in CASES:
         after, found[name] = run(name, rank, folder)
         save_file(after, folder / f"{name}-{rank}.safetensors")
-    found["errors"] = refused(rank)
+    after, found["trainer"] = trained(folder / "trainer", ddp_backend="gloo")
+    save_file(after, folder / f"trainer-{rank}.safetensors")
+    found["errors"] = refused(rank, folder)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 

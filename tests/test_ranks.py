@@ -53,6 +53,17 @@ def test_two_ranks_make_the_step_of_one(name, ranks):
 
 
 @pytest.mark.slow
+def test_two_ranks_train_what_one_trainer_does(ranks, tmp_path):
+    folder, first, second = ranks
+    ours, other = (load_file(folder / f"trainer-{rank}.safetensors") for rank in range(2))
+    after, found = ranks_child.trained(tmp_path, gradient_accumulation_steps=2)
+    assert first["trainer"] == second["trainer"]
+    assert first["trainer"]["losses"] == pytest.approx(found["losses"], rel=1e-6)
+    assert first["trainer"]["differing"] == found["differing"] == []
+    assert all(torch.equal(ours[key], other[key]) and torch.equal(ours[key], after[key]) for key in ours)
+
+
+@pytest.mark.slow
 def test_what_one_rank_cannot_do_neither_does(ranks):
     _, first, second = ranks
     assert first["errors"] == second["errors"]
@@ -64,6 +75,7 @@ def test_what_one_rank_cannot_do_neither_does(ranks):
             "ValueError: expected the rows of prepare() to be the same on all 2 ranks; they differ",
             "ValueError: expected all weights on every rank; got a model whose weights are sharded (FSDP)",
             "ValueError: verify is for one process; got a model shared by 2 ranks",
+            "ValueError: FSDP and DeepSpeed share weights out",
         ),
         strict=True,
     ):

@@ -12,9 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run_two(module: str, folder: Path) -> None:
     """Run `python -m module RANK FOLDER` as ranks 0 and 1; both must end well."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", module]
-    children = [subprocess.Popen([*command, str(rank), str(folder)], cwd=ROOT, env=environment) for rank in range(2)]
+    # what torchrun sets, for accelerate
+    launch = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    common = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **launch}
+    children = []
+    for rank in range(2):
+        environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-m", module, str(rank), str(folder)]
+        children.append(subprocess.Popen(command, cwd=ROOT, env=environment))
     try:
         assert [child.wait(timeout=300) for child in children] == [0, 0]
     finally:
