@@ -66,6 +66,8 @@ def unlearn(
         dataloader_pin_memory=torch.cuda.is_available(),  # elsewhere torch warns
         report_to="none",
     )
+    if arguments.world_size > 1:
+        raise ValueError(f"one process writes a run's folder; got {arguments.world_size}: for these use UnlearnTrainer")
     dataset = data.ForgetRetainDataset(
         sets["forget"], sets["retain"], seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
     )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from moe_unlearn import wagle
 from moe_unlearn.cache import RowStore
@@ -289,6 +289,13 @@ def test_all_labels_ignored(folder, tmp_path, capsys):
     path.write_text(json.dumps({"prompt": "what is it? " * 30, "gt": "it"}) + "\n")
     assert run(folder, tmp_path / "out", forget=path) == 2
     assert "error" in error_of(capsys)
+
+
+def test_several_processes_are_refused(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    assert run(folder, tmp_path / "run") == 2
+    assert "one process writes a run's folder; got 2" in error_of(capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mask_from_another_model(folder, tmp_path, capsys):
