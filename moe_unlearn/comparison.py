@@ -162,6 +162,9 @@ class Comparison:
             return
         ours, plain = (end.double() - truth for end, truth in zip(ends, truths, strict=True))
         change, dtype = truths[0] - start, torch.promote_types(p.dtype, torch.float32)
+        # decay's factor, the decayed weight and the sum are rounded: within the last bit, where each falls is luck
+        last_bit = ulp(torch.maximum(truths[1].abs(), start.abs()), dtype)
+        plain = torch.maximum(plain.abs(), torch.where(kept, last_bit, 0.0))
         self._assert(f"weight {name}", (change + ours).to(dtype), (change + plain).to(dtype), change)
         if "master" in self.ours.state[name]:
             rounded = torch.where(kept, ends[0].to(p.dtype), before)

@@ -17,7 +17,7 @@ instead of the step:
                 where the step would not pass without them
     weights     Adam divides by |g|, so that a gradient of rounding noise has an update of any sign: weights
                 are held to the formula at the step's own new moments (which are held to the truth), of SGD to
-                the truth; all in terms of the change
+                the truth; all in terms of the change, no closer than the last bit of the weight
     rounding    a weight narrower than its arithmetic must be what the same random bits make of a value
                 within the error of that arithmetic
     masks       what the mask holds back must keep its bits

@@ -135,6 +135,27 @@ def test_a_wrong_step_is_stopped_and_undone(bug, optimizer, numerics, monkeypatc
     assert not step.optimizer.gradients and all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize(("bits", "passes"), [(1, True), (4, False)])
+def test_a_weight_may_miss_its_update_by_the_last_bit_and_no_more(bits, passes, model, monkeypatch):
+    original = UnlearnStep._optimizer_step
+
+    def step(self):
+        made = original(self)
+        weight[0] += bits * 2**-24
+        return made
+
+    # the one weight whose rounding shows among the small ones of its row
+    weight = model.model.layers[0].self_attn.q_proj.weight.data.view(-1)
+    weight.zero_()[0] = 0.75
+    monkeypatch.setattr(UnlearnStep, "_optimizer_step", step)
+    step, forget, retain = prepared(model, recipe("graddiff"), verify=True)
+    if passes:
+        step(forget[0], retain[0])
+    else:
+        with pytest.raises(VerificationError, match="weight model.layers.0.self_attn.q_proj.weight: pooled row"):
+            step(forget[0], retain[0])
+
+
 def test_the_first_steps_are_reported_and_the_others_cost_nothing(model):
     step, forget, retain = prepared(model, recipe("graddiff"), verify=2)
     assert "verify runs 2 steps" in str(step.plan()) and step.verifier.memory() > 0
