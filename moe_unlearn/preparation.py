@@ -126,15 +126,16 @@ def prepare(
     prepared: Preparation,
     forget: list[Batch],
     retain: list[Batch],
-    ranks: Ranks,
     on_stage: Callable[[str], None] | None = None,
     cache_dir: str | Path | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Run the stages not yet in `prepared.done`; `on_stage(name)` is called after each one.
 
     `cache_dir` is the folder where references are kept between runs; None keeps them in memory only. All ranks do
     the same work on the same rows (ValueError otherwise), and take the first one's experts and mask.
     """
+    ranks = Ranks(model) if ranks is None else ranks
     ranks.agree("the rows of prepare()", lambda: [[content_keys(b) for b in side] for side in (forget, retain)])
     folder = None if cache_dir is None or not ranks.first else reference.make_folder(cache_dir)
     stages = {

@@ -132,7 +132,7 @@ class UnlearnStep:
             if on_stage is not None:
                 on_stage(stage)
 
-        prepare(self.model, self.recipe, self.prepared, forget, retain, self.ranks, after, cache_dir)
+        prepare(self.model, self.recipe, self.prepared, forget, retain, after, cache_dir, self.ranks)
         self._apply_masks()
         return self.prepared
 
