@@ -13,17 +13,14 @@ two parts of the study share are made once, and those of --small count for the w
 import argparse
 import itertools
 import json
-import multiprocessing
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
+from benchmarks.pool import Pool
 from benchmarks.study_run import Spec, run
 from moe_unlearn.checkpoint import write_text
 from moe_unlearn.experiment import Settings, cache_folder
@@ -204,48 +201,17 @@ def make(folder: Path, specs: list[Spec], jobs: int, log: Callable[[str], None] 
         stages += [list(dict.fromkeys(spec.models for spec in runs)), runs]
     stages = [[spec for spec in stage if load(folder, spec) is None] for stage in stages]
     total, done, failed, start = sum(map(len, stages)), 0, [], time.perf_counter()
-    with _Pool(jobs) as pool:
+    with Pool(jobs) as pool:
         for stage in stages:
-            for spec, outcome in pool.outcomes(folder, stage):
+            for (_, spec), outcome in pool.outcomes(execute, [(folder, spec) for spec in stage]):
                 done += 1
-                line = f"{part(folder, spec).stem} {' '.join(spec.overrides)} {spec.control}: {outcome}"
-                if isinstance(outcome, Exception):
+                stopped = isinstance(outcome, Exception)
+                line = f"{part(folder, spec).stem} {' '.join(spec.overrides)} {spec.control}: "
+                line += str(outcome) if stopped else f"{outcome:.0f} s"
+                if stopped:
                     failed.append(f"FAILED {line}")
                 log(f"[{done}/{total}, {(time.perf_counter() - start) / 60:.1f} min] {line}")
     return failed
-
-
-class _Pool:
-    """Processes of one thread each; with one job, this process."""
-
-    def __init__(self, jobs: int):
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) if jobs > 1 else None
-
-    def __enter__(self) -> "_Pool":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def outcomes(self, folder: Path, specs: list[Spec]) -> Iterator[tuple[Spec, str | Exception]]:
-        """Each spec as it ends, with its processor time or what went wrong: one failure stops no other run."""
-        if self._pool is None:
-            torch.set_num_threads(1)
-            for spec in specs:
-                yield spec, _outcome(lambda spec=spec: execute(folder, spec))
-            return
-        futures = {self._pool.submit(execute, folder, spec): spec for spec in specs}
-        for future in as_completed(futures):
-            yield futures[future], _outcome(future.result)
-
-
-def _outcome(result: Callable[[], float]) -> str | Exception:
-    try:
-        return f"{result():.0f} s"
-    except Exception as error:
-        return error
 
 
 def main(arguments: list[str] | None = None) -> int:

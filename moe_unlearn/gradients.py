@@ -78,14 +78,14 @@ class Gradients:
 
     def add_up(self, ranks: Ranks) -> None:
         """The sum of every rank's gradients, none of which are factors."""
-        for gradients in self._held():
+        for gradients in self._each_set():
             ranks.add_({name: g for (name, _), g in zip(self.trained, gradients, strict=True)})
 
     def divide(self, parts: int) -> None:
         """The mean of `parts` gradients, from their sum."""
         if parts == 1:
             return
-        for gradients in self._held():
+        for gradients in self._each_set():
             for i, gradient in enumerate(gradients):
                 if isinstance(gradient, list):
                     gradients[i] = [f._replace(grad=f.grad / parts) for f in gradient]
@@ -179,7 +179,7 @@ class Gradients:
         self.factors.clear()
         self._compact.clear()
 
-    def _held(self) -> list[list[Gradient]]:
+    def _each_set(self) -> list[list[Gradient]]:
         """The sets, or the one there is without MOLLM."""
         return [*self.sets.values()] or [[self.of(p) for _, p in self.trained]]
 

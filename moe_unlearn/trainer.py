@@ -77,13 +77,13 @@ class UnlearnTrainer(Trainer):
             raise ValueError("the recipe's optimizer section makes the optimizer; pass no other")
         if args.fp16:
             raise ValueError("fp16 needs loss scaling, which is not supported; use bf16")
-        if args.world_size > 1 and (args.fsdp or args.deepspeed):
+        ranks = distributed.group.WORLD if args.world_size > 1 else None
+        if ranks is not None and (args.fsdp or args.deepspeed):
             raise ValueError("FSDP and DeepSpeed share weights out; every rank of UnlearnTrainer needs all of them")
         for side in ("forget", "retain"):
             if not len(getattr(train_dataset, side, ())):
                 raise ValueError(f"train_dataset must have a non-empty list of examples {side!r}")
         args.remove_unused_columns = False
-        ranks = distributed.group.WORLD if args.world_size > 1 else None
         self.unlearn_step = UnlearnStep(model, recipe, verify=verify, process_group=ranks)
         if args.gradient_accumulation_steps > 1:
             self.unlearn_step.held_back = "TrainingArguments.gradient_accumulation_steps is above 1"

@@ -12,32 +12,24 @@ with the cases that failed again; `--fresh` begins anew. The exit code is 1 if a
 import argparse
 import gc
 import json
-import multiprocessing
 import os
 import sys
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import torch
-
+from benchmarks.pool import Pool
 from benchmarks.stamp import RESULTS, stamp
 from moe_unlearn.checkpoint import write_text
 from tests import exactness
 from tests.exactness import Subject, check_bits, check_free_running, check_steps, named
 
 
-def ready() -> None:
-    """Make a process ready for cases."""
-    torch.set_num_threads(1)
-    gc.set_threshold(50_000)  # what the imports made stays: to look through it so often takes a tenth of the time
-
-
 def run(case: dict, steps: int, until: float) -> dict | None:
     """What became of one case; None if it is past `until`, in seconds since the epoch."""
     if time.time() > until:
         return None
+    gc.set_threshold(50_000)  # what the imports made stays: to look through it so often takes a tenth of the time
     os.environ["MOE_UNLEARN_IMPL"] = case["impl"]
     started, found = time.process_time(), {"case": named(case)}
     checks = {
@@ -92,18 +84,16 @@ def main(arguments: list[str] | None = None) -> int:
     cases, here = list(exactness.full_matrix()), stamp()
     done = [] if options.fresh else recorded(options.out, options.steps)
     known, until = {entry["case"] for entry in done}, time.time() + 60 * options.minutes
-    # spawned, not forked: torch's threads do not survive a fork
-    pool = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), ready)
-    try:
-        left = [pool.submit(run, case, options.steps, until) for case in cases if named(case) not in known]
-        for future in as_completed(left):
-            if (entry := future.result()) is None:
+    left = [(case, options.steps, until) for case in cases if named(case) not in known]
+    with Pool(options.jobs) as pool:
+        for _, entry in pool.outcomes(run, left):
+            if isinstance(entry, Exception):
+                raise entry
+            if entry is None:
                 continue
             done.append(entry | {"commit": here["commit"]})
             print(f"{len(done)}/{len(cases)} {json.dumps(done[-1])}", flush=True)
             write_text(options.out, json.dumps(summary(done, cases, options.steps, here), indent=1) + "\n")
-    finally:
-        pool.shutdown(cancel_futures=True)
     return int(any("failed" in entry for entry in done))
 
 
