@@ -40,12 +40,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from moe_unlearn import yardstick
 from moe_unlearn.comparison import Comparison, Report, Run
 from moe_unlearn.forward import Batch
 from moe_unlearn.routes import Routes
 from moe_unlearn.sinks import NonFiniteError
 
-PERTURBATIONS = 2  # float64 runs on weights that are off by rounding
+PERTURBATIONS = 8  # float64 runs on weights that are off by rounding; of two, both may be right by luck
 # by how many last bits: float32 sums round at every addition, those of narrower numbers only when stored
 _ULPS = {True: 8, False: 1}
 
@@ -186,6 +187,12 @@ class Verifier:
                     off = 2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1
                     rounded = narrow if enabled else source.dtype
                     p.mul_(1 + _ULPS[rounded.itemsize >= 4] * torch.finfo(rounded).eps * off.to(p.device))
+        with yardstick.applied():
+            return self._made(twin, dtype)
+
+    def _made(self, twin, dtype: torch.dtype | None):
+        """Make the step on a twin whose weights are as before it."""
+        step = self.step
         twin.discard()
         twin.optimizer.load_state_dict(self._optimizer)
         twin.steps = step.steps

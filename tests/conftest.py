@@ -9,6 +9,20 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_addoption(parser):
+    kinds = ("native", "exact", "sequential")
+    parser.addoption("--yardstick", choices=kinds, default="native", help="of references; see moe_unlearn.yardstick")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def references_by(request):
+    """The yardstick that --yardstick names, in every test."""
+    from moe_unlearn.yardstick import yardstick
+
+    with yardstick(request.config.getoption("--yardstick")):
+        yield
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where Triton kernels run: the GPU if there is one, else the CPU with the interpreter."""

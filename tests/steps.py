@@ -35,15 +35,23 @@ def changed(model, before):
     return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
 
 
-def check_changes(model, results, *, only_changed=False):
-    """The change, not the weight: a missing update would hide in the weight's own rounding."""
+def check_changes(model, ours, reference, gold, *, only_changed=False):
+    """Hold weights against those of a `Reference` that gives weights, both after a step over those of `model`.
+
+    The change, not the weight: a missing update would hide in the weight's own rounding.
+    """
     for name, start in model.named_parameters():
-        change = [results[k][name].double() - start.double() for k in ("ours", "baseline", "gold")]
-        if only_changed and not change[2].any():
-            assert not change[0].any() and not change[1].any(), name
+
+        def change(made, name=name, start=start):
+            return made[name].double() - start.double()
+
+        truth = change(gold)
+        if only_changed and not truth.any():
+            assert not change(ours).any() and not change(reference.value).any(), name
             continue
-        assert change[2].abs().max() > 0
-        assert_as_accurate(change[0].float(), change[1].float(), change[2], name=name)
+        assert truth.abs().max() > 0
+        baseline = reference.baseline(lambda made, change=change: change(made).float())
+        assert_as_accurate(change(ours).float(), baseline, truth, name=name)
 
 
 def prepared(model, made, **options):

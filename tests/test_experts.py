@@ -1,6 +1,7 @@
 """The transformers plug-in on whole models: equal to eager on every family, forward and all gradients."""
 
 import copy
+from operator import itemgetter
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ll
 
 from moe_unlearn.experts import NAME, enable, experts_modules
 from moe_unlearn.testing import assert_as_accurate
+from moe_unlearn.yardstick import Reference
 from tests.batches import random_batch
 from tests.models import ALL_EXPERTS, TINY_MODELS, nemotron_h_experts, tiny_olmoe
 
@@ -38,16 +40,17 @@ def check(model, batch, dtype):
     """Ours against eager in `dtype`, with eager in float64 as truth."""
     model = model.to(dtype)
     ours, our_grads, routed = run(model, batch, NAME, dtype)
-    eager, eager_grads, eager_routed = run(model, batch, "eager", dtype)
+    reference = Reference(lambda: run(model, batch, "eager", dtype))
+    _, eager_grads, eager_routed = reference.value
     gold, gold_grads, gold_routed = run(model, batch, "eager", torch.float64)
     assert torch.equal(routed, gold_routed) and torch.equal(eager_routed, gold_routed)
-    assert_as_accurate(ours, eager, gold, name="logits")
+    assert_as_accurate(ours, reference.baseline(itemgetter(0)), gold, name="logits")
     assert our_grads.keys() == eager_grads.keys()
     assert any("gate" in k or "router" in k for k in our_grads), "the router must have a gradient"
     for key, truth in gold_grads.items():
         # one row for the whole gradient: behind several layers a row's error is that of its upstream
-        triple = (g.flatten() for g in (our_grads[key], eager_grads[key], truth))
-        assert_as_accurate(*triple, name=key)
+        baseline = reference.baseline(lambda made, key=key: made[1][key].flatten())
+        assert_as_accurate(our_grads[key].flatten(), baseline, truth.flatten(), name=key)
 
 
 @pytest.mark.quick
@@ -87,8 +90,8 @@ def test_experts_module_equals_eager(name, dtype, router_dtype):
     index = torch.stack([torch.randperm(module.num_experts, generator=generator)[:2] for _ in range(70)])
     weights = torch.rand(70, 2, generator=generator).to(router_dtype or dtype)
     upstream = torch.randn(70, 32, generator=generator).to(dtype)
-    results = {}
-    for kind, implementation, wide in (("ours", NAME, False), ("baseline", "eager", False), ("gold", "eager", True)):
+
+    def results(implementation, wide=False):
         own = copy.deepcopy(module).to(dtype)
         own = own.double() if wide else own
         own.config = copy.deepcopy(own.config)
@@ -97,11 +100,13 @@ def test_experts_module_equals_eager(name, dtype, router_dtype):
         out = own(x, index, w)
         out.backward(upstream.to(out.dtype))
         # some eager forwards return the dtype of the routing weights
-        results[kind] = {"out": out.detach().to(torch.float64 if wide else dtype), "x": x.grad, "w": w.grad}
-        results[kind] |= {n: p.grad for n, p in own.named_parameters()}
-    assert results["ours"]["w"].dtype == weights.dtype
-    for key in results["gold"]:
-        assert_as_accurate(*(results[k][key] for k in ("ours", "baseline", "gold")), name=key)
+        made = {"out": out.detach().to(torch.float64 if wide else dtype), "x": x.grad, "w": w.grad}
+        return made | {n: p.grad for n, p in own.named_parameters()}
+
+    ours, reference, gold = results(NAME), Reference(lambda: results("eager")), results("eager", wide=True)
+    assert ours["w"].dtype == weights.dtype
+    for key in gold:
+        assert_as_accurate(ours[key], reference.baseline(itemgetter(key)), gold[key], name=key)
 
 
 def chosen(model):
@@ -215,15 +220,16 @@ def test_compiles_fullgraph_inside_a_model(first):
         logits.backward(upstream.to(logits.dtype))
         return [logits.detach(), *(p.grad.flatten() for p in own.parameters())]
 
-    gold, baseline = (passes(own, own) for own in (copy.deepcopy(model).double(), copy.deepcopy(model)))
+    wide, plain = copy.deepcopy(model).double(), copy.deepcopy(model)
+    gold, reference = passes(wide, wide), Reference(lambda: passes(plain, plain))
     if first == "enable":
         enable(model)
     else:
         model.set_experts_implementation(NAME)
         model(ids, use_cache=False)
     ours = passes(torch.compile(model, fullgraph=True, backend="aot_eager"), model)
-    for triple in zip(ours, baseline, gold, strict=True):
-        assert_as_accurate(*triple)
+    for i, (mine, truth) in enumerate(zip(ours, gold, strict=True)):
+        assert_as_accurate(mine, reference.baseline(itemgetter(i)), truth)
 
 
 def test_compiling_an_unprobed_model_says_what_to_do():
@@ -240,17 +246,19 @@ def test_autocast():
     """float32 weights, bf16 arithmetic: what transformers' Trainer does with bf16=True."""
     torch.manual_seed(0)
     model, batch = tiny_olmoe(num_experts_per_tok=8).eval(), random_batch(64)
-    results = {}
-    for kind, implementation in (("ours", NAME), ("baseline", "eager"), ("gold", "eager")):
-        own = copy.deepcopy(model).to(torch.float64 if kind == "gold" else torch.float32)
+
+    def gradients(implementation, dtype=torch.float32):
+        own = copy.deepcopy(model).to(dtype)
         own.set_experts_implementation(implementation)
-        with torch.autocast("cpu", torch.bfloat16, enabled=kind != "gold"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
             own(**batch).loss.backward()
-        results[kind] = {n: p.grad for n, p in own.named_parameters()}
-    for key in results["gold"]:
+        return {n: p.grad.flatten() for n, p in own.named_parameters()}
+
+    ours, reference = gradients(NAME), Reference(lambda: gradients("eager"))
+    for key, truth in gradients("eager", torch.float64).items():
         # both are rounded to bf16 on the way, so that bf16 is the unit to measure in
-        triple = [results[k][key].flatten() for k in ("ours", "baseline", "gold")]
-        assert_as_accurate(triple[0].bfloat16(), triple[1].bfloat16(), triple[2], name=key)
+        baseline = reference.baseline(lambda made, key=key: made[key].bfloat16())
+        assert_as_accurate(ours[key].bfloat16(), baseline, truth, name=key)
 
 
 def test_peft_trains_expert_adapters():
@@ -259,29 +267,35 @@ def test_peft_trains_expert_adapters():
     torch.manual_seed(0)
     batch = random_batch(64)
     base = tiny_olmoe().eval()
-    results = {}
-    for kind, implementation in (("ours", NAME), ("baseline", "eager"), ("gold", "eager")):
-        config = LoraConfig(
-            r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-            init_lora_weights=False,
-        )  # fmt: skip
+    config = LoraConfig(
+        r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        init_lora_weights=False,
+    )  # fmt: skip
+
+    def adapted(implementation, dtype=torch.float32):
         torch.manual_seed(1)
-        model = get_peft_model(copy.deepcopy(base), config)
-        model = model.double() if kind == "gold" else model
+        model = get_peft_model(copy.deepcopy(base), config).to(dtype)
         assert len(experts_modules(model)) == 2
         model.set_experts_implementation(implementation)
-        loss = model(**batch).loss
-        loss.backward()
-        results[kind] = {n: p.grad.flatten() for n, p in model.named_parameters() if p.grad is not None}
-        assert len(results[kind]) == 8 and all("lora" in n for n in results[kind])
+        return model
+
+    def gradients(implementation, dtype=torch.float32):
+        model = adapted(implementation, dtype)
+        model(**batch).loss.backward()
+        made = {n: p.grad.flatten() for n, p in model.named_parameters() if p.grad is not None}
+        assert len(made) == 8 and all("lora" in n for n in made)
+        return made
+
+    for implementation in (NAME, "eager"):
+        model = adapted(implementation)
+        base.set_experts_implementation(implementation)
         with torch.no_grad(), model.disable_adapter():
             plain = model(**batch).loss
-        base.set_experts_implementation(implementation)
-        assert plain != loss
-        if kind != "gold":
-            assert torch.equal(plain, base(**batch).loss)
-    for key in results["gold"]:
-        assert_as_accurate(*(results[k][key] for k in ("ours", "baseline", "gold")), name=key)
+        assert torch.equal(plain, base(**batch).loss) and plain != model(**batch).loss
+    ours, gold = gradients(NAME), gradients("eager", torch.float64)
+    reference = Reference(lambda: gradients("eager"))
+    for key in gold:
+        assert_as_accurate(ours[key], reference.baseline(itemgetter(key)), gold[key], name=key)
 
 
 @pytest.mark.quick

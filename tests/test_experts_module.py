@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from operator import itemgetter
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from moe_unlearn.experts import NAME, StepInputs, enable, experts_modules, step_inputs
 from moe_unlearn.ops import Gate
 from moe_unlearn.testing import ROUTINGS, assert_as_accurate, poison, routing
+from moe_unlearn.yardstick import Reference
 from tests.batches import random_batch
 from tests.models import nemotron_h_experts, tiny_gpt_oss, tiny_olmoe
 
@@ -88,10 +90,10 @@ def check_in_float64(module, index):
 
 
 def check(module, index, dtype=torch.float32):
-    results = call(module, NAME, index, dtype), call(module, "eager", index, dtype)
+    ours, reference = call(module, NAME, index, dtype), Reference(lambda: call(module, "eager", index, dtype))
     gold = call(module, "eager", index, dtype, wide=True)
-    for i, triple in enumerate(zip(*results, gold, strict=True)):
-        assert_as_accurate(*triple, name=f"result {i}")
+    for i, (mine, truth) in enumerate(zip(ours, gold, strict=True)):
+        assert_as_accurate(mine, reference.baseline(itemgetter(i)), truth, name=f"result {i}")
 
 
 FLAGS = {

@@ -16,6 +16,7 @@ from moe_unlearn.paths import paths
 from moe_unlearn.preparation import Preparation
 from moe_unlearn.sinks import CompactSink, NonFiniteError, UpdateSink, inner_products, join
 from moe_unlearn.step import RetainBudgetError, UnlearnStep
+from moe_unlearn.yardstick import Reference
 from tests.batches import random_batch
 from tests.models import TINY_MODELS, tiny_olmoe
 from tests.steps import VOCAB, changed, check_changes, prepared, recipe, weights
@@ -54,18 +55,21 @@ def check_against_plain(model, made, steps=2, **options):
     for kind in ("ours", "gold"):
         # one preparation, or a threshold might part them
         made_steps[kind].load_state_dict(plain.state_dict())
+    start, state = weights(plain.model), copy.deepcopy(plain.state_dict())
     for i in range(steps):
-        state, start = plain.state_dict(), weights(plain.model)
-        results = {}
-        for kind, step in made_steps.items():
-            dtype = torch.float64 if kind == "gold" else torch.float32
+
+        def after(kind, i=i, start=start, state=state):
+            step, dtype = made_steps[kind], torch.float64 if kind == "gold" else torch.float32
             step.model.load_state_dict({n: w.to(dtype) for n, w in start.items()}, strict=False)
             step.load_state_dict(copy.deepcopy(state))
             step(forget[i], retain[i])
-            results[kind] = weights(step.model)
-        reference = copy.deepcopy(model)
-        reference.load_state_dict(start, strict=False)
-        check_changes(reference, results, only_changed=True)
+            return weights(step.model)
+
+        before = copy.deepcopy(model)
+        before.load_state_dict(start, strict=False)
+        ours, reference, gold = after("ours"), Reference(lambda after=after: after("baseline")), after("gold")
+        start, state = reference.value, copy.deepcopy(plain.state_dict())
+        check_changes(before, ours, reference, gold, only_changed=True)
     return made_steps["ours"]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from operator import itemgetter
 
 import peft
 import pytest
@@ -11,6 +12,7 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 from moe_unlearn import losses
 from moe_unlearn.losses import Head
 from moe_unlearn.testing import assert_as_accurate
+from moe_unlearn.yardstick import Reference
 from tests.batches import random_batch
 from tests.models import SIZE, TINY_MODELS, tiny_granite_moe, tiny_olmoe
 
@@ -71,11 +73,12 @@ def test_token_losses_reproduce_the_models_logits(name):
     model, batch = make(name), random_batch(VOCAB, rows=6, length=20)
     losses.verify_head(model, batch)
     with torch.no_grad():
-        ours, baseline = losses.token_losses(model, batch), model_losses(model, batch)
+        ours, reference = losses.token_losses(model, batch), Reference(lambda: model_losses(model, batch))
         gold = model_losses(copy.deepcopy(model).double(), batch)
     mask = losses.target_mask(batch)
     assert ours.shape == mask.shape and not ours[~mask].any() and ours[mask].all()
-    assert_as_accurate(ours[mask], baseline[mask], gold[mask])
+    with torch.no_grad():
+        assert_as_accurate(ours[mask], reference.baseline(lambda made: made[mask]), gold[mask])
 
 
 @pytest.mark.quick
@@ -83,15 +86,17 @@ def test_token_losses_reproduce_the_models_logits(name):
 def test_gradients_are_those_of_the_models_loss(name):
     model, batch = make(name), random_batch(VOCAB, rows=6, length=20)
     weights = randn(6, 20, seed=1, dtype=torch.float32)
-    grads = {}
-    for kind in ("ours", "baseline", "gold"):
-        own = copy.deepcopy(model).double() if kind == "gold" else copy.deepcopy(model)
-        function = losses.token_losses if kind == "ours" else model_losses
+
+    def gradients(function, dtype=torch.float32):
+        own = copy.deepcopy(model).to(dtype)
         (function(own, batch) * weights).sum().backward()
-        grads[kind] = {n: p.grad for n, p in own.named_parameters() if p.grad is not None}
-    assert grads["ours"].keys() == grads["gold"].keys()
-    for key in grads["gold"]:
-        assert_as_accurate(*(grads[k][key].flatten() for k in ("ours", "baseline", "gold")), name=key)
+        return {n: p.grad.flatten() for n, p in own.named_parameters() if p.grad is not None}
+
+    ours, gold = gradients(losses.token_losses), gradients(model_losses, torch.float64)
+    reference = Reference(lambda: gradients(model_losses))
+    assert ours.keys() == gold.keys()
+    for key in gold:
+        assert_as_accurate(ours[key], reference.baseline(itemgetter(key)), gold[key], name=key)
 
 
 @pytest.mark.quick

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from moe_unlearn.ranks import Ranks
 from moe_unlearn.step import UnlearnStep
+from moe_unlearn.yardstick import Reference
 from tests import ranks_child
 from tests.ranks_child import CASES, STEPS, batches_of, both_sizes, made
 from tests.steps import check_changes, data, recipe, weights
@@ -45,8 +46,9 @@ def test_two_ranks_make_the_step_of_one(name, ranks):
     assert all(torch.equal(ours[key], other[key]) for key in ours)
     assert found[0][name] == found[1][name]
     accumulated, losses = alone(name)
-    plain, gold = (alone(name, dtype, fused=False)[0] for dtype in (torch.float32, torch.float64))
-    check_changes(ranks_child.model(), {"ours": ours, "baseline": plain, "gold": gold}, only_changed=True)
+    reference = Reference(lambda: alone(name, fused=False)[0])
+    gold, _ = alone(name, torch.float64, fused=False)
+    check_changes(ranks_child.model(), ours, reference, gold, only_changed=True)
     for mine, expected in zip(found[0][name], losses, strict=True):
         assert {key: mine[key] for key in expected} == pytest.approx(expected, rel=1e-6)
     assert all(torch.equal(ours[key], accumulated[key]) for key in ours)

@@ -101,7 +101,7 @@ for name, actual in made.actual.items():
     if actual.shape == made.gold[name].shape and actual.numel():
         # the element that is farthest from the truth
         i = int((actual.double() - made.gold[name].double()).abs().argmax())
-        values = (tensor.flatten()[i].item() for tensor in (actual, expected[name], made.gold[name]))
+        values = (tensor.flatten()[i].item() for tensor in (actual, expected[name].value, made.gold[name]))
         print("{{}} [{{}}]: got {{!r}}, expected {{!r}}, float64 {{!r}}".format(name, i, *values))
     assert_as_accurate(actual, expected[name], made.gold[name], name=name)
 print("not wrong any more")
@@ -117,7 +117,7 @@ def script(case: Case, seed: int, found: Failure, impl: str = "auto", arrays: Pa
         imports.insert(0, "import dataclasses\n")
     if arrays is not None:
         imports.insert(0, "from safetensors.torch import load_file\n")
-        expected = f"load_file({str(arrays)!r})  # as recorded"
+        expected = f"made.measured_by(load_file({str(arrays)!r}))  # as recorded"
     message = re.sub(r'"""|\\', "'", found.message).strip()
     return _SCRIPT.format(
         title=f"{case.name} with seed {seed}: {found.kind}.".replace('"', "'").replace("\\", "/"),

@@ -10,6 +10,7 @@ are bound to one core, which they use in turns, and a head that is slower must b
 fresh processes, each on another core where there is one.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -24,11 +25,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from moe_unlearn.regress import numeric, timing
 from moe_unlearn.regress.numeric import INACCURATE
 from moe_unlearn.regress.report import FINE, Result
 from moe_unlearn.regress.verbs import held_against
+from moe_unlearn.yardstick import Baseline
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIRMATIONS = 2
@@ -272,7 +275,14 @@ class _Side:
         for key, value in load_file(path).items():
             part, _, output = key.partition(" ")
             parts[part][output] = value
-        return numeric.Evaluation(inputs, parts["actual"], {}, parts["gold"])
+        # the reference itself stays in the worker; what its roundings make is fetched where a verdict needs it
+        baseline = {k: Baseline(v, functools.partial(self._rounded, k)) for k, v in parts["actual"].items()}
+        return numeric.Evaluation(inputs, parts["actual"], baseline, parts["gold"])
+
+    def _rounded(self, output: str) -> Tensor:
+        path = self.scratch / f"{self.name}-rounded.safetensors"
+        self.ask("rounded", output=output, out=str(path))
+        return load_file(path)["rounded"]
 
 
 def _git(where: Path, *arguments: str) -> str | None:

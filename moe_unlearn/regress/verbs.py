@@ -109,7 +109,7 @@ def _check(case: Case, entry: Entry | None, arrays: Mapping[str, Tensor] | None,
         return Result(
             case.name, "environment", f"seed {then['seed']} gives other values of {', '.join(names)} ({where})"
         )
-    verdicts = tuple(numeric.judge_all(made.actual, arrays, made.gold))
+    verdicts = tuple(numeric.judge_all(made.actual, made.measured_by(arrays), made.gold))
     level = numeric.worst(verdicts)
     if level == INACCURATE:
         return Result(case.name, INACCURATE, _why(verdicts), verdicts)
@@ -139,7 +139,7 @@ def held_against(name: str, base: Evaluation, head: Evaluation, *, strict: bool)
     """`head` held against `base` in numbers alone."""
     if base.inputs != head.inputs:
         return Result(name, "changed", "the two cases have different inputs")
-    verdicts = tuple(numeric.judge_all(head.actual, base.actual, head.gold))
+    verdicts = tuple(numeric.judge_all(head.actual, head.measured_by(base.actual), head.gold))
     level = numeric.worst(verdicts)
     return Result(name, "different" if strict and level == ACCURATE else level, _why(verdicts), verdicts)
 

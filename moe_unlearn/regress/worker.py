@@ -3,8 +3,9 @@
     python -P worker.py TREE PACKAGE HARNESS
 
 `revision` starts it by its path. `moe_unlearn` is imported from the folder PACKAGE and the Triton kernels from TREE,
-if it has them, but `moe_unlearn.regress` and `moe_unlearn.testing` from the package folder HARNESS, so that both
-sides measure the same cases in the same way; TREE and TREE/src come first in the search path. Requests and answers
+if it has them, but `moe_unlearn.regress`, `testing`, `yardstick` and `rounding` from the package folder HARNESS, so
+that both sides measure the same cases in the same way; TREE and TREE/src come first in the search path. Requests and
+answers
 are JSON, one a line, on standard input and output; what kernels print goes to standard error.
 """
 
@@ -79,10 +80,17 @@ class Side:
 
         from moe_unlearn.regress import numeric
 
-        made = numeric.evaluate(self.cases[case], seed)
+        self.made = made = numeric.evaluate(self.cases[case], seed)
         parts = {"actual": made.actual, "gold": made.gold}
         save_file({f"{part} {k}": v.clone() for part, values in parts.items() for k, v in values.items()}, out)
         return {"inputs": made.inputs}
+
+    def rounded(self, output: str, out: str):
+        """Write one output of the last evaluation's reference, with random roundings, to the file `out`."""
+        from safetensors.torch import save_file
+
+        save_file({"rounded": self.made.baseline[output].rounded()}, out)
+        return {}
 
     def prepare(self, case: str, seed: int):
         """Make the inputs and warm up; the calls that a round needs."""
@@ -102,7 +110,7 @@ def serve(tree: Path, package: Path, harness: Path) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     places = {"moe_unlearn": package, "moe_unlearn.regress": harness / "regress"}
-    places["moe_unlearn.testing"] = harness / "testing.py"
+    places |= {f"moe_unlearn.{name}": harness / f"{name}.py" for name in ("testing", "yardstick", "rounding")}
     if (tree / "triton_kernels").is_dir() and package.parent == tree:
         places["moe_unlearn.triton_kernels"] = tree / "triton_kernels"
     sys.meta_path.insert(0, Overlay(places))

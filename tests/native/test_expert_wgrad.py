@@ -16,6 +16,7 @@ from moe_unlearn.ops.expert_wgrad import (
     expert_wgrad_sgd_,
 )
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison, routing
+from moe_unlearn.yardstick import Reference
 
 pytestmark = pytest.mark.quick
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -107,7 +108,7 @@ def test_store_is_exact_on_integers_and_writes_every_element(pattern, dtype):
 def test_store_accuracy(shape, dtypes, instruction_set):
     dtype, out_dtype = dtypes
     made = factors(shape, dtype, tokens=200)
-    baseline = expert_wgrad_ref(*made, None, None, out_dtype)
+    baseline = Reference(lambda: expert_wgrad_ref(*made, None, None, out_dtype)).baseline()
     assert_as_accurate(store(made, out_dtype=out_dtype), baseline, gold(made))
 
 
@@ -282,9 +283,9 @@ def test_score_is_weight_score_of_the_stored_gradients(shape, dtype):
         # blocks of two gradients are of fewer rows: their products' bits may differ from the store's
         both = [store(side, experts=experts, out_dtype=F32) for side in sides]
         expected = weight_score(weight[experts], *both, gamma=0.5, impl="cpu")
-        reference = expert_wgrad_score(weight, *sides, gamma=0.5, experts=experts, impl="ref")
+        reference = Reference(lambda: expert_wgrad_score(weight, *sides, gamma=0.5, experts=experts, impl="ref"))
         wide = [gold(side, experts) for side in sides]
-        assert_as_accurate(got, reference, (weight[experts].double() - wide[1] / 0.5) * wide[0])
+        assert_as_accurate(got, reference.baseline(), (weight[experts].double() - wide[1] / 0.5) * wide[0])
         assert shape == BLOCKS or torch.equal(got, expected)
 
 

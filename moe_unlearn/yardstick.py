@@ -1,0 +1,85 @@
+"""What an output is measured by: a reference run in the dtype under test, and with roundings that fall at random.
+
+The criterion is that of `testing`. Source: our specification.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moe_unlearn import rounding
+
+RUNS = 16
+YARDSTICKS = ("native", "exact", "sequential")
+
+_yardstick: contextvars.ContextVar[str] = contextvars.ContextVar("yardstick", default="native")
+
+
+@contextlib.contextmanager
+def yardstick(kind: str) -> Iterator[None]:
+    """Inside, references are computed as by another library: one of `YARDSTICKS`.
+
+    `native` is PyTorch as it is here; `exact` and `sequential` are the most and the least accurate products that a
+    machine may have (`rounding`). A verdict must not depend on it.
+    """
+    if kind not in YARDSTICKS:
+        raise ValueError(f"yardstick must be one of {YARDSTICKS}; got {kind!r}")
+    token = _yardstick.set(kind)
+    try:
+        yield
+    finally:
+        _yardstick.reset(token)
+
+
+def current_yardstick() -> str:
+    """Which yardstick references are computed by at this place."""
+    return _yardstick.get()
+
+
+def applied() -> contextlib.AbstractContextManager:
+    """A context in which PyTorch computes as the current yardstick does."""
+    kind = current_yardstick()
+    return contextlib.nullcontext() if kind == "native" else rounding.arithmetic(kind)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A result of a reference in the dtype under test: `value`, and `rounded()`, the values of `RUNS` runs with
+    random roundings, [RUNS, ...]."""
+
+    value: Tensor
+    rounded: Callable[[], Tensor]
+
+    def replaced(self, value: Tensor) -> "Baseline":
+        """The same reference with another value to compare with, such as a recorded one."""
+        return replace(self, value=value)
+
+
+class Reference:
+    """A computation in the dtype under test, run now, and again with random roundings when these are asked for.
+
+    `compute()` gives a tensor or anything that holds some, starts from the same state each time and makes its random
+    numbers from a seed; `value` is what it gave.
+    """
+
+    def __init__(self, compute: Callable[[], object]):
+        self._compute = compute
+        with applied():
+            self.value = compute()
+
+    @functools.cached_property
+    def _runs(self) -> list[object]:
+        runs = []
+        for seed in range(RUNS):
+            with rounding.arithmetic("random", seed):
+                runs.append(self._compute())
+        return runs
+
+    def baseline(self, pick: Callable[[object], Tensor] = lambda made: made) -> Baseline:
+        """The tensor `pick` finds in what was computed."""
+        return Baseline(pick(self.value), lambda: torch.stack([pick(made).detach() for made in self._runs]))
