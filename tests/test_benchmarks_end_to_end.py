@@ -185,7 +185,7 @@ def moved(run):
 
 
 def read(path):
-    return json.loads((path).read_text())
+    return json.loads((path).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.recipe)
@@ -209,7 +209,7 @@ def test_unlearning(run, walk, folder):
     assert summary.keys() == {"target", run.recipe} and summary["target"] != summary[run.recipe]
     assert ("minkauc" in summary[run.recipe]) == (run.holdout is not None)
 
-    assert "moe_unlearn" not in (out / "model" / "config.json").read_text().replace("-", "_")
+    assert "moe_unlearn" not in (out / "model" / "config.json").read_text(encoding="utf-8").replace("-", "_")
     assert AutoTokenizer.from_pretrained(out / "model").get_vocab()
     changed = moved(run)
     allowed = {name for name in changed if re.search(run.moves, name)}

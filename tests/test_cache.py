@@ -224,21 +224,21 @@ def test_foreign_files_are_left_alone(store):
     store.write(rows("a"))
     names = ["notes.txt", "model.safetensors", ".hidden", f"{'0' * 31}.safetensors"]
     for name in names:
-        (store.folder / name).write_text("not ours")
+        (store.folder / name).write_text("not ours", encoding="utf-8")
     (store.folder / f"{'1' * 32}.safetensors").mkdir()
     os.mkfifo(store.folder / f"{'2' * 32}.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_equal(store.read({"a": 3}), rows("a"))
         store.write(rows("b"))
-    assert all((store.folder / name).read_text() == "not ours" for name in names)
+    assert all((store.folder / name).read_text(encoding="utf-8") == "not ours" for name in names)
 
 
 def test_what_a_killed_process_left_goes_when_it_is_old(store):
     store.write(rows("a"))
     old, young = store.folder / ".rows-old", store.folder / ".rows-young"
     for path in (old, young):
-        path.write_text("half")
+        path.write_text("half", encoding="utf-8")
     hours_ago = time.time() - 7200
     os.utime(old, (hours_ago, hours_ago))
     store.write(rows("b"))
@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_nothing_half_written(store):
 
 
 def test_a_folder_that_cannot_be_written_is_named(store, monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(NotADirectoryError, match=f"cannot write to the cache: .*{tmp_path}/file/states"):
         RowStore(tmp_path / "file" / "states", torch.bfloat16, (2,)).write(rows("a"))
     store.write(rows("a"))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.quick
 def test_build_requirements_leave_torch_out():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert not any("torch" in r for r in project["build-system"]["requires"])
     assert project["project"]["license"] == "Apache-2.0"
     assert project["project"]["scripts"] == {"moe-unlearn": "moe_unlearn.cli:main"}

@@ -165,7 +165,7 @@ def test_a_damaged_file_is_computed_again(model, tmp_path):
 
 
 def test_a_folder_that_cannot_be_is_named_before_anything_runs(model, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     step = UnlearnStep(model, Recipe.load("combined"))
     for path, error in (("file", "it is a file"), ("file/below", "Not a directory")):
         with pytest.raises(OSError, match=f"cache_dir cannot be made a folder: {error}: '{tmp_path}/{path}'"):
