@@ -408,8 +408,11 @@ def summary(results: list[dict]) -> dict[str, dict[str, int]]:
 
 def rotation() -> int:
     """The seed of the commit's sample: its hash, or the day outside a repository."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return int(git.stdout[:8], 16) if git.returncode == 0 else int(time.time() // 86400)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return int(time.time() // 86400)
+    return int(git.stdout[:8], 16)
 
 
 def main(arguments: list[str] | None = None) -> int:

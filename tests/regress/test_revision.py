@@ -1,5 +1,7 @@
 """A tree against a git revision of it: in a scratch repository, and of this project."""
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import torch
 from moe_unlearn.regress import revision
 from moe_unlearn.regress.revision import WorkerError, compare
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")]
 
 KERNELS = """
 import torch
@@ -64,12 +66,18 @@ def repository(tmp_path, monkeypatch):
     for folder in (root, temporary):
         folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    # neither the machine's settings (signed commits, other hooks) nor the repository whose hook runs the tests
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     (root / "kernels.py").write_text(textwrap.dedent(KERNELS), encoding="utf-8")
     (root / "helper.py").write_text("passes = 2\n", encoding="utf-8")
     who = ["-c", "user.name=n", "-c", "user.email=e"]
     for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "base"]):
         subprocess.run(["git", *command], cwd=root, check=True)
     hook = root / ".git" / "hooks" / "post-checkout"
+    hook.parent.mkdir(exist_ok=True)  # comes with git's templates, which not every installation has
     hook.write_text("#!/bin/sh\ntouch hooked\n", encoding="utf-8")
     hook.chmod(0o755)
     (root / "helper.py").write_text("passes = 3\n", encoding="utf-8")
