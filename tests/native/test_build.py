@@ -12,19 +12,15 @@ import torch
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops import route
+from tests.source_copy import ROOT, copy_sources
 
-ROOT = Path(__file__).resolve().parents[2]
 INDEX = torch.tensor([[1, 0]])
 
 
 @pytest.fixture
 def copy(tmp_path):
     """The sources without anything built."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("csrc", "moe_unlearn", "triton_kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_C_*", "__pycache__"))
-    return tmp_path
+    return copy_sources(tmp_path)
 
 
 def build(folder, *arguments, command=("build_ext", "--inplace"), **environment):
