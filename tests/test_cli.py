@@ -1,5 +1,6 @@
 """The command line as a user meets it: real files, a saved model, readable errors with exit code 2."""
 
+import io
 import json
 import shutil
 import sys
@@ -210,6 +211,14 @@ def test_env_lists_every_op(capsys):
     text = capsys.readouterr().out
     for op in ("route", "expert_mlp", "token_loss", "gram", "masked_update", "weight_score"):
         assert op in text
+
+
+def test_what_the_locale_lacks_is_printed_as_a_question_mark(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr("platform.machine", lambda: "\N{DOWNWARDS ARROW}")
+    assert main(["env"]) == 0
+    assert terminal.buffer.getvalue().splitlines()[0].endswith(b" on ?")
 
 
 def test_stats_and_mask(folder, tmp_path, capsys):
