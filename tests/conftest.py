@@ -29,6 +29,14 @@ def rounded_sqrt(monkeypatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def trained_models_in_no_home(tmp_path_factory):
+    """A user's home may be read-only, and may hold models that older code has trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_UNLEARN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_raw_bf16_dot():
     """The interpreter multiplies bfloat16 operands of `tl.dot` as raw bit patterns, without an error."""
     if os.environ.get("TRITON_INTERPRET") != "1":

@@ -16,11 +16,6 @@ from moe_unlearn.reference import model_digest
 RUNS = ("trace", "combined")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("MOE_UNLEARN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def without_seconds(path):
     seeds = json.loads((path / "seeds.json").read_text(encoding="utf-8"))
     for runs in seeds["results"].values():
