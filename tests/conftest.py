@@ -22,6 +22,15 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def measurable_memory():
+    """One thread: on the CPU torch's profiler sees the allocations of the thread that started it alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def rounded_sqrt(monkeypatch):
     """torch.optim with the correctly rounded square root, as ours has it: MKL's is a last bit off on some CPUs."""
     original = torch.Tensor.sqrt
