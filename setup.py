@@ -92,7 +92,7 @@ def command(base):
             package = Path("" if inplace else self.build_lib, "moe_unlearn")
             package.mkdir(parents=True, exist_ok=True)
             lines = [f"{name}: {reasons[name]}" for name in SOURCES]
-            Path(package, "_C_build.txt").write_text("\n".join(lines) + "\n")
+            Path(package, "_C_build.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
             if asked:
                 print("\n".join(f"moe-unlearn: native library {line}" for line in lines))
                 require()

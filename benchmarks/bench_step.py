@@ -172,7 +172,7 @@ def measure_memory(bench: Bench, name: str, device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
         before, peak = harness.resident("VmRSS"), lambda: harness.resident("VmHWM")
     step = bench.contender(name)
     for _ in range(2):
@@ -348,11 +348,15 @@ def main() -> None:
         if not arguments.toy:
             folder = harness.RESULTS.parent / stamp.folder_of(torch.cuda.get_device_name())
             folder.mkdir(parents=True, exist_ok=True)
-            Path(folder, "step.json").write_text(json.dumps({"stamp": stamp.stamp(), "rows": rows}, indent=1) + "\n")
+            Path(folder, "step.json").write_text(
+                json.dumps({"stamp": stamp.stamp(), "rows": rows}, indent=1) + "\n", encoding="utf-8"
+            )
         return
     path = harness.RESULTS / "step.json"
     held = (
-        {row["name"] + row["growth"]: row for row in json.loads(path.read_text())["results"]} if path.exists() else {}
+        {row["name"] + row["growth"]: row for row in json.loads(path.read_text(encoding="utf-8"))["results"]}
+        if path.exists()
+        else {}
     )
     for case in [] if arguments.table else cases:
         held[case.name + case.growth] = run_cpu(case)

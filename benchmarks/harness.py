@@ -223,7 +223,7 @@ def collect(device: str) -> None:
 
 def _forget_peak() -> bool:
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return False
     return True
@@ -231,7 +231,7 @@ def _forget_peak() -> bool:
 
 def resident(what: str) -> int:
     """Bytes of this process, "VmRSS" or their peak, "VmHWM"."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
@@ -308,4 +308,4 @@ def write(op: str, results: list[dict]) -> None:
         "processor": cpu(),
         "python": platform.python_version(),
     }
-    Path(RESULTS, f"{op}.json").write_text(json.dumps(stamp | {"results": results}, indent=1) + "\n")
+    Path(RESULTS, f"{op}.json").write_text(json.dumps(stamp | {"results": results}, indent=1) + "\n", encoding="utf-8")

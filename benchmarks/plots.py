@@ -64,7 +64,7 @@ def plot(rows: list[dict], growth: str) -> None:
 
 def draw(path: Path) -> list[Path]:
     """Write the pictures of a run beside it; those it has no figures for are left out."""
-    run = json.loads(path.read_text())
+    run = json.loads(path.read_text(encoding="utf-8"))
     pictures = {"speedup.png": speedup, "roofline.png": roofline, "growth.png": growth}
     return [path.with_name(file) for file, function in pictures.items() if function(run, path.with_name(file))]
 
@@ -183,7 +183,7 @@ def main(*named: str) -> None:
         print(*draw(path), sep="\n")
     step = RESULTS / "step.json"
     if step.exists() and not named:
-        rows = json.loads(step.read_text())["results"]
+        rows = json.loads(step.read_text(encoding="utf-8"))["results"]
         for kind in PLOTS:
             if any(row["growth"] == kind for row in rows):
                 plot(rows, kind)

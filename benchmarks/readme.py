@@ -110,9 +110,9 @@ def current(readme: str) -> str:
 
 
 def main() -> int:
-    text = current(README.read_text())
-    changed = text != README.read_text()
-    README.write_text(text)
+    text = current(README.read_text(encoding="utf-8"))
+    changed = text != README.read_text(encoding="utf-8")
+    README.write_text(text, encoding="utf-8")
     print("README.md written" if changed else "README.md says so already")
     return 0
 

@@ -46,7 +46,7 @@ class Record:
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
 
 
@@ -69,11 +69,11 @@ def runs(results: Path = stamp.RESULTS) -> dict[str, list[Path]]:
 
 def _order(path: Path) -> tuple[str, float]:
     # several runs of one day: by the time they began
-    return path.name[:10], json.loads(path.read_text()).get("started", 0.0)
+    return path.name[:10], json.loads(path.read_text(encoding="utf-8")).get("started", 0.0)
 
 
 def latest(device: str, results: Path = stamp.RESULTS) -> tuple[Path, dict] | None:
     """The newest run of a device folder, a complete one if there is any."""
-    contents = [(path, json.loads(path.read_text())) for path in runs(results).get(device, [])]
+    contents = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in runs(results).get(device, [])]
     whole = [pair for pair in contents if pair[1]["state"] == COMPLETE]
     return (whole or contents or [None])[-1]

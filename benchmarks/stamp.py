@@ -67,7 +67,7 @@ def stale(result: dict[str, Any], root: Path = ROOT) -> bool:
 
 def stamped_results(results: Path = RESULTS) -> dict[Path, dict[str, Any]]:
     """Every result that carries a stamp."""
-    contents = {path: json.loads(path.read_text()) for path in sorted(results.rglob("*.json"))}
+    contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.rglob("*.json"))}
     return {path: c for path, c in contents.items() if isinstance(c, dict) and "stamp" in c}
 
 

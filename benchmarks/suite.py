@@ -174,7 +174,7 @@ def work(device: str) -> None:
     from benchmarks import harness
 
     # whatever libraries print goes to the log
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     known = {case.title: case for case in cases(device)}
     ceilings: dict = {}
@@ -244,7 +244,7 @@ def conducted(arguments: argparse.Namespace, chosen: Sequence[Case]) -> int:
     """A run from its environment to its record."""
     start, clock = time.monotonic(), time.monotonic
     seconds = arguments.seconds or SECONDS[arguments.device]
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         worker = Worker([sys.executable, "-m", "benchmarks.suite", "--worker", "--device", arguments.device], log)
         try:
             head = worker.ask(ENVIRONMENT, seconds)

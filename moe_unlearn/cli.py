@@ -6,6 +6,7 @@ files, folders, benchmarks by name (`tofu:forget05`), hub data sets, `builtin:NA
 """
 
 import argparse
+import io
 import json
 import platform
 import sys
@@ -41,6 +42,10 @@ _BAD_INPUT = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        # a locale without the tables' arrows is no reason to lose what a run has found
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return options.function(options) or 0
     except _BAD_INPUT as error:

@@ -134,8 +134,8 @@ def measured_peak(device: torch.device | str) -> Iterator[Measured]:
 
     On CUDA, the growth of max_memory_allocated, whose statistics are reset. On the CPU, every allocation and
     release that torch's profiler records: tensors and what operations and kernels allocate as tensors; memory
-    taken beside torch's allocator (scratch of C++ kernels and of oneDNN) is not seen. An exception passes
-    through.
+    taken beside torch's allocator (scratch of C++ kernels and of oneDNN) and by other threads is not seen. An
+    exception passes through.
     """
     device, result = torch.device(device), Measured()
     if device.type == "cuda":

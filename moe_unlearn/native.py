@@ -56,7 +56,7 @@ def report() -> list[str]:
 def _build_report() -> dict[str, str]:
     """What setup.py wrote about each library."""
     path = _FOLDER / "_C_build.txt"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     entries = dict(line.split(": ", 1) for line in lines)
     # "built" without a library: somebody removed it
     return {name: why for name, why in entries.items() if why != "built"}

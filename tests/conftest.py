@@ -23,6 +23,12 @@ def references_by(request):
         yield
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """A test and its fixtures, shared ones too, draw the same numbers whichever tests ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where Triton kernels run: the GPU if there is one, else the CPU with the interpreter."""
@@ -30,10 +36,27 @@ def device() -> torch.device:
 
 
 @pytest.fixture
+def measurable_memory():
+    """One thread: on the CPU torch's profiler sees the allocations of the thread that started it alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def rounded_sqrt(monkeypatch):
     """torch.optim with the correctly rounded square root, as ours has it: MKL's is a last bit off on some CPUs."""
     original = torch.Tensor.sqrt
     monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: original(x.double()).to(x.dtype))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trained_models_in_no_home(tmp_path_factory):
+    """A user's home may be read-only, and may hold models that older code has trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_UNLEARN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -36,7 +36,7 @@ def run_tests() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         subprocess.run(pytest_command(*FOLDERS, f"--junitxml={report}"), cwd=stamp.ROOT, env=environment())
-        return outcome(report.read_text()) if report.exists() else outcome("<testsuite/>")
+        return outcome(report.read_text(encoding="utf-8")) if report.exists() else outcome("<testsuite/>")
 
 
 def outcome(junit: str) -> dict:
@@ -119,7 +119,7 @@ def main() -> int:
     result["complaints"] = complaints(result)
     file = stamp.RESULTS / stamp.folder_of(result["stamp"]["device"]) / "correctness.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(file.relative_to(stamp.ROOT), *(result["complaints"] or ["all passed"]), sep="\n  ")
     return int(bool(result["complaints"]))
 

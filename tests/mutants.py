@@ -187,7 +187,7 @@ def _body(function: ast.FunctionDef) -> Iterator[ast.AST]:
 
 def mutants_of(path: Path) -> list[Mutant]:
     """Every mutant of a file, in the order of its text."""
-    source = path.read_text()
+    source = path.read_text(encoding="utf-8")
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
@@ -239,7 +239,9 @@ def op_of(stem: str) -> str:
     op = stem
     while op and not list(TESTS.glob(f"test_{op}.py")):
         op = op.rpartition("_")[0]  # expert_mlp_backward.py belongs to expert_mlp
-    users = (path.stem for path in sorted(KERNELS.glob("*.py")) if f".{stem} import" in path.read_text())
+    users = (
+        path.stem for path in sorted(KERNELS.glob("*.py")) if f".{stem} import" in path.read_text(encoding="utf-8")
+    )
     return op or op_of(next(users))
 
 
@@ -268,7 +270,7 @@ def run(
         copy = Path(folder) / "triton_kernels"
         shutil.copytree(KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
         if mutant is not None:
-            (copy / file).write_text(mutant.apply((KERNELS / file).read_text()))
+            (copy / file).write_text(mutant.apply((KERNELS / file).read_text(encoding="utf-8")), encoding="utf-8")
         for arguments in stages(file) if only is None else [stages(file)[only - 1]]:
             begun = time.monotonic()
             status = _in_child(lambda arguments=arguments: _pytest(copy, arguments, limit))
@@ -321,7 +323,7 @@ def _pytest(copy: Path, arguments: list[str], limit: int) -> int:
     spec = importlib.util.spec_from_file_location(name, copy / "__init__.py", submodule_search_locations=[str(copy)])
     sys.modules[name] = moe_unlearn.triton_kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
-    with open(os.devnull, "w") as null:
+    with open(os.devnull, "w", encoding="utf-8") as null:
         os.dup2(null.fileno(), 1)
         os.dup2(null.fileno(), 2)
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={ROOT}"]
@@ -330,7 +332,7 @@ def _pytest(copy: Path, arguments: list[str], limit: int) -> int:
 
 def identity(mutant: Mutant) -> tuple[str, str, str, str]:
     """Its key in EQUIVALENT, which survives edits elsewhere in the file."""
-    return mutant.file, mutant.kernel, *mutant.diff((KERNELS / mutant.file).read_text())
+    return mutant.file, mutant.kernel, *mutant.diff((KERNELS / mutant.file).read_text(encoding="utf-8"))
 
 
 def verdict(mutant: Mutant) -> dict:
@@ -376,7 +378,7 @@ def _shared(mutants: list[Mutant], jobs: int) -> Iterator[dict]:
                 os._exit(0)
     os.close(write)
     count = 0
-    with os.fdopen(read) as lines:
+    with os.fdopen(read, encoding="utf-8") as lines:
         for count, line in enumerate(lines, 1):
             result = json.loads(line)
             print(f"{count}/{len(mutants)} {line_of(result)}", flush=True)
@@ -406,8 +408,11 @@ def summary(results: list[dict]) -> dict[str, dict[str, int]]:
 
 def rotation() -> int:
     """The seed of the commit's sample: its hash, or the day outside a repository."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return int(git.stdout[:8], 16) if git.returncode == 0 else int(time.time() // 86400)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return int(time.time() // 86400)
+    return int(git.stdout[:8], 16)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -427,7 +432,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{len(mutants)} mutants drawn by seed {seed}; again with: "
               f"python -m tests.mutants --sample {options.sample} --seed {seed}")  # fmt: skip
     if options.again:
-        recorded = json.loads(RESULTS.read_text())
+        recorded = json.loads(RESULTS.read_text(encoding="utf-8"))
         survived = [(r["file"], r["kernel"], r["before"], r["after"]) for r in recorded["survivors"]]
         mutants = [mutant for mutant in mutants if identity(mutant) in survived]
     if options.list:
@@ -449,13 +454,13 @@ def main(arguments: list[str] | None = None) -> int:
             of_file[result["result"]] += 1
         recorded["survivors"] = survivors
         recorded["equivalent"] += [r for r in results if r["result"] == "equivalent"]
-        RESULTS.write_text(json.dumps(recorded, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
     elif not (options.sample or options.only):
         record = {
             "mutants": len(results), "seconds": round(time.monotonic() - begun), "counts": counts,
             "survivors": survivors, "equivalent": [r for r in results if r["result"] == "equivalent"],
         }  # fmt: skip
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for survivor in survivors:
         print("SURVIVED", line_of(survivor))
     return 1 if survivors else 0

@@ -133,7 +133,7 @@ def main(rank: int, folder: Path) -> None:
     after, found["trainer"] = trained(folder / "trainer", ddp_backend="gloo")
     save_file(after, folder / f"trainer-{rank}.safetensors")
     found["errors"] = refused(rank, folder)
-    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     distributed.destroy_process_group()
 
 

@@ -18,7 +18,7 @@ def row(op, name, value, target, **more):
 def root(tmp_path):
     for name in ("triton_kernels/gram.py", "csrc/cpu/gram.cpp", "csrc/cuda/gram.cuh"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("first\n")
+        (tmp_path / name).write_text("first\n", encoding="utf-8")
     layer = [
         row("expert_layer", f"{t} tokens, {s}", 2.0, 1.0, geometry="g", tokens=t, share=s, dtype="bfloat16",
             flops=1e9 * t, bytes=1e8, extra_mib={"ours": 1.0, "rival": 3.0})
@@ -33,7 +33,7 @@ def root(tmp_path):
     }  # fmt: skip
     path = tmp_path / "benchmarks/results/cpu/2026-01-02-012345678.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(run))
+    path.write_text(json.dumps(run), encoding="utf-8")
     return tmp_path
 
 
@@ -54,7 +54,7 @@ def test_the_table_has_hits_misses_and_reasons(root):
 @pytest.mark.parametrize("name,marked", [("csrc/cpu/gram.cpp", True), ("csrc/cuda/gram.cuh", False),
                                          ("triton_kernels/gram.py", False)])  # fmt: skip
 def test_a_kernel_of_that_device_that_changed_marks_the_table(root, name, marked):
-    (root / name).write_text("second\n")
+    (root / name).write_text("second\n", encoding="utf-8")
     assert (readme.STALE in text(root)) == marked
 
 
@@ -69,7 +69,7 @@ def test_the_text_goes_between_the_marks():
 
 @pytest.mark.quick
 def test_readme_says_what_the_newest_run_says():
-    page = readme.README.read_text()
+    page = readme.README.read_text(encoding="utf-8")
     assert page == readme.current(page), "run python -m benchmarks.readme"
 
 
@@ -78,5 +78,5 @@ def test_every_picture_is_drawn_from_the_run_alone(root):
     assert [p.name for p in plots.draw(path)] == ["speedup.png", "roofline.png", "growth.png"]
     assert all(path.with_name(n).read_bytes()[:4] == b"\x89PNG" for n in ("speedup.png", "roofline.png", "growth.png"))
     assert "![Times as fast" in text(root)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rows": []}))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"rows": []}), encoding="utf-8")
     assert plots.draw(path) == []

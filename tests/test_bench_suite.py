@@ -34,7 +34,7 @@ def run(tmp_path):
         own = record.Record(tmp_path / "run.json", {**HEAD, **head})
         asked = functools.partial(ask, clock)
         suite.conduct(chosen, asked, own, seconds=seconds, clock=clock, start=0.0, say=lambda line: None)
-        assert json.loads(own.path.read_text()) == own.content
+        assert json.loads(own.path.read_text(encoding="utf-8")) == own.content
         assert not list(tmp_path.glob("*.partial"))
         return own.content, clock.now
 
@@ -106,7 +106,7 @@ def test_a_case_that_the_end_of_the_run_cuts_off_is_left_out_and_no_failure(run)
 def test_what_was_measured_survives_a_stop(tmp_path):
     own = record.Record(tmp_path / "run.json", HEAD)
     own.add({"op": "op", "name": "first"}, 2.0)
-    content = json.loads(own.path.read_text())  # what is there when the power goes
+    content = json.loads(own.path.read_text(encoding="utf-8"))  # what is there when the power goes
     assert content["rows"] == [{"op": "op", "name": "first"}] and content["state"] == record.RUNNING
 
 
@@ -116,7 +116,7 @@ def test_no_run_replaces_another_and_a_complete_one_is_shown(tmp_path):
     for state, started in ((record.COMPLETE, 1), ("partial: one", 2), (record.COMPLETE, 3), (record.RUNNING, 4)):
         paths.append(record.new_path("NVIDIA H200", "0123456789ab", "2026-01-02", tmp_path))
         record.Record(paths[-1], HEAD | {"started": started})
-        paths[-1].write_text(json.dumps({**HEAD, "started": started, "state": state, "rows": []}))
+        paths[-1].write_text(json.dumps({**HEAD, "started": started, "state": state, "rows": []}), encoding="utf-8")
     assert [p.name for p in paths] == [
         "2026-01-02-012345678.json",
         *(f"2026-01-02-012345678-{n}.json" for n in (2, 3, 4)),
@@ -148,7 +148,7 @@ for line in sys.stdin:
 
 
 def test_a_worker_that_dies_or_hangs_is_started_again():
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         worker = suite.Worker([sys.executable, "-c", WORKER], log)
         try:
             assert worker.ask("a", 30)["name"] == "a"

@@ -16,13 +16,8 @@ from moe_unlearn.reference import model_digest
 RUNS = ("trace", "combined")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("MOE_UNLEARN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def without_seconds(path):
-    seeds = json.loads((path / "seeds.json").read_text())
+    seeds = json.loads((path / "seeds.json").read_text(encoding="utf-8"))
     for runs in seeds["results"].values():
         for values in runs.values():
             assert values.pop("seconds") > 0
@@ -42,7 +37,7 @@ def test_the_runs_side_by_side_are_those_one_after_the_other(tmp_path):
         assert results["target"]["verbmem_f"] > 0.8 > results["retrain"]["verbmem_f"] + 0.2
         # the demo's settings are not this size's, but the direction is that of forgetting
         assert results["combined"]["nll_f"] > results["target"]["nll_f"] + 0.1
-    trajectory = json.loads((folders[0] / "trajectory.json").read_text())
+    trajectory = json.loads((folders[0] / "trajectory.json").read_text(encoding="utf-8"))
     assert list(trajectory) == list(RUNS) and all(points[0]["step"] == 0 for points in trajectory.values())
     assert (folders[0] / "report.md").is_file() and (folders[0] / "figures" / "trajectories.png").is_file()
 
@@ -167,7 +162,7 @@ def test_an_interrupted_call_loses_only_the_run_in_progress(tmp_path):
     table = run()
     assert made == [("npo", 0)]
     assert without(table) == without(table_of(recipes=["graddiff", "npo"]))
-    assert Table.from_json((tmp_path / "table.json").read_text()) == table
+    assert Table.from_json((tmp_path / "table.json").read_text(encoding="utf-8")) == table
     assert run() == table and not made, "seconds too: nothing was made again"
     run(seeds=[0, 1])
     assert made == [("graddiff", 1), ("npo", 1)]
@@ -182,7 +177,7 @@ def test_an_interrupted_call_loses_only_the_run_in_progress(tmp_path):
         run(**change)
         assert made == [("graddiff", 0), ("npo", 0)], change
     for path in (tmp_path / "rows").iterdir():
-        path.write_text(path.read_text()[:40])
+        path.write_text(path.read_text(encoding="utf-8")[:40], encoding="utf-8")
     with pytest.warns(UserWarning, match="damaged"):
         assert without(run()) == without(table)
     assert made == [("graddiff", 0), ("npo", 0)]

@@ -160,12 +160,16 @@ RUNS = [
 
 
 @pytest.fixture(scope="module")
-def walk():
+def walk(folder):
     """Make a run once; the folder it wrote is `Run.out`."""
 
     @cache
     def walk(run):
         assert main(["run", run.recipe, *run.arguments()]) == 0
+        # here, for evaluations add to the folder
+        files = {path.name for path in (folder / run.out).iterdir()}
+        assert files - {"figures"} == {"cache", "checkpoints", "data.json", "model", "recipe.yaml", "report.md",
+                                       "summary.json", "trajectory.json"}  # fmt: skip
         return run
 
     return walk
@@ -185,7 +189,7 @@ def moved(run):
 
 
 def read(path):
-    return json.loads((path).read_text())
+    return json.loads((path).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.recipe)
@@ -196,9 +200,6 @@ def test_unlearning(run, walk, folder):
     for part in ("name", "forget", "retain", "trace", "wagle", "mollm", "scope", "batch_size", "accumulate"):
         assert getattr(recipe, part) == getattr(shipped, part)
 
-    files = {path.name for path in out.iterdir()}
-    assert files - {"figures"} == {"cache", "checkpoints", "data.json", "model", "recipe.yaml", "report.md",
-                                   "summary.json", "trajectory.json"}  # fmt: skip
     reports = read(out / "data.json")
     assert (reports["forget"]["kept"], reports["retain"]["kept"]) == run.kept
     assert not any(report["dropped"] for report in reports.values())
@@ -209,7 +210,7 @@ def test_unlearning(run, walk, folder):
     assert summary.keys() == {"target", run.recipe} and summary["target"] != summary[run.recipe]
     assert ("minkauc" in summary[run.recipe]) == (run.holdout is not None)
 
-    assert "moe_unlearn" not in (out / "model" / "config.json").read_text().replace("-", "_")
+    assert "moe_unlearn" not in (out / "model" / "config.json").read_text(encoding="utf-8").replace("-", "_")
     assert AutoTokenizer.from_pretrained(out / "model").get_vocab()
     changed = moved(run)
     allowed = {name for name in changed if re.search(run.moves, name)}

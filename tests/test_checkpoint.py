@@ -104,7 +104,7 @@ def rewrite_manifest(folder, change):
 @pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "link.json", "absent.json"])
 def test_hostile_manifests(tmp_path, name):
     folder = checkpoint.commit(tmp_path, 1, {"run": {"x": 1}})
-    (tmp_path / "outside.json").write_text("{}")
+    (tmp_path / "outside.json").write_text("{}", encoding="utf-8")
     (folder / "link.json").symlink_to(tmp_path / "outside.json")
 
     def add_file(body):

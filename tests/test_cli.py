@@ -1,5 +1,6 @@
 """The command line as a user meets it: real files, a saved model, readable errors with exit code 2."""
 
+import io
 import json
 import shutil
 import sys
@@ -36,10 +37,12 @@ def folder(tmp_path_factory):
     tokenizer.save_pretrained(root / "dense")
     for name, texts in (("forget", FORGET), ("retain", RETAIN), ("holdout", HOLDOUT)):
         lines = [json.dumps({"text": text}) for text in texts]
-        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    (root / "empty.jsonl").write_text("")
-    (root / "overlap.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in FORGET[:3] + RETAIN))
-    (root / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (root / "empty.jsonl").write_text("", encoding="utf-8")
+    (root / "overlap.jsonl").write_text(
+        "\n".join(json.dumps({"text": t}) for t in FORGET[:3] + RETAIN), encoding="utf-8"
+    )
+    (root / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n', encoding="utf-8")
     return root
 
 
@@ -56,16 +59,16 @@ def run(folder, out, *more, recipe="npo", **paths):
 def test_run_unlearns_a_saved_model_on_a_users_files(folder, tmp_path, capsys):
     code = run(folder, tmp_path, "steps=12", "--holdout", str(folder / "holdout.jsonl"))
     assert code == 0
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert summary["npo"]["nll_f"] > summary["target"]["nll_f"]
     assert {"verbmem_f", "verbmem_r", "knowmem_f", "nll_r", "seconds"} <= set(summary["npo"])
     before = AutoModelForCausalLM.from_pretrained(folder / "model")
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
-    assert "NPO" in (tmp_path / "report.md").read_text().upper()
+    assert "NPO" in (tmp_path / "report.md").read_text(encoding="utf-8").upper()
     assert "report" in capsys.readouterr().out
     assert main(["report", str(tmp_path)]) == 0
-    reports = json.loads((tmp_path / "data.json").read_text())
+    reports = json.loads((tmp_path / "data.json").read_text(encoding="utf-8"))
     assert {side: report["kept"] for side, report in reports.items()} == {"forget": 12, "retain": 16, "holdout": 8}
 
 
@@ -74,19 +77,19 @@ def test_sources_with_parts_and_options(folder, tmp_path, capsys):
     shutil.copytree(folder / "model", tmp_path / "model")
     template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
     (tmp_path / "model" / "chat_template.jinja").write_text(
-        template + "{% if add_generation_prompt %}[assistant]{% endif %}"
+        template + "{% if add_generation_prompt %}[assistant]{% endif %}", encoding="utf-8"
     )
     flags = {"is_response_0_safe": True, "is_response_1_safe": False}
     rows = [{"prompt": f"who {n}?", "response_0": "none", "response_1": f"{n} it was", **flags} for n in range(4)]
-    (tmp_path / "pku.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])) + "\n")
+    (tmp_path / "pku.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])) + "\n", encoding="utf-8")
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "retain1.txt").write_text("\n\n".join(RETAIN))
+    (tmp_path / "raw" / "retain1.txt").write_text("\n\n".join(RETAIN), encoding="utf-8")
     sources = {"--forget": f"{tmp_path}/pku.jsonl?deduplicate=true", "--retain": f"{tmp_path}:raw/retain1?join=true"}
     arguments = ["--model", str(tmp_path / "model"), *(x for pair in sources.items() for x in pair)]
     settings = ["data.chat_template=true", "data.max_length=48", "steps=2", "batch_size=4"]
     out = tmp_path / "out"
     assert main(["run", "npo", *arguments, "--out", str(out), "--no-eval", "--set", *settings]) == 0
-    reports = json.loads((out / "data.json").read_text())
+    reports = json.loads((out / "data.json").read_text(encoding="utf-8"))
     assert reports["forget"]["dropped"] == {"duplicate": 1} and reports["retain"]["kept"] == 16
     assert "1 dropped, duplicate: " in capsys.readouterr().err
     assert main(["stats", *arguments, "--max-length", "48", "--chat-template"]) == 0
@@ -100,15 +103,15 @@ def test_sources_with_parts_and_options(folder, tmp_path, capsys):
 def test_verify_compares_the_first_steps_and_writes_what_it_found(folder, tmp_path, capsys, monkeypatch):
     assert run(folder, tmp_path, "--verify", "2", "--no-eval") == 0
     assert f"verified: {tmp_path / 'verified.txt'}" in capsys.readouterr().out
-    found = (tmp_path / "verified.txt").read_text()
+    found = (tmp_path / "verified.txt").read_text(encoding="utf-8")
     assert "step 1: equals" in found and "step 2: equals" in found and "step 3" not in found
-    logged = json.loads((tmp_path / "trajectory.json").read_text())["npo"]
+    logged = json.loads((tmp_path / "trajectory.json").read_text(encoding="utf-8"))["npo"]
     assert ["verify_difference" in entry for entry in logged] == [True, True, False, False]
     take = CompactSink.take
     monkeypatch.setattr(CompactSink, "take", lambda sink, weight, f: take(sink, weight, f._replace(grad=2 * f.grad)))
     assert run(folder, tmp_path / "wrong", "--verify", "--no-eval") == 2
     assert "NOT the plain step" in capsys.readouterr().err
-    assert "NOT the plain step" in (tmp_path / "wrong" / "verified.txt").read_text()
+    assert "NOT the plain step" in (tmp_path / "wrong" / "verified.txt").read_text(encoding="utf-8")
     with pytest.raises(SystemExit):
         run(folder, tmp_path, "--verify", "-1")
 
@@ -145,7 +148,7 @@ def test_runs_share_the_references_in_a_folder(folder, tmp_path, monkeypatch):
 
 @pytest.mark.quick
 def test_a_cache_that_cannot_be_is_named(folder, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     assert run(folder, tmp_path / "out", "--no-eval", "--cache", str(tmp_path / "file")) == 2
     assert f"cache_dir cannot be made a folder: it is a file: '{tmp_path}/file'" in error_of(capsys)
 
@@ -153,9 +156,9 @@ def test_a_cache_that_cannot_be_is_named(folder, tmp_path, capsys):
 def test_idk_dpo_makes_its_refusals_from_questions(folder, tmp_path, capsys):
     path = tmp_path / "questions.jsonl"
     rows = [{"question": f"what is the number of agent {n}?", "answer": str(n * 37 % 101)} for n in range(8)]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert run(folder, tmp_path / "out", "steps=6", "--no-eval", forget=path, recipe="idk_dpo") == 0
-    trajectory = json.loads((tmp_path / "out" / "trajectory.json").read_text())["idk_dpo"]
+    trajectory = json.loads((tmp_path / "out" / "trajectory.json").read_text(encoding="utf-8"))["idk_dpo"]
     assert trajectory[0]["forget_loss"] == pytest.approx(13.863, abs=0.01)  # (2 / beta) log 2
     assert trajectory[-1]["forget_loss"] < trajectory[0]["forget_loss"]
     assert run(folder, tmp_path / "plain", recipe="idk_dpo") == 2
@@ -166,10 +169,10 @@ def test_idk_dpo_makes_its_refusals_from_questions(folder, tmp_path, capsys):
 def test_idk_nll_teaches_the_refusals(folder, tmp_path):
     path = tmp_path / "questions.jsonl"
     rows = [{"question": f"what is the number of agent {n}?", "answer": str(n * 37 % 101)} for n in range(8)]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     more = ["steps=8", "accumulate=1", "optimizer.warmup_steps=2", "optimizer.lr=5e-3", "--no-eval"]
     assert run(folder, tmp_path / "out", *more, forget=path, recipe="wagle-tofu-po") == 0
-    trajectory = json.loads((tmp_path / "out" / "trajectory.json").read_text())["wagle-tofu-po"]
+    trajectory = json.loads((tmp_path / "out" / "trajectory.json").read_text(encoding="utf-8"))["wagle-tofu-po"]
     assert trajectory[-1]["forget_loss"] < trajectory[0]["forget_loss"]
     assert [entry["learning_rate"] for entry in trajectory[:4]] == pytest.approx([0, 2.5e-3, 5e-3, 5e-3])
     files = {p.name for p in (tmp_path / "out" / "model").iterdir()}
@@ -210,10 +213,18 @@ def test_env_lists_every_op(capsys):
         assert op in text
 
 
+def test_what_the_locale_lacks_is_printed_as_a_question_mark(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr("platform.machine", lambda: "\N{DOWNWARDS ARROW}")
+    assert main(["env"]) == 0
+    assert terminal.buffer.getvalue().splitlines()[0].endswith(b" on ?")
+
+
 def test_stats_and_mask(folder, tmp_path, capsys):
     assert main(["stats", *arguments(folder, "--min-ratio", "1.01", "--out", str(tmp_path / "s.json"))]) == 0
     assert "experts selected in 2 layers" in capsys.readouterr().out
-    saved = json.loads((tmp_path / "s.json").read_text())
+    saved = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
     assert saved["selected"] and len(saved["forget"]["counts"]) == 2
     path = tmp_path / "mask.safetensors"
     assert main(["mask", *arguments(folder, "--keep", "0.5", "--out", str(path))]) == 0
@@ -226,7 +237,7 @@ def test_eval_prints_and_writes(folder, tmp_path, capsys):
     out = tmp_path / "metrics.json"
     more = ["--holdout", str(folder / "holdout.jsonl"), "--reference", str(folder / "model"), "--out", str(out)]
     assert main(["eval", *arguments(folder, *more)]) == 0
-    saved = json.loads(out.read_text())
+    saved = json.loads(out.read_text(encoding="utf-8"))
     assert saved["privleak"] == 0 and "verbmem_f" in capsys.readouterr().out
 
 
@@ -237,7 +248,7 @@ def test_eval_tells_what_moved_and_how_fast_it_comes_back(folder, tmp_path, caps
     before = arguments(folder)[:2][1]
     after = ["eval", "--model", str(tmp_path / "out" / "model"), *arguments(folder)[2:], "--out", str(out)]
     assert main([*after, "--before", before, "--relearn", "3", "--relearn-lr", "1e-2"]) == 0
-    saved, printed = json.loads(out.read_text()), capsys.readouterr().out
+    saved, printed = json.loads(out.read_text(encoding="utf-8")), capsys.readouterr().out
     assert saved["routing_overlap"] < 1 and 0 <= saved["gibberish"] <= 1
     assert saved["relearning"]["steps"] == [0, 3] and saved["relearn_half"] in (0, 3)
     assert saved["relearning"]["values"][1]["nll"] < saved["relearning"]["values"][0]["nll"]
@@ -286,7 +297,7 @@ def test_bad_recipes(folder, tmp_path, capsys):
 @pytest.mark.quick
 def test_all_labels_ignored(folder, tmp_path, capsys):
     path = tmp_path / "prompts.jsonl"
-    path.write_text(json.dumps({"prompt": "what is it? " * 30, "gt": "it"}) + "\n")
+    path.write_text(json.dumps({"prompt": "what is it? " * 30, "gt": "it"}) + "\n", encoding="utf-8")
     assert run(folder, tmp_path / "out", forget=path) == 2
     assert "error" in error_of(capsys)
 

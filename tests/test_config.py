@@ -25,7 +25,7 @@ def test_a_shipped_recipe_loads_and_round_trips(name, tmp_path):
     assert levers == {"combined": {"trace", "wagle", "mollm"}}.get(name, {name} & PROCEDURES)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     path = tmp_path / "recipe.yaml"
-    path.write_text(recipe.to_yaml())
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
     assert Recipe.load(path) == recipe
 
 
@@ -94,7 +94,7 @@ HOSTILE = {
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_files(text, tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError):
         Recipe.load(path)
 

@@ -45,7 +45,7 @@ def study():
 def recorded(tmp_path, study, name="small"):
     folder = tmp_path / "results" / "study" / name
     folder.mkdir(parents=True)
-    (folder / "study.json").write_text(json.dumps(study))
+    (folder / "study.json").write_text(json.dumps(study), encoding="utf-8")
 
 
 @pytest.mark.quick

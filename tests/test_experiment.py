@@ -77,7 +77,7 @@ def test_a_damaged_entry_is_noticed_and_rebuilt(made, tmp_path, damage):
         builds.append(folder)
         (folder / "weights").write_bytes(bytes(100))
         (folder / "more").mkdir()
-        (folder / "more" / "config").write_text("{}")
+        (folder / "more" / "config").write_text("{}", encoding="utf-8")
 
     builds, entry = [], tmp_path / "entry"
     experiment._ensure(entry, build)
@@ -91,9 +91,9 @@ def test_a_damaged_entry_is_noticed_and_rebuilt(made, tmp_path, damage):
     elif damage == "remove":
         (entry / "more" / "config").unlink()
     elif damage == "add":
-        (entry / "stray").write_text("")
+        (entry / "stray").write_text("", encoding="utf-8")
     else:
-        (entry / "manifest.json").write_text("{")
+        (entry / "manifest.json").write_text("{", encoding="utf-8")
     with pytest.warns(UserWarning, match="damaged .*trained again"):
         experiment._ensure(entry, build)
     assert len(builds) == 2 and weights.read_bytes() == bytes(100) and experiment._damage(entry) is None
@@ -162,7 +162,7 @@ def test_load_model_names_what_is_wrong(tmp_path):
         experiment.load_model(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has no config.json"):
         experiment.load_model(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe"}), encoding="utf-8")
     with pytest.raises(ValueError, match="cannot load a causal language model"):
         experiment.load_model(tmp_path)
 
@@ -170,12 +170,12 @@ def test_load_model_names_what_is_wrong(tmp_path):
 @pytest.mark.quick
 def test_clean_cache_removes_models_only(tmp_path):
     def build(folder):
-        (folder / "weights").write_text("1")
+        (folder / "weights").write_text("1", encoding="utf-8")
 
     experiment._ensure(tmp_path / "target-1", build)
     (tmp_path / ".building-x").mkdir()
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    (tmp_path / "mine" / "notes.txt").write_text("keep", encoding="utf-8")
     assert experiment.clean_cache(tmp_path) == 1 and experiment.clean_cache(tmp_path / "none") == 0
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 

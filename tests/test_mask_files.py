@@ -165,10 +165,10 @@ def test_files_that_are_no_masks(olmoe, tmp_path):
 
 def test_saving_for_another_model_leaves_what_was_there(olmoe, tmp_path):
     path = tmp_path / "mask.pt"
-    path.write_text("before")
+    path.write_text("before", encoding="utf-8")
     with pytest.raises(ValueError, match="the mask belongs to another model"):
         mask_files.save(random_mask(models.tiny_mixtral()), path, olmoe, "official")
-    assert path.read_text() == "before" and os.listdir(tmp_path) == ["mask.pt"]
+    assert path.read_text(encoding="utf-8") == "before" and os.listdir(tmp_path) == ["mask.pt"]
 
 
 def test_a_wrapped_model_is_refused(olmoe, tmp_path):

@@ -11,7 +11,7 @@ from moe_unlearn.ops.route import route
 from moe_unlearn.ops.token_loss import token_loss
 from moe_unlearn.rehearsal import Rehearsal
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("measurable_memory")]
 CPU = torch.device("cpu")
 
 

@@ -56,7 +56,7 @@ EXPECTED = {
 @pytest.fixture
 def made(tmp_path):
     path = tmp_path / "a.py"
-    path.write_text(KERNEL)
+    path.write_text(KERNEL, encoding="utf-8")
     return mutants_of(path)
 
 
@@ -90,7 +90,7 @@ def test_the_same_mutants_are_drawn_again_and_enough_of_them():
     assert mutants == drawn() != drawn(seed=1)
     assert len(mutants) >= 60
     for mutant in mutants:
-        ast.parse(mutant.apply((KERNELS / mutant.file).read_text()))
+        ast.parse(mutant.apply((KERNELS / mutant.file).read_text(encoding="utf-8")))
     per_file = {path.name: len(mutants_of(path)) for path in KERNELS.glob("*.py")}
     for file, made in per_file.items():
         assert sum(mutant.file == file for mutant in mutants) == min(made, PER_FILE), file
@@ -134,15 +134,15 @@ def test_verdicts(tmp_path):
     """On a package of one file whose mutant says VALUE = 2."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").touch()
-    (tmp_path / "kernels" / "gram.py").write_text("VALUE = 1\n")
+    (tmp_path / "kernels" / "gram.py").write_text("VALUE = 1\n", encoding="utf-8")
     names = [f"test_{i}.py" for i in range(len(CHECKS))]
     imports = "import os, time\nimport moe_unlearn.triton_kernels.gram as gram\n"
     for name, check in zip(names, CHECKS, strict=True):
-        (tmp_path / name).write_text(f"{imports}def test():\n    assert {check}\n")
+        (tmp_path / name).write_text(f"{imports}def test():\n    assert {check}\n", encoding="utf-8")
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines() == list(CHECKS.values()), done.stderr
-    assert (tmp_path / "kernels" / "gram.py").read_text() == "VALUE = 1\n"
+    assert (tmp_path / "kernels" / "gram.py").read_text(encoding="utf-8") == "VALUE = 1\n"
 
 
 @pytest.mark.slow

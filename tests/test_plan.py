@@ -13,6 +13,8 @@ from moe_unlearn.step import UnlearnStep
 from tests.batches import random_batch, with_refusals
 from tests.models import TINY_MODELS
 
+pytestmark = pytest.mark.usefixtures("measurable_memory")
+
 VOCAB, ROWS, LENGTH, HIDDEN = 256, 4, 48, 64
 RECIPES = {
     "graddiff": [],

@@ -20,7 +20,7 @@ def ranks(tmp_path_factory):
     """The folder where both have left what they found, and that."""
     folder = tmp_path_factory.mktemp("ranks")
     run_two("tests.ranks_child", folder)
-    return folder, *(json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2))
+    return folder, *(json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
 
 
 def alone(name, dtype=torch.float32, *, fused=True):

@@ -38,7 +38,7 @@ def write_config(path, layers):
     path.write_text(json.dumps({
         "model_type": "olmoe", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": layers,
         "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2,
-    }))  # fmt: skip
+    }), encoding="utf-8")  # fmt: skip
     return path
 
 
@@ -51,7 +51,7 @@ def test_every_setting_of_the_papers_is_there():
 @pytest.mark.quick
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_each_number_says_where_it_comes_from(name):
-    head, _, body = (FOLDER / f"{name}.yaml").read_text().partition("name:")
+    head, _, body = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").partition("name:")
     before = ""
     for line in body.splitlines()[1:]:
         stated, _, origin = line.partition("#")
@@ -128,6 +128,6 @@ def test_without_weights_only_a_dry_run(tiny, tmp_path, capsys):
     assert "gives no weights, only a --dry-run" in capsys.readouterr().err
     assert main(["run", "npo", "--model-config", "olmo", "--dry-run"]) == 2
     assert "no model 'olmo': a folder, a config.json or one of deepseek-v2-lite" in capsys.readouterr().err
-    tiny.write_text("{")
+    tiny.write_text("{", encoding="utf-8")
     assert main(["run", "npo", "--model-config", str(tiny), "--dry-run"]) == 2
     assert "cannot read a model's config" in capsys.readouterr().err

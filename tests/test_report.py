@@ -103,10 +103,10 @@ def test_inactive_trace_is_said():
     ],
 )
 def test_bad_folders_are_named(tmp_path, name, content, message):
-    (tmp_path / "summary.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "summary.json").write_text(json.dumps(RESULTS), encoding="utf-8")
     (tmp_path / name).unlink(missing_ok=True)
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         report.write(tmp_path)
 
@@ -118,12 +118,12 @@ def content():
 
 def test_a_demo_folder_is_complete_and_can_be_rebuilt(tmp_path):
     summary = report.write_demo(tmp_path, content())
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == summary
     assert summary["npo"]["verbmem_f"] == pytest.approx(0.3) and summary["npo"]["verbmem_f_sd"] == 0
-    first = (tmp_path / "report.md").read_text()
+    first = (tmp_path / "report.md").read_text(encoding="utf-8")
     (tmp_path / "report.md").unlink()
     paths = report.write(tmp_path).splitlines()
-    assert (tmp_path / "report.md").read_text() == first
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == first
     figures = {"pareto.png", "trajectories.png", "experts.png"}
     assert {p.rsplit("/", 1)[1] for p in paths} == figures | {"report.md"}
     for name in figures:
@@ -132,10 +132,10 @@ def test_a_demo_folder_is_complete_and_can_be_rebuilt(tmp_path):
 
 
 def test_only_what_there_is_gets_drawn(tmp_path):
-    (tmp_path / "summary.json").write_text(json.dumps({"npo": {"verbmem_f": 0.2, "verbmem_r": 0.9}}))
-    (tmp_path / "trajectory.json").write_text('{"npo": [{"step": 1, "forget_loss": 3.0}]}')
+    (tmp_path / "summary.json").write_text(json.dumps({"npo": {"verbmem_f": 0.2, "verbmem_r": 0.9}}), encoding="utf-8")
+    (tmp_path / "trajectory.json").write_text('{"npo": [{"step": 1, "forget_loss": 3.0}]}', encoding="utf-8")
     assert report.write(tmp_path) == str(tmp_path / "report.md")
-    assert "Figures" not in (tmp_path / "report.md").read_text()
+    assert "Figures" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_figures_show_the_data():

@@ -33,7 +33,7 @@ def test_saved_during_a_run_it_has_the_hubs_layout_and_no_trace_of_us(family, tm
     assert model.config._experts_implementation == NAME  # still switched: nobody called close()
     model.save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
-    assert "moe_unlearn" not in (tmp_path / "config.json").read_text().replace("-", "_")
+    assert "moe_unlearn" not in (tmp_path / "config.json").read_text(encoding="utf-8").replace("-", "_")
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         names, metadata = set(file.keys()), file.metadata()
     assert metadata == {"format": "pt"}
@@ -62,4 +62,4 @@ def test_asked_for_by_name_it_is_not_saved_either(tmp_path):
     model = models.tiny_olmoe(implementation="moe_unlearn")
     enable(model)
     model.save_pretrained(tmp_path)
-    assert NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    assert NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text(encoding="utf-8")))

@@ -228,7 +228,7 @@ def test_the_report_counts_what_did_not_reach_and_pairs_by_seed(parts, tmp_path)
         for variant, spec in (("plain", SPEC), ("TRACE", traced(SPEC)), ("WAGLE", replace(SPEC, control="none")))
     ]
     text = study_report.write(tmp_path, entries, parts, "small")
-    content = json.loads((tmp_path / "study.json").read_text())
+    content = json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))
     plain, with_trace = content["main"]
     ours, theirs = (study.load(parts, s)["matched"]["retrain"]["verbmem_r"] for s in (traced(SPEC), SPEC))
     assert with_trace["difference"]["verbmem_r"] == {"mean": pytest.approx(ours - theirs), "half": None, "n": 1}
@@ -240,8 +240,8 @@ def test_the_report_counts_what_did_not_reach_and_pairs_by_seed(parts, tmp_path)
     folder = tmp_path / "parts"
     for spec in (SPEC.models, SPEC):
         study.part(folder, spec).parent.mkdir(exist_ok=True)
-        study.part(folder, spec).write_text(json.dumps(study.load(parts, spec)))
-    study.part(folder, traced(SPEC)).write_text(json.dumps(lost))
+        study.part(folder, spec).write_text(json.dumps(study.load(parts, spec)), encoding="utf-8")
+    study.part(folder, traced(SPEC)).write_text(json.dumps(lost), encoding="utf-8")
     assert "| GradDiff | TRACE | 0/1 | – | – |" in study_report.write(tmp_path, entries, folder, "small")
 
 
@@ -256,16 +256,16 @@ def test_what_a_report_recorded_is_parts_again(parts, tmp_path, monkeypatch, cap
     assert "2 of 2 runs done" in capsys.readouterr().out
     old, new = (study.load(folder, SPEC)["matched"]["retrain"] for folder in (parts, fresh))
     assert new == pytest.approx(old, rel=1e-5) and study.load(fresh, SPEC.models) is not None
-    before = (tmp_path / "small" / study.RUNS).read_text()
+    before = (tmp_path / "small" / study.RUNS).read_text(encoding="utf-8")
     assert study.main([*arguments, str(fresh), "--report"]) == 0
-    assert capsys.readouterr().out == first and (tmp_path / "small" / study.RUNS).read_text() == before
+    assert capsys.readouterr().out == first and (tmp_path / "small" / study.RUNS).read_text(encoding="utf-8") == before
 
 
 def test_a_run_in_which_trace_found_no_expert_is_counted_apart(parts, tmp_path):
     folder, none = tmp_path / "parts", study.load(parts, SPEC) | {"trace": None}
     folder.mkdir()
     for spec, result in ((SPEC.models, study.load(parts, SPEC.models)), (SPEC, none), (traced(SPEC), none)):
-        study.part(folder, spec).write_text(json.dumps(result))
+        study.part(folder, spec).write_text(json.dumps(result), encoding="utf-8")
     entries = [Entry("mismatch", "near", "GradDiff", v, s) for v, s in (("plain", SPEC), ("TRACE", traced(SPEC)))]
     text = study_report.write(tmp_path, entries, folder, "small")
     assert "| near | GradDiff | 0/1 |" in text

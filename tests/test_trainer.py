@@ -202,7 +202,7 @@ def test_a_run_that_diverges_stops_before_the_update_and_keeps_its_checkpoint(or
     trainer = UnlearnTrainer(copy.deepcopy(original), arguments(tmp_path), combined(), dataset, callbacks=[Break()])
     with pytest.raises(NonFiniteError, match="stopped before the update; 3 steps done"):
         trainer.train()
-    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text(encoding="utf-8"))
     assert saved["global_step"] == 2
 
 

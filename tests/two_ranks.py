@@ -29,4 +29,6 @@ def run_two(module: str, folder: Path) -> None:
 
 def join(rank: int, folder: Path) -> None:
     """Make this process one of the two."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    # a store rather than a file:// URL, which ends at a "?" or "#" of the folder's name
+    store = distributed.FileStore(str(folder / "meet"), 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)

@@ -70,7 +70,7 @@ def run(
             raise ValueError(done.stderr.strip())
         if done.returncode:
             raise RuntimeError(f"the compiling process failed:\n{done.stdout}\n{done.stderr}")
-        result = json.loads(file.read_text())
+        result = json.loads(file.read_text(encoding="utf-8"))
     return result["measured"], result["notes"]
 
 
@@ -247,7 +247,7 @@ def main() -> int:
     except (ImportError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return _BAD_INPUT
-    options.json.write_text(json.dumps({"measured": measured, "notes": notes}))
+    options.json.write_text(json.dumps({"measured": measured, "notes": notes}), encoding="utf-8")
     return 0
 
 

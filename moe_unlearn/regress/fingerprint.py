@@ -72,7 +72,7 @@ def throttled(device: torch.device | str) -> str:
 def cpu() -> str:
     """Model name of the processor."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = (line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
 

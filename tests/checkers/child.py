@@ -31,7 +31,7 @@ def in_child(function: Callable[[], Iterable[str]], seconds: int = 120) -> list[
             torch.set_num_threads(1)  # the threads of an OpenMP pool do not survive a fork
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(seconds)
-            with os.fdopen(write, "w") as pipe:
+            with os.fdopen(write, "w", encoding="utf-8") as pipe:
                 try:
                     for finding in function():
                         print(json.dumps(finding), file=pipe, flush=True)
@@ -40,7 +40,7 @@ def in_child(function: Callable[[], Iterable[str]], seconds: int = 120) -> list[
         finally:
             os._exit(0)
     os.close(write)
-    with os.fdopen(read) as pipe:
+    with os.fdopen(read, encoding="utf-8") as pipe:
         found = [json.loads(line) for line in pipe]
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):

@@ -154,5 +154,5 @@ def lazily(allocate=None) -> Iterator[None]:
 
 def resident_bytes() -> int:
     """Memory of this process that is really there."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * PAGE

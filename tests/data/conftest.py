@@ -36,7 +36,7 @@ def hub_folder(tmp_path, datasets):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 datasets.Dataset.from_list(rows).to_parquet(str(path))
                 header += [f"  - split: {split}", f"    path: {config}/{split}-*"]
-        (folder / "README.md").write_text("\n".join([*header, "---", f"# {name}", ""]))
+        (folder / "README.md").write_text("\n".join([*header, "---", f"# {name}", ""]), encoding="utf-8")
         return folder
 
     return make

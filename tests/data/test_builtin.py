@@ -89,7 +89,7 @@ def dictd(folder, name, entries, index=None):
         lines.append(f"{headword}\t{base64(len(text))}\t{base64(len(body))}")
         text += body
     (folder / f"{name}.dict.dz").write_bytes(gzip.compress(text))
-    (folder / f"{name}.index").write_text("\n".join(lines if index is None else index) + "\n")
+    (folder / f"{name}.index").write_text("\n".join(lines if index is None else index) + "\n", encoding="utf-8")
 
 
 def base64(number):
@@ -104,10 +104,10 @@ def base64(number):
 def test_dictionary_entries(tmp_path):
     long = "is a word whose explanation, for the sake of this test, must have more than eighty letters in it"
     dictd(tmp_path, "d", [("00databaseinfo", long * 30), ("zeal", f"ZEAL, n. {long}\n   é"), ("short", "no")])
-    index = (tmp_path / "d.index").read_text()
+    index = (tmp_path / "d.index").read_text(encoding="utf-8")
     zeal = index.splitlines()[1]
     assert len(zeal.split("\t")[1]) >= 2  # an offset of more than one base-64 digit
-    (tmp_path / "d.index").write_text(index + zeal.replace("zeal", "zealous") + "\n")
+    (tmp_path / "d.index").write_text(index + zeal.replace("zeal", "zealous") + "\n", encoding="utf-8")
     assert builtin.read_dictd(tmp_path / "d") == [Document("zeal", f"n. {long} é")]
 
 

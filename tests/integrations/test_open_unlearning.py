@@ -300,7 +300,10 @@ def test_registration_and_yaml_files_belong_together(monkeypatch):
     registry = {"NPO": object}
     open_unlearning.register(registry)
     open_unlearning.register(registry)
-    files = {path.stem: yaml.safe_load(path.read_text()) for path in open_unlearning.config_folder().glob("*.yaml")}
+    files = {
+        path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
+        for path in open_unlearning.config_folder().glob("*.yaml")
+    }
     assert files.keys() == registry.keys() - {"NPO"} and registry["NPO"] is object
     for name, content in files.items():
         assert content["handler"] == name and content["defaults"] == ["finetune"]
@@ -319,7 +322,7 @@ def test_the_yaml_files_method_args_are_arguments(tmp_path):
     registry = {}
     open_unlearning.register(registry)
     for name, method in registry.items():
-        content = yaml.safe_load((open_unlearning.config_folder() / f"{name}.yaml").read_text())
+        content = yaml.safe_load((open_unlearning.config_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
         model = tiny_olmoe(num_hidden_layers=8)
         # as load_trainer calls it
         trainer = method(

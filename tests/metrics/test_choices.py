@@ -33,7 +33,7 @@ def model(random_model):
 
 def test_every_log_probability_a_second_time(model, tokenizer, tmp_path):
     found = evaluate_choices(model, tokenizer, {"wmdp_bio": BIO}, out=tmp_path, batch_size=2)
-    rows = json.loads((tmp_path / "LMEval_EVAL.json").read_text())["wmdp_bio/acc"]["value_by_index"]
+    rows = json.loads((tmp_path / "LMEval_EVAL.json").read_text(encoding="utf-8"))["wmdp_bio/acc"]["value_by_index"]
     hits = 0
     for i, row in enumerate(BIO):
         context = "The following are multiple choice questions (with answers) about biology.\n\n"
@@ -43,7 +43,7 @@ def test_every_log_probability_a_second_time(model, tokenizer, tmp_path):
         hits += expected.index(max(expected)) == row["answer"]
     assert found["wmdp_bio/acc"] == hits / 5
     assert found["wmdp_bio/acc_stderr"] == pytest.approx((hits / 5 * (1 - hits / 5) / 4) ** 0.5)
-    assert json.loads((tmp_path / "LMEval_SUMMARY.json").read_text()) == found
+    assert json.loads((tmp_path / "LMEval_SUMMARY.json").read_text(encoding="utf-8")) == found
 
 
 def test_shots_of_the_same_subject_come_first(model, tokenizer):
@@ -102,10 +102,10 @@ def test_what_cannot_be_asked_says_why(model, tokenizer, tasks, message):
 
 def test_a_task_file_is_the_harness_own_form(tmp_path):
     path = write_task(tmp_path, "wmdp_bio", BIO)
-    task = json.loads(path.read_text())
+    task = json.loads(path.read_text(encoding="utf-8"))
     assert task["description"].endswith("about biology.\n\n") and task["doc_to_choice"] == ["A", "B", "C", "D"]
     assert task["doc_to_text"].startswith("{{question.strip()}}\nA. {{choices[0]}}\nB.")
-    lines = (tmp_path / "wmdp_bio.jsonl").read_text().splitlines()
+    lines = (tmp_path / "wmdp_bio.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == BIO
     with pytest.raises(ValueError, match="needs a subject"):
         write_task(tmp_path, "other", BIO)
@@ -132,7 +132,9 @@ def test_lm_eval_gives_the_same(model, tokenizer, tmp_path, monkeypatch):
         for letter in "ABCD"
     ]
     theirs = [value for value, _ in HFLM(pretrained=model.eval(), tokenizer=tokenizer).loglikelihood(asked)]
-    rows = json.loads((tmp_path / "LMEval_EVAL.json").read_text())["wmdp_bio/acc"]["value_by_index"].values()
+    rows = json.loads((tmp_path / "LMEval_EVAL.json").read_text(encoding="utf-8"))["wmdp_bio/acc"][
+        "value_by_index"
+    ].values()
     assert [value for row in rows for value in row["logprobs"]] == pytest.approx(theirs, abs=1e-4)
     with pytest.raises(ValueError, match="knows no task 'nothing_like_it'"):
         harness(model, tokenizer, ["nothing_like_it"], include_path=tmp_path)

@@ -21,7 +21,7 @@ def folder(random_model, tokenizer, tmp_path):
         "bio.jsonl": {"question": "which?", "choices": ["a", "b", "c", "d"], "answer": 1},
     }
     for name, content in rows.items():
-        (tmp_path / name).write_text(json.dumps(content))
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     return tmp_path
 
 
@@ -35,9 +35,9 @@ def test_a_retrained_run_and_then_one_that_refers_to_it(folder, capsys):
     assert "mia_min_k" in capsys.readouterr().out
     more = ["--reference-run", folder / "retrained", "--out", folder / "run", "--cache", folder / "cache"]
     assert evaluate(folder, "--benchmark", "muse", *data, *more) == 0
-    summary = json.loads((folder / "run" / "MUSE_SUMMARY.json").read_text())
+    summary = json.loads((folder / "run" / "MUSE_SUMMARY.json").read_text(encoding="utf-8"))
     assert summary["privleak"] in (0, None) and list((folder / "cache").iterdir())
-    (folder / "forget.json").write_text(json.dumps(["other text here"]))
+    (folder / "forget.json").write_text(json.dumps(["other text here"]), encoding="utf-8")
     assert evaluate(folder, "--benchmark", "muse", *data, *more) == 2
     assert "computed 'mia_min_k' on other data" in capsys.readouterr().err
 
@@ -49,20 +49,22 @@ def test_wmdp(folder, capsys):
 
 def test_rwku_and_completions_write_their_files(folder, capsys):
     probe = {"query": "who", "answer": "a merchant", "subject": "Ann", "level": "2", "type": "simple question"}
-    (folder / "probes.json").write_text(json.dumps([probe]))
+    (folder / "probes.json").write_text(json.dumps([probe]), encoding="utf-8")
     rwku = ["--benchmark", "rwku", "--data", f"forget_level2={folder / 'probes.json'}"]
     assert evaluate(folder, *rwku, "--out", folder / "run") == 0
-    assert list(json.loads((folder / "run" / "RWKU_SUMMARY.json").read_text())) == ["forget_level2_ROUGE"]
+    assert list(json.loads((folder / "run" / "RWKU_SUMMARY.json").read_text(encoding="utf-8"))) == [
+        "forget_level2_ROUGE"
+    ]
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     judge = BertConfig(vocab_size=512, **size, id2label={0: "kind", 1: "toxic"}, pad_token_id=0)
     BertForSequenceClassification(judge).save_pretrained(folder / "judge")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / "model" / name, folder / "judge")
-    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "who silenced the bells"}))
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "who silenced the bells"}), encoding="utf-8")
     sets = ["--data", f"utility={folder / 'forget.json'}", f"rude={folder / 'prompts.jsonl'}"]
     completed = ["--benchmark", "completions", *sets, "--out", folder / "run", "--classifier", folder / "judge"]
     assert evaluate(folder, *completed, "--label", "toxic") == 0
-    written = json.loads((folder / "run" / "COMPLETIONS_SUMMARY.json").read_text())
+    written = json.loads((folder / "run" / "COMPLETIONS_SUMMARY.json").read_text(encoding="utf-8"))
     assert written.keys() == {"rude_p_toxic", "utility_perplexity"} and 0 < written["rude_p_toxic"] < 1
     assert evaluate(folder, *completed, "--label", "rude") == 2
     assert "one of kind, toxic; got 'rude'" in capsys.readouterr().err

@@ -103,8 +103,8 @@ def test_every_number_a_second_time(model, tokenizer, classifier, tmp_path):
                 count += window.shape[1] - 1
         expected[f"{name}_perplexity"] = math.exp(total / count)
     assert found == pytest.approx(expected, rel=1e-4)
-    assert json.loads((tmp_path / "COMPLETIONS_SUMMARY.json").read_text()) == found
-    written = json.loads((tmp_path / "COMPLETIONS_EVAL.json").read_text())
+    assert json.loads((tmp_path / "COMPLETIONS_SUMMARY.json").read_text(encoding="utf-8")) == found
+    written = json.loads((tmp_path / "COMPLETIONS_EVAL.json").read_text(encoding="utf-8"))
     assert len(ids(tokenizer, asked[0][1])) > 9
     for name in ("seen", "answers"):
         truths = [row["ground_truth"] for row in written[f"{name}_ROUGE"]["value_by_index"].values()]

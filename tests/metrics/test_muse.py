@@ -101,8 +101,8 @@ def test_every_number_a_second_time(model, tokenizer, data, tmp_path):
     assert found["extraction_strength"] == pytest.approx(np.mean(strength), abs=1e-12)
     assert 1 - found["mia_min_k"] == pytest.approx(unknown_auc(model, tokenizer), abs=1e-12)
     assert "privleak" not in found
-    assert json.loads((tmp_path / "MUSE_SUMMARY.json").read_text()) == found
-    rows = json.loads((tmp_path / "MUSE_EVAL.json").read_text())
+    assert json.loads((tmp_path / "MUSE_SUMMARY.json").read_text(encoding="utf-8")) == found
+    rows = json.loads((tmp_path / "MUSE_EVAL.json").read_text(encoding="utf-8"))
     assert rows["forget_verbmem_ROUGE"]["value_by_index"]["1"]["ground_truth"].startswith("remembers")
     assert rows["mia_min_k"]["auc_muse"] == pytest.approx(1 - rows["mia_min_k"]["auc"])
 

@@ -41,7 +41,7 @@ def test_three_files_and_strict_json(tmp_path, random_model, tokenizer):
         def refuse(constant):
             raise AssertionError(constant)
 
-        return json.loads((tmp_path / "run" / f"MUSE_{suffix}.json").read_text(), parse_constant=refuse)
+        return json.loads((tmp_path / "run" / f"MUSE_{suffix}.json").read_text(encoding="utf-8"), parse_constant=refuse)
 
     assert read("SUMMARY") == {"a": 0.25, "b": None}
     assert read("EVAL")["a"] == Counter(0.25)() and read("EVAL")["b"]["value_by_index"]["0"]["score"] is None
@@ -70,7 +70,7 @@ def test_a_damaged_cache_file_is_computed_again(tmp_path, random_model, tokenize
     count = Counter()
     Evaluation("MUSE", random_model, tokenizer, {}, cache_dir=tmp_path).add("a", [], count)
     (path,) = tmp_path.iterdir()
-    path.write_text(path.read_text().replace("0.5", "0.9", 1))
+    path.write_text(path.read_text(encoding="utf-8").replace("0.5", "0.9", 1), encoding="utf-8")
     with pytest.warns(UserWarning, match="damaged"):
         again = Evaluation("MUSE", random_model, tokenizer, {}, cache_dir=tmp_path).add("a", [], count)
     assert again["agg_value"] == 0.5 and count.calls == 2
@@ -107,16 +107,16 @@ def test_a_reference_run_must_agree(tmp_path, random_model, tokenizer):
         compared(data=["u"])
     with pytest.raises(ValueError, match="has no result 'b'"):
         compared(key="b")
-    (tmp_path / "MUSE_SETTINGS.json").write_text(json.dumps({"format": "other"}))
+    (tmp_path / "MUSE_SETTINGS.json").write_text(json.dumps({"format": "other"}), encoding="utf-8")
     with pytest.raises(ValueError, match=f"format '{FORMAT}'; got 'other'"):
         compared()
-    (tmp_path / "MUSE_EVAL.json").write_text("{")
+    (tmp_path / "MUSE_EVAL.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="MUSE_EVAL.json is not readable JSON"):
         compared()
 
 
 def test_an_open_unlearning_run_is_taken_with_a_warning(tmp_path, random_model, tokenizer):
-    (tmp_path / "TOFU_EVAL.json").write_text(json.dumps({"a": Counter(0.2)()}))
+    (tmp_path / "TOFU_EVAL.json").write_text(json.dumps({"a": Counter(0.2)()}), encoding="utf-8")
     with pytest.warns(UserWarning, match="is not checked"):
         run = Evaluation("TOFU", random_model, tokenizer, {}, reference_run=tmp_path)
     run.add("a", ["t"], Counter())

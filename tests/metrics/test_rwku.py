@@ -91,8 +91,10 @@ def test_every_number_a_second_time(model, tokenizer, tmp_path):
                 losses.append(model(input_ids=tokens, labels=tokens).loss.item())
         expected[f"{name}_nll"] = statistics.mean(losses)
     assert found == pytest.approx(expected, rel=1e-5)  # one neighbor set alone has no mean of sets
-    assert json.loads((tmp_path / "RWKU_SUMMARY.json").read_text()) == found
-    rows = json.loads((tmp_path / "RWKU_EVAL.json").read_text())["forget_level3_ROUGE"]["value_by_index"]
+    assert json.loads((tmp_path / "RWKU_SUMMARY.json").read_text(encoding="utf-8")) == found
+    rows = json.loads((tmp_path / "RWKU_EVAL.json").read_text(encoding="utf-8"))["forget_level3_ROUGE"][
+        "value_by_index"
+    ]
     assert [row["input"] for row in rows.values()] == PROMPTS["forget_level3"]
 
 
@@ -120,7 +122,9 @@ def test_asked_through_the_chat_template_the_assistant_has_begun(model, tokenize
         evaluate_rwku(model, tokenizer, RwkuData(forget_level3=ATTACKS), settings=RwkuSettings(chat=True), out=tmp_path)
     finally:
         tokenizer.chat_template = None
-    rows = json.loads((tmp_path / "RWKU_EVAL.json").read_text())["forget_level3_ROUGE"]["value_by_index"].values()
+    rows = json.loads((tmp_path / "RWKU_EVAL.json").read_text(encoding="utf-8"))["forget_level3_ROUGE"][
+        "value_by_index"
+    ].values()
     begun = ["", "Answer:", "Answer:"]
     prompts = [prompt.removesuffix("\nAnswer:") for prompt in PROMPTS["forget_level3"]]
     assert [row["input"] for row in rows] == [f"[{p}]{b}" for p, b in zip(prompts, begun, strict=True)]

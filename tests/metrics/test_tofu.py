@@ -94,8 +94,8 @@ def test_every_number_a_second_time(random_model, tokenizer, tmp_path):
             nine += [probability, found[f"{side}_Q_A_ROUGE"], found[f"{side}_Truth_Ratio"]]
     assert found["model_utility"] == pytest.approx(float(hmean(nine)) if min(nine) else 0.0)
     assert {"extraction_strength", "exact_memorization"} <= found.keys() and "forget_quality" not in found
-    assert json.loads((tmp_path / "TOFU_SUMMARY.json").read_text()) == found
-    written = json.loads((tmp_path / "TOFU_EVAL.json").read_text())
+    assert json.loads((tmp_path / "TOFU_SUMMARY.json").read_text(encoding="utf-8")) == found
+    written = json.loads((tmp_path / "TOFU_EVAL.json").read_text(encoding="utf-8"))
     assert len(written["forget_Q_A_PERT_Prob"]["value_by_index"]["0"]["prob"]) == 2
 
 
@@ -107,11 +107,8 @@ def test_forget_quality_compares_with_the_retrained_run(random_model, tokenizer,
         random_model.lm_head.weight.mul_(3)
     other = evaluate_tofu(random_model, tokenizer, TofuData(forget=FORGET), settings=SETTINGS,
                           reference_run=tmp_path / "retrained", out=tmp_path / "other")  # fmt: skip
-    ratios = [
-        [v["score"] for v in json.loads((tmp_path / n / "TOFU_EVAL.json").read_text())["forget_truth_ratio"][
-            "value_by_index"].values()]
-        for n in ("other", "retrained")
-    ]  # fmt: skip
+    written = [json.loads((tmp_path / n / "TOFU_EVAL.json").read_text("utf-8")) for n in ("other", "retrained")]
+    ratios = [[v["score"] for v in w["forget_truth_ratio"]["value_by_index"].values()] for w in written]
     assert other["forget_quality"] == pytest.approx(ks_2samp(*ratios).pvalue)
     with pytest.raises(ValueError, match="'forget_truth_ratio' on other data"):
         evaluate_tofu(random_model, tokenizer, TofuData(forget=FORGET[:2]), settings=SETTINGS,
@@ -149,7 +146,7 @@ def test_membership_and_the_two_numbers_of_wagle(random_model, tokenizer, tmp_pa
     assert found["wagle_unlearn_effect"] == pytest.approx(statistics.mean(four))
     six = [v for side in ("retain", "ra", "wf") for v in (closest[side], found[f"{side}_Q_A_ROUGE"])]
     assert found["wagle_utility"] == pytest.approx(statistics.mean(six))
-    written = json.loads((tmp_path / "one" / "TOFU_EVAL.json").read_text())
+    written = json.loads((tmp_path / "one" / "TOFU_EVAL.json").read_text(encoding="utf-8"))
     parts = dict(zip(("forget_quality", "mia", "accuracy", "ROUGE"), four, strict=True))
     assert written["wagle_unlearn_effect"]["parts"] == pytest.approx(parts)
 
@@ -180,7 +177,7 @@ def test_accuracy_counts_what_was_answered(oracle, tokenizer, tmp_path):
     recalls = [found[f"{side}_Q_A_ROUGE"] for side in ("retain", "ra", "wf")]
     assert recalls[1:] == [1, 0.5]
     assert found["wagle_utility"] == pytest.approx(statistics.mean([1, 1, 0.5, *recalls]))
-    written = json.loads((tmp_path / "TOFU_EVAL.json").read_text())
+    written = json.loads((tmp_path / "TOFU_EVAL.json").read_text(encoding="utf-8"))
     assert written["wagle_unlearn_effect"]["parts"]["accuracy"] == pytest.approx(1 - 2 / 3)
 
 

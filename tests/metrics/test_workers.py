@@ -14,7 +14,7 @@ from tests.two_ranks import run_two
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     run_two("tests.metrics.workers_child", tmp_path)
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
     alone = evaluations(None)
     for key, value in alone.items():
         assert first[key] == second[key]
@@ -30,7 +30,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert first["errors"][1] == "ValueError: expected the same items on every rank; the ranks have [1, 2]"
     assert first["errors"][2] == "OSError: no space" and second["errors"][2] == "OSError: rank 0 cannot write: no space"
     assert first["sharded"] == second["sharded"] and len(first["sharded"]) == 3
-    assert json.loads((tmp_path / "run" / "MUSE_SUMMARY.json").read_text()) == first["summary"]
+    assert json.loads((tmp_path / "run" / "MUSE_SUMMARY.json").read_text(encoding="utf-8")) == first["summary"]
     assert len(list((tmp_path / "cache").iterdir())) == 4  # one file a result, of one rank
 
 

@@ -87,7 +87,7 @@ def main(rank: int, folder: Path) -> None:
             attempt()
         except Exception as error:
             found["errors"].append(f"{type(error).__name__}: {error}")
-    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     distributed.destroy_process_group()
 
 

@@ -12,19 +12,15 @@ import torch
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops import route
+from tests.source_copy import ROOT, copy_sources
 
-ROOT = Path(__file__).resolve().parents[2]
 INDEX = torch.tensor([[1, 0]])
 
 
 @pytest.fixture
 def copy(tmp_path):
     """The sources without anything built."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("csrc", "moe_unlearn", "triton_kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_C_*", "__pycache__"))
-    return tmp_path
+    return copy_sources(tmp_path)
 
 
 def build(folder, *arguments, command=("build_ext", "--inplace"), **environment):
@@ -76,14 +72,14 @@ def test_report_and_instruction_sets():
 def test_every_native_schema_is_defined_in_one_file():
     for path in (ROOT / "csrc").rglob("*.cpp"):
         if path.name != "registration.cpp":
-            assert "m.def(" not in path.read_text(), f"{path} defines a schema"
+            assert "m.def(" not in path.read_text(encoding="utf-8"), f"{path} defines a schema"
 
 
 @pytest.mark.quick
 def test_source_files_are_short():
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
-    assert sources and all(len(p.read_text().splitlines()) <= 400 for p in sources)
-    assert all(len(line) <= 120 for p in sources for line in p.read_text().splitlines())
+    assert sources and all(len(p.read_text(encoding="utf-8").splitlines()) <= 400 for p in sources)
+    assert all(len(line) <= 120 for p in sources for line in p.read_text(encoding="utf-8").splitlines())
 
 
 WITHOUT = """
@@ -146,14 +142,14 @@ def test_a_failing_build_says_one_line_and_leaves_the_package_usable(copy, reaso
     if reason == "no compiler":
         environment["CXX"] = "there-is-no-such-compiler"
     else:
-        (copy / "csrc" / "cpu" / "common.cpp").write_text("this is not C++\n")
+        (copy / "csrc" / "cpu" / "common.cpp").write_text("this is not C++\n", encoding="utf-8")
         for path in (copy / "csrc" / "cpu").glob("*.cpp"):
             if path.name != "common.cpp":
                 path.unlink()
         expected = "cpu: not built: "
     code, output = build(copy, **environment)
     assert code == 0, output
-    report = (copy / "moe_unlearn" / "_C_build.txt").read_text()
+    report = (copy / "moe_unlearn" / "_C_build.txt").read_text(encoding="utf-8")
     assert report.startswith(expected) and "cuda: not built: " in report
     assert any(expected.removeprefix("cpu: ") in line for line in said(output))
     process = subprocess.run([sys.executable, "-c", WITHOUT], cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)},

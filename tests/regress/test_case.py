@@ -34,9 +34,9 @@ def clean_registry(monkeypatch):
 
 @pytest.fixture
 def file(tmp_path):
-    (tmp_path / "helper.py").write_text("two = 2\n")
+    (tmp_path / "helper.py").write_text("two = 2\n", encoding="utf-8")
     path = tmp_path / "kernels.py"
-    path.write_text(FILE.format(body="x + 1"))
+    path.write_text(FILE.format(body="x + 1"), encoding="utf-8")
     yield path
     sys.modules.pop("helper", None)
 
@@ -58,10 +58,10 @@ def test_a_file_gives_its_cases(file):
 @pytest.mark.quick
 def test_a_file_is_read_again(file):
     before = load(file)[0]
-    file.write_text(FILE.format(body="x + 2"))  # same size, within the clock's resolution
+    file.write_text(FILE.format(body="x + 2"), encoding="utf-8")  # same size, within the clock's resolution
     after = load(file)[0]
     assert torch.equal(after.function(**after.make()), before.function(**before.make()) + 1)
-    file.write_text(FILE.format(body="x + 2").replace('"three"', '"four"'))
+    file.write_text(FILE.format(body="x + 2").replace('"three"', '"four"'), encoding="utf-8")
     load(file)
     assert [case.name for case in cases()] == ["four", "one", "two"]
 
@@ -69,10 +69,10 @@ def test_a_file_is_read_again(file):
 def test_a_file_that_fails_changes_nothing(file):
     load(file)
     before = cases()
-    file.write_text("raise RuntimeError('no')")
+    file.write_text("raise RuntimeError('no')", encoding="utf-8")
     with pytest.raises(RuntimeError, match="no"):
         load(file)
-    file.write_text("x = 1")
+    file.write_text("x = 1", encoding="utf-8")
     with pytest.raises(ValueError, match="expected moe_unlearn.regress.case.Case objects"):
         load(file)
     assert cases() == before
@@ -82,7 +82,7 @@ def test_a_file_that_fails_changes_nothing(file):
 
 def test_two_files_with_one_name(file, tmp_path):
     load(file)
-    (tmp_path / "other.py").write_text(file.read_text())
+    (tmp_path / "other.py").write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"two cases are named 'three': from .*kernels.py and from .*other.py"):
         load(tmp_path / "other.py")
 

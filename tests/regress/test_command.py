@@ -22,7 +22,7 @@ BROKEN = "e / e[:, :-1].sum(-1, keepdim=True)"
 
 def example() -> str:
     """The foreign softmax of README.md."""
-    (found,) = re.findall(r"```python\n(import pytest.*?)```", README.read_text(), re.DOTALL)
+    (found,) = re.findall(r"```python\n(import pytest.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert RIGHT in found and len([line for line in found.splitlines() if line.strip()]) <= 20
     return found
 
@@ -43,7 +43,7 @@ def package(tmp_path):
         for old, new in changes.items():
             assert old in text
             text = text.replace(old, new)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
     write()
     return write
@@ -85,7 +85,7 @@ def test_a_loss_that_only_the_record_shows(package, capsys):
     assert softmax("record") == 0
     package("torch.softmax(x, -1)")
     assert softmax("check") == 1
-    script = Path("kernel_repros/repro_softmax.py").read_text()
+    script = Path("kernel_repros/repro_softmax.py").read_text(encoding="utf-8")
     assert "as recorded" in script and "rows=64, columns=1000" in script
     with pytest.raises(AccuracyError):
         runpy.run_path("kernel_repros/repro_softmax.py")
@@ -152,7 +152,7 @@ def test_kernels_that_fail(package, capsys):
         runpy.run_path("kernel_repros/repro_softmax.py")
     suite = ElementTree.parse("out/junit.xml").getroot()
     assert suite.attrib["failures"] == "1" and suite.find("testcase/failure").attrib["type"] == "failed"
-    made = json.loads(Path("out/results.json").read_text())
+    made = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
     assert made["exit_code"] == 1 and made["results"][0]["status"] == "failed" and made["environment"]["torch"]
     package("x.add_(1)")
     assert softmax("check") == 1
@@ -210,7 +210,7 @@ def test_speed_of_another_device_is_not_compared(package, capsys, monkeypatch):
 
 
 def test_compare(package, capsys):
-    Path("old.py").write_text(example())
+    Path("old.py").write_text(example(), encoding="utf-8")
     package("(x.sort(-1), e / e.sum(-1, keepdim=True))[1]")
     assert kernels("compare", "old.py", "test_softmax.py") == 1
     assert re.search(r"slower +softmax\n +slower: [\d.]+ x base", capsys.readouterr().out)
@@ -221,7 +221,7 @@ def test_compare(package, capsys):
 
 
 def test_a_kernel_that_fools_the_clock_is_not_timed(package, capsys):
-    Path("old.py").write_text(example())
+    Path("old.py").write_text(example(), encoding="utf-8")
     package(
         "seen.setdefault(x.data_ptr(), e / e.sum(-1, keepdim=True))", **{"import torch\n": "import torch\nseen = {}\n"}
     )
@@ -261,7 +261,7 @@ def test_static(package, capsys, monkeypatch, problems, code):
     assert kernels("record", "route*", "--static", "sm_90", "--module", "x.py") == code
     out = capsys.readouterr().out
     assert "note: a note" in out and all(problem in out for problem in problems)
-    assert json.loads(Path("out.json").read_text())["exit_code"] == code
+    assert json.loads(Path("out.json").read_text(encoding="utf-8"))["exit_code"] == code
 
 
 def test_selftest_gives_its_exit_code(monkeypatch):

@@ -91,7 +91,7 @@ case = Case('sum "of" rows', kernel, lambda x: x.cumsum(-1), inputs, {{"rows": 2
 @pytest.mark.quick
 def test_the_script_stands_alone(tmp_path, capsys):
     path = tmp_path / "kernels.py"
-    path.write_text(FILE.format(dropped="x * (x > 1)"))
+    path.write_text(FILE.format(dropped="x * (x > 1)"), encoding="utf-8")
     (broken,) = load(path)
     found = minimize.shrink(broken, 5)
     text = minimize.script(broken, 5, found)
@@ -101,6 +101,6 @@ def test_the_script_stands_alone(tmp_path, capsys):
     with pytest.raises(AccuracyError, match="output 0"):
         runpy.run_path(str(script), run_name="__main__")
     assert "float64" in capsys.readouterr().out
-    path.write_text(FILE.format(dropped="0"))
+    path.write_text(FILE.format(dropped="0"), encoding="utf-8")
     runpy.run_path(str(script), run_name="__main__")
     assert "not wrong any more" in capsys.readouterr().out

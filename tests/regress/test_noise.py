@@ -53,7 +53,7 @@ def test_recording(tmp_path, capsys, monkeypatch):
     assert len(content["traces"]["loop"]["microseconds"]) == 20
     monkeypatch.setattr(noise, "record", lambda names: content)
     out = tmp_path / "noise.json"
-    out.write_text(json.dumps(content | {"traces": {"before": {"microseconds": [100] * 10}}}))
+    out.write_text(json.dumps(content | {"traces": {"before": {"microseconds": [100] * 10}}}), encoding="utf-8")
     assert noise.main(["--record", "loop", "--out", str(out)]) == 0
     assert [trace.name for trace in load(out)] == ["before", "loop"]
     assert list(tmp_path.iterdir()) == [out]
@@ -69,6 +69,6 @@ def test_what_cannot_be_recorded_or_read_is_named(tmp_path, monkeypatch):
         noise.record(["python"], rounds=12, shortest=1e-5)
     path = tmp_path / "noise.json"
     for content in ("{", "[]", '{"format": "other"}', '{"format": "moe-unlearn noise 1", "traces": {"a": {}}}'):
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError):
             load(path)

@@ -24,7 +24,7 @@ def run(pytester, monkeypatch):
     # without hypothesis, which is imported anew by every run
     others = "-p no:cacheprovider -p no:hypothesispytest"
     pytester.makeini(f"[pytest]\naddopts = --strict-markers -p {plugin.__name__} {others}")
-    (pytester.path / "test_softmax.py").write_text(example())
+    (pytester.path / "test_softmax.py").write_text(example(), encoding="utf-8")
 
     def call(*arguments):
         made = pytester.runpytest_inprocess(*arguments)
@@ -40,7 +40,7 @@ def test_a_foreign_kernel_is_recorded_broken_and_caught(run, pytester, load_scri
     outcomes, out = run()
     assert outcomes == {"failed": 1} and "record it with pytest --kernel-record" in out
     assert run("--kernel-record")[0] == run()[0] == {"passed": 1}
-    (pytester.path / "test_softmax.py").write_text(example().replace(RIGHT, BROKEN))
+    (pytester.path / "test_softmax.py").write_text(example().replace(RIGHT, BROKEN), encoding="utf-8")
     for arguments in ((), ("--kernel-record",)):
         outcomes, out = run(*arguments)
         assert outcomes == {"failed": 1}
@@ -62,7 +62,7 @@ def load_script(monkeypatch):
 def test_strict_and_accept(run, pytester):
     assert run("--kernel-record")[0] == {"passed": 1}
     text = example().replace(RIGHT, "torch.softmax(x, -1)")
-    (pytester.path / "test_softmax.py").write_text(text)
+    (pytester.path / "test_softmax.py").write_text(text, encoding="utf-8")
     assert run()[0] == {"passed": 1}
     outcomes, out = run("--kernel-strict")
     assert outcomes == {"failed": 1} and "other bits in output 0" in out
@@ -93,7 +93,7 @@ def test_no_case(kernel_case):
 
 
 def test_several_cases_and_the_fixture_alone(run, pytester):
-    (pytester.path / "test_ways.py").write_text(WAYS)
+    (pytester.path / "test_ways.py").write_text(WAYS, encoding="utf-8")
     outcomes, out = run("--kernel-record", "-o", "kernel_store=deep/store", "test_ways.py", "-rA")
     assert outcomes == {"passed": 3, "failed": 2}
     assert {"PASSED test_ways.py::test_two[softmax]", "PASSED test_ways.py::test_two[other]"} <= set(out.splitlines())
@@ -109,14 +109,14 @@ def test_several_cases_and_the_fixture_alone(run, pytester):
     ],
 )
 def test_wrong_marks_are_named(run, pytester, test, message):
-    (pytester.path / "test_wrong.py").write_text(f"import pytest\n\n{test}\n")
+    (pytester.path / "test_wrong.py").write_text(f"import pytest\n\n{test}\n", encoding="utf-8")
     _, out = run("test_wrong.py")
     assert re.search(message, out)
 
 
 @pytest.mark.slow
 def test_in_a_process_of_its_own(tmp_path):
-    (tmp_path / "test_softmax.py").write_text(example())
+    (tmp_path / "test_softmax.py").write_text(example(), encoding="utf-8")
     command = [
         sys.executable,
         "-m",
@@ -140,7 +140,7 @@ def test_the_plugin_imports_neither_torch_nor_the_package():
 
 @pytest.mark.quick
 def test_the_entry_point_is_the_plugin():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     # pytest takes `-p NAME` from the entry point of that name, so that it never loads both
     assert project["project"]["entry-points"]["pytest11"] == {plugin.__name__: pytest_moe_unlearn.__name__}
     hooks = {name for name in vars(pytest_moe_unlearn) if name.startswith("pytest_")} | {"kernel_case"}

@@ -70,4 +70,4 @@ def test_an_interrupted_report_leaves_the_former(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         report.write(path, "new")
-    assert path.read_text() == "former\n"
+    assert path.read_text(encoding="utf-8") == "former\n"

@@ -1,5 +1,7 @@
 """A tree against a git revision of it: in a scratch repository, and of this project."""
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import torch
 from moe_unlearn.regress import revision
 from moe_unlearn.regress.revision import WorkerError, compare
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")]
 
 KERNELS = """
 import torch
@@ -64,18 +66,24 @@ def repository(tmp_path, monkeypatch):
     for folder in (root, temporary):
         folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    (root / "kernels.py").write_text(textwrap.dedent(KERNELS))
-    (root / "helper.py").write_text("passes = 2\n")
+    # neither the machine's settings (signed commits, other hooks) nor the repository whose hook runs the tests
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    (root / "kernels.py").write_text(textwrap.dedent(KERNELS), encoding="utf-8")
+    (root / "helper.py").write_text("passes = 2\n", encoding="utf-8")
     who = ["-c", "user.name=n", "-c", "user.email=e"]
     for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "base"]):
         subprocess.run(["git", *command], cwd=root, check=True)
     hook = root / ".git" / "hooks" / "post-checkout"
-    hook.write_text("#!/bin/sh\ntouch hooked\n")
+    hook.parent.mkdir(exist_ok=True)  # comes with git's templates, which not every installation has
+    hook.write_text("#!/bin/sh\ntouch hooked\n", encoding="utf-8")
     hook.chmod(0o755)
-    (root / "helper.py").write_text("passes = 3\n")
-    source = (root / "kernels.py").read_text().replace("factor = 1.0", "factor = 1.01")
+    (root / "helper.py").write_text("passes = 3\n", encoding="utf-8")
+    source = (root / "kernels.py").read_text(encoding="utf-8").replace("factor = 1.0", "factor = 1.01")
     source += 'case("new", softmax)\ncase("broken", lambda x: 1 / 0)\n'
-    (root / "kernels.py").write_text(source)
+    (root / "kernels.py").write_text(source, encoding="utf-8")
     yield root
     assert list(temporary.iterdir()) == []
     assert len(_git(root, "worktree", "list").splitlines()) == 1
@@ -119,7 +127,7 @@ def test_what_is_no_revision_or_repository_is_named(repository, tmp_path):
     with pytest.raises(ValueError, match="expected a git revision of repository; got 'nowhere'"):
         compare("nowhere", modules=[repository / "kernels.py"])
     outside = tmp_path / "outside.py"
-    outside.write_text("")
+    outside.write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="--base needs a git repository"):
         compare("HEAD", modules=[outside])
     with pytest.raises(ValueError, match="outside.py is outside repository"):
@@ -137,8 +145,10 @@ def test_ctrl_c_removes_the_worktree_and_the_workers(repository):
         "compare('HEAD', modules=[sys.argv[2]], say=lambda line: print(line, flush=True))"
     )
     # a kernel that never returns, so that the signal finds the comparison at work
-    source = (repository / "kernels.py").read_text()
-    (repository / "kernels.py").write_text(source + 'case("aaa", lambda x: __import__("time").sleep(600))\n')
+    source = (repository / "kernels.py").read_text(encoding="utf-8")
+    (repository / "kernels.py").write_text(
+        source + 'case("aaa", lambda x: __import__("time").sleep(600))\n', encoding="utf-8"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program, tempfile.tempdir, repository / "kernels.py"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(revision.PACKAGE).parent,
@@ -153,7 +163,7 @@ def test_ctrl_c_removes_the_worktree_and_the_workers(repository):
 
 
 def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
 
 
 @pytest.mark.skipif(not (revision.PACKAGE.parent / ".git").exists(), reason="needs a git checkout")

@@ -140,11 +140,11 @@ def test_another_format_is_named(tmp_path, monkeypatch):
 
 
 def test_a_file_is_no_store(tmp_path):
-    (tmp_path / "x").write_text("")
+    (tmp_path / "x").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="expects a folder; got the file"):
         Store(tmp_path / "x")
 
 
 def test_entries_are_json_that_people_can_read(store):
     for path in (store.folder / "entries").iterdir():
-        assert json.loads(path.read_text())["format"] == "moe-unlearn kernels 1"
+        assert json.loads(path.read_text(encoding="utf-8"))["format"] == "moe-unlearn kernels 1"

@@ -35,7 +35,7 @@ def kernels_in_sources() -> set[str]:
     return {
         f"{path.stem}/{node.name}"
         for path in KERNELS.glob("*.py")
-        for node in ast.parse(path.read_text()).body
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("_") and node.name.endswith("_kernel")
         if any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
     }

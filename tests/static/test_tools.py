@@ -79,7 +79,7 @@ static.register(static.TritonCase("a row", softmax_kernel, pointers, {"BLOCK": 1
 def test_a_foreign_kernel_is_recorded_broken_and_caught(tmp_path):
     """Recorded, recognised without compiling; then with a hundred times the values in a program: caught."""
     module, store = tmp_path / "foreign_softmax.py", tmp_path / "store" / static.LEDGER_NAME
-    module.write_text(FOREIGN)
+    module.write_text(FOREIGN, encoding="utf-8")
     options = {"ledger": store, "modules": [str(module)], "cache_folder": tool.CACHE}
     assert static.check(["sm_90"], **options).exit_code == 3 and not store.exists()
     recorded = static.record(["sm_90"], **options)
@@ -87,10 +87,10 @@ def test_a_foreign_kernel_is_recorded_broken_and_caught(tmp_path):
     (by_arch,) = recorded.measured.values()
     assert not recorded.problems and by_arch["sm_90"].keys() == {name}
     assert static.check(["sm_90"], **options).exit_code == 0
-    module.write_text(FOREIGN.replace("1024", "65536"))
+    module.write_text(FOREIGN.replace("1024", "65536"), encoding="utf-8")
     report = static.check(["sm_90"], **options)
     assert report.exit_code == 1 and any("spills 0 -> " in line for line in report.problems), report.problems
-    module.write_text(FOREIGN.replace('"columns": "i32"', '"width": "i32"'))
+    module.write_text(FOREIGN.replace('"columns": "i32"', '"width": "i32"'), encoding="utf-8")
     with pytest.raises(ValueError, match="'a row': softmax_kernel takes x, out, columns, BLOCK; missing .'columns'"):
         static.check(["sm_90"], **options)
 
@@ -127,17 +127,17 @@ __global__ void hold(const float* x, float* out) {
 @pytest.mark.skipif(nvcc.compiler() is None, reason="there is no nvcc")
 def test_a_foreign_cuda_file(tmp_path):
     source, header = tmp_path / "mine.cu", tmp_path / "scale.h"
-    source.write_text(CUDA)
-    header.write_text("#define SCALE 2")
+    source.write_text(CUDA, encoding="utf-8")
+    header.write_text("#define SCALE 2", encoding="utf-8")
     case = static.CudaCase("mine", source)
     measured = nvcc.measure(case, "sm_90")
     assert measured.keys() == {"mine/twice(float*)", "mine/hold(float const*, float*)"}
     assert not ledger.violations("sm_90", measured) and measured["mine/twice(float*)"]["registers"] > 0
     made = nvcc.identity(case, "sm_90")
     assert {entry["identity"] for entry in measured.values()} == {made} != {nvcc.identity(case, "sm_80")}
-    header.write_text("#define SCALE 3")
+    header.write_text("#define SCALE 3", encoding="utf-8")
     assert nvcc.identity(case, "sm_90") != made, "a header of its own is part of it"
-    source.write_text("__global__ void broken() { missing(); }")
+    source.write_text("__global__ void broken() { missing(); }", encoding="utf-8")
     with pytest.raises(RuntimeError, match='mine.cu for sm_90:[^$]*identifier "missing" is undefined'):
         nvcc.measure(case, "sm_90")
 
@@ -208,9 +208,9 @@ class TestSeededEntries:
         assert ledger.read(path) == {}
         ledger.write(content, path)
         assert ledger.read(path) == content and list(path.parent.iterdir()) == [path]
-        whole = path.read_text()
+        whole = path.read_text(encoding="utf-8")
         for damaged in (whole[: len(whole) // 2], whole.replace('"registers": 168', '"registers": "168"'), "[]"):
-            path.write_text(damaged)
+            path.write_text(damaged, encoding="utf-8")
             with pytest.raises(ledger.CorruptLedger, match="static.json: not a ledger of kernels"):
                 static.check(["sm_90"], ledger=path, modules=["not imported"])
 
