@@ -5,10 +5,10 @@
 
 Every operation inside, also those of a backward pass, is computed anew from its actual operands:
 
-    exact        in float64, and rounded once to the dtype it has: no library can be more accurate
+    exact        sums and products in float64, rounded once to the dtype they have: no library is more accurate
     sequential   sums and products as the plainest loop has them: one term after the other in float32, every
-                 product and every partial sum rounded; the rest is left alone
-    random       in float64, plus what the roundings of float32 do to it, drawn at random
+                 product and every partial sum rounded
+    random       everything in float64, plus what the roundings of float32 do to it, drawn at random
 
 **Random roundings.** A sum t_1 + ... + t_K in floating point is off by sum_k d_k S_k: S_k are its partial sums, and
 d_k, the relative error of one addition, lies within the unit roundoff u (2^-24 for float32) and is at most as wide as
@@ -21,13 +21,13 @@ the largest of those of several orders counts: one term after the other, from th
 or 16 interleaved ones after each other, and the mean over all orders, K S^2 / 3 + (K + 1) / 6 (Q - S^2 / K) with S
 the sum and Q that of the squared terms. (Sums in pairs, in blocks or in lanes side by side have shorter partial
 sums than one of these.) Products are rounded too (no fused multiply-add), which adds Q. Partial sums are taken in
-float64 at up to 32 places of a sum; between two of them they count as the later one. A result in float32 is
-rounded to nearest after an offset of up to half a last bit (functions like exp are correct to a last bit only);
-narrower ones are rounded from float32 once, so that only what lies near the middle of two can fall either way: up to
-a 32nd of a last bit.
+float64 at up to 32 places of a sum; between two of them they count as the later one. A result is rounded to nearest
+after an offset of up to half a last bit: functions like exp are correct to a last bit only, and a kernel may keep in
+float32, or round elsewhere, what the reference keeps in bfloat16.
 
-Runs with several seeds show what the roundings of a whole function can do, whatever it is made of. The ops of this
-package are computed by their references. A value that an operation only moves is never changed.
+Runs with several seeds show what the roundings of a whole function can do, whatever it is made of. With random
+roundings the ops of this package are computed by their references; else only those are seen that are asked for by
+`impl="ref"`. A value that an operation only moves is never changed.
 
 Deterministic for a seed. Source: our specification; running a program with random roundings is Monte Carlo
 arithmetic (Parker 1997), and the error of a sum by its partial sums is Higham's (Accuracy and Stability of Numerical
@@ -37,6 +37,7 @@ Algorithms, section 4.2).
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ _EXACT = frozenset({
 _DECOMPOSED = get_decompositions([
     _aten._softmax, _aten._safe_softmax, _aten._log_softmax, _aten._softmax_backward_data,
     _aten._log_softmax_backward_data,
-    _aten.addmm, _aten.addmv, _aten.addbmm, _aten.baddbmm, _aten.logsumexp, _aten.linalg_vector_norm,
+    _aten.addmv, _aten.addbmm, _aten.logsumexp, _aten.linalg_vector_norm,
     _aten.native_layer_norm, _aten.native_layer_norm_backward, _aten.var, _aten.std,
     _aten.nll_loss_forward, _aten.nll_loss_backward, _aten.embedding_dense_backward,
     _aten.silu, _aten.silu_backward, _aten.gelu, _aten.gelu_backward, _aten.softplus, _aten.softplus_backward,
@@ -87,19 +88,24 @@ def arithmetic(kind: str, seed: int = 0) -> Iterator[None]:
     """
     if kind not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {ARITHMETICS}; got {kind!r}")
-    mode = {"exact": _Exact, "sequential": _Sequential}[kind]() if kind != "random" else _Random(seed)
-    # attention as products and a softmax, each of which is seen
-    with sdpa_kernel(SDPBackend.MATH), mode:
-        yield
+    if kind == "random":
+        # attention as products and a softmax, each of which is seen
+        with sdpa_kernel(SDPBackend.MATH), _Random(seed):
+            yield
+    else:
+        with _Exact() if kind == "exact" else _Sequential():
+            yield
 
 
 class _Arithmetic(TorchDispatchMode):
     """Routes each operation to what a subclass makes of it."""
 
+    by_reference = False  # whether our own kernels are replaced too
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "moe_unlearn":
-            return self._by_reference(func, args, kwargs)
+            return self._op_of_ours(func, args, kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             # inside an op of ours, below autograd, they come here whole
             with self:
@@ -108,47 +114,58 @@ class _Arithmetic(TorchDispatchMode):
         drawn = torch.Tag.nondeterministic_seeded in func.tags
         if not narrow or func.namespace != "aten" or func.is_view or drawn or func.overloadpacket in _EXACT:
             return func(*args, **kwargs)
+        return self.compute(func, args, kwargs)
+
+    def _op_of_ours(self, func, args, kwargs):
+        """An op of ours, by its reference where it is or may be computed so: then what it does comes back here."""
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("impl") != "ref":
+            if not self.by_reference:
+                return func(*args, **kwargs)
+            given["impl"] = "ref"
+        on_gpu = any(v.is_cuda for v in _tensors(given))
+        key = torch._C.DispatchKey.CUDA if on_gpu else torch._C.DispatchKey.CPU
+        with self:
+            return func.redispatch(torch._C.DispatchKeySet(key), **{k: given[k] for k in names if k in given})
+
+    def compute(self, func, args, kwargs):
+        raise NotImplementedError
+
+
+class _Exact(_Arithmetic):
+    def compute(self, func, args, kwargs):
+        plain = func(*args, **kwargs)
+        if _product(func, args, kwargs) is None:
+            return plain
+        return func(*_mapped(_wide, args), **_mapped(_wide, kwargs)).to(plain.dtype)
+
+
+class _Sequential(_Arithmetic):
+    def compute(self, func, args, kwargs):
+        plain = func(*args, **kwargs)
+        product = _product(func, args, kwargs)
+        if product is None:
+            return plain
+        a, b = product.a.float(), product.b.float()
+        total = a.new_zeros(a.shape[0], a.shape[1], b.shape[2])
+        for k in range(a.shape[2]):
+            total = total + a[:, :, k : k + 1] * b[:, k : k + 1]
+        total = (total * product.scale).reshape(plain.shape)
+        return (total if product.onto is None else total + product.onto.float()).to(plain.dtype)
+
+
+class _Random(_Arithmetic):
+    by_reference = True
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self._seed, self._generators = seed, {}
+
+    def compute(self, func, args, kwargs):
         if func in _DECOMPOSED:
             with self:
                 return _DECOMPOSED[func](*args, **kwargs)
-        return self.compute(func, args, kwargs)
-
-    def _by_reference(self, func, args, kwargs):
-        """An op of ours by its reference, each operation of which comes back here."""
-        names = [argument.name for argument in func._schema.arguments]
-        if "impl" in names:
-            place = names.index("impl")
-            args = (*args[:place], "ref", *args[place + 1 :]) if place < len(args) else args
-            kwargs = kwargs if place < len(args) else {**kwargs, "impl": "ref"}
-        on_gpu = any(v.is_cuda for v in _tensors((args, kwargs)))
-        key = torch._C.DispatchKey.CUDA if on_gpu else torch._C.DispatchKey.CPU
-        with self:
-            return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
-
-    def compute(self, func, args, kwargs):
-        raise NotImplementedError
-
-
-class _Wide(_Arithmetic):
-    """Operations in float64, whose results are rounded by `rounded`."""
-
-    def rounded(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        raise NotImplementedError
-
-    def off(self, func, args, kwargs) -> Tensor | float:
-        """What is added to the exact result before it is rounded."""
-        return 0.0
-
-    def compute(self, func, args, kwargs):
-        copies: dict[int, tuple[Tensor, Tensor]] = {}  # floating operands and their copies, by identity
-
-        def wide(value):
-            if isinstance(value, torch.dtype):
-                return torch.float64 if value.is_floating_point else value
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                return value
-            return copies.setdefault(id(value), (value, value.to(torch.float64, copy=True)))[1]
-
         written = _written(func, args, kwargs)
         plain = None
         if not written:
@@ -157,88 +174,85 @@ class _Wide(_Arithmetic):
             # what gives places beside values chooses among its operands, and must choose as it does
             if not floating or not all(floating):
                 return plain
-        off = self.off(func, args, kwargs)
+        copies: dict[int, tuple[Tensor, Tensor]] = {}  # floating operands and their copies, by identity
+
+        def copied(value):
+            copy = _wide(value)
+            return copies.setdefault(id(value), (value, copy))[1] if isinstance(value, Tensor) else copy
+
+        off = self._off(func, args, kwargs)
         try:
-            exact = func(*_mapped(wide, args), **_mapped(wide, kwargs))
+            exact = func(*_mapped(copied, args), **_mapped(copied, kwargs))
         except RuntimeError:  # no kernel for float64
             return func(*args, **kwargs) if written else plain
         if written:
             for value in written:
-                value.copy_(self.rounded(copies[id(value)][1] + off, value.dtype))
+                value.copy_(self._rounded(copies[id(value)][1] + off, value.dtype))
             own = {id(copy): value for value, copy in copies.values()}
             return _mapped(lambda v: own.get(id(v), v), exact)
 
         def result(one, other):
-            if not isinstance(one, Tensor) or one.dtype == torch.float64:
-                return one
-            return self.rounded(other + off, one.dtype)
+            return self._rounded(other + off, one.dtype) if isinstance(one, Tensor) else one
 
         return _mapped(result, plain, exact)
 
-
-class _Exact(_Wide):
-    def rounded(self, value, dtype):
-        return value.to(dtype)
-
-
-class _Random(_Wide):
-    def __init__(self, seed: int):
-        super().__init__()
-        self._seed, self._generators = seed, {}
-
-    def _generator(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[device]
-
-    def rounded(self, value, dtype):
+    def _rounded(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         if dtype == torch.float64:
             return value
         nearest = value.to(dtype)
-        offset = 1 / 2 if dtype == torch.float32 else 1 / 32
-        draw = torch.rand(value.shape, generator=self._generator(value.device), dtype=value.dtype, device=value.device)
-        moved = (value + ulp(value, dtype) * offset * (2 * draw - 1)).to(dtype)
+        moved = (value + ulp(value, dtype) * (self._draw(torch.rand, value) - 0.5)).to(dtype)
         return torch.where((nearest == value) | ~value.isfinite(), nearest, moved)
 
-    def off(self, func, args, kwargs):
+    def _off(self, func, args, kwargs) -> Tensor | float:
+        """What the roundings inside of a sum add to its result."""
         deviation = _deviation(func, args, kwargs)
         if deviation is None:
             return 0.0
         # NaN and infinity have no roundings, and must not reach the sums beside theirs
-        deviation, generator = deviation.nan_to_num(0.0, 0.0, 0.0), self._generator(deviation.device)
-        return deviation * torch.randn(
-            deviation.shape, generator=generator, dtype=deviation.dtype, device=deviation.device
-        )
+        return deviation.nan_to_num(0.0, 0.0, 0.0) * self._draw(torch.randn, deviation)
+
+    def _draw(self, distribution: Callable, like: Tensor) -> Tensor:
+        device = like.device
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return distribution(like.shape, generator=self._generators[device], dtype=like.dtype, device=device)
 
 
-class _Sequential(_Arithmetic):
-    def compute(self, func, args, kwargs):
-        plain = func(*args, **kwargs)
-        operands = _product(func, args, kwargs)
-        if operands is None:
-            return plain
-        a, b, scale = operands
-        a, b = a.float(), b.float()
-        total = a.new_zeros(a.shape[0], a.shape[1], b.shape[2])
-        for k in range(a.shape[2]):
-            total = total + a[:, :, k : k + 1] * b[:, k : k + 1]
-        return (total / scale).reshape(plain.shape).to(plain.dtype)
+def _wide(value):
+    """A float64 copy of a floating tensor, float64 for a floating dtype; anything else as it is."""
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else value
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(torch.float64, copy=True)
+    return value
 
 
 # ------------------------------------------------------------------------------------------------------- sums
 
 
-def _product(func, args, kwargs) -> tuple[Tensor, Tensor, float] | None:
-    """A sum as a product over its scale, a [B, M, K] times b [B, K, N]; None for other operations."""
+class _Product(NamedTuple):
+    """A sum as a product: a [B, M, K] times b [B, K, N], times `scale`, plus the tensor `onto` if there is one."""
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+    onto: Tensor | None = None
+
+
+def _product(func, args, kwargs) -> _Product | None:
+    """The sum that an operation is; None for other operations."""
     op = func.overloadpacket
+    if op in (_aten.addmm, _aten.baddbmm) and not kwargs:
+        a, b = (t if op == _aten.baddbmm else t[None] for t in args[1:3])
+        return _Product(a, b, onto=args[0])
     if op == _aten.mm:
-        return args[0][None], args[1][None], 1.0
+        return _Product(args[0][None], args[1][None])
     if op == _aten.bmm:
-        return args[0], args[1], 1.0
+        return _Product(args[0], args[1])
     if op == _aten.mv:
-        return args[0][None], args[1][None, :, None], 1.0
+        return _Product(args[0][None], args[1][None, :, None])
     if op in (_aten.dot, _aten.vdot):
-        return args[0][None, None], args[1][None, :, None], 1.0
+        return _Product(args[0][None, None], args[1][None, :, None])
     if op not in (_aten.sum, _aten.mean):
         return None
     x = args[0]
@@ -248,7 +262,7 @@ def _product(func, args, kwargs) -> tuple[Tensor, Tensor, float] | None:
     rest = [d for d in range(x.dim()) if d not in dims]
     count = math.prod(x.shape[d] for d in dims) if x.dim() else 1
     flat = x.permute(*rest, *dims).reshape(1, -1, count) if x.numel() else x.new_zeros(1, 0, count)
-    return flat, x.new_ones(1, count, 1), count if op == _aten.mean else 1.0
+    return _Product(flat, x.new_ones(1, count, 1), 1 / max(count, 1) if op == _aten.mean else 1.0)
 
 
 def _deviation(func, args, kwargs) -> Tensor | None:
@@ -256,9 +270,8 @@ def _deviation(func, args, kwargs) -> Tensor | None:
     op, u = func.overloadpacket, torch.finfo(torch.float32).eps / 2
     product = _product(func, args, kwargs)
     if product is not None:
-        a, b, scale = product
-        squares = _partial_squares(a.double(), b.double())
-        return (u / scale * (squares / 3).sqrt()).reshape(_shape(func, args, kwargs))
+        squares = _partial_squares(product.a.double(), product.b.double())
+        return (u * product.scale * (squares / 3).sqrt()).reshape(_shape(func, args, kwargs))
     if op == _aten.cumsum:
         return u * (args[0].double().cumsum(args[1]).square().cumsum(args[1]) / 3).sqrt()
     scattered = _scattered(op, args, kwargs)

@@ -24,11 +24,12 @@ def check(arguments, **keywords):
     check_against_ref(ours, expert_mlp_ref, arguments, gradients=names(arguments), **keywords)
 
 
-def results(arguments, seed=0):
-    """Output and all gradients."""
+def results(arguments, seed=0, exact=False):
+    """Output and all gradients, those of integers if `exact`."""
     leaves = {k: arguments[k].detach().requires_grad_() for k in names(arguments)}
     out = ours(**arguments | leaves)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
+    upstream = upstream.clamp(-1, 1).round() if exact else upstream
     return out.detach(), *torch.autograd.grad(out, list(leaves.values()), upstream)
 
 
@@ -167,12 +168,15 @@ def test_instruction_sets_give_the_same_bits(dtype, gate):
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("shape", [SEVERAL_CHUNKS, {"tokens": 700, "experts": 7, "hidden": 128, "inner": 192}], ids=str)
-def test_same_bits_for_any_number_of_threads(shape, dtype, threads):
-    arguments = case(**shape, dtype=dtype, bias=True)
-    several = results(arguments)
+def test_any_number_of_threads(shape, dtype, threads):
+    """Ours share the work out alike; what is left is the order of a library's sums, which integers do not show."""
+    check(case(**shape, dtype=dtype, bias=True))
+    arguments = case(**shape, dtype=dtype, bias=True, gate=Gate("relu"))
+    arguments |= {k: integers(*arguments[k].shape, low=-1, high=1, dtype=dtype, seed=len(k)) for k in names(arguments)}
+    several = results(arguments, exact=True)
     torch.set_num_threads(1)
-    for a, b in zip(several, results(arguments), strict=True):
-        assert torch.equal(a, b)
+    for a, b in zip(several, results(arguments, exact=True), strict=True):
+        assert torch.equal(a, b) and a.any()
 
 
 def test_autocast():

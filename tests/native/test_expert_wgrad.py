@@ -308,8 +308,8 @@ def test_inner_products_are_exact_on_integers_and_masked(m, dtype):
 # ---- threads and instruction sets ----------------------------------------------------------------------------
 
 
-def everything(dtype):
-    made = factors(BLOCKS, dtype, "sentinels", tokens=500)
+def everything(dtype, exact=False):
+    made = factors(BLOCKS, dtype, "sentinels", tokens=500, exact=exact)
     experts = torch.tensor([4, 1, 3])
     weight, state = torch.ones(E, *BLOCKS, dtype=dtype), [torch.zeros(3, *BLOCKS, dtype=dtype) for _ in range(2)]
     expert_wgrad_adamw_(weight, *state, *made[:3], input_rows=made.input_rows, experts=experts, lr=0.1, step=1,
@@ -322,10 +322,14 @@ def everything(dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_same_bits_for_any_number_of_threads(dtype, threads):
-    several = everything(dtype)
+def test_any_number_of_threads(dtype, threads):
+    """Ours share the work out alike; what is left is the order of a library's sums, which integers do not show."""
+    made = factors(BLOCKS, dtype, "sentinels", tokens=500)
+    baseline = Reference(lambda: expert_wgrad_ref(*made)).baseline()
+    assert_as_accurate(store(made), baseline, gold(made))
+    several = everything(dtype, exact=True)
     torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for a, b in zip(several, everything(dtype), strict=True))
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(several, everything(dtype, exact=True), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

@@ -125,10 +125,7 @@ def test_factors_of_experts_with_several_blocks_of_rows(threads):
     assert int(offsets.diff().max()) > 2 * 128
     assert torch.equal(gram_factors(dy, x, offsets, impl="cpu"), gram([[g] for g in full], impl="ref"))
     dy, x, offsets, full = case(normal)
-    got = gram_factors(dy, x, offsets, impl="cpu")
-    check(got, gram([[g] for g in full], impl="ref"))
-    torch.set_num_threads(1)
-    assert torch.equal(gram_factors(dy, x, offsets, impl="cpu"), got)
+    check(gram_factors(dy, x, offsets, impl="cpu"), gram([[g] for g in full], impl="ref"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -95,20 +95,16 @@ def test_float64_beside_float32_is_left_to_the_reference():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_same_bits_for_any_number_of_threads(dtype, kind, threads):
+def test_any_number_of_threads(dtype, kind, threads):
+    """As accurate; the bits are those of a library's products, which integers below do not depend on."""
     inputs = several_tiles(kind, dtype)
-    upstream = torch.randn(TOKENS, generator=torch.Generator().manual_seed(3))
-    several = run(inputs, upstream)
-    few_rows = run(inputs | {"labels": inputs["labels"].clone().index_fill_(0, torch.arange(9, TOKENS), IGNORED)})
-    torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for a, b in zip(several, run(inputs, upstream), strict=True))
-    again = run(inputs | {"labels": inputs["labels"].clone().index_fill_(0, torch.arange(9, TOKENS), IGNORED)})
-    assert all(torch.equal(a, b) for a, b in zip(few_rows, again, strict=True))
+    check(inputs, "cpu")
+    check(inputs | {"labels": inputs["labels"].clone().index_fill_(0, torch.arange(9, TOKENS), IGNORED)}, "cpu")
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_integer_valued_inputs_match_bitwise(dtype, instruction_set):
+def test_integer_valued_inputs_match_bitwise(dtype, instruction_set, threads):
     """One logit far above the others: the softmax is exactly one-hot, all gradients are sums of integers."""
     size, tokens = 640, 200
     head = (64 * torch.eye(size)).to(dtype)
