@@ -1,6 +1,8 @@
 # make demo    watch a Mixture-of-Experts model forget, from a fresh machine; at most 8 minutes on 2 cores
 # make test    every test; at most 40 minutes on 2 cores
 # make quick   the developers' tier; at most 3 minutes
+# make extremes   what a library's products decide, held against the most and the least accurate products; 5 minutes
+# make portable   the same as on other processors too: AVX2, AVX-512, with BF16, none; at most 15 minutes
 # make lint    ruff check and format
 # make ledger  compile every Triton and CUDA kernel and record its registers, spills ...; no GPU needed
 # make mutants   the tests against wrong versions of every Triton kernel; about half an hour on 2 cores
@@ -28,7 +30,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 # a change here builds the native extension again
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test quick lint ledger mutants soak gpu bench bench-step bench-gpu study clean-cache clean
+.PHONY: demo test quick extremes portable lint ledger mutants soak gpu bench bench-step bench-gpu study clean-cache clean
 
 # without build isolation, so that the native extension is built against this very torch
 .venv/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
@@ -55,6 +57,12 @@ test: .venv/.installed $(OLDEST)
 
 quick: .venv/.installed
 	$(PYTEST) -m quick
+
+extremes: .venv/.installed
+	$(BIN)/python -m tests.portable --only products
+
+portable: .venv/.installed
+	$(BIN)/python -m tests.portable
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -205,7 +205,7 @@ class Comparison:
             self.report.problems.append(problem)
 
     def _assert(self, name: str, ours: Tensor, value: Tensor, gold: Tensor, others: list[Tensor]) -> None:
-        """Hold `ours` against the plain step's `value`; `others` are those of runs off by rounding, if there are any."""
+        """Hold `ours` against the plain step's `value`; `others` are those of runs off by rounding, if any."""
         try:
             baseline = Baseline(value, lambda: torch.stack(others)) if others else value
             assert_as_accurate(ours, baseline, gold, name=name)

@@ -5,6 +5,7 @@ import torch
 
 from moe_unlearn import testing
 from moe_unlearn.testing import AccuracyError, assert_as_accurate, check_against_ref, in_layout, outcomes, poison
+from moe_unlearn.yardstick import RUNS, YARDSTICKS, Baseline, Reference, yardstick
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -62,6 +63,70 @@ def test_a_seeded_bug_fails(bug, dtype):
     bug(actual)
     with pytest.raises(AccuracyError):
         assert_as_accurate(actual, baseline, gold)
+
+
+def one_by_one(a, b):
+    total = torch.zeros(len(a), b.shape[1])
+    for k in range(len(b)):
+        total = total + torch.outer(a[:, k].float(), b[k].float())
+    return total.to(a.dtype)
+
+
+ORDERS = {"library": torch.matmul, "reversed": lambda a, b: a.flip(1) @ b.flip(0), "one by one": one_by_one}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", YARDSTICKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_order_of_sums_passes_whatever_the_yardstick(dtype, kind, order):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((64, 500), (500, 96)))
+    gold = a.double() @ b.double()
+    with yardstick(kind):
+        baseline = Reference(lambda: a @ b).baseline()
+    actual = ORDERS[order](a, b)
+    assert_as_accurate(actual, baseline, gold)
+    if dtype == torch.float32 and kind == "exact":  # as it was: the reference's error alone is the measure
+        with pytest.raises(AccuracyError):
+            assert_as_accurate(actual, baseline.value, gold)
+    wrong = actual.clone()
+    wrong[17, 5] += 1e-5 * gold[17].abs().max() if dtype == torch.float32 else 4 * float(testing.ulp(gold.max(), dtype))
+    with pytest.raises(AccuracyError):
+        assert_as_accurate(wrong, baseline, gold)
+
+
+@pytest.mark.quick
+def test_the_spread_is_made_only_where_it_is_needed():
+    gold, value = product(torch.float32)
+
+    def made():
+        raise RuntimeError("asked for")
+
+    assert_as_accurate(value, Baseline(value, made), gold)
+    with pytest.raises(RuntimeError, match="asked for"):
+        assert_as_accurate(value + 1e-3, Baseline(value, made), gold)
+
+
+@pytest.mark.quick
+def test_errors_of_one_cause_count_as_one():
+    """A factor on all: its error is one draw, of which 2 deviations are no wonder; a wrong factor is one."""
+    gold = torch.randn(40, 50, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    runs = gold * (1 + 1e-5 * torch.randn(RUNS, 1, 1, generator=generator, dtype=torch.float64))
+    baseline = Baseline(gold.float(), lambda: runs.float())
+    assert_as_accurate((gold * (1 + 2e-5)).float(), baseline, gold)
+    with pytest.raises(AccuracyError):
+        assert_as_accurate((gold * (1 + 2e-4)).float(), baseline, gold)
+    apart = gold * (1 + 1e-5 * torch.randn(RUNS, 40, 50, generator=generator, dtype=torch.float64))
+    with pytest.raises(AccuracyError, match="rms"):
+        assert_as_accurate((gold * (1 + 2e-5)).float(), Baseline(gold.float(), lambda: apart.float()), gold)
+
+
+@pytest.mark.quick
+def test_an_unknown_yardstick_is_named():
+    with pytest.raises(ValueError, match="yardstick must be one of .*; got 'mine'"), yardstick("mine"):
+        pass
 
 
 @pytest.mark.quick

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_unlearn import backend
+from moe_unlearn.regress import alarms, ours, report, revision, static, verbs
 from moe_unlearn.regress import case as registry
-from moe_unlearn.regress import ours, report, revision, static, verbs
 from moe_unlearn.regress import selftest as measured
 from moe_unlearn.regress.case import Case
 from moe_unlearn.regress.fingerprint import fingerprint
 from moe_unlearn.regress.report import Result
 from moe_unlearn.regress.store import Store, StoreError
 
+CORRECT = 100  # results that `check` measures its own false alarms on, in about a second
 STORE = "kernel_store"
 REPROS = "kernel_repros"
 
@@ -134,7 +135,9 @@ def check(options) -> int:
     ]
     if not options.pattern and not options.tag:
         results += verbs.gone(chosen, store)
-    return _finish(options, results)
+    code = _finish(options, results)
+    print(report.criterion(alarms.measure(CORRECT)), file=_prose(options))
+    return code
 
 
 def compare(options) -> int:

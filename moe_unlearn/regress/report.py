@@ -16,6 +16,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from moe_unlearn.checkpoint import write_text
+from moe_unlearn.regress.alarms import Alarms
+from moe_unlearn.regress.fingerprint import cpu
 from moe_unlearn.regress.numeric import EQUAL, Verdict
 from moe_unlearn.regress.store import Entry
 
@@ -128,7 +130,7 @@ def junit(results: Sequence[Result]) -> str:
 
 def store_table(entries: Sequence[Entry], *, markdown: bool = False) -> str:
     """A line per record, the newest of each case first, and a count."""
-    head = ("case", "recorded", "torch", "kernel", "largest RMS error", "remark")
+    head = ("case", "recorded", "torch", "kernel", "yardstick", "largest RMS error", "remark")
     rows = [tuple(_row(entry)) for entry in entries]
     if markdown:
         lines = ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)]
@@ -147,8 +149,14 @@ def _row(entry: Entry) -> Iterator[str]:
     yield content["recorded"]
     yield content["environment"].get("torch", "")
     yield " ".join(filter(None, (source.get("commit", "")[:9], "changed" if source.get("dirty") else "")))
+    yield content.get("yardstick", {}).get("arithmetic", "not kept")
     yield f"{max(errors):.2e}" if errors else "integers"
     yield f"superseded the former: {content['reason']}" if content["supersedes"] else ""
+
+
+def criterion(found: Alarms) -> str:
+    """One line: how far verdicts can be trusted on this machine."""
+    return f"criterion on {cpu()}: {found} (a short run; `kernels selftest` has a longer one)"
 
 
 def store_json(entries: Sequence[Entry]) -> str:

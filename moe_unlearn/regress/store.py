@@ -1,7 +1,9 @@
 """The store: what each case gave, in files that are only ever added.
 
     entries/<case>-<sha256>.json     one record: case, seed, sizes, SHA-256 of each input, digests and errors of the
-                                     outputs, where it was made, of which source, and which entry it supersedes
+                                     outputs, where it was made, of which source, what it was measured by
+                                     (`yardstick`; records of before it was kept have none), and which entry it
+                                     supersedes
     arrays/<sha256>.safetensors      the outputs
 
 Every file is named by the SHA-256 of its bytes, written beside its place and linked into it, so that it is wholly
@@ -164,6 +166,7 @@ class Store:
             if content["format"] != FORMAT:
                 raise StoreError(f"{path}: expected format {FORMAT!r}; got {content['format']!r}")
             wrong = [key for key, kind in _FIELDS.items() if not isinstance(content[key], kind)]
+            wrong += [] if isinstance(content.get("yardstick", {}), dict) else ["yardstick"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoreError(f"{path}: not an entry: {error!r}") from error
         if wrong or named["slug"] != _slug(content["case"]):

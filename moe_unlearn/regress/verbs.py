@@ -15,6 +15,7 @@ from moe_unlearn.regress.fingerprint import fingerprint, mismatch
 from moe_unlearn.regress.numeric import ACCURATE, INACCURATE, Evaluation
 from moe_unlearn.regress.report import FINE, Result
 from moe_unlearn.regress.store import Entry, Store, StoreError
+from moe_unlearn.testing import described
 
 ROUNDS = 7
 
@@ -49,7 +50,7 @@ def _record(case: Case, store: Store, seed: int | None, speed: bool, reason: str
     content = {
         "case": case.name, "origin": _origin_name(case), "seed": seed, **_definition(case), "inputs": made.inputs,
         "outputs": {name: _describe(value, made.gold[name]) for name, value in made.actual.items()},
-        "environment": fingerprint(case.device or "cpu"), "source": source(case),
+        "environment": fingerprint(case.device or "cpu"), "source": source(case), "yardstick": described(),
     }  # fmt: skip
     if former is not None:
         same = all(former.content[key] == content[key] for key in ("seed", "sizes", "routing", "inputs", "outputs"))

