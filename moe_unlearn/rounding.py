@@ -27,7 +27,9 @@ float32, or round elsewhere, what the reference keeps in bfloat16.
 
 Runs with several seeds show what the roundings of a whole function can do, whatever it is made of. With random
 roundings the ops of this package are computed by their references; else only those are seen that are asked for by
-`impl="ref"`. A value that an operation only moves is never changed.
+`impl="ref"`. A value that an operation only moves is never changed. Sums that are seen are products of matrices, sum,
+mean, softmax and its like, norms, cumsum, and what is added up by index; those inside of a convolution or of another
+library are not, and get the offset of their result alone.
 
 Deterministic for a seed. Source: our specification; running a program with random roundings is Monte Carlo
 arithmetic (Parker 1997), and the error of a sum by its partial sums is Higham's (Accuracy and Stability of Numerical
@@ -242,9 +244,9 @@ class _Product(NamedTuple):
 def _product(func, args, kwargs) -> _Product | None:
     """The sum that an operation is; None for other operations."""
     op = func.overloadpacket
-    if op in (_aten.addmm, _aten.baddbmm) and not kwargs:
+    if op in (_aten.addmm, _aten.baddbmm):
         a, b = (t if op == _aten.baddbmm else t[None] for t in args[1:3])
-        return _Product(a, b, onto=args[0])
+        return _Product(a, b, kwargs.get("alpha", 1), kwargs.get("beta", 1) * args[0])
     if op == _aten.mm:
         return _Product(args[0][None], args[1][None])
     if op == _aten.bmm:
