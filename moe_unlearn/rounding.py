@@ -27,9 +27,12 @@ float32, or round elsewhere, what the reference keeps in bfloat16.
 
 Runs with several seeds show what the roundings of a whole function can do, whatever it is made of. With random
 roundings the ops of this package are computed by their references; else only those are seen that are asked for by
-`impl="ref"`. A value that an operation only moves is never changed. Sums that are seen are products of matrices, sum,
-mean, softmax and its like, norms, cumsum, and what is added up by index; those inside of a convolution or of another
-library are not, and get the offset of their result alone.
+`impl="ref"`. A value that an operation only moves is never changed. What is drawn follows from the exact value and the
+seed, so that equal results stay equal and no tie is broken.
+
+Sums that are seen are products of matrices, sum, mean, variance, softmax and its like, norms, losses, cumsum, and what
+is added up by index. Those of a convolution, cdist, cumprod, logcumsumexp, of sparse tensors or of another library are
+not, and get the offset of their result alone. Operations that write to `out=` are left alone.
 
 Deterministic for a seed. Source: our specification; running a program with random roundings is Monte Carlo
 arithmetic (Parker 1997), and the error of a sum by its partial sums is Higham's (Accuracy and Stability of Numerical
@@ -39,7 +42,6 @@ Algorithms, section 4.2).
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,15 +49,15 @@ from torch._decomp import get_decompositions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_unlearn import sums
+
 ARITHMETICS = ("exact", "sequential", "random")
-_PLACES = 32
-_LANES = (1, 4, 16)
-_CHUNK = 1 << 22  # float64 numbers that the partial sums of a product may take at once
 _aten = torch.ops.aten
 
 # they round nothing, whatever their operands
 _EXACT = frozenset({
-    _aten.set_, _aten.resize_, _aten.clone, _aten._unsafe_view, _aten.zeros_like, _aten.ones_like, _aten.empty_like,
+    _aten.set_, _aten.resize_, _aten.resize_as_, _aten.clone, _aten._unsafe_view, _aten.zeros_like, _aten.ones_like,
+    _aten.empty_like,
     _aten.new_zeros, _aten.new_empty, _aten.zero_, _aten.fill_, _aten.cat, _aten.stack, _aten.repeat, _aten.flip,
     _aten.roll, _aten.index, _aten.index_select, _aten.gather, _aten.masked_fill, _aten.where, _aten.embedding,
     _aten.constant_pad_nd, _aten.slice_backward, _aten.select_backward, _aten.neg, _aten.abs, _aten.amax, _aten.relu,
@@ -68,11 +70,36 @@ _DECOMPOSED = get_decompositions([
     _aten._softmax, _aten._safe_softmax, _aten._log_softmax, _aten._softmax_backward_data,
     _aten._log_softmax_backward_data,
     _aten.addmv, _aten.addbmm, _aten.logsumexp, _aten.linalg_vector_norm,
-    _aten.native_layer_norm, _aten.native_layer_norm_backward, _aten.var, _aten.std,
+    _aten.native_layer_norm, _aten.native_layer_norm_backward, _aten.native_group_norm,
+    _aten.native_group_norm_backward, _aten.mse_loss, _aten.mse_loss_backward, _aten.smooth_l1_loss,
+    _aten.smooth_l1_loss_backward, _aten.huber_loss, _aten.huber_loss_backward, _aten.binary_cross_entropy,
+    _aten.binary_cross_entropy_backward, _aten.binary_cross_entropy_with_logits, _aten.nansum,
     _aten.nll_loss_forward, _aten.nll_loss_backward, _aten.embedding_dense_backward,
     _aten.silu, _aten.silu_backward, _aten.gelu, _aten.gelu_backward, _aten.softplus, _aten.softplus_backward,
     _aten.sigmoid_backward, _aten.tanh_backward, _aten.log_sigmoid_forward, _aten.log_sigmoid_backward,
 ])  # fmt: skip
+
+# in place of their functions, which are seen
+_IN_PLACE = {
+    _aten.addmm_: _aten.addmm.default, _aten.baddbmm_: _aten.baddbmm.default, _aten.cumsum_: _aten.cumsum.default,
+}  # fmt: skip
+
+
+def _var_mean(x: Tensor, dim=None, *, correction=None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    dims = list(range(x.dim())) if dim is None or dim == [] else [dim] if isinstance(dim, int) else list(dim)
+    count = math.prod(x.shape[d] for d in dims)
+    mean = wide.mean(dims, keepdim=True)
+    squares = (wide - mean).square().sum(dims, keepdim=keepdim)
+    mean = mean if keepdim else wide.mean(dims)
+    return (squares / max(count - (1 if correction is None else correction), 0)).to(x.dtype), mean.to(x.dtype)
+
+
+_DECOMPOSED |= {
+    _aten.var_mean.correction: _var_mean,
+    _aten.var.correction: lambda *args, **options: _var_mean(*args, **options)[0],
+    _aten.std.correction: lambda *args, **options: _var_mean(*args, **options)[0].sqrt(),
+}
 
 
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -112,11 +139,21 @@ class _Arithmetic(TorchDispatchMode):
             # inside an op of ours, below autograd, they come here whole
             with self:
                 return func.decompose(*args, **kwargs)
-        narrow = any(v.is_floating_point() and v.dtype != torch.float64 for v in _tensors((args, kwargs)))
-        drawn = torch.Tag.nondeterministic_seeded in func.tags
-        if not narrow or func.namespace != "aten" or func.is_view or drawn or func.overloadpacket in _EXACT:
+        if self._left_alone(func, args, kwargs):
             return func(*args, **kwargs)
+        if func.overloadpacket in _IN_PLACE:
+            with self:
+                return args[0].copy_(_IN_PLACE[func.overloadpacket](*args, **kwargs))
         return self.compute(func, args, kwargs)
+
+    def _left_alone(self, func, args, kwargs) -> bool:
+        tensors = [*_tensors((args, kwargs))]
+        narrow = any(v.is_floating_point() and v.dtype != torch.float64 for v in tensors)
+        dense = all(v.layout == torch.strided and not v.is_nested for v in tensors)
+        moves = func.is_view or torch.Tag.inplace_view in func.tags or func.overloadpacket in _EXACT
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        given = any(a.kwarg_only and a.alias_info is not None for a in func._schema.arguments)  # out=
+        return not narrow or not dense or func.namespace != "aten" or moves or drawn or given
 
     def _op_of_ours(self, func, args, kwargs):
         """An op of ours, by its reference where it is or may be computed so: then what it does comes back here."""
@@ -138,7 +175,7 @@ class _Arithmetic(TorchDispatchMode):
 class _Exact(_Arithmetic):
     def compute(self, func, args, kwargs):
         plain = func(*args, **kwargs)
-        if _product(func, args, kwargs) is None:
+        if sums.product(func, args, kwargs) is None:
             return plain
         return func(*_mapped(_wide, args), **_mapped(_wide, kwargs)).to(plain.dtype)
 
@@ -146,7 +183,7 @@ class _Exact(_Arithmetic):
 class _Sequential(_Arithmetic):
     def compute(self, func, args, kwargs):
         plain = func(*args, **kwargs)
-        product = _product(func, args, kwargs)
+        product = sums.product(func, args, kwargs)
         if product is None:
             return plain
         a, b = product.a.float(), product.b.float()
@@ -162,7 +199,7 @@ class _Random(_Arithmetic):
 
     def __init__(self, seed: int):
         super().__init__()
-        self._seed, self._generators = seed, {}
+        self._seed = seed
 
     def compute(self, func, args, kwargs):
         if func in _DECOMPOSED:
@@ -172,7 +209,7 @@ class _Random(_Arithmetic):
         plain = None
         if not written:
             plain = func(*args, **kwargs)
-            floating = [v.is_floating_point() for v in _tensors(plain)]
+            floating = [v.is_floating_point() and v.layout == torch.strided for v in _tensors(plain)]
             # what gives places beside values chooses among its operands, and must choose as it does
             if not floating or not all(floating):
                 return plain
@@ -182,42 +219,48 @@ class _Random(_Arithmetic):
             copy = _wide(value)
             return copies.setdefault(id(value), (value, copy))[1] if isinstance(value, Tensor) else copy
 
-        off = self._off(func, args, kwargs)
+        deviation = _deviation(func, args, kwargs)
         try:
             exact = func(*_mapped(copied, args), **_mapped(copied, kwargs))
         except RuntimeError:  # no kernel for float64
             return func(*args, **kwargs) if written else plain
         if written:
             for value in written:
-                value.copy_(self._rounded(copies[id(value)][1] + off, value.dtype))
+                value.copy_(self._rounded(copies[id(value)][1], value.dtype, deviation))
             own = {id(copy): value for value, copy in copies.values()}
-            return _mapped(lambda v: own.get(id(v), v), exact)
+
+            def given(made):
+                new = isinstance(made, Tensor) and made.dtype == torch.float64 and id(made) not in own
+                return self._rounded(made, written[0].dtype, None) if new else own.get(id(made), made)
+
+            return _mapped(given, exact)
 
         def result(one, other):
-            return self._rounded(other + off, one.dtype) if isinstance(one, Tensor) else one
+            return self._rounded(other, one.dtype, deviation) if isinstance(one, Tensor) else one
 
         return _mapped(result, plain, exact)
 
-    def _rounded(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        if dtype == torch.float64:
-            return value
+    def _rounded(self, value: Tensor, dtype: torch.dtype, deviation: Tensor | None) -> Tensor:
+        """What a result is in `dtype`, with what the roundings inside of a sum add to it."""
+        if deviation is not None:
+            # NaN and infinity have no roundings, and must not reach the sums beside theirs
+            value = value + deviation.nan_to_num(0.0, 0.0, 0.0) * self._normal(value)
+        if dtype == torch.float64 or dtype.itemsize == 1:
+            return value.to(dtype)
         nearest = value.to(dtype)
-        moved = (value + ulp(value, dtype) * (self._draw(torch.rand, value) - 0.5)).to(dtype)
+        moved = (value + ulp(value, dtype) * (self._uniform(value, 0) - 0.5)).to(dtype)
         return torch.where((nearest == value) | ~value.isfinite(), nearest, moved)
 
-    def _off(self, func, args, kwargs) -> Tensor | float:
-        """What the roundings inside of a sum add to its result."""
-        deviation = _deviation(func, args, kwargs)
-        if deviation is None:
-            return 0.0
-        # NaN and infinity have no roundings, and must not reach the sums beside theirs
-        return deviation.nan_to_num(0.0, 0.0, 0.0) * self._draw(torch.randn, deviation)
+    def _normal(self, value: Tensor) -> Tensor:
+        radius = (-2 * torch.log1p(-self._uniform(value, 1))).sqrt()
+        return radius * (2 * math.pi * self._uniform(value, 2)).cos()
 
-    def _draw(self, distribution: Callable, like: Tensor) -> Tensor:
-        device = like.device
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return distribution(like.shape, generator=self._generators[device], dtype=like.dtype, device=device)
+    def _uniform(self, value: Tensor, stream: int) -> Tensor:
+        """Numbers in [0, 1) that follow from value, seed and stream: equal results stay equal, and a tie a tie."""
+        bits = value.contiguous().view(torch.int64) + ((3 * self._seed + stream + 1) * 0x1E3779B97F4A7C15) % 2**62
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+            bits = (bits ^ (bits >> shift)) * factor
+        return ((bits ^ (bits >> 31)) & (2**53 - 1)).double() / 2**53
 
 
 def _wide(value):
@@ -229,130 +272,21 @@ def _wide(value):
     return value
 
 
-# ------------------------------------------------------------------------------------------------------- sums
-
-
-class _Product(NamedTuple):
-    """A sum as a product: a [B, M, K] times b [B, K, N], times `scale`, plus the tensor `onto` if there is one."""
-
-    a: Tensor
-    b: Tensor
-    scale: float = 1.0
-    onto: Tensor | None = None
-
-
-def _product(func, args, kwargs) -> _Product | None:
-    """The sum that an operation is; None for other operations."""
-    op = func.overloadpacket
-    if op in (_aten.addmm, _aten.baddbmm):
-        a, b = (t if op == _aten.baddbmm else t[None] for t in args[1:3])
-        return _Product(a, b, kwargs.get("alpha", 1), kwargs.get("beta", 1) * args[0])
-    if op == _aten.mm:
-        return _Product(args[0][None], args[1][None])
-    if op == _aten.bmm:
-        return _Product(args[0], args[1])
-    if op == _aten.mv:
-        return _Product(args[0][None], args[1][None, :, None])
-    if op in (_aten.dot, _aten.vdot):
-        return _Product(args[0][None, None], args[1][None, :, None])
-    if op not in (_aten.sum, _aten.mean):
-        return None
-    x = args[0]
-    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    dims = range(x.dim()) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-    dims = sorted({d % max(x.dim(), 1) for d in dims})
-    rest = [d for d in range(x.dim()) if d not in dims]
-    count = math.prod(x.shape[d] for d in dims) if x.dim() else 1
-    flat = x.permute(*rest, *dims).reshape(1, -1, count) if x.numel() else x.new_zeros(1, 0, count)
-    return _Product(flat, x.new_ones(1, count, 1), 1 / max(count, 1) if op == _aten.mean else 1.0)
-
-
 def _deviation(func, args, kwargs) -> Tensor | None:
     """Standard deviation of a sum's error, in the shape of its result; None where nothing is summed."""
     op, u = func.overloadpacket, torch.finfo(torch.float32).eps / 2
-    product = _product(func, args, kwargs)
+    product = sums.product(func, args, kwargs)
     if product is not None:
-        squares = _partial_squares(product.a.double(), product.b.double())
+        squares = sums.partial_squares(product.a.double(), product.b.double())
         return (u * product.scale * (squares / 3).sqrt()).reshape(_shape(func, args, kwargs))
     if op == _aten.cumsum:
         return u * (args[0].double().cumsum(args[1]).square().cumsum(args[1]) / 3).sqrt()
-    scattered = _scattered(op, args, kwargs)
+    scattered = sums.scattered(op, args, kwargs)
     if scattered is not None:
         # each addition is rounded where it is kept
         u = torch.finfo(args[0].dtype).eps / 2
-        return u * (_segment_squares(*scattered, args[0].shape) / 3).sqrt()
+        return u * (sums.segment_squares(*scattered, args[0].shape) / 3).sqrt()
     return None
-
-
-def _partial_squares(a: Tensor, b: Tensor) -> Tensor:
-    """[B, M, N]: the largest sum of squared partial sums among the orders, for a [B, M, K] times b [B, K, N]."""
-    batch, rows, depth = a.shape
-    columns = b.shape[2]
-    if not a.numel() or not b.numel():
-        return a.new_zeros(batch, rows, columns)
-    total, terms = (a @ b).square(), a.square() @ b.square()
-    # of a shuffled sum: E[S_k^2] for k of the K terms drawn without replacement, summed over k
-    worst = depth * total / 3 + (depth + 1) / 6 * (terms - total / depth).clamp_min(0)
-    most = max(1, _CHUNK // (batch * columns * min(depth, _PLACES)))
-    for lanes in _LANES:
-        order = torch.cat([torch.arange(i, depth, lanes, device=a.device) for i in range(min(lanes, depth))])
-        x, y = a[:, :, order], b[:, order]
-        worst = torch.maximum(worst, torch.cat([_in_order(part, y) for part in x.split(most, 1)], 1))
-    return worst + terms
-
-
-def _in_order(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of squared partial sums from the first term to the last, or from the last to the first if larger."""
-    depth = a.shape[2]
-    size = math.ceil(depth / _PLACES)
-    places = math.ceil(depth / size)
-    pad = places * size - depth
-    a, b = torch.nn.functional.pad(a, (0, pad)), torch.nn.functional.pad(b, (0, 0, 0, pad))
-    blocks = torch.einsum("bmpk,bpkn->pbmn", a.unflatten(2, (places, size)), b.unflatten(1, (places, size)))
-    forward, backward = blocks.cumsum(0), blocks.flip(0).cumsum(0)
-    return size * torch.maximum(forward.square().sum(0), backward.square().sum(0))
-
-
-def _scattered(op, args, kwargs) -> tuple[Tensor, Tensor] | None:
-    """Places [R] in the flat target and terms [R] of an operation that adds up by index; None for others."""
-    target = args[0]
-    if op in (_aten.index_add, _aten.index_add_):
-        dim, index, source = args[1:4]
-        shape = [-1 if d == dim % target.dim() else 1 for d in range(target.dim())]
-        index = index.reshape(shape).expand(source.shape) if target.dim() else index
-        return _flat_places(target, dim, index), (kwargs.get("alpha", 1) * source).double().flatten()
-    if op in (_aten.scatter_add, _aten.scatter_add_):
-        dim, index, source = args[1:4]
-        source = source[tuple(slice(n) for n in index.shape)]
-        return _flat_places(target, dim, index), source.double().flatten()
-    if op in (_aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index_put):
-        indices, values = args[1:3]
-        if not (args[3] if len(args) > 3 else kwargs.get("accumulate", False)):
-            return None
-        places = torch.arange(target.numel(), device=target.device).view(target.shape)
-        chosen = _aten.index(places, indices)
-        return chosen.flatten(), values.double().expand(chosen.shape).flatten()
-    return None
-
-
-def _flat_places(target: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Flat places in `target` of elements that `index` moves along `dim`."""
-    places = torch.arange(target.numel(), device=target.device).view(target.shape)
-    window = places[tuple(slice(None) if d == dim % target.dim() else slice(n) for d, n in enumerate(index.shape))]
-    return window.gather(dim, index.long()).flatten()
-
-
-def _segment_squares(places: Tensor, terms: Tensor, shape: torch.Size) -> Tensor:
-    """The sums of squared partial sums at each place, the larger of first to last and last to first."""
-    order = places.argsort(stable=True)
-    places, terms = places[order], terms[order].nan_to_num(0.0, 0.0, 0.0)
-    forward, backward = (terms.cumsum(0), terms.flip(0).cumsum(0).flip(0))
-    first = torch.searchsorted(places, places)
-    last = torch.searchsorted(places, places, right=True) - 1
-    partial = torch.maximum(
-        (forward - forward[first] + terms[first]).abs(), (backward - backward[last] + terms[last]).abs()
-    )
-    return partial.new_zeros(math.prod(shape)).index_add_(0, places, partial.square()).view(shape)
 
 
 def _written(func, args, kwargs) -> list[Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_unlearn import ops, rounding
+from moe_unlearn import ops, rounding, sums
 from moe_unlearn.rounding import arithmetic
 
 pytestmark = pytest.mark.quick
@@ -42,16 +42,16 @@ def test_squared_partial_sums_by_hand(depth):
     terms = a[:, :, None] * b[None]
     orders = [terms, terms.flip(1), terms[:, torch.cat([torch.arange(i, depth, 4) for i in range(min(4, depth))])]]
     by_hand = torch.stack([order.cumsum(1).square().sum(1) for order in orders]).amax(0) + terms.square().sum(1)
-    assert (rounding._partial_squares(a[None], b[None])[0] >= by_hand * (1 - 1e-12)).all()
+    assert (sums.partial_squares(a[None], b[None])[0] >= by_hand * (1 - 1e-12)).all()
     shuffled = [terms[:, torch.randperm(depth)].cumsum(1).square().sum(1) for _ in range(2000)]
     mean = torch.stack(shuffled).mean(0) + terms.square().sum(1)
-    assert (rounding._partial_squares(a[None], b[None])[0] >= 0.9 * mean).all()
+    assert (sums.partial_squares(a[None], b[None])[0] >= 0.9 * mean).all()
 
 
 def test_neighbours_that_cancel_are_not_taken_for_short_sums():
     """In lanes of even width equal signs meet: a sum whose own order has small partial sums errs as a long one."""
     ones = torch.tensor([1.0, -1.0] * 64).double()
-    squares = float(rounding._partial_squares(ones[None, None], torch.ones(1, 128, 1).double()))
+    squares = float(sums.partial_squares(ones[None, None], torch.ones(1, 128, 1).double()))
     assert squares > 64**3 / 12
 
 
@@ -74,6 +74,66 @@ def test_random_roundings_scatter_about_the_exact_result(function):
     assert (off.mean(0).abs() <= spread).all() and 0 < spread.max() < 1e-5
     plain = (function(a, b).double() - exact).abs()
     assert plain.max() < 6 * spread.max()
+
+
+def test_equal_results_stay_equal_and_no_tie_is_broken():
+    x, router = torch.full((8,), 0.3), torch.randn(16, 5).repeat(1, 2)
+    with arithmetic("random"):
+        assert x.exp().unique().numel() == 1
+        logits = torch.randn(7, 16) @ router
+    assert torch.equal(logits[:, :5], logits[:, 5:])
+
+
+def loss(name):
+    return lambda x, y: getattr(torch.nn.functional, name)(x, y.sigmoid())
+
+
+EDGES = {
+    "0-dim": lambda x, y: x[0, 0].sum() + x[0, 0].mean(-1) + torch.softmax(x[0, 0], 0),
+    "nothing": lambda x, y: x[x > 99].sum() + torch.empty(3, 0).sum(1).sum(),
+    "mean of nothing": lambda x, y: torch.empty(0).mean(),
+    "softmax of nothing": lambda x, y: torch.softmax(torch.empty(3, 0), 1),
+    "no rows": lambda x, y: torch.nn.functional.cross_entropy(x[:0], torch.empty(0).long(), reduction="sum"),
+    "squeeze_": lambda x, y: x[:1].clone().squeeze_(0),
+    "t_": lambda x, y: x.clone().t_(),
+    "quantile": lambda x, y: x.flatten().quantile(0.3),
+    "addmm_": lambda x, y: torch.ones(8, 8).addmm_(x, y.t(), beta=0.5, alpha=2),
+    "beta 0": lambda x, y: torch.addmm(torch.full((8, 8), torch.nan), x, y.t(), beta=0),
+    "out": lambda x, y: torch.mm(x, y.t(), out=torch.empty(0)),
+    "batch norm": lambda x, y: torch.nn.functional.batch_norm(x, torch.zeros(300), torch.ones(300), training=True),
+    "group norm": lambda x, y: torch.nn.functional.group_norm(x.view(2, 4, 300), 2),
+    "variance": lambda x, y: torch.cat([*torch.var_mean(x, 1), x.std(0, correction=0)]),
+    "float8": lambda x, y: x.to(torch.float8_e4m3fn).float(),
+    "sparse": lambda x, y: torch.sparse.mm(torch.eye(8).to_sparse(), x),
+    **{name: loss(name) for name in ("mse_loss", "huber_loss", "binary_cross_entropy_with_logits")},
+}
+
+
+@pytest.mark.parametrize("kind", rounding.ARITHMETICS)
+@pytest.mark.parametrize("edge", EDGES)
+def test_what_references_may_hold(edge, kind):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(8, 300, generator=generator) for _ in range(2))
+    plain = EDGES[edge](x, y)
+    with arithmetic(kind):
+        made = EDGES[edge](x, y)
+    assert made.shape == plain.shape and made.dtype == plain.dtype
+    torch.testing.assert_close(made, plain, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_a_variance_is_a_sum():
+    """Its order is a library's as that of any other is; the errors of the plainest loop must be within its spread."""
+    x = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0)) + 3
+    runs = []
+    for seed in range(16):
+        with arithmetic("random", seed):
+            runs.append(x.var(1).double() - x.double().var(1))
+    mean = x.cumsum(1)[:, -1:] / 5000
+    loop = torch.zeros(4)
+    for column in (x - mean).square().t():
+        loop = loop + column
+    spread = torch.stack(runs).square().mean(0).sqrt()
+    assert ((loop / 4999).double() - x.double().var(1)).abs().max() < 6 * spread.max()
 
 
 def test_runs_repeat_by_seed():

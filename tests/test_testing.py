@@ -91,7 +91,7 @@ def test_any_order_of_sums_passes_whatever_the_yardstick(dtype, kind, order):
         with pytest.raises(AccuracyError):
             assert_as_accurate(actual, baseline.value, gold)
     wrong = actual.clone()
-    wrong[17, 5] += 1e-5 * gold[17].abs().max() if dtype == torch.float32 else 4 * float(testing.ulp(gold.max(), dtype))
+    wrong[17, 5] += 1e-5 * gold[17].abs().max() if dtype == torch.float32 else 6 * float(testing.ulp(gold.max(), dtype))
     with pytest.raises(AccuracyError):
         assert_as_accurate(wrong, baseline, gold)
 

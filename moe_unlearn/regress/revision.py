@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -161,7 +162,10 @@ def _compared(name: str, base: "_Side", head: "_Side", seed: int, speed: bool, s
         theirs = base.evaluate(name, seed)
     except WorkerError as error:
         return Result(name, "new", f"the base fails: {error}")
-    result = held_against(name, theirs, ours, strict=strict)
+    try:
+        result = held_against(name, theirs, ours, strict=strict)
+    except WorkerError as error:
+        return Result(name, "invalid", str(error))
     if not speed or result.status == "changed":
         return result
     found = _decide(name, base, head, seed, result.status != INACCURATE)
@@ -235,12 +239,14 @@ class _Side:
         package = self.tree / "moe_unlearn" if (self.tree / "moe_unlearn" / "__init__.py").exists() else PACKAGE
         worker = Path(__file__).with_name("worker.py")
         self._errors = tempfile.TemporaryFile(dir=self.scratch)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", worker, self.tree, package, PACKAGE],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, cwd=self.tree, text=True,
-            start_new_session=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-        )  # fmt: skip
         try:
+            # a Ctrl-C between the start and its result would leave a process that nobody knows
+            with _interrupts_held():
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", worker, self.tree, package, PACKAGE],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, cwd=self.tree, text=True,
+                    start_new_session=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+                )  # fmt: skip
             modules = [str(self.tree / file) for file in self.files if (self.tree / file).exists()]
             if self.files and not modules:
                 self.cases, self.fingerprint = [], {}
@@ -285,10 +291,27 @@ class _Side:
         return load_file(path)["rounded"]
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """A Ctrl-C inside acts behind it; in other threads, which get none, nothing is held."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple] = []
+    former = signal.signal(signal.SIGINT, lambda *event: held.append(event))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+        if held and callable(former):
+            former(*held[0])
+
+
 def _git(where: Path, *arguments: str) -> str | None:
     """What git prints; None where it fails."""
-    done = subprocess.run(["git", "-C", where, *arguments], capture_output=True, text=True)
-    return None if done.returncode else done.stdout.strip()
+    # bytes: a path need not be text of the locale
+    done = subprocess.run(["git", "-C", where, *arguments], capture_output=True)
+    return None if done.returncode else os.fsdecode(done.stdout).strip()
 
 
 def _run(command: Sequence, where: Path) -> None:

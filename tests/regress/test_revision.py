@@ -42,7 +42,15 @@ def wrong(x):
 def case(name, function):
     register(Case(name, function, softmax, inputs, sizes={"n": 256}))
 
-factor = 1.0
+def nearly_exact(a, b):
+    return (a.double() @ b.double()).float() if exact else a @ b
+
+def operands(seed, n):
+    generator = torch.Generator().manual_seed(seed)
+    return {"a": torch.randn(n, n, generator=generator), "b": torch.randn(n, n, generator=generator)}
+
+factor, exact = 1.0, True
+register(Case("nearly exact", nearly_exact, lambda a, b: a @ b, operands, sizes={"n": 200}))
 case("same", softmax)
 case("slow", slow)
 case("wrong", wrong)
@@ -81,7 +89,11 @@ def repository(tmp_path, monkeypatch):
     hook.write_text("#!/bin/sh\ntouch hooked\n", encoding="utf-8")
     hook.chmod(0o755)
     (root / "helper.py").write_text("passes = 3\n", encoding="utf-8")
-    source = (root / "kernels.py").read_text(encoding="utf-8").replace("factor = 1.0", "factor = 1.01")
+    source = (
+        (root / "kernels.py")
+        .read_text(encoding="utf-8")
+        .replace("factor, exact = 1.0, True", "factor, exact = 1.01, False")
+    )
     source += 'case("new", softmax)\ncase("broken", lambda x: 1 / 0)\n'
     (root / "kernels.py").write_text(source, encoding="utf-8")
     yield root
@@ -106,6 +118,8 @@ def test_head_against_base_in_a_scratch_repository(repository, monkeypatch):
     found = {r.case: r for r in compare("HEAD", modules=[repository / "kernels.py"], say=said.append)}
     assert {name: result.status for name, result in found.items()} == {
         "same": "equal", "slow": "slower", "wrong": "inaccurate", "new": "new", "broken": "failed",
+        # the base is nearly exact: what roundings the reference has is asked of the worker
+        "nearly exact": "accurate",
     }  # fmt: skip
     assert found["slow"].speed.startswith("slower: 1.")
     assert found["same"].speed.startswith("same: ")

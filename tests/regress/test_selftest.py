@@ -3,6 +3,7 @@
 import pytest
 
 from moe_unlearn.regress import noise, selftest
+from moe_unlearn.regress.fingerprint import cpu
 from moe_unlearn.regress.selftest import Row, performance, table
 
 
@@ -34,6 +35,15 @@ def test_rows_and_their_limits():
     assert head.split() == ["check", "limit", "measured", "verdict"]
     assert good.split() == ["a", "<=", "1%", "0.0%", "ok", "(why)"]
     assert bad.split() == ["b", ">=", "100%", "50.0%", "FAILED"]
+
+
+def test_numbers_are_those_of_this_machine(monkeypatch):
+    monkeypatch.setattr(selftest, "CORRECT", 60)
+    bugs, changes, largest, rate = selftest.numbers()
+    assert bugs.passed and changes.passed and largest.passed and rate.passed
+    assert largest.note.startswith(cpu()) and "correct results" in largest.note
+    (line,) = list(table([rate]))[1:]
+    assert "<= 1e-07" in line
 
 
 @pytest.mark.quick

@@ -43,6 +43,16 @@ def test_reads_what_was_written(store):
     assert torch.equal(store.arrays(current["softmax"])["ids"], torch.arange(1, 4))
 
 
+def test_what_was_measured_by_is_kept_and_records_without_it_are_read(store):
+    store.add(content("new", yardstick={"arithmetic": "native"}), ARRAYS)
+    current = again(store).current()
+    assert current["new"].content["yardstick"] == {"arithmetic": "native"}
+    assert "yardstick" not in current["softmax"].content
+    store.add(content("bad", yardstick="native"), ARRAYS)
+    with pytest.raises(StoreError, match="not an entry: yardstick"):
+        again(store).current()
+
+
 def test_the_former_entry_is_kept(store):
     newest, former = again(store).history("softmax")
     assert newest.content["reason"] == "better" and newest.content["supersedes"] == former.sha256

@@ -1,0 +1,124 @@
+"""Which sums PyTorch's operations are, and how large their partial sums get: what `rounding` follows from.
+
+Source: our specification; see `rounding`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_PLACES = 32
+_LANES = (1, 4, 16)
+_CHUNK = 1 << 22  # float64 numbers that the partial sums of a product may take at once
+_aten = torch.ops.aten
+
+
+class Product(NamedTuple):
+    """A sum as a product: a [B, M, K] times b [B, K, N], times `scale`, plus the tensor `onto` if there is one."""
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+    onto: Tensor | None = None
+
+
+def product(func, args, kwargs) -> Product | None:
+    """The sum that an operation is; None for other operations."""
+    op = func.overloadpacket
+    if op in (_aten.addmm, _aten.baddbmm):
+        a, b = (t if op == _aten.baddbmm else t[None] for t in args[1:3])
+        beta = kwargs.get("beta", 1)
+        return Product(a, b, kwargs.get("alpha", 1), beta * args[0] if beta else None)
+    if op == _aten.mm:
+        return Product(args[0][None], args[1][None])
+    if op == _aten.bmm:
+        return Product(args[0], args[1])
+    if op == _aten.mv:
+        return Product(args[0][None], args[1][None, :, None])
+    if op in (_aten.dot, _aten.vdot):
+        return Product(args[0][None, None], args[1][None, :, None])
+    if op not in (_aten.sum, _aten.mean):
+        return None
+    x = args[0] if args[0].dim() else args[0].reshape(1)
+    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    dims = range(x.dim()) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    dims = sorted({d % x.dim() for d in dims})
+    rest = [d for d in range(x.dim()) if d not in dims]
+    count = math.prod(x.shape[d] for d in dims)
+    if not count:
+        return None
+    flat = x.permute(*rest, *dims).reshape(1, math.prod(x.shape[d] for d in rest), count)
+    return Product(flat, x.new_ones(1, count, 1), 1 / count if op == _aten.mean else 1.0)
+
+
+def partial_squares(a: Tensor, b: Tensor) -> Tensor:
+    """[B, M, N]: the largest sum of squared partial sums among the orders, for a [B, M, K] times b [B, K, N]."""
+    batch, rows, depth = a.shape
+    columns = b.shape[2]
+    if not a.numel() or not b.numel():
+        return a.new_zeros(batch, rows, columns)
+    total, terms = (a @ b).square(), a.square() @ b.square()
+    # of a shuffled sum: E[S_k^2] for k of the K terms drawn without replacement, summed over k
+    worst = depth * total / 3 + (depth + 1) / 6 * (terms - total / depth).clamp_min(0)
+    most = max(1, _CHUNK // (batch * columns * min(depth, _PLACES)))
+    for lanes in _LANES:
+        order = torch.cat([torch.arange(i, depth, lanes, device=a.device) for i in range(min(lanes, depth))])
+        x, y = a[:, :, order], b[:, order]
+        worst = torch.maximum(worst, torch.cat([_in_order(part, y) for part in x.split(most, 1)], 1))
+    return worst + terms
+
+
+def _in_order(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of squared partial sums from the first term to the last, or from the last to the first if larger."""
+    depth = a.shape[2]
+    size = math.ceil(depth / _PLACES)
+    places = math.ceil(depth / size)
+    pad = places * size - depth
+    a, b = torch.nn.functional.pad(a, (0, pad)), torch.nn.functional.pad(b, (0, 0, 0, pad))
+    blocks = torch.einsum("bmpk,bpkn->pbmn", a.unflatten(2, (places, size)), b.unflatten(1, (places, size)))
+    forward, backward = blocks.cumsum(0), blocks.flip(0).cumsum(0)
+    return size * torch.maximum(forward.square().sum(0), backward.square().sum(0))
+
+
+def scattered(op, args, kwargs) -> tuple[Tensor, Tensor] | None:
+    """Places [R] in the flat target and terms [R] of an operation that adds up by index; None for others."""
+    target = args[0]
+    if op in (_aten.index_add, _aten.index_add_):
+        dim, index, source = args[1:4]
+        shape = [-1 if d == dim % target.dim() else 1 for d in range(target.dim())]
+        index = index.reshape(shape).expand(source.shape) if target.dim() else index
+        return _flat_places(target, dim, index), (kwargs.get("alpha", 1) * source).double().flatten()
+    if op in (_aten.scatter_add, _aten.scatter_add_):
+        dim, index, source = args[1:4]
+        source = source[tuple(slice(n) for n in index.shape)]
+        return _flat_places(target, dim, index), source.double().flatten()
+    if op in (_aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index_put):
+        indices, values = args[1:3]
+        if not (args[3] if len(args) > 3 else kwargs.get("accumulate", False)):
+            return None
+        places = torch.arange(target.numel(), device=target.device).view(target.shape)
+        chosen = _aten.index(places, indices)
+        return chosen.flatten(), values.double().expand(chosen.shape).flatten()
+    return None
+
+
+def _flat_places(target: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Flat places in `target` of elements that `index` moves along `dim`."""
+    places = torch.arange(target.numel(), device=target.device).view(target.shape)
+    window = places[tuple(slice(None) if d == dim % target.dim() else slice(n) for d, n in enumerate(index.shape))]
+    return window.gather(dim, index.long()).flatten()
+
+
+def segment_squares(places: Tensor, terms: Tensor, shape: torch.Size) -> Tensor:
+    """The sums of squared partial sums at each place, the larger of first to last and last to first."""
+    order = places.argsort(stable=True)
+    places, terms = places[order], terms[order].nan_to_num(0.0, 0.0, 0.0)
+    forward, backward = (terms.cumsum(0), terms.flip(0).cumsum(0).flip(0))
+    first = torch.searchsorted(places, places)
+    last = torch.searchsorted(places, places, right=True) - 1
+    partial = torch.maximum(
+        (forward - forward[first] + terms[first]).abs(), (backward - backward[last] + terms[last]).abs()
+    )
+    return partial.new_zeros(math.prod(shape)).index_add_(0, places, partial.square()).view(shape)
