@@ -1,8 +1,8 @@
 // What the expert layer's kernels share: matrix products by torch's own mm (oneDNN, MKL) on memory as it lies,
 // rows gathered into small buffers, and work shared out by cost.
 //
-// A product runs in one thread, inside a region that torch's threads share: then what is multiplied by what does not
-// depend on their number, and the work between the products is parallel too. The bits of a product are the library's.
+// A product runs in one thread, inside a region that torch's threads share: then its bits do not depend on their
+// number, and the work between the products is parallel too.
 
 #pragma once
 
