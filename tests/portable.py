@@ -47,6 +47,9 @@ MODELS = ["tests/test_experts.py", "tests/test_experts_module.py", "tests/test_l
 STEPS = ["tests/test_step.py", "tests/test_fused.py", "tests/test_verify.py"]
 REGRESS = ["tests/regress/test_seeded.py", "tests/regress/test_numeric.py"]
 EVERY = [*OPS, *MODELS, *STEPS, *REGRESS, "tests/test_testing.py"]
+# with exact products nearly every reference runs 16 times more: these stand for the others
+EXTREMES = ["tests/ops/test_expert_mlp.py", "tests/ops/test_expert_wgrad.py", "tests/native/test_expert_wgrad.py",
+            "tests/native/test_gram.py", *REGRESS, "tests/test_verify.py", "tests/test_testing.py"]  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -66,9 +69,8 @@ SETTINGS = [
     Setting("AVX-512 BF16", dict(ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16", MKL_CBWR="AVX512")),
     Setting("reproducible AVX2", dict(MKL_CBWR="AVX2"), 2, [*OPS, *REGRESS]),
     Setting("oldest", dict(MKL_CBWR="COMPATIBLE", ATEN_CPU_CAPABILITY="default")),
-    # a whole model's reference runs 16 times more for each test: those of the ops and of the step stand for them
-    Setting("exact products", {}, 1, [*OPS, *REGRESS, "tests/test_verify.py"], ("--yardstick", "exact")),
-    Setting("sequential products", {}, 1, EVERY, ("--yardstick", "sequential")),
+    Setting("exact products", {}, 1, EXTREMES, ("--yardstick", "exact")),
+    Setting("sequential products", {}, 1, EXTREMES, ("--yardstick", "sequential")),
 ]  # fmt: skip
 
 
