@@ -241,7 +241,7 @@ class _Random(_Arithmetic):
         return _mapped(result, plain, exact)
 
     def _rounded(self, value: Tensor, dtype: torch.dtype, deviation: Tensor | None) -> Tensor:
-        """What a result is in `dtype`, with what the roundings inside of a sum add to it."""
+        """Round a result to `dtype`, after adding what the roundings inside of a sum do to it."""
         if deviation is not None:
             # NaN and infinity have no roundings, and must not reach the sums beside theirs
             value = value + deviation.nan_to_num(0.0, 0.0, 0.0) * self._normal(value)

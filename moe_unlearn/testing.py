@@ -24,10 +24,10 @@ u sqrt(sum of squared partial sums / 3) for each sum, the largest of several ord
 row its largest element counts. It follows from the operands alone, not from the machine. It is made only where
 an output does not pass without it, and only ever allows more.
 
-The 6 and the 16 are measured, with `python -m moe_unlearn.regress.alarms`: sums in ten orders, on every
-instruction set at hand, err by less than 0.7 of the bound in 30,000 comparisons each, and a fitted tail gives at
-most 1e-7 false rejections a comparison; `tests/test_testing.py` repeats a part of it. Errors of many elements may
-have one cause: over the 16 runs the mean square then varies as that of few independent ones does,
+The 6 is chosen so that correct sums in ten orders err by less than 0.7 of the bound, and a fitted tail gives at most
+1e-7 false rejections a comparison: `python -m moe_unlearn.regress.alarms` measures both on a machine,
+`tests/regress/test_alarms.py` repeats a part of it, and `benchmarks/NOTES.md` has what was tried. Errors of many
+elements may have one cause: over the 16 runs the mean square then varies as that of few independent ones does,
 m = 2 / (its relative variance), at most n.
 
 Source: our specification; comparing with the error of the same maths in the same dtype follows the
@@ -55,7 +55,7 @@ class AccuracyError(AssertionError):
 
 
 def described() -> dict[str, object]:
-    """What verdicts are measured by here, for a record: the yardstick and the numbers of the criterion."""
+    """Name what verdicts are measured by here, for a record: the yardstick and the numbers of the criterion."""
     return {"arithmetic": current_yardstick(), "runs": RUNS, "spread": SPREAD}
 
 
@@ -164,7 +164,7 @@ def _effective(truth: Tensor) -> float:
 
 
 def _independent(squares: Tensor) -> float:
-    """Of how many independent elements the mean square varies as it does over the runs, [RUNS, ...]."""
+    """Count the independent elements whose mean square would vary as this one does over the runs, [RUNS, ...]."""
     means = squares.reshape(len(squares), -1).mean(1)
     mean, variance = float(means.mean()), float(means.var())
     return max(2 * mean**2 / variance, 1.0) if variance else math.inf

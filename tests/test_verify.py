@@ -185,7 +185,7 @@ def test_tokens_at_a_tie_are_compared_on_the_routes_of_the_fused_step(model):
     ties = 0
 
     def break_otherwise(gate, _, made):
-        """What another precision may do: the fused step alone takes the last experts where its plain twin takes the
+        """Route as another precision may: the fused step alone takes the last experts where its plain twin takes the
         first."""
         nonlocal ties
         logits, scores, index = made

@@ -47,7 +47,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Alarms:
-    """What `measure` found: comparisons, the largest error / bound and what needed it, and the fitted rate."""
+    """The findings of `measure`: comparisons, the largest error / bound and what needed it, and the fitted rate."""
 
     comparisons: int
     largest: float

@@ -96,7 +96,7 @@ def test_float64_beside_float32_is_left_to_the_reference():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_any_number_of_threads(dtype, kind, threads):
-    """As accurate; the bits are those of a library's products, which integers below do not depend on."""
+    """The results are as accurate; the bits are those of a library's products, on which integers do not depend."""
     inputs = several_tiles(kind, dtype)
     check(inputs, "cpu")
     check(inputs | {"labels": inputs["labels"].clone().index_fill_(0, torch.arange(9, TOKENS), IGNORED)}, "cpu")
