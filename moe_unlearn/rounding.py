@@ -109,17 +109,22 @@ def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.exp2(exponent) * info.eps
 
 
+Deviations = dict[tuple, Tensor | None]  # what runs of one computation share; see `arithmetic`
+
+
 @contextlib.contextmanager
-def arithmetic(kind: str, seed: int = 0) -> Iterator[None]:
+def arithmetic(kind: str, seed: int = 0, deviations: Deviations | None = None) -> Iterator[None]:
     """A context in which PyTorch computes as the module docstring says; ValueError for an unknown `kind`.
 
-    float64 is left alone, and so are operations that are not PyTorch's or have no kernel for float64. CPU and GPU.
+    Random runs of one computation may share `deviations`, a dict that the first one fills: their operands differ by
+    roundings, which the deviation of an error hardly shows, and finding it takes most of a run's time. float64 is left
+    alone, and so are operations that are not PyTorch's or have no kernel for float64. CPU and GPU.
     """
     if kind not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {ARITHMETICS}; got {kind!r}")
     if kind == "random":
         # attention as products and a softmax, each of which is seen
-        with sdpa_kernel(SDPBackend.MATH), _Random(seed):
+        with sdpa_kernel(SDPBackend.MATH), _Random(seed, deviations):
             yield
     else:
         with _Exact() if kind == "exact" else _Sequential():
@@ -197,9 +202,19 @@ class _Sequential(_Arithmetic):
 class _Random(_Arithmetic):
     by_reference = True
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, deviations: Deviations | None = None):
         super().__init__()
         self._seed = seed
+        self._deviations = {} if deviations is None else deviations
+        self._place = 0
+
+    def _deviation(self, func, args, kwargs) -> Tensor | None:
+        """`_deviation` of the operation that stands at this place of the run, with operands of these shapes."""
+        self._place += 1
+        key = self._place, func, *(v.shape for v in _tensors((args, kwargs)))
+        if key not in self._deviations:
+            self._deviations[key] = _deviation(func, args, kwargs)
+        return self._deviations[key]
 
     def compute(self, func, args, kwargs):
         if func in _DECOMPOSED:
@@ -219,7 +234,7 @@ class _Random(_Arithmetic):
             copy = _wide(value)
             return copies.setdefault(id(value), (value, copy))[1] if isinstance(value, Tensor) else copy
 
-        deviation = _deviation(func, args, kwargs)
+        deviation = self._deviation(func, args, kwargs)
         try:
             exact = func(*_mapped(copied, args), **_mapped(copied, kwargs))
         except RuntimeError:  # no kernel for float64

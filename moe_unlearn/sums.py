@@ -11,7 +11,6 @@ from torch import Tensor
 
 _PLACES = 32
 _LANES = (1, 4, 16)
-_CHUNK = 1 << 22  # float64 numbers that the partial sums of a product may take at once
 _aten = torch.ops.aten
 
 
@@ -62,24 +61,26 @@ def partial_squares(a: Tensor, b: Tensor) -> Tensor:
     total, terms = (a @ b).square(), a.square() @ b.square()
     # of a shuffled sum: E[S_k^2] for k of the K terms drawn without replacement, summed over k
     worst = depth * total / 3 + (depth + 1) / 6 * (terms - total / depth).clamp_min(0)
-    most = max(1, _CHUNK // (batch * columns * min(depth, _PLACES)))
     for lanes in _LANES:
         order = torch.cat([torch.arange(i, depth, lanes, device=a.device) for i in range(min(lanes, depth))])
-        x, y = a[:, :, order], b[:, order]
-        worst = torch.maximum(worst, torch.cat([_in_order(part, y) for part in x.split(most, 1)], 1))
+        worst = torch.maximum(worst, _in_order(a[:, :, order], b[:, order]))
     return worst + terms
 
 
 def _in_order(a: Tensor, b: Tensor) -> Tensor:
     """The sum of squared partial sums from the first term to the last, or from the last to the first if larger."""
-    depth = a.shape[2]
-    size = math.ceil(depth / _PLACES)
-    places = math.ceil(depth / size)
-    pad = places * size - depth
-    a, b = torch.nn.functional.pad(a, (0, pad)), torch.nn.functional.pad(b, (0, 0, 0, pad))
-    blocks = torch.einsum("bmpk,bpkn->pbmn", a.unflatten(2, (places, size)), b.unflatten(1, (places, size)))
-    forward, backward = blocks.cumsum(0), blocks.flip(0).cumsum(0)
-    return size * torch.maximum(forward.square().sum(0), backward.square().sum(0))
+    size = math.ceil(a.shape[2] / _PLACES)
+    partial = a.new_zeros(a.shape[0], a.shape[1], b.shape[2])
+    before, sums, squares = (torch.zeros_like(partial) for _ in range(3))
+    blocks = list(zip(a.split(size, 2), b.split(size, 1), strict=True))
+    for x, y in blocks:
+        before.addcmul_(partial, partial)
+        sums += partial
+        partial = torch.baddbmm(partial, x, y)
+        squares.addcmul_(partial, partial)
+    # from the last term on, the partial sums are the whole one less what stands before them
+    backward = len(blocks) * partial.square() - 2 * partial * sums + before
+    return size * torch.maximum(squares, backward)
 
 
 def scattered(op, args, kwargs) -> tuple[Tensor, Tensor] | None:

@@ -74,9 +74,9 @@ class Reference:
 
     @functools.cached_property
     def _runs(self) -> list[object]:
-        runs = []
+        runs, deviations = [], {}
         for seed in range(RUNS):
-            with rounding.arithmetic("random", seed):
+            with rounding.arithmetic("random", seed, deviations):
                 runs.append(self._compute())
         return runs
 

@@ -40,12 +40,15 @@ def test_sequential_products_are_those_of_a_loop():
 def test_squared_partial_sums_by_hand(depth):
     a, b = (t.double() for t in operands(depth))
     terms = a[:, :, None] * b[None]
-    orders = [terms, terms.flip(1), terms[:, torch.cat([torch.arange(i, depth, 4) for i in range(min(4, depth))])]]
-    by_hand = torch.stack([order.cumsum(1).square().sum(1) for order in orders]).amax(0) + terms.square().sum(1)
-    assert (sums.partial_squares(a[None], b[None])[0] >= by_hand * (1 - 1e-12)).all()
+    lanes = [terms[:, torch.cat([torch.arange(i, depth, n) for i in range(min(n, depth))])] for n in (1, 4, 16)]
+    orders = [order for lane in lanes for order in (lane, lane.flip(1))]
+    by_hand = torch.stack([order.cumsum(1).square().sum(1) for order in orders]).amax(0)
+    total, own = terms.sum(1).square(), terms.square().sum(1)
+    of_all_orders = depth * total / 3 + (depth + 1) / 6 * (own - total / depth)
+    found = sums.partial_squares(a[None], b[None])[0]
+    torch.testing.assert_close(found, torch.maximum(by_hand, of_all_orders) + own, rtol=1e-12, atol=1e-12)
     shuffled = [terms[:, torch.randperm(depth)].cumsum(1).square().sum(1) for _ in range(2000)]
-    mean = torch.stack(shuffled).mean(0) + terms.square().sum(1)
-    assert (sums.partial_squares(a[None], b[None])[0] >= 0.9 * mean).all()
+    assert (found >= 0.9 * (torch.stack(shuffled).mean(0) + own)).all()
 
 
 def test_neighbours_that_cancel_are_not_taken_for_short_sums():
@@ -143,6 +146,26 @@ def test_runs_repeat_by_seed():
         with arithmetic("random", seed):
             made.append(a @ b)
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_runs_of_one_computation_share_their_deviations():
+    """Shared ones are those of the first run; other shapes at the same place get their own."""
+
+    def run(seed, deviations, a, b):
+        with arithmetic("random", seed, deviations):
+            return a @ b
+
+    a, b = operands()
+    shared = {}
+    first = run(0, shared, a, b)
+    assert torch.equal(first, run(0, None, a, b)) and len(shared) == 1
+    torch.testing.assert_close(run(1, shared, a * (1 + 1e-6), b), run(1, None, a * (1 + 1e-6), b))
+    assert len(shared) == 1
+    # a thousand times the operands by the deviations of the first: errors a thousand times too small
+    gold, large = 1e3 * a.double() @ b.double(), 1e3 * a
+    small, right = (float((run(1, d, large, b) - gold).square().mean()) for d in (shared, None))
+    assert small < right
+    assert torch.equal(run(1, shared, large[:5], b), run(1, None, large[:5], b)) and len(shared) == 2
 
 
 def test_what_moves_values_keeps_them_and_what_writes_does():

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -147,6 +147,9 @@ def _results(sides: list["_Side"], seed: int, speed: bool, strict: bool, say: Ca
         for name in head.cases:
             result = _compared(name, base, head, seed, speed, strict)
             results.append(result)
+            for side in sides:
+                if side.dead:
+                    side.restart()
             say(f"{name}: {result.status}" + (f", {result.speed}" if result.speed else ""))
         return results
 
@@ -215,24 +218,29 @@ class _Side:
     load: dict
     scratch: Path
     starts: int = 0
+    dead: bool = False
+    _process: subprocess.Popen | None = None
 
     def __enter__(self) -> "_Side":
         self._start()
         return self
 
     def __exit__(self, *reason) -> None:
+        if self._process is None:
+            return
         # kernels may have started processes of their own
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._errors):
-            pipe.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(BrokenPipeError):  # of a question that a dead worker did not hear
+                pipe.close()
+        self._process = None
 
     def restart(self) -> None:
         self.__exit__()
         self.starts += 1
+        self.dead = False
         self._start()
 
     def _start(self) -> None:
@@ -252,6 +260,9 @@ class _Side:
                 self.cases, self.fingerprint = [], {}
                 return
             answer = self.ask("load", modules=modules, start=self.starts, **self.load)
+        except OSError as error:
+            self.__exit__()
+            raise WorkerError(f"{self.name} cannot be started: {error}") from error
         except BaseException:
             self.__exit__()
             raise
@@ -267,6 +278,7 @@ class _Side:
             line = ""
         if not line:
             self._errors.seek(0)
+            self.dead = True
             last = self._errors.read()[-2000:].decode(errors="replace").strip()
             raise WorkerError(f"{self.name} died: {last or 'without a word'}")
         answer = json.loads(line)

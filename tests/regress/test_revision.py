@@ -137,6 +137,23 @@ def test_a_worker_that_cannot_start_and_a_build_that_fails_leave_nothing(reposit
     assert "not built, git failed" in said[0]
 
 
+def test_a_worker_that_cannot_be_started_is_named(repository, monkeypatch):
+    monkeypatch.setattr(revision.sys, "executable", str(repository / "no-python"))
+    with pytest.raises(WorkerError, match="head cannot be started: .*no-python"):
+        compare("HEAD", modules=[repository / "kernels.py"])
+
+
+def test_a_worker_that_dies_fails_its_own_case(repository):
+    source = (repository / "kernels.py").read_text(encoding="utf-8")
+    dies = 'case("a case before the others", lambda x: __import__("os")._exit(3))\n'
+    (repository / "kernels.py").write_text(source.replace('case("same"', dies + 'case("same"'), encoding="utf-8")
+    found = {r.case: r for r in compare("HEAD", modules=[repository / "kernels.py"], speed=False)}
+    assert list(found).index("a case before the others") < list(found).index("same")
+    assert found["a case before the others"].status == "failed"
+    assert "head died: " in found["a case before the others"].message
+    assert (found["same"].status, found["new"].status) == ("equal", "new")
+
+
 def test_what_is_no_revision_or_repository_is_named(repository, tmp_path):
     with pytest.raises(ValueError, match="expected a git revision of repository; got 'nowhere'"):
         compare("nowhere", modules=[repository / "kernels.py"])
