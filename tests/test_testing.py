@@ -1,5 +1,7 @@
 """The accuracy criterion on seeded bugs, and how often it rejects what is correct."""
 
+import math
+
 import pytest
 import torch
 
@@ -124,6 +126,21 @@ def test_errors_of_one_cause_count_as_one():
 
 
 @pytest.mark.quick
+def test_a_gold_of_zeros_is_judged_too():
+    zeros = torch.zeros(4, 64)
+    baseline = Baseline(zeros, lambda: torch.zeros(16, 4, 64))
+    assert_as_accurate(zeros, baseline, zeros.double())
+    with pytest.raises(AccuracyError, match="rms error"):
+        # within two of the smallest last bits in each row
+        assert_as_accurate(zeros + 2 * torch.finfo(torch.float32).tiny * 2**-23, baseline, zeros.double())
+
+
+def test_a_margin_that_is_no_number_fails(monkeypatch):
+    monkeypatch.setattr(testing, "margin", lambda *args: testing.Margin(0.0, math.nan, "row", "rms is NaN"))
+    with pytest.raises(AccuracyError, match="rms is NaN"):
+        assert_as_accurate(torch.ones(64), torch.ones(64), torch.ones(64).double())
+
+
 def test_an_unknown_yardstick_is_named():
     with pytest.raises(ValueError, match="yardstick must be one of .*; got 'mine'"), yardstick("mine"):
         pass
