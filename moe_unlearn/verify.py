@@ -25,9 +25,9 @@ instead of the step:
 Memory while steps are verified (`Verifier.memory`): the trained weights and their optimizer state as before
 the step, for the way back; two copies of the model, one in float64, with dense gradients and optimizer state;
 and gradients, weights and state of each run that is compared. With all weights trained by AdamW in float32 that
-is some 400 bytes a weight: verify a run on a small model, or within a small scope. A verified step takes about
-five times as long, and where runs with weights off by rounding are needed some one and a half times more for each of
-the eight.
+is some 400 bytes a weight: verify a run on a small model, or within a small scope. On tiny models a verified
+step takes five to eight times as long, and where runs with weights off by rounding are needed, up to three and a half
+times more for each of the eight.
 
 Deterministic. Source: our specification.
 """
