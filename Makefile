@@ -7,10 +7,13 @@
 # make ledger  compile every Triton and CUDA kernel and record its registers, spills ...; no GPU needed
 # make mutants   the tests against wrong versions of every Triton kernel; about half an hour on 2 cores
 # make soak    the full exactness matrix of the fused step; 2 hours on 2 cores; `make soak SOAK="--minutes 30"` a sample
-# make gpu     the kernels' tests and compute-sanitizer on this machine's GPU
+# make gpu-rehearsal   all of the next that can be done without a GPU: build, load, collect, compile; several gigabytes
+# make gpu     the kernels proven on this machine's GPU, in at most 5 minutes; `make gpu GPU="--out DIR"` elsewhere
 # make bench   every op and the whole step against what else there is: one file, pictures, README's table; at most
 #              15 minutes on one core, 15 GB of memory; `make bench BENCH="--only route"` a part
-# make bench-gpu   the same on this machine's GPU, published geometries, what matters first; at most 9 minutes
+# make bench-gpu   the same on this machine's GPU, published geometries, what matters first; at most 4 minutes
+# make gpu-wheels   peers that `make bench-gpu` measures too, fetched beforehand into build/gpu-wheels
+# make gpu-report DIR=...   what both left, in results, README's tables and the choice of implementations
 # make bench-step  the whole step alone, in full: growth, memory, NPO, MOLLM; 40 minutes, 15 GB of memory
 # make study   what each lever buys, half an hour on 2 cores; `make study STUDY=` the whole study, 2 hours and more,
 #              goes on where it was stopped
@@ -24,13 +27,18 @@ DEMO ?=
 SOAK ?=
 # further arguments of the benchmark suite
 BENCH ?=
+# further arguments of a GPU run, and where its lines lie
+GPU ?=
+DIR ?= benchmarks/results
 # which study: --small or, empty, the whole
 STUDY ?= --small
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# tests start threads of their own, which must not wait for each other in loops
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 # a change here builds the native extension again
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test quick extremes portable lint ledger mutants soak gpu bench bench-step bench-gpu study clean-cache clean
+.PHONY: demo test quick extremes portable lint ledger mutants soak gpu gpu-install gpu-rehearsal gpu-wheels gpu-report
+.PHONY: bench bench-step bench-gpu study clean-cache clean
 
 # without build isolation, so that the native extension is built against this very torch
 .venv/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
@@ -77,9 +85,27 @@ mutants: .venv/.installed
 soak: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --jobs $$(nproc) $(SOAK)
 
+# offline, into the machine's own environment; libraries of these sources that are there already are not built again
+gpu-install:
+	$(PYTHON) -m tests.gpu_stages || rm -f moe_unlearn/_C_*.so
+	MOE_UNLEARN_BUILD=$${MOE_UNLEARN_BUILD-$$(ls moe_unlearn/_C_cuda*.so >/dev/null 2>&1 && echo 0)} \
+		$(PYTHON) -m pip install --no-index --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m tests.gpu_stages --built
+
+gpu bench-gpu: gpu-install
+
+gpu-rehearsal:
+	$(PYTHON) -m tests.gpu_rehearsal
+
 # in the machine's own environment: its torch is built for its CUDA and brings the Triton that goes with it
 gpu:
-	$(PYTHON) -m tests.gpu
+	$(PYTHON) -m tests.gpu_run 1 $(GPU)
+
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --dest build/gpu-wheels liger-kernel cut-cross-entropy
+
+gpu-report: .venv/.installed
+	$(BIN)/python -m benchmarks.gpu_report $(DIR)
 
 bench: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.suite $(BENCH)
@@ -96,7 +122,7 @@ study: .venv/.installed
 	$(BIN)/python -m benchmarks.readme
 
 bench-gpu:
-	$(PYTHON) -m benchmarks.suite --device cuda $(BENCH)
+	$(PYTHON) -m tests.gpu_run 2 $(GPU)
 
 clean-cache: .venv/.installed
 	$(BIN)/moe-unlearn demo --clean-cache

@@ -1,21 +1,19 @@
 """Packages, and the native extension of `csrc/`; everything declarative is in pyproject.toml.
 
-`triton_kernels/` is installed as `moe_unlearn.triton_kernels`: a top-level package of that name would
-shadow triton-lang's own, whose presence other libraries probe for. The pytest plugin, which pytest imports
-in every run, is installed outside of the package, whose import takes seconds.
+`triton_kernels/` is installed as `moe_unlearn.triton_kernels`, since libraries probe for triton-lang's package
+of that name; the pytest plugin, which every run of pytest imports, outside of the package, whose import takes seconds.
 
-The extension is two libraries beside the package, `_C_cpu` and `_C_cuda`, on libtorch's stable ABI: one
-binary for every torch >= 2.10. It is optional. What was built, or why not, goes to `_C_build.txt`, which
-`moe-unlearn env` shows. The environment variable MOE_UNLEARN_BUILD chooses:
+The optional extension is two libraries beside the package, `_C_cpu` and `_C_cuda`, on libtorch's stable ABI: one binary
+for every torch >= 2.10. `_C_build.txt` says what was built, or why not. The environment's MOE_UNLEARN_BUILD chooses:
 
-    (unset)  cpu where a C++ compiler is there; cuda too where torch has CUDA and nvcc is there
-    0        nothing
-    cpu      cpu, and failing is an error
-    cuda     cpu and cuda, and failing is an error
+    (unset)    cpu where a C++ compiler is there; cuda too where torch has CUDA and nvcc is there
+    0          nothing
+    cpu, cuda  cpu, or cpu and cuda, and failing is an error
 """
 
 import os
 import shutil
+import subprocess
 from glob import glob
 from pathlib import Path
 
@@ -24,15 +22,20 @@ from setuptools.command.build_ext import build_ext
 
 CHOICE = os.environ.get("MOE_UNLEARN_BUILD", "")
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
-SOURCES = {
-    "cpu": ["csrc/registration.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-    "cuda": sorted(glob("csrc/cuda/*.cu")),
-}
+SOURCES = {"cpu": ["csrc/registration.cpp", *sorted(glob("csrc/cpu/*.cpp"))], "cuda": sorted(glob("csrc/cuda/*.cu"))}
 # An op's bits must not depend on which products a compiler contracts: a fused multiply-add is written out.
 # The other two flags let loops with sqrt and with choices vectorise; they change no value.
 CXX = "-std=c++20 -O3 -g0 -fvisibility=hidden -Wall -Wextra -Werror".split()
 CXX += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 NVCC = "-std=c++20 -O3 --fmad=false -Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror,-fvisibility=hidden".split()
+
+
+def cuda_home() -> str:
+    """The folder of CUDA's headers and libraries, "" if there is none: an nvcc on the PATH may be a script."""
+    given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    said = "" if given else subprocess.getoutput("nvcc --dryrun -x cu -E /dev/null")
+    places = [given] if given else [said.partition(" TOP=")[2].partition("\n")[0], "/usr/local/cuda"]
+    return next((os.path.abspath(p) for p in places if Path(p, "include", "cuda_runtime.h").exists()), "")
 
 
 def why_not() -> dict[str, str]:
@@ -41,15 +44,14 @@ def why_not() -> dict[str, str]:
         raise SystemExit(f"MOE_UNLEARN_BUILD must be 0, cpu or cuda; got {CHOICE!r}")
     if CHOICE == "0":
         return dict.fromkeys(SOURCES, "MOE_UNLEARN_BUILD=0")
+    os.environ["CUDA_HOME"] = home = cuda_home()  # cpp_extension reads it when it is imported
     try:
         from torch import version
         from torch.utils import cpp_extension
     except ImportError:
-        why = "no torch at build time; `pip install --no-build-isolation .` after torch builds it"
-        return dict.fromkeys(SOURCES, why)
-    cuda = "" if cpp_extension.CUDA_HOME else "no nvcc"
-    if CHOICE != "cuda":
-        cuda = "this torch has no CUDA" if version.cuda is None else "MOE_UNLEARN_BUILD=cpu" if CHOICE else cuda
+        return dict.fromkeys(SOURCES, "no torch at build time; with it `pip install --no-build-isolation .` builds")
+    cuda = "" if home else "no include/cuda_runtime.h where CUDA_HOME or nvcc points"
+    cuda = "this torch has no CUDA" if version.cuda is None else "MOE_UNLEARN_BUILD=cpu" if CHOICE == "cpu" else cuda
     compiler = cpp_extension.get_cxx_compiler().split()[0]
     return {"cpu": "" if shutil.which(compiler) else "no C++ compiler", "cuda": cuda}
 
@@ -78,9 +80,9 @@ def command(base):
         """Build each library by itself; one that fails is left out, with one line saying so."""
 
         def run(self):
-            asked, built, inplace = self.extensions, [], self.inplace
+            built, asked, inplace, compiler = [], self.extensions, self.inplace, self.compiler
             for ext in asked:
-                self.extensions, self.inplace = [ext], inplace
+                self.extensions, self.inplace, self.compiler = [ext], inplace, compiler  # run() replaces them
                 name = ext.name.rpartition("_")[2]
                 try:
                     super().run()
@@ -91,10 +93,10 @@ def command(base):
             self.extensions = built
             package = Path("" if inplace else self.build_lib, "moe_unlearn")
             package.mkdir(parents=True, exist_ok=True)
-            lines = [f"{name}: {reasons[name]}" for name in SOURCES]
-            Path(package, "_C_build.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            lines = [f"{name}: {reasons[name]}\n" for name in SOURCES]
+            Path(package, "_C_build.txt").write_text("".join(lines), encoding="utf-8")
             if asked:
-                print("\n".join(f"moe-unlearn: native library {line}" for line in lines))
+                print(*(f"moe-unlearn: native library {line}" for line in lines), sep="", end="")
                 require()
 
     return Build

@@ -1,7 +1,9 @@
 """The grouped weight gradient with masked AdamW as its epilogue, against the gradient stored and then used.
 
 Rivals: `F.grouped_mm` over all experts, times a dense mask, torch's fused AdamW over all weights (dense) or over
-compact copies of the trained experts (compact). The mask keeps half of the weights of the trained experts.
+compact copies of the trained experts (compact). The mask keeps half of the weights of the trained experts. Two more
+epilogues, the gradient stored and WAGLE's score, stand against `F.grouped_mm` over all experts and torch calls; where
+there are several implementations of ours, each has its own time.
 """
 
 import functools
@@ -10,68 +12,114 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import shapes
-from benchmarks.harness import OURS, Case, Work
+from benchmarks.harness import OURS, Case, Work, side_names, sides
 from benchmarks.shapes import Geometry
 from moe_unlearn.ops import route
 from moe_unlearn.ops.bits import pack_bits
-from moe_unlearn.ops.expert_wgrad import expert_wgrad_adamw_
+from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad, expert_wgrad_adamw_, expert_wgrad_score
 
+GROUPED = "F.grouped_mm"
 DENSE, COMPACT = "F.grouped_mm + mask + fused AdamW", "F.grouped_mm + compact fused AdamW"
 LR = 1e-5
 
 
 def cases(device: str) -> list[Case]:
     geometry, tokens = (shapes.OLMOE.narrow(4), 1024) if device == "cpu" else (shapes.QWEN3, 8192)
-    return [case(geometry, tokens, share, device) for share in (1.0, 0.2, 0.05)]
+    found = [case(geometry, tokens, share, "", device) for share in (1.0, 0.2, 0.05)]
+    if device == "cuda":
+        found += [case(geometry, tokens, 0.2, part, device) for part in ("store", "score")]
+        found += [case(shapes.OLMOE, 2048, 0.2, part, device) for part in ("", "store", "score")]
+    return found
 
 
-def case(geometry: Geometry, tokens: int, share: float, device: str) -> Case:
+def case(geometry: Geometry, tokens: int, share: float, part: str, device: str) -> Case:
+    """AdamW as the epilogue, or another `part`."""
+    rivals, make = ((GROUPED,), functools.partial(part_work, part)) if part else ((DENSE, COMPACT), work)
+    first = device == "cuda" and geometry is shapes.QWEN3 and share == 0.2
     return Case(
         "expert_wgrad",
-        f"{geometry.name}, {tokens} tokens, {share:.0%} trained",
-        (OURS, DENSE, COMPACT),
-        functools.partial(work, geometry, tokens, share, device),
+        f"{geometry.name}, {tokens} tokens, {share:.0%} trained{f', {part}' if part else ''}",
+        (OURS, *rivals, *side_names(device)),
+        functools.partial(make, geometry, tokens, share, device),
+        tier=0 if first else 1,
         seconds=5,
         facts={"geometry": geometry.name, "tokens": tokens, "share": share},
     )
 
 
-def work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
+def operands(geometry: Geometry, tokens: int, share: float, device: str) -> tuple[Factors, torch.Tensor]:
+    """(factors of the gate and up projections, the trained experts)"""
     generator = torch.Generator().manual_seed(0)
     routing = route(shapes.routing("uniform", tokens, geometry).to(device), geometry.experts)
-    offsets, rows = routing.expert_offsets, tokens * geometry.top_k
+    rows = tokens * geometry.top_k
     grad = torch.randn(rows, 2 * geometry.inner, generator=generator).bfloat16().to(device)
     x = torch.randn(rows, geometry.hidden, generator=generator).bfloat16().to(device)
-    shape = geometry.experts, 2 * geometry.inner, geometry.hidden
     trained = torch.randperm(geometry.experts, generator=generator)[: max(1, round(share * geometry.experts))]
-    trained = trained.sort().values.to(device)
+    return Factors(grad, x, routing.expert_offsets, None, None), trained.sort().values.to(device)
+
+
+def work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
+    factors, trained = operands(geometry, tokens, share, device)
+    grad, x, offsets, *_ = factors
+    generator, shape = torch.Generator().manual_seed(1), (geometry.experts, grad.shape[1], x.shape[1])
     keep = (torch.rand(shape[1:], generator=generator) < 0.5).to(device)
     words = pack_bits(keep).expand(len(trained), -1, -1).contiguous()
     weight = torch.randn(shape[1:], generator=generator).bfloat16().to(device).expand(shape).contiguous()
-    moments = []
+    moments: dict[str, list] = {}
 
-    def ours():
-        if not moments:  # at the first step, as torch's optimizers do
-            moments.extend(weight.new_zeros(len(trained), *shape[1:]) for _ in range(2))
+    def ours(impl="auto"):
+        if impl not in moments:  # at the first step, as torch's optimizers do
+            moments[impl] = [weight.new_zeros(len(trained), *shape[1:]) for _ in range(2)]
         expert_wgrad_adamw_(
-            weight, *moments, grad, x, offsets, experts=trained.int(), mask=words, lr=LR, step=1
+            weight, *moments[impl], grad, x, offsets, experts=trained.int(), mask=words, lr=LR, step=1, impl=impl
         )  # fmt: skip
 
-    contenders, missing = {OURS: ours}, {}
+    each, missing = sides("expert_wgrad.adamw", device, ours)
+    contenders = {OURS: ours, **each}
     if hasattr(F, "grouped_mm"):
         contenders |= {
             name: theirs(weight, grad, x, offsets, trained, keep, name == DENSE) for name in (DENSE, COMPACT)
         }
     else:
-        missing = dict.fromkeys((DENSE, COMPACT), f"torch {torch.__version__} has no F.grouped_mm")
-    products = 2.0 * rows * shape[1] * shape[2]
+        missing |= dict.fromkeys((DENSE, COMPACT), f"torch {torch.__version__} has no F.grouped_mm")
+    rows = len(grad)
     return Work(
         contenders,
         missing,
-        flops=products * share,
+        flops=2.0 * rows * shape[1] * shape[2] * share,
         bytes=2.0 * share * rows * (shape[1] + shape[2]) + share * weight.numel() * (12 + 1 / 8),
         memory=True,
+        found={"choice": ["expert_wgrad.adamw", weight.numel()]},
     )
+
+
+def part_work(part: str, geometry: Geometry, tokens: int, share: float, device: str) -> Work:
+    """The gradient stored, or the score that two gradients give, of the trained experts."""
+    factors, trained = operands(geometry, tokens, share, device)
+    grad, x, offsets, *_ = factors
+    experts, shape = trained.int(), (geometry.experts, grad.shape[1], x.shape[1])
+    weight = torch.randn(shape[1:], generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
+    weight = weight.expand(shape).contiguous()
+    calls = {
+        "store": lambda impl: expert_wgrad(**factors._asdict(), experts=experts, impl=impl),
+        "score": lambda impl: expert_wgrad_score(weight, factors, factors, gamma=0.5, experts=experts, impl=impl),
+    }
+    kernel, decides = {"store": ("expert_wgrad", grad), "score": ("expert_wgrad.score", weight)}[part]
+    each, missing = sides(kernel, device, calls[part])
+
+    def grouped():
+        products = [F.grouped_mm(grad.t(), x, offs=offsets[1:]) for _ in range(2 if part == "score" else 1)]
+        if part == "store":
+            return products[0]
+        return (weight[trained].float() - products[0][trained].float() / 0.5) * products[1][trained].float()
+
+    contenders = {OURS: functools.partial(calls[part], "auto"), **each}
+    if hasattr(F, "grouped_mm"):
+        contenders[GROUPED] = grouped
+    else:
+        missing[GROUPED] = f"torch {torch.__version__} has no F.grouped_mm"
+    flops = 2.0 * len(grad) * shape[1] * shape[2] * share * (2 if part == "score" else 1)
+    return Work(contenders, missing, flops=flops, found={"choice": [kernel, decides.numel()]})
 
 
 def theirs(weight, grad, x, offsets, trained, keep, dense):

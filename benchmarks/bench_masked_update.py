@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from benchmarks.harness import OURS, Case, Work
+from benchmarks.harness import OURS, Case, Work, side_names, sides
 from moe_unlearn.ops import masked_adamw_, masked_sgd_
 from moe_unlearn.ops.bits import pack_bits
 
@@ -38,7 +38,8 @@ def case(rule, dtype, keep, device, state=None, rounding="nearest") -> Case:
         make = functools.partial(sgd, dtype, keep, device, 0.9 if "momentum" in rule else 0.0)
     aimed = keep == 0.5 and rule != "SGD momentum" and not more
     facts = {"rule": rule, "keep": keep, "dtype": dtype}
-    return Case("masked_update", f"{rule} {dtype}, kept {keep}{more}", names, make, 0 if aimed else 1, 3, facts)
+    title, names = f"{rule} {dtype}, kept {keep}{more}", (*names, *side_names(device))
+    return Case("masked_update", title, names, make, 0 if aimed else 1, 3, facts)
 
 
 def tensors(dtype, keep, device):
@@ -69,18 +70,19 @@ def sgd(dtype, keep, device, momentum) -> Work:
     words, theirs = pack_bits(mask), parameter(param, grad)
     buffer = torch.zeros_like(param) if momentum else None
     optimizer = torch.optim.SGD([theirs], lr=1e-3, momentum=momentum)
-    contenders = {
-        OURS: lambda: masked_sgd_(param, grad, buffer, words, lr=1e-3, step=2, momentum=momentum),
-        SGD: lambda: chain(optimizer, theirs, mask),
-    }
+    call = functools.partial(masked_sgd_, param, grad, buffer, words, lr=1e-3, step=2, momentum=momentum)
+    each, missing = sides("masked_update.sgd", device, lambda impl: call(impl=impl))
+    contenders = {OURS: call, SGD: lambda: chain(optimizer, theirs, mask), **each}
     if not momentum:
         contenders[EXPRESSION] = torch.no_grad()(lambda: theirs.sub_(theirs.grad * mask * 1e-3))
     size = param.element_size()
     return Work(
         contenders,
+        missing,
         targets={SGD: 8.0} if keep == 0.5 and not momentum and device == "cpu" else {},
         bytes=param.numel() * ((5 if momentum else 3) * size * fraction(keep) + 1 / 8),
         dtype=param.dtype,
+        found={"choice": ["masked_update.sgd", param.numel()]},
     )
 
 
@@ -88,7 +90,9 @@ def adamw(dtype, keep, device, state, rounding) -> Work:
     param, grad, mask = tensors(dtype, keep, device)
     words = pack_bits(mask)
     m, v = (torch.zeros_like(param, dtype=getattr(torch, state or dtype)) for _ in range(2))
-    contenders = {OURS: lambda: masked_adamw_(param, grad, m, v, words, lr=1e-3, step=2, rounding=rounding)}
+    call = functools.partial(masked_adamw_, param, grad, m, v, words, lr=1e-3, step=2, rounding=rounding)
+    each, missing = sides("masked_update.adamw", device, lambda impl: call(impl=impl))
+    contenders = {OURS: call, **each}
     for name, fused in ((ADAMW, False), (FUSED, True)):
         theirs = parameter(param, grad)
         optimizer = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.0, fused=fused)
@@ -96,9 +100,11 @@ def adamw(dtype, keep, device, state, rounding) -> Work:
     traffic = 3 * param.element_size() + 4 * m.element_size()
     return Work(
         contenders,
+        missing,
         targets={ADAMW: 4.0} if keep == 0.5 and state is None and device == "cpu" else {},
         bytes=param.numel() * (traffic * fraction(keep) + 1 / 8),
         dtype=param.dtype,
+        found={"choice": ["masked_update.adamw", param.numel()]},
     )
 
 

@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from benchmarks.harness import OURS, Case, Work
+from benchmarks.harness import OURS, Case, Work, side_names, sides
 from moe_unlearn.ops import retain_weights
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
@@ -28,6 +28,7 @@ def dense_moments(members, tilt):
     return extended.T @ raw.clamp_max(CAP), (extended * torch.where(raw < CAP, raw, 0.0)[:, None]).T @ extended
 
 
+KERNELS = {"weights": "retain_weights", "moments": "retain_weights.moments"}
 PARTS = {"weights": (tilted_weights, dense_weights), "moments": (moments, dense_moments)}
 
 
@@ -37,7 +38,7 @@ def cases(device: str) -> list[Case]:
         facts = {"tokens": TOKENS, "experts": size}
         for part in PARTS:
             make, title = functools.partial(work, part, size, device), f"{part}, {TOKENS} tokens, {size} experts"
-            found.append(Case("retain_weights", title, (OURS, DENSE, REF), make, 1, 5, facts))
+            found.append(Case("retain_weights", title, (OURS, DENSE, REF, *side_names(device)), make, 1, 5, facts))
         if size == 32 or device == "cuda":  # a CPU takes a minute for the other
             make, title = functools.partial(solved, size, device), f"solved, {TOKENS} tokens, {size} experts"
             found.append(Case("retain_weights", title, (OURS, REF), make, 2, 10, facts))
@@ -52,14 +53,19 @@ def membership(size, device):
 def work(part, size, device) -> Work:
     members, tilt = membership(size, device), torch.linspace(-0.3, 0.3, size, device=device).double()
     words, (function, dense) = pack_bits(members), PARTS[part]
+    call = functools.partial(function, words, tilt, BIAS, cap=CAP)
+    each, missing = sides(KERNELS[part], device, lambda impl: call(impl=impl))
     return Work(
         {
-            OURS: lambda: function(words, tilt, BIAS, cap=CAP),
+            OURS: call,
             DENSE: lambda: dense(members, tilt),
-            REF: lambda: function(words, tilt, BIAS, cap=CAP, impl="ref"),
+            REF: lambda: call(impl="ref"),
+            **each,
         },
+        missing,
         bytes=TOKENS * (size / 8 + (4 if part == "weights" else 0)),
         dtype=torch.float64,
+        found={"choice": [KERNELS[part], words.numel()]},
     )
 
 

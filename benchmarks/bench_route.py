@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from benchmarks.harness import OURS, Case, Work
+from benchmarks.harness import OURS, Case, Work, side_names, sides
 from moe_unlearn.ops import route
 from moe_unlearn.testing import routing
 
@@ -21,7 +21,7 @@ def cases(device: str) -> list[Case]:
         Case(
             "route",
             f"T {t}, E {e}, K {k}",
-            (OURS, TORCH, REF),
+            (OURS, TORCH, REF, *side_names(device)),
             functools.partial(work, t, e, k, device),
             0 if device == "cuda" and (t, e, k) == first else 1,
             2,
@@ -45,16 +45,20 @@ def work(num_tokens, num_experts, top_k, device) -> Work:
         log_weight.add_(tilt[index].sum(1))
         return order, counts, offsets
 
+    each, missing = sides("route", device, lambda impl: route(index, num_experts, **options, impl=impl))
     asked = device == "cuda" and (num_tokens, num_experts) == (8192, 128)
     return Work(
         {
             OURS: lambda: route(index, num_experts, **options),
             TORCH: torch_calls,
             REF: lambda: route(index, num_experts, **options, impl="ref"),
+            **each,
         },
+        missing,
         targets={TORCH: 5.0} if asked else {},
         microseconds_target=20.0 if asked else None,
         bytes=num_tokens * (top_k * (8.0 + 4) + 8 + 8),
         dtype=torch.float32,
         graph=True,
+        found={"choice": ["route", index.numel()]},
     )

@@ -2,11 +2,13 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.bench_step            every case; the table; results/cpu/step.json
     python -m benchmarks.bench_step --only "wide npo"            the cases whose name holds this; other rows stay
-    python -m benchmarks.bench_step --device cuda                the GPU form: three published geometries
+    python -m benchmarks.bench_step --device cuda                the GPU form: three published geometries, one after
+                                                                 the other; `benchmarks.suite` has it case by case
     python -m benchmarks.bench_step --device cpu --toy           its code at toy size; nothing is written
 
-The contenders of a case take turns in one process, and what counts is the ratio of their medians. They train the
-same weights in memory, so that the largest model there is room for can be measured. Extra memory is the peak
+The contenders of a case take turns in one process, and what counts is the ratio of their medians; on a GPU, where
+preparing one takes longer than its steps and the clock is nobody else's, they come one after the other. They train
+the same weights in memory, so that the largest model there is room for can be measured. Extra memory is the peak
 beyond weights and batches: of the resident set of a fresh process, or of the allocator on a GPU.
 
 Batches are random whole rows; TRACE selects the experts that train. AdamW has moments in the weights' dtype, as
@@ -14,6 +16,7 @@ torch's ("parity"), unless a contender's name says otherwise.
 """
 
 import argparse
+import functools
 import gc
 import json
 import resource
@@ -127,46 +130,30 @@ class Bench:
         _collect(device)
 
 
-def measure_times(bench: Bench, device: str, *, together: bool = True, names: tuple[str, ...] = ()) -> dict:
-    """Medians in milliseconds, the contenders taking turns or, where memory forbids it, one after the other."""
-    case, gpu = bench.case, device == "cuda"
-    names = names or case.contenders
+def measure_times(bench: Bench) -> dict:
+    """Medians in milliseconds on a CPU, the contenders taking turns."""
+    case = bench.case
+    user = {name: [] for name in case.contenders}
+    made = {name: _watched(bench.contender(name), user[name]) for name in case.contenders}
     rounds = 2 if case.geometry == "wide" else 5
-
-    def timed(names: tuple[str, ...]) -> dict:
-        user = {name: [] for name in names}
-        made = {name: _watched(bench.contender(name), user[name], gpu) for name in names}
-        clock = time.perf_counter if gpu else None
-        times = {"milliseconds": harness.compare(case.name, made, rounds=rounds, clock=clock)["milliseconds"]}
-        if not gpu:
-            # without what the system took to hand out memory; the warm-up left out
-            times["user_milliseconds"] = {name: round(statistics.median(t[1:]), 3) for name, t in user.items()}
-        return times
-
-    if together:
-        return timed(names)
-    milliseconds = {}
-    for name in names:
-        milliseconds |= timed((name,))["milliseconds"]
-        bench.drop(device)
-    return {"milliseconds": milliseconds, "interleaved": False}
+    times = {"milliseconds": harness.compare(case.name, made, rounds=rounds)["milliseconds"]}
+    # without what the system took to hand out memory; the warm-up left out
+    return times | {"user_milliseconds": {name: round(statistics.median(t[1:]), 3) for name, t in user.items()}}
 
 
-def _watched(step: Callable[[], dict], user: list[float], gpu: bool) -> Callable[[], None]:
+def _watched(step: Callable[[], dict], user: list[float]) -> Callable[[], None]:
     """The step as it is timed, its user time in milliseconds noted."""
 
     def run() -> None:
         start = resource.getrusage(resource.RUSAGE_THREAD).ru_utime
         step()
-        if gpu:
-            torch.cuda.synchronize()
         user.append(1e3 * (resource.getrusage(resource.RUSAGE_THREAD).ru_utime - start))
 
     return run
 
 
-def measure_memory(bench: Bench, name: str, device: str) -> float:
-    """MiB beyond weights and batches at the peak of two steps, preparation included."""
+def measure_memory(bench: Bench, name: str, device: str, then: Callable = lambda step: None) -> tuple[float, object]:
+    """(MiB beyond weights and batches at the peak of two steps, preparation included; what `then(step)` gives)"""
     _collect(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -177,10 +164,22 @@ def measure_memory(bench: Bench, name: str, device: str) -> float:
     step = bench.contender(name)
     for _ in range(2):
         step()
-    result = round((peak() - before) / harness.MIB, 1)
+    result = round((peak() - before) / harness.MIB, 1), then(step)
     del step
     bench.drop(device)
     return result
+
+
+def median_time(device: str, step: Callable[[], dict], rounds: int = 5) -> float:
+    """Milliseconds of a step that is warm, launches and all."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return round(statistics.median(times), 3)
 
 
 def _collect(device: str) -> None:
@@ -225,15 +224,20 @@ def cpu_cases() -> list[Case]:
 
 
 def gpu_cases() -> list[Case]:
-    """Three published geometries, 8192 tokens. Whoever runs out of memory is said to."""
+    """Published geometries, 8192 tokens, what matters first, a model's cases together as far as that allows.
+
+    The first two are TRACE's experts under a mask such as WAGLE's. Whoever runs out of memory is said to.
+    """
     size = {"rows": 8, "length": 512}
-    every = (*OURS, DENSE, RESTRICTED)
-    cases = [Case("OLMoE-1B-7B", "graddiff", contenders=(*OURS, DENSE, "dense, fused AdamW"), **size)]
-    for geometry, total in (("OLMoE-1B-7B", 64), ("DeepSeek-V2-Lite", 64), ("Qwen3-30B-A3B", 128)):
+    every, mollm = (*OURS, DENSE, RESTRICTED), (*MOLLM, DENSE, RESTRICTED)
+    cases = [
+        Case("Qwen3-30B-A3B", "graddiff", 6, 0.05, keep=0.5, contenders=every, **size),
+        Case("Qwen3-30B-A3B", "mollm", 6, 0.05, keep=0.5, contenders=MOLLM, **size),
+        Case("OLMoE-1B-7B", "graddiff", contenders=(*OURS, DENSE, "dense, fused AdamW"), **size),
+    ]
+    for geometry, total in (("OLMoE-1B-7B", 64), ("Qwen3-30B-A3B", 128), ("DeepSeek-V2-Lite", 64)):
         for share in (0.2, 0.05):
-            experts = round(share * total)
-            cases.append(Case(geometry, "graddiff", experts, share, contenders=every, **size))
-        mollm = (*MOLLM, DENSE, RESTRICTED)
+            cases.append(Case(geometry, "graddiff", round(share * total), share, contenders=every, **size))
         cases.append(Case(geometry, "mollm", round(0.05 * total), 0.05, contenders=mollm, **size))
     return [replace(case, memory=case.contenders) for case in cases]
 
@@ -257,36 +261,54 @@ def _child(case: Case, memory: str) -> dict:
 def child(case: Case, memory: str) -> dict:
     """What a process of `run_cpu` measures."""
     bench = Bench(case, step_models.build(case.geometry, **case.changes), "cpu")
-    return {"extra_mib": measure_memory(bench, memory, "cpu")} if memory else measure_times(bench, "cpu")
+    return {"extra_mib": measure_memory(bench, memory, "cpu")[0]} if memory else measure_times(bench)
 
 
-def run_gpu(cases: list[Case], device: str, *, toy: bool, seconds: float = GPU_SECONDS) -> list[dict]:
-    """All rows in one process, a model for each geometry; what time does not suffice for is left out and said."""
-    start, rows, model, geometry = time.perf_counter(), [], None, ""
+class Models:
+    """Keeps the model of the last geometry, so that cases which follow one another build it once."""
+
+    def __init__(self, device: str, *, toy: bool):
+        self.device, self.toy, self.built = device, toy, 0
+        self._geometry, self._model = "", None
+
+    def get(self, geometry: str) -> nn.Module:
+        if geometry != self._geometry:
+            self._model, self._geometry = None, ""
+            _collect(self.device)
+            self._model = step_models.build(geometry, self.device, toy=self.toy)
+            self._geometry, self.built = geometry, self.built + 1
+        return self._model
+
+
+def run_gpu(
+    cases: list[Case],
+    models: Models,
+    *,
+    seconds: float = GPU_SECONDS,
+    progress: Callable[[dict], None] = lambda row: None,
+) -> list[dict]:
+    """All rows in one process; what time does not suffice for is left out and said.
+
+    `progress(row)` is called with what a row has so far, after each contender.
+    """
+    device, toy, start, rows = models.device, models.toy, time.perf_counter(), []
     for case in cases:
         row = {"name": case.name, **asdict(case)}
         rows.append(row)
         if time.perf_counter() - start > seconds:
             row["skipped"] = f"after {seconds:.0f} s"
             continue
-        if case.geometry != geometry:
-            model = None
-            _collect(device)
-            model, geometry = step_models.build(case.geometry, device, toy=toy), case.geometry
-        bench = Bench(replace(case, rows=2, length=32) if toy else case, model, device)
-        row["extra_mib"] = {}
-        for name in case.memory:
+        bench = Bench(replace(case, rows=2, length=32) if toy else case, models.get(case.geometry), device)
+        row |= {"extra_mib": {}, "milliseconds": {}, "interleaved": False}
+        for name in case.contenders:
             try:
-                row["extra_mib"][name] = measure_memory(bench, name, device)
+                mib, milliseconds = measure_memory(bench, name, device, functools.partial(median_time, device))
             except torch.OutOfMemoryError:
                 bench.drop(device)
                 row.setdefault("out_of_memory", []).append(name)
-        fit = tuple(name for name in case.contenders if name in row["extra_mib"])
-        _collect(device)
-        free = torch.cuda.mem_get_info()[0] / harness.MIB if device == "cuda" else float("inf")
-        if fit:
-            together = sum(row["extra_mib"][name] for name in fit) < 0.9 * free
-            row |= measure_times(bench, device, together=together, names=fit)
+            else:
+                row["extra_mib"][name], row["milliseconds"][name] = mib, milliseconds
+            progress(row)
     return rows
 
 
@@ -343,7 +365,7 @@ def main() -> None:
     gpu = arguments.device == "cuda" or arguments.toy
     cases = [c for c in (gpu_cases() if gpu else cpu_cases()) if arguments.only in f"{c.name}, {c.growth}"]
     if gpu:
-        rows = run_gpu(cases, arguments.device, toy=arguments.toy)
+        rows = run_gpu(cases, Models(arguments.device, toy=arguments.toy))
         print(table(rows))
         if not arguments.toy:
             folder = harness.RESULTS.parent / stamp.folder_of(torch.cuda.get_device_name())

@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from benchmarks.harness import OURS, Case, Work
+from benchmarks.harness import OURS, Case, Work, side_names, sides
 from moe_unlearn.ops import score_histogram, score_mask, weight_score
 from moe_unlearn.ops.bits import unpack_bits
 
@@ -25,13 +25,15 @@ PARTS = {
 def cases(device: str) -> list[Case]:
     found = []
     for dtype in ("bfloat16", "float32"):
-        name, names = f"threshold and mask, {dtype}", (OURS, ARGSORT, KTHVALUE)
+        name, names = f"threshold and mask, {dtype}", (OURS, ARGSORT, KTHVALUE, *side_names(device))
         found.append(
             Case("weight_score", name, names, functools.partial(threshold, dtype, device), 0, 10, {"dtype": dtype})
         )
         for part in PARTS:
-            make = functools.partial(piece, part, dtype, device)
-            found.append(Case("weight_score", f"{part}, {dtype}", (OURS, REF), make, 2, 3, {"dtype": dtype}))
+            make, names = functools.partial(piece, part, dtype, device), (OURS, REF, *side_names(device))
+            # on a GPU they are what tells the implementations apart
+            tier = 1 if device == "cuda" else 2
+            found.append(Case("weight_score", f"{part}, {dtype}", names, make, tier, 3, {"dtype": dtype}))
     return found
 
 
@@ -46,19 +48,19 @@ def tensors(dtype, device):
     ]
 
 
-def ours(layers):
+def ours(layers, impl="auto"):
     """The packed masks of the KEPT largest |S| of all layers."""
     left = round(KEPT * sum(terms[0].numel() for terms in layers))
     pattern = 0
     for digit in (0, 1):
-        counts = sum(score_histogram(*t, gamma=GAMMA, digit=digit, prefix=pattern) for t in layers)
+        counts = sum(score_histogram(*t, gamma=GAMMA, digit=digit, prefix=pattern, impl=impl) for t in layers)
         at_least = counts.flip(0).cumsum(0).flip(0)
         found = int((at_least >= left).nonzero().max())
         left -= int(at_least[found] - counts[found])
         pattern = pattern << 16 | found
     masks = []
     for terms in layers:
-        words, taken = score_mask(*terms, gamma=GAMMA, threshold_bits=pattern, ties=left)
+        words, taken = score_mask(*terms, gamma=GAMMA, threshold_bits=pattern, ties=left, impl=impl)
         left -= int(taken)
         masks.append(words)
     return masks
@@ -86,12 +88,15 @@ def threshold(dtype, device) -> Work:
     width = SHAPES[device][-1]
     differing = sum(int((unpack_bits(m, width) != e).sum()) for m, e in zip(masks, expected, strict=True))
     weights = TENSORS * layers[0][0].numel()
+    each, missing = sides("weight_score.histogram", device, functools.partial(ours, layers))
     return Work(
         {
             OURS: functools.partial(ours, layers),
             ARGSORT: functools.partial(theirs, layers),
             KTHVALUE: functools.partial(selected, layers),
+            **each,
         },
+        missing,
         targets={ARGSORT: 20.0},
         # the three terms once a digit and once for the mask, which is written
         bytes=weights * (9.0 * layers[0][0].element_size() + 1 / 8),
@@ -106,8 +111,12 @@ def threshold(dtype, device) -> Work:
 def piece(part, dtype, device) -> Work:
     terms = tensors(dtype, device)[0]
     function = PARTS[part]
+    kernel = "weight_score" if part == "score" else f"weight_score.{part}"
+    each, missing = sides(kernel, device, functools.partial(function, terms))
     return Work(
-        {OURS: lambda: function(terms, "auto"), REF: lambda: function(terms, "ref")},
+        {OURS: lambda: function(terms, "auto"), REF: lambda: function(terms, "ref"), **each},
+        missing,
         bytes=3.0 * terms[0].numel() * terms[0].element_size(),
         dtype=terms[0].dtype,
+        found={"choice": [kernel, terms[0].numel()]},
     )

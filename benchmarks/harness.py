@@ -10,6 +10,7 @@ A case that names a contender either measures it or says why not: nothing is lef
 """
 
 import ctypes
+import functools
 import gc
 import json
 import platform
@@ -21,17 +22,23 @@ from pathlib import Path
 
 import torch
 
-from moe_unlearn import native
+from moe_unlearn import backend, native
 from moe_unlearn.regress import timing
 from moe_unlearn.regress.fingerprint import cpu
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 OURS = "ours"
+# measured one by one beside what "auto" takes, where an op has several
+SIDES = {"cuda": ("triton", "cuda"), "cpu": ()}
 MIB = 2**20
 # a case whose rounds are cheap goes on for so long, or until it has so many
 CHEAP_SECONDS, MOST_ROUNDS = 1.0, 41
 # the best of so many counts as a ceiling
 _CEILING_ROUNDS = 7
+
+
+def progress(row: dict) -> None:
+    """Tell what a row has so far, in a case that takes long; whoever runs cases puts a function of its own here."""
 
 
 @dataclass
@@ -69,6 +76,28 @@ class Case:
     def title(self) -> str:
         """Unique among the cases."""
         return f"{self.op}: {self.name}"
+
+
+def side(impl: str) -> str:
+    """The contender's name for one implementation of ours."""
+    return f"{OURS}, {impl}"
+
+
+def side_names(device: str) -> tuple[str, ...]:
+    """The names of the contenders that `sides` makes or misses."""
+    return tuple(map(side, SIDES[device]))
+
+
+def sides(kernel: str, device: str, call: Callable[[str], object]) -> tuple[dict[str, Callable], dict[str, str]]:
+    """(contenders, missing): `call(impl)` for each implementation to be told apart of a kernel's registered name."""
+    usable, found, missing = backend.available(kernel, device), {}, {}
+    for impl in SIDES[device]:
+        if impl in usable:
+            found[side(impl)] = functools.partial(call, impl)
+        else:
+            why = native.load(impl) if impl in native.LIBRARIES else ""
+            missing[side(impl)] = why or f"{kernel} has no implementation {impl} here"
+    return found, missing
 
 
 def built(case: Case) -> Work | dict:
@@ -155,6 +184,10 @@ def verdicts(seconds: Mapping[str, list[float]], work: Work, extra_mib: Mapping[
     for rival in seconds:
         if not rival.startswith(OURS):
             add(f"times as fast as {rival}", *_with_target(seconds, rival, work.targets.get(rival)))
+    first, second = map(side, SIDES["cuda"])
+    if first in seconds and second in seconds:
+        times = timing.ratio(seconds[second], seconds[first])
+        add(f"{second}: times as fast as {first}", times.value, None, times.low, times.high)
     ours = statistics.median(seconds[OURS])
     if work.teraflops_target:
         add("TFLOP/s", work.flops / ours / 1e12, work.teraflops_target)

@@ -5,6 +5,7 @@ two marks in README.md is replaced. `tests/test_bench_readme.py` fails where REA
 differ, and where a kernel changed since the run without README saying so; running this again repairs both.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def _device(device: str, results: Path, root: Path) -> str:
     path, run = record.latest(device, results)
     lines = [_where(path, run, root), "", _HEADER]
     lines += [_line(row, found) for row in run["rows"] for found in row.get("verdicts", ()) if _shown(found)]
-    lines += ["", *_remarks(run)]
+    lines += ["", *_remarks(run), *_correctness(path.parent / "correctness.json", root)]
     figure = path.parent / _FIGURE
     if figure.exists():
         lines += ["", f"![Times as fast as each rival]({figure.relative_to(root).as_posix()})"]
@@ -79,6 +80,22 @@ def _line(row: dict, found: dict) -> str:
     verdict = "hit" if found["hit"] else "**missed**"
     cells = f"{row['op']}: {row['name']}", what, of, f"{found['value']:.2f}{limits}", f"{found['target']:.3g}", verdict
     return f"| {' | '.join(cells)} |"
+
+
+def _correctness(path: Path, root: Path) -> list[str]:
+    """What the tests said on this device, where a GPU run left its record."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    counts = [
+        f"{name}: {', '.join(f'{n} {outcome}' for outcome, n in tests.items())}"
+        for name, tests in found["tests"].items()
+    ]
+    memcheck = found["sanitizer"] or {"unavailable": "not run"}
+    counts.append(f"memcheck: {memcheck.get('unavailable') or str(memcheck['errors']) + ' errors'}")
+    old = f"; {STALE}" if stamp.stale(found, root) else ""
+    open_ends = f"; {len(found['complaints'])} failures and tests not run" if found["complaints"] else ""
+    return ["", f"Tests there (`{path.relative_to(root).as_posix()}`): {'; '.join(counts)}{open_ends}{old}."]
 
 
 def _remarks(run: dict) -> list[str]:

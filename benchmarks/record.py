@@ -9,10 +9,11 @@ A run that is stopped has lost nothing that it measured, and its file says that 
 import datetime
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import stamp
+from benchmarks.journal import Journal
 
 COMPLETE, RUNNING = "complete", "partial: the run was stopped"
 
@@ -33,13 +34,7 @@ class Record:
 
     def finish(self) -> str:
         """Say whether the run is whole; returns that."""
-        skipped = [row for row in self.content["rows"] if "skipped" in row]
-        failed = [row for row in self.content["rows"] if "error" in row]
-        total = len(self.content["rows"])
-        parts = [f"only {only!r}"] if (only := self.content.get("only")) else []
-        parts += [f"{len(skipped)} of {total} cases left out for lack of time"] if skipped else []
-        parts += [f"{len(failed)} of {total} cases failed"] if failed else []
-        self.content["state"] = f"partial: {', '.join(parts)}" if parts else COMPLETE
+        self.content["state"] = state_of(self.content["rows"], self.content.get("only", ""))
         self.save()
         return self.content["state"]
 
@@ -48,6 +43,34 @@ class Record:
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
+
+
+class Lines:
+    """The same as lines of the journal of a GPU run, which are written as they come and never again."""
+
+    def __init__(self, journal: Journal, head: Mapping):
+        self.journal, self.path = journal, journal.path
+        self.content: dict = {**head, "rows": []}
+        journal.write("environment", head=dict(head))
+
+    def add(self, row: Mapping, seconds: float) -> None:
+        """Keep a row; `seconds` is how long the run has taken by now."""
+        self.content["rows"].append(dict(row))
+        self.journal.write("case", row=dict(row), so_far=round(seconds, 1))
+
+    def finish(self) -> str:
+        """Whether the run is whole."""
+        return state_of(self.content["rows"], self.content.get("only", ""))
+
+
+def state_of(rows: Sequence[Mapping], only: str = "") -> str:
+    """ "complete", or why a run with these rows is partial."""
+    skipped, cut, failed = (sum(what in row for row in rows) for what in ("skipped", "cut", "error"))
+    parts = [f"only {only!r}"] if only else []
+    parts += [f"{skipped} of {len(rows)} cases left out for lack of time"] if skipped else []
+    parts += [f"{cut} of {len(rows)} cases not to their end"] if cut else []
+    parts += [f"{failed} of {len(rows)} cases failed"] if failed else []
+    return f"partial: {', '.join(parts)}" if parts else COMPLETE
 
 
 def new_path(device: str, commit: str | None, date: str | None = None, results: Path = stamp.RESULTS) -> Path:

@@ -11,6 +11,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ _SOURCES = {"triton_kernels": (".py",), "csrc": (".cpp", ".cu", ".cuh", ".h", ".
 _ON_GPUS_ALONE = ("triton_kernels/", "csrc/cuda/")
 
 
-def kernel_sources_hash(root: Path = ROOT, *, device: str = "cuda") -> str:
-    """sha256 over path and content of every kernel source: triton_kernels/ and csrc/.
+def kernel_sources_hash(
+    root: Path = ROOT, *, device: str = "cuda", folders: Sequence[str] = ("triton_kernels", "csrc")
+) -> str:
+    """sha256 over path and content of every kernel source in `folders`.
 
     For "cpu" without those that never run there: triton_kernels/ and csrc/cuda/.
     """
     digest = hashlib.sha256()
-    for folder, suffixes in _SOURCES.items():
-        for path in sorted(p for p in (root / folder).rglob("*") if p.suffix in suffixes):
+    for folder in folders:
+        for path in sorted(p for p in (root / folder).rglob("*") if p.suffix in _SOURCES[folder]):
             name = path.relative_to(root).as_posix()
             if device == "cpu" and name.startswith(_ON_GPUS_ALONE):
                 continue

@@ -8,7 +8,7 @@ from transformers import DeepseekV2Config, OlmoeConfig, Qwen3MoeConfig
 from transformers.initialization import no_init_weights
 
 from moe_unlearn import experiment
-from moe_unlearn.ops.bits import num_words
+from moe_unlearn.ops.bits import num_words, pack_bits
 
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -89,6 +89,7 @@ def random_mask(model: nn.Module, keep: float) -> dict:
     packed = {}
     for name, p in model.named_parameters():
         words = torch.randint(-(2**31), 2**31, (num_words(p.shape[-1]),), device=p.device).to(torch.int32)
+        words &= pack_bits(torch.ones(p.shape[-1], dtype=torch.bool, device=p.device))
         packed[name] = words.expand(*p.shape[:-1], -1).contiguous()
     shapes = [[name, list(p.shape)] for name, p in model.named_parameters()]
     return {"shapes": shapes, "packed": packed, "keep": keep, "gamma": 1.0, "official": False, "magnitudes": {}}

@@ -1,8 +1,9 @@
 """Every op and the whole step against what else there is, within a time: one command, one file.
 
     OMP_NUM_THREADS=1 python -m benchmarks.suite              the CPU, 15 minutes (make bench)
-    python -m benchmarks.suite --device cuda                  this machine's GPU, 9 minutes (make bench-gpu)
+    python -m benchmarks.suite --device cuda                  this machine's GPU, 9 minutes
     python -m benchmarks.suite --only token_loss --list       the cases whose title holds this, not run
+    python -m benchmarks.suite --device cuda --part steps --journal FILE      a stage of `make bench-gpu`
 
 What a target depends on comes first, then the gate shapes, then what is only reported. A case that is not expected to
 end in time is left out and said to be. Cases run in a worker process: one that breaks the device, or hangs, costs
@@ -11,7 +12,6 @@ itself and no other. Exit status: 0, also where something was left out; 1 where 
 
 import argparse
 import collections
-import contextlib
 import importlib
 import json
 import os
@@ -27,9 +27,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from benchmarks import gpu_summary, processes, stamp
 from benchmarks import record as records
-from benchmarks import stamp
 from benchmarks.harness import Case
+from benchmarks.journal import Journal
 
 OPS = ("expert_layer", "masked_update", "weight_score", "route", "expert_mlp", "token_loss", "expert_wgrad",
        "retain_weights", "gram")  # fmt: skip
@@ -37,30 +38,38 @@ OPS = ("expert_layer", "masked_update", "weight_score", "route", "expert_mlp", "
 SECONDS = {"cpu": 870.0, "cuda": 530.0}
 # kept for ending the worker and writing
 RESERVE = 5.0
-ENVIRONMENT = "environment"
+ENVIRONMENT, PARTIAL = "environment", "partial"
+PARTS = ("all", "ops", "steps")
+TRACE = 2000  # characters of what a failure printed that a record keeps
 Ask = Callable[[str, float], dict]
 
 
 class Broken(Exception):
-    """The worker died or did not answer in time; the text says how."""
+    """The worker died or did not answer in time; the text says how, `row` is what it had measured by then, `trace`
+    the end of what it printed."""
+
+    row: dict | None = None
+    trace: str = ""
 
 
-def cases(device: str, only: str = "") -> list[Case]:
-    """All cases, what matters first."""
+def cases(device: str, only: str = "", *, part: str = "all", tiers: Sequence[int] = ()) -> list[Case]:
+    """The cases of a part and of some tiers, all where there are none; what matters first."""
     from benchmarks import step_short
 
     modules = [importlib.import_module(f"benchmarks.bench_{op}") for op in OPS]
     found = [case for module in modules for case in module.cases(device)] + step_short.cases(device)
     # on a GPU the ops' cases take seconds, the steps' most of the time
     step_first = device == "cpu"
-    chosen = (case for case in found if only in case.title)
+    chosen = (case for case in found if only in case.title and (not tiers or case.tier in tiers))
+    if part != "all":
+        chosen = (case for case in chosen if (case.op == "step") == (part == "steps"))
     return sorted(chosen, key=lambda case: (case.tier, (case.op == "step") != step_first))
 
 
 def conduct(
     chosen: Sequence[Case],
     ask: Ask,
-    record: records.Record,
+    record: records.Record | records.Lines,
     *,
     seconds: float,
     clock: Callable[[], float],
@@ -84,7 +93,13 @@ def conduct(
                 row = ask(case.title, left)
             except Broken as error:
                 # the end of the run is no fault of the case
-                row["error" if clock() - start < seconds else "skipped"] = str(error)
+                late = clock() - start >= seconds
+                if late and error.row:
+                    row = {**error.row, "cut": str(error)}
+                else:
+                    row["skipped" if late else "error"] = str(error)
+                if not late and error.trace:
+                    row["trace"] = error.trace
             row["seconds"] = round(clock() - now, 1)
             expected[case.op] += case.seconds
             spent[case.op] += clock() - now
@@ -99,7 +114,10 @@ def line(row: dict) -> str:
     for what in ("skipped", "error"):
         if what in row:
             return f"{title}\n    {what.upper()}: {row[what]}"
-    lines = [title, "    " + ", ".join(f"{name} {value:.4g} ms" for name, value in row.get("milliseconds", {}).items())]
+    lines = [
+        f"{title}{' (not to its end)' if 'cut' in row else ''}",
+        "    " + ", ".join(f"{name} {value:.4g} ms" for name, value in row.get("milliseconds", {}).items()),
+    ]
     for found in row.get("verdicts", ()):
         limits = f" [{found['low']:.2f}, {found['high']:.2f}]" if "low" in found else ""
         asked = "" if found["target"] is None else f"   target {found['target']:.3g}: {_mark(found['hit'])}"
@@ -120,46 +138,62 @@ class Worker:
     def __init__(self, command: Sequence[str], log: TextIO):
         self.command, self.log = command, log
         self.process: subprocess.Popen | None = None
+        self.partial: dict | None = None
 
     def ask(self, title: str, seconds: float) -> dict:
         """The row of a case. Raises Broken where the worker dies or takes longer."""
+        self.partial = None
         if self.process is None or self.process.poll() is not None:
             self._start()
         try:
             self.process.stdin.write(title + "\n")
             self.process.stdin.flush()
-            answer = self.answers.get(timeout=max(seconds, 0))
+            answer = self._answer(time.monotonic() + max(seconds, 0))
         except queue.Empty:
             self.stop()
-            raise Broken(f"no end within {seconds:.0f} s") from None
+            raise self._broken(f"no end within {seconds:.0f} s") from None
         except BrokenPipeError:
-            answer = ""
+            answer = {}
         if not answer:
             status = self.process.wait()
             self.stop()
-            raise Broken(f"its process ended with status {status}: {self._last_words()}")
-        return json.loads(answer)
+            raise self._broken(f"its process ended with status {status}: {self._last_words()}")
+        return answer
+
+    def _answer(self, deadline: float) -> dict:
+        """The next answer that is whole, {} at the end of the process; what comes before it is kept in `partial`."""
+        while text := self.answers.get(timeout=max(deadline - time.monotonic(), 0)):
+            answer = json.loads(text)
+            if PARTIAL not in answer:
+                return answer
+            self.partial = answer[PARTIAL]
+        return {}
+
+    def _broken(self, how: str) -> Broken:
+        error = Broken(how)
+        error.row, error.trace = self.partial, self._printed()[-TRACE:]
+        return error
 
     def stop(self) -> None:
         """End the worker and what it started."""
         if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            processes.stop(self.process)
             self.process = None
 
     def _start(self) -> None:
-        self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=stamp.ROOT,
-            start_new_session=True,
-        )  # fmt: skip
+        self.process = processes.start(
+            self.command, cwd=stamp.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
         self.answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=_forward, args=(self.process.stdout, self.answers), daemon=True).start()
 
-    def _last_words(self) -> str:
+    def _printed(self) -> str:
         self.log.flush()
         self.log.seek(0)
-        lines = [text.strip() for text in self.log.read().splitlines() if text.strip()]
+        return self.log.read()
+
+    def _last_words(self) -> str:
+        lines = [text.strip() for text in self._printed().splitlines() if text.strip()]
         return lines[-1][:200] if lines else "without a word"
 
 
@@ -171,11 +205,17 @@ def _forward(source: TextIO, answers: queue.Queue) -> None:
 
 def work(device: str) -> None:
     """Answer titles on stdin with rows on stdout until stdin ends."""
-    from benchmarks import harness
+    from benchmarks import harness, step_short
 
     # whatever libraries print goes to the log
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+
+    def answer(row: dict) -> None:
+        answers.write(json.dumps(row) + "\n")
+        answers.flush()
+
+    harness.progress = lambda row: answer({PARTIAL: row})
     known = {case.title: case for case in cases(device)}
     ceilings: dict = {}
     for title in map(str.strip, sys.stdin):
@@ -184,10 +224,11 @@ def work(device: str) -> None:
             ceilings = row["ceilings"]
         else:
             ceilings = ceilings or harness.measure_ceilings(device)
+            if known[title].op != "step":
+                step_short.forget()
             row = measured(known[title], device, ceilings)
             harness.collect(device)
-        answers.write(json.dumps(row) + "\n")
-        answers.flush()
+        answer(row)
 
 
 def measured(case: Case, device: str, ceilings: Mapping) -> dict:
@@ -198,8 +239,8 @@ def measured(case: Case, device: str, ceilings: Mapping) -> dict:
         return harness.run(case, device, ceilings)
     except Exception as error:
         harness.still_usable(device, case.title, error)
-        traceback.print_exc()
-        return {"op": case.op, "name": case.name, **case.facts, "error": harness.brief(error)}
+        row = {"op": case.op, "name": case.name, **case.facts, "error": harness.brief(error)}
+        return row | {"trace": traceback.format_exc()[-TRACE:]}
 
 
 def environment(device: str) -> dict:
@@ -226,14 +267,26 @@ def main() -> int:
     parser.add_argument("--device", choices=tuple(SECONDS), default="cpu")
     parser.add_argument("--seconds", type=float, help="when to end; default 870 on a CPU, 530 on a GPU")
     parser.add_argument("--only", default="", help="cases whose title holds this")
+    parser.add_argument("--part", choices=PARTS, default="all", help="the ops, the whole steps, or both")
+    parser.add_argument("--tiers", default="", help="0: targets depend on it, 1: gate shapes, 2: report; with commas")
+    parser.add_argument("--left", type=Path, metavar="DIR", help="only what GPU runs below DIR have not measured")
     parser.add_argument("--list", action="store_true", help="print the cases in their order and end")
+    parser.add_argument("--journal", type=Path, help="append lines to this file instead (`benchmarks.journal`)")
+    parser.add_argument("--stage", default="bench", help="the stage that these lines belong to")
     parser.add_argument("--out", help="the file to write instead of one under benchmarks/results")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments.device)
         return 0
-    chosen = cases(arguments.device, arguments.only)
+    tiers = [int(tier) for tier in arguments.tiers.split(",") if tier]
+    chosen = cases(arguments.device, arguments.only, part=arguments.part, tiers=tiers)
+    if arguments.left:
+        _, known = gpu_summary.done(arguments.left, stamp.kernel_sources_hash())
+        chosen = [case for case in chosen if case.title not in known]
+        if not chosen:
+            print(f"all of it is measured below {arguments.left}")
+            return 0
     if arguments.list or not chosen:
         print("\n".join(f"{case.tier} {case.seconds:5.0f} s  {case.title}" for case in chosen) or "no such case")
         return 0 if chosen else 2
@@ -243,23 +296,34 @@ def main() -> int:
 def conducted(arguments: argparse.Namespace, chosen: Sequence[Case]) -> int:
     """A run from its environment to its record."""
     start, clock = time.monotonic(), time.monotonic
+    # so that the worker is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     seconds = arguments.seconds or SECONDS[arguments.device]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         worker = Worker([sys.executable, "-m", "benchmarks.suite", "--worker", "--device", arguments.device], log)
         try:
             head = worker.ask(ENVIRONMENT, seconds)
-            where = head["stamp"]
-            path = Path(arguments.out) if arguments.out else records.new_path(where["device"], where["commit"])
-            record = records.Record(path, {**head, "only": arguments.only, "started": time.time(), "budget": seconds})
+            head |= {"only": arguments.only, "started": time.time(), "budget": seconds}
+            record = _record(arguments, head)
             conduct(chosen, worker.ask, record, seconds=seconds - RESERVE, clock=clock, start=start)
         except Broken as error:
             print(f"nothing measured: {error}", file=sys.stderr)
             return 1
         finally:
             worker.stop()
+    path, rows = record.path, record.content["rows"]
     shown = path.relative_to(stamp.ROOT) if path.is_relative_to(stamp.ROOT) else path
-    print(f"{shown}: {len(record.content['rows'])} cases in {clock() - start:.0f} s")
-    return int(any("error" in row for row in record.content["rows"]))
+    print(f"{shown}: {len(rows)} cases in {clock() - start:.0f} s")
+    return int(any("error" in row for row in rows))
+
+
+def _record(arguments: argparse.Namespace, head: Mapping) -> records.Record | records.Lines:
+    """Where this run goes: lines for the journal of a GPU run, or a file of its own."""
+    if arguments.journal:
+        return records.Lines(Journal(arguments.journal, arguments.stage), head)
+    where = head["stamp"]
+    path = Path(arguments.out) if arguments.out else records.new_path(where["device"], where["commit"])
+    return records.Record(path, head)
 
 
 if __name__ == "__main__":

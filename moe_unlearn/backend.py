@@ -3,7 +3,9 @@
 Kernels register themselves under the name of their op, or `op.part` where an op has several parts
 (`expert_mlp.backward`). `"auto"` takes the fastest one registered for the device; a forced name that is
 missing is an error, never a silent fallback. float64 is always computed by `ref`. A kernel that does not take
-every operand raises `Unfit` before it writes anything: then comes the next one, if there is a choice.
+every operand raises `Unfit` before it writes anything: then comes the next one, if there is a choice. A kernel whose
+import fails is never chosen where there is a choice, and an error where it is forced; `unusable` keeps the reasons.
+A kernel for CUDA runs with its tensor's device as the current one: it may be one of several.
 
 Triton kernels run on CUDA devices, and on the CPU in Triton's interpreter where TRITON_INTERPRET=1 was set
 before they are first used: only when forced, since the interpreter is there to test them.
@@ -15,6 +17,7 @@ The environment variable `MOE_UNLEARN_IMPL` replaces `"auto"`:
     MOE_UNLEARN_IMPL=route=ref,gram=triton    pairs force single ops, the others stay "auto"
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -23,14 +26,14 @@ from collections.abc import Callable
 
 import torch
 
+from moe_unlearn import choices as measured
+
 IMPLS = ("triton", "cuda", "cpu", "ref")
 ENVIRONMENT_VARIABLE = "MOE_UNLEARN_IMPL"
 _FASTEST_FIRST = {"cuda": ("cuda", "triton", "ref"), "cpu": ("cpu", "ref", "triton")}
 
-# ops whose CUDA kernel nobody has measured against Triton's on a GPU yet: Triton's goes first
-_UNMEASURED = ("expert_wgrad",)
-
 _kernels: dict[tuple[str, str], Callable | str] = {}
+_broken: dict[tuple[str, str], str] = {}  # why the import of a kernel failed
 
 
 class Unfit(RuntimeError):
@@ -45,14 +48,27 @@ def register(name: str, impl: str, kernel: Callable | str) -> None:
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}; got {impl!r}")
     _kernels[name, impl] = kernel
+    _broken.pop((name, impl), None)
 
 
 def available(name: str, device_type: str) -> tuple[str, ...]:
-    """The implementations of `name` that can run on `device_type`, fastest first."""
-    order = _FASTEST_FIRST.get(device_type, ("ref",))
-    if device_type == "cuda" and name.partition(".")[0] in _UNMEASURED:
-        order = ("triton", "cuda", "ref")
-    return tuple(impl for impl in order if (name, impl) in _kernels and _can_run(impl, device_type))
+    """The implementations of `name` that can run on `device_type`, fastest first; it imports what is not yet."""
+    return tuple(impl for impl in _candidates(name, device_type) if not _why_not(name, impl))
+
+
+def has(name: str, impl: str, device_type: str) -> bool:
+    """Whether `impl` of `name` can run on `device_type`; it imports no other one."""
+    return impl in _candidates(name, device_type) and not _why_not(name, impl)
+
+
+def unusable(device_type: str) -> dict[tuple[str, str], list[str]]:
+    """{(impl, why its import fails): names}, of what would run on `device_type` otherwise."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in registered():
+        for impl in _candidates(name, device_type):
+            if why := _why_not(name, impl):
+                found.setdefault((impl, why), []).append(name)
+    return found
 
 
 def registered() -> tuple[str, ...]:
@@ -65,10 +81,23 @@ def resolve(name: str, impl: str, tensor: torch.Tensor) -> Callable:
 
     Raises ValueError for an unknown `impl` and RuntimeError for a forced one that is not available.
     """
-    choices = _choices(name, impl, tensor.device.type, tensor.dtype)
-    if len(choices) == 1:
-        return _kernel(name, choices[0])
+    choices = _choices(name, impl, tensor.device.type, tensor.dtype, tensor.numel())
+    kernel = _kernel(name, choices[0]) if len(choices) == 1 else _first_that_fits(name, choices)
+    return functools.partial(_run_on, tensor.device, kernel) if tensor.device.type == "cuda" else kernel
 
+
+def choose(name: str, impl: str, device_type: str, dtype: torch.dtype | None = None) -> str:
+    """The concrete implementation name behind `impl`, if it takes the operands; `resolve` says which errors."""
+    return _choices(name, impl, device_type, dtype)[0]
+
+
+def _run_on(device: torch.device, kernel: Callable, *arguments, **options):
+    """A launch goes to the current device, and to its current stream."""
+    with torch.cuda.device(device):
+        return kernel(*arguments, **options)
+
+
+def _first_that_fits(name: str, choices: tuple[str, ...]) -> Callable:
     def first_that_fits(*arguments, **options):
         for choice in choices:
             try:
@@ -80,22 +109,44 @@ def resolve(name: str, impl: str, tensor: torch.Tensor) -> Callable:
     return first_that_fits
 
 
-def choose(name: str, impl: str, device_type: str, dtype: torch.dtype | None = None) -> str:
-    """The concrete implementation name behind `impl`, if it takes the operands; `resolve` says which errors."""
-    return _choices(name, impl, device_type, dtype)[0]
-
-
 def _kernel(name: str, impl: str) -> Callable:
-    key = name, impl
-    if isinstance(_kernels[key], str):
-        module, _, function = _kernels[key].partition(":")
-        _kernels[key] = getattr(importlib.import_module(module), function)
-    return _kernels[key]
+    """The kernel itself, imported. Raises RuntimeError, with the cause, where that fails."""
+    kernel = _kernels[name, impl]
+    if not isinstance(kernel, str):
+        return kernel
+    module, _, function = kernel.partition(":")
+    try:
+        kernel = _kernels[name, impl] = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever a damaged installation raises
+        why = f"{type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("moe_unlearn."):
+            why += "; `pip install --no-deps --no-build-isolation -e .` installs it"
+        _broken[name, impl] = why
+        raise RuntimeError(f"{name!r} has no usable implementation {impl}: {why}") from error
+    return kernel
 
 
-def _choices(name: str, impl: str, device_type: str, dtype: torch.dtype | None) -> tuple[str, ...]:
+def _why_not(name: str, impl: str) -> str:
+    """Why the import of a kernel fails, "" if it does not."""
+    if (name, impl) not in _broken:
+        with contextlib.suppress(RuntimeError):
+            _kernel(name, impl)
+    return _broken.get((name, impl), "")
+
+
+def _candidates(name: str, device_type: str, elements: int | None = None) -> tuple[str, ...]:
+    """What is registered for the device, fastest first, whether or not it can be imported."""
+    order = _FASTEST_FIRST.get(device_type, ("ref",))
+    if (first := measured.first(name, device_type, elements)) in order:
+        order = (first, *(impl for impl in order if impl != first))
+    return tuple(impl for impl in order if (name, impl) in _kernels and _can_run(impl, device_type))
+
+
+def _choices(
+    name: str, impl: str, device_type: str, dtype: torch.dtype | None, elements: int | None = None
+) -> tuple[str, ...]:
     """The implementations that `impl` allows and the device has, in the order of preference."""
-    usable = available(name, device_type)
+    candidates = _candidates(name, device_type, elements)
     if impl == "auto":
         impl, preference = _from_environment(name.partition(".")[0])
     else:
@@ -106,14 +157,17 @@ def _choices(name: str, impl: str, device_type: str, dtype: torch.dtype | None) 
     if dtype == torch.float64:
         return ("ref",)
     if impl == "auto":
-        preference = usable
-    choices = tuple(choice for choice in preference if choice in usable)
+        preference = candidates
+    choices = tuple(choice for choice in preference if choice in candidates)
     if not choices:
         raise RuntimeError(
             f"{name!r} has no implementation {' or '.join(preference)} for device {device_type!r}; "
-            f"available: {', '.join(usable) or 'none'}"
+            f"available: {', '.join(available(name, device_type)) or 'none'}"
         )
-    return choices
+    if "ref" in choices:
+        choices = choices[: choices.index("ref") + 1]  # it takes everything: the others need no import
+    importable = choices[1:] and tuple(choice for choice in choices if not _why_not(name, choice))
+    return importable or choices
 
 
 def _can_run(impl: str, device_type: str) -> bool:

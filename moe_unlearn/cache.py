@@ -86,7 +86,7 @@ class RowCache:
 
     def get(self, batch: dict[str, Tensor]) -> Tensor:
         """Values [B, S, ...] on the batch's device, zero where nothing is attended; KeyError if unknown."""
-        attended = batch["attention_mask"].bool()
+        attended = batch["attention_mask"].bool().cpu()  # one read of a batch that is on a GPU, not some for each row
         keys = row_keys(batch)
         missing = [i for i, key in enumerate(keys) if key not in self._rows]
         if missing:
@@ -95,7 +95,7 @@ class RowCache:
                 f"{len(self)} rows; prepare on every document the step will meet"
             )
         first = self._rows[keys[0]]
-        out = first.new_zeros(*attended.shape, *first.shape[1:], device=attended.device)
+        out = first.new_zeros(*attended.shape, *first.shape[1:])
         for i, key in enumerate(keys):
             row = self._rows[key]
             if len(row) != int(attended[i].sum()):
@@ -103,8 +103,8 @@ class RowCache:
                     f"{self.what}: row {i} has {int(attended[i].sum())} tokens but {len(row)} were cached "
                     f"under its key {key!r}"
                 )
-            out[i, attended[i]] = row.to(out.device)
-        return out
+            out[i, attended[i]] = row
+        return out.to(batch["attention_mask"].device)
 
     def state_dict(self) -> dict:
         """Keys, lengths and one concatenated tensor."""

@@ -75,6 +75,8 @@ def env(options) -> None:
     print(f"{'op':<28} {'auto':<8} available")
     for op in backend.registered():
         print(f"{op:<28} {backend.choose(op, 'auto', device):<8} {', '.join(backend.available(op, device))}")
+    for (impl, why), names in backend.unusable(device).items():
+        print(f"{impl} is not usable for {', '.join(names)}: {why}")
 
 
 def stats(options) -> None:

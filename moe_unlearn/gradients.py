@@ -18,7 +18,7 @@ from moe_unlearn.ops import gram
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.ranks import Ranks
-from moe_unlearn.sinks import inner_products, join, may_overflow
+from moe_unlearn.sinks import inner_products, join, largest_sum, look, may_overflow
 
 Gradient = Tensor | list[Factors] | None
 
@@ -69,9 +69,10 @@ class Gradients:
         Raises NonFiniteError if a factor is not finite; where a sum could overflow, the gradient is made.
         """
         names = {p: name for name, p in self.trained}
-        for p, parts in self.factors.items():
-            gradient = self.optimizer.gradients[p] = _whole([(1.0, f) for f in parts])
-            if may_overflow(gradient, names[p]):
+        made = {p: _whole([(1.0, f) for f in parts]) for p, parts in self.factors.items()}
+        self.optimizer.gradients.update(made)
+        for p, bound in zip(made, look([largest_sum(gradient) for gradient in made.values()]), strict=True):
+            if may_overflow(bound, names[p]):
                 self.optimizer.gradients[p] = self.made(p)
         self.factors.clear()
         return any(isinstance(g, Factors) for g in self.optimizer.gradients.values())
@@ -97,7 +98,7 @@ class Gradients:
         if self._norm is not None:
             return self._norm
         whole = [self.of(p) for _, p in self.trained]
-        return float(self._gram([[None if isinstance(g, Factors) else g for g in whole]])[0, 0]) ** 0.5
+        return look([self._gram([[None if isinstance(g, Factors) else g for g in whole]])[0, 0]])[0] ** 0.5
 
     def scale(self, factor: float) -> None:
         """Multiply the gradient of the step."""

@@ -93,7 +93,7 @@ class Objectives:
         group = torch.full_like(stacked["input_ids"], -1, dtype=torch.int32)
         for side, (part, batch) in enumerate(((rows[0], forget), (rows[-1], retain))):
             mask = losses.target_mask(batch)
-            group[part, : mask.shape[1]][mask] = side
+            group[part, : mask.shape[1]].masked_fill_(mask, side)
         layer = self._layer("rmu", self.recipe.forget.objective)
         states, log_weight = self._states(stacked, self._tilt(retain), group, layer)
         states = [states[r, : b["input_ids"].shape[1]] for r, b in zip(rows, parts, strict=True)]

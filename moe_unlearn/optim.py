@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.config import Recipe
-from moe_unlearn.ops.bits import num_words
+from moe_unlearn.ops.bits import keep_where, num_words
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_sgd_
 from moe_unlearn.ops.masked_update import masked_adamw_, masked_sgd_
 
@@ -40,6 +40,8 @@ class _Masked(torch.optim.Optimizer):
     def __init__(self, params: Iterable, defaults: dict):
         # parameter id -> (mask, its version, slices, mask of the slices); a cache, never saved
         self._layouts: dict[int, tuple] = {}
+        # parameter -> (number of its group, place in it) when last looked for, to be checked before it is used
+        self._places: dict[Tensor, tuple[int, int]] = {}
         #: by parameter, what stands in for `.grad`: a compact gradient, [M, ...] for the M slices that train, or
         #: the factors of an expert weight's, from which `step` updates without storing it
         self.gradients: dict[Tensor, Tensor | Factors] = {}
@@ -47,7 +49,7 @@ class _Masked(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._layouts, self.gradients = {}, {}
+        self._layouts, self._places, self.gradients = {}, {}, {}
 
     def add_param_group(self, param_group: dict) -> None:
         """As in torch; a group may bring its `masks`, None for each parameter otherwise."""
@@ -108,33 +110,45 @@ class _Masked(torch.optim.Optimizer):
         return None if found is None else self._layout(found[2], _local(p), found[1])
 
     @torch.no_grad()
-    def update_from(self, p: Tensor, factors: Factors) -> None:
+    def update_from(self, p: Tensor, factors: Factors, where: Tensor | None = None) -> None:
         """Update one expert weight [E, M, P] from the factors of its gradient, as `step` does.
 
-        The gradient is never stored, and float32 up to the update. Raises ValueError for a parameter that is
-        not here.
+        The gradient is never stored, and float32 up to the update. `where`, bool [] on the device: if it does not
+        hold, nothing is written but the count of steps. Raises ValueError for a parameter that is not here.
         """
         found = self._find(p)
         if found is None:
             raise ValueError(f"expected a parameter of this optimizer; got one of shape {list(p.shape)}")
         group, mask, parameter_id = found
-        self._update(group, p, mask, parameter_id, factors)
+        self._update(group, p, mask, parameter_id, factors, where)
 
     def _find(self, p: Tensor) -> tuple[dict, Tensor | None, int] | None:
         """(group, mask, parameter id) of a parameter; None if it is not here."""
-        return next(((group, mask, i) for group, q, mask, i in self._parameters() if q is p), None)
+        place = self._places.get(p)
+        if place is None or not self._is_at(p, *place):  # a wrapper may have replaced parameters
+            self._places = {q: (k, at) for k, group in enumerate(self.param_groups)
+                            for at, q in enumerate(group["params"])}  # fmt: skip
+            place = self._places.get(p)
+        if place is None:
+            return None
+        number, at = place
+        group = _whole(self.param_groups[number])
+        return group, group["masks"][at], at + sum(len(g["params"]) for g in self.param_groups[:number])
+
+    def _is_at(self, p: Tensor, number: int, at: int) -> bool:
+        """Whether a parameter stands at this place of this group."""
+        parameters = self.param_groups[number]["params"] if number < len(self.param_groups) else []
+        return at < len(parameters) and parameters[at] is p
 
     def _parameters(self) -> Iterator[tuple[dict, Tensor, Tensor | None, int]]:
         """(group, parameter, mask, parameter id) of each."""
         parameter_id = 0
         for group in self.param_groups:
-            if len(group["masks"]) != len(group["params"]):
-                raise ValueError(f"a group has {len(group['params'])} parameters but {len(group['masks'])} masks")
-            for p, mask in zip(group["params"], group["masks"], strict=True):
+            for p, mask in zip(group["params"], _whole(group)["masks"], strict=True):
                 yield group, p, mask, parameter_id
                 parameter_id += 1
 
-    def _update(self, group, p, mask, parameter_id, gradient: Tensor | Factors) -> None:
+    def _update(self, group, p, mask, parameter_id, gradient: Tensor | Factors, where: Tensor | None = None) -> None:
         weight = _local(p)
         slices, compact_mask = self._layout(parameter_id, weight, mask)
         if slices is not None and len(slices) == 0:
@@ -155,6 +169,9 @@ class _Masked(torch.optim.Optimizer):
             "parameter_id": parameter_id, "master": state.get("master"),
         }  # fmt: skip
         if factored:
+            if where is not None:
+                shape = weight.shape if slices is None else (len(slices), *weight.shape[1:])
+                compact_mask = keep_where(where, compact_mask, shape)
             self._apply_factors(group, weight, gradient, compact_mask, state, experts=slices, **options)
             return
         if slices is not None and p not in self.gradients:
@@ -214,18 +231,10 @@ class MaskedSGD(_Masked):
     """
 
     def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        numerics: str = "parity",
+        self, params: Iterable, lr: float = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
+        weight_decay: float = 0.0, nesterov: bool = False, *, maximize: bool = False, numerics: str = "parity",
         seed: int = 0,
-    ):
+    ):  # fmt: skip
         if not momentum >= 0:
             raise ValueError(f"momentum must be at least 0; got {momentum}")
         if nesterov and (momentum <= 0 or dampening != 0):
@@ -258,17 +267,9 @@ class MaskedAdamW(_Masked):
     """
 
     def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        maximize: bool = False,
-        numerics: str = "parity",
-        seed: int = 0,
-    ):
+        self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, *, maximize: bool = False, numerics: str = "parity", seed: int = 0,
+    ):  # fmt: skip
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1); got {betas}")
         if not eps >= 0:
@@ -301,15 +302,17 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW
     numerics = settings.numerics
     if numerics is None:
         numerics = "stochastic" if any(p.dtype == torch.bfloat16 for p in parameters) else "parity"
-    common = {
-        "lr": settings.lr,
-        "weight_decay": settings.weight_decay,
-        "numerics": numerics,
-        "seed": recipe.seed,
-    }
+    common = {"lr": settings.lr, "weight_decay": settings.weight_decay, "numerics": numerics, "seed": recipe.seed}
     if settings.name == "sgd":
         return MaskedSGD(parameters, momentum=settings.momentum, **common)
     return MaskedAdamW(parameters, betas=tuple(settings.betas), eps=settings.eps, **common)
+
+
+def _whole(group: dict) -> dict:
+    """The group; ValueError unless it has a mask for each parameter."""
+    if len(group["masks"]) != len(group["params"]):
+        raise ValueError(f"a group has {len(group['params'])} parameters but {len(group['masks'])} masks")
+    return group
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -22,8 +22,10 @@ or 16 interleaved ones after each other, and the mean over all orders, K S^2 / 3
 the sum and Q that of the squared terms. (Sums in pairs, in blocks or in lanes side by side have shorter partial
 sums than one of these.) Products are rounded too (no fused multiply-add), which adds Q. Partial sums are taken in
 float64 at up to 32 places of a sum; between two of them they count as the later one. A result is rounded to nearest
-after an offset of up to half a last bit: functions like exp are correct to a last bit only, and a kernel may keep in
-float32, or round elsewhere, what the reference keeps in bfloat16.
+after an offset of up to half a last bit: functions are correct to a last bit only, and a kernel may keep in float32, or
+round elsewhere, what the reference keeps in bfloat16. Exponentials and quotients may be a whole last bit of float32
+off before that, as a GPU's instructions for them (ex2.approx, rcp.approx) are. And exp(x) is 2^(x log2 e) there: the
+product is rounded, so that an argument may be half a last bit off, which makes |x| / 2 last bits of the result.
 
 Runs with several seeds show what the roundings of a whole function can do, whatever it is made of. With random
 roundings the ops of this package are computed by their references; else only those are seen that are asked for by
@@ -82,7 +84,13 @@ _DECOMPOSED = get_decompositions([
 # in place of their functions, which are seen
 _IN_PLACE = {
     _aten.addmm_: _aten.addmm.default, _aten.baddbmm_: _aten.baddbmm.default, _aten.cumsum_: _aten.cumsum.default,
+    _aten.sigmoid_: _aten.sigmoid.default,
 }  # fmt: skip
+
+# what a GPU computes by approximate instructions: powers of two, after a product, and quotients
+_EXPONENTIALS = frozenset({_aten.exp, _aten.exp_, _aten.exp2, _aten.expm1, _aten.expm1_, _aten.tanh, _aten.tanh_})
+_ARGUMENT, _RESULT = 3 << 40, (3 << 40) + 1  # streams of random numbers, behind those of any seed's results
+_APPROXIMATE = _EXPONENTIALS | {_aten.div, _aten.div_, _aten.reciprocal, _aten.reciprocal_, _aten.erf}
 
 
 def _var_mean(x: Tensor, dim=None, *, correction=None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
@@ -95,7 +103,13 @@ def _var_mean(x: Tensor, dim=None, *, correction=None, keepdim: bool = False) ->
     return (squares / max(count - (1 if correction is None else correction), 0)).to(x.dtype), mean.to(x.dtype)
 
 
+def _sigmoid(x: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (1 / (1 + (-wide).exp())).clamp_max(1).to(x.dtype)
+
+
 _DECOMPOSED |= {
+    _aten.sigmoid.default: _sigmoid,
     _aten.var_mean.correction: _var_mean,
     _aten.var.correction: lambda *args, **options: _var_mean(*args, **options)[0],
     _aten.std.correction: lambda *args, **options: _var_mean(*args, **options)[0].sqrt(),
@@ -229,9 +243,12 @@ class _Random(_Arithmetic):
             if not floating or not all(floating):
                 return plain
         copies: dict[int, tuple[Tensor, Tensor]] = {}  # floating operands and their copies, by identity
+        op = func.overloadpacket
 
         def copied(value):
             copy = _wide(value)
+            if op in _EXPONENTIALS and isinstance(copy, Tensor):
+                copy = self._moved(copy, 0.5, _ARGUMENT)
             return copies.setdefault(id(value), (value, copy))[1] if isinstance(value, Tensor) else copy
 
         deviation = self._deviation(func, args, kwargs)
@@ -241,7 +258,7 @@ class _Random(_Arithmetic):
             return func(*args, **kwargs) if written else plain
         if written:
             for value in written:
-                value.copy_(self._rounded(copies[id(value)][1], value.dtype, deviation))
+                value.copy_(self._rounded(copies[id(value)][1], value.dtype, deviation, op in _APPROXIMATE))
             own = {id(copy): value for value, copy in copies.values()}
 
             def given(made):
@@ -251,12 +268,17 @@ class _Random(_Arithmetic):
             return _mapped(given, exact)
 
         def result(one, other):
-            return self._rounded(other, one.dtype, deviation) if isinstance(one, Tensor) else one
+            return self._rounded(other, one.dtype, deviation, op in _APPROXIMATE) if isinstance(one, Tensor) else one
 
         return _mapped(result, plain, exact)
 
-    def _rounded(self, value: Tensor, dtype: torch.dtype, deviation: Tensor | None) -> Tensor:
-        """Round a result to `dtype`, after adding what the roundings inside of a sum do to it."""
+    def _rounded(
+        self, value: Tensor, dtype: torch.dtype, deviation: Tensor | None, approximate: bool = False
+    ) -> Tensor:
+        """Round a result to `dtype`, after adding what the roundings inside of a sum or an instruction do to it."""
+        if approximate and dtype != torch.float64:
+            # what float32 has exactly, as exp(0), an instruction gives so
+            value = torch.where(value.float() == value, value, self._moved(value, 1.0, _RESULT))
         if deviation is not None:
             # NaN and infinity have no roundings, and must not reach the sums beside theirs
             value = value + deviation.nan_to_num(0.0, 0.0, 0.0) * self._normal(value)
@@ -265,6 +287,16 @@ class _Random(_Arithmetic):
         nearest = value.to(dtype)
         moved = (value + ulp(value, dtype) * (self._uniform(value, 0) - 0.5)).to(dtype)
         return torch.where((nearest == value) | ~value.isfinite(), nearest, moved)
+
+    def _moved(self, value: Tensor, last_bits: float, stream: int) -> Tensor:
+        """`value` and up to so many last bits of float32 more or less, but never past 0, 1 or -1."""
+        offset = ulp(value, torch.float32) * (last_bits * (2 * self._uniform(value, stream) - 1))
+        size = (value + offset).abs()
+        inside, outside = size.clamp_max(1), size.clamp_min(1)
+        moved = torch.where(value.abs() < 1, inside, outside).copysign(value)
+        # a number that is smaller than its last bit does not change its sign
+        moved = torch.where((value + offset).sign() * value.sign() < 0, 0.0, moved)
+        return torch.where(value.isfinite(), moved, value)
 
     def _normal(self, value: Tensor) -> Tensor:
         radius = (-2 * torch.log1p(-self._uniform(value, 1))).sqrt()

@@ -5,9 +5,9 @@
     UpdateSink     the optimizer's update straight from the factors of dW, which is never stored
 
 A sink is given to `step_inputs(weight_gradients=...)`. The experts of the forward pass announce their weights
-(`enter`), and in the backward pass, after a layer's dgrad, each hands over the factors of its dW (`take`). A
-weight that entered twice has two gradients to wait for, and a bias none that a kernel could update from: such
-take the compact form in every sink. What the optimizer does not train is dropped.
+(`enter`), and in the backward pass, after a layer's dgrad, each hands over the factors of its dW (`take`); behind it
+comes `settle`. A weight that entered twice has two gradients to wait for, and a bias none that a kernel could update
+from: such take the compact form in every sink. What the optimizer does not train is dropped.
 
 Deterministic. Source: our specification.
 """
@@ -63,6 +63,9 @@ class CompactSink:
             dw = dw if held is None else held.add_(dw)
         self.gradients[weight] = dw
 
+    def settle(self) -> None:
+        """The backward pass is over; raises NonFiniteError for what it did not wait for."""
+
 
 class FactorSink(CompactSink):
     """Keeps factors in `factors`, parameter -> list, one for each time a backward pass met the weight.
@@ -99,6 +102,9 @@ class UpdateSink(CompactSink):
 
     Factors that are not finite raise NonFiniteError, naming what was updated before; where their product
     could overflow, the gradient is stored for the caller to check.
+
+    On a GPU nobody waits for either answer: there such factors, and those of every weight after them, update nothing,
+    and `settle` raises the error once the backward pass is over. Of a product that could overflow it says so.
     """
 
     def __init__(self, optimizer: MaskedSGD | MaskedAdamW, gradients: dict[Tensor, Tensor], names: dict[Tensor, str]):
@@ -106,6 +112,8 @@ class UpdateSink(CompactSink):
         self.names = names
         self.updated: list[str] = []
         self._uses: dict[Tensor, int] = {}
+        self._unseen: list[tuple[Tensor, Tensor]] = []  # weights and their bounds, which are still on the device
+        self._sound: Tensor | None = None  # whether all of these bounds are fine
 
     def enter(self, weight: Tensor) -> None:
         self._uses[weight] = self._uses.get(weight, 0) + 1
@@ -114,22 +122,73 @@ class UpdateSink(CompactSink):
         if weight.dim() != 3 or self._uses.get(weight, 0) > 1 or self.optimizer.layout(weight) is None:
             super().take(weight, factors)
             return
-        if may_overflow(factors, self.names[weight], (*self.updated,)):
-            super().take(weight, factors)
+        bound = largest_sum(factors)
+        if self._waits(bound):
+            self.settle()  # of weights on a GPU beside some on the CPU: this one is updated only where those are sound
+            if may_overflow(float(bound), self.names[weight], (*self.updated,)):
+                super().take(weight, factors)
+                return
+            self.optimizer.update_from(weight, factors)
+            self.updated.append(self.names[weight])
             return
-        self.optimizer.update_from(weight, factors)
-        self.updated.append(self.names[weight])
+        sound = bound < _LARGEST
+        if self._sound is not None:
+            sound = sound & self._sound.to(sound.device, non_blocking=True)
+        self._sound = sound
+        self._unseen.append((weight, bound))
+        self.optimizer.update_from(weight, factors, where=sound)
+
+    def settle(self) -> None:
+        unseen, self._unseen, self._sound = self._unseen, [], None
+        for i, bound in enumerate(look([bound for _, bound in unseen])):
+            name = self.names[unseen[i][0]]
+            if not bound < _LARGEST:
+                for weight, _ in unseen[i:]:
+                    if "step" in self.optimizer.state.get(weight, {}):
+                        self.optimizer.state[weight]["step"] -= 1  # a step that wrote nothing
+                may_overflow(bound, name, (*self.updated,))
+                raise NonFiniteError(
+                    f"the gradient of {name} could overflow: stopped before its update", (*self.updated,)
+                )
+            self.updated.append(name)
+
+    def _waits(self, bound: Tensor) -> bool:
+        """Whether a bound is looked at before its update: where nothing has to be waited for."""
+        return bound.is_cpu
 
 
-def may_overflow(factors: Factors, name: str, updated: tuple[str, ...] = ()) -> bool:
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def may_overflow(bound: float, name: str, updated: tuple[str, ...] = ()) -> bool:
     """Whether the gradient of weight `name`, not to be stored, might not be finite though its factors are.
 
-    Raises NonFiniteError with `updated` if a factor is not.
+    `bound` is `largest_sum` of these. Raises NonFiniteError with `updated` if a factor is not finite.
     """
-    largest = _largest_sum(factors)
-    if not largest < float("inf"):
+    if not bound < float("inf"):
         raise NonFiniteError(f"the gradient of {name} is not finite: stopped before its update", updated)
-    return not largest < torch.finfo(torch.float32).max
+    return not bound < _LARGEST
+
+
+def largest_sum(factors: Factors) -> Tensor:
+    """A bound [] on every |dW|, float64 on their device; infinite or NaN if a factor is."""
+    offsets = factors.expert_offsets
+    rows = offsets[-1]
+    bound = offsets.diff().max().double()
+    for values, index in ((factors.grad, factors.grad_rows), (factors.input, factors.input_rows)):
+        if not values.numel():
+            return torch.zeros_like(bound)
+        # the infinity norm, many times as fast
+        low, high = values.aminmax() if index is not None else _extremes(values, rows)
+        bound = bound * torch.maximum(-low, high).double()
+    return torch.where(rows > 0, bound, 0)
+
+
+def look(values: Sequence[Tensor]) -> list[float]:
+    """Numbers [] of the device, all in one read: what a step waits for, it waits for here."""
+    if not values:
+        return []
+    return torch.stack([value.detach().double().to(values[0].device) for value in values]).tolist()
 
 
 def join(parts: Sequence[tuple[float, Factors]], experts: Tensor | None = None) -> tuple[Factors, Tensor]:
@@ -188,16 +247,15 @@ def inner_products(gradients: Sequence[Factors], experts: Tensor | None, mask: T
     return total
 
 
-def _largest_sum(factors: Factors) -> float:
-    """A bound on every |dW|, in float64; infinite or NaN if a factor is."""
-    offsets = factors.expert_offsets
-    rows = int(offsets[-1])
-    bound = (offsets[1:] - offsets[:-1]).max().double()
-    for values, index in ((factors.grad, factors.grad_rows), (factors.input, factors.input_rows)):
-        # rows behind the last expert belong to nobody and may hold anything
-        values = values[:rows] if index is None else values
-        if not values.numel():
-            return 0.0
-        low, high = values.aminmax()  # the infinity norm, many times as fast
-        bound = bound * torch.maximum(-low, high).double()
-    return float(bound)
+def _extremes(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest of the first `rows` rows; those behind belong to nobody and may hold anything."""
+    if values.is_cpu:  # the number is here
+        values = values[: int(rows)]
+        return values.aminmax() if len(values) else (values.new_zeros(()), values.new_zeros(()))
+    return _extremes_on_device(values, rows)
+
+
+def _extremes_on_device(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    owned = torch.arange(len(values), device=values.device) < rows
+    low, high = values.aminmax(dim=1)
+    return torch.where(owned, low, 0).amin(), torch.where(owned, high, 0).amax()

@@ -23,7 +23,8 @@ optimizer, which the fused one must equal.
 `guard: strict` knows every gradient, or its factors, before the first weight changes: whatever is not finite
 leaves the weights bitwise as they were. `guard: loss` checks the losses so; the gradients of the experts are
 checked layer by layer on the way, and a bad one stops the step with layers above it updated already. Then
-`restore()` is called, if there is one, to bring back the last checkpoint.
+`restore()` is called, if there is one, to bring back the last checkpoint. On a GPU it is the device that checks: from
+the bad layer on nothing is written, and the step says so when its backward pass is over.
 
 With a `process_group` each process is one of several ranks (`ranks`): every one calls the step with rows of its own
 and `prepare` with all rows; losses, and so what stops a step, are the mean over the ranks.
@@ -46,7 +47,7 @@ from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
 from moe_unlearn.plan import Plan, make_plan
 from moe_unlearn.preparation import Preparation, needed, prepare
 from moe_unlearn.ranks import Ranks, local
-from moe_unlearn.sinks import CompactSink, FactorSink, NonFiniteError, UpdateSink
+from moe_unlearn.sinks import CompactSink, FactorSink, NonFiniteError, UpdateSink, look
 from moe_unlearn.verify import Verifier
 
 
@@ -101,7 +102,7 @@ class UnlearnStep:
         self.optimizer = optimizer
         self._micro_batches: list[dict[str, float]] = []
         self._sizes_given = False
-        self.gradients = self._no_gradients()
+        self.gradients = Gradients(self.optimizer, self._trained(), self.masks)
         self._updated: list[str] = []
         self._measured = False  # whether the descent of MOLLM's objectives is measured in this step
         self._norm: float | None = None
@@ -171,16 +172,16 @@ class UnlearnStep:
         check_batch(forget_batch, "forget")
         check_batch(retain_batch, "retain")
         if not self._micro_batches:
-            self.gradients = self._no_gradients()
+            self.gradients = Gradients(self.optimizer, self._trained(), self.masks)
         whole = last and not self._micro_batches
         single_pass = whole and not self.obstacle
         sink = self._sink(whole, single_pass)
         try:
             # the backward pass belongs inside: a gradient checkpoint's recompute asks for the sink again
-            watch = self.verifier.watch(forget_batch, retain_batch, sizes)
-            with step_inputs(self.model, weight_gradients=sink), watch:
+            with step_inputs(self.model, weight_gradients=sink), self.verifier.watch(forget_batch, retain_batch, sizes):
                 values = self.objectives(forget_batch, retain_batch, joint=self.fused)
-                metrics = self.ranks.mean({f"{name}_loss": float(value.detach()) for name, value in values.items()})
+                read = zip(values, look(list(values.values())), strict=True)
+                metrics = self.ranks.mean({f"{name}_loss": value for name, value in read})
                 check_losses(self.recipe, metrics, self.steps)
                 self._sizes_given = sizes is not None
                 if self._sizes_given:
@@ -189,6 +190,8 @@ class UnlearnStep:
                     values = {name: v * share["forget" if name in _FORGET_SIDE else "retain"]
                               for name, v in values.items()}  # fmt: skip
                 self._backward(values)
+                if sink is not None:
+                    sink.settle()
         except NonFiniteError as error:
             raise self._stopped(error) from None
         except RetainBudgetError:
@@ -333,9 +336,6 @@ class UnlearnStep:
     def obstacle(self) -> str:
         """Why expert weights are not updated in the backward pass itself; empty if they are."""
         return paths.obstacle(self)
-
-    def _no_gradients(self) -> Gradients:
-        return Gradients(self.optimizer, self._trained(), self.masks)
 
     def _sink(self, whole: bool, single_pass: bool) -> CompactSink | None:
         if not self.fused:

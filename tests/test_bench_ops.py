@@ -138,6 +138,31 @@ def test_route_retain_weights_and_gram(monkeypatch):
     assert alike(factors[OURS](), factors[bench_gram.DENSE]())
 
 
+def test_implementations_of_ours_are_measured_side_by_side(monkeypatch):
+    """As CUDA and Triton on a GPU; one that is not there is a line that says why."""
+    monkeypatch.setitem(harness.SIDES, "cpu", ("cpu", "ref", "cuda"))
+    monkeypatch.setitem(bench_masked_update.SHAPES, "cpu", (2, 40, 64))
+    monkeypatch.setitem(bench_weight_score.SHAPES, "cpu", (2, 16, 64))
+    monkeypatch.setattr(bench_retain_weights, "TOKENS", 256)
+    both, seen = ("ours, cpu", "ours, ref"), set()
+    made = [bench_route.work(64, 8, 2, "cpu"), bench_expert_wgrad.work(TOY, 48, 0.5, "cpu")]
+    made += [bench_expert_wgrad.part_work(part, TOY, 48, 0.5, "cpu") for part in ("store", "score")]
+    made += [harness.built(case) for case in bench_masked_update.cases("cpu")[:6]]
+    made += [bench_retain_weights.work(part, 32, "cpu") for part in bench_retain_weights.PARTS]
+    made += [bench_weight_score.piece(part, "float32", "cpu") for part in bench_weight_score.PARTS]
+    made += [bench_weight_score.threshold("float32", "cpu")]
+    for work in made:
+        assert set(both) <= work.contenders.keys() and work.missing["ours, cuda"], work
+        results = [work.contenders[name]() for name in both]
+        if isinstance(results[0], torch.Tensor):
+            assert alike(*results)
+        seen.add(work.found["choice"][0] if "choice" in work.found else "")
+    parts = {"route", "expert_wgrad", "expert_wgrad.adamw", "expert_wgrad.score", "retain_weights",
+             "retain_weights.moments", "masked_update.sgd", "masked_update.adamw", "weight_score",
+             "weight_score.histogram", "weight_score.mask", ""}  # fmt: skip
+    assert seen == parts
+
+
 def test_the_step_s_rows_have_the_suite_s_form():
     (first, *_) = step_short.cases("cpu", toy=True)
     row = harness.run(first, "cpu", {})

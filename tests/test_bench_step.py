@@ -1,5 +1,8 @@
 """The benchmark of the whole step compares two ways of computing the same thing."""
 
+import functools
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -43,12 +46,44 @@ def test_contenders_make_the_same_update(objective, options):
         assert torch.equal(total == 0, other == 0) or ((total == 0) != (other == 0)).float().mean() < 1e-3, name
 
 
-def test_the_gpu_form_runs_and_says_what_it_left_out():
-    cases = bench_step.gpu_cases()[:1]
-    rows = bench_step.run_gpu(cases, "cpu", toy=True)
+@pytest.fixture
+def few_experts(monkeypatch):
+    build = functools.partial(step_models.build, num_experts=16, num_experts_per_tok=2)
+    monkeypatch.setattr(step_models, "build", build)
+
+
+def test_the_gpu_form_builds_each_model_once_and_says_what_it_left_out(few_experts):
+    few = ("ours", "ours, guard loss"), ("ours, compact",), ("ours", "dense")
+    cases = [replace(case, contenders=names) for case, names in zip(bench_step.gpu_cases()[:3], few, strict=True)]
+    models, seen = bench_step.Models("cpu", toy=True), []
+    rows = bench_step.run_gpu(cases, models, progress=lambda row: seen.append(list(row["milliseconds"])))
     assert [set(row["milliseconds"]) for row in rows] == [set(case.contenders) for case in cases]
-    assert "after 0 s" in bench_step.run_gpu(cases[:1], "cpu", toy=True, seconds=0)[0]["skipped"]
+    assert all(row["extra_mib"].keys() == row["milliseconds"].keys() for row in rows)
+    assert [case.geometry for case in cases] == ["Qwen3-30B-A3B", "Qwen3-30B-A3B", "OLMoE-1B-7B"] and models.built == 2
+    # what a case has so far is told after each contender
+    assert seen[:2] == [["ours"], ["ours", "ours, guard loss"]] and len(seen) == sum(len(c.contenders) for c in cases)
+    assert "after 0 s" in bench_step.run_gpu(cases[:1], models, seconds=0)[0]["skipped"]
     assert "speed-up over dense" in bench_step.table(rows)
+
+
+def test_the_gpu_s_first_case_trains_few_experts_under_a_mask():
+    first, second, third = bench_step.gpu_cases()[:3]
+    assert (first.geometry, first.share, first.keep, first.objective) == ("Qwen3-30B-A3B", 0.05, 0.5, "graddiff")
+    assert second.objective == "mollm" and second.keep == first.keep and third.experts is None
+
+
+def test_who_runs_out_of_memory_is_said_and_the_others_are_measured(monkeypatch, few_experts):
+    case = replace(bench_step.gpu_cases()[2], contenders=("ours", "dense"))
+    made = Bench.contender
+
+    def contender(bench, name):
+        if name == "dense":
+            raise torch.OutOfMemoryError("no room")
+        return made(bench, name)
+
+    monkeypatch.setattr(Bench, "contender", contender)
+    (row,) = bench_step.run_gpu([case], bench_step.Models("cpu", toy=True))
+    assert row["out_of_memory"] == ["dense"] and list(row["milliseconds"]) == ["ours"]
 
 
 @pytest.mark.quick

@@ -7,8 +7,9 @@ import tempfile
 
 import pytest
 
-from benchmarks import record, suite
+from benchmarks import record, stamp, suite
 from benchmarks.harness import Case
+from benchmarks.journal import Journal, read
 
 HEAD = {"stamp": {"device": "cpu", "commit": "0123456789ab"}, "fingerprint": {"device": "cpu"}, "kernels": "k",
         "time": "processor", "ceilings": {}}  # fmt: skip
@@ -136,12 +137,69 @@ def test_a_row_for_people_names_target_and_reason():
     assert "not measured: peer: its kernels need a GPU" in text
 
 
+@pytest.mark.quick
+def test_a_case_that_fails_keeps_where_it_failed():
+    def make():
+        raise ValueError("no such shape\nand more")
+
+    row = suite.measured(Case("op", "n", ("ours",), make), "cpu", {})
+    assert row["error"] == "ValueError: no such shape" and "in make" in row["trace"] and "and more" in row["trace"]
+
+
+@pytest.mark.quick
+def test_what_a_case_has_by_the_end_of_the_run_is_kept(run):
+    def ask(clock, title, left):
+        clock.now += left
+        error = suite.Broken(f"no end within {left:.0f} s")
+        error.row = {"op": "op", "name": "case 0", "milliseconds": {"ours": 1.0}}
+        raise error
+
+    (row,) = run(cases(1), ask, seconds=20)[0]["rows"]
+    assert row["milliseconds"] == {"ours": 1.0} and row["cut"] == "no end within 20 s" and "skipped" not in row
+    assert "not to its end" in suite.line(row) and "not to their end" in record.state_of([row])
+
+
+def test_a_run_can_be_lines_of_a_journal(tmp_path):
+    lines = record.Lines(Journal(tmp_path / "gpu-2-x.jsonl", "ops"), HEAD)
+    suite.conduct(cases(1, 1), functools.partial(takes(1), Clock()), lines, seconds=50, clock=Clock(), start=0.0,
+                  say=lambda line: None)  # fmt: skip
+    found = read(tmp_path / "gpu-2-x.jsonl")
+    assert [line["kind"] for line in found] == ["environment", "case", "case"]
+    assert found[0]["head"] == HEAD and [line["row"]["name"] for line in found[1:]] == ["case 0", "case 1"]
+    assert {line["stage"] for line in found} == {"ops"} and lines.finish() == record.COMPLETE
+
+
+@pytest.mark.quick
+def test_parts_and_tiers_are_chosen():
+    ops = suite.cases("cuda", part="ops", tiers=[0])
+    steps = suite.cases("cuda", part="steps")
+    assert {case.op for case in steps} == {"step"} and "step" not in {case.op for case in ops}
+    assert {case.tier for case in ops} == {0} and len(suite.cases("cuda", tiers=[1])) < len(suite.cases("cuda"))
+
+
+@pytest.mark.quick
+def test_cases_that_earlier_runs_of_these_kernels_measured_can_be_left_out(tmp_path, monkeypatch, capsys):
+    chosen = [case.title for case in suite.cases("cuda", part="steps")]
+    earlier = Journal(tmp_path / "gpu-2-a.jsonl", "steps")
+    earlier.write("stamp", stamp={"kernel_sources": stamp.kernel_sources_hash()})
+    for title, more in zip(chosen, ({"milliseconds": {"ours": 1}}, {"skipped": "no time"}), strict=False):
+        earlier.write("case", row={"op": "step", "name": title.partition(": ")[2], **more})
+    options = ["suite", "--device", "cuda", "--part", "steps", "--left", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*options, "--list"])
+    assert suite.main() == 0
+    listed = capsys.readouterr().out
+    assert chosen[0] not in listed and all(title in listed for title in chosen[1:])
+    monkeypatch.setattr("sys.argv", [*options, "--only", chosen[0]])
+    assert suite.main() == 0 and "all of it is measured" in capsys.readouterr().out
+
+
 WORKER = """
 import sys, time, os
 for line in sys.stdin:
     if "die" in line:
         print("the last words", file=sys.stderr); os._exit(3)
     if "hang" in line:
+        print('{"partial": {"op": "op", "name": "so far"}}', flush=True)
         time.sleep(60)
     print('{"op": "op", "name": "%s"}' % line.strip(), flush=True)
 """
@@ -154,10 +212,15 @@ def test_a_worker_that_dies_or_hangs_is_started_again():
             assert worker.ask("a", 30)["name"] == "a"
             first = worker.process.pid
             assert worker.ask("b", 30)["name"] == "b" and worker.process.pid == first
-            with pytest.raises(suite.Broken, match="status 3: the last words"):
+            with pytest.raises(suite.Broken, match="status 3: the last words") as died:
                 worker.ask("die", 30)
-            with pytest.raises(suite.Broken, match="no end within 1 s"):
+            assert died.value.trace.endswith("the last words\n")
+            with pytest.raises(suite.Broken, match="no end within 1 s") as hung:
                 worker.ask("hang", 1)
+            assert hung.value.row == {"op": "op", "name": "so far"}
+            with pytest.raises(suite.Broken) as dead:
+                worker.ask("die", 30)
+            assert dead.value.row is None
             assert worker.ask("c", 30)["name"] == "c"
         finally:
             worker.stop()

@@ -145,6 +145,14 @@ def test_verdicts(tmp_path):
     assert (tmp_path / "kernels" / "gram.py").read_text(encoding="utf-8") == "VALUE = 1\n"
 
 
+def test_no_kernel_is_imported_before_it_is_mutated():
+    program = "import sys, tests.triton_kernels.memory_cases; print([m for m in sys.modules if '.triton_kernels' in m])"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "['tests.triton_kernels', 'tests.triton_kernels.memory_cases']\n", done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_ten_mutants_die():
     """Other ones for every commit; what it prints says how to run the same again."""

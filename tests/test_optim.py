@@ -302,6 +302,44 @@ def test_a_wrapper_may_replace_the_parameters():
     assert not torch.equal(replaced[0][2], start[0][2])
 
 
+class Scanned(list):
+    """Parameters of a group that count how often they are walked through."""
+
+    walks = 0
+
+    def __iter__(self):
+        self.walks += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_parameter_is_found_without_a_walk_through_all(kind):
+    """Hundreds of weights are looked for in every step; a place that was true once is not trusted."""
+    params = parameters()
+    optimizer = kind([{"params": params[:1]}, {"params": params[1:]}])
+    masks = random_masks()
+    optimizer.set_masks(masks)
+    first, second = optimizer.param_groups
+    second["params"] = Scanned(second["params"])
+    optimizer.layout(params[-1])
+    walks = second["params"].walks
+    for _ in range(3):
+        for i, p in enumerate(params):
+            group, mask, parameter_id = optimizer._find(p)
+            assert group is (first, second)[i > 0] and mask is masks[i] and parameter_id == i
+    assert second["params"].walks == walks
+    second["params"][0], second["params"][2] = second["params"][2], second["params"][0]
+    assert optimizer._find(params[3])[2] == 1 and optimizer._find(params[1])[2] == 3
+    first["params"] = [torch.nn.Parameter(params[0].detach().clone()), params[0]]
+    first["masks"] = [masks[0], None]
+    assert optimizer._find(params[0])[1:] == (None, 1) and optimizer._find(params[3])[2] == 2
+    del second["params"][1:], second["masks"][1:]
+    assert optimizer._find(params[1]) is optimizer._find(torch.nn.Parameter(torch.ones(2))) is None
+    second["masks"].clear()
+    with pytest.raises(ValueError, match="a group has 1 parameters but 0 masks"):
+        optimizer.layout(params[3])
+
+
 @pytest.mark.quick
 def test_groups_and_copies():
     params = parameters()

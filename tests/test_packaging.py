@@ -32,7 +32,7 @@ def test_wheel_contents(tmp_path):
     assert "moe_unlearn/triton_kernels/__init__.py" in names
     assert "moe_unlearn/recipes/combined.yaml" in names and "moe_unlearn/recipes/models/olmoe-1b-7b.yaml" in names
     assert "moe_unlearn/integrations/open_unlearning/trainer/MoENPO.yaml" in names
-    assert "moe_unlearn/regress/ledger.json" in names
+    assert "moe_unlearn/regress/ledger.json" in names and "moe_unlearn/choices.json" in names
     assert "moe_unlearn/py.typed" in names
     assert "moe_unlearn/ops/route.py" in names
     tops = {n.split("/")[0] for n in names}

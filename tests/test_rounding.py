@@ -148,6 +148,20 @@ def test_runs_repeat_by_seed():
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
 
+def test_exponentials_stay_in_their_range():
+    """A probability of less than the smallest number is 0, not negative, and no tanh is above 1."""
+    x = torch.linspace(-300, 20, 4000)
+    for seed in range(4):
+        with arithmetic("random", seed):
+            pairs = torch.stack([torch.zeros(4000), x], 1)
+            p = torch.softmax(pairs, 1)
+            assert (x.exp() >= 0).all() and ((-x.abs()).exp() <= 1).all() and (p >= 0).all()
+            assert (x.tanh().abs() <= 1).all() and (torch.sigmoid(x) <= 1).all() and (torch.sigmoid(x) >= 0).all()
+            assert not (torch.full((9,), -1e-30) / 1e30 > 0).any()
+            wide = torch.ones(3) / torch.full((3,), 3.0, dtype=torch.float64)
+        assert torch.equal(wide, torch.full((3,), 1 / 3, dtype=torch.float64))
+
+
 def test_runs_of_one_computation_share_their_deviations():
     """Shared ones are those of the first run; other shapes at the same place get their own."""
 

@@ -1,8 +1,8 @@
 """The only home of tile sizes: pure functions of shape, dtype and architecture.
 
-`architecture` is the compute capability as one number: 80 (A100), 90 (H100, H200), 100 (B200). On the CPU, where
-kernels run in the interpreter, it is 90 unless MOE_UNLEARN_TRITON_ARCH says otherwise; the same variable lets a
-machine without a GPU compile for another one.
+`architecture` is the compute capability as one number: 80 (A100), 90 (H100, H200), 100 (B200). Others take the tiles of
+the nearest of these that fit (`tiles_of`). On the CPU, where kernels run in the interpreter, it is 90 unless
+MOE_UNLEARN_TRITON_ARCH says otherwise; the same variable lets a machine without a GPU compile for another one.
 """
 
 import os
@@ -24,6 +24,15 @@ def architecture(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def tiles_of(arch: int) -> int:
+    """Which of ARCHITECTURES has the tiles for `arch`.
+
+    GeForce and workstation Blackwell (120, 121) multiply by Ampere's instructions from 99 KB of shared memory, in
+    which Hopper's tiles do not fit; nor do they on Ada and the smaller Amperes (86, 89).
+    """
+    return 80 if arch >= 120 else max(known for known in ARCHITECTURES if known <= max(arch, 80))
 
 
 def num_programs(device: torch.device) -> int:
@@ -110,6 +119,21 @@ def weight_score(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     return WeightScore(block_words=32, num_warps=4, num_spans=min(8 * num_programs(device), MAX_SPANS))
 
 
+class ScoreBins(NamedTuple):
+    """A histogram in shared memory: mask words at a time, and programs that each add their bins to the result once."""
+
+    block_words: int
+    num_warps: int
+    programs: int
+
+
+def score_bins(device: torch.device) -> ScoreBins | None:
+    """For 2^15 bins, 128 KB, of which a thread holds the sums of 32; None where a block may not use that much."""
+    if tiles_of(architecture(device)) == 80 and architecture(device) not in (80, 87):
+        return None
+    return ScoreBins(block_words=128, num_warps=32, programs=num_programs(device))
+
+
 class MatmulTile(NamedTuple):
     """One tile of a grouped product: `rows` x `columns` of the output, `depth` of the inner dimension at a time."""
 
@@ -143,6 +167,7 @@ def expert_mlp(
 ) -> ExpertMLP:
     """pairs: gate and up alternate; aligned: descriptors can name both weights and the rows between them. On sm_90 each
     of two warp groups then multiplies 64 x 256; the gradient of the activation needs registers for its epilogue."""
+    arch = tiles_of(arch)
     rows = 128 if rows_per_expert > 64 else 64
 
     def tile(columns: int) -> MatmulTile:
@@ -190,6 +215,7 @@ def expert_wgrad(
     where the tiles do not fill the device twice and a part still has 1024 rows on average: fewer cost less than writing
     and reading partial sums.
     """
+    arch = tiles_of(arch)
     stages = 5 if gathered else 3  # row numbers are loaded two stages ahead: three blocks in flight either way
     if dtype == torch.float32:  # multiplied by ordinary instructions: operands must fit in registers
         tile = OuterTile(64, 64, 16, 8, 1, False, 4, stages, None)
@@ -231,8 +257,9 @@ def token_loss(
     num_rows: int, vocabulary: int, dtype: torch.dtype, arch: int, two_logits: bool, long_epilogue: bool, aligned: bool
 ) -> TokenLoss:
     """two_logits: kl, whose tiles hold the logits of the reference too; long_epilogue: a soft cap or a bias; aligned: a
-    descriptor can name the head. A row of dl/dz takes 32 KB, less beyond 16,384 rows: half a gigabyte then. A chunk of
-    16,384 columns spends 2 % of its time on the sums it adds to."""
+    descriptor can name the head. A row of dl/dz takes 32 KB, less beyond 16,384 rows: at most half a gigabyte then. A
+    chunk of 16,384 columns spends 2 % of its time on the sums it adds to."""
+    arch = tiles_of(arch)
     rows = 128 if num_rows > 64 else 64
 
     def tile(columns: int, described: bool) -> MatmulTile:
@@ -251,6 +278,8 @@ def token_loss(
     # many more programs than multiprocessors: some rows do not count, and theirs have nothing to do
     tiles_per_split = max(1, row_tiles * column_tiles // 8192)
     chunk = min(2**15 // dtype.itemsize, max(2**29 // (dtype.itemsize * num_rows), 1024))
+    # kernels are compiled for each chunk and number of splits: five of them are enough for any number of rows
+    chunk = 1 << (chunk.bit_length() - 1)
     chunk = -(-min(chunk, vocabulary) // logits.columns) * logits.columns
     return TokenLoss(logits, grad_hidden, grad_head, tiles_per_split, chunk, 256, max(chunk // 1024, 1), 32, 32)
 

@@ -7,9 +7,12 @@
 Scores live in registers only: a tile [BLOCK, 32] stands for BLOCK mask words. Every operation is IEEE and none can be
 contracted, so the bits are those of the reference.
 
-The histogram adds integers to global memory, which gives the same counts in any order. Shared memory cannot be
-addressed from here, and `tl.histogram` costs each element as many instructions as there are bins. Zeros are summed
-tile by tile first: experts that no forget row reached score exactly zero, and would queue for one address.
+The histogram adds integers, which gives the same counts in any order. Of digit 0 each program counts in shared memory,
+2^15 bins since the sign is gone, and adds each bin to global memory once. That is `tl.histogram` from Triton 3.9 on;
+3.6 votes on every bit of every element, some 4000 instructions an element for so many bins. There, where 128 KB are too
+much, for rows that are no whole words side by side, and for digit 1, which few elements have, each element is added to
+global memory. Zeros are then summed tile by tile first: experts that no forget row reached score exactly zero, and
+would queue for one address.
 
 The mask needs the number of equal elements before each element in flat order. At most `configs.MAX_SPANS` programs
 each own a contiguous span of words; the first launch counts the equals of every span (workspace: 8 bytes a span), in
@@ -27,6 +30,8 @@ from moe_unlearn.triton_kernels import configs
 from moe_unlearn.triton_kernels.common import as_slices, word_elements
 
 _BINS = 1 << 16
+# from the version on that is known to count in shared memory
+_SHARED_BINS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 @triton.jit
@@ -86,6 +91,24 @@ def _histogram_kernel(
     tl.atomic_add(counts, zeros.to(tl.int64), mask=zeros > 0, sem="relaxed")
     one = tl.full(digit.shape, 1, tl.int64)
     tl.atomic_add(counts + digit, one, mask=exists & (digit != 0), sem="relaxed")
+
+
+@triton.jit
+def _bins_kernel(
+    counts, weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, rows, columns, num_words,
+    BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Digit 0 of every num_programs-th tile, counted here and added to `counts` at the end."""
+    count = tl.zeros((BINS,), tl.int32)
+    for block in range(tl.program_id(0), tl.cdiv(num_words, BLOCK), tl.num_programs(0)):
+        index, row, at, exists = _place(block, rows, columns, num_words, BLOCK)
+        score = _score(
+            weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, index, row, at, exists
+        )
+        digit = tl.reshape(_magnitude(score) >> 16, (BLOCK * 32,))
+        count += tl.histogram(digit, BINS, mask=tl.reshape(exists, (BLOCK * 32,)))
+    bin = tl.arange(0, BINS)
+    tl.atomic_add(counts + bin, count.to(tl.int64), mask=count > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -159,9 +182,20 @@ def score_histogram(
 ) -> torch.Tensor:
     """int64 [65536]: counts of the high 16 bits of |S| (digit 0), or of the low ones behind `prefix` (digit 1)."""
     counts = torch.zeros(_BINS, dtype=torch.int64, device=weight.device)
-    if weight.numel():
+    if not weight.numel():
+        return counts
+    tensors, strides, sizes = _sliced(weight, grad_forget, grad_retain)
+    # whole words side by side: addresses of others take the registers that hold the sums
+    plain = sizes[1] % 32 == 0 and all(stride[2] == 1 for stride in strides)
+    bins = configs.score_bins(weight.device) if _SHARED_BINS and digit == 0 and plain else None
+    if bins is not None:
+        grid = (min(bins.programs, triton.cdiv(sizes[-1], bins.block_words)),)
+        _bins_kernel[grid](
+            counts, *tensors, *strides, gamma, *sizes, BINS=_BINS // 2, BLOCK=bins.block_words,
+            num_warps=bins.num_warps,
+        )  # fmt: skip
+    else:
         config = configs.weight_score(tuple(weight.shape), weight.dtype, weight.device)
-        tensors, strides, sizes = _sliced(weight, grad_forget, grad_retain)
         grid = (triton.cdiv(sizes[-1], config.block_words),)
         _histogram_kernel[grid](
             counts, *tensors, *strides, gamma, prefix, *sizes, DIGIT=digit, BLOCK=config.block_words,

@@ -1,8 +1,9 @@
 // What the expert layer's kernels share: matrix products by torch's own mm (oneDNN, MKL) on memory as it lies,
 // rows gathered into small buffers, and work shared out by cost.
 //
-// A product runs in one thread, inside a region that torch's threads share: then its bits do not depend on their
-// number, and the work between the products is parallel too.
+// A product runs in one thread, inside a region that torch's threads share: the work is shared out alike for any number
+// of them, and what is between the products is parallel too. The bits of a product are the library's all the same: they
+// may change with the number of threads, the processor and where the operands lie in memory.
 
 #pragma once
 

@@ -10,7 +10,7 @@ namespace moe_unlearn {
 inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   StableIValue stack[] = {from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);  // the result's handle is ours to close
 }
 
@@ -25,8 +25,8 @@ inline Tensor corner(Tensor& tensor, int64_t rows, int64_t columns) {
 inline Tensor transposed(const Tensor& tensor) { return torch::stable::transpose(tensor, 0, 1); }
 
 /// f(first, last) for each thread's part of the tasks, each of which holds products. As many parts as threads even
-/// where there are fewer tasks: only inside a region that threads share does a product run in one thread, so that
-/// its bits do not depend on their number.
+/// where there are fewer tasks: only inside a region that threads share does a product run in one thread, so that the
+/// work is shared out alike for any number of them. What bits a product has is the library's affair.
 template <class F>
 void parallel_products(int64_t tasks, const F& f) {
   parallel(std::max<int64_t>(tasks, torch::stable::get_num_threads()), 1, [&](int64_t first, int64_t last) {

@@ -9,6 +9,8 @@ parameter id), each a pair of 32-bit words, low word first; output word 0 belong
 flat index. The same bits come out whatever the backend, the device or the number of threads.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,18 @@ def unpack_bits(words: Tensor, n: int) -> Tensor:
         )
     bits = (words.unsqueeze(-1) >> torch.arange(WORD_BITS, device=words.device, dtype=torch.int32)) & 1
     return bits.flatten(-2)[..., :n].to(torch.bool)
+
+
+def keep_where(condition: Tensor, mask: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """The mask of weights [..., n] where `condition` [] holds, else one without a bit; no `mask` keeps all of them.
+
+    The condition may be known to the device alone. Without a mask all rows of the result are one in memory.
+    """
+    if mask is not None:
+        return torch.where(condition, mask, 0)
+    whole = shape[-1] % WORD_BITS == 0
+    row = -condition.int().view(1) if whole else pack_bits(condition.expand(shape[-1]))
+    return row.expand(*shape[:-1], num_words(shape[-1]))
 
 
 def philox(index: Tensor, step: int, seed: int, parameter_id: int) -> Tensor:

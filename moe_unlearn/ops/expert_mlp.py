@@ -76,7 +76,7 @@ def expert_mlp(
     double backward.
     """
     device = hidden_states.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # of meta that is an error
         narrow = [_autocast(t) for t in (hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias)]
         if sink is not None:
             own = dict(zip(narrow[1:], (gate_up_proj, down_proj, gate_up_bias, down_bias), strict=True))
@@ -233,10 +233,10 @@ def _(grad_out, x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj
     (num_tokens, top_k), num_rows = weights.shape, z.shape[0]
     width = down_proj.shape[1 if transposed else 2]
     return (
-        x.new_empty(num_tokens * needs[0], x.shape[1]),
-        weights.new_empty(num_tokens * needs[1], top_k),
-        z.new_empty(num_rows * needs[2], z.shape[1]),
-        z.new_empty(num_rows * needs[3], width),
+        x.new_empty(num_tokens if needs[0] else 0, x.shape[1]),
+        weights.new_empty(num_tokens if needs[1] else 0, top_k),
+        z.new_empty(num_rows if needs[2] else 0, z.shape[1]),
+        z.new_empty(num_rows if needs[3] else 0, width),
     )
 
 

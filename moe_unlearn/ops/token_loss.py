@@ -153,7 +153,7 @@ def _token_loss(
 def _kept(hidden: Tensor, impl: str, keep: bool) -> str:
     """The part that keeps dl/dh, if the implementation chosen has it."""
     chosen = backend.choose("token_loss", impl, hidden.device.type, hidden.dtype) if keep else None
-    return _KEPT if chosen in backend.available(_KEPT, hidden.device.type) else ""
+    return _KEPT if backend.has(_KEPT, chosen, hidden.device.type) else ""
 
 
 @_token_loss.register_fake

@@ -37,9 +37,14 @@ def capability(architecture: str) -> int:
     return int(match[1])
 
 
+def shared_bytes(capability: int) -> int:
+    """How much shared memory a block may use."""
+    return _SHARED_KB[capability] * 1024
+
+
 def failures(arch: str, entries: Entries) -> list[str]:
     """What cannot run at all: no binary, or more shared memory than there is."""
-    found, limit = [], _SHARED_KB[capability(arch)] * 1024
+    found, limit = [], shared_bytes(capability(arch))
     for name, entry in entries.items():
         if "error" in entry:
             found.append(f"{_where(arch, name, entry)}: does not compile: {entry['error']}")

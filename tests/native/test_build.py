@@ -116,6 +116,75 @@ def test_nothing_is_built_on_request_and_an_unknown_request_is_named(copy):
     assert code == 1 and "MOE_UNLEARN_BUILD must be 0, cpu or cuda; got 'gpu'" in output
 
 
+AS_WITH_CUDA = """
+import os, runpy, sys
+import torch
+from torch.utils import cpp_extension
+
+def cuda_extension(name, sources, extra_compile_args, **options):
+    assert sources and extra_compile_args["nvcc"], "a build of kernels"
+    flags = extra_compile_args["cxx"]
+    return cpp_extension.CppExtension(name, ["csrc/registration.cpp"], extra_compile_args=flags, **options)
+
+torch.version.cuda = "13.0"
+cpp_extension.CUDAExtension = cuda_extension
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+print("CUDA_HOME", os.environ["CUDA_HOME"])
+"""
+
+
+def build_as_with_cuda(folder, **environment):
+    """Run setup.py as a torch with CUDA would, with C++ in the kernels' place and one empty source of it."""
+    (folder / "csrc" / "registration.cpp").write_text("int nothing;\n", encoding="utf-8")
+    for path in (folder / "csrc" / "cpu").glob("*.cpp"):
+        path.unlink()
+    environment = os.environ | {"MOE_UNLEARN_BUILD": "cuda", "CUDA_HOME": "", "CUDA_PATH": ""} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", AS_WITH_CUDA], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """A folder of CUDA, and on the PATH a script that calls the nvcc in it."""
+    home = tmp_path / "toolkit"
+    (home / "include").mkdir(parents=True)
+    (home / "include" / "cuda_runtime.h").touch()
+    script = tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\necho '#$ _HERE_=there' >&2\necho '#$ TOP={home}/bin/..' >&2\n", encoding="utf-8")
+    script.chmod(0o755)
+    (home / "bin").mkdir()
+    return home, os.pathsep.join([str(script.parent), os.environ["PATH"]])
+
+
+@pytest.mark.slow
+def test_both_libraries_are_built_with_the_toolkit_that_nvcc_names(copy, toolkit):
+    home, path = toolkit
+    code, output = build_as_with_cuda(copy, PATH=path)
+    assert code == 0, output
+    assert [line.rpartition(" library ")[2] for line in said(output)] == ["cpu: built", "cuda: built"]
+    assert f"CUDA_HOME {home}" in output
+    assert {p.name for p in (copy / "moe_unlearn").glob("*.so")} == {"_C_cpu.abi3.so", "_C_cuda.abi3.so"}
+
+
+@pytest.mark.slow
+def test_a_folder_without_the_headers_of_cuda_is_named_before_anything_is_compiled(copy, toolkit):
+    _, path = toolkit
+    code, output = build_as_with_cuda(copy, PATH=path, CUDA_HOME=str(copy))
+    assert code != 0 and "cuda not built: no include/cuda_runtime.h where CUDA_HOME or nvcc points" in output
+    assert not list(copy.rglob("_C_*.so"))
+
+
+@pytest.mark.quick
+def test_no_source_needs_headers_newer_than_the_oldest_torch():
+    """The macro came after torch 2.11; `make gpu-rehearsal` compiles against an older torch."""
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert "STABLE_TORCH_ERROR_CODE_CHECK" not in path.read_text(encoding="utf-8"), path
+
+
 @pytest.mark.slow
 def test_an_isolated_build_says_how_to_build(copy):
     """An isolated build has setuptools but no torch: -S leaves out site-packages."""
@@ -137,7 +206,8 @@ def test_an_isolated_build_says_how_to_build(copy):
 @pytest.mark.slow
 @pytest.mark.parametrize("reason", ["no compiler", "broken source"])
 def test_a_failing_build_says_one_line_and_leaves_the_package_usable(copy, reason):
-    environment = {"MOE_UNLEARN_BUILD": ""}
+    # without CUDA, also where torch has it: kernels take a minute
+    environment = {"MOE_UNLEARN_BUILD": "", "CUDA_HOME": str(copy)}
     expected = "cpu: not built: no C++ compiler"
     if reason == "no compiler":
         environment["CXX"] = "there-is-no-such-compiler"

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_unlearn.ops.bits import num_words, pack_bits, philox, round_stochastic, unpack_bits
+from moe_unlearn.ops.bits import keep_where, num_words, pack_bits, philox, round_stochastic, unpack_bits
 
 pytestmark = pytest.mark.quick
 
@@ -33,6 +33,17 @@ def test_layout_bit_by_bit():
         assert words.ne(0).sum() == 1
     assert pack_bits(torch.ones(34, dtype=torch.bool)).tolist() == [-1, 3]
     assert pack_bits(torch.tensor(True)).tolist() == [1]
+
+
+@pytest.mark.parametrize("holds", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 64), (2, 70), (31,)], ids=str)
+def test_a_condition_keeps_a_mask_or_nothing(shape, holds):
+    condition, mask = torch.tensor(holds), random_mask(*shape)
+    for own, expected in ((None, torch.ones(shape, dtype=torch.bool)), (pack_bits(mask), mask)):
+        words = keep_where(condition, own, shape)
+        assert words.dtype == torch.int32
+        assert torch.equal(words, pack_bits(expected & holds)), "no padding bit is set either"
+    assert keep_where(condition, None, (8, 1024, 64)).untyped_storage().nbytes() <= 8
 
 
 def test_padding_bits_are_zero_and_ignored():

@@ -10,7 +10,7 @@ from moe_unlearn.ops.masked_update import masked_adamw_, masked_adamw_ref, maske
 from moe_unlearn.testing import LAYOUTS, assert_as_accurate, check_against_ref, in_layout, poison
 
 # Triton's are in tests/triton_kernels: the square root of torch on the CPU is one ulp off IEEE's now and then
-IMPLS = [impl for impl in ("ref", "cpu") if impl in backend.available("masked_update.adamw", "cpu")]
+IMPLS = [impl for impl in ("ref", "cpu") if backend.has("masked_update.adamw", impl, "cpu")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SGD = {
     "plain": {},

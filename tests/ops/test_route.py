@@ -10,7 +10,7 @@ from moe_unlearn.ops.route import _route
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, in_layout, integers, poison, routing
 
 pytestmark = pytest.mark.quick
-IMPLS = [impl for impl in ("ref", "cpu") if impl in backend.available("route", "cpu")]
+IMPLS = [impl for impl in ("ref", "cpu") if backend.has("route", impl, "cpu")]
 SIZES = [(0, 4, 2), (1, 2, 1), (1, 8, 1), (7, 3, 3), (64, 8, 2), (257, 33, 5)]
 
 

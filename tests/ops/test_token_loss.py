@@ -12,7 +12,7 @@ from moe_unlearn.testing import LAYOUTS, check_against_ref, in_layout, integers,
 
 # the package re-exports the function under the name of its module
 module = importlib.import_module("moe_unlearn.ops.token_loss")
-IMPLS = [impl for impl in ("ref", "cpu") if impl in backend.available("token_loss", "cpu")]
+IMPLS = [impl for impl in ("ref", "cpu") if backend.has("token_loss", impl, "cpu")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEAD_OPTIONS = [{"logit_scale": 0.25}, {"logit_softcap": 2.0}, {"logit_scale": 3.0, "logit_softcap": 5.0}]
 GRADIENTS = ("hidden_states", "lm_head", "bias", "token_weights")

@@ -334,7 +334,7 @@ for _pattern in ("skewed", "half_empty", "sentinels", "all_sentinels"):
 
 # -------------------------------------------------------------------------------------------------- weight_score
 
-for _shape in [(3, 5, 7), (1,), (3, 70), (2, 3, 1100)]:
+for _shape in [(3, 5, 7), (1,), (3, 70), (5, 96), (2, 3, 1100)]:
     _what = "x".join(map(str, _shape))
 
     def _score_case(op, shape, dtype, **options):

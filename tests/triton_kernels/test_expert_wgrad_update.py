@@ -7,7 +7,7 @@ test_masked_update.py the reference runs on the CPU.
 import pytest
 import torch
 
-from moe_unlearn.ops.bits import unpack_bits
+from moe_unlearn.ops.bits import keep_where, unpack_bits
 from moe_unlearn.ops.expert_wgrad import expert_wgrad_adamw_, expert_wgrad_ref, expert_wgrad_sgd_
 from moe_unlearn.testing import LAYOUTS, in_layout
 from tests.ops.test_masked_update import adamw, randn, same_bits, sgd
@@ -176,3 +176,20 @@ def test_compile(device, small_tiles):  # noqa: F811
     torch.compile(step, fullgraph=True, backend="aot_eager")(weights[0], *states[0])
     step(weights[1], *states[1])
     assert torch.equal(*weights) and all(map(torch.equal, *states))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("rule", ["adamw decay", "sgd nesterov"])
+def test_a_condition_that_the_device_knows(device, small_tiles, rule, masked):  # noqa: F811
+    """The update as it is where the condition holds; where not, not a bit is written."""
+    function, made, common = prepared("bf16 fp32 state stochastic", rule, masked=masked)
+    shape = common["grad"].shape
+    for holds in (True, False):
+        kept = keep_where(torch.tensor(holds), common["mask"], shape)
+        actual = check(function, made, common | {"mask": kept}, device)
+        if holds:
+            assert_same((epilogue(function, made, common, device), actual))
+        else:
+            names = ("param", *STATE[function], "master")
+            assert all(same_bits(a, common[k]) for a, k in zip(actual, names, strict=True) if a is not None)

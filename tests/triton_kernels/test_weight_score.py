@@ -11,6 +11,7 @@ from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.ops.weight_score import BINS
 from moe_unlearn.testing import LAYOUTS, in_layout, integers, poison
 from moe_unlearn.triton_kernels import configs
+from moe_unlearn.triton_kernels import weight_score as weight_score_kernels
 from tests.ops.test_weight_score import SHAPES, bits_of, terms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -20,8 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 
 @pytest.fixture
 def small_spans(monkeypatch):
-    """Two words a tile and five spans: a few dozen words cross every boundary there is."""
+    """Two words a tile, five spans and three programs: a few dozen words cross every boundary there is."""
     monkeypatch.setattr(configs, "weight_score", lambda *_: configs.WeightScore(2, 4, 5))
+    monkeypatch.setattr(configs, "score_bins", lambda device: configs.ScoreBins(2, 4, 3))
 
 
 def both(function, given, device, **options):
@@ -87,7 +89,7 @@ def test_every_layout(shape, layout, device):
 
 
 @pytest.mark.parametrize(
-    "shape", [pytest.param((5, 70), marks=pytest.mark.quick), (2, 2, 100), (500,), (21, 3)], ids=str
+    "shape", [pytest.param((5, 70), marks=pytest.mark.quick), (2, 2, 100), (500,), (21, 3), (3, 7, 96)], ids=str
 )
 def test_tiles_and_spans_change_no_bit(shape, small_spans, device):
     """Integers: many ties; the count cuts inside words, at tile and at span boundaries."""
@@ -112,6 +114,42 @@ def test_one_value_everywhere(value, small_spans, device):
     check_everything(given, device, gamma=1.0)
     high = score_histogram(*(t.to(device) for t in given), gamma=1.0, digit=0, impl="triton")
     assert int(high.max()) == 630 and int(high.sum()) == 630
+
+
+class Launches:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.count = kernel, 0
+
+    def __getitem__(self, grid):
+        self.count += 1
+        return self.kernel[grid]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("shape,layout,arch,bins", [
+    ((3, 5, 64), "contiguous", 90, True), ((1, 32), "sliced", 80, True), ((7, 96), "contiguous", 87, True),
+    ((3, 5, 64), "contiguous", 120, False), ((5, 64), "contiguous", 89, False), ((5, 64), "strided", 90, False),
+    ((5, 40), "contiguous", 90, False),
+])  # fmt: skip
+def test_where_a_program_counts_for_itself(shape, layout, arch, bins, device, monkeypatch):
+    """Whole words side by side, where a block has 128 KB; the counts are the same either way."""
+    monkeypatch.setenv("MOE_UNLEARN_TRITON_ARCH", str(arch))
+    monkeypatch.setattr(weight_score_kernels, "_SHARED_BINS", True)
+    chosen = configs.score_bins
+    small = configs.ScoreBins(2, 4, 3)
+    monkeypatch.setattr(configs, "score_bins", lambda device: chosen(device) and small)
+    launches = Launches(weight_score_kernels._bins_kernel)
+    monkeypatch.setattr(weight_score_kernels, "_bins_kernel", launches)
+    given = [in_layout(t, layout) for t in terms(shape)]
+    assert_same(both(score_histogram, given, device, gamma=0.7, digit=0))
+    assert launches.count == bins
+    assert_same(both(score_histogram, given, device, gamma=0.7, digit=1, prefix=0x3E00))
+    assert launches.count == bins
+    monkeypatch.setattr(weight_score_kernels, "_SHARED_BINS", False)
+    assert_same(both(score_histogram, given, device, gamma=0.7, digit=0))
+    assert launches.count == bins
 
 
 @pytest.mark.quick

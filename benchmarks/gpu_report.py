@@ -1,0 +1,177 @@
+"""Tables of what came back from a GPU: make gpu-report DIR=<folder with the runs>
+
+Merges the runs below a folder (`journal`) that measured the kernels of the newest one on the same device: of a test or
+case that several have, the newest counts. Written are, under benchmarks/results/<device>/, correctness.json and one
+record as the suite's (<date>-<commit>.json); moe_unlearn/choices.json, which says which implementation `auto` takes
+first, where that differs; and README's tables. Exit status as of `tests.gpu_run`: 0 all passed, 1 something failed,
+3 something was not run; 2 where there is nothing to report.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import gpu_summary, journal, readme, record, stamp
+from benchmarks.gpu_summary import Finding
+from benchmarks.journal import of_kind
+from moe_unlearn import choices
+
+# an implementation must be faster by so much to take another's place
+MARGIN = 1.03
+CONTENDERS = {"triton": "ours, triton", "cuda": "ours, cuda"}
+
+
+def chosen(folder: Path) -> tuple[dict[str, list[dict]], list[str]]:
+    """(the runs to merge, why others are left out); no run is merged without a stamp."""
+    runs, kept, left = journal.runs(folder), {}, []
+    stamps = {name: _stamp(lines) for name, lines in runs.items()}
+    stamped = [found for found in stamps.values() if found is not None]
+    for name, lines in runs.items():
+        found = stamps[name]
+        if found is None:
+            left.append(f"{name}: it ended before it knew its device")
+        elif any(found[key] != stamped[-1][key] for key in ("device", "kernel_sources")):
+            left.append(f"{name}: another device or other kernels than the newest run's")
+        else:
+            kept[name] = lines
+    return kept, left
+
+
+def _stamp(lines: Sequence[Mapping]) -> dict | None:
+    return next((line["stamp"] for line in of_kind(lines, "stamp")), None)
+
+
+def completed(found: Mapping, root: Path = stamp.ROOT) -> dict:
+    """A stamp with the commit where the machine had no history: that of this checkout, if it has the same kernels."""
+    if found["commit"] is None and found["kernel_sources"] == stamp.kernel_sources_hash(root):
+        here = stamp.stamp()
+        return {**found, **{key: here[key] for key in ("commit", "uncommitted_changes")}}
+    return dict(found)
+
+
+def recorded(runs: Mapping[str, list[dict]], where: Mapping) -> dict | None:
+    """The runs' measurements in the form of the suite's record; None where nothing was measured."""
+    heads = [line["head"] for lines in runs.values() for line in of_kind(lines, "environment")]
+    rows = gpu_summary.cases(list(runs.values()))
+    if not heads or not rows:
+        return None
+    ends = [line for lines in runs.values() for line in of_kind(lines, "stage") if line["state"] == "ended"]
+    seconds = sum(line["seconds"] for line in ends)
+    measuring = {line["stage"] for lines in runs.values() for line in of_kind(lines, "case")}
+    stages = gpu_summary.stages(list(runs.values()))
+    unfinished = sorted(name for name in measuring if not stages.get(name) or stages[name]["cut"])
+    state = record.state_of(rows)
+    if unfinished and state == record.COMPLETE:
+        state = f"partial: stopped in {', '.join(unfinished)}"
+    return {**heads[0], "stamp": dict(where), "runs": sorted(runs), "state": state, "seconds": round(seconds, 1),
+            "rows": rows}  # fmt: skip
+
+
+def path_of(content: Mapping, results: Path) -> Path:
+    """Where a record goes: over one that was made of some of the same runs, else beside all others."""
+    folder = results / stamp.folder_of(content["stamp"]["device"])
+    for path in sorted(folder.glob("*-*.json")):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(known, dict) and set(known.get("runs", ())) & set(content["runs"]):
+            return path
+    date = datetime.date.fromtimestamp(content["started"]).isoformat()
+    return record.new_path(content["stamp"]["device"], content["stamp"]["commit"], date, results)
+
+
+def choice(rows: Iterable[Mapping], before: Mapping[str, list[dict]]) -> dict[str, list[dict]]:
+    """choices.json's entries for a GPU: which of CUDA and Triton was faster, by kernel and number of elements.
+
+    Rows of one size are taken together, by their geometric mean. Between sizes with different winners the limit is
+    half-way, in factors; where neither is faster by MARGIN, what is taken now stays. Kernels without rows stay too.
+    """
+    logs: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        times = row.get("milliseconds", {})
+        if "choice" in row and all(name in times for name in CONTENDERS.values()):
+            name, elements = row["choice"]
+            ratio = math.log(times[CONTENDERS["triton"]] / times[CONTENDERS["cuda"]])
+            logs.setdefault(name, {}).setdefault(elements, []).append(ratio)
+    found = dict(before)
+    for name, sizes in logs.items():
+        entries, previous = [], None
+        for elements, ratios in sorted(sizes.items()):
+            mean = math.exp(sum(ratios) / len(ratios))
+            winner = "cuda" if mean > MARGIN else "triton" if mean < 1 / MARGIN else _now(before, name, elements)
+            if not entries:
+                entries.append({"elements": 0, "first": winner})
+            elif winner != entries[-1]["first"]:
+                entries.append({"elements": round(math.sqrt(previous * elements)), "first": winner})
+            previous = elements
+        found[name] = entries
+    return dict(sorted(found.items()))
+
+
+def _now(before: Mapping[str, list[dict]], name: str, elements: int) -> str:
+    own = [entry["first"] for entry in before.get(name, ()) if entry["elements"] <= elements]
+    return own[-1] if own else "cuda"  # the order of `backend`
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def choices_text(content: Mapping) -> str:
+    """choices.json, a line for each kernel."""
+    kernels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(es)}" for name, es in content["cuda"].items())
+    return f'{{\n  "measured": {json.dumps(content["measured"])},\n  "cuda": {{\n{kernels}\n  }}\n}}'
+
+
+def report(
+    folder: Path, *, results: Path = stamp.RESULTS, choices_file: Path = choices.FILE
+) -> tuple[list[str], list[Finding]] | None:
+    """Write all that the runs below a folder give; returns lines about it and what is no pass, None for nothing."""
+    runs, left = chosen(folder)
+    if not runs:
+        return None
+    where, all_lines = completed(_stamp(list(runs.values())[-1])), list(runs.values())
+    lines = [gpu_summary.table(all_lines), *(f"left out: {why}" for why in left)]
+    if gpu_summary.tests(all_lines):
+        found = {"stamp": where, "runs": sorted(runs)}
+        found |= gpu_summary.correctness(all_lines)
+        path = results / stamp.folder_of(where["device"]) / "correctness.json"
+        write(path, json.dumps(found, indent=1))
+        lines.append(f"{path}")
+    content = recorded(runs, where)
+    if content is not None:
+        path = path_of(content, results)
+        write(path, json.dumps(content, indent=1))
+        lines.append(f"{path}: {content['state']}")
+        before = json.loads(choices_file.read_text(encoding="utf-8"))
+        entries = choice(content["rows"], before["cuda"])
+        if entries != before["cuda"]:
+            measured = {key: where[key] for key in ("device", "commit", "kernel_sources")}
+            write(choices_file, choices_text({"measured": measured, "cuda": entries}))
+            lines.append(f"{choices_file}")
+    return lines, gpu_summary.findings(all_lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the runs lie")
+    options = parser.parse_args(arguments)
+    made = report(options.folder)
+    if made is None:
+        print(f"no run of a GPU that knew its device lies below {options.folder}", file=sys.stderr)
+        return 2
+    lines, found = made
+    print(*lines, *found, sep="\n")
+    readme.main()
+    return gpu_summary.status_of(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

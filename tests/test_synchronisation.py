@@ -1,0 +1,308 @@
+"""A fused step never waits for the device but where it says so: in `sinks.look`, and where a preparation is new.
+
+On a CPU two checks stand in for a GPU's: a dispatch mode sees every operation that would wait there, in a step that
+takes a GPU's way, and a walk over the sources sees every call that could.
+"""
+
+import ast
+import collections
+import copy
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_unlearn import losses, sinks
+from moe_unlearn.ops import bits
+from moe_unlearn.ops.expert_wgrad import Factors
+from moe_unlearn.optim import MaskedAdamW, MaskedSGD
+from moe_unlearn.sinks import NonFiniteError, UpdateSink, largest_sum
+from moe_unlearn.step import UnlearnStep
+from tests.models import tiny_olmoe
+from tests.static.ledger import ROOT
+from tests.steps import VOCAB, changed, data, prepared, recipe, weights
+
+pytestmark = pytest.mark.quick
+_aten = torch.ops.aten
+WAITING = {_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten._unique2, _aten.equal, _aten.is_nonzero}
+
+
+class Watch(TorchDispatchMode):
+    """Counts what would wait for a GPU, by the function of ours that asks for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = func.overloadpacket in (_aten.index, _aten.index_put_) and any(
+            v is not None and v.dtype == torch.bool for v in args[1]
+        )
+        if func.overloadpacket in WAITING or masks:
+            frame = sys._getframe(1)
+            while frame and not frame.f_code.co_filename.startswith(str(ROOT / "moe_unlearn")):
+                frame = frame.f_back
+            self.found[frame.f_code.co_qualname if frame else "elsewhere"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return tiny_olmoe(vocab_size=VOCAB).eval()
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The CPU takes the way of a device that is not waited for."""
+    monkeypatch.setattr(UpdateSink, "_waits", lambda self, bound: False)
+    monkeypatch.setattr(sinks, "_extremes", sinks._extremes_on_device)
+
+
+# where a step or what prepares it may wait: how many such calls stand there, and why; any other is a fault
+READS = {
+    "look": (1, "what a step reads: its losses, the bounds of its gradients, their norm"),
+    "final_hidden_states": (0, "transformers looks whether a batch has padding"),
+    "content_keys": (6, "rows of a batch are known by their content; once a batch, and then on the CPU"),
+    "row_keys": (1, "the numbers of a batch's rows"),
+    "RowCache.get": (3, "what is cached of a row is on the CPU: one read and one copy a batch"),
+    "rows_of": (1, "what is cached of a row is on the CPU; in prepare()"),
+    "Objectives.sizes": (2, "how many positions count, where the caller gives sizes"),
+    "Objectives._forget_side": (2, "SEUF's one expert"),
+    "embed_diff": (0, "RMU takes the rows that count"),
+    "CompactSink.experts": (1, "the experts of the lowest layer that trains"),
+    "UpdateSink.take": (1, "a bound that is on the CPU"),
+    "_extremes": (1, "an offset that is on the CPU"),
+    "join": (1, "factors of several passes, for MOLLM or several micro-batches"),
+    "inner_products": (2, "MOLLM: the cheaper form for each expert"),
+    "UnlearnStep._combine_mollm": (4, "MOLLM solves for its direction on the CPU"),
+    "Gradients.descend": (3, "MOLLM solves for its direction on the CPU"),
+    "Gradients.step_and_measure": (1, "MOLLM's log of descent"),
+    "Ranks.mean": (1, "a tensor that was made on the CPU"),
+    "Ranks.add_": (1, "a tensor that was made on the CPU"),
+    "UnlearnStep._apply_masks": (1, "once, behind prepare()"),
+    "_Masked._layout": (1, "once for each mask"),
+    "_trained_slices": (2, "once for each mask"),
+    "_fit_state": (1, "once for each mask"),
+    "_Masked.load_state_dict": (1, "the count of steps is on the CPU"),
+    "_loaded": (1, "the count of steps is on the CPU"),
+    "_Masked._update": (2, "the count of steps is on the CPU"),
+    "verify_head": (4, "in prepare()"),
+    "_probe": (1, "once for each model"),
+    "_candidates": (1, "numbers of a configuration"),
+    "head_of": (1, "numbers of a configuration"),
+    "stack": (1, "numbers of rows, on the CPU"),
+    "UnlearnStep.update": (1, "a number of the optimizer"),
+    "_forward_ref": (1, "a reference"),
+    "_backward_ref": (1, "a reference"),
+    "_grouped_linear": (1, "a reference"),
+    "_products": (2, "a reference"),
+    "gram_factors_ref": (1, "a reference"),
+    "_counted": (1, "a reference"),
+    "_check_labels": (2, "a reference"),
+    "_gram_factors_native": (1, "offsets of the CPU"),
+    "tensor_digest": (2, "a digest of weights, in prepare()"),
+    "gather": (4, "values of ranks, which are on the CPU"),
+    "expert_wgrad_sgd_": (4, "options"),
+    "expert_wgrad_adamw_": (5, "options"),
+    "expert_wgrad_score": (1, "options"),
+    "masked_sgd_": (4, "options"),
+    "masked_adamw_": (5, "options"),
+    "token_loss": (2, "options"),
+    "architecture": (1, "a variable of the environment"),
+    "tile_for": (1, "a list"),
+}
+
+
+@pytest.mark.parametrize("guard", ["loss", "strict"])
+@pytest.mark.parametrize("name", ["graddiff", "wagle", "trace"])
+def test_a_step_waits_only_where_it_says_so(name, guard, model, as_on_a_gpu):
+    step, forget, retain = prepared(model, recipe(name, f"guard={guard}"))
+    step(forget[0], retain[0])
+    with Watch() as watch:
+        step(forget[1], retain[1])
+    allowed = {"_Masked._update", "final_hidden_states"}
+    if name != "graddiff":
+        allowed |= {"content_keys", "RowCache.get"}
+    assert watch.found.keys() <= allowed < READS.keys(), watch.found
+
+
+@pytest.mark.parametrize("name", ["graddiff", "wagle"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_an_update_that_is_not_waited_for_has_the_same_bits(name, optimizer, model, monkeypatch):
+    made = recipe(name, "guard=loss", f"optimizer.name={optimizer}", "optimizer.weight_decay=0.1")
+    both = []
+    for waits in (True, False):
+        monkeypatch.setattr(UpdateSink, "_waits", lambda self, bound, waits=waits: waits)
+        own = copy.deepcopy(model)
+        step, forget, retain = prepared(own, made)
+        before = weights(own)
+        for i in range(2):
+            step(forget[i], retain[i])
+        assert changed(own, before)
+        both.append((weights(own), step.optimizer.state_dict()["state"]))
+    (ours, state), (waiting, waiting_state) = both
+    assert all(torch.equal(ours[name], waiting[name]) for name in ours)
+    for i, values in state.items():
+        assert all(torch.equal(v, waiting_state[i][k]) for k, v in values.items() if torch.is_tensor(v))
+
+
+@pytest.mark.parametrize("width", [64, 40])
+@pytest.mark.parametrize("kind", [MaskedSGD, MaskedAdamW])
+@pytest.mark.parametrize("factor,message", [(float("nan"), "not finite"), (float("inf"), "not finite"),
+                                            (1e20, "could overflow")])  # fmt: skip
+def test_from_a_bad_weight_on_nothing_is_written(factor, message, kind, width, as_on_a_gpu):
+    """Bits, moments and the count of steps of the bad weight and of those after it; the error names the others."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(3, 16, width, generator=generator)) for _ in range(3)]
+    optimizer = kind(params, lr=0.1, weight_decay=0.1)
+    optimizer.set_masks([None, bits.pack_bits(torch.rand(3, 16, width, generator=generator) < 0.5), None])
+    names = dict(zip(params, "abc", strict=True))
+    offsets = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+
+    def backward(sink, factor):
+        for p in params:
+            grad, x = torch.randn(5, 16, generator=generator), torch.randn(5, width, generator=generator)
+            if p is params[1]:
+                grad, x = factor * grad, x * factor
+            sink.take(p, Factors(grad, x, offsets))
+        sink.settle()
+
+    sink = UpdateSink(optimizer, optimizer.gradients, names)
+    backward(sink, 1.0)
+    assert sink.updated == ["a", "b", "c"]
+    before = [p.detach().clone() for p in params]
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    sink = UpdateSink(optimizer, optimizer.gradients, names)
+    with pytest.raises(NonFiniteError, match=f"the gradient of b .*{message}") as caught:
+        backward(sink, factor)
+    assert caught.value.updated == ("a",) and not optimizer.gradients
+    assert [torch.equal(p, old) for p, old in zip(params, before, strict=True)] == [False, True, True]
+    now = optimizer.state_dict()["state"]
+    assert [int(now[i]["step"]) for i in range(3)] == [2, 1, 1]
+    assert all(torch.equal(state[i][k], now[i][k]) for i in (1, 2) for k in state[i] if torch.is_tensor(state[i][k]))
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_weights_that_are_waited_for_are_updated_behind_those_that_are_not(bad, monkeypatch):
+    """Some on a GPU, some on the CPU: what is bad on either stops the others, and the error names what was updated."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(2, 8, 32, generator=generator)) for _ in range(3)]
+    optimizer = MaskedSGD(params, lr=0.1)
+    sink = UpdateSink(optimizer, optimizer.gradients, dict(zip(params, "abc", strict=True)))
+    before = [p.detach().clone() for p in params]
+    offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
+    with pytest.raises(NonFiniteError, match=f"the gradient of {'abc'[bad]} is not finite") as caught:
+        for i, p in enumerate(params):
+            monkeypatch.setattr(UpdateSink, "_waits", lambda self, bound, i=i: i > 0)
+            grad = torch.randn(4, 8, generator=generator) * (torch.nan if i == bad else 1)
+            sink.take(p, Factors(grad, torch.randn(4, 32, generator=generator), offsets))
+        sink.settle()
+    moved = [not torch.equal(p, old) for p, old in zip(params, before, strict=True)]
+    assert moved == [i < bad for i in range(3)] and caught.value.updated == tuple("abc"[:bad])
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("rows", [0, 3, 5])
+@pytest.mark.parametrize("value", [1.0, float("inf"), float("nan")])
+def test_the_bound_is_the_same_on_a_device(value, rows, indexed, monkeypatch):
+    """Rows behind the last expert belong to nobody and may hold anything; without rows nothing counts."""
+    grad, x = torch.randn(5, 4), torch.randn(5, 6)
+    grad[3], x[4] = value * grad[3], float("nan")
+    order = torch.tensor([0, 1, 2, 3, 0][:rows]) if indexed else None
+    factors = Factors(grad, x[:4] if indexed else x, torch.tensor([0, 1, rows], dtype=torch.int32), order, order)
+    bound = largest_sum(factors)
+    monkeypatch.setattr(sinks, "_extremes", sinks._extremes_on_device)
+    assert torch.equal(bound.nan_to_num(nan=-1.0), largest_sum(factors).nan_to_num(nan=-1.0))
+    assert bound.dtype == torch.float64 and (rows > 0 or bound == 0)
+    if rows == 3 and not indexed:
+        assert bound == 2 * grad[:3].abs().max().double() * x[:3].abs().max().double()
+
+
+def allowed(patch, function):
+    """Let `function` wait for the device wherever a module of ours calls it."""
+
+    def waiting(*args, **keywords):
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return function(*args, **keywords)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("moe_unlearn.") and getattr(module, function.__name__, None) is function:
+            patch.setattr(module, function.__name__, waiting)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("guard", ["loss", "strict"])
+def test_on_a_gpu_every_other_wait_is_an_error(guard, model, monkeypatch):
+    step = UnlearnStep(model.cuda(), recipe("graddiff", f"guard={guard}"))
+    forget, retain = ([{k: v.cuda() for k, v in batch.items()} for batch in side] for side in data())
+    step.prepare(forget, retain)
+    step(forget[0], retain[0])
+    for function in (sinks.look, losses.final_hidden_states):
+        allowed(monkeypatch, function)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(forget[1], retain[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+STEP = ("step", "gradients", "sinks", "optim", "objectives", "losses", "experts", "forward", "ranks", "cache")
+OPS = ("route", "expert_mlp", "expert_wgrad", "token_loss", "masked_update", "gram", "bits")
+METHODS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "synchronize"}
+# what Python does with a tensor when it wants a number, or a truth
+NUMBERS, TRUTHS = {"int", "float", "bool"}, {"any", "all"}
+
+
+def waiting_calls(tree: ast.AST):
+    """(qualified name of the function, call) of every call that waits if it is given a tensor of the device."""
+    nodes = list(ast.walk(tree))
+    tests = {id(node.test) for node in nodes if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert)}
+    tests |= {id(test) for node in nodes if isinstance(node, ast.comprehension) for test in node.ifs}
+    tests |= {id(value) for node in nodes if isinstance(node, ast.BoolOp) for value in node.values}
+    tests |= {id(node.operand) for node in nodes if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)}
+
+    def walk(node, path):
+        path = (*path, node.name) if isinstance(node, ast.FunctionDef | ast.ClassDef) else path
+        if isinstance(node, ast.Call):
+            function = node.func
+            method = function.attr if isinstance(function, ast.Attribute) else ""
+            number = isinstance(function, ast.Name) and function.id in NUMBERS
+            number = number and node.args and not isinstance(node.args[0], ast.Constant)
+            if method in METHODS or number or method in TRUTHS and id(node) in tests:
+                yield ".".join(path), ast.unparse(node)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, path)
+
+    return walk(tree, ())
+
+
+def test_every_call_that_may_wait_is_listed_and_nothing_else():
+    paths = [ROOT / "moe_unlearn" / f"{name}.py" for name in STEP]
+    paths += [ROOT / "moe_unlearn" / "ops" / f"{name}.py" for name in OPS]
+    paths += sorted((ROOT / "triton_kernels").glob("*.py"))
+    found = collections.defaultdict(list)
+    for path in paths:
+        for place, call in waiting_calls(ast.parse(path.read_text(encoding="utf-8"))):
+            found[place].append(f"{path.name}: {place}: {call}")
+    wrong = [lines for place, lines in found.items() if len(lines) != READS.get(place, (0,))[0]]
+    assert not wrong, "\n".join(line for lines in wrong for line in lines)
+    assert found.keys() == {place for place, (count, _) in READS.items() if count}
+
+
+def test_what_is_seen_in_sources():
+    source = """
+class A:
+    def read(self, x):
+        if not x.any() and y:
+            return int(x), x.tolist(), float("inf")
+        z = x.all(), any(x)
+        return 1 if x.isfinite().all() else x[0].item()
+"""
+    found = list(waiting_calls(ast.parse(source)))
+    assert [call for _, call in found] == ["x.any()", "int(x)", "x.tolist()", "x.isfinite().all()", "x[0].item()"]
+    assert {place for place, _ in found} == {"A.read"}
