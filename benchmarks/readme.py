@@ -83,7 +83,7 @@ def _line(row: dict, found: dict) -> str:
 
 
 def _correctness(path: Path, root: Path) -> list[str]:
-    """What the tests said on this device, where a GPU run left its record."""
+    """Say what the tests found on this device, where a GPU run left its record."""
     if not path.exists():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))

@@ -57,7 +57,7 @@ def available(name: str, device_type: str) -> tuple[str, ...]:
 
 
 def has(name: str, impl: str, device_type: str) -> bool:
-    """Whether `impl` of `name` can run on `device_type`; it imports no other one."""
+    """Say whether `impl` of `name` can run on `device_type`; it imports no other one."""
     return impl in _candidates(name, device_type) and not _why_not(name, impl)
 
 
@@ -135,7 +135,7 @@ def _why_not(name: str, impl: str) -> str:
 
 
 def _candidates(name: str, device_type: str, elements: int | None = None) -> tuple[str, ...]:
-    """What is registered for the device, fastest first, whether or not it can be imported."""
+    """List the implementations registered for the device, fastest first, whether or not they can be imported."""
     order = _FASTEST_FIRST.get(device_type, ("ref",))
     if (first := measured.first(name, device_type, elements)) in order:
         order = (first, *(impl for impl in order if impl != first))

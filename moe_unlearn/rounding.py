@@ -291,11 +291,11 @@ class _Random(_Arithmetic):
     def _moved(self, value: Tensor, last_bits: float, stream: int) -> Tensor:
         """`value` and up to so many last bits of float32 more or less, but never past 0, 1 or -1."""
         offset = ulp(value, torch.float32) * (last_bits * (2 * self._uniform(value, stream) - 1))
-        size = (value + offset).abs()
-        inside, outside = size.clamp_max(1), size.clamp_min(1)
-        moved = torch.where(value.abs() < 1, inside, outside).copysign(value)
+        off = value + offset
+        size = off.abs()
+        moved = torch.where(value.abs() < 1, size.clamp_max(1), size.clamp_min(1)).copysign(value)
         # a number that is smaller than its last bit does not change its sign
-        moved = torch.where((value + offset).sign() * value.sign() < 0, 0.0, moved)
+        moved = torch.where(off.sign() * value.sign() < 0, 0.0, moved)
         return torch.where(value.isfinite(), moved, value)
 
     def _normal(self, value: Tensor) -> Tensor:

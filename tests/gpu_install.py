@@ -103,7 +103,7 @@ def conduct(journal: Journal, device: str) -> int:
 
 
 def tools() -> dict[str, object]:
-    """What else there is to know of the machine, as far as it tells."""
+    """Ask the machine for its tools and clocks, as far as it tells."""
     found: dict[str, object] = {name: shutil.which(name) for name in ("nvcc", "ninja", "compute-sanitizer")}
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]

@@ -86,7 +86,7 @@ def covering(rows: Sequence[Mapping[str, object]]) -> list[int]:
 
 
 def _choices(item: pytest.Item) -> Mapping[str, object]:
-    """What each parameter of the test is in this item, such that equal values are equal."""
+    """Return the value of each parameter of the test in this item, such that equal values are equal."""
     return {name: _key(value) for name, value in item.callspec.params.items()} if hasattr(item, "callspec") else {}
 
 

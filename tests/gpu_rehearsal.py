@@ -43,8 +43,8 @@ UNREACHABLE = (
     "No matching distribution", "Could not find a version", "Max retries exceeded", "Connection", "timed out",
 )  # fmt: skip
 CPU_TESTS = ("tests/ops", "tests/native", "--deselect=tests/native/test_cuda.py")
-# the smallest kernels, and those with products
 INTERPRETER = "numpy==2.3.*"
+# the smallest kernels, and those with products
 INTERPRETED = tuple(f"tests/triton_kernels/test_{name}.py" for name in ("common", "route", "gram"))
 COMPILED_LAYER = ("tests/ops", "tests/test_experts.py", "-k", "compil")
 
@@ -54,7 +54,7 @@ class Failure(Exception):
 
 
 class NotToBeHad(Exception):
-    """What this machine lacks for a rehearsal."""
+    """A rehearsal needs something that this machine lacks; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def collect(place: Place) -> str:
 
 
 def tests(place: Place) -> str:
-    """What needs no GPU, on this torch and Triton."""
+    """Run the tests that need no GPU, on this torch and Triton."""
     # Triton 3.6's interpreter makes numbers of arrays with one dimension, which numpy refuses from 2.4 on
     older = place.folder / "numpy"
     if not older.is_dir():

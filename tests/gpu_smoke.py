@@ -96,7 +96,7 @@ def checks() -> Iterator[Check]:
 
 
 def _factors(index: Tensor, seed: int) -> Factors:
-    """Of small integers in bfloat16, whose products are exact in any order."""
+    """Make factors of small integers in bfloat16, whose products are exact in any order."""
     made = ops.route(index, EXPERTS, impl="ref")
     grad = integers(index.numel(), SHAPE[0], low=-1, high=1, dtype=BF16, seed=seed)
     x = integers(len(index), SHAPE[1], low=-1, high=1, dtype=BF16, seed=seed + 5)
@@ -193,7 +193,7 @@ def _stream(kind: str) -> Iterator[None]:
 
 
 def on_device(check: Check, impl: str, device: str, stream: str, **arguments) -> tuple[Tensor, ...]:
-    """What the implementation gives for arguments of the CPU, on the CPU again."""
+    """Run the implementation for arguments of the CPU; its results come back to the CPU."""
     there = moved(arguments, lambda t: t.to(device))
     with _stream(stream), poison():
         if stream != "current":

@@ -27,8 +27,8 @@ TRITON_TESTS = tuple(
     for name in ("common", "expert_mlp", "expert_wgrad", "expert_wgrad_update", "gram", "masked_update",
                  "retain_weights", "route", "token_loss", "weight_score")
 )  # fmt: skip
-# of the Triton tests a sample in which every value of every parameter occurs
 WAIT_TESTS = "tests/test_synchronisation.py::test_on_a_gpu_every_other_wait_is_an_error"
+# of the Triton tests a sample in which every value of every parameter occurs
 MATRIX = (CUDA_TESTS, WAIT_TESTS, *TRITON_TESTS, "-p", "tests.gpu_plugin", "--covering", "tests/triton_kernels")
 # memcheck slows a test down twenty-fold: one case of each, without those that are about size, repetition and graphs
 SANITIZED = (CUDA_TESTS, "-p", "tests.gpu_plugin", "--one-each", "-k",
