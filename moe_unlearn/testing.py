@@ -223,17 +223,7 @@ def outcomes(
     dtypes: list[torch.dtype] = []
 
     def evaluated(function: Callable, arguments: Mapping[str, object]) -> dict[str, Tensor | None]:
-        leaves = {k: _leaf(v) if k in gradients else v for k, v in arguments.items()}
-        made = _named(function(**leaves))
-        floating = [out for out in made.values() if out.is_floating_point() and out.requires_grad]
-        # the first run decides: the others' upstream gradients have its values in their dtype
-        dtypes.extend(() if dtypes else [out.dtype for out in floating])
-        made = {name: out.detach() for name, out in made.items()}
-        if gradients:
-            upstream = _random_upstream(floating, dtypes, seed, gradient_layout)
-            values = torch.autograd.grad(floating, [leaves[k] for k in gradients], upstream, allow_unused=True)
-            made |= {f"gradient of {k}": value for k, value in zip(gradients, values, strict=True)}
-        return made
+        return evaluate(function, arguments, gradients, seed=seed, gradient_layout=gradient_layout, dtypes=dtypes)
 
     actual = evaluated(op, inputs)
     reference = Reference(lambda: evaluated(baseline or ref, inputs))
@@ -246,6 +236,33 @@ def outcomes(
         if any(missing):
             raise AccuracyError(f"{name}: missing in {missing} (op, ref, gold)")
     return {name: (actual[name], reference.baseline(operator.itemgetter(name)), gold[name]) for name in names[0]}
+
+
+def evaluate(
+    function: Callable,
+    arguments: Mapping[str, object],
+    gradients: tuple[str, ...] = (),
+    *,
+    seed: int = 0,
+    gradient_layout: str = "contiguous",
+    dtypes: list[torch.dtype] | None = None,
+) -> dict[str, Tensor | None]:
+    """`function(**arguments)` and the gradients of the named arguments: "output 0", ... and "gradient of x", ...
+
+    The upstream gradients are those of `check_against_ref`. An empty list of `dtypes` gets those of the outputs that
+    have a gradient; upstream gradients are rounded to what stands in one, so that further runs have the first's.
+    """
+    leaves = {k: _leaf(v) if k in gradients else v for k, v in arguments.items()}
+    made = _named(function(**leaves))
+    floating = [out for out in made.values() if out.is_floating_point() and out.requires_grad]
+    dtypes = [] if dtypes is None else dtypes
+    dtypes.extend(() if dtypes else [out.dtype for out in floating])
+    made = {name: out.detach() for name, out in made.items()}
+    if gradients:
+        upstream = _random_upstream(floating, dtypes, seed, gradient_layout)
+        values = torch.autograd.grad(floating, [leaves[k] for k in gradients], upstream, allow_unused=True)
+        made |= {f"gradient of {k}": value for k, value in zip(gradients, values, strict=True)}
+    return made
 
 
 def _random_upstream(outputs, dtypes, seed, layout):

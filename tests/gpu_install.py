@@ -31,7 +31,7 @@ def wheels() -> list[str]:
 
 
 def module_of(wheel: Path) -> str:
-    """What a wheel of `make gpu-wheels` is imported as: its name, but for those that are named after something else."""
+    """Name the module of a wheel: as the wheel is named, but for those whose module has another name."""
     name = wheel.name.partition("-")[0]
     return {"pytest_xdist": "xdist"}.get(name, name)
 
@@ -48,8 +48,7 @@ def loaded(device: str) -> dict:
     from tests import gpu_load
 
     found = {name: list(backend.available(name, device)) for name in backend.registered()}
-    table = gpu_load.readme_table((ROOT / "README.md").read_text(encoding="utf-8"))
-    faults = gpu_load.faults(table, gpu_load.implemented(ROOT)) if device == "cuda" else []
+    faults = gpu_load.faults(*gpu_load.promised()) if device == "cuda" else []
     return {"libraries": native.report(), "implementations": found, "faults": faults}
 
 

@@ -1,4 +1,4 @@
-"""What of this checkout a GPU would find, without one: `python -m tests.gpu_load` prints a line for each fault.
+"""Says what of this checkout a GPU would find, without one: `python -m tests.gpu_load` prints a line for each fault.
 
 Both libraries load; each op that README's table gives a CUDA kernel has one, and the other ops have none; each name
 that a file of csrc/cuda implements is known to torch's dispatcher for CUDA; every Triton kernel can be imported.
@@ -59,8 +59,13 @@ def faults(table: dict[str, dict[str, str]], names: list[str]) -> list[str]:
     return found
 
 
+def promised(root: Path = ROOT) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """README's table, and the names that the CUDA sources register."""
+    return readme_table((root / "README.md").read_text(encoding="utf-8")), implemented(root)
+
+
 def main() -> int:
-    table, names = readme_table((ROOT / "README.md").read_text(encoding="utf-8")), implemented(ROOT)
+    table, names = promised()
     found = faults(table, names)
     print(*native.report(), f"{len(names)} native ops for CUDA, {len(table)} ops in README's table", *found, sep="\n")
     return int(bool(found))

@@ -92,5 +92,5 @@ def fixtures(items: Iterable[pytest.Item], root: Path) -> set[Callable]:
 
 
 def source(function: Callable) -> str:
-    """Of a function, as a module."""
+    """The source of a function, as a module."""
     return textwrap.dedent(inspect.getsource(function))

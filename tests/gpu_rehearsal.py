@@ -11,7 +11,7 @@ In an environment of its own, with the versions below and Python 3.12, and on a 
     compile   the layer under torch.compile
     collect   exactly the tests that `make gpu` runs; fails on a reason to skip one that is not on its list
     tests     tests/ops, the CPU kernels, and some Triton kernels in this Triton's interpreter
-    kernels   every Triton kernel for sm_90, into a cache
+    kernels   for sm_90, into a cache, every Triton kernel that smoke, matrix and ops of both commands launch
     pack      libraries and cache to where `make gpu` finds them
     plan      what `make gpu` and `make bench-gpu` would do
 
@@ -30,13 +30,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.gpu_stages import ROOT, TRITON_CACHE, libraries
+
 VERSIONS = {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.*", "numpy": "2.5.*"}
 # of the build, and of the tests
 TOOLS = ("setuptools>=77", "ninja", "pytest", "hypothesis", "scipy")
 PYTHON = (3, 12)
-# not the folder of the ledger's own cache, which needs what is left out of this one
-PACKED = "build/gpu-triton-cache"
+PACKED = TRITON_CACHE.relative_to(ROOT)
 SECONDS = 3600.0  # that no command takes
 # pip's words where an index lacks a package or cannot be reached; any other failure is one
 UNREACHABLE = (
@@ -146,11 +146,6 @@ def build(place: Place) -> str:
     return ", ".join(f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in libraries(place.tree))
 
 
-def libraries(tree: Path) -> list[Path]:
-    """The native libraries beside the package."""
-    return sorted((tree / "moe_unlearn").glob("_C_*.so"))
-
-
 def load(place: Place) -> str:
     """Everything registers."""
     return ", ".join(place.run("load", place.python, "-m", "tests.gpu_load").splitlines()[-3:])
@@ -183,20 +178,19 @@ def tests(place: Place) -> str:
     return f"{outcome}; {place.pytest('interpreter', *INTERPRETED, PYTHONPATH=str(older))}"
 
 
-_KERNELS = """
-import sys
-from moe_unlearn.regress import compile
-measured, notes = compile.run(["sm_90"], compilers=["triton"], cache_folder=sys.argv[1])
-entries = {name: e for by_arch in measured.values() for of in by_arch.values() for name, e in of.items()}
-broken = [f"{name}: {entry['error']}" for name, entry in entries.items() if "error" in entry]
-print(*notes, *broken, f"{len(entries)} kernels for sm_90 by {', '.join(measured)}", sep="\\n")
-sys.exit(bool(broken or not entries))
-"""
-
-
 def kernels(place: Place) -> str:
-    """Every Triton kernel compiles for Hopper with this Triton."""
-    return place.run("kernels", place.python, "-c", _KERNELS, place.cache).splitlines()[-1]
+    """Compile for Hopper, with this Triton, what a GPU would be asked to launch."""
+    figures = place.folder / "kernels.json"
+    figures.unlink(missing_ok=True)
+    compiling = ("-O", "-m", "moe_unlearn.regress.compile", "--arch=sm_90", "--compiler=triton")
+    cache = {"TRITON_CACHE_DIR": str(place.cache)}
+    place.run("kernels", place.python, *compiling, "--module=tests.gpu_launches", f"--json={figures}", **cache)
+    found = json.loads(figures.read_text(encoding="utf-8"))
+    ((version, by_arch),) = found["measured"].items()
+    entries = by_arch["sm_90"]
+    if broken := [f"{name}: {entry['error']}" for name, entry in entries.items() if "error" in entry]:
+        raise Failure("\n".join(broken))
+    return f"{len(entries)} for sm_90 by {version}"
 
 
 def pack(place: Place) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 from benchmarks import stamp
 
 ROOT = Path(__file__).resolve().parent.parent
-# where `make gpu-wheels` puts what a machine without a network may lack, and where a packed Triton cache is looked for
+# where `make gpu-wheels` puts what a machine without a network may lack, and where a packed Triton cache is looked for:
+# not in the folder of the ledger's own cache, which needs what is left out of this one
 WHEELS, TRITON_CACHE = ROOT / "build" / "gpu-wheels", ROOT / "build" / "gpu-triton-cache"
 # the hash of the sources that the libraries were built from
 BUILT = ROOT / "moe_unlearn" / "_C_sources.txt"
@@ -72,9 +73,9 @@ def measured(stage: str, *options: str) -> tuple[str, ...]:
             "--seconds", "{seconds}", *options)  # fmt: skip
 
 
-def libraries() -> list[Path]:
-    """The native libraries that lie beside the package."""
-    return sorted((ROOT / "moe_unlearn").glob("_C_*.so"))
+def libraries(root: Path | None = None) -> list[Path]:
+    """The native libraries that lie beside the package of a checkout, this one where none is given."""
+    return sorted(((root or ROOT) / "moe_unlearn").glob("_C_*.so"))
 
 
 def sources_hash() -> str:

@@ -139,7 +139,7 @@ def test_route_retain_weights_and_gram(monkeypatch):
 
 
 def test_implementations_of_ours_are_measured_side_by_side(monkeypatch):
-    """As CUDA and Triton on a GPU; one that is not there is a line that says why."""
+    """CUDA and Triton on a GPU; one that is not there is a line that says why."""
     monkeypatch.setitem(harness.SIDES, "cpu", ("cpu", "ref", "cuda"))
     monkeypatch.setitem(bench_masked_update.SHAPES, "cpu", (2, 40, 64))
     monkeypatch.setitem(bench_weight_score.SHAPES, "cpu", (2, 16, 64))

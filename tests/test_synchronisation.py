@@ -8,6 +8,7 @@ import ast
 import collections
 import copy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,12 +282,16 @@ def waiting_calls(tree: ast.AST):
     return walk(tree, ())
 
 
-def test_every_call_that_may_wait_is_listed_and_nothing_else():
+def sources_of_the_step() -> list[Path]:
+    """The files whose functions a fused step calls."""
     paths = [ROOT / "moe_unlearn" / f"{name}.py" for name in STEP]
     paths += [ROOT / "moe_unlearn" / "ops" / f"{name}.py" for name in OPS]
-    paths += sorted((ROOT / "triton_kernels").glob("*.py"))
+    return paths + sorted((ROOT / "triton_kernels").glob("*.py"))
+
+
+def test_every_call_that_may_wait_is_listed_and_nothing_else():
     found = collections.defaultdict(list)
-    for path in paths:
+    for path in sources_of_the_step():
         for place, call in waiting_calls(ast.parse(path.read_text(encoding="utf-8"))):
             found[place].append(f"{path.name}: {place}: {call}")
     wrong = [lines for place, lines in found.items() if len(lines) != READS.get(place, (0,))[0]]
