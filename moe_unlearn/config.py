@@ -13,15 +13,14 @@ mistyped key, the nearest valid one.
 """
 
 import dataclasses
-import difflib
-import math
-import types
 import typing
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
 import yaml
+
+from moe_unlearn.recipe_values import above, at_least, between, build, merge, one_of, override, parse
 
 FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce")
 NEED_REFUSALS = ("idk_dpo", "idk_nll")
@@ -43,8 +42,8 @@ class Forget:
     steering: float = 2.0
 
     def __post_init__(self):
-        _one_of("forget.objective", self.objective, FORGET_OBJECTIVES)
-        _above("forget.beta", self.beta, 0)
+        one_of("forget.objective", self.objective, FORGET_OBJECTIVES)
+        above("forget.beta", self.beta, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class Retain:
     alpha: float = 1.0
 
     def __post_init__(self):
-        _one_of("retain.objective", self.objective, RETAIN_OBJECTIVES)
+        one_of("retain.objective", self.objective, RETAIN_OBJECTIVES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +71,11 @@ class Trace:
     allow_empty: bool = False
 
     def __post_init__(self):
-        _above("trace.per_layer", self.per_layer, 0)
-        _between("trace.eta", self.eta, 0, 1)
-        _one_of("trace.refresh", self.refresh, ("offline", "online"))
+        above("trace.per_layer", self.per_layer, 0)
+        between("trace.eta", self.eta, 0, 1)
+        one_of("trace.refresh", self.refresh, ("offline", "online"))
         if self.cap is not None:
-            _above("trace.cap", self.cap, 1)
+            above("trace.cap", self.cap, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +89,8 @@ class Wagle:
     mask: str | None = None
 
     def __post_init__(self):
-        _between("wagle.keep", self.keep, 0, 1)
-        _above("wagle.gamma", self.gamma, 0)
+        between("wagle.keep", self.keep, 0, 1)
+        above("wagle.gamma", self.gamma, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +108,10 @@ class Mollm:
     gradients: str = "auto"
 
     def __post_init__(self):
-        _one_of("mollm.normalize", self.normalize, ("none", "unit", "mean_norm"))
-        _one_of("mollm.rescale", self.rescale, ("none", "mean_gradient"))
-        _one_of("mollm.gradients", self.gradients, ("auto", "compact", "factors"))
-        _above("mollm.log_descent_every", self.log_descent_every, 0)
+        one_of("mollm.normalize", self.normalize, ("none", "unit", "mean_norm"))
+        one_of("mollm.rescale", self.rescale, ("none", "mean_gradient"))
+        one_of("mollm.gradients", self.gradients, ("auto", "compact", "factors"))
+        above("mollm.log_descent_every", self.log_descent_every, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +125,7 @@ class Scope:
     anchor: float = 1.0
 
     def __post_init__(self):
-        _one_of("scope.kind", self.kind, SCOPES)
+        one_of("scope.kind", self.kind, SCOPES)
         if (self.kind == "parameters") != bool(self.parameters):
             raise ValueError(
                 "scope.parameters (a list of regular expressions) goes with scope.kind 'parameters'; "
@@ -151,11 +150,11 @@ class Optimizer:
     max_grad_norm: float | None = None
 
     def __post_init__(self):
-        _one_of("optimizer.name", self.name, ("sgd", "adamw"))
-        _at_least("optimizer.lr", self.lr, 0)
-        _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        one_of("optimizer.name", self.name, ("sgd", "adamw"))
+        at_least("optimizer.lr", self.lr, 0)
+        at_least("optimizer.warmup_steps", self.warmup_steps, 0)
         if self.numerics is not None:
-            _one_of("optimizer.numerics", self.numerics, ("parity", "nearest", "stochastic", "fp32_master"))
+            one_of("optimizer.numerics", self.numerics, ("parity", "nearest", "stochastic", "fp32_master"))
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"optimizer.betas must be two numbers in [0, 1); got {self.betas}")
 
@@ -179,13 +178,13 @@ class Data:
     retain_rows: int | None = None
 
     def __post_init__(self):
-        _above("data.max_length", self.max_length, 1)
+        above("data.max_length", self.max_length, 1)
         if not 0 <= self.prompt_tokens < self.max_length:
             bounds = f"at least 0 and below data.max_length {self.max_length}"
             raise ValueError(f"data.prompt_tokens must be {bounds}; got {self.prompt_tokens}")
         for name in ("forget_rows", "retain_rows"):
             if getattr(self, name) is not None:
-                _above(f"data.{name}", getattr(self, name), 0)
+                above(f"data.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,9 +211,9 @@ class Recipe:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate"):
-            _above(name, getattr(self, name), 0)
-        _at_least("retain_per_forget", self.retain_per_forget, 1)
-        _one_of("guard", self.guard, ("strict", "loss"))
+            above(name, getattr(self, name), 0)
+        at_least("retain_per_forget", self.retain_per_forget, 1)
+        one_of("guard", self.guard, ("strict", "loss"))
         if self.trace is not None and self.retain.objective not in ("nll", "kl"):
             raise ValueError(
                 f"trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; got {self.retain.objective!r}"
@@ -229,7 +228,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict) -> "Recipe":
         """Build a recipe from nested dictionaries, as YAML gives them."""
-        return _build(cls, values, "")
+        return build(cls, values, "")
 
     @classmethod
     def load(cls, source: str | Path, overrides: typing.Sequence[str] = (), *, model: str | None = None) -> "Recipe":
@@ -240,9 +239,9 @@ class Recipe:
         """
         values = _read_yaml(source)
         if model is not None:
-            _merge(values, _read_model(model).get("recipes", {}).get(values.get("name"), {}))
-        for override in overrides:
-            _override(values, override)
+            merge(values, _read_model(model).get("recipes", {}).get(values.get("name"), {}))
+        for text in overrides:
+            override(values, text)
         return cls.from_dict(values)
 
     def to_dict(self) -> dict:
@@ -269,22 +268,6 @@ def geometry(model: str) -> dict:
     return _read_model(model)["config"]
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that also refuses duplicate keys and aliases (a few lines can expand to gigabytes)."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.events.AliasEvent):
-            raise ValueError(f"YAML aliases are not allowed in a recipe{self.peek_event().start_mark}")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"duplicate key {key!r} in recipe{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
 def _names(folder) -> tuple[str, ...]:
     return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
 
@@ -292,7 +275,7 @@ def _names(folder) -> tuple[str, ...]:
 def _read_model(name: str) -> dict:
     if name not in models():
         raise ValueError(f"no model {name!r} among those shipped: {', '.join(models())}")
-    return _parse(_FOLDER / "models" / f"{name}.yaml", name)
+    return parse(_FOLDER / "models" / f"{name}.yaml", name)
 
 
 def _read_yaml(source: str | Path) -> dict:
@@ -301,99 +284,4 @@ def _read_yaml(source: str | Path) -> dict:
         path = _FOLDER / f"{source}.yaml"
     elif not path.is_file():
         raise ValueError(f"no recipe file {str(source)!r}; shipped recipes: {', '.join(shipped())}")
-    return _parse(path, source)
-
-
-def _parse(path, source: str | Path) -> dict:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{source}: not a YAML recipe: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{source}: a recipe is a mapping of keys; got {type(values).__name__}")
-    return values
-
-
-def _merge(values: dict, changes: dict) -> None:
-    """Take over `changes` into `values`, mapping by mapping."""
-    for key, change in changes.items():
-        if isinstance(change, dict) and isinstance(values.get(key), dict):
-            _merge(values[key], change)
-        else:
-            values[key] = change
-
-
-def _override(values: dict, text: str) -> None:
-    path, equals, value = text.partition("=")
-    if not equals or not path:
-        raise ValueError(f"an override looks like trace.eta=0.7; got {text!r}")
-    *parents, last = path.split(".")
-    for key in parents:
-        if not isinstance(values.get(key), dict):
-            values[key] = {}
-        values = values[key]
-    try:
-        values[last] = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {text!r}: the value is not YAML: {error}") from error
-
-
-def _build(cls, values, path: str):
-    if not isinstance(values, dict):
-        raise ValueError(f"{path or 'recipe'} must be a mapping of keys; got {values!r}")
-    hints = typing.get_type_hints(cls)
-    arguments = {}
-    for key, value in values.items():
-        name = f"{path}.{key}" if path else str(key)
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown recipe key {name!r}; {hint}valid keys: {', '.join(hints)}")
-        arguments[key] = _convert(hints[key], value, name)
-    return cls(**arguments)
-
-
-def _convert(hint, value, name: str):
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if dataclasses.is_dataclass(hint):
-        # `trace: true` is the lever with its defaults
-        return hint() if value is True else _build(hint, value, name)
-    if typing.get_origin(hint) is list:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{name} must be a list; got {value!r}")
-        (item,) = typing.get_args(hint)
-        return [_convert(item, v, f"{name}[{i}]") for i, v in enumerate(value)]
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        # YAML 1.1 reads 1e-5 as text
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f"{name} must be a number; got {value!r}") from None
-    if type(value) is not hint:
-        raise ValueError(f"{name} must be {hint.__name__}; got {value!r}")
-    if hint is float and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite; got {value}")
-    return value
-
-
-def _one_of(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-
-
-def _above(name, value, low):
-    if not value > low:
-        raise ValueError(f"{name} must be above {low}; got {value}")
-
-
-def _at_least(name, value, low):
-    if not value >= low:
-        raise ValueError(f"{name} must be at least {low}; got {value}")
-
-
-def _between(name, value, low, high):
-    if not low < value <= high:
-        raise ValueError(f"{name} must be in ({low}, {high}]; got {value}")
+    return parse(path, source)

@@ -16,7 +16,8 @@ PACKAGE = ROOT / "moe_unlearn"
 # Lower layers first; a module imports only from its own or a lower layer (within `ops`, `data`, `metrics`
 # and `regress` a package is one layer).
 LAYERS = [
-    {"triton_kernels", "choices", "backend", "native", "config", "cache", "checkpoint", "report", "ranks", "sums"},
+    {"triton_kernels", "choices", "backend", "native", "cache", "checkpoint", "report", "ranks", "sums"},
+    {"recipe_values", "config"},
     {"rounding"},
     {"ops", "testing", "memory", "yardstick"},
     {"optim"},

@@ -1,0 +1,131 @@
+"""Plain values of recipes: read from YAML, merged, overridden, made into dataclasses, checked.
+
+Every error is a ValueError that names the key in full.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from pathlib import Path
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also refuses duplicate keys and aliases (a few lines can expand to gigabytes)."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            raise ValueError(f"YAML aliases are not allowed in a recipe{self.peek_event().start_mark}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"duplicate key {key!r} in recipe{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def parse(path, source: str | Path) -> dict:
+    """Read the mapping of a YAML file; ValueError, naming `source`, for anything else."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{source}: not a YAML recipe: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: a recipe is a mapping of keys; got {type(values).__name__}")
+    return values
+
+
+def merge(values: dict, changes: dict) -> None:
+    """Take over `changes` into `values`, mapping by mapping."""
+    for key, change in changes.items():
+        if isinstance(change, dict) and isinstance(values.get(key), dict):
+            merge(values[key], change)
+        else:
+            values[key] = change
+
+
+def override(values: dict, text: str) -> None:
+    """Set one value of nested dictionaries by a text like `trace.eta=0.7`."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise ValueError(f"an override looks like trace.eta=0.7; got {text!r}")
+    *parents, last = path.split(".")
+    for key in parents:
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    try:
+        values[last] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {text!r}: the value is not YAML: {error}") from error
+
+
+def build(cls, values, path: str):
+    """Make a dataclass of nested dictionaries; unknown keys and wrong types are ValueErrors."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{path or 'recipe'} must be a mapping of keys; got {values!r}")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        name = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown recipe key {name!r}; {hint}valid keys: {', '.join(hints)}")
+        arguments[key] = _convert(hints[key], value, name)
+    return cls(**arguments)
+
+
+def _convert(hint, value, name: str):
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if dataclasses.is_dataclass(hint):
+        # `trace: true` is the lever with its defaults
+        return hint() if value is True else build(hint, value, name)
+    if typing.get_origin(hint) is list:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} must be a list; got {value!r}")
+        (item,) = typing.get_args(hint)
+        return [_convert(item, v, f"{name}[{i}]") for i, v in enumerate(value)]
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-5 as text
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{name} must be a number; got {value!r}") from None
+    if type(value) is not hint:
+        raise ValueError(f"{name} must be {hint.__name__}; got {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value}")
+    return value
+
+
+def one_of(name, value, allowed):
+    """Raise ValueError unless the value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def above(name, value, low):
+    """Raise ValueError unless value > low."""
+    if not value > low:
+        raise ValueError(f"{name} must be above {low}; got {value}")
+
+
+def at_least(name, value, low):
+    """Raise ValueError unless value >= low."""
+    if not value >= low:
+        raise ValueError(f"{name} must be at least {low}; got {value}")
+
+
+def between(name, value, low, high):
+    """Raise ValueError unless low < value <= high."""
+    if not low < value <= high:
+        raise ValueError(f"{name} must be in ({low}, {high}]; got {value}")
