@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from moe_unlearn.data.scripts import spaceless
+
 RUN = 12  # a run this long in two parts of a corpus is a leak
 
 
@@ -34,8 +36,11 @@ class Corpus:
 
 
 def words(document: Document) -> list[str]:
-    """Lower-cased words between white space of prompt, title and text."""
-    return f"{document.prompt} {document.title} {document.text}".lower().split()
+    """Lower-cased words between white space of prompt, title and text; characters where a script writes no spaces."""
+    text = f"{document.prompt} {document.title} {document.text}".lower()
+    if not text.isascii():
+        text = "".join(f" {character} " if spaceless(character) else character for character in text)
+    return text.split()
 
 
 def runs(tokens: Sequence, length: int = RUN) -> set[tuple]:

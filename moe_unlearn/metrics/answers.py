@@ -13,6 +13,7 @@ from torch import nn
 from moe_unlearn.data import Document, Example, encode, pad_token_id
 from moe_unlearn.metrics.results import Result, mean_result
 from moe_unlearn.metrics.scoring import TokenScores, context_length, greedy, token_scores
+from moe_unlearn.metrics.unicode_rouge import TOKENIZER, rouge_scorer
 
 IGNORED = -100
 QUESTION = "Question: {question}\nAnswer: "
@@ -142,15 +143,13 @@ def rouge(
     use_stemmer: bool = True,
     batch_size: int = 32,
 ) -> Result:
-    """Greedy answers to the prompts of `examples`, compared as text with `answers` by the `rouge-score` package.
+    """Greedy answers to the prompts of `examples`, compared as text with `answers` by `unicode_rouge.rouge_scorer`.
 
     The answers are those of `completions`. `agg_value` is the mean of `key`: `rougeL_f1`, `rougeL_recall` or
-    `rouge1_recall`, in [0, 1].
+    `rouge1_recall`, in [0, 1]; `tokenizer` says what the words are.
     """
-    from rouge_score.rouge_scorer import RougeScorer
-
     generated = completions(model, tokenizer, examples, new_tokens=new_tokens, cut_at=cut_at, batch_size=batch_size)
-    scorer, values = RougeScorer(["rouge1", "rougeL"], use_stemmer=use_stemmer), []
+    scorer, values = rouge_scorer(["rouge1", "rougeL"], use_stemmer=use_stemmer), []
     for example, text, answer in zip(examples, generated, answers, strict=True):
         score = scorer.score(answer, text)
         values.append(
@@ -163,7 +162,7 @@ def rouge(
                 "generation": text,
             }
         )
-    return mean_result(values, key)
+    return {**mean_result(values, key), "tokenizer": TOKENIZER}
 
 
 def _prompt(example: Example) -> list[int]:

@@ -1,12 +1,13 @@
 """How much of a document a model reproduces: VerbMem, a cloze form of KnowMem, extraction, memorisation."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from moe_unlearn.data import Example, pad_token_id
+from moe_unlearn.data.scripts import spaceless, unicode_words
 from moe_unlearn.metrics.scoring import TokenScores, greedy, token_scores
+from moe_unlearn.metrics.unicode_rouge import rouge_scorer
 
 IGNORED = -100
 
@@ -27,11 +28,9 @@ def verbmem(
 
     The prompt is the example's masked prompt or, without one, its first `prompt_tokens` tokens. The
     continuations have at most `new_tokens` tokens, the greedy one no more than the true one, and end at a
-    special token; the `rouge-score` package compares them as text, without stemming. Examples with nothing
+    special token; they are compared as text by `unicode_rouge.rouge_scorer`, without stemming. Examples with nothing
     but the prompt are left out; raises NothingToMeasureError if none remains.
     """
-    from rouge_score.rouge_scorer import RougeScorer
-
     cuts = [prompt_length(e, prompt_tokens) for e in examples]
     kept = [(e, cut) for e, cut in zip(examples, cuts, strict=True) if len(e) > cut]
     if not kept:
@@ -41,7 +40,7 @@ def verbmem(
     longest = max(map(len, truths))
     prompts = [e.input_ids[:cut] for e, cut in kept]
     answers = greedy(model, prompts, longest, pad_id=pad_token_id(tokenizer), stop=special)
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    scorer = rouge_scorer(["rougeL"], use_stemmer=False)
     scores = []
     for truth, answer, (e, cut) in zip(truths, answers, kept, strict=True):
         # an example cut to max_length has no end for the model to find: stop where the text stops
@@ -129,20 +128,52 @@ def cloze_spans(example: Example, tokenizer, words: int, *, min_letters: int = 4
 
     The longest words of at least `min_letters` letters that stand after the prefix and do not occur to their
     left (nothing can be copied); of equally long words the earlier. A span is every token the word touches,
-    and all of them carry a label.
+    and all of them carry a label. Of scripts that write no spaces, pieces of `min_letters` letters are words.
     """
-    pieces = [_surface(token) for token in tokenizer.convert_ids_to_tokens(example.input_ids)]
-    owner = [i for i, piece in enumerate(pieces) for _ in piece]  # the token of each character
+    text, owners = _characters(example.input_ids, tokenizer)
     seen, found = set(), []
-    for match in re.finditer(rf"[A-Za-z]{{{min_letters},}}", "".join(pieces)):
-        word = match.group().lower()
-        start, stop = owner[match.start()], owner[match.end() - 1] + 1
-        fresh = word not in seen and start >= max(example.prefix, 1)
+    for word, begin, end in _cloze_words(text, min_letters):
+        start, stop = owners[begin][0], owners[end - 1][1]
+        copied = word in seen or (spaceless(word[0]) and word in text[:begin].lower())
         seen.add(word)
-        if fresh and IGNORED not in example.labels[start:stop]:
+        if not copied and start >= max(example.prefix, 1) and IGNORED not in example.labels[start:stop]:
             found.append((len(word), -start, stop))
     chosen = sorted(found, reverse=True)[:words]
     return sorted((-start, stop) for _, start, stop in chosen)
+
+
+def _cloze_words(text: str, min_letters: int) -> Iterator[tuple[str, int, int]]:
+    """(lower-cased word, start, end) of each word of at least `min_letters` letters."""
+    piece, letters, start, last = "", 0, 0, -1
+    for word, begin, end in unicode_words(text, digits=False):
+        if not spaceless(word[0]):
+            if len(word) >= min_letters:
+                yield word.lower(), begin, end
+            continue
+        if begin != last:
+            piece, letters, start = "", 0, begin
+        piece, letters, last = piece + word, letters + 1, end
+        if letters == min_letters:
+            yield piece.lower(), start, end
+            last = -1
+
+
+def _characters(tokens: Sequence[int], tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """The text of the tokens, and of each of its characters the tokens [start, stop) that spell it."""
+    pieces = [_surface(token) for token in tokenizer.convert_ids_to_tokens(tokens)]
+    if "".join(pieces).isascii():
+        return "".join(pieces), [(i, i + 1) for i, piece in enumerate(pieces) for _ in piece]
+    # byte-level vocabularies spell a character in several tokens: decode until it is whole. A few tokens to the left
+    # are decoded too, since what opens a text may be spelt in another way
+    text, owners, context, start, before = "", [], 0, 0, ""
+    for i in range(len(tokens)):
+        decoded = tokenizer.decode(tokens[context : i + 1], clean_up_tokenization_spaces=False)
+        if len(decoded) > len(before) and not decoded.endswith("\ufffd"):
+            text += decoded[len(before) :]
+            owners += [(start, i + 1)] * (len(decoded) - len(before))
+            context, start = start, i + 1
+            before = tokenizer.decode(tokens[context:start], clean_up_tokenization_spaces=False)
+    return text, owners
 
 
 def _surface(token: str) -> str:

@@ -25,7 +25,7 @@ from moe_unlearn.metrics.workers import is_first, on_first
 from moe_unlearn.ranks import gather, local, sharded
 from moe_unlearn.reference import model_digest
 
-FORMAT = "moe-unlearn evaluation 1"  # raise it when the same model, data and settings give other numbers
+FORMAT = "moe-unlearn evaluation 2"  # raise it when the same model, data and settings give other numbers
 Result = dict[str, object]
 
 

@@ -10,7 +10,7 @@
 Prompts, 30 new tokens and the end of an answer at the end of its line are those of RWKU's code, and so are two types
 of level 3: "Answer:" does not follow an affirmative suffix, in-context examples bring their own "Question:". With
 `chat` the assistant's turn begins with "Answer:", as there. RWKU scores by the package `rouge`, words as they stand;
-this is `rouge-score`: lower case, letters and digits alone, without stemming.
+this is `rouge-score`: lower case, letters and digits alone (`unicode_rouge`), without stemming.
 """
 
 from collections.abc import Sequence

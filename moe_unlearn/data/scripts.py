@@ -1,0 +1,52 @@
+"""Words of text in any script: what stands between spaces, or single characters where a script writes none."""
+
+import unicodedata
+from collections.abc import Iterator
+from functools import lru_cache
+
+# first words of the Unicode names of letters whose scripts put no space between words
+SPACELESS = (
+    "CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA ", "KATAKANA-HIRAGANA ", "BOPOMOFO ", "YI ", "TANGUT ", "NUSHU ",
+    "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TAI ", "NEW TAI ", "BALINESE ", "JAVANESE ",
+)  # fmt: skip
+_ZERO_WIDTH_SPACE = "\u200b"
+
+
+def unicode_words(text: str, *, digits: bool = True) -> Iterator[tuple[str, int, int]]:
+    """(word, start, end) of each word of `text`, as it is written, at text[start:end].
+
+    A word is a longest run of letters, digits and the marks on them (Unicode categories L, N, M); without `digits`
+    these end it. Invisible format characters (joiners, soft hyphens; not the zero-width space) do not end a word and
+    are left out of it. In scripts that put no space between words (`SPACELESS`) every letter is a word, its marks
+    with it.
+    """
+    word, start, end, alone = "", 0, 0, False
+    for i, character in enumerate(text):
+        kind = _kind(character, digits)
+        # a letter that stands alone ends what stands before it, and takes nothing but marks
+        if word and (kind in ("end", "alone") or (alone and kind == "part")):
+            yield word, start, end
+            word = ""
+        if kind in ("part", "alone") or (kind == "mark" and word):
+            if not word:
+                start, alone = i, kind == "alone"
+            word, end = word + character, i + 1
+    if word:
+        yield word, start, end
+
+
+@lru_cache(65536)
+def spaceless(character: str) -> bool:
+    """Whether the character belongs to a script that puts no space between words."""
+    return unicodedata.name(character, "").startswith(SPACELESS)
+
+
+@lru_cache(65536)
+def _kind(character: str, digits: bool) -> str:
+    """What the character does to a word: "part" or "mark" of it, a word "alone", its "end", or "" (nothing)."""
+    category = unicodedata.category(character)
+    if category[0] == "M":
+        return "mark"
+    if category[0] == "L" or (digits and category[0] == "N"):
+        return "alone" if spaceless(character) else "part"
+    return "" if category == "Cf" and character != _ZERO_WIDTH_SPACE else "end"
