@@ -266,10 +266,10 @@ class Evaluation:
     more: tuple[str, ...] = ()
 
 
-MUSE_KEYS = {"forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE", "mia_min_k",
-             "extraction_strength", "exact_memorization"}  # fmt: skip
+MEMORISED = {"extraction_strength", "extraction_strength_open_unlearning", "exact_memorization"}
+MUSE_KEYS = {"forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE", "mia_min_k", *MEMORISED}
 TOFU_KEYS = {
-    *("forget_truth_ratio", "model_utility", "extraction_strength", "exact_memorization"),
+    *("forget_truth_ratio", "model_utility", *MEMORISED),
     *("mia_min_k", "wagle_unlearn_effect", "wagle_utility"),
     *(f"{side}_Truth_Ratio" for side in ("retain", "ra", "wf")),
     *(f"{side}_Q_A_{metric}" for side in ("forget", "retain", "ra", "wf") for metric in ("Prob", "PERT_Prob", "ROUGE")),

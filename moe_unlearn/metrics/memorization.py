@@ -80,17 +80,18 @@ def exact_memorization(score: TokenScores) -> float | None:
     return hits.double().mean().item() if len(hits) else None
 
 
-def extraction_strength(score: TokenScores) -> float | None:
-    """1 - k / n, k the smallest position in 0 .. n-1 from which on all of the n labelled tokens are most likely.
+def extraction_strength(score: TokenScores, *, like_open_unlearning: bool = False) -> float | None:
+    """1 - k / n, k the smallest number of labelled tokens after which all others of the n are the most likely ones.
 
-    As open-unlearning computes it: k is n - 1 even when the last token is wrong, so that 1 / n is the least.
-    None without a labelled token.
+    In [0, 1]: 0 where the last token is wrong (k = n), 1 where none is. open-unlearning's loop ends at k = n - 1, so
+    that a wrong last token counts as extracted: 1 / n is the least there, and a wrong answer of one token has 1.
+    `like_open_unlearning` gives that value. None without a labelled token.
     """
     hits = score.correct[score.counted].tolist()
     if not hits:
         return None
-    last_miss = max((i for i, hit in enumerate(hits) if not hit), default=-1)
-    return 1 - min(last_miss + 1, len(hits) - 1) / len(hits)
+    needed = max((i + 1 for i, hit in enumerate(hits) if not hit), default=0)
+    return 1 - min(needed, len(hits) - like_open_unlearning) / len(hits)
 
 
 def knowmem(

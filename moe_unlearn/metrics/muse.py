@@ -6,6 +6,7 @@
     mia_min_k              AUC of the Min-40 % score, forget against holdout (see below)
     privleak               100 (A - A_retrained) / A_retrained, in percent; needs the retrained model's run
     extraction_strength, exact_memorization   on the verbatim prompts and continuations
+    extraction_strength_open_unlearning       the same by its formula, where a wrong last token counts as extracted
 
 Names and units are open-unlearning's; MUSE prints the first three times 100. Two conventions of the AUC are
 about: open-unlearning's `mia_min_k` (also `auc`) is the chance that a forget document is likelier than a
@@ -18,6 +19,7 @@ without (MUSE). Ours alone: white space between prompt and answer belongs to the
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from torch import nn
 
@@ -152,7 +154,7 @@ def _verbatim(run: Evaluation, model, tokenizer, rows, settings, batch_size) -> 
 
 
 def memorised(run: Evaluation, model, tokenizer, rows, examples, batch_size: int) -> None:
-    """Add `extraction_strength` and `exact_memorization` of these examples, from one pass over them."""
+    """Add `extraction_strength`, ours and open-unlearning's, and `exact_memorization`, from one pass over examples."""
     scores: list = []
 
     def measured(metric) -> Result:
@@ -161,6 +163,8 @@ def memorised(run: Evaluation, model, tokenizer, rows, examples, batch_size: int
         return mean_result([{"score": metric(score)} for score in scores], "score")
 
     run.add("extraction_strength", rows, lambda: measured(extraction_strength))
+    theirs = partial(extraction_strength, like_open_unlearning=True)
+    run.add("extraction_strength_open_unlearning", rows, lambda: measured(theirs))
     run.add("exact_memorization", rows, lambda: measured(exact_memorization))
 
 

@@ -16,6 +16,7 @@ the end token with them):
     model_utility           harmonic mean of the nine: (Prob, ROUGE, Truth_Ratio) of retain, ra and wf; Prob
                             is the normalised one for ra and wf. 0 if one of them is 0
     extraction_strength, exact_memorization   on the forget rows
+    extraction_strength_open_unlearning       the same by its formula (`memorization.extraction_strength`)
     mia_min_k, privleak     MUSE's (`muse`), on the answers of the forget and the holdout rows
 
 Names are open-unlearning's, and so are the formulas, with the 1e-10 it adds to denominators: a collapsed

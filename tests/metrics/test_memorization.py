@@ -1,10 +1,11 @@
 """VerbMem, the cloze KnowMem and extraction on models whose answers are known."""
 
 import pytest
+import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from moe_unlearn.data import Document, Example, encode
-from moe_unlearn.metrics import cloze_spans, extraction, greedy, knowmem, verbmem
+from moe_unlearn.metrics import TokenScores, cloze_spans, extraction, extraction_strength, greedy, knowmem, verbmem
 
 pytestmark = pytest.mark.quick
 
@@ -88,3 +89,27 @@ def test_a_masked_question_is_not_asked(tokenizer):
     example = encode([Document("", " mountains", "granite orchards")], tokenizer, 99)[0]
     spans = cloze_spans(example, tokenizer, 9)
     assert [tokenizer.decode(example.input_ids[a:b]).strip() for a, b in spans] == ["mountains"]
+
+
+@pytest.mark.parametrize(
+    "hits, ours, theirs",
+    [
+        ([False], 0, 1),
+        ([True], 1, 1),
+        ([True, True, False], 0, 1 / 3),
+        ([False, True, True, True], 3 / 4, 3 / 4),
+        ([True, False, True, True], 2 / 4, 2 / 4),
+        ([False, False], 0, 1 / 2),
+        ([True, True], 1, 1),
+    ],
+)
+def test_extraction_strength_of_known_hits(hits, ours, theirs):
+    # the prompt's tokens are all right and do not count
+    correct, counted = torch.tensor([True, True, *hits]), torch.tensor([False, False, *[True] * len(hits)])
+    score = TokenScores(torch.zeros(len(correct)), correct, counted)
+    assert extraction_strength(score) == pytest.approx(ours, abs=1e-15)
+    assert extraction_strength(score, like_open_unlearning=True) == pytest.approx(theirs, abs=1e-15)
+
+
+def test_extraction_strength_of_nothing_is_none():
+    assert extraction_strength(TokenScores(torch.zeros(2), torch.ones(2).bool(), torch.zeros(2).bool())) is None

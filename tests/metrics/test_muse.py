@@ -87,7 +87,7 @@ def test_every_number_a_second_time(model, tokenizer, data, tmp_path):
     assert found["forget_knowmem_ROUGE"] == pytest.approx(np.mean(expected), abs=1e-12)
     alone = continue_alone(model, tokenizer, f"Question: {QA[0]['question']}\nAnswer:", 8)
     assert found["retain_knowmem_ROUGE"] == pytest.approx(rouge_f1(QA[0]["answer"], alone), abs=1e-12)
-    expected, exact, strength = [], [], []
+    expected, exact, strength, their_strength = [], [], [], []
     for row in VERBMEM:
         answer = continue_alone(model, tokenizer, row["prompt"], 10)
         expected.append(rouge_f1(tokenizer.decode(ids(tokenizer, row["gt"])[:10]), answer))
@@ -95,10 +95,13 @@ def test_every_number_a_second_time(model, tokenizer, data, tmp_path):
         n = len(ids(tokenizer, row["gt"]))
         hits = (model(input_ids=tokens).logits[0, -n - 1 : -1].argmax(-1) == tokens[0, -n:]).tolist()
         exact.append(sum(hits) / n)
-        strength.append(1 - next((k for k in range(n) if all(hits[k:])), n - 1) / n)
+        strength.append(1 - next(k for k in range(n + 1) if all(hits[k:])) / n)
+        their_strength.append(1 - next((k for k in range(n) if all(hits[k:])), n - 1) / n)
     assert found["forget_verbmem_ROUGE"] == pytest.approx(np.mean(expected), abs=1e-12)
     assert found["exact_memorization"] == pytest.approx(np.mean(exact), abs=1e-12)
     assert found["extraction_strength"] == pytest.approx(np.mean(strength), abs=1e-12)
+    theirs = found["extraction_strength_open_unlearning"]
+    assert theirs == pytest.approx(np.mean(their_strength), abs=1e-12) and theirs != found["extraction_strength"]
     assert 1 - found["mia_min_k"] == pytest.approx(unknown_auc(model, tokenizer), abs=1e-12)
     assert "privleak" not in found
     assert json.loads((tmp_path / "MUSE_SUMMARY.json").read_text(encoding="utf-8")) == found
