@@ -120,6 +120,7 @@ def mask(options) -> None:
         keep=options.keep,
         gamma=options.gamma,
         official=options.official,
+        accumulation=options.accumulation,
     )
     mask_files.save(made, options.out, model, options.format)
     print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
@@ -219,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--keep", type=float, default=0.8, help="fraction of the weights that may move")
     sub.add_argument("--gamma", type=float, default=1.0)
     sub.add_argument("--official", action="store_true", help="reproduce the official code's masks")
+    sub.add_argument("--accumulation", type=int, default=1, help="with --official: its micro-batches a step (it has 4)")
     sub.add_argument("--format", choices=mask_files.FORMATS, default="native", help="native: safetensors, a bit for "
                      "each weight; official: the WAGLE code's {name: bool tensor}, expert by expert")  # fmt: skip
     sub.add_argument("--out", required=True, help="the file to write; wagle.mask of a recipe reads both formats")

@@ -81,16 +81,21 @@ class Trace:
 @dataclass(frozen=True, kw_only=True)
 class Wagle:
     """Lever 2, see `moe_unlearn.wagle`: keep the fraction `keep` of all weights trainable. `mask` reads a
-    saved mask instead of computing one, also one of the official code."""
+    saved mask instead of computing one, also one of the official code. `accumulation` is for `official`: the
+    micro-batches of a step there, by which its gradients are divided."""
 
     keep: float = 0.8
     gamma: float = 1.0
     official: bool = False
+    accumulation: int = 1
     mask: str | None = None
 
     def __post_init__(self):
         between("wagle.keep", self.keep, 0, 1)
         above("wagle.gamma", self.gamma, 0)
+        above("wagle.accumulation", self.accumulation, 0)
+        if self.accumulation != 1 and not self.official:
+            raise ValueError(f"wagle.accumulation goes with wagle.official; got {self.accumulation} without it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -262,8 +262,9 @@ def _wagle(model, recipe, prepared, forget, retain):
         return
     forget = [forward.forgotten(recipe, batch) for batch in forget]
     prepared.mask = wagle.weight_mask(
-        model, forget, retain, keep=settings.keep, gamma=settings.gamma, official=settings.official
-    )
+        model, forget, retain, keep=settings.keep, gamma=settings.gamma, official=settings.official,
+        accumulation=settings.accumulation,
+    )  # fmt: skip
 
 
 def uses_kl(recipe: Recipe) -> bool:

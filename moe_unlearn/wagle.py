@@ -12,7 +12,13 @@ sizes. A score of exactly 0 is never kept: experts the forget set does not route
 `requires_grad` freeze themselves, and `fraction` may stay below `keep`.
 
 Official mode reproduces the released code's masks wherever the score decides: gradients are sums over batches
-of each batch's mean loss, gamma is its `mu`, and exactly int(keep N) weights are kept, zeros filling up.
+of each batch's mean loss, gamma is its `mu`, and exactly int(keep N) weights are kept, zeros filling up. That code
+scores inside a trainer whose backward divides each loss by the number A of accumulated micro-batches, so that
+
+    S_i = theta_i (g_f,i / A) - (1 / mu) (g_r,i / A) (g_f,i / A),   the ranking of gamma = A mu
+
+with g the plain sums; `accumulation` is A, 4 in all its configurations. It scores in bfloat16; here the model's own
+dtype decides, and scores next to the threshold fall on the other side where it is another.
 
 No score tensor of the model exists and nothing is sorted: `ops.weight_score` streams histograms, parameter by
 parameter. Memory: two float32 gradients of the trainable parameters, and one bit per weight.
@@ -170,6 +176,7 @@ def weight_mask(
     keep: float,
     gamma: float,
     official: bool = False,
+    accumulation: int = 1,
     forget_loss: Callable[[nn.Module, Batch], Tensor] = token_losses,
     retain_loss: Callable[[nn.Module, Batch], Tensor] = token_losses,
 ) -> WeightMask:
@@ -177,24 +184,27 @@ def weight_mask(
 
     Args:
         keep: fraction to keep, in (0, 1]; gamma: the Hessian's scale, > 0.
-        official: reproduce the released code.
+        official: reproduce the released code; accumulation: the A of the module docstring, of official mode only.
         forget_loss, retain_loss: (model, batch) -> per-token losses [B, S], 0 where `losses.target_mask` is
             False; the default is the NLL.
 
     The model is scored in evaluation mode; its mode and its `.grad` fields are left as they were, and both
     score terms' mean magnitudes are logged. Deterministic as far as the model's backward pass is.
 
-    Raises ValueError for keep or gamma out of range, a set without a position that carries a loss, or a
+    Raises ValueError for keep, gamma or accumulation out of range, a set without a position that carries a loss, or a
     score that is not finite (naming the parameter).
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1]; got {keep}")
     if not gamma > 0:
         raise ValueError(f"gamma must be above 0; got {gamma}")
+    if accumulation < 1 or (accumulation != 1 and not official):
+        raise ValueError(f"accumulation must be at least 1, and 1 without official; got {accumulation}")
     parameters = dict(model.named_parameters())
     with evaluation_mode(model):
-        forget = _gradients(model, forget_batches, forget_loss, official, "forget")
-        retain = _gradients(model, retain_batches, retain_loss, official, "retain")
+        divided = accumulation if official else None
+        forget = _gradients(model, forget_batches, forget_loss, divided, "forget")
+        retain = _gradients(model, retain_batches, retain_loss, divided, "retain")
     scored = _Scored(parameters, forget, retain, gamma)
     magnitudes = scored.magnitudes()
     _log.info(
@@ -211,8 +221,8 @@ def weight_mask(
     return WeightMask(shapes, packed, keep, gamma, official, magnitudes)
 
 
-def _gradients(model, batches, loss, official, side) -> dict[str, Tensor]:
-    """float32 gradients of the mean over the set's tokens, or of the sum over batches of their means."""
+def _gradients(model, batches, loss, divided: int | None, side) -> dict[str, Tensor]:
+    """float32 gradients of the mean over the set's tokens, or of the sum over batches of their means / `divided`."""
     batches = [batch for batch in batches if target_mask(batch).any()]
     tokens = [int(target_mask(batch).sum()) for batch in batches]
     if not batches:
@@ -237,7 +247,7 @@ def _gradients(model, batches, loss, official, side) -> dict[str, Tensor]:
             handles.append(p.register_post_accumulate_grad_hook(take(name)))
         with torch.enable_grad():
             for batch, count in zip(batches, tokens, strict=True):
-                value = loss(model, batch).sum() / (count if official else sum(tokens))
+                value = loss(model, batch).sum() / (count * divided if divided else sum(tokens))
                 # no gradient at all: every parameter the loss depends on is frozen
                 if value.requires_grad:
                     value.backward()

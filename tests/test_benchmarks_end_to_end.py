@@ -245,9 +245,11 @@ def test_wagle_moves_what_the_mask_of_the_command_line_keeps(walk):
     run = next(run for run in RUNS if run.recipe == "wagle-tofu-graddiff")
     changed = moved(walk(run))
     path = "runs/mask.safetensors"
-    settings = ["--official", "--keep", "0.95", "--gamma", "1e-6", "--batch-size", "1", "--out", path]
+    settings = ["--official", "--accumulation", "4", "--keep", "0.95", "--gamma", "1e-6", "--batch-size", "1"]
     model = f"models/{run.model}"
-    assert main(["mask", "--model", model, "--forget", run.forget, "--retain", run.retain, *settings]) == 0
+    assert (
+        main(["mask", "--model", model, "--forget", run.forget, "--retain", run.retain, *settings, "--out", path]) == 0
+    )
     mask = wagle.WeightMask.load(path)
     assert not any((where & ~mask.kept(name)).any() for name, where in changed.items())
 

@@ -7,10 +7,13 @@ import struct
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import nn
 
-from moe_unlearn import wagle
+from moe_unlearn import UnlearnStep, wagle
+from moe_unlearn.config import Recipe, shipped
 from moe_unlearn.losses import target_mask, token_losses
 from moe_unlearn.ops.bits import num_words
 from moe_unlearn.trace import routing_frequencies
@@ -74,6 +77,59 @@ def test_equals_one_long_sort(model, official, keep, gamma):
     assert mask.names == [n for n, _ in model.named_parameters()]
     assert mask.fraction == float(expected.sum()) / len(expected)
     assert (mask.keep, mask.gamma, mask.official) == (keep, gamma, official)
+
+
+def accelerate_gradients(model, batches, accumulation):
+    """Sums over batches of the gradients that accelerate's backward leaves for the mean loss of each."""
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    try:
+        for batch in batches:
+            accelerator.backward(token_losses(model, batch).sum() / target_mask(batch).sum())
+    finally:
+        AcceleratorState._reset_state(True)
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    return grads
+
+
+@pytest.mark.quick
+def test_official_mode_scores_what_accelerate_accumulates(model):
+    forget, retain = data()
+    arguments = {"keep": 0.5, "gamma": 1e-2, "official": True}
+    g_f, g_r = (accelerate_gradients(model, b, 4) for b in (forget, retain))
+    scores = torch.cat([((p - g_r[n] / torch.tensor(1e-2)) * g_f[n]).abs().flatten()
+                        for n, p in model.named_parameters()]).detach()  # fmt: skip
+    expected = scores.argsort(descending=True, stable=True).argsort() < int(0.5 * len(scores))
+    mask = weight_mask(model, forget, retain, **arguments, accumulation=4)
+    assert torch.equal(flat(mask), expected)
+    # the ranking is that of gamma times 4, up to the rounding of scores next to the threshold
+    scaled = weight_mask(model, forget, retain, **{**arguments, "gamma": 4e-2})
+    without = weight_mask(model, forget, retain, **arguments)
+    assert int((flat(mask) != flat(scaled)).sum()) < 20 < int((flat(mask) != flat(without)).sum())
+
+
+@pytest.mark.quick
+def test_accumulation_belongs_to_official_mode(model):
+    forget, retain = data()
+    for keywords in ({"accumulation": 4}, {"accumulation": 0, "official": True}):
+        with pytest.raises(ValueError, match="accumulation must be at least 1, and 1 without official; got"):
+            weight_mask(model, forget, retain, keep=0.5, gamma=1.0, **keywords)
+    with pytest.raises(ValueError, match="wagle.accumulation goes with wagle.official; got 4 without it"):
+        Recipe.load("wagle", ["wagle.accumulation=4"])
+
+
+@pytest.mark.quick
+def test_official_recipes_count_their_micro_batches(model):
+    official = [r for r in map(Recipe.load, shipped()) if r.wagle is not None and r.wagle.official]
+    assert len(official) == 7
+    assert {(r.wagle.accumulation, r.accumulate) for r in official} == {(4, 4)}
+    forget, retain = data()
+    settings = ["wagle.keep=0.5", "wagle.gamma=1e-2", "wagle.official=true", "wagle.accumulation=4"]
+    step = UnlearnStep(model, Recipe.load("wagle", settings))
+    step.prepare(forget, retain)
+    expected = weight_mask(model, forget, retain, keep=0.5, gamma=1e-2, official=True, accumulation=4)
+    assert torch.equal(flat(step.prepared.mask), flat(expected))
 
 
 @pytest.mark.quick
