@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from moe_unlearn import data, experiment, metrics, report, workers
+from moe_unlearn import data, experiment, metrics, report, trace, workers
 from moe_unlearn.config import Recipe
 from moe_unlearn.experiment import Experiment, Settings
+from moe_unlearn.step import UnlearnStep
 from moe_unlearn.suite import Progress, unlearning
 from moe_unlearn.table import Table
 from moe_unlearn.trainer import UnlearnTrainer
@@ -45,7 +46,8 @@ def unlearn(
 
     `out` gets `recipe.yaml`, `checkpoints/`, `model/` (loads with `from_pretrained`), `summary.json`,
     `trajectory.json`, `report.md`, with `reports` (by side) `data.json` and, with `verify` as in `UnlearnStep`,
-    `verified.txt`; nothing where the recipe does not fit model or data. With `resume` the newest checkpoint goes on.
+    `verified.txt`, with TRACE `routing.json`; no file where the recipe does not fit model or data, for the preparation
+    comes first. With `resume` the newest checkpoint goes on.
     References are kept in `cache_dir`, by default `out/cache`. Returns the summary: run name -> metrics, empty
     without `evaluate`.
     """
@@ -75,6 +77,10 @@ def unlearn(
         model, arguments, recipe, dataset, processing_class=tokenizer, cache_dir=cache_dir or out / "cache",
         verify=verify,
     )  # fmt: skip
+    start = time.perf_counter()
+    if not resume:
+        trainer.prepare()
+    seconds = time.perf_counter() - start
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     if reports is not None:
@@ -93,12 +99,14 @@ def unlearn(
     finally:
         if verify:
             (out / "verified.txt").write_text(trainer.unlearn_step.verifier.summary() + "\n", encoding="utf-8")
-    seconds = time.perf_counter() - start
+    seconds += time.perf_counter() - start
     # not save_model, which would put a pickle of the training arguments beside the weights
     trainer.model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     trajectory = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
     _write_json(out / "trajectory.json", {recipe.name: trajectory})
+    if routing := _routing(trainer.unlearn_step):
+        _write_json(out / "routing.json", {key: report.as_list(table) for key, table in routing.items()})
     if evaluate:
         after = metrics.evaluate(trainer.model, tokenizer, **sets, reference_auc=reference)
         summary[recipe.name] = after | {"seconds": seconds}
@@ -161,9 +169,8 @@ def _run(name: str, corpus: str, seed: int, size: str | Settings) -> tuple[Table
         workers.advance(spared + (progress.step > 0))
         if progress.last or progress.step % max(1, recipe.steps // TRAJECTORY_POINTS) == 0:
             trajectory.append(_measure(step.model, made, progress.step) | progress.metrics)
-        if progress.last and step.prepared.frequencies is not None:
-            routing.update({side: step.prepared.frequencies[side].frequency for side in ("forget", "retain")})
-            routing["selected"] = step.prepared.selected
+        if progress.last:
+            routing.update(_routing(step))
 
     recipes = [] if name in experiment.MODELS else [demo_recipe(name, seed)]
     table = unlearning(
@@ -172,6 +179,20 @@ def _run(name: str, corpus: str, seed: int, size: str | Settings) -> tuple[Table
         baselines={} if recipes else {name: getattr(made, name)}, seeds=[seed], on_step=watch,
     )  # fmt: skip
     return table, trajectory, routing
+
+
+def _routing(step: UnlearnStep) -> dict:
+    """What TRACE saw and chose, as `report` reads it; nothing without TRACE."""
+    recipe, prepared = step.recipe.trace, step.prepared
+    if prepared.frequencies is None:
+        return {}
+    routing = {side: counted.frequency for side, counted in prepared.frequencies.items()}
+    routing["selected"] = prepared.selected
+    if prepared.inactive:
+        routing["inactive"] = trace.why_empty(
+            **prepared.frequencies, min_ratio=recipe.min_ratio, min_load=recipe.min_load
+        )
+    return routing
 
 
 def demo_recipe(name: str, seed: int, *overrides: str) -> Recipe:

@@ -23,6 +23,7 @@ from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.experts import enable
 from moe_unlearn.losses import target_mask
 from moe_unlearn.objectives import NotPreparedError
+from moe_unlearn.preparation import CHOOSING, needed
 from moe_unlearn.regress import command as regression
 from moe_unlearn.step import NonFiniteError, RetainBudgetError, UnlearnStep
 from moe_unlearn.trainer import pair_collator
@@ -164,7 +165,10 @@ def run(options) -> None:
         side: _with_loss(side_batches(pairs, side, recipe.batch_size, collator), side) for side in ("forget", "retain")
     }
     if options.dry_run:
-        print(UnlearnStep(model, recipe, verify=options.verify).plan(batches["forget"], batches["retain"]))
+        step = UnlearnStep(model, recipe, verify=options.verify)
+        if not set(needed(recipe)).isdisjoint(CHOOSING):
+            step.prepare(batches["forget"], batches["retain"], stages=CHOOSING)
+        print(step.plan(batches["forget"], batches["retain"]))
         return
     out = Path(options.out)
     # the folder changes no result, so that it is no part of the recipe

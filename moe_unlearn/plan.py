@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_unlearn import losses
+from moe_unlearn import losses, trace
 from moe_unlearn.cache import RowCache
 from moe_unlearn.experts import copy_gate, experts_modules
 from moe_unlearn.forward import Batch, check_batch, refusal
@@ -309,7 +309,9 @@ def _levers(step) -> dict[str, str]:
     if recipe.trace is not None:
         levers["trace"] = "experts selected in prepare()"
         if prepared.inactive:
-            levers["trace"] = "TRACE inactive: no forget-critical expert"
+            settings, found = recipe.trace, prepared.frequencies
+            why = trace.why_empty(**found, min_ratio=settings.min_ratio, min_load=settings.min_load)
+            levers["trace"] = f"TRACE inactive: {why}"
         elif prepared.calibration is not None:
             levers["trace"] = (
                 f"{int(prepared.selected.sum())} experts selected, effective retain sample "
@@ -346,7 +348,7 @@ def _cache_bytes(step, forget: list[Batch], retain: list[Batch]) -> int:
     head = prepared.ref_lm_head
     held = sum(cache.nbytes for cache in caches if cache is not None)
     held += 0 if head is None else head.numel() * head.element_size()
-    if prepared.done:
+    if set(needed(recipe)) <= set(prepared.done):
         return held
     hidden = losses.head_of(step.model).weight
     assumed = {"forget": recipe.data.forget_rows, "retain": recipe.data.retain_rows}
@@ -357,7 +359,7 @@ def _cache_bytes(step, forget: list[Batch], retain: list[Batch]) -> int:
         for side, batches in (("forget", forget), ("retain", retain))
     }
     predicted = 0
-    if recipe.trace is not None and recipe.trace.refresh == "offline":
+    if recipe.trace is not None and recipe.trace.refresh == "offline" and not prepared.inactive:
         predicted += tokens["retain"] * _LOGPROB_BYTES
     if recipe.forget.objective in ("npo", "idk_dpo"):
         predicted += tokens["forget"] * _LOGPROB_BYTES

@@ -13,7 +13,7 @@ Hidden states are cached in bfloat16 (2 H bytes a token), log-probs in float32.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from moe_unlearn.trace import RoutingFrequencies
 from moe_unlearn.wagle import WeightMask
 
 STAGES = ("trace", "seuf", "reference", "kl_floor", "wagle")
+CHOOSING = ("trace", "seuf")  # which experts; forward passes alone, with nothing cached but token weights
 
 
 @dataclass
@@ -129,16 +130,18 @@ def prepare(
     on_stage: Callable[[str], None] | None = None,
     cache_dir: str | Path | None = None,
     ranks: Ranks | None = None,
+    stages: Sequence[str] = STAGES,
 ) -> None:
-    """Run the stages not yet in `prepared.done`; `on_stage(name)` is called after each one.
+    """Run those of `stages` that the recipe needs and that are not yet in `prepared.done`.
 
-    `cache_dir` is the folder where references are kept between runs; None keeps them in memory only. All ranks do
-    the same work on the same rows (ValueError otherwise), and take the first one's experts and mask.
+    `on_stage(name)` is called after each one. `cache_dir` is the folder where references are kept between runs; None
+    keeps them in memory only. All ranks do the same work on the same rows (ValueError otherwise), and take the first
+    one's experts and mask.
     """
     ranks = Ranks(model) if ranks is None else ranks
     ranks.agree("the rows of prepare()", lambda: [[content_keys(b) for b in side] for side in (forget, retain)])
     folder = None if cache_dir is None or not ranks.first else reference.make_folder(cache_dir)
-    stages = {
+    work = {
         "trace": _trace,
         "seuf": _seuf,
         "reference": partial(_reference, folder=folder),
@@ -149,8 +152,8 @@ def prepare(
     model.eval()
     try:
         for stage in needed(recipe):
-            if stage not in prepared.done:
-                stages[stage](model, recipe, prepared, forget, retain)
+            if stage in stages and stage not in prepared.done:
+                work[stage](model, recipe, prepared, forget, retain)
                 ranks.share_(prepared.chosen())
                 prepared.done.append(stage)
                 if on_stage is not None:
@@ -170,7 +173,8 @@ def _trace(model, recipe, prepared, forget, retain):
         per_layer=settings.per_layer,
         min_ratio=settings.min_ratio,
         min_load=settings.min_load,
-        allow_empty=settings.allow_empty,
+        # no weight trains where TRACE's experts are all that may and there are none
+        allow_empty=settings.allow_empty and recipe.scope.kind != "experts",
     )
     if not prepared.selected.any():
         prepared.inactive = True

@@ -3,7 +3,7 @@
 A folder holds `summary.json` (run name -> flat metrics; with several seeds the mean, and `<key>_sd` the
 sample standard deviation) and, where there are any, `seeds.json` (`corpus`; `results`: seed -> run name ->
 metrics), `trajectory.json` (run name -> list of {"step", ...}) and `routing.json` (`forget`, `retain`
-frequencies and `selected`, all [L, E]).
+frequencies and `selected`, all [L, E]; `inactive` says why TRACE selected none).
 """
 
 import json
@@ -81,7 +81,7 @@ def write_demo(folder: str | Path, content: Content) -> Summary:
     folder = Path(folder)
     summary = summarise(content.results)
     seeds = {"corpus": content.corpus, "results": content.results}
-    routing = {key: _as_list(table) for key, table in content.routing.items()}
+    routing = {key: as_list(table) for key, table in content.routing.items()}
     files = {"summary": summary, "seeds": seeds, "trajectory": content.trajectories, "routing": routing}
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in files.items():
@@ -226,7 +226,7 @@ def _selection(routing: dict) -> str:
         if mark
     ]
     if not chosen:
-        return "**TRACE inactive**: no expert is used enough more by forget than by retain text."
+        return f"**TRACE inactive**: {routing.get('inactive', 'no forget-critical expert')}."
     return f"TRACE's forget-critical experts ({len(chosen)}): {'; '.join(chosen)}."
 
 
@@ -238,7 +238,8 @@ def _cell(metrics: dict[str, float], key: str) -> str:
     return f"{value:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
 
 
-def _as_list(table) -> list:
+def as_list(table) -> object:
+    """Plain values of a tensor; anything else as it is."""
     return table.tolist() if hasattr(table, "tolist") else table
 
 

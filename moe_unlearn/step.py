@@ -31,7 +31,7 @@ and `prepare` with all rows; losses, and so what stops a step, are the mean over
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ from moe_unlearn.gradients import Gradients
 from moe_unlearn.objectives import NotPreparedError, Objectives, RetainBudgetError, check_losses
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
 from moe_unlearn.plan import Plan, make_plan
-from moe_unlearn.preparation import Preparation, needed, prepare
+from moe_unlearn.preparation import STAGES, Preparation, needed, prepare
 from moe_unlearn.ranks import Ranks, local
 from moe_unlearn.sinks import CompactSink, FactorSink, NonFiniteError, UpdateSink, look
 from moe_unlearn.verify import Verifier
@@ -115,13 +115,13 @@ class UnlearnStep:
         *,
         on_stage: Callable[[str], None] | None = None,
         cache_dir: str | Path | None = None,
+        stages: Sequence[str] = STAGES,
     ) -> Preparation:
-        """Run the preparation stages the recipe needs and that have not run, the same on all ranks; see `preparation`.
+        """Run those of `stages` that the recipe needs and that have not run, the same on all ranks; see `preparation`.
 
-        Both sets must hold every row the step will meet when weights or references are cached for it.
-        `on_stage(name)` is called after each stage, when `state_dict()` already holds its result.
-        `cache_dir` is a folder that keeps references from run to run, under the content of model and rows;
-        OSError names it where it cannot be written to. Under PEFT references are those of the base model.
+        Both sets must hold every row that the step will meet. `on_stage(name)` is called after each stage, when
+        `state_dict()` holds its result. The folder `cache_dir` keeps references from run to run by the content of model
+        and rows; OSError where it cannot be written to. Under PEFT references are those of the base model.
         """
         forget, retain = list(forget_batches), list(retain_batches)
         for side, batches in (("forget", forget), ("retain", retain)):
@@ -133,7 +133,7 @@ class UnlearnStep:
             if on_stage is not None:
                 on_stage(stage)
 
-        prepare(self.model, self.recipe, self.prepared, forget, retain, after, cache_dir, self.ranks)
+        prepare(self.model, self.recipe, self.prepared, forget, retain, after, cache_dir, self.ranks, stages)
         self._apply_masks()
         return self.prepared
 

@@ -106,25 +106,39 @@ def select_experts(
         min_ratio: smallest f^F / f^R; infinite where no retain token uses the expert.
         min_load: smallest f^F in units of the uniform load K / E.
 
-    Raises ValueError when no expert qualifies, naming the highest ratio found, unless `allow_empty`.
+    Raises ValueError when no expert qualifies, naming the highest ratio found and what can be done, unless
+    `allow_empty`: then a warning names it.
     """
     if per_layer < 1:
         raise ValueError(f"per_layer must be at least 1; got {per_layer}")
     f, r = _frequency(forget), _frequency(retain)
     if f.shape != r.shape or f.dim() != 2:
         raise ValueError(f"expected two tables [L, E] of one shape; got {list(f.shape)} and {list(r.shape)}")
-    # the frequencies of a layer sum to K, so their mean is the uniform load K / E
-    loaded = (f > 0) & (f >= min_load * f.mean(1, keepdim=True))
-    ratio = torch.where(r > 0, f / r, torch.inf)
-    critical = loaded & (ratio >= min_ratio)
+    ratio = _ratios(f, r, min_load)
+    critical = ratio >= min_ratio
     if not critical.any():
-        message = _why_empty(torch.where(loaded, ratio, -torch.inf), min_ratio, min_load)
+        message = why_empty(f, r, min_ratio=min_ratio, min_load=min_load)
         if not allow_empty:
-            raise ValueError(message)
-        _log.warning("TRACE inactive: %s", message)
+            raise ValueError(f"{message}. Remedies: a lower min_ratio or min_load, or allow_empty, with which every "
+                             "retain token counts the same")  # fmt: skip
+        _log.warning("TRACE inactive: %s; every retain token counts the same", message)
     gap = torch.where(critical, f - r, -torch.inf)
     largest = torch.argsort(gap, dim=1, descending=True, stable=True)[:, :per_layer]
     return torch.zeros_like(critical).scatter_(1, largest, True) & critical
+
+
+def why_empty(
+    forget: RoutingFrequencies | Tensor, retain: RoutingFrequencies | Tensor, *, min_ratio: float, min_load: float
+) -> str:
+    """Says, of tables in which no expert is forget-critical, which one came nearest."""
+    ratio = _ratios(_frequency(forget), _frequency(retain), min_load)
+    if not ratio.isfinite().any():
+        return f"no forget-critical expert: none has {min_load} times the uniform load on the forget set"
+    layer, expert = divmod(int(ratio.argmax()), ratio.shape[1])
+    return (
+        "no forget-critical expert: the highest ratio of forget to retain frequency is "
+        f"{float(ratio.max()):.3f} (layer {layer}, expert {expert}), min_ratio is {min_ratio}"
+    )
 
 
 def calibration_target(forget: RoutingFrequencies | Tensor, retain: RoutingFrequencies | Tensor, eta: float) -> Tensor:
@@ -176,15 +190,11 @@ def _frequency(table: RoutingFrequencies | Tensor) -> Tensor:
     return table.frequency if isinstance(table, RoutingFrequencies) else table.double()
 
 
-def _why_empty(ratio: Tensor, min_ratio: float, min_load: float) -> str:
-    """Says which expert came nearest; `ratio` [L, E] is -inf where the load is too small."""
-    if not ratio.isfinite().any():
-        return f"no forget-critical expert: none has {min_load} times the uniform load on the forget set"
-    layer, expert = divmod(int(ratio.argmax()), ratio.shape[1])
-    return (
-        "no forget-critical expert: the highest ratio of forget to retain frequency is "
-        f"{float(ratio.max()):.3f} (layer {layer}, expert {expert}), min_ratio is {min_ratio}"
-    )
+def _ratios(forget: Tensor, retain: Tensor, min_load: float) -> Tensor:
+    """f^F / f^R [L, E], infinite where no retain token uses the expert; -inf where the forget load is too small."""
+    # the frequencies of a layer sum to K, so their mean is the uniform load K / E
+    loaded = (forget > 0) & (forget >= min_load * forget.mean(1, keepdim=True))
+    return torch.where(loaded, torch.where(retain > 0, forget / retain, torch.inf), -torch.inf)
 
 
 def _check(top_k_index, selected, target):

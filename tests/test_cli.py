@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from moe_unlearn import wagle
+from moe_unlearn import metrics, wagle
 from moe_unlearn.cache import RowStore
 from moe_unlearn.cli import main
 from moe_unlearn.data import train_tokenizer
@@ -203,6 +203,38 @@ def test_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "trained weights" in text and "optimizer state" in text and "4 steps" in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.quick
+def test_dry_run_selects_the_experts(folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "out", "trace.min_ratio=1.001", "--dry-run", recipe="trace") == 0
+    assert "experts selected, effective retain sample" in capsys.readouterr().out
+    ordinary = ["trace.min_ratio=50", "--dry-run"]
+    assert run(folder, tmp_path / "out", *ordinary, recipe="combined") == 0
+    assert "TRACE inactive: no forget-critical expert: the highest ratio" in capsys.readouterr().out
+    assert run(folder, tmp_path / "out", "trace.allow_empty=false", *ordinary, recipe="trace") == 2
+    assert "min_ratio is 50.0. Remedies: a lower min_ratio" in error_of(capsys)
+    # where these experts are all that may train there is nothing to do
+    assert run(folder, tmp_path / "out", "scope.kind=experts", *ordinary, recipe="trace") == 2
+    assert "Remedies" in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["trace", "combined"])
+def test_ordinary_data_makes_trace_inactive_and_the_report_says_so(recipe, folder, tmp_path, caplog):
+    assert run(folder, tmp_path / "out", "trace.min_ratio=50", "steps=2", recipe=recipe) == 0
+    why = "no forget-critical expert: the highest ratio of forget to retain frequency is "
+    assert f"TRACE inactive: {why}" in caplog.text
+    assert f"**TRACE inactive**: {why}" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.quick
+def test_what_prepare_refuses_is_refused_before_anything_is_measured(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "evaluate", lambda *_, **__: pytest.fail("the target was evaluated"))
+    settings = ["trace.min_ratio=50", "trace.allow_empty=false"]
+    assert run(folder, tmp_path / "out", *settings, recipe="trace") == 2
+    assert "Remedies" in error_of(capsys)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 @pytest.mark.quick

@@ -9,6 +9,7 @@ import torch
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.memory import measured_peak
+from moe_unlearn.preparation import CHOOSING
 from moe_unlearn.step import UnlearnStep
 from tests.batches import random_batch, with_refusals
 from tests.models import TINY_MODELS
@@ -88,6 +89,18 @@ def test_memory_follows_the_way_of_the_gradients(override):
     check(step, forget, retain)
     way = {"guard=loss": "update"}.get(override, override.rpartition("=")[2])
     assert {path.way for path in step.plan([forget], [retain]).paths} == {way}
+
+
+@pytest.mark.quick
+def test_a_plan_with_the_experts_chosen_predicts_the_caches_of_the_stages_to_come():
+    forget, retain = batch(1), batch(2)
+    step, whole = (UnlearnStep(tiny("olmoe"), made("trace", "forget.objective=npo")) for _ in range(2))
+    step.prepare([forget], [retain], stages=CHOOSING)
+    assert step.prepared.done == ["trace"] and step.prepared.ref_logprobs is None
+    whole.prepare([forget], [retain])
+    plans = [s.plan([forget], [retain]) for s in (step, whole)]
+    assert plans[0].levers["trace"] == plans[1].levers["trace"] and plans[0].trained == plans[1].trained
+    assert plans[0].memory["reference caches"] == pytest.approx(plans[1].memory["reference caches"], rel=0.5)
 
 
 @pytest.mark.quick

@@ -61,6 +61,13 @@ def test_each_number_says_where_it_comes_from(name):
     assert Recipe.load(name).name == name
 
 
+@pytest.mark.quick
+def test_recipes_with_trace_go_on_where_it_finds_no_expert():
+    found = [recipe for recipe in map(Recipe.load, config.shipped()) if recipe.trace is not None]
+    assert {"trace", "combined", "trace-wmdp", "trace-muse-books"} <= {recipe.name for recipe in found}
+    assert all(recipe.trace.allow_empty for recipe in found)
+
+
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_a_dry_run_needs_neither_weights_nor_data(name, tmp_path, capsys):
     layers = 8 if name == "rmu" else 1  # RMU's layer is the seventh

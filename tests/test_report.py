@@ -87,7 +87,9 @@ def test_inactive_trace_is_said():
     routing = {key: table.tolist() for key, table in ROUTING.items()}
     assert "forget-critical experts (1): layer 0 expert 0 (1.000 of forget, 0.500" in text_of({0: RESULTS}, routing)
     routing["selected"] = [[False] * 3] * 2
-    assert "TRACE inactive" in text_of({0: RESULTS}, routing)
+    assert "**TRACE inactive**: no forget-critical expert." in text_of({0: RESULTS}, routing)
+    routing["inactive"] = "the highest ratio is 1.240"
+    assert "**TRACE inactive**: the highest ratio is 1.240." in text_of({0: RESULTS}, routing)
 
 
 @pytest.mark.quick

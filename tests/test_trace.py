@@ -118,7 +118,9 @@ def test_an_empty_selection_names_the_highest_ratio(caplog):
         trace.select_experts(F, R, per_layer=2, min_ratio=6, min_load=1.5)
     with caplog.at_level(logging.WARNING):
         selected = trace.select_experts(F, R, per_layer=2, min_ratio=6, allow_empty=True)
-    assert not selected.any() and "TRACE inactive" in caplog.text
+    assert not selected.any() and "TRACE inactive" in caplog.text and "is 5.000" in caplog.text
+    with pytest.raises(ValueError, match="Remedies: a lower min_ratio or min_load, or allow_empty, with which"):
+        trace.select_experts(F, R, per_layer=2, min_ratio=6)
 
 
 def test_an_expert_retain_never_uses_may_be_selected():
