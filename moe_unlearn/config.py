@@ -22,7 +22,7 @@ import yaml
 
 from moe_unlearn.recipe_values import above, at_least, between, build, merge, one_of, override, parse
 
-FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce")
+FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce", "wga")
 NEED_REFUSALS = ("idk_dpo", "idk_nll")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
 _FOLDER = resources.files("moe_unlearn") / "recipes"
@@ -31,7 +31,7 @@ SCOPES = ("all", "experts", "parameters", "seuf")
 
 @dataclass(frozen=True, kw_only=True)
 class Forget:
-    """L_forget; `losses` has the formulas. `beta` and `delta` are NPO's, SimNPO's and DPO's; `layer`
+    """L_forget; `losses` has the formulas. `beta` and `delta` are NPO's, SimNPO's, DPO's and WGA's; `layer`
     (index of the decoder layer whose output is steered) and `steering` (c) are RMU's."""
 
     objective: str = "npo"

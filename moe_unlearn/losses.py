@@ -9,14 +9,15 @@ Formulas over log-probabilities; a sequence's is the sum over the positions that
     simnpo     -(2 / beta) mean log sigmoid(-beta (s / length + delta))
     idk_dpo    -(2 / beta) mean log sigmoid(beta ((s_idk - s_idk_ref) - (s_forget - s_forget_ref)))
     idk_nll    nll of a refusal in the answer's place                              WAGLE's PO
+    wga        mean of p^beta log p, p^beta held fixed                             GA weighted by confidence
     rmu        mean over counted tokens and dimensions of (h - control)^2
     embed_diff the same with (h - h_ref)^2
 
 Token means are sum_t w_t l_t / (number of positions): weights do not enter the divisor. A position t counts
 iff attention_mask[t] = 1 and labels[t + 1] != -100; its loss is that of predicting labels[t + 1].
 
-Sources: the baselines as open-unlearning defines them (read there); uce in the FedOSD code of MOLLM's authors,
-its use in MOLLM is our reconstruction; the weighted mean and the rule of positions are our specification.
+Sources: the baselines and wga as open-unlearning defines them (read there); uce in the FedOSD code of MOLLM's
+authors, its use in MOLLM is our reconstruction; the weighted mean and the rule of positions are our specification.
 """
 
 import contextlib
@@ -48,6 +49,15 @@ def nll(token_logprobs: Tensor, weights: Tensor | None = None) -> Tensor:
 def uce(token_logprobs: Tensor, weights: Tensor | None = None) -> Tensor:
     """sum_t w_t (-log(1 - p_t / 2)) / T over token_logprobs [T]; flat at p = 0 and at p = 1."""
     return _weighted_mean(-torch.log1p(-0.5 * _wide(token_logprobs).exp()), weights)
+
+
+def wga(token_nll: Tensor, beta: float) -> Tensor:
+    """-p^beta nll of each token, of the shape of token_nll = -log p; p^beta is held fixed (weighted gradient ascent).
+
+    Source: arXiv 2502.19301, as open-unlearning has it.
+    """
+    wide = _wide(token_nll)
+    return -(-beta * wide.detach()).exp() * wide
 
 
 def npo(seq_logprobs: Tensor, ref_seq_logprobs: Tensor, beta: float) -> Tensor:

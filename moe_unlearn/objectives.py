@@ -1,6 +1,6 @@
 """The recipe's losses of one pair of batches, each a scalar with its graph.
 
-Names: `forget` (GA, NPO, SimNPO, IDK-DPO, IDK-NLL, RMU or UCE), `retain` (NLL, KL or RMU's embedding difference),
+Names: `forget` (GA, WGA, NPO, SimNPO, IDK-DPO, IDK-NLL, RMU or UCE), `retain` (NLL, KL or RMU's embedding difference),
 `kl` (MOLLM's third objective) and `anchor` (SEUF). Formulas are in `losses` and `seuf`; here they meet
 batches, caches and TRACE's token weights:
 
@@ -25,6 +25,10 @@ from moe_unlearn.sinks import NonFiniteError
 
 # of the positions of a joint forward pass that padding may add to those of separate ones
 LARGEST_PADDING = 0.125
+# forget objectives that are a mean over positions of a function of each token's NLL, which is 0 where none counts
+TOKEN_LOSSES = {
+    "wga": lambda nll, forget: losses.wga(nll, forget.beta),
+}
 
 
 class NotPreparedError(RuntimeError):
@@ -208,11 +212,15 @@ class Objectives:
         if settings.objective == "rmu":
             control = control_vector(self.recipe.seed, settings.steering, states.shape[-1]).to(states)
             return losses.rmu(states, control, batch.get("state_mask", losses.target_mask(batch)))
+        positions = losses.target_mask(batch).sum().clamp_min(1)
         if settings.objective in ("ga", "idk_nll", "uce"):
             kind = "uce" if settings.objective == "uce" else "nll"
             per_token = losses.token_losses(self.model, batch, kind=kind, hidden_states=states)
-            mean = per_token.sum() / losses.target_mask(batch).sum().clamp_min(1)
+            mean = per_token.sum() / positions
             return -mean if settings.objective == "ga" else mean
+        if settings.objective in TOKEN_LOSSES:
+            per_token = losses.token_losses(self.model, batch, kind="nll", hidden_states=states)
+            return TOKEN_LOSSES[settings.objective](per_token, settings).sum() / positions
         sequences = sequence_logprobs(self.model, batch, states)
         if settings.objective == "simnpo":
             lengths = losses.target_mask(batch).sum(1)

@@ -3,6 +3,7 @@
 from moe_unlearn.integrations.open_unlearning.methods import (
     NPO,
     RMU,
+    WGA,
     GradAscent,
     GradDiff,
     SimNPO,
@@ -10,4 +11,4 @@ from moe_unlearn.integrations.open_unlearning.methods import (
     register,
 )
 
-__all__ = ["NPO", "RMU", "GradAscent", "GradDiff", "SimNPO", "config_folder", "register"]
+__all__ = ["NPO", "RMU", "WGA", "GradAscent", "GradDiff", "SimNPO", "config_folder", "register"]

@@ -1,0 +1,94 @@
+"""Forget objectives against the formulas of their papers, written out over whole logits, and fused against plain."""
+
+import copy
+from operator import itemgetter
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from moe_unlearn.config import Recipe
+from moe_unlearn.losses import target_mask
+from moe_unlearn.step import UnlearnStep
+from moe_unlearn.testing import assert_as_accurate
+from moe_unlearn.yardstick import Reference
+from tests.models import tiny_olmoe
+from tests.steps import VOCAB, data
+
+pytestmark = pytest.mark.quick
+
+
+def logits(model, batch):
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def nll(model, batch):
+    """NLL of each next token that is labelled, a vector."""
+    mask = target_mask(batch)
+    return -log_softmax(logits(model, batch)[mask], 1).gather(1, batch["labels"].roll(-1, 1)[mask][:, None])[:, 0]
+
+
+def wga(model, batch, forget):
+    loss = nll(model, batch)
+    return -((-loss).exp().detach() ** forget.beta * loss).mean()
+
+
+METHODS = {"wga": (wga, ["forget.beta=0.7"])}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return tiny_olmoe(vocab_size=VOCAB).eval()
+
+
+def made(name, *overrides):
+    return Recipe.load(name, [*METHODS[name][1], "optimizer.lr=1e-3", *overrides])
+
+
+def loss_and_gradients(loss, model):
+    loss.backward()
+    grads = {name: p.grad.flatten() for name, p in model.named_parameters() if p.grad is not None}
+    return grads | {"loss": loss.detach()[None]}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_loss_and_gradients_are_the_papers(name, model):
+    recipe, (forget, retain) = made(name), data()
+
+    def ours():
+        own = copy.deepcopy(model)
+        step = UnlearnStep(own, recipe)
+        step.prepare(forget, retain)
+        move(own)
+        return loss_and_gradients(step.objectives.forget(forget[1])["forget"], own)
+
+    def theirs(dtype):
+        own = copy.deepcopy(model).to(dtype)
+        own.set_experts_implementation("eager")
+        move(own)
+        return loss_and_gradients(METHODS[name][0](own, forget[1], recipe.forget), own)
+
+    def move(own):
+        # away from the reference, and to tokens of very different probabilities
+        draw = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for p in own.parameters():
+                p += 0.05 * torch.randn(p.shape, generator=draw).to(p.dtype)
+            own.lm_head.weight *= 6
+
+    found, reference, gold = ours(), Reference(lambda: theirs(torch.float32)), theirs(torch.float64)
+    assert found.keys() == gold.keys()
+    for key, truth in gold.items():
+        assert_as_accurate(found[key], reference.baseline(itemgetter(key)), truth, name=key)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("overrides", [[], ["mollm=true"], ["guard=loss", "optimizer.name=sgd"]], ids=str)
+def test_the_fused_step_is_the_plain_one(name, overrides, model):
+    step = UnlearnStep(model, made(name, *overrides), verify=2)
+    forget, retain = data()
+    step.prepare(forget, retain)
+    for i in range(2):
+        step(forget[i], retain[i])
+    assert step.verifier.summary().count("equals") == 2
