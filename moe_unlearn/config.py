@@ -22,7 +22,7 @@ import yaml
 
 from moe_unlearn.recipe_values import above, at_least, between, build, merge, one_of, override, parse
 
-FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce", "wga")
+FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce", "wga", "satimp")
 NEED_REFUSALS = ("idk_dpo", "idk_nll")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
 _FOLDER = resources.files("moe_unlearn") / "recipes"
@@ -31,19 +31,23 @@ SCOPES = ("all", "experts", "parameters", "seuf")
 
 @dataclass(frozen=True, kw_only=True)
 class Forget:
-    """L_forget; `losses` has the formulas. `beta` and `delta` are NPO's, SimNPO's, DPO's and WGA's; `layer`
-    (index of the decoder layer whose output is steered) and `steering` (c) are RMU's."""
+    """L_forget; `losses` has the formulas. `beta` is NPO's, SimNPO's, DPO's and WGA's, `delta` SimNPO's, `beta1`
+    and `beta2` are SatImp's; `layer` (index of the decoder layer whose output is steered) and `steering` (c) RMU's."""
 
     objective: str = "npo"
     gamma: float = 1.0
     beta: float = 0.1
     delta: float = 0.0
+    beta1: float = 5.0
+    beta2: float = 1.0
     layer: int = 7
     steering: float = 2.0
 
     def __post_init__(self):
         one_of("forget.objective", self.objective, FORGET_OBJECTIVES)
         above("forget.beta", self.beta, 0)
+        for name in ("beta1", "beta2"):
+            at_least(f"forget.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True, kw_only=True)

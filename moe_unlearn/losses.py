@@ -10,13 +10,14 @@ Formulas over log-probabilities; a sequence's is the sum over the positions that
     idk_dpo    -(2 / beta) mean log sigmoid(beta ((s_idk - s_idk_ref) - (s_forget - s_forget_ref)))
     idk_nll    nll of a refusal in the answer's place                              WAGLE's PO
     wga        mean of p^beta log p, p^beta held fixed                             GA weighted by confidence
+    satimp     mean of p^beta1 (1 - p)^beta2 log p, the weight held fixed          saturation x importance
     rmu        mean over counted tokens and dimensions of (h - control)^2
     embed_diff the same with (h - h_ref)^2
 
 Token means are sum_t w_t l_t / (number of positions): weights do not enter the divisor. A position t counts
 iff attention_mask[t] = 1 and labels[t + 1] != -100; its loss is that of predicting labels[t + 1].
 
-Sources: the baselines and wga as open-unlearning defines them (read there); uce in the FedOSD code of MOLLM's
+Sources: the baselines, wga and satimp as open-unlearning defines them (read there); uce in the FedOSD code of MOLLM's
 authors, its use in MOLLM is our reconstruction; the weighted mean and the rule of positions are our specification.
 """
 
@@ -58,6 +59,17 @@ def wga(token_nll: Tensor, beta: float) -> Tensor:
     """
     wide = _wide(token_nll)
     return -(-beta * wide.detach()).exp() * wide
+
+
+def satimp(token_nll: Tensor, beta1: float, beta2: float) -> Tensor:
+    """-p^beta1 (1 - p)^beta2 nll of each token, of the shape of token_nll = -log p; the weight is held fixed.
+
+    p^beta1 is the weight of saturation, (1 - p)^beta2 that of importance. Source: arXiv 2505.11953, as
+    open-unlearning has it.
+    """
+    wide = _wide(token_nll)
+    fixed = wide.detach()
+    return -(-beta1 * fixed).exp() * (-torch.expm1(-fixed)) ** beta2 * wide
 
 
 def npo(seq_logprobs: Tensor, ref_seq_logprobs: Tensor, beta: float) -> Tensor:

@@ -1,8 +1,8 @@
 """The recipe's losses of one pair of batches, each a scalar with its graph.
 
-Names: `forget` (GA, WGA, NPO, SimNPO, IDK-DPO, IDK-NLL, RMU or UCE), `retain` (NLL, KL or RMU's embedding difference),
-`kl` (MOLLM's third objective) and `anchor` (SEUF). Formulas are in `losses` and `seuf`; here they meet
-batches, caches and TRACE's token weights:
+Names: `forget` (`config.FORGET_OBJECTIVES`), `retain` (NLL, KL or RMU's embedding difference), `kl` (MOLLM's
+third objective) and `anchor` (SEUF). Formulas are in `losses` and `seuf`; here they meet batches, caches and
+TRACE's token weights:
 
     L_retain = sum_t w_t l_t / (number of retain positions)
 
@@ -28,6 +28,7 @@ LARGEST_PADDING = 0.125
 # forget objectives that are a mean over positions of a function of each token's NLL, which is 0 where none counts
 TOKEN_LOSSES = {
     "wga": lambda nll, forget: losses.wga(nll, forget.beta),
+    "satimp": lambda nll, forget: losses.satimp(nll, forget.beta1, forget.beta2),
 }
 
 

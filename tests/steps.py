@@ -12,6 +12,7 @@ SMALL = {
     # a random model is already unlikely enough for the default beta
     "simnpo": ["forget.beta=0.2"],
     "wga": ["forget.beta=0.1"],
+    "satimp": ["forget.beta1=0.1"],
     "rmu": ["forget.layer=1", r"scope.parameters=['layers\.[01].*down_proj']"],
     "trace": ["trace.min_ratio=1.01", "trace.eta=0.3"],
     "combined": ["trace.min_ratio=1.01", "trace.eta=0.3"],

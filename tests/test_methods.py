@@ -33,7 +33,16 @@ def wga(model, batch, forget):
     return -((-loss).exp().detach() ** forget.beta * loss).mean()
 
 
-METHODS = {"wga": (wga, ["forget.beta=0.7"])}
+def satimp(model, batch, forget):
+    loss = nll(model, batch)
+    p = (-loss).exp().detach()
+    return -(p**forget.beta1 * (1 - p) ** forget.beta2 * loss).mean()
+
+
+METHODS = {
+    "wga": (wga, ["forget.beta=0.7"]),
+    "satimp": (satimp, ["forget.beta1=0.6", "forget.beta2=1.5"]),
+}
 
 
 @pytest.fixture

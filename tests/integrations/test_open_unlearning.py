@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from moe_unlearn.data import train_tokenizer
 from moe_unlearn.integrations import open_unlearning
-from moe_unlearn.integrations.open_unlearning import NPO, RMU, WGA, GradAscent, GradDiff, SimNPO
+from moe_unlearn.integrations.open_unlearning import NPO, RMU, WGA, GradAscent, GradDiff, SatImp, SimNPO
 from moe_unlearn.objectives import NotPreparedError
 from tests.models import tiny_olmoe
 
@@ -105,6 +105,9 @@ def theirs(name, trainer, batch):
     if name == "WGA":
         weighted = (-values).exp().detach() ** 0.6 * values
         return 1.5 * -weighted[mask].mean() + 0.7 * retain
+    if name == "SatImp":
+        p = (-values).exp().detach()
+        return 1.5 * -(p**2 * (1 - p) ** 0.5 * values)[mask].mean() + 0.7 * retain
     length = (forget["labels"] != -100).sum(1)
     return 1.5 * -2 / 4.5 * logsigmoid(4.5 * (values.sum(1) / length - 0.2)).mean() + 0.7 * retain
 
@@ -114,6 +117,7 @@ METHODS = {
     "GradDiff": (GradDiff, {"gamma": 1.5, "alpha": 0.7}),
     "NPO": (NPO, {"gamma": 1.5, "alpha": 0.7, "beta": 0.3}),
     "WGA": (WGA, {"gamma": 1.5, "alpha": 0.7, "beta": 0.6}),
+    "SatImp": (SatImp, {"gamma": 1.5, "alpha": 0.7, "beta1": 2.0, "beta2": 0.5}),
     "SimNPO": (SimNPO, {"gamma": 1.5, "alpha": 0.7, "beta": 4.5, "delta": 0.2}),
 }
 

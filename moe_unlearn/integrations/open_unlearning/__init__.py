@@ -6,9 +6,10 @@ from moe_unlearn.integrations.open_unlearning.methods import (
     WGA,
     GradAscent,
     GradDiff,
+    SatImp,
     SimNPO,
     config_folder,
     register,
 )
 
-__all__ = ["NPO", "RMU", "WGA", "GradAscent", "GradDiff", "SimNPO", "config_folder", "register"]
+__all__ = ["NPO", "RMU", "WGA", "GradAscent", "GradDiff", "SatImp", "SimNPO", "config_folder", "register"]

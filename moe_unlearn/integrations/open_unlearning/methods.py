@@ -15,8 +15,8 @@ and copy the YAML files of `config_folder()` into `configs/trainer/`; then `trai
 any other: a dataset with `forget` and `retain` lists whose items are {"forget": row, "retain": row}, each row
 {input_ids, attention_mask, labels}.
 
-On one batch GradAscent, GradDiff with NLL, NPO, SimNPO and WGA give open-unlearning's loss, and RMU does for
-sequences of equal length. Where they differ, and why:
+On one batch GradAscent, GradDiff with NLL, NPO, SimNPO, WGA and SatImp give open-unlearning's loss, and RMU does
+for sequences of equal length. Where they differ, and why:
 
     KL              means over the positions that carry a loss; there over all, prompt and padding too
     masked tokens   its collator masks every pad token: an eos too, where that pads. What follows one is predicted by
@@ -47,7 +47,7 @@ other copies data/collators.py (zigozk at cb2cdfc), data/pretraining.py (chengji
 SimNPO (zgoel317 at 37b02f2) and RMU (Dornavineeth at e30348f), all in open-unlearning. Debugging, sweeper and SuperLoss
 parts, deepspeed, chat templates and its evaluators were left out, data configs were our own, and methods that a version
 names `compute_unlearn_loss` or `compute_loss_normal` took the present name, `compute_loss`. Read and written out in a
-test, not run: trainer/utils.py at 19a6141 and trainer/unlearn/wga.py at 0ad76a2.
+test, not run: trainer/utils.py at 19a6141 and trainer/unlearn/{wga,satimp}.py at 0ad76a2.
 """
 
 import re
@@ -229,6 +229,15 @@ class WGA(GradDiff):
         super().__init__(forget={"beta": beta}, **keywords)
 
 
+class SatImp(GradDiff):
+    """Mean of p^beta1 (1 - p)^beta2 log p over the labelled tokens of the forget rows, the weight held fixed."""
+
+    forget_objective = "satimp"
+
+    def __init__(self, *, beta1: float = 5.0, beta2: float = 1.0, alpha: float = 0.1, **keywords):
+        super().__init__(forget={"beta1": beta1, "beta2": beta2}, alpha=alpha, **keywords)
+
+
 class RMU(GradDiff):
     """Steer the output of one decoder layer on forget rows, keep it (EMBED_DIFF) on retain rows.
 
@@ -282,7 +291,7 @@ class _Collator:
         return out
 
 
-METHODS = (GradAscent, GradDiff, NPO, SimNPO, WGA, RMU)
+METHODS = (GradAscent, GradDiff, NPO, SimNPO, WGA, SatImp, RMU)
 
 
 def register(registry: MutableMapping[str, type] | None = None) -> None:
