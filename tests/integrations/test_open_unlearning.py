@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from moe_unlearn.data import train_tokenizer
 from moe_unlearn.integrations import open_unlearning
-from moe_unlearn.integrations.open_unlearning import NPO, RMU, WGA, GradAscent, GradDiff, SatImp, SimNPO
+from moe_unlearn.integrations.open_unlearning import DPO, NPO, RMU, WGA, GradAscent, GradDiff, SatImp, SimNPO
 from moe_unlearn.objectives import NotPreparedError
 from tests.models import tiny_olmoe
 
@@ -47,6 +47,28 @@ class Rows(Dataset):
 
     def __getitem__(self, i):
         return {"forget": self.forget[i], "retain": self.retain[int(torch.randint(len(self.retain), ()))]}
+
+
+class Alternates(Rows):
+    """Forget rows with an alternate answer, drawn anew each time, as its dataset of refusals does."""
+
+    def __init__(self, *args, **keywords):
+        super().__init__(*args, **keywords)
+        self.forget = Pairs(self.forget)
+
+
+class Pairs(Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        original = self.rows[i]
+        refusal = torch.randint(3, 64, (int(torch.randint(3, 6, ())),))
+        ids = torch.cat([original["input_ids"][:2], refusal])
+        return {"original": original, "alternate": Rows.row(ids, 2)}
 
 
 def made(method, tmp_path, rows=None, arguments=(), **keywords):
@@ -94,6 +116,10 @@ def theirs(name, trainer, batch):
     """The loss as open-unlearning defines it, over whole logits and with a second model."""
     model, reference, forget = trainer.model, reference_of(trainer), batch["forget"]
     retain = mean_nll(model, batch["retain"])
+    if name == "DPO":
+        ratios = [token_nll(reference, f)[0].sum(1) - token_nll(model, f)[0].sum(1)
+                  for f in (forget["alternate"], forget["original"])]  # fmt: skip
+        return 1.5 * -2 / 0.3 * logsigmoid(0.3 * (ratios[0] - ratios[1])).mean() + 0.7 * retain
     values, mask = token_nll(model, forget)
     if name == "GradAscent":
         return 1.5 * -mean_nll(model, forget)
@@ -116,6 +142,7 @@ METHODS = {
     "GradAscent": (GradAscent, {"gamma": 1.5}),
     "GradDiff": (GradDiff, {"gamma": 1.5, "alpha": 0.7}),
     "NPO": (NPO, {"gamma": 1.5, "alpha": 0.7, "beta": 0.3}),
+    "DPO": (DPO, {"gamma": 1.5, "alpha": 0.7, "beta": 0.3}),
     "WGA": (WGA, {"gamma": 1.5, "alpha": 0.7, "beta": 0.6}),
     "SatImp": (SatImp, {"gamma": 1.5, "alpha": 0.7, "beta1": 2.0, "beta2": 0.5}),
     "SimNPO": (SimNPO, {"gamma": 1.5, "alpha": 0.7, "beta": 4.5, "delta": 0.2}),
@@ -125,14 +152,29 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_losses_are_open_unlearnings(name, tmp_path):
     method, arguments = METHODS[name]
-    trainer = made(method, tmp_path, **arguments)
+    trainer = made(method, tmp_path, Alternates() if name == "DPO" else None, **arguments)
     batch = one_batch(trainer)
-    assert (batch["forget"]["attention_mask"] == 0).any()  # padding takes part
+    answered = batch["forget"].get("original", batch["forget"])
+    assert (answered["attention_mask"] == 0).any()  # padding takes part
     with torch.no_grad():
         ours, expected = trainer.compute_loss(trainer.model, batch), theirs(name, trainer, batch)
         loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     assert float(ours) == pytest.approx(float(expected), rel=2e-6)
-    assert float(loss) == float(ours) and outputs.logits.shape == (*batch["forget"]["labels"].shape, 64)
+    assert float(loss) == float(ours) and outputs.logits.shape == (*answered["labels"].shape, 64)
+
+
+def test_alternates_are_drawn_once_whoever_draws_between(tmp_path):
+    rows = Alternates()
+    trainer = made(DPO, tmp_path, rows, arguments={"max_steps": 9, "learning_rate": 5e-3}, beta=0.1)
+    first = trainer.train_dataset.forget[3]["alternate"]["input_ids"]
+    state = torch.get_rng_state()
+    again = trainer.train_dataset[3]["forget"]["alternate"]["input_ids"]
+    assert torch.equal(first, again)
+    torch.set_rng_state(state)
+    trainer.train()  # an alternate that prepare() did not see has no reference: KeyError
+    losses = [entry["forget_loss"] for entry in trainer.state.log_history if "forget_loss" in entry]
+    assert len(losses) == 9 and losses[-1] < losses[0]
+    assert rows.forget.rows is trainer.train_dataset.forget.rows.rows  # the caller's dataset is as it was
 
 
 def hidden(model, batch, layer):

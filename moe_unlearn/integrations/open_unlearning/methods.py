@@ -13,10 +13,10 @@ and copy the YAML files of `config_folder()` into `configs/trainer/`; then `trai
 `method_args` takes the sections `trace`, `wagle`, `mollm` and `scope` of a recipe (`config`), `cache_dir` and
 `verify`: `'+trainer.method_args.trace={per_layer:2,eta:0.5}'`. Without open-unlearning the classes are Trainers like
 any other: a dataset with `forget` and `retain` lists whose items are {"forget": row, "retain": row}, each row
-{input_ids, attention_mask, labels}.
+{input_ids, attention_mask, labels}, of DPO's forget side {"original": row, "alternate": row}.
 
-On one batch GradAscent, GradDiff with NLL, NPO, SimNPO, WGA and SatImp give open-unlearning's loss, and RMU does
-for sequences of equal length. Where they differ, and why:
+On one batch GradAscent, GradDiff with NLL, NPO, SimNPO, DPO, WGA and SatImp give open-unlearning's loss, and RMU
+does for sequences of equal length. Where they differ, and why:
 
     KL              means over the positions that carry a loss; there over all, prompt and padding too
     masked tokens   its collator masks every pad token: an eos too, where that pads. What follows one is predicted by
@@ -28,7 +28,7 @@ for sequences of equal length. Where they differ, and why:
                     The control vector comes from `seed`, there from the global random state
     reference       log-probs and hidden states computed once and cached (hidden states in bfloat16); there a
                     second copy of the model. So every row of `forget` and `retain` must be the same when it comes
-                    again: IdkDPO, whose refusals are drawn anew each time, is not here (recipe `idk_dpo`)
+                    again; of DPO a row's alternate is drawn once, under a seed, there anew each time (IdkDPO)
     loss            computed in float32 without logits; an auxiliary router loss is never added, there it is where
                     the config has output_router_logits
     optimizer       MaskedAdamW with the arguments' lr, betas, eps and weight decay; `optim` is ignored. The decay
@@ -47,9 +47,10 @@ other copies data/collators.py (zigozk at cb2cdfc), data/pretraining.py (chengji
 SimNPO (zgoel317 at 37b02f2) and RMU (Dornavineeth at e30348f), all in open-unlearning. Debugging, sweeper and SuperLoss
 parts, deepspeed, chat templates and its evaluators were left out, data configs were our own, and methods that a version
 names `compute_unlearn_loss` or `compute_loss_normal` took the present name, `compute_loss`. Read and written out in a
-test, not run: trainer/utils.py at 19a6141 and trainer/unlearn/{wga,satimp}.py at 0ad76a2.
+test, not run: of its trainer/unlearn dpo.py at afcd6b6, wga.py and satimp.py at 0ad76a2.
 """
 
+import copy
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from importlib import resources
@@ -62,7 +63,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moe_unlearn.config import Recipe
-from moe_unlearn.data import Example, collate, pad_token_id
+from moe_unlearn.data import Example, collate, generator, pad_token_id
 from moe_unlearn.forward import decoder_layers
 from moe_unlearn.trainer import UnlearnTrainer
 
@@ -238,6 +239,29 @@ class SatImp(GradDiff):
         super().__init__(forget={"beta1": beta1, "beta2": beta2}, alpha=alpha, **keywords)
 
 
+class DPO(GradDiff):
+    """Prefer the alternate answer of a forget row to the original one; IdkDPO and AltPO, as the dataset is.
+
+    A forget row is {"original": row, "alternate": row}. A dataset that draws alternates anew each time (refusals)
+    draws under a seed of the row here, since its reference log-prob is kept: a row has one alternate.
+    """
+
+    forget_objective = "idk_dpo"
+
+    def __init__(self, *, beta: float = 1.0, args: TrainingArguments, train_dataset: Dataset, **keywords):
+        if len(getattr(train_dataset, "forget", ())):
+            # a copy: the caller's dataset goes on drawing
+            train_dataset = copy.copy(train_dataset)
+            train_dataset.forget = _Drawn(train_dataset.forget, args.seed)
+        super().__init__(forget={"beta": beta}, args=args, train_dataset=train_dataset, **keywords)
+
+    def _rows(self, batch: Mapping) -> dict[str, torch.Tensor]:
+        if "original" not in batch:
+            return super()._rows(batch)
+        refused = super()._rows(batch["alternate"])
+        return super()._rows(batch["original"]) | {f"idk_{key}": value for key, value in refused.items()}
+
+
 class RMU(GradDiff):
     """Steer the output of one decoder layer on forget rows, keep it (EMBED_DIFF) on retain rows.
 
@@ -276,6 +300,21 @@ class RMU(GradDiff):
         return {**super()._rows(batch), "state_mask": (batch["labels"] != -100) & batch["attention_mask"].bool()}
 
 
+class _Drawn(Dataset):
+    """Rows that are the same whenever they come, whatever torch's generator is asked for them."""
+
+    def __init__(self, rows: Sequence, seed: int):
+        self.rows, self.seed = rows, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(generator(self.seed, index).initial_seed())
+            return self.rows[index]
+
+
 class _Collator:
     """Pads rows {input_ids, labels} of both sides on the right; nothing padded is attended or labelled."""
 
@@ -286,12 +325,18 @@ class _Collator:
         out = {}
         for side in ("forget", "retain"):
             rows = [item[side] for item in items]
-            examples = [Example(*(torch.as_tensor(r[k]).tolist() for k in ("input_ids", "labels")), 0) for r in rows]
-            out[side] = collate(examples, range(len(rows)), pad_id=self.pad_id)
+            if "original" in rows[0]:
+                out[side] = {kind: self._padded([row[kind] for row in rows]) for kind in ("original", "alternate")}
+            else:
+                out[side] = self._padded(rows)
         return out
 
+    def _padded(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+        examples = [Example(*(torch.as_tensor(r[k]).tolist() for k in ("input_ids", "labels")), 0) for r in rows]
+        return collate(examples, range(len(rows)), pad_id=self.pad_id)
 
-METHODS = (GradAscent, GradDiff, NPO, SimNPO, WGA, SatImp, RMU)
+
+METHODS = (GradAscent, GradDiff, NPO, SimNPO, WGA, SatImp, DPO, RMU)
 
 
 def register(registry: MutableMapping[str, type] | None = None) -> None:
