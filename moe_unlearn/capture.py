@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.losses import final_hidden_states
+from moe_unlearn.modes import evaluation_mode
 from moe_unlearn.ops.route import route
 
 Batch = dict[str, Tensor]
@@ -132,15 +133,3 @@ def count_experts(model: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
     with torch.no_grad(), evaluation_mode(model), routing_capture(model, group=group) as capture:
         final_hidden_states(model, batch)
     return capture.counts
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` inside; each submodule's own training flag afterwards."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag

@@ -21,14 +21,13 @@ Sources: the baselines, wga and satimp as open-unlearning defines them (read the
 authors, its use in MOLLM is our reconstruction; the weighted mean and the rule of positions are our specification.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from moe_unlearn.modes import evaluation_mode
 from moe_unlearn.ops.token_loss import IGNORED, token_loss
 from moe_unlearn.ranks import local
 
@@ -233,7 +232,7 @@ def verify_head(model: nn.Module, batch: Batch) -> None:
     mask = target_mask(batch)
     if not mask.any():
         raise ValueError("verify_head needs a batch with a position that carries a loss")
-    with _evaluating(model):
+    with evaluation_mode(model):
         ours = -token_losses(model, batch)[mask]
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[mask]
     targets = batch["labels"].roll(-1, 1)[mask]
@@ -255,18 +254,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The causal language model inside data-parallel and PEFT wrappers."""
     model = local(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside, each as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _wide(values: Tensor) -> Tensor:

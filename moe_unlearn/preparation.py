@@ -26,6 +26,7 @@ from moe_unlearn.cache import RowCache, content_keys
 from moe_unlearn.capture import collect_routing
 from moe_unlearn.config import Recipe
 from moe_unlearn.forward import Batch
+from moe_unlearn.modes import evaluation_mode
 from moe_unlearn.ranks import Ranks
 from moe_unlearn.trace import RoutingFrequencies
 from moe_unlearn.wagle import WeightMask
@@ -148,9 +149,7 @@ def prepare(
         "kl_floor": _kl_floor,
         "wagle": _wagle,
     }
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for stage in needed(recipe):
             if stage in stages and stage not in prepared.done:
                 work[stage](model, recipe, prepared, forget, retain)
@@ -158,8 +157,6 @@ def prepare(
                 prepared.done.append(stage)
                 if on_stage is not None:
                     on_stage(stage)
-    finally:
-        model.train(training)
 
 
 def _trace(model, recipe, prepared, forget, retain):

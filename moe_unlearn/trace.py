@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn import ops
-from moe_unlearn.capture import evaluation_mode, routing_capture
+from moe_unlearn.capture import routing_capture
 from moe_unlearn.losses import final_hidden_states, target_mask
+from moe_unlearn.modes import evaluation_mode
 
 Batch = dict[str, Tensor]
 _log = logging.getLogger(__name__)

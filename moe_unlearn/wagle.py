@@ -35,9 +35,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moe_unlearn.capture import evaluation_mode
 from moe_unlearn.checkpoint import whole_file
 from moe_unlearn.losses import target_mask, token_losses
+from moe_unlearn.modes import evaluation_mode
 from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
 from moe_unlearn.ops.weight_score import FIRST_NON_FINITE_BIN, score_histogram, score_mask
 

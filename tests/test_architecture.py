@@ -20,7 +20,7 @@ LAYERS = [
     {"recipe_values", "config"},
     {"rounding"},
     {"ops", "testing", "memory", "yardstick"},
-    {"optim"},
+    {"optim", "modes"},
     {"sinks"},
     {"experts"},
     {"losses"},
@@ -39,7 +39,10 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # data and metrics stand beside the trainer and know nothing of the step
-INDEPENDENT = {"data": {"data"}, "metrics": {"metrics", "data", "capture", "losses", "experts", "reference", "ranks"}}
+INDEPENDENT = {
+    "data": {"data"},
+    "metrics": {"metrics", "data", "capture", "losses", "experts", "reference", "ranks", "modes"},
+}
 USES_TRANSFORMERS = {
     "experts", "capture", "mask_files", "trainer", "data", "metrics", "integrations", "benchmark", "suite",
     "experiment", "cli",
@@ -170,6 +173,18 @@ def test_top_level_is_fixed():
         pytest.skip(f"not a git checkout: {os.fsdecode(listing.stderr).strip()}")
     folders = {path.partition("/")[0] for path in os.fsdecode(listing.stdout).split("\0") if "/" in path}
     assert {name for name in folders if not name.startswith(".")} == FOLDERS
+
+
+def test_one_place_switches_modes():
+    """`train(flag)` gives every submodule one mode; what each had before, only `modes` restores."""
+    wrong = []
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "train"
+            written = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr == "training"
+            if (method and node.args) or (written and layer_of(path) != "modes"):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong
 
 
 def leaves_the_encoding_to_the_locale(call: ast.Call) -> bool:

@@ -10,6 +10,7 @@ from moe_unlearn.data import MissingLibraryError
 from moe_unlearn.metrics.answers import fields
 from moe_unlearn.metrics.choices import DESCRIPTION, SUBJECTS
 from moe_unlearn.metrics.results import write_text
+from moe_unlearn.modes import evaluation_mode
 from moe_unlearn.ranks import local
 
 
@@ -39,15 +40,11 @@ def harness(
     if unknown:
         raise ValueError(f"lm-eval knows no task {unknown[0]!r}; include_path is {include_path}")
     plain = local(model)
-    modes = [(module, module.training) for module in plain.modules()]
-    try:
+    with evaluation_mode(plain):
         found = lm_eval.simple_evaluate(
             model=HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=batch_size), tasks=list(tasks),
             task_manager=manager, num_fewshot=num_fewshot, limit=limit, bootstrap_iters=0, log_samples=False,
         )  # fmt: skip
-    finally:
-        for module, training in modes:
-            module.training = training
     return {
         f"{task}/{name.split(',')[0]}": float(value)
         for task, values in found["results"].items()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_unlearn.data import Example, batches
 from moe_unlearn.metrics.workers import share
+from moe_unlearn.modes import evaluation_mode
 from moe_unlearn.ranks import local
 
 
@@ -31,14 +32,8 @@ class TokenScores:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every submodule's own mode is restored, whatever happens."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluation_mode(model), torch.inference_mode():
+        yield
 
 
 def context_length(model: nn.Module) -> int | None:
