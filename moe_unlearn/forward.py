@@ -65,6 +65,15 @@ def check_batches(batches: list[Batch], side: str) -> None:
         raise ValueError(f"the {side} set carries no loss: it is empty or all labels are -100")
 
 
+def counted_row(batches: list[Batch]) -> Batch:
+    """The first row [1, S] that carries a loss, of the first batch that has one; ValueError if none does."""
+    for batch in batches:
+        counted = losses.target_mask(batch).any(1).nonzero().flatten()
+        if len(counted):
+            return {key: batch[key][counted[:1]] for key in ("input_ids", "attention_mask", "labels")}
+    raise ValueError("expected a row that carries a loss; got only labels of -100 or unattended positions")
+
+
 class _Reached(Exception):  # noqa: N818 -- not an error: it ends a forward pass early
     """The layer whose output was wanted has run."""
 

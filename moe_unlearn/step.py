@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from moe_unlearn import losses, mollm, paths, scope
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import enable, step_inputs
-from moe_unlearn.forward import Batch, check_batch, check_batches
+from moe_unlearn.forward import Batch, check_batch, check_batches, counted_row
 from moe_unlearn.gradients import Gradients
 from moe_unlearn.objectives import NotPreparedError, Objectives, RetainBudgetError, check_losses
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
@@ -126,7 +126,7 @@ class UnlearnStep:
         forget, retain = list(forget_batches), list(retain_batches)
         for side, batches in (("forget", forget), ("retain", retain)):
             check_batches(batches, side)
-        losses.verify_head(self.model, {key: value[:1] for key, value in retain[0].items()})
+        losses.verify_head(self.model, counted_row(retain))
 
         def after(stage: str) -> None:
             self._apply_scope()

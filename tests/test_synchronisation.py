@@ -90,6 +90,7 @@ READS = {
     "_loaded": (1, "the count of steps is on the CPU"),
     "_Masked._update": (2, "the count of steps is on the CPU"),
     "verify_head": (4, "in prepare()"),
+    "counted_row": (1, "in prepare()"),
     "_probe": (1, "once for each model"),
     "_candidates": (1, "numbers of a configuration"),
     "head_of": (1, "numbers of a configuration"),
