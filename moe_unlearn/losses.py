@@ -21,13 +21,14 @@ Sources: the baselines, wga and satimp as open-unlearning defines them (read the
 authors, its use in MOLLM is our reconstruction; the weighted mean and the rule of positions are our specification.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from moe_unlearn.modes import evaluation_mode
+from moe_unlearn.modes import checkpoints_with_graph, evaluation_mode
 from moe_unlearn.ops.token_loss import IGNORED, token_loss
 from moe_unlearn.ranks import local
 
@@ -183,7 +184,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 def final_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """Output [B, S, H] of the decoder's last norm, which is what the head multiplies; the head does not run."""
-    out = decoder_of(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    with checkpoints_with_graph(model) if torch.is_grad_enabled() else contextlib.nullcontext():
+        out = decoder_of(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return out.last_hidden_state
 
 

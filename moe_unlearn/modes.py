@@ -1,14 +1,21 @@
-"""Evaluation mode for a while: the one place that switches a model and gives every submodule its own mode back."""
+"""What a model is switched to for a while: evaluation mode, and checkpoints that keep the graph.
+
+Nobody else switches these, so that everything is as its owner had it afterwards, after an exception too.
+"""
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+_CHECKPOINT = "_gradient_checkpointing_func"  # transformers' attribute on every module that may checkpoint
 
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` inside; each submodule's own training flag afterwards, after an exception too.
+    """`model.eval()` inside; each submodule's own training flag afterwards.
 
     `model.train(flag)` would overwrite them all with one: a frozen part that a caller keeps in evaluation mode would
     train with dropout from then on.
@@ -20,3 +27,29 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def checkpoints_with_graph(model: nn.Module) -> Iterator[None]:
+    """Let the gradient checkpoints of the forward passes inside be those of `use_reentrant=False`.
+
+    A reentrant one runs its part of the model without a graph, which it makes again in the backward pass: a loss of
+    what a hook caught in there has no gradient, and neither have weights whose inputs need none. The other kind
+    computes the same numbers in the same memory. Checkpoints that are not
+    transformers' stay as they are.
+    """
+    replaced = [(module, own) for module in model.modules() if _reentrant(own := vars(module).get(_CHECKPOINT))]
+    for module, own in replaced:
+        # of a partial, partial takes its arguments over
+        setattr(module, _CHECKPOINT, partial(own, use_reentrant=False))
+    try:
+        yield
+    finally:
+        for module, own in replaced:
+            setattr(module, _CHECKPOINT, own)
+
+
+def _reentrant(function) -> bool:
+    if isinstance(function, partial):
+        return function.keywords.get("use_reentrant", function.func is checkpoint)
+    return function is checkpoint

@@ -129,7 +129,7 @@ class Objectives:
             loss = self._forget(batch)
         # several forward passes (DPO) keep the first gate, that of the batch itself
         attended = batch["attention_mask"].bool().flatten()
-        return {"forget": loss, "anchor": seuf.anchor_loss(collected[name], expert, attended)}
+        return {"forget": loss, "anchor": seuf.anchor_loss(collected[name].dense(), expert, attended)}
 
     def retain(self, batch: Batch, states: Tensor | None = None, log_weight: Tensor | None = None) -> dict[str, Tensor]:
         """{"retain": loss} and, for MOLLM, {"kl": loss}; both from one forward pass, or from `states`

@@ -15,6 +15,7 @@ mean over tokens in L_anchor is our reading: the paper prints one token's vector
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +24,41 @@ from moe_unlearn.experts import experts_modules
 from moe_unlearn.losses import final_hidden_states
 
 
+class Gate(NamedTuple):
+    """The routing of one layer's tokens in a forward pass: top_k_index and top_k_weights [T, K]."""
+
+    index: Tensor
+    weights: Tensor
+    num_experts: int
+
+    def dense(self) -> Tensor:
+        """The gate [T, E] with its gradient, 0 for experts that a token does not visit."""
+        # ids behind the last expert are not here
+        gate = self.weights.new_zeros(len(self.index), self.num_experts + 1)
+        return gate.scatter_add(1, self.index.clamp_max(self.num_experts), self.weights)[:, :-1]
+
+
 @contextlib.contextmanager
-def gates(model: nn.Module, names: list[str] | None = None) -> Iterator[dict[str, Tensor]]:
-    """Collect the gate [T, E] of each experts module during a forward pass, with its gradient."""
-    collected: dict[str, Tensor] = {}
+def gates(model: nn.Module, names: list[str] | None = None) -> Iterator[dict[str, Gate]]:
+    """Collect the gate of each experts module during the first forward pass inside, with its gradient.
+
+    Raises RuntimeError in a layer that runs without a graph although gradients are on: what is made of its gate
+    would have none.
+    """
+    collected: dict[str, Gate] = {}
+    with_graph = torch.is_grad_enabled()
 
     def hook(name):
         def collect(module, args, kwargs):
+            if torch.is_grad_enabled() != with_graph:
+                raise RuntimeError(
+                    f"{name} runs in a reentrant gradient checkpoint that is not transformers': SEUF's anchor would "
+                    "have no gradient; expected a checkpoint with use_reentrant=False"
+                )
             index = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
             weights = kwargs.get("top_k_weights", args[2] if len(args) > 2 else None)
-            gate = weights.new_zeros(len(index), module.num_experts + 1)
-            # a checkpoint's recompute repeats the forward: the first gate is the one in the graph
-            collected.setdefault(name, gate.scatter_add(1, index.clamp_max(module.num_experts), weights))
+            # nothing is computed here: a checkpoint, which runs the layer again without the hook, would miss it
+            collected.setdefault(name, Gate(index, weights, module.num_experts))
 
         return collect
 
@@ -56,7 +80,7 @@ def affinity(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
         with gates(model) as collected:
             final_hidden_states(model, batch)
         mask = batch["attention_mask"].to(torch.float64)
-        per_layer = [g[:, :-1].double().view(*mask.shape, -1) for g in collected.values()]
+        per_layer = [g.dense().double().view(*mask.shape, -1) for g in collected.values()]
         length = mask.sum(1).clamp_min(1)
         total = total + torch.stack([((g * mask[..., None]).sum(1) / length[:, None]).sum(0) for g in per_layer])
         sequences += len(mask)
@@ -71,8 +95,8 @@ def select(score: Tensor) -> Tensor:
 
 
 def anchor_loss(gate: Tensor, expert: int, attended: Tensor) -> Tensor:
-    """L_anchor of one layer: gate [T, E + 1] as `gates` collects it, `attended` bool [T]."""
-    target = torch.zeros_like(gate[0, :-1])
+    """L_anchor [] of one layer from its gate [T, E] and `attended`, bool [T]."""
+    target = torch.zeros_like(gate[0])
     target[expert] = 1
-    distance = (gate[:, :-1] - target).square().sum(-1)
+    distance = (gate - target).square().sum(-1)
     return distance[attended].mean()

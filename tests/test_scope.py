@@ -85,7 +85,9 @@ def test_affinity_is_the_mean_over_sequences_of_the_mean_gate(model):
 
 
 def test_anchor_loss_by_hand():
-    gate = torch.tensor([[0.5, 0.5, 0.0, 9.0], [0.0, 1.0, 0.0, 9.0], [7.0, 7.0, 7.0, 9.0]])
+    # an id that is behind the last expert is not here
+    index, top_k = torch.tensor([[1, 0], [1, 3], [2, 3]]), torch.tensor([[0.5, 0.5], [1.0, 9.0], [7.0, 9.0]])
+    gate = seuf.Gate(index, top_k, 3).dense()
+    assert torch.equal(gate, torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 7.0]]))
     attended = torch.tensor([True, True, False])
-    # the last column collects ids that are not here and is left out
     assert float(seuf.anchor_loss(gate, 1, attended)) == pytest.approx((0.25 + 0.25 + 0.0) / 2)

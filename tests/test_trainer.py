@@ -93,6 +93,19 @@ def test_trains_logs_and_calls_back(original, dataset, tmp_path):
     assert differing(trainer.model, original)
 
 
+def test_gradient_checkpointing_changes_nothing(original, dataset, tmp_path):
+    """SEUF's anchor is made of what a layer that is run again computes."""
+    ends = []
+    for use in (None, True, False):
+        checkpointing = {} if use is None else {"gradient_checkpointing_kwargs": {"use_reentrant": use}}
+        own = arguments(tmp_path, max_steps=2, gradient_checkpointing=use is not None, **checkpointing)
+        recipe = Recipe.load("seuf", ["scope.anchor=100", "optimizer.lr=1e-2"])
+        trainer = UnlearnTrainer(copy.deepcopy(original), own, recipe, dataset)
+        trainer.train()
+        ends.append(trainer.model)
+    assert differing(ends[0], original) and not differing(ends[0], ends[1]) and not differing(ends[0], ends[2])
+
+
 def test_forgets(original, dataset, tmp_path):
     recipe = Recipe.load("npo", ["optimizer.lr=3e-3"])
     trainer = UnlearnTrainer(copy.deepcopy(original), arguments(tmp_path), recipe, dataset)
