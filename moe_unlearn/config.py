@@ -26,6 +26,7 @@ FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce", 
 NEED_REFUSALS = ("idk_dpo", "idk_nll")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
 _FOLDER = resources.files("moe_unlearn") / "recipes"
+REFERENCES = ("prepared", "base")
 SCOPES = ("all", "experts", "parameters", "seuf")
 
 
@@ -214,6 +215,7 @@ class Recipe:
     retain_per_forget: float = 1.0  # retain rows for each of them, at least 1
     accumulate: int = 1
     stop_forget_loss: float | None = None  # the first step that sees a forget loss this low is the last
+    reference: str = "prepared"  # as the model is at prepare(), adapters included; or "base", without them
     retain_budget: float | None = None  # a retain loss above it ends the run before the step's update
     guard: str = "strict"  # or "loss": gradients need not be known before the first update, see `step`
     seed: int = 0
@@ -223,6 +225,7 @@ class Recipe:
             above(name, getattr(self, name), 0)
         at_least("retain_per_forget", self.retain_per_forget, 1)
         one_of("guard", self.guard, ("strict", "loss"))
+        one_of("reference", self.reference, REFERENCES)
         if self.trace is not None and self.retain.objective not in ("nll", "kl"):
             raise ValueError(
                 f"trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; got {self.retain.objective!r}"

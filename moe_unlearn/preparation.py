@@ -204,10 +204,11 @@ def _seuf(model, recipe, prepared, forget, retain):
 @torch.no_grad()
 def _reference(model, recipe, prepared, forget, retain, folder):
     trained_head = losses.head_of(model).weight
-    with reference.base_model(model):
+    with reference.reference_model(model, recipe.reference):
         head = losses.head_of(model).weight
         hidden, layer = (head.shape[1],), recipe.forget.layer
-        digest = None if folder is None else reference.model_digest(model)
+        with_adapters = recipe.reference != "base"
+        digest = None if folder is None else reference.model_digest(model, adapters=with_adapters)
 
         def cached(kind, batches, compute, dtype, shape=(), **settings):
             store = None
@@ -240,7 +241,7 @@ def _reference(model, recipe, prepared, forget, retain, folder):
 @torch.no_grad()
 def _kl_floor(model, recipe, prepared, forget, retain):
     total, positions = 0.0, 0
-    with reference.base_model(model):
+    with reference.reference_model(model, recipe.reference):
         for batch in retain:
             states = losses.final_hidden_states(model, batch)
             per_token = losses.token_losses(

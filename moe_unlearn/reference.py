@@ -1,8 +1,8 @@
 """The reference a recipe compares with, and what identifies it: never a second model.
 
-The reference is the model before anything moved. Under PEFT (a model with `disable_adapter`) that is the
-base model, whose weights stay: its values are computed with the adapters disabled, at any time. Adapters
-that transformers' own `add_adapter` put into a model are part of it.
+The reference is the model as it was at `prepare`, adapters included, PEFT's as those of transformers' own
+`add_adapter`: a trained adapter is part of what is to be unlearned. A recipe with `reference: base` compares with the
+base model instead, whose weights stay: its values are computed with the adapters disabled, at any time.
 
 On disk, values are kept in one folder per kind, model and settings (`open_store`), in it per content of a
 row (`cache.RowStore`). A model is identified by the content of everything its forward reads: see
@@ -12,7 +12,7 @@ row (`cache.RowStore`). A model is identified by the content of everything its f
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,28 +25,33 @@ from moe_unlearn.losses import unwrapped
 from moe_unlearn.ranks import local
 
 _ROW = ("input_ids", "attention_mask", "labels")
+# of an adapter's config, what says where it came from
+_NOT_THE_ADAPTER = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
 # what the class and the tensors say already, or a save changes; names with an underscore choose how the same
 # function is computed (attention, experts) or where the model came from
 _NOT_THE_FUNCTION = ("architectures", "dtype")
 
 
+def reference_model(model: nn.Module, kind: str) -> contextlib.AbstractContextManager[None]:
+    """Inside, the model computes what a recipe's `reference` says: "prepared" as it is, "base" without adapters."""
+    return base_model(model) if kind == "base" else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def base_model(model: nn.Module) -> Iterator[None]:
-    """Inside, a PEFT-wrapped model computes what its base model does; other models are as they are.
+    """Inside, a model with adapters computes what its base model does; other models are as they are.
 
     Afterwards, and after an exception, adapters and `requires_grad` flags are as before. Raises ValueError if
     adapters are merged into the weights, which then are not the base model's.
     """
-    adapted = _adapted(model)
-    if adapted is None:
-        yield
-        return
-    merged = [name for name, module in adapted.named_modules() if getattr(module, "merged", False) is True]
+    model = local(model)
+    layers = _adapters(model)
+    merged = [name for name, layer in layers.items() if getattr(layer, "merged", False) is True]
     if merged:
         raise ValueError(f"adapters are merged into the weights of {merged[0]}: call unmerge_adapter() first")
-    flags = [(p, p.requires_grad) for p in adapted.parameters()]
+    flags = [(p, p.requires_grad) for p in model.parameters()] if layers else []
     try:
-        with adapted.disable_adapter():
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else _disabled(layers.values()):
             yield
     finally:
         # PEFT lets every active adapter train when it enables them again
@@ -54,16 +59,17 @@ def base_model(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def model_digest(model: nn.Module) -> str:
+def model_digest(model: nn.Module, *, adapters: bool = True) -> str:
     """SHA-256 over class, config, and the name, dtype, shape and bytes of every parameter and buffer.
 
-    A PEFT-wrapped model has the digest of its base model. Weights are read where they are, 16 MiB at a time
+    Adapters enter with their tensors, configs and states (active, merged, disabled, scaling); with `adapters=False`
+    a model has the digest of its base model. Weights are read where they are, 16 MiB at a time
     in each of torch's threads, and never copied as a whole. Measured on one thread of a CPU with SHA
     instructions: 0.6 to 0.9 s per GiB, 1.4 s where strides force copies. Raises ValueError for weights that
     are not in memory (meta device).
     """
     base = unwrapped(model)
-    tensors = dict(_tensors(base, without_adapters=_adapted(model) is not None))
+    tensors = dict(_tensors(base, adapters=adapters))
     absent = [name for name, tensor in tensors.items() if tensor.is_meta]
     if absent:
         raise ValueError(f"a cache of references needs the model's weights; {absent[0]} is on the meta device")
@@ -80,7 +86,9 @@ def model_digest(model: nn.Module) -> str:
         config,
         {name: digests[tensor] for name, tensor in tensors.items()},
     ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()
+    if adapters and (layers := _adapters(base)):
+        content.append([_adapter_configs(model), {name: _adapter_state(layer) for name, layer in layers.items()}])
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
 def make_folder(cache_dir: str | Path) -> Path:
@@ -128,21 +136,53 @@ def fill(
     return cache
 
 
-def _adapted(model: nn.Module) -> nn.Module | None:
-    """The PEFT wrapper inside data-parallel ones, None if there is none."""
+def _adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that PEFT has put around a model's own, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")}
+
+
+@contextlib.contextmanager
+def _disabled(layers: Iterable[nn.Module]) -> Iterator[None]:
+    enabled = [layer for layer in layers if not layer.disable_adapters]
+    try:
+        for layer in enabled:
+            layer.enable_adapters(enabled=False)
+        yield
+    finally:
+        for layer in enabled:
+            layer.enable_adapters(enabled=True)
+
+
+def _adapter_configs(model: nn.Module) -> dict[str, dict]:
     model = local(model)
-    return model if hasattr(model, "disable_adapter") else None
+    # transformers keeps those of its own adapters on the causal language model
+    configs = getattr(model, "peft_config", None) or getattr(unwrapped(model), "peft_config", {})
+    return {
+        name: {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_ADAPTER}
+        for name, config in configs.items()
+    }
 
 
-def _tensors(module: nn.Module, prefix: str = "", *, without_adapters: bool) -> Iterator[tuple[str, Tensor]]:
+def _adapter_state(layer: nn.Module) -> list:
+    """What an adapter's layer does beside its tensors."""
+    attributes = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
+    return [type(layer).__qualname__, *(getattr(layer, name, None) for name in attributes)]
+
+
+def _plain(value) -> object:
+    """A value that JSON has no form for: sets in order, whatever the hashes of this process."""
+    return sorted(value, key=str) if isinstance(value, set | frozenset) else repr(value)
+
+
+def _tensors(module: nn.Module, prefix: str = "", *, adapters: bool) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name; without adapters, those of what PEFT's layers wrap, named as unwrapped."""
-    if without_adapters and hasattr(module, "adapter_layer_names"):
+    if not adapters and hasattr(module, "adapter_layer_names"):
         for name in ("base_layer", "original_module"):
             if name in module._modules:
-                yield from _tensors(module._modules[name], prefix, without_adapters=True)
+                yield from _tensors(module._modules[name], prefix, adapters=False)
                 return
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None:
             yield prefix + name, tensor
     for name, child in module.named_children():
-        yield from _tensors(child, f"{prefix}{name}.", without_adapters=without_adapters)
+        yield from _tensors(child, f"{prefix}{name}.", adapters=adapters)

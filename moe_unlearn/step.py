@@ -121,7 +121,7 @@ class UnlearnStep:
 
         Both sets must hold every row that the step will meet. `on_stage(name)` is called after each stage, when
         `state_dict()` holds its result. The folder `cache_dir` keeps references from run to run by the content of model
-        and rows; OSError where it cannot be written to. Under PEFT references are those of the base model.
+        and rows; OSError where it cannot be written to. References are of the model as it is, adapters included.
         """
         forget, retain = list(forget_batches), list(retain_batches)
         for side, batches in (("forget", forget), ("retain", retain)):

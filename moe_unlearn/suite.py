@@ -23,7 +23,6 @@ import transformers
 from torch import nn
 
 from moe_unlearn import __version__, data, experiment, metrics, trace
-from moe_unlearn.cache import tensor_digest
 from moe_unlearn.checkpoint import write_text
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Document, Example
@@ -244,12 +243,10 @@ class _Source:
         return made
 
     def digest(self) -> str:
-        """Of class, config and weights."""
+        """Of class, config, weights and adapters."""
         if self._digest is None:
             model = self._model if isinstance(self._model, nn.Module) else self.fresh()
-            adapters = model.state_dict().items() if hasattr(model, "disable_adapter") else ()
-            parts = [model_digest(model), *(f"{name} {tensor_digest(tensor)}" for name, tensor in adapters)]
-            self._digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+            self._digest = model_digest(model)
             self._first = None if model is self._model else model
         return self._digest
 

@@ -1,6 +1,7 @@
 """References on disk: computed once per model and document, never used for another; PEFT's base model."""
 
 import copy
+import math
 import re
 
 import peft
@@ -231,29 +232,106 @@ def logits(model, batch):
     return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
+BASE = ["reference=base"]
+
+
 @torch.no_grad()
-def test_references_under_peft_are_the_base_models_whatever_the_adapters_learned(model, tmp_path):
-    base = prepare(copy.deepcopy(model), tmp_path)
+def test_references_of_the_base_model_whatever_the_adapters_learned(model, tmp_path):
+    base = prepare(copy.deepcopy(model), tmp_path, overrides=[*EVERYTHING, *BASE])
     wrapped = adapted(model, modules_to_save=["lm_head"])
     # frozen, but not the base model's
     wrapped.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5).requires_grad_(False)
-    assert reference.model_digest(wrapped) == reference.model_digest(model)
+    digests = [reference.model_digest(m, adapters=False) for m in (model, wrapped)]
+    assert digests[0] == digests[1] == reference.model_digest(model) != reference.model_digest(wrapped)
     enable(wrapped)  # the step's own implementation rounds differently
     before = logits(wrapped, data()[0][0])
     assert not torch.allclose(before, logits(model, data()[0][0]))
-    step = prepare(wrapped)
+    step = prepare(wrapped, overrides=[*EVERYTHING, *BASE])
     check_same(values(step), values(base))
     assert torch.equal(step.prepared.ref_lm_head, model.lm_head.weight)
     assert torch.equal(before, logits(wrapped, data()[0][0]))
-    cached, computed = Forwards(wrapped.get_base_model()).during(prepare, wrapped, tmp_path)
+    forwards = Forwards(wrapped.get_base_model())
+    cached, computed = forwards.during(prepare, wrapped, tmp_path, overrides=[*EVERYTHING, *BASE])
     assert computed == []
     check_same(values(cached), values(base))
 
 
-def test_under_peft_preparing_after_steps_is_preparing_before_them(model, tmp_path):
+def trained_adapter(model, how="peft"):
+    """`model` with LoRA on q and v that has learned something."""
+    own = copy.deepcopy(model)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    if how == "peft":
+        own = peft.get_peft_model(own, settings)
+    else:
+        own.add_adapter(settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in own.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.3, generator=generator)
+    return own.eval()
+
+
+@pytest.mark.parametrize("how", ["peft", "add_adapter"])
+def test_a_trained_adapter_is_part_of_the_reference(model, how):
+    forget, retain = data()
+    off, kl = {}, {}
+    for kind in ("prepared", "base"):
+        settings = ["optimizer.lr=0", f"reference={kind}", "retain.objective=kl", "forget.beta=0.1"]
+        first = prepare(trained_adapter(model, how), None, "npo", settings)(forget[0], retain[0])
+        off[kind], kl[kind] = abs(first["forget_loss"] - 2 * math.log(2) / 0.1), first["retain_loss"]
+    # nothing has moved: what is left is rounding, of KL that of bfloat16 states
+    assert 1000 * off["prepared"] < off["base"]
+    assert 20 * kl["prepared"] < kl["base"]
+
+
+@pytest.mark.parametrize("how", ["peft", "add_adapter"])
+def test_kl_of_an_adapter_starts_inactive(model, how):
+    forget, retain = data()
+    step = prepare(trained_adapter(model, how), None, "mollm", ["optimizer.lr=1e-5"])
+    first = step(forget[0], retain[0])
+    assert first["lambda_kl"] == 0 and first["kl_loss"] < 10 * step.prepared.kl_floor
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["peft", "add_adapter"])
+def test_what_an_adapter_computes_is_in_the_digest(model, how):
+    own = trained_adapter(model, how)
+    digest = reference.model_digest(own)
+    assert digest == reference.model_digest(copy.deepcopy(own)) != reference.model_digest(model)
+    layer = next(m for m in own.modules() if hasattr(m, "adapter_layer_names"))
+
+    def differs(change):
+        other = copy.deepcopy(own)
+        change(next(m for m in other.modules() if hasattr(m, "adapter_layer_names")))
+        assert reference.model_digest(other, adapters=False) == reference.model_digest(model)
+        return reference.model_digest(other) != digest
+
+    for name in layer.adapter_layer_names:
+        for key in getattr(layer, name):  # those of LoRA on embeddings are empty here
+            assert differs(lambda m, name=name, key=key: getattr(m, name)[key].weight.view(-1)[0].add_(1))
+    assert differs(lambda m: m.scaling.update(default=3.0))
+    assert differs(lambda m: m.enable_adapters(enabled=False))
+    assert not differs(lambda m: None)
+
+
+def test_a_cache_of_references_tells_adapters_apart(model, tmp_path):
+    own = trained_adapter(model)
+    first = prepare(own, tmp_path, "npo")
+    again, computed = Forwards(own.get_base_model()).during(prepare, own, tmp_path, "npo")
+    assert computed == []
+    check_same(values(first), values(again))
+    with torch.no_grad():
+        next(p for name, p in own.named_parameters() if "lora_B" in name).mul_(2)
+    other, computed = Forwards(own.get_base_model()).during(prepare, own, tmp_path, "npo")
+    assert computed == [4] * 6
+    assert not torch.equal(values(other)["ref_logprobs"]["values"], values(first)["ref_logprobs"]["values"])
+
+
+def test_of_the_base_model_preparing_after_steps_is_preparing_before_them(model, tmp_path):
     wrapped = adapted(model)
     forget, retain = data()
-    recipe = ["trace=null", "wagle=null", "optimizer.lr=1e-2"]
+    recipe = ["trace=null", "wagle=null", "optimizer.lr=1e-2", *BASE]
     step = prepare(wrapped, None, "combined", recipe)
     for i in range(3):
         step(forget[i], retain[i])
@@ -283,13 +361,13 @@ def test_adapters_come_back_as_they_were_after_an_exception_too(model):
 
 def test_base_weights_under_adapters_are_in_the_digest_and_merged_ones_are_refused(model):
     wrapped = adapted(model)
-    digest = reference.model_digest(wrapped)
+    digest = reference.model_digest(wrapped, adapters=False)
     experts = wrapped.get_base_model().model.layers[0].mlp.experts.get_base_layer()
     with torch.no_grad():
         experts.down_proj[1, 1, 1] += 1
-    assert reference.model_digest(wrapped) != digest
+    assert reference.model_digest(wrapped, adapters=False) != digest
     wrapped.merge_adapter()
     with pytest.raises(ValueError, match=r"merged into the weights of .*: call unmerge_adapter\(\) first"):
-        prepare(wrapped)
+        prepare(wrapped, overrides=[*EVERYTHING, *BASE])
     with reference.base_model(model):  # a model without adapters is what it is
         logits(model, data()[0][0])

@@ -22,7 +22,7 @@ from pathlib import Path
 from torch import nn
 
 from moe_unlearn.metrics.workers import is_first, on_first
-from moe_unlearn.ranks import gather, local, sharded
+from moe_unlearn.ranks import gather, sharded
 from moe_unlearn.reference import model_digest
 
 FORMAT = "moe-unlearn evaluation 2"  # raise it when the same model, data and settings give other numbers
@@ -121,8 +121,7 @@ class Evaluation:
         settings: plain values on which numbers depend; they are written, cached under and compared with.
         out: folder of the files; None writes none.
         cache_dir: folder of results by content of model, tokenizer, data and settings; None keeps none. A
-            model with adapters, whose digest is its base model's, or with sharded weights is not cached; a
-            warning says so.
+            model with sharded weights is not cached; a warning says so.
         reference_run: folder of the retrained model's evaluation.
     """
 
@@ -135,9 +134,7 @@ class Evaluation:
         self._out = None if out is None else Path(out)
         self._data: dict[str, str] = {}
         self._cache = None
-        if cache_dir is not None and hasattr(local(model), "disable_adapter"):
-            warnings.warn("results of a model with adapters are not cached; merge them to have a cache", stacklevel=3)
-        elif cache_dir is not None and sharded(model):
+        if cache_dir is not None and sharded(model):
             warnings.warn("results of a model with sharded weights are not cached", stacklevel=3)
         elif cache_dir is not None:
             self._cache = Path(cache_dir)

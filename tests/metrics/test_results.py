@@ -78,15 +78,21 @@ def test_a_damaged_cache_file_is_computed_again(tmp_path, random_model, tokenize
     assert count.calls == 2
 
 
-def test_a_model_with_adapters_is_not_cached(tmp_path, random_model, tokenizer):
+def test_a_model_with_adapters_is_cached_under_what_they_learned(tmp_path, random_model, tokenizer):
     peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(random_model, peft.LoraConfig(target_modules=["q_proj"], r=2))
     count = Counter()
+
+    def evaluate(model, calls):
+        Evaluation("MUSE", model, tokenizer, {}, cache_dir=tmp_path).add("a", [], count)
+        assert count.calls == calls
+
+    evaluate(random_model, 1)
+    adapted = peft.get_peft_model(random_model, peft.LoraConfig(target_modules=["q_proj"], r=2))
     for _ in range(2):
-        with pytest.warns(UserWarning, match="adapters are not cached"):
-            run = Evaluation("MUSE", adapted, tokenizer, {}, cache_dir=tmp_path)
-        run.add("a", [], count)
-    assert count.calls == 2 and not list(tmp_path.iterdir())
+        evaluate(adapted, 2)
+    with torch.no_grad():
+        next(p for name, p in adapted.named_parameters() if "lora_B" in name)[0, 0] += 1e-3
+    evaluate(adapted, 3)
 
 
 def test_a_reference_run_must_agree(tmp_path, random_model, tokenizer):
