@@ -1,8 +1,9 @@
 """Values cached per row of the data: reference log-probs and hidden states, token weights.
 
 In memory (`RowCache`) a row is found by its `index` or, without one, by its content, so that the same
-document is found whatever its batch and padding. On disk (`RowStore`) it is found by its content alone: an
-index may be used again for other data. Values are stored for the attended positions only.
+document is found whatever its batch and padding. An index may be used again for other data, so it never stands
+alone: the content it named is kept beside it and compared. On disk (`RowStore`) content alone counts. Values
+are stored for the attended positions only.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -30,23 +32,26 @@ _ABANDONED = 3600  # seconds; a batch is written in far less
 
 def content_keys(batch: dict[str, Tensor]) -> list[str]:
     """One 128-bit hash per row of a batch, of its ids and labels where attended; padding does not enter."""
-    attended = batch["attention_mask"].bool().cpu()
-    keys = []
-    for ids, labels, mask in zip(batch["input_ids"].cpu(), batch["labels"].cpu(), attended, strict=True):
-        content, person = [ids[mask], labels[mask]], b""
-        where = mask.nonzero().flatten()
-        following = torch.cat([labels[1:], labels.new_tensor([_IGNORED])])[mask]
-        if len(where) and (int(where[-1] - where[0]) >= len(where) or following[-1] != _IGNORED):
-            # gaps shift positions, and a label on the padding is predicted by the last attended token
-            content, person = [*content, where - where[0], following], b"irregular"
-        data = torch.stack(content).to(torch.int64).contiguous().numpy().tobytes()
-        keys.append(hashlib.blake2b(data, digest_size=16, person=person).hexdigest())
-    return keys
+    # one read of a batch that is on a GPU; the rest is numpy's, which takes a microsecond where torch takes several
+    read = torch.stack([batch[name].long() for name in ("input_ids", "labels", "attention_mask")]).cpu().numpy()
+    return [_content_key(*row) for row in zip(*read, strict=True)]
 
 
-def row_keys(batch: dict[str, Tensor]) -> list[str]:
-    """One key per row of a batch: its `index` if there is one, else that of its content."""
-    return [f"index {i}" for i in batch["index"].tolist()] if "index" in batch else content_keys(batch)
+def _content_key(ids: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> str:
+    (where,) = mask.nonzero()
+    start, end = (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
+    if end - start == len(where) and (end in (0, len(labels)) or labels[end] == _IGNORED):
+        content, person = [ids[start:end], labels[start:end]], b""
+    else:
+        # gaps shift positions, and a label on the padding is predicted by the last attended token
+        following = np.append(labels[1:], _IGNORED)[where]
+        content, person = [ids[where], labels[where], where - start, following], b"irregular"
+    return hashlib.blake2b(np.concatenate(content).tobytes(), digest_size=16, person=person).hexdigest()
+
+
+def row_keys(batch: dict[str, Tensor], contents: list[str]) -> list[str]:
+    """One key per row of a batch with these `content_keys`: its `index` if there is one, else its content."""
+    return [f"index {i}" for i in batch["index"].tolist()] if "index" in batch else contents
 
 
 def rows_of(batch: dict[str, Tensor], values: Tensor) -> list[Tensor]:
@@ -56,11 +61,12 @@ def rows_of(batch: dict[str, Tensor], values: Tensor) -> list[Tensor]:
 
 
 class RowCache:
-    """Per-row tensors [length, ...] under the keys of `row_keys`; lives on the CPU."""
+    """Per-row tensors [length, ...] under the keys of `row_keys`, each with its content; lives on the CPU."""
 
     def __init__(self, what: str):
         self.what = what
         self._rows: dict[str, Tensor] = {}
+        self._contents: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -71,52 +77,67 @@ class RowCache:
         return sum(row.numel() * row.element_size() for row in self._rows.values())
 
     def put(self, batch: dict[str, Tensor], values: Tensor) -> None:
-        """Store `values` [B, S, ...] of a batch; a row seen again must have the same length."""
+        """Store `values` [B, S, ...] of a batch, all or, with ValueError, none: an index names one content."""
         self.put_rows(batch, rows_of(batch, values))
 
     def put_rows(self, batch: dict[str, Tensor], rows: list[Tensor]) -> None:
         """`put` of what `rows_of` gives; the rows are kept, not copied."""
-        for key, row in zip(row_keys(batch), rows, strict=True):
-            if key in self._rows and len(self._rows[key]) != len(row):
+        contents = content_keys(batch)
+        keys = row_keys(batch, contents)
+        named = dict(self._contents)
+        for i, (key, content) in enumerate(zip(keys, contents, strict=True)):
+            if named.setdefault(key, content) != content:
                 raise ValueError(
-                    f"{self.what}: two rows share the key {key!r} but have {len(self._rows[key])} and "
-                    f"{len(row)} tokens; `index` must name each row once"
+                    f"{self.what}: row {i} of this batch has the {key} of another row; `index` must name each row once"
                 )
-            self._rows[key] = row
+        self._contents = named
+        self._rows.update(zip(keys, rows, strict=True))
 
-    def get(self, batch: dict[str, Tensor]) -> Tensor:
-        """Values [B, S, ...] on the batch's device, zero where nothing is attended; KeyError if unknown."""
-        attended = batch["attention_mask"].bool().cpu()  # one read of a batch that is on a GPU, not some for each row
-        keys = row_keys(batch)
+    def known_keys(self, batch: dict[str, Tensor]) -> list[str]:
+        """The keys of a batch's rows, all of which are here with the content they have now.
+
+        Raises KeyError for rows that were never put, ValueError for one that was another row then.
+        """
+        contents = content_keys(batch)
+        keys = row_keys(batch, contents)
         missing = [i for i, key in enumerate(keys) if key not in self._rows]
         if missing:
             raise KeyError(
                 f"{self.what}: rows {missing} of this batch were not seen by prepare(), which saw "
                 f"{len(self)} rows; prepare on every document the step will meet"
             )
-        first = self._rows[keys[0]]
-        out = first.new_zeros(*attended.shape, *first.shape[1:])
-        for i, key in enumerate(keys):
-            row = self._rows[key]
-            if len(row) != int(attended[i].sum()):
+        for i, (key, content) in enumerate(zip(keys, contents, strict=True)):
+            if self._contents[key] != content:
                 raise ValueError(
-                    f"{self.what}: row {i} has {int(attended[i].sum())} tokens but {len(row)} were cached "
-                    f"under its key {key!r}"
+                    f"{self.what}: row {i} of this batch has the {key}, under which prepare() saw another row: its "
+                    "tokens or labels differ; prepare on the rows the step will meet"
                 )
-            out[i, attended[i]] = row
+        return keys
+
+    def get(self, batch: dict[str, Tensor]) -> Tensor:
+        """Values [B, S, ...] on the batch's device, zero where nothing is attended; errors as of `known_keys`."""
+        keys = self.known_keys(batch)
+        attended = batch["attention_mask"].bool().cpu()  # one read of a batch that is on a GPU, not some for each row
+        rows = torch.cat([self._rows[key] for key in keys])
+        out = rows.new_zeros(*attended.shape, *rows.shape[1:])
+        out[attended] = rows
         return out.to(batch["attention_mask"].device)
 
     def state_dict(self) -> dict:
-        """Keys, lengths and one concatenated tensor."""
+        """Keys, contents, lengths and one concatenated tensor."""
         rows = list(self._rows.values())
         return {
             "keys": list(self._rows),
+            "contents": [self._contents[key] for key in self._rows],
             "lengths": [len(row) for row in rows],
             "values": torch.cat(rows) if rows else torch.empty(0),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Replace the contents by those of `state_dict`."""
+        """Replace the rows by those of `state_dict`; ValueError if it does not say which they were."""
+        if "contents" not in state:
+            raise ValueError(f"{self.what}: expected a state with the contents of its rows; it has none: prepare again")
+        self._contents = dict(zip(state["keys"], state["contents"], strict=True))
         rows = state["values"].split(state["lengths"]) if state["lengths"] else []
         self._rows = dict(zip(state["keys"], (row.clone() for row in rows), strict=True))
 

@@ -137,9 +137,11 @@ def prepare(
 
     `on_stage(name)` is called after each one. `cache_dir` is the folder where references are kept between runs; None
     keeps them in memory only. All ranks do the same work on the same rows (ValueError otherwise), and take the first
-    one's experts and mask.
+    one's experts and mask. Where stages are done, as after a resume, the rows must be those they saw: KeyError or
+    ValueError with the row's number.
     """
     ranks = Ranks(model) if ranks is None else ranks
+    _check_rows(prepared, forget, retain)
     ranks.agree("the rows of prepare()", lambda: [[content_keys(b) for b in side] for side in (forget, retain)])
     folder = None if cache_dir is None or not ranks.first else reference.make_folder(cache_dir)
     work = {
@@ -157,6 +159,17 @@ def prepare(
                 prepared.done.append(stage)
                 if on_stage is not None:
                     on_stage(stage)
+
+
+def _check_rows(prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> None:
+    """What an earlier preparation knows row by row must be of these rows; errors as of `RowCache.known_keys`."""
+    sides = dict.fromkeys(_CACHES, retain) | {"ref_logprobs": forget}
+    if prepared.ref_logprobs_idk is not None:
+        sides["ref_logprobs_idk"] = [forward.refusal(batch) for batch in forget]
+    for name, batches in sides.items():
+        cache = getattr(prepared, name)
+        for batch in batches if cache is not None else ():
+            cache.known_keys(batch)
 
 
 def _trace(model, recipe, prepared, forget, retain):

@@ -110,15 +110,17 @@ class UnlearnTrainer(Trainer):
         self.unlearn_step.restore = self._restore
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **keywords):
-        """Prepare on the unchanged model, or restore the preparation of the checkpoint, then train."""
+        """Prepare on the unchanged model, or restore the preparation of the checkpoint, then train.
+
+        Raises KeyError or ValueError if a checkpoint was prepared on other rows than the dataset has.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"no checkpoint to resume in {self.args.output_dir!r}")
         if resume_from_checkpoint:
             self.unlearn_step.load_state_dict(load_state(Path(resume_from_checkpoint), _STATE))
-        else:
-            self.prepare()
+        self.prepare()
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **keywords)
 
     def prepare(self) -> None:

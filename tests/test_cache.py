@@ -55,15 +55,38 @@ def test_trailing_dimensions():
 def test_labels_are_part_of_the_content():
     one, other = batch([5, 6, 7]), batch([5, 6, 7])
     other["labels"][0, 0] = -100
-    assert row_keys(one) != row_keys(other)
+    assert content_keys(one) != content_keys(other)
 
 
-def test_index_wins_over_content():
+def test_an_index_finds_a_row_and_its_content_is_compared():
     cache = RowCache("test values")
     made = batch([5, 6], [7, 8], index=[3, 4])
-    cache.put(made, values(made))
-    same_index = batch([1, 2], index=[4])
-    assert cache.get(same_index).tolist() == [[7, 8]]
+    cache.put(made, values(made, 0.5))
+    again = batch([7, 8], pad_left=1, index=[4])
+    assert torch.equal(cache.get(again), values(again, 0.5))
+    # the number of tokens says nothing
+    for other in (batch([1, 2], index=[4]), batch([7, 8], index=[3]), batch([5, 6], index=[4])):
+        with pytest.raises(ValueError, match=r"test values: row 0 of this batch has the index \d, under which prepare"):
+            cache.get(other)
+    relabelled = batch([7, 8], index=[4])
+    relabelled["labels"][0, 1] = -100
+    with pytest.raises(ValueError, match="its tokens or labels differ"):
+        cache.known_keys(relabelled)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["within a batch", "in another batch"])
+def test_an_index_that_names_two_rows_is_refused_and_nothing_is_put(again):
+    cache = RowCache("test values")
+    if again:
+        first, second = batch([5, 6], index=[3]), batch([9], [7, 8], index=[2, 3])
+        cache.put(first, values(first))
+    else:
+        second = batch([5, 6], [7, 8], index=[3, 3])
+    with pytest.raises(ValueError, match="row 1 of this batch has the index 3 of another row; `index` must name each"):
+        cache.put(second, values(second))
+    assert len(cache) == again
+    cache.put(batch([5, 6], [5, 6], index=[3, 3]), torch.ones(2, 2))  # one row twice is one row
+    assert len(cache) == 1
 
 
 def test_errors_name_the_rows():
@@ -72,10 +95,10 @@ def test_errors_name_the_rows():
     cache.put(made, values(made))
     with pytest.raises(KeyError, match=r"reference log-probs: rows \[1\] .* saw 1 rows"):
         cache.get(batch([5, 6], [7, 8], index=[3, 9]))
-    with pytest.raises(ValueError, match="row 0 has 3 tokens but 2 were cached under its key 'index 3'"):
-        cache.get(batch([5, 6, 7], index=[3]))
-    with pytest.raises(ValueError, match="`index` must name each row once"):
-        cache.put(batch([5, 6, 7], index=[3]), torch.zeros(1, 3))
+    with pytest.raises(KeyError, match=r"rows \[0\] .* saw 1 rows"):
+        cache.known_keys(batch([5, 6]))
+    with pytest.raises(ValueError, match="expected a state with the contents of its rows; it has none"):
+        cache.load_state_dict({k: v for k, v in cache.state_dict().items() if k != "contents"})
 
 
 def test_state_round_trip():
@@ -84,6 +107,11 @@ def test_state_round_trip():
     cache.put(made, values(made, 0.25))
     other.load_state_dict(cache.state_dict())
     assert torch.equal(other.get(made), cache.get(made))
+    indexed = batch([5, 6], index=[1])
+    cache.put(indexed, values(indexed))
+    other.load_state_dict(cache.state_dict())
+    with pytest.raises(ValueError, match="row 0 of this batch has the index 1"):
+        other.get(batch([6, 5], index=[1]))
     empty = RowCache("empty")
     empty.load_state_dict(RowCache("empty").state_dict())
     assert len(empty) == 0
@@ -92,7 +120,7 @@ def test_state_round_trip():
 def test_content_keys_ignore_index_and_padding_and_see_everything_else():
     plain = content_keys(batch([5, 6, 7], [8, 9]))
     assert plain == content_keys(batch([5, 6, 7], [8, 9], pad_left=2, pad_right=3, index=[9, 4]))
-    assert plain == row_keys(batch([5, 6, 7], [8, 9]))
+    assert plain == row_keys(batch([5, 6, 7], [8, 9]), plain) != row_keys(batch([5], [6], index=[0, 1]), plain)
     gap, label_on_padding = batch([5, 6, 0, 7]), batch([5, 6, 7], pad_right=1)
     gap["attention_mask"][0, 2] = 0
     label_on_padding["labels"][0, 3] = 4  # predicted by the last attended token

@@ -65,9 +65,10 @@ def as_on_a_gpu(monkeypatch):
 READS = {
     "look": (1, "what a step reads: its losses, the bounds of its gradients, their norm"),
     "final_hidden_states": (0, "transformers looks whether a batch has padding"),
-    "content_keys": (6, "rows of a batch are known by their content; once a batch, and then on the CPU"),
+    "content_keys": (2, "rows of a batch are known by their content: one read a batch"),
+    "_content_key": (3, "arrays of the CPU"),
     "row_keys": (1, "the numbers of a batch's rows"),
-    "RowCache.get": (3, "what is cached of a row is on the CPU: one read and one copy a batch"),
+    "RowCache.get": (1, "what is cached of a row is on the CPU: one read and one copy a batch"),
     "rows_of": (1, "what is cached of a row is on the CPU; in prepare()"),
     "Objectives.sizes": (2, "how many positions count, where the caller gives sizes"),
     "Objectives._forget_side": (2, "SEUF's one expert"),

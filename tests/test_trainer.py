@@ -93,6 +93,17 @@ def test_trains_logs_and_calls_back(original, dataset, tmp_path):
     assert differing(trainer.model, original)
 
 
+def test_a_resume_on_other_rows_is_refused(original, dataset, tmp_path):
+    recipe = Recipe.load("npo", ["optimizer.lr=1e-3"])
+    UnlearnTrainer(copy.deepcopy(original), arguments(tmp_path, max_steps=2), recipe, dataset).train()
+    rows = dataset.forget[:5] + [replace(e, input_ids=e.input_ids[::-1]) for e in dataset.forget[5:]]
+    other = ForgetRetainDataset(rows, dataset.retain, seed=0)
+    again = UnlearnTrainer(copy.deepcopy(original), arguments(tmp_path), recipe, other)
+    with pytest.raises(ValueError, match="reference log-probs: row 1 of this batch has the index 5, under which"):
+        again.train(resume_from_checkpoint=True)
+    assert not differing(again.model, original)
+
+
 def test_gradient_checkpointing_changes_nothing(original, dataset, tmp_path):
     """SEUF's anchor is made of what a layer that is run again computes."""
     ends = []
