@@ -68,7 +68,7 @@ class Run:
         """What a step has after its update, copied; before it is finished."""
         named = step._trained()
         return cls(
-            [dict(losses) for losses in step._micro_batches],
+            [dict(part.losses) for part in step.tally.parts],
             {name: _clone(step.gradients.made(p)) for name, p in named},
             {name for name, p in named if p in step.optimizer.gradients},
             set(step._updated),

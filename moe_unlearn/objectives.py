@@ -6,9 +6,9 @@ TRACE's token weights:
 
     L_retain = sum_t w_t l_t / (number of retain positions)
 
-Each loss is a mean over its own unit: positions that carry a loss, or sequences for NPO, SimNPO and DPO.
-`sizes` counts these units, so that a caller that splits a batch can weigh the parts exactly. A batch's
-`state_mask` [B, S], if it has one, says which of its attended hidden states RMU steers and keeps instead.
+Each loss is a mean over its own unit: positions that carry a loss, sequences for NPO, SimNPO and DPO, attended
+positions for SEUF's anchor. `units` counts these, so that the parts of a batch that is split weigh what they hold.
+A batch's `state_mask` [B, S], if it has one, says which of its attended hidden states RMU steers and keeps instead.
 """
 
 import math
@@ -40,11 +40,15 @@ class RetainBudgetError(ArithmeticError):
     """The retain loss is above the recipe's budget; raised before the update, so no weight has changed."""
 
 
-def check_losses(recipe: Recipe, metrics: dict[str, float], steps: int) -> None:
-    """Raise NonFiniteError or RetainBudgetError, with the number of steps done, for losses to stop at."""
+def check_finite(metrics: dict[str, float], steps: int) -> None:
+    """Raise NonFiniteError, with the number of steps done, for losses that are not finite."""
     bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteError(f"{', '.join(bad)}: stopped before the update; {steps} steps done")
+
+
+def check_budget(recipe: Recipe, metrics: dict[str, float], steps: int) -> None:
+    """Raise RetainBudgetError, with the number of steps done, for a step's retain loss above the recipe's budget."""
     budget, retain = recipe.retain_budget, metrics.get("retain_loss")
     if budget is not None and retain is not None and retain > budget:
         raise RetainBudgetError(
@@ -106,14 +110,20 @@ class Objectives:
             log_weight = log_weight[rows[-1], : retain["input_ids"].shape[1]]
         return {**self._forget_side(forget, *states[:-1]), **self.retain(retain, states[-1], log_weight)}
 
-    def sizes(self, forget: Batch, retain: Batch) -> dict[str, int]:
-        """Units each side's losses average over: sequences for sequence losses, else positions."""
-        by_sequence = self.recipe.forget.objective in ("npo", "simnpo", "idk_dpo")
-        positions = int(losses.target_mask(forgotten(self.recipe, forget)).sum())
-        return {
-            "forget": len(forget["input_ids"]) if by_sequence else positions,
-            "retain": int(losses.target_mask(retain).sum()),
-        }
+    def units(self, forget: Batch, retain: Batch) -> dict[str, Tensor]:
+        """What the losses of a pair of batches are means over, int64 []: "forget", "retain" and, for SEUF, "anchor".
+
+        Sequences for sequence losses, else positions; every loss without a unit of its own has that of "retain".
+        """
+        rows, objective = forgotten(self.recipe, forget), self.recipe.forget.objective
+        counted = _steered(rows) if objective == "rmu" else losses.target_mask(rows)
+        kept = _steered(retain) if self.recipe.retain.objective == "embed_diff" else losses.target_mask(retain)
+        out = {"forget": counted.sum(), "retain": kept.sum()}
+        if objective in ("npo", "simnpo", "idk_dpo"):
+            out["forget"] = torch.full_like(out["retain"], len(counted))
+        if self.recipe.scope.kind == "seuf":
+            out["anchor"] = rows["attention_mask"].bool().sum()
+        return out
 
     def forget(self, batch: Batch) -> dict[str, Tensor]:
         """{"forget": loss} and, for SEUF, {"anchor": loss}."""
@@ -139,11 +149,10 @@ class Objectives:
             return {}
         if states is None:
             states, log_weight = self._states(batch, self._tilt(batch), layer=self._layer("embed_diff", objective))
-        mask = losses.target_mask(batch)
         if objective == "embed_diff":
             reference = self._need("reference", self.prepared.ref_layer_states).get(batch)
-            return {"retain": losses.embed_diff(states, reference.to(states.dtype), batch.get("state_mask", mask))}
-        positions, out = mask.sum().clamp_min(1), {}
+            return {"retain": losses.embed_diff(states, reference.to(states.dtype), _steered(batch))}
+        positions, out = losses.target_mask(batch).sum().clamp_min(1), {}
         if objective != "none":
             weights = self._token_weights(batch, log_weight)
             out["retain"] = self._token_sum(batch, states, objective, weights) / positions
@@ -212,7 +221,7 @@ class Objectives:
             states = self._states(batch, layer=self._layer("rmu", settings.objective))[0]
         if settings.objective == "rmu":
             control = control_vector(self.recipe.seed, settings.steering, states.shape[-1]).to(states)
-            return losses.rmu(states, control, batch.get("state_mask", losses.target_mask(batch)))
+            return losses.rmu(states, control, _steered(batch))
         positions = losses.target_mask(batch).sum().clamp_min(1)
         if settings.objective in ("ga", "idk_nll", "uce"):
             kind = "uce" if settings.objective == "uce" else "nll"
@@ -251,6 +260,12 @@ class Objectives:
                 f"its stage {stage!r} has not run"
             )
         return value
+
+
+def _steered(batch: Batch) -> Tensor:
+    """bool [B, S]: the positions whose hidden states RMU steers, or keeps."""
+    given = batch.get("state_mask")
+    return losses.target_mask(batch) if given is None else given
 
 
 def _padded_share(batches: list[Batch]) -> float:

@@ -36,7 +36,7 @@ def need(step) -> str:
         f"two forward passes use each weight: {separate}": bool(separate) and recipe.retain.objective != "none",
         "clipping needs every gradient (optimizer.max_grad_norm: null allows it)":
             recipe.optimizer.max_grad_norm is not None,
-        "several micro-batches make one gradient": recipe.accumulate > 1,
+        "several micro-batches make one gradient": step.micro_batches > 1,
         step.held_back: bool(step.held_back),
     }  # fmt: skip
     return next((reason for reason, holds in reasons.items() if holds), "")

@@ -156,10 +156,10 @@ def _rehearse(plan: Plan, step, rehearsal: Rehearsal, batches: dict[str, Batch],
         # the first step makes the optimizer's state, the second one has it from its start
         for _ in range(2):
             # more micro-batches hold no more than the second one, which finds gradients there
-            for _ in range(min(step.recipe.accumulate, 2)):
+            for _ in range(min(step.micro_batches, 2)):
                 rehearsal.reset_costs()
                 rehearsal.phase = "activations"
-                shadow.accumulate(batches["forget"], batches["retain"], last=step.recipe.accumulate == 1)
+                shadow.accumulate(batches["forget"], batches["retain"], last=step.micro_batches == 1)
                 ledger.label(shadow.gradients.held(), "gradients")
             rehearsal.phase = "workspace"
             shadow.update()

@@ -1,6 +1,6 @@
 """The ranks of torch.distributed that train one model: each has all weights, and rows of its own.
 
-    g = 1/R sum_r g_r            for R ranks; weighed by `sizes` of the global batch  g = sum_r g_r
+    g = sum_r n_r g_r / sum_r n_r          g_r the gradient of a mean over the n_r positions or sequences of rank r
 
 What the ranks add up are the step's own gradients, compact, so that only what trains is sent. A model need not be in
 torch's DistributedDataParallel, which takes memory for a gradient of every weight; if it is, the wrapper's forward pass
@@ -11,7 +11,7 @@ rank alone finds wrong with its own arguments it raises alone, as everywhere in 
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
@@ -45,13 +45,13 @@ class Ranks:
         """Whether this is the rank that writes."""
         return self.group is None or distributed.get_rank(self.group) == 0
 
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The mean of every rank's values; not finite where one of them is not."""
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sums of every rank's values, one by one; not finite where one of them is not."""
         if self.group is None:
-            return dict(values)
-        total = torch.tensor(list(values.values()), dtype=torch.float64)
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
         self._in_place(total, distributed.all_reduce)
-        return dict(zip(values, (total / self.count).tolist(), strict=True))
+        return total.tolist()
 
     def add_(self, gradients: Mapping[str, Tensor | None]) -> None:
         """The sum of every rank's gradients, in place, by the name of their parameter.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_unlearn.config import Scope
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.ops.bits import pack_bits
+from moe_unlearn.wagle import WeightMask
 
 
 def matching(model: nn.Module, patterns: list[str]) -> set[str]:
@@ -51,6 +52,31 @@ def set_trainable(model: nn.Module, flags: dict[str, bool], names: set[str]) -> 
     """Let the parameters in `names` train as their `flags` say, and freeze all others."""
     for name, p in model.named_parameters():
         p.requires_grad_(flags[name] and name in names)
+
+
+def restrict(model: nn.Module, settings: Scope, flags: dict[str, bool], selected: Tensor | None) -> None:
+    """Freeze what is outside the scope; ValueError if nothing inside it trains by its `flags`."""
+    names = trained_names(model, settings, selected)
+    if not any(flags[name] for name in names):
+        raise ValueError(
+            f"nothing to train: every parameter in the scope ({settings.kind!r}) is frozen; a parameter that does not "
+            "require grad when the step is built, as those under adapters, stays as it is"
+        )
+    set_trainable(model, flags, names)
+
+
+def weight_masks(
+    model: nn.Module, settings: Scope, selected: Tensor | None, mask: WeightMask | None
+) -> dict[str, Tensor]:
+    """Packed masks by parameter, each on its device: of the chosen experts, of WAGLE's `mask`, or of both."""
+    masks = {}
+    if settings.kind in ("experts", "seuf") and selected is not None:
+        masks = expert_masks(model, selected)
+    if mask is not None:
+        words = {name: mask.words(name) for name in mask.names}
+        masks = combine(masks, {name: words[name] for name, p in model.named_parameters() if p.requires_grad})
+    device = {name: p.device for name, p in model.named_parameters()}
+    return {name: words.to(device[name]) for name, words in masks.items()}
 
 
 def expert_masks(model: nn.Module, selected: Tensor) -> dict[str, Tensor]:

@@ -10,24 +10,24 @@ the mask allow:
     g = grad( gamma L_forget + alpha L_retain + anchor L_anchor )          without MOLLM
     g = sum_i c_i grad L_i,  c from the Gram matrix of the masked gradients  with MOLLM
 
-Micro-batches are averaged equally; `sizes` (what `Objectives.sizes` counts, summed over the global batch)
-weighs them exactly instead.
+Of several micro-batches each weighs what it holds, so that the step is that of all rows in one batch (`tally`):
 
-The fused step (the default) sends forget and retain rows through one forward pass where they can share it,
-and takes the expert weights' gradients where they are made (`sinks`): compact, of the trained experts only
-and with the mask applied; or as the factors they are made of, where these are smaller, so that dW exists only
-in the epilogue that makes the update of it; or, under `guard: loss`, as that update itself in the backward
-pass. What forbids this single pass, `obstacle` says. `fused=False` is the plain path, autograd and one masked
-optimizer, which the fused one must equal.
+    sizes = step.sizes(pairs)                            # what all of them have together
+    metrics = [step(*pair, update=pair is pairs[-1], sizes=sizes) for pair in pairs][-1]
 
-`guard: strict` knows every gradient, or its factors, before the first weight changes: whatever is not finite
-leaves the weights bitwise as they were. `guard: loss` checks the losses so; the gradients of the experts are
-checked layer by layer on the way, and a bad one stops the step with layers above it updated already. Then
-`restore()` is called, if there is one, to bring back the last checkpoint. On a GPU it is the device that checks: from
-the bad layer on nothing is written, and the step says so when its backward pass is over.
+The fused step (the default) sends forget and retain rows through one forward pass where they can share it, and takes
+the expert weights' gradients where they are made (`sinks`): compact, of the trained experts only and with the mask
+applied; or as the factors they are made of, where these are smaller, so that dW exists only in the epilogue that makes
+the update of it; or, under `guard: loss`, as that update itself in the backward pass. What forbids this, `obstacle`
+says. `fused=False` is the plain path, autograd and one masked optimizer, which the fused one must equal.
 
-With a `process_group` each process is one of several ranks (`ranks`): every one calls the step with rows of its own
-and `prepare` with all rows; losses, and so what stops a step, are the mean over the ranks.
+`guard: strict` knows every gradient, or its factors, before the first weight changes: whatever is not finite leaves the
+weights bitwise as they were. `guard: loss` checks losses so, gradients of experts layer by layer on the way: a bad one
+stops the step with layers above it updated already. Then `restore()`, if there is one, is to bring back the last
+checkpoint. On a GPU the device checks: from the bad layer on nothing is written, as the step says in the end.
+
+With a `process_group` each process is one of several ranks (`ranks`): every one calls the step with rows of its own and
+`prepare` with all rows; losses, and so what stops a step, are means over the rows of all.
 """
 
 import math
@@ -42,12 +42,13 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.experts import enable, step_inputs
 from moe_unlearn.forward import Batch, check_batch, check_batches, counted_row
 from moe_unlearn.gradients import Gradients
-from moe_unlearn.objectives import NotPreparedError, Objectives, RetainBudgetError, check_losses
+from moe_unlearn.objectives import NotPreparedError, Objectives, RetainBudgetError, check_budget, check_finite
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
 from moe_unlearn.plan import Plan, make_plan
 from moe_unlearn.preparation import STAGES, Preparation, needed, prepare
 from moe_unlearn.ranks import Ranks, local
-from moe_unlearn.sinks import CompactSink, FactorSink, NonFiniteError, UpdateSink, look
+from moe_unlearn.sinks import CompactSink, FactorSink, NonFiniteError, UpdateSink
+from moe_unlearn.tally import Sizes, Tally
 from moe_unlearn.verify import Verifier
 
 
@@ -86,6 +87,8 @@ class UnlearnStep:
         self.restore: Callable[[], str] | None = None
         #: why the caller needs whole gradients before the update, empty if it does not
         self.held_back = ""
+        #: how many micro-batches make a step, as far as its plan knows
+        self.micro_batches = self.recipe.accumulate
         self._implementation = enable(self.model)
         self._flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
         self.prepared = Preparation()
@@ -100,8 +103,8 @@ class UnlearnStep:
         elif not isinstance(optimizer, MaskedSGD | MaskedAdamW):
             raise TypeError(f"optimizer must be a MaskedSGD or MaskedAdamW; got {type(optimizer).__name__}")
         self.optimizer = optimizer
-        self._micro_batches: list[dict[str, float]] = []
-        self._sizes_given = False
+        #: what the micro-batches of this step have come to
+        self.tally = Tally(self.ranks)
         self.gradients = Gradients(self.optimizer, self._trained(), self.masks)
         self._updated: list[str] = []
         self._measured = False  # whether the descent of MOLLM's objectives is measured in this step
@@ -138,23 +141,29 @@ class UnlearnStep:
         return self.prepared
 
     def __call__(
-        self,
-        forget_batch: Batch,
-        retain_batch: Batch,
-        *,
-        update: bool = True,
-        sizes: dict[str, int] | None = None,
+        self, forget_batch: Batch, retain_batch: Batch, *, update: bool = True, sizes: Sizes | None = None
     ) -> dict[str, float]:
         """One step, or with `update=False` one micro-batch of it; returns the metrics as floats.
 
-        Raises NotPreparedError, ValueError for a bad batch, and before any weight changes NonFiniteError and
-        RetainBudgetError; under `guard: loss` NonFiniteError may come later, see the module docstring.
+        Micro-batches that differ in tokens or sequences need `sizes`, the same for all of a step: `step.sizes(pairs)`.
+        The losses of a step are means over all of them. Raises NotPreparedError, ValueError for a bad batch or wrong
+        `sizes`, and before any weight changes NonFiniteError and RetainBudgetError; under `guard: loss` NonFiniteError
+        may come later, see the module docstring.
         """
         metrics = self.accumulate(forget_batch, retain_batch, sizes=sizes, last=update)
         return metrics | self.update() if update else metrics
 
+    def sizes(self, pairs: Iterable[tuple[Batch, Batch]]) -> dict[str, int]:
+        """What a step's losses are means over (`Objectives.units`) in these (forget, retain) pairs, on all ranks."""
+        counted = []
+        for forget, retain in pairs:
+            check_batch(forget, "forget")
+            check_batch(retain, "retain")
+            counted.append(self.objectives.units(forget, retain))
+        return self.tally.count(counted)
+
     def accumulate(
-        self, forget_batch: Batch, retain_batch: Batch, *, sizes: dict[str, int] | None = None, last: bool = False
+        self, forget_batch: Batch, retain_batch: Batch, *, sizes: Sizes | None = None, last: bool = False
     ) -> dict[str, float]:
         """Losses and gradients of one micro-batch; nothing moves.
 
@@ -167,51 +176,49 @@ class UnlearnStep:
                 f"recipe {self.recipe.name!r} needs prepare(forget_batches, retain_batches) first; "
                 f"stages not run: {', '.join(missing)}"
             )
-        if self._micro_batches and self._sizes_given != (sizes is not None):
-            raise ValueError("`sizes` must be given for all micro-batches of a step or for none")
+        self.tally.expect(sizes)
         check_batch(forget_batch, "forget")
         check_batch(retain_batch, "retain")
-        if not self._micro_batches:
-            self.gradients = Gradients(self.optimizer, self._trained(), self.masks)
-        whole = last and not self._micro_batches
+        whole = last and not self.tally.parts
         single_pass = whole and not self.obstacle
+        if not self.tally.parts:
+            self.gradients = Gradients(self.optimizer, self._trained(), self.masks)
         sink = self._sink(whole, single_pass)
         try:
             # the backward pass belongs inside: a gradient checkpoint's recompute asks for the sink again
             with step_inputs(self.model, weight_gradients=sink), self.verifier.watch(forget_batch, retain_batch, sizes):
                 values = self.objectives(forget_batch, retain_batch, joint=self.fused)
-                read = zip(values, look(list(values.values())), strict=True)
-                metrics = self.ranks.mean({f"{name}_loss": value for name, value in read})
-                check_losses(self.recipe, metrics, self.steps)
-                self._sizes_given = sizes is not None
-                if self._sizes_given:
-                    own = self.objectives.sizes(forget_batch, retain_batch)
-                    share = {side: own[side] / max(sizes[side], 1) for side in own}
-                    values = {name: v * share["forget" if name in _FORGET_SIDE else "retain"]
-                              for name, v in values.items()}  # fmt: skip
-                self._backward(values)
+                # a step of one micro-batch on one rank has nothing to weigh
+                alone = whole and sizes is None and self.ranks.count == 1
+                units = None if alone else self.objectives.units(forget_batch, retain_batch)
+                part = self.tally.measure(values, units)
+                check_finite(part.losses, self.steps)
+                if whole:
+                    self._check_budget(part.losses)
+                shares = self.tally.shares(part, sizes, last)
+                self._backward({name: (shares[f"{name}_loss"], value) for name, value in values.items()})
                 if sink is not None:
                     sink.settle()
         except NonFiniteError as error:
             raise self._stopped(error) from None
-        except RetainBudgetError:
-            self.discard()
-            raise
         self._updated = sink.updated if single_pass else []
-        self._micro_batches.append(dict(metrics))
-        return metrics
+        self.tally.add(part, sizes, last)
+        return dict(part.losses)
 
     def combine(self) -> dict[str, float]:
         """Turn what was accumulated into the gradient of one step, in `.grad`; nothing moves.
 
-        For callers that step the optimizer themselves: combine, clip, `optimizer.step()`, `finish()`.
-        Raises NonFiniteError, with the gradients dropped, if the gradient is not finite.
+        For callers that step the optimizer themselves: combine, clip, `optimizer.step()`, `finish()`. Returns metrics,
+        the step's losses among them. Raises NonFiniteError or RetainBudgetError, with the gradients dropped.
         """
-        if not self._micro_batches:
+        if not self.tally.parts:
             raise RuntimeError("nothing accumulated: call accumulate(), or the step itself, first")
+        metrics = self.tally.losses()
+        self._check_budget(metrics)
         self.gradients.add_up(self.ranks)
-        self.gradients.divide(1 if self._sizes_given else len(self._micro_batches) * self.ranks.count)
-        metrics = self._combine_mollm() if self.recipe.mollm is not None else {}
+        self.gradients.divide(self.tally.divisor)
+        if self.recipe.mollm is not None:
+            metrics |= self._combine_mollm()
         try:
             factored = self.recipe.mollm is None and self.gradients.settle()
             norm = self.gradients.norm()
@@ -224,8 +231,7 @@ class UnlearnStep:
         if self._norm is not None:
             metrics["grad_norm"] = norm
         if self.recipe.stop_forget_loss is not None:
-            forget = sum(m["forget_loss"] for m in self._micro_batches) / len(self._micro_batches)
-            self.done = forget <= self.recipe.stop_forget_loss
+            self.done = metrics["forget_loss"] <= self.recipe.stop_forget_loss
         return metrics
 
     def update(self) -> dict[str, float]:
@@ -260,14 +266,13 @@ class UnlearnStep:
     def discard(self) -> None:
         """Drop accumulated gradients."""
         self.gradients.clear()
-        self._micro_batches.clear()
+        self.tally.clear()
         self._updated = []
 
     def plan(self, forget_batches: Iterable[Batch] = (), retain_batches: Iterable[Batch] = ()) -> Plan:
         """What the step will do and what it will take for the largest batches given; see `plan`.
 
-        All batches together size the reference caches. Before prepare() as after; changes nothing. Raises
-        ValueError for a bad batch.
+        All batches together size the reference caches. Changes nothing. Raises ValueError for a bad batch.
         """
         return make_plan(self, list(forget_batches), list(retain_batches))
 
@@ -307,24 +312,11 @@ class UnlearnStep:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def _apply_scope(self) -> None:
-        kind = self.recipe.scope.kind
-        names = scope.trained_names(self.model, self.recipe.scope, self.prepared.selected)
-        if not any(self._flags[name] for name in names):
-            raise ValueError(
-                f"nothing to train: every parameter in the scope ({kind!r}) is frozen; a parameter that does not "
-                "require grad when the step is built, as those under adapters, stays as it is"
-            )
-        scope.set_trainable(self.model, self._flags, names)
+        scope.restrict(self.model, self.recipe.scope, self._flags, self.prepared.selected)
 
     def _apply_masks(self) -> None:
-        masks = {}
-        if self.recipe.scope.kind in ("experts", "seuf") and self.prepared.selected is not None:
-            masks = scope.expert_masks(self.model, self.prepared.selected)
-        if self.prepared.mask is not None:
-            words = {name: self.prepared.mask.words(name) for name in self.prepared.mask.names}
-            masks = scope.combine(masks, {name: words[name] for name, _ in self._trained()})
-        device = {name: p.device for name, p in self.model.named_parameters()}
-        self.masks = {name: words.to(device[name]) for name, words in masks.items()}
+        prepared = self.prepared
+        self.masks = scope.weight_masks(self.model, self.recipe.scope, prepared.selected, prepared.mask)
         by_parameter = {p: self.masks.get(name) for name, p in self.model.named_parameters()}
         for group in self.optimizer.param_groups:
             group["masks"] = [by_parameter.get(p) for p in group["params"]]
@@ -354,14 +346,21 @@ class UnlearnStep:
         restored = "no checkpoint was restored" if self.restore is None else self.restore()
         return NonFiniteError(f"{error}; updated already: {', '.join(error.updated)}; {restored}", error.updated)
 
-    def _backward(self, values: dict[str, Tensor]) -> None:
+    def _check_budget(self, step_losses: dict[str, float]) -> None:
+        try:
+            check_budget(self.recipe, step_losses, self.steps)
+        except RetainBudgetError:
+            self.discard()
+            raise
+
+    def _backward(self, weighed: dict[str, tuple[float, Tensor]]) -> None:
+        factors = self.objectives.factors
         if self.recipe.mollm is None:
-            sum(self.objectives.factors[name] * value for name, value in values.items()).backward()
+            sum(factors[name] * share * value for name, (share, value) in weighed.items()).backward()
             return
+        values = {name: share * value for name, (share, value) in weighed.items()}
         if "anchor" in values:
-            anchor = self.recipe.scope.anchor * values["anchor"]
-            values = {name: v for name, v in values.items() if name != "anchor"}
-            values["forget"] = values["forget"] + anchor
+            values["forget"] = values["forget"] + factors["anchor"] * values.pop("anchor")
         for i, (name, value) in enumerate(values.items()):
             # forget has a graph of its own; retain and KL share theirs, freed by the last of the two
             value.backward(retain_graph=name != "forget" and i + 1 < len(values))
@@ -372,7 +371,7 @@ class UnlearnStep:
         products = self.gradients.products()
         active = torch.ones(len(names), dtype=torch.bool)
         if "kl" in names:
-            value = sum(m["kl_loss"] for m in self._micro_batches) / len(self._micro_batches)
+            value = self.tally.losses()["kl_loss"]
             active[names.index("kl")] = mollm.kl_active(value, self.prepared.kl_floor, factor=settings.kl_floor)
         if not torch.isfinite(products).all():
             raise self._stopped(NonFiniteError("a gradient is not finite: stopped before the update"))
@@ -396,5 +395,4 @@ class UnlearnStep:
         return {f"descent_{name}": value for name, value in self.gradients.step_and_measure().items()}
 
 
-_FORGET_SIDE = ("forget", "anchor")
 _MAY_DIFFER = ("name", "steps", "data", "guard", "retain_budget")

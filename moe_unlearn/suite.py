@@ -167,10 +167,11 @@ def _unlearn(model: nn.Module, tokenizer, trained, recipe: Recipe, on_step) -> t
     on_step(Progress(recipe.name, recipe.seed, 0, False, {}, step))
     for i in range(recipe.steps):
         start = time.perf_counter()
-        for part in range(recipe.accumulate):
-            batch = collator(_items(pairs, i * recipe.accumulate + part, size))
-            sides = (_on(batch[side], model) for side in SIDES)
-            values = step(*sides, update=part + 1 == recipe.accumulate)
+        batches = [collator(_items(pairs, i * recipe.accumulate + part, size)) for part in range(recipe.accumulate)]
+        micro_batches = [tuple(_on(batch[side], model) for side in SIDES) for batch in batches]
+        sizes = step.sizes(micro_batches) if len(micro_batches) > 1 else None
+        for sides in micro_batches:
+            values = step(*sides, update=sides is micro_batches[-1], sizes=sizes)
         seconds += time.perf_counter() - start
         last = step.done or i + 1 == recipe.steps
         on_step(Progress(recipe.name, recipe.seed, i + 1, last, values, step))

@@ -85,9 +85,8 @@ class UnlearnTrainer(Trainer):
                 raise ValueError(f"train_dataset must have a non-empty list of examples {side!r}")
         args.remove_unused_columns = False
         self.unlearn_step = UnlearnStep(model, recipe, verify=verify, process_group=ranks)
-        if args.gradient_accumulation_steps > 1:
-            self.unlearn_step.held_back = "TrainingArguments.gradient_accumulation_steps is above 1"
-        elif args.max_grad_norm:
+        self.unlearn_step.micro_batches = args.gradient_accumulation_steps
+        if args.max_grad_norm:
             self.unlearn_step.held_back = "TrainingArguments.max_grad_norm clips (0 does not)"
         self._cache_dir = cache_dir
         if data_collator is None:
@@ -95,6 +94,7 @@ class UnlearnTrainer(Trainer):
                 self.unlearn_step.recipe, keywords.get("processing_class"), train_dataset.forget
             )
         self._logged: dict[str, list[float]] = {}
+        self._sizes: dict[str, int] | None = None  # of the global batch in progress
         super().__init__(
             model=model,
             args=args,
@@ -137,20 +137,30 @@ class UnlearnTrainer(Trainer):
         """What an item of the dataset holds of row `index` of one side."""
         return [(getattr(self.train_dataset, side)[index], index)]
 
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The micro-batches of the next step, counted: what its losses are means over, on all ranks."""
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._sizes = None
+        if len(samples) > 1:  # of one the step knows by itself
+            prepared = [self._prepare_inputs(batch) for batch in samples]
+            self._sizes = self.unlearn_step.sizes((batch["forget"], batch["retain"]) for batch in prepared)
+        return samples, items
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Accumulate one micro-batch; at the last one of a step, leave its gradient in `.grad`."""
         model.train()
-        inputs = self._prepare_inputs(inputs)
+        inputs, step = self._prepare_inputs(inputs), self.unlearn_step
+        last = self.accelerator.sync_gradients
         # accelerate's mixed precision wraps the model's forward, which is not what the step calls
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            metrics = self.unlearn_step.accumulate(inputs["forget"], inputs["retain"], last=True)
-        total = sum(metrics.values())
-        if self.accelerator.sync_gradients:
-            metrics |= self.unlearn_step.combine()
-            if self.unlearn_step.done:
-                self.control.should_training_stop = True
+            step.accumulate(inputs["forget"], inputs["retain"], sizes=self._sizes, last=last)
+        if not last:
+            return torch.zeros((), device=self.args.device)
+        metrics = step.combine()
+        if step.done:
+            self.control.should_training_stop = True
         self._log_metrics(metrics)
-        return torch.tensor(total / self.current_gradient_accumulation_steps, device=self.args.device)
+        return torch.tensor(sum(step.tally.losses().values()), device=self.args.device)
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

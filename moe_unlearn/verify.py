@@ -46,6 +46,7 @@ from moe_unlearn.comparison import Comparison, Report, Run
 from moe_unlearn.forward import Batch
 from moe_unlearn.routes import Routes
 from moe_unlearn.sinks import NonFiniteError
+from moe_unlearn.tally import Sizes
 
 PERTURBATIONS = 8  # float64 runs on weights that are off by rounding; of two, both may be right by luck
 # by how many last bits: float32 sums round at every addition, those of narrower numbers only when stored
@@ -75,7 +76,7 @@ class Verifier:
         self._twins: dict[torch.dtype | None, object] = {}
 
     @contextlib.contextmanager
-    def watch(self, forget: Batch, retain: Batch, sizes: dict[str, int] | None) -> Iterator[None]:
+    def watch(self, forget: Batch, retain: Batch, sizes: Sizes | None) -> Iterator[None]:
         """Around losses and gradients of one micro-batch; the first of a step keeps the state before it.
 
         Raises ValueError if the forward pass draws random numbers: the two paths would draw others.
@@ -84,7 +85,7 @@ class Verifier:
             yield
             return
         step = self.step
-        if not step._micro_batches:
+        if not step.tally.parts:
             self._micro_batches, self.clipped_to = [], None
             self._weights = {name: p.detach().clone() for name, p in step._trained()}
             self._optimizer = copy.deepcopy(step.optimizer.state_dict())

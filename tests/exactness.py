@@ -11,7 +11,7 @@ from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing import assert_as_accurate
 from tests.models import TINY_MODELS
-from tests.steps import SMALL, VOCAB, changed, data, recipe, weights
+from tests.steps import SMALL, VOCAB, changed, data, made_of, recipe, weights
 
 # What the product of the first four is: the full matrix. The others are spread over it.
 MATRIX = ("objective", "lever", "optimizer", "family")
@@ -146,10 +146,8 @@ class Subject:
     def make(self, step: UnlearnStep, i: int) -> dict[str, float]:
         """Step `i` of a run."""
         count = self.case["accumulate"]
-        for j in range(count):
-            which = (i * count + j) % len(self.forget)
-            metrics = step(self.forget[which], self.retain[which], update=j == count - 1)
-        return metrics
+        chosen = [(i * count + j) % len(self.forget) for j in range(count)]
+        return made_of(step, [(self.forget[which], self.retain[which]) for which in chosen])
 
 
 def check_steps(subject: Subject, steps: int) -> dict[str, float | int]:

@@ -47,13 +47,9 @@ def batches_of(i: int, rank: int) -> tuple[dict, dict]:
     """What a rank has in step `i`."""
     forget, retain = data()
     which = (2 * i + rank) % len(forget)
-    return forget[which], retain[which]
-
-
-def both_sizes(step, i: int) -> dict[str, int]:
-    """Of the batches that the ranks have in step `i`."""
-    own = [step.objectives.sizes(*batches_of(i, rank)) for rank in range(2)]
-    return {side: own[0][side] + own[1][side] for side in own[0]}
+    pair = forget[which], retain[which]
+    # ranks have tokens and rows of their own number
+    return tuple({key: value[rank:] for key, value in batch.items()} for batch in pair)
 
 
 def run(name: str, rank: int, folder: Path) -> tuple[dict, list[dict]]:
@@ -64,7 +60,10 @@ def run(name: str, rank: int, folder: Path) -> tuple[dict, list[dict]]:
     else:  # weights that differ become the first rank's
         step = UnlearnStep(model(rank), settings, process_group=distributed.group.WORLD, **options)
     step.prepare(*data(), cache_dir=folder / "cache")
-    metrics = [step(*batches_of(i, rank), sizes=both_sizes(step, i) if sized else None) for i in range(STEPS)]
+    metrics = []
+    for i in range(STEPS):
+        pair = batches_of(i, rank)
+        metrics.append(step(*pair, sizes=step.sizes([pair]) if sized else None))
     return weights(step.model), metrics
 
 

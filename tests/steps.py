@@ -61,3 +61,9 @@ def prepared(model, made, **options):
     forget, retain = data()
     step.prepare(forget, retain)
     return step, forget, retain
+
+
+def made_of(step, pairs):
+    """The metrics of one step whose micro-batches are these pairs of batches."""
+    sizes = step.sizes(pairs)
+    return [step(*pair, update=i == len(pairs) - 1, sizes=sizes) for i, pair in enumerate(pairs)][-1]

@@ -29,7 +29,7 @@ LAYERS = [
     {"mask_files"},
     {"gradients"},
     {"comparison"},
-    {"reference", "preparation", "objectives", "paths", "plan", "rehearsal", "costs", "routes", "verify"},
+    {"reference", "preparation", "objectives", "paths", "plan", "rehearsal", "costs", "routes", "tally", "verify"},
     {"step"},
     {"data", "metrics"},
     {"trainer"},

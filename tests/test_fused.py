@@ -135,8 +135,9 @@ def test_factors_and_compact_gradients_have_the_same_products(model):
         made = recipe("mollm", f"mollm.gradients={form}", "optimizer.name=sgd", "mollm.kl_floor=0")
         step, forget, retain = prepared(copy.deepcopy(model), made)
         step(forget[1], retain[1])
-        for i in (0, 2):
-            step(forget[i], retain[i], update=False)
+        pairs = [(forget[i], retain[i]) for i in (0, 2)]
+        for pair in pairs:
+            step(*pair, update=False, sizes=step.sizes(pairs))
         assert step.gradients.factored == (form == "factors")
         kept = [f for gs in step.gradients.sets.values() for g in gs if isinstance(g, list) for f in g]
         assert not any(v.requires_grad for f in kept for v in f if v is not None)
@@ -181,7 +182,7 @@ def test_forget_and_retain_rows_share_one_forward_pass(model):
     assert len(calls) == 3
     for name in ("forget", "retain"):
         assert float(joint[name]) == pytest.approx(float(apart[name]), rel=1e-5)
-    positions = step.objectives.sizes(forget[0], long)
+    positions = step.sizes([(forget[0], long)])
     assert counts.sum(2).tolist() == [[2 * positions["forget"], 2 * positions["retain"]]] * len(counts)
 
 

@@ -168,7 +168,7 @@ def state_of(step):
         "optimizer hooks": len(step.optimizer._optimizer_step_pre_hooks),
         "gates": [m.__dict__.get("_moe_unlearn") for m in experts_modules(step.model).values()],
         "versions": [p._version for p in step.model.parameters()],
-        "micro-batches": [dict(m) for m in step._micro_batches],
+        "micro-batches": [dict(part.losses) for part in step.tally.parts],
     }  # fmt: skip
     return tensors, plain
 

@@ -10,8 +10,8 @@ from moe_unlearn.ranks import Ranks
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.yardstick import Reference
 from tests import ranks_child
-from tests.ranks_child import CASES, STEPS, batches_of, both_sizes, made
-from tests.steps import check_changes, data, recipe, weights
+from tests.ranks_child import CASES, STEPS, batches_of, made
+from tests.steps import check_changes, data, made_of, recipe, weights
 from tests.two_ranks import run_two
 
 
@@ -26,15 +26,13 @@ def ranks(tmp_path_factory):
 def alone(name, dtype=torch.float32, *, fused=True):
     """Weights and losses of one process to which the ranks' batches are micro-batches."""
     # what ranks add up is compact, whatever the recipe says
-    settings, options, sized = made(name, *(["mollm.gradients=compact"] if name in ("mollm", "combined") else []))
+    settings, options, _ = made(name, *(["mollm.gradients=compact"] if name in ("mollm", "combined") else []))
     step = UnlearnStep(ranks_child.model().to(dtype), settings, fused=fused and options["fused"])
     step.prepare(*data())
     losses = []
     for i in range(STEPS):
-        sizes = both_sizes(step, i) if sized else None
-        parts = [step.accumulate(*batches_of(i, rank), sizes=sizes) for rank in range(2)]
-        losses.append({key: sum(part[key] for part in parts) / 2 for key in parts[0]})
-        step.update()
+        metrics = made_of(step, [batches_of(i, rank) for rank in range(2)])
+        losses.append({key: value for key, value in metrics.items() if key.endswith("_loss")})
     return weights(step.model), losses
 
 
@@ -91,7 +89,7 @@ def test_one_process_speaks_to_nobody():
     alone.add_(gradients)
     alone.share_([gradients["a"]])
     alone.agree("anything", lambda: pytest.fail("nobody to compare with"))
-    assert alone.count == 1 and alone.first and alone.mean({"x": 1.5}) == {"x": 1.5}
+    assert alone.count == 1 and alone.first and alone.sums([1.5]) == [1.5]
     assert torch.equal(gradients["a"], torch.ones(2))
 
 

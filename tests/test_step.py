@@ -72,7 +72,7 @@ def test_accumulated_micro_batches_equal_one_batch_when_sizes_are_given(model):
 
     ours = copy.deepcopy(model)
     step = UnlearnStep(ours, made)
-    sizes = step.objectives.sizes(whole, whole)
+    sizes = step.sizes([(whole, whole)])
     step(parts[0], parts[0], update=False, sizes=sizes)
     assert changed(ours, weights(model)) == set()
     step(parts[1], parts[1], sizes=sizes)
@@ -275,7 +275,7 @@ def test_idk_nll_is_the_nll_of_the_refusals(model):
     for joint in (True, False):
         value = step.objectives(forget[0], retain[0], joint=joint)["forget"]
         torch.testing.assert_close(value, expected)
-    assert step.objectives.sizes(forget[0], retain[0])["forget"] == int(losses.target_mask(refused).sum())
+    assert step.sizes([(forget[0], retain[0])])["forget"] == int(losses.target_mask(refused).sum())
     again = weight_mask(model, [refusal(b) for b in forget], retain, keep=0.8, gamma=1.0)
     assert all(torch.equal(step.prepared.mask.packed[name], words) for name, words in again.packed.items())
 

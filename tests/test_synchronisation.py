@@ -70,7 +70,6 @@ READS = {
     "row_keys": (1, "the numbers of a batch's rows"),
     "RowCache.get": (1, "what is cached of a row is on the CPU: one read and one copy a batch"),
     "rows_of": (1, "what is cached of a row is on the CPU; in prepare()"),
-    "Objectives.sizes": (2, "how many positions count, where the caller gives sizes"),
     "Objectives._forget_side": (2, "SEUF's one expert"),
     "embed_diff": (0, "RMU takes the rows that count"),
     "CompactSink.experts": (1, "the experts of the lowest layer that trains"),
@@ -81,7 +80,9 @@ READS = {
     "UnlearnStep._combine_mollm": (4, "MOLLM solves for its direction on the CPU"),
     "Gradients.descend": (3, "MOLLM solves for its direction on the CPU"),
     "Gradients.step_and_measure": (1, "MOLLM's log of descent"),
-    "Ranks.mean": (1, "a tensor that was made on the CPU"),
+    "Tally.count": (1, "a number"),
+    "_counts": (1, "a number"),
+    "Ranks.sums": (1, "a tensor that was made on the CPU"),
     "Ranks.add_": (1, "a tensor that was made on the CPU"),
     "UnlearnStep._apply_masks": (1, "once, behind prepare()"),
     "_Masked._layout": (1, "once for each mask"),
@@ -254,7 +255,7 @@ def test_on_a_gpu_every_other_wait_is_an_error(guard, model, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
 
 
-STEP = ("step", "gradients", "sinks", "optim", "objectives", "losses", "experts", "forward", "ranks", "cache")
+STEP = ("step", "tally", "gradients", "sinks", "optim", "objectives", "losses", "experts", "forward", "ranks", "cache")
 OPS = ("route", "expert_mlp", "expert_wgrad", "token_loss", "masked_update", "gram", "bits")
 METHODS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "synchronize"}
 # what Python does with a tensor when it wants a number, or a truth

@@ -126,7 +126,7 @@ def test_a_wrong_step_is_stopped_and_undone(bug, optimizer, numerics, monkeypatc
     before, state = weights(model), copy.deepcopy(step.optimizer.state_dict())
     inject(monkeypatch)
     if bug == "sum for mean":
-        step(forget[1], retain[1], update=False)
+        step(forget[0], retain[0], update=False)
     with pytest.raises(VerificationError, match=found) as caught:
         step(forget[0], retain[0])
     assert "NOT the plain step" in str(caught.value) and "0 steps done" in str(caught.value)

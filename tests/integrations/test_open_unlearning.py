@@ -73,9 +73,10 @@ class Pairs(Dataset):
 
 def made(method, tmp_path, rows=None, arguments=(), **keywords):
     torch.manual_seed(0)
+    given = {"per_device_train_batch_size": 2, **dict(arguments)}
     args = TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=2, report_to="none", use_cpu=True, max_grad_norm=0.0,
-        save_strategy="no", logging_steps=1, **dict(arguments),
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, max_grad_norm=0.0, save_strategy="no",
+        logging_steps=1, **given,
     )  # fmt: skip
     trainer = method(model=tiny_olmoe(), args=args, train_dataset=rows or Rows(), **keywords)
     trainer.prepare()
@@ -380,3 +381,24 @@ def test_the_yaml_files_method_args_are_arguments(tmp_path):
             evaluators=None, template_args=None, **content["method_args"],
         )  # fmt: skip
         assert trainer.unlearn_step.recipe.name == name
+
+
+class Paired(Rows):
+    """Rows whose retain partner is not drawn."""
+
+    def __getitem__(self, i):
+        return {"forget": self.forget[i], "retain": self.retain[i]}
+
+
+@pytest.mark.parametrize("name", ["NPO", "RMU"])
+def test_micro_batches_weigh_what_they_hold(name, tmp_path):
+    """Rows of 5 and of 30 tokens, in one batch and in batches of one: the same losses and the same gradient."""
+    method, keywords = {**METHODS, "RMU": (RMU, RMU_ARGS)}[name]
+    logged = []
+    for size, count in ((2, 1), (1, 2)):
+        arguments = {"max_steps": 1, "per_device_train_batch_size": size, "gradient_accumulation_steps": count}
+        trainer = made(method, tmp_path, Paired(count=2, lengths=(5, 30)), arguments, **keywords)
+        trainer.train()
+        logged.append(next(entry for entry in trainer.state.log_history if "forget_loss" in entry))
+    for key in ("loss", "forget_loss", "retain_loss", "grad_norm"):
+        assert logged[0][key] == pytest.approx(logged[1][key], rel=1e-5), key

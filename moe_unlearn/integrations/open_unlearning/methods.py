@@ -33,6 +33,8 @@ does for sequences of equal length. Where they differ, and why:
                     the config has output_router_logits
     optimizer       MaskedAdamW with the arguments' lr, betas, eps and weight decay; `optim` is ignored. The decay
                     is of every trained parameter, there not of norms and biases
+    accumulation    micro-batches and ranks weigh the tokens or sequences they hold, so that the step is that of all its
+                    rows in one batch; there each weighs the same
     clipping        by the gradient norm of what trains; there RMU's is that of every parameter, trained or not
     RMU's modules   patterns must match as a whole, as there. Its YAML trains every parameter, its class
                     `mlp.down_proj.weight`, which no fused expert is named; here the experts of layers 5 to 7 train

@@ -1,0 +1,134 @@
+"""The micro-batches of a step on all ranks: what their losses come to together, and what each of them weighs.
+
+    L = sum_m n_m L_m / N          L_m is a mean over the n_m units of micro-batch m, N = sum_m n_m
+
+A unit is what a loss is a mean over, a position or a sequence (`Objectives.units`). `sizes` are the N of the global
+batch: with them a step is the same however its rows are cut into micro-batches and shared among ranks. Without them
+nothing says how much is still to come, so that all micro-batches have to be of one size.
+
+Source: our specification, after transformers' Trainer, which divides by the tokens of the global batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from moe_unlearn.ranks import Ranks
+from moe_unlearn.sinks import look
+
+Sizes = Mapping[str, float]
+
+
+class Part(NamedTuple):
+    """One micro-batch: its losses over all ranks, its units on this rank and on all; no units if nobody counted."""
+
+    losses: dict[str, float]
+    own: Sizes
+    units: Sizes
+
+
+class Tally:
+    """What a step has seen of its global batch."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a step."""
+        self.parts: list[Part] = []
+        self.sizes: Sizes | None = None
+        #: whether a micro-batch was said to be the last
+        self.closed = False
+
+    def expect(self, sizes: Sizes | None) -> None:
+        """Raise unless a micro-batch with these `sizes` may follow: RuntimeError behind the last, else ValueError."""
+        if self.closed:
+            raise RuntimeError("the micro-batch before was to be the last of its step: update() or discard() first")
+        if self.parts and self.sizes != sizes:
+            raise ValueError(f"all micro-batches of a step must have the same `sizes`; got {self.sizes}, then {sizes}")
+
+    def count(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, int]:
+        """The `sizes` of a step whose micro-batches have these units on this rank, [] each."""
+        if not parts:
+            raise ValueError("expected the (forget, retain) batches of at least one micro-batch; got none")
+        read = look([count for units in parts for count in units.values()])
+        own = [sum(read[i :: len(parts[0])]) for i in range(len(parts[0]))]
+        return {unit: int(total) for unit, total in zip(parts[0], self.ranks.sums(own), strict=True)}
+
+    def measure(self, values: Mapping[str, Tensor], counted: Mapping[str, Tensor] | None = None) -> Part:
+        """The micro-batch with these losses over these units of this rank, [] each; in one read of the device."""
+        read = look([*values.values(), *(counted or {}).values()])
+        losses = {f"{name}_loss": value for name, value in zip(values, read, strict=False)}
+        own = dict(zip(counted or {}, read[len(values) :], strict=True))
+        if self.ranks.count == 1:
+            return Part(losses, own, own)
+        weighed = [value * own[_unit(name, own)] for name, value in losses.items()]
+        sums = self.ranks.sums([*weighed, *own.values()])
+        units = dict(zip(own, sums[len(losses) :], strict=True))
+        pairs = zip(losses, sums, strict=False)
+        return Part({name: value / max(units[_unit(name, own)], 1) for name, value in pairs}, own, units)
+
+    def shares(self, part: Part, sizes: Sizes | None, last: bool) -> dict[str, float]:
+        """By loss, what multiplies this rank's mean over the micro-batch; the sum of all is then divided by `divisor`.
+
+        Raises ValueError if units and `sizes` do not agree, and without `sizes` if micro-batches differ in units.
+        """
+        if not part.units:
+            return dict.fromkeys(part.losses, 1.0)
+        before = [earlier.units for earlier in self.parts]
+        if sizes is None:
+            if before and before[0] != part.units:
+                raise ValueError(
+                    f"micro-batches of {_counts(before[0])} and of {_counts(part.units)} do not weigh the same in "
+                    "one step: give each of them sizes=step.sizes(pairs), with all pairs of batches of the step"
+                )
+            total = part.units
+        else:
+            total = _checked(sizes, [*before, part.units], last)
+        return {name: part.own[u] / max(total[u], 1) for name in part.losses for u in [_unit(name, part.own)]}
+
+    def add(self, part: Part, sizes: Sizes | None, last: bool) -> None:
+        """A micro-batch whose gradients have been added."""
+        self.parts.append(part)
+        self.sizes, self.closed = sizes, last
+
+    @property
+    def divisor(self) -> int:
+        """What the sum of the micro-batches' gradients is to be divided by."""
+        return len(self.parts) if self.sizes is None else 1
+
+    def losses(self) -> dict[str, float]:
+        """Losses of the step: the means over the units of all its micro-batches."""
+        if len(self.parts) == 1:
+            return dict(self.parts[0].losses)
+        out = {}
+        for name in self.parts[0].losses:
+            unit = _unit(name, self.parts[0].units)
+            total = sum(part.units[unit] for part in self.parts)
+            out[name] = sum(part.units[unit] * part.losses[name] for part in self.parts) / max(total, 1)
+        return out
+
+
+def _unit(loss: str, units: Sizes) -> str:
+    """The unit of a loss: its own, where it has one, else that of the retain rows."""
+    name = loss.removesuffix("_loss")
+    return name if name in units else "retain"
+
+
+def _checked(sizes: Sizes, parts: list[Sizes], last: bool) -> Sizes:
+    """`sizes`; ValueError unless the micro-batches so far, with the last one all, may add up to them."""
+    if sizes.keys() != parts[0].keys():
+        raise ValueError(f"`sizes` must say {', '.join(parts[0])}, as step.sizes(pairs) does; got {', '.join(sizes)}")
+    seen = {unit: sum(part[unit] for part in parts) for unit in sizes}
+    if any(seen[u] > sizes[u] or (last and seen[u] < sizes[u]) for u in sizes):
+        raise ValueError(
+            f"`sizes` must count all micro-batches of the step on all ranks, as step.sizes(pairs) does; got "
+            f"{_counts(sizes)} for {len(parts)} micro-batches with {_counts(seen)}"
+        )
+    return sizes
+
+
+def _counts(units: Sizes) -> str:
+    return ", ".join(f"{int(count)} {unit}" for unit, count in units.items())
