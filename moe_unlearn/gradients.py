@@ -34,6 +34,8 @@ class Gradients:
         self.sets: dict[str, list[Gradient]] = {}
         #: where a `FactorSink` leaves the factors of a backward pass
         self.factors: dict[Tensor, list[Factors]] = {}
+        #: of which weights a `FactorSink` keeps factors in this step
+        self.kept: dict[Tensor, bool] = {}
         self._compact: set[Tensor] = set()  # parameters whose gradients in the sets are compact
         self._norm: float | None = None  # of MOLLM's direction
 
@@ -178,6 +180,7 @@ class Gradients:
         self.optimizer.zero_grad(set_to_none=True)
         self.sets, self._norm = {}, None
         self.factors.clear()
+        self.kept.clear()
         self._compact.clear()
 
     def _each_set(self) -> list[list[Gradient]]:

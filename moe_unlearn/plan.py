@@ -17,7 +17,7 @@ from moe_unlearn.cache import RowCache
 from moe_unlearn.experts import copy_gate, experts_modules
 from moe_unlearn.forward import Batch, check_batch, refusal
 from moe_unlearn.ops.bits import num_words, unpack_bits
-from moe_unlearn.paths import Path, paths
+from moe_unlearn.paths import Path, form, paths
 from moe_unlearn.preparation import Calibration, Preparation, needed, uses_kl
 from moe_unlearn.rehearsal import Rehearsal
 from moe_unlearn.wagle import WeightMask
@@ -148,18 +148,20 @@ def _rehearse(plan: Plan, step, rehearsal: Rehearsal, batches: dict[str, Batch],
         ledger.add(tensor, "optimizer state")
     ledger.hold(caches, CACHES)
     shadow.optimizer.register_step_pre_hook(lambda *_: ledger.label(shadow.gradients.held(), "gradients"))
+    pair, factored = (batches["forget"], batches["retain"]), step.recipe.mollm is not None and form(step) != "compact"
     devices = [] if rehearsal.device.type == "cpu" else [rehearsal.device]
     with torch.random.fork_rng(devices), rehearsal:
         rehearsal.phase = "mask"
         shadow._apply_scope()
         shadow._apply_masks()
+        sizes = None if step.micro_batches == 1 else shadow.sizes([pair] * step.micro_batches)
         # the first step makes the optimizer's state, the second one has it from its start
         for _ in range(2):
-            # more micro-batches hold no more than the second one, which finds gradients there
-            for _ in range(min(step.micro_batches, 2)):
+            # more micro-batches hold no more than the second one, which finds gradients there; but factors add up
+            for _ in range(step.micro_batches if factored else min(step.micro_batches, 2)):
                 rehearsal.reset_costs()
                 rehearsal.phase = "activations"
-                shadow.accumulate(batches["forget"], batches["retain"], last=step.micro_batches == 1)
+                shadow.accumulate(*pair, sizes=sizes, last=step.micro_batches == 1)
                 ledger.label(shadow.gradients.held(), "gradients")
             rehearsal.phase = "workspace"
             shadow.update()

@@ -34,6 +34,9 @@ class NonFiniteError(FloatingPointError):
 class CompactSink:
     """Adds to `gradients`, parameter -> compact gradient, which the caller may replace between backward passes."""
 
+    #: how many micro-batches like this one its step has, as far as is known
+    micro_batches = 1.0
+
     def __init__(self, optimizer: MaskedSGD | MaskedAdamW, gradients: dict[Tensor, Tensor]):
         self.optimizer, self.gradients = optimizer, gradients
 
@@ -70,7 +73,8 @@ class CompactSink:
 class FactorSink(CompactSink):
     """Keeps factors in `factors`, parameter -> list, one for each time a backward pass met the weight.
 
-    form: "factors" keeps every weight's, "auto" those that are smaller than the compact gradient would be.
+    form: "factors" keeps every weight's, "auto" those that in all micro-batches together are smaller than the compact
+    gradient would be. Which, is chosen where a step first meets the weight, and stands in `kept` for the rest of it.
     """
 
     def __init__(
@@ -78,19 +82,19 @@ class FactorSink(CompactSink):
         optimizer: MaskedSGD | MaskedAdamW,
         gradients: dict[Tensor, Tensor],
         factors: dict[Tensor, list[Factors]],
+        kept: dict[Tensor, bool],
         form: str,
     ):
         super().__init__(optimizer, gradients)
-        self.factors, self.form = factors, form
-        self._kept: dict[Tensor, bool] = {}  # one form a step for each weight, whatever the rows of a pass
+        self.factors, self.kept, self.form = factors, kept, form
 
     def take(self, weight: Tensor, factors: Factors) -> None:
         layout = self.optimizer.layout(weight)
-        if weight not in self._kept and layout is not None:
+        if weight not in self.kept and layout is not None:
             trained = len(weight) if layout[0] is None else len(layout[0])
-            smaller = factors.grad.numel() + factors.input.numel() < trained * weight[0].numel()
-            self._kept[weight] = weight.dim() == 3 and (self.form == "factors" or smaller)
-        if self._kept.get(weight):
+            size = self.micro_batches * (factors.grad.numel() + factors.input.numel())
+            self.kept[weight] = weight.dim() == 3 and (self.form == "factors" or size < trained * weight[0].numel())
+        if self.kept.get(weight):
             # what they were computed from must not stay with them
             self.factors.setdefault(weight, []).append(Factors(*(None if v is None else v.detach() for v in factors)))
         else:

@@ -196,6 +196,8 @@ class UnlearnStep:
                 if whole:
                     self._check_budget(part.losses)
                 shares = self.tally.shares(part, sizes, last)
+                if sink is not None:
+                    sink.micro_batches = 1 / max(min(shares.values()), 1e-9)
                 self._backward({name: (shares[f"{name}_loss"], value) for name, value in values.items()})
                 if sink is not None:
                     sink.settle()
@@ -238,8 +240,7 @@ class UnlearnStep:
         """`combine()`, the optimizer's step, and a clean slate; returns its metrics."""
         metrics = self.combine()
         self.clip(self.recipe.optimizer.max_grad_norm)
-        metrics |= self._optimizer_step()
-        metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        metrics |= self._optimizer_step() | {"lr": float(self.optimizer.param_groups[0]["lr"])}
         return metrics | self.finish()
 
     def clip(self, limit: float | None) -> float:
@@ -336,7 +337,8 @@ class UnlearnStep:
         if single_pass:
             return UpdateSink(*held, {p: name for name, p in self._trained()})
         form = paths.form(self) if whole or self.recipe.mollm else "compact"
-        return CompactSink(*held) if form == "compact" else FactorSink(*held, self.gradients.factors, form)
+        factored = self.gradients.factors, self.gradients.kept, form
+        return CompactSink(*held) if form == "compact" else FactorSink(*held, *factored)
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
         """The error with what it left behind, after the gradients are dropped."""

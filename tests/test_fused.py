@@ -170,6 +170,23 @@ def test_inner_products_choose_a_form_and_agree(rows):
     assert not total[:2].any() and part.tolist() == [0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.parametrize(("like", "way"), [(1, list), (16, torch.Tensor)])
+def test_auto_keeps_factors_where_those_of_all_micro_batches_are_smaller(like, way, model):
+    """Of one micro-batch among 16 they are, of all 16 they are not; and what is chosen holds for the step."""
+    step, _, _ = prepared(model, recipe("mollm"))
+    weight = experts_modules(model)["model.layers.0.mlp.experts"].down_proj
+    rows = 8
+    factors = Factors(torch.ones(rows, weight.shape[1]), torch.ones(rows, weight.shape[2]),
+                      torch.full((9,), rows, dtype=torch.int32).index_fill(0, torch.tensor([0]), 0))  # fmt: skip
+    for micro_batches in (like, 17 - like):
+        sink = step._sink(whole=False, single_pass=False)
+        sink.micro_batches = micro_batches
+        sink.take(weight, factors)
+        step.gradients.collect("forget")
+    (held,) = [g for (_, p), g in zip(step._trained(), step.gradients.sets["forget"], strict=True) if p is weight]
+    assert isinstance(held, way)
+
+
 def test_forget_and_retain_rows_share_one_forward_pass(model):
     step, forget, retain = prepared(model, recipe("graddiff"))
     calls = []

@@ -13,6 +13,7 @@ from moe_unlearn.preparation import CHOOSING
 from moe_unlearn.step import UnlearnStep
 from tests.batches import random_batch, with_refusals
 from tests.models import TINY_MODELS
+from tests.steps import made_of
 
 pytestmark = pytest.mark.usefixtures("measurable_memory")
 
@@ -117,6 +118,20 @@ def test_memory_with_micro_batches_and_state():
             step(forget, retain, update=i + 1 == accumulate)
     beyond = plan.peak - sum(plan.memory.get(name, 0) for name in (*FIXED, "optimizer state"))
     assert beyond == pytest.approx(measured.peak, rel=0.1)
+
+
+@pytest.mark.quick
+def test_factors_of_micro_batches_add_up():
+    accumulate = 6
+    overrides = "mollm.gradients=factors", "optimizer.name=sgd", f"accumulate={accumulate}"
+    step = UnlearnStep(tiny("olmoe"), made("mollm", *overrides))
+    pair = batch(1, rows=2, length=8), batch(2, rows=2, length=8)
+    step.prepare(*([side] for side in pair))
+    plan = step.plan(*([side] for side in pair))
+    with measured_peak("cpu") as measured:
+        made_of(step, [pair] * accumulate)
+    beyond = plan.peak - sum(plan.memory.get(name, 0) for name in FIXED)
+    assert beyond == pytest.approx(measured.peak, rel=0.1), str(plan)
 
 
 @pytest.mark.quick
