@@ -129,7 +129,7 @@ class Gradients:
             products, normalize=settings.normalize, rescale=settings.rescale, active=active
         )
         c = direction.coefficients.to(products)
-        self._norm = 0.0 if direction.stationary else float(c @ products @ c) ** 0.5
+        self._norm = 0.0 if direction.stationary else max(float(c @ products @ c), 0.0) ** 0.5
         # at a stationary point nothing may move, momentum and decay included
         used = [] if direction.stationary else [j for j, value in enumerate(c.tolist()) if value != 0]
         sets = list(self.sets.values())

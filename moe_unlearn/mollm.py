@@ -6,14 +6,16 @@
 
 Normalisations: `none`; `unit`, g / |g|; `mean_norm`, g / |g| times the mean of the norms. Rescaling to
 `mean_gradient` gives d the norm of the plain mean of the gradients (the minimum-norm point is short); the
-stationarity test comes before it. Masks must have been applied to every g_i before the Gram matrix.
+stationarity test is on the unit gradients and comes before it. Masks must have been applied to every g_i
+before the Gram matrix.
 
 Worked example: g_1 = (1, 0), g_2 = (0, 2), Gram [[1, 0], [0, 4]]. `none`: lambda = (0.8, 0.2), d =
 (0.8, 0.4), <g_1, d> = <g_2, d> = |d|^2 = 0.8. `unit`: lambda = (0.5, 0.5), coefficients (0.5, 0.25).
 
 With SGD the guarantee holds to first order in the step; an adaptive optimizer such as AdamW rescales d per
-coordinate and makes it a heuristic. Inner products carry the squares of lengths: in float64, directions
-shorter than about 1e-8 of the gradients drown in rounding.
+coordinate and makes it a heuristic. All is solved in float64, in cosines and ratios of lengths, so that the
+guarantee holds for gradients of any lengths, 1e12 beside 1e-12, up to a rounding of |g^_i| |d|. Inner products
+carry the squares of lengths: a minimum-norm point below about 1e-8 of the unit gradients drowns in rounding.
 
 Sources: MOLLM (arXiv 2412.20412) was not readable beyond its abstract. The dual problem and its guarantee,
 averaging the norms and rescaling d were read in FedLF and FedMDFG of its first author; which of them MOLLM
@@ -56,7 +58,8 @@ def common_descent(
         normalize: "none", "unit" or "mean_norm"; rescale: "none" or "mean_gradient".
         active: bool [m], the objectives that may take part; None is all.
         drop_below: an objective whose norm is at most this fraction of the largest is left out.
-        stationary_below: d counts as 0 up to this fraction of the longest normalised gradient.
+        stationary_below: the point is stationary if the minimum-norm point of the unit gradients is at most this long,
+            whatever `normalize` says: stretching a gradient turns no direction that lowers all into one that does not.
 
     With nothing left to take part, weights and coefficients are 0 and the point is stationary. Exact: closed
     form for two objectives, all supports for three, an active set beyond. Deterministic. Raises ValueError.
@@ -70,17 +73,18 @@ def common_descent(
     if not kept.any():
         return CommonDescent(weights, coefficients, True, ~kept)
 
-    own, lengths = gram[kept][:, kept], norms[kept]
-    scale = {"none": torch.ones_like, "unit": torch.reciprocal, "mean_norm": lambda n: n.mean() / n}[normalize](lengths)
-    normalised = own * scale[:, None] * scale
-    solution = minimum_norm(normalised)
-    squared = float(solution @ normalised @ solution)
-    stationary = squared <= stationary_below**2 * float(normalised.diagonal().max())
+    own, norms = gram[kept][:, kept], norms[kept]
+    cosines, equal = _cosines(own), torch.ones_like(norms)
+    lengths = {"none": norms, "unit": equal, "mean_norm": norms.mean() * equal}[normalize]
+    solution = _minimum(cosines, lengths)
+    of_units = solution if normalize != "none" else _minimum(cosines, equal)
+    stationary = float(of_units @ cosines @ of_units) <= stationary_below**2
     stretch = 1.0
     if rescale == "mean_gradient" and not stationary:
-        stretch = (max(float(own.mean()), 0.0) / squared) ** 0.5
+        d = solution * lengths
+        stretch = (max(float(own.mean()), 0.0) / float(d @ cosines @ d)) ** 0.5
     weights[kept] = solution
-    coefficients[kept] = stretch * solution * scale
+    coefficients[kept] = stretch * solution * lengths / norms
     return CommonDescent(weights, coefficients, stationary, ~kept)
 
 
@@ -95,69 +99,87 @@ def kl_active(value: float, floor: float, *, factor: float = 10.0) -> bool:
 
 def minimum_norm(gram: Tensor) -> Tensor:
     """lambda [m] on the simplex that minimises lambda^T G lambda, for a positive semidefinite float64 G."""
-    m = len(gram)
-    if m == 1:
-        return torch.ones_like(gram[0])
-    if m == 2:
-        between = gram[0, 0] - 2 * gram[0, 1] + gram[1, 1]
-        first = ((gram[1, 1] - gram[0, 1]) / between).clamp(0, 1) if between > 0 else gram.new_tensor(0.5)
-        return torch.stack([first, 1 - first])
-    if m == 3:
-        supports = [list(s) for size in (1, 2, 3) for s in combinations(range(3), size)]
-        # a minimum outside the simplex is clamped onto it: a point like any other, so the smallest value wins
-        points = [_on_simplex(_affine_minimum(gram, support)) for support in supports]
-        return min(points, key=lambda x: float(x @ gram @ x))
-    return _active_set(gram)
-
-
-def _affine_minimum(gram: Tensor, support: list[int]) -> Tensor:
-    """x [m], 0 outside `support`, sum 1, minimising x^T G x whatever the signs; of least norm if many do."""
-    size = len(support)
-    # in units of each vector's own length, so that lengths of any ratio leave the system well conditioned
-    lengths = gram.diagonal()[support].sqrt().clamp_min(_TINY)
-    shortest_over = lengths.min() / lengths
-    system = torch.zeros(size + 1, size + 1, dtype=gram.dtype)
-    system[:size, :size] = gram[support][:, support] / lengths[:, None] / lengths
-    system[:size, size] = system[size, :size] = shortest_over
-    right = torch.zeros(size + 1, 1, dtype=gram.dtype)
-    right[size] = 1
-    solution = torch.linalg.lstsq(system, right, driver="gelsd").solution[:size, 0] * shortest_over
-    return torch.zeros_like(gram[0]).index_copy(0, torch.tensor(support), solution)
-
-
-def _on_simplex(x: Tensor) -> Tensor:
-    positive = x.clamp_min(0)
-    return positive / positive.sum()
-
-
-def _active_set(gram: Tensor) -> Tensor:
-    """Wolfe's minimum-norm-point method (1976): add the vertex that violates optimality most, then walk to
-    the minimum on the support's affine hull, dropping vertices that the simplex stops at."""
     norms = gram.diagonal().sqrt()
-    support = [int(norms.argmin())]
-    x = torch.zeros_like(norms).index_fill(0, torch.tensor(support), 1.0)
-    best, best_value = x, float(x @ gram @ x)
+    shortest = int(norms.argmin())
+    if norms[shortest] == 0:
+        return torch.zeros_like(norms).index_fill(0, torch.tensor([shortest]), 1.0)
+    return _minimum(_cosines(gram), norms)
+
+
+def _cosines(gram: Tensor) -> Tensor:
+    """Inner products of the unit vectors: in these, lengths of any ratio leave all numbers of one size."""
+    norms = gram.diagonal().sqrt()
+    return (gram / norms / norms[:, None]).clamp(-1, 1).fill_diagonal_(1)
+
+
+def _minimum(cosines: Tensor, lengths: Tensor) -> Tensor:
+    """lambda [m] of the shortest d = sum_i lambda_i lengths_i u_i, u_i the unit vectors with these `cosines`.
+
+    Solved for y_i = lambda_i lengths_i / (shortest length), on { y >= 0, w . y = 1 } with w_i = shortest / lengths_i.
+    """
+    m, w = len(lengths), lengths.min() / lengths
+    if m > 3:
+        y = _active_set(cosines, w)
+    elif m == 2:
+        y = _of_two(float(cosines[0, 1]), w)
+    else:
+        supports = [list(s) for size in range(1, m + 1) for s in combinations(range(m), size)]
+        # a minimum outside the simplex is clamped onto it: a point like any other, so the smallest value wins
+        points = [_on_simplex(_affine_minimum(cosines, w, support), w) for support in supports]
+        y = min(points, key=lambda y: float(y @ cosines @ y))
+    return w * y / float(w @ y)
+
+
+def _of_two(cosine: float, w: Tensor) -> Tensor:
+    """y of two vectors in closed form."""
+    y = (w - cosine * w.flip(0)).clamp_min(0)
+    return y if y.any() else torch.ones_like(w)  # one vector twice
+
+
+def _affine_minimum(cosines: Tensor, w: Tensor, support: list[int]) -> Tensor:
+    """y [m], 0 outside `support`, w . y = 1, minimising y^T C y whatever the signs; of least norm if many do."""
+    size = len(support)
+    system = torch.zeros(size + 1, size + 1, dtype=cosines.dtype)
+    system[:size, :size] = cosines[support][:, support]
+    largest = w[support].max()
+    system[:size, size] = system[size, :size] = w[support] / largest
+    right = torch.zeros(size + 1, 1, dtype=cosines.dtype)
+    right[size] = 1
+    solution = torch.linalg.lstsq(system, right, driver="gelsd").solution[:size, 0] / largest
+    return torch.zeros_like(w).index_copy(0, torch.tensor(support), solution)
+
+
+def _on_simplex(y: Tensor, w: Tensor) -> Tensor:
+    positive = y.clamp_min(0)
+    return positive / (w @ positive)
+
+
+def _active_set(cosines: Tensor, w: Tensor) -> Tensor:
+    """y [m] by Wolfe's minimum-norm-point method (1976): add the vertex that violates optimality most, then walk to
+    the minimum on the support's affine hull, dropping vertices that the simplex stops at."""
+    support = [int(w.argmax())]
+    y = torch.zeros_like(w).index_fill(0, torch.tensor(support), 1.0)
+    best, best_value = y, 1.0
     while True:
-        slope = gram @ x
-        rounding = 4 * len(gram) * _EPSILON * norms * float(x @ norms)
-        violation = float(x @ slope) - rounding - slope
+        slope = cosines @ y
+        violation = float(y @ slope) * w - 4 * len(w) * _EPSILON * float(y.sum()) - slope
         entering = int(violation.argmax())
         if violation[entering] <= 0 or entering in support:
             return best
         support.append(entering)
-        while (target := _affine_minimum(gram, support))[support].min() <= 0:
+        while (target := _affine_minimum(cosines, w, support))[support].min() <= 0:
             blocking = [i for i in support if target[i] <= 0]
-            steps = x[blocking] / (x[blocking] - target[blocking]).clamp_min(_TINY)
+            steps = y[blocking] / (y[blocking] - target[blocking]).clamp_min(_TINY)
             leaving = blocking[int(steps.argmin())]
-            x = x + float(steps.min().clamp(0, 1)) * (target - x)
+            y = y + float(steps.min().clamp(0, 1)) * (target - y)
             support.remove(leaving)
-            x = _on_simplex(torch.zeros_like(x).index_copy(0, torch.tensor(support), x[support]))
-        x = _on_simplex(target)
-        value = float(x @ gram @ x)
+            y = _on_simplex(torch.zeros_like(y).index_copy(0, torch.tensor(support), y[support]), w)
+        y = _on_simplex(target, w)
+        value = float(y @ cosines @ y)
         # each round lowers the value, but for rounding: then the best point stands
         if value >= best_value:
             return best
-        best, best_value = x, value
+        best, best_value = y, value
 
 
 def _checked(gram, normalize, rescale, active) -> Tensor:
@@ -170,7 +192,10 @@ def _checked(gram, normalize, rescale, active) -> Tensor:
         raise ValueError(f"gram must be [m, m] with m >= 1; got {list(gram.shape)}")
     if not gram.isfinite().all():
         raise ValueError(f"gram must be finite; got {gram.tolist()}")
-    if not torch.allclose(gram, gram.t()) or (gram.diagonal() < 0).any():
+    squares = gram.diagonal()
+    # each entry in terms of the lengths it is made of: those of short gradients are as small as they
+    unequal = (gram - gram.t()).abs() > 1e-5 * (squares.clamp_min(0) * squares.clamp_min(0)[:, None]).sqrt()
+    if unequal.any() or (squares < 0).any():
         raise ValueError(f"gram must be symmetric with a diagonal of squares; got {gram.tolist()}")
     if active is not None and (active.dtype != torch.bool or active.shape != gram.shape[:1]):
         raise ValueError(f"active must be bool [m] = [{len(gram)}]; got {active.dtype} {list(active.shape)}")

@@ -1,13 +1,16 @@
 """common_descent: its guarantee on random Gram matrices, optimality against a grid, and every knob."""
 
 import itertools
+import math
+import operator
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_unlearn.mollm import NORMALIZE, _active_set, common_descent, kl_active, minimum_norm
+from moe_unlearn.mollm import NORMALIZE, _active_set, _cosines, common_descent, kl_active, minimum_norm
 
 pytestmark = pytest.mark.quick
 EPSILON = torch.finfo(torch.float64).eps
@@ -55,7 +58,58 @@ def test_the_direction_lowers_every_objective(case, normalize):
     assert bool((hat @ d >= d @ d - RESOLUTION * scale).all())
     assert float((result.coefficients @ g - d).norm()) <= RESOLUTION * float(hat.norm(dim=1).max())
     assert float(result.weights.sum()) == pytest.approx(1) and bool((result.weights >= 0).all())
-    assert result.stationary == (float(d.norm()) <= 1e-6 * float(hat.norm(dim=1).max()))
+    unit = common_descent(g @ g.t(), normalize="unit")
+    assert result.stationary == unit.stationary == (float((unit.coefficients @ g).norm()) <= 1e-6)
+
+
+lengths = st.lists(st.integers(-12, 12), min_size=7, max_size=7)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases, lengths, st.sampled_from(NORMALIZE))
+def test_gradients_of_any_lengths_have_one_relative_accuracy(case, lengths, normalize):
+    """<g^_i, d> >= |d|^2 but for rounding in terms of |g^_i| |d|, in exact arithmetic on the vectors themselves."""
+    g = random_gradients(**case) * 10.0 ** torch.tensor(lengths[: case["m"]])[:, None]
+    rows = [[Fraction(value) for value in row] for row in g.tolist()]
+    gram = [[sum(map(operator.mul, a, b)) for b in rows] for a in rows]
+    rounded = torch.tensor([[float(x) for x in row] for row in gram], dtype=torch.float64)
+    result = common_descent(rounded, normalize=normalize, drop_below=0.0)
+    if result.stationary:
+        return
+    c = [Fraction(value) for value in result.coefficients.tolist()]
+    along = [sum(map(operator.mul, row, c)) for row in gram]
+    squared = sum(map(operator.mul, c, along))
+    norms = rounded.diagonal().sqrt().tolist()
+    mean = sum(norms) / len(norms)
+    for norm, product in zip(norms, along, strict=True):
+        stretch = {"none": 1.0, "unit": 1 / norm, "mean_norm": mean / norm}[normalize]
+        missed = squared - Fraction(stretch) * product
+        assert missed <= Fraction(RESOLUTION) * Fraction(stretch * norm) * Fraction(math.sqrt(squared))
+
+
+def test_a_long_and_a_short_gradient_that_disagree_are_not_stationary():
+    """Norms 1 and 1.2e-6, cosine -0.9: the shortest point is shorter than 1e-6, and lowers both."""
+    g = torch.tensor([[1.0, 0.0], [-0.9, math.sqrt(1 - 0.9**2)]]).double() * torch.tensor([[1.0], [1.2e-6]]).double()
+    for order in ([0, 1], [1, 0]):
+        result = common_descent(g[order] @ g[order].t())
+        d = result.coefficients @ g[order]
+        assert not result.stationary and (g @ d >= (1 - RESOLUTION) * (d @ d)).all()
+        # and one that is opposed remains so at any length
+        opposed = torch.stack([g[0], -1e-5 * g[0]])[order]
+        assert common_descent(opposed @ opposed.t()).stationary
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_what_is_stationary_is_so_at_any_lengths(m):
+    corners = torch.linspace(0, 2 * math.pi, m + 1)[:-1].double()
+    around = torch.stack([corners.cos(), corners.sin()], 1)  # the origin is inside
+    aside = around + torch.tensor([2.0, 0.0])
+    for exponents in itertools.product((-8, 0, 8), repeat=m):
+        stretch = 10.0 ** torch.tensor(exponents)[:, None].double()
+        for g, stationary in ((around, True), (aside, False)):
+            for normalize in NORMALIZE:
+                gram = (g * stretch) @ (g * stretch).t()
+                assert common_descent(gram, normalize=normalize, drop_below=0.0).stationary == stationary
 
 
 @settings(max_examples=100, deadline=None)
@@ -64,8 +118,10 @@ def test_the_methods_agree(case):
     """The active set finds the length that the closed form and the enumeration find."""
     g = random_gradients(**{**case, "m": case["m"] % 3 + 1})
     gram = g @ g.t()
-    lengths = [float((x @ g).norm()) for x in (minimum_norm(gram), _active_set(gram))]
-    assert abs(lengths[0] - lengths[1]) <= RESOLUTION * float(g.norm(dim=1).max())
+    norms = g.norm(dim=1)
+    w = norms.min() / norms
+    lengths = [float((x @ g).norm()) for x in (minimum_norm(gram), w * _active_set(_cosines(gram), w))]
+    assert abs(lengths[0] - lengths[1]) <= RESOLUTION * float(norms.max())
 
 
 @pytest.mark.parametrize("m", [2, 3, 4])
@@ -218,6 +274,7 @@ def test_kl_floor():
         (torch.tensor([[1.0, torch.nan], [torch.nan, 1.0]]), {}, "gram must be finite"),
         (torch.tensor([[torch.inf]]), {}, "gram must be finite"),
         (torch.tensor([[1.0, 2.0], [0.0, 1.0]]), {}, "symmetric"),
+        (1e-20 * torch.tensor([[1.0, 0.5], [0.0, 1.0]]), {}, "symmetric"),
         (torch.tensor([[-1.0]]), {}, "diagonal of squares"),
         (torch.eye(2), {"active": torch.ones(3, dtype=torch.bool)}, r"active must be bool \[m\] = \[2\]"),
         (torch.eye(2), {"active": torch.ones(2)}, "active must be bool"),
