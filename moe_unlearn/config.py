@@ -108,7 +108,8 @@ class Mollm:
     """Lever 3, see `moe_unlearn.mollm`: the common descent direction of forget, KL and retain losses. KL
     counts only where its value exceeds `kl_floor` times the value measured at the unchanged model.
     `gradients` of expert weights are kept "compact", as "factors" (less memory for long weights and few
-    rows, at the price of making them twice), or "auto", whichever is smaller."""
+    rows, at the price of making them twice), or "auto", whichever is smaller. The update's inner product with each
+    is logged at every step of plain SGD in float32, else every `log_descent_every` where all gradients are whole."""
 
     normalize: str = "mean_norm"
     rescale: str = "mean_gradient"

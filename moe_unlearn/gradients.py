@@ -38,6 +38,8 @@ class Gradients:
         self.kept: dict[Tensor, bool] = {}
         self._compact: set[Tensor] = set()  # parameters whose gradients in the sets are compact
         self._norm: float | None = None  # of MOLLM's direction
+        self._rates: dict[str, float] = {}  # g_i . update, where it follows from the direction
+        self._before: list[Tensor] = []  # what the update changes, where it is to be measured
 
     def of(self, p: nn.Parameter) -> Tensor | Factors | None:
         """The gradient of the step: whole, compact or as factors."""
@@ -104,6 +106,7 @@ class Gradients:
 
     def scale(self, factor: float) -> None:
         """Multiply the gradient of the step."""
+        self._rates = {name: factor * rate for name, rate in self._rates.items()}
         for _, p in self.trained:
             gradient = self.of(p)
             if isinstance(gradient, Factors):
@@ -123,13 +126,22 @@ class Gradients:
                 total[index[:, None], index] += inner_products(whole, *self.optimizer.layout(p)).to(total.device)
         return total
 
-    def descend(self, settings: Mollm, products: Tensor, active: Tensor, *, keep: bool) -> mollm.CommonDescent:
-        """Make the common descent direction the gradient of the step; without `keep` the sets end here."""
+    def descend(self, settings: Mollm, products: Tensor, active: Tensor, *, measure: bool) -> mollm.CommonDescent:
+        """Make the common descent direction the gradient of the step; `measure` is for `descent()` after its update.
+
+        The sets end here, but where they are to be measured against that update.
+        """
         direction = mollm.common_descent(
             products, normalize=settings.normalize, rescale=settings.rescale, active=active
         )
         c = direction.coefficients.to(products)
         self._norm = 0.0 if direction.stationary else max(float(c @ products @ c), 0.0) ** 0.5
+        keep = measure and not self._follows and not self.factored
+        if self._follows:
+            rates = -self.optimizer.param_groups[0]["lr"] * (not direction.stationary) * (products @ c)
+            self._rates = dict(zip(self.sets, rates.tolist(), strict=True))
+        elif keep:
+            self._before = [self._rows(p).clone() for _, p in self.trained]
         # at a stationary point nothing may move, momentum and decay included
         used = [] if direction.stationary else [j for j, value in enumerate(c.tolist()) if value != 0]
         sets = list(self.sets.values())
@@ -157,11 +169,24 @@ class Gradients:
         """Whether a gradient of the sets is there as factors only."""
         return any(isinstance(g, list) for gradients in self.sets.values() for g in gradients)
 
-    def step_and_measure(self) -> dict[str, float]:
-        """`optimizer.step()`; the inner product of the change it made with each objective's gradient."""
-        before = [self._rows(p).clone() for _, p in self.trained]
-        self.optimizer.step()
-        change = [self._rows(p) - old for (_, p), old in zip(self.trained, before, strict=True)]
+    @property
+    def _follows(self) -> bool:
+        """Whether the update is -lr times the gradient of the step, but for the last bits of float32."""
+        groups = self.optimizer.param_groups
+        plain = isinstance(self.optimizer, MaskedSGD) and not any(
+            group["momentum"] or group["weight_decay"] or group["maximize"] or group["lr"] != groups[0]["lr"]
+            for group in groups
+        )
+        return plain and all(p.dtype in (torch.float32, torch.float64) for _, p in self.trained)
+
+    def descent(self) -> dict[str, float]:
+        """The inner product of the update that was made with each objective's gradient, where `descend` saw to it.
+
+        From the Gram matrix where the update follows the gradient, else measured; empty where it is neither.
+        """
+        if not self._before:
+            return self._rates
+        change = [self._rows(p) - old for (_, p), old in zip(self.trained, self._before, strict=True)]
         # the change is zero wherever a mask is
         products = gram([*self.sets.values(), change])[:-1, -1]
         return dict(zip(self.sets, products.tolist(), strict=True))
@@ -178,7 +203,7 @@ class Gradients:
     def clear(self) -> None:
         """Drop everything."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.sets, self._norm = {}, None
+        self.sets, self._norm, self._rates, self._before = {}, None, {}, []
         self.factors.clear()
         self.kept.clear()
         self._compact.clear()

@@ -107,7 +107,6 @@ class UnlearnStep:
         self.tally = Tally(self.ranks)
         self.gradients = Gradients(self.optimizer, self._trained(), self.masks)
         self._updated: list[str] = []
-        self._measured = False  # whether the descent of MOLLM's objectives is measured in this step
         self._norm: float | None = None
         self.verifier = Verifier(self, verify)
 
@@ -240,7 +239,8 @@ class UnlearnStep:
         """`combine()`, the optimizer's step, and a clean slate; returns its metrics."""
         metrics = self.combine()
         self.clip(self.recipe.optimizer.max_grad_norm)
-        metrics |= self._optimizer_step() | {"lr": float(self.optimizer.param_groups[0]["lr"])}
+        self.optimizer.step()
+        metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
         return metrics | self.finish()
 
     def clip(self, limit: float | None) -> float:
@@ -258,8 +258,12 @@ class UnlearnStep:
         return self._norm
 
     def finish(self) -> dict[str, float]:
-        """Close a step whose update has been made: verify, drop its gradients and count it; returns metrics."""
-        metrics = self.verifier.check()
+        """Close a step whose update has been made: verify, drop its gradients and count it; returns metrics.
+
+        For MOLLM `descent_NAME` among them, where it is known: the update's inner product with that gradient.
+        """
+        metrics = {f"descent_{name}": value for name, value in self.gradients.descent().items()}
+        metrics |= self.verifier.check()
         self.discard()
         self.steps += 1
         return metrics
@@ -377,24 +381,10 @@ class UnlearnStep:
             active[names.index("kl")] = mollm.kl_active(value, self.prepared.kl_floor, factor=settings.kl_floor)
         if not torch.isfinite(products).all():
             raise self._stopped(NonFiniteError("a gradient is not finite: stopped before the update"))
-        every = settings.log_descent_every
-        self._measured = (
-            not isinstance(self.optimizer, MaskedSGD) and self.steps % every == 0 and not self.gradients.factored
-        )
-        direction = self.gradients.descend(settings, products, active, keep=self._measured)
+        measure = self.steps % settings.log_descent_every == 0
+        direction = self.gradients.descend(settings, products, active, measure=measure)
         metrics = {f"lambda_{n}": float(w) for n, w in zip(names, direction.weights, strict=True)}
-        metrics["stationary"] = float(direction.stationary)
-        if isinstance(self.optimizer, MaskedSGD):
-            # exact for plain SGD: the update is -lr d, so the products are already in the Gram matrix
-            rates = -self.optimizer.param_groups[0]["lr"] * (products @ direction.coefficients.to(products))
-            metrics |= {f"descent_{n}": float(r) for n, r in zip(names, rates, strict=True)}
-        return metrics
-
-    def _optimizer_step(self) -> dict[str, float]:
-        if not self._measured:
-            self.optimizer.step()
-            return {}
-        return {f"descent_{name}": value for name, value in self.gradients.step_and_measure().items()}
+        return metrics | {"stationary": float(direction.stationary)}
 
 
 _MAY_DIFFER = ("name", "steps", "data", "guard", "retain_budget")

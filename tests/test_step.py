@@ -200,21 +200,6 @@ def test_mollm_direction_lowers_every_masked_objective(model):
 
 
 @pytest.mark.quick
-def test_descent_logged_for_sgd_is_the_measured_one(model):
-    step, forget, retain = prepared(model, recipe("mollm", "optimizer.name=sgd", "mollm.gradients=compact", lr=1e-4))
-    step(forget[0], retain[0])
-    before = weights(model)
-    step.accumulate(forget[0], retain[0])
-    gradients = {name: [g.clone() for g in gs] for name, gs in step.gradients.sets.items()}
-    metrics = step.update()
-    for name, gs in gradients.items():
-        named = zip(gs, step._trained(), strict=True)
-        moved = sum(float((g * (p.detach() - before[n])).double().sum()) for g, (n, p) in named)
-        # the weights round the update to their own precision
-        assert metrics[f"descent_{name}"] == pytest.approx(moved, rel=0.05, abs=1e-9)
-
-
-@pytest.mark.quick
 def test_a_stationary_point_stops(model, monkeypatch):
     step, forget, retain = prepared(model, recipe("mollm", "optimizer.weight_decay=0.1"))
     real = mollm.common_descent

@@ -40,7 +40,7 @@ def arguments(folder, **keywords):
         output_dir=str(folder),
         per_device_train_batch_size=4,
         max_steps=keywords.pop("max_steps", 6),
-        save_strategy="steps",
+        save_strategy=keywords.pop("save_strategy", "steps"),
         save_steps=2,
         logging_steps=1,
         report_to="none",
