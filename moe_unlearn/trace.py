@@ -6,6 +6,7 @@ reweight token-level retain losses so that each selected expert's weighted retai
 forget frequency. Every formula here is our specification of that idea.
 
     f[l, e]    = (top-K hits of expert e in layer l) / (counted tokens)                sums to K in a layer
+    a[t, s]    = top-K hits of the selected expert s by token t                        0 or 1, but for hash routers
     selected     f^F >= min_load K / E  and  f^F / f^R >= min_ratio, the `per_layer` largest gaps f^F - f^R
     target     = (1 - eta) f^R + eta f^F                                               where selected
     w_t        = min(cap, exp(b + sum_{s selected} theta_s a_{t,s}))                   `ops.retain_weights`
@@ -43,7 +44,7 @@ class RoutingFrequencies:
 
     @property
     def frequency(self) -> Tensor:
-        """f [L, E] float64 in [0, 1]; a layer sums to K."""
+        """f [L, E] float64, in [0, 1] unless an id stands twice in a row; a layer sums to K."""
         return self.counts.double() / max(self.tokens, 1)
 
     def to_dict(self) -> dict:
@@ -155,17 +156,17 @@ def retain_weights(
     """Token weights from the routing of all counted retain tokens; see the module docstring.
 
     Args:
-        top_k_index: int [L, T, K], T >= 1; an id twice in one row counts once.
+        top_k_index: int [L, T, K], T >= 1; an id twice in one row counts twice, as in the frequencies and on-line.
         selected: bool [L, E]; with nothing selected all weights are 1.
-        target: float [L, E], frequencies in [0, 1], read where selected; what cannot be reached moves to
-            the nearest reachable values, see `.achieved`.
+        target: float [L, E], frequencies as of `routing_frequencies`, read where selected; what cannot be reached
+            moves to the nearest reachable values, see `.achieved`.
         cap: largest weight, >= 1; None is no cap.
 
     Raises TypeError or ValueError if dtypes, shapes or values do not fit.
     """
     _check(top_k_index, selected, target)
     chosen = selected.cpu()
-    users = [(top_k_index[layer] == expert).any(-1) for layer, expert in chosen.nonzero().tolist()]
+    users = [(top_k_index[layer] == expert).sum(-1, dtype=torch.uint8) for layer, expert in chosen.nonzero().tolist()]
     nobody = torch.zeros(top_k_index.shape[1], 0, dtype=torch.bool, device=top_k_index.device)
     members = torch.stack(users, 1) if users else nobody
     solved = ops.retain_weights(members, target.double().cpu()[chosen], cap=cap, impl=impl)

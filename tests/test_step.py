@@ -118,14 +118,27 @@ def test_trace_offline_loss_is_the_weighted_mean(model):
 
 
 @pytest.mark.quick
-def test_trace_online_equals_offline_at_the_unchanged_model(model):
+@pytest.mark.parametrize("repeated", [False, True])
+def test_trace_online_equals_offline_at_the_unchanged_model(repeated, model):
+    """Of a router too that names an expert twice in a row, as one that looks ids up may."""
     results = []
+    if repeated:
+        for module in experts_modules(model).values():
+            module.register_forward_pre_hook(name_twice, with_kwargs=True)
     for refresh in ("offline", "online"):
         own = copy.deepcopy(model)
         step, forget, retain = prepared(own, recipe("trace", f"trace.refresh={refresh}"))
         results.append(step(forget[0], retain[0], update=False)["retain_loss"])
         assert (step.prepared.token_weights is None) == (refresh == "online")
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def name_twice(module, args, keywords):
+    """Let every second token visit its first expert twice."""
+    hidden, index, gates = (*args, *keywords.values())
+    index = index.clone()
+    index[::2, 1] = index[::2, 0]
+    return (hidden, index, gates), {}
 
 
 @pytest.mark.quick

@@ -144,27 +144,31 @@ def test_calibration_target():
 
 
 def frequency(index, num_experts, weights=None):
-    """Weighted membership frequencies [L, E]; an id twice in a row counts once."""
+    """Weighted frequencies [L, E] of hits; an id twice in a row counts twice."""
     num_layers, tokens, _ = index.shape
     weights = torch.ones(tokens).double() if weights is None else weights.double()
     out = torch.zeros(num_layers, num_experts, dtype=torch.float64)
     for layer in range(num_layers):
         for expert in range(num_experts):
-            out[layer, expert] = (weights * (index[layer] == expert).any(-1)).sum() / weights.sum()
+            out[layer, expert] = (weights * (index[layer] == expert).sum(-1)).sum() / weights.sum()
     return out
 
 
-def case(num_tokens=400):
+def case(num_tokens=400, repeated=False):
+    """Routing, selection and targets; `repeated` lets a third of the rows name one expert twice."""
     index = torch.stack([routing("skewed", num_tokens, 6, 2, seed=s) for s in range(3)])
+    if repeated:
+        index[:, ::3, 1] = index[:, ::3, 0]
     base = frequency(index, 6)
     selected = torch.zeros(3, 6, dtype=torch.bool)
     selected[0, 4] = selected[1, 5] = selected[1, 2] = selected[2, 3] = True
     return index, selected, torch.where(selected, 1.5 * base, base)
 
 
+@pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize("cap", [None, 2.0])
-def test_weights_move_the_selected_frequencies_to_their_targets(cap):
-    index, selected, target = case()
+def test_weights_move_the_selected_frequencies_to_their_targets(cap, repeated):
+    index, selected, target = case(repeated=repeated)
     found = trace.retain_weights(index, selected, target, cap=cap)
     assert found.weights.dtype == torch.float32
     assert float(abs(found.weights.double().mean() - 1)) <= 4 * FLOAT32
@@ -178,10 +182,11 @@ def test_weights_move_the_selected_frequencies_to_their_targets(cap):
     assert found.log_weight_max == pytest.approx(math.log(float(w.max())))
 
 
+@pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize("cap", [None, 1.2])
-def test_the_tilt_gives_the_weights_again_on_line(cap):
+def test_the_tilt_gives_the_weights_again_on_line(cap, repeated):
     """What `route` adds up over the layers of a forward pass, and the rule, are the offline weights."""
-    index, selected, target = case()
+    index, selected, target = case(repeated=repeated)
     found = trace.retain_weights(index, selected, target, cap=cap)
     log_weight = torch.zeros(index.shape[1])
     for layer in range(3):
@@ -203,8 +208,12 @@ def test_online_weights_are_capped_by_what_the_preparation_saw():
 def test_repeated_ids_and_sentinels():
     index = torch.tensor([[[0, 0], [1, 6], [6, 6], [2, 0]]])
     selected = torch.tensor([[True, False, False]])
-    found = trace.retain_weights(index, selected, torch.full((1, 3), 0.75))
-    assert found.weights.tolist() == pytest.approx([1.5, 0.5, 0.5, 1.5])
+    found = trace.retain_weights(index, selected, torch.full((1, 3), 1.0))
+    twice, none, nowhere, once = found.weights.tolist()
+    assert (
+        none == nowhere and twice + once + 2 * none == pytest.approx(4) and (2 * twice + once) / 4 == pytest.approx(1)
+    )
+    assert twice / none == pytest.approx((once / none) ** 2)
 
 
 def test_an_unreachable_target_says_where_it_ended():

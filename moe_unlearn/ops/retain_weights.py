@@ -2,7 +2,8 @@
 
     w_t = min(cap, exp(b + theta . a_t))        mean_t w_t = 1        mean_t w_t a_t = target
 
-a_t in {0, 1}^S says which of S selected experts token t uses. Among all weights that meet the two equations
+a_t in {0, 1}^S says which of S selected experts token t uses; where a router may name one twice in a row, a_t counts
+how often, as `route` does. Among all weights that meet the two equations
 and the cap these have the smallest KL divergence from uniform weights. (b, theta) minimise the convex dual
 
     D(b, theta) = mean_t phi(b + theta . a_t) - b - theta . target + ridge / 2 |theta|^2
@@ -57,24 +58,29 @@ def retain_weights(members: Tensor, target: Tensor, *, cap: float | None = None,
     """Weights of T tokens under which each of S experts is used with its target frequency.
 
     Args:
-        members: bool [T, S], token t uses expert s; T >= 1.
-        target: float [S], frequencies in [0, 1]. Unreachable ones move to the nearest reachable values.
+        members: bool [T, S], token t uses expert s, or integers, how often; T >= 1.
+        target: float [S], frequencies in [0, 1], or up to the largest of `members`. Unreachable ones move to the
+            nearest reachable values.
         cap: largest weight allowed, >= 1; at 1 all weights are 1. None: no cap.
+        impl: as everywhere; numbers above 1 have no packed words and are computed by the reference passes.
 
-    An expert that every token or no token uses cannot be moved: it is left out, its frequency stays 1 or 0.
+    An expert that all tokens use alike, or none does, cannot be moved: it is left out, its frequency stays what it is.
     Raises TypeError or ValueError for a wrong dtype, shape or value, RuntimeError without convergence.
     """
     _check(members, target, cap)
     limit = math.inf if cap is None else float(cap)
+    if members.dtype != torch.bool and bool((members <= 1).all()):
+        members = members.bool()
     achieved = members.double().mean(0).cpu()
-    movable = (achieved > 0) & (achieved < 1)
-    words = pack_bits(members[:, movable.to(members.device)])
+    movable = (members != members[0]).any(0)
+    members, movable = members[:, movable], movable.cpu()
+    words, impl = (pack_bits(members), impl) if members.dtype == torch.bool else (members.double(), "ref")
     goal = target.detach().double().cpu()[movable]
 
     bias, tilt = 0.0, torch.zeros_like(goal)
     if limit > 1 and len(goal):
         bias, tilt, achieved[movable] = _solve(words, goal, limit, impl)
-    weights = tilted_weights(words, tilt, bias, cap=cap, impl=impl)
+    weights = _tilted_weights(words, tilt.to(words.device), bias, limit, impl)
     total, squares = weights.double().sum(), weights.double().square().sum()
     whole = torch.zeros_like(achieved).masked_scatter(movable, tilt)
     return RetainWeights(weights, whole, bias, achieved, float(total.square() / squares))
@@ -97,9 +103,7 @@ def tilted_weights(words: Tensor, tilt: Tensor, bias: float, *, cap: float | Non
 
 def tilted_weights_ref(words: Tensor, tilt: Tensor, bias: float, cap: float) -> Tensor:
     """`tilted_weights` in plain PyTorch; `cap` may be infinite."""
-    blocks = [
-        (bias + unpack_bits(part, len(tilt)).to(tilt.dtype) @ tilt).exp().clamp_max(cap) for part in words.split(BLOCK)
-    ]
+    blocks = [(bias + _unpacked(part, tilt) @ tilt).exp().clamp_max(cap) for part in words.split(BLOCK)]
     return torch.cat(blocks).to(torch.float32)
 
 
@@ -120,13 +124,18 @@ def moments_ref(words: Tensor, tilt: Tensor, bias: float, cap: float) -> tuple[T
     size = len(tilt) + 1
     first, second = tilt.new_zeros(size), tilt.new_zeros(size, size)
     for part in words.split(BLOCK):
-        members = unpack_bits(part, len(tilt)).to(tilt.dtype)
+        members = _unpacked(part, tilt)
         raw = (bias + members @ tilt).exp()
         free = torch.where(raw < cap, raw, 0.0)
         extended = torch.nn.functional.pad(members, (1, 0), value=1.0)
         first = first + extended.t() @ raw.clamp_max(cap)
         second = second + (extended * free[:, None]).t() @ extended
     return first, second
+
+
+def _unpacked(words: Tensor, tilt: Tensor) -> Tensor:
+    """a_t [T, S] in the dtype of `tilt`, from packed words or, where it counts, as it is."""
+    return words if words.is_floating_point() else unpack_bits(words, len(tilt)).to(tilt.dtype)
 
 
 def _solve(words: Tensor, target: Tensor, cap: float, impl: str) -> tuple[float, Tensor, Tensor]:
@@ -228,16 +237,21 @@ backend.register("retain_weights.moments", "triton", "moe_unlearn.triton_kernels
 
 
 def _check(members, target, cap):
-    if members.dtype != torch.bool:
-        raise TypeError(f"members must be bool; got {members.dtype}")
+    if members.is_floating_point() or members.is_complex():
+        raise TypeError(f"members must be bool, or integers that count; got {members.dtype}")
     if members.dim() != 2 or members.shape[0] == 0:
         raise ValueError(f"members must be [T, S] with T >= 1; got shape {tuple(members.shape)}")
     if not target.is_floating_point():
         raise TypeError(f"target must be floating point; got {target.dtype}")
     if target.shape != (members.shape[1],):
         raise ValueError(f"target must be [S] = [{members.shape[1]}]; got shape {tuple(target.shape)}")
-    if not bool(((target >= 0) & (target <= 1)).all()):
-        raise ValueError(f"target frequencies must lie in [0, 1]; got {target.tolist()}")
+    most = 1
+    if members.dtype != torch.bool and members.numel():
+        if int(members.min()) < 0:
+            raise ValueError(f"members must count from 0; got {int(members.min())}")
+        most = max(most, int(members.max()))
+    if not bool(((target >= 0) & (target <= most)).all()):
+        raise ValueError(f"target frequencies must lie in [0, {most}]; got {target.tolist()}")
     if cap is not None and not cap >= 1:
         raise ValueError(f"cap must be at least 1, for the mean weight is 1; got {cap}")
 

@@ -188,6 +188,22 @@ def test_many_unreachable_targets_converge(cap):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_members_may_count(cap):
+    """How often an expert is used: weights by the same rule, and of counts up to 1 those of bool members."""
+    draw = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 4, (500, 3), generator=draw) * random_members(500, [0.5, 0.3, 0.4])
+    counts = torch.cat([counts, torch.full((500, 1), 2)], 1)
+    target = frequency(counts) * torch.tensor([1.3, 0.8, 1.2, 1.0])
+    result = retain_weights(counts, target, cap=cap)
+    assert float((result.achieved - target).abs().max()) <= EXACT and result.tilt[3] == 0
+    check(counts, result, cap)
+    members = random_members(500, [0.2, 0.3])
+    once, twice = (retain_weights(given, torch.tensor([0.3, 0.3]), cap=cap) for given in (members, members.byte()))
+    assert torch.equal(once.weights, twice.weights) and once.bias == twice.bias
+
+
+@pytest.mark.quick
 def test_experts_that_cannot_move_are_left_out():
     members = torch.cat([random_members(50, [0.4]), torch.zeros(50, 1).bool(), torch.ones(50, 1).bool()], 1)
     result = retain_weights(members, torch.tensor([0.6, 0.5, 0.5]))
@@ -283,11 +299,13 @@ def test_opcheck_and_compile():
 @pytest.mark.parametrize(
     "members,target,cap,error,message",
     [
-        (torch.ones(3, 1), [0.5], None, TypeError, "members must be bool; got torch.float32"),
+        (torch.ones(3, 1), [0.5], None, TypeError, "members must be bool, or integers that count; got torch.float32"),
         (torch.ones(3).bool(), [0.5], None, ValueError, r"\[T, S\] with T >= 1"),
         (torch.ones(0, 1).bool(), [0.5], None, ValueError, r"T >= 1; got shape \(0, 1\)"),
         (torch.ones(3, 2).bool(), [0.5], None, ValueError, r"target must be \[S\] = \[2\]"),
         (torch.ones(3, 1).bool(), [1.5], None, ValueError, r"must lie in \[0, 1\]"),
+        (torch.tensor([[2], [0], [1]]), [2.5], None, ValueError, r"must lie in \[0, 2\]"),
+        (torch.tensor([[2], [0], [-1]]), [0.5], None, ValueError, "must count from 0; got -1"),
         (torch.ones(3, 1).bool(), [math.nan], None, ValueError, r"must lie in \[0, 1\]"),
         (torch.ones(3, 1).bool(), [0.5], 0.9, ValueError, "cap must be at least 1"),
         (torch.ones(3, 1).bool(), [0.5], math.nan, ValueError, "cap must be at least 1"),
