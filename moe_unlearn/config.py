@@ -33,7 +33,8 @@ SCOPES = ("all", "experts", "parameters", "seuf")
 @dataclass(frozen=True, kw_only=True)
 class Forget:
     """L_forget; `losses` has the formulas. `beta` is NPO's, SimNPO's, DPO's and WGA's, `delta` SimNPO's, `beta1`
-    and `beta2` are SatImp's; `layer` (index of the decoder layer whose output is steered) and `steering` (c) RMU's."""
+    and `beta2` are SatImp's; `layer` (index of the decoder layer whose output is steered, at labelled tokens) and
+    `steering` (c) RMU's."""
 
     objective: str = "npo"
     gamma: float = 1.0

@@ -11,11 +11,12 @@ Formulas over log-probabilities; a sequence's is the sum over the positions that
     idk_nll    nll of a refusal in the answer's place                              WAGLE's PO
     wga        mean of p^beta log p, p^beta held fixed                             GA weighted by confidence
     satimp     mean of p^beta1 (1 - p)^beta2 log p, the weight held fixed          saturation x importance
-    rmu        mean over counted tokens and dimensions of (h - control)^2
+    rmu        mean over labelled tokens and dimensions of (h - control)^2
     embed_diff the same with (h - h_ref)^2
 
 Token means are sum_t w_t l_t / (number of positions): weights do not enter the divisor. A position t counts
-iff attention_mask[t] = 1 and labels[t + 1] != -100; its loss is that of predicting labels[t + 1].
+iff attention_mask[t] = 1 and labels[t + 1] != -100; its loss is that of predicting labels[t + 1]. A hidden
+state is of its own token and not of the next: rmu and embed_diff take those of labelled tokens (`state_mask`).
 
 Sources: the baselines, wga and satimp as open-unlearning defines them (read there); uce in the FedOSD code of MOLLM's
 authors, its use in MOLLM is our reconstruction; the weighted mean and the rule of positions are our specification.
@@ -117,6 +118,12 @@ def target_mask(batch: Batch) -> Tensor:
     mask = torch.zeros_like(batch["attention_mask"], dtype=torch.bool)
     mask[:, :-1] = (batch["attention_mask"][:, :-1] == 1) & (batch["labels"][:, 1:] != IGNORED)
     return mask
+
+
+def state_mask(batch: Batch) -> Tensor:
+    """bool [B, S]: the positions whose hidden states count, the batch's `state_mask` or those of labelled tokens."""
+    given = batch.get("state_mask")
+    return (batch["attention_mask"] == 1) & (batch["labels"] != IGNORED) if given is None else given
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ TRACE's token weights:
 
     L_retain = sum_t w_t l_t / (number of retain positions)
 
-Each loss is a mean over its own unit: positions that carry a loss, sequences for NPO, SimNPO and DPO, attended
-positions for SEUF's anchor. `units` counts these, so that the parts of a batch that is split weigh what they hold.
-A batch's `state_mask` [B, S], if it has one, says which of its attended hidden states RMU steers and keeps instead.
+Each loss is a mean over its own unit: positions that carry a loss, sequences for NPO, SimNPO and DPO, labelled
+tokens for RMU, attended positions for SEUF's anchor. `units` counts these, so that the parts of a batch that is split
+weigh what they hold. RMU steers and keeps the states of labelled tokens, or of those that a batch's `state_mask` [B, S]
+says.
 """
 
 import math
@@ -116,8 +117,8 @@ class Objectives:
         Sequences for sequence losses, else positions; every loss without a unit of its own has that of "retain".
         """
         rows, objective = forgotten(self.recipe, forget), self.recipe.forget.objective
-        counted = _steered(rows) if objective == "rmu" else losses.target_mask(rows)
-        kept = _steered(retain) if self.recipe.retain.objective == "embed_diff" else losses.target_mask(retain)
+        counted = losses.state_mask(rows) if objective == "rmu" else losses.target_mask(rows)
+        kept = losses.state_mask(retain) if self.recipe.retain.objective == "embed_diff" else losses.target_mask(retain)
         out = {"forget": counted.sum(), "retain": kept.sum()}
         if objective in ("npo", "simnpo", "idk_dpo"):
             out["forget"] = torch.full_like(out["retain"], len(counted))
@@ -151,7 +152,7 @@ class Objectives:
             states, log_weight = self._states(batch, self._tilt(batch), layer=self._layer("embed_diff", objective))
         if objective == "embed_diff":
             reference = self._need("reference", self.prepared.ref_layer_states).get(batch)
-            return {"retain": losses.embed_diff(states, reference.to(states.dtype), _steered(batch))}
+            return {"retain": losses.embed_diff(states, reference.to(states.dtype), losses.state_mask(batch))}
         positions, out = losses.target_mask(batch).sum().clamp_min(1), {}
         if objective != "none":
             weights = self._token_weights(batch, log_weight)
@@ -221,7 +222,7 @@ class Objectives:
             states = self._states(batch, layer=self._layer("rmu", settings.objective))[0]
         if settings.objective == "rmu":
             control = control_vector(self.recipe.seed, settings.steering, states.shape[-1]).to(states)
-            return losses.rmu(states, control, _steered(batch))
+            return losses.rmu(states, control, losses.state_mask(batch))
         positions = losses.target_mask(batch).sum().clamp_min(1)
         if settings.objective in ("ga", "idk_nll", "uce"):
             kind = "uce" if settings.objective == "uce" else "nll"
@@ -260,12 +261,6 @@ class Objectives:
                 f"its stage {stage!r} has not run"
             )
         return value
-
-
-def _steered(batch: Batch) -> Tensor:
-    """bool [B, S]: the positions whose hidden states RMU steers, or keeps."""
-    given = batch.get("state_mask")
-    return losses.target_mask(batch) if given is None else given
 
 
 def _padded_share(batches: list[Batch]) -> float:

@@ -10,11 +10,14 @@ import torch
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from moe_unlearn import losses
+from moe_unlearn.forward import control_vector
 from moe_unlearn.losses import Head
+from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing import assert_as_accurate
 from moe_unlearn.yardstick import Reference
 from tests.batches import random_batch
 from tests.models import SIZE, TINY_MODELS, tiny_granite_moe, tiny_olmoe
+from tests.steps import recipe
 
 VOCAB = 64
 
@@ -279,3 +282,26 @@ def test_the_last_position_and_padding_never_count():
         values = losses.token_losses(model, batch)
     assert not values[1].any() and not values[2, :4].any() and not values[:, -1].any()
     assert values[0].any() and values[2].any() and values.isfinite().all()
+
+
+def test_rmu_steers_and_keeps_the_states_of_labelled_tokens():
+    """Of the tokens themselves, as the reference does, not of those before them, which predict them."""
+    torch.manual_seed(0)
+    model = tiny_olmoe(VOCAB).double().eval()
+    forget, retain = (random_batch(VOCAB, rows=3, seed=seed, prompt=3) for seed in (1, 2))
+    step = UnlearnStep(copy.deepcopy(model), recipe("rmu", "forget.layer=0", "forget.steering=3"))
+    step.prepare([forget], [retain])
+
+    def states(of, batch):
+        hidden = of(**batch, output_hidden_states=True).hidden_states[1]  # behind the first layer
+        return hidden[batch["labels"] != -100]
+
+    with torch.no_grad():
+        for p in step.model.parameters():
+            p.mul_(1.05)
+        values = step.objectives(forget, retain)
+        steered = states(step.model, forget) - control_vector(step.recipe.seed, 3.0, SIZE["hidden_size"]).double()
+        kept = states(step.model, retain) - states(model, retain).bfloat16().double()
+    torch.testing.assert_close(values["forget"], steered.square().mean())
+    torch.testing.assert_close(values["retain"], kept.square().mean())
+    assert step.sizes([(forget, retain)]) == {"forget": len(steered), "retain": len(kept)}

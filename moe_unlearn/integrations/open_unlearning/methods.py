@@ -297,10 +297,6 @@ class RMU(GradDiff):
             **keywords,
         )
 
-    def _rows(self, batch: Mapping) -> dict[str, torch.Tensor]:
-        # every labelled position, not the one before it that predicts the label; no reference is kept of masked ones
-        return {**super()._rows(batch), "state_mask": (batch["labels"] != -100) & batch["attention_mask"].bool()}
-
 
 class _Drawn(Dataset):
     """Rows that are the same whenever they come, whatever torch's generator is asked for them."""
