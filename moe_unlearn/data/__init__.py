@@ -45,6 +45,7 @@ from moe_unlearn.data.packing import check_packing, pack, packed_batches
 from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, draw, overlap, refusals
 from moe_unlearn.data.registry import BENCHMARKS, DocumentStream, load
 from moe_unlearn.data.selection import DataReport, select
+from moe_unlearn.data.special import Added, added, special_ids
 from moe_unlearn.data.stream import ExampleStream, shard
 from moe_unlearn.data.tokenize import (
     Example,
@@ -58,6 +59,7 @@ from moe_unlearn.data.tokenize import (
 )
 
 __all__ = [
+    "Added",
     "BENCHMARKS",
     "Corpus",
     "DataReport",
@@ -68,6 +70,7 @@ __all__ = [
     "ForgetRetainDataset",
     "PairCollator",
     "MissingLibraryError",
+    "added",
     "batches",
     "check_packing",
     "collate",
@@ -85,5 +88,6 @@ __all__ = [
     "refusals",
     "select",
     "shard",
+    "special_ids",
     "train_tokenizer",
 ]

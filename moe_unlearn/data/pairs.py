@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from moe_unlearn.data.special import added
 from moe_unlearn.data.tokenize import IGNORED, Example, collate, generator
 
 REFUSALS = (
@@ -99,7 +100,7 @@ def refusals(examples: Sequence[Example], tokenizer, *, seed: int = 0) -> list[E
 
     Raises ValueError for an example without a prompt: there is no question that could be refused.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = added(tokenizer).answer_end
     answers = [tokenizer(text, add_special_tokens=False)["input_ids"] + end for text in REFUSALS]
     draw = torch.randint(len(answers), (len(examples),), generator=generator(seed, 0)).tolist()
     made = []

@@ -17,7 +17,7 @@ class DataReport:
     "of another subject", "without such an answer" (a record of PKU-SafeRLHF whose responses are all of the other kind),
     "prompt leaves no room", "shorter than prompt_tokens", "spells a special token". `places` names the first three of
     each. `truncated` counts documents whose end did not fit and is in no example. `rows` is how many examples a run
-    takes of all those that the documents gave.
+    takes of all those that the documents gave. `special_tokens` are those that were added, of `special.Added`.
     """
 
     source: str = ""
@@ -27,6 +27,7 @@ class DataReport:
     rows: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
+    special_tokens: dict[str, list[str]] = field(default_factory=dict)
 
     def drop(self, reason: str, where: str) -> None:
         """Count a document that goes."""

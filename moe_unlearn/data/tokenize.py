@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_unlearn.data import chats
 from moe_unlearn.data.corpus import Document
 from moe_unlearn.data.selection import DataReport
+from moe_unlearn.data.special import added
 
 IGNORED = -100
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -19,7 +20,8 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 class Example:
     """One row: token ids, labels (-100 carries no loss) and how many leading tokens are a given prefix.
 
-    The prefix is the begin-of-sequence token with the title or prompt; metrics may show it to the model.
+    The prefix is the title or prompt with what the tokenizer begins a text with, 0 where there is neither; metrics may
+    show it to the model.
     """
 
     input_ids: list[int]
@@ -34,9 +36,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     """A byte-level BPE tokenizer of at most `vocab_size` tokens, as a `PreTrainedTokenizerFast`.
 
     The vocabulary starts with <pad>, <s>, </s> and the 256 bytes, so any text can be encoded and comes back
-    the same. Deterministic. Raises ValueError if `vocab_size` is below 259 or there is no text.
+    the same. `tokenizer(text)` begins with <s> and ends with </s>. Deterministic. Raises ValueError if `vocab_size` is
+    below 259 or there is no text.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     smallest = 256 + len(SPECIAL)
@@ -55,6 +58,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    bos, eos = SPECIAL["bos_token"], SPECIAL["eos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}", special_tokens=[(token, tokenizer.token_to_id(token)) for token in (bos, eos)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
 
 
@@ -86,16 +93,19 @@ def iter_examples(
     prompt_tokens: int = 0,
     report: DataReport | None = None,
 ) -> Iterator[Example]:
-    """Examples of at most `max_length` tokens: [bos] prompt or title, text, [eos].
+    """Examples of at most `max_length` tokens: [begin] prompt or title, text, [end].
+
+    Begin and end are the special tokens that `tokenizer(text)` has around a text, none where it adds none; the answer
+    to a prompt ends with the end-of-sequence token at any rate (`special.Added`). The report names them.
 
     A prompt is masked with -100, a title is not. What does not fit goes to further examples with
     `overflow="split"` (a document with a prompt is cut instead: its answer would lose its question) and is
-    cut with `overflow="truncate"`; the later pieces of a split document have no prefix but [bos].
+    cut with `overflow="truncate"`; the later pieces of a split document have no prefix.
 
     With `chat` the tokenizer's chat template asks the question (or prompt) as the user and gives the text as the
     assistant; all up to the answer is masked. Documents without a prompt are texts as before.
 
-    With `prompt_tokens` the first so many tokens of each example without a prompt, [bos] and title among them, are its
+    With `prompt_tokens` the first so many tokens of each example without a prompt, begin and title among them, are its
     prompt: objectives that answer prompts get them from a book. What is no longer than that is in no example.
 
     A prompt that leaves no room for its text, and with `chat` a text that spells a special token of the
@@ -111,8 +121,9 @@ def iter_examples(
         raise ValueError(f"expected overflow 'split' or 'truncate'; got {overflow!r}")
     if chat:
         chats.check(tokenizer)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    around = added(tokenizer)
+    if report is not None:
+        report.special_tokens = around.describe(tokenizer)
     for number, document in enumerate(documents):
         where = f"document {number}"
         title = _ids(tokenizer, f"{document.title}\n" if document.title else "")
@@ -122,8 +133,9 @@ def iter_examples(
                 continue
             prompt, text = chats.tokens(document, tokenizer)
         else:
-            prompt = bos + _ids(tokenizer, document.prompt)
-            text = title + _ids(tokenizer, document.text) + eos
+            prompt = around.begin + _ids(tokenizer, document.prompt)
+            end = around.answer_end if document.prompt else around.end
+            text = title + _ids(tokenizer, document.text) + end
         room = max_length - len(prompt)
         if room < 1:
             message = (
@@ -146,7 +158,8 @@ def iter_examples(
             report.truncated += 1
         for i, piece in enumerate(pieces):
             ids = prompt + piece
-            prefix = len(prompt) + (min(len(title), len(piece)) if i == 0 else 0)
+            titled = min(len(title), len(piece)) if i == 0 else 0
+            prefix = len(prompt) + titled if titled or document.prompt else 0
             yield Example(ids, [IGNORED] * masked + ids[masked:], max(prefix, masked))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from moe_unlearn.data import Document, Example, encode, pad_token_id
+from moe_unlearn.data import Document, Example, added, encode, pad_token_id, special_ids
 from moe_unlearn.metrics.results import Result, mean_result
 from moe_unlearn.metrics.scoring import TokenScores, context_length, greedy, token_scores
 from moe_unlearn.metrics.unicode_rouge import TOKENIZER, rouge_scorer
@@ -69,9 +69,12 @@ def text_example(tokenizer, text: str, max_length: int) -> Example:
 
 def without_end(example: Example, tokenizer) -> Example:
     """The example without a final end token; metrics about the text itself do not count it."""
-    if tokenizer.eos_token_id is None or example.input_ids[-1] != tokenizer.eos_token_id:
-        return example
-    return Example(example.input_ids[:-1], example.labels[:-1], min(example.prefix, len(example) - 1))
+    around = added(tokenizer)
+    for end in (around.end, around.answer_end):
+        length = len(example) - len(end)
+        if end and example.input_ids[length:] == end:
+            return Example(example.input_ids[:length], example.labels[:length], min(example.prefix, length))
+    return example
 
 
 def check_fit(model: nn.Module, example: Example, new_tokens: int, where: str) -> None:
@@ -120,7 +123,7 @@ def completions(
     """
     generated = greedy(
         model, [_prompt(example) for example in examples], new_tokens, batch_size=batch_size,
-        pad_id=pad_token_id(tokenizer), stop=set(tokenizer.all_special_ids),
+        pad_id=pad_token_id(tokenizer), stop=special_ids(tokenizer),
     )  # fmt: skip
     texts = []
     for tokens in generated:

@@ -12,8 +12,8 @@ the letter whose log-probability, summed over its tokens, is largest (the first 
     D. <choice>
     Answer:
 
-The tokenizer adds the special tokens it adds by itself; a prompt that exceeds the context loses its beginning.
-`harness` runs the harness itself on such rows; a test holds the two against each other.
+A prompt begins with the special tokens that the tokenizer begins a text with by itself; one that exceeds the context
+loses its beginning. `harness` runs the harness itself on such rows; a test holds the two against each other.
 """
 
 import math
@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from moe_unlearn.data import pad_token_id
+from moe_unlearn.data import added, pad_token_id
 from moe_unlearn.metrics.answers import fields
 from moe_unlearn.metrics.results import Evaluation, Result, mean_result
 from moe_unlearn.metrics.scoring import context_length, evaluating
@@ -87,15 +87,15 @@ def multiple_choice(
     A row's values: `acc` 0 or 1, `choice` the position answered, `logprobs` of the letters in nats. Raises
     ValueError if a letter has no token of its own after the prompt.
     """
-    requests = []
+    requests, begin = [], added(tokenizer).begin
     for number, row in enumerate(rows):
         own = [shot for shot in shots if shot["subject"] == row["subject"]]
         context = DESCRIPTION.format(subject=row["subject"].replace("_", " "))
         context += "".join(f"{question_text(s)} {string.ascii_uppercase[s['answer']]}\n\n" for s in own)
         context += question_text(row)
-        start = len(tokenizer.encode(context))
+        start = len(begin) + len(tokenizer.encode(context, add_special_tokens=False))
         for letter in string.ascii_uppercase[: len(row["choices"])]:
-            whole = tokenizer.encode(f"{context} {letter}")
+            whole = begin + tokenizer.encode(f"{context} {letter}", add_special_tokens=False)
             if len(whole) <= start:
                 raise ValueError(f"row {number}: the tokenizer has no token for {letter!r} after its prompt")
             requests.append((whole[:start], whole[start:]))

@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from moe_unlearn.data import Document, Example, encode, pad_token_id
+from moe_unlearn.data import Document, Example, added, encode, pad_token_id
 from moe_unlearn.data.records import COMPLETIONS, QUESTIONS, documents_of
 from moe_unlearn.metrics.answers import IGNORED, check_fit, completions, room, rouge, without_end
 from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result, tokenizer_digest
@@ -157,7 +157,7 @@ def _documents(rows: Sequence, where: str) -> tuple[list[Document], bool]:
 
 def _examples(model, tokenizer, documents, settings: CompletionSettings, where: str) -> list[Example]:
     """Prompts, no token labelled, and what is true of their continuations, labelled."""
-    begin = settings.prompt_tokens + (tokenizer.bos_token_id is not None)
+    begin = settings.prompt_tokens + len(added(tokenizer).begin)
     examples = []
     for number, document in enumerate(documents):
         length = 2**31 if document.prompt else begin + settings.new_tokens

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from moe_unlearn.data import Example, pad_token_id
+from moe_unlearn.data import Example, pad_token_id, special_ids
 from moe_unlearn.data.scripts import spaceless, unicode_words
 from moe_unlearn.metrics.scoring import TokenScores, greedy, token_scores
 from moe_unlearn.metrics.unicode_rouge import rouge_scorer
@@ -35,7 +35,7 @@ def verbmem(
     kept = [(e, cut) for e, cut in zip(examples, cuts, strict=True) if len(e) > cut]
     if not kept:
         raise NothingToMeasureError(f"expected an example longer than its prompt of {prompt_tokens} tokens; got none")
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     truths = [_until(e.input_ids[cut : cut + new_tokens], special) for e, cut in kept]
     longest = max(map(len, truths))
     prompts = [e.input_ids[:cut] for e, cut in kept]
@@ -59,10 +59,10 @@ def extraction(
 ) -> float:
     """Fraction of examples whose first `tokens` tokens after the prefix come back exactly, in [0, 1].
 
-    The prefix is [bos] with the title or prompt; an example without either is prompted with its first
+    The prefix is the title or prompt; an example without either is prompted with its first
     `prompt_tokens` tokens. Examples too short are left out; raises NothingToMeasureError if none remains.
     """
-    cuts = [e.prefix if e.prefix > 1 else prompt_tokens for e in examples]
+    cuts = [e.prefix or prompt_tokens for e in examples]
     kept = [(e, cut) for e, cut in zip(examples, cuts, strict=True) if len(e) >= cut + tokens]
     if not kept:
         raise NothingToMeasureError(f"expected an example with {tokens} tokens after its prefix; got none")

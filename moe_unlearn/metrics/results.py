@@ -5,7 +5,8 @@ A result is a dictionary in open-unlearning's form: `agg_value`, the number that
 
     NAME_EVAL.json      result name -> result (with the values of every row)
     NAME_SUMMARY.json   result name -> agg_value, flat
-    NAME_SETTINGS.json  what the numbers depend on: settings, and a digest of the data of each result
+    NAME_SETTINGS.json  what the numbers depend on: settings, a digest of the data of each result, and which special
+                        tokens stand around texts and answers
 
 The folder of an earlier run can be the `ReferenceRun` of a later one: the retrained (retain-only) model's
 scores, to which PrivLeak and forget quality compare.
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from torch import nn
 
+from moe_unlearn.data import added
 from moe_unlearn.metrics.workers import is_first, on_first
 from moe_unlearn.ranks import gather, sharded
 from moe_unlearn.reference import model_digest
@@ -132,6 +134,7 @@ class Evaluation:
         self.name, self.settings, self.results = name, settings, {}
         self.reference = None if reference_run is None else ReferenceRun(reference_run, name)
         self._out = None if out is None else Path(out)
+        self._special_tokens = added(tokenizer).describe(tokenizer)
         self._data: dict[str, str] = {}
         self._cache = None
         if cache_dir is not None and sharded(model):
@@ -191,7 +194,9 @@ class Evaluation:
         return self._cache / f"result-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
 
     def _write(self) -> None:
-        settings = {"format": FORMAT, "settings": self.settings, "data": self._data}
+        settings = {
+            "format": FORMAT, "settings": self.settings, "data": self._data, "special_tokens": self._special_tokens
+        }  # fmt: skip
         for suffix, content in (("SETTINGS", settings), ("EVAL", self.results), ("SUMMARY", self.summary)):
             text = json.dumps(_finite(content), indent=4, sort_keys=True)
             write_text(self._out / f"{self.name}_{suffix}.json", text + "\n")

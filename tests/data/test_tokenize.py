@@ -57,7 +57,7 @@ def test_splitting_loses_nothing_and_truncation_cuts(tokenizer):
     pieces = encode([Document("title", text)], tokenizer, 16)
     assert [t for piece in pieces for t in piece.input_ids[1:]] == whole.input_ids[1:]
     assert all(len(piece) <= 16 and piece.input_ids[0] == 1 for piece in pieces)
-    assert [piece.prefix for piece in pieces[1:]] == [1] * (len(pieces) - 1)
+    assert [piece.prefix for piece in pieces[1:]] == [0] * (len(pieces) - 1)
     cut = encode([Document("title", text)], tokenizer, 16, overflow="truncate")
     assert cut == pieces[:1]
     answer = encode([Document("", text, "why")], tokenizer, 16)

@@ -1,9 +1,11 @@
 """Multiple choice: against sums of log-probabilities one by one, and against lm-eval where it is installed."""
 
+import copy
 import json
 
 import pytest
 import torch
+from tokenizers import processors
 
 from moe_unlearn.metrics import continuation_logprobs, evaluate_choices, harness, multiple_choice, write_task
 from moe_unlearn.metrics.choices import DESCRIPTION, question_text
@@ -19,7 +21,10 @@ MMLU = [{**BIO[0], "subject": "harbour_law"}, {**BIO[1], "subject": "bells"}, {*
 
 
 def alone(model, tokenizer, context, continuation):
-    whole, start = tokenizer.encode(context + continuation), len(tokenizer.encode(context))
+    def ids(text):
+        return [1, *tokenizer.encode(text, add_special_tokens=False)]
+
+    whole, start = ids(context + continuation), len(ids(context))
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1)
     return sum(logits[i - 1, whole[i]].item() for i in range(start, len(whole)))
@@ -115,6 +120,9 @@ def test_a_task_file_is_the_harness_own_form(tmp_path):
 
 def test_lm_eval_gives_the_same(model, tokenizer, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
+    # the harness takes a prompt as the tokenizer has a text, with an end token where it adds one
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     write_task(tmp_path, "local_bio", BIO, "biology")

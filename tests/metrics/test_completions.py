@@ -61,7 +61,7 @@ def recall(truth, answer):
 
 
 def judged(classifier, tokenizer, text, label):
-    tokens = torch.tensor([ids(tokenizer, text or " ")[:12]])
+    tokens = torch.tensor([[1, *ids(tokenizer, text or " ")[:10], 2]])
     with torch.no_grad():
         return classifier.model(input_ids=tokens).logits[0, label].sigmoid().item()
 

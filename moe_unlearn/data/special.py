@@ -1,0 +1,45 @@
+"""Special tokens: those a tokenizer adds by itself, and those that are not text."""
+
+from dataclasses import dataclass
+
+_PROBE = "a"
+
+
+@dataclass(frozen=True)
+class Added:
+    """Token ids around a text, as `tokenizer(text)` has them, and after the answer to a prompt.
+
+    An answer ends: where the tokenizer adds nothing after a text, its end-of-sequence token follows an answer, as
+    chat templates have it.
+    """
+
+    begin: list[int]
+    end: list[int]
+    answer_end: list[int]
+
+    def describe(self, tokenizer) -> dict[str, list[str]]:
+        """The tokens as they are spelled, for a report."""
+        return {name: tokenizer.convert_ids_to_tokens(ids) for name, ids in vars(self).items()}
+
+
+def added(tokenizer) -> Added:
+    """Ask the tokenizer what it adds: that it has a token for the beginning does not say that it is in use.
+
+    Raises ValueError where a text is not the same tokens with and without special tokens.
+    """
+    whole = tokenizer(_PROBE)["input_ids"]
+    bare = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+    if not bare or not starts:
+        raise ValueError(
+            f"expected a tokenizer that adds its special tokens around a text; {_PROBE!r} is {bare} without and "
+            f"{whole} with them"
+        )
+    end = whole[starts[0] + len(bare) :]
+    last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return Added(whole[: starts[0]], end, end or last)
+
+
+def special_ids(tokenizer) -> set[int]:
+    """Ids of all special tokens; added tokens that are text (runs of spaces, `</think>`) are not among them."""
+    return {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
