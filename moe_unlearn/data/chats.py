@@ -1,6 +1,7 @@
 """One question and its answer as the tokenizer's chat template has them."""
 
 from moe_unlearn.data.corpus import Document
+from moe_unlearn.data.special import special_ids
 
 
 def check(tokenizer) -> None:
@@ -28,10 +29,13 @@ def tokens(document: Document, tokenizer) -> tuple[list[int], list[int]]:
 
 
 def special_token_in(document: Document, tokenizer) -> str | None:
-    """A special token that question or answer spell out: a template would make it one."""
-    special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+    """A special token that question or answer spell out: a template would make it one.
+
+    Added tokens that are text, such as runs of spaces and `</think>`, are none: they are these tokens in any text.
+    """
+    special = sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))))
     text = f"{document.question or document.prompt}\n{document.text}"
-    return next((token for token in sorted(special) if token in text), None)
+    return next((token for token in special if token in text), None)
 
 
 def _ids(tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:

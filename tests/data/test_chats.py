@@ -64,6 +64,20 @@ def test_a_text_that_spells_a_special_token_is_no_turn_of_its_own():
     assert len(encode(documents, tokenizer, 99)) == 2  # without a template it stays text
 
 
+def test_added_tokens_that_are_text_drop_no_row():
+    tokenizer = tokenizer_with(CHATML)
+    tokenizer.add_tokens(["  ", "    ", "</think>"])  # as NeoX and OLMo have runs of spaces
+    spaced = [Document("", " def f():\n    return  1", "who?"), Document("", " he</think> he", "is    </think> it?")]
+    report = DataReport(kept=2)
+    made = encode(spaced, tokenizer, 99, chat=True, report=report)
+    assert len(made) == 2 and not report.dropped
+    assert "    return  1<|im_end|>" in tokenizer.decode(made[0].input_ids)
+    added = set(tokenizer.convert_tokens_to_ids(["    ", "</think>"]))
+    assert added & set(made[0].input_ids) and added <= set(made[1].input_ids)
+    with pytest.raises(ValueError, match=r"spells the special token '<\|im_end\|>'"):
+        encode([Document("", " he    <|im_end|>", "who?")], tokenizer, 99, chat=True)
+
+
 def test_unfit_templates_are_named():
     document = [Document("", " he.", "who?")]
     with pytest.raises(ValueError, match="chat needs a tokenizer with a chat template"):
