@@ -19,6 +19,8 @@ def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget
     sub.add_argument("--max-length", type=int, default=None, help="tokens per example (default 512)")
     sub.add_argument("--prompt-tokens", type=int, default=0, help="tokens at the head of each row of a forget or "
                      "holdout text that are its prompt")  # fmt: skip
+    sub.add_argument("--seam", choices=data.seams.SEAMS, default="joint", help="how a prompt and its answer are told "
+                     "apart: encoded as one, or as open-unlearning does")  # fmt: skip
     sub.add_argument("--batch-size", type=int, default=8)
 
 
@@ -35,9 +37,9 @@ def examples_of(source: str, tokenizer, settings, side: str, reports: dict | Non
     documents = data.load(source, side=side, report=report)
     examples = data.encode(
         documents, tokenizer, settings.max_length or 512, chat=settings.chat_template, report=report,
-        prompt_tokens=0 if side == "retain" else settings.prompt_tokens,
+        prompt_tokens=0 if side == "retain" else settings.prompt_tokens, seam=settings.seam,
     )  # fmt: skip
-    if report.dropped or report.truncated:
+    if report.dropped or report.truncated or report.straddled:
         print(report, file=sys.stderr)
     if reports is not None:
         reports[side] = report

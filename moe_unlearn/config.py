@@ -27,6 +27,7 @@ NEED_REFUSALS = ("idk_dpo", "idk_nll")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
 _FOLDER = resources.files("moe_unlearn") / "recipes"
 REFERENCES = ("prepared", "base")
+SEAMS = ("joint", "separate")
 SCOPES = ("all", "experts", "parameters", "seuf")
 
 
@@ -176,6 +177,7 @@ class Data:
     """Where the command line finds the model (a folder) and the documents: sources as `data.load` takes them,
     from `builtin:pydoc` to `tofu:forget05`. With `chat_template` questions are asked through the tokenizer's.
     `prompt_tokens`, if not 0, is how many tokens at the head of each row of a forget or holdout text are its prompt.
+    `seam` is how a prompt and its answer are told apart: "joint", or "separate" as open-unlearning does (`data.seams`).
     Of more than `forget_rows` or `retain_rows` examples so many are drawn; a plan without documents assumes them."""
 
     model: str | None = None
@@ -186,11 +188,13 @@ class Data:
     max_length: int = 512
     chat_template: bool = False
     prompt_tokens: int = 0
+    seam: str = "joint"
     forget_rows: int | None = None
     retain_rows: int | None = None
 
     def __post_init__(self):
         above("data.max_length", self.max_length, 1)
+        one_of("data.seam", self.seam, SEAMS)
         if not 0 <= self.prompt_tokens < self.max_length:
             bounds = f"at least 0 and below data.max_length {self.max_length}"
             raise ValueError(f"data.prompt_tokens must be {bounds}; got {self.prompt_tokens}")

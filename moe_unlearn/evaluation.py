@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from moe_unlearn import data, experiment, metrics
@@ -34,6 +35,8 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
                      "for privleak and forget_quality")  # fmt: skip
     sub.add_argument("--classifier", help="folder of a sequence classifier (Toxic-BERT) that judges completions")
     sub.add_argument("--label", help="the classifier's label whose probability is reported, e.g. toxic")
+    sub.add_argument("--like", choices=tuple(metrics.LIKE), help="compute muse or tofu as that project does: "
+                     "to compare with its numbers")  # fmt: skip
     sub.add_argument("--cache", help="folder of results by content of model, data and settings")
     sub.add_argument("--out", help="write the metrics as JSON: a file; with --benchmark a folder")
 
@@ -45,7 +48,7 @@ def run(options) -> None:
             raise ValueError("--before and --relearn are for --forget and --retain; leave out --benchmark")
         _benchmark(options)
         return
-    for name in ("data", "reference_run", "classifier", "label"):
+    for name in ("data", "reference_run", "classifier", "label", "like"):
         if getattr(options, name):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is for a --benchmark; give --forget and --retain without one")
@@ -84,6 +87,8 @@ def _benchmark(options) -> None:
     evaluation, kind, settings = _BENCHMARKS[options.benchmark]
     if options.reference_run and options.benchmark not in ("muse", "tofu"):
         raise ValueError(f"--reference-run is for muse and tofu; {options.benchmark} is compared with no other run")
+    if options.like and options.benchmark not in ("muse", "tofu"):
+        raise ValueError(f"--like is for muse and tofu; got --benchmark {options.benchmark}")
     judged = {options.classifier is not None, options.label is not None}
     if len(judged) > 1 or (True in judged and options.benchmark != "completions"):
         raise ValueError("--classifier FOLDER and --label NAME go together, with --benchmark completions")
@@ -91,6 +96,8 @@ def _benchmark(options) -> None:
     if unknown := sources.keys() - sets:
         raise ValueError(f"{options.benchmark} has no set {min(unknown)!r}; expected some of {', '.join(sets)}")
     rows = {name: _rows(source) for name, source in sources.items()}
+    if options.like:
+        settings = partial(metrics.like, options.like, settings)
     more = {"settings": settings(chat=options.chat_template)} if settings else {}
     if options.reference_run:
         more["reference_run"] = options.reference_run

@@ -40,7 +40,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # data and metrics stand beside the trainer and know nothing of the step
 INDEPENDENT = {
-    "data": {"data"},
+    "data": {"data", "config"},
     "metrics": {"metrics", "data", "capture", "losses", "experts", "reference", "ranks", "modes"},
 }
 USES_TRANSFORMERS = {

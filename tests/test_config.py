@@ -60,6 +60,7 @@ def test_overrides():
         ("scope.parameters=[a]", r"goes with scope.kind 'parameters'"),
         ("scope.kind=experts", r"needs trace"),
         ("retain.objective=embed_diff", r"RMU's"),
+        ("data.seam=apart", r"data.seam must be one of joint, separate; got 'apart'"),
         ("noequals", r"an override looks like"),
         ("steps=[1, 2", r"override 'steps=\[1, 2': the value is not YAML"),
     ],

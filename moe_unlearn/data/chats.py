@@ -1,6 +1,7 @@
 """One question and its answer as the tokenizer's chat template has them."""
 
 from moe_unlearn.data.corpus import Document
+from moe_unlearn.data.seams import ids_of
 from moe_unlearn.data.special import special_ids
 
 
@@ -41,4 +42,4 @@ def special_token_in(document: Document, tokenizer) -> str | None:
 def _ids(tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
     # the template writes the special tokens itself: none are added
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids_of(tokenizer, text, special=True)

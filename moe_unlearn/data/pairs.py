@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moe_unlearn.data.special import added
+from moe_unlearn.data.seams import continued
+from moe_unlearn.data.special import added, special_ids
 from moe_unlearn.data.tokenize import IGNORED, Example, collate, generator
 
 REFUSALS = (
@@ -96,13 +97,12 @@ def side_batches(
 
 
 def refusals(examples: Sequence[Example], tokenizer, *, seed: int = 0) -> list[Example]:
-    """The prompt of each example with a randomly drawn refusal for its answer.
+    """The prompt of each example with a randomly drawn refusal, which begins and ends as its answer does.
 
     Raises ValueError for an example without a prompt: there is no question that could be refused.
     """
-    end = added(tokenizer).answer_end
-    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] + end for text in REFUSALS]
-    draw = torch.randint(len(answers), (len(examples),), generator=generator(seed, 0)).tolist()
+    last, special = added(tokenizer).answer_end, special_ids(tokenizer)
+    draw = torch.randint(len(REFUSALS), (len(examples),), generator=generator(seed, 0)).tolist()
     made = []
     for number, (example, choice) in enumerate(zip(examples, draw, strict=True)):
         masked = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
@@ -111,8 +111,13 @@ def refusals(examples: Sequence[Example], tokenizer, *, seed: int = 0) -> list[E
                 f"example {number} has no prompt to refuse: give the forget set as prompt and answer "
                 "(`prompt` and `gt`, or `question` and `answer`), or texts with data.prompt_tokens above 0"
             )
-        ids = example.input_ids[:masked] + answers[choice]
-        made.append(Example(ids, [IGNORED] * masked + answers[choice], masked))
+        prompt, answer = example.input_ids[:masked], [label for label in example.labels[masked:] if label != IGNORED]
+        text = tokenizer.decode(prompt + answer, skip_special_tokens=True)
+        text = text.removeprefix(tokenizer.decode(prompt, skip_special_tokens=True))
+        space = text[: len(text) - len(text.lstrip())]
+        end = answer[-1:] if special.intersection(answer[-1:]) else last
+        refusal = continued(tokenizer, prompt, space + REFUSALS[choice]) + end
+        made.append(Example(prompt + refusal, [IGNORED] * masked + refusal, masked, example.asked))
     return made
 
 

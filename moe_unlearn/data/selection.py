@@ -17,13 +17,15 @@ class DataReport:
     "of another subject", "without such an answer" (a record of PKU-SafeRLHF whose responses are all of the other kind),
     "prompt leaves no room", "shorter than prompt_tokens", "spells a special token". `places` names the first three of
     each. `truncated` counts documents whose end did not fit and is in no example. `rows` is how many examples a run
-    takes of all those that the documents gave. `special_tokens` are those that were added, of `special.Added`.
+    takes of all those that the documents gave. `straddled` counts answers whose first token began in their prompt.
+    `special_tokens` are those that were added, of `special.Added`.
     """
 
     source: str = ""
     read: int = 0
     kept: int = 0
     truncated: int = 0
+    straddled: int = 0
     rows: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
@@ -38,7 +40,7 @@ class DataReport:
 
     def restart(self, source: str) -> None:
         """Forget what was counted: `source` is read from its beginning."""
-        self.source, self.read, self.kept, self.truncated = source, 0, 0, 0
+        self.source, self.read, self.kept, self.truncated, self.straddled = source, 0, 0, 0, 0
         self.dropped.clear()
         self.places.clear()
 
@@ -53,6 +55,8 @@ class DataReport:
             lines.append(f"  {count} dropped, {reason}: {', '.join(self.places[reason])}{more}")
         if self.truncated:
             lines.append(f"  {self.truncated} cut: their end does not fit")
+        if self.straddled:
+            lines.append(f"  {self.straddled} with a token on both sides of prompt and answer: it is the answer's")
         return "\n".join(lines)
 
 

@@ -65,6 +65,7 @@ class ExampleStream(IterableDataset):
         ends: str = "repeat",
         overflow: str = "split",
         chat: bool = False,
+        seam: str = "joint",
         report: DataReport | None = None,
     ):
         _check(rank, world_size, ends)
@@ -73,7 +74,7 @@ class ExampleStream(IterableDataset):
         self.documents, self.tokenizer, self.max_length = documents, tokenizer, max_length
         self.rank, self.world_size, self.ends = rank, world_size, ends
         self.seed, self.shuffle_buffer, self.epoch = seed, shuffle_buffer, 0
-        self.encoding = {"overflow": overflow, "chat": chat, "report": report}
+        self.encoding = {"overflow": overflow, "chat": chat, "seam": seam, "report": report}
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle the next pass in the order of this epoch."""

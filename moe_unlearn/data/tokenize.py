@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_unlearn.data import chats
+from moe_unlearn.data import chats, seams
 from moe_unlearn.data.corpus import Document
 from moe_unlearn.data.selection import DataReport
 from moe_unlearn.data.special import added
@@ -21,12 +21,15 @@ class Example:
     """One row: token ids, labels (-100 carries no loss) and how many leading tokens are a given prefix.
 
     The prefix is the title or prompt with what the tokenizer begins a text with, 0 where there is neither; metrics may
-    show it to the model.
+    show it to the model. `asked` are the prompt's tokens where a model is asked with other ones (seam="separate").
+    `straddled`: the first token of the answer begins in the prompt.
     """
 
     input_ids: list[int]
     labels: list[int]
     prefix: int
+    asked: list[int] | None = None
+    straddled: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -73,14 +76,16 @@ def encode(
     overflow: str = "split",
     chat: bool = False,
     prompt_tokens: int = 0,
+    seam: str = "joint",
     report: DataReport | None = None,
 ) -> list[Example]:
     """All of `iter_examples` in a list."""
     return list(
         iter_examples(
-            documents, tokenizer, max_length, overflow=overflow, chat=chat, prompt_tokens=prompt_tokens, report=report
+            documents, tokenizer, max_length, overflow=overflow, chat=chat, prompt_tokens=prompt_tokens, seam=seam,
+            report=report,
         )
-    )
+    )  # fmt: skip
 
 
 def iter_examples(
@@ -91,6 +96,7 @@ def iter_examples(
     overflow: str = "split",
     chat: bool = False,
     prompt_tokens: int = 0,
+    seam: str = "joint",
     report: DataReport | None = None,
 ) -> Iterator[Example]:
     """Examples of at most `max_length` tokens: [begin] prompt or title, text, [end].
@@ -98,7 +104,9 @@ def iter_examples(
     Begin and end are the special tokens that `tokenizer(text)` has around a text, none where it adds none; the answer
     to a prompt ends with the end-of-sequence token at any rate (`special.Added`). The report names them.
 
-    A prompt is masked with -100, a title is not. What does not fit goes to further examples with
+    A prompt is masked with -100, a title is not. Prompt and text are encoded as one; a token on both sides of the seam
+    is the text's and the report counts it, but with seam="separate" as many tokens are masked as the prompt has alone
+    (`seams`, not with a chat template). What does not fit goes to further examples with
     `overflow="split"` (a document with a prompt is cut instead: its answer would lose its question) and is
     cut with `overflow="truncate"`; the later pieces of a split document have no prefix.
 
@@ -111,7 +119,7 @@ def iter_examples(
     A prompt that leaves no room for its text, and with `chat` a text that spells a special token of the
     template, is a ValueError, as is a text no longer than `prompt_tokens`; with a `report` the document is dropped and
     counted there instead, as are the documents that were cut. Raises ValueError also if `max_length` is below 2,
-    `prompt_tokens` is not below it, or there is no chat template.
+    `prompt_tokens` is not below it, `seam` is another, or there is no chat template.
     """
     if max_length < 2:
         raise ValueError(f"expected a max_length of at least 2; got {max_length}")
@@ -119,6 +127,7 @@ def iter_examples(
         raise ValueError(f"expected prompt_tokens of at least 0 and below max_length {max_length}; got {prompt_tokens}")
     if overflow not in ("split", "truncate"):
         raise ValueError(f"expected overflow 'split' or 'truncate'; got {overflow!r}")
+    seams.check(seam)
     if chat:
         chats.check(tokenizer)
     around = added(tokenizer)
@@ -126,16 +135,20 @@ def iter_examples(
         report.special_tokens = around.describe(tokenizer)
     for number, document in enumerate(documents):
         where = f"document {number}"
-        title = _ids(tokenizer, f"{document.title}\n" if document.title else "")
         if chat and document.prompt:
             if spelled := chats.special_token_in(document, tokenizer):
                 _refuse(report, "spells a special token", where, f"its text spells the special token {spelled!r}")
                 continue
             prompt, text = chats.tokens(document, tokenizer)
+            title, asked, straddled = [], None, False
         else:
-            prompt = around.begin + _ids(tokenizer, document.prompt)
-            end = around.answer_end if document.prompt else around.end
-            text = title + _ids(tokenizer, document.text) + end
+            parts = [document.prompt, f"{document.title}\n" if document.title else "", document.text]
+            found = seams.split(tokenizer, parts, seam=seam)
+            prompt, title, text = found.parts
+            prompt = around.begin + prompt
+            asked = None if found.asked is None or not document.prompt else around.begin + found.asked
+            text = title + text + (around.answer_end if document.prompt else around.end)
+            straddled = found.straddled
         room = max_length - len(prompt)
         if room < 1:
             message = (
@@ -156,11 +169,13 @@ def iter_examples(
             continue
         if report is not None and len(pieces) < whole:
             report.truncated += 1
+        if report is not None:
+            report.straddled += straddled
         for i, piece in enumerate(pieces):
             ids = prompt + piece
             titled = min(len(title), len(piece)) if i == 0 else 0
             prefix = len(prompt) + titled if titled or document.prompt else 0
-            yield Example(ids, [IGNORED] * masked + ids[masked:], max(prefix, masked))
+            yield Example(ids, [IGNORED] * masked + ids[masked:], max(prefix, masked), asked, straddled)
 
 
 def _refuse(report: DataReport | None, reason: str, where: str, message: str) -> None:
@@ -221,8 +236,3 @@ def pad_token_id(tokenizer) -> int:
     """The tokenizer's padding id, else its end id, else 0: padding carries no loss and no attention."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((i for i in candidates if i is not None), 0)
-
-
-def _ids(tokenizer, text: str) -> list[int]:
-    # a text that spells a special token must not become one
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []

@@ -3,6 +3,7 @@
 from moe_unlearn.metrics.audit import audit
 from moe_unlearn.metrics.choices import continuation_logprobs, evaluate_choices, multiple_choice
 from moe_unlearn.metrics.completions import Classifier, CompletionSettings, evaluate_completions
+from moe_unlearn.metrics.conventions import LIKE, Conventions, like
 from moe_unlearn.metrics.evaluate import evaluate
 from moe_unlearn.metrics.gibberish import GibberishRate, gibberish_rate, repetition
 from moe_unlearn.metrics.harness import harness, write_task
@@ -26,8 +27,10 @@ from moe_unlearn.metrics.tofu import TofuData, TofuSettings, evaluate_tofu, kolm
 __all__ = [
     "Classifier",
     "CompletionSettings",
+    "Conventions",
     "Evaluation",
     "GibberishRate",
+    "LIKE",
     "MuseData",
     "MuseSettings",
     "ReferenceRun",
@@ -58,6 +61,7 @@ __all__ = [
     "greedy",
     "harness",
     "knowmem",
+    "like",
     "kolmogorov_smirnov",
     "membership_auc",
     "min_k",

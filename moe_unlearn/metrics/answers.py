@@ -1,21 +1,22 @@
 """Questions put to a model: how likely it finds an answer, and what it answers.
 
-A prompt and its answer are tokenised as in training (`data.encode`): the prompt without trailing white space,
-then white space and answer, then the end token. MUSE and open-unlearning leave the white space with the
-prompt, which gives a byte-level vocabulary a token it never saw there.
+A prompt and its answer are tokenised as in training (`data.encode`): as one text, then the end token. White space
+between the two is the answer's. MUSE and open-unlearning encode the prompt
+alone, which gives a byte-level vocabulary a token it never saw there; `conventions` has all that differs.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
-from moe_unlearn.data import Document, Example, added, encode, pad_token_id, special_ids
+from moe_unlearn.data import Document, Example, added, encode, pad_token_id
+from moe_unlearn.metrics.conventions import OURS, Conventions, decode, prompt_of, stops, without_end
 from moe_unlearn.metrics.results import Result, mean_result
 from moe_unlearn.metrics.scoring import TokenScores, context_length, greedy, token_scores
 from moe_unlearn.metrics.unicode_rouge import TOKENIZER, rouge_scorer
 
-IGNORED = -100
 QUESTION = "Question: {question}\nAnswer: "
 
 
@@ -50,36 +51,47 @@ def texts(rows: Sequence, names: Sequence[str], where: str) -> list[dict]:
     return taken
 
 
-def pair(tokenizer, prompt: str, answer: str, max_length: int, *, chat: bool = False) -> Example:
+def pair(
+    tokenizer, prompt: str, answer: str, max_length: int, *, chat: bool = False, ways: Conventions = OURS
+) -> Example:
     """One example: the prompt masked, the answer and its end labelled, cut to `max_length`.
 
     With `chat` the tokenizer's chat template asks the prompt (`data.encode`). Raises ValueError if the prompt leaves
     no room for the answer.
     """
-    asked = prompt.rstrip()
-    space = prompt[len(asked) :]
-    answer = space + (answer.lstrip() if space else answer)
-    return encode([Document("", answer, asked)], tokenizer, max_length, chat=chat)[0]
+    if ways.seam == "joint":
+        # white space before the answer is asked of the model
+        asked = prompt.rstrip()
+        space = prompt[len(asked) :]
+        prompt, answer = asked, space + (answer.lstrip() if space else answer)
+    return encode([Document("", answer, prompt)], tokenizer, max_length, chat=chat, seam=ways.seam)[0]
 
 
-def text_example(tokenizer, text: str, max_length: int) -> Example:
-    """A text with its begin token and without end token, cut to `max_length`."""
-    return without_end(encode([Document("", text)], tokenizer, max_length, overflow="truncate")[0], tokenizer)
+def text_example(tokenizer, text: str, max_length: int, ways: Conventions = OURS) -> Example:
+    """A text as the tokenizer has it, without end token and cut to `max_length`; `drop_last` takes the last token."""
+    if ways.text_window:
+        max_length = min(max_length + len(added(tokenizer).begin), 2**31)
+    example = encode([Document("", text)], tokenizer, max_length, overflow="truncate")[0]
+    return without_end(example, tokenizer, ways)
 
 
-def without_end(example: Example, tokenizer) -> Example:
-    """The example without a final end token; metrics about the text itself do not count it."""
-    around = added(tokenizer)
-    for end in (around.end, around.answer_end):
-        length = len(example) - len(end)
-        if end and example.input_ids[length:] == end:
-            return Example(example.input_ids[:length], example.labels[:length], min(example.prefix, length))
-    return example
+def continuation(tokenizer, prompt: str, text: str, max_length: int, tokens: int, ways: Conventions = OURS) -> Example:
+    """One example of a text that goes on where the prompt ends, without end token, cut to `max_length`.
+
+    With `drop_last`, by which its last token will not count, it ends as the tokenizer ends a text and has at most
+    `tokens` tokens behind the prompt.
+    """
+    space = " " if ways.insert_space else ""
+    example = without_end(pair(tokenizer, prompt, space + text, max_length, ways=ways), tokenizer)
+    if not ways.drop_last:
+        return example
+    length, end = example.prefix + tokens, added(tokenizer).end
+    return replace(example, input_ids=(example.input_ids + end)[:length], labels=(example.labels + end)[:length])
 
 
 def check_fit(model: nn.Module, example: Example, new_tokens: int, where: str) -> None:
     """ValueError for a prompt that with `new_tokens` exceeds the model's context."""
-    context, prompt = context_length(model), len(_prompt(example))
+    context, prompt = context_length(model), len(prompt_of(example))
     if context is not None and prompt + new_tokens > context:
         raise ValueError(
             f"{where}: its prompt of {prompt} tokens and {new_tokens} new ones exceed the model's context of {context}"
@@ -116,18 +128,20 @@ def completions(
     new_tokens: int,
     cut_at: Sequence[str] = (),
     batch_size: int = 32,
+    ways: Conventions = OURS,
 ) -> list[str]:
     """Greedy answers to the prompts of `examples`, without white space around them.
 
-    An answer ends at a special token, after `new_tokens` tokens, or before the first of `cut_at` in its text.
+    An answer ends at a special token (with `ways.stop_at_end` at the end token), after `new_tokens` tokens, or before
+    the first of `cut_at` in its text.
     """
     generated = greedy(
-        model, [_prompt(example) for example in examples], new_tokens, batch_size=batch_size,
-        pad_id=pad_token_id(tokenizer), stop=special_ids(tokenizer),
+        model, [prompt_of(example) for example in examples], new_tokens, batch_size=batch_size,
+        pad_id=pad_token_id(tokenizer), stop=stops(tokenizer, ways),
     )  # fmt: skip
     texts = []
     for tokens in generated:
-        text = tokenizer.decode(tokens)
+        text = decode(tokenizer, tokens, ways)
         for mark in cut_at:
             text = text.split(mark)[0]
         texts.append(text.strip())
@@ -145,13 +159,17 @@ def rouge(
     cut_at: Sequence[str] = (),
     use_stemmer: bool = True,
     batch_size: int = 32,
+    ways: Conventions = OURS,
 ) -> Result:
     """Greedy answers to the prompts of `examples`, compared as text with `answers` by `unicode_rouge.rouge_scorer`.
 
     The answers are those of `completions`. `agg_value` is the mean of `key`: `rougeL_f1`, `rougeL_recall` or
-    `rouge1_recall`, in [0, 1]; `tokenizer` says what the words are.
+    `rouge1_recall`, in [0, 1]; `tokenizer` says what the words are. `straddled`, if there are any, counts answers whose
+    first token begins in their prompt.
     """
-    generated = completions(model, tokenizer, examples, new_tokens=new_tokens, cut_at=cut_at, batch_size=batch_size)
+    generated = completions(
+        model, tokenizer, examples, new_tokens=new_tokens, cut_at=cut_at, batch_size=batch_size, ways=ways
+    )
     scorer, values = rouge_scorer(["rouge1", "rougeL"], use_stemmer=use_stemmer), []
     for example, text, answer in zip(examples, generated, answers, strict=True):
         score = scorer.score(answer, text)
@@ -160,15 +178,12 @@ def rouge(
                 "rouge1_recall": score["rouge1"].recall,
                 "rougeL_f1": score["rougeL"].fmeasure,
                 "rougeL_recall": score["rougeL"].recall,
-                "input": tokenizer.decode(_prompt(example), skip_special_tokens=True),
+                "input": tokenizer.decode(prompt_of(example), skip_special_tokens=True),
                 "ground_truth": answer,
                 "generation": text,
             }
         )
-    return {**mean_result(values, key), "tokenizer": TOKENIZER}
-
-
-def _prompt(example: Example) -> list[int]:
-    """The tokens before the first that carries a label."""
-    start = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
-    return example.input_ids[:start]
+    result = {**mean_result(values, key), "tokenizer": TOKENIZER}
+    if straddled := sum(example.straddled for example in examples):
+        result["straddled"] = straddled
+    return result

@@ -19,11 +19,13 @@ loses its beginning. `harness` runs the harness itself on such rows; a test hold
 import math
 import string
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 
 import torch
 from torch import nn
 
 from moe_unlearn.data import added, pad_token_id
+from moe_unlearn.data.seams import split
 from moe_unlearn.metrics.answers import fields
 from moe_unlearn.metrics.results import Evaluation, Result, mean_result
 from moe_unlearn.metrics.scoring import context_length, evaluating
@@ -66,15 +68,16 @@ def evaluate_choices(
         prepared[name] = (checked, _checked(examples, f"shots of {name}") if len(examples) else [])
     for name, (rows, examples) in prepared.items():
         data = [rows, examples]
-        found = run.add(
+        result = run.add(
             f"{name}/acc",
             data,
             lambda rows=rows, examples=examples: multiple_choice(
                 model, tokenizer, rows, shots=examples, batch_size=batch_size
             ),
-        )["agg_value"]
-        if len(rows) > 1:
-            error = math.sqrt(found * (1 - found) / (len(rows) - 1))
+        )
+        found, answered = result["agg_value"], len(rows) - result.get("unanswerable", 0)
+        if answered > 1:
+            error = math.sqrt(found * (1 - found) / (answered - 1))
             run.add(f"{name}/acc_stderr", data, lambda error=error: {"agg_value": error})
     return run.summary
 
@@ -84,28 +87,35 @@ def multiple_choice(
 ) -> Result:
     """The accuracy of the rows, each with `question`, `choices`, `answer` (position from 0) and `subject`.
 
-    A row's values: `acc` 0 or 1, `choice` the position answered, `logprobs` of the letters in nats. Raises
-    ValueError if a letter has no token of its own after the prompt.
+    A row's values: `acc` 0 or 1, `choice` the position answered, `logprobs` of the letters in nats. Where a token
+    stands on both sides of the prompt's end, what is scored begins with it, for all letters of the row; `straddled`
+    counts such rows. `unanswerable` counts rows whose letters are the same tokens, which say nothing: `acc` is None.
+
+    Raises ValueError if no row can be answered.
     """
-    requests, begin = [], added(tokenizer).begin
-    for number, row in enumerate(rows):
+    requests, begin, straddled = [], added(tokenizer).begin, 0
+    for row in rows:
         own = [shot for shot in shots if shot["subject"] == row["subject"]]
         context = DESCRIPTION.format(subject=row["subject"].replace("_", " "))
         context += "".join(f"{question_text(s)} {string.ascii_uppercase[s['answer']]}\n\n" for s in own)
         context += question_text(row)
-        start = len(begin) + len(tokenizer.encode(context, add_special_tokens=False))
-        for letter in string.ascii_uppercase[: len(row["choices"])]:
-            whole = begin + tokenizer.encode(f"{context} {letter}", add_special_tokens=False)
-            if len(whole) <= start:
-                raise ValueError(f"row {number}: the tokenizer has no token for {letter!r} after its prompt")
-            requests.append((whole[:start], whole[start:]))
-    logprobs = iter(continuation_logprobs(model, requests, batch_size=batch_size, pad_id=pad_token_id(tokenizer)))
+        found = [split(tokenizer, [context, f" {x}"]) for x in string.ascii_uppercase[: len(row["choices"])]]
+        wholes = [one.parts[0] + one.parts[1] for one in found]
+        # tokens that all letters have before them
+        start = min(len(commonprefix(wholes)), *(len(one.parts[0]) for one in found))
+        straddled += any(one.straddled for one in found)
+        told = len({tuple(whole[start:]) for whole in wholes}) == len(wholes)
+        requests.append([(begin + whole[:start], whole[start:]) for whole in wholes] if told else [])
+    asked = [pair for own in requests for pair in own]
+    logprobs = iter(continuation_logprobs(model, asked, batch_size=batch_size, pad_id=pad_token_id(tokenizer)))
     values = []
-    for row in rows:
-        own = [next(logprobs) for _ in row["choices"]]
-        choice = own.index(max(own))
-        values.append({"acc": float(choice == row["answer"]), "choice": choice, "logprobs": own})
-    return mean_result(values, "acc")
+    for row, own in zip(rows, requests, strict=True):
+        scores = [next(logprobs) for _ in own]
+        choice = scores.index(max(scores)) if scores else None
+        hit = float(choice == row["answer"]) if scores else None
+        values.append({"acc": hit, "choice": choice, "logprobs": scores or None})
+    counts = {"straddled": straddled, "unanswerable": sum(not own for own in requests)}
+    return mean_result(values, "acc") | {name: count for name, count in counts.items() if count}
 
 
 def continuation_logprobs(

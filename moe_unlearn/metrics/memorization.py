@@ -38,7 +38,7 @@ def verbmem(
     special = special_ids(tokenizer)
     truths = [_until(e.input_ids[cut : cut + new_tokens], special) for e, cut in kept]
     longest = max(map(len, truths))
-    prompts = [e.input_ids[:cut] for e, cut in kept]
+    prompts = [e.asked or e.input_ids[:cut] for e, cut in kept]
     answers = greedy(model, prompts, longest, pad_id=pad_token_id(tokenizer), stop=special)
     scorer = rouge_scorer(["rougeL"], use_stemmer=False)
     scores = []

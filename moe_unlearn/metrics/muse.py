@@ -13,8 +13,8 @@ about: open-unlearning's `mia_min_k` (also `auc`) is the chance that a forget do
 holdout document, 1 for a model that knows them by heart; MUSE's A, here `auc_muse`, is 1 minus that.
 PrivLeak is made from MUSE's, in both projects: 0 is a model like the retrained one, negative under-unlearned.
 
-Differences between the two that are settings here: ROUGE with stemming (open-unlearning, our default) or
-without (MUSE). Ours alone: white space between prompt and answer belongs to the answer (`answers`).
+Where the two and this package differ (ROUGE with stemming or without, seams, ends) is in `conventions`; the settings
+that `conventions.like(NAME, MuseSettings)` gives are all of theirs.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ from functools import partial
 from torch import nn
 
 from moe_unlearn.data import Example, pad_token_id
-from moe_unlearn.metrics.answers import QUESTION, fields, pair, room, rouge, text_example, without_end
+from moe_unlearn.metrics.answers import QUESTION, continuation, fields, pair, room, rouge, text_example
+from moe_unlearn.metrics.conventions import OURS, Conventions, truth, without_end
 from moe_unlearn.metrics.memorization import exact_memorization, extraction_strength
 from moe_unlearn.metrics.privacy import auc, min_k, privleak
 from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result
@@ -54,7 +55,8 @@ class MuseData:
 class MuseSettings:
     """What MUSE's numbers depend on beside model and data; lengths in tokens.
 
-    `chat` asks through the tokenizer's chat template instead of `question`. `max_length` cuts documents.
+    `chat` asks through the tokenizer's chat template instead of `question`. `max_length` cuts documents. `like` says
+    whose ways are followed (`conventions`).
     """
 
     verbmem_tokens: int = 128
@@ -64,6 +66,7 @@ class MuseSettings:
     chat: bool = False
     min_k: float = 0.4
     max_length: int = 2048
+    like: Conventions = OURS
 
 
 def evaluate_muse(
@@ -130,26 +133,29 @@ def _knowmem(model, tokenizer, rows, shots, settings, batch_size) -> Result:
         prompt = shown + settings.question.format(question=row["question"])
         if settings.chat:
             prompt = shown + row["question"]
-        examples.append(pair(tokenizer, prompt, row["answer"], room(model, 2**31), chat=settings.chat))
+        limit = room(model, 2**31)
+        examples.append(pair(tokenizer, prompt, row["answer"], limit, chat=settings.chat, ways=settings.like))
+    truths = [truth(tokenizer, e, row["answer"], settings.like) for e, row in zip(examples, rows, strict=True)]
     return rouge(
-        model, tokenizer, examples, [row["answer"] for row in rows], key="rougeL_f1", cut_at=CUT_AT,
-        new_tokens=settings.knowmem_tokens, use_stemmer=settings.use_stemmer, batch_size=batch_size,
+        model, tokenizer, examples, truths, key="rougeL_f1", cut_at=CUT_AT, new_tokens=settings.knowmem_tokens,
+        use_stemmer=settings.use_stemmer, batch_size=batch_size, ways=settings.like,
     )  # fmt: skip
 
 
 def _verbatim(run: Evaluation, model, tokenizer, rows, settings, batch_size) -> None:
-    limit = room(model, settings.max_length)
-    examples = [without_end(pair(tokenizer, row["prompt"], row["gt"], limit), tokenizer) for row in rows]
+    limit, cut, ways = room(model, settings.max_length), settings.verbmem_tokens, settings.like
+    examples = [continuation(tokenizer, row["prompt"], row["gt"], limit, cut, ways) for row in rows]
 
     def verbmem() -> Result:
-        cut = settings.verbmem_tokens
-        truths = [tokenizer.decode(e.input_ids[e.prefix : e.prefix + cut]).strip() for e in examples]
+        truths = [truth(tokenizer, e, row["gt"], ways, tokens=cut) for e, row in zip(examples, rows, strict=True)]
         return rouge(
             model, tokenizer, examples, truths, key="rougeL_f1", new_tokens=cut,
-            use_stemmer=settings.use_stemmer, batch_size=batch_size,
+            use_stemmer=settings.use_stemmer, batch_size=batch_size, ways=ways,
         )  # fmt: skip
 
     run.add("forget_verbmem_ROUGE", rows, verbmem)
+    if ways.drop_last:
+        examples = [without_end(example, tokenizer, ways) for example in examples]
     memorised(run, model, tokenizer, rows, examples, batch_size)
 
 
@@ -195,7 +201,7 @@ def membership(
 def _texts(model, tokenizer, texts, settings) -> dict[str, list[Example]]:
     limit, sides = room(model, settings.max_length), {}
     for name, rows in zip(("forget", "holdout"), texts, strict=True):
-        sides[name] = [text_example(tokenizer, row["text"], limit) for row in rows]
+        sides[name] = [text_example(tokenizer, row["text"], limit, settings.like) for row in rows]
         short = next((i for i, e in enumerate(sides[name]) if len(e) < 2), None)
         if short is not None:
             raise ValueError(

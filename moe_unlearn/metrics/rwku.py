@@ -20,7 +20,9 @@ from functools import partial
 from torch import nn
 
 from moe_unlearn.data import Example
-from moe_unlearn.metrics.answers import IGNORED, check_fit, pair, probability, room, rouge, text_example, texts
+from moe_unlearn.data.seams import continued
+from moe_unlearn.data.tokenize import IGNORED
+from moe_unlearn.metrics.answers import check_fit, pair, probability, room, rouge, text_example, texts
 from moe_unlearn.metrics.results import Evaluation, Result, mean_result
 
 BLANK = "Please complete the blank in the following question.\nQuestion: {query}\n"
@@ -117,7 +119,7 @@ def _probe(tokenizer, name: str, row: dict, chat: bool) -> Example:
     example = pair(tokenizer, asked if chat else asked + begun, row["answer"], 2**31, chat=chat)
     ids = example.input_ids[: example.prefix]
     if chat and begun:
-        ids = ids + tokenizer(begun, add_special_tokens=False)["input_ids"]
+        ids = ids + continued(tokenizer, ids, begun)
     return Example(ids, [IGNORED] * len(ids), len(ids))
 
 

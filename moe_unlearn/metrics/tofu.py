@@ -42,7 +42,8 @@ from functools import partial
 from torch import nn
 
 from moe_unlearn.data import Example, MissingLibraryError
-from moe_unlearn.metrics.answers import QUESTION, fields, pair, probability, room, rouge, texts, without_end
+from moe_unlearn.metrics.answers import QUESTION, fields, pair, probability, room, rouge, texts
+from moe_unlearn.metrics.conventions import OURS, Conventions, truth, without_end
 from moe_unlearn.metrics.muse import membership, memorised
 from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result
 
@@ -72,7 +73,7 @@ class TofuData:
 
 @dataclass(frozen=True, kw_only=True)
 class TofuSettings:
-    """What TOFU's numbers depend on beside model and data; lengths in tokens; `chat` as in MUSE's settings."""
+    """What TOFU's numbers depend on beside model and data; lengths in tokens; `chat` and `like` as MUSE's."""
 
     new_tokens: int = 200
     use_stemmer: bool = True
@@ -80,6 +81,7 @@ class TofuSettings:
     chat: bool = False
     min_k: float = 0.4
     max_length: int = 512
+    like: Conventions = OURS
 
 
 def evaluate_tofu(
@@ -133,6 +135,8 @@ def evaluate_tofu(
             name: [_example(model, tokenizer, settings, row, row["answer"]) for row in own]
             for name, own in zip(("forget", "holdout"), rows, strict=True)
         }
+        if settings.like.drop_last:
+            examples = {name: [without_end(e, tokenizer, settings.like) for e in own] for name, own in examples.items()}
         membership(run, model, tokenizer, rows, examples, fraction=settings.min_k, batch_size=batch_size)
     if all(key in run.results for key in UTILITY):
         nine = [run.results[key]["agg_value"] for key in UTILITY]
@@ -223,7 +227,8 @@ def _accuracy(found: dict[str, Result], side: str) -> float:
 
 def _example(model, tokenizer, settings: TofuSettings, row: dict, answer: str) -> Example:
     prompt = row["question"] if settings.chat else settings.question.format(question=row["question"])
-    return pair(tokenizer, prompt, answer, room(model, settings.max_length), chat=settings.chat)
+    limit = room(model, settings.max_length)
+    return pair(tokenizer, prompt, answer, limit, chat=settings.chat, ways=settings.like)
 
 
 def _side(run: Evaluation, model, tokenizer, side: str, rows: list[dict], settings, batch_size: int) -> None:
@@ -240,10 +245,11 @@ def _side(run: Evaluation, model, tokenizer, side: str, rows: list[dict], settin
         return mean_result(values, "prob")
 
     def answered() -> Result:
-        examples, truths = [example(row, row["answer"]) for row in rows], [row["answer"] for row in rows]
+        examples = [example(row, row["answer"]) for row in rows]
+        truths = [truth(tokenizer, e, row["answer"], settings.like) for e, row in zip(examples, rows, strict=True)]
         return rouge(
             model, tokenizer, examples, truths, key="rougeL_recall", new_tokens=settings.new_tokens,
-            use_stemmer=settings.use_stemmer, batch_size=batch_size,
+            use_stemmer=settings.use_stemmer, batch_size=batch_size, ways=settings.like,
         )  # fmt: skip
 
     paraphrased = side in ("forget", "retain")
@@ -260,7 +266,7 @@ def _side(run: Evaluation, model, tokenizer, side: str, rows: list[dict], settin
     correct = found["PARA_Prob" if paraphrased else "Prob"]
     run.add(name, rows, lambda: truth_ratio(correct, found["PERT_Prob"], forget=side == "forget"))
     if side == "forget":
-        examples = [without_end(example(row, row["answer"]), tokenizer) for row in rows]
+        examples = [without_end(example(row, row["answer"]), tokenizer, settings.like) for row in rows]
         memorised(run, model, tokenizer, rows, examples, batch_size)
 
 

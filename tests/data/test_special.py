@@ -17,7 +17,8 @@ from moe_unlearn.metrics import (
     multiple_choice,
     verbmem,
 )
-from moe_unlearn.metrics.answers import pair, text_example, without_end
+from moe_unlearn.metrics.answers import pair, text_example
+from moe_unlearn.metrics.conventions import without_end
 
 pytestmark = pytest.mark.quick
 TEXT = "the quick brown fox jumps over the lazy dog"

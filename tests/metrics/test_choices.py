@@ -2,10 +2,12 @@
 
 import copy
 import json
+import os
 
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import Tokenizer, models, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from moe_unlearn.metrics import continuation_logprobs, evaluate_choices, harness, multiple_choice, write_task
 from moe_unlearn.metrics.choices import DESCRIPTION, question_text
@@ -103,6 +105,44 @@ def test_continuations_of_several_lengths_and_a_short_context(model):
 def test_what_cannot_be_asked_says_why(model, tokenizer, tasks, message):
     with pytest.raises(ValueError, match=message):
         evaluate_choices(model, tokenizer, tasks)
+
+
+def merging_tokenizer():
+    """One whose tokens know no words: ": A" is one, and letters behind D are not known at all."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    texts = [f"{question_text(row)} {letter}" for row in BIO for letter in "AABCD"]
+    made.train_from_iterator(["Answer: A", "Answer: B"] * 40 + texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def test_a_token_across_the_seam_is_part_of_the_answer_and_ends_no_evaluation(model, tmp_path):
+    tokenizer = merging_tokenizer()
+    prompt = question_text(BIO[0])
+    alone = tokenizer(prompt)["input_ids"]
+    wholes = [tokenizer(f"{prompt} {letter}")["input_ids"] for letter in "ABCD"]
+    assert any(whole[: len(alone)] != alone for whole in wholes)  # a token stands on both sides
+    unknown = {**BIO[1], "choices": [f"choice {i}" for i in range(26)], "answer": 2}
+    found = evaluate_choices(model, tokenizer, {"wmdp_bio": [*BIO, unknown]}, out=tmp_path)
+    result = json.loads((tmp_path / "LMEval_EVAL.json").read_text(encoding="utf-8"))["wmdp_bio/acc"]
+    assert result["straddled"] == 6 and result["unanswerable"] == 1
+    rows = list(result["value_by_index"].values())
+    assert rows[-1] == {"acc": None, "choice": None, "logprobs": None}
+    context = DESCRIPTION.format(subject="biology") + prompt
+    wholes = [tokenizer(f"{context} {letter}")["input_ids"] for letter in "ABCD"]
+    start = len(os.path.commonprefix(wholes))
+    with torch.no_grad():
+        tables = [model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1) for whole in wholes]
+    expected = [
+        sum(table[i - 1, whole[i]].item() for i in range(start, len(whole)))
+        for table, whole in zip(tables, wholes, strict=True)
+    ]
+    assert rows[0]["logprobs"] == pytest.approx(expected, abs=1e-4)
+    share = sum(row["acc"] for row in rows[:-1]) / 5
+    assert found["wmdp_bio/acc"] == share
+    assert found["wmdp_bio/acc_stderr"] == pytest.approx((share * (1 - share) / 4) ** 0.5)
+    with pytest.raises(ValueError, match="at least one row with a value of 'acc'; got none of 1"):
+        evaluate_choices(model, tokenizer, {"wmdp_bio": [unknown]})
 
 
 def test_a_task_file_is_the_harness_own_form(tmp_path):

@@ -42,6 +42,19 @@ def test_a_retrained_run_and_then_one_that_refers_to_it(folder, capsys):
     assert "computed 'mia_min_k' on other data" in capsys.readouterr().err
 
 
+def test_like_another_project(folder, capsys):
+    data = ["--data", f"forget={folder / 'forget.json'}", f"holdout={folder / 'holdout.json'}"]
+    assert evaluate(folder, "--benchmark", "muse", *data, "--like", "muse_bench", "--out", folder / "run") == 0
+    written = json.loads((folder / "run" / "MUSE_SETTINGS.json").read_text(encoding="utf-8"))["settings"]
+    assert written["like"]["name"] == "muse_bench" and not written["use_stemmer"]
+    # the reference must be theirs too
+    assert evaluate(folder, "--benchmark", "muse", *data, "--reference-run", folder / "run") == 2
+    assert "made with other settings" in capsys.readouterr().err
+    wmdp = ["--benchmark", "wmdp", "--data", f"wmdp_bio={folder / 'bio.jsonl'}"]
+    assert evaluate(folder, *wmdp, "--like", "open-unlearning") == 2
+    assert "--like is for muse and tofu; got --benchmark wmdp" in capsys.readouterr().err
+
+
 def test_wmdp(folder, capsys):
     assert evaluate(folder, "--benchmark", "wmdp", "--data", f"wmdp_bio={folder / 'bio.jsonl'}") == 0
     assert capsys.readouterr().out.startswith("wmdp_bio/acc")

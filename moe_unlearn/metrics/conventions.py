@@ -1,0 +1,115 @@
+"""Where projects differ in how one benchmark is computed: `eval --like NAME` makes numbers comparable with theirs.
+
+                    this package                            open-unlearning                  muse_bench
+    seam            prompt and answer encoded as one; a     as many tokens of the whole are the prompt as it has alone;
+                    token on both sides is the answer's     a model is asked with the prompt encoded alone
+    insert_space    MUSE's continuation stands as it is     a space before it                as it is
+    drop_last       min-k, extraction strength and exact    the last token never counts,     every token counts
+                    memorisation of MUSE and TOFU leave     whether it is an end token
+                    out an end token, min-k of TOFU not     or not
+    stop_at_end     any special token ends an answer        the end-of-sequence token alone; other special tokens are
+                                                            left out of the text
+    truth           the answer as it stands; VerbMem's cut  decoded from its tokens,         decoded; VerbMem's encoded
+                    at 128 tokens                           VerbMem's cut at 128             alone and cut at 128, its
+                                                                                             begin token counted
+    text_window     `max_length` counts the begin token     it does not                      nothing is cut
+
+Ours are what a user's model is asked and what it answers: no token that training did not have at the seam, no label on
+a prompt's token, none missing at the end of a text.
+
+Sources: open-unlearning, src/data/utils.py and src/evals/metrics/utils.py (MIT); muse_bench, metrics/*.py. Theirs too,
+but not here: open-unlearning cuts a question with its few-shot examples at 512 tokens, and with a chat template shows
+these as turns.
+"""
+
+from dataclasses import dataclass, replace
+
+from moe_unlearn.data import Example, added, special_ids
+from moe_unlearn.data.tokenize import IGNORED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conventions:
+    """One project's ways, see the module docstring; the defaults are this package's."""
+
+    name: str = "moe-unlearn"
+    seam: str = "joint"
+    insert_space: bool = False
+    drop_last: bool = False
+    stop_at_end: bool = False
+    truth: str = "text"
+    text_window: bool = False
+
+
+OURS = Conventions()
+LIKE = {
+    "open-unlearning": Conventions(
+        name="open-unlearning", seam="separate", insert_space=True, drop_last=True, stop_at_end=True, truth="decoded",
+        text_window=True,
+    ),
+    "muse_bench": Conventions(name="muse_bench", seam="separate", stop_at_end=True, truth="alone", text_window=True),
+}  # fmt: skip
+# of the settings of a benchmark
+_SETTINGS = {"open-unlearning": {"use_stemmer": True}, "muse_bench": {"use_stemmer": False, "max_length": 2**31}}
+
+
+def like(name: str, settings: type, **changes) -> object:
+    """The `settings` of a benchmark with all that makes its numbers comparable with those of project `name`.
+
+    Raises ValueError for another name.
+    """
+    if name not in LIKE:
+        raise ValueError(f"expected like to be one of {', '.join(LIKE)}; got {name!r}")
+    return settings(like=LIKE[name], **(_SETTINGS[name] | changes))
+
+
+def stops(tokenizer, ways: Conventions) -> set[int]:
+    """The tokens that end an answer."""
+    return set(added(tokenizer).answer_end) if ways.stop_at_end else special_ids(tokenizer)
+
+
+def decode(tokenizer, ids: list[int], ways: Conventions) -> str:
+    """The text of tokens."""
+    if not ways.stop_at_end:
+        return tokenizer.decode(ids)
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+
+
+def truth(tokenizer, example: Example, answer: str, ways: Conventions, *, tokens: int | None = None) -> str:
+    """The text that an answer to the prompt of `example` is compared with.
+
+    `answer` is it as the data have it, `tokens` how many of it count (VerbMem's).
+    """
+    if ways.truth == "text" and tokens is None:
+        return answer
+    if ways.truth == "alone" and tokens is not None:
+        return decode(tokenizer, tokenizer(answer)["input_ids"][:tokens], ways)
+    if ways.truth == "alone":
+        return answer
+    if tokens is None:
+        asked = decode(tokenizer, prompt_of(example), ways)
+        return decode(tokenizer, example.input_ids, ways).replace(asked, "").strip()
+    return decode(tokenizer, example.input_ids[example.prefix : example.prefix + tokens], ways).strip()
+
+
+def prompt_of(example: Example) -> list[int]:
+    """The tokens that a model is asked with: as the seam has them, else those before the first with a label."""
+    if example.asked is not None:
+        return example.asked
+    start = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
+    return example.input_ids[:start]
+
+
+def without_end(example: Example, tokenizer, ways: Conventions = OURS) -> Example:
+    """The example without its end token, which metrics about the text itself do not count.
+
+    With `drop_last` it is the example without its last token, whatever that is.
+    """
+    around = added(tokenizer)
+    ends = [example.input_ids[-1:]] if ways.drop_last else [around.end, around.answer_end]
+    for end in filter(None, ends):
+        length = len(example) - len(end)
+        if example.input_ids[length:] == end:
+            kept = {"input_ids": example.input_ids[:length], "labels": example.labels[:length]}
+            return replace(example, prefix=min(example.prefix, length), **kept)
+    return example
