@@ -16,6 +16,9 @@ def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget
     for side in ("forget", "retain", "holdout"):
         sub.add_argument(f"--{side}", required=side in required, help=_SOURCE)
     sub.add_argument("--chat-template", action="store_true", help="ask questions through the chat template")
+    sub.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="what the chat template is told")
+    sub.add_argument("--system", default="", help="the chat template's system message")
+    sub.add_argument("--date", help="the chat template's today, as 2026-11-29 (default: the same day always)")
     sub.add_argument("--max-length", type=int, default=None, help="tokens per example (default 512)")
     sub.add_argument("--prompt-tokens", type=int, default=0, help="tokens at the head of each row of a forget or "
                      "holdout text that are its prompt")  # fmt: skip
@@ -31,12 +34,22 @@ def steps(text: str) -> int:
     return int(text)
 
 
+def chat_of(settings) -> bool | data.Chat:
+    """How questions are asked, of a recipe's data or a verb's options: through the chat template, or not."""
+    options = {name: getattr(settings, name) for name in ("enable_thinking", "system", "date")}
+    if not settings.chat_template:
+        if given := [name for name, value in options.items() if value not in (None, "")]:
+            raise ValueError(f"--{given[0].replace('_', '-')} is for a chat template: give --chat-template too")
+        return False
+    return data.Chat(**options)
+
+
 def examples_of(source: str, tokenizer, settings, side: str, reports: dict | None = None) -> list:
     """The examples of a source; what was dropped is printed, and kept in `reports` under `side`."""
     report = data.DataReport()
     documents = data.load(source, side=side, report=report)
     examples = data.encode(
-        documents, tokenizer, settings.max_length or 512, chat=settings.chat_template, report=report,
+        documents, tokenizer, settings.max_length or 512, chat=chat_of(settings), report=report,
         prompt_tokens=0 if side == "retain" else settings.prompt_tokens, seam=settings.seam,
     )  # fmt: skip
     if report.dropped or report.truncated or report.straddled:

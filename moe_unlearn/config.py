@@ -13,6 +13,7 @@ mistyped key, the nearest valid one.
 """
 
 import dataclasses
+import datetime
 import typing
 from dataclasses import dataclass, field
 from importlib import resources
@@ -177,6 +178,7 @@ class Data:
     """Where the command line finds the model (a folder) and the documents: sources as `data.load` takes them,
     from `builtin:pydoc` to `tofu:forget05`. With `chat_template` questions are asked through the tokenizer's.
     `prompt_tokens`, if not 0, is how many tokens at the head of each row of a forget or holdout text are its prompt.
+    With `enable_thinking`, `system` and `date` (2026-11-29) the template is rendered as `data.Chat` says.
     `seam` is how a prompt and its answer are told apart: "joint", or "separate" as open-unlearning does (`data.seams`).
     Of more than `forget_rows` or `retain_rows` examples so many are drawn; a plan without documents assumes them."""
 
@@ -187,6 +189,9 @@ class Data:
     reference: str | None = None
     max_length: int = 512
     chat_template: bool = False
+    enable_thinking: bool | None = None
+    system: str = ""
+    date: str | None = None
     prompt_tokens: int = 0
     seam: str = "joint"
     forget_rows: int | None = None
@@ -195,6 +200,14 @@ class Data:
     def __post_init__(self):
         above("data.max_length", self.max_length, 1)
         one_of("data.seam", self.seam, SEAMS)
+        for name in ("enable_thinking", "system", "date"):
+            if getattr(self, name) not in (None, "") and not self.chat_template:
+                raise ValueError(f"data.{name} is for a chat template and needs data.chat_template=true")
+        if self.date is not None:
+            try:
+                datetime.date.fromisoformat(self.date)
+            except ValueError:
+                raise ValueError(f"data.date must be a date as 2026-11-29; got {self.date!r}") from None
         if not 0 <= self.prompt_tokens < self.max_length:
             bounds = f"at least 0 and below data.max_length {self.max_length}"
             raise ValueError(f"data.prompt_tokens must be {bounds}; got {self.prompt_tokens}")

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from moe_unlearn import data, experiment, metrics
-from moe_unlearn.arguments import add_data, examples_of, steps, write
+from moe_unlearn.arguments import add_data, chat_of, examples_of, steps, write
 
 # function, its sets (None: names of the user's own), its settings
 _BENCHMARKS = {
@@ -98,7 +98,7 @@ def _benchmark(options) -> None:
     rows = {name: _rows(source) for name, source in sources.items()}
     if options.like:
         settings = partial(metrics.like, options.like, settings)
-    more = {"settings": settings(chat=options.chat_template)} if settings else {}
+    more = {"settings": settings(chat=chat_of(options))} if settings else {}
     if options.reference_run:
         more["reference_run"] = options.reference_run
     if options.classifier:

@@ -4,6 +4,7 @@ Every error is a ValueError that names the key in full.
 """
 
 import dataclasses
+import datetime
 import difflib
 import math
 import types
@@ -100,6 +101,9 @@ def _convert(hint, value, name: str):
             value = float(value)
         except ValueError:
             raise ValueError(f"{name} must be a number; got {value!r}") from None
+    if hint is str and type(value) is datetime.date:
+        # YAML reads 2026-11-29 as a date
+        value = value.isoformat()
     if type(value) is not hint:
         raise ValueError(f"{name} must be {hint.__name__}; got {value!r}")
     if hint is float and not math.isfinite(value):

@@ -60,6 +60,8 @@ def test_overrides():
         ("scope.parameters=[a]", r"goes with scope.kind 'parameters'"),
         ("scope.kind=experts", r"needs trace"),
         ("retain.objective=embed_diff", r"RMU's"),
+        ("data.date=2026-11-29", r"data.date is for a chat template and needs data.chat_template=true"),
+        ("data={chat_template: true, date: now}", r"data.date must be a date as 2026-11-29; got 'now'"),
         ("data.seam=apart", r"data.seam must be one of joint, separate; got 'apart'"),
         ("noequals", r"an override looks like"),
         ("steps=[1, 2", r"override 'steps=\[1, 2': the value is not YAML"),
@@ -68,6 +70,11 @@ def test_overrides():
 def test_bad_overrides(override, message):
     with pytest.raises(ValueError, match=message):
         Recipe.load("npo", [override])
+
+
+def test_a_date_is_one_as_yaml_reads_it_too():
+    recipe = Recipe.load("npo", ["data.chat_template=true", "data.date=2026-11-29"])
+    assert recipe.data.date == "2026-11-29" and Recipe.from_dict(recipe.to_dict()) == recipe
 
 
 def test_trace_needs_weighable_tokens():

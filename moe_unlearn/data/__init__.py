@@ -33,12 +33,14 @@ Records, recognised by their fields (the first that fits; other fields stay in `
     target, intro                           a text under a title                             RWKU targets
 
 A question reads "Question: ...\\nAnswer:" and carries no loss; with `chat` it is asked through the tokenizer's chat
-template. A book (Who's Harry Potter, MUSE-Books) is a .txt with `?join=true`: its whole text, cut into rows of
-`max_length`, the head of each a prompt with `prompt_tokens`; so are the corpora of open-unlearning's pretraining sets,
-and `?lines_as_text=true` trains on WMDP's JSON lines as they stand, as it does.
+template, of which the answer and its end token alone carry a loss (`Chat` has its options). A book (Who's Harry Potter,
+MUSE-Books) is a .txt with `?join=true`: its whole text, cut into rows of `max_length`, the head of each a prompt with
+`prompt_tokens`; so are the corpora of open-unlearning's pretraining sets, and `?lines_as_text=true` trains on WMDP's
+JSON lines as they stand, as it does.
 """
 
 from moe_unlearn.data.builtin import load_builtin
+from moe_unlearn.data.chats import Chat
 from moe_unlearn.data.corpus import Corpus, Document, drop_shared_runs
 from moe_unlearn.data.hub import MissingLibraryError
 from moe_unlearn.data.packing import check_packing, pack, packed_batches
@@ -61,6 +63,7 @@ from moe_unlearn.data.tokenize import (
 __all__ = [
     "Added",
     "BENCHMARKS",
+    "Chat",
     "Corpus",
     "DataReport",
     "Document",

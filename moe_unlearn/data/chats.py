@@ -1,32 +1,130 @@
-"""One question and its answer as the tokenizer's chat template has them."""
+"""One question and its answer as the tokenizer's chat template has them.
+
+A template writes text of its own before an answer, which depends on none (Qwen3's empty `<think>` block, gpt-oss's
+`<|channel|>final<|message|>`), and after it. Two answers to one question tell which: what both renderings begin with
+is asked of the model, what both end with follows the answer.
+"""
+
+import datetime
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from moe_unlearn.data.corpus import Document
-from moe_unlearn.data.seams import ids_of
+from moe_unlearn.data.seams import ids_of, split
 from moe_unlearn.data.special import special_ids
 
+DATE = datetime.date(2024, 7, 26)  # a template that asks for today's date gets this: Llama 3's own choice without one
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_ANSWERS = ("one", "two")  # alike neither at their beginning nor at their end
 
-def check(tokenizer) -> None:
-    """Raise ValueError unless `tokenizer` has a chat template."""
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """How a chat template is rendered.
+
+    `enable_thinking` is passed on if it is not None. `system` is the system message, none where it is empty. `date`,
+    as 2026-11-29, is what the template takes for today and gets as `date_string`; without one it takes `DATE`, for
+    tokens that change daily fit no reference that is kept. Raises ValueError for another form of date.
+    """
+
+    enable_thinking: bool | None = None
+    system: str = ""
+    date: str | None = None
+
+    def __post_init__(self):
+        if self.date is not None:
+            try:
+                datetime.date.fromisoformat(self.date)
+            except ValueError:
+                raise ValueError(f"expected a date as 2026-11-29; got {self.date!r}") from None
+
+    def keywords(self, template: str) -> dict:
+        """What is rendered beside the messages: the template with its date, and what it is told.
+
+        Raises ValueError for a template whose form of date is not written in it.
+        """
+        day = DATE if self.date is None else datetime.date.fromisoformat(self.date)
+        # transformers lets no function through to the template, so that its own clock cannot be set
+        given: dict = {"chat_template": _CLOCK.sub(lambda call: repr(day.strftime(call[2])), template)}
+        if "strftime_now(" in given["chat_template"]:
+            raise ValueError("expected a chat template that writes the form of its date: strftime_now('%d %b %Y')")
+        if self.date is not None:
+            given["date_string"] = day.strftime("%d %b %Y")
+        if self.enable_thinking is not None:
+            given["enable_thinking"] = self.enable_thinking
+        return given
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Token ids: `prompt` is all before the answer, `answer` that with its end, `rest` what stands behind it.
+
+    `asked` and `straddled` are as in `seams.Split`.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    rest: list[int]
+    asked: list[int] | None
+    straddled: bool
+
+
+def turns(tokenizer, chat: Chat, *, seam: str = "joint") -> Callable[[Document], Turn]:
+    """A function that gives a document's `Turn`.
+
+    With seam="separate", open-unlearning's way, all that follows the generation prompt is the answer, and the
+    end-of-sequence token ends it where the template does not.
+
+    Raises ValueError for a tokenizer without a chat template or with one that cannot be dated, and for one whose
+    conversation does not begin with its own generation prompt: where its answer begins cannot be told.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("chat needs a tokenizer with a chat template; this one has none (tokenizer.chat_template)")
+    keywords = chat.keywords(tokenizer.get_chat_template())
 
+    def render(question: str, answer: str | None) -> str:
+        messages = [{"role": "system", "content": chat.system}] if chat.system else []
+        messages.append({"role": "user", "content": question})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None, **keywords)
 
-def tokens(document: Document, tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids of everything before the answer, generation prompt included, and of the answer with its end.
+    def rendered(question: str, answer: str) -> tuple[str, str]:
+        """The generation prompt, and what the conversation has behind it."""
+        asked, whole = render(question, None), render(question, answer)
+        if not whole.startswith(asked) or len(whole) == len(asked):
+            raise ValueError(
+                "expected a chat template whose conversation begins with its generation prompt; this tokenizer's does "
+                f"not: {asked[-60:]!r} against {whole[:200]!r}"
+            )
+        return asked, whole[len(asked) :]
 
-    Raises ValueError for a template whose conversation does not begin with its own generation prompt: where its
-    answer begins cannot be told.
-    """
-    asked = [{"role": "user", "content": document.question or document.prompt}]
-    whole = [*asked, {"role": "assistant", "content": document.text.strip()}]
-    prompt = _ids(tokenizer, asked, add_generation_prompt=True)
-    ids = _ids(tokenizer, whole, add_generation_prompt=False)
-    if ids[: len(prompt)] != prompt or len(ids) == len(prompt):
-        raise ValueError(
-            "expected a chat template whose conversation begins with its generation prompt; this tokenizer's does not: "
-            f"{tokenizer.decode(prompt)[-60:]!r} against {tokenizer.decode(ids)[:200]!r}"
-        )
-    return prompt, ids[len(prompt) :]
+    probes = [rendered("?", answer)[1] for answer in _ANSWERS]
+    before = os.path.commonprefix(probes)
+    after = os.path.commonprefix([probe[::-1] for probe in probes])[::-1]
+    end = _first_added(after, tokenizer)
+
+    def turn(document: Document) -> Turn:
+        asked, said = rendered(document.question or document.prompt, document.text.strip())
+        if seam == "separate":
+            prompt, ids = ids_of(tokenizer, asked, special=True), ids_of(tokenizer, asked + said, special=True)
+            if ids[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id is not None:
+                ids.append(tokenizer.eos_token_id)
+            return Turn(ids[: len(prompt)], ids[len(prompt) :], [], prompt, False)
+        if said.startswith(before):  # else the template has read the answer, as Qwen3's reads `</think>`
+            asked, said = asked + before, said[len(before) :]
+        found = split(tokenizer, [asked, said], special=True)
+        prompt, ids = found.parts
+        if end is None:
+            length = len(ids) - len(ids_of(tokenizer, after, special=True))
+        else:
+            places = [i for i, token in enumerate(ids) if token == end]
+            length = next(iter(places[-after.count(tokenizer.convert_ids_to_tokens(end)) :]), len(ids) - 1) + 1
+        return Turn(prompt, ids[:length], ids[length:], None, found.straddled)
+
+    return turn
 
 
 def special_token_in(document: Document, tokenizer) -> str | None:
@@ -39,7 +137,11 @@ def special_token_in(document: Document, tokenizer) -> str | None:
     return next((token for token in special if token in text), None)
 
 
-def _ids(tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
-    # the template writes the special tokens itself: none are added
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    return ids_of(tokenizer, text, special=True)
+def _first_added(text: str, tokenizer) -> int | None:
+    """The token that ends an answer: the first special one behind it, else the first added one."""
+    for ids in (special_ids(tokenizer), tokenizer.added_tokens_decoder):
+        spelled = {tokenizer.convert_ids_to_tokens(i): i for i in sorted(ids)}
+        found = [(text.index(token), -len(token), i) for token, i in spelled.items() if token.strip() and token in text]
+        if found:
+            return min(found)[2]
+    return None

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from moe_unlearn.data.chats import Chat
 from moe_unlearn.data.corpus import Document
 from moe_unlearn.data.selection import DataReport
 from moe_unlearn.data.tokenize import Example, generator, iter_examples
@@ -64,7 +65,7 @@ class ExampleStream(IterableDataset):
         shuffle_buffer: int = 1,
         ends: str = "repeat",
         overflow: str = "split",
-        chat: bool = False,
+        chat: bool | Chat = False,
         seam: str = "joint",
         report: DataReport | None = None,
     ):

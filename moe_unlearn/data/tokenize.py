@@ -74,7 +74,7 @@ def encode(
     max_length: int,
     *,
     overflow: str = "split",
-    chat: bool = False,
+    chat: bool | chats.Chat = False,
     prompt_tokens: int = 0,
     seam: str = "joint",
     report: DataReport | None = None,
@@ -94,7 +94,7 @@ def iter_examples(
     max_length: int,
     *,
     overflow: str = "split",
-    chat: bool = False,
+    chat: bool | chats.Chat = False,
     prompt_tokens: int = 0,
     seam: str = "joint",
     report: DataReport | None = None,
@@ -106,12 +106,13 @@ def iter_examples(
 
     A prompt is masked with -100, a title is not. Prompt and text are encoded as one; a token on both sides of the seam
     is the text's and the report counts it, but with seam="separate" as many tokens are masked as the prompt has alone
-    (`seams`, not with a chat template). What does not fit goes to further examples with
+    (`seams`). What does not fit goes to further examples with
     `overflow="split"` (a document with a prompt is cut instead: its answer would lose its question) and is
     cut with `overflow="truncate"`; the later pieces of a split document have no prefix.
 
-    With `chat` the tokenizer's chat template asks the question (or prompt) as the user and gives the text as the
-    assistant; all up to the answer is masked. Documents without a prompt are texts as before.
+    With `chat`, true or a `Chat` with the template's options, the tokenizer's chat template asks the question (or
+    prompt) as the user and gives the text as the assistant. The answer and its end token carry a loss, what the
+    template writes before and behind them carries none (`chats`). Documents without a prompt are texts as before.
 
     With `prompt_tokens` the first so many tokens of each example without a prompt, begin and title among them, are its
     prompt: objectives that answer prompts get them from a book. What is no longer than that is in no example.
@@ -129,7 +130,7 @@ def iter_examples(
         raise ValueError(f"expected overflow 'split' or 'truncate'; got {overflow!r}")
     seams.check(seam)
     if chat:
-        chats.check(tokenizer)
+        turn_of = chats.turns(tokenizer, chats.Chat() if chat is True else chat, seam=seam)
     around = added(tokenizer)
     if report is not None:
         report.special_tokens = around.describe(tokenizer)
@@ -139,8 +140,9 @@ def iter_examples(
             if spelled := chats.special_token_in(document, tokenizer):
                 _refuse(report, "spells a special token", where, f"its text spells the special token {spelled!r}")
                 continue
-            prompt, text = chats.tokens(document, tokenizer)
-            title, asked, straddled = [], None, False
+            turn = turn_of(document)
+            prompt, text, title, rest = turn.prompt, turn.answer + turn.rest, [], len(turn.rest)
+            asked, straddled = turn.asked, turn.straddled
         else:
             parts = [document.prompt, f"{document.title}\n" if document.title else "", document.text]
             found = seams.split(tokenizer, parts, seam=seam)
@@ -148,7 +150,7 @@ def iter_examples(
             prompt = around.begin + prompt
             asked = None if found.asked is None or not document.prompt else around.begin + found.asked
             text = title + text + (around.answer_end if document.prompt else around.end)
-            straddled = found.straddled
+            straddled, rest = found.straddled, 0
         room = max_length - len(prompt)
         if room < 1:
             message = (
@@ -175,7 +177,8 @@ def iter_examples(
             ids = prompt + piece
             titled = min(len(title), len(piece)) if i == 0 else 0
             prefix = len(prompt) + titled if titled or document.prompt else 0
-            yield Example(ids, [IGNORED] * masked + ids[masked:], max(prefix, masked), asked, straddled)
+            labels = ([IGNORED] * masked + ids[masked : len(prompt) + len(text) - rest] + [IGNORED] * rest)[: len(ids)]
+            yield Example(ids, labels, max(prefix, masked), asked, straddled)
 
 
 def _refuse(report: DataReport | None, reason: str, where: str, message: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from moe_unlearn.data import Document, Example, added, encode, pad_token_id
+from moe_unlearn.data import Chat, Document, Example, added, encode, pad_token_id
 from moe_unlearn.metrics.conventions import OURS, Conventions, decode, prompt_of, stops, without_end
 from moe_unlearn.metrics.results import Result, mean_result
 from moe_unlearn.metrics.scoring import TokenScores, context_length, greedy, token_scores
@@ -52,7 +52,7 @@ def texts(rows: Sequence, names: Sequence[str], where: str) -> list[dict]:
 
 
 def pair(
-    tokenizer, prompt: str, answer: str, max_length: int, *, chat: bool = False, ways: Conventions = OURS
+    tokenizer, prompt: str, answer: str, max_length: int, *, chat: bool | Chat = False, ways: Conventions = OURS
 ) -> Example:
     """One example: the prompt masked, the answer and its end labelled, cut to `max_length`.
 

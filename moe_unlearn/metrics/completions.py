@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from moe_unlearn.data import Document, Example, added, encode, pad_token_id
+from moe_unlearn.data import Chat, Document, Example, added, encode, pad_token_id
 from moe_unlearn.data.records import COMPLETIONS, QUESTIONS, documents_of
 from moe_unlearn.data.tokenize import IGNORED
 from moe_unlearn.metrics.answers import check_fit, completions, room, rouge
@@ -46,7 +46,7 @@ class CompletionSettings:
     prompt_tokens: int = 200
     new_tokens: int = 300
     use_stemmer: bool = True
-    chat: bool = False
+    chat: bool | Chat = False
     max_length: int = 2048
 
 

@@ -105,11 +105,14 @@ def without_end(example: Example, tokenizer, ways: Conventions = OURS) -> Exampl
 
     With `drop_last` it is the example without its last token, whatever that is.
     """
-    around = added(tokenizer)
-    ends = [example.input_ids[-1:]] if ways.drop_last else [around.end, around.answer_end]
-    for end in filter(None, ends):
-        length = len(example) - len(end)
-        if example.input_ids[length:] == end:
-            kept = {"input_ids": example.input_ids[:length], "labels": example.labels[:length]}
-            return replace(example, prefix=min(example.prefix, length), **kept)
-    return example
+    length = max((i for i, label in enumerate(example.labels) if label != IGNORED), default=-1) + 1
+    if ways.drop_last:
+        length -= 1
+    else:
+        special, begin = special_ids(tokenizer), len(added(tokenizer).begin)
+        while length > begin and example.labels[length - 1] in special:
+            length -= 1
+    if length <= 0:
+        return example
+    kept = {"input_ids": example.input_ids[:length], "labels": example.labels[:length]}
+    return replace(example, prefix=min(example.prefix, length), **kept)

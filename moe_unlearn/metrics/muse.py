@@ -23,7 +23,7 @@ from functools import partial
 
 from torch import nn
 
-from moe_unlearn.data import Example, pad_token_id
+from moe_unlearn.data import Chat, Example, pad_token_id
 from moe_unlearn.metrics.answers import QUESTION, continuation, fields, pair, room, rouge, text_example
 from moe_unlearn.metrics.conventions import OURS, Conventions, truth, without_end
 from moe_unlearn.metrics.memorization import exact_memorization, extraction_strength
@@ -63,7 +63,7 @@ class MuseSettings:
     knowmem_tokens: int = 32
     use_stemmer: bool = True
     question: str = QUESTION
-    chat: bool = False
+    chat: bool | Chat = False
     min_k: float = 0.4
     max_length: int = 2048
     like: Conventions = OURS

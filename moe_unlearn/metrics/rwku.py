@@ -19,7 +19,7 @@ from functools import partial
 
 from torch import nn
 
-from moe_unlearn.data import Example
+from moe_unlearn.data import Chat, Example
 from moe_unlearn.data.seams import continued
 from moe_unlearn.data.tokenize import IGNORED
 from moe_unlearn.metrics.answers import check_fit, pair, probability, room, rouge, text_example, texts
@@ -53,7 +53,7 @@ class RwkuSettings:
 
     new_tokens: int = 30
     use_stemmer: bool = False
-    chat: bool = False
+    chat: bool | Chat = False
     max_length: int = 2048
 
 
@@ -110,7 +110,7 @@ def _examples(model, tokenizer, name: str, rows: list[dict], settings: RwkuSetti
     return probes
 
 
-def _probe(tokenizer, name: str, row: dict, chat: bool) -> Example:
+def _probe(tokenizer, name: str, row: dict, chat: bool | Chat) -> Example:
     """The prompt of a probe alone, no token labelled."""
     kind = row.get("type")
     form = EXAMPLES if kind == "incontext learning" else BLANK if name.endswith("level1") else QUESTION

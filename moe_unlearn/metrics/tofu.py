@@ -41,7 +41,7 @@ from functools import partial
 
 from torch import nn
 
-from moe_unlearn.data import Example, MissingLibraryError
+from moe_unlearn.data import Chat, Example, MissingLibraryError
 from moe_unlearn.metrics.answers import QUESTION, fields, pair, probability, room, rouge, texts
 from moe_unlearn.metrics.conventions import OURS, Conventions, truth, without_end
 from moe_unlearn.metrics.muse import membership, memorised
@@ -78,7 +78,7 @@ class TofuSettings:
     new_tokens: int = 200
     use_stemmer: bool = True
     question: str = QUESTION
-    chat: bool = False
+    chat: bool | Chat = False
     min_k: float = 0.4
     max_length: int = 512
     like: Conventions = OURS

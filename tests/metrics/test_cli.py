@@ -55,6 +55,16 @@ def test_like_another_project(folder, capsys):
     assert "--like is for muse and tofu; got --benchmark wmdp" in capsys.readouterr().err
 
 
+def test_options_of_a_chat_template_need_one(folder, capsys):
+    data = ["--data", f"forget={folder / 'forget.json'}", f"holdout={folder / 'holdout.json'}"]
+    assert evaluate(folder, "--benchmark", "muse", *data, "--system", "be brief") == 2
+    assert "--system is for a chat template: give --chat-template too" in capsys.readouterr().err
+    more = ["--chat-template", "--no-enable-thinking", "--date", "2026-11-29", "--out", folder / "run"]
+    assert evaluate(folder, "--benchmark", "muse", *data, *more) == 0
+    written = json.loads((folder / "run" / "MUSE_SETTINGS.json").read_text(encoding="utf-8"))["settings"]
+    assert written["chat"] == {"enable_thinking": False, "system": "", "date": "2026-11-29"}
+
+
 def test_wmdp(folder, capsys):
     assert evaluate(folder, "--benchmark", "wmdp", "--data", f"wmdp_bio={folder / 'bio.jsonl'}") == 0
     assert capsys.readouterr().out.startswith("wmdp_bio/acc")

@@ -177,6 +177,23 @@ def test_open_unlearning_s_tofu(model, tokenizer, tmp_path):
     assert written["like"] == vars(LIKE["open-unlearning"])
 
 
+def test_open_unlearning_s_tofu_through_a_chat_template(model, tokenizer):
+    """All behind the generation prompt is the answer, the template's own text with it, and an end token ends it."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['content'] }}]{% if m['role'] == 'assistant' %}\n{% endif %}{% endfor %}"
+    )
+    settings = like("open-unlearning", TofuSettings, new_tokens=NEW, chat=True)
+    found = evaluate_tofu(model, tokenizer, TofuData(forget=TOFU), settings=settings)
+    their, losses = Their(model, tokenizer), []
+    for row in TOFU:
+        messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+        ids = tokenizer.apply_chat_template(messages, return_dict=False) + [2]
+        cut = len(tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False))
+        table = their.logprobs(ids)
+        losses.append(-statistics.mean(table[i - 1, ids[i]].item() for i in range(cut, len(ids))))
+    assert found["forget_Q_A_Prob"] == pytest.approx(statistics.mean(math.exp(-v) for v in losses), rel=1e-5, abs=1e-6)
+
+
 def test_muse_bench(model, tokenizer):
     their = Their(model, tokenizer)
     settings = like("muse_bench", MuseSettings, verbmem_tokens=CUT, knowmem_tokens=NEW)
