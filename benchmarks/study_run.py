@@ -297,7 +297,7 @@ def control(spec: Spec) -> Iterator[None]:
         return order < selected.sum(1, keepdim=True)
 
     def mask(score):
-        def weight_mask(model, forget_batches, retain_batches, *, keep, gamma, official):
+        def weight_mask(model, forget_batches, retain_batches, *, keep, **how):
             scores = {name: score(p.detach()) for name, p in model.named_parameters()}
             values = torch.cat([s.flatten() for s in scores.values()])
             threshold = values.kthvalue(len(values) - int(keep * len(values))).values
@@ -310,7 +310,7 @@ def control(spec: Spec) -> Iterator[None]:
         "random-experts": (trace, "select_experts", random_experts),
         "random-mask": (wagle, "weight_mask", mask(lambda p: torch.rand(p.shape, generator=draw))),
         "magnitude-mask": (wagle, "weight_mask", mask(torch.abs)),
-        "equal-lambda": (mollm, "minimum_norm", lambda gram: torch.full_like(gram[0], 1 / len(gram))),
+        "equal-lambda": (mollm, "_minimum", lambda cosines, lengths: torch.full_like(lengths, 1 / len(lengths))),
     }
     with mock.patch.object(*replaced[spec.control]) if spec.control in replaced else contextlib.nullcontext():
         yield

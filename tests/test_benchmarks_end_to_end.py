@@ -168,8 +168,10 @@ def walk(folder):
         assert main(["run", run.recipe, *run.arguments()]) == 0
         # here, for evaluations add to the folder
         files = {path.name for path in (folder / run.out).iterdir()}
-        assert files - {"figures"} == {"cache", "checkpoints", "data.json", "model", "recipe.yaml", "report.md",
-                                       "summary.json", "trajectory.json"}  # fmt: skip
+        expected = {"cache", "checkpoints", "data.json", "model", "recipe.yaml", "report.md", "summary.json",
+                    "trajectory.json"}  # fmt: skip
+        expected |= {"routing.json"} if Recipe.load(run.recipe).trace else set()
+        assert files - {"figures"} == expected
         return run
 
     return walk
