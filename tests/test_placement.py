@@ -24,7 +24,7 @@ ON_THE_HOST = {
     "_probe": (1, "once for each model"),
     "stack": (1, "numbers of rows, on the CPU"),
     "control_vector": (1, "once for each model: the same numbers on every device"),
-    "Ranks.mean": (1, "numbers that are on the CPU"),
+    "Ranks.sums": (1, "numbers that are on the CPU"),
     "Ranks.add_": (1, "which ranks have a gradient, known on the CPU"),
     "gather": (1, "values of ranks, which are on the CPU"),
     "RowCache.state_dict": (1, "what is cached of a row is on the CPU"),
