@@ -35,13 +35,11 @@ def steps(text: str) -> int:
 
 
 def chat_of(settings) -> bool | data.Chat:
-    """How questions are asked, of a recipe's data or a verb's options: through the chat template, or not."""
-    options = {name: getattr(settings, name) for name in ("enable_thinking", "system", "date")}
-    if not settings.chat_template:
-        if given := [name for name, value in options.items() if value not in (None, "")]:
-            raise ValueError(f"--{given[0].replace('_', '-')} is for a chat template: give --chat-template too")
-        return False
-    return data.Chat(**options)
+    """`Chat.chosen` of a recipe's data or a verb's options. Raises ValueError for options without a chat template."""
+    given = [name for name in ("enable_thinking", "system", "date") if getattr(settings, name) not in (None, "")]
+    if given and not settings.chat_template:
+        raise ValueError(f"--{given[0].replace('_', '-')} is for a chat template: give --chat-template too")
+    return data.Chat.chosen(settings)
 
 
 def examples_of(source: str, tokenizer, settings, side: str, reports: dict | None = None) -> list:

@@ -36,7 +36,7 @@ from moe_unlearn.trainer import pair_collator
 
 Model = nn.Module | str | Path | Callable[[], object]
 Metric = str | Callable[[nn.Module, object, dict[str, list[Example]]], Mapping[str, float]]
-Item = Example | Document | str
+Item = Example | Document | str | Mapping
 
 NAMES = (*EVALUATED, "routing_drift")
 SIDES = ("forget", "retain")
@@ -75,7 +75,8 @@ def unlearning(
     Args:
         model: a model (copied for each run, itself untouched), the folder of one, or a function that makes one anew
             at every call: the model, or the pair of model and tokenizer.
-        forget, retain: what unlearning sees: texts, `Document`s (cut to examples of `max_length` tokens) or `Example`s.
+        forget, retain: what unlearning sees: texts, records and `Document`s (cut to examples of `max_length` tokens) or
+            `Example`s, in a list or a `datasets.Dataset` (`data.encode_rows`).
         recipes: names of shipped recipes, paths of YAML files or `Recipe`s; the row has the recipe's name.
         metrics: names among `NAMES`, and functions (model, tokenizer, sets) -> {name: number}, called in this order in
             evaluation mode; they leave the model as they found it. Default: every name that the sets allow.
@@ -104,7 +105,7 @@ def unlearning(
         raise ValueError(f"a recipe and a baseline are both named {sorted(twice)[0]!r}")
     given = {"forget": forget, "retain": retain}, dict(evaluation or {})
     for side, items in (*given[0].items(), *given[1].items()):
-        _check_items(side, items)
+        data.check_rows(side, items)
     source = _Source("model", model, tokenizer)
     sources = {"target": source}
     if baselines is not None:
@@ -311,21 +312,8 @@ def _metrics(asked: Sequence[Metric] | None, evaluation, baselines) -> list[Metr
     return list(asked)
 
 
-def _check_items(side: str, items: Sequence[Item]) -> None:
-    if isinstance(items, str) or not isinstance(items, Sequence):
-        raise TypeError(f"{side}: expected a list of texts, Documents or Examples; got {type(items).__name__}")
-    if not items:
-        raise ValueError(f"{side}: expected at least one document or example; the set is empty")
-    wrong = next((item for item in items if not isinstance(item, str | Document | Example)), None)
-    if wrong is not None:
-        raise TypeError(f"{side}: expected texts, Documents or Examples; got {type(wrong).__name__}")
-
-
 def _encoded(side: str, items: Sequence[Item], tokenizer, max_length: int) -> list[Example]:
-    made: list[Example] = []
-    for item in items:
-        document = Document("", item) if isinstance(item, str) else item
-        made += [item] if isinstance(item, Example) else data.encode([document], tokenizer, max_length)
+    made = data.encode_rows(items, tokenizer, max_length, side=side)
     if not any(label != IGNORED for example in made for label in example.labels[1:]):
         raise ValueError(f"{side}: no example has a token to predict")
     return made

@@ -10,7 +10,7 @@ resume goes through `from_pretrained`, and the step's own state (selection, weig
 saved beside the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from moe_unlearn.checkpoint import load_state, save_state
 from moe_unlearn.config import NEED_REFUSALS, Recipe
-from moe_unlearn.data import Example, PairCollator, pad_token_id, refusals
+from moe_unlearn.data import (
+    Chat,
+    Example,
+    ForgetRetainDataset,
+    PairCollator,
+    check_rows,
+    encode_rows,
+    overlap,
+    pad_token_id,
+    refusals,
+)
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.step import UnlearnStep
 
@@ -43,6 +53,26 @@ def pair_collator(recipe: Recipe, tokenizer, forget: Sequence[Example]) -> PairC
     return PairCollator(pad_token_id(tokenizer), refusals(forget, tokenizer, seed=recipe.seed))
 
 
+def _paired(rows: Mapping, recipe: Recipe, tokenizer) -> ForgetRetainDataset:
+    """The pairs of two sets of rows, encoded as the recipe's data section says."""
+    settings, sides = recipe.data, {}
+    if rows.keys() != {"forget", "retain"}:
+        raise ValueError(f"expected train_dataset to have forget and retain; got {', '.join(map(str, rows)) or 'none'}")
+    if tokenizer is None:
+        raise ValueError("rows need processing_class, a tokenizer, to be encoded")
+    for side, own in rows.items():
+        check_rows(side, own)
+        sides[side] = encode_rows(
+            own, tokenizer, settings.max_length, side=side, chat=Chat.chosen(settings), seam=settings.seam,
+            prompt_tokens=settings.prompt_tokens if side == "forget" else 0,
+        )  # fmt: skip
+    if shared := overlap(sides["forget"], sides["retain"]):
+        raise ValueError(f"forget and retain overlap: {shared} of {len(sides['forget'])} forget examples are in retain")
+    return ForgetRetainDataset(
+        sides["forget"], sides["retain"], seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
+    )
+
+
 class UnlearnTrainer(Trainer):
     """A `transformers.Trainer` whose step unlearns.
 
@@ -51,7 +81,8 @@ class UnlearnTrainer(Trainer):
         args: TrainingArguments; `remove_unused_columns` is switched off, nested batches need that.
         recipe: a `Recipe`, a YAML path or the name of a shipped recipe.
         train_dataset: a `data.ForgetRetainDataset`, or any dataset with lists `forget` and `retain` of
-            examples and items `{"forget": [(example, index)], "retain": [(example, index), ...]}`.
+            examples and items `{"forget": [(example, index)], "retain": [(example, index), ...]}`; or a mapping
+            (`datasets.DatasetDict`) of the two to rows, which `processing_class` encodes as recipe.data says.
         data_collator: makes `{"forget": batch, "retain": batch}` of a list of such items; default
             `data.PairCollator`.
         cache_dir: folder that keeps references from run to run; see `UnlearnStep.prepare`.
@@ -80,6 +111,9 @@ class UnlearnTrainer(Trainer):
         ranks = distributed.group.WORLD if args.world_size > 1 else None
         if ranks is not None and (args.fsdp or args.deepspeed):
             raise ValueError("FSDP and DeepSpeed share weights out; every rank of UnlearnTrainer needs all of them")
+        if isinstance(train_dataset, Mapping):
+            recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+            train_dataset = _paired(train_dataset, recipe, keywords.get("processing_class"))
         for side in ("forget", "retain"):
             if not len(getattr(train_dataset, side, ())):
                 raise ValueError(f"train_dataset must have a non-empty list of examples {side!r}")

@@ -202,7 +202,7 @@ def test_an_interrupted_call_loses_only_the_run_in_progress(tmp_path):
         ({"metrics": ["privleak"], "evaluation": {"holdout": HOLDOUT}}, "needs the retrained model"),
         ({"forget": []}, "forget: expected at least one"),
         ({"forget": "text"}, "forget: expected a list of texts"),
-        ({"forget": [3]}, "forget: expected texts, Documents or Examples; got int"),
+        ({"forget": [3]}, "forget, row 0: expected a text, a record, a Document or an Example; got int"),
         ({"evaluation": {"holdout": []}}, "holdout: expected at least one"),
         ({"seeds": []}, "expected different seeds"),
         ({"seeds": [1, 1]}, "expected different seeds"),

@@ -24,7 +24,9 @@ Records, recognised by their fields (the first that fits; other fields stay in `
       is_response_0_safe, is_response_1_safe
     chosen, rejected [prompt]               question and answer; which: `answers`            preference sets
     instruction, output: [chosen, rejected]   the same                                       RWKU pairs
-    prompt, gt | prompt, completion         text that goes on where the prompt ends          MUSE verbmem
+    messages | conversations                the last answer, the turns before it its prompt  chats, ShareGPT
+    prompt, gt | prompt, completion         text that goes on where the prompt ends, or      MUSE verbmem; TRL
+                                            both are messages
     question, answer                        question and answer                              TOFU, MUSE knowmem
     query, answer                           question and answer                              RWKU probes
     instruction [input], output             question and answer                              RWKU refusals, Alpaca
@@ -46,6 +48,7 @@ from moe_unlearn.data.hub import MissingLibraryError
 from moe_unlearn.data.packing import check_packing, pack, packed_batches
 from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, draw, overlap, refusals
 from moe_unlearn.data.registry import BENCHMARKS, DocumentStream, load
+from moe_unlearn.data.rows import check_rows, encode_rows
 from moe_unlearn.data.selection import DataReport, select
 from moe_unlearn.data.special import Added, added, special_ids
 from moe_unlearn.data.stream import ExampleStream, shard
@@ -76,10 +79,12 @@ __all__ = [
     "added",
     "batches",
     "check_packing",
+    "check_rows",
     "collate",
     "draw",
     "drop_shared_runs",
     "encode",
+    "encode_rows",
     "generator",
     "iter_examples",
     "load",

@@ -1,4 +1,4 @@
-"""One question and its answer as the tokenizer's chat template has them.
+"""A question, or a conversation, and its answer as the tokenizer's chat template has them.
 
 A template writes text of its own before an answer, which depends on none (Qwen3's empty `<think>` block, gpt-oss's
 `<|channel|>final<|message|>`), and after it. Two answers to one question tell which: what both renderings begin with
@@ -8,7 +8,7 @@ is asked of the model, what both end with follows the answer.
 import datetime
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_unlearn.data.corpus import Document
@@ -39,6 +39,12 @@ class Chat:
                 datetime.date.fromisoformat(self.date)
             except ValueError:
                 raise ValueError(f"expected a date as 2026-11-29; got {self.date!r}") from None
+
+    @classmethod
+    def chosen(cls, settings) -> "bool | Chat":
+        """How questions are asked by settings as a recipe's data section: through the chat template, or not."""
+        names = ("enable_thinking", "system", "date")
+        return settings.chat_template and cls(**{name: getattr(settings, name) for name in names})
 
     def keywords(self, template: str) -> dict:
         """What is rendered beside the messages: the template with its date, and what it is told.
@@ -84,16 +90,17 @@ def turns(tokenizer, chat: Chat, *, seam: str = "joint") -> Callable[[Document],
         raise ValueError("chat needs a tokenizer with a chat template; this one has none (tokenizer.chat_template)")
     keywords = chat.keywords(tokenizer.get_chat_template())
 
-    def render(question: str, answer: str | None) -> str:
-        messages = [{"role": "system", "content": chat.system}] if chat.system else []
-        messages.append({"role": "user", "content": question})
+    def render(before: Sequence[Mapping], answer: str | None) -> str:
+        messages = [*before]
+        if chat.system and before[0]["role"] not in ("system", "developer"):
+            messages.insert(0, {"role": "system", "content": chat.system})
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None, **keywords)
 
-    def rendered(question: str, answer: str) -> tuple[str, str]:
+    def rendered(before: Sequence[Mapping], answer: str) -> tuple[str, str]:
         """The generation prompt, and what the conversation has behind it."""
-        asked, whole = render(question, None), render(question, answer)
+        asked, whole = render(before, None), render(before, answer)
         if not whole.startswith(asked) or len(whole) == len(asked):
             raise ValueError(
                 "expected a chat template whose conversation begins with its generation prompt; this tokenizer's does "
@@ -101,20 +108,20 @@ def turns(tokenizer, chat: Chat, *, seam: str = "joint") -> Callable[[Document],
             )
         return asked, whole[len(asked) :]
 
-    probes = [rendered("?", answer)[1] for answer in _ANSWERS]
-    before = os.path.commonprefix(probes)
+    probes = [rendered([{"role": "user", "content": "?"}], answer)[1] for answer in _ANSWERS]
+    fixed = os.path.commonprefix(probes)
     after = os.path.commonprefix([probe[::-1] for probe in probes])[::-1]
     end = _first_added(after, tokenizer)
 
     def turn(document: Document) -> Turn:
-        asked, said = rendered(document.question or document.prompt, document.text.strip())
+        asked, said = rendered(_messages(document), document.text.strip())
         if seam == "separate":
             prompt, ids = ids_of(tokenizer, asked, special=True), ids_of(tokenizer, asked + said, special=True)
             if ids[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id is not None:
                 ids.append(tokenizer.eos_token_id)
             return Turn(ids[: len(prompt)], ids[len(prompt) :], [], prompt, False)
-        if said.startswith(before):  # else the template has read the answer, as Qwen3's reads `</think>`
-            asked, said = asked + before, said[len(before) :]
+        if said.startswith(fixed):  # else the template has read the answer, as Qwen3's reads `</think>`
+            asked, said = asked + fixed, said[len(fixed) :]
         found = split(tokenizer, [asked, said], special=True)
         prompt, ids = found.parts
         if end is None:
@@ -133,8 +140,13 @@ def special_token_in(document: Document, tokenizer) -> str | None:
     Added tokens that are text, such as runs of spaces and `</think>`, are none: they are these tokens in any text.
     """
     special = sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))))
-    text = f"{document.question or document.prompt}\n{document.text}"
+    text = "\n".join([*(message["content"] for message in _messages(document)), document.text])
     return next((token for token in special if token in text), None)
+
+
+def _messages(document: Document) -> Sequence[Mapping]:
+    """The turns before the answer."""
+    return document.messages or [{"role": "user", "content": document.question or document.prompt}]
 
 
 def _first_added(text: str, tokenizer) -> int | None:

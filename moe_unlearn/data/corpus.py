@@ -14,8 +14,9 @@ class Document:
 
     `title` opens the text and is trained on like the rest; metrics may prompt with it. `prompt` (a question,
     a completion prompt) precedes the text and carries no loss. `question` is what a chat template asks in place
-    of `prompt`; `fields` are those of the record it was read from (TOFU's `perturbed_answer`, RWKU's `subject`).
-    Neither of the two counts when documents are compared.
+    of `prompt`, `messages` all turns before the answer where there are several (`conversations`); `fields` are those of
+    the record it was read from (TOFU's `perturbed_answer`, RWKU's `subject`). None of these counts when documents are
+    compared.
     """
 
     title: str
@@ -23,6 +24,7 @@ class Document:
     prompt: str = ""
     question: str = field(default="", compare=False)
     fields: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
+    messages: tuple[Mapping[str, str], ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+from moe_unlearn.data.conversations import conversation, is_conversation
 from moe_unlearn.data.corpus import Document
 
 # asked as "Question: ...\nAnswer:" where no chat template asks them; the rest of a pair is the answer
@@ -11,10 +12,12 @@ QUESTIONS = (
 # the second field goes on where the first ends
 COMPLETIONS = (("prompt", "gt"), ("prompt", "completion"))
 ANSWERS = {"unsafe": "rejected", "rejected": "rejected", "safe": "chosen", "chosen": "chosen"}
+# of a record with two answers; unseen documents are like those to forget
+SIDE_ANSWERS = {"forget": "unsafe", "retain": "safe", "holdout": "unsafe"}
 EXPECTED = (
-    "a field 'text'; or 'prompt' with 'gt', 'completion', 'response' or 'answer'; or 'question' or 'query' with "
-    "'answer'; or 'instruction' with 'output'; or 'response_0' and 'response_1'; or 'chosen' and 'rejected'; or "
-    "'target' with 'intro'"
+    "a field 'text'; or 'messages' or 'conversations'; or 'prompt' with 'gt', 'completion', 'response' or 'answer'; or "
+    "'question' or 'query' with 'answer'; or 'instruction' with 'output'; or 'response_0' and 'response_1'; or "
+    "'chosen' and 'rejected'; or 'target' with 'intro'"
 )
 
 
@@ -34,6 +37,10 @@ def documents_of(
         raise ValueError(f"{where}: expected a string or an object with {EXPECTED}; got {kind(record)}")
     if "response_0" in record and "response_1" in record:
         yield from _safe_rlhf(record, where, answers)
+    elif messages := next((record[key] for key in ("messages", "conversations") if record.get(key)), None):
+        if not is_conversation(messages):
+            raise ValueError(f"{where}: expected a list of messages; got {kind(messages)}")
+        yield conversation(messages, record, where)
     elif "chosen" in record and "rejected" in record or _is_pair(record.get("output")):
         yield _preference(record, where, answers)
     else:
@@ -49,6 +56,8 @@ def kind(value: object) -> str:
 def _plain(record: Mapping, where: str, abstract: bool) -> Document:
     for prompt, text in COMPLETIONS:
         if prompt in record and text in record:
+            if is_conversation(record[prompt]) and is_conversation(record[text]):
+                return conversation([*record[prompt], *record[text]], record, where)
             return Document("", _text(record, text, where), _text(record, prompt, where), fields=record)
     for question, answer in QUESTIONS:
         if question in record and answer in record:
@@ -88,6 +97,9 @@ def _safe_rlhf(record: Mapping, where: str, answers: str | None) -> Iterator[Doc
 def _preference(record: Mapping, where: str, answers: str | None) -> Document:
     choice = _choice(answers, where)
     if "chosen" in record:
+        if is_conversation(record[choice]):
+            asked = record.get("prompt")
+            return conversation([*(asked if is_conversation(asked) else ()), *record[choice]], record, where)
         answer = _text(record, choice, where)
     else:
         answer = _text(dict(zip(("chosen", "rejected"), record["output"], strict=True)), choice, where)

@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_unlearn.data import files, hub
 from moe_unlearn.data.builtin import load_builtin
 from moe_unlearn.data.corpus import Document
-from moe_unlearn.data.records import ANSWERS, documents_of
+from moe_unlearn.data.records import ANSWERS, SIDE_ANSWERS, documents_of
 from moe_unlearn.data.selection import DataReport, select
 
 SIDES = ("forget", "retain", "holdout")
@@ -56,8 +56,6 @@ BENCHMARKS = {
         "RWKU comes without a retain corpus",
     ),
 }
-# of a record with two answers; unseen documents are like those to forget
-_SIDE_ANSWERS = {"forget": "unsafe", "retain": "safe", "holdout": "unsafe"}
 _FORMATS = (*files.SUFFIXES, ".parquet")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -166,7 +164,7 @@ class DocumentStream:
             documents = getattr(load_builtin(self.name), _builtin_part(self.name, self.split, self.side))
             yield from ((document, f"{self.name}, document {number}") for number, document in enumerate(documents, 1))
             return
-        answers = self.options.answers or _SIDE_ANSWERS.get(self.side)
+        answers = self.options.answers or SIDE_ANSWERS.get(self.side)
         for record, where in _records(self.name, self.split, self.side, self.options, self.limit):
             documents = list(documents_of(record, where, answers=answers, abstract=self.options.abstract))
             if not documents:

@@ -1,0 +1,59 @@
+"""Examples of rows in memory, whatever they are: texts, records, documents, `datasets.Dataset`, tokens."""
+
+from collections.abc import Iterable, Mapping, Sized
+
+from moe_unlearn.data.corpus import Document
+from moe_unlearn.data.records import SIDE_ANSWERS, documents_of
+from moe_unlearn.data.tokenize import IGNORED, Example, encode
+
+
+def check_rows(side: str, rows: object) -> None:
+    """Raise TypeError unless `rows` can be counted and iterated, ValueError where there are none."""
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable) or not isinstance(rows, Sized):
+        raise TypeError(
+            f"{side}: expected a list of texts, records, Documents or Examples, or a datasets.Dataset; got "
+            f"{type(rows).__name__}"
+        )
+    if not len(rows):
+        raise ValueError(f"{side}: expected at least one document or example; the set is empty")
+
+
+def encode_rows(rows: Iterable, tokenizer, max_length: int, *, side: str, **encoding) -> list[Example]:
+    """Examples of all rows, in their order; `encoding` are further keywords of `encode`.
+
+    A row is an `Example`, a `Document`, a text, a record as `load` knows them (of two answers that of the side), or
+    tokens: `input_ids`, and `labels` where these differ. Empty texts are left out. Raises TypeError for another kind,
+    ValueError for records of another form, naming side and row.
+    """
+    made: list[Example] = []
+    for number, row in enumerate(rows):
+        where = f"{side}, row {number}"
+        if isinstance(row, Example):
+            made.append(row)
+        elif isinstance(row, Mapping) and "input_ids" in row:
+            made.append(_tokens(row, where))
+        elif isinstance(row, Document | str | Mapping):
+            answers = SIDE_ANSWERS.get(side)
+            documents = [row] if isinstance(row, Document) else documents_of(row, where, answers=answers)
+            for document in documents:
+                if document.text.strip():
+                    made += _encoded(document, where, tokenizer, max_length, encoding)
+        else:
+            raise TypeError(f"{where}: expected a text, a record, a Document or an Example; got {type(row).__name__}")
+    return made
+
+
+def _encoded(document: Document, where: str, tokenizer, max_length: int, encoding: dict) -> list[Example]:
+    try:
+        return encode([document], tokenizer, max_length, **encoding)
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix('document 0: ')}") from None
+
+
+def _tokens(row: Mapping, where: str) -> Example:
+    ids = [int(token) for token in row["input_ids"]]
+    labels = [int(label) for label in (ids if row.get("labels") is None else row["labels"])]
+    if len(labels) != len(ids) or not ids:
+        raise ValueError(f"{where}: expected as many labels as input_ids, not none; got {len(labels)} and {len(ids)}")
+    masked = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
+    return Example(ids, labels, masked)
