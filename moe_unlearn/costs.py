@@ -70,7 +70,7 @@ def _expert_mlp(a: dict) -> float:
 
 
 def _expert_mlp_backward(a: dict) -> float:
-    need_x, *need_others, _ = a["needs"]
+    need_x, *need_others, _, _ = a["needs"]
     weights = a["gate_up_proj"].numel() * need_x + a["down_proj"].numel() * (need_x or any(need_others))
     return 2 * a["top_k_weights"].numel() * weights / len(a["down_proj"])
 

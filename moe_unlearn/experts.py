@@ -112,6 +112,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         hidden_states, top_k_weights, routing.sorted_rows, routing.expert_offsets, up, self.down_proj, *biases,
         gate=state.gate, transposed=self.is_transposed, interleaved=state.interleaved,
         gated=self.has_gate, trained_experts=trained, sink=sink,
+        bounded=sink is not None and state.inputs.weight_gradients.bounded,
     )  # fmt: skip
 
 

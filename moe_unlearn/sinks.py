@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_unlearn.ops import gram_factors
 from moe_unlearn.ops.bits import unpack_bits
-from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad, expert_wgrad_inner
+from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad, expert_wgrad_inner
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 
 
@@ -36,6 +36,8 @@ class CompactSink:
 
     #: how many micro-batches like this one its step has, as far as is known
     micro_batches = 1.0
+    #: whether it asks how large factors are
+    bounded = False
 
     def __init__(self, optimizer: MaskedSGD | MaskedAdamW, gradients: dict[Tensor, Tensor]):
         self.optimizer, self.gradients = optimizer, gradients
@@ -111,6 +113,8 @@ class UpdateSink(CompactSink):
     and `settle` raises the error once the backward pass is over. Of a product that could overflow it says so.
     """
 
+    bounded = True
+
     def __init__(self, optimizer: MaskedSGD | MaskedAdamW, gradients: dict[Tensor, Tensor], names: dict[Tensor, str]):
         super().__init__(optimizer, gradients)
         self.names = names
@@ -179,12 +183,16 @@ def largest_sum(factors: Factors) -> Tensor:
     offsets = factors.expert_offsets
     rows = offsets[-1]
     bound = offsets.diff().max().double()
-    for values, index in ((factors.grad, factors.grad_rows), (factors.input, factors.input_rows)):
+    sides = (factors.grad, factors.grad_rows), (factors.input, factors.input_rows)
+    known = factors.largest if isinstance(factors, BoundedFactors) else (None, None)
+    for (values, index), largest in zip(sides, known, strict=True):
         if not values.numel():
             return torch.zeros_like(bound)
-        # the infinity norm, many times as fast
-        low, high = values.aminmax() if index is not None else _extremes(values, rows)
-        bound = bound * torch.maximum(-low, high).double()
+        if largest is None:
+            # the infinity norm, many times as fast
+            low, high = values.aminmax() if index is not None else _extremes(values, rows)
+            largest = torch.maximum(-low, high)
+        bound = bound * largest.double()
     return torch.where(rows > 0, bound, 0)
 
 

@@ -15,12 +15,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_unlearn import losses, sinks
-from moe_unlearn.ops import bits
+from moe_unlearn.ops import bits, expert_mlp
 from moe_unlearn.ops.expert_wgrad import Factors
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.sinks import NonFiniteError, UpdateSink, largest_sum
 from moe_unlearn.step import UnlearnStep
 from tests.models import tiny_olmoe
+from tests.ops.test_expert_mlp import case
 from tests.static.ledger import ROOT
 from tests.steps import VOCAB, changed, data, prepared, recipe, weights
 
@@ -222,6 +223,28 @@ def test_the_bound_is_the_same_on_a_device(value, rows, indexed, monkeypatch):
     assert bound.dtype == torch.float64 and (rows > 0 or bound == 0)
     if rows == 3 and not indexed:
         assert bound == 2 * grad[:3].abs().max().double() * x[:3].abs().max().double()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("impl", ["ref", "auto", "triton"])
+def test_the_bound_takes_what_the_kernel_says(impl, transposed):
+    """Of what the layer's backward pass made nothing is read again; a changed copy of factors knows nothing."""
+    if impl == "triton":
+        pytest.importorskip("triton")
+    arguments = case("sentinels", transposed=transposed, bias=True)
+    for name in ("gate_up_proj", "down_proj", "gate_up_bias"):
+        arguments[name].requires_grad_()
+    taken = {}
+    out = expert_mlp(**arguments, sink=taken.__setitem__, bounded=True, impl=impl)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
+    known = {name: [v is not None for v in taken[arguments[name]].largest] for name in ("gate_up_proj", "down_proj")}
+    assert known == {"gate_up_proj": [not transposed, transposed], "down_proj": [transposed, not transposed]}
+    for factors in taken.values():
+        bound = largest_sum(factors)
+        assert bound > 0 and torch.equal(bound, largest_sum(Factors(*factors)))
+        assert torch.equal(largest_sum(factors._replace(grad=2 * factors.grad)), 2 * bound)
+    expert_mlp(**arguments, sink=taken.__setitem__, impl=impl).sum().backward()
+    assert taken[arguments["gate_up_proj"]].largest == taken[arguments["down_proj"]].largest == (None, None)
 
 
 def allowed(patch, function):

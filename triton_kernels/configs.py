@@ -182,7 +182,7 @@ def expert_mlp(
     else:
         gate_up, linear, activation = tile(128), tile(256), tile(128 if arch < 100 else 64)
         if not activation.descriptors:
-            registers = 168  # left alone, ptxas spills a few to fit two programs
+            registers = 192  # left alone, ptxas spills a few to fit two programs
     sum_columns = min(1024, 1 << (hidden - 1).bit_length())
     return ExpertMLP(gate_up, linear, activation, 2, 8 if pairs else 4, registers, 16, 256, sum_columns)
 

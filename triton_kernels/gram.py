@@ -205,10 +205,12 @@ def _inner(
 ):
     """float64 [ROWS, ROWS]: inner products of the rows below `stop`, zero for others."""
     total = tl.zeros((ROWS, ROWS), tl.float64)
-    # one step ahead by hand: Triton 3.6 cannot multiply float64 operands that it sees come from 16-bit loads
+    # one step ahead by hand: Triton 3.6 cannot multiply float64 operands that it sees come from 16-bit loads, and it
+    # sees through a loop of one turn
+    STOP: tl.constexpr = WIDTH if WIDTH > BLOCK else BLOCK + 1
     x = _factor(a, a_strides, a_rows, stop, 0, WIDTH, BLOCK)
     y = _factor(b, b_strides, b_rows, stop, 0, WIDTH, BLOCK)
-    for start in range(0, WIDTH, BLOCK):
+    for start in range(0, STOP, BLOCK):
         next_x = _factor(a, a_strides, a_rows, stop, start + BLOCK, WIDTH, BLOCK)
         next_y = _factor(b, b_strides, b_rows, stop, start + BLOCK, WIDTH, BLOCK)
         total = tl.dot(

@@ -60,9 +60,13 @@ def grid(
     num_rows: int, num_experts: int, num_columns: int, tile: configs.MatmulTile, device: torch.device
 ) -> tuple[int]:
     """One program per tile that there can be, or as many as the device runs at once if the tile is persistent."""
-    row_tiles = triton.cdiv(num_rows, tile.rows) + min(num_rows, num_experts + 1)
-    tiles = row_tiles * triton.cdiv(num_columns, tile.columns)
+    tiles = most_row_tiles(num_rows, num_experts, tile.rows) * triton.cdiv(num_columns, tile.columns)
     return (min(tiles, configs.num_programs(device)) if tile.persistent else tiles,)
+
+
+def most_row_tiles(num_rows: int, num_experts: int, rows: int) -> int:
+    """How many tiles of `rows` rows there can be, whatever the segments."""
+    return triton.cdiv(num_rows, rows) + min(num_rows, num_experts + 1)
 
 
 @triton.jit

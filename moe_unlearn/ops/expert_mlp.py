@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_unlearn import backend, native
-from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
+from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad
 from moe_unlearn.ops.gate import ACTIVATIONS, Gate, activate, activate_backward
 
 
@@ -54,6 +54,7 @@ def expert_mlp(
     gated: bool = True,
     trained_experts: Tensor | None = None,
     sink: Callable[[Tensor, Factors], None] | None = None,
+    bounded: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """The expert layer, differentiable in all floating inputs; see the module docstring.
@@ -70,6 +71,7 @@ def expert_mlp(
         sink: called in the backward pass as sink(weight, factors) for each weight and bias that requires a
             gradient, once this layer's other gradients are made: it may change the weight. Such a weight gets
             no gradient of its own. `factors` are those of its dW, a bias [E, M] standing for [E, M, 1].
+        bounded: the factors that a sink gets are `BoundedFactors`, as far as this op computes them itself.
 
     Returns [T, H] in the dtype of `hidden_states`. Under autocast the layer computes in autocast's dtype, as
     linear layers do. Raises TypeError or ValueError for bad shapes, dtypes or devices, and RuntimeError on
@@ -85,11 +87,11 @@ def expert_mlp(
             return expert_mlp(
                 narrow[0], top_k_weights, sorted_rows, expert_offsets, *narrow[1:], gate=gate, impl=impl,
                 transposed=transposed, interleaved=interleaved, gated=gated, trained_experts=trained_experts,
-                sink=sink,
+                sink=sink, bounded=bounded,
             ).to(hidden_states.dtype)  # fmt: skip
     _check(hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj,
            gate_up_bias, down_bias, gate, transposed, gated, trained_experts)  # fmt: skip
-    layer = _expert_mlp if sink is None else functools.partial(_WithSink.apply, sink)
+    layer = _expert_mlp if sink is None else functools.partial(_WithSink.apply, sink, bounded)
     return layer(
         hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias,
         down_bias, trained_experts, *gate, transposed, interleaved, gated, impl,
@@ -125,11 +127,12 @@ def _backward_ref(
     grad_out, x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, down_bias, z,
     activation, alpha, limit, shift, transposed, interleaved, gated, needs,
 ):  # fmt: skip
-    """d hidden_states [T, H], d top_k_weights [T, K], dz [N, 2I], weighted activation [N, I].
+    """d hidden_states [T, H], d top_k_weights [T, K], dz [N, 2I], weighted activation [N, I], largest [2].
 
-    `needs` says for each of the four whether it is wanted; one that is not has no rows.
+    `needs` says for each whether it is wanted; one that is not has no rows. The last is the largest |dz| and weighted
+    |activation| as they are stored, NaN if one is NaN, 0 of what is not wanted; float32, or float64 of float64.
     """
-    need_x, need_weights, need_z, need_scaled = needs
+    need_x, need_weights, need_z, need_scaled, need_largest = needs
     (num_tokens, top_k), num_rows, hidden = weights.shape, weights.numel(), x.shape[1]
     gate = Gate(activation, alpha, limit, shift)
     wide = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
@@ -156,7 +159,18 @@ def _backward_ref(
     if need_x:
         d_rows = _grouped_linear(dz_here, gate_up_proj, None, expert_offsets, not transposed)
         d_x = _slots(d_rows, rows, num_rows).view(num_tokens, top_k, hidden).sum(1)
-    return d_x, d_weights, dz, scaled
+    return d_x, d_weights, dz, scaled, largest_of(dz, scaled) if need_largest else z.new_empty(0, dtype=_bound(z))
+
+
+def largest_of(dz: Tensor, scaled: Tensor) -> Tensor:
+    """The largest absolute value of each, [2]; rows that are no expert's are zero there."""
+    # the infinity norm, many times as fast
+    extremes = [torch.stack(v.aminmax()) if v.numel() else v.new_zeros(2) for v in (dz, scaled)]
+    return torch.stack(extremes).abs().amax(1).to(_bound(dz))
+
+
+def _bound(z: Tensor) -> torch.dtype:
+    return torch.promote_types(z.dtype, torch.float32)
 
 
 def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, transposed: bool) -> Tensor:
@@ -219,7 +233,7 @@ def _expert_mlp_backward(
     expert_offsets: Tensor, gate_up_proj: Tensor, down_proj: Tensor, down_bias: Tensor | None, z: Tensor,
     activation: str, alpha: float, limit: float, shift: float,
     transposed: bool, interleaved: bool, gated: bool, needs: list[bool], impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     kernel = backend.resolve("expert_mlp.backward", impl, hidden_states)
     return kernel(
         grad_out, hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj,
@@ -237,6 +251,7 @@ def _(grad_out, x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj
         weights.new_empty(num_tokens if needs[1] else 0, top_k),
         z.new_empty(num_rows if needs[2] else 0, z.shape[1]),
         z.new_empty(num_rows if needs[3] else 0, width),
+        z.new_empty(2 if needs[4] else 0, dtype=_bound(z)),
     )
 
 
@@ -263,24 +278,26 @@ def _backward(ctx, grad_out, _):
     return (d_x, d_weights, None, None, *map(wgrad, weights, factors), *[None] * 9)
 
 
-def _dgrad(ctx, grad_out, needs):
+def _dgrad(ctx, grad_out, needs, bounded=False):
     """d hidden_states, d top_k_weights, and the four weights with the factors of their gradients, None each
-    where not needed; the trained experts."""
+    where not needed; the trained experts. `bounded`: the weights' factors know how large they are."""
     # unpacked once: a gradient checkpoint gives its tensors only once
     x, weights, rows, offsets, w1, w2, b1, b2, trained, z = ctx.saved_tensors
     need_x, need_weights, _, _, need_w1, need_w2, need_b1, need_b2, *_ = needs
     if trained is not None and not (need_x or need_weights):
         rows, offsets, z = _rows_of(trained, rows, offsets, z)
-    d_x, d_weights, dz, scaled = torch.ops.moe_unlearn.expert_mlp_backward(
+    d_x, d_weights, dz, scaled, largest = torch.ops.moe_unlearn.expert_mlp_backward(
         grad_out, x, weights, rows, offsets, w1, w2, b2, z, ctx.activation, ctx.alpha, ctx.limit, ctx.shift,
         ctx.transposed, ctx.interleaved, ctx.gated,
-        [need_x, need_weights, need_w1 or need_b1, need_w2], ctx.impl,
+        [need_x, need_weights, need_w1 or need_b1, need_w2, bounded], ctx.impl,
     )  # fmt: skip
     token = rows // weights.shape[1]
-    up = Factors(dz, x, offsets, None, token)
-    down = Factors(grad_out, scaled, offsets, token, None)
+    up = BoundedFactors(dz, x, offsets, None, token)
+    down = BoundedFactors(grad_out, scaled, offsets, token, None)
+    if bounded:
+        up.largest, down.largest = (largest[0], None), (None, largest[1])
     if ctx.transposed:
-        up, down = (Factors(f.input, f.grad, offsets, f.input_rows, f.grad_rows) for f in (up, down))
+        up, down = _swapped(up), _swapped(down)
     factors = [up if need_w1 else None, down if need_w2 else None, None, None]
     if need_b1:
         factors[2] = Factors(dz, dz.new_ones(1, 1).expand(len(dz), 1), offsets, None, None)
@@ -289,6 +306,13 @@ def _dgrad(ctx, grad_out, needs):
         factors[3] = Factors(grad_out, column, offsets, token, None)
     d_x, d_weights = d_x if need_x else None, d_weights if need_weights else None
     return d_x, d_weights, (w1, w2, b1, b2), factors, trained
+
+
+def _swapped(factors: BoundedFactors) -> BoundedFactors:
+    """The factors of the transposed gradient."""
+    swapped = BoundedFactors(factors.input, factors.grad, factors.expert_offsets, factors.input_rows, factors.grad_rows)
+    swapped.largest = factors.largest[::-1]
+    return swapped
 
 
 def _rows_of(experts: Tensor, rows: Tensor, offsets: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,10 +329,10 @@ class _WithSink(torch.autograd.Function):
     """The op whose backward hands the factors of its weight gradients to a sink."""
 
     @staticmethod
-    def forward(ctx, sink, *inputs):
+    def forward(ctx, sink, bounded, *inputs):
         output = _expert_mlp(*inputs)
         # the weights themselves: a gradient checkpoint gives back detached ones
-        ctx.sink, ctx.weights = sink, inputs[4:8]
+        ctx.sink, ctx.bounded, ctx.weights = sink, bounded, inputs[4:8]
         _setup_context(ctx, inputs, output)
         return output
 
@@ -316,12 +340,12 @@ class _WithSink(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, _):
         if grad_out is not None:
-            d_x, d_weights, _, factors, _ = _dgrad(ctx, grad_out, ctx.needs_input_grad[1:])
+            d_x, d_weights, _, factors, _ = _dgrad(ctx, grad_out, ctx.needs_input_grad[2:], ctx.bounded)
             for weight, own in zip(ctx.weights, factors, strict=True):
                 if own is not None:
                     ctx.sink(weight, own)
-            return (None, d_x, d_weights, *[None] * 15)
-        return (None,) * 18
+            return (None, None, d_x, d_weights, *[None] * 15)
+        return (None,) * 19
 
 
 def _no_double_backward(ctx, *grads):
@@ -335,7 +359,7 @@ backend.register("expert_mlp.backward", "ref", _backward_ref)
 native.register("expert_mlp", "moe_unlearn.ops.native.expert_mlp:forward")
 native.register("expert_mlp.backward", "moe_unlearn.ops.native.expert_mlp:backward")
 backend.register("expert_mlp", "triton", "moe_unlearn.triton_kernels.expert_mlp:expert_mlp")
-backend.register("expert_mlp.backward", "triton", "moe_unlearn.triton_kernels.expert_mlp:expert_mlp_backward")
+backend.register("expert_mlp.backward", "triton", "moe_unlearn.triton_kernels.expert_mlp_backward:expert_mlp_backward")
 
 
 def _check(x, weights, sorted_rows, expert_offsets, w1, w2, b1, b2, gate, transposed, gated, trained):

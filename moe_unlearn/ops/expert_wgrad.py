@@ -44,6 +44,13 @@ class Factors(NamedTuple):
     input_rows: Tensor | None = None
 
 
+class BoundedFactors(Factors):
+    """Factors whose maker knows how large some of them are; a changed copy (`_replace`) does not."""
+
+    # of grad and of input, [] on their device or None: the largest absolute value, NaN if one is NaN
+    largest: tuple[Tensor | None, Tensor | None] = (None, None)
+
+
 def expert_wgrad(
     grad: Tensor,
     input: Tensor,

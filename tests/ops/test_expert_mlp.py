@@ -339,12 +339,15 @@ def test_opcheck(pattern, bias):
     torch.library.opcheck(torch.ops.moe_unlearn.expert_mlp.default, flat(arguments))
 
 
-@pytest.mark.parametrize("needs", [[True] * 4, [True, False, False, False], [False, False, False, True]], ids=str)
+@pytest.mark.parametrize(
+    "needs", [[True] * 5, [True, False, False, False, False], [False, False, False, True, True]], ids=str
+)
 def test_opcheck_of_the_backward(needs):
     arguments = case("sentinels", bias=True, tokens=7)
     x, weights, rows, offsets, w1, w2, _, b2, _, *options, impl = flat(arguments)
     z = torch.ops.moe_unlearn.expert_mlp(*flat(arguments))[1]
-    values = (torch.randn(7, 24), x, weights, rows, offsets, w1, w2, b2, z, *options, needs, impl)
+    wanted = [need == "1" for need in needs]
+    values = (torch.randn(7, 24), x, weights, rows, offsets, w1, w2, b2, z, *options, wanted, impl)
     torch.library.opcheck(torch.ops.moe_unlearn.expert_mlp_backward.default, values)
 
 

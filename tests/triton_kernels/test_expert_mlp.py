@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moe_unlearn.ops import Gate, expert_mlp, expert_mlp_ref
+from moe_unlearn.ops.expert_mlp import largest_of
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, check_against_ref, in_layout, integers, poison
 from moe_unlearn.triton_kernels import configs
 from tests.ops.test_expert_mlp import GATES, GPT_OSS, GRADIENTS, LAYOUT_FLAGS, case, flat
@@ -19,7 +20,7 @@ from tests.ops.test_expert_mlp import GATES, GPT_OSS, GRADIENTS, LAYOUT_FLAGS, c
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, FP16, FP32)
 ARCHITECTURES = (80, 90)
-ALL = (True, True, True, True)
+ALL = (True, True, True, True, True)
 # one and a half tiles of depth and of columns, 16 bytes long in every dtype, as descriptors need them
 SHAPE = {"tokens": 19, "hidden": 24, "inner": 24, "experts": 3, "top_k": 2}
 triton_mlp = functools.partial(expert_mlp, impl="triton")
@@ -65,11 +66,19 @@ def forward(impl, **arguments):
 
 
 def backward(impl, *, grad_out, z, needs=ALL, **arguments):
-    """(d_x, d_weights, dz, scaled)"""
+    """(d_x, d_weights, dz, scaled, largest)"""
     x, weights, rows, offsets, w1, w2, _, b2, _, *options, _ = flat(arguments)
     return torch.ops.moe_unlearn.expert_mlp_backward(
         grad_out, x, weights, rows, offsets, w1, w2, b2, z, *options, list(needs), impl
     )
+
+
+def gradients(impl, **arguments):
+    """(d_x, d_weights, dz, scaled); the largest values of a kernel are those of what it stored."""
+    *made, largest = backward(impl, **arguments)
+    if impl != "ref":
+        assert torch.equal(largest, largest_of(*made[2:]))
+    return tuple(made)
 
 
 def backward_case(device, arguments, layout="contiguous"):
@@ -83,7 +92,7 @@ def backward_case(device, arguments, layout="contiguous"):
 def check(device, arguments, layout="contiguous"):
     """Output, z, and what both passes leave to expert_wgrad, in memory full of NaN."""
     both = backward_case(device, arguments, layout)
-    for function, values in ((forward, on(device, arguments)), (backward, both)):
+    for function, values in ((forward, on(device, arguments)), (gradients, both)):
         with poison():
             check_against_ref(functools.partial(function, "triton"), functools.partial(function, "ref"), values)
 
@@ -125,9 +134,25 @@ def test_gradient_is_cut_at_the_clamp_as_torch_cuts_it_and_nan_is_never_lost(dev
     arguments |= {"top_k_weights": torch.ones(len(z), 1), "down_proj": torch.eye(16, 1)[None]}
     arguments = on(device, arguments | {"z": z, "grad_out": torch.ones(len(z), 16)})
     ours, reference = (backward(impl, **arguments) for impl in ("triton", "ref"))
-    for name, a, b in zip(("dz", "scaled"), ours[2:], reference[2:], strict=True):
+    for name, a, b in zip(("dz", "scaled", "largest"), ours[2:], reference[2:], strict=True):
         assert torch.equal(a.isnan(), b.isnan()), name
         assert torch.equal(a == 0, b == 0), name
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 3e38])
+@pytest.mark.parametrize("gated,interleaved", [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("place", [0, 17, 31])
+def test_the_largest_values_are_those_of_one_place(device, small_tiles, gated, interleaved, value, place):
+    """A weight of one row, or a gradient of one token, makes the largest; which it is says NaN and infinity too."""
+    small_tiles(80 if place else 90)
+    arguments = case("uniform", 32, 24, 20, experts=3, top_k=1, gated=gated, interleaved=interleaved)
+    arguments["top_k_weights"][place] = value
+    both = backward_case(device, arguments)
+    *_, dz, scaled, largest = backward("triton", **both)
+    assert torch.equal(largest.nan_to_num(), largest_of(dz, scaled).nan_to_num()) and largest.dtype == FP32
+    assert bool(largest[1].isnan()) == (value != value) and not bool((largest == 0).any())
+    assert largest[1].isnan() or largest[1] > 1e36
 
 
 # two tiles of columns in each product, and of rows in one expert
@@ -259,7 +284,7 @@ def test_rows_behind_the_last_expert_come_out_as_zero_whatever_they_hold(
             results.append((*forward("triton", **arguments), *backward("triton", **both)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b) and a.isfinite().all()
-    out, z, d_x, d_weights, dz, scaled = results[1]
+    out, z, d_x, d_weights, dz, scaled, largest = results[1]
     assert (d_weights.view(-1)[behind] == 0).all()
     assert all((rows[count:] == 0).all() for rows in (z, dz, scaled))
     if pattern == "all_sentinels":
@@ -277,16 +302,18 @@ def test_a_nan_token_stays_in_its_row(device, arch):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("needs", [n for n in itertools.product([False, True], repeat=4) if n != ALL], ids=str)
+@pytest.mark.parametrize("needs", [n for n in itertools.product([False, True], repeat=5) if n != ALL], ids=str)
 def test_only_what_is_asked_for_and_the_same_bits(device, small_tiles, needs):
     small_tiles(ARCHITECTURES[sum(needs) % 2])
     both = backward_case(device, case("sentinels", tokens=9, bias=True, interleaved=needs[0]))
     everything = backward("triton", **both)
     with poison():
         some = backward("triton", **both, needs=needs)
-    for wanted, a, b in zip(needs, some, everything, strict=True):
+    for wanted, a, b in zip(needs[:4], some, everything, strict=False):
         assert torch.equal(a, b) if wanted else a.shape == (0, b.shape[1])
         assert a.dtype == b.dtype
+    known = everything[4] * torch.tensor(needs[2:4], device=device)
+    assert torch.equal(some[4], known if needs[4] else known[:0]) and some[4].dtype == known.dtype
 
 
 @pytest.mark.quick

@@ -30,7 +30,7 @@ def test_gradients_of_the_gate(device, small_tiles, gate):
         values = test_expert_mlp.backward_case(device, arguments)
         with approximate(seed):
             check_against_ref(
-                *(functools.partial(test_expert_mlp.backward, impl) for impl in ("triton", "ref")), values
+                *(functools.partial(test_expert_mlp.gradients, impl) for impl in ("triton", "ref")), values
             )
 
 

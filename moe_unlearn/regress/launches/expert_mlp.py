@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_unlearn.triton_kernels import expert_mlp
+from moe_unlearn.triton_kernels import expert_mlp, expert_mlp_backward
 
 HIDDEN, INNER, EXPERTS, TOP_K, TOKENS = 2048, 768, 8, 8, 1024
 
@@ -24,13 +24,13 @@ def _arguments(dtype, transposed, interleaved, gated, bias, tokens, offset):
 
 
 def _case(*, dtype=torch.bfloat16, transposed=False, interleaved=False, gated=True, bias=False, tokens=TOKENS,
-          offset=0, gate=("silu", 1.0, float("inf"), 0.0), needs=(True, True, True, True)):  # fmt: skip
+          offset=0, gate=("silu", 1.0, float("inf"), 0.0), needs=(True, True, True, True, False)):  # fmt: skip
     def launch():
         made = _arguments(dtype, transposed, interleaved, gated, bias, tokens, offset)
         x, weights, rows, offsets, w1, w2, b1, b2 = made
         options = *gate, transposed, interleaved, gated
         out, z = expert_mlp.expert_mlp(x, weights, rows, offsets, w1, w2, b1, b2, *options)
-        expert_mlp.expert_mlp_backward(out, x, weights, rows, offsets, w1, w2, b2, z, *options, list(needs))
+        expert_mlp_backward.expert_mlp_backward(out, x, weights, rows, offsets, w1, w2, b2, z, *options, list(needs))
 
     return launch
 
@@ -49,7 +49,11 @@ CASES = {
     "not aligned": _case(offset=1),
     "not aligned gpt-oss": _case(offset=1, transposed=True, interleaved=True, bias=True, gate=GPT_OSS),
     "float32": _case(dtype=torch.float32),
-    "router gradient only": _case(needs=(False, True, False, False)),
-    "no gradient of x": _case(needs=(False, False, True, True)),
-    "scaled only": _case(needs=(False, False, False, True)),
+    "router gradient only": _case(needs=(False, True, False, False, False)),
+    "no gradient of x": _case(needs=(False, False, True, True, False)),
+    "scaled only": _case(needs=(False, False, False, True, False)),
+    "bounded": _case(needs=(True, True, True, True, True)),
+    "bounded few rows": _case(tokens=32, needs=(True, True, True, True, True)),
+    "bounded gpt-oss": _case(transposed=True, interleaved=True, bias=True, gate=GPT_OSS, needs=(True,) * 5),
+    "bounded, lowest layer": _case(needs=(False, False, True, True, True)),
 }

@@ -13,9 +13,9 @@ def _gram(m, *, dtype=torch.bfloat16, masked=False, transposed=False, shape=SHAP
     gram([g.transpose(1, 2).contiguous().transpose(1, 2) for g in made] if transposed else made, mask)
 
 
-def _factors(m, *, dtype=torch.bfloat16, rows=8192, experts=128):
-    row_gradients = [torch.empty(rows, 1536, dtype=dtype) for _ in range(m)]
-    gram_factors(row_gradients, torch.empty(rows, 2048, dtype=dtype), torch.empty(experts + 1, dtype=torch.int32))
+def _factors(m, *, dtype=torch.bfloat16, rows=8192, widths=(1536, 2048), experts=128):
+    row_gradients = [torch.empty(rows, widths[0], dtype=dtype) for _ in range(m)]
+    gram_factors(row_gradients, torch.empty(rows, widths[1], dtype=dtype), torch.empty(experts + 1, dtype=torch.int32))
 
 
 CASES = {
@@ -30,4 +30,5 @@ CASES = {
     "factors of two, fp32": lambda: _factors(2, dtype=torch.float32),
     "factors of three": lambda: _factors(3),
     "factors of five": lambda: _factors(5),
+    "factors of two, narrow": lambda: _factors(2, widths=(31, 6)),
 }
