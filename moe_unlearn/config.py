@@ -56,13 +56,26 @@ class Forget:
 
 @dataclass(frozen=True, kw_only=True)
 class Retain:
-    """L_retain, a mean over the retain positions that carry a loss."""
+    """L_retain, a mean over the retain positions that carry a loss. `router_aux` times the load-balancing loss of the
+    retain rows is added to it: "off", a number, or "auto", the model's own coefficient where its config says
+    `output_router_logits`; see `moe_unlearn.router_aux`."""
 
     objective: str = "nll"
     alpha: float = 1.0
+    router_aux: str | float = "auto"
 
     def __post_init__(self):
         one_of("retain.objective", self.objective, RETAIN_OBJECTIVES)
+        if isinstance(self.router_aux, str):
+            if self.router_aux not in ("auto", "off"):
+                raise ValueError(f"retain.router_aux must be auto, off or a number; got {self.router_aux!r}")
+            return
+        at_least("retain.router_aux", self.router_aux, 0)
+        if self.router_aux and self.objective not in ("nll", "kl"):
+            raise ValueError(
+                f"retain.router_aux is added to a retain loss of all layers and needs retain.objective 'nll' or 'kl'; "
+                f"got {self.router_aux:g} with {self.objective!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

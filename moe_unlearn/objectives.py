@@ -1,23 +1,24 @@
 """The recipe's losses of one pair of batches, each a scalar with its graph.
 
 Names: `forget` (`config.FORGET_OBJECTIVES`), `retain` (NLL, KL or RMU's embedding difference), `kl` (MOLLM's
-third objective) and `anchor` (SEUF). Formulas are in `losses` and `seuf`; here they meet batches, caches and
-TRACE's token weights:
+third objective), `anchor` (SEUF) and `router_aux` (the load-balancing loss). Formulas are in `losses`, `seuf` and
+`router_aux`; here they meet batches, caches and TRACE's token weights:
 
     L_retain = sum_t w_t l_t / (number of retain positions)
 
 Each loss is a mean over its own unit: positions that carry a loss, sequences for NPO, SimNPO and DPO, labelled
-tokens for RMU, attended positions for SEUF's anchor. `units` counts these, so that the parts of a batch that is split
-weigh what they hold. RMU steers and keeps the states of labelled tokens, or of those that a batch's `state_mask` [B, S]
-says.
+tokens for RMU, attended positions for SEUF's anchor and the load-balancing loss. `units` counts these, so that the
+parts of a batch that is split weigh what they hold. RMU steers and keeps the states of labelled tokens, or of those
+that a batch's `state_mask` [B, S] says.
 """
 
+import contextlib
 import math
 
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn import losses, seuf, trace
+from moe_unlearn import losses, router_aux, seuf, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules, step_inputs
 from moe_unlearn.forward import Batch, control_vector, forgotten, layer_states, refusal, sequence_logprobs, stack
@@ -70,12 +71,20 @@ class Objectives:
         #: int64 [2, E] for each MoE layer: visits in the last joint forward pass, of positions that carry a
         #: forget and a retain loss
         self.tokens_per_expert: list[Tensor] = []
+        #: what multiplies the load-balancing loss in the retain loss; without it, 0, it is not made
+        self.router_aux = router_aux.coefficient(model, recipe)
 
     @property
     def factors(self) -> dict[str, float]:
         """What multiplies each loss in their sum, where MOLLM does not combine them."""
         recipe = self.recipe
-        return {"forget": recipe.forget.gamma, "retain": recipe.retain.alpha, "anchor": recipe.scope.anchor}
+        alpha = recipe.retain.alpha
+        return {
+            "forget": recipe.forget.gamma,
+            "retain": alpha,
+            "router_aux": alpha * self.router_aux,
+            "anchor": recipe.scope.anchor,
+        }
 
     @property
     def separate(self) -> str:
@@ -105,14 +114,18 @@ class Objectives:
             mask = losses.target_mask(batch)
             group[part, : mask.shape[1]].masked_fill_(mask, side)
         layer = self._layer("rmu", self.recipe.forget.objective)
-        states, log_weight = self._states(stacked, self._tilt(retain), group, layer)
+        with self._routing() as routing:
+            states, log_weight = self._states(stacked, self._tilt(retain), group, layer)
+        shape, length = stacked["input_ids"].shape, retain["input_ids"].shape[1]
+        routing = [of_layer.rows(shape, rows[-1], length) for of_layer in routing]
         states = [states[r, : b["input_ids"].shape[1]] for r, b in zip(rows, parts, strict=True)]
         if log_weight is not None:
-            log_weight = log_weight[rows[-1], : retain["input_ids"].shape[1]]
-        return {**self._forget_side(forget, *states[:-1]), **self.retain(retain, states[-1], log_weight)}
+            log_weight = log_weight[rows[-1], :length]
+        return {**self._forget_side(forget, *states[:-1]), **self.retain(retain, states[-1], log_weight, routing)}
 
     def units(self, forget: Batch, retain: Batch) -> dict[str, Tensor]:
-        """What the losses of a pair of batches are means over, int64 []: "forget", "retain" and, for SEUF, "anchor".
+        """What the losses of a pair of batches are means over, int64 []: "forget", "retain" and those of `anchor` and
+        `router_aux` where they are made.
 
         Sequences for sequence losses, else positions; every loss without a unit of its own has that of "retain".
         """
@@ -124,6 +137,8 @@ class Objectives:
             out["forget"] = torch.full_like(out["retain"], len(counted))
         if self.recipe.scope.kind == "seuf":
             out["anchor"] = rows["attention_mask"].bool().sum()
+        if self.router_aux:
+            out["router_aux"] = retain["attention_mask"].bool().sum()
         return out
 
     def forget(self, batch: Batch) -> dict[str, Tensor]:
@@ -142,14 +157,21 @@ class Objectives:
         attended = batch["attention_mask"].bool().flatten()
         return {"forget": loss, "anchor": seuf.anchor_loss(collected[name].dense(), expert, attended)}
 
-    def retain(self, batch: Batch, states: Tensor | None = None, log_weight: Tensor | None = None) -> dict[str, Tensor]:
-        """{"retain": loss} and, for MOLLM, {"kl": loss}; both from one forward pass, or from `states`
-        [B, S, H] and what TRACE collected in it, log_weight [B, S]."""
+    def retain(
+        self,
+        batch: Batch,
+        states: Tensor | None = None,
+        log_weight: Tensor | None = None,
+        routing: list[router_aux.Layer] | None = None,
+    ) -> dict[str, Tensor]:
+        """{"retain": loss}, for MOLLM {"kl": loss} and, where it is added, {"router_aux": loss}; all from one forward
+        pass, or from `states` [B, S, H] and what was collected in it: TRACE's log_weight [B, S], the `routing`."""
         objective, with_kl = self.recipe.retain.objective, self.recipe.mollm is not None and self.recipe.mollm.kl
         if objective == "none" and not with_kl:
             return {}
         if states is None:
-            states, log_weight = self._states(batch, self._tilt(batch), layer=self._layer("embed_diff", objective))
+            with self._routing() as routing:
+                states, log_weight = self._states(batch, self._tilt(batch), layer=self._layer("embed_diff", objective))
         if objective == "embed_diff":
             reference = self._need("reference", self.prepared.ref_layer_states).get(batch)
             return {"retain": losses.embed_diff(states, reference.to(states.dtype), losses.state_mask(batch))}
@@ -159,7 +181,13 @@ class Objectives:
             out["retain"] = self._token_sum(batch, states, objective, weights) / positions
         if with_kl:
             out["kl"] = self._token_sum(batch, states, "kl", None) / positions
+        if self.router_aux:
+            out["router_aux"] = router_aux.load_balancing_loss(routing, batch["attention_mask"].bool().flatten())
         return out
+
+    def _routing(self):
+        """What collects the routing of a forward pass where the load-balancing loss is made of it, else nothing."""
+        return router_aux.routing(self.model) if self.router_aux else contextlib.nullcontext([])
 
     def _states(self, batch: Batch, tilt: Tensor | None = None, group: Tensor | None = None, layer: int | None = None):
         """Hidden states [B, S, H] and log_weight [B, S] of one forward pass, final or behind RMU's layer."""

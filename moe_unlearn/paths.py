@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import nn
 
 from moe_unlearn.experts import experts_modules
+from moe_unlearn.scope import wrapped_name
 
 _STRICT = "guard 'strict' knows every gradient before the first update (guard: loss allows it)"
 _ADAPTED = "the weights are made of others (an adapter)"
@@ -62,7 +63,7 @@ def paths(step) -> list[Path]:
         own = {suffix: p for suffix, p in module.named_parameters() if p.requires_grad}
         if own:
             path = _way(step, module, own, blocked)
-        elif any(parameter.startswith(_wrapped(name) + ".") for parameter in trains):
+        elif any(parameter.startswith(wrapped_name(name) + ".") for parameter in trains):
             path = "autograd", "adapters", _ADAPTED
         elif lowest > order.index(name):
             path = "below", "no expert", "nothing trains here or below: no graph is kept"
@@ -70,13 +71,6 @@ def paths(step) -> list[Path]:
             path = "frozen", "no expert", "gradients of layers below pass through"
         made.append(Path(name, *path))
     return made
-
-
-def _wrapped(name: str) -> str:
-    """The name of a module with what PEFT has wrapped around it."""
-    while name.endswith(".base_layer"):
-        name = name.removesuffix(".base_layer")
-    return name
 
 
 def _way(step, module: nn.Module, own: dict[str, nn.Parameter], blocked: str) -> tuple[str, str, str]:

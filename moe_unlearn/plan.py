@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_unlearn import losses, trace
+from moe_unlearn import losses, router_aux, trace
 from moe_unlearn.cache import RowCache
 from moe_unlearn.experts import copy_gate, experts_modules
 from moe_unlearn.forward import Batch, check_batch, refusal
@@ -65,7 +65,7 @@ class Plan:
             f"batch: {self.shape}",
             *([f"data: {self.data}"] if self.data else []),
             f"trained weights: {self.trained:,} of {self.weights:,} ({share:.1%})",
-            *(f"  {name:<8} {text}" for name, text in self.levers.items()),
+            *(f"  {name:<10} {text}" for name, text in self.levers.items()),
             *_path_lines(self.paths),
             f"{'one step':<26} {'GFLOP':>12} {'MiB moved':>12}",
             *(f"  {name:<24} {self.flops.get(name, 0) / 1e9:12.3f} {size / 2**20:12.1f}"
@@ -327,6 +327,8 @@ def _levers(step) -> dict[str, str]:
         names = ["forget", "retain", *(["kl"] if recipe.mollm.kl else [])]
         levers["mollm"] = f"common descent of {', '.join(names)} ({recipe.mollm.normalize})"
     levers["scope"] = recipe.scope.kind
+    if balance := router_aux.described(step.model, recipe):
+        levers["router_aux"] = balance
     one_pass = "in the backward pass" if not step.obstacle else f"after it: {step.obstacle}"
     levers["update"] = f"{type(step.optimizer).__name__}, {one_pass}"
     return levers

@@ -84,9 +84,12 @@ def build(cls, values, path: str):
 
 def _convert(hint, value, name: str):
     if isinstance(hint, types.UnionType):
-        if value is None:
+        kinds = typing.get_args(hint)
+        if value is None and type(None) in kinds:
             return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+        if {str, float} <= set(kinds):
+            return _word_or_number(value, name)
+        hint = next(h for h in kinds if h is not type(None))
     if dataclasses.is_dataclass(hint):
         # `trace: true` is the lever with its defaults
         return hint() if value is True else build(hint, value, name)
@@ -109,6 +112,18 @@ def _convert(hint, value, name: str):
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{name} must be finite; got {value}")
     return value
+
+
+def _word_or_number(value, name: str) -> str | float:
+    """A number however it is written, else a word; YAML 1.1 reads the word off as false."""
+    if value is False:
+        return "off"
+    try:
+        return _convert(float, value, name)
+    except ValueError:
+        if isinstance(value, str):
+            return value
+        raise ValueError(f"{name} must be a word or a finite number; got {value!r}") from None
 
 
 def one_of(name, value, allowed):

@@ -104,18 +104,26 @@ def _selected_parameters(model: nn.Module, selected: Tensor) -> Iterator[tuple[s
             yield f"{name}.{suffix}", row, parameter
 
 
+def wrapped_name(experts_name: str) -> str:
+    """The name of an experts module with what PEFT has wrapped around it."""
+    while experts_name.endswith(".base_layer"):
+        experts_name = experts_name.removesuffix(".base_layer")
+    return experts_name
+
+
 def router_parameters(model: nn.Module, experts_name: str) -> set[str]:
     """Names of the router's parameters beside one experts module.
 
     The router is whatever stands under the same parent, outside the experts, with one row per expert.
     """
     num_experts = experts_modules(model)[experts_name].num_experts
-    parent = experts_name.rpartition(".")[0]
+    own = wrapped_name(experts_name)
+    parent = own.rpartition(".")[0]
     return {
         name
         for name, p in model.named_parameters()
         if name.startswith(parent + ".")
-        and not name.startswith(experts_name + ".")
+        and not name.startswith(own + ".")
         and p.dim() <= 2
         and p.shape[0] == num_experts
     }

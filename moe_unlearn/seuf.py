@@ -52,8 +52,8 @@ def gates(model: nn.Module, names: list[str] | None = None) -> Iterator[dict[str
         def collect(module, args, kwargs):
             if torch.is_grad_enabled() != with_graph:
                 raise RuntimeError(
-                    f"{name} runs in a reentrant gradient checkpoint that is not transformers': SEUF's anchor would "
-                    "have no gradient; expected a checkpoint with use_reentrant=False"
+                    f"{name} runs in a reentrant gradient checkpoint that is not transformers': a loss of its routing "
+                    "would have no gradient; expected a checkpoint with use_reentrant=False"
                 )
             index = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
             weights = kwargs.get("top_k_weights", args[2] if len(args) > 2 else None)

@@ -7,7 +7,7 @@
 One step computes the recipe's losses, turns them into one gradient and moves the weights the scope and
 the mask allow:
 
-    g = grad( gamma L_forget + alpha L_retain + anchor L_anchor )          without MOLLM
+    g = grad( gamma L_forget + alpha (L_retain + router_aux L_router_aux) + anchor L_anchor )      without MOLLM
     g = sum_i c_i grad L_i,  c from the Gram matrix of the masked gradients  with MOLLM
 
 Of several micro-batches each weighs what it holds, so that the step is that of all rows in one batch (`tally`):
@@ -65,7 +65,8 @@ class UnlearnStep:
         process_group: the ranks that train this model, which take the first one's weights; see `ranks`.
 
     Raises TypeError for another optimizer and ValueError for a model without MoE layers, with nothing to train in the
-    recipe's scope or with sharded weights, and for `verify` with several ranks.
+    recipe's scope or with sharded weights, for `verify` with several ranks, and for a `retain.router_aux` that finds no
+    loss of the model to multiply.
     """
 
     def __init__(
@@ -89,10 +90,10 @@ class UnlearnStep:
         self.held_back = ""
         #: how many micro-batches make a step, as far as its plan knows
         self.micro_batches = self.recipe.accumulate
-        self._implementation = enable(self.model)
-        self._flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
         self.prepared = Preparation()
         self.objectives = Objectives(self.model, self.recipe, self.prepared)
+        self._implementation = enable(self.model)
+        self._flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
         self.masks: dict[str, Tensor] = {}
         self.steps = 0
         #: whether the last step saw a forget loss at or below `recipe.stop_forget_loss`
@@ -365,8 +366,13 @@ class UnlearnStep:
             sum(factors[name] * share * value for name, (share, value) in weighed.items()).backward()
             return
         values = {name: share * value for name, (share, value) in weighed.items()}
-        if "anchor" in values:
-            values["forget"] = values["forget"] + factors["anchor"] * values.pop("anchor")
+        # these are part of another objective, whatever multiplies that one in a sum
+        for name, whole, factor in (
+            ("anchor", "forget", factors["anchor"]),
+            ("router_aux", "retain", self.objectives.router_aux),
+        ):
+            if name in values:
+                values[whole] = values[whole] + factor * values.pop(name)
         for i, (name, value) in enumerate(values.items()):
             # forget has a graph of its own; retain and KL share theirs, freed by the last of the two
             value.backward(retain_graph=name != "forget" and i + 1 < len(values))

@@ -201,14 +201,14 @@ class UnlearnTrainer(Trainer):
             self._logged.setdefault(name, []).append(value)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The summed objectives of a pair; batches that are not pairs are evaluated as usual."""
+        """The objectives of a pair, weighed and summed as in a step without MOLLM; other batches as usual."""
         if "forget" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         objectives = self.unlearn_step.objectives
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             values = {**objectives.forget(inputs["forget"]), **objectives.retain(inputs["retain"])}
-        return sum(values.values()), None, None
+        return sum(objectives.factors.get(name, 1.0) * value for name, value in values.items()), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the step's metrics since the last log."""

@@ -25,7 +25,7 @@ LAYERS = [
     {"experts"},
     {"losses"},
     {"capture"},
-    {"trace", "wagle", "mollm", "seuf", "forward", "scope"},
+    {"trace", "wagle", "mollm", "seuf", "forward", "scope", "router_aux"},
     {"mask_files"},
     {"gradients"},
     {"comparison"},

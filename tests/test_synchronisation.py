@@ -121,9 +121,11 @@ READS = {
 
 
 @pytest.mark.parametrize("guard", ["loss", "strict"])
-@pytest.mark.parametrize("name", ["graddiff", "wagle", "trace"])
+@pytest.mark.parametrize("name", ["graddiff", "graddiff balanced", "wagle", "trace"])
 def test_a_step_waits_only_where_it_says_so(name, guard, model, as_on_a_gpu):
-    step, forget, retain = prepared(model, recipe(name, f"guard={guard}"))
+    name, *balanced = name.split()
+    made = recipe(name, f"guard={guard}", f"retain.router_aux={0.1 if balanced else 'off'}")
+    step, forget, retain = prepared(model, made)
     step(forget[0], retain[0])
     with Watch() as watch:
         step(forget[1], retain[1])

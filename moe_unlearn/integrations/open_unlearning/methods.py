@@ -29,8 +29,9 @@ does for sequences of equal length. Where they differ, and why:
     reference       log-probs and hidden states computed once and cached (hidden states in bfloat16); there a
                     second copy of the model. So every row of `forget` and `retain` must be the same when it comes
                     again; of DPO a row's alternate is drawn once, under a seed, there anew each time (IdkDPO)
-    loss            computed in float32 without logits; an auxiliary router loss is never added, there it is where
-                    the config has output_router_logits
+    loss            computed in float32 without logits
+    router loss     where the config has output_router_logits, the load-balancing loss is added to the retain loss, NLL
+                    or KL; there to every NLL, that of forget rows with GradAscent's sign, and not to KL
     optimizer       MaskedAdamW with the arguments' lr, betas, eps and weight decay; `optim` is ignored. The decay
                     is of every trained parameter, there not of norms and biases
     accumulation    micro-batches and ranks weigh the tokens or sequences they hold, so that the step is that of all its
