@@ -13,6 +13,8 @@
                     at 128 tokens                           VerbMem's cut at 128             alone and cut at 128, its
                                                                                              begin token counted
     text_window     `max_length` counts the begin token     it does not                      nothing is cut
+    last_extracted  the extraction strength of a row with   its last token counts as         (has no such number)
+                    a wrong last token is 0                 extracted: at least 1 / n
 
 Ours are what a user's model is asked and what it answers: no token that training did not have at the seam, no label on
 a prompt's token, none missing at the end of a text.
@@ -39,13 +41,14 @@ class Conventions:
     stop_at_end: bool = False
     truth: str = "text"
     text_window: bool = False
+    last_extracted: bool = False
 
 
 OURS = Conventions()
 LIKE = {
     "open-unlearning": Conventions(
         name="open-unlearning", seam="separate", insert_space=True, drop_last=True, stop_at_end=True, truth="decoded",
-        text_window=True,
+        text_window=True, last_extracted=True,
     ),
     "muse_bench": Conventions(name="muse_bench", seam="separate", stop_at_end=True, truth="alone", text_window=True),
 }  # fmt: skip

@@ -6,7 +6,8 @@
     mia_min_k              AUC of the Min-40 % score, forget against holdout (see below)
     privleak               100 (A - A_retrained) / A_retrained, in percent; needs the retrained model's run
     extraction_strength, exact_memorization   on the verbatim prompts and continuations
-    extraction_strength_open_unlearning       the same by its formula, where a wrong last token counts as extracted
+    extraction_strength_open_unlearning       the same by its formula, where a wrong last token counts as extracted;
+                                              with `like` it is `extraction_strength` itself
 
 Names and units are open-unlearning's; MUSE prints the first three times 100. Two conventions of the AUC are
 about: open-unlearning's `mia_min_k` (also `auc`) is the chance that a forget document is likelier than a
@@ -156,11 +157,14 @@ def _verbatim(run: Evaluation, model, tokenizer, rows, settings, batch_size) -> 
     run.add("forget_verbmem_ROUGE", rows, verbmem)
     if ways.drop_last:
         examples = [without_end(example, tokenizer, ways) for example in examples]
-    memorised(run, model, tokenizer, rows, examples, batch_size)
+    memorised(run, model, tokenizer, rows, examples, ways, batch_size)
 
 
-def memorised(run: Evaluation, model, tokenizer, rows, examples, batch_size: int) -> None:
-    """Add `extraction_strength`, ours and open-unlearning's, and `exact_memorization`, from one pass over examples."""
+def memorised(run: Evaluation, model, tokenizer, rows, examples, ways: Conventions, batch_size: int) -> None:
+    """Add `extraction_strength`, ours and open-unlearning's, and `exact_memorization`, from one pass over examples.
+
+    With `like` open-unlearning, theirs has the usual name and ours is left out.
+    """
     scores: list = []
 
     def measured(metric) -> Result:
@@ -168,9 +172,10 @@ def memorised(run: Evaluation, model, tokenizer, rows, examples, batch_size: int
             scores.extend(token_scores(model, examples, batch_size=batch_size, pad_id=pad_token_id(tokenizer)))
         return mean_result([{"score": metric(score)} for score in scores], "score")
 
-    run.add("extraction_strength", rows, lambda: measured(extraction_strength))
     theirs = partial(extraction_strength, like_open_unlearning=True)
-    run.add("extraction_strength_open_unlearning", rows, lambda: measured(theirs))
+    run.add("extraction_strength", rows, lambda: measured(theirs if ways.last_extracted else extraction_strength))
+    if not ways.last_extracted:
+        run.add("extraction_strength_open_unlearning", rows, lambda: measured(theirs))
     run.add("exact_memorization", rows, lambda: measured(exact_memorization))
 
 

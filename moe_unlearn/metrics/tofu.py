@@ -16,7 +16,8 @@ the end token with them):
     model_utility           harmonic mean of the nine: (Prob, ROUGE, Truth_Ratio) of retain, ra and wf; Prob
                             is the normalised one for ra and wf. 0 if one of them is 0
     extraction_strength, exact_memorization   on the forget rows
-    extraction_strength_open_unlearning       the same by its formula (`memorization.extraction_strength`)
+    extraction_strength_open_unlearning       the same by its formula (`memorization.extraction_strength`), which with
+                                              `like` open-unlearning has the usual name
     mia_min_k, privleak     MUSE's (`muse`), on the answers of the forget and the holdout rows
 
 Names are open-unlearning's, and so are the formulas, with the 1e-10 it adds to denominators: a collapsed
@@ -267,7 +268,7 @@ def _side(run: Evaluation, model, tokenizer, side: str, rows: list[dict], settin
     run.add(name, rows, lambda: truth_ratio(correct, found["PERT_Prob"], forget=side == "forget"))
     if side == "forget":
         examples = [without_end(example(row, row["answer"]), tokenizer, settings.like) for row in rows]
-        memorised(run, model, tokenizer, rows, examples, batch_size)
+        memorised(run, model, tokenizer, rows, examples, settings.like, batch_size)
 
 
 def _normalised(correct: list[dict], wrong: list[dict]) -> Result:

@@ -217,6 +217,28 @@ def test_muse_bench(model, tokenizer):
     assert 1 - found["mia_min_k"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_wrong_last_token_counts_as_extracted_in_open_unlearning_alone(random_model, tokenizer):
+    """The same rows, of which the model knows nothing: their loop stops at the last token, whatever it is."""
+    with torch.no_grad():
+        random_model.lm_head.weight.zero_()  # all tokens are as likely, and the first, <pad>, is the argmax
+    found = {}
+    for name in (None, "open-unlearning", "muse_bench"):
+        for kind, evaluate, data in (
+            (MuseSettings, evaluate_muse, MuseData(verbmem=VERBMEM)),
+            (TofuSettings, evaluate_tofu, TofuData(forget=TOFU[2:])),
+        ):
+            settings = like(name, kind) if name else kind()
+            found[name, kind] = evaluate(random_model, tokenizer, data, settings=settings)
+    for kind in (MuseSettings, TofuSettings):
+        theirs = found["open-unlearning", kind]
+        assert found[None, kind]["extraction_strength"] == found["muse_bench", kind]["extraction_strength"] == 0
+        assert theirs["extraction_strength"] > 0 and "extraction_strength_open_unlearning" not in theirs
+    lengths = [len(tokenizer(f" {row['gt']}", add_special_tokens=False)["input_ids"]) for row in VERBMEM]
+    # the last token, here the answer's own where the tokenizer adds no end, never counts
+    expected = statistics.mean(1 / (n - 1) for n in lengths)
+    assert found["open-unlearning", MuseSettings]["extraction_strength"] == pytest.approx(expected, abs=1e-12)
+
+
 def test_the_ways_differ(model, tokenizer):
     def both(evaluate, kind, data, **lengths):
         settings = kind(**lengths), like("open-unlearning", kind, **lengths)
