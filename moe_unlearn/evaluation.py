@@ -22,7 +22,11 @@ _BENCHMARKS = {
 def add_arguments(sub: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     add_data(sub, required=())
-    sub.add_argument("--reference", help="the retrained model's folder, for PrivLeak")
+    sub.add_argument(
+        "--reference",
+        help="the retrained model's folder, for PrivLeak; "
+        "with --benchmark muse or tofu a model for the reference attack",
+    )
     sub.add_argument("--before", help="the model's folder before unlearning: how far routing moved, gibberish")
     sub.add_argument("--relearn", type=steps, default=0, metavar="STEPS",
                      help="attack: fine-tune a copy on the forget set for so many steps")  # fmt: skip
@@ -33,6 +37,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
                      "completions: names of your own, utility=wikitext.txt for perplexity alone")  # fmt: skip
     sub.add_argument("--reference-run", help="folder of the retrained model's evaluation by the same --benchmark, "
                      "for privleak and forget_quality")  # fmt: skip
+    sub.add_argument("--gradient-norm", action="store_true", help="muse, tofu: the attack by gradient norms too")
     sub.add_argument("--classifier", help="folder of a sequence classifier (Toxic-BERT) that judges completions")
     sub.add_argument("--label", help="the classifier's label whose probability is reported, e.g. toxic")
     sub.add_argument("--like", choices=tuple(metrics.LIKE), help="compute muse or tofu as that project does: "
@@ -48,7 +53,7 @@ def run(options) -> None:
             raise ValueError("--before and --relearn are for --forget and --retain; leave out --benchmark")
         _benchmark(options)
         return
-    for name in ("data", "reference_run", "classifier", "label", "like"):
+    for name in ("data", "reference_run", "classifier", "label", "like", "gradient_norm"):
         if getattr(options, name):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is for a --benchmark; give --forget and --retain without one")
@@ -89,6 +94,10 @@ def _benchmark(options) -> None:
         raise ValueError(f"--reference-run is for muse and tofu; {options.benchmark} is compared with no other run")
     if options.like and options.benchmark not in ("muse", "tofu"):
         raise ValueError(f"--like is for muse and tofu; got --benchmark {options.benchmark}")
+    for name in ("gradient_norm", "reference"):
+        if getattr(options, name) and options.benchmark not in ("muse", "tofu"):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is for the attacks of muse and tofu; got --benchmark {options.benchmark}")
     judged = {options.classifier is not None, options.label is not None}
     if len(judged) > 1 or (True in judged and options.benchmark != "completions"):
         raise ValueError("--classifier FOLDER and --label NAME go together, with --benchmark completions")
@@ -101,6 +110,10 @@ def _benchmark(options) -> None:
     more = {"settings": settings(chat=chat_of(options))} if settings else {}
     if options.reference_run:
         more["reference_run"] = options.reference_run
+    if options.gradient_norm:
+        more["gradient_norm"] = True
+    if options.reference:
+        more["reference_model"] = experiment.load_model(options.reference)[0]
     if options.classifier:
         more["classifier"] = metrics.Classifier(*experiment.load_classifier(options.classifier), options.label)
     model, tokenizer = experiment.load_model(options.model)

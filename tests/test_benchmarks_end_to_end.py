@@ -271,10 +271,11 @@ class Evaluation:
 
 
 MEMORISED = {"extraction_strength", "extraction_strength_open_unlearning", "exact_memorization"}
-MUSE_KEYS = {"forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE", "mia_min_k", *MEMORISED}
+MIA = {*(f"mia_{attack}" for attack in ("loss", "min_k", "min_k_plus_plus", "zlib")), "privleak_unseen"}
+MUSE_KEYS = {"forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE", *MIA, *MEMORISED}
 TOFU_KEYS = {
     *("forget_truth_ratio", "model_utility", *MEMORISED),
-    *("mia_min_k", "wagle_unlearn_effect", "wagle_utility"),
+    *(*MIA, "wagle_unlearn_effect", "wagle_utility"),
     *(f"{side}_Truth_Ratio" for side in ("retain", "ra", "wf")),
     *(f"{side}_Q_A_{metric}" for side in ("forget", "retain", "ra", "wf") for metric in ("Prob", "PERT_Prob", "ROUGE")),
     *(f"{side}_Q_A_PARA_Prob" for side in ("forget", "retain")),
@@ -287,19 +288,19 @@ EVALUATIONS = [
         "muse", "trace-muse-books",
         ("verbmem=data/books:verbmem/forget", *(f"{name}=data/books:knowmem/{name}" for name in KNOWMEM),
          *(f"{side}=data/books:privleak/{side}" for side in ("forget", "holdout"))),
-        "MUSE", MUSE_KEYS, (("privleak", 0),),
+        "MUSE", MUSE_KEYS, (("privleak", 0), ("rel_diff", 0),),
     ),
     Evaluation(
         "muse", "combined",
         ("verbmem=data/news/verbmem/forget.json", *(f"{name}=data/news/knowmem/{name}.json" for name in KNOWMEM),
          *(f"{side}=data/news/privleak/{side}.json" for side in ("forget", "holdout"))),
-        "MUSE", MUSE_KEYS, (("privleak", 0),),
+        "MUSE", MUSE_KEYS, (("privleak", 0), ("rel_diff", 0),),
     ),
     Evaluation(
         "tofu", "wagle-tofu-npo",
         ("forget=TOFU:forget10_perturbed", "holdout=TOFU:holdout10", *(f"{side}=TOFU:{side}_perturbed"
                                              for side in ("retain", "real_authors", "world_facts"))),
-        "TOFU", TOFU_KEYS, (("forget_quality", 1), ("privleak", 0)),
+        "TOFU", TOFU_KEYS, (("forget_quality", 1), ("privleak", 0), ("rel_diff", 0)),
     ),
     Evaluation(
         "wmdp", "wagle-wmdp-npo", ("wmdp_bio=wmdp_bio.jsonl", "wmdp_cyber=wmdp_cyber.jsonl", "mmlu=mmlu.jsonl"),

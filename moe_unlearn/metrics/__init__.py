@@ -16,7 +16,7 @@ from moe_unlearn.metrics.memorization import (
     verbmem,
 )
 from moe_unlearn.metrics.muse import MuseData, MuseSettings, evaluate_muse
-from moe_unlearn.metrics.privacy import auc, membership_auc, min_k, nll, privleak
+from moe_unlearn.metrics.privacy import auc, membership_auc, min_k, nll, privleak, rel_diff
 from moe_unlearn.metrics.relearning import RelearningCurve, relearning_attack
 from moe_unlearn.metrics.results import Evaluation, ReferenceRun
 from moe_unlearn.metrics.routing import Routes, RoutingChange, routes, routing_change, routing_drift
@@ -68,6 +68,7 @@ __all__ = [
     "multiple_choice",
     "nll",
     "privleak",
+    "rel_diff",
     "relearning_attack",
     "repetition",
     "routes",

@@ -68,11 +68,11 @@ def pair(
 
 
 def text_example(tokenizer, text: str, max_length: int, ways: Conventions = OURS) -> Example:
-    """A text as the tokenizer has it, without end token and cut to `max_length`; `drop_last` takes the last token."""
+    """A text as the tokenizer has it, without end token and cut to `max_length`; with `drop_last` it is whole."""
     if ways.text_window:
         max_length = min(max_length + len(added(tokenizer).begin), 2**31)
     example = encode([Document("", text)], tokenizer, max_length, overflow="truncate")[0]
-    return without_end(example, tokenizer, ways)
+    return example if ways.drop_last else without_end(example, tokenizer, ways)
 
 
 def continuation(tokenizer, prompt: str, text: str, max_length: int, tokens: int, ways: Conventions = OURS) -> Example:

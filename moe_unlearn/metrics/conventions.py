@@ -13,6 +13,8 @@
                     at 128 tokens                           VerbMem's cut at 128             alone and cut at 128, its
                                                                                              begin token counted
     text_window     `max_length` counts the begin token     it does not                      nothing is cut
+    unseen_auc      no privleak and no rel_diff without     0.5 stands for the retrained     (needs the run)
+                    a reference run                         model's AUC
     last_extracted  the extraction strength of a row with   its last token counts as         (has no such number)
                     a wrong last token is 0                 extracted: at least 1 / n
 
@@ -42,13 +44,14 @@ class Conventions:
     truth: str = "text"
     text_window: bool = False
     last_extracted: bool = False
+    unseen_auc: float | None = None
 
 
 OURS = Conventions()
 LIKE = {
     "open-unlearning": Conventions(
         name="open-unlearning", seam="separate", insert_space=True, drop_last=True, stop_at_end=True, truth="decoded",
-        text_window=True, last_extracted=True,
+        text_window=True, last_extracted=True, unseen_auc=0.5,
     ),
     "muse_bench": Conventions(name="muse_bench", seam="separate", stop_at_end=True, truth="alone", text_window=True),
 }  # fmt: skip

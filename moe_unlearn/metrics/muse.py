@@ -3,7 +3,8 @@
     forget_verbmem_ROUGE   VerbMem: mean ROUGE-L F1 of the greedy continuation of forget prompts, in [0, 1]
     forget_knowmem_ROUGE   KnowMem: mean ROUGE-L F1 of the greedy answers to questions about the forget set
     retain_knowmem_ROUGE   UtilPreserv: the same about the retain set
-    mia_min_k              AUC of the Min-40 % score, forget against holdout (see below)
+    mia_min_k              AUC of the Min-40 % score, forget against holdout (see below); other attacks and what is
+                           made of them: `attacks`
     privleak               100 (A - A_retrained) / A_retrained, in percent; needs the retrained model's run
     extraction_strength, exact_memorization   on the verbatim prompts and continuations
     extraction_strength_open_unlearning       the same by its formula, where a wrong last token counts as extracted;
@@ -26,10 +27,10 @@ from torch import nn
 
 from moe_unlearn.data import Chat, Example, pad_token_id
 from moe_unlearn.metrics.answers import QUESTION, continuation, fields, pair, room, rouge, text_example
+from moe_unlearn.metrics.attacks import membership
 from moe_unlearn.metrics.conventions import OURS, Conventions, truth, without_end
 from moe_unlearn.metrics.memorization import exact_memorization, extraction_strength
-from moe_unlearn.metrics.privacy import auc, min_k, privleak
-from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result
+from moe_unlearn.metrics.results import Evaluation, Result, mean_result
 from moe_unlearn.metrics.scoring import token_scores
 
 CUT_AT = ("\n\n", "\nQuestion", "Question:")
@@ -80,11 +81,14 @@ def evaluate_muse(
     cache_dir=None,
     reference_run=None,
     batch_size: int = 32,
+    gradient_norm: bool = False,
+    reference_model: nn.Module | None = None,
 ) -> dict[str, float | None]:
     """The summary of all results that `data` allows; files and cache as `results.Evaluation` has them.
 
     `reference_run` is the folder of the retrained model's evaluation on the same data with the same settings;
-    without it there is no `privleak`. `privleak` is None where the retrained model's AUC is 0 (MUSE).
+    without it there is no `privleak`. `gradient_norm` and `reference_model` add their
+    `attacks`. `privleak` is None where the retrained model's AUC is 0 (MUSE).
 
     Raises ValueError for rows without their fields, for nothing to measure, for prompts that exceed the
     model's context, and for a reference run that does not fit.
@@ -119,7 +123,10 @@ def evaluate_muse(
         _verbatim(run, model, tokenizer, verbatim, settings, batch_size)
     if texts:
         examples = _texts(model, tokenizer, texts, settings)
-        membership(run, model, tokenizer, texts, examples, fraction=settings.min_k, batch_size=batch_size)
+        membership(
+            run, model, tokenizer, texts, examples, fraction=settings.min_k, ways=settings.like, batch_size=batch_size,
+            gradient_norm=gradient_norm, reference_model=reference_model,
+        )  # fmt: skip
     return run.summary
 
 
@@ -179,35 +186,11 @@ def memorised(run: Evaluation, model, tokenizer, rows, examples, ways: Conventio
     run.add("exact_memorization", rows, lambda: measured(exact_memorization))
 
 
-def membership(
-    run: Evaluation, model, tokenizer, rows, examples: dict[str, list[Example]], *, fraction: float, batch_size: int
-) -> None:
-    """Add `mia_min_k` of the forget and holdout examples made of `rows` and, with a reference run, `privleak`."""
-
-    def measured() -> Result:
-        pad = pad_token_id(tokenizer)
-        sides = {
-            name: min_k(token_scores(model, own, batch_size=batch_size, pad_id=pad), fraction)
-            for name, own in examples.items()
-        }
-        known = auc(sides["holdout"], sides["forget"])
-        # open-unlearning's score of a row is minus the mean log-probability
-        values = {n: {"value_by_index": by_index([{"score": -v} for v in s.tolist()])} for n, s in sides.items()}
-        return {"agg_value": known, "auc": known, "auc_muse": 1 - known, **values}
-
-    run.add("mia_min_k", rows, measured)
-    reference = run.from_reference("mia_min_k")
-    if reference is not None:
-        ours, theirs = (1 - r["agg_value"] for r in (run.results["mia_min_k"], reference))
-        value = {"agg_value": privleak(ours, theirs), "auc_muse": ours, "auc_muse_retrained": theirs}
-        run.add("privleak", [run.digest("mia_min_k"), reference["agg_value"]], lambda: value)
-
-
 def _texts(model, tokenizer, texts, settings) -> dict[str, list[Example]]:
     limit, sides = room(model, settings.max_length), {}
     for name, rows in zip(("forget", "holdout"), texts, strict=True):
         sides[name] = [text_example(tokenizer, row["text"], limit, settings.like) for row in rows]
-        short = next((i for i, e in enumerate(sides[name]) if len(e) < 2), None)
+        short = next((i for i, e in enumerate(sides[name]) if len(e) - settings.like.drop_last < 2), None)
         if short is not None:
             raise ValueError(
                 f"{name}, row {short}: expected a text of at least two tokens; got {rows[short]['text']!r}"

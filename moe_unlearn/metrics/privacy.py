@@ -25,13 +25,25 @@ def min_k(scores: Sequence[TokenScores], fraction: float = 0.4) -> Tensor:
 
     At least one token counts. Raises ValueError if an example has no labelled token.
     """
-    values = []
-    for number, score in enumerate(scores):
-        logprobs = score.logprobs[score.counted].double().sort().values
-        if not len(logprobs):
+    return lowest([score.logprobs[score.counted] for score in scores], fraction)
+
+
+def lowest(values: Sequence[Tensor], fraction: float) -> Tensor:
+    """Mean of the lowest `fraction` of each example's values, of at least one, float64 [examples].
+
+    Raises ValueError if an example has no values.
+    """
+    means = []
+    for number, own in enumerate(values):
+        if not len(own):
             raise ValueError(f"example {number}: expected at least one token with a label; got none")
-        values.append(logprobs[: max(1, int(fraction * len(logprobs)))].mean())
-    return torch.stack(values)
+        means.append(own.double().sort().values[: max(1, int(fraction * len(own)))].mean())
+    return torch.stack(means)
+
+
+def rel_diff(value: float, reference: float) -> float:
+    """100 (value - reference) / reference, in percent; open-unlearning's. NaN if the reference is 0."""
+    return 100 * (value - reference) / reference if reference else math.nan
 
 
 def auc(negative: Tensor, positive: Tensor) -> float:
@@ -63,6 +75,4 @@ def privleak(auc_unlearned: float, auc_retrained: float) -> float:
     0 is a model like the retrained one; negative means under-unlearned (-100 at worst), positive
     over-unlearned. NaN if the retrained model's AUC is 0: it knows the forget documents and is no reference.
     """
-    if not auc_retrained:
-        return math.nan
-    return 100 * (auc_unlearned - auc_retrained) / auc_retrained
+    return rel_diff(auc_unlearned, auc_retrained)

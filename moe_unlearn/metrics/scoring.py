@@ -21,12 +21,14 @@ class TokenScores:
     """Teacher-forced scores of one example; entry i is about predicting `input_ids[i + 1]`.
 
     `logprobs` [S-1] float32 in nats, `correct` [S-1] bool (the token was the most likely one), `counted`
-    [S-1] bool (the token carries a label).
+    [S-1] bool (the token carries a label). `standard` [S-1] float32, where asked for: (log p - mu) / sigma, mean and
+    standard deviation of log p over the vocabulary weighted by p, sigma^2 at least 1e-6.
     """
 
     logprobs: Tensor
     correct: Tensor
     counted: Tensor
+    standard: Tensor | None = None
 
 
 @contextmanager
@@ -45,9 +47,9 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def token_scores(
-    model: nn.Module, examples: Sequence[Example], *, batch_size: int = 32, pad_id: int = 0
+    model: nn.Module, examples: Sequence[Example], *, batch_size: int = 32, pad_id: int = 0, standard: bool = False
 ) -> list[TokenScores]:
-    """Scores of every example, in order; one forward pass.
+    """Scores of every example, in order, with `standard` that field too; one forward pass.
 
     Raises ValueError if there are no examples, or one is empty or longer than the model's context.
     """
@@ -67,7 +69,9 @@ def token_scores(
                 predicted, target = logits[row, : len(rows[i]) - 1].float(), ids[row, 1 : len(rows[i])]
                 chosen = predicted.gather(1, target[:, None])[:, 0]
                 correct = predicted.argmax(1) == target
-                scored[i] = [(chosen - predicted.logsumexp(1)).tolist(), correct.tolist()]
+                logprobs = chosen - predicted.logsumexp(1)
+                spread = _standard(predicted, logprobs).tolist() if standard else None
+                scored[i] = [logprobs.tolist(), correct.tolist(), spread]
         return scored
 
     plain = local(model)
@@ -79,9 +83,20 @@ def token_scores(
             torch.tensor(logprobs, dtype=torch.float32),
             torch.tensor(correct, dtype=torch.bool),
             torch.tensor(example.labels[1:], dtype=torch.int64) != -100,
+            None if spread is None else torch.tensor(spread, dtype=torch.float32),
         )
-        for (logprobs, correct), example in zip(scored, examples, strict=True)
+        for (logprobs, correct, spread), example in zip(scored, examples, strict=True)
     ]
+
+
+def _standard(logits: Tensor, logprobs: Tensor) -> Tensor:
+    every = logits.log_softmax(1)
+    # a token of probability 0 adds 0, not 0 times minus infinity
+    p, every = every.exp(), every.clamp_min(torch.finfo(every.dtype).min / 2)
+    mean = (p * every).sum(1)
+    # not E[x^2] - E[x]^2, which cancels where one token is nearly certain
+    variance = (p * (every - mean[:, None]) ** 2).nan_to_num(0.0).sum(1)
+    return (logprobs - mean) / variance.clamp_min(1e-6).sqrt()
 
 
 def greedy(

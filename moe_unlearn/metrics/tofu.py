@@ -18,7 +18,7 @@ the end token with them):
     extraction_strength, exact_memorization   on the forget rows
     extraction_strength_open_unlearning       the same by its formula (`memorization.extraction_strength`), which with
                                               `like` open-unlearning has the usual name
-    mia_min_k, privleak     MUSE's (`muse`), on the answers of the forget and the holdout rows
+    mia_*, privleak, ...    MUSE's (`muse`, `attacks`), on the answers of the forget and the holdout rows
 
 Names are open-unlearning's, and so are the formulas, with the 1e-10 it adds to denominators: a collapsed
 model has P below that, and published numbers contain it.
@@ -44,8 +44,9 @@ from torch import nn
 
 from moe_unlearn.data import Chat, Example, MissingLibraryError
 from moe_unlearn.metrics.answers import QUESTION, fields, pair, probability, room, rouge, texts
+from moe_unlearn.metrics.attacks import membership
 from moe_unlearn.metrics.conventions import OURS, Conventions, truth, without_end
-from moe_unlearn.metrics.muse import membership, memorised
+from moe_unlearn.metrics.muse import memorised
 from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result
 
 TINY = 1e-10
@@ -95,11 +96,14 @@ def evaluate_tofu(
     cache_dir=None,
     reference_run=None,
     batch_size: int = 32,
+    gradient_norm: bool = False,
+    reference_model: nn.Module | None = None,
 ) -> dict[str, float | None]:
     """The summary of all results that `data` allows; files and cache as `results.Evaluation` has them.
 
     `reference_run` is the folder of the retrained model's evaluation on the same data with the same settings;
-    without it there is no `forget_quality` and no `privleak`. Raises ValueError for rows without their fields, no
+    without it there is no `forget_quality` and no `privleak`. `gradient_norm` and `reference_model` add
+    their `attacks`. Raises ValueError for rows without their fields, no
     rows at all or a reference run that does not fit; MissingLibraryError without scipy (extra `eval`) for forget
     quality and where forget, retain and holdout give WAGLE's numbers.
     """
@@ -136,9 +140,10 @@ def evaluate_tofu(
             name: [_example(model, tokenizer, settings, row, row["answer"]) for row in own]
             for name, own in zip(("forget", "holdout"), rows, strict=True)
         }
-        if settings.like.drop_last:
-            examples = {name: [without_end(e, tokenizer, settings.like) for e in own] for name, own in examples.items()}
-        membership(run, model, tokenizer, rows, examples, fraction=settings.min_k, batch_size=batch_size)
+        membership(
+            run, model, tokenizer, rows, examples, fraction=settings.min_k, ways=settings.like, batch_size=batch_size,
+            gradient_norm=gradient_norm, reference_model=reference_model,
+        )  # fmt: skip
     if all(key in run.results for key in UTILITY):
         nine = [run.results[key]["agg_value"] for key in UTILITY]
         run.add("model_utility", [run.digest(key) for key in UTILITY], lambda: {"agg_value": harmonic_mean(nine)})

@@ -42,6 +42,13 @@ def test_a_retrained_run_and_then_one_that_refers_to_it(folder, capsys):
     assert "computed 'mia_min_k' on other data" in capsys.readouterr().err
 
 
+def test_the_attacks_that_are_asked_for(folder, capsys):
+    data = ["--data", f"forget={folder / 'forget.json'}", f"holdout={folder / 'holdout.json'}"]
+    assert evaluate(folder, "--benchmark", "muse", *data, "--gradient-norm", "--reference", folder / "model") == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert printed["mia_reference"] == "0.5" and 0 <= float(printed["mia_gradnorm"]) <= 1  # its own reference
+
+
 def test_like_another_project(folder, capsys):
     data = ["--data", f"forget={folder / 'forget.json'}", f"holdout={folder / 'holdout.json'}"]
     assert evaluate(folder, "--benchmark", "muse", *data, "--like", "muse_bench", "--out", folder / "run") == 0
@@ -101,6 +108,9 @@ def test_rwku_and_completions_write_their_files(folder, capsys):
         ([], "--forget is missing; or give a --benchmark"),
         (["--reference-run", "x"], "--reference-run is for a --benchmark"),
         (["--classifier", "x"], "--classifier is for a --benchmark"),
+        (["--gradient-norm"], "--gradient-norm is for a --benchmark"),
+        (["--benchmark", "wmdp", "--data", "a=b", "--gradient-norm"], "--gradient-norm is for the attacks of muse"),
+        (["--benchmark", "rwku", "--data", "forget_level1=b", "--reference", "x"], "--reference is for the attacks"),
         (["--benchmark", "muse"], "needs --data NAME=SOURCE"),
         (["--benchmark", "muse", "--data", "forget.json"], "needs --data NAME=SOURCE"),
         (["--benchmark", "tofu", "--data", "forgotten={bio.jsonl}"], "tofu has no set 'forgotten'; expected .*forget"),

@@ -1,0 +1,143 @@
+"""Membership inference attacks: does what a model says of a document show that it was trained on it?
+
+Each gives a row a score, the larger the less it looks like a row that was trained on; p_t is the probability of
+labelled token t given those to its left:
+
+    mia_loss             -mean log p_t
+    mia_min_k            minus the mean of the lowest 40 % of log p_t (Shi et al., arXiv 2310.16789)
+    mia_min_k_plus_plus  the same of (log p_t - mu_t) / sigma_t, mean and standard deviation of log p over the
+                         vocabulary weighted by p, sigma_t^2 at least 1e-6 (Zhang et al., arXiv 2404.02936)
+    mia_zlib             mia_loss over the bytes that zlib makes of the text of the labelled tokens (Carlini et al.,
+                         arXiv 2012.07805)
+    mia_gradnorm         mean over the parameters that take part of the 2-norm of the gradient of -mean log p_t
+                         (Wang et al., arXiv 2402.17012); a backward pass a row, and memory for all
+                         weights' gradients
+    mia_reference        mia_loss minus that of a reference model, which was not trained on the rows (Carlini et al.)
+
+A result is the AUC of the scores, forget against holdout: 1 for a model that knows the forget rows by heart, 0.5 for
+one that never saw them, as open-unlearning has it (`agg_value`, `auc`); `auc_muse` is MUSE's, 1 minus that. Which
+tokens are labelled is the benchmark's; with `drop_last` (`conventions`) the last of them counts for mia_loss, mia_zlib
+and mia_reference only, as in open-unlearning.
+
+Two compare `mia_min_k` with the retrained model's, of a reference run, in percent: `privleak` the MUSE AUCs, `rel_diff`
+open-unlearning's. Without a reference run `privleak_unseen` compares with 0.5, the AUC of a model that never saw the
+rows; open-unlearning falls back on that silently, and so do `privleak` and `rel_diff` with its ways.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from moe_unlearn.data import Example, pad_token_id
+from moe_unlearn.data.tokenize import IGNORED
+from moe_unlearn.metrics.conventions import Conventions, without_end
+from moe_unlearn.metrics.privacy import auc, lowest, min_k, privleak, rel_diff
+from moe_unlearn.metrics.results import Evaluation, Result, by_index
+from moe_unlearn.metrics.scoring import TokenScores, token_scores
+from moe_unlearn.metrics.workers import share
+from moe_unlearn.modes import evaluation_mode
+from moe_unlearn.ranks import local
+from moe_unlearn.reference import model_digest
+
+UNSEEN = 0.5
+
+
+def membership(
+    run: Evaluation, model, tokenizer, rows, examples: dict[str, list[Example]], *, fraction: float, ways: Conventions,
+    batch_size: int, gradient_norm: bool = False, reference_model: nn.Module | None = None,
+) -> None:  # fmt: skip
+    """Add the attacks of the forget and holdout examples made of `rows`, and what compares their AUC.
+
+    `mia_gradnorm` is added with `gradient_norm`, `mia_reference` with a `reference_model`.
+    """
+    pad, known = pad_token_id(tokenizer), {}
+    counted = examples
+    if ways.drop_last:
+        counted = {name: [without_end(e, tokenizer, ways) for e in own] for name, own in examples.items()}
+
+    def scores(which: str) -> dict[str, list[TokenScores]]:
+        if which not in known:
+            of, own = {
+                "whole": (model, examples), "counted": (model, counted), "reference": (reference_model, examples)
+            }[which]  # fmt: skip
+            if which == "counted" and not ways.drop_last:
+                return scores("whole")
+            known[which] = {
+                name: token_scores(of, side, batch_size=batch_size, pad_id=pad, standard=which != "reference")
+                for name, side in own.items()
+            }
+        return known[which]
+
+    def add(name: str, score, data=rows) -> None:
+        def measured() -> Result:
+            sides = {side: torch.as_tensor(score(side), dtype=torch.float64) for side in examples}
+            value = auc(sides["forget"], sides["holdout"])
+            values = {n: {"value_by_index": by_index([{"score": v} for v in s.tolist()])} for n, s in sides.items()}
+            return {"agg_value": value, "auc": value, "auc_muse": 1 - value, **values}
+
+        run.add(f"mia_{name}", data, measured)
+
+    def loss(side: str, which: str = "whole") -> torch.Tensor:
+        return -min_k(scores(which)[side], 1.0)
+
+    add("loss", loss)
+    add("min_k", lambda side: -min_k(scores("counted")[side], fraction))
+    add("min_k_plus_plus", lambda side: -lowest([s.standard[s.counted] for s in scores("counted")[side]], fraction))
+    add("zlib", lambda side: loss(side) / torch.tensor([compressed(e, tokenizer) for e in examples[side]]))
+    if gradient_norm:
+        add("gradnorm", lambda side: gradient_norms(model, counted[side]))
+    if reference_model is not None:
+        add("reference", lambda side: loss(side) - loss(side, "reference"), [rows, model_digest(reference_model)])
+    _compare(run, ways)
+
+
+def _compare(run: Evaluation, ways: Conventions) -> None:
+    ours, reference = run.results["mia_min_k"]["agg_value"], run.from_reference("mia_min_k")
+
+    def add(key: str, compare, theirs: float) -> None:
+        value = {"agg_value": compare(theirs), "auc_muse": 1 - ours, "auc_muse_retrained": 1 - theirs}
+        run.add(key, [run.digest("mia_min_k"), theirs], lambda: value)
+
+    add("privleak_unseen", lambda theirs: privleak(1 - ours, 1 - theirs), UNSEEN)
+    if reference is not None or ways.unseen_auc is not None:
+        theirs = ways.unseen_auc if reference is None else reference["agg_value"]
+        add("privleak", lambda theirs: privleak(1 - ours, 1 - theirs), theirs)
+        add("rel_diff", lambda theirs: rel_diff(ours, theirs), theirs)
+
+
+def compressed(example: Example, tokenizer) -> int:
+    """Bytes that zlib makes of the text of the labelled tokens."""
+    ids = [label for label in example.labels if label != IGNORED]
+    return len(zlib.compress(tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8")))
+
+
+def gradient_norms(model: nn.Module, examples: Sequence[Example]) -> list[float]:
+    """Mean over the parameters that take part of the 2-norm of an example's gradient of its mean loss; in order.
+
+    Evaluation mode, one backward pass an example; `grad` of no parameter is touched. Raises ValueError if an example
+    carries no label or no parameter requires a gradient.
+    """
+    plain = local(model)
+    weights = [p for p in plain.parameters() if p.requires_grad]
+    if not weights:
+        raise ValueError("mia_gradnorm needs parameters that require a gradient; got none: model.requires_grad_(True)")
+    for number, example in enumerate(examples):
+        if all(label == IGNORED for label in example.labels[1:]):
+            raise ValueError(f"example {number}: expected at least one token with a label; got none")
+
+    def compute(own: list[Example]) -> list[float]:
+        found = []
+        for example in own:
+            ids = torch.tensor([example.input_ids], device=weights[0].device)
+            labels = torch.tensor(example.labels[1:], device=ids.device)
+            logits = plain(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1].float()
+            loss = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED)
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            norms = [g.norm().double() for g in gradients if g is not None]
+            found.append(torch.stack([norm.to(ids.device) for norm in norms]).mean().item())
+        return found
+
+    with evaluation_mode(plain), torch.enable_grad():
+        return share(plain, examples, compute)
