@@ -23,7 +23,7 @@ import yaml
 
 from moe_unlearn.recipe_values import above, at_least, between, build, merge, one_of, override, parse
 
-FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce", "wga", "satimp")
+FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce", "wga", "satimp", "ceu")
 NEED_REFUSALS = ("idk_dpo", "idk_nll")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
 _FOLDER = resources.files("moe_unlearn") / "recipes"
@@ -36,7 +36,7 @@ SCOPES = ("all", "experts", "parameters", "seuf")
 class Forget:
     """L_forget; `losses` has the formulas. `beta` is NPO's, SimNPO's, DPO's and WGA's, `delta` SimNPO's, `beta1`
     and `beta2` are SatImp's; `layer` (index of the decoder layer whose output is steered, at labelled tokens) and
-    `steering` (c) RMU's."""
+    `steering` (c) RMU's. CE-U leaves the first `ignore_first_n_answer_tokens` labelled tokens of a row alone."""
 
     objective: str = "npo"
     gamma: float = 1.0
@@ -46,11 +46,12 @@ class Forget:
     beta2: float = 1.0
     layer: int = 7
     steering: float = 2.0
+    ignore_first_n_answer_tokens: int = 1
 
     def __post_init__(self):
         one_of("forget.objective", self.objective, FORGET_OBJECTIVES)
         above("forget.beta", self.beta, 0)
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ignore_first_n_answer_tokens"):
             at_least(f"forget.{name}", getattr(self, name), 0)
 
 

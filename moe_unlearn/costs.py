@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from moe_unlearn import backend
-from moe_unlearn.ops.token_loss import _DEFAULT_ROWS, _TEMPORARIES, IGNORED, WORKSPACE_BYTES
+from moe_unlearn.ops.token_loss import _DEFAULT_ROWS, _TEMPORARIES, IGNORED, TILED_KINDS, WORKSPACE_BYTES
 
 _MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "dot", "mv")
 
@@ -101,13 +101,18 @@ def _counted_rows(labels: Tensor) -> int:
     return len(labels) if isinstance(labels, FakeTensor) else int((labels != IGNORED).sum())
 
 
+def _sides(a: dict) -> int:
+    """How many sets of logits there are: a reference's beside the model's."""
+    return 1 if a.get("ref_hidden") is None else 2
+
+
 def _token_loss(a: dict) -> float:
-    products = 2 if a["kind"] == "kl" else 1
-    return 2 * _counted_rows(a["labels"]) * a["head"].numel() * (products + bool(a["keep"]))
+    keep, products = bool(a["keep"]) and a["kind"] not in TILED_KINDS, _sides(a)
+    return 2 * _counted_rows(a["labels"]) * a["head"].numel() * (products + keep)
 
 
 def _token_loss_backward(a: dict) -> float:
-    logits = 2 if a["kind"] == "kl" else 1
+    logits = _sides(a)
     kept = a["direction"].numel() > 0
     products = (logits if a["needs_head"] or not kept else 0) + a["needs_head"] + (a["needs_hidden"] and not kept)
     return 2 * _counted_rows(a["labels"]) * a["head"].numel() * products
@@ -185,7 +190,8 @@ def _expert_mlp_backward_space(impl: str, a: dict) -> int:
 
 def _token_loss_space(impl: str, a: dict) -> int:
     """Tiles of logits, copies of hidden states and, where it is not float32, of head entries."""
-    rows, (vocabulary, hidden), sides = _counted_rows(a["labels"]), a["head"].shape, 1 + (a["kind"] == "kl")
+    rows, (vocabulary, hidden), sides = _counted_rows(a["labels"]), a["head"].shape, _sides(a)
+    impl = "ref" if a["kind"] in TILED_KINDS else impl
     if impl == "triton":
         return sides * len(a["labels"]) * hidden * a["hidden"].itemsize
     if impl == "ref":
@@ -199,8 +205,8 @@ def _token_loss_space(impl: str, a: dict) -> int:
 
 def _token_loss_backward_space(impl: str, a: dict) -> int:
     """The same for the backward; the gradient of the hidden states is made in float32."""
-    rows, (vocabulary, hidden), sides = _counted_rows(a["labels"]), a["head"].shape, 1 + (a["kind"] == "kl")
-    tokens = len(a["labels"])
+    rows, (vocabulary, hidden), sides = _counted_rows(a["labels"]), a["head"].shape, _sides(a)
+    tokens, impl = len(a["labels"]), "ref" if a["kind"] in TILED_KINDS else impl
     if impl == "triton":
         gathered = sides * tokens * hidden * a["hidden"].itemsize
         # a row of dl/dz takes 32 KiB, from 16,384 tokens on less, at most the whole vocabulary
@@ -214,7 +220,7 @@ def _token_loss_backward_space(impl: str, a: dict) -> int:
 
 def _token_loss_head_space(impl: str, a: dict) -> int:
     """Tiles of logits and sums of the head's gradient, and copies as in the forward."""
-    rows, (vocabulary, hidden), sides = _counted_rows(a["labels"]), a["head"].shape, 1 + (a["kind"] == "kl")
+    rows, (vocabulary, hidden), sides = _counted_rows(a["labels"]), a["head"].shape, _sides(a)
     if not (a["needs_head"] or a["needs_bias"]):
         return 0
     dense = not _pairs(a)

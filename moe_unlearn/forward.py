@@ -40,7 +40,12 @@ def refusal(batch: Batch) -> Batch:
 
 
 def forgotten(recipe: Recipe, batch: Batch) -> Batch:
-    """The rows that carry the forget loss: of `idk_nll` the refusals, else the batch itself."""
+    """The rows that carry the forget loss: of `idk_nll` the refusals, of `ceu` without the first labels of each row."""
+    if recipe.forget.objective == "ceu":
+        labels = batch["labels"]
+        labelled = labels != losses.IGNORED
+        first = labelled & (labelled.cumsum(1) <= recipe.forget.ignore_first_n_answer_tokens)
+        return {**batch, "labels": labels.masked_fill(first, losses.IGNORED)}
     return refusal(batch) if recipe.forget.objective == "idk_nll" else batch
 
 

@@ -11,6 +11,7 @@ Formulas over log-probabilities; a sequence's is the sum over the positions that
     idk_nll    nll of a refusal in the answer's place                              WAGLE's PO
     wga        mean of p^beta log p, p^beta held fixed                             GA weighted by confidence
     satimp     mean of p^beta1 (1 - p)^beta2 log p, the weight held fixed          saturation x importance
+    ceu        mean of -sum_v q_v log p_v, q = p without the label, held fixed     CE-U; gradient of -log(1 - p)
     rmu        mean over labelled tokens and dimensions of (h - control)^2
     embed_diff the same with (h - h_ref)^2
 
@@ -18,8 +19,9 @@ Token means are sum_t w_t l_t / (number of positions): weights do not enter the 
 iff attention_mask[t] = 1 and labels[t + 1] != -100; its loss is that of predicting labels[t + 1]. A hidden
 state is of its own token and not of the next: rmu and embed_diff take those of labelled tokens (`state_mask`).
 
-Sources: the baselines, wga and satimp as open-unlearning defines them (read there); uce in the FedOSD code of MOLLM's
-authors, its use in MOLLM is our reconstruction; the weighted mean and the rule of positions are our specification.
+Sources: the baselines, wga, satimp and ceu as open-unlearning defines them (read there); uce in the FedOSD code of
+MOLLM's authors, its use in MOLLM is our reconstruction; the weighted mean and the rule of positions are our
+specification.
 """
 
 import contextlib
@@ -205,11 +207,12 @@ def token_losses(
     hidden_states: Tensor | None = None,
     ref_hidden_states: Tensor | None = None,
     ref_lm_head: Tensor | None = None,
+    label_penalty: float = 0.0,
 ) -> Tensor:
     """Per-token losses [B, S], float32: position t holds that of predicting labels[t + 1], 0 if it counts not.
 
     `token_weights` [B, S] multiply them; `hidden_states` [B, S, H] spare the forward pass; "kl" needs
-    `ref_hidden_states` [B, S, H]. Errors as `token_loss`.
+    `ref_hidden_states` [B, S, H], "ce" a `label_penalty`. Errors as `token_loss`.
     """
     states = final_hidden_states(model, batch) if hidden_states is None else hidden_states
     head = head_of(model)
@@ -227,6 +230,7 @@ def token_losses(
         ref_lm_head=ref_lm_head,
         logit_scale=head.logit_scale,
         logit_softcap=head.logit_softcap,
+        label_penalty=label_penalty,
     )
     return losses.view(targets.shape)
 

@@ -257,6 +257,9 @@ class Objectives:
             per_token = losses.token_losses(self.model, batch, kind=kind, hidden_states=states)
             mean = per_token.sum() / positions
             return -mean if settings.objective == "ga" else mean
+        if settings.objective == "ceu":
+            per_token = losses.token_losses(self.model, batch, kind="ce", hidden_states=states, label_penalty=math.inf)
+            return per_token.sum() / positions
         if settings.objective in TOKEN_LOSSES:
             per_token = losses.token_losses(self.model, batch, kind="nll", hidden_states=states)
             return TOKEN_LOSSES[settings.objective](per_token, settings).sum() / positions

@@ -27,6 +27,7 @@ CASES = {
     "simnpo": ("simnpo", []),
     "idk_dpo": ("idk_dpo", []),
     "idk_nll": ("idk_dpo", ["forget.objective=idk_nll"]),
+    "ceu": ("ceu", []),
     "kl": ("kl_min", []),
     "rmu": ("rmu", []),
     "rmu, tokens kept": ("rmu", ["retain.objective=nll"]),

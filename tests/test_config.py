@@ -10,7 +10,7 @@ from moe_unlearn.config import Recipe
 pytestmark = pytest.mark.quick
 
 PROCEDURES = {"trace", "wagle", "mollm", "combined"}
-BASELINES = {"ga", "graddiff", "npo", "simnpo", "idk_dpo", "rmu", "kl_min", "seuf", "wga", "satimp"}
+BASELINES = {"ga", "graddiff", "npo", "simnpo", "idk_dpo", "rmu", "kl_min", "seuf", "wga", "satimp", "ceu"}
 
 
 def test_shipped_recipes():
@@ -59,6 +59,7 @@ def test_overrides():
         ("trace.cap=1", r"trace.cap must be above 1"),
         ("scope.parameters=[a]", r"goes with scope.kind 'parameters'"),
         ("scope.kind=experts", r"needs trace"),
+        ("forget.ignore_first_n_answer_tokens=-1", r"ignore_first_n_answer_tokens must be at least 0; got -1"),
         ("retain.objective=embed_diff", r"RMU's"),
         ("data.date=2026-11-29", r"data.date is for a chat template and needs data.chat_template=true"),
         ("data={chat_template: true, date: now}", r"data.date must be a date as 2026-11-29; got 'now'"),
@@ -108,7 +109,7 @@ def test_hostile_files(text, tmp_path):
 
 
 def test_missing_file_names_the_shipped_recipes(tmp_path):
-    with pytest.raises(ValueError, match="no recipe file 'nope.yaml'; shipped recipes: combined"):
+    with pytest.raises(ValueError, match="no recipe file 'nope.yaml'; shipped recipes: ceu, combined"):
         Recipe.load("nope.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff\xfe")
     with pytest.raises(ValueError, match="not a YAML recipe"):

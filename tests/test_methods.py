@@ -39,7 +39,18 @@ def satimp(model, batch, forget):
     return -(p**forget.beta1 * (1 - p) ** forget.beta2 * loss).mean()
 
 
+def ceu(model, batch, forget):
+    skipped = {**batch, "labels": batch["labels"].clone()}
+    for row in skipped["labels"]:
+        row[(row != -100).nonzero()[: forget.ignore_first_n_answer_tokens]] = -100
+    mask = target_mask(skipped)
+    z, y = logits(model, skipped)[mask], skipped["labels"].roll(-1, 1)[mask][:, None]
+    q = torch.softmax(z.detach().scatter(1, y, -torch.inf), 1)
+    return -(q * log_softmax(z, 1)).sum(1).mean()
+
+
 METHODS = {
+    "ceu": (ceu, ["forget.ignore_first_n_answer_tokens=2"]),
     "wga": (wga, ["forget.beta=0.7"]),
     "satimp": (satimp, ["forget.beta1=0.6", "forget.beta2=1.5"]),
 }

@@ -114,7 +114,7 @@ READS = {
     "expert_wgrad_score": (1, "options"),
     "masked_sgd_": (4, "options"),
     "masked_adamw_": (5, "options"),
-    "token_loss": (2, "options"),
+    "token_loss": (3, "options"),
     "architecture": (1, "a variable of the environment"),
     "tile_for": (1, "a list"),
 }

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from torch.nn.functional import kl_div, log_softmax, logsigmoid
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, logsigmoid
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from moe_unlearn.data import train_tokenizer
 from moe_unlearn.integrations import open_unlearning
-from moe_unlearn.integrations.open_unlearning import DPO, NPO, RMU, WGA, GradAscent, GradDiff, SatImp, SimNPO
+from moe_unlearn.integrations.open_unlearning import CEU, DPO, NPO, RMU, WGA, GradAscent, GradDiff, SatImp, SimNPO
 from moe_unlearn.objectives import NotPreparedError
 from tests.models import tiny_olmoe
 
@@ -135,6 +135,14 @@ def theirs(name, trainer, batch):
     if name == "SatImp":
         p = (-values).exp().detach()
         return 1.5 * -(p**2 * (1 - p) ** 0.5 * values)[mask].mean() + 0.7 * retain
+    if name == "CEU":
+        labels = forget["labels"].clone()
+        for row in labels:
+            row[(row != -100).nonzero()[:2]] = -100
+        counted = labels[:, 1:] != -100
+        z, y = logits(model, forget)[:, :-1][counted], labels[:, 1:][counted]
+        target = torch.softmax(z.scatter(1, y[:, None], -math.inf), 1)
+        return cross_entropy(z, target)
     length = (forget["labels"] != -100).sum(1)
     return 1.5 * -2 / 4.5 * logsigmoid(4.5 * (values.sum(1) / length - 0.2)).mean() + 0.7 * retain
 
@@ -146,6 +154,7 @@ METHODS = {
     "DPO": (DPO, {"gamma": 1.5, "alpha": 0.7, "beta": 0.3}),
     "WGA": (WGA, {"gamma": 1.5, "alpha": 0.7, "beta": 0.6}),
     "SatImp": (SatImp, {"gamma": 1.5, "alpha": 0.7, "beta1": 2.0, "beta2": 0.5}),
+    "CEU": (CEU, {"ignore_first_n_answer_tokens": 2}),
     "SimNPO": (SimNPO, {"gamma": 1.5, "alpha": 0.7, "beta": 4.5, "delta": 0.2}),
 }
 

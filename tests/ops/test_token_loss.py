@@ -379,7 +379,7 @@ def test_no_double_backward():
 
 
 BAD = {
-    "kind": (ValueError, "kind must be one of", {"kind": "ce"}),
+    "kind": (ValueError, "kind must be one of", {"kind": "mse"}),
     "hidden": (ValueError, r"got \[600, 23\] and \[97, 24\]", {"hidden_states": torch.ones(600, 23)}),
     "labels dtype": (TypeError, "labels must be int64", {"labels": torch.zeros(600).int()}),
     "labels shape": (ValueError, r"must have shape \[600\]; got \[9\]", {"labels": torch.zeros(9).long()}),

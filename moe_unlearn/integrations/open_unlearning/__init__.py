@@ -1,6 +1,7 @@
 """open-unlearning's trainers on this engine; see `methods` for the use and for what differs."""
 
 from moe_unlearn.integrations.open_unlearning.methods import (
+    CEU,
     DPO,
     NPO,
     RMU,
@@ -13,4 +14,4 @@ from moe_unlearn.integrations.open_unlearning.methods import (
     register,
 )
 
-__all__ = ["DPO", "NPO", "RMU", "WGA", "GradAscent", "GradDiff", "SatImp", "SimNPO", "config_folder", "register"]
+__all__ = ["CEU", "DPO", "NPO", "RMU", "WGA", "GradAscent", "GradDiff", "SatImp", "SimNPO", "config_folder", "register"]

@@ -15,8 +15,8 @@ and copy the YAML files of `config_folder()` into `configs/trainer/`; then `trai
 any other: a dataset with `forget` and `retain` lists whose items are {"forget": row, "retain": row}, each row
 {input_ids, attention_mask, labels}, of DPO's forget side {"original": row, "alternate": row}.
 
-On one batch GradAscent, GradDiff with NLL, NPO, SimNPO, DPO, WGA and SatImp give open-unlearning's loss, and RMU
-does for sequences of equal length. Where they differ, and why:
+On one batch GradAscent, GradDiff with NLL, NPO, SimNPO, DPO, WGA, SatImp and CEU give its loss, and RMU does for
+sequences of equal length. Where they differ, and why:
 
     KL              means over the positions that carry a loss; there over all, prompt and padding too
     masked tokens   its collator masks every pad token: an eos too, where that pads. What follows one is predicted by
@@ -50,7 +50,7 @@ other copies data/collators.py (zigozk at cb2cdfc), data/pretraining.py (chengji
 SimNPO (zgoel317 at 37b02f2) and RMU (Dornavineeth at e30348f), all in open-unlearning. Debugging, sweeper and SuperLoss
 parts, deepspeed, chat templates and its evaluators were left out, data configs were our own, and methods that a version
 names `compute_unlearn_loss` or `compute_loss_normal` took the present name, `compute_loss`. Read and written out in a
-test, not run: of its trainer/unlearn dpo.py at afcd6b6, wga.py and satimp.py at 0ad76a2.
+test, not run: of its trainer/unlearn dpo.py at afcd6b6, wga.py and satimp.py at 0ad76a2, ceu.py at 2231e31.
 """
 
 import copy
@@ -242,6 +242,14 @@ class SatImp(GradDiff):
         super().__init__(forget={"beta1": beta1, "beta2": beta2}, alpha=alpha, **keywords)
 
 
+class CEU(_Method):
+    """Cross-entropy of the forget rows against the model's own prediction without the label; nothing else."""
+
+    def __init__(self, *, ignore_first_n_answer_tokens: int = 1, **keywords):
+        forget = {"objective": "ceu", "ignore_first_n_answer_tokens": ignore_first_n_answer_tokens}
+        super().__init__(forget=forget, retain={"objective": "none"}, **keywords)
+
+
 class DPO(GradDiff):
     """Prefer the alternate answer of a forget row to the original one; IdkDPO and AltPO, as the dataset is.
 
@@ -335,7 +343,7 @@ class _Collator:
         return collate(examples, range(len(rows)), pad_id=self.pad_id)
 
 
-METHODS = (GradAscent, GradDiff, NPO, SimNPO, WGA, SatImp, DPO, RMU)
+METHODS = (GradAscent, GradDiff, NPO, SimNPO, WGA, SatImp, CEU, DPO, RMU)
 
 
 def register(registry: MutableMapping[str, type] | None = None) -> None:

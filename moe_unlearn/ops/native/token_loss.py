@@ -11,7 +11,8 @@ Tiles have a size of their own: `chunk_rows` is for `ref`.
 import torch
 from torch import Tensor
 
-from moe_unlearn.ops.token_loss import IGNORED, _backward_tiled, _check_labels, _counted, _forward_tiled, _wide
+from moe_unlearn.ops.tiled import token_loss as tiled
+from moe_unlearn.ops.token_loss import IGNORED, _check_labels, _counted, _wide
 
 GROUP = 512  # entries of the vocabulary, `width` in token_loss_matrices.h
 SPARE_BYTES = 2**27
@@ -38,7 +39,7 @@ def forward_kept(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind
     """What the op returns; all that is not kept is empty."""
     arguments = hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap
     if not _can_take(hidden, head, bias, ref_hidden, ref_head):
-        outputs = _forward_tiled(*arguments, drop_zero_weights, chunk_rows)
+        outputs = tiled.forward(*arguments, drop_zero_weights, chunk_rows)
         return *outputs, *room(hidden, head, labels, bias, ref_hidden, ref_head, kind, keep, keep_head)
     index = _counted(labels, weights, drop_zero_weights)
     _check_labels(labels[index], kind, len(head))
@@ -54,9 +55,9 @@ def forward_kept(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind
 def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm, kind, scale,
              softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head, needs_bias, direction=None):  # fmt: skip
     if not _can_take(hidden, head, bias, ref_hidden, ref_head):
-        return _backward_tiled(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm,
-                               kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head,
-                               needs_bias)  # fmt: skip
+        return tiled.backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm,
+                              kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head,
+                              needs_bias)  # fmt: skip
     index = _counted(labels, weights, drop_zero_weights)
     problem = _problem(hidden, head, labels, index, bias, ref_hidden, ref_head, kind, scale, softcap)
     upstream = _upstream(grad, weights, value, index, kind)

@@ -1,0 +1,132 @@
+"""token_loss in torch, a tile of rows x vocabulary at a time: `ref`, and all there is of the kind "ce".
+
+What is kept of a row for the backward: norm = (max z, sum exp(z - max z)) and, where there are targets q, ref_norm the
+same of their logits.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_unlearn.ops.token_loss import _DEFAULT_ROWS, IGNORED, _check_labels, _counted, _logits, _tiles, _wide
+
+_WITH_TARGETS = ("kl", "ce")
+
+
+def forward(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
+            drop_zero_weights, chunk_rows, label_penalty=0.0):  # fmt: skip
+    """(loss [T], l [T], norm [2, T], ref_norm [2, T]), 0 in the rows that do not count."""
+    dtype = _wide(hidden, head)
+    value = torch.zeros(labels.shape, dtype=dtype, device=labels.device)
+    norm, ref_norm = value.new_zeros(2, *labels.shape), value.new_zeros(2, *labels.shape)
+    counted = _counted(labels, weights, drop_zero_weights)
+    _check_labels(labels[counted], kind, len(head))
+    for rows in counted.split(chunk_rows or _DEFAULT_ROWS):
+        h, y = hidden[rows].to(dtype), labels[rows]
+        h_ref = None if ref_hidden is None else ref_hidden[rows].to(dtype)
+        picked = torch.zeros_like(value[rows])
+        parts, ref_parts, crosses = [], [], []
+        for tile in _tiles(len(rows), len(head), dtype):
+            b = None if bias is None else bias[tile]
+            z = _logits(h, head[tile], b, scale, softcap)
+            parts.append(_peak_and_sum(z))
+            if kind in _WITH_TARGETS:
+                z_ref = _targets(z, h_ref, head, ref_head, tile, b, scale, softcap, y, label_penalty)
+                ref_parts.append(_peak_and_sum(z_ref))
+                z, z_ref = z - parts[-1][0][:, None], z_ref - ref_parts[-1][0][:, None]
+                q = z_ref.exp()
+                crosses.append(torch.where(q == 0, 0, q * (z_ref - z if kind == "kl" else -z)).sum(1))
+            else:
+                column, inside = _column(y, tile)
+                picked = torch.where(inside, z.gather(1, column).squeeze(1), picked)
+        shifts, norm[:, rows] = _merge(parts)
+        if kind in _WITH_TARGETS:
+            ref_shifts, ref_norm[:, rows] = _merge(ref_parts)
+            q_sums = torch.stack([total for _, total in ref_parts])
+            # q (log q - log p) of a tile, or q (-log p), unnormalised, moved from the maxima of the tile to the row's
+            moved = q_sums * (ref_shifts - shifts if kind == "kl" else -shifts)
+            cross = (torch.stack(crosses) + moved) * ref_shifts.exp()
+            p_sum, q_sum = norm[1, rows], ref_norm[1, rows]
+            value[rows] = cross.sum(0) / q_sum + (p_sum / q_sum if kind == "kl" else p_sum).log()
+        else:
+            nll = (norm[0, rows] - picked) + norm[1, rows].log()
+            value[rows] = nll if kind == "nll" else -torch.log1p(-torch.exp(-nll) / 2)
+    # an ignored row is 0 under a weight of NaN too
+    weighted = value.clone() if weights is None else value * weights.to(dtype)
+    return torch.where(labels == IGNORED, 0, weighted), value, norm, ref_norm
+
+
+def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm,
+             kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head,
+             needs_bias, label_penalty=0.0):  # fmt: skip
+    """Gradients of hidden [T, H], head [V, H] and bias [V]; empty for one that is not needed."""
+    dtype = norm.dtype
+    upstream = grad.to(dtype) if weights is None else grad.to(dtype) * weights.to(dtype)
+    if kind == "uce":
+        upstream = -upstream * torch.expm1(value)
+    chunks = [
+        (rows, hidden[rows].to(dtype), None if ref_hidden is None else ref_hidden[rows].to(dtype))
+        for rows in _counted(labels, weights, drop_zero_weights).split(chunk_rows or _DEFAULT_ROWS)
+    ]
+    sums = [torch.zeros_like(h) if needs_hidden else None for _, h, _ in chunks]
+    grad_head = head.new_zeros(head.shape if needs_head else 0)
+    grad_bias = head.new_zeros(0) if not needs_bias else bias.new_zeros(bias.shape)
+    # the vocabulary outside: a tile of the head's gradient is complete, and rounded once, when it is left
+    for tile in _tiles(len(chunks[0][0]), len(head), dtype):
+        w, b = head[tile].to(dtype), None if bias is None else bias[tile]
+        grad_w, grad_b = torch.zeros_like(w) if needs_head else None, torch.zeros_like(w[:, 0])
+        for (rows, h, h_ref), grad_h in zip(chunks, sums, strict=True):
+            z, y = _logits(h, w, b, scale, softcap), labels[rows]
+            dz = (z - norm[0, rows, None]).exp() / norm[1, rows, None]
+            if kind in _WITH_TARGETS:
+                z_ref = _targets(z, h_ref, head, ref_head, tile, b, scale, softcap, y, label_penalty)
+                dz = dz - (z_ref - ref_norm[0, rows, None]).exp() / ref_norm[1, rows, None]
+            else:
+                column, inside = _column(y, tile)
+                dz = dz.scatter_add(1, column, -inside.to(dtype)[:, None])
+            dz = dz * (upstream[rows] * scale)[:, None]
+            if softcap is not None:
+                dz = dz * (1 - (z / softcap).square())
+            if needs_hidden:
+                grad_h += dz @ w
+            if needs_head:
+                grad_w += dz.t() @ h
+            if needs_bias:
+                grad_b += dz.sum(0)
+        if needs_head:
+            grad_head[tile] = grad_w.to(head.dtype)
+        if needs_bias:
+            grad_bias[tile] = grad_b.to(bias.dtype)
+    grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else 0)
+    if needs_hidden:
+        for (rows, _, _), grad_h in zip(chunks, sums, strict=True):
+            grad_hidden[rows] = grad_h.to(hidden.dtype)
+    return grad_hidden, grad_head, grad_bias
+
+
+def _targets(z, h_ref, head, ref_head, tile, bias, scale, softcap, labels, penalty) -> Tensor:
+    """A tile of the targets' logits: of the reference, or `z` itself without one, lowered at the label."""
+    z_ref = z if h_ref is None else _logits(h_ref, (head if ref_head is None else ref_head)[tile], bias, scale, softcap)
+    if penalty:
+        column, inside = _column(labels, tile)
+        z_ref = z_ref.scatter_add(1, column, torch.where(inside, -penalty, 0.0).to(z_ref.dtype)[:, None])
+    return z_ref
+
+
+def _peak_and_sum(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(m, sum exp(z - m)) over the columns of a tile, m its maximum."""
+    # finite, so that a tile of logits that are all -infinity sums to 0 and not to NaN
+    m = z.amax(1).clamp_min(torch.finfo(z.dtype).min)
+    return m, (z - m[:, None]).exp().sum(1)
+
+
+def _merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(maximum of each tile minus that of the row [tiles, n]; maximum and sum of the row [2, n])."""
+    peaks, sums = (torch.stack(values) for values in zip(*parts, strict=True))
+    m = peaks.amax(0)
+    return peaks - m, torch.stack([m, (sums * (peaks - m).exp()).sum(0)])
+
+
+def _column(labels: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+    """(column [n, 1] of each label within the tile, clamped into it; whether it is inside [n])."""
+    inside = (labels >= tile.start) & (labels < tile.stop)
+    return (labels - tile.start).clamp(0, tile.stop - tile.start - 1)[:, None], inside
