@@ -23,29 +23,42 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from moe_unlearn.batches import IGNORED, ROW
+
 FORMAT = "moe-unlearn rows 1"
-_IGNORED = -100  # the label that carries no loss
 _CHUNK = 2**24  # bytes copied at a time from a device, or from strided memory
 _UNFINISHED = ".rows-"
 _ABANDONED = 3600  # seconds; a batch is written in far less
 
 
 def content_keys(batch: dict[str, Tensor]) -> list[str]:
-    """One 128-bit hash per row of a batch, of its ids and labels where attended; padding does not enter."""
+    """One 128-bit hash per row of a batch, of its ids and labels where attended; padding does not enter.
+
+    Neither do positions that count the row's tokens, from its first one or from where the batch's rows begin: a model
+    takes these by itself. Others do.
+    """
     # one read of a batch that is on a GPU; the rest is numpy's, which takes a microsecond where torch takes several
-    read = torch.stack([batch[name].long() for name in ("input_ids", "labels", "attention_mask")]).cpu().numpy()
-    return [_content_key(*row) for row in zip(*read, strict=True)]
+    names = [name for name in ROW if name in batch]
+    read = torch.stack([batch[name].long() for name in names]).cpu().numpy()
+    return [_content_key(**dict(zip(names, row, strict=True))) for row in zip(*read, strict=True)]
 
 
-def _content_key(ids: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> str:
+def _content_key(
+    input_ids: np.ndarray, attention_mask: np.ndarray, labels: np.ndarray, position_ids: np.ndarray | None = None
+) -> str:
+    ids, mask = input_ids, attention_mask
     (where,) = mask.nonzero()
     start, end = (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
-    if end - start == len(where) and (end in (0, len(labels)) or labels[end] == _IGNORED):
+    if end - start == len(where) and (end in (0, len(labels)) or labels[end] == IGNORED):
         content, person = [ids[start:end], labels[start:end]], b""
     else:
         # gaps shift positions, and a label on the padding is predicted by the last attended token
-        following = np.append(labels[1:], _IGNORED)[where]
+        following = np.append(labels[1:], IGNORED)[where]
         content, person = [ids[where], labels[where], where - start, following], b"irregular"
+    if position_ids is not None and len(where):
+        positions = position_ids[where]
+        if not np.array_equal(positions, where) and not np.array_equal(positions, where - start):
+            content, person = [*content, positions], b"placed " + person
     return hashlib.blake2b(np.concatenate(content).tobytes(), digest_size=16, person=person).hexdigest()
 
 

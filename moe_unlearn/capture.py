@@ -13,12 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from moe_unlearn.batches import Batch
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.losses import final_hidden_states
 from moe_unlearn.modes import evaluation_mode
 from moe_unlearn.ops.route import route
-
-Batch = dict[str, Tensor]
 
 
 class RoutingCapture:

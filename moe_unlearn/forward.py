@@ -1,26 +1,15 @@
 """What the objectives need of a forward pass beside token losses: sequences, refusals, layer outputs."""
 
 import contextlib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from moe_unlearn import losses
+from moe_unlearn.batches import ROW, Batch, checked, take
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
-
-Batch = dict[str, Tensor]
-
-
-def stack(batches: list[Batch]) -> tuple[Batch, list[slice]]:
-    """Rows of all batches in one, padded on the right to the longest; the rows of each in it."""
-    length = max(batch["input_ids"].shape[1] for batch in batches)
-    stacked = {
-        key: torch.cat([nn.functional.pad(batch[key], (0, length - batch[key].shape[1])) for batch in batches])
-        for key in ("input_ids", "attention_mask")
-    }
-    ends = torch.tensor([len(batch["input_ids"]) for batch in batches]).cumsum(0).tolist()
-    return stacked, [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def sequence_logprobs(model: nn.Module, batch: Batch, hidden_states: Tensor | None = None) -> Tensor:
@@ -35,7 +24,7 @@ def refusal(batch: Batch) -> Batch:
         raise ValueError(
             f"a forget.objective with refusals (idk_dpo, idk_nll) needs the batch keys {', '.join(missing)}"
         )
-    rows = {k: batch[f"idk_{k}"] for k in ("input_ids", "attention_mask", "labels")}
+    rows = {k: batch[f"idk_{k}"] for k in ROW if f"idk_{k}" in batch}
     return rows | ({"index": batch["index"]} if "index" in batch else {})
 
 
@@ -49,25 +38,12 @@ def forgotten(recipe: Recipe, batch: Batch) -> Batch:
     return refusal(batch) if recipe.forget.objective == "idk_nll" else batch
 
 
-def check_batch(batch: Batch, side: str) -> None:
-    """Raise ValueError unless `batch` has the three tensors [B, S] of transformers' conventions."""
-    for key in ("input_ids", "attention_mask", "labels"):
-        if key not in batch:
-            raise ValueError(f"the {side} batch has no {key!r}; got {', '.join(map(str, batch)) or 'nothing'}")
-        if batch[key].shape != batch["input_ids"].shape or batch[key].dim() != 2:
-            raise ValueError(
-                f"{side} batch: {key} must be [B, S] = {list(batch['input_ids'].shape)}; got {list(batch[key].shape)}"
-            )
-    if len(batch["input_ids"]) == 0:
-        raise ValueError(f"the {side} batch has no rows")
-
-
-def check_batches(batches: list[Batch], side: str) -> None:
-    """`check_batch` of each; raises ValueError also if none of them carries a loss."""
-    for batch in batches:
-        check_batch(batch, side)
-    if not any(losses.target_mask(batch).any() for batch in batches):
+def check_batches(batches: Iterable[Batch], side: str) -> list[Batch]:
+    """Each of them `checked`; raises ValueError also if none of them carries a loss."""
+    rows = [checked(batch, side) for batch in batches]
+    if not any(losses.target_mask(batch).any() for batch in rows):
         raise ValueError(f"the {side} set carries no loss: it is empty or all labels are -100")
+    return rows
 
 
 def counted_row(batches: list[Batch]) -> Batch:
@@ -75,7 +51,7 @@ def counted_row(batches: list[Batch]) -> Batch:
     for batch in batches:
         counted = losses.target_mask(batch).any(1).nonzero().flatten()
         if len(counted):
-            return {key: batch[key][counted[:1]] for key in ("input_ids", "attention_mask", "labels")}
+            return take(batch, counted[:1])
     raise ValueError("expected a row that carries a loss; got only labels of -100 or unattended positions")
 
 

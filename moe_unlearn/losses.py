@@ -31,11 +31,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from moe_unlearn.batches import Batch, attention_mask, inputs
 from moe_unlearn.modes import checkpoints_with_graph, evaluation_mode
 from moe_unlearn.ops.token_loss import IGNORED, token_loss
 from moe_unlearn.ranks import local
-
-Batch = dict[str, Tensor]
 
 # config field -> the factor it puts on the logits; flags of a config, never names of models
 _LOGIT_FACTORS = {
@@ -117,15 +116,16 @@ def sequence_sums(token_values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def target_mask(batch: Batch) -> Tensor:
     """bool [B, S]: the positions that carry a loss; see the module docstring. The last never does."""
-    mask = torch.zeros_like(batch["attention_mask"], dtype=torch.bool)
-    mask[:, :-1] = (batch["attention_mask"][:, :-1] == 1) & (batch["labels"][:, 1:] != IGNORED)
+    attended = attention_mask(batch)
+    mask = torch.zeros_like(attended, dtype=torch.bool)
+    mask[:, :-1] = (attended[:, :-1] == 1) & (batch["labels"][:, 1:] != IGNORED)
     return mask
 
 
 def state_mask(batch: Batch) -> Tensor:
     """bool [B, S]: the positions whose hidden states count, the batch's `state_mask` or those of labelled tokens."""
     given = batch.get("state_mask")
-    return (batch["attention_mask"] == 1) & (batch["labels"] != IGNORED) if given is None else given
+    return (attention_mask(batch) == 1) & (batch["labels"] != IGNORED) if given is None else given
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def final_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """Output [B, S, H] of the decoder's last norm, which is what the head multiplies; the head does not run."""
     with checkpoints_with_graph(model) if torch.is_grad_enabled() else contextlib.nullcontext():
-        out = decoder_of(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        out = decoder_of(model)(**inputs(batch), use_cache=False)
     return out.last_hidden_state
 
 
@@ -247,7 +247,7 @@ def verify_head(model: nn.Module, batch: Batch) -> None:
         raise ValueError("verify_head needs a batch with a position that carries a loss")
     with evaluation_mode(model):
         ours = -token_losses(model, batch)[mask]
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[mask]
+        logits = model(**inputs(batch)).logits[mask]
     targets = batch["labels"].roll(-1, 1)[mask]
     theirs = torch.log_softmax(_wide(logits), -1).gather(1, targets[:, None]).squeeze(1)
     # matrix product, scale and soft-cap each round a logit to its dtype; the rest is float32

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn import losses, router_aux, seuf, trace
+from moe_unlearn.batches import Batch, stack
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules, step_inputs
-from moe_unlearn.forward import Batch, control_vector, forgotten, layer_states, refusal, sequence_logprobs, stack
+from moe_unlearn.forward import control_vector, forgotten, layer_states, refusal, sequence_logprobs
 from moe_unlearn.preparation import Preparation
 from moe_unlearn.sinks import NonFiniteError
 

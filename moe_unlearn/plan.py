@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from moe_unlearn import losses, router_aux, trace
+from moe_unlearn.batches import Batch, checked
 from moe_unlearn.cache import RowCache
 from moe_unlearn.experts import copy_gate, experts_modules
-from moe_unlearn.forward import Batch, check_batch, refusal
+from moe_unlearn.forward import refusal
 from moe_unlearn.ops.bits import num_words, unpack_bits
 from moe_unlearn.paths import Path, form, paths
 from moe_unlearn.preparation import Calibration, Preparation, needed, uses_kl
@@ -86,9 +87,7 @@ def make_plan(step, forget: list[Batch], retain: list[Batch]) -> Plan:
     CUDA where there is a GPU, for the CPU otherwise. Before prepare(), masks keep everything and as many experts
     are selected as the recipe allows.
     """
-    for side, batches in (("forget", forget), ("retain", retain)):
-        for batch in batches:
-            check_batch(batch, side)
+    forget, retain = [checked(b, "forget") for b in forget], [checked(b, "retain") for b in retain]
     recipe = step.recipe
     named = list(step.model.named_parameters())
     trained = [(name, p) for name, p in named if p.requires_grad]

@@ -19,12 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from moe_unlearn.batches import Batch, take
 from moe_unlearn.cache import RowCache, RowStore, content_keys, rows_of, tensor_digest
-from moe_unlearn.forward import Batch
 from moe_unlearn.losses import unwrapped
 from moe_unlearn.ranks import local
 
-_ROW = ("input_ids", "attention_mask", "labels")
 # of an adapter's config, what says where it came from
 _NOT_THE_ADAPTER = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
 # what the class and the tensors say already, or a save changes; names with an underscore choose how the same
@@ -127,7 +126,7 @@ def fill(
     for batch, own in zip(batches, keys, strict=True):
         missing = {key: i for i, key in enumerate(own) if key not in found}
         if missing:
-            part = {name: batch[name][list(missing.values())] for name in _ROW}
+            part = take(batch, list(missing.values()))
             new = dict(zip(missing, rows_of(part, compute(part)), strict=True))
             if store is not None:
                 store.write(new)

@@ -4,8 +4,8 @@
     step.prepare(forget_batches, retain_batches)         # on the unchanged model
     metrics = step(forget_batch, retain_batch)           # one update; update=False accumulates
 
-One step computes the recipe's losses, turns them into one gradient and moves the weights the scope and
-the mask allow:
+What a batch may hold, packed rows among it, says `batches`. One step computes the recipe's losses, turns them into one
+gradient and moves the weights the scope and the mask allow:
 
     g = grad( gamma L_forget + alpha (L_retain + router_aux L_router_aux) + anchor L_anchor )      without MOLLM
     g = sum_i c_i grad L_i,  c from the Gram matrix of the masked gradients  with MOLLM
@@ -38,9 +38,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn import losses, mollm, paths, scope
+from moe_unlearn.batches import Batch, checked
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import enable, step_inputs
-from moe_unlearn.forward import Batch, check_batch, check_batches, counted_row
+from moe_unlearn.forward import check_batches, counted_row
 from moe_unlearn.gradients import Gradients
 from moe_unlearn.objectives import NotPreparedError, Objectives, RetainBudgetError, check_budget, check_finite
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
@@ -126,9 +127,7 @@ class UnlearnStep:
         `state_dict()` holds its result. The folder `cache_dir` keeps references from run to run by the content of model
         and rows; OSError where it cannot be written to. References are of the model as it is, adapters included.
         """
-        forget, retain = list(forget_batches), list(retain_batches)
-        for side, batches in (("forget", forget), ("retain", retain)):
-            check_batches(batches, side)
+        forget, retain = check_batches(forget_batches, "forget"), check_batches(retain_batches, "retain")
         losses.verify_head(self.model, counted_row(retain))
 
         def after(stage: str) -> None:
@@ -155,12 +154,9 @@ class UnlearnStep:
 
     def sizes(self, pairs: Iterable[tuple[Batch, Batch]]) -> dict[str, int]:
         """What a step's losses are means over (`Objectives.units`) in these (forget, retain) pairs, on all ranks."""
-        counted = []
-        for forget, retain in pairs:
-            check_batch(forget, "forget")
-            check_batch(retain, "retain")
-            counted.append(self.objectives.units(forget, retain))
-        return self.tally.count(counted)
+        return self.tally.count([
+            self.objectives.units(checked(forget, "forget"), checked(retain, "retain")) for forget, retain in pairs
+        ])  # fmt: skip
 
     def accumulate(
         self, forget_batch: Batch, retain_batch: Batch, *, sizes: Sizes | None = None, last: bool = False
@@ -177,8 +173,7 @@ class UnlearnStep:
                 f"stages not run: {', '.join(missing)}"
             )
         self.tally.expect(sizes)
-        check_batch(forget_batch, "forget")
-        check_batch(retain_batch, "retain")
+        forget_batch, retain_batch = checked(forget_batch, "forget"), checked(retain_batch, "retain")
         whole = last and not self.tally.parts
         single_pass = whole and not self.obstacle
         if not self.tally.parts:

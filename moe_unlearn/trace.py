@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn import ops
+from moe_unlearn.batches import Batch, padded
 from moe_unlearn.capture import routing_capture
 from moe_unlearn.losses import final_hidden_states, target_mask
 from moe_unlearn.modes import evaluation_mode
 
-Batch = dict[str, Tensor]
 _log = logging.getLogger(__name__)
 
 
@@ -81,7 +81,7 @@ def routing_frequencies(model: nn.Module, batches: Iterable[Batch]) -> RoutingFr
     """
     tokens = 0
     with torch.no_grad(), evaluation_mode(model), routing_capture(model) as capture:
-        for batch in batches:
+        for batch in map(padded, batches):
             mask = target_mask(batch)
             tokens += int(mask.sum())
             capture.group = torch.where(mask.flatten(), 0, -1).int()

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from moe_unlearn.batches import checked
 from moe_unlearn.checkpoint import load_state, save_state
 from moe_unlearn.config import NEED_REFUSALS, Recipe
 from moe_unlearn.data import (
@@ -207,7 +208,8 @@ class UnlearnTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         objectives = self.unlearn_step.objectives
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
-            values = {**objectives.forget(inputs["forget"]), **objectives.retain(inputs["retain"])}
+            forget, retain = (checked(inputs[side], side) for side in ("forget", "retain"))
+            values = {**objectives.forget(forget), **objectives.retain(retain)}
         return sum(objectives.factors.get(name, 1.0) * value for name, value in values.items()), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

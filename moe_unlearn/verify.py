@@ -42,8 +42,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn import yardstick
+from moe_unlearn.batches import Batch
 from moe_unlearn.comparison import Comparison, Report, Run
-from moe_unlearn.forward import Batch
 from moe_unlearn.routes import Routes
 from moe_unlearn.sinks import NonFiniteError
 from moe_unlearn.tally import Sizes

@@ -35,13 +35,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moe_unlearn.batches import Batch, padded
 from moe_unlearn.checkpoint import whole_file
 from moe_unlearn.losses import target_mask, token_losses
 from moe_unlearn.modes import evaluation_mode
 from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
 from moe_unlearn.ops.weight_score import FIRST_NON_FINITE_BIN, score_histogram, score_mask
 
-Batch = dict[str, Tensor]
 FORMAT = "moe-unlearn weight mask 1"
 _BITS_IN_BYTE = torch.tensor([byte.bit_count() for byte in range(256)])
 _log = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ def weight_mask(
 
 def _gradients(model, batches, loss, divided: int | None, side) -> dict[str, Tensor]:
     """float32 gradients of the mean over the set's tokens, or of the sum over batches of their means / `divided`."""
-    batches = [batch for batch in batches if target_mask(batch).any()]
+    batches = [batch for batch in map(padded, batches) if target_mask(batch).any()]
     tokens = [int(target_mask(batch).sum()) for batch in batches]
     if not batches:
         raise ValueError(f"the {side} set carries no loss: it is empty or all its labels are -100")

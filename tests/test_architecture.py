@@ -16,7 +16,7 @@ PACKAGE = ROOT / "moe_unlearn"
 # Lower layers first; a module imports only from its own or a lower layer (within `ops`, `data`, `metrics`
 # and `regress` a package is one layer).
 LAYERS = [
-    {"triton_kernels", "choices", "backend", "native", "cache", "checkpoint", "report", "ranks", "sums"},
+    {"triton_kernels", "choices", "backend", "native", "batches", "cache", "checkpoint", "report", "ranks", "sums"},
     {"recipe_values", "config"},
     {"rounding"},
     {"ops", "testing", "memory", "yardstick"},
@@ -40,7 +40,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # data and metrics stand beside the trainer and know nothing of the step
 INDEPENDENT = {
-    "data": {"data", "config"},
+    "data": {"data", "config", "batches"},
     "metrics": {"metrics", "data", "capture", "losses", "experts", "reference", "ranks", "modes"},
 }
 USES_TRANSFORMERS = {

@@ -128,6 +128,26 @@ def test_content_keys_ignore_index_and_padding_and_see_everything_else():
     assert len(set(content_keys(batch([5, 6], [5, 6], [], [])))) == 2
 
 
+def test_content_keys_see_positions_that_a_model_does_not_take_by_itself():
+    def placed(made, *positions):
+        return made | {"position_ids": torch.tensor(positions)}
+
+    made, left = batch([5, 6, 7], [8, 9]), batch([5, 6, 7], [8, 9], pad_left=2)
+    plain = content_keys(made)
+    # what caches on disk hold stays found
+    assert plain == content_keys(placed(made, [0, 1, 2], [0, 1, 7])) == content_keys(placed(made, [0, 1, 2], [0, 1, 0]))
+    assert plain == content_keys(placed(left, [0, 0, 0, 1, 2], [0, 0, 0, 1, 9]))
+    assert plain == content_keys(placed(left, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]))
+    again, shifted = (content_keys(placed(made, *rows)) for rows in (([0, 1, 0], [0, 0, 1]), ([1, 2, 3], [1, 2, 3])))
+    assert again == content_keys(placed(left, [3, 3, 0, 1, 0], [3, 3, 0, 0, 3]))
+    assert len({*plain, *again, *shifted}) == 6
+    gap = batch([5, 6, 0, 7])
+    gap["attention_mask"][0, 2] = 0
+    closed, kept = placed(gap, [0, 1, 0, 2]), placed(gap, [0, 1, 2, 3])
+    assert content_keys(gap) == content_keys(kept) != content_keys(closed)
+    assert content_keys(placed(batch([]), [])) == content_keys(batch([]))
+
+
 def rows(*names, length=3, width=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {n: torch.randn(length + i, width, generator=generator).bfloat16() for i, n in enumerate(names)}

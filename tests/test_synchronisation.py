@@ -66,6 +66,8 @@ def as_on_a_gpu(monkeypatch):
 READS = {
     "look": (1, "what a step reads: its losses, the bounds of its gradients, their norm"),
     "final_hidden_states": (0, "transformers looks whether a batch has padding"),
+    "padded": (3, "where examples of packed rows begin, on the CPU"),
+    "_beginnings": (10, "packed rows: one read of a batch and of each of its offsets; the rest is on the CPU"),
     "content_keys": (2, "rows of a batch are known by their content: one read a batch"),
     "_content_key": (3, "arrays of the CPU"),
     "row_keys": (1, "the numbers of a batch's rows"),
@@ -280,7 +282,10 @@ def test_on_a_gpu_every_other_wait_is_an_error(guard, model, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
 
 
-STEP = ("step", "tally", "gradients", "sinks", "optim", "objectives", "losses", "experts", "forward", "ranks", "cache")
+STEP = (
+    "step", "tally", "gradients", "sinks", "optim", "objectives", "losses", "experts", "batches", "forward", "ranks",
+    "cache",
+)  # fmt: skip
 OPS = ("route", "expert_mlp", "expert_wgrad", "token_loss", "masked_update", "gram", "bits")
 METHODS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "synchronize"}
 # what Python does with a tensor when it wants a number, or a truth

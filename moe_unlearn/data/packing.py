@@ -48,8 +48,9 @@ def packed_batches(
 
     `index` is each token's position in `examples`, -1 for padding. The first token of an example carries no
     loss, as it has none in a row of its own; padding carries none and is an example by itself to attention.
-    Losses that sum over a sequence (NPO, SimNPO, DPO) take `index` for the sequence, not the row. `UnlearnStep`
-    works on padded batches and refuses these: they have no `attention_mask`.
+    Losses that sum over a sequence (NPO, SimNPO, DPO) take `index` for the sequence, not the row. `UnlearnStep` takes
+    these batches too and computes with each example in a row of its own (`batches.padded`): right for any model, but
+    at the cost of padding, which `batches` of examples of similar length keep small.
 
     Raises ValueError where packing is not exact (`check_packing`; flash attention with batch_size above 1), or
     as `pack` does.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from moe_unlearn.batches import ROW
 from moe_unlearn.data.seams import continued
 from moe_unlearn.data.special import added, special_ids
 from moe_unlearn.data.tokenize import IGNORED, Example, collate, generator
@@ -78,7 +79,7 @@ class PairCollator:
         if self.refusals is not None:
             rows = [self.refusals[i] for item in items for _, i in item["forget"]]
             refused = collate(rows, range(len(rows)), pad_id=self.pad_id)
-            sides["forget"] |= {f"idk_{k}": refused[k] for k in ("input_ids", "attention_mask", "labels")}
+            sides["forget"] |= {f"idk_{k}": refused[k] for k in ROW if k in refused}
         return sides
 
 

@@ -22,8 +22,9 @@ def encode_rows(rows: Iterable, tokenizer, max_length: int, *, side: str, **enco
     """Examples of all rows, in their order; `encoding` are further keywords of `encode`.
 
     A row is an `Example`, a `Document`, a text, a record as `load` knows them (of two answers that of the side), or
-    tokens: `input_ids`, and `labels` where these differ. Empty texts are left out. Raises TypeError for another kind,
-    ValueError for records of another form, naming side and row.
+    tokens: `input_ids`, and `labels` where these differ. What their `attention_mask` leaves out at the ends is padding.
+    Empty texts are left out. Raises TypeError for another kind, ValueError for records of another form and for
+    `position_ids` that do not count the tokens (a packed row), naming side and row.
     """
     made: list[Example] = []
     for number, row in enumerate(rows):
@@ -55,5 +56,20 @@ def _tokens(row: Mapping, where: str) -> Example:
     labels = [int(label) for label in (ids if row.get("labels") is None else row["labels"])]
     if len(labels) != len(ids) or not ids:
         raise ValueError(f"{where}: expected as many labels as input_ids, not none; got {len(labels)} and {len(ids)}")
+    kept = _attended(row, len(ids), where)
+    ids, labels = ids[kept.start : kept.stop], labels[kept.start : kept.stop]
     masked = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
     return Example(ids, labels, masked)
+
+
+def _attended(row: Mapping, count: int, where: str) -> range:
+    """Which of a row's tokens are not padding."""
+    mask, positions = row.get("attention_mask"), row.get("position_ids")
+    attended = list(range(count)) if mask is None else [i for i, one in enumerate(mask) if one]
+    kept = range(attended[0], attended[-1] + 1) if attended else range(0)
+    if not attended or len(attended) != len(kept) or (mask is not None and len(mask) != count):
+        raise ValueError(f"{where}: expected an attention_mask of {count} tokens, ones in one piece; got {list(mask)}")
+    own = None if positions is None else [int(i) for i in positions[kept.start : kept.stop]]
+    if own not in (None, list(kept), list(range(len(kept)))):
+        raise ValueError(f"{where}: expected position_ids that count the tokens; got {own}: give each example as a row")
+    return kept

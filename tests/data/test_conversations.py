@@ -110,6 +110,42 @@ def test_rows_of_any_kind_give_the_same_examples():
         encode_rows(["a", Document("", "a", "q" * 99)], TOKENIZER, 20, side="forget")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"attention_mask": [1, 1, 1]},
+        {"position_ids": [0, 1, 2]},
+        {"pads": (0, 2), "attention_mask": [1, 1, 1, 0, 0], "position_ids": [0, 1, 2, 0, 0]},
+        {"pads": (1, 1), "attention_mask": [0, 1, 1, 1, 0], "position_ids": [0, 0, 1, 2, 0]},
+        {"pads": (1, 0), "attention_mask": [0, 1, 1, 1], "position_ids": [0, 1, 2, 3]},
+    ],
+)
+def test_padding_of_tokens_is_no_text(given):
+    """What a tokenizer that pads has made: what is not attended is not learned."""
+    before, behind = given.get("pads", (0, 0))
+    ids = [0] * before + [1, 5, 6] + [0] * behind
+    row = {"input_ids": ids, **{key: value for key, value in given.items() if key != "pads"}}
+    labelled = row | {"labels": [-100] * (before + 2) + [6] + [-100] * behind}
+    for made in (row, {key: torch.tensor(value) for key, value in row.items()}):
+        assert encode_rows([made], TOKENIZER, 99, side="retain") == [Example([1, 5, 6], [1, 5, 6], 0)]
+    assert encode_rows([labelled], TOKENIZER, 99, side="retain") == [Example([1, 5, 6], [-100, -100, 6], 2)]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"attention_mask": [1, 0, 1]}, r"expected an attention_mask of 3 tokens, ones in one piece; got \[1, 0, 1\]"),
+        ({"attention_mask": [0, 0, 0]}, r"ones in one piece; got \[0, 0, 0\]"),
+        ({"attention_mask": [1, 1]}, r"an attention_mask of 3 tokens"),
+        ({"position_ids": [0, 1, 0]}, r"count the tokens; got \[0, 1, 0\]: give each example as a row"),
+        ({"position_ids": [0, 1]}, r"position_ids that count the tokens; got \[0, 1\]"),
+    ],
+)
+def test_tokens_that_are_no_row_of_one_example(given, message):
+    with pytest.raises(ValueError, match=f"forget, row 1: .*{message}"):
+        encode_rows(["a", {"input_ids": [1, 5, 6], **given}], TOKENIZER, 99, side="forget")
+
+
 def test_a_comparison_takes_data_sets_of_rows():
     def measured(forget, retain):
         torch.manual_seed(0)

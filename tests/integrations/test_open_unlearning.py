@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, logsigmoid
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
@@ -171,6 +172,40 @@ def test_losses_are_open_unlearnings(name, tmp_path):
         loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     assert float(ours) == pytest.approx(float(expected), rel=2e-6)
     assert float(loss) == float(ours) and outputs.logits.shape == (*answered["labels"].shape, 64)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_positions_and_packed_rows_are_the_models(packed, tmp_path):
+    trainer = made(GradDiff, tmp_path, Rows(lengths=(9, 9)), gamma=1.5, alpha=0.7)
+    batch = one_batch(trainer, 1 if packed else 4)
+    retain = batch["retain"] | {"index": torch.zeros(len(batch["retain"]["labels"]))}
+    retain["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    alone = {key: retain[key] for key in KEYS}
+    if packed:
+        retain["labels"][:, 4] = -100
+        alone = {
+            key: torch.cat([nn.functional.pad(value[:, :4], (0, 1)), value[:, 4:]]) for key, value in alone.items()
+        }
+        alone["labels"][0, 4] = -100
+        retain = {"index": retain["index"]} | {key: retain[key] for key in ("input_ids", "labels", "position_ids")}
+    batch["retain"] = retain
+    with torch.no_grad():
+        ours = float(trainer.compute_loss(trainer.model, batch))
+        given = alone if packed else alone | {"position_ids": retain["position_ids"]}
+        expected = 1.5 * -mean_nll(trainer.model, batch["forget"]) + 0.7 * trainer.model(**given).loss
+    assert ours == pytest.approx(float(expected), rel=2e-6)
+
+
+def test_what_a_row_is_named_by_is_taken_out_and_nothing_else(tmp_path):
+    trainer = made(GradDiff, tmp_path, gamma=1.5, alpha=0.7)
+    batch = one_batch(trainer)
+    expected = trainer.compute_loss(trainer.model, batch)
+    trainer.data_collator.index = "number"  # of open-unlearning's collator, the name of what it names rows by
+    batch["retain"] |= {"index": torch.zeros(4, 2), "number": torch.arange(4)}
+    assert torch.equal(trainer.compute_loss(trainer.model, batch), expected)
+    batch["retain"]["token_type_ids"] = torch.zeros_like(batch["retain"]["labels"])
+    with pytest.raises(ValueError, match="the retain batch has token_type_ids, which nothing here reads"):
+        trainer.compute_loss(trainer.model, batch)
 
 
 def test_alternates_are_drawn_once_whoever_draws_between(tmp_path):

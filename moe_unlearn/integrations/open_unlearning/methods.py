@@ -65,13 +65,13 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from moe_unlearn.batches import ROW, checked
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example, collate, generator, pad_token_id
 from moe_unlearn.forward import decoder_layers
 from moe_unlearn.trainer import UnlearnTrainer
 
 PREFIX = "MoE"
-_BATCH = ("input_ids", "attention_mask", "labels")
 _RETAIN = {"NLL": "nll", "KL": "kl", "EMBED_DIFF": "embed_diff"}
 
 
@@ -143,12 +143,13 @@ class _Method(UnlearnTrainer):
         """
         inputs = self._prepare_inputs(inputs)
         objectives = self.unlearn_step.objectives
-        values = objectives(inputs["forget"], inputs["retain"])
+        forget, retain = checked(inputs["forget"], "forget"), checked(inputs["retain"], "retain")
+        values = objectives(forget, retain)
         loss = sum(objectives.factors[name] * value for name, value in values.items() if name in objectives.factors)
         if not return_outputs:
             return loss
         with torch.no_grad():
-            return loss, model(**{key: inputs["forget"][key] for key in _BATCH})
+            return loss, model(**{key: forget[key] for key in ROW if key in forget})
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", trial=None) -> dict[str, float]:
         """open-unlearning's evaluators if it gave some, into `checkpoint-STEP/evals`; else the Trainer's."""
@@ -178,8 +179,9 @@ class _Method(UnlearnTrainer):
         return {**inputs, **{side: self._rows(inputs[side]) for side in sides}}
 
     def _rows(self, batch: Mapping) -> dict[str, torch.Tensor]:
-        """A batch without what only open-unlearning reads; its `index` may name rows of several datasets."""
-        return {key: batch[key] for key in _BATCH if key in batch}
+        """A batch without what only open-unlearning reads: its names of rows, which may be of several datasets."""
+        names = ("index", getattr(self.data_collator, "index", None))
+        return {key: value for key, value in batch.items() if key not in names}
 
 
 class GradAscent(_Method):

@@ -1,0 +1,239 @@
+"""What a batch may hold, said in one place; packed rows become rows of their own.
+
+    input_ids, attention_mask, labels       [B, S], as transformers has them; a label of -100 carries no loss
+    position_ids                            [B, S], or [1, S] for all rows: the model is given them
+    index                                   [B], what each row is known by in what `prepare` caches
+    state_mask                              bool [B, S], the hidden states that RMU steers and keeps
+    token_weights, ref_logprobs [B, S], ref_hidden_states [B, S, H]      in the place of prepared ones
+
+and `idk_` before the first four and `index` for the refusal that stands against each row. Any other tensor is an error:
+one that a model reads would change its forward pass and must not be left out in silence.
+
+With an `attention_mask`, `position_ids` say where tokens stand and nothing else, as in transformers (but for its flash
+attention, which takes a single row without padding for packed where its positions start again). Without one, a token
+whose position does not follow that of the token before begins another example of a packed row. So do the offsets
+`cu_seq_lens_q` and `cu_seq_lens_k`, and `seq_idx`. The step computes with each example in a row of its own (`padded`):
+no model mixes them then, whatever its attention, and losses of sequences and caches of rows know them. That takes the
+time and memory of padded rows.
+
+Sources: transformers' masks and its `DataCollatorWithFlattening`, whose keys these are; the rest is our specification.
+"""
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+
+IGNORED = -100  # the label that carries no loss
+INPUTS = ("input_ids", "attention_mask", "position_ids")  # what a model is called with
+ROW = (*INPUTS, "labels")
+_GIVEN = ("state_mask", "token_weights", "ref_logprobs", "ref_hidden_states")
+_OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k")
+_LONGEST = ("max_length_q", "max_length_k")  # plain numbers
+_PACKED = (*_OFFSETS, *_LONGEST, "seq_idx")
+_REFUSAL = "idk_"
+_NUMBERS = (*_LONGEST, *(f"{_REFUSAL}{key}" for key in _LONGEST))
+KNOWN = (*ROW, "index", *_GIVEN, *_PACKED, *(f"{_REFUSAL}{key}" for key in (*ROW, "index", *_PACKED)))
+
+
+def checked(batch: Batch, side: str) -> Batch:
+    """The tensors of `batch`, its packed rows `padded`; the same again where it has been through here before.
+
+    `side`, forget or retain, is for the errors: ValueError for a tensor that is not known, for shapes that do not go
+    together, without rows, and as `padded` raises.
+    """
+    unknown = [str(key) for key, value in batch.items() if isinstance(value, Tensor) and key not in KNOWN]
+    if unknown:
+        raise ValueError(
+            f"the {side} batch has {', '.join(unknown)}, which nothing here reads; known are {', '.join(KNOWN)}: "
+            "take out what is not for the model"
+        )
+    given = {key: value for key, value in batch.items() if isinstance(value, Tensor) or key in _NUMBERS}
+    refused = {key.removeprefix(_REFUSAL): given.pop(key) for key in list(given) if key.startswith(_REFUSAL)}
+    rows = _checked(given, f"the {side} batch")
+    if not refused:
+        return rows
+    refused = _checked(refused, f"the {side} batch of refusals", _REFUSAL)
+    if len(refused["input_ids"]) != len(rows["input_ids"]):
+        raise ValueError(
+            f"the {side} batch has {len(rows['input_ids'])} rows and {len(refused['input_ids'])} refusals; expected "
+            "one for each row"
+        )
+    return rows | {f"{_REFUSAL}{key}": refused[key] for key in ROW if key in refused}
+
+
+def inputs(batch: Batch) -> Batch:
+    """What a model is called with for a padded batch."""
+    attention_mask(batch)
+    return {key: batch[key] for key in INPUTS if key in batch}
+
+
+def attention_mask(batch: Batch) -> Tensor:
+    """The mask [B, S] of a padded batch; ValueError for a packed one."""
+    if "attention_mask" not in batch:
+        raise ValueError(
+            "expected padded rows, with an attention_mask; `batches.padded` makes them of packed ones. Got "
+            f"{_listed(batch)}"
+        )
+    return batch["attention_mask"]
+
+
+def take(batch: Batch, rows: list[int] | Tensor) -> Batch:
+    """Those rows of a padded batch: their tokens, without what else is known of them."""
+    return {key: batch[key][rows] for key in ROW if key in batch}
+
+
+def stack(parts: list[Batch]) -> tuple[Batch, list[slice]]:
+    """What a model is called with for the rows of all parts, padded on the right to the longest; the rows of each."""
+    length = max(part["input_ids"].shape[1] for part in parts)
+    calls = [inputs(part) for part in parts]
+    if any("position_ids" in call for call in calls):
+        # what transformers takes where none are given
+        calls = [{"position_ids": _following(call["input_ids"]), **call} for call in calls]
+    stacked = {
+        key: torch.cat([torch.nn.functional.pad(call[key], (0, length - call[key].shape[1])) for call in calls])
+        for key in calls[0]
+    }
+    ends = torch.tensor([len(part["input_ids"]) for part in parts]).cumsum(0).tolist()
+    return stacked, [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def padded(batch: Batch, what: str = "the batch") -> Batch:
+    """A packed batch with each example in a row of its own, padded on the right; any other batch as it is.
+
+    An example keeps its first label, which nothing predicts. `index` may be of each token [B, S] or of each example.
+    An example with a negative index is padding and left out; so is, without an index [B, S], one without a label.
+
+    Raises ValueError unless positions, offsets and `seq_idx`, as far as there are any, begin examples at the same
+    tokens: positions at 0, offsets of one row rising from 0 to its end, the same in both; for an attention mask that
+    leaves tokens out, a `max_length` below the longest example, and an `index` that does not name each example once.
+    """
+    if not _is_packed(batch):
+        return batch
+    shape = batch["input_ids"].shape
+    read, begins = _beginnings(batch, shape, what)
+    starts = begins.flatten().nonzero().flatten()
+    lengths = torch.cat([starts[1:], starts.new_tensor([begins.numel()])]) - starts
+    example = begins.flatten().cumsum(0) - 1
+    if "index" in read:
+        index = read["index"].flatten()
+        if not torch.equal(index, index[starts][example]):
+            raise ValueError(f"{what}: index must be the same for all tokens of a packed example")
+        real = index[starts] >= 0
+    else:
+        real = torch.bincount(example[read["labels"].flatten() != IGNORED], minlength=len(starts)) > 0
+    starts, lengths = starts[real], lengths[real]
+    if not len(starts):
+        raise ValueError(f"{what} has no rows: none of its packed examples has a label")
+    if "index" in batch and "index" not in read and batch["index"].shape != starts.shape:
+        raise ValueError(
+            f"{what}: index must be [B, S] = {list(shape)} or one number for each of {len(starts)} packed examples; "
+            f"got {list(batch['index'].shape)}"
+        )
+    longest = int(lengths.max())
+    for key in _LONGEST:
+        if key in batch and batch[key] < longest:
+            raise ValueError(f"{what}: {key} is {batch[key]}, but an example has {longest} tokens")
+    columns = torch.arange(longest)
+    kept = columns < lengths[:, None]
+    source = torch.where(kept, starts[:, None] + columns, 0)
+    device = batch["input_ids"].device
+    kept, source, starts = kept.to(device), source.to(device), starts.to(device)
+    out = {"attention_mask": kept.long()}
+    for key in ("input_ids", "labels", *_GIVEN):
+        if key in batch:
+            rows = batch[key].flatten(0, 1)[source]
+            away = ~kept.view(*kept.shape, *[1] * (rows.dim() - 2))
+            out[key] = rows.masked_fill(away, IGNORED if key == "labels" else 0)
+    if "index" in batch:
+        out["index"] = batch["index"].flatten()[starts] if "index" in read else batch["index"]
+    return out
+
+
+def _checked(batch: Batch, what: str, prefix: str = "") -> Batch:
+    """One side's rows or its refusals, whose keys in the caller's batch begin with `prefix`."""
+    for key in ("input_ids", "labels"):
+        _require(key, batch, what, prefix)
+    shape = batch["input_ids"].shape
+    for key in (*ROW, "seq_idx", *_GIVEN):
+        if key not in batch:
+            continue
+        got = batch[key].shape
+        as_rows = got[:2] == shape if key in _GIVEN else got == shape
+        for_all = key == "position_ids" and got == (1, *shape[1:])
+        if len(shape) != 2 or not (as_rows or for_all):
+            raise ValueError(f"{what}: {prefix}{key} must be [B, S] = {list(shape)}; got {list(got)}")
+    rows = padded(batch, what)
+    _require("attention_mask", rows, what, prefix)
+    if len(rows["input_ids"]) == 0:
+        raise ValueError(f"{what} has no rows")
+    count, got = list(rows["input_ids"].shape[:1]), list(rows["index"].shape) if "index" in rows else None
+    if got not in (None, count):
+        raise ValueError(f"{what}: {prefix}index must be [B] = {count}; got {got}")
+    rows = {key: value for key, value in rows.items() if key not in _PACKED}
+    if "position_ids" in rows:
+        rows["position_ids"] = rows["position_ids"].expand(shape)
+    return rows
+
+
+def _require(key: str, batch: Batch, what: str, prefix: str) -> None:
+    if key not in batch:
+        raise ValueError(f"{what} has no '{prefix}{key}'; got {_listed(batch, prefix)}")
+
+
+def _listed(batch: Batch, prefix: str = "") -> str:
+    return ", ".join(f"{prefix}{key}" for key in batch) or "nothing"
+
+
+def _following(ids: Tensor) -> Tensor:
+    """Positions [B, S] of rows without gaps."""
+    return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+
+
+def _is_packed(batch: Batch) -> bool:
+    told = any(key in batch for key in (*_OFFSETS, "seq_idx"))
+    return told or ("position_ids" in batch and "attention_mask" not in batch)
+
+
+def _beginnings(batch: Batch, shape: torch.Size, what: str) -> tuple[dict[str, Tensor], Tensor]:
+    """int64 [B, S] of a packed batch on the CPU, and where examples begin there, bool [B, S]."""
+    names = [key for key in ("labels", "attention_mask", "position_ids", "seq_idx", "index") if key in batch]
+    names = [key for key in names if key != "index" or batch[key].shape == shape]
+    # one read of a batch that is on a GPU
+    read = dict(zip(names, torch.stack([batch[key].expand(shape).long() for key in names]).cpu(), strict=True))
+    if "attention_mask" in read and not read["attention_mask"].all():
+        raise ValueError(f"{what}: attention_mask leaves out tokens of packed rows; expected ones, or no mask")
+    found = {}
+    for key in ("position_ids", "seq_idx"):
+        if key in read:
+            apart = read[key].diff(dim=1) != (1 if key == "position_ids" else 0)
+            found[key] = torch.nn.functional.pad(apart, (1, 0), value=True)
+    for key in _OFFSETS:
+        if key in batch:
+            found[key] = _from_offsets(batch[key].tolist(), shape, f"{what}: {key}")
+    (first, begins), *others = found.items()
+    for key, other in others:
+        if not torch.equal(begins, other):
+            row, column = (begins != other).nonzero()[0].tolist()
+            raise ValueError(f"{what}: {first} and {key} do not part row {row} at the same tokens (first at {column})")
+    if "position_ids" in read and (where := begins & (read["position_ids"] != 0)).any():
+        row, column = where.nonzero()[0].tolist()
+        raise ValueError(
+            f"{what}: position_ids of a packed row must be 0 where an example begins; got "
+            f"{int(read['position_ids'][row, column])} at row {row}, token {column} (a row that is one example with "
+            "positions of its own needs an attention_mask)"
+        )
+    return read, begins
+
+
+def _from_offsets(offsets: list[int], shape: torch.Size, name: str) -> Tensor:
+    rows, length = shape
+    rising = all(a < b for a, b in zip(offsets, offsets[1:], strict=False))
+    if rows != 1 or not rising or offsets[:1] != [0] or offsets[-1] != length:
+        raise ValueError(
+            f"{name} must rise from 0 to the length of the one row that it is of, {length}; got {offsets} for "
+            f"{rows} row{'s' if rows > 1 else ''}"
+        )
+    begins = torch.zeros(shape, dtype=torch.bool)
+    begins[0, offsets[:-1]] = True
+    return begins

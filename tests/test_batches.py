@@ -1,0 +1,343 @@
+"""Batches: the model is called with all that is given for it, packed rows are rows, what is unknown is refused."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import DataCollatorWithFlattening, TrainingArguments
+
+from moe_unlearn.batches import KNOWN, checked, padded, stack
+from moe_unlearn.data import Example, ForgetRetainDataset, PairCollator, collate, packed_batches
+from moe_unlearn.forward import layer_states, refusal
+from moe_unlearn.losses import target_mask
+from moe_unlearn.objectives import Objectives
+from moe_unlearn.preparation import Preparation
+from moe_unlearn.step import UnlearnStep
+from moe_unlearn.trace import routing_frequencies
+from moe_unlearn.trainer import UnlearnTrainer
+from moe_unlearn.wagle import weight_mask
+from tests.batches import random_batch, random_batches
+from tests.models import TINY_MODELS, tiny_olmoe
+from tests.steps import VOCAB, recipe, weights
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return tiny_olmoe(vocab_size=VOCAB).eval()
+
+
+def placed(batch, period=5):
+    """The batch with positions that start again every `period` tokens."""
+    rows, length = batch["input_ids"].shape
+    return batch | {"position_ids": torch.arange(length).remainder(period).repeat(rows, 1)}
+
+
+def examples(*lengths, seed=0):
+    """Examples of these lengths whose first label carries no loss, as in packed rows."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(3, VOCAB, (n,), generator=draw).tolist() for n in lengths]
+    return [Example(ids, [-100, *ids[1:]], 0) for ids in rows]
+
+
+def flattened(rows, **options):
+    """transformers' packed row of some examples."""
+    features = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
+    return DataCollatorWithFlattening(return_tensors="pt", **options)(features)
+
+
+def mean_nll(model, batch):
+    """The model's loss of a batch with all that is given, without its rounding of logits to float32."""
+    logits, labels = model(**batch).logits, batch["labels"]
+    return float(cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+
+
+def check_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("sides", [("retain",), ("forget",), ("forget", "retain")], ids="+".join)
+def test_losses_are_the_models_own_with_the_positions_given(model, sides, joint):
+    batches = {"forget": random_batch(VOCAB, length=12, seed=1), "retain": random_batch(VOCAB, length=11, seed=2)}
+    plain = dict(batches)
+    for side in sides:
+        batches[side] = placed(batches[side])
+    model.double()
+    objectives = Objectives(model, recipe("graddiff"), Preparation())
+    with torch.no_grad():
+        losses = objectives(*batches.values(), joint=joint)
+        expected, without = ({s: mean_nll(model, b) for s, b in given.items()} for given in (batches, plain))
+    assert bool(objectives.tokens_per_expert) == joint  # one forward pass, in which one side is padded
+    assert -float(losses["forget"]) == pytest.approx(expected["forget"], rel=2e-6)
+    assert float(losses["retain"]) == pytest.approx(expected["retain"], rel=2e-6)
+    for side in sides:
+        assert abs(expected[side] - without[side]) > 1e-3
+
+
+def test_refusals_keep_the_positions_given():
+    refused = placed(random_batch(VOCAB, length=9), 3)
+    batch = checked(random_batch(VOCAB) | {f"idk_{key}": value for key, value in refused.items()}, "forget")
+    check_equal(refusal(batch), refused)
+
+
+def test_positions_of_one_row_are_those_of_all(model):
+    batch = placed(random_batch(VOCAB))
+    one = batch | {"position_ids": batch["position_ids"][:1]}
+    check_equal(checked(one, "retain"), batch)
+    step = UnlearnStep(model, recipe("graddiff"))
+    assert step(one, one, update=False) == step(batch, batch, update=False)
+
+
+def test_a_stack_gives_every_row_its_positions():
+    rows, given = random_batch(VOCAB, rows=2, length=6), placed(random_batch(VOCAB, rows=1, length=8), 3)
+    stacked, where = stack([rows, given])
+    assert stacked["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 0]] * 2 + [[0, 1, 2, 0, 1, 2, 0, 1]]
+    assert where == [slice(0, 2), slice(2, 3)]
+    assert "position_ids" not in stack([rows, rows])[0]
+
+
+def test_outputs_of_a_layer_are_of_the_positions_given(model):
+    batch = placed(random_batch(VOCAB))
+    with torch.no_grad():
+        expected = model(**batch, output_hidden_states=True).hidden_states[1]
+        assert torch.equal(layer_states(model, batch, 0), expected)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_references_are_of_the_positions_given(model, on_disk, tmp_path):
+    forget, retain = ([placed(b) for b in random_batches(VOCAB, seed=s)] for s in (1, 2))
+    model.double()
+    folder = tmp_path if on_disk else None
+    if on_disk:  # the same tokens where they stand without: rows of another content
+        UnlearnStep(copy.deepcopy(model), recipe("npo")).prepare(
+            *([{k: v for k, v in b.items() if k != "position_ids"} for b in side] for side in (forget, retain)),
+            cache_dir=folder,
+        )
+    step = UnlearnStep(model, recipe("npo"))
+    step.prepare(forget, retain, cache_dir=folder)
+    # log-probs are cached in float32
+    assert step(forget[0], retain[0])["forget_loss"] == pytest.approx(2 * math.log(2) / 0.1, rel=1e-6)
+
+
+# the batches of a call, and what it has beside them
+ENTRIES = {
+    "prepare": lambda step, forget, retain: step.prepare([forget], [retain]),
+    "step": lambda step, forget, retain: step(forget, retain),
+    "sizes": lambda step, forget, retain: step.sizes([(forget, retain)]),
+    "plan": lambda step, forget, retain: step.plan([forget], [retain]),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("side", ["forget", "retain"])
+def test_a_tensor_that_is_not_known_is_refused(model, side, entry):
+    batches = {"forget": random_batch(VOCAB, seed=1), "retain": random_batch(VOCAB, seed=2)}
+    batches[side]["token_type_ids"] = torch.zeros_like(batches[side]["input_ids"])
+    before, step = weights(model), UnlearnStep(model, recipe("graddiff"))
+    with pytest.raises(ValueError) as caught:
+        ENTRIES[entry](step, *batches.values())
+    assert str(caught.value).startswith(f"the {side} batch has token_type_ids, which nothing here reads; known are")
+    assert all(key in str(caught.value) for key in KNOWN)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_what_is_no_tensor_is_left_alone(model):
+    batch = random_batch(VOCAB)
+    step, named = UnlearnStep(model, recipe("graddiff")), batch | {"source": ["a", "b"]}
+    assert step(named, named, update=False) == step(batch, batch, update=False)
+    assert step.plan([named], [named]).shape == "forget 4 x 12, retain 4 x 12"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"position_ids": torch.zeros(2, 12)}, r"the forget batch: position_ids must be \[B, S\] = \[4, 12\]; got"),
+        ({"index": torch.zeros(4, 12)}, r"the forget batch: index must be \[B\] = \[4\]; got \[4, 12\]"),
+        ({"state_mask": torch.ones(4)}, r"the forget batch: state_mask must be \[B, S\] = \[4, 12\]; got \[4\]"),
+        ({"labels": None}, "the forget batch has no 'labels'; got input_ids, attention_mask"),
+        ({"idk_labels": torch.ones(4, 3)}, "the forget batch of refusals has no 'idk_input_ids'; got idk_labels"),
+        ({f"idk_{k}": torch.ones(3, 9) for k in ("input_ids", "attention_mask", "labels")},
+         "the forget batch has 4 rows and 3 refusals; expected one for each row"),
+    ],
+)  # fmt: skip
+def test_shapes_that_do_not_go_together(changes, message):
+    with pytest.raises(ValueError, match=message):
+        checked(random_batch(VOCAB) | changes, "forget")
+
+
+OPTIONS = {
+    "positions": {},
+    "offsets too": {"return_flash_attn_kwargs": True},
+    "offsets alone": {"return_flash_attn_kwargs": True, "return_position_ids": False},
+    "seq_idx alone": {"return_seq_idx": True, "return_position_ids": False},
+    "all": {"return_flash_attn_kwargs": True, "return_seq_idx": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_flattened_batch_is_its_rows(options):
+    rows = examples(5, 9, 2, 7)
+    expected = collate(rows, range(4))
+    del expected["index"]
+    batch = flattened(rows, **OPTIONS[options])
+    check_equal(checked(batch, "retain"), expected)
+    # a mask that leaves nothing out says no more than none
+    ones = {"attention_mask": torch.ones_like(batch["input_ids"])}
+    if options != "positions":
+        check_equal(checked(batch | ones, "retain"), expected)
+    indexed = batch | {"index": torch.tensor([7, 3, 0, 5])}
+    check_equal(checked(indexed, "retain"), expected | {"index": indexed["index"]})
+
+
+def test_packed_batches_are_their_rows(model):
+    rows = examples(4, 3, 2, 5, 1)
+    [batch] = packed_batches(rows, 8, model=model, batch_size=2, pad_id=9)
+    order = [3, 1, 0, 2, 4]
+    found = padded(batch)
+    check_equal(found, collate([rows[i] for i in order], order))
+    # by label alone: an example that carries none is taken for padding
+    unnamed = padded({key: value for key, value in batch.items() if key != "index"})
+    check_equal(unnamed, {k: v[:4] for k, v in found.items() if k != "index"})
+
+
+def test_what_is_given_of_each_token_goes_with_it():
+    rows = examples(2, 3)
+    batch = flattened(rows) | {
+        "state_mask": torch.tensor([[True, False, True, True, False]]),
+        "token_weights": torch.arange(5.0)[None],
+        "ref_hidden_states": torch.arange(10.0).view(1, 5, 2),
+    }
+    found = checked(batch, "retain")
+    assert found["state_mask"].tolist() == [[True, False, False], [True, True, False]]
+    assert found["token_weights"].tolist() == [[0, 1, 0], [2, 3, 4]]
+    assert found["ref_hidden_states"].tolist() == [[[0, 1], [2, 3], [0, 0]], [[4, 5], [6, 7], [8, 9]]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_refusals_stand_against_the_examples_of_a_packed_row(packed):
+    rows, refused = examples(4, 6, 3), examples(3, 2, 5, seed=1)
+    given = flattened(refused) if packed else collate(refused, range(3))
+    expected = {k: v for k, v in collate(refused, range(3)).items() if k != "index"}
+    batch = flattened(rows) | {f"idk_{key}": value for key, value in given.items()}
+    found = checked(batch, "forget")
+    check_equal({k.removeprefix("idk_"): v for k, v in found.items() if k.startswith("idk_")}, expected)
+
+
+def offsets(*values, name="cu_seq_lens_q"):
+    return {name: torch.tensor(values, dtype=torch.int32)}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (offsets(1, 5, 9), r"cu_seq_lens_q must rise from 0 to the length .* 9; got \[1, 5, 9\] for 1 row$"),
+        (offsets(0, 5, 5, 9), r"must rise from 0 .* got \[0, 5, 5, 9\]"),
+        (offsets(0, 5, 8), r"must rise from 0 to the length of the one row that it is of, 9; got \[0, 5, 8\]"),
+        (offsets(), r"must rise from 0 .* got \[\]"),
+        (offsets(0, 5, 9) | offsets(0, 4, 9, name="cu_seq_lens_k"),
+         r"position_ids and cu_seq_lens_k do not part row 0 at the same tokens \(first at 4\)"),
+        (offsets(0, 9), r"position_ids and cu_seq_lens_q do not part row 0 at the same tokens \(first at 5\)"),
+        ({"position_ids": torch.tensor([[3, 4, 5, 6, 7, 0, 1, 2, 3]])},
+         r"position_ids of a packed row must be 0 where an example begins; got 3 at row 0, token 0 .*attention_mask"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 3, 4, 2, 3, 4, 5]])}, r"got 2 at row 0, token 5"),
+        (offsets(0, 5, 9) | {"max_length_q": 4}, r"max_length_q is 4, but an example has 5 tokens"),
+        (offsets(0, 5, 9) | {"attention_mask": torch.tensor([[1] * 8 + [0]])}, r"attention_mask leaves out tokens"),
+        ({"index": torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])}, r"index must be the same for all tokens"),
+        ({"index": torch.arange(3)}, r"index must be .* or one number for each of 2 packed examples; got \[3\]"),
+        ({"labels": torch.full((1, 9), -100)}, r"has no rows: none of its packed examples has a label"),
+    ],
+)  # fmt: skip
+def test_packed_rows_that_say_two_things(changes, message):
+    with pytest.raises(ValueError, match=message):
+        checked(flattened(examples(5, 4)) | changes, "retain")
+
+
+def test_offsets_are_of_one_row():
+    batch = {"input_ids": torch.ones(2, 4).long(), "labels": torch.ones(2, 4).long()} | offsets(0, 4, 8)
+    with pytest.raises(ValueError, match=r"for 2 rows$"):
+        checked(batch, "retain")
+
+
+def test_a_packed_row_that_was_not_made_rows_is_not_computed(model):
+    with pytest.raises(ValueError, match="expected padded rows, with an attention_mask"):
+        target_mask(flattened(examples(5, 4)))
+    with pytest.raises(ValueError, match="expected padded rows, with an attention_mask"):
+        layer_states(model, flattened(examples(5, 4), return_flash_attn_kwargs=True), 0)
+
+
+@pytest.mark.parametrize("name", ["graddiff", "simnpo", "rmu", "combined", "seuf-wmdp", "idk_dpo"])
+def test_a_step_of_packed_rows_is_that_of_the_rows(model, name):
+    sides = [examples(5, 9, 7, seed=1), examples(4, 8, 6, 3, seed=2)]
+    rows = [{k: v for k, v in collate(s, range(len(s))).items() if k != "index"} for s in sides]
+    packed = [flattened(s, return_flash_attn_kwargs=True) for s in sides]
+    if name == "idk_dpo":
+        refused = {f"idk_{k}": v for k, v in collate(examples(3, 4, 5, seed=3), range(3)).items() if k != "index"}
+        rows[0] |= refused
+        packed[0] |= refused
+    made = recipe(name)
+    results = []
+    for forget, retain in (rows, packed):
+        step = UnlearnStep(copy.deepcopy(model), made)
+        sizes = step.sizes([(forget, retain)])
+        step.prepare([forget], [retain])
+        plan = str(step.plan([forget], [retain])) if name == "graddiff" else None  # of which the rest says no more
+        results.append([sizes, step(forget, retain, sizes=sizes), plan, weights(step.model)])
+    *ours, changed = results[1]
+    *theirs, expected = results[0]
+    assert ours == theirs
+    check_equal(changed, expected)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])  # one that keeps packed examples apart, and one that does not
+def test_losses_of_a_packed_row_are_the_models_of_rows_alone(family):
+    torch.manual_seed(0)
+    model = TINY_MODELS[family]().eval().double()
+    rows = examples(5, 9, 4)
+    step = UnlearnStep(model, recipe("graddiff"))
+    with torch.no_grad():
+        alone = [mean_nll(model, {"input_ids": ids, "labels": ids}) * (len(row) - 1)
+                 for row in rows for ids in [torch.tensor([row.input_ids])]]  # fmt: skip
+    loss = step(flattened(rows), flattened(rows), update=False)["retain_loss"]
+    assert loss == pytest.approx(float(sum(alone)) / 15, rel=2e-6)
+
+
+def test_masks_and_frequencies_of_packed_rows_are_those_of_the_rows(model):
+    sides = [examples(5, 9, 7, seed=1), examples(4, 8, 6, seed=2)]
+    packed, rows = [[flattened(s)] for s in sides], [[collate(s, range(3))] for s in sides]
+    found, expected = (routing_frequencies(model, given[0]) for given in (packed, rows))
+    assert torch.equal(found.counts, expected.counts) and found.tokens == expected.tokens
+    found, expected = (weight_mask(model, *given, keep=0.3, gamma=1.0) for given in (packed, rows))
+    check_equal(found.packed, expected.packed)
+
+
+def test_a_trainer_whose_collator_packs(model, tmp_path):
+    dataset = ForgetRetainDataset(examples(5, 9, 7, 6, seed=1), examples(4, 8, 6, 7, 5, seed=2), seed=0)
+
+    def packing(items):
+        return {side: flattened([e for item in items for e, _ in item[side]]) for side in ("forget", "retain")}
+
+    def unnamed(items):
+        made = PairCollator()(items)
+        return {side: {k: v for k, v in batch.items() if k != "index"} for side, batch in made.items()}
+
+    results = []
+    for name, collator in (("packed", packing), ("rows", unnamed)):
+        args = TrainingArguments(
+            output_dir=str(tmp_path / name), per_device_train_batch_size=2, per_device_eval_batch_size=2, max_steps=2,
+            gradient_accumulation_steps=2, save_strategy="no", logging_steps=1, report_to="none", use_cpu=True,
+            disable_tqdm=True,
+        )  # fmt: skip
+        changing = copy.deepcopy(model)
+        trainer = UnlearnTrainer(changing, args, recipe("npo"), dataset, data_collator=collator, eval_dataset=dataset)
+        trainer.train()
+        logged = [e["forget_loss"] for e in trainer.state.log_history if "forget_loss" in e]
+        results.append((logged, trainer.evaluate()["eval_loss"], weights(changing)))
+    (*ours, changed), (*theirs, expected) = results
+    assert ours == theirs and len(ours[0]) == 2
+    check_equal(changed, expected)
