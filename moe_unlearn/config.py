@@ -23,7 +23,7 @@ import yaml
 
 from moe_unlearn.recipe_values import above, at_least, between, build, merge, one_of, override, parse
 
-FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce", "wga", "satimp", "ceu")
+FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce", "wga", "satimp", "ceu", "undial")
 NEED_REFUSALS = ("idk_dpo", "idk_nll")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
 _FOLDER = resources.files("moe_unlearn") / "recipes"
@@ -34,9 +34,9 @@ SCOPES = ("all", "experts", "parameters", "seuf")
 
 @dataclass(frozen=True, kw_only=True)
 class Forget:
-    """L_forget; `losses` has the formulas. `beta` is NPO's, SimNPO's, DPO's and WGA's, `delta` SimNPO's, `beta1`
-    and `beta2` are SatImp's; `layer` (index of the decoder layer whose output is steered, at labelled tokens) and
-    `steering` (c) RMU's. CE-U leaves the first `ignore_first_n_answer_tokens` labelled tokens of a row alone."""
+    """L_forget; `losses` has the formulas. `beta` is NPO's, SimNPO's, DPO's, WGA's and UNDIAL's, `delta` SimNPO's,
+    `beta1` and `beta2` are SatImp's; `layer` (index of the decoder layer whose output is steered, at labelled tokens)
+    and `steering` (c) RMU's. CE-U leaves the first `ignore_first_n_answer_tokens` labelled tokens of a row alone."""
 
     objective: str = "npo"
     gamma: float = 1.0

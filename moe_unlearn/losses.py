@@ -12,6 +12,7 @@ Formulas over log-probabilities; a sequence's is the sum over the positions that
     wga        mean of p^beta log p, p^beta held fixed                             GA weighted by confidence
     satimp     mean of p^beta1 (1 - p)^beta2 log p, the weight held fixed          saturation x importance
     ceu        mean of -sum_v q_v log p_v, q = p without the label, held fixed     CE-U; gradient of -log(1 - p)
+    undial     mean of -sum_v q_v log p_v, q = p_ref with the label's logit lowered by beta    UNDIAL
     rmu        mean over labelled tokens and dimensions of (h - control)^2
     embed_diff the same with (h - h_ref)^2
 
@@ -19,8 +20,8 @@ Token means are sum_t w_t l_t / (number of positions): weights do not enter the 
 iff attention_mask[t] = 1 and labels[t + 1] != -100; its loss is that of predicting labels[t + 1]. A hidden
 state is of its own token and not of the next: rmu and embed_diff take those of labelled tokens (`state_mask`).
 
-Sources: the baselines, wga, satimp and ceu as open-unlearning defines them (read there); uce in the FedOSD code of
-MOLLM's authors, its use in MOLLM is our reconstruction; the weighted mean and the rule of positions are our
+Sources: the baselines, wga, satimp, ceu and undial as open-unlearning defines them (read there); uce in the FedOSD
+code of MOLLM's authors, its use in MOLLM is our reconstruction; the weighted mean and the rule of positions are our
 specification.
 """
 

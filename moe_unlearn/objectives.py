@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moe_unlearn import losses, router_aux, seuf, trace
 from moe_unlearn.batches import Batch, stack
+from moe_unlearn.cache import RowCache
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules, step_inputs
 from moe_unlearn.forward import control_vector, forgotten, layer_states, refusal, sequence_logprobs
@@ -217,13 +218,7 @@ class Objectives:
     def _token_sum(self, batch: Batch, states: Tensor, kind: str, weights: Tensor | None) -> Tensor:
         keywords = {}
         if kind == "kl":
-            reference = batch.get("ref_hidden_states")
-            if reference is None:
-                reference = self._need("reference", self.prepared.ref_hidden_states).get(batch)
-            keywords = {
-                "ref_hidden_states": reference.to(states.dtype),
-                "ref_lm_head": self.prepared.ref_lm_head,
-            }
+            keywords = self._reference_states(batch, states, self.prepared.ref_hidden_states)
         per_token = losses.token_losses(
             self.model, batch, kind=kind, token_weights=weights, hidden_states=states, **keywords
         )
@@ -258,9 +253,12 @@ class Objectives:
             per_token = losses.token_losses(self.model, batch, kind=kind, hidden_states=states)
             mean = per_token.sum() / positions
             return -mean if settings.objective == "ga" else mean
-        if settings.objective == "ceu":
-            per_token = losses.token_losses(self.model, batch, kind="ce", hidden_states=states, label_penalty=math.inf)
-            return per_token.sum() / positions
+        if settings.objective in ("ceu", "undial"):
+            targets = {"label_penalty": math.inf}
+            if settings.objective == "undial":
+                targets = self._reference_states(batch, states, self.prepared.ref_hidden_states_forget)
+                targets["label_penalty"] = settings.beta
+            return losses.token_losses(self.model, batch, kind="ce", hidden_states=states, **targets).sum() / positions
         if settings.objective in TOKEN_LOSSES:
             per_token = losses.token_losses(self.model, batch, kind="nll", hidden_states=states)
             return TOKEN_LOSSES[settings.objective](per_token, settings).sum() / positions
@@ -279,6 +277,12 @@ class Objectives:
             reference,
             settings.beta,
         )
+
+    def _reference_states(self, batch: Batch, states: Tensor, cache: RowCache | None) -> dict[str, Tensor | None]:
+        given = batch.get("ref_hidden_states")
+        if given is None:
+            given = self._need("reference", cache).get(batch)
+        return {"ref_hidden_states": given.to(states.dtype), "ref_lm_head": self.prepared.ref_lm_head}
 
     def _reference_logprobs(self, batch: Batch) -> Tensor:
         given = batch.get("ref_logprobs")

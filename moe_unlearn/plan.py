@@ -19,7 +19,7 @@ from moe_unlearn.experts import copy_gate, experts_modules
 from moe_unlearn.forward import refusal
 from moe_unlearn.ops.bits import num_words, unpack_bits
 from moe_unlearn.paths import Path, form, paths
-from moe_unlearn.preparation import Calibration, Preparation, needed, uses_kl
+from moe_unlearn.preparation import Calibration, Preparation, needed, needs_head, uses_kl
 from moe_unlearn.rehearsal import Rehearsal
 from moe_unlearn.wagle import WeightMask
 
@@ -231,6 +231,9 @@ def _assumed(step, rehearsal: Rehearsal, batches: dict[str, Batch]) -> Preparati
         out.ref_logprobs_idk = zeros(refusal(forget))
     if uses_kl(recipe):
         out.ref_hidden_states = zeros(retain, hidden, dtype=torch.bfloat16)
+    if recipe.forget.objective == "undial":
+        out.ref_hidden_states_forget = zeros(forget, hidden, dtype=torch.bfloat16)
+    if needs_head(recipe):
         head = losses.head_of(step.model).weight
         if head.requires_grad:
             out.ref_lm_head = rehearsal.fake(head)
@@ -346,6 +349,7 @@ def _cache_bytes(step, forget: list[Batch], retain: list[Batch]) -> int:
         prepared.ref_logprobs,
         prepared.ref_logprobs_idk,
         prepared.ref_hidden_states,
+        prepared.ref_hidden_states_forget,
         prepared.ref_layer_states,
     )
     head = prepared.ref_lm_head
@@ -370,5 +374,8 @@ def _cache_bytes(step, forget: list[Batch], retain: list[Batch]) -> int:
         predicted += tokens["retain"] * hidden.shape[1] * _HIDDEN_BYTES
     if uses_kl(recipe):
         predicted += tokens["retain"] * hidden.shape[1] * _HIDDEN_BYTES
+    if recipe.forget.objective == "undial":
+        predicted += tokens["forget"] * hidden.shape[1] * _HIDDEN_BYTES
+    if needs_head(recipe):
         predicted += hidden.numel() * hidden.element_size() if hidden.requires_grad else 0
     return predicted

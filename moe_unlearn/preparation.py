@@ -2,7 +2,7 @@
 
     trace      routing frequencies of both sets, forget-critical experts, token weights or tilt
     seuf       the one expert that may train
-    reference  log-probs (NPO, DPO), final hidden states (KL), layer outputs (RMU); see `reference`
+    reference  log-probs (NPO, DPO), final hidden states (KL, UNDIAL), layer outputs (RMU); see `reference`
     kl_floor   mean KL measured at the unchanged model: the rounding noise of the cached reference
     wagle      the weight mask
 
@@ -58,6 +58,7 @@ class Preparation:
     ref_logprobs: RowCache | None = None
     ref_logprobs_idk: RowCache | None = None
     ref_hidden_states: RowCache | None = None
+    ref_hidden_states_forget: RowCache | None = None
     ref_layer_states: RowCache | None = None
     ref_lm_head: Tensor | None = None
     kl_floor: float | None = None
@@ -105,6 +106,7 @@ _CACHES = {
     "ref_logprobs": "reference log-probs",
     "ref_logprobs_idk": "reference log-probs of the refusals",
     "ref_hidden_states": "reference hidden states",
+    "ref_hidden_states_forget": "reference hidden states of the forget rows",
     "ref_layer_states": "reference layer outputs",
 }
 
@@ -115,7 +117,7 @@ def needed(recipe: Recipe) -> list[str]:
     uses = {
         "trace": recipe.trace is not None,
         "seuf": recipe.scope.kind == "seuf",
-        "reference": forget in ("npo", "idk_dpo") or retain in ("kl", "embed_diff") or uses_kl(recipe),
+        "reference": forget in ("npo", "idk_dpo", "undial") or retain in ("kl", "embed_diff") or uses_kl(recipe),
         "kl_floor": mollm is not None and mollm.kl,
         "wagle": recipe.wagle is not None,
     }
@@ -163,7 +165,7 @@ def prepare(
 
 def _check_rows(prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> None:
     """What an earlier preparation knows row by row must be of these rows; errors as of `RowCache.known_keys`."""
-    sides = dict.fromkeys(_CACHES, retain) | {"ref_logprobs": forget}
+    sides = dict.fromkeys(_CACHES, retain) | {"ref_logprobs": forget, "ref_hidden_states_forget": forget}
     if prepared.ref_logprobs_idk is not None:
         sides["ref_logprobs_idk"] = [forward.refusal(batch) for batch in forget]
     for name, batches in sides.items():
@@ -244,6 +246,9 @@ def _reference(model, recipe, prepared, forget, retain, folder):
             cached("ref_logprobs_idk", [forward.refusal(b) for b in forget], token_logprobs, torch.float32)
         if uses_kl(recipe):
             cached("ref_hidden_states", retain, hidden_states, torch.bfloat16, hidden)
+        if recipe.forget.objective == "undial":
+            cached("ref_hidden_states_forget", forget, hidden_states, torch.bfloat16, hidden)
+        if needs_head(recipe):
             # an adapter may bring a head of its own, which is not the reference's even where it is frozen
             if trained_head.requires_grad or trained_head is not head:
                 prepared.ref_lm_head = head.detach().clone()
@@ -280,6 +285,11 @@ def _wagle(model, recipe, prepared, forget, retain):
         model, forget, retain, keep=settings.keep, gamma=settings.gamma, official=settings.official,
         accumulation=settings.accumulation,
     )  # fmt: skip
+
+
+def needs_head(recipe: Recipe) -> bool:
+    """Whether logits of the reference are made, for which its head is kept where it is not the trained model's."""
+    return uses_kl(recipe) or recipe.forget.objective == "undial"
 
 
 def uses_kl(recipe: Recipe) -> bool:

@@ -13,6 +13,8 @@ SMALL = {
     "simnpo": ["forget.beta=0.2"],
     "wga": ["forget.beta=0.1"],
     "satimp": ["forget.beta1=0.1"],
+    # a random model is nearly as it is asked to be: no router may see another input, or what that moves is more
+    "undial": ["scope.kind=parameters", r"scope.parameters=['lm_head','layers\.1\.mlp\.experts']"],
     "rmu": ["forget.layer=1", r"scope.parameters=['layers\.[01].*down_proj']"],
     "trace": ["trace.min_ratio=1.01", "trace.eta=0.3"],
     "combined": ["trace.min_ratio=1.01", "trace.eta=0.3"],

@@ -28,6 +28,7 @@ CASES = {
     "idk_dpo": ("idk_dpo", []),
     "idk_nll": ("idk_dpo", ["forget.objective=idk_nll"]),
     "ceu": ("ceu", []),
+    "undial": ("undial", []),
     "kl": ("kl_min", []),
     "rmu": ("rmu", []),
     "rmu, tokens kept": ("rmu", ["retain.objective=nll"]),

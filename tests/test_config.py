@@ -10,7 +10,7 @@ from moe_unlearn.config import Recipe
 pytestmark = pytest.mark.quick
 
 PROCEDURES = {"trace", "wagle", "mollm", "combined"}
-BASELINES = {"ga", "graddiff", "npo", "simnpo", "idk_dpo", "rmu", "kl_min", "seuf", "wga", "satimp", "ceu"}
+BASELINES = {"ga", "graddiff", "npo", "simnpo", "idk_dpo", "rmu", "kl_min", "seuf", "wga", "satimp", "ceu", "undial"}
 
 
 def test_shipped_recipes():

@@ -49,7 +49,17 @@ def ceu(model, batch, forget):
     return -(q * log_softmax(z, 1)).sum(1).mean()
 
 
+def undial(model, batch, forget, ref_lm_head):
+    """The reference's states are given with the batch, to both sides alike."""
+    mask = target_mask(batch)
+    targets = batch["ref_hidden_states"][mask].to(model.dtype) @ ref_lm_head.to(model.dtype).T
+    y = batch["labels"].roll(-1, 1)[mask][:, None]
+    q = torch.softmax(targets.scatter_add(1, y, torch.full_like(y, -forget.beta, dtype=model.dtype)), 1)
+    return -(q * log_softmax(logits(model, batch)[mask], 1)).sum(1).mean()
+
+
 METHODS = {
+    "undial": (undial, ["forget.beta=5.0"]),
     "ceu": (ceu, ["forget.ignore_first_n_answer_tokens=2"]),
     "wga": (wga, ["forget.beta=0.7"]),
     "satimp": (satimp, ["forget.beta1=0.6", "forget.beta2=1.5"]),
@@ -75,19 +85,23 @@ def loss_and_gradients(loss, model):
 @pytest.mark.parametrize("name", METHODS)
 def test_loss_and_gradients_are_the_papers(name, model):
     recipe, (forget, retain) = made(name), data()
+    given, more = forget[1], []
+    if name == "undial":
+        more = [model.lm_head.weight.detach()]
+        given = {**given, "ref_hidden_states": torch.randn(*given["input_ids"].shape, 32)}
 
     def ours():
         own = copy.deepcopy(model)
         step = UnlearnStep(own, recipe)
         step.prepare(forget, retain)
         move(own)
-        return loss_and_gradients(step.objectives.forget(forget[1])["forget"], own)
+        return loss_and_gradients(step.objectives.forget(given)["forget"], own)
 
     def theirs(dtype):
         own = copy.deepcopy(model).to(dtype)
         own.set_experts_implementation("eager")
         move(own)
-        return loss_and_gradients(METHODS[name][0](own, forget[1], recipe.forget), own)
+        return loss_and_gradients(METHODS[name][0](own, given, recipe.forget, *more), own)
 
     def move(own):
         # away from the reference, and to tokens of very different probabilities

@@ -74,7 +74,7 @@ def test_memory_is_what_a_step_allocates(family, name, dtype, optimizer):
     check(prepared(model, made(name, f"optimizer.name={optimizer}"), forget, retain), forget, retain)
 
 
-@pytest.mark.parametrize("name", ["npo", "idk_dpo", "kl_min", "seuf", "combined"])
+@pytest.mark.parametrize("name", ["npo", "idk_dpo", "kl_min", "undial", "seuf", "combined"])
 def test_memory_follows_the_objective(name):
     overrides = ["trace.min_ratio=1.01"] if name == "combined" else []
     forget, retain = batch(1, rows=2), batch(2)
@@ -93,11 +93,13 @@ def test_memory_follows_the_way_of_the_gradients(override):
 
 
 @pytest.mark.quick
-def test_a_plan_with_the_experts_chosen_predicts_the_caches_of_the_stages_to_come():
+@pytest.mark.parametrize("objective", ["npo", "undial"])
+def test_a_plan_with_the_experts_chosen_predicts_the_caches_of_the_stages_to_come(objective):
     forget, retain = batch(1), batch(2)
-    step, whole = (UnlearnStep(tiny("olmoe"), made("trace", "forget.objective=npo")) for _ in range(2))
+    step, whole = (UnlearnStep(tiny("olmoe"), made("trace", f"forget.objective={objective}")) for _ in range(2))
     step.prepare([forget], [retain], stages=CHOOSING)
-    assert step.prepared.done == ["trace"] and step.prepared.ref_logprobs is None
+    assert step.prepared.done == ["trace"]
+    assert step.prepared.ref_logprobs is None and step.prepared.ref_hidden_states_forget is None
     whole.prepare([forget], [retain])
     plans = [s.plan([forget], [retain]) for s in (step, whole)]
     assert plans[0].levers["trace"] == plans[1].levers["trace"] and plans[0].trained == plans[1].trained

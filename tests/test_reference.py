@@ -21,7 +21,7 @@ pytestmark = pytest.mark.quick
 # every kind of reference; RMU's has a recipe of its own
 EVERYTHING = ["retain.objective=kl", "optimizer.lr=1e-2"]
 RMU = ["forget.layer=1", r"scope.parameters=['layers\.[01].*down_proj']"]
-CACHES = ("ref_logprobs", "ref_logprobs_idk", "ref_hidden_states", "ref_layer_states")
+CACHES = ("ref_logprobs", "ref_logprobs_idk", "ref_hidden_states", "ref_hidden_states_forget", "ref_layer_states")
 
 
 @pytest.fixture

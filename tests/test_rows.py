@@ -17,6 +17,7 @@ CACHED = {
     "reference log-probs": (("npo",), "forget"),
     "TRACE token weights": (("trace",), "retain"),
     "reference hidden states": (("kl_min",), "retain"),
+    "reference hidden states of the forget rows": (("undial",), "forget"),
     "reference layer outputs": (("rmu",), "retain"),
 }
 

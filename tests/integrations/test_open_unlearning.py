@@ -15,7 +15,18 @@ from transformers import TrainingArguments
 
 from moe_unlearn.data import train_tokenizer
 from moe_unlearn.integrations import open_unlearning
-from moe_unlearn.integrations.open_unlearning import CEU, DPO, NPO, RMU, WGA, GradAscent, GradDiff, SatImp, SimNPO
+from moe_unlearn.integrations.open_unlearning import (
+    CEU,
+    DPO,
+    NPO,
+    RMU,
+    UNDIAL,
+    WGA,
+    GradAscent,
+    GradDiff,
+    SatImp,
+    SimNPO,
+)
 from moe_unlearn.objectives import NotPreparedError
 from tests.models import tiny_olmoe
 
@@ -286,7 +297,7 @@ def test_a_token_that_pads_may_end_a_row(padding_side, tmp_path):
 
 
 def test_where_it_differs_as_the_page_says(tmp_path):
-    """KL's divisor and SimNPO's length for rows without a prompt."""
+    """KL's and UNDIAL's divisor, and SimNPO's length for rows without a prompt."""
     trainer = made(GradDiff, tmp_path / "kl", gamma=0.0, retain_loss_type="KL")
     batch, rows = one_batch(trainer), one_batch(trainer)["retain"]
     with torch.no_grad():
@@ -297,6 +308,21 @@ def test_where_it_differs_as_the_page_says(tmp_path):
     counted[:, :-1] = rows["labels"][:, 1:] != -100
     assert ours == pytest.approx(float(each[counted].mean()), rel=0.02)  # the reference's states are cached in bfloat16
     assert ours != pytest.approx(float(each.mean()), rel=0.05)
+
+    trainer = made(UNDIAL, tmp_path / "undial", alpha=0.0, beta=3.0)
+    batch, rows = one_batch(trainer), one_batch(trainer)["forget"]
+    counted = rows["labels"][:, 1:] != -100
+    with torch.no_grad():
+        ours = float(trainer.compute_loss(trainer.model, batch))
+        z, reference = logits(trainer.model, rows)[:, :-1], reference_of(trainer)
+        states = reference.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).last_hidden_state
+        targets = states[:, :-1].bfloat16().double() @ reference.lm_head.weight.double().T
+        # theirs lowers the hundredth logit from the end where the label is -100, which this vocabulary lacks
+        at = rows["labels"][:, 1:, None].clamp_min(0)
+        targets = torch.softmax(targets.scatter_add(2, at, torch.full_like(targets[..., :1], -3.0)), -1)
+        each = cross_entropy(z.transpose(1, 2), targets.transpose(1, 2), reduction="none")
+    assert ours == pytest.approx(float(each[counted].mean()), rel=1e-5)
+    assert ours != pytest.approx(float(each.mean()), rel=1e-3)
 
     trainer = made(SimNPO, tmp_path / "simnpo", Rows(prompt=0), alpha=0.0, beta=4.5)
     batch = one_batch(trainer)

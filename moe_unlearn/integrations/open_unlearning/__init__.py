@@ -5,6 +5,7 @@ from moe_unlearn.integrations.open_unlearning.methods import (
     DPO,
     NPO,
     RMU,
+    UNDIAL,
     WGA,
     GradAscent,
     GradDiff,
@@ -14,4 +15,17 @@ from moe_unlearn.integrations.open_unlearning.methods import (
     register,
 )
 
-__all__ = ["CEU", "DPO", "NPO", "RMU", "WGA", "GradAscent", "GradDiff", "SatImp", "SimNPO", "config_folder", "register"]
+__all__ = [
+    "CEU",
+    "DPO",
+    "NPO",
+    "RMU",
+    "UNDIAL",
+    "WGA",
+    "GradAscent",
+    "GradDiff",
+    "SatImp",
+    "SimNPO",
+    "config_folder",
+    "register",
+]

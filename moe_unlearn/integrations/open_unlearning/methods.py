@@ -19,6 +19,8 @@ On one batch GradAscent, GradDiff with NLL, NPO, SimNPO, DPO, WGA, SatImp and CE
 sequences of equal length. Where they differ, and why:
 
     KL              means over the positions that carry a loss; there over all, prompt and padding too
+    UNDIAL          means over the positions that carry a loss, of reference states in bfloat16; there over all, prompt
+                    and padding too, where the label -100 lowers the logit of the vocabulary's hundredth token from last
     masked tokens   its collator masks every pad token: an eos too, where that pads. What follows one is predicted by
                     nothing and carries no loss, and RMU neither steers nor keeps its state; there both count
     SimNPO          the length is the number of predicted tokens; there a label at position 0, which nothing
@@ -50,7 +52,8 @@ other copies data/collators.py (zigozk at cb2cdfc), data/pretraining.py (chengji
 SimNPO (zgoel317 at 37b02f2) and RMU (Dornavineeth at e30348f), all in open-unlearning. Debugging, sweeper and SuperLoss
 parts, deepspeed, chat templates and its evaluators were left out, data configs were our own, and methods that a version
 names `compute_unlearn_loss` or `compute_loss_normal` took the present name, `compute_loss`. Read and written out in a
-test, not run: of its trainer/unlearn dpo.py at afcd6b6, wga.py and satimp.py at 0ad76a2, ceu.py at 2231e31.
+test, not run: of its trainer/unlearn dpo.py at afcd6b6, wga.py and satimp.py at 0ad76a2, ceu.py at 2231e31, undial.py
+at 5a7dfb4.
 """
 
 import copy
@@ -67,8 +70,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moe_unlearn.batches import ROW, checked
 from moe_unlearn.config import Recipe
-from moe_unlearn.data import Example, collate, generator, pad_token_id
+from moe_unlearn.data import pad_token_id
 from moe_unlearn.forward import decoder_layers
+from moe_unlearn.integrations.open_unlearning.rows import Collator, Drawn
 from moe_unlearn.trainer import UnlearnTrainer
 
 PREFIX = "MoE"
@@ -130,7 +134,7 @@ class _Method(UnlearnTrainer):
             train_dataset,
             # the Trainer wants one wherever eval_strategy is not "no"; evaluators bring their own
             eval_dataset=() if eval_dataset is None and evaluators else eval_dataset,
-            data_collator=data_collator or _Collator(0 if tokenizer is None else pad_token_id(tokenizer)),
+            data_collator=data_collator or Collator(0 if tokenizer is None else pad_token_id(tokenizer)),
             processing_class=tokenizer,
             **keywords,
         )
@@ -252,6 +256,15 @@ class CEU(_Method):
         super().__init__(forget=forget, retain={"objective": "none"}, **keywords)
 
 
+class UNDIAL(GradDiff):
+    """Cross-entropy of the forget rows against the reference, whose logits are lowered by `beta` at the labels."""
+
+    forget_objective = "undial"
+
+    def __init__(self, *, beta: float = 1.0, **keywords):
+        super().__init__(forget={"beta": beta}, **keywords)
+
+
 class DPO(GradDiff):
     """Prefer the alternate answer of a forget row to the original one; IdkDPO and AltPO, as the dataset is.
 
@@ -265,7 +278,7 @@ class DPO(GradDiff):
         if len(getattr(train_dataset, "forget", ())):
             # a copy: the caller's dataset goes on drawing
             train_dataset = copy.copy(train_dataset)
-            train_dataset.forget = _Drawn(train_dataset.forget, args.seed)
+            train_dataset.forget = Drawn(train_dataset.forget, args.seed)
         super().__init__(forget={"beta": beta}, args=args, train_dataset=train_dataset, **keywords)
 
     def _rows(self, batch: Mapping) -> dict[str, torch.Tensor]:
@@ -309,43 +322,7 @@ class RMU(GradDiff):
         )
 
 
-class _Drawn(Dataset):
-    """Rows that are the same whenever they come, whatever torch's generator is asked for them."""
-
-    def __init__(self, rows: Sequence, seed: int):
-        self.rows, self.seed = rows, seed
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int):
-        with torch.random.fork_rng([]):
-            torch.manual_seed(generator(self.seed, index).initial_seed())
-            return self.rows[index]
-
-
-class _Collator:
-    """Pads rows {input_ids, labels} of both sides on the right; nothing padded is attended or labelled."""
-
-    def __init__(self, pad_id: int):
-        self.pad_id = pad_id
-
-    def __call__(self, items: Sequence[Mapping]) -> dict[str, dict[str, torch.Tensor]]:
-        out = {}
-        for side in ("forget", "retain"):
-            rows = [item[side] for item in items]
-            if "original" in rows[0]:
-                out[side] = {kind: self._padded([row[kind] for row in rows]) for kind in ("original", "alternate")}
-            else:
-                out[side] = self._padded(rows)
-        return out
-
-    def _padded(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        examples = [Example(*(torch.as_tensor(r[k]).tolist() for k in ("input_ids", "labels")), 0) for r in rows]
-        return collate(examples, range(len(rows)), pad_id=self.pad_id)
-
-
-METHODS = (GradAscent, GradDiff, NPO, SimNPO, WGA, SatImp, CEU, DPO, RMU)
+METHODS = (GradAscent, GradDiff, NPO, SimNPO, WGA, SatImp, CEU, UNDIAL, DPO, RMU)
 
 
 def register(registry: MutableMapping[str, type] | None = None) -> None:
