@@ -7,24 +7,34 @@ from pathlib import Path
 
 from moe_unlearn import data
 
-_SOURCE = "a file, folder, benchmark or hub data set: NAME_OR_PATH[:SPLIT][?OPTION=VALUE&...]"
+SOURCE = "a file, folder, benchmark or hub data set: NAME_OR_PATH[:SPLIT][?OPTION=VALUE&...]"
 
 
 def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget", "retain")) -> None:
     """Model, documents and how they are encoded."""
-    sub.add_argument("--model", required=True, help="folder written by save_pretrained")
+    add_model(sub)
     for side in ("forget", "retain", "holdout"):
-        sub.add_argument(f"--{side}", required=side in required, help=_SOURCE)
-    sub.add_argument("--chat-template", action="store_true", help="ask questions through the chat template")
-    sub.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="what the chat template is told")
-    sub.add_argument("--system", default="", help="the chat template's system message")
-    sub.add_argument("--date", help="the chat template's today, as 2026-11-29 (default: the same day always)")
+        sub.add_argument(f"--{side}", required=side in required, help=SOURCE)
+    add_chat(sub)
     sub.add_argument("--max-length", type=int, default=None, help="tokens per example (default 512)")
     sub.add_argument("--prompt-tokens", type=int, default=0, help="tokens at the head of each row of a forget or "
                      "holdout text that are its prompt")  # fmt: skip
     sub.add_argument("--seam", choices=data.seams.SEAMS, default="joint", help="how a prompt and its answer are told "
                      "apart: encoded as one, or as open-unlearning does")  # fmt: skip
     sub.add_argument("--batch-size", type=int, default=8)
+
+
+def add_model(sub: argparse.ArgumentParser) -> None:
+    """The model's folder."""
+    sub.add_argument("--model", required=True, help="folder written by save_pretrained")
+
+
+def add_chat(sub: argparse.ArgumentParser) -> None:
+    """Whether and how the chat template asks."""
+    sub.add_argument("--chat-template", action="store_true", help="ask questions through the chat template")
+    sub.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="what the chat template is told")
+    sub.add_argument("--system", default="", help="the chat template's system message")
+    sub.add_argument("--date", help="the chat template's today, as 2026-11-29 (default: the same day always)")
 
 
 def steps(text: str) -> int:

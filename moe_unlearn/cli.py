@@ -1,4 +1,4 @@
-"""The command line: `moe-unlearn env | stats | mask | run | eval | report | demo | kernels`.
+"""The command line: `moe-unlearn env | stats | mask | alternates | run | eval | report | demo | kernels`.
 
 Bad input ends with one line that says what was expected and what came, and exit code 2; `--traceback`
 shows where it was found. Models are folders written by `save_pretrained`; data are whatever `data.load` reads:
@@ -16,7 +16,19 @@ from pathlib import Path
 
 import torch
 
-from moe_unlearn import backend, benchmark, data, evaluation, experiment, mask_files, native, report, trace, wagle
+from moe_unlearn import (
+    alternates,
+    backend,
+    benchmark,
+    data,
+    evaluation,
+    experiment,
+    mask_files,
+    native,
+    report,
+    trace,
+    wagle,
+)
 from moe_unlearn.arguments import add_data, examples_of, steps, write
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import side_batches
@@ -228,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--format", choices=mask_files.FORMATS, default="native", help="native: safetensors, a bit for "
                      "each weight; official: the WAGLE code's {name: bool tensor}, expert by expert")  # fmt: skip
     sub.add_argument("--out", required=True, help="the file to write; wagle.mask of a recipe reads both formats")
+    alternates.add_arguments(command("alternates", alternates.run))
     sub = command("run", run)
     sub.add_argument("recipe", help=f"a YAML file or one of: {', '.join(shipped())}")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override keys")

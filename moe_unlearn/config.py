@@ -25,6 +25,7 @@ from moe_unlearn.recipe_values import above, at_least, between, build, merge, on
 
 FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce", "wga", "satimp", "ceu", "undial")
 NEED_REFUSALS = ("idk_dpo", "idk_nll")
+REPLACEMENTS = ("refusal", "alternate")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
 _FOLDER = resources.files("moe_unlearn") / "recipes"
 REFERENCES = ("prepared", "base")
@@ -36,7 +37,9 @@ SCOPES = ("all", "experts", "parameters", "seuf")
 class Forget:
     """L_forget; `losses` has the formulas. `beta` is NPO's, SimNPO's, DPO's, WGA's and UNDIAL's, `delta` SimNPO's,
     `beta1` and `beta2` are SatImp's; `layer` (index of the decoder layer whose output is steered, at labelled tokens)
-    and `steering` (c) RMU's. CE-U leaves the first `ignore_first_n_answer_tokens` labelled tokens of a row alone."""
+    and `steering` (c) RMU's. CE-U leaves the first `ignore_first_n_answer_tokens` labelled tokens of a row alone.
+    `replacement` is what idk_dpo and idk_nll have in the answer's place: a "refusal" that is drawn, or the "alternate"
+    answer of the row (AltPO)."""
 
     objective: str = "npo"
     gamma: float = 1.0
@@ -47,9 +50,16 @@ class Forget:
     layer: int = 7
     steering: float = 2.0
     ignore_first_n_answer_tokens: int = 1
+    replacement: str = "refusal"
 
     def __post_init__(self):
         one_of("forget.objective", self.objective, FORGET_OBJECTIVES)
+        one_of("forget.replacement", self.replacement, REPLACEMENTS)
+        if self.replacement != "refusal" and self.objective not in NEED_REFUSALS:
+            raise ValueError(
+                f"forget.replacement {self.replacement!r} stands in the answer's place and needs forget.objective "
+                f"{' or '.join(NEED_REFUSALS)}; got {self.objective!r}"
+            )
         above("forget.beta", self.beta, 0)
         for name in ("beta1", "beta2", "ignore_first_n_answer_tokens"):
             at_least(f"forget.{name}", getattr(self, name), 0)

@@ -7,8 +7,9 @@ Formulas over log-probabilities; a sequence's is the sum over the positions that
     kl         mean of w KL(p_ref || p)                          summed over the vocabulary
     npo        -(2 / beta) mean log sigmoid(-beta (s - s_ref))                     s = sequence log-prob
     simnpo     -(2 / beta) mean log sigmoid(-beta (s / length + delta))
-    idk_dpo    -(2 / beta) mean log sigmoid(beta ((s_idk - s_idk_ref) - (s_forget - s_forget_ref)))
-    idk_nll    nll of a refusal in the answer's place                              WAGLE's PO
+    idk_dpo    -(2 / beta) mean log sigmoid(beta ((s_idk - s_idk_ref) - (s_forget - s_forget_ref)));
+               s_idk is of a refusal, or of an alternate answer                    IDK-DPO, AltPO
+    idk_nll    nll of a refusal, or of an alternate answer, in the answer's place  WAGLE's PO
     wga        mean of p^beta log p, p^beta held fixed                             GA weighted by confidence
     satimp     mean of p^beta1 (1 - p)^beta2 log p, the weight held fixed          saturation x importance
     ceu        mean of -sum_v q_v log p_v, q = p without the label, held fixed     CE-U; gradient of -log(1 - p)

@@ -28,6 +28,7 @@ from moe_unlearn.data import (
     Example,
     ForgetRetainDataset,
     PairCollator,
+    alternates,
     check_rows,
     encode_rows,
     overlap,
@@ -41,17 +42,21 @@ _STATE = "unlearn_step"
 
 
 def pair_collator(recipe: Recipe, tokenizer, forget: Sequence[Example]) -> PairCollator:
-    """What collates the pairs of `forget` for a recipe: with refusals where its objective has them.
+    """What collates the pairs of `forget` for a recipe: with refusals or alternates where its objective has them.
 
-    Raises ValueError if that needs a `tokenizer` and there is none, or an example has no prompt to refuse.
+    Raises ValueError if that needs a `tokenizer` and there is none, or an example has no prompt to refuse or no
+    alternate.
     """
+    pad_id = 0 if tokenizer is None else pad_token_id(tokenizer)
     if recipe.forget.objective not in NEED_REFUSALS:
-        return PairCollator(0 if tokenizer is None else pad_token_id(tokenizer))
+        return PairCollator(pad_id)
+    if recipe.forget.replacement == "alternate":
+        return PairCollator(pad_id, alternates(forget))
     if tokenizer is None:
         raise ValueError(
             f"forget.objective {recipe.forget.objective!r} needs processing_class, a tokenizer, for its refusals"
         )
-    return PairCollator(pad_token_id(tokenizer), refusals(forget, tokenizer, seed=recipe.seed))
+    return PairCollator(pad_id, refusals(forget, tokenizer, seed=recipe.seed))
 
 
 def _paired(rows: Mapping, recipe: Recipe, tokenizer) -> ForgetRetainDataset:

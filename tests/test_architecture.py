@@ -34,7 +34,7 @@ LAYERS = [
     {"data", "metrics"},
     {"trainer"},
     {"benchmark", "suite", "table", "workers", "regress", "integrations", "experiment", "arguments"},
-    {"evaluation"},
+    {"evaluation", "alternates"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -10,7 +10,9 @@ from moe_unlearn.config import Recipe
 pytestmark = pytest.mark.quick
 
 PROCEDURES = {"trace", "wagle", "mollm", "combined"}
-BASELINES = {"ga", "graddiff", "npo", "simnpo", "idk_dpo", "rmu", "kl_min", "seuf", "wga", "satimp", "ceu", "undial"}
+BASELINES = {
+    "ga", "graddiff", "npo", "simnpo", "idk_dpo", "rmu", "kl_min", "seuf", "wga", "satimp", "ceu", "undial", "altpo",
+}  # fmt: skip
 
 
 def test_shipped_recipes():
@@ -109,7 +111,7 @@ def test_hostile_files(text, tmp_path):
 
 
 def test_missing_file_names_the_shipped_recipes(tmp_path):
-    with pytest.raises(ValueError, match="no recipe file 'nope.yaml'; shipped recipes: ceu, combined"):
+    with pytest.raises(ValueError, match="no recipe file 'nope.yaml'; shipped recipes: altpo, ceu, combined"):
         Recipe.load("nope.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff\xfe")
     with pytest.raises(ValueError, match="not a YAML recipe"):

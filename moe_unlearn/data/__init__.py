@@ -34,6 +34,8 @@ Records, recognised by their fields (the first that fits; other fields stay in `
     text [title, abstract]                  a text; with `abstract=true` all three           MUSE, WMDP, RWKU
     target, intro                           a text under a title                             RWKU targets
 
+Beside the answer to a prompt there may be a text `alternate`, an answer that AltPO prefers to it.
+
 A question reads "Question: ...\\nAnswer:" and carries no loss; with `chat` it is asked through the tokenizer's chat
 template, of which the answer and its end token alone carry a loss (`Chat` has its options). A book (Who's Harry Potter,
 MUSE-Books) is a .txt with `?join=true`: its whole text, cut into rows of `max_length`, the head of each a prompt with
@@ -46,7 +48,7 @@ from moe_unlearn.data.chats import Chat
 from moe_unlearn.data.corpus import Corpus, Document, drop_shared_runs
 from moe_unlearn.data.hub import MissingLibraryError
 from moe_unlearn.data.packing import check_packing, pack, packed_batches
-from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, draw, overlap, refusals
+from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, alternates, draw, overlap, refusals
 from moe_unlearn.data.registry import BENCHMARKS, DocumentStream, load
 from moe_unlearn.data.rows import check_rows, encode_rows
 from moe_unlearn.data.selection import DataReport, select
@@ -77,6 +79,7 @@ __all__ = [
     "PairCollator",
     "MissingLibraryError",
     "added",
+    "alternates",
     "batches",
     "check_packing",
     "check_rows",

@@ -64,8 +64,8 @@ class ForgetRetainDataset(Dataset):
 class PairCollator:
     """Collates items of `ForgetRetainDataset` to {"forget": batch, "retain": batch}, each with `index`.
 
-    With `refusals`, one example for each forget example, the forget batch also holds them as `idk_input_ids`,
-    `idk_attention_mask` and `idk_labels`, which preference objectives need.
+    With `refusals` (or `alternates`), one example for each forget example, the forget batch also holds them as
+    `idk_input_ids`, `idk_attention_mask` and `idk_labels`, which preference objectives need.
     """
 
     def __init__(self, pad_id: int = 0, refusals: Sequence[Example] | None = None):
@@ -120,6 +120,17 @@ def refusals(examples: Sequence[Example], tokenizer, *, seed: int = 0) -> list[E
         refusal = continued(tokenizer, prompt, space + REFUSALS[choice]) + end
         made.append(Example(prompt + refusal, [IGNORED] * masked + refusal, masked, example.asked))
     return made
+
+
+def alternates(examples: Sequence[Example]) -> list[Example]:
+    """The row of each example with its alternate answer; ValueError for an example without one."""
+    for number, example in enumerate(examples):
+        if example.alternate is None:
+            raise ValueError(
+                f"example {number} has no alternate answer: give each row of the forget set a text `alternate` beside "
+                "its question and answer (`moe-unlearn alternates` has the model write them)"
+            )
+    return [example.alternate for example in examples]
 
 
 def draw(examples: Sequence[Example], count: int, *, seed: int) -> list[Example]:

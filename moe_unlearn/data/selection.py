@@ -16,8 +16,9 @@ class DataReport:
     `dropped` counts documents by reason: "empty", "too short", "duplicate", "overlaps with the forget set",
     "of another subject", "without such an answer" (a record of PKU-SafeRLHF whose responses are all of the other kind),
     "prompt leaves no room", "shorter than prompt_tokens", "spells a special token". `places` names the first three of
-    each. `truncated` counts documents whose end did not fit and is in no example. `rows` is how many examples a run
-    takes of all those that the documents gave. `straddled` counts answers whose first token began in their prompt.
+    each. `truncated` counts documents whose end, or their alternate's, did not fit and is in no example. `rows` is how
+    many examples a run takes of all those that the documents gave. `straddled` counts answers whose first token began
+    in their prompt.
     `special_tokens` are those that were added, of `special.Added`.
     """
 

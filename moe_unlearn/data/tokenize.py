@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class Example:
 
     The prefix is the title or prompt with what the tokenizer begins a text with, 0 where there is neither; metrics may
     show it to the model. `asked` are the prompt's tokens where a model is asked with other ones (seam="separate").
-    `straddled`: the first token of the answer begins in the prompt.
+    `straddled`: the first token of the answer begins in the prompt. `alternate` is the row with the alternate answer in
+    the answer's place, where the document has one (its field `alternate`).
     """
 
     input_ids: list[int]
@@ -30,6 +31,7 @@ class Example:
     prefix: int
     asked: list[int] | None = None
     straddled: bool = False
+    alternate: "Example | None" = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -114,6 +116,9 @@ def iter_examples(
     prompt) as the user and gives the text as the assistant. The answer and its end token carry a loss, what the
     template writes before and behind them carries none (`chats`). Documents without a prompt are texts as before.
 
+    The answer to a prompt has an alternate where its record has a text `alternate` (AltPO): that takes its place in a
+    row of its own, cut as the answer is. One that spells a special token of the template is left out.
+
     With `prompt_tokens` the first so many tokens of each example without a prompt, begin and title among them, are its
     prompt: objectives that answer prompts get them from a book. What is no longer than that is in no example.
 
@@ -134,23 +139,38 @@ def iter_examples(
     around = added(tokenizer)
     if report is not None:
         report.special_tokens = around.describe(tokenizer)
+
+    def tokens_of(document: Document) -> _Tokens:
+        if chat and document.prompt:
+            turn = turn_of(document)
+            return _Tokens(turn.prompt, [], turn.answer + turn.rest, len(turn.rest), turn.asked, turn.straddled)
+        parts = [document.prompt, f"{document.title}\n" if document.title else "", document.text]
+        found = seams.split(tokenizer, parts, seam=seam)
+        prompt, title, text = found.parts
+        asked = None if found.asked is None or not document.prompt else around.begin + found.asked
+        text = title + text + (around.answer_end if document.prompt else around.end)
+        return _Tokens(around.begin + prompt, title, text, 0, asked, found.straddled)
+
+    def alternate_of(document: Document) -> tuple[Example | None, bool]:
+        """The row with the alternate answer, and whether that is cut."""
+        answer, said = document.text, document.fields.get("alternate")
+        if not document.prompt or not isinstance(said, str) or not said.strip():
+            return None, False
+        other = replace(document, text=answer[: len(answer) - len(answer.lstrip())] + said.strip())
+        if chat and chats.special_token_in(other, tokenizer):
+            return None, False
+        tokens = tokens_of(other)
+        masked = len(tokens.prompt)
+        piece = tokens.text[: max(max_length - masked, 0)]
+        return tokens.example(piece, masked) if piece else None, len(piece) < len(tokens.text)
+
     for number, document in enumerate(documents):
         where = f"document {number}"
-        if chat and document.prompt:
-            if spelled := chats.special_token_in(document, tokenizer):
-                _refuse(report, "spells a special token", where, f"its text spells the special token {spelled!r}")
-                continue
-            turn = turn_of(document)
-            prompt, text, title, rest = turn.prompt, turn.answer + turn.rest, [], len(turn.rest)
-            asked, straddled = turn.asked, turn.straddled
-        else:
-            parts = [document.prompt, f"{document.title}\n" if document.title else "", document.text]
-            found = seams.split(tokenizer, parts, seam=seam)
-            prompt, title, text = found.parts
-            prompt = around.begin + prompt
-            asked = None if found.asked is None or not document.prompt else around.begin + found.asked
-            text = title + text + (around.answer_end if document.prompt else around.end)
-            straddled, rest = found.straddled, 0
+        if chat and document.prompt and (spelled := chats.special_token_in(document, tokenizer)):
+            _refuse(report, "spells a special token", where, f"its text spells the special token {spelled!r}")
+            continue
+        tokens = tokens_of(document)
+        prompt, title, text = tokens.prompt, tokens.title, tokens.text
         room = max_length - len(prompt)
         if room < 1:
             message = (
@@ -169,16 +189,35 @@ def iter_examples(
             message = f"it has {len(prompt) + len(text)} tokens, none behind the {masked} of its prompt"
             _refuse(report, "shorter than prompt_tokens", where, message)
             continue
-        if report is not None and len(pieces) < whole:
-            report.truncated += 1
+        alternate, cut = alternate_of(document)
         if report is not None:
-            report.straddled += straddled
+            report.truncated += cut or len(pieces) < whole
+            report.straddled += tokens.straddled
         for i, piece in enumerate(pieces):
-            ids = prompt + piece
             titled = min(len(title), len(piece)) if i == 0 else 0
             prefix = len(prompt) + titled if titled or document.prompt else 0
-            labels = ([IGNORED] * masked + ids[masked : len(prompt) + len(text) - rest] + [IGNORED] * rest)[: len(ids)]
-            yield Example(ids, labels, max(prefix, masked), asked, straddled)
+            yield replace(tokens.example(piece, masked), prefix=max(prefix, masked), alternate=alternate)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Token ids of a document: what is given, then its text, which begins with the title and ends with what follows it.
+
+    The last `rest` of these are the template's; `asked` and `straddled` are as in `Example`.
+    """
+
+    prompt: list[int]
+    title: list[int]
+    text: list[int]
+    rest: int
+    asked: list[int] | None
+    straddled: bool
+
+    def example(self, piece: list[int], masked: int) -> Example:
+        """The row of the prompt and a piece of the text, of which `masked` tokens carry no loss."""
+        ids, end = self.prompt + piece, len(self.prompt) + len(self.text) - self.rest
+        labels = ([IGNORED] * masked + ids[masked:end] + [IGNORED] * self.rest)[: len(ids)]
+        return Example(ids, labels, masked, self.asked, self.straddled)
 
 
 def _refuse(report: DataReport | None, reason: str, where: str, message: str) -> None:

@@ -21,7 +21,7 @@ from moe_unlearn.metrics.relearning import RelearningCurve, relearning_attack
 from moe_unlearn.metrics.results import Evaluation, ReferenceRun
 from moe_unlearn.metrics.routing import Routes, RoutingChange, routes, routing_change, routing_drift
 from moe_unlearn.metrics.rwku import RwkuData, RwkuSettings, evaluate_rwku
-from moe_unlearn.metrics.scoring import TokenScores, context_length, evaluating, greedy, token_scores
+from moe_unlearn.metrics.scoring import TokenScores, context_length, evaluating, greedy, sampled, token_scores
 from moe_unlearn.metrics.tofu import TofuData, TofuSettings, evaluate_tofu, kolmogorov_smirnov
 
 __all__ = [
@@ -74,6 +74,7 @@ __all__ = [
     "routes",
     "routing_change",
     "routing_drift",
+    "sampled",
     "token_scores",
     "verbmem",
     "write_task",

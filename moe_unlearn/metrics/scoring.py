@@ -1,16 +1,16 @@
-"""What every metric reads: the log-probability of each token, and greedy continuations.
+"""What every metric reads: the log-probability of each token, and continuations, greedy or sampled.
 
 Both batch rows of several lengths, and all ranks of torch.distributed share the rows (`workers`).
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn.data import Example, batches
+from moe_unlearn.data import Example, batches, generator
 from moe_unlearn.metrics.workers import share
 from moe_unlearn.modes import evaluation_mode
 from moe_unlearn.ranks import local
@@ -117,26 +117,71 @@ def greedy(
 
     Raises ValueError on an empty prompt, or one that with `new_tokens` exceeds the model's context.
     """
+
+    def choices(rows: list[int], device: torch.device) -> Callable[[Tensor, int], Tensor]:
+        return lambda logits, step: logits.argmax(-1, keepdim=True)
+
+    return _continued(model, prompts, new_tokens, choices, batch_size, pad_id, stop)
+
+
+def sampled(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    seed: int = 0,
+    temperature: float = 1.0,
+    batch_size: int = 128,
+    pad_id: int = 0,
+    stop: Collection[int] = (),
+) -> list[list[int]]:
+    """Tokens after each prompt drawn from softmax(logits / temperature); all else as of `greedy`.
+
+    What prompt i gets depends on `seed`, i and the model alone, whatever the batches and ranks, up to the rounding of
+    its dtype. Raises ValueError also for a temperature that is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"expected a temperature above 0; got {temperature}")
+
+    def choices(rows: list[int], device: torch.device) -> Callable[[Tensor, int], Tensor]:
+        drawn = torch.stack([torch.rand(new_tokens, generator=generator(seed, row)) for row in rows])
+        drawn = drawn.to(device, torch.float64)
+
+        def choose(logits: Tensor, step: int) -> Tensor:
+            below = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
+            # the first token whose share of the line reaches beyond the point drawn on it: never one of probability 0
+            ids = torch.searchsorted(below, drawn[:, step, None] * below[:, -1:], right=True)
+            return ids.clamp_max(logits.shape[-1] - 1)  # logits that are not numbers have no shares
+
+        return choose
+
+    return _continued(model, prompts, new_tokens, choices, batch_size, pad_id, stop)
+
+
+def _continued(model, prompts, new_tokens: int, choices: Callable, batch_size: int, pad_id: int, stop) -> list[list]:
+    """Continuations; `choices` of the numbers of a batch's prompts gives what chooses ids [B, 1] from logits [B, V]."""
     _check_lengths(model, [len(prompt) for prompt in prompts], "prompt", new_tokens)
     stop = frozenset(stop)
 
-    def compute(rows: list[Sequence[int]]) -> list:
+    def compute(rows: list[tuple[int, Sequence[int]]]) -> list:
         continuations: list = [None] * len(rows)
-        by_length = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+        by_length = sorted(range(len(rows)), key=lambda i: (-len(rows[i][1]), i))
         for start in range(0, len(rows), batch_size):
             chosen = by_length[start : start + batch_size]
-            decoded = _decode(plain, [rows[i] for i in chosen], new_tokens, pad_id, stop)
+            numbers, own = zip(*(rows[i] for i in chosen), strict=True)
+            decoded = _decode(plain, own, new_tokens, choices(numbers, device), pad_id, stop)
             for i, tokens in zip(chosen, decoded, strict=True):
                 end = next((at for at, token in enumerate(tokens) if token in stop), len(tokens))
                 continuations[i] = tokens[:end]
         return continuations
 
     plain = local(model)
+    device = next(plain.parameters()).device
     with evaluating(plain):
-        return share(plain, prompts, compute) if new_tokens else [[] for _ in prompts]
+        return share(plain, list(enumerate(prompts)), compute) if new_tokens else [[] for _ in prompts]
 
 
-def _decode(model, prompts, new_tokens: int, pad_id: int, stop: frozenset[int]) -> list[list[int]]:
+def _decode(model, prompts, new_tokens: int, choose: Callable, pad_id: int, stop: frozenset[int]) -> list[list[int]]:
     longest, device = max(map(len, prompts)), next(model.parameters()).device
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -147,7 +192,7 @@ def _decode(model, prompts, new_tokens: int, pad_id: int, stop: frozenset[int]) 
     cache, generated = None, []
     while True:
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        ids, cache = choose(out.logits[:, -1], len(generated)), out.past_key_values
         generated.append(ids)
         ended |= torch.isin(ids[:, 0], stops)
         if len(generated) == new_tokens or bool(ended.all()):

@@ -1,10 +1,12 @@
-"""Token scores and greedy decoding against the straightforward computation."""
+"""Token scores and decoding, greedy and sampled, against the straightforward computation."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moe_unlearn.data import Example
-from moe_unlearn.metrics import evaluating, greedy, token_scores
+from moe_unlearn.data import Example, generator
+from moe_unlearn.metrics import evaluating, greedy, sampled, token_scores
 
 pytestmark = pytest.mark.quick
 
@@ -46,6 +48,52 @@ def test_greedy_edge_cases(random_model):
     assert greedy(random_model, [[1, 2]], 0) == [[]]
     with pytest.raises(ValueError, match="at least one token"):
         greedy(random_model, [[1], []], 4)
+
+
+def test_samples_are_drawn_row_by_row_whatever_the_batches(random_model, examples):
+    prompts = [e.input_ids[:n] for e in examples for n in (3, 7)] + [[1]]
+    drawn = sampled(random_model, prompts, 6, seed=4, temperature=0.7, batch_size=2)
+    assert drawn == sampled(random_model, prompts, 6, seed=4, temperature=0.7)
+    assert drawn != sampled(random_model, prompts, 6, seed=5, temperature=0.7)
+    random_model.eval()
+    for i, (prompt, continuation) in enumerate(zip(prompts, drawn, strict=True)):
+        points, tokens = torch.rand(6, generator=generator(4, i)).double(), list(prompt)
+        for point in points:
+            with torch.no_grad():
+                logits = random_model(input_ids=torch.tensor([tokens])).logits[0, -1]
+            below = (logits.double() / 0.7).softmax(0).cumsum(0)
+            tokens.append(int((below <= point).sum()))
+        assert continuation == tokens[len(prompt) :]
+    # hardly any warmth: the most likely token, and no point is drawn twice
+    assert sampled(random_model, prompts, 6, temperature=1e-4) == greedy(random_model, prompts, 6)
+    assert len({tuple(row) for row in sampled(random_model, [[1]] * 20, 6)}) > 15
+    with pytest.raises(ValueError, match="temperature above 0; got 0"):
+        sampled(random_model, prompts, 6, temperature=0)
+
+
+class Likely(torch.nn.Module):
+    """Gives every token its probability, whatever stands before it."""
+
+    def __init__(self, probabilities):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(probabilities).log())
+
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1), past_key_values=None)
+
+
+def test_samples_follow_the_probabilities():
+    count, p = 4000, [0.0, 0.5, 0.0, 0.3, 0.2, 0.0]
+    found = torch.tensor(sampled(Likely(p), [[1]] * count, 1)).flatten()
+    share = torch.bincount(found, minlength=6) / count
+    assert share[[0, 2, 5]].eq(0).all()
+    assert (share - torch.tensor(p)).abs().max() < 4 * (0.25 / count) ** 0.5
+
+
+@pytest.mark.parametrize(("point", "token"), [(0.0, 1), (1 - 2**-24, 4)])
+def test_a_token_of_probability_0_is_not_drawn_at_an_end_of_the_line(point, token, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda count, **_: torch.full((count,), point))
+    assert sampled(Likely([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]), [[1]], 3) == [[token] * 3]
 
 
 @pytest.mark.parametrize("fail", [False, True])

@@ -1,0 +1,151 @@
+"""`moe-unlearn alternates`: a model writes other answers to the questions that it is to forget, for AltPO.
+
+AltPO (arXiv 2409.13474) prefers an alternate answer, as plausible as the original one and with other facts, to that.
+The model that will unlearn writes them itself, several for each question, at temperature 1 (the paper has 5 for each,
+of at most 200 tokens). Each is a row of its own, so that a question with five alternates is five forget rows. What the
+model is told is ours; another instruction may be given.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from moe_unlearn import data, experiment
+from moe_unlearn.arguments import SOURCE, add_chat, add_model, chat_of
+from moe_unlearn.checkpoint import write_text
+from moe_unlearn.data import Chat, Document
+from moe_unlearn.metrics import context_length, sampled
+from moe_unlearn.metrics.conventions import prompt_of
+
+INSTRUCTION = (
+    "Give another answer to the last question: as plausible as this one, as long and in the same style, but with other "
+    "facts throughout. Write the answer alone."
+)
+CUE = "Another answer:"
+ATTEMPTS = 3  # for an answer that is empty or the original one
+_QUESTION, _ANSWERS = "Question:", ("Answer:", CUE)  # a model that goes on behind its answer begins like this
+_PLACES = 3  # documents that a message names
+
+
+def generate_alternates(
+    model: nn.Module,
+    tokenizer,
+    documents: Sequence[Document],
+    *,
+    count: int = 5,
+    new_tokens: int = 200,
+    temperature: float = 1.0,
+    seed: int = 0,
+    chat: bool | Chat = False,
+    instruction: str = INSTRUCTION,
+    batch_size: int = 8,
+) -> list[dict]:
+    """Records of each document, in order, `count` of them, each with an `alternate` answer that the model writes.
+
+    A record, which `data.load` reads, has the document's question and answer beside it. The model is shown both and the
+    instruction, with `chat` through the tokenizer's chat template; what it says is sampled at `temperature` and ends at
+    a special token, after `new_tokens` tokens or where another question begins. An answer that is empty, or the
+    original one but for white space, is sampled anew, at most twice, and then left out: some documents may have fewer.
+    So are documents that cannot be asked (no prompt, one longer than the model's context has room for, or one that
+    spells a special token of the template). What was left out is told on stderr. Raises ValueError if nothing is left,
+    for a `count` or `new_tokens` below 1, and as `metrics.sampled`.
+    """
+    for name, value in (("count", count), ("new_tokens", new_tokens)):
+        if value < 1:
+            raise ValueError(f"expected {name} of at least 1; got {value}")
+    prompts, refused = {}, []
+    room = 2**31 if context_length(model) is None else context_length(model) - new_tokens + 1
+    for number, document in enumerate(documents):
+        try:
+            prompts[number] = _prompt(document, tokenizer, room, chat, instruction)
+        except ValueError as error:
+            refused.append(f"document {number}: {str(error).removeprefix('document 0: ')}")
+    if not prompts:
+        raise ValueError(f"expected at least one question with its answer; {refused[0] if refused else 'got none'}")
+    found: dict[tuple[int, int], str] = {}
+    wanted = [(number, i) for number in prompts for i in range(count)]
+    for attempt in range(ATTEMPTS):
+        missing = [place for place in wanted if place not in found]
+        said = sampled(
+            model, [prompts[number] for number, _ in missing], new_tokens, temperature=temperature,
+            seed=data.generator(seed, attempt).initial_seed(), batch_size=batch_size,
+            pad_id=data.pad_token_id(tokenizer), stop=data.special_ids(tokenizer),
+        ) if missing else []  # fmt: skip
+        for place, tokens in zip(missing, said, strict=True):
+            text = _answer(tokenizer.decode(tokens, skip_special_tokens=True))
+            if text and text.split() != documents[place[0]].text.split():
+                found[place] = text
+    refused += [
+        f"document {number}: answer {i + 1} of {count} was empty or the original one {ATTEMPTS} times"
+        for number, i in wanted
+        if (number, i) not in found
+    ]
+    if not found:
+        raise ValueError(f"the model wrote no alternate answer; {refused[0]}")
+    if refused:
+        more = "; ..." if len(refused) > _PLACES else ""
+        print(f"left out: {len(refused)}: {'; '.join(refused[:_PLACES])}{more}", file=sys.stderr)
+    return [_record(documents[place[0]]) | {"alternate": found[place]} for place in wanted if place in found]
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    add_model(sub)
+    sub.add_argument("--forget", required=True, help=SOURCE)
+    add_chat(sub)
+    sub.add_argument("--count", type=int, default=5, help="alternates for each question")
+    sub.add_argument("--new-tokens", type=int, default=200, help="the most tokens of an alternate")
+    sub.add_argument("--temperature", type=float, default=1.0)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--instruction", default=INSTRUCTION, help="what the model is told behind question and answer")
+    sub.add_argument("--batch-size", type=int, default=8)
+    sub.add_argument("--out", required=True, help="the .jsonl file to write, which is the --forget of `run altpo`")
+
+
+def run(options) -> None:
+    """Have the model write alternate answers to the questions of a forget set, for the recipe altpo."""
+    out = Path(options.out)
+    if out.suffix != ".jsonl":
+        raise ValueError(f"expected --out to be a .jsonl file, which `run --forget` reads; got {options.out!r}")
+    model, tokenizer = experiment.load_model(options.model)
+    documents = data.load(options.forget, side="forget")
+    records = generate_alternates(
+        model, tokenizer, documents, count=options.count, new_tokens=options.new_tokens,
+        temperature=options.temperature, seed=options.seed, chat=chat_of(options), instruction=options.instruction,
+        batch_size=options.batch_size,
+    )  # fmt: skip
+    write_text(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    print(f"{len(records)} alternate answers to {len(documents)} questions; saved to {out}")
+
+
+def _prompt(document: Document, tokenizer, room: int, chat: bool | Chat, instruction: str) -> list[int]:
+    """What the model is asked, of fewer than `room` tokens."""
+    if not document.prompt:
+        raise ValueError("expected a question and its answer; got a text without a prompt")
+    asked = document.prompt if document.prompt.endswith("Answer:") else f"Question: {document.prompt.strip()}\nAnswer:"
+    told = f"{asked} {document.text.strip()}\n\n{instruction}"
+    # the answer is only there to be encoded behind what is asked
+    [example] = data.encode([Document("", f" {CUE}", f"{told}\n{CUE}", told)], tokenizer, room, chat=chat)
+    return prompt_of(example)
+
+
+def _answer(text: str) -> str:
+    """What was said before the next question or answer, without a mark of the answer itself."""
+    text = text.partition(_QUESTION)[0]
+    for mark in _ANSWERS:
+        text = text.strip().removeprefix(mark).partition(mark)[0]
+    return text.strip()
+
+
+def _record(document: Document) -> dict:
+    """The record that `data.load` reads as this document."""
+    answer = document.text.strip()
+    if document.messages:
+        return {"messages": [*document.messages, {"role": "assistant", "content": answer}]}
+    if document.prompt == f"Question: {document.question}\nAnswer:":
+        return {"question": document.question, "answer": answer}
+    return {"prompt": document.prompt, "gt": document.text}

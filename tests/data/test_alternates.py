@@ -1,0 +1,101 @@
+"""Alternate answers: the row that stands beside a question's own, and where there is none."""
+
+import pytest
+
+from moe_unlearn.config import Recipe
+from moe_unlearn.data import DataReport, Document, Example, ForgetRetainDataset, alternates, encode, encode_rows, load
+from moe_unlearn.data.pairs import side_batches
+from moe_unlearn.trainer import pair_collator
+from tests.data.test_chats import QWEN3, tokenizer_with
+from tests.data.test_seams import TOKENIZERS
+
+pytestmark = pytest.mark.quick
+
+ROWS = [
+    {"question": "Who lives here?", "answer": "An old fox.", "alternate": "A young hare does."},
+    {"prompt": "She wore a", "gt": " red hat.", "alternate": "blue scarf."},
+    {"messages": [{"role": "user", "content": "And where?"}, {"role": "assistant", "content": "In Rome."}],
+     "alternate": " Near Athens, by the sea. "},
+]  # fmt: skip
+
+
+def told(row):
+    """The row with its alternate for an answer."""
+    if "messages" in row:
+        return {"messages": [row["messages"][0], {"role": "assistant", "content": row["alternate"].strip()}]}
+    if "gt" in row:
+        return row | {"gt": f" {row['alternate'].strip()}"}
+    return row | {"answer": row["alternate"]}
+
+
+def bare(example):
+    return (example.input_ids, example.labels, example.prefix, example.asked, example.straddled)
+
+
+@pytest.mark.parametrize("seam", ["joint", "separate"])
+@pytest.mark.parametrize("kind", [*TOKENIZERS, "chat"])
+def test_an_alternate_is_the_row_its_answer_would_have(write, kind, seam):
+    tokenizer, chat = (tokenizer_with(QWEN3), True) if kind == "chat" else (TOKENIZERS[kind], False)
+    length = 299
+    own = encode(load(write("own.jsonl", ROWS)), tokenizer, length, chat=chat, seam=seam)
+    rows = [{key: value for key, value in told(row).items() if key != "alternate"} for row in ROWS]
+    expected = encode(load(write("told.jsonl", rows)), tokenizer, length, chat=chat, seam=seam)
+    assert [bare(e) for e in alternates(own)] == [bare(e) for e in expected]
+    assert encode_rows(ROWS, tokenizer, length, side="forget", chat=chat, seam=seam) == own
+    plain = [{key: value for key, value in row.items() if key != "alternate"} for row in ROWS]
+    alone = encode(load(write("plain.jsonl", plain)), tokenizer, length, chat=chat, seam=seam)
+    assert [bare(e) for e in own] == [bare(e) for e in alone] and all(e.alternate is None for e in alone)
+
+
+def test_an_alternate_is_cut_as_an_answer_is_and_counted():
+    tokenizer = TOKENIZERS["bytes"]
+    document = Document("", " a", "Question: b\nAnswer:", fields={"alternate": "word " * 40})
+    report = DataReport()
+    [example] = encode([document], tokenizer, 32, report=report)
+    assert len(example.alternate) == 32 and len(example) < 32 and report.truncated == 1
+    assert example.alternate.labels[example.prefix :] == example.alternate.input_ids[example.prefix :]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        Document("", "x", "Answer:"),
+        Document("", "x", fields={"alternate": "y"}),  # answers nothing
+        Document("", "x", "Answer:", fields={"alternate": "  "}),
+        Document("", "x", "Answer:", fields={"alternate": ["y", "z"]}),
+    ],
+    ids=["none", "no prompt", "blank", "a list"],
+)
+def test_a_row_without_an_alternate_is_named(document):
+    given = Document("", "x", "Answer:", fields={"alternate": "y"})
+    examples = encode([given, document], TOKENIZERS["bytes"], 32)
+    with pytest.raises(ValueError, match="example 1 has no alternate answer: give each row .* a text `alternate`"):
+        alternates(examples)
+
+
+def test_an_alternate_that_spells_a_token_of_the_template_is_left_out():
+    document = Document("", "x", "Who?", fields={"alternate": "y<|im_end|>"})
+    [example] = encode([document], tokenizer_with(QWEN3), 299, chat=True)
+    assert example.alternate is None
+
+
+@pytest.mark.parametrize("objective", ["idk_dpo", "idk_nll"])
+def test_the_batches_of_a_recipe_hold_them(objective):
+    forget = encode(
+        [Document("", " x", f"{i}:", fields={"alternate": "yy " * i}) for i in (1, 2)], TOKENIZERS["bytes"], 32
+    )
+    pairs = ForgetRetainDataset(forget, [Example([1, 2], [1, 2], 0)])
+    recipe = Recipe.load("altpo", [f"forget.objective={objective}"])
+    [batch] = side_batches(pairs, "forget", 2, pair_collator(recipe, None, forget))
+    for i, example in enumerate(forget):
+        row = example.alternate
+        assert batch["idk_input_ids"][i, : len(row)].tolist() == row.input_ids
+        assert batch["idk_labels"][i, : len(row)].tolist() == row.labels
+        assert batch["idk_attention_mask"][i].sum() == len(row)
+
+
+def test_where_alternates_have_no_place():
+    with pytest.raises(ValueError, match="'alternate' stands in the answer's place and needs .* idk_dpo or idk_nll"):
+        Recipe.load("npo", ["forget.replacement=alternate"])
+    with pytest.raises(ValueError, match="forget.replacement must be one of refusal, alternate"):
+        Recipe.load("altpo", ["forget.replacement=both"])
