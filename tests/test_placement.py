@@ -23,6 +23,8 @@ ON_THE_HOST = {
     "_loaded": (2, "the count of steps is on the CPU, as torch's is"),
     "_probe": (1, "once for each model"),
     "stack": (1, "numbers of rows, on the CPU"),
+    "padded": (1, "where examples of packed rows begin, on the CPU"),
+    "_from_offsets": (1, "where examples of packed rows begin, on the CPU"),
     "control_vector": (1, "once for each model: the same numbers on every device"),
     "Ranks.sums": (1, "numbers that are on the CPU"),
     "Ranks.add_": (1, "which ranks have a gradient, known on the CPU"),
