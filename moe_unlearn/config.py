@@ -8,6 +8,8 @@ A recipe names a forget and a retain objective and switches the three levers on 
     wagle   which weights may move                (a mask over the update)
     mollm   which direction serves every objective (replaces the weighted sum above)
 
+With `dual` alpha is a variable that holds L_retain at a bound (`moe_unlearn.dual`).
+
 Unknown keys, wrong types and values out of range are ValueErrors that name the key in full and, for a
 mistyped key, the nearest valid one.
 """
@@ -21,9 +23,12 @@ from pathlib import Path
 
 import yaml
 
+from moe_unlearn.dual import Dual
 from moe_unlearn.recipe_values import above, at_least, between, build, merge, one_of, override, parse
 
-FORGET_OBJECTIVES = ("ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce", "wga", "satimp", "ceu", "undial")
+FORGET_OBJECTIVES = (
+    "ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce", "wga", "satimp", "ceu", "undial", "logit_margin",
+)  # fmt: skip
 NEED_REFUSALS = ("idk_dpo", "idk_nll")
 REPLACEMENTS = ("refusal", "alternate")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
@@ -250,6 +255,7 @@ class Recipe:
     trace: Trace | None = None
     wagle: Wagle | None = None
     mollm: Mollm | None = None
+    dual: Dual | None = None
     scope: Scope = field(default_factory=Scope)
     optimizer: Optimizer = field(default_factory=Optimizer)
     data: Data = field(default_factory=Data)
@@ -273,6 +279,12 @@ class Recipe:
             raise ValueError(
                 f"trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; got {self.retain.objective!r}"
             )
+        if self.dual is not None:
+            if self.mollm is not None:
+                raise ValueError("dual weighs the retain loss in a sum that mollm replaces: mollm=null or dual=null")
+            if self.retain.objective == "none":
+                raise ValueError("dual bounds the retain loss and needs a retain.objective; got 'none'")
+            at_least("retain.alpha, where dual starts,", self.retain.alpha, 0)
         if self.scope.kind == "experts" and self.trace is None:
             raise ValueError("scope.kind 'experts' trains the experts TRACE selects and needs trace")
         if self.retain.objective == "embed_diff" and self.forget.objective != "rmu":

@@ -112,7 +112,8 @@ def _token_loss(a: dict) -> float:
 
 
 def _token_loss_backward(a: dict) -> float:
-    logits = _sides(a)
+    # a margin's slope needs the logits for a softcap alone
+    logits = 0 if a["kind"] == "logit_margin" and a["softcap"] is None else _sides(a)
     kept = a["direction"].numel() > 0
     products = (logits if a["needs_head"] or not kept else 0) + a["needs_head"] + (a["needs_hidden"] and not kept)
     return 2 * _counted_rows(a["labels"]) * a["head"].numel() * products

@@ -14,6 +14,7 @@ Formulas over log-probabilities; a sequence's is the sum over the positions that
     satimp     mean of p^beta1 (1 - p)^beta2 log p, the weight held fixed          saturation x importance
     ceu        mean of -sum_v q_v log p_v, q = p without the label, held fixed     CE-U; gradient of -log(1 - p)
     undial     mean of -sum_v q_v log p_v, q = p_ref with the label's logit lowered by beta    UNDIAL
+    logit_margin  mean of (max_v z_v - mean_v z_v)^2                               PDU; see `margin`
     rmu        mean over labelled tokens and dimensions of (h - control)^2
     embed_diff the same with (h - h_ref)^2
 

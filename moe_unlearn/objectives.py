@@ -22,8 +22,10 @@ from moe_unlearn import losses, router_aux, seuf, trace
 from moe_unlearn.batches import Batch, stack
 from moe_unlearn.cache import RowCache
 from moe_unlearn.config import Recipe
+from moe_unlearn.dual import Multiplier
 from moe_unlearn.experts import experts_modules, step_inputs
 from moe_unlearn.forward import control_vector, forgotten, layer_states, refusal, sequence_logprobs
+from moe_unlearn.margin import logit_margin, margin_mask
 from moe_unlearn.preparation import Preparation
 from moe_unlearn.sinks import NonFiniteError
 
@@ -75,12 +77,14 @@ class Objectives:
         self.tokens_per_expert: list[Tensor] = []
         #: what multiplies the load-balancing loss in the retain loss; without it, 0, it is not made
         self.router_aux = router_aux.coefficient(model, recipe)
+        #: what multiplies the retain loss, with `recipe.dual` a variable
+        self.dual = Multiplier(recipe.dual, recipe.retain.alpha)
 
     @property
     def factors(self) -> dict[str, float]:
         """What multiplies each loss in their sum, where MOLLM does not combine them."""
         recipe = self.recipe
-        alpha = recipe.retain.alpha
+        alpha = self.dual.value
         return {
             "forget": recipe.forget.gamma,
             "retain": alpha,
@@ -132,7 +136,7 @@ class Objectives:
         Sequences for sequence losses, else positions; every loss without a unit of its own has that of "retain".
         """
         rows, objective = forgotten(self.recipe, forget), self.recipe.forget.objective
-        counted = losses.state_mask(rows) if objective == "rmu" else losses.target_mask(rows)
+        counted = {"rmu": losses.state_mask, "logit_margin": margin_mask}.get(objective, losses.target_mask)(rows)
         kept = losses.state_mask(retain) if self.recipe.retain.objective == "embed_diff" else losses.target_mask(retain)
         out = {"forget": counted.sum(), "retain": kept.sum()}
         if objective in ("npo", "simnpo", "idk_dpo"):
@@ -247,6 +251,8 @@ class Objectives:
         if settings.objective == "rmu":
             control = control_vector(self.recipe.seed, settings.steering, states.shape[-1]).to(states)
             return losses.rmu(states, control, losses.state_mask(batch))
+        if settings.objective == "logit_margin":
+            return logit_margin(self.model, batch, states)
         positions = losses.target_mask(batch).sum().clamp_min(1)
         if settings.objective in ("ga", "idk_nll", "uce"):
             kind = "uce" if settings.objective == "uce" else "nll"

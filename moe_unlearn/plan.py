@@ -191,6 +191,7 @@ def _shadow(step, rehearsal: Rehearsal, batches: dict[str, Batch]):
     pairs = zip(*(experts_modules(s.model).values() for s in (step, shadow)), strict=True)
     for original, copied in pairs:
         copy_gate(original, copied)
+    shadow.objectives.dual.warns = False
     shadow.discard()
     return shadow
 
@@ -328,6 +329,12 @@ def _levers(step) -> dict[str, str]:
     if recipe.mollm is not None:
         names = ["forget", "retain", *(["kl"] if recipe.mollm.kl else [])]
         levers["mollm"] = f"common descent of {', '.join(names)} ({recipe.mollm.normalize})"
+    if recipe.dual is not None:
+        settings, alpha = recipe.dual, step.objectives.dual.value
+        levers["dual"] = (
+            f"holds the retain loss at {settings.retain_loss_eps:g}, alpha is {alpha:g} and moves by "
+            f"{settings.step_size:g} times the excess after {settings.warmup_steps} steps"
+        )
     levers["scope"] = recipe.scope.kind
     if balance := router_aux.described(step.model, recipe):
         levers["router_aux"] = balance

@@ -7,7 +7,7 @@
 What a batch may hold, packed rows among it, says `batches`. One step computes the recipe's losses, turns them into one
 gradient and moves the weights the scope and the mask allow:
 
-    g = grad( gamma L_forget + alpha (L_retain + router_aux L_router_aux) + anchor L_anchor )      without MOLLM
+    g = grad( gamma L_forget + alpha (L_retain + router_aux L_router_aux) + anchor L_anchor )  without MOLLM; see `dual`
     g = sum_i c_i grad L_i,  c from the Gram matrix of the masked gradients  with MOLLM
 
 Of several micro-batches each weighs what it holds, so that the step is that of all rows in one batch (`tally`):
@@ -210,7 +210,7 @@ class UnlearnStep:
         """
         if not self.tally.parts:
             raise RuntimeError("nothing accumulated: call accumulate(), or the step itself, first")
-        metrics = self.tally.losses()
+        metrics = self.tally.losses() | self.objectives.dual.metrics()
         self._check_budget(metrics)
         self.gradients.add_up(self.ranks)
         self.gradients.divide(self.tally.divisor)
@@ -260,6 +260,7 @@ class UnlearnStep:
         """
         metrics = {f"descent_{name}": value for name, value in self.gradients.descent().items()}
         metrics |= self.verifier.check()
+        self.objectives.dual.follow(self.tally.losses(), self.objectives.router_aux, self.steps)
         self.discard()
         self.steps += 1
         return metrics
@@ -278,10 +279,11 @@ class UnlearnStep:
         return make_plan(self, list(forget_batches), list(retain_batches))
 
     def state_dict(self) -> dict:
-        """Preparation, optimizer and step count; with the model's weights, all a bitwise resume needs."""
+        """Preparation, optimizer, steps done, dual variable; with the model's weights all a bitwise resume needs."""
         return {
             "recipe": self.recipe.to_dict(),
             "steps": self.steps,
+            "dual": self.objectives.dual.value,
             "prepared": self.prepared.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -298,6 +300,7 @@ class UnlearnStep:
         self.discard()
         self.prepared.load_state_dict(state["prepared"])
         self.steps = state["steps"]
+        self.objectives.dual.value = state.get("dual", self.recipe.retain.alpha)
         self._apply_scope()
         self._apply_masks()
         if "optimizer" in state:

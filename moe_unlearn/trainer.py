@@ -215,7 +215,8 @@ class UnlearnTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             forget, retain = (checked(inputs[side], side) for side in ("forget", "retain"))
             values = {**objectives.forget(forget), **objectives.retain(retain)}
-        return sum(objectives.factors.get(name, 1.0) * value for name, value in values.items()), None, None
+        weighed = sum(objectives.factors.get(name, 1.0) * value for name, value in values.items())
+        return weighed - objectives.dual.offset, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the step's metrics since the last log."""

@@ -197,7 +197,7 @@ class Verifier:
         step = self.step
         twin.discard()
         twin.optimizer.load_state_dict(self._optimizer)
-        twin.steps = step.steps
+        twin.steps, twin.objectives.dual.value = step.steps, step.objectives.dual.value
         model = twin.model
         routes = Routes(model)
         for forget, retain, sizes, (enabled, narrow) in self._micro_batches:

@@ -29,6 +29,7 @@ CASES = {
     "idk_nll": ("idk_dpo", ["forget.objective=idk_nll"]),
     "ceu": ("ceu", []),
     "undial": ("undial", []),
+    "pdu": ("pdu", ["retain.alpha=1.0"]),
     "kl": ("kl_min", []),
     "rmu": ("rmu", []),
     "rmu, tokens kept": ("rmu", ["retain.objective=nll"]),
@@ -106,8 +107,9 @@ def test_micro_batches_make_the_step_of_one_batch(case, model):
         assert metrics == pytest.approx(expected, rel=CLOSE, abs=CLOSE)
 
 
-def test_hidden_states_are_weighed_by_those_that_are_steered(model):
-    step, found = UnlearnStep(copy.deepcopy(model), made("rmu")), []
+@pytest.mark.parametrize("name", ["rmu", "pdu"])
+def test_positions_that_a_batch_names_are_weighed_by_their_number(name, model):
+    step, found = UnlearnStep(copy.deepcopy(model), made(name)), []
     step.prepare(*zip(*pairs_of(4), strict=True))
     for size in (4, 1):
         pairs = pairs_of(size)

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "moe_unlearn"
 # and `regress` a package is one layer).
 LAYERS = [
     {"triton_kernels", "choices", "backend", "native", "batches", "cache", "checkpoint", "report", "ranks", "sums"},
-    {"recipe_values", "config"},
+    {"recipe_values", "dual", "config"},
     {"rounding"},
     {"ops", "testing", "memory", "yardstick"},
     {"optim", "modes"},
@@ -25,7 +25,7 @@ LAYERS = [
     {"experts"},
     {"losses"},
     {"capture"},
-    {"trace", "wagle", "mollm", "seuf", "forward", "scope", "router_aux"},
+    {"trace", "wagle", "mollm", "seuf", "forward", "scope", "router_aux", "margin"},
     {"mask_files"},
     {"gradients"},
     {"comparison"},

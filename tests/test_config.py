@@ -12,6 +12,7 @@ pytestmark = pytest.mark.quick
 PROCEDURES = {"trace", "wagle", "mollm", "combined"}
 BASELINES = {
     "ga", "graddiff", "npo", "simnpo", "idk_dpo", "rmu", "kl_min", "seuf", "wga", "satimp", "ceu", "undial", "altpo",
+    "pdu",
 }  # fmt: skip
 
 

@@ -58,9 +58,15 @@ def undial(model, batch, forget, ref_lm_head):
     return -(q * log_softmax(logits(model, batch)[mask], 1)).sum(1).mean()
 
 
+def flattening(model, batch, forget):
+    z = logits(model, batch)[target_mask(batch)]
+    return ((z.max(1).values - z.mean(1)) ** 2).mean()
+
+
 METHODS = {
     "undial": (undial, ["forget.beta=5.0"]),
     "ceu": (ceu, ["forget.ignore_first_n_answer_tokens=2"]),
+    "pdu": (flattening, ["dual=null", "retain.alpha=1"]),
     "wga": (wga, ["forget.beta=0.7"]),
     "satimp": (satimp, ["forget.beta1=0.6", "forget.beta2=1.5"]),
 }

@@ -32,7 +32,7 @@ def alone(name, dtype=torch.float32, *, fused=True):
     losses = []
     for i in range(STEPS):
         metrics = made_of(step, [batches_of(i, rank) for rank in range(2)])
-        losses.append({key: value for key, value in metrics.items() if key.endswith("_loss")})
+        losses.append({key: value for key, value in metrics.items() if key.endswith(("_loss", "_alpha"))})
     return weights(step.model), losses
 
 

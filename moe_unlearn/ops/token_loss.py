@@ -7,11 +7,13 @@
     uce    l_t = -log(1 - p_t[y_t] / 2), in [0, log 2]               dl/dz = -(e^l - 1) (p - onehot(y))
     kl     l_t = sum_v q_t[v] (log q_t[v] - log p_t[v])              dl/dz = p - q
     ce     l_t = -sum_v q_t[v] log p_t[v]                            dl/dz = p - q
+    logit_margin   l_t = (max z_t - mean z_t)^2                      dl/dz = 2 (max z - mean z) (onehot(argmax z) - 1/V)
 
 T tokens, H hidden, V vocabulary: hidden_states h [T, H], lm_head W [V, H], labels y [T]. q is the softmax of reference
 hidden states under the same head, or a frozen copy of it; no gradient flows into q. In `ce` the label's logit is first
 lowered by `label_penalty`, infinity leaves the label out, and without reference hidden states q is the model's own. In
-`uce`, e^l - 1 = p / (2 - p), so the gradient at the target logit is p (1 - p) / (2 - p).
+`uce`, e^l - 1 = p / (2 - p), so the gradient at the target logit is p (1 - p) / (2 - p). Of several largest logits
+`logit_margin` lowers the first.
 
 A row whose label is -100 or whose weight is 0 has loss exactly 0 and gradient exactly 0, whatever it holds, and is
 dropped before the matrix product. (Where the weights themselves need a gradient, which is l_t, only the label drops a
@@ -24,11 +26,12 @@ recomputes each tile from the saved normaliser of the softmax. Gradients are sum
 Precision: the normaliser is kept as the pair (max z, sum exp(z - max z)), so a confident token keeps its
 small loss and large logits lose nothing; kl of a row to itself is exactly 0, and q = 0 adds exactly 0.
 
-`ce` has no kernel of its own: it is computed by the tiles of `ref` on every device.
+`ce` and `logit_margin` have no kernels of their own: the tiles of `ref` compute them on every device.
 
 Deterministic: tiles in a fixed order, no atomics. Sources: nll, kl and ce are standard; ce with the label's logit
-lowered is UNDIAL's (arXiv 2402.10052), with the label left out CE-U's (arXiv 2503.01224); uce with its division by 2
-was read in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping are ours.
+lowered is UNDIAL's (arXiv 2402.10052), with the label left out CE-U's (arXiv 2503.01224); logit_margin is PDU's logit
+margin flattening (arXiv 2506.05314), as its authors' trainer in open-unlearning has it; uce with its division by 2 was
+read in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping are ours.
 """
 
 import torch
@@ -37,7 +40,7 @@ from torch import Tensor
 from moe_unlearn import backend, native
 
 KINDS = ("nll", "uce", "kl")
-TILED_KINDS = ("ce",)  # of `ref` alone
+TILED_KINDS = ("ce", "logit_margin")  # of `ref` alone
 IGNORED = -100
 WORKSPACE_BYTES = 32 * 2**20
 _TEMPORARIES = 4  # tiles of logits alive at a time: z, p, and for kl the two of the reference
@@ -65,9 +68,9 @@ def token_loss(
 
     Args:
         hidden_states, lm_head, bias: any float dtypes; [T, H], [V, H] and [V].
-        labels: int64 [T], -100 is ignored; for "kl" they only say which rows count.
+        labels: int64 [T], -100 is ignored; for "kl" and "logit_margin" they only say which rows count.
         token_weights: float [T]; None is 1.
-        kind: "nll", "uce", "kl" or "ce".
+        kind: "nll", "uce", "kl", "ce" or "logit_margin".
         ref_hidden_states: [T, H], required by "kl", taken by "ce"; ref_lm_head: [V, H] where the reference had
             another head than `lm_head`.
         logit_scale, logit_softcap: as in the formula. label_penalty: at least 0, for "ce" only.
@@ -96,7 +99,9 @@ def token_loss_ref(
     rows = _counted(labels, token_weights, drop_zero_weights)
     z = _logits(hidden_states[rows].to(dtype), lm_head, bias, logit_scale, logit_softcap)
     log_p = torch.log_softmax(z, 1)
-    if kind in ("kl", "ce"):
+    if kind == "logit_margin":
+        loss = (z.max(1).values - z.mean(1)).square()
+    elif kind in ("kl", "ce"):
         z_ref = z.detach()
         if ref_hidden_states is not None:
             head = lm_head if ref_lm_head is None else ref_lm_head
@@ -151,14 +156,15 @@ def _token_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss [T], l [T], the softmax's max z and sum exp(z - max z) [2, T], those of the reference [2, T], dl/dh, ...).
 
-    All are 0 in dropped rows. dl/dh [T, H] is for the backward, empty unless `keep` and the kernel can keep it; the
-    last three are for the gradients of head and bias, by `keep_head`.
+    All are 0 in dropped rows; logit_margin keeps what it needs in the place of the pairs. dl/dh [T, H] is for the
+    backward, empty unless `keep` and the kernel can keep it; the last three are for the gradients of head and bias, by
+    `keep_head`.
     """
     arguments = (hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
                  drop_zero_weights, chunk_rows)  # fmt: skip
     kept = _kept(hidden, impl, kind, keep or keep_head)
     kernel = backend.resolve(kept or _name(kind), impl, hidden)
-    if kind in TILED_KINDS:
+    if kind == "ce":
         arguments += (label_penalty,)
     with torch.autocast(hidden.device.type, enabled=False):
         none = [hidden.new_empty(0) for _ in range(4)]
@@ -166,7 +172,7 @@ def _token_loss(
 
 
 def _name(kind: str) -> str:
-    return "token_loss.tiled" if kind in TILED_KINDS else "token_loss"
+    return {"ce": "token_loss.tiled", "logit_margin": "token_loss.logit_margin"}.get(kind, "token_loss")
 
 
 def _kept(hidden: Tensor, impl: str, kind: str, keep: bool) -> str:
@@ -199,7 +205,7 @@ def _token_loss_backward(
     """Gradients of hidden, head and bias; an empty tensor for one that is not needed."""
     kernel = backend.resolve(f"{_name(kind)}.backward", impl, hidden)
     kept = {"direction": direction} if direction.numel() else {}
-    if kind in TILED_KINDS:
+    if kind == "ce":
         kept["label_penalty"] = label_penalty
     with torch.autocast(hidden.device.type, enabled=False):
         return kernel(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm,
@@ -256,10 +262,9 @@ def _tiles(rows: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
     return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
 
 
-_TILED = "moe_unlearn.ops.tiled.token_loss"
-for name in ("token_loss", "token_loss.tiled"):
-    backend.register(name, "ref", f"{_TILED}:forward")
-    backend.register(f"{name}.backward", "ref", f"{_TILED}:backward")
+for name, file in (("", "token_loss"), (".tiled", "token_loss"), (".logit_margin", "logit_margin")):
+    backend.register(f"token_loss{name}", "ref", f"moe_unlearn.ops.tiled.{file}:forward")
+    backend.register(f"token_loss{name}.backward", "ref", f"moe_unlearn.ops.tiled.{file}:backward")
 native.register("token_loss", "moe_unlearn.ops.native.token_loss:forward")
 native.register("token_loss.backward", "moe_unlearn.ops.native.token_loss:backward")
 native.register(_KEPT, "moe_unlearn.ops.native.token_loss:forward_kept")

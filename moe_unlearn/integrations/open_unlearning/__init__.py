@@ -11,14 +11,15 @@ from moe_unlearn.integrations.open_unlearning.methods import (
     GradDiff,
     SatImp,
     SimNPO,
-    config_folder,
-    register,
 )
+from moe_unlearn.integrations.open_unlearning.pdu import PDU
+from moe_unlearn.integrations.open_unlearning.registration import config_folder, register
 
 __all__ = [
     "CEU",
     "DPO",
     "NPO",
+    "PDU",
     "RMU",
     "UNDIAL",
     "WGA",

@@ -10,12 +10,12 @@ In a checkout of open-unlearning that runs on transformers 5, add to the end of 
 and copy the YAML files of `config_folder()` into `configs/trainer/`; then `trainer=MoENPO` in the place of
 `trainer=NPO`. transformers 5.23 has no argument `logging_dir` any more, which `configs/trainer/finetune.yaml` sets:
 `~trainer.args.logging_dir` takes it away, for its trainers as for these. Beside the method's own arguments,
-`method_args` takes the sections `trace`, `wagle`, `mollm` and `scope` of a recipe (`config`), `cache_dir` and
+`method_args` takes the sections `trace`, `wagle`, `mollm`, `dual` and `scope` of a recipe (`config`), `cache_dir` and
 `verify`: `'+trainer.method_args.trace={per_layer:2,eta:0.5}'`. Without open-unlearning the classes are Trainers like
 any other: a dataset with `forget` and `retain` lists whose items are {"forget": row, "retain": row}, each row
 {input_ids, attention_mask, labels}, of DPO's forget side {"original": row, "alternate": row}.
 
-On one batch GradAscent, GradDiff with NLL, NPO, SimNPO, DPO, WGA, SatImp and CEU give its loss, and RMU does for
+On one batch GradAscent, GradDiff with NLL, NPO, SimNPO, DPO, WGA, SatImp, CEU and PDU give its loss, and RMU does for
 sequences of equal length. Where they differ, and why:
 
     KL              means over the positions that carry a loss; there over all, prompt and padding too
@@ -38,6 +38,9 @@ sequences of equal length. Where they differ, and why:
                     is of every trained parameter, there not of norms and biases
     accumulation    micro-batches and ranks weigh the tokens or sequences they hold, so that the step is that of all its
                     rows in one batch; there each weighs the same
+    PDU             the retain preference moves once a step, by the retain loss of all its rows; there at each
+                    micro-batch and each evaluation. It is kept in checkpoints; there a resume begins with alpha.
+                    Without primal_dual nothing, there the constant alpha * retain_loss_eps, is taken off the loss
     clipping        by the gradient norm of what trains; there RMU's is that of every parameter, trained or not
     RMU's modules   patterns must match as a whole, as there. Its YAML trains every parameter, its class
                     `mlp.down_proj.weight`, which no fused expert is named; here the experts of layers 5 to 7 train
@@ -53,13 +56,12 @@ SimNPO (zgoel317 at 37b02f2) and RMU (Dornavineeth at e30348f), all in open-unle
 parts, deepspeed, chat templates and its evaluators were left out, data configs were our own, and methods that a version
 names `compute_unlearn_loss` or `compute_loss_normal` took the present name, `compute_loss`. Read and written out in a
 test, not run: of its trainer/unlearn dpo.py at afcd6b6, wga.py and satimp.py at 0ad76a2, ceu.py at 2231e31, undial.py
-at 5a7dfb4.
+at 5a7dfb4, pdu.py at fdeb28f.
 """
 
 import copy
 import re
-from collections.abc import Mapping, MutableMapping, Sequence
-from importlib import resources
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -85,7 +87,7 @@ class _Method(UnlearnTrainer):
     Args:
         model, args, train_dataset, eval_dataset, data_collator, tokenizer, evaluators, template_args: as
             open-unlearning's `load_trainer` gives them. Without a collator rows are padded on the right.
-        trace, wagle, mollm, scope: sections of a recipe.
+        trace, wagle, mollm, dual, scope: sections of a recipe.
         cache_dir, verify: as in `UnlearnTrainer`.
 
     Raises ValueError as `UnlearnTrainer` and `Recipe.from_dict` do.
@@ -108,12 +110,13 @@ class _Method(UnlearnTrainer):
         trace: Mapping | None = None,
         wagle: Mapping | None = None,
         mollm: Mapping | None = None,
+        dual: Mapping | None = None,
         scope: Mapping | None = None,
         **keywords,
     ):
         self.evaluators, self.template_args = evaluators, template_args
         tokenizer = processing_class if tokenizer is None else tokenizer
-        sections = {"trace": trace, "wagle": wagle, "mollm": mollm, "scope": scope}
+        sections = {"trace": trace, "wagle": wagle, "mollm": mollm, "dual": dual, "scope": scope}
         recipe = Recipe.from_dict({
             "name": f"{PREFIX}{type(self).__name__}",
             "forget": forget,
@@ -140,7 +143,8 @@ class _Method(UnlearnTrainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """gamma * L_forget + alpha * L_retain of one batch; with `return_outputs` also the forget rows' outputs.
+        """gamma * L_forget + alpha * (L_retain - what `dual` bounds it by) of one batch; with `return_outputs` also the
+        forget rows' outputs.
 
         Training takes `training_step` instead. Raises NotPreparedError before `prepare()` where a reference,
         token weights or the like are needed.
@@ -150,6 +154,7 @@ class _Method(UnlearnTrainer):
         forget, retain = checked(inputs["forget"], "forget"), checked(inputs["retain"], "retain")
         values = objectives(forget, retain)
         loss = sum(objectives.factors[name] * value for name, value in values.items() if name in objectives.factors)
+        loss = loss - objectives.dual.offset
         if not return_outputs:
             return loss
         with torch.no_grad():
@@ -320,32 +325,6 @@ class RMU(GradDiff):
             scope={"kind": "parameters", "parameters": [rf"\A(?:{p})\Z" for p in trainable_params_regex]},
             **keywords,
         )
-
-
-METHODS = (GradAscent, GradDiff, NPO, SimNPO, WGA, SatImp, CEU, UNDIAL, DPO, RMU)
-
-
-def register(registry: MutableMapping[str, type] | None = None) -> None:
-    """Add the methods, as MoENPO and so on, to open-unlearning's TRAINER_REGISTRY; None imports that.
-
-    Raises ImportError where its `trainer` package is not importable, ValueError where a name is taken.
-    """
-    if registry is None:
-        try:
-            from trainer import TRAINER_REGISTRY as registry
-        except ImportError as error:
-            raise ImportError(
-                "open-unlearning's package `trainer` cannot be imported: run inside its checkout with src/ on the "
-                "path, or pass its TRAINER_REGISTRY"
-            ) from error
-    for method in METHODS:
-        if registry.setdefault(f"{PREFIX}{method.__name__}", method) is not method:
-            raise ValueError(f"the registry has another trainer named {PREFIX}{method.__name__}")
-
-
-def config_folder() -> Path:
-    """The folder of YAML files for open-unlearning's configs/trainer."""
-    return Path(str(resources.files("moe_unlearn") / "integrations" / "open_unlearning" / "trainer"))
 
 
 def _layer(model: nn.Module, pattern: str) -> int:

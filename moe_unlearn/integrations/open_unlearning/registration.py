@@ -1,0 +1,45 @@
+"""Which trainers there are, their names in open-unlearning's registry, and where their YAML files lie."""
+
+from collections.abc import MutableMapping
+from importlib import resources
+from pathlib import Path
+
+from moe_unlearn.integrations.open_unlearning.methods import (
+    CEU,
+    DPO,
+    NPO,
+    PREFIX,
+    RMU,
+    UNDIAL,
+    WGA,
+    GradAscent,
+    GradDiff,
+    SatImp,
+    SimNPO,
+)
+from moe_unlearn.integrations.open_unlearning.pdu import PDU
+
+METHODS = (GradAscent, GradDiff, NPO, SimNPO, WGA, SatImp, CEU, UNDIAL, PDU, DPO, RMU)
+
+
+def register(registry: MutableMapping[str, type] | None = None) -> None:
+    """Add the methods, as MoENPO and so on, to open-unlearning's TRAINER_REGISTRY; None imports that.
+
+    Raises ImportError where its `trainer` package is not importable, ValueError where a name is taken.
+    """
+    if registry is None:
+        try:
+            from trainer import TRAINER_REGISTRY as registry
+        except ImportError as error:
+            raise ImportError(
+                "open-unlearning's package `trainer` cannot be imported: run inside its checkout with src/ on the "
+                "path, or pass its TRAINER_REGISTRY"
+            ) from error
+    for method in METHODS:
+        if registry.setdefault(f"{PREFIX}{method.__name__}", method) is not method:
+            raise ValueError(f"the registry has another trainer named {PREFIX}{method.__name__}")
+
+
+def config_folder() -> Path:
+    """The folder of YAML files for open-unlearning's configs/trainer."""
+    return Path(str(resources.files("moe_unlearn") / "integrations" / "open_unlearning" / "trainer"))
