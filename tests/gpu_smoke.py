@@ -87,6 +87,9 @@ def checks() -> Iterator[Check]:
     loss = "token_loss", *(f"token_loss.{part}" for part in ("backward", "kept", "room", "head"))
     for kind in ("nll", "uce"):
         yield Check(loss, kind, functools.partial(_loss, kind), heads, gradients=("h", "head"))
+    for kind, tiles, more in (("ce", "tiled", {"label_penalty": 2.0}), ("logit_margin", "logit_margin", {})):
+        parts = f"token_loss.{tiles}", f"token_loss.{tiles}.backward"
+        yield Check(parts, kind, functools.partial(_loss, kind, **more), heads, gradients=("h", "head"))
     layer = {"x": random(TOKENS, SHAPE[1]).to(BF16), "weights": random(TOKENS, 2).softmax(1).to(BF16), "index": index}
     layer |= {
         "gate_up": random(EXPERTS, 2 * 72, SHAPE[1]).to(BF16) / 16,
@@ -157,8 +160,8 @@ def _tilted(impl, words, tilt):
     return tuple(t.float() for t in made)
 
 
-def _loss(kind, impl, h, head, labels, weights):
-    return (ops.token_loss(h, head, labels, token_weights=weights, kind=kind, impl=impl),)
+def _loss(kind, impl, h, head, labels, weights, **more):
+    return (ops.token_loss(h, head, labels, token_weights=weights, kind=kind, impl=impl, **more),)
 
 
 def _mlp(impl, x, weights, index, gate_up, down):
@@ -262,11 +265,12 @@ def everything(device: str, toy: bool) -> Iterator[tuple[str, Callable[[], None]
     """(name, check) of all that this device has, the ops first."""
     streams = ("current", "another") if device == "cuda" else ("current",)
     for check in checks():
-        for impl in IMPLEMENTATIONS[device]:
-            if any(impl in backend.available(name, device) for name in check.covers):
-                for stream in streams:
-                    name = f"{check.covers[0]} {impl}, {check.what}, {stream} stream"
-                    yield name, functools.partial(run, check, impl, device, stream)
+        impls = [i for i in IMPLEMENTATIONS[device] if any(i in backend.available(n, device) for n in check.covers)]
+        # what has nothing but torch's operations runs them on the device
+        for impl in impls or ["ref"]:
+            for stream in streams:
+                name = f"{check.covers[0]} {impl}, {check.what}, {stream} stream"
+                yield name, functools.partial(run, check, impl, device, stream)
     yield from layers(device, toy)
 
 
