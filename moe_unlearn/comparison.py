@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_unlearn.ops.bits import philox, round_stochastic, unpack_bits
 from moe_unlearn.testing import AccuracyError, assert_as_accurate, ulp
-from moe_unlearn.yardstick import Baseline
+from moe_unlearn.testing.yardstick import Baseline
 
 _WORST = 8  # tensors a report names
 

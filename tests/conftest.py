@@ -11,13 +11,15 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser):
     kinds = ("native", "exact", "sequential")
-    parser.addoption("--yardstick", choices=kinds, default="native", help="of references; see moe_unlearn.yardstick")
+    parser.addoption(
+        "--yardstick", choices=kinds, default="native", help="of references; see moe_unlearn.testing.yardstick"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def references_by(request):
     """The yardstick that --yardstick names, in every test."""
-    from moe_unlearn.yardstick import yardstick
+    from moe_unlearn.testing.yardstick import yardstick
 
     with yardstick(request.config.getoption("--yardstick")):
         yield

@@ -4,8 +4,8 @@
 
 Environment variables make the libraries compute as on other processors; each is asked for by itself whether it took
 effect, and one that did not (this processor lacks it, or the library ignores it) is reported as not tested. Last come
-the two extremes of what a reference can be measured by (`--yardstick`, `moe_unlearn.yardstick`), which need no other
-processor. At most a quarter of an hour on 2 cores.
+the two extremes of what a reference can be measured by (`--yardstick`, `moe_unlearn.testing.yardstick`), which need no
+other processor. At most a quarter of an hour on 2 cores.
 """
 
 import argparse

@@ -16,10 +16,9 @@ PACKAGE = ROOT / "moe_unlearn"
 # Lower layers first; a module imports only from its own or a lower layer (within `ops`, `data`, `metrics`
 # and `regress` a package is one layer).
 LAYERS = [
-    {"triton_kernels", "choices", "backend", "native", "batches", "cache", "checkpoint", "report", "ranks", "sums"},
-    {"recipe_values", "dual", "config"},
-    {"rounding"},
-    {"ops", "testing", "memory", "yardstick"},
+    {"triton_kernels", "choices", "backend", "native", "batches", "cache", "checkpoint", "report", "ranks"},
+    {"recipe_values", "config"},
+    {"ops", "testing", "memory"},
     {"optim", "modes"},
     {"sinks"},
     {"experts"},

@@ -13,7 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from moe_unlearn.experts import NAME, StepInputs, enable, experts_modules, step_inputs
 from moe_unlearn.ops import Gate
 from moe_unlearn.testing import ROUTINGS, assert_as_accurate, poison, routing
-from moe_unlearn.yardstick import Reference
+from moe_unlearn.testing.yardstick import Reference
 from tests.batches import random_batch
 from tests.models import nemotron_h_experts, tiny_gpt_oss, tiny_olmoe
 

@@ -16,7 +16,7 @@ from moe_unlearn.paths import paths
 from moe_unlearn.preparation import Preparation
 from moe_unlearn.sinks import CompactSink, NonFiniteError, UpdateSink, inner_products, join
 from moe_unlearn.step import RetainBudgetError, UnlearnStep
-from moe_unlearn.yardstick import Reference
+from moe_unlearn.testing.yardstick import Reference
 from tests.batches import random_batch
 from tests.models import TINY_MODELS, tiny_olmoe
 from tests.steps import VOCAB, changed, check_changes, prepared, recipe, weights

@@ -14,7 +14,7 @@ from moe_unlearn.forward import control_vector
 from moe_unlearn.losses import Head
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing import assert_as_accurate
-from moe_unlearn.yardstick import Reference
+from moe_unlearn.testing.yardstick import Reference
 from tests.batches import random_batch
 from tests.models import SIZE, TINY_MODELS, tiny_granite_moe, tiny_olmoe
 from tests.steps import recipe

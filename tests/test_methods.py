@@ -11,7 +11,7 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.losses import target_mask
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing import assert_as_accurate
-from moe_unlearn.yardstick import Reference
+from moe_unlearn.testing.yardstick import Reference
 from tests.models import tiny_olmoe
 from tests.steps import VOCAB, data
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from moe_unlearn.ranks import Ranks
 from moe_unlearn.step import UnlearnStep
-from moe_unlearn.yardstick import Reference
+from moe_unlearn.testing.yardstick import Reference
 from tests import ranks_child
 from tests.ranks_child import CASES, STEPS, batches_of, made
 from tests.steps import check_changes, data, made_of, recipe, weights

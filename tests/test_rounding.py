@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from moe_unlearn import ops, rounding, sums
-from moe_unlearn.rounding import arithmetic
+from moe_unlearn import ops
+from moe_unlearn.testing import rounding, sums
+from moe_unlearn.testing.rounding import arithmetic
 
 pytestmark = pytest.mark.quick
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -13,8 +13,8 @@ from moe_unlearn.forward import refusal
 from moe_unlearn.objectives import NotPreparedError
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.step import NonFiniteError, UnlearnStep
+from moe_unlearn.testing.yardstick import Reference
 from moe_unlearn.wagle import weight_mask
-from moe_unlearn.yardstick import Reference
 from tests.batches import random_batch
 from tests.models import tiny_olmoe
 from tests.steps import VOCAB, changed, check_changes, prepared, recipe, weights

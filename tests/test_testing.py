@@ -5,9 +5,16 @@ import math
 import pytest
 import torch
 
-from moe_unlearn import testing
-from moe_unlearn.testing import AccuracyError, assert_as_accurate, check_against_ref, in_layout, outcomes, poison
-from moe_unlearn.yardstick import RUNS, YARDSTICKS, Baseline, Reference, yardstick
+from moe_unlearn.testing import (
+    AccuracyError,
+    assert_as_accurate,
+    check_against_ref,
+    criterion,
+    in_layout,
+    outcomes,
+    poison,
+)
+from moe_unlearn.testing.yardstick import RUNS, YARDSTICKS, Baseline, Reference, yardstick
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -93,7 +100,9 @@ def test_any_order_of_sums_passes_whatever_the_yardstick(dtype, kind, order):
         with pytest.raises(AccuracyError):
             assert_as_accurate(actual, baseline.value, gold)
     wrong = actual.clone()
-    wrong[17, 5] += 1e-5 * gold[17].abs().max() if dtype == torch.float32 else 6 * float(testing.ulp(gold.max(), dtype))
+    wrong[17, 5] += (
+        1e-5 * gold[17].abs().max() if dtype == torch.float32 else 6 * float(criterion.ulp(gold.max(), dtype))
+    )
     with pytest.raises(AccuracyError):
         assert_as_accurate(wrong, baseline, gold)
 
@@ -136,7 +145,7 @@ def test_a_gold_of_zeros_is_judged_too():
 
 
 def test_a_margin_that_is_no_number_fails(monkeypatch):
-    monkeypatch.setattr(testing, "margin", lambda *args: testing.Margin(0.0, math.nan, "row", "rms is NaN"))
+    monkeypatch.setattr(criterion, "margin", lambda *args: criterion.Margin(0.0, math.nan, "row", "rms is NaN"))
     with pytest.raises(AccuracyError, match="rms is NaN"):
         assert_as_accurate(torch.ones(64), torch.ones(64), torch.ones(64).double())
 
@@ -169,11 +178,11 @@ def test_wrong_dtype_and_shape_fail():
 @pytest.mark.quick
 def test_short_rows_are_pooled():
     gold = torch.randn(7, 30, dtype=torch.float64)
-    pooled = testing._pooled_maximum(gold.abs())
+    pooled = criterion._pooled_maximum(gold.abs())
     assert pooled.shape == (2,)  # pools of three rows, the seventh joins the last
     assert pooled[0] == gold[:3].abs().max() and pooled[1] == gold[3:].abs().max()
-    assert testing._pooled_maximum(torch.ones(1, 3)).shape == (1,)
-    assert testing._pooled_maximum(torch.tensor(2.0)).shape == (1,)
+    assert criterion._pooled_maximum(torch.ones(1, 3)).shape == (1,)
+    assert criterion._pooled_maximum(torch.tensor(2.0)).shape == (1,)
 
 
 @pytest.mark.parametrize("shape,dtype", [((16, 64), torch.float32), ((4, 256), torch.float32),
@@ -196,20 +205,20 @@ def test_false_rejections_are_rare(shape, dtype):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("layout", criterion.LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32], ids=str)
 def test_layouts_keep_values(layout, dtype):
-    value = testing.integers(3, 4, 5, dtype=dtype)
+    value = criterion.integers(3, 4, 5, dtype=dtype)
     other = in_layout(value, layout)
     assert torch.equal(other, value)
     assert other.is_contiguous() == (layout in ("contiguous", "offset"))
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("pattern", testing.ROUTINGS)
+@pytest.mark.parametrize("pattern", criterion.ROUTINGS)
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_routing_patterns(pattern, top_k):
-    index = testing.routing(pattern, 200, 8, top_k)
+    index = criterion.routing(pattern, 200, 8, top_k)
     assert index.shape == (200, top_k) and index.dtype == torch.int64
     counts = torch.bincount(index.flatten(), minlength=9)
     expected_empty = {
@@ -221,7 +230,7 @@ def test_routing_patterns(pattern, top_k):
         "sentinels": [],
     }.get(pattern, [8])
     assert [e for e in range(9) if counts[e] == 0] == expected_empty
-    assert testing.routing(pattern, 0, 8, top_k).shape == (0, top_k)
+    assert criterion.routing(pattern, 0, 8, top_k).shape == (0, top_k)
 
 
 @pytest.mark.quick

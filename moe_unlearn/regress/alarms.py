@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from moe_unlearn.testing import margin
-from moe_unlearn.yardstick import Reference, yardstick
+from moe_unlearn.testing.yardstick import Reference, yardstick
 
 LIMIT = 1e-7  # false alarms a comparison
 LARGEST = 0.7  # error / bound

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moe_unlearn.regress.case import Case, digests
 from moe_unlearn.testing import AccuracyError, assert_as_accurate, outcomes
-from moe_unlearn.yardstick import Baseline
+from moe_unlearn.testing.yardstick import Baseline
 
 EQUAL, ACCURATE, INACCURATE = "equal", "accurate", "inaccurate"
 

@@ -32,7 +32,7 @@ from moe_unlearn.regress import numeric, timing
 from moe_unlearn.regress.numeric import INACCURATE
 from moe_unlearn.regress.report import FINE, Result
 from moe_unlearn.regress.verbs import held_against
-from moe_unlearn.yardstick import Baseline
+from moe_unlearn.testing.yardstick import Baseline
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONFIRMATIONS = 2

@@ -3,8 +3,8 @@
     python -P worker.py TREE PACKAGE HARNESS
 
 `revision` starts it by its path. `moe_unlearn` is imported from the folder PACKAGE and the Triton kernels from TREE,
-if it has them, but `moe_unlearn.regress`, `testing`, `yardstick`, `rounding` and `sums` from the package folder
-HARNESS, so that both sides measure the same cases in the same way; TREE and TREE/src come first in the search path.
+if it has them, but `moe_unlearn.regress` and `moe_unlearn.testing` from the package folder HARNESS, so that both sides
+measure the same cases in the same way; TREE and TREE/src come first in the search path.
 Requests and answers are JSON, one a line, on standard input and output; what kernels print goes to standard error.
 """
 
@@ -108,8 +108,7 @@ class Side:
 def serve(tree: Path, package: Path, harness: Path) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    places = {"moe_unlearn": package, "moe_unlearn.regress": harness / "regress"}
-    places |= {f"moe_unlearn.{name}": harness / f"{name}.py" for name in ("testing", "yardstick", "rounding", "sums")}
+    places = {"moe_unlearn": package} | {f"moe_unlearn.{name}": harness / name for name in ("regress", "testing")}
     if (tree / "triton_kernels").is_dir() and package.parent == tree:
         places["moe_unlearn.triton_kernels"] = tree / "triton_kernels"
     sys.meta_path.insert(0, Overlay(places))

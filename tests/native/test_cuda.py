@@ -16,7 +16,7 @@ from moe_unlearn.ops.native.expert_wgrad import _check_hopper
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
 from moe_unlearn.regress import ledger, nvcc, sass
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison
-from moe_unlearn.yardstick import Reference
+from moe_unlearn.testing.yardstick import Reference
 from tests.native import cuda as tool
 from tests.native import test_expert_wgrad as wgrad_cases
 from tests.native import test_masked_update as update_cases

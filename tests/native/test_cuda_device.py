@@ -20,7 +20,7 @@ from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.expert_wgrad import expert_wgrad_score
 from moe_unlearn.ops.retain_weights import moments, retain_weights, tilted_weights
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison
-from moe_unlearn.yardstick import Reference
+from moe_unlearn.testing.yardstick import Reference
 from tests.native import test_expert_wgrad as wgrad_cases
 from tests.native import test_masked_update as update_cases
 from tests.native import test_retain_weights as weights_cases

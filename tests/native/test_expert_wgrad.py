@@ -16,7 +16,7 @@ from moe_unlearn.ops.expert_wgrad import (
     expert_wgrad_sgd_,
 )
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison, routing
-from moe_unlearn.yardstick import Reference
+from moe_unlearn.testing.yardstick import Reference
 
 pytestmark = pytest.mark.quick
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64

@@ -18,7 +18,7 @@ from moe_unlearn.testing import (
     poison,
     routing,
 )
-from moe_unlearn.yardstick import Reference
+from moe_unlearn.testing.yardstick import Reference
 
 GRADIENTS = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
 GPT_OSS = Gate("silu", 1.702, 7.0, 1.0)

@@ -13,7 +13,7 @@ from moe_unlearn.ops.expert_wgrad import (
     expert_wgrad_sgd_,
 )
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison, routing
-from moe_unlearn.yardstick import Reference
+from moe_unlearn.testing.yardstick import Reference
 
 T, K, E, M, P = 21, 2, 5, 12, 40
 

@@ -8,12 +8,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from moe_unlearn import cli, testing
+from moe_unlearn import cli
 from moe_unlearn.regress import case as registry
 from moe_unlearn.regress import static
 from moe_unlearn.regress.report import Result
 from moe_unlearn.regress.store import Store
-from moe_unlearn.testing import AccuracyError, described
+from moe_unlearn.testing import AccuracyError, criterion, described
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 RIGHT, REORDERED = "e / e.sum(-1, keepdim=True)", "e / e.flip(-1).cumsum(-1)[:, -1:]"
@@ -87,8 +87,8 @@ def test_a_loss_that_only_the_record_shows(package, capsys, monkeypatch):
 
     Of a reference whose roundings cannot be seen, that is: those of a softmax would allow for it.
     """
-    real = testing.margin
-    monkeypatch.setattr(testing, "margin", lambda actual, value, gold, rounded=None: real(actual, value, gold))
+    real = criterion.margin
+    monkeypatch.setattr(criterion, "margin", lambda actual, value, gold, rounded=None: real(actual, value, gold))
     package("(e.double() / e.double().sum(-1, keepdim=True)).float()")
     package("torch.softmax(x.double(), -1).float()")
     assert softmax("record") == 0

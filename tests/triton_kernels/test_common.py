@@ -7,8 +7,8 @@ import triton.language as tl
 
 from moe_unlearn.ops import bits
 from moe_unlearn.testing import assert_as_accurate
+from moe_unlearn.testing.yardstick import Reference
 from moe_unlearn.triton_kernels.common import INTERPRET, dot, random_bits, round_stochastic
-from moe_unlearn.yardstick import Reference
 
 pytestmark = pytest.mark.quick
 

@@ -14,8 +14,8 @@ from moe_unlearn.ops import expert_wgrad, expert_wgrad_ref, weight_score
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_inner, expert_wgrad_inner_ref, expert_wgrad_score
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, poison
+from moe_unlearn.testing.yardstick import Reference
 from moe_unlearn.triton_kernels import configs, grouped_outer
-from moe_unlearn.yardstick import Reference
 from tests.ops import test_expert_wgrad as base
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

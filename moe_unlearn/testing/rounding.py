@@ -51,7 +51,7 @@ from torch._decomp import get_decompositions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_unlearn import sums
+from moe_unlearn.testing import sums
 
 ARITHMETICS = ("exact", "sequential", "random")
 _aten = torch.ops.aten

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moe_unlearn import rounding
+from moe_unlearn.testing import rounding
 
 RUNS = 16
 YARDSTICKS = ("native", "exact", "sequential")

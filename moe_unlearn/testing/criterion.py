@@ -43,8 +43,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_unlearn.rounding import ulp
-from moe_unlearn.yardstick import RUNS, Baseline, Reference, current_yardstick
+from moe_unlearn.testing.rounding import ulp
+from moe_unlearn.testing.yardstick import RUNS, Baseline, Reference, current_yardstick
 
 MINIMUM_ROW = 64
 SPREAD = 6.0  # deviations
