@@ -32,12 +32,12 @@ from moe_unlearn import (
 from moe_unlearn.arguments import add_data, examples_of, steps, write
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import side_batches
+from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import enable
 from moe_unlearn.losses import target_mask
-from moe_unlearn.objectives import NotPreparedError
 from moe_unlearn.preparation import CHOOSING, needed
 from moe_unlearn.regress import command as regression
-from moe_unlearn.step import NonFiniteError, RetainBudgetError, UnlearnStep
+from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import pair_collator
 from moe_unlearn.verify import VerificationError
 

@@ -23,11 +23,11 @@ from moe_unlearn.batches import Batch, stack
 from moe_unlearn.cache import RowCache
 from moe_unlearn.config import Recipe
 from moe_unlearn.dual import Multiplier
+from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import experts_modules, step_inputs
 from moe_unlearn.forward import control_vector, forgotten, layer_states, refusal, sequence_logprobs
 from moe_unlearn.margin import logit_margin, margin_mask
 from moe_unlearn.preparation import Preparation
-from moe_unlearn.sinks import NonFiniteError
 
 # of the positions of a joint forward pass that padding may add to those of separate ones
 LARGEST_PADDING = 0.125
@@ -36,14 +36,6 @@ TOKEN_LOSSES = {
     "wga": lambda nll, forget: losses.wga(nll, forget.beta),
     "satimp": lambda nll, forget: losses.satimp(nll, forget.beta1, forget.beta2),
 }
-
-
-class NotPreparedError(RuntimeError):
-    """The recipe needs something that prepare() computes and has not computed."""
-
-
-class RetainBudgetError(ArithmeticError):
-    """The retain loss is above the recipe's budget; raised before the update, so no weight has changed."""
 
 
 def check_finite(metrics: dict[str, float], steps: int) -> None:

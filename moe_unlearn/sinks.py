@@ -17,18 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.ops import gram_factors
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad, expert_wgrad_inner
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or gradient is NaN or infinite; `updated` names the weights that had been updated before."""
-
-    def __init__(self, message: str, updated: tuple[str, ...] = ()):
-        super().__init__(message)
-        self.updated = updated
 
 
 class CompactSink:

@@ -40,15 +40,16 @@ from torch import Tensor, nn
 from moe_unlearn import losses, mollm, paths, scope
 from moe_unlearn.batches import Batch, checked
 from moe_unlearn.config import Recipe
+from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import enable, step_inputs
 from moe_unlearn.forward import check_batches, counted_row
 from moe_unlearn.gradients import Gradients
-from moe_unlearn.objectives import NotPreparedError, Objectives, RetainBudgetError, check_budget, check_finite
+from moe_unlearn.objectives import Objectives, check_budget, check_finite
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
 from moe_unlearn.plan import Plan, make_plan
 from moe_unlearn.preparation import STAGES, Preparation, needed, prepare
 from moe_unlearn.ranks import Ranks, local
-from moe_unlearn.sinks import CompactSink, FactorSink, NonFiniteError, UpdateSink
+from moe_unlearn.sinks import CompactSink, FactorSink, UpdateSink
 from moe_unlearn.tally import Sizes, Tally
 from moe_unlearn.verify import Verifier
 

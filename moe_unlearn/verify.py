@@ -43,8 +43,8 @@ from torch import Tensor, nn
 
 from moe_unlearn.batches import Batch
 from moe_unlearn.comparison import Comparison, Report, Run
+from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.routes import Routes
-from moe_unlearn.sinks import NonFiniteError
 from moe_unlearn.tally import Sizes
 from moe_unlearn.testing import yardstick
 

@@ -9,7 +9,8 @@ import torch
 from moe_unlearn.checkpoint import load_state, save_state
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import ForgetRetainDataset
-from moe_unlearn.step import RetainBudgetError, UnlearnStep
+from moe_unlearn.errors import RetainBudgetError
+from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
 from tests.models import tiny_olmoe
 from tests.steps import VOCAB, changed, data, made_of, recipe, weights

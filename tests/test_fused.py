@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from moe_unlearn.errors import NonFiniteError, RetainBudgetError
 from moe_unlearn.experts import experts_modules, step_inputs
 from moe_unlearn.gradients import Gradients
 from moe_unlearn.objectives import Objectives
@@ -14,8 +15,8 @@ from moe_unlearn.ops.expert_wgrad import Factors, _products
 from moe_unlearn.optim import MaskedSGD
 from moe_unlearn.paths import paths
 from moe_unlearn.preparation import Preparation
-from moe_unlearn.sinks import CompactSink, NonFiniteError, UpdateSink, inner_products, join
-from moe_unlearn.step import RetainBudgetError, UnlearnStep
+from moe_unlearn.sinks import CompactSink, UpdateSink, inner_products, join
+from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing.yardstick import Reference
 from tests.batches import random_batch
 from tests.models import TINY_MODELS, tiny_olmoe

@@ -8,11 +8,11 @@ import torch
 
 from moe_unlearn import losses, mollm, trace
 from moe_unlearn.config import shipped
+from moe_unlearn.errors import NonFiniteError, NotPreparedError
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.forward import refusal
-from moe_unlearn.objectives import NotPreparedError
 from moe_unlearn.ops.bits import unpack_bits
-from moe_unlearn.step import NonFiniteError, UnlearnStep
+from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing.yardstick import Reference
 from moe_unlearn.wagle import weight_mask
 from tests.batches import random_batch

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example, ForgetRetainDataset
-from moe_unlearn.step import NonFiniteError, UnlearnStep
+from moe_unlearn.errors import NonFiniteError
+from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
 from tests.models import tiny_olmoe
 

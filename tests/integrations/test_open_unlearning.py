@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from moe_unlearn.data import train_tokenizer
+from moe_unlearn.errors import NotPreparedError
 from moe_unlearn.integrations import open_unlearning
 from moe_unlearn.integrations.open_unlearning import (
     CEU,
@@ -27,7 +28,6 @@ from moe_unlearn.integrations.open_unlearning import (
     SatImp,
     SimNPO,
 )
-from moe_unlearn.objectives import NotPreparedError
 from tests.models import tiny_olmoe
 
 KEYS = ("input_ids", "attention_mask", "labels")
