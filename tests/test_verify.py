@@ -8,10 +8,10 @@ import torch
 from moe_unlearn.gradients import Gradients
 from moe_unlearn.objectives import Objectives
 from moe_unlearn.optim import MaskedSGD
-from moe_unlearn.routes import Routes
 from moe_unlearn.sinks import CompactSink, UpdateSink
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.verify import VerificationError
+from moe_unlearn.verify.forced_routing import Routes
 from tests.models import tiny_olmoe, tiny_phimoe
 from tests.steps import VOCAB, changed, prepared, recipe, weights
 

@@ -42,11 +42,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.batches import Batch
-from moe_unlearn.comparison import Comparison, Report, Run
 from moe_unlearn.errors import NonFiniteError
-from moe_unlearn.routes import Routes
 from moe_unlearn.tally import Sizes
 from moe_unlearn.testing import yardstick
+from moe_unlearn.verify.forced_routing import Routes
+from moe_unlearn.verify.judge import Comparison, Report, Run
 
 PERTURBATIONS = 8  # float64 runs on weights that are off by rounding; of two, both may be right by luck
 # by how many last bits: float32 sums round at every addition, those of narrower numbers only when stored
