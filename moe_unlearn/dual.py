@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moe_unlearn.recipe_values import above, at_least
+from moe_unlearn.config.values import above, at_least
 
 
 @dataclass(frozen=True, kw_only=True)

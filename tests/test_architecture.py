@@ -17,7 +17,7 @@ PACKAGE = ROOT / "moe_unlearn"
 # and `regress` a package is one layer).
 LAYERS = [
     {"triton_kernels", "choices", "backend", "native", "batches", "cache", "checkpoint", "report", "ranks"},
-    {"recipe_values", "config", "errors"},
+    {"config", "errors"},
     {"ops", "testing", "memory"},
     {"optim", "modes"},
     {"sinks"},

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from moe_unlearn import config, experiment
+from moe_unlearn import experiment
 from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
+from moe_unlearn.config import recipe as config
 from moe_unlearn.step import UnlearnStep
 
 FOLDER = resources.files("moe_unlearn") / "recipes"

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import yaml
 
+from moe_unlearn.config.values import above, at_least, between, build, merge, one_of, override, parse
 from moe_unlearn.dual import Dual
-from moe_unlearn.recipe_values import above, at_least, between, build, merge, one_of, override, parse
 
 FORGET_OBJECTIVES = (
     "ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce", "wga", "satimp", "ceu", "undial", "logit_margin",

@@ -1,0 +1,43 @@
+"""Recipes: what an unlearning run does, as typed values that are checked when they are made."""
+
+from moe_unlearn.config.recipe import (
+    FORGET_OBJECTIVES,
+    NEED_REFUSALS,
+    REFERENCES,
+    RETAIN_OBJECTIVES,
+    SCOPES,
+    SEAMS,
+    Data,
+    Forget,
+    Mollm,
+    Optimizer,
+    Recipe,
+    Retain,
+    Scope,
+    Trace,
+    Wagle,
+    geometry,
+    models,
+    shipped,
+)
+
+__all__ = [
+    "Data",
+    "FORGET_OBJECTIVES",
+    "Forget",
+    "Mollm",
+    "NEED_REFUSALS",
+    "Optimizer",
+    "REFERENCES",
+    "RETAIN_OBJECTIVES",
+    "Recipe",
+    "Retain",
+    "SCOPES",
+    "SEAMS",
+    "Scope",
+    "Trace",
+    "Wagle",
+    "geometry",
+    "models",
+    "shipped",
+]
