@@ -30,7 +30,7 @@ from moe_unlearn.config import Recipe, Trace
 from moe_unlearn.experiment import Experiment, Settings
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.ops.bits import pack_bits
-from moe_unlearn.preparation import Preparation, prepare
+from moe_unlearn.prepare.stages import Preparation, prepare
 from moe_unlearn.step import UnlearnStep
 
 VERSION = 1  # raise it when the code below measures something else under the same name

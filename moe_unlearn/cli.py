@@ -35,7 +35,7 @@ from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import enable
 from moe_unlearn.losses import target_mask
-from moe_unlearn.preparation import CHOOSING, needed
+from moe_unlearn.prepare.stages import CHOOSING, needed
 from moe_unlearn.regress import command as regression
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import pair_collator

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from moe_unlearn import losses, router_aux, seuf, trace
 from moe_unlearn.batches import Batch, stack
-from moe_unlearn.cache import RowCache
 from moe_unlearn.config import Recipe
 from moe_unlearn.dual import Multiplier
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import experts_modules, step_inputs
 from moe_unlearn.forward import control_vector, forgotten, layer_states, refusal, sequence_logprobs
 from moe_unlearn.margin import logit_margin, margin_mask
-from moe_unlearn.preparation import Preparation
+from moe_unlearn.prepare.rows import RowCache
+from moe_unlearn.prepare.stages import Preparation
 
 # of the positions of a joint forward pass that padding may add to those of separate ones
 LARGEST_PADDING = 0.125

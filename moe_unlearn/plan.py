@@ -14,12 +14,12 @@ from torch import Tensor
 
 from moe_unlearn import losses, router_aux, trace
 from moe_unlearn.batches import Batch, checked
-from moe_unlearn.cache import RowCache
 from moe_unlearn.experts import copy_gate, experts_modules
 from moe_unlearn.forward import refusal
 from moe_unlearn.ops.bits import num_words, unpack_bits
 from moe_unlearn.paths import Path, form, paths
-from moe_unlearn.preparation import Calibration, Preparation, needed, needs_head, uses_kl
+from moe_unlearn.prepare.rows import RowCache
+from moe_unlearn.prepare.stages import Calibration, Preparation, needed, needs_head, uses_kl
 from moe_unlearn.rehearsal import Rehearsal
 from moe_unlearn.wagle import WeightMask
 

@@ -47,7 +47,7 @@ from moe_unlearn.gradients import Gradients
 from moe_unlearn.objectives import Objectives, check_budget, check_finite
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
 from moe_unlearn.plan import Plan, make_plan
-from moe_unlearn.preparation import STAGES, Preparation, needed, prepare
+from moe_unlearn.prepare.stages import STAGES, Preparation, needed, prepare
 from moe_unlearn.ranks import Ranks, local
 from moe_unlearn.sinks import CompactSink, FactorSink, UpdateSink
 from moe_unlearn.tally import Sizes, Tally
@@ -122,7 +122,7 @@ class UnlearnStep:
         cache_dir: str | Path | None = None,
         stages: Sequence[str] = STAGES,
     ) -> Preparation:
-        """Run those of `stages` that the recipe needs and that have not run, the same on all ranks; see `preparation`.
+        """Run those of `stages` that the recipe needs and that have not run, the same on all ranks; see `prepare`.
 
         Both sets must hold every row that the step will meet. `on_stage(name)` is called after each stage, when
         `state_dict()` holds its result. The folder `cache_dir` keeps references from run to run by the content of model

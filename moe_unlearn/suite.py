@@ -29,7 +29,7 @@ from moe_unlearn.data import Document, Example
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.data.tokenize import IGNORED
 from moe_unlearn.metrics.evaluate import NAMES as EVALUATED
-from moe_unlearn.reference import model_digest
+from moe_unlearn.prepare.reference import model_digest
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.table import RETRAIN, Table, checked
 from moe_unlearn.trainer import pair_collator

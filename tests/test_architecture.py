@@ -16,7 +16,7 @@ PACKAGE = ROOT / "moe_unlearn"
 # Lower layers first; a module imports only from its own or a lower layer (within `ops`, `data`, `metrics`
 # and `regress` a package is one layer).
 LAYERS = [
-    {"triton_kernels", "choices", "backend", "native", "batches", "cache", "checkpoint", "report", "ranks"},
+    {"triton_kernels", "choices", "backend", "native", "batches", "checkpoint", "report", "ranks"},
     {"config", "errors"},
     {"ops", "testing", "memory"},
     {"optim", "modes"},
@@ -27,7 +27,8 @@ LAYERS = [
     {"trace", "wagle", "mollm", "seuf", "forward", "scope", "router_aux", "margin"},
     {"mask_files"},
     {"gradients"},
-    {"reference", "preparation", "objectives", "paths", "plan", "rehearsal", "costs", "tally", "verify"},
+    {"prepare"},
+    {"objectives", "paths", "plan", "rehearsal", "costs", "tally", "verify"},
     {"step"},
     {"data", "metrics"},
     {"trainer"},
@@ -39,7 +40,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # data and metrics stand beside the trainer and know nothing of the step
 INDEPENDENT = {
     "data": {"data", "config", "batches"},
-    "metrics": {"metrics", "data", "capture", "losses", "experts", "reference", "ranks", "modes"},
+    "metrics": {"metrics", "data", "capture", "losses", "experts", "prepare", "ranks", "modes"},
 }
 USES_TRANSFORMERS = {
     "experts", "capture", "mask_files", "trainer", "data", "metrics", "integrations", "benchmark", "suite",

@@ -13,7 +13,7 @@ from moe_unlearn.data import Example, ForgetRetainDataset, PairCollator, collate
 from moe_unlearn.forward import layer_states, refusal
 from moe_unlearn.losses import target_mask
 from moe_unlearn.objectives import Objectives
-from moe_unlearn.preparation import Preparation
+from moe_unlearn.prepare.stages import Preparation
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trace import routing_frequencies
 from moe_unlearn.trainer import UnlearnTrainer

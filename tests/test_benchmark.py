@@ -11,7 +11,7 @@ from moe_unlearn import benchmark, data, experiment
 from moe_unlearn.benchmark import Table, unlearning
 from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
-from moe_unlearn.reference import model_digest
+from moe_unlearn.prepare.reference import model_digest
 
 RUNS = ("trace", "combined")
 

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from moe_unlearn import metrics, wagle
-from moe_unlearn.cache import RowStore
 from moe_unlearn.cli import main
 from moe_unlearn.data import train_tokenizer
+from moe_unlearn.prepare.rows import RowStore
 from moe_unlearn.sinks import CompactSink
 from tests.models import tiny_olmoe
 

@@ -8,9 +8,9 @@ import peft
 import pytest
 import torch
 
-from moe_unlearn import reference
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import enable
+from moe_unlearn.prepare import reference
 from moe_unlearn.step import UnlearnStep
 from tests.batches import random_batches, with_refusals
 from tests.models import TINY_MODELS, tiny_olmoe

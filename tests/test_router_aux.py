@@ -12,7 +12,7 @@ from moe_unlearn import losses, router_aux
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example, ForgetRetainDataset
 from moe_unlearn.objectives import Objectives
-from moe_unlearn.preparation import Preparation
+from moe_unlearn.prepare.stages import Preparation
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
 from tests.batches import random_batch

@@ -38,8 +38,8 @@ from moe_unlearn.metrics.results import Evaluation, Result, by_index
 from moe_unlearn.metrics.scoring import TokenScores, token_scores
 from moe_unlearn.metrics.workers import share
 from moe_unlearn.modes import evaluation_mode
+from moe_unlearn.prepare.reference import model_digest
 from moe_unlearn.ranks import local
-from moe_unlearn.reference import model_digest
 
 UNSEEN = 0.5
 

@@ -33,7 +33,7 @@ from moe_unlearn.metrics.conventions import without_end
 from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result, tokenizer_digest
 from moe_unlearn.metrics.scoring import context_length, evaluating, token_scores
 from moe_unlearn.metrics.workers import share
-from moe_unlearn.reference import model_digest
+from moe_unlearn.prepare.reference import model_digest
 
 UTILITY = "utility"
 _ANSWERED = {"text", *(answer for asked, answer in (*COMPLETIONS, *QUESTIONS) if asked == "prompt")}

@@ -24,8 +24,8 @@ from torch import nn
 
 from moe_unlearn.data import added
 from moe_unlearn.metrics.workers import is_first, on_first
+from moe_unlearn.prepare.reference import model_digest
 from moe_unlearn.ranks import gather, sharded
-from moe_unlearn.reference import model_digest
 
 FORMAT = "moe-unlearn evaluation 2"  # raise it when the same model, data and settings give other numbers
 Result = dict[str, object]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.batches import Batch, take
-from moe_unlearn.cache import RowCache, RowStore, content_keys, rows_of, tensor_digest
 from moe_unlearn.losses import unwrapped
+from moe_unlearn.prepare.rows import RowCache, RowStore, content_keys, rows_of, tensor_digest
 from moe_unlearn.ranks import local
 
 # of an adapter's config, what says where it came from

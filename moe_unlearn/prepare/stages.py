@@ -21,12 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn import forward, losses, mask_files, reference, seuf, trace, wagle
+from moe_unlearn import forward, losses, mask_files, seuf, trace, wagle
 from moe_unlearn.batches import Batch
-from moe_unlearn.cache import RowCache, content_keys
 from moe_unlearn.capture import collect_routing
 from moe_unlearn.config import Recipe
 from moe_unlearn.modes import evaluation_mode
+from moe_unlearn.prepare import reference
+from moe_unlearn.prepare.rows import RowCache, content_keys
 from moe_unlearn.ranks import Ranks
 from moe_unlearn.trace import RoutingFrequencies
 from moe_unlearn.wagle import WeightMask
