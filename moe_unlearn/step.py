@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn import losses, mollm, paths, scope
+from moe_unlearn import losses, mollm, scope
 from moe_unlearn.batches import Batch, checked
 from moe_unlearn.config import Recipe
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
@@ -46,7 +46,7 @@ from moe_unlearn.forward import check_batches, counted_row
 from moe_unlearn.gradients import Gradients
 from moe_unlearn.objectives import Objectives, check_budget, check_finite
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
-from moe_unlearn.plan import Plan, make_plan
+from moe_unlearn.plan import Plan, make_plan, ways
 from moe_unlearn.prepare.stages import STAGES, Preparation, needed, prepare
 from moe_unlearn.ranks import Ranks, local
 from moe_unlearn.sinks import CompactSink, FactorSink, UpdateSink
@@ -332,7 +332,7 @@ class UnlearnStep:
     @property
     def obstacle(self) -> str:
         """Why expert weights are not updated in the backward pass itself; empty if they are."""
-        return paths.obstacle(self)
+        return ways.obstacle(self)
 
     def _sink(self, whole: bool, single_pass: bool) -> CompactSink | None:
         if not self.fused:
@@ -340,7 +340,7 @@ class UnlearnStep:
         held = self.optimizer, self.optimizer.gradients
         if single_pass:
             return UpdateSink(*held, {p: name for name, p in self._trained()})
-        form = paths.form(self) if whole or self.recipe.mollm else "compact"
+        form = ways.form(self) if whole or self.recipe.mollm else "compact"
         factored = self.gradients.factors, self.gradients.kept, form
         return CompactSink(*held) if form == "compact" else FactorSink(*held, *factored)
 

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "moe_unlearn"
 LAYERS = [
     {"triton_kernels", "choices", "backend", "native", "batches", "checkpoint", "report", "ranks"},
     {"config", "errors"},
-    {"ops", "testing", "memory"},
+    {"ops", "testing"},
     {"optim", "modes"},
     {"sinks"},
     {"experts"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"mask_files"},
     {"gradients"},
     {"prepare"},
-    {"objectives", "paths", "plan", "rehearsal", "costs", "tally", "verify"},
+    {"objectives", "plan", "tally", "verify"},
     {"step"},
     {"data", "metrics"},
     {"trainer"},

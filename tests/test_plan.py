@@ -8,7 +8,7 @@ import torch
 
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.memory import measured_peak
+from moe_unlearn.plan.memory import measured_peak
 from moe_unlearn.prepare.stages import CHOOSING
 from moe_unlearn.step import UnlearnStep
 from tests.batches import random_batch, with_refusals

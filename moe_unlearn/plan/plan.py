@@ -1,6 +1,6 @@
 """What a step will do, and the time and memory it will take, before it does it.
 
-The prediction is a rehearsal: two steps of the step's own code on tensors without storage (`rehearsal`), so it
+The prediction is a rehearsal: two steps of the step's own code on tensors without storage (`dry_run`), so it
 follows whatever the step does. What prepare() has not made yet is assumed in its largest shape. Nothing of the
 step, its model or the random state changes. Not counted is what stands beside torch's tensors: the batches, the
 CUDA context, cuBLAS' workspace, scratch of the C++ kernels.
@@ -17,10 +17,10 @@ from moe_unlearn.batches import Batch, checked
 from moe_unlearn.experts import copy_gate, experts_modules
 from moe_unlearn.forward import refusal
 from moe_unlearn.ops.bits import num_words, unpack_bits
-from moe_unlearn.paths import Path, form, paths
+from moe_unlearn.plan.dry_run import Rehearsal
+from moe_unlearn.plan.ways import Path, form, paths
 from moe_unlearn.prepare.rows import RowCache
 from moe_unlearn.prepare.stages import Calibration, Preparation, needed, needs_head, uses_kl
-from moe_unlearn.rehearsal import Rehearsal
 from moe_unlearn.wagle import WeightMask
 
 _HIDDEN_BYTES = 2  # cached hidden states are bfloat16
@@ -34,7 +34,7 @@ class Plan:
 
     memory: bytes by component when their sum is largest, which is `peak`; largest: the most each component takes
     at any time. flops, bytes: per kernel, of the matrix products and of everything read and written, for one
-    micro-batch and its update. paths: which way each layer's gradients take (`paths.Path`). Where the step cannot be
+    micro-batch and its update. paths: which way each layer's gradients take (`ways.Path`). Where the step cannot be
     rehearsed, a note says why and memory is what is known without: weights, optimizer state, mask and caches.
     """
 

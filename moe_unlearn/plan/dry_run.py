@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from moe_unlearn import costs
-from moe_unlearn.memory import Ledger
+from moe_unlearn.plan import costs
+from moe_unlearn.plan.memory import Ledger
 
 aten = torch.ops.aten
 
