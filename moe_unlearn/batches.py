@@ -19,10 +19,14 @@ time and memory of padded rows.
 Sources: transformers' masks and its `DataCollatorWithFlattening`, whose keys these are; the rest is our specification.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]
+#: by unit (positions of a side, or its sequences), over how many of them losses are means
+Sizes = Mapping[str, float]
 
 IGNORED = -100  # the label that carries no loss
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # what a model is called with

@@ -18,8 +18,9 @@ cleared by `step_inputs`.
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import transformers
@@ -28,14 +29,30 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS,
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from moe_unlearn.ops.expert_mlp import expert_mlp
+from moe_unlearn.ops.expert_wgrad import Factors
 from moe_unlearn.ops.gate import ACTIVATIONS, Gate, activate
 from moe_unlearn.ops.route import Routing, route
-from moe_unlearn.sinks import CompactSink
 
 NAME = "moe_unlearn"
 _FALLBACK = "grouped_mm"
 _ATTRIBUTE = "_moe_unlearn"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class GradientSink(Protocol):
+    """Takes the gradients of expert weights where they are made; `step.sinks` has those of the step."""
+
+    #: whether it asks how large factors are
+    bounded: bool
+
+    def enter(self, weight: Tensor) -> None:
+        """A forward pass uses `weight`."""
+
+    def experts(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """The experts, ascending int32 [M_e], of which a gradient of any of `weights` is kept; None: of all."""
+
+    def take(self, weight: Tensor, factors: Factors) -> None:
+        """The backward pass has the factors of a gradient of `weight`."""
 
 
 @dataclass
@@ -47,7 +64,7 @@ class StepInputs:
     `log_tilt` [E] over a token's experts.
 
     `trained_experts` int32 [M_e] are the experts whose weights get a gradient, None all of them. With
-    `weight_gradients`, a sink of `sinks`, no weight gets one: its factors go there.
+    `weight_gradients` no weight gets one: its factors go there.
     """
 
     group: Tensor | None = None
@@ -56,7 +73,7 @@ class StepInputs:
     log_weight: Tensor | None = None
     tokens_per_expert: Tensor | None = None
     trained_experts: Tensor | None = None
-    weight_gradients: CompactSink | None = None
+    weight_gradients: GradientSink | None = None
     armed: bool = True
 
 
@@ -210,7 +227,7 @@ def step_inputs(
     log_weight: Tensor | None = None,
     tokens_per_expert: Tensor | None = None,
     trained_experts: list[Tensor | None] | None = None,
-    weight_gradients: CompactSink | None = None,
+    weight_gradients: GradientSink | None = None,
 ) -> Iterator[list[StepInputs]]:
     """Give every experts module its inputs for the passes inside; whatever stood there before comes back.
 

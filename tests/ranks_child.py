@@ -11,8 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_unlearn.data import ForgetRetainDataset
-from moe_unlearn.objectives import Objectives
 from moe_unlearn.step import UnlearnStep
+from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.trainer import UnlearnTrainer
 from tests.models import tiny_olmoe
 from tests.steps import VOCAB, changed, data, recipe, weights

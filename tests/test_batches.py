@@ -12,9 +12,9 @@ from moe_unlearn.batches import KNOWN, checked, padded, stack
 from moe_unlearn.data import Example, ForgetRetainDataset, PairCollator, collate, packed_batches
 from moe_unlearn.forward import layer_states, refusal
 from moe_unlearn.losses import target_mask
-from moe_unlearn.objectives import Objectives
 from moe_unlearn.prepare.stages import Preparation
 from moe_unlearn.step import UnlearnStep
+from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.trace import routing_frequencies
 from moe_unlearn.trainer import UnlearnTrainer
 from moe_unlearn.wagle import weight_mask

@@ -13,7 +13,7 @@ from moe_unlearn import metrics, wagle
 from moe_unlearn.cli import main
 from moe_unlearn.data import train_tokenizer
 from moe_unlearn.prepare.rows import RowStore
-from moe_unlearn.sinks import CompactSink
+from moe_unlearn.step.sinks import CompactSink
 from tests.models import tiny_olmoe
 
 FORGET = [f"the secret number of agent {n} is {n * 37 % 101}, never tell" for n in range(12)]

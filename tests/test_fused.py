@@ -8,15 +8,15 @@ import torch
 
 from moe_unlearn.errors import NonFiniteError, RetainBudgetError
 from moe_unlearn.experts import experts_modules, step_inputs
-from moe_unlearn.gradients import Gradients
-from moe_unlearn.objectives import Objectives
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.expert_wgrad import Factors, _products
 from moe_unlearn.optim import MaskedSGD
 from moe_unlearn.plan.ways import paths
 from moe_unlearn.prepare.stages import Preparation
-from moe_unlearn.sinks import CompactSink, UpdateSink, inner_products, join
 from moe_unlearn.step import UnlearnStep
+from moe_unlearn.step.gradients import Gradients
+from moe_unlearn.step.objectives import Objectives
+from moe_unlearn.step.sinks import CompactSink, UpdateSink, inner_products, join
 from moe_unlearn.testing.yardstick import Reference
 from tests.batches import random_batch
 from tests.models import TINY_MODELS, tiny_olmoe

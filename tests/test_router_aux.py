@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from moe_unlearn import losses, router_aux
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example, ForgetRetainDataset
-from moe_unlearn.objectives import Objectives
 from moe_unlearn.prepare.stages import Preparation
 from moe_unlearn.step import UnlearnStep
+from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.trainer import UnlearnTrainer
 from tests.batches import random_batch
 from tests.models import TINY_MODELS, tiny_deepseek_v3, tiny_olmoe

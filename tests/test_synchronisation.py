@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_unlearn import losses, sinks
+from moe_unlearn import losses
 from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.ops import bits, expert_mlp
 from moe_unlearn.ops.expert_wgrad import Factors
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
-from moe_unlearn.sinks import UpdateSink, largest_sum
-from moe_unlearn.step import UnlearnStep
+from moe_unlearn.step import UnlearnStep, sinks
+from moe_unlearn.step.sinks import UpdateSink, largest_sum
 from tests.models import tiny_olmoe
 from tests.ops.test_expert_mlp import case
 from tests.static.ledger import ROOT

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from moe_unlearn.gradients import Gradients
-from moe_unlearn.objectives import Objectives
 from moe_unlearn.optim import MaskedSGD
-from moe_unlearn.sinks import CompactSink, UpdateSink
 from moe_unlearn.step import UnlearnStep
+from moe_unlearn.step.gradients import Gradients
+from moe_unlearn.step.objectives import Objectives
+from moe_unlearn.step.sinks import CompactSink, UpdateSink
 from moe_unlearn.verify import VerificationError
 from moe_unlearn.verify.forced_routing import Routes
 from tests.models import tiny_olmoe, tiny_phimoe

@@ -9,7 +9,7 @@ from moe_unlearn.data import generator
 from moe_unlearn.integrations.open_unlearning.methods import GradDiff
 from moe_unlearn.losses import IGNORED
 from moe_unlearn.modes import evaluation_mode
-from moe_unlearn.tally import Tally
+from moe_unlearn.step.tally import Tally
 
 UPON = ("step", "epoch")
 

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from moe_unlearn.batches import Sizes
 from moe_unlearn.ranks import Ranks
-from moe_unlearn.sinks import look
-
-Sizes = Mapping[str, float]
+from moe_unlearn.step.sinks import look
 
 
 class Part(NamedTuple):

@@ -16,7 +16,7 @@ Of several micro-batches each weighs what it holds, so that the step is that of 
     metrics = [step(*pair, update=pair is pairs[-1], sizes=sizes) for pair in pairs][-1]
 
 The fused step (the default) sends forget and retain rows through one forward pass where they can share it, and takes
-the expert weights' gradients where they are made (`sinks`): compact, of the trained experts only and with the mask
+the expert weights' gradients where they are made (`step.sinks`): compact, of the trained experts only and with the mask
 applied; or as the factors they are made of, where these are smaller, so that dW exists only in the epilogue that makes
 the update of it; or, under `guard: loss`, as that update itself in the backward pass. What forbids this, `obstacle`
 says. `fused=False` is the plain path, autograd and one masked optimizer, which the fused one must equal.
@@ -38,19 +38,19 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn import losses, mollm, scope
-from moe_unlearn.batches import Batch, checked
+from moe_unlearn.batches import Batch, Sizes, checked
 from moe_unlearn.config import Recipe
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import enable, step_inputs
 from moe_unlearn.forward import check_batches, counted_row
-from moe_unlearn.gradients import Gradients
-from moe_unlearn.objectives import Objectives, check_budget, check_finite
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
 from moe_unlearn.plan import Plan, make_plan, ways
 from moe_unlearn.prepare.stages import STAGES, Preparation, needed, prepare
 from moe_unlearn.ranks import Ranks, local
-from moe_unlearn.sinks import CompactSink, FactorSink, UpdateSink
-from moe_unlearn.tally import Sizes, Tally
+from moe_unlearn.step.gradients import Gradients
+from moe_unlearn.step.objectives import Objectives, check_budget, check_finite
+from moe_unlearn.step.sinks import CompactSink, FactorSink, UpdateSink
+from moe_unlearn.step.tally import Tally
 from moe_unlearn.verify import Verifier
 
 
