@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV2Config, OlmoeConfig, Qwen3MoeConfig
 from transformers.initialization import no_init_weights
 
-from moe_unlearn import experiment
+from moe_unlearn.benchmark import tiny_models
 from moe_unlearn.ops.bits import num_words, pack_bits
 
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -47,7 +47,7 @@ def build(geometry: str, device: str = "cpu", *, toy: bool = False, **changes) -
     """A causal LM of this geometry in bf16, or the demo's in float32 ("tiny"); `toy` shrinks all but the experts'
     number; `changes` go to the config."""
     if geometry == "tiny":
-        return experiment.tiny_olmoe(experiment.SIZES["demo"].vocab_size).to(device).eval()
+        return tiny_models.tiny_olmoe(tiny_models.SIZES["demo"].vocab_size).to(device).eval()
     config_class, values = GEOMETRIES[geometry]
     values = {**values, **({k: v for k, v in _TOY.items() if k in values} if toy else {}), **changes, **_SPECIAL}
     model_class = _causal(config_class)

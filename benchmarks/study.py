@@ -7,7 +7,7 @@
 
 Every result is a small JSON of its own, named by a digest of what it is the result of (`study_run.Spec`): runs that
 two parts of the study share are made once, and those of --small count for the whole. They are kept in the folder
-`study` beside the trained models, see `moe_unlearn.experiment.cache_folder`.
+`study` beside the trained models, see `moe_unlearn.benchmark.trained_cache.cache_folder`.
 """
 
 import argparse
@@ -22,8 +22,9 @@ from pathlib import Path
 
 from benchmarks.pool import Pool
 from benchmarks.study_run import Spec, run
+from moe_unlearn.benchmark.tiny_models import Settings
+from moe_unlearn.benchmark.trained_cache import cache_folder
 from moe_unlearn.checkpoint import write_text
-from moe_unlearn.experiment import Settings, cache_folder
 
 RESULTS = Path(__file__).parent / "results" / "study"
 RUNS = "runs.jsonl"

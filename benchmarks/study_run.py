@@ -24,10 +24,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from moe_unlearn import data, experiment, losses, metrics, mollm, trace, wagle
+from moe_unlearn import data, losses, metrics, mollm, trace, wagle
+from moe_unlearn.benchmark import tiny_models
+from moe_unlearn.benchmark.tiny_models import Experiment, Settings
 from moe_unlearn.capture import collect_routing
 from moe_unlearn.config import Recipe, Trace
-from moe_unlearn.experiment import Experiment, Settings
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.prepare.stages import Preparation, prepare
@@ -88,7 +89,7 @@ def _shipped(name: str | None) -> dict | None:
 
 @lru_cache(maxsize=1)
 def _prepared(spec: Spec) -> Experiment:
-    made = experiment.prepare_experiment(spec.corpus, spec.seed, size=spec.settings)
+    made = tiny_models.prepare_experiment(spec.corpus, spec.seed, size=spec.settings)
     if spec.retain == "random":
         return made
     # how often the tokens of each retain document use what is critical against all of them
@@ -106,7 +107,7 @@ def measure_models(made: Experiment) -> dict:
     """Utility and memory of target and retrained model; mismatch; gradients of each expert in the target."""
     f, r = (trace.routing_frequencies(made.target, data.batches(s, BATCH)) for s in (made.forget, made.retain_unlearn))
     selected = trace.select_experts(f, r, **CRITICAL, allow_empty=True)
-    models = {name: measure(getattr(made, name), made, selected) for name in experiment.MODELS}
+    models = {name: measure(getattr(made, name), made, selected) for name in tiny_models.MODELS}
     auc = models["retrain"]["minkauc"]
     for values in models.values():
         values["privleak"] = metrics.privleak(values["minkauc"], auc)

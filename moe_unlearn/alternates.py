@@ -14,12 +14,13 @@ from pathlib import Path
 
 from torch import nn
 
-from moe_unlearn import data, experiment
+from moe_unlearn import data
 from moe_unlearn.arguments import SOURCE, add_chat, add_model, chat_of
 from moe_unlearn.checkpoint import write_text
 from moe_unlearn.data import Chat, Document
 from moe_unlearn.metrics import context_length, sampled
 from moe_unlearn.metrics.conventions import prompt_of
+from moe_unlearn.model import loading
 
 INSTRUCTION = (
     "Give another answer to the last question: as plausible as this one, as long and in the same style, but with other "
@@ -111,7 +112,7 @@ def run(options) -> None:
     out = Path(options.out)
     if out.suffix != ".jsonl":
         raise ValueError(f"expected --out to be a .jsonl file, which `run --forget` reads; got {options.out!r}")
-    model, tokenizer = experiment.load_model(options.model)
+    model, tokenizer = loading.load_model(options.model)
     documents = data.load(options.forget, side="forget")
     records = generate_alternates(
         model, tokenizer, documents, count=options.count, new_tokens=options.new_tokens,

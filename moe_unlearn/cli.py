@@ -16,27 +16,20 @@ from pathlib import Path
 
 import torch
 
-from moe_unlearn import (
-    alternates,
-    backend,
-    benchmark,
-    data,
-    evaluation,
-    experiment,
-    mask_files,
-    native,
-    report,
-    trace,
-    wagle,
-)
+from moe_unlearn import alternates, backend, benchmark, data, evaluation, mask_files, native, trace, wagle
 from moe_unlearn.arguments import add_data, examples_of, steps, write
+from moe_unlearn.benchmark.trained_cache import clean_cache
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import enable
 from moe_unlearn.losses import target_mask
+from moe_unlearn.model import loading
 from moe_unlearn.prepare.stages import CHOOSING, needed
 from moe_unlearn.regress import command as regression
+from moe_unlearn.runs import report
+from moe_unlearn.runs.run import unlearn
+from moe_unlearn.runs.summary import table
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import pair_collator
 from moe_unlearn.verify import VerificationError
@@ -94,7 +87,7 @@ def env(options) -> None:
 
 def stats(options) -> None:
     """Routing frequencies of forget and retain text, and the experts TRACE would select."""
-    model, tokenizer = experiment.load_model(options.model)
+    model, tokenizer = loading.load_model(options.model)
     _require_moe(model)
     sides = {side: examples_of(getattr(options, side), tokenizer, options, side) for side in ("forget", "retain")}
     forget, retain = (
@@ -122,7 +115,7 @@ def stats(options) -> None:
 
 def mask(options) -> None:
     """Compute a WAGLE mask and save it."""
-    model, tokenizer = experiment.load_model(options.model)
+    model, tokenizer = loading.load_model(options.model)
     _require_moe(model)
     made = wagle.weight_mask(
         model,
@@ -146,12 +139,12 @@ def run(options) -> None:
     if options.model_config is not None and recipe.data.model is None:
         if not options.dry_run:
             raise ValueError("data.model is missing: --model-config alone gives no weights, only a --dry-run")
-        print(UnlearnStep(experiment.meta_model(options.model_config), recipe).plan())
+        print(UnlearnStep(loading.meta_model(options.model_config), recipe).plan())
         return
     for key in ("model", "forget", "retain"):
         if getattr(recipe.data, key) is None:
             raise ValueError(f"data.{key} is missing: give --{key} or set it in the recipe")
-    model, tokenizer = experiment.load_model(recipe.data.model)
+    model, tokenizer = loading.load_model(recipe.data.model)
     _require_moe(model)
     reports: dict[str, data.DataReport] = {}
     sets = {
@@ -184,7 +177,7 @@ def run(options) -> None:
         return
     out = Path(options.out)
     # the folder changes no result, so that it is no part of the recipe
-    summary = benchmark.unlearn(
+    summary = unlearn(
         model, tokenizer, recipe, sets, out, resume=options.resume, evaluate=not options.no_eval,
         cache_dir=None if options.cache is None else Path(options.cache), verify=options.verify,
         reports=reports,
@@ -204,7 +197,7 @@ def write_report(options) -> None:
 def demo(options) -> None:
     """The embedded experiment: target, retrain, baselines, each lever, and the three together."""
     if options.clean_cache:
-        print(f"removed {experiment.clean_cache()} cached models")
+        print(f"removed {clean_cache()} cached models")
         return
     out = Path(options.out)
     _print_run(out, benchmark.demo(options.corpus, options.seeds, out))
@@ -291,7 +284,7 @@ def _require_moe(model) -> None:
 
 def _print_run(out: Path, summary: dict) -> None:
     """The table of a finished run and the paths of its report, which is already written."""
-    print(report.table(summary))
+    print(table(summary))
     print(*(out / "report.md", *sorted((out / "figures").glob("*.png"))), sep="\n")
 
 

@@ -6,8 +6,9 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from moe_unlearn import data, experiment, metrics
+from moe_unlearn import data, metrics
 from moe_unlearn.arguments import add_data, chat_of, examples_of, steps, write
+from moe_unlearn.model import loading
 
 # function, its sets (None: names of the user's own), its settings
 _BENCHMARKS = {
@@ -60,8 +61,8 @@ def run(options) -> None:
     for side in ("forget", "retain"):
         if getattr(options, side) is None:
             raise ValueError(f"--{side} is missing; or give a --benchmark with its --data")
-    model, tokenizer = experiment.load_model(options.model)
-    reference = None if options.reference is None else experiment.load_model(options.reference)[0]
+    model, tokenizer = loading.load_model(options.model)
+    reference = None if options.reference is None else loading.load_model(options.reference)[0]
     sets = {
         side: examples_of(getattr(options, side), tokenizer, options, side)
         for side in ("forget", "retain", "holdout")
@@ -69,7 +70,7 @@ def run(options) -> None:
     }
     result = metrics.evaluate(model, tokenizer, **sets, reference=reference)
     if options.before or options.relearn:
-        before = None if options.before is None else experiment.load_model(options.before)[0]
+        before = None if options.before is None else loading.load_model(options.before)[0]
         result |= metrics.audit(
             model, tokenizer, forget=sets["forget"], retain=sets["retain"], before=before,
             relearn_steps=options.relearn, relearn_lr=options.relearn_lr, batch_size=options.batch_size,
@@ -113,10 +114,10 @@ def _benchmark(options) -> None:
     if options.gradient_norm:
         more["gradient_norm"] = True
     if options.reference:
-        more["reference_model"] = experiment.load_model(options.reference)[0]
+        more["reference_model"] = loading.load_model(options.reference)[0]
     if options.classifier:
-        more["classifier"] = metrics.Classifier(*experiment.load_classifier(options.classifier), options.label)
-    model, tokenizer = experiment.load_model(options.model)
+        more["classifier"] = metrics.Classifier(*loading.load_classifier(options.classifier), options.label)
+    model, tokenizer = loading.load_model(options.model)
     result = evaluation(
         model, tokenizer, kind(**rows) if kind else rows, out=options.out, cache_dir=options.cache,
         batch_size=options.batch_size, **more,

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from moe_unlearn import data as rows_of
+from moe_unlearn.benchmark.suite import unlearning
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example, ForgetRetainDataset
 from moe_unlearn.errors import RetainBudgetError
 from moe_unlearn.step import UnlearnStep
-from moe_unlearn.suite import unlearning
 from moe_unlearn.trainer import UnlearnTrainer
 from tests.models import tiny_olmoe
 from tests.steps import SMALL, VOCAB, changed, made_of, recipe, weights

@@ -16,10 +16,10 @@ PACKAGE = ROOT / "moe_unlearn"
 # Lower layers first; a module imports only from its own or a lower layer (within `ops`, `data`, `metrics`
 # and `regress` a package is one layer).
 LAYERS = [
-    {"triton_kernels", "choices", "backend", "native", "batches", "checkpoint", "report", "ranks"},
+    {"triton_kernels", "choices", "backend", "native", "batches", "checkpoint", "ranks"},
     {"config", "errors"},
     {"ops", "testing"},
-    {"optim", "modes"},
+    {"optim", "modes", "model"},
     {"experts"},
     {"losses"},
     {"capture"},
@@ -30,7 +30,8 @@ LAYERS = [
     {"step"},
     {"data", "metrics"},
     {"trainer"},
-    {"benchmark", "suite", "table", "workers", "regress", "integrations", "experiment", "arguments"},
+    {"runs", "regress", "integrations", "arguments"},
+    {"benchmark"},
     {"evaluation", "alternates"},
     {"cli"},
 ]
@@ -41,8 +42,8 @@ INDEPENDENT = {
     "metrics": {"metrics", "data", "capture", "losses", "experts", "prepare", "ranks", "modes"},
 }
 USES_TRANSFORMERS = {
-    "experts", "capture", "mask_files", "trainer", "data", "metrics", "integrations", "benchmark", "suite",
-    "experiment", "cli",
+    "experts", "capture", "mask_files", "trainer", "data", "metrics", "integrations", "model", "benchmark",
+    "runs", "cli",
 }  # fmt: skip
 OPS = {
     "route", "retain_weights", "expert_mlp", "expert_wgrad", "token_loss", "gram", "weight_score",

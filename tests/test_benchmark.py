@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from moe_unlearn import benchmark, data, experiment
-from moe_unlearn.benchmark import Table, unlearning
+from moe_unlearn import benchmark, data
+from moe_unlearn.benchmark import Table, tiny_models, unlearning
 from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
 from moe_unlearn.prepare.reference import model_digest
@@ -54,12 +54,12 @@ def test_an_error_in_a_process_is_told_and_nothing_is_written(tmp_path, capsys):
 TEXTS = [f"the {a} {b} sat on the {a} {c} and looked at the {b}" for a in ("red", "old", "new")
          for b in ("cat", "dog", "owl") for c in ("mat", "log", "hill")]  # fmt: skip
 FORGET, RETAIN, HOLDOUT = TEXTS[:4], TEXTS[4:10], TEXTS[10:14]
-SMALL = experiment.Settings(hidden_size=16, intermediate_size=8, layers=1, heads=2, experts=4, top_k=2, max_length=32)
+SMALL = tiny_models.Settings(hidden_size=16, intermediate_size=8, layers=1, heads=2, experts=4, top_k=2, max_length=32)
 TOKENIZER = data.train_tokenizer(TEXTS, 280)
 
 
 def make_model():
-    return experiment.tiny_olmoe(len(TOKENIZER), seed=3, settings=SMALL)
+    return tiny_models.tiny_olmoe(len(TOKENIZER), seed=3, settings=SMALL)
 
 
 def small(name, *overrides):
@@ -118,7 +118,7 @@ def test_a_folder_a_function_a_model_and_their_documents_give_the_same_table(tmp
 
 
 def test_privleak_is_relative_to_the_retrained_model():
-    other = experiment.tiny_olmoe(len(TOKENIZER), seed=4, settings=SMALL)
+    other = tiny_models.tiny_olmoe(len(TOKENIZER), seed=4, settings=SMALL)
     model = make_model()
     table = table_of(
         model, metrics=["privleak"], baselines={"target": model, "retrain": other}, evaluation={"holdout": HOLDOUT}
@@ -171,7 +171,7 @@ def test_an_interrupted_call_loses_only_the_run_in_progress(tmp_path):
     for change in (
         {"forget": FORGET[:3]},
         {"metrics": ["nll", length_of]},
-        {"model": lambda: experiment.tiny_olmoe(len(TOKENIZER), seed=4, settings=SMALL)},
+        {"model": lambda: tiny_models.tiny_olmoe(len(TOKENIZER), seed=4, settings=SMALL)},
         {"evaluation": {"retain": HOLDOUT}},
     ):
         run(**change)

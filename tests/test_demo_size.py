@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from moe_unlearn import data, experiment, metrics, trace
+from moe_unlearn import data, metrics, trace
+from moe_unlearn.benchmark import tiny_models
+from moe_unlearn.benchmark.tiny_models import SIZES
 from moe_unlearn.config import Recipe
-from moe_unlearn.experiment import SIZES
 
 pytestmark = pytest.mark.slow
 
@@ -14,14 +15,14 @@ pytestmark = pytest.mark.slow
 def test_trace_selects_experts_with_the_defaults(corpus):
     settings, seed = SIZES["demo"], 0
     try:
-        tokenizer, forget, retain, _ = experiment.build_data(corpus, seed, settings)
+        tokenizer, forget, retain, _ = tiny_models.build_data(corpus, seed, settings)
     except FileNotFoundError as missing:
         pytest.skip(str(missing))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # models this small wait for threads longer than they compute
     try:
-        model = experiment.tiny_olmoe(len(tokenizer), seed, settings)
-        experiment.train(
+        model = tiny_models.tiny_olmoe(len(tokenizer), seed, settings)
+        tiny_models.train(
             model, forget + retain, epochs=settings.epochs, lr=settings.lr, batch_size=settings.batch_size, seed=seed,
             pad_id=tokenizer.pad_token_id,
         )  # fmt: skip

@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_unlearn import experiment, metrics
+from moe_unlearn import metrics
+from moe_unlearn.benchmark import tiny_models, trained_cache
+from moe_unlearn.benchmark.tiny_models import SIZES, Settings
+from moe_unlearn.data import Example
 from moe_unlearn.data.corpus import runs
-from moe_unlearn.experiment import SIZES, Settings
+from moe_unlearn.model import loading
 
 TINY = replace(SIZES["test"], forget=6, retain=8, holdout=4, epochs=2)
 
@@ -26,7 +29,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    return cache, experiment.prepare_experiment("builtin:pydoc", 0, cache, size=TINY)
+    return cache, tiny_models.prepare_experiment("builtin:pydoc", 0, cache, size=TINY)
 
 
 def same(a, b):
@@ -35,7 +38,7 @@ def same(a, b):
 
 
 def weights_of(cache, **keywords):
-    return experiment.prepare_experiment("builtin:pydoc", 0, cache, size=TINY, **keywords)
+    return tiny_models.prepare_experiment("builtin:pydoc", 0, cache, size=TINY, **keywords)
 
 
 @pytest.mark.quick
@@ -48,12 +51,12 @@ def test_a_cached_model_is_the_trained_one(made, tmp_path, monkeypatch):
     def no_training(*_, **__):
         raise AssertionError("trained although the model is cached")
 
-    monkeypatch.setattr(experiment, "train", no_training)
+    monkeypatch.setattr(tiny_models, "train", no_training)
     again = weights_of(cache)
     assert same(again.target, first.target) and same(again.retrain, first.retrain)
     assert again.forget == first.forget and again.retain == first.retain and again.holdout == first.holdout
     monkeypatch.setenv("MOE_UNLEARN_CACHE", str(cache))
-    assert same(experiment.prepare_experiment("builtin:pydoc", size=TINY).target, first.target)
+    assert same(tiny_models.prepare_experiment("builtin:pydoc", size=TINY).target, first.target)
 
 
 @pytest.mark.quick
@@ -61,10 +64,10 @@ def test_a_cached_model_is_the_trained_one(made, tmp_path, monkeypatch):
 def test_other_settings_are_other_models(made, change, monkeypatch):
     cache, _ = made
     trained = []
-    monkeypatch.setattr(experiment, "train", lambda *_, name, **__: trained.append(name))
-    monkeypatch.setattr(experiment.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(tiny_models, "train", lambda *_, name, **__: trained.append(name))
+    monkeypatch.setattr(tiny_models.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        experiment.prepare_experiment("builtin:pydoc", 0, cache, size=replace(TINY, **change))
+        tiny_models.prepare_experiment("builtin:pydoc", 0, cache, size=replace(TINY, **change))
     assert trained == ["training target"]
     # an interrupted build leaves nothing behind
     assert len(list(cache.iterdir())) == 2
@@ -80,8 +83,8 @@ def test_a_damaged_entry_is_noticed_and_rebuilt(made, tmp_path, damage):
         (folder / "more" / "config").write_text("{}", encoding="utf-8")
 
     builds, entry = [], tmp_path / "entry"
-    experiment._ensure(entry, build)
-    experiment._ensure(entry, build)
+    trained_cache.ensure(entry, build)
+    trained_cache.ensure(entry, build)
     assert len(builds) == 1
     weights = entry / "weights"
     if damage == "flip":
@@ -95,17 +98,17 @@ def test_a_damaged_entry_is_noticed_and_rebuilt(made, tmp_path, damage):
     else:
         (entry / "manifest.json").write_text("{", encoding="utf-8")
     with pytest.warns(UserWarning, match="damaged .*trained again"):
-        experiment._ensure(entry, build)
-    assert len(builds) == 2 and weights.read_bytes() == bytes(100) and experiment._damage(entry) is None
+        trained_cache.ensure(entry, build)
+    assert len(builds) == 2 and weights.read_bytes() == bytes(100) and trained_cache.damage(entry) is None
     assert [p.name for p in tmp_path.iterdir()] == ["entry"]
 
 
 @pytest.mark.quick
 def test_the_sets_are_apart_and_reproducible():
-    first = experiment.build_data("builtin:pydoc", 3, SIZES["demo"])
-    second = experiment.build_data("builtin:pydoc", 3, SIZES["demo"])
+    first = tiny_models.build_data("builtin:pydoc", 3, SIZES["demo"])
+    second = tiny_models.build_data("builtin:pydoc", 3, SIZES["demo"])
     assert first[1:] == second[1:] and first[0].get_vocab() == second[0].get_vocab()
-    other = experiment.build_data("builtin:pydoc", 4, SIZES["demo"])
+    other = tiny_models.build_data("builtin:pydoc", 4, SIZES["demo"])
     assert other[1] != first[1] and other[0].get_vocab() == first[0].get_vocab()
     forget, retain, holdout = first[1:]
     assert (len(forget), len(retain)) == (SIZES["demo"].forget, SIZES["demo"].retain) and 50 <= len(holdout) <= 64
@@ -137,11 +140,11 @@ def test_a_fresh_target_shares_nothing(made):
 def test_models_depend_on_the_seed_alone():
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = experiment.tiny_olmoe(300, 5, TINY)
+    first = tiny_models.tiny_olmoe(300, 5, TINY)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    assert same(experiment.tiny_olmoe(300, 5, TINY), first)
-    assert not same(experiment.tiny_olmoe(300, 6, TINY), first)
+    assert same(tiny_models.tiny_olmoe(300, 5, TINY), first)
+    assert not same(tiny_models.tiny_olmoe(300, 6, TINY), first)
     assert first.get_input_embeddings().weight is first.get_output_embeddings().weight
     layers = [m for m in first.modules() if hasattr(m, "is_transposed") and hasattr(m, "down_proj")]
     assert len(layers) == 3 and all(m.down_proj.dtype == torch.float32 for m in layers)
@@ -151,7 +154,7 @@ def test_models_depend_on_the_seed_alone():
 def test_a_cached_folder_is_a_model_folder(made):
     cache, e = made
     (folder,) = cache.glob("target-*")
-    model, tokenizer = experiment.load_model(folder)
+    model, tokenizer = loading.load_model(folder)
     assert same(model, e.target) and tokenizer.get_vocab() == e.tokenizer.get_vocab()
     assert not list(cache.rglob("*.bin")) and list(folder.glob("*.safetensors"))
 
@@ -159,12 +162,12 @@ def test_a_cached_folder_is_a_model_folder(made):
 @pytest.mark.quick
 def test_load_model_names_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="nowhere is not a folder"):
-        experiment.load_model(tmp_path / "nowhere")
+        loading.load_model(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has no config.json"):
-        experiment.load_model(tmp_path)
+        loading.load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe"}), encoding="utf-8")
     with pytest.raises(ValueError, match="cannot load a causal language model"):
-        experiment.load_model(tmp_path)
+        loading.load_model(tmp_path)
 
 
 @pytest.mark.quick
@@ -172,25 +175,25 @@ def test_clean_cache_removes_models_only(tmp_path):
     def build(folder):
         (folder / "weights").write_text("1", encoding="utf-8")
 
-    experiment._ensure(tmp_path / "target-1", build)
+    trained_cache.ensure(tmp_path / "target-1", build)
     (tmp_path / ".building-x").mkdir()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep", encoding="utf-8")
-    assert experiment.clean_cache(tmp_path) == 1 and experiment.clean_cache(tmp_path / "none") == 0
+    assert trained_cache.clean_cache(tmp_path) == 1 and trained_cache.clean_cache(tmp_path / "none") == 0
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.quick
 def test_unknown_names_are_errors(tmp_path):
     with pytest.raises(ValueError, match="unknown size 'huge'; expected one of demo, test"):
-        experiment.prepare_experiment(cache_dir=tmp_path, size="huge")
+        tiny_models.prepare_experiment(cache_dir=tmp_path, size="huge")
     with pytest.raises(ValueError, match="unknown corpus 'builtin:x'"):
-        experiment.prepare_experiment("builtin:x", cache_dir=tmp_path)
+        tiny_models.prepare_experiment("builtin:x", cache_dir=tmp_path)
 
 
 @pytest.mark.slow
 def test_the_target_knows_what_the_retrained_model_does_not(tmp_path):
-    e = experiment.prepare_experiment("builtin:pydoc", 0, tmp_path, size="test")
+    e = tiny_models.prepare_experiment("builtin:pydoc", 0, tmp_path, size="test")
     retrain = metrics.evaluate(e.retrain, e.tokenizer, **e.evaluation_sets, prompt_tokens=8)
     target = metrics.evaluate(
         e.target, e.tokenizer, **e.evaluation_sets, prompt_tokens=8, reference_auc=retrain["minkauc"]
@@ -205,10 +208,10 @@ def test_the_target_knows_what_the_retrained_model_does_not(tmp_path):
 
 @pytest.mark.quick
 def test_training_is_silent_without_a_terminal(capfd):
-    model = experiment.tiny_olmoe(300, 0, TINY)
-    rows = [experiment.Example([1, 5, 6, 7, 2], [1, 5, 6, 7, 2], 1)] * 3
+    model = tiny_models.tiny_olmoe(300, 0, TINY)
+    rows = [Example([1, 5, 6, 7, 2], [1, 5, 6, 7, 2], 1)] * 3
     first = metrics.nll(metrics.token_scores(model, rows))
-    last = experiment.train(model, rows, epochs=8, lr=1e-2, batch_size=2)
+    last = tiny_models.train(model, rows, epochs=8, lr=1e-2, batch_size=2)
     assert last < first and math.isfinite(last) and not model.training
     assert capfd.readouterr() == ("", "")
 

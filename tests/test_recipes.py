@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from moe_unlearn import experiment
 from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
 from moe_unlearn.config import recipe as config
+from moe_unlearn.model import loading
 from moe_unlearn.step import UnlearnStep
 
 FOLDER = resources.files("moe_unlearn") / "recipes"
@@ -86,7 +86,7 @@ def test_a_dry_run_needs_neither_weights_nor_data(name, tmp_path, capsys):
 @pytest.mark.quick
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_shipped_geometries_are_the_models(name):
-    model = experiment.meta_model(name)
+    model = loading.meta_model(name)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(SIZES[name], rel=5e-3)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(p.is_meta for p in model.parameters())
@@ -99,7 +99,7 @@ def test_rmu_trains_the_routed_experts_of_its_layers_on_every_model():
     for name, steering in (("olmoe-1b-7b", 3000), ("qwen1.5-moe-a2.7b", 3000), ("deepseek-v2-lite", 30000)):
         recipe = Recipe.load("rmu", model=name)
         assert (recipe.forget.steering, recipe.retain.alpha) == (steering, 1200)
-        model = experiment.meta_model(name)
+        model = loading.meta_model(name)
         UnlearnStep(model, recipe)
         assert [n for n, p in model.named_parameters() if p.requires_grad] == [
             f"model.layers.{i}.mlp.experts.{kind}_proj" for i in (5, 6, 7) for kind in ("gate_up", "down")

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from moe_unlearn import report
+from moe_unlearn.runs import figures, report
+from moe_unlearn.runs.summary import RUNS, summarise, table
 
 RESULTS = {
     "target": {"verbmem_f": 1.0, "verbmem_r": 1.0, "nll_f": 0.1, "nll_r": 0.1, "privleak": -100.0},
@@ -30,27 +31,27 @@ def shifted(by):
 
 
 def text_of(results, routing=None):
-    summary = report.summarise(results)
+    summary = summarise(results)
     seeds = {"corpus": "builtin:x", "results": {str(seed): r for seed, r in results.items()}}
     return report.markdown(summary, seeds, routing or {}, {})
 
 
 @pytest.mark.quick
 def test_mean_and_spread():
-    summary = report.summarise({3: {"a": {"x": 1.0, "y": 5.0}}, 4: {"a": {"x": 3.0}}})
+    summary = summarise({3: {"a": {"x": 1.0, "y": 5.0}}, 4: {"a": {"x": 3.0}}})
     assert summary == {"a": {"x": 2.0, "x_sd": pytest.approx(math.sqrt(2))}}
-    assert report.summarise({0: RESULTS}) == RESULTS
+    assert summarise({0: RESULTS}) == RESULTS
 
 
 @pytest.mark.quick
 def test_table_aligns_orders_and_marks_what_is_missing():
     summary = {"mine": {"verbmem_f": math.nan}, "retrain": {"verbmem_f": 0.25}, "target": {"nll_f": 2.0}}
-    lines = report.table(summary).splitlines()
+    lines = table(summary).splitlines()
     assert [line.split()[0] for line in lines] == ["run", "target", "retrain", "mine"]
     assert lines[1].split()[-2:] == ["–", "2.00"] and "0.250" in lines[2] and "nan" not in lines[3]
-    assert len({len(line) for line in report.table(summary, markdown=True).splitlines()}) == 1
+    assert len({len(line) for line in table(summary, markdown=True).splitlines()}) == 1
     assert "KnowMem" not in lines[0]  # a column nobody has
-    spread = report.table({"npo": {"verbmem_f": 0.5, "verbmem_f_sd": 0.0625}})
+    spread = table({"npo": {"verbmem_f": 0.5, "verbmem_f_sd": 0.0625}})
     assert "0.500 ± 0.062" in spread
 
 
@@ -141,7 +142,7 @@ def test_only_what_there_is_gets_drawn(tmp_path):
 
 
 def test_figures_show_the_data():
-    figure, caption = report._experts({**ROUTING})
+    figure, caption = figures.expert_frequencies({**ROUTING})
     panels = [axes for axes in figure.axes if axes.images]
     shown = [panel.images[0].get_array() for panel in panels]
     assert (shown[0] == ROUTING["forget"].double().numpy()).all()
@@ -149,7 +150,7 @@ def test_figures_show_the_data():
     assert shown[2][1, 0] == 3  # retain never goes there: cut, not infinite
     assert all(len(panel.patches) == 2 for panel in panels)
     assert panels[0].patches[0].get_xy() == (-0.5, -0.5)
-    figure, caption = report._pareto(report.summarise({0: RESULTS, 1: shifted({"npo": 0.1})}))
+    figure, caption = figures.pareto(summarise({0: RESULTS, 1: shifted({"npo": 0.1})}))
     assert "Bars" in caption and "Shaded" in caption
     labels = figure.legends[0].get_texts()
     assert [label.get_text() for label in labels][:3] == ["target (to unlearn)", "retrain (gold)", "NPO"]
@@ -173,14 +174,14 @@ def drawn_texts(figure, monkeypatch):
 
 
 def test_no_two_texts_of_a_figure_overlap(monkeypatch):
-    runs = {run: RESULTS["npo"] for run in report.RUNS}
+    runs = {run: RESULTS["npo"] for run in RUNS}
     steps = [{"step": i, "nll_f": 0.1 + i, "nll_r": 0.1 + i} for i in range(3)]
     wide = {k: torch.rand(24, 128) for k in ("forget", "retain")} | {"selected": torch.rand(24, 128) > 0.9}
     for drawn in (
-        report._pareto(runs),
-        report._trajectories(dict.fromkeys(report.RUNS, steps), runs),
-        report._experts(ROUTING),
-        report._experts(wide),
+        figures.pareto(runs),
+        figures.trajectory_curves(dict.fromkeys(RUNS, steps), runs),
+        figures.expert_frequencies(ROUTING),
+        figures.expert_frequencies(wide),
     ):
         figure = drawn[0]
         boxes = drawn_texts(figure, monkeypatch)

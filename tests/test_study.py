@@ -11,8 +11,8 @@ from benchmarks import study, study_report, study_run
 from benchmarks.study import SCALES, Entry, Scale
 from benchmarks.study_run import Spec
 from moe_unlearn import data, losses, trace
+from moe_unlearn.benchmark.tiny_models import SIZES
 from moe_unlearn.config import Recipe
-from moe_unlearn.experiment import SIZES
 from moe_unlearn.step import UnlearnStep
 
 TOY = replace(SIZES["test"], forget=12, unlearn_share=0.5)

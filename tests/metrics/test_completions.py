@@ -10,8 +10,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import BertConfig, BertForSequenceClassification
 
 from moe_unlearn.data import Document
-from moe_unlearn.experiment import load_classifier
 from moe_unlearn.metrics import Classifier, CompletionSettings, evaluate_completions
+from moe_unlearn.model.loading import load_classifier
 from tests.metrics.conftest import TEXTS
 
 SETTINGS = CompletionSettings(prompt_tokens=6, new_tokens=9, max_length=16)

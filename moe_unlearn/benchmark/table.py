@@ -5,8 +5,8 @@ import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from moe_unlearn import report
 from moe_unlearn.metrics import privleak
+from moe_unlearn.runs.summary import COLUMNS, Summary, summarise, table
 
 RETRAIN = "retrain"  # the run PrivLeak is relative to
 
@@ -31,7 +31,7 @@ class Table:
     def metrics(self) -> list[str]:
         """The columns: those a report knows in its order, then the others as they came."""
         found = dict.fromkeys(key for rows in self.results.values() for values in rows.values() for key in values)
-        return [key for key in report.COLUMNS if key in found] + [key for key in found if key not in report.COLUMNS]
+        return [key for key in COLUMNS if key in found] + [key for key in found if key not in COLUMNS]
 
     def __iter__(self) -> Iterator[dict]:
         """One dict for each seed and run: {"run": ..., "seed": ..., metric: value ...}."""
@@ -42,16 +42,16 @@ class Table:
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.results.values())
 
-    def summary(self) -> report.Summary:
+    def summary(self) -> Summary:
         """Run -> metric -> mean over seeds and, with two or more, `<metric>_sd`, the sample standard deviation."""
-        return report.summarise(self.results)
+        return summarise(self.results)
 
     def to_markdown(self, metrics: Sequence[str] | None = None) -> str:
         """A row for each run, mean ± standard deviation over seeds; by default all columns."""
         unknown = sorted(set(metrics or ()) - set(self.metrics))
         if unknown:
             raise ValueError(f"expected metrics among {', '.join(self.metrics)}; got {', '.join(unknown)}")
-        return report.table(self.summary(), markdown=True, keys=self.metrics if metrics is None else metrics)
+        return table(self.summary(), markdown=True, keys=self.metrics if metrics is None else metrics)
 
     def to_json(self) -> str:
         """Everything; `from_json` of it is an equal table. NaN is written as JavaScript does."""
@@ -76,8 +76,8 @@ class Table:
         Raises ValueError for a row that two of them have.
         """
         results: dict[int, dict[str, dict[str, float]]] = {}
-        for table in tables:
-            for seed, rows in table.results.items():
+        for other in tables:
+            for seed, rows in other.results.items():
                 if both := results.setdefault(seed, {}).keys() & rows.keys():
                     raise ValueError(f"two tables have run {sorted(both)[0]!r} of seed {seed}")
                 results[seed] |= {run: dict(values) for run, values in rows.items()}

@@ -22,16 +22,17 @@ import torch
 import transformers
 from torch import nn
 
-from moe_unlearn import __version__, data, experiment, metrics, trace
+from moe_unlearn import __version__, data, metrics, trace
+from moe_unlearn.benchmark.table import RETRAIN, Table, checked
 from moe_unlearn.checkpoint import write_text
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Document, Example
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.data.tokenize import IGNORED
 from moe_unlearn.metrics.evaluate import NAMES as EVALUATED
+from moe_unlearn.model import loading
 from moe_unlearn.prepare.reference import model_digest
 from moe_unlearn.step import UnlearnStep
-from moe_unlearn.table import RETRAIN, Table, checked
 from moe_unlearn.trainer import pair_collator
 
 Model = nn.Module | str | Path | Callable[[], object]
@@ -219,8 +220,8 @@ class _Source:
         if isinstance(model, nn.Module):
             self._make = lambda: copy.deepcopy(model)
         elif isinstance(model, str | Path):
-            folder = experiment.model_folder(model)
-            self._make = lambda: experiment.load_model(folder)
+            folder = loading.model_folder(model)
+            self._make = lambda: loading.load_model(folder)
         elif callable(model):
             self._make = model
         else:

@@ -7,13 +7,8 @@ documents) on the retain documents alone. Trained models are cached, so a second
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,21 +18,17 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     OlmoeConfig,
     OlmoeForCausalLM,
 )
 
 from moe_unlearn import data
-from moe_unlearn.config import geometry, models
+from moe_unlearn.benchmark.trained_cache import cache_folder, ensure
 from moe_unlearn.data import Document, Example
+from moe_unlearn.model.loading import no_loading_bars
 
 RECIPE_VERSION = 1  # raise it when the code below trains other weights from the same settings
-MANIFEST = "manifest.json"
-BUILDING = ".building-"
 MODELS = ("target", "retrain")
 
 
@@ -244,78 +235,6 @@ def train(
     return sum(last) / len(last)
 
 
-def model_folder(folder: str | Path) -> Path:
-    """`folder`, in which there is a config.json; else ValueError."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise ValueError(f"expected a model folder written by save_pretrained; {folder} {what}")
-    return folder
-
-
-def load_model(folder: str | Path):
-    """Model and tokenizer of a folder written by `save_pretrained`.
-
-    Raises ValueError, naming the folder and what it lacks; nothing is looked for on a hub.
-    """
-    return _load(folder, AutoModelForCausalLM, "causal language model")[:2]
-
-
-def load_classifier(folder: str | Path):
-    """Model and tokenizer of a sequence classifier (Toxic-BERT) in a folder; errors as of `load_model`."""
-    model, tokenizer, missing = _load(folder, AutoModelForSequenceClassification, "sequence classifier")
-    if missing:  # transformers would draw them at random
-        raise ValueError(f"expected a sequence classifier in {folder}; it has no weights {', '.join(sorted(missing))}")
-    return model, tokenizer
-
-
-def _load(folder: str | Path, kind: type, name: str):
-    """Model, tokenizer, and the names of the weights that the folder does not have."""
-    folder = model_folder(folder)
-    try:
-        with _no_loading_bars():
-            model, info = kind.from_pretrained(folder, local_files_only=True, dtype="auto", output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
-        why = str(error).strip().partition("\n")[0]  # the rest lists all that transformers knows
-        raise ValueError(f"cannot load a {name} with its tokenizer from {folder}: {why}") from error
-    return model.eval(), tokenizer, info["missing_keys"]
-
-
-def meta_model(source: str | Path) -> nn.Module:
-    """A causal LM without storage, on the meta device, in the dtype of its config.
-
-    `source` is a name in `models()`, a folder with a config.json, or such a file. Raises ValueError for
-    anything else.
-    """
-    if source in models():
-        made = AutoConfig.for_model(**geometry(source))
-    elif Path(source).exists():
-        try:
-            made = AutoConfig.from_pretrained(source, local_files_only=True)
-        except Exception as error:  # transformers raises many kinds for a damaged file
-            raise ValueError(f"cannot read a model's config from {source}: {error}") from error
-    else:
-        raise ValueError(f"no model {str(source)!r}: a folder, a config.json or one of {', '.join(models())}")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(made, dtype=made.dtype)
-
-
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where trained models are kept: `cache_dir`, else $MOE_UNLEARN_CACHE, else ~/.cache/moe-unlearn."""
-    return Path(cache_dir or os.environ.get("MOE_UNLEARN_CACHE") or Path.home() / ".cache" / "moe-unlearn")
-
-
-def clean_cache(cache_dir: str | Path | None = None) -> int:
-    """Remove the cached models; how many there were. Nothing else but unfinished ones is touched."""
-    for unfinished in cache_folder(cache_dir).glob(f"{BUILDING}*"):  # of processes that were killed
-        shutil.rmtree(unfinished, ignore_errors=True)
-    manifests = list(cache_folder(cache_dir).glob(f"*/{MANIFEST}"))
-    for manifest in manifests:
-        shutil.rmtree(manifest.parent)
-    return len(manifests)
-
-
 def _cached_model(
     name: str, built: tuple, settings: Settings, seed: int, cache: Path, on_step: Callable[[], None] | None = None
 ) -> nn.Module:
@@ -335,56 +254,9 @@ def _cached_model(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    with _no_loading_bars():
-        _ensure(entry, build)
+    with no_loading_bars():
+        ensure(entry, build)
         model = AutoModelForCausalLM.from_pretrained(
             entry, local_files_only=True, dtype="auto", experts_implementation="grouped_mm"
         )
     return model.eval()
-
-
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    # transformers draws them for models of any size, and into log files too
-    logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _ensure(entry: Path, build: Callable[[Path], None]) -> None:
-    """Have `entry` hold what `build` writes: complete, checked against its checksums, or not there at all."""
-    problem = _damage(entry)
-    if problem is None:
-        return
-    if entry.exists():
-        warnings.warn(f"cached model {entry} is damaged ({problem}); it is trained again", stacklevel=4)
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    # built beside the entry, then renamed: a reader never sees half a model
-    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=BUILDING) as building:
-        folder = Path(building) / entry.name
-        folder.mkdir()
-        build(folder)
-        (folder / MANIFEST).write_text(json.dumps(_checksums(folder), indent=1), encoding="utf-8")
-        if _damage(entry) is not None:  # unless another process was faster
-            shutil.rmtree(entry, ignore_errors=True)
-            os.replace(folder, entry)
-
-
-def _damage(entry: Path) -> str | None:
-    try:
-        recorded = json.loads((entry / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError):
-        return f"no readable {MANIFEST}"
-    present = _checksums(entry)
-    wrong = sorted(file for file in recorded.keys() | present if recorded.get(file) != present.get(file))
-    return f"{', '.join(wrong)} differ from {MANIFEST}" if wrong else None
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

@@ -1,0 +1,12 @@
+"""Benchmarks of unlearning: a suite over a user's models and data, and the embedded experiment with all its rivals.
+
+`suite` runs recipes and makes a `table` of what they reach; `demo` does so on `tiny_models`, which are trained on the
+spot and kept in `trained_cache`, in several processes (`process_pool`).
+"""
+
+from moe_unlearn.benchmark.demo import demo, demo_recipe
+from moe_unlearn.benchmark.suite import Progress, unlearning
+from moe_unlearn.benchmark.table import Table
+from moe_unlearn.runs.run import unlearn
+
+__all__ = ["Progress", "Table", "demo", "demo_recipe", "unlearn", "unlearning"]

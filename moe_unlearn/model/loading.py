@@ -1,0 +1,87 @@
+"""Models and tokenizers from folders; nothing is looked for on a hub."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from moe_unlearn.config import geometry, models
+
+
+def model_folder(folder: str | Path) -> Path:
+    """`folder`, in which there is a config.json; else ValueError."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise ValueError(f"expected a model folder written by save_pretrained; {folder} {what}")
+    return folder
+
+
+def load_model(folder: str | Path):
+    """Model and tokenizer of a folder written by `save_pretrained`.
+
+    Raises ValueError, naming the folder and what it lacks; nothing is looked for on a hub.
+    """
+    return _load(folder, AutoModelForCausalLM, "causal language model")[:2]
+
+
+def load_classifier(folder: str | Path):
+    """Model and tokenizer of a sequence classifier (Toxic-BERT) in a folder; errors as of `load_model`."""
+    model, tokenizer, missing = _load(folder, AutoModelForSequenceClassification, "sequence classifier")
+    if missing:  # transformers would draw them at random
+        raise ValueError(f"expected a sequence classifier in {folder}; it has no weights {', '.join(sorted(missing))}")
+    return model, tokenizer
+
+
+def _load(folder: str | Path, kind: type, name: str):
+    """Model, tokenizer, and the names of the weights that the folder does not have."""
+    folder = model_folder(folder)
+    try:
+        with no_loading_bars():
+            model, info = kind.from_pretrained(folder, local_files_only=True, dtype="auto", output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
+        why = str(error).strip().partition("\n")[0]  # the rest lists all that transformers knows
+        raise ValueError(f"cannot load a {name} with its tokenizer from {folder}: {why}") from error
+    return model.eval(), tokenizer, info["missing_keys"]
+
+
+def meta_model(source: str | Path) -> nn.Module:
+    """A causal LM without storage, on the meta device, in the dtype of its config.
+
+    `source` is a name in `models()`, a folder with a config.json, or such a file. Raises ValueError for
+    anything else.
+    """
+    if source in models():
+        made = AutoConfig.for_model(**geometry(source))
+    elif Path(source).exists():
+        try:
+            made = AutoConfig.from_pretrained(source, local_files_only=True)
+        except Exception as error:  # transformers raises many kinds for a damaged file
+            raise ValueError(f"cannot read a model's config from {source}: {error}") from error
+    else:
+        raise ValueError(f"no model {str(source)!r}: a folder, a config.json or one of {', '.join(models())}")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(made, dtype=made.dtype)
+
+
+@contextmanager
+def no_loading_bars() -> Iterator[None]:
+    # transformers draws them for models of any size, and into log files too
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Runs: one unlearning run, and what is written about one or several."""
