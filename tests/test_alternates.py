@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 
-from moe_unlearn import alternates
-from moe_unlearn.alternates import CUE, INSTRUCTION, generate_alternates
-from moe_unlearn.cli import main
+from moe_unlearn.cli import alternates, main
+from moe_unlearn.cli.alternates import CUE, INSTRUCTION, generate_alternates
 from moe_unlearn.data import Document, load, train_tokenizer
 from tests.data.test_chats import QWEN3, tokenizer_with
 from tests.models import tiny_olmoe

@@ -30,9 +30,8 @@ LAYERS = [
     {"step"},
     {"data", "metrics"},
     {"trainer"},
-    {"runs", "regress", "integrations", "arguments"},
+    {"runs", "regress", "integrations"},
     {"benchmark"},
-    {"evaluation", "alternates"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

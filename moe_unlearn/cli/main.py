@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from moe_unlearn import alternates, backend, benchmark, data, evaluation, mask_files, native, trace, wagle
-from moe_unlearn.arguments import add_data, examples_of, steps, write
+from moe_unlearn import backend, benchmark, data, mask_files, native, trace, wagle
 from moe_unlearn.benchmark.trained_cache import clean_cache
+from moe_unlearn.cli import alternates, evaluate
+from moe_unlearn.cli.arguments import add_data, examples_of, steps, write
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
@@ -250,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
                      help="make the first N steps (without N all) beside the plain path and compare")  # fmt: skip
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after")
-    evaluation.add_arguments(command("eval", evaluation.run))
+    evaluate.add_arguments(command("eval", evaluate.run))
     sub = command("report", write_report)
     sub.add_argument("folder", help="a run folder with summary.json")
     sub = command("demo", demo)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from moe_unlearn import data, metrics
-from moe_unlearn.arguments import add_data, chat_of, examples_of, steps, write
+from moe_unlearn.cli.arguments import add_data, chat_of, examples_of, steps, write
 from moe_unlearn.model import loading
 
 # function, its sets (None: names of the user's own), its settings
