@@ -6,10 +6,10 @@ Importing the package registers transformers' experts implementation "moe_unlear
 from moe_unlearn import losses, mollm, ops, trace, wagle
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import enable
+from moe_unlearn.masks import WeightMask
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
-from moe_unlearn.wagle import WeightMask
 
 __all__ = [
     "MaskedAdamW",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from moe_unlearn.config import Scope
 from moe_unlearn.experts import experts_modules
+from moe_unlearn.masks import WeightMask
 from moe_unlearn.ops.bits import pack_bits
-from moe_unlearn.wagle import WeightMask
 
 
 def matching(model: nn.Module, patterns: list[str]) -> set[str]:

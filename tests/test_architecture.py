@@ -19,12 +19,12 @@ LAYERS = [
     {"triton_kernels", "choices", "backend", "native", "batches", "checkpoint", "ranks"},
     {"config", "errors"},
     {"ops", "testing"},
-    {"optim", "modes", "model"},
+    {"optim", "modes", "masks"},
+    {"model"},
     {"experts"},
     {"losses"},
     {"capture"},
-    {"trace", "wagle", "mollm", "seuf", "forward", "scope", "router_aux", "margin"},
-    {"mask_files"},
+    {"trace", "wagle", "mollm", "seuf", "forward", "scope", "router_aux"},
     {"prepare"},
     {"plan", "verify"},
     {"step"},
@@ -41,7 +41,7 @@ INDEPENDENT = {
     "metrics": {"metrics", "data", "capture", "losses", "experts", "prepare", "ranks", "modes"},
 }
 USES_TRANSFORMERS = {
-    "experts", "capture", "mask_files", "trainer", "data", "metrics", "integrations", "model", "benchmark",
+    "experts", "capture", "masks", "trainer", "data", "metrics", "integrations", "model", "benchmark",
     "runs", "cli",
 }  # fmt: skip
 OPS = {
@@ -52,7 +52,7 @@ FOLDERS = {"csrc", "triton_kernels", "moe_unlearn", "benchmarks", "tests"}
 FORBIDDEN_IMPORTS = {"pickle", "marshal", "joblib", "dill", "cloudpickle", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save", "os.system"}
 # the official form of WAGLE's masks is a pickle of tensors: read without running it, written for that code
-ALLOWED_CALLS = {"mask_files": {"torch.load", "torch.save"}}
+ALLOWED_CALLS = {"masks": {"torch.load", "torch.save"}}
 
 
 def sources():

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from moe_unlearn import metrics, wagle
 from moe_unlearn.cli import main
 from moe_unlearn.data import train_tokenizer
+from moe_unlearn.masks import WeightMask
 from moe_unlearn.prepare.rows import RowStore
 from moe_unlearn.step.sinks import CompactSink
 from tests.models import tiny_olmoe
@@ -260,7 +261,7 @@ def test_stats_and_mask(folder, tmp_path, capsys):
     assert saved["selected"] and len(saved["forget"]["counts"]) == 2
     path = tmp_path / "mask.safetensors"
     assert main(["mask", *arguments(folder, "--keep", "0.5", "--out", str(path))]) == 0
-    mask = wagle.WeightMask.load(path)
+    mask = WeightMask.load(path)
     assert 0 < mask.fraction <= 0.5
     assert run(folder, tmp_path / "masked", f"wagle.mask={path}", "--no-eval", recipe="wagle") == 0
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe_unlearn import mask_files
+from moe_unlearn import masks
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.wagle import WeightMask
 from tests import models
@@ -55,13 +55,13 @@ def same(a: WeightMask, b: WeightMask) -> bool:
 def test_official_names_and_values(family, tmp_path):
     model = getattr(models, family)()
     mask, expected = random_mask(model), official(random_mask(model), *FAMILIES[family])
-    mask_files.save(mask, tmp_path / "with_0.6.pt", model, "official")
+    masks.save(mask, tmp_path / "with_0.6.pt", model, "official")
     written = torch.load(tmp_path / "with_0.6.pt", weights_only=True)
     assert (
         written.keys() == expected.keys() and f"{FAMILIES[family][0]}.experts.3.{FAMILIES[family][1]}.weight" in written
     )
     assert all(written[name].dtype == torch.bool and torch.equal(written[name], k) for name, k in expected.items())
-    read = mask_files.load(tmp_path / "with_0.6.pt", model)
+    read = masks.load(tmp_path / "with_0.6.pt", model)
     assert same(read, mask) and read.official and read.keep == read.fraction == mask.fraction
     assert os.listdir(tmp_path) == ["with_0.6.pt"]
 
@@ -74,17 +74,17 @@ def test_names_in_memory_and_the_old_archive_are_read_too(tmp_path):
     torch.save(official(mask, *FAMILIES["tiny_olmoe"]), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     mask.save(tmp_path / "native")
     for name in ("fused.pt", "old.pt", "native"):
-        assert same(mask_files.load(tmp_path / name, model), mask), name
+        assert same(masks.load(tmp_path / name, model), mask), name
 
 
 def test_a_model_from_disk_has_the_same_names(tmp_path):
     model = models.tiny_mixtral()
     model.save_pretrained(tmp_path / "model")
     loaded, mask = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), random_mask(model)
-    mask_files.save(mask, tmp_path / "a.pt", model, "official")
-    assert same(mask_files.load(tmp_path / "a.pt", loaded), mask)
-    mask_files.save(mask, tmp_path / "b.pt", loaded, "official")
-    assert same(mask_files.load(tmp_path / "b.pt", model), mask)
+    masks.save(mask, tmp_path / "a.pt", model, "official")
+    assert same(masks.load(tmp_path / "a.pt", loaded), mask)
+    masks.save(mask, tmp_path / "b.pt", loaded, "official")
+    assert same(masks.load(tmp_path / "b.pt", model), mask)
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,7 @@ EXPERT = "model.layers.0.mlp.experts.3.up_proj.weight"
 
 def broken(change):
     def make(model):
-        named = mask_files.to_hub(
-            model, {n: torch.ones(p.shape, dtype=torch.bool) for n, p in model.named_parameters()}
-        )
+        named = masks.to_hub(model, {n: torch.ones(p.shape, dtype=torch.bool) for n, p in model.named_parameters()})
         change(named)
         return named
 
@@ -127,7 +125,7 @@ BAD = {
 def test_bad_masks_are_named(make, message, olmoe, tmp_path):
     torch.save(make(olmoe), tmp_path / "mask.pt")
     with pytest.raises(ValueError, match=rf"mask.pt: .*{message}"):
-        mask_files.load(tmp_path / "mask.pt", olmoe)
+        masks.load(tmp_path / "mask.pt", olmoe)
 
 
 class Hostile:
@@ -145,7 +143,7 @@ def test_a_hostile_pickle_runs_nothing(new, olmoe, tmp_path):
     path = tmp_path / "mask.pt"
     torch.save({"a": Hostile(tmp_path / "run")}, path, _use_new_zipfile_serialization=new)
     with pytest.raises(ValueError, match="mask.pt: cannot be read as tensors alone"):
-        mask_files.load(path, olmoe)
+        masks.load(path, olmoe)
     assert not (tmp_path / "run").exists()
 
 
@@ -160,18 +158,18 @@ def test_files_that_are_no_masks(olmoe, tmp_path):
         (tmp_path / name).write_bytes(content)
     for name in ("zip", "absent", *contents):
         with pytest.raises(ValueError, match=f"{name}: "):
-            mask_files.load(tmp_path / name, olmoe)
+            masks.load(tmp_path / name, olmoe)
 
 
 def test_saving_for_another_model_leaves_what_was_there(olmoe, tmp_path):
     path = tmp_path / "mask.pt"
     path.write_text("before", encoding="utf-8")
     with pytest.raises(ValueError, match="the mask belongs to another model"):
-        mask_files.save(random_mask(models.tiny_mixtral()), path, olmoe, "official")
+        masks.save(random_mask(models.tiny_mixtral()), path, olmoe, "official")
     assert path.read_text(encoding="utf-8") == "before" and os.listdir(tmp_path) == ["mask.pt"]
 
 
 def test_a_wrapped_model_is_refused(olmoe, tmp_path):
-    mask_files.save(random_mask(olmoe), tmp_path / "mask.pt", olmoe, "official")
+    masks.save(random_mask(olmoe), tmp_path / "mask.pt", olmoe, "official")
     with pytest.raises(ValueError, match="a plain transformers model; got Sequential"):
-        mask_files.load(tmp_path / "mask.pt", torch.nn.Sequential(olmoe))
+        masks.load(tmp_path / "mask.pt", torch.nn.Sequential(olmoe))

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from moe_unlearn import mask_files
+from moe_unlearn import masks
 from moe_unlearn.experts import NAME, enable
 from moe_unlearn.step import UnlearnStep
 from tests import models
@@ -39,7 +39,7 @@ def test_saved_during_a_run_it_has_the_hubs_layout_and_no_trace_of_us(family, tm
     assert metadata == {"format": "pt"}
     single = {name for name in names if ".experts." in name}
     assert not any("gate_up_proj" in name for name in names) and len(single) % (3 * 8) == 0 and single
-    assert names == mask_files.to_hub(model, dict(model.named_parameters())).keys()
+    assert names == masks.to_hub(model, dict(model.named_parameters())).keys()
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert loaded.config._experts_implementation != NAME

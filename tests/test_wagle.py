@@ -15,9 +15,10 @@ from torch import nn
 from moe_unlearn import UnlearnStep, wagle
 from moe_unlearn.config import Recipe, shipped
 from moe_unlearn.losses import target_mask, token_losses
+from moe_unlearn.masks.weight_mask import FORMAT
 from moe_unlearn.ops.bits import num_words
 from moe_unlearn.trace import routing_frequencies
-from moe_unlearn.wagle import FORMAT, WeightMask, weight_mask
+from moe_unlearn.wagle import WeightMask, weight_mask
 from tests.batches import random_batch, random_batches
 from tests.models import tiny_gpt_oss, tiny_olmoe
 

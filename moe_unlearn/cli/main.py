@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from moe_unlearn import backend, benchmark, data, mask_files, native, trace, wagle
+from moe_unlearn import backend, benchmark, data, masks, native, trace, wagle
 from moe_unlearn.benchmark.trained_cache import clean_cache
 from moe_unlearn.cli import alternates, evaluate
 from moe_unlearn.cli.arguments import add_data, examples_of, steps, write
@@ -129,7 +129,7 @@ def mask(options) -> None:
         official=options.official,
         accumulation=options.accumulation,
     )
-    mask_files.save(made, options.out, model, options.format)
+    masks.save(made, options.out, model, options.format)
     print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
 
 
@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--gamma", type=float, default=1.0)
     sub.add_argument("--official", action="store_true", help="reproduce the official code's masks")
     sub.add_argument("--accumulation", type=int, default=1, help="with --official: its micro-batches a step (it has 4)")
-    sub.add_argument("--format", choices=mask_files.FORMATS, default="native", help="native: safetensors, a bit for "
+    sub.add_argument("--format", choices=masks.FORMATS, default="native", help="native: safetensors, a bit for "
                      "each weight; official: the WAGLE code's {name: bool tensor}, expert by expert")  # fmt: skip
     sub.add_argument("--out", required=True, help="the file to write; wagle.mask of a recipe reads both formats")
     alternates.add_arguments(command("alternates", alternates.run))

@@ -16,12 +16,12 @@ from moe_unlearn import losses, router_aux, trace
 from moe_unlearn.batches import Batch, checked
 from moe_unlearn.experts import copy_gate, experts_modules
 from moe_unlearn.forward import refusal
+from moe_unlearn.masks import WeightMask
 from moe_unlearn.ops.bits import num_words, unpack_bits
 from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.plan.ways import Path, form, paths
 from moe_unlearn.prepare.rows import RowCache
 from moe_unlearn.prepare.stages import Calibration, Preparation, needed, needs_head, uses_kl
-from moe_unlearn.wagle import WeightMask
 
 _HIDDEN_BYTES = 2  # cached hidden states are bfloat16
 _LOGPROB_BYTES = 4

@@ -21,16 +21,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn import forward, losses, mask_files, seuf, trace, wagle
+from moe_unlearn import forward, losses, masks, seuf, trace, wagle
 from moe_unlearn.batches import Batch
 from moe_unlearn.capture import collect_routing
 from moe_unlearn.config import Recipe
+from moe_unlearn.masks import WeightMask
 from moe_unlearn.modes import evaluation_mode
 from moe_unlearn.prepare import reference
 from moe_unlearn.prepare.rows import RowCache, content_keys
 from moe_unlearn.ranks import Ranks
 from moe_unlearn.trace import RoutingFrequencies
-from moe_unlearn.wagle import WeightMask
 
 STAGES = ("trace", "seuf", "reference", "kl_floor", "wagle")
 CHOOSING = ("trace", "seuf")  # which experts; forward passes alone, with nothing cached but token weights
@@ -279,7 +279,7 @@ def _kl_floor(model, recipe, prepared, forget, retain):
 def _wagle(model, recipe, prepared, forget, retain):
     settings = recipe.wagle
     if settings.mask is not None:
-        prepared.mask = mask_files.load(settings.mask, model)
+        prepared.mask = masks.load(settings.mask, model)
         return
     forget = [forward.forgotten(recipe, batch) for batch in forget]
     prepared.mask = wagle.weight_mask(

@@ -1,6 +1,6 @@
 """The unlearning step: batches in, updated weights and metrics out.
 
-`unlearn` is the step; `objectives` computes its losses, `step.sinks` take the gradients of the experts where they are made,
+`unlearn` is the step; `objectives` computes its losses, `sinks` take the gradients of the experts where they are made,
 `gradients` turns them into one, `tally` weighs its micro-batches.
 """
 

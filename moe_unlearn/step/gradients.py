@@ -4,7 +4,7 @@ each objective.
     one set      g = grad sum_i w_i L_i
     MOLLM        g = sum_i c_i grad L_i, c from the Gram matrix of the masked gradients; |g|^2 = c^T Gram c
 
-Expert weights have theirs where a sink collects them (`step.sinks`): compact, of the slices that train and with the
+Expert weights have theirs where a sink collects them (`sinks`): compact, of the slices that train and with the
 mask applied, or as factors. With factors a step has two phases: first all of them become known, and MOLLM's inner
 products, of which no gradient is stored; then one weight gradient is made, in whose epilogue the optimizer updates.
 """

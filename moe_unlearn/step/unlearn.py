@@ -16,7 +16,7 @@ Of several micro-batches each weighs what it holds, so that the step is that of 
     metrics = [step(*pair, update=pair is pairs[-1], sizes=sizes) for pair in pairs][-1]
 
 The fused step (the default) sends forget and retain rows through one forward pass where they can share it, and takes
-the expert weights' gradients where they are made (`step.sinks`): compact, of the trained experts only and with the mask
+the expert weights' gradients where they are made (`sinks`): compact, of the trained experts only and with the mask
 applied; or as the factors they are made of, where these are smaller, so that dW exists only in the epilogue that makes
 the update of it; or, under `guard: loss`, as that update itself in the backward pass. What forbids this, `obstacle`
 says. `fused=False` is the plain path, autograd and one masked optimizer, which the fused one must equal.

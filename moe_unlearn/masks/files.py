@@ -28,8 +28,8 @@ from transformers.core_model_loading import (
 )
 
 from moe_unlearn.checkpoint import whole_file
+from moe_unlearn.masks.weight_mask import WeightMask
 from moe_unlearn.ops.bits import pack_bits
-from moe_unlearn.wagle import WeightMask
 
 FORMATS = ("native", "official")
 _PICKLED = (b"PK\x03\x04", b"\x80")  # torch.save's archive, and its form before 1.6

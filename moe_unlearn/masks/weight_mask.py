@@ -1,0 +1,190 @@
+"""Weight masks: one bit for each weight of a model, packed, in memory and in a file."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moe_unlearn.checkpoint import whole_file
+from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
+
+FORMAT = "moe-unlearn weight mask 1"
+_BITS_IN_BYTE = torch.tensor([byte.bit_count() for byte in range(256)])
+
+
+@dataclass(frozen=True)
+class WeightMask:
+    """One bit per weight of a model, packed; made by `weight_mask`."""
+
+    shapes: dict[str, tuple[int, ...]]  # in `named_parameters()` order
+    packed: dict[str, Tensor]  # int32 words, layout `ops.bits`
+    keep: float  # the fraction asked for
+    gamma: float = 1.0
+    official: bool = False
+    magnitudes: dict[str, float] = field(default_factory=dict)  # mean |theta g_f|, mean |g_r g_f| / gamma
+
+    @property
+    def names(self) -> list[str]:
+        """Parameter names, in `named_parameters()` order."""
+        return list(self.shapes)
+
+    def words(self, name: str) -> Tensor:
+        """The packed int32 words [..., ceil(n / 32)] of one parameter."""
+        return self.packed[name]
+
+    def kept(self, name: str) -> Tensor:
+        """bool tensor of the parameter's shape: which of its weights may move."""
+        shape = self.shapes[name]
+        return unpack_bits(self.packed[name], shape[-1] if shape else 1).view(shape)
+
+    @property
+    def fraction(self) -> float:
+        """Kept weights over all weights; below `keep` where scores are exactly 0 (native mode)."""
+        counts = [self._count(name) for name in self.names]
+        return sum(kept for kept, _ in counts) / max(sum(total for _, total in counts), 1)
+
+    @property
+    def fraction_per_layer(self) -> dict[str, float]:
+        """Kept fraction of each decoder layer, "outside layers" for embeddings, final norm and head."""
+        return _fractions((_layer_and_kind(name)[0], *self._count(name)) for name in self.names)
+
+    @property
+    def fraction_per_kind(self) -> dict[str, float]:
+        """Kept fraction of each kind of matrix: the same parameter in all layers."""
+        return _fractions((_layer_and_kind(name)[1], *self._count(name)) for name in self.names)
+
+    @property
+    def fraction_per_expert(self) -> dict[str, Tensor]:
+        """Experts module -> kept fraction [E] float64 of each of its experts."""
+        kept: dict[str, Tensor] = {}
+        total: dict[str, float] = {}
+        for name, shape in self.shapes.items():
+            owner = _experts_owner(name)
+            # parameters of an experts module are stacked by expert along their first dimension
+            if owner is not None and len(shape) >= 2:
+                counts = _kept_per_row(self.packed[name]).reshape(shape[0], -1).sum(1)
+                kept[owner] = kept.get(owner, 0) + counts.double()
+                total[owner] = total.get(owner, 0) + _numel(shape[1:])
+        return {owner: counts / total[owner] for owner, counts in kept.items()}
+
+    def check(self, model: nn.Module) -> None:
+        """ValueError naming the first parameter in which the mask and the model differ."""
+        own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        for name in [*own, *self.shapes]:
+            if own.get(name) != self.shapes.get(name):
+                raise ValueError(
+                    f"the mask belongs to another model: {name} is {_shape(self.shapes.get(name))} in the "
+                    f"mask and {_shape(own.get(name))} in {type(model).__name__}"
+                )
+
+    def state_dict(self) -> dict:
+        """Nested dict of tensors and plain values."""
+        return {
+            "shapes": [[name, list(shape)] for name, shape in self.shapes.items()],
+            "packed": dict(self.packed),
+            "keep": self.keep,
+            "gamma": self.gamma,
+            "official": self.official,
+            "magnitudes": dict(self.magnitudes),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict) -> "WeightMask":
+        """Undo `state_dict`; ValueError if words and shapes do not fit together."""
+        shapes = {str(name): tuple(shape) for name, shape in state["shapes"]}
+        if shapes.keys() != state["packed"].keys():
+            different = sorted(shapes.keys() ^ state["packed"].keys())
+            raise ValueError(f"words and shapes name different parameters: {different[0]!r}")
+        for name, shape in shapes.items():
+            _check_words(name, shape, state["packed"][name])
+        magnitudes = {str(k): float(v) for k, v in state["magnitudes"].items()}
+        keep, gamma, official = float(state["keep"]), float(state["gamma"]), bool(state["official"])
+        return cls(shapes, dict(state["packed"]), keep, gamma, official, magnitudes)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; under this name it is there whole or not at all."""
+        state = self.state_dict()
+        tensors = {name: words.cpu().contiguous() for name, words in state.pop("packed").items()}
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, {"format": FORMAT, "state": json.dumps(state)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "WeightMask":
+        """Read what `save` wrote, to the CPU; ValueError for a missing, damaged or foreign file."""
+        try:
+            with safe_open(str(path), "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"expected format {FORMAT!r}; got {metadata.get('format')!r}")
+                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
+            return cls.from_state_dict({**json.loads(metadata["state"]), "packed": packed})
+        except (
+            OSError,
+            SafetensorError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            RecursionError,
+        ) as error:
+            raise ValueError(f"{path}: not a weight mask: {error}") from error
+
+    def _count(self, name: str) -> tuple[int, int]:
+        return int(_kept_per_row(self.packed[name]).sum()), _numel(self.shapes[name])
+
+
+def _kept_per_row(words: Tensor) -> Tensor:
+    """Number of set bits along the last dimension."""
+    return _BITS_IN_BYTE[words.cpu().contiguous().view(torch.uint8).long()].sum(-1)
+
+
+def _fractions(entries: Iterable[tuple[str, int, int]]) -> dict[str, float]:
+    """Ratio of the sums of (key, kept, total), keys in order of appearance."""
+    sums: dict[str, tuple[int, int]] = {}
+    for key, kept, total in entries:
+        before = sums.get(key, (0, 0))
+        sums[key] = (before[0] + kept, before[1] + total)
+    return {key: kept / max(total, 1) for key, (kept, total) in sums.items()}
+
+
+def _layer_and_kind(name: str) -> tuple[str, str]:
+    """("model.layers.3", "mlp.experts.down_proj") of "model.layers.3.mlp.experts.down_proj"."""
+    parts = name.removesuffix(".weight").split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if number is None:
+        return "outside layers", ".".join(parts)
+    return ".".join(parts[: number + 1]), ".".join(parts[number + 1 :])
+
+
+def _experts_owner(name: str) -> str | None:
+    owner = name.rpartition(".")[0]
+    # PEFT wraps an experts module, under the same name, in layers called base_layer
+    plain = [part for part in owner.split(".") if part != "base_layer"]
+    return ".".join(plain) if plain and plain[-1] == "experts" else None
+
+
+def _check_words(name: str, shape: tuple, words: Tensor) -> None:
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"mask of {name}: a shape is a list of sizes; got {list(shape)}")
+    width = shape[-1] if shape else 1
+    expected = (*shape[:-1], num_words(width)) if shape else (1,)
+    if words.dtype != torch.int32 or tuple(words.shape) != expected:
+        raise ValueError(
+            f"mask of {name}: expected int32 words {list(expected)}; got {words.dtype} {list(words.shape)}"
+        )
+    allowed = pack_bits(torch.ones(width, dtype=torch.bool)).to(words.device)
+    if (words & ~allowed).any():
+        raise ValueError(f"mask of {name}: bits are set behind the end of a row")
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _shape(shape) -> str:
+    return "absent" if shape is None else str(list(shape))
