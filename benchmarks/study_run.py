@@ -24,12 +24,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from moe_unlearn import data, losses, metrics, mollm, trace, wagle
+from moe_unlearn import data, metrics, mollm, trace, wagle
 from moe_unlearn.benchmark import tiny_models
 from moe_unlearn.benchmark.tiny_models import Experiment, Settings
-from moe_unlearn.capture import collect_routing
 from moe_unlearn.config import Recipe, Trace
 from moe_unlearn.experts import experts_modules
+from moe_unlearn.model.batches import target_mask
+from moe_unlearn.model.capture import collect_routing
+from moe_unlearn.model.head import token_losses
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.prepare.stages import Preparation, prepare
 from moe_unlearn.step import UnlearnStep
@@ -96,7 +98,7 @@ def _prepared(spec: Spec) -> Experiment:
     selected = _critical(made.target, made.forget, made.retain)
     use = []
     for batch in data.batches(made.retain, BATCH):
-        uses, mask = _uses(made.target, batch, selected), losses.target_mask(batch)
+        uses, mask = _uses(made.target, batch, selected), target_mask(batch)
         use += ((uses & mask).sum(1) / mask.sum(1).clamp_min(1)).tolist()
     order = sorted(range(len(use)), key=lambda i: (use[i], i))
     ranked, seen = [made.retain[i] for i in order], len(made.retain_unlearn)
@@ -117,7 +119,7 @@ def measure_models(made: Experiment) -> dict:
     recipe = Recipe(trace=Trace(**CRITICAL, allow_empty=True))
     prepare(made.target, recipe, prepared, data.batches(made.forget, BATCH), retain)
     forget = expert_gradients(made.target, data.batches(made.forget, BATCH))
-    uses = [(_uses(made.target, b, selected)[losses.target_mask(b)]) for b in data.batches(made.retain_eval, BATCH)]
+    uses = [(_uses(made.target, b, selected)[target_mask(b)]) for b in data.batches(made.retain_eval, BATCH)]
     return {
         "models": models,
         "selected": selected.nonzero().tolist(),
@@ -166,7 +168,7 @@ def expert_gradients(model: nn.Module, batches: list[dict], weights: Tensor | No
     """
     parameters = [list(module.parameters(recurse=False)) for module in experts_modules(model).values()]
     flat = [p for layer in parameters for p in layer]
-    masks = [losses.target_mask(batch) for batch in batches]
+    masks = [target_mask(batch) for batch in batches]
     total = sum(int(mask.sum()) for mask in masks)
     parts = None if weights is None else weights.split([int(mask.sum()) for mask in masks])
     sums = [torch.zeros_like(p) for p in flat]
@@ -175,7 +177,7 @@ def expert_gradients(model: nn.Module, batches: list[dict], weights: Tensor | No
         if parts is not None:
             per_token = torch.zeros(mask.shape)
             per_token[mask] = parts[i].float()
-        loss = losses.token_losses(model, batch, token_weights=per_token).sum() / total
+        loss = token_losses(model, batch, token_weights=per_token).sum() / total
         for held, gradient in zip(sums, torch.autograd.grad(loss, flat), strict=True):
             held += gradient
     squares = [g.double().flatten(1).square().sum(1) for g in sums]
@@ -258,7 +260,7 @@ def _levers(step: UnlearnStep, retain: list[dict]) -> dict:
         found["trace"] = {
             "selected": int(chosen.sum()),
             "ratio": float((f / r.clamp_min(1e-9)).mean()),
-            "ess": prepared.calibration.ess / sum(int(losses.target_mask(batch).sum()) for batch in retain),
+            "ess": prepared.calibration.ess / sum(int(target_mask(batch).sum()) for batch in retain),
             "largest_weight": prepared.calibration.largest_weight,
         }
     elif step.recipe.trace is not None:
@@ -274,7 +276,7 @@ def _gradient_norms(model, retain, critical, prepared) -> dict:
         return {}
     norms = {"uniform": expert_gradients(model, retain)}
     if prepared.token_weights is not None:
-        weights = [prepared.token_weights.get(b)[losses.target_mask(b)] for b in retain]
+        weights = [prepared.token_weights.get(b)[target_mask(b)] for b in retain]
         norms["weighted"] = expert_gradients(model, retain, torch.cat(weights))
     return {
         "retain_gradient": {
@@ -322,7 +324,7 @@ def _change_weights(spec: Spec, step: UnlearnStep, retain: list[dict]) -> None:
     cache = step.prepared.token_weights
     if spec.control not in ("shuffled-tokens", "sequence-weights") or cache is None:
         return
-    masks, weights = [losses.target_mask(b) for b in retain], [cache.get(b) for b in retain]
+    masks, weights = [target_mask(b) for b in retain], [cache.get(b) for b in retain]
     if spec.control == "shuffled-tokens":
         values = torch.cat([w[m] for w, m in zip(weights, masks, strict=True)])
         values = values[torch.randperm(len(values), generator=data.generator(spec.seed, 2))]

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from moe_unlearn import seuf
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.losses import decoder_of, unwrapped
-from moe_unlearn.scope import router_parameters, wrapped_name
+from moe_unlearn.model.head import decoder_of, unwrapped
+from moe_unlearn.model.scope import router_parameters, wrapped_name
 
 _FUNCTION = "load_balancing_loss_func"  # transformers' name for it, in the file of every model that has it
 _COEFFICIENT = "router_aux_loss_coef"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.losses import final_hidden_states
+from moe_unlearn.model.head import final_hidden_states
 
 
 class Gate(NamedTuple):
@@ -74,7 +74,7 @@ def gates(model: nn.Module, names: list[str] | None = None) -> Iterator[dict[str
 
 @torch.no_grad()
 def affinity(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
-    """s [L, E] float64 over the attended tokens of `batches`, layers in `experts_modules` order."""
+    """s [L, E] float64 over the attended tokens of `model.batches`, layers in `experts_modules` order."""
     total, sequences = 0.0, 0
     for batch in batches:
         with gates(model) as collected:

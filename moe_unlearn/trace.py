@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn import ops
-from moe_unlearn.batches import Batch, padded
-from moe_unlearn.capture import routing_capture
-from moe_unlearn.losses import final_hidden_states, target_mask
-from moe_unlearn.modes import evaluation_mode
+from moe_unlearn.model.batches import Batch, padded, target_mask
+from moe_unlearn.model.capture import routing_capture
+from moe_unlearn.model.head import final_hidden_states
+from moe_unlearn.model.modes import evaluation_mode
 
 _log = logging.getLogger(__name__)
 

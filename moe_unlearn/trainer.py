@@ -20,7 +20,6 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from moe_unlearn.batches import checked
 from moe_unlearn.checkpoint import load_state, save_state
 from moe_unlearn.config import NEED_REFUSALS, Recipe
 from moe_unlearn.data import (
@@ -36,6 +35,7 @@ from moe_unlearn.data import (
     refusals,
 )
 from moe_unlearn.data.pairs import side_batches
+from moe_unlearn.model.batches import checked
 from moe_unlearn.step import UnlearnStep
 
 _STATE = "unlearn_step"

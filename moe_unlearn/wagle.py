@@ -30,10 +30,10 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn.batches import Batch, padded
-from moe_unlearn.losses import target_mask, token_losses
 from moe_unlearn.masks import WeightMask
-from moe_unlearn.modes import evaluation_mode
+from moe_unlearn.model.batches import Batch, padded, target_mask
+from moe_unlearn.model.head import token_losses
+from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ops.weight_score import FIRST_NON_FINITE_BIN, score_histogram, score_mask
 
 _log = logging.getLogger(__name__)

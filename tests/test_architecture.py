@@ -13,36 +13,26 @@ pytestmark = pytest.mark.quick
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moe_unlearn"
 
-# Lower layers first; a module imports only from its own or a lower layer (within `ops`, `data`, `metrics`
-# and `regress` a package is one layer).
-LAYERS = [
-    {"triton_kernels", "choices", "backend", "native", "batches", "checkpoint", "ranks"},
-    {"config", "errors"},
-    {"ops", "testing"},
-    {"optim", "modes", "masks"},
+# Lower floors first: a package, or a module beside the packages, imports only from floors below its own.
+FLOORS = [
+    {"triton_kernels", "choices", "checkpoint", "config", "errors", "mollm", "ranks", "testing"},
+    {"backend"},
+    {"native"},
+    {"ops"},
+    {"experts", "masks", "optim", "regress"},
     {"model"},
-    {"experts"},
-    {"losses"},
-    {"capture"},
-    {"trace", "wagle", "mollm", "seuf", "forward", "scope", "router_aux"},
-    {"prepare"},
-    {"plan", "verify"},
+    {"data", "losses", "seuf", "trace", "verify", "wagle"},
+    {"prepare", "router_aux"},
+    {"metrics", "plan"},
     {"step"},
-    {"data", "metrics"},
     {"trainer"},
-    {"runs", "regress", "integrations"},
+    {"integrations", "runs"},
     {"benchmark"},
     {"cli"},
 ]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# data and metrics stand beside the trainer and know nothing of the step
-INDEPENDENT = {
-    "data": {"data", "config", "batches"},
-    "metrics": {"metrics", "data", "capture", "losses", "experts", "prepare", "ranks", "modes"},
-}
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 USES_TRANSFORMERS = {
-    "experts", "capture", "masks", "trainer", "data", "metrics", "integrations", "model", "benchmark",
-    "runs", "cli",
+    "experts", "masks", "trainer", "data", "metrics", "integrations", "model", "benchmark", "runs", "cli",
 }  # fmt: skip
 OPS = {
     "route", "retain_weights", "expert_mlp", "expert_wgrad", "token_loss", "gram", "weight_score",
@@ -59,7 +49,7 @@ def sources():
     return sorted(PACKAGE.rglob("*.py")) + sorted((ROOT / "triton_kernels").glob("*.py"))
 
 
-def layer_of(path: Path) -> str:
+def room_of(path: Path) -> str:
     relative = path.relative_to(ROOT)
     if relative.parts[0] == "triton_kernels":
         return "triton_kernels"
@@ -72,7 +62,7 @@ def imports(path: Path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 or layer_of(path) == "triton_kernels", f"{path}: relative import"
+            assert node.level == 0 or room_of(path) == "triton_kernels", f"{path}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -83,50 +73,56 @@ def project_imports(path: Path):
             yield parts[1]
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_downward(path):
-    own = layer_of(path)
-    if own == "__init__":
-        return
-    assert own in RANK, f"{path} belongs to no layer: add it to LAYERS on purpose"
-    for used in project_imports(path):
-        if used in ("__version__",):
+def test_imports_point_downward():
+    wrong = []
+    for path in sources():
+        own = room_of(path)
+        if own == "__init__":
             continue
-        assert RANK[used] <= RANK[own], f"{own} (layer {RANK[own]}) imports {used} (layer {RANK[used]})"
-        if own in INDEPENDENT:
-            assert used in INDEPENDENT[own] | {"backend", "ops"}, f"{own} must not import {used}"
-        if own == "triton_kernels":
-            assert used == "triton_kernels", "kernels import nothing of the package above them"
+        assert own in FLOOR, f"{path} stands on no floor: add it to FLOORS on purpose"
+        for used in project_imports(path):
+            if used not in ("__version__", own) and FLOOR[used] >= FLOOR[own]:
+                wrong.append(f"{path.relative_to(ROOT)} (floor {FLOOR[own]}) imports {used} (floor {FLOOR[used]})")
+    assert not wrong
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_who_may_import_what(path):
-    own = layer_of(path)
-    for name in imports(path):
-        top = name.split(".")[0]
-        assert top not in FORBIDDEN_IMPORTS, f"{path} imports {name}"
-        assert top not in ("benchmarks", "tests"), f"{path} imports {name}"
-        if top == "transformers":
-            assert own in USES_TRANSFORMERS, f"{own} imports transformers"
-        if "triton_kernels" in name:
-            # regress launches them to see what is compiled
-            assert own in ("ops", "triton_kernels", "regress"), f"{own} touches a kernel"
+def test_every_room_is_there():
+    assert FLOOR.keys() == {room_of(path) for path in sources()} - {"__init__"}
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_dangerous_calls(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            allowed = ALLOWED_CALLS.get(layer_of(path), set())
-            assert name not in FORBIDDEN_CALLS - allowed, f"{path}:{node.lineno} calls {name}"
-            if name == "torch.load":
-                given = {k.arg: ast.unparse(k.value) for k in node.keywords}
-                assert given.get("weights_only") == "True", f"{path}:{node.lineno} would run a pickle"
-            shell = [k for k in node.keywords if k.arg == "shell"]
-            assert not shell, f"{path}:{node.lineno} uses a shell"
-            trust = [k for k in node.keywords if k.arg == "trust_remote_code"]
-            assert not trust, f"{path}:{node.lineno} trusts remote code"
+def test_who_may_import_what():
+    for path in sources():
+        own = room_of(path)
+        for name in imports(path):
+            top = name.split(".")[0]
+            assert top not in FORBIDDEN_IMPORTS, f"{path} imports {name}"
+            assert top not in ("benchmarks", "tests"), f"{path} imports {name}"
+            if top == "transformers":
+                assert own in USES_TRANSFORMERS, f"{own} imports transformers"
+            if "triton_kernels" in name:
+                # regress launches them to see what is compiled
+                assert own in ("ops", "triton_kernels", "regress"), f"{own} touches a kernel"
+
+
+def test_no_dangerous_calls():
+    calls = [
+        (path, node)
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+    assert calls
+    for path, node in calls:
+        name = ast.unparse(node.func)
+        allowed = ALLOWED_CALLS.get(room_of(path), set())
+        assert name not in FORBIDDEN_CALLS - allowed, f"{path}:{node.lineno} calls {name}"
+        if name == "torch.load":
+            given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert given.get("weights_only") == "True", f"{path}:{node.lineno} would run a pickle"
+        shell = [k for k in node.keywords if k.arg == "shell"]
+        assert not shell, f"{path}:{node.lineno} uses a shell"
+        trust = [k for k in node.keywords if k.arg == "trust_remote_code"]
+        assert not trust, f"{path}:{node.lineno} trusts remote code"
 
 
 def lines(path: Path) -> int:
@@ -179,7 +175,7 @@ def test_one_place_switches_modes():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "train"
             written = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr == "training"
-            if (method and node.args) or (written and layer_of(path) != "modes"):
+            if (method and node.args) or (written and path.name != "modes.py"):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not wrong
 

@@ -8,10 +8,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening, TrainingArguments
 
-from moe_unlearn.batches import KNOWN, checked, padded, stack
 from moe_unlearn.data import Example, ForgetRetainDataset, PairCollator, collate, packed_batches
-from moe_unlearn.forward import layer_states, refusal
-from moe_unlearn.losses import target_mask
+from moe_unlearn.model.batches import KNOWN, checked, padded, refusal, stack, target_mask
+from moe_unlearn.model.states import layer_states
 from moe_unlearn.prepare.stages import Preparation
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.objectives import Objectives

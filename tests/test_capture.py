@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moe_unlearn.capture import collect_routing, count_experts, evaluation_mode, routing_capture
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.losses import target_mask
+from moe_unlearn.model.batches import target_mask
+from moe_unlearn.model.capture import collect_routing, count_experts, evaluation_mode, routing_capture
 from tests.batches import random_batch
 from tests.models import TINY_MODELS, tiny_olmoe
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moe_unlearn.config import FORGET_OBJECTIVES
-from moe_unlearn.losses import final_hidden_states
+from moe_unlearn.model.head import final_hidden_states
 from moe_unlearn.step import UnlearnStep
 from tests.batches import random_batch
 from tests.models import tiny_olmoe

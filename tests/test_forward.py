@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from moe_unlearn.forward import counted_row
-from moe_unlearn.losses import target_mask
+from moe_unlearn.model.batches import counted_row, target_mask
 from moe_unlearn.step import UnlearnStep
 from tests.batches import random_batch, random_batches
 from tests.models import tiny_olmoe

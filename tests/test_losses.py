@@ -10,8 +10,9 @@ import torch
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from moe_unlearn import losses
-from moe_unlearn.forward import control_vector
-from moe_unlearn.losses import Head
+from moe_unlearn.model.batches import target_mask
+from moe_unlearn.model.head import Head, final_hidden_states, head_of, token_losses, verify_head
+from moe_unlearn.model.states import control_vector
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing import assert_as_accurate
 from moe_unlearn.testing.yardstick import Reference
@@ -56,7 +57,7 @@ def model_losses(model, batch):
     targets = batch["labels"].roll(-1, 1)
     nll = -torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
     nll = nll.gather(2, targets.clamp_min(0)[..., None]).squeeze(2)
-    return torch.where(losses.target_mask(batch), nll, 0)
+    return torch.where(target_mask(batch), nll, 0)
 
 
 @pytest.mark.quick
@@ -67,18 +68,18 @@ def test_target_mask_by_hand():
     }
     # row 0: position 0 predicts -100; position 3 predicts 9 and is attended; 4 is last. row 1 is left-padded
     expected = [[0, 1, 1, 1, 0], [0, 0, 0, 1, 0]]
-    assert losses.target_mask(batch).int().tolist() == expected
+    assert target_mask(batch).int().tolist() == expected
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", MODELS)
 def test_token_losses_reproduce_the_models_logits(name):
     model, batch = make(name), random_batch(VOCAB, rows=6, length=20)
-    losses.verify_head(model, batch)
+    verify_head(model, batch)
     with torch.no_grad():
-        ours, reference = losses.token_losses(model, batch), Reference(lambda: model_losses(model, batch))
+        ours, reference = token_losses(model, batch), Reference(lambda: model_losses(model, batch))
         gold = model_losses(copy.deepcopy(model).double(), batch)
-    mask = losses.target_mask(batch)
+    mask = target_mask(batch)
     assert ours.shape == mask.shape and not ours[~mask].any() and ours[mask].all()
     with torch.no_grad():
         assert_as_accurate(ours[mask], reference.baseline(lambda made: made[mask]), gold[mask])
@@ -95,7 +96,7 @@ def test_gradients_are_those_of_the_models_loss(name):
         (function(own, batch) * weights).sum().backward()
         return {n: p.grad.flatten() for n, p in own.named_parameters() if p.grad is not None}
 
-    ours, gold = gradients(losses.token_losses), gradients(model_losses, torch.float64)
+    ours, gold = gradients(token_losses), gradients(model_losses, torch.float64)
     reference = Reference(lambda: gradients(model_losses))
     assert ours.keys() == gold.keys()
     for key in gold:
@@ -105,16 +106,16 @@ def test_gradients_are_those_of_the_models_loss(name):
 @pytest.mark.quick
 def test_weights_and_given_states_and_kinds():
     model, batch = make("granite_moe"), random_batch(VOCAB)
-    mask, weights = losses.target_mask(batch), randn(4, 12, dtype=torch.float32)
+    mask, weights = target_mask(batch), randn(4, 12, dtype=torch.float32)
     with torch.no_grad():
-        states = losses.final_hidden_states(model, batch)
-        plain = losses.token_losses(model, batch)
-        weighted = losses.token_losses(model, batch, token_weights=weights, hidden_states=states)
-        uce = losses.token_losses(model, batch, kind="uce", hidden_states=states)
-        same = losses.token_losses(model, batch, kind="kl", hidden_states=states, ref_hidden_states=states.clone())
-        other = losses.token_losses(
+        states = final_hidden_states(model, batch)
+        plain = token_losses(model, batch)
+        weighted = token_losses(model, batch, token_weights=weights, hidden_states=states)
+        uce = token_losses(model, batch, kind="uce", hidden_states=states)
+        same = token_losses(model, batch, kind="kl", hidden_states=states, ref_hidden_states=states.clone())
+        other = token_losses(
             model, batch, kind="kl", hidden_states=states, ref_hidden_states=states.flip(1),
-            ref_lm_head=2 * losses.head_of(model).weight,
+            ref_lm_head=2 * head_of(model).weight,
         )  # fmt: skip
     assert torch.equal(weighted, weights * plain * mask)
     torch.testing.assert_close(uce[mask], -(1 - (-plain[mask]).exp() / 2).log())
@@ -128,22 +129,22 @@ def test_the_decoder_runs_alone_and_is_asked_for_nothing_more():
     calls = []
     model.lm_head.register_forward_hook(lambda *args: calls.append("head"))
     model.model.register_forward_pre_hook(lambda m, args, kwargs: calls.append(set(kwargs)), with_kwargs=True)
-    states = losses.final_hidden_states(model, batch)
+    states = final_hidden_states(model, batch)
     assert calls == [{"input_ids", "attention_mask", "use_cache"}]
     assert states.shape == (4, 12, 32)
 
 
 @pytest.mark.quick
 def test_head_of_reads_flags():
-    assert losses.head_of(make("granite_moe")).logit_scale == 0.5
-    assert losses.head_of(make("cohere")).logit_scale == 0.25
-    assert losses.head_of(make("gemma2")).logit_softcap == 0.1
-    assert losses.head_of(make("phimoe")).bias is not None
+    assert head_of(make("granite_moe")).logit_scale == 0.5
+    assert head_of(make("cohere")).logit_scale == 0.25
+    assert head_of(make("gemma2")).logit_softcap == 0.1
+    assert head_of(make("phimoe")).bias is not None
     olmoe = make("olmoe")
-    head = losses.head_of(olmoe)
+    head = head_of(olmoe)
     assert head.weight is olmoe.lm_head.weight and head == Head(head.weight)
     with pytest.raises(ValueError, match="OlmoeModel has no output head"):
-        losses.head_of(olmoe.model)
+        head_of(olmoe.model)
 
 
 @pytest.mark.quick
@@ -152,24 +153,24 @@ def test_verify_head_finds_what_a_config_does_not_say(dtype):
     model, batch = tiny_granite_moe(vocab_size=VOCAB).to(dtype).train(), random_batch(VOCAB)
     model.model.layers[0].eval()
     modes = [m.training for m in model.modules()]
-    losses.verify_head(model, batch)
+    verify_head(model, batch)
     assert [m.training for m in model.modules()] == modes
 
     scaled = model.lm_head.register_forward_hook(lambda m, args, out: out * 1.2)
     with pytest.raises(RuntimeError, match="GraniteMoeForCausalLM: its logits are not the head"):
-        losses.verify_head(model, batch)
+        verify_head(model, batch)
     scaled.remove()
     normed = model.lm_head.register_forward_pre_hook(lambda m, args: (args[0] - args[0].mean(-1, keepdim=True),))
     with pytest.raises(RuntimeError, match="log-probs differ by up to"):
-        losses.verify_head(model, batch)
+        verify_head(model, batch)
     normed.remove()
     broken = model.lm_head.register_forward_hook(lambda m, args, out: out * math.nan)
     with pytest.raises(RuntimeError, match="differ by up to nan"):
-        losses.verify_head(model, batch)
+        verify_head(model, batch)
     broken.remove()
-    losses.verify_head(model, batch)
+    verify_head(model, batch)
     with pytest.raises(ValueError, match="a position that carries a loss"):
-        losses.verify_head(model, batch | {"labels": torch.full_like(batch["labels"], -100)})
+        verify_head(model, batch | {"labels": torch.full_like(batch["labels"], -100)})
 
 
 @pytest.mark.quick
@@ -179,13 +180,13 @@ def test_under_peft():
     wrapped = peft.get_peft_model(make("olmoe"), config).eval()
     with torch.no_grad():
         wrapped.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
-    losses.verify_head(wrapped, batch)
-    losses.token_losses(wrapped, batch).sum().backward()
+    verify_head(wrapped, batch)
+    token_losses(wrapped, batch).sum().backward()
     trained = {n for n, p in wrapped.named_parameters() if p.grad is not None}
     assert any("lora_A" in n for n in trained) and any("lm_head.modules_to_save" in n for n in trained)
     adapted = peft.get_peft_model(make("olmoe"), peft.LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="leave it out of target_modules"):
-        losses.token_losses(adapted, batch)
+        token_losses(adapted, batch)
 
 
 @pytest.mark.quick
@@ -279,7 +280,7 @@ def test_the_last_position_and_padding_never_count():
     batch["attention_mask"][1] = 0
     batch["attention_mask"][2, :4] = 0
     with torch.no_grad():
-        values = losses.token_losses(model, batch)
+        values = token_losses(model, batch)
     assert not values[1].any() and not values[2, :4].any() and not values[:, -1].any()
     assert values[0].any() and values[2].any() and values.isfinite().all()
 

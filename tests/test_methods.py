@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from moe_unlearn.config import Recipe
-from moe_unlearn.losses import target_mask
+from moe_unlearn.model.batches import target_mask
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing import assert_as_accurate
 from moe_unlearn.testing.yardstick import Reference

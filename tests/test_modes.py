@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from moe_unlearn.capture import collect_routing
-from moe_unlearn.losses import verify_head
 from moe_unlearn.metrics import evaluating
-from moe_unlearn.modes import evaluation_mode
+from moe_unlearn.model.capture import collect_routing
+from moe_unlearn.model.head import verify_head
+from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trace import routing_frequencies
 from moe_unlearn.wagle import weight_mask

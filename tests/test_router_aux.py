@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from moe_unlearn import losses, router_aux
+from moe_unlearn import router_aux
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example, ForgetRetainDataset
+from moe_unlearn.model.batches import target_mask
+from moe_unlearn.model.head import final_hidden_states, token_losses
 from moe_unlearn.prepare.stages import Preparation
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.objectives import Objectives
@@ -47,7 +49,7 @@ def theirs(model, batch):
 
 def ours(model, batch):
     with router_aux.routing(model) as layers:
-        losses.final_hidden_states(model, batch)
+        final_hidden_states(model, batch)
     return router_aux.load_balancing_loss(layers, batch["attention_mask"].bool().flatten())
 
 
@@ -102,7 +104,7 @@ def plain(model, forget, retain, factor, alpha=1.0):
     own = copy.deepcopy(model)
 
     def nll(batch):
-        return losses.token_losses(own, batch, kind="nll").sum() / losses.target_mask(batch).sum()
+        return token_losses(own, batch, kind="nll").sum() / target_mask(batch).sum()
 
     (-nll(forget) + alpha * (nll(retain) + factor * ours(own, retain))).backward()
     return {name: p.grad for name, p in own.named_parameters()}

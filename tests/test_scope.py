@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from moe_unlearn import scope, seuf
+from moe_unlearn import seuf
 from moe_unlearn.experts import experts_modules
+from moe_unlearn.model import scope
 from moe_unlearn.ops.bits import unpack_bits
 from tests.batches import random_batches
 from tests.models import TINY_MODELS, tiny_olmoe

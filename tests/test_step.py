@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 
-from moe_unlearn import losses, mollm, trace
+from moe_unlearn import mollm, trace
 from moe_unlearn.config import shipped
 from moe_unlearn.errors import NonFiniteError, NotPreparedError
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.forward import refusal
+from moe_unlearn.model.batches import refusal, target_mask
+from moe_unlearn.model.head import token_losses
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing.yardstick import Reference
@@ -106,11 +107,11 @@ def test_trace_offline_loss_is_the_weighted_mean(model):
     state = step.prepared
     assert state.selected.any()
     batch = retain[1]
-    mask = losses.target_mask(batch)
+    mask = target_mask(batch)
     given = state.token_weights.get(batch)
     assert (given[~mask] == 0).all() and given[mask].min() >= 0
     with torch.no_grad():
-        per_token = losses.token_losses(model, batch, kind="nll")
+        per_token = token_losses(model, batch, kind="nll")
         expected = (given * per_token).sum() / mask.sum()
     got = step(forget[1], batch, update=False)["retain_loss"]
     assert got == pytest.approx(float(expected), rel=1e-5)
@@ -145,7 +146,7 @@ def name_twice(module, args, keywords):
 def test_trace_weights_have_mean_one_and_hit_their_targets(model):
     step, forget, retain = prepared(model, recipe("trace", "trace.cap=null"))
     state = step.prepared
-    masks = [losses.target_mask(b) for b in retain]
+    masks = [target_mask(b) for b in retain]
     given = torch.cat([state.token_weights.get(b)[m] for b, m in zip(retain, masks, strict=True)]).double()
     assert float(given.mean()) == pytest.approx(1, abs=1e-6)
     f, r = state.frequencies["forget"].frequency, state.frequencies["retain"].frequency
@@ -269,11 +270,11 @@ def test_seuf_trains_one_expert_and_its_router(model):
 def test_idk_nll_is_the_nll_of_the_refusals(model):
     step, forget, retain = prepared(model, recipe("wagle", "forget.objective=idk_nll"))
     refused = refusal(forget[0])
-    expected = losses.token_losses(model, refused).sum() / losses.target_mask(refused).sum()
+    expected = token_losses(model, refused).sum() / target_mask(refused).sum()
     for joint in (True, False):
         value = step.objectives(forget[0], retain[0], joint=joint)["forget"]
         torch.testing.assert_close(value, expected)
-    assert step.sizes([(forget[0], retain[0])])["forget"] == int(losses.target_mask(refused).sum())
+    assert step.sizes([(forget[0], retain[0])])["forget"] == int(target_mask(refused).sum())
     again = weight_mask(model, [refusal(b) for b in forget], retain, keep=0.8, gamma=1.0)
     assert all(torch.equal(step.prepared.mask.packed[name], words) for name, words in again.packed.items())
 

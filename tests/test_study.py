@@ -10,9 +10,10 @@ import torch
 from benchmarks import study, study_report, study_run
 from benchmarks.study import SCALES, Entry, Scale
 from benchmarks.study_run import Spec
-from moe_unlearn import data, losses, trace
+from moe_unlearn import data, trace
 from moe_unlearn.benchmark.tiny_models import SIZES
 from moe_unlearn.config import Recipe
+from moe_unlearn.model.batches import target_mask
 from moe_unlearn.step import UnlearnStep
 
 TOY = replace(SIZES["test"], forget=12, unlearn_share=0.5)
@@ -107,7 +108,7 @@ def test_expert_gradients_equal_autograd_on_one_batch_and_follow_the_weights(mad
     gradients = torch.autograd.grad(loss, list(experts.parameters()))
     expected = sum(g.flatten(1).square().sum(1) for g in gradients).sqrt()
     torch.testing.assert_close(norms[1].float(), expected, rtol=1e-3, atol=1e-6)
-    count = int(losses.target_mask(batch[0]).sum())
+    count = int(target_mask(batch[0]).sum())
     torch.testing.assert_close(study_run.expert_gradients(made.target, batch, torch.full((count,), 2.0)), 2 * norms)
     small = study_run.expert_gradients(made.target, data.batches(made.retain_unlearn, 3))
     torch.testing.assert_close(small, norms, rtol=1e-3, atol=1e-7)
@@ -120,7 +121,7 @@ def prepared(made, spec):
         step.prepare(data.batches(made.forget, 8), retain)
         study_run._change_weights(spec, step, retain)
     weights = [step.prepared.token_weights.get(b) for b in retain] if step.prepared.token_weights else []
-    return step.prepared, weights, [losses.target_mask(b) for b in retain]
+    return step.prepared, weights, [target_mask(b) for b in retain]
 
 
 def test_controls_of_trace_keep_what_they_do_not_replace(made):

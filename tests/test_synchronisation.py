@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_unlearn import losses
 from moe_unlearn.errors import NonFiniteError
+from moe_unlearn.model.head import final_hidden_states
 from moe_unlearn.ops import bits, expert_mlp
 from moe_unlearn.ops.expert_wgrad import Factors
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
@@ -274,7 +274,7 @@ def test_on_a_gpu_every_other_wait_is_an_error(guard, model, monkeypatch):
     forget, retain = ([{k: v.cuda() for k, v in batch.items()} for batch in side] for side in data())
     step.prepare(forget, retain)
     step(forget[0], retain[0])
-    for function in (sinks.look, losses.final_hidden_states):
+    for function in (sinks.look, final_hidden_states):
         allowed(monkeypatch, function)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moe_unlearn import trace
-from moe_unlearn.capture import collect_routing
-from moe_unlearn.losses import target_mask
+from moe_unlearn.model.batches import target_mask
+from moe_unlearn.model.capture import collect_routing
 from moe_unlearn.ops import route
 from moe_unlearn.testing import routing
 from tests.batches import random_batch, random_batches

@@ -14,8 +14,9 @@ from torch import nn
 
 from moe_unlearn import UnlearnStep, wagle
 from moe_unlearn.config import Recipe, shipped
-from moe_unlearn.losses import target_mask, token_losses
 from moe_unlearn.masks.weight_mask import FORMAT
+from moe_unlearn.model.batches import target_mask
+from moe_unlearn.model.head import token_losses
 from moe_unlearn.ops.bits import num_words
 from moe_unlearn.trace import routing_frequencies
 from moe_unlearn.wagle import WeightMask, weight_mask

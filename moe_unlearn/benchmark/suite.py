@@ -28,9 +28,9 @@ from moe_unlearn.checkpoint import write_text
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Document, Example
 from moe_unlearn.data.pairs import side_batches
-from moe_unlearn.data.tokenize import IGNORED
 from moe_unlearn.metrics.evaluate import NAMES as EVALUATED
 from moe_unlearn.model import loading
+from moe_unlearn.ops.token_loss import IGNORED
 from moe_unlearn.prepare.reference import model_digest
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import pair_collator

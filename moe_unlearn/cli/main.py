@@ -24,8 +24,8 @@ from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import enable
-from moe_unlearn.losses import target_mask
 from moe_unlearn.model import loading
+from moe_unlearn.model.batches import target_mask
 from moe_unlearn.prepare.stages import CHOOSING, needed
 from moe_unlearn.regress import command as regression
 from moe_unlearn.runs import report

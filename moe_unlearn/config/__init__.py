@@ -1,5 +1,6 @@
 """Recipes: what an unlearning run does, as typed values that are checked when they are made."""
 
+from moe_unlearn.config.dual import Dual
 from moe_unlearn.config.recipe import (
     FORGET_OBJECTIVES,
     NEED_REFUSALS,
@@ -23,6 +24,7 @@ from moe_unlearn.config.recipe import (
 
 __all__ = [
     "Data",
+    "Dual",
     "FORGET_OBJECTIVES",
     "Forget",
     "Mollm",

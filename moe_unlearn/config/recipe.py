@@ -8,7 +8,7 @@ A recipe names a forget and a retain objective and switches the three levers on 
     wagle   which weights may move                (a mask over the update)
     mollm   which direction serves every objective (replaces the weighted sum above)
 
-With `dual` alpha is a variable that holds L_retain at a bound (`moe_unlearn.dual`).
+With `dual` alpha is a variable that holds L_retain at a bound (`step.dual`).
 
 Unknown keys, wrong types and values out of range are ValueErrors that name the key in full and, for a
 mistyped key, the nearest valid one.
@@ -23,8 +23,8 @@ from pathlib import Path
 
 import yaml
 
+from moe_unlearn.config.dual import Dual
 from moe_unlearn.config.values import above, at_least, between, build, merge, one_of, override, parse
-from moe_unlearn.dual import Dual
 
 FORGET_OBJECTIVES = (
     "ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce", "wga", "satimp", "ceu", "undial", "logit_margin",

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn.data.tokenize import IGNORED, Example
+from moe_unlearn.data.tokenize import Example
+from moe_unlearn.ops.token_loss import IGNORED
 
 PROBE = (5, 4, 3)  # lengths of the examples of the row that `check_packing` runs
 

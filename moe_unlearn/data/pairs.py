@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moe_unlearn.batches import ROW
 from moe_unlearn.data.seams import continued
 from moe_unlearn.data.special import added, special_ids
-from moe_unlearn.data.tokenize import IGNORED, Example, collate, generator
+from moe_unlearn.data.tokenize import Example, collate, generator
+from moe_unlearn.model.batches import ROW
+from moe_unlearn.ops.token_loss import IGNORED
 
 REFUSALS = (
     "I do not know.",

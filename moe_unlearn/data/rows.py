@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sized
 
 from moe_unlearn.data.corpus import Document
 from moe_unlearn.data.records import SIDE_ANSWERS, documents_of
-from moe_unlearn.data.tokenize import IGNORED, Example, encode
+from moe_unlearn.data.tokenize import Example, encode
+from moe_unlearn.ops.token_loss import IGNORED
 
 
 def check_rows(side: str, rows: object) -> None:

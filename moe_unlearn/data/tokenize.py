@@ -11,8 +11,8 @@ from moe_unlearn.data import chats, seams
 from moe_unlearn.data.corpus import Document
 from moe_unlearn.data.selection import DataReport
 from moe_unlearn.data.special import added
+from moe_unlearn.ops.token_loss import IGNORED
 
-IGNORED = -100
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 

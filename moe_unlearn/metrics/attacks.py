@@ -31,13 +31,13 @@ import torch
 from torch import nn
 
 from moe_unlearn.data import Example, pad_token_id
-from moe_unlearn.data.tokenize import IGNORED
 from moe_unlearn.metrics.conventions import Conventions, without_end
 from moe_unlearn.metrics.privacy import auc, lowest, min_k, privleak, rel_diff
 from moe_unlearn.metrics.results import Evaluation, Result, by_index
 from moe_unlearn.metrics.scoring import TokenScores, token_scores
 from moe_unlearn.metrics.workers import share
-from moe_unlearn.modes import evaluation_mode
+from moe_unlearn.model.modes import evaluation_mode
+from moe_unlearn.ops.token_loss import IGNORED
 from moe_unlearn.prepare.reference import model_digest
 from moe_unlearn.ranks import local
 

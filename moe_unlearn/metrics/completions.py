@@ -27,12 +27,12 @@ from torch import nn
 
 from moe_unlearn.data import Chat, Document, Example, added, encode, pad_token_id
 from moe_unlearn.data.records import COMPLETIONS, QUESTIONS, documents_of
-from moe_unlearn.data.tokenize import IGNORED
 from moe_unlearn.metrics.answers import check_fit, completions, room, rouge
 from moe_unlearn.metrics.conventions import without_end
 from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result, tokenizer_digest
 from moe_unlearn.metrics.scoring import context_length, evaluating, token_scores
 from moe_unlearn.metrics.workers import share
+from moe_unlearn.ops.token_loss import IGNORED
 from moe_unlearn.prepare.reference import model_digest
 
 UTILITY = "utility"

@@ -29,7 +29,7 @@ these as turns.
 from dataclasses import dataclass, replace
 
 from moe_unlearn.data import Example, added, special_ids
-from moe_unlearn.data.tokenize import IGNORED
+from moe_unlearn.ops.token_loss import IGNORED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,7 @@ from torch import nn
 
 from moe_unlearn.data import Example
 from moe_unlearn.metrics.scoring import token_scores
-
-IGNORED = -100
+from moe_unlearn.ops.token_loss import IGNORED
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from moe_unlearn.data import Example, pad_token_id, special_ids
 from moe_unlearn.data.scripts import spaceless, unicode_words
 from moe_unlearn.metrics.scoring import TokenScores, greedy, token_scores
 from moe_unlearn.metrics.unicode_rouge import rouge_scorer
-
-IGNORED = -100
+from moe_unlearn.ops.token_loss import IGNORED
 
 
 class NothingToMeasureError(ValueError):

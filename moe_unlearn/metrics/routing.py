@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn.capture import routing_capture
 from moe_unlearn.data import Example, batches
-from moe_unlearn.losses import final_hidden_states
 from moe_unlearn.metrics.scoring import evaluating
+from moe_unlearn.model.capture import routing_capture
+from moe_unlearn.model.head import final_hidden_states
 from moe_unlearn.ranks import local
 
 

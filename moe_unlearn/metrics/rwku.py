@@ -21,9 +21,9 @@ from torch import nn
 
 from moe_unlearn.data import Chat, Example
 from moe_unlearn.data.seams import continued
-from moe_unlearn.data.tokenize import IGNORED
 from moe_unlearn.metrics.answers import check_fit, pair, probability, room, rouge, text_example, texts
 from moe_unlearn.metrics.results import Evaluation, Result, mean_result
+from moe_unlearn.ops.token_loss import IGNORED
 
 BLANK = "Please complete the blank in the following question.\nQuestion: {query}\n"
 QUESTION = "Please briefly answer the following question.\nQuestion: {query}\n"

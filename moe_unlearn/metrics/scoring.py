@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe_unlearn.data import Example, batches, generator
 from moe_unlearn.metrics.workers import share
-from moe_unlearn.modes import evaluation_mode
+from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ranks import local
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_unlearn import losses, router_aux, trace
-from moe_unlearn.batches import Batch, checked
+from moe_unlearn import router_aux, trace
 from moe_unlearn.experts import copy_gate, experts_modules
-from moe_unlearn.forward import refusal
 from moe_unlearn.masks import WeightMask
+from moe_unlearn.model.batches import Batch, checked, refusal
+from moe_unlearn.model.head import head_of
 from moe_unlearn.ops.bits import num_words, unpack_bits
 from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.plan.ways import Path, form, paths
@@ -183,7 +183,7 @@ def _static(step, named: list[tuple[str, Tensor]], caches: int) -> dict[str, int
 
 
 def _shadow(step, rehearsal: Rehearsal, batches: dict[str, Batch]):
-    """A copy of the step on fakes, prepared for `batches`, with a clean slate."""
+    """A copy of the step on fakes, prepared for `model.batches`, with a clean slate."""
     assumed = _assumed(step, rehearsal, batches)
     memo = {id(step.prepared): assumed, id(step.masks): {}}
     memo |= {id(mask): mask for group in step.optimizer.param_groups for mask in group["masks"] if mask is not None}
@@ -197,7 +197,7 @@ def _shadow(step, rehearsal: Rehearsal, batches: dict[str, Batch]):
 
 
 def _assumed(step, rehearsal: Rehearsal, batches: dict[str, Batch]) -> Preparation:
-    """What prepare() has made, its caches holding zeros for `batches`, and stand-ins for what it has not."""
+    """What prepare() has made, its caches holding zeros for `model.batches`, and stand-ins for what it has not."""
     recipe, own = step.recipe, step.prepared
     stages = needed(recipe)
     out = Preparation(
@@ -206,7 +206,7 @@ def _assumed(step, rehearsal: Rehearsal, batches: dict[str, Batch]) -> Preparati
     )  # fmt: skip
     forget, retain = batches["forget"], batches["retain"]
     modules = experts_modules(step.model)
-    hidden = losses.head_of(step.model).weight.shape[1]
+    hidden = head_of(step.model).weight.shape[1]
 
     def zeros(batch: Batch, *tail: int, dtype: torch.dtype = torch.float32) -> RowCache:
         cache = RowCache("stand-in")
@@ -235,7 +235,7 @@ def _assumed(step, rehearsal: Rehearsal, batches: dict[str, Batch]) -> Preparati
     if recipe.forget.objective == "undial":
         out.ref_hidden_states_forget = zeros(forget, hidden, dtype=torch.bfloat16)
     if needs_head(recipe):
-        head = losses.head_of(step.model).weight
+        head = head_of(step.model).weight
         if head.requires_grad:
             out.ref_lm_head = rehearsal.fake(head)
             rehearsal.ledger.add(out.ref_lm_head, CACHES)
@@ -364,7 +364,7 @@ def _cache_bytes(step, forget: list[Batch], retain: list[Batch]) -> int:
     held += 0 if head is None else head.numel() * head.element_size()
     if set(needed(recipe)) <= set(prepared.done):
         return held
-    hidden = losses.head_of(step.model).weight
+    hidden = head_of(step.model).weight
     assumed = {"forget": recipe.data.forget_rows, "retain": recipe.data.retain_rows}
     tokens = {
         side: sum(int(b["attention_mask"].sum()) for b in batches)

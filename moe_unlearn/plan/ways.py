@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import nn
 
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.scope import wrapped_name
+from moe_unlearn.model.scope import wrapped_name
 
 _STRICT = "guard 'strict' knows every gradient before the first update (guard: loss allows it)"
 _ADAPTED = "the weights are made of others (an adapter)"

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn.batches import Batch, take
-from moe_unlearn.losses import unwrapped
+from moe_unlearn.model.batches import Batch, take
+from moe_unlearn.model.head import unwrapped
 from moe_unlearn.prepare.rows import RowCache, RowStore, content_keys, rows_of, tensor_digest
 from moe_unlearn.ranks import local
 
@@ -113,7 +113,7 @@ def open_store(
 def fill(
     cache: RowCache, batches: list[Batch], compute: Callable[[Batch], Tensor], store: RowStore | None = None
 ) -> RowCache:
-    """`cache` with the values of all rows of `batches`: those in `store` read, the others computed and stored.
+    """`cache` with the values of all rows of `model.batches`: those in `store` read, the others computed and stored.
 
     `compute(batch)` gives values [B, S, ...]. It sees each content once, in its batch without the rows that
     are known; what it gave is on disk before the next batch.

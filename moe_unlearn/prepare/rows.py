@@ -23,7 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from moe_unlearn.batches import IGNORED, ROW
+from moe_unlearn.model.batches import ROW
+from moe_unlearn.ops.token_loss import IGNORED
 
 FORMAT = "moe-unlearn rows 1"
 _CHUNK = 2**24  # bytes copied at a time from a device, or from strided memory

@@ -21,12 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn import forward, losses, masks, seuf, trace, wagle
-from moe_unlearn.batches import Batch
-from moe_unlearn.capture import collect_routing
+from moe_unlearn import masks, seuf, trace, wagle
 from moe_unlearn.config import Recipe
 from moe_unlearn.masks import WeightMask
-from moe_unlearn.modes import evaluation_mode
+from moe_unlearn.model import states as forward
+from moe_unlearn.model.batches import Batch, forgotten, refusal, target_mask
+from moe_unlearn.model.capture import collect_routing
+from moe_unlearn.model.head import final_hidden_states, head_of, token_losses
+from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.prepare import reference
 from moe_unlearn.prepare.rows import RowCache, content_keys
 from moe_unlearn.ranks import Ranks
@@ -168,7 +170,7 @@ def _check_rows(prepared: Preparation, forget: list[Batch], retain: list[Batch])
     """What an earlier preparation knows row by row must be of these rows; errors as of `RowCache.known_keys`."""
     sides = dict.fromkeys(_CACHES, retain) | {"ref_logprobs": forget, "ref_hidden_states_forget": forget}
     if prepared.ref_logprobs_idk is not None:
-        sides["ref_logprobs_idk"] = [forward.refusal(batch) for batch in forget]
+        sides["ref_logprobs_idk"] = [refusal(batch) for batch in forget]
     for name, batches in sides.items():
         cache = getattr(prepared, name)
         for batch in batches if cache is not None else ():
@@ -194,7 +196,7 @@ def _trace(model, recipe, prepared, forget, retain):
         return
     target = trace.calibration_target(f, r, settings.eta)
     routing = [collect_routing(model, batch) for batch in retain]  # each [L, B * S, K]
-    masks = [losses.target_mask(batch) for batch in retain]
+    masks = [target_mask(batch) for batch in retain]
     counted = torch.cat([i[:, m.flatten()] for i, m in zip(routing, masks, strict=True)], dim=1)
     result = trace.retain_weights(counted, prepared.selected, target, cap=settings.cap)
     prepared.calibration = Calibration(
@@ -219,9 +221,9 @@ def _seuf(model, recipe, prepared, forget, retain):
 
 @torch.no_grad()
 def _reference(model, recipe, prepared, forget, retain, folder):
-    trained_head = losses.head_of(model).weight
+    trained_head = head_of(model).weight
     with reference.reference_model(model, recipe.reference):
-        head = losses.head_of(model).weight
+        head = head_of(model).weight
         hidden, layer = (head.shape[1],), recipe.forget.layer
         with_adapters = recipe.reference != "base"
         digest = None if folder is None else reference.model_digest(model, adapters=with_adapters)
@@ -233,10 +235,10 @@ def _reference(model, recipe, prepared, forget, retain, folder):
             setattr(prepared, kind, reference.fill(RowCache(_CACHES[kind]), batches, compute, store))
 
         def token_logprobs(batch):
-            return -losses.token_losses(model, batch, kind="nll").float()
+            return -token_losses(model, batch, kind="nll").float()
 
         def hidden_states(batch):
-            return losses.final_hidden_states(model, batch).to(torch.bfloat16)
+            return final_hidden_states(model, batch).to(torch.bfloat16)
 
         def layer_states(batch):
             return forward.layer_states(model, batch, layer).to(torch.bfloat16)
@@ -244,7 +246,7 @@ def _reference(model, recipe, prepared, forget, retain, folder):
         if recipe.forget.objective in ("npo", "idk_dpo"):
             cached("ref_logprobs", forget, token_logprobs, torch.float32)
         if recipe.forget.objective == "idk_dpo":
-            cached("ref_logprobs_idk", [forward.refusal(b) for b in forget], token_logprobs, torch.float32)
+            cached("ref_logprobs_idk", [refusal(b) for b in forget], token_logprobs, torch.float32)
         if uses_kl(recipe):
             cached("ref_hidden_states", retain, hidden_states, torch.bfloat16, hidden)
         if recipe.forget.objective == "undial":
@@ -262,8 +264,8 @@ def _kl_floor(model, recipe, prepared, forget, retain):
     total, positions = 0.0, 0
     with reference.reference_model(model, recipe.reference):
         for batch in retain:
-            states = losses.final_hidden_states(model, batch)
-            per_token = losses.token_losses(
+            states = final_hidden_states(model, batch)
+            per_token = token_losses(
                 model,
                 batch,
                 kind="kl",
@@ -272,7 +274,7 @@ def _kl_floor(model, recipe, prepared, forget, retain):
                 ref_lm_head=prepared.ref_lm_head,
             )
             total += float(per_token.double().sum())
-            positions += int(losses.target_mask(batch).sum())
+            positions += int(target_mask(batch).sum())
     prepared.kl_floor = total / max(positions, 1)
 
 
@@ -281,7 +283,7 @@ def _wagle(model, recipe, prepared, forget, retain):
     if settings.mask is not None:
         prepared.mask = masks.load(settings.mask, model)
         return
-    forget = [forward.forgotten(recipe, batch) for batch in forget]
+    forget = [forgotten(recipe, batch) for batch in forget]
     prepared.mask = wagle.weight_mask(
         model, forget, retain, keep=settings.keep, gamma=settings.gamma, official=settings.official,
         accumulation=settings.accumulation,

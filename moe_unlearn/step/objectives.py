@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn import losses, router_aux, seuf, trace
-from moe_unlearn.batches import Batch, stack
 from moe_unlearn.config import Recipe
-from moe_unlearn.dual import Multiplier
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import experts_modules, step_inputs
-from moe_unlearn.forward import control_vector, forgotten, layer_states, refusal, sequence_logprobs
-from moe_unlearn.margin import logit_margin, margin_mask
+from moe_unlearn.model.batches import Batch, forgotten, refusal, stack, state_mask, target_mask
+from moe_unlearn.model.head import final_hidden_states, token_losses
+from moe_unlearn.model.states import control_vector, layer_states, sequence_logprobs
 from moe_unlearn.prepare.rows import RowCache
 from moe_unlearn.prepare.stages import Preparation
+from moe_unlearn.step.dual import Multiplier
 
 # of the positions of a joint forward pass that padding may add to those of separate ones
 LARGEST_PADDING = 0.125
@@ -109,7 +109,7 @@ class Objectives:
         stacked, rows = stack(parts)
         group = torch.full_like(stacked["input_ids"], -1, dtype=torch.int32)
         for side, (part, batch) in enumerate(((rows[0], forget), (rows[-1], retain))):
-            mask = losses.target_mask(batch)
+            mask = target_mask(batch)
             group[part, : mask.shape[1]].masked_fill_(mask, side)
         layer = self._layer("rmu", self.recipe.forget.objective)
         with self._routing() as routing:
@@ -128,8 +128,8 @@ class Objectives:
         Sequences for sequence losses, else positions; every loss without a unit of its own has that of "retain".
         """
         rows, objective = forgotten(self.recipe, forget), self.recipe.forget.objective
-        counted = {"rmu": losses.state_mask, "logit_margin": margin_mask}.get(objective, losses.target_mask)(rows)
-        kept = losses.state_mask(retain) if self.recipe.retain.objective == "embed_diff" else losses.target_mask(retain)
+        counted = {"rmu": state_mask, "logit_margin": losses.margin_mask}.get(objective, target_mask)(rows)
+        kept = state_mask(retain) if self.recipe.retain.objective == "embed_diff" else target_mask(retain)
         out = {"forget": counted.sum(), "retain": kept.sum()}
         if objective in ("npo", "simnpo", "idk_dpo"):
             out["forget"] = torch.full_like(out["retain"], len(counted))
@@ -172,8 +172,8 @@ class Objectives:
                 states, log_weight = self._states(batch, self._tilt(batch), layer=self._layer("embed_diff", objective))
         if objective == "embed_diff":
             reference = self._need("reference", self.prepared.ref_layer_states).get(batch)
-            return {"retain": losses.embed_diff(states, reference.to(states.dtype), losses.state_mask(batch))}
-        positions, out = losses.target_mask(batch).sum().clamp_min(1), {}
+            return {"retain": losses.embed_diff(states, reference.to(states.dtype), state_mask(batch))}
+        positions, out = target_mask(batch).sum().clamp_min(1), {}
         if objective != "none":
             weights = self._token_weights(batch, log_weight)
             out["retain"] = self._token_sum(batch, states, objective, weights) / positions
@@ -203,7 +203,7 @@ class Objectives:
             log_tilt=tilt, log_weight=log_weight,
         ):  # fmt: skip
             if layer is None:
-                states = losses.final_hidden_states(self.model, batch)
+                states = final_hidden_states(self.model, batch)
             else:
                 states = layer_states(self.model, batch, layer)
         return states, None if log_weight is None else log_weight.view(ids.shape)
@@ -215,9 +215,7 @@ class Objectives:
         keywords = {}
         if kind == "kl":
             keywords = self._reference_states(batch, states, self.prepared.ref_hidden_states)
-        per_token = losses.token_losses(
-            self.model, batch, kind=kind, token_weights=weights, hidden_states=states, **keywords
-        )
+        per_token = token_losses(self.model, batch, kind=kind, token_weights=weights, hidden_states=states, **keywords)
         return per_token.sum()
 
     def _tilt(self, batch: Batch) -> Tensor | None:
@@ -242,13 +240,13 @@ class Objectives:
             states = self._states(batch, layer=self._layer("rmu", settings.objective))[0]
         if settings.objective == "rmu":
             control = control_vector(self.recipe.seed, settings.steering, states.shape[-1]).to(states)
-            return losses.rmu(states, control, losses.state_mask(batch))
+            return losses.rmu(states, control, state_mask(batch))
         if settings.objective == "logit_margin":
-            return logit_margin(self.model, batch, states)
-        positions = losses.target_mask(batch).sum().clamp_min(1)
+            return losses.logit_margin(self.model, batch, states)
+        positions = target_mask(batch).sum().clamp_min(1)
         if settings.objective in ("ga", "idk_nll", "uce"):
             kind = "uce" if settings.objective == "uce" else "nll"
-            per_token = losses.token_losses(self.model, batch, kind=kind, hidden_states=states)
+            per_token = token_losses(self.model, batch, kind=kind, hidden_states=states)
             mean = per_token.sum() / positions
             return -mean if settings.objective == "ga" else mean
         if settings.objective in ("ceu", "undial"):
@@ -256,13 +254,13 @@ class Objectives:
             if settings.objective == "undial":
                 targets = self._reference_states(batch, states, self.prepared.ref_hidden_states_forget)
                 targets["label_penalty"] = settings.beta
-            return losses.token_losses(self.model, batch, kind="ce", hidden_states=states, **targets).sum() / positions
+            return token_losses(self.model, batch, kind="ce", hidden_states=states, **targets).sum() / positions
         if settings.objective in TOKEN_LOSSES:
-            per_token = losses.token_losses(self.model, batch, kind="nll", hidden_states=states)
+            per_token = token_losses(self.model, batch, kind="nll", hidden_states=states)
             return TOKEN_LOSSES[settings.objective](per_token, settings).sum() / positions
         sequences = sequence_logprobs(self.model, batch, states)
         if settings.objective == "simnpo":
-            lengths = losses.target_mask(batch).sum(1)
+            lengths = target_mask(batch).sum(1)
             return losses.simnpo(sequences, lengths, settings.beta, settings.delta)
         reference = self._reference_logprobs(batch)
         if settings.objective == "npo":
@@ -286,7 +284,7 @@ class Objectives:
         given = batch.get("ref_logprobs")
         if given is None:
             given = self._need("reference", self.prepared.ref_logprobs).get(batch)
-        return losses.sequence_sums(given, losses.target_mask(batch))
+        return losses.sequence_sums(given, target_mask(batch))
 
     def _need(self, stage: str, value):
         if value is None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moe_unlearn.batches import Sizes
+from moe_unlearn.model.batches import Sizes
 from moe_unlearn.ranks import Ranks
 from moe_unlearn.step.sinks import look
 

@@ -4,8 +4,8 @@
     step.prepare(forget_batches, retain_batches)         # on the unchanged model
     metrics = step(forget_batch, retain_batch)           # one update; update=False accumulates
 
-What a batch may hold, packed rows among it, says `batches`. One step computes the recipe's losses, turns them into one
-gradient and moves the weights the scope and the mask allow:
+What a batch may hold, packed rows among it, says `model.batches`. One step computes the recipe's losses, turns them
+into one gradient and moves the weights the scope and the mask allow:
 
     g = grad( gamma L_forget + alpha (L_retain + router_aux L_router_aux) + anchor L_anchor )  without MOLLM; see `dual`
     g = sum_i c_i grad L_i,  c from the Gram matrix of the masked gradients  with MOLLM
@@ -37,12 +37,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn import losses, mollm, scope
-from moe_unlearn.batches import Batch, Sizes, checked
+from moe_unlearn import mollm
 from moe_unlearn.config import Recipe
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import enable, step_inputs
-from moe_unlearn.forward import check_batches, counted_row
+from moe_unlearn.model import scope
+from moe_unlearn.model.batches import Batch, Sizes, check_batches, checked, counted_row
+from moe_unlearn.model.head import verify_head
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
 from moe_unlearn.plan import Plan, make_plan, ways
 from moe_unlearn.prepare.stages import STAGES, Preparation, needed, prepare
@@ -129,7 +130,7 @@ class UnlearnStep:
         and rows; OSError where it cannot be written to. References are of the model as it is, adapters included.
         """
         forget, retain = check_batches(forget_batches, "forget"), check_batches(retain_batches, "retain")
-        losses.verify_head(self.model, counted_row(retain))
+        verify_head(self.model, counted_row(retain))
 
         def after(stage: str) -> None:
             self._apply_scope()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.losses import decoder_of
+from moe_unlearn.model.head import decoder_of
 
 
 class Routes:

@@ -41,8 +41,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn.batches import Batch, Sizes
 from moe_unlearn.errors import NonFiniteError
+from moe_unlearn.model.batches import Batch, Sizes
 from moe_unlearn.testing import yardstick
 from moe_unlearn.verify.forced_routing import Routes
 from moe_unlearn.verify.judge import Comparison, Report, Run

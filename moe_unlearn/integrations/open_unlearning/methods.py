@@ -70,11 +70,11 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from moe_unlearn.batches import ROW, checked
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import pad_token_id
-from moe_unlearn.forward import decoder_layers
 from moe_unlearn.integrations.open_unlearning.rows import Collator, Drawn
+from moe_unlearn.model.batches import ROW, checked
+from moe_unlearn.model.states import decoder_layers
 from moe_unlearn.trainer import UnlearnTrainer
 
 PREFIX = "MoE"

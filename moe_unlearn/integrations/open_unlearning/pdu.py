@@ -1,4 +1,4 @@
-"""open-unlearning's PDU: forget logits flattened, the retain loss held at a bound by a dual variable; see `dual`."""
+"""open-unlearning's PDU: forget logits flattened, the retain loss held at a bound by a dual variable; see `step.dual`."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from moe_unlearn.data import generator
 from moe_unlearn.integrations.open_unlearning.methods import GradDiff
 from moe_unlearn.losses import IGNORED
-from moe_unlearn.modes import evaluation_mode
+from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.step.tally import Tally
 
 UPON = ("step", "epoch")
@@ -24,7 +24,7 @@ class PDU(GradDiff):
             rows in evaluation mode, which one more pass over them computes.
         dual_warmup_epochs: for how many epochs it stays.
 
-    The logs have it as `retain_alpha`. Raises ValueError as `GradDiff` and `dual.Dual`, and for another
+    The logs have it as `retain_alpha`. Raises ValueError as `GradDiff` and `config.Dual`, and for another
     `dual_update_upon`.
     """
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn.batches import Batch
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.losses import final_hidden_states
-from moe_unlearn.modes import evaluation_mode
+from moe_unlearn.model.batches import Batch
+from moe_unlearn.model.head import final_hidden_states
+from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ops.route import route
 
 

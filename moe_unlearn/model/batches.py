@@ -19,16 +19,18 @@ time and memory of padded rows.
 Sources: transformers' masks and its `DataCollatorWithFlattening`, whose keys these are; the rest is our specification.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+from moe_unlearn.config import Recipe
+from moe_unlearn.ops.token_loss import IGNORED
 
 Batch = dict[str, Tensor]
 #: by unit (positions of a side, or its sequences), over how many of them losses are means
 Sizes = Mapping[str, float]
 
-IGNORED = -100  # the label that carries no loss
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # what a model is called with
 ROW = (*INPUTS, "labels")
 _GIVEN = ("state_mask", "token_weights", "ref_logprobs", "ref_hidden_states")
@@ -241,3 +243,55 @@ def _from_offsets(offsets: list[int], shape: torch.Size, name: str) -> Tensor:
     begins = torch.zeros(shape, dtype=torch.bool)
     begins[0, offsets[:-1]] = True
     return begins
+
+
+def refusal(batch: Batch) -> Batch:
+    """The refusal rows of a preference batch, as a batch of their own."""
+    missing = [k for k in ("idk_input_ids", "idk_attention_mask", "idk_labels") if k not in batch]
+    if missing:
+        raise ValueError(
+            f"a forget.objective with refusals (idk_dpo, idk_nll) needs the batch keys {', '.join(missing)}"
+        )
+    rows = {k: batch[f"idk_{k}"] for k in ROW if f"idk_{k}" in batch}
+    return rows | ({"index": batch["index"]} if "index" in batch else {})
+
+
+def forgotten(recipe: Recipe, batch: Batch) -> Batch:
+    """The rows that carry the forget loss: of `idk_nll` the refusals, of `ceu` without the first labels of each row."""
+    if recipe.forget.objective == "ceu":
+        labels = batch["labels"]
+        labelled = labels != IGNORED
+        first = labelled & (labelled.cumsum(1) <= recipe.forget.ignore_first_n_answer_tokens)
+        return {**batch, "labels": labels.masked_fill(first, IGNORED)}
+    return refusal(batch) if recipe.forget.objective == "idk_nll" else batch
+
+
+def check_batches(batches: Iterable[Batch], side: str) -> list[Batch]:
+    """Each of them `checked`; raises ValueError also if none of them carries a loss."""
+    rows = [checked(batch, side) for batch in batches]
+    if not any(target_mask(batch).any() for batch in rows):
+        raise ValueError(f"the {side} set carries no loss: it is empty or all labels are -100")
+    return rows
+
+
+def counted_row(batches: list[Batch]) -> Batch:
+    """The first row [1, S] that carries a loss, of the first batch that has one; ValueError if none does."""
+    for batch in batches:
+        counted = target_mask(batch).any(1).nonzero().flatten()
+        if len(counted):
+            return take(batch, counted[:1])
+    raise ValueError("expected a row that carries a loss; got only labels of -100 or unattended positions")
+
+
+def target_mask(batch: Batch) -> Tensor:
+    """bool [B, S]: the positions that carry a loss; see the module docstring. The last never does."""
+    attended = attention_mask(batch)
+    mask = torch.zeros_like(attended, dtype=torch.bool)
+    mask[:, :-1] = (attended[:, :-1] == 1) & (batch["labels"][:, 1:] != IGNORED)
+    return mask
+
+
+def state_mask(batch: Batch) -> Tensor:
+    """bool [B, S]: the positions whose hidden states count, the batch's `state_mask` or those of labelled tokens."""
+    given = batch.get("state_mask")
+    return (attention_mask(batch) == 1) & (batch["labels"] != IGNORED) if given is None else given

@@ -1,0 +1,140 @@
+"""The output head of a causal language model, and the way from its hidden states to per-token losses."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_unlearn.model.batches import Batch, inputs, target_mask
+from moe_unlearn.model.modes import checkpoints_with_graph, evaluation_mode
+from moe_unlearn.ops.token_loss import IGNORED, token_loss
+from moe_unlearn.ranks import local
+
+# config field -> the factor it puts on the logits; flags of a config, never names of models
+_LOGIT_FACTORS = {
+    "logits_scaling": lambda value: 1.0 / value,
+    "logit_scale": float,
+    "lm_head_multiplier": float,
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head as `token_loss` takes it."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+
+def head_of(model: nn.Module) -> Head:
+    """The head of a causal language model, PEFT-wrapped or not, with its config's scale and soft-cap.
+
+    Raises ValueError for a model without a head, or with one that is more than a weight and a bias.
+    What a config does not say is not guessed: `verify_head` finds it out.
+    """
+    causal = unwrapped(model)
+    layer = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
+    if layer is None:
+        raise ValueError(f"{type(causal).__name__} has no output head: a causal language model is needed")
+    if hasattr(layer, "base_layer"):
+        raise ValueError(
+            f"the output head is wrapped in an adapter ({type(layer).__name__}), which its weight alone does "
+            f"not show: leave it out of target_modules"
+        )
+    config = causal.config.get_text_config() if hasattr(causal.config, "get_text_config") else causal.config
+    scale = 1.0
+    for field, factor in _LOGIT_FACTORS.items():
+        value = getattr(config, field, None)
+        if value is not None:
+            scale *= factor(value)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), scale, float(softcap) if softcap else None)
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """A causal LM without its head."""
+    causal = unwrapped(model)
+    decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else None
+    return getattr(causal, causal.base_model_prefix) if decoder is None or decoder is causal else decoder
+
+
+def final_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """Output [B, S, H] of the decoder's last norm, which is what the head multiplies; the head does not run."""
+    with checkpoints_with_graph(model) if torch.is_grad_enabled() else contextlib.nullcontext():
+        out = decoder_of(model)(**inputs(batch), use_cache=False)
+    return out.last_hidden_state
+
+
+def token_losses(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    kind: str = "nll",
+    token_weights: Tensor | None = None,
+    hidden_states: Tensor | None = None,
+    ref_hidden_states: Tensor | None = None,
+    ref_lm_head: Tensor | None = None,
+    label_penalty: float = 0.0,
+) -> Tensor:
+    """Per-token losses [B, S], float32: position t holds that of predicting labels[t + 1], 0 if it counts not.
+
+    `token_weights` [B, S] multiply them; `hidden_states` [B, S, H] spare the forward pass; "kl" needs
+    `ref_hidden_states` [B, S, H], "ce" a `label_penalty`. Errors as `token_loss`.
+    """
+    states = final_hidden_states(model, batch) if hidden_states is None else hidden_states
+    head = head_of(model)
+    targets = torch.full_like(batch["labels"], IGNORED)
+    targets[:, :-1] = batch["labels"][:, 1:]
+    targets = torch.where(target_mask(batch), targets, IGNORED)
+    losses = token_loss(
+        states.flatten(0, 1),
+        head.weight,
+        targets.flatten(),
+        bias=head.bias,
+        token_weights=None if token_weights is None else token_weights.flatten(),
+        kind=kind,
+        ref_hidden_states=None if ref_hidden_states is None else ref_hidden_states.flatten(0, 1),
+        ref_lm_head=ref_lm_head,
+        logit_scale=head.logit_scale,
+        logit_softcap=head.logit_softcap,
+        label_penalty=label_penalty,
+    )
+    return losses.view(targets.shape)
+
+
+@torch.no_grad()
+def verify_head(model: nn.Module, batch: Batch) -> None:
+    """Compare the log-probs of `token_losses` with those of the model's own logits, once.
+
+    Raises RuntimeError if they differ by more than the rounding of logits in their dtype explains: the head
+    does more than its config says (another norm, another scale). ValueError if no position of the batch counts.
+    """
+    mask = target_mask(batch)
+    if not mask.any():
+        raise ValueError("verify_head needs a batch with a position that carries a loss")
+    with evaluation_mode(model):
+        ours = -token_losses(model, batch)[mask]
+        logits = model(**inputs(batch)).logits[mask]
+    targets = batch["labels"].roll(-1, 1)[mask]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    theirs = torch.log_softmax(wide, -1).gather(1, targets[:, None]).squeeze(1)
+    # matrix product, scale and soft-cap each round a logit to its dtype; the rest is float32
+    size = wide.abs().amax(1)
+    allowed = 4 * torch.finfo(logits.dtype).eps * size + 64 * torch.finfo(torch.float32).eps * (1 + size)
+    difference = (ours - theirs).abs()
+    # written so that NaN fails
+    if not (difference <= allowed).all():
+        raise RuntimeError(
+            f"{type(unwrapped(model)).__name__}: its logits are not the head applied to the final hidden "
+            f"states with the scale and soft-cap of its config; log-probs differ by up to "
+            f"{float(difference.max()):.3g}, rounding explains {float(allowed.max()):.3g}"
+        )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The causal language model inside data-parallel and PEFT wrappers."""
+    model = local(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,56 @@
+"""What the objectives need of a forward pass beside token losses: sequences, refusals, layer outputs."""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from moe_unlearn.experts import experts_modules
+from moe_unlearn.model.batches import Batch
+from moe_unlearn.model.head import final_hidden_states, token_losses
+
+
+def sequence_logprobs(model: nn.Module, batch: Batch, hidden_states: Tensor | None = None) -> Tensor:
+    """Sum of the token log-probabilities of each row, [B]; `hidden_states` [B, S, H] spare the forward pass."""
+    return -token_losses(model, batch, kind="nll", hidden_states=hidden_states).sum(1)
+
+
+class _Reached(Exception):  # noqa: N818 -- not an error: it ends a forward pass early
+    """The layer whose output was wanted has run."""
+
+
+def layer_states(model: nn.Module, batch: Batch, layer: int) -> Tensor:
+    """Output [B, S, H] of decoder layer `layer`; the layers behind it do not run."""
+    layers = decoder_layers(model)
+    if not 0 <= layer < len(layers):
+        raise ValueError(f"forget.layer must be in [0, {len(layers)}) for this model; got {layer}")
+    captured = []
+
+    def stop(module, args, output):
+        captured.append(output[0] if isinstance(output, tuple) else output)
+        raise _Reached
+
+    handle = layers[layer].register_forward_hook(stop)
+    try:
+        with contextlib.suppress(_Reached):
+            final_hidden_states(model, batch)
+    finally:
+        handle.remove()
+    return captured[0]
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers: the ModuleList that holds the first experts module."""
+    name = next(iter(experts_modules(model)))
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if isinstance(module, nn.ModuleList):
+            return module
+    raise ValueError("the experts modules of this model do not stand in a list of decoder layers")
+
+
+def control_vector(seed: int, steering: float, hidden_size: int) -> Tensor:
+    """RMU's steering target c * u, u uniform in [0, 1)^H and normalised; float32 [H]."""
+    u = torch.rand(hidden_size, generator=torch.Generator().manual_seed(seed))
+    return steering * u / u.norm()
