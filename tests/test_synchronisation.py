@@ -284,8 +284,8 @@ def test_on_a_gpu_every_other_wait_is_an_error(guard, model, monkeypatch):
 
 
 STEP = (
-    "step", "tally", "gradients", "sinks", "optim", "objectives", "losses", "experts", "batches", "forward", "ranks",
-    "cache",
+    "step/unlearn", "step/tally", "step/dual", "step/gradients", "step/sinks", "step/objectives", "optim", "losses",
+    "experts", "model/batches", "model/head", "model/states", "ranks", "prepare/rows",
 )  # fmt: skip
 OPS = ("route", "expert_mlp", "expert_wgrad", "token_loss", "masked_update", "gram", "bits")
 METHODS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "synchronize"}

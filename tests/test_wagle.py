@@ -14,6 +14,7 @@ from torch import nn
 
 from moe_unlearn import UnlearnStep, wagle
 from moe_unlearn.config import Recipe, shipped
+from moe_unlearn.masks import weight_mask as weight_masks
 from moe_unlearn.masks.weight_mask import FORMAT
 from moe_unlearn.model.batches import target_mask
 from moe_unlearn.model.head import token_losses
@@ -369,7 +370,7 @@ def test_a_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(wagle, "save_file", full_disk)
+    monkeypatch.setattr(weight_masks, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         mask.save(path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

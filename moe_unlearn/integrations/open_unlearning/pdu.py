@@ -1,4 +1,4 @@
-"""open-unlearning's PDU: forget logits flattened, the retain loss held at a bound by a dual variable; see `step.dual`."""
+"""open-unlearning's PDU: forget logits flattened, the retain loss held at a bound by a dual variable (`step.dual`)."""
 
 from collections.abc import Mapping
 
