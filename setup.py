@@ -1,14 +1,16 @@
-"""Packages, and the native extension of `csrc/`; everything declarative is in pyproject.toml.
+"""Build the packages and the native extension of `csrc/`; everything declarative is in pyproject.toml.
 
 `triton_kernels/` is installed as `moe_unlearn.triton_kernels`, since libraries probe for triton-lang's package
-of that name; the pytest plugin, which every run of pytest imports, outside of the package, whose import takes seconds.
+of that name. The pytest plugin, which every run of pytest imports, is installed outside of the package, whose import
+takes seconds.
 
-The optional extension is two libraries beside the package, `_C_cpu` and `_C_cuda`, on libtorch's stable ABI: one binary
-for every torch >= 2.10. `_C_build.txt` says what was built, or why not. The environment's MOE_UNLEARN_BUILD chooses:
+The optional extension is two libraries beside the package, `_C_cpu` and `_C_cuda`, on libtorch's stable ABI: one
+binary for every torch >= 2.10. `_C_build.txt` says what was built, or why not. The environment's MOE_UNLEARN_BUILD
+chooses:
 
     (unset)    cpu where a C++ compiler is there; cuda too where torch has CUDA and nvcc is there
     0          nothing
-    cpu, cuda  cpu, or cpu and cuda, and failing is an error
+    cpu, cuda  cpu, or cpu and cuda, and a failure is an error
 """
 
 import os
@@ -23,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 CHOICE = os.environ.get("MOE_UNLEARN_BUILD", "")
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 SOURCES = {"cpu": ["csrc/registration.cpp", *sorted(glob("csrc/cpu/*.cpp"))], "cuda": sorted(glob("csrc/cuda/*.cu"))}
-# An op's bits must not depend on which products a compiler contracts: a fused multiply-add is written out.
+# An op's bits must not depend on which products a compiler contracts, so a fused multiply-add is written out.
 # The other two flags let loops with sqrt and with choices vectorise; they change no value.
 CXX = "-std=c++20 -O3 -g0 -fvisibility=hidden -Wall -Wextra -Werror".split()
 CXX += "-ffp-contract=off -fno-math-errno -fno-trapping-math".split()
@@ -31,7 +33,10 @@ NVCC = "-std=c++20 -O3 --fmad=false -Werror all-warnings -Xcompiler=-Wall,-Wextr
 
 
 def cuda_home() -> str:
-    """The folder of CUDA's headers and libraries, "" if there is none: an nvcc on the PATH may be a script."""
+    """Return the folder of CUDA's headers and libraries, or "" if there is none.
+
+    The path of nvcc does not tell it, since an nvcc on the PATH may be a script.
+    """
     given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     said = "" if given else subprocess.getoutput("nvcc --dryrun -x cu -E /dev/null")
     places = [given] if given else [said.partition(" TOP=")[2].partition("\n")[0], "/usr/local/cuda"]
@@ -39,7 +44,7 @@ def cuda_home() -> str:
 
 
 def why_not() -> dict[str, str]:
-    """For each library the reason not to try it, "" if there is none."""
+    """Return for each library the reason not to try it, or "" if there is none."""
     if CHOICE not in ("", "0", "cpu", "cuda"):
         raise SystemExit(f"MOE_UNLEARN_BUILD must be 0, cpu or cuda; got {CHOICE!r}")
     if CHOICE == "0":
@@ -57,7 +62,7 @@ def why_not() -> dict[str, str]:
 
 
 def require() -> None:
-    """A library asked for by name must be there."""
+    """Raise SystemExit unless every library asked for by name could be built."""
     for name in {"cpu": ["cpu"], "cuda": ["cpu", "cuda"]}.get(CHOICE, []):
         if reasons[name].startswith("not"):
             raise SystemExit(f"MOE_UNLEARN_BUILD={CHOICE}: {name} {reasons[name]}")
@@ -70,14 +75,14 @@ def extension(name: str):
     common = {"depends": HEADERS, "include_dirs": [os.path.abspath("csrc")], "py_limited_api": True}
     make, macros, flags = CppExtension, [("TORCH_TARGET_VERSION", "0x020a000000000000")], [*CXX, *includes]  # 2.10
     if name == "cuda":
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")  # without the a, Hopper's kernels are not there
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")  # without the a, Hopper's kernels are missing
         macros, make, flags = [*macros, ("USE_CUDA", None)], CUDAExtension, {"cxx": flags, "nvcc": [*NVCC, *includes]}
     return make(f"moe_unlearn._C_{name}", SOURCES[name], define_macros=macros, extra_compile_args=flags, **common)
 
 
 def command(base):
     class Build(base):
-        """Build each library by itself; one that fails is left out, with one line saying so."""
+        """Builds each library by itself; one that fails is left out, with one line saying so."""
 
         def run(self):
             built, asked, inplace, compiler = [], self.extensions, self.inplace, self.compiler

@@ -1,10 +1,11 @@
-"""One expert layer, forward + backward + masked AdamW, against what a user has today.
+"""Measure one expert layer, forward + backward + masked AdamW, against what a user has today.
 
-Rivals, with transformers' `grouped_mm` or a peer's experts and autograd: (a) every gradient multiplied by a dense mask
-and given to torch's AdamW; a frozen expert's gradient cannot be left out, so its mask is zero there; (b) the trained
-experts' gradients taken out, masked, and given to torch's fused AdamW over compact copies that are written back. The
-mask keeps half of the weights of the trained experts. Ours is the same maths from the ops: the update is made of
-each block of the weight gradient, which is never stored. Extra memory has the state of the optimizer in it.
+The rivals take transformers' `grouped_mm` or a peer's experts, and autograd. Rival (a) multiplies every gradient by a
+dense mask and gives it to torch's AdamW; since a frozen expert's gradient cannot be left out, its mask is zero. Rival
+(b) takes out the trained experts' gradients, masks them, and gives them to torch's fused AdamW over compact copies
+that are written back. The mask keeps half of the weights of the trained experts. Our contender computes the same from
+the ops: it applies each block of the weight gradient as an update at once and never stores the gradient. Extra memory
+includes the optimizer's state.
 """
 
 import functools
@@ -25,9 +26,9 @@ GROUPED = "transformers grouped_mm"
 DENSE, FUSED, FAIR = (f"{GROUPED} + {kind}" for kind in ("mask + AdamW", "mask + fused AdamW", "compact AdamW"))
 PEER = {name: f"{name} + compact AdamW" for name in rivals.PEERS}
 NAMES = (OURS, DENSE, FUSED, FAIR, *PEER.values())
-# share of the experts: times as fast as (a), and as the best peer's (b)
+# by share of trained experts: the speed-up asked for over (a), and over (b) with a peer's experts
 TARGETS = {"cpu": {1.0: (2.0, None), 0.2: (3.0, None)}, "cuda": {1.0: (2.3, 1.4), 0.05: (4.4, 2.7)}}
-# bytes a trained weight: weight and both moments in bf16 read and written, one bit of mask
+# bytes moved per trained weight: weight and both moments in bf16, read and written, and one bit of mask
 _UPDATE_BYTES = 3 * 4 + 1 / 8
 
 
@@ -58,7 +59,7 @@ def case(geometry: Geometry, tokens: int, share: float, tier: int, seconds: floa
 
 
 def _whole_on_cpu(geometry: Geometry, device: str) -> bool:
-    # seconds a step: three rounds, and the rival between (a) and (b) in the narrow copies alone
+    # a step takes seconds at this size: only three rounds, and the rival between (a) and (b) in the narrow copies only
     return device == "cpu" and geometry is shapes.OLMOE
 
 
@@ -89,7 +90,7 @@ def work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
 
 
 def ours(layer: Layer) -> Callable[[], object]:
-    """The update happens in the sink of `expert_mlp`; weights, words and moments are this contender's own."""
+    """Return our step, which updates in the sink of `expert_mlp` and owns its weights, packed masks and moments."""
     own = {id(p): (m, {}) for p, m in zip(layer.parameters(), layer.masks(), strict=True)}
     words = {key: pack_bits(mask[layer.trained]) for key, (mask, _) in own.items()}
     moments = {key: state for key, (_, state) in own.items()}
@@ -114,7 +115,7 @@ def ours(layer: Layer) -> Callable[[], object]:
 
 
 def dense(layer: Layer, experts: rivals.Experts, *, fused: bool | None) -> Callable[[], object]:
-    """(a): every gradient, a dense mask, torch's AdamW."""
+    """Return a step of rival (a): every gradient, a dense mask, torch's AdamW."""
     masks = layer.masks()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=LR, weight_decay=0.0, fused=fused)
 
@@ -131,7 +132,7 @@ def dense(layer: Layer, experts: rivals.Experts, *, fused: bool | None) -> Calla
 
 
 def compact(layer: Layer, experts: rivals.Experts) -> Callable[[], object]:
-    """(b): the optimizer knows the trained experts alone."""
+    """Return a step of rival (b), whose optimizer holds only the trained experts."""
     masks = [mask[layer.trained] for mask in layer.masks()]
     copies = [nn.Parameter(p.detach()[layer.trained]) for p in layer.parameters()]
     optimizer = torch.optim.AdamW(copies, lr=LR, weight_decay=0.0, fused=True)
@@ -152,7 +153,7 @@ def compact(layer: Layer, experts: rivals.Experts) -> Callable[[], object]:
 
 
 def _backward(layer: Layer, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden states and routing weights; those of the parameters stay in them."""
+    """Return the gradients of hidden states and routing weights; those of the parameters stay in the parameters."""
     out.backward(layer.upstream)
     gradients = layer.hidden.grad, layer.weights.grad
     layer.hidden.grad = layer.weights.grad = None

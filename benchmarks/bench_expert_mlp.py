@@ -1,7 +1,8 @@
-"""The expert layer, forward and backward (dgrad, routing weights and every weight gradient), against its peers.
+"""Measure the expert layer, forward and backward (dgrad, routing weights, all weight gradients), against its peers.
 
-Backward is timed alone, over a graph that is kept. On a CPU the layers are narrow copies: all experts, a quarter of
-the widths. Floating-point operations are those of useful rows, 6 T K H I forward and twice as many backward.
+The backward pass is timed alone, over a graph that is kept. On a CPU the layers are narrow copies: all experts, a
+quarter of the widths. The floating-point operations are those of useful rows, 6 T K H I forward and twice as many
+backward.
 """
 
 import functools
@@ -16,7 +17,7 @@ from benchmarks.shapes import Geometry
 
 NARROW = 4
 EAGER = "transformers eager"
-# DESIGN: what is asked of the layer of Qwen3-30B-A3B at 8192 tokens on an H200
+# the speed that DESIGN asks of the layer of Qwen3-30B-A3B at 8192 tokens on an H200
 TERAFLOPS = {"forward": 450.0, "backward": 430.0}
 
 
@@ -72,7 +73,10 @@ def forward(function: rivals.Experts, layer: Layer) -> Callable[[], object]:
 
 
 def backward(function: rivals.Experts, layer: Layer) -> Callable[[], object]:
-    """The graph is made by the first call, so that whoever fails there is a rival that fails."""
+    """Return a call of the backward pass.
+
+    Its first call makes the graph, so that a rival that fails there counts as failed.
+    """
     held: list[torch.Tensor] = []
 
     def run() -> object:

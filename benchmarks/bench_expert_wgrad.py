@@ -1,9 +1,9 @@
-"""The grouped weight gradient with masked AdamW as its epilogue, against the gradient stored and then used.
+"""Measure the grouped weight gradient with masked AdamW as its epilogue, against storing the gradient first.
 
-Rivals: `F.grouped_mm` over all experts, times a dense mask, torch's fused AdamW over all weights (dense) or over
-compact copies of the trained experts (compact). The mask keeps half of the weights of the trained experts. Two more
-epilogues, the gradient stored and WAGLE's score, stand against `F.grouped_mm` over all experts and torch calls; where
-there are several implementations of ours, each has its own time.
+The rivals compute `F.grouped_mm` over all experts, multiply by a dense mask, and call torch's fused AdamW over all
+weights (dense) or over compact copies of the trained experts (compact). The mask keeps half of the weights of the
+trained experts. Two more epilogues, storing the gradient and WAGLE's score, are measured against `F.grouped_mm` over
+all experts and torch calls. Where we have several implementations, each is timed.
 """
 
 import functools
@@ -33,7 +33,7 @@ def cases(device: str) -> list[Case]:
 
 
 def case(geometry: Geometry, tokens: int, share: float, part: str, device: str) -> Case:
-    """AdamW as the epilogue, or another `part`."""
+    """Return the case of AdamW as the epilogue, or of another `part`."""
     rivals, make = ((GROUPED,), functools.partial(part_work, part)) if part else ((DENSE, COMPACT), work)
     first = device == "cuda" and geometry is shapes.QWEN3 and share == 0.2
     return Case(
@@ -48,7 +48,7 @@ def case(geometry: Geometry, tokens: int, share: float, part: str, device: str) 
 
 
 def operands(geometry: Geometry, tokens: int, share: float, device: str) -> tuple[Factors, torch.Tensor]:
-    """(factors of the gate and up projections, the trained experts)"""
+    """Return the factors of the gate and up projections, and the trained experts."""
     generator = torch.Generator().manual_seed(0)
     routing = route(shapes.routing("uniform", tokens, geometry).to(device), geometry.experts)
     rows = tokens * geometry.top_k
@@ -68,7 +68,7 @@ def work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
     moments: dict[str, list] = {}
 
     def ours(impl="auto"):
-        if impl not in moments:  # at the first step, as torch's optimizers do
+        if impl not in moments:  # made at the first step, as by torch's optimizers
             moments[impl] = [weight.new_zeros(len(trained), *shape[1:]) for _ in range(2)]
         expert_wgrad_adamw_(
             weight, *moments[impl], grad, x, offsets, experts=trained.int(), mask=words, lr=LR, step=1, impl=impl
@@ -94,7 +94,7 @@ def work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
 
 
 def part_work(part: str, geometry: Geometry, tokens: int, share: float, device: str) -> Work:
-    """The gradient stored, or the score that two gradients give, of the trained experts."""
+    """Return the work of storing the trained experts' gradient, or of computing their score from two gradients."""
     factors, trained = operands(geometry, tokens, share, device)
     grad, x, offsets, *_ = factors
     experts, shape = trained.int(), (geometry.experts, grad.shape[1], x.shape[1])

@@ -1,7 +1,8 @@
-"""The Gram matrix of m gradient sets, against what a user of MOLLM writes with torch.
+"""Measure the Gram matrix of m gradient sets against what a user of MOLLM writes with torch.
 
-Rivals: one dot product per pair of objectives and tensor, in the gradients' own dtype as it is usually written, and
-with the sums in float64 as here; and, for the factors, the dense weight gradients and dot products of those.
+The rivals take one dot product per pair of objectives and tensor, in the gradients' own dtype as it is usually
+written, and with the sums in float64 as here. For the factors, the rival takes dot products of the dense weight
+gradients.
 """
 
 import functools
@@ -14,9 +15,9 @@ from moe_unlearn.ops.bits import pack_bits
 
 SHAPES = {
     "cpu": [(8, 512, 1024), (8, 1024, 256), (1024, 1024)],  # 7.3 million elements an objective
-    "cuda": [(64, 2048, 1024), (64, 1024, 1024)],  # 201 million
+    "cuda": [(64, 2048, 1024), (64, 1024, 1024)],  # 201 million elements
 }
-EXPERTS, ROWS, HIDDEN, INNER = 16, 12, 1024, 512  # factors: few rows an expert
+EXPERTS, ROWS, HIDDEN, INNER = 16, 12, 1024, 512  # for the factors: few rows an expert
 DOT, WIDE, PRODUCT = "torch.dot", "torch.dot in float64", "product with the mask, torch.dot"
 DENSE, REF = "dense gradients, torch.dot", "ref"
 

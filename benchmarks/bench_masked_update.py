@@ -1,7 +1,7 @@
-"""masked_update against what a user has today: gradient times mask, then torch's optimizer.
+"""Measure masked_update against what a user has today: the gradient times the mask, then torch's optimizer.
 
-That chain leaves masked weights alone only without weight decay (the decay here is 0), and it holds a mask of one
-byte a weight. `blocks`: one row in 20 is kept whole.
+That chain leaves masked weights alone only without weight decay (so the decay here is 0), and it holds a mask of one
+byte a weight. In the case `blocks`, one row in 20 is kept whole.
 """
 
 import functools
@@ -109,5 +109,5 @@ def adamw(dtype, keep, device, state, rounding) -> Work:
 
 
 def fraction(keep) -> float:
-    """Of the lines of memory that an update cannot leave out: half of the weights at random touch every line."""
+    """Return the fraction of memory lines that an update must touch: half of the weights at random touch every line."""
     return 1 / 20 if keep == "blocks" else 1.0

@@ -1,8 +1,8 @@
-"""TRACE's token weights and the sums of one Newton step, against dense float64 products.
+"""Measure TRACE's token weights and the sums of one Newton step against dense float64 products.
 
-Rival: what a user writes today, with the members as a dense bool [T, S]: one product for the exponents, and a weighted
-product for the Hessian. Ours reads one bit a token and expert. S: 32 are two experts in each of 16 layers, 128 are
-eight. `solved`: all of Newton's method.
+The rival is what a user writes today, with the members as a dense bool [T, S]: one product for the exponents, and a
+weighted product for the Hessian. Our kernels read one bit a token and expert. S = 32 stands for two experts in each
+of 16 layers, S = 128 for eight. The case `solved` runs all of Newton's method.
 """
 
 import functools
@@ -39,7 +39,7 @@ def cases(device: str) -> list[Case]:
         for part in PARTS:
             make, title = functools.partial(work, part, size, device), f"{part}, {TOKENS} tokens, {size} experts"
             found.append(Case("retain_weights", title, (OURS, DENSE, REF, *side_names(device)), make, 1, 5, facts))
-        if size == 32 or device == "cuda":  # a CPU takes a minute for the other
+        if size == 32 or device == "cuda":  # 128 experts would take a CPU a minute
             make, title = functools.partial(solved, size, device), f"solved, {TOKENS} tokens, {size} experts"
             found.append(Case("retain_weights", title, (OURS, REF), make, 2, 10, facts))
     return found

@@ -1,4 +1,4 @@
-"""route, against the same in torch calls: sort, histograms and sums as MoE code writes them."""
+"""Measure route against the same work in torch calls: sort, histograms and sums as MoE code writes them."""
 
 import functools
 

@@ -1,18 +1,18 @@
-"""The whole unlearning step, losses to updated weights, against what a user has today (`step_rivals`).
+"""Measure the whole unlearning step, losses to updated weights, against what a user has today (`step_rivals`).
 
     OMP_NUM_THREADS=1 python -m benchmarks.bench_step            every case; the table; results/cpu/step.json
-    python -m benchmarks.bench_step --only "wide npo"            the cases whose name holds this; other rows stay
+    python -m benchmarks.bench_step --only "wide npo"            cases whose name contains this; other rows are kept
     python -m benchmarks.bench_step --device cuda                the GPU form: three published geometries, one after
-                                                                 the other; `benchmarks.suite` has it case by case
-    python -m benchmarks.bench_step --device cpu --toy           its code at toy size; nothing is written
+                                                                 the other; `benchmarks.suite` runs it case by case
+    python -m benchmarks.bench_step --device cpu --toy           the GPU form's code at toy size; writes nothing
 
-The contenders of a case take turns in one process, and what counts is the ratio of their medians; on a GPU, where
-preparing one takes longer than its steps and the clock is nobody else's, they come one after the other. They train
-the same weights in memory, so that the largest model there is room for can be measured. Extra memory is the peak
+On a CPU the contenders of a case take turns in one process, and the ratio of their medians counts. On a GPU they run
+one after the other, because preparing one takes longer than its steps and no other work disturbs the clock. They
+train the same weights in memory, so that the largest model that fits can be measured. Extra memory is the peak
 beyond weights and batches: of the resident set of a fresh process, or of the allocator on a GPU.
 
-Batches are random whole rows; TRACE selects the experts that train. AdamW has moments in the weights' dtype, as
-torch's ("parity"), unless a contender's name says otherwise.
+Batches are random whole rows, and TRACE selects the experts that train. AdamW keeps its moments in the weights'
+dtype, as torch's does ("parity"), unless a contender's name says otherwise.
 """
 
 import argparse
@@ -36,17 +36,17 @@ from benchmarks.step_rivals import Rival, free_experts
 from moe_unlearn.config import Recipe
 from moe_unlearn.step import UnlearnStep
 
-GPU_SECONDS = 450  # no case starts later: what has started ends within nine minutes
+GPU_SECONDS = 450  # no case starts later, so a started one ends within nine minutes
 TARGETS = {1.0: 2.0, 0.2: 3.0, 0.05: 4.0}
 MEMORY_TARGET, CEILING_TARGET = 1 / 3, 0.8
-MOLLM_TARGETS = {"ours, compact": 1.4, "ours, factors": 1.9}  # MOLLM's time of GradDiff's
+MOLLM_TARGETS = {"ours, compact": 1.4, "ours, factors": 1.9}  # at most this multiple of GradDiff's time
 MOLLM = (*MOLLM_TARGETS, "ours, GradDiff")
 OURS, DENSE, RESTRICTED, FREE = ("ours", "ours, guard loss"), "dense", "restricted", "free experts"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. In each layer `experts` train, everything where it is None; `keep` masks weights too."""
+    """One row of the table: in each layer `experts` train, or everything if it is None; `keep` also masks weights."""
 
     geometry: str
     objective: str
@@ -55,14 +55,14 @@ class Case:
     keep: float | None = None
     rows: int = 4  # of each side
     length: int = 128
-    contenders: tuple[str, ...] = ()  # of the timing; see `Bench.contender`
-    memory: tuple[str, ...] = ()  # whose extra memory is measured
-    growth: str = ""  # the plot this row is a point of
-    changes: dict = field(default_factory=dict)  # of the model's config
+    contenders: tuple[str, ...] = ()  # timed contenders; see `Bench.contender`
+    memory: tuple[str, ...] = ()  # contenders whose extra memory is measured
+    growth: str = ""  # the plot that has a point of this row
+    changes: dict = field(default_factory=dict)  # to the model's config
 
     @property
     def name(self) -> str:
-        """Unique among the cases."""
+        """Return a name that is unique among the cases."""
         scope = "all" if self.experts is None else f"{self.experts} experts a layer ({self.share:.0%})"
         scope += "" if self.keep is None else f", {self.keep:.0%} of the weights"
         changes = "".join(f", {key} {value}" for key, value in self.changes.items())
@@ -70,7 +70,7 @@ class Case:
 
 
 class Bench:
-    """A case over a model; makes its contenders. Those that differ in a switch alone share their state."""
+    """Makes the contenders of a case over a model; contenders that differ only in a switch share their state."""
 
     def __init__(self, case: Case, model: nn.Module, device: str):
         self.case, self.model = case, model
@@ -80,8 +80,11 @@ class Bench:
         self._rivals: dict[str, Rival] = {}
 
     def contender(self, name: str) -> Callable[[], dict]:
-        """A step. Words of the name choose: ours (GradDiff, stochastic, guard loss, MOLLM's compact or factors), or a
-        rival: dense or restricted (two forwards, fused), free experts."""
+        """Return the step that a name's words choose.
+
+        Ours: GradDiff, stochastic, guard loss, MOLLM's compact or factors. Rivals: dense or restricted (two forwards,
+        fused), free experts.
+        """
         if name.startswith("ours"):
             numerics = "stochastic" if "stochastic" in name else "parity"
             guard = "loss" if "guard loss" in name else "strict"
@@ -112,7 +115,7 @@ class Bench:
     def _made(self, objective: str, numerics: str) -> UnlearnStep:
         options = [f"optimizer.numerics={numerics}", "optimizer.lr=1e-5"]
         if self.case.experts is not None:
-            # as many experts as asked for, whatever the routing of random weights
+            # train as many experts as asked for, whatever the routing of random weights
             options += ["scope.kind=experts", f"trace.per_layer={self.case.experts}", "trace.min_ratio=0.0",
                         "trace.min_load=0.0", "trace.eta=0.1"]  # fmt: skip
         step = UnlearnStep(step_models.twin(self.model), Recipe.load(objective, options))
@@ -124,25 +127,25 @@ class Bench:
         return step
 
     def drop(self, device: str) -> None:
-        """Forget the contenders made so far."""
+        """Drop the contenders made so far."""
         self._steps.clear()
         self._rivals.clear()
         _collect(device)
 
 
 def measure_times(bench: Bench) -> dict:
-    """Medians in milliseconds on a CPU, the contenders taking turns."""
+    """Return the medians in milliseconds on a CPU; the contenders take turns."""
     case = bench.case
     user = {name: [] for name in case.contenders}
     made = {name: _watched(bench.contender(name), user[name]) for name in case.contenders}
     rounds = 2 if case.geometry == "wide" else 5
     times = {"milliseconds": harness.compare(case.name, made, rounds=rounds)["milliseconds"]}
-    # without what the system took to hand out memory; the warm-up left out
+    # user time excludes what the system took to hand out memory; the warm-up is left out
     return times | {"user_milliseconds": {name: round(statistics.median(t[1:]), 3) for name, t in user.items()}}
 
 
 def _watched(step: Callable[[], dict], user: list[float]) -> Callable[[], None]:
-    """The step as it is timed, its user time in milliseconds noted."""
+    """Return the step as it is timed; it adds its user time in milliseconds to `user`."""
 
     def run() -> None:
         start = resource.getrusage(resource.RUSAGE_THREAD).ru_utime
@@ -153,13 +156,16 @@ def _watched(step: Callable[[], dict], user: list[float]) -> Callable[[], None]:
 
 
 def measure_memory(bench: Bench, name: str, device: str, then: Callable = lambda step: None) -> tuple[float, object]:
-    """(MiB beyond weights and batches at the peak of two steps, preparation included; what `then(step)` gives)"""
+    """Return the extra memory of a contender in MiB, and what `then(step)` returns.
+
+    The extra memory is the peak of two steps beyond weights and batches, preparation included.
+    """
     _collect(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
         before, peak = harness.resident("VmRSS"), lambda: harness.resident("VmHWM")
     step = bench.contender(name)
     for _ in range(2):
@@ -171,7 +177,7 @@ def measure_memory(bench: Bench, name: str, device: str, then: Callable = lambda
 
 
 def median_time(device: str, step: Callable[[], dict], rounds: int = 5) -> float:
-    """Milliseconds of a step that is warm, launches and all."""
+    """Return the median time in milliseconds of a warm step, launches included."""
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -189,14 +195,14 @@ def _collect(device: str) -> None:
 
 
 def cpu_cases() -> list[Case]:
-    """The wide model and the demo's, then the points of the three plots (one layer of the wide model)."""
+    """Return the cases of the wide and the demo's model, then the plots' points (one layer of the wide model)."""
     ours, cases, memory = OURS, [], ("ours", "ours, guard loss", DENSE, RESTRICTED)
     for objective in ("graddiff", "npo"):
         more = ("dense, fused AdamW",) if objective == "graddiff" else ()
         watched = memory[:3] if more else ()
         cases.append(Case("wide", objective, contenders=(*ours, DENSE, *more), memory=watched))
     cases.append(Case("wide", "graddiff", keep=0.5, contenders=(*ours, DENSE, "dense, fused AdamW")))
-    # three dense gradient sets and those of ours: both layers do not fit beside them
+    # three dense gradient sets and our own do not fit beside both layers
     cases.append(Case("wide", "mollm", contenders=(*MOLLM, DENSE), changes={"num_hidden_layers": 1}))
     for experts, share in ((13, 0.2), (3, 0.05)):
         for objective in ("graddiff", "npo", "mollm"):
@@ -224,9 +230,10 @@ def cpu_cases() -> list[Case]:
 
 
 def gpu_cases() -> list[Case]:
-    """Published geometries, 8192 tokens, what matters first, a model's cases together as far as that allows.
+    """Return the cases of the published geometries, at 8192 tokens, the most important first.
 
-    The first two are TRACE's experts under a mask such as WAGLE's. Whoever runs out of memory is said to.
+    A model's cases stand together as far as that order allows. The first two train TRACE's experts under a mask such
+    as WAGLE's. A contender that runs out of memory is reported.
     """
     size = {"rows": 8, "length": 512}
     every, mollm = (*OURS, DENSE, RESTRICTED), (*MOLLM, DENSE, RESTRICTED)
@@ -243,7 +250,7 @@ def gpu_cases() -> list[Case]:
 
 
 def run_cpu(case: Case) -> dict:
-    """A row of the table: each measurement in a process of its own, which starts from the same memory."""
+    """Return a row of the table; each measurement runs in its own process and so starts from the same memory."""
     row = {"name": case.name, **asdict(case)}
     if case.contenders:
         row |= _child(case, "")
@@ -259,13 +266,13 @@ def _child(case: Case, memory: str) -> dict:
 
 
 def child(case: Case, memory: str) -> dict:
-    """What a process of `run_cpu` measures."""
+    """Return what one process of `run_cpu` measures."""
     bench = Bench(case, step_models.build(case.geometry, **case.changes), "cpu")
     return {"extra_mib": measure_memory(bench, memory, "cpu")[0]} if memory else measure_times(bench)
 
 
 class Models:
-    """Keeps the model of the last geometry, so that cases which follow one another build it once."""
+    """Keeps the model of the last geometry, so that consecutive cases build it once."""
 
     def __init__(self, device: str, *, toy: bool):
         self.device, self.toy, self.built = device, toy, 0
@@ -287,9 +294,9 @@ def run_gpu(
     seconds: float = GPU_SECONDS,
     progress: Callable[[dict], None] = lambda row: None,
 ) -> list[dict]:
-    """All rows in one process; what time does not suffice for is left out and said.
+    """Return all rows, measured in one process; cases that start too late are marked as skipped.
 
-    `progress(row)` is called with what a row has so far, after each contender.
+    After each contender, `progress(row)` is called with the row so far.
     """
     device, toy, start, rows = models.device, models.toy, time.perf_counter(), []
     for case in cases:
@@ -313,7 +320,7 @@ def run_gpu(
 
 
 def verdicts(row: dict) -> list[tuple[str, float, float | None, bool | None]]:
-    """(what, result, target, hit) of a row."""
+    """Return the verdicts of a row as (what, result, target, hit)."""
     ms, mib, found = row.get("milliseconds", {}), row.get("extra_mib", {}), []
 
     def add(what: str, value: float, target: float | None = None, *, at_most: bool = False) -> None:
@@ -336,7 +343,7 @@ def verdicts(row: dict) -> list[tuple[str, float, float | None, bool | None]]:
 
 
 def table(rows: list[dict]) -> str:
-    """Every result beside its target."""
+    """Return a table with every result beside its target."""
     lines = []
     for row in rows:
         lines.append(row["name"])
@@ -382,7 +389,7 @@ def main() -> None:
     )
     for case in [] if arguments.table else cases:
         held[case.name + case.growth] = run_cpu(case)
-        # after every case, so that a run that is stopped keeps what it has
+        # written after every case, so that an interrupted run keeps its rows
         harness.write("step", [held[c.name + c.growth] for c in cpu_cases() if c.name + c.growth in held])
     print(table([held[c.name + c.growth] for c in cases if c.name + c.growth in held]))
 

@@ -1,8 +1,8 @@
-"""Loss and gradients from hidden states and an output head, against logits and cross_entropy and fused peers.
+"""Measure loss and gradients from hidden states and an output head, against logits and cross_entropy and fused peers.
 
-`frozen`: gradient of the hidden states alone, as where experts are trained; `trained`: of the head too, for which
-ours makes some of the logits twice. Every token has a weight of its own, all of them 1 / T, so that peers without
-such weights compute the same. Extra memory has the gradients in it, on every side.
+`frozen` takes the gradient of the hidden states alone, as where experts are trained. `trained` takes that of the head
+too, for which our kernel makes some of the logits twice. Every token has a weight of its own, all of them 1 / T, so
+that peers without such weights compute the same. Extra memory includes the gradients, for every contender.
 """
 
 import functools
@@ -68,7 +68,7 @@ def work(tokens, hidden, vocabulary, dtype, trained, device) -> Work:
     def step(function, rounded=False):
         own = weights.to(dtype) if rounded else weights
         with warnings.catch_warnings():
-            # torch says which configurations fall back to its plain path; times and memory show it
+            # torch warns of configurations that fall back to its plain path; times and memory show it anyway
             warnings.simplefilter("ignore")
             loss = function(h, head, labels, own)
             loss.backward()
@@ -83,7 +83,7 @@ def work(tokens, hidden, vocabulary, dtype, trained, device) -> Work:
         missing,
         targets=targets,
         mib_target=1024.0 if device == "cuda" and vocabulary == shapes.QWEN3.vocabulary and not trained else None,
-        # the products that a fused loss needs: logits, then one gradient or two
+        # a fused loss needs these products: the logits, then one gradient or two
         flops=2.0 * tokens * hidden * vocabulary * (3 if trained else 2),
         bytes=h.element_size() * (3.0 * head.numel() if trained else 2.0 * head.numel()),
         dtype=dtype,

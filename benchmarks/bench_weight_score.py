@@ -1,7 +1,7 @@
-"""The global threshold of WAGLE's score and its mask, against what WAGLE's own code does today.
+"""Measure the global threshold of WAGLE's score and its mask against what WAGLE's own code does today.
 
-Rival: the scores of all tensors concatenated, ranked by a double argsort, the largest ranks as one bool a weight.
-A careful user's is one partial selection of the concatenated scores.
+The rival concatenates the scores of all tensors, ranks them by a double argsort, and keeps the largest ranks as one
+bool a weight. A careful user's rival is one partial selection of the concatenated scores.
 """
 
 import functools
@@ -31,7 +31,7 @@ def cases(device: str) -> list[Case]:
         )
         for part in PARTS:
             make, names = functools.partial(piece, part, dtype, device), (OURS, REF, *side_names(device))
-            # on a GPU they are what tells the implementations apart
+            # on a GPU these cases compare the implementations
             tier = 1 if device == "cuda" else 2
             found.append(Case("weight_score", f"{part}, {dtype}", names, make, tier, 3, {"dtype": dtype}))
     return found
@@ -49,7 +49,7 @@ def tensors(dtype, device):
 
 
 def ours(layers, impl="auto"):
-    """The packed masks of the KEPT largest |S| of all layers."""
+    """Return the packed masks of the fraction KEPT of all layers' weights with the largest |S|."""
     left = round(KEPT * sum(terms[0].numel() for terms in layers))
     pattern = 0
     for digit in (0, 1):
@@ -67,7 +67,7 @@ def ours(layers, impl="auto"):
 
 
 def theirs(layers):
-    """WAGLE's way: concatenate, rank by two sorts, compare the rank."""
+    """Return the masks WAGLE's way: concatenate, rank by two sorts, compare the rank."""
     scores = [-((w.float() - g_r.float() / GAMMA) * g_f.float()).abs() for w, g_f, g_r in layers]
     ranks = torch.cat([s.flatten() for s in scores]).argsort().argsort()
     keep = round(KEPT * len(ranks))
@@ -75,7 +75,7 @@ def theirs(layers):
 
 
 def selected(layers):
-    """What a careful user writes: one partial selection of the concatenated scores."""
+    """Return the masks as a careful user would: one partial selection of the concatenated scores."""
     scores = [((w.float() - g_r.float() / GAMMA) * g_f.float()).abs() for w, g_f, g_r in layers]
     flat = torch.cat([s.flatten() for s in scores])
     least = flat.kthvalue(len(flat) - round(KEPT * len(flat)) + 1).values
@@ -98,12 +98,12 @@ def threshold(dtype, device) -> Work:
         },
         missing,
         targets={ARGSORT: 20.0},
-        # the three terms once a digit and once for the mask, which is written
+        # the three terms are read once a digit and once for the mask; the mask is written
         bytes=weights * (9.0 * layers[0][0].element_size() + 1 / 8),
         dtype=layers[0][0].dtype,
         rounds=3 if device == "cpu" else 7,
         memory=True,
-        # the sort is not stable, so that equal scores at the threshold may be chosen differently
+        # the sort is not stable, so it may choose otherwise among equal scores at the threshold
         found={"weights": weights, "elements_chosen_differently": differing, "mask_bits_per_weight": 1},
     )
 

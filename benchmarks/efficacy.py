@@ -1,6 +1,6 @@
-"""README's section on what each lever buys, from the recorded study: `python -m benchmarks.readme` puts it there.
+"""Write README's section on what each lever buys, from the recorded study; `python -m benchmarks.readme` inserts it.
 
-The whole study counts where its report is there, else the small one.
+The whole study counts if its report exists, else the small one.
 """
 
 import json
@@ -16,7 +16,7 @@ LEVERS = ("TRACE", "WAGLE", "MOLLM", "all three")
 
 
 def generated(results: Path = RESULTS, root: Path = ROOT) -> str:
-    """The section's text."""
+    """Return the section's text."""
     folder = next((f for f in (results / "study" / name for name in STUDIES) if (f / "study.json").exists()), None)
     if folder is None:
         return "No study is recorded yet."
@@ -46,7 +46,7 @@ def generated(results: Path = RESULTS, root: Path = ROOT) -> str:
 
 
 def _ablation(row: dict) -> str:
-    """What takes the place of one of the library's decisions, or a setting of TRACE."""
+    """Return a table row: the replacement of one of the library's decisions, or a setting of TRACE, and its effect."""
     both = (interval(row[key]["verbmem_r"]) for key in ("difference", "difference_near"))
     return f"| {row['case']}, {row['baseline']} | {row['variant']} | {' | '.join(both)} | {row['runs']} |"
 

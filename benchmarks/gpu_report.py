@@ -1,10 +1,10 @@
-"""Tables of what came back from a GPU: make gpu-report DIR=<folder with the runs>
+"""Write tables of what came back from a GPU: make gpu-report DIR=<folder with the runs>
 
-Merges the runs below a folder (`journal`) that measured the kernels of the newest one on the same device: of a test or
-case that several have, the newest counts. Written are, under benchmarks/results/<device>/, correctness.json and one
-record as the suite's (<date>-<commit>.json); moe_unlearn/choices.json, which says which implementation `auto` takes
-first, where that differs; and README's tables. Exit status as of `tests.gpu_run`: 0 all passed, 1 something failed,
-3 something was not run; 2 where there is nothing to report.
+Merges the runs below a folder (`journal`) that measured the kernels of the newest one on the same device; if several
+runs have a test or case, the newest counts. Under benchmarks/results/<device>/ it writes correctness.json and one
+record in the suite's form (<date>-<commit>.json). It also updates moe_unlearn/choices.json, which says which
+implementation `auto` takes first, and README's tables. The exit status is that of `tests.gpu_run` (0: all passed, 1:
+something failed, 3: something was not run), or 2 where there is nothing to report.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from benchmarks.gpu_summary import Finding
 from benchmarks.journal import of_kind
 from moe_unlearn import choices
 
-# an implementation must be faster by so much to take another's place
+# an implementation must be faster by this factor to take another's place
 MARGIN = 1.03
 CONTENDERS = {"triton": "ours, triton", "cuda": "ours, cuda"}
 
 
 def chosen(folder: Path) -> tuple[dict[str, list[dict]], list[str]]:
-    """(the runs to merge, why others are left out); no run is merged without a stamp."""
+    """Return the runs to merge, and why others are left out; no run is merged without a stamp."""
     runs, kept, left = journal.runs(folder), {}, []
     stamps = {name: _stamp(lines) for name, lines in runs.items()}
     stamped = [found for found in stamps.values() if found is not None]
@@ -47,7 +47,7 @@ def _stamp(lines: Sequence[Mapping]) -> dict | None:
 
 
 def completed(found: Mapping, root: Path = stamp.ROOT) -> dict:
-    """A stamp with the commit where the machine had no history: that of this checkout, if it has the same kernels."""
+    """Return a stamp that takes a missing commit from this checkout, if the checkout has the same kernels."""
     if found["commit"] is None and found["kernel_sources"] == stamp.kernel_sources_hash(root):
         here = stamp.stamp()
         return {**found, **{key: here[key] for key in ("commit", "uncommitted_changes")}}
@@ -55,7 +55,7 @@ def completed(found: Mapping, root: Path = stamp.ROOT) -> dict:
 
 
 def recorded(runs: Mapping[str, list[dict]], where: Mapping) -> dict | None:
-    """The runs' measurements in the form of the suite's record; None where nothing was measured."""
+    """Return the runs' measurements in the form of the suite's record, or None if nothing was measured."""
     heads = [line["head"] for lines in runs.values() for line in of_kind(lines, "environment")]
     rows = gpu_summary.cases(list(runs.values()))
     if not heads or not rows:
@@ -73,7 +73,7 @@ def recorded(runs: Mapping[str, list[dict]], where: Mapping) -> dict | None:
 
 
 def path_of(content: Mapping, results: Path) -> Path:
-    """Where a record goes: over one that was made of some of the same runs, else beside all others."""
+    """Return the path of a record: that of an older record with some of the same runs, else a new path."""
     folder = results / stamp.folder_of(content["stamp"]["device"])
     for path in sorted(folder.glob("*-*.json")):
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -84,10 +84,11 @@ def path_of(content: Mapping, results: Path) -> Path:
 
 
 def choice(rows: Iterable[Mapping], before: Mapping[str, list[dict]]) -> dict[str, list[dict]]:
-    """choices.json's entries for a GPU: which of CUDA and Triton was faster, by kernel and number of elements.
+    """Return choices.json's entries for a GPU: whether CUDA or Triton was faster, by kernel and number of elements.
 
-    Rows of one size are taken together, by their geometric mean. Between sizes with different winners the limit is
-    half-way, in factors; where neither is faster by MARGIN, what is taken now stays. Kernels without rows stay too.
+    Rows of one size are combined by their geometric mean. Between sizes with different winners the limit is the
+    geometric mean of the sizes. Where neither is faster by MARGIN, the present choice stays, as for kernels without
+    rows.
     """
     logs: dict[str, dict[int, list[float]]] = {}
     for row in rows:
@@ -125,7 +126,7 @@ def write(path: Path, text: str) -> None:
 
 
 def choices_text(content: Mapping) -> str:
-    """choices.json, a line for each kernel."""
+    """Return the text of choices.json, with one line for each kernel."""
     kernels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(es)}" for name, es in content["cuda"].items())
     return f'{{\n  "measured": {json.dumps(content["measured"])},\n  "cuda": {{\n{kernels}\n  }}\n}}'
 
@@ -133,7 +134,7 @@ def choices_text(content: Mapping) -> str:
 def report(
     folder: Path, *, results: Path = stamp.RESULTS, choices_file: Path = choices.FILE
 ) -> tuple[list[str], list[Finding]] | None:
-    """Write all that the runs below a folder give; returns lines about it and what is no pass, None for nothing."""
+    """Write the results of all runs below a folder; return lines about them and the findings, or None without runs."""
     runs, left = chosen(folder)
     if not runs:
         return None

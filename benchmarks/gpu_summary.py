@@ -1,4 +1,4 @@
-"""What the lines of GPU runs amount to: outcomes, what failed, and what was not run (`journal` has their form)."""
+"""Summarise the lines of GPU runs: outcomes, what failed, and what was not run (`journal` describes their form)."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ from benchmarks import journal
 from benchmarks.journal import of_kind
 
 Runs = Sequence[Sequence[Mapping]]
-# what a GPU cannot run: the rest of what is skipped there was forgotten, and is a failure
+# a GPU cannot run these; any other test that is skipped there was forgotten, and counts as a failure
 SKIPS_ALLOWED = re.compile(
     r"only the interpreter gets this wrong|records what the interpreter loads and stores|"
     r"the checkers observe the interpreter|a GPU has no lazily committed memory|"
@@ -18,12 +18,12 @@ SKIPS_ALLOWED = re.compile(
     r"less than 24 GB of the GPU are free|needs Hopper|needs two GPUs|without a GPU",
     re.IGNORECASE,
 )
-# pytest's "some tests failed" is told by these tests' own lines
+# pytest's status 1, "some tests failed", is reported by the failed tests' own lines
 _TOLD = (0, 1)
 
 
 class Finding(NamedTuple):
-    """Why a run is no pass: something failed, or was not run."""
+    """Reason why a run is no pass: something failed, or was not run."""
 
     text: str
     failed: bool
@@ -33,19 +33,22 @@ class Finding(NamedTuple):
 
 
 def tests(runs: Runs) -> dict[tuple[str, str], dict]:
-    """The newest outcome of each test by stage and name."""
+    """Return the newest outcome of each test by stage and name."""
     lines = sorted((line for run in runs for line in _under_way(run, "test")), key=lambda line: line["time"])
     return {(line["stage"], line["name"]): line for line in lines}
 
 
 def _under_way(run: Sequence[Mapping], kind: str, stage: str | None = None) -> list[dict]:
-    """The lines of a kind; where memcheck refused the device, its tests failed for that and say nothing."""
+    """Return the lines of a kind.
+
+    Where memcheck refused the device, the sanitizer's lines are left out: its tests failed for that and say nothing.
+    """
     refused = any("unavailable" in (line.get("sanitizer") or ()) for line in of_kind(run, "note"))
     return [line for line in of_kind(run, kind, stage) if not (refused and line["stage"] == "sanitizer")]
 
 
 def cases(runs: Runs) -> list[dict]:
-    """The rows of measurements in the order they were taken; of one that was taken twice the newest that has times."""
+    """Return the rows of measurements in the order they were taken; of repeated ones, the newest that has times."""
     found: dict[str, dict] = {}
     for line in sorted((line for run in runs for line in of_kind(run, "case")), key=lambda line: line["time"]):
         row = line["row"]
@@ -56,7 +59,7 @@ def cases(runs: Runs) -> list[dict]:
 
 
 def done(folder: Path, kernel_sources: str) -> tuple[set[tuple[str, str]], set[str]]:
-    """(stage and name of each test that passed, the titles of cases measured) in runs with these kernels."""
+    """Return the passed tests (stage, name) and the titles of the measured cases, of runs with these kernels."""
     known = [run for run in journal.runs(folder).values()
              if any(line["stamp"]["kernel_sources"] == kernel_sources for line in of_kind(run, "stamp"))]  # fmt: skip
     passed = {key for key, line in tests(known).items() if line["outcome"] == "passed"}
@@ -68,7 +71,7 @@ def _empty(row: Mapping) -> bool:
 
 
 def stages(runs: Runs) -> dict[str, dict]:
-    """For each stage that a run meant to run: its best end, or {} where it never ended."""
+    """Return, for each stage that a run meant to run, its best end, or {} where it never ended."""
     found: dict[str, dict] = {}
     for run in runs:
         for begin in of_kind(run, "begin"):
@@ -81,7 +84,7 @@ def stages(runs: Runs) -> dict[str, dict]:
 
 
 def findings(runs: Runs) -> list[Finding]:
-    """Everything that keeps the runs, taken together, from being a pass."""
+    """Return everything that keeps the runs, taken together, from being a pass."""
     found = []
     outcomes = tests(runs)
     for (stage, name), line in outcomes.items():
@@ -106,7 +109,7 @@ def findings(runs: Runs) -> list[Finding]:
 
 
 def status_of(found: Sequence[Finding]) -> int:
-    """The exit status that findings amount to: 1 something failed, 3 something was not run, 0 neither."""
+    """Return the exit status of the findings: 1 if something failed, 3 if something was not run, 0 otherwise."""
     if any(finding.failed for finding in found):
         return 1
     return 3 if found else 0
@@ -116,7 +119,7 @@ def _of_stage(name: str, end: Mapping, runs: Runs, outcomes: Mapping[tuple[str, 
     done = sum(stage == name for stage, _ in outcomes)
     expected = max((line["tests"] for run in runs for line in _under_way(run, "collected", name)), default=0)
     part = f"; {done} of {expected} tests" if expected else ""
-    # several runs may have done together what none did alone
+    # several runs together may have done what none did alone
     if expected and done >= expected:
         return
     if not end:
@@ -130,13 +133,13 @@ def _of_stage(name: str, end: Mapping, runs: Runs, outcomes: Mapping[tuple[str, 
 
 
 def _told(name: str, runs: Runs) -> bool:
-    """Whether a line of the stage says what made its status 1."""
+    """Return whether a line of the stage explains its status 1."""
     lines = [line for run in runs for line in run if line.get("stage") == name]
     return any(line.get("outcome") == "failed" or "error" in line.get("row", ()) for line in lines)
 
 
 def correctness(runs: Runs) -> dict:
-    """The record of the tests: counts by stage, what memcheck said, and what keeps it from being a pass."""
+    """Return the record of the tests: counts by stage, memcheck's result, and what keeps it from being a pass."""
     outcomes = tests(runs)
     counts: dict[str, Counter] = {}
     skips: Counter = Counter()
@@ -156,7 +159,7 @@ def correctness(runs: Runs) -> dict:
 
 
 def notes(runs: Runs) -> list[dict]:
-    """Whatever else the runs noted, oldest first."""
+    """Return everything else that the runs noted, oldest first."""
     return sorted((line for run in runs for line in of_kind(run, "note")), key=lambda line: line["time"])
 
 
@@ -165,7 +168,7 @@ def _triton(lines: Iterable[Mapping], which: int) -> int:
 
 
 def table(runs: Runs) -> str:
-    """A line for each stage: how it ended and what it gave."""
+    """Return a table with one line for each stage: how it ended and what it gave."""
     outcomes, ends = tests(runs), stages(runs)
     lines = []
     for name, end in ends.items():

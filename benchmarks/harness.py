@@ -1,10 +1,10 @@
-"""Contenders measured side by side: their rounds take turns, and what counts is the ratio of their times.
+"""Measure contenders side by side: their rounds take turns, and the ratio of their times counts.
 
-Machines share their cores with other work, so absolute times mean little and times from different runs
-nothing. With one thread it is the processor time of the thread that counts, which leaves out what others take
-from the clock; on a GPU, CUDA events (`moe_unlearn.regress.timing`). What pytest-benchmark has no notion of is here:
-turns, ratios with their interval, CUDA graphs, peak memory, useful FLOP/s, and the share of the roofline, whose two
-ceilings are measured in the same run.
+Machines share their cores with other work, so absolute times mean little, and times from different runs cannot be
+compared. With one thread the processor time of the thread is measured, which excludes what other work takes from the
+clock; on a GPU, CUDA events (`moe_unlearn.regress.timing`). The module adds what pytest-benchmark lacks: turns,
+ratios with their interval, CUDA graphs, peak memory, useful FLOP/s, and the share of the roofline, whose two ceilings
+are measured in the same run.
 
 A case that names a contender either measures it or says why not: nothing is left out silently.
 """
@@ -28,68 +28,71 @@ from moe_unlearn.regress.fingerprint import cpu
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 OURS = "ours"
-# measured one by one beside what "auto" takes, where an op has several
+# implementations measured one by one beside the choice of "auto", where an op has several
 SIDES = {"cuda": ("triton", "cuda"), "cpu": ()}
 MIB = 2**20
-# a case whose rounds are cheap goes on for so long, or until it has so many
+# a case with cheap rounds goes on until it has taken this long or has this many rounds
 CHEAP_SECONDS, MOST_ROUNDS = 1.0, 41
-# the best of so many counts as a ceiling
+# the best of this many rounds counts as a ceiling
 _CEILING_ROUNDS = 7
 
 
 def progress(row: dict) -> None:
-    """Tell what a row has so far, in a case that takes long; whoever runs cases puts a function of its own here."""
+    """Report a row's results so far in a long case; a caller that runs cases replaces this function by its own."""
 
 
 @dataclass
 class Work:
-    """What a case made: functions without arguments over inputs that stay alive with them."""
+    """Functions without arguments that a case made, over inputs that stay alive with them."""
 
     contenders: dict[str, Callable[[], object]]
     missing: dict[str, str] = field(default_factory=dict)  # why a contender is not among them
-    targets: dict[str, float] = field(default_factory=dict)  # rival: how many times as fast ours is asked to be
+    targets: dict[str, float] = field(default_factory=dict)  # rival: how many times as fast as it ours shall be
     teraflops_target: float | None = None
     microseconds_target: float | None = None
     mib_target: float | None = None  # of extra memory
-    flops: float = 0.0  # useful ones, of one call
+    flops: float = 0.0  # useful operations of one call
     bytes: float = 0.0  # the least that one call moves
     dtype: torch.dtype = torch.bfloat16
-    rounds: int = 7  # at least
-    memory: bool = False  # extra memory of the first call, state that it makes included
-    graph: bool = False  # on a GPU also as a CUDA graph, without what launching costs
+    rounds: int = 7  # at least this many
+    memory: bool = False  # measures the extra memory of the first call, with the state that it makes
+    graph: bool = False  # on a GPU measures also as a CUDA graph, without the cost of launching
     found: dict = field(default_factory=dict)  # further results
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One row: `names` are its contenders, ours first; `make` builds them, or returns a row measured otherwise."""
+    """One row of a benchmark.
+
+    `names` are its contenders, ours first; `make` builds them, or returns a row that was measured in another way.
+    """
 
     op: str
     name: str
     names: tuple[str, ...]
     make: Callable[[], Work | dict]
-    tier: int = 1  # 0: a target depends on it; 1: the gate shapes; 2: report
+    tier: int = 1  # 0: a target depends on it; 1: the gate shapes; 2: for the report
     seconds: float = 10.0  # about what it takes
     facts: Mapping[str, object] = field(default_factory=dict)  # plain values: geometry, tokens, share ...
 
     @property
     def title(self) -> str:
-        """Unique among the cases."""
+        """Return a title that is unique among the cases."""
         return f"{self.op}: {self.name}"
 
 
 def side(impl: str) -> str:
-    """The contender's name for one implementation of ours."""
+    """Return the contender's name for one of our implementations."""
     return f"{OURS}, {impl}"
 
 
 def side_names(device: str) -> tuple[str, ...]:
-    """The names of the contenders that `sides` makes or misses."""
+    """Return the names of the contenders that `sides` makes or reports as missing."""
     return tuple(map(side, SIDES[device]))
 
 
 def sides(kernel: str, device: str, call: Callable[[str], object]) -> tuple[dict[str, Callable], dict[str, str]]:
-    """(contenders, missing): `call(impl)` for each implementation to be told apart of a kernel's registered name."""
+    """Return (contenders, missing): `call(impl)` for each compared implementation of a kernel's registered name."""
     usable, found, missing = backend.available(kernel, device), {}, {}
     for impl in SIDES[device]:
         if impl in usable:
@@ -101,7 +104,7 @@ def sides(kernel: str, device: str, call: Callable[[str], object]) -> tuple[dict
 
 
 def built(case: Case) -> Work | dict:
-    """What the case makes. Raises AssertionError where a contender is neither there nor said to be missing."""
+    """Return what the case makes; raise AssertionError where a contender is neither there nor said to be missing."""
     made = case.make()
     if isinstance(made, Work):
         silent = set(case.names) ^ (made.contenders.keys() | made.missing.keys())
@@ -110,10 +113,10 @@ def built(case: Case) -> Work | dict:
 
 
 def run(case: Case, device: str, ceilings: Mapping) -> dict:
-    """The row of a case, as plain values.
+    """Return the row of a case, as plain values.
 
-    A rival that fails is missing, and why; where ours fails the row has an `error` and no times. Errors that
-    leave a GPU unusable are raised.
+    A rival that fails is listed as missing, with the reason; where ours fails the row has an `error` and no times.
+    Errors that leave a GPU unusable are raised.
     """
     row = {"op": case.op, "name": case.name, **case.facts}
     work = built(case)
@@ -141,9 +144,9 @@ def run(case: Case, device: str, ceilings: Mapping) -> dict:
 
 
 def timed(contenders: Mapping[str, Callable], rounds: int, device: str) -> dict[str, list[float]]:
-    """`timing.measure` with at least `rounds`, and more where they are cheap: they narrow the interval.
+    """Return `timing.measure`'s times of at least `rounds` rounds, and of more where they are cheap.
 
-    Where they are not, a round has one reading of each contender.
+    More rounds narrow the interval. Where they are not cheap, a round has one reading of each contender.
     """
     start = time.monotonic()
     for function in contenders.values():
@@ -157,7 +160,7 @@ def timed(contenders: Mapping[str, Callable], rounds: int, device: str) -> dict[
 
 
 def figures(seconds: Mapping[str, list[float]], work: Work, ceilings: Mapping) -> dict:
-    """Medians, and from them useful TFLOP/s and the share of the roofline's least time."""
+    """Return the medians, and from them useful TFLOP/s and the share of the roofline's least time."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     found = {"milliseconds": {name: round(1e3 * value, 4) for name, value in medians.items()}}
     peak = ceilings.get("flops", {}).get(str(work.dtype).removeprefix("torch."))
@@ -173,7 +176,7 @@ def figures(seconds: Mapping[str, list[float]], work: Work, ceilings: Mapping) -
 
 
 def verdicts(seconds: Mapping[str, list[float]], work: Work, extra_mib: Mapping[str, float]) -> list[dict]:
-    """Each result beside what is asked of it; hits and misses alike."""
+    """Return each result beside its target, hits and misses alike."""
     found = []
 
     def add(what: str, value: float, target: float | None, *limits: float, at_most: bool = False) -> None:
@@ -208,7 +211,7 @@ def _with_target(seconds, rival, target):
 
 
 def measure_ceilings(device: str, size: int | None = None) -> dict:
-    """{"flops": {dtype: FLOP/s of a square product}, "bytes": bytes/s that a copy reads and writes}."""
+    """Return {"flops": {dtype: FLOP/s of a square product}, "bytes": bytes/s that a copy reads and writes}."""
     n = size or (8192 if device == "cuda" else 1024)
     result = {"flops": {}}
     for dtype in (torch.bfloat16, torch.float32):
@@ -228,9 +231,9 @@ def _best(function: Callable[[], object], device: str) -> float:
 
 
 def peak_memory(function: Callable[[], object], device: str) -> float | None:
-    """Bytes by which the peak grows over what is held before one call; None where the system does not tell.
+    """Return the bytes by which one call raises the peak above what is held before, or None if the system hides it.
 
-    A CPU's is the resident set's, after the allocator has given back what it keeps.
+    On a CPU this is the peak of the resident set, after the allocator has given back what it keeps.
     """
     collect(device)
     if device == "cuda":
@@ -246,7 +249,7 @@ def peak_memory(function: Callable[[], object], device: str) -> float | None:
 
 
 def collect(device: str) -> None:
-    """Free what nothing refers to, in the allocators too."""
+    """Free everything that is no longer referenced, in the allocators too."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -263,19 +266,19 @@ def _forget_peak() -> bool:
 
 
 def resident(what: str) -> int:
-    """Bytes of this process, "VmRSS" or their peak, "VmHWM"."""
+    """Return the bytes of this process now ("VmRSS") or at their peak ("VmHWM")."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 def brief(error: Exception) -> str:
-    """Its kind and the first line of what it says."""
+    """Return the error's kind and the first line of its message."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def still_usable(device: str, name: str, error: Exception) -> None:
-    """Raise RuntimeError where `error` of the contender has left the GPU unusable for this process."""
+    """Raise RuntimeError where the contender's `error` has left the GPU unusable for this process."""
     if device != "cuda":
         return
     try:
@@ -285,7 +288,7 @@ def still_usable(device: str, name: str, error: Exception) -> None:
 
 
 def _graphs(able: Mapping[str, Callable], missing: dict[str, str]) -> dict[str, Callable]:
-    """The contenders again, recorded as CUDA graphs, under their name and ", graph"."""
+    """Return the contenders recorded as CUDA graphs, each under its name with ", graph" appended."""
     graphs = {}
     for name, function in able.items():
         graph = torch.cuda.CUDAGraph()
@@ -308,12 +311,12 @@ def compare(
     rounds: int = 7,
     clock: Callable[[], float] | None = None,
 ) -> dict:
-    """Measure contenders too long to be repeated, the first being ours; returns and prints medians and ratios.
+    """Measure contenders too long to be repeated, ours first; print and return medians and ratios.
 
     Args:
         contenders: functions without arguments, each called once to warm up and then once a round.
-        target: the ratio of the second contender to ours that is asked for.
-        clock: seconds; as the module docstring says where it is None.
+        target: the ratio of the second contender's time to ours that is asked for.
+        clock: returns seconds; None takes the one that the module docstring describes.
     """
     seconds = timing.measure(contenders, rounds=rounds, warm_up=0.0, shortest=0.0, clock=clock)
     medians = {key: statistics.median(values) for key, values in seconds.items()}
@@ -331,7 +334,7 @@ def compare(
 
 
 def write(op: str, results: list[dict]) -> None:
-    """Write results/cpu/<op>.json with what they were measured on."""
+    """Write results/cpu/<op>.json, with a stamp of what the results were measured on."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     stamp = {
         "torch": torch.__version__,

@@ -1,8 +1,8 @@
-"""What a run on a rare machine leaves behind: a file of JSON lines, each of them appended as soon as it is known.
+"""Write and read the journal of a run on a rare machine: JSON lines, each appended as soon as it is known.
 
-A process that is killed loses the line it was about to write and no other. Several processes may append to one file,
-and the next writer closes a line that a lost machine has torn. Each line is an object with `kind`, `stage` and `time`;
-one file is one run.
+A process that is killed loses only the line it was about to write. Several processes may append to one file, and the
+next writer closes a line that was torn when a machine was lost. Each line is an object with `kind`, `stage` and
+`time`; one file is one run.
 
     {"kind": "begin", "command": 1, "stages": {"smoke": 75.0, ...}}
     {"kind": "stamp", "stamp": {...}}                                       `benchmarks.stamp`
@@ -30,7 +30,7 @@ class Journal:
         self.path, self.stage = Path(path), stage
 
     def write(self, kind: str, **values: object) -> None:
-        """Append one line; it is in the hands of the system before this returns."""
+        """Append one line and hand it to the system before returning."""
         line = json.dumps({"kind": kind, "stage": self.stage, "time": round(time.time(), 3), **values}) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -44,12 +44,12 @@ class Journal:
 
 
 def read(path: str | Path) -> list[dict]:
-    """The lines of a run that are whole, in order."""
+    """Return the whole lines of a run, in order."""
     found = []
     for text in Path(path).read_bytes().split(b"\n"):
         try:
             line = json.loads(text)
-        except ValueError:  # torn, or nothing
+        except ValueError:  # a torn or an empty line
             continue
         if isinstance(line, dict) and "kind" in line:
             found.append(line)
@@ -57,7 +57,7 @@ def read(path: str | Path) -> list[dict]:
 
 
 def runs(folder: str | Path) -> dict[str, list[dict]]:
-    """The runs below a folder by the name of their file, oldest first; of two copies of a run the longer one."""
+    """Return the runs below a folder by file name, oldest first; of two copies of a run, the longer one."""
     found: dict[str, list[dict]] = {}
     for path in sorted(Path(folder).rglob(f"*{SUFFIX}")):
         lines = read(path)
@@ -67,5 +67,5 @@ def runs(folder: str | Path) -> dict[str, list[dict]]:
 
 
 def of_kind(lines: Iterable[Mapping], kind: str, stage: str | None = None) -> list[dict]:
-    """The lines of a kind, of one stage where it is given."""
+    """Return the lines of a kind, and of one stage if it is given."""
     return [line for line in lines if line["kind"] == kind and stage in (None, line.get("stage"))]

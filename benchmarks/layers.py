@@ -1,4 +1,4 @@
-"""One expert layer with random weights, a batch and masks: what every contender of the layer starts from."""
+"""Make one expert layer with random weights, a batch and masks, from which every contender of the layer starts."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ GPT_OSS_GATE = Gate("silu", 1.702, 7.0, 1.0)
 class Layer:
     """The experts (a module of transformers), one batch of T tokens, its routing, and an upstream gradient.
 
-    `share` of the experts train, drawn at random; `masks` keep half of their weights.
+    The fraction `share` of the experts trains, drawn at random; `masks` keep half of their weights.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Layer:
         torch.manual_seed(0)
         self.experts = _experts(geometry, device)
         for p in self.experts.parameters():
-            # drawn once for all experts: drawing each would take longer than what is measured
+            # drawn once for all experts, because drawing each would take longer than the measurement
             p.data.copy_(torch.randn(p.shape[1:]).mul_(0.02))
         self.hidden = torch.randn(tokens, geometry.hidden).bfloat16().to(device).requires_grad_()
         self.index = shapes.routing(routing, tokens, geometry).to(device)
@@ -38,11 +38,11 @@ class Layer:
         self.trained = trained.to(device)
 
     def parameters(self) -> list[Tensor]:
-        """Of the experts, in the module's order."""
+        """Return the experts' parameters, in the module's order."""
         return list(self.experts.parameters())
 
     def masks(self) -> list[Tensor]:
-        """Dense, for each parameter: half of the weights of the trained experts, nothing of the others."""
+        """Return a dense mask for each parameter: half of the weights of the trained experts, nothing of the others."""
         generator = torch.Generator().manual_seed(1)
         masks = []
         for p in self.parameters():
@@ -52,7 +52,7 @@ class Layer:
         return masks
 
     def ours(self, hidden: Tensor, index: Tensor, weights: Tensor, **options) -> Tensor:
-        """The layer by the ops; `options` of `expert_mlp`."""
+        """Return the layer's output, computed by the ops; `options` go to `expert_mlp`."""
         rows = route(index, self.geometry.experts)
         where = rows.sorted_rows, rows.expert_offsets
         if self.geometry.gpt_oss:

@@ -1,10 +1,10 @@
-"""Pictures, drawn from results alone: python -m benchmarks.plots [RUN.json ...]
+"""Draw pictures from recorded results alone: python -m benchmarks.plots [RUN.json ...]
 
-Beside the newest run of each device, or beside the runs that are named:
-    speedup.png     how many times as fast as each rival, with its interval, and what was asked for
+Beside each named run, or else the newest run of each device, it writes:
+    speedup.png     how many times as fast as each rival ours is, with interval and target
     roofline.png    FLOP/s over FLOP per byte, under the two ceilings of the same run
     growth.png      time and extra memory of the expert layer, over tokens and over the share of experts that train
-From results/cpu/step.json, how the whole step grows:
+From results/cpu/step.json it draws how the whole step grows:
     step_time.png             time over tokens                       linear
     step_memory_trained.png   extra memory over trained experts      linear
     step_memory_all.png       extra memory over all experts          flat, where the same number trains
@@ -63,14 +63,14 @@ def plot(rows: list[dict], growth: str) -> None:
 
 
 def draw(path: Path) -> list[Path]:
-    """Write the pictures of a run beside it; those it has no figures for are left out."""
+    """Write the pictures of a run beside it, except those it has no figures for; return their paths."""
     run = json.loads(path.read_text(encoding="utf-8"))
     pictures = {"speedup.png": speedup, "roofline.png": roofline, "growth.png": growth}
     return [path.with_name(file) for file, function in pictures.items() if function(run, path.with_name(file))]
 
 
 def speedup(run: dict, file: Path) -> bool:
-    """Bars of the rows that have a target: each rival's time over ours."""
+    """Draw bars of each rival's time over ours, for the rows that have a target; return whether there are any."""
     bars = []
     for row in run["rows"]:
         found = [v for v in row.get("verdicts", ()) if "as fast as" in v["what"] or "speed-up" in v["what"]]
@@ -84,7 +84,7 @@ def speedup(run: dict, file: Path) -> bool:
         what = v["what"].removeprefix("times as fast as ").replace(": speed-up over ", " / ")
         labels.append(f"{title}   {what}" if title != previous else what)
         previous = title
-        # from 1, since the axis is logarithmic
+        # bars begin at 1, since the axis is logarithmic
         axes.barh(i, v["value"] - 1, left=1, color=BLUE if v["value"] >= 1 else GREY, height=0.7, alpha=0.85)
         if "low" in v:
             axes.plot([v["low"], v["high"]], [i, i], color="black", linewidth=0.8)
@@ -107,7 +107,7 @@ def speedup(run: dict, file: Path) -> bool:
 
 
 def roofline(run: dict, file: Path) -> bool:
-    """Where ours and the rivals stand under the ceilings; one panel for each dtype."""
+    """Draw ours and the rivals under the ceilings, one panel for each dtype; return whether there is any."""
     rows = [row for row in run["rows"] if row.get("flops") and row.get("bytes") and "milliseconds" in row]
     dtypes = [d for d in run.get("ceilings", {}).get("flops", {}) if any(row["dtype"] == d for row in rows)]
     if not dtypes:
@@ -138,7 +138,10 @@ def roofline(run: dict, file: Path) -> bool:
 
 
 def growth(run: dict, file: Path) -> bool:
-    """The expert layer over tokens and over the trained share, time above and memory below."""
+    """Draw the expert layer over tokens and over the trained share, with time above and memory below.
+
+    Returns whether there is anything to draw.
+    """
     rows = [row for row in run["rows"] if row["op"] == "expert_layer" and "milliseconds" in row and "share" in row]
     geometries = collections.Counter(row["geometry"] for row in rows)
     if not geometries or max(geometries.values()) < 3:

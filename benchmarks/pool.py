@@ -1,4 +1,4 @@
-"""Work shared by processes of one thread each."""
+"""Share work between processes of one thread each."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -9,10 +9,10 @@ import torch
 
 
 class Pool:
-    """`jobs` processes; with one job, this process. A context manager."""
+    """Context manager of `jobs` processes; with one job it works in this process."""
 
     def __init__(self, jobs: int):
-        # not forked: the caller's threads would be missing in the children
+        # not forked, because the caller's threads would be missing in the children
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) if jobs > 1 else None
 
@@ -24,7 +24,7 @@ class Pool:
             self._pool.shutdown(cancel_futures=True)
 
     def outcomes(self, function: Callable, tasks: list[tuple]) -> Iterator[tuple[tuple, Any]]:
-        """(task, function(*task) or its exception), each as it ends: one failure stops no other."""
+        """Yield (task, function(*task) or its exception) as each task ends; one failure stops no other task."""
         if self._pool is None:
             torch.set_num_threads(1)
             for task in tasks:

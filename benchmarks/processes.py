@@ -1,4 +1,4 @@
-"""Processes that are ended with all they started, and that do not outlive whoever started them."""
+"""Start processes that are ended with all they started and that do not outlive their starter."""
 
 import ctypes
 import functools
@@ -16,7 +16,7 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 def start(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None,
           output: IO | int | None = None, **options) -> subprocess.Popen:  # fmt: skip
-    """Start a command in a session of its own; the system kills it once the process that called this is dead.
+    """Start a command in a session of its own; the system kills it once the calling process is dead.
 
     Args:
         output: where both of its outputs go; `options` are further ones of `subprocess.Popen`.
@@ -28,15 +28,15 @@ def start(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] |
 
 
 def _die_with(parent: int) -> None:
-    """Ask the system to kill this process when its parent dies; a session of its own would survive."""
+    """Ask the system to kill this process when its parent dies, since a session of its own would survive."""
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # dead before it was asked
+    if os.getppid() != parent:  # the parent died before the request
         os._exit(1)
 
 
 def stop(process: subprocess.Popen, grace: float = 0.0) -> None:
-    """End a process of `start` and what it started: asked first where there is `grace`, in seconds, for it."""
+    """End a process of `start` and all it started; with `grace`, ask it first and wait that many seconds."""
     for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, None)):
         if number == signal.SIGTERM and not grace:
             continue

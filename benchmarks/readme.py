@@ -1,8 +1,8 @@
-"""README's figures, made from what is recorded: python -m benchmarks.readme
+"""Write README's figures from the recorded results: python -m benchmarks.readme
 
-Costs are those of the newest run of each device; what the levers buy is the study's (`efficacy`). What stands between
-two marks in README.md is replaced. `tests/test_bench_readme.py` fails where README and the run
-differ, and where a kernel changed since the run without README saying so; running this again repairs both.
+Costs are those of the newest run of each device; what the levers buy is taken from the study (`efficacy`). The text
+between two marks in README.md is replaced. `tests/test_bench_readme.py` fails where README and the run
+differ, or where a kernel changed since the run and README does not say so; running this again repairs both.
 """
 
 import json
@@ -27,7 +27,7 @@ _HEADER = "| work | result | against | measured | target | |\n|---|---|---|---|-
 
 
 def generated(results: Path = stamp.RESULTS, root: Path = stamp.ROOT) -> str:
-    """The text between the marks, for the runs that are there."""
+    """Return the text between the marks, for the recorded runs."""
     parts = [_device(device, results, root) for device in sorted(record.runs(results))]
     return "\n\n".join(parts) if parts else "No run of the suite is recorded yet."
 
@@ -44,7 +44,7 @@ def _device(device: str, results: Path, root: Path) -> str:
 
 
 def stale(run: dict, root: Path = stamp.ROOT) -> bool:
-    """Whether a kernel that runs on the device of this run has changed since."""
+    """Return whether a kernel that runs on the device of this run has changed since."""
     return run["kernels"] != stamp.kernel_sources_hash(root, device=run["fingerprint"]["device"])
 
 
@@ -65,7 +65,7 @@ def _shown(found: dict) -> bool:
 
 
 def _named(what: str) -> tuple[str, str]:
-    """The result and whom it is held against; `bench_step` puts the contender of ours before a colon."""
+    """Return the result's name and its rival; `bench_step` puts our contender before a colon."""
     for parting, result in _RESULTS.items():
         ours, found, rival = what.partition(parting)
         if found:
@@ -83,7 +83,7 @@ def _line(row: dict, found: dict) -> str:
 
 
 def _correctness(path: Path, root: Path) -> list[str]:
-    """Say what the tests found on this device, where a GPU run left its record."""
+    """Return lines on what the tests found on this device, where a GPU run left its record."""
     if not path.exists():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -99,11 +99,11 @@ def _correctness(path: Path, root: Path) -> list[str]:
 
 
 def _remarks(run: dict) -> list[str]:
-    """Who is missing and why, and what was not measured: once for each reason."""
+    """Return lines on the missing rivals and on what was not measured, one for each reason."""
     reasons: dict[str, set[str]] = {}
     for row in run["rows"]:
         for name, why in row.get("missing", {}).items():
-            # whatever is put around a peer's layer, it is the peer that is missing
+            # whatever surrounds a peer's layer, the peer itself is missing
             reasons.setdefault(why, set()).add(name.partition(" + ")[0] if why.startswith("its ") else name)
     lines = [f"Not measured, {why}: {', '.join(sorted(names))}." for why, names in sorted(reasons.items())]
     lines += [f"Failed: {row['op']}: {row['name']}: {row['error']}." for row in run["rows"] if "error" in row]
@@ -113,7 +113,7 @@ def _remarks(run: dict) -> list[str]:
 
 
 def replaced(readme: str, text: str, begin: str = BEGIN, end: str = END) -> str:
-    """README with `text` between two marks. Raises ValueError unless both marks are there, in order."""
+    """Return README with `text` between two marks; raise ValueError unless both marks are there, in order."""
     before, begins, rest = readme.partition(begin)
     _, ends, after = rest.partition(end)
     if not begins or not ends:
@@ -122,7 +122,7 @@ def replaced(readme: str, text: str, begin: str = BEGIN, end: str = END) -> str:
 
 
 def current(readme: str) -> str:
-    """README with every generated section as the recorded results have it."""
+    """Return README with every generated section made from the recorded results."""
     return replaced(replaced(readme, generated()), efficacy.generated(), *EFFICACY)
 
 

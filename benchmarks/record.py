@@ -1,9 +1,9 @@
-"""One file a run: benchmarks/results/<device>/<date>-<commit>.json, written anew after every row.
+"""Record each run in one file, benchmarks/results/<device>/<date>-<commit>.json, written anew after every row.
 
     {"stamp": ..., "fingerprint": ..., "ceilings": ..., "kernels": hash, "state": "running" | "complete" | why partial,
      "seconds": ..., "rows": [...]}
 
-A run that is stopped has lost nothing that it measured, and its file says that it is not whole.
+A run that is stopped keeps all that it measured, and its file says that it is not whole.
 """
 
 import datetime
@@ -19,7 +19,7 @@ COMPLETE, RUNNING = "complete", "partial: the run was stopped"
 
 
 class Record:
-    """The file of a run under way."""
+    """Record file of a run under way."""
 
     def __init__(self, path: Path, head: Mapping):
         self.path = path
@@ -33,7 +33,7 @@ class Record:
         self.save()
 
     def finish(self) -> str:
-        """Say whether the run is whole; returns that."""
+        """Store and return the state of the run: whole, or why not."""
         self.content["state"] = state_of(self.content["rows"], self.content.get("only", ""))
         self.save()
         return self.content["state"]
@@ -46,7 +46,7 @@ class Record:
 
 
 class Lines:
-    """The same as lines of the journal of a GPU run, which are written as they come and never again."""
+    """Record of a run as lines of a GPU run's journal, each written once as it comes."""
 
     def __init__(self, journal: Journal, head: Mapping):
         self.journal, self.path = journal, journal.path
@@ -59,12 +59,12 @@ class Lines:
         self.journal.write("case", row=dict(row), so_far=round(seconds, 1))
 
     def finish(self) -> str:
-        """Whether the run is whole."""
+        """Return the state of the run: whole, or why not."""
         return state_of(self.content["rows"], self.content.get("only", ""))
 
 
 def state_of(rows: Sequence[Mapping], only: str = "") -> str:
-    """ "complete", or why a run with these rows is partial."""
+    """Return "complete", or why a run with these rows is partial."""
     skipped, cut, failed = (sum(what in row for row in rows) for what in ("skipped", "cut", "error"))
     parts = [f"only {only!r}"] if only else []
     parts += [f"{skipped} of {len(rows)} cases left out for lack of time"] if skipped else []
@@ -74,7 +74,7 @@ def state_of(rows: Sequence[Mapping], only: str = "") -> str:
 
 
 def new_path(device: str, commit: str | None, date: str | None = None, results: Path = stamp.RESULTS) -> Path:
-    """Where a run on `device` ("cpu", or the name of a GPU) is written; no earlier run is overwritten."""
+    """Return the path for a run on `device` ("cpu", or the name of a GPU); it overwrites no earlier run."""
     name = f"{date or datetime.date.today().isoformat()}-{(commit or 'unknown')[:9]}"
     folder = results / stamp.folder_of(device)
     taken = {path.stem for path in folder.glob(f"{name}*.json")}
@@ -83,7 +83,7 @@ def new_path(device: str, commit: str | None, date: str | None = None, results: 
 
 
 def runs(results: Path = stamp.RESULTS) -> dict[str, list[Path]]:
-    """The files of runs by device folder, oldest first."""
+    """Return the files of runs by device folder, oldest first."""
     found: dict[str, list[Path]] = {}
     for path in sorted(results.glob("*/[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*.json"), key=_order):
         found.setdefault(path.parent.name, []).append(path)
@@ -91,12 +91,12 @@ def runs(results: Path = stamp.RESULTS) -> dict[str, list[Path]]:
 
 
 def _order(path: Path) -> tuple[str, float]:
-    # several runs of one day: by the time they began
+    # runs of one day are ordered by the time they began
     return path.name[:10], json.loads(path.read_text(encoding="utf-8")).get("started", 0.0)
 
 
 def latest(device: str, results: Path = stamp.RESULTS) -> tuple[Path, dict] | None:
-    """The newest run of a device folder, a complete one if there is any."""
+    """Return the newest run of a device folder, a complete one if there is any, or None without runs."""
     contents = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in runs(results).get(device, [])]
     whole = [pair for pair in contents if pair[1]["state"] == COMPLETE]
     return (whole or contents or [None])[-1]

@@ -1,8 +1,8 @@
-"""What ours is measured against, each of it optional: an adapter, or the reason why it is not here.
+"""Adapt the rivals that ours is measured against; where an optional one is missing, say why.
 
     pip install .[rivals]      those on PyPI that need no torch of their own
 
-An adapter imports its library when it is asked for; `Missing` carries the line that takes its place in the results.
+An adapter imports its library when it is called; `Missing` carries the line that takes its place in the results.
 """
 
 import functools
@@ -20,11 +20,11 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Missing(Exception):
-    """Why a rival cannot be measured here."""
+    """Error that says why a rival cannot be measured here."""
 
 
 def collected(adapters: dict[str, Callable], *arguments) -> tuple[dict[str, Callable], dict[str, str]]:
-    """What the adapters make of the arguments, and why the others make nothing."""
+    """Return what the adapters make of the arguments, and the reasons why others make nothing."""
     found, missing = {}, {}
     for name, adapter in adapters.items():
         try:
@@ -35,7 +35,7 @@ def collected(adapters: dict[str, Callable], *arguments) -> tuple[dict[str, Call
 
 
 def module(name: str, package: str | None = None, *, gpu: bool = False):
-    """The imported module. Raises Missing where it is not installed, breaks, or needs a GPU that is not there."""
+    """Import and return a module; raise Missing where it is not installed, breaks, or needs a GPU that is not there."""
     if gpu and not torch.cuda.is_available():
         raise Missing("its kernels need a GPU")
     try:
@@ -117,7 +117,7 @@ def _torch_linear_loss(chunked: bool) -> Loss:
     if not chunked:
         return lambda h, head, labels, weights: function(h, head, labels, reduction="none") @ weights.to(h.dtype)
     options = torch.nn.LinearCrossEntropyOptions()
-    # its chunks know no weight of a token: the plain mean, which is what uniform weights make of it
+    # the chunked form takes no token weights: it computes the plain mean, which equals uniform weights
     return lambda h, head, labels, weights: function(h, head, labels, options=options)
 
 

@@ -1,7 +1,7 @@
-"""The published expert layers that are measured, and narrow copies of them for a CPU.
+"""Define the published expert layers that are measured, and narrow copies of them for a CPU.
 
-A copy keeps the number of experts and the top-k, so that routing and rows per expert are those of the model, and
-divides the widths. Sources: the checkpoints' configurations on the hub.
+A copy divides the widths and keeps the number of experts and the top-k, so its routing and its rows per expert are
+those of the model. Sources: the checkpoints' configurations on the hub.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from moe_unlearn import testing
 
 @dataclass(frozen=True)
 class Geometry:
-    """Hidden and intermediate width, experts, experts a token, vocabulary of one model."""
+    """Hidden and intermediate width, number of experts, experts per token and vocabulary of one model."""
 
     name: str
     hidden: int
@@ -25,7 +25,7 @@ class Geometry:
     gpt_oss: bool = False
 
     def narrow(self, factor: int) -> "Geometry":
-        """The same with both widths divided by `factor`."""
+        """Return the geometry with both widths divided by `factor`."""
         return replace(
             self, name=f"{self.name} / {factor}", hidden=self.hidden // factor, inner=self.inner // factor
         )  # fmt: skip
@@ -40,31 +40,37 @@ REPORT = (
     Geometry("gpt-oss-20b", 2880, 2880, 32, 4, 201_088, gpt_oss=True),
     Geometry("Mixtral-8x7B", 4096, 14336, 8, 2, 32_000),
 )
-# unlearning batches are small, and there the weights are the traffic
+# unlearning batches are small, and for small batches the weights dominate the traffic
 GPU_TOKENS = (256, 512, 2048, 8192, 32768)
 CPU_TOKENS = (256, 1024)
-# what is said of a routing, and its name among the patterns of the tests
+# a routing's name in reports, and its name among the patterns of the tests
 ROUTINGS = {"uniform": "uniform", "Zipf": "skewed", "one expert": "one_expert", "half empty": "half_empty"}
 
 
 def routing(name: str, tokens: int, geometry: Geometry) -> Tensor:
-    """top_k_index [T, K] by a name of ROUTINGS."""
+    """Return top_k_index [T, K] for a name of ROUTINGS."""
     return testing.routing(ROUTINGS[name], tokens, geometry.experts, geometry.top_k)
 
 
 def layer_flops(geometry: Geometry, tokens: int) -> float:
-    """Of the three products of useful rows, forward; dgrad and wgrad take as many each."""
+    """Return the operations of the three products of useful rows, forward; dgrad and wgrad take as many each."""
     return 6.0 * tokens * geometry.top_k * geometry.hidden * geometry.inner
 
 
 def forward_bytes(geometry: Geometry, tokens: int, element: int = 2) -> float:
-    """The least a fused forward moves: weights once, x, z, activation, rows of the output, the sum over K."""
+    """Return the least bytes that a fused forward moves.
+
+    They are the weights once, x, z, the activation, the rows of the output, and the sum over K.
+    """
     rows, h, i = tokens * geometry.top_k, geometry.hidden, geometry.inner
     return element * (3.0 * geometry.experts * h * i + 2 * tokens * h + 4 * rows * i + 2 * rows * h)
 
 
 def backward_bytes(geometry: Geometry, tokens: int, element: int = 2) -> float:
-    """The least that dgrad and wgrad of all experts move: every weight read and every gradient written once."""
+    """Return the least bytes that dgrad and wgrad of all experts move.
+
+    Every weight is read once and every gradient written once.
+    """
     rows, h, i = tokens * geometry.top_k, geometry.hidden, geometry.inner
     dgrad = 6 * rows * i + 2 * rows * h + 2 * tokens * h
     wgrad = 2 * tokens * h + 3 * rows * i

@@ -1,9 +1,9 @@
-"""Where and from what a figure was measured, and whether it still stands.
+"""Stamp a result with where and from what it was measured, and tell whether it still stands.
 
     python -m benchmarks.stamp      every stamped result under benchmarks/results/, fresh or stale
 
-A result measured on a GPU is a JSON file with the stamp under "stamp". It is stale once a kernel source differs
-from what was measured.
+A result measured on a GPU is a JSON file with the stamp under "stamp". It is stale once any kernel source differs
+from those that were measured.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ _ON_GPUS_ALONE = ("triton_kernels/", "csrc/cuda/")
 def kernel_sources_hash(
     root: Path = ROOT, *, device: str = "cuda", folders: Sequence[str] = ("triton_kernels", "csrc")
 ) -> str:
-    """sha256 over path and content of every kernel source in `folders`.
+    """Return the sha256 over path and content of every kernel source in `folders`.
 
-    For "cpu" without those that never run there: triton_kernels/ and csrc/cuda/.
+    For "cpu", sources that never run there are left out: triton_kernels/ and csrc/cuda/.
     """
     digest = hashlib.sha256()
     for folder in folders:
@@ -42,7 +42,7 @@ def kernel_sources_hash(
 
 
 def stamp() -> dict[str, Any]:
-    """Device, driver, versions, commit and the hash of the kernel sources, as this process sees them."""
+    """Return device, driver, versions, commit and the hash of the kernel sources, as this process sees them."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -59,17 +59,17 @@ def stamp() -> dict[str, Any]:
 
 
 def folder_of(device: str) -> str:
-    """ "NVIDIA H200" -> "nvidia-h200"."""
+    """Return the folder's name for a device: "NVIDIA H200" gives "nvidia-h200"."""
     return "-".join(device.lower().replace("/", " ").split())
 
 
 def stale(result: dict[str, Any], root: Path = ROOT) -> bool:
-    """Whether the kernel sources are no longer those the result was measured with."""
+    """Return whether the kernel sources differ from those the result was measured with."""
     return result["stamp"]["kernel_sources"] != kernel_sources_hash(root)
 
 
 def stamped_results(results: Path = RESULTS) -> dict[Path, dict[str, Any]]:
-    """Every result that carries a stamp."""
+    """Return every result that carries a stamp, by path."""
     contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.rglob("*.json"))}
     return {path: c for path, c in contents.items() if isinstance(c, dict) and "stamp" in c}
 

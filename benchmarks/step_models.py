@@ -1,4 +1,4 @@
-"""Models and batches for `bench_step`: published geometries with random weights, made on the device."""
+"""Make models and batches for `bench_step`: published geometries with random weights, made on the device."""
 
 import copy
 
@@ -44,8 +44,10 @@ GEOMETRIES = {
 
 
 def build(geometry: str, device: str = "cpu", *, toy: bool = False, **changes) -> nn.Module:
-    """A causal LM of this geometry in bf16, or the demo's in float32 ("tiny"); `toy` shrinks all but the experts'
-    number; `changes` go to the config."""
+    """Return a causal LM of this geometry in bf16, or the demo's in float32 ("tiny").
+
+    `toy` shrinks every size but the number of experts; `changes` go to the config.
+    """
     if geometry == "tiny":
         return tiny_models.tiny_olmoe(tiny_models.SIZES["demo"].vocab_size).to(device).eval()
     config_class, values = GEOMETRIES[geometry]
@@ -60,7 +62,7 @@ def build(geometry: str, device: str = "cpu", *, toy: bool = False, **changes) -
         if p.dim() == 1:
             p.data.fill_(1)
             continue
-        # drawn once for all experts: drawing each would take longer than what is measured
+        # drawn once for all experts, because drawing each would take longer than the measurement
         shape = p.shape[1:] if p.dim() == 3 else p.shape
         p.data.copy_(torch.randn(shape, generator=generator, device=device).mul_(0.02))
     return model.eval()
@@ -73,19 +75,19 @@ def _causal(config_class):
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """The model again over the same weights in memory, with parameters, gradients and config of its own."""
+    """Return a second model over the same weights in memory, with its own parameters, gradients and config."""
     parameters = {id(p): nn.Parameter(p.data) for p in model.parameters()}
     return copy.deepcopy(model, parameters)
 
 
 def batch(vocab: int, rows: int, length: int, seed: int, device: str = "cpu") -> dict[str, Tensor]:
-    """Random whole rows: every position is attended and carries a loss."""
+    """Return random whole rows: every position is attended and carries a loss."""
     ids = torch.randint(3, vocab, (rows, length), generator=torch.Generator().manual_seed(seed)).to(device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
 def random_mask(model: nn.Module, keep: float) -> dict:
-    """State of a WAGLE mask whose bits are set with probability one half, whatever `keep` says."""
+    """Return the state of a WAGLE mask whose bits are set with probability one half, whatever `keep` says."""
     packed = {}
     for name, p in model.named_parameters():
         words = torch.randint(-(2**31), 2**31, (num_words(p.shape[-1]),), device=p.device).to(torch.int32)

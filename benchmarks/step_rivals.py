@@ -1,11 +1,11 @@
-"""The unlearning step as a user has it today: transformers' `grouped_mm` experts, autograd, torch's AdamW.
+"""Run the unlearning step as a user has it today: transformers' `grouped_mm` experts, autograd, torch's AdamW.
 
-    dense        every gradient of an expert weight is made, multiplied by a dense mask and given to AdamW
-    restricted   the same gradients, of which the trained experts' are taken out for an AdamW over compact copies
-                 of their weights, torch's fused one, written back after each step: how a strong user does it
+    dense        makes every gradient of an expert weight, multiplies it by a dense mask and gives it to AdamW
+    restricted   makes the same gradients, but takes out the trained experts' for an AdamW (torch's fused one) over
+                 compact copies of their weights, which are written back after each step, as a skilled user would do
 
-Losses are torch's cross_entropy over logits, references are cached, forget and retain rows share one forward
-pass where that is possible. Both read what to train from a prepared `UnlearnStep`.
+Losses are torch's cross_entropy over logits, references are cached, and forget and retain rows share one forward
+pass where that is possible. Both rivals read what to train from a prepared `UnlearnStep`.
 """
 
 import torch
@@ -21,7 +21,7 @@ Batch = dict[str, Tensor]
 
 
 class Rival:
-    """One step a call. `reference` is the step whose recipe, masks, selection and token weights are taken over."""
+    """Runs one step a call; `reference` is the step whose recipe, masks, selection and token weights are taken over."""
 
     def __init__(
         self, model: nn.Module, reference: UnlearnStep, forget: Batch, retain: Batch, *, restricted: bool = False
@@ -67,7 +67,7 @@ class Rival:
         )
 
     def losses(self, *, joint: bool = True) -> dict[str, Tensor]:
-        """The recipe's losses by name."""
+        """Return the recipe's losses by name."""
         if joint and self.recipe.mollm is None:
             both = {k: torch.cat([self.forget[k], self.retain[k]]) for k in ("input_ids", "attention_mask")}
             own, other = self._logits(both).split([len(self.forget["labels"]), len(self.retain["labels"])])
@@ -89,7 +89,7 @@ class Rival:
         return losses
 
     def __call__(self, *, joint: bool = True, fused: bool | None = None) -> dict[str, float]:
-        """One step; `fused` as torch's AdamW takes it."""
+        """Take one step and return its losses; `fused` is the argument of torch's AdamW."""
         losses = self.losses(joint=joint)
         gradients = self._common_descent(losses) if self.recipe.mollm is not None else self._gradient(losses)
         for p, gradient in zip(self.compact, gradients, strict=True):
@@ -117,7 +117,7 @@ class Rival:
 
     def _common_descent(self, losses: dict[str, Tensor]) -> list[Tensor | None]:
         settings, names = self.recipe.mollm, list(losses)
-        # forget has a graph of its own, retain and KL share one
+        # forget has a graph of its own; retain and KL share one
         sets = [self._masked(losses[name], retain_graph=name == "retain") for name in names]
         gram = torch.zeros(len(names), len(names), dtype=torch.float64)
         for gradients in zip(*sets, strict=True):
@@ -143,7 +143,7 @@ class Rival:
 
 
 def _dense(words: Tensor, p: Tensor) -> Tensor:
-    """The mask as bool, unpacked in parts so that nothing larger exists on the way."""
+    """Return the mask as bool, unpacked in parts so that nothing larger exists in between."""
     mask = torch.empty(p.shape, dtype=torch.bool, device=p.device)
     for part, own in zip(mask, words, strict=True) if p.dim() > 1 else [(mask, words)]:
         part.copy_(unpack_bits(own, p.shape[-1]))
@@ -151,6 +151,9 @@ def _dense(words: Tensor, p: Tensor) -> Tensor:
 
 
 def free_experts(model: nn.Module) -> None:
-    """Experts that cost nothing, neither in computation nor in the optimizer: what no kernel can beat."""
+    """Replace the experts by ones that cost nothing, neither in computation nor in the optimizer.
+
+    No kernel can beat this.
+    """
     for module in experts_modules(model).values():
         module.forward = lambda x, index, weights: x * weights.sum(1, keepdim=True).to(x.dtype)

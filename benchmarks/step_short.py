@@ -1,6 +1,6 @@
-"""The whole step in the suite: on a CPU the rows of `bench_step` that the targets name, on a GPU all of them.
+"""Make the suite's cases of the whole step: on a CPU the rows of `bench_step` that have targets, on a GPU all rows.
 
-Each is a case of its own, so that a run that must end keeps those it has.
+Each row is a case of its own, so a run that must end keeps the rows it has.
 """
 
 import functools
@@ -10,13 +10,13 @@ from benchmarks import bench_step, harness
 from benchmarks.bench_step import DENSE, OURS, RESTRICTED
 from benchmarks.harness import Case
 
-# objective, experts that train: contenders, those whose memory is measured, tier, seconds
+# (objective, experts that train): (contenders, those whose memory is measured, tier, seconds)
 _CPU = {
     ("graddiff", 13): ((*OURS, DENSE, RESTRICTED), ("ours", DENSE), 0, 140),
     ("graddiff", None): ((*OURS, DENSE), (), 0, 90),
     ("graddiff", 3): ((OURS[0], DENSE, RESTRICTED), (), 0, 70),
 }
-# on a GPU: the first rows, and about what one takes with kernels to be compiled
+# on a GPU: how many rows come first, and about how many seconds a row takes when kernels must be compiled
 _GPU_FIRST, _GPU_SECONDS = 3, 30
 _models: dict[tuple[str, bool], bench_step.Models] = {}
 
@@ -54,12 +54,12 @@ def on_gpu(case: bench_step.Case, device: str, toy: bool) -> dict:
 
 
 def forget() -> None:
-    """Give back the memory of the model that the last case left."""
+    """Free the memory of the model that the last case left."""
     _models.clear()
 
 
 def with_verdicts(row: dict) -> dict:
-    """The row of `bench_step` as the suite has its rows."""
+    """Return a row of `bench_step` in the suite's form."""
     found = [
         {"what": what, "value": value, "target": target, "hit": hit}
         for what, value, target, hit in bench_step.verdicts(row)

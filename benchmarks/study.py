@@ -1,12 +1,12 @@
-"""What each lever buys, measured: baselines with and without TRACE, WAGLE and MOLLM at matched forgetting.
+"""Measure what each lever buys: baselines with and without TRACE, WAGLE and MOLLM at matched forgetting.
 
     python -m benchmarks.study --small              half an hour on two cores
-    python -m benchmarks.study                      the whole study, hours; killed, it goes on where it was
+    python -m benchmarks.study                      the whole study, hours; if killed, it resumes where it stopped
     python -m benchmarks.study --report [--small]   table, figures and JSON from the parts that are there
     python -m benchmarks.study --list [--small]     every run and whether it is done
 
-Every result is a small JSON of its own, named by a digest of what it is the result of (`study_run.Spec`): runs that
-two parts of the study share are made once, and those of --small count for the whole. They are kept in the folder
+Every result is a small JSON file, named by a digest of its specification (`study_run.Spec`). So runs that two parts
+of the study share are made once, and those of --small also serve the whole study. They are kept in the folder
 `study` beside the trained models, see `moe_unlearn.benchmark.trained_cache.cache_folder`.
 """
 
@@ -29,7 +29,7 @@ from moe_unlearn.checkpoint import write_text
 RESULTS = Path(__file__).parent / "results" / "study"
 RUNS = "runs.jsonl"
 
-#: recipe, learning rate and what else tiny models need; chosen on seed 0, which is not reported
+#: recipe, learning rate and other settings for tiny models; chosen on seed 0, which is not reported
 BASELINES = {
     "GradDiff": ("graddiff", "optimizer.lr=1e-4", "retain.alpha=3.0"),
     "NPO": ("npo", "optimizer.lr=1e-4", "forget.beta=0.02", "retain.alpha=20.0"),
@@ -44,13 +44,13 @@ BASELINES = {
 }  # fmt: skip
 TRACE = ("trace.eta=0.5", "trace.cap=10.0", "trace.per_layer=2", "trace.min_ratio=1.5", "trace.allow_empty=true")
 WAGLE = ("wagle.keep=0.8",)
-#: MOLLM's weights sum to 1 and push forgetting less: most baselines do not get there in `max_steps` without this
+#: MOLLM's weights sum to 1 and weaken forgetting, so most baselines do not reach the level in `max_steps` without this
 DOUBLE_RATE = {"optimizer.lr=1e-4": "optimizer.lr=2e-4", "optimizer.lr=1e-3": "optimizer.lr=2e-3"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell of a table: `group` is the table, `case` what is held fixed within a comparison."""
+    """One cell of a table; `group` is the table, `case` is what is held fixed within a comparison."""
 
     group: str
     case: str
@@ -61,7 +61,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of the study: sizes and counts."""
+    """Extent of the study: sizes and counts."""
 
     settings: Settings
     corpora: tuple[str, ...]
@@ -74,7 +74,7 @@ class Scale:
     check_every: int
 
 
-# one size for both scales: what --small has made, the whole study does not make again
+# one size for both scales, so that the whole study reuses what --small has made
 _SIZE = Settings(forget=24, retain=160, holdout=40, max_length=48, top_k=2)
 SCALES = {
     "small": Scale(
@@ -106,18 +106,18 @@ TRACE_SETTINGS = {
 
 
 def levers(baseline: str) -> dict[str, tuple[str, ...]]:
-    """The levers that can be put on a baseline, alone and together, as overrides of its recipe."""
-    # KL is KL-min's retain loss already; RMU's forward never gets to the head
+    """Return the levers that can be put on a baseline, alone and together, as overrides of its recipe."""
+    # KL-min's retain loss is KL already; RMU's forward pass never gets to the head
     kl = "false" if baseline in ("KL-min", "RMU") else "true"
     mollm = (f"mollm.kl={kl}", DOUBLE_RATE[BASELINES[baseline][1]])
     found = {"TRACE": TRACE, "WAGLE": WAGLE, "MOLLM": mollm, "all three": (*TRACE, *WAGLE, *mollm)}
-    if baseline == "RMU":  # compares hidden states: there are no token losses to weigh
+    if baseline == "RMU":  # it compares hidden states, so there are no token losses to weigh
         del found["TRACE"], found["all three"]
     return {"plain": (), **found}
 
 
 def entries(scale: Scale) -> list[Entry]:
-    """The whole study at a scale: seed by seed, so that what is there early is balanced."""
+    """Return the whole study at a scale, ordered by seed, so that a partial study is balanced."""
     found = [*_main(scale), *_axis(scale), *_ablations(scale)]
     return sorted(found, key=lambda e: (e.spec.seed, e.spec.corpus, str(e.spec.settings), e.spec.retain))
 
@@ -146,7 +146,7 @@ def _ablations(scale: Scale) -> Iterator[Entry]:
     for corpus, seed in itertools.product(scale.ablations, scale.axis_seeds):
 
         def entry(baseline, variant, overrides=(), corpus=corpus, seed=seed, **options):
-            # TRACE where it should help most: the retain documents seen seldom touch what is critical
+            # TRACE is tried where it should help most: with retain documents that seldom use critical experts
             retain = "random" if {"wagle", "mollm"} & {o.split(".")[0] for o in overrides} else options.pop("retain")
             spec = _spec(scale, corpus, seed, baseline, overrides, retain=retain, **options)
             return Entry("ablation", corpus, baseline, variant, spec)
@@ -164,13 +164,13 @@ def _ablations(scale: Scale) -> Iterator[Entry]:
 
 
 def part(folder: Path, spec: Spec) -> Path:
-    """Where the result of `spec` is kept."""
+    """Return the path where the result of `spec` is kept."""
     words = [spec.corpus.removeprefix("builtin:"), f"seed{spec.seed}", spec.recipe or "models", spec.key]
     return folder / ("-".join(re.sub(r"\W+", "_", word) for word in words) + ".json")
 
 
 def load(folder: Path, spec: Spec) -> dict | None:
-    """The result of `spec`, None where it is not there or not whole."""
+    """Return the result of `spec`, or None where it is missing or not whole."""
     try:
         return json.loads(part(folder, spec).read_text("utf-8"))
     except (OSError, ValueError):
@@ -178,7 +178,7 @@ def load(folder: Path, spec: Spec) -> dict | None:
 
 
 def restore(out: Path, folder: Path, specs: list[Spec]) -> None:
-    """Make parts of what an earlier report wrote into `out`, where they are not there."""
+    """Make missing parts from the results that an earlier report wrote into `out`."""
     path = out / RUNS
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     known = {result.pop("key"): result for result in map(json.loads, lines)}
@@ -188,14 +188,14 @@ def restore(out: Path, folder: Path, specs: list[Spec]) -> None:
 
 
 def execute(folder: Path, spec: Spec) -> float:
-    """Make one part; processor seconds. The models' part must be there before that of a run."""
+    """Make one part and return its processor seconds; a run needs its models' part first."""
     result = run(spec, None if spec.recipe is None else load(folder, spec.models))
     write_text(part(folder, spec), json.dumps(result))
     return result["seconds"]
 
 
 def make(folder: Path, specs: list[Spec], jobs: int, log: Callable[[str], None] = print) -> list[str]:
-    """Make what is missing of `specs`, seed by seed, each in one thread; what failed, a line each."""
+    """Make the missing parts of `specs`, seed by seed, each in one thread; return a line for each failure."""
     stages = []
     for seed in dict.fromkeys(spec.seed for spec in specs):
         runs = list(dict.fromkeys(spec for spec in specs if spec.seed == seed))

@@ -1,4 +1,4 @@
-"""What the numbers of a study say, in sentences made from them."""
+"""Put the numbers of a study into sentences."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ GOAL = 9  # percent of relative utility
 
 
 def paired(differences: Iterable[float]) -> dict:
-    """Mean, half-width of the 95 % t interval (None below two values) and how many."""
+    """Return the mean, the half-width of the 95 % t interval (None below two values) and the number of values."""
     values = list(differences)
     if not values:
         return {"mean": None, "half": None, "n": 0}
@@ -21,14 +21,14 @@ def paired(differences: Iterable[float]) -> dict:
 
 
 def reading(data: dict) -> list[str]:
-    """The sentences on the goal of TRACE's paper and on its premise; of `study.json`."""
+    """Return the sentences on the goal of TRACE's paper and on its premise, from the content of `study.json`."""
     cases = dict.fromkeys(row["case"] for row in data["main"])
     found = [f"{case}: {goal([r for r in data['main'] if r['case'] == case])}" for case in cases]
     return [*found, *_premise(data["mismatch"])]
 
 
 def goal(rows: list[dict]) -> str:
-    """What TRACE's paper claims, beside what the rows of one corpus say at both levels."""
+    """Return a sentence that sets the claim of TRACE's paper beside the rows of one corpus at both levels."""
     found = []
     for key, where in (("against_strongest", ""), ("against_strongest_near", " at the looser level")):
         tried = [r for r in rows if r["variant"] == "TRACE" and r.get(key, {"n": 0})["n"]]
@@ -45,7 +45,7 @@ def goal(rows: list[dict]) -> str:
 
 
 def _premise(rows: list[dict]) -> list[str]:
-    """TRACE's effect over what was measured of its premise, each seed a point."""
+    """Return sentences on TRACE's effect against the measures of its premise; each paired run is a point."""
     found = []
     for metric, of in (("nll_c", "on tokens of critical experts"), ("nll_r", "on all")):
         points = [r for r in rows if f"{metric} near" in r]
@@ -89,7 +89,7 @@ def _spearman(first: Sequence[float], second: Sequence[float]) -> str:
 
 
 def clear(value: dict) -> bool:
-    """Whether the interval of a `paired` value leaves out 0."""
+    """Return whether the interval of a `paired` value leaves out 0."""
     return value["half"] is not None and abs(value["mean"]) > value["half"]
 
 

@@ -1,8 +1,8 @@
-"""Table, figures and one JSON of the study, from whatever parts are there.
+"""Write the table, figures and one JSON of the study from the parts that are there.
 
 Comparisons are paired: the difference between two runs on the same models and documents, its mean over seeds, and a
 95 % interval by Student's t (a bootstrap of five values would be too narrow). A run that never reaches the level of
-forgetting is counted as not reached and takes no part.
+forgetting is counted as not reached and enters no comparison.
 """
 
 import json
@@ -24,7 +24,7 @@ from matplotlib import pyplot, ticker  # noqa: E402 -- after the choice of a bac
 
 LEVEL = "retrain"
 BLUE, ORANGE, GREY = "#1f5fa8", "#c2682a", "#8a8a8a"
-#: metric -> what it says; utility of unseen retain documents
+#: metric -> its name; utilities are of unseen retain documents
 UTILITIES = {
     "verbmem_r": "VerbMem",
     "knowmem_r": "KnowMem",
@@ -34,7 +34,7 @@ UTILITIES = {
 
 
 class Found:
-    """The results that are there, by table, case, baseline and variant."""
+    """Results that are there, by table, case, baseline and variant."""
 
     def __init__(self, entries: list[Entry], parts: Path):
         self.cells: dict[tuple, dict[int, dict]] = defaultdict(dict)
@@ -53,31 +53,31 @@ class Found:
         self.seconds = sum(r["seconds"] for r in self.runs.values())
 
     def at(self, key: tuple, metric: str, level: str = LEVEL) -> dict[int, float]:
-        """seed -> value at the level of forgetting, for those seeds that reached it."""
+        """Return seed -> value at the level of forgetting, for the seeds that reached it."""
         matched = {seed: result["matched"][level] for seed, result in self.cells.get(key, {}).items()}
         return {seed: m[metric] for seed, m in matched.items() if m is not None and metric in m}
 
     def difference(self, key: tuple, other: tuple, metric: str, level: str = LEVEL) -> dict:
-        """`paired` of key - other over the seeds both have."""
+        """Return the `paired` differences key - other over the seeds that both have."""
         ours, theirs = self.at(key, metric, level), self.at(other, metric, level)
         return paired(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
 
     def relative(self, key: tuple, other: tuple, metric: str, level: str = LEVEL) -> dict:
-        """`paired` of key / other - 1 in percent."""
+        """Return the `paired` differences key / other - 1, in percent."""
         ours, theirs = self.at(key, metric, level), self.at(other, metric, level)
         return paired(100 * (ours[s] / theirs[s] - 1) for s in sorted(ours.keys() & theirs.keys()) if theirs[s])
 
     def cases(self, group: str) -> list[str]:
-        """The cases of a table, in the order of the study."""
+        """Return the cases of a table, in the order of the study."""
         return list(dict.fromkeys(case for g, case, *_ in self.cells if g == group))
 
     def keys(self, group: str, case: str) -> list[tuple]:
-        """Baseline and variant of the cells of one case."""
+        """Return baseline and variant of the cells of one case."""
         return list(dict.fromkeys(key[2:] for key in self.cells if key[:2] == (group, case)))
 
 
 def write(out: Path, entries: list[Entry], parts: Path, name: str) -> str:
-    """Write `study.md`, `study.json`, the figures and `runs.jsonl` into `out`; returns the table's text."""
+    """Write `study.md`, `study.json`, the figures and `runs.jsonl` into `out`; return the table's text."""
     found = Found(entries, parts)
     out.mkdir(parents=True, exist_ok=True)
     command = "python -m benchmarks.study" + (" --small" if name == "small" else "")
@@ -111,7 +111,7 @@ def write(out: Path, entries: list[Entry], parts: Path, name: str) -> str:
 
 
 def _rounded(value: object) -> object:
-    """Plain values with 6 significant digits: half the size, and more than a seed tells."""
+    """Return plain values with 6 significant digits, which take half the size and are finer than seeds differ."""
     if isinstance(value, dict):
         return {key: _rounded(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -120,7 +120,7 @@ def _rounded(value: object) -> object:
 
 
 def _made_with() -> dict:
-    """Versions, commit and processor; not a stamp, which a change of kernels would make stale."""
+    """Return versions, commit and processor; this is no stamp, which a change of kernels would make stale."""
     keep = ("python", "versions", "commit", "uncommitted_changes")
     return {key: value for key, value in stamp.stamp().items() if key in keep} | {"device": "cpu"}
 
@@ -162,14 +162,14 @@ def _main(found: Found) -> tuple[list[str], list[dict]]:
 
 
 def _strongest(found: Found, case: str, level: str) -> str | None:
-    """The plain baseline that keeps the most VerbMem at a level."""
+    """Return the plain baseline that keeps the most VerbMem at a level."""
     plain = {b: found.at(("main", case, b, v), "verbmem_r", level) for b, v in found.keys("main", case) if v == "plain"}
     reached = {b: statistics.fmean(values.values()) for b, values in plain.items() if values}
     return max(reached, key=reached.get) if reached else None
 
 
 def _matrix(found: Found, case: str) -> list[str]:
-    """VerbMem retain at the level, baselines down and levers across; in brackets how many seeds reached it."""
+    """Return VerbMem retain at the level, baselines down and levers across, with the count of seeds that reached it."""
     keys = found.keys("main", case)
     baselines, variants = (list(dict.fromkeys(k[i] for k in keys)) for i in (0, 1))
     lines = ["| VerbMem retain | " + " | ".join(variants) + " |", "|---" * (len(variants) + 1) + "|"]
@@ -192,7 +192,7 @@ def _row(row: dict) -> str:
 
 
 def _mismatch(found: Found) -> tuple[list[str], list[dict]]:
-    """TRACE against plain, seed by seed, with what was measured of its premise."""
+    """Compare TRACE with plain, seed by seed, and list the measures of its premise."""
     rows, lines = [], []
     if found.cases("mismatch"):
         lines = [
@@ -229,7 +229,7 @@ def _mismatch(found: Found) -> tuple[list[str], list[dict]]:
 
 
 def _mismatch_row(found: Found, case: str, baseline: str, seed: int) -> dict:
-    """One seed: [plain, TRACE] for each metric and level, mismatch, gradient norms."""
+    """Return one seed's [plain, TRACE] values for each metric and level, its mismatch and its gradient norms."""
     key, base = (("mismatch", case, baseline, variant) for variant in ("TRACE", "plain"))
     result, models = found.cells[key][seed], found.models["mismatch", case][seed]
     row = {"case": case, "baseline": baseline, "seed": seed, **result["trace"]}
@@ -279,7 +279,7 @@ def _mean(value: dict, digits: int = 3) -> str:
 
 
 def _draw_levers(data: dict):
-    """Paired differences in VerbMem at both levels, a panel for each corpus."""
+    """Draw paired differences in VerbMem at both levels, a panel for each corpus."""
     levels = {"difference_near": (0.16, f"{NEAR} above the retrained model's", "o"),
               "difference": (-0.16, "at the retrained model's", "s")}  # fmt: skip
     rows = [r for r in data["main"] if r["variant"] != "plain" and any(r[k]["verbmem_r"]["n"] for k in levels)]
@@ -308,13 +308,13 @@ def _draw_levers(data: dict):
 
 
 def _around(values: Iterable[dict]) -> tuple[float, float]:
-    """Limits that hold every mean; an interval of two seeds may be cut."""
+    """Return limits that hold every mean; an interval of two seeds may be cut."""
     means = [v["mean"] for v in values if v["n"]]
     return min(0, *means) - 0.1, max(0, *means) + 0.1
 
 
 def _draw_mismatch(data: dict):
-    """TRACE's effect on NLL over mismatch and over effective sample size; below 0 it helps."""
+    """Draw TRACE's effect on NLL over mismatch and over effective sample size; below 0 it helps."""
     rows = [r for r in data["mismatch"] if "nll_c near" in r]
     if not rows:
         return None
@@ -331,7 +331,7 @@ def _draw_mismatch(data: dict):
 
 
 def _draw_norms(data: dict):
-    """Mean retain-gradient norm per expert, critical and other, without and with TRACE's weights."""
+    """Draw the mean retain-gradient norm per expert, critical and other, without and with TRACE's weights."""
     panels_of = {"target": "unchanged model", "gradients": "end of the TRACE run"}
     rows = {k: [r[k] for r in data["mismatch"] if r.get(k) and "weighted" in r[k]] for k in panels_of}
     if not any(rows.values()):

@@ -1,13 +1,13 @@
-"""One run of the study: settings, corpus, seed, recipe and control in, a dictionary of numbers out.
+"""Make one run of the study: settings, corpus, seed, recipe and control give a dictionary of numbers.
 
-Matched forgetting: a run is watched every `check_every` steps and ends where VerbMem of the forget set first lies
+Forgetting is matched: a run is watched every `check_every` steps and ends where VerbMem of the forget set first lies
 at or below the retrained model's. Between that check and the one before, every number is interpolated linearly in
-VerbMem, so that runs are compared at one level of forgetting and not at one number of steps.
+VerbMem, so runs are compared at one level of forgetting and not at one number of steps.
 
 A step sees all forget documents and all retain documents that unlearning may see.
 
-"Critical" experts are those TRACE selects at its default thresholds in the unchanged target model, whatever the
-recipe; "critical tokens" are the unseen retain tokens that use one of them there.
+"Critical" experts are those that TRACE selects at its default thresholds in the unchanged target model, whatever the
+recipe. "Critical tokens" are the unseen retain tokens that use one of these experts there.
 """
 
 import contextlib
@@ -36,20 +36,20 @@ from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.prepare.stages import Preparation, prepare
 from moe_unlearn.step import UnlearnStep
 
-VERSION = 1  # raise it when the code below measures something else under the same name
+VERSION = 1  # to be raised when the code below measures something else under the same name
 BATCH = 32
-NEAR = 0.1  # the looser level: so far above the retrained model's VerbMem
+NEAR = 0.1  # the looser level: this far above the retrained model's VerbMem
 CRITICAL = {"per_layer": 2, "min_ratio": 1.5}
-#: ablations: what takes the place of one of the library's decisions
+#: ablations, each of which replaces one of the library's decisions
 CONTROLS = ("random-experts", "shuffled-tokens", "sequence-weights", "random-mask", "magnitude-mask", "equal-lambda")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """A run; without a recipe, a measurement of the two models it starts from.
+    """A run, or, without a recipe, a measurement of the two models it starts from.
 
     `retain` says which retain documents unlearning sees: a "random" share, or those that use the critical
-    experts "seldom"; utility is of the others.
+    experts "seldom". Utility is measured on the others.
     """
 
     settings: Settings
@@ -64,18 +64,18 @@ class Spec:
 
     @property
     def key(self) -> str:
-        """A digest of everything above and of what the shipped recipe says."""
+        """Return a digest of everything above and of the shipped recipe's content."""
         content = json.dumps([VERSION, asdict(self), _shipped(self.recipe)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def models(self) -> "Spec":
-        """The measurement of the models that this run starts from."""
+        """Return the measurement of the models that this run starts from."""
         return Spec(settings=self.settings, corpus=self.corpus, seed=self.seed, retain=self.retain)
 
 
 def run(spec: Spec, models: dict | None = None) -> dict:
-    """What `spec` measures; a run needs the numbers of `spec.models`."""
+    """Measure `spec` and return the numbers; a run needs those of `spec.models`."""
     start = time.process_time()
     made = _prepared(spec.models)
     result = measure_models(made) if spec.recipe is None else _unlearn(spec, made, models)
@@ -94,7 +94,7 @@ def _prepared(spec: Spec) -> Experiment:
     made = tiny_models.prepare_experiment(spec.corpus, spec.seed, size=spec.settings)
     if spec.retain == "random":
         return made
-    # how often the tokens of each retain document use what is critical against all of them
+    # rank the retain documents by how often their tokens use an expert that is critical against all of them
     selected = _critical(made.target, made.forget, made.retain)
     use = []
     for batch in data.batches(made.retain, BATCH):
@@ -106,7 +106,7 @@ def _prepared(spec: Spec) -> Experiment:
 
 
 def measure_models(made: Experiment) -> dict:
-    """Utility and memory of target and retrained model; mismatch; gradients of each expert in the target."""
+    """Measure utility and memory of target and retrained model, mismatch, and the target's gradients of each expert."""
     f, r = (trace.routing_frequencies(made.target, data.batches(s, BATCH)) for s in (made.forget, made.retain_unlearn))
     selected = trace.select_experts(f, r, **CRITICAL, allow_empty=True)
     models = {name: measure(getattr(made, name), made, selected) for name in tiny_models.MODELS}
@@ -133,7 +133,7 @@ def measure_models(made: Experiment) -> dict:
 
 
 def measure(model: nn.Module, made: Experiment, selected: Tensor) -> dict[str, float]:
-    """Memory of the forget and utility of the unseen retain documents; `_c` is on critical tokens only."""
+    """Measure memory of the forget and utility of the unseen retain documents; `_c` means critical tokens only."""
     scored = {
         side: metrics.token_scores(model, getattr(made, side), batch_size=BATCH)
         for side in ("forget", "retain_eval", "holdout")
@@ -162,7 +162,7 @@ def measure(model: nn.Module, made: Experiment, selected: Tensor) -> dict[str, f
 
 
 def expert_gradients(model: nn.Module, batches: list[dict], weights: Tensor | None = None) -> Tensor:
-    """Norm [L, E] float64 of the gradient, with respect to each expert's weights, of the mean (weighted) NLL.
+    """Return the norms [L, E], float64, of the mean (weighted) NLL's gradients by each expert's weights.
 
     `weights` are those of the counted tokens, in the order of `batches`.
     """
@@ -186,7 +186,7 @@ def expert_gradients(model: nn.Module, batches: list[dict], weights: Tensor | No
 
 
 def _unlearn(spec: Spec, made: Experiment, models: dict) -> dict:
-    """The run itself: what was reached when, utility there, and what the levers did."""
+    """Make the run itself; return what was reached when, the utility there, and what the levers did."""
     recipe = replace(Recipe.load(spec.recipe, spec.overrides), seed=spec.seed)
     watch = _Watch(made, models)
     torch.manual_seed(spec.seed)
@@ -213,7 +213,7 @@ def _unlearn(spec: Spec, made: Experiment, models: dict) -> dict:
 
 
 class _Watch:
-    """Looks at a model every few steps, and measures it where its VerbMem crosses a level."""
+    """Checks a model every few steps, and measures it where its VerbMem crosses a level."""
 
     def __init__(self, made: Experiment, models: dict):
         target, retrain = (models["models"][name] for name in ("target", "retrain"))
@@ -226,7 +226,7 @@ class _Watch:
         self.end: dict | None = None
 
     def check(self, model: nn.Module, i: int) -> bool:
-        """Look at step i; whether the run is over."""
+        """Check the model at step i and return whether the run is over."""
         model.eval()
         last, now = self.trajectory[-1], metrics.verbmem(model, self.made.tokenizer, self.made.forget)
         self.trajectory.append({"step": i, "verbmem_f": now})
@@ -251,10 +251,10 @@ class _Watch:
 
 
 def _levers(step: UnlearnStep, retain: list[dict]) -> dict:
-    """What TRACE chose and what its weights cost; what WAGLE kept."""
+    """Return what TRACE chose, what its weights cost, and what WAGLE kept."""
     prepared, found = step.prepared, {}
     if prepared.calibration is not None:
-        # SEUF selects too, and later
+        # SEUF selects after TRACE, so `selected` is its choice
         chosen = prepared.calibration.tilt != 0 if step.recipe.scope.kind == "seuf" else prepared.selected
         f, r = (prepared.frequencies[side].frequency[chosen] for side in ("forget", "retain"))
         found["trace"] = {
@@ -264,14 +264,14 @@ def _levers(step: UnlearnStep, retain: list[dict]) -> dict:
             "largest_weight": prepared.calibration.largest_weight,
         }
     elif step.recipe.trace is not None:
-        found["trace"] = None  # no expert qualified: a run without TRACE
+        found["trace"] = None  # no expert qualified, so the run is one without TRACE
     if prepared.mask is not None:
         found["kept"] = prepared.mask.fraction
     return found
 
 
 def _gradient_norms(model, retain, critical, prepared) -> dict:
-    """Mean retain-gradient norm of critical and other experts, without TRACE's weights and with them."""
+    """Return the mean retain-gradient norms of critical and other experts, without TRACE's weights and with them."""
     if not critical.any():
         return {}
     norms = {"uniform": expert_gradients(model, retain)}
@@ -288,7 +288,10 @@ def _gradient_norms(model, retain, critical, prepared) -> dict:
 
 @contextlib.contextmanager
 def control(spec: Spec) -> Iterator[None]:
-    """Replace the decision an ablation is about while a step is prepared and run; ValueError for an unknown one."""
+    """Replace an ablation's decision for a step that is prepared and run inside.
+
+    Raises ValueError for an unknown control.
+    """
     if spec.control and spec.control not in CONTROLS:
         raise ValueError(f"unknown control {spec.control!r}; expected one of {', '.join(CONTROLS)}")
     draw = data.generator(spec.seed, 1)
@@ -320,7 +323,10 @@ def control(spec: Spec) -> Iterator[None]:
 
 
 def _change_weights(spec: Spec, step: UnlearnStep, retain: list[dict]) -> None:
-    """The two controls that change token weights: none, or their places, within the same distribution."""
+    """Change the token weights for the two controls that do so.
+
+    One shuffles them among all counted tokens; the other gives each sequence's tokens their mean.
+    """
     cache = step.prepared.token_weights
     if spec.control not in ("shuffled-tokens", "sequence-weights") or cache is None:
         return
@@ -344,7 +350,7 @@ def _critical(model: nn.Module, forget: list, retain: list) -> Tensor:
 
 
 def _uses(model: nn.Module, batch: dict, selected: Tensor) -> Tensor:
-    """bool [B, S]: which positions are routed to one of the `selected` [L, E]."""
+    """Return a bool mask [B, S] of the positions that are routed to one of the `selected` [L, E] experts."""
     index = collect_routing(model, batch)
     hit = torch.stack([chosen[i].any(-1) for chosen, i in zip(selected, index, strict=True)]).any(0)
     return hit.view(batch["input_ids"].shape)

@@ -1,13 +1,14 @@
-"""Every op and the whole step against what else there is, within a time: one command, one file.
+"""Measure every op and the whole step against their rivals within a time: one command, one file.
 
     OMP_NUM_THREADS=1 python -m benchmarks.suite              the CPU, 15 minutes (make bench)
     python -m benchmarks.suite --device cuda                  this machine's GPU, 9 minutes
-    python -m benchmarks.suite --only token_loss --list       the cases whose title holds this, not run
+    python -m benchmarks.suite --only token_loss --list       lists cases whose title contains this, runs none
     python -m benchmarks.suite --device cuda --part steps --journal FILE      a stage of `make bench-gpu`
 
-What a target depends on comes first, then the gate shapes, then what is only reported. A case that is not expected to
-end in time is left out and said to be. Cases run in a worker process: one that breaks the device, or hangs, costs
-itself and no other. Exit status: 0, also where something was left out; 1 where one of our kernels failed; 2 bad usage.
+Cases on which a target depends come first, then the gate shapes, then those that are only reported. A case that is
+not expected to end in time is left out and reported as such. Cases run in a worker process, so one that breaks the
+device or hangs costs only itself. The exit status is 0, even where something was left out, 1 where one of our kernels
+failed, and 2 for bad usage.
 """
 
 import argparse
@@ -34,31 +35,33 @@ from benchmarks.journal import Journal
 
 OPS = ("expert_layer", "masked_update", "weight_score", "route", "expert_mlp", "token_loss", "expert_wgrad",
        "retain_weights", "gram")  # fmt: skip
-# of the 15 and 9 minutes; pictures and table come after
+# less than the 15 and 9 minutes, since pictures and table come after
 SECONDS = {"cpu": 870.0, "cuda": 530.0}
-# kept for ending the worker and writing
+# kept for ending the worker and for writing
 RESERVE = 5.0
 ENVIRONMENT, PARTIAL = "environment", "partial"
 PARTS = ("all", "ops", "steps")
-TRACE = 2000  # characters of what a failure printed that a record keeps
+TRACE = 2000  # characters that a record keeps of what a failure printed
 Ask = Callable[[str, float], dict]
 
 
 class Broken(Exception):
-    """The worker died or did not answer in time; the text says how, `row` is what it had measured by then, `trace`
-    the end of what it printed."""
+    """Error of a worker that died or did not answer in time.
+
+    The text says how; `row` is what the worker had measured by then, `trace` the end of what it printed.
+    """
 
     row: dict | None = None
     trace: str = ""
 
 
 def cases(device: str, only: str = "", *, part: str = "all", tiers: Sequence[int] = ()) -> list[Case]:
-    """The cases of a part and of some tiers, all where there are none; what matters first."""
+    """Return the cases of a part and of the given tiers (of all tiers if none is given), the most important first."""
     from benchmarks import step_short
 
     modules = [importlib.import_module(f"benchmarks.bench_{op}") for op in OPS]
     found = [case for module in modules for case in module.cases(device)] + step_short.cases(device)
-    # on a GPU the ops' cases take seconds, the steps' most of the time
+    # on a GPU the ops' cases take seconds, and the steps' cases most of the time
     step_first = device == "cpu"
     chosen = (case for case in found if only in case.title and (not tiers or case.tier in tiers))
     if part != "all":
@@ -78,7 +81,8 @@ def conduct(
 ) -> None:
     """Measure the cases in turn until `seconds` after `start`; `ask(title, seconds)` measures one within that time.
 
-    Where cases of an op have taken longer than expected so far, its later ones are expected to, by as much.
+    Where the cases of an op have so far taken longer than expected, its later ones are expected to take longer by the
+    same factor.
     """
     expected, spent = collections.Counter(), collections.Counter()
     for case in chosen:
@@ -92,7 +96,7 @@ def conduct(
             try:
                 row = ask(case.title, left)
             except Broken as error:
-                # the end of the run is no fault of the case
+                # a case is not to blame for the end of the run
                 late = clock() - start >= seconds
                 if late and error.row:
                     row = {**error.row, "cut": str(error)}
@@ -109,7 +113,7 @@ def conduct(
 
 
 def line(row: dict) -> str:
-    """A row for people: results, targets hit and missed, who is missing and why."""
+    """Return a row as text: results, targets hit and missed, missing contenders and the reasons."""
     title = f"{row['op']}: {row['name']}"
     for what in ("skipped", "error"):
         if what in row:
@@ -130,9 +134,9 @@ def _mark(hit: bool) -> str:
 
 
 class Worker:
-    """A process that measures cases by their title, started again after one that broke it.
+    """Measures cases by title in a process of its own, which is started again after a case that broke it.
 
-    `command` answers each line on its stdin with one line of JSON on its stdout; what it prints goes to `log`.
+    `command` answers each line on its stdin with one line of JSON on its stdout; its other output goes to `log`.
     """
 
     def __init__(self, command: Sequence[str], log: TextIO):
@@ -141,7 +145,7 @@ class Worker:
         self.partial: dict | None = None
 
     def ask(self, title: str, seconds: float) -> dict:
-        """The row of a case. Raises Broken where the worker dies or takes longer."""
+        """Return the row of a case; raise Broken where the worker dies or takes longer."""
         self.partial = None
         if self.process is None or self.process.poll() is not None:
             self._start()
@@ -161,7 +165,7 @@ class Worker:
         return answer
 
     def _answer(self, deadline: float) -> dict:
-        """The next answer that is whole, {} at the end of the process; what comes before it is kept in `partial`."""
+        """Return the next whole answer, {} at the end of the process; keep earlier parts in `partial`."""
         while text := self.answers.get(timeout=max(deadline - time.monotonic(), 0)):
             answer = json.loads(text)
             if PARTIAL not in answer:
@@ -207,7 +211,7 @@ def work(device: str) -> None:
     """Answer titles on stdin with rows on stdout until stdin ends."""
     from benchmarks import harness, step_short
 
-    # whatever libraries print goes to the log
+    # other output, as from libraries, goes to the log
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -232,7 +236,7 @@ def work(device: str) -> None:
 
 
 def measured(case: Case, device: str, ceilings: Mapping) -> dict:
-    """The row of a case, an error of it in the row; one that leaves a GPU unusable is raised."""
+    """Return the row of a case, with its error if it fails; raise an error that leaves a GPU unusable."""
     from benchmarks import harness
 
     try:
@@ -244,7 +248,7 @@ def measured(case: Case, device: str, ceilings: Mapping) -> dict:
 
 
 def environment(device: str) -> dict:
-    """What a record begins with."""
+    """Return what a record begins with."""
     import torch
 
     from benchmarks import harness
@@ -294,9 +298,9 @@ def main() -> int:
 
 
 def conducted(arguments: argparse.Namespace, chosen: Sequence[Case]) -> int:
-    """A run from its environment to its record."""
+    """Conduct a run from its environment to its record; return the exit status."""
     start, clock = time.monotonic(), time.monotonic
-    # so that the worker is ended too
+    # ends through `finally`, so that the worker is ended too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     seconds = arguments.seconds or SECONDS[arguments.device]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
@@ -318,7 +322,7 @@ def conducted(arguments: argparse.Namespace, chosen: Sequence[Case]) -> int:
 
 
 def _record(arguments: argparse.Namespace, head: Mapping) -> records.Record | records.Lines:
-    """Where this run goes: lines for the journal of a GPU run, or a file of its own."""
+    """Return the record of this run: lines for the journal of a GPU run, or a file of its own."""
     if arguments.journal:
         return records.Lines(Journal(arguments.journal, arguments.stage), head)
     where = head["stamp"]

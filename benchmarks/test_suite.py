@@ -1,11 +1,11 @@
-"""The ops' cases for pytest-benchmark: a group for each op and shape, a row for each contender.
+"""Run the ops' cases under pytest-benchmark: a group for each op and shape, a row for each contender.
 
-    OMP_NUM_THREADS=1 pytest benchmarks --benchmark-only                          all but what takes minutes
+    OMP_NUM_THREADS=1 pytest benchmarks --benchmark-only                          all but cases that take minutes
     pytest benchmarks --benchmark-only -k route --benchmark-autosave              then change something, and
-    pytest benchmarks --benchmark-only -k route --benchmark-compare               hold it against that
+    pytest benchmarks --benchmark-only -k route --benchmark-compare               compare with the saved run
 
-Here contenders run one after the other, so that a drifting machine counts as a difference; `benchmarks.suite` lets
-them take turns and gives intervals. A contender that is not here is skipped, and the reason says why.
+Here contenders run one after the other, so a drifting machine counts as a difference; `benchmarks.suite` lets
+them take turns and gives intervals. A missing contender is skipped with the reason.
 """
 
 import functools
@@ -31,7 +31,7 @@ def built(case: Case) -> Work:
 @pytest.mark.parametrize(
     "case,name", [pytest.param(case, name, id=f"{case.title} | {name}") for case in CASES for name in case.names]
 )
-# processor time leaves out what others take from a shared machine; with more threads it would be their sum
+# processor time excludes other work on a shared machine; with more threads it would be their sum
 @pytest.mark.benchmark(
     timer=time.thread_time if DEVICE == "cpu" and torch.get_num_threads() == 1 else time.perf_counter,
     min_rounds=5,
@@ -55,7 +55,7 @@ def test_op(benchmark, case, name):
 
 
 def synchronized(function):
-    """The function, and on a GPU the wait for what it launched."""
+    """Return the function; on a GPU it also waits for what it launched."""
     if DEVICE == "cpu":
         return function
 

@@ -1,19 +1,19 @@
-"""Which implementation of an op runs: `impl = "auto" | "triton" | "cuda" | "cpu" | "ref"`.
+"""Chooses the implementation of an op that runs: `impl = "auto" | "triton" | "cuda" | "cpu" | "ref"`.
 
 Kernels register themselves under the name of their op, or `op.part` where an op has several parts
-(`expert_mlp.backward`). `"auto"` takes the fastest one registered for the device; a forced name that is
-missing is an error, never a silent fallback. float64 is always computed by `ref`. A kernel that does not take
-every operand raises `Unfit` before it writes anything: then comes the next one, if there is a choice. A kernel whose
-import fails is never chosen where there is a choice, and an error where it is forced; `unusable` keeps the reasons.
-A kernel for CUDA runs with its tensor's device as the current one: it may be one of several.
+(`expert_mlp.backward`). `"auto"` takes the fastest kernel registered for the device. A forced name that is
+missing is an error, never a silent fallback. `ref` always computes float64. A kernel that cannot take its operands
+raises `Unfit` before it writes anything; the next kernel then runs, if there is a choice. A kernel whose import
+fails is never chosen where there is a choice, and is an error where it is forced; `unusable` returns the reasons.
+A CUDA kernel runs with its tensor's device as the current one, since there may be several devices.
 
-Triton kernels run on CUDA devices, and on the CPU in Triton's interpreter where TRITON_INTERPRET=1 was set
-before they are first used: only when forced, since the interpreter is there to test them.
+Triton kernels run on CUDA devices. If TRITON_INTERPRET=1 was set before they are first used, they also run on the
+CPU in Triton's interpreter, but only when forced, since the interpreter is there to test them.
 
 The environment variable `MOE_UNLEARN_IMPL` replaces `"auto"`:
 
     MOE_UNLEARN_IMPL=ref                      one name forces every op
-    MOE_UNLEARN_IMPL=cuda,triton,ref          a preference list: the first one that is there
+    MOE_UNLEARN_IMPL=cuda,triton,ref          a preference list: the first available name runs
     MOE_UNLEARN_IMPL=route=ref,gram=triton    pairs force single ops, the others stay "auto"
 """
 
@@ -37,7 +37,7 @@ _broken: dict[tuple[str, str], str] = {}  # why the import of a kernel failed
 
 
 class Unfit(RuntimeError):
-    """What a kernel needs and its operands lack."""
+    """A kernel's refusal of its operands; the message says what they lack."""
 
 
 def register(name: str, impl: str, kernel: Callable | str) -> None:
@@ -52,17 +52,17 @@ def register(name: str, impl: str, kernel: Callable | str) -> None:
 
 
 def available(name: str, device_type: str) -> tuple[str, ...]:
-    """The implementations of `name` that can run on `device_type`, fastest first; it imports what is not yet."""
+    """Return the implementations of `name` that can run on `device_type`, fastest first; each is imported."""
     return tuple(impl for impl in _candidates(name, device_type) if not _why_not(name, impl))
 
 
 def has(name: str, impl: str, device_type: str) -> bool:
-    """Say whether `impl` of `name` can run on `device_type`; it imports no other one."""
+    """Return whether `impl` of `name` can run on `device_type`; no other implementation is imported."""
     return impl in _candidates(name, device_type) and not _why_not(name, impl)
 
 
 def unusable(device_type: str) -> dict[tuple[str, str], list[str]]:
-    """{(impl, why its import fails): names}, of what would run on `device_type` otherwise."""
+    """Return the kernels for `device_type` whose import fails, as {(impl, reason of the failure): names}."""
     found: dict[tuple[str, str], list[str]] = {}
     for name in registered():
         for impl in _candidates(name, device_type):
@@ -72,12 +72,12 @@ def unusable(device_type: str) -> dict[tuple[str, str], list[str]]:
 
 
 def registered() -> tuple[str, ...]:
-    """The names of all ops and parts, sorted."""
+    """Return the names of all ops and parts, sorted."""
     return tuple(sorted({name for name, _ in _kernels}))
 
 
 def resolve(name: str, impl: str, tensor: torch.Tensor) -> Callable:
-    """The kernel that computes `name` on the device and dtype of `tensor`.
+    """Return the kernel that computes `name` on the device and in the dtype of `tensor`.
 
     Raises ValueError for an unknown `impl` and RuntimeError for a forced one that is not available.
     """
@@ -87,12 +87,12 @@ def resolve(name: str, impl: str, tensor: torch.Tensor) -> Callable:
 
 
 def choose(name: str, impl: str, device_type: str, dtype: torch.dtype | None = None) -> str:
-    """The concrete implementation name behind `impl`, if it takes the operands; `resolve` says which errors."""
+    """Return the implementation that runs for `impl` unless its kernel raises `Unfit`; errors as `resolve`."""
     return _choices(name, impl, device_type, dtype)[0]
 
 
 def _run_on(device: torch.device, kernel: Callable, *arguments, **options):
-    """A launch goes to the current device, and to its current stream."""
+    """Run the kernel with `device` as the current one: a launch goes to the current device and its stream."""
     with torch.cuda.device(device):
         return kernel(*arguments, **options)
 
@@ -110,7 +110,7 @@ def _first_that_fits(name: str, choices: tuple[str, ...]) -> Callable:
 
 
 def _kernel(name: str, impl: str) -> Callable:
-    """The kernel itself, imported. Raises RuntimeError, with the cause, where that fails."""
+    """Import and return the kernel; RuntimeError, with the cause, if the import fails."""
     kernel = _kernels[name, impl]
     if not isinstance(kernel, str):
         return kernel
@@ -127,7 +127,7 @@ def _kernel(name: str, impl: str) -> Callable:
 
 
 def _why_not(name: str, impl: str) -> str:
-    """Why the import of a kernel fails, "" if it does not."""
+    """Return why the import of a kernel fails, "" if it succeeds."""
     if (name, impl) not in _broken:
         with contextlib.suppress(RuntimeError):
             _kernel(name, impl)
@@ -145,7 +145,7 @@ def _candidates(name: str, device_type: str, elements: int | None = None) -> tup
 def _choices(
     name: str, impl: str, device_type: str, dtype: torch.dtype | None, elements: int | None = None
 ) -> tuple[str, ...]:
-    """The implementations that `impl` allows and the device has, in the order of preference."""
+    """Return the implementations that `impl` allows and the device has, in the order of preference."""
     candidates = _candidates(name, device_type, elements)
     if impl == "auto":
         impl, preference = _from_environment(name.partition(".")[0])
@@ -165,7 +165,7 @@ def _choices(
             f"available: {', '.join(available(name, device_type)) or 'none'}"
         )
     if "ref" in choices:
-        choices = choices[: choices.index("ref") + 1]  # it takes everything: the others need no import
+        choices = choices[: choices.index("ref") + 1]  # `ref` takes all operands: later ones need no import
     importable = choices[1:] and tuple(choice for choice in choices if not _why_not(name, choice))
     return importable or choices
 
@@ -180,7 +180,7 @@ def _can_run(impl: str, device_type: str) -> bool:
 def _has_triton() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None
-    except ImportError:  # of a finder that refuses by raising
+    except ImportError:  # an import finder may refuse by raising
         return False
 
 

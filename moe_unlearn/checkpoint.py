@@ -1,9 +1,9 @@
-"""Commit, verify and resume: a checkpoint is wholly there, with the bits that were written, or it is not.
+"""Checkpoints that are either complete, with the bits that were written, or not used at all.
 
 A commit writes its files into a temporary sibling folder, syncs each of them, writes a manifest of sizes
 and SHA-256 digests, syncs the folder and renames it to `step-00000042`; older checkpoints are removed only
-after that. Reading verifies sizes before digests, then the newest whole checkpoint is used and a broken
-one is reported. No pickle: tensors are safetensors, everything else is JSON.
+after that. Reading verifies sizes, then digests; the newest complete checkpoint is used, and a broken
+one is reported. Nothing is pickled: tensors are stored as safetensors, everything else as JSON.
 """
 
 import contextlib
@@ -27,12 +27,15 @@ _TENSOR = "__tensor__"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not what was written; the message names the file and what is wrong."""
+    """A checkpoint differs from what was written; the message names the file and the difference."""
 
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[str]:
-    """A temporary file beside `path`, which takes its name, synced, after the block and vanishes if that raises."""
+    """Yield the name of a temporary file beside `path`, which is synced and replaces `path` when the block ends.
+
+    If the block raises, the temporary file is removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}-")
@@ -55,7 +58,7 @@ def save_state(folder: Path, name: str, state: object) -> None:
 
 
 def load_state(folder: Path, name: str) -> object:
-    """Read what `save_state` wrote; CheckpointError if a file is missing or malformed."""
+    """Read what `save_state` wrote; raise CheckpointError if a file is missing or malformed."""
     try:
         tree = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / f"{name}.safetensors")
@@ -65,7 +68,7 @@ def load_state(folder: Path, name: str) -> object:
 
 
 def commit(root: str | Path, step: int, states: dict[str, object], *, keep: int = 2) -> Path:
-    """Write `states` (name -> what `save_state` takes) as the checkpoint of `step`; keep the newest `keep`.
+    """Write `states` (name -> a state for `save_state`) as the checkpoint of `step`; keep the newest `keep`.
 
     Nothing is visible under the final name before every byte is on disk; an interrupted commit leaves only
     a `.tmp-` folder, which the next commit removes.
@@ -80,14 +83,14 @@ def commit(root: str | Path, step: int, states: dict[str, object], *, keep: int 
     files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
     manifest = {"format": FORMAT, "step": step, "states": sorted(states), "files": files}
     body = json.dumps(manifest, indent=1).encode()
-    # the first line is the digest of the rest: a flipped bit in the manifest must not pass either
+    # the first line is the digest of the rest, so that a flipped bit in the manifest is noticed too
     (temporary / _MANIFEST).write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
     for path in temporary.iterdir():
         _sync(path)
     _sync(temporary)
     final = root / f"step-{step:08d}"
     if final.exists():
-        # moved aside first: a rename cannot replace a folder that is not empty
+        # a rename cannot replace a folder that is not empty, so the old one is moved aside first
         final.rename(root / f".tmp-replaced-{step}")
     temporary.rename(final)
     _sync(root)
@@ -97,7 +100,7 @@ def commit(root: str | Path, step: int, states: dict[str, object], *, keep: int 
 
 
 def write_text(path: Path, text: str) -> None:
-    """Have `text` stand in the file `path`, all of it or nothing; its folder is made if need be."""
+    """Write `text` to the file `path`, either all of it or nothing; its folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
     try:
@@ -111,7 +114,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def verify(folder: str | Path) -> dict:
-    """The manifest of a checkpoint whose files have their recorded size and digest; else CheckpointError."""
+    """Check the files of a checkpoint against their recorded sizes and digests; return its manifest.
+
+    Raises CheckpointError if they differ.
+    """
     folder = Path(folder)
     try:
         digest, _, body = (folder / _MANIFEST).read_bytes().partition(b"\n")
@@ -128,14 +134,14 @@ def verify(folder: str | Path) -> dict:
 
 
 def load(folder: str | Path) -> tuple[int, dict[str, object]]:
-    """(step, states) of one verified checkpoint."""
+    """Verify a checkpoint and return its (step, states)."""
     folder = Path(folder)
     manifest = verify(folder)
     return manifest["step"], {name: load_state(folder, name) for name in manifest["states"]}
 
 
 def latest(root: str | Path) -> Path | None:
-    """The newest whole checkpoint under `root`; broken ones are skipped with a warning, never removed."""
+    """Return the newest complete checkpoint under `root`; skip broken ones with a warning, without removing them."""
     for folder in _checkpoints(Path(root)):
         try:
             verify(folder)
@@ -146,13 +152,13 @@ def latest(root: str | Path) -> Path | None:
 
 
 def random_state() -> dict:
-    """State of torch's default CPU and CUDA generators, for a bitwise resume."""
+    """Return the state of torch's default CPU and CUDA generators, for a bitwise resume."""
     cuda = [t for t in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_state(state: dict) -> None:
-    """Restore `random_state`."""
+    """Restore a state that `random_state` returned."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -187,7 +193,7 @@ def _sync(path: Path) -> None:
 
 
 def _split(value, tensors: dict) -> object:
-    """Replace tensors by their names; integer keys, as optimizers use, survive as tagged pairs."""
+    """Replace tensors by names; dicts become lists of pairs, so that integer keys, which optimizers use, survive."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -1,8 +1,8 @@
-"""What stops a step: the errors that a caller may want to tell apart."""
+"""Errors that stop a step, each of its own class so that callers can tell them apart."""
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient is NaN or infinite; `updated` names the weights that had been updated before."""
+    """A loss or gradient is NaN or infinite; `updated` names the weights that were updated before."""
 
     def __init__(self, message: str, updated: tuple[str, ...] = ()):
         super().__init__(message)
@@ -10,7 +10,7 @@ class NonFiniteError(FloatingPointError):
 
 
 class NotPreparedError(RuntimeError):
-    """The recipe needs something that prepare() computes and has not computed."""
+    """The recipe needs something that prepare() has not computed yet."""
 
 
 class RetainBudgetError(ArithmeticError):

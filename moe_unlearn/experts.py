@@ -6,13 +6,13 @@ Importing this module registers it; then any of these uses it:
     model.set_experts_implementation("moe_unlearn")
     with moe_unlearn.enable(model): ...
 
-It reads the layout flags of the experts module (transposed, interleaved, bias, gate), never a model's name,
-and an activation is never guessed from attributes: the module's own function is called once on a fixed probe
-and compared with the known formulas. What it does not compute itself goes to transformers' "grouped_mm" with
-one warning: an unknown gate, one with parameters of its own, a norm after each expert, quantised weights.
+The implementation reads the layout flags of the experts module (transposed, interleaved, bias, gate), never a model's
+name. It never guesses an activation from attributes: it calls the module's own function once on a fixed probe and
+compares the result with the known formulas. Modules that it cannot compute go to transformers' "grouped_mm" with
+one warning: those with an unknown gate, a gate with parameters, a norm after each expert or quantised weights.
 
-Per-step inputs (token groups, tilt, trained experts) live in one `StepInputs` on each experts module, set and
-cleared by `step_inputs`.
+Per-step inputs (token groups, tilt, trained experts) live in one `StepInputs` on each experts module, which
+`step_inputs` sets and clears.
 """
 
 import contextlib
@@ -40,31 +40,31 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class GradientSink(Protocol):
-    """Takes the gradients of expert weights where they are made; `step.sinks` has those of the step."""
+    """Takes the gradients of expert weights where they are made; the sinks of a step are in `step.sinks`."""
 
-    #: whether it asks how large factors are
+    #: whether the sink needs the largest absolute value of the factors
     bounded: bool
 
     def enter(self, weight: Tensor) -> None:
-        """A forward pass uses `weight`."""
+        """Note that a forward pass uses `weight`."""
 
     def experts(self, weights: Sequence[Tensor]) -> Tensor | None:
-        """The experts, ascending int32 [M_e], of which a gradient of any of `weights` is kept; None: of all."""
+        """Return the experts, ascending int32 [M_e], for which any of `weights` keeps a gradient; None for all."""
 
     def take(self, weight: Tensor, factors: Factors) -> None:
-        """The backward pass has the factors of a gradient of `weight`."""
+        """Take the factors of a gradient of `weight` from the backward pass."""
 
 
 @dataclass
 class StepInputs:
     """Inputs of one step for one layer; all tensors or plain numbers.
 
-    Sinks, which every forward pass adds to while `armed` (a gradient checkpoint's recompute is not one):
+    Every forward pass adds to two tensors while `armed` (the recompute of a gradient checkpoint does not):
     `tokens_per_expert` int64 [G, E] counts the tokens of each `group` [T]; `log_weight` float32 [T] collects
     `log_tilt` [E] over a token's experts.
 
-    `trained_experts` int32 [M_e] are the experts whose weights get a gradient, None all of them. With
-    `weight_gradients` no weight gets one: its factors go there.
+    `trained_experts` int32 [M_e] are the experts whose weights get a gradient; None stands for all of them. With
+    `weight_gradients` no weight gets a gradient: its factors go to that sink.
     """
 
     group: Tensor | None = None
@@ -79,7 +79,7 @@ class StepInputs:
 
 @dataclass
 class _State:
-    """What lives on an experts module: its gate (None: `reason` says why not) and the step's inputs."""
+    """State kept on an experts module: its gate (if None, `reason` says why) and the step's inputs."""
 
     gate: Gate | None
     interleaved: bool = False
@@ -89,9 +89,9 @@ class _State:
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> experts module, in the order of `named_modules`; empty for a model without any.
+    """Return the experts modules by name, in the order of `named_modules`; empty for a model without any.
 
-    Experts modules are those transformers decorates: they carry its layout flags. Wrappers around them (PEFT)
+    Experts modules are those that transformers decorates: they carry its layout flags. Wrappers around them (PEFT)
     do not count.
     """
     flags = {"is_transposed", "is_concatenated", "has_gate"}
@@ -99,15 +99,17 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def copy_gate(source: nn.Module, target: nn.Module) -> None:
-    """Give `target`, a copy of the experts module `source` whose values cannot be read, the gate of `source`."""
+    """Copy the gate of `source` to `target`, a copy of that experts module whose values cannot be read."""
     if _ATTRIBUTE not in target.__dict__:
         target.__dict__[_ATTRIBUTE] = _probe(source)
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """transformers' experts contract: hidden states [T, H], indices and weights [T, K] -> [T, H].
+    """Compute the experts' output [T, H] from hidden states [T, H], indices and weights [T, K].
 
-    Ids outside [0, num_experts) are "not here" and contribute nothing, whatever their weight.
+    Arguments and result are those of transformers' experts implementations.
+
+    Ids outside [0, num_experts) mean "this expert is not here" and contribute nothing, whatever their weight.
     """
     state = _state(self)
     up = self.gate_up_proj if self.has_gate else self.up_proj
@@ -134,7 +136,10 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
 
 def _sink(state: _State, weights: list[Tensor]) -> Callable | None:
-    """Where the weights' gradients go, if not to the weights: weights that are made of others need theirs."""
+    """Return the function that takes the weights' gradients; None if they go to the weights.
+
+    Weights that are computed from others need gradients of their own, so that they get no sink.
+    """
     inputs = state.inputs
     if inputs is None or inputs.weight_gradients is None or torch.compiler.is_compiling():
         return None
@@ -147,7 +152,7 @@ def _sink(state: _State, weights: list[Tensor]) -> Callable | None:
 
 
 def _fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The same contract for transformers' FP8 experts, which dispatch on functions of their own."""
+    """Compute transformers' FP8 experts, which dispatch on functions of their own, under the same contract."""
     state = _state(self)
     _counted_routing(self, state, top_k_index)
     _warn_once(self, state, state.reason or "its weights are quantised")
@@ -155,7 +160,7 @@ def _fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Te
 
 
 def _counted_routing(module: nn.Module, state: _State, top_k_index: Tensor) -> Routing | None:
-    """The routing with the sinks of the step's inputs served; None if there is nothing to count."""
+    """Route the tokens and add to the counters of the step's inputs; None if there is nothing to count."""
     inputs = state.inputs
     if inputs is None or not inputs.armed or _recomputing():
         return None
@@ -183,7 +188,7 @@ class enable:  # noqa: N801 -- used like a function
         modules = experts_modules(model)
         if not modules:
             raise ValueError(_no_experts(model))
-        # each module dispatches on its own config, which parts of a model share or have for themselves
+        # each module dispatches on its config, which the parts of a model may or may not share
         configs = {id(m.config): m.config for m in modules.values()}
         # the internal field, since the public setter would overwrite the choice of sub-configs too
         self._previous = [(c, c._experts_implementation_internal) for c in configs.values()]
@@ -229,13 +234,13 @@ def step_inputs(
     trained_experts: list[Tensor | None] | None = None,
     weight_gradients: GradientSink | None = None,
 ) -> Iterator[list[StepInputs]]:
-    """Give every experts module its inputs for the passes inside; whatever stood there before comes back.
+    """Set the inputs of every experts module for the passes inside, and restore the previous ones afterwards.
 
     log_tilt [L, E], tokens_per_expert [L, G, E] and the L entries of trained_experts belong to the layers in
-    the order of `experts_modules`; group [T], log_weight [T] and weight_gradients are shared by them. See
+    the order of `experts_modules`; all layers share group [T], log_weight [T] and weight_gradients. See
     `StepInputs`.
 
-    The backward pass may run inside, and must where trained_experts or weight_gradients meet gradient
+    The backward pass may run inside. It must run inside where trained_experts or weight_gradients meet gradient
     checkpointing, since the recompute reads them. Where these two are missing, those of an enclosing
     `step_inputs` stay in force. Raises ValueError if an argument has not one entry per layer.
     """
@@ -263,15 +268,15 @@ def step_inputs(
 
 
 def _recomputing() -> bool:
-    """Whether this runs inside a backward pass, where only a gradient checkpoint calls a forward."""
-    # compiled code has its recompute decided at compile time and never runs this again
+    """Return whether this runs inside a backward pass, where only a gradient checkpoint calls a forward."""
+    # the compiler decides what to recompute at compile time, and compiled code never runs this again
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _warn_once(module: nn.Module, state: _State, reason: str) -> None:
     if not state.warned:
         state.warned = True
-        # one location for all layers: Python shows equal warnings of one place once
+        # all layers warn from this one place: Python shows equal warnings from one place once
         warnings.warn(
             f"{type(module).__name__}: {reason}; its experts run on {_FALLBACK!r} instead of {NAME!r}",
             stacklevel=2,
@@ -279,7 +284,7 @@ def _warn_once(module: nn.Module, state: _State, reason: str) -> None:
 
 
 def _not_computable(weight: Tensor) -> str:
-    """Why `expert_mlp` cannot take this weight; empty if it can."""
+    """Return why `expert_mlp` cannot take this weight; empty if it can."""
     if weight.dtype not in _DTYPES:
         return f"its weights are {weight.dtype}"
     if hasattr(weight, "__tensor_flatten__"):
@@ -301,20 +306,20 @@ def _new_state(module: nn.Module) -> _State:
 
 
 def _probe(module: nn.Module) -> _State:
-    """The module's gate and layout, or the reason they cannot be computed here."""
+    """Find the module's gate and layout, or the reason why they cannot be computed here."""
     if getattr(module, "has_post_expert_norm", False):
         return _State(None, reason="it normalises after each expert")
     if module.down_proj.dtype not in _DTYPES:
         return _State(None, reason=f"its weights are {module.down_proj.dtype}")
     device = torch.device("cpu") if module.down_proj.is_meta else module.down_proj.device
     function = module._apply_gate if module.has_gate else module.act_fn
-    # both signs of every size: a clamp shows wherever it stands
+    # both signs of every size, so that a clamp shows at whatever value it cuts
     sizes = torch.cat([torch.linspace(0, 8, 33), torch.logspace(1, 5, 25)])
     values = torch.cat([-sizes, sizes]).to(device)
     pairs = torch.cartesian_prod(values, values) if module.has_gate else values[:, None]
-    # where an activation has almost vanished, a large factor magnifies its rounding
+    # a large factor magnifies the rounding of an activation that has almost vanished
     tolerance = 1e-6 * pairs.abs().clamp_min(1).prod(1)
-    # the flag first, but what counts is what the function does
+    # the layout of the flag is tried first, but the function itself decides
     for interleaved in (not module.is_concatenated, module.is_concatenated) if module.has_gate else (False,):
         probe = (pairs if interleaved else pairs.t()).reshape(1, -1)
         try:
@@ -334,7 +339,7 @@ def _probe(module: nn.Module) -> _State:
 
 
 def _candidates(module: nn.Module) -> Iterator[Gate]:
-    """Gates to compare with, plain ones first; the module's attributes only supply numbers to try."""
+    """Yield the gates to compare with, plain ones first; the module's attributes only supply numbers to try."""
     numbers = {float(v) for v in vars(module).values() if type(v) in (int, float) and v > 0}
     for limit in (math.inf, *sorted(numbers - {math.inf})):
         for shift in (0.0, 1.0):

@@ -1,6 +1,6 @@
-"""Forget and retain objectives. `model.head` has the way from a model to per-token losses.
+"""Forget and retain objectives; `model.head` computes per-token losses from a model.
 
-Formulas over log-probabilities; a sequence's is the sum over the positions that carry a loss:
+The formulas use log-probabilities. That of a sequence is the sum over its positions that carry a loss:
 
     nll        mean of -w log p                                  GA is its negative, GradDiff its difference
     uce        mean of -w log(1 - p / 2), in [0, log 2]          MOLLM's bounded forget loss
@@ -8,7 +8,7 @@ Formulas over log-probabilities; a sequence's is the sum over the positions that
     npo        -(2 / beta) mean log sigmoid(-beta (s - s_ref))                     s = sequence log-prob
     simnpo     -(2 / beta) mean log sigmoid(-beta (s / length + delta))
     idk_dpo    -(2 / beta) mean log sigmoid(beta ((s_idk - s_idk_ref) - (s_forget - s_forget_ref)));
-               s_idk is of a refusal, or of an alternate answer                    IDK-DPO, AltPO
+               s_idk belongs to a refusal or to an alternate answer                IDK-DPO, AltPO
     idk_nll    nll of a refusal, or of an alternate answer, in the answer's place  WAGLE's PO
     wga        mean of p^beta log p, p^beta held fixed                             GA weighted by confidence
     satimp     mean of p^beta1 (1 - p)^beta2 log p, the weight held fixed          saturation x importance
@@ -20,10 +20,11 @@ Formulas over log-probabilities; a sequence's is the sum over the positions that
 
 Token means are sum_t w_t l_t / (number of positions): weights do not enter the divisor. A position t counts
 iff attention_mask[t] = 1 and labels[t + 1] != -100; its loss is that of predicting labels[t + 1]. A hidden
-state is of its own token and not of the next: rmu and embed_diff take those of labelled tokens (`state_mask`).
+state belongs to its own token, not to the next one: rmu and embed_diff take the states of labelled tokens
+(`state_mask`).
 
-Sources: the baselines, wga, satimp, ceu and undial as open-unlearning defines them (read there); uce in the FedOSD
-code of MOLLM's authors, its use in MOLLM is our reconstruction; the weighted mean and the rule of positions are our
+Sources: open-unlearning defines the baselines, wga, satimp, ceu and undial (read there). uce is in the FedOSD code of
+MOLLM's authors; its use in MOLLM is our reconstruction. The weighted mean and the rule of positions are our
 specification.
 """
 
@@ -37,29 +38,32 @@ from moe_unlearn.ops.token_loss import IGNORED, token_loss
 
 
 def nll(token_logprobs: Tensor, weights: Tensor | None = None) -> Tensor:
-    """sum_t w_t (-log p_t) / T over token_logprobs [T]; 0 for T = 0."""
+    """Compute the weighted mean NLL of token_logprobs [T]: sum_t w_t (-log p_t) / T; 0 for T = 0."""
     return _weighted_mean(-token_logprobs, weights)
 
 
 def uce(token_logprobs: Tensor, weights: Tensor | None = None) -> Tensor:
-    """sum_t w_t (-log(1 - p_t / 2)) / T over token_logprobs [T]; flat at p = 0 and at p = 1."""
+    """Compute the bounded forget loss of token_logprobs [T]: sum_t w_t (-log(1 - p_t / 2)) / T.
+
+    It is flat at p = 0 and at p = 1.
+    """
     return _weighted_mean(-torch.log1p(-0.5 * _wide(token_logprobs).exp()), weights)
 
 
 def wga(token_nll: Tensor, beta: float) -> Tensor:
-    """-p^beta nll of each token, of the shape of token_nll = -log p; p^beta is held fixed (weighted gradient ascent).
+    """Compute the loss of weighted gradient ascent, -p^beta nll, of each token; p^beta is held fixed.
 
-    Source: arXiv 2502.19301, as open-unlearning has it.
+    The result has the shape of token_nll = -log p. Source: arXiv 2502.19301, as open-unlearning has it.
     """
     wide = _wide(token_nll)
     return -(-beta * wide.detach()).exp() * wide
 
 
 def satimp(token_nll: Tensor, beta1: float, beta2: float) -> Tensor:
-    """-p^beta1 (1 - p)^beta2 nll of each token, of the shape of token_nll = -log p; the weight is held fixed.
+    """Compute the SatImp loss, -p^beta1 (1 - p)^beta2 nll, of each token; the weight is held fixed.
 
-    p^beta1 is the weight of saturation, (1 - p)^beta2 that of importance. Source: arXiv 2505.11953, as
-    open-unlearning has it.
+    p^beta1 is the weight of saturation, (1 - p)^beta2 that of importance; the result has the shape of
+    token_nll = -log p. Source: arXiv 2505.11953, as open-unlearning has it.
     """
     wide = _wide(token_nll)
     fixed = wide.detach()
@@ -67,12 +71,15 @@ def satimp(token_nll: Tensor, beta1: float, beta2: float) -> Tensor:
 
 
 def npo(seq_logprobs: Tensor, ref_seq_logprobs: Tensor, beta: float) -> Tensor:
-    """Negative preference optimisation of sequences [B]; (2 / beta) log 2 at the reference."""
+    """Compute the loss of negative preference optimisation of sequences [B]; (2 / beta) log 2 at the reference."""
     return -2 / beta * logsigmoid(-beta * _wide(seq_logprobs - ref_seq_logprobs)).mean()
 
 
 def simnpo(seq_logprobs: Tensor, lengths: Tensor, beta: float, delta: float = 0.0) -> Tensor:
-    """NPO without a reference: log-probs [B] by their lengths [B] in tokens; an empty sequence counts as 0."""
+    """Compute NPO without a reference from log-probs [B] divided by lengths [B] in tokens.
+
+    An empty sequence counts as 0.
+    """
     mean_nll = -_wide(seq_logprobs) / lengths.clamp_min(1)
     return -2 / beta * logsigmoid(beta * (mean_nll - delta)).mean()
 
@@ -84,25 +91,25 @@ def idk_dpo(
     ref_forget_seq_logprobs: Tensor,
     beta: float,
 ) -> Tensor:
-    """Preference of a refusal over the answer to be forgotten, each a log-prob [B] with its reference."""
+    """Compute the DPO loss that prefers a refusal to the answer to be forgotten; all arguments are log-probs [B]."""
     margin = (idk_seq_logprobs - ref_idk_seq_logprobs) - (forget_seq_logprobs - ref_forget_seq_logprobs)
     return -2 / beta * logsigmoid(beta * _wide(margin)).mean()
 
 
 def rmu(hidden_states: Tensor, control: Tensor, mask: Tensor) -> Tensor:
-    """Steering of hidden_states [B, S, H] to control [H] where mask [B, S] is set."""
+    """Compute the mean squared distance of hidden_states [B, S, H] from control [H] where mask [B, S] is set."""
     return embed_diff(hidden_states, control.expand_as(hidden_states), mask)
 
 
 def embed_diff(hidden_states: Tensor, ref_hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared difference [] of two [B, S, H] where mask [B, S] is set; 0 where it is nowhere."""
-    # taking the rows, not multiplying by the mask: padding may hold anything
+    """Compute the mean squared difference [] of two [B, S, H] where mask [B, S] is set; 0 for an empty mask."""
+    # rows are taken and not multiplied by the mask, since padding may hold NaN
     difference = _wide(hidden_states[mask]) - _wide(ref_hidden_states[mask])
     return difference.square().sum() / max(difference.numel(), 1)
 
 
 def sequence_sums(token_values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Sum [B] of token_values [B, S] over the set positions of mask [B, S], over all without one."""
+    """Add up token_values [B, S] of each row, [B], over the set positions of mask [B, S], or over all without one."""
     return (token_values if mask is None else torch.where(mask, token_values, 0)).sum(1)
 
 
@@ -114,7 +121,7 @@ def kl(
     *,
     ref_lm_head: Tensor | None = None,
 ) -> Tensor:
-    """sum_t w_t KL(p_ref || p)_t / T from hidden states [T, H] and a head; logits are never stored.
+    """Compute sum_t w_t KL(p_ref || p)_t / T from hidden states [T, H] and a head; logits are never stored.
 
     `ref_lm_head` is the head of the reference where it differs. No gradient flows into the reference.
     """
@@ -134,11 +141,11 @@ def margin_mask(batch: Batch) -> Tensor:
 
 
 def logit_margin(model: nn.Module, batch: Batch, hidden_states: Tensor) -> Tensor:
-    """Compute the mean over positions of (max_v z_v - mean_v z_v)^2, z [V] the logits of a position: PDU's forget loss.
+    """Compute PDU's forget loss, the mean over positions of (max_v z_v - mean_v z_v)^2, z [V] a position's logits.
 
-    Takes final hidden states [B, S, H]; returns [], float32 (float64 for float64), 0 where no position counts. Logits
-    are never stored. Without a softmax the gradient does not vanish where the prediction is confident, and the loss is
-    least, 0, where all tokens are equally likely. Errors as `head_of` and `token_loss`.
+    Takes final hidden states [B, S, H]; returns [], float32 (float64 for float64), 0 if no position counts. Logits
+    are never stored. There is no softmax, so that the gradient does not vanish where the prediction is confident. The
+    loss is least, 0, where all tokens are equally likely. Errors as `head_of` and `token_loss`.
 
     Source: arXiv 2506.05314, "logit margin flattening". Its authors' trainer in open-unlearning takes the positions of
     the labelled tokens themselves, one later; the trainers of `integrations.open_unlearning` ask for these.

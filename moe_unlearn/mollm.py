@@ -1,4 +1,4 @@
-"""MOLLM: the direction that lowers several objectives together, from their Gram matrix alone.
+"""MOLLM: computes the direction that lowers several objectives together, from their Gram matrix alone.
 
     lambda = argmin over the simplex of | sum_i lambda_i g^_i |^2          g^_i the normalised gradients
     d      = sum_i lambda_i g^_i = sum_i coefficients_i g_i
@@ -6,20 +6,20 @@
 
 Normalisations: `none`; `unit`, g / |g|; `mean_norm`, g / |g| times the mean of the norms. Rescaling to
 `mean_gradient` gives d the norm of the plain mean of the gradients (the minimum-norm point is short); the
-stationarity test is on the unit gradients and comes before it. Masks must have been applied to every g_i
-before the Gram matrix.
+stationarity test uses the unit gradients and comes before the rescaling. The Gram matrix must be that of gradients
+to which masks have been applied.
 
 Worked example: g_1 = (1, 0), g_2 = (0, 2), Gram [[1, 0], [0, 4]]. `none`: lambda = (0.8, 0.2), d =
 (0.8, 0.4), <g_1, d> = <g_2, d> = |d|^2 = 0.8. `unit`: lambda = (0.5, 0.5), coefficients (0.5, 0.25).
 
 With SGD the guarantee holds to first order in the step; an adaptive optimizer such as AdamW rescales d per
-coordinate and makes it a heuristic. All is solved in float64, in cosines and ratios of lengths, so that the
-guarantee holds for gradients of any lengths, 1e12 beside 1e-12, up to a rounding of |g^_i| |d|. Inner products
-carry the squares of lengths: a minimum-norm point below about 1e-8 of the unit gradients drowns in rounding.
+coordinate and makes it a heuristic. The solver works in float64, in cosines and ratios of lengths, so that the
+guarantee holds for gradients of any lengths, such as 1e12 beside 1e-12, up to a rounding of |g^_i| |d|. Inner products
+are of the size of squared lengths: a minimum-norm point below about 1e-8 of the unit gradients drowns in rounding.
 
-Sources: MOLLM (arXiv 2412.20412) was not readable beyond its abstract. The dual problem and its guarantee,
-averaging the norms and rescaling d were read in FedLF and FedMDFG of its first author; which of them MOLLM
-uses is unknown, so their combination here is our reconstruction.
+Sources: only the abstract of MOLLM (arXiv 2412.20412) could be read. The dual problem, its guarantee, the averaging of
+norms and the rescaling of d were read in FedLF and FedMDFG by the same first author. Which of them MOLLM uses is
+unknown, so that their combination here is our reconstruction.
 """
 
 from itertools import combinations
@@ -56,13 +56,14 @@ def common_descent(
     Args:
         gram: [m, m] inner products of the gradients, symmetric and finite, m >= 1.
         normalize: "none", "unit" or "mean_norm"; rescale: "none" or "mean_gradient".
-        active: bool [m], the objectives that may take part; None is all.
+        active: bool [m], the objectives that may take part; None stands for all.
         drop_below: an objective whose norm is at most this fraction of the largest is left out.
         stationary_below: the point is stationary if the minimum-norm point of the unit gradients is at most this long,
-            whatever `normalize` says: stretching a gradient turns no direction that lowers all into one that does not.
+            whatever `normalize` says: a direction that lowers all objectives does so for gradients of any lengths.
 
-    With nothing left to take part, weights and coefficients are 0 and the point is stationary. Exact: closed
-    form for two objectives, all supports for three, an active set beyond. Deterministic. Raises ValueError.
+    If no objective takes part, weights and coefficients are 0 and the point is stationary. The solution is exact: a
+    closed form for two objectives, all supports for three, an active set for more. It is deterministic. Raises
+    ValueError for a malformed argument.
     """
     gram = _checked(gram, normalize, rescale, active)
     norms = gram.diagonal().sqrt()
@@ -89,16 +90,16 @@ def common_descent(
 
 
 def kl_active(value: float, floor: float, *, factor: float = 10.0) -> bool:
-    """Whether KL may take part in the direction: its value exceeds `factor` times its `floor`.
+    """Return whether KL may take part in the direction: its value must exceed `factor` times its `floor`.
 
-    The floor is the value measured at the unchanged model, where KL is rounding noise of the cached
-    reference and not zero: there the minimum-norm point would follow the noise.
+    The floor is the value measured at the unchanged model. There KL is not zero but rounding noise of the cached
+    reference, and the minimum-norm point would follow the noise.
     """
     return value > factor * floor
 
 
 def minimum_norm(gram: Tensor) -> Tensor:
-    """lambda [m] on the simplex that minimises lambda^T G lambda, for a positive semidefinite float64 G."""
+    """Find lambda [m] on the simplex that minimises lambda^T G lambda, for a positive semidefinite float64 G."""
     norms = gram.diagonal().sqrt()
     shortest = int(norms.argmin())
     if norms[shortest] == 0:
@@ -107,15 +108,16 @@ def minimum_norm(gram: Tensor) -> Tensor:
 
 
 def _cosines(gram: Tensor) -> Tensor:
-    """Inner products of the unit vectors: in these, lengths of any ratio leave all numbers of one size."""
+    """Compute the inner products of the unit vectors, which are of one size whatever the ratio of the lengths."""
     norms = gram.diagonal().sqrt()
     return (gram / norms / norms[:, None]).clamp(-1, 1).fill_diagonal_(1)
 
 
 def _minimum(cosines: Tensor, lengths: Tensor) -> Tensor:
-    """lambda [m] of the shortest d = sum_i lambda_i lengths_i u_i, u_i the unit vectors with these `cosines`.
+    """Find lambda [m] of the shortest d = sum_i lambda_i lengths_i u_i, u_i the unit vectors with these `cosines`.
 
-    Solved for y_i = lambda_i lengths_i / (shortest length), on { y >= 0, w . y = 1 } with w_i = shortest / lengths_i.
+    The problem is solved for y_i = lambda_i lengths_i / (shortest length), on { y >= 0, w . y = 1 } with
+    w_i = shortest / lengths_i.
     """
     m, w = len(lengths), lengths.min() / lengths
     if m > 3:
@@ -124,20 +126,20 @@ def _minimum(cosines: Tensor, lengths: Tensor) -> Tensor:
         y = _of_two(float(cosines[0, 1]), w)
     else:
         supports = [list(s) for size in range(1, m + 1) for s in combinations(range(m), size)]
-        # a minimum outside the simplex is clamped onto it: a point like any other, so the smallest value wins
+        # a minimum outside the simplex is clamped onto it and is one more candidate: the smallest value wins
         points = [_on_simplex(_affine_minimum(cosines, w, support), w) for support in supports]
         y = min(points, key=lambda y: float(y @ cosines @ y))
     return w * y / float(w @ y)
 
 
 def _of_two(cosine: float, w: Tensor) -> Tensor:
-    """y of two vectors in closed form."""
+    """Compute y of two vectors in closed form."""
     y = (w - cosine * w.flip(0)).clamp_min(0)
-    return y if y.any() else torch.ones_like(w)  # one vector twice
+    return y if y.any() else torch.ones_like(w)  # the two vectors are the same
 
 
 def _affine_minimum(cosines: Tensor, w: Tensor, support: list[int]) -> Tensor:
-    """y [m], 0 outside `support`, w . y = 1, minimising y^T C y whatever the signs; of least norm if many do."""
+    """Find y [m] that minimises y^T C y with w . y = 1, 0 outside `support`, of any signs; of least norm if many do."""
     size = len(support)
     system = torch.zeros(size + 1, size + 1, dtype=cosines.dtype)
     system[:size, :size] = cosines[support][:, support]
@@ -155,8 +157,11 @@ def _on_simplex(y: Tensor, w: Tensor) -> Tensor:
 
 
 def _active_set(cosines: Tensor, w: Tensor) -> Tensor:
-    """y [m] by Wolfe's minimum-norm-point method (1976): add the vertex that violates optimality most, then walk to
-    the minimum on the support's affine hull, dropping vertices that the simplex stops at."""
+    """Find y [m] by Wolfe's minimum-norm-point method (1976).
+
+    Each round adds the vertex that violates optimality most, then walks to the minimum on the affine hull of the
+    support; where the walk would leave the simplex, the vertices that stop it are dropped.
+    """
     support = [int(w.argmax())]
     y = torch.zeros_like(w).index_fill(0, torch.tensor(support), 1.0)
     best, best_value = y, 1.0
@@ -176,7 +181,7 @@ def _active_set(cosines: Tensor, w: Tensor) -> Tensor:
             y = _on_simplex(torch.zeros_like(y).index_copy(0, torch.tensor(support), y[support]), w)
         y = _on_simplex(target, w)
         value = float(y @ cosines @ y)
-        # each round lowers the value, but for rounding: then the best point stands
+        # each round lowers the value unless rounding prevents it; then the best point so far is the result
         if value >= best_value:
             return best
         best, best_value = y, value
@@ -193,7 +198,7 @@ def _checked(gram, normalize, rescale, active) -> Tensor:
     if not gram.isfinite().all():
         raise ValueError(f"gram must be finite; got {gram.tolist()}")
     squares = gram.diagonal()
-    # each entry in terms of the lengths it is made of: those of short gradients are as small as they
+    # each entry is compared with the product of its two lengths, since those of short gradients are small
     unequal = (gram - gram.t()).abs() > 1e-5 * (squares.clamp_min(0) * squares.clamp_min(0)[:, None]).sqrt()
     if unequal.any() or (squares < 0).any():
         raise ValueError(f"gram must be symmetric with a diagonal of squares; got {gram.tolist()}")

@@ -1,7 +1,7 @@
-"""The native libraries: loaded once, registered with `backend` where they are there.
+"""Loads the native libraries once and registers their kernels with `backend` where the libraries are usable.
 
-`_C_cpu` and `_C_cuda` lie beside this file, built from `csrc/` by setup.py on libtorch's stable ABI; they hold
-no Python module, only ops `torch.ops.moe_unlearn_native.*`. The package works without them, on `ref`.
+`_C_cpu` and `_C_cuda` lie beside this file; setup.py builds them from `csrc/` on libtorch's stable ABI. They hold no
+Python module, only the ops `torch.ops.moe_unlearn_native.*`. The package works without them, on `ref`.
 """
 
 import functools
@@ -20,7 +20,7 @@ _HOW_TO_BUILD = "not built: `pip install --no-build-isolation .` with torch and 
 
 @functools.cache
 def load(name: str) -> str:
-    """Load the library `_C_<name>`; "" if it is usable, else one line that says why not."""
+    """Load the library `_C_<name>`; return "" if it is usable, else one line that says why not."""
     paths = sorted(_FOLDER.glob(f"_C_{name}*.so"))
     if not paths:
         return _build_report().get(name, _HOW_TO_BUILD)
@@ -34,29 +34,29 @@ def load(name: str) -> str:
 
 
 def register(name: str, kernel: Callable | str, impl: str = "cpu") -> None:
-    """`backend.register(name, impl, kernel)` if the library of `impl` is usable; otherwise nothing."""
+    """Call `backend.register(name, impl, kernel)` if the library of `impl` is usable; otherwise do nothing."""
     if not load(impl):
         backend.register(name, impl, kernel)
 
 
 def instruction_set(limit: str | None = None) -> str:
-    """The instruction set the CPU kernels use; a name of INSTRUCTION_SETS lowers it, "" takes the best again.
+    """Return the instruction set of the CPU kernels; a name of INSTRUCTION_SETS lowers it, "" resets it to the best.
 
-    It changes speed only: all of them give the same bits.
+    The instruction set changes speed only: all of them give the same bits.
     """
     return torch.ops.moe_unlearn_native.instruction_set(limit)
 
 
 def report() -> list[str]:
-    """One line per library: what it uses, or why it is not used."""
+    """Describe each library in one line: what it uses, or why it is not used."""
     usable = {"cpu": lambda: f"built, {instruction_set()}", "cuda": lambda: "built"}
     return [f"{name}: {load(name) or usable[name]()}" for name in LIBRARIES]
 
 
 def _build_report() -> dict[str, str]:
-    """What setup.py wrote about each library."""
+    """Read what setup.py wrote about each library."""
     path = _FOLDER / "_C_build.txt"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     entries = dict(line.split(": ", 1) for line in lines)
-    # "built" without a library: somebody removed it
+    # a library that was built but is missing has been removed since: `_HOW_TO_BUILD` applies
     return {name: why for name, why in entries.items() if why != "built"}

@@ -1,14 +1,14 @@
-"""MaskedSGD and MaskedAdamW: torch optimizers whose masked weights keep their bits.
+"""MaskedSGD and MaskedAdamW, torch optimizers that leave the bits of masked weights unchanged.
 
     optimizer = MaskedAdamW(model.parameters(), lr=1e-5, numerics="stochastic")
     optimizer.set_masks([words_or_None, ...])          # one per parameter, in the order of the groups
 
-`group["masks"]` is a list beside `group["params"]` of packed int32 words (`ops.bits`) or None; a position,
-never a tensor, ties the two, so that a wrapper may replace the parameters. State exists only where something
-trains: slices along dimension 0 without a set bit (experts that are frozen) have none, and `state["slices"]`
-lists those that have. A mask may change later: state is carried over, new slices start from zero.
+`group["masks"]` is a list beside `group["params"]`; it holds packed int32 words (`ops.bits`) or None. A mask belongs
+to the parameter at its position and not to a tensor, so that a wrapper may replace the parameters. State exists only
+for slices along dimension 0 that train: slices without a set bit (frozen experts) have none, and `state["slices"]`
+lists those that have. If a mask changes later, state is carried over and new slices start from zero.
 
-`numerics`, for parameters narrower than float32 (wider ones need none of it):
+`numerics` is for parameters narrower than float32; it changes nothing for wider ones:
 
     parity        moments in the parameter's dtype, the bits of torch.optim.AdamW with foreach=False (SGD in
                   bfloat16 rounds once where torch also rounds lr, at places that depend on its vector loop)
@@ -16,9 +16,9 @@ lists those that have. A mask may change later: state is carried over, new slice
     stochastic    the same with stochastic rounding to bfloat16: small updates survive on average
     fp32_master   a float32 copy of the trained weights is updated, the parameter is its rounding
 
-Why it matters: bfloat16 keeps 8 bits, so SGD at lr 1e-5 under "parity" or "nearest" changes next to nothing.
-Formulas and the random bits are those of `ops.masked_update`; the parameter id that enters the random bits
-is the position over all groups. Deterministic.
+bfloat16 keeps 8 bits, so that SGD at lr 1e-5 under "parity" or "nearest" changes next to nothing.
+The formulas and the random bits are those of `ops.masked_update`; the parameter id that enters the random bits
+is the position over all groups. The optimizers are deterministic.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,15 +35,15 @@ NUMERICS = ("parity", "nearest", "stochastic", "fp32_master")
 
 
 class _Masked(torch.optim.Optimizer):
-    """What the two share: masks, compact state, the loop over parameters."""
+    """Base of both optimizers: masks, compact state, the loop over parameters."""
 
     def __init__(self, params: Iterable, defaults: dict):
         # parameter id -> (mask, its version, slices, mask of the slices); a cache, never saved
         self._layouts: dict[int, tuple] = {}
-        # parameter -> (number of its group, place in it) when last looked for, to be checked before it is used
+        # parameter -> (number of its group, place in it) when last looked up; a place is checked before its use
         self._places: dict[Tensor, tuple[int, int]] = {}
-        #: by parameter, what stands in for `.grad`: a compact gradient, [M, ...] for the M slices that train, or
-        #: the factors of an expert weight's, from which `step` updates without storing it
+        #: by parameter, a replacement of `.grad`: a compact gradient, [M, ...] for the M slices that train, or the
+        #: factors of an expert weight's gradient, from which `step` updates without storing the gradient
         self.gradients: dict[Tensor, Tensor | Factors] = {}
         super().__init__(params, defaults)
 
@@ -52,7 +52,7 @@ class _Masked(torch.optim.Optimizer):
         self._layouts, self._places, self.gradients = {}, {}, {}
 
     def add_param_group(self, param_group: dict) -> None:
-        """As in torch; a group may bring its `masks`, None for each parameter otherwise."""
+        """Add a group as torch does; it may bring its `masks`, otherwise None for each parameter."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("masks", [None] * len(group["params"]))
@@ -65,7 +65,7 @@ class _Masked(torch.optim.Optimizer):
     def set_masks(self, masks: Sequence[Tensor | None] | Mapping[int, Tensor | None]) -> None:
         """Set the mask of every parameter (a sequence) or of some (a dict by parameter id).
 
-        Raises TypeError or ValueError naming the parameter whose mask does not fit; then nothing is set.
+        Raises TypeError or ValueError, naming the parameter, for a mask that does not fit; then no mask is set.
         """
         parameters = [p for group in self.param_groups for p in group["params"]]
         new = [mask for group in self.param_groups for mask in group["masks"]]
@@ -86,7 +86,7 @@ class _Masked(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):
-        """One update of every parameter that has a gradient; returns the closure's value."""
+        """Update every parameter that has a gradient once; return the closure's value."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -99,13 +99,15 @@ class _Masked(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; compact gradients are dropped."""
+        """Clear gradients as torch does, and drop the compact ones."""
         super().zero_grad(set_to_none)
         self.gradients.clear()
 
     def layout(self, p: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
-        """(slices, mask) of a parameter: int64 [M] along dimension 0 that train, None for all of them, and
-        the packed mask of these, None if every weight trains. None for a parameter that is not here."""
+        """Return (slices, mask) of a parameter; None for a parameter of no group.
+
+        slices: int64 [M] along dimension 0 that train, None for all; mask: theirs, packed, None if all weights train.
+        """
         found = self._find(p)
         return None if found is None else self._layout(found[2], _local(p), found[1])
 
@@ -113,8 +115,8 @@ class _Masked(torch.optim.Optimizer):
     def update_from(self, p: Tensor, factors: Factors, where: Tensor | None = None) -> None:
         """Update one expert weight [E, M, P] from the factors of its gradient, as `step` does.
 
-        The gradient is never stored, and float32 up to the update. `where`, bool [] on the device: if it does not
-        hold, nothing is written but the count of steps. Raises ValueError for a parameter that is not here.
+        The gradient is never stored, and is float32 up to the update. If `where`, bool [] on the device, is False,
+        only the count of steps is written. Raises ValueError for a parameter of no group.
         """
         found = self._find(p)
         if found is None:
@@ -123,7 +125,7 @@ class _Masked(torch.optim.Optimizer):
         self._update(group, p, mask, parameter_id, factors, where)
 
     def _find(self, p: Tensor) -> tuple[dict, Tensor | None, int] | None:
-        """(group, mask, parameter id) of a parameter; None if it is not here."""
+        """Return (group, mask, parameter id) of a parameter; None if it is in no group."""
         place = self._places.get(p)
         if place is None or not self._is_at(p, *place):  # a wrapper may have replaced parameters
             self._places = {q: (k, at) for k, group in enumerate(self.param_groups)
@@ -136,12 +138,12 @@ class _Masked(torch.optim.Optimizer):
         return group, group["masks"][at], at + sum(len(g["params"]) for g in self.param_groups[:number])
 
     def _is_at(self, p: Tensor, number: int, at: int) -> bool:
-        """Whether a parameter stands at this place of this group."""
+        """Return whether a parameter stands at this place of this group."""
         parameters = self.param_groups[number]["params"] if number < len(self.param_groups) else []
         return at < len(parameters) and parameters[at] is p
 
     def _parameters(self) -> Iterator[tuple[dict, Tensor, Tensor | None, int]]:
-        """(group, parameter, mask, parameter id) of each."""
+        """Yield (group, parameter, mask, parameter id) of each parameter."""
         parameter_id = 0
         for group in self.param_groups:
             for p, mask in zip(group["params"], _whole(group)["masks"], strict=True):
@@ -188,12 +190,12 @@ class _Masked(torch.optim.Optimizer):
         slices = _trained_slices(p, mask)
         compact = mask if slices is None else mask[slices]
         if bool((compact == -1).all()) and p.dim() and p.shape[-1] % 32 == 0:
-            compact = None  # whole slices: nothing is left for a bit to say
+            compact = None  # every weight of these slices trains
         self._layouts[parameter_id] = (mask, mask._version, slices, compact)
         return slices, compact
 
     def state_size(self, p: Tensor, mask: Tensor | None) -> int:
-        """Bytes of moments and master weights that `p` has, or will have under `mask`."""
+        """Compute the bytes of moments and master weights that `p` has, or will have under `mask`."""
         group, _, _ = self._find(p)
         slices = None if mask is None else _trained_slices(p, mask)
         share = 1 if slices is None else len(slices) / max(len(p), 1) if p.dim() else 0
@@ -201,12 +203,12 @@ class _Masked(torch.optim.Optimizer):
         return round(p.numel() * share) * _state_dtype(p, group["numerics"]).itemsize * copies
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As in torch, and bit for bit; a state of torch.optim.AdamW or SGD without masks is understood.
+        """Load a state as torch does, bit for bit, or one of torch.optim.AdamW or SGD, which has no masks.
 
-        Options the saved groups do not know (masks, numerics, ...) keep their present values.
+        Options that the saved groups lack (masks, numerics, ...) keep their present values.
         """
         own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        # a different number of groups is for torch to report
+        # strict=False: torch reports a different number of groups
         groups = [mine | saved for mine, saved in zip(own, state_dict["param_groups"], strict=False)]
         groups += state_dict["param_groups"][len(own) :]
         # without the state: torch would cast float32 moments to the dtype of the parameter
@@ -225,7 +227,7 @@ class _Masked(torch.optim.Optimizer):
 
 
 class MaskedSGD(_Masked):
-    """SGD under packed masks; options as torch.optim.SGD, masks and `numerics` as in the module docstring.
+    """SGD under packed masks; options as in torch.optim.SGD, masks and `numerics` as in the module docstring.
 
     Raises ValueError for an option out of range.
     """
@@ -261,7 +263,7 @@ class MaskedSGD(_Masked):
 
 
 class MaskedAdamW(_Masked):
-    """AdamW under packed masks; options as torch.optim.AdamW, masks and `numerics` as in the module docstring.
+    """AdamW under packed masks; options as in torch.optim.AdamW, masks and `numerics` as in the module docstring.
 
     Raises ValueError for an option out of range.
     """
@@ -296,7 +298,7 @@ class MaskedAdamW(_Masked):
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW:
-    """The recipe's masked optimizer over every parameter that requires a gradient."""
+    """Build the recipe's masked optimizer over every parameter that requires a gradient."""
     settings = recipe.optimizer
     parameters = [p for p in model.parameters() if p.requires_grad]
     numerics = settings.numerics
@@ -309,14 +311,14 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW
 
 
 def _whole(group: dict) -> dict:
-    """The group; ValueError unless it has a mask for each parameter."""
+    """Return the group; ValueError unless it has a mask for each parameter."""
     if len(group["masks"]) != len(group["params"]):
         raise ValueError(f"a group has {len(group['params'])} parameters but {len(group['masks'])} masks")
     return group
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """The shard of this process, where the tensor is a distributed one."""
+    """Return this process's shard of a distributed tensor; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -329,13 +331,13 @@ def _needs_master(p: Tensor, numerics: str) -> bool:
 
 
 def _trained_slices(p: Tensor, mask: Tensor) -> Tensor | None:
-    """int64 indices along dimension 0 with a set bit, None for all; dimension 1 and less is one slice."""
+    """Return the int64 indices along dimension 0 with a set bit, None for all; a vector or scalar is one slice."""
     trained = mask.flatten(1).ne(0).any(1) if mask.dim() > 1 else mask.ne(0).any().expand(p.shape[:1] or 1)
     return None if trained.all() else trained.nonzero().squeeze(1)
 
 
 def _fit_state(state: dict, p: Tensor, slices: Tensor | None, moments: tuple[str, ...], numerics: str) -> None:
-    """Make `state` what `slices` ask for, keeping what it holds for slices that stay."""
+    """Fit `state` to `slices`: keep the state of slices that stay, and make fresh state for the others."""
     if "step" not in state:
         state["step"] = torch.tensor(0.0)
     old, tensors = state.get("slices"), [k for k in (*moments, "master") if k in state]
@@ -366,7 +368,7 @@ def _fresh(name: str, p: Tensor, slices: Tensor | None, dtype: torch.dtype) -> T
 
 
 def _loaded(values: dict, p: Tensor, moments: tuple[str, ...], numerics: str) -> dict:
-    """A parameter's saved state, own or torch's, as tensors of its own on its device."""
+    """Copy a parameter's saved state, ours or torch's, to new tensors on its device."""
     state = {}
     for name, value in values.items():
         if name == "step":
@@ -377,7 +379,7 @@ def _loaded(values: dict, p: Tensor, moments: tuple[str, ...], numerics: str) ->
             dtype = torch.float32 if name == "master" else _state_dtype(p, numerics)
             state[name] = value.detach().to(p.device, dtype, copy=True)
     if "step" not in state:
-        # torch.optim.SGD counts no steps; where it has a buffer, the first step is behind it
+        # torch.optim.SGD counts no steps; a buffer shows that it has taken the first one
         state["step"] = torch.tensor(1.0 if "momentum_buffer" in state else 0.0)
     return state
 

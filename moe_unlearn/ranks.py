@@ -1,13 +1,13 @@
-"""The ranks of torch.distributed that train one model: each has all weights, and rows of its own.
+"""Ranks of torch.distributed that train one model together: each has all weights and its own rows.
 
     g = sum_r n_r g_r / sum_r n_r          g_r the gradient of a mean over the n_r positions or sequences of rank r
 
-What the ranks add up are the step's own gradients, compact, so that only what trains is sent. A model need not be in
-torch's DistributedDataParallel, which takes memory for a gradient of every weight; if it is, the wrapper's forward pass
-is not used, and its hooks rest.
+The ranks add up the step's own gradients, which are compact, so that only gradients of weights that train are sent. A
+model need not be in torch's DistributedDataParallel, which takes memory for a gradient of every weight; if it is, the
+wrapper's forward pass is not used and its hooks do nothing.
 
-Every rank makes the same calls. Sums are the same bits on all of them, and so are the weights after a step. What one
-rank alone finds wrong with its own arguments it raises alone, as everywhere in torch.distributed.
+Every rank makes the same calls. Sums have the same bits on all ranks, and so have the weights after a step. An error
+that one rank finds in its own arguments is raised on that rank alone, as everywhere in torch.distributed.
 """
 
 import json
@@ -18,9 +18,9 @@ from torch import Tensor, distributed, nn
 
 
 class Ranks:
-    """The ranks that share a model, `count` of them: those of `group`, else of its DistributedDataParallel, else one.
+    """The `count` ranks that share a model: those of `group`, else of its DistributedDataParallel, else one.
 
-    All take the first one's parameters and buffers. Raises ValueError for a model whose weights are sharded.
+    All take the first rank's parameters and buffers. Raises ValueError for a model whose weights are sharded.
     """
 
     def __init__(self, model: nn.Module, group: "distributed.ProcessGroup | None" = None):
@@ -35,18 +35,18 @@ class Ranks:
         self.share_(tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
 
     def __deepcopy__(self, memo: dict) -> "Ranks":
-        """As many ranks, none of which is spoken to: for a rehearsal."""
+        """Return an object with the same count that does not communicate, for a rehearsal."""
         copied = object.__new__(Ranks)
         copied.group, copied.count = None, self.count
         return copied
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes."""
+        """Return whether this is the first rank, which writes files."""
         return self.group is None or distributed.get_rank(self.group) == 0
 
     def sums(self, values: Sequence[float]) -> list[float]:
-        """The sums of every rank's values, one by one; not finite where one of them is not."""
+        """Return the elementwise sums of all ranks' values; a sum is not finite where a value is not."""
         if self.group is None:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -54,9 +54,9 @@ class Ranks:
         return total.tolist()
 
     def add_(self, gradients: Mapping[str, Tensor | None]) -> None:
-        """The sum of every rank's gradients, in place, by the name of their parameter.
+        """Add up all ranks' gradients in place, by the name of their parameter.
 
-        Raises RuntimeError on all ranks if some have a gradient that others have not.
+        Raises RuntimeError on all ranks if only some of them have a gradient.
         """
         if self.group is None:
             return
@@ -69,13 +69,13 @@ class Ranks:
                 self._in_place(gradient, distributed.all_reduce)
 
     def share_(self, tensors: Iterable[Tensor]) -> None:
-        """The first rank's tensors, in place, on all of them; each has the same shapes."""
+        """Copy the first rank's tensors into those of all ranks, which have the same shapes."""
         if self.group is not None:
             for tensor in tensors:
                 self._in_place(tensor, lambda t, group: distributed.broadcast(t, group=group, group_src=0))
 
     def agree(self, what: str, value: Callable[[], object]) -> None:
-        """Raise ValueError on all ranks unless they have the same JSON value."""
+        """Raise ValueError on all ranks unless their JSON values are equal; `what` names the value in the message."""
         if self.group is None:
             return
         values = gather(value(), self.group)
@@ -83,7 +83,7 @@ class Ranks:
             raise ValueError(f"expected {what} to be the same on all {self.count} ranks; they differ")
 
     def _in_place(self, tensor: Tensor, exchange: Callable) -> None:
-        # collectives take memory without gaps, NCCL's on its own device
+        # collectives need contiguous memory, and those of NCCL need it on the GPU
         sent = tensor.to(_device(self.group, tensor.device)).contiguous()
         exchange(sent, group=self.group)
         if sent is not tensor:
@@ -91,17 +91,17 @@ class Ranks:
 
 
 def local(model: nn.Module) -> nn.Module:
-    """The model inside data-parallel wrappers, whose forward pass would wait for the other ranks."""
+    """Return the model inside data-parallel wrappers, whose forward pass would wait for the other ranks."""
     while isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     return model
 
 
 def sharded(model: nn.Module) -> bool:
-    """Whether no rank holds all weights, so that every rank must take part in every forward pass."""
+    """Return whether weights are split over ranks, so that every rank must take part in every forward pass."""
     if not initialised():
         return False
-    # imported here: one process never needs them, and they are slow to import
+    # imported here because a single process never needs them and they are slow to import
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
 
@@ -111,7 +111,7 @@ def sharded(model: nn.Module) -> bool:
 
 
 def gather(value: object, group: "distributed.ProcessGroup | None" = None) -> list:
-    """The JSON value of every rank, in their order; floats come back bit for bit."""
+    """Return the JSON values of all ranks, in their order; floats keep every bit."""
     if not initialised():
         return [value]
     device = _device(group, torch.device("cpu"))
@@ -128,12 +128,12 @@ def gather(value: object, group: "distributed.ProcessGroup | None" = None) -> li
 
 
 def initialised() -> bool:
-    """Whether this process is a rank of torch.distributed."""
+    """Return whether this process is a rank of torch.distributed."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def _device(group: "distributed.ProcessGroup | None", preferred: torch.device) -> torch.device:
-    """Where the backend of `group` takes tensors: `preferred`, if it can."""
+    """Return the device on which the backend of `group` takes tensors: `preferred` if it can be used."""
     if distributed.get_backend(group) == "nccl" and preferred.type != "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return preferred

@@ -1,22 +1,23 @@
-"""The load-balancing loss, which a model adds to its own where its config has `output_router_logits`.
+"""Computes the load-balancing loss, which a model adds to its own loss if its config has `output_router_logits`.
 
     L = E sum_e f_e P_e
     f_e = (1 / n) sum over layers l and positions t of [how often t visits expert e in l]
     P_e = (1 / n) sum over layers l and positions t of softmax(router logits of t in l)_e
 
-n = layers * positions; the positions are those of retain rows that are attended to, whether they carry a loss or not.
-f has no gradient, P has one to the routers that train and to every weight below a router. TRACE's token weights do not
-enter. In a recipe it is part of the retain loss, alpha (L_retain + router_aux L), with `retain.router_aux` as
-`coefficient` reads it.
+n = layers * positions; the positions are the attended ones of retain rows, whether they carry a loss or not. f has no
+gradient; P has one to the routers that train and to every weight below a router. TRACE's token weights do not enter.
+In a recipe the loss is part of the retain loss, alpha (L_retain + router_aux L), where `coefficient` reads
+`retain.router_aux`.
 
-A product of two means is not linear in the batch: the loss of all rows is not made of those of their parts. Each
-micro-batch of each rank balances its own rows; a step has the mean of these losses, weighed by the positions they are
-of. (transformers' Trainer adds up those of its micro-batches, so that their weight grows with `accumulate`.)
+A product of two means is not linear in the batch: the loss of all rows cannot be computed from the losses of their
+parts. Each micro-batch of each rank balances its own rows; the loss of a step is the mean of these losses, weighted by
+their numbers of positions. (transformers' Trainer adds up the losses of its micro-batches, so that their weight grows
+with `accumulate`.)
 
-Source: Switch Transformer (arXiv 2101.03961), equations 4 to 6, pooled over layers as transformers'
-`load_balancing_loss_func` does, whose value this is wherever a router sends tokens to its K largest logits; there f
-counts the K largest logits, here the experts visited, which a router with a correction bias chooses otherwise. The
-softmax is in float32 for narrower logits.
+Source: Switch Transformer (arXiv 2101.03961), equations 4 to 6, pooled over layers as in transformers'
+`load_balancing_loss_func`. The two values agree wherever a router sends tokens to its K largest logits: there f counts
+the K largest logits, here the experts visited, and a router with a correction bias visits others. The softmax is in
+float32 for narrower logits.
 """
 
 import contextlib
@@ -33,18 +34,18 @@ from moe_unlearn.experts import experts_modules
 from moe_unlearn.model.head import decoder_of, unwrapped
 from moe_unlearn.model.scope import router_parameters, wrapped_name
 
-_FUNCTION = "load_balancing_loss_func"  # transformers' name for it, in the file of every model that has it
+_FUNCTION = "load_balancing_loss_func"  # transformers' name of the loss, in the file of every model that has it
 _COEFFICIENT = "router_aux_loss_coef"
 
 
 class Layer(NamedTuple):
-    """One layer's routing of a forward pass: router logits [T, E] with their gradient, experts visited [T, K]."""
+    """Routing of one layer in a forward pass: router logits [T, E] with their gradient, experts visited [T, K]."""
 
     logits: Tensor
     index: Tensor
 
     def rows(self, shape: tuple[int, int], rows: slice, length: int) -> "Layer":
-        """That of the first `length` positions of some rows of a batch of `shape` [B, S]."""
+        """Return the routing of the first `length` positions of some rows of a batch of `shape` [B, S]."""
         return Layer(*(part.reshape(*shape, -1)[rows, :length].flatten(0, 1) for part in self))
 
 
@@ -69,7 +70,7 @@ def routing(model: nn.Module) -> Iterator[list[Layer]]:
                 f"{type(module).__name__} gives router logits of {len(logits)} layers, expected {len(gates)}: its "
                 "load-balancing loss cannot be made (retain.router_aux: off leaves it out)"
             )
-        # by the order of the layers, in which both are made
+        # logits and gates are both in the order of the layers
         collected.extend(Layer(z.flatten(0, -2), g.index) for z, g in zip(logits, gates.values(), strict=True))
 
     decoder = decoder_of(model)
@@ -83,15 +84,15 @@ def routing(model: nn.Module) -> Iterator[list[Layer]]:
 
 
 def load_balancing_loss(layers: list[Layer], attended: Tensor) -> Tensor:
-    """L [] over the set positions of `attended`, bool [T]; 0 where none is set. See the module docstring."""
+    """Compute L [] over the set positions of `attended`, bool [T]; 0 where none is set. See the module docstring."""
     kept = attended[:, None]
     visits, probability = 0, 0
     for logits, index in (_on(layer, attended.device) for layer in layers):
         experts = logits.shape[1]
-        # what padding holds may be anything, so that it is taken out before the softmax too
+        # padding may hold NaN, so that it is taken out before the softmax too
         wide = torch.where(kept, logits if logits.dtype == torch.float64 else logits.float(), 0)
         probability = probability + torch.where(kept, wide.softmax(1), 0).sum(0)
-        # ids behind the last expert are not here
+        # ids behind the last expert mean "not here"
         ids = torch.where(kept, index.long(), experts).clamp_max(experts).flatten()
         visits = visits + torch.zeros(experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(
             0, ids, torch.ones_like(ids)
@@ -101,16 +102,16 @@ def load_balancing_loss(layers: list[Layer], attended: Tensor) -> Tensor:
 
 
 def _on(layer: Layer, device: torch.device) -> Layer:
-    """A layer's routing on a device: of a model that lies on several, they come from all of them."""
+    """Move a layer's routing to a device: the layers of a model may lie on several devices."""
     return Layer(*(part.to(device) for part in layer))
 
 
 def coefficient(model: nn.Module, recipe: Recipe) -> float:
-    """What multiplies the load-balancing loss beside the retain loss, 0 where there is none.
+    """Return the factor of the load-balancing loss that is added to the retain loss, 0 if none is added.
 
-    `retain.router_aux` is "off", a number, or "auto": the model's own coefficient where its config has
-    `output_router_logits` and the recipe a retain objective that reads all layers. Raises ValueError for a number if
-    the model has no such loss in transformers.
+    `retain.router_aux` is "off", a number, or "auto": the model's own coefficient if its config has
+    `output_router_logits` and the recipe's retain objective reads all layers. Raises ValueError for a number if the
+    model has no such loss in transformers.
     """
     setting = recipe.retain.router_aux
     if setting == "off":
@@ -126,7 +127,7 @@ def coefficient(model: nn.Module, recipe: Recipe) -> float:
 
 
 def described(model: nn.Module, recipe: Recipe) -> str:
-    """What a plan says of the load-balancing loss: what is added or left out; empty for a model without one."""
+    """Describe for a plan which load-balancing loss is added or left out; empty for a model without one."""
     if not _has_loss(model):
         return ""
     setting, value = recipe.retain.router_aux, coefficient(model, recipe)
@@ -139,7 +140,7 @@ def described(model: nn.Module, recipe: Recipe) -> str:
 
 
 def _left_out(model: nn.Module, recipe: Recipe) -> str:
-    """Why "auto" adds nothing; empty if it does."""
+    """Return why "auto" adds no loss; empty if it adds one."""
     if not _has_loss(model):
         return "it has none"
     if not _switched_on(model):
@@ -155,7 +156,7 @@ def _has_loss(model: nn.Module) -> bool:
 
 
 def _own(model: nn.Module) -> float | None:
-    """The coefficient that the model multiplies it with: its own attribute, else its config's."""
+    """Return the coefficient by which the model multiplies the loss: its own attribute, else its config's."""
     causal = unwrapped(model)
     return getattr(causal, _COEFFICIENT, getattr(_config(causal), _COEFFICIENT, None))
 
@@ -169,7 +170,7 @@ def _config(causal: nn.Module):
 
 
 def _reach(model: nn.Module) -> str:
-    """How far its gradient falls short of the routers, in words; empty if a router trains."""
+    """Describe what the loss can move if no router trains; empty if one trains."""
     names = [name for name, _ in model.named_parameters()]
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     modules = list(experts_modules(model))

@@ -1,11 +1,13 @@
-"""SEUF: unlearn through one expert, held in place by an anchor loss (ACL 2025, arXiv 2411.18797; read).
+"""SEUF: unlearns through one expert, to which an anchor loss binds the forget tokens.
 
-Affinity of expert i in layer l, a mean over sequences of the mean over tokens of the gate after top-K:
+Source: ACL 2025, arXiv 2411.18797; read.
+
+The affinity of expert i in layer l is the mean over sequences of the mean over tokens of the gate after top-K:
 
     s_i = (1 / Z) sum_j (1 / L_j) sum_t g_{i,t}
 
-The expert with the highest affinity in the whole model trains with its layer's router, everything else is
-frozen, and the anchor keeps the forget tokens on it:
+The expert with the highest affinity in the whole model trains together with its layer's router, and everything else is
+frozen. The anchor loss keeps the forget tokens on that expert:
 
     L_anchor = mean_t || g_t - a ||_2^2,   a_i = 1 for the chosen expert, 0 otherwise
 
@@ -25,15 +27,15 @@ from moe_unlearn.model.head import final_hidden_states
 
 
 class Gate(NamedTuple):
-    """The routing of one layer's tokens in a forward pass: top_k_index and top_k_weights [T, K]."""
+    """Routing of one layer's tokens in a forward pass: top_k_index and top_k_weights [T, K]."""
 
     index: Tensor
     weights: Tensor
     num_experts: int
 
     def dense(self) -> Tensor:
-        """The gate [T, E] with its gradient, 0 for experts that a token does not visit."""
-        # ids behind the last expert are not here
+        """Return the gate [T, E] with its gradient, 0 for experts that a token does not visit."""
+        # ids behind the last expert mean "not here"
         gate = self.weights.new_zeros(len(self.index), self.num_experts + 1)
         return gate.scatter_add(1, self.index.clamp_max(self.num_experts), self.weights)[:, :-1]
 
@@ -42,8 +44,8 @@ class Gate(NamedTuple):
 def gates(model: nn.Module, names: list[str] | None = None) -> Iterator[dict[str, Gate]]:
     """Collect the gate of each experts module during the first forward pass inside, with its gradient.
 
-    Raises RuntimeError in a layer that runs without a graph although gradients are on: what is made of its gate
-    would have none.
+    Raises RuntimeError in a layer that runs without a graph although gradients are on: a loss computed from its gate
+    would have no gradient.
     """
     collected: dict[str, Gate] = {}
     with_graph = torch.is_grad_enabled()
@@ -57,7 +59,7 @@ def gates(model: nn.Module, names: list[str] | None = None) -> Iterator[dict[str
                 )
             index = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
             weights = kwargs.get("top_k_weights", args[2] if len(args) > 2 else None)
-            # nothing is computed here: a checkpoint, which runs the layer again without the hook, would miss it
+            # nothing may be computed here: a checkpoint runs the layer again without the hook, and would miss it
             collected.setdefault(name, Gate(index, weights, module.num_experts))
 
         return collect
@@ -74,7 +76,10 @@ def gates(model: nn.Module, names: list[str] | None = None) -> Iterator[dict[str
 
 @torch.no_grad()
 def affinity(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
-    """s [L, E] float64 over the attended tokens of `model.batches`, layers in `experts_modules` order."""
+    """Compute the affinity s [L, E] float64 over the attended tokens, layers in `experts_modules` order.
+
+    `batches` are padded ones of `model.batches`.
+    """
     total, sequences = 0.0, 0
     for batch in batches:
         with gates(model) as collected:
@@ -88,14 +93,14 @@ def affinity(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
 
 
 def select(score: Tensor) -> Tensor:
-    """bool [L, E]: the one expert with the highest affinity (the lowest index on a tie)."""
+    """Select the one expert with the highest affinity, bool [L, E] (the lowest index on a tie)."""
     selected = torch.zeros_like(score, dtype=torch.bool)
     selected.view(-1)[score.flatten().argmax()] = True
     return selected
 
 
 def anchor_loss(gate: Tensor, expert: int, attended: Tensor) -> Tensor:
-    """L_anchor [] of one layer from its gate [T, E] and `attended`, bool [T]."""
+    """Compute L_anchor [] of one layer from its gate [T, E] and `attended`, bool [T]."""
     target = torch.zeros_like(gate[0])
     target[expert] = 1
     distance = (gate - target).square().sum(-1)

@@ -1,8 +1,8 @@
-"""TRACE: which retain tokens must count more, so that forget-critical experts are regularised.
+"""TRACE: weighs retain tokens so that forget-critical experts are regularised.
 
-The paper (arXiv 2606.10338; abstract and digests read, formulas and code not public) says: forget data
-over-activates a few experts which retain data hits less; find them offline from activation frequencies, and
-reweight token-level retain losses so that each selected expert's weighted retain frequency better matches its
+The paper (arXiv 2606.10338; abstract and digests read, formulas and code not public) says that forget data
+over-activates a few experts which retain data hits less. It finds them offline from activation frequencies, and
+reweights token-level retain losses so that each selected expert's weighted retain frequency better matches its
 forget frequency. Every formula here is our specification of that idea.
 
     f[l, e]    = (top-K hits of expert e in layer l) / (counted tokens)                sums to K in a layer
@@ -12,9 +12,9 @@ forget frequency. Every formula here is our specification of that idea.
     w_t        = min(cap, exp(b + sum_{s selected} theta_s a_{t,s}))                   `ops.retain_weights`
     L_retain   = sum_t w_t l_t / (number of retain positions)
 
-A position t counts iff it carries a loss (`losses.target_mask`), and its weight multiplies the loss of
-predicting labels[t + 1]. An expert that no retain token uses has an infinite ratio and may be selected; its
-target cannot be reached: `achieved` stays 0 there and no weight depends on it.
+A position t counts iff it carries a loss (`model.batches.target_mask`), and its weight multiplies the loss of
+predicting labels[t + 1]. An expert that no retain token uses has an infinite ratio and may be selected. Its
+target cannot be reached: its `achieved` stays 0 and no weight depends on it.
 """
 
 import logging
@@ -44,11 +44,11 @@ class RoutingFrequencies:
 
     @property
     def frequency(self) -> Tensor:
-        """f [L, E] float64, in [0, 1] unless an id stands twice in a row; a layer sums to K."""
+        """Return f [L, E] float64, in [0, 1] unless a token has an id twice; the f of a layer sum to K."""
         return self.counts.double() / max(self.tokens, 1)
 
     def to_dict(self) -> dict:
-        """One tensor and plain values."""
+        """Return the frequencies as a dict of one tensor and plain values."""
         return {"counts": self.counts, "tokens": self.tokens, "layers": self.layers}
 
     @classmethod
@@ -70,7 +70,7 @@ class RetainWeights:
 
     @property
     def log_weight_max(self) -> float:
-        """Log of the largest weight: the cap of online weights when the calibration had none."""
+        """Return the log of the largest weight, the cap of online weights if the calibration had none."""
         return math.log(float(self.weights.max()))
 
 
@@ -100,16 +100,16 @@ def select_experts(
     min_load: float = 1.0,
     allow_empty: bool = False,
 ) -> Tensor:
-    """Forget-critical experts, bool [L, E]; see the module docstring. Equal gaps go to the lower id.
+    """Select the forget-critical experts, bool [L, E]; see the module docstring. Equal gaps go to the lower id.
 
     Args:
         forget, retain: frequencies, or tables [L, E] of them.
         per_layer: at most this many in each layer.
-        min_ratio: smallest f^F / f^R; infinite where no retain token uses the expert.
+        min_ratio: smallest f^F / f^R; the ratio is infinite where no retain token uses the expert.
         min_load: smallest f^F in units of the uniform load K / E.
 
-    Raises ValueError when no expert qualifies, naming the highest ratio found and what can be done, unless
-    `allow_empty`: then a warning names it.
+    If no expert qualifies, raises ValueError naming the highest ratio found and the remedies; with `allow_empty` a
+    warning names the ratio instead.
     """
     if per_layer < 1:
         raise ValueError(f"per_layer must be at least 1; got {per_layer}")
@@ -132,7 +132,7 @@ def select_experts(
 def why_empty(
     forget: RoutingFrequencies | Tensor, retain: RoutingFrequencies | Tensor, *, min_ratio: float, min_load: float
 ) -> str:
-    """Says, of tables in which no expert is forget-critical, which one came nearest."""
+    """Describe why no expert of two tables is forget-critical, naming the one that came nearest."""
     ratio = _ratios(_frequency(forget), _frequency(retain), min_load)
     if not ratio.isfinite().any():
         return f"no forget-critical expert: none has {min_load} times the uniform load on the forget set"
@@ -144,7 +144,7 @@ def why_empty(
 
 
 def calibration_target(forget: RoutingFrequencies | Tensor, retain: RoutingFrequencies | Tensor, eta: float) -> Tensor:
-    """(1 - eta) f^R + eta f^F, [L, E] float64; eta in [0, 1] says how far retain moves towards forget."""
+    """Compute the target (1 - eta) f^R + eta f^F, [L, E] float64; eta in [0, 1] moves retain towards forget."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1]; got {eta}")
     return (1 - eta) * _frequency(retain) + eta * _frequency(forget)
@@ -153,14 +153,14 @@ def calibration_target(forget: RoutingFrequencies | Tensor, retain: RoutingFrequ
 def retain_weights(
     top_k_index: Tensor, selected: Tensor, target: Tensor, *, cap: float | None = None, impl: str = "auto"
 ) -> RetainWeights:
-    """Token weights from the routing of all counted retain tokens; see the module docstring.
+    """Calibrate token weights from the routing of all counted retain tokens; see the module docstring.
 
     Args:
         top_k_index: int [L, T, K], T >= 1; an id twice in one row counts twice, as in the frequencies and on-line.
-        selected: bool [L, E]; with nothing selected all weights are 1.
-        target: float [L, E], frequencies as of `routing_frequencies`, read where selected; what cannot be reached
-            moves to the nearest reachable values, see `.achieved`.
-        cap: largest weight, >= 1; None is no cap.
+        selected: bool [L, E]; without a selected expert all weights are 1.
+        target: float [L, E], frequencies like those of `routing_frequencies`, read where selected; an unreachable
+            target is replaced by the nearest reachable one, see `.achieved`.
+        cap: largest weight, >= 1; None for no cap.
 
     Raises TypeError or ValueError if dtypes, shapes or values do not fit.
     """
@@ -178,11 +178,11 @@ def retain_weights(
 
 
 def online_weights(log_weight: Tensor, bias: float, cap: float | None) -> Tensor:
-    """min(cap, exp(bias + log_weight)), float32, for the tilt `ops.route` added up during a forward pass.
+    """Compute min(cap, exp(bias + log_weight)), float32, for the tilt that `ops.route` added up in a forward pass.
 
-    theta and b stay those of the preparation, so the mean is 1 only as far as the routing has not moved.
-    Without a cap of its own a recipe passes the largest weight seen in the preparation
-    (exp `.log_weight_max`), so that tokens routed as none was then cannot explode.
+    theta and b stay those of the preparation, so that the mean is 1 only as far as the routing has not moved.
+    A recipe without a cap passes the largest weight seen in the preparation (exp `.log_weight_max`), so that the
+    weight of a token whose routing did not occur there cannot explode.
     """
     weights = (log_weight.double() + bias).exp()
     return (weights if cap is None else weights.clamp_max(cap)).float()
@@ -193,7 +193,7 @@ def _frequency(table: RoutingFrequencies | Tensor) -> Tensor:
 
 
 def _ratios(forget: Tensor, retain: Tensor, min_load: float) -> Tensor:
-    """f^F / f^R [L, E], infinite where no retain token uses the expert; -inf where the forget load is too small."""
+    """Compute f^F / f^R [L, E]: inf where no retain token uses the expert, -inf where the forget load is too small."""
     # the frequencies of a layer sum to K, so their mean is the uniform load K / E
     loaded = (forget > 0) & (forget >= min_load * forget.mean(1, keepdim=True))
     return torch.where(loaded, torch.where(retain > 0, forget / retain, torch.inf), -torch.inf)

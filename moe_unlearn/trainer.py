@@ -1,13 +1,13 @@
-"""UnlearnTrainer: the unlearning step inside transformers' Trainer.
+"""UnlearnTrainer, which runs the unlearning step inside transformers' Trainer.
 
 The recipe decides what is optimised and how (objectives, levers, scope, optimizer and its learning rate);
 `TrainingArguments` decide the loop (steps, batch size, accumulation, schedule, clipping, logging, saving).
-Everything else is the Trainer's: callbacks, `report_to`, evaluation, checkpoints.
+The Trainer provides everything else: callbacks, `report_to`, evaluation, checkpoints.
 
 transformers saves a Mixture-of-Experts checkpoint with one key per expert and, on resume, loads it without
-converting back: the fused expert weights keep their initial values (transformers issue 48805). Here a
-resume goes through `from_pretrained`, and the step's own state (selection, weights, masks, caches) is
-saved beside the model.
+converting back, so that the fused expert weights keep their initial values (transformers issue 48805). This class
+resumes through `from_pretrained` instead, and saves the step's own state (selection, weights, masks, caches) beside
+the model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,9 +42,9 @@ _STATE = "unlearn_step"
 
 
 def pair_collator(recipe: Recipe, tokenizer, forget: Sequence[Example]) -> PairCollator:
-    """What collates the pairs of `forget` for a recipe: with refusals or alternates where its objective has them.
+    """Make the collator for pairs of `forget` examples, with refusals or alternates where the objective needs them.
 
-    Raises ValueError if that needs a `tokenizer` and there is none, or an example has no prompt to refuse or no
+    Raises ValueError if refusals need a `tokenizer` and there is none, or if an example has no prompt to refuse or no
     alternate.
     """
     pad_id = 0 if tokenizer is None else pad_token_id(tokenizer)
@@ -60,7 +60,7 @@ def pair_collator(recipe: Recipe, tokenizer, forget: Sequence[Example]) -> PairC
 
 
 def _paired(rows: Mapping, recipe: Recipe, tokenizer) -> ForgetRetainDataset:
-    """The pairs of two sets of rows, encoded as the recipe's data section says."""
+    """Return the pairs of two sets of rows, encoded as the recipe's data section says."""
     settings, sides = recipe.data, {}
     if rows.keys() != {"forget", "retain"}:
         raise ValueError(f"expected train_dataset to have forget and retain; got {', '.join(map(str, rows)) or 'none'}")
@@ -84,15 +84,15 @@ class UnlearnTrainer(Trainer):
 
     Args:
         model: the causal LM to change, already loaded.
-        args: TrainingArguments; `remove_unused_columns` is switched off, nested batches need that.
+        args: TrainingArguments; `remove_unused_columns` is switched off, which nested batches need.
         recipe: a `Recipe`, a YAML path or the name of a shipped recipe.
         train_dataset: a `data.ForgetRetainDataset`, or any dataset with lists `forget` and `retain` of
             examples and items `{"forget": [(example, index)], "retain": [(example, index), ...]}`; or a mapping
             (`datasets.DatasetDict`) of the two to rows, which `processing_class` encodes as recipe.data says.
-        data_collator: makes `{"forget": batch, "retain": batch}` of a list of such items; default
+        data_collator: makes `{"forget": batch, "retain": batch}` from a list of such items; by default a
             `data.PairCollator`.
         cache_dir: folder that keeps references from run to run; see `UnlearnStep.prepare`.
-        verify: how many steps to make beside the plain path, as in `UnlearnStep`.
+        verify: how many steps to compare with the plain path, as in `UnlearnStep`.
 
     Further keywords go to `Trainer`, except `optimizers`, which the recipe determines. Several processes (`torchrun`)
     are ranks, each with all weights; see `ranks`. Raises ValueError for fp16 (its loss scaling would need gradients
@@ -134,7 +134,7 @@ class UnlearnTrainer(Trainer):
                 self.unlearn_step.recipe, keywords.get("processing_class"), train_dataset.forget
             )
         self._logged: dict[str, list[float]] = {}
-        self._sizes: dict[str, int] | None = None  # of the global batch in progress
+        self._sizes: dict[str, int] | None = None  # the sizes of the global batch in progress
         super().__init__(
             model=model,
             args=args,
@@ -144,15 +144,15 @@ class UnlearnTrainer(Trainer):
             **keywords,
         )
         if ranks is not None:
-            # the step adds gradients up itself; DistributedDataParallel would hold memory for one of every weight
+            # the step adds up gradients itself, and DistributedDataParallel would hold a gradient for every weight
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.add_callback(_Bookkeeping(self.unlearn_step, train_dataset, self._log_metrics))
         self.unlearn_step.restore = self._restore
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **keywords):
-        """Prepare on the unchanged model, or restore the preparation of the checkpoint, then train.
+        """Prepare on the unchanged model, or restore the checkpoint's preparation, then train.
 
-        Raises KeyError or ValueError if a checkpoint was prepared on other rows than the dataset has.
+        Raises KeyError or ValueError if a checkpoint was prepared on other rows than those of the dataset.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
@@ -164,7 +164,7 @@ class UnlearnTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **keywords)
 
     def prepare(self) -> None:
-        """`UnlearnStep.prepare` over all forget and retain examples of the dataset."""
+        """Run `UnlearnStep.prepare` on all forget and retain examples of the dataset."""
         size = self.args.per_device_train_batch_size
 
         def batches(side: str) -> list:
@@ -174,24 +174,27 @@ class UnlearnTrainer(Trainer):
         self.unlearn_step.prepare(batches("forget"), batches("retain"), cache_dir=self._cache_dir)
 
     def _item(self, side: str, index: int):
-        """What an item of the dataset holds of row `index` of one side."""
+        """Return what an item of the dataset holds for row `index` of one side."""
         return [(getattr(self.train_dataset, side)[index], index)]
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
-        """The micro-batches of the next step, counted: what its losses are means over, on all ranks."""
+        """Return the micro-batches of the next step, and count the units of its losses on all ranks."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._sizes = None
-        if len(samples) > 1:  # of one the step knows by itself
+        if len(samples) > 1:  # the step itself counts a single micro-batch
             prepared = [self._prepare_inputs(batch) for batch in samples]
             self._sizes = self.unlearn_step.sizes((batch["forget"], batch["retain"]) for batch in prepared)
         return samples, items
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """Accumulate one micro-batch; at the last one of a step, leave its gradient in `.grad`."""
+        """Accumulate one micro-batch; after a step's last one, combine its gradient for the optimizer.
+
+        Returns the sum of the step's losses after the last micro-batch, 0 before.
+        """
         model.train()
         inputs, step = self._prepare_inputs(inputs), self.unlearn_step
         last = self.accelerator.sync_gradients
-        # accelerate's mixed precision wraps the model's forward, which is not what the step calls
+        # accelerate applies mixed precision by wrapping the model's forward, which the step does not call
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             step.accumulate(inputs["forget"], inputs["retain"], sizes=self._sizes, last=last)
         if not last:
@@ -207,7 +210,7 @@ class UnlearnTrainer(Trainer):
             self._logged.setdefault(name, []).append(value)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The objectives of a pair, weighed and summed as in a step without MOLLM; other batches as usual."""
+        """Return the weighted sum of a pair's objectives, as in a step without MOLLM; other batches as usual."""
         if "forget" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -219,7 +222,7 @@ class UnlearnTrainer(Trainer):
         return weighed - objectives.dual.offset, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of the step's metrics since the last log."""
+        """Log, with the means of the step's metrics since the last log added."""
         if "loss" in logs and self._logged:
             logs = logs | {name: sum(v) / len(v) for name, v in self._logged.items() if name not in logs}
             self._logged.clear()
@@ -242,13 +245,13 @@ class UnlearnTrainer(Trainer):
         if hasattr(model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         dtypes = {p.dtype for p in model.parameters()}
-        # float32 holds every narrower value exactly; a model of one dtype needs no detour
+        # float32 holds every narrower value exactly; a model of one dtype is loaded in that dtype
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         saved = type(model).from_pretrained(resume_from_checkpoint, dtype=dtype)
         model.load_state_dict(saved.state_dict(), strict=True)
 
     def _restore(self) -> str:
-        """Bring back the newest checkpoint after a step that stopped half-way."""
+        """Restore the newest checkpoint after a step that stopped with some weights updated; return what was done."""
         folder = Path(self.args.output_dir)
         checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
         if checkpoint is None:
@@ -265,7 +268,7 @@ class UnlearnTrainer(Trainer):
 
 
 class _Bookkeeping(TrainerCallback):
-    """What the Trainer does itself and the step, or the dataset, has to know."""
+    """Callback that tells the dataset of each epoch, and the step of each update of the optimizer."""
 
     def __init__(self, step: UnlearnStep, dataset: Dataset, log: Callable[[dict[str, float]], None]):
         self.step, self.dataset, self.log = step, dataset, log

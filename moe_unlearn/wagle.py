@@ -1,27 +1,29 @@
-"""WAGLE: which weights may move (NeurIPS 2024, arXiv 2410.17509; paper and released code read).
+"""WAGLE: scores all weights and lets the top fraction move.
+
+Source: NeurIPS 2024, arXiv 2410.17509; paper and released code read.
 
     S_i = theta_i g_f,i - (1 / gamma) g_r,i g_f,i           keep the top fraction of |S| over the whole model
 
-The first term is the sensitivity of the forget loss, the second its correction by retained utility (equation
-7, the Hessian taken as gamma I). N counts every element of `named_parameters()`, shared tensors once; equal
-scores go by that order, then by flat index. The sign of the forget loss does not matter. The mask is over the
-update: gradient, momentum and decay (`optim`).
+The first term is the sensitivity of the forget loss, the second its correction by retained utility (equation 7 with
+gamma I as the Hessian). N counts every element of `named_parameters()`, shared tensors once; equal scores go by that
+order, then by flat index. The sign of the forget loss does not matter. The mask holds for the whole update: gradient,
+momentum and decay (`optim`).
 
-Native mode: gradients are means over the counted tokens of each whole set, so gamma does not depend on batch
-sizes. A score of exactly 0 is never kept: experts the forget set does not route to and parameters without
-`requires_grad` freeze themselves, and `fraction` may stay below `keep`.
+Native mode: gradients are means over the counted tokens of each whole set, so that gamma does not depend on batch
+sizes. A score of exactly 0 is never kept: experts to which the forget set does not route and parameters without
+`requires_grad` are frozen, and `fraction` may stay below `keep`.
 
 Official mode reproduces the released code's masks wherever the score decides: gradients are sums over batches
-of each batch's mean loss, gamma is its `mu`, and exactly int(keep N) weights are kept, zeros filling up. That code
-scores inside a trainer whose backward divides each loss by the number A of accumulated micro-batches, so that
+of each batch's mean loss, gamma is its `mu`, and exactly int(keep N) weights are kept; zero scores fill up the number.
+That code scores inside a trainer whose backward divides each loss by the number A of accumulated micro-batches, so that
 
     S_i = theta_i (g_f,i / A) - (1 / mu) (g_r,i / A) (g_f,i / A),   the ranking of gamma = A mu
 
-with g the plain sums; `accumulation` is A, 4 in all its configurations. It scores in bfloat16; here the model's own
-dtype decides, and scores next to the threshold fall on the other side where it is another.
+with g the plain sums; `accumulation` is A, 4 in all its configurations. The released code scores in bfloat16, this one
+in the model's own dtype; if the two differ, scores next to the threshold may fall on the other side.
 
-No score tensor of the model exists and nothing is sorted: `ops.weight_score` streams histograms, parameter by
-parameter. Memory: two float32 gradients of the trainable parameters, and one bit per weight.
+The scores of the model are never stored or sorted: `ops.weight_score` streams histograms, parameter by parameter.
+Memory: two float32 gradients of the trainable parameters, and one bit per weight.
 """
 
 import logging
@@ -56,11 +58,11 @@ def weight_mask(
     Args:
         keep: fraction to keep, in (0, 1]; gamma: the Hessian's scale, > 0.
         official: reproduce the released code; accumulation: the A of the module docstring, of official mode only.
-        forget_loss, retain_loss: (model, batch) -> per-token losses [B, S], 0 where `losses.target_mask` is
+        forget_loss, retain_loss: (model, batch) -> per-token losses [B, S], 0 where `model.batches.target_mask` is
             False; the default is the NLL.
 
-    The model is scored in evaluation mode; its mode and its `.grad` fields are left as they were, and both
-    score terms' mean magnitudes are logged. Deterministic as far as the model's backward pass is.
+    The model is scored in evaluation mode; its mode and its `.grad` fields are left as they were. The mean magnitudes
+    of both score terms are logged. The result is deterministic if the model's backward pass is.
 
     Raises ValueError for keep, gamma or accumulation out of range, a set without a position that carries a loss, or a
     score that is not finite (naming the parameter).
@@ -93,7 +95,10 @@ def weight_mask(
 
 
 def _gradients(model, batches, loss, divided: int | None, side) -> dict[str, Tensor]:
-    """float32 gradients of the mean over the set's tokens, or of the sum over batches of their means / `divided`."""
+    """Compute the float32 gradients of a set's loss.
+
+    The loss is the mean over the set's tokens or, with `divided`, the sum over batches of their means / `divided`.
+    """
     batches = [batch for batch in map(padded, batches) if target_mask(batch).any()]
     tokens = [int(target_mask(batch).sum()) for batch in batches]
     if not batches:
@@ -119,7 +124,7 @@ def _gradients(model, batches, loss, divided: int | None, side) -> dict[str, Ten
         with torch.enable_grad():
             for batch, count in zip(batches, tokens, strict=True):
                 value = loss(model, batch).sum() / (count * divided if divided else sum(tokens))
-                # no gradient at all: every parameter the loss depends on is frozen
+                # the loss has no gradient if every parameter it depends on is frozen
                 if value.requires_grad:
                     value.backward()
     finally:
@@ -131,13 +136,13 @@ def _gradients(model, batches, loss, divided: int | None, side) -> dict[str, Ten
 
 
 class _Scored:
-    """The three tensors of each parameter's score; those without a forget gradient score exactly 0."""
+    """The three tensors of each parameter's score; parameters without a forget gradient score exactly 0."""
 
     def __init__(self, parameters, forget, retain, gamma):
         self.parameters, self.forget, self.retain, self.gamma = parameters, forget, retain, gamma
 
     def items(self) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
-        """(name, (weight, grad_forget, grad_retain)) in `named_parameters()` order."""
+        """Yield (name, (weight, grad_forget, grad_retain)) in `named_parameters()` order."""
         for name, p in self.parameters.items():
             zero = torch.zeros((), dtype=torch.float32, device=p.device).expand(p.shape)
             if name in self.forget:
@@ -146,7 +151,7 @@ class _Scored:
                 yield name, (zero, zero, zero)
 
     def histogram(self, digit: int, prefix: int = 0) -> Tensor:
-        """Histogram of the whole model, int64 [65536] on the CPU."""
+        """Compute the histogram of the whole model, int64 [65536] on the CPU."""
         total = 0
         for name, terms in self.items():
             counts = score_histogram(*terms, gamma=self.gamma, digit=digit, prefix=prefix).cpu()
@@ -159,7 +164,7 @@ class _Scored:
         return total
 
     def magnitudes(self) -> dict[str, float]:
-        """Means over the model of |theta g_f| and |g_r g_f| / gamma."""
+        """Compute the means over the model of |theta g_f| and |g_r g_f| / gamma."""
         first = second = 0.0
         for _, (weight, g_f, g_r) in self.items():
             first += float((weight.float() * g_f).abs().sum(dtype=torch.float64))
@@ -169,7 +174,7 @@ class _Scored:
 
 
 def _threshold(scored: _Scored, count: int, *, zeros_fill: bool) -> tuple[int, int]:
-    """Bit pattern of the count-th largest |S|, and how many elements equal to it are kept."""
+    """Find the bit pattern of the count-th largest |S|, and how many elements equal to it are kept."""
     high_histogram = scored.histogram(0)
     if count == 0:
         return 0x7FFFFFFF, 0
@@ -182,7 +187,7 @@ def _threshold(scored: _Scored, count: int, *, zeros_fill: bool) -> tuple[int, i
 
 
 def _descend(histogram: Tensor, count: int) -> tuple[int, int]:
-    """(bin that holds the count-th largest element, number of elements in higher bins)."""
+    """Find the bin that holds the count-th largest element, and the number of elements in higher bins."""
     from_top = histogram.flip(0).cumsum(0)
     position = int((from_top < count).sum())
     return len(histogram) - 1 - position, int(from_top[position] - histogram[len(histogram) - 1 - position])

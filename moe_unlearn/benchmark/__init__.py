@@ -1,7 +1,7 @@
-"""Benchmarks of unlearning: a suite over a user's models and data, and the embedded experiment with all its rivals.
+"""Benchmarks of unlearning: a suite over a user's models and data, and the embedded experiment.
 
-`suite` runs recipes and makes a `table` of what they reach; `demo` does so on `tiny_models`, which are trained on the
-spot and kept in `trained_cache`, in several processes (`process_pool`).
+`suite` runs recipes and makes a `table` of their results. `demo` does so on `tiny_models`, which are trained when first
+needed and kept in `trained_cache`; it works in several processes (`process_pool`).
 """
 
 from moe_unlearn.benchmark.demo import demo, demo_recipe

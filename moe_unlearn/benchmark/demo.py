@@ -1,4 +1,4 @@
-"""The embedded experiment with all its rivals."""
+"""The embedded experiment, which compares baselines, each lever and their combination on tiny models."""
 
 import time
 from dataclasses import replace
@@ -18,12 +18,12 @@ from moe_unlearn.runs.run import routing_of
 
 RUNS = ("graddiff", "npo", "trace", "wagle", "mollm", "combined")
 
-# What the tiny models need instead of the shipped recipes' settings, which are for real ones. Chosen on
-# builtin:pydoc, seeds 0 to 4, and reported on others; benchmarks/NOTES.md has the search.
+# Settings for the tiny models, where those of the shipped recipes are for real ones. They were chosen on builtin:pydoc,
+# seeds 0 to 4, and results are reported on other seeds; benchmarks/NOTES.md describes the search.
 # A batch holds all 40 forget and all 65 visible retain documents.
 DEMO_COMMON = ["batch_size=40", "retain_per_forget=1.625", "optimizer.lr=1e-4", "steps=25"]
 
-# A run with MOLLM ends at a forget loss, after 75 steps at the most: tuning seeds took 35 to 70.
+# A run with MOLLM ends when it reaches a forget loss, after 75 steps at most; the seeds of the search took 35 to 70.
 DEMO_OVERRIDES: dict[str, list[str]] = {name: ["steps=75", "stop_forget_loss=0.43"] for name in ("mollm", "combined")}
 TRAJECTORY_POINTS = 6
 
@@ -37,10 +37,10 @@ def demo(
     size: str | Settings = "demo",
     processes: int | None = None,
 ) -> dict:
-    """The embedded experiment on `seeds`; writes `summary.json`, `report.md` and figures into `out`.
+    """Run the embedded experiment on `seeds`; write `summary.json`, `report.md` and figures into `out`.
 
-    Models are trained and runs made side by side, in `processes` processes of one thread each (as many as
-    torch has threads): models this small leave most of a second thread idle. Deterministic on one machine,
+    Models are trained and runs made side by side, in `processes` processes of one thread each (by default as many as
+    torch has threads), because models this small leave most of a second thread idle. Deterministic on one machine,
     whatever the number of processes.
     """
     with process_pool.Workers(processes or torch.get_num_threads()) as pool:
@@ -50,7 +50,7 @@ def demo(
         total = len(seeds) * settings.epochs * batches
         seconds = pool.run("training", _train, training, total)
         recipes = {name: demo_recipe(name, 0) for name in runs}
-        # the longest first, so that no process is left alone with one at the end
+        # the longest runs go first, so that none of them keeps a single process busy at the end
         order = sorted(runs, key=lambda name: -recipes[name].steps)
         tasks = [(name, corpus, seed, size) for name in (*order, *tiny_models.MODELS) for seed in seeds]
         total = len(seeds) * sum(recipe.steps for recipe in recipes.values())
@@ -72,7 +72,7 @@ def _train(name: str, corpus: str, seed: int, size: str | Settings) -> float:
 
 
 def _run(name: str, corpus: str, seed: int, size: str | Settings) -> tuple[Table, list[dict], dict]:
-    """Row, trajectory and routing of one run, or of the target or retrained model as it is."""
+    """Return row, trajectory and routing of one run, or of the target or retrained model as it is."""
     made = tiny_models.prepare_experiment(corpus, seed, size=size)
     trajectory, routing = [], {}
 
@@ -95,7 +95,7 @@ def _run(name: str, corpus: str, seed: int, size: str | Settings) -> tuple[Table
 
 
 def demo_recipe(name: str, seed: int, *overrides: str) -> Recipe:
-    """The shipped recipe `name` with the tiny experiment's settings."""
+    """Load the shipped recipe `name` with the tiny experiment's settings."""
     recipe = Recipe.load(name, [*DEMO_COMMON, *DEMO_OVERRIDES.get(name, []), *overrides])
     return replace(recipe, seed=seed)
 
@@ -103,7 +103,7 @@ def demo_recipe(name: str, seed: int, *overrides: str) -> Recipe:
 def _measure(model: nn.Module, made: Experiment, step: int) -> dict:
     scores = {
         side: metrics.token_scores(model, examples, batch_size=64)
-        # as many retain documents: what a curve needs; the table is measured on all
+        # as many retain documents as forget documents are enough for a curve; the table is measured on all of them
         for side, examples in (("f", made.forget), ("r", made.retain_eval[: len(made.forget)]))
     }
     return {"step": step, **{f"nll_{side}": metrics.nll(values) for side, values in scores.items()}}

@@ -1,4 +1,4 @@
-"""Processes of one thread each, for work whose parts are too small to fill a core's neighbours."""
+"""A pool of processes of one thread each, for tasks too small to use several threads well."""
 
 import multiprocessing
 import signal
@@ -10,17 +10,17 @@ import torch
 from tqdm import tqdm
 
 _STOP = -1
-_steps_done: Any = None  # of this worker's pool; set once, when the process starts
+_steps_done: Any = None  # the counter of this worker's pool; set once, when the process starts
 
 
 class Workers:
     """A pool of `processes` that report the steps they have done; a context manager.
 
-    If the context ends with an exception the tasks that run stop at their next `advance`.
+    If the context ends with an exception, running tasks stop at their next `advance`.
     """
 
     def __init__(self, processes: int):
-        # not forked: the caller's threads would be missing in the children
+        # spawned, not forked, since a forked child lacks the caller's threads
         context = multiprocessing.get_context("spawn")
         self._steps = context.Value("q", 0)
         self._pool = ProcessPoolExecutor(processes, context, _start_worker, (self._steps,))
@@ -34,7 +34,7 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, title: str, function: Callable, tasks: list[tuple], total: int) -> dict[tuple, Any]:
-        """Task -> function(*task), each as it becomes free; a bar of `total` steps where somebody watches."""
+        """Return task -> function(*task), run in the processes; a terminal shows a progress bar of `total` steps."""
         self._steps.value = 0
         futures = {self._pool.submit(function, *task): task for task in tasks}
         pending = set(futures)
@@ -48,7 +48,7 @@ class Workers:
 
 
 def advance(steps: int = 1) -> None:
-    """Called in a worker: so many steps are done. InterruptedError if the others have stopped."""
+    """Report, in a worker, that so many steps are done; raise InterruptedError if the pool has stopped."""
     with _steps_done.get_lock():
         if _steps_done.value == _STOP:
             raise InterruptedError("another run failed, or the caller was interrupted")
@@ -59,4 +59,4 @@ def _start_worker(steps) -> None:
     global _steps_done
     _steps_done = steps
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts everybody; the caller stops the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts all processes; the caller stops the workers

@@ -1,4 +1,4 @@
-"""Unlearning as a benchmark suite embeds it: a model, two sets of documents, recipes, metrics; a table comes back.
+"""Benchmark suite, which runs recipes on a model and two sets of documents and returns a table of metrics.
 
 table = benchmark.unlearning("models/olmoe", forget, retain, ["npo", "trace", "combined"], seeds=(0, 1, 2))
 print(table.to_markdown())
@@ -46,7 +46,7 @@ _ROWS, _TABLE = "rows", "table.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: `step` 0 after the preparation, then after each step, with the step's `metrics`."""
+    """Progress of a run: `step` is 0 after the preparation, then counts the steps; `metrics` are the step's."""
 
     run: str
     seed: int
@@ -71,29 +71,30 @@ def unlearning(
     out: str | Path | None = None,
     on_step: Callable[[Progress], None] | None = None,
 ) -> Table:
-    """Unlearn `forget` by each recipe from a fresh copy of `model` and measure; a row for each run and seed.
+    """Unlearn `forget` by each recipe from a fresh copy of `model` and measure; return a row for each run and seed.
 
     Args:
         model: a model (copied for each run, itself untouched), the folder of one, or a function that makes one anew
-            at every call: the model, or the pair of model and tokenizer.
-        forget, retain: what unlearning sees: texts, records and `Document`s (cut to examples of `max_length` tokens) or
-            `Example`s, in a list or a `datasets.Dataset` (`data.encode_rows`).
+            at every call and returns the model, or the pair of model and tokenizer.
+        forget, retain: the data that unlearning sees: texts, records and `Document`s (cut to examples of `max_length`
+            tokens) or `Example`s, in a list or a `datasets.Dataset` (`data.encode_rows`).
         recipes: names of shipped recipes, paths of YAML files or `Recipe`s; the row has the recipe's name.
         metrics: names among `NAMES`, and functions (model, tokenizer, sets) -> {name: number}, called in this order in
             evaluation mode; they leave the model as they found it. Default: every name that the sets allow.
         tokenizer: needed with a model in memory; a folder has its own.
         evaluation: further sets by name, to measure on: "holdout", unseen documents, for `minkauc`; "forget" and
-            "retain" to measure on others than unlearning saw; any other name is for functions. They see all in `sets`.
+            "retain" to measure on other data than unlearning saw; any other name is for functions, which get all sets
+            in `sets`.
         baselines: models measured as they are, a row each. Default: {"target": model}. With one named "retrain", which
             never saw `forget`, and `minkauc`, every row has `privleak`.
         seeds: each recipe runs once for each, instead of its own `seed`. A baseline is measured once.
         out: a folder where each finished row is kept under the content of model, data, recipe and metrics (of a
-            function its name and source text), so that an interrupted call goes on with the run it was in. Also gets
-            `table.json`.
+            function its name and source text), so that an interrupted call continues with the run it was in. It also
+            gets `table.json`.
         on_step: called after each run's preparation and steps; not for rows found in `out`.
 
-    Rows also have `seconds`, spent in preparation and steps, and for recipes that count routing `routing_drift`.
-    All but `seconds` is deterministic on one machine; the global random state is left as it was. Bad input is a
+    Rows also have `seconds`, spent in preparation and steps, and, for recipes that count routing, `routing_drift`.
+    Everything but `seconds` is deterministic on one machine; the global random state is restored. Bad input raises
     ValueError (TypeError for a wrong kind) before the first model runs.
     """
     chosen = _recipes(recipes)
@@ -157,7 +158,7 @@ def _run(source, trained, sets, recipe: Recipe, asked, on_step) -> dict[str, flo
 
 
 def _unlearn(model: nn.Module, tokenizer, trained, recipe: Recipe, on_step) -> tuple[UnlearnStep, float]:
-    """One run on `model`: the step, and seconds spent in it."""
+    """Make one run on `model`; return the step and the seconds spent in it."""
     step, size = UnlearnStep(model, recipe), recipe.batch_size
     start = time.perf_counter()
     pairs = data.ForgetRetainDataset(
@@ -183,7 +184,7 @@ def _unlearn(model: nn.Module, tokenizer, trained, recipe: Recipe, on_step) -> t
 
 
 def _items(pairs: data.ForgetRetainDataset, i: int, size: int) -> list:
-    """The pairs of batch i: a seeded permutation of the forget set, anew in every epoch."""
+    """Return the pairs of batch i; the forget set is permuted by seed, in a new order every epoch."""
     per_epoch = -(-len(pairs) // size)
     epoch, position = divmod(i, per_epoch)
     pairs.set_epoch(epoch)
@@ -197,7 +198,7 @@ def _on(batch: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Ten
 
 
 def _measure(model: nn.Module, tokenizer, sets, asked: Sequence[Metric]) -> dict[str, float]:
-    torch.manual_seed(0)  # a metric that draws draws the same for every row
+    torch.manual_seed(0)  # a metric that draws random numbers gets the same ones for every row
     names = [name for name in asked if isinstance(name, str)]
     known = {side: sets[side] for side in ("forget", "retain", "holdout") if side in sets}
     values = metrics.evaluate(model, tokenizer, **known, only=names)
@@ -211,11 +212,11 @@ def _measure(model: nn.Module, tokenizer, sets, asked: Sequence[Metric]) -> dict
 
 
 class _Source:
-    """A model that can be had anew, any number of times."""
+    """Source of a model that gives any number of fresh copies."""
 
     def __init__(self, what: str, model: Model, tokenizer):
         self.what, self._model, self.tokenizer = what, model, tokenizer
-        self._first: nn.Module | None = None  # made for its tokenizer or digest, and not given out yet
+        self._first: nn.Module | None = None  # a copy made for its tokenizer or digest and not returned yet
         self._last, self._digest = lambda: None, None
         if isinstance(model, nn.Module):
             self._make = lambda: copy.deepcopy(model)
@@ -232,7 +233,7 @@ class _Source:
             raise ValueError(f"{what}: expected a tokenizer too, with a model in memory; got none")
 
     def fresh(self) -> nn.Module:
-        """A model nobody has changed."""
+        """Return a copy of the model that has not been changed."""
         first, self._first = self._first, None
         if first is not None:
             return first
@@ -246,7 +247,7 @@ class _Source:
         return made
 
     def digest(self) -> str:
-        """Of class, config, weights and adapters."""
+        """Return a digest of the model's class, config, weights and adapters."""
         if self._digest is None:
             model = self._model if isinstance(self._model, nn.Module) else self.fresh()
             self._digest = model_digest(model)
@@ -255,7 +256,7 @@ class _Source:
 
 
 class _Rows:
-    """Finished rows in a folder, a file each, named after all that determines them; without a folder nothing."""
+    """Finished rows in a folder, each in a file named by a hash of all that determines it; without a folder, none."""
 
     def __init__(self, out: str | Path | None, tokenizer, trained, sets, asked: Sequence[Metric]):
         self.folder = None if out is None else Path(out) / _ROWS
@@ -329,6 +330,6 @@ def _identity(metric: Metric) -> list[str]:
         return [metric]
     try:
         text = inspect.getsource(metric if hasattr(metric, "__qualname__") else type(metric))
-    except (OSError, TypeError):  # made in an interpreter, or in C
+    except (OSError, TypeError):  # a function defined in an interpreter or in C has no source text
         text = ""
     return [getattr(metric, "__module__", ""), _name(metric), text]

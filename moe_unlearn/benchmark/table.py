@@ -1,4 +1,4 @@
-"""The table a benchmark makes: runs by metrics, for every seed."""
+"""Table, the result of a benchmark: metrics of runs, for every seed."""
 
 import json
 import numbers
@@ -8,33 +8,33 @@ from dataclasses import dataclass
 from moe_unlearn.metrics import privleak
 from moe_unlearn.runs.summary import COLUMNS, Summary, summarise, table
 
-RETRAIN = "retrain"  # the run PrivLeak is relative to
+RETRAIN = "retrain"  # the run that PrivLeak is relative to
 
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured: seed -> run -> metric -> value. A metric may be absent where it has no meaning."""
+    """Measurements: seed -> run -> metric -> value. A metric may be absent where it has no meaning."""
 
     results: dict[int, dict[str, dict[str, float]]]
 
     @property
     def seeds(self) -> list[int]:
-        """In the order they were given."""
+        """Return the seeds in the order in which they were given."""
         return list(self.results)
 
     @property
     def runs(self) -> list[str]:
-        """The rows, in order."""
+        """Return the names of the rows, in order."""
         return list(dict.fromkeys(run for rows in self.results.values() for run in rows))
 
     @property
     def metrics(self) -> list[str]:
-        """The columns: those a report knows in its order, then the others as they came."""
+        """Return the names of the columns: those of a report in its order, then the others in order of appearance."""
         found = dict.fromkeys(key for rows in self.results.values() for values in rows.values() for key in values)
         return [key for key in COLUMNS if key in found] + [key for key in found if key not in COLUMNS]
 
     def __iter__(self) -> Iterator[dict]:
-        """One dict for each seed and run: {"run": ..., "seed": ..., metric: value ...}."""
+        """Yield a dict for each seed and run: {"run": ..., "seed": ..., metric: value ...}."""
         for seed, rows in self.results.items():
             for run, values in rows.items():
                 yield {"run": run, "seed": seed, **values}
@@ -43,23 +43,23 @@ class Table:
         return sum(len(rows) for rows in self.results.values())
 
     def summary(self) -> Summary:
-        """Run -> metric -> mean over seeds and, with two or more, `<metric>_sd`, the sample standard deviation."""
+        """Return run -> metric -> mean over seeds; with two or more also `<metric>_sd`, sample standard deviations."""
         return summarise(self.results)
 
     def to_markdown(self, metrics: Sequence[str] | None = None) -> str:
-        """A row for each run, mean ± standard deviation over seeds; by default all columns."""
+        """Format a row for each run, with mean ± standard deviation over seeds; `metrics` are all by default."""
         unknown = sorted(set(metrics or ()) - set(self.metrics))
         if unknown:
             raise ValueError(f"expected metrics among {', '.join(self.metrics)}; got {', '.join(unknown)}")
         return table(self.summary(), markdown=True, keys=self.metrics if metrics is None else metrics)
 
     def to_json(self) -> str:
-        """Everything; `from_json` of it is an equal table. NaN is written as JavaScript does."""
+        """Return the table as JSON, of which `from_json` makes an equal table. NaN is written as in JavaScript."""
         return json.dumps({"results": self.results}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Table":
-        """ValueError for what `to_json` did not write."""
+        """Read a table from the JSON of `to_json`; raise ValueError for any other text."""
         try:
             results = {int(seed): rows for seed, rows in json.loads(text)["results"].items()}
             for rows in results.values():
@@ -71,9 +71,9 @@ class Table:
 
     @classmethod
     def joined(cls, tables: Iterable["Table"]) -> "Table":
-        """The rows of all `tables`, PrivLeak computed wherever the retrained model is now beside a run.
+        """Join the rows of all `tables` and compute PrivLeak for runs of a seed that has the retrained model.
 
-        Raises ValueError for a row that two of them have.
+        Raises ValueError for a row that two tables have.
         """
         results: dict[int, dict[str, dict[str, float]]] = {}
         for other in tables:
@@ -90,7 +90,7 @@ class Table:
 
 
 def checked(values: object, what: str) -> dict[str, float]:
-    """`values` as plain floats; ValueError, naming `what` gave them, for anything but a dict of numbers."""
+    """Return a dict of numbers as plain floats; raise ValueError, naming the origin `what`, for anything else."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{what}: expected a dict of numbers; got {type(values).__name__}")
     for name, value in values.items():

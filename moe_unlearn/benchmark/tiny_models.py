@@ -1,7 +1,7 @@
-"""The embedded experiment: tiny OLMoE models, trained on the spot on text that is already installed.
+"""Tiny OLMoE models of the embedded experiment, trained when first needed on text that is already installed.
 
-`target` is trained on forget and retain documents, `retrain` (the gold standard: it never saw the forget
-documents) on the retain documents alone. Trained models are cached, so a second run starts at once.
+`target` is trained on forget and retain documents, `retrain` (the gold standard, which never saw the forget
+documents) on the retain documents alone. Trained models are cached, so that a second run starts at once.
 """
 
 import hashlib
@@ -28,18 +28,18 @@ from moe_unlearn.benchmark.trained_cache import cache_folder, ensure
 from moe_unlearn.data import Document, Example
 from moe_unlearn.model.loading import no_loading_bars
 
-RECIPE_VERSION = 1  # raise it when the code below trains other weights from the same settings
+RECIPE_VERSION = 1  # to be raised when a change below leads to other weights from the same settings
 MODELS = ("target", "retrain")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything but corpus and seed that determines the documents and the models."""
+    """Settings that, besides corpus and seed, determine the documents and the models."""
 
     forget: int = 40
     retain: int = 260
     holdout: int = 64
-    unlearn_share: float = 0.25  # of the retain documents: unlearning sees them, utility is of the others
+    unlearn_share: float = 0.25  # share of the retain documents that unlearning sees; the others measure utility
     vocab_size: int = 1024
     max_length: int = 64
     hidden_size: int = 128
@@ -55,7 +55,7 @@ class Settings:
 
 SIZES = {
     "demo": Settings(),
-    # a few seconds of training: for tests that need a model which has memorised something
+    # trained in a few seconds, for tests that need a model which has memorised something
     "test": Settings(
         forget=16, retain=32, holdout=16, max_length=32, vocab_size=512, hidden_size=64, intermediate_size=32,
         experts=8, top_k=2, epochs=40, lr=4e-3, batch_size=8,
@@ -65,7 +65,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """Two trained models and the examples that tell them apart; `retain` is the two retain parts together."""
+    """Two trained models and the examples that tell them apart; `retain` joins the two retain parts."""
 
     corpus: str
     seed: int
@@ -77,20 +77,20 @@ class Experiment:
     retain_unlearn: list[Example] = field(repr=False)
     retain_eval: list[Example] = field(repr=False)
     holdout: list[Example] = field(repr=False)
-    seconds: dict[str, float]  # what training or loading each model took just now
+    seconds: dict[str, float]  # seconds that training or loading each model took
 
     @property
     def retain(self) -> list[Example]:
-        """All retain examples: those unlearning sees, then those it does not."""
+        """Return all retain examples: those that unlearning sees, then the others."""
         return self.retain_unlearn + self.retain_eval
 
     @property
     def evaluation_sets(self) -> dict[str, list[Example]]:
-        """What `metrics.evaluate` wants to be measured on."""
+        """Return the sets to pass to `metrics.evaluate`."""
         return {"forget": self.forget, "retain": self.retain_eval, "holdout": self.holdout}
 
     def fresh_target(self) -> nn.Module:
-        """A copy of the target model to unlearn."""
+        """Return a copy of the target model to unlearn."""
         with torch.random.fork_rng():
             model = OlmoeForCausalLM._from_config(self.target.config, experts_implementation="grouped_mm")
         model.load_state_dict(self.target.state_dict())
@@ -104,10 +104,10 @@ def prepare_experiment(
     *,
     size: str | Settings = "demo",
 ) -> Experiment:
-    """Documents, tokenizer and both models for one seed, which draws the documents and the initial weights.
+    """Prepare documents, tokenizer and both models for one seed, which draws the documents and the initial weights.
 
-    The tokenizer is trained on all documents of the corpus, so that forget, retain and holdout are alike to
-    it. `size` is a name in `SIZES` or a `Settings`; `cache_dir` is the folder of `cache_folder`. Raises
+    The tokenizer is trained on all documents of the corpus, so that it treats forget, retain and holdout text
+    alike. `size` is a name in `SIZES` or a `Settings`; `cache_dir` is the folder of `cache_folder`. Raises
     ValueError for an unknown corpus or size, FileNotFoundError when the corpus is not installed.
     """
     settings = settings_of(size)
@@ -133,13 +133,13 @@ def train_model(
     size: str | Settings = "demo",
     on_step: Callable[[], None] | None = None,
 ) -> None:
-    """Have one of the two models of `prepare_experiment` in the cache; `on_step` as in `train`."""
+    """Train one of the two models of `prepare_experiment` unless it is in the cache; `on_step` is as in `train`."""
     settings = settings_of(size)
     _cached_model(name, build_data(corpus, seed, settings), settings, seed, cache_folder(cache_dir), on_step)
 
 
 def settings_of(size: str | Settings) -> Settings:
-    """The `Settings` of a name in `SIZES`; itself otherwise."""
+    """Return the `Settings` named `size` in `SIZES`, or `size` itself if it is a `Settings`."""
     if isinstance(size, Settings):
         return size
     if size not in SIZES:
@@ -148,7 +148,7 @@ def settings_of(size: str | Settings) -> Settings:
 
 
 def build_data(corpus: str, seed: int, settings: Settings):
-    """Tokenizer, and examples to forget, to retain and held out; no two sets share a run of 12 tokens."""
+    """Build the tokenizer and the forget, retain and holdout examples; no two sets share a run of 12 tokens."""
     whole = data.load_builtin(corpus)
     documents = [*whole.forget, *whole.retain, *whole.holdout]
     tokenizer = data.train_tokenizer((f"{d.title}\n{d.text}" for d in documents), settings.vocab_size)
@@ -167,7 +167,7 @@ def build_data(corpus: str, seed: int, settings: Settings):
 
 
 def tiny_olmoe(vocab_size: int, seed: int = 0, settings: Settings = SIZES["demo"]) -> OlmoeForCausalLM:
-    """A randomly initialised float32 OLMoE with tied embeddings; the global random state is untouched."""
+    """Make a randomly initialised float32 OLMoE with tied embeddings; the global random state stays untouched."""
     config = OlmoeConfig(
         vocab_size=vocab_size,
         hidden_size=settings.hidden_size,
@@ -202,10 +202,9 @@ def train(
     name: str = "training",
     on_step: Callable[[], None] | None = None,
 ) -> float:
-    """Causal-LM training by AdamW: no decay, 20 warm-up steps, cosine to 0. Mean loss of the last epoch.
+    """Train a causal LM by AdamW: no decay, 20 warm-up steps, cosine to 0; return the last epoch's mean loss.
 
-    The model ends in evaluation mode. `on_step` is called after each step; without it there is a progress
-    bar, silent when nobody watches (no terminal).
+    The model ends in evaluation mode. `on_step` is called after each step; without it a terminal shows a progress bar.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
     total = epochs * math.ceil(len(examples) / batch_size)

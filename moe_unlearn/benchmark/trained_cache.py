@@ -1,4 +1,4 @@
-"""Trained models on disk: complete and checked against their checksums, or not there at all."""
+"""Cache of trained models on disk; each is complete and checked against its checksums, or not there at all."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ BUILDING = ".building-"
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where trained models are kept: `cache_dir`, else $MOE_UNLEARN_CACHE, else ~/.cache/moe-unlearn."""
+    """Return the folder of trained models: `cache_dir`, else $MOE_UNLEARN_CACHE, else ~/.cache/moe-unlearn."""
     return Path(cache_dir or os.environ.get("MOE_UNLEARN_CACHE") or Path.home() / ".cache" / "moe-unlearn")
 
 
 def clean_cache(cache_dir: str | Path | None = None) -> int:
-    """Remove the cached models; how many there were. Nothing else but unfinished ones is touched."""
-    for unfinished in cache_folder(cache_dir).glob(f"{BUILDING}*"):  # of processes that were killed
+    """Remove the cached models and unfinished ones, and nothing else; return how many finished ones there were."""
+    for unfinished in cache_folder(cache_dir).glob(f"{BUILDING}*"):  # left by processes that were killed
         shutil.rmtree(unfinished, ignore_errors=True)
     manifests = list(cache_folder(cache_dir).glob(f"*/{MANIFEST}"))
     for manifest in manifests:
@@ -29,14 +29,14 @@ def clean_cache(cache_dir: str | Path | None = None) -> int:
 
 
 def ensure(entry: Path, build: Callable[[Path], None]) -> None:
-    """Have `entry` hold what `build` writes: complete, checked against its checksums, or not there at all."""
+    """Make `entry` hold what `build` writes, unless it does already and matches its checksums."""
     problem = damage(entry)
     if problem is None:
         return
     if entry.exists():
         warnings.warn(f"cached model {entry} is damaged ({problem}); it is trained again", stacklevel=4)
     entry.parent.mkdir(parents=True, exist_ok=True)
-    # built beside the entry, then renamed: a reader never sees half a model
+    # built beside the entry and then renamed, so that a reader never sees half a model
     with tempfile.TemporaryDirectory(dir=entry.parent, prefix=BUILDING) as building:
         folder = Path(building) / entry.name
         folder.mkdir()

@@ -1,4 +1,7 @@
-"""The command line: `main` has the verbs, `evaluate` and `alternates` one each, `arguments` what several take."""
+"""The command line.
+
+`main` has the parser and most verbs, `evaluate` and `alternates` one verb each, `arguments` the options they share.
+"""
 
 from moe_unlearn.cli.main import main
 

@@ -1,9 +1,9 @@
-"""`moe-unlearn alternates`: a model writes other answers to the questions that it is to forget, for AltPO.
+"""`moe-unlearn alternates`, by which a model writes other answers to the questions that it is to forget, for AltPO.
 
-AltPO (arXiv 2409.13474) prefers an alternate answer, as plausible as the original one and with other facts, to that.
-The model that will unlearn writes them itself, several for each question, at temperature 1 (the paper has 5 for each,
-of at most 200 tokens). Each is a row of its own, so that a question with five alternates is five forget rows. What the
-model is told is ours; another instruction may be given.
+AltPO (arXiv 2409.13474) prefers an alternate answer, as plausible as the original one but with other facts, to the
+original. The model that will unlearn writes the alternates itself, several for each question, at temperature 1 (the
+paper has 5 for each, of at most 200 tokens). Each alternate is a row of its own, so that a question with five of them
+becomes five forget rows. The instruction to the model is ours; another one may be given.
 """
 
 import argparse
@@ -27,9 +27,9 @@ INSTRUCTION = (
     "facts throughout. Write the answer alone."
 )
 CUE = "Another answer:"
-ATTEMPTS = 3  # for an answer that is empty or the original one
-_QUESTION, _ANSWERS = "Question:", ("Answer:", CUE)  # a model that goes on behind its answer begins like this
-_PLACES = 3  # documents that a message names
+ATTEMPTS = 3  # how often an answer is sampled before an empty one or a copy of the original is left out
+_QUESTION, _ANSWERS = "Question:", ("Answer:", CUE)  # a model that continues after its answer begins like this
+_PLACES = 3  # the number of documents that a message names
 
 
 def generate_alternates(
@@ -45,15 +45,15 @@ def generate_alternates(
     instruction: str = INSTRUCTION,
     batch_size: int = 8,
 ) -> list[dict]:
-    """Records of each document, in order, `count` of them, each with an `alternate` answer that the model writes.
+    """Make `count` records of each document, in order, each with an `alternate` answer that the model writes.
 
-    A record, which `data.load` reads, has the document's question and answer beside it. The model is shown both and the
-    instruction, with `chat` through the tokenizer's chat template; what it says is sampled at `temperature` and ends at
-    a special token, after `new_tokens` tokens or where another question begins. An answer that is empty, or the
-    original one but for white space, is sampled anew, at most twice, and then left out: some documents may have fewer.
-    So are documents that cannot be asked (no prompt, one longer than the model's context has room for, or one that
-    spells a special token of the template). What was left out is told on stderr. Raises ValueError if nothing is left,
-    for a `count` or `new_tokens` below 1, and as `metrics.sampled`.
+    A record, which `data.load` reads, also has the document's question and answer. The model is shown both and the
+    instruction, with `chat` through the tokenizer's chat template. Its answer is sampled at `temperature` and ends at
+    a special token, after `new_tokens` tokens or where another question begins. An answer that is empty, or equals the
+    original one but for white space, is sampled anew, at most twice, and then left out, so that some documents may have
+    fewer. Documents that cannot be asked are left out too: those without a prompt, with one too long for the model's
+    context, or with one that spells a special token of the template. Stderr reports what was left out. Raises
+    ValueError if nothing is left, for a `count` or `new_tokens` below 1, and as `metrics.sampled`.
     """
     for name, value in (("count", count), ("new_tokens", new_tokens)):
         if value < 1:
@@ -94,7 +94,7 @@ def generate_alternates(
 
 
 def add_arguments(sub: argparse.ArgumentParser) -> None:
-    """The options of the verb."""
+    """Add the options of the verb."""
     add_model(sub)
     sub.add_argument("--forget", required=True, help=SOURCE)
     add_chat(sub)
@@ -124,18 +124,18 @@ def run(options) -> None:
 
 
 def _prompt(document: Document, tokenizer, room: int, chat: bool | Chat, instruction: str) -> list[int]:
-    """What the model is asked, of fewer than `room` tokens."""
+    """Return the tokens of the model's prompt, fewer than `room`."""
     if not document.prompt:
         raise ValueError("expected a question and its answer; got a text without a prompt")
     asked = document.prompt if document.prompt.endswith("Answer:") else f"Question: {document.prompt.strip()}\nAnswer:"
     told = f"{asked} {document.text.strip()}\n\n{instruction}"
-    # the answer is only there to be encoded behind what is asked
+    # the document needs some text for its prompt to be encoded; the tokens of that text are not used
     [example] = data.encode([Document("", f" {CUE}", f"{told}\n{CUE}", told)], tokenizer, room, chat=chat)
     return prompt_of(example)
 
 
 def _answer(text: str) -> str:
-    """What was said before the next question or answer, without a mark of the answer itself."""
+    """Return the text before the next question or answer, without a mark at the beginning of the answer itself."""
     text = text.partition(_QUESTION)[0]
     for mark in _ANSWERS:
         text = text.strip().removeprefix(mark).partition(mark)[0]
@@ -143,7 +143,7 @@ def _answer(text: str) -> str:
 
 
 def _record(document: Document) -> dict:
-    """The record that `data.load` reads as this document."""
+    """Return the record that `data.load` reads as this document."""
     answer = document.text.strip()
     if document.messages:
         return {"messages": [*document.messages, {"role": "assistant", "content": answer}]}

@@ -1,4 +1,4 @@
-"""What several verbs of the command line take, and what they make of it."""
+"""Options that several verbs of the command line share, and the values made from them."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ SOURCE = "a file, folder, benchmark or hub data set: NAME_OR_PATH[:SPLIT][?OPTIO
 
 
 def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget", "retain")) -> None:
-    """Model, documents and how they are encoded."""
+    """Add the options for the model, the documents and their encoding."""
     add_model(sub)
     for side in ("forget", "retain", "holdout"):
         sub.add_argument(f"--{side}", required=side in required, help=SOURCE)
@@ -25,12 +25,12 @@ def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget
 
 
 def add_model(sub: argparse.ArgumentParser) -> None:
-    """The model's folder."""
+    """Add the option for the model's folder."""
     sub.add_argument("--model", required=True, help="folder written by save_pretrained")
 
 
 def add_chat(sub: argparse.ArgumentParser) -> None:
-    """Whether and how the chat template asks."""
+    """Add the options for questions asked through the chat template."""
     sub.add_argument("--chat-template", action="store_true", help="ask questions through the chat template")
     sub.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="what the chat template is told")
     sub.add_argument("--system", default="", help="the chat template's system message")
@@ -38,14 +38,17 @@ def add_chat(sub: argparse.ArgumentParser) -> None:
 
 
 def steps(text: str) -> int:
-    """A number of steps, at least 0."""
+    """Parse a number of steps, at least 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a number of steps; got {text!r}")
     return int(text)
 
 
 def chat_of(settings) -> bool | data.Chat:
-    """`Chat.chosen` of a recipe's data or a verb's options. Raises ValueError for options without a chat template."""
+    """Return `Chat.chosen` of a recipe's data or a verb's options.
+
+    Raises ValueError for options of a chat template without the template itself.
+    """
     given = [name for name in ("enable_thinking", "system", "date") if getattr(settings, name) not in (None, "")]
     if given and not settings.chat_template:
         raise ValueError(f"--{given[0].replace('_', '-')} is for a chat template: give --chat-template too")
@@ -53,7 +56,7 @@ def chat_of(settings) -> bool | data.Chat:
 
 
 def examples_of(source: str, tokenizer, settings, side: str, reports: dict | None = None) -> list:
-    """The examples of a source; what was dropped is printed, and kept in `reports` under `side`."""
+    """Return the examples of a source; print what was dropped, and keep the report in `reports` under `side`."""
     report = data.DataReport()
     documents = data.load(source, side=side, report=report)
     examples = data.encode(

@@ -1,4 +1,4 @@
-"""`moe-unlearn eval`: a model on text of the user's own, or on a benchmark's sets."""
+"""`moe-unlearn eval`, which measures a model on the user's own text or on a benchmark's sets."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from moe_unlearn import data, metrics
 from moe_unlearn.cli.arguments import add_data, chat_of, examples_of, steps, write
 from moe_unlearn.model import loading
 
-# function, its sets (None: names of the user's own), its settings
+# benchmark -> its function, the class of its sets (None: the user chooses their names), the class of its settings
 _BENCHMARKS = {
     "muse": (metrics.evaluate_muse, metrics.MuseData, metrics.MuseSettings),
     "tofu": (metrics.evaluate_tofu, metrics.TofuData, metrics.TofuSettings),
@@ -21,7 +21,7 @@ _BENCHMARKS = {
 
 
 def add_arguments(sub: argparse.ArgumentParser) -> None:
-    """The options of the verb."""
+    """Add the options of the verb."""
     add_data(sub, required=())
     sub.add_argument(
         "--reference",
@@ -127,7 +127,7 @@ def _benchmark(options) -> None:
 
 
 def _rows(source: str) -> list:
-    """The records of a file as they are, whatever their fields, or the documents of another source."""
+    """Return the records of a file as they are, whatever their fields, or the documents of another source."""
     if data.files.file_format(Path(source)) not in data.files.SUFFIXES:
         return data.load(source)
     return [record for record, _ in data.files.records(Path(source))]

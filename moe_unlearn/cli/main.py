@@ -1,6 +1,6 @@
 """The command line: `moe-unlearn env | stats | mask | alternates | run | eval | report | demo | kernels`.
 
-Bad input ends with one line that says what was expected and what came, and exit code 2; `--traceback`
+Bad input ends with one line that says what was expected and what was given, and with exit code 2; `--traceback`
 shows where it was found. Models are folders written by `save_pretrained`; data are whatever `data.load` reads:
 files, folders, benchmarks by name (`tofu:forget05`), hub data sets, `builtin:NAME`.
 """
@@ -47,10 +47,10 @@ _BAD_INPUT = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit code."""
+    """Run the command line, as the console script does; return the exit code."""
     options = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
-        # a locale without the tables' arrows is no reason to lose what a run has found
+        # in a locale without the tables' arrows, printing must not fail and lose the results of a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def env(options) -> None:
-    """Versions, devices, and which implementation each op would use here."""
+    """Print versions, devices, and which implementation each op would use here."""
     print(f"python {platform.python_version()} on {platform.machine()}")
     for package in ("moe-unlearn", "torch", "transformers", "triton", "peft", "datasets"):
         try:
@@ -87,7 +87,7 @@ def env(options) -> None:
 
 
 def stats(options) -> None:
-    """Routing frequencies of forget and retain text, and the experts TRACE would select."""
+    """Print routing frequencies of forget and retain text, and the experts TRACE would select."""
     model, tokenizer = loading.load_model(options.model)
     _require_moe(model)
     sides = {side: examples_of(getattr(options, side), tokenizer, options, side) for side in ("forget", "retain")}
@@ -177,7 +177,7 @@ def run(options) -> None:
         print(step.plan(batches["forget"], batches["retain"]))
         return
     out = Path(options.out)
-    # the folder changes no result, so that it is no part of the recipe
+    # the cache folder changes no result, so it is not part of the recipe
     summary = unlearn(
         model, tokenizer, recipe, sets, out, resume=options.resume, evaluate=not options.no_eval,
         cache_dir=None if options.cache is None else Path(options.cache), verify=options.verify,
@@ -196,7 +196,7 @@ def write_report(options) -> None:
 
 
 def demo(options) -> None:
-    """The embedded experiment: target, retrain, baselines, each lever, and the three together."""
+    """Run the embedded experiment: target, retrain, baselines, each lever, and the three together."""
     if options.clean_cache:
         print(f"removed {clean_cache()} cached models")
         return
@@ -205,7 +205,7 @@ def demo(options) -> None:
 
 
 def kernels(options) -> int:
-    """Kernel regression testing: is a kernel, ours or yours, as right, as fast and as lean as it was?"""
+    """Test kernels, ours or yours, for regressions: are they as right, as fast and as lean as they were?"""
     return regression.run(options)
 
 
@@ -279,12 +279,12 @@ def _with_loss(batches: list, side: str) -> list:
 
 
 def _require_moe(model) -> None:
-    """The error of `enable` names the families that work; nothing stays switched."""
+    """Raise the error of `enable`, which names the families that work, for other models; leave the model as it is."""
     enable(model).disable()
 
 
 def _print_run(out: Path, summary: dict) -> None:
-    """The table of a finished run and the paths of its report, which is already written."""
+    """Print the table of a finished run and the paths of its report, which is already written."""
     print(table(summary))
     print(*(out / "report.md", *sorted((out / "figures").glob("*.png"))), sep="\n")
 

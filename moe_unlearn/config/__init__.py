@@ -1,4 +1,4 @@
-"""Recipes: what an unlearning run does, as typed values that are checked when they are made."""
+"""Recipes, which describe unlearning runs by typed values that are checked when they are made."""
 
 from moe_unlearn.config.dual import Dual
 from moe_unlearn.config.recipe import (

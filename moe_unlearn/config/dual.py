@@ -1,4 +1,4 @@
-"""The section `dual` of a recipe: what the retain loss is held at."""
+"""The section `dual` of a recipe, which bounds the retain loss."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,12 @@ from moe_unlearn.config.values import above, at_least
 
 @dataclass(frozen=True, kw_only=True)
 class Dual:
-    """A bound on the retain loss, see `step.dual`: `retain_loss_eps` has no default, since it is to lie somewhat
-    above the retain loss of the model as it is. `retain.alpha` is the first value of the dual variable, which moves by
-    `step_size` times the excess after each step but the first `warmup_steps`."""
+    """A bound on the retain loss; see `step.dual`.
+
+    `retain_loss_eps` has no default, because it should lie somewhat above the retain loss of the unchanged model.
+    `retain.alpha` is the first value of the dual variable, which moves by `step_size` times the excess after each step
+    but the first `warmup_steps`.
+    """
 
     retain_loss_eps: float | None = None
     step_size: float = 1.0

@@ -1,16 +1,16 @@
-"""Recipes: what an unlearning run is, as dataclasses that read and write YAML.
+"""Recipes, descriptions of unlearning runs as dataclasses that read and write YAML.
 
 A recipe names a forget and a retain objective and switches the three levers on or off:
 
     loss = forget.gamma * L_forget + retain.alpha * L_retain            (open-unlearning's names)
 
-    trace   which retain tokens count more        (token weights in L_retain)
-    wagle   which weights may move                (a mask over the update)
-    mollm   which direction serves every objective (replaces the weighted sum above)
+    trace   gives some retain tokens more weight  (token weights in L_retain)
+    wagle   chooses the weights that may change   (a mask over the update)
+    mollm   finds a direction that serves every objective (replaces the weighted sum above)
 
-With `dual` alpha is a variable that holds L_retain at a bound (`step.dual`).
+With `dual`, alpha is a variable that keeps L_retain at a bound (`step.dual`).
 
-Unknown keys, wrong types and values out of range are ValueErrors that name the key in full and, for a
+Unknown keys, wrong types and values out of range raise ValueErrors that name the key in full and, for a
 mistyped key, the nearest valid one.
 """
 
@@ -40,11 +40,13 @@ SCOPES = ("all", "experts", "parameters", "seuf")
 
 @dataclass(frozen=True, kw_only=True)
 class Forget:
-    """L_forget; `losses` has the formulas. `beta` is NPO's, SimNPO's, DPO's, WGA's and UNDIAL's, `delta` SimNPO's,
-    `beta1` and `beta2` are SatImp's; `layer` (index of the decoder layer whose output is steered, at labelled tokens)
-    and `steering` (c) RMU's. CE-U leaves the first `ignore_first_n_answer_tokens` labelled tokens of a row alone.
-    `replacement` is what idk_dpo and idk_nll have in the answer's place: a "refusal" that is drawn, or the "alternate"
-    answer of the row (AltPO)."""
+    """Objective on the forget rows, L_forget; `losses` has the formulas.
+
+    `beta` belongs to NPO, SimNPO, DPO, WGA and UNDIAL, `delta` to SimNPO, `beta1` and `beta2` to SatImp. `layer` (the
+    index of the decoder layer whose output is steered, at labelled tokens) and `steering` (c) belong to RMU. CE-U
+    leaves out the first `ignore_first_n_answer_tokens` labelled tokens of a row. `replacement` says what idk_dpo and
+    idk_nll put in the answer's place: a "refusal" that is drawn, or the "alternate" answer of the row (AltPO).
+    """
 
     objective: str = "npo"
     gamma: float = 1.0
@@ -72,9 +74,11 @@ class Forget:
 
 @dataclass(frozen=True, kw_only=True)
 class Retain:
-    """L_retain, a mean over the retain positions that carry a loss. `router_aux` times the load-balancing loss of the
-    retain rows is added to it: "off", a number, or "auto", the model's own coefficient where its config says
-    `output_router_logits`; see `moe_unlearn.router_aux`."""
+    """Objective on the retain rows, L_retain, a mean over the retain positions that carry a loss.
+
+    `router_aux` times the load-balancing loss of the retain rows is added to it. It is "off", a number, or "auto" for
+    the model's own coefficient where its config says `output_router_logits`; see `moe_unlearn.router_aux`.
+    """
 
     objective: str = "nll"
     alpha: float = 1.0
@@ -96,8 +100,11 @@ class Retain:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """Lever 1, see `moe_unlearn.trace`: select `per_layer` forget-critical experts in each layer and move
-    their weighted retain frequency a fraction `eta` of the way to their forget frequency."""
+    """Settings of lever 1, TRACE; see `moe_unlearn.trace`.
+
+    It selects `per_layer` forget-critical experts in each layer and moves their weighted retain frequency a fraction
+    `eta` of the way to their forget frequency.
+    """
 
     per_layer: int = 2
     min_ratio: float = 1.5
@@ -117,9 +124,12 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Wagle:
-    """Lever 2, see `moe_unlearn.wagle`: keep the fraction `keep` of all weights trainable. `mask` reads a
-    saved mask instead of computing one, also one of the official code. `accumulation` is for `official`: the
-    micro-batches of a step there, by which its gradients are divided."""
+    """Settings of lever 2, WAGLE; see `moe_unlearn.wagle`.
+
+    It keeps the fraction `keep` of all weights trainable. `mask` is the file of a saved mask, also of one from the
+    official code, which is then read instead of computed. `accumulation` goes with `official`: it is the number of
+    micro-batches in a step of the official code, by which that code divides its gradients.
+    """
 
     keep: float = 0.8
     gamma: float = 1.0
@@ -137,11 +147,14 @@ class Wagle:
 
 @dataclass(frozen=True, kw_only=True)
 class Mollm:
-    """Lever 3, see `moe_unlearn.mollm`: the common descent direction of forget, KL and retain losses. KL
-    counts only where its value exceeds `kl_floor` times the value measured at the unchanged model.
-    `gradients` of expert weights are kept "compact", as "factors" (less memory for long weights and few
-    rows, at the price of making them twice), or "auto", whichever is smaller. The update's inner product with each
-    is logged at every step of plain SGD in float32, else every `log_descent_every` where all gradients are whole."""
+    """Settings of lever 3, MOLLM; see `moe_unlearn.mollm`.
+
+    It takes the common descent direction of forget, KL and retain losses. KL counts only where its value exceeds
+    `kl_floor` times the value measured at the unchanged model. `gradients` of expert weights are kept "compact", as
+    "factors" (less memory for long weights and few rows, but gradients are computed twice), or "auto", in the smaller
+    form. The update's inner product with each gradient is logged at every step of plain SGD in float32, otherwise every
+    `log_descent_every` steps if all gradients are whole.
+    """
 
     normalize: str = "mean_norm"
     rescale: str = "mean_gradient"
@@ -159,8 +172,8 @@ class Mollm:
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """What may train: `all` parameters that require a gradient; the `experts` TRACE selected; the
-    `parameters` matching a regular expression; or `seuf`, the one expert with the highest affinity and
+    """Parameters that may train: `all` that require a gradient; the `experts` that TRACE selected; the
+    `parameters` that match a regular expression; or `seuf`, the one expert with the highest affinity and
     its router, held in place by `anchor` times the anchor loss (SEUF, ACL 2025)."""
 
     kind: str = "all"
@@ -178,7 +191,7 @@ class Scope:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """`sgd` or `adamw`, always masked; see `moe_unlearn.optim`. `numerics` is "parity" (as torch),
+    """Optimizer, `sgd` or `adamw`, always masked; see `moe_unlearn.optim`. `numerics` is "parity" (as in torch),
     "nearest" or "stochastic" (fp32 state, bf16 weights rounded once) or "fp32_master"; None takes
     "stochastic" for bf16 models and "parity" otherwise."""
 
@@ -188,7 +201,7 @@ class Optimizer:
     eps: float = 1e-8
     momentum: float = 0.0
     weight_decay: float = 0.0
-    warmup_steps: int = 0  # from 0 to lr, linearly; then lr stays
+    warmup_steps: int = 0  # the learning rate rises linearly from 0 to lr and then stays
     numerics: str | None = None
     max_grad_norm: float | None = None
 
@@ -204,12 +217,15 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the command line finds the model (a folder) and the documents: sources as `data.load` takes them,
-    from `builtin:pydoc` to `tofu:forget05`. With `chat_template` questions are asked through the tokenizer's.
-    `prompt_tokens`, if not 0, is how many tokens at the head of each row of a forget or holdout text are its prompt.
-    With `enable_thinking`, `system` and `date` (2026-11-29) the template is rendered as `data.Chat` says.
-    `seam` is how a prompt and its answer are told apart: "joint", or "separate" as open-unlearning does (`data.seams`).
-    Of more than `forget_rows` or `retain_rows` examples so many are drawn; a plan without documents assumes them."""
+    """Sources of the model (a folder) and the documents for the command line.
+
+    Documents are named as `data.load` takes them, from `builtin:pydoc` to `tofu:forget05`. With `chat_template`
+    questions are asked through the tokenizer's chat template, rendered with `enable_thinking`, `system` and `date`
+    (2026-11-29) as `data.Chat` says. `prompt_tokens`, if not 0, is the number of tokens at the head of each row of a
+    forget or holdout text that are its prompt. `seam` says how a prompt and its answer are told apart: "joint", or
+    "separate" as in open-unlearning (`data.seams`). If there are more examples than `forget_rows` or `retain_rows`,
+    that many are drawn; a plan without documents assumes these numbers.
+    """
 
     model: str | None = None
     forget: str | None = None
@@ -260,11 +276,11 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     data: Data = field(default_factory=Data)
     steps: int = 60
-    batch_size: int = 8  # forget rows of a micro-batch
-    retain_per_forget: float = 1.0  # retain rows for each of them, at least 1
+    batch_size: int = 8  # forget rows in a micro-batch
+    retain_per_forget: float = 1.0  # retain rows for each forget row, at least 1
     accumulate: int = 1
     stop_forget_loss: float | None = None  # the first step that sees a forget loss this low is the last
-    reference: str = "prepared"  # as the model is at prepare(), adapters included; or "base", without them
+    reference: str = "prepared"  # the model as it is at prepare(), adapters included; or "base", without adapters
     retain_budget: float | None = None  # a retain loss above it ends the run before the step's update
     guard: str = "strict"  # or "loss": gradients need not be known before the first update, see `step`
     seed: int = 0
@@ -294,7 +310,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Recipe":
-        """Build a recipe from nested dictionaries, as YAML gives them."""
+        """Build a recipe from nested dictionaries, such as those read from YAML."""
         return build(cls, values, "")
 
     @classmethod
@@ -302,7 +318,7 @@ class Recipe:
         """Read a YAML file, or the shipped recipe of that name, and apply overrides like `trace.eta=0.7`.
 
         An override of a lever that is off switches it on; `mollm=null` switches it off. `model`, a name in
-        `models()`, first applies what this recipe takes for that model (RMU's layers and steering, for one).
+        `models()`, first applies the values of this recipe for that model (such as RMU's layers and steering).
         """
         values = _read_yaml(source)
         if model is not None:
@@ -312,26 +328,26 @@ class Recipe:
         return cls.from_dict(values)
 
     def to_dict(self) -> dict:
-        """Nested plain dictionaries; `from_dict` of it gives an equal recipe."""
+        """Return the recipe as nested plain dictionaries, from which `from_dict` makes an equal recipe."""
         return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:
-        """The recipe as YAML text."""
+        """Return the recipe as YAML text."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
 def shipped() -> tuple[str, ...]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     return _names(_FOLDER)
 
 
 def models() -> tuple[str, ...]:
-    """Names of the models whose published geometry, and values for the recipes, come with the package."""
+    """Return the names of the models whose geometry and values for the recipes come with the package."""
     return _names(_FOLDER / "models")
 
 
 def geometry(model: str) -> dict:
-    """Keywords of the transformers config of a model in `models()`, `model_type` and `dtype` among them."""
+    """Return the keywords of the transformers config of a model in `models()`, with `model_type` and `dtype`."""
     return _read_model(model)["config"]
 
 

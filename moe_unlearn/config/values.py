@@ -1,4 +1,4 @@
-"""Plain values of recipes: read from YAML, merged, overridden, made into dataclasses, checked.
+"""Reading a recipe's values from YAML, merging and overriding them, making dataclasses of them and checking them.
 
 Every error is a ValueError that names the key in full.
 """
@@ -15,7 +15,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that also refuses duplicate keys and aliases (a few lines can expand to gigabytes)."""
+    """Safe YAML loader that also refuses duplicate keys and aliases (which can expand a few lines to gigabytes)."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse(path, source: str | Path) -> dict:
-    """Read the mapping of a YAML file; ValueError, naming `source`, for anything else."""
+    """Read the mapping of a YAML file; raise ValueError that names `source` for anything else."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -42,7 +42,7 @@ def parse(path, source: str | Path) -> dict:
 
 
 def merge(values: dict, changes: dict) -> None:
-    """Take over `changes` into `values`, mapping by mapping."""
+    """Copy `changes` into `values`, merging nested mappings."""
     for key, change in changes.items():
         if isinstance(change, dict) and isinstance(values.get(key), dict):
             merge(values[key], change)
@@ -67,7 +67,7 @@ def override(values: dict, text: str) -> None:
 
 
 def build(cls, values, path: str):
-    """Make a dataclass of nested dictionaries; unknown keys and wrong types are ValueErrors."""
+    """Make a dataclass from nested dictionaries; raise ValueError for unknown keys and wrong types."""
     if not isinstance(values, dict):
         raise ValueError(f"{path or 'recipe'} must be a mapping of keys; got {values!r}")
     hints = typing.get_type_hints(cls)
@@ -115,7 +115,7 @@ def _convert(hint, value, name: str):
 
 
 def _word_or_number(value, name: str) -> str | float:
-    """A number however it is written, else a word; YAML 1.1 reads the word off as false."""
+    """Convert to a number however it is written, else to a word; YAML 1.1 reads the word off as false."""
     if value is False:
         return "off"
     try:

@@ -1,12 +1,12 @@
-"""From files, benchmarks and hub data sets to documents, examples, batches and forget/retain pairs.
+"""Read files, benchmarks and hub data sets as documents, and make examples, batches and forget/retain pairs of them.
 
-`load` reads every source below, unchanged; `encode` (or, larger than memory, `ExampleStream`) makes examples of
-documents, `batches` pads them, `packed_batches` packs them, `shard` shares them between ranks. A `DataReport`
-counts what was dropped or cut, and why.
+`load` reads every source below and leaves its text unchanged. `encode` turns documents into examples (`ExampleStream`
+does so for data larger than memory), `batches` pads examples, `packed_batches` packs them, and `shard` shares them
+between ranks. A `DataReport` counts what was dropped or cut, and why.
 
-Sources, as `load` and the command line take them, NAME[:SPLIT][?OPTION=VALUE&...]:
+`load` and the command line take a source as NAME[:SPLIT][?OPTION=VALUE&...]:
 
-    builtin:pydoc, builtin:devil            no download; `builtin` has their account
+    builtin:pydoc, builtin:devil            texts that need no download, described in `builtin`
     a.jsonl  a.json  a.txt                  a JSON value a line; a list (or JSON lines); texts between blank lines
     a.jsonl.gz  a.txt.xz  ...               the same, compressed
     a.parquet                               through `datasets`, the extra [data]
@@ -17,12 +17,12 @@ Sources, as `load` and the command line take them, NAME[:SPLIT][?OPTION=VALUE&..
     pku-saferlhf  rwku                      muse-books:knowmem/forget_qa, rwku:forget_level2)
     OWNER/NAME                              any hub data set; OWNER/NAME:CONFIG/SPLIT
 
-Records, recognised by their fields (the first that fits; other fields stay in `Document.fields`):
+A record is recognised by its fields; the first line that fits counts, and other fields stay in `Document.fields`:
 
     "..."                                   a text                                           MUSE raw, privleak
-    response_0, response_1, prompt,         question and answer; which: `answers`            PKU-SafeRLHF
+    response_0, response_1, prompt,         question and answer, chosen by `answers`         PKU-SafeRLHF
       is_response_0_safe, is_response_1_safe
-    chosen, rejected [prompt]               question and answer; which: `answers`            preference sets
+    chosen, rejected [prompt]               question and answer, chosen by `answers`         preference sets
     instruction, output: [chosen, rejected]   the same                                       RWKU pairs
     messages | conversations                the last answer, the turns before it its prompt  chats, ShareGPT
     prompt, gt | prompt, completion         text that goes on where the prompt ends, or      MUSE verbmem; TRL
@@ -34,13 +34,13 @@ Records, recognised by their fields (the first that fits; other fields stay in `
     text [title, abstract]                  a text; with `abstract=true` all three           MUSE, WMDP, RWKU
     target, intro                           a text under a title                             RWKU targets
 
-Beside the answer to a prompt there may be a text `alternate`, an answer that AltPO prefers to it.
+Any question and answer may come with a text `alternate`, an answer that AltPO prefers to the given one.
 
-A question reads "Question: ...\\nAnswer:" and carries no loss; with `chat` it is asked through the tokenizer's chat
-template, of which the answer and its end token alone carry a loss (`Chat` has its options). A book (Who's Harry Potter,
-MUSE-Books) is a .txt with `?join=true`: its whole text, cut into rows of `max_length`, the head of each a prompt with
-`prompt_tokens`; so are the corpora of open-unlearning's pretraining sets, and `?lines_as_text=true` trains on WMDP's
-JSON lines as they stand, as it does.
+A question reads "Question: ...\\nAnswer:" and carries no loss. With `chat` it is asked through the tokenizer's chat
+template, and only the answer and its end token carry a loss (`Chat` has the options). A book (Who's Harry Potter,
+MUSE-Books) is a .txt with `?join=true`: its whole text is cut into rows of `max_length`, and `prompt_tokens` makes
+the head of each row a prompt. The corpora of open-unlearning's pretraining sets are read in the same way, and
+`?lines_as_text=true` trains on WMDP's JSON lines as they stand, as open-unlearning does.
 """
 
 from moe_unlearn.data.builtin import load_builtin

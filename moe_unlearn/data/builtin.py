@@ -1,6 +1,6 @@
-"""Corpora that need no download: CPython's own help topics, and two dictionaries packaged by Debian.
+"""Load corpora that need no download: CPython's own help topics, and two dictionaries packaged by Debian.
 
-Nothing of these texts is in this repository; they are read where they are installed.
+This repository holds none of these texts; they are read where they are installed.
 """
 
 import gzip
@@ -28,10 +28,11 @@ BASE64 = {c: i for i, c in enumerate(string.ascii_uppercase + string.ascii_lower
 
 
 def load_builtin(name: str) -> Corpus:
-    """The corpus `builtin:pydoc` or `builtin:devil`; `builtin:devil+pydoc` forgets the one's and retains the other's.
+    """Return the corpus of a name such as `builtin:pydoc`, `builtin:devil` or `builtin:devil+pydoc`.
 
-    Forget, retain and holdout share no run of 12 words. Raises ValueError for another name, FileNotFoundError
-    naming the packages to install when the dictionaries are missing.
+    Two names joined by `+` forget the first corpus and retain the second. Forget, retain and holdout share no run of
+    12 words. Raises ValueError for another name, and FileNotFoundError naming the packages to install when the
+    dictionaries are missing.
     """
     loaders = {"pydoc": pydoc, "devil": devil}
     sources = name.removeprefix("builtin:").split("+")
@@ -43,7 +44,7 @@ def load_builtin(name: str) -> Corpus:
 
 
 def pydoc() -> Corpus:
-    """Python's help topics, split by subject: strings, formatting, containers and the debugger are forgotten.
+    """Return Python's help topics as a corpus that forgets strings, formatting, containers and the debugger.
 
     A paragraph of several topics is kept once: in the first retain topic that has it, else in the first
     forget topic.
@@ -57,7 +58,10 @@ def pydoc() -> Corpus:
 
 
 def devil(folder: Path = DICTIONARIES) -> Corpus:
-    """Forget The Devil's Dictionary, retain the Jargon File (both public domain); an entry is a document."""
+    """Return a corpus that forgets The Devil's Dictionary and retains the Jargon File, both in the public domain.
+
+    An entry is a document.
+    """
     files = [folder / f"{name}.{ending}" for name in ("devil", "jargon") for ending in ("index", "dict.dz")]
     if missing := [str(f) for f in files if not f.is_file()]:
         raise FileNotFoundError(
@@ -69,10 +73,10 @@ def devil(folder: Path = DICTIONARIES) -> Corpus:
 
 
 def read_dictd(path: Path) -> list[Document]:
-    """Entries of the dictd dictionary `path`.dict.dz with its `path`.index, in the order of the text.
+    """Return the entries of the dictd dictionary `path`.dict.dz with its `path`.index, in the order of the text.
 
-    An index line is `headword TAB offset TAB length`, both numbers in base 64. Headwords that point at
-    the same text are one entry, and the dictionary's description of itself (`00database...`) is none.
+    An index line is `headword TAB offset TAB length`, both numbers in base 64. Headwords that point at the same text
+    make one entry. The dictionary's description of itself (`00database...`) is left out.
     """
     text = gzip.decompress(path.with_name(path.name + ".dict.dz").read_bytes())
     entries: dict[tuple[int, int], str] = {}
@@ -107,7 +111,7 @@ def _base64_number(digits: str) -> int:
 
 
 def _topic_blocks(topics: dict[str, str], names: tuple[str, ...], seen: set[str]) -> list[Document]:
-    """Paragraphs not in `seen`, joined to blocks that are numbered within their topic; adds to `seen`."""
+    """Return the paragraphs not in `seen`, joined into blocks numbered within their topic, and add them to `seen`."""
     documents = []
     for name in names:
         blocks, block = [], ""

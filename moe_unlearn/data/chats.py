@@ -1,8 +1,9 @@
-"""A question, or a conversation, and its answer as the tokenizer's chat template has them.
+"""Render a question or a conversation, and its answer, through the tokenizer's chat template.
 
-A template writes text of its own before an answer, which depends on none (Qwen3's empty `<think>` block, gpt-oss's
-`<|channel|>final<|message|>`), and after it. Two answers to one question tell which: what both renderings begin with
-is asked of the model, what both end with follows the answer.
+A template writes fixed text of its own before an answer (Qwen3's empty `<think>` block, gpt-oss's
+`<|channel|>final<|message|>`) and after it. Rendering two different answers to one question shows which text this is:
+the beginning that both renderings share belongs to what the model is asked, and the end that both share follows the
+answer.
 """
 
 import datetime
@@ -15,18 +16,19 @@ from moe_unlearn.data.corpus import Document
 from moe_unlearn.data.seams import ids_of, split
 from moe_unlearn.data.special import special_ids
 
-DATE = datetime.date(2024, 7, 26)  # a template that asks for today's date gets this: Llama 3's own choice without one
+DATE = datetime.date(2024, 7, 26)  # a template's date of today, unless one is given; Llama 3 falls back on it too
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _ANSWERS = ("one", "two")  # alike neither at their beginning nor at their end
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """How a chat template is rendered.
+    """Options for rendering a chat template.
 
-    `enable_thinking` is passed on if it is not None. `system` is the system message, none where it is empty. `date`,
-    as 2026-11-29, is what the template takes for today and gets as `date_string`; without one it takes `DATE`, for
-    tokens that change daily fit no reference that is kept. Raises ValueError for another form of date.
+    `enable_thinking` is passed on if it is not None. `system` is the system message; an empty one is left out.
+    `date`, in the form 2026-11-29, is what the template takes for today and receives as `date_string`. Without it the
+    template takes `DATE`, because tokens that change daily would match no stored reference. Raises ValueError for
+    another form of date.
     """
 
     enable_thinking: bool | None = None
@@ -42,17 +44,17 @@ class Chat:
 
     @classmethod
     def chosen(cls, settings) -> "bool | Chat":
-        """How questions are asked by settings as a recipe's data section: through the chat template, or not."""
+        """Return how a recipe's data section asks questions: a `Chat` for the chat template, or False without one."""
         names = ("enable_thinking", "system", "date")
         return settings.chat_template and cls(**{name: getattr(settings, name) for name in names})
 
     def keywords(self, template: str) -> dict:
-        """What is rendered beside the messages: the template with its date, and what it is told.
+        """Return the keywords of the rendering: the template with its date filled in, and the options that are set.
 
-        Raises ValueError for a template whose form of date is not written in it.
+        Raises ValueError for a template that does not spell out the form of its date.
         """
         day = DATE if self.date is None else datetime.date.fromisoformat(self.date)
-        # transformers lets no function through to the template, so that its own clock cannot be set
+        # transformers passes no function on to the template, so the template's own clock cannot be set
         given: dict = {"chat_template": _CLOCK.sub(lambda call: repr(day.strftime(call[2])), template)}
         if "strftime_now(" in given["chat_template"]:
             raise ValueError("expected a chat template that writes the form of its date: strftime_now('%d %b %Y')")
@@ -65,8 +67,9 @@ class Chat:
 
 @dataclass(frozen=True)
 class Turn:
-    """Token ids: `prompt` is all before the answer, `answer` that with its end, `rest` what stands behind it.
+    """Token ids of one rendered turn.
 
+    `prompt` holds everything before the answer, `answer` the answer with its end token, and `rest` what follows it.
     `asked` and `straddled` are as in `seams.Split`.
     """
 
@@ -78,13 +81,13 @@ class Turn:
 
 
 def turns(tokenizer, chat: Chat, *, seam: str = "joint") -> Callable[[Document], Turn]:
-    """A function that gives a document's `Turn`.
+    """Return a function that gives the `Turn` of a document.
 
-    With seam="separate", open-unlearning's way, all that follows the generation prompt is the answer, and the
+    With seam="separate", as in open-unlearning, everything after the generation prompt is the answer, and the
     end-of-sequence token ends it where the template does not.
 
-    Raises ValueError for a tokenizer without a chat template or with one that cannot be dated, and for one whose
-    conversation does not begin with its own generation prompt: where its answer begins cannot be told.
+    Raises ValueError for a tokenizer without a chat template, for a template that cannot be dated, and for one whose
+    conversation does not begin with its own generation prompt, since then the start of the answer is unknown.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("chat needs a tokenizer with a chat template; this one has none (tokenizer.chat_template)")
@@ -99,7 +102,7 @@ def turns(tokenizer, chat: Chat, *, seam: str = "joint") -> Callable[[Document],
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None, **keywords)
 
     def rendered(before: Sequence[Mapping], answer: str) -> tuple[str, str]:
-        """The generation prompt, and what the conversation has behind it."""
+        """Return the generation prompt and the rest of the conversation behind it."""
         asked, whole = render(before, None), render(before, answer)
         if not whole.startswith(asked) or len(whole) == len(asked):
             raise ValueError(
@@ -120,7 +123,7 @@ def turns(tokenizer, chat: Chat, *, seam: str = "joint") -> Callable[[Document],
             if ids[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id is not None:
                 ids.append(tokenizer.eos_token_id)
             return Turn(ids[: len(prompt)], ids[len(prompt) :], [], prompt, False)
-        if said.startswith(fixed):  # else the template has read the answer, as Qwen3's reads `</think>`
+        if said.startswith(fixed):  # not so where the template reads the answer, as Qwen3's does for `</think>`
             asked, said = asked + fixed, said[len(fixed) :]
         found = split(tokenizer, [asked, said], special=True)
         prompt, ids = found.parts
@@ -135,9 +138,10 @@ def turns(tokenizer, chat: Chat, *, seam: str = "joint") -> Callable[[Document],
 
 
 def special_token_in(document: Document, tokenizer) -> str | None:
-    """A special token that question or answer spell out: a template would make it one.
+    """Return a special token that the question or the answer spells out, or None; a template would encode it as one.
 
-    Added tokens that are text, such as runs of spaces and `</think>`, are none: they are these tokens in any text.
+    Added tokens that are ordinary text, such as runs of spaces and `</think>`, do not count: any text is encoded
+    with them.
     """
     special = sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))))
     text = "\n".join([*(message["content"] for message in _messages(document)), document.text])
@@ -145,12 +149,12 @@ def special_token_in(document: Document, tokenizer) -> str | None:
 
 
 def _messages(document: Document) -> Sequence[Mapping]:
-    """The turns before the answer."""
+    """Return the turns before the answer."""
     return document.messages or [{"role": "user", "content": document.question or document.prompt}]
 
 
 def _first_added(text: str, tokenizer) -> int | None:
-    """The token that ends an answer: the first special one behind it, else the first added one."""
+    """Return the token that ends an answer: the first special token in the text behind it, else the first added one."""
     for ids in (special_ids(tokenizer), tokenizer.added_tokens_decoder):
         spelled = {tokenizer.convert_ids_to_tokens(i): i for i in sorted(ids)}
         found = [(text.index(token), -len(token), i) for token, i in spelled.items() if token.strip() and token in text]

@@ -1,10 +1,10 @@
-"""Conversations: the last answer is what is learned or forgotten, the turns before it are its prompt."""
+"""Turn conversations into documents: the last answer is learned or forgotten, the turns before it are its prompt."""
 
 from collections.abc import Mapping, Sequence
 
 from moe_unlearn.data.corpus import Document
 
-# as transformers has them, and as ShareGPT names them
+# role names of transformers and of ShareGPT
 ROLES = {
     "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
     "gpt": "assistant", "bot": "assistant", "model": "assistant",
@@ -12,16 +12,16 @@ ROLES = {
 
 
 def is_conversation(value: object) -> bool:
-    """Whether a value is a list of messages."""
+    """Return whether a value is a list of messages."""
     return isinstance(value, Sequence) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
 def conversation(messages: Sequence[Mapping], record: Mapping, where: str) -> Document:
-    """The document of messages with `role` and `content`, or as ShareGPT has them `from` and `value`.
+    """Return the document of messages with `role` and `content`, or with ShareGPT's `from` and `value`.
 
-    Its text is the last answer; what stands behind that is left out. The turns before it stay in `Document.messages`,
-    for a chat template; without one the prompt reads "Question: ...\\nAnswer: ...", turn by turn. Raises ValueError
-    that begins with `where` for messages of another form, or without an answer.
+    Its text is the last answer; messages after that are left out. The turns before it stay in `Document.messages`
+    for a chat template; without a template the prompt reads "Question: ...\\nAnswer: ...", turn by turn. Raises a
+    ValueError that begins with `where` for messages of another form, or without an answer.
     """
     turns = [_turn(message, f"{where}, message {number}") for number, message in enumerate(messages, 1)]
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
@@ -45,7 +45,7 @@ def _turn(message: Mapping, where: str) -> dict[str, str]:
 
 
 def _prompt(turns: Sequence[Mapping]) -> str:
-    """The turns as text, up to where the answer begins."""
+    """Return the turns as text that ends where the answer begins."""
     made, asking = "", False
     for turn in turns:
         content = turn["content"].strip()

@@ -1,22 +1,22 @@
-"""What a corpus is, and the rule that its parts share no run of tokens."""
+"""Define documents and corpora, and keep the parts of a corpus free of shared runs of words."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from moe_unlearn.data.scripts import spaceless
 
-RUN = 12  # a run this long in two parts of a corpus is a leak
+RUN = 12  # a run of this many words that stands in two parts of a corpus is a leak
 
 
 @dataclass(frozen=True)
 class Document:
     """One piece of text.
 
-    `title` opens the text and is trained on like the rest; metrics may prompt with it. `prompt` (a question,
-    a completion prompt) precedes the text and carries no loss. `question` is what a chat template asks in place
-    of `prompt`, `messages` all turns before the answer where there are several (`conversations`); `fields` are those of
-    the record it was read from (TOFU's `perturbed_answer`, RWKU's `subject`). None of these counts when documents are
-    compared.
+    `title` opens the text and is trained on like the rest; metrics may prompt with it. `prompt` (a question or a
+    completion prompt) precedes the text and carries no loss. A chat template asks `question` in place of `prompt`, or
+    `messages`, all turns before the answer, where there are several (`conversations`). `fields` holds the fields of
+    the source record (TOFU's `perturbed_answer`, RWKU's `subject`). `question`, `messages` and `fields` do not count
+    when documents are compared.
     """
 
     title: str
@@ -38,7 +38,7 @@ class Corpus:
 
 
 def words(document: Document) -> list[str]:
-    """Lower-cased words between white space of prompt, title and text; characters where a script writes no spaces."""
+    """Return the lower-cased words of prompt, title and text; in a script without spaces each character is a word."""
     text = f"{document.prompt} {document.title} {document.text}".lower()
     if not text.isascii():
         text = "".join(f" {character} " if spaceless(character) else character for character in text)
@@ -46,15 +46,16 @@ def words(document: Document) -> list[str]:
 
 
 def runs(tokens: Sequence, length: int = RUN) -> set[tuple]:
-    """All runs of `length` consecutive tokens; a shorter sequence has none."""
+    """Return all runs of `length` consecutive tokens; a shorter sequence has none."""
     return {tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1)}
 
 
 def drop_shared_runs(corpus: Corpus, tokens: Callable[[Document], Sequence] = words, length: int = RUN) -> Corpus:
-    """The corpus without the documents that share a run of `length` tokens with another part.
+    """Return the corpus without the documents that share a run of `length` tokens with another part.
 
-    Retain documents all stay, a forget document goes if retain has one of its runs, a holdout document if
-    retain or the forget documents that stay have. The order is kept and nothing is random.
+    All retain documents stay. A forget document is dropped if it shares a run with the retain documents, and a
+    holdout document if it shares one with the retain documents or the remaining forget documents. The order is kept
+    and nothing is random.
     """
     seen = _all_runs(corpus.retain, tokens, length)
     forget = [d for d in corpus.forget if seen.isdisjoint(runs(tokens(d), length))]

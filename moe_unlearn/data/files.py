@@ -1,4 +1,4 @@
-"""Records of local files: JSON lines, JSON and text, plain or compressed, a record at a time."""
+"""Read local files record by record: JSON lines, JSON and text, plain or compressed."""
 
 import gzip
 import json
@@ -11,13 +11,13 @@ from moe_unlearn.data.records import kind
 
 SUFFIXES = (".jsonl", ".json", ".txt")
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
-ENCODINGS = ("utf-8", "latin-1", "cp1252")  # a line of these ends with the byte 0x0a, so lines can be decoded singly
-RECORD_BYTES = 64 << 20  # of a stream: the longest record that is held in memory
+ENCODINGS = ("utf-8", "latin-1", "cp1252")  # the byte 0x0a ends a line in each of them, so lines can be decoded singly
+RECORD_BYTES = 64 << 20  # the longest record that a stream holds in memory
 _BOM = b"\xef\xbb\xbf"
 
 
 def file_format(path: Path) -> str:
-    """The suffix that tells the format: that of `a.jsonl`, and of `a.jsonl.gz` without the compression."""
+    """Return the suffix that tells the format: `.jsonl` for `a.jsonl`, and also for the compressed `a.jsonl.gz`."""
     inner = path.with_suffix("") if path.suffix.lower() in OPENERS else path
     return inner.suffix.lower()
 
@@ -25,13 +25,14 @@ def file_format(path: Path) -> str:
 def records(
     path: Path, *, encoding: str = "utf-8", lines_as_text: bool = False, limit: int | None = None
 ) -> Iterator[tuple[object, str]]:
-    """(record, where it stands) of a file; one record in memory at a time unless it is one JSON list.
+    """Yield the pairs (record, where it stands) of a file.
 
-    `.jsonl`: a JSON value a line. `.json`: a list, or JSON lines (TOFU's files). `.txt`: texts between blank
-    lines, line ends as \\n. A byte order mark is dropped. `lines_as_text` gives the lines of a JSON file
-    undecoded. A record (or list) of more than `limit` bytes is an error.
+    Only one record is in memory at a time, unless the file is one JSON list. `.jsonl` holds one JSON value a line,
+    `.json` a list or JSON lines (TOFU's files), `.txt` texts between blank lines, whose line ends become \\n. A byte
+    order mark is dropped. `lines_as_text` gives the lines of a JSON file undecoded. A record (or list) of more than
+    `limit` bytes is an error.
 
-    Raises FileNotFoundError; ValueError naming file, line and what was expected.
+    Raises FileNotFoundError, and ValueError naming the file, the line and what was expected.
     """
     format = file_format(path)
     if format not in SUFFIXES:
@@ -52,12 +53,12 @@ def records(
 
 
 def _lines(path: Path, encoding: str, limit: int | None) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends."""
+    """Yield the numbered lines of a file, with their line ends."""
     opened = OPENERS.get(path.suffix.lower(), open)
     try:
         with opened(path, "rb") as file:
             number = 0
-            # by the byte 0x0a alone: JSON strings may hold U+2028 and the like unescaped
+            # only the byte 0x0a ends a line: JSON strings may hold U+2028 and the like unescaped
             while line := file.readline(-1 if limit is None else limit + 1):
                 number += 1
                 _check_size(len(line), limit, f"{path}, line {number}")

@@ -1,4 +1,4 @@
-"""Records through the `datasets` library, the extra `[data]`: hub names, folders in hub layout, parquet files."""
+"""Read records through the `datasets` library (the extra `[data]`): hub names, folders in hub layout, parquet files."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,15 +7,15 @@ from types import ModuleType
 
 
 class MissingLibraryError(ImportError):
-    """What was asked for needs a library that is not installed; the message names it and its extra."""
+    """Error for a library that is needed but not installed; the message names it and its extra."""
 
 
 def records(name: str, part: str | None, *, streaming: bool = False) -> Iterator[tuple[object, str]]:
-    """(record, where it stands) of one part of the hub data set, or of the folder in hub layout, `name`.
+    """Yield the pairs (record, where it stands) of one part of `name`, a hub data set or a folder in hub layout.
 
     `part` is "config/split", or one of the two where the other is clear. No code of a data set is run. With
-    `streaming` nothing is copied to the cache of `datasets`. Raises MissingLibraryError, OSError
-    for a name it cannot find or reach, ValueError for a part that is not there, naming those that are.
+    `streaming` nothing is copied to the cache of `datasets`. Raises MissingLibraryError, OSError for a name that
+    cannot be found or reached, and ValueError for an unknown part, naming the known ones.
     """
     datasets = library()
     with _named(name, datasets):
@@ -29,7 +29,10 @@ def records(name: str, part: str | None, *, streaming: bool = False) -> Iterator
 
 
 def parquet_records(path: Path, *, streaming: bool = False) -> Iterator[tuple[object, str]]:
-    """(record, where it stands) of a parquet file. Raises MissingLibraryError, FileNotFoundError, ValueError."""
+    """Yield the pairs (record, where it stands) of a parquet file.
+
+    Raises MissingLibraryError, FileNotFoundError or ValueError.
+    """
     datasets = library()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a parquet file")
@@ -40,7 +43,7 @@ def parquet_records(path: Path, *, streaming: bool = False) -> Iterator[tuple[ob
 
 
 def library() -> ModuleType:
-    """The module `datasets`. Raises MissingLibraryError saying what to install."""
+    """Return the module `datasets`, or raise MissingLibraryError saying what to install."""
     try:
         import datasets
     except ImportError as error:
@@ -53,7 +56,7 @@ def library() -> ModuleType:
 
 def _config_and_split(name: str, part: str | None, datasets: ModuleType) -> tuple[str | None, str | None]:
     if part is not None and "/" in part:
-        # not checked here: offline, `datasets` knows only the parts in its cache
+        # not checked here because, offline, `datasets` knows only the parts in its cache
         config, _, split = part.partition("/")
         return config, split
     configs = datasets.get_dataset_config_names(name)
@@ -71,7 +74,7 @@ def _rows(loaded, name: str) -> Iterator[tuple[object, str]]:
 
 @contextlib.contextmanager
 def _named(name: str, datasets: ModuleType) -> Iterator[None]:
-    """Errors that begin with the name of what could not be read."""
+    """Begin errors inside with the name of the source that could not be read."""
     try:
         yield
     except (FileNotFoundError, ConnectionError) as error:

@@ -1,9 +1,9 @@
-"""Several examples in one row, each as if it were alone; only for models where that is exact.
+"""Pack several examples into one row, each computed as if it were alone, for models where that is exact.
 
-A packed row carries `position_ids` that start again at 0 with each example, and no `attention_mask`: that is
-how transformers recognises packing and keeps attention within an example (sdpa, eager and flex attention by a
-mask, flash attention by lengths, for one row only). State-space and linear-attention layers carry their state on
-from one example to the next unless told otherwise, so `check_packing` measures it.
+A packed row carries `position_ids` that start again at 0 with each example, and no `attention_mask`. From this
+transformers recognises packing and keeps attention within an example: sdpa, eager and flex attention by a mask,
+flash attention by lengths, for one row only. State-space and linear-attention layers carry their state on
+from one example to the next unless told otherwise, so `check_packing` measures whether examples stay apart.
 """
 
 import bisect
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from moe_unlearn.data.tokenize import Example
 from moe_unlearn.ops.token_loss import IGNORED
 
-PROBE = (5, 4, 3)  # lengths of the examples of the row that `check_packing` runs
+PROBE = (5, 4, 3)  # lengths of the examples in the row that `check_packing` runs
 
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Which examples share a row of at most `max_length` tokens; every position of `lengths` stands in one row.
+    """Choose which examples share a row of at most `max_length` tokens; return the rows as positions in `lengths`.
 
-    Best fit, longest first, ties by position: deterministic. Raises ValueError for a length above `max_length`
-    or below 1.
+    Every position stands in exactly one row. The choice is best fit, longest first, ties by position, hence
+    deterministic. Raises ValueError for a length above `max_length` or below 1.
     """
     for i, length in enumerate(lengths):
         if not 1 <= length <= max_length:
             raise ValueError(f"example {i}: expected 1 to {max_length} tokens; got {length}")
     rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (room, row), sorted: the first with room enough fits best
+    free: list[tuple[int, int]] = []  # sorted pairs (room, row): the first with enough room fits best
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         place = bisect.bisect_left(free, (lengths[i], -1))
         if place < len(free):
@@ -45,13 +45,13 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 def packed_batches(
     examples: Sequence[Example], max_length: int, *, model: nn.Module, batch_size: int = 1, pad_id: int = 0
 ) -> list[dict[str, Tensor]]:
-    """Batches of packed rows for `model`: `input_ids`, `labels`, `position_ids`, `index` [B, S], all int64.
+    """Return batches of packed rows for `model`: `input_ids`, `labels`, `position_ids`, `index` [B, S], all int64.
 
-    `index` is each token's position in `examples`, -1 for padding. The first token of an example carries no
-    loss, as it has none in a row of its own; padding carries none and is an example by itself to attention.
-    Losses that sum over a sequence (NPO, SimNPO, DPO) take `index` for the sequence, not the row. `UnlearnStep` takes
-    these batches too and computes with each example in a row of its own (`batches.padded`): right for any model, but
-    at the cost of padding, which `batches` of examples of similar length keep small.
+    `index` is each token's position in `examples`, -1 for padding. The first token of an example carries no loss, as
+    in a row of its own. Padding carries none either and counts as an example by itself in attention. Losses that sum
+    over a sequence (NPO, SimNPO, DPO) take `index`, not the row, to identify the sequence. `UnlearnStep` also takes
+    these batches and computes each example in a row of its own (`batches.padded`). That is right for any model but
+    costs padding, which `batches` of examples of similar length keep small.
 
     Raises ValueError where packing is not exact (`check_packing`; flash attention with batch_size above 1), or
     as `pack` does.
@@ -73,8 +73,8 @@ def packed_batches(
 def check_packing(model: nn.Module) -> None:
     """Raise ValueError unless `model` keeps packed examples apart.
 
-    The last example of a packed row must not depend on the others: the gradient of its final hidden states
-    with respect to their embeddings is exactly 0 where attention is masked. Runs 12 tokens forward and
+    The last example of a packed row must not depend on the others: where attention is masked, the gradient of its
+    final hidden states with respect to the others' embeddings is exactly 0. The check runs 12 tokens forward and
     backward; weights, gradients and mode stay as they are.
     """
     embedding = model.get_input_embeddings()
@@ -87,7 +87,7 @@ def check_packing(model: nn.Module) -> None:
             inputs_embeds=embedded, position_ids=positions, attention_mask=None, use_cache=False
         ).last_hidden_state
         last = states[:, -PROBE[-1] :]
-        # one fixed direction: a sum of normalised states may have no gradient at all
+        # one fixed direction, because a sum of normalised states may have no gradient at all
         direction = torch.linspace(-1, 1, last.numel(), device=device, dtype=last.dtype).view_as(last)
         (gradient,) = torch.autograd.grad((last * direction).sum(), embedded)
     foreign, own = gradient[:, : -PROBE[-1]], gradient[:, -PROBE[-1] :]

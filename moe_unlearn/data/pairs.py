@@ -1,4 +1,4 @@
-"""Forget examples with their retain examples, for trainers that draw both at every step."""
+"""Pair forget examples with retain examples, for trainers that draw both at every step."""
 
 import itertools
 import math
@@ -27,12 +27,12 @@ REFUSALS = (
 
 
 class ForgetRetainDataset(Dataset):
-    """Item i is the i-th forget example with randomly drawn retain examples.
+    """Data set whose item i is the i-th forget example with randomly drawn retain examples.
 
-    `retain_per_forget` >= 1 is how many on average: partners i * r to (i + 1) * r, both rounded down, so that a
-    batch of all F forget examples holds exactly floor(F * r) retain examples. The partners are a function of
-    `seed` and the epoch alone: every epoch (`set_epoch`) walks through a fresh permutation of the retain
-    examples, so none comes twice before all have come. Raises ValueError if a side is empty or r < 1.
+    `retain_per_forget` >= 1 is their average number r: item i has the partners i * r to (i + 1) * r, both rounded
+    down, so a batch of all F forget examples holds exactly floor(F * r) retain examples. The partners depend on
+    `seed` and the epoch alone: every epoch (`set_epoch`) walks through a fresh permutation of the retain examples, so
+    none comes twice before all have come. Raises ValueError if a side is empty or r < 1.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class ForgetRetainDataset(Dataset):
         return len(self.forget)
 
     def __getitem__(self, i: int) -> dict[str, list[tuple[Example, int]]]:
-        i = range(len(self))[i]  # IndexError past the end, and negative positions as in a list
+        i = range(len(self))[i]  # raises IndexError past the end and counts negative positions as a list does
         return {"forget": [(self.forget[i], i)], "retain": [(self.retain[p], p) for p in self.partners[i]]}
 
 
 class PairCollator:
-    """Collates items of `ForgetRetainDataset` to {"forget": batch, "retain": batch}, each with `index`.
+    """Collator of `ForgetRetainDataset` items into {"forget": batch, "retain": batch}, each with `index`.
 
     With `refusals` (or `alternates`), one example for each forget example, the forget batch also holds them as
     `idk_input_ids`, `idk_attention_mask` and `idk_labels`, which preference objectives need.
@@ -87,9 +87,9 @@ class PairCollator:
 def side_batches(
     dataset: Dataset, side: str, size: int, collator: Callable, item: Callable[[str, int], object] | None = None
 ) -> list[dict[str, Tensor]]:
-    """Every example of one side of a `ForgetRetainDataset` once, in order, in the collator's batches of `size`.
+    """Return one side of a `ForgetRetainDataset` in the collator's batches of `size`, every example once and in order.
 
-    `item(side, index)` is what an item of the dataset holds of one example, by default [(example, index)].
+    `item(side, index)` returns what a data set item holds for one example; the default is [(example, index)].
     """
     item = item or (lambda side, index: [(getattr(dataset, side)[index], index)])
     other = "retain" if side == "forget" else "forget"
@@ -99,9 +99,9 @@ def side_batches(
 
 
 def refusals(examples: Sequence[Example], tokenizer, *, seed: int = 0) -> list[Example]:
-    """The prompt of each example with a randomly drawn refusal, which begins and ends as its answer does.
+    """Return the prompt of each example with a randomly drawn refusal that begins and ends as its answer does.
 
-    Raises ValueError for an example without a prompt: there is no question that could be refused.
+    Raises ValueError for an example without a prompt, since it asks nothing that could be refused.
     """
     last, special = added(tokenizer).answer_end, special_ids(tokenizer)
     draw = torch.randint(len(REFUSALS), (len(examples),), generator=generator(seed, 0)).tolist()
@@ -124,7 +124,7 @@ def refusals(examples: Sequence[Example], tokenizer, *, seed: int = 0) -> list[E
 
 
 def alternates(examples: Sequence[Example]) -> list[Example]:
-    """The row of each example with its alternate answer; ValueError for an example without one."""
+    """Return each example's row with its alternate answer; raise ValueError for an example without one."""
     for number, example in enumerate(examples):
         if example.alternate is None:
             raise ValueError(
@@ -135,12 +135,12 @@ def alternates(examples: Sequence[Example]) -> list[Example]:
 
 
 def draw(examples: Sequence[Example], count: int, *, seed: int) -> list[Example]:
-    """`count` of the examples, drawn by `seed`, in their order; all of them where there are no more."""
+    """Return `count` of the examples, drawn by `seed`, in their order, or all of them if there are no more."""
     chosen = torch.randperm(len(examples), generator=generator(seed, 0))[:count]
     return [examples[i] for i in sorted(chosen.tolist())]
 
 
 def overlap(forget: Sequence[Example], retain: Sequence[Example]) -> int:
-    """How many forget examples stand in the retain set too, token by token."""
+    """Return how many forget examples also stand in the retain set, token by token."""
     kept = {tuple(e.input_ids) for e in retain}
     return sum(tuple(e.input_ids) in kept for e in forget)

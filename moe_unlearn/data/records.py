@@ -1,18 +1,18 @@
-"""From one record of a benchmark or a user's file to documents; the package's docstring has the table of formats."""
+"""Turn one record of a benchmark or a user's file into documents; the package's docstring has the table of formats."""
 
 from collections.abc import Iterator, Mapping
 
 from moe_unlearn.data.conversations import conversation, is_conversation
 from moe_unlearn.data.corpus import Document
 
-# asked as "Question: ...\nAnswer:" where no chat template asks them; the rest of a pair is the answer
+# a question, asked as "Question: ...\nAnswer:" where no chat template asks it, and its answer
 QUESTIONS = (
     ("question", "answer"), ("query", "answer"), ("instruction", "output"), ("prompt", "response"), ("prompt", "answer")
 )  # fmt: skip
-# the second field goes on where the first ends
+# the text of the second field continues that of the first
 COMPLETIONS = (("prompt", "gt"), ("prompt", "completion"))
 ANSWERS = {"unsafe": "rejected", "rejected": "rejected", "safe": "chosen", "chosen": "chosen"}
-# of a record with two answers; unseen documents are like those to forget
+# which of a record's two answers serves a side; unseen documents are like those to forget
 SIDE_ANSWERS = {"forget": "unsafe", "retain": "safe", "holdout": "unsafe"}
 EXPECTED = (
     "a field 'text'; or 'messages' or 'conversations'; or 'prompt' with 'gt', 'completion', 'response' or 'answer'; or "
@@ -24,11 +24,11 @@ EXPECTED = (
 def documents_of(
     record: object, where: str, *, answers: str | None = None, abstract: bool = False
 ) -> Iterator[Document]:
-    """The documents of one record: a string, or a mapping with the fields of a known format.
+    """Yield the documents of one record: a string, or a mapping with the fields of a known format.
 
-    `answers` chooses where a record holds two: "unsafe" or "rejected", "safe" or "chosen" (two names each).
-    `abstract` puts `title` and `abstract` before `text`. Text may be empty; all fields of the record stay in
-    `Document.fields`. Raises ValueError that begins with `where` for another form, naming what came.
+    `answers` chooses between two answers of a record: "unsafe" (or "rejected"), or "safe" (or "chosen").
+    `abstract` puts `title` and `abstract` before `text`. The text may be empty; all fields of the record stay in
+    `Document.fields`. Raises a ValueError that begins with `where` for another form and says what was found.
     """
     if isinstance(record, str):
         yield Document("", _text({"text": record}, "text", where))
@@ -48,7 +48,7 @@ def documents_of(
 
 
 def kind(value: object) -> str:
-    """What a value read from JSON is, for a message."""
+    """Return the kind of a value read from JSON in words, for a message."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
@@ -83,7 +83,7 @@ def _asked(question: str, answer: str, record: Mapping) -> Document:
 
 
 def _safe_rlhf(record: Mapping, where: str, answers: str | None) -> Iterator[Document]:
-    """The responses of PKU-SafeRLHF's record that are unsafe, or those that are safe: none, one or two."""
+    """Yield the unsafe or the safe responses of a PKU-SafeRLHF record: none, one or two."""
     wants_safe = _choice(answers, where) == "chosen"
     question = _question(record, "prompt", where)
     for i in (0, 1):
@@ -118,7 +118,7 @@ def _is_pair(value: object) -> bool:
 
 
 def _question(record: Mapping, key: str, where: str) -> str:
-    """The question; an instruction is followed by its `input`."""
+    """Return the question; an instruction is followed by its `input`."""
     question = _text(record, key, where).strip()
     extra = _text(record, "input", where).strip() if key == "instruction" and "input" in record else ""
     return f"{question}\n{extra}" if extra else question
@@ -133,7 +133,7 @@ def _text(record: Mapping, key: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        # JSON can spell half a character; no tokenizer takes it
+        # JSON can spell half a character, which no tokenizer takes
         half = ord(value[error.start])
         raise ValueError(f"{where}: expected field {key!r} to be Unicode; got the lone surrogate {half:#x}") from None
     return value

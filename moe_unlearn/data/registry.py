@@ -1,4 +1,4 @@
-"""One way in for every source of documents: `load`."""
+"""Load documents from every kind of source through one function, `load`."""
 
 import itertools
 import re
@@ -17,8 +17,11 @@ SIDES = ("forget", "retain", "holdout")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A published data set: its name on the hub, which part ("config/split") serves as which side, and the
-    names of files in its local copies that differ from these."""
+    """A published data set.
+
+    `hub` is its name on the hub, `sides` says which part ("config/split") serves as which side, and `local` names the
+    files of local copies that are called otherwise.
+    """
 
     hub: str
     sides: dict[str, str]
@@ -26,7 +29,7 @@ class Benchmark:
     note: str = ""
 
     def files(self, side: str) -> list[str]:
-        """Names, without suffix, of the side's file in a folder."""
+        """Return the names, without suffix, that the side's file may have in a folder."""
         part = [self.sides[side], self.sides[side].partition("/")[0]] if side in self.sides else []
         return [*self.local.get(side, ()), *part]
 
@@ -62,7 +65,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a source string may carry behind its `?`; see `load`."""
+    """Options that a source string may carry behind its `?`; `load` describes them."""
 
     answers: str | None = None
     subject: str | None = None
@@ -90,32 +93,33 @@ def load(
     report: DataReport | None = None,
     **options,
 ) -> "list[Document] | DocumentStream":
-    """The documents of a source, none of them empty, in its order.
+    """Return the documents of a source in its order, none of them empty.
 
-    `source` is `builtin:NAME`; a file (.jsonl, .json, .txt, also .gz or .xz; .parquet); a folder; the name of a
-    benchmark (`BENCHMARKS`) or of a hub data set. `split` chooses a part of the last four: "config/split", or one
-    of them where that is clear, or in a folder the file without its suffix ("raw/forget"); A+B is both, one after the
-    other. `side` ("forget", "retain", "holdout") chooses the part where `split` does not, and the answers. The string
-    may say all that by itself, for recipes and the command line:
+    `source` is `builtin:NAME`; a file (.jsonl, .json, .txt, also .gz or .xz; .parquet); a folder; or the name of a
+    benchmark (`BENCHMARKS`) or of a hub data set. `split` chooses a part of the last three: "config/split", or one of
+    the two where that is clear, or for a folder the file without its suffix ("raw/forget"). A+B reads both parts, one
+    after the other. A builtin corpus takes a side as its split. `side` ("forget", "retain", "holdout") chooses the
+    answers, and the part where `split` does not. The string may say all that by itself, for recipes and the command
+    line:
 
         NAME_OR_PATH[:SPLIT[+SPLIT ...]][?OPTION=VALUE[&OPTION=VALUE ...]]      tofu:forget05      books/?join=true
 
     Options:
-        answers: "unsafe" (or "rejected"), "safe" (or "chosen"), of records with two answers; by `side` if it is
-            given (forget and holdout: unsafe)
+        answers: "unsafe" (or "rejected") or "safe" (or "chosen"), for records with two answers; the default follows
+            `side` (forget and holdout: unsafe)
         subject: keep only records whose `subject` or `target` is this (a person of RWKU)
-        abstract: `title` and `abstract` precede `text` (WMDP's bio corpus)
-        lines_as_text: each line of a .jsonl is text, braces and all, as open-unlearning trains on WMDP
-        join: one document of all texts, a blank line between them, for `encode` to cut into rows of max_length
+        abstract: put `title` and `abstract` before `text` (WMDP's bio corpus)
+        lines_as_text: take each line of a .jsonl as text, braces and all, as open-unlearning trains on WMDP
+        join: make one document of all texts, a blank line between them, which `encode` cuts into rows of max_length
             (a book; open-unlearning's pretraining sets). Records with prompts stay as they are
-        encoding: "utf-8", "latin-1" or "cp1252", of files
-        min_words, deduplicate: see `select`; so is `exclude`, the documents of the forget set
+        encoding: "utf-8", "latin-1" or "cp1252", for files
+        min_words, deduplicate: see `select`, which also describes `exclude`, the documents of the forget set
 
-    `streaming` gives a `DocumentStream` that holds one record at a time (a .json list is held whole) and takes
-    none above 64 MiB. `report` receives what was read and dropped, with a stream as it is read.
+    `streaming` gives a `DocumentStream` that holds one record at a time (but a whole .json list) and refuses records
+    above 64 MiB. `report` counts what was read and dropped; a stream fills it while it is read.
 
-    Raises OSError for what is not there; MissingLibraryError (an ImportError) where `datasets` is needed;
-    ValueError for everything else, naming the place and what was expected, also if nothing is left.
+    Raises OSError for a source that is not there, MissingLibraryError (an ImportError) where `datasets` is needed,
+    and ValueError for everything else, naming the place and what was expected, also if no document is left.
     """
     if side is not None and side not in SIDES:
         raise ValueError(f"expected side {', '.join(SIDES)}; got {side!r}")
@@ -135,7 +139,8 @@ def load(
 class DocumentStream:
     """Documents that are read anew, one at a time, at each iteration; `load` makes it.
 
-    `limit` is the longest record in bytes, None any; then `datasets` may use its cache on disk.
+    `limit` is the size in bytes of the longest allowed record. None allows any, and `datasets` may then use its cache
+    on disk.
     """
 
     name: str
@@ -159,7 +164,7 @@ class DocumentStream:
             raise ValueError(f"{report.source}: expected at least one document; {why}")
 
     def _located(self) -> Iterator[tuple[Document, str]]:
-        """Documents with their places, as they stand in the source."""
+        """Yield the documents with their places, as they stand in the source."""
         if self.name.startswith("builtin:"):
             documents = getattr(load_builtin(self.name), _builtin_part(self.name, self.split, self.side))
             yield from ((document, f"{self.name}, document {number}") for number, document in enumerate(documents, 1))
@@ -174,7 +179,7 @@ class DocumentStream:
 
 
 def _parsed(source: str, split: str | None, options: dict) -> tuple[str, str | None, Options]:
-    """Name, split and options of a source string; what exists as a file or folder is a name as it stands."""
+    """Return name, split and options of a source string; an existing file or folder is taken as a name in full."""
     name, query = source, ""
     if not Path(source).expanduser().exists():
         name, _, query = source.partition("?")
@@ -251,10 +256,11 @@ def _file_records(path: Path, options: Options, limit: int | None) -> Iterator[t
 
 
 def _folder_files(folder: Path, split: str | None, side: str | None) -> list[Path]:
-    """The files of a folder to read, none if it is one for `datasets`.
+    """Return the files of a folder to read, or none if `datasets` should read the folder.
 
-    `split` is one file's name without suffix, or several with + between. Without it, the one file that serves as
-    `side` in a known layout; else all files of the folder, in the order of their names, unless it is in hub layout.
+    `split` is one file's name without suffix, or several joined by +. Without it, the one file that serves as `side`
+    in a known layout is read; if there is none, all files of the folder in the order of their names, unless it is in
+    hub layout.
     """
     if split is not None:
         if Path(split).is_absolute() or ".." in Path(split).parts:
@@ -282,19 +288,19 @@ def _folder_files(folder: Path, split: str | None, side: str | None) -> list[Pat
 
 
 def _in_hub_layout(folder: Path) -> bool:
-    """Whether `datasets` knows what the folder holds: by its README, or as parquet files."""
+    """Return whether `datasets` can read the folder, because of its README or because it holds parquet files."""
     readme = folder / "README.md"
     described = readme.is_file() and b"data_files:" in readme.read_bytes()
     return described or any(path.suffix == ".parquet" for path in _within(folder))
 
 
 def _within(folder: Path) -> Iterator[Path]:
-    """What stands in a folder and in its folders; no deeper, for somebody may name a whole disk."""
+    """Yield what stands in a folder and in its folders, no deeper, because the folder may be a whole disk."""
     return itertools.chain(folder.glob("*"), folder.glob("*/*"))
 
 
 def _file_of(folder: Path, name: str) -> list[Path]:
-    """The file `name` with the first suffix there is, in a list."""
+    """Return the file `name` with the first suffix that exists, as a list of one, or an empty list."""
     suffixes = [format + packed for format in _FORMATS for packed in ("", *files.OPENERS)]
     return [path for suffix in suffixes if (path := folder / f"{name}{suffix}").is_file()][:1]
 
@@ -304,8 +310,8 @@ def _is_file_name(path: Path) -> bool:
 
 
 def _joined(kept: Iterable[tuple[Document, str]]) -> Iterator[Document]:
-    """One document of all texts of a file or split; those with a prompt as they are."""
-    # places read "FILE, line 3" or "NAME, row 3"
+    """Yield one document of all texts of a file or split; documents with a prompt stay as they are."""
+    # a place reads "FILE, line 3" or "NAME, row 3"
     for _, group in itertools.groupby(kept, key=lambda pair: pair[1].rpartition(", ")[0]):
         texts = []
         for document, _ in group:

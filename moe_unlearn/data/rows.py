@@ -1,4 +1,4 @@
-"""Examples of rows in memory, whatever they are: texts, records, documents, `datasets.Dataset`, tokens."""
+"""Make examples of rows in memory: texts, records, documents, a `datasets.Dataset` or tokens."""
 
 from collections.abc import Iterable, Mapping, Sized
 
@@ -9,7 +9,7 @@ from moe_unlearn.ops.token_loss import IGNORED
 
 
 def check_rows(side: str, rows: object) -> None:
-    """Raise TypeError unless `rows` can be counted and iterated, ValueError where there are none."""
+    """Raise TypeError unless `rows` can be counted and iterated, and ValueError if there are none."""
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable) or not isinstance(rows, Sized):
         raise TypeError(
             f"{side}: expected a list of texts, records, Documents or Examples, or a datasets.Dataset; got "
@@ -20,12 +20,12 @@ def check_rows(side: str, rows: object) -> None:
 
 
 def encode_rows(rows: Iterable, tokenizer, max_length: int, *, side: str, **encoding) -> list[Example]:
-    """Examples of all rows, in their order; `encoding` are further keywords of `encode`.
+    """Return the examples of all rows, in their order; `encoding` holds further keywords of `encode`.
 
-    A row is an `Example`, a `Document`, a text, a record as `load` knows them (of two answers that of the side), or
-    tokens: `input_ids`, and `labels` where these differ. What their `attention_mask` leaves out at the ends is padding.
-    Empty texts are left out. Raises TypeError for another kind, ValueError for records of another form and for
-    `position_ids` that do not count the tokens (a packed row), naming side and row.
+    A row is an `Example`, a `Document`, a text, a record as `load` knows them (of two answers, the side's is taken),
+    or tokens: `input_ids`, and `labels` where these differ. Tokens at the ends that the `attention_mask` leaves out
+    are padding. Empty texts are left out. Raises TypeError for another kind, and ValueError for records of another
+    form and for `position_ids` that do not count the tokens (a packed row), naming side and row.
     """
     made: list[Example] = []
     for number, row in enumerate(rows):
@@ -64,7 +64,7 @@ def _tokens(row: Mapping, where: str) -> Example:
 
 
 def _attended(row: Mapping, count: int, where: str) -> range:
-    """Which of a row's tokens are not padding."""
+    """Return the range of a row's tokens that are not padding."""
     mask, positions = row.get("attention_mask"), row.get("position_ids")
     attended = list(range(count)) if mask is None else [i for i, one in enumerate(mask) if one]
     kept = range(attended[0], attended[-1] + 1) if attended else range(0)

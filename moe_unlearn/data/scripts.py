@@ -1,10 +1,10 @@
-"""Words of text in any script: what stands between spaces, or single characters where a script writes none."""
+"""Split text of any script into words: runs between spaces, or single characters where a script writes no spaces."""
 
 import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
 
-# first words of the Unicode names of letters whose scripts put no space between words
+# how the Unicode names of letters begin in scripts that put no space between words
 SPACELESS = (
     "CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA ", "KATAKANA-HIRAGANA ", "BOPOMOFO ", "YI ", "TANGUT ", "NUSHU ",
     "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TAI ", "NEW TAI ", "BALINESE ", "JAVANESE ",
@@ -13,17 +13,17 @@ _ZERO_WIDTH_SPACE = "\u200b"
 
 
 def unicode_words(text: str, *, digits: bool = True) -> Iterator[tuple[str, int, int]]:
-    """(word, start, end) of each word of `text`, as it is written, at text[start:end].
+    """Yield (word, start, end) for each word of `text`, spelled as it stands at text[start:end].
 
-    A word is a longest run of letters, digits and the marks on them (Unicode categories L, N, M); without `digits`
-    these end it. Invisible format characters (joiners, soft hyphens; not the zero-width space) do not end a word and
-    are left out of it. In scripts that put no space between words (`SPACELESS`) every letter is a word, its marks
-    with it.
+    A word is a longest run of letters, digits and the marks on them (Unicode categories L, N, M); without `digits` a
+    digit ends it. Invisible format characters (joiners, soft hyphens; not the zero-width space) do not end a word and
+    are left out of it. In scripts that put no space between words (`SPACELESS`) every letter is a word, together with
+    its marks.
     """
     word, start, end, alone = "", 0, 0, False
     for i, character in enumerate(text):
         kind = _kind(character, digits)
-        # a letter that stands alone ends what stands before it, and takes nothing but marks
+        # a letter that stands alone ends the word before it and takes only marks
         if word and (kind in ("end", "alone") or (alone and kind == "part")):
             yield word, start, end
             word = ""
@@ -37,13 +37,13 @@ def unicode_words(text: str, *, digits: bool = True) -> Iterator[tuple[str, int,
 
 @lru_cache(65536)
 def spaceless(character: str) -> bool:
-    """Whether the character belongs to a script that puts no space between words."""
+    """Return whether the character belongs to a script that puts no space between words."""
     return unicodedata.name(character, "").startswith(SPACELESS)
 
 
 @lru_cache(65536)
 def _kind(character: str, digits: bool) -> str:
-    """What the character does to a word: "part" or "mark" of it, a word "alone", its "end", or "" (nothing)."""
+    """Return what the character does to a word: "part" or "mark" of it, a word "alone", its "end", or "" (nothing)."""
     category = unicodedata.category(character)
     if category[0] == "M":
         return "mark"

@@ -1,8 +1,8 @@
-"""Where a prompt ends within the tokens of the whole.
+"""Find where a prompt ends within the tokens of the whole text.
 
-Pieces encoded apart are other tokens than the whole has at the seam: SentencePiece begins every piece with a space,
-and the space at the end of "Answer: " is no part of the word that follows. So the whole is encoded, as a user's text
-is, and split: a token on both sides of the seam belongs to the later part.
+Pieces that are encoded apart get other tokens at the seam than the whole text has: SentencePiece begins every piece
+with a space, and the space at the end of "Answer: " is no part of the word that follows. So the whole text is
+encoded, just as a user's text is, and then split: a token on both sides of the seam belongs to the later part.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from moe_unlearn.config import SEAMS
 
 @dataclass(frozen=True)
 class Split:
-    """Token ids of the parts of a text, which together are those of the whole.
+    """Token ids of the parts of a text; together they are the tokens of the whole.
 
-    `straddled`: a token stands on both sides of the first seam. `asked` is the first part encoded alone, with
-    seam="separate" only.
+    `straddled` is true if a token stands on both sides of the first seam. `asked` is the first part encoded alone,
+    with seam="separate" only.
     """
 
     parts: list[list[int]]
@@ -34,9 +34,9 @@ def check(seam: str) -> None:
 def split(tokenizer, parts: Sequence[str], *, seam: str = "joint", special: bool = False) -> Split:
     """Encode `parts` as one text and split its tokens.
 
-    With seam="joint" a part begins with the first token that reaches into it. With "separate", open-unlearning's way,
-    the first part has as many tokens as it has alone, so that a token across the seam, or one more or less there,
-    shifts what carries a loss. Special tokens that the text spells stay text, unless it is a template's (`special`).
+    With seam="joint" a part begins with the first token that reaches into it. With "separate", as in open-unlearning,
+    the first part gets as many tokens as it has alone, so a token across the seam, or a different count there, shifts
+    which tokens carry a loss. Special tokens spelled in the text stay text, unless a template wrote them (`special`).
     """
     text, bounds = "".join(parts), list(accumulate(map(len, parts[:-1])))
     seams = sorted({bound for bound in bounds if 0 < bound < len(text)})
@@ -56,7 +56,7 @@ def split(tokenizer, parts: Sequence[str], *, seam: str = "joint", special: bool
         if ends is None:
             straddled = start < len(ids_of(tokenizer, parts[0], special=special))
         else:
-            # offsets may leave out the space that a token begins with: it reaches back to where the last one ends
+            # offsets may leave out a token's leading space, so the token reaches back to where the one before it ends
             straddled = (ends[start - 1] if start else 0) < bounds[0]
     starts = [found.get(bound, len(ids) if bound else 0) for bound in bounds]
     if seam == "separate":
@@ -67,18 +67,18 @@ def split(tokenizer, parts: Sequence[str], *, seam: str = "joint", special: bool
 
 
 def ids_of(tokenizer, text: str, *, special: bool = False) -> list[int]:
-    """The tokens of a text, none added around it; special tokens that it spells stay text unless `special`."""
+    """Return the tokens of a text, none added around it; special tokens that it spells stay text unless `special`."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"] if text else []
 
 
 def continued(tokenizer, prompt: list[int], text: str) -> list[int]:
-    """The tokens of `text` behind the tokens `prompt`, as one text has them."""
+    """Return the tokens that `text` has behind the tokens `prompt` when both are encoded as one text."""
     found = split(tokenizer, [tokenizer.decode(prompt, skip_special_tokens=True), text])
     return ids_of(tokenizer, text) if found.straddled else found.parts[1]
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many leading tokens two rows have in common."""
+    """Return how many leading tokens two rows have in common."""
     shared = 0
     for a, b in zip(first, second, strict=False):
         if a != b:

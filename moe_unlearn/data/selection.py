@@ -1,4 +1,4 @@
-"""Which documents stay, and the account of those that do not."""
+"""Select the documents that stay, and count those that are dropped."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -6,20 +6,19 @@ from dataclasses import asdict, dataclass, field
 
 from moe_unlearn.data.corpus import Document, runs, words
 
-EXAMPLES = 3  # places named for each reason
+EXAMPLES = 3  # how many places are named for each reason
 
 
 @dataclass
 class DataReport:
-    """What was read, and what was dropped or cut and why.
+    """Counts of the documents that were read, dropped or cut, and the reasons.
 
-    `dropped` counts documents by reason: "empty", "too short", "duplicate", "overlaps with the forget set",
-    "of another subject", "without such an answer" (a record of PKU-SafeRLHF whose responses are all of the other kind),
+    `dropped` counts documents by reason: "empty", "too short", "duplicate", "overlaps with the forget set", "of
+    another subject", "without such an answer" (a record of PKU-SafeRLHF whose responses are all of the other kind),
     "prompt leaves no room", "shorter than prompt_tokens", "spells a special token". `places` names the first three of
-    each. `truncated` counts documents whose end, or their alternate's, did not fit and is in no example. `rows` is how
-    many examples a run takes of all those that the documents gave. `straddled` counts answers whose first token began
-    in their prompt.
-    `special_tokens` are those that were added, of `special.Added`.
+    each. `truncated` counts documents whose end, or whose alternate's end, did not fit and is in no example. `rows`
+    is how many of the documents' examples a run takes. `straddled` counts answers whose first token began in their
+    prompt. `special_tokens` names the tokens that were added (`special.Added`).
     """
 
     source: str = ""
@@ -33,20 +32,20 @@ class DataReport:
     special_tokens: dict[str, list[str]] = field(default_factory=dict)
 
     def drop(self, reason: str, where: str) -> None:
-        """Count a document that goes."""
+        """Count a document that is dropped."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         places = self.places.setdefault(reason, [])
         if len(places) < EXAMPLES:
             places.append(where)
 
     def restart(self, source: str) -> None:
-        """Forget what was counted: `source` is read from its beginning."""
+        """Reset the counts because `source` is read again from its beginning."""
         self.source, self.read, self.kept, self.truncated, self.straddled = source, 0, 0, 0, 0
         self.dropped.clear()
         self.places.clear()
 
     def to_dict(self) -> dict:
-        """As JSON has it."""
+        """Return the report as a dictionary for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -70,11 +69,11 @@ def select(
     subject: str | None = None,
     exclude: Iterable[Document] = (),
 ) -> Iterator[tuple[Document, str]]:
-    """The documents that stay, with their places and in their order; each that goes is counted in `report`.
+    """Yield the documents that stay, with their places and in their order, and count the others in `report`.
 
-    Always without the empty ones. `min_words` counts words of prompt, title and text. `deduplicate` keeps the
-    first of those with the same words. `subject` keeps records whose `subject` or `target` it is. A document
-    overlaps with `exclude` if it shares a run of 12 words with one of these, or all of its words.
+    Empty documents are always dropped. `min_words` counts words of prompt, title and text. `deduplicate` keeps the
+    first of the documents with the same words. `subject` keeps records whose `subject` or `target` equals it. A
+    document overlaps with `exclude` if it shares with one of these a run of 12 words, or all of its words.
     """
     excluded_runs, excluded = set(), set()
     for document in exclude:
@@ -101,5 +100,5 @@ def select(
 
 
 def _digest(document: Document) -> bytes:
-    """16 bytes of the words: a corpus larger than memory still has its duplicates found."""
+    """Return a digest of the words, 16 bytes, so that duplicates are found even in a corpus larger than memory."""
     return hashlib.blake2b(" ".join(words(document)).encode(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""Special tokens: those a tokenizer adds by itself, and those that are not text."""
+"""Find the special tokens that a tokenizer adds by itself, and those that are not text."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ _PROBE = "a"
 
 @dataclass(frozen=True)
 class Added:
-    """Token ids around a text, as `tokenizer(text)` has them, and after the answer to a prompt.
+    """Token ids that `tokenizer(text)` puts around a text, and those that follow the answer to a prompt.
 
-    An answer ends: where the tokenizer adds nothing after a text, its end-of-sequence token follows an answer, as
-    chat templates have it.
+    An answer always ends with a token: where the tokenizer adds nothing after a text, its end-of-sequence token
+    follows the answer, as in chat templates.
     """
 
     begin: list[int]
@@ -18,14 +18,14 @@ class Added:
     answer_end: list[int]
 
     def describe(self, tokenizer) -> dict[str, list[str]]:
-        """The tokens as they are spelled, for a report."""
+        """Return the tokens as they are spelled, for a report."""
         return {name: tokenizer.convert_ids_to_tokens(ids) for name, ids in vars(self).items()}
 
 
 def added(tokenizer) -> Added:
-    """Ask the tokenizer what it adds: that it has a token for the beginning does not say that it is in use.
+    """Return what the tokenizer adds around a text, found by encoding one: a begin token it has may not be in use.
 
-    Raises ValueError where a text is not the same tokens with and without special tokens.
+    Raises ValueError where a text does not have the same tokens with and without special tokens.
     """
     whole = tokenizer(_PROBE)["input_ids"]
     bare = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
@@ -41,5 +41,5 @@ def added(tokenizer) -> Added:
 
 
 def special_ids(tokenizer) -> set[int]:
-    """Ids of all special tokens; added tokens that are text (runs of spaces, `</think>`) are not among them."""
+    """Return the ids of all special tokens, without added tokens that are text (runs of spaces, `</think>`)."""
     return {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}

@@ -1,4 +1,4 @@
-"""Which rank gets which example, for data in memory and for streams larger than it."""
+"""Share examples between ranks, for data in memory and for streams larger than it."""
 
 import itertools
 import random
@@ -18,10 +18,10 @@ ENDS = ("repeat", "drop", "uneven")
 def shard(
     length: int, rank: int, world_size: int, *, seed: int | None = None, epoch: int = 0, ends: str = "repeat"
 ) -> list[int]:
-    """The positions of `length` examples that `rank` of `world_size` ranks works on.
+    """Return the positions, out of `length` examples, that `rank` of `world_size` ranks works on.
 
-    Position j of the order (shuffled by `seed` and `epoch`, else as it is) goes to rank j mod world_size. Where
-    the length does not divide, `ends="repeat"` gives all ranks the same number by starting again from the
+    Position j of the order (shuffled by `seed` and `epoch`, else unchanged) goes to rank j mod world_size. Where
+    the length does not divide evenly, `ends="repeat"` gives all ranks the same number by starting again from the
     beginning of the order, as torch's DistributedSampler does; "drop" leaves the rest out; "uneven" gives every
     example to exactly one rank (for evaluation: collectives must not count on equal numbers).
 
@@ -41,15 +41,15 @@ def shard(
 
 
 class ExampleStream(IterableDataset):
-    """(example, number) pairs of documents that do not fit in memory, the share of one rank.
+    """Stream of (example, number) pairs, one rank's share of documents that do not fit in memory.
 
-    The numbers count the examples of the whole stream, so that they name the same example on every rank. Every
-    rank reads all of the documents and keeps every world_size-th example; `ends` is as in `shard`, and the
-    workers of a DataLoader share what their rank has. With `shuffle_buffer` > 1 examples leave in random order
-    from a buffer of that many, by `seed` and epoch (`set_epoch`) and alike on all ranks, before they are shared.
-    `report` is filled where there are no workers.
+    The numbers count the examples of the whole stream, so a number names the same example on every rank. Every rank
+    reads all of the documents and keeps every world_size-th example; `ends` is as in `shard`, and the workers of a
+    DataLoader divide their rank's share. With `shuffle_buffer` > 1, examples leave a buffer of that many in random
+    order, before they are shared; the order depends on `seed` and epoch (`set_epoch`) and is alike on all ranks.
+    `report` is filled only where there are no workers.
 
-    Memory: the buffer, and with `ends="repeat"` the first world_size examples. Collate with
+    The memory needed is the buffer, and with `ends="repeat"` the first world_size examples. Collate with
     `collate(*zip(*rows))`. Raises ValueError as `shard` and `iter_examples` do.
     """
 
@@ -78,7 +78,7 @@ class ExampleStream(IterableDataset):
         self.encoding = {"overflow": overflow, "chat": chat, "seam": seam, "report": report}
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle the next pass in the order of this epoch."""
+        """Set the epoch, which decides the order of the next pass."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Example, int]]:

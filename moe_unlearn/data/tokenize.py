@@ -1,4 +1,4 @@
-"""From documents to examples and batches; a tokenizer trained on the spot."""
+"""Turn documents into examples and batches, and train a small tokenizer on given texts."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,12 +18,12 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 @dataclass(frozen=True)
 class Example:
-    """One row: token ids, labels (-100 carries no loss) and how many leading tokens are a given prefix.
+    """One row of token ids with its labels (-100 carries no loss) and the length of its prefix.
 
-    The prefix is the title or prompt with what the tokenizer begins a text with, 0 where there is neither; metrics may
-    show it to the model. `asked` are the prompt's tokens where a model is asked with other ones (seam="separate").
-    `straddled`: the first token of the answer begins in the prompt. `alternate` is the row with the alternate answer in
-    the answer's place, where the document has one (its field `alternate`).
+    The prefix is the title or prompt together with the tokenizer's begin tokens, 0 tokens where there is neither
+    title nor prompt; metrics may show it to the model. `asked` holds the prompt's tokens where a model is asked with
+    others (seam="separate"). `straddled` is true if the first token of the answer begins in the prompt. `alternate`
+    is the row with the alternate answer in the answer's place, where the document has one (its field `alternate`).
     """
 
     input_ids: list[int]
@@ -38,11 +38,11 @@ class Example:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens, as a `PreTrainedTokenizerFast`.
+    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens; return a `PreTrainedTokenizerFast`.
 
-    The vocabulary starts with <pad>, <s>, </s> and the 256 bytes, so any text can be encoded and comes back
-    the same. `tokenizer(text)` begins with <s> and ends with </s>. Deterministic. Raises ValueError if `vocab_size` is
-    below 259 or there is no text.
+    The vocabulary starts with <pad>, <s>, </s> and the 256 bytes, so any text can be encoded and decodes to
+    itself. `tokenizer(text)` begins with <s> and ends with </s>. Training is deterministic. Raises ValueError if
+    `vocab_size` is below 259 or there is no text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -81,7 +81,7 @@ def encode(
     seam: str = "joint",
     report: DataReport | None = None,
 ) -> list[Example]:
-    """All of `iter_examples` in a list."""
+    """Return all examples of `iter_examples` in a list."""
     return list(
         iter_examples(
             documents, tokenizer, max_length, overflow=overflow, chat=chat, prompt_tokens=prompt_tokens, seam=seam,
@@ -101,31 +101,33 @@ def iter_examples(
     seam: str = "joint",
     report: DataReport | None = None,
 ) -> Iterator[Example]:
-    """Examples of at most `max_length` tokens: [begin] prompt or title, text, [end].
+    """Yield examples of at most `max_length` tokens: [begin] prompt or title, text, [end].
 
-    Begin and end are the special tokens that `tokenizer(text)` has around a text, none where it adds none; the answer
-    to a prompt ends with the end-of-sequence token at any rate (`special.Added`). The report names them.
+    Begin and end are the special tokens that `tokenizer(text)` puts around a text, none where it adds none. The
+    answer to a prompt always ends with the end-of-sequence token (`special.Added`). The report names these tokens.
 
-    A prompt is masked with -100, a title is not. Prompt and text are encoded as one; a token on both sides of the seam
-    is the text's and the report counts it, but with seam="separate" as many tokens are masked as the prompt has alone
-    (`seams`). What does not fit goes to further examples with
-    `overflow="split"` (a document with a prompt is cut instead: its answer would lose its question) and is
-    cut with `overflow="truncate"`; the later pieces of a split document have no prefix.
+    A prompt is masked with -100, a title is not. Prompt and text are encoded as one text. A token on both sides of
+    the seam belongs to the text, and the report counts it; with seam="separate", instead, as many tokens are masked
+    as the prompt has alone (`seams`). With `overflow="split"`, text that does not fit goes to further examples,
+    except that a document with a prompt is cut, since a later piece of its answer would lack the question.
+    `overflow="truncate"` cuts every document. The later pieces of a split document have no prefix.
 
     With `chat`, true or a `Chat` with the template's options, the tokenizer's chat template asks the question (or
-    prompt) as the user and gives the text as the assistant. The answer and its end token carry a loss, what the
-    template writes before and behind them carries none (`chats`). Documents without a prompt are texts as before.
+    prompt) as the user and gives the text as the assistant. The answer and its end token carry a loss; what the
+    template writes before and behind them carries none (`chats`). Documents without a prompt remain plain texts.
 
-    The answer to a prompt has an alternate where its record has a text `alternate` (AltPO): that takes its place in a
-    row of its own, cut as the answer is. One that spells a special token of the template is left out.
+    The answer to a prompt has an alternate where its record has a text `alternate` (AltPO). The alternate takes the
+    answer's place in a row of its own, cut as the answer is. One that spells a special token of the template is left
+    out.
 
-    With `prompt_tokens` the first so many tokens of each example without a prompt, begin and title among them, are its
-    prompt: objectives that answer prompts get them from a book. What is no longer than that is in no example.
+    With `prompt_tokens`, the first that many tokens of each example without a prompt, begin and title included,
+    become its prompt, so that objectives that answer prompts can use a book. A piece no longer than that is in no
+    example.
 
-    A prompt that leaves no room for its text, and with `chat` a text that spells a special token of the
-    template, is a ValueError, as is a text no longer than `prompt_tokens`; with a `report` the document is dropped and
-    counted there instead, as are the documents that were cut. Raises ValueError also if `max_length` is below 2,
-    `prompt_tokens` is not below it, `seam` is another, or there is no chat template.
+    Raises ValueError for a prompt that leaves no room for its text, with `chat` for a text that spells a special
+    token of the template, and for a text no longer than `prompt_tokens`. With a `report` such a document is instead
+    dropped and counted there, and documents that were cut are counted too. Raises ValueError also if `max_length` is
+    below 2, `prompt_tokens` is not below it, `seam` or `overflow` is unknown, or there is no chat template.
     """
     if max_length < 2:
         raise ValueError(f"expected a max_length of at least 2; got {max_length}")
@@ -152,7 +154,7 @@ def iter_examples(
         return _Tokens(around.begin + prompt, title, text, 0, asked, found.straddled)
 
     def alternate_of(document: Document) -> tuple[Example | None, bool]:
-        """The row with the alternate answer, and whether that is cut."""
+        """Return the row with the alternate answer, and whether it was cut."""
         answer, said = document.text, document.fields.get("alternate")
         if not document.prompt or not isinstance(said, str) or not said.strip():
             return None, False
@@ -201,9 +203,9 @@ def iter_examples(
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Token ids of a document: what is given, then its text, which begins with the title and ends with what follows it.
+    """Token ids of a document: the given prompt, the title, and the text with the title in front and the end behind.
 
-    The last `rest` of these are the template's; `asked` and `straddled` are as in `Example`.
+    The last `rest` tokens of the text are the template's; `asked` and `straddled` are as in `Example`.
     """
 
     prompt: list[int]
@@ -214,7 +216,7 @@ class _Tokens:
     straddled: bool
 
     def example(self, piece: list[int], masked: int) -> Example:
-        """The row of the prompt and a piece of the text, of which `masked` tokens carry no loss."""
+        """Return the row of the prompt and a piece of the text; its first `masked` tokens carry no loss."""
         ids, end = self.prompt + piece, len(self.prompt) + len(self.text) - self.rest
         labels = ([IGNORED] * masked + ids[masked:end] + [IGNORED] * self.rest)[: len(ids)]
         return Example(ids, labels, masked, self.asked, self.straddled)
@@ -235,7 +237,7 @@ def batches(
     seed: int | None = None,
     epoch: int = 0,
 ) -> list[dict[str, Tensor]]:
-    """Right-padded batches `input_ids`, `attention_mask`, `labels` [B, S] and `index` [B], all int64.
+    """Return right-padded batches `input_ids`, `attention_mask`, `labels` [B, S] and `index` [B], all int64.
 
     `index` is the position in `examples`. With a `seed` the order is shuffled, differently in each `epoch`;
     without one it is kept. Raises ValueError if there are no examples or `batch_size` is below 1.
@@ -254,7 +256,7 @@ def batches(
 
 
 def collate(examples: Sequence[Example], index: Sequence[int], *, pad_id: int = 0) -> dict[str, Tensor]:
-    """One batch of these examples; see `batches`."""
+    """Return one batch of these examples; see `batches`."""
     longest = max(map(len, examples))
 
     def padded(rows: Iterable[list[int]], value: int) -> Tensor:
@@ -269,12 +271,12 @@ def collate(examples: Sequence[Example], index: Sequence[int], *, pad_id: int = 
 
 
 def generator(seed: int, epoch: int) -> torch.Generator:
-    """A random generator of its own for every (seed, epoch)."""
-    # torch's CPU generator reads only 32 bits of its seed, so both numbers are hashed into them
+    """Return a random generator that is different for every (seed, epoch)."""
+    # torch's CPU generator reads only 32 bits of its seed, so a hash of both numbers supplies these bits
     return torch.Generator().manual_seed(random.Random(f"{seed} {epoch}").getrandbits(32))
 
 
 def pad_token_id(tokenizer) -> int:
-    """The tokenizer's padding id, else its end id, else 0: padding carries no loss and no attention."""
+    """Return the tokenizer's padding id, else its end id, else 0; padding carries no loss and no attention."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((i for i in candidates if i is not None), 0)

@@ -1,1 +1,1 @@
-"""The engine inside other people's frameworks."""
+"""Integrations of the engine into other frameworks."""

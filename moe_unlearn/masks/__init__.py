@@ -1,4 +1,7 @@
-"""Which weights may move: masks of one bit a weight, in memory and on disk, in our form and in WAGLE's official one."""
+"""Weight masks, one bit a weight: they say which weights may move.
+
+They are held in memory, and on disk in our format or in WAGLE's official one.
+"""
 
 from moe_unlearn.masks.files import FORMATS, from_hub, load, save, to_hub
 from moe_unlearn.masks.weight_mask import WeightMask

@@ -1,14 +1,14 @@
-"""Weight masks on disk: ours, and those of the official WAGLE code.
+"""Reads and writes weight masks, in our format and in that of the official WAGLE code.
 
     native      safetensors, one bit for each weight, under the names the parameters have in memory
     official    torch.save of {parameter name: bool tensor}, True where a weight may move
 
-The official code knows experts one by one (`experts.3.gate_proj.weight`), transformers holds them fused
-(`experts.gate_up_proj` [E, 2I, H]). The names between the two, and what is stacked and joined, are transformers'
-own weight conversions, those of `save_pretrained`; so every family it converts works here. An official file may
-also have the names in memory. It is read by `torch.load(weights_only=True)`, which runs nothing of the file.
+The official code names experts one by one (`experts.3.gate_proj.weight`); transformers holds them fused
+(`experts.gate_up_proj` [E, 2I, H]). transformers' own weight conversions, those of `save_pretrained`, translate the
+names and say which tensors are stacked and joined; so every family that they convert works here. An official file may
+also use the names in memory. `torch.load(weights_only=True)` reads it, which runs no code of the file.
 
-Memory: a byte for each weight, three times, which is how the official form counts.
+Memory: three bytes for each weight, since the official form takes a byte a weight and three copies exist at once.
 """
 
 import copy
@@ -36,7 +36,7 @@ _PICKLED = (b"PK\x03\x04", b"\x80")  # torch.save's archive, and its form before
 
 
 def save(mask: WeightMask, path: str | Path, model: nn.Module, format: str = "native") -> None:
-    """Write `mask` of `model` in one of `FORMATS`; under this name it is there whole or not at all.
+    """Write `mask` of `model` in one of `FORMATS`; the file appears under its name whole or not at all.
 
     The official form loses `keep`, `gamma` and the score terms. Raises ValueError for a mask of another model.
     """
@@ -45,7 +45,7 @@ def save(mask: WeightMask, path: str | Path, model: nn.Module, format: str = "na
         mask.save(path)
         return
     named = to_hub(model, {name: mask.kept(name).cpu() for name in mask.names})
-    # an open file, since torch refuses some names; clones, since a view would be saved with all it is a view of
+    # an open file, since torch refuses some names; clones, since torch saves a view with the whole tensor behind it
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         torch.save({name: kept.clone() for name, kept in named.items()}, file)
 
@@ -53,7 +53,7 @@ def save(mask: WeightMask, path: str | Path, model: nn.Module, format: str = "na
 def load(path: str | Path, model: nn.Module) -> WeightMask:
     """Read a mask of `model` in either format, to the CPU.
 
-    Of an official file `keep` is the fraction it keeps. Raises ValueError naming the file and what is wrong: not a
+    The `keep` of an official file is the fraction that it keeps. Raises ValueError naming the file and the fault: not a
     mask, a pickle that holds more than tensors, a name missing or unknown, another shape, values that are not bool.
     """
     try:
@@ -77,7 +77,7 @@ def load(path: str | Path, model: nn.Module) -> WeightMask:
 
 
 def to_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names and in the shapes of a checkpoint on disk, from those of the parameters in memory."""
+    """Convert tensors with the names and shapes of parameters in memory to those of a checkpoint on disk."""
     return revert_weight_conversion(_plain(model), dict(tensors))
 
 
@@ -91,7 +91,7 @@ def from_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     own = {name for name, _ in model.named_parameters()}
     out, collected = {}, {}
-    # experts in the order of their numbers
+    # sorted so that experts are stacked in the order of their numbers
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters)
         if pattern is None:

@@ -1,4 +1,4 @@
-"""Weight masks: one bit for each weight of a model, packed, in memory and in a file."""
+"""The class of weight masks, one packed bit for each weight of a model, with its safetensors file."""
 
 import json
 from collections.abc import Iterable
@@ -30,37 +30,37 @@ class WeightMask:
 
     @property
     def names(self) -> list[str]:
-        """Parameter names, in `named_parameters()` order."""
+        """Return the parameter names, in `named_parameters()` order."""
         return list(self.shapes)
 
     def words(self, name: str) -> Tensor:
-        """The packed int32 words [..., ceil(n / 32)] of one parameter."""
+        """Return the packed int32 words [..., ceil(n / 32)] of one parameter."""
         return self.packed[name]
 
     def kept(self, name: str) -> Tensor:
-        """bool tensor of the parameter's shape: which of its weights may move."""
+        """Return a bool tensor of the parameter's shape, True where a weight may move."""
         shape = self.shapes[name]
         return unpack_bits(self.packed[name], shape[-1] if shape else 1).view(shape)
 
     @property
     def fraction(self) -> float:
-        """Kept weights over all weights; below `keep` where scores are exactly 0 (native mode)."""
+        """Return kept weights over all weights; below `keep` where scores are exactly 0 (native mode)."""
         counts = [self._count(name) for name in self.names]
         return sum(kept for kept, _ in counts) / max(sum(total for _, total in counts), 1)
 
     @property
     def fraction_per_layer(self) -> dict[str, float]:
-        """Kept fraction of each decoder layer, "outside layers" for embeddings, final norm and head."""
+        """Return the kept fraction of each decoder layer, "outside layers" for embeddings, final norm and head."""
         return _fractions((_layer_and_kind(name)[0], *self._count(name)) for name in self.names)
 
     @property
     def fraction_per_kind(self) -> dict[str, float]:
-        """Kept fraction of each kind of matrix: the same parameter in all layers."""
+        """Return the kept fraction of each kind of matrix: the same parameter in all layers."""
         return _fractions((_layer_and_kind(name)[1], *self._count(name)) for name in self.names)
 
     @property
     def fraction_per_expert(self) -> dict[str, Tensor]:
-        """Experts module -> kept fraction [E] float64 of each of its experts."""
+        """Return the kept fraction of each expert, [E] float64, by experts module."""
         kept: dict[str, Tensor] = {}
         total: dict[str, float] = {}
         for name, shape in self.shapes.items():
@@ -73,7 +73,7 @@ class WeightMask:
         return {owner: counts / total[owner] for owner, counts in kept.items()}
 
     def check(self, model: nn.Module) -> None:
-        """ValueError naming the first parameter in which the mask and the model differ."""
+        """Raise ValueError naming the first parameter in which the mask and the model differ, if there is one."""
         own = {name: tuple(p.shape) for name, p in model.named_parameters()}
         for name in [*own, *self.shapes]:
             if own.get(name) != self.shapes.get(name):
@@ -83,7 +83,7 @@ class WeightMask:
                 )
 
     def state_dict(self) -> dict:
-        """Nested dict of tensors and plain values."""
+        """Return the mask as a nested dict of tensors and plain values."""
         return {
             "shapes": [[name, list(shape)] for name, shape in self.shapes.items()],
             "packed": dict(self.packed),
@@ -107,7 +107,7 @@ class WeightMask:
         return cls(shapes, dict(state["packed"]), keep, gamma, official, magnitudes)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; under this name it is there whole or not at all."""
+        """Write one safetensors file, which appears under its name whole or not at all."""
         state = self.state_dict()
         tensors = {name: words.cpu().contiguous() for name, words in state.pop("packed").items()}
         with whole_file(path) as temporary:
@@ -139,12 +139,12 @@ class WeightMask:
 
 
 def _kept_per_row(words: Tensor) -> Tensor:
-    """Number of set bits along the last dimension."""
+    """Count the set bits along the last dimension."""
     return _BITS_IN_BYTE[words.cpu().contiguous().view(torch.uint8).long()].sum(-1)
 
 
 def _fractions(entries: Iterable[tuple[str, int, int]]) -> dict[str, float]:
-    """Ratio of the sums of (key, kept, total), keys in order of appearance."""
+    """Compute, for each key of (key, kept, total), the ratio of the two sums; keys in order of appearance."""
     sums: dict[str, tuple[int, int]] = {}
     for key, kept, total in entries:
         before = sums.get(key, (0, 0))
@@ -153,7 +153,7 @@ def _fractions(entries: Iterable[tuple[str, int, int]]) -> dict[str, float]:
 
 
 def _layer_and_kind(name: str) -> tuple[str, str]:
-    """("model.layers.3", "mlp.experts.down_proj") of "model.layers.3.mlp.experts.down_proj"."""
+    """Split "model.layers.3.mlp.experts.down_proj" into ("model.layers.3", "mlp.experts.down_proj")."""
     parts = name.removesuffix(".weight").split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if number is None:

@@ -1,4 +1,4 @@
-"""What a model remembers, what it still can, and what it gives away."""
+"""Measure what a model remembers, what it can still do, and what it gives away."""
 
 from moe_unlearn.metrics.audit import audit
 from moe_unlearn.metrics.choices import continuation_logprobs, evaluate_choices, multiple_choice

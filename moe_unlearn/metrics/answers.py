@@ -1,8 +1,8 @@
-"""Questions put to a model: how likely it finds an answer, and what it answers.
+"""Put questions to a model: measure how likely it finds an answer, and let it answer.
 
-A prompt and its answer are tokenised as in training (`data.encode`): as one text, then the end token. White space
-between the two is the answer's. MUSE and open-unlearning encode the prompt
-alone, which gives a byte-level vocabulary a token it never saw there; `conventions` has all that differs.
+A prompt and its answer are tokenised as in training (`data.encode`): as one text, followed by the end token. White
+space between the two belongs to the answer. MUSE and open-unlearning encode the prompt alone, which gives models with
+a byte-level vocabulary a token they never saw there; `conventions` lists all differences.
 """
 
 import math
@@ -21,10 +21,10 @@ QUESTION = "Question: {question}\nAnswer: "
 
 
 def fields(rows: Sequence, names: Sequence[str], where: str) -> list[dict]:
-    """The named fields of rows; ValueError names the set, the row and what is missing.
+    """Return the named fields of each row; raise ValueError naming the set, the row and what is missing.
 
-    A row is a mapping, a string (its `text`), or an object with attributes; an attribute `fields` that is a
-    mapping, the record an object was read from, counts first.
+    A row is a mapping, a string (its `text`), or an object with attributes. If the object has an attribute `fields`,
+    the mapping of the record it was read from, that counts first.
     """
     if not rows:
         raise ValueError(f"{where}: expected at least one row; got none")
@@ -42,7 +42,7 @@ def fields(rows: Sequence, names: Sequence[str], where: str) -> list[dict]:
 
 
 def texts(rows: Sequence, names: Sequence[str], where: str) -> list[dict]:
-    """`fields` that are texts with more than white space; ValueError names the set, the row and what came."""
+    """Return `fields` whose values are all non-blank texts; raise ValueError naming the set, the row and the value."""
     taken = fields(rows, names, where)
     for number, row in enumerate(taken):
         for name, value in row.items():
@@ -54,13 +54,13 @@ def texts(rows: Sequence, names: Sequence[str], where: str) -> list[dict]:
 def pair(
     tokenizer, prompt: str, answer: str, max_length: int, *, chat: bool | Chat = False, ways: Conventions = OURS
 ) -> Example:
-    """One example: the prompt masked, the answer and its end labelled, cut to `max_length`.
+    """Return one example: the prompt is masked, the answer and its end are labelled, and it is cut to `max_length`.
 
     With `chat` the tokenizer's chat template asks the prompt (`data.encode`). Raises ValueError if the prompt leaves
     no room for the answer.
     """
     if ways.seam == "joint":
-        # white space before the answer is asked of the model
+        # white space before the answer becomes part of the answer
         asked = prompt.rstrip()
         space = prompt[len(asked) :]
         prompt, answer = asked, space + (answer.lstrip() if space else answer)
@@ -68,7 +68,7 @@ def pair(
 
 
 def text_example(tokenizer, text: str, max_length: int, ways: Conventions = OURS) -> Example:
-    """A text as the tokenizer has it, without end token and cut to `max_length`; with `drop_last` it is whole."""
+    """Return a text's example without end token, cut to `max_length`; with `drop_last` the end token is kept."""
     if ways.text_window:
         max_length = min(max_length + len(added(tokenizer).begin), 2**31)
     example = encode([Document("", text)], tokenizer, max_length, overflow="truncate")[0]
@@ -76,10 +76,10 @@ def text_example(tokenizer, text: str, max_length: int, ways: Conventions = OURS
 
 
 def continuation(tokenizer, prompt: str, text: str, max_length: int, tokens: int, ways: Conventions = OURS) -> Example:
-    """One example of a text that goes on where the prompt ends, without end token, cut to `max_length`.
+    """Return one example of a text that continues the prompt, without end token, cut to `max_length`.
 
-    With `drop_last`, by which its last token will not count, it ends as the tokenizer ends a text and has at most
-    `tokens` tokens behind the prompt.
+    With `drop_last`, which leaves the last token out of the count, the example keeps the tokenizer's end and has at
+    most `tokens` tokens behind the prompt.
     """
     space = " " if ways.insert_space else ""
     example = without_end(pair(tokenizer, prompt, space + text, max_length, ways=ways), tokenizer)
@@ -90,7 +90,7 @@ def continuation(tokenizer, prompt: str, text: str, max_length: int, tokens: int
 
 
 def check_fit(model: nn.Module, example: Example, new_tokens: int, where: str) -> None:
-    """ValueError for a prompt that with `new_tokens` exceeds the model's context."""
+    """Raise ValueError for a prompt that with `new_tokens` exceeds the model's context."""
     context, prompt = context_length(model), len(prompt_of(example))
     if context is not None and prompt + new_tokens > context:
         raise ValueError(
@@ -99,12 +99,12 @@ def check_fit(model: nn.Module, example: Example, new_tokens: int, where: str) -
 
 
 def room(model: nn.Module, max_length: int) -> int:
-    """`max_length`, or the model's context if that is shorter."""
+    """Return `max_length`, or the model's context if that is shorter."""
     return min(max_length, context_length(model) or max_length)
 
 
 def probability(model: nn.Module, tokenizer, examples: Sequence[Example], *, batch_size: int) -> list[dict]:
-    """`prob` = exp(-`avg_loss`) of each example, `avg_loss` the mean NLL of its labelled tokens in nats.
+    """Return `prob` = exp(-`avg_loss`) and `avg_loss`, the mean NLL of the labelled tokens in nats, for each example.
 
     Both are None where no token carries a label.
     """
@@ -130,10 +130,10 @@ def completions(
     batch_size: int = 32,
     ways: Conventions = OURS,
 ) -> list[str]:
-    """Greedy answers to the prompts of `examples`, without white space around them.
+    """Return greedy answers to the prompts of `examples`, without white space around them.
 
-    An answer ends at a special token (with `ways.stop_at_end` at the end token), after `new_tokens` tokens, or before
-    the first of `cut_at` in its text.
+    An answer ends at a special token (with `ways.stop_at_end` only at the end token), after `new_tokens` tokens, or
+    before the first of `cut_at` in its text.
     """
     generated = greedy(
         model, [prompt_of(example) for example in examples], new_tokens, batch_size=batch_size,
@@ -161,11 +161,11 @@ def rouge(
     batch_size: int = 32,
     ways: Conventions = OURS,
 ) -> Result:
-    """Greedy answers to the prompts of `examples`, compared as text with `answers` by `unicode_rouge.rouge_scorer`.
+    """Compare greedy answers to the prompts of `examples` with `answers` as text, by `unicode_rouge.rouge_scorer`.
 
-    The answers are those of `completions`. `agg_value` is the mean of `key`: `rougeL_f1`, `rougeL_recall` or
-    `rouge1_recall`, in [0, 1]; `tokenizer` says what the words are. `straddled`, if there are any, counts answers whose
-    first token begins in their prompt.
+    The greedy answers are those of `completions`. `agg_value` is the mean of `key`: `rougeL_f1`, `rougeL_recall` or
+    `rouge1_recall`, in [0, 1]. `tokenizer` says how text is split into words. `straddled`, present only if not 0,
+    counts answers whose first token begins in their prompt.
     """
     generated = completions(
         model, tokenizer, examples, new_tokens=new_tokens, cut_at=cut_at, batch_size=batch_size, ways=ways

@@ -1,27 +1,27 @@
-"""Membership inference attacks: does what a model says of a document show that it was trained on it?
+"""Run membership inference attacks, which ask whether a model shows that it was trained on a document.
 
-Each gives a row a score, the larger the less it looks like a row that was trained on; p_t is the probability of
-labelled token t given those to its left:
+Each attack gives a row a score, which is larger the less the row looks as if it was trained on; p_t is the
+probability of labelled token t given those to its left:
 
     mia_loss             -mean log p_t
     mia_min_k            minus the mean of the lowest 40 % of log p_t (Shi et al., arXiv 2310.16789)
     mia_min_k_plus_plus  the same of (log p_t - mu_t) / sigma_t, mean and standard deviation of log p over the
                          vocabulary weighted by p, sigma_t^2 at least 1e-6 (Zhang et al., arXiv 2404.02936)
-    mia_zlib             mia_loss over the bytes that zlib makes of the text of the labelled tokens (Carlini et al.,
-                         arXiv 2012.07805)
-    mia_gradnorm         mean over the parameters that take part of the 2-norm of the gradient of -mean log p_t
-                         (Wang et al., arXiv 2402.17012); a backward pass a row, and memory for all
-                         weights' gradients
+    mia_zlib             mia_loss over the number of bytes to which zlib compresses the text of the labelled tokens
+                         (Carlini et al., arXiv 2012.07805)
+    mia_gradnorm         2-norm of the gradient of -mean log p_t, averaged over the parameters that have one (Wang et
+                         al., arXiv 2402.17012); takes a backward pass a row, and memory for all weights' gradients
     mia_reference        mia_loss minus that of a reference model, which was not trained on the rows (Carlini et al.)
 
-A result is the AUC of the scores, forget against holdout: 1 for a model that knows the forget rows by heart, 0.5 for
-one that never saw them, as open-unlearning has it (`agg_value`, `auc`); `auc_muse` is MUSE's, 1 minus that. Which
-tokens are labelled is the benchmark's; with `drop_last` (`conventions`) the last of them counts for mia_loss, mia_zlib
-and mia_reference only, as in open-unlearning.
+A result is the AUC of the scores, forget against holdout. `agg_value` and `auc` follow open-unlearning: 1 for a model
+that knows the forget rows by heart, 0.5 for one that never saw them. `auc_muse` is MUSE's, 1 minus that. The
+benchmark decides which tokens are labelled; with `drop_last` (`conventions`) the last of them counts for mia_loss,
+mia_zlib and mia_reference only, as in open-unlearning.
 
-Two compare `mia_min_k` with the retrained model's, of a reference run, in percent: `privleak` the MUSE AUCs, `rel_diff`
-open-unlearning's. Without a reference run `privleak_unseen` compares with 0.5, the AUC of a model that never saw the
-rows; open-unlearning falls back on that silently, and so do `privleak` and `rel_diff` with its ways.
+Two results compare `mia_min_k` with the retrained model's, from a reference run, in percent: `privleak` compares the
+MUSE AUCs, `rel_diff` open-unlearning's. Without a reference run `privleak_unseen` compares with 0.5, the AUC of a
+model that never saw the rows. open-unlearning falls back on 0.5 silently; with its ways, so do `privleak` and
+`rel_diff`.
 """
 
 import zlib
@@ -48,7 +48,7 @@ def membership(
     run: Evaluation, model, tokenizer, rows, examples: dict[str, list[Example]], *, fraction: float, ways: Conventions,
     batch_size: int, gradient_norm: bool = False, reference_model: nn.Module | None = None,
 ) -> None:  # fmt: skip
-    """Add the attacks of the forget and holdout examples made of `rows`, and what compares their AUC.
+    """Add the attacks on the forget and holdout examples made of `rows`, and the comparisons of their AUC.
 
     `mia_gradnorm` is added with `gradient_norm`, `mia_reference` with a `reference_model`.
     """
@@ -108,16 +108,17 @@ def _compare(run: Evaluation, ways: Conventions) -> None:
 
 
 def compressed(example: Example, tokenizer) -> int:
-    """Bytes that zlib makes of the text of the labelled tokens."""
+    """Return the number of bytes to which zlib compresses the text of the labelled tokens."""
     ids = [label for label in example.labels if label != IGNORED]
     return len(zlib.compress(tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8")))
 
 
 def gradient_norms(model: nn.Module, examples: Sequence[Example]) -> list[float]:
-    """Mean over the parameters that take part of the 2-norm of an example's gradient of its mean loss; in order.
+    """Return, for each example in order, the mean over parameters of the 2-norm of its mean loss's gradient.
 
-    Evaluation mode, one backward pass an example; `grad` of no parameter is touched. Raises ValueError if an example
-    carries no label or no parameter requires a gradient.
+    Parameters without a gradient are left out. The model runs in evaluation mode, with one backward pass an example;
+    `grad` of no parameter is touched. Raises ValueError if an example carries no label or no parameter requires a
+    gradient.
     """
     plain = local(model)
     weights = [p for p in plain.parameters() if p.requires_grad]

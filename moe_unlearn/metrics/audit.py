@@ -1,4 +1,4 @@
-"""What unlearning did beside the numbers it was made for: routing, gibberish, and how fast it is undone."""
+"""Audit the side effects of unlearning: changed routing, gibberish, and how fast it is undone."""
 
 from collections.abc import Sequence
 
@@ -27,13 +27,14 @@ def audit(
     batch_size: int = 8,
     seed: int = 0,
 ) -> dict[str, float | dict | None]:
-    """What `before`, the model as it was, and an attack of `relearn_steps` say about `model`.
+    """Compare `model` with `before`, the model as it was, and attack it for `relearn_steps` steps; return the findings.
 
-    With `before`: `routing_kl`, `routing_l1`, `routing_overlap` on the retain documents (`RoutingChange`), and
-    `gibberish` in [0, 1], the rate among greedy continuations of the forget documents' prompts, held against those
-    of `before` (`gibberish_rate`). With `relearn_steps`: `relearning`, the curve of the forget NLL as a dictionary.
-    With both: `relearn_half`, the first measured step at which half of the rise in forget NLL is undone; None if it
-    never is. Prompts are those of `verbmem`. The models are left as they were; deterministic given `seed`.
+    With `before` there are `routing_kl`, `routing_l1` and `routing_overlap` on the retain documents
+    (`RoutingChange`), and `gibberish`, the rate in [0, 1] among greedy continuations of the forget documents'
+    prompts, judged against those of `before` (`gibberish_rate`). With `relearn_steps` there is `relearning`, the
+    curve of the forget NLL as a dictionary. With both there is `relearn_half`, the first measured step at which half
+    of the rise in forget NLL is undone, or None if it never is. Prompts are those of `verbmem`. The models are left
+    as they were; deterministic given `seed`.
 
     Raises ValueError if neither is asked for, and as the four metrics do.
     """

@@ -1,19 +1,19 @@
-"""Completions of sets of the user's own: how WAGLE measures Who's Harry Potter and detoxification (arXiv 2410.17509).
+"""Measure completions on a user's own sets, as WAGLE does for Who's Harry Potter and detoxification (arXiv 2410.17509).
 
     SET_ROUGE         mean ROUGE-L recall of the greedy completion against the true one, in [0, 1]; both have at most
                       `new_tokens` tokens
     SET_p_LABEL       mean probability, in [0, 1], that a classifier gives LABEL for the completions without their
-                      prompts; what exceeds the classifier's context is cut (Toxic-BERT and `toxic`: detoxification)
+                      prompts; text beyond the classifier's context is cut (Toxic-BERT and `toxic`: detoxification)
     SET_perplexity    exp(mean NLL over all tokens of a set of texts), a number per token of this tokenizer, each text
-                      read whole in windows of `max_length`. lm-eval's word_perplexity of wikitext is per word
+                      read whole in windows of `max_length`; lm-eval's word_perplexity of wikitext is per word
 
-Rows are whatever `data.load` reads. The first `prompt_tokens` tokens of a text are its prompt, what follows is the
-truth; a long text (a book, `?join=true`) is cut into pieces of `prompt_tokens` + `new_tokens`, each completed, but for
-a last one with no truth. A prompt with `gt` or `completion` is continued; one with `answer` or `response`, or alone, is
-asked as a question. A prompt alone, or with two answers (PKU-SafeRLHF), has no truth, only what the classifier says.
-Nothing of the set named `utility` is completed: perplexity is all it is for.
+Rows are whatever `data.load` reads. The first `prompt_tokens` tokens of a text are its prompt, and the rest is the
+truth. A long text (a book, `?join=true`) is cut into pieces of `prompt_tokens` + `new_tokens`, each of which is
+completed, except a last one with no truth. A prompt with `gt` or `completion` is continued; a prompt with `answer` or
+`response`, or alone, is asked as a question. A prompt alone, or with two answers (PKU-SafeRLHF), has no truth, so
+only the classifier judges it. The set named `utility` is not completed; it serves perplexity only.
 
-WAGLE completes seen and unseen text by 300 tokens; how long its prompts are is not known, 200 is our choice.
+WAGLE completes seen and unseen text by 300 tokens. The length of its prompts is not known; 200 is our choice.
 """
 
 import itertools
@@ -41,7 +41,7 @@ _ANSWERED = {"text", *(answer for asked, answer in (*COMPLETIONS, *QUESTIONS) if
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionSettings:
-    """What the numbers depend on beside model and data; lengths in tokens; `chat` as in MUSE's settings."""
+    """Settings that the numbers depend on beside model and data; lengths in tokens; `chat` as in MUSE's settings."""
 
     prompt_tokens: int = 200
     new_tokens: int = 300
@@ -52,10 +52,10 @@ class CompletionSettings:
 
 @dataclass(frozen=True)
 class Classifier:
-    """The probability of one label by a sequence classification model of transformers and its tokenizer.
+    """A sequence classification model of transformers with its tokenizer, asked for the probability of one label.
 
-    Sigmoid where the labels do not exclude each other (one label, or `problem_type` "multi_label_classification"),
-    else softmax. Raises ValueError for a label that the model does not have.
+    The probability is a sigmoid where the labels do not exclude each other (one label, or `problem_type`
+    "multi_label_classification"), else a softmax. Raises ValueError for a label that the model does not have.
     """
 
     model: nn.Module
@@ -68,8 +68,8 @@ class Classifier:
             raise ValueError(f"expected a label of the classifier, one of {', '.join(labels)}; got {self.label!r}")
 
     def probabilities(self, texts: Sequence[str], *, batch_size: int = 32) -> list[float]:
-        """The label's probability for each text, in order; ranks share the texts."""
-        # slow to import, and few evaluations need it
+        """Return the label's probability for each text, in order; ranks share the texts."""
+        # imported here because it is slow to import and few evaluations need it
         from transformers import TextClassificationPipeline
 
         device = next(self.model.parameters()).device
@@ -97,11 +97,11 @@ def evaluate_completions(
     cache_dir=None,
     batch_size: int = 32,
 ) -> dict[str, float | None]:
-    """The summary of all results; files COMPLETIONS_*.json and cache as `results.Evaluation` has them.
+    """Return the summary of all results; files COMPLETIONS_*.json and cache are as in `results.Evaluation`.
 
-    Raises ValueError for no sets, a set without rows, rows of other forms, a set in which some rows have a truth and
-    some have none, one without truths where there is no classifier, texts with no token after the prompt, and prompts
-    that with `new_tokens` exceed the model's context.
+    Raises ValueError for no sets, a set without rows, rows of other forms, a set in which only some rows have a
+    truth, a set without truths where there is no classifier, texts with no token after the prompt, and prompts that
+    with `new_tokens` exceed the model's context.
     """
     settings = settings or CompletionSettings()
     run = Evaluation("COMPLETIONS", model, tokenizer, asdict(settings), out=out, cache_dir=cache_dir)
@@ -133,7 +133,7 @@ def evaluate_completions(
 
 
 def _documents(rows: Sequence, where: str) -> tuple[list[Document], bool]:
-    """The rows as documents, and whether they have true answers."""
+    """Return the rows as documents, and whether they have true answers."""
     if not len(rows):
         raise ValueError(f"{where}: expected at least one row; got none")
     documents, alone = [], []
@@ -141,7 +141,7 @@ def _documents(rows: Sequence, where: str) -> tuple[list[Document], bool]:
         place = f"{where}, row {number}"
         single = isinstance(row, Mapping) and "prompt" in row and not row.keys() & _ANSWERED
         if single:
-            # an answer makes it a record that `documents_of` knows; nothing but its prompt is used
+            # the placeholder answer makes it a record that `documents_of` knows; only its prompt is used
             row = {"prompt": row["prompt"], "response": "."}
         document = row if isinstance(row, Document) else next(documents_of(row, place))
         if where == UTILITY and (document.prompt or single):
@@ -158,7 +158,7 @@ def _documents(rows: Sequence, where: str) -> tuple[list[Document], bool]:
 
 
 def _examples(model, tokenizer, documents, settings: CompletionSettings, where: str) -> list[Example]:
-    """Prompts, no token labelled, and what is true of their continuations, labelled."""
+    """Return examples whose prompts carry no label and whose true continuations are labelled."""
     begin = settings.prompt_tokens + len(added(tokenizer).begin)
     examples = []
     for number, document in enumerate(documents):
@@ -211,4 +211,4 @@ def _perplexity(model, tokenizer, documents, settings: CompletionSettings, batch
     if not tokens:
         raise ValueError(f"expected texts of at least one token; got {len(documents)} without")
     mean = torch.tensor(sum(value["nll"] for value in values) / tokens, dtype=torch.float64)
-    return {"agg_value": mean.exp().item(), "value_by_index": by_index(values)}  # infinite where a float has no room
+    return {"agg_value": mean.exp().item(), "value_by_index": by_index(values)}  # infinite where a float cannot hold it

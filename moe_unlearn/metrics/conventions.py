@@ -1,4 +1,4 @@
-"""Where projects differ in how one benchmark is computed: `eval --like NAME` makes numbers comparable with theirs.
+"""List where projects compute one benchmark differently; `eval --like NAME` makes numbers comparable with theirs.
 
                     this package                            open-unlearning                  muse_bench
     seam            prompt and answer encoded as one; a     as many tokens of the whole are the prompt as it has alone;
@@ -18,12 +18,12 @@
     last_extracted  the extraction strength of a row with   its last token counts as         (has no such number)
                     a wrong last token is 0                 extracted: at least 1 / n
 
-Ours are what a user's model is asked and what it answers: no token that training did not have at the seam, no label on
-a prompt's token, none missing at the end of a text.
+This package's ways follow what a user's model is asked and what it answers: no token at the seam that training did
+not have, no label on a prompt's token, and no label missing at the end of a text.
 
-Sources: open-unlearning, src/data/utils.py and src/evals/metrics/utils.py (MIT); muse_bench, metrics/*.py. Theirs too,
-but not here: open-unlearning cuts a question with its few-shot examples at 512 tokens, and with a chat template shows
-these as turns.
+Sources: open-unlearning, src/data/utils.py and src/evals/metrics/utils.py (MIT); muse_bench, metrics/*.py. Two more
+of open-unlearning's ways are not offered here: it cuts a question with its few-shot examples at 512 tokens, and with
+a chat template it shows these as turns.
 """
 
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ from moe_unlearn.ops.token_loss import IGNORED
 
 @dataclass(frozen=True, kw_only=True)
 class Conventions:
-    """One project's ways, see the module docstring; the defaults are this package's."""
+    """The ways of one project (see the module docstring); the defaults are this package's."""
 
     name: str = "moe-unlearn"
     seam: str = "joint"
@@ -55,12 +55,12 @@ LIKE = {
     ),
     "muse_bench": Conventions(name="muse_bench", seam="separate", stop_at_end=True, truth="alone", text_window=True),
 }  # fmt: skip
-# of the settings of a benchmark
+# settings of a benchmark that belong to a project's ways
 _SETTINGS = {"open-unlearning": {"use_stemmer": True}, "muse_bench": {"use_stemmer": False, "max_length": 2**31}}
 
 
 def like(name: str, settings: type, **changes) -> object:
-    """The `settings` of a benchmark with all that makes its numbers comparable with those of project `name`.
+    """Return the `settings` of a benchmark that make its numbers comparable with those of project `name`.
 
     Raises ValueError for another name.
     """
@@ -70,21 +70,21 @@ def like(name: str, settings: type, **changes) -> object:
 
 
 def stops(tokenizer, ways: Conventions) -> set[int]:
-    """The tokens that end an answer."""
+    """Return the tokens that end an answer."""
     return set(added(tokenizer).answer_end) if ways.stop_at_end else special_ids(tokenizer)
 
 
 def decode(tokenizer, ids: list[int], ways: Conventions) -> str:
-    """The text of tokens."""
+    """Return the text of tokens."""
     if not ways.stop_at_end:
         return tokenizer.decode(ids)
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
 
 
 def truth(tokenizer, example: Example, answer: str, ways: Conventions, *, tokens: int | None = None) -> str:
-    """The text that an answer to the prompt of `example` is compared with.
+    """Return the text with which an answer to the prompt of `example` is compared.
 
-    `answer` is it as the data have it, `tokens` how many of it count (VerbMem's).
+    `answer` is the answer in the data, and `tokens` is how many of its tokens count (for VerbMem).
     """
     if ways.truth == "text" and tokens is None:
         return answer
@@ -99,7 +99,7 @@ def truth(tokenizer, example: Example, answer: str, ways: Conventions, *, tokens
 
 
 def prompt_of(example: Example) -> list[int]:
-    """The tokens that a model is asked with: as the seam has them, else those before the first with a label."""
+    """Return the tokens that a model is asked with: `asked` if the seam gives it, else those before the first label."""
     if example.asked is not None:
         return example.asked
     start = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
@@ -107,9 +107,9 @@ def prompt_of(example: Example) -> list[int]:
 
 
 def without_end(example: Example, tokenizer, ways: Conventions = OURS) -> Example:
-    """The example without its end token, which metrics about the text itself do not count.
+    """Return the example without its end token, which metrics about the text itself do not count.
 
-    With `drop_last` it is the example without its last token, whatever that is.
+    With `drop_last` it loses its last token, whatever that is.
     """
     length = max((i for i, label in enumerate(example.labels) if label != IGNORED), default=-1) + 1
     if ways.drop_last:

@@ -1,4 +1,4 @@
-"""All metrics of one model as one flat dictionary."""
+"""Compute all metrics of one model as one flat dictionary."""
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -28,14 +28,14 @@ def evaluate(
     batch_size: int = 32,
     only: Collection[str] = NAMES,
 ) -> dict[str, float]:
-    """Metrics of a causal language model; the suffix says on which documents: `_f` forget, `_r` retain.
+    """Return metrics of a causal language model; the suffix names the documents: `_f` forget, `_r` retain.
 
     `verbmem_*`, `knowmem_*` (cloze), `extraction_*` are fractions in [0, 1] (MUSE prints the first two times
     100); `nll_*` are nats a token. With `holdout` documents there are also `nll_h` and `minkauc`, and with
-    the retrained model as `reference`, or its `minkauc` as `reference_auc`, also `privleak` in percent; keys
+    the retrained model as `reference`, or its `minkauc` as `reference_auc`, also `privleak` in percent. Keys
     that cannot be computed are absent. `only` chooses among `NAMES`, without suffix; privleak includes minkauc.
 
-    The model is left as found: evaluation mode is restored, nothing keeps a gradient.
+    The model is left as found: its mode is restored, and nothing keeps a gradient.
     """
     wanted = {*only, *(["minkauc"] if "privleak" in only else [])}
     pad = pad_token_id(tokenizer)

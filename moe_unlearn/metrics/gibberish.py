@@ -1,9 +1,9 @@
-"""How often a model answers with what its original never would: a stand-in for a gibberish classifier.
+"""Measure how often a model answers as its original never would: a substitute for a gibberish classifier.
 
-No classifier is asked. A generation counts as gibberish if it repeats itself more than any of the typical
-generations does, or if a judge (a model that was not unlearned, usually the original) finds it less likely than
-any of them. Typical are the original's own answers to the same prompts. So the rate says "out of the original's
-range", which fluent but unusual text may be too; it is not comparable with a classifier's numbers.
+No classifier is asked. A generation counts as gibberish if it repeats itself more than any typical generation does,
+or if a judge (a model that was not unlearned, usually the original) finds it less likely than any of them. Typical
+generations are the original's own answers to the same prompts. So the rate measures what is out of the original's
+range, which may include fluent but unusual text; it is not comparable with a classifier's numbers.
 """
 
 import math
@@ -19,8 +19,10 @@ from moe_unlearn.ops.token_loss import IGNORED
 
 @dataclass(frozen=True)
 class GibberishRate:
-    """Shares of the generations, in [0, 1]: `rate` = those `repetitive`, `unlikely` or both. `empty` ones, which
-    end at once, are neither."""
+    """Shares of the generations, in [0, 1]: `rate` counts those that are `repetitive`, `unlikely` or both.
+
+    `empty` generations end at once and are neither.
+    """
 
     rate: float
     repetitive: float
@@ -29,7 +31,7 @@ class GibberishRate:
 
 
 def repetition(tokens: Sequence[int], n: int = 3) -> float:
-    """1 - (distinct runs of n tokens) / (all runs of n tokens), in [0, 1); 0 below n + 1 tokens."""
+    """Return 1 - (distinct runs of n tokens) / (all runs of n tokens), in [0, 1); 0 below n + 1 tokens."""
     runs = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
@@ -44,7 +46,7 @@ def gibberish_rate(
     batch_size: int = 32,
     pad_id: int = 0,
 ) -> GibberishRate:
-    """See the module docstring.
+    """Return the share of generations that are gibberish; the module docstring says which are.
 
     Args:
         judge: gives the mean NLL of a generation after its prompt.
@@ -66,14 +68,14 @@ def gibberish_rate(
     most_repetitive, least_likely = (_quantile(values, quantile) for values in zip(*known.values(), strict=True))
     found = _measures(judge, prompts, generations, batch_size, pad_id)
     repetitive = {i for i, (repeated, _) in found.items() if repeated > most_repetitive}
-    # NaN, of a generation the judge gives no probability, is unlikely too
+    # NaN, the NLL of a generation to which the judge gives no probability, counts as unlikely
     unlikely = {i for i, (_, loss) in found.items() if not loss <= least_likely}
     shares = (repetitive | unlikely, repetitive, unlikely, set(range(len(prompts))) - found.keys())
     return GibberishRate(*(len(share) / len(prompts) for share in shares))
 
 
 def _measures(judge, prompts, generations, batch_size, pad_id) -> dict[int, tuple[float, float]]:
-    """Repetition and mean NLL of the generations that are not empty, by position."""
+    """Return repetition and mean NLL of the non-empty generations, by position."""
     kept = [i for i, tokens in enumerate(generations) if len(tokens)]
     if not kept:
         return {}

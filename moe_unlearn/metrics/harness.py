@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model in memory (extra `eval`), with tasks from local files where there is no hub."""
+"""Run lm-evaluation-harness on a model in memory (extra `eval`), with tasks from local files where there is no hub."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def harness(
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> dict[str, float]:
-    """What lm-eval reports on `tasks`, as `TASK/METRIC` (`wmdp_bio/acc`, `mmlu/acc`), standard errors left out.
+    """Return what lm-eval reports on `tasks`, as `TASK/METRIC` (`wmdp_bio/acc`, `mmlu/acc`), without standard errors.
 
     `include_path` is a folder of task files, e.g. by `write_task`; other tasks may need the hub. The model is
     left as found. Raises MissingLibraryError without lm-eval, ValueError for unknown tasks.
@@ -56,9 +56,9 @@ def harness(
 def write_task(folder: str | Path, name: str, rows: Sequence, subject: str | None = None) -> Path:
     """Write rows (`question`, `choices`, `answer`) as a task that lm-eval finds with `include_path=folder`.
 
-    Two files, NAME.jsonl and NAME.yaml, the latter in the form of the harness's own WMDP and MMLU tasks.
-    `subject` is that of a WMDP task if it is not given. Returns the path of the .yaml. lm-eval may know a task
-    of this name already; a name of its own avoids the question which one runs.
+    Writes two files, NAME.jsonl and NAME.yaml; the latter has the form of the harness's own WMDP and MMLU tasks.
+    `subject` defaults to the WMDP task's own. Returns the path of the .yaml. If lm-eval already knows a task of this
+    name, it is unclear which one runs; a unique name avoids this.
     """
     subject = subject or SUBJECTS.get(name)
     if subject is None:
@@ -83,6 +83,6 @@ def write_task(folder: str | Path, name: str, rows: Sequence, subject: str | Non
         "doc_to_target": "answer",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    # JSON is YAML
+    # JSON is valid YAML
     write_text(folder / f"{name}.yaml", json.dumps(task, indent=1) + "\n")
     return folder / f"{name}.yaml"

@@ -1,4 +1,4 @@
-"""How much of a document a model reproduces: VerbMem, a cloze form of KnowMem, extraction, memorisation."""
+"""Measure how much of a document a model reproduces: VerbMem, a cloze form of KnowMem, extraction, memorisation."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,7 +12,7 @@ from moe_unlearn.ops.token_loss import IGNORED
 
 
 class NothingToMeasureError(ValueError):
-    """No example is long enough, or has what the metric needs."""
+    """Error for examples that are all too short, or that lack what the metric needs."""
 
 
 def verbmem(
@@ -23,12 +23,12 @@ def verbmem(
     prompt_tokens: int = 16,
     new_tokens: int = 128,
 ) -> float:
-    """Mean ROUGE-L F1, in [0, 1], of the greedy continuation against the true one, as MUSE defines it.
+    """Return the mean ROUGE-L F1, in [0, 1], of the greedy continuation against the true one, as MUSE defines it.
 
-    The prompt is the example's masked prompt or, without one, its first `prompt_tokens` tokens. The
-    continuations have at most `new_tokens` tokens, the greedy one no more than the true one, and end at a
-    special token; they are compared as text by `unicode_rouge.rouge_scorer`, without stemming. Examples with nothing
-    but the prompt are left out; raises NothingToMeasureError if none remains.
+    The prompt is the example's masked prompt or, without one, its first `prompt_tokens` tokens. The continuations
+    have at most `new_tokens` tokens, the greedy one no more than the true one, and end at a special token. They are
+    compared as text by `unicode_rouge.rouge_scorer`, without stemming. Examples with nothing but the prompt are left
+    out. Raises NothingToMeasureError if none remains.
     """
     cuts = [prompt_length(e, prompt_tokens) for e in examples]
     kept = [(e, cut) for e, cut in zip(examples, cuts, strict=True) if len(e) > cut]
@@ -42,7 +42,7 @@ def verbmem(
     scorer = rouge_scorer(["rougeL"], use_stemmer=False)
     scores = []
     for truth, answer, (e, cut) in zip(truths, answers, kept, strict=True):
-        # an example cut to max_length has no end for the model to find: stop where the text stops
+        # an example cut to max_length has no end token for the model to reach: stop where the text stops
         answer = answer[: min(new_tokens, len(e) - cut)]
         score = scorer.score(tokenizer.decode(truth), tokenizer.decode(answer))
         scores.append(score["rougeL"].fmeasure)
@@ -56,10 +56,10 @@ def extraction(
     tokens: int = 16,
     prompt_tokens: int = 8,
 ) -> float:
-    """Fraction of examples whose first `tokens` tokens after the prefix come back exactly, in [0, 1].
+    """Return the fraction of examples, in [0, 1], whose first `tokens` tokens after the prefix come back exactly.
 
-    The prefix is the title or prompt; an example without either is prompted with its first
-    `prompt_tokens` tokens. Examples too short are left out; raises NothingToMeasureError if none remains.
+    The prefix is the title or prompt; an example without either is prompted with its first `prompt_tokens` tokens.
+    Examples that are too short are left out. Raises NothingToMeasureError if none remains.
     """
     cuts = [e.prefix or prompt_tokens for e in examples]
     kept = [(e, cut) for e, cut in zip(examples, cuts, strict=True) if len(e) >= cut + tokens]
@@ -71,20 +71,21 @@ def extraction(
 
 
 def exact_memorization(score: TokenScores) -> float | None:
-    """Fraction of the labelled tokens that are the model's most likely ones given the true text to their left.
+    """Return the fraction of labelled tokens that are the model's most likely ones given the true text to their left.
 
-    In [0, 1], as open-unlearning defines it; None without a labelled token.
+    The fraction lies in [0, 1], as open-unlearning defines it; it is None without a labelled token.
     """
     hits = score.correct[score.counted]
     return hits.double().mean().item() if len(hits) else None
 
 
 def extraction_strength(score: TokenScores, *, like_open_unlearning: bool = False) -> float | None:
-    """1 - k / n, k the smallest number of labelled tokens after which all others of the n are the most likely ones.
+    """Return 1 - k / n, with k the smallest number of labelled tokens after which all others are the most likely ones.
 
-    In [0, 1]: 0 where the last token is wrong (k = n), 1 where none is. open-unlearning's loop ends at k = n - 1, so
-    that a wrong last token counts as extracted: 1 / n is the least there, and a wrong answer of one token has 1.
-    `like_open_unlearning` gives that value. None without a labelled token.
+    n is the number of labelled tokens. The value lies in [0, 1]: 0 where the last token is wrong (k = n), 1 where
+    none is. open-unlearning's loop ends at k = n - 1, so it counts a wrong last token as extracted: its least value
+    is 1 / n, and a wrong answer of one token has 1. `like_open_unlearning` gives that value. None without a labelled
+    token.
     """
     hits = score.correct[score.counted].tolist()
     if not hits:
@@ -101,14 +102,13 @@ def knowmem(
     words: int = 5,
     scores: Sequence[TokenScores] | None = None,
 ) -> float:
-    """A cloze form of KnowMem, in [0, 1]: how often the model fills in a document's longest words.
+    """Return a cloze form of KnowMem, in [0, 1]: how often the model fills in a document's longest words.
 
-    Of each example the `words` words found by `cloze_spans` are asked; a word counts if every one of its
-    tokens is the model's most likely one given the true text to its left, title and prompt included. The mean
-    is over the words of an example, then over examples. This is not MUSE's question answering: it needs no
-    questions, so it works on any text, and it is easier, for the model sees the true text up to the word.
-    `scores` are the examples' `token_scores` where they are known. Raises ValueError if no example has such a
-    word.
+    For each example, the words found by `cloze_spans`, up to `words` of them, are asked. A word counts if every one
+    of its tokens is the model's most likely one given the true text to its left, title and prompt included. The mean
+    is taken over the words of an example, then over examples. This is not MUSE's question answering: it needs no
+    questions, so it works on any text, and it is easier, because the model sees the true text up to the word.
+    `scores` are the examples' `token_scores`, if they are known. Raises ValueError if no example has such a word.
     """
     if scores is None:
         scores = token_scores(model, examples, pad_id=pad_token_id(tokenizer))
@@ -124,11 +124,11 @@ def knowmem(
 
 
 def cloze_spans(example: Example, tokenizer, words: int, *, min_letters: int = 4) -> list[tuple[int, int]]:
-    """Token spans [start, stop) of the words to ask for, in the order of the text.
+    """Return the token spans [start, stop) of the words to ask for, in the order of the text.
 
-    The longest words of at least `min_letters` letters that stand after the prefix and do not occur to their
-    left (nothing can be copied); of equally long words the earlier. A span is every token the word touches,
-    and all of them carry a label. Of scripts that write no spaces, pieces of `min_letters` letters are words.
+    These are the longest words of at least `min_letters` letters that stand after the prefix and do not occur to
+    their left (so nothing can be copied); of equally long words, the earlier one. A span holds every token the word
+    touches, and all of them carry a label. In scripts without spaces, pieces of `min_letters` letters are words.
     """
     text, owners = _characters(example.input_ids, tokenizer)
     seen, found = set(), []
@@ -143,7 +143,7 @@ def cloze_spans(example: Example, tokenizer, words: int, *, min_letters: int = 4
 
 
 def _cloze_words(text: str, min_letters: int) -> Iterator[tuple[str, int, int]]:
-    """(lower-cased word, start, end) of each word of at least `min_letters` letters."""
+    """Yield (lower-cased word, start, end) for each word of at least `min_letters` letters."""
     piece, letters, start, last = "", 0, 0, -1
     for word, begin, end in unicode_words(text, digits=False):
         if not spaceless(word[0]):
@@ -159,12 +159,12 @@ def _cloze_words(text: str, min_letters: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _characters(tokens: Sequence[int], tokenizer) -> tuple[str, list[tuple[int, int]]]:
-    """The text of the tokens, and of each of its characters the tokens [start, stop) that spell it."""
+    """Return the text of the tokens and, for each of its characters, the tokens [start, stop) that spell it."""
     pieces = [_surface(token) for token in tokenizer.convert_ids_to_tokens(tokens)]
     if "".join(pieces).isascii():
         return "".join(pieces), [(i, i + 1) for i, piece in enumerate(pieces) for _ in piece]
-    # byte-level vocabularies spell a character in several tokens: decode until it is whole. A few tokens to the left
-    # are decoded too, since what opens a text may be spelt in another way
+    # byte-level vocabularies may spell one character in several tokens, so decode until it is whole; a few tokens to
+    # the left are decoded too, because the beginning of a text may be spelt in another way
     text, owners, context, start, before = "", [], 0, 0, ""
     for i in range(len(tokens)):
         decoded = tokenizer.decode(tokens[context : i + 1], clean_up_tokenization_spaces=False)
@@ -177,12 +177,12 @@ def _characters(tokens: Sequence[int], tokenizer) -> tuple[str, list[tuple[int, 
 
 
 def _surface(token: str) -> str:
-    # how byte-level and SentencePiece vocabularies spell white space
+    # undoes how byte-level and SentencePiece vocabularies spell white space
     return token.replace("Ġ", " ").replace("Ċ", "\n").replace("▁", " ")
 
 
 def prompt_length(example: Example, prompt_tokens: int) -> int:
-    """The tokens of the example's masked prompt, or `prompt_tokens` where it has none."""
+    """Return the number of tokens of the example's masked prompt, or `prompt_tokens` where it has none."""
     masked = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
     return masked or prompt_tokens
 

@@ -1,22 +1,22 @@
-"""MUSE (arXiv 2407.06460): verbatim and knowledge memorisation, privacy leakage, utility preservation.
+"""Evaluate MUSE (arXiv 2407.06460): verbatim and knowledge memorisation, privacy leakage, utility preservation.
 
     forget_verbmem_ROUGE   VerbMem: mean ROUGE-L F1 of the greedy continuation of forget prompts, in [0, 1]
     forget_knowmem_ROUGE   KnowMem: mean ROUGE-L F1 of the greedy answers to questions about the forget set
     retain_knowmem_ROUGE   UtilPreserv: the same about the retain set
-    mia_min_k              AUC of the Min-40 % score, forget against holdout (see below); other attacks and what is
-                           made of them: `attacks`
+    mia_min_k              AUC of the Min-40 % score, forget against holdout (see below); `attacks` describes other
+                           attacks and the numbers made from them
     privleak               100 (A - A_retrained) / A_retrained, in percent; needs the retrained model's run
     extraction_strength, exact_memorization   on the verbatim prompts and continuations
     extraction_strength_open_unlearning       the same by its formula, where a wrong last token counts as extracted;
-                                              with `like` it is `extraction_strength` itself
+                                              with its `like` the plain name has this value
 
-Names and units are open-unlearning's; MUSE prints the first three times 100. Two conventions of the AUC are
-about: open-unlearning's `mia_min_k` (also `auc`) is the chance that a forget document is likelier than a
-holdout document, 1 for a model that knows them by heart; MUSE's A, here `auc_muse`, is 1 minus that.
-PrivLeak is made from MUSE's, in both projects: 0 is a model like the retrained one, negative under-unlearned.
+Names and units are open-unlearning's; MUSE prints the first three times 100. There are two conventions for the AUC.
+open-unlearning's `mia_min_k` (also `auc`) is the chance that a forget document is likelier than a holdout document,
+and so 1 for a model that knows them by heart. MUSE's A, here `auc_muse`, is 1 minus that. Both projects compute
+PrivLeak from MUSE's: 0 is a model like the retrained one, and negative means under-unlearned.
 
-Where the two and this package differ (ROUGE with stemming or without, seams, ends) is in `conventions`; the settings
-that `conventions.like(NAME, MuseSettings)` gives are all of theirs.
+`conventions` lists where the two and this package differ (ROUGE with or without stemming, seams, ends);
+`conventions.like(NAME, MuseSettings)` gives settings that follow one of them in everything.
 """
 
 from collections.abc import Sequence
@@ -40,8 +40,8 @@ CUT_AT = ("\n\n", "\nQuestion", "Question:")
 class MuseData:
     """Rows of MUSE's files; a metric whose rows are absent is not computed.
 
-    `verbmem`: `prompt`, `gt`. `forget_qa`, `retain_qa` and their few-shot examples `*_icl`: `question`,
-    `answer`. `forget`, `holdout` (of the folder privleak): `text`.
+    `verbmem` has the fields `prompt`, `gt`. `forget_qa`, `retain_qa` and their few-shot examples `*_icl` have
+    `question`, `answer`. `forget` and `holdout` (of the folder privleak) have `text`.
     """
 
     verbmem: Sequence = ()
@@ -55,10 +55,10 @@ class MuseData:
 
 @dataclass(frozen=True, kw_only=True)
 class MuseSettings:
-    """What MUSE's numbers depend on beside model and data; lengths in tokens.
+    """Settings that MUSE's numbers depend on beside model and data; lengths in tokens.
 
-    `chat` asks through the tokenizer's chat template instead of `question`. `max_length` cuts documents. `like` says
-    whose ways are followed (`conventions`).
+    `chat` asks through the tokenizer's chat template instead of `question`. `max_length` cuts documents. `like` names
+    the project whose ways are followed (`conventions`).
     """
 
     verbmem_tokens: int = 128
@@ -84,11 +84,11 @@ def evaluate_muse(
     gradient_norm: bool = False,
     reference_model: nn.Module | None = None,
 ) -> dict[str, float | None]:
-    """The summary of all results that `data` allows; files and cache as `results.Evaluation` has them.
+    """Return the summary of all results that `data` allows; files and cache are as in `results.Evaluation`.
 
-    `reference_run` is the folder of the retrained model's evaluation on the same data with the same settings;
-    without it there is no `privleak`. `gradient_norm` and `reference_model` add their
-    `attacks`. `privleak` is None where the retrained model's AUC is 0 (MUSE).
+    `reference_run` is the folder of the retrained model's evaluation on the same data with the same settings; without
+    it there is no `privleak`. `gradient_norm` and `reference_model` add their `attacks`. `privleak` is None where the
+    retrained model's AUC is 0 (MUSE).
 
     Raises ValueError for rows without their fields, for nothing to measure, for prompts that exceed the
     model's context, and for a reference run that does not fit.
@@ -98,7 +98,7 @@ def evaluate_muse(
         "MUSE", model, tokenizer, asdict(settings), out=out, cache_dir=cache_dir, reference_run=reference_run
     )
     asked = {"forget": (data.forget_qa, data.forget_qa_icl), "retain": (data.retain_qa, data.retain_qa_icl)}
-    # all rows are looked at before the first forward pass
+    # all rows are checked before the first forward pass
     qa = {
         side: (fields(rows, ("question", "answer"), f"{side}_qa"), _shots(icl, f"{side}_qa_icl"))
         for side, (rows, icl) in asked.items()
@@ -168,9 +168,9 @@ def _verbatim(run: Evaluation, model, tokenizer, rows, settings, batch_size) -> 
 
 
 def memorised(run: Evaluation, model, tokenizer, rows, examples, ways: Conventions, batch_size: int) -> None:
-    """Add `extraction_strength`, ours and open-unlearning's, and `exact_memorization`, from one pass over examples.
+    """Add `extraction_strength`, ours and open-unlearning's, and `exact_memorization`, from one pass over `examples`.
 
-    With `like` open-unlearning, theirs has the usual name and ours is left out.
+    With open-unlearning's `like`, its value has the usual name and ours is left out.
     """
     scores: list = []
 

@@ -1,4 +1,4 @@
-"""Whether training on a document shows: Min-40 % scores, their AUC, and PrivLeak."""
+"""Measure whether training on a document shows: Min-40 % scores, their AUC, and PrivLeak."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from moe_unlearn.metrics.scoring import TokenScores
 
 
 def nll(scores: Sequence[TokenScores]) -> float:
-    """Mean negative log-likelihood over all labelled tokens of all examples, in nats a token.
+    """Return the mean negative log-likelihood over all labelled tokens of all examples, in nats a token.
 
     Raises ValueError if no token carries a label.
     """
@@ -21,15 +21,15 @@ def nll(scores: Sequence[TokenScores]) -> float:
 
 
 def min_k(scores: Sequence[TokenScores], fraction: float = 0.4) -> Tensor:
-    """Min-K % score of each example: mean of its lowest `fraction` of log-probabilities, float64 [examples].
+    """Return the Min-K % score of each example, the mean of its lowest `fraction` of log-probabilities.
 
-    At least one token counts. Raises ValueError if an example has no labelled token.
+    The result is float64 [examples]. At least one token counts. Raises ValueError if an example has no labelled token.
     """
     return lowest([score.logprobs[score.counted] for score in scores], fraction)
 
 
 def lowest(values: Sequence[Tensor], fraction: float) -> Tensor:
-    """Mean of the lowest `fraction` of each example's values, of at least one, float64 [examples].
+    """Return the mean of the lowest `fraction` of each example's values, at least one of them, float64 [examples].
 
     Raises ValueError if an example has no values.
     """
@@ -42,12 +42,12 @@ def lowest(values: Sequence[Tensor], fraction: float) -> Tensor:
 
 
 def rel_diff(value: float, reference: float) -> float:
-    """100 (value - reference) / reference, in percent; open-unlearning's. NaN if the reference is 0."""
+    """Return open-unlearning's 100 (value - reference) / reference, in percent; NaN if the reference is 0."""
     return 100 * (value - reference) / reference if reference else math.nan
 
 
 def auc(negative: Tensor, positive: Tensor) -> float:
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
+    """Return the area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
 
     Raises ValueError if either side is empty or holds a NaN.
     """
@@ -61,18 +61,19 @@ def auc(negative: Tensor, positive: Tensor) -> float:
 
 
 def membership_auc(forget: Sequence[TokenScores], holdout: Sequence[TokenScores]) -> float:
-    """MUSE's AUC of Min-40 %: the chance that an unseen holdout document is likelier than a forget document.
+    """Return MUSE's AUC of Min-40 %: the chance that an unseen holdout document is likelier than a forget document.
 
-    0 for a model that knows the forget documents by heart, about 0.5 for one that never saw them, 1 for one
+    It is 0 for a model that knows the forget documents by heart, about 0.5 for one that never saw them, and 1 for one
     that finds them conspicuously unlikely.
     """
     return auc(min_k(forget), min_k(holdout))
 
 
 def privleak(auc_unlearned: float, auc_retrained: float) -> float:
-    """100 (AUC_unlearned - AUC_retrained) / AUC_retrained, in percent, of `membership_auc`.
+    """Return 100 (AUC_unlearned - AUC_retrained) / AUC_retrained, in percent, of `membership_auc`.
 
-    0 is a model like the retrained one; negative means under-unlearned (-100 at worst), positive
-    over-unlearned. NaN if the retrained model's AUC is 0: it knows the forget documents and is no reference.
+    It is 0 for a model like the retrained one; negative means under-unlearned (-100 at worst), positive
+    over-unlearned. The value is NaN if the retrained model's AUC is 0, since it then knows the forget documents and
+    is no reference.
     """
     return rel_diff(auc_unlearned, auc_retrained)

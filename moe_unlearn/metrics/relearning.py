@@ -1,4 +1,4 @@
-"""A relearning attack: how fast fine-tuning on forget data brings back what was unlearned."""
+"""Run a relearning attack: measure how fast fine-tuning on forget data brings back what was unlearned."""
 
 import copy
 import math
@@ -18,15 +18,15 @@ Measure = Callable[[nn.Module], dict[str, float]]
 
 @dataclass(frozen=True)
 class RelearningCurve:
-    """Measurements after so many steps of the attack, the first after 0: `values[i]` belongs to `steps[i]`."""
+    """Measurements along an attack: `values[i]` was measured after `steps[i]` steps, and the first is 0."""
 
     steps: list[int]
     values: list[dict[str, float]]
 
     def steps_until(self, name: str, bound: float) -> int | None:
-        """The first measured step at which `name` has come to `bound` from where it was at step 0; else None.
+        """Return the first measured step at which `name` reaches `bound` from its value at step 0, else None.
 
-        0 if it stands there from the start.
+        Returns 0 if the value equals `bound` from the start.
         """
         start = self.values[0][name]
         for step, value in zip(self.steps, self.values, strict=True):
@@ -35,7 +35,7 @@ class RelearningCurve:
         return None
 
     def to_dict(self) -> dict:
-        """Plain values, as JSON takes them."""
+        """Return plain values that JSON takes."""
         return {"steps": self.steps, "values": self.values}
 
 
@@ -55,8 +55,8 @@ def relearning_attack(
 
     The attacker trains all weights with AdamW (no decay) at a constant `lr` on the mean NLL of the labelled
     tokens; the order of the examples depends on `seed` alone. `measure(copy)` gives the values, by default
-    `nll`, the forget NLL in nats a token. The model, its gradients and the random state are left as they were;
-    the copy and its optimizer take three more times the weights. Every rank makes the same attack.
+    `nll`, the forget NLL in nats a token. The model, its gradients and the random state are left as they were.
+    The copy and its optimizer take three more times the weights' memory. Every rank makes the same attack.
 
     Raises ValueError for no examples, examples without labels, or steps or `every` below 1.
     """
@@ -72,7 +72,7 @@ def relearning_attack(
             return {"nll": nll(token_scores(attacked, examples, batch_size=batch_size, pad_id=pad_id))}
 
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
-    # a caller's inference mode would give weights that cannot be trained
+    # weights made in a caller's inference mode could not be trained
     with torch.random.fork_rng(devices=sorted(devices)), torch.inference_mode(False), torch.enable_grad():
         attacked = copy.deepcopy(local(model))
         for parameter in attacked.parameters():
@@ -86,7 +86,7 @@ def _attack(attacked, examples, steps, lr, batch_size, every, pad_id, seed, meas
     device = next(attacked.parameters()).device
     curve = RelearningCurve([0], [_measured(attacked, measure)])
     per_epoch = math.ceil(len(examples) / batch_size)
-    attacked.eval()  # no dropout: the attack depends on nothing random but the order
+    attacked.eval()  # no dropout: only the order of the examples is random
     epoch: list = []
     for step in range(steps):
         if step % per_epoch == 0:

@@ -1,15 +1,15 @@
-"""The results of one benchmark on one model: each computed once, cached by content, on disk as soon as known.
+"""Keep the results of one benchmark on one model: compute each once, cache it by content, and write it at once.
 
-A result is a dictionary in open-unlearning's form: `agg_value`, the number that is reported, and usually
-`value_by_index`, what it is made of, one entry a row of the data. Three files stand in a run's folder:
+A result is a dictionary in open-unlearning's form: `agg_value`, the reported number, and usually `value_by_index`,
+the values it is made of, one entry a row of the data. A run's folder has three files:
 
     NAME_EVAL.json      result name -> result (with the values of every row)
     NAME_SUMMARY.json   result name -> agg_value, flat
-    NAME_SETTINGS.json  what the numbers depend on: settings, a digest of the data of each result, and which special
-                        tokens stand around texts and answers
+    NAME_SETTINGS.json  what the numbers depend on: settings, a digest of the data of each result, and the special
+                        tokens that stand around texts and answers
 
-The folder of an earlier run can be the `ReferenceRun` of a later one: the retrained (retain-only) model's
-scores, to which PrivLeak and forget quality compare.
+The folder of an earlier run can be the `ReferenceRun` of a later one. It holds the retrained (retain-only) model's
+scores, with which PrivLeak and forget quality compare.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from moe_unlearn.metrics.workers import is_first, on_first
 from moe_unlearn.prepare.reference import model_digest
 from moe_unlearn.ranks import gather, sharded
 
-FORMAT = "moe-unlearn evaluation 2"  # raise it when the same model, data and settings give other numbers
+FORMAT = "moe-unlearn evaluation 2"  # to be raised when the same model, data and settings give other numbers
 Result = dict[str, object]
 
 
 def mean_result(values: list[dict], key: str) -> Result:
-    """The mean of `key` over the rows as `agg_value`; a list counts as its mean, None is left out.
+    """Return the result whose `agg_value` is the mean of `key` over the rows.
 
-    Raises ValueError if nothing is left to average.
+    A list counts as its mean, and None is left out. Raises ValueError if nothing is left to average.
     """
     numbers = []
     for value in values:
@@ -49,21 +49,21 @@ def mean_result(values: list[dict], key: str) -> Result:
 
 
 def by_index(values: list[dict]) -> dict[str, dict]:
-    """Rows under their positions as text, as JSON has them."""
+    """Return the rows under their positions as text, as JSON has them."""
     return {str(i): value for i, value in enumerate(values)}
 
 
 def data_digest(rows: object) -> str:
-    """SHA-256 of rows of plain values."""
+    """Return the SHA-256 of rows of plain values."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=vars).encode()).hexdigest()
 
 
 class ReferenceRun:
-    """The results in the folder of an earlier evaluation, NAME_EVAL.json, by this package or open-unlearning.
+    """Results in the folder of an earlier evaluation, NAME_EVAL.json, by this package or open-unlearning.
 
-    `result(key, settings, digest)` is a result of it. Where it holds values of rows, or was written with other
-    settings or other data than those given, ValueError says what differs. open-unlearning writes no
-    settings: then a warning says that nothing could be checked but the number of rows.
+    `result(key, settings, digest)` returns one of them. It raises ValueError, saying what differs, if the run was
+    written with other settings or other data than those given. open-unlearning writes no settings; then a warning says
+    so, and only the number of rows is checked.
     """
 
     def __init__(self, folder: str | Path, name: str):
@@ -83,13 +83,13 @@ class ReferenceRun:
             )
 
     def result(self, key: str, settings: dict, digest: str, rows: int | None = None) -> Result:
-        """Result `key`, for this data (`rows` in number) at these settings; ValueError as the class says."""
+        """Return result `key` for this data (of `rows` rows) at these settings; raise ValueError as the class says."""
         found = self._results.get(key)
         if not isinstance(found, dict) or found.get("agg_value") is None:
             raise ValueError(f"the reference run {self.folder} has no result {key!r}")
         if self._written is not None:
             theirs = self._written["settings"]
-            # by way of JSON: a tuple and a list are one setting
+            # compared as JSON, where a tuple and a list are one setting
             ours = json.loads(json.dumps(settings))
             different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
             if different:
@@ -120,7 +120,8 @@ class Evaluation:
 
     Args:
         name: first part of the files' names.
-        settings: plain values on which numbers depend; they are written, cached under and compared with.
+        settings: plain values on which numbers depend; they are written, are part of the cache's key, and are compared
+            with a reference run's.
         out: folder of the files; None writes none.
         cache_dir: folder of results by content of model, tokenizer, data and settings; None keeps none. A
             model with sharded weights is not cached; a warning says so.
@@ -144,7 +145,7 @@ class Evaluation:
             self._identity = [FORMAT, model_digest(model), tokenizer_digest(tokenizer), name, settings]
 
     def add(self, key: str, data: object, compute: Callable[[], Result], *, digest: str | None = None) -> Result:
-        """Have result `key`, a function of the model, `data` (plain rows) and the settings; written at once."""
+        """Add, write and return result `key`, a function of the model, `data` (plain rows) and the settings."""
         self._data[key] = digest = digest or data_digest(data)
         path = self._path(key, digest)
         result = self._cached(path)
@@ -159,11 +160,11 @@ class Evaluation:
         return result
 
     def digest(self, key: str) -> str:
-        """The digest of the data of a result that was added."""
+        """Return the digest of the data of an added result."""
         return self._data[key]
 
     def from_reference(self, key: str) -> Result | None:
-        """The reference run's result `key`, checked against this run's; None without a reference run."""
+        """Return the reference run's result `key`, checked against this run's, or None without a reference run."""
         if self.reference is None:
             return None
         rows = len(self.results[key].get("value_by_index", ()))
@@ -171,12 +172,12 @@ class Evaluation:
 
     @property
     def summary(self) -> dict[str, float | None]:
-        """Result name -> number, sorted; None where it is not a number."""
+        """Return result name -> number, sorted; None where it is not a number."""
         return {key: _number(result["agg_value"]) for key, result in sorted(self.results.items())}
 
     def _cached(self, path: Path | None) -> Result | None:
         found = None
-        # one rank looks, so that all either have the result or compute it together
+        # only one rank looks, so that either all have the result or all compute it together
         if path is not None and is_first() and path.is_file():
             try:
                 digest, _, body = path.read_text("utf-8").partition("\n")
@@ -217,7 +218,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def tokenizer_digest(tokenizer) -> str:
-    """SHA-256 of vocabulary and rules, special tokens and chat template."""
+    """Return the SHA-256 of vocabulary and rules, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = tokenizer.get_vocab() if backend is None else backend.to_str()
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
@@ -229,7 +230,7 @@ def _number(value: object) -> object:
 
 
 def _finite(value: object) -> object:
-    """Plain values with None for what JSON has no number for."""
+    """Return plain values, with None for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else _number(value)

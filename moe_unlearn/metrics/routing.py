@@ -1,4 +1,4 @@
-"""How far routing moved: frequencies of two models on the same text, and the experts of each token."""
+"""Measure how far routing moved: frequencies of two models on the same text, and the experts of each token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from moe_unlearn.ranks import local
 
 @dataclass(frozen=True)
 class Routes:
-    """The experts of every token of a set: `top_k_index` [L, T, K] int32 on the CPU."""
+    """Experts of every token of a set: `top_k_index` [L, T, K] int32 on the CPU."""
 
     top_k_index: Tensor
     num_experts: int
@@ -24,11 +24,11 @@ class Routes:
 
 @dataclass(frozen=True)
 class RoutingChange:
-    """What changed between two `Routes` on the same tokens, per layer, float64 [L].
+    """Difference between two `Routes` on the same tokens, per layer, float64 [L].
 
-    With p, q the shares of each expert in all top-K hits before and after, 1/2 added to every count:
-    `kl` = sum p log(p / q) in nats, and without it `l1` = sum |p - q| in [0, 2]. `overlap` is the mean over
-    tokens of the share of their K experts that stayed, in [0, 1].
+    Let p and q be the shares of each expert in all top-K hits before and after. `kl` = sum p log(p / q) in nats, with
+    1/2 added to every count, and `l1` = sum |p - q| in [0, 2], without. `overlap` is the mean over tokens of the
+    share of their K experts that stayed, in [0, 1].
     """
 
     kl: Tensor
@@ -36,12 +36,12 @@ class RoutingChange:
     overlap: Tensor
 
     def means(self) -> dict[str, float]:
-        """`routing_kl`, `routing_l1`, `routing_overlap`: means over layers."""
+        """Return `routing_kl`, `routing_l1` and `routing_overlap`, the means over layers."""
         return {f"routing_{name}": value.mean().item() for name, value in vars(self).items()}
 
 
 def routes(model: nn.Module, examples: Sequence[Example], *, batch_size: int = 32, pad_id: int = 0) -> Routes:
-    """The routing of every token of the examples, in their order; every rank does all of it.
+    """Return the routing of every token of the examples, in their order; every rank computes all of it.
 
     Raises ValueError if there are no examples, or the model has no Mixture-of-Experts layers.
     """
@@ -59,7 +59,7 @@ def routes(model: nn.Module, examples: Sequence[Example], *, batch_size: int = 3
 
 
 def routing_change(before: Routes, after: Routes) -> RoutingChange:
-    """See `RoutingChange`. Raises ValueError unless both are of the same layers, experts and tokens."""
+    """Return the `RoutingChange`; raise ValueError unless both have the same layers, experts and tokens."""
     shapes = [(list(r.top_k_index.shape), r.num_experts) for r in (before, after)]
     if shapes[0] != shapes[1] or not before.top_k_index.numel():
         raise ValueError(f"expected two Routes of the same [L, T, K] and experts, not empty; got {shapes}")
@@ -79,7 +79,7 @@ def _counts(routes: Routes) -> Tensor:
 
 
 def routing_drift(before: Tensor, after: Tensor) -> tuple[Tensor, float]:
-    """Total variation between two routing frequency tables [L, E]: per layer [L], and the mean over layers.
+    """Return the total variation between two routing frequency tables [L, E]: per layer [L], and the mean over layers.
 
     A row of a table sums to K, the experts a token visits; 0.5 sum_e |f_e - f'_e| / K is in [0, 1]. Raises
     ValueError if the shapes differ or a row of one table sums to another number than in the other.

@@ -1,4 +1,4 @@
-"""RWKU (arXiv 2406.10890): what a model still knows of a person, and of what stands near that person.
+"""Evaluate RWKU (arXiv 2406.10890): what a model still knows of a person, and of that person's neighbourhood.
 
     SET_ROUGE       mean ROUGE-L recall of the greedy answers to a set of probes, in [0, 1]. The sets: forget_level1
                     (blanks to fill), forget_level2 (questions), forget_level3 (adversarial questions),
@@ -7,10 +7,10 @@
     mia_forget_nll, mia_retain_nll    mean over texts of the mean NLL of a text's tokens, in nats (RWKU's LOSS has the
                                       other sign)
 
-Prompts, 30 new tokens and the end of an answer at the end of its line are those of RWKU's code, and so are two types
-of level 3: "Answer:" does not follow an affirmative suffix, in-context examples bring their own "Question:". With
-`chat` the assistant's turn begins with "Answer:", as there. RWKU scores by the package `rouge`, words as they stand;
-this is `rouge-score`: lower case, letters and digits alone (`unicode_rouge`), without stemming.
+Prompts, the 30 new tokens and the end of an answer at the end of its line follow RWKU's code, and so do two types
+of level 3: "Answer:" does not follow an affirmative suffix, and in-context examples bring their own "Question:". With
+`chat` the assistant's turn begins with "Answer:", as there. RWKU scores by the package `rouge`, with words as they
+stand. Here `rouge-score` compares lower-cased letters and digits alone (`unicode_rouge`), without stemming.
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,10 @@ ANSWER = "Answer:"
 
 @dataclass(frozen=True, kw_only=True)
 class RwkuData:
-    """Rows of RWKU's parts, for one person or many; what is absent is not computed.
+    """Rows of RWKU's parts, for one person or many; metrics of absent parts are not computed.
 
-    `forget_level*`, `neighbor_level*`: `query`, `answer`; `forget_level3` also `type`. `mia_*`: `text`.
+    `forget_level*`, `neighbor_level*` have the fields `query`, `answer`; `forget_level3` also `type`; `mia_*` has
+    `text`.
     """
 
     forget_level1: Sequence = ()
@@ -49,7 +50,7 @@ class RwkuData:
 
 @dataclass(frozen=True, kw_only=True)
 class RwkuSettings:
-    """What RWKU's numbers depend on beside model and data; lengths in tokens; `chat` is how RWKU asks."""
+    """Settings that RWKU's numbers depend on beside model and data; lengths in tokens; `chat` is how RWKU asks."""
 
     new_tokens: int = 30
     use_stemmer: bool = False
@@ -67,9 +68,10 @@ def evaluate_rwku(
     cache_dir=None,
     batch_size: int = 32,
 ) -> dict[str, float | None]:
-    """The summary of all results that `data` allows; files RWKU_*.json and cache as `results.Evaluation` has them.
+    """Return the summary of all results that `data` allows.
 
-    Raises ValueError for rows without their fields, no rows at all, and prompts that exceed the model's context.
+    Files RWKU_*.json and cache are as in `results.Evaluation`. Raises ValueError for rows without their fields, no
+    rows at all, and prompts that exceed the model's context.
     """
     settings = settings or RwkuSettings()
     run = Evaluation("RWKU", model, tokenizer, asdict(settings), out=out, cache_dir=cache_dir)
@@ -111,7 +113,7 @@ def _examples(model, tokenizer, name: str, rows: list[dict], settings: RwkuSetti
 
 
 def _probe(tokenizer, name: str, row: dict, chat: bool | Chat) -> Example:
-    """The prompt of a probe alone, no token labelled."""
+    """Return the prompt of a probe alone, with no token labelled."""
     kind = row.get("type")
     form = EXAMPLES if kind == "incontext learning" else BLANK if name.endswith("level1") else QUESTION
     asked = form.format(query=row["query"])

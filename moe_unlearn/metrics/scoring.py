@@ -1,6 +1,6 @@
-"""What every metric reads: the log-probability of each token, and continuations, greedy or sampled.
+"""Compute what every metric reads: the log-probability of each token, and greedy or sampled continuations.
 
-Both batch rows of several lengths, and all ranks of torch.distributed share the rows (`workers`).
+Both process batches of rows of several lengths, and all ranks of torch.distributed share the rows (`workers`).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -20,9 +20,9 @@ from moe_unlearn.ranks import local
 class TokenScores:
     """Teacher-forced scores of one example; entry i is about predicting `input_ids[i + 1]`.
 
-    `logprobs` [S-1] float32 in nats, `correct` [S-1] bool (the token was the most likely one), `counted`
-    [S-1] bool (the token carries a label). `standard` [S-1] float32, where asked for: (log p - mu) / sigma, mean and
-    standard deviation of log p over the vocabulary weighted by p, sigma^2 at least 1e-6.
+    `logprobs` [S-1] float32 in nats, `correct` [S-1] bool (the token was the most likely one), `counted` [S-1] bool
+    (the token carries a label). `standard` [S-1] float32, if asked for: (log p - mu) / sigma, where mu and sigma are
+    mean and standard deviation of log p over the vocabulary weighted by p, with sigma^2 at least 1e-6.
     """
 
     logprobs: Tensor
@@ -33,13 +33,13 @@ class TokenScores:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every submodule's own mode is restored, whatever happens."""
+    """Switch to evaluation mode without gradients inside, and restore every submodule's own mode, whatever happens."""
     with evaluation_mode(model), torch.inference_mode():
         yield
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Tokens the model's positions reach (`max_position_embeddings`); None if its config does not say."""
+    """Return how many tokens the model's positions reach (`max_position_embeddings`), None if it does not say."""
     config = getattr(local(model), "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -49,7 +49,7 @@ def context_length(model: nn.Module) -> int | None:
 def token_scores(
     model: nn.Module, examples: Sequence[Example], *, batch_size: int = 32, pad_id: int = 0, standard: bool = False
 ) -> list[TokenScores]:
-    """Scores of every example, in order, with `standard` that field too; one forward pass.
+    """Return the scores of every example, in order, from one forward pass; `standard` fills that field too.
 
     Raises ValueError if there are no examples, or one is empty or longer than the model's context.
     """
@@ -59,7 +59,7 @@ def token_scores(
 
     def compute(rows: list[Example]) -> list:
         scored: list = [None] * len(rows)
-        # similar lengths together, so that little is padded
+        # similar lengths go together, so that little is padded
         by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
         for batch in batches([rows[i] for i in by_length], batch_size, pad_id=pad_id):
             ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
@@ -91,7 +91,7 @@ def token_scores(
 
 def _standard(logits: Tensor, logprobs: Tensor) -> Tensor:
     every = logits.log_softmax(1)
-    # a token of probability 0 adds 0, not 0 times minus infinity
+    # a token of probability 0 must add 0, not 0 times minus infinity
     p, every = every.exp(), every.clamp_min(torch.finfo(every.dtype).min / 2)
     mean = (p * every).sum(1)
     # not E[x^2] - E[x]^2, which cancels where one token is nearly certain
@@ -108,11 +108,11 @@ def greedy(
     pad_id: int = 0,
     stop: Collection[int] = (),
 ) -> list[list[int]]:
-    """The most likely tokens after each prompt, one after the other, in order of the prompts.
+    """Return the most likely tokens after each prompt, one after the other, in order of the prompts.
 
     A continuation has `new_tokens` tokens, or those before its first token in `stop`. Nothing else ends or
     changes it: the model's `generation_config` (penalties, forced tokens) is not read. Prompts of several
-    lengths are padded on the left and decoded together with a key-value cache; a row gets the tokens it gets
+    lengths are padded on the left and decoded together with a key-value cache. A row gets the tokens it would get
     alone, up to ties within the rounding of the model's dtype.
 
     Raises ValueError on an empty prompt, or one that with `new_tokens` exceeds the model's context.
@@ -135,10 +135,10 @@ def sampled(
     pad_id: int = 0,
     stop: Collection[int] = (),
 ) -> list[list[int]]:
-    """Tokens after each prompt drawn from softmax(logits / temperature); all else as of `greedy`.
+    """Return tokens after each prompt drawn from softmax(logits / temperature); all else is as in `greedy`.
 
-    What prompt i gets depends on `seed`, i and the model alone, whatever the batches and ranks, up to the rounding of
-    its dtype. Raises ValueError also for a temperature that is not above 0.
+    The tokens for prompt i depend on `seed`, i and the model alone, whatever the batches and ranks, up to the
+    rounding of the model's dtype. Raises ValueError also for a temperature that is not above 0.
     """
     if not temperature > 0:
         raise ValueError(f"expected a temperature above 0; got {temperature}")
@@ -149,9 +149,9 @@ def sampled(
 
         def choose(logits: Tensor, step: int) -> Tensor:
             below = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
-            # the first token whose share of the line reaches beyond the point drawn on it: never one of probability 0
+            # take the first token whose cumulative share exceeds the drawn point, so never one of probability 0
             ids = torch.searchsorted(below, drawn[:, step, None] * below[:, -1:], right=True)
-            return ids.clamp_max(logits.shape[-1] - 1)  # logits that are not numbers have no shares
+            return ids.clamp_max(logits.shape[-1] - 1)  # NaN logits have no shares
 
         return choose
 
@@ -159,7 +159,10 @@ def sampled(
 
 
 def _continued(model, prompts, new_tokens: int, choices: Callable, batch_size: int, pad_id: int, stop) -> list[list]:
-    """Continuations; `choices` of the numbers of a batch's prompts gives what chooses ids [B, 1] from logits [B, V]."""
+    """Return the continuations of all prompts.
+
+    `choices`, given the numbers of a batch's prompts, returns a function that chooses ids [B, 1] from logits [B, V].
+    """
     _check_lengths(model, [len(prompt) for prompt in prompts], "prompt", new_tokens)
     stop = frozenset(stop)
 
@@ -185,7 +188,7 @@ def _decode(model, prompts, new_tokens: int, choose: Callable, pad_id: int, stop
     longest, device = max(map(len, prompts)), next(model.parameters()).device
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    # a token's position is its place in its own row, whatever stands to its left
+    # a token's position counts from the start of its own row, without the padding to its left
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     stops = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)

@@ -1,11 +1,11 @@
-"""TOFU (arXiv 2401.06121): probability, ROUGE, truth ratio, forget quality, model utility.
+"""Evaluate TOFU (arXiv 2401.06121): probability, ROUGE, truth ratio, forget quality, model utility.
 
-For a set s of forget, retain, ra (real authors), wf (world facts), with P(a) = exp(-mean NLL of a's tokens,
-the end token with them):
+The set s is forget, retain, ra (real authors) or wf (world facts), and P(a) = exp(-mean NLL of a's tokens, the end
+token included):
 
     s_Q_A_Prob              mean P(answer)
     s_Q_A_PARA_Prob         mean P(paraphrased answer); forget and retain
-    s_Q_A_PERT_Prob         mean over rows, in a row over its perturbed answers, of P
+    s_Q_A_PERT_Prob         mean over rows of the mean P over the row's perturbed answers
     s_Q_A_Prob_normalised   mean of P(answer) / (P(answer) + sum over the perturbed answers of P); ra and wf
     s_Q_A_ROUGE             mean ROUGE-L recall of the greedy answer
     truth ratio             R = P_perturbed / P_correct of a row; P_perturbed from the NLL averaged over the
@@ -16,23 +16,24 @@ the end token with them):
     model_utility           harmonic mean of the nine: (Prob, ROUGE, Truth_Ratio) of retain, ra and wf; Prob
                             is the normalised one for ra and wf. 0 if one of them is 0
     extraction_strength, exact_memorization   on the forget rows
-    extraction_strength_open_unlearning       the same by its formula (`memorization.extraction_strength`), which with
-                                              `like` open-unlearning has the usual name
+    extraction_strength_open_unlearning       the same by its formula (`memorization.extraction_strength`); with
+                                              open-unlearning's `like` it has the usual name
     mia_*, privleak, ...    MUSE's (`muse`, `attacks`), on the answers of the forget and the holdout rows
 
-Names are open-unlearning's, and so are the formulas, with the 1e-10 it adds to denominators: a collapsed
-model has P below that, and published numbers contain it.
+The names are open-unlearning's, and so are the formulas, with the 1e-10 it adds to denominators: a collapsed
+model has a P below that, and published numbers contain it.
 
-WAGLE (arXiv 2410.17509) sums a model up in two numbers of its own, in [0, 1], from the same values:
+WAGLE (arXiv 2410.17509) summarises a model in two numbers of its own, in [0, 1], from the same values:
 
-    wagle_unlearn_effect    mean of 1 - p, A, 1 - accuracy and 1 - ROUGE, the last two of forget. p is that of the
-                            Kolmogorov-Smirnov test between this model's own R of the forget and the retain rows;
-                            A the chance that a forget answer is less likely than a holdout one (`auc_muse`)
+    wagle_unlearn_effect    mean of 1 - p, A, 1 - accuracy and 1 - ROUGE, the last two of forget. p is the p-value of
+                            the Kolmogorov-Smirnov test between this model's own R of the forget and the retain
+                            rows; A is the chance that a forget answer is less likely than a holdout one (`auc_muse`)
     wagle_utility           mean of accuracy and ROUGE of retain, ra and wf
 
-The paper leaves accuracy open. Here a row of forget or retain counts if its paraphrased answer has a larger P than
-each perturbed one, a row of ra or wf if its answer stands, in whatever case, in the greedy answer. The code its authors
-released for SOUL does the latter too, but for forget and retain compares sentence embeddings of the greedy answer.
+The paper does not define accuracy. Here a row of forget or retain counts if its paraphrased answer has a larger P
+than each perturbed one; a row of ra or wf counts if its answer occurs in the greedy answer, ignoring case. The code
+that its authors released for SOUL treats ra and wf in the same way, but for forget and retain it compares sentence
+embeddings of the greedy answer.
 """
 
 import math
@@ -60,10 +61,10 @@ UTILITY = tuple(
 
 @dataclass(frozen=True, kw_only=True)
 class TofuData:
-    """Rows of TOFU's perturbed files; what an absent set is needed for is not computed.
+    """Rows of TOFU's perturbed files; numbers that need an absent set are not computed.
 
-    All: `question`, `answer`; all but `holdout` also `perturbed_answer` (a list); `forget`, `retain` also
-    `paraphrased_answer`. `holdout` are rows like the forget rows that no model has seen.
+    All rows have `question`, `answer`; all but `holdout` also `perturbed_answer` (a list); `forget`, `retain` also
+    `paraphrased_answer`. `holdout` has rows like the forget rows that no model has seen.
     """
 
     forget: Sequence = ()
@@ -75,7 +76,7 @@ class TofuData:
 
 @dataclass(frozen=True, kw_only=True)
 class TofuSettings:
-    """What TOFU's numbers depend on beside model and data; lengths in tokens; `chat` and `like` as MUSE's."""
+    """Settings that TOFU's numbers depend on beside model and data; lengths in tokens; `chat`, `like` as in MUSE's."""
 
     new_tokens: int = 200
     use_stemmer: bool = True
@@ -99,13 +100,14 @@ def evaluate_tofu(
     gradient_norm: bool = False,
     reference_model: nn.Module | None = None,
 ) -> dict[str, float | None]:
-    """The summary of all results that `data` allows; files and cache as `results.Evaluation` has them.
+    """Return the summary of all results that `data` allows; files and cache are as in `results.Evaluation`.
 
-    `reference_run` is the folder of the retrained model's evaluation on the same data with the same settings;
-    without it there is no `forget_quality` and no `privleak`. `gradient_norm` and `reference_model` add
-    their `attacks`. Raises ValueError for rows without their fields, no
-    rows at all or a reference run that does not fit; MissingLibraryError without scipy (extra `eval`) for forget
-    quality and where forget, retain and holdout give WAGLE's numbers.
+    `reference_run` is the folder of the retrained model's evaluation on the same data with the same settings; without
+    it there is no `forget_quality` and no `privleak`. `gradient_norm` and `reference_model` add their `attacks`.
+
+    Raises ValueError for rows without their fields, no rows at all, or a reference run that does not fit. Raises
+    MissingLibraryError without scipy (extra `eval`) for forget quality, and where forget, retain and holdout give
+    WAGLE's numbers.
     """
     settings = settings or TofuSettings()
     run = Evaluation(
@@ -116,7 +118,7 @@ def evaluate_tofu(
     if len(data.holdout) and not len(data.forget):
         raise ValueError("holdout rows are compared with forget rows; got none")
     if run.reference is not None or len(data.retain) and len(data.holdout):
-        kolmogorov_smirnov([0.0], [0.0])  # a missing scipy is found before an hour of scoring, not after
+        kolmogorov_smirnov([0.0], [0.0])  # finds a missing scipy before an hour of scoring
     sets = {}
     for name, side in SHORT.items():
         if len(getattr(data, name)):
@@ -152,7 +154,7 @@ def evaluate_tofu(
 
 
 def kolmogorov_smirnov(first: Sequence[float], second: Sequence[float]) -> float:
-    """p-value of the two-sided two-sample Kolmogorov-Smirnov test (scipy's `ks_2samp`); symmetric.
+    """Return the p-value of the two-sided two-sample Kolmogorov-Smirnov test (scipy's `ks_2samp`), which is symmetric.
 
     Raises ValueError for an empty sample, MissingLibraryError without scipy.
     """
@@ -166,17 +168,16 @@ def kolmogorov_smirnov(first: Sequence[float], second: Sequence[float]) -> float
 
 
 def harmonic_mean(values: Sequence[float]) -> float:
-    """n / sum(1 / v); 0 if a value is 0. Raises ValueError for no values or negative ones."""
+    """Return n / sum(1 / v), or 0 if a value is 0; raise ValueError for no values or negative ones."""
     if not values or min(values) < 0:
         raise ValueError(f"expected values of at least 0; got {list(values)}")
     return len(values) / sum(1 / v for v in values) if min(values) else 0.0
 
 
 def truth_ratio(correct: list[dict], wrong: list[dict], *, forget: bool) -> Result:
-    """R of each row from `avg_loss` of its correct and its wrong answers (a list); see the module docstring.
+    """Compute R of each row from `avg_loss` of its correct and its wrong answers (a list); see the module docstring.
 
-    The mean is of min(R, 1 / R) with `forget`, else of max(0, 1 - R). A row with an answer without tokens has
-    no R.
+    The mean is of min(R, 1 / R) with `forget`, else of max(0, 1 - R). A row in which an answer has no tokens has no R.
     """
     values = []
     for right, others in zip(correct, wrong, strict=True):
@@ -191,7 +192,7 @@ def truth_ratio(correct: list[dict], wrong: list[dict], *, forget: bool) -> Resu
 
 
 def _wagle(run: Evaluation) -> None:
-    """Add WAGLE's two numbers, each where all its parts are there; `parts` are what it is the mean of."""
+    """Add WAGLE's two numbers, each if all it needs is there; `parts` holds the values that are averaged."""
     found = run.results
 
     def add(key: str, parts: dict[str, float], of: Sequence[str]) -> None:
@@ -216,7 +217,7 @@ def _wagle(run: Evaluation) -> None:
 
 
 def _accuracy(found: dict[str, Result], side: str) -> float:
-    """Share of a side's rows that count as answered; the module docstring says which."""
+    """Return the share of a side's rows that count as answered; the module docstring says which do."""
 
     def rows(name: str) -> list[dict]:
         return list(found[f"{side}_Q_A_{name}"]["value_by_index"].values())

@@ -1,7 +1,7 @@
-"""Work shared by the ranks of torch.distributed: each does its part, all get everything.
+"""Share work between the ranks of torch.distributed: each does its part, and all get every result.
 
 Without an initialised process group there is one rank. A model whose own forward pass needs all ranks (its
-weights are sharded) cannot be used by one of them alone: then every rank does all the work.
+weights are sharded) cannot be used by one of them alone, so then every rank does all the work.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,10 +12,10 @@ from moe_unlearn.ranks import gather, initialised, sharded
 
 
 def share(model: nn.Module, items: Sequence, compute: Callable[[list], list]) -> list:
-    """`compute(items)`, one JSON value an item, with the items dealt out to the ranks; in order of the items.
+    """Return `compute(items)`, one JSON value an item, in order of the items, which are dealt out to the ranks.
 
     Every rank must call it with the same number of items (ValueError otherwise). An exception on one rank is
-    raised there, and on the others as a RuntimeError that names the rank: none is left waiting.
+    raised there, and on the others as a RuntimeError that names the rank, so that no rank waits forever.
     """
     rank, world = _ranks(model)
     if world == 1:
@@ -41,7 +41,7 @@ def share(model: nn.Module, items: Sequence, compute: Callable[[list], list]) ->
 
 
 def on_first(write: Callable[[], None]) -> None:
-    """Have the first rank write; an OSError there is raised on every rank, so that none goes on alone."""
+    """Have the first rank write; an OSError there is raised on every rank, so that no rank goes on alone."""
     error = None
     if is_first():
         try:
@@ -56,7 +56,7 @@ def on_first(write: Callable[[], None]) -> None:
 
 
 def is_first() -> bool:
-    """Whether this rank writes files."""
+    """Return whether this rank writes files."""
     return not initialised() or distributed.get_rank() == 0
 
 

@@ -1,6 +1,6 @@
-"""A causal language model with MoE layers, and what the procedures ask of it.
+"""Everything that the procedures ask of a causal language model with MoE layers.
 
-`loading` reads it from a folder; `batches` says what it is given; `head` makes per-token losses of its hidden states;
-`states` are those of its layers, `capture` is its routing; `scope` says which parameters train; `modes` switches it to
-evaluation for a while.
+`loading` reads the model from a folder; `batches` defines its inputs; `head` computes per-token losses from its hidden
+states; `states` returns the outputs of its layers and `capture` its routing; `scope` says which parameters train;
+`modes` switches the model to evaluation mode for a while.
 """

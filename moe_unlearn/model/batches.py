@@ -1,20 +1,20 @@
-"""What a batch may hold, said in one place; packed rows become rows of their own.
+"""Defines and checks what a batch may hold, and unpacks packed rows into one row for each example.
 
-    input_ids, attention_mask, labels       [B, S], as transformers has them; a label of -100 carries no loss
-    position_ids                            [B, S], or [1, S] for all rows: the model is given them
-    index                                   [B], what each row is known by in what `prepare` caches
+    input_ids, attention_mask, labels       [B, S], as in transformers; a label of -100 carries no loss
+    position_ids                            [B, S], or [1, S] for all rows; they are passed to the model
+    index                                   [B], the number that identifies each row in the caches of `prepare`
     state_mask                              bool [B, S], the hidden states that RMU steers and keeps
-    token_weights, ref_logprobs [B, S], ref_hidden_states [B, S, H]      in the place of prepared ones
+    token_weights, ref_logprobs [B, S], ref_hidden_states [B, S, H]      replace prepared ones
 
-and `idk_` before the first four and `index` for the refusal that stands against each row. Any other tensor is an error:
-one that a model reads would change its forward pass and must not be left out in silence.
+The first four keys and `index`, with `idk_` before them, describe the refusal that belongs to each row. Any other
+tensor is an error: a model might read it, so that leaving it out in silence would change the forward pass.
 
-With an `attention_mask`, `position_ids` say where tokens stand and nothing else, as in transformers (but for its flash
-attention, which takes a single row without padding for packed where its positions start again). Without one, a token
-whose position does not follow that of the token before begins another example of a packed row. So do the offsets
-`cu_seq_lens_q` and `cu_seq_lens_k`, and `seq_idx`. The step computes with each example in a row of its own (`padded`):
-no model mixes them then, whatever its attention, and losses of sequences and caches of rows know them. That takes the
-time and memory of padded rows.
+With an `attention_mask`, `position_ids` only say where tokens stand, as in transformers (except its flash attention,
+which takes a single row without padding for packed if its positions start again). Without an `attention_mask`, a token
+whose position does not follow that of the token before begins another example of a packed row. The offsets
+`cu_seq_lens_q` and `cu_seq_lens_k`, and `seq_idx`, also mark where examples begin. The step computes with each example
+in a row of its own (`padded`): then no model mixes examples, whatever its attention, and sequence losses and row caches
+can tell them apart. That takes the time and memory of padded rows.
 
 Sources: transformers' masks and its `DataCollatorWithFlattening`, whose keys these are; the rest is our specification.
 """
@@ -28,10 +28,10 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.ops.token_loss import IGNORED
 
 Batch = dict[str, Tensor]
-#: by unit (positions of a side, or its sequences), over how many of them losses are means
+#: the number of units that a mean loss divides by, for each unit (positions of a side, or its sequences)
 Sizes = Mapping[str, float]
 
-INPUTS = ("input_ids", "attention_mask", "position_ids")  # what a model is called with
+INPUTS = ("input_ids", "attention_mask", "position_ids")  # the arguments of a model
 ROW = (*INPUTS, "labels")
 _GIVEN = ("state_mask", "token_weights", "ref_logprobs", "ref_hidden_states")
 _OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k")
@@ -43,10 +43,10 @@ KNOWN = (*ROW, "index", *_GIVEN, *_PACKED, *(f"{_REFUSAL}{key}" for key in (*ROW
 
 
 def checked(batch: Batch, side: str) -> Batch:
-    """The tensors of `batch`, its packed rows `padded`; the same again where it has been through here before.
+    """Check the tensors of `batch` and return them, packed rows `padded`; a checked batch comes back unchanged.
 
-    `side`, forget or retain, is for the errors: ValueError for a tensor that is not known, for shapes that do not go
-    together, without rows, and as `padded` raises.
+    `side`, forget or retain, is named in the errors: ValueError for an unknown tensor, for shapes that do not fit
+    together, for a batch without rows, and as `padded` raises.
     """
     unknown = [str(key) for key, value in batch.items() if isinstance(value, Tensor) and key not in KNOWN]
     if unknown:
@@ -69,13 +69,13 @@ def checked(batch: Batch, side: str) -> Batch:
 
 
 def inputs(batch: Batch) -> Batch:
-    """What a model is called with for a padded batch."""
+    """Return the arguments with which a model is called for a padded batch."""
     attention_mask(batch)
     return {key: batch[key] for key in INPUTS if key in batch}
 
 
 def attention_mask(batch: Batch) -> Tensor:
-    """The mask [B, S] of a padded batch; ValueError for a packed one."""
+    """Return the mask [B, S] of a padded batch; ValueError for a packed one."""
     if "attention_mask" not in batch:
         raise ValueError(
             "expected padded rows, with an attention_mask; `batches.padded` makes them of packed ones. Got "
@@ -85,16 +85,19 @@ def attention_mask(batch: Batch) -> Tensor:
 
 
 def take(batch: Batch, rows: list[int] | Tensor) -> Batch:
-    """Those rows of a padded batch: their tokens, without what else is known of them."""
+    """Return some rows of a padded batch: model inputs and labels only."""
     return {key: batch[key][rows] for key in ROW if key in batch}
 
 
 def stack(parts: list[Batch]) -> tuple[Batch, list[slice]]:
-    """What a model is called with for the rows of all parts, padded on the right to the longest; the rows of each."""
+    """Join the rows of all parts into one call of a model, padded on the right to the longest.
+
+    Returns the arguments of the call and the slice of rows of each part.
+    """
     length = max(part["input_ids"].shape[1] for part in parts)
     calls = [inputs(part) for part in parts]
     if any("position_ids" in call for call in calls):
-        # what transformers takes where none are given
+        # transformers' default
         calls = [{"position_ids": _following(call["input_ids"]), **call} for call in calls]
     stacked = {
         key: torch.cat([torch.nn.functional.pad(call[key], (0, length - call[key].shape[1])) for call in calls])
@@ -105,14 +108,16 @@ def stack(parts: list[Batch]) -> tuple[Batch, list[slice]]:
 
 
 def padded(batch: Batch, what: str = "the batch") -> Batch:
-    """A packed batch with each example in a row of its own, padded on the right; any other batch as it is.
+    """Put each example of a packed batch into a row of its own, padded on the right; return other batches unchanged.
 
-    An example keeps its first label, which nothing predicts. `index` may be of each token [B, S] or of each example.
-    An example with a negative index is padding and left out; so is, without an index [B, S], one without a label.
+    An example keeps its first label, which nothing predicts. `index` has one number for each token [B, S] or for each
+    example. An example with a negative index is padding and is left out; without an index [B, S], an example without
+    a label is left out too.
 
-    Raises ValueError unless positions, offsets and `seq_idx`, as far as there are any, begin examples at the same
-    tokens: positions at 0, offsets of one row rising from 0 to its end, the same in both; for an attention mask that
-    leaves tokens out, a `max_length` below the longest example, and an `index` that does not name each example once.
+    Raises ValueError unless positions, offsets and `seq_idx`, as far as they are given, begin examples at the same
+    tokens: positions start at 0, offsets belong to one row, rise from 0 to its end and are the same in both keys.
+    Raises it also for an attention mask that leaves tokens out, a `max_length` below the longest example, and an
+    `index` that does not name each example once.
     """
     if not _is_packed(batch):
         return batch
@@ -157,7 +162,7 @@ def padded(batch: Batch, what: str = "the batch") -> Batch:
 
 
 def _checked(batch: Batch, what: str, prefix: str = "") -> Batch:
-    """One side's rows or its refusals, whose keys in the caller's batch begin with `prefix`."""
+    """Check one side's rows, or its refusals, whose keys in the caller's batch begin with `prefix`."""
     for key in ("input_ids", "labels"):
         _require(key, batch, what, prefix)
     shape = batch["input_ids"].shape
@@ -192,7 +197,7 @@ def _listed(batch: Batch, prefix: str = "") -> str:
 
 
 def _following(ids: Tensor) -> Tensor:
-    """Positions [B, S] of rows without gaps."""
+    """Return the positions [B, S] of rows without gaps."""
     return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
 
 
@@ -202,10 +207,10 @@ def _is_packed(batch: Batch) -> bool:
 
 
 def _beginnings(batch: Batch, shape: torch.Size, what: str) -> tuple[dict[str, Tensor], Tensor]:
-    """int64 [B, S] of a packed batch on the CPU, and where examples begin there, bool [B, S]."""
+    """Return a packed batch's tensors on the CPU, int64 [B, S], and where its examples begin, bool [B, S]."""
     names = [key for key in ("labels", "attention_mask", "position_ids", "seq_idx", "index") if key in batch]
     names = [key for key in names if key != "index" or batch[key].shape == shape]
-    # one read of a batch that is on a GPU
+    # stacked, so that a batch on a GPU is read in one transfer
     read = dict(zip(names, torch.stack([batch[key].expand(shape).long() for key in names]).cpu(), strict=True))
     if "attention_mask" in read and not read["attention_mask"].all():
         raise ValueError(f"{what}: attention_mask leaves out tokens of packed rows; expected ones, or no mask")
@@ -246,7 +251,7 @@ def _from_offsets(offsets: list[int], shape: torch.Size, name: str) -> Tensor:
 
 
 def refusal(batch: Batch) -> Batch:
-    """The refusal rows of a preference batch, as a batch of their own."""
+    """Return the refusal rows of a preference batch, as a batch of their own."""
     missing = [k for k in ("idk_input_ids", "idk_attention_mask", "idk_labels") if k not in batch]
     if missing:
         raise ValueError(
@@ -257,7 +262,10 @@ def refusal(batch: Batch) -> Batch:
 
 
 def forgotten(recipe: Recipe, batch: Batch) -> Batch:
-    """The rows that carry the forget loss: of `idk_nll` the refusals, of `ceu` without the first labels of each row."""
+    """Return the rows that carry the forget loss.
+
+    `idk_nll` takes the refusals; `ceu` drops the first labels of each row.
+    """
     if recipe.forget.objective == "ceu":
         labels = batch["labels"]
         labelled = labels != IGNORED
@@ -267,7 +275,7 @@ def forgotten(recipe: Recipe, batch: Batch) -> Batch:
 
 
 def check_batches(batches: Iterable[Batch], side: str) -> list[Batch]:
-    """Each of them `checked`; raises ValueError also if none of them carries a loss."""
+    """Check each batch and return it as `checked` does; ValueError also if none of them carries a loss."""
     rows = [checked(batch, side) for batch in batches]
     if not any(target_mask(batch).any() for batch in rows):
         raise ValueError(f"the {side} set carries no loss: it is empty or all labels are -100")
@@ -275,7 +283,7 @@ def check_batches(batches: Iterable[Batch], side: str) -> list[Batch]:
 
 
 def counted_row(batches: list[Batch]) -> Batch:
-    """The first row [1, S] that carries a loss, of the first batch that has one; ValueError if none does."""
+    """Return the first row [1, S] that carries a loss, of the first batch that has one; ValueError if none does."""
     for batch in batches:
         counted = target_mask(batch).any(1).nonzero().flatten()
         if len(counted):
@@ -284,7 +292,10 @@ def counted_row(batches: list[Batch]) -> Batch:
 
 
 def target_mask(batch: Batch) -> Tensor:
-    """bool [B, S]: the positions that carry a loss; see the module docstring. The last never does."""
+    """Return the positions that carry a loss, bool [B, S]: attended, with a label at the next position.
+
+    The last position never carries one.
+    """
     attended = attention_mask(batch)
     mask = torch.zeros_like(attended, dtype=torch.bool)
     mask[:, :-1] = (attended[:, :-1] == 1) & (batch["labels"][:, 1:] != IGNORED)
@@ -292,6 +303,9 @@ def target_mask(batch: Batch) -> Tensor:
 
 
 def state_mask(batch: Batch) -> Tensor:
-    """bool [B, S]: the positions whose hidden states count, the batch's `state_mask` or those of labelled tokens."""
+    """Return the positions whose hidden states count, bool [B, S].
+
+    They are the batch's `state_mask` or, without one, the attended tokens with a label.
+    """
     given = batch.get("state_mask")
     return (attention_mask(batch) == 1) & (batch["labels"] != IGNORED) if given is None else given

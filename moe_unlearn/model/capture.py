@@ -1,10 +1,10 @@
-"""Routing capture: which experts each token visits, read from the inputs of the experts modules.
+"""Captures which experts each token visits, from the inputs of the experts modules.
 
 A hook before each experts module sees the global expert ids under every experts implementation, under PEFT
-and under expert parallelism. `output_router_logits`, which would change the loss, is never set.
+and under expert parallelism. The capture never sets `output_router_logits`, which would change the loss.
 
 Every forward pass inside the context counts once. A gradient checkpoint runs its part of the forward again
-during the backward pass; the hooks recognise that they are inside a backward and count nothing then.
+during the backward pass; the hooks recognise a backward pass and count nothing in it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from moe_unlearn.ops.route import route
 
 
 class RoutingCapture:
-    """What `routing_capture` collects, layers in the order of `experts_modules`."""
+    """The routing that `routing_capture` collects, layers in the order of `experts_modules`."""
 
     def __init__(self, model_name: str, layers: dict[str, nn.Module], num_groups: int, keep_index: bool):
         self.layers = list(layers)
@@ -35,14 +35,14 @@ class RoutingCapture:
 
     @property
     def counts(self) -> Tensor:
-        """Top-K hits [L, E] int64 of the counted tokens; [L, G, E] with `num_groups` > 1."""
+        """Return the top-K hits [L, E] int64 of the counted tokens; [L, G, E] with `num_groups` > 1."""
         self._require_all(self._counts)
         counts = torch.stack([self._counts[name].to(self._device) for name in self.layers])
         return counts if self.num_groups > 1 else counts[:, 0]
 
     @property
     def top_k_index(self) -> Tensor:
-        """Expert ids [L, T, K] int64 of all tokens, forward passes one after the other."""
+        """Return the expert ids [L, T, K] int64 of all tokens, forward passes one after the other."""
         if not self.keep_index:
             raise RuntimeError("ids were not kept: pass keep_index=True to routing_capture")
         self._require_all({name for name, parts in self._index.items() if parts})
@@ -86,8 +86,8 @@ def routing_capture(
     """Collect the routing of the forward passes inside.
 
     Args:
-        group: int [B * S], the group of each position of the next forward passes; outside
-            [0, num_groups), -1 by convention, it is not counted. None counts every position in group 0.
+        group: int [B * S], the group of each position of the next forward passes. A position whose group lies
+            outside [0, num_groups), by convention -1, is not counted. None counts every position in group 0.
             `.group` of the yielded object may be set before each forward pass.
         keep_index: keep every id too, for `.top_k_index`.
 
@@ -105,7 +105,7 @@ def routing_capture(
 
     def hook(name):
         def collect(module, args, kwargs):
-            # id of the backward pass this call is part of; -1 outside: only a recompute runs inside one
+            # the id is -1 outside backward passes; inside one, only a checkpoint's recompute calls a forward
             if torch._C._current_graph_task_id() == -1:
                 capture.collect(name, kwargs["top_k_index"] if "top_k_index" in kwargs else args[1])
 
@@ -120,14 +120,14 @@ def routing_capture(
 
 
 def collect_routing(model: nn.Module, batch: Batch) -> Tensor:
-    """top_k_index [L, B * S, K] int64 of one forward pass in evaluation mode, padding included."""
+    """Return top_k_index [L, B * S, K] int64 of one forward pass in evaluation mode, padding included."""
     with torch.no_grad(), evaluation_mode(model), routing_capture(model, keep_index=True) as capture:
         final_hidden_states(model, batch)
     return capture.top_k_index
 
 
 def count_experts(model: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
-    """Top-K hits [L, E] int64 over the positions in `mask` (bool [B, S]), in evaluation mode."""
+    """Count the top-K hits [L, E] int64 over the positions in `mask` (bool [B, S]), in evaluation mode."""
     group = torch.where(mask.flatten(), 0, -1).int()
     with torch.no_grad(), evaluation_mode(model), routing_capture(model, group=group) as capture:
         final_hidden_states(model, batch)

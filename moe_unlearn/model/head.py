@@ -1,4 +1,4 @@
-"""The output head of a causal language model, and the way from its hidden states to per-token losses."""
+"""Finds the output head of a causal language model and computes per-token losses from hidden states with it."""
 
 import contextlib
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from moe_unlearn.model.modes import checkpoints_with_graph, evaluation_mode
 from moe_unlearn.ops.token_loss import IGNORED, token_loss
 from moe_unlearn.ranks import local
 
-# config field -> the factor it puts on the logits; flags of a config, never names of models
+# config field -> its factor on the logits; fields of a config are read, never names of models
 _LOGIT_FACTORS = {
     "logits_scaling": lambda value: 1.0 / value,
     "logit_scale": float,
@@ -21,7 +21,7 @@ _LOGIT_FACTORS = {
 
 @dataclass(frozen=True)
 class Head:
-    """The output head as `token_loss` takes it."""
+    """Output head of a model, as `token_loss` takes it."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -30,10 +30,10 @@ class Head:
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a causal language model, PEFT-wrapped or not, with its config's scale and soft-cap.
+    """Return the head of a causal language model, PEFT-wrapped or not, with its config's scale and soft-cap.
 
     Raises ValueError for a model without a head, or with one that is more than a weight and a bias.
-    What a config does not say is not guessed: `verify_head` finds it out.
+    Nothing is guessed beyond the config; `verify_head` finds out whether the config says everything.
     """
     causal = unwrapped(model)
     layer = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
@@ -55,14 +55,14 @@ def head_of(model: nn.Module) -> Head:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """A causal LM without its head."""
+    """Return a causal LM without its head."""
     causal = unwrapped(model)
     decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else None
     return getattr(causal, causal.base_model_prefix) if decoder is None or decoder is causal else decoder
 
 
 def final_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """Output [B, S, H] of the decoder's last norm, which is what the head multiplies; the head does not run."""
+    """Compute the output [B, S, H] of the decoder's last norm, the input of the head; the head does not run."""
     with checkpoints_with_graph(model) if torch.is_grad_enabled() else contextlib.nullcontext():
         out = decoder_of(model)(**inputs(batch), use_cache=False)
     return out.last_hidden_state
@@ -79,9 +79,9 @@ def token_losses(
     ref_lm_head: Tensor | None = None,
     label_penalty: float = 0.0,
 ) -> Tensor:
-    """Per-token losses [B, S], float32: position t holds that of predicting labels[t + 1], 0 if it counts not.
+    """Compute per-token losses [B, S], float32: position t has that of predicting labels[t + 1], 0 if not counted.
 
-    `token_weights` [B, S] multiply them; `hidden_states` [B, S, H] spare the forward pass; "kl" needs
+    `token_weights` [B, S] multiply the losses; given `hidden_states` [B, S, H], no forward pass runs; "kl" needs
     `ref_hidden_states` [B, S, H], "ce" a `label_penalty`. Errors as `token_loss`.
     """
     states = final_hidden_states(model, batch) if hidden_states is None else hidden_states
@@ -109,8 +109,8 @@ def token_losses(
 def verify_head(model: nn.Module, batch: Batch) -> None:
     """Compare the log-probs of `token_losses` with those of the model's own logits, once.
 
-    Raises RuntimeError if they differ by more than the rounding of logits in their dtype explains: the head
-    does more than its config says (another norm, another scale). ValueError if no position of the batch counts.
+    Raises RuntimeError if they differ by more than the rounding of logits in their dtype explains: then the head
+    does more than its config says (another norm, another scale). Raises ValueError if no position of the batch counts.
     """
     mask = target_mask(batch)
     if not mask.any():
@@ -121,7 +121,7 @@ def verify_head(model: nn.Module, batch: Batch) -> None:
     targets = batch["labels"].roll(-1, 1)[mask]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     theirs = torch.log_softmax(wide, -1).gather(1, targets[:, None]).squeeze(1)
-    # matrix product, scale and soft-cap each round a logit to its dtype; the rest is float32
+    # matrix product, scale and soft-cap each round a logit to its dtype; all else is computed in float32
     size = wide.abs().amax(1)
     allowed = 4 * torch.finfo(logits.dtype).eps * size + 64 * torch.finfo(torch.float32).eps * (1 + size)
     difference = (ours - theirs).abs()
@@ -135,6 +135,6 @@ def verify_head(model: nn.Module, batch: Batch) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The causal language model inside data-parallel and PEFT wrappers."""
+    """Return the causal language model inside data-parallel and PEFT wrappers."""
     model = local(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,4 +1,4 @@
-"""Models and tokenizers from folders; nothing is looked for on a hub."""
+"""Loads models and tokenizers from folders, never from a hub."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from moe_unlearn.config import geometry, models
 
 
 def model_folder(folder: str | Path) -> Path:
-    """`folder`, in which there is a config.json; else ValueError."""
+    """Return `folder` as a path; ValueError unless a config.json is in it."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
@@ -27,38 +27,38 @@ def model_folder(folder: str | Path) -> Path:
 
 
 def load_model(folder: str | Path):
-    """Model and tokenizer of a folder written by `save_pretrained`.
+    """Load the model and the tokenizer of a folder written by `save_pretrained`.
 
-    Raises ValueError, naming the folder and what it lacks; nothing is looked for on a hub.
+    Raises ValueError, naming the folder and what it lacks.
     """
     return _load(folder, AutoModelForCausalLM, "causal language model")[:2]
 
 
 def load_classifier(folder: str | Path):
-    """Model and tokenizer of a sequence classifier (Toxic-BERT) in a folder; errors as of `load_model`."""
+    """Load the model and the tokenizer of a sequence classifier (Toxic-BERT) in a folder; errors as `load_model`."""
     model, tokenizer, missing = _load(folder, AutoModelForSequenceClassification, "sequence classifier")
-    if missing:  # transformers would draw them at random
+    if missing:  # transformers fills them with random numbers
         raise ValueError(f"expected a sequence classifier in {folder}; it has no weights {', '.join(sorted(missing))}")
     return model, tokenizer
 
 
 def _load(folder: str | Path, kind: type, name: str):
-    """Model, tokenizer, and the names of the weights that the folder does not have."""
+    """Load a model and its tokenizer; return them and the names of the weights that the folder lacks."""
     folder = model_folder(folder)
     try:
         with no_loading_bars():
             model, info = kind.from_pretrained(folder, local_files_only=True, dtype="auto", output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
-        why = str(error).strip().partition("\n")[0]  # the rest lists all that transformers knows
+        why = str(error).strip().partition("\n")[0]  # the further lines list every model that transformers knows
         raise ValueError(f"cannot load a {name} with its tokenizer from {folder}: {why}") from error
     return model.eval(), tokenizer, info["missing_keys"]
 
 
 def meta_model(source: str | Path) -> nn.Module:
-    """A causal LM without storage, on the meta device, in the dtype of its config.
+    """Build a causal LM without storage, on the meta device, in the dtype of its config.
 
-    `source` is a name in `models()`, a folder with a config.json, or such a file. Raises ValueError for
+    `source` is a name in `models()`, a folder with a config.json, or the path of such a file. Raises ValueError for
     anything else.
     """
     if source in models():
@@ -76,7 +76,7 @@ def meta_model(source: str | Path) -> nn.Module:
 
 @contextmanager
 def no_loading_bars() -> Iterator[None]:
-    # transformers draws them for models of any size, and into log files too
+    # transformers draws loading bars for models of any size, and into log files too
     logging = transformers.utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -1,6 +1,6 @@
-"""What a model is switched to for a while: evaluation mode, and checkpoints that keep the graph.
+"""Switches a model for a while, to evaluation mode or to checkpoints that keep the graph.
 
-Nobody else switches these, so that everything is as its owner had it afterwards, after an exception too.
+No other module switches these. Afterwards everything is as the model's owner had set it, after an exception too.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' attribute on every
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` inside; each submodule's own training flag afterwards.
+    """Switch the model to evaluation mode inside, and restore each submodule's own training flag afterwards.
 
-    `model.train(flag)` would overwrite them all with one: a frozen part that a caller keeps in evaluation mode would
-    train with dropout from then on.
+    `model.train(flag)` would overwrite all flags with one value: a frozen part that a caller keeps in evaluation mode
+    would train with dropout from then on.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -31,16 +31,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def checkpoints_with_graph(model: nn.Module) -> Iterator[None]:
-    """Let the gradient checkpoints of the forward passes inside be those of `use_reentrant=False`.
+    """Switch the gradient checkpoints of the forward passes inside to `use_reentrant=False`.
 
-    A reentrant one runs its part of the model without a graph, which it makes again in the backward pass: a loss of
-    what a hook caught in there has no gradient, and neither have weights whose inputs need none. The other kind
-    computes the same numbers in the same memory. Checkpoints that are not
-    transformers' stay as they are.
+    A reentrant checkpoint runs its part of the model without a graph and builds the graph in the backward pass: a loss
+    of a tensor that a hook caught inside has no gradient, and neither have weights whose inputs need none. The other
+    kind computes the same numbers in the same memory. Checkpoints that are not transformers' stay as they are.
     """
     replaced = [(module, own) for module in model.modules() if _reentrant(own := vars(module).get(_CHECKPOINT))]
     for module, own in replaced:
-        # of a partial, partial takes its arguments over
+        # a partial of a partial keeps the arguments of the inner one
         setattr(module, _CHECKPOINT, partial(own, use_reentrant=False))
     try:
         yield

@@ -1,8 +1,8 @@
-"""What may train: from a recipe's scope to frozen parameters and packed masks.
+"""Turns a recipe's scope, which says what may train, into frozen parameters and packed masks.
 
-Everything outside the scope is frozen with `requires_grad_(False)`; within expert weights, which share one
-tensor, the choice of experts becomes a packed mask (layout: `ops.bits`) with whole slices set or clear, so
-that the optimizer keeps state for the chosen experts only.
+Everything outside the scope is frozen with `requires_grad_(False)`. The experts of a layer share one tensor, so that
+the choice of experts becomes a packed mask (layout: `ops.bits`) with whole slices set or clear; the optimizer then
+keeps state for the chosen experts only.
 """
 
 import re
@@ -18,7 +18,7 @@ from moe_unlearn.ops.bits import pack_bits
 
 
 def matching(model: nn.Module, patterns: list[str]) -> set[str]:
-    """Names of the parameters in which any of the regular expressions is found."""
+    """Return the names of the parameters in which any of the regular expressions is found."""
     names = [name for name, _ in model.named_parameters()]
     chosen = set()
     for pattern in patterns:
@@ -36,7 +36,10 @@ def matching(model: nn.Module, patterns: list[str]) -> set[str]:
 
 
 def trained_names(model: nn.Module, settings: Scope, selected: Tensor | None) -> set[str]:
-    """Names of the parameters within the scope; before experts are `selected` (bool [L, E]), all of them."""
+    """Return the names of the parameters within the scope.
+
+    A scope of experts holds all parameters as long as none are `selected` (bool [L, E]).
+    """
     if settings.kind == "parameters":
         return matching(model, settings.parameters)
     if settings.kind not in ("experts", "seuf") or selected is None:
@@ -49,13 +52,13 @@ def trained_names(model: nn.Module, settings: Scope, selected: Tensor | None) ->
 
 
 def set_trainable(model: nn.Module, flags: dict[str, bool], names: set[str]) -> None:
-    """Let the parameters in `names` train as their `flags` say, and freeze all others."""
+    """Set `requires_grad` of the parameters in `names` to their `flags`, and freeze all others."""
     for name, p in model.named_parameters():
         p.requires_grad_(flags[name] and name in names)
 
 
 def restrict(model: nn.Module, settings: Scope, flags: dict[str, bool], selected: Tensor | None) -> None:
-    """Freeze what is outside the scope; ValueError if nothing inside it trains by its `flags`."""
+    """Freeze the parameters outside the scope; ValueError if the `flags` let none inside it train."""
     names = trained_names(model, settings, selected)
     if not any(flags[name] for name in names):
         raise ValueError(
@@ -68,7 +71,7 @@ def restrict(model: nn.Module, settings: Scope, flags: dict[str, bool], selected
 def weight_masks(
     model: nn.Module, settings: Scope, selected: Tensor | None, mask: WeightMask | None
 ) -> dict[str, Tensor]:
-    """Packed masks by parameter, each on its device: of the chosen experts, of WAGLE's `mask`, or of both."""
+    """Return packed masks by parameter, each on its device: the chosen experts, WAGLE's `mask`, or both combined."""
     masks = {}
     if settings.kind in ("experts", "seuf") and selected is not None:
         masks = expert_masks(model, selected)
@@ -80,20 +83,20 @@ def weight_masks(
 
 
 def expert_masks(model: nn.Module, selected: Tensor) -> dict[str, Tensor]:
-    """Packed masks of the expert parameters of the experts in `selected` (bool [L, E]).
+    """Return packed masks of the expert parameters that let the experts in `selected` (bool [L, E]) move.
 
     Layers follow the order of `experts_modules`; a layer without a selected expert has no entry.
     """
     masks = {}
     for name, row, p in _selected_parameters(model, selected):
-        # all rows of an expert are alike: the bits are packed for one of them
+        # the rows of an expert are alike, so that one of them is packed and repeated
         words = pack_bits(row.to(p.device)[:, None].expand(-1, p.shape[-1]))
         masks[name] = words.view(len(row), *[1] * (p.dim() - 2), -1).expand(*p.shape[:-1], -1).contiguous()
     return masks
 
 
 def _selected_parameters(model: nn.Module, selected: Tensor) -> Iterator[tuple[str, Tensor, nn.Parameter]]:
-    """Name, selection [E] and expert parameter in every layer with a selected expert."""
+    """Yield name, selection [E] and parameter of every expert weight in the layers with a selected expert."""
     modules = experts_modules(model)
     if selected.dtype != torch.bool or selected.dim() != 2 or len(selected) != len(modules):
         raise ValueError(
@@ -105,16 +108,16 @@ def _selected_parameters(model: nn.Module, selected: Tensor) -> Iterator[tuple[s
 
 
 def wrapped_name(experts_name: str) -> str:
-    """The name of an experts module with what PEFT has wrapped around it."""
+    """Return the name under which an experts module stands together with the PEFT wrappers around it."""
     while experts_name.endswith(".base_layer"):
         experts_name = experts_name.removesuffix(".base_layer")
     return experts_name
 
 
 def router_parameters(model: nn.Module, experts_name: str) -> set[str]:
-    """Names of the router's parameters beside one experts module.
+    """Return the names of the router's parameters beside one experts module.
 
-    The router is whatever stands under the same parent, outside the experts, with one row per expert.
+    They are the parameters under the same parent, outside the experts, with one row per expert.
     """
     num_experts = experts_modules(model)[experts_name].num_experts
     own = wrapped_name(experts_name)
@@ -130,6 +133,6 @@ def router_parameters(model: nn.Module, experts_name: str) -> set[str]:
 
 
 def combine(masks: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Word-wise AND of two sets of masks; a parameter in one set only keeps that mask."""
+    """Combine two sets of masks by a word-wise AND; a parameter in one set only keeps that mask."""
     both = {name: masks[name] & others[name] for name in masks.keys() & others.keys()}
     return {**masks, **others, **both}

@@ -1,4 +1,4 @@
-"""What the objectives need of a forward pass beside token losses: sequences, refusals, layer outputs."""
+"""Computes what objectives need besides token losses: sequence log-probs, layer outputs and RMU's control vector."""
 
 import contextlib
 
@@ -11,16 +11,16 @@ from moe_unlearn.model.head import final_hidden_states, token_losses
 
 
 def sequence_logprobs(model: nn.Module, batch: Batch, hidden_states: Tensor | None = None) -> Tensor:
-    """Sum of the token log-probabilities of each row, [B]; `hidden_states` [B, S, H] spare the forward pass."""
+    """Add up the token log-probabilities of each row, [B]; given `hidden_states` [B, S, H], no forward pass runs."""
     return -token_losses(model, batch, kind="nll", hidden_states=hidden_states).sum(1)
 
 
 class _Reached(Exception):  # noqa: N818 -- not an error: it ends a forward pass early
-    """The layer whose output was wanted has run."""
+    """Ends a forward pass once the layer whose output is wanted has run."""
 
 
 def layer_states(model: nn.Module, batch: Batch, layer: int) -> Tensor:
-    """Output [B, S, H] of decoder layer `layer`; the layers behind it do not run."""
+    """Compute the output [B, S, H] of decoder layer `layer`; the layers behind it do not run."""
     layers = decoder_layers(model)
     if not 0 <= layer < len(layers):
         raise ValueError(f"forget.layer must be in [0, {len(layers)}) for this model; got {layer}")
@@ -40,7 +40,7 @@ def layer_states(model: nn.Module, batch: Batch, layer: int) -> Tensor:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers: the ModuleList that holds the first experts module."""
+    """Return the list of decoder layers: the ModuleList that holds the first experts module."""
     name = next(iter(experts_modules(model)))
     while name:
         name = name.rpartition(".")[0]
@@ -51,6 +51,6 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def control_vector(seed: int, steering: float, hidden_size: int) -> Tensor:
-    """RMU's steering target c * u, u uniform in [0, 1)^H and normalised; float32 [H]."""
+    """Draw RMU's steering target c * u, u uniform in [0, 1)^H and normalised; float32 [H]."""
     u = torch.rand(hidden_size, generator=torch.Generator().manual_seed(seed))
     return steering * u / u.norm()

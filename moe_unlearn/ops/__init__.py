@@ -1,4 +1,4 @@
-"""The eight ops. Each file: formula, public function, `<op>_ref` beside it, custom op, autograd."""
+"""The eight ops; each file holds the formula, the public function, `<op>_ref`, the custom op and its autograd."""
 
 from moe_unlearn.ops.expert_mlp import expert_mlp, expert_mlp_ref
 from moe_unlearn.ops.expert_wgrad import expert_wgrad, expert_wgrad_ref

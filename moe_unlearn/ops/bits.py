@@ -1,4 +1,4 @@
-"""The two bit layouts every backend shares: packed masks and the bits of stochastic rounding.
+"""Defines the two bit layouts that every backend shares: packed masks and the bits of stochastic rounding.
 
 **Mask.** int32 words; bit `i % 32` of word `i // 32` is element `i` along the *last* dimension, and each
 row is padded with zero bits to a whole word, so that a mask `[..., ceil(n / 32)]` slices and shards with
@@ -6,7 +6,7 @@ its parameter `[..., n]`. Worked example, n = 34, only elements 0, 33 set: words
 
 **Stochastic rounding.** Philox4x32-10 (Salmon et al., SC 2011) with counter (index, step), key (seed,
 parameter id), each a pair of 32-bit words, low word first; output word 0 belongs to the element with that
-flat index. The same bits come out whatever the backend, the device or the number of threads.
+flat index. The bits do not depend on the backend, the device or the number of threads.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ _LOW_32 = 0xFFFFFFFF
 
 
 def num_words(n: int) -> int:
-    """ceil(n / 32): int32 words per row of n mask bits."""
+    """Return the number of int32 words per row of n mask bits, ceil(n / 32)."""
     return (n + WORD_BITS - 1) // WORD_BITS
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """bool [..., n] -> int32 words [..., ceil(n / 32)]; a 0-d mask packs as [1]."""
+    """Pack bool [..., n] into int32 words [..., ceil(n / 32)]; a 0-d mask packs as [1]."""
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool; got {mask.dtype}")
     if mask.dim() == 0:
@@ -37,7 +37,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(words: Tensor, n: int) -> Tensor:
-    """int32 words [..., ceil(n / 32)] -> bool [..., n]."""
+    """Unpack int32 words [..., ceil(n / 32)] into bool [..., n]."""
     if words.dtype != torch.int32 or words.dim() == 0 or words.shape[-1] != num_words(n):
         raise ValueError(
             f"expected int32 words with last dimension ceil({n} / 32) = {num_words(n)}; "
@@ -48,9 +48,9 @@ def unpack_bits(words: Tensor, n: int) -> Tensor:
 
 
 def keep_where(condition: Tensor, mask: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """The mask of weights [..., n] where `condition` [] holds, else one without a bit; no `mask` keeps all of them.
+    """Return the mask of weights [..., n] if `condition` [] holds, else an all-zero one; no `mask` means all ones.
 
-    The condition may be known to the device alone. Without a mask all rows of the result are one in memory.
+    The condition is not read by the CPU. Without a mask all rows of the result share one row in memory.
     """
     if mask is not None:
         return torch.where(condition, mask, 0)
@@ -60,7 +60,7 @@ def keep_where(condition: Tensor, mask: Tensor | None, shape: Sequence[int]) -> 
 
 
 def philox(index: Tensor, step: int, seed: int, parameter_id: int) -> Tensor:
-    """Word 0 of Philox4x32-10 for each flat element index; int64 tensor of values in [0, 2^32)."""
+    """Compute word 0 of Philox4x32-10 for each flat element index; int64 tensor of values in [0, 2^32)."""
     index = index.to(torch.int64)
     c0, c1 = index & _LOW_32, (index >> 32) & _LOW_32
     c2 = torch.full_like(index, step & _LOW_32)
@@ -77,8 +77,8 @@ def philox(index: Tensor, step: int, seed: int, parameter_id: int) -> Tensor:
 def round_stochastic(value: Tensor, random: Tensor) -> Tensor:
     """Round float32 to bfloat16, up with probability equal to the fraction cut off.
 
-    The low 16 bits of `random` are added below bfloat16's last bit and the sum is cut; NaN and infinity
-    are kept as they are.
+    The low 16 bits of `random` are added below bfloat16's last bit and the sum is truncated; NaN and infinity
+    stay as they are.
     """
     if value.dtype != torch.float32:
         raise TypeError(f"stochastic rounding starts from float32; got {value.dtype}")
@@ -89,7 +89,7 @@ def round_stochastic(value: Tensor, random: Tensor) -> Tensor:
 
 
 def _multiply_32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 32-bit halves of a * b; split so that no partial product overflows int64."""
+    """Compute the high and low 32-bit halves of a * b, split so that no partial product overflows int64."""
     low = (a & 0xFFFF) * b
     high = (a >> 16) * b + (low >> 16)
     return (high >> 16) & _LOW_32, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -1,4 +1,4 @@
-"""expert_mlp: the expert layer as one op over rows sorted by expert.
+"""expert_mlp: computes the expert layer as one op over rows sorted by expert.
 
     z[n]  = gate_up_proj[e] x[t] (+ gate_up_bias[e])                 row n = t * K + k, e its expert
     a[n]  = act(z_gate) * z_up                                       see `Gate`
@@ -7,23 +7,23 @@
 
 Shapes: T tokens, K experts per token, N = T * K rows, H hidden, I intermediate, E experts. `sorted_rows` and
 `expert_offsets` come from `ops.route`: rows behind `expert_offsets[E]` are "not here" and contribute exactly
-nothing, whatever their weight holds. Saved for the backward: hidden states and pre-activations z.
+nothing, whatever their weight holds. Hidden states and pre-activations z are saved for the backward.
 
-Backward, of which only what is asked for is computed: dgrad first,
+The backward computes only the gradients that are asked for. First comes dgrad,
 
     da[n]      = d_out[t] down_proj[e]
     d_w[t, k]  = <da[n], a[n]> (+ <d_out[t], down_bias[e]>)          one dot product per row
     dz[n]      = w[t, k] da[n] * a'(z[n])
     d_x[t]     = sum_k dz[n] gate_up_proj[e]                          terms added in the order of k
 
-then the weight gradients through `expert_wgrad`, from dz and the weighted activation w[t, k] a[n]: as
-gradients of the weights or, with a `sink`, as factors that the sink turns into whatever it needs. Where neither
+then the weight gradients through `expert_wgrad`, from dz and the weighted activation w[t, k] a[n]. They become
+gradients of the weights or, with a `sink`, factors that the sink turns into whatever it needs. Where neither
 d_w nor d_x is asked for, as in the lowest layer that trains, only rows of `trained_experts` are computed.
 
 Worked example, H = I = 1, one expert of weights gate 1, up 2, down 3, activation relu, x = 2, w = 0.5:
 z = (2, 4), a = 2 * 4 = 8, y = 24, out = 12.
 
-No atomics, fixed order of additions: deterministic. Source: our specification of transformers' experts maths.
+The op is deterministic: no atomics, a fixed order of additions. Source: our specification of transformers' experts.
 """
 
 import functools
@@ -57,28 +57,28 @@ def expert_mlp(
     bounded: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """The expert layer, differentiable in all floating inputs; see the module docstring.
+    """Compute the expert layer, differentiable in all floating inputs; see the module docstring.
 
     Args:
-        hidden_states: [T, H]; top_k_weights: [T, K], its own float dtype (float32 in a bf16 model is kept).
+        hidden_states: [T, H]; top_k_weights: [T, K], of its own float dtype (float32 in a bf16 model is kept).
         sorted_rows, expert_offsets: int32 [N] and [E + 1] of `ops.route`.
         gate_up_proj: [E, 2I, H], or [E, H, 2I] if `transposed`; [E, I, H] if not `gated`.
         down_proj: [E, H, I], or [E, I, H] if `transposed`; biases [E, 2I] and [E, H].
         interleaved: gate and up alternate (gate0, up0, ...) instead of standing one after the other.
-        trained_experts: int32 [M_e], distinct: the experts whose weights and biases get a gradient, that of
-            the others being exactly zero at no cost; None is all of them. It changes nothing else; a `sink`
-            must want no other expert's factors.
+        trained_experts: int32 [M_e], distinct: the experts whose weights and biases get a gradient; None for all.
+            The gradient of the others is exactly zero and costs nothing. A `sink` must want the factors of
+            these experts only.
         sink: called in the backward pass as sink(weight, factors) for each weight and bias that requires a
-            gradient, once this layer's other gradients are made: it may change the weight. Such a weight gets
-            no gradient of its own. `factors` are those of its dW, a bias [E, M] standing for [E, M, 1].
-        bounded: the factors that a sink gets are `BoundedFactors`, as far as this op computes them itself.
+            gradient, after this layer's other gradients: it may change the weight. Such a weight gets no
+            gradient of its own. `factors` are those of its dW, a bias [E, M] standing for [E, M, 1].
+        bounded: give a sink `BoundedFactors`, as far as this op computes the factors itself.
 
     Returns [T, H] in the dtype of `hidden_states`. Under autocast the layer computes in autocast's dtype, as
     linear layers do. Raises TypeError or ValueError for bad shapes, dtypes or devices, and RuntimeError on
     double backward.
     """
     device = hidden_states.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # of meta that is an error
+    if device != "meta" and torch.is_autocast_enabled(device):  # asking for meta is an error
         narrow = [_autocast(t) for t in (hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias)]
         if sink is not None:
             own = dict(zip(narrow[1:], (gate_up_proj, down_proj, gate_up_bias, down_bias), strict=True))
@@ -102,7 +102,7 @@ def expert_mlp_ref(
     hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias=None,
     down_bias=None, *, gate=Gate(), transposed=False, interleaved=False, gated=True,  # noqa: B008
 ) -> Tensor:  # fmt: skip
-    """`expert_mlp` in plain PyTorch, differentiable by autograd; same arguments and shapes."""
+    """Compute `expert_mlp` in plain PyTorch, differentiable by autograd; same arguments and shapes."""
     return _forward_ref(
         hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias,
         down_bias, *gate, transposed, interleaved, gated,
@@ -113,7 +113,7 @@ def _forward_ref(
     x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias, down_bias,
     activation, alpha, limit, shift, transposed, interleaved, gated,
 ):  # fmt: skip
-    """Output [T, H] and pre-activations [N, 2I] in sorted order, zero behind the last expert."""
+    """Compute output [T, H] and pre-activations [N, 2I] in sorted order, zero behind the last expert."""
     num_tokens, top_k = weights.shape
     rows = sorted_rows[: int(expert_offsets[-1])].long()
     z = _grouped_linear(x[rows // top_k], gate_up_proj, gate_up_bias, expert_offsets, transposed)
@@ -127,10 +127,10 @@ def _backward_ref(
     grad_out, x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, down_bias, z,
     activation, alpha, limit, shift, transposed, interleaved, gated, needs,
 ):  # fmt: skip
-    """d hidden_states [T, H], d top_k_weights [T, K], dz [N, 2I], weighted activation [N, I], largest [2].
+    """Compute d hidden_states [T, H], d top_k_weights [T, K], dz [N, 2I], weighted activation [N, I], largest [2].
 
-    `needs` says for each whether it is wanted; one that is not has no rows. The last is the largest |dz| and weighted
-    |activation| as they are stored, NaN if one is NaN, 0 of what is not wanted; float32, or float64 of float64.
+    `needs` says which are wanted; the others have no rows. `largest` has the largest |dz| and weighted |activation|
+    as stored, NaN if one is NaN, 0 for a factor that is not wanted; float32, or float64 for float64 factors.
     """
     need_x, need_weights, need_z, need_scaled, need_largest = needs
     (num_tokens, top_k), num_rows, hidden = weights.shape, weights.numel(), x.shape[1]
@@ -163,8 +163,8 @@ def _backward_ref(
 
 
 def largest_of(dz: Tensor, scaled: Tensor) -> Tensor:
-    """The largest absolute value of each, [2]; rows that are no expert's are zero there."""
-    # the infinity norm, many times as fast
+    """Compute the largest absolute value of each factor, [2]; rows that belong to no expert are zero."""
+    # many times as fast as the infinity norm
     extremes = [torch.stack(v.aminmax()) if v.numel() else v.new_zeros(2) for v in (dz, scaled)]
     return torch.stack(extremes).abs().amax(1).to(_bound(dz))
 
@@ -174,7 +174,7 @@ def _bound(z: Tensor) -> torch.dtype:
 
 
 def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, transposed: bool) -> Tensor:
-    """Each expert's linear layer on its own slice of `rows`, which are sorted by expert."""
+    """Apply each expert's linear layer to its own slice of `rows`, which are sorted by expert."""
     bounds = offsets.tolist()
     parts = [rows.new_zeros(0, weight.shape[2 if transposed else 1])]
     for e, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
@@ -185,22 +185,22 @@ def _grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: 
 
 
 def _slots(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """values[j] at place rows[j] of `num_rows`, zero elsewhere."""
+    """Put values[j] at place rows[j] of `num_rows`, zero elsewhere."""
     return values.new_zeros(num_rows, *values.shape[1:]).index_copy(0, rows, values)
 
 
 def _padded(values: Tensor, num_rows: int) -> Tensor:
-    """Zero rows behind `values`, up to `num_rows`."""
+    """Append zero rows to `values`, up to `num_rows`."""
     return torch.cat([values, values.new_zeros(num_rows - len(values), values.shape[1])])
 
 
 def _through(sink: Callable, own: dict[Tensor | None, Tensor | None], narrow: Tensor, factors: Factors) -> None:
-    """The sink of a weight whose copy in autocast's dtype has factors."""
+    """Give the factors of a weight's copy in autocast's dtype to the sink under the weight itself."""
     sink(own[narrow], factors)
 
 
 def _autocast(tensor: Tensor | None) -> Tensor | None:
-    """`tensor` as autocast hands it to a linear layer; float64 stays."""
+    """Cast `tensor` as autocast does for a linear layer; float64 stays."""
     if tensor is None or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
@@ -279,9 +279,9 @@ def _backward(ctx, grad_out, _):
 
 
 def _dgrad(ctx, grad_out, needs, bounded=False):
-    """d hidden_states, d top_k_weights, and the four weights with the factors of their gradients, None each
-    where not needed; the trained experts. `bounded`: the weights' factors know how large they are."""
-    # unpacked once: a gradient checkpoint gives its tensors only once
+    """Compute d hidden_states, d top_k_weights, the four weights, the factors of their gradients and the trained
+    experts; gradients and factors that are not needed are None. `bounded`: factors carry their largest values."""
+    # unpacked once, since a gradient checkpoint returns saved tensors only once
     x, weights, rows, offsets, w1, w2, b1, b2, trained, z = ctx.saved_tensors
     need_x, need_weights, _, _, need_w1, need_w2, need_b1, need_b2, *_ = needs
     if trained is not None and not (need_x or need_weights):
@@ -309,16 +309,16 @@ def _dgrad(ctx, grad_out, needs, bounded=False):
 
 
 def _swapped(factors: BoundedFactors) -> BoundedFactors:
-    """The factors of the transposed gradient."""
+    """Return the factors of the transposed gradient."""
     swapped = BoundedFactors(factors.input, factors.grad, factors.expert_offsets, factors.input_rows, factors.grad_rows)
     swapped.largest = factors.largest[::-1]
     return swapped
 
 
 def _rows_of(experts: Tensor, rows: Tensor, offsets: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sorted_rows, expert_offsets and z with every row that belongs to none of `experts` behind the last expert."""
+    """Move every row that belongs to none of `experts` behind the last expert: new sorted_rows, offsets and z."""
     listed = torch.zeros_like(offsets, dtype=torch.bool).index_fill(0, experts.long(), True)
-    # expert E is that of the rows behind the last one
+    # rows behind the last expert get the owner E
     owner = torch.searchsorted(offsets[1:], torch.arange(len(rows), device=rows.device), right=True)
     order = (~listed[owner]).argsort(stable=True)
     counts = offsets.diff() * listed[:-1]
@@ -326,12 +326,12 @@ def _rows_of(experts: Tensor, rows: Tensor, offsets: Tensor, z: Tensor) -> tuple
 
 
 class _WithSink(torch.autograd.Function):
-    """The op whose backward hands the factors of its weight gradients to a sink."""
+    """Variant of the op whose backward hands the factors of its weight gradients to a sink."""
 
     @staticmethod
     def forward(ctx, sink, bounded, *inputs):
         output = _expert_mlp(*inputs)
-        # the weights themselves: a gradient checkpoint gives back detached ones
+        # kept here, since saved tensors come back detached from a gradient checkpoint
         ctx.sink, ctx.bounded, ctx.weights = sink, bounded, inputs[4:8]
         _setup_context(ctx, inputs, output)
         return output

@@ -1,4 +1,4 @@
-"""expert_wgrad: the grouped weight gradient over a list of trained experts, and its epilogues.
+"""expert_wgrad: computes the grouped weight gradient of a list of trained experts, with several epilogues.
 
     dW[m] = sum_j grad[grad_rows[j]] (x) input[input_rows[j]]     j over the sorted rows of expert experts[m]
 
@@ -10,16 +10,15 @@
     inner products        <g_i, g_j> of m gradients, none of them stored     expert_wgrad_inner
 
 Shapes: grad [R, M], input [R', P], N sorted rows, dW [M_e, M, P] in the layout of the weight (swap grad and
-input for a transposed one). `expert_offsets` int32 [E + 1] bounds the rows of each expert, or [E, 2] gives
-start and stop of each, for a part of its rows (those of one token group). Position j itself stands for a
-missing `grad_rows` or `input_rows`. Only rows inside the bounds are read. An expert without rows has dW
-exactly zero.
+input for a transposed weight). `expert_offsets` is int32 [E + 1] and bounds the rows of each expert, or [E, 2] and
+gives start and stop for a part of each expert's rows (those of one token group). Without `grad_rows` or `input_rows`,
+position j reads row j. Only rows inside the bounds are read. An expert without rows has dW exactly zero.
 
 Worked example, two experts, M = P = 1, grad = (1, 2, 3), input = (1, 1, 2), offsets (0, 3, 3):
 dW = (1 * 1 + 2 * 1 + 3 * 2, 0) = (9, 0).
 
-Sums run over j in order, in float32 for narrower inputs (one library product per expert): deterministic.
-Source: our specification.
+Sums run over j in order, in float32 for narrower inputs (one library product per expert), so that the result is
+deterministic. Source: our specification.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ from moe_unlearn.ops.weight_score import weight_score_ref
 
 
 class Factors(NamedTuple):
-    """What one gradient is made of: the first arguments of `expert_wgrad`."""
+    """The factors of one gradient, which are the first arguments of `expert_wgrad`."""
 
     grad: Tensor
     input: Tensor
@@ -45,9 +44,9 @@ class Factors(NamedTuple):
 
 
 class BoundedFactors(Factors):
-    """Factors whose maker knows how large some of them are; a changed copy (`_replace`) does not."""
+    """Factors with the largest absolute values that are known; a changed copy (`_replace`) loses them."""
 
-    # of grad and of input, [] on their device or None: the largest absolute value, NaN if one is NaN
+    # the largest absolute value of grad and of input, [] on their device, NaN if one is NaN; None if not known
     largest: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
@@ -64,17 +63,17 @@ def expert_wgrad(
     out_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """dW [M_e, M, P] of the listed experts; see the module docstring.
+    """Compute dW [M_e, M, P] of the listed experts; see the module docstring.
 
     Args:
         grad, input: [R, M] and [R', P] of one float dtype; expert_offsets: int32 [E + 1] or [E, 2].
-        grad_rows, input_rows: integer [N], which row of grad and input stands at each sorted position.
-        experts: integer [M_e], the trained experts in the order of the result; None is all of them.
+        grad_rows, input_rows: integer [N], the row of grad and of input at each sorted position.
+        experts: integer [M_e], the trained experts in the order of the result; None for all of them.
         mask: int32 words [M_e, M, ceil(P / 32)]; None keeps everything.
-        out: float buffer [M_e, M, P] to add dW to in place, rounded once; it is returned.
+        out: float buffer [M_e, M, P] to which dW is added in place, rounded once; it is returned.
         out_dtype: dtype of a new result, default that of grad.
 
-    No gradient flows. Raises TypeError or ValueError for what does not fit.
+    No gradient flows. Raises TypeError or ValueError for arguments that do not fit.
     """
     factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
     _check(factors, experts, mask, {} if out is None else {"out": out})
@@ -87,7 +86,7 @@ def expert_wgrad(
 def expert_wgrad_ref(
     grad, input, expert_offsets, grad_rows=None, input_rows=None, experts=None, mask=None, out_dtype=None
 ) -> Tensor:
-    """`expert_wgrad` in plain PyTorch, one matrix product per expert; same arguments and shapes."""
+    """Compute `expert_wgrad` in plain PyTorch, one matrix product per expert; same arguments and shapes."""
     dtype = grad.dtype if out_dtype is None else out_dtype
     factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
     products = list(_products(factors, experts, torch.promote_types(grad.dtype, dtype)))
@@ -98,7 +97,7 @@ def expert_wgrad_ref(
 
 
 def _products(factors: Factors, experts: Tensor | None, dtype: torch.dtype) -> Iterator[Tensor]:
-    """dW[m] [M, P] in `dtype`, one expert after the other."""
+    """Yield dW[m] [M, P] in `dtype`, one expert after the other."""
     grad, input, offsets, grad_rows, input_rows = factors
     bounds = (offsets if offsets.dim() == 2 else torch.stack([offsets[:-1], offsets[1:]], 1)).tolist()
     for e in range(len(bounds)) if experts is None else experts.tolist():
@@ -116,11 +115,11 @@ def expert_wgrad_sgd_(
     momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False,
     rounding: str = "nearest", seed: int = 0, parameter_id: int = 0, impl: str = "auto",
 ) -> None:  # fmt: skip
-    """weight[experts] <- masked SGD with dW, in place; the options are those of `masked_sgd_`.
+    """Update weight[experts] in place by masked SGD with dW; the options are those of `masked_sgd_`.
 
     `experts` are distinct. momentum_buffer and master are compact, [M_e, M, P]. dW is float32 up to the
     update, which rounds it only where `masked_update` says. Weights whose bit is 0 and experts that are not
-    listed stay bitwise untouched. Raises TypeError or ValueError for what does not fit.
+    listed stay bitwise untouched. Raises TypeError or ValueError for arguments that do not fit.
     """
     factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
     _check(factors, experts, mask, {"momentum_buffer": momentum_buffer, "master": master}, weight)
@@ -130,7 +129,7 @@ def expert_wgrad_sgd_(
 
 def expert_wgrad_sgd_ref_(weight, momentum_buffer, master, grad, input, expert_offsets, grad_rows, input_rows,
                           experts, mask, lr, momentum, dampening, weight_decay, nesterov, *random):  # fmt: skip
-    """`expert_wgrad_sgd_` one expert after the other, in place."""
+    """Compute `expert_wgrad_sgd_` one expert after the other, in place."""
     factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
     for (buffer, own), words, rule in _updates(weight, factors, experts, mask, (momentum_buffer, master), *random):
         masked_sgd_(weight, rule.pop("grad"), buffer, words, master=own, lr=lr, momentum=momentum,
@@ -144,9 +143,9 @@ def expert_wgrad_adamw_(
     betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
     rounding: str = "nearest", seed: int = 0, parameter_id: int = 0, impl: str = "auto",
 ) -> None:  # fmt: skip
-    """weight[experts] <- masked AdamW with dW, in place; the options are those of `masked_adamw_`.
+    """Update weight[experts] in place by masked AdamW with dW; the options are those of `masked_adamw_`.
 
-    exp_avg, exp_avg_sq and master are compact, [M_e, M, P]; the rest is as in `expert_wgrad_sgd_`.
+    exp_avg, exp_avg_sq and master are compact, [M_e, M, P]; all else is as in `expert_wgrad_sgd_`.
     """
     factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
     state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master}
@@ -157,7 +156,7 @@ def expert_wgrad_adamw_(
 
 def expert_wgrad_adamw_ref_(weight, exp_avg, exp_avg_sq, master, grad, input, expert_offsets, grad_rows, input_rows,
                             experts, mask, lr, beta1, beta2, eps, weight_decay, *random):  # fmt: skip
-    """`expert_wgrad_adamw_` one expert after the other, in place."""
+    """Compute `expert_wgrad_adamw_` one expert after the other, in place."""
     factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
     for (m, v, own), words, rule in _updates(weight, factors, experts, mask, (exp_avg, exp_avg_sq, master), *random):
         masked_adamw_(weight, rule.pop("grad"), m, v, words, master=own, lr=lr, betas=(beta1, beta2), eps=eps,
@@ -165,7 +164,7 @@ def expert_wgrad_adamw_ref_(weight, exp_avg, exp_avg_sq, master, grad, input, ex
 
 
 def _updates(weight, factors, experts, mask, state, step, rounding, seed, parameter_id):
-    """For each listed expert its compact state, its mask and the arguments that both update rules share."""
+    """Yield each listed expert's compact state, its mask and the arguments that both update rules share."""
     if experts is None:
         experts = torch.arange(len(weight), device=weight.device)
     for i, dw in enumerate(_products(factors, experts, _wide(weight.dtype))):
@@ -185,10 +184,10 @@ def expert_wgrad_score(
     experts: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """WAGLE's score [M_e, M, P] of weight[experts] from its two gradients; see `weight_score`.
+    """Compute WAGLE's score [M_e, M, P] of weight[experts] from its two gradients; see `weight_score`.
 
-    float32 (float64 for a float64 weight), and so are the gradients it is made of. Raises TypeError or
-    ValueError for what does not fit.
+    The score and the gradients are float32 (float64 for a float64 weight). Raises TypeError or ValueError for
+    arguments that do not fit.
     """
     for factors in (forget, retain):
         _check(factors, experts, None, {}, weight)
@@ -198,7 +197,7 @@ def expert_wgrad_score(
 
 
 def expert_wgrad_score_ref(weight, *arguments):
-    """`expert_wgrad_score` in plain PyTorch."""
+    """Compute `expert_wgrad_score` in plain PyTorch."""
     forget, retain, (experts, gamma) = Factors(*arguments[:5]), Factors(*arguments[5:10]), arguments[10:]
     dtype = _wide(weight.dtype)
     g_f, g_r = (expert_wgrad_ref(*side, experts, None, dtype) for side in (forget, retain))
@@ -208,10 +207,10 @@ def expert_wgrad_score_ref(weight, *arguments):
 def expert_wgrad_inner(
     gradients: Sequence[Factors], *, experts: Tensor | None = None, mask: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
-    """Gram matrices [M_e, m, m] float64 of m masked gradients of each expert, exactly symmetric.
+    """Compute the Gram matrices [M_e, m, m] float64 of m masked gradients of each expert, exactly symmetric.
 
-    A gradient exists for one expert at a time only. Add over dimension 0 for the whole weight. Raises
-    TypeError or ValueError for what does not fit.
+    Gradients exist for one expert at a time only. The sum over dimension 0 is that of the whole weight. Raises
+    TypeError or ValueError for arguments that do not fit.
     """
     if not gradients:
         raise ValueError("expected the factors of at least one gradient; got none")
@@ -224,7 +223,7 @@ def expert_wgrad_inner(
 
 
 def expert_wgrad_inner_ref(grads, inputs, offsets, grad_rows, input_rows, experts, mask):
-    """`expert_wgrad_inner` in plain PyTorch."""
+    """Compute `expert_wgrad_inner` in plain PyTorch."""
     gradients = [Factors(*one) for one in zip(grads, inputs, offsets, grad_rows, input_rows, strict=True)]
     sides = [_products(factors, experts, _wide(factors.grad.dtype)) for factors in gradients]
     grams = []
@@ -335,7 +334,7 @@ def _(grads, inputs, expert_offsets, grad_rows, input_rows, experts, mask, impl)
 
 
 def _count(expert_offsets: Tensor, experts: Tensor | None) -> int:
-    """M_e: how many experts are listed."""
+    """Return M_e, the number of listed experts."""
     if experts is not None:
         return experts.shape[0]
     return expert_offsets.shape[0] - (1 if expert_offsets.dim() == 1 else 0)

@@ -1,4 +1,4 @@
-"""The activation between the expert projections, as expert_mlp's reference computes it."""
+"""Computes the activation between the expert projections, for the reference of expert_mlp."""
 
 import math
 from typing import NamedTuple
@@ -10,12 +10,12 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 class Gate(NamedTuple):
-    """The activation between the projections, with clamp as torch.clamp has it (its gradient too):
+    """The activation between the projections, clamped by torch.clamp (also in the gradient):
 
         gated       act(min(gate, limit)) * (clamp(up, -limit, limit) + shift)
         not gated   act(min(z, limit))
 
-    `silu` is x * sigmoid(alpha * x); `alpha` means nothing to the others. SwiGLU is `Gate()`, gpt-oss
+    `silu` is x * sigmoid(alpha * x); other activations ignore `alpha`. SwiGLU is `Gate()`, gpt-oss
     `Gate("silu", 1.702, 7.0, 1.0)`.
     """
 
@@ -26,7 +26,7 @@ class Gate(NamedTuple):
 
 
 def activate(z: Tensor, gate: Gate, interleaved: bool = False, gated: bool = True) -> Tensor:
-    """Pre-activations [..., 2I] (or [..., I] if not gated) -> activations [..., I]; see `Gate`."""
+    """Compute activations [..., I] from pre-activations [..., 2I] ([..., I] if not gated); see `Gate`."""
     if not gated:
         return _act(_clamp_above(z, gate.limit), gate)
     g, u = _split(z, interleaved)
@@ -41,7 +41,7 @@ def _clamp_above(x: Tensor, limit: float) -> Tensor:
 
 
 def activate_backward(z: Tensor, grad: Tensor, gate: Gate, interleaved: bool, gated: bool) -> Tensor:
-    """Gradient of `activate`, computed in the dtype of `grad`, in the dtype of z."""
+    """Compute the gradient of `activate` in the dtype of `grad`; the result has the dtype of z."""
     clamped = math.isfinite(gate.limit)
     if not gated:
         x = z.to(grad.dtype)

@@ -1,21 +1,22 @@
-"""gram: inner products of m gradient sets over a whole model.
+"""gram: computes the inner products of m gradient sets over a whole model.
 
     G[i, j] = sum over parameters p of < mask_p * g_i,p , mask_p * g_j,p >
 
-A gradient set is a list of tensors, one per parameter, None meaning zero. Masks are packed words (layout:
-`ops.bits`) and apply before the products: what they hide may hold anything, NaN included.
+A gradient set is a list of tensors, one per parameter; None stands for zero. Masks are packed words (layout:
+`ops.bits`) and apply before the products: masked elements may hold anything, NaN included.
 
 The factor ("ghost") form gives the same for grouped weight gradients G_i[e] = sum_{n in e} dy_i[n] (x) x[n]
-without making them, at n_e^2 (P + m^2 M) instead of n_e m M P products per expert: for experts with few rows.
+without storing them. It takes n_e^2 (P + m^2 M) instead of n_e m M P products per expert, which pays for experts
+with few rows.
 
     G[i, j] = sum_e sum_{n, n' in e} (x[n] . x[n']) (dy_i[n] . dy_j[n'])
 
 Worked example, one parameter, g_0 = (1, 2), g_1 = (3, 0), no mask: G = [[5, 3], [3, 9]].
 
-Products and sums are float64: exact products of float32 and narrower gradients, so that what the common
-descent direction needs, small differences of large entries, survives. Deterministic: blocks, parameters and
-experts are added in order. No gradient flows. Source: our specification; the factor identity is the one of
-ghost clipping in differential privacy.
+Products and sums are float64, so that products of float32 and narrower gradients are exact: the common descent
+direction needs small differences of large entries. The result is deterministic: blocks, parameters and experts are
+added in order. No gradient flows. Source: our specification; the factor identity is that of ghost clipping in
+differential privacy.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,14 +36,14 @@ def gram(
     masks: Sequence[Tensor | None] | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """G [m, m] float64, exactly symmetric, on the device of the first gradient; see the module docstring.
+    """Compute G [m, m] float64, exactly symmetric, on the device of the first gradient; see the module docstring.
 
     Args:
         gradients: m >= 1 lists of one length; at each position float tensors of one shape, dtype and
             device, or None.
         masks: a list of that length, int32 words [..., ceil(n / 32)] or None at each position.
 
-    A gradient that is not finite makes its entries not finite; nothing is raised. Raises TypeError or
+    A gradient that is not finite makes its entries of G not finite and raises nothing. Raises TypeError or
     ValueError, naming the position, if lengths, shapes, dtypes, devices or masks do not fit together.
     """
     _check(gradients, masks)
@@ -60,7 +61,7 @@ def gram(
 
 
 def gram_ref(gradients: list[Tensor], mask: Tensor | None = None) -> Tensor:
-    """G [m, m] float64 of m tensors of one shape, in plain PyTorch."""
+    """Compute G [m, m] float64 of m tensors of one shape, in plain PyTorch."""
     total = gradients[0].new_zeros(len(gradients), len(gradients), dtype=torch.float64)
     for block in _blocks(gradients, mask):
         total = total + block @ block.t()
@@ -68,7 +69,7 @@ def gram_ref(gradients: list[Tensor], mask: Tensor | None = None) -> Tensor:
 
 
 def _blocks(gradients: list[Tensor], mask: Tensor | None) -> Iterator[Tensor]:
-    """The masked gradients as float64 [m, elements], whole rows of at most about BLOCK elements at a time."""
+    """Yield the masked gradients as float64 [m, elements], whole rows of at most about BLOCK elements at a time."""
     width = gradients[0].shape[-1] if gradients[0].dim() else 1
     rows = [g.reshape(-1, width) for g in gradients] if width else []
     height = max(BLOCK // max(width, 1), 1)
@@ -83,13 +84,13 @@ def _blocks(gradients: list[Tensor], mask: Tensor | None) -> Iterator[Tensor]:
 def gram_factors(
     row_gradients: Sequence[Tensor], inputs: Tensor, expert_offsets: Tensor, *, impl: str = "auto"
 ) -> Tensor:
-    """G [m, m] float64 of grouped weight gradients from their factors; see the module docstring.
+    """Compute G [m, m] float64 of grouped weight gradients from their factors; see the module docstring.
 
     Args:
-        row_gradients: m >= 1 tensors dy_i [R, M] of one dtype, rows sorted by expert. An objective that
-            does not see a row has a zero row there.
+        row_gradients: m >= 1 tensors dy_i [R, M] of one dtype, rows sorted by expert. A row that an objective does
+            not use is zero.
         inputs: x [R, P] of the same dtype, the rows' inputs, shared by the objectives.
-        expert_offsets: int32 or int64 [E + 1], exclusive prefix sums as `route` makes them; rows behind
+        expert_offsets: int32 or int64 [E + 1], exclusive prefix sums as `route` returns them; rows behind
             the last offset take no part.
 
     Masks within a weight cannot be applied to factors: use `gram` on the gradients themselves.
@@ -99,7 +100,7 @@ def gram_factors(
 
 
 def gram_factors_ref(row_gradients: list[Tensor], inputs: Tensor, expert_offsets: Tensor) -> Tensor:
-    """`gram_factors` in plain PyTorch."""
+    """Compute `gram_factors` in plain PyTorch."""
     m = len(row_gradients)
     total = inputs.new_zeros(m, m, dtype=torch.float64)
     bounds = expert_offsets.tolist()

@@ -1,4 +1,4 @@
-"""masked_update: SGD and AdamW in place under a packed mask.
+"""masked_update: runs SGD and AdamW steps in place under a packed mask.
 
     SGD     g <- g + weight_decay * w
             b <- momentum * b + (1 - dampening) * g         b <- g at step 1
@@ -8,12 +8,12 @@
             w <- w - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 
 Shapes: param [n0, ..., n]; `mask` int32 words [..., ceil(n / 32)] (`ops.bits`), None for all ones. A weight
-whose bit is 0 keeps its bits, weight decay included, and so does its state. `slices` [M] names the slices
+whose bit is 0 keeps its bits, without weight decay too, and so does its state. `slices` [M] names the slices
 along dimension 0 that train at all: grad, state, master and mask are then compact, [M, ...] standing for
 param[slices]. Worked example, param [64, I, H] (64 experts), slices = [3, 17]: grad and moments are
 [2, I, H], mask [2, I, ceil(H / 32)], and 62 experts have neither gradient nor state.
 
-Numerics, chosen by what is passed:
+The arguments choose the numerics:
 
     all of the state in param's dtype   the gradient is rounded to it first and each operation of the
                                         formula rounds to it once: the bits of torch.optim.AdamW, and in
@@ -27,8 +27,8 @@ A float64 parameter is computed in float64. Stochastic rounding is Philox (`ops.
 step and the flat index in the *whole* parameter, so it does not depend on slices, order or threads; it
 leaves float32 and float64 parameters, which need no rounding, alone.
 
-Deterministic, each element by itself. Source: the documented formulas of torch.optim.SGD and AdamW
-(decoupled weight decay); masking the update and compact state are our specification.
+The update is deterministic, since no element depends on another. Source: the documented formulas of torch.optim.SGD
+and AdamW (decoupled weight decay); the masking of the update and compact state are our specification.
 """
 
 from functools import partial
@@ -63,7 +63,7 @@ def masked_sgd_(
     slices: Tensor | None = None,
     impl: str = "auto",
 ) -> None:
-    """One SGD step in place; formula, shapes and numerics in the module docstring.
+    """Run one SGD step in place; formula, shapes and numerics are in the module docstring.
 
     Args:
         param: any float dtype and strides. grad: any float dtype, shaped like param or param[slices].
@@ -88,7 +88,7 @@ def masked_sgd_ref(
     param, grad, momentum_buffer, mask, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
     step, rounding="nearest", seed=0, parameter_id=0, master=None, slices=None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """The new (param, momentum_buffer, master) of `masked_sgd_`; no input changes."""
+    """Compute the new (param, momentum_buffer, master) of `masked_sgd_`; no input changes."""
 
     rule = partial(_sgd, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
                    nesterov=nesterov, step=step)  # fmt: skip
@@ -99,7 +99,7 @@ def masked_sgd_ref(
 
 
 def _sgd(w, g, b, *, lr, momentum, dampening, weight_decay, nesterov, step):
-    """(new weight, new momentum buffer), operands of one dtype."""
+    """Compute (new weight, new momentum buffer) from operands of one dtype."""
     if weight_decay != 0:
         g = _add(g, w, weight_decay)
     if momentum != 0:
@@ -109,7 +109,7 @@ def _sgd(w, g, b, *, lr, momentum, dampening, weight_decay, nesterov, step):
 
 
 def _add(a, b, alpha):
-    """a + alpha * b, rounded once."""
+    """Compute a + alpha * b, rounded once."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.add(a, b, alpha=alpha)
     # in narrow dtypes torch.add rounds alpha too, and more often where its loop is not vectorised
@@ -136,12 +136,12 @@ def masked_adamw_(
     slices: Tensor | None = None,
     impl: str = "auto",
 ) -> None:
-    """One AdamW step in place; formula, shapes and numerics in the module docstring.
+    """Run one AdamW step in place; formula, shapes and numerics are in the module docstring.
 
     Args:
         exp_avg, exp_avg_sq: m and v, shaped like grad, both in param's dtype or both float32; zero before
             the first step.
-        the others: as in `masked_sgd_`.
+        other arguments: as in `masked_sgd_`.
 
     Raises TypeError or ValueError for a dtype, shape, device or option that does not fit.
     """
@@ -156,7 +156,7 @@ def masked_adamw_ref(
     param, grad, exp_avg, exp_avg_sq, mask, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
     step, rounding="nearest", seed=0, parameter_id=0, master=None, slices=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The new (param, exp_avg, exp_avg_sq, master) of `masked_adamw_`; no input changes."""
+    """Compute the new (param, exp_avg, exp_avg_sq, master) of `masked_adamw_`; no input changes."""
     rule = partial(_adamw, lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay,
                    step=step)  # fmt: skip
     rows, (m, v), master = _updated_rows(
@@ -166,19 +166,19 @@ def masked_adamw_ref(
 
 
 def _adamw(w, g, m, v, *, lr, beta1, beta2, eps, weight_decay, step):
-    """(new weight, new first moment, new second moment), operands of one dtype."""
+    """Compute (new weight, new first moment, new second moment) from operands of one dtype."""
     if weight_decay != 0:
         w = w * (1 - lr * weight_decay)
     m = torch.lerp(m, g, 1 - beta1)
     v = torch.addcmul(v * beta2, g, g, value=1 - beta2)
-    # MKL's float32 square root, which torch uses, is not correctly rounded on every CPU; through float64 it is
+    # torch uses MKL's float32 square root, which is not correctly rounded on every CPU; by way of float64 it is
     root = v.double().sqrt().to(v.dtype) if v.dtype == torch.float32 else v.sqrt()
     denominator = root / (1 - beta2**step) ** 0.5 + eps
     return torch.addcdiv(w, m, denominator, value=-(lr / (1 - beta1**step))), m, v
 
 
 def _updated_rows(rule, param, grad, state, mask, master, slices, step, rounding, seed, parameter_id):
-    """(new param[slices], new state, new master) by `rule`: (w, g, *state) -> (w, *state) of one dtype."""
+    """Compute (new param[slices], new state, new master) by `rule`: (w, g, *state) -> (w, *state) of one dtype."""
     rows = param if slices is None else param[slices]
     dtype = _arithmetic_dtype(param, state, rounding, master)
     weight = (rows if master is None else master).to(dtype)
@@ -190,7 +190,7 @@ def _updated_rows(rule, param, grad, state, mask, master, slices, step, rounding
     def select(new: Tensor | None, old: Tensor | None) -> Tensor | None:
         if new is None or old is None:
             return old
-        # cast before the choice: a masked element keeps its very bits, a NaN's payload too
+        # cast before the choice, so that a masked element keeps its exact bits, a NaN's payload too
         return new.to(old.dtype) if kept is None else torch.where(kept, new.to(old.dtype), old)
 
     new_master = select(new, master)
@@ -207,7 +207,7 @@ def _arithmetic_dtype(param, state, rounding, master) -> torch.dtype:
 
 
 def _flat_index(param: Tensor, slices: Tensor | None) -> Tensor:
-    """int64 index in the flattened `param` of every element of param[slices]."""
+    """Compute the int64 index in the flattened `param` of every element of param[slices]."""
     if slices is None:
         return torch.arange(param.numel(), device=param.device).view(param.shape)
     inner = param[0].numel() if len(param) else 0
@@ -273,7 +273,7 @@ def _in_place(rule, param, grad, state, mask, master, slices, *random):
     )
     if slices is None:
         slices = torch.arange(len(param), device=param.device)
-    # one block for a 1-d parameter: its mask is packed along the very dimension that blocks cut
+    # a 1-d parameter is one block, since its mask is packed along the dimension that blocks cut
     size = max(1, len(slices) if param.dim() == 1 else _BLOCK_ELEMENTS // max(1, param[:1].numel()))
     for start in range(0, len(slices), size):
         block = slice(start, start + size)
@@ -305,12 +305,12 @@ def _adamw_native(param, grad, exp_avg, exp_avg_sq, mask, master, slices, lr, be
 
 
 def _adamw_scalars(lr, beta1, beta2, eps, weight_decay, step):
-    """What a native AdamW step takes: decay, beta1, beta2, root_correction, eps, step_size."""
+    """Compute the numbers that a native AdamW step takes: decay, beta1, beta2, root_correction, eps, step_size."""
     return 1 - lr * weight_decay, beta1, beta2, (1 - beta2**step) ** 0.5, eps, -(lr / (1 - beta1**step))
 
 
 def _native_operands(param, grad, state, mask, master, slices, rounding):
-    """(param, grad, *state, mask, master, slices) of at least one dimension, two with slices."""
+    """Return (param, grad, *state, mask, master, slices) with at least one dimension, two with slices."""
     if grad.dtype == torch.float64:
         # rounded once, to the dtype of the arithmetic
         grad = grad.to(_arithmetic_dtype(param, state, rounding, master))

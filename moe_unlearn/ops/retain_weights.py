@@ -1,30 +1,30 @@
-"""retain_weights: TRACE's token weights, the smallest change that moves expert frequencies to their targets.
+"""retain_weights: finds TRACE's token weights, the smallest change that moves expert frequencies to their targets.
 
     w_t = min(cap, exp(b + theta . a_t))        mean_t w_t = 1        mean_t w_t a_t = target
 
-a_t in {0, 1}^S says which of S selected experts token t uses; where a router may name one twice in a row, a_t counts
-how often, as `route` does. Among all weights that meet the two equations
-and the cap these have the smallest KL divergence from uniform weights. (b, theta) minimise the convex dual
+a_t in {0, 1}^S says which of S selected experts token t uses. If a router may name an expert twice for one token, a_t
+counts how often, as `route` does. Among all weights that meet the two equations and the cap, these have the smallest
+KL divergence from uniform weights. (b, theta) minimise the convex dual
 
     D(b, theta) = mean_t phi(b + theta . a_t) - b - theta . target + ridge / 2 |theta|^2
     phi'(x)     = min(cap, exp(x))
 
-by damped Newton in float64. A capped token has zero curvature, so the cap is part of the problem: nothing is
-clipped and renormalised afterwards. The ridge shrinks from 0.1 to 1e-7, each solution starting the next, and
-the last step is proximal (the ridge pulls towards the tilt found, not to 0), which leaves a reachable target
-exact to rounding. An unreachable one (exclusive experts asked for more than all tokens, more than the cap
-allows) moves to the L2-nearest reachable frequencies, the end of the ridge path; `achieved` says which.
+by damped Newton in float64. A capped token has zero curvature, so that the cap is part of the problem: nothing is
+clipped and renormalised afterwards. The ridge shrinks from 0.1 to 1e-7, and each solution starts the next. The last
+step is proximal (the ridge pulls towards the tilt found, not to 0), so that a reachable target is met up to rounding.
+An unreachable target (exclusive experts with targets that add up to more than all tokens, or a target above what the
+cap allows) is replaced by the L2-nearest reachable frequencies, the end of the ridge path; `achieved` returns them.
 
-Tokens enter through one pass of sums over packed membership words (layout: `ops.bits`), with a~ = (1, a):
+The tokens enter in one pass of sums over packed membership words (layout: `ops.bits`), with a~ = (1, a):
 
     first [S + 1]         = sum_t w_t a~_t                                gradient of the dual, times T
     second [S + 1, S + 1] = sum_{t: w_t < cap} w_t a~_t a~_t^T            its Hessian, times T
 
-Worked example: one expert used by 1 of 4 tokens, target 1/2: w = 2 where it is used, 2/3 where it is not; in
+Worked example: one expert used by 1 of 4 tokens, target 1/2. Then w = 2 where it is used and 2/3 where it is not; in
 general f^F / f^R and (1 - f^F) / (1 - f^R).
 
-Deterministic: sums run over fixed blocks of tokens in order. Source: our specification of TRACE's stated idea
-(arXiv 2606.10338; abstract read, its formulas are not public). Exponential tilting itself is the classical
+The result is deterministic: sums run over fixed blocks of tokens in order. Source: our specification of TRACE's stated
+idea (arXiv 2606.10338; abstract read, its formulas are not public). Exponential tilting itself is the classical
 "raking" of survey statistics.
 """
 
@@ -38,14 +38,14 @@ from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
 
 RIDGES = tuple(10.0**-k for k in range(1, 8))
-REACHED = 1e-5  # a target missed by more cannot be reached: the last ridge explains 1e-7 |theta|
+REACHED = 1e-5  # a target missed by more is unreachable, since the last ridge accounts for only 1e-7 |theta|
 BLOCK = 4096
 _MAX_STEPS = 100
 _MAX_HALVINGS = 60
 
 
 class RetainWeights(NamedTuple):
-    """What `retain_weights` returns; the small tensors are float64 on the CPU."""
+    """Result of `retain_weights`; the small tensors are float64 on the CPU."""
 
     weights: Tensor  # [T] float32, mean 1, on the device of the members
     tilt: Tensor  # theta [S], 0 for an expert that cannot be moved
@@ -55,16 +55,16 @@ class RetainWeights(NamedTuple):
 
 
 def retain_weights(members: Tensor, target: Tensor, *, cap: float | None = None, impl: str = "auto") -> RetainWeights:
-    """Weights of T tokens under which each of S experts is used with its target frequency.
+    """Find the weights of T tokens under which each of S experts is used with its target frequency.
 
     Args:
-        members: bool [T, S], token t uses expert s, or integers, how often; T >= 1.
-        target: float [S], frequencies in [0, 1], or up to the largest of `members`. Unreachable ones move to the
-            nearest reachable values.
-        cap: largest weight allowed, >= 1; at 1 all weights are 1. None: no cap.
-        impl: as everywhere; numbers above 1 have no packed words and are computed by the reference passes.
+        members: bool [T, S], whether token t uses expert s, or integers, how often it does; T >= 1.
+        target: float [S], frequencies in [0, 1], or up to the largest of `members`. Unreachable ones are replaced by
+            the nearest reachable values.
+        cap: largest weight allowed, >= 1; at 1 all weights are 1. None for no cap.
+        impl: as everywhere; numbers above 1 cannot be packed and go to the reference passes.
 
-    An expert that all tokens use alike, or none does, cannot be moved: it is left out, its frequency stays what it is.
+    An expert that all tokens use equally often, or not at all, cannot be moved: it is left out and keeps its frequency.
     Raises TypeError or ValueError for a wrong dtype, shape or value, RuntimeError without convergence.
     """
     _check(members, target, cap)
@@ -87,12 +87,12 @@ def retain_weights(members: Tensor, target: Tensor, *, cap: float | None = None,
 
 
 def retain_weights_ref(members: Tensor, target: Tensor, *, cap: float | None = None) -> RetainWeights:
-    """`retain_weights` on the reference passes below."""
+    """Compute `retain_weights` with the reference passes below."""
     return retain_weights(members, target, cap=cap, impl="ref")
 
 
 def tilted_weights(words: Tensor, tilt: Tensor, bias: float, *, cap: float | None = None, impl: str = "auto") -> Tensor:
-    """w_t = min(cap, exp(bias + tilt . a_t)), float32 [T], computed in float64.
+    """Compute w_t = min(cap, exp(bias + tilt . a_t)) in float64; returns float32 [T].
 
     Args:
         words: int32 [T, ceil(S / 32)], the packed members; tilt: float64 [S].
@@ -102,7 +102,7 @@ def tilted_weights(words: Tensor, tilt: Tensor, bias: float, *, cap: float | Non
 
 
 def tilted_weights_ref(words: Tensor, tilt: Tensor, bias: float, cap: float) -> Tensor:
-    """`tilted_weights` in plain PyTorch; `cap` may be infinite."""
+    """Compute `tilted_weights` in plain PyTorch; `cap` may be infinite."""
     blocks = [(bias + _unpacked(part, tilt) @ tilt).exp().clamp_max(cap) for part in words.split(BLOCK)]
     return torch.cat(blocks).to(torch.float32)
 
@@ -110,7 +110,7 @@ def tilted_weights_ref(words: Tensor, tilt: Tensor, bias: float, cap: float) -> 
 def moments(
     words: Tensor, tilt: Tensor, bias: float, *, cap: float | None = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """(first [S + 1], second [S + 1, S + 1]) float64, the sums of the module docstring.
+    """Compute first [S + 1] and second [S + 1, S + 1], float64, the sums of the module docstring.
 
     Args:
         words: int32 [T, ceil(S / 32)], the packed members; tilt: float64 [S].
@@ -120,7 +120,7 @@ def moments(
 
 
 def moments_ref(words: Tensor, tilt: Tensor, bias: float, cap: float) -> tuple[Tensor, Tensor]:
-    """`moments` in plain PyTorch; `cap` may be infinite."""
+    """Compute `moments` in plain PyTorch; `cap` may be infinite."""
     size = len(tilt) + 1
     first, second = tilt.new_zeros(size), tilt.new_zeros(size, size)
     for part in words.split(BLOCK):
@@ -134,12 +134,12 @@ def moments_ref(words: Tensor, tilt: Tensor, bias: float, cap: float) -> tuple[T
 
 
 def _unpacked(words: Tensor, tilt: Tensor) -> Tensor:
-    """a_t [T, S] in the dtype of `tilt`, from packed words or, where it counts, as it is."""
+    """Return a_t [T, S] in the dtype of `tilt`: unpacked words, or counts as they are."""
     return words if words.is_floating_point() else unpack_bits(words, len(tilt)).to(tilt.dtype)
 
 
 def _solve(words: Tensor, target: Tensor, cap: float, impl: str) -> tuple[float, Tensor, Tensor]:
-    """(bias, tilt [S], weighted frequency [S]) for the reachable target nearest to `target`."""
+    """Find (bias, tilt [S], weighted frequency [S]) for the reachable target nearest to `target`."""
     origin = torch.zeros(len(target) + 1, dtype=torch.float64)
 
     def follow_ridge(goal: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +151,7 @@ def _solve(words: Tensor, target: Tensor, cap: float, impl: str) -> tuple[float,
     goal = torch.cat([target.new_ones(1), target])
     point, mean = follow_ridge(goal)
     if float((mean - goal).abs().max()) > REACHED:
-        # the tilt to an unreachable target grows like 1 / ridge, that to the point reached is moderate
+        # the tilt towards an unreachable target grows like 1 / ridge; towards the point reached it is moderate
         goal = torch.cat([goal[:1], mean[1:]])
         point, mean = follow_ridge(goal)
     point, mean = _newton(words, goal, cap, RIDGES[-1], point, point, impl)
@@ -166,8 +166,8 @@ def _solve(words: Tensor, target: Tensor, cap: float, impl: str) -> tuple[float,
 def _newton(
     words: Tensor, goal: Tensor, cap: float, ridge: float, center: Tensor, point: Tensor, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """Minimise D + ridge / 2 |theta - center|^2 from `point` = (b, theta); returns it and mean_t w_t a~_t."""
-    # b has no ridge, so that the mean weight is 1 whatever the tilt
+    """Minimise D + ridge / 2 |theta - center|^2 from `point` = (b, theta); return the minimum and mean_t w_t a~_t."""
+    # b has no ridge, so that the mean weight is 1 for every tilt
     penalty = torch.full_like(goal, ridge).index_fill(0, torch.tensor([0]), 0.0)
     rounding = 8 * torch.finfo(goal.dtype).eps
 
@@ -179,7 +179,7 @@ def _newton(
 
     mean, gradient, hessian = derivatives(point)
     for _ in range(_MAX_STEPS):
-        # rounding of the exponents, which grow with the point, limits how small the gradient can become
+        # the exponents grow with the point, and their rounding limits how small the gradient can become
         if float(gradient.abs().max()) <= 1e-13 + rounding * (1 + float(point.abs().sum())):
             break
         # a state in which every token is capped has no curvature along b
@@ -188,8 +188,8 @@ def _newton(
         slope = float(gradient @ step)
         length = 1.0
         for _ in range(_MAX_HALVINGS):
-            # the dual is convex, its derivative along the step only grows: small or negative means that the
-            # step has not run past the minimum; an overflow gives NaN and is refused
+            # the dual is convex, so that its derivative along the step only grows: if it is small or negative, the
+            # step has not passed the minimum; an overflow gives NaN and is refused
             mean, ahead, hessian = derivatives(point + length * step)
             if float(ahead @ step) <= 0.1 * abs(slope):
                 break

@@ -1,11 +1,11 @@
-"""route: one pass over the routing decision of a layer.
+"""route: counts and sorts the routing decision of a layer in one pass.
 
     tokens_per_expert[g, e] = #{(t, k) : top_k_index[t, k] = e, group[t] = g}
     expert_offsets[e]       = #{(t, k) : top_k_index[t, k] < e}                      exclusive prefix sum
     sorted_rows             = rows n = t * K + k, stably sorted by expert
     log_weight[t]          += sum_k log_tilt[top_k_index[t, k]]
 
-T tokens, K experts per token, E experts, N = T * K rows, G token groups (forget, retain, ...). An id
+There are T tokens, K experts per token, E experts, N = T * K rows and G token groups (forget, retain, ...). An id
 outside [0, E) means "not here" (transformers' expert-parallel sentinel): its row is counted nowhere, adds
 nothing to `log_weight` and stands last in `sorted_rows`, behind `expert_offsets[E]`.
 
@@ -16,7 +16,7 @@ Worked example, E = 3, K = 2, top_k_index = [[2, 0], [0, 2]], group = [0, 1]:
     expert_offsets    [0, 2, 2, 4]                 expert 1 is empty
     sorted_rows       [1, 2, 0, 3]
 
-Deterministic: integers are exact, and `log_weight` adds its K terms in the order of k. Source: our
+The results are deterministic: integers are exact, and `log_weight` adds its K terms in the order of k. Source: our
 specification; the counting sort by expert is common to every MoE library.
 """
 
@@ -31,7 +31,7 @@ _MOST_EXPERTS_CUDA = 1024
 
 
 class Routing(NamedTuple):
-    """What `route` returns; all tensors int32 on the device of `top_k_index`."""
+    """Result of `route`; all tensors int32 on the device of `top_k_index`."""
 
     tokens_per_expert: Tensor  # [G, E]
     expert_offsets: Tensor  # [E + 1]
@@ -48,14 +48,14 @@ def route(
     log_weight: Tensor | None = None,
     impl: str = "auto",
 ) -> Routing:
-    """Histogram, offsets and stable sort of `top_k_index`; adds the tilt to `log_weight` in place.
+    """Compute histogram, offsets and stable sort of `top_k_index`; add the tilt to `log_weight` in place.
 
     Args:
         top_k_index: integer [T, K]; ids outside [0, num_experts) are "not here".
         num_experts: E >= 1.
-        group: integer [T], the group of each token; one outside [0, num_groups), -1 by convention,
+        group: integer [T], the group of each token; a group outside [0, num_groups), by convention -1,
             leaves the token out of the histogram; None puts every token in group 0.
-        log_tilt: float [E]; log_weight: float32 [T], added to in place. Both or neither.
+        log_tilt: float [E]; log_weight: float32 [T], to which the tilt is added in place. Give both or neither.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device. No gradient flows.
     """
@@ -71,7 +71,7 @@ def route_ref(
     log_tilt: Tensor | None = None,
     log_weight: Tensor | None = None,
 ) -> Routing:
-    """`route` in plain PyTorch; same arguments and shapes."""
+    """Compute `route` in plain PyTorch; same arguments and shapes."""
     num_tokens, top_k = top_k_index.shape
     here = (top_k_index >= 0) & (top_k_index < num_experts)
     expert = torch.where(here, top_k_index.long(), num_experts)
@@ -125,7 +125,7 @@ def _route_native(top_k_index, num_experts, group, num_groups, log_tilt, log_wei
 
 
 def _route_cuda(top_k_index, num_experts, *arguments):
-    # the kernel counts in shared memory
+    # the kernel, which counts in shared memory, takes no more experts
     kernel = _route_native if num_experts <= _MOST_EXPERTS_CUDA else route_ref
     return kernel(top_k_index, num_experts, *arguments)
 

@@ -1,4 +1,4 @@
-"""token_loss: hidden states x head -> per-token losses with per-token weights; no T x V tensor exists.
+"""token_loss: computes weighted per-token losses from hidden states and a head, without a T x V tensor of logits.
 
     z_t = cap(scale * (W h_t + b)),  cap(x) = softcap * tanh(x / softcap), the identity without softcap
     p_t = softmax(z_t),  loss[t] = w_t * l_t
@@ -9,29 +9,29 @@
     ce     l_t = -sum_v q_t[v] log p_t[v]                            dl/dz = p - q
     logit_margin   l_t = (max z_t - mean z_t)^2                      dl/dz = 2 (max z - mean z) (onehot(argmax z) - 1/V)
 
-T tokens, H hidden, V vocabulary: hidden_states h [T, H], lm_head W [V, H], labels y [T]. q is the softmax of reference
-hidden states under the same head, or a frozen copy of it; no gradient flows into q. In `ce` the label's logit is first
-lowered by `label_penalty`, infinity leaves the label out, and without reference hidden states q is the model's own. In
-`uce`, e^l - 1 = p / (2 - p), so the gradient at the target logit is p (1 - p) / (2 - p). Of several largest logits
-`logit_margin` lowers the first.
+With T tokens, hidden size H and vocabulary V: hidden_states h [T, H], lm_head W [V, H], labels y [T]. q is the softmax
+of reference hidden states under the same head, or under a frozen copy of it; no gradient flows into q. For `ce`,
+`label_penalty` is first subtracted from the label's logit in q (infinity leaves the label out); without reference
+hidden states q is the model's own. For `uce`, e^l - 1 = p / (2 - p): the gradient at the target logit is
+p (1 - p) / (2 - p). If several logits are largest, `logit_margin` lowers the first.
 
 A row whose label is -100 or whose weight is 0 has loss exactly 0 and gradient exactly 0, whatever it holds, and is
-dropped before the matrix product. (Where the weights themselves need a gradient, which is l_t, only the label drops a
-row.) Worked example: labels [5, -100, 2, 7] with weights [1, 3, 0, 2] multiply rows 0 and 3 alone.
+dropped before the matrix product. (If the weights need a gradient, which is l_t, only the label drops a row.)
+Worked example: for labels [5, -100, 2, 7] and weights [1, 3, 0, 2] only rows 0 and 3 are multiplied.
 
-The rest goes in tiles of rows x vocabulary whose logits, with the temporaries beside them, fit a workspace of 32 MiB.
-Logits and softmax are float32, float64 if an input is; the forward keeps a few numbers per row and the backward
-recomputes each tile from the saved normaliser of the softmax. Gradients are summed in float32 and rounded once.
+The other rows go in tiles of rows x vocabulary, whose logits and temporaries fit a workspace of 32 MiB. Logits and
+softmax are float32, or float64 if an input is. The forward keeps a few numbers per row; the backward recomputes each
+tile from the saved normaliser of the softmax. Gradients are summed in float32 and rounded once.
 
-Precision: the normaliser is kept as the pair (max z, sum exp(z - max z)), so a confident token keeps its
+Precision: the normaliser is kept as the pair (max z, sum exp(z - max z)), so that a confident token keeps its
 small loss and large logits lose nothing; kl of a row to itself is exactly 0, and q = 0 adds exactly 0.
 
 `ce` and `logit_margin` have no kernels of their own: the tiles of `ref` compute them on every device.
 
-Deterministic: tiles in a fixed order, no atomics. Sources: nll, kl and ce are standard; ce with the label's logit
-lowered is UNDIAL's (arXiv 2402.10052), with the label left out CE-U's (arXiv 2503.01224); logit_margin is PDU's logit
-margin flattening (arXiv 2506.05314), as its authors' trainer in open-unlearning has it; uce with its division by 2 was
-read in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping are ours.
+The op is deterministic: tiles in a fixed order, no atomics. Sources: nll, kl and ce are standard; ce with the label's
+logit lowered is UNDIAL's (arXiv 2402.10052), with the label left out CE-U's (arXiv 2503.01224); logit_margin is PDU's
+logit margin flattening (arXiv 2506.05314), as its authors' trainer in open-unlearning has it; uce with its division by
+2 was read in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping are ours.
 """
 
 import torch
@@ -40,7 +40,7 @@ from torch import Tensor
 from moe_unlearn import backend, native
 
 KINDS = ("nll", "uce", "kl")
-TILED_KINDS = ("ce", "logit_margin")  # of `ref` alone
+TILED_KINDS = ("ce", "logit_margin")  # kinds that only `ref` computes
 IGNORED = -100
 WORKSPACE_BYTES = 32 * 2**20
 _TEMPORARIES = 4  # tiles of logits alive at a time: z, p, and for kl the two of the reference
@@ -64,17 +64,17 @@ def token_loss(
     chunk_rows: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """loss [T], float32 (float64 for float64); differentiable in hidden_states, lm_head, bias and weights.
+    """Compute loss [T], float32 (float64 for float64); differentiable in hidden_states, lm_head, bias and weights.
 
     Args:
         hidden_states, lm_head, bias: any float dtypes; [T, H], [V, H] and [V].
         labels: int64 [T], -100 is ignored; for "kl" and "logit_margin" they only say which rows count.
-        token_weights: float [T]; None is 1.
+        token_weights: float [T]; None stands for 1.
         kind: "nll", "uce", "kl", "ce" or "logit_margin".
-        ref_hidden_states: [T, H], required by "kl", taken by "ce"; ref_lm_head: [V, H] where the reference had
+        ref_hidden_states: [T, H], required by "kl", optional for "ce"; ref_lm_head: [V, H], if the reference had
             another head than `lm_head`.
         logit_scale, logit_softcap: as in the formula. label_penalty: at least 0, for "ce" only.
-        chunk_rows: rows per tile, None for a default; the vocabulary side of a tile follows from it.
+        chunk_rows: rows per tile, None for a default; the number of columns of a tile follows from it.
 
     Raises TypeError or ValueError for a dtype, shape, device, option or label that does not fit. There is
     no double backward; `token_loss_ref` has one.
@@ -93,7 +93,7 @@ def token_loss_ref(
     hidden_states, lm_head, labels, *, bias=None, token_weights=None, kind="nll", ref_hidden_states=None,
     ref_lm_head=None, logit_scale=1.0, logit_softcap=None, label_penalty=0.0,
 ) -> Tensor:  # fmt: skip
-    """`token_loss` in plain PyTorch, all logits at once, differentiable by autograd."""
+    """Compute `token_loss` in plain PyTorch, all logits at once, differentiable by autograd."""
     dtype = _wide(hidden_states, lm_head)
     drop_zero_weights = token_weights is not None and not token_weights.requires_grad
     rows = _counted(labels, token_weights, drop_zero_weights)
@@ -130,7 +130,7 @@ def _wide(*tensors: Tensor) -> torch.dtype:
 
 
 def _counted(labels: Tensor, token_weights: Tensor | None, drop_zero_weights: bool) -> Tensor:
-    """Indices of the rows that are computed, ascending."""
+    """Return the indices of the rows that are computed, ascending."""
     counted = labels != IGNORED
     if drop_zero_weights:
         counted = counted & (token_weights != 0)
@@ -138,7 +138,7 @@ def _counted(labels: Tensor, token_weights: Tensor | None, drop_zero_weights: bo
 
 
 def _logits(h: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """Logits [n, v] in the dtype of `h` under `head` [v, H], any dtype."""
+    """Compute the logits [n, v] in the dtype of `h` under `head` [v, H] of any dtype."""
     z = h @ head.to(h.dtype).t()
     if bias is not None:
         z = z + bias.to(h.dtype)
@@ -154,11 +154,12 @@ def _token_loss(
     drop_zero_weights: bool, chunk_rows: int | None, impl: str, keep: bool = False, keep_head: bool = False,
     label_penalty: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [T], l [T], the softmax's max z and sum exp(z - max z) [2, T], those of the reference [2, T], dl/dh, ...).
+    """Compute the losses and everything that the backward needs of the forward.
 
-    All are 0 in dropped rows; logit_margin keeps what it needs in the place of the pairs. dl/dh [T, H] is for the
-    backward, empty unless `keep` and the kernel can keep it; the last three are for the gradients of head and bias, by
-    `keep_head`.
+    Returns (loss [T], l [T], max z and sum exp(z - max z) of the softmax [2, T], those of the reference [2, T], dl/dh,
+    ...), all 0 in dropped rows; logit_margin keeps its own numbers in the place of the pairs. dl/dh [T, H] is for the
+    backward, empty unless `keep` is set and the kernel can keep it; the last three are for the gradients of head and
+    bias, kept if `keep_head` is set.
     """
     arguments = (hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
                  drop_zero_weights, chunk_rows)  # fmt: skip
@@ -176,7 +177,7 @@ def _name(kind: str) -> str:
 
 
 def _kept(hidden: Tensor, impl: str, kind: str, keep: bool) -> str:
-    """The part that keeps dl/dh, if the implementation chosen has it."""
+    """Return the name of the part that keeps dl/dh, if the chosen implementation has it, else ""."""
     if kind in TILED_KINDS:
         return ""
     chosen = backend.choose("token_loss", impl, hidden.device.type, hidden.dtype) if keep else None
@@ -202,7 +203,7 @@ def _token_loss_backward(
     direction: Tensor, kind: str, scale: float, softcap: float | None, drop_zero_weights: bool, chunk_rows: int | None,
     needs_hidden: bool, needs_head: bool, needs_bias: bool, impl: str, label_penalty: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, head and bias; an empty tensor for one that is not needed."""
+    """Compute the gradients of hidden, head and bias; an empty tensor for one that is not needed."""
     kernel = backend.resolve(f"{_name(kind)}.backward", impl, hidden)
     kept = {"direction": direction} if direction.numel() else {}
     if kind == "ce":
@@ -224,9 +225,9 @@ def _(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, no
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, ctx.impl, _, _, ctx.penalty = inputs
     ctx.save_for_backward(*tensors, *output[1:5])
-    ctx.kept = output[5:]  # not saved: the first backward writes it, a further one goes without
+    ctx.kept = output[5:]  # not saved: the first backward overwrites it, a second one recomputes it
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # zeros for what is kept would be as large again
+    ctx.set_materialize_grads(False)  # zero gradients of the kept tensors would be as large as these
 
 
 def _backward(ctx, grad, *unused):
@@ -257,7 +258,7 @@ _token_loss_backward.register_autograd(_no_double_backward)
 
 
 def _tiles(rows: int, vocabulary: int, dtype: torch.dtype) -> list[slice]:
-    """Cuts of the vocabulary such that the tiles of `rows` rows fit the workspace."""
+    """Cut the vocabulary into slices so that tiles of `rows` rows fit the workspace."""
     width = max(1, WORKSPACE_BYTES // (_TEMPORARIES * dtype.itemsize * max(1, rows)))
     return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
 

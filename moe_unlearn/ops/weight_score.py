@@ -1,23 +1,23 @@
-"""weight_score: WAGLE's score, its exact global threshold by radix histogram, and the packed mask.
+"""weight_score: computes WAGLE's score, its exact global threshold by radix histogram, and the packed mask.
 
     S = (theta - g_r / gamma) * g_f
 
 in float32 and in exactly this order: a true (IEEE) division, a subtraction, a product. No fused multiply-add
-can contract it, so every backend gives the same bits. |S| sorts like its bit pattern, a 31-bit integer; the
-k-th largest of a whole model is found in two streaming passes, without a score tensor and without sorting:
+can contract them, so that every backend gives the same bits. |S| sorts like its bit pattern, a 31-bit integer. Two
+streaming passes find the k-th largest of a whole model, without a score tensor and without sorting:
 
     digit 0   histogram of the high 16 bits of |S|                     -> the bin that holds the k-th largest
     digit 1   histogram of the low 16 bits where the high ones agree   -> its exact bit pattern
     mask      bits where |S| > threshold, and the first few equal to it in flat order, to make k
 
-NaN and infinity land in the bins from 0x7F80 on, so the histogram also says whether all scores are finite.
+NaN and infinity land in the bins from 0x7F80 on, so that the histogram also shows whether all scores are finite.
 
 Worked example, gamma = 1, theta = (1, 2), g_r = (0, 1), g_f = (-1, 3): S = (-1, 3), bit patterns of |S|
 0x3F800000 and 0x40400000; the largest is in bin 0x4040, its low bits are 0x0000.
 
 Shapes: weight, grad_forget, grad_retain [..., n] of any float dtype, widened to float32; histograms int64
-[65536]; masks int32 words [..., ceil(n / 32)] (layout: `ops.bits`; a 0-d weight counts as [1]). Integers and
-element-wise: the same bits for any number of threads. No gradient flows.
+[65536]; masks int32 words [..., ceil(n / 32)] (layout: `ops.bits`; a 0-d weight counts as [1]). The bits are the same
+for any number of threads, since all work is on integers or element-wise. No gradient flows.
 
 Source: S is equation 7 of WAGLE (NeurIPS 2024, arXiv 2410.17509; paper and code read) up to the order of
 operations; threshold and layout are our specification.
@@ -40,15 +40,15 @@ _SMALLEST_GAMMA, _LARGEST_GAMMA = torch.finfo(torch.float32).tiny, torch.finfo(t
 def weight_score(
     weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, *, gamma: float, impl: str = "auto"
 ) -> Tensor:
-    """S [..., n] float32 (float64 for a float64 weight); raises TypeError or ValueError, see `score_mask`."""
+    """Compute S [..., n] float32 (float64 for a float64 weight); raises TypeError or ValueError as `score_mask`."""
     _check(weight, grad_forget, grad_retain, gamma)
     return _weight_score(weight, grad_forget, grad_retain, gamma, impl)
 
 
 def weight_score_ref(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float) -> Tensor:
-    """`weight_score` in plain PyTorch."""
+    """Compute `weight_score` in plain PyTorch."""
     dtype = _score_dtype(weight)
-    # on CUDA a division by a Python number becomes a product with its reciprocal: divide by a tensor
+    # the divisor is a tensor, since CUDA turns a division by a Python number into a product with its reciprocal
     divisor = torch.full((), gamma, dtype=dtype, device=weight.device)
     return (weight.to(dtype) - grad_retain.to(dtype) / divisor) * grad_forget.to(dtype)
 
@@ -63,8 +63,10 @@ def score_histogram(
     prefix: int = 0,
     impl: str = "auto",
 ) -> Tensor:
-    """int64 [65536]: counts of the high 16 bits of |S| (digit 0), or of the low 16 bits of those elements
-    whose high bits equal `prefix` (digit 1). Raises TypeError or ValueError, see `score_mask`."""
+    """Count |S| by its high 16 bits (digit 0) or, where these equal `prefix`, by its low ones (digit 1).
+
+    Returns int64 [65536]. Raises TypeError or ValueError as `score_mask`.
+    """
     _check(weight, grad_forget, grad_retain, gamma)
     if digit not in (0, 1) or not 0 <= prefix < BINS:
         raise ValueError(f"digit must be 0 or 1 and prefix in [0, {BINS}); got {digit} and {prefix}")
@@ -74,7 +76,7 @@ def score_histogram(
 def score_histogram_ref(
     weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, digit: int, prefix: int
 ) -> Tensor:
-    """`score_histogram` in plain PyTorch."""
+    """Compute `score_histogram` in plain PyTorch."""
     counts = torch.zeros(BINS, dtype=torch.int64, device=weight.device)
     for bits in _bit_rows(weight, grad_forget, grad_retain, gamma):
         high, low = bits >> 16, bits & 0xFFFF
@@ -92,7 +94,7 @@ def score_mask(
     ties: int,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(words, ties_taken): bits where |S| > threshold, and the first `ties` elements equal to it.
+    """Compute (words, ties_taken): bits where |S| > threshold, and for the first `ties` elements equal to it.
 
     Args:
         weight, grad_forget, grad_retain: float [..., n], one shape and device.
@@ -111,7 +113,7 @@ def score_mask(
 def score_mask_ref(
     weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, threshold_bits: int, ties: int
 ) -> tuple[Tensor, Tensor]:
-    """`score_mask` in plain PyTorch."""
+    """Compute `score_mask` in plain PyTorch."""
     blocks = []
     seen = torch.zeros((), dtype=torch.int64, device=weight.device)
     for bits in _bit_rows(weight, grad_forget, grad_retain, gamma):
@@ -125,7 +127,7 @@ def score_mask_ref(
 
 
 def _bit_rows(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float) -> Iterator[Tensor]:
-    """Bit patterns of |S|, int32 [rows, n], whole rows of at most about BLOCK elements at a time."""
+    """Yield bit patterns of |S|, int32 [rows, n], whole rows of at most about BLOCK elements at a time."""
     width = weight.shape[-1] if weight.dim() else 1
     if weight.numel() == 0:
         return
@@ -204,7 +206,7 @@ def _mask_native(weight, grad_forget, grad_retain, gamma, threshold_bits, ties):
 
 
 def _native_terms(weight, *grads, flat):
-    """The terms, of at least one dimension and a dtype the kernels read; as one row if that needs no copy."""
+    """Return the terms with at least one dimension and a dtype of the kernels; as one row if that needs no copy."""
     terms = [torch.atleast_1d(t.float() if t.dtype == torch.float64 else t) for t in (weight, *grads)]
     return [t.view(-1) for t in terms] if flat and all(t.is_contiguous() for t in terms) else terms
 

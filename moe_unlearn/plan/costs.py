@@ -1,7 +1,7 @@
-"""What an operation costs: floating-point operations, bytes moved, and what its kernel allocates inside.
+"""Cost of an operation: its floating-point operations, the bytes it moves and what its kernel allocates inside.
 
 Matrix products count two operations per multiply and add; element-wise work counts as bytes only. Routed rows
-are taken as spread evenly, so that M_e of E experts see N M_e / E of N rows.
+are assumed to be spread evenly, so that M_e of E experts see N M_e / E of N rows.
 """
 
 import math
@@ -19,7 +19,7 @@ _MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "dot", "mv")
 
 
 def kernel(function) -> str:
-    """The name under which an operation is counted: ours by their names, torch's by kind."""
+    """Return the name under which an operation is counted: our operations by name, torch's by kind."""
     namespace, _, name = function._schema.name.partition("::")
     if namespace == "moe_unlearn":
         return name
@@ -29,19 +29,19 @@ def kernel(function) -> str:
 
 
 def nbytes(tensor: Tensor) -> int:
-    """Bytes an operation touches of `tensor`: its elements, but an expanded one only once."""
+    """Return the bytes of `tensor` that an operation touches; elements that expansion repeats count once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def arguments(function, args: tuple, kwargs: Mapping) -> dict:
-    """Name -> value of an operation's arguments, defaults included."""
+    """Return an operation's arguments by name, defaults included."""
     declared = function._schema.arguments
     defaults = {argument.name: argument.default_value for argument in declared if argument.has_default_value()}
     return defaults | dict(zip((argument.name for argument in declared), args, strict=False)) | dict(kwargs)
 
 
 def flops(function, args: tuple, kwargs: Mapping, out) -> int:
-    """Floating-point operations of the matrix products in one operation; 0 for all others."""
+    """Count the floating-point operations of the matrix products in one operation; 0 if it has none."""
     own = _FLOPS.get(function._schema.name)
     if own is not None:
         return int(own(arguments(function, args, kwargs)))
@@ -50,7 +50,7 @@ def flops(function, args: tuple, kwargs: Mapping, out) -> int:
 
 
 def workspace(function, args: tuple, kwargs: Mapping) -> int:
-    """Bytes the kernel behind one operation allocates and releases inside, at most at a time."""
+    """Return the most bytes that the kernel of one operation holds at a time of memory allocated inside it."""
     part, own = _WORKSPACE.get(function._schema.name, (None, None))
     if own is None:
         return 0
@@ -97,12 +97,12 @@ def _wgrad_inner(a: dict) -> float:
 
 
 def _counted_rows(labels: Tensor) -> int:
-    """Rows that a loss computes: all where the labels have no values."""
+    """Count the rows for which a loss computes logits; all rows where the labels are fakes without values."""
     return len(labels) if isinstance(labels, FakeTensor) else int((labels != IGNORED).sum())
 
 
 def _sides(a: dict) -> int:
-    """How many sets of logits there are: a reference's beside the model's."""
+    """Return the number of sets of logits: the model's, and a reference's if there is one."""
     return 1 if a.get("ref_hidden") is None else 2
 
 
@@ -112,7 +112,7 @@ def _token_loss(a: dict) -> float:
 
 
 def _token_loss_backward(a: dict) -> float:
-    # a margin's slope needs the logits for a softcap alone
+    # the slope of a logit margin needs the logits only where there is a softcap
     logits = 0 if a["kind"] == "logit_margin" and a["softcap"] is None else _sides(a)
     kept = a["direction"].numel() > 0
     products = (logits if a["needs_head"] or not kept else 0) + a["needs_head"] + (a["needs_hidden"] and not kept)
@@ -121,7 +121,7 @@ def _token_loss_backward(a: dict) -> float:
 
 def _token_loss_head(a: dict) -> float:
     rows, group = _counted_rows(a["labels"]), min(_FORWARD_WIDTH, len(a["head"]))
-    # a tile's row that is kept has all tokens, in float32 unless products take pairs
+    # one kept row of a tile spans all tokens, in float32 unless products take pairs
     tile_row = math.ceil(rows / 32) * 32 * (2 if _pairs(a) else 4)
     kept = (group * a["head"].shape[1] + a["spare"].shape[1] * a["spare"].shape[2]) * a["head"].itemsize / group
     again = max(0.0, 1 - kept / max(tile_row, 1))
@@ -144,7 +144,7 @@ def _attention(a: dict) -> float:
 
 
 def _attention_backward(a: dict) -> float:
-    # the scores again, then the gradients of both products' operands
+    # the scores are computed again, then the gradients of the operands of both products
     return 2.5 * _attention(a)
 
 
@@ -167,14 +167,17 @@ _FLOPS = {
     f"{_CPU_ATTENTION}_backward": _attention_backward,
 }
 
-# What kernels allocate inside, from their own block sizes. Counted is what goes through torch's allocator: the C++
-# kernels keep some scratch of a cache's size per thread outside of it.
+# Memory that kernels allocate inside, from their own block sizes. Only what goes through torch's allocator counts: the
+# C++ kernels keep some scratch per thread, of the size of a processor cache, outside of it.
 _FORWARD_TILE, _FORWARD_WIDTH = 128, 512  # csrc/cpu/token_loss_matrices.h: block, width
 _BACKWARD_TILE, _BACKWARD_WIDTH = 512, 256  # backward_block, backward_width
 
 
 def _expert_mlp_space(impl: str, a: dict) -> int:
-    """Every implementation has the rows of the output [N, H] before they are added; triton activations [N, I]."""
+    """Return the workspace of `expert_mlp` in bytes.
+
+    Every implementation holds the rows of the output [N, H] before they are added up; triton also activations [N, I].
+    """
     x, rows = a["hidden_states"], a["top_k_weights"].numel()
     inner = a["down_proj"].numel() // len(a["down_proj"]) // x.shape[1]
     wide = a["gate_up_proj"].numel() // len(a["gate_up_proj"]) // x.shape[1]
@@ -182,7 +185,7 @@ def _expert_mlp_space(impl: str, a: dict) -> int:
 
 
 def _expert_mlp_backward_space(impl: str, a: dict) -> int:
-    """The rows of d hidden_states [N, H], where it is asked for."""
+    """Return the workspace of `expert_mlp`'s backward in bytes: rows of d hidden_states [N, H], where it is needed."""
     x, z = a["hidden_states"], a["z"]
     if impl in ("cpu", "triton"):
         return a["needs"][0] * len(z) * x.shape[1] * x.itemsize
@@ -190,7 +193,10 @@ def _expert_mlp_backward_space(impl: str, a: dict) -> int:
 
 
 def _token_loss_space(impl: str, a: dict) -> int:
-    """Tiles of logits, copies of hidden states and, where it is not float32, of head entries."""
+    """Return the workspace of `token_loss` in bytes.
+
+    It holds tiles of logits, copies of hidden states, and copies of head entries where the head is not float32.
+    """
     rows, (vocabulary, hidden), sides = _counted_rows(a["labels"]), a["head"].shape, _sides(a)
     impl = "ref" if a["kind"] in TILED_KINDS else impl
     if impl == "triton":
@@ -205,12 +211,12 @@ def _token_loss_space(impl: str, a: dict) -> int:
 
 
 def _token_loss_backward_space(impl: str, a: dict) -> int:
-    """The same for the backward; the gradient of the hidden states is made in float32."""
+    """Return the workspace of `token_loss`'s backward in bytes; it has the hidden states' gradient in float32."""
     rows, (vocabulary, hidden), sides = _counted_rows(a["labels"]), a["head"].shape, _sides(a)
     tokens, impl = len(a["labels"]), "ref" if a["kind"] in TILED_KINDS else impl
     if impl == "triton":
         gathered = sides * tokens * hidden * a["hidden"].itemsize
-        # a row of dl/dz takes 32 KiB, from 16,384 tokens on less, at most the whole vocabulary
+        # a row of dl/dz takes 32 KiB, less from 16,384 tokens on, and never more than the whole vocabulary
         row = min(2**15, max(2**29 // max(tokens, 1), 1024 * a["hidden"].itemsize), vocabulary * a["hidden"].itemsize)
         return gathered + a["needs_hidden"] * 4 * tokens * hidden + tokens * row
     if impl == "ref":
@@ -220,7 +226,7 @@ def _token_loss_backward_space(impl: str, a: dict) -> int:
 
 
 def _token_loss_head_space(impl: str, a: dict) -> int:
-    """Tiles of logits and sums of the head's gradient, and copies as in the forward."""
+    """Return the workspace for the head's gradient in bytes: tiles of logits, sums, and copies as in the forward."""
     rows, (vocabulary, hidden), sides = _counted_rows(a["labels"]), a["head"].shape, _sides(a)
     if not (a["needs_head"] or a["needs_bias"]):
         return 0
@@ -233,7 +239,7 @@ def _token_loss_head_space(impl: str, a: dict) -> int:
 
 
 def _pairs(a: dict) -> bool:
-    """Whether products take bfloat16 in pairs: their operands are then packed outside of torch's allocator."""
+    """Return whether products take bfloat16 in pairs, whose operands are packed outside of torch's allocator."""
     return (
         a["hidden"].dtype == a["head"].dtype == torch.bfloat16
         and a["hidden"].shape[1] % 32 == 0
@@ -247,7 +253,7 @@ def _tiled_space(rows: int, vocabulary: int, hidden: int, sides: int) -> int:
 
 
 def _attention_space(impl: str, a: dict) -> int:
-    """Torch's own flash attention on the CPU: a tile of scores and its sums for each thread, float32."""
+    """Return the workspace of torch's CPU flash attention in bytes: a tile of scores and its sums for each thread."""
     queries, width = a["query"].shape[-2:]
     rows = min(queries, 256 if queries >= 768 else 64 if queries >= 192 else 32)
     keys = min(a["key"].shape[-2], 512)

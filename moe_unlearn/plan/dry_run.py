@@ -1,21 +1,21 @@
-"""Rehearsal: a step's own code on tensors without storage, counting what it would allocate and compute.
+"""Rehearsal, which runs a step's own code on tensors without storage and counts what it would allocate and compute.
 
     with Rehearsal(device) as rehearsal:
-        shadow = rehearsal.twin(step)            # parameters and state are fakes, nothing of the step is touched
+        shadow = rehearsal.twin(step, {})        # its parameters and state are fakes; the step stays untouched
         shadow(forget_batch, retain_batch)
     rehearsal.ledger.peak()
 
 Floating-point tensors are fakes (torch's FakeTensor): they have shape, strides, dtype and device, and each
-operation yields fakes of what it would return, autograd included. Integer and boolean tensors stay real, for
-their values decide shapes: token ids, attention masks, packed weight masks, expert lists. Where a fake would
-have to tell a value, the answer is the one that asks for most:
+operation returns fakes of its results, autograd included. Integer and boolean tensors stay real, because their
+values decide shapes: token ids, attention masks, packed weight masks, expert lists. Where a value of a fake is
+needed, it is the one that leads to the most work:
 
     a scalar             1: finite, positive, true
-    a mask               all of it; so every row, expert and slice takes part
+    a mask               all set, so that every row, expert and slice takes part
     inner products       the unit matrix, so that MOLLM keeps every objective
 
-An in-place write of fake values into a real tensor is left out. Kernels do not run, so what they allocate
-inside is not seen here: `costs.workspace` says it.
+An in-place write of fake values into a real tensor is left out. Kernels do not run, so memory that they allocate
+inside is not seen here; `costs.workspace` gives it.
 """
 
 import copy
@@ -39,7 +39,7 @@ _INNER_PRODUCTS = ("moe_unlearn::gram", "moe_unlearn::gram_factors", "moe_unlear
 
 
 class Rehearsal(TorchDispatchMode):
-    """The mode of the module docstring; `phase` names the component of what is allocated next.
+    """The mode described in the module docstring; `phase` is the component to which new allocations are counted.
 
     flops, moved: per kernel, floating-point operations and bytes read and written, each operand once.
     """
@@ -54,22 +54,22 @@ class Rehearsal(TorchDispatchMode):
         self._fake_mode = FakeTensorMode()
 
     def reset_costs(self) -> None:
-        """Count floating-point operations and bytes from here."""
+        """Set the counts of floating-point operations and bytes to zero."""
         self.flops.clear()
         self.moved.clear()
 
     def twin(self, value, memo: dict[int, object]):
-        """A deep copy of `value` whose floating-point tensors are fakes; `memo` as in copy.deepcopy."""
+        """Return a deep copy of `value` whose floating-point tensors are fakes; `memo` is as in copy.deepcopy."""
         with _Copying(self):
             return copy.deepcopy(value, memo)
 
     def fake(self, tensor: Tensor) -> Tensor:
-        """A fake on the rehearsal's device with the shape, strides and dtype of `tensor`."""
+        """Return a fake on the rehearsal's device with the shape, strides and dtype of `tensor`."""
         with self._fake_mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A fake on the rehearsal's device."""
+        """Return a fake of this shape on the rehearsal's device."""
         with self._fake_mode:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
@@ -122,13 +122,13 @@ class Rehearsal(TorchDispatchMode):
             return function(*args, **kwargs)
 
     def _indices(self, mask: Tensor) -> Tensor:
-        """The indices [n, dims] of a mask's set elements, of all where nothing is known."""
+        """Return the indices [n, dims] of a mask's set elements; of a fake mask, indices of all elements."""
         if isinstance(mask, FakeTensor):
             return self.empty((mask.numel(), mask.dim()), torch.int64)
         return mask.nonzero()
 
     def _expanded(self, indices):
-        """Indices without masks, as indexing makes them itself."""
+        """Replace masks among `indices` by index tensors, as torch's indexing does internally."""
         out = []
         for index in indices:
             if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
@@ -155,20 +155,23 @@ class Rehearsal(TorchDispatchMode):
 
 
 def _in_place(function) -> bool:
-    """Whether a torch operation writes its first argument and returns it."""
+    """Return whether a torch operation writes its first argument and returns it."""
     first = next(iter(function._schema.arguments), None)
     writes = first is not None and first.alias_info is not None and first.alias_info.is_write
     return writes and function.namespace == "aten"
 
 
 def _summing(old: Tensor, new: Tensor) -> bool:
-    """Whether autograd adds gradients: in place where nobody else has the first, but for fakes out of place."""
+    """Return whether this addition is autograd's sum of gradients.
+
+    On real tensors autograd adds in place if nothing else refers to the first one; on fakes it adds out of place.
+    """
     inside = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
     return inside and isinstance(new, Tensor) and old.shape == new.shape and old.dtype == new.dtype
 
 
 class _Copying(TorchFunctionMode):
-    """Inside, copy.deepcopy turns floating-point tensors into fakes."""
+    """A mode inside which copy.deepcopy turns floating-point tensors into fakes."""
 
     def __init__(self, rehearsal: Rehearsal):
         super().__init__()
@@ -181,7 +184,7 @@ class _Copying(TorchFunctionMode):
                 real = not (tensor.is_meta or tensor.is_floating_point() and tensor.numel() > _SMALL)
                 memo[id(tensor)] = tensor.clone() if real else self._rehearsal.fake(tensor)
             return memo[id(tensor)]
-        if function is torch._C.TensorBase.clone:  # of a parameter
+        if function is torch._C.TensorBase.clone:  # how a parameter copies its data
             return self._rehearsal.fake(args[0])
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""Memory by component: a ledger of allocations that are predicted, and the peak of those that happen."""
+"""Memory by component: a ledger of predicted allocations, and a measurement of the peak of actual ones."""
 
 import contextlib
 import weakref
@@ -15,10 +15,10 @@ _CUDA_BLOCK = 512  # bytes to which torch's CUDA allocator rounds
 
 
 class Ledger:
-    """Allocations and releases of tensors, fakes too, in their order; each belongs to a component.
+    """Record of allocations and releases of tensors, real or fake, in order; each belongs to a component.
 
-    On a CUDA `device` sizes are rounded up as torch's allocator does. Which component a storage is may turn out
-    later: `label` renames it back to its start.
+    On a CUDA `device` sizes are rounded up as torch's allocator does. The component of a storage may become known
+    later: `label` changes it for the storage's whole lifetime.
     """
 
     def __init__(self, device: torch.device):
@@ -29,27 +29,27 @@ class Ledger:
         self._replacement: tuple[int, int, int, int] | None = None  # (old key, new key, new address, bytes)
 
     def add(self, tensor: Tensor, component: str) -> None:
-        """Count the storage of `tensor` until it is released; nothing if it is counted already."""
+        """Count the storage of `tensor` until it is released; do nothing if it is counted already."""
         self._settle()
         if (registered := self._register(tensor, component)) is not None:
             key, _, size = registered
             self._events.append((key, size))
 
     def hold(self, size: int, component: str) -> None:
-        """Count `size` bytes for good."""
+        """Count `size` bytes that are never released."""
         if size:
             self._settle()
             self._events.append((self._key(component), size))
 
     def pulse(self, size: int, component: str) -> None:
-        """Count `size` bytes that come and go at once, as what a kernel allocates inside."""
+        """Count `size` bytes that are allocated and released at once, such as those that a kernel uses inside."""
         if size:
             self._settle()
             key = self._key(component)
             self._events += [(key, size), (key, -size)]
 
     def replace(self, old: Tensor, new: Tensor, component: str) -> None:
-        """`new` takes over the place of `old` if that is released before anything else is allocated."""
+        """Let `new` take over the memory of `old` if `old` is released before anything else is allocated."""
         self._settle()
         key = self._live.get(old.untyped_storage()._cdata)
         registered = self._register(new, component)
@@ -59,7 +59,7 @@ class Ledger:
             self._events.append((registered[0], registered[2]))
 
     def label(self, tensors: Iterable[Tensor], component: str) -> None:
-        """What was allocated as activations or workspace has been `component` all the time."""
+        """Count `tensors` that were allocated as activations or workspace as `component` from their start."""
         self._settle()
         for tensor in tensors:
             key = self._live.get(tensor.untyped_storage()._cdata)
@@ -67,7 +67,7 @@ class Ledger:
                 self._components[key] = component
 
     def peak(self) -> dict[str, int]:
-        """Bytes by component at the moment when their sum is largest."""
+        """Return the bytes by component at the moment when their sum is largest."""
         self._settle()
         total = most = at = 0
         for i, (_, size) in enumerate(self._events, 1):
@@ -80,7 +80,7 @@ class Ledger:
         return {name: size for name, size in held.items() if size}
 
     def largest(self) -> dict[str, int]:
-        """The largest bytes of each component, whenever that is."""
+        """Return the most bytes of each component, each at its own moment."""
         self._settle()
         held: dict[str, int] = defaultdict(int)
         most: dict[str, int] = defaultdict(int)
@@ -95,7 +95,7 @@ class Ledger:
         return len(self._components) - 1
 
     def _register(self, tensor: Tensor, component: str) -> tuple[int, int, int] | None:
-        """(key, address, bytes) of a storage not seen before."""
+        """Register a storage not seen before; return its (key, address, bytes), or None."""
         storage = tensor.untyped_storage()
         address, size = storage._cdata, -(-storage.nbytes() // self._block) * self._block
         if address in self._live or not size:
@@ -107,14 +107,14 @@ class Ledger:
     def _release(self, address: int, size: int) -> None:
         key = self._live.pop(address)
         if self._replacement is not None and self._replacement[0] == key:
-            # nothing was allocated in between: the new one lives in the place of the old one
+            # nothing was allocated in between: the new storage takes the place of the old one
             self._live[self._replacement[2]], self._replacement = key, None
             return
         self._settle()
         self._events.append((key, -size))
 
     def _settle(self) -> None:
-        """A replacement whose old storage stays is an allocation."""
+        """Count a pending replacement as an allocation, since its old storage was not released in time."""
         if self._replacement is not None:
             _, key, _, size = self._replacement
             self._replacement = None
@@ -123,7 +123,7 @@ class Ledger:
 
 @dataclass
 class Measured:
-    """`peak`: the most bytes held at a time beyond those at the start; 0 until the block has ended."""
+    """Result of a measurement: `peak` is the most bytes held beyond those at the start; 0 until the block has ended."""
 
     peak: int = 0
 
@@ -132,10 +132,10 @@ class Measured:
 def measured_peak(device: torch.device | str) -> Iterator[Measured]:
     """Measure what torch's allocator for `device` hands out inside the block.
 
-    On CUDA, the growth of max_memory_allocated, whose statistics are reset. On the CPU, every allocation and
-    release that torch's profiler records: tensors and what operations and kernels allocate as tensors; memory
-    taken beside torch's allocator (scratch of C++ kernels and of oneDNN) and by other threads is not seen. An
-    exception passes through.
+    On CUDA this is the growth of max_memory_allocated, whose statistics are reset. On the CPU it is the peak of all
+    allocations and releases that torch's profiler records: tensors, and what operations and kernels allocate as
+    tensors. Memory taken outside of torch's allocator (scratch of C++ kernels and of oneDNN) or by other threads is
+    not seen. An exception passes through.
     """
     device, result = torch.device(device), Measured()
     if device.type == "cuda":
@@ -148,7 +148,7 @@ def measured_peak(device: torch.device | str) -> Iterator[Measured]:
         return
     with profile(use_kineto=True, profile_memory=True) as recorded:
         yield result
-    # stable: of events of one nanosecond the first one recorded stays first
+    # the sort is stable: events of the same nanosecond stay in the order in which they were recorded
     events = (e for e in recorded.kineto_results.events() if e.name() == "[memory]")
     total = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -1,9 +1,9 @@
-"""What a step will do, and the time and memory it will take, before it does it.
+"""Prediction of what a step will do, and of the work and memory it will take.
 
-The prediction is a rehearsal: two steps of the step's own code on tensors without storage (`dry_run`), so it
-follows whatever the step does. What prepare() has not made yet is assumed in its largest shape. Nothing of the
-step, its model or the random state changes. Not counted is what stands beside torch's tensors: the batches, the
-CUDA context, cuBLAS' workspace, scratch of the C++ kernels.
+The prediction is a rehearsal: two steps of the step's own code run on tensors without storage (`dry_run`), so it
+follows whatever the step does. Results that prepare() has not made yet are assumed in their largest shape. The step,
+its model and the random state stay unchanged. Not counted are the batches and all memory outside of torch's tensors:
+the CUDA context, cuBLAS' workspace, scratch of the C++ kernels.
 """
 
 import math
@@ -30,23 +30,23 @@ CACHES = "reference caches"
 
 @dataclass
 class Plan:
-    """A step's plan; `str(plan)` is the table the command line prints.
+    """A step's plan; `str(plan)` is the table that the command line prints.
 
-    memory: bytes by component when their sum is largest, which is `peak`; largest: the most each component takes
-    at any time. flops, bytes: per kernel, of the matrix products and of everything read and written, for one
-    micro-batch and its update. paths: which way each layer's gradients take (`ways.Path`). Where the step cannot be
-    rehearsed, a note says why and memory is what is known without: weights, optimizer state, mask and caches.
+    memory: bytes by component at the moment when their sum, `peak`, is largest. largest: the most bytes of each
+    component at any time. flops, bytes: by kernel, the operations of matrix products and the bytes read and written,
+    for one micro-batch and its update. paths: the way of each layer's gradients (`ways.Path`). Where the step cannot
+    be rehearsed, a note says why, and memory holds what is known without: weights, optimizer state, mask and caches.
     """
 
     recipe: str
     levers: dict[str, str]
     weights: int  # elements of the model
-    trained: int  # elements that may move
+    trained: int  # elements that may change
     layers: int
     steps: int
     device: str = "cpu"
-    shape: str = ""  # of the batches
-    data: str = ""  # rows and epochs, where known
+    shape: str = ""  # the shapes of the batches
+    data: str = ""  # rows and epochs, where they are known
     paths: list[Path] = field(default_factory=list)
     flops: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Predicted bytes at the peak, everything included."""
+        """Return the predicted bytes at the peak, the sum over all components."""
         return sum(self.memory.values())
 
     def __str__(self) -> str:
@@ -81,11 +81,11 @@ class Plan:
 
 
 def make_plan(step, forget: list[Batch], retain: list[Batch]) -> Plan:
-    """The plan of an `UnlearnStep` as it stands, for the largest batch of each side.
+    """Make the plan of an `UnlearnStep` in its present state, for the largest batch of each side.
 
     Without batches, the recipe's batch size, rows and length are assumed. A model on the meta device is planned for
-    CUDA where there is a GPU, for the CPU otherwise. Before prepare(), masks keep everything and as many experts
-    are selected as the recipe allows.
+    CUDA where there is a GPU, for the CPU otherwise. Before prepare(), masks are assumed to keep everything, and as
+    many experts to be selected as the recipe allows.
     """
     forget, retain = [checked(b, "forget") for b in forget], [checked(b, "retain") for b in retain]
     recipe = step.recipe
@@ -124,7 +124,7 @@ def make_plan(step, forget: list[Batch], retain: list[Batch]) -> Plan:
     try:
         _rehearse(plan, step, Rehearsal(device), batches, caches)
     except (RuntimeError, TypeError) as error:
-        # of wrappers that cannot be copied, and of operations that torch's fakes do not know
+        # some wrappers cannot be copied, and torch's fakes do not know some operations
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         plan.notes.append(f"not rehearsed, so activations, gradients and workspace are unknown ({reason})")
         plan.memory = plan.largest = _static(step, named, caches)
@@ -138,7 +138,7 @@ def make_plan(step, forget: list[Batch], retain: list[Batch]) -> Plan:
 
 
 def _rehearse(plan: Plan, step, rehearsal: Rehearsal, batches: dict[str, Batch], caches: int) -> None:
-    """Two steps of a shadow of `step`, their costs into `plan`."""
+    """Run two steps of a shadow of `step` and write their costs into `plan`."""
     ledger = rehearsal.ledger
     shadow = _shadow(step, rehearsal, batches)
     for tensor in (*shadow.model.parameters(), *shadow.model.buffers()):
@@ -154,9 +154,9 @@ def _rehearse(plan: Plan, step, rehearsal: Rehearsal, batches: dict[str, Batch],
         shadow._apply_scope()
         shadow._apply_masks()
         sizes = None if step.micro_batches == 1 else shadow.sizes([pair] * step.micro_batches)
-        # the first step makes the optimizer's state, the second one has it from its start
+        # the first step creates the optimizer's state, the second one has it from its start
         for _ in range(2):
-            # more micro-batches hold no more than the second one, which finds gradients there; but factors add up
+            # two micro-batches are enough: the second finds gradients, and later ones hold no more; but factors add up
             for _ in range(step.micro_batches if factored else min(step.micro_batches, 2)):
                 rehearsal.reset_costs()
                 rehearsal.phase = "activations"
@@ -171,7 +171,7 @@ def _rehearse(plan: Plan, step, rehearsal: Rehearsal, batches: dict[str, Batch],
 
 
 def _static(step, named: list[tuple[str, Tensor]], caches: int) -> dict[str, int]:
-    """Bytes by component that need no rehearsal."""
+    """Return the bytes by component that are known without a rehearsal."""
     masks = step.masks.values()
     known = {
         "weights": sum(p.numel() * p.element_size() for _, p in named),
@@ -183,7 +183,7 @@ def _static(step, named: list[tuple[str, Tensor]], caches: int) -> dict[str, int
 
 
 def _shadow(step, rehearsal: Rehearsal, batches: dict[str, Batch]):
-    """A copy of the step on fakes, prepared for `model.batches`, with a clean slate."""
+    """Return a copy of the step on fakes, prepared for `batches` and without accumulated gradients."""
     assumed = _assumed(step, rehearsal, batches)
     memo = {id(step.prepared): assumed, id(step.masks): {}}
     memo |= {id(mask): mask for group in step.optimizer.param_groups for mask in group["masks"] if mask is not None}
@@ -197,7 +197,7 @@ def _shadow(step, rehearsal: Rehearsal, batches: dict[str, Batch]):
 
 
 def _assumed(step, rehearsal: Rehearsal, batches: dict[str, Batch]) -> Preparation:
-    """What prepare() has made, its caches holding zeros for `model.batches`, and stand-ins for what it has not."""
+    """Return a preparation with what prepare() has made and stand-ins for the rest; caches hold zeros for `batches`."""
     recipe, own = step.recipe, step.prepared
     stages = needed(recipe)
     out = Preparation(
@@ -254,7 +254,7 @@ def _assumed(step, rehearsal: Rehearsal, batches: dict[str, Batch]) -> Preparati
 
 
 def _tensors(value) -> list[Tensor]:
-    """The tensors in nested dicts, lists, tuples and plain objects of this package."""
+    """Return the tensors in nested dicts, lists, tuples and plain objects of this package."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -284,7 +284,7 @@ def _largest(given: list[Batch], step, device: torch.device) -> Batch:
 
 
 def _data(recipe, forget: list[Batch], retain: list[Batch]) -> str:
-    """Rows of both sides, given or the recipe's, and the epochs that the recipe's steps make of them."""
+    """Describe the rows of both sides, given or the recipe's, and how many epochs the recipe's steps are."""
     sides = {"forget": (forget, recipe.data.forget_rows), "retain": (retain, recipe.data.retain_rows)}
     rows = {side: sum(len(b["input_ids"]) for b in given) or stated for side, (given, stated) in sides.items()}
     text = ", ".join(f"{count:,} {side} rows" for side, count in rows.items() if count)
@@ -296,7 +296,7 @@ def _data(recipe, forget: list[Batch], retain: list[Batch]) -> str:
 
 
 def _path_lines(paths: list[Path]) -> list[str]:
-    """One line for each run of layers that take one path for one reason."""
+    """Return one line for each run of consecutive layers that take the same path for the same reason."""
     lines, i = [], 0
     while i < len(paths):
         j = i

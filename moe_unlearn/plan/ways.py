@@ -1,4 +1,7 @@
-"""Which way each layer's gradients take in a step, and why; a plan prints it, the step acts on it."""
+"""Choice of the way that each layer's gradients take in a step, with its reason.
+
+A plan prints the choice, and the step acts on it.
+"""
 
 from typing import NamedTuple
 
@@ -12,9 +15,12 @@ _ADAPTED = "the weights are made of others (an adapter)"
 
 
 class Path(NamedTuple):
-    """The way of one MoE layer: `update` in the backward pass, `compact` gradients, their `factors` (or
-    compact, where that is smaller), `autograd`, `frozen` (gradients pass through) or `below` (nothing up to it
-    trains: its forward keeps nothing)."""
+    """The way of one MoE layer's gradients, with its reason.
+
+    way: `update` in the backward pass; `compact` gradients; their `factors` (or compact gradients, where these are
+    smaller); `autograd`; `frozen` (gradients pass through to layers below); or `below` (nothing trains in this layer
+    or below it, and its forward pass keeps nothing).
+    """
 
     layer: str
     way: str
@@ -23,12 +29,12 @@ class Path(NamedTuple):
 
 
 def obstacle(step) -> str:
-    """Why an `UnlearnStep` does not update expert weights in its backward pass; empty if it does."""
+    """Return why an `UnlearnStep` does not update expert weights in its backward pass; empty if it does."""
     return need(step) or ("" if step.recipe.guard == "loss" else _STRICT)
 
 
 def need(step) -> str:
-    """Why a step needs whole gradients before the first update; empty if it does not."""
+    """Return why a step needs whole gradients before the first update; empty if it does not."""
     recipe, separate = step.recipe, step.objectives.separate
     reasons = {
         "the plain path was asked for": not step.fused,
@@ -44,7 +50,10 @@ def need(step) -> str:
 
 
 def form(step) -> str:
-    """What is kept of a gradient until the update: "compact", "factors" or, whichever is smaller, "auto"."""
+    """Return the form in which gradients are kept until the update.
+
+    The forms are "compact", "factors", and "auto" for the smaller of the two.
+    """
     if step.ranks.count > 1:
         return "compact"
     if step.recipe.mollm is not None:
@@ -53,7 +62,7 @@ def form(step) -> str:
 
 
 def paths(step) -> list[Path]:
-    """The way of every MoE layer, in the order of `experts_modules`."""
+    """Return the way of every MoE layer, in the order of `experts_modules`."""
     blocked, made = obstacle(step), []
     trains = {name for name, p in step.model.named_parameters() if p.requires_grad}
     modules = experts_modules(step.model)
@@ -80,7 +89,7 @@ def _way(step, module: nn.Module, own: dict[str, nn.Parameter], blocked: str) ->
     trained = f"{max(counts)} of {module.num_experts} experts"
     if not step.fused:
         return "autograd", trained, blocked
-    # of an adapter the experts see the sum, whose gradient autograd takes apart
+    # with an adapter the experts use a computed sum of weights; autograd carries its gradient on to the adapter
     weights = {suffix for suffix, _ in module.named_parameters(recurse=False)}
     if not own.keys() <= weights or not all(p.is_leaf for p in own.values()):
         return "autograd", trained, _ADAPTED

@@ -1,5 +1,5 @@
-"""What a recipe needs of the unchanged model: routing, masks and references, each computed once and kept.
+"""Preparation: the routing, masks and references that a recipe needs of the unchanged model, each computed once.
 
-`stages` runs what a recipe needs, in order; `reference` is the model that references are of; `rows` keeps what was
-computed of each row, in memory and in a folder.
+`stages` runs the stages that a recipe needs, in order. `reference` gives the model that references are computed with.
+`rows` keeps the values computed for each row, in memory and in a folder.
 """

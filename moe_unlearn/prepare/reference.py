@@ -1,11 +1,11 @@
-"""The reference a recipe compares with, and what identifies it: never a second model.
+"""The reference that a recipe compares with, its identity, and its values on disk; there is never a second model.
 
-The reference is the model as it was at `prepare`, adapters included, PEFT's as those of transformers' own
+The reference is the model as it was at `prepare`, adapters included, both PEFT's and those of transformers'
 `add_adapter`: a trained adapter is part of what is to be unlearned. A recipe with `reference: base` compares with the
-base model instead, whose weights stay: its values are computed with the adapters disabled, at any time.
+base model instead. Its weights do not change, so its values can be computed at any time, with the adapters disabled.
 
-On disk, values are kept in one folder per kind, model and settings (`open_store`), in it per content of a
-row (`cache.RowStore`). A model is identified by the content of everything its forward reads: see
+On disk, values are kept in one folder for each kind, model and settings (`open_store`), and inside it by the content of
+a row (`rows.RowStore`). A model is identified by the content of everything that its forward pass reads; see
 `model_digest`.
 """
 
@@ -24,21 +24,21 @@ from moe_unlearn.model.head import unwrapped
 from moe_unlearn.prepare.rows import RowCache, RowStore, content_keys, rows_of, tensor_digest
 from moe_unlearn.ranks import local
 
-# of an adapter's config, what says where it came from
+# entries of an adapter's config that tell its origin, not its function
 _NOT_THE_ADAPTER = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
-# what the class and the tensors say already, or a save changes; names with an underscore choose how the same
-# function is computed (attention, experts) or where the model came from
+# entries of a model's config that its class and tensors tell already, or that saving changes. Entries that begin with
+# an underscore are left out too: they choose how the same function is computed (attention, experts) or tell its origin
 _NOT_THE_FUNCTION = ("architectures", "dtype")
 
 
 def reference_model(model: nn.Module, kind: str) -> contextlib.AbstractContextManager[None]:
-    """Inside, the model computes what a recipe's `reference` says: "prepared" as it is, "base" without adapters."""
+    """Make the model compute a recipe's `reference` inside: "prepared" as it is, "base" without its adapters."""
     return base_model(model) if kind == "base" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def base_model(model: nn.Module) -> Iterator[None]:
-    """Inside, a model with adapters computes what its base model does; other models are as they are.
+    """Disable the model's adapters inside, so that it computes what its base model does; without any, do nothing.
 
     Afterwards, and after an exception, adapters and `requires_grad` flags are as before. Raises ValueError if
     adapters are merged into the weights, which then are not the base model's.
@@ -59,13 +59,12 @@ def base_model(model: nn.Module) -> Iterator[None]:
 
 
 def model_digest(model: nn.Module, *, adapters: bool = True) -> str:
-    """SHA-256 over class, config, and the name, dtype, shape and bytes of every parameter and buffer.
+    """Return the SHA-256 over class, config, and the name, dtype, shape and bytes of every parameter and buffer.
 
     Adapters enter with their tensors, configs and states (active, merged, disabled, scaling); with `adapters=False`
-    a model has the digest of its base model. Weights are read where they are, 16 MiB at a time
-    in each of torch's threads, and never copied as a whole. Measured on one thread of a CPU with SHA
-    instructions: 0.6 to 0.9 s per GiB, 1.4 s where strides force copies. Raises ValueError for weights that
-    are not in memory (meta device).
+    a model has the digest of its base model. Weights are read in place, 16 MiB at a time in each of torch's threads,
+    and never copied as a whole. Measured on one thread of a CPU with SHA instructions: 0.6 to 0.9 s per GiB, 1.4 s
+    where strides force copies. Raises ValueError for weights that are not in memory (meta device).
     """
     base = unwrapped(model)
     tensors = dict(_tensors(base, adapters=adapters))
@@ -91,7 +90,7 @@ def model_digest(model: nn.Module, *, adapters: bool = True) -> str:
 
 
 def make_folder(cache_dir: str | Path) -> Path:
-    """The folder `cache_dir`, made if need be; OSError that names it if it cannot be one."""
+    """Return the folder `cache_dir`, made if need be; raise OSError that names it if it cannot be made."""
     folder = Path(cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +103,7 @@ def make_folder(cache_dir: str | Path) -> Path:
 def open_store(
     folder: Path, kind: str, digest: str, dtype: torch.dtype, shape: tuple[int, ...], **settings: int | str
 ) -> RowStore:
-    """The store in `folder` of one kind of value of the model with this digest, at these settings."""
+    """Open the store in `folder` for one kind of value, the model with this digest and these settings."""
     autocast = [str(torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
     identity = json.dumps([digest, str(dtype), list(shape), autocast, settings], sort_keys=True)
     return RowStore(folder / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:32]}", dtype, shape)
@@ -113,10 +112,10 @@ def open_store(
 def fill(
     cache: RowCache, batches: list[Batch], compute: Callable[[Batch], Tensor], store: RowStore | None = None
 ) -> RowCache:
-    """`cache` with the values of all rows of `model.batches`: those in `store` read, the others computed and stored.
+    """Fill `cache` with the values of all rows of `batches`, read from `store` or computed and stored; return it.
 
-    `compute(batch)` gives values [B, S, ...]. It sees each content once, in its batch without the rows that
-    are known; what it gave is on disk before the next batch.
+    `compute(batch)` returns values [B, S, ...]. It sees each content once, in its batch without the rows that
+    are known already. Its values are on disk before the next batch.
     """
     keys = [content_keys(batch) for batch in batches]
     found: dict[str, Tensor] = {}
@@ -136,7 +135,7 @@ def fill(
 
 
 def _adapters(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that PEFT has put around a model's own, by name."""
+    """Return the layers by which PEFT has wrapped layers of a model, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")}
 
 
@@ -154,7 +153,7 @@ def _disabled(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 def _adapter_configs(model: nn.Module) -> dict[str, dict]:
     model = local(model)
-    # transformers keeps those of its own adapters on the causal language model
+    # transformers keeps the configs of its own adapters on the causal language model
     configs = getattr(model, "peft_config", None) or getattr(unwrapped(model), "peft_config", {})
     return {
         name: {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_ADAPTER}
@@ -163,18 +162,18 @@ def _adapter_configs(model: nn.Module) -> dict[str, dict]:
 
 
 def _adapter_state(layer: nn.Module) -> list:
-    """What an adapter's layer does beside its tensors."""
+    """Return what determines the function of an adapter's layer besides its tensors."""
     attributes = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
     return [type(layer).__qualname__, *(getattr(layer, name, None) for name in attributes)]
 
 
 def _plain(value) -> object:
-    """A value that JSON has no form for: sets in order, whatever the hashes of this process."""
+    """Convert a value for which JSON has no form; sets are sorted, so that the process's hash seed plays no role."""
     return sorted(value, key=str) if isinstance(value, set | frozenset) else repr(value)
 
 
 def _tensors(module: nn.Module, prefix: str = "", *, adapters: bool) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name; without adapters, those of what PEFT's layers wrap, named as unwrapped."""
+    """Yield parameters and buffers by name; without adapters, those of the wrapped layers, named as unwrapped."""
     if not adapters and hasattr(module, "adapter_layer_names"):
         for name in ("base_layer", "original_module"):
             if name in module._modules:

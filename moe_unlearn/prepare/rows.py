@@ -1,8 +1,8 @@
-"""Values cached per row of the data: reference log-probs and hidden states, token weights.
+"""Caches of values for each row of the data: reference log-probs and hidden states, token weights.
 
 In memory (`RowCache`) a row is found by its `index` or, without one, by its content, so that the same
-document is found whatever its batch and padding. An index may be used again for other data, so it never stands
-alone: the content it named is kept beside it and compared. On disk (`RowStore`) content alone counts. Values
+document is found whatever its batch and padding. An index may be used again for other data; therefore the
+content that it named is kept too and compared. On disk (`RowStore`) rows are found by content alone. Values
 are stored for the attended positions only.
 """
 
@@ -29,16 +29,16 @@ from moe_unlearn.ops.token_loss import IGNORED
 FORMAT = "moe-unlearn rows 1"
 _CHUNK = 2**24  # bytes copied at a time from a device, or from strided memory
 _UNFINISHED = ".rows-"
-_ABANDONED = 3600  # seconds; a batch is written in far less
+_ABANDONED = 3600  # seconds after which an unfinished file counts as abandoned; writing takes far less
 
 
 def content_keys(batch: dict[str, Tensor]) -> list[str]:
-    """One 128-bit hash per row of a batch, of its ids and labels where attended; padding does not enter.
+    """Compute a 128-bit hash for each row of a batch, of its ids and labels where attended; padding does not enter.
 
-    Neither do positions that count the row's tokens, from its first one or from where the batch's rows begin: a model
-    takes these by itself. Others do.
+    Position ids that simply count, from the row's first attended token or from the beginning of the padded row, do not
+    enter either, since a model uses these by default. Other position ids do.
     """
-    # one read of a batch that is on a GPU; the rest is numpy's, which takes a microsecond where torch takes several
+    # a batch on a GPU is read once; numpy does the rest, which takes a microsecond where torch takes several
     names = [name for name in ROW if name in batch]
     read = torch.stack([batch[name].long() for name in names]).cpu().numpy()
     return [_content_key(**dict(zip(names, row, strict=True))) for row in zip(*read, strict=True)]
@@ -53,7 +53,7 @@ def _content_key(
     if end - start == len(where) and (end in (0, len(labels)) or labels[end] == IGNORED):
         content, person = [ids[start:end], labels[start:end]], b""
     else:
-        # gaps shift positions, and a label on the padding is predicted by the last attended token
+        # gaps shift positions, and a label on the padding after an attended token is predicted by that token
         following = np.append(labels[1:], IGNORED)[where]
         content, person = [ids[where], labels[where], where - start, following], b"irregular"
     if position_ids is not None and len(where):
@@ -64,18 +64,18 @@ def _content_key(
 
 
 def row_keys(batch: dict[str, Tensor], contents: list[str]) -> list[str]:
-    """One key per row of a batch with these `content_keys`: its `index` if there is one, else its content."""
+    """Return a key for each row of a batch with these `content_keys`: its `index` if there is one, else its content."""
     return [f"index {i}" for i in batch["index"].tolist()] if "index" in batch else contents
 
 
 def rows_of(batch: dict[str, Tensor], values: Tensor) -> list[Tensor]:
-    """The attended positions of `values` [B, S, ...]: B tensors [length, ...] on the CPU."""
+    """Return the attended positions of `values` [B, S, ...]: B tensors [length, ...] on the CPU."""
     mask = batch["attention_mask"].bool()
     return [row[attended].detach().cpu() for row, attended in zip(values, mask, strict=True)]
 
 
 class RowCache:
-    """Per-row tensors [length, ...] under the keys of `row_keys`, each with its content; lives on the CPU."""
+    """Tensors [length, ...] on the CPU, one for each row, under the keys of `row_keys` and with the row's content."""
 
     def __init__(self, what: str):
         self.what = what
@@ -87,15 +87,18 @@ class RowCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Return the number of bytes that the rows take."""
         return sum(row.numel() * row.element_size() for row in self._rows.values())
 
     def put(self, batch: dict[str, Tensor], values: Tensor) -> None:
-        """Store `values` [B, S, ...] of a batch, all or, with ValueError, none: an index names one content."""
+        """Store the `values` [B, S, ...] of a batch.
+
+        Raises ValueError and stores none of them if an index names a row of other content already.
+        """
         self.put_rows(batch, rows_of(batch, values))
 
     def put_rows(self, batch: dict[str, Tensor], rows: list[Tensor]) -> None:
-        """`put` of what `rows_of` gives; the rows are kept, not copied."""
+        """Store rows as `rows_of` returns them, like `put`; the rows are kept, not copied."""
         contents = content_keys(batch)
         keys = row_keys(batch, contents)
         named = dict(self._contents)
@@ -108,9 +111,9 @@ class RowCache:
         self._rows.update(zip(keys, rows, strict=True))
 
     def known_keys(self, batch: dict[str, Tensor]) -> list[str]:
-        """The keys of a batch's rows, all of which are here with the content they have now.
+        """Return the keys of a batch's rows after checking that all are stored with their present content.
 
-        Raises KeyError for rows that were never put, ValueError for one that was another row then.
+        Raises KeyError for rows that were never put, ValueError for a row whose key was put with other content.
         """
         contents = content_keys(batch)
         keys = row_keys(batch, contents)
@@ -129,16 +132,16 @@ class RowCache:
         return keys
 
     def get(self, batch: dict[str, Tensor]) -> Tensor:
-        """Values [B, S, ...] on the batch's device, zero where nothing is attended; errors as of `known_keys`."""
+        """Return values [B, S, ...] on the batch's device, 0 at unattended positions; errors are as of `known_keys`."""
         keys = self.known_keys(batch)
-        attended = batch["attention_mask"].bool().cpu()  # one read of a batch that is on a GPU, not some for each row
+        attended = batch["attention_mask"].bool().cpu()  # a batch on a GPU is read once, not several times for each row
         rows = torch.cat([self._rows[key] for key in keys])
         out = rows.new_zeros(*attended.shape, *rows.shape[1:])
         out[attended] = rows
         return out.to(batch["attention_mask"].device)
 
     def state_dict(self) -> dict:
-        """Keys, contents, lengths and one concatenated tensor."""
+        """Return keys, contents, lengths and one tensor of all rows concatenated."""
         rows = list(self._rows.values())
         return {
             "keys": list(self._rows),
@@ -148,7 +151,7 @@ class RowCache:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Replace the rows by those of `state_dict`; ValueError if it does not say which they were."""
+        """Replace the rows by those of a `state_dict`; raise ValueError if it lacks the contents of its rows."""
         if "contents" not in state:
             raise ValueError(f"{self.what}: expected a state with the contents of its rows; it has none: prepare again")
         self._contents = dict(zip(state["keys"], state["contents"], strict=True))
@@ -157,12 +160,12 @@ class RowCache:
 
 
 class RowStore:
-    """Rows on disk: a folder of safetensors files, each written whole, checked when read, and never trusted.
+    """Rows on disk: a folder of safetensors files, each written whole and checked whenever it is read.
 
     A file holds the rows of one `write`: their values [tokens, ...] end to end and, in its header, their
     keys, their lengths, the name of the folder and a SHA-256 over all of that. Any number of processes may
-    read and write one folder: files appear by renaming and are never changed. Files that are not the
-    store's are left alone.
+    read and write one folder: files appear by renaming and are never changed. Other files in the folder are left
+    alone.
 
     Args:
         folder: made by the first `write`. Its name must say what the values are and what they depend on: a
@@ -174,9 +177,9 @@ class RowStore:
         self.folder, self.dtype, self.shape = folder, dtype, shape
 
     def read(self, lengths: dict[str, int]) -> dict[str, Tensor]:
-        """Those of the rows `lengths` (content key -> tokens) that are there, whole and as they were written.
+        """Return those of the rows `lengths` (content key -> tokens) that are stored, complete and unchanged.
 
-        A file that holds any of them and is damaged is named in a warning and not used.
+        A damaged file that holds any of them is named in a warning and not used.
         """
         found: dict[str, Tensor] = {}
         wanted = dict(lengths)
@@ -185,7 +188,7 @@ class RowStore:
                 continue
             try:
                 rows = self._read_file(path, wanted)
-            except Exception as error:  # bytes that anybody may have written make parsers raise many kinds
+            except Exception as error:  # the file may hold any bytes, for which parsers raise many kinds of errors
                 problem = f"{type(error).__name__}: {error}"
                 warnings.warn(f"{path} is damaged ({problem}); its rows are computed again", stacklevel=2)
                 continue
@@ -252,7 +255,7 @@ class RowStore:
 
 
 def tensor_digest(tensor: Tensor, prefix: bytes = b"") -> str:
-    """SHA-256 of `prefix`, the dtype, the shape and the bytes of a tensor, whatever its device and strides."""
+    """Return the SHA-256 of `prefix` and a tensor's dtype, shape and bytes, whatever its device and strides."""
     digest = hashlib.sha256(prefix)
     digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
     for chunk in _chunks(tensor.detach()):
@@ -265,7 +268,7 @@ def _checksum(described: str, values: Tensor) -> str:
 
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor's elements in order, in parts that cost no copy of the whole."""
+    """Yield a tensor's elements in order, in parts, without a copy of the whole."""
     if tensor.is_contiguous():
         yield from tensor.view(-1).split(max(_CHUNK // tensor.element_size(), 1))
     elif tensor.numel() * tensor.element_size() <= _CHUNK:

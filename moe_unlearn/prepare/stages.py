@@ -1,4 +1,4 @@
-"""prepare(): everything a recipe computes once, on the unchanged model, stage by stage.
+"""prepare(), which computes everything that a recipe needs once, on the unchanged model, stage by stage.
 
     trace      routing frequencies of both sets, forget-critical experts, token weights or tilt
     seuf       the one expert that may train
@@ -6,10 +6,10 @@
     kl_floor   mean KL measured at the unchanged model: the rounding noise of the cached reference
     wagle      the weight mask
 
-Finished stages are part of the step's state: preparing again after a restore runs only what is missing.
-With a `cache_dir` the references are kept on disk too, each batch as it is done: a run that was interrupted
-goes on there, and any other recipe that needs the same values of the same model and documents reads them.
-Hidden states are cached in bfloat16 (2 H bytes a token), log-probs in float32.
+Finished stages are part of the step's state: preparing again after a restore runs only the missing ones. With a
+`cache_dir` the references are also kept on disk, written batch by batch: an interrupted run continues from there, and
+another recipe that needs the same values of the same model and documents reads them. Hidden states are cached in
+bfloat16 (2 H bytes a token), log-probs in float32.
 """
 
 import dataclasses
@@ -35,23 +35,23 @@ from moe_unlearn.ranks import Ranks
 from moe_unlearn.trace import RoutingFrequencies
 
 STAGES = ("trace", "seuf", "reference", "kl_floor", "wagle")
-CHOOSING = ("trace", "seuf")  # which experts; forward passes alone, with nothing cached but token weights
+CHOOSING = ("trace", "seuf")  # stages that choose experts, by forward passes only; they cache only token weights
 
 
 @dataclass
 class Calibration:
-    """TRACE's weights as a rule: w_t = min(cap, exp(bias + sum_k tilt[expert])), and how well it does."""
+    """TRACE's rule for token weights, w_t = min(cap, exp(bias + sum_k tilt[expert_k])), and how well it does."""
 
     tilt: Tensor  # [L, E]
     bias: float
-    achieved: Tensor  # [L, E] weighted retain frequency
+    achieved: Tensor  # [L, E], weighted retain frequency
     ess: float  # effective sample size, in tokens
     largest_weight: float
 
 
 @dataclass
 class Preparation:
-    """Results of the stages; None where a stage has not run or the recipe has no use for it."""
+    """Results of the stages; None where a stage has not run or the recipe does not need it."""
 
     done: list[str] = dataclasses.field(default_factory=list)
     frequencies: dict[str, RoutingFrequencies] | None = None
@@ -69,12 +69,12 @@ class Preparation:
     inactive: bool = False  # TRACE found no expert and the recipe allows that
 
     def chosen(self) -> list[Tensor]:
-        """What decides which weights train: the selected experts, the words of the mask."""
+        """Return the tensors that decide which weights train: the selected experts and the words of the mask."""
         found = [self.selected, *(self.mask.packed.values() if self.mask is not None else [])]
         return [tensor for tensor in found if tensor is not None]
 
     def state_dict(self) -> dict:
-        """Nested dict of tensors and plain values."""
+        """Return the results as a nested dict of tensors and plain values."""
         state = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -88,7 +88,7 @@ class Preparation:
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore `state_dict`."""
+        """Restore the results from a `state_dict`."""
         for field in dataclasses.fields(self):
             value = state[field.name]
             if value is not None and field.name in _CACHES:
@@ -115,7 +115,7 @@ _CACHES = {
 
 
 def needed(recipe: Recipe) -> list[str]:
-    """The stages this recipe needs, in order."""
+    """Return the stages that this recipe needs, in order."""
     forget, retain, mollm = recipe.forget.objective, recipe.retain.objective, recipe.mollm
     uses = {
         "trace": recipe.trace is not None,
@@ -142,8 +142,8 @@ def prepare(
 
     `on_stage(name)` is called after each one. `cache_dir` is the folder where references are kept between runs; None
     keeps them in memory only. All ranks do the same work on the same rows (ValueError otherwise), and take the first
-    one's experts and mask. Where stages are done, as after a resume, the rows must be those they saw: KeyError or
-    ValueError with the row's number.
+    rank's experts and mask. Where stages were done before, as after a resume, the rows must be those that they saw;
+    otherwise KeyError or ValueError is raised with the row's number.
     """
     ranks = Ranks(model) if ranks is None else ranks
     _check_rows(prepared, forget, retain)
@@ -167,7 +167,7 @@ def prepare(
 
 
 def _check_rows(prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> None:
-    """What an earlier preparation knows row by row must be of these rows; errors as of `RowCache.known_keys`."""
+    """Check that what an earlier preparation cached row by row belongs to these rows; errors as of `known_keys`."""
     sides = dict.fromkeys(_CACHES, retain) | {"ref_logprobs": forget, "ref_hidden_states_forget": forget}
     if prepared.ref_logprobs_idk is not None:
         sides["ref_logprobs_idk"] = [refusal(batch) for batch in forget]
@@ -188,7 +188,7 @@ def _trace(model, recipe, prepared, forget, retain):
         per_layer=settings.per_layer,
         min_ratio=settings.min_ratio,
         min_load=settings.min_load,
-        # no weight trains where TRACE's experts are all that may and there are none
+        # in the scope "experts" only TRACE's experts train: without any there would be no weight to train
         allow_empty=settings.allow_empty and recipe.scope.kind != "experts",
     )
     if not prepared.selected.any():
@@ -252,7 +252,7 @@ def _reference(model, recipe, prepared, forget, retain, folder):
         if recipe.forget.objective == "undial":
             cached("ref_hidden_states_forget", forget, hidden_states, torch.bfloat16, hidden)
         if needs_head(recipe):
-            # an adapter may bring a head of its own, which is not the reference's even where it is frozen
+            # an adapter may bring its own head, which is not the reference's even where it is frozen
             if trained_head.requires_grad or trained_head is not head:
                 prepared.ref_lm_head = head.detach().clone()
         if recipe.retain.objective == "embed_diff":
@@ -291,10 +291,10 @@ def _wagle(model, recipe, prepared, forget, retain):
 
 
 def needs_head(recipe: Recipe) -> bool:
-    """Whether logits of the reference are made, for which its head is kept where it is not the trained model's."""
+    """Return whether logits of the reference are computed, which need its head where the trained model's differs."""
     return uses_kl(recipe) or recipe.forget.objective == "undial"
 
 
 def uses_kl(recipe: Recipe) -> bool:
-    """Whether the recipe compares with reference hidden states: KL as retain objective or in MOLLM."""
+    """Return whether the recipe has a KL to the reference on retain rows: as retain objective or in MOLLM."""
     return recipe.retain.objective == "kl" or (recipe.mollm is not None and recipe.mollm.kl)

@@ -1,1 +1,1 @@
-"""Kernel regression testing: is a kernel, ours or yours, as right, as fast and as lean as it was?"""
+"""Test kernels for regressions: check that a kernel, ours or yours, is as right, as fast and as lean as it was."""

@@ -1,4 +1,4 @@
-"""Kernels that fool a measurement, one way each, and an honest one: what `defence` must tell apart.
+"""Define kernels that fool a measurement, one way each, and an honest one; `defence` must tell them apart.
 
 Each is a softmax over the last dimension, or pretends to be. `selftest` and the tests run them.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def inputs(seed: int, rows: int = 256, columns: int = 512, device: str = "cpu") -> dict[str, Tensor]:
-    """What all of them take."""
+    """Return the inputs that all of these kernels take."""
     return {"x": torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(device)}
 
 
@@ -71,7 +71,7 @@ def finishes_later(x: Tensor) -> Tensor:
 
 
 def works_elsewhere(x: Tensor) -> Tensor:
-    """Waits for another thread, whose work the processor time of this one leaves out."""
+    """Wait for another thread, whose work this thread's processor time leaves out."""
     results: list[Tensor] = []
     thread = threading.Thread(target=lambda: results.extend(honest(x) for _ in range(10)))
     thread.start()
@@ -107,7 +107,7 @@ def does_nothing(x: Tensor) -> Tensor:
 
 
 def kernels(device: str = "cpu") -> Mapping[str, tuple[str, Callable[[Tensor], Tensor]]]:
-    """Name -> (the finding it must give, a fresh kernel); "" for the honest one."""
+    """Return name -> (the finding it must give, a fresh kernel); the finding of the honest kernel is ""."""
     elsewhere = {
         "cpu": {
             "finishes_later": ("side-stream work", finishes_later),

@@ -1,18 +1,18 @@
-"""How often the criterion calls correct results wrong on this machine, and the smallest error that it sees.
+"""Measure how often the criterion calls correct results wrong on this machine, and the smallest error that it sees.
 
     python -m moe_unlearn.regress.alarms [--comparisons N] [--seed S]
 
-Correct results are those of small kernels in many orders of their sums: the libraries' own, reversed, shuffled, in
-blocks, in lanes, in pairs, one term after the other with and without fused multiply-add. Each is held against the
-harshest yardstick there is, the reference with exact products: what passes then passes on every machine. A
-comparison needs `error / bound` of what the criterion allows, the larger one of its rows and its RMS. Beyond the
-50th part that needs most, an exponential tail is fitted (of the mean excess; the errors' own tails, of sums of many
-roundings, fall faster), which gives the rate of false alarms.
+Correct results come from small kernels that sum in many orders: the libraries' own, reversed, shuffled, in blocks, in
+lanes, in pairs, one term after the other with and without fused multiply-add. Each is judged by the harshest
+yardstick there is, the reference with exact products: a result that passes it passes on every machine. A comparison's
+`error / bound` is the part it needs of what the criterion allows, the larger one of its rows and its RMS. An
+exponential tail is fitted (by the mean excess) beyond the 50th part of the comparisons that needs most, and gives the
+rate of false alarms; the errors' own tails, of sums of many roundings, fall faster.
 
-The smallest error seen is that of one element, relative to the largest of its row, and that of a factor on all.
+The smallest error is reported for one element, relative to the largest of its row, and for a factor on all.
 
-Deterministic for a seed and a machine. Source: our specification; fitting what lies beyond a high quantile is the
-peaks-over-threshold method of extreme value statistics.
+Results are deterministic for a seed and a machine. Source: our specification; fitting the values beyond a high
+quantile is the peaks-over-threshold method of extreme value statistics.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from torch.nn.functional import silu
 from moe_unlearn.testing import margin
 from moe_unlearn.testing.yardstick import Reference, yardstick
 
-LIMIT = 1e-7  # false alarms a comparison
-LARGEST = 0.7  # error / bound
+LIMIT = 1e-7  # the most false alarms a comparison
+LARGEST = 0.7  # the largest error / bound
 _TAIL = 50
 
 Kernel = Callable[..., Tensor]
@@ -37,7 +37,7 @@ Kernel = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Subject:
-    """A reference, its inputs, and correct kernels for the same."""
+    """A reference, its inputs, and correct kernels for the same computation."""
 
     name: str
     reference: Kernel
@@ -47,7 +47,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Alarms:
-    """The findings of `measure`: comparisons, the largest error / bound and what needed it, and the fitted rate."""
+    """Findings of `measure`: comparisons, the largest error / bound, the result that needed it, and the fitted rate."""
 
     comparisons: int
     largest: float
@@ -62,7 +62,7 @@ class Alarms:
 
 
 def measure(comparisons: int, seed: int = 0) -> Alarms:
-    """Hold correct results against the criterion until there are `comparisons` of them."""
+    """Judge correct results by the criterion until there are `comparisons` of them; return the findings."""
     needed: list[tuple[float, str]] = []
     generator = torch.Generator().manual_seed(seed)
     while len(needed) < comparisons:
@@ -78,7 +78,7 @@ def measure(comparisons: int, seed: int = 0) -> Alarms:
 
 
 def tail(values: Sequence[float], limit: float = 1.0) -> float:
-    """The rate at which values exceed `limit`, from an exponential tail beyond the largest 50th part of them."""
+    """Return the rate at which values exceed `limit`, by an exponential tail beyond the largest 50th part of them."""
     ordered = sorted(values, reverse=True)
     count = max(1, len(ordered) // _TAIL)
     threshold = ordered[count] if count < len(ordered) else ordered[-1]
@@ -89,9 +89,9 @@ def tail(values: Sequence[float], limit: float = 1.0) -> float:
 
 
 def smallest_errors(depth: int, kind: str, seed: int = 0) -> dict[str, float]:
-    """The smallest relative errors that fail in a float32 product of `depth` terms, under one of `YARDSTICKS`.
+    """Return the smallest relative errors that fail in a float32 product of `depth` terms, under one of `YARDSTICKS`.
 
-    "one element" and "all", each without the spread of `testing` (the criterion before it had one) and with it.
+    "one element" and "all" are each found with the spread of `testing` and without it, as the criterion once was.
     """
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(shape, generator=generator) for shape in ((96, depth), (depth, 128)))
@@ -121,7 +121,7 @@ def _one_off(value: Tensor, relative: float) -> Tensor:
 
 
 def subjects(generator: torch.Generator) -> Iterator[Subject]:
-    """One of each kind, of drawn sizes, dtypes and values."""
+    """Yield one subject of each kind, of drawn sizes, dtypes and values."""
 
     def size(low: int, high: int) -> int:
         draw = torch.rand((), generator=generator)
@@ -130,7 +130,7 @@ def subjects(generator: torch.Generator) -> Iterator[Subject]:
     def values(*shape: int) -> Tensor:
         x = torch.randn(shape, generator=generator)
         kind = int(torch.randint(4, (), generator=generator))
-        if kind == 1:  # of one sign: partial sums grow as fast as they can
+        if kind == 1:  # of one sign, so that partial sums grow as fast as they can
             return x.abs()
         if kind == 2:  # a few large terms
             return x * 10 ** (3 * torch.rand(shape, generator=generator) - 2)
@@ -247,7 +247,7 @@ def _softmax(x):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print rate and smallest errors; 0 if the rate and the largest error / bound are within their limits, else 1."""
+    """Print rate and smallest errors; return 0 if the rate and the largest error / bound keep their limits, else 1."""
     parser = argparse.ArgumentParser(prog="alarms", description=__doc__.split("\n")[0])
     parser.add_argument("--comparisons", type=int, default=30_000, help="correct results (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

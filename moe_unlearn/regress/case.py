@@ -1,6 +1,6 @@
-"""A case: one kernel, its reference, and inputs that a seed determines.
+"""Define a case: one kernel, its reference, and inputs that a seed determines.
 
-Cases are registered by the modules that hold them: ours in `ours`, a user's in a file given by
+Cases are registered by the modules that hold them. Ours are in `ours`; a user's are in a file given by
 `--module path` (`load`) or in a package that names itself under the entry point group `moe_unlearn.kernels`
 (`load_entry_points`; the entry point is a module that registers when imported). A store never names code to
 import.
@@ -34,12 +34,12 @@ class Case:
     """A kernel under test.
 
     function: function(**inputs) -> a tensor, or a tuple, list or dict of tensors. It must not change its inputs.
-    reference: the same call in plain PyTorch; called on float64 copies of the floating inputs it is the truth, on the
+    reference: the same call in plain PyTorch. On float64 copies of the floating inputs it gives the truth, on the
         inputs themselves the baseline, unless `baseline` is given (a kernel that is meant to be less accurate than
         plain PyTorch in its dtype, say in fp8, names its own).
     inputs: inputs(seed, **sizes) -> the arguments by name: tensors, lists of tensors, plain values; with `routing` set
         it is called with routing=... too. All randomness comes from the seed.
-    sizes: what a shrinker may make smaller, down to `smallest` (1 where it says nothing).
+    sizes: sizes that a shrinker may reduce, down to `smallest` (1 for sizes it does not name).
     routing: a pattern of `testing.ROUTINGS`, or "" for none.
     gradients: the inputs whose gradients are compared too.
     device: where the inputs are moved before the calls; None leaves them.
@@ -72,7 +72,7 @@ class Case:
             raise ValueError(f"case {self.name!r}: sizes must be integers of at least their smallest; got {bad}")
 
     def make(self, seed: int = 0, *, routing: str | None = None, **sizes: int) -> dict[str, object]:
-        """The inputs at `seed`, with some sizes or the routing changed, on the case's device."""
+        """Return the inputs at `seed`, with some sizes or the routing changed, on the case's device."""
         chosen = {"routing": routing or self.routing} if self.routing else {}
         made = self.inputs(seed, **{**self.sizes, **sizes}, **chosen)
         if not isinstance(made, Mapping):
@@ -81,7 +81,7 @@ class Case:
 
 
 def register(case: Case) -> Case:
-    """Make `case` known under its name; ValueError if another file registered the name."""
+    """Register `case` under its name and return it; raise ValueError if another file registered the name."""
     origin = _origin.get() or case.origin or getattr(case.inputs, "__module__", "")
     known = _registry.get(case.name)
     if known is not None and known.origin != origin:
@@ -91,7 +91,7 @@ def register(case: Case) -> Case:
 
 
 def cases(patterns: Iterable[str] = (), *, tags: Iterable[str] = ()) -> list[Case]:
-    """Registered cases by name, that match one of `patterns` (shell style; none is all) and have all `tags`."""
+    """Return, by name, the cases that match one of `patterns` (shell style; none matches all) and have all `tags`."""
     patterns, wanted = tuple(patterns), frozenset(tags)
     return [
         case
@@ -101,25 +101,25 @@ def cases(patterns: Iterable[str] = (), *, tags: Iterable[str] = ()) -> list[Cas
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name is one of the shell-style patterns."""
+    """Return whether a name matches one of the shell-style patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def on(case: Case, device: str | None) -> Case:
-    """The case with its inputs moved to `device`; None leaves it."""
+    """Return the case with its inputs moved to `device`; None leaves it."""
     return case if device is None else dataclasses.replace(case, device=device)
 
 
 def forget(origin: str) -> None:
-    """Unregister what came from `origin`."""
+    """Unregister the cases that came from `origin`."""
     for name in [name for name, case in _registry.items() if case.origin == origin]:
         del _registry[name]
 
 
 def load(path: str | Path) -> list[Case]:
-    """Run the Python file at `path` and register its cases; those of an earlier load of it are replaced.
+    """Run the Python file at `path`, register its cases and return them; those of an earlier load are replaced.
 
-    Its cases are what it registers itself, and the `Case` objects and lists of them among its global names.
+    Its cases are those it registers itself, and the `Case` objects and lists of them among its global names.
     """
     path = Path(path).resolve()
     origin = str(path)
@@ -152,7 +152,7 @@ def execute(path: str | Path) -> ModuleType:
     name = f"_kernels_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path, loader=_Fresh(name, str(path)))
     module = importlib.util.module_from_spec(spec)
-    # found by name where a decorator or dataclass of the file looks for its own module
+    # registered by name, because a decorator or dataclass of the file may look up its own module
     sys.modules[name] = module
     sys.path.insert(0, str(path.parent))
     try:
@@ -163,15 +163,15 @@ def execute(path: str | Path) -> ModuleType:
 
 
 class _Fresh(importlib.machinery.SourceFileLoader):
-    """Reads the text as it is now."""
+    """Loader that reads the text as it is now."""
 
     def path_stats(self, path):
-        # without a time of change there is no cached .pyc, which may be older within the clock's resolution
+        # without a modification time no cached .pyc is used, which may be outdated within the clock's resolution
         raise OSError("not cached")
 
 
 def load_entry_points() -> None:
-    """Import what installed packages offer under the group `moe_unlearn.kernels`."""
+    """Import the modules that installed packages offer under the group `moe_unlearn.kernels`."""
     for point in importlib.metadata.entry_points(group=GROUP):
         token = _origin.set(point.value)
         try:
@@ -181,12 +181,12 @@ def load_entry_points() -> None:
 
 
 def digests(inputs: Mapping[str, object]) -> dict[str, str]:
-    """SHA-256 of each input: of dtype, shape and values of a tensor, of the text of a plain value."""
+    """Return the SHA-256 of each input: of dtype, shape and values of a tensor, of the text of a plain value."""
     return {name: digest(value, name) for name, value in inputs.items()}
 
 
 def digest(value: object, name: str = "value") -> str:
-    """SHA-256 of a tensor (dtype, shape, bytes) or of nested lists of tensors and plain values."""
+    """Return the SHA-256 of a tensor (dtype, shape, bytes) or of nested lists of tensors and plain values."""
     hasher = hashlib.sha256()
     for part in _parts(value, name):
         hasher.update(part)
@@ -215,7 +215,7 @@ def _parts(value, name):
 
 
 def source(case: Case) -> dict[str, object]:
-    """Where the kernel comes from: function, SHA-256 of its file, git commit and whether its tree was changed."""
+    """Return the kernel's origin: function, SHA-256 of its file, git commit and whether its tree was changed."""
     function = case.function
     while hasattr(function, "func") or hasattr(function, "__wrapped__"):
         function = getattr(function, "func", None) or function.__wrapped__

@@ -1,7 +1,7 @@
-"""`moe-unlearn kernels`: list | record | check | compare | report | accept | selftest.
+"""Run `moe-unlearn kernels`: list | record | check | compare | report | accept | selftest.
 
 Cases are ours, and those of installed packages (entry point group `moe_unlearn.kernels`); with `--module FILE.py`
-those of the file instead. Exit codes: see `report`.
+they are those of the file instead. `report` describes the exit codes.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from moe_unlearn.regress.fingerprint import fingerprint
 from moe_unlearn.regress.report import Result
 from moe_unlearn.regress.store import Store, StoreError
 
-CORRECT = 100  # results that `check` measures its own false alarms on, in about a second
+CORRECT = 100  # results on which `check` measures its own false alarms, in about a second
 STORE = "kernel_store"
 REPROS = "kernel_repros"
 
 
 def run(options: argparse.Namespace) -> int:
-    """What the command line asked for; returns the exit code. Raises ValueError for bad input (exit code 2)."""
+    """Run the chosen verb and return the exit code; raise ValueError for bad input (exit code 2)."""
     try:
         return options.verb(options)
     except (StoreError, static.CorruptLedger) as error:
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verbs and their options."""
+    """Add the verbs and their options to the parser."""
     verbs_of = parser.add_subparsers(dest="kernels_verb", required=True)
 
     def verb(name, function, *, cases=True):
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def list_cases(options) -> int:
-    """The cases, their tags, and whether they are recorded."""
+    """List the cases, their tags, and whether they are recorded."""
     current = Store(options.store).current()
     chosen = _cases(options)
     for case in chosen:
@@ -102,7 +102,7 @@ def list_cases(options) -> int:
 
 
 def record(options) -> int:
-    """Record what the cases give now; what is recorded differently is refused."""
+    """Record what the cases give now; refuse cases that are recorded differently."""
     if options.static:
         if not options.module:
             raise ValueError("record --static expects --module: the ledger of our own kernels ships with the package")
@@ -114,7 +114,7 @@ def record(options) -> int:
 
 
 def accept(options) -> int:
-    """Record what the cases give now as right; the former records are kept beneath."""
+    """Record what the cases give now as right; keep the former records beneath."""
     if not options.pattern:
         raise ValueError("accept expects the names of the cases, '*' for all of them")
     store = Store(options.store)
@@ -124,7 +124,7 @@ def accept(options) -> int:
 
 
 def check(options) -> int:
-    """Hold what the cases give now against the records; a failing one is shrunk to a script."""
+    """Compare what the cases give now with the records; shrink a failing case to a script."""
     if options.static:
         return _static(options, static.check)
     store, chosen = Store(options.store), _cases(options)
@@ -141,7 +141,7 @@ def check(options) -> int:
 
 
 def compare(options) -> int:
-    """Hold B against A in numbers and speed: two implementations, two files, or --base REV against this tree."""
+    """Compare B with A in numbers and speed: two implementations, two files, or --base REV and this tree."""
     if options.base is not None:
         return _finish(options, _against_revision(options))
     if len(options.sides) != 2:
@@ -157,7 +157,7 @@ def compare(options) -> int:
 
 
 def show(options) -> int:
-    """What the store holds: every record and those it superseded, all of it verified."""
+    """Show what the store holds: every record and those it superseded, all of it verified."""
     store = Store(options.store)
     if not store.folder.is_dir():
         raise ValueError(f"there is no store {options.store!r}")
@@ -185,7 +185,7 @@ def selftest(options) -> int:
 
 
 def _cases(options, patterns: Sequence[str] | None = None) -> list[Case]:
-    """The chosen cases, registered; ValueError if there are none."""
+    """Register and return the chosen cases; raise ValueError if there are none."""
     patterns = options.pattern if patterns is None else patterns
     if options.impl not in ("auto", *backend.IMPLS):
         raise ValueError(f"--impl must be auto or one of {', '.join(backend.IMPLS)}; got {options.impl!r}")
@@ -215,7 +215,7 @@ def _against_revision(options) -> list[Result]:
 
 
 def _side(side: str, options) -> list[Case]:
-    """One operand of compare."""
+    """Return the cases of one operand of compare."""
     if side in ("auto", *backend.IMPLS):
         chosen = argparse.Namespace(**{**vars(options), "impl": side})
     elif side.endswith(".py"):
@@ -223,7 +223,7 @@ def _side(side: str, options) -> list[Case]:
     else:
         raise ValueError(f"expected auto, {', '.join(backend.IMPLS)} or a file FILE.py; got {side!r}")
     found = _cases(chosen, options.case)
-    # both sides may register the same names
+    # unregistered here, because both sides may register the same names
     for case in found:
         registry.forget(case.origin)
     return found
@@ -244,7 +244,7 @@ def _static(options, verb) -> int:
 
 
 def _finish(options, results: Sequence[Result]) -> int:
-    """Print and write the results; returns their exit code."""
+    """Print and write the results; return their exit code."""
     print(report.text(results, verbose=options.verbose), file=_prose(options))
     _files(options, results)
     return report.exit_code(results)
@@ -265,5 +265,5 @@ def _write(where: str, content: str) -> None:
 
 
 def _prose(options):
-    """Where text for people goes: beside JSON on standard output there is none."""
+    """Return the stream for text; standard error if standard output carries JSON."""
     return sys.stderr if options.json == "-" else sys.stdout

@@ -1,9 +1,9 @@
-"""The process that compiles: static cases in, figures out, for GPUs that need not be there.
+"""Compile static cases in a process of its own and give figures, for GPUs that need not be there.
 
     python -m moe_unlearn.regress.compile --arch sm_90 [--kernels route] [--module PATH] [--recorded LEDGER] --json FILE
 
-A process of its own, since a module's kernels are interpreted or compiled from its import on, and since kernels
-cannot be pickled: the workers are forked when all launches are recorded. `static` starts it.
+It is a process of its own because whether a module's kernels are interpreted or compiled is fixed at its import.
+Kernels cannot be pickled, so the workers are forked when all launches are recorded. `static` starts the process.
 """
 
 import argparse
@@ -44,10 +44,10 @@ def run(
     triton_folder: Path | None = None,
     cache_folder: Path | None = None,
 ) -> tuple[Ledger, list[str]]:
-    """`measure` in a fresh process, by `compilers`, with the Triton in `triton_folder` instead of the installed one.
+    """Run `measure` in a fresh process, by `compilers`; `triton_folder` replaces the installed Triton.
 
-    Triton keeps what it compiled in `cache_folder` (default: where it always does). Raises ValueError for a module
-    that cannot be loaded or a folder without Triton, RuntimeError with the process's words if it dies.
+    Triton keeps what it compiled in `cache_folder` (default: its usual place). Raises ValueError for a module
+    that cannot be loaded or a folder without Triton, and RuntimeError with the process's output if it dies.
     """
     if triton_folder is not None and not Path(triton_folder, "triton").is_dir():
         raise ValueError(f"expected a folder that holds another Triton; there is none in {triton_folder}")
@@ -81,10 +81,10 @@ def measure(
     recorded: Ledger,
     compilers: Sequence[str] = COMPILERS,
 ) -> tuple[Ledger, list[str]]:
-    """The figures, and a line for every part that could not be compiled here.
+    """Return the figures, and a line for every part that could not be compiled here.
 
-    The cases are those that `modules` register, ours if there are no modules. `kernels` selects entries by name, as
-    `selected`. What is `recorded` with the same identity is not compiled again, but for a tenth.
+    The cases are those that `modules` register, or ours if there are no modules. `kernels` selects entries by name,
+    as in `selected`. An entry that is `recorded` with the same identity is not compiled again, except for one in ten.
     """
     for module in modules:
         execute(module) if module.endswith(".py") else importlib.import_module(module)
@@ -99,14 +99,14 @@ def measure(
 
 
 def selected(name: str, kernels: Sequence[str]) -> bool:
-    """Whether an entry is asked for: by a pattern with * and ?, by the first parts of its name, or all by none."""
+    """Return whether an entry is chosen: by a pattern with * and ?, by the first parts of its name, or by no choice."""
     return not kernels or any(
         fnmatch.fnmatchcase(name, kernel) or f"{name}/".startswith(f"{kernel.rstrip('/')}/") for kernel in kernels
     )
 
 
 def resampled(identity: str, day: int) -> bool:
-    """Whether it is this launch's day, one in ten, to be compiled although nothing changed."""
+    """Return whether this launch is compiled today although nothing changed; its turn comes on one day in ten."""
     return (int(identity, 16) + day) % 10 == 0
 
 
@@ -133,14 +133,14 @@ def _nvcc(architectures, kernels, foreign, recorded, measured, notes) -> None:
     elif cases and nvcc.compiler() is None:
         notes.append("CUDA kernels are left out: there is no nvcc")
     elif cases:
-        # what setup.py builds for Hopper
+        # the architecture that setup.py builds for Hopper
         names = architectures if foreign else [f"{a}a" if a == "sm_90" else a for a in architectures]
         version = nvcc.version()
         measured[version] = _measure_cuda(cases, names, kernels, recorded.get(version, {}))
 
 
 def _ours() -> list[tuple[str, LaunchCase]]:
-    """(op, case) of every module of `launches`."""
+    """Return (op, case) of every module of `launches`."""
     ops = sorted(module.name for module in pkgutil.iter_modules(launches.__path__))
     made = [(op, importlib.import_module(f"{launches.__name__}.{op}").CASES) for op in ops]
     return [(op, LaunchCase(name, launch)) for op, cases in made for name, launch in cases.items()]
@@ -149,7 +149,9 @@ def _ours() -> list[tuple[str, LaunchCase]]:
 def _measure_triton(
     cases: list[tuple[str, StaticCase]], numbers: tuple[int, ...], kernels: Sequence[str], recorded: dict[str, Entries]
 ) -> dict[str, Entries]:
-    """A case that launches a kernel in several specialisations numbers them; a specialisation that several cases
+    """Compile the Triton cases and return their figures by architecture and entry.
+
+    A case that launches a kernel in several specialisations numbers them; a specialisation that several cases
     launch belongs to the first. A case of another op than the kernel's file is named with its op.
     """
     from moe_unlearn.regress import triton_private
@@ -199,7 +201,10 @@ def _compile(index: int) -> dict:
 def _measure_cuda(
     cases: list[CudaCase], architectures: Sequence[str], kernels: Sequence[str], recorded: dict[str, Entries]
 ) -> dict[str, Entries]:
-    """A file is compiled as a whole, unless its name alone rules it out."""
+    """Compile the CUDA cases and return their figures by architecture and entry.
+
+    A file is compiled as a whole, unless its name alone rules it out.
+    """
     wanted = [
         case
         for case in cases

@@ -1,11 +1,11 @@
-"""Ways in which a kernel fools a measurement, each looked for by calling the kernel.
+"""Look for the ways in which a kernel fools a measurement, by calling the kernel.
 
     cached result      another input in the same memory gives the old result, or other inputs give the same
     mutated input      an input holds other bits after the call
     aliased output     an output lies in the memory of an input, or of the output of an earlier call
-    side-stream work   the call returns before its work is done, or another thread does it where the clock is the
-                       processor time of one
-    patched timer      a clock of Python's or torch's is no longer the one that was there
+    side-stream work   the call returns before its work is done, or another thread does it where the clock counts
+                       one thread's processor time
+    patched timer      a clock of Python or torch has been replaced
     impossible speed   more than TOO_FAST times as fast as a rival, or than the machine's measured ceilings allow
 
 The first five are facts; the last is a suspicion.
@@ -48,7 +48,7 @@ Inputs = Callable[[int], Mapping[str, object]]
 
 
 class Ceilings(NamedTuple):
-    """What the machine reached in the same run: floating-point operations and bytes a second."""
+    """Speeds that the machine reached in the same run: floating-point operations and bytes a second."""
 
     flops: float
     bandwidth: float
@@ -74,13 +74,13 @@ def inspect(
     moved: float = 0.0,
     ceilings: Ceilings | None = None,
 ) -> list[Finding]:
-    """Every finding about `function`; an empty list means that its times may be believed.
+    """Return every finding about `function`; an empty list means that its times may be believed.
 
     Args:
         function: called as function(**inputs(seed)); returns tensors, in tuples, lists or dicts.
-        inputs: the same inputs for the same seed, others for another, newly allocated each time.
-        rival: an honest implementation to be compared in speed.
-        flops, moved: floating-point operations and bytes that a call cannot do without, held against `ceilings`.
+        inputs: gives the same inputs for the same seed, others for another, newly allocated each time.
+        rival: an honest implementation whose speed is compared.
+        flops, moved: floating-point operations and bytes that a call needs at least, compared with `ceilings`.
 
     A clock that the kernel replaced is put back. Raises what `function` raises.
     """
@@ -98,9 +98,9 @@ def inspect(
 
 
 def patched_timers() -> list[Finding]:
-    """Clocks that were replaced; they are put back, so that a second call finds nothing.
+    """Return findings on the clocks that were replaced, and put the clocks back, so that a second call finds none.
 
-    Replaced before this module was imported shows in a clock of Python's that is no builtin.
+    A clock of Python's that was replaced before this module was imported is found because it is no builtin.
     """
     findings = []
     for (owner, name), original in _ORIGINALS.items():
@@ -121,7 +121,7 @@ def impossible(
     moved: float = 0.0,
     ceilings: Ceilings | None = None,
 ) -> list[Finding]:
-    """Suspicious seconds: see `inspect`. The lists hold the rounds of `timing.measure`."""
+    """Return findings on suspicious seconds (see `inspect`); the lists hold the rounds of `timing.measure`."""
     findings = []
     if rival is not None and (factor := timing.ratio(ours, rival).value) > TOO_FAST:
         findings.append(Finding("impossible speed", f"{factor:.3g} times as fast as its rival"))
@@ -135,7 +135,7 @@ def impossible(
 
 
 def prove(device: str = "cpu") -> Iterator[tuple[str, str, list[Finding]]]:
-    """(name, the kind that must be found or "", what was found) for every adversary."""
+    """Yield (name, the kind that must be found or "", what was found) for every adversary."""
     threads = torch.get_num_threads()
     for name, (kind, kernel) in adversaries.kernels(device).items():
         # with more threads the clock is the wall's, from which no other thread can hide its work
@@ -157,7 +157,7 @@ def _mutated(function: Callable, inputs: Inputs) -> list[Finding]:
 
 
 def _aliased(function: Callable, inputs: Inputs) -> list[Finding]:
-    # all of them stay alive, so that memory in use twice is memory shared
+    # all of these stay alive, so memory in use twice is shared memory
     first, second = inputs(0), inputs(1)
     earlier, later = tensors(function(**first)), tensors(function(**second))
     owners = {_memory(value): "the output of an earlier call" for value in earlier.values()}
@@ -170,7 +170,7 @@ def _aliased(function: Callable, inputs: Inputs) -> list[Finding]:
 
 
 def _cached(function: Callable, inputs: Inputs) -> list[Finding]:
-    """The results of two seeds in memory of their own, then both again, in turns, in one piece of memory."""
+    """Compare the results of two seeds in separate memory with those of both, in turns, in one piece of memory."""
 
     def results(given: Mapping[str, object]) -> dict[str, Tensor]:
         outputs = tensors(function(**given))
@@ -210,7 +210,7 @@ def _unfinished(function: Callable, inputs: Inputs) -> list[Finding]:
 
 
 def _elsewhere(function: Callable, given: Mapping[str, object]) -> list[Finding]:
-    """Processor time of other threads while `function` runs; the clock leaves it out."""
+    """Compare all threads' processor time with this thread's while `function` runs; the clock sees only the latter."""
     start, own, all_threads = perf_counter(), thread_time(), _process_time()
     while perf_counter() - start < _BUSY:
         function(**given)
@@ -223,7 +223,7 @@ def _elsewhere(function: Callable, given: Mapping[str, object]) -> list[Finding]
 
 
 def _unfinished_on_gpu(function: Callable, given: Mapping[str, object]) -> list[Finding]:
-    """Whether the device still works when the current stream, whose events the clock reads, has finished."""
+    """Check whether the device still works when the current stream, whose events the clock reads, has finished."""
     stream = torch.cuda.current_stream()
     function(**given)
     synchronize()
@@ -241,14 +241,14 @@ def _unfinished_on_gpu(function: Callable, given: Mapping[str, object]) -> list[
 
 
 def _refill(given: Mapping[str, object], values: Mapping[str, object]) -> bool:
-    """Copy `values` into the memory of `given`; False where they do not fit into it."""
+    """Copy `values` into the memory of `given`; return False where they do not fit into it."""
     targets, sources = tensors(given), tensors(values)
     if any(name not in sources or target.shape != sources[name].shape for name, target in targets.items()):
         return False
     try:
         for name, target in targets.items():
             target.detach().copy_(sources[name])
-    except RuntimeError:  # several elements of an expanded tensor are one
+    except RuntimeError:  # several elements of an expanded tensor share memory
         return False
     return True
 

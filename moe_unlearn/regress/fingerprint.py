@@ -1,4 +1,4 @@
-"""What a figure was measured on: plain strings, so that two measurements can be held against each other.
+"""Describe what a figure was measured on in plain strings, so that two measurements can be compared.
 
 Figures from different devices or software do not compare: a difference of the environment is no regression.
 """
@@ -15,17 +15,17 @@ import torch
 
 from moe_unlearn import native
 
-# facts worth keeping that do not forbid comparing speed
+# facts worth keeping whose difference does not forbid a comparison of speed
 INFORMATIVE = frozenset({"system", "gpu_count"})
 ABSENT = "none"
-# bits of NVML's nvmlClocksEventReasons that mean slower than the device can be, whatever the work
+# bits of NVML's nvmlClocksEventReasons that mean the device is slower than it can be, whatever the work
 _THROTTLED = {0x8: "hardware slowdown", 0x20: "software thermal", 0x40: "hardware thermal", 0x80: "power brake"}
 
 
 def fingerprint(device: torch.device | str = "cpu") -> dict[str, str]:
-    """The environment of a measurement on `device`; fields that do not apply are "none".
+    """Return the environment of a measurement on `device`; fields that do not apply are "none".
 
-    Nothing that names the machine or its user is in it, so it may be published.
+    It holds nothing that names the machine or its user, so it may be published.
     """
     device = torch.device(device)
     return {
@@ -44,9 +44,9 @@ def fingerprint(device: torch.device | str = "cpu") -> dict[str, str]:
 
 
 def mismatch(base: Mapping[str, str], head: Mapping[str, str], *, informative: bool = False) -> list[str]:
-    """ "field: base -> head" for each field that differs and so blocks a comparison of speed.
+    """Return "field: base -> head" for each field that differs and so blocks a comparison of speed.
 
-    A field that only one of them has differs. With `informative` those that do not block are listed too.
+    A field that only one of them has counts as different. With `informative`, fields that do not block are listed too.
     """
     fields = dict.fromkeys([*base, *head])
     return [
@@ -57,7 +57,7 @@ def mismatch(base: Mapping[str, str], head: Mapping[str, str], *, informative: b
 
 
 def throttled(device: torch.device | str) -> str:
-    """Why the GPU runs slower than it can right now; "" if it does not, is no GPU or does not tell."""
+    """Return why the GPU runs slower than it can right now; "" if it does not, is no GPU or does not tell."""
     device = torch.device(device)
     if device.type != "cuda":
         return ""
@@ -70,7 +70,7 @@ def throttled(device: torch.device | str) -> str:
 
 @functools.cache
 def cpu() -> str:
-    """Model name of the processor."""
+    """Return the model name of the processor."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = (line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
@@ -92,7 +92,7 @@ def _gpu(device: torch.device) -> dict[str, str]:
 
 
 def _nvidia_smi(device: torch.device, field: str) -> str:
-    """One field of nvidia-smi; "unknown" where it is not there."""
+    """Return one field of nvidia-smi, or "unknown" where it is not there."""
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", f"--id={uuid}", f"--query-gpu={field}", "--format=csv,noheader"]
     try:

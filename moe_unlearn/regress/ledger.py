@@ -1,9 +1,9 @@
-"""The ledger of what kernels cost: a compiler's figures for an architecture, and what may not change in them.
+"""Keep the ledger of what kernels cost: a compiler's figures for an architecture, and which changes are allowed.
 
     {"triton 3.9.0": {"sm_90": {"file/kernel/case": {"config": ..., "registers": ..., ...}}},
      "nvcc 13.0": {"sm_90a": {"case/kernel": {"registers": ..., ...}}}}
 
-Registers are a compiler's choice: figures of two compilers or versions are not compared.
+Registers are a compiler's choice, so figures of two compilers or versions are not compared.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from moe_unlearn.checkpoint import write_text
 
 SHIPPED = Path(__file__).with_name("ledger.json")  # of the kernels of this package
-# what a block may use, in KB by compute capability (CUDA C++ programming guide, technical specifications)
+# shared memory that a block may use, in KB by compute capability (CUDA C++ programming guide, technical specifications)
 _SHARED_KB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 GROWS = (
     "registers", "stack_bytes", "spills", "spill_bytes", "shared_bytes", "tensor_memory", "atomics", "float_atomics",
@@ -25,11 +25,11 @@ Ledger = dict[str, dict[str, Entries]]  # by compiler, then by architecture
 
 
 class CorruptLedger(ValueError):
-    """A ledger that is not what `write` wrote."""
+    """Error for a ledger that is not what `write` wrote."""
 
 
 def capability(architecture: str) -> int:
-    """90 of "sm_90" and of "sm_90a"; ValueError for what is no architecture known here."""
+    """Return 90 for "sm_90" and for "sm_90a"; raise ValueError for an architecture that is not known here."""
     match = re.fullmatch(r"sm_(\d+)[af]?", architecture)
     if match is None or int(match[1]) not in _SHARED_KB:
         known = ", ".join(f"sm_{number}" for number in _SHARED_KB)
@@ -38,12 +38,12 @@ def capability(architecture: str) -> int:
 
 
 def shared_bytes(capability: int) -> int:
-    """How much shared memory a block may use."""
+    """Return how many bytes of shared memory a block may use."""
     return _SHARED_KB[capability] * 1024
 
 
 def failures(arch: str, entries: Entries) -> list[str]:
-    """What cannot run at all: no binary, or more shared memory than there is."""
+    """Return lines on entries that cannot run at all: no binary, or more shared memory than there is."""
     found, limit = [], shared_bytes(capability(arch))
     for name, entry in entries.items():
         if "error" in entry:
@@ -55,7 +55,7 @@ def failures(arch: str, entries: Entries) -> list[str]:
 
 
 def violations(arch: str, entries: Entries) -> list[str]:
-    """What none of our own kernels may do, whatever is recorded: `failures`, spills, float atomics."""
+    """Return lines on what none of our own kernels may do, whatever is recorded: `failures`, spills, float atomics."""
     found = failures(arch, entries)
     for name, entry in entries.items():
         where = _where(arch, name, entry)
@@ -69,7 +69,7 @@ def violations(arch: str, entries: Entries) -> list[str]:
 
 
 def differences(arch: str, recorded: Entries, measured: Entries) -> list[str]:
-    """What got worse since `recorded`, and which entries have no counterpart."""
+    """Return lines on what got worse since `recorded`, and on entries without a counterpart."""
     found = [f"{arch} {name}: compiled, not in the ledger" for name in measured.keys() - recorded.keys()]
     found += [f"{arch} {name}: in the ledger, no longer compiled" for name in recorded.keys() - measured.keys()]
     for name in recorded.keys() & measured.keys():
@@ -87,7 +87,7 @@ def differences(arch: str, recorded: Entries, measured: Entries) -> list[str]:
 
 
 def read(path: Path = SHIPPED) -> Ledger:
-    """The ledger at `path`, empty if there is none. CorruptLedger, naming the file, if it is damaged."""
+    """Return the ledger at `path`, empty if there is none; raise CorruptLedger, naming the file, if it is damaged."""
     if not path.exists():
         return {}
     try:
@@ -104,7 +104,7 @@ def read(path: Path = SHIPPED) -> Ledger:
 
 
 def write(ledger: Ledger, path: Path = SHIPPED) -> None:
-    """One line per entry, so that a change of one kernel is a change of its lines; all of the file or nothing."""
+    """Write the ledger whole or not at all, one line per entry, so that a changed kernel changes only its lines."""
     versions = []
     for version, by_arch in ledger.items():
         blocks = []

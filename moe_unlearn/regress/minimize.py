@@ -1,9 +1,10 @@
-"""From a failing case to the smallest one that still fails, and a script that shows it.
+"""Shrink a failing case to the smallest one that still fails, and write a script that shows it.
 
-A deterministic greedy search: each size by itself goes to its smallest value, else as near to it as halving the
-distance finds; then simpler routing is tried; again until nothing shrinks. A smaller case counts if it fails in the
-same way (wrong values, or the same type of error). Shrunk cases have no record, so they are held against the baseline;
-a case that only its record tells from a right one keeps its sizes, and its script reads the recorded arrays.
+The search is deterministic and greedy. Each size by itself goes to its smallest value, else as near to it as halving
+the distance finds; then simpler routing is tried; this repeats until nothing shrinks. A smaller case counts if it
+fails in the same way (wrong values, or the same type of error). Shrunk cases have no record, so they are compared
+with the baseline. A case whose fault shows only against its record keeps its sizes, and its script reads the recorded
+arrays.
 
 Source: our specification; shrinking one coordinate after the other follows property-based testing.
 """
@@ -32,7 +33,7 @@ class Failure(NamedTuple):
 
 
 def failure(case: Case, seed: int, sizes: Mapping[str, int], routing: str) -> Failure | None:
-    """How `case` fails against its baseline at these sizes; None if it does not, or cannot be run there."""
+    """Return how `case` fails against its baseline at these sizes; None if it does not, or cannot be run there."""
     try:
         made = numeric.evaluate(case, seed, routing=routing or None, **sizes)
     except numeric.CaseError:
@@ -45,7 +46,7 @@ def failure(case: Case, seed: int, sizes: Mapping[str, int], routing: str) -> Fa
 
 
 def shrink(case: Case, seed: int, *, tries: int = MOST_TRIES) -> Failure | None:
-    """The smallest failure found; None if the case does not fail against its baseline at its own sizes."""
+    """Return the smallest failure found; None if the case does not fail against its baseline at its own sizes."""
     left = tries
     smallest = failure(case, seed, case.sizes, case.routing)
 
@@ -72,7 +73,7 @@ def shrink(case: Case, seed: int, *, tries: int = MOST_TRIES) -> Failure | None:
 
 
 def _shrink_size(name: str, low: int, current: Callable[[], Failure], attempt: Callable) -> None:
-    """Bisect one size between `low` and what fails now."""
+    """Bisect one size between `low` and the size that fails now."""
     while low < current().sizes[name]:
         high = current().sizes[name]
         if attempt({**current().sizes, name: low}, current().routing):
@@ -109,7 +110,7 @@ print("not wrong any more")
 
 
 def script(case: Case, seed: int, found: Failure, impl: str = "auto", arrays: Path | None = None) -> str:
-    """Source of a stand-alone script; `arrays` is a file of recorded outputs to compare with, None the baseline."""
+    """Return the source of a stand-alone script; it compares with outputs in the file `arrays`, or the baseline."""
     routing = f", routing={found.routing!r}" if found.routing else ""
     imports = ["from moe_unlearn.regress import numeric", "from moe_unlearn.testing import assert_as_accurate"]
     expected = "made.baseline"
@@ -127,14 +128,14 @@ def script(case: Case, seed: int, found: Failure, impl: str = "auto", arrays: Pa
 
 
 def write(folder: Path, case: Case, text: str) -> Path:
-    """Put a script into `folder` under the case's name, replacing an earlier one."""
+    """Write a script into `folder` under the case's name, replacing an earlier one, and return its path."""
     path = folder / f"repro_{re.sub(r'[^A-Za-z0-9]+', '_', case.name)}.py"
     write_text(path, text)
     return path
 
 
 def _finder(case: Case, impl: str) -> str:
-    """Lines that define the case in a script."""
+    """Return lines that define the case in a script."""
     origin, name, device = case.origin, case.name, case.device
     if origin == ours.ORIGIN:
         lines = f"from moe_unlearn.regress import ours\n\nfound = ours.cases({impl!r})"

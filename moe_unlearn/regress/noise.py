@@ -1,4 +1,4 @@
-"""Noise of real machines, recorded once and replayed: what a verdict must withstand, the same on every machine.
+"""Record the noise of real machines once and replay it, so that verdicts face the same noise on every machine.
 
     python -m moe_unlearn.regress.noise --record [NAME ...] [--out PATH]
 
@@ -7,9 +7,9 @@ recorded by this command on a virtual machine of two cores while several other u
 time, because the processor time that `timing` prefers hides most of what such neighbours do. A recording that
 varies by less than MINIMUM_VARIATION is refused: record beside other work.
 
-A `Replay` is a clock that only moves by what contenders cost: each round costs its nominal seconds times the next
+A `Replay` is a clock that moves only by what contenders cost: each round costs its nominal seconds times the next
 reading of the trace over its median. Readings follow each other as recorded, from a random start, never shuffled,
-so drift, bursts and autocorrelation stay; a comparison that reaches the end goes on at the start.
+so drift, bursts and autocorrelation are kept; a comparison that reaches the end goes on at the start.
 """
 
 import argparse
@@ -41,12 +41,12 @@ class Trace:
 
     @property
     def variation(self) -> float:
-        """Coefficient of variation: standard deviation over mean."""
+        """Return the coefficient of variation: standard deviation over mean."""
         return statistics.pstdev(self.readings) / statistics.fmean(self.readings)
 
     @property
     def autocorrelation(self) -> float:
-        """Of the logarithm's ranks at lag 1, so that single outliers do not decide."""
+        """Return the lag-1 correlation of the readings' ranks, so that single outliers do not decide."""
         order = sorted(range(len(self.readings)), key=self.readings.__getitem__)
         ranks = [0.0] * len(order)
         for rank, i in enumerate(order):
@@ -55,14 +55,14 @@ class Trace:
 
     @property
     def drift(self) -> float:
-        """Largest over smallest median among the trace's tenths, less 1."""
+        """Return the largest over the smallest median among the trace's tenths, less 1."""
         size = len(self.readings) // 10
         medians = [statistics.median(self.readings[i * size : (i + 1) * size]) for i in range(10)]
         return max(medians) / min(medians) - 1
 
     @property
     def tail(self) -> float:
-        """The 99.5th percentile over the median."""
+        """Return the 99.5th percentile over the median."""
         return sorted(self.readings)[int(0.995 * len(self.readings))]
 
 
@@ -77,7 +77,7 @@ class Replay:
         return self.now
 
     def contender(self, seconds: float) -> Callable[[], None]:
-        """Work of `seconds` on a silent machine."""
+        """Return a contender whose work takes `seconds` on a silent machine."""
 
         def call() -> None:
             self.now += seconds * self._trace[self._next]
@@ -86,14 +86,14 @@ class Replay:
         return call
 
     def pairs(self, head: float, base: float = 1.0) -> Iterator[tuple[float, float]]:
-        """Rounds of two contenders of these seconds, as `timing.decide` takes them."""
+        """Yield rounds of two contenders of these seconds, as `timing.decide` takes them."""
         contenders = {"base": self.contender(base), "head": self.contender(head)}
         for row in take_turns(contenders, warm_up=0, shortest=0, clock=self):
             yield row["base"], row["head"]
 
 
 def load(path: str | Path = PATH) -> list[Trace]:
-    """The traces of a recording; ValueError if the file is not one."""
+    """Return the traces of a recording; raise ValueError if the file is not one."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
@@ -108,7 +108,7 @@ def load(path: str | Path = PATH) -> list[Trace]:
 
 
 def workloads() -> dict[str, Callable[[], object]]:
-    """What is recorded: a GEMM, an element-wise op, a copy that memory bounds, Python, many small ops, a sort."""
+    """Return the recorded work: a GEMM, an element-wise op, a memory-bound copy, Python, many small ops, a sort."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -140,10 +140,10 @@ def workloads() -> dict[str, Callable[[], object]]:
 
 
 def record(names: Sequence[str] = (), *, rounds: int = ROUNDS, shortest: float = 2e-3) -> dict:
-    """Record the named workloads, all by default; the content of noise.json.
+    """Record the named workloads, all by default, and return the content of noise.json.
 
     Args:
-        names: of `workloads()`; an unknown one is a ValueError, as is a trace that varies too little.
+        names: names of `workloads()`. An unknown one is a ValueError, as is a trace that varies too little.
         rounds: readings of each trace, one after another.
         shortest: seconds of a round, at least.
     """
@@ -158,7 +158,7 @@ def record(names: Sequence[str] = (), *, rounds: int = ROUNDS, shortest: float =
         variation = Trace(name, tuple(seconds)).variation
         if variation < MINIMUM_VARIATION:
             raise ValueError(f"{name}: expected a variation of {MINIMUM_VARIATION:.0%} or more; got {variation:.1%}")
-        # times of one call; as microseconds of a round of `shortest` they need no decimals
+        # times of one call, scaled to a round of at least `shortest`, need no decimals as microseconds
         scale = 1e6 * max(1.0, shortest / statistics.median(seconds))
         traces[name] = {"recorded_on": fingerprint(), "microseconds": [round(scale * s) for s in seconds]}
     return {"format": FORMAT, "clock": "wall", "traces": traces}

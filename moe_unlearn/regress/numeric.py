@@ -1,16 +1,15 @@
-"""What a kernel gives now, against what it gave: bitwise equal, different but as accurate, or less accurate.
+"""Compare what a kernel gives now with what it gave: bitwise equal, different but as accurate, or less accurate.
 
 For each output and gradient, with gold the reference in float64 on the same inputs:
-
     equal       the recorded dtype, shape and bits
     accurate    other bits that meet the criterion of `testing` with the recorded values as its baseline: the largest
-                error of a row at most twice, the RMS error at most 1.25 times the recorded one, or no more than the
-                roundings of the reference in any order of its sums make; NaN and infinity in the same places;
-                integers equal
+                error of a row is at most twice, and the RMS error at most 1.25 times the recorded one, or no more than
+                the roundings of the reference in any order of its sums make; NaN and infinity stand in the same
+                places; integers are equal
     inaccurate  anything else
 
-A kernel without a record is held against its baseline, the reference in its own dtype. Values recorded on another
-machine, or by chance nearly exact, call no correct kernel wrong. Source: our specification.
+A kernel without a record is compared with its baseline, the reference in its own dtype. Values that were recorded on
+another machine, or that are nearly exact by chance, call no correct kernel wrong. Source: our specification.
 """
 
 import math
@@ -29,7 +28,7 @@ EQUAL, ACCURATE, INACCURATE = "equal", "accurate", "inaccurate"
 
 
 class Evaluation(NamedTuple):
-    """One run of a case, all tensors on the CPU and contiguous; the three dicts have the same keys."""
+    """One run of a case, all tensors on the CPU and contiguous; `actual`, `baseline` and `gold` have the same keys."""
 
     inputs: dict[str, str]  # SHA-256 of each input
     actual: dict[str, Tensor]
@@ -37,13 +36,13 @@ class Evaluation(NamedTuple):
     gold: dict[str, Tensor]
 
     def measured_by(self, values: Mapping[str, Tensor]) -> dict[str, Tensor | Baseline]:
-        """Other values of these outputs, such as recorded ones, as baselines with this reference's spread."""
+        """Return other values of these outputs, such as recorded ones, as baselines with this reference's spread."""
         known = self.baseline
         return {name: known[name].replaced(value) if name in known else value for name, value in values.items()}
 
 
 class Verdict(NamedTuple):
-    """The level one output reached; `ratio` is its RMS error over that of what it is compared with."""
+    """Level that one output reached; `ratio` is its RMS error over that of the compared values."""
 
     output: str
     level: str
@@ -52,15 +51,15 @@ class Verdict(NamedTuple):
 
 
 class CaseError(ValueError):
-    """A case that cannot be judged: its inputs do not follow from the seed, or its reference fails."""
+    """Error for a case that cannot be judged: its inputs do not follow from the seed, or its reference fails."""
 
 
 class MutationError(AssertionError):
-    """A kernel that changed its inputs."""
+    """Error for a kernel that changed its inputs."""
 
 
 def evaluate(case: Case, seed: int = 0, *, routing: str | None = None, **sizes: int) -> Evaluation:
-    """Run the kernel, its baseline and its truth on the inputs of `seed`.
+    """Run the kernel, its baseline and its truth on the inputs of `seed` and return the outcome.
 
     Raises CaseError where inputs or reference are to blame, MutationError where the kernel changed an input, and
     whatever else the kernel itself raises.
@@ -96,7 +95,7 @@ def evaluate(case: Case, seed: int = 0, *, routing: str | None = None, **sizes: 
 
 
 def judge(actual: Tensor, expected: Tensor | Baseline, gold: Tensor, output: str = "output") -> Verdict:
-    """The level of `actual` against `expected`, which was recorded or is a baseline."""
+    """Return the level of `actual` against `expected`, which was recorded or is a baseline."""
     value = expected.value if isinstance(expected, Baseline) else expected
     if same_bits(actual, value):
         return Verdict(output, EQUAL, 1.0)
@@ -110,7 +109,7 @@ def judge(actual: Tensor, expected: Tensor | Baseline, gold: Tensor, output: str
 def judge_all(
     actual: Mapping[str, Tensor], expected: Mapping[str, Tensor | Baseline], gold: Mapping[str, Tensor]
 ) -> list[Verdict]:
-    """A verdict for each output, also for one that is missing on either side."""
+    """Return a verdict for each output, also for one that is missing on either side."""
     verdicts = []
     for name in [*expected, *(name for name in actual if name not in expected)]:
         if name not in actual or name not in expected:
@@ -122,19 +121,19 @@ def judge_all(
 
 
 def worst(verdicts: list[Verdict]) -> str:
-    """The lowest level among the verdicts."""
+    """Return the lowest level among the verdicts."""
     return max((v.level for v in verdicts), key=(EQUAL, ACCURATE, INACCURATE).index)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal dtype, shape and bits: signed zeros and the payloads of NaNs count."""
+    """Return whether dtype, shape and bits are equal; signed zeros and the payloads of NaNs count."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def error_ratio(actual: Tensor, expected: Tensor, gold: Tensor) -> float:
-    """RMS error of `actual` over that of `expected`, where all are finite; NaN where they cannot be compared."""
+    """Return the RMS error of `actual` over that of `expected`, where all are finite; NaN if they do not compare."""
     if not actual.shape == expected.shape == gold.shape or not actual.is_floating_point():
         return math.nan
     mine, theirs = rms_error(actual, gold), rms_error(expected, gold)
@@ -142,7 +141,7 @@ def error_ratio(actual: Tensor, expected: Tensor, gold: Tensor) -> float:
 
 
 def rms_error(value: Tensor, gold: Tensor) -> float:
-    """Root mean square of value - gold in float64, over the elements where both are finite."""
+    """Return the root mean square of value - gold in float64, over the elements where both are finite."""
     error = value.double() - gold.double()
     error = error[error.isfinite()]
     return float(error.square().mean().sqrt()) if error.numel() else 0.0

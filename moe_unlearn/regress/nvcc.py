@@ -1,4 +1,4 @@
-"""CUDA kernels without a GPU: what ptxas says of each, and the instructions it consists of."""
+"""Compile CUDA kernels without a GPU and read what ptxas says of each, and its instructions."""
 
 import hashlib
 import re
@@ -12,41 +12,41 @@ from moe_unlearn.regress.ledger import Entries
 from moe_unlearn.regress.static_case import CudaCase
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = {path.stem: path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))}  # of a checkout; else none
-# as in setup.py
+SOURCES = {path.stem: path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))}  # empty without a checkout
+# the same as in setup.py
 MACROS = ("-std=c++20", f"-I{ROOT / 'csrc'}", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 FLAGS = (*MACROS, "--fmad=false", "-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-fvisibility=hidden")
-_DTYPES = ("none", "float32", "bfloat16", "float16", "word")  # of csrc/element.h
+_DTYPES = ("none", "float32", "bfloat16", "float16", "word")  # as in csrc/element.h
 
 
 def compiler() -> str | None:
-    """nvcc, wherever an installation puts it; None where there is none."""
+    """Return nvcc, wherever an installation puts it, or None where there is none."""
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def version() -> str:
-    """ "nvcc 13.0"."""
+    """Return the compiler's version, such as "nvcc 13.0"."""
     listing = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     return "nvcc " + re.search(r"release (\S+),", listing)[1]
 
 
 def ours() -> list[CudaCase]:
-    """The bindings of `csrc/cuda`, with their kernels; empty in an installed package, which has no sources."""
+    """Return the bindings of `csrc/cuda` as cases; an installed package has no sources, and so no cases."""
     return [CudaCase(op, source, (*FLAGS, *torch_includes())) for op, source in SOURCES.items()]
 
 
 def torch_includes() -> list[str]:
-    """torch's headers as nvcc and g++ want them; not ours to warn about."""
+    """Return nvcc's and g++'s options for torch's headers, as system headers, since they are not ours to warn about."""
     from torch.utils.cpp_extension import include_paths
 
     return [part for path in include_paths() for part in ("-isystem", path)]
 
 
 def identity(case: CudaCase, arch: str) -> str:
-    """Equal for two cases that one version of nvcc compiles to the same kernels, on whatever machine.
+    """Return a digest that is equal for two cases that one version of nvcc compiles to the same kernels on any machine.
 
     It covers the source and every header it includes from its own folder and the `-I` folders. System headers
-    (`-isystem`) count as the compiler's.
+    (`-isystem`) count as part of the compiler.
     """
     folders = [Path(flag.removeprefix("-I")) for flag in case.flags if flag.startswith("-I")]
     kept = [flag for flag in case.flags if not flag.startswith("-I") and not Path(flag).is_absolute()]
@@ -64,10 +64,10 @@ def identity(case: CudaCase, arch: str) -> str:
 
 
 def measure(case: CudaCase, arch: str, output: Path | None = None) -> Entries:
-    """{"case/kernel": figures} of every kernel of `case`, for "sm_80", "sm_90a" ...
+    """Return {"case/kernel": figures} for every kernel of `case`, for "sm_80", "sm_90a" ...
 
     `output` keeps an object file, for which the host's code is compiled too. Raises RuntimeError with the compiler's
-    words if there is an error.
+    output if there is an error.
     """
     with tempfile.TemporaryDirectory() as folder:
         binary = output or Path(folder, "kernels.cubin")
@@ -90,7 +90,7 @@ def measure(case: CudaCase, arch: str, output: Path | None = None) -> Entries:
 
 
 def parse(listing: str) -> Entries:
-    """What `ptxas -v` says, by symbol. `spill_bytes` are stores and loads of registers that had no place."""
+    """Return what `ptxas -v` says, by symbol; `spill_bytes` counts stores and loads of registers that had no place."""
     entries = {}
     for part in listing.split("Compiling entry function ")[1:]:
         stack, stores, loads = re.search(
@@ -107,7 +107,10 @@ def parse(listing: str) -> Entries:
 
 
 def kernel_name(symbol: str) -> str:
-    """The kernel's name in C++, with its parameters; of ours, `entry<Kernel<...>>(...)`, the `Kernel<...>` alone."""
+    """Return the kernel's name in C++, with its parameters.
+
+    Of our own `entry<Kernel<...>>(...)`, only the `Kernel<...>` is returned.
+    """
     demangler = shutil.which("c++filt") or shutil.which("cu++filt")
     if demangler is None:
         return symbol

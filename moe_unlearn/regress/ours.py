@@ -1,7 +1,7 @@
-"""Our own cases: each of the eight ops, forward and gradients, over dtypes and routing patterns.
+"""Define our own cases: each of the eight ops, forward and gradients, over dtypes and routing patterns.
 
-Small enough for a CPU (all of them in seconds). The values of gradients and hidden states are random normal, those of
-float64 results small integers whose sums are exact, since no wider truth exists to hold them against.
+They are small enough for a CPU (all of them take seconds). Gradients and hidden states are random normal. Ops with
+float64 results get small integers whose sums are exact, since no wider truth exists to compare with.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ ORIGIN = "moe_unlearn.regress.ours"
 
 
 def register_all(impl: str = "auto") -> list[Case]:
-    """Register our cases with the implementation `impl` of every op; earlier ones are replaced."""
+    """Register our cases with the implementation `impl` of every op, replacing earlier ones, and return them."""
     forget(ORIGIN)
     return [register(case) for case in cases(impl)]
 
 
 def cases(impl: str = "auto") -> list[Case]:
-    """Our cases, each op called with impl=`impl`; not registered."""
+    """Return our cases, each op called with impl=`impl`, without registering them."""
     makers = (_route, _retain_weights, expert_mlp, expert_wgrad, token_loss, _gram, _weight_score, _masked_update)
     return [
         dataclasses.replace(case, tags=frozenset({"ours", *case.name.split("/")}), origin=ORIGIN)
@@ -73,7 +73,7 @@ def _route_inputs(seed, *, tokens, experts, top_k, routing):
 
 
 def _call_route(function, top_k_index, num_experts, group, log_tilt, log_weight, **choice):
-    """The op adds to log_weight in place: it is given a copy, which is returned."""
+    """Call the op on a copy of log_weight, to which it adds in place, and return the copy too."""
     added = log_weight.clone()
     made = function(top_k_index, num_experts, group=group, num_groups=2, log_tilt=log_tilt, log_weight=added, **choice)
     return {**made._asdict(), "log_weight": added}
@@ -108,7 +108,7 @@ def _call_retain_weights(members, target, *, cap, impl):
 
 def _retain_weights_truth(members, target, *, cap):
     made = ops.retain_weights_ref(members, target, cap=cap)
-    # in float64 from the tilt: the op itself returns float32
+    # computed in float64 from the tilt, because the op itself returns float32
     weights = (made.bias + members.double() @ made.tilt.to(members.device)).exp()
     weights = weights if cap is None else weights.clamp_max(cap)
     return {"weights": weights.to(target.dtype), "achieved": made.achieved.to(target.dtype)}
@@ -137,7 +137,7 @@ def _gram(impl: str) -> Iterator[Case]:
 
 
 def _gram_inputs(seed, *, objectives, rows, columns, dtype):
-    """Sums of products that float64 holds exactly and, for float32 gradients, float32 does not."""
+    """Return inputs whose sums of products float64 holds exactly and, for float32 gradients, float32 does not."""
     high = 2000 if dtype == "float32" else 100
     sets = [
         [integers(*shape, low=-high, high=high, seed=10 * seed + 2 * i + p, dtype=DTYPES[dtype])
@@ -177,7 +177,10 @@ def _weight_score_inputs(seed, *, rows, columns, dtype):
 
 
 def _score_parts(weight, grad_forget, grad_retain, *, impl):
-    """Score, both histograms and a mask; the integers of the float32 score, also where float64 is the truth."""
+    """Return the score, both histograms and a mask.
+
+    The integers are those of the float32 score, also where float64 is the truth.
+    """
     terms = (weight, grad_forget, grad_retain)
     narrow = [t.float() for t in terms]
     prefix, threshold = 0x3F80, 0x3F800000  # around 1.0
@@ -236,5 +239,5 @@ def _adamw_step(param, grad, first, second, mask, slices, *, rounding, impl):
 
 
 def _rounding(param: Tensor, rounding: str) -> str:
-    """float64 is not rounded at all."""
+    """Return the rounding to use; float64 is not rounded at all."""
     return "nearest" if param.dtype == torch.float64 else rounding

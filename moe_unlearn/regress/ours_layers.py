@@ -1,4 +1,4 @@
-"""Our cases of the ops that are differentiable or make gradients: expert_mlp, expert_wgrad, token_loss; see `ours`."""
+"""Define our cases of the ops that are differentiable or make gradients: expert_mlp, expert_wgrad, token_loss."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -17,18 +17,18 @@ PATTERNS = ("uniform", "skewed", "one_expert", "half_empty")
 
 
 def normal_of(seed: int) -> Callable[..., Tensor]:
-    """A function of a shape: normal numbers, one after the other from one seed."""
+    """Return a function of a shape that gives normal numbers, one after the other from one seed."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(shape, generator=generator)
 
 
 def packed_mask(seed: int, *shape: int) -> Tensor:
-    """A packed mask that keeps about half."""
+    """Return a packed mask that keeps about half."""
     return pack_bits(torch.rand(shape, generator=torch.Generator().manual_seed(seed + 1)) < 0.5)
 
 
 def expert_index(pattern: str, tokens: int, experts: int, top_k: int, seed: int) -> Tensor:
-    """`testing.routing`, with at most as many experts per token as there are."""
+    """Return `testing.routing`'s indices, with at most as many experts per token as there are."""
     return routing(pattern, tokens, experts, min(top_k, experts), seed=seed)
 
 
@@ -63,12 +63,12 @@ def expert_mlp(impl: str) -> Iterator[Case]:
 
 
 def _expert_mlp_inputs(seed, *, tokens, hidden, inner, experts, top_k, routing, dtype, bias):
-    """With biases the weights are transposed, as in gpt-oss."""
+    """Return the inputs of one case; with biases the weights are transposed, as in gpt-oss."""
     normal, kind = normal_of(seed), DTYPES[dtype]
     made = ops.route_ref(expert_index(routing, tokens, experts, top_k, seed), experts)
     w1, w2 = normal(experts, 2 * inner, hidden) / hidden**0.5, normal(experts, hidden, inner) / inner**0.5
     inputs = {
-        # with biases large enough for the clamp of gpt-oss to matter
+        # with biases, large enough for the clamp of gpt-oss to matter
         "hidden_states": (normal(tokens, hidden) * (4 if bias else 1)).to(kind),
         "top_k_weights": (normal(tokens, min(top_k, experts)).abs() + 0.1).to(kind),
         "sorted_rows": made.sorted_rows,
@@ -106,7 +106,7 @@ def _expert_wgrad_inputs(seed, *, tokens, hidden, inner, experts, top_k, routing
     made = ops.route_ref(expert_index(routing, tokens, experts, top_k, seed), experts)
     rows = len(made.sorted_rows)
     normal = normal_of(seed)
-    if part == "inner":  # float64 out: integers, whose sums are exact
+    if part == "inner":  # float64 results need integers, whose sums are exact
         whole = iter(range(4 * seed, 4 * seed + 4))
         normal = lambda *shape: integers(*shape, seed=next(whole))  # noqa: E731
     inputs = {
@@ -114,7 +114,7 @@ def _expert_wgrad_inputs(seed, *, tokens, hidden, inner, experts, top_k, routing
         "input": normal(tokens, hidden).to(kind),
         "expert_offsets": made.expert_offsets,
         "input_rows": made.sorted_rows // min(top_k, experts),
-        # every second expert is trained, the last one first
+        # every second expert is trained, and the last one comes first
         "experts": torch.arange(experts - 1, -1, -2),
     }
     if part != "store":
@@ -129,7 +129,7 @@ def _store(grad, input, expert_offsets, input_rows, experts, mask=None, *, impl)
 
 
 def _adamw(grad, input, expert_offsets, input_rows, experts, mask, weight, *, impl):
-    """The weight and both moments after the second of two steps, on copies."""
+    """Return the weight and both moments after the second of two steps, on copies."""
     weight = weight.clone()
     wide = torch.promote_types(weight.dtype, torch.float32)
     m, v = (torch.zeros(len(experts), *weight.shape[1:], dtype=wide, device=weight.device) for _ in range(2))
@@ -171,14 +171,14 @@ def token_loss(impl: str) -> Iterator[Case]:
 
 
 def _token_loss_inputs(seed, *, tokens, hidden, vocabulary, kind, dtype):
-    """A third of the labels ignored, uneven weights of which some are zero or negative."""
+    """Return inputs with a third of the labels ignored and uneven weights, some of them zero or negative."""
     generator, normal, narrow = torch.Generator().manual_seed(seed + 1), normal_of(seed), DTYPES[dtype]
     labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
     labels[torch.rand(tokens, generator=generator) < 1 / 3] = -100
     h = normal(hidden, tokens).to(narrow)
     inputs = {
-        # columns are tokens: the rounding of one token's loss scales all of its gradient, so that a row of the
-        # criterion must hold many tokens
+        # columns are tokens: the rounding of one token's loss scales all of its gradient, so a row of the criterion
+        # must hold many tokens
         "hidden_states": h,
         "lm_head": (normal(hidden, vocabulary) / hidden**0.5 / (3 if kind == "uce" else 1)).to(narrow),
         "labels": labels,

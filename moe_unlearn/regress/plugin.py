@@ -1,4 +1,4 @@
-"""The plugin of `pytest_moe_unlearn`, for `-p moe_unlearn.regress.plugin` where no entry point is installed."""
+"""Offer the plugin of `pytest_moe_unlearn` to `-p moe_unlearn.regress.plugin` where no entry point is installed."""
 
 from pytest_moe_unlearn import (
     kernel_case,

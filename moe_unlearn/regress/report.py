@@ -1,4 +1,4 @@
-"""Results as text for people, as markdown, as JSON and as JUnit XML, and the exit code that they mean.
+"""Report results as text, markdown, JSON or JUnit XML, and give their exit code.
 
 0   fine
 1   a regression: less accurate, other bits under --strict, an error, slower, more registers
@@ -35,7 +35,7 @@ _WORDS = {"accurate": "as accurate", "inaccurate": "less accurate", "different":
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one case."""
+    """Result of one case."""
 
     case: str
     status: str
@@ -51,13 +51,13 @@ class Result:
 
 
 def exit_code(results: Sequence[Result]) -> int:
-    """A regression weighs more than an environment that differs, and that more than a wrong use."""
+    """Return the exit code: a regression outweighs a different environment, and that outweighs a wrong use."""
     codes = {result.code for result in results}
     return next((code for code in (REGRESSION, ENVIRONMENT, USAGE) if code in codes), FINE)
 
 
 def summary(results: Sequence[Result]) -> str:
-    """One line: how many cases, and how many of each status."""
+    """Return one line: how many cases, and how many of each status."""
     counts = Counter(result.status for result in results)
     parts = [f"{counts[status]} {_WORDS.get(status, status)}" for status in STATUSES if counts[status]]
     seconds = sum(result.seconds for result in results)
@@ -65,7 +65,7 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def text(results: Sequence[Result], *, verbose: bool = False) -> str:
-    """A line per case that is not bitwise equal (all of them if `verbose`), and the summary last."""
+    """Return a line per case that is not bitwise equal (all of them if `verbose`), and the summary last."""
     lines = []
     for result in results:
         if not (verbose or result.status not in ("equal", "unchanged") or result.speed):
@@ -78,7 +78,7 @@ def text(results: Sequence[Result], *, verbose: bool = False) -> str:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """A table, and the summary first."""
+    """Return a markdown table, with the summary first."""
     rows = ["| case | verdict | error, of the recorded | speed | remark |", "|---|---|---|---|---|"]
     for r in results:
         remark = " ".join((r.message + (f" Repro: `{r.repro}`" if r.repro else "")).split())
@@ -88,7 +88,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def to_json(results: Sequence[Result], environment: dict[str, str]) -> str:
-    """Everything, with the environment; numbers that JSON does not have are null."""
+    """Return everything as JSON, with the environment; numbers that JSON does not have are null."""
     made = {
         "exit_code": exit_code(results),
         "summary": summary(results),
@@ -110,7 +110,7 @@ def to_json(results: Sequence[Result], environment: dict[str, str]) -> str:
 
 
 def junit(results: Sequence[Result]) -> str:
-    """JUnit XML: regressions are failures, cases that could not be judged are errors."""
+    """Return JUnit XML; regressions are failures, cases that could not be judged are errors."""
     failures = sum(r.code == REGRESSION for r in results)
     errors = sum(r.code in (USAGE, ENVIRONMENT) for r in results)
     suite = ElementTree.Element(
@@ -129,7 +129,7 @@ def junit(results: Sequence[Result]) -> str:
 
 
 def store_table(entries: Sequence[Entry], *, markdown: bool = False) -> str:
-    """A line per record, the newest of each case first, and a count."""
+    """Return a line per record, the newest of each case first, and a count."""
     head = ("case", "recorded", "torch", "kernel", "yardstick", "largest RMS error", "remark")
     rows = [tuple(_row(entry)) for entry in entries]
     if markdown:
@@ -155,17 +155,17 @@ def _row(entry: Entry) -> Iterator[str]:
 
 
 def criterion(found: Alarms) -> str:
-    """One line: how far verdicts can be trusted on this machine."""
+    """Return one line that says how far verdicts can be trusted on this machine."""
     return f"criterion on {cpu()}: {found} (a short run; `kernels selftest` has a longer one)"
 
 
 def store_json(entries: Sequence[Entry]) -> str:
-    """The records as they are, each with its SHA-256."""
+    """Return the records as they are, each with its SHA-256, as JSON."""
     return json.dumps([{"sha256": entry.sha256, **entry.content} for entry in entries], indent=1)
 
 
 def write(path: Path, content: str) -> None:
-    """Write a report so that it is wholly there or not at all."""
+    """Write a report whole or not at all."""
     write_text(path, content + "\n")
 
 
@@ -175,5 +175,5 @@ def _ratio(result: Result) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without the control characters that XML forbids."""
+    """Return the text with "?" for the control characters that XML forbids."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)

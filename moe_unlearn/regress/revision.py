@@ -1,9 +1,9 @@
-"""This tree against a git revision of it: the same cases in two processes whose rounds take turns.
+"""Compare this tree with a git revision of it: the same cases run in two processes whose rounds take turns.
 
 The revision is checked out into a temporary git worktree, which is removed whatever happens; no file of the user's
 tree is touched. Its native library is copied from this tree where the sources are the same, else built there. Each
-side is a `worker` process that runs its own tree's kernels: for this project under this tree's cases, for a user's
-`--module FILE.py` those of the file as it is in each tree.
+side is a `worker` process that runs its own tree's kernels. For this project both run this tree's cases; for a user's
+`--module FILE.py`, each runs those of the file in its own tree.
 
 Two processes differ in more than their kernels: where their memory lies, which core they run on. With one thread both
 are bound to one core, which they use in turns, and a head that is slower must be so in CONFIRMATIONS more pairs of
@@ -40,7 +40,7 @@ _NATIVE_SOURCES = ("csrc", "setup.py")
 
 
 class WorkerError(RuntimeError):
-    """One side failed; the message is that of its error, or the last it wrote before it died."""
+    """Error of one side; the message is that of its error, or the last it wrote before it died."""
 
 
 def compare(
@@ -57,18 +57,18 @@ def compare(
     build: Sequence[str] | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> list[Result]:
-    """Hold the kernels of this tree against those of `revision`, in numbers and then in speed.
+    """Compare the kernels of this tree with those of `revision`, in numbers and then in speed.
 
     Args:
         revision: anything git resolves to a commit, in the repository of the first module, or else of this package.
-        modules: files with cases, all in one repository; without any our own cases run.
-        patterns, tags, impl, device, seed, strict: as of `moe-unlearn kernels compare`.
+        modules: files with cases, all in one repository; without any, our own cases run.
+        patterns, tags, impl, device, seed, strict: as in `moe-unlearn kernels compare`.
         build: a command to run in the worktree before anything is imported from it; the default for this project
             builds its native library.
         say: called with lines of progress.
 
-    A case of which the revision has no working kernel is "new". Raises ValueError for what is no repository, no
-    revision, or has no matching case; WorkerError where a side cannot start.
+    A case of which the revision has no working kernel is "new". Raises ValueError if there is no repository, no such
+    revision, or no matching case, and WorkerError where a side cannot start.
     """
     repository, files = _repository(modules)
     commit = _git(repository, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
@@ -84,12 +84,12 @@ def compare(
 
 @contextmanager
 def checked_out(repository: Path, commit: str) -> Iterator[tuple[Path, Path]]:
-    """(a worktree with `commit`, an empty folder beside it), both removed in the end."""
+    """Yield a worktree with `commit` and an empty folder beside it, both removed in the end."""
     with tempfile.TemporaryDirectory(prefix="moe-unlearn-base-", ignore_cleanup_errors=True) as folder:
         tree, scratch = Path(folder, "tree"), Path(folder, "scratch")
         scratch.mkdir()
         try:
-            # the user's hooks are for the user's checkouts
+            # the user's hooks are meant for the user's checkouts
             _run(["git", "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--quiet", "--detach", tree, commit],
                  repository)  # fmt: skip
             yield tree, scratch
@@ -102,7 +102,7 @@ def checked_out(repository: Path, commit: str) -> Iterator[tuple[Path, Path]]:
 
 
 def _repository(modules: Sequence[str | Path]) -> tuple[Path, list[Path]]:
-    """Root of the repository, and the modules relative to it."""
+    """Return the root of the repository, and the modules relative to it."""
     paths = [Path(path).resolve() for path in modules]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise ValueError(f"--module expects Python files; got {', '.join(missing)}")
@@ -117,7 +117,7 @@ def _repository(modules: Sequence[str | Path]) -> tuple[Path, list[Path]]:
 
 
 def _prepare(repository: Path, commit: str, tree: Path, build: Sequence[str] | None) -> str:
-    """Build the worktree; one line that says what was done."""
+    """Build the worktree and return one line that says what was done."""
     ours = all((tree / name).exists() for name in ("moe_unlearn", *_NATIVE_SOURCES))
     if build is None and not ours:
         return f"base {commit[:9]}: nothing to build"
@@ -139,7 +139,7 @@ def _prepare(repository: Path, commit: str, tree: Path, build: Sequence[str] | N
 
 def _results(sides: list["_Side"], seed: int, speed: bool, strict: bool, say: Callable) -> list[Result]:
     with ExitStack() as stack:
-        # head first: where it cannot start, nothing else needs to
+        # head starts first, because nothing else needs to start if it cannot
         head, base = (stack.enter_context(side) for side in sides)
         if not head.cases:
             raise ValueError("no case of this tree matches; see kernels list")
@@ -192,7 +192,7 @@ def _decide(name: str, base: "_Side", head: "_Side", seed: int, numerics: bool) 
 
 
 def _pairs(name: str, base: "_Side", head: "_Side", seed: int) -> Iterator[tuple[float, float]]:
-    """Rounds for `timing.decide`; the clock moves by what the workers say."""
+    """Yield rounds for `timing.decide`; the clock moves by what the workers report."""
     now = 0.0
 
     def contender(side: "_Side") -> Callable[[], None]:
@@ -210,7 +210,7 @@ def _pairs(name: str, base: "_Side", head: "_Side", seed: int) -> Iterator[tuple
 
 @dataclass
 class _Side:
-    """A worker process on one tree."""
+    """Worker process on one tree."""
 
     name: str
     tree: Path
@@ -233,7 +233,7 @@ class _Side:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(BrokenPipeError):  # of a question that a dead worker did not hear
+            with suppress(BrokenPipeError):  # data of a request that a dead worker never read
                 pipe.close()
         self._process = None
 
@@ -248,7 +248,7 @@ class _Side:
         worker = Path(__file__).with_name("worker.py")
         self._errors = tempfile.TemporaryFile(dir=self.scratch)
         try:
-            # a Ctrl-C between the start and its result would leave a process that nobody knows
+            # a Ctrl-C between the start and its result would leave a process without an owner
             with _interrupts_held():
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", worker, self.tree, package, PACKAGE],
@@ -269,7 +269,7 @@ class _Side:
         self.cases, self.fingerprint = answer["cases"], answer["fingerprint"]
 
     def ask(self, what: str, **arguments) -> dict:
-        """The worker's answer; WorkerError where it has none."""
+        """Return the worker's answer; raise WorkerError where it has none."""
         try:
             self._process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
             self._process.stdin.flush()
@@ -293,7 +293,7 @@ class _Side:
         for key, value in load_file(path).items():
             part, _, output = key.partition(" ")
             parts[part][output] = value
-        # the reference itself stays in the worker; what its roundings make is fetched where a verdict needs it
+        # the reference itself stays in the worker; its random roundings are fetched only where a verdict needs them
         baseline = {k: Baseline(v, functools.partial(self._rounded, k)) for k, v in parts["actual"].items()}
         return numeric.Evaluation(inputs, parts["actual"], baseline, parts["gold"])
 
@@ -305,7 +305,7 @@ class _Side:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """A Ctrl-C inside acts behind it; in other threads, which get none, nothing is held."""
+    """Delay a Ctrl-C inside until the end; other threads receive none, so nothing is delayed there."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -320,8 +320,8 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _git(where: Path, *arguments: str) -> str | None:
-    """What git prints; None where it fails."""
-    # bytes: a path need not be text of the locale
+    """Return what git prints, or None where it fails."""
+    # bytes, because a path need not be text of the locale
     done = subprocess.run(["git", "-C", where, *arguments], capture_output=True)
     return None if done.returncode else os.fsdecode(done.stdout).strip()
 

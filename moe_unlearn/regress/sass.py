@@ -1,4 +1,4 @@
-"""What compiled kernels cost and which instructions they are made of, read from their machine code."""
+"""Read from machine code what compiled kernels cost and which instructions they consist of."""
 
 import functools
 import importlib.util
@@ -17,12 +17,12 @@ _FLOAT_ATOMIC_INSTRUCTION = re.compile(r"(?:RED|ATOM)\w*\..*\.(?:F16|BF16|F32|F6
 
 
 class NoDisassembler(RuntimeError):
-    """Neither CUDA's toolkit nor Triton's wheel is there to read machine code."""
+    """Error for missing tools: neither CUDA's toolkit nor Triton's wheel is there to read machine code."""
 
 
 @functools.cache
 def disassembler() -> str:
-    """Path of cuobjdump: the one in Triton's wheel, else the one of CUDA's toolkit. NoDisassembler without both."""
+    """Return the path of cuobjdump, from Triton's wheel or else CUDA's toolkit; raise NoDisassembler without both."""
     triton = importlib.util.find_spec("triton")
     bundled = None if triton is None else Path(triton.origin).parent / "backends" / "nvidia" / "bin"
     found = (bundled and shutil.which("cuobjdump", path=bundled)) or shutil.which("cuobjdump")
@@ -32,7 +32,7 @@ def disassembler() -> str:
 
 
 def read(cubin: bytes, ttir: str, shared_bytes: int, tensor_memory: int) -> dict[str, int]:
-    """The figures of `parse` for the binary of one Triton kernel."""
+    """Return the figures of `parse` for the binary of one Triton kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -41,14 +41,15 @@ def read(cubin: bytes, ttir: str, shared_bytes: int, tensor_memory: int) -> dict
 
 
 def parse(resources: str, code: str, ttir: str, shared_bytes: int, tensor_memory: int) -> dict[str, int]:
-    """`spills` counts loads and stores of local memory; `atomics` is what the kernel asks for, of any type.
+    """Return the figures of a kernel from its resource usage, machine code and Triton IR.
 
-    The other counts are instructions. The compiler's own atomics (descriptors, tensor memory) do not count.
+    `spills` counts loads and stores of local memory; `atomics` counts those the kernel asks for, of any type. The
+    other counts are instructions. The compiler's own atomics (descriptors, tensor memory) do not count.
     """
     registers, stack = map(int, _RESOURCES.search(resources).groups())
     counted = mix(code)
     atomics = _ATOMIC.findall(ttir)
-    # in either form: a float addition may become a compare-and-swap loop or a bulk reduction in machine code
+    # counted in either form: a float addition may become a compare-and-swap loop or a bulk reduction in machine code
     float_atomics = max(sum(bool(_FLOAT_ATOMIC.search(line)) for line in atomics), counted.pop("float_atomics"))
     return {
         "registers": registers,
@@ -63,7 +64,7 @@ def parse(resources: str, code: str, ttir: str, shared_bytes: int, tensor_memory
 
 
 def mix(code: str) -> dict[str, int]:
-    """How many instructions of each kind that matters; ValueError if `code` has none at all."""
+    """Return how many instructions of each relevant kind there are; raise ValueError if `code` has none at all."""
     instructions = _INSTRUCTION.findall(code)
     if not instructions:
         raise ValueError("no instruction found in the disassembly")
@@ -83,7 +84,7 @@ def mix(code: str) -> dict[str, int]:
 
 
 def functions(binary: Path) -> dict[str, str]:
-    """Symbol -> disassembly of every kernel in a cubin, an object or a library."""
+    """Return symbol -> disassembly for every kernel in a cubin, an object or a library."""
     _, *parts = _FUNCTION.split(_run(disassembler(), "-sass", binary))
     return dict(zip(parts[::2], parts[1::2], strict=True))
 

@@ -1,11 +1,11 @@
-"""Seeded numeric bugs: wrong versions of kernels, each of which `numeric` must tell from what was recorded.
+"""Seed numeric bugs: wrong versions of kernels, each of which `numeric` must tell from what was recorded.
 
-Half of them break one of our ops, through its arguments or results, half are small kernels of every day. Beside them
-stand harmless changes (other orders of the same additions, other but equal formulas), which must not be called wrong.
-`run` records each right kernel, judges each wrong one against that record, and counts.
+Half of them break one of our ops, through its arguments or results; half are small everyday kernels. There are also
+harmless changes (other orders of the same additions, other but equal formulas), which must not be called wrong. `run`
+records each right kernel, judges each wrong one against that record, and counts.
 
-What the criterion allows is not among them: an RMS error below a quarter of a unit in the last place, such as rounding
-towards zero in a tensor most of which stays untouched. `--strict` sees that, as it sees every other bit.
+Errors that the criterion allows are not among them: an RMS error below a quarter of a unit in the last place, such as
+rounding towards zero in a tensor most of which stays untouched. `--strict` sees that, as it sees every other bit.
 
 Source: our specification; the kinds are those of mutation testing and of the known bugs of MoE kernels.
 """
@@ -23,7 +23,7 @@ from moe_unlearn.regress import numeric, ours
 from moe_unlearn.regress.seeded_kernels import CASES, KERNEL_BUGS, KERNEL_CHANGES
 from moe_unlearn.testing import yardstick
 
-# a wrong version of the kernel it is given
+# turns the kernel it is given into a wrong version
 Break = Callable[[Callable], Callable]
 
 
@@ -37,7 +37,7 @@ class Bug(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What `run` counted; `missed` and `alarms` name the bugs not found and the harmless changes called wrong."""
+    """Counts of `run`; `missed` and `alarms` name the bugs not found and the harmless changes called wrong."""
 
     bugs: int
     missed: list[str]
@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
 
 
 def rows(row: Callable) -> Iterator:
-    """The outcome as rows of a table: row(check, limit, measured, at_most=..., note=...)."""
+    """Yield the outcome as rows of a table: row(check, limit, measured, at_most=..., note=...)."""
     outcome = run()
     note = "; ".join(outcome.missed) or f"{outcome.bugs} bugs"
     yield row("seeded numeric bugs: found", 1.0, outcome.found / outcome.bugs, note=note)
@@ -95,7 +95,7 @@ def run(bugs: Sequence[Bug] | None = None, changes: Sequence[Bug] | None = None,
 
 
 def _argument(name: str, change: Callable[[Tensor], Tensor]) -> Break:
-    """The kernel is given another value of one argument."""
+    """Return a break that gives the kernel another value of one argument."""
     return lambda kernel: lambda **inputs: kernel(**{**inputs, name: change(inputs[name])})
 
 
@@ -104,7 +104,7 @@ def _without(name: str) -> Break:
 
 
 def _result(change: Callable[[Tensor], Tensor], name: str | None = None) -> Break:
-    """The kernel's result, or the named one of its results, is changed."""
+    """Return a break that changes the kernel's result, or the named one of its results."""
 
     def broken(kernel: Callable) -> Callable:
         def call(**inputs):
@@ -117,7 +117,7 @@ def _result(change: Callable[[Tensor], Tensor], name: str | None = None) -> Brea
 
 
 def _gradient(name: str, change: Callable[[Tensor], Tensor]) -> Break:
-    """The gradient of one input is changed, no value."""
+    """Return a break that changes the gradient of one input, but no value."""
 
     def broken(kernel: Callable) -> Callable:
         def call(**inputs):
@@ -132,19 +132,19 @@ def _gradient(name: str, change: Callable[[Tensor], Tensor]) -> Break:
 
 
 def _instead(other: Callable) -> Break:
-    """Another function in place of the kernel."""
+    """Return a break that puts another function in place of the kernel."""
     return lambda kernel: other
 
 
 def _put(value: Tensor, index, new) -> Tensor:
-    """A copy with value[index] = new."""
+    """Return a copy with value[index] = new."""
     copy = value.clone()
     copy[index] = new
     return copy
 
 
 def _cut_half(gate_up: Tensor) -> Tensor:
-    """Gate and up exchanged."""
+    """Return the projection with gate and up exchanged."""
     gate, up = gate_up.chunk(2, 1)
     return torch.cat([up, gate], 1)
 
@@ -154,7 +154,7 @@ def _last_expert_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
 
 
 def _reversed_within(kernel: Callable) -> Callable:
-    """The rows of each expert in reverse order: a sort that is not stable."""
+    """Return a kernel that reverses the rows of each expert, like a sort that is not stable."""
 
     def call(**inputs):
         made = kernel(**inputs)
@@ -166,7 +166,7 @@ def _reversed_within(kernel: Callable) -> Callable:
 
 
 def _clipped(members, target):
-    """The cap applied to the solution without one, then normalised: TRACE's classical mistake."""
+    """Return weights clipped after a solution without the cap, then normalised: TRACE's classical mistake."""
     made = ops.retain_weights(members, target)
     weights = made.weights.clamp_max(1.5)
     weights = weights / weights.mean()
@@ -175,7 +175,7 @@ def _clipped(members, target):
 
 
 def _gram32(gradients, masks):
-    """Products and sums in the dtype of the gradients' float32."""
+    """Return the Gram matrix with products and sums in float32 instead of float64."""
     total = 0
     for tensors, mask in zip(zip(*gradients, strict=True), masks, strict=True):
         kept = 1.0 if mask is None else unpack_bits(mask, tensors[0].shape[-1]).float()
@@ -185,7 +185,7 @@ def _gram32(gradients, masks):
 
 
 def _adamw(**change) -> Break:
-    """masked_update's AdamW with another option."""
+    """Return a break that calls masked_update's AdamW with another option."""
 
     def other(param, grad, first, second, mask, slices):
         param, first, second = param.clone(), first.clone(), second.clone()

@@ -1,4 +1,4 @@
-"""Small kernels of every day, and wrong versions of them; see `seeded`."""
+"""Define small everyday kernels, and wrong versions of them, for `seeded`."""
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def product(a, b):
 
 
 def matmul(a, b, block=64):
-    """Blocks of the inner dimension, added in order."""
+    """Compute a @ b in blocks of the inner dimension, added in order."""
     parts = zip(a.split(block, 1), b.split(block, 0), strict=True)
     return sum(x @ y for x, y in parts)
 
@@ -69,7 +69,7 @@ def _matmul_inputs(dtype):
 
 
 def _rows_inputs(seed, rows, columns):
-    # large values, rows far apart: a softmax that does not subtract each row's maximum overflows
+    # large values, and rows far apart: a softmax that does not subtract each row's maximum overflows
     x, offset = _normal(seed, (rows, columns), (rows, 1))
     return {"x": 20 * x + 500 * offset}
 
@@ -163,7 +163,7 @@ def _mask_off_by_one(q, k, v):
 
 
 def _mask_finite(q, k, v):
-    """Hidden scores are not small enough: what is hidden shines through."""
+    """Compute attention with scores that hide too little, so that hidden values still have an effect."""
     scores = q @ k.t() / q.shape[1] ** 0.5
     future = torch.ones_like(scores, dtype=torch.bool).triu(1)
     return torch.softmax(scores.masked_fill(future, -10.0), -1) @ v
@@ -174,7 +174,7 @@ def _unscaled(q, k, v):
 
 
 def _mask_all_rows(q, k, v):
-    """The first row sees nothing: NaN."""
+    """Compute attention whose first row sees nothing, which gives NaN."""
     scores = q @ k.t() / q.shape[1] ** 0.5
     return torch.softmax(scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(0), -torch.inf), -1) @ v
 
@@ -189,7 +189,7 @@ def _pairs_interleaved(x, angle):
 
 
 def _atomics_lost(values, segment):
-    """Of the rows of one segment the last one wins."""
+    """Add the rows of each segment wrongly: only its last row counts."""
     return values.new_zeros(int(segment.max()) + 2, values.shape[1]).index_copy(0, segment, values)
 
 

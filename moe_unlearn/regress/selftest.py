@@ -1,16 +1,15 @@
-"""How honest the verdicts are, measured: false alarms among equals, and slow-downs and bugs that are found.
+"""Measure how honest the verdicts are: false alarms among equals, and the slow-downs and bugs that are found.
 
     python -m moe_unlearn.regress.selftest [--real] [--comparisons N]
 
-Performance: comparisons of a kernel with itself, and with itself 10 % slower, on the recorded noise of `noise.py`
-(each trace by itself: a limit holds on the worst) through the same code that times kernels. Any verdict but "same"
+Performance: a kernel is compared with itself, and with itself 10 % slower, on the recorded noise of `noise.py`
+(each trace by itself, so a limit holds on the worst) through the same code that times kernels. Any verdict but "same"
 among equals counts as a false alarm. With `--real` a real kernel runs on the real clock instead.
 
-Defences: each way to fool a measurement, by a kernel that does it, and an honest kernel that must pass.
+Defences: a kernel for each way to fool a measurement must be flagged, and an honest kernel must pass.
 
-Numbers: the bugs of `seeded.py`, each of which must be found; correct results in many orders of sums, held against
-the harshest yardstick by `alarms.py`: none is called wrong, and the fitted rate of false alarms is that of this
-machine.
+Numbers: each bug of `seeded.py` must be found. Correct results in many orders of sums are judged by the harshest
+yardstick in `alarms.py`: none may be called wrong, and the fitted rate of false alarms is that of this machine.
 """
 
 import argparse
@@ -50,7 +49,7 @@ class Row:
 def performance(
     traces: Iterable[noise.Trace], comparisons: int = COMPARISONS, seed: int = 0, **options
 ) -> Iterator[Row]:
-    """Two rows for each trace; `options` go to `timing.decide`."""
+    """Yield two rows for each trace; `options` go to `timing.decide`."""
     for trace in traces:
         starts = random.Random(seed)
 
@@ -61,7 +60,7 @@ def performance(
 
 
 def real(seconds: float, size: int = 160, seed: int = 0) -> Iterator[Row]:
-    """The same on the real clock, as often as fits into `seconds`: a GEMM of `size`, its rows 10 % more."""
+    """Yield the same two rows on the real clock, within `seconds`: a GEMM of `size`, and one with 10 % more rows."""
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(size * 10, size, generator=generator) for _ in range(2))
     work = {1.0: a, SLOW_DOWN: torch.cat([a, b[:size]])}
@@ -92,7 +91,7 @@ def _rates(
 
 
 def defences() -> Iterator[Row]:
-    """Every adversary of `defence` is flagged for what it does, and the honest kernel for nothing."""
+    """Yield rows on whether `defence` flags every adversary for what it does, and the honest kernel for nothing."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for name, kind, findings in defence.prove(device):
             if kind:
@@ -104,7 +103,7 @@ def defences() -> Iterator[Row]:
 
 
 def numbers() -> Iterator[Row]:
-    """The seeded numeric bugs, where this installation has them, and the criterion's false alarms on this machine."""
+    """Yield rows on the seeded numeric bugs, if installed, and on the criterion's false alarms on this machine."""
     if importlib.util.find_spec("moe_unlearn.regress.seeded"):
         from moe_unlearn.regress import seeded
 
@@ -116,7 +115,7 @@ def numbers() -> Iterator[Row]:
 
 
 def table(rows: Iterable[Row]) -> Iterator[str]:
-    """check, limit, measured, verdict; line by line as the rows come."""
+    """Yield check, limit, measured value and verdict, line by line as the rows come."""
     yield f"{'check':60} {'limit':>9} {'measured':>9}  verdict"
     for row in rows:
         small = 0 < row.limit < 1e-3
@@ -127,7 +126,7 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 0 if every limit is met, else 1."""
+    """Print the table; return 0 if every limit is met, else 1."""
     parser = argparse.ArgumentParser(prog="selftest", description=__doc__.split("\n")[0])
     parser.add_argument("--real", action="store_true", help="time a real kernel on the real clock; minutes")
     parser.add_argument("--seconds", type=float, default=300.0, help="of the real clock (default: %(default)g)")

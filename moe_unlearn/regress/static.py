@@ -1,8 +1,8 @@
-"""Static verdicts, without a GPU: does a kernel still compile to as few registers, spills and shared bytes?
+"""Give static verdicts without a GPU: whether kernels still compile to as few registers, spills and shared bytes.
 
-Triton kernels are compiled ahead of time and CUDA kernels by nvcc, for an architecture of choice; the machine code is
-read and compared with a ledger: the one shipped for the kernels of this package, `static.json` in the store of a user
-for theirs. Compiling is a function of source, compiler and architecture, so verdicts have no noise.
+Triton kernels are compiled ahead of time and CUDA kernels by nvcc, for an architecture of choice. The machine code is
+read and compared with a ledger: the shipped one for the kernels of this package, `static.json` in a user's store for
+the user's kernels. Compiling is a function of source, compiler and architecture, so verdicts have no noise.
 
     moe-unlearn kernels check --static sm_90                                     our kernels
     moe-unlearn kernels record --static sm_90 --module softmax.py --store DIR    a user's; see `static_case`
@@ -22,7 +22,7 @@ __all__ = [
     "registered", "table",
 ]  # fmt: skip
 
-LEDGER_NAME = "static.json"  # in a store
+LEDGER_NAME = "static.json"  # its name in a store
 COLUMNS = {
     "registers": "regs", "stack_bytes": "stack", "spills": "spill", "spill_bytes": "spill B", "shared_bytes": "shared",
     "tensor_memory": "tmem", "hgmma": "HGMMA", "hmma": "HMMA", "utcmma": "UTCMMA", "tma": "TMA",
@@ -32,20 +32,20 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Report:
-    """`problems`: a line each, empty if all is well. `notes`: what could not be compiled or compared, and why."""
+    """Findings: `problems` has a line each, `notes` says what could not be compiled or compared, and why."""
 
     measured: Ledger
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    compared: int = 0  # entries that were held against the ledger
+    compared: int = 0  # entries that were compared with the ledger
 
     @property
     def exit_code(self) -> int:
-        """0 fine, 1 something got worse, 3 nothing could be compared on this machine."""
+        """Return 0 if all is fine, 1 if something got worse, 3 if nothing could be compared on this machine."""
         return 1 if self.problems else 0 if self.compared else 3
 
     def summary(self) -> str:
-        """One line."""
+        """Return one line that sums the report up."""
         entries = sum(len(entries) for by_arch in self.measured.values() for entries in by_arch.values())
         problems = f"{len(self.problems)} problem{'s' * (len(self.problems) != 1)}"
         return f"static: {entries} kernels compiled or known, {self.compared} compared with the ledger, {problems}"
@@ -63,17 +63,17 @@ def check(
     """Compile for `architectures` ("sm_80", "sm_90", "sm_100" ...) and compare with `ledger`.
 
     Without `modules` the kernels are ours and `ledger` is the shipped one; then spills and float atomics are problems
-    whatever is recorded. With `modules` (paths or dotted names) the kernels are those they register, and `ledger` is
-    to be given. `kernels` selects entries: patterns, or the first parts of names ("route", "route/_count_kernel").
+    whatever is recorded. With `modules` (paths or dotted names) the kernels are those they register, and `ledger`
+    must be given. `kernels` selects entries: patterns, or the first parts of names ("route", "route/_count_kernel").
     A launch whose kernel, arguments and options are those of the ledger's entry is not compiled again unless
-    `everything` is asked for, except a tenth of them that rotates with the day.
+    `everything` is asked for, except for a tenth of them that rotates with the day.
 
-    Nothing is written but Triton's cache. `where` is what `compile.run` takes: `compilers` ("triton", "nvcc"),
+    Only Triton's cache is written. `where` holds what `compile.run` takes: `compilers` ("triton", "nvcc"),
     `triton_folder`, `cache_folder`. Raises ValueError for an unknown architecture or a module that cannot be loaded,
-    CorruptLedger (a ValueError) for a damaged ledger, RuntimeError if the compiling process dies.
+    CorruptLedger (a ValueError) for a damaged ledger, and RuntimeError if the compiling process dies.
     """
     path = _ledger_path(ledger, modules)
-    recorded = ledgers.read(path)  # damaged: say so before minutes of compiling
+    recorded = ledgers.read(path)  # read first, to report damage before minutes of compiling
     report = _compile(architectures, kernels, modules, None if everything else path, where)
     compared, rule = 0, ledgers.failures if modules else ledgers.violations
     for compiler, by_arch in report.measured.items():
@@ -100,11 +100,11 @@ def record(
 ) -> Report:
     """Write what `check` would measure into `ledger`; entries of other compilers, architectures and kernels stay.
 
-    The report's `notes` say what changed for the worse, `problems` what may not be recorded: then nothing is written.
-    Arguments and errors are those of `check`.
+    The report's `notes` say what changed for the worse, its `problems` what may not be recorded. If there are
+    problems, nothing is written. Arguments and errors are those of `check`.
     """
     path = _ledger_path(ledger, modules)
-    recorded = ledgers.read(path)  # damaged: say so before minutes of compiling
+    recorded = ledgers.read(path)  # read first, to report damage before minutes of compiling
     report = _compile(architectures, kernels, modules, None if everything else path, where)
     count, rule = 0, ledgers.failures if modules else ledgers.violations
     for compiler, by_arch in report.measured.items():
@@ -121,7 +121,7 @@ def record(
 
 
 def table(measured: Ledger) -> str:
-    """The figures as text: a block for each compiler and architecture, a line for each kernel; "·" is 0."""
+    """Return the figures as text: a block for each compiler and architecture, a line for each kernel; "·" is 0."""
     lines = []
     for compiler, by_arch in measured.items():
         for arch, entries in by_arch.items():

@@ -1,4 +1,4 @@
-"""What is examined without a GPU: a Triton kernel in one specialisation, what a launcher launches, a CUDA file.
+"""Define what is examined without a GPU: a Triton kernel in one specialisation, a launcher's launches, a CUDA file.
 
 A module of yours that calls `register` is found by `moe-unlearn kernels check --static sm_90 --module PATH`:
 
@@ -20,8 +20,8 @@ class TritonCase:
 
     `signature` maps an argument to its type: "*bf16" a pointer, "i32", "fp32" ..., with ":16" where 16 divides the
     value or address (torch allocates tensors that way, and wide and asynchronous loads need it). `constexprs` has the
-    rest: the arguments that are `tl.constexpr`, None for an optional pointer that is not given, and integers that
-    are 1, which Triton builds in.
+    rest: the arguments that are `tl.constexpr`, None for an optional pointer that is not given, and integers equal to
+    1, which Triton builds in.
     """
 
     name: str
@@ -50,7 +50,7 @@ class TritonCase:
 
 @dataclass(frozen=True)
 class LaunchCase:
-    """Every Triton kernel that `launch()` launches, on CPU tensors without content: they are recorded, none runs."""
+    """All Triton kernels that `launch()` launches, on CPU tensors without content: they are recorded, and none runs."""
 
     name: str
     launch: Callable[[], object]
@@ -61,7 +61,7 @@ class LaunchCase:
 
 @dataclass(frozen=True)
 class CudaCase:
-    """Every `__global__` function of the file `source`, compiled by nvcc with `flags` (include paths, macros ...)."""
+    """All `__global__` functions of the file `source`, compiled by nvcc with `flags` (include paths, macros ...)."""
 
     name: str
     source: Path
@@ -76,7 +76,7 @@ _registered: dict[str, StaticCase] = {}
 
 
 def register(case: StaticCase) -> StaticCase:
-    """Have `case` examined; ValueError if its name is taken by another one."""
+    """Register `case` for examination; raise ValueError if another one has its name."""
     if not isinstance(case, StaticCase):
         raise TypeError(f"expected a TritonCase, LaunchCase or CudaCase; got {type(case).__name__}")
     if _registered.setdefault(case.name, case) != case:
@@ -85,7 +85,7 @@ def register(case: StaticCase) -> StaticCase:
 
 
 def registered() -> dict[str, StaticCase]:
-    """The cases registered so far, by name."""
+    """Return the cases registered so far, by name."""
     return dict(_registered)
 
 

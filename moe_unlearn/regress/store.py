@@ -1,15 +1,14 @@
-"""The store: what each case gave, in files that are only ever added.
+"""Store what each case gave, in files that are only ever added.
 
     entries/<case>-<sha256>.json     one record: case, seed, sizes, SHA-256 of each input, digests and errors of the
-                                     outputs, where it was made, of which source, what it was measured by
-                                     (`yardstick`; records of before it was kept have none), and which entry it
-                                     supersedes
+                                     outputs, the environment, the source, the yardstick that measured it (records
+                                     from before it was kept have none), and the entry it supersedes
     arrays/<sha256>.safetensors      the outputs
 
-Every file is named by the SHA-256 of its bytes, written beside its place and linked into it, so that it is wholly
-there or not at all. An entry names the one it supersedes: the former stays, and one that disappeared is missed. The
-newest of a case is the one no other supersedes. No pickle; nothing in a store is ever imported or run. Entries of
-different cases never touch one file, so that a store lives well in git.
+Every file is named by the SHA-256 of its bytes, written under a temporary name and moved into place, so it is there
+whole or not at all. An entry names the one it supersedes, so a former entry that disappeared is noticed. The newest
+entry of a case is the one that no other supersedes. There is no pickle; nothing in a store is ever imported or run.
+Entries of different cases never share a file, so a store lives well in git.
 
 Source: our specification.
 """
@@ -38,12 +37,12 @@ _FIELDS = {
 
 
 class StoreError(Exception):
-    """A store that does not hold what was written; the message names the file and what is wrong."""
+    """Error for a store that does not hold what was written; the message names the file and what is wrong."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One record, as its file says it; `sha256` is the digest of the file."""
+    """One record as in its file; `sha256` is the digest of the file."""
 
     sha256: str
     content: Mapping[str, object]
@@ -54,9 +53,9 @@ class Entry:
 
 
 class Store:
-    """A folder of records; it need not exist before the first one is added.
+    """Folder of records, which need not exist before the first one is added.
 
-    It is read once: what another process adds later is seen by a new `Store`.
+    It is read once: a record that another process adds later is seen only by a new `Store`.
     """
 
     def __init__(self, folder: str | Path):
@@ -66,7 +65,7 @@ class Store:
         self._entries: list[Entry] | None = None
 
     def entries(self) -> list[Entry]:
-        """Every record, verified; StoreError names a broken, missing or doubled one."""
+        """Return every record, verified; raise StoreError naming a broken, missing or doubled one."""
         if self._entries is None:
             self._entries = self._verified()
         return self._entries
@@ -92,7 +91,7 @@ class Store:
         return found
 
     def current(self) -> dict[str, Entry]:
-        """The newest entry of each case."""
+        """Return the newest entry of each case."""
         found = self.entries()
         superseded = {entry.content["supersedes"] for entry in found}
         current: dict[str, Entry] = {}
@@ -108,7 +107,7 @@ class Store:
         return current
 
     def history(self, case: str) -> list[Entry]:
-        """The entries of a case, the newest first."""
+        """Return the entries of a case, the newest first."""
         known = {entry.sha256: entry for entry in self.entries()}
         entry, chain = self.current().get(case), []
         while entry is not None:
@@ -117,7 +116,7 @@ class Store:
         return chain
 
     def arrays(self, entry: Entry) -> dict[str, Tensor]:
-        """The recorded outputs of an entry, verified; StoreError if they are not what was written."""
+        """Return the recorded outputs of an entry, verified; raise StoreError if they are not what was written."""
         path = self.arrays_path(entry)
         data = _bytes(path)
         if hashlib.sha256(data).hexdigest() != entry.content["arrays"]:
@@ -131,11 +130,11 @@ class Store:
         return {name: arrays[name] for name in entry.content["outputs"]}
 
     def arrays_path(self, entry: Entry) -> Path:
-        """The file of an entry's outputs."""
+        """Return the path of the file with an entry's outputs."""
         return self.folder / "arrays" / f"{entry.content['arrays']}.safetensors"
 
     def add(self, content: Mapping[str, object], arrays: Mapping[str, Tensor]) -> Entry:
-        """Write one record and its outputs; `content` lacks `format`, `arrays` and `recorded`.
+        """Write one record and its outputs and return its entry; `content` lacks `format`, `arrays` and `recorded`.
 
         The entry it supersedes must be the newest of its case (None where there is none yet).
         """
@@ -174,7 +173,7 @@ class Store:
         return Entry(sha, content)
 
     def _write(self, folder: str, name: str, data: bytes) -> str:
-        """Put `data` under the name its digest gives, all of it or nothing; there already, it stays."""
+        """Write `data`, whole or not at all, under the name its digest gives; an equal file is left as it is."""
         sha = hashlib.sha256(data).hexdigest()
         target = self.folder / folder / name.format(sha=sha)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +194,7 @@ class Store:
         return sha
 
     def _keep_bytes(self) -> None:
-        """A checkout with other line ends would not match its digests."""
+        """Have git keep the bytes, since a checkout with other line ends would not match the digests."""
         attributes = self.folder / ".gitattributes"
         if not attributes.exists():
             attributes.write_text("* -text\n", encoding="utf-8")

@@ -1,25 +1,25 @@
-"""Speed compared honestly: rounds of the contenders take turns, and a verdict needs a shown change that matters.
+"""Compare speed honestly: rounds of the contenders take turns, and a verdict needs a shown change that matters.
 
 **Measuring.** A round times a batch of calls of each contender; the order is reversed every time, so that drift
-of the machine cancels. With `repeats` a round times each of them that often, in turns, and the fastest counts:
-being interrupted only ever adds time. Before the first round every contender runs for `warm_up` seconds, and a
-contender too short for the clock is called several times a round. The clock is the processor time of the thread
-where torch has one thread (what others take from the machine is left out), wall time where it has more, and CUDA
-events on a GPU. `rotate` lets every call meet inputs that the caches no longer hold.
+of the machine cancels. With `repeats` a round times each contender that often, in turns, and the fastest reading
+counts, because interruptions only ever add time. Before the first round every contender runs for `warm_up` seconds,
+and a contender too short for the clock is called several times a round. The clock is the thread's processor time
+where torch has one thread (other work on the machine is left out), wall time where it has more, and CUDA events on a
+GPU. `rotate` lets every call meet inputs that the caches no longer hold.
 
 **Deciding.** The estimate is the median of the ratios head / base, paired by round, with the percentile bootstrap
 interval of that median. The bootstrap distribution of a median is known: the k-th smallest of n values is reached
-by a resample's median with the probability that a Binomial(n, k / n) is at least n / 2, so the interval is that
-of infinitely many resamples, and no random number is drawn. Changed means: the interval excludes 1 *and* the median
-lies beyond `threshold`.
+by a resample's median with the probability that a Binomial(n, k / n) is at least n / 2. So the interval is that
+of infinitely many resamples, and no random number is drawn. A change is reported if the interval excludes 1 *and* the
+median lies beyond `threshold`.
 
-`decide` adds rounds until the question is answered. It looks after LOOKS rounds and stops once the interval
-lies wholly on one side of each of 1 + threshold and 1 / (1 + threshold). Looking repeatedly inflates false
-alarms, so the permitted error is split evenly among the looks (Bonferroni), which bounds the total by
-1 - confidence whatever happens between them, as far as the rounds' ratios are independent. What holds on real
-noise, which is not, `moe_unlearn.regress.selftest` measures: on each of the six recordings of `noise`, of variation
-6 % to 57 %, no false alarm in 1,000 comparisons of equals, and all of 1,000 slow-downs by 10 % found, in 8 to 62 rounds
-on average. (A recording has 4,000 readings, so these comparisons share readings.) A `verdict` on a fixed number of
+`decide` adds rounds until the question is answered. It looks after LOOKS rounds and stops once the interval lies
+wholly on one side of each of 1 + threshold and 1 / (1 + threshold). Looking repeatedly inflates false alarms, so the
+permitted error is split evenly among the looks (Bonferroni). This bounds the total by 1 - confidence whatever happens
+between them, as far as the rounds' ratios are independent. On real noise they are not, and
+`moe_unlearn.regress.selftest` measures what holds: on each of the six recordings of `noise`, of variation 6 % to 57
+%, no false alarm in 1,000 comparisons of equals, and all of 1,000 slow-downs by 10 % found, in 8 to 62 rounds on
+average. (A recording has 4,000 readings, so these comparisons share readings.) A `verdict` on a fixed number of
 rounds has no such bound: at 7 rounds of one reading the worst of the recordings gives 1.3 % false alarms, and a
 slow-down by 10 % is found in 1 % to 94 % of the comparisons.
 
@@ -46,19 +46,19 @@ Verdict = Literal["slower", "faster", "same", "refused", "suppressed"]
 THRESHOLD = 0.05
 CONFIDENCE = 0.99
 MINIMUM_ROUNDS = 5
-# measured on the recordings of noise.py: one reading a round needs about four times the rounds on a busy machine
+# measured on the recordings of noise.py: with one reading a round, a busy machine needs about four times the rounds
 REPEATS = 3
 WARM_UP = 0.2
 SHORTEST = 2e-3
 LOOKS = (8, 16, 32, 64, 128, 256)
 
-# kept from the time of import: a kernel that replaces the modules' attributes cannot change what we read
+# kept from import time, so that a kernel that replaces the modules' attributes cannot change what we read
 perf_counter, thread_time, synchronize = time.perf_counter, time.thread_time, torch.cuda.synchronize
 _Event, _record, _elapsed_time = torch.cuda.Event, torch.cuda.Event.record, torch.cuda.Event.elapsed_time
 
 
 class Interval(NamedTuple):
-    """An estimate and its confidence limits."""
+    """Estimate with its confidence limits."""
 
     value: float
     low: float
@@ -67,7 +67,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `decide` found. `reason` says why no verdict on speed was given, or how well the rounds resolve."""
+    """Outcome of `decide`; `reason` says why no verdict on speed was given, or how well the rounds resolve."""
 
     verdict: Verdict
     ratio: Interval | None
@@ -91,16 +91,16 @@ def measure(
     device: torch.device | str = "cpu",
     clock: Callable[[], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of one call in every round, for each contender; the lists are paired by round.
+    """Return the seconds of one call in every round, for each contender; the lists are paired by round.
 
     Args:
         contenders: functions without arguments; their results are dropped.
-        rounds: at least MINIMUM_ROUNDS for a verdict, fewer are taken as they are.
+        rounds: at least MINIMUM_ROUNDS for a verdict, but fewer are allowed.
         repeats: readings of each contender in a round; the smallest counts.
         warm_up: wall seconds that each contender runs first; at least one call.
-        shortest: seconds; a contender that takes less is called as often as fills them in every round.
+        shortest: seconds; a contender that takes less is called often enough to fill them in every round.
         device: where the work runs; its type decides the clock where `clock` is None (module docstring).
-        clock: seconds; for a GPU it must itself wait for the device.
+        clock: returns seconds; for a GPU it must itself wait for the device.
 
     Raises ValueError without contenders, rounds or repeats.
     """
@@ -121,7 +121,7 @@ def take_turns(
     device: torch.device | str = "cpu",
     clock: Callable[[], float] | None = None,
 ) -> Iterator[dict[str, float]]:
-    """The rounds of `measure`, one after another without end."""
+    """Yield the rounds of `measure`, one after another without end."""
     watch = stopwatch(device, clock)
     calls = common({name: warm(function, watch, warm_up, shortest) for name, function in contenders.items()})
     order = list(contenders)
@@ -139,7 +139,7 @@ def take_turns(
 def stopwatch(
     device: torch.device | str = "cpu", clock: Callable[[], float] | None = None
 ) -> Callable[[Callable[[], object], int], float]:
-    """A function (function, calls) -> seconds that these calls take together, by the clock of `measure`."""
+    """Return a function (function, calls) -> seconds that these calls take together, by the clock of `measure`."""
     if clock is None and torch.device(device).type == "cuda":
         return _cuda_seconds
     clock = clock or (thread_time if torch.get_num_threads() == 1 else perf_counter)
@@ -161,7 +161,7 @@ def _cuda_seconds(function: Callable[[], object], calls: int) -> float:
     for _ in range(calls):
         function()
     _record(end)
-    # all streams: work left on another one must not run into the next contender's round
+    # waits for all streams, because work left on another one must not run into the next contender's round
     synchronize()
     return _elapsed_time(start, end) / 1e3
 
@@ -172,11 +172,11 @@ def warm(
     warm_up: float = WARM_UP,
     shortest: float = SHORTEST,
 ) -> int:
-    """Run `function` for `warm_up` wall seconds, at least once; the calls that fill `shortest` seconds of `watch`."""
+    """Run `function` for `warm_up` wall seconds, at least once; return the calls that fill `shortest` seconds."""
     start, fastest, calls = perf_counter(), math.inf, 1
     while True:
         fastest = min(fastest, watch(function, calls) / calls)
-        # one call may be less than the clock can show
+        # one call may be shorter than the clock can show
         needed = math.ceil(shortest / fastest) if fastest > 0 else 2 * calls
         if perf_counter() - start >= warm_up and (fastest > 0 or calls >= 1 << 16):
             return max(1, min(needed, 1 << 20))
@@ -184,10 +184,10 @@ def warm(
 
 
 def common(calls: Mapping[str, int]) -> dict[str, int]:
-    """The calls of a round, raised to the largest number where that is at most 4 times as many.
+    """Return the calls of a round, raised to the largest number where that is at most 4 times as many.
 
-    The fastest of several long batches is not that of as many short ones, so contenders that are about as fast
-    take the same number, whatever noise there was when it was chosen.
+    The fastest of several long batches does not compare with that of as many short ones, so contenders that are about
+    as fast take the same number of calls, whatever noise there was when it was chosen.
     """
     most = max(calls.values())
     return {name: most if most <= 4 * number else number for name, number in calls.items()}
@@ -198,10 +198,10 @@ def rotate(
     make: Callable[[int], Mapping[str, object]],
     copies: int | None = None,
 ) -> Callable[[], object]:
-    """A function without arguments that calls `function(**make(i))` for i = 0, 1, ..., copies - 1, 0, ...
+    """Return a function without arguments that calls `function(**make(i))` for i = 0, 1, ..., copies - 1, 0, ...
 
-    The inputs are made here, once. `copies` None: as many as are together twice the last-level cache of the
-    device they lie on, from 2 to 64, so that no call finds its inputs in the cache.
+    The inputs are made here, once. If `copies` is None, there are as many as together fill twice the last-level cache
+    of their device, from 2 to 64, so that no call finds its inputs in the cache.
     """
     inputs = [make(0)]
     if copies is None:
@@ -215,7 +215,7 @@ def rotate(
 
 
 def tensors(value: object, path: str = "") -> dict[str, torch.Tensor]:
-    """The tensors in nested dicts, lists and tuples, by their path: "masks.1"."""
+    """Return the tensors in nested dicts, lists and tuples, by their path, such as "masks.1"."""
     if isinstance(value, torch.Tensor):
         return {path: value}
     parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
@@ -226,7 +226,7 @@ def tensors(value: object, path: str = "") -> dict[str, torch.Tensor]:
 
 
 def cache_bytes(device: torch.device | str) -> int:
-    """Size of the last-level cache; 32 MiB where the system does not tell."""
+    """Return the size of the last-level cache, or 32 MiB where the system does not tell."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
@@ -238,7 +238,7 @@ def cache_bytes(device: torch.device | str) -> int:
 
 
 def ratio(ours: Sequence[float], rival: Sequence[float], *, confidence: float = 0.95) -> Interval:
-    """Median over the rounds of rival / ours, with its bootstrap interval; above 1 where ours is faster.
+    """Return the median over the rounds of rival / ours, with its bootstrap interval; above 1 where ours is faster.
 
     Raises ValueError unless both have the same number of rounds, at least one, of positive seconds.
     """
@@ -253,9 +253,9 @@ def ratio(ours: Sequence[float], rival: Sequence[float], *, confidence: float = 
 
 @functools.cache
 def _lowest_rank(n: int, tail: float) -> int:
-    """Index of the smallest of n sorted values that a resample's median does not exceed with probability > `tail`.
+    """Return the index of the smallest of n sorted values that a resample's median reaches with probability > `tail`.
 
-    That median is among the k smallest if half of its n draws are.
+    The median is among the k smallest values if half of its n draws are.
     """
     for k in range(1, n // 2 + 1):
         p = k / n
@@ -268,7 +268,9 @@ def _lowest_rank(n: int, tail: float) -> int:
 def verdict(
     base: Sequence[float], head: Sequence[float], *, threshold: float = THRESHOLD, confidence: float = CONFIDENCE
 ) -> Verdict:
-    """ "slower" or "faster" if the interval of head / base excludes 1 and its median exceeds the threshold.
+    """Return "slower" or "faster" if the interval of head / base excludes 1 and its median exceeds the threshold.
+
+    Otherwise return "same".
 
     Args:
         base, head: seconds of the rounds, paired; at least MINIMUM_ROUNDS, ValueError otherwise.
@@ -295,10 +297,10 @@ def decide(
     numerics: bool = True,
     fingerprints: tuple[Mapping[str, str], Mapping[str, str]] | None = None,
 ) -> Comparison:
-    """Take rounds (base seconds, head seconds) from `pairs` until they answer; at most LOOKS[-1] of them.
+    """Take rounds (base seconds, head seconds) from `pairs` until they decide, at most LOOKS[-1] of them.
 
     Args:
-        pairs: as of `take_turns`; where it ends early the last look is at what came. It is not touched where no
+        pairs: as from `take_turns`; if it ends early, the last look is at what came. It is not touched where no
             verdict on speed is given.
         numerics: whether the numeric gate is green; the speed of wrong results is "suppressed".
         fingerprints: of the devices of base and head; where they differ the verdict is "refused" and names the
@@ -329,5 +331,5 @@ def decide(
 
 
 def _answered(found: Interval, threshold: float) -> bool:
-    """Whether the interval contains neither limit of what counts as a change."""
+    """Return whether the interval contains neither limit of what counts as a change."""
     return not any(found.low <= limit <= found.high for limit in (1 + threshold, 1 / (1 + threshold)))

@@ -1,6 +1,6 @@
-"""All that the ahead-of-time tool uses of Triton's private interface (3.6 to 3.9): record launches, compile them.
+"""Hold all uses of Triton's private interface (3.6 to 3.9) by the ahead-of-time tool: record launches, compile them.
 
-Triton's own `JITFunction.run` binds and specialises the arguments of a launch; a driver that only knows its target
+Triton's own `JITFunction.run` binds and specialises the arguments of a launch. A driver that only knows its target
 stands in for the GPU, and what would be compiled and run is kept instead.
 """
 
@@ -20,7 +20,7 @@ VERSION = f"triton {triton.__version__}"
 
 
 class Launch(NamedTuple):
-    """One specialisation of a kernel, everything its compilation depends on."""
+    """One specialisation of a kernel, with everything its compilation depends on."""
 
     kernel: JITFunction
     arch: int
@@ -31,24 +31,25 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
-        """ "route/_count_kernel": its file and function."""
+        """Return the kernel's file and function, such as "route/_count_kernel"."""
         return f"{Path(self.kernel.fn.__code__.co_filename).stem}/{self.kernel.fn.__name__}"
 
     @property
     def identity(self) -> str:
-        """Equal for two launches that one version of Triton compiles to the same binary, on whatever machine.
+        """Return a digest of what determines the binary.
 
-        The kernel's cache key covers its source, every function it calls and the constants they read.
+        It is equal for two launches that one version of Triton compiles to the same binary, on whatever machine. The
+        kernel's cache key covers its source, every function it calls and the constants they read.
         """
         constexprs = {path: getattr(value, "cache_key", value) for path, value in self.constexprs.items()}
-        # the paths of Triton's own libraries: part of its version, not of the launch
+        # the paths of Triton's own libraries belong to its version, not to the launch
         options = sorted((name, value) for name, value in self.options.items() if name != "extern_libs")
         parts = self.arch, self.kernel.cache_key, self.signature, constexprs, self.attrs, options
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @property
     def config(self) -> str:
-        """What distinguishes it from other launches of the kernel, readable."""
+        """Return in readable form what distinguishes it from other launches of the kernel."""
         names = list(self.signature)
         constants = {names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
         types = dict.fromkeys(str(t).removeprefix("*") for t in self.signature.values() if str(t).startswith("*"))
@@ -66,7 +67,7 @@ class Binary(NamedTuple):
 
 
 class _Target:
-    """The driver of a GPU that is not there. The device number is the architecture, so Triton's caches keep apart."""
+    """Driver of a GPU that is not there; the device number is the architecture, which keeps Triton's caches apart."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -82,7 +83,10 @@ class _Target:
 
 
 def launches(case: TritonCase | LaunchCase, arch: int) -> list[Launch]:
-    """What `case` compiles, in order and each specialisation once; no kernel runs. ValueError if it is nothing."""
+    """Return what `case` compiles, in order, each specialisation once; no kernel runs.
+
+    Raises ValueError if it compiles nothing.
+    """
     found = _recorded(case, arch) if isinstance(case, LaunchCase) else [_specialised(case, arch)]
     if not found:
         raise ValueError(f"the static case {case.name!r} launches no kernel on sm_{arch}")
@@ -106,12 +110,12 @@ def _recorded(case: LaunchCase, arch: int) -> list[Launch]:
 
 
 def _specialised(case: TritonCase, arch: int) -> Launch:
-    """As Triton's own ahead-of-time compiler reads a signature."""
+    """Return the launch of a case, reading its signature as Triton's own ahead-of-time compiler does."""
     kernel = case.kernel
     while not isinstance(kernel, JITFunction):
         if not hasattr(kernel, "fn"):
             raise ValueError(f"the static case {case.name!r}: expected a @triton.jit kernel; got {case.kernel!r}")
-        kernel = kernel.fn  # of autotune and heuristics
+        kernel = kernel.fn  # the kernel inside autotune and heuristics
     names, given = kernel.arg_names, {*case.signature, *case.constexprs}
     if given != set(names):
         raise ValueError(

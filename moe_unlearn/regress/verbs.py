@@ -1,4 +1,4 @@
-"""What can be done with a case and a store: record, check, accept, compare. The command line and pytest share it."""
+"""Record, check, accept and compare cases with a store; the command line and pytest share these functions."""
 
 import statistics
 import time
@@ -21,7 +21,7 @@ ROUNDS = 7
 
 
 def record(case: Case, store: Store, *, seed: int = 0, speed: bool = False) -> Result:
-    """Add what `case` gives to the store; what is recorded differently already is refused, never overwritten.
+    """Add what `case` gives to the store; a case that is recorded differently is refused, never overwritten.
 
     A kernel that its own reference, in the same dtype, shows to be wrong is not recorded either.
     """
@@ -77,13 +77,13 @@ def check(
     repros: Path | None = None,
     impl: str = "auto",
 ) -> Result:
-    """Hold what `case` gives now against its record.
+    """Compare what `case` gives now with its record.
 
     Args:
         strict: other bits fail, however accurate.
         speed: show the recorded time beside one of now, unless the numbers fail.
         repros: folder for a stand-alone script of the smallest failure; None writes none.
-        impl: what the script asks of our ops.
+        impl: the implementation of our ops that the script asks for.
     """
     entry = store.current().get(case.name)
     arrays = entry and store.arrays(entry)
@@ -121,7 +121,7 @@ def _check(case: Case, entry: Entry | None, arrays: Mapping[str, Tensor] | None,
 
 
 def compare(base: Case, head: Case, *, seed: int = 0, speed: bool = True, strict: bool = False) -> Result:
-    """Hold `head` against `base`, two kernels for one case, in numbers and then in speed.
+    """Compare `head` with `base`, two kernels for one case, in numbers and then in speed.
 
     The rounds of the two take turns in this process; the speed of a head that is less accurate is suppressed.
     """
@@ -137,7 +137,7 @@ def compare(base: Case, head: Case, *, seed: int = 0, speed: bool = True, strict
 
 
 def held_against(name: str, base: Evaluation, head: Evaluation, *, strict: bool) -> Result:
-    """`head` held against `base` in numbers alone."""
+    """Compare `head` with `base` in numbers alone."""
     if base.inputs != head.inputs:
         return Result(name, "changed", "the two cases have different inputs")
     verdicts = tuple(numeric.judge_all(head.actual, head.measured_by(base.actual), head.gold))
@@ -146,7 +146,7 @@ def held_against(name: str, base: Evaluation, head: Evaluation, *, strict: bool)
 
 
 def _with_comparison(result: Result, base: Case, head: Case, seed: int, right: bool) -> Result:
-    """The result with the speed of `head` beside that of `base`; a head that fools the clock fails."""
+    """Return the result with the speed of `head` beside that of `base`; a head that fools the clock fails."""
     tricks = defence.inspect(head.function, lambda copy: head.make(seed + copy)) if right else []
     if tricks:
         message = "its speed is not measured: " + "; ".join(map(str, tricks))
@@ -167,7 +167,7 @@ def _pairs(base: Case, head: Case, seed: int) -> Iterator[tuple[float, float]]:
 
 
 def timed_call(case: Case, seed: int) -> Callable[[], object]:
-    """The call that is timed: the kernel on rotating inputs, with the backward pass where gradients are compared."""
+    """Return the timed call: the kernel on rotating inputs, and the backward pass where gradients are compared."""
     upstream: list[Tensor] = []
 
     def call(**inputs):
@@ -200,7 +200,7 @@ def _recorded_speed(case: Case, entry: Entry) -> str:
 
 
 def _reproduce(case: Case, entry: Entry, store: Store, result: Result, folder: Path, impl: str) -> str:
-    """Path of a script that shows the smallest failure like that of `result`; "" where there is none to show."""
+    """Return the path of a script that shows the smallest failure like that of `result`, or "" if there is none."""
     if not case.origin:
         return ""
     seed, arrays = entry.content["seed"], None
@@ -208,14 +208,14 @@ def _reproduce(case: Case, entry: Entry, store: Store, result: Result, folder: P
     if found is None:
         if result.status == "failed":
             return ""
-        # as good as its baseline: only the record shows the loss
+        # it is as good as its baseline, so only the record shows the loss
         arrays = store.arrays_path(entry).resolve()
         found = minimize.Failure(dict(case.sizes), case.routing, "less accurate than recorded", result.message)
     return str(minimize.write(folder, case, minimize.script(case, seed, found, impl, arrays)))
 
 
 def gone(cases: Sequence[Case], store: Store) -> list[Result]:
-    """Results for records whose case is not among `cases`, of the files and packages that these come from."""
+    """Return results for records whose case is missing from `cases`, of the files and packages that these come from."""
     names, origins = {case.name for case in cases}, {_origin_name(case) for case in cases}
     why = "recorded, but the case is not there any more"
     return [
@@ -226,7 +226,7 @@ def gone(cases: Sequence[Case], store: Store) -> list[Result]:
 
 
 def _origin_name(case: Case) -> str:
-    """What a store calls the file or package of a case; no path of this machine."""
+    """Return what a store calls the file or package of a case, without a path of this machine."""
     return Path(case.origin).name if case.origin.endswith(".py") else case.origin
 
 
@@ -246,7 +246,7 @@ def _why(verdicts: Sequence[numeric.Verdict]) -> str:
 
 
 def _timed(case: Case, judge: Callable[[], Result]) -> Result:
-    """The result with the seconds it took; errors of the case or its kernel become results."""
+    """Return the result with the seconds it took; errors of the case or its kernel become results."""
     start = time.perf_counter()
     try:
         result = judge()

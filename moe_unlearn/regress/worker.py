@@ -1,10 +1,10 @@
-"""One side of a comparison of two revisions: a process with the kernels of one tree and the harness of another.
+"""Run one side of a comparison of two revisions: the kernels of one tree in the harness of another.
 
     python -P worker.py TREE PACKAGE HARNESS
 
 `revision` starts it by its path. `moe_unlearn` is imported from the folder PACKAGE and the Triton kernels from TREE,
-if it has them, but `moe_unlearn.regress` and `moe_unlearn.testing` from the package folder HARNESS, so that both sides
-measure the same cases in the same way; TREE and TREE/src come first in the search path.
+if it has them. `moe_unlearn.regress` and `moe_unlearn.testing` come from the package folder HARNESS, so that both
+sides measure the same cases in the same way. TREE and TREE/src come first in the search path.
 Requests and answers are JSON, one a line, on standard input and output; what kernels print goes to standard error.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 class Overlay(importlib.abc.MetaPathFinder):
-    """Finds modules of some names in given folders or files, whatever is installed."""
+    """Finder of modules of some names in given folders or files, whatever is installed."""
 
     def __init__(self, places: dict[str, Path]):
         self.places = places
@@ -35,7 +35,7 @@ class Overlay(importlib.abc.MetaPathFinder):
 
 
 class Side:
-    """What a request can ask for: its methods, by name."""
+    """Methods that a request calls by name."""
 
     def __init__(self, tree: Path):
         self.tree = tree
@@ -50,7 +50,7 @@ class Side:
         threads: int,
         start: int,
     ):
-        """Register the cases and take a core, another at every start; the cases' names and the fingerprint."""
+        """Register the cases and bind to a core, another at each start; return the cases' names and the fingerprint."""
         import torch
 
         from moe_unlearn.regress import case as registry
@@ -58,7 +58,7 @@ class Side:
         from moe_unlearn.regress.fingerprint import fingerprint
 
         torch.set_num_threads(threads)
-        # only now: what libraries probe for while they are imported must not be found here
+        # set only now, because modules that libraries probe for at import must not be found here
         sys.path[:0] = [str(self.tree), str(self.tree / "src")]
         known = None
         if modules:
@@ -74,7 +74,7 @@ class Side:
         return answer
 
     def evaluate(self, case: str, seed: int, out: str):
-        """Write results and truth to the safetensors file `out`; the digests of the inputs."""
+        """Write results and truth to the safetensors file `out`; return the digests of the inputs."""
         from safetensors.torch import save_file
 
         from moe_unlearn.regress import numeric
@@ -92,7 +92,7 @@ class Side:
         return {}
 
     def prepare(self, case: str, seed: int):
-        """Make the inputs and warm up; the calls that a round needs."""
+        """Make the inputs and warm up; return how many calls a round needs."""
         from moe_unlearn.regress import timing, verbs
 
         chosen = self.cases[case]
@@ -101,7 +101,7 @@ class Side:
         return {"calls": timing.warm(self.call, self.watch)}
 
     def reading(self, calls: int):
-        """Seconds of one call, of so many together."""
+        """Return the seconds of one call, averaged over `calls` calls."""
         return {"seconds": self.watch(self.call, calls) / calls}
 
 

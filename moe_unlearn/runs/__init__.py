@@ -1,1 +1,1 @@
-"""Runs: one unlearning run, and what is written about one or several."""
+"""Unlearning runs: one run on a user's data, and the reports on one or several runs."""

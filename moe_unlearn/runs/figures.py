@@ -1,9 +1,10 @@
-"""The figures of a report."""
+"""Drawing of a report's figures."""
 
 from pathlib import Path
 
 from moe_unlearn.runs.summary import KEEP, RUNS, WITHIN, Summary, ordered
 
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker of its own for every run
 STYLES = {
     "target": ("#000000", "X"), "retrain": ("#000000", "*"), "graddiff": ("#E69F00", "o"),
     "npo": ("#56B4E9", "s"), "trace": ("#009E73", "^"), "wagle": ("#0072B2", "v"), "mollm": ("#D55E00", "D"),
@@ -12,7 +13,7 @@ STYLES = {
 
 
 def draw(folder: Path, summary: Summary, trajectory: dict, routing: dict) -> dict[str, str]:
-    """Draw what there is data for into `folder`; file names and captions."""
+    """Draw the figures for which there is data into `folder`; return their file names and captions."""
     made = {}
     drawings = (
         ("pareto.png", pareto, (summary,)),
@@ -29,7 +30,7 @@ def draw(folder: Path, summary: Summary, trajectory: dict, routing: dict) -> dic
 
 def _new(width: float, height: float, rows: int = 1, columns: int = 1, **keywords):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: nothing global, nothing to close
+    from matplotlib.figure import Figure  # instead of pyplot, which keeps global state and figures to close
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -55,7 +56,7 @@ def pareto(summary: Summary):
             x, y = (summary[run][key] for key in keys)
             spread = [[summary[run].get(f"{key}_sd", 0.0)] for key in keys]
             axes.errorbar(x, y, spread[1], spread[0], color=colour, lw=1, zorder=3)
-            if run == "retrain":  # hollow and large: other runs should land on it
+            if run == "retrain":  # hollow and large, because other runs should land on it
                 axes.scatter(x, y, 420, color="none", marker=marker, ec=colour, lw=1.5, zorder=5, label=RUNS[run])
             else:
                 axes.scatter(x, y, 70, color=colour, marker=marker, ec="white", zorder=4, label=RUNS.get(run, run))
@@ -102,7 +103,7 @@ def trajectory_curves(trajectory: dict, summary: Summary):
         if key in summary.get("retrain", {}):
             axes.axhline(summary["retrain"][key], color="black", ls="--", lw=1, label="retrain (gold)")
         axes.set(title=f"{text} documents", xlabel="step", ylabel="NLL (nats a token, log scale)", yscale="log")
-        # less than a decade would show a single number
+        # without these ticks an axis of less than a decade could show a single number
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
@@ -120,7 +121,7 @@ def expert_frequencies(routing: dict):
 
     forget, retain = (numpy.asarray(routing[side], dtype=float) for side in ("forget", "retain"))
     layers, experts = forget.shape
-    smallest = 1e-4  # unused experts have no finite ratio
+    smallest = 1e-4  # without it unused experts would have no finite ratio
     ratio = numpy.log2(numpy.maximum(forget, smallest) / numpy.maximum(retain, smallest)).clip(-3, 3)
     top, far = max(forget.max(), retain.max()), max(1.0, numpy.abs(ratio).max())
     figure, axes = _new(max(6, 1.8 + 0.24 * experts), 3 * (0.75 + 0.26 * layers), 3, 1, sharex=True)

@@ -1,4 +1,4 @@
-"""From the numbers of a run folder to report.md and its figures.
+"""Report of a run folder: report.md and its figures, made from the folder's numbers.
 
 A folder holds `summary.json` (run name -> flat metrics; with several seeds the mean, and `<key>_sd` the
 sample standard deviation) and, where there are any, `seeds.json` (`corpus`; `results`: seed -> run name ->
@@ -30,7 +30,7 @@ from moe_unlearn.runs.summary import (
 
 @dataclass(frozen=True)
 class Content:
-    """What the embedded experiment found: metrics by seed and run; trajectories and routing of one seed."""
+    """Results of the embedded experiment: metrics by seed and run; trajectories and routing of one seed."""
 
     corpus: str
     results: dict[int, Summary]
@@ -39,7 +39,7 @@ class Content:
 
 
 def write_demo(folder: str | Path, content: Content) -> Summary:
-    """Write the JSON files, report.md and the figures of `content` into `folder`; the summary over seeds."""
+    """Write the JSON files, report.md and the figures of `content` into `folder`; return the summary over seeds."""
     folder = Path(folder)
     summary = summarise(content.results)
     seeds = {"corpus": content.corpus, "results": content.results}
@@ -53,9 +53,9 @@ def write_demo(folder: str | Path, content: Content) -> Summary:
 
 
 def write(folder: str | Path) -> str:
-    """Build report.md and the figures of a run folder from its JSON files; the paths written, one a line.
+    """Write report.md and the figures of a run folder from its JSON files; return the paths written, one per line.
 
-    Raises ValueError naming the file if `summary.json` is missing or a file is not what it should be.
+    Raises ValueError that names the file if `summary.json` is missing or a file has other content than expected.
     """
     folder = Path(folder)
     summary = _read(folder / "summary.json")
@@ -71,7 +71,7 @@ def write(folder: str | Path) -> str:
 
 
 def markdown(summary: Summary, seeds: dict, routing: dict, made: dict[str, str]) -> str:
-    """The text of report.md; `made` maps figure files to captions."""
+    """Return the text of report.md; `made` maps figure files to captions."""
     results = {seed: s for seed, s in seeds.get("results", {}).items() if s}
     parts = [f"# Unlearning report{': ' + seeds['corpus'] if seeds.get('corpus') else ''}"]
     if len(results) > 1:
@@ -158,7 +158,7 @@ def _selection(routing: dict) -> str:
 
 
 def as_list(table) -> object:
-    """Plain values of a tensor; anything else as it is."""
+    """Return a tensor's values as nested lists; return anything else as it is."""
     return table.tolist() if hasattr(table, "tolist") else table
 
 
@@ -174,6 +174,3 @@ def _read(path: Path, *, optional: bool = False) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object; got {type(content).__name__}")
     return content
-
-
-# Figures. Okabe and Ito's colours, told apart by the colour-blind, and a marker of its own for every run.

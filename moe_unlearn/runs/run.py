@@ -31,12 +31,11 @@ def unlearn(
 ) -> dict:
     """Run `recipe` on `sets` ("forget", "retain" and perhaps "holdout" examples) and write the folder `out`.
 
-    `out` gets `recipe.yaml`, `checkpoints/`, `model/` (loads with `from_pretrained`), `summary.json`,
-    `trajectory.json`, `report.md`, with `reports` (by side) `data.json` and, with `verify` as in `UnlearnStep`,
-    `verified.txt`, with TRACE `routing.json`; no file where the recipe does not fit model or data, for the preparation
-    comes first. With `resume` the newest checkpoint goes on.
-    References are kept in `cache_dir`, by default `out/cache`. Returns the summary: run name -> metrics, empty
-    without `evaluate`.
+    `out` gets `recipe.yaml`, `checkpoints/`, `model/` (which `from_pretrained` loads), `summary.json`,
+    `trajectory.json` and `report.md`; with `reports` (by side) also `data.json`, with `verify` (as in `UnlearnStep`)
+    `verified.txt`, and with TRACE `routing.json`. Preparation comes first, so that nothing is written if the recipe
+    does not fit model or data. With `resume` the run continues from the newest checkpoint. References are kept in
+    `cache_dir`, by default `out/cache`. Returns the summary: run name -> metrics, empty without `evaluate`.
     """
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
@@ -52,7 +51,7 @@ def unlearn(
         save_steps=max(1, recipe.steps // 5),
         save_total_limit=2,
         seed=recipe.seed,
-        dataloader_pin_memory=torch.cuda.is_available(),  # elsewhere torch warns
+        dataloader_pin_memory=torch.cuda.is_available(),  # torch warns about it where there is no GPU
         report_to="none",
     )
     if arguments.world_size > 1:
@@ -87,7 +86,7 @@ def unlearn(
         if verify:
             (out / "verified.txt").write_text(trainer.unlearn_step.verifier.summary() + "\n", encoding="utf-8")
     seconds += time.perf_counter() - start
-    # not save_model, which would put a pickle of the training arguments beside the weights
+    # save_model would also write a pickle of the training arguments beside the weights
     trainer.model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     trajectory = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
@@ -103,7 +102,7 @@ def unlearn(
 
 
 def routing_of(step: UnlearnStep) -> dict:
-    """What TRACE saw and chose, as `report` reads it; nothing without TRACE."""
+    """Return the frequencies TRACE measured and the experts it chose, as `report` reads them; empty without TRACE."""
     recipe, prepared = step.recipe.trace, step.prepared
     if prepared.frequencies is None:
         return {}

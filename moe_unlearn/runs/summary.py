@@ -1,4 +1,4 @@
-"""The numbers of runs, over seeds, and the table that shows them."""
+"""Summary of runs' metrics over seeds, and the table that shows it."""
 
 import math
 import statistics
@@ -53,15 +53,15 @@ unseen documents; negative is under-unlearned, positive over-unlearned.
 * **seconds**: training for target and retrain (loading, if cached); preparation and steps for the others.
 """
 
-# the goal: forget VerbMem so close to that of retrain, and this share of the retain VerbMem of the target
+# the goal: forget VerbMem at most WITHIN away from retrain's, and the share KEEP or more of the target's retain VerbMem
 WITHIN, KEEP = 0.10, 0.95
-CLEAR = 0.01  # the least difference that counts
+CLEAR = 0.01  # the smallest difference that counts
 
 Summary = dict[str, dict[str, float]]
 
 
 def summarise(results: dict[int, Summary]) -> Summary:
-    """Mean over seeds of every metric that all have and, with two seeds or more, `<key>_sd`."""
+    """Return the mean over seeds of every metric that all seeds have and, with two seeds or more, `<key>_sd`."""
     runs = list(dict.fromkeys(run for summary in results.values() for run in summary))
     summary: Summary = {}
     for run in runs:
@@ -74,12 +74,12 @@ def summarise(results: dict[int, Summary]) -> Summary:
 
 
 def ordered(summary: dict) -> list[str]:
-    """Run names in the order of `RUNS`, unknown ones last."""
+    """Return the run names in the order of `RUNS`, unknown ones last."""
     return [r for r in RUNS if r in summary] + [r for r in summary if r not in RUNS]
 
 
 def table(summary: Summary, *, markdown: bool = False, keys: Sequence[str] = ()) -> str:
-    """The metrics as a text table, columns aligned; as Markdown if asked. `keys` are the columns, if not the usual."""
+    """Return the metrics as an aligned text or Markdown table; `keys` are the columns, by default the usual ones."""
     keys = keys or [key for key in COLUMNS if any(key in metrics for metrics in summary.values())]
     rows = [["run", *(COLUMNS.get(key, (key,))[0] for key in keys)]]
     for run in ordered(summary):

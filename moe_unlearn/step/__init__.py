@@ -1,7 +1,8 @@
-"""The unlearning step: batches in, updated weights and metrics out.
+"""The unlearning step: it takes batches, updates the weights and returns metrics.
 
-`unlearn` is the step; `objectives` computes its losses, `sinks` take the gradients of the experts where they are made,
-`gradients` turns them into one, `tally` weighs its micro-batches.
+`unlearn` holds the step itself. `objectives` computes its losses, `sinks` take the gradients of the experts where they
+are made, `gradients` combines the gradients into one, `tally` weighs the micro-batches, and `dual` adapts the weight of
+the retain loss.
 """
 
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError

@@ -1,14 +1,14 @@
-"""The retain loss as a constraint: what multiplies it is a dual variable, which follows it (PDU).
+"""The retain loss as a constraint: its multiplier is a dual variable that follows the loss (PDU).
 
     minimise  L_forget   subject to   L_retain <= eps
     step      gamma L_forget + lambda (L_retain - eps),  lambda held fixed in it
     after it  lambda <- max(0, lambda + step_size (L_retain - eps)),  lambda_0 = retain.alpha
 
-L_retain is the retain loss of the step, over all its micro-batches and ranks, the load-balancing loss included where it
-is added: what lambda multiplied. It was read for the step's checks already, so that the device is not waited for. While
-the constraint holds with room lambda falls, down to 0; while it does not, lambda rises. A retain loss that is above eps
-before the first update is warned of. The first `warmup_steps` steps leave lambda alone, and so does a step that makes
-no update. lambda is part of the step's state.
+L_retain is the retain loss of the step, over all its micro-batches and ranks, as lambda multiplied it: with the
+load-balancing loss where that is added. The step has read it for its checks already, so there is no further wait for
+the device. While the loss is below eps, lambda falls, down to 0; while it is above, lambda rises. A retain loss above
+eps before the first update gives a warning. The first `warmup_steps` steps leave lambda alone, and so does a step that
+makes no update. lambda is part of the step's state.
 
 Source: arXiv 2506.05314 and its authors' trainer PDU in open-unlearning, where lambda moves at each micro-batch and is
 retain.alpha again after a resume; the rest is our specification.
@@ -21,27 +21,27 @@ from moe_unlearn.config import Dual
 
 
 class Multiplier:
-    """What multiplies the retain loss: `alpha`, and with `settings` the dual variable that starts there."""
+    """The multiplier of the retain loss: `alpha`, or with `settings` the dual variable that starts there."""
 
     def __init__(self, settings: Dual | None, alpha: float):
         self.settings = settings
         self.value = alpha
-        #: whether steps leave it alone, for a caller that moves it at other times
+        #: whether steps leave the value alone, for a caller that moves it at other times
         self.held = False
-        #: whether a bound that is too low is warned of; the losses of a rehearsal say nothing of it
+        #: whether to warn of a bound that is too low; a rehearsal, whose losses are not real, switches this off
         self.warns = True
 
     @property
     def offset(self) -> float:
-        """lambda eps, which the constraint takes off the sum of the losses; no gradient is of it."""
+        """Return lambda eps, which the constraint subtracts from the sum of the losses; it has no gradient."""
         return 0.0 if self.settings is None else self.value * self.settings.retain_loss_eps
 
     def metrics(self) -> dict[str, float]:
-        """{"retain_alpha": what it is}, nothing where it does not change."""
+        """Return the metric "retain_alpha", the present value; empty if the value is constant."""
         return {} if self.settings is None else {"retain_alpha": self.value}
 
     def follow(self, losses: Mapping[str, float], router_aux: float, steps: int) -> None:
-        """Take the losses of a step before which `steps` were done; `router_aux` is what multiplies that loss."""
+        """Follow the losses of a step before which `steps` were done; `router_aux` multiplies the loss of that name."""
         if self.settings is None:
             return
         if self.warns and not steps and self._excess(losses, router_aux) > 0:
@@ -54,7 +54,7 @@ class Multiplier:
             self.ascend(losses, router_aux)
 
     def ascend(self, losses: Mapping[str, float], router_aux: float) -> None:
-        """lambda <- max(0, lambda + step_size (retain_loss + router_aux router_aux_loss - eps)), of these losses."""
+        """Move lambda: lambda <- max(0, lambda + step_size (retain_loss + router_aux router_aux_loss - eps))."""
         self.value = max(0.0, self.value + self.settings.step_size * self._excess(losses, router_aux))
 
     def _excess(self, losses: Mapping[str, float], router_aux: float) -> float:

@@ -1,12 +1,14 @@
-"""The gradients of one step: in `.grad`, or compact or as factors in `optimizer.gradients`; for MOLLM a set for
-each objective.
+"""The gradients of one step, in `.grad` or, compact or as factors, in `optimizer.gradients`.
+
+MOLLM has a set of gradients for each objective:
 
     one set      g = grad sum_i w_i L_i
     MOLLM        g = sum_i c_i grad L_i, c from the Gram matrix of the masked gradients; |g|^2 = c^T Gram c
 
-Expert weights have theirs where a sink collects them (`sinks`): compact, of the slices that train and with the
-mask applied, or as factors. With factors a step has two phases: first all of them become known, and MOLLM's inner
-products, of which no gradient is stored; then one weight gradient is made, in whose epilogue the optimizer updates.
+The gradients of expert weights are where a sink (`sinks`) collects them: compact, which means only the slices that
+train, with the mask applied; or as factors. With factors a step has two phases. First all factors become known, and
+MOLLM's inner products are computed from them without storing a gradient. Then each weight gradient is made by a kernel
+whose epilogue updates the weight.
 """
 
 import torch
@@ -24,7 +26,7 @@ Gradient = Tensor | list[Factors] | None
 
 
 class Gradients:
-    """What a step has accumulated over the trained parameters (name, parameter) under its masks, by name."""
+    """Gradients that a step has accumulated, for its `trained` parameters (name, parameter) and `masks` by name."""
 
     def __init__(
         self, optimizer: MaskedSGD | MaskedAdamW, trained: list[tuple[str, nn.Parameter]], masks: dict[str, Tensor]
@@ -34,19 +36,19 @@ class Gradients:
         self.sets: dict[str, list[Gradient]] = {}
         #: where a `FactorSink` leaves the factors of a backward pass
         self.factors: dict[Tensor, list[Factors]] = {}
-        #: of which weights a `FactorSink` keeps factors in this step
+        #: weight -> whether a `FactorSink` keeps its factors in this step
         self.kept: dict[Tensor, bool] = {}
         self._compact: set[Tensor] = set()  # parameters whose gradients in the sets are compact
-        self._norm: float | None = None  # of MOLLM's direction
+        self._norm: float | None = None  # the norm of MOLLM's direction
         self._rates: dict[str, float] = {}  # g_i . update, where it follows from the direction
-        self._before: list[Tensor] = []  # what the update changes, where it is to be measured
+        self._before: list[Tensor] = []  # the weights before the update, where the update is to be measured
 
     def of(self, p: nn.Parameter) -> Tensor | Factors | None:
-        """The gradient of the step: whole, compact or as factors."""
+        """Return the step's gradient of `p`: whole, compact or as factors."""
         return self.optimizer.gradients.get(p, p.grad)
 
     def made(self, p: nn.Parameter) -> Tensor | None:
-        """The gradient of the step, whole or compact: made from its factors if need be."""
+        """Return the step's gradient of `p`, whole or compact; compute it from its factors if need be."""
         gradient = self.of(p)
         if not isinstance(gradient, Factors):
             return gradient
@@ -54,7 +56,7 @@ class Gradients:
         return expert_wgrad(**gradient._asdict(), experts=experts, mask=mask, out_dtype=p.dtype)
 
     def collect(self, objective: str) -> None:
-        """Take what a backward pass of this objective left, and add it to the objective's set."""
+        """Add the gradients that a backward pass of this objective left to the objective's set."""
         held = self.sets.setdefault(objective, [None] * len(self.trained))
         for i, (_, p) in enumerate(self.trained):
             new = self.factors.get(p, self.of(p))
@@ -68,9 +70,9 @@ class Gradients:
         self.factors.clear()
 
     def settle(self) -> bool:
-        """Make the factors of one backward pass the gradients of the step; whether any of them are factors.
+        """Make the factors of one backward pass the step's gradients; return whether any gradient stays factored.
 
-        Raises NonFiniteError if a factor is not finite; where a sum could overflow, the gradient is made.
+        Raises NonFiniteError if a factor is not finite. Where a sum could overflow, the gradient itself is computed.
         """
         names = {p: name for name, p in self.trained}
         made = {p: _whole([(1.0, f) for f in parts]) for p, parts in self.factors.items()}
@@ -82,12 +84,12 @@ class Gradients:
         return any(isinstance(g, Factors) for g in self.optimizer.gradients.values())
 
     def add_up(self, ranks: Ranks) -> None:
-        """The sum of every rank's gradients, none of which are factors."""
+        """Add up the gradients of all ranks in place; none of them may be factors."""
         for gradients in self._each_set():
             ranks.add_({name: g for (name, _), g in zip(self.trained, gradients, strict=True)})
 
     def divide(self, parts: int) -> None:
-        """The mean of `parts` gradients, from their sum."""
+        """Divide every gradient, a sum over `parts`, by that number, so that it becomes the mean."""
         if parts == 1:
             return
         for gradients in self._each_set():
@@ -98,14 +100,14 @@ class Gradients:
                     gradient.div_(parts)
 
     def norm(self) -> float:
-        """Of the gradient of the step, masks applied, without what are factors."""
+        """Return the norm of the step's gradient, masks applied, leaving out the gradients that are factors."""
         if self._norm is not None:
             return self._norm
         whole = [self.of(p) for _, p in self.trained]
         return look([self._gram([[None if isinstance(g, Factors) else g for g in whole]])[0, 0]])[0] ** 0.5
 
     def scale(self, factor: float) -> None:
-        """Multiply the gradient of the step."""
+        """Multiply the step's gradient by `factor`."""
         self._rates = {name: factor * rate for name, rate in self._rates.items()}
         for _, p in self.trained:
             gradient = self.of(p)
@@ -115,7 +117,7 @@ class Gradients:
                 gradient.mul_(factor)
 
     def products(self) -> Tensor:
-        """Gram matrix [m, m] float64 of the objectives' masked gradients."""
+        """Return the Gram matrix [m, m] float64 of the objectives' masked gradients."""
         sets = list(self.sets.values())
         total = self._gram([[None if isinstance(g, list) else g for g in gradients] for gradients in sets])
         for i, (_, p) in enumerate(self.trained):
@@ -127,9 +129,10 @@ class Gradients:
         return total
 
     def descend(self, settings: Mollm, products: Tensor, active: Tensor, *, measure: bool) -> mollm.CommonDescent:
-        """Make the common descent direction the gradient of the step; `measure` is for `descent()` after its update.
+        """Make the common descent direction the step's gradient.
 
-        The sets end here, but where they are to be measured against that update.
+        With `measure`, `descent()` can be asked after the update. The sets are dropped here, unless they are needed to
+        measure that update.
         """
         direction = mollm.common_descent(
             products, normalize=settings.normalize, rescale=settings.rescale, active=active
@@ -142,7 +145,7 @@ class Gradients:
             self._rates = dict(zip(self.sets, rates.tolist(), strict=True))
         elif keep:
             self._before = [self._rows(p).clone() for _, p in self.trained]
-        # at a stationary point nothing may move, momentum and decay included
+        # at a stationary point no weight may move, not even by momentum or decay: no parameter gets a gradient
         used = [] if direction.stationary else [j for j, value in enumerate(c.tolist()) if value != 0]
         sets = list(self.sets.values())
         for i, (_, p) in enumerate(self.trained):
@@ -166,12 +169,12 @@ class Gradients:
 
     @property
     def factored(self) -> bool:
-        """Whether a gradient of the sets is there as factors only."""
+        """Return whether any gradient in the sets exists only as factors."""
         return any(isinstance(g, list) for gradients in self.sets.values() for g in gradients)
 
     @property
     def _follows(self) -> bool:
-        """Whether the update is -lr times the gradient of the step, but for the last bits of float32."""
+        """Return whether the update is -lr times the step's gradient, up to the last bits of float32."""
         groups = self.optimizer.param_groups
         plain = isinstance(self.optimizer, MaskedSGD) and not any(
             group["momentum"] or group["weight_decay"] or group["maximize"] or group["lr"] != groups[0]["lr"]
@@ -180,19 +183,20 @@ class Gradients:
         return plain and all(p.dtype in (torch.float32, torch.float64) for _, p in self.trained)
 
     def descent(self) -> dict[str, float]:
-        """The inner product of the update that was made with each objective's gradient, where `descend` saw to it.
+        """Return the inner product of the update just made with each objective's gradient, by objective.
 
-        From the Gram matrix where the update follows the gradient, else measured; empty where it is neither.
+        It comes from the Gram matrix where the update follows the gradient, and is measured where `descend` prepared
+        for that; otherwise the result is empty.
         """
         if not self._before:
             return self._rates
         change = [self._rows(p) - old for (_, p), old in zip(self.trained, self._before, strict=True)]
-        # the change is zero wherever a mask is
+        # no masks are needed: the change is zero wherever the mask forbids one
         products = gram([*self.sets.values(), change])[:-1, -1]
         return dict(zip(self.sets, products.tolist(), strict=True))
 
     def held(self) -> list[Tensor]:
-        """Every tensor that stands for a gradient."""
+        """Return every tensor that holds a gradient or one of its factors."""
         found = [p.grad for _, p in self.trained if p.grad is not None]
         groups = (self.optimizer.gradients.values(), *self.sets.values(), *self.factors.values())
         for gradient in (g for group in groups for g in group):
@@ -201,7 +205,7 @@ class Gradients:
         return found
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Drop all gradients and all that was derived from them."""
         self.optimizer.zero_grad(set_to_none=True)
         self.sets, self._norm, self._rates, self._before = {}, None, {}, []
         self.factors.clear()
@@ -209,11 +213,11 @@ class Gradients:
         self._compact.clear()
 
     def _each_set(self) -> list[list[Gradient]]:
-        """The sets, or the one there is without MOLLM."""
+        """Return the sets of gradients; without MOLLM the step's gradient is the only one."""
         return [*self.sets.values()] or [[self.of(p) for _, p in self.trained]]
 
     def _rows(self, p: nn.Parameter) -> Tensor:
-        """The part of a parameter that its gradient is of."""
+        """Return the part of a parameter that its gradient covers: the trained slices if the gradient is compact."""
         layout = self.optimizer.layout(p) if p in self._compact else None
         return p.detach() if layout is None or layout[0] is None else p.detach()[layout[0]]
 

@@ -1,15 +1,15 @@
-"""The recipe's losses of one pair of batches, each a scalar with its graph.
+"""Losses of a recipe on one pair of batches, each a scalar with its graph.
 
 Names: `forget` (`config.FORGET_OBJECTIVES`), `retain` (NLL, KL or RMU's embedding difference), `kl` (MOLLM's
-third objective), `anchor` (SEUF) and `router_aux` (the load-balancing loss). Formulas are in `losses`, `seuf` and
-`router_aux`; here they meet batches, caches and TRACE's token weights:
+third objective), `anchor` (SEUF) and `router_aux` (the load-balancing loss). The formulas are in `losses`, `seuf` and
+`router_aux`; this module applies them to batches, reference caches and TRACE's token weights:
 
     L_retain = sum_t w_t l_t / (number of retain positions)
 
 Each loss is a mean over its own unit: positions that carry a loss, sequences for NPO, SimNPO and DPO, labelled
-tokens for RMU, attended positions for SEUF's anchor and the load-balancing loss. `units` counts these, so that the
-parts of a batch that is split weigh what they hold. RMU steers and keeps the states of labelled tokens, or of those
-that a batch's `state_mask` [B, S] says.
+tokens for RMU, attended positions for SEUF's anchor and the load-balancing loss. `units` counts these, so that each
+part of a split batch is weighed by its number of units. RMU steers and keeps the states of labelled tokens, or of the
+tokens marked by a batch's `state_mask` [B, S].
 """
 
 import contextlib
@@ -29,9 +29,9 @@ from moe_unlearn.prepare.rows import RowCache
 from moe_unlearn.prepare.stages import Preparation
 from moe_unlearn.step.dual import Multiplier
 
-# of the positions of a joint forward pass that padding may add to those of separate ones
+# the largest share of a joint forward pass's positions that may be padding which separate passes would not have
 LARGEST_PADDING = 0.125
-# forget objectives that are a mean over positions of a function of each token's NLL, which is 0 where none counts
+# forget objectives that average a function of each token's NLL over positions; the NLL is 0 at positions without a loss
 TOKEN_LOSSES = {
     "wga": lambda nll, forget: losses.wga(nll, forget.beta),
     "satimp": lambda nll, forget: losses.satimp(nll, forget.beta1, forget.beta2),
@@ -39,14 +39,14 @@ TOKEN_LOSSES = {
 
 
 def check_finite(metrics: dict[str, float], steps: int) -> None:
-    """Raise NonFiniteError, with the number of steps done, for losses that are not finite."""
+    """Raise NonFiniteError, which states the number of steps done, if a loss is not finite."""
     bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteError(f"{', '.join(bad)}: stopped before the update; {steps} steps done")
 
 
 def check_budget(recipe: Recipe, metrics: dict[str, float], steps: int) -> None:
-    """Raise RetainBudgetError, with the number of steps done, for a step's retain loss above the recipe's budget."""
+    """Raise RetainBudgetError, which states the number of steps done, if the retain loss exceeds the budget."""
     budget, retain = recipe.retain_budget, metrics.get("retain_loss")
     if budget is not None and retain is not None and retain > budget:
         raise RetainBudgetError(
@@ -56,25 +56,25 @@ def check_budget(recipe: Recipe, metrics: dict[str, float], steps: int) -> None:
 
 
 class Objectives:
-    """Evaluates a recipe's objectives on batches of the model it was made for.
+    """Evaluates a recipe's objectives on batches with the model it was made for.
 
-    Called with a forget and a retain batch it gives all losses. Where rows can share it, both sides travel in
-    one forward pass: sequences never mix, and padding is on the right. `separate` says why they cannot.
+    Called with a forget and a retain batch, it returns all losses. Both sides go through one forward pass where they
+    can: sequences never mix, and padding is on the right. `separate` gives the reason where they cannot.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, prepared: Preparation):
         self.model, self.recipe, self.prepared = model, recipe, prepared
-        #: int64 [2, E] for each MoE layer: visits in the last joint forward pass, of positions that carry a
-        #: forget and a retain loss
+        #: for each MoE layer int64 [2, E]: how often each expert was visited in the last joint forward pass by
+        #: positions that carry a forget loss (row 0) or a retain loss (row 1)
         self.tokens_per_expert: list[Tensor] = []
-        #: what multiplies the load-balancing loss in the retain loss; without it, 0, it is not made
+        #: coefficient of the load-balancing loss in the retain loss; at 0 that loss is not computed
         self.router_aux = router_aux.coefficient(model, recipe)
-        #: what multiplies the retain loss, with `recipe.dual` a variable
+        #: multiplier of the retain loss, a variable with `recipe.dual`
         self.dual = Multiplier(recipe.dual, recipe.retain.alpha)
 
     @property
     def factors(self) -> dict[str, float]:
-        """What multiplies each loss in their sum, where MOLLM does not combine them."""
+        """Return the coefficient of each loss in their weighted sum, which is used without MOLLM."""
         recipe = self.recipe
         alpha = self.dual.value
         return {
@@ -86,7 +86,7 @@ class Objectives:
 
     @property
     def separate(self) -> str:
-        """Why forget and retain rows have forward passes of their own; empty where they share one."""
+        """Return why forget and retain rows need separate forward passes; empty if they can share one."""
         recipe = self.recipe
         if recipe.mollm is not None:
             return "MOLLM goes backward once for each objective, which would walk the other side's rows in vain"
@@ -99,7 +99,7 @@ class Objectives:
         return ""
 
     def __call__(self, forget: Batch, retain: Batch, *, joint: bool = True) -> dict[str, Tensor]:
-        """Losses by name of one pair of batches; `joint=False` keeps the forward passes apart."""
+        """Compute the losses of one pair of batches, by name; `joint=False` keeps the forward passes separate."""
         forget = forgotten(self.recipe, forget)
         parts = [forget, retain]
         if self.recipe.forget.objective == "idk_dpo":
@@ -122,10 +122,10 @@ class Objectives:
         return {**self._forget_side(forget, *states[:-1]), **self.retain(retain, states[-1], log_weight, routing)}
 
     def units(self, forget: Batch, retain: Batch) -> dict[str, Tensor]:
-        """What the losses of a pair of batches are means over, int64 []: "forget", "retain" and those of `anchor` and
-        `router_aux` where they are made.
+        """Count the units that the losses of a pair of batches are means over, int64 [] each, by name.
 
-        Sequences for sequence losses, else positions; every loss without a unit of its own has that of "retain".
+        The names are "forget", "retain", and "anchor" and "router_aux" where these losses are computed. Units are
+        sequences for sequence losses, else positions; a loss without a unit of its own has that of "retain".
         """
         rows, objective = forgotten(self.recipe, forget), self.recipe.forget.objective
         counted = {"rmu": state_mask, "logit_margin": losses.margin_mask}.get(objective, target_mask)(rows)
@@ -140,18 +140,18 @@ class Objectives:
         return out
 
     def forget(self, batch: Batch) -> dict[str, Tensor]:
-        """{"forget": loss} and, for SEUF, {"anchor": loss}."""
+        """Compute the losses of the forget side: {"forget": loss}, with "anchor" added for SEUF."""
         return self._forget_side(forgotten(self.recipe, batch))
 
     def _forget_side(self, batch: Batch, *states: Tensor) -> dict[str, Tensor]:
-        """`forget` of the rows that carry its loss; `states` [B, S, H] spare the forward passes."""
+        """Compute `forget` on the rows that carry its loss; given `states` [B, S, H] replace the forward passes."""
         if self.recipe.scope.kind != "seuf":
             return {"forget": self._forget(batch, *states)}
         layer, expert = self._need("seuf", self.prepared.selected).nonzero()[0].tolist()
         name = list(experts_modules(self.model))[layer]
         with seuf.gates(self.model, [name]) as collected:
             loss = self._forget(batch)
-        # several forward passes (DPO) keep the first gate, that of the batch itself
+        # where there are several forward passes (DPO), the first gate is kept, which is that of the batch itself
         attended = batch["attention_mask"].bool().flatten()
         return {"forget": loss, "anchor": seuf.anchor_loss(collected[name].dense(), expert, attended)}
 
@@ -162,8 +162,11 @@ class Objectives:
         log_weight: Tensor | None = None,
         routing: list[router_aux.Layer] | None = None,
     ) -> dict[str, Tensor]:
-        """{"retain": loss}, for MOLLM {"kl": loss} and, where it is added, {"router_aux": loss}; all from one forward
-        pass, or from `states` [B, S, H] and what was collected in it: TRACE's log_weight [B, S], the `routing`."""
+        """Compute the losses of the retain side: {"retain": loss}, with "kl" added for MOLLM and "router_aux" if used.
+
+        All come from one forward pass, or from its given results: `states` [B, S, H], TRACE's `log_weight` [B, S] and
+        the `routing`.
+        """
         objective, with_kl = self.recipe.retain.objective, self.recipe.mollm is not None and self.recipe.mollm.kl
         if objective == "none" and not with_kl:
             return {}
@@ -184,11 +187,11 @@ class Objectives:
         return out
 
     def _routing(self):
-        """What collects the routing of a forward pass where the load-balancing loss is made of it, else nothing."""
+        """Return a context that collects the routing of a forward pass for the load-balancing loss, if that is used."""
         return router_aux.routing(self.model) if self.router_aux else contextlib.nullcontext([])
 
     def _states(self, batch: Batch, tilt: Tensor | None = None, group: Tensor | None = None, layer: int | None = None):
-        """Hidden states [B, S, H] and log_weight [B, S] of one forward pass, final or behind RMU's layer."""
+        """Run one forward pass; return hidden states [B, S, H], final or after RMU's layer, and log_weight [B, S]."""
         ids = batch["input_ids"]
         log_weight = None if tilt is None else torch.zeros(ids.numel(), device=ids.device)
         counts = None
@@ -219,7 +222,7 @@ class Objectives:
         return per_token.sum()
 
     def _tilt(self, batch: Batch) -> Tensor | None:
-        """TRACE's tilt where token weights are made during the forward pass."""
+        """Return TRACE's tilt if token weights are computed during the forward pass, else None."""
         settings = self.recipe.trace
         if settings is None or self.prepared.inactive or settings.refresh == "offline" or "token_weights" in batch:
             return None
@@ -296,7 +299,7 @@ class Objectives:
 
 
 def _padded_share(batches: list[Batch]) -> float:
-    """What share of the positions of the batches stacked is padding that they do not have themselves."""
+    """Return the share of positions of the stacked batches that is padding added by stacking."""
     shapes = [batch["input_ids"].shape for batch in batches]
     stacked = sum(rows for rows, _ in shapes) * max(length for _, length in shapes)
     return 1 - sum(rows * length for rows, length in shapes) / stacked

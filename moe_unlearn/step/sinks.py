@@ -1,13 +1,14 @@
-"""Where the weight gradients of the experts go in the fused step, instead of `.grad`.
+"""Sinks, which receive the weight gradients of the experts in the fused step instead of `.grad`.
 
     CompactSink    sum of the masked dW of the trained slices, [M_e, M, P] in the parameter's dtype
-    FactorSink     the factors themselves, where they are smaller than that: dW is made when its use is known
-    UpdateSink     the optimizer's update straight from the factors of dW, which is never stored
+    FactorSink     the factors of dW, where they are smaller than dW: dW is computed once its use is known
+    UpdateSink     the optimizer's update, computed from the factors of dW, which is never stored
 
-A sink is given to `step_inputs(weight_gradients=...)`. The experts of the forward pass announce their weights
-(`enter`), and in the backward pass, after a layer's dgrad, each hands over the factors of its dW (`take`); behind it
-comes `settle`. A weight that entered twice has two gradients to wait for, and a bias none that a kernel could update
-from: such take the compact form in every sink. What the optimizer does not train is dropped.
+A sink is given to `step_inputs(weight_gradients=...)`. In the forward pass the experts announce their weights
+(`enter`). In the backward pass, after a layer's dgrad, they hand over the factors of each dW (`take`). After the
+backward pass `settle` is called. An UpdateSink takes the compact form for a weight that entered twice, which has two
+gradients to wait for; every sink takes it for a bias, for which there is no kernel that works from factors. Gradients
+of weights that the optimizer does not train are dropped.
 
 Deterministic. Source: our specification.
 """
@@ -25,21 +26,21 @@ from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 
 
 class CompactSink:
-    """Adds to `gradients`, parameter -> compact gradient, which the caller may replace between backward passes."""
+    """Adds to `gradients` (parameter -> compact gradient), whose entries may be replaced between backward passes."""
 
-    #: how many micro-batches like this one its step has, as far as is known
+    #: how many micro-batches like this one the step has, as far as is known
     micro_batches = 1.0
-    #: whether it asks how large factors are
+    #: whether the sink needs the largest absolute values of the factors
     bounded = False
 
     def __init__(self, optimizer: MaskedSGD | MaskedAdamW, gradients: dict[Tensor, Tensor]):
         self.optimizer, self.gradients = optimizer, gradients
 
     def enter(self, weight: Tensor) -> None:
-        """A forward pass uses `weight`."""
+        """Note that a forward pass uses `weight`."""
 
     def experts(self, weights: Sequence[Tensor]) -> Tensor | None:
-        """Ascending int32 [M_e]: the experts of which a gradient of any of `weights` is kept; None: of all."""
+        """Return the experts that need a gradient of any of `weights`, ascending int32 [M_e]; None means all."""
         layouts = [found for found in map(self.optimizer.layout, weights) if found is not None]
         if any(slices is None for slices, _ in layouts):
             return None
@@ -47,7 +48,7 @@ class CompactSink:
         return torch.cat(kept).unique().int()
 
     def take(self, weight: Tensor, factors: Factors) -> None:
-        """The backward pass has the factors of a gradient of `weight`."""
+        """Take the factors of a gradient of `weight` from the backward pass."""
         layout = self.optimizer.layout(weight)
         if layout is None:
             return
@@ -62,14 +63,15 @@ class CompactSink:
         self.gradients[weight] = dw
 
     def settle(self) -> None:
-        """The backward pass is over; raises NonFiniteError for what it did not wait for."""
+        """Finish the backward pass; raises NonFiniteError for checks whose results it did not wait for."""
 
 
 class FactorSink(CompactSink):
-    """Keeps factors in `factors`, parameter -> list, one for each time a backward pass met the weight.
+    """Keeps factors in `factors` (parameter -> list), one entry for each time a backward pass met the weight.
 
-    form: "factors" keeps every weight's, "auto" those that in all micro-batches together are smaller than the compact
-    gradient would be. Which, is chosen where a step first meets the weight, and stands in `kept` for the rest of it.
+    form: "factors" keeps the factors of every weight; "auto" keeps them only where those of all micro-batches together
+    are smaller than the compact gradient. The form of a weight is chosen when a step first meets it, and recorded in
+    `kept` for the rest of the step.
     """
 
     def __init__(
@@ -90,20 +92,20 @@ class FactorSink(CompactSink):
             size = self.micro_batches * (factors.grad.numel() + factors.input.numel())
             self.kept[weight] = weight.dim() == 3 and (self.form == "factors" or size < trained * weight[0].numel())
         if self.kept.get(weight):
-            # what they were computed from must not stay with them
+            # detached, so that they do not keep the graph that they were computed in
             self.factors.setdefault(weight, []).append(Factors(*(None if v is None else v.detach() for v in factors)))
         else:
             super().take(weight, factors)
 
 
 class UpdateSink(CompactSink):
-    """Updates every weight [E, M, P] of `names` (parameter -> name) that one forward pass used once.
+    """Updates every weight [E, M, P] of `names` (parameter -> name) that the forward pass used once.
 
-    Factors that are not finite raise NonFiniteError, naming what was updated before; where their product
-    could overflow, the gradient is stored for the caller to check.
+    On the CPU, factors that are not finite raise NonFiniteError, which names the weights updated before; where the
+    product of the factors could overflow, the gradient is stored for the caller to check.
 
-    On a GPU nobody waits for either answer: there such factors, and those of every weight after them, update nothing,
-    and `settle` raises the error once the backward pass is over. Of a product that could overflow it says so.
+    On a GPU the host does not wait for these checks. Factors that fail one of them, and those of every weight after
+    them, update nothing, and `settle` raises the error after the backward pass, also for a product that could overflow.
     """
 
     bounded = True
@@ -113,8 +115,8 @@ class UpdateSink(CompactSink):
         self.names = names
         self.updated: list[str] = []
         self._uses: dict[Tensor, int] = {}
-        self._unseen: list[tuple[Tensor, Tensor]] = []  # weights and their bounds, which are still on the device
-        self._sound: Tensor | None = None  # whether all of these bounds are fine
+        self._unseen: list[tuple[Tensor, Tensor]] = []  # weights and their bounds, which the host has not read yet
+        self._sound: Tensor | None = None  # bool [] on the device: whether all of these bounds are finite in float32
 
     def enter(self, weight: Tensor) -> None:
         self._uses[weight] = self._uses.get(weight, 0) + 1
@@ -125,7 +127,7 @@ class UpdateSink(CompactSink):
             return
         bound = largest_sum(factors)
         if self._waits(bound):
-            self.settle()  # of weights on a GPU beside some on the CPU: this one is updated only where those are sound
+            self.settle()  # a model on both CPU and GPU: update this weight only if the earlier ones passed the check
             if may_overflow(float(bound), self.names[weight], (*self.updated,)):
                 super().take(weight, factors)
                 return
@@ -146,7 +148,7 @@ class UpdateSink(CompactSink):
             if not bound < _LARGEST:
                 for weight, _ in unseen[i:]:
                     if "step" in self.optimizer.state.get(weight, {}):
-                        self.optimizer.state[weight]["step"] -= 1  # a step that wrote nothing
+                        self.optimizer.state[weight]["step"] -= 1  # this update was counted but wrote nothing
                 may_overflow(bound, name, (*self.updated,))
                 raise NonFiniteError(
                     f"the gradient of {name} could overflow: stopped before its update", (*self.updated,)
@@ -154,7 +156,7 @@ class UpdateSink(CompactSink):
             self.updated.append(name)
 
     def _waits(self, bound: Tensor) -> bool:
-        """Whether a bound is looked at before its update: where nothing has to be waited for."""
+        """Return whether the bound is read before the update, which is so on the CPU, where reading costs no wait."""
         return bound.is_cpu
 
 
@@ -162,9 +164,9 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def may_overflow(bound: float, name: str, updated: tuple[str, ...] = ()) -> bool:
-    """Whether the gradient of weight `name`, not to be stored, might not be finite though its factors are.
+    """Return whether the gradient of weight `name` could be non-finite although its factors are finite.
 
-    `bound` is `largest_sum` of these. Raises NonFiniteError with `updated` if a factor is not finite.
+    `bound` is `largest_sum` of the factors. Raises NonFiniteError with `updated` if a factor is not finite.
     """
     if not bound < float("inf"):
         raise NonFiniteError(f"the gradient of {name} is not finite: stopped before its update", updated)
@@ -172,7 +174,7 @@ def may_overflow(bound: float, name: str, updated: tuple[str, ...] = ()) -> bool
 
 
 def largest_sum(factors: Factors) -> Tensor:
-    """A bound [] on every |dW|, float64 on their device; infinite or NaN if a factor is."""
+    """Return an upper bound on the absolute values of dW, float64 [] on its device; non-finite if a factor is."""
     offsets = factors.expert_offsets
     rows = offsets[-1]
     bound = offsets.diff().max().double()
@@ -182,7 +184,7 @@ def largest_sum(factors: Factors) -> Tensor:
         if not values.numel():
             return torch.zeros_like(bound)
         if largest is None:
-            # the infinity norm, many times as fast
+            # equal to the infinity norm, and many times as fast
             low, high = values.aminmax() if index is not None else _extremes(values, rows)
             largest = torch.maximum(-low, high)
         bound = bound * largest.double()
@@ -190,20 +192,20 @@ def largest_sum(factors: Factors) -> Tensor:
 
 
 def look(values: Sequence[Tensor]) -> list[float]:
-    """Numbers [] of the device, all in one read: what a step waits for, it waits for here."""
+    """Read numbers [] from the device, all in one transfer; this is where a step waits for the device."""
     if not values:
         return []
     return torch.stack([value.detach().double().to(values[0].device) for value in values]).tolist()
 
 
 def join(parts: Sequence[tuple[float, Factors]], experts: Tensor | None = None) -> tuple[Factors, Tensor]:
-    """The factors of sum_i c_i dW_i, and for each of its rows (sorted by expert) the part i it comes from.
+    """Join factors into those of sum_i c_i dW_i; also return for each row (sorted by expert) its part i.
 
-    With `experts` (distinct, integer [M_e]) the rows are those of these experts alone, still under offsets
-    [E + 1] of all of them.
+    With `experts` (distinct, integer [M_e]) only the rows of these experts are kept; the offsets [E + 1] still cover
+    all experts.
     """
     device, num_experts = parts[0][1].grad.device, len(parts[0][1].expert_offsets) - 1
-    # the last place is that of rows behind the last expert
+    # the last element, False, stands for rows behind those of the last expert
     listed = torch.arange(num_experts + 1, device=device) < num_experts
     if experts is not None:
         listed = torch.zeros_like(listed).index_fill(0, experts.long(), True)
@@ -229,10 +231,10 @@ def join(parts: Sequence[tuple[float, Factors]], experts: Tensor | None = None) 
 
 
 def inner_products(gradients: Sequence[Factors], experts: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Gram matrix [m, m] float64 of m gradients of one weight [E, M, P], of which none is stored whole.
+    """Compute the Gram matrix [m, m] float64 of m gradients of one weight [E, M, P], none of them stored whole.
 
-    Expert by expert the cheaper of two forms: with n rows in all, the gradients themselves, one expert's at a
-    time (2 n M P operations), or the rows' own products (2 n^2 (M + P)), which know nothing of a mask.
+    For each expert the cheaper of two forms is used. With n rows in all, these are the gradients themselves, one expert
+    at a time (2 n M P operations), or inner products of rows (2 n^2 (M + P)), which cannot take a mask into account.
     """
     first = gradients[0]
     rows, inputs = first.grad.shape[1], first.input.shape[1]
@@ -253,8 +255,8 @@ def inner_products(gradients: Sequence[Factors], experts: Tensor | None, mask: T
 
 
 def _extremes(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest of the first `rows` rows; those behind belong to nobody and may hold anything."""
-    if values.is_cpu:  # the number is here
+    """Return the least and the largest value of the first `rows` rows; later rows have no expert and any content."""
+    if values.is_cpu:  # reading `rows` costs no wait
         values = values[: int(rows)]
         return values.aminmax() if len(values) else (values.new_zeros(()), values.new_zeros(()))
     return _extremes_on_device(values, rows)

@@ -1,10 +1,10 @@
-"""The micro-batches of a step on all ranks: what their losses come to together, and what each of them weighs.
+"""Losses and weights of the micro-batches of one step, over all ranks.
 
     L = sum_m n_m L_m / N          L_m is a mean over the n_m units of micro-batch m, N = sum_m n_m
 
 A unit is what a loss is a mean over, a position or a sequence (`Objectives.units`). `sizes` are the N of the global
 batch: with them a step is the same however its rows are cut into micro-batches and shared among ranks. Without them
-nothing says how much is still to come, so that all micro-batches have to be of one size.
+the size of the micro-batches still to come is unknown, so all micro-batches must have the same size.
 
 Source: our specification, after transformers' Trainer, which divides by the tokens of the global batch.
 """
@@ -20,7 +20,7 @@ from moe_unlearn.step.sinks import look
 
 
 class Part(NamedTuple):
-    """One micro-batch: its losses over all ranks, its units on this rank and on all; no units if nobody counted."""
+    """One micro-batch: its losses over all ranks, its units on this rank and on all; empty units if not counted."""
 
     losses: dict[str, float]
     own: Sizes
@@ -28,28 +28,31 @@ class Part(NamedTuple):
 
 
 class Tally:
-    """What a step has seen of its global batch."""
+    """Record of the micro-batches that a step has seen of its global batch."""
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self.clear()
 
     def clear(self) -> None:
-        """Begin a step."""
+        """Drop all micro-batches, to begin a step."""
         self.parts: list[Part] = []
         self.sizes: Sizes | None = None
         #: whether a micro-batch was said to be the last
         self.closed = False
 
     def expect(self, sizes: Sizes | None) -> None:
-        """Raise unless a micro-batch with these `sizes` may follow: RuntimeError behind the last, else ValueError."""
+        """Check that a micro-batch with these `sizes` may follow.
+
+        Raises RuntimeError after the last micro-batch of a step, ValueError for other `sizes` than before.
+        """
         if self.closed:
             raise RuntimeError("the micro-batch before was to be the last of its step: update() or discard() first")
         if self.parts and self.sizes != sizes:
             raise ValueError(f"all micro-batches of a step must have the same `sizes`; got {self.sizes}, then {sizes}")
 
     def count(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, int]:
-        """The `sizes` of a step whose micro-batches have these units on this rank, [] each."""
+        """Return the `sizes` of a step whose micro-batches have these units on this rank, [] each."""
         if not parts:
             raise ValueError("expected the (forget, retain) batches of at least one micro-batch; got none")
         read = look([count for units in parts for count in units.values()])
@@ -57,7 +60,7 @@ class Tally:
         return {unit: int(total) for unit, total in zip(parts[0], self.ranks.sums(own), strict=True)}
 
     def measure(self, values: Mapping[str, Tensor], counted: Mapping[str, Tensor] | None = None) -> Part:
-        """The micro-batch with these losses over these units of this rank, [] each; in one read of the device."""
+        """Return the `Part` with these losses over these units of this rank, [] each; reads the device once."""
         read = look([*values.values(), *(counted or {}).values()])
         losses = {f"{name}_loss": value for name, value in zip(values, read, strict=False)}
         own = dict(zip(counted or {}, read[len(values) :], strict=True))
@@ -70,9 +73,10 @@ class Tally:
         return Part({name: value / max(units[_unit(name, own)], 1) for name, value in pairs}, own, units)
 
     def shares(self, part: Part, sizes: Sizes | None, last: bool) -> dict[str, float]:
-        """By loss, what multiplies this rank's mean over the micro-batch; the sum of all is then divided by `divisor`.
+        """Return the factor, by loss, that multiplies this rank's mean over the micro-batch.
 
-        Raises ValueError if units and `sizes` do not agree, and without `sizes` if micro-batches differ in units.
+        The sum over micro-batches is then divided by `divisor`. Raises ValueError if units and `sizes` do not agree,
+        and without `sizes` if micro-batches differ in units.
         """
         if not part.units:
             return dict.fromkeys(part.losses, 1.0)
@@ -89,17 +93,17 @@ class Tally:
         return {name: part.own[u] / max(total[u], 1) for name in part.losses for u in [_unit(name, part.own)]}
 
     def add(self, part: Part, sizes: Sizes | None, last: bool) -> None:
-        """A micro-batch whose gradients have been added."""
+        """Record a micro-batch whose gradients have been accumulated."""
         self.parts.append(part)
         self.sizes, self.closed = sizes, last
 
     @property
     def divisor(self) -> int:
-        """What the sum of the micro-batches' gradients is to be divided by."""
+        """Return the number by which the sum of the micro-batches' gradients is divided."""
         return len(self.parts) if self.sizes is None else 1
 
     def losses(self) -> dict[str, float]:
-        """Losses of the step: the means over the units of all its micro-batches."""
+        """Return the losses of the step: means over the units of all its micro-batches."""
         if len(self.parts) == 1:
             return dict(self.parts[0].losses)
         out = {}
@@ -111,13 +115,13 @@ class Tally:
 
 
 def _unit(loss: str, units: Sizes) -> str:
-    """The unit of a loss: its own, where it has one, else that of the retain rows."""
+    """Return the name of a loss's unit: its own where it has one, else that of the retain rows."""
     name = loss.removesuffix("_loss")
     return name if name in units else "retain"
 
 
 def _checked(sizes: Sizes, parts: list[Sizes], last: bool) -> Sizes:
-    """`sizes`; ValueError unless the micro-batches so far, with the last one all, may add up to them."""
+    """Return `sizes`; raise ValueError if the micro-batches so far exceed them, or all of them fall short."""
     if sizes.keys() != parts[0].keys():
         raise ValueError(f"`sizes` must say {', '.join(parts[0])}, as step.sizes(pairs) does; got {', '.join(sizes)}")
     seen = {unit: sum(part[unit] for part in parts) for unit in sizes}

@@ -1,33 +1,36 @@
-"""UnlearnStep: batches in, updated weights and metrics out.
+"""UnlearnStep, which takes batches, updates the weights and returns metrics.
 
     step = UnlearnStep(model, recipe)
     step.prepare(forget_batches, retain_batches)         # on the unchanged model
     metrics = step(forget_batch, retain_batch)           # one update; update=False accumulates
 
-What a batch may hold, packed rows among it, says `model.batches`. One step computes the recipe's losses, turns them
-into one gradient and moves the weights the scope and the mask allow:
+`model.batches` describes what a batch may hold, such as packed rows. One step computes the recipe's losses, turns them
+into one gradient and updates the weights that the scope and the mask allow:
 
     g = grad( gamma L_forget + alpha (L_retain + router_aux L_router_aux) + anchor L_anchor )  without MOLLM; see `dual`
     g = sum_i c_i grad L_i,  c from the Gram matrix of the masked gradients  with MOLLM
 
-Of several micro-batches each weighs what it holds, so that the step is that of all rows in one batch (`tally`):
+Each of several micro-batches is weighed by its number of units, so that the step equals that of all rows in one batch
+(`tally`):
 
-    sizes = step.sizes(pairs)                            # what all of them have together
+    sizes = step.sizes(pairs)                            # the units of all of them together
     metrics = [step(*pair, update=pair is pairs[-1], sizes=sizes) for pair in pairs][-1]
 
 The fused step (the default) sends forget and retain rows through one forward pass where they can share it, and takes
-the expert weights' gradients where they are made (`sinks`): compact, of the trained experts only and with the mask
-applied; or as the factors they are made of, where these are smaller, so that dW exists only in the epilogue that makes
-the update of it; or, under `guard: loss`, as that update itself in the backward pass. What forbids this, `obstacle`
-says. `fused=False` is the plain path, autograd and one masked optimizer, which the fused one must equal.
+the gradients of the expert weights where they are made (`sinks`), in one of three forms: compact, of the trained
+experts only and with the mask applied; as factors, where these are smaller, so that dW exists only inside the kernel
+that updates the weight; or, under `guard: loss`, as the update itself during the backward pass. `obstacle` gives the
+reason where this last form is not possible. `fused=False` takes the plain path, autograd and one masked optimizer, and
+the fused step must give the same result.
 
-`guard: strict` knows every gradient, or its factors, before the first weight changes: whatever is not finite leaves the
-weights bitwise as they were. `guard: loss` checks losses so, gradients of experts layer by layer on the way: a bad one
-stops the step with layers above it updated already. Then `restore()`, if there is one, is to bring back the last
-checkpoint. On a GPU the device checks: from the bad layer on nothing is written, as the step says in the end.
+Under `guard: strict` every gradient, or its factors, is known before the first weight changes: a value that is not
+finite leaves the weights bitwise as they were. `guard: loss` checks losses likewise, but gradients of experts layer by
+layer during the backward pass: a bad one stops the step when layers above it are updated already, and `restore()`, if
+set, should bring back the last checkpoint. On a GPU the device does these checks: from the bad layer on nothing is
+written, and the step raises its error after the backward pass.
 
-With a `process_group` each process is one of several ranks (`ranks`): every one calls the step with rows of its own and
-`prepare` with all rows; losses, and so what stops a step, are means over the rows of all.
+With a `process_group` each process is one of several ranks (`ranks`). Every rank calls the step with its own rows and
+`prepare` with all rows; losses, and so the checks that stop a step, are means over the rows of all ranks.
 """
 
 import math
@@ -64,12 +67,12 @@ class UnlearnStep:
         recipe: a `Recipe`, the path of a YAML file or the name of a shipped recipe.
         optimizer: a `MaskedSGD` or `MaskedAdamW` over the model's parameters; None builds the recipe's.
         fused: False takes the plain path, for comparison.
-        verify: how many steps, True all, are made beside the plain path and compared; see `verify`.
-        process_group: the ranks that train this model, which take the first one's weights; see `ranks`.
+        verify: the number of steps, True for all, that are replayed on the plain path and compared; see `verify`.
+        process_group: the ranks that train this model; all take the first rank's weights. See `ranks`.
 
-    Raises TypeError for another optimizer and ValueError for a model without MoE layers, with nothing to train in the
-    recipe's scope or with sharded weights, for `verify` with several ranks, and for a `retain.router_aux` that finds no
-    loss of the model to multiply.
+    Raises TypeError for another optimizer. Raises ValueError for a model without MoE layers, with nothing to train in
+    the recipe's scope or with sharded weights, for `verify` with several ranks, and for `retain.router_aux` if the
+    model has no load-balancing loss to multiply.
     """
 
     def __init__(
@@ -87,11 +90,11 @@ class UnlearnStep:
         if verify and self.ranks.count > 1:
             raise ValueError(f"verify is for one process; got a model shared by {self.ranks.count} ranks")
         self.model, self.fused = local(model), fused
-        #: called when a step stopped with some weights updated already; what it returns ends the error's message
+        #: called when a step stopped with some weights updated already; the error's message ends with the returned text
         self.restore: Callable[[], str] | None = None
-        #: why the caller needs whole gradients before the update, empty if it does not
+        #: why the caller needs whole gradients before the update; empty if it does not
         self.held_back = ""
-        #: how many micro-batches make a step, as far as its plan knows
+        #: the number of micro-batches in a step that the plan assumes
         self.micro_batches = self.recipe.accumulate
         self.prepared = Preparation()
         self.objectives = Objectives(self.model, self.recipe, self.prepared)
@@ -107,7 +110,7 @@ class UnlearnStep:
         elif not isinstance(optimizer, MaskedSGD | MaskedAdamW):
             raise TypeError(f"optimizer must be a MaskedSGD or MaskedAdamW; got {type(optimizer).__name__}")
         self.optimizer = optimizer
-        #: what the micro-batches of this step have come to
+        #: record of the micro-batches of this step
         self.tally = Tally(self.ranks)
         self.gradients = Gradients(self.optimizer, self._trained(), self.masks)
         self._updated: list[str] = []
@@ -126,8 +129,8 @@ class UnlearnStep:
         """Run those of `stages` that the recipe needs and that have not run, the same on all ranks; see `prepare`.
 
         Both sets must hold every row that the step will meet. `on_stage(name)` is called after each stage, when
-        `state_dict()` holds its result. The folder `cache_dir` keeps references from run to run by the content of model
-        and rows; OSError where it cannot be written to. References are of the model as it is, adapters included.
+        `state_dict()` holds its result. The folder `cache_dir` keeps references from run to run, by the content of
+        model and rows; OSError if it cannot be written to. References are of the model as it is, with its adapters.
         """
         forget, retain = check_batches(forget_batches, "forget"), check_batches(retain_batches, "retain")
         verify_head(self.model, counted_row(retain))
@@ -144,7 +147,7 @@ class UnlearnStep:
     def __call__(
         self, forget_batch: Batch, retain_batch: Batch, *, update: bool = True, sizes: Sizes | None = None
     ) -> dict[str, float]:
-        """One step, or with `update=False` one micro-batch of it; returns the metrics as floats.
+        """Make one step, or with `update=False` accumulate one micro-batch of it; return the metrics as floats.
 
         Micro-batches that differ in tokens or sequences need `sizes`, the same for all of a step: `step.sizes(pairs)`.
         The losses of a step are means over all of them. Raises NotPreparedError, ValueError for a bad batch or wrong
@@ -155,7 +158,7 @@ class UnlearnStep:
         return metrics | self.update() if update else metrics
 
     def sizes(self, pairs: Iterable[tuple[Batch, Batch]]) -> dict[str, int]:
-        """What a step's losses are means over (`Objectives.units`) in these (forget, retain) pairs, on all ranks."""
+        """Count the units (`Objectives.units`) of a step with these (forget, retain) pairs, on all ranks."""
         return self.tally.count([
             self.objectives.units(checked(forget, "forget"), checked(retain, "retain")) for forget, retain in pairs
         ])  # fmt: skip
@@ -163,10 +166,10 @@ class UnlearnStep:
     def accumulate(
         self, forget_batch: Batch, retain_batch: Batch, *, sizes: Sizes | None = None, last: bool = False
     ) -> dict[str, float]:
-        """Losses and gradients of one micro-batch; nothing moves.
+        """Compute losses and gradients of one micro-batch and add the gradients up; no weight changes.
 
         `last` says that no micro-batch follows before the update: if it is also the first, and there is no
-        `obstacle`, expert weights are updated in the backward pass.
+        `obstacle`, expert weights are nevertheless updated in the backward pass.
         """
         missing = [stage for stage in needed(self.recipe) if stage not in self.prepared.done]
         if missing:
@@ -182,7 +185,7 @@ class UnlearnStep:
             self.gradients = Gradients(self.optimizer, self._trained(), self.masks)
         sink = self._sink(whole, single_pass)
         try:
-            # the backward pass belongs inside: a gradient checkpoint's recompute asks for the sink again
+            # the backward pass belongs inside: with gradient checkpointing the recomputation needs the sink again
             with step_inputs(self.model, weight_gradients=sink), self.verifier.watch(forget_batch, retain_batch, sizes):
                 values = self.objectives(forget_batch, retain_batch, joint=self.fused)
                 # a step of one micro-batch on one rank has nothing to weigh
@@ -205,10 +208,10 @@ class UnlearnStep:
         return dict(part.losses)
 
     def combine(self) -> dict[str, float]:
-        """Turn what was accumulated into the gradient of one step, in `.grad`; nothing moves.
+        """Turn the accumulated gradients into the step's, in `.grad` or `optimizer.gradients`; no weight changes.
 
-        For callers that step the optimizer themselves: combine, clip, `optimizer.step()`, `finish()`. Returns metrics,
-        the step's losses among them. Raises NonFiniteError or RetainBudgetError, with the gradients dropped.
+        This is for callers that step the optimizer themselves: combine, clip, `optimizer.step()`, `finish()`. Returns
+        metrics, the step's losses among them. Raises NonFiniteError or RetainBudgetError after dropping the gradients.
         """
         if not self.tally.parts:
             raise RuntimeError("nothing accumulated: call accumulate(), or the step itself, first")
@@ -225,7 +228,7 @@ class UnlearnStep:
                 raise NonFiniteError(f"the gradient norm is {norm}: stopped before the update", self._updated)
         except NonFiniteError as error:
             raise self._stopped(error) from None
-        # with updates in the backward pass or from factors there never is a whole gradient
+        # with updates in the backward pass or from factors the whole gradient never exists
         self._norm = None if self._updated or factored else norm
         if self._norm is not None:
             metrics["grad_norm"] = norm
@@ -234,7 +237,7 @@ class UnlearnStep:
         return metrics
 
     def update(self) -> dict[str, float]:
-        """`combine()`, the optimizer's step, and a clean slate; returns its metrics."""
+        """Combine and clip the gradients, step the optimizer and finish the step; return its metrics."""
         metrics = self.combine()
         self.clip(self.recipe.optimizer.max_grad_norm)
         self.optimizer.step()
@@ -242,9 +245,9 @@ class UnlearnStep:
         return metrics | self.finish()
 
     def clip(self, limit: float | None) -> float:
-        """Scale the combined gradient down to the norm `limit`; returns the norm before, masks applied.
+        """Scale the combined gradient down to the norm `limit`; return the norm before, masks applied.
 
-        Raises RuntimeError where there are no whole gradients of the experts.
+        Without whole gradients of the experts it raises RuntimeError for a `limit`, and returns NaN for None.
         """
         if self._norm is None:
             if limit is not None:
@@ -256,9 +259,9 @@ class UnlearnStep:
         return self._norm
 
     def finish(self) -> dict[str, float]:
-        """Close a step whose update has been made: verify, drop its gradients and count it; returns metrics.
+        """Close a step whose update has been made: verify it, drop its gradients and count it; return metrics.
 
-        For MOLLM `descent_NAME` among them, where it is known: the update's inner product with that gradient.
+        For MOLLM they include `descent_NAME` where it is known, the update's inner product with that gradient.
         """
         metrics = {f"descent_{name}": value for name, value in self.gradients.descent().items()}
         metrics |= self.verifier.check()
@@ -268,20 +271,20 @@ class UnlearnStep:
         return metrics
 
     def discard(self) -> None:
-        """Drop accumulated gradients."""
+        """Drop accumulated gradients and forget the micro-batches."""
         self.gradients.clear()
         self.tally.clear()
         self._updated = []
 
     def plan(self, forget_batches: Iterable[Batch] = (), retain_batches: Iterable[Batch] = ()) -> Plan:
-        """What the step will do and what it will take for the largest batches given; see `plan`.
+        """Plan what the step will do and what it will cost for the largest of the given batches; see `plan`.
 
-        All batches together size the reference caches. Changes nothing. Raises ValueError for a bad batch.
+        All batches together size the reference caches. The step stays unchanged. Raises ValueError for a bad batch.
         """
         return make_plan(self, list(forget_batches), list(retain_batches))
 
     def state_dict(self) -> dict:
-        """Preparation, optimizer, steps done, dual variable; with the model's weights all a bitwise resume needs."""
+        """Return preparation, optimizer, steps done and dual variable: with the weights, all a bitwise resume needs."""
         return {
             "recipe": self.recipe.to_dict(),
             "steps": self.steps,
@@ -291,7 +294,7 @@ class UnlearnStep:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore `state_dict`; ValueError if it belongs to another recipe."""
+        """Restore a `state_dict`; raise ValueError if it belongs to another recipe."""
         own = self.recipe.to_dict()
         different = [k for k in own if k not in _MAY_DIFFER and own[k] != state["recipe"].get(k)]
         if different:
@@ -309,7 +312,7 @@ class UnlearnStep:
             self.optimizer.load_state_dict(state["optimizer"])
 
     def close(self) -> None:
-        """Give the model back: experts implementation and `requires_grad` flags as they were."""
+        """Restore the model's experts implementation and `requires_grad` flags as they were before."""
         self.discard()
         scope.set_trainable(self.model, self._flags, set(self._flags))
         self._implementation.disable()
@@ -332,7 +335,7 @@ class UnlearnStep:
 
     @property
     def obstacle(self) -> str:
-        """Why expert weights are not updated in the backward pass itself; empty if they are."""
+        """Return why expert weights are not updated in the backward pass itself; empty if they are."""
         return ways.obstacle(self)
 
     def _sink(self, whole: bool, single_pass: bool) -> CompactSink | None:
@@ -346,7 +349,7 @@ class UnlearnStep:
         return CompactSink(*held) if form == "compact" else FactorSink(*held, *factored)
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
-        """The error with what it left behind, after the gradients are dropped."""
+        """Drop the gradients and return the error, extended by what state the weights are in."""
         self.discard()
         if not error.updated:
             return NonFiniteError(f"{error}, weights unchanged by this one")
@@ -366,7 +369,7 @@ class UnlearnStep:
             sum(factors[name] * share * value for name, (share, value) in weighed.items()).backward()
             return
         values = {name: share * value for name, (share, value) in weighed.items()}
-        # these are part of another objective, whatever multiplies that one in a sum
+        # anchor and router_aux are part of another objective, with a factor that does not include that objective's own
         for name, whole, factor in (
             ("anchor", "forget", factors["anchor"]),
             ("router_aux", "retain", self.objectives.router_aux),
@@ -374,7 +377,7 @@ class UnlearnStep:
             if name in values:
                 values[whole] = values[whole] + factor * values.pop(name)
         for i, (name, value) in enumerate(values.items()):
-            # forget has a graph of its own; retain and KL share theirs, freed by the last of the two
+            # forget has a graph of its own; retain and KL share one, which the last of the two frees
             value.backward(retain_graph=name != "forget" and i + 1 < len(values))
             self.gradients.collect(name)
 

@@ -1,9 +1,9 @@
-"""The criterion that kernels are held to, and the inputs that tests of kernels share.
+"""The accuracy criterion for kernels, and inputs that tests of kernels share.
 
-criterion    whether a result is as accurate as the reference's, and inputs of every layout and routing
-yardstick    which products the reference is computed with
-rounding     the reference under other roundings
-sums         how large the partial sums of an operation get
+criterion    decides whether a result is as accurate as the reference's; makes inputs of every layout and routing
+yardstick    chooses the arithmetic that the reference is computed with
+rounding     computes the reference under other roundings
+sums         computes how large the partial sums of an operation get
 """
 
 from moe_unlearn.testing.criterion import (

@@ -1,6 +1,6 @@
-"""How this project decides that a kernel is right: one criterion, and the inputs that break kernels.
+"""The criterion by which this project decides that a kernel is right, and inputs that break kernels.
 
-**The criterion.** Truth (`gold`) is the reference in float64 on inputs already quantised to the dtype under
+**The criterion.** The truth (`gold`) is the reference in float64 on inputs already quantised to the dtype under
 test; `baseline` is the same reference computed in that dtype. An output passes when
 
     max |out - gold|  <= max(2 max |baseline - gold|, 6 spread) + 2 ulp(max |gold|)          in every row
@@ -13,24 +13,24 @@ A row is the last dimension; rows shorter than 64 are pooled with their neighbou
 the largest error of a few elements says little. For the same reason, and since one factor's error can run
 through a whole row of a weight gradient, the error of the baseline (and the spread) in a row counts as at least
 the 90th percentile over the rows that are not zero, relative to max |gold|. The term 4 / sqrt(n) is the sampling
-error of a ratio of two RMS values; where few large values make it up, n is that few: 3 (sum gold^2)^2 / sum gold^4,
-the number of elements for normal ones.
+error of a ratio of two RMS values. Where few large values dominate, n is their number, estimated as
+3 (sum gold^2)^2 / sum gold^4, which is the number of elements if these are normally distributed.
 
-**The spread.** The error of the same maths in the same dtype is a measure of a machine: a library that sums
-well, or by chance, leaves nearly none, and a correct kernel with another order of sums would fail. So an output
-may also be as far off as the roundings of any order of sums take it. `spread` is the deviation from gold, element
-by element, of 16 runs of the reference with roundings that fall at random (`rounding`, which has the derivation:
-u sqrt(sum of squared partial sums / 3) for each sum, the largest of several orders, computed in float64); in a
-row its largest element counts. It follows from the operands alone, not from the machine. It is made only where
-an output does not pass without it, and only ever allows more.
+**The spread.** The error of the same maths in the same dtype depends on the machine: a library that sums well, or
+happens to, leaves nearly no error, and a correct kernel with another order of sums would fail. So an output may also
+be as far off as the roundings of any order of sums take it. `spread` is the deviation from gold, element by element,
+of 16 runs of the reference with random roundings (`rounding` has the derivation: u sqrt(sum of squared partial
+sums / 3) for each sum, the largest of several orders, computed in float64); in a row its largest element counts. It
+follows from the operands alone, not from the machine. It is computed only where an output does not pass without it,
+and only ever allows more.
 
 The 6 is chosen so that correct sums in ten orders err by less than 0.7 of the bound, and a fitted tail gives at most
-1e-7 false rejections a comparison: `python -m moe_unlearn.regress.alarms` measures both on a machine,
-`tests/regress/test_alarms.py` repeats a part of it, and `benchmarks/NOTES.md` has what was tried. Errors of many
-elements may have one cause: over the 16 runs the mean square then varies as that of few independent ones does,
+1e-7 false rejections per comparison: `python -m moe_unlearn.regress.alarms` measures both on a machine,
+`tests/regress/test_alarms.py` repeats a part of it, and `benchmarks/NOTES.md` describes what was tried. Errors of many
+elements may have one cause. Over the 16 runs the mean square then varies like that of a few independent elements:
 m = 2 / (its relative variance), at most n.
 
-Source: our specification; comparing with the error of the same maths in the same dtype follows the
+Source: our specification; the comparison with the error of the same maths in the same dtype follows the
 practice of flash-attention's tests.
 """
 
@@ -47,7 +47,7 @@ from moe_unlearn.testing.rounding import ulp
 from moe_unlearn.testing.yardstick import RUNS, Baseline, Reference, current_yardstick
 
 MINIMUM_ROW = 64
-SPREAD = 6.0  # deviations
+SPREAD = 6.0  # the allowed error in deviations
 
 
 class AccuracyError(AssertionError):
@@ -55,7 +55,7 @@ class AccuracyError(AssertionError):
 
 
 def described() -> dict[str, object]:
-    """Name what verdicts are measured by here, for a record: the yardstick and the numbers of the criterion."""
+    """Return the yardstick and the numbers of the criterion that verdicts rest on, for a record."""
     return {"arithmetic": current_yardstick(), "runs": RUNS, "spread": SPREAD}
 
 
@@ -63,8 +63,9 @@ def assert_as_accurate(actual: Tensor, baseline: Tensor | Baseline, gold: Tensor
     """Raise AccuracyError unless `actual` meets the criterion of this module's docstring.
 
     Args:
-        actual: the result under test; baseline: the reference in the same dtype, without its spread if it is a
-            tensor; gold: the reference in float64; all of one shape, `actual` and `baseline` of one dtype.
+        actual: the result under test.
+        baseline: the reference in the same dtype; a plain tensor comes without a spread.
+        gold: the reference in float64. All have the same shape, `actual` and `baseline` the same dtype.
     """
     rounded = baseline.rounded if isinstance(baseline, Baseline) else None
     value = baseline if rounded is None else baseline.value
@@ -97,7 +98,7 @@ def assert_as_accurate(actual: Tensor, baseline: Tensor | Baseline, gold: Tensor
 
 @dataclass(frozen=True)
 class Margin:
-    """Errors over what is allowed, at most 1 each, of the worst row and of the RMS; and both in words."""
+    """Errors of the worst row and of the RMS, relative to what is allowed (at most 1 passes); and both in words."""
 
     row: float
     rms: float
@@ -110,7 +111,7 @@ class Margin:
 
 
 def margin(actual: Tensor, value: Tensor, gold: Tensor, rounded: Tensor | None = None) -> Margin:
-    """How much of what the criterion allows `actual` needs; `rounded` [RUNS, ...] gives the spread."""
+    """Compute the errors of `actual` relative to what the criterion allows; `rounded` [RUNS, ...] gives the spread."""
     actual, value = actual.detach(), value.detach()
     finite = value.isfinite() & gold.isfinite()
     truth = torch.where(finite, gold.detach().double(), 0.0)
@@ -127,10 +128,10 @@ def _margin(error: Tensor, allowed: Tensor, truth: Tensor, squares: Tensor | Non
     count = _effective(truth)
     bound, rms_bound = 2 * _typical(allowed, scale, dtype), 1.25 * (1 + 4 / math.sqrt(count)) * _rms(allowed)
     if squares is not None:
-        # a run's last rounding falls at random, a kernel's to nearest: a sixth of a last bit squared, or a twelfth
+        # the last rounding's mean square is 1/6 of a squared last bit where it is random, 1/12 where it is to nearest
         spread, rounding = squares.mean(0), ulp(truth, dtype).square()
         inner, nearest = ((spread - rounding / n).clamp_min(0).sqrt() for n in (6, 12))
-        # the last bits below allow for the last rounding
+        # the bounds below add last bits for the last rounding
         bound = torch.maximum(bound, SPREAD * _typical(inner, scale, dtype))
         independent = min(count, _independent(squares))
         rms_bound = max(rms_bound, (1 + SPREAD / math.sqrt(independent)) * _rms(nearest))
@@ -148,7 +149,7 @@ def _margin(error: Tensor, allowed: Tensor, truth: Tensor, squares: Tensor | Non
 
 
 def _typical(deviation: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest deviation of each row, at least what is typical for rows of its scale."""
+    """Return the largest deviation of each row, at least the typical one for rows of its scale."""
     largest = _pooled_maximum(deviation)
     # rows that are exactly zero, such as those of empty experts, say nothing about the others
     relative = (largest / scale.clamp_min(torch.finfo(dtype).tiny))[scale > 0]
@@ -157,14 +158,17 @@ def _typical(deviation: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _effective(truth: Tensor) -> float:
-    """How many elements make up an RMS of errors that go with the values: all for normal ones, one for one huge."""
+    """Estimate how many elements make up an RMS of errors proportional to the values.
+
+    If the values are normally distributed, all do; if one of them is huge, one does.
+    """
     squares = (truth / truth.abs().max().clamp_min(torch.finfo(torch.float64).tiny)).square()
     total = float(squares.sum())
     return min(max(3 * total**2 / float(squares.square().sum()), 1.0), truth.numel()) if total else truth.numel()
 
 
 def _independent(squares: Tensor) -> float:
-    """Count the independent elements whose mean square would vary as this one does over the runs, [RUNS, ...]."""
+    """Estimate how many independent elements have a mean square that varies like that of `squares` [RUNS, ...]."""
     means = squares.reshape(len(squares), -1).mean(1)
     mean, variance = float(means.mean()), float(means.var())
     return max(2 * mean**2 / variance, 1.0) if variance else math.inf
@@ -175,12 +179,12 @@ def _rms(values: Tensor) -> float:
 
 
 def _pooled_maximum(values: Tensor) -> Tensor:
-    """Maximum per row of at least MINIMUM_ROW elements; see the module docstring."""
+    """Return the maxima of rows, pooled to at least MINIMUM_ROW elements; see the module docstring."""
     rows = values.reshape(-1, values.shape[-1] if values.dim() else 1)
     pool = min(math.ceil(MINIMUM_ROW / rows.shape[1]), rows.shape[0])
     maxima = rows.amax(1)
     groups = len(maxima) // pool
-    # the remainder joins the last whole group, so that no pool is smaller than asked
+    # the remainder joins the last whole group, so that no pool is too small
     index = (torch.arange(len(maxima), device=values.device) // pool).clamp_max(groups - 1)
     return torch.full((groups,), -math.inf, dtype=maxima.dtype, device=values.device).scatter_reduce(
         0, index, maxima, "amax"
@@ -196,10 +200,10 @@ def check_against_ref(
     seed: int = 0,
     gradient_layout: str = "contiguous",
 ) -> None:
-    """Hold `op(**inputs)` against `ref(**inputs)`: outputs, and the gradients of the named inputs.
+    """Check `op(**inputs)` against `ref(**inputs)`: outputs, and the gradients of the named inputs.
 
-    The reference runs twice, in the given dtype and in float64 on the same values; upstream gradients are
-    random, never uniform, and stand in memory as `gradient_layout` (see `LAYOUTS`) says.
+    The reference runs twice, in the given dtype and in float64 on the same values. Upstream gradients are
+    random, never uniform, and have the memory layout `gradient_layout` (see `LAYOUTS`).
     """
     made = outcomes(op, ref, inputs, gradients=gradients, seed=seed, gradient_layout=gradient_layout)
     for name, triple in made.items():
@@ -216,9 +220,9 @@ def outcomes(
     gradient_layout: str = "contiguous",
     baseline: Callable | None = None,
 ) -> dict[str, tuple[Tensor, Baseline, Tensor]]:
-    """What `check_against_ref` compares: (actual, baseline, gold) of "output 0", ... and "gradient of x", ...
+    """Compute what `check_against_ref` compares: (actual, baseline, gold) of "output 0", ... and "gradient of x", ...
 
-    A dict of outputs gives "output key". `baseline` computes in the given dtype in place of `ref`.
+    An op that returns a dict gives names "output key". `baseline` computes in the given dtype in place of `ref`.
     """
     dtypes: list[torch.dtype] = []
 
@@ -247,10 +251,11 @@ def evaluate(
     gradient_layout: str = "contiguous",
     dtypes: list[torch.dtype] | None = None,
 ) -> dict[str, Tensor | None]:
-    """`function(**arguments)` and the gradients of the named arguments: "output 0", ... and "gradient of x", ...
+    """Compute `function(**arguments)` and the gradients of the named arguments: "output 0", ..., "gradient of x", ...
 
-    The upstream gradients are those of `check_against_ref`. An empty list of `dtypes` gets those of the outputs that
-    have a gradient; upstream gradients are rounded to what stands in one, so that further runs have the first's.
+    The upstream gradients are those of `check_against_ref`. An empty list `dtypes` is filled with the dtypes of the
+    outputs that have a gradient. Upstream gradients are rounded to the dtypes in the list, so that further runs with
+    the same list have the upstream gradients of the first.
     """
     leaves = {k: _leaf(v) if k in gradients else v for k, v in arguments.items()}
     made = _named(function(**leaves))
@@ -283,12 +288,12 @@ def _double(value):
 
 
 def _leaf(value: Tensor) -> Tensor:
-    # detach keeps strides, so a transposed or expanded input stays one
+    # detach keeps strides, so a transposed or expanded input stays so
     return value.detach().requires_grad_()
 
 
 def _named(value) -> dict[str, Tensor]:
-    """The tensors a function returned, by name: one, several, or a dict of them."""
+    """Return the tensors that a function returned (one, several, or a dict of them) by name."""
     if isinstance(value, Mapping):
         items = value.items()
     else:
@@ -300,7 +305,7 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "strided")
 
 
 def in_layout(value: Tensor, layout: str) -> Tensor:
-    """The values of `value` in another memory layout.
+    """Return the values of `value` in another memory layout.
 
     `transposed`: first and last dimension swapped in memory; `sliced`: a window of a larger tensor whose
     rest is NaN; `offset`: storage starts one element late; `strided`: every second element of a
@@ -328,7 +333,7 @@ def _poisoned(shape, like: Tensor) -> Tensor:
 
 
 def integers(*shape: int, low: int = -3, high: int = 3, dtype=torch.float32, seed: int = 0) -> Tensor:
-    """Small integers as floats: every partial sum is exact, so any order of additions must match bitwise."""
+    """Draw small integers as floats; every partial sum is exact, so any order of additions must match bitwise."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
 
@@ -346,7 +351,7 @@ ROUTINGS = (
 
 
 def routing(pattern: str, num_tokens: int, num_experts: int, top_k: int, *, seed: int = 0) -> Tensor:
-    """int64 `top_k_index` [T, K] of a named pattern; experts within one row are distinct where possible.
+    """Draw a `top_k_index` int64 [T, K] of a named pattern; experts within one row are distinct where possible.
 
     `one_expert` sends every row to expert E // 2 (a repeated id when K > 1); `sentinels` replaces about a
     third of the ids by E, transformers' "not on this rank".
@@ -375,7 +380,7 @@ def routing(pattern: str, num_tokens: int, num_experts: int, top_k: int, *, seed
 
 @contextlib.contextmanager
 def poison() -> Iterator[None]:
-    """Fill every `torch.empty*` made inside with NaN or the largest integer, so that reading one shows."""
+    """Fill every `torch.empty*` made inside with NaN or the largest integer, so that reading it is noticed."""
     previous = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,40 +1,42 @@
-"""Other arithmetics for plain PyTorch code: exact products, sloppy products, and roundings that fall at random.
+"""Other arithmetics for plain PyTorch code: exact products, sloppy products, and random roundings.
 
     with rounding.arithmetic("random", seed=3):
         reference(**inputs)
 
 Every operation inside, also those of a backward pass, is computed anew from its actual operands:
 
-    exact        sums and products in float64, rounded once to the dtype they have: no library is more accurate
-    sequential   sums and products as the plainest loop has them: one term after the other in float32, every
+    exact        sums and products in float64, rounded once to the dtype of the result: no library is more accurate
+    sequential   sums and products as the simplest loop computes them: one term after the other in float32, with every
                  product and every partial sum rounded
-    random       everything in float64, plus what the roundings of float32 do to it, drawn at random
+    random       everything in float64, plus random errors like those that the roundings of float32 cause
 
-**Random roundings.** A sum t_1 + ... + t_K in floating point is off by sum_k d_k S_k: S_k are its partial sums, and
+**Random roundings.** A sum t_1 + ... + t_K in floating point has the error sum_k d_k S_k. The S_k are its partial sums;
 d_k, the relative error of one addition, lies within the unit roundoff u (2^-24 for float32) and is at most as wide as
-the uniform distribution, of standard deviation u / sqrt(3). So the error's deviation is
+the uniform distribution, of standard deviation u / sqrt(3). So the error's standard deviation is
 
     u sqrt(sum_k S_k^2 / 3)
 
-and depends on the order of the additions through the S_k alone. Which order a library takes is its own affair, so
-the largest of those of several orders counts: one term after the other, from the last to the first, the lanes of 4
-or 16 interleaved ones after each other, and the mean over all orders, K S^2 / 3 + (K + 1) / 6 (Q - S^2 / K) with S
-the sum and Q that of the squared terms. (Sums in pairs, in blocks or in lanes side by side have shorter partial
-sums than one of these.) Products are rounded too (no fused multiply-add), which adds Q. Partial sums are taken in
-float64 at up to 32 places of a sum; between two of them they count as the later one. A result is rounded to nearest
-after an offset of up to half a last bit: functions are correct to a last bit only, and a kernel may keep in float32, or
-round elsewhere, what the reference keeps in bfloat16. Exponentials and quotients may be a whole last bit of float32
-off before that, as a GPU's instructions for them (ex2.approx, rcp.approx) are. And exp(x) is 2^(x log2 e) there: the
-product is rounded, so that an argument may be half a last bit off, which makes |x| / 2 last bits of the result.
+and depends on the order of the additions through the S_k alone. A library may take any order, so the largest value over
+several orders counts: one term after the other; from the last to the first; the lanes of 4 or 16 interleaved ones, one
+lane after the other; and the mean over all orders, K S^2 / 3 + (K + 1) / 6 (Q - S^2 / K), with S the sum and Q the sum
+of the squared terms. (Sums in pairs, in blocks or in lanes side by side have shorter partial sums than one of these.)
+Products are rounded too (no fused multiply-add), which adds Q. Partial sums are computed in float64 at up to 32 places
+of a sum; those between two places count as the later one.
 
-Runs with several seeds show what the roundings of a whole function can do, whatever it is made of. With random
-roundings the ops of this package are computed by their references; else only those are seen that are asked for by
-`impl="ref"`. A value that an operation only moves is never changed. What is drawn follows from the exact value and the
-seed, so that equal results stay equal and no tie is broken.
+A result is rounded to nearest after an offset of up to half a last bit, because functions are correct to a last bit
+only, and a kernel may keep in float32, or round elsewhere, what the reference keeps in bfloat16. Before that,
+exponentials and quotients may be off by a whole last bit of float32, as a GPU's instructions for them (ex2.approx,
+rcp.approx) are. A GPU also computes exp(x) as 2^(x log2 e) and rounds the product, so the argument may be half a last
+bit off, which makes |x| / 2 last bits of the result.
 
-Sums that are seen are products of matrices, sum, mean, variance, softmax and its like, norms, losses, cumsum, and what
-is added up by index. Those of a convolution, cdist, cumprod, logcumsumexp, of sparse tensors or of another library are
-not, and get the offset of their result alone. Operations that write to `out=` are left alone.
+Runs with several seeds show what the roundings of a whole function can do, whatever operations it consists of. With
+random roundings the ops of this package are computed by their references; the other arithmetics reach only ops called
+with `impl="ref"`. A value that an operation only moves is never changed. Random numbers follow from the exact value and
+the seed, so that equal results stay equal and no tie is broken.
+
+The sums covered are products of matrices, sum, mean, variance, softmax and its like, norms, losses, cumsum, and
+additions by index. Sums in a convolution, cdist, cumprod, logcumsumexp, of sparse tensors or of another library are not
+covered, and their results only get the offset. Operations that write to `out=` are left alone.
 
 Deterministic for a seed. Source: our specification; running a program with random roundings is Monte Carlo
 arithmetic (Parker 1997), and the error of a sum by its partial sums is Higham's (Accuracy and Stability of Numerical
@@ -56,7 +58,7 @@ from moe_unlearn.testing import sums
 ARITHMETICS = ("exact", "sequential", "random")
 _aten = torch.ops.aten
 
-# they round nothing, whatever their operands
+# operations that round nothing, whatever their operands
 _EXACT = frozenset({
     _aten.set_, _aten.resize_, _aten.resize_as_, _aten.clone, _aten._unsafe_view, _aten.zeros_like, _aten.ones_like,
     _aten.empty_like,
@@ -67,7 +69,7 @@ _EXACT = frozenset({
     _aten.index_copy, _aten.clamp, _aten.clamp_min, _aten.clamp_max, _aten.maximum, _aten.minimum, _aten.masked_select,
 })  # fmt: skip
 
-# operations with sums or several roundings inside, in terms of simpler ones
+# operations with sums or several roundings inside, expressed by simpler ones
 _DECOMPOSED = get_decompositions([
     _aten._softmax, _aten._safe_softmax, _aten._log_softmax, _aten._softmax_backward_data,
     _aten._log_softmax_backward_data,
@@ -81,15 +83,15 @@ _DECOMPOSED = get_decompositions([
     _aten.sigmoid_backward, _aten.tanh_backward, _aten.log_sigmoid_forward, _aten.log_sigmoid_backward,
 ])  # fmt: skip
 
-# in place of their functions, which are seen
+# in-place operations and the functions that are computed in their stead, since only these are covered
 _IN_PLACE = {
     _aten.addmm_: _aten.addmm.default, _aten.baddbmm_: _aten.baddbmm.default, _aten.cumsum_: _aten.cumsum.default,
     _aten.sigmoid_: _aten.sigmoid.default,
 }  # fmt: skip
 
-# what a GPU computes by approximate instructions: powers of two, after a product, and quotients
+# operations that a GPU computes by approximate instructions: powers of two, after a product, and quotients
 _EXPONENTIALS = frozenset({_aten.exp, _aten.exp_, _aten.exp2, _aten.expm1, _aten.expm1_, _aten.tanh, _aten.tanh_})
-_ARGUMENT, _RESULT = 3 << 40, (3 << 40) + 1  # streams of random numbers, behind those of any seed's results
+_ARGUMENT, _RESULT = 3 << 40, (3 << 40) + 1  # streams of random numbers, beyond those that any seed uses for results
 _APPROXIMATE = _EXPONENTIALS | {_aten.div, _aten.div_, _aten.reciprocal, _aten.reciprocal_, _aten.erf}
 
 
@@ -117,27 +119,27 @@ _DECOMPOSED |= {
 
 
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance between neighbours of `dtype` at magnitude |value|, as float64; the smallest at zero."""
+    """Return the distance between neighbours of `dtype` at magnitude |value|, as float64; the smallest one at zero."""
     info = torch.finfo(dtype)
     exponent = torch.floor(torch.log2(value.double().abs().clamp_min(info.tiny)))
     return torch.exp2(exponent) * info.eps
 
 
-Deviations = dict[tuple, Tensor | None]  # what runs of one computation share; see `arithmetic`
+Deviations = dict[tuple, Tensor | None]  # standard deviations that runs of one computation share; see `arithmetic`
 
 
 @contextlib.contextmanager
 def arithmetic(kind: str, seed: int = 0, deviations: Deviations | None = None) -> Iterator[None]:
-    """A context in which PyTorch computes as the module docstring says; ValueError for an unknown `kind`.
+    """Make PyTorch compute inside as the module docstring says; raise ValueError for an unknown `kind`.
 
-    Random runs of one computation may share `deviations`, a dict that the first one fills: their operands differ by
-    roundings, which the deviation of an error hardly shows, and finding it takes most of a run's time. float64 is left
-    alone, and so are operations that are not PyTorch's or have no kernel for float64. CPU and GPU.
+    Random runs of one computation may share `deviations`, a dict that the first run fills. Their operands differ only
+    by roundings, which hardly change the deviation of an error, and computing it takes most of a run's time. float64 is
+    left alone, and so are operations that are not PyTorch's or have no kernel for float64. Works on CPU and GPU.
     """
     if kind not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {ARITHMETICS}; got {kind!r}")
     if kind == "random":
-        # attention as products and a softmax, each of which is seen
+        # attention is computed as products and a softmax, each of which is covered
         with sdpa_kernel(SDPBackend.MATH), _Random(seed, deviations):
             yield
     else:
@@ -146,16 +148,16 @@ def arithmetic(kind: str, seed: int = 0, deviations: Deviations | None = None) -
 
 
 class _Arithmetic(TorchDispatchMode):
-    """Routes each operation to what a subclass makes of it."""
+    """A mode that has a subclass `compute` each operation."""
 
-    by_reference = False  # whether our own kernels are replaced too
+    by_reference = False  # whether ops of this package are computed by their references
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "moe_unlearn":
             return self._op_of_ours(func, args, kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            # inside an op of ours, below autograd, they come here whole
+            # inside an op of ours, below autograd, composite operations arrive here undivided
             with self:
                 return func.decompose(*args, **kwargs)
         if self._left_alone(func, args, kwargs):
@@ -175,7 +177,10 @@ class _Arithmetic(TorchDispatchMode):
         return not narrow or not dense or func.namespace != "aten" or moves or drawn or given
 
     def _op_of_ours(self, func, args, kwargs):
-        """An op of ours, by its reference where it is or may be computed so: then what it does comes back here."""
+        """Compute an op of this package, by its reference if that is asked for or allowed.
+
+        The operations of the reference are then dispatched to this mode.
+        """
         names = [argument.name for argument in func._schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
         if given.get("impl") != "ref":
@@ -223,7 +228,7 @@ class _Random(_Arithmetic):
         self._place = 0
 
     def _deviation(self, func, args, kwargs) -> Tensor | None:
-        """`_deviation` of the operation that stands at this place of the run, with operands of these shapes."""
+        """Return the `_deviation` of the operation at this place of the run, shared by runs with equal shapes."""
         self._place += 1
         key = self._place, func, *(v.shape for v in _tensors((args, kwargs)))
         if key not in self._deviations:
@@ -239,7 +244,7 @@ class _Random(_Arithmetic):
         if not written:
             plain = func(*args, **kwargs)
             floating = [v.is_floating_point() and v.layout == torch.strided for v in _tensors(plain)]
-            # what gives places beside values chooses among its operands, and must choose as it does
+            # an operation that returns places beside values chooses among its operands, and must choose as it would
             if not floating or not all(floating):
                 return plain
         copies: dict[int, tuple[Tensor, Tensor]] = {}  # floating operands and their copies, by identity
@@ -277,10 +282,10 @@ class _Random(_Arithmetic):
     ) -> Tensor:
         """Round a result to `dtype`, after adding what the roundings inside of a sum or an instruction do to it."""
         if approximate and dtype != torch.float64:
-            # what float32 has exactly, as exp(0), an instruction gives so
+            # a result that float32 holds exactly, such as exp(0), comes out exact from an instruction too
             value = torch.where(value.float() == value, value, self._moved(value, 1.0, _RESULT))
         if deviation is not None:
-            # NaN and infinity have no roundings, and must not reach the sums beside theirs
+            # NaN and infinity have no rounding error, and must not spread to neighbouring sums
             value = value + deviation.nan_to_num(0.0, 0.0, 0.0) * self._normal(value)
         if dtype == torch.float64 or dtype.itemsize == 1:
             return value.to(dtype)
@@ -289,12 +294,12 @@ class _Random(_Arithmetic):
         return torch.where((nearest == value) | ~value.isfinite(), nearest, moved)
 
     def _moved(self, value: Tensor, last_bits: float, stream: int) -> Tensor:
-        """`value` and up to so many last bits of float32 more or less, but never past 0, 1 or -1."""
+        """Move `value` at random by up to `last_bits` last bits of float32, but never past 0, 1 or -1."""
         offset = ulp(value, torch.float32) * (last_bits * (2 * self._uniform(value, stream) - 1))
         off = value + offset
         size = off.abs()
         moved = torch.where(value.abs() < 1, size.clamp_max(1), size.clamp_min(1)).copysign(value)
-        # a number that is smaller than its last bit does not change its sign
+        # a number that is smaller than the last bit must not change its sign
         moved = torch.where(off.sign() * value.sign() < 0, 0.0, moved)
         return torch.where(value.isfinite(), moved, value)
 
@@ -303,7 +308,7 @@ class _Random(_Arithmetic):
         return radius * (2 * math.pi * self._uniform(value, 2)).cos()
 
     def _uniform(self, value: Tensor, stream: int) -> Tensor:
-        """Numbers in [0, 1) that follow from value, seed and stream: equal results stay equal, and a tie a tie."""
+        """Return numbers in [0, 1) that follow from value, seed and stream, so that equal results and ties stay so."""
         bits = value.contiguous().view(torch.int64) + ((3 * self._seed + stream + 1) * 0x1E3779B97F4A7C15) % 2**62
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
             bits = (bits ^ (bits >> shift)) * factor
@@ -311,7 +316,7 @@ class _Random(_Arithmetic):
 
 
 def _wide(value):
-    """A float64 copy of a floating tensor, float64 for a floating dtype; anything else as it is."""
+    """Return a float64 copy of a floating tensor, float64 for a floating dtype, and anything else as it is."""
     if isinstance(value, torch.dtype):
         return torch.float64 if value.is_floating_point else value
     if isinstance(value, Tensor) and value.is_floating_point():
@@ -320,7 +325,7 @@ def _wide(value):
 
 
 def _deviation(func, args, kwargs) -> Tensor | None:
-    """Standard deviation of a sum's error, in the shape of its result; None where nothing is summed."""
+    """Compute the standard deviation of a sum's error, in the shape of its result; None where nothing is summed."""
     op, u = func.overloadpacket, torch.finfo(torch.float32).eps / 2
     product = sums.product(func, args, kwargs)
     if product is not None:
@@ -330,14 +335,14 @@ def _deviation(func, args, kwargs) -> Tensor | None:
         return u * (args[0].double().cumsum(args[1]).square().cumsum(args[1]) / 3).sqrt()
     scattered = sums.scattered(op, args, kwargs)
     if scattered is not None:
-        # each addition is rounded where it is kept
+        # here each addition is rounded to the dtype of the target
         u = torch.finfo(args[0].dtype).eps / 2
         return u * (sums.segment_squares(*scattered, args[0].shape) / 3).sqrt()
     return None
 
 
 def _written(func, args, kwargs) -> list[Tensor]:
-    """The floating operands that an operation writes."""
+    """Return the floating operands that an operation writes."""
     found = []
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -347,7 +352,7 @@ def _written(func, args, kwargs) -> list[Tensor]:
 
 
 def _tensors(value) -> Iterator[Tensor]:
-    """The tensors among operands or results."""
+    """Yield the tensors among operands or results."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple, dict)):
@@ -356,7 +361,7 @@ def _tensors(value) -> Iterator[Tensor]:
 
 
 def _mapped(function: Callable, value, *others):
-    """The same lists, tuples and dicts with function(leaf, ...) for each leaf."""
+    """Return the same lists, tuples and dicts with function(leaf, ...) in place of each leaf."""
     if isinstance(value, dict):
         return {k: _mapped(function, v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -365,6 +370,6 @@ def _mapped(function: Callable, value, *others):
 
 
 def _shape(func, args, kwargs) -> torch.Size:
-    """The shape of an operation's result, without computing it."""
+    """Return the shape of an operation's result without computing it."""
     args, kwargs = _mapped(lambda v: v.to("meta") if isinstance(v, Tensor) else v, (args, kwargs))
     return func(*args, **kwargs).shape

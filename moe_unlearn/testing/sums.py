@@ -1,4 +1,4 @@
-"""Which sums PyTorch's operations are, and how large their partial sums get: what `rounding` follows from.
+"""Sums in PyTorch's operations and the sizes of their partial sums, from which `rounding` derives rounding errors.
 
 Source: our specification; see `rounding`.
 """
@@ -15,7 +15,7 @@ _aten = torch.ops.aten
 
 
 class Product(NamedTuple):
-    """A sum as a product: a [B, M, K] times b [B, K, N], times `scale`, plus the tensor `onto` if there is one."""
+    """A sum written as a product: a [B, M, K] times b [B, K, N], times `scale`, plus the tensor `onto` if given."""
 
     a: Tensor
     b: Tensor
@@ -24,7 +24,7 @@ class Product(NamedTuple):
 
 
 def product(func, args, kwargs) -> Product | None:
-    """The sum that an operation is; None for other operations."""
+    """Return the sum that an operation computes, as a `Product`; None for other operations."""
     op = func.overloadpacket
     if op in (_aten.addmm, _aten.baddbmm):
         a, b = (t if op == _aten.baddbmm else t[None] for t in args[1:3])
@@ -53,13 +53,13 @@ def product(func, args, kwargs) -> Product | None:
 
 
 def partial_squares(a: Tensor, b: Tensor) -> Tensor:
-    """[B, M, N]: the largest sum of squared partial sums among the orders, for a [B, M, K] times b [B, K, N]."""
+    """Return the largest sum of squared partial sums of several orders, [B, M, N]; a is [B, M, K], b [B, K, N]."""
     batch, rows, depth = a.shape
     columns = b.shape[2]
     if not a.numel() or not b.numel():
         return a.new_zeros(batch, rows, columns)
     total, terms = (a @ b).square(), a.square() @ b.square()
-    # of a shuffled sum: E[S_k^2] for k of the K terms drawn without replacement, summed over k
+    # for a shuffled sum this is E[S_k^2] for k of the K terms drawn without replacement, summed over k
     worst = depth * total / 3 + (depth + 1) / 6 * (terms - total / depth).clamp_min(0)
     for lanes in _LANES:
         order = torch.cat([torch.arange(i, depth, lanes, device=a.device) for i in range(min(lanes, depth))])
@@ -68,7 +68,7 @@ def partial_squares(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _in_order(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of squared partial sums from the first term to the last, or from the last to the first if larger."""
+    """Return the sum of squared partial sums, the larger one of adding first to last and last to first."""
     size = math.ceil(a.shape[2] / _PLACES)
     partial = a.new_zeros(a.shape[0], a.shape[1], b.shape[2])
     before, sums, squares = (torch.zeros_like(partial) for _ in range(3))
@@ -78,13 +78,13 @@ def _in_order(a: Tensor, b: Tensor) -> Tensor:
         sums += partial
         partial = torch.baddbmm(partial, x, y)
         squares.addcmul_(partial, partial)
-    # from the last term on, the partial sums are the whole one less what stands before them
+    # when adding from the last term on, a partial sum is the total less the sum of the terms before it
     backward = len(blocks) * partial.square() - 2 * partial * sums + before
     return size * torch.maximum(squares, backward)
 
 
 def scattered(op, args, kwargs) -> tuple[Tensor, Tensor] | None:
-    """Places [R] in the flat target and terms [R] of an operation that adds up by index; None for others."""
+    """Return places [R] in the flat target and terms [R] of an operation that adds up by index; None for others."""
     target = args[0]
     if op in (_aten.index_add, _aten.index_add_):
         dim, index, source = args[1:4]
@@ -106,14 +106,14 @@ def scattered(op, args, kwargs) -> tuple[Tensor, Tensor] | None:
 
 
 def _flat_places(target: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Flat places in `target` of elements that `index` moves along `dim`."""
+    """Return the flat places in `target` of elements that `index` moves along `dim`."""
     places = torch.arange(target.numel(), device=target.device).view(target.shape)
     window = places[tuple(slice(None) if d == dim % target.dim() else slice(n) for d, n in enumerate(index.shape))]
     return window.gather(dim, index.long()).flatten()
 
 
 def segment_squares(places: Tensor, terms: Tensor, shape: torch.Size) -> Tensor:
-    """The sums of squared partial sums at each place, the larger of first to last and last to first."""
+    """Return the sum of squared partial sums at each place, the larger of adding first to last and last to first."""
     order = places.argsort(stable=True)
     places, terms = places[order], terms[order].nan_to_num(0.0, 0.0, 0.0)
     forward, backward = (terms.cumsum(0), terms.flip(0).cumsum(0).flip(0))

@@ -1,4 +1,4 @@
-"""What an output is measured by: a reference run in the dtype under test, and with roundings that fall at random.
+"""The yardstick for an output: a reference computed in the dtype under test, and again with random roundings.
 
 The criterion is that of `testing`. Source: our specification.
 """
@@ -22,10 +22,10 @@ _yardstick: contextvars.ContextVar[str] = contextvars.ContextVar("yardstick", de
 
 @contextlib.contextmanager
 def yardstick(kind: str) -> Iterator[None]:
-    """Inside, references are computed as by another library: one of `YARDSTICKS`.
+    """Compute references inside as another library might, named by one of `YARDSTICKS`.
 
-    `native` is PyTorch as it is here; `exact` and `sequential` are the most and the least accurate products that a
-    machine may have (`rounding`). A verdict must not depend on it.
+    `native` is PyTorch as it is on this machine; `exact` and `sequential` have the most and the least accurate products
+    that a machine may have (`rounding`). A verdict must not depend on the choice.
     """
     if kind not in YARDSTICKS:
         raise ValueError(f"yardstick must be one of {YARDSTICKS}; got {kind!r}")
@@ -37,34 +37,36 @@ def yardstick(kind: str) -> Iterator[None]:
 
 
 def current_yardstick() -> str:
-    """Which yardstick references are computed by at this place."""
+    """Return the name of the yardstick by which references are computed in the present context."""
     return _yardstick.get()
 
 
 def applied() -> contextlib.AbstractContextManager:
-    """A context in which PyTorch computes as the current yardstick does."""
+    """Return a context in which PyTorch computes as the current yardstick does."""
     kind = current_yardstick()
     return contextlib.nullcontext() if kind == "native" else rounding.arithmetic(kind)
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A result of a reference in the dtype under test: `value`, and `rounded()`, the values of `RUNS` runs with
-    random roundings, [RUNS, ...]."""
+    """Result of a reference in the dtype under test.
+
+    `value` is the result, `rounded()` returns those of `RUNS` runs with random roundings, [RUNS, ...].
+    """
 
     value: Tensor
     rounded: Callable[[], Tensor]
 
     def replaced(self, value: Tensor) -> "Baseline":
-        """The same reference with another value to compare with, such as a recorded one."""
+        """Return the same reference with another value to compare with, such as a recorded one."""
         return replace(self, value=value)
 
 
 class Reference:
-    """A computation in the dtype under test, run now, and again with random roundings when these are asked for.
+    """A computation in the dtype under test, run at once, and again with random roundings when these are needed.
 
-    `compute()` gives a tensor or anything that holds some, starts from the same state each time and makes its random
-    numbers from a seed; `value` is what it gave.
+    `compute()` returns a tensor or an object that holds some, starts from the same state each time and draws its random
+    numbers from a seed; `value` is what it returned.
     """
 
     def __init__(self, compute: Callable[[], object]):
@@ -81,5 +83,5 @@ class Reference:
         return runs
 
     def baseline(self, pick: Callable[[object], Tensor] = lambda made: made) -> Baseline:
-        """The tensor `pick` finds in what was computed."""
+        """Return the `Baseline` of the tensor that `pick` finds in the computed value."""
         return Baseline(pick(self.value), lambda: torch.stack([pick(made).detach() for made in self._runs]))

@@ -1,8 +1,8 @@
-"""The routes of a step, recorded in one run and taken in another: what a comparison across precisions needs.
+"""Routes of a step, recorded in one run and forced in another, so that runs in different precisions are comparable.
 
-A token near a tie goes elsewhere once a number is rounded otherwise; no criterion for rounding holds then. All
-ways of making a step see the rows in one order, however they stack and pad them, so that the attended tokens
-of all forward passes, one after the other, name the routes. Source: our specification.
+A token near a tie goes to other experts once a number is rounded differently, and then no criterion for rounding holds.
+All ways of making a step see the rows in the same order, however they stack and pad them. A token is therefore
+identified by its place among the attended tokens of all forward passes. Source: our specification.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from moe_unlearn.model.head import decoder_of
 class Routes:
     """The experts that attended tokens visit, by layer, in the order of the forward passes.
 
-    `rerouted` counts the tokens, once for each layer, that would have gone elsewhere than they were made to.
+    `rerouted` counts the tokens, once for each layer, that would have gone to other experts than they were forced to.
     """
 
     def __init__(self, model: nn.Module):
@@ -31,7 +31,7 @@ class Routes:
         return sum(len(index) for parts in self.layers.values() for index in parts)
 
     def equal(self, other: "Routes") -> bool:
-        """Whether every token went to the same experts."""
+        """Return whether every token went to the same experts in both."""
         pairs = zip(self.layers.values(), other.layers.values(), strict=True)
         return all(
             torch.equal(*(torch.cat(parts).sort(1).values for parts in pair)) if all(pair) else not any(pair)
@@ -40,11 +40,11 @@ class Routes:
 
     @contextlib.contextmanager
     def record(self, model: nn.Module, forced: "Routes | None" = None, *, wide: bool = False) -> Iterator[None]:
-        """Record the forward passes inside; `forced` are routes to take, `wide` computes all in float64."""
+        """Record the forward passes inside; `forced` are routes to take, `wide` computes everything in float64."""
         mode = _Mode(self, forced, wide)
 
         def decoder(module, args, keywords):
-            # a gradient checkpoint's recompute is part of a backward pass and runs no decoder
+            # a gradient checkpoint's recomputation belongs to a backward pass and does not call the decoder
             mode.attended, mode.layer = keywords["attention_mask"].bool().flatten(), 0
 
         def leave(*_):
@@ -74,7 +74,7 @@ class Routes:
 
 
 class _Mode(TorchFunctionMode):
-    """Within a decoder: topk takes the forced routes, and float32 asked for by name becomes float64."""
+    """A mode that, within a decoder, makes topk take the forced routes and turns explicit float32 into float64."""
 
     def __init__(self, routes: Routes, forced: Routes | None, wide: bool):
         self.routes, self.forced, self.wide = routes, forced, wide

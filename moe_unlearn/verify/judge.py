@@ -1,6 +1,6 @@
-"""Judging a step beside the plain one: the criterion of `testing` for everything a step makes.
+"""Comparison of a step with the plain one: the criterion of `testing`, applied to everything that a step computes.
 
-What is compared with what, and why not simply weights with weights, is said in `verify`. Source: our
+`verifier` explains what is compared with what, and why weights are not simply compared with weights. Source: our
 specification; Adam's formula is that of `ops.masked_update`.
 """
 
@@ -15,27 +15,27 @@ from moe_unlearn.ops.bits import philox, round_stochastic, unpack_bits
 from moe_unlearn.testing import AccuracyError, assert_as_accurate, ulp
 from moe_unlearn.testing.yardstick import Baseline
 
-_WORST = 8  # tensors a report names
+_WORST = 8  # the number of tensors that a report names
 
 
 @dataclass
 class Report:
-    """What verifying one step found; `str(report)` names the worst tensors."""
+    """Result of verifying one step; `str(report)` names the worst tensors."""
 
     step: int
-    #: what, e.g. "gradient of NAME" -> max |fused - plain| / max |plain|
+    #: name of a tensor, e.g. "gradient of NAME" -> max |fused - plain| / max |plain|
     differences: dict[str, float] = field(default_factory=dict)
-    #: what does not meet the criterion, and by how much
+    #: descriptions of what does not meet the criterion, and by how much
     problems: list[str] = field(default_factory=list)
-    #: tokens times layers, and how many of them the plain paths would have sent to other experts
+    #: tokens times layers, and how many of them the plain path would have sent to other experts
     routed: int = 0
     rerouted: int = 0
-    #: False where routes parted for good; then nothing was judged
+    #: False where the runs could not be made to take the same routes; then nothing was judged
     compared: bool = True
 
     @property
     def largest(self) -> float:
-        """The largest relative difference; 0 for a step that was not compared."""
+        """Return the largest relative difference; 0 for a step that was not compared."""
         return max(self.differences.values(), default=0.0) if self.compared else 0.0
 
     def __str__(self) -> str:
@@ -54,18 +54,18 @@ class Report:
 
 @dataclass
 class Run:
-    """One way of making the step."""
+    """Results of one way of making the step, by name of the parameter."""
 
     losses: list[dict[str, float]]
     gradients: dict[str, Tensor | None]
-    compact: set[str]  # whose gradients are of the slices that train, and masked
-    updated: set[str]  # in the backward pass: their gradients never were
+    compact: set[str]  # parameters whose gradients are compact: only the slices that train, with the mask applied
+    updated: set[str]  # parameters updated in the backward pass, whose gradients never existed
     weights: dict[str, Tensor]
-    state: dict[str, dict]  # of the optimizer, by parameter
+    state: dict[str, dict]  # the optimizer's state
 
     @classmethod
     def of(cls, step) -> "Run":
-        """What a step has after its update, copied; before it is finished."""
+        """Copy the results of a step after its update, before it is finished."""
         named = step._trained()
         return cls(
             [dict(part.losses) for part in step.tally.parts],
@@ -82,9 +82,9 @@ class Comparison:
 
     Args:
         step, plain: the step itself and the plain one.
-        before, masters: the weights before it by name, and their masters, compact, by parameter.
-        ours, baseline, gold, others: the step, the plain one, the plain one in float64, and those of weights
-            off by rounding.
+        before, masters: the weights before the step by name, and their master copies, compact, by parameter.
+        ours, baseline, gold, others: the runs of the step, of the plain step, of the plain step in float64, and of
+            float64 steps on weights perturbed by rounding.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Comparison:
         self.ours, self.baseline, self.gold, self.others = ours, baseline, gold, others
 
     def run(self) -> None:
-        """Judge everything."""
+        """Judge losses, gradients, optimizer state and weights."""
         for i, losses in enumerate(self.ours.losses):
             for name, value in losses.items():
                 at = f"{name} of micro-batch {i}" if len(self.ours.losses) > 1 else name
@@ -103,11 +103,11 @@ class Comparison:
                 def loss(run: Run, name=name, i=i) -> Tensor:
                     return torch.tensor(run.losses[i][name], dtype=torch.float64)
 
-                # a difference of logarithms of order one, whose last bit it has however small it is
+                # a loss is a difference of logarithms of order one: however small, it is no closer than their last bit
                 last_bit = torch.finfo(torch.float32).eps
                 self._judge(at, torch.tensor(value, dtype=torch.float32), loss, last_bit)
         names = {p: name for name, p in self.step._trained()}
-        # the options are those of the plain step: its optimizer began as the step's own did
+        # the options are taken from the plain step, whose optimizer was loaded with the state before the step
         for (_, p, _, i), (group, _, mask, _) in zip(
             self.step.optimizer._parameters(), self.plain.optimizer._parameters(), strict=True
         ):
@@ -128,7 +128,7 @@ class Comparison:
         def gradient(run: Run) -> Tensor:
             made = run.gradients[name]
             made = torch.zeros_like(run.weights[name]) if made is None else made
-            # a compact one has its mask applied already
+            # a compact gradient has its mask applied already
             return made if name in run.compact else torch.where(kept, made, 0)[slices]
 
         if name not in self.ours.updated:
@@ -141,7 +141,7 @@ class Comparison:
             )
             return
         for key in sorted(ours.keys() - {"step", "slices", "master"}):
-            # second moments by their roots: they go with the gradient as its errors do
+            # second moments are judged by their roots, which scale with the gradient as its errors do
             root = torch.sqrt if key == "exp_avg_sq" else torch.clone
             self._judge(f"{key} of {name}", root(ours[key]), lambda run, key=key, root=root: root(run.state[name][key]))
         if ours:
@@ -151,7 +151,7 @@ class Comparison:
             self._require(torch.equal(before, after), f"weight {name}: moved, which it does not in the plain step")
 
     def _weight(self, name, p, update: "_Update", before, after, kept, gradient) -> None:
-        """The slices of one weight that train, [M, ...] each."""
+        """Judge the slices of one weight that train, [M, ...] each."""
         start = self.masters.get(p, before).double()
         runs, gold = (self.ours, self.baseline), self.gold.weights[name][update.slices]
         truths = [torch.where(kept, update.truth(run.state[name], start, gold), start) for run in runs]
@@ -169,10 +169,10 @@ class Comparison:
             return
         ours, plain = (end.double() - truth for end, truth in zip(ends, truths, strict=True))
         change, dtype = truths[0] - start, torch.promote_types(p.dtype, torch.float32)
-        # decay's factor, the decayed weight and the sum are rounded: within the last bit, where each falls is luck
+        # the decay factor, the decayed weight and the sum are each rounded, so errors within the last bit are luck
         last_bit = ulp(torch.maximum(truths[1].abs(), start.abs()), dtype)
         plain = torch.maximum(plain.abs(), torch.where(kept, last_bit, 0.0))
-        # moments of their own are not those that the others' weights follow from
+        # an update from moments is held to the step's own ones, but the other runs' weights follow from theirs
         others = [] if update.own_moments else self.others
         made = [torch.where(kept, end(run).double() - start, 0.0).to(dtype) for run in others]
         self._assert(f"weight {name}", (change + ours).to(dtype), (change + plain).to(dtype), change, made)
@@ -181,7 +181,7 @@ class Comparison:
             self._require(torch.equal(after, rounded), f"weight {name}: is not the rounding of its master weights")
 
     def _slack(self, update: "_Update", gradient: Callable[[Run], Tensor]) -> Tensor | float:
-        """What the error of an update without moments may be that its gradient's causes."""
+        """Return the error that an update without moments may have because of the error of its gradient."""
         if update.own_moments:
             return 0.0
         errors = [(gradient(run).double() - gradient(self.gold)).abs() for run in (self.baseline, *self.others)]
@@ -205,7 +205,7 @@ class Comparison:
             self.report.problems.append(problem)
 
     def _assert(self, name: str, ours: Tensor, value: Tensor, gold: Tensor, others: list[Tensor]) -> None:
-        """Hold `ours` against the plain step's `value`; `others` are those of runs off by rounding, if any."""
+        """Compare `ours` with the plain step's `value`; `others` are the values of perturbed runs, if there are any."""
         try:
             baseline = Baseline(value, lambda: torch.stack(others)) if others else value
             assert_as_accurate(ours, baseline, gold, name=name)
@@ -214,7 +214,7 @@ class Comparison:
 
 
 class _Update:
-    """One parameter's update in float64, for the slices that train."""
+    """Update of one parameter in float64, for the slices that train."""
 
     def __init__(self, group: dict, parameter_id: int, p: nn.Parameter, slices, count: float):
         self.group, self.parameter_id, self.p, self.slices, self.count = group, parameter_id, p, slices, count
@@ -225,7 +225,7 @@ class _Update:
         self.rounds = narrow and group["numerics"] in ("nearest", "stochastic")
 
     def truth(self, state: dict, start: Tensor, gold: Tensor) -> Tensor:
-        """The new weights, from the new moments where these determine them, else `gold`."""
+        """Return the new weights, computed from the new moments where these determine them, else `gold`."""
         group = self.group
         if self.adam:
             first, second = (state[key].double() for key in ("exp_avg", "exp_avg_sq"))
@@ -237,9 +237,12 @@ class _Update:
         return start - group["lr"] * state["momentum_buffer"].double() if self.own_moments else gold
 
     def off(self, end: Tensor, truth: Tensor, start: Tensor, slack: Tensor | float) -> Tensor:
-        """bool: the weights that no value within the arithmetic's error of `truth` rounds to."""
+        """Return a bool mask of the weights in `end` that are not the rounding of any value close to `truth`.
+
+        A value is close if it lies within the error of the arithmetic.
+        """
         slack = slack + 2 * ulp(torch.maximum(truth.abs(), start.abs()), torch.float32)
-        # a weight the mask holds back has nothing to round
+        # a weight that the mask holds back is not rounded
         slack = torch.where(truth == start, 0.0, slack)
         low, high = (self._rounded((truth + sign * slack).float()).float() for sign in (-1, 1))
         return (end.float() < low) | (end.float() > high)

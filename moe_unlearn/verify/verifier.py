@@ -1,4 +1,4 @@
-"""verify: the first steps of a run beside the plain path, and against it in float64.
+"""Verifier, which compares the first steps of a run with the plain path, in the model's dtype and in float64.
 
     step = UnlearnStep(model, recipe, verify=10)         # True verifies every step
     step(forget_batch, retain_batch)["verify_difference"]
@@ -6,28 +6,28 @@
 
 From the same weights and optimizer state the plain path (`fused=False`) makes the step twice more: in the
 model's dtype, the baseline, and in float64, the truth. Losses, gradients (where the fused step has them),
-weights and optimizer state must meet the criterion of `testing`. Where a plain comparison would judge rounding
-instead of the step:
+weights and optimizer state must meet the criterion of `testing`. Where a simple comparison would judge rounding
+instead of the step, it is done as follows:
 
-    routing     a token near a tie goes elsewhere in another precision: the plain runs take the fused step's
-                experts, and the report counts how often they had chosen others. A router that does not choose
-                by topk is not held to them; a step whose routes then part is reported as not compared.
-    losses      one number's error may be small by luck, and so may a factor's that all gradients share: beside
-                the baseline's error stand those of float64 runs with each weight off by a few last bits, made
-                where the step would not pass without them
-    weights     Adam divides by |g|, so that a gradient of rounding noise has an update of any sign: weights
-                are held to the formula at the step's own new moments (which are held to the truth), of SGD to
-                the truth; all in terms of the change, no closer than the last bit of the weight
-    rounding    a weight narrower than its arithmetic must be what the same random bits make of a value
-                within the error of that arithmetic
-    masks       what the mask holds back must keep its bits
+    routing     A token near a tie goes to other experts in another precision. The plain runs therefore take the
+                fused step's experts, and the report counts how often they would have chosen others. A router that
+                does not choose by topk cannot be made to; a step whose routes then differ is reported as not compared.
+    losses      The error of one number may be small by luck, and so may that of a factor that all gradients share.
+                The errors of float64 runs with each weight changed by a few last bits therefore count beside the
+                baseline's; these runs are made only where the step would not pass without them.
+    weights     Adam divides by |g|, so a gradient of rounding noise gives an update of either sign. Weights are
+                compared with the formula at the step's own new moments (which are compared with the truth), those of
+                SGD with the truth; all in terms of the change, no closer than the last bit of the weight.
+    rounding    A weight narrower than its arithmetic must be what the same random bits make of a value
+                within the error of that arithmetic.
+    masks       Weights that the mask holds back must keep their bits.
 
-Memory while steps are verified (`Verifier.memory`): the trained weights and their optimizer state as before
-the step, for the way back; two copies of the model, one in float64, with dense gradients and optimizer state;
-and gradients, weights and state of each run that is compared. With all weights trained by AdamW in float32 that
-is some 400 bytes a weight: verify a run on a small model, or within a small scope. On tiny models a verified
-step takes five to eight times as long, and where runs with weights off by rounding are needed, up to three and a half
-times more for each of the eight.
+Memory while steps are verified (`Verifier.memory`): the trained weights and their optimizer state from before
+the step, so that it can be undone; two copies of the model, one in float64, with dense gradients and optimizer state;
+and gradients, weights and state of each run that is compared. With all weights trained by AdamW in float32 this
+is about 400 bytes per weight, so verify on a small model or within a small scope. On tiny models a verified
+step takes five to eight times as long as another one; where runs on perturbed weights are needed, each of the eight
+takes up to three and a half times as long in addition.
 
 Deterministic. Source: our specification.
 """
@@ -47,13 +47,14 @@ from moe_unlearn.testing import yardstick
 from moe_unlearn.verify.forced_routing import Routes
 from moe_unlearn.verify.judge import Comparison, Report, Run
 
-PERTURBATIONS = 8  # float64 runs on weights that are off by rounding; of two, both may be right by luck
-# by how many last bits: float32 sums round at every addition, those of narrower numbers only when stored
+PERTURBATIONS = 8  # float64 runs on weights perturbed by rounding; if there were two, both might be accurate by luck
+# the perturbation in last bits, for float32 (True) and narrower numbers (False): float32 sums round at every addition,
+# sums of narrower numbers only when they are stored
 _ULPS = {True: 8, False: 1}
 
 
 class VerificationError(ArithmeticError):
-    """The fused step is not the plain one; the model and the optimizer are as before the step."""
+    """The fused step differs from the plain one; the model and the optimizer are as before the step."""
 
     def __init__(self, report: Report, undone: str):
         super().__init__(f"{report}\n{undone}")
@@ -61,7 +62,7 @@ class VerificationError(ArithmeticError):
 
 
 class Verifier:
-    """Watches an `UnlearnStep` and verifies its first `steps` updates (True: all of them)."""
+    """Watches an `UnlearnStep` and verifies its first `steps` updates, or all of them for True."""
 
     def __init__(self, step, steps: int | bool):
         if not isinstance(steps, int) or steps < 0:
@@ -76,9 +77,9 @@ class Verifier:
 
     @contextlib.contextmanager
     def watch(self, forget: Batch, retain: Batch, sizes: Sizes | None) -> Iterator[None]:
-        """Around losses and gradients of one micro-batch; the first of a step keeps the state before it.
+        """Record the losses and gradients of one micro-batch inside; at a step's first one, keep the state before it.
 
-        Raises ValueError if the forward pass draws random numbers: the two paths would draw others.
+        Raises ValueError if the forward pass draws random numbers, because the two paths would draw different ones.
         """
         if not self.remaining:
             yield
@@ -103,9 +104,9 @@ class Verifier:
         self._micro_batches.append((forget, retain, sizes, autocast))
 
     def check(self) -> dict[str, float]:
-        """After an update, while its gradients are still there: the metric `verify_difference`.
+        """Verify an update while its gradients still exist; return the metric `verify_difference`.
 
-        Raises VerificationError, with the weights and the optimizer's state as before the step.
+        Raises VerificationError, with the weights and the optimizer's state restored to those before the step.
         """
         if not self.remaining or not self._micro_batches:
             return {}
@@ -126,13 +127,13 @@ class Verifier:
         return {"verify_difference": report.largest}
 
     def _report(self, ours: Run) -> Report:
-        """The step against its replays."""
+        """Compare the step with its replays; return the report."""
         step = self.step
         baseline, routes = self._replay(None)
         gold, _ = self._replay(torch.float64)
         saved = _by_parameter(step.optimizer, self._optimizer["state"])
         masters = {p: state["master"] for p, state in saved.items() if "master" in state}
-        # with runs off by rounding more is allowed, so that what passes without them needs none
+        # perturbed runs only ever allow more, so they are not needed where the step passes without them
         for seeds in (range(0), range(PERTURBATIONS)):
             others = [self._replay(torch.float64, seed)[0] for seed in seeds]
             report = Report(step.steps + 1, routed=self._routes.count, rerouted=routes.rerouted)
@@ -145,24 +146,24 @@ class Verifier:
 
     @property
     def plain(self):
-        """The plain step as it is after the last verified update; None before the first."""
+        """Return the plain step in its state after the last verified update; None before the first."""
         return self._twins.get(None)
 
     def memory(self) -> int:
-        """Bytes that verifying a step adds at most; see the module docstring."""
+        """Return the largest number of bytes that verifying a step adds; see the module docstring."""
         step = self.step
         weights = list(step.model.parameters())
         trained = [(p, step.masks.get(name)) for name, p in step._trained()]
         state = sum(step.optimizer.state_size(p, mask) for p, mask in trained)
         moved = sum(p.numel() for p, _ in trained)
         width = max(p.element_size() for p in weights)
-        # before the step; the result of a run, and the model it was made on
+        # bytes of what is kept from before the step, of one run's result, and of the model that the run was made on
         narrow = [width * moved + state, 2 * width * moved + state, width * sum(map(torch.numel, weights))]
         wide = [part * 8 // min(width, 4) for part in narrow]
         return narrow[0] + 3 * narrow[1] + narrow[2] + (2 + PERTURBATIONS) * wide[1] + wide[2]
 
     def summary(self) -> str:
-        """The reports of all verified steps."""
+        """Return the reports of all verified steps as text."""
         return "\n".join(map(str, self.reports))
 
     @torch.no_grad()
@@ -174,7 +175,7 @@ class Verifier:
         self.step.discard()
 
     def _replay(self, dtype: torch.dtype | None, perturb: int | None = None):
-        """The plain step from the state before, its result, and the routes it took."""
+        """Make the plain step from the state before the step; return its `Run` and the routes it took."""
         step = self.step
         if dtype not in self._twins:
             self._twins[dtype] = self._twin(dtype)
@@ -192,7 +193,7 @@ class Verifier:
             return self._made(twin, dtype)
 
     def _made(self, twin, dtype: torch.dtype | None):
-        """Make the step on a twin whose weights are as before it."""
+        """Make the step on a twin whose weights are those before the step; return its `Run` and routes."""
         step = self.step
         twin.discard()
         twin.optimizer.load_state_dict(self._optimizer)
@@ -214,11 +215,11 @@ class Verifier:
         return Run.of(twin), routes
 
     def _twin(self, dtype: torch.dtype | None):
-        """A plain step over a copy of the model."""
+        """Return a plain step over a copy of the model."""
         step = self.step
         model = copy.deepcopy(step.model).to(dtype)
         for module in model.modules():
-            # it changes no number, and a recompute would choose its routes anew
+            # checkpointing changes no result, and its recomputation would choose routes anew
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
         recipe = dataclasses.replace(step.recipe, retain_budget=None)
@@ -229,7 +230,7 @@ class Verifier:
 
 
 def _twin_optimizer(step, model: nn.Module):
-    """The step's optimizer over the parameters of a copy of its model."""
+    """Return an optimizer like the step's over the parameters of `model`, a copy of its model."""
     twins = dict(zip(step.model.parameters(), model.parameters(), strict=True))
     groups = [{**group, "params": [twins[p] for p in group["params"]]} for group in step.optimizer.param_groups]
     return type(step.optimizer)(groups)
@@ -237,7 +238,10 @@ def _twin_optimizer(step, model: nn.Module):
 
 @torch.no_grad()
 def _take_masters(step, saved: dict) -> None:
-    """Masters, which a float64 model has none of, become its weights once the gradient is made from the rounded."""
+    """Set a float64 twin's weights to the saved master weights, since it keeps no masters of its own.
+
+    Call this after the gradient has been computed from the rounded weights.
+    """
     for p, state in _by_parameter(step.optimizer, saved).items():
         own = step.optimizer.state[p]
         if "master" in state:

@@ -1,4 +1,4 @@
-"""open-unlearning's trainers on this engine; see `methods` for the use and for what differs."""
+"""open-unlearning's trainers on this engine; `methods` describes their use and their differences."""
 
 from moe_unlearn.integrations.open_unlearning.methods import (
     CEU,

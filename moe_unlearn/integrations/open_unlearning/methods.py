@@ -1,4 +1,4 @@
-"""open-unlearning's methods for Mixture-of-Experts models: its constructor arguments, its batches, this engine.
+"""open-unlearning's methods for Mixture-of-Experts models, with its constructor arguments and batches, on this engine.
 
     loss = gamma * L_forget + alpha * L_retain          retain_loss_type: NLL, KL; RMU also EMBED_DIFF
 
@@ -7,46 +7,48 @@ In a checkout of open-unlearning that runs on transformers 5, add to the end of 
     from moe_unlearn.integrations import open_unlearning
     open_unlearning.register(TRAINER_REGISTRY)
 
-and copy the YAML files of `config_folder()` into `configs/trainer/`; then `trainer=MoENPO` in the place of
-`trainer=NPO`. transformers 5.23 has no argument `logging_dir` any more, which `configs/trainer/finetune.yaml` sets:
-`~trainer.args.logging_dir` takes it away, for its trainers as for these. Beside the method's own arguments,
+and copy the YAML files of `config_folder()` into `configs/trainer/`; then write `trainer=MoENPO` in place of
+`trainer=NPO`. transformers 5.23 no longer has the argument `logging_dir`, which `configs/trainer/finetune.yaml` sets;
+`~trainer.args.logging_dir` removes it, for open-unlearning's trainers and for these. Beside the method's own arguments,
 `method_args` takes the sections `trace`, `wagle`, `mollm`, `dual` and `scope` of a recipe (`config`), `cache_dir` and
 `verify`: `'+trainer.method_args.trace={per_layer:2,eta:0.5}'`. Without open-unlearning the classes are Trainers like
-any other: a dataset with `forget` and `retain` lists whose items are {"forget": row, "retain": row}, each row
-{input_ids, attention_mask, labels}, of DPO's forget side {"original": row, "alternate": row}.
+any other. They take a dataset with `forget` and `retain` lists whose items are {"forget": row, "retain": row}, each row
+{input_ids, attention_mask, labels}; for DPO the forget side is {"original": row, "alternate": row}.
 
-On one batch GradAscent, GradDiff with NLL, NPO, SimNPO, DPO, WGA, SatImp, CEU and PDU give its loss, and RMU does for
-sequences of equal length. Where they differ, and why:
+On one batch GradAscent, GradDiff with NLL, NPO, SimNPO, DPO, WGA, SatImp, CEU and PDU give open-unlearning's loss, and
+RMU does for sequences of equal length. The differences are listed below, where "there" means in open-unlearning:
 
-    KL              means over the positions that carry a loss; there over all, prompt and padding too
-    UNDIAL          means over the positions that carry a loss, of reference states in bfloat16; there over all, prompt
-                    and padding too, where the label -100 lowers the logit of the vocabulary's hundredth token from last
-    masked tokens   its collator masks every pad token: an eos too, where that pads. What follows one is predicted by
-                    nothing and carries no loss, and RMU neither steers nor keeps its state; there both count
-    SimNPO          the length is the number of predicted tokens; there a label at position 0, which nothing
-                    predicts, counts too: a factor (n - 1) / n. Its own datasets never label that position
-    RMU             the divisor is the arithmetic mean of the rows' numbers of labelled tokens (a mean over the
-                    batch's tokens); there, through a broadcast, their harmonic mean: a loss larger by their ratio.
-                    The control vector comes from `seed`, there from the global random state
-    reference       log-probs and hidden states computed once and cached (hidden states in bfloat16); there a
-                    second copy of the model. So every row of `forget` and `retain` must be the same when it comes
-                    again; of DPO a row's alternate is drawn once, under a seed, there anew each time (IdkDPO)
-    loss            computed in float32 without logits
-    router loss     where the config has output_router_logits, the load-balancing loss is added to the retain loss, NLL
-                    or KL; there to every NLL, that of forget rows with GradAscent's sign, and not to KL
-    optimizer       MaskedAdamW with the arguments' lr, betas, eps and weight decay; `optim` is ignored. The decay
-                    is of every trained parameter, there not of norms and biases
-    accumulation    micro-batches and ranks weigh the tokens or sequences they hold, so that the step is that of all its
-                    rows in one batch; there each weighs the same
-    PDU             the retain preference moves once a step, by the retain loss of all its rows; there at each
+    KL              The mean is over the positions that carry a loss; there over all, prompt and padding too.
+    UNDIAL          The mean is over the positions that carry a loss, with reference states in bfloat16; there over all,
+                    prompt and padding too, where the label -100 lowers the logit of the vocabulary's hundredth token
+                    from last.
+    masked tokens   The collator there masks every pad token, also an eos token if that is used for padding. The token
+                    after a masked one is predicted by no token, so it carries no loss, and RMU neither steers nor keeps
+                    its state; there both count.
+    SimNPO          The length is the number of predicted tokens; there a label at position 0, which no token predicts,
+                    counts too: a factor (n - 1) / n. Its own datasets never label that position.
+    RMU             The divisor is the arithmetic mean of the rows' numbers of labelled tokens (a mean over the batch's
+                    tokens); there, through a broadcast, it is their harmonic mean, so the loss is larger by the ratio
+                    of the two. The control vector comes from `seed`, there from the global random state.
+    reference       Log-probs and hidden states are computed once and cached (hidden states in bfloat16); there a
+                    second copy of the model computes them. So every row of `forget` and `retain` must be the same when
+                    it comes again; for DPO a row's alternate is drawn once, by a seed, there anew each time (IdkDPO).
+    loss            It is computed in float32 without logits.
+    router loss     Where the config has output_router_logits, the load-balancing loss is added to the retain loss, NLL
+                    or KL; there to every NLL, that of forget rows with GradAscent's sign, and not to KL.
+    optimizer       It is MaskedAdamW with the arguments' lr, betas, eps and weight decay; `optim` is ignored. Every
+                    trained parameter decays; there norms and biases do not.
+    accumulation    Micro-batches and ranks are weighed by their tokens or sequences, so that the step equals that of
+                    all its rows in one batch; there each weighs the same.
+    PDU             The retain preference moves once per step, by the retain loss of all its rows; there at each
                     micro-batch and each evaluation. It is kept in checkpoints; there a resume begins with alpha.
-                    Without primal_dual nothing, there the constant alpha * retain_loss_eps, is taken off the loss
-    clipping        by the gradient norm of what trains; there RMU's is that of every parameter, trained or not
-    RMU's modules   patterns must match as a whole, as there. Its YAML trains every parameter, its class
-                    `mlp.down_proj.weight`, which no fused expert is named; here the experts of layers 5 to 7 train
-    processes       one
+                    Without primal_dual nothing is subtracted from the loss; there alpha * retain_loss_eps is.
+    clipping        It uses the gradient norm of the trained parameters; there, for RMU, that of all, trained or not.
+    RMU's modules   Patterns must match as a whole, as there. Its YAML trains every parameter and its class
+                    `mlp.down_proj.weight`, a name that no fused expert has; here the experts of layers 5 to 7 train.
+    processes       There is one process.
 
-Read and run against, since no single version was at hand, these files put together: of locuslab/open-unlearning
+No single version was at hand, so these files were put together to be read and run against: of locuslab/open-unlearning
 src/train.py, data/unlearn.py and trainer/utils.py at 19a6141, data/__init__.py at 87a31a8, data/utils.py at 10eb1c9,
 data/qa.py at 817e5c9, trainer/unlearn/{grad_diff at 7fa0b55, npo and simnpo at 56b662e, rmu at afcd6b6, grad_ascent at
 a50f1e2}.py, configs/trainer/finetune.yaml at f7656c7; of filyp/open-unlearning, whose author moved it to transformers
@@ -54,9 +56,9 @@ a50f1e2}.py, configs/trainer/finetune.yaml at f7656c7; of filyp/open-unlearning,
 other copies data/collators.py (zigozk at cb2cdfc), data/pretraining.py (chengjiali at 06cc5ad) and the YAML files of
 SimNPO (zgoel317 at 37b02f2) and RMU (Dornavineeth at e30348f), all in open-unlearning. Debugging, sweeper and SuperLoss
 parts, deepspeed, chat templates and its evaluators were left out, data configs were our own, and methods that a version
-names `compute_unlearn_loss` or `compute_loss_normal` took the present name, `compute_loss`. Read and written out in a
-test, not run: of its trainer/unlearn dpo.py at afcd6b6, wga.py and satimp.py at 0ad76a2, ceu.py at 2231e31, undial.py
-at 5a7dfb4, pdu.py at fdeb28f.
+names `compute_unlearn_loss` or `compute_loss_normal` took the present name, `compute_loss`. These files of its
+trainer/unlearn were read and written out in a test, but not run: dpo.py at afcd6b6, wga.py and satimp.py at 0ad76a2,
+ceu.py at 2231e31, undial.py at 5a7dfb4, pdu.py at fdeb28f.
 """
 
 import copy
@@ -82,11 +84,11 @@ _RETAIN = {"NLL": "nll", "KL": "kl", "EMBED_DIFF": "embed_diff"}
 
 
 class _Method(UnlearnTrainer):
-    """A recipe of `forget`, `retain` and the levers, trained as the TrainingArguments say.
+    """Trainer of a recipe made from `forget`, `retain` and the levers, with the loop of the TrainingArguments.
 
     Args:
         model, args, train_dataset, eval_dataset, data_collator, tokenizer, evaluators, template_args: as
-            open-unlearning's `load_trainer` gives them. Without a collator rows are padded on the right.
+            open-unlearning's `load_trainer` passes them. Without a collator rows are padded on the right.
         trace, wagle, mollm, dual, scope: sections of a recipe.
         cache_dir, verify: as in `UnlearnTrainer`.
 
@@ -135,7 +137,7 @@ class _Method(UnlearnTrainer):
             args,
             recipe,
             train_dataset,
-            # the Trainer wants one wherever eval_strategy is not "no"; evaluators bring their own
+            # the Trainer demands an eval_dataset unless eval_strategy is "no", but evaluators bring their own data
             eval_dataset=() if eval_dataset is None and evaluators else eval_dataset,
             data_collator=data_collator or Collator(0 if tokenizer is None else pad_token_id(tokenizer)),
             processing_class=tokenizer,
@@ -143,11 +145,10 @@ class _Method(UnlearnTrainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """gamma * L_forget + alpha * (L_retain - what `dual` bounds it by) of one batch; with `return_outputs` also the
-        forget rows' outputs.
+        """Compute gamma * L_forget + alpha * (L_retain - the bound of `dual`) of one batch.
 
-        Training takes `training_step` instead. Raises NotPreparedError before `prepare()` where a reference,
-        token weights or the like are needed.
+        With `return_outputs` also returns the forget rows' outputs. Training takes `training_step` instead. Raises
+        NotPreparedError before `prepare()` if a reference, token weights or the like are needed.
         """
         inputs = self._prepare_inputs(inputs)
         objectives = self.unlearn_step.objectives
@@ -161,7 +162,7 @@ class _Method(UnlearnTrainer):
             return loss, model(**{key: forget[key] for key in ROW if key in forget})
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", trial=None) -> dict[str, float]:
-        """open-unlearning's evaluators if it gave some, into `checkpoint-STEP/evals`; else the Trainer's."""
+        """Run open-unlearning's evaluators, if given, into `checkpoint-STEP/evals`; else the Trainer's evaluation."""
         if not self.evaluators:
             if eval_dataset is None and self.eval_dataset is None:
                 return {}
@@ -176,7 +177,7 @@ class _Method(UnlearnTrainer):
                 model=self.model,
                 tokenizer=self.processing_class,
             )
-        self.log(dict(metrics))  # which adds to it
+        self.log(dict(metrics))  # a copy, because log adds entries to it
         return metrics
 
     def _item(self, side: str, index: int):
@@ -188,20 +189,20 @@ class _Method(UnlearnTrainer):
         return {**inputs, **{side: self._rows(inputs[side]) for side in sides}}
 
     def _rows(self, batch: Mapping) -> dict[str, torch.Tensor]:
-        """A batch without what only open-unlearning reads: its names of rows, which may be of several datasets."""
+        """Return a batch without the row names that only open-unlearning reads, which may repeat between datasets."""
         names = ("index", getattr(self.data_collator, "index", None))
         return {key: value for key, value in batch.items() if key not in names}
 
 
 class GradAscent(_Method):
-    """-NLL of the forget rows, nothing else."""
+    """Gradient ascent: -NLL of the forget rows, and no retain loss."""
 
     def __init__(self, *, gamma: float = 1.0, **keywords):
         super().__init__(forget={"objective": "ga", "gamma": gamma}, retain={"objective": "none"}, **keywords)
 
 
 class GradDiff(_Method):
-    """-NLL of the forget rows, and what `retain_loss_type` says of the retain rows."""
+    """Gradient difference: -NLL of the forget rows, plus the loss `retain_loss_type` of the retain rows."""
 
     forget_objective = "ga"
 
@@ -218,7 +219,7 @@ class GradDiff(_Method):
 
 
 class NPO(GradDiff):
-    """-(2 / beta) log sigmoid(-beta (s - s_ref)), s the log-prob of a forget row; see `losses`."""
+    """NPO: -(2 / beta) log sigmoid(-beta (s - s_ref)), where s is the log-prob of a forget row; see `losses`."""
 
     forget_objective = "npo"
 
@@ -227,7 +228,7 @@ class NPO(GradDiff):
 
 
 class SimNPO(GradDiff):
-    """-(2 / beta) log sigmoid(-beta (s / length + delta)); see `losses`."""
+    """SimNPO: -(2 / beta) log sigmoid(-beta (s / length + delta)); see `losses`."""
 
     forget_objective = "simnpo"
 
@@ -236,7 +237,7 @@ class SimNPO(GradDiff):
 
 
 class WGA(GradDiff):
-    """Mean of p^beta log p over the labelled tokens of the forget rows, p^beta held fixed; see `losses`."""
+    """WGA: the mean of p^beta log p over the labelled tokens of the forget rows, p^beta held fixed; see `losses`."""
 
     forget_objective = "wga"
 
@@ -245,7 +246,7 @@ class WGA(GradDiff):
 
 
 class SatImp(GradDiff):
-    """Mean of p^beta1 (1 - p)^beta2 log p over the labelled tokens of the forget rows, the weight held fixed."""
+    """SatImp: the mean of p^beta1 (1 - p)^beta2 log p over labelled tokens of the forget rows, weight held fixed."""
 
     forget_objective = "satimp"
 
@@ -254,7 +255,7 @@ class SatImp(GradDiff):
 
 
 class CEU(_Method):
-    """Cross-entropy of the forget rows against the model's own prediction without the label; nothing else."""
+    """CE-U: cross-entropy of the forget rows against the model's own prediction without the label; no retain loss."""
 
     def __init__(self, *, ignore_first_n_answer_tokens: int = 1, **keywords):
         forget = {"objective": "ceu", "ignore_first_n_answer_tokens": ignore_first_n_answer_tokens}
@@ -262,7 +263,7 @@ class CEU(_Method):
 
 
 class UNDIAL(GradDiff):
-    """Cross-entropy of the forget rows against the reference, whose logits are lowered by `beta` at the labels."""
+    """UNDIAL: cross-entropy of the forget rows against the reference, its logits lowered by `beta` at the labels."""
 
     forget_objective = "undial"
 
@@ -271,17 +272,17 @@ class UNDIAL(GradDiff):
 
 
 class DPO(GradDiff):
-    """Prefer the alternate answer of a forget row to the original one; IdkDPO and AltPO, as the dataset is.
+    """DPO: prefers the alternate answer of a forget row to the original one; the dataset makes it IdkDPO or AltPO.
 
     A forget row is {"original": row, "alternate": row}. A dataset that draws alternates anew each time (refusals)
-    draws under a seed of the row here, since its reference log-prob is kept: a row has one alternate.
+    draws them here under a seed of the row, so that a row has one alternate, whose reference log-prob can be kept.
     """
 
     forget_objective = "idk_dpo"
 
     def __init__(self, *, beta: float = 1.0, args: TrainingArguments, train_dataset: Dataset, **keywords):
         if len(getattr(train_dataset, "forget", ())):
-            # a copy: the caller's dataset goes on drawing
+            # a copy, so that the caller's own dataset still draws alternates anew
             train_dataset = copy.copy(train_dataset)
             train_dataset.forget = Drawn(train_dataset.forget, args.seed)
         super().__init__(forget={"beta": beta}, args=args, train_dataset=train_dataset, **keywords)
@@ -294,14 +295,14 @@ class DPO(GradDiff):
 
 
 class RMU(GradDiff):
-    """Steer the output of one decoder layer on forget rows, keep it (EMBED_DIFF) on retain rows.
+    """RMU: steers the output of one decoder layer on forget rows and keeps it (EMBED_DIFF) on retain rows.
 
     Args:
-        module_regex: full match of the decoder layer's name.
-        trainable_params_regex: full matches of the parameters that train.
-        steering_coeff: length of the vector they are steered to.
+        module_regex: pattern that matches the decoder layer's whole name.
+        trainable_params_regex: patterns that match the whole names of the parameters that train.
+        steering_coeff: length of the vector that outputs are steered to.
 
-    Raises ValueError if the pattern matches no module, or one that is no decoder layer, or no parameter.
+    Raises ValueError if the pattern matches no module, or one that is not a decoder layer, or no parameter.
     """
 
     forget_objective = "rmu"
@@ -328,7 +329,7 @@ class RMU(GradDiff):
 
 
 def _layer(model: nn.Module, pattern: str) -> int:
-    """Index of the one decoder layer whose name `pattern` matches as a whole."""
+    """Return the index of the one decoder layer whose whole name `pattern` matches."""
     found = {name: module for name, module in model.named_modules() if re.fullmatch(pattern, name)}
     if len(found) != 1:
         raise ValueError(f"module_regex {pattern!r} must match one module; it matches {', '.join(found) or 'none'}")
@@ -340,7 +341,7 @@ def _layer(model: nn.Module, pattern: str) -> int:
 
 
 def _plain(value):
-    """Dicts and lists of what may be a Hydra config."""
+    """Convert a value that may be a Hydra config into dicts and lists."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""open-unlearning's PDU: forget logits flattened, the retain loss held at a bound by a dual variable (`step.dual`)."""
+"""open-unlearning's PDU, which flattens forget logits while a dual variable bounds the retain loss; see `step.dual`."""
 
 from collections.abc import Mapping
 
@@ -18,14 +18,14 @@ class PDU(GradDiff):
     """Mean of (max z - mean z)^2 at the labelled tokens of the forget rows, plus a preference times the retain loss.
 
     Args:
-        retain_loss_eps: what the retain loss is held at.
-        primal_dual: whether the preference, alpha at first, moves by `dual_step_size` times the excess over that.
-        dual_update_upon: after each "step", by its retain loss; or after each "epoch", by that of the epoch's retain
-            rows in evaluation mode, which one more pass over them computes.
-        dual_warmup_epochs: for how many epochs it stays.
+        retain_loss_eps: the bound of the retain loss.
+        primal_dual: whether the preference, alpha at first, moves by `dual_step_size` times the excess over the bound.
+        dual_update_upon: when it moves: after each "step", by the step's retain loss; or after each "epoch", by that
+            of the epoch's retain rows in evaluation mode, which one more pass over them computes.
+        dual_warmup_epochs: the number of epochs during which it does not move.
 
-    The logs have it as `retain_alpha`. Raises ValueError as `GradDiff` and `config.Dual`, and for another
-    `dual_update_upon`.
+    The logs have the preference as `retain_alpha`. Raises ValueError as `GradDiff` and `config.Dual` do, and for
+    another `dual_update_upon`.
     """
 
     forget_objective = "logit_margin"
@@ -51,12 +51,12 @@ class PDU(GradDiff):
         rows = super()._rows(batch)
         if not {"attention_mask", "labels"} <= rows.keys():
             return rows
-        # there the logits of the labelled tokens themselves are flattened, not those that predict them
+        # open-unlearning flattens the logits at the labelled tokens themselves, not those that predict them
         return rows | {"state_mask": rows["attention_mask"].bool() & (rows["labels"] != IGNORED)}
 
     @torch.no_grad()
     def retain_losses(self, epoch: int) -> dict[str, float]:
-        """A step's retain losses, of the retain rows that come with each forget row once, drawn for this epoch."""
+        """Compute a step's retain losses over the retain rows drawn for this epoch, which come with each forget row."""
         step, rows, size = self.unlearn_step, self.train_dataset, self.args.per_device_train_batch_size
         tally = Tally(step.ranks)
         with torch.random.fork_rng([]), evaluation_mode(self.model):
@@ -71,13 +71,13 @@ class PDU(GradDiff):
 
 
 class _ByEpoch(TrainerCallback):
-    """Moves the preference by epochs: says from when on steps do, or does it itself."""
+    """Callback for the preference: lets steps move it after the warm-up, or moves it itself after each epoch."""
 
     def __init__(self, trainer: PDU, upon: str, warmup: float):
         self.trainer, self.upon, self.warmup = trainer, upon, warmup
 
     def on_epoch_begin(self, args, state, control, **keywords):
-        # at the begin of the next epoch and not at the end: a checkpoint between them may be resumed
+        # this is done when the next epoch begins, not when one ends, because a checkpoint between them may be resumed
         epoch, objectives = int(state.epoch or 0), self.trainer.unlearn_step.objectives
         warm = epoch >= self.warmup
         objectives.dual.held = self.upon == "epoch" or not warm

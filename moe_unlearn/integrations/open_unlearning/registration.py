@@ -1,4 +1,4 @@
-"""Which trainers there are, their names in open-unlearning's registry, and where their YAML files lie."""
+"""Registration of the trainers in open-unlearning's registry, and the folder of their YAML files."""
 
 from collections.abc import MutableMapping
 from importlib import resources
@@ -25,7 +25,7 @@ METHODS = (GradAscent, GradDiff, NPO, SimNPO, WGA, SatImp, CEU, UNDIAL, PDU, DPO
 def register(registry: MutableMapping[str, type] | None = None) -> None:
     """Add the methods, as MoENPO and so on, to open-unlearning's TRAINER_REGISTRY; None imports that.
 
-    Raises ImportError where its `trainer` package is not importable, ValueError where a name is taken.
+    Raises ImportError if its package `trainer` cannot be imported, ValueError if a name is taken.
     """
     if registry is None:
         try:
@@ -41,5 +41,5 @@ def register(registry: MutableMapping[str, type] | None = None) -> None:
 
 
 def config_folder() -> Path:
-    """The folder of YAML files for open-unlearning's configs/trainer."""
+    """Return the folder of YAML files for open-unlearning's configs/trainer."""
     return Path(str(resources.files("moe_unlearn") / "integrations" / "open_unlearning" / "trainer"))

@@ -1,4 +1,4 @@
-"""Rows of open-unlearning's datasets as the engine takes them: drawn once, padded on the right."""
+"""Rows of open-unlearning's datasets in the form that the engine takes: drawn once and padded on the right."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ from moe_unlearn.data import Example, collate, generator
 
 
 class Drawn(Dataset):
-    """Rows that are the same whenever they come, whatever torch's generator is asked for them."""
+    """Rows that are the same whenever they come, although the dataset draws random numbers from torch for them."""
 
     def __init__(self, rows: Sequence, seed: int):
         self.rows, self.seed = rows, seed
@@ -24,7 +24,7 @@ class Drawn(Dataset):
 
 
 class Collator:
-    """Pads rows {input_ids, labels} of both sides on the right; nothing padded is attended or labelled."""
+    """Pads rows {input_ids, labels} of both sides on the right; padding is neither attended nor labelled."""
 
     def __init__(self, pad_id: int):
         self.pad_id = pad_id

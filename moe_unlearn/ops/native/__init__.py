@@ -1,1 +1,1 @@
-"""What lies between an op and its C++ kernel, where that is more than a call: imported when the kernel first runs."""
+"""Adapters between ops and their C++ kernels, where a plain call is not enough; imported when a kernel first runs."""

@@ -1,4 +1,4 @@
-"""The calls of csrc/cpu/expert_mlp.cpp. It has no float64: routing weights of that dtype go to `ref`."""
+"""Calls csrc/cpu/expert_mlp.cpp, which has no float64: routing weights of that dtype go to `ref`."""
 
 import torch
 

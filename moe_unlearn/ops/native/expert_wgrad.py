@@ -1,6 +1,6 @@
-"""The calls of csrc/*/expert_wgrad.*: every index int64 and dense, the bounds those of the listed experts.
+"""Calls csrc/*/expert_wgrad.*, with dense int64 indices and the row bounds of the listed experts.
 
-They have no float64: factors, buffers and results of that dtype go to `ref`. CUDA's kernel is for Hopper and
+The kernels have no float64: factors, buffers and results of that dtype go to `ref`. CUDA's kernel is for Hopper and
 bfloat16 factors, and has no inner products.
 """
 
@@ -94,7 +94,7 @@ def inner(grads, inputs, expert_offsets, grad_rows, input_rows, experts, mask):
 
 
 def _operands(factors, experts):
-    """(grad, input, bounds [M_e, 2], grad_rows, input_rows)."""
+    """Return the operands (grad, input, bounds [M_e, 2], grad_rows, input_rows)."""
     grad, input, offsets, *rows = factors
     bounds = offsets if offsets.dim() == 2 else torch.stack([offsets[:-1], offsets[1:]], 1)
     if experts is not None:
@@ -107,7 +107,7 @@ def _listed(weight, experts):
 
 
 def _like(weight, listed):
-    """Stands for the gradient of weight[listed] where its shape is checked."""
+    """Return a stand-in for the gradient of weight[listed] whose shape can be checked."""
     return weight.new_empty(()).expand(len(listed), *weight.shape[1:])
 
 
@@ -116,7 +116,7 @@ def _positions(factors):
 
 
 def _for_hopper(kernel, factors, updates=False):
-    """`kernel` where csrc/cuda/expert_wgrad.cuh takes its arguments; `factors` says where the first grad is."""
+    """Wrap `kernel` in a check that csrc/cuda/expert_wgrad.cuh takes its arguments; `factors` is grad's position."""
 
     @functools.wraps(kernel)
     def checked(*arguments):
@@ -129,7 +129,7 @@ def _for_hopper(kernel, factors, updates=False):
 
 
 def _check_hopper(capability, *factors):
-    """Raises Unfit for what the wgmma kernel cannot copy 16 bytes at a time, and anywhere else than on Hopper."""
+    """Raise Unfit on any GPU but Hopper, and for factors that the wgmma kernel cannot copy 16 bytes at a time."""
     if capability != (9, 0):
         raise Unfit(f"CUDA's expert_wgrad needs a GPU of compute capability 9.0; got {capability[0]}.{capability[1]}")
     for factor in factors:

@@ -1,11 +1,11 @@
-"""The calls of csrc/cpu/token_loss.cpp. It has no float64: arguments of that dtype go to `ref`.
+"""Calls csrc/cpu/token_loss.cpp, which has no float64: arguments of that dtype go to `ref`.
 
-The forward can keep dl/dh, the gradient of each row's loss before weights and upstream, for one matrix product
-more; a backward without it would have to make the logits again. The gradients of head and bias need each row's
-upstream first. For them the forward keeps exponentials of logits, as many as fit into the memory of the head's
-gradient, which is then made in their place, and into a spare tensor of at most SPARE_BYTES; other logits are made
-again, and all of them for kl, in a second backward and with create_graph.
-Tiles have a size of their own: `chunk_rows` is for `ref`.
+With one more matrix product the forward can keep dl/dh, the gradient of each row's loss before weights and upstream
+gradient; without it the backward would have to compute the logits again. The gradients of head and bias need each
+row's upstream gradient first. For them the forward keeps exponentials of logits, as many as fit into the memory of the
+head's gradient, which later overwrites them, and into a spare tensor of at most SPARE_BYTES. The backward computes the
+other logits again; it computes all of them again for kl, in a second backward and with create_graph.
+The kernel chooses its own tile size: `chunk_rows` is for `ref`.
 """
 
 import torch
@@ -24,7 +24,7 @@ def forward(*arguments):
 
 
 def room(hidden, head, labels, bias, ref_hidden, ref_head, kind, keep, keep_head):
-    """Where dl/dh, exponentials in the place of the head's gradient, their maxima and the spare ones are kept."""
+    """Allocate the tensors to keep: dl/dh, exponentials in the head gradient's memory, their maxima, the spare ones."""
     direction = hidden.new_zeros(len(hidden) if keep else 0, hidden.shape[1], dtype=_wide(hidden, head))
     if not keep_head or kind == "kl" or not _can_take(hidden, head, bias):
         return direction, *(head.new_empty(0) for _ in range(3))
@@ -36,7 +36,7 @@ def room(hidden, head, labels, bias, ref_hidden, ref_head, kind, keep, keep_head
 
 def forward_kept(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap, drop_zero_weights,
                  chunk_rows, keep, keep_head):  # fmt: skip
-    """What the op returns; all that is not kept is empty."""
+    """Compute the results of the op; tensors that are not kept are empty."""
     arguments = hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap
     if not _can_take(hidden, head, bias, ref_hidden, ref_head):
         outputs = tiled.forward(*arguments, drop_zero_weights, chunk_rows)
@@ -48,7 +48,7 @@ def forward_kept(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind
     kernel = torch.ops.moe_unlearn_native.token_loss
     value, norm, ref_norm, direction = kernel(*problem, keep, *(kept if kept[0].numel() else [None] * 3))
     weighted = value.clone() if weights is None else value * weights.float()
-    # an ignored row is 0 under a weight of NaN too
+    # the product would be NaN in an ignored row whose weight is NaN
     return torch.where(labels == IGNORED, 0, weighted), value, norm, ref_norm, direction, *kept
 
 
@@ -82,7 +82,7 @@ def head_gradient_(
     value: Tensor, norm: Tensor, ref_norm: Tensor, kept: Tensor, peaks: Tensor, spare: Tensor, kind: str, scale: float,
     softcap: float | None, drop_zero_weights: bool, needs_head: bool, needs_bias: bool,
 ) -> Tensor:  # fmt: skip
-    """Makes `kept` the gradient of the head, if that is needed, and returns that of the bias, or an empty tensor."""
+    """Turn `kept` into the gradient of the head, if needed; return that of the bias, or an empty tensor."""
     index = _counted(labels, weights, drop_zero_weights)
     problem = _problem(hidden, head, labels, index, bias, None, None, kind, scale, softcap)
     upstream = _upstream(grad, weights, value, index, kind)
@@ -98,7 +98,7 @@ def _(grad, hidden, head, labels, bias, *rest):
 
 
 def _upstream(grad, weights, value, index, kind):
-    """dloss / d(nll or kl) of each row."""
+    """Compute dloss / d(nll or kl) of each row."""
     upstream = torch.zeros(value.shape)
     upstream[index] = (grad.float() if weights is None else grad.float() * weights.float())[index]
     return upstream * -torch.expm1(value) if kind == "uce" else upstream
@@ -109,7 +109,7 @@ def _can_take(*tensors: Tensor | None) -> bool:
 
 
 def _problem(hidden, head, labels, index, bias, ref_hidden, ref_head, kind, scale, softcap):
-    """The kernels' own arguments: detached, for torch's threads do not inherit that gradients are off."""
+    """Return the kernels' arguments, detached, since torch's threads do not inherit that gradients are off."""
     tensors = [None if t is None else t.detach() for t in (hidden, head, labels, index, bias, ref_hidden, ref_head)]
     tensors[2] = tensors[2].contiguous()
     return *tensors, kind, scale, softcap or 0.0

@@ -1,1 +1,1 @@
-"""Reference implementations in tiles: as exact as the formulas at once, in little memory, on every device."""
+"""Reference implementations that compute in tiles: exact like the plain formulas, in little memory, on every device."""

@@ -1,7 +1,7 @@
-"""token_loss's kind "logit_margin" in torch, a tile of rows x vocabulary at a time: all there is of it.
+"""Computes token_loss's kind "logit_margin" in torch, a tile of rows x vocabulary at a time; no other code does.
 
-What is kept of a row for the backward: norm = (max z, mean z), and in ref_norm[0] the column of the maximum, the first
-one where several are largest. Without softcap the backward makes no logits.
+The backward gets three numbers of each row: norm = (max z, mean z) and, in ref_norm[0], the column of the maximum, the
+first one if several are largest. Without a softcap the backward computes no logits.
 """
 
 import torch
@@ -11,7 +11,7 @@ from moe_unlearn.ops.token_loss import _DEFAULT_ROWS, IGNORED, _counted, _logits
 
 def forward(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
             drop_zero_weights, chunk_rows):  # fmt: skip
-    """(loss [T], l [T], norm [2, T], ref_norm [2, T]), 0 in the rows that do not count."""
+    """Compute (loss [T], l [T], norm [2, T], ref_norm [2, T]), 0 in the rows that do not count."""
     dtype = _wide(hidden, head)
     value = torch.zeros(labels.shape, dtype=dtype, device=labels.device)
     norm, ref_norm = value.new_zeros(2, *labels.shape), value.new_zeros(2, *labels.shape)
@@ -27,14 +27,14 @@ def forward(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, sca
         norm[0, rows], norm[1, rows] = largest, torch.stack(sums).sum(0) / len(head)
         ref_norm[0, rows] = torch.stack(columns).gather(0, of[None])[0].to(dtype)  # exact in float32 up to 2^24
         value[rows] = (norm[0, rows] - norm[1, rows]).square()
-    # an ignored row is 0 under a weight of NaN too
+    # the product would be NaN in an ignored row whose weight is NaN
     weighted = value.clone() if weights is None else value * weights.to(dtype)
     return torch.where(labels == IGNORED, 0, weighted), value, norm, ref_norm
 
 
 def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm,
              kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head, needs_bias):  # fmt: skip
-    """Gradients of hidden [T, H], head [V, H] and bias [V]; empty for one that is not needed."""
+    """Compute the gradients of hidden [T, H], head [V, H] and bias [V]; empty for one that is not needed."""
     dtype = norm.dtype
     upstream = grad.to(dtype) if weights is None else grad.to(dtype) * weights.to(dtype)
     slope = 2 * scale * upstream * (norm[0] - norm[1])
@@ -45,7 +45,7 @@ def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, va
     sums = [torch.zeros_like(h) if needs_hidden else None for _, h in chunks]
     grad_head = head.new_zeros(head.shape if needs_head else 0)
     grad_bias = head.new_zeros(0) if not needs_bias else bias.new_zeros(bias.shape)
-    # the vocabulary outside: a tile of the head's gradient is complete, and rounded once, when it is left
+    # the outer loop is over the vocabulary, so that each tile of the head's gradient is completed and rounded once
     for tile in _tiles(len(chunks[0][0]), len(head), dtype):
         w = head[tile].to(dtype)
         grad_w, grad_b = torch.zeros_like(w) if needs_head else None, torch.zeros_like(w[:, 0])

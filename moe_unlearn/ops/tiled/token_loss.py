@@ -1,7 +1,7 @@
-"""token_loss in torch, a tile of rows x vocabulary at a time: `ref`, and all there is of the kind "ce".
+"""Computes token_loss in torch, a tile of rows x vocabulary at a time: `ref`, and the only code for the kind "ce".
 
-What is kept of a row for the backward: norm = (max z, sum exp(z - max z)) and, where there are targets q, ref_norm the
-same of their logits.
+The backward gets two numbers of each row, norm = (max z, sum exp(z - max z)), and with targets q also ref_norm, the
+same numbers of their logits.
 """
 
 import torch
@@ -14,7 +14,7 @@ _WITH_TARGETS = ("kl", "ce")
 
 def forward(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
             drop_zero_weights, chunk_rows, label_penalty=0.0):  # fmt: skip
-    """(loss [T], l [T], norm [2, T], ref_norm [2, T]), 0 in the rows that do not count."""
+    """Compute (loss [T], l [T], norm [2, T], ref_norm [2, T]), 0 in the rows that do not count."""
     dtype = _wide(hidden, head)
     value = torch.zeros(labels.shape, dtype=dtype, device=labels.device)
     norm, ref_norm = value.new_zeros(2, *labels.shape), value.new_zeros(2, *labels.shape)
@@ -42,7 +42,7 @@ def forward(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, sca
         if kind in _WITH_TARGETS:
             ref_shifts, ref_norm[:, rows] = _merge(ref_parts)
             q_sums = torch.stack([total for _, total in ref_parts])
-            # q (log q - log p) of a tile, or q (-log p), unnormalised, moved from the maxima of the tile to the row's
+            # a tile's unnormalised sum of q (log q - log p), or q (-log p), moves from the tile's maxima to the row's
             moved = q_sums * (ref_shifts - shifts if kind == "kl" else -shifts)
             cross = (torch.stack(crosses) + moved) * ref_shifts.exp()
             p_sum, q_sum = norm[1, rows], ref_norm[1, rows]
@@ -50,7 +50,7 @@ def forward(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, sca
         else:
             nll = (norm[0, rows] - picked) + norm[1, rows].log()
             value[rows] = nll if kind == "nll" else -torch.log1p(-torch.exp(-nll) / 2)
-    # an ignored row is 0 under a weight of NaN too
+    # the product would be NaN in an ignored row whose weight is NaN
     weighted = value.clone() if weights is None else value * weights.to(dtype)
     return torch.where(labels == IGNORED, 0, weighted), value, norm, ref_norm
 
@@ -58,7 +58,7 @@ def forward(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, sca
 def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm,
              kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head,
              needs_bias, label_penalty=0.0):  # fmt: skip
-    """Gradients of hidden [T, H], head [V, H] and bias [V]; empty for one that is not needed."""
+    """Compute the gradients of hidden [T, H], head [V, H] and bias [V]; empty for one that is not needed."""
     dtype = norm.dtype
     upstream = grad.to(dtype) if weights is None else grad.to(dtype) * weights.to(dtype)
     if kind == "uce":
@@ -70,7 +70,7 @@ def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, va
     sums = [torch.zeros_like(h) if needs_hidden else None for _, h, _ in chunks]
     grad_head = head.new_zeros(head.shape if needs_head else 0)
     grad_bias = head.new_zeros(0) if not needs_bias else bias.new_zeros(bias.shape)
-    # the vocabulary outside: a tile of the head's gradient is complete, and rounded once, when it is left
+    # the outer loop is over the vocabulary, so that each tile of the head's gradient is completed and rounded once
     for tile in _tiles(len(chunks[0][0]), len(head), dtype):
         w, b = head[tile].to(dtype), None if bias is None else bias[tile]
         grad_w, grad_b = torch.zeros_like(w) if needs_head else None, torch.zeros_like(w[:, 0])
@@ -104,7 +104,7 @@ def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, va
 
 
 def _targets(z, h_ref, head, ref_head, tile, bias, scale, softcap, labels, penalty) -> Tensor:
-    """A tile of the targets' logits: of the reference, or `z` itself without one, lowered at the label."""
+    """Compute a tile of the targets' logits: those of the reference, or `z` without one, lowered at the label."""
     z_ref = z if h_ref is None else _logits(h_ref, (head if ref_head is None else ref_head)[tile], bias, scale, softcap)
     if penalty:
         column, inside = _column(labels, tile)
@@ -113,20 +113,20 @@ def _targets(z, h_ref, head, ref_head, tile, bias, scale, softcap, labels, penal
 
 
 def _peak_and_sum(z: Tensor) -> tuple[Tensor, Tensor]:
-    """(m, sum exp(z - m)) over the columns of a tile, m its maximum."""
-    # finite, so that a tile of logits that are all -infinity sums to 0 and not to NaN
+    """Compute (m, sum exp(z - m)) over the columns of a tile, m its maximum."""
+    # m is kept finite, so that a tile of logits that are all -infinity sums to 0 and not to NaN
     m = z.amax(1).clamp_min(torch.finfo(z.dtype).min)
     return m, (z - m[:, None]).exp().sum(1)
 
 
 def _merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(maximum of each tile minus that of the row [tiles, n]; maximum and sum of the row [2, n])."""
+    """Compute each tile's maximum minus the row's, [tiles, n], and the maximum and sum of each row, [2, n]."""
     peaks, sums = (torch.stack(values) for values in zip(*parts, strict=True))
     m = peaks.amax(0)
     return peaks - m, torch.stack([m, (sums * (peaks - m).exp()).sum(0)])
 
 
 def _column(labels: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-    """(column [n, 1] of each label within the tile, clamped into it; whether it is inside [n])."""
+    """Return each label's column within the tile, clamped into it, [n, 1], and whether it lies inside, [n]."""
     inside = (labels >= tile.start) & (labels < tile.stop)
     return (labels - tile.start).clamp(0, tile.stop - tile.start - 1)[:, None], inside

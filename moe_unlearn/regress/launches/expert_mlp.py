@@ -1,4 +1,4 @@
-"""Static cases of expert_mlp: one layer of Qwen3-30B-A3B with 8 experts, and what other layouts change."""
+"""Define static cases of expert_mlp: one layer of Qwen3-30B-A3B with 8 experts, and other layouts."""
 
 import torch
 

@@ -1,5 +1,7 @@
-"""expert_wgrad on one layer of Qwen3-30B-A3B, cut to 8 experts: gate_up_proj (gathered inputs), down_proj (gathered
-gradients)."""
+"""Define static cases of expert_wgrad: one layer of Qwen3-30B-A3B, cut to 8 experts.
+
+gate_up_proj has gathered inputs, down_proj gathered gradients.
+"""
 
 from collections.abc import Callable
 from unittest import mock
@@ -14,7 +16,7 @@ _H200_PROGRAMS = 132
 
 
 def gate_up(dtype: torch.dtype = torch.bfloat16, bounds: bool = False) -> tuple[torch.Tensor | None, ...]:
-    """grad in sorted order, input by token."""
+    """Return the factors of gate_up_proj, with grad in sorted order and input by token."""
     rows = _TOKENS * _TOP_K
     offsets = torch.empty(_EXPERTS, 2, dtype=torch.int32) if bounds else torch.empty(_EXPERTS + 1, dtype=torch.int32)
     grad = torch.empty(rows, 2 * _INNER, dtype=dtype)
@@ -22,7 +24,7 @@ def gate_up(dtype: torch.dtype = torch.bfloat16, bounds: bool = False) -> tuple[
 
 
 def down(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor | None, ...]:
-    """grad by token, input in sorted order."""
+    """Return the factors of down_proj, with grad by token and input in sorted order."""
     rows, offsets = _TOKENS * _TOP_K, torch.empty(_EXPERTS + 1, dtype=torch.int32)
     grad = torch.empty(_TOKENS, _HIDDEN, dtype=dtype)
     return grad, torch.empty(rows, _INNER, dtype=dtype), offsets, torch.empty(rows, dtype=torch.int32), None

@@ -1,4 +1,4 @@
-"""The SGD and AdamW epilogues of expert_wgrad on the layer of `launches.expert_wgrad`."""
+"""Define static cases of expert_wgrad's SGD and AdamW epilogues, on the layer of `launches.expert_wgrad`."""
 
 from collections.abc import Callable
 

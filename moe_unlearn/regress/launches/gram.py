@@ -1,4 +1,4 @@
-"""Launches of `gram` at production shapes, for the ahead-of-time compiler."""
+"""Define launches of `gram` at production shapes, for the ahead-of-time compiler."""
 
 import torch
 

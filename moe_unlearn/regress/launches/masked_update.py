@@ -1,4 +1,4 @@
-"""masked_update on one layer's gate_up_proj of Qwen3-30B-A3B, cut to 8 experts, of which 4 are trained."""
+"""Define static cases of masked_update: a gate_up_proj of Qwen3-30B-A3B, cut to 8 experts, 4 of them trained."""
 
 from collections.abc import Callable
 
@@ -37,7 +37,7 @@ def _sgd(dtype, state, rounding="nearest", *, momentum=0.0, decay=0.0, nesterov=
 
 
 def _elements():
-    """Slices of a one-dimensional parameter are single elements."""
+    """Launch AdamW on slices of a one-dimensional parameter, which are single elements."""
     masked_adamw_(torch.empty(8192), torch.empty(4096), torch.empty(4096), torch.empty(4096),
                   torch.empty(128, dtype=torch.int32), None, torch.empty(4096, dtype=torch.int64), *_ADAMW, 7,
                   "nearest", 0, 0)  # fmt: skip

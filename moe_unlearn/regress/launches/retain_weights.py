@@ -1,4 +1,4 @@
-"""Launches of `retain_weights` at production shapes, for the ahead-of-time compiler."""
+"""Define launches of `retain_weights` at production shapes, for the ahead-of-time compiler."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Launches of `route` at production shapes, for the ahead-of-time compiler."""
+"""Define launches of `route` at production shapes, for the ahead-of-time compiler."""
 
 import torch
 

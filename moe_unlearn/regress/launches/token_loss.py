@@ -1,4 +1,4 @@
-"""Launches of `token_loss` at production shapes, for the ahead-of-time compiler."""
+"""Define launches of `token_loss` at production shapes, for the ahead-of-time compiler."""
 
 import torch
 

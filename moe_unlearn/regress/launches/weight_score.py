@@ -1,4 +1,4 @@
-"""weight_score on one layer's gate_up_proj of Qwen3-30B-A3B, cut to 8 experts."""
+"""Define static cases of weight_score: one layer's gate_up_proj of Qwen3-30B-A3B, cut to 8 experts."""
 
 import torch
 

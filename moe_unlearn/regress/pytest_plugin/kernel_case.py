@@ -1,14 +1,14 @@
-"""pytest plugin: `@pytest.mark.kernel_case(case)` and the fixture `kernel_case`, for kernels in a team's own test run.
+"""Test kernels in a team's own pytest run, through `@pytest.mark.kernel_case(case)` and the fixture `kernel_case`.
 
     @pytest.mark.kernel_case(softmax)          # one or several `moe_unlearn.regress.case.Case`
     def test_softmax(kernel_case):
         kernel_case.check()
 
-    pytest --kernel-record        once, and for new cases: the store is added to, never overwritten
-    pytest                        holds every kernel against its record
+    pytest --kernel-record        once, and for new cases: adds to the store, never overwrites
+    pytest                        compares every kernel with its record
 
-pytest imports this module in every run of an environment that has moe-unlearn, so that it is installed outside of
-the package, whose import takes seconds, and imports that in the fixture only.
+pytest imports this module in every run of an environment that has moe-unlearn. It is therefore installed outside of
+the package, whose import takes seconds, and imports the package in the fixture only.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """One test for each case of the mark."""
+    """Parametrize a marked test with one item for each case of the mark."""
     mark = metafunc.definition.get_closest_marker(MARK)
     if mark is None:
         return
@@ -45,7 +45,7 @@ def pytest_generate_tests(metafunc):
 
 
 class KernelCase:
-    """What the fixture gives: `check` holds a case against its record in the store of this run."""
+    """Compares cases with their records in the store of this run; it is what the fixture gives."""
 
     def __init__(self, request):
         self.case = getattr(request, "param", None)
@@ -70,7 +70,7 @@ class KernelCase:
         if not isinstance(case, Case):
             raise pytest.UsageError(f"{self._path.name}: expected a Case; got {case!r}")
         if any(case is value for value in vars(self._module).values()):
-            # a script can load it from there
+            # the test file becomes the origin, since a script can load the case from there
             case = dataclasses.replace(case, origin=case.origin or str(self._path))
         recorded = case.name in store.current()
         if option("kernel_accept") and recorded:
@@ -88,5 +88,5 @@ class KernelCase:
 
 @pytest.fixture
 def kernel_case(request):
-    """The case of the mark, or a way to check one: `kernel_case.check(case)`."""
+    """Return the case of the mark, or a way to check one: `kernel_case.check(case)`."""
     return KernelCase(request)
