@@ -1,12 +1,10 @@
 """Build the packages and the native extension of `csrc/`; everything declarative is in pyproject.toml.
 
 `triton_kernels/` is installed as `moe_unlearn.triton_kernels`, since libraries probe for triton-lang's package
-of that name. The pytest plugin, which every run of pytest imports, is installed outside of the package, whose import
-takes seconds.
+of that name. The pytest plugin, which every run of pytest imports, stands outside of the slow package.
 
 The optional extension is two libraries beside the package, `_C_cpu` and `_C_cuda`, on libtorch's stable ABI: one
-binary for every torch >= 2.10. `_C_build.txt` says what was built, or why not. The environment's MOE_UNLEARN_BUILD
-chooses:
+binary for every torch >= 2.10. `_C_build.txt` says what was built, or why not. MOE_UNLEARN_BUILD chooses:
 
     (unset)    cpu where a C++ compiler is there; cuda too where torch has CUDA and nvcc is there
     0          nothing
@@ -33,10 +31,7 @@ NVCC = "-std=c++20 -O3 --fmad=false -Werror all-warnings -Xcompiler=-Wall,-Wextr
 
 
 def cuda_home() -> str:
-    """Return the folder of CUDA's headers and libraries, or "" if there is none.
-
-    The path of nvcc does not tell it, since an nvcc on the PATH may be a script.
-    """
+    """Return the folder of CUDA's headers and libraries, or "": nvcc's own path may be that of a script elsewhere."""
     given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     said = "" if given else subprocess.getoutput("nvcc --dryrun -x cu -E /dev/null")
     places = [given] if given else [said.partition(" TOP=")[2].partition("\n")[0], "/usr/local/cuda"]

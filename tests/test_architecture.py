@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -39,6 +40,11 @@ OPS = {
     "masked_update",
 }  # fmt: skip
 FOLDERS = {"csrc", "triton_kernels", "moe_unlearn", "benchmarks", "tests"}
+# what a docstring of a function does not begin with: its first word is the verb that says what the function does
+NO_VERBS = {
+    "A", "All", "An", "As", "Each", "Every", "How", "In", "Inside", "It", "No", "Of", "On", "One", "That", "The",
+    "This", "Those", "What", "Where", "Whether", "Which", "Who", "Why",
+}  # fmt: skip
 FORBIDDEN_IMPORTS = {"pickle", "marshal", "joblib", "dill", "cloudpickle", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save", "os.system"}
 # the official form of WAGLE's masks is a pickle of tensors: read without running it, written for that code
@@ -207,3 +213,16 @@ def test_text_files_name_their_encoding():
         if isinstance(node, ast.Call) and leaves_the_encoding_to_the_locale(node)
     ]
     assert not nameless
+
+
+def test_docstrings_of_functions_begin_with_a_verb():
+    found, wrong = 0, []
+    for path in [*sources(), *(ROOT / "benchmarks").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+            if text is not None:
+                found += 1
+                word = text.split()[0].rstrip(",:")
+                if word in NO_VERBS or re.fullmatch("[A-Z][a-z]+(-[a-z]+)?", word) is None:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {text.splitlines()[0]}")
+    assert found > 900 and not wrong, "\n".join(wrong)
