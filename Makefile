@@ -9,11 +9,11 @@
 # make soak    the full exactness matrix of the fused step; 2 hours on 2 cores; `make soak SOAK="--minutes 30"` a sample
 # make gpu-rehearsal   all of the next that can be done without a GPU: build, load, collect, compile; several gigabytes
 # make gpu     the kernels proven on this machine's GPU, in at most 5 minutes; `make gpu GPU="--out DIR"` elsewhere
-# make bench   every op and the whole step against what else there is: one file, pictures, README's table; at most
+# make bench   every op and the whole step against what else there is: one file, pictures, the tables of results; at most
 #              15 minutes on one core, 15 GB of memory; `make bench BENCH="--only route"` a part
 # make bench-gpu   the same on this machine's GPU, published geometries, what matters first; at most 4 minutes
 # make gpu-wheels   peers that `make bench-gpu` measures too, fetched beforehand into build/gpu-wheels
-# make gpu-report DIR=...   what both left, in results, README's tables and the choice of implementations
+# make gpu-report DIR=...   what both left, in results, their tables and the choice of implementations
 # make bench-step  the whole step alone, in full: growth, memory, NPO, MOLLM; 40 minutes, 15 GB of memory
 # make study   what each lever buys, half an hour on 2 cores; `make study STUDY=` the whole study, 2 hours and more,
 #              goes on where it was stopped

@@ -1,4 +1,4 @@
-"""Write README's section on what each lever buys, from the recorded study; `python -m benchmarks.readme` inserts it.
+"""RESULTS.md's section on what each lever buys, from the recorded study: `python -m benchmarks.readme` puts it there.
 
 The whole study counts if its report exists, else the small one.
 """
@@ -40,7 +40,8 @@ def generated(results: Path = RESULTS, root: Path = ROOT) -> str:
             "the forget-critical experts least."
         )
         parts.append("\n".join([_ABLATIONS, *map(_ablation, rows)]))
-    parts += [f"![{caption}]({where}/{file})" for file, caption in study["figures"].items()]
+    beside = folder.relative_to(results.parent).as_posix()
+    parts += [f"![{caption}]({beside}/{file})" for file, caption in study["figures"].items()]
     parts.append(f"Intervals, other metrics and every run: `{where}/`. What was tried before: `benchmarks/NOTES.md`.")
     return "\n\n".join(parts)
 

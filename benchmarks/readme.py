@@ -1,19 +1,18 @@
-"""Write README's figures from the recorded results: python -m benchmarks.readme
+"""The figures of README.md and benchmarks/RESULTS.md, made from what is recorded: python -m benchmarks.readme
 
-Costs are those of the newest run of each device; what the levers buy is taken from the study (`efficacy`). The text
-between two marks in README.md is replaced. `tests/test_bench_readme.py` fails where README and the run
-differ, or where a kernel changed since the run and README does not say so; running this again repairs both.
+RESULTS.md has the costs of the newest run of each device, the table of the embedded experiment (`headline`) and what
+the levers buy (`efficacy`); README.md has one row for quality and one for speed. The text between two marks is
+replaced. `tests/test_bench_readme.py` fails where a page and the run differ, and where a kernel changed since the run
+and the page does not say so; another call of this module repairs both.
 """
 
 import json
 import sys
 from pathlib import Path
 
-from benchmarks import efficacy, record, stamp
+from benchmarks import efficacy, headline, record, stamp
 
-README = stamp.ROOT / "README.md"
-BEGIN, END = "<!-- benchmarks.readme: begin -->", "<!-- benchmarks.readme: end -->"
-EFFICACY = "<!-- benchmarks.efficacy: begin -->", "<!-- benchmarks.efficacy: end -->"
+README, RESULTS = stamp.ROOT / "README.md", stamp.ROOT / "benchmarks" / "RESULTS.md"
 STALE = "**measured before the kernels changed**"
 _FIGURE = "speedup.png"
 _RESULTS = {
@@ -27,7 +26,7 @@ _HEADER = "| work | result | against | measured | target | |\n|---|---|---|---|-
 
 
 def generated(results: Path = stamp.RESULTS, root: Path = stamp.ROOT) -> str:
-    """Return the text between the marks, for the recorded runs."""
+    """Return the tables of costs, for the runs that are there."""
     parts = [_device(device, results, root) for device in sorted(record.runs(results))]
     return "\n\n".join(parts) if parts else "No run of the suite is recorded yet."
 
@@ -39,7 +38,7 @@ def _device(device: str, results: Path, root: Path) -> str:
     lines += ["", *_remarks(run), *_correctness(path.parent / "correctness.json", root)]
     figure = path.parent / _FIGURE
     if figure.exists():
-        lines += ["", f"![Times as fast as each rival]({figure.relative_to(root).as_posix()})"]
+        lines += ["", f"![Times as fast as each rival]({figure.relative_to(results.parent).as_posix()})"]
     return "\n".join(lines).rstrip()
 
 
@@ -112,25 +111,51 @@ def _remarks(run: dict) -> list[str]:
     return [run["source"], *lines] if "source" in run else lines
 
 
-def replaced(readme: str, text: str, begin: str = BEGIN, end: str = END) -> str:
-    """Return README with `text` between two marks; raise ValueError unless both marks are there, in order."""
-    before, begins, rest = readme.partition(begin)
+def headlines(results: Path = stamp.RESULTS, root: Path = stamp.ROOT) -> str:
+    """Return the rows of README.md."""
+
+    def where(run: dict) -> str:
+        device = run["stamp"]["device"] if run["fingerprint"]["device"] == "cuda" else run["fingerprint"]["cpu"]
+        return f"one step on {device}" + (f", {STALE}" if stale(run, root) else "")
+
+    return headline.rows(results, _named, where)
+
+
+def replaced(page: str, text: str, section: str) -> str:
+    """Return the page with `text` between the two marks of a section. Raises ValueError unless both are there."""
+    begin, end = marks(section)
+    before, begins, rest = page.partition(begin)
     _, ends, after = rest.partition(end)
     if not begins or not ends:
-        raise ValueError(f"expected {begin} and then {end} in README.md")
+        raise ValueError(f"expected {begin} and then {end} in the page")
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
-def current(readme: str) -> str:
-    """Return README with every generated section made from the recorded results."""
-    return replaced(replaced(readme, generated()), efficacy.generated(), *EFFICACY)
+def marks(section: str) -> tuple[str, str]:
+    """Return what stands before and after a generated section."""
+    return f"<!-- benchmarks.{section}: begin -->", f"<!-- benchmarks.{section}: end -->"
+
+
+SECTIONS = {
+    README: {"headline": headlines},
+    RESULTS: {"demo": headline.table, "suite": generated, "efficacy": efficacy.generated},
+}
+
+
+def current(path: Path) -> str:
+    """Return a page with every generated section as the recorded results have it."""
+    page = path.read_text(encoding="utf-8")
+    for section, text in SECTIONS[path].items():
+        page = replaced(page, text(), section)
+    return page
 
 
 def main() -> int:
-    text = current(README.read_text(encoding="utf-8"))
-    changed = text != README.read_text(encoding="utf-8")
-    README.write_text(text, encoding="utf-8")
-    print("README.md written" if changed else "README.md says so already")
+    for path in SECTIONS:
+        text = current(path)
+        changed = text != path.read_text(encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
+        print(f"{path.relative_to(stamp.ROOT)} {'written' if changed else 'says so already'}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Says what of this checkout a GPU would find, without one: `python -m tests.gpu_load` prints a line for each fault.
 
-Both libraries load; each op that README's table gives a CUDA kernel has one, and the other ops have none; each name
+Both libraries load; each op that the table of ops gives a CUDA kernel has one, and the other ops have none; each name
 that a file of csrc/cuda implements is known to torch's dispatcher for CUDA; every Triton kernel can be imported.
 """
 
@@ -15,11 +15,12 @@ import moe_unlearn.ops  # noqa: F401 -- registers
 from moe_unlearn import backend, native
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = Path("moe_unlearn", "ops", "README.md")
 _NONE = "–"
 
 
-def readme_table(text: str) -> dict[str, dict[str, str]]:
-    """{op: {column: cell}} of the table of ops."""
+def ops_table(text: str) -> dict[str, dict[str, str]]:
+    """Return {op: {column: cell}} of the table in the README of the ops."""
     head, _, *rows = text[text.index("| op | computes |") :].splitlines()
     columns = [cell.strip() for cell in head.strip("|").split("|")]
     table = {}
@@ -48,26 +49,26 @@ def faults(table: dict[str, dict[str, str]], names: list[str]) -> list[str]:
     ]
     usable = {name: backend.available(name, "cuda") for name in backend.registered()}
     known = {name.partition(".")[0] for name in usable}
-    found += [f"{op} stands in README's table or is registered, not both" for op in sorted(known ^ set(table))]
+    found += [f"{op} stands in the table of ops or is registered, not both" for op in sorted(known ^ set(table))]
     for op, cells in table.items():
         for impl in ("triton", "cuda"):
             there = any(impl in of for name, of in usable.items() if name.partition(".")[0] == op)
             if there != (cells[impl] != _NONE):
-                found.append(f"{op} has {'a' if there else 'no'} {impl} kernel; README's table says {cells[impl]}")
+                found.append(f"{op} has {'a' if there else 'no'} {impl} kernel; the table of ops says {cells[impl]}")
     if not native.load("cuda"):
         found += [f"{name} is not registered for CUDA" for name in names if not registered_for_cuda(name)]
     return found
 
 
 def promised(root: Path = ROOT) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """README's table, and the names that the CUDA sources register."""
-    return readme_table((root / "README.md").read_text(encoding="utf-8")), implemented(root)
+    """The table of ops, and the names that the CUDA sources register."""
+    return ops_table((root / PAGE).read_text(encoding="utf-8")), implemented(root)
 
 
 def main() -> int:
     table, names = promised()
     found = faults(table, names)
-    print(*native.report(), f"{len(names)} native ops for CUDA, {len(table)} ops in README's table", *found, sep="\n")
+    print(*native.report(), f"{len(names)} native ops for CUDA, {len(table)} ops in the table of ops", *found, sep="\n")
     return int(bool(found))
 
 

@@ -7,7 +7,7 @@ In an environment of its own, with the versions below and Python 3.12, and on a 
 
     install   the environment, several gigabytes; kept until the versions change
     build     the package by `make gpu-install`, with both libraries
-    load      the libraries, and a kernel for CUDA of every op that README's table gives one
+    load      the libraries, and a kernel for CUDA of every op that the table of ops gives one
     compile   the layer under torch.compile
     collect   exactly the tests that `make gpu` runs; fails on a reason to skip one that is not on its list
     tests     tests/ops, the CPU kernels, and some Triton kernels in this Triton's interpreter

@@ -1,10 +1,10 @@
-"""README's table and the pictures are what the recorded runs say, and stale figures are marked."""
+"""The figures of README and RESULTS.md and the pictures are what the recorded runs say; stale figures are marked."""
 
 import json
 
 import pytest
 
-from benchmarks import plots, readme, record, stamp
+from benchmarks import headline, plots, readme, record, stamp
 
 
 def row(op, name, value, target, **more):
@@ -59,18 +59,62 @@ def test_a_kernel_of_that_device_that_changed_marks_the_table(root, name, marked
 
 
 def test_the_text_goes_between_the_marks():
-    page = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
-    new = readme.replaced(page, "new")
-    assert new == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter\n"
-    assert readme.replaced(new, "new") == new
-    with pytest.raises(ValueError, match="benchmarks.readme: end"):
-        readme.replaced(readme.BEGIN, "new")
+    begin, end = readme.marks("suite")
+    page = f"before\n{begin}\nold\n{end}\nafter\n"
+    new = readme.replaced(page, "new", "suite")
+    assert new == f"before\n{begin}\nnew\n{end}\nafter\n"
+    assert readme.replaced(new, "new", "suite") == new
+    with pytest.raises(ValueError, match="benchmarks.suite: end"):
+        readme.replaced(begin, "new", "suite")
 
 
 @pytest.mark.quick
-def test_readme_says_what_the_newest_run_says():
-    page = readme.README.read_text(encoding="utf-8")
-    assert page == readme.current(page), "run python -m benchmarks.readme"
+@pytest.mark.parametrize("page", readme.SECTIONS, ids=lambda path: path.name)
+def test_a_page_says_what_the_newest_run_says(page):
+    assert page.read_text(encoding="utf-8") == readme.current(page), "run python -m benchmarks.readme"
+
+
+def verdict(what, value, target, hit):
+    return {"what": what, "value": value, "target": target, "hit": hit}
+
+
+@pytest.mark.quick
+def test_the_headline_has_the_best_result_and_the_largest_miss_of_a_step(root):
+    (path,) = record.runs(root / "benchmarks/results")["cpu"]
+    run = json.loads(path.read_text(encoding="utf-8"))
+    asked = [("ours: speed-up over dense", 3.0, 2.0, True), ("ours: speed-up over dense", 1.9, 2.0, False),
+             ("ours: share of the ceiling", 0.4, 0.8, False), ("ours: extra memory of x", 0.1, 0.3, True),
+             ("ours: time of y", 9.0, None, None)]  # fmt: skip
+    verdicts = [verdict(*one) for one in asked]
+    run["rows"] += [{"op": "step", "name": "wide", "verdicts": verdicts}]
+    path.write_text(json.dumps(run), encoding="utf-8")
+    page = readme.headlines(root / "benchmarks/results", root).splitlines()
+    assert page[2:] == [
+        "| speed: one step on A CPU | wide: 3.00 times as fast (against: dense; asked: 2) "
+        "| wide: 0.40 share of the speed (against: ceiling; asked: 0.8) |"
+    ]
+    (root / "csrc/cpu/gram.cpp").write_text("second\n", encoding="utf-8")
+    assert readme.STALE in readme.headlines(root / "benchmarks/results", root)
+
+
+@pytest.mark.quick
+def test_the_headline_of_quality_is_what_the_experiment_s_report_calls_reached(root):
+    results = root / "benchmarks/results"
+    assert headline.table(results) == "No run of the embedded experiment is recorded yet."
+    for name, forgotten in (("cpu-demo", 0.15), ("cpu-demo-b", 0.3)):
+        (results / name).mkdir()
+        runs = {"retrain": (0.1, 1.0), "target": (1.0, 1.0), "combined": (forgotten, 0.96)}
+        summary = {
+            run: {"verbmem_f": f, "verbmem_r": r, "knowmem_f": 0, "nll_f": 1, "nll_r": 2}
+            for run, (f, r) in runs.items()
+        }
+        (results / name / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+        seeds = {"corpus": f"builtin:{name}", "results": {"5": summary, "6": summary}}
+        (results / name / "seeds.json").write_text(json.dumps(seeds), encoding="utf-8")
+    _, best, miss = readme.headlines(results, root).splitlines()[2].strip("| ").split(" | ")
+    assert best.startswith("`builtin:cpu-demo`, seeds 5, 6: forget VerbMem 0.150") and "96.0% of retain" in best
+    assert miss.startswith("`builtin:cpu-demo-b`") and "0.300" in miss
+    assert "| three levers | 0.150 | 0.960 | 0.000 | 1.00 | 2.00 |" in headline.table(results)
 
 
 def test_every_picture_is_drawn_from_the_run_alone(root):

@@ -1,4 +1,4 @@
-"""README's section on the levers says what a recorded study says, and the sentences follow from its numbers."""
+"""RESULTS.md's section on the levers says what a recorded study says, and the sentences follow from its numbers."""
 
 import json
 

@@ -190,43 +190,46 @@ def test_a_reason_to_skip_that_is_not_allowed_on_a_gpu_is_found(tmp_path, allowe
 
 
 @pytest.fixture
-def readme():
-    """The table of README."""
-    return gpu_load.readme_table((ROOT / "README.md").read_text(encoding="utf-8"))
+def ops_table():
+    """The table of the README of the ops."""
+    return gpu_load.ops_table((ROOT / gpu_load.PAGE).read_text(encoding="utf-8"))
 
 
 @pytest.mark.quick
-def test_the_table_and_the_sources_are_read(readme):
-    assert set(readme) == {name.partition(".")[0] for name in backend.registered()}
-    assert readme["gram"]["cuda"] == "–" and readme["route"]["cuda"].startswith("emulated")
+def test_the_table_and_the_sources_are_read(ops_table):
+    assert set(ops_table) == {name.partition(".")[0] for name in backend.registered()}
+    assert ops_table["gram"]["cuda"] == "–" and ops_table["route"]["cuda"].startswith("emulated")
     names = gpu_load.implemented(ROOT)
     assert {"route", "masked_adamw_", "expert_wgrad_score_"} <= set(names) and len(names) == len(set(names))
 
 
 @pytest.mark.quick
-def test_a_kernel_that_is_not_there_is_a_fault(readme, monkeypatch):
-    """Both libraries seem to be there, with all that README promises."""
+def test_a_kernel_that_is_not_there_is_a_fault(ops_table, monkeypatch):
+    """Both libraries seem to be there, with all that the table promises."""
     pytest.importorskip("triton")
     monkeypatch.setattr(native, "load", lambda name: "")
     monkeypatch.setattr(native, "report", lambda: ["cpu: built, avx512", "cuda: built"])
     monkeypatch.setattr(backend, "_kernels", dict(backend._kernels))
-    for op, cells in readme.items():
+    for op, cells in ops_table.items():
         if cells["cuda"] != "–":
             backend.register(op, "cuda", print)
     monkeypatch.setattr(gpu_load, "registered_for_cuda", lambda name: name != "weight_score_mask")
-    assert gpu_load.faults(readme, ["route"]) == []
-    assert gpu_load.faults(readme, ["weight_score_mask"]) == ["weight_score_mask is not registered for CUDA"]
-    changed = readme | {"route": readme["route"] | {"cuda": "–"}, "gram": readme["gram"] | {"cuda": "compiled"}}
+    assert gpu_load.faults(ops_table, ["route"]) == []
+    assert gpu_load.faults(ops_table, ["weight_score_mask"]) == ["weight_score_mask is not registered for CUDA"]
+    changed = ops_table | {
+        "route": ops_table["route"] | {"cuda": "–"},
+        "gram": ops_table["gram"] | {"cuda": "compiled"},
+    }
     assert gpu_load.faults(changed, []) == [
-        "route has a cuda kernel; README's table says –", "gram has no cuda kernel; README's table says compiled",
+        "route has a cuda kernel; the table of ops says –", "gram has no cuda kernel; the table of ops says compiled",
     ]  # fmt: skip
     del changed["token_loss"]
-    assert "token_loss stands in README's table or is registered, not both" in gpu_load.faults(changed, [])
+    assert "token_loss stands in the table of ops or is registered, not both" in gpu_load.faults(changed, [])
     backend.register("route", "triton", "no_such_module:route")
-    (line,) = (line for line in gpu_load.faults(readme, []) if "not usable" in line)
+    (line,) = (line for line in gpu_load.faults(ops_table, []) if "not usable" in line)
     assert line.startswith("triton is not usable for route: ModuleNotFoundError")
     monkeypatch.setattr(native, "report", lambda: ["cpu: built", "cuda: not loaded: no libcudart"])
-    assert "native library cuda: not loaded: no libcudart" in gpu_load.faults(readme, [])
+    assert "native library cuda: not loaded: no libcudart" in gpu_load.faults(ops_table, [])
 
 
 # ---- How it is started ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What comes back from a GPU becomes records, README's tables and the choice of implementations."""
+"""What comes back from a GPU becomes records, tables and the choice of implementations."""
 
 import json
 import shutil
@@ -155,7 +155,7 @@ def test_rows_without_both_decide_nothing():
     assert gpu_report.choice([one, {"op": "o", "name": "n", "skipped": "no time"}], {}) == {}
 
 
-def test_readme_s_table_has_the_device_and_its_tests(place, tmp_path):
+def test_the_table_of_results_has_the_device_and_its_tests(place, tmp_path):
     back, results, _, report = place
     leaves_tests(back / "first", outcome="failed")
     leaves_cases(back / "second", row("a", 2.0, 1.0, "route", 100))

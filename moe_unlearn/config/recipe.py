@@ -48,16 +48,16 @@ class Forget:
     idk_nll put in the answer's place: a "refusal" that is drawn, or the "alternate" answer of the row (AltPO).
     """
 
-    objective: str = "npo"
-    gamma: float = 1.0
-    beta: float = 0.1
-    delta: float = 0.0
-    beta1: float = 5.0
-    beta2: float = 1.0
-    layer: int = 7
-    steering: float = 2.0
-    ignore_first_n_answer_tokens: int = 1
-    replacement: str = "refusal"
+    objective: str = "npo"  # the loss on forget rows; `losses` has the formulas
+    gamma: float = 1.0  # factor of the forget loss in the sum of the losses
+    beta: float = 0.1  # beta in the formulas of NPO, SimNPO, DPO, WGA and UNDIAL
+    delta: float = 0.0  # SimNPO's margin
+    beta1: float = 5.0  # SatImp's power of saturation
+    beta2: float = 1.0  # SatImp's power of importance
+    layer: int = 7  # index of the decoder layer whose output RMU steers
+    steering: float = 2.0  # length of the vector that RMU steers to
+    ignore_first_n_answer_tokens: int = 1  # labelled tokens at the head of a row that CE-U leaves alone
+    replacement: str = "refusal"  # what idk_dpo and idk_nll have in the answer's place
 
     def __post_init__(self):
         one_of("forget.objective", self.objective, FORGET_OBJECTIVES)
@@ -80,9 +80,9 @@ class Retain:
     the model's own coefficient where its config says `output_router_logits`; see `moe_unlearn.router_aux`.
     """
 
-    objective: str = "nll"
-    alpha: float = 1.0
-    router_aux: str | float = "auto"
+    objective: str = "nll"  # the loss on retain rows
+    alpha: float = 1.0  # factor of the retain loss in the sum of the losses
+    router_aux: str | float = "auto"  # factor of the load-balancing loss; auto: the model's own
 
     def __post_init__(self):
         one_of("retain.objective", self.objective, RETAIN_OBJECTIVES)
@@ -106,13 +106,13 @@ class Trace:
     `eta` of the way to their forget frequency.
     """
 
-    per_layer: int = 2
-    min_ratio: float = 1.5
-    min_load: float = 1.0
-    eta: float = 0.5
-    cap: float | None = 10.0
-    refresh: str = "offline"
-    allow_empty: bool = False
+    per_layer: int = 2  # forget-critical experts of a layer, at most
+    min_ratio: float = 1.5  # least forget frequency of one, over its retain frequency
+    min_load: float = 1.0  # least forget frequency of one, over that of uniform routing
+    eta: float = 0.5  # how far its retain frequency moves to its forget frequency
+    cap: float | None = 10.0  # largest weight of a token; null: no limit
+    refresh: str = "offline"  # token weights of the unchanged model, or of each step's own routing
+    allow_empty: bool = False  # whether a run goes on where no expert is forget-critical
 
     def __post_init__(self):
         above("trace.per_layer", self.per_layer, 0)
@@ -131,11 +131,11 @@ class Wagle:
     micro-batches in a step of the official code, by which that code divides its gradients.
     """
 
-    keep: float = 0.8
-    gamma: float = 1.0
-    official: bool = False
-    accumulation: int = 1
-    mask: str | None = None
+    keep: float = 0.8  # fraction of all weights that may move
+    gamma: float = 1.0  # the Hessian's scale in the score
+    official: bool = False  # whether masks are those of the released code
+    accumulation: int = 1  # with official: micro-batches of a step there, which divide gradients
+    mask: str | None = None  # a saved mask, which is read in place of computing one
 
     def __post_init__(self):
         between("wagle.keep", self.keep, 0, 1)
@@ -156,12 +156,12 @@ class Mollm:
     `log_descent_every` steps if all gradients are whole.
     """
 
-    normalize: str = "mean_norm"
-    rescale: str = "mean_gradient"
-    kl: bool = True
-    kl_floor: float = 10.0
-    log_descent_every: int = 10
-    gradients: str = "auto"
+    normalize: str = "mean_norm"  # the length that gradients have before the direction is solved
+    rescale: str = "mean_gradient"  # the length that the direction gets
+    kl: bool = True  # whether KL to the reference is the third objective
+    kl_floor: float = 10.0  # KL counts above this times its value at the unchanged model
+    log_descent_every: int = 10  # steps between measurements of g . update
+    gradients: str = "auto"  # the form of expert gradients; auto: the smaller one
 
     def __post_init__(self):
         one_of("mollm.normalize", self.normalize, ("none", "unit", "mean_norm"))
@@ -176,9 +176,9 @@ class Scope:
     `parameters` that match a regular expression; or `seuf`, the one expert with the highest affinity and
     its router, held in place by `anchor` times the anchor loss (SEUF, ACL 2025)."""
 
-    kind: str = "all"
-    parameters: list[str] = field(default_factory=list)
-    anchor: float = 1.0
+    kind: str = "all"  # what may train; experts: those that TRACE selects
+    parameters: list[str] = field(default_factory=list)  # with kind parameters: regular expressions
+    anchor: float = 1.0  # with kind seuf: the factor of the anchor loss
 
     def __post_init__(self):
         one_of("scope.kind", self.kind, SCOPES)
@@ -195,15 +195,15 @@ class Optimizer:
     "nearest" or "stochastic" (fp32 state, bf16 weights rounded once) or "fp32_master"; None takes
     "stochastic" for bf16 models and "parity" otherwise."""
 
-    name: str = "adamw"
-    lr: float = 1e-5
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    warmup_steps: int = 0  # the learning rate rises linearly from 0 to lr and then stays
-    numerics: str | None = None
-    max_grad_norm: float | None = None
+    name: str = "adamw"  # the optimizer, always masked
+    lr: float = 1e-5  # learning rate
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW's rates of decay of its two moments
+    eps: float = 1e-8  # what AdamW adds to its divisor
+    momentum: float = 0.0  # SGD's momentum
+    weight_decay: float = 0.0  # decay of the weights that may move
+    warmup_steps: int = 0  # steps from 0 to lr, linearly; then lr stays
+    numerics: str | None = None  # null: stochastic for bf16, else parity
+    max_grad_norm: float | None = None  # length to which gradients are clipped; null: not at all
 
     def __post_init__(self):
         one_of("optimizer.name", self.name, ("sgd", "adamw"))
@@ -227,20 +227,20 @@ class Data:
     that many are drawn; a plan without documents assumes these numbers.
     """
 
-    model: str | None = None
-    forget: str | None = None
-    retain: str | None = None
-    holdout: str | None = None
-    reference: str | None = None
-    max_length: int = 512
-    chat_template: bool = False
-    enable_thinking: bool | None = None
-    system: str = ""
-    date: str | None = None
-    prompt_tokens: int = 0
-    seam: str = "joint"
-    forget_rows: int | None = None
-    retain_rows: int | None = None
+    model: str | None = None  # folder of the model
+    forget: str | None = None  # source of the documents to forget, see the package data
+    retain: str | None = None  # source of the documents to keep
+    holdout: str | None = None  # source of documents that the model never saw, for PrivLeak
+    reference: str | None = None  # folder of a retrained model, for PrivLeak
+    max_length: int = 512  # tokens of a row, at most
+    chat_template: bool = False  # whether questions go through the tokenizer's chat template
+    enable_thinking: bool | None = None  # what the chat template is told
+    system: str = ""  # the chat template's system message
+    date: str | None = None  # the chat template's today; null: the same day always
+    prompt_tokens: int = 0  # tokens at the head of a row of text that are its prompt
+    seam: str = "joint"  # how prompt and answer are told apart
+    forget_rows: int | None = None  # rows drawn of more; a plan without documents assumes them
+    retain_rows: int | None = None  # rows drawn of more; a plan without documents assumes them
 
     def __post_init__(self):
         above("data.max_length", self.max_length, 1)
@@ -265,7 +265,7 @@ class Data:
 class Recipe:
     """One unlearning run; see the module docstring. A lever that is None is off."""
 
-    name: str = "custom"
+    name: str = "custom"  # what reports call the run
     forget: Forget = field(default_factory=Forget)
     retain: Retain = field(default_factory=Retain)
     trace: Trace | None = None
@@ -275,15 +275,15 @@ class Recipe:
     scope: Scope = field(default_factory=Scope)
     optimizer: Optimizer = field(default_factory=Optimizer)
     data: Data = field(default_factory=Data)
-    steps: int = 60
-    batch_size: int = 8  # forget rows in a micro-batch
-    retain_per_forget: float = 1.0  # retain rows for each forget row, at least 1
-    accumulate: int = 1
+    steps: int = 60  # updates
+    batch_size: int = 8  # forget rows of a micro-batch
+    retain_per_forget: float = 1.0  # retain rows for each of them
+    accumulate: int = 1  # micro-batches of a step
     stop_forget_loss: float | None = None  # the first step that sees a forget loss this low is the last
-    reference: str = "prepared"  # the model as it is at prepare(), adapters included; or "base", without adapters
+    reference: str = "prepared"  # what losses compare with: the model at prepare(), adapters included; base: without
     retain_budget: float | None = None  # a retain loss above it ends the run before the step's update
-    guard: str = "strict"  # or "loss": gradients need not be known before the first update, see `step`
-    seed: int = 0
+    guard: str = "strict"  # whether gradients are known before the first update, see `step`
+    seed: int = 0  # what decides the order of rows, draws, RMU's vector and stochastic rounding
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate"):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def run(pytester, monkeypatch):
-    """Run pytest on a scratch folder with the foreign softmax of README.md; its outcomes and its output."""
+    """Run pytest on a scratch folder with the foreign softmax of the package's README; its outcomes and its output."""
     # without hypothesis, which is imported anew by every run
     others = "-p no:cacheprovider -p no:hypothesispytest"
     pytester.makeini(f"[pytest]\naddopts = --strict-markers -p {plugin.__name__} {others}")
