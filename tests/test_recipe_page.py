@@ -1,0 +1,48 @@
+"""The page of the recipes names every key with its values, and is up to date."""
+
+import pytest
+
+from moe_unlearn.config import Recipe
+from tests import recipe_page
+
+pytestmark = pytest.mark.quick
+KEYS = {name: (hint, field, meaning) for name, hint, field, meaning in recipe_page.keys()}
+
+
+def leaves(values, path=""):
+    for key, value in values.items():
+        yield from leaves(value, f"{path}{key}.") if isinstance(value, dict) else [f"{path}{key}"]
+
+
+def test_the_page_says_what_the_config_says():
+    page = recipe_page.PAGE.read_text(encoding="utf-8")
+    assert page == recipe_page.current(page), "run python -m tests.recipe_page"
+
+
+def test_every_key_is_there_with_a_meaning():
+    complete = Recipe.from_dict({"trace": True, "wagle": True, "mollm": True})
+    assert set(KEYS) == set(leaves(complete.to_dict()))
+    assert not [name for name, (_, _, meaning) in KEYS.items() if len(meaning) < 5]
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    [
+        ("steps", "above 0"),
+        ("trace.eta", "in (0, 1]"),
+        ("trace.cap", "above 1"),
+        ("optimizer.betas", "two numbers in [0, 1)"),
+        ("data.date", "a date as 2026-11-29"),
+        ("retain.router_aux", "auto, off or a number; at least 0"),
+        ("mollm.gradients", "auto, compact, factors"),
+        ("wagle.accumulation", "above 0"),
+        ("data.model", "any"),
+    ],
+)
+def test_values_are_those_that_the_config_refuses_others_for(name, expected):
+    assert recipe_page.values(name, KEYS[name][0]) == expected
+
+
+def test_a_page_without_marks_is_an_error():
+    with pytest.raises(ValueError, match="expected <!-- recipes: begin -->"):
+        recipe_page.current("# Recipes")
