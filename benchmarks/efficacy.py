@@ -1,4 +1,4 @@
-"""RESULTS.md's section on what each lever buys, from the recorded study: `python -m benchmarks.readme` puts it there.
+"""Write the section of RESULTS.md on what each lever buys; `python -m benchmarks.readme` puts it there.
 
 The whole study counts if its report exists, else the small one.
 """

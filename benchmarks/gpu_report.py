@@ -1,10 +1,10 @@
 """Write tables of what came back from a GPU: make gpu-report DIR=<folder with the runs>
 
-Merges the runs below a folder (`journal`) that measured the kernels of the newest one on the same device: of a test or
-case that several have, the newest counts. Written are, under benchmarks/results/<device>/, correctness.json and one
-record as the suite's (<date>-<commit>.json); moe_unlearn/choices.json, which says which implementation `auto` takes
-first, where that differs; and the tables of README and RESULTS.md. Exit status as of `tests.gpu_run`: 0 all passed,
-1 something failed, 3 something was not run; 2 where there is nothing to report.
+Merges the runs below a folder (`journal`) that measured the kernels of the newest one on the same device; if several
+runs have a test or case, the newest counts. Under benchmarks/results/<device>/ it writes correctness.json and one
+record in the suite's form (<date>-<commit>.json). It also updates moe_unlearn/choices.json, which says which
+implementation `auto` takes first, and the tables of README and RESULTS.md. The exit status is that of `tests.gpu_run`
+(0: all passed, 1: something failed, 3: something was not run), or 2 where there is nothing to report.
 """
 
 import argparse

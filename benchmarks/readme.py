@@ -1,4 +1,4 @@
-"""The figures of README.md and benchmarks/RESULTS.md, made from what is recorded: python -m benchmarks.readme
+"""Write the figures of README.md and benchmarks/RESULTS.md from the recorded results: python -m benchmarks.readme
 
 RESULTS.md has the costs of the newest run of each device, the table of the embedded experiment (`headline`) and what
 the levers buy (`efficacy`); README.md has one row for quality and one for speed. The text between two marks is

@@ -14,9 +14,9 @@ class Dual:
     but the first `warmup_steps`.
     """
 
-    retain_loss_eps: float | None = None
-    step_size: float = 1.0
-    warmup_steps: int = 0
+    retain_loss_eps: float | None = None  # what the retain loss is held at, above that of the model as it is
+    step_size: float = 1.0  # what times the excess is added to the factor of the retain loss after a step
+    warmup_steps: int = 0  # steps that leave that factor alone
 
     def __post_init__(self):
         if self.retain_loss_eps is None:
