@@ -59,7 +59,7 @@ def rows(results: Path, named: Callable[[str], tuple[str, str]], where: Callable
 
 
 def _experiments(results: Path) -> list[tuple[str, list[str], dict]]:
-    """The corpus, the seeds and the summary of each recorded run of the embedded experiment."""
+    """Return the corpus, the seeds and the summary of each recorded run of the embedded experiment."""
     found = []
     for folder in sorted(results.glob("cpu-demo*")):
         seeds, summary = (

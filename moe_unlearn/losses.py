@@ -32,9 +32,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from moe_unlearn.model.batches import Batch, target_mask
-from moe_unlearn.model.head import Head, head_of
+from moe_unlearn.model.batches import Batch, state_mask, target_mask
+from moe_unlearn.model.head import (
+    Head,
+    decoder_of,
+    final_hidden_states,
+    head_of,
+    token_losses,
+    unwrapped,
+    verify_head,
+)
 from moe_unlearn.ops.token_loss import IGNORED, token_loss
+
+# with what makes per-token losses of a model, so that `losses` is all that an objective of a user's own needs
+__all__ = [
+    "Head", "decoder_of", "embed_diff", "final_hidden_states", "head_of", "idk_dpo", "kl", "logit_margin",
+    "margin_mask", "nll", "npo", "rmu", "satimp", "sequence_sums", "simnpo", "state_mask", "target_mask",
+    "token_losses", "uce", "unwrapped", "verify_head", "wga",
+]  # fmt: skip
 
 
 def nll(token_logprobs: Tensor, weights: Tensor | None = None) -> Tensor:
