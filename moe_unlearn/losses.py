@@ -38,6 +38,7 @@ from moe_unlearn.model.head import (
     decoder_of,
     final_hidden_states,
     head_of,
+    operands,
     token_losses,
     unwrapped,
     verify_head,
@@ -135,16 +136,17 @@ def kl(
     weights: Tensor | None = None,
     *,
     ref_lm_head: Tensor | None = None,
+    ref_bias: Tensor | None = None,
 ) -> Tensor:
     """Compute sum_t w_t KL(p_ref || p)_t / T from hidden states [T, H] and a head; logits are never stored.
 
-    `ref_lm_head` is the head of the reference where it differs. No gradient flows into the reference.
+    `ref_lm_head` [V, H] and `ref_bias` [V] are those of the reference where they differ from the head's. No gradient
+    flows into the reference.
     """
     labels = torch.zeros(len(hidden_states), dtype=torch.int64, device=hidden_states.device)
     values = token_loss(
-        hidden_states, head.weight, labels, bias=head.bias, token_weights=weights, kind="kl",
-        ref_hidden_states=ref_hidden_states, ref_lm_head=ref_lm_head, logit_scale=head.logit_scale,
-        logit_softcap=head.logit_softcap,
+        labels=labels, **operands(hidden_states, head, ref_hidden_states, ref_lm_head, ref_bias),
+        token_weights=weights, kind="kl", logit_scale=head.logit_scale, logit_softcap=head.logit_softcap,
     )  # fmt: skip
     return values.sum() / max(len(values), 1)
 

@@ -1,6 +1,7 @@
 """Objectives against their formulas, and the way from real models to per-token losses."""
 
 import copy
+import itertools
 import math
 from operator import itemgetter
 
@@ -231,13 +232,15 @@ def test_kl_from_hidden_states():
     old, weights = randn(20, 8, seed=4), randn(30, seed=5)
     head = Head(weight, bias, 0.5, 3.0)
 
-    def log_softmax(hidden, matrix):
-        return torch.log_softmax(3 * torch.tanh(0.5 * (hidden @ matrix.T + bias) / 3), -1)
+    def log_softmax(hidden, matrix, added):
+        return torch.log_softmax(3 * torch.tanh(0.5 * (hidden @ matrix.T + added) / 3), -1)
 
-    for frozen in (None, old):
-        q, p = log_softmax(ref, weight if frozen is None else old), log_softmax(h, weight)
+    for frozen, shift in itertools.product((None, old), (None, randn(20, seed=6))):
+        q = log_softmax(ref, weight if frozen is None else old, bias if shift is None else shift)
+        p = log_softmax(h, weight, bias)
         expected = (weights * (q.exp() * (q - p)).sum(1)).mean()
-        torch.testing.assert_close(losses.kl(h, ref, head, weights, ref_lm_head=frozen), expected)
+        torch.testing.assert_close(losses.kl(h, ref, head, weights, ref_lm_head=frozen, ref_bias=shift), expected)
+    assert losses.kl(h, h.clone(), head, ref_bias=bias.clone()) == 0
     assert losses.kl(h, h.clone(), head) == 0
     assert losses.kl(h[:0], ref[:0], head) == 0
 

@@ -19,6 +19,10 @@ _LOGIT_FACTORS = {
 }
 
 
+# widened heads have a multiple of this many columns, so that every row begins where GPU kernels can load it in blocks
+_COLUMNS = 16
+
+
 @dataclass(frozen=True)
 class Head:
     """Output head of a model, as `token_loss` takes it."""
@@ -77,12 +81,14 @@ def token_losses(
     hidden_states: Tensor | None = None,
     ref_hidden_states: Tensor | None = None,
     ref_lm_head: Tensor | None = None,
+    ref_bias: Tensor | None = None,
     label_penalty: float = 0.0,
 ) -> Tensor:
     """Compute per-token losses [B, S], float32: position t has that of predicting labels[t + 1], 0 if not counted.
 
     `token_weights` [B, S] multiply the losses; given `hidden_states` [B, S, H], no forward pass runs; "kl" needs
-    `ref_hidden_states` [B, S, H], "ce" a `label_penalty`. Errors as `token_loss`.
+    `ref_hidden_states` [B, S, H], "ce" a `label_penalty`. `ref_lm_head` and `ref_bias` are the reference's where they
+    are not the model's own. Errors as `token_loss`.
     """
     states = final_hidden_states(model, batch) if hidden_states is None else hidden_states
     head = head_of(model)
@@ -90,19 +96,55 @@ def token_losses(
     targets[:, :-1] = batch["labels"][:, 1:]
     targets = torch.where(target_mask(batch), targets, IGNORED)
     losses = token_loss(
-        states.flatten(0, 1),
-        head.weight,
-        targets.flatten(),
-        bias=head.bias,
+        labels=targets.flatten(),
+        **operands(
+            states.flatten(0, 1),
+            head,
+            None if ref_hidden_states is None else ref_hidden_states.flatten(0, 1),
+            ref_lm_head,
+            ref_bias,
+        ),
         token_weights=None if token_weights is None else token_weights.flatten(),
         kind=kind,
-        ref_hidden_states=None if ref_hidden_states is None else ref_hidden_states.flatten(0, 1),
-        ref_lm_head=ref_lm_head,
         logit_scale=head.logit_scale,
         logit_softcap=head.logit_softcap,
         label_penalty=label_penalty,
     )
     return losses.view(targets.shape)
+
+
+def operands(
+    hidden_states: Tensor,
+    head: Head,
+    ref_hidden_states: Tensor | None,
+    ref_lm_head: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+) -> dict[str, Tensor | None]:
+    """Return the arguments of `token_loss` that give the logits of a model and of its reference, from [T, H] each.
+
+    `token_loss` has one bias for both. A reference's own bias b therefore becomes a column of the head, as the model's
+    does: W h + b = [W | b | 0] [h; 1; 0]. Gradients of W and b pass through it. That costs a copy of both heads for
+    the time of the loss, and only for a `ref_bias`. The identity is exact; zeros fill a multiple of 16 columns.
+    """
+    weight, bias = head.weight, head.bias
+    if ref_bias is not None:
+        one = hidden_states.new_ones(len(hidden_states), 1)
+        hidden_states, ref_hidden_states = _widened(hidden_states, one), _widened(ref_hidden_states, one)
+        ref_lm_head = _widened(weight.detach() if ref_lm_head is None else ref_lm_head, ref_bias[:, None])
+        weight, bias = _widened(weight, bias[:, None]), None
+    return {
+        "hidden_states": hidden_states,
+        "lm_head": weight,
+        "bias": bias,
+        "ref_hidden_states": ref_hidden_states,
+        "ref_lm_head": ref_lm_head,
+    }
+
+
+def _widened(rows: Tensor, column: Tensor) -> Tensor:
+    """Append a column to `rows`, then zeros up to a multiple of `_COLUMNS` columns."""
+    filling = rows.new_zeros(len(rows), -(rows.shape[1] + 1) % _COLUMNS)
+    return torch.cat([rows, column, filling], 1)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from moe_unlearn.ops.bits import num_words, unpack_bits
 from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.plan.ways import Path, form, paths
 from moe_unlearn.prepare.rows import RowCache
-from moe_unlearn.prepare.stages import Calibration, Preparation, needed, needs_head, uses_kl
+from moe_unlearn.prepare.stages import Calibration, Preparation, head_to_keep, needed, needs_head, uses_kl
 
 _HIDDEN_BYTES = 2  # cached hidden states are bfloat16
 _LOGPROB_BYTES = 4
@@ -235,10 +235,13 @@ def _assumed(step, rehearsal: Rehearsal, batches: dict[str, Batch]) -> Preparati
     if recipe.forget.objective == "undial":
         out.ref_hidden_states_forget = zeros(forget, hidden, dtype=torch.bfloat16)
     if needs_head(recipe):
-        head = head_of(step.model).weight
-        if head.requires_grad:
-            out.ref_lm_head = rehearsal.fake(head)
-            rehearsal.ledger.add(out.ref_lm_head, CACHES)
+        head = head_of(step.model)
+        out.ref_lm_head, out.ref_bias = (
+            None if kept is None else rehearsal.fake(kept) for kept in head_to_keep(head, head)
+        )
+        for kept in out.ref_head.values():
+            if kept is not None:
+                rehearsal.ledger.add(kept, CACHES)
     if recipe.retain.objective == "embed_diff":
         out.ref_layer_states = zeros(retain, hidden, dtype=torch.bfloat16)
     if "wagle" in stages and out.mask is None:
@@ -359,12 +362,12 @@ def _cache_bytes(step, forget: list[Batch], retain: list[Batch]) -> int:
         prepared.ref_hidden_states_forget,
         prepared.ref_layer_states,
     )
-    head = prepared.ref_lm_head
     held = sum(cache.nbytes for cache in caches if cache is not None)
-    held += 0 if head is None else head.numel() * head.element_size()
+    held += sum(kept.nbytes for kept in prepared.ref_head.values() if kept is not None)
     if set(needed(recipe)) <= set(prepared.done):
         return held
-    hidden = head_of(step.model).weight
+    head = head_of(step.model)
+    hidden = head.weight
     assumed = {"forget": recipe.data.forget_rows, "retain": recipe.data.retain_rows}
     tokens = {
         side: sum(int(b["attention_mask"].sum()) for b in batches)
@@ -384,5 +387,5 @@ def _cache_bytes(step, forget: list[Batch], retain: list[Batch]) -> int:
     if recipe.forget.objective == "undial":
         predicted += tokens["forget"] * hidden.shape[1] * _HIDDEN_BYTES
     if needs_head(recipe):
-        predicted += hidden.numel() * hidden.element_size() if hidden.requires_grad else 0
+        predicted += sum(kept.nbytes for kept in head_to_keep(head, head) if kept is not None)
     return predicted

@@ -27,7 +27,7 @@ from moe_unlearn.masks import WeightMask
 from moe_unlearn.model import states as forward
 from moe_unlearn.model.batches import Batch, forgotten, refusal, target_mask
 from moe_unlearn.model.capture import collect_routing
-from moe_unlearn.model.head import final_hidden_states, head_of, token_losses
+from moe_unlearn.model.head import Head, final_hidden_states, head_of, token_losses
 from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.prepare import reference
 from moe_unlearn.prepare.rows import RowCache, content_keys
@@ -64,9 +64,15 @@ class Preparation:
     ref_hidden_states_forget: RowCache | None = None
     ref_layer_states: RowCache | None = None
     ref_lm_head: Tensor | None = None
+    ref_bias: Tensor | None = None  # of the reference's head, like its weight only where the model's own may differ
     kl_floor: float | None = None
     mask: WeightMask | None = None
     inactive: bool = False  # TRACE found no expert and the recipe allows that
+
+    @property
+    def ref_head(self) -> dict[str, Tensor | None]:
+        """Return what is kept of the reference's head, as `token_losses` takes it."""
+        return {"ref_lm_head": self.ref_lm_head, "ref_bias": self.ref_bias}
 
     def chosen(self) -> list[Tensor]:
         """Return the tensors that decide which weights train: the selected experts and the words of the mask."""
@@ -221,10 +227,10 @@ def _seuf(model, recipe, prepared, forget, retain):
 
 @torch.no_grad()
 def _reference(model, recipe, prepared, forget, retain, folder):
-    trained_head = head_of(model).weight
+    trained_head = head_of(model)
     with reference.reference_model(model, recipe.reference):
-        head = head_of(model).weight
-        hidden, layer = (head.shape[1],), recipe.forget.layer
+        head = head_of(model)
+        hidden, layer = (head.weight.shape[1],), recipe.forget.layer
         with_adapters = recipe.reference != "base"
         digest = None if folder is None else reference.model_digest(model, adapters=with_adapters)
 
@@ -252,9 +258,9 @@ def _reference(model, recipe, prepared, forget, retain, folder):
         if recipe.forget.objective == "undial":
             cached("ref_hidden_states_forget", forget, hidden_states, torch.bfloat16, hidden)
         if needs_head(recipe):
-            # an adapter may bring its own head, which is not the reference's even where it is frozen
-            if trained_head.requires_grad or trained_head is not head:
-                prepared.ref_lm_head = head.detach().clone()
+            prepared.ref_lm_head, prepared.ref_bias = (
+                None if kept is None else kept.detach().clone() for kept in head_to_keep(trained_head, head)
+            )
         if recipe.retain.objective == "embed_diff":
             cached("ref_layer_states", retain, layer_states, torch.bfloat16, hidden, layer=layer)
 
@@ -271,7 +277,7 @@ def _kl_floor(model, recipe, prepared, forget, retain):
                 kind="kl",
                 hidden_states=states,
                 ref_hidden_states=prepared.ref_hidden_states.get(batch).to(states.dtype),
-                ref_lm_head=prepared.ref_lm_head,
+                **prepared.ref_head,
             )
             total += float(per_token.double().sum())
             positions += int(target_mask(batch).sum())
@@ -293,6 +299,17 @@ def _wagle(model, recipe, prepared, forget, retain):
 def needs_head(recipe: Recipe) -> bool:
     """Return whether logits of the reference are computed, which need its head where the trained model's differs."""
     return uses_kl(recipe) or recipe.forget.objective == "undial"
+
+
+def head_to_keep(trained: Head, reference: Head) -> tuple[Tensor | None, Tensor | None]:
+    """Return the reference's weight and bias, each None where the model's own is and stays the same tensor.
+
+    An adapter may bring its own head, which is not the reference's even where it is frozen.
+    """
+    pairs = (trained.weight, reference.weight), (trained.bias, reference.bias)
+    return tuple(
+        theirs if own is not theirs or (own is not None and own.requires_grad) else None for own, theirs in pairs
+    )
 
 
 def uses_kl(recipe: Recipe) -> bool:

@@ -277,11 +277,11 @@ class Objectives:
             settings.beta,
         )
 
-    def _reference_states(self, batch: Batch, states: Tensor, cache: RowCache | None) -> dict[str, Tensor | None]:
+    def _reference_states(self, batch: Batch, states: Tensor, cache: RowCache | None) -> dict:
         given = batch.get("ref_hidden_states")
         if given is None:
             given = self._need("reference", cache).get(batch)
-        return {"ref_hidden_states": given.to(states.dtype), "ref_lm_head": self.prepared.ref_lm_head}
+        return {"ref_hidden_states": given.to(states.dtype), **self.prepared.ref_head}
 
     def _reference_logprobs(self, batch: Batch) -> Tensor:
         given = batch.get("ref_logprobs")
