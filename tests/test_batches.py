@@ -153,6 +153,40 @@ def test_what_is_no_tensor_is_left_alone(model):
     assert step.plan([named], [named]).shape == "forget 4 x 12, retain 4 x 12"
 
 
+@pytest.mark.parametrize("prefix", ["", "idk_"])
+@pytest.mark.parametrize("form", [torch.Tensor.tolist, torch.Tensor.numpy], ids=["list", "array"])
+def test_a_known_key_that_is_no_tensor_is_refused(form, prefix):
+    row = placed(random_batch(VOCAB)) | {"index": torch.arange(4), "token_weights": torch.rand(4, 12)}
+    row |= {
+        "state_mask": row["labels"] != -100,
+        "ref_logprobs": torch.rand(4, 12),
+        "ref_hidden_states": torch.rand(4, 12, 2),
+    }
+    row |= {key: torch.tensor([0, 12]) for key in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")}
+    tried = [prefix + key for key in row if prefix + key in KNOWN]
+    numbers = {f"{prefix}max_length_{side}" for side in "qk"}
+    assert {*tried, *numbers} == {key for key in KNOWN if key.startswith("idk_") == bool(prefix)}
+    for key in tried:
+        given = form(row[key.removeprefix(prefix)])
+        with pytest.raises(ValueError) as caught:
+            checked(random_batch(VOCAB) | {key: given}, "retain")
+        expected = f"the retain batch: {key} must be a tensor (torch.as_tensor({key})); got {type(given).__name__}"
+        assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("longest", [[5], "5"], ids=str)
+def test_a_longest_length_is_a_number(longest):
+    batch = flattened(examples(5, 4)) | offsets(0, 5, 9) | {"max_length_q": longest}
+    with pytest.raises(ValueError, match="the retain batch: max_length_q must be a number; got"):
+        checked(batch, "retain")
+
+
+def test_a_key_without_a_value_is_not_given():
+    batch = random_batch(VOCAB)
+    nothing = dict.fromkeys({*KNOWN, "max_length_q", "idk_max_length_k"} - batch.keys())
+    check_equal(checked(batch | nothing, "retain"), batch)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

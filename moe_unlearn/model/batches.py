@@ -6,8 +6,9 @@
     state_mask                              bool [B, S], the hidden states that RMU steers and keeps
     token_weights, ref_logprobs [B, S], ref_hidden_states [B, S, H]      replace prepared ones
 
-The first four keys and `index`, with `idk_` before them, describe the refusal that belongs to each row. Any other
-tensor is an error: a model might read it, so that leaving it out in silence would change the forward pass.
+The first four keys and `index`, with `idk_` before them, describe the refusal that belongs to each row. All of these
+are tensors; `max_length_q` and `max_length_k` of packed rows are numbers. A key with None counts as not given. Any
+other tensor is an error: a model might read it, so that leaving it out in silence would change the forward pass.
 
 With an `attention_mask`, `position_ids` only say where tokens stand, as in transformers (except its flash attention,
 which takes a single row without padding for packed if its positions start again). Without an `attention_mask`, a token
@@ -20,6 +21,7 @@ Sources: transformers' masks and its `DataCollatorWithFlattening`, whose keys th
 """
 
 from collections.abc import Iterable, Mapping
+from numbers import Number
 
 import torch
 from torch import Tensor
@@ -45,8 +47,8 @@ KNOWN = (*ROW, "index", *_GIVEN, *_PACKED, *(f"{_REFUSAL}{key}" for key in (*ROW
 def checked(batch: Batch, side: str) -> Batch:
     """Check the tensors of `batch` and return them, packed rows `padded`; a checked batch comes back unchanged.
 
-    `side`, forget or retain, is named in the errors: ValueError for an unknown tensor, for shapes that do not fit
-    together, for a batch without rows, and as `padded` raises.
+    `side`, forget or retain, is named in the errors: ValueError for an unknown tensor, for a known key that is none (a
+    list, an array), for shapes that do not fit together, for a batch without rows, and as `padded` raises.
     """
     unknown = [str(key) for key, value in batch.items() if isinstance(value, Tensor) and key not in KNOWN]
     if unknown:
@@ -54,7 +56,11 @@ def checked(batch: Batch, side: str) -> Batch:
             f"the {side} batch has {', '.join(unknown)}, which nothing here reads; known are {', '.join(KNOWN)}: "
             "take out what is not for the model"
         )
-    given = {key: value for key, value in batch.items() if isinstance(value, Tensor) or key in _NUMBERS}
+    given = {key: value for key, value in batch.items() if key in KNOWN + _NUMBERS and value is not None}
+    for key, value in given.items():
+        if not isinstance(value, Number | Tensor if key in _NUMBERS else Tensor):
+            expected = "a number" if key in _NUMBERS else f"a tensor (torch.as_tensor({key}))"
+            raise ValueError(f"the {side} batch: {key} must be {expected}; got {type(value).__name__}")
     refused = {key.removeprefix(_REFUSAL): given.pop(key) for key in list(given) if key.startswith(_REFUSAL)}
     rows = _checked(given, f"the {side} batch")
     if not refused:
