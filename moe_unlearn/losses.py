@@ -118,7 +118,12 @@ def rmu(hidden_states: Tensor, control: Tensor, mask: Tensor) -> Tensor:
 
 
 def embed_diff(hidden_states: Tensor, ref_hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """Compute the mean squared difference [] of two [B, S, H] where mask [B, S] is set; 0 for an empty mask."""
+    """Compute the mean squared difference [] of two [B, S, H] where mask [B, S] is set; 0 for an empty mask.
+
+    Raises ValueError for a mask that is not bool.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, since torch takes integers for indexes; got {mask.dtype}")
     # rows are taken and not multiplied by the mask, since padding may hold NaN
     difference = _wide(hidden_states[mask]) - _wide(ref_hidden_states[mask])
     return difference.square().sum() / max(difference.numel(), 1)
@@ -153,8 +158,7 @@ def kl(
 
 def margin_mask(batch: Batch) -> Tensor:
     """Return bool [B, S], the positions whose logits are flattened: the batch's `state_mask`, else `target_mask`."""
-    given = batch.get("state_mask")
-    return target_mask(batch) if given is None else given
+    return state_mask(batch) if "state_mask" in batch else target_mask(batch)
 
 
 def logit_margin(model: nn.Module, batch: Batch, hidden_states: Tensor) -> Tensor:

@@ -193,6 +193,7 @@ def test_a_key_without_a_value_is_not_given():
         ({"position_ids": torch.zeros(2, 12)}, r"the forget batch: position_ids must be \[B, S\] = \[4, 12\]; got"),
         ({"index": torch.zeros(4, 12)}, r"the forget batch: index must be \[B\] = \[4\]; got \[4, 12\]"),
         ({"state_mask": torch.ones(4)}, r"the forget batch: state_mask must be \[B, S\] = \[4, 12\]; got \[4\]"),
+        ({"state_mask": torch.ones(4, 12).long()}, r"state_mask must be bool \(state_mask.bool\(\)\); got torch.int64"),
         ({"labels": None}, "the forget batch has no 'labels'; got input_ids, attention_mask"),
         ({"idk_labels": torch.ones(4, 3)}, "the forget batch of refusals has no 'idk_input_ids'; got idk_labels"),
         ({f"idk_{k}": torch.ones(3, 9) for k in ("input_ids", "attention_mask", "labels")},
@@ -202,6 +203,25 @@ def test_a_key_without_a_value_is_not_given():
 def test_shapes_that_do_not_go_together(changes, message):
     with pytest.raises(ValueError, match=message):
         checked(random_batch(VOCAB) | changes, "forget")
+
+
+@pytest.mark.parametrize("name", ["rmu", "pdu"])
+def test_padding_has_no_state_whatever_the_mask_says(model, name):
+    batch = random_batch(VOCAB, seed=2)
+    assert (batch["attention_mask"] == 0).any()
+    step = UnlearnStep(model, recipe(name))
+    step.prepare([batch], [batch])
+    masks = batch["attention_mask"].bool(), torch.ones(4, 12, dtype=torch.bool)
+    results = []
+    for mask in masks:
+        given = batch | {"state_mask": mask}
+        results.append((step.sizes([(given, given)]), step(given, given, update=False)))
+        step.discard()
+    assert results[0] == results[1]
+    assert results[0][0]["forget"] == batch["attention_mask"].sum()
+    if name == "rmu":  # unchanged, but cached in bfloat16
+        squares = step.prepared.ref_layer_states.get(batch).float().square()
+        assert results[0][1]["retain_loss"] <= torch.finfo(torch.bfloat16).eps ** 2 * squares.max()
 
 
 OPTIONS = {

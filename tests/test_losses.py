@@ -261,6 +261,9 @@ def test_layer_objectives_read_counted_positions_only():
     assert not grad[~mask].any() and grad[mask].all()
     nothing = torch.zeros_like(mask)
     assert losses.embed_diff(h, ref, nothing) == 0
+    for loss in (lambda m: losses.rmu(h, control, m), lambda m: losses.embed_diff(h, ref, m)):
+        with pytest.raises(ValueError, match=r"mask must be bool, .*; got torch.int64"):
+            loss(mask.long())
     # the difference is taken in float32: 1 is below the rounding step of bfloat16 at 300
     wide = torch.full((1, 1, 2), 300.0)
     assert losses.embed_diff(wide.bfloat16(), (wide + 2).bfloat16(), mask[:1, :1] | True) == 4

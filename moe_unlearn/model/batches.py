@@ -3,7 +3,7 @@
     input_ids, attention_mask, labels       [B, S], as in transformers; a label of -100 carries no loss
     position_ids                            [B, S], or [1, S] for all rows; they are passed to the model
     index                                   [B], the number that identifies each row in the caches of `prepare`
-    state_mask                              bool [B, S], the hidden states that RMU steers and keeps
+    state_mask                              bool [B, S], the hidden states that RMU steers and keeps; padding has none
     token_weights, ref_logprobs [B, S], ref_hidden_states [B, S, H]      replace prepared ones
 
 The first four keys and `index`, with `idk_` before them, describe the refusal that belongs to each row. All of these
@@ -180,6 +180,8 @@ def _checked(batch: Batch, what: str, prefix: str = "") -> Batch:
         for_all = key == "position_ids" and got == (1, *shape[1:])
         if len(shape) != 2 or not (as_rows or for_all):
             raise ValueError(f"{what}: {prefix}{key} must be [B, S] = {list(shape)}; got {list(got)}")
+    if "state_mask" in batch and batch["state_mask"].dtype != torch.bool:
+        raise ValueError(f"{what}: state_mask must be bool (state_mask.bool()); got {batch['state_mask'].dtype}")
     rows = padded(batch, what)
     _require("attention_mask", rows, what, prefix)
     if len(rows["input_ids"]) == 0:
@@ -311,7 +313,7 @@ def target_mask(batch: Batch) -> Tensor:
 def state_mask(batch: Batch) -> Tensor:
     """Return the positions whose hidden states count, bool [B, S].
 
-    They are the batch's `state_mask` or, without one, the attended tokens with a label.
+    They are the attended tokens of the batch's `state_mask` or, without one, those with a label.
     """
     given = batch.get("state_mask")
-    return (attention_mask(batch) == 1) & (batch["labels"] != IGNORED) if given is None else given
+    return (attention_mask(batch) == 1) & (batch["labels"] != IGNORED if given is None else given)
