@@ -19,7 +19,7 @@ The formulas use log-probabilities. That of a sequence is the sum over its posit
     embed_diff the same with (h - h_ref)^2
 
 Token means are sum_t w_t l_t / (number of positions): weights do not enter the divisor. A position t counts
-iff attention_mask[t] = 1 and labels[t + 1] != -100; its loss is that of predicting labels[t + 1]. A hidden
+iff attention_mask[t] is not 0 and labels[t + 1] != -100; its loss is that of predicting labels[t + 1]. A hidden
 state belongs to its own token, not to the next one: rmu and embed_diff take the states of labelled tokens
 (`state_mask`).
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.experts import experts_modules
+from moe_unlearn.model.batches import attended_mask
 from moe_unlearn.model.head import final_hidden_states
 
 
@@ -84,7 +85,7 @@ def affinity(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     for batch in batches:
         with gates(model) as collected:
             final_hidden_states(model, batch)
-        mask = batch["attention_mask"].to(torch.float64)
+        mask = attended_mask(batch).to(torch.float64)
         per_layer = [g.dense().double().view(*mask.shape, -1) for g in collected.values()]
         length = mask.sum(1).clamp_min(1)
         total = total + torch.stack([((g * mask[..., None]).sum(1) / length[:, None]).sum(0) for g in per_layer])

@@ -205,6 +205,24 @@ def test_shapes_that_do_not_go_together(changes, message):
         checked(random_batch(VOCAB) | changes, "forget")
 
 
+@pytest.mark.parametrize("name", ["graddiff", "rmu", "npo", "kl_min", "seuf", "combined"])
+@pytest.mark.parametrize("form", [lambda mask: mask * 2, lambda mask: mask / 4], ids=["2", "1/4"])
+def test_a_token_is_attended_wherever_the_mask_is_not_0(model, name, form):
+    results = []
+    for changed in (lambda mask: mask, form):
+        sides = [[random_batch(VOCAB, seed=s)] for s in (1, 2)]
+        for [batch] in sides:
+            mask = batch["attention_mask"]
+            batch["attention_mask"] = torch.where(torch.arange(12) < 6, mask, changed(mask))
+        step = UnlearnStep(copy.deepcopy(model), recipe(name))
+        step.prepare(*sides)
+        [forget], [retain] = sides
+        selected, caches = step.prepared.selected, step.plan(*sides).memory.get("reference caches")
+        results.append((step.sizes([(forget, retain)]), step(forget, retain, update=False), caches, selected))
+    (*ours, selected), (*theirs, expected) = results
+    assert ours == theirs and (selected is expected or torch.equal(selected, expected))
+
+
 @pytest.mark.parametrize("name", ["rmu", "pdu"])
 def test_padding_has_no_state_whatever_the_mask_says(model, name):
     batch = random_batch(VOCAB, seed=2)

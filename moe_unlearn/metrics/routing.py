@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moe_unlearn.data import Example, batches
 from moe_unlearn.metrics.scoring import evaluating
+from moe_unlearn.model.batches import attended_mask
 from moe_unlearn.model.capture import routing_capture
 from moe_unlearn.model.head import final_hidden_states
 from moe_unlearn.ranks import local
@@ -52,7 +53,7 @@ def routes(model: nn.Module, examples: Sequence[Example], *, batch_size: int = 3
             batch = {key: value.to(device) for key, value in batch.items()}
             with routing_capture(plain, keep_index=True) as capture:
                 final_hidden_states(plain, batch)
-            attended = batch["attention_mask"].bool().flatten().to(capture.top_k_index.device)
+            attended = attended_mask(batch).flatten().to(capture.top_k_index.device)
             parts.append(capture.top_k_index[:, attended].int().cpu())
             experts, layers = capture.counts.shape[1], capture.layers
     return Routes(torch.cat(parts, 1), experts, layers)

@@ -1,6 +1,7 @@
 """Defines and checks what a batch may hold, and unpacks packed rows into one row for each example.
 
-    input_ids, attention_mask, labels       [B, S], as in transformers; a label of -100 carries no loss
+    input_ids, attention_mask, labels       [B, S], as in transformers: a token is attended where the mask is not 0, and
+                                            a label of -100 carries no loss
     position_ids                            [B, S], or [1, S] for all rows; they are passed to the model
     index                                   [B], the number that identifies each row in the caches of `prepare`
     state_mask                              bool [B, S], the hidden states that RMU steers and keeps; padding has none
@@ -88,6 +89,11 @@ def attention_mask(batch: Batch) -> Tensor:
             f"{_listed(batch)}"
         )
     return batch["attention_mask"]
+
+
+def attended_mask(batch: Batch) -> Tensor:
+    """Return the tokens of a padded batch that a model attends to, bool [B, S]: where the attention mask is not 0."""
+    return attention_mask(batch).bool()
 
 
 def take(batch: Batch, rows: list[int] | Tensor) -> Batch:
@@ -304,9 +310,9 @@ def target_mask(batch: Batch) -> Tensor:
 
     The last position never carries one.
     """
-    attended = attention_mask(batch)
-    mask = torch.zeros_like(attended, dtype=torch.bool)
-    mask[:, :-1] = (attended[:, :-1] == 1) & (batch["labels"][:, 1:] != IGNORED)
+    attended = attended_mask(batch)
+    mask = torch.zeros_like(attended)
+    mask[:, :-1] = attended[:, :-1] & (batch["labels"][:, 1:] != IGNORED)
     return mask
 
 
@@ -316,4 +322,4 @@ def state_mask(batch: Batch) -> Tensor:
     They are the attended tokens of the batch's `state_mask` or, without one, those with a label.
     """
     given = batch.get("state_mask")
-    return (attention_mask(batch) == 1) & (batch["labels"] != IGNORED if given is None else given)
+    return attended_mask(batch) & (batch["labels"] != IGNORED if given is None else given)

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_unlearn import router_aux, trace
 from moe_unlearn.experts import copy_gate, experts_modules
 from moe_unlearn.masks import WeightMask
-from moe_unlearn.model.batches import Batch, checked, refusal
+from moe_unlearn.model.batches import Batch, attended_mask, checked, refusal
 from moe_unlearn.model.head import head_of
 from moe_unlearn.ops.bits import num_words, unpack_bits
 from moe_unlearn.plan.dry_run import Rehearsal
@@ -370,7 +370,7 @@ def _cache_bytes(step, forget: list[Batch], retain: list[Batch]) -> int:
     hidden = head.weight
     assumed = {"forget": recipe.data.forget_rows, "retain": recipe.data.retain_rows}
     tokens = {
-        side: sum(int(b["attention_mask"].sum()) for b in batches)
+        side: sum(int(attended_mask(b).sum()) for b in batches)
         if batches
         else (assumed[side] or 0) * recipe.data.max_length
         for side, batches in (("forget", forget), ("retain", retain))

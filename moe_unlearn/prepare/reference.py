@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn.model.batches import Batch, take
+from moe_unlearn.model.batches import Batch, attended_mask, take
 from moe_unlearn.model.head import unwrapped
 from moe_unlearn.prepare.rows import RowCache, RowStore, content_keys, rows_of, tensor_digest
 from moe_unlearn.ranks import local
@@ -120,7 +120,7 @@ def fill(
     keys = [content_keys(batch) for batch in batches]
     found: dict[str, Tensor] = {}
     if store is not None:
-        lengths = [batch["attention_mask"].bool().sum(1).tolist() for batch in batches]
+        lengths = [attended_mask(batch).sum(1).tolist() for batch in batches]
         found = store.read({k: n for ks, ns in zip(keys, lengths, strict=True) for k, n in zip(ks, ns, strict=True)})
     for batch, own in zip(batches, keys, strict=True):
         missing = {key: i for i, key in enumerate(own) if key not in found}

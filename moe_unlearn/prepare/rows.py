@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from moe_unlearn.model.batches import ROW
+from moe_unlearn.model.batches import ROW, attended_mask
 from moe_unlearn.ops.token_loss import IGNORED
 
 FORMAT = "moe-unlearn rows 1"
@@ -40,7 +40,8 @@ def content_keys(batch: dict[str, Tensor]) -> list[str]:
     """
     # a batch on a GPU is read once; numpy does the rest, which takes a microsecond where torch takes several
     names = [name for name in ROW if name in batch]
-    read = torch.stack([batch[name].long() for name in names]).cpu().numpy()
+    given = batch | {"attention_mask": attended_mask(batch)}
+    read = torch.stack([given[name].long() for name in names]).cpu().numpy()
     return [_content_key(**dict(zip(names, row, strict=True))) for row in zip(*read, strict=True)]
 
 
@@ -70,7 +71,7 @@ def row_keys(batch: dict[str, Tensor], contents: list[str]) -> list[str]:
 
 def rows_of(batch: dict[str, Tensor], values: Tensor) -> list[Tensor]:
     """Return the attended positions of `values` [B, S, ...]: B tensors [length, ...] on the CPU."""
-    mask = batch["attention_mask"].bool()
+    mask = attended_mask(batch)
     return [row[attended].detach().cpu() for row, attended in zip(values, mask, strict=True)]
 
 
@@ -134,7 +135,7 @@ class RowCache:
     def get(self, batch: dict[str, Tensor]) -> Tensor:
         """Return values [B, S, ...] on the batch's device, 0 at unattended positions; errors are as of `known_keys`."""
         keys = self.known_keys(batch)
-        attended = batch["attention_mask"].bool().cpu()  # a batch on a GPU is read once, not several times for each row
+        attended = attended_mask(batch).cpu()  # a batch on a GPU is read once, not several times for each row
         rows = torch.cat([self._rows[key] for key in keys])
         out = rows.new_zeros(*attended.shape, *rows.shape[1:])
         out[attended] = rows

@@ -22,7 +22,7 @@ from moe_unlearn import losses, router_aux, seuf, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import experts_modules, step_inputs
-from moe_unlearn.model.batches import Batch, forgotten, refusal, stack, state_mask, target_mask
+from moe_unlearn.model.batches import Batch, attended_mask, forgotten, refusal, stack, state_mask, target_mask
 from moe_unlearn.model.head import final_hidden_states, token_losses
 from moe_unlearn.model.states import control_vector, layer_states, sequence_logprobs
 from moe_unlearn.prepare.rows import RowCache
@@ -134,9 +134,9 @@ class Objectives:
         if objective in ("npo", "simnpo", "idk_dpo"):
             out["forget"] = torch.full_like(out["retain"], len(counted))
         if self.recipe.scope.kind == "seuf":
-            out["anchor"] = rows["attention_mask"].bool().sum()
+            out["anchor"] = attended_mask(rows).sum()
         if self.router_aux:
-            out["router_aux"] = retain["attention_mask"].bool().sum()
+            out["router_aux"] = attended_mask(retain).sum()
         return out
 
     def forget(self, batch: Batch) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ class Objectives:
         with seuf.gates(self.model, [name]) as collected:
             loss = self._forget(batch)
         # where there are several forward passes (DPO), the first gate is kept, which is that of the batch itself
-        attended = batch["attention_mask"].bool().flatten()
+        attended = attended_mask(batch).flatten()
         return {"forget": loss, "anchor": seuf.anchor_loss(collected[name].dense(), expert, attended)}
 
     def retain(
@@ -183,7 +183,7 @@ class Objectives:
         if with_kl:
             out["kl"] = self._token_sum(batch, states, "kl", None) / positions
         if self.router_aux:
-            out["router_aux"] = router_aux.load_balancing_loss(routing, batch["attention_mask"].bool().flatten())
+            out["router_aux"] = router_aux.load_balancing_loss(routing, attended_mask(batch).flatten())
         return out
 
     def _routing(self):

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from moe_unlearn.data import generator
 from moe_unlearn.integrations.open_unlearning.methods import GradDiff
 from moe_unlearn.losses import IGNORED
+from moe_unlearn.model.batches import attended_mask
 from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.step.tally import Tally
 
@@ -52,7 +53,7 @@ class PDU(GradDiff):
         if not {"attention_mask", "labels"} <= rows.keys():
             return rows
         # open-unlearning flattens the logits at the labelled tokens themselves, not those that predict them
-        return rows | {"state_mask": rows["attention_mask"].bool() & (rows["labels"] != IGNORED)}
+        return rows | {"state_mask": attended_mask(rows) & (rows["labels"] != IGNORED)}
 
     @torch.no_grad()
     def retain_losses(self, epoch: int) -> dict[str, float]:
