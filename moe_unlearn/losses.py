@@ -21,7 +21,7 @@ The formulas use log-probabilities. That of a sequence is the sum over its posit
 Token means are sum_t w_t l_t / (number of positions): weights do not enter the divisor. A position t counts
 iff attention_mask[t] is not 0 and labels[t + 1] != -100; its loss is that of predicting labels[t + 1]. A hidden
 state belongs to its own token, not to the next one: rmu and embed_diff take the states of labelled tokens
-(`state_mask`).
+(`model.batches.state_mask`), the first token of a row not among them, whose label nothing predicts.
 
 Sources: open-unlearning defines the baselines, wga, satimp, ceu and undial (read there). uce is in the FedOSD code of
 MOLLM's authors; its use in MOLLM is our reconstruction. The weighted mean and the rule of positions are our

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening, TrainingArguments
 
 from moe_unlearn.data import Example, ForgetRetainDataset, PairCollator, collate, packed_batches
-from moe_unlearn.model.batches import KNOWN, checked, padded, refusal, stack, target_mask
+from moe_unlearn.model.batches import KNOWN, checked, padded, refusal, stack, state_mask, target_mask
 from moe_unlearn.model.states import layer_states
 from moe_unlearn.prepare.stages import Preparation
 from moe_unlearn.step import UnlearnStep
@@ -363,6 +363,38 @@ def test_a_step_of_packed_rows_is_that_of_the_rows(model, name):
     *theirs, expected = results[0]
     assert ours == theirs
     check_equal(changed, expected)
+
+
+def texts(*lengths, seed=0):
+    """Examples as `encode` makes them of plain texts: every token has a label, the first too."""
+    return [Example(row.input_ids, row.input_ids, 0) for row in examples(*lengths, seed=seed)]
+
+
+@pytest.mark.parametrize("name", ["rmu", "npo", "undial"])
+def test_a_label_that_nothing_predicts_means_nothing(model, name):
+    sides = [texts(9, 7, 5, seed=1), texts(8, 6, 4, 3, seed=2)]  # longest first, as they are packed
+    packed = [packed_batches(side, 40, model=model)[0] for side in sides]
+    rows = [collate(side, range(len(side))) for side in sides]
+    unlabelled = [batch | {"labels": batch["labels"].clone()} for batch in rows]
+    for batch in unlabelled:
+        batch["labels"][:, 0] = -100
+    results = []
+    for forget, retain in (unlabelled, rows, packed):
+        step = UnlearnStep(copy.deepcopy(model), recipe(name))
+        step.prepare(rows[:1], rows[1:])  # a row is the one that was prepared, with the label or without
+        sizes = step.sizes([(forget, retain)])
+        results.append((sizes, step(forget, retain, sizes=sizes), weights(step.model)))
+    for sizes, metrics, changed in results[1:]:
+        assert (sizes, metrics) == results[0][:2]
+        check_equal(changed, results[0][2])
+
+
+def test_states_count_where_a_label_is_predicted():
+    batch = {
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 0], [0, 0, 1, 1, 1], [1, 1, 0, 1, 1]]),
+        "labels": torch.tensor([[5, -100, 7, 8, 9], [4, 5, 6, -100, 3], [4, 5, 6, 7, 8]]),
+    }
+    assert state_mask(batch).int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 0, 0, 1], [0, 1, 0, 0, 1]]
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])  # one that keeps packed examples apart, and one that does not

@@ -54,7 +54,9 @@ def test_trailing_dimensions():
 
 def test_labels_are_part_of_the_content():
     one, other = batch([5, 6, 7]), batch([5, 6, 7])
-    other["labels"][0, 0] = -100
+    other["labels"][0, 0] = -100  # the first token's, which nothing predicts
+    assert content_keys(one) == content_keys(other)
+    other["labels"][0, 1] = -100
     assert content_keys(one) != content_keys(other)
 
 

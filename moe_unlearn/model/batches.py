@@ -7,6 +7,9 @@
     state_mask                              bool [B, S], the hidden states that RMU steers and keeps; padding has none
     token_weights, ref_logprobs [B, S], ref_hidden_states [B, S, H]      replace prepared ones
 
+A label is what the attended token before predicts. Where there is none, as at the first token of a row or of a packed
+example, a label means nothing: it carries no loss, and its token counts as one without a label (`predicted`).
+
 The first four keys and `index`, with `idk_` before them, describe the refusal that belongs to each row. All of these
 are tensors; `max_length_q` and `max_length_k` of packed rows are numbers. A key with None counts as not given. Any
 other tensor is an error: a model might read it, so that leaving it out in silence would change the forward pass.
@@ -316,10 +319,15 @@ def target_mask(batch: Batch) -> Tensor:
     return mask
 
 
+def predicted(batch: Batch) -> Tensor:
+    """Return the tokens whose label counts, bool [B, S]: those one behind `target_mask`, so never a row's first."""
+    return torch.nn.functional.pad(target_mask(batch)[:, :-1], (1, 0))
+
+
 def state_mask(batch: Batch) -> Tensor:
     """Return the positions whose hidden states count, bool [B, S].
 
-    They are the attended tokens of the batch's `state_mask` or, without one, those with a label.
+    They are the attended tokens of the batch's `state_mask` or, without one, those with a label that is `predicted`.
     """
     given = batch.get("state_mask")
-    return attended_mask(batch) & (batch["labels"] != IGNORED if given is None else given)
+    return attended_mask(batch) & (predicted(batch) if given is None else given)

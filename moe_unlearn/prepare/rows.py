@@ -35,6 +35,7 @@ _ABANDONED = 3600  # seconds after which an unfinished file counts as abandoned;
 def content_keys(batch: dict[str, Tensor]) -> list[str]:
     """Compute a 128-bit hash for each row of a batch, of its ids and labels where attended; padding does not enter.
 
+    The label of the row's first token, which nothing predicts, does not enter either: packed rows have lost it.
     Position ids that simply count, from the row's first attended token or from the beginning of the padded row, do not
     enter either, since a model uses these by default. Other position ids do.
     """
@@ -51,6 +52,7 @@ def _content_key(
     ids, mask = input_ids, attention_mask
     (where,) = mask.nonzero()
     start, end = (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
+    labels = np.where(np.arange(len(labels)) == start, IGNORED, labels)
     if end - start == len(where) and (end in (0, len(labels)) or labels[end] == IGNORED):
         content, person = [ids[start:end], labels[start:end]], b""
     else:
