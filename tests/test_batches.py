@@ -370,7 +370,7 @@ def texts(*lengths, seed=0):
     return [Example(row.input_ids, row.input_ids, 0) for row in examples(*lengths, seed=seed)]
 
 
-@pytest.mark.parametrize("name", ["rmu", "npo", "undial"])
+@pytest.mark.parametrize("name", ["rmu", "npo", "undial", "ceu"])
 def test_a_label_that_nothing_predicts_means_nothing(model, name):
     sides = [texts(9, 7, 5, seed=1), texts(8, 6, 4, 3, seed=2)]  # longest first, as they are packed
     packed = [packed_batches(side, 40, model=model)[0] for side in sides]

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from moe_unlearn.config import Recipe
-from moe_unlearn.model.batches import target_mask
+from moe_unlearn.model.batches import forgotten, target_mask
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing import assert_as_accurate
 from moe_unlearn.testing.yardstick import Reference
@@ -121,6 +121,16 @@ def test_loss_and_gradients_are_the_papers(name, model):
     assert found.keys() == gold.keys()
     for key, truth in gold.items():
         assert_as_accurate(found[key], reference.baseline(itemgetter(key)), truth, name=key)
+
+
+def test_ceu_leaves_out_predicted_tokens_of_a_text(model):
+    """The first token of a text has a label that nothing predicts: it is none of those left out."""
+    ids = torch.arange(3, 10)[None]
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    skipped = forgotten(made("ceu", "forget.ignore_first_n_answer_tokens=2"), text)
+    assert target_mask(skipped).int().tolist() == [[0, 0, 1, 1, 1, 1, 0]]
+    step = UnlearnStep(model, made("ceu", "forget.ignore_first_n_answer_tokens=1"))
+    assert step.sizes([(text, text)])["forget"] == 5
 
 
 @pytest.mark.parametrize("name", METHODS)

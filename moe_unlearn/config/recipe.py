@@ -44,8 +44,9 @@ class Forget:
 
     `beta` belongs to NPO, SimNPO, DPO, WGA and UNDIAL, `delta` to SimNPO, `beta1` and `beta2` to SatImp. `layer` (the
     index of the decoder layer whose output is steered, at labelled tokens) and `steering` (c) belong to RMU. CE-U
-    leaves out the first `ignore_first_n_answer_tokens` labelled tokens of a row. `replacement` says what idk_dpo and
-    idk_nll put in the answer's place: a "refusal" that is drawn, or the "alternate" answer of the row (AltPO).
+    leaves out the first `ignore_first_n_answer_tokens` labelled tokens of a row that are predicted: of a text without a
+    prompt, those after its first. `replacement` says what idk_dpo and idk_nll put in the answer's place: a "refusal"
+    that is drawn, or the "alternate" answer of the row (AltPO).
     """
 
     objective: str = "npo"  # the loss on forget rows; `losses` has the formulas

@@ -281,13 +281,12 @@ def refusal(batch: Batch) -> Batch:
 def forgotten(recipe: Recipe, batch: Batch) -> Batch:
     """Return the rows that carry the forget loss.
 
-    `idk_nll` takes the refusals; `ceu` drops the first labels of each row.
+    `idk_nll` takes the refusals; `ceu` drops the first labels of each row that are `predicted`.
     """
     if recipe.forget.objective == "ceu":
-        labels = batch["labels"]
-        labelled = labels != IGNORED
-        first = labelled & (labelled.cumsum(1) <= recipe.forget.ignore_first_n_answer_tokens)
-        return {**batch, "labels": labels.masked_fill(first, IGNORED)}
+        counted = predicted(batch)
+        first = counted & (counted.cumsum(1) <= recipe.forget.ignore_first_n_answer_tokens)
+        return {**batch, "labels": batch["labels"].masked_fill(first, IGNORED)}
     return refusal(batch) if recipe.forget.objective == "idk_nll" else batch
 
 

@@ -27,8 +27,8 @@ RMU does for sequences of equal length. The differences are listed below, where 
                     its state; there both count.
     SimNPO          The length is the number of predicted tokens; there a label at position 0, which no token predicts,
                     counts too: a factor (n - 1) / n. Its own datasets never label that position.
-    first labels    A label at position 0, which no token predicts, means nothing: RMU leaves its token out. There RMU
-                    takes it; its own datasets never label that position.
+    first labels    A label at position 0, which no token predicts, means nothing: RMU leaves its token out, and CEU's
+                    first tokens are the first predicted ones. There it counts; its own datasets never label it.
     RMU             The divisor is the arithmetic mean of the rows' numbers of labelled tokens (a mean over the batch's
                     tokens); there, through a broadcast, it is their harmonic mean, so the loss is larger by the ratio
                     of the two. The control vector comes from `seed`, there from the global random state.
