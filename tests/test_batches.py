@@ -17,7 +17,7 @@ from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.trace import routing_frequencies
 from moe_unlearn.trainer import UnlearnTrainer
 from moe_unlearn.wagle import weight_mask
-from tests.batches import random_batch, random_batches
+from tests.batches import random_batch, random_batches, with_refusals
 from tests.models import TINY_MODELS, tiny_olmoe
 from tests.steps import VOCAB, recipe, weights
 
@@ -387,6 +387,32 @@ def test_a_label_that_nothing_predicts_means_nothing(model, name):
     for sizes, metrics, changed in results[1:]:
         assert (sizes, metrics) == results[0][:2]
         check_equal(changed, results[0][2])
+
+
+NOTHING = {
+    "ceu": (["forget.ignore_first_n_answer_tokens=50"], "forget", "ceu loss: .*_answer_tokens is 50, which leaves"),
+    "rmu": ([], "forget", "rmu loss: its state_mask is false everywhere"),
+    "rmu ": ([], "retain", "embed_diff loss: its state_mask is false everywhere"),
+    "pdu": ([], "forget", "logit_margin loss: its state_mask"),
+    "graddiff": (["forget.objective=idk_nll"], "forget", "idk_nll loss: the labels of its refusals are all -100"),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_side_without_anything_to_compute_is_refused_before_a_step(model, name):
+    overrides, side, message = NOTHING[name]
+    made, labels = recipe(name.strip(), *overrides), torch.full((4, 9), -100)
+    batches = {"forget": with_refusals(random_batch(VOCAB, seed=1)), "retain": random_batch(VOCAB, seed=2)}
+    step = UnlearnStep(model, made)
+    kept = batches[side]
+    batches[side] = kept | {"state_mask": torch.zeros(4, 12, dtype=torch.bool)}
+    if "idk_nll" in message:
+        batches[side]["idk_labels"] = labels
+    with pytest.raises(ValueError, match=f"the {side} set carries no {message}"):
+        step.prepare(*([batch] for batch in batches.values()))
+    assert not step.prepared.done
+    if name != "ceu":  # one batch of several is enough
+        step.prepare(*([batches[s], kept] if s == side else [batches[s]] for s in batches))
 
 
 def test_states_count_where_a_label_is_predicted():

@@ -139,6 +139,19 @@ class Objectives:
             out["router_aux"] = attended_mask(retain).sum()
         return out
 
+    def check(self, forget: list[Batch], retain: list[Batch]) -> None:
+        """Raise ValueError if all batches of a side together have no unit that its loss would be a mean over."""
+        settings, kept = self.recipe.forget, self.recipe.retain.objective
+        if not any(self.units(batch, retain[0])["forget"] for batch in forget):
+            first = f"forget.ignore_first_n_answer_tokens is {settings.ignore_first_n_answer_tokens}"
+            why = {
+                "ceu": f"{first}, which leaves no predicted token of any row: lower it",
+                "idk_nll": "the labels of its refusals are all -100",
+            }.get(settings.objective, "its state_mask is false everywhere")
+            raise ValueError(f"the forget set carries no {settings.objective} loss: {why}")
+        if not any(self.units(forget[0], batch)["retain"] for batch in retain):
+            raise ValueError(f"the retain set carries no {kept} loss: its state_mask is false everywhere")
+
     def forget(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the losses of the forget side: {"forget": loss}, with "anchor" added for SEUF."""
         return self._forget_side(forgotten(self.recipe, batch))

@@ -133,6 +133,7 @@ class UnlearnStep:
         model and rows; OSError if it cannot be written to. References are of the model as it is, with its adapters.
         """
         forget, retain = check_batches(forget_batches, "forget"), check_batches(retain_batches, "retain")
+        self.objectives.check(forget, retain)
         verify_head(self.model, counted_row(retain))
 
         def after(stage: str) -> None:
