@@ -55,13 +55,19 @@ def chat_of(settings) -> bool | data.Chat:
     return data.Chat.chosen(settings)
 
 
-def examples_of(source: str, tokenizer, settings, side: str, reports: dict | None = None) -> list:
-    """Return the examples of a source; print what was dropped, and keep the report in `reports` under `side`."""
+def examples_of(
+    source: str, tokenizer, settings, side: str, reports: dict | None = None, *, alternates: bool = False
+) -> list:
+    """Return the examples of a source; print what was dropped, and keep the report in `reports` under `side`.
+
+    `alternates` says that the forget rows are needed with their alternate answers.
+    """
     report = data.DataReport()
     documents = data.load(source, side=side, report=report)
     examples = data.encode(
         documents, tokenizer, settings.max_length or 512, chat=chat_of(settings), report=report,
         prompt_tokens=0 if side == "retain" else settings.prompt_tokens, seam=settings.seam,
+        alternates=alternates and side == "forget",
     )  # fmt: skip
     if report.dropped or report.truncated or report.straddled:
         print(report, file=sys.stderr)

@@ -148,8 +148,9 @@ def run(options) -> None:
     model, tokenizer = loading.load_model(recipe.data.model)
     _require_moe(model)
     reports: dict[str, data.DataReport] = {}
+    alternates_used = recipe.forget.replacement == "alternate"
     sets = {
-        side: examples_of(getattr(recipe.data, side), tokenizer, recipe.data, side, reports)
+        side: examples_of(getattr(recipe.data, side), tokenizer, recipe.data, side, reports, alternates=alternates_used)
         for side in ("forget", "retain", "holdout")
         if getattr(recipe.data, side) is not None
     }

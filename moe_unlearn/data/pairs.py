@@ -129,7 +129,8 @@ def alternates(examples: Sequence[Example]) -> list[Example]:
         if example.alternate is None:
             raise ValueError(
                 f"example {number} has no alternate answer: give each row of the forget set a text `alternate` beside "
-                "its question and answer (`moe-unlearn alternates` has the model write them)"
+                "its question and answer (`moe-unlearn alternates` has the model write them), which under a "
+                "chat template spells no special token"
             )
     return [example.alternate for example in examples]
 

@@ -15,7 +15,8 @@ class DataReport:
 
     `dropped` counts documents by reason: "empty", "too short", "duplicate", "overlaps with the forget set", "of
     another subject", "without such an answer" (a record of PKU-SafeRLHF whose responses are all of the other kind),
-    "prompt leaves no room", "shorter than prompt_tokens", "spells a special token". `places` names the first three of
+    "prompt leaves no room", "shorter than prompt_tokens", "spells a special token", "its alternate spells a special
+    token". `places` names the first three of
     each. `truncated` counts documents whose end, or whose alternate's end, did not fit and is in no example. `rows`
     is how many of the documents' examples a run takes. `straddled` counts answers whose first token began in their
     prompt. `special_tokens` names the tokens that were added (`special.Added`).

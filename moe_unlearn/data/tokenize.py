@@ -79,13 +79,14 @@ def encode(
     chat: bool | chats.Chat = False,
     prompt_tokens: int = 0,
     seam: str = "joint",
+    alternates: bool = False,
     report: DataReport | None = None,
 ) -> list[Example]:
     """Return all examples of `iter_examples` in a list."""
     return list(
         iter_examples(
             documents, tokenizer, max_length, overflow=overflow, chat=chat, prompt_tokens=prompt_tokens, seam=seam,
-            report=report,
+            alternates=alternates, report=report,
         )
     )  # fmt: skip
 
@@ -99,6 +100,7 @@ def iter_examples(
     chat: bool | chats.Chat = False,
     prompt_tokens: int = 0,
     seam: str = "joint",
+    alternates: bool = False,
     report: DataReport | None = None,
 ) -> Iterator[Example]:
     """Yield examples of at most `max_length` tokens: [begin] prompt or title, text, [end].
@@ -118,16 +120,17 @@ def iter_examples(
 
     The answer to a prompt has an alternate where its record has a text `alternate` (AltPO). The alternate takes the
     answer's place in a row of its own, cut as the answer is. One that spells a special token of the template is left
-    out.
+    out or, with `alternates`, for objectives that need them, is treated as such an answer is.
 
     With `prompt_tokens`, the first that many tokens of each example without a prompt, begin and title included,
     become its prompt, so that objectives that answer prompts can use a book. A piece no longer than that is in no
     example.
 
     Raises ValueError for a prompt that leaves no room for its text, with `chat` for a text that spells a special
-    token of the template, and for a text no longer than `prompt_tokens`. With a `report` such a document is instead
-    dropped and counted there, and documents that were cut are counted too. Raises ValueError also if `max_length` is
-    below 2, `prompt_tokens` is not below it, `seam` or `overflow` is unknown, or there is no chat template.
+    token of the template (with `alternates`, also for an alternate that does), and for a text no longer than
+    `prompt_tokens`. With a `report` such a document is instead dropped and counted there, and documents that were cut
+    are counted too. Raises ValueError also if `max_length` is below 2, `prompt_tokens` is not below it, `seam` or
+    `overflow` is unknown, or there is no chat template.
     """
     if max_length < 2:
         raise ValueError(f"expected a max_length of at least 2; got {max_length}")
@@ -153,13 +156,9 @@ def iter_examples(
         text = title + text + (around.answer_end if document.prompt else around.end)
         return _Tokens(around.begin + prompt, title, text, 0, asked, found.straddled)
 
-    def alternate_of(document: Document) -> tuple[Example | None, bool]:
+    def alternate_of(other: Document | None) -> tuple[Example | None, bool]:
         """Return the row with the alternate answer, and whether it was cut."""
-        answer, said = document.text, document.fields.get("alternate")
-        if not document.prompt or not isinstance(said, str) or not said.strip():
-            return None, False
-        other = replace(document, text=answer[: len(answer) - len(answer.lstrip())] + said.strip())
-        if chat and chats.special_token_in(other, tokenizer):
+        if other is None:
             return None, False
         tokens = tokens_of(other)
         masked = len(tokens.prompt)
@@ -171,6 +170,13 @@ def iter_examples(
         if chat and document.prompt and (spelled := chats.special_token_in(document, tokenizer)):
             _refuse(report, "spells a special token", where, f"its text spells the special token {spelled!r}")
             continue
+        other = _with_alternate(document)
+        if chat and other is not None and (spelled := chats.special_token_in(other, tokenizer)):
+            if alternates:
+                message = f"its alternate spells the special token {spelled!r}"
+                _refuse(report, "its alternate spells a special token", where, message)
+                continue
+            other = None
         tokens = tokens_of(document)
         prompt, title, text = tokens.prompt, tokens.title, tokens.text
         room = max_length - len(prompt)
@@ -191,7 +197,7 @@ def iter_examples(
             message = f"it has {len(prompt) + len(text)} tokens, none behind the {masked} of its prompt"
             _refuse(report, "shorter than prompt_tokens", where, message)
             continue
-        alternate, cut = alternate_of(document)
+        alternate, cut = alternate_of(other)
         if report is not None:
             report.truncated += cut or len(pieces) < whole
             report.straddled += tokens.straddled
@@ -220,6 +226,14 @@ class _Tokens:
         ids, end = self.prompt + piece, len(self.prompt) + len(self.text) - self.rest
         labels = ([IGNORED] * masked + ids[masked:end] + [IGNORED] * self.rest)[: len(ids)]
         return Example(ids, labels, masked, self.asked, self.straddled)
+
+
+def _with_alternate(document: Document) -> Document | None:
+    """Return the document with its alternate in the answer's place; None where it has no prompt or no alternate."""
+    answer, said = document.text, document.fields.get("alternate")
+    if not document.prompt or not isinstance(said, str) or not said.strip():
+        return None
+    return replace(document, text=answer[: len(answer) - len(answer.lstrip())] + said.strip())
 
 
 def _refuse(report: DataReport | None, reason: str, where: str, message: str) -> None:

@@ -1,11 +1,15 @@
 """Alternate answers: the row that stands beside a question's own, and where there is none."""
 
+from dataclasses import replace
+from importlib import import_module
+
 import pytest
 
+from moe_unlearn.cli.arguments import examples_of
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import DataReport, Document, Example, ForgetRetainDataset, alternates, encode, encode_rows, load
 from moe_unlearn.data.pairs import side_batches
-from moe_unlearn.trainer import pair_collator
+from moe_unlearn.trainer import _paired, pair_collator
 from tests.data.test_chats import QWEN3, tokenizer_with
 from tests.data.test_seams import TOKENIZERS
 
@@ -77,6 +81,35 @@ def test_an_alternate_that_spells_a_token_of_the_template_is_left_out():
     document = Document("", "x", "Who?", fields={"alternate": "y<|im_end|>"})
     [example] = encode([document], tokenizer_with(QWEN3), 299, chat=True)
     assert example.alternate is None
+
+
+def test_such_a_row_is_dropped_and_counted_where_alternates_are_needed(write, capsys):
+    rows = [{"question": "Who?", "answer": "x", "alternate": said} for said in ("y", "y<|im_end|>")]
+    tokenizer, source, made = tokenizer_with(QWEN3), str(write("forget.jsonl", rows)), Recipe.load("altpo")
+    settings = replace(made.data, chat_template=True, max_length=299)
+    reports = {}
+    examples = examples_of(source, tokenizer, settings, "forget", reports, alternates=True)
+    assert len(examples) == len(alternates(examples)) == 1
+    assert reports["forget"].dropped == {"its alternate spells a special token": 1} and reports["forget"].kept == 1
+    assert "1 dropped, its alternate spells a special token: document 1" in capsys.readouterr().err
+    assert len(examples_of(source, tokenizer, settings, "retain", alternates=True)) == 2
+    with pytest.raises(ValueError, match=r"its alternate spells the special token '<\|im_end\|>'"):
+        _paired({"forget": rows, "retain": ROWS}, replace(made, data=settings), tokenizer)
+
+
+def test_a_run_says_whether_it_needs_alternates(write, monkeypatch, tmp_path):
+    asked, main = {}, import_module("moe_unlearn.cli.main")
+
+    def examples(source, tokenizer, settings, side, reports, *, alternates):
+        asked[settings.model] = alternates
+        raise ValueError("enough")
+
+    monkeypatch.setattr(main, "examples_of", examples)
+    monkeypatch.setattr(main, "_require_moe", lambda model: None)
+    monkeypatch.setattr(main.loading, "load_model", lambda name: (None, None))
+    for name in ("altpo", "npo"):
+        main.main(["run", name, "--model", name, "--forget", "f", "--retain", "r", "--out", str(tmp_path / name)])
+    assert asked == {"altpo": True, "npo": False}
 
 
 @pytest.mark.parametrize("objective", ["idk_dpo", "idk_nll"])
