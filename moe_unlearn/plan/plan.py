@@ -177,7 +177,7 @@ def _static(step, named: list[tuple[str, Tensor]], caches: int) -> dict[str, int
         "weights": sum(p.numel() * p.element_size() for _, p in named),
         "optimizer state": sum(step.optimizer.state_size(p, step.masks.get(n)) for n, p in named if p.requires_grad),
         "mask": sum(words.numel() * words.element_size() for words in masks),
-        CACHES: caches,
+        CACHES: caches + sum(kept.nbytes for kept in _reference_head(step) if kept is not None),
     }
     return {name: size for name, size in known.items() if size}
 
@@ -234,14 +234,10 @@ def _assumed(step, rehearsal: Rehearsal, batches: dict[str, Batch]) -> Preparati
         out.ref_hidden_states = zeros(retain, hidden, dtype=torch.bfloat16)
     if recipe.forget.objective == "undial":
         out.ref_hidden_states_forget = zeros(forget, hidden, dtype=torch.bfloat16)
-    if needs_head(recipe):
-        head = head_of(step.model)
-        out.ref_lm_head, out.ref_bias = (
-            None if kept is None else rehearsal.fake(kept) for kept in head_to_keep(head, head)
-        )
-        for kept in out.ref_head.values():
-            if kept is not None:
-                rehearsal.ledger.add(kept, CACHES)
+    out.ref_lm_head, out.ref_bias = (None if kept is None else rehearsal.fake(kept) for kept in _reference_head(step))
+    for kept in out.ref_head.values():
+        if kept is not None:
+            rehearsal.ledger.add(kept, CACHES)
     if recipe.retain.objective == "embed_diff":
         out.ref_layer_states = zeros(retain, hidden, dtype=torch.bfloat16)
     if "wagle" in stages and out.mask is None:
@@ -352,7 +348,16 @@ def _kept(parameter: Tensor, words: Tensor | None) -> int:
     return int(unpack_bits(words, parameter.shape[-1] if parameter.dim() else 1).sum())
 
 
+def _reference_head(step) -> tuple[Tensor | None, Tensor | None]:
+    """Return weight and bias of the head that the preparation keeps, or will keep; None where the model's own serves."""
+    if "reference" in step.prepared.done:
+        return step.prepared.ref_lm_head, step.prepared.ref_bias
+    head = head_of(step.model)
+    return head_to_keep(head, head) if needs_head(step.recipe) else (None, None)
+
+
 def _cache_bytes(step, forget: list[Batch], retain: list[Batch]) -> int:
+    """Return the bytes of values cached row by row, which lie on the host; the reference's head is on the device."""
     prepared, recipe = step.prepared, step.recipe
     caches = (
         prepared.token_weights,
@@ -362,30 +367,26 @@ def _cache_bytes(step, forget: list[Batch], retain: list[Batch]) -> int:
         prepared.ref_hidden_states_forget,
         prepared.ref_layer_states,
     )
-    held = sum(cache.nbytes for cache in caches if cache is not None)
-    held += sum(kept.nbytes for kept in prepared.ref_head.values() if kept is not None)
     if set(needed(recipe)) <= set(prepared.done):
-        return held
-    head = head_of(step.model)
-    hidden = head.weight
-    assumed = {"forget": recipe.data.forget_rows, "retain": recipe.data.retain_rows}
-    tokens = {
-        side: sum(int(attended_mask(b).sum()) for b in batches)
-        if batches
-        else (assumed[side] or 0) * recipe.data.max_length
-        for side, batches in (("forget", forget), ("retain", retain))
-    }
+        return sum(cache.nbytes for cache in caches if cache is not None)
+    hidden = head_of(step.model).weight.shape[1]
+
+    def tokens(batches: list[Batch], rows: int | None) -> int:
+        assumed = (rows or 0) * recipe.data.max_length
+        return sum(int(attended_mask(b).sum()) for b in batches) if batches else assumed
+
+    forgotten, retained = tokens(forget, recipe.data.forget_rows), tokens(retain, recipe.data.retain_rows)
     predicted = 0
     if recipe.trace is not None and recipe.trace.refresh == "offline" and not prepared.inactive:
-        predicted += tokens["retain"] * _LOGPROB_BYTES
+        predicted += retained * _LOGPROB_BYTES
     if recipe.forget.objective in ("npo", "idk_dpo"):
-        predicted += tokens["forget"] * _LOGPROB_BYTES
+        predicted += forgotten * _LOGPROB_BYTES
+    if recipe.forget.objective == "idk_dpo":
+        predicted += tokens([refusal(b) for b in forget], recipe.data.forget_rows) * _LOGPROB_BYTES
     if recipe.retain.objective == "embed_diff":
-        predicted += tokens["retain"] * hidden.shape[1] * _HIDDEN_BYTES
+        predicted += retained * hidden * _HIDDEN_BYTES
     if uses_kl(recipe):
-        predicted += tokens["retain"] * hidden.shape[1] * _HIDDEN_BYTES
+        predicted += retained * hidden * _HIDDEN_BYTES
     if recipe.forget.objective == "undial":
-        predicted += tokens["forget"] * hidden.shape[1] * _HIDDEN_BYTES
-    if needs_head(recipe):
-        predicted += sum(kept.nbytes for kept in head_to_keep(head, head) if kept is not None)
+        predicted += forgotten * hidden * _HIDDEN_BYTES
     return predicted
