@@ -9,8 +9,9 @@ probability of labelled token t given those to its left:
                          vocabulary weighted by p, sigma_t^2 at least 1e-6 (Zhang et al., arXiv 2404.02936)
     mia_zlib             mia_loss over the number of bytes to which zlib compresses the text of the labelled tokens
                          (Carlini et al., arXiv 2012.07805)
-    mia_gradnorm         2-norm of the gradient of -mean log p_t, averaged over the parameters that have one (Wang et
-                         al., arXiv 2402.17012); takes a backward pass a row, and memory for all weights' gradients
+    mia_gradnorm         2-norm of the gradient of -mean log p_t, averaged over the parameters that have one, of those
+                         that require one (Wang et al., arXiv 2402.17012); takes a backward pass a row, and memory
+                         for these gradients
     mia_reference        mia_loss minus that of a reference model, which was not trained on the rows (Carlini et al.)
 
 A result is the AUC of the scores, forget against holdout. `agg_value` and `auc` follow open-unlearning: 1 for a model
@@ -87,7 +88,9 @@ def membership(
     add("min_k_plus_plus", lambda side: -lowest([s.standard[s.counted] for s in scores("counted")[side]], fraction))
     add("zlib", lambda side: loss(side) / torch.tensor([compressed(e, tokenizer) for e in examples[side]]))
     if gradient_norm:
-        add("gradnorm", lambda side: gradient_norms(model, counted[side]))
+        # which parameters the mean is over is no part of the model's digest
+        trained = sorted(name for name, p in local(model).named_parameters() if p.requires_grad)
+        add("gradnorm", lambda side: gradient_norms(model, counted[side]), [rows, trained])
     if reference_model is not None:
         add("reference", lambda side: loss(side) - loss(side, "reference"), [rows, model_digest(reference_model)])
     _compare(run, ways)

@@ -24,7 +24,7 @@ from torch import nn
 
 from moe_unlearn.data import added
 from moe_unlearn.metrics.workers import is_first, on_first
-from moe_unlearn.prepare.reference import model_digest
+from moe_unlearn.prepare.reference import autocast_dtypes, model_digest
 from moe_unlearn.ranks import gather, sharded
 
 FORMAT = "moe-unlearn evaluation 2"  # to be raised when the same model, data and settings give other numbers
@@ -123,8 +123,8 @@ class Evaluation:
         settings: plain values on which numbers depend; they are written, are part of the cache's key, and are compared
             with a reference run's.
         out: folder of the files; None writes none.
-        cache_dir: folder of results by content of model, tokenizer, data and settings; None keeps none. A
-            model with sharded weights is not cached; a warning says so.
+        cache_dir: folder of results by content of model, tokenizer, data and settings, and by autocast's dtype; None
+            keeps none. A model with sharded weights is not cached; a warning says so.
         reference_run: folder of the retrained model's evaluation.
     """
 
@@ -142,7 +142,9 @@ class Evaluation:
             warnings.warn("results of a model with sharded weights are not cached", stacklevel=3)
         elif cache_dir is not None:
             self._cache = Path(cache_dir)
-            self._identity = [FORMAT, model_digest(model), tokenizer_digest(tokenizer), name, settings]
+            self._identity = [
+                FORMAT, model_digest(model), *autocast_dtypes(), tokenizer_digest(tokenizer), name, settings
+            ]  # fmt: skip
 
     def add(self, key: str, data: object, compute: Callable[[], Result], *, digest: str | None = None) -> Result:
         """Add, write and return result `key`, a function of the model, `data` (plain rows) and the settings."""

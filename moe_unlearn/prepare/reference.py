@@ -89,6 +89,11 @@ def model_digest(model: nn.Module, *, adapters: bool = True) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
+def autocast_dtypes() -> list[str]:
+    """Return the dtypes in which autocast has the model compute here, a part of its function that no weight shows."""
+    return [str(torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+
+
 def make_folder(cache_dir: str | Path) -> Path:
     """Return the folder `cache_dir`, made if need be; raise OSError that names it if it cannot be made."""
     folder = Path(cache_dir)
@@ -104,8 +109,7 @@ def open_store(
     folder: Path, kind: str, digest: str, dtype: torch.dtype, shape: tuple[int, ...], **settings: int | str
 ) -> RowStore:
     """Open the store in `folder` for one kind of value, the model with this digest and these settings."""
-    autocast = [str(torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
-    identity = json.dumps([digest, str(dtype), list(shape), autocast, settings], sort_keys=True)
+    identity = json.dumps([digest, str(dtype), list(shape), autocast_dtypes(), settings], sort_keys=True)
     return RowStore(folder / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:32]}", dtype, shape)
 
 

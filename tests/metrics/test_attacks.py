@@ -133,6 +133,22 @@ def test_what_the_auc_is_compared_with(model, reference, tokenizer, tmp_path):
     assert theirs["rel_diff"] == pytest.approx(100 * (theirs["mia_min_k"] - 0.5) / 0.5)
 
 
+def test_gradient_norms_are_cached_under_the_weights_that_require_a_gradient(model, tokenizer, tmp_path):
+    data = MuseData(forget=[{"text": t} for t in FORGET], holdout=[{"text": t} for t in HOLDOUT])
+
+    def scores(name, cache):
+        evaluate_muse(model, tokenizer, data, gradient_norm=True, out=tmp_path / name, cache_dir=cache)
+        result = json.loads((tmp_path / name / "MUSE_EVAL.json").read_text(encoding="utf-8"))["mia_gradnorm"]
+        return [row["score"] for row in result["forget"]["value_by_index"].values()]
+
+    whole = scores("whole", tmp_path / "cache")
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name == "lm_head.weight")
+    assert scores("head", tmp_path / "cache") == scores("anew", None) != whole
+    model.requires_grad_(True)
+    assert scores("again", tmp_path / "cache") == whole
+
+
 def test_gradient_norms_need_weights_that_require_a_gradient(model, tokenizer):
     data = MuseData(forget=[{"text": FORGET[0]}], holdout=[{"text": HOLDOUT[0]}])
     with pytest.raises(ValueError, match="mia_gradnorm needs parameters that require a gradient"):

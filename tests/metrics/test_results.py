@@ -64,6 +64,10 @@ def test_a_result_is_computed_once_for_a_model_its_data_and_settings(tmp_path, r
         random_model.lm_head.weight[0, 0] += 1e-3
     evaluate(count)
     assert count.calls == 6
+    with torch.autocast("cpu", torch.bfloat16):
+        evaluate(count)
+    evaluate(count)
+    assert count.calls == 7
 
 
 def test_a_damaged_cache_file_is_computed_again(tmp_path, random_model, tokenizer):
