@@ -190,7 +190,8 @@ class UnlearnTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Accumulate one micro-batch; after a step's last one, combine its gradient for the optimizer.
 
-        Returns the sum of the step's losses after the last micro-batch, 0 before.
+        Returns the weighted sum of the step's losses after the last micro-batch, as `prediction_step` weighs those of
+        a pair, and 0 before. The Trainer logs it as "loss".
         """
         model.train()
         inputs, step = self._prepare_inputs(inputs), self.unlearn_step
@@ -204,7 +205,8 @@ class UnlearnTrainer(Trainer):
         if step.done:
             self.control.should_training_stop = True
         self._log_metrics(metrics)
-        return torch.tensor(sum(step.tally.losses().values()), device=self.args.device)
+        losses = {name.removesuffix("_loss"): value for name, value in step.tally.losses().items()}
+        return torch.tensor(step.objectives.weighed(losses), device=self.args.device)
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -219,8 +221,7 @@ class UnlearnTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             forget, retain = (checked(inputs[side], side) for side in ("forget", "retain"))
             values = {**objectives.forget(forget), **objectives.retain(retain)}
-        weighed = sum(objectives.factors.get(name, 1.0) * value for name, value in values.items())
-        return weighed - objectives.dual.offset, None, None
+        return objectives.weighed(values), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of the step's metrics since the last log added."""

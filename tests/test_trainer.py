@@ -239,6 +239,40 @@ def test_evaluation_reports_the_objectives(original, dataset, tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("graddiff", ["forget.gamma=0.5", "retain.alpha=3", "retain.router_aux=0.2"]),
+        ("seuf", ["scope.anchor=7"]),
+        ("pdu", ["retain.alpha=2", "dual.retain_loss_eps=9"]),
+        ("mollm", ["forget.gamma=0.5"]),
+    ],
+)
+def test_the_logged_loss_is_what_a_step_minimises(original, dataset, tmp_path, name, overrides):
+    """The loss of a first step is the evaluation's of its batches, whose losses are logged one by one beside it."""
+    model = copy.deepcopy(original)
+    own = arguments(tmp_path, max_steps=1, gradient_accumulation_steps=2, save_strategy="no")
+    trainer = UnlearnTrainer(model, own, Recipe.load(name, ["optimizer.lr=1e-3", *overrides]), dataset)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    losses = {key.removesuffix("_loss"): value for key, value in logged.items() if key.endswith("_loss")}
+    recipe, step = trainer.unlearn_step.recipe, trainer.unlearn_step
+    alpha, bound = recipe.retain.alpha, recipe.dual.retain_loss_eps if recipe.dual else 0
+    factors = {"forget": recipe.forget.gamma, "retain": alpha, "kl": 1.0, "anchor": recipe.scope.anchor}
+    factors["router_aux"] = alpha * step.objectives.router_aux
+    assert logged["loss"] == pytest.approx(sum(factors[n] * v for n, v in losses.items()) - alpha * bound, abs=1e-4)
+    assert losses.keys() > {"forget"} and logged["loss"] != pytest.approx(sum(losses.values()), abs=1e-3)
+    # and as an evaluation weighs it, on the same rows of the same model
+    again = UnlearnTrainer(copy.deepcopy(original).train(), own, recipe, dataset)
+    again.prepare()
+    pair = again.data_collator([dataset[i] for i in range(4)])
+    evaluated = again.prediction_step(again.model, pair, True)[0]
+    found = UnlearnTrainer(copy.deepcopy(original), own, recipe, dataset)
+    found.prepare()
+    found.accelerator.gradient_state._set_sync_gradients(True)
+    assert float(found.training_step(found.model, pair)) == pytest.approx(float(evaluated), abs=1e-4)
+
+
 @pytest.mark.quick
 def test_errors(original, dataset, tmp_path):
     model = copy.deepcopy(original)

@@ -14,6 +14,7 @@ tokens marked by a batch's `state_mask` [B, S].
 
 import contextlib
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,11 @@ class Objectives:
             "router_aux": alpha * self.router_aux,
             "anchor": recipe.scope.anchor,
         }
+
+    def weighed(self, values: Mapping[str, float | Tensor]) -> float | Tensor:
+        """Compute the weighted sum of losses by name, which a step without MOLLM minimises; MOLLM's KL counts once."""
+        factors = self.factors
+        return sum(factors.get(name, 1.0) * value for name, value in values.items()) - self.dual.offset
 
     @property
     def separate(self) -> str:

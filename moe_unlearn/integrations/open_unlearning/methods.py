@@ -155,9 +155,7 @@ class _Method(UnlearnTrainer):
         inputs = self._prepare_inputs(inputs)
         objectives = self.unlearn_step.objectives
         forget, retain = checked(inputs["forget"], "forget"), checked(inputs["retain"], "retain")
-        values = objectives(forget, retain)
-        loss = sum(objectives.factors[name] * value for name, value in values.items() if name in objectives.factors)
-        loss = loss - objectives.dual.offset
+        loss = objectives.weighed(objectives(forget, retain))
         if not return_outputs:
             return loss
         with torch.no_grad():
