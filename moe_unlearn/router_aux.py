@@ -53,8 +53,8 @@ class Layer(NamedTuple):
 def routing(model: nn.Module) -> Iterator[list[Layer]]:
     """Collect the routing of each MoE layer in the first forward pass of the decoder inside.
 
-    Raises RuntimeError where the decoder does not return one tensor of router logits for each MoE layer, and in a
-    reentrant gradient checkpoint that is not transformers'.
+    Raises ValueError where the decoder does not return one tensor of router logits for each MoE layer, RuntimeError in
+    a reentrant gradient checkpoint that is not transformers'.
     """
     collected: list[Layer] = []
 
@@ -66,7 +66,7 @@ def routing(model: nn.Module) -> Iterator[list[Layer]]:
             return
         logits = output.get("router_logits") or ()
         if len(logits) != len(gates):
-            raise RuntimeError(
+            raise ValueError(
                 f"{type(module).__name__} gives router logits of {len(logits)} layers, expected {len(gates)}: its "
                 "load-balancing loss cannot be made (retain.router_aux: off leaves it out)"
             )

@@ -153,7 +153,7 @@ class UnlearnTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **keywords):
         """Prepare on the unchanged model, or restore the checkpoint's preparation, then train.
 
-        Raises KeyError or ValueError if a checkpoint was prepared on other rows than those of the dataset.
+        Raises ValueError if a checkpoint was prepared on other rows than those of the dataset.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)

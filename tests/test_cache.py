@@ -95,9 +95,9 @@ def test_errors_name_the_rows():
     cache = RowCache("reference log-probs")
     made = batch([5, 6], index=[3])
     cache.put(made, values(made))
-    with pytest.raises(KeyError, match=r"reference log-probs: rows \[1\] .* saw 1 rows"):
+    with pytest.raises(ValueError, match=r"reference log-probs: rows \[1\] .* saw 1 rows"):
         cache.get(batch([5, 6], [7, 8], index=[3, 9]))
-    with pytest.raises(KeyError, match=r"rows \[0\] .* saw 1 rows"):
+    with pytest.raises(ValueError, match=r"rows \[0\] .* saw 1 rows"):
         cache.known_keys(batch([5, 6]))
     with pytest.raises(ValueError, match="expected a state with the contents of its rows; it has none"):
         cache.load_state_dict({k: v for k, v in cache.state_dict().items() if k != "contents"})

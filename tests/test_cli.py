@@ -101,6 +101,18 @@ def test_sources_with_parts_and_options(folder, tmp_path, capsys):
     assert 'pip install "moe-unlearn[data]"' in error_of(capsys)
 
 
+@pytest.mark.parametrize("recipe", ["npo", "undial"])
+def test_a_resume_with_a_row_more_is_refused(folder, tmp_path, capsys, recipe):
+    more = (folder / "forget.jsonl").read_text(encoding="utf-8") + json.dumps({"text": "one agent more"})
+    (tmp_path / "more.jsonl").write_text(more, encoding="utf-8")
+    assert run(folder, tmp_path / "out", "steps=1", "--no-eval", recipe=recipe) == 0
+    again = ["steps=2", "--no-eval", "--resume", "--forget", str(tmp_path / "more.jsonl")]
+    assert run(folder, tmp_path / "out", *again, recipe=recipe) == 2
+    told = error_of(capsys)
+    assert "rows [0] of this batch were not seen by prepare(), which saw 12 rows" in told
+    assert "resume with the rows that the run began with" in told
+
+
 def test_verify_compares_the_first_steps_and_writes_what_it_found(folder, tmp_path, capsys, monkeypatch):
     assert run(folder, tmp_path, "--verify", "2", "--no-eval") == 0
     assert f"verified: {tmp_path / 'verified.txt'}" in capsys.readouterr().out

@@ -158,15 +158,15 @@ def test_verify_head_finds_what_a_config_does_not_say(dtype):
     assert [m.training for m in model.modules()] == modes
 
     scaled = model.lm_head.register_forward_hook(lambda m, args, out: out * 1.2)
-    with pytest.raises(RuntimeError, match="GraniteMoeForCausalLM: its logits are not the head"):
+    with pytest.raises(ValueError, match="GraniteMoeForCausalLM: its logits are not the head"):
         verify_head(model, batch)
     scaled.remove()
     normed = model.lm_head.register_forward_pre_hook(lambda m, args: (args[0] - args[0].mean(-1, keepdim=True),))
-    with pytest.raises(RuntimeError, match="log-probs differ by up to"):
+    with pytest.raises(ValueError, match="log-probs differ by up to"):
         verify_head(model, batch)
     normed.remove()
     broken = model.lm_head.register_forward_hook(lambda m, args, out: out * math.nan)
-    with pytest.raises(RuntimeError, match="differ by up to nan"):
+    with pytest.raises(ValueError, match="differ by up to nan"):
         verify_head(model, batch)
     broken.remove()
     verify_head(model, batch)

@@ -264,7 +264,7 @@ def test_a_decoder_that_gives_no_logits_is_an_error(model):
     own = copy.deepcopy(model)
     own.model.register_forward_hook(lambda *args: setattr(args[2], "router_logits", args[2].router_logits[:1]))
     forget, retain = data()
-    with pytest.raises(RuntimeError, match="router logits of 1 layers, expected 2.*off leaves it out"):
+    with pytest.raises(ValueError, match="router logits of 1 layers, expected 2.*off leaves it out"):
         UnlearnStep(own, recipe("graddiff"))(forget[0], retain[0])
 
 

@@ -374,7 +374,7 @@ def test_bad_batches_and_optimizers(model):
 @pytest.mark.quick
 def test_unseen_rows_are_named(model):
     step, forget, retain = prepared(model, recipe("trace"))
-    with pytest.raises(KeyError, match="TRACE token weights: rows .* not seen by prepare"):
+    with pytest.raises(ValueError, match="TRACE token weights: rows .* not seen by prepare"):
         step(forget[0], random_batch(VOCAB, seed=4242))
 
 

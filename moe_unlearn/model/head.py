@@ -151,8 +151,8 @@ def _widened(rows: Tensor, column: Tensor) -> Tensor:
 def verify_head(model: nn.Module, batch: Batch) -> None:
     """Compare the log-probs of `token_losses` with those of the model's own logits, once.
 
-    Raises RuntimeError if they differ by more than the rounding of logits in their dtype explains: then the head
-    does more than its config says (another norm, another scale). Raises ValueError if no position of the batch counts.
+    Raises ValueError if they differ by more than the rounding of logits in their dtype explains: then the head
+    does more than its config says (another norm, another scale). It is raised too if no position of the batch counts.
     """
     mask = target_mask(batch)
     if not mask.any():
@@ -169,7 +169,7 @@ def verify_head(model: nn.Module, batch: Batch) -> None:
     difference = (ours - theirs).abs()
     # written so that NaN fails
     if not (difference <= allowed).all():
-        raise RuntimeError(
+        raise ValueError(
             f"{type(unwrapped(model)).__name__}: its logits are not the head applied to the final hidden "
             f"states with the scale and soft-cap of its config; log-probs differ by up to "
             f"{float(difference.max()):.3g}, rounding explains {float(allowed.max()):.3g}"

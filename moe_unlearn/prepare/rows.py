@@ -116,15 +116,15 @@ class RowCache:
     def known_keys(self, batch: dict[str, Tensor]) -> list[str]:
         """Return the keys of a batch's rows after checking that all are stored with their present content.
 
-        Raises KeyError for rows that were never put, ValueError for a row whose key was put with other content.
+        Raises ValueError for rows that were never put and for a row whose key was put with other content.
         """
         contents = content_keys(batch)
         keys = row_keys(batch, contents)
         missing = [i for i, key in enumerate(keys) if key not in self._rows]
         if missing:
-            raise KeyError(
-                f"{self.what}: rows {missing} of this batch were not seen by prepare(), which saw "
-                f"{len(self)} rows; prepare on every document the step will meet"
+            raise ValueError(
+                f"{self.what}: rows {missing} of this batch were not seen by prepare(), which saw {len(self)} rows; "
+                "prepare on every document the step will meet, or resume with the rows that the run began with"
             )
         for i, (key, content) in enumerate(zip(keys, contents, strict=True)):
             if self._contents[key] != content:

@@ -149,7 +149,7 @@ def prepare(
     `on_stage(name)` is called after each one. `cache_dir` is the folder where references are kept between runs; None
     keeps them in memory only. All ranks do the same work on the same rows (ValueError otherwise), and take the first
     rank's experts and mask. Where stages were done before, as after a resume, the rows must be those that they saw;
-    otherwise KeyError or ValueError is raised with the row's number.
+    otherwise ValueError is raised with the row's number.
     """
     ranks = Ranks(model) if ranks is None else ranks
     _check_rows(prepared, forget, retain)

@@ -226,7 +226,7 @@ def test_alternates_are_drawn_once_whoever_draws_between(tmp_path):
     again = trainer.train_dataset[3]["forget"]["alternate"]["input_ids"]
     assert torch.equal(first, again)
     torch.set_rng_state(state)
-    trainer.train()  # an alternate that prepare() did not see has no reference: KeyError
+    trainer.train()  # an alternate that prepare() did not see has no reference: ValueError
     losses = [entry["forget_loss"] for entry in trainer.state.log_history if "forget_loss" in entry]
     assert len(losses) == 9 and losses[-1] < losses[0]
     assert rows.forget.rows is trainer.train_dataset.forget.rows.rows  # the caller's dataset is as it was
