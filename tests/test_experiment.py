@@ -65,7 +65,7 @@ def test_other_settings_are_other_models(made, change, monkeypatch):
     cache, _ = made
     trained = []
     monkeypatch.setattr(tiny_models, "train", lambda *_, name, **__: trained.append(name))
-    monkeypatch.setattr(tiny_models.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(trained_cache.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tiny_models.prepare_experiment("builtin:pydoc", 0, cache, size=replace(TINY, **change))
     assert trained == ["training target"]

@@ -349,7 +349,7 @@ def _kept(parameter: Tensor, words: Tensor | None) -> int:
 
 
 def _reference_head(step) -> tuple[Tensor | None, Tensor | None]:
-    """Return weight and bias of the head that the preparation keeps, or will keep; None where the model's own serves."""
+    """Return weight and bias of the head that the preparation keeps, or will; None where the model's own serves."""
     if "reference" in step.prepared.done:
         return step.prepared.ref_lm_head, step.prepared.ref_bias
     head = head_of(step.model)
