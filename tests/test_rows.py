@@ -43,6 +43,25 @@ def sets(seed=0):
     return made
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state.pop("ref_hidden_states_forget"), "lacks 'ref_hidden_states_forget': another version"),
+        (lambda state: state.update(ref_more=None), "also has 'ref_more': another version of moe_unlearn saved"),
+    ],
+    ids=["older", "newer"],
+)
+def test_a_state_of_another_version_is_refused_by_name(model, change, message):
+    step = UnlearnStep(model, recipe("npo"))
+    step.prepare(*sets())
+    state = step.state_dict()
+    change(state["prepared"])
+    other = UnlearnStep(copy.deepcopy(model), recipe("npo"))
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+    assert not other.prepared.done and other.prepared.ref_logprobs is None
+
+
 @pytest.mark.parametrize("kind", CACHED)
 def test_a_state_that_was_prepared_on_other_rows_is_not_used(model, kind):
     (name, *overrides), side = CACHED[kind]

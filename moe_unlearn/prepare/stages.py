@@ -94,7 +94,14 @@ class Preparation:
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore the results from a `state_dict`."""
+        """Restore the results from a `state_dict`; raise ValueError, and change nothing, if it has other entries."""
+        names = {field.name for field in dataclasses.fields(self)}
+        if different := sorted(names ^ state.keys()):
+            which = "lacks" if different[0] in names else "also has"
+            raise ValueError(
+                f"the state of the preparation {which} {different[0]!r}: another version of moe_unlearn saved it; "
+                "resume with that version, or prepare again from the original model"
+            )
         for field in dataclasses.fields(self):
             value = state[field.name]
             if value is not None and field.name in _CACHES:
