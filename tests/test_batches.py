@@ -300,6 +300,62 @@ def test_refusals_stand_against_the_examples_of_a_packed_row(packed):
     check_equal({k.removeprefix("idk_"): v for k, v in found.items() if k.startswith("idk_")}, expected)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_refusals_are_those_of_the_rows_index(model, packed):
+    rows, refused = examples(4, 6, 3), examples(13, 12, 15, seed=1)
+    if packed:
+        [given], [answers] = (packed_batches(side, 40, model=model) for side in (rows, refused))
+    else:
+        given, answers = collate(rows, range(3)), collate(refused[::-1], [2, 1, 0])
+    found = checked(given | {f"idk_{key}": value for key, value in answers.items()}, "forget")
+    order = found["index"].tolist()
+    assert sorted(order) == [0, 1, 2] and (order == [1, 0, 2]) == packed
+    expected = collate([refused[i] for i in order], order)
+    check_equal(refusal(found), expected)
+    check_equal(checked(found, "forget"), found)
+
+
+def test_a_row_that_comes_twice_has_its_refusal_twice():
+    rows, refused = examples(4, 6), examples(3, 5, seed=1)
+    given = collate([rows[i] for i in (1, 0, 1)], [1, 0, 1])
+    answers = {f"idk_{k}": v for k, v in collate([refused[i] for i in (1, 1, 0)], [1, 1, 0]).items()}
+    check_equal(refusal(checked(given | answers, "forget")), collate([refused[i] for i in (1, 0, 1)], [1, 0, 1]))
+
+
+def test_dpo_prefers_the_refusal_of_each_row(model):
+    rows, refused = examples(5, 9, 7), examples(8, 4, 6, seed=1)
+    retain = random_batch(VOCAB, seed=2)
+    results = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        answers = {f"idk_{k}": v for k, v in collate([refused[i] for i in order], order).items()}
+        forget = collate(rows, range(3)) | answers
+        step = UnlearnStep(copy.deepcopy(model), recipe("idk_dpo"))
+        step.prepare([forget], [retain])
+        results.append([step(forget, retain)["forget_loss"] for _ in range(2)])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "index, other, message",
+    [
+        (
+            [0, 1, 2],
+            [0, 1, 3],
+            r"the forget batch: idk_index must name the rows of index, \[0, 1, 2\]; got \[0, 1, 3\]",
+        ),
+        ([0, 1, 2], [0, 1, 1], r"got \[0, 1, 1\]"),
+        (None, [5, 7, 9], r"the rows, which have no index, by their places, \[0, 1, 2\]; got \[5, 7, 9\]"),
+    ],
+)
+def test_refusals_of_other_rows(index, other, message):
+    given = collate(examples(4, 6, 3), range(3) if index is None else index)
+    if index is None:
+        del given["index"]
+    answers = {f"idk_{k}": v for k, v in collate(examples(3, 2, 5, seed=1), other).items()}
+    with pytest.raises(ValueError, match=message):
+        checked(given | answers, "forget")
+
+
 def offsets(*values, name="cu_seq_lens_q"):
     return {name: torch.tensor(values, dtype=torch.int32)}
 

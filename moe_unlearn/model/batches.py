@@ -10,9 +10,12 @@
 A label is what the attended token before predicts. Where there is none, as at the first token of a row or of a packed
 example, a label means nothing: it carries no loss, and its token counts as one without a label (`predicted`).
 
-The first four keys and `index`, with `idk_` before them, describe the refusal that belongs to each row. All of these
-are tensors; `max_length_q` and `max_length_k` of packed rows are numbers. A key with None counts as not given. Any
-other tensor is an error: a model might read it, so that leaving it out in silence would change the forward pass.
+The first four keys and `index`, with `idk_` before them, describe the refusal that belongs to each row: the one whose
+`idk_index` is the row's `index` (its place, if rows have none), or without `idk_index` the one in the row's place.
+
+All of these are tensors; `max_length_q` and `max_length_k` of packed rows are numbers. A key with None counts as not
+given. Any other tensor is an error: a model might read it, so that leaving it out in silence would change the forward
+pass.
 
 With an `attention_mask`, `position_ids` only say where tokens stand, as in transformers (except its flash attention,
 which takes a single row without padding for packed if its positions start again). Without an `attention_mask`, a token
@@ -52,7 +55,8 @@ def checked(batch: Batch, side: str) -> Batch:
     """Check the tensors of `batch` and return them, packed rows `padded`; a checked batch comes back unchanged.
 
     `side`, forget or retain, is named in the errors: ValueError for an unknown tensor, for a known key that is none (a
-    list, an array), for shapes that do not fit together, for a batch without rows, and as `padded` raises.
+    list, an array), for shapes that do not fit together, for a batch without rows, for refusals whose index is not
+    that of the rows, and as `padded` raises.
     """
     unknown = [str(key) for key, value in batch.items() if isinstance(value, Tensor) and key not in KNOWN]
     if unknown:
@@ -75,6 +79,9 @@ def checked(batch: Batch, side: str) -> Batch:
             f"the {side} batch has {len(rows['input_ids'])} rows and {len(refused['input_ids'])} refusals; expected "
             "one for each row"
         )
+    if "index" in refused:
+        order = _paired(rows, refused["index"], side)
+        refused = {key: value[order] for key, value in refused.items()}
     return rows | {f"{_REFUSAL}{key}": refused[key] for key in ROW if key in refused}
 
 
@@ -202,6 +209,20 @@ def _checked(batch: Batch, what: str, prefix: str = "") -> Batch:
     if "position_ids" in rows:
         rows["position_ids"] = rows["position_ids"].expand(shape)
     return rows
+
+
+def _paired(rows: Batch, index: Tensor, side: str) -> list[int]:
+    """Return the place of each row's refusal among refusals with this `index` [B]; ValueError if they do not match."""
+    own = rows["index"].tolist() if "index" in rows else list(range(len(rows["input_ids"])))
+    theirs = index.tolist()
+    if sorted(own) != sorted(theirs):
+        what = "the rows of index" if "index" in rows else "the rows, which have no index, by their places"
+        raise ValueError(f"the {side} batch: idk_index must name {what}, {own}; got {theirs}")
+    # an index that comes twice names one row, whose refusals may stand in either order
+    places: dict[int, list[int]] = {}
+    for place, number in enumerate(theirs):
+        places.setdefault(number, []).append(place)
+    return [places[number].pop(0) for number in own]
 
 
 def _require(key: str, batch: Batch, what: str, prefix: str) -> None:
