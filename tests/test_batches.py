@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -273,7 +274,8 @@ def test_packed_batches_are_their_rows(model):
     found = padded(batch)
     check_equal(found, collate([rows[i] for i in order], order))
     # by label alone: an example that carries none is taken for padding
-    unnamed = padded({key: value for key, value in batch.items() if key != "index"})
+    with pytest.warns(UserWarning, match=r"that carry no label are taken for padding .* give index \[B, S\]"):
+        unnamed = padded({key: value for key, value in batch.items() if key != "index"})
     check_equal(unnamed, {k: v[:4] for k, v in found.items() if k != "index"})
 
 
@@ -477,6 +479,25 @@ def test_states_count_where_a_label_is_predicted():
         "labels": torch.tensor([[5, -100, 7, 8, 9], [4, 5, 6, -100, 3], [4, 5, 6, 7, 8]]),
     }
     assert state_mask(batch).int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 0, 0, 1], [0, 1, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("name", ["npo", "simnpo", "seuf-wmdp"])
+def test_an_index_keeps_examples_that_carry_no_label(model, name):
+    rows = [*examples(5, 9), Example([4, 5, 6], [-100] * 3, 3), *examples(1, 6, seed=1)]
+    separate, packed = collate(rows, range(5)), flattened(rows)
+    number = torch.tensor([[i for i, row in enumerate(rows) for _ in row.input_ids]])
+    results = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for forget in (separate, packed | {"index": number}):
+            step = UnlearnStep(copy.deepcopy(model), recipe(name))
+            step.prepare([forget], [random_batch(VOCAB, seed=2)])
+            retain = random_batch(VOCAB, seed=2)
+            results.append((step.sizes([(forget, retain)]), step(forget, retain, update=False)))
+    assert results[0] == results[1]
+    with pytest.warns(UserWarning, match="the forget batch: examples of packed rows that carry no label"):
+        left = checked(packed, "forget")
+    assert len(left["input_ids"]) == 3 < len(rows)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])  # one that keeps packed examples apart, and one that does not

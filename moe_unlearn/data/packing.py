@@ -49,7 +49,8 @@ def packed_batches(
 
     `index` is each token's position in `examples`, -1 for padding. The first token of an example carries no loss, as
     in a row of its own. Padding carries none either and counts as an example by itself in attention. Losses that sum
-    over a sequence (NPO, SimNPO, DPO) take `index`, not the row, to identify the sequence. `UnlearnStep` also takes
+    over a sequence (NPO, SimNPO, DPO) take `index`, not the row, to identify the sequence; without `index`, examples
+    that carry no label cannot be told from padding and are left out. `UnlearnStep` also takes
     these batches and computes each example in a row of its own (`batches.padded`). That is right for any model but
     costs padding, which `batches` of examples of similar length keep small.
 

@@ -27,6 +27,7 @@ can tell them apart. That takes the time and memory of padded rows.
 Sources: transformers' masks and its `DataCollatorWithFlattening`, whose keys these are; the rest is our specification.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from numbers import Number
 
@@ -134,7 +135,8 @@ def padded(batch: Batch, what: str = "the batch") -> Batch:
 
     An example keeps its first label, which nothing predicts. `index` has one number for each token [B, S] or for each
     example. An example with a negative index is padding and is left out; without an index [B, S], an example without
-    a label is left out too.
+    a label is left out too, since it looks like padding, with a warning: in rows of their own such examples count as
+    sequences in NPO, SimNPO and DPO, and their tokens in SEUF's anchor and the load-balancing loss.
 
     Raises ValueError unless positions, offsets and `seq_idx`, as far as they are given, begin examples at the same
     tokens: positions start at 0, offsets belong to one row, rise from 0 to its end and are the same in both keys.
@@ -155,6 +157,12 @@ def padded(batch: Batch, what: str = "the batch") -> Batch:
         real = index[starts] >= 0
     else:
         real = torch.bincount(example[read["labels"].flatten() != IGNORED], minlength=len(starts)) > 0
+        if real.any() and not real.all():
+            warnings.warn(
+                f"{what}: examples of packed rows that carry no label are taken for padding and left out; where they "
+                "are examples, give index [B, S], each token's example (-1 for padding)",
+                stacklevel=2,
+            )
     starts, lengths = starts[real], lengths[real]
     if not len(starts):
         raise ValueError(f"{what} has no rows: none of its packed examples has a label")
