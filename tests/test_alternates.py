@@ -124,9 +124,31 @@ def test_documents_that_cannot_be_asked_are_left_out(model, says, capsys):
         generate_alternates(model, TOKENIZER, whole[1:], count=1)
     with pytest.raises(ValueError, match="at least one question with its answer; document 0: chat needs a tokenizer"):
         generate_alternates(model, TOKENIZER, whole[:1], chat=True)
-    for name in ("count", "new_tokens"):
+    for name in ("count", "new_tokens", "batch_size"):
         with pytest.raises(ValueError, match=f"expected {name} of at least 1; got 0"):
             generate_alternates(model, TOKENIZER, whole, **{name: 0})
+
+
+def test_what_cannot_be_done_is_said_before_the_model_writes(model, source, tmp_path, capsys, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(alternates, "sampled", lambda *_, **__: pytest.fail("the model has begun to write"))
+    common = ["alternates", "--model", str(tmp_path / "model"), "--forget", str(source), "--out"]
+    out = str(tmp_path / "made.jsonl")
+    for size in ("-1", "0"):
+        with pytest.raises(SystemExit) as ended:
+            main([*common, out, f"--batch-size={size}"])
+        assert ended.value.code == 2
+        assert f"expected a whole number of at least 1; got '{size}'" in capsys.readouterr().err
+    assert main([*common, out, "--new-tokens", "600"]) == 2
+    assert "leave room for a prompt in the model's 512; got 600" in capsys.readouterr().err
+    for bad, told in (
+        (str(source / "x" / "made.jsonl"), "--out cannot be written"),
+        (tmp_path / "d.jsonl", "a folder"),
+    ):
+        (tmp_path / "d.jsonl").mkdir(exist_ok=True)
+        assert main([*common, str(bad)]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_a_model_s_own_alternates_are_unlearned_towards(model, source, tmp_path, capsys):

@@ -13,6 +13,7 @@ from moe_unlearn import metrics, wagle
 from moe_unlearn.cli import main
 from moe_unlearn.data import train_tokenizer
 from moe_unlearn.masks import WeightMask
+from moe_unlearn.model import loading
 from moe_unlearn.prepare.rows import RowStore
 from moe_unlearn.step.sinks import CompactSink
 from tests.models import tiny_olmoe
@@ -99,6 +100,21 @@ def test_sources_with_parts_and_options(folder, tmp_path, capsys):
         arguments[-1] = "tofu:retain90"
         assert main(["stats", *arguments]) == 2
     assert 'pip install "moe-unlearn[data]"' in error_of(capsys)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("verb", ["stats", "mask", "eval", "benchmark", "run"])
+def test_an_output_that_cannot_be_written_ends_a_verb_before_its_work(folder, capsys, monkeypatch, verb):
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("the work has begun"))
+    command, more = [verb], []
+    if verb == "run":
+        command = ["run", "npo"]
+    elif verb == "benchmark":
+        command, more = ["eval"], ["--benchmark", "wmdp", "--data", f"a={folder / 'forget.jsonl'}"]
+    out = folder / "forget.jsonl" / "out"
+    assert main([*command, *arguments(folder), *more, "--out", str(out)]) == 2
+    told = error_of(capsys)
+    assert "--out cannot be written: " in told and str(out) in told
 
 
 @pytest.mark.parametrize("recipe", ["npo", "undial"])

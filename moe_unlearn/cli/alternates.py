@@ -16,7 +16,7 @@ from torch import nn
 
 from moe_unlearn import data
 from moe_unlearn.checkpoint import write_text
-from moe_unlearn.cli.arguments import SOURCE, add_chat, add_model, chat_of
+from moe_unlearn.cli.arguments import SOURCE, add_chat, add_model, chat_of, positive, writable
 from moe_unlearn.data import Chat, Document
 from moe_unlearn.metrics import context_length, sampled
 from moe_unlearn.metrics.conventions import prompt_of
@@ -53,13 +53,17 @@ def generate_alternates(
     original one but for white space, is sampled anew, at most twice, and then left out, so that some documents may have
     fewer. Documents that cannot be asked are left out too: those without a prompt, with one too long for the model's
     context, or with one that spells a special token of the template. Stderr reports what was left out. Raises
-    ValueError if nothing is left, for a `count` or `new_tokens` below 1, and as `metrics.sampled`.
+    ValueError if nothing is left, for a `count`, `new_tokens` or `batch_size` below 1, for `new_tokens` that fill the
+    model's context, and as `metrics.sampled`.
     """
-    for name, value in (("count", count), ("new_tokens", new_tokens)):
+    for name, value in (("count", count), ("new_tokens", new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"expected {name} of at least 1; got {value}")
     prompts, refused = {}, []
-    room = 2**31 if context_length(model) is None else context_length(model) - new_tokens + 1
+    context = context_length(model)
+    room = 2**31 if context is None else context - new_tokens + 1
+    if room < 2:
+        raise ValueError(f"expected new_tokens to leave room for a prompt in the model's {context}; got {new_tokens}")
     for number, document in enumerate(documents):
         try:
             prompts[number] = _prompt(document, tokenizer, room, chat, instruction)
@@ -103,7 +107,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--temperature", type=float, default=1.0)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--instruction", default=INSTRUCTION, help="what the model is told behind question and answer")
-    sub.add_argument("--batch-size", type=int, default=8)
+    sub.add_argument("--batch-size", type=positive, default=8)
     sub.add_argument("--out", required=True, help="the .jsonl file to write, which is the --forget of `run altpo`")
 
 
@@ -112,6 +116,7 @@ def run(options) -> None:
     out = Path(options.out)
     if out.suffix != ".jsonl":
         raise ValueError(f"expected --out to be a .jsonl file, which `run --forget` reads; got {options.out!r}")
+    writable(out)
     model, tokenizer = loading.load_model(options.model)
     documents = data.load(options.forget, side="forget")
     records = generate_alternates(

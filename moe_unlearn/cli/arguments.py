@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget
                      "holdout text that are its prompt")  # fmt: skip
     sub.add_argument("--seam", choices=data.seams.SEAMS, default="joint", help="how a prompt and its answer are told "
                      "apart: encoded as one, or as open-unlearning does")  # fmt: skip
-    sub.add_argument("--batch-size", type=int, default=8)
+    sub.add_argument("--batch-size", type=positive, default=8)
 
 
 def add_model(sub: argparse.ArgumentParser) -> None:
@@ -35,6 +36,13 @@ def add_chat(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="what the chat template is told")
     sub.add_argument("--system", default="", help="the chat template's system message")
     sub.add_argument("--date", help="the chat template's today, as 2026-11-29 (default: the same day always)")
+
+
+def positive(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1; got {text!r}")
+    return int(text)
 
 
 def steps(text: str) -> int:
@@ -76,6 +84,26 @@ def examples_of(
     if not examples:
         raise ValueError(f"the {side} set {source!r} is empty")
     return examples
+
+
+def writable(out: str | Path | None, *, folder: bool = False) -> None:
+    """Check, before the work, that the file or `folder` that a verb is to write can be written; None is no output.
+
+    The nearest folder that exists is written to for a trial, and nothing stays. Raises OSError that names `out`.
+    """
+    if out is None:
+        return
+    path = Path(out)
+    if not folder and path.is_dir():
+        raise OSError(f"expected --out to be a file to write; {out} is a folder")
+    where = path if folder else path.parent
+    while not where.exists() and where != where.parent:
+        where = where.parent
+    try:
+        with tempfile.TemporaryFile(dir=where):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"--out cannot be written: {error.strerror}", str(out)) from error
 
 
 def write(path: Path, text: str) -> None:

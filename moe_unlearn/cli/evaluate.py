@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from moe_unlearn import data, metrics
-from moe_unlearn.cli.arguments import add_data, chat_of, examples_of, steps, write
+from moe_unlearn.cli.arguments import add_data, chat_of, examples_of, steps, writable, write
 from moe_unlearn.model import loading
 
 # benchmark -> its function, the class of its sets (None: the user chooses their names), the class of its settings
@@ -49,6 +49,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(options) -> None:
     """Measure a model on forget, retain and holdout text, or with --benchmark; print and save the metrics."""
+    writable(options.out, folder=bool(options.benchmark))
     if options.benchmark:
         if options.before or options.relearn:
             raise ValueError("--before and --relearn are for --forget and --retain; leave out --benchmark")

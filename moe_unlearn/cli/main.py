@@ -19,7 +19,7 @@ import torch
 from moe_unlearn import backend, benchmark, data, masks, native, trace, wagle
 from moe_unlearn.benchmark.trained_cache import clean_cache
 from moe_unlearn.cli import alternates, evaluate
-from moe_unlearn.cli.arguments import add_data, examples_of, steps, write
+from moe_unlearn.cli.arguments import add_data, examples_of, positive, steps, writable, write
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
@@ -88,6 +88,7 @@ def env(options) -> None:
 
 def stats(options) -> None:
     """Print routing frequencies of forget and retain text, and the experts TRACE would select."""
+    writable(options.out)
     model, tokenizer = loading.load_model(options.model)
     _require_moe(model)
     sides = {side: examples_of(getattr(options, side), tokenizer, options, side) for side in ("forget", "retain")}
@@ -116,6 +117,7 @@ def stats(options) -> None:
 
 def mask(options) -> None:
     """Compute a WAGLE mask and save it."""
+    writable(options.out)
     model, tokenizer = loading.load_model(options.model)
     _require_moe(model)
     made = wagle.weight_mask(
@@ -145,6 +147,8 @@ def run(options) -> None:
     for key in ("model", "forget", "retain"):
         if getattr(recipe.data, key) is None:
             raise ValueError(f"data.{key} is missing: give --{key} or set it in the recipe")
+    if not options.dry_run:
+        writable(options.out, folder=True)
     model, tokenizer = loading.load_model(recipe.data.model)
     _require_moe(model)
     reports: dict[str, data.DataReport] = {}
@@ -231,7 +235,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--keep", type=float, default=0.8, help="fraction of the weights that may move")
     sub.add_argument("--gamma", type=float, default=1.0)
     sub.add_argument("--official", action="store_true", help="reproduce the official code's masks")
-    sub.add_argument("--accumulation", type=int, default=1, help="with --official: its micro-batches a step (it has 4)")
+    sub.add_argument(
+        "--accumulation", type=positive, default=1, help="with --official: its micro-batches a step (it has 4)"
+    )
     sub.add_argument("--format", choices=masks.FORMATS, default="native", help="native: safetensors, a bit for "
                      "each weight; official: the WAGLE code's {name: bool tensor}, expert by expert")  # fmt: skip
     sub.add_argument("--out", required=True, help="the file to write; wagle.mask of a recipe reads both formats")
