@@ -67,7 +67,7 @@ def as_on_a_gpu(monkeypatch):
 READS = {
     "look": (1, "what a step reads: its losses, the bounds of its gradients, their norm"),
     "final_hidden_states": (0, "transformers looks whether a batch has padding"),
-    "padded": (3, "where examples of packed rows begin, on the CPU"),
+    "padded": (5, "where examples of packed rows begin, on the CPU"),
     "_paired": (2, "the numbers of a batch's rows, where refusals have theirs"),
     "_beginnings": (10, "packed rows: one read of a batch and of each of its offsets; the rest is on the CPU"),
     "content_keys": (2, "rows of a batch are known by their content: one read a batch"),
