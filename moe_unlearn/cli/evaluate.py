@@ -49,7 +49,6 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(options) -> None:
     """Measure a model on forget, retain and holdout text, or with --benchmark; print and save the metrics."""
-    writable(options.out, folder=bool(options.benchmark))
     if options.benchmark:
         if options.before or options.relearn:
             raise ValueError("--before and --relearn are for --forget and --retain; leave out --benchmark")
@@ -62,6 +61,7 @@ def run(options) -> None:
     for side in ("forget", "retain"):
         if getattr(options, side) is None:
             raise ValueError(f"--{side} is missing; or give a --benchmark with its --data")
+    writable(options.out)
     model, tokenizer = loading.load_model(options.model)
     reference = None if options.reference is None else loading.load_model(options.reference)[0]
     sets = {
@@ -106,6 +106,7 @@ def _benchmark(options) -> None:
     sets = [field.name for field in fields(kind)] if kind else sources
     if unknown := sources.keys() - sets:
         raise ValueError(f"{options.benchmark} has no set {min(unknown)!r}; expected some of {', '.join(sets)}")
+    writable(options.out, folder=True)
     rows = {name: _rows(source) for name, source in sources.items()}
     if options.like:
         settings = partial(metrics.like, options.like, settings)
