@@ -61,6 +61,8 @@ def run(options) -> None:
     for side in ("forget", "retain"):
         if getattr(options, side) is None:
             raise ValueError(f"--{side} is missing; or give a --benchmark with its --data")
+    if options.reference and not options.holdout:
+        raise ValueError("--reference is for privleak, which needs --holdout too")
     writable(options.out)
     model, tokenizer = loading.load_model(options.model)
     reference = None if options.reference is None else loading.load_model(options.reference)[0]

@@ -96,6 +96,16 @@ def membership(
     _compare(run, ways)
 
 
+def check_asked(gradient_norm: bool, reference_model: nn.Module | None, forget: Sequence, holdout: Sequence) -> None:
+    """Check that there are forget and holdout rows for the attacks that were asked for; ValueError otherwise."""
+    for name, asked in (("gradient norms", gradient_norm), ("a reference model", reference_model is not None)):
+        if asked and not (len(forget) and len(holdout)):
+            raise ValueError(
+                f"the attack by {name} compares forget with holdout rows; got {len(forget)} forget and {len(holdout)} "
+                "holdout"
+            )
+
+
 def _compare(run: Evaluation, ways: Conventions) -> None:
     ours, reference = run.results["mia_min_k"]["agg_value"], run.from_reference("mia_min_k")
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from moe_unlearn.data import Chat, Example, pad_token_id
 from moe_unlearn.metrics.answers import QUESTION, continuation, fields, pair, room, rouge, text_example
-from moe_unlearn.metrics.attacks import membership
+from moe_unlearn.metrics.attacks import check_asked, membership
 from moe_unlearn.metrics.conventions import OURS, Conventions, truth, without_end
 from moe_unlearn.metrics.memorization import exact_memorization, extraction_strength
 from moe_unlearn.metrics.results import Evaluation, Result, mean_result
@@ -90,10 +90,12 @@ def evaluate_muse(
     it there is no `privleak`. `gradient_norm` and `reference_model` add their `attacks`. `privleak` is None where the
     retrained model's AUC is 0 (MUSE).
 
-    Raises ValueError for rows without their fields, for nothing to measure, for prompts that exceed the
+    Raises ValueError for rows without their fields, for nothing to measure, for `gradient_norm` or `reference_model`
+    without forget and holdout texts, for tokens that the models do not have, for prompts that exceed the
     model's context, and for a reference run that does not fit.
     """
     settings = settings or MuseSettings()
+    check_asked(gradient_norm, reference_model, data.forget, data.holdout)
     run = Evaluation(
         "MUSE", model, tokenizer, asdict(settings), out=out, cache_dir=cache_dir, reference_run=reference_run
     )

@@ -51,11 +51,12 @@ def token_scores(
 ) -> list[TokenScores]:
     """Return the scores of every example, in order, from one forward pass; `standard` fills that field too.
 
-    Raises ValueError if there are no examples, or one is empty or longer than the model's context.
+    Raises ValueError if there are no examples, or one is empty, longer than the model's context or has a token id that
+    the model does not have.
     """
     if not examples:
         raise ValueError("expected at least one example to score; got none")
-    _check_lengths(model, [len(e) for e in examples], "example")
+    _check(model, [e.input_ids for e in examples], "example")
 
     def compute(rows: list[Example]) -> list:
         scored: list = [None] * len(rows)
@@ -163,7 +164,7 @@ def _continued(model, prompts, new_tokens: int, choices: Callable, batch_size: i
 
     `choices`, given the numbers of a batch's prompts, returns a function that chooses ids [B, 1] from logits [B, V].
     """
-    _check_lengths(model, [len(prompt) for prompt in prompts], "prompt", new_tokens)
+    _check(model, prompts, "prompt", new_tokens)
     stop = frozenset(stop)
 
     def compute(rows: list[tuple[int, Sequence[int]]]) -> list:
@@ -204,9 +205,17 @@ def _decode(model, prompts, new_tokens: int, choose: Callable, pad_id: int, stop
         positions = positions[:, -1:] + 1
 
 
-def _check_lengths(model: nn.Module, lengths: list[int], what: str, more: int = 0) -> None:
-    context = context_length(model)
-    for number, length in enumerate(lengths):
+def _check(model: nn.Module, rows: Sequence[Sequence[int]], what: str, more: int = 0) -> None:
+    """Check that the model can take rows of token ids, each with `more` new ones behind it; ValueError otherwise."""
+    context, embeddings = context_length(model), getattr(local(model), "get_input_embeddings", lambda: None)()
+    known = getattr(embeddings, "num_embeddings", None)
+    for number, ids in enumerate(rows):
+        length = len(ids)
+        if length and known is not None and max(ids) >= known:
+            raise ValueError(
+                f"{what} {number}: its token id {max(ids)} is none of the {known} of a {type(local(model)).__name__}: "
+                "expected a model with the vocabulary of the tokenizer"
+            )
         if not length:
             raise ValueError(f"{what} {number}: expected at least one token; got none")
         if context is not None and length + more > context:

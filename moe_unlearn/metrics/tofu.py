@@ -45,7 +45,7 @@ from torch import nn
 
 from moe_unlearn.data import Chat, Example, MissingLibraryError
 from moe_unlearn.metrics.answers import QUESTION, fields, pair, probability, room, rouge, texts
-from moe_unlearn.metrics.attacks import membership
+from moe_unlearn.metrics.attacks import check_asked, membership
 from moe_unlearn.metrics.conventions import OURS, Conventions, truth, without_end
 from moe_unlearn.metrics.muse import memorised
 from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result
@@ -105,11 +105,13 @@ def evaluate_tofu(
     `reference_run` is the folder of the retrained model's evaluation on the same data with the same settings; without
     it there is no `forget_quality` and no `privleak`. `gradient_norm` and `reference_model` add their `attacks`.
 
-    Raises ValueError for rows without their fields, no rows at all, or a reference run that does not fit. Raises
+    Raises ValueError for rows without their fields, no rows at all, `gradient_norm` or `reference_model` without
+    forget and holdout rows, tokens that the models do not have, or a reference run that does not fit. Raises
     MissingLibraryError without scipy (extra `eval`) for forget quality, and where forget, retain and holdout give
     WAGLE's numbers.
     """
     settings = settings or TofuSettings()
+    check_asked(gradient_norm, reference_model, data.forget, data.holdout)
     run = Evaluation(
         "TOFU", model, tokenizer, asdict(settings), out=out, cache_dir=cache_dir, reference_run=reference_run
     )

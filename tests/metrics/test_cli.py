@@ -49,6 +49,34 @@ def test_the_attacks_that_are_asked_for(folder, capsys):
     assert printed["mia_reference"] == "0.5" and 0 <= float(printed["mia_gradnorm"]) <= 1  # its own reference
 
 
+def test_attacks_without_the_rows_that_they_compare_are_errors(folder, capsys):
+    qa = {"question": "who?", "answer": "a bell", "perturbed_answer": ["a"], "paraphrased_answer": "the bell"}
+    (folder / "qa.jsonl").write_text(json.dumps(qa), encoding="utf-8")
+    (folder / "verbmem.jsonl").write_text(json.dumps({"prompt": "seven", "gt": " frozen bells"}), encoding="utf-8")
+    for name, data in (("tofu", "forget=qa.jsonl"), ("muse", "verbmem=verbmem.jsonl")):
+        source = data.replace("=", f"={folder}/")
+        for option in (["--gradient-norm"], ["--reference", folder / "model"]):
+            assert evaluate(folder, "--benchmark", name, "--data", source, *option) == 2
+            told = capsys.readouterr().err
+            assert "compares forget with holdout rows; got" in told and "0 holdout" in told
+    texts = ["--forget", folder / "bio.jsonl", "--retain", folder / "bio.jsonl"]
+    assert evaluate(folder, *texts, "--reference", folder / "model") == 2
+    assert "--reference is for privleak, which needs --holdout too" in capsys.readouterr().err
+
+
+def test_a_reference_of_a_smaller_vocabulary_is_named(folder, random_model, capsys):
+    random_model.resize_token_embeddings(40)
+    random_model.save_pretrained(folder / "small")
+    shutil.copy(folder / "model" / "tokenizer.json", folder / "small")
+    shutil.copy(folder / "model" / "tokenizer_config.json", folder / "small")
+    data = ["--data", f"forget={folder / 'forget.json'}", f"holdout={folder / 'holdout.json'}"]
+    assert evaluate(folder, "--benchmark", "muse", *data, "--reference", folder / "small") == 2
+    told = capsys.readouterr().err
+    assert re.search(
+        r"example 0: its token id \d+ is none of the 40 of a OlmoeForCausalLM: expected a model with", told
+    )
+
+
 def test_like_another_project(folder, capsys):
     data = ["--data", f"forget={folder / 'forget.json'}", f"holdout={folder / 'holdout.json'}"]
     assert evaluate(folder, "--benchmark", "muse", *data, "--like", "muse_bench", "--out", folder / "run") == 0
