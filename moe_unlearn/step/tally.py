@@ -4,7 +4,9 @@
 
 A unit is what a loss is a mean over, a position or a sequence (`Objectives.units`). `sizes` are the N of the global
 batch: with them a step is the same however its rows are cut into micro-batches and shared among ranks. Without them
-the size of the micro-batches still to come is unknown, so all micro-batches must have the same size.
+the size of the micro-batches still to come is unknown, so all micro-batches must have the same size. The load-balancing
+loss alone is no mean over units: each micro-batch balances its own rows (`router_aux`), so that a step with it depends
+on how its rows are cut.
 
 Source: our specification, after transformers' Trainer, which divides by the tokens of the global batch.
 """

@@ -11,7 +11,7 @@ into one gradient and updates the weights that the scope and the mask allow:
     g = sum_i c_i grad L_i,  c from the Gram matrix of the masked gradients  with MOLLM
 
 Each of several micro-batches is weighed by its number of units, so that the step equals that of all rows in one batch
-(`tally`):
+(`tally`; but for a load-balancing loss, which depends on how they are cut, see `router_aux`):
 
     sizes = step.sizes(pairs)                            # the units of all of them together
     metrics = [step(*pair, update=pair is pairs[-1], sizes=sizes) for pair in pairs][-1]
