@@ -1,5 +1,6 @@
 """Token scores and decoding, greedy and sampled, against the straightforward computation."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -136,3 +137,25 @@ def test_what_exceeds_the_context_is_an_error_that_says_so(random_model):
         token_scores(random_model, [])
     one = token_scores(random_model, [Example([3], [3], 1)])[0]
     assert len(one.logprobs) == len(one.correct) == len(one.counted) == 0
+
+
+@pytest.mark.parametrize(
+    ("logits", "token", "expected"),
+    [
+        # nearly certain of another token: the variance of log p, about 3e-10, counts as 1e-6
+        ([0.0, -30.0, -30.0, -30.0], 1, -30 / 1e-3),
+        # a token of probability 0 adds nothing to mean and variance
+        ([0.0, math.log(3), -math.inf, -math.inf], 0, -math.log(3) * 0.75 / (math.log(3) * math.sqrt(3 / 16))),
+    ],
+)
+def test_standard_scores_of_certain_and_of_impossible_tokens(logits, token, expected):
+    class Fixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(logits))
+
+        def forward(self, input_ids, **_):
+            return SimpleNamespace(logits=self.weight.expand(*input_ids.shape, -1))
+
+    [score] = token_scores(Fixed(), [Example([3, token], [-100, token], 1)], standard=True)
+    assert score.standard.tolist() == pytest.approx([expected], rel=1e-5)
