@@ -62,6 +62,12 @@ def make_model():
     return tiny_models.tiny_olmoe(len(TOKENIZER), seed=3, settings=SMALL)
 
 
+def make_frozen_model():
+    model = make_model()
+    model.lm_head.requires_grad_(False)
+    return model
+
+
 def small(name, *overrides):
     return Recipe.load(name, ["steps=3", "batch_size=3", "optimizer.lr=1e-2", *overrides])
 
@@ -172,6 +178,7 @@ def test_an_interrupted_call_loses_only_the_run_in_progress(tmp_path):
         {"forget": FORGET[:3]},
         {"metrics": ["nll", length_of]},
         {"model": lambda: tiny_models.tiny_olmoe(len(TOKENIZER), seed=4, settings=SMALL)},
+        {"model": make_frozen_model},
         {"evaluation": {"retain": HOLDOUT}},
     ):
         run(**change)

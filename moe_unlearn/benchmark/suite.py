@@ -247,10 +247,11 @@ class _Source:
         return made
 
     def digest(self) -> str:
-        """Return a digest of the model's class, config, weights and adapters."""
+        """Return a digest of the model's class, config, weights and adapters, and of which weights are frozen."""
         if self._digest is None:
             model = self._model if isinstance(self._model, nn.Module) else self.fresh()
-            self._digest = model_digest(model)
+            frozen = sorted(name for name, p in model.named_parameters() if not p.requires_grad)
+            self._digest = json.dumps([model_digest(model), *frozen])
             self._first = None if model is self._model else model
         return self._digest
 
