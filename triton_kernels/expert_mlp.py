@@ -1,4 +1,4 @@
-"""expert_mlp: computes the expert layer as grouped products, with everything else in their epilogues.
+"""expert_mlp: the expert layer and its gradient as grouped products with everything else in their epilogues.
 
 Forward, 3 launches:
 
@@ -8,9 +8,9 @@ Forward, 3 launches:
 
 The backward pass is in `expert_mlp_backward`.
 
-Programs find their tiles on the device, see `grouped_matmul`; rows behind the last expert come out as zero, so that
-slots need no other initialisation. The results are deterministic: each output has one writer and sums run in a fixed
-order. The activation is computed in float32 from the stored z, so that forward and backward use one function.
+Tiles are found on the device, see `grouped_matmul`; rows behind the last expert come out as zero, so slots need no
+other initialisation. Deterministic: each output has one writer and sums run in a fixed order. The activation is
+computed in float32 from z as it is stored, so forward and backward see one function.
 
 Workspace, b bytes per element: N * (I + H) * b (a, slots).
 """
@@ -42,7 +42,7 @@ def expert_mlp(
     gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, alpha: float, limit: float, shift: float,
     transposed: bool, interleaved: bool, gated: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute (output [T, H], z [N, 2I]) in the dtype of x; arguments as in `ops.expert_mlp`, any strides."""
+    """(output [T, H], z [N, 2I]) in the dtype of x; arguments as `ops.expert_mlp` has them, any strides."""
     if not transposed:
         gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
     (num_experts, hidden, wide), inner = gate_up_proj.shape, down_proj.shape[1]
@@ -69,10 +69,7 @@ def linear_to_tokens(
     left: Tensor, rows: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor | None, weights: Tensor | None, top_k: int,
     tiles: configs.ExpertMLP,
 ) -> Tensor:  # fmt: skip
-    """Compute the sum over k of weights[t, k] * (left weight[e] + bias[e]), [T, columns].
-
-    weight is [E, depth, columns].
-    """
+    """[T, columns]: over k, the sum of weights[t, k] * (left weight[e] + bias[e]), weight [E, depth, columns]."""
     (num_rows, depth), (num_experts, _, columns), tile = left.shape, weight.shape, tiles.linear
     slots = left.new_empty(num_rows, columns)
     argument = weight_argument(weight, tile.columns, tile)
@@ -115,7 +112,7 @@ def _gate_up_kernel(
     ACCESS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
     GROUP: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """Compute tiles [BLOCK_ROWS, BLOCK_COLUMNS] of the activation, and the same columns of both halves of z."""
+    """Tiles [BLOCK_ROWS, BLOCK_COLUMNS] of the activation, and of z the same columns of both halves."""
     COLUMN_TILES: tl.constexpr = (INNER + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     BOTH: tl.constexpr = 2 if GATED and INTERLEAVED else 1
     ends = tile_ends(expert_offsets, num_rows, NUM_EXPERTS, BLOCK_ROWS)
@@ -152,7 +149,7 @@ def _store_activation(
     INNER: tl.constexpr, NUM_EXPERTS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Store columns [start, start + COLUMNS) of a and those of z; if INTERLEAVED, `gate` holds gate and up in pairs."""
+    """Columns [start, start + COLUMNS) of a and theirs of z. Interleaved, `gate` holds gate and up, in pairs."""
     WIDE: tl.constexpr = 2 * INNER if GATED else INNER
     dtype: tl.constexpr = z.dtype.element_ty
     here = row[:, None] < stop
@@ -188,10 +185,7 @@ def _linear_kernel(
     DESCRIPTOR: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Compute slots[sorted_rows[j]] = row_weights * (left[j] weight[e]^T + bias[e]).
-
-    row_weights and bias may be absent.
-    """
+    """slots[sorted_rows[j]] = row_weights * (left[j] weight[e]^T + bias[e]); both factors may be absent."""
     COLUMN_TILES: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     ends = tile_ends(expert_offsets, num_rows, NUM_EXPERTS, BLOCK_ROWS)
     for tile in range(tl.program_id(0), tl.max(ends, 0) * COLUMN_TILES, tl.num_programs(0)):
@@ -213,7 +207,7 @@ def _linear_kernel(
             total += bias_of(bias, expert, column, COLUMNS, NUM_EXPERTS)
         slot = tl.load(sorted_rows + row, mask=row < stop, other=0).to(tl.int64)
         if row_weights is not None:
-            # rows behind the last expert must stay zero whatever their weight holds
+            # rows behind the last expert stay zero whatever their weight holds
             counted = row < tl.where(expert < NUM_EXPERTS, stop, 0)
             total *= tl.load(row_weights + slot, mask=counted, other=0.0).to(tl.float32)[:, None]
         mask = (row[:, None] < stop) & (column[None, :] < COLUMNS)
@@ -223,7 +217,7 @@ def _linear_kernel(
 
 @triton.jit
 def _sum_kernel(slots, out, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute out[t] = slots[t * K] + ... + slots[t * K + K - 1], added in float32 in this order."""
+    """out[t] = slots[t * K] + ... + slots[t * K + K - 1], added in float32 in this order."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -235,6 +229,6 @@ def _sum_kernel(slots, out, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: t
 
 @triton.jit
 def bias_of(bias, expert, column, COLUMNS: tl.constexpr, NUM_EXPERTS: tl.constexpr):
-    """Load bias[expert], a row of COLUMNS, at `column`: float32 [1, columns]; zero for the segment of no expert."""
+    """bias[expert], a row of COLUMNS, at `column`: float32 [1, columns]; zero for the segment of no expert."""
     mask = column < tl.where(expert < NUM_EXPERTS, COLUMNS, 0)
     return tl.load(bias + expert.to(tl.int64) * COLUMNS + column, mask=mask, other=0.0).to(tl.float32)[None, :]

@@ -1,12 +1,11 @@
-"""expert_wgrad_sgd_ and expert_wgrad_adamw_: apply the rules of `masked_update` to weight gradients in registers.
+"""expert_wgrad_sgd_ and expert_wgrad_adamw_: the masked update of `masked_update` on weight gradients in registers.
 
-There is one launch, no workspace and no atomics; every element belongs to one program. The float32 tile of dW comes
-from the main loop of `grouped_outer`, and the rules from `masked_update`, bit for bit. The epilogue takes the tile in
-slices of columns, since the accumulator and the whole tile's state would not fit in registers. Accesses are predicated
-by whole mask words; inside a word the old bits are selected and stored again. A tile without a mask bit is neither
-computed nor read.
+One launch, no workspace, no atomics; every element belongs to one program. The float32 tile of dW comes from the main
+loop of `grouped_outer`, and the rules from `masked_update`, bit for bit. The epilogue takes the tile in slices of
+columns: the accumulator and the state of all of it would not fit in registers. Accesses are predicated by whole mask
+words; inside a word the old bits are selected and stored again. A tile without a mask bit is neither computed nor read.
 
-Listed experts without rows take their step with a gradient of exactly zero, decay and momentum included.
+Experts that are listed but have no rows take their step with a gradient of exactly zero, decay and momentum included.
 """
 
 import torch
@@ -48,7 +47,7 @@ def _update(
     DECAY: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FIRST_STEP: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """Run one step of the weights at (m, p) with the tile g of the gradient, slice by slice."""
+    """One step of the weights at (m, p) with the tile g of the gradient, slice by slice."""
     if g.shape[1] > 32:
         g, right = halves(g)
         _update(
@@ -119,10 +118,7 @@ def _update_kernel(
     STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     GROUP: tl.constexpr, BY_DESCRIPTOR: tl.constexpr, BOUNDS_STEP: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of dW and update its weights.
-
-    first, second: exp_avg and exp_avg_sq, or momentum_buffer and None; None where there is no such tensor.
-    """
+    """first, second: exp_avg and exp_avg_sq, or momentum_buffer and None; None where there is no such tensor."""
     index, m, p = find_tile(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, GROUP)
     expert = listed(experts, index)
     start, stop = load_bounds(bounds, expert, BOUNDS_STEP)
@@ -142,7 +138,7 @@ def sgd_(
     weight, momentum_buffer, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask, lr, momentum,
     dampening, weight_decay, nesterov, step, rounding, seed, parameter_id,
 ) -> None:  # fmt: skip
-    """Update weight[experts] by masked SGD with dW, in place; arguments as in `expert_wgrad_sgd_ref_` of the op."""
+    """weight[experts] <- masked SGD with dW, in place; arguments as in `ops.expert_wgrad.expert_wgrad_sgd_ref_`."""
     scalars, flags = sgd_constants(lr, momentum, dampening, weight_decay, nesterov, step)
     flags |= {"ADAMW": False, "STEP_DTYPE": step_dtype(weight, (momentum_buffer,), rounding, master)}
     state = (momentum_buffer if flags["MOMENTUM"] else None, None, master)
@@ -154,7 +150,7 @@ def adamw_(
     weight, exp_avg, exp_avg_sq, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask, lr, beta1,
     beta2, eps, weight_decay, step, rounding, seed, parameter_id,
 ) -> None:  # fmt: skip
-    """Update weight[experts] by masked AdamW with dW, in place; arguments as in `expert_wgrad_adamw_ref_` of the op."""
+    """weight[experts] <- masked AdamW with dW, in place; arguments as in `ops.expert_wgrad.expert_wgrad_adamw_ref_`."""
     scalars, flags = adamw_constants(lr, beta1, beta2, eps, weight_decay, step)
     flags |= {"ADAMW": True, "STEP_DTYPE": step_dtype(weight, (exp_avg, exp_avg_sq), rounding, master)}
     flags |= {"MOMENTUM": False, "NESTEROV": False, "FIRST_STEP": False}

@@ -1,13 +1,13 @@
-"""Matrix products over rows sorted by expert: finds a program's tile and computes its product.
+"""Matrix products over rows sorted by expert: which tile a program computes, and the product of one tile.
 
-Rows [expert_offsets[e], expert_offsets[e + 1]) are multiplied by weight [e]; the rows behind the last expert form
-segment E, whose tiles multiply nothing and come out as zero. Each segment has ceil(rows / BLOCK_ROWS) row tiles. The
-host does not know how many, so that grids are upper bounds, or persistent programs share the tiles; each program finds
-its own in the running sum of tile counts. Consecutive tiles walk down GROUP row tiles before they go on to the next
-columns, so that the data that a wave of programs reads stay in L2.
+Rows [expert_offsets[e], expert_offsets[e + 1]) meet weight [e]; the rows behind the last expert form segment E, whose
+tiles multiply nothing and come out as zero. Each segment has ceil(rows / BLOCK_ROWS) row tiles; no host knows how many,
+so grids are upper bounds, or persistent programs share the tiles, and each program finds its own in the running sum of
+tile counts. Consecutive tiles walk down GROUP row tiles before they go on to the next columns: what a wave of programs
+reads stays in L2.
 
-Kernels read operands by pointers, with any strides, or by TMA descriptors that the host builds: the weight as
-[E, columns, depth] or [E, depth, columns], whichever is contiguous, and left rows that stand in order as [N, depth].
+Operands come by pointers, with any strides, or by host-built TMA descriptors: the weight as [E, columns, depth] or
+[E, depth, columns], whichever is contiguous, and left rows that stand in order as [N, depth].
 """
 
 from typing import NamedTuple
@@ -20,12 +20,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_unlearn.triton_kernels import configs
 from moe_unlearn.triton_kernels.common import dot
 
-POINTERS, BY_DEPTH, BY_COLUMN = range(3)  # the ways to read a weight
+POINTERS, BY_DEPTH, BY_COLUMN = range(3)  # how a weight is read
 _POINTERS, _BY_DEPTH = tl.constexpr(POINTERS), tl.constexpr(BY_DEPTH)
 
 
 class Weight(NamedTuple):
-    """Weights of all experts as a kernel takes them: tensor or descriptor, strides in elements, the way to read."""
+    """The weight of every expert as a kernel takes it: tensor or descriptor, strides in elements, and which it is."""
 
     source: torch.Tensor | TensorDescriptor
     strides: tuple[int, int, int]
@@ -33,17 +33,15 @@ class Weight(NamedTuple):
 
 
 def describable(tensor: torch.Tensor) -> bool:
-    """Return whether a TMA descriptor can name `tensor`: last dimension contiguous, all else 16-byte aligned."""
+    """Whether a TMA descriptor can name `tensor`: the last dimension contiguous, all else 16-byte aligned."""
     *outer, last = tensor.stride()
     aligned = all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in outer)
     return last == 1 and aligned and tensor.numel() > 0 and tensor.data_ptr() % 16 == 0
 
 
 def weight_argument(weight: torch.Tensor, block_columns: int, tile: configs.MatmulTile) -> Weight:
-    """Return `weight` [E, depth, columns] as a kernel argument: by pointers, with any strides, or by descriptor.
-
-    If the tile wants a descriptor, the weight is `describable` as it stands or with depth and columns exchanged.
-    """
+    """`weight` [E, depth, columns] in any strides; by descriptor if the tile wants one, `describable` as it stands or
+    with depth and columns exchanged."""
     stride_expert, stride_depth, stride_column = weight.stride()
     strides = stride_expert, stride_column, stride_depth
     if not tile.descriptors:
@@ -54,26 +52,26 @@ def weight_argument(weight: torch.Tensor, block_columns: int, tile: configs.Matm
 
 
 def rows_argument(rows: torch.Tensor, tile: configs.MatmulTile) -> torch.Tensor | TensorDescriptor:
-    """Return contiguous `rows` [N, depth] as a kernel argument, by descriptor if the tile wants one."""
+    """`rows` [N, depth], contiguous; by descriptor if the tile wants one."""
     return TensorDescriptor.from_tensor(rows, [tile.rows, tile.depth]) if tile.descriptors else rows
 
 
 def grid(
     num_rows: int, num_experts: int, num_columns: int, tile: configs.MatmulTile, device: torch.device
 ) -> tuple[int]:
-    """Return the grid: one program per tile that may exist, or as many as run at once if the tile is persistent."""
+    """One program per tile that there can be, or as many as the device runs at once if the tile is persistent."""
     tiles = most_row_tiles(num_rows, num_experts, tile.rows) * triton.cdiv(num_columns, tile.columns)
     return (min(tiles, configs.num_programs(device)) if tile.persistent else tiles,)
 
 
 def most_row_tiles(num_rows: int, num_experts: int, rows: int) -> int:
-    """Return the largest possible number of tiles of `rows` rows, whatever the segments."""
+    """How many tiles of `rows` rows there can be, whatever the segments."""
     return triton.cdiv(num_rows, rows) + min(num_rows, num_experts + 1)
 
 
 @triton.jit
 def tile_ends(expert_offsets, num_rows, NUM_EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Compute the running sum of row tiles over the segments, int32 [next power of two of E + 1]."""
+    """Running sum of row tiles over the segments, int32 [next power of two of E + 1]."""
     segment = tl.arange(0, triton.next_power_of_2(NUM_EXPERTS + 1))
     start = tl.load(expert_offsets + segment, mask=segment <= NUM_EXPERTS, other=num_rows)
     stop = tl.load(expert_offsets + segment + 1, mask=segment < NUM_EXPERTS, other=num_rows)
@@ -85,7 +83,7 @@ def find_tile(
     tile, ends, expert_offsets, num_rows, COLUMN_TILES: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Return (segment, first row, end of the segment, column tile) of tile number `tile`."""
+    """(segment, first row, end of the segment, column tile) of tile number `tile`."""
     group = tile // (GROUP * COLUMN_TILES) * GROUP
     height = tl.minimum(tl.max(ends, 0) - group, GROUP)
     within = tile % (GROUP * COLUMN_TILES)
@@ -102,7 +100,7 @@ def load_left(
     left, rows, stride_row, stride_depth, start,
     DEPTH: tl.constexpr, BLOCK_DEPTH: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Load [BLOCK_ROWS, BLOCK_DEPTH] from depth `start`; rows: int64 row numbers, for a descriptor the first row."""
+    """[BLOCK_ROWS, BLOCK_DEPTH] from depth `start`; rows: int64 row numbers, or the first row for a descriptor."""
     if DESCRIPTOR:
         tile = left.load([rows, start])
     else:
@@ -121,10 +119,8 @@ def load_weight(
     OFFSET: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
-    """Load [BLOCK_DEPTH, WIDTH] of one expert from depth `start` and `column` of the COLUMNS that begin at OFFSET.
-
-    Columns of the result behind these COLUMNS hold arbitrary numbers.
-    """
+    """[BLOCK_DEPTH, WIDTH] of one expert from depth `start` and `column` of the COLUMNS that begin at OFFSET; what
+    stands in columns behind these is arbitrary."""
     if ACCESS == _POINTERS:
         k = start + tl.arange(0, BLOCK_DEPTH)
         n = column + tl.arange(0, WIDTH)
@@ -147,7 +143,7 @@ def product(
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_DEPTH: tl.constexpr, ACCESS: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Multiply left rows by weight[expert] columns [column, column + WIDTH), in float32; zero for segment E."""
+    """left rows times weight[expert] columns [column, column + WIDTH), float32; zero for segment E."""
     total = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
     for start in range(0, tl.where(expert < NUM_EXPERTS, DEPTH, 0), BLOCK_DEPTH):
         tile = load_left(left, rows, left_row, left_depth, start, DEPTH, BLOCK_DEPTH, DESCRIPTOR)
@@ -165,7 +161,7 @@ def product_of_halves(
     HALF: tl.constexpr, DEPTH: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_DEPTH: tl.constexpr, ACCESS: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Compute `product` with columns [column, column + WIDTH) of the first HALF columns and of the second."""
+    """`product` with columns [column, column + WIDTH) of the first HALF columns and of the second."""
     first = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
     second = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
     for start in range(0, tl.where(expert < NUM_EXPERTS, DEPTH, 0), BLOCK_DEPTH):
@@ -185,10 +181,8 @@ def product_of_halves(
 
 @triton.jit
 def column_slices(x, COUNT: tl.constexpr):
-    """Cut [rows, columns] into COUNT slices of columns, left to right.
-
-    An epilogue that takes one slice after the other needs fewer registers.
-    """
+    """[rows, columns] -> COUNT slices of columns, left to right: an epilogue of one slice after the other holds less in
+    registers."""
     if COUNT == 1:
         return (x,)
     else:

@@ -1,15 +1,15 @@
-"""Sums of outer products over rows sorted by expert: finds a program's tile and computes it.
+"""Sums of outer products over rows sorted by expert: which tile a program computes, and the tile itself.
 
     dW[i] = sum_j grad[grad_rows[j]]^T input[input_rows[j]]     j over the rows of expert experts[i], in order
 
 A tile [BLOCK_M, BLOCK_P] of one listed expert is a matrix product whose inner dimension is the expert's rows: blocks
 [BLOCK_ROWS, BLOCK_M] of grad, transposed in shared memory, times [BLOCK_ROWS, BLOCK_P] of input, added up in float32.
-Each M x P matrix has the same number of tiles, so that the host knows the grid whatever the routing. Consecutive tiles
-walk down GROUP tiles of M before they go on along P, so that the data that a wave of programs reads stay in L2.
+Each M x P matrix has the same number of tiles, so the host knows the grid whatever the routing. Consecutive tiles walk
+down GROUP tiles of M before they go on along P: what a wave of programs reads stays in L2.
 
-Kernels read a factor by pointers, with any strides and gathering its rows while loading. Where its rows stand in order
-and their layout allows it, they read it by a ragged TMA descriptor, which reads zeros from an expert's end on. Pointers
-load zeros there too: the rows behind an expert are never multiplied, not even by zero.
+A factor comes by pointers, with any strides and its rows gathered while loading, or, where its rows stand in order and
+their layout allows it, by a ragged TMA descriptor, which reads zeros from an expert's end on. Pointers load zeros there
+too: the rows behind an expert are never multiplied, not even by zero.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ _RAGGED_ROWS = 1 << 30
 
 
 class FactorArguments(NamedTuple):
-    """Factors of one gradient as kernels take them, in this order."""
+    """The factors of one gradient as kernels take them, in this order."""
 
     grad: torch.Tensor | TensorDescriptor
     input: torch.Tensor | TensorDescriptor
@@ -42,7 +42,7 @@ class FactorArguments(NamedTuple):
 
 
 def tile_for(epilogue: str, factors, experts: torch.Tensor | None) -> tuple[tuple[int, int, int], OuterTile]:
-    """Return the shape [M_e, M, P] of a gradient and the tile that computes it; factors as in `ops.expert_wgrad`."""
+    """The shape [M_e, M, P] of a gradient and the tile that computes it; factors as in `ops.expert_wgrad`."""
     grad, input, expert_offsets, grad_rows, input_rows = factors
     if grad.dtype == torch.float64:
         raise TypeError("float64 factors are multiplied by impl='ref' only")
@@ -55,10 +55,8 @@ def tile_for(epilogue: str, factors, experts: torch.Tensor | None) -> tuple[tupl
 
 
 def factor_arguments(grad, input, expert_offsets, grad_rows, input_rows, tile: OuterTile) -> FactorArguments:
-    """Prepare the factors for a kernel: as descriptors where `tile` wants them and rows and layout allow them.
-
-    `bounds_step` is the distance from one expert's start to the next one's.
-    """
+    """Descriptors where `tile` wants them and rows and layout allow them; `bounds_step`: from one expert's start to the
+    next one's."""
     sources, by_descriptor = [], []
     for factor, rows, width in ((grad, grad_rows, tile.block_m), (input, input_rows, tile.block_p)):
         direct = tile.descriptors and rows is None and describable(factor) and factor.shape[0] <= _RAGGED_ROWS
@@ -70,12 +68,12 @@ def factor_arguments(grad, input, expert_offsets, grad_rows, input_rows, tile: O
 
 
 def num_tiles(shape: tuple[int, int, int], tile: OuterTile) -> int:
-    """Return the number of tiles of the matrices [M_e, M, P]."""
+    """How many tiles the matrices [M_e, M, P] have."""
     return shape[0] * triton.cdiv(shape[1], tile.block_m) * triton.cdiv(shape[2], tile.block_p)
 
 
 def tile_options(shape: tuple[int, int, int], tile: OuterTile) -> dict[str, int | None]:
-    """Return the keyword arguments of a launch that all kernels share."""
+    """The keyword arguments of a launch that all kernels share."""
     return {
         "M": shape[1], "P": shape[2], "BLOCK_M": tile.block_m, "BLOCK_P": tile.block_p, "BLOCK_ROWS": tile.block_rows,
         "GROUP": tile.group, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
@@ -87,7 +85,7 @@ def tile_options(shape: tuple[int, int, int], tile: OuterTile) -> dict[str, int 
 def find_tile(
     tile, M: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Return (matrix, first row, first column) of tile number `tile`; matrix is int64."""
+    """(matrix, int64; first row; first column) of tile number `tile`."""
     TILES_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     TILES_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     within = tile % (TILES_M * TILES_P)
@@ -100,7 +98,7 @@ def find_tile(
 
 @triton.jit
 def listed(experts, index):
-    """Return the id, int64, of the listed expert number `index`."""
+    """The id of the listed expert number `index`, int64."""
     if experts is None:
         expert = index
     else:
@@ -110,7 +108,7 @@ def listed(experts, index):
 
 @triton.jit
 def load_bounds(bounds, expert, BOUNDS_STEP: tl.constexpr):
-    """Load (start, stop) of the rows of an expert."""
+    """(start, stop) of the rows of an expert."""
     return tl.load(bounds + expert * BOUNDS_STEP), tl.load(bounds + expert * BOUNDS_STEP + 1)
 
 
@@ -119,7 +117,7 @@ def _load_factor(
     factor, rows, stride_row, stride_column, position, start, stop, column,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Load [BLOCK_ROWS, BLOCK] from `position` and `column`; zero from `stop` and from WIDTH on."""
+    """[BLOCK_ROWS, BLOCK] from `position` and `column`; zero from `stop` and from WIDTH on."""
     if BY_DESCRIPTOR:
         block = load_ragged(factor, start, stop - start, [position - start, column])
     else:
@@ -143,7 +141,7 @@ def outer_product(
     M: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BY_DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Compute the tile [BLOCK_M, BLOCK_P] at (m, p) of the sum over positions [start, stop), float32."""
+    """The tile [BLOCK_M, BLOCK_P] at (m, p) of the sum over positions [start, stop), float32."""
     total = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     for position in range(start, stop, BLOCK_ROWS):
         g = _load_factor(
@@ -160,7 +158,7 @@ def outer_product(
 
 @triton.jit
 def load_words(mask, strides, index, m, p, M: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """Load the mask words [ROWS, WORDS] of matrix `index` from (m, p) on; zero outside."""
+    """The mask words [ROWS, WORDS] of matrix `index` from (m, p) on; zero outside."""
     row = m + tl.arange(0, ROWS)[:, None]
     word = p // 32 + tl.arange(0, WORDS)[None, :]
     pointers = mask + index * strides[0] + row.to(tl.int64) * strides[1] + word.to(tl.int64) * strides[2]
@@ -172,7 +170,7 @@ def stop_unless_kept(
     mask, strides, index, m, p, start, stop,
     M: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Return the end of the rows that the tile at (m, p) needs: `start` where the mask keeps no element."""
+    """The end of the rows that the tile at (m, p) needs: none where the mask keeps no element."""
     if mask is not None:
         words = load_words(mask, strides, index, m, p, M, P, BLOCK_M, BLOCK_P // 32)
         stop = tl.where(tl.max(tl.max((words != 0).to(tl.int32), 1), 0) > 0, stop, start)
@@ -181,20 +179,20 @@ def stop_unless_kept(
 
 @triton.jit
 def unpack_column(words):
-    """Unpack one mask word a row, [rows, 1], into bool [rows, 32]."""
+    """One mask word a row [rows, 1] -> bits, bool [rows, 32]."""
     return ((words >> tl.arange(0, 32)[None, :]) & 1) != 0
 
 
 @triton.jit
 def halves(tile):
-    """Return the left and the right half of the columns of a tile."""
+    """The left and the right half of the columns of a tile."""
     half: tl.constexpr = tile.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, half)), (0, 2, 1)))
 
 
 @triton.jit
 def places(strides, index, m, p, M: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Compute the offsets (int64) of the tile at (m, p) of matrix `index`, and which of its elements exist."""
+    """Offsets (int64) of the tile at (m, p) of matrix `index`, and which of its elements exist."""
     row = m + tl.arange(0, BLOCK_M)[:, None]
     column = p + tl.arange(0, BLOCK_P)[None, :]
     offsets = index * strides[0] + row.to(tl.int64) * strides[1] + column.to(tl.int64) * strides[2]

@@ -1,12 +1,11 @@
-"""Code of both directions of `token_loss`: selects the rows that count and computes one tile of logits.
+"""What both directions of `token_loss` share: which rows count, and one tile of logits.
 
-    _select_kernel   1 program: index [T], the rows that count, ascending; slot [T], each row's place in index or -1;
-                     count, their number. The number stays on the device, so that grids are upper bounds; programs
-                     behind it exit at once.
+    _select_kernel   1 program: index [T], the rows that count, ascending; slot [T], where each row stands in it or -1;
+                     their number. It stays on the device: grids are upper bounds, programs behind it exit at once.
     _gather_kernel   grid (row blocks): these rows side by side in the dtype that is multiplied, then rows of zeros.
                      Moving a row once costs 1 / (2 V) of multiplying it, and makes it readable by descriptor.
 
-The dtype that is multiplied is that of hidden states and heads if they share one, else float32.
+The dtype multiplied is that of hidden states and heads where they have one, else float32.
 """
 
 from typing import NamedTuple
@@ -44,7 +43,7 @@ def multiplied_dtype(hidden: Tensor, head: Tensor, ref_hidden: Tensor | None, re
 def select_rows(
     hidden: Tensor, ref_hidden: Tensor | None, labels: Tensor, weights: Tensor | None, dtype: torch.dtype
 ) -> Rows:
-    """Select the rows whose label is not IGNORED and whose weight is not 0; without weights labels decide. T >= 1."""
+    """Rows whose label is not IGNORED and whose weight is not 0; weights: None to look at labels alone. T >= 1."""
     num_rows = len(labels)
     count, index, slot = (torch.empty(n, dtype=torch.int32, device=hidden.device) for n in (1, num_rows, num_rows))
     _select_kernel[(1,)](
@@ -54,7 +53,7 @@ def select_rows(
 
     def gather(source: Tensor) -> Tensor:
         width = source.shape[1]
-        # descriptors need rows at a distance that is a multiple of 16 bytes
+        # descriptors ask for a distance of rows that is a multiple of 16 bytes
         gathered = torch.empty(num_rows, triton.cdiv(width, 16) * 16, dtype=dtype, device=source.device)[:, :width]
         _gather_kernel[(triton.cdiv(num_rows, 16),)](
             source, index, count, gathered, num_rows, *source.stride(), gathered.stride(0),
@@ -75,14 +74,14 @@ def choose_tiles(
 
 
 def operand(tensor: Tensor | None, block: list[int], described: bool) -> Tensor | TensorDescriptor | None:
-    """Return `tensor` as `load_tile` takes it: by descriptor if `described`."""
+    """`tensor` as `load_tile` takes it."""
     if tensor is None or not described:
         return tensor
     return TensorDescriptor(tensor, tensor.shape, tensor.stride(), block)
 
 
 def describable(*tensors: Tensor | None) -> bool:
-    """Return whether TMA descriptors can name all tensors: rows contiguous and 16-byte aligned."""
+    """Whether TMA descriptors can name all of them: rows contiguous, and 16-byte aligned."""
 
     def fits(t: Tensor) -> bool:
         aligned = t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
@@ -127,10 +126,8 @@ def _gather_kernel(
 
 @triton.jit
 def place(program, rows, columns, GROUP: tl.constexpr):
-    """Return (row, column) of a program among rows * columns tiles; row = rows for a program behind the last tile.
-
-    Programs walk down GROUP rows before the next column, so that the data that a wave of programs reads stay in L2.
-    """
+    """(row, column) of a program among rows * columns tiles, down GROUP rows before the next column, so that what a
+    wave of programs reads stays in L2; row = rows for a program behind the last tile."""
     first = program // (GROUP * columns) * GROUP
     within = program % (GROUP * columns)
     height = tl.maximum(tl.minimum(rows - first, GROUP), 1)
@@ -143,7 +140,7 @@ def load_tile(
     source, row, column, num_rows, num_columns, row_stride, column_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Load source[row : row + ROWS, column : column + COLUMNS], zero outside; source: descriptor or pointer."""
+    """source[row : row + ROWS, column : column + COLUMNS], zero outside; source: descriptor or pointer."""
     if DESCRIPTOR:
         tile = source.load([row, column])
     else:
@@ -160,10 +157,8 @@ def logits(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Compute (z, z_ref) [ROWS, COLUMNS] float32 from (row, column) on, -infinity behind the vocabulary.
-
-    z_ref has no meaning without `ref_hidden`. The same instructions compute both, so that equal rows have equal logits.
-    """
+    """(z, z_ref) [ROWS, COLUMNS] float32 from (row, column) on, -infinity behind the vocabulary; z_ref means nothing
+    without `ref_hidden`. Both come about by the same instructions: equal rows have equal logits."""
     z = tl.zeros((ROWS, COLUMNS), tl.float32)
     z_ref = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, HIDDEN, DEPTH):
@@ -195,7 +190,7 @@ def _finish(z, offset, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    """Compute tanh(x) to 4 ulp, by a least-squares fit on [0, 0.6] and by the exponential beyond."""
+    """To 4 ulp: a least-squares fit on [0, 0.6] and the exponential beyond."""
     size = tl.abs(x)
     square = x * x
     small = ((-0.00627638759 * square + 0.021116214) * square - 0.0538751382) * square + 0.13332924
@@ -206,13 +201,13 @@ def _tanh(x):
 
 @triton.jit
 def log1p(x):
-    """Compute log(1 + x) to 4 ulp: a factor corrects the logarithm for the rounding of 1 + x."""
+    """log(1 + x) to 4 ulp: what the rounding of 1 + x takes from the logarithm is put back as a factor."""
     u = 1 + x
     return tl.where(u == 1, x, tl.log(u) * tl.div_rn(x, tl.where(u == 1, 1.0, u - 1)))
 
 
 @triton.jit
 def expm1(x):
-    """Compute exp(x) - 1 to 4 ulp for 0 <= x <= 1, with the same correction."""
+    """exp(x) - 1 to 4 ulp for 0 <= x <= 1, by the same correction."""
     u = tl.exp(x)
     return tl.where(u == 1, x, (u - 1) * tl.div_rn(x, tl.where(u == 1, 1.0, tl.log(u))))
