@@ -14,4 +14,22 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "if (total > 0) & (left > 0):",
         "if (total >= 0) & (left > 0):",
     ): "ranks of no elements are computed, which the branch only saves",
+    (
+        "expert_mlp_backward.py",
+        "_store_gradient",
+        "gate = tl.load(z + wide_row + column[None, :], mask=known, other=0.0)",
+        "gate = tl.load(z + wide_row + column[None, :], mask=known, other=1)",
+    ): "columns behind the last are not stored, and rows behind the used ones have weight 0, a factor of all",
+    (
+        "expert_mlp_backward.py",
+        "_store_gradient",
+        "up = tl.load(z + wide_row + INNER + column[None, :], mask=known, other=0.0)",
+        "up = tl.load(z + wide_row + INNER + column[None, :], mask=known, other=1)",
+    ): "columns behind the last are not stored, and rows behind the used ones have weight 0, a factor of all",
+    (
+        "expert_mlp_backward.py",
+        "_store_gradient",
+        "pairs = tl.load(z + wide_row + pair[None, :], mask=known_pairs, other=0.0)",
+        "pairs = tl.load(z + wide_row + pair[None, :], mask=known_pairs, other=1)",
+    ): "columns behind the last are not stored, and rows behind the used ones have weight 0, a factor of all",
 }
