@@ -32,4 +32,22 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "pairs = tl.load(z + wide_row + pair[None, :], mask=known_pairs, other=0.0)",
         "pairs = tl.load(z + wide_row + pair[None, :], mask=known_pairs, other=1)",
     ): "columns behind the last are not stored, and rows behind the used ones have weight 0, a factor of all",
+    (
+        "weight_score.py",
+        "_score",
+        "w = tl.load(word_elements(weight, weight_strides, index, row, at), mask=exists, other=0.0).to(tl.float32)",
+        "w = tl.load(word_elements(weight, weight_strides, index, row, at), mask=exists, other=1).to(tl.float32)",
+    ): "whoever asks for a score leaves out what does not exist",
+    (
+        "weight_score.py",
+        "_score",
+        "f = tl.load(word_elements(forget, forget_strides, index, row, at), mask=exists, other=0.0).to(tl.float32)",
+        "f = tl.load(word_elements(forget, forget_strides, index, row, at), mask=exists, other=1).to(tl.float32)",
+    ): "whoever asks for a score leaves out what does not exist",
+    (
+        "weight_score.py",
+        "_score",
+        "r = tl.load(word_elements(retain, retain_strides, index, row, at), mask=exists, other=0.0).to(tl.float32)",
+        "r = tl.load(word_elements(retain, retain_strides, index, row, at), mask=exists, other=1).to(tl.float32)",
+    ): "whoever asks for a score leaves out what does not exist",
 }
