@@ -105,7 +105,7 @@ def test_it_follows_the_loss_of_all_micro_batches(model):
 
 
 def test_the_load_balancing_loss_is_part_of_what_it_follows(model):
-    """As it is of what alpha multiplies."""
+    """alpha multiplies that loss too."""
     model.config.output_router_logits, model.router_aux_loss_coef = True, 0.5
     forget, retain = data()
     step = UnlearnStep(model, pdu())

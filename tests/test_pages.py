@@ -222,7 +222,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def place(saved, tmp_path, monkeypatch):
-    """What the pages take for granted: files in the working folder, and names."""
+    """Provide the files in the working folder and the names that the pages take for granted."""
     folder, model, tokenizer = saved
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_registry", {})

@@ -234,7 +234,7 @@ def test_the_bound_is_the_same_on_a_device(value, rows, indexed, monkeypatch):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("impl", ["ref", "auto", "triton"])
 def test_the_bound_takes_what_the_kernel_says(impl, transposed):
-    """Of what the layer's backward pass made nothing is read again; a changed copy of factors knows nothing."""
+    """Factors that the layer's backward pass made are not read again; a changed copy of them has no known bound."""
     if impl == "triton":
         pytest.importorskip("triton")
     arguments = case("sentinels", transposed=transposed, bias=True)

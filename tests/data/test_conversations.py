@@ -121,7 +121,7 @@ def test_rows_of_any_kind_give_the_same_examples():
     ],
 )
 def test_padding_of_tokens_is_no_text(given):
-    """What a tokenizer that pads has made: what is not attended is not learned."""
+    """A tokenizer that pads has made these rows; tokens that are not attended are not learned."""
     before, behind = given.get("pads", (0, 0))
     ids = [0] * before + [1, 5, 6] + [0] * behind
     row = {"input_ids": ids, **{key: value for key, value in given.items() if key != "pads"}}

@@ -6,6 +6,7 @@ first one if several are largest. Without a softcap the backward computes no log
 
 import torch
 
+from moe_unlearn.ops.tiled.token_loss import gradients
 from moe_unlearn.ops.token_loss import _DEFAULT_ROWS, IGNORED, _counted, _logits, _tiles, _wide
 
 
@@ -37,37 +38,14 @@ def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, va
     """Compute the gradients of hidden [T, H], head [V, H] and bias [V]; empty for one that is not needed."""
     dtype = norm.dtype
     upstream = grad.to(dtype) if weights is None else grad.to(dtype) * weights.to(dtype)
-    slope = 2 * scale * upstream * (norm[0] - norm[1])
-    chunks = [
-        (rows, hidden[rows].to(dtype))
-        for rows in _counted(labels, weights, drop_zero_weights).split(chunk_rows or _DEFAULT_ROWS)
-    ]
-    sums = [torch.zeros_like(h) if needs_hidden else None for _, h in chunks]
-    grad_head = head.new_zeros(head.shape if needs_head else 0)
-    grad_bias = head.new_zeros(0) if not needs_bias else bias.new_zeros(bias.shape)
-    # the outer loop is over the vocabulary, so that each tile of the head's gradient is completed and rounded once
-    for tile in _tiles(len(chunks[0][0]), len(head), dtype):
-        w = head[tile].to(dtype)
-        grad_w, grad_b = torch.zeros_like(w) if needs_head else None, torch.zeros_like(w[:, 0])
-        for (rows, h), grad_h in zip(chunks, sums, strict=True):
-            columns = torch.arange(tile.start, tile.stop, device=labels.device)
-            dz = (columns == ref_norm[0, rows, None].long()).to(dtype) - 1 / len(head)
-            if softcap is not None:
-                z = _logits(h, w, None if bias is None else bias[tile], scale, softcap)
-                dz = dz * (1 - (z / softcap).square())
-            dz = dz * slope[rows, None]
-            if needs_hidden:
-                grad_h += dz @ w
-            if needs_head:
-                grad_w += dz.t() @ h
-            if needs_bias:
-                grad_b += dz.sum(0)
-        if needs_head:
-            grad_head[tile] = grad_w.to(head.dtype)
-        if needs_bias:
-            grad_bias[tile] = grad_b.to(bias.dtype)
-    grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else 0)
-    if needs_hidden:
-        for (rows, _), grad_h in zip(chunks, sums, strict=True):
-            grad_hidden[rows] = grad_h.to(hidden.dtype)
-    return grad_hidden, grad_head, grad_bias
+    outer = 2 * scale * upstream * (norm[0] - norm[1])
+    chunks = _counted(labels, weights, drop_zero_weights).split(chunk_rows or _DEFAULT_ROWS)
+
+    def slope(i, h, w, b, tile):
+        rows, columns = chunks[i], torch.arange(tile.start, tile.stop, device=labels.device)
+        dz = (columns == ref_norm[0, rows, None].long()).to(dtype) - 1 / len(head)
+        if softcap is not None:
+            dz = dz * (1 - (_logits(h, w, b, scale, softcap) / softcap).square())
+        return dz * outer[rows, None]
+
+    return gradients(slope, chunks, hidden, head, bias, dtype, (needs_hidden, needs_head, needs_bias))

@@ -63,29 +63,42 @@ def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, va
     upstream = grad.to(dtype) if weights is None else grad.to(dtype) * weights.to(dtype)
     if kind == "uce":
         upstream = -upstream * torch.expm1(value)
-    chunks = [
-        (rows, hidden[rows].to(dtype), None if ref_hidden is None else ref_hidden[rows].to(dtype))
-        for rows in _counted(labels, weights, drop_zero_weights).split(chunk_rows or _DEFAULT_ROWS)
-    ]
-    sums = [torch.zeros_like(h) if needs_hidden else None for _, h, _ in chunks]
+    chunks = _counted(labels, weights, drop_zero_weights).split(chunk_rows or _DEFAULT_ROWS)
+    references = [None if ref_hidden is None else ref_hidden[rows].to(dtype) for rows in chunks]
+
+    def slope(i, h, w, b, tile):
+        rows = chunks[i]
+        z, y = _logits(h, w, b, scale, softcap), labels[rows]
+        dz = (z - norm[0, rows, None]).exp() / norm[1, rows, None]
+        if kind in _WITH_TARGETS:
+            z_ref = _targets(z, references[i], head, ref_head, tile, b, scale, softcap, y, label_penalty)
+            dz = dz - (z_ref - ref_norm[0, rows, None]).exp() / ref_norm[1, rows, None]
+        else:
+            column, inside = _column(y, tile)
+            dz = dz.scatter_add(1, column, -inside.to(dtype)[:, None])
+        dz = dz * (upstream[rows] * scale)[:, None]
+        return dz if softcap is None else dz * (1 - (z / softcap).square())
+
+    return gradients(slope, chunks, hidden, head, bias, dtype, (needs_hidden, needs_head, needs_bias))
+
+
+def gradients(slope, chunks, hidden, head, bias, dtype, needed) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of hidden, head and bias; empty for one that is not `needed` (a truth for each).
+
+    slope(i, h, w, b, tile) gives the gradient of the logits of rows `chunks[i]` at the columns of a tile, from hidden
+    states h and weights w in `dtype` and the bias b.
+    """
+    needs_hidden, needs_head, needs_bias = needed
+    states = [hidden[rows].to(dtype) for rows in chunks]
+    sums = [torch.zeros_like(h) if needs_hidden else None for h in states]
     grad_head = head.new_zeros(head.shape if needs_head else 0)
     grad_bias = head.new_zeros(0) if not needs_bias else bias.new_zeros(bias.shape)
     # the outer loop is over the vocabulary, so that each tile of the head's gradient is completed and rounded once
-    for tile in _tiles(len(chunks[0][0]), len(head), dtype):
+    for tile in _tiles(len(chunks[0]), len(head), dtype):
         w, b = head[tile].to(dtype), None if bias is None else bias[tile]
         grad_w, grad_b = torch.zeros_like(w) if needs_head else None, torch.zeros_like(w[:, 0])
-        for (rows, h, h_ref), grad_h in zip(chunks, sums, strict=True):
-            z, y = _logits(h, w, b, scale, softcap), labels[rows]
-            dz = (z - norm[0, rows, None]).exp() / norm[1, rows, None]
-            if kind in _WITH_TARGETS:
-                z_ref = _targets(z, h_ref, head, ref_head, tile, b, scale, softcap, y, label_penalty)
-                dz = dz - (z_ref - ref_norm[0, rows, None]).exp() / ref_norm[1, rows, None]
-            else:
-                column, inside = _column(y, tile)
-                dz = dz.scatter_add(1, column, -inside.to(dtype)[:, None])
-            dz = dz * (upstream[rows] * scale)[:, None]
-            if softcap is not None:
-                dz = dz * (1 - (z / softcap).square())
+        for i, (h, grad_h) in enumerate(zip(states, sums, strict=True)):
+            dz = slope(i, h, w, b, tile)
             if needs_hidden:
                 grad_h += dz @ w
             if needs_head:
@@ -98,7 +111,7 @@ def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, va
             grad_bias[tile] = grad_b.to(bias.dtype)
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else 0)
     if needs_hidden:
-        for (rows, _, _), grad_h in zip(chunks, sums, strict=True):
+        for rows, grad_h in zip(chunks, sums, strict=True):
             grad_hidden[rows] = grad_h.to(hidden.dtype)
     return grad_hidden, grad_head, grad_bias
 
