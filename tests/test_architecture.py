@@ -217,8 +217,8 @@ def test_text_files_name_their_encoding():
 
 def test_docstrings_of_functions_begin_with_a_verb():
     found, wrong = 0, []
-    # a kernel's docstring is part of what the ledger knows it by, so that those of kernels change with the kernels
-    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+    folders = (PACKAGE, ROOT / "benchmarks", ROOT / "triton_kernels")
+    for path in [path for folder in folders for path in folder.rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
             if text is not None:

@@ -1,4 +1,4 @@
-"""What several kernels share: the matrix product, the bits of stochastic rounding, the running device."""
+"""Helpers of several kernels: the matrix product, rounding, mask words and strided views."""
 
 import os
 
@@ -7,15 +7,15 @@ import triton
 import triton.language as tl
 from triton.language.random import philox_impl
 
-# Triton decides when a kernel is decorated whether its interpreter runs it, and so does `dot`.
+# read once, as Triton does: it decides when a kernel is decorated whether its interpreter runs it
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def dot(a, b, accumulator):
-    """accumulator + a @ b, accumulated in float32; float32 operands are multiplied as such, never as TF32.
+    """Compute accumulator + a @ b in float32; float32 operands are multiplied as such, never as TF32.
 
-    The interpreter multiplies bfloat16 operands as raw bit patterns, so they are widened there first.
+    The interpreter multiplies bfloat16 operands as raw bit patterns, so that they are widened there first.
     """
     if INTERPRET:
         a = a.to(tl.float32)
@@ -25,9 +25,10 @@ def dot(a, b, accumulator):
 
 @triton.jit
 def random_bits(index, step, seed, parameter_id):
-    """Word 0 of Philox4x32-10, uint32: counter (index, step), key (seed, parameter_id); see `ops.bits.philox`.
+    """Compute word 0 of Philox4x32-10, uint32: counter (index, step), key (seed, parameter_id).
 
-    index: int64 tensor of flat element indices; step: int64 scalar; seed, parameter_id: their low 32 bits count.
+    See `ops.bits.philox`. index: int64 tensor of flat element indices; step: int64 scalar; of seed and parameter_id
+    the low 32 bits count.
     """
     zero = tl.zeros_like(index)
     word0, _, _, _ = philox_impl(
@@ -44,7 +45,7 @@ def random_bits(index, step, seed, parameter_id):
 
 @triton.jit
 def round_stochastic(value, random):
-    """float32 -> bfloat16, up with probability equal to the fraction cut off; NaN and infinity are kept."""
+    """Round float32 to bfloat16, up with probability equal to the fraction cut off; NaN and infinity are kept."""
     bits = value.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
     quiet = tl.where(value != value, 0x00400000, 0).to(tl.uint32)
@@ -54,8 +55,10 @@ def round_stochastic(value, random):
 
 @triton.jit
 def round_nearest(value, dtype: tl.constexpr):
-    """float32 -> `dtype`, ties to even. By bits in the interpreter, which rounds bfloat16 ties away from zero
-    and its denormals to zero."""
+    """Round float32 to `dtype`, ties to even.
+
+    The interpreter rounds bfloat16 ties away from zero and denormals to zero, so that it rounds by bits here.
+    """
     if INTERPRET and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         kept = tl.where(value != value, bits | 0x00400000, bits + 0x7FFF + ((bits >> 16) & 1))
@@ -67,7 +70,10 @@ def round_nearest(value, dtype: tl.constexpr):
 
 @triton.jit
 def widen(value):
-    """float32 of a float tile. By bits in the interpreter, which multiplies bfloat16 denormals by powers of two."""
+    """Widen a float tile to float32.
+
+    The interpreter multiplies bfloat16 denormals by powers of two, so that it widens by bits here.
+    """
     if INTERPRET and value.dtype == tl.bfloat16:
         wide = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -77,23 +83,25 @@ def widen(value):
 
 @triton.jit
 def unpack_words(words):
-    """int32 mask words [...] -> their bits as bool [..., 32]; layout in `ops.bits`."""
+    """Unpack int32 mask words [...] into bool [..., 32]; the layout is in `ops.bits`."""
     return ((tl.expand_dims(words, -1) >> tl.arange(0, 32)) & 1) != 0
 
 
 @triton.jit
 def word_elements(pointer, strides, index, row, at):
-    """Pointers [words, 32] to the elements behind the mask words `at` of rows `row` of slices `index`, all int64;
-    strides are those of `as_slices`."""
+    """Compute pointers [words, 32] to the elements of the mask words `at` of rows `row` of slices `index`.
+
+    The three are int64; the strides are those of `as_slices`.
+    """
     bit = tl.arange(0, 32).to(tl.int64)
     first = index * strides[0] + row * strides[1] + at * 32 * strides[2]
     return pointer + (first[:, None] + bit[None, :] * strides[2])
 
 
 def as_slices(tensor: torch.Tensor, sliced: bool = False) -> torch.Tensor:
-    """[slices, rows, columns] of any tensor, a view where the strides of its middle dimensions allow one.
+    """Reshape any tensor to [slices, rows, columns], as a view if the strides of its middle dimensions allow one.
 
-    One dimension is one row; two are one slice, or, if `sliced`, slices of one row.
+    A tensor of one dimension becomes one row; one of two becomes one slice or, if `sliced`, slices of one row.
     """
     tensor = torch.atleast_1d(tensor)
     if tensor.dim() == 1:

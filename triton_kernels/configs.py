@@ -1,8 +1,8 @@
-"""The only home of tile sizes: pure functions of shape, dtype and architecture.
+"""Chooses all tile sizes, by functions of shape, dtype and architecture; no other module holds any.
 
-`architecture` is the compute capability as one number: 80 (A100), 90 (H100, H200), 100 (B200). Others take the tiles of
-the nearest of these that fit (`tiles_of`). On the CPU, where kernels run in the interpreter, it is 90 unless
-MOE_UNLEARN_TRITON_ARCH says otherwise; the same variable lets a machine without a GPU compile for another one.
+`architecture` is the compute capability as one number: 80 (A100), 90 (H100, H200), 100 (B200). Other GPUs take the
+tiles of the nearest of these that fit (`tiles_of`). On the CPU, where kernels run in the interpreter, it is 90 unless
+MOE_UNLEARN_TRITON_ARCH says otherwise; the same variable lets a machine without a GPU compile for any GPU.
 """
 
 import os
@@ -16,7 +16,7 @@ MAX_SPANS = 2048
 
 
 def architecture(device: torch.device) -> int:
-    """The compute capability that kernels on `device` are compiled for."""
+    """Return the compute capability for which kernels on `device` are compiled."""
     assumed = os.environ.get("MOE_UNLEARN_TRITON_ARCH")
     if assumed:
         return int(assumed)
@@ -27,16 +27,16 @@ def architecture(device: torch.device) -> int:
 
 
 def tiles_of(arch: int) -> int:
-    """Which of ARCHITECTURES has the tiles for `arch`.
+    """Return the one of ARCHITECTURES whose tiles `arch` takes.
 
-    GeForce and workstation Blackwell (120, 121) multiply by Ampere's instructions from 99 KB of shared memory, in
-    which Hopper's tiles do not fit; nor do they on Ada and the smaller Amperes (86, 89).
+    GeForce and workstation Blackwell (120, 121) multiply by Ampere's instructions and have 99 KB of shared memory,
+    which Hopper's tiles exceed. They exceed that of Ada and the smaller Amperes (86, 89) too.
     """
     return 80 if arch >= 120 else max(known for known in ARCHITECTURES if known <= max(arch, 80))
 
 
 def num_programs(device: torch.device) -> int:
-    """How many programs a persistent kernel starts: one per multiprocessor, or a few in the interpreter."""
+    """Return the number of programs of a persistent kernel: one per multiprocessor, or a few in the interpreter."""
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -48,13 +48,15 @@ class MaskedUpdate(NamedTuple):
 
 
 def masked_update(shape: tuple[int, ...], dtype: torch.dtype, arch: int) -> MaskedUpdate:
-    """Eight elements a thread: one 16-byte access to a bfloat16 tensor, two to its float32 moments."""
+    """Choose eight elements a thread: one 16-byte access to a bfloat16 tensor, two to its float32 moments."""
     return MaskedUpdate(block_words=32, num_warps=4)
 
 
 class Route(NamedTuple):
-    """Tiles of `route`, in rows; `chunk`: blocks whose counts a scatter program holds at a time, `cells`: elements
-    of the histogram it sums at a time."""
+    """Tiles of `route`, in rows.
+
+    A scatter program holds the counts of `chunk` blocks and sums `cells` elements of the histogram at a time.
+    """
 
     tokens_per_block: int
     blocks: int
@@ -66,8 +68,8 @@ class Route(NamedTuple):
 
 
 def route(num_tokens: int, top_k: int, num_experts: int) -> Route:
-    """About one block per multiprocessor; each scatter program reads the counts of all of them."""
-    # one row per thread: the comparison of all pairs costs a thread 128 registers
+    """Choose about one block per multiprocessor; each scatter program reads the counts of all blocks."""
+    # one row per thread, since the comparison of all pairs costs a thread 128 registers
     tile = 128
     limit = 128 if num_tokens * top_k <= 2**20 else 256
     tokens_per_block = max(-(-2 * tile // top_k), -(-num_tokens // limit))
@@ -83,12 +85,15 @@ class RetainWeights(NamedTuple):
 
 
 def retain_weights() -> RetainWeights:
-    """`block`: tokens a program weighs."""
+    """Choose the block of tokens that a program weighs."""
     return RetainWeights(block=128, num_warps=4)
 
 
 class Moments(NamedTuple):
-    """`block`: tokens weighed at a time; a program of the second stage adds `sum_chunks` x `sum_block` at a time."""
+    """Tiles of the moments; `block` tokens are weighed at a time.
+
+    A program of the second stage adds `sum_chunks` x `sum_block` elements at a time.
+    """
 
     tokens_per_chunk: int
     chunks: int
@@ -99,7 +104,7 @@ class Moments(NamedTuple):
 
 
 def moments(num_tokens: int, size: int) -> Moments:
-    """About four programs per multiprocessor; `size`: S + 1. The order of the sums follows from the shape alone."""
+    """Choose about four programs per multiprocessor; `size` is S + 1. The shape alone decides the order of the sums."""
     block = 32
     tiles = -(-size // 32)
     limit = max(1, 528 // (tiles * (tiles + 1) // 2))
@@ -115,7 +120,7 @@ class WeightScore(NamedTuple):
 
 
 def weight_score(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> WeightScore:
-    """num_spans: programs that walk contiguous spans, eight to a multiprocessor so that loads overlap."""
+    """Choose `num_spans` programs that walk contiguous spans, eight to a multiprocessor so that loads overlap."""
     return WeightScore(block_words=32, num_warps=4, num_spans=min(8 * num_programs(device), MAX_SPANS))
 
 
@@ -128,7 +133,7 @@ class ScoreBins(NamedTuple):
 
 
 def score_bins(device: torch.device) -> ScoreBins | None:
-    """For 2^15 bins, 128 KB, of which a thread holds the sums of 32; None where a block may not use that much."""
+    """Choose the tiles for 2^15 bins in 128 KB, 32 sums a thread; None where a block may not use that much memory."""
     if tiles_of(architecture(device)) == 80 and architecture(device) not in (80, 87):
         return None
     return ScoreBins(block_words=128, num_warps=32, programs=num_programs(device))
@@ -148,8 +153,11 @@ class MatmulTile(NamedTuple):
 
 
 class ExpertMLP(NamedTuple):
-    """Tiles of `expert_mlp`. `gate_up` counts its columns in activations: a gated tile multiplies twice as many. The
-    epilogues of `gate_up` and of `activation`, the gradient of the activation, run on so many slices of columns."""
+    """Tiles of `expert_mlp`; `activation` is for the gradient of the activation.
+
+    `gate_up` counts its columns in activations: a gated tile multiplies twice as many. The epilogues of `gate_up` and
+    `activation` take their columns in `gate_up_slices` and `activation_slices` slices.
+    """
 
     gate_up: MatmulTile
     linear: MatmulTile
@@ -165,8 +173,11 @@ class ExpertMLP(NamedTuple):
 def expert_mlp(
     rows_per_expert: int, hidden: int, pairs: bool, dtype: torch.dtype, arch: int, aligned: bool
 ) -> ExpertMLP:
-    """pairs: gate and up alternate; aligned: descriptors can name both weights and the rows between them. On sm_90 each
-    of two warp groups then multiplies 64 x 256; the gradient of the activation needs registers for its epilogue."""
+    """Choose the tiles of `expert_mlp`.
+
+    pairs: gate and up alternate; aligned: descriptors can name both weights and the rows between them. Then each of
+    two warp groups on sm_90 multiplies 64 x 256; the gradient of the activation needs registers for its epilogue.
+    """
     arch = tiles_of(arch)
     rows = 128 if rows_per_expert > 64 else 64
 
@@ -182,14 +193,16 @@ def expert_mlp(
     else:
         gate_up, linear, activation = tile(128), tile(256), tile(128 if arch < 100 else 64)
         if not activation.descriptors:
-            registers = 192  # left alone, ptxas spills a few to fit two programs
+            registers = 192  # without a limit ptxas spills a few registers to fit two programs
     sum_columns = min(1024, 1 << (hidden - 1).bit_length())
     return ExpertMLP(gate_up, linear, activation, 2, 8 if pairs else 4, registers, 16, 256, sum_columns)
 
 
 class OuterTile(NamedTuple):
     """One tile of `expert_wgrad`: `block_m` x `block_p` of a weight gradient, `block_rows` of its rows at a time.
-    `splits`: parts that each expert's rows are cut into."""
+
+    Each expert's rows are cut into `splits` parts.
+    """
 
     block_m: int
     block_p: int
@@ -203,20 +216,27 @@ class OuterTile(NamedTuple):
 
 
 def expert_wgrad(
-    epilogue: str, shape: tuple[int, int, int], rows_per_expert: int, gathered: bool, dtype: torch.dtype, arch: int,
+    epilogue: str,
+    shape: tuple[int, int, int],
+    rows_per_expert: int,
+    gathered: bool,
+    dtype: torch.dtype,
+    arch: int,
     programs: int,
-) -> OuterTile:  # fmt: skip
-    """epilogue: "store", "pair" (two gradients), "weights" (an update of nothing else, to the nearest), "state" (an
+) -> OuterTile:
+    """Choose the tile of `expert_wgrad`.
+
+    epilogue: "store", "pair" (two gradients), "weights" (an update of weights alone, to the nearest), "state" (an
     update of weights and state, to the nearest) or "update" (any other); shape: [M_e, M, P] of a gradient; gathered:
-    whether rows of a factor are.
+    whether the rows of a factor are gathered.
 
     Only a store has registers to spare for 128 x 256, which reads least. An update with state waits for memory most of
-    the time: with 64 x 128, two programs fit on a multiprocessor, one multiplies while the other waits. Rows are split
-    where the tiles do not fill the device twice and a part still has 1024 rows on average: fewer cost less than writing
-    and reading partial sums.
+    the time: with 64 x 128 two programs fit on a multiprocessor, and one multiplies while the other waits. Rows are
+    split where the tiles do not fill the device twice and a part still has 1024 rows on average: fewer rows cost less
+    than writing and reading partial sums.
     """
     arch = tiles_of(arch)
-    stages = 5 if gathered else 3  # row numbers are loaded two stages ahead: three blocks in flight either way
+    stages = 5 if gathered else 3  # row numbers load two stages ahead, so that three blocks are in flight either way
     if dtype == torch.float32:  # multiplied by ordinary instructions: operands must fit in registers
         tile = OuterTile(64, 64, 16, 8, 1, False, 4, stages, None)
     else:
@@ -225,7 +245,7 @@ def expert_wgrad(
         tile = OuterTile(128, block_p, 64 if hopper else 32, 8, 1, hopper, 8, stages, None)
         if epilogue in ("state", "update") or epilogue == "pair" and not hopper:
             tile = tile._replace(block_m=64)
-        if epilogue == "state" and arch == 90:  # what two programs can have; Triton 3.6 takes a few more if allowed
+        if epilogue == "state" and arch == 90:  # the limit for two programs, which Triton 3.6 exceeds if it may
             tile = tile._replace(max_registers=128)
     tiles = shape[0] * -(-shape[1] // tile.block_m) * -(-shape[2] // tile.block_p)
     splits = min(2 * programs // max(tiles, 1), rows_per_expert // 1024, 8)
@@ -233,14 +253,16 @@ def expert_wgrad(
 
 
 def expert_wgrad_sum() -> tuple[int, int]:
-    """(rows of 32 columns, num_warps) of a program that adds up parts: 16 elements a thread."""
+    """Choose (rows of 32 columns, num_warps) of a program that adds up parts: 16 elements a thread."""
     return 64, 4
 
 
 class TokenLoss(NamedTuple):
-    """Tiles of `token_loss`: of the logits, and of the gradients of hidden states and head. `tiles_per_split`: tiles of
-    logits that a program of the forward folds; `chunk`: columns of dl/dz that exist at a time; the gradient of the
-    hidden states is cut into `split_tiles` tiles at least, but no chunk into more than `splits`."""
+    """Tiles of `token_loss`: of the logits, and of the gradients of hidden states and head.
+
+    A program of the forward folds `tiles_per_split` tiles of logits; `chunk` columns of dl/dz exist at a time; the
+    gradient of the hidden states is cut into at least `split_tiles` tiles, but no chunk into more than `splits`.
+    """
 
     logits: MatmulTile
     grad_hidden: MatmulTile
@@ -256,9 +278,12 @@ class TokenLoss(NamedTuple):
 def token_loss(
     num_rows: int, vocabulary: int, dtype: torch.dtype, arch: int, two_logits: bool, long_epilogue: bool, aligned: bool
 ) -> TokenLoss:
-    """two_logits: kl, whose tiles hold the logits of the reference too; long_epilogue: a soft cap or a bias; aligned: a
-    descriptor can name the head. A row of dl/dz takes 32 KB, less beyond 16,384 rows: at most half a gigabyte then. A
-    chunk of 16,384 columns spends 2 % of its time on the sums it adds to."""
+    """Choose the tiles of `token_loss`.
+
+    two_logits: kl, whose tiles hold the logits of the reference too; long_epilogue: a soft cap or a bias; aligned: a
+    descriptor can name the head. A row of dl/dz takes 32 KB, or less beyond 16,384 rows, so that dl/dz takes at most
+    half a gigabyte. A chunk of 16,384 columns spends 2 % of its time on reading and writing the sums it adds to.
+    """
     arch = tiles_of(arch)
     rows = 128 if num_rows > 64 else 64
 
@@ -271,21 +296,21 @@ def token_loss(
         grad_hidden = grad_head = MatmulTile(64, 64, 16, 8, False, False, 4, 3)
         logits = grad_hidden._replace(num_warps=4 if two_logits else 8)
     else:
-        # tanh, sums over rows or a second tile of logits leave registers for half the columns
+        # tanh, sums over rows or a second tile of logits leave registers for only half the columns
         logits = tile(128 if two_logits or long_epilogue else 256, arch >= 90 and aligned)
         grad_hidden, grad_head = tile(256, arch >= 90 and aligned), tile(256, arch >= 90)
     row_tiles, column_tiles = -(-num_rows // logits.rows), -(-vocabulary // logits.columns)
-    # many more programs than multiprocessors: some rows do not count, and theirs have nothing to do
+    # many more programs than multiprocessors, since the programs of rows that do not count have nothing to do
     tiles_per_split = max(1, row_tiles * column_tiles // 8192)
     chunk = min(2**15 // dtype.itemsize, max(2**29 // (dtype.itemsize * num_rows), 1024))
-    # kernels are compiled for each chunk and number of splits: five of them are enough for any number of rows
+    # a power of two, since kernels are compiled for each chunk and number of splits: five serve any number of rows
     chunk = 1 << (chunk.bit_length() - 1)
     chunk = -(-min(chunk, vocabulary) // logits.columns) * logits.columns
     return TokenLoss(logits, grad_hidden, grad_head, tiles_per_split, chunk, 256, max(chunk // 1024, 1), 32, 32)
 
 
 class Gram(NamedTuple):
-    """`programs` of `gram` at most, each a block of mask words at a time; `sum_block`: programs summed at a time."""
+    """Tiles of `gram`: at most `programs`, each a block of mask words at a time; `sum_block` are summed at a time."""
 
     programs: int
     block_words: int
@@ -294,7 +319,7 @@ class Gram(NamedTuple):
 
 
 def gram() -> Gram:
-    """Four elements of each set a thread: four sets make ten float64 sums of products, 80 registers of a thread."""
+    """Choose four elements of each set a thread: the ten float64 sums of products of four sets take 80 registers."""
     return Gram(1024, 16, 4, 1024)
 
 
@@ -307,6 +332,8 @@ class GramFactors(NamedTuple):
 
 
 def gram_factors(sets: int) -> GramFactors:
-    """Experts have few rows: blocks of 32 waste little, and a float64 tile of 32 x 32 for each pair of sets takes 16
-    registers."""
+    """Choose blocks of 32 rows, which waste little on experts with few rows.
+
+    A float64 tile of 32 x 32 for each pair of sets takes 16 registers.
+    """
     return GramFactors(32, 32, 4, 3, 1024)

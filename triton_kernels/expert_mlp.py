@@ -1,4 +1,4 @@
-"""expert_mlp: the expert layer and its gradient as grouped products with everything else in their epilogues.
+"""expert_mlp: computes the expert layer as grouped products, with everything else in their epilogues.
 
 Forward, 3 launches:
 
@@ -8,9 +8,9 @@ Forward, 3 launches:
 
 The backward pass is in `expert_mlp_backward`.
 
-Tiles are found on the device, see `grouped_matmul`; rows behind the last expert come out as zero, so slots need no
-other initialisation. Deterministic: each output has one writer and sums run in a fixed order. The activation is
-computed in float32 from z as it is stored, so forward and backward see one function.
+Programs find their tiles on the device, see `grouped_matmul`; rows behind the last expert come out as zero, so that
+slots need no other initialisation. The results are deterministic: each output has one writer and sums run in a fixed
+order. The activation is computed in float32 from the stored z, so that forward and backward use one function.
 
 Workspace, b bytes per element: N * (I + H) * b (a, slots).
 """
@@ -38,11 +38,23 @@ from moe_unlearn.triton_kernels.grouped_matmul import (
 
 
 def expert_mlp(
-    x: Tensor, weights: Tensor, sorted_rows: Tensor, expert_offsets: Tensor, gate_up_proj: Tensor, down_proj: Tensor,
-    gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, alpha: float, limit: float, shift: float,
-    transposed: bool, interleaved: bool, gated: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(output [T, H], z [N, 2I]) in the dtype of x; arguments as `ops.expert_mlp` has them, any strides."""
+    x: Tensor,
+    weights: Tensor,
+    sorted_rows: Tensor,
+    expert_offsets: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    shift: float,
+    transposed: bool,
+    interleaved: bool,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute (output [T, H], z [N, 2I]) in the dtype of x; arguments as in `ops.expert_mlp`, any strides."""
     if not transposed:
         gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
     (num_experts, hidden, wide), inner = gate_up_proj.shape, down_proj.shape[1]
@@ -66,18 +78,37 @@ def expert_mlp(
 
 
 def linear_to_tokens(
-    left: Tensor, rows: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor | None, weights: Tensor | None, top_k: int,
+    left: Tensor,
+    rows: tuple[Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    top_k: int,
     tiles: configs.ExpertMLP,
-) -> Tensor:  # fmt: skip
-    """[T, columns]: over k, the sum of weights[t, k] * (left weight[e] + bias[e]), weight [E, depth, columns]."""
+) -> Tensor:
+    """Compute the sum over k of weights[t, k] * (left weight[e] + bias[e]), [T, columns].
+
+    weight is [E, depth, columns].
+    """
     (num_rows, depth), (num_experts, _, columns), tile = left.shape, weight.shape, tiles.linear
     slots = left.new_empty(num_rows, columns)
     argument = weight_argument(weight, tile.columns, tile)
     _linear_kernel[grid(num_rows, num_experts, columns, tile, left.device)](
-        rows_argument(left, tile), *rows, argument.source, contiguous(bias), contiguous(weights), slots, num_rows,
-        *argument.strides, COLUMNS=columns, DEPTH=depth, NUM_EXPERTS=num_experts, ACCESS=argument.access,
-        DESCRIPTOR=tile.descriptors, **blocks(tile),
-    )  # fmt: skip
+        rows_argument(left, tile),
+        *rows,
+        argument.source,
+        contiguous(bias),
+        contiguous(weights),
+        slots,
+        num_rows,
+        *argument.strides,
+        COLUMNS=columns,
+        DEPTH=depth,
+        NUM_EXPERTS=num_experts,
+        ACCESS=argument.access,
+        DESCRIPTOR=tile.descriptors,
+        **blocks(tile),
+    )
     out = left.new_empty(num_rows // top_k, columns)
     _sum_kernel[len(out), triton.cdiv(columns, tiles.sum_columns)](
         slots, out, COLUMNS=columns, TOP_K=top_k, BLOCK=tiles.sum_columns, num_warps=4
@@ -98,9 +129,13 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def blocks(tile: configs.MatmulTile) -> dict[str, int]:
     return {
-        "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth, "GROUP": tile.group,
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-    }  # fmt: skip
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_COLUMNS": tile.columns,
+        "BLOCK_DEPTH": tile.depth,
+        "GROUP": tile.group,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -112,7 +147,7 @@ def _gate_up_kernel(
     ACCESS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
     GROUP: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [BLOCK_ROWS, BLOCK_COLUMNS] of the activation, and of z the same columns of both halves."""
+    """Compute tiles [BLOCK_ROWS, BLOCK_COLUMNS] of the activation, and the same columns of both halves of z."""
     COLUMN_TILES: tl.constexpr = (INNER + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     BOTH: tl.constexpr = 2 if GATED and INTERLEAVED else 1
     ends = tile_ends(expert_offsets, num_rows, NUM_EXPERTS, BLOCK_ROWS)
@@ -149,7 +184,7 @@ def _store_activation(
     INNER: tl.constexpr, NUM_EXPERTS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Columns [start, start + COLUMNS) of a and theirs of z. Interleaved, `gate` holds gate and up, in pairs."""
+    """Store columns [start, start + COLUMNS) of a and those of z; if INTERLEAVED, `gate` holds gate and up in pairs."""
     WIDE: tl.constexpr = 2 * INNER if GATED else INNER
     dtype: tl.constexpr = z.dtype.element_ty
     here = row[:, None] < stop
@@ -185,7 +220,10 @@ def _linear_kernel(
     DESCRIPTOR: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """slots[sorted_rows[j]] = row_weights * (left[j] weight[e]^T + bias[e]); both factors may be absent."""
+    """Compute slots[sorted_rows[j]] = row_weights * (left[j] weight[e]^T + bias[e]).
+
+    row_weights and bias may be absent.
+    """
     COLUMN_TILES: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     ends = tile_ends(expert_offsets, num_rows, NUM_EXPERTS, BLOCK_ROWS)
     for tile in range(tl.program_id(0), tl.max(ends, 0) * COLUMN_TILES, tl.num_programs(0)):
@@ -207,7 +245,7 @@ def _linear_kernel(
             total += bias_of(bias, expert, column, COLUMNS, NUM_EXPERTS)
         slot = tl.load(sorted_rows + row, mask=row < stop, other=0).to(tl.int64)
         if row_weights is not None:
-            # rows behind the last expert stay zero whatever their weight holds
+            # rows behind the last expert must stay zero whatever their weight holds
             counted = row < tl.where(expert < NUM_EXPERTS, stop, 0)
             total *= tl.load(row_weights + slot, mask=counted, other=0.0).to(tl.float32)[:, None]
         mask = (row[:, None] < stop) & (column[None, :] < COLUMNS)
@@ -217,7 +255,7 @@ def _linear_kernel(
 
 @triton.jit
 def _sum_kernel(slots, out, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """out[t] = slots[t * K] + ... + slots[t * K + K - 1], added in float32 in this order."""
+    """Compute out[t] = slots[t * K] + ... + slots[t * K + K - 1], added in float32 in this order."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -229,6 +267,6 @@ def _sum_kernel(slots, out, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: t
 
 @triton.jit
 def bias_of(bias, expert, column, COLUMNS: tl.constexpr, NUM_EXPERTS: tl.constexpr):
-    """bias[expert], a row of COLUMNS, at `column`: float32 [1, columns]; zero for the segment of no expert."""
+    """Load bias[expert], a row of COLUMNS, at `column`: float32 [1, columns]; zero for the segment of no expert."""
     mask = column < tl.where(expert < NUM_EXPERTS, COLUMNS, 0)
     return tl.load(bias + expert.to(tl.int64) * COLUMNS + column, mask=mask, other=0.0).to(tl.float32)[None, :]

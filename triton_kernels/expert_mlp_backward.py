@@ -1,14 +1,15 @@
-"""expert_mlp, backward: dgrad, and what the weight gradients are made of; at most 4 launches, of which only what is
-needed runs:
+"""expert_mlp, backward: computes dgrad and the factors of the weight gradients.
+
+It takes at most 4 launches; only those that are needed run:
 
     _activation_gradient_kernel   da = d_out[token] down_proj[e]; from z: dz, w a, sum_i da a per column tile, and
                                   the largest |dz| and |w a| of each tile
     _weights_gradient_kernel      d_w[n]: the partial sums in order, and <d_out[token], down_bias[e]>
     _linear_kernel, _sum_kernel   slots[n] = dz gate_up_proj[e], d_x[t] = sum_k slots[t * K + k]
 
-Tiles, slots and rounding are those of the forward pass, see `expert_mlp`; deterministic as it is.
+Tiles, slots and rounding are those of the forward pass, see `expert_mlp`; the results are deterministic too.
 
-Workspace, b bytes per element: N * H * b (slots), N * 2I * b (dz) where the caller does not want it,
+Workspace, b bytes per element: N * H * b (slots), N * 2I * b (dz, if the caller does not want it),
 4 * N * ceil(I / tile) (partial sums), 8 bytes per tile (largest values).
 """
 
@@ -38,8 +39,10 @@ def expert_mlp_backward(
     down_proj: Tensor, down_bias: Tensor | None, z: Tensor, activation: str, alpha: float, limit: float, shift: float,
     transposed: bool, interleaved: bool, gated: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(d_x [T, H], d_weights [T, K], dz [N, 2I], scaled [N, I], largest [2]), as `ops.expert_mlp` has them; what
-    `needs` does not ask for has no rows."""
+    """Compute (d_x [T, H], d_weights [T, K], dz [N, 2I], scaled [N, I], largest [2]), as in `ops.expert_mlp`.
+
+    Results that `needs` does not ask for have no rows.
+    """
     need_x, need_weights, need_z, need_scaled, need_largest = needs
     if transposed:
         gate_up_proj, down_proj = gate_up_proj.transpose(1, 2), down_proj.transpose(1, 2)
@@ -56,7 +59,7 @@ def expert_mlp_backward(
     parts = triton.cdiv(inner, tile.columns)
     partial = z.new_empty(parts * need_weights, num_rows, dtype=torch.float32)
     row_tiles = most_row_tiles(num_rows, num_experts, tile.rows)
-    # bits of float32; not every tile needs to be there
+    # bits of float32; zeros, since a tile of this upper bound may not exist
     largest = z.new_zeros(2, row_tiles * parts * need_largest, dtype=torch.int32)
     _activation_gradient_kernel[grid(num_rows, num_experts, inner, tile, x.device)](
         grad_out, *rows, weight.source, weights.contiguous(), z.contiguous(),
@@ -69,10 +72,21 @@ def expert_mlp_backward(
     )  # fmt: skip
     if need_weights:
         _weights_gradient_kernel[(most_row_tiles(num_rows, num_experts, tiles.weights_rows),)](
-            partial, grad_out, *rows, contiguous(down_bias), d_weights, num_rows, *grad_out.stride(),
-            HIDDEN=hidden, PARTS=parts, NUM_EXPERTS=num_experts, TOP_K=top_k, BLOCK_ROWS=tiles.weights_rows,
-            BLOCK_HIDDEN=tiles.weights_hidden, num_warps=4,
-        )  # fmt: skip
+            partial,
+            grad_out,
+            *rows,
+            contiguous(down_bias),
+            d_weights,
+            num_rows,
+            *grad_out.stride(),
+            HIDDEN=hidden,
+            PARTS=parts,
+            NUM_EXPERTS=num_experts,
+            TOP_K=top_k,
+            BLOCK_ROWS=tiles.weights_rows,
+            BLOCK_HIDDEN=tiles.weights_hidden,
+            num_warps=4,
+        )
     if need_x:
         d_x = linear_to_tokens(dz, rows, gate_up_proj, None, None, top_k, tiles)
     largest = largest.amax(1).view(torch.float32) if need_largest else x.new_empty(0, dtype=torch.float32)
@@ -88,8 +102,10 @@ def _activation_gradient_kernel(
     ACCESS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
     GROUP: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """dz, scaled = w a, partial[column tile, j] = sum_i da[j, i] a[j, i] and, of each tile, the bits of the largest
-    |dz| and |scaled|; each may be absent."""
+    """Compute dz, scaled = w a, partial[column tile, j] = sum_i da[j, i] a[j, i] and the largest values of each tile.
+
+    The largest |dz| and |scaled| are stored as bits. Each output may be absent.
+    """
     COLUMN_TILES: tl.constexpr = (INNER + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     ends = tile_ends(expert_offsets, num_rows, NUM_EXPERTS, BLOCK_ROWS)
     for tile in range(tl.program_id(0), tl.max(ends, 0) * COLUMN_TILES, tl.num_programs(0)):
@@ -107,7 +123,7 @@ def _activation_gradient_kernel(
             )  # fmt: skip
         else:
             da = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        # rows behind the last expert: z and weights are read as zero, whatever they hold
+        # z and weights of rows behind the last expert are read as zero, whatever they hold
         used = tl.where(expert < NUM_EXPERTS, stop, 0)
         weights = tl.load(row_weights + slot, mask=row < used, other=0.0).to(tl.float32)
         parts = column_slices(da, SLICES)
@@ -134,8 +150,10 @@ def _store_gradient(
     alpha, limit, shift, INNER: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr,
     CLAMPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Columns [start, start + COLUMNS) of scaled and theirs of dz; returns, of each row, the sum of da a and the
-    bits of the largest |dz| and |scaled| with those of these columns."""
+    """Store columns [start, start + COLUMNS) of scaled and those of dz, and update the totals of each row.
+
+    The totals are the sum of da a and the bits of the largest |dz| and |scaled|.
+    """
     WIDE: tl.constexpr = 2 * INNER if GATED else INNER
     dtype: tl.constexpr = z.dtype.element_ty
     column = start + tl.arange(0, COLUMNS)
@@ -184,18 +202,30 @@ def _store_gradient(
 
 @triton.jit
 def _larger(bits, values, known):
-    """The bits of the largest |value| of each row, or those that are known already; as integers NaN is the largest."""
+    """Return the larger, for each row, of `bits` and those of the largest |value|; as integers NaN is the largest."""
     own = widen(values).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.maximum(bits, tl.max(tl.where(known, own, 0), 1))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _weights_gradient_kernel(
-    partial, grad_out, sorted_rows, expert_offsets, bias, d_weights, num_rows, grad_row, grad_depth,
-    HIDDEN: tl.constexpr, PARTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
-):  # fmt: skip
-    """d_weights[sorted_rows[j]] = sum over the column tiles of partial[:, j] + <grad_out[token], bias[e]>."""
+    partial,
+    grad_out,
+    sorted_rows,
+    expert_offsets,
+    bias,
+    d_weights,
+    num_rows,
+    grad_row,
+    grad_depth,
+    HIDDEN: tl.constexpr,
+    PARTS: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """Compute d_weights[sorted_rows[j]] = sum over the column tiles of partial[:, j] + <grad_out[token], bias[e]>."""
     ends = tile_ends(expert_offsets, num_rows, NUM_EXPERTS, BLOCK_ROWS)
     tile = tl.program_id(0)
     if tile >= tl.max(ends, 0):

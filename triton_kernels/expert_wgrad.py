@@ -1,4 +1,4 @@
-"""expert_wgrad: grouped weight gradients and their epilogues; formulas and layouts in `ops.expert_wgrad`.
+"""expert_wgrad: computes grouped weight gradients and their epilogues; formulas and layouts are in `ops.expert_wgrad`.
 
     expert_wgrad, accumulate_   1 launch; 2 where an expert's rows are split
     sgd_, adamw_                1 launch (`expert_wgrad_update`)
@@ -6,16 +6,16 @@
     inner                       1 launch per pair of gradients, and 1 that adds up
 
 All share one main loop (`grouped_outer`): a program computes a tile of dW of one listed expert in float32 registers,
-and what happens to it there is the epilogue. Experts without rows run the loop zero times, so their tiles are exact
-zeros. A tile whose mask bits are all zero multiplies nothing. Each tile is a program of its own, not a turn of a
-persistent one: how long a tile takes follows the routing, so the device hands out programs as it becomes free, and
-nothing hoisted out of a loop over tiles takes registers from the accumulator.
+and the epilogue uses it there. Experts without rows run the loop zero times, so that their tiles are exact zeros. A
+tile whose mask bits are all zero multiplies nothing. Each tile is a program of its own and not a turn of a persistent
+one: the time of a tile depends on the routing, so that the device starts programs as it becomes free, and nothing
+hoisted out of a loop over tiles takes registers from the accumulator.
 
-Each element belongs to one program and its sum runs over the rows in order: the same bits for any order of programs, no
-atomics. Where few tiles meet many rows, each expert's rows are cut into `splits` parts, whose float32 tiles go to a
-workspace of splits x 4 bytes an element; a second launch adds them in order. For `score` and `inner` a program
-holds the tiles of two gradients. `inner` writes the three float64 products of each pair of tiles, 24 bytes a tile, and
-a last launch adds those of each expert in a fixed order; no gradient reaches memory.
+Each element belongs to one program and its sum runs over the rows in order, without atomics: the bits are the same for
+any order of programs. Where there are few tiles and many rows, each expert's rows are cut into `splits` parts, whose
+float32 tiles go to a workspace of splits x 4 bytes an element; a second launch adds them in order. For `score` and
+`inner` a program holds the tiles of two gradients. `inner` writes the three float64 products of each pair of tiles, 24
+bytes a tile, and a last launch adds those of each expert in a fixed order; no gradient reaches memory.
 """
 
 import torch
@@ -49,11 +49,20 @@ _SUM_BLOCK = 256
 
 @triton.jit
 def _write(
-    out, out_strides, mask, mask_strides, tile, index, m, p,
-    M: tl.constexpr, P: tl.constexpr, ACCUMULATE: tl.constexpr,
-):  # fmt: skip
-    """out[index] at (m, p) <- the tile, zero where the mask bit is; or add it there."""
-    # what is only stored needs few registers
+    out,
+    out_strides,
+    mask,
+    mask_strides,
+    tile,
+    index,
+    m,
+    p,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """Store the tile to out[index] at (m, p), zero where the mask bit is 0, or add it to what stands there."""
+    # a plain store needs few registers and no halves
     if tile.shape[1] > 32 and (ACCUMULATE or mask is not None):
         tile, right = halves(tile)
         _write(out, out_strides, mask, mask_strides, tile, index, m, p, M, P, ACCUMULATE)
@@ -76,7 +85,7 @@ def _store_kernel(
     BLOCK_P: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
     BOUNDS_STEP: tl.constexpr,
 ):  # fmt: skip
-    """With SPLITS > 1 out is the workspace [SPLITS * num_listed, M, P]: part s of matrix i at s * num_listed + i."""
+    """Store one tile of dW; with SPLITS > 1 part s of matrix i goes to out[s * num_listed + i], the workspace."""
     matrix, m, p = find_tile(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, GROUP)
     index = matrix // SPLITS
     start, stop = load_bounds(bounds, listed(experts, index), BOUNDS_STEP)
@@ -98,10 +107,20 @@ def _store_kernel(
 
 @triton.jit
 def _sum_parts_kernel(
-    out, out_strides, parts, parts_strides, mask, mask_strides, num_listed,
-    M: tl.constexpr, P: tl.constexpr, ACCUMULATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+    out,
+    out_strides,
+    parts,
+    parts_strides,
+    mask,
+    mask_strides,
+    num_listed,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
-):  # fmt: skip
+):
     index, m, p = find_tile(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, 1)
     total = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     for part in range(SPLITS):
@@ -112,9 +131,20 @@ def _sum_parts_kernel(
 
 @triton.jit
 def _score(
-    out, weight, out_strides, weight_strides, forget, retain, index, expert, m, p, gamma, M: tl.constexpr,
+    out,
+    weight,
+    out_strides,
+    weight_strides,
+    forget,
+    retain,
+    index,
+    expert,
+    m,
+    p,
+    gamma,
+    M: tl.constexpr,
     P: tl.constexpr,
-):  # fmt: skip
+):
     if forget.shape[1] > 32:
         forget, right_forget = halves(forget)
         retain, right_retain = halves(retain)
@@ -156,7 +186,7 @@ def _score_kernel(
 
 @triton.jit
 def _products(mask, mask_strides, a, b, index, m, p, M: tl.constexpr, P: tl.constexpr):
-    """Sums of a * a, a * b and b * b over the kept elements, float64."""
+    """Add up a * a, a * b and b * b over the kept elements, float64."""
     if a.shape[1] > 32:
         left_a, right_a = halves(a)
         left_b, right_b = halves(b)
@@ -165,7 +195,7 @@ def _products(mask, mask_strides, a, b, index, m, p, M: tl.constexpr, P: tl.cons
         more_aa, more_ab, more_bb = _products(mask, mask_strides, right_a, right_b, index, m, p, M, P)
         return aa + more_aa, ab + more_ab, bb + more_bb
     else:
-        # elements outside of the matrix are zero already: the factors were loaded as zeros there
+        # elements outside of the matrix are zero already, since the factors were loaded as zeros there
         if mask is not None:
             bits = unpack_column(load_words(mask, mask_strides, index, m, p, M, P, a.shape[0], 1))
             a, b = tl.where(bits, a, 0.0), tl.where(bits, b, 0.0)
@@ -183,7 +213,7 @@ def _inner_kernel(
     BLOCK_P: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr, BY_DESCRIPTOR_A: tl.constexpr,
     BOUNDS_STEP_A: tl.constexpr, BY_DESCRIPTOR_B: tl.constexpr, BOUNDS_STEP_B: tl.constexpr,
 ):  # fmt: skip
-    """partials [num_listed * tiles, 3] <- <a, a>, <a, b>, <b, b> of each tile; SINGLE: there is only a."""
+    """Compute partials [num_listed * tiles, 3], <a, a>, <a, b>, <b, b> of each tile; SINGLE: there is only a."""
     index, m, p = find_tile(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, GROUP)
     expert = listed(experts, index)
     start_a, stop_a = load_bounds(bounds_a, expert, BOUNDS_STEP_A)
@@ -209,14 +239,16 @@ def _inner_kernel(
 
 @triton.jit
 def _sum_products_kernel(out, partials, num_listed, tiles, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """out [num_listed, COUNT, COUNT] <- partials [pairs, num_listed, tiles, 3] summed over the tiles, one program an
-    element; the pairs are (0, 0) of a single gradient, or (i, j) with i < j in order."""
+    """Add up partials [pairs, num_listed, tiles, 3] over the tiles, to out [num_listed, COUNT, COUNT].
+
+    Each element has one program; the pairs are (0, 0) for a single gradient, else (i, j) with i < j in order.
+    """
     index = tl.program_id(0) // (COUNT * COUNT)
     row, column = tl.program_id(0) // COUNT % COUNT, tl.program_id(0) % COUNT
     i, j = tl.minimum(row, column), tl.maximum(row, column)
     which, pair = (i != j).to(tl.int32), i
     if COUNT > 1:
-        # the norm of the last gradient stands beside that of the one before, the others in the pair that follows
+        # <i, i> is the first number of pair (i, i + 1); the last gradient's is the third of the last pair
         last = (i == j) & (i == COUNT - 1)
         which += 2 * last.to(tl.int32)
         i -= last.to(tl.int32)
@@ -232,7 +264,7 @@ def _sum_products_kernel(out, partials, num_listed, tiles, COUNT: tl.constexpr, 
 def expert_wgrad(
     grad, input, expert_offsets, grad_rows=None, input_rows=None, experts=None, mask=None, out_dtype=None
 ) -> torch.Tensor:
-    """dW [M_e, M, P] of the listed experts; arguments as in `ops.expert_wgrad.expert_wgrad_ref`."""
+    """Compute dW [M_e, M, P] of the listed experts; arguments as in `ops.expert_wgrad.expert_wgrad_ref`."""
     factors = (grad, input, expert_offsets, grad_rows, input_rows)
     shape, tile = tile_for("store", factors, experts)
     out = torch.empty(shape, dtype=grad.dtype if out_dtype is None else out_dtype, device=grad.device)
@@ -241,7 +273,7 @@ def expert_wgrad(
 
 
 def accumulate_(out, grad, input, expert_offsets, grad_rows, input_rows, experts, mask) -> None:
-    """out [M_e, M, P] += dW, in place and rounded once."""
+    """Add dW to out [M_e, M, P], in place and rounded once."""
     factors = (grad, input, expert_offsets, grad_rows, input_rows)
     _, tile = tile_for("store", factors, experts)
     _store(out, factors, experts, mask, tile, True)
@@ -257,23 +289,54 @@ def _store(out: torch.Tensor, factors, experts, mask, tile: OuterTile, accumulat
     words = (mask, None if mask is None else mask.stride())
     experts = None if experts is None else experts.contiguous()
     _store_kernel[(num_tiles(shape, tile) * tile.splits,)](
-        target, target.stride(), *side[:6], experts, *words, shape[0], ACCUMULATE=accumulate, SPLITS=tile.splits,
-        BY_DESCRIPTOR=side.by_descriptor, BOUNDS_STEP=side.bounds_step, **tile_options(shape, tile),
-    )  # fmt: skip
+        target,
+        target.stride(),
+        *side[:6],
+        experts,
+        *words,
+        shape[0],
+        ACCUMULATE=accumulate,
+        SPLITS=tile.splits,
+        BY_DESCRIPTOR=side.by_descriptor,
+        BOUNDS_STEP=side.bounds_step,
+        **tile_options(shape, tile),
+    )
     if tile.splits > 1:
-        # as many rows of one mask word each
+        # tiles of one mask word a row
         rows, num_warps = configs.expert_wgrad_sum()
         _sum_parts_kernel[(shape[0] * triton.cdiv(shape[1], rows) * triton.cdiv(shape[2], 32),)](
-            out, strides, target, target.stride(), *words, shape[0], shape[1], shape[2], ACCUMULATE=accumulate,
-            SPLITS=tile.splits, BLOCK_M=rows, BLOCK_P=32, num_warps=num_warps,
-        )  # fmt: skip
+            out,
+            strides,
+            target,
+            target.stride(),
+            *words,
+            shape[0],
+            shape[1],
+            shape[2],
+            ACCUMULATE=accumulate,
+            SPLITS=tile.splits,
+            BLOCK_M=rows,
+            BLOCK_P=32,
+            num_warps=num_warps,
+        )
 
 
 def score(
-    weight, grad_f, input_f, expert_offsets_f, grad_rows_f, input_rows_f, grad_r, input_r, expert_offsets_r,
-    grad_rows_r, input_rows_r, experts, gamma,
-) -> torch.Tensor:  # fmt: skip
-    """WAGLE's score [M_e, M, P] float32 of weight[experts]; no gradient is stored."""
+    weight,
+    grad_f,
+    input_f,
+    expert_offsets_f,
+    grad_rows_f,
+    input_rows_f,
+    grad_r,
+    input_r,
+    expert_offsets_r,
+    grad_rows_r,
+    input_rows_r,
+    experts,
+    gamma,
+) -> torch.Tensor:
+    """Compute WAGLE's score [M_e, M, P] float32 of weight[experts]; no gradient is stored."""
     forget = (grad_f, input_f, expert_offsets_f, grad_rows_f, input_rows_f)
     retain = (grad_r, input_r, expert_offsets_r, grad_rows_r, input_rows_r)
     shape, tile = tile_for("pair", forget, experts)
@@ -282,15 +345,26 @@ def score(
         return out
     f, r = factor_arguments(*forget, tile), factor_arguments(*retain, tile)
     _score_kernel[(num_tiles(shape, tile),)](
-        out, weight, out.stride(), weight.stride(), *f[:6], *r[:6], None if experts is None else experts.contiguous(),
-        gamma, shape[0], BY_DESCRIPTOR_F=f.by_descriptor, BOUNDS_STEP_F=f.bounds_step,
-        BY_DESCRIPTOR_R=r.by_descriptor, BOUNDS_STEP_R=r.bounds_step, **tile_options(shape, tile),
-    )  # fmt: skip
+        out,
+        weight,
+        out.stride(),
+        weight.stride(),
+        *f[:6],
+        *r[:6],
+        None if experts is None else experts.contiguous(),
+        gamma,
+        shape[0],
+        BY_DESCRIPTOR_F=f.by_descriptor,
+        BOUNDS_STEP_F=f.bounds_step,
+        BY_DESCRIPTOR_R=r.by_descriptor,
+        BOUNDS_STEP_R=r.bounds_step,
+        **tile_options(shape, tile),
+    )
     return out
 
 
 def inner(grads, inputs, expert_offsets, grad_rows, input_rows, experts, mask) -> torch.Tensor:
-    """Gram matrices [M_e, m, m] float64 of m masked gradients; no gradient is stored."""
+    """Compute the Gram matrices [M_e, m, m] float64 of m masked gradients; no gradient is stored."""
     gradients = list(zip(grads, inputs, expert_offsets, grad_rows, input_rows, strict=True))
     count = len(gradients)
     shape, tile = tile_for("pair", gradients[0], experts)
@@ -306,9 +380,19 @@ def inner(grads, inputs, expert_offsets, grad_rows, input_rows, experts, mask) -
         for partial, (i, j) in zip(partials, pairs, strict=True):
             a, b = sides[i], sides[j]
             _inner_kernel[(num_tiles(shape, tile),)](
-                partial, mask, None if mask is None else mask.stride(), *a[:6], *b[:6], experts, shape[0],
-                SINGLE=i == j, BY_DESCRIPTOR_A=a.by_descriptor, BOUNDS_STEP_A=a.bounds_step,
-                BY_DESCRIPTOR_B=b.by_descriptor, BOUNDS_STEP_B=b.bounds_step, **tile_options(shape, tile),
-            )  # fmt: skip
+                partial,
+                mask,
+                None if mask is None else mask.stride(),
+                *a[:6],
+                *b[:6],
+                experts,
+                shape[0],
+                SINGLE=i == j,
+                BY_DESCRIPTOR_A=a.by_descriptor,
+                BOUNDS_STEP_A=a.bounds_step,
+                BY_DESCRIPTOR_B=b.by_descriptor,
+                BOUNDS_STEP_B=b.bounds_step,
+                **tile_options(shape, tile),
+            )
     _sum_products_kernel[(out.numel(),)](out, partials, shape[0], tiles, COUNT=count, BLOCK=_SUM_BLOCK, num_warps=4)
     return out

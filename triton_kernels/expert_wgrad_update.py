@@ -1,11 +1,12 @@
-"""expert_wgrad_sgd_ and expert_wgrad_adamw_: the masked update of `masked_update` on weight gradients in registers.
+"""expert_wgrad_sgd_ and expert_wgrad_adamw_: apply the rules of `masked_update` to weight gradients in registers.
 
-One launch, no workspace, no atomics; every element belongs to one program. The float32 tile of dW comes from the main
-loop of `grouped_outer`, and the rules from `masked_update`, bit for bit. The epilogue takes the tile in slices of
-columns: the accumulator and the state of all of it would not fit in registers. Accesses are predicated by whole mask
-words; inside a word the old bits are selected and stored again. A tile without a mask bit is neither computed nor read.
+There is one launch, no workspace and no atomics; every element belongs to one program. The float32 tile of dW comes
+from the main loop of `grouped_outer`, and the rules from `masked_update`, bit for bit. The epilogue takes the tile in
+slices of columns, since the accumulator and the whole tile's state would not fit in registers. Accesses are predicated
+by whole mask words; inside a word the old bits are selected and stored again. A tile without a mask bit is neither
+computed nor read.
 
-Experts that are listed but have no rows take their step with a gradient of exactly zero, decay and momentum included.
+Listed experts without rows take their step with a gradient of exactly zero, decay and momentum included.
 """
 
 import torch
@@ -47,7 +48,7 @@ def _update(
     DECAY: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FIRST_STEP: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """One step of the weights at (m, p) with the tile g of the gradient, slice by slice."""
+    """Run one step of the weights at (m, p) with the tile g of the gradient, slice by slice."""
     if g.shape[1] > 32:
         g, right = halves(g)
         _update(
@@ -85,18 +86,39 @@ def _update(
             old_second = tl.load(second + at_second, mask=live)
             decay, gradient_share, beta2, square_share, correction, eps, negative_rate = scalars
             w, new_first, new_second = adamw_rule(
-                w, g, widen(old_first), widen(old_second), decay, gradient_share, beta2, square_share,
-                correction, eps, negative_rate, STEP_DTYPE, DECAY,
-            )  # fmt: skip
+                w,
+                g,
+                widen(old_first),
+                widen(old_second),
+                decay,
+                gradient_share,
+                beta2,
+                square_share,
+                correction,
+                eps,
+                negative_rate,
+                STEP_DTYPE,
+                DECAY,
+            )
             new_second = round_nearest(new_second, second.dtype.element_ty)
             tl.store(second + at_second, select(new_second, old_second, kept, mask), mask=live)
         else:
             negative_lr, momentum, gradient_share, weight_decay = scalars
             b = widen(old_first) if MOMENTUM else g
             w, new_first = sgd_rule(
-                w, g, b, negative_lr, momentum, gradient_share, weight_decay, STEP_DTYPE, DECAY, MOMENTUM, NESTEROV,
+                w,
+                g,
+                b,
+                negative_lr,
+                momentum,
+                gradient_share,
+                weight_decay,
+                STEP_DTYPE,
+                DECAY,
+                MOMENTUM,
+                NESTEROV,
                 FIRST_STEP,
-            )  # fmt: skip
+            )
 
         if first is not None:
             new_first = round_nearest(new_first, first.dtype.element_ty)
@@ -118,7 +140,10 @@ def _update_kernel(
     STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     GROUP: tl.constexpr, BY_DESCRIPTOR: tl.constexpr, BOUNDS_STEP: tl.constexpr,
 ):  # fmt: skip
-    """first, second: exp_avg and exp_avg_sq, or momentum_buffer and None; None where there is no such tensor."""
+    """Compute one tile of dW and update its weights.
+
+    first, second: exp_avg and exp_avg_sq, or momentum_buffer and None; None where there is no such tensor.
+    """
     index, m, p = find_tile(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, GROUP)
     expert = listed(experts, index)
     start, stop = load_bounds(bounds, expert, BOUNDS_STEP)
@@ -138,7 +163,7 @@ def sgd_(
     weight, momentum_buffer, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask, lr, momentum,
     dampening, weight_decay, nesterov, step, rounding, seed, parameter_id,
 ) -> None:  # fmt: skip
-    """weight[experts] <- masked SGD with dW, in place; arguments as in `ops.expert_wgrad.expert_wgrad_sgd_ref_`."""
+    """Update weight[experts] by masked SGD with dW, in place; arguments as in `expert_wgrad_sgd_ref_` of the op."""
     scalars, flags = sgd_constants(lr, momentum, dampening, weight_decay, nesterov, step)
     flags |= {"ADAMW": False, "STEP_DTYPE": step_dtype(weight, (momentum_buffer,), rounding, master)}
     state = (momentum_buffer if flags["MOMENTUM"] else None, None, master)
@@ -150,7 +175,7 @@ def adamw_(
     weight, exp_avg, exp_avg_sq, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask, lr, beta1,
     beta2, eps, weight_decay, step, rounding, seed, parameter_id,
 ) -> None:  # fmt: skip
-    """weight[experts] <- masked AdamW with dW, in place; arguments as in `ops.expert_wgrad.expert_wgrad_adamw_ref_`."""
+    """Update weight[experts] by masked AdamW with dW, in place; arguments as in `expert_wgrad_adamw_ref_` of the op."""
     scalars, flags = adamw_constants(lr, beta1, beta2, eps, weight_decay, step)
     flags |= {"ADAMW": True, "STEP_DTYPE": step_dtype(weight, (exp_avg, exp_avg_sq), rounding, master)}
     flags |= {"MOMENTUM": False, "NESTEROV": False, "FIRST_STEP": False}
@@ -170,8 +195,17 @@ def _launch(weight: torch.Tensor, state, mask, factors, experts, key, rounding, 
     side = factor_arguments(*factors, tile)
     tensors = (weight, *state, mask)
     _update_kernel[(num_tiles(shape, tile),)](
-        *tensors, *(None if t is None else t.stride() for t in tensors), *side[:6],
-        None if experts is None else experts.contiguous(), shape[0], *key, tuple(scalars),
-        STOCHASTIC=rounding == "stochastic", BY_DESCRIPTOR=side.by_descriptor, BOUNDS_STEP=side.bounds_step,
-        enable_fp_fusion=False, **flags, **tile_options(shape, tile),
-    )  # fmt: skip
+        *tensors,
+        *(None if t is None else t.stride() for t in tensors),
+        *side[:6],
+        None if experts is None else experts.contiguous(),
+        shape[0],
+        *key,
+        tuple(scalars),
+        STOCHASTIC=rounding == "stochastic",
+        BY_DESCRIPTOR=side.by_descriptor,
+        BOUNDS_STEP=side.bounds_step,
+        enable_fp_fusion=False,
+        **flags,
+        **tile_options(shape, tile),
+    )

@@ -1,4 +1,4 @@
-"""The activation between the projections and its derivative, on float32 tiles; formulas in `ops.expert_mlp.Gate`."""
+"""Computes the activation between the projections and its derivative on float32 tiles; formulas in `ops.gate.Gate`."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def activate(gate, up, alpha, limit, shift, ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr, GATED: tl.constexpr):
-    """act(gate) * (up + shift), both clamped; without GATED act(gate), and `up` is not used."""
+    """Compute act(gate) * (up + shift), both clamped; without GATED act(gate), and `up` is not used."""
     value, _, factor = _parts(gate, up, alpha, limit, shift, ACTIVATION, CLAMPED, GATED)
     if GATED:
         value *= factor
@@ -17,7 +17,7 @@ def activate(gate, up, alpha, limit, shift, ACTIVATION: tl.constexpr, CLAMPED: t
 def activate_backward(
     gate, up, grad, alpha, limit, shift, ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr, GATED: tl.constexpr
 ):
-    """Gradients of gate and up for the gradient `grad` of `activate`; without GATED the second means nothing."""
+    """Compute the gradients of gate and up from that of `activate`; without GATED the second has no meaning."""
     value, slope, factor = _parts(gate, up, alpha, limit, shift, ACTIVATION, CLAMPED, GATED)
     d_gate, d_up = grad * slope, grad * value
     if GATED:
@@ -30,7 +30,7 @@ def activate_backward(
 
 @triton.jit
 def _parts(gate, up, alpha, limit, shift, ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr, GATED: tl.constexpr):
-    """(act(gate), act'(gate), up + shift), each clamped first; NaN stays NaN."""
+    """Compute (act(gate), act'(gate), up + shift) of the clamped operands; NaN stays NaN."""
     if CLAMPED:
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
@@ -40,7 +40,7 @@ def _parts(gate, up, alpha, limit, shift, ACTIVATION: tl.constexpr, CLAMPED: tl.
 
 @triton.jit
 def _act(x, alpha, ACTIVATION: tl.constexpr):
-    """(value, derivative) of the activation; the one that is not used costs nothing."""
+    """Compute (value, derivative) of the activation; the compiler removes one that is not used."""
     if ACTIVATION == "silu":
         s = tl.sigmoid(alpha * x)
         value, slope = x * s, s + alpha * x * s * (1 - s)

@@ -1,24 +1,25 @@
-"""gram: inner products of gradient sets in float64, in two launches; formulas in `ops.gram`.
+"""gram: computes inner products of gradient sets in float64, in two launches; formulas are in `ops.gram`.
 
-`gram`, the sets of one parameter:
+`gram` takes the sets of one parameter:
 
-    _products_kernel   grid (at most `configs.gram().programs`): a program walks blocks of mask words, each element
-                       of the sets read once, and keeps the products of all pairs (i, j >= i) element by element
-    _sum_kernel        grid (m, m): a pair's partial sums, in order, to (i, j) and (j, i)
+    _products_kernel   grid (at most `configs.gram().programs`): a program walks blocks of mask words, reads each
+                       element of the sets once and keeps the products of all pairs (i, j >= i) element by element
+    _sum_kernel        grid (m, m): adds a pair's partial sums in order and stores them at (i, j) and (j, i)
 
-Up to four sets take one pass; more go two and two, so that m sets are read m / 2 - 1 times. Speed: that of reading.
+Up to four sets take one pass; more go in groups of two and two, so that m sets are read m / 2 - 1 times. The speed is
+that of reading.
 
-`gram_factors`, the sets given by their factors:
+`gram_factors` takes sets that are given by their factors:
 
-    _factors_kernel    grid (row blocks that there can be): the program of block a of an expert's rows meets the blocks
-                       b >= a of the same expert, (x_a . x_b) (dy_i,a . dy_j,b) summed over the rows of both. Swapping
-                       the blocks swaps i and j: half of a block with itself, and every block pair once, make P with
-                       G = P + P^T
+    _factors_kernel    grid (most row blocks that may exist): the program of block a of an expert's rows adds up
+                       (x_a . x_b) (dy_i,a . dy_j,b) over the rows of a and of each block b >= a of the same expert.
+                       Swapping the blocks swaps i and j: with half of the product of a block with itself, and every
+                       other pair of blocks once, the sum is P with G = P + P^T
     _sum_kernel        as above, P + P^T
 
 Products of float32 and narrower numbers are exact in float64, and so are float64 sums of integers; a matrix product
-takes float64 tensor cores. Workspace: 8 m^2 bytes per program. Deterministic: no atomics, a fixed number of programs
-whatever the device, every sum in a fixed order, one sum for both halves of the result.
+takes float64 tensor cores. Workspace: 8 m^2 bytes per program. The results are deterministic: no atomics, a fixed
+number of programs on every device, every sum in a fixed order, one sum for both halves of the result.
 """
 
 from itertools import combinations, product
@@ -32,13 +33,13 @@ from moe_unlearn.triton_kernels import configs
 from moe_unlearn.triton_kernels.common import as_slices, unpack_words, word_elements
 
 _AT_ONCE = 4  # sets in one launch of `_products_kernel`
-_SIDE = 3  # sets on each side of `_factors_kernel`: nine products are what registers hold
+_SIDE = 3  # sets on each side of `_factors_kernel`: registers hold nine products
 
 
 def gram(gradients: list[Tensor], mask: Tensor | None = None) -> Tensor:
-    """G [m, m] float64 of m >= 1 float tensors of one shape and dtype; mask: int32 words [..., ceil(n / 32)].
+    """Compute G [m, m] float64 of m >= 1 float tensors of one shape and dtype; mask: int32 words [..., ceil(n / 32)].
 
-    Any strides; tensors of more than three dimensions whose middle ones do not merge are copied.
+    Strides are free; tensors of more than three dimensions whose middle ones do not merge are copied.
     """
     m, first = len(gradients), gradients[0]
     out = torch.empty(m, m, dtype=torch.float64, device=first.device)
@@ -57,16 +58,26 @@ def gram(gradients: list[Tensor], mask: Tensor | None = None) -> Tensor:
     for numbers in _launches(m):
         chosen = [slices[i] for i in numbers]
         _products_kernel[(programs,)](
-            tuple(chosen), tuple(s.stride() for s in chosen), mask, None if mask is None else mask.stride(), partials,
-            tuple(numbers), m, rows, columns, num_words,
-            FLAT=flat, BLOCK=config.block_words, num_warps=config.num_warps,
-        )  # fmt: skip
+            tuple(chosen),
+            tuple(s.stride() for s in chosen),
+            mask,
+            None if mask is None else mask.stride(),
+            partials,
+            tuple(numbers),
+            m,
+            rows,
+            columns,
+            num_words,
+            FLAT=flat,
+            BLOCK=config.block_words,
+            num_warps=config.num_warps,
+        )
     _sum_kernel[(m, m)](partials, out, m, programs, TRANSPOSED_TOO=False, BLOCK=config.sum_block, num_warps=4)
     return out
 
 
 def _launches(m: int) -> list[tuple[int, ...]]:
-    """Sets of numbers below m, ascending and at most _AT_ONCE, in which every pair stands."""
+    """Return tuples of at most _AT_ONCE ascending numbers below m that together contain every pair."""
     if m <= _AT_ONCE:
         return [tuple(range(m))]
     half = _AT_ONCE // 2
@@ -75,8 +86,10 @@ def _launches(m: int) -> list[tuple[int, ...]]:
 
 
 def gram_factors(row_gradients: list[Tensor], inputs: Tensor, expert_offsets: Tensor) -> Tensor:
-    """G [m, m] float64 of grouped weight gradients from row gradients m x [R, M] and inputs [R, P], any strides;
-    expert_offsets: int32 or int64 [E + 1]."""
+    """Compute G [m, m] float64 of grouped weight gradients from row gradients m x [R, M] and inputs [R, P].
+
+    Strides are free; expert_offsets: int32 or int64 [E + 1].
+    """
     m, num_experts = len(row_gradients), len(expert_offsets) - 1
     (num_rows, depth), width = inputs.shape, row_gradients[0].shape[1]
     out = torch.empty(m, m, dtype=torch.float64, device=inputs.device)
@@ -90,20 +103,42 @@ def gram_factors(row_gradients: list[Tensor], inputs: Tensor, expert_offsets: Te
         _factors_kernel[(programs,)](
             *(tuple(row_gradients[i] for i in side) for side in (left, right)),
             *(tuple(row_gradients[i].stride() for i in side) for side in (left, right)),
-            inputs, inputs.stride(), expert_offsets.contiguous(), partials, left[0], right[0], m, programs,
-            NUM_EXPERTS=num_experts, WIDTH=width, DEPTH=depth, ROWS=config.rows, BLOCK=config.depth,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            inputs,
+            inputs.stride(),
+            expert_offsets.contiguous(),
+            partials,
+            left[0],
+            right[0],
+            m,
+            programs,
+            NUM_EXPERTS=num_experts,
+            WIDTH=width,
+            DEPTH=depth,
+            ROWS=config.rows,
+            BLOCK=config.depth,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     _sum_kernel[(m, m)](partials, out, m, programs, TRANSPOSED_TOO=True, BLOCK=config.sum_block, num_warps=4)
     return out
 
 
 @triton.jit
 def _products_kernel(
-    gradients, strides, mask, mask_strides, partials, numbers, m, rows, columns, num_words,
-    FLAT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """partials [m, m, programs]: this program's sum of every pair (numbers[i], numbers[j >= i])."""
+    gradients,
+    strides,
+    mask,
+    mask_strides,
+    partials,
+    numbers,
+    m,
+    rows,
+    columns,
+    num_words,
+    FLAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute this program's part of partials [m, m, programs]: its sum of every pair (numbers[i], numbers[j >= i])."""
     SETS: tl.constexpr = len(gradients)
     sums = ()
     for _ in tl.static_range(SETS * (SETS + 1) // 2):
@@ -140,7 +175,7 @@ def _products_kernel(
 
 @triton.jit(do_not_specialize=["programs"])
 def _sum_kernel(partials, out, m, programs, TRANSPOSED_TOO: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i, j] = out[j, i] = the partial sums of (i, j), i <= j, and with TRANSPOSED_TOO those of (j, i)."""
+    """Add up the partial sums of (i, j), i <= j, to out[i, j] = out[j, i]; TRANSPOSED_TOO adds those of (j, i)."""
     i, j = tl.program_id(0), tl.program_id(1)
     if i > j:
         return
@@ -163,7 +198,7 @@ def _factors_kernel(
     m, programs, NUM_EXPERTS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """partials [m, m, programs]: this program's share of P for every i of `left` and j of `right`."""
+    """Compute this program's part of partials [m, m, programs]: its share of P for every i of `left`, j of `right`."""
     LEFT: tl.constexpr = len(left)
     RIGHT: tl.constexpr = len(right)
     program = tl.program_id(0)
@@ -171,7 +206,7 @@ def _factors_kernel(
     begins = tl.load(expert_offsets + segment, mask=segment < NUM_EXPERTS, other=0)
     ends = tl.load(expert_offsets + segment + 1, mask=segment < NUM_EXPERTS, other=0)
     blocks = tl.cumsum(tl.cdiv(ends - begins, ROWS), 0)
-    # behind the last block, stop is 0 and every loop is empty
+    # a program behind the last block gets stop = 0, so that its loops are empty
     expert = tl.sum((blocks <= program).to(tl.int32), 0)
     before = tl.max(tl.where(blocks <= program, blocks, 0), 0)
     here = expert < NUM_EXPERTS
@@ -203,26 +238,24 @@ def _factors_kernel(
 def _inner(
     a, a_strides, a_rows, b, b_strides, b_rows, stop, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """float64 [ROWS, ROWS]: inner products of the rows below `stop`, zero for others."""
+    """Compute the inner products, float64 [ROWS, ROWS], of the rows below `stop`; zero for others."""
     total = tl.zeros((ROWS, ROWS), tl.float64)
-    # one step ahead by hand: Triton 3.6 cannot multiply float64 operands that it sees come from 16-bit loads, and it
-    # sees through a loop of one turn
+    # factors are loaded one step ahead by hand: Triton 3.6 cannot multiply float64 operands that it knows to come from
+    # 16-bit loads; it sees through a loop of one turn, so that the loop has at least two
     STOP: tl.constexpr = WIDTH if WIDTH > BLOCK else BLOCK + 1
     x = _factor(a, a_strides, a_rows, stop, 0, WIDTH, BLOCK)
     y = _factor(b, b_strides, b_rows, stop, 0, WIDTH, BLOCK)
     for start in range(0, STOP, BLOCK):
         next_x = _factor(a, a_strides, a_rows, stop, start + BLOCK, WIDTH, BLOCK)
         next_y = _factor(b, b_strides, b_rows, stop, start + BLOCK, WIDTH, BLOCK)
-        total = tl.dot(
-            x.to(tl.float64), y.to(tl.float64).T, total, input_precision="ieee", out_dtype=tl.float64
-        )  # fmt: skip
+        total = tl.dot(x.to(tl.float64), y.to(tl.float64).T, total, input_precision="ieee", out_dtype=tl.float64)
         x, y = next_x, next_y
     return total
 
 
 @triton.jit
 def _factor(source, strides, rows, stop, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """float32 [rows, BLOCK] from column `start` on, zero outside."""
+    """Load float32 [rows, BLOCK] from column `start` on, zero outside."""
     column = (start + tl.arange(0, BLOCK)).to(tl.int64)
     place = source + rows[:, None] * strides[0] + column[None, :] * strides[1]
     return tl.load(place, mask=(rows < stop)[:, None] & (column < WIDTH)[None, :], other=0.0).to(tl.float32)

@@ -1,13 +1,13 @@
-"""Matrix products over rows sorted by expert: which tile a program computes, and the product of one tile.
+"""Matrix products over rows sorted by expert: finds a program's tile and computes its product.
 
-Rows [expert_offsets[e], expert_offsets[e + 1]) meet weight [e]; the rows behind the last expert form segment E, whose
-tiles multiply nothing and come out as zero. Each segment has ceil(rows / BLOCK_ROWS) row tiles; no host knows how many,
-so grids are upper bounds, or persistent programs share the tiles, and each program finds its own in the running sum of
-tile counts. Consecutive tiles walk down GROUP row tiles before they go on to the next columns: what a wave of programs
-reads stays in L2.
+Rows [expert_offsets[e], expert_offsets[e + 1]) are multiplied by weight [e]; the rows behind the last expert form
+segment E, whose tiles multiply nothing and come out as zero. Each segment has ceil(rows / BLOCK_ROWS) row tiles. The
+host does not know how many, so that grids are upper bounds, or persistent programs share the tiles; each program finds
+its own in the running sum of tile counts. Consecutive tiles walk down GROUP row tiles before they go on to the next
+columns, so that the data that a wave of programs reads stay in L2.
 
-Operands come by pointers, with any strides, or by host-built TMA descriptors: the weight as [E, columns, depth] or
-[E, depth, columns], whichever is contiguous, and left rows that stand in order as [N, depth].
+Kernels read operands by pointers, with any strides, or by TMA descriptors that the host builds: the weight as
+[E, columns, depth] or [E, depth, columns], whichever is contiguous, and left rows that stand in order as [N, depth].
 """
 
 from typing import NamedTuple
@@ -20,12 +20,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from moe_unlearn.triton_kernels import configs
 from moe_unlearn.triton_kernels.common import dot
 
-POINTERS, BY_DEPTH, BY_COLUMN = range(3)  # how a weight is read
+POINTERS, BY_DEPTH, BY_COLUMN = range(3)  # the ways to read a weight
 _POINTERS, _BY_DEPTH = tl.constexpr(POINTERS), tl.constexpr(BY_DEPTH)
 
 
 class Weight(NamedTuple):
-    """The weight of every expert as a kernel takes it: tensor or descriptor, strides in elements, and which it is."""
+    """Weights of all experts as a kernel takes them: tensor or descriptor, strides in elements, the way to read."""
 
     source: torch.Tensor | TensorDescriptor
     strides: tuple[int, int, int]
@@ -33,15 +33,17 @@ class Weight(NamedTuple):
 
 
 def describable(tensor: torch.Tensor) -> bool:
-    """Whether a TMA descriptor can name `tensor`: the last dimension contiguous, all else 16-byte aligned."""
+    """Return whether a TMA descriptor can name `tensor`: last dimension contiguous, all else 16-byte aligned."""
     *outer, last = tensor.stride()
     aligned = all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in outer)
     return last == 1 and aligned and tensor.numel() > 0 and tensor.data_ptr() % 16 == 0
 
 
 def weight_argument(weight: torch.Tensor, block_columns: int, tile: configs.MatmulTile) -> Weight:
-    """`weight` [E, depth, columns] in any strides; by descriptor if the tile wants one, `describable` as it stands or
-    with depth and columns exchanged."""
+    """Return `weight` [E, depth, columns] as a kernel argument: by pointers, with any strides, or by descriptor.
+
+    If the tile wants a descriptor, the weight is `describable` as it stands or with depth and columns exchanged.
+    """
     stride_expert, stride_depth, stride_column = weight.stride()
     strides = stride_expert, stride_column, stride_depth
     if not tile.descriptors:
@@ -52,26 +54,26 @@ def weight_argument(weight: torch.Tensor, block_columns: int, tile: configs.Matm
 
 
 def rows_argument(rows: torch.Tensor, tile: configs.MatmulTile) -> torch.Tensor | TensorDescriptor:
-    """`rows` [N, depth], contiguous; by descriptor if the tile wants one."""
+    """Return contiguous `rows` [N, depth] as a kernel argument, by descriptor if the tile wants one."""
     return TensorDescriptor.from_tensor(rows, [tile.rows, tile.depth]) if tile.descriptors else rows
 
 
 def grid(
     num_rows: int, num_experts: int, num_columns: int, tile: configs.MatmulTile, device: torch.device
 ) -> tuple[int]:
-    """One program per tile that there can be, or as many as the device runs at once if the tile is persistent."""
+    """Return the grid: one program per tile that may exist, or as many as run at once if the tile is persistent."""
     tiles = most_row_tiles(num_rows, num_experts, tile.rows) * triton.cdiv(num_columns, tile.columns)
     return (min(tiles, configs.num_programs(device)) if tile.persistent else tiles,)
 
 
 def most_row_tiles(num_rows: int, num_experts: int, rows: int) -> int:
-    """How many tiles of `rows` rows there can be, whatever the segments."""
+    """Return the largest possible number of tiles of `rows` rows, whatever the segments."""
     return triton.cdiv(num_rows, rows) + min(num_rows, num_experts + 1)
 
 
 @triton.jit
 def tile_ends(expert_offsets, num_rows, NUM_EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Running sum of row tiles over the segments, int32 [next power of two of E + 1]."""
+    """Compute the running sum of row tiles over the segments, int32 [next power of two of E + 1]."""
     segment = tl.arange(0, triton.next_power_of_2(NUM_EXPERTS + 1))
     start = tl.load(expert_offsets + segment, mask=segment <= NUM_EXPERTS, other=num_rows)
     stop = tl.load(expert_offsets + segment + 1, mask=segment < NUM_EXPERTS, other=num_rows)
@@ -80,10 +82,16 @@ def tile_ends(expert_offsets, num_rows, NUM_EXPERTS: tl.constexpr, BLOCK_ROWS: t
 
 @triton.jit
 def find_tile(
-    tile, ends, expert_offsets, num_rows, COLUMN_TILES: tl.constexpr, NUM_EXPERTS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """(segment, first row, end of the segment, column tile) of tile number `tile`."""
+    tile,
+    ends,
+    expert_offsets,
+    num_rows,
+    COLUMN_TILES: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Return (segment, first row, end of the segment, column tile) of tile number `tile`."""
     group = tile // (GROUP * COLUMN_TILES) * GROUP
     height = tl.minimum(tl.max(ends, 0) - group, GROUP)
     within = tile % (GROUP * COLUMN_TILES)
@@ -97,10 +105,16 @@ def find_tile(
 
 @triton.jit
 def load_left(
-    left, rows, stride_row, stride_depth, start,
-    DEPTH: tl.constexpr, BLOCK_DEPTH: tl.constexpr, DESCRIPTOR: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_ROWS, BLOCK_DEPTH] from depth `start`; rows: int64 row numbers, or the first row for a descriptor."""
+    left,
+    rows,
+    stride_row,
+    stride_depth,
+    start,
+    DEPTH: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """Load [BLOCK_ROWS, BLOCK_DEPTH] from depth `start`; rows: int64 row numbers, for a descriptor the first row."""
     if DESCRIPTOR:
         tile = left.load([rows, start])
     else:
@@ -115,12 +129,24 @@ def load_left(
 
 @triton.jit
 def load_weight(
-    weight, expert, column, stride_expert, stride_column, stride_depth, start,
-    OFFSET: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr, ACCESS: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_DEPTH, WIDTH] of one expert from depth `start` and `column` of the COLUMNS that begin at OFFSET; what
-    stands in columns behind these is arbitrary."""
+    weight,
+    expert,
+    column,
+    stride_expert,
+    stride_column,
+    stride_depth,
+    start,
+    OFFSET: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    ACCESS: tl.constexpr,
+):
+    """Load [BLOCK_DEPTH, WIDTH] of one expert from depth `start` and `column` of the COLUMNS that begin at OFFSET.
+
+    Columns of the result behind these COLUMNS hold arbitrary numbers.
+    """
     if ACCESS == _POINTERS:
         k = start + tl.arange(0, BLOCK_DEPTH)
         n = column + tl.arange(0, WIDTH)
@@ -143,14 +169,25 @@ def product(
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_DEPTH: tl.constexpr, ACCESS: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """left rows times weight[expert] columns [column, column + WIDTH), float32; zero for segment E."""
+    """Multiply left rows by weight[expert] columns [column, column + WIDTH), in float32; zero for segment E."""
     total = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
     for start in range(0, tl.where(expert < NUM_EXPERTS, DEPTH, 0), BLOCK_DEPTH):
         tile = load_left(left, rows, left_row, left_depth, start, DEPTH, BLOCK_DEPTH, DESCRIPTOR)
         block = load_weight(
-            weight, expert, column, stride_expert, stride_column, stride_depth, start,
-            0, COLUMNS, DEPTH, WIDTH, BLOCK_DEPTH, ACCESS,
-        )  # fmt: skip
+            weight,
+            expert,
+            column,
+            stride_expert,
+            stride_column,
+            stride_depth,
+            start,
+            0,
+            COLUMNS,
+            DEPTH,
+            WIDTH,
+            BLOCK_DEPTH,
+            ACCESS,
+        )
         total = dot(tile, block, total)
     return total
 
@@ -161,28 +198,52 @@ def product_of_halves(
     HALF: tl.constexpr, DEPTH: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_DEPTH: tl.constexpr, ACCESS: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """`product` with columns [column, column + WIDTH) of the first HALF columns and of the second."""
+    """Compute `product` with columns [column, column + WIDTH) of the first HALF columns and of the second."""
     first = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
     second = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
     for start in range(0, tl.where(expert < NUM_EXPERTS, DEPTH, 0), BLOCK_DEPTH):
         tile = load_left(left, rows, left_row, left_depth, start, DEPTH, BLOCK_DEPTH, DESCRIPTOR)
         block = load_weight(
-            weight, expert, column, stride_expert, stride_column, stride_depth, start,
-            0, HALF, DEPTH, WIDTH, BLOCK_DEPTH, ACCESS,
-        )  # fmt: skip
+            weight,
+            expert,
+            column,
+            stride_expert,
+            stride_column,
+            stride_depth,
+            start,
+            0,
+            HALF,
+            DEPTH,
+            WIDTH,
+            BLOCK_DEPTH,
+            ACCESS,
+        )
         first = dot(tile, block, first)
         block = load_weight(
-            weight, expert, column, stride_expert, stride_column, stride_depth, start,
-            HALF, HALF, DEPTH, WIDTH, BLOCK_DEPTH, ACCESS,
-        )  # fmt: skip
+            weight,
+            expert,
+            column,
+            stride_expert,
+            stride_column,
+            stride_depth,
+            start,
+            HALF,
+            HALF,
+            DEPTH,
+            WIDTH,
+            BLOCK_DEPTH,
+            ACCESS,
+        )
         second = dot(tile, block, second)
     return first, second
 
 
 @triton.jit
 def column_slices(x, COUNT: tl.constexpr):
-    """[rows, columns] -> COUNT slices of columns, left to right: an epilogue of one slice after the other holds less in
-    registers."""
+    """Cut [rows, columns] into COUNT slices of columns, left to right.
+
+    An epilogue that takes one slice after the other needs fewer registers.
+    """
     if COUNT == 1:
         return (x,)
     else:

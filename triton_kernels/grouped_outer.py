@@ -1,15 +1,15 @@
-"""Sums of outer products over rows sorted by expert: which tile a program computes, and the tile itself.
+"""Sums of outer products over rows sorted by expert: finds a program's tile and computes it.
 
     dW[i] = sum_j grad[grad_rows[j]]^T input[input_rows[j]]     j over the rows of expert experts[i], in order
 
 A tile [BLOCK_M, BLOCK_P] of one listed expert is a matrix product whose inner dimension is the expert's rows: blocks
 [BLOCK_ROWS, BLOCK_M] of grad, transposed in shared memory, times [BLOCK_ROWS, BLOCK_P] of input, added up in float32.
-Each M x P matrix has the same number of tiles, so the host knows the grid whatever the routing. Consecutive tiles walk
-down GROUP tiles of M before they go on along P: what a wave of programs reads stays in L2.
+Each M x P matrix has the same number of tiles, so that the host knows the grid whatever the routing. Consecutive tiles
+walk down GROUP tiles of M before they go on along P, so that the data that a wave of programs reads stay in L2.
 
-A factor comes by pointers, with any strides and its rows gathered while loading, or, where its rows stand in order and
-their layout allows it, by a ragged TMA descriptor, which reads zeros from an expert's end on. Pointers load zeros there
-too: the rows behind an expert are never multiplied, not even by zero.
+Kernels read a factor by pointers, with any strides and gathering its rows while loading. Where its rows stand in order
+and their layout allows it, they read it by a ragged TMA descriptor, which reads zeros from an expert's end on. Pointers
+load zeros there too: the rows behind an expert are never multiplied, not even by zero.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ _RAGGED_ROWS = 1 << 30
 
 
 class FactorArguments(NamedTuple):
-    """The factors of one gradient as kernels take them, in this order."""
+    """Factors of one gradient as kernels take them, in this order."""
 
     grad: torch.Tensor | TensorDescriptor
     input: torch.Tensor | TensorDescriptor
@@ -42,7 +42,7 @@ class FactorArguments(NamedTuple):
 
 
 def tile_for(epilogue: str, factors, experts: torch.Tensor | None) -> tuple[tuple[int, int, int], OuterTile]:
-    """The shape [M_e, M, P] of a gradient and the tile that computes it; factors as in `ops.expert_wgrad`."""
+    """Return the shape [M_e, M, P] of a gradient and the tile that computes it; factors as in `ops.expert_wgrad`."""
     grad, input, expert_offsets, grad_rows, input_rows = factors
     if grad.dtype == torch.float64:
         raise TypeError("float64 factors are multiplied by impl='ref' only")
@@ -55,8 +55,10 @@ def tile_for(epilogue: str, factors, experts: torch.Tensor | None) -> tuple[tupl
 
 
 def factor_arguments(grad, input, expert_offsets, grad_rows, input_rows, tile: OuterTile) -> FactorArguments:
-    """Descriptors where `tile` wants them and rows and layout allow them; `bounds_step`: from one expert's start to the
-    next one's."""
+    """Prepare the factors for a kernel: as descriptors where `tile` wants them and rows and layout allow them.
+
+    `bounds_step` is the distance from one expert's start to the next one's.
+    """
     sources, by_descriptor = [], []
     for factor, rows, width in ((grad, grad_rows, tile.block_m), (input, input_rows, tile.block_p)):
         direct = tile.descriptors and rows is None and describable(factor) and factor.shape[0] <= _RAGGED_ROWS
@@ -68,24 +70,30 @@ def factor_arguments(grad, input, expert_offsets, grad_rows, input_rows, tile: O
 
 
 def num_tiles(shape: tuple[int, int, int], tile: OuterTile) -> int:
-    """How many tiles the matrices [M_e, M, P] have."""
+    """Return the number of tiles of the matrices [M_e, M, P]."""
     return shape[0] * triton.cdiv(shape[1], tile.block_m) * triton.cdiv(shape[2], tile.block_p)
 
 
 def tile_options(shape: tuple[int, int, int], tile: OuterTile) -> dict[str, int | None]:
-    """The keyword arguments of a launch that all kernels share."""
+    """Return the keyword arguments of a launch that all kernels share."""
     return {
-        "M": shape[1], "P": shape[2], "BLOCK_M": tile.block_m, "BLOCK_P": tile.block_p, "BLOCK_ROWS": tile.block_rows,
-        "GROUP": tile.group, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        "M": shape[1],
+        "P": shape[2],
+        "BLOCK_M": tile.block_m,
+        "BLOCK_P": tile.block_p,
+        "BLOCK_ROWS": tile.block_rows,
+        "GROUP": tile.group,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
         "maxnreg": tile.max_registers,
-    }  # fmt: skip
+    }
 
 
 @triton.jit
 def find_tile(
     tile, M: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr
 ):
-    """(matrix, int64; first row; first column) of tile number `tile`."""
+    """Return (matrix, first row, first column) of tile number `tile`; matrix is int64."""
     TILES_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     TILES_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     within = tile % (TILES_M * TILES_P)
@@ -98,7 +106,7 @@ def find_tile(
 
 @triton.jit
 def listed(experts, index):
-    """The id of the listed expert number `index`, int64."""
+    """Return the id, int64, of the listed expert number `index`."""
     if experts is None:
         expert = index
     else:
@@ -108,16 +116,26 @@ def listed(experts, index):
 
 @triton.jit
 def load_bounds(bounds, expert, BOUNDS_STEP: tl.constexpr):
-    """(start, stop) of the rows of an expert."""
+    """Load (start, stop) of the rows of an expert."""
     return tl.load(bounds + expert * BOUNDS_STEP), tl.load(bounds + expert * BOUNDS_STEP + 1)
 
 
 @triton.jit
 def _load_factor(
-    factor, rows, stride_row, stride_column, position, start, stop, column,
-    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_ROWS, BLOCK] from `position` and `column`; zero from `stop` and from WIDTH on."""
+    factor,
+    rows,
+    stride_row,
+    stride_column,
+    position,
+    start,
+    stop,
+    column,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,
+):
+    """Load [BLOCK_ROWS, BLOCK] from `position` and `column`; zero from `stop` and from WIDTH on."""
     if BY_DESCRIPTOR:
         block = load_ragged(factor, start, stop - start, [position - start, column])
     else:
@@ -137,28 +155,60 @@ def _load_factor(
 
 @triton.jit
 def outer_product(
-    grad, input, grad_rows, input_rows, strides, start, stop, m, p,
-    M: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    grad,
+    input,
+    grad_rows,
+    input_rows,
+    strides,
+    start,
+    stop,
+    m,
+    p,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BY_DESCRIPTOR: tl.constexpr,
-):  # fmt: skip
-    """The tile [BLOCK_M, BLOCK_P] at (m, p) of the sum over positions [start, stop), float32."""
+):
+    """Compute the tile [BLOCK_M, BLOCK_P] at (m, p) of the sum over positions [start, stop), float32."""
     total = tl.zeros((BLOCK_M, BLOCK_P), tl.float32)
     for position in range(start, stop, BLOCK_ROWS):
         g = _load_factor(
-            grad, grad_rows, strides[0], strides[1], position, start, stop, m,
-            M, BLOCK_ROWS, BLOCK_M, BY_DESCRIPTOR[0],
-        )  # fmt: skip
+            grad,
+            grad_rows,
+            strides[0],
+            strides[1],
+            position,
+            start,
+            stop,
+            m,
+            M,
+            BLOCK_ROWS,
+            BLOCK_M,
+            BY_DESCRIPTOR[0],
+        )
         x = _load_factor(
-            input, input_rows, strides[2], strides[3], position, start, stop, p,
-            P, BLOCK_ROWS, BLOCK_P, BY_DESCRIPTOR[1],
-        )  # fmt: skip
+            input,
+            input_rows,
+            strides[2],
+            strides[3],
+            position,
+            start,
+            stop,
+            p,
+            P,
+            BLOCK_ROWS,
+            BLOCK_P,
+            BY_DESCRIPTOR[1],
+        )
         total = dot(tl.trans(g), x, total)
     return total
 
 
 @triton.jit
 def load_words(mask, strides, index, m, p, M: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """The mask words [ROWS, WORDS] of matrix `index` from (m, p) on; zero outside."""
+    """Load the mask words [ROWS, WORDS] of matrix `index` from (m, p) on; zero outside."""
     row = m + tl.arange(0, ROWS)[:, None]
     word = p // 32 + tl.arange(0, WORDS)[None, :]
     pointers = mask + index * strides[0] + row.to(tl.int64) * strides[1] + word.to(tl.int64) * strides[2]
@@ -167,10 +217,19 @@ def load_words(mask, strides, index, m, p, M: tl.constexpr, P: tl.constexpr, ROW
 
 @triton.jit
 def stop_unless_kept(
-    mask, strides, index, m, p, start, stop,
-    M: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """The end of the rows that the tile at (m, p) needs: none where the mask keeps no element."""
+    mask,
+    strides,
+    index,
+    m,
+    p,
+    start,
+    stop,
+    M: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Return the end of the rows that the tile at (m, p) needs: `start` where the mask keeps no element."""
     if mask is not None:
         words = load_words(mask, strides, index, m, p, M, P, BLOCK_M, BLOCK_P // 32)
         stop = tl.where(tl.max(tl.max((words != 0).to(tl.int32), 1), 0) > 0, stop, start)
@@ -179,20 +238,20 @@ def stop_unless_kept(
 
 @triton.jit
 def unpack_column(words):
-    """One mask word a row [rows, 1] -> bits, bool [rows, 32]."""
+    """Unpack one mask word a row, [rows, 1], into bool [rows, 32]."""
     return ((words >> tl.arange(0, 32)[None, :]) & 1) != 0
 
 
 @triton.jit
 def halves(tile):
-    """The left and the right half of the columns of a tile."""
+    """Return the left and the right half of the columns of a tile."""
     half: tl.constexpr = tile.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, half)), (0, 2, 1)))
 
 
 @triton.jit
 def places(strides, index, m, p, M: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Offsets (int64) of the tile at (m, p) of matrix `index`, and which of its elements exist."""
+    """Compute the offsets (int64) of the tile at (m, p) of matrix `index`, and which of its elements exist."""
     row = m + tl.arange(0, BLOCK_M)[:, None]
     column = p + tl.arange(0, BLOCK_P)[None, :]
     offsets = index * strides[0] + row.to(tl.int64) * strides[1] + column.to(tl.int64) * strides[2]

@@ -1,16 +1,17 @@
-"""masked_update: SGD and AdamW in place under a packed mask; formulas and numerics in `ops.masked_update`.
+"""masked_update: runs SGD and AdamW in place under a packed mask; formulas and numerics are in `ops.masked_update`.
 
-One launch, element by element: the same bits for any order of programs, no workspace, no atomics.
+One launch treats every element by itself: the bits are the same for any order of programs, without workspace or
+atomics.
 
-A program owns BLOCK mask words of one slice and the 32 elements behind each: a tile [BLOCK, 32]. It loads every word
-once, stops if all are zero, and expands the others in registers. Loads and stores are predicated by whole words, which
-keeps them 16 bytes wide and leaves parameter and state behind a zero word untouched and unread; inside a word the old
-bits are selected and stored again. What only supplies those old bits (the parameter beside a master, the momentum
-buffer at step 1) is loaded for words that have a zero bit, and for no others.
+A program owns BLOCK mask words of one slice and the 32 elements of each: a tile [BLOCK, 32]. It loads every word once,
+stops if all are zero, and expands the others in registers. Loads and stores are predicated by whole words, which keeps
+them 16 bytes wide and leaves parameter and state of a zero word untouched and unread; inside a word the old bits are
+selected and stored again. Tensors that only supply those old bits (the parameter beside a master, the momentum buffer
+at step 1) are loaded for words that have a zero bit, and for no others.
 
 Words are numbered along the rows, or, for a parameter whose rows are adjacent in memory (a transposed view), down the
-columns, so that accesses coalesce either way. Any strides; tensors of more than three dimensions whose middle ones do
-not merge are copied and written back.
+columns, so that accesses coalesce either way. Strides are free; tensors of more than three dimensions whose middle ones
+do not merge are copied and written back.
 
 The bits are those of the reference: every operation of the rule rounds once and in the same order (`tl.fma` where torch
 fuses, IEEE division and square root). Only the reference's float32 square root on the CPU, MKL's, may be one ulp off.
@@ -32,7 +33,7 @@ from moe_unlearn.triton_kernels.common import (
     word_elements,
 )
 
-# The rules below are shared with the epilogues of `expert_wgrad`. How to use them:
+# The epilogues of `expert_wgrad` share the rules below. They are used like this:
 #
 #     host     scalars, flags = adamw_constants(lr, beta1, beta2, eps, weight_decay, step)
 #              kernel[grid](..., *scalars, STEP_DTYPE=..., **flags)        or sgd_constants(...)
@@ -40,11 +41,11 @@ from moe_unlearn.triton_kernels.common import (
 #              new = round_weight(w, param.dtype.element_ty, index, step, seed, parameter_id, STOCHASTIC)
 #              tl.store(param, tl.where(bits, new, old), ...)              bits = common.unpack_words(words)
 #
-# w, g, m, v, b are float32 tiles of one shape: w is the master where there is one, else the widened parameter; g the
-# float32 gradient. STEP_DTYPE is the dtype each operation rounds to: `step_dtype(param, state, rounding, master)`, that
-# is float32 unless all of the state has the parameter's narrow dtype. index is the int64 flat index in the *whole*
-# parameter. Every product that is added is written as tl.fma and nothing else can be contracted, so the bits do not
-# depend on enable_fp_fusion.
+# w, g, m, v, b are float32 tiles of one shape: w is the master if there is one, else the widened parameter; g is the
+# float32 gradient. STEP_DTYPE, `step_dtype(param, state, rounding, master)`, is the dtype to which each operation
+# rounds: float32 unless all of the state has the parameter's narrow dtype. index is the int64 flat index in the *whole*
+# parameter. Every product that is added is written as tl.fma and nothing else can be contracted, so that the bits do
+# not depend on enable_fp_fusion.
 
 _TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -52,7 +53,7 @@ _TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.floa
 def step_dtype(
     param: torch.Tensor, state: tuple[torch.Tensor | None, ...], rounding: str, master: torch.Tensor | None
 ) -> tl.dtype:
-    """The dtype that each operation of a rule rounds to: the parameter's if all of the state has it, else float32."""
+    """Return the dtype to which a rule's operations round: the parameter's if all of the state has it, else float32."""
     narrow = master is None and all(s is None or s.dtype == param.dtype for s in state)
     return _TL_DTYPES[param.dtype] if narrow and rounding == "nearest" else tl.float32
 
@@ -69,7 +70,7 @@ class SGDScalars(NamedTuple):
 def sgd_constants(
     lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool, step: int
 ) -> tuple[SGDScalars, dict[str, bool]]:
-    """(scalars, flags) of one SGD step, computed in double precision as torch.optim does."""
+    """Compute (scalars, flags) of one SGD step, in double precision as torch.optim does."""
     flags = {
         "DECAY": weight_decay != 0,
         "MOMENTUM": momentum != 0,
@@ -94,7 +95,7 @@ class AdamWScalars(NamedTuple):
 def adamw_constants(
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
 ) -> tuple[AdamWScalars, dict[str, bool]]:
-    """(scalars, flags) of one AdamW step, computed in double precision as torch.optim does."""
+    """Compute (scalars, flags) of one AdamW step, in double precision as torch.optim does."""
     correction, negative_rate = (1 - beta2**step) ** 0.5, -(lr / (1 - beta1**step))
     scalars = AdamWScalars(1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, correction, eps, negative_rate)
     return scalars, {"DECAY": weight_decay != 0}
@@ -102,17 +103,26 @@ def adamw_constants(
 
 @triton.jit
 def _round(value, DTYPE: tl.constexpr):
-    """`value` rounded to DTYPE, held in float32."""
+    """Round `value` to DTYPE; the result is held in float32."""
     return round_nearest(value, DTYPE).to(tl.float32)
 
 
 @triton.jit
 def sgd_rule(
-    w, g, b, negative_lr, momentum, gradient_share, weight_decay,
-    STEP_DTYPE: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    w,
+    g,
+    b,
+    negative_lr,
+    momentum,
+    gradient_share,
+    weight_decay,
+    STEP_DTYPE: tl.constexpr,
+    DECAY: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
     FIRST_STEP: tl.constexpr,
-):  # fmt: skip
-    """(new weight, new momentum buffer), float32 tiles; b is not read without MOMENTUM or at FIRST_STEP."""
+):
+    """Compute (new weight, new momentum buffer), float32 tiles; b is not read without MOMENTUM or at FIRST_STEP."""
     g = _round(g, STEP_DTYPE)
     if DECAY:
         g = _round(tl.fma(w, weight_decay, g), STEP_DTYPE)
@@ -130,14 +140,25 @@ def sgd_rule(
 
 @triton.jit
 def adamw_rule(
-    w, g, m, v, kept, gradient_share, beta2, square_share, correction, eps, negative_rate,
-    STEP_DTYPE: tl.constexpr, DECAY: tl.constexpr,
-):  # fmt: skip
-    """(new weight, new first moment, new second moment), float32 tiles."""
+    w,
+    g,
+    m,
+    v,
+    kept,
+    gradient_share,
+    beta2,
+    square_share,
+    correction,
+    eps,
+    negative_rate,
+    STEP_DTYPE: tl.constexpr,
+    DECAY: tl.constexpr,
+):
+    """Compute (new weight, new first moment, new second moment), float32 tiles."""
     g = _round(g, STEP_DTYPE)
     if DECAY:
         w = _round(w * kept, STEP_DTYPE)
-    # torch.lerp starts from the nearer end; the interpreter hands scalars over as Python floats
+    # torch.lerp starts from the nearer end; the cast is for the interpreter, which passes scalars as Python floats
     gradient_share = tl.cast(gradient_share, tl.float32)
     from_m = gradient_share < 0.5
     share = tl.where(from_m, gradient_share, gradient_share - 1)
@@ -150,7 +171,7 @@ def adamw_rule(
 
 @triton.jit
 def round_weight(w, dtype: tl.constexpr, index, step, seed, parameter_id, STOCHASTIC: tl.constexpr):
-    """The float32 weight in the parameter's dtype: to the nearest, or stochastically to bfloat16."""
+    """Round the float32 weight to the parameter's dtype: to the nearest, or stochastically to bfloat16."""
     if STOCHASTIC and dtype == tl.bfloat16:
         rounded = round_stochastic(w, random_bits(index, step, seed, parameter_id))
     else:
@@ -160,7 +181,10 @@ def round_weight(w, dtype: tl.constexpr, index, step, seed, parameter_id, STOCHA
 
 @triton.jit
 def _position(rows, columns, BLOCK: tl.constexpr, ROWS_FIRST: tl.constexpr):
-    """This program's slice, and per word: row and number in the row (all int64), and whether it exists."""
+    """Return this program's slice and, for each word, its row, its number in the row and whether it exists.
+
+    All numbers are int64.
+    """
     per_row = tl.cdiv(columns, 32)
     blocks = tl.cdiv(rows * per_row, BLOCK)
     index = (tl.program_id(0) // blocks).to(tl.int64)
@@ -174,7 +198,7 @@ def _position(rows, columns, BLOCK: tl.constexpr, ROWS_FIRST: tl.constexpr):
 
 @triton.jit
 def select(new, old, kept, mask):
-    """`new` where the mask allows it, the very bits of `old` elsewhere."""
+    """Select `new` where the mask allows it, and the exact bits of `old` elsewhere."""
     if mask is None:
         selected = new
     else:
@@ -191,7 +215,10 @@ def _update_kernel(
     NESTEROV: tl.constexpr, FIRST_STEP: tl.constexpr, STOCHASTIC: tl.constexpr, GATHER: tl.constexpr,
     ROWS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """first, second: exp_avg and exp_avg_sq, or momentum_buffer and None; None where there is no such tensor."""
+    """Update one tile of a parameter and its state.
+
+    first, second: exp_avg and exp_avg_sq, or momentum_buffer and None; None where there is no such tensor.
+    """
     index, row, at, exists = _position(rows, columns, BLOCK, ROWS_FIRST)
     if mask is None:
         words = tl.where(exists, -1, 0)
@@ -232,18 +259,39 @@ def _update_kernel(
         old_second = tl.load(second, mask=live)
         decay, gradient_share, beta2, square_share, correction, eps, negative_rate = scalars
         w, new_first, new_second = adamw_rule(
-            w, g, old_first.to(tl.float32), old_second.to(tl.float32), decay, gradient_share, beta2, square_share,
-            correction, eps, negative_rate, STEP_DTYPE, DECAY,
-        )  # fmt: skip
+            w,
+            g,
+            old_first.to(tl.float32),
+            old_second.to(tl.float32),
+            decay,
+            gradient_share,
+            beta2,
+            square_share,
+            correction,
+            eps,
+            negative_rate,
+            STEP_DTYPE,
+            DECAY,
+        )
         new_second = round_nearest(new_second, second.dtype.element_ty)
         tl.store(second, select(new_second, old_second, kept, mask), mask=live)
     else:
         negative_lr, momentum, gradient_share, weight_decay = scalars
         b = old_first.to(tl.float32) if MOMENTUM else g
         w, new_first = sgd_rule(
-            w, g, b, negative_lr, momentum, gradient_share, weight_decay, STEP_DTYPE, DECAY, MOMENTUM, NESTEROV,
+            w,
+            g,
+            b,
+            negative_lr,
+            momentum,
+            gradient_share,
+            weight_decay,
+            STEP_DTYPE,
+            DECAY,
+            MOMENTUM,
+            NESTEROV,
             FIRST_STEP,
-        )  # fmt: skip
+        )
 
     if first is not None:
         new_first = round_nearest(new_first, first.dtype.element_ty)
@@ -258,7 +306,7 @@ def masked_sgd_(
     param, grad, momentum_buffer, mask, master, slices, lr, momentum, dampening, weight_decay, nesterov, step,
     rounding, seed, parameter_id,
 ) -> None:  # fmt: skip
-    """One SGD step in place; arguments as in `ops.masked_update.masked_sgd_`."""
+    """Run one SGD step in place; arguments as in `ops.masked_update.masked_sgd_`."""
     scalars, flags = sgd_constants(lr, momentum, dampening, weight_decay, nesterov, step)
     dtype = step_dtype(param, (momentum_buffer,), rounding, master)
     state = (momentum_buffer if flags["MOMENTUM"] else None, None)
@@ -270,7 +318,7 @@ def masked_adamw_(
     param, grad, exp_avg, exp_avg_sq, mask, master, slices, lr, beta1, beta2, eps, weight_decay, step, rounding,
     seed, parameter_id,
 ) -> None:  # fmt: skip
-    """One AdamW step in place; arguments as in `ops.masked_update.masked_adamw_`."""
+    """Run one AdamW step in place; arguments as in `ops.masked_update.masked_adamw_`."""
     scalars, flags = adamw_constants(lr, beta1, beta2, eps, weight_decay, step)
     dtype = step_dtype(param, (exp_avg, exp_avg_sq), rounding, master)
     flags |= {"ADAMW": True, "STEP_DTYPE": dtype, "STOCHASTIC": rounding == "stochastic"}
@@ -289,10 +337,20 @@ def _launch(param, grad, first, second, master, mask, slices, key, scalars, flag
     config = configs.masked_update(tuple(views[1].shape), param.dtype, configs.architecture(param.device))
     grid = (num_slices * triton.cdiv(rows * triton.cdiv(columns, 32), config.block_words),)
     _update_kernel[grid](
-        *views, None if slices is None else slices.contiguous(), *strides, rows, columns, *key, tuple(scalars),
-        GATHER=gather, ROWS_FIRST=strides[0][2] > strides[0][1] and rows > 1, BLOCK=config.block_words,
-        num_warps=config.num_warps, enable_fp_fusion=False, **flags,
-    )  # fmt: skip
+        *views,
+        None if slices is None else slices.contiguous(),
+        *strides,
+        rows,
+        columns,
+        *key,
+        tuple(scalars),
+        GATHER=gather,
+        ROWS_FIRST=strides[0][2] > strides[0][1] and rows > 1,
+        BLOCK=config.block_words,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+        **flags,
+    )
     for i in (0, 2, 3, 4):
         if views[i] is not None and views[i].data_ptr() != tensors[i].data_ptr():
             tensors[i].copy_(views[i].view_as(tensors[i]))

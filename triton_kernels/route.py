@@ -1,17 +1,18 @@
-"""route: a stable counting sort of the routed rows in two launches; `ops.route` states the formulas.
+"""route: sorts the routed rows by expert, stably, in two launches; the formulas are in `ops.route`.
 
 The tokens are cut into at most a few hundred blocks of equal length (`configs.route`).
 
-    _count_kernel    grid (sections, blocks): how often each expert stands in a block, counts [sections, blocks, E].
+    _count_kernel    grid (sections, blocks): counts the rows of each expert in a block, counts [sections, blocks, E].
                      Section 0 counts all rows, section 1 + g those of group g; without groups there is only the
                      first. Section 0 also adds the tilt to `log_weight`.
-    _scatter_kernel  grid (blocks): where the block's first row of each expert goes = rows of smaller experts
+    _scatter_kernel  grid (blocks): the place of the block's first row of each expert = rows of smaller experts
                      + rows of that expert in earlier blocks, both summed anew from section 0 (a few 10 KB out of L2
                      cost less than a third launch). A row's rank among the equal ones before it comes from comparing
                      all pairs of a tile. The programs share the cells of the histogram.
 
-Workspace: 4 * sections * blocks * E bytes (64 KB for 8192 tokens, 8 of 128 experts, no groups). Deterministic:
-integers are exact, no atomics, one program writes each element; one thread adds a token's terms in the order of k.
+Workspace: 4 * sections * blocks * E bytes (64 KB for 8192 tokens, 8 of 128 experts, no groups). The results are
+deterministic: integers are exact, there are no atomics, one program writes each element, and one thread adds a token's
+terms in the order of k.
 """
 
 import torch
@@ -32,10 +33,10 @@ def route(
     log_tilt: Tensor | None = None,
     log_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens_per_expert [G, E], expert_offsets [E + 1], sorted_rows [T * K]) int32; adds to `log_weight` in place.
+    """Compute tokens_per_expert [G, E], expert_offsets [E + 1] and sorted_rows [T * K], all int32.
 
-    top_k_index: int32 or int64 [T, K], T * K < 2^31; group: integer [T]; log_tilt: float [E]; log_weight: float32 [T];
-    any strides.
+    top_k_index: int32 or int64 [T, K], T * K < 2^31; group: integer [T]; log_tilt: float [E]; log_weight: float32 [T],
+    to which the tilt is added in place. Strides are free.
     """
     num_tokens, top_k = top_k_index.shape
     config = configs.route(num_tokens, top_k, num_experts)
@@ -49,13 +50,24 @@ def route(
     sorted_rows = ints(num_tokens * top_k)
     experts = max(32, triton.next_power_of_2(num_experts))
     _count_kernel[sections, config.blocks](
-        top_k_index, group, log_tilt, log_weight, counts,
-        num_tokens, config.tokens_per_block, config.blocks, num_experts, *top_k_index.stride(),
+        top_k_index,
+        group,
+        log_tilt,
+        log_weight,
+        counts,
+        num_tokens,
+        config.tokens_per_block,
+        config.blocks,
+        num_experts,
+        *top_k_index.stride(),
         0 if group is None else group.stride(0),
         0 if log_tilt is None else log_tilt.stride(0),
         0 if log_weight is None else log_weight.stride(0),
-        TOP_K=top_k, EXPERTS=experts, TILE=config.count_tile, num_warps=config.num_warps,
-    )  # fmt: skip
+        TOP_K=top_k,
+        EXPERTS=experts,
+        TILE=config.count_tile,
+        num_warps=config.num_warps,
+    )
     _scatter_kernel[(config.blocks,)](
         top_k_index, counts, tokens_per_expert, expert_offsets, sorted_rows,
         num_tokens, config.tokens_per_block, config.blocks, num_groups, num_experts, *top_k_index.stride(),
@@ -67,14 +79,14 @@ def route(
 
 @triton.jit
 def _experts(index, token, k, inside, num_experts, stride_t, stride_k):
-    """int32 expert of the rows (token, k): num_experts for one that is not here."""
+    """Load the int32 experts of the rows (token, k); num_experts for an id that is not here."""
     chosen = tl.load(index + token.to(tl.int64) * stride_t + k * stride_k, mask=inside, other=-1)
     return tl.where((chosen >= 0) & (chosen < num_experts), chosen, num_experts).to(tl.int32)
 
 
 @triton.jit
 def _rows(index, first_token, row, rows, num_experts, stride_t, stride_k, TOP_K: tl.constexpr):
-    """`_experts` of the first `rows` rows of a block, num_experts beyond."""
+    """Load `_experts` of the first `rows` rows of a block; num_experts for rows beyond."""
     token, k = first_token + row // TOP_K, (row % TOP_K).to(tl.int64)
     return _experts(index, token, k, row < rows, num_experts, stride_t, stride_k)
 
@@ -85,7 +97,7 @@ def _count_kernel(
     num_tokens, tokens_per_block, num_blocks, num_experts, stride_t, stride_k, stride_group, stride_tilt, stride_weight,
     TOP_K: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """counts[section, block, :]; section 0 also does log_weight[t] += sum_k log_tilt[index[t, k]]."""
+    """Compute counts[section, block, :]; section 0 also adds sum_k log_tilt[index[t, k]] to log_weight[t]."""
     section, block = tl.program_id(0), tl.program_id(1)
     first_token = block * tokens_per_block
     tokens = tl.minimum(tokens_per_block, num_tokens - first_token)
@@ -121,10 +133,17 @@ def _count_kernel(
 
 @triton.jit
 def _store_histogram(
-    counts, tokens_per_expert, block, num_blocks, num_groups, num_experts,
-    GROUPED: tl.constexpr, CHUNK: tl.constexpr, CELLS: tl.constexpr,
-):  # fmt: skip
-    """This program's share of tokens_per_expert [G, E]: the sums of `counts` over the blocks."""
+    counts,
+    tokens_per_expert,
+    block,
+    num_blocks,
+    num_groups,
+    num_experts,
+    GROUPED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CELLS: tl.constexpr,
+):
+    """Store this program's share of tokens_per_expert [G, E], the sums of `counts` over the blocks."""
     lane, part = tl.arange(0, CELLS), tl.arange(0, CHUNK)
     num_cells = num_groups * num_experts
     for start in range(block * CELLS, num_cells, num_blocks * CELLS):
@@ -153,7 +172,7 @@ def _scatter_kernel(
     GROUPED: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    """sorted_rows[position of row n] = n for the rows of one block; offsets and histogram on the way."""
+    """Store sorted_rows[position of row n] = n for the rows of one block, and parts of offsets and histogram."""
     block = tl.program_id(0)
     expert, part = tl.arange(0, EXPERTS), tl.arange(0, CHUNK)
     all_rows = tl.zeros((CHUNK, EXPERTS), tl.int32)
@@ -173,7 +192,7 @@ def _scatter_kernel(
 
     first_token = block * tokens_per_block
     rows = tl.minimum(tokens_per_block, num_tokens - first_token) * TOP_K
-    # where the next row goes: of each expert, and of those that are not here
+    # the place of the next row of each expert, and of the next row that is not here
     following = offset + earlier
     following_away = num_here + first_token * TOP_K - tl.sum(earlier, axis=0)
     lane = tl.arange(0, TILE)
@@ -181,7 +200,7 @@ def _scatter_kernel(
         row = start + lane
         chosen = _rows(index, first_token, row, rows, num_experts, stride_t, stride_k, TOP_K)
         here = chosen < num_experts
-        # the reduced dimension comes first: a thread then holds a row's whole column and adds it up alone
+        # the reduced dimension comes first, so that a thread holds a row's whole column and adds it up alone
         equal_before = (chosen[:, None] == chosen[None, :]) & (lane[:, None] < lane[None, :])
         rank = tl.sum(equal_before.to(tl.int32), axis=0)
         base = tl.gather(following, tl.where(here, chosen, 0), axis=0)

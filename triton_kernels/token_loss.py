@@ -1,6 +1,7 @@
-"""token_loss: hidden states x head -> per-token losses, never T x V logits; `ops.token_loss` states the formulas.
+"""token_loss: computes per-token losses from hidden states and a head, never storing T x V logits.
 
-Forward, 4 launches (5 for kl), one matrix product T' V H for the T' rows that count (two for kl):
+The formulas are in `ops.token_loss`. The forward takes 4 launches (5 for kl) and one matrix product T' V H for the T'
+rows that count (two for kl):
 
     _select_kernel, _gather_kernel     the rows that count, side by side; see `token_loss_logits`
     _partials_kernel                   grid (row tiles x splits): a program walks a run of vocabulary tiles for one tile
@@ -9,12 +10,12 @@ Forward, 4 launches (5 for kl), one matrix product T' V H for the T' rows that c
                                        and c = sum exp(r - m_r) ((r - m_r) - (z - m)), z and r the two logits.
     _merge_kernel                      grid (row blocks): folds the splits in ascending order and writes every output.
 
-Backward: `token_loss_backward`. Splits fill the device where row tiles alone do not. They follow from shapes alone, so
-bits do not depend on the device. Workspace: the gathered rows [T, H] (two of them for kl) and 12 * splits * T bytes (20
-for kl), at most 20 MB for 8192 rows and 151,936 columns.
+The backward is in `token_loss_backward`. Splits fill the device where row tiles alone do not. They follow from shapes
+alone, so that bits do not depend on the device. Workspace: the gathered rows [T, H] (two of them for kl) and
+12 * splits * T bytes (20 for kl), at most 20 MB for 8192 rows and 151,936 columns.
 
-Labels outside [0, V) cannot raise without waiting for the device: such a row has loss NaN. `chunk_rows` is for the
-reference; tiles come from `configs`.
+An error for labels outside [0, V) would have to wait for the device; the loss of such a row is NaN instead.
+`chunk_rows` is for the reference; tiles come from `configs`.
 """
 
 import torch
@@ -39,11 +40,20 @@ __all__ = ["token_loss", "token_loss_backward"]
 
 
 def token_loss(
-    hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
-    ref_hidden: Tensor | None, ref_head: Tensor | None, kind: str, scale: float, softcap: float | None,
-    drop_zero_weights: bool, chunk_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [T], l [T], max z and sum exp(z - max z) [2, T], those of the reference [2, T]), all float32.
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    weights: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_head: Tensor | None,
+    kind: str,
+    scale: float,
+    softcap: float | None,
+    drop_zero_weights: bool,
+    chunk_rows: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute (loss [T], l [T], max z and sum exp(z - max z) [2, T], those of the reference [2, T]), all float32.
 
     hidden, ref_hidden [T, H]; head, ref_head [V, H]; bias [V]; labels int64 [T]; weights [T]; floats of any dtype but
     float64, any strides.
@@ -81,14 +91,14 @@ def token_loss(
 
 @triton.jit
 def _fold(m, s, tile_m, tile_s):
-    """((m, s) of two sets of logits from theirs, and what the first's maximum lies below the common one)."""
+    """Fold (m, s) of two sets of logits into (m, s) of both; also return the first m minus the common one."""
     peak = tl.maximum(m, tile_m)
     return peak, s * tl.exp(m - peak) + tile_s * tl.exp(tile_m - peak), m - peak
 
 
 @triton.jit
 def _peak_and_sum(z, AXIS: tl.constexpr):
-    # finite, so that a tile of logits that are all -infinity sums to 0 and not to NaN
+    # m is kept finite, so that a tile of logits that are all -infinity sums to 0 and not to NaN
     m = tl.maximum(tl.max(z, AXIS), LOWEST)
     return m, tl.sum(tl.exp(z - tl.expand_dims(m, AXIS)), AXIS)
 
@@ -100,7 +110,7 @@ def _partials_kernel(
     VOCABULARY: tl.constexpr, HIDDEN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """partials [3 or 5, splits, T] of one tile of rows and one split."""
+    """Compute partials [3 or 5, splits, T] of one tile of rows and one split."""
     counted = tl.load(count)
     row_tile, split = place(tl.program_id(0), tl.cdiv(counted, ROWS), splits, GROUP)
     if row_tile * ROWS >= counted:
@@ -134,7 +144,7 @@ def _partials_kernel(
             old_ref_s = ref_s
             m, s, old = _fold(m, s, tile_m, tile_s)
             ref_m, ref_s, ref_old = _fold(ref_m, ref_s, tile_ref_m, tile_ref_s)
-            # both terms moved to the common maxima
+            # both terms are moved to the common maxima
             cross = tl.exp(ref_old) * (cross + old_ref_s * (ref_old - old))
             shift, ref_shift = tile_m - m, tile_ref_m - ref_m
             cross += tl.exp(ref_shift) * (tile_cross + tile_ref_s * (ref_shift - shift))
@@ -155,7 +165,7 @@ def _merge_kernel(
     partials, slots, labels, weights, loss, value, norm, ref_norm, num_rows, splits, label_stride, weight_stride,
     KIND: tl.constexpr, VOCABULARY: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """loss, l and the normalisers of a block of rows; zeros in those that do not count."""
+    """Compute loss, l and the normalisers of a block of rows; zeros in rows that do not count."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     wide = row.to(tl.int64)

@@ -1,24 +1,24 @@
-"""token_loss, backward: the vocabulary in chunks, each a tile of dl/dz for all rows that count.
+"""token_loss, backward: computes the gradients from dl/dz, a chunk of the vocabulary at a time.
 
-For each chunk of `configs.token_loss(...).chunk` columns, after `_select_kernel` and `_gather_kernel` of
-`token_loss_logits` once:
+`_select_kernel` and `_gather_kernel` of `token_loss_logits` run once. Then follow, for each chunk of
+`configs.token_loss(...).chunk` columns:
 
     _dlogits_kernel        grid (row tiles x column tiles): logits once more, dl/dz [T, chunk] from the saved normaliser
                            in the dtype that is multiplied; with a bias, the sums of its columns over each row tile
-    _bias_kernel           grid (column blocks): these sums over the row tiles, in order
+    _bias_kernel           grid (column blocks): the sum of these sums over the row tiles, in order
     _head_gradient_kernel  grid (chunk x H tiles): dl/dz^T h, complete and rounded once
     _hidden_sums_kernel    grid (row tiles x H tiles x splits): sums += dl/dz W in float32, split over the chunk where
                            few rows count
 
-and once at the end `_scatter_kernel`, grid (rows): the sum of the splits, in order, to where the row came from, or
-zeros.
+`_scatter_kernel`, grid (rows), runs once at the end. It writes the sum of the splits, in order, to where the row came
+from, or zeros.
 
-Matrix products of 2 T' V H, T' the rows that count, the forward's one included: 3 with a frozen head, 4 with a trained
-one; kl needs 5 and 6. Writing dl/dz in bfloat16 once costs the same rounding as any 16-bit backward and saves a trained
-head the second recomputation.
+With T' rows that count there are 3 matrix products of 2 T' V H with a frozen head and 4 with a trained one, the
+forward's included; kl needs 5 and 6. Writing dl/dz in bfloat16 once costs the same rounding as any 16-bit backward and
+saves a trained head the second recomputation.
 
-Workspace for T = 8192, H = 2048 in bfloat16: dl/dz 256 MB, sums 64 MB, rows 32 MB (64 for kl); whatever V is.
-Deterministic: no atomics, fixed orders; splits follow from the number of rows that count, not from the device.
+Workspace for T = 8192, H = 2048 in bfloat16: dl/dz 256 MB, sums 64 MB, rows 32 MB (64 for kl), for any V. The results
+are deterministic: no atomics, fixed orders; splits follow from the number of rows that count, not from the device.
 """
 
 import torch
@@ -45,9 +45,9 @@ def token_loss_backward(
     kind: str, scale: float, softcap: float | None, drop_zero_weights: bool, chunk_rows: int | None,
     needs_hidden: bool, needs_head: bool, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden [T, H], head [V, H] and bias [V] in their dtypes; empty for one that is not needed.
+    """Compute the gradients of hidden [T, H], head [V, H] and bias [V] in their dtypes; empty if not needed.
 
-    grad [T]: upstream, any strides; value, norm and ref_norm as the forward returns them; the rest as there.
+    grad [T]: upstream gradient, any strides; value, norm and ref_norm: results of the forward; the rest as there.
     """
     dtype = multiplied_dtype(hidden, head, ref_hidden, ref_head)
     (num_rows, width), vocabulary = hidden.shape, len(head)
@@ -66,9 +66,11 @@ def token_loss_backward(
     described = tile.descriptors
     blocks = [tile.rows, tile.depth], [tile.columns, tile.depth]
     sources = (
-        operand(rows.hidden, blocks[0], described), operand(rows.ref_hidden, blocks[0], described),
-        operand(head, blocks[1], described), operand(ref_head, blocks[1], described),
-    )  # fmt: skip
+        operand(rows.hidden, blocks[0], described),
+        operand(rows.ref_hidden, blocks[0], described),
+        operand(head, blocks[1], described),
+        operand(ref_head, blocks[1], described),
+    )
     sums_rows = config.grad_hidden.rows
     width_tiles = triton.cdiv(width, config.grad_hidden.columns)
     sums_tiles = triton.cdiv(num_rows, sums_rows) * width_tiles
@@ -96,10 +98,20 @@ def token_loss_backward(
             _launch_hidden_sums(dlogits, head, rows, sums, sums_tiles, start, columns, config)
     if needs_hidden:
         _scatter_kernel[(triton.cdiv(num_rows, 16),)](
-            sums, rows.slot, rows.count, grad_hidden, num_rows,
-            HIDDEN=width, WIDTH_TILES=width_tiles, TILE_ROWS=sums_rows, SPLIT_TILES=config.split_tiles,
-            SPLITS=config.splits, ROWS=16, COLUMNS=128, num_warps=4,
-        )  # fmt: skip
+            sums,
+            rows.slot,
+            rows.count,
+            grad_hidden,
+            num_rows,
+            HIDDEN=width,
+            WIDTH_TILES=width_tiles,
+            TILE_ROWS=sums_rows,
+            SPLIT_TILES=config.split_tiles,
+            SPLITS=config.splits,
+            ROWS=16,
+            COLUMNS=128,
+            num_warps=4,
+        )
     return grad_hidden, grad_head, grad_bias
 
 
@@ -109,10 +121,22 @@ def _launch_head_gradient(dlogits, rows, grad_head, start, columns, tile):
     _head_gradient_kernel[(triton.cdiv(columns, tile.rows) * triton.cdiv(width, tile.columns),)](
         operand(dlogits, [tile.depth, tile.rows], described),
         operand(rows.hidden, [tile.depth, tile.columns], described),
-        rows.count, grad_head, num_rows, start, columns, dlogits.stride(0), rows.hidden.stride(0),
-        HIDDEN=width, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=tile.group, DESCRIPTORS=described,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+        rows.count,
+        grad_head,
+        num_rows,
+        start,
+        columns,
+        dlogits.stride(0),
+        rows.hidden.stride(0),
+        HIDDEN=width,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        GROUP=tile.group,
+        DESCRIPTORS=described,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
 
 
 def _launch_hidden_sums(dlogits, head, rows, sums, sums_tiles, start, columns, config):
@@ -137,7 +161,7 @@ def _dlogits_kernel(
     SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """dlogits [T, CHUNK] of the vocabulary from `start` on: zero behind the rows that count, to the end of a tile."""
+    """Compute dlogits [T, CHUNK] of the vocabulary from `start` on; a tile's rows behind those that count are zero."""
     counted = tl.load(count)
     row_tile, column_tile = place(tl.program_id(0), tl.cdiv(counted, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
     if row_tile * ROWS >= counted:
@@ -150,7 +174,7 @@ def _dlogits_kernel(
     )  # fmt: skip
     row = row_tile * ROWS + tl.arange(0, ROWS)
     live = row < counted
-    # rows that do not count take what belongs to token 0, and are dropped in the end
+    # rows that do not count read the numbers of token 0 and become zero at the end
     token = tl.load(index + row, mask=live, other=0).to(tl.int64)
     upstream = tl.load(grad + token * grad_stride).to(tl.float32)
     if weights is not None:
@@ -162,13 +186,13 @@ def _dlogits_kernel(
         dz -= _softmax(z_ref, ref_norm, token, num_rows)
     else:
         label = tl.load(labels + token * label_stride)
-        # compared as int32, which takes half the registers
+        # int32 takes half the registers
         label = tl.where((label >= column) & (label < column + COLUMNS), label - column, -1).to(tl.int32)
         dz = tl.where(label[:, None] == tl.arange(0, COLUMNS)[None, :], dz - 1, dz)
     dz *= (upstream * SCALE)[:, None]
     if SOFTCAP is not None:
         ratio = z * (1 / SOFTCAP)
-        # the columns behind the vocabulary are -infinity
+        # z is -infinity behind the vocabulary, where dz is 0 and the product would be NaN
         dz *= tl.where(z == -float("inf"), 0.0, 1 - ratio * ratio)
     dz = tl.where(live[:, None], dz, 0.0)
     at = column_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -201,11 +225,23 @@ def _bias_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "columns"])
 def _head_gradient_kernel(
-    dlogits, hidden, count, grad_head, num_rows, start, columns, dlogits_row, hidden_row,
-    HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    dlogits,
+    hidden,
+    count,
+    grad_head,
+    num_rows,
+    start,
+    columns,
+    dlogits_row,
+    hidden_row,
+    HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """grad_head[start : start + columns] = dlogits^T hidden over the rows that count and the zeros behind them."""
+):
+    """Compute grad_head[start : start + columns] = dlogits^T hidden over the rows that count and the zeros behind."""
     row_tile, column_tile = place(tl.program_id(0), tl.cdiv(columns, ROWS), tl.cdiv(HIDDEN, COLUMNS), GROUP)
     counted = tl.load(count)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -222,7 +258,7 @@ def _head_gradient_kernel(
 
 @triton.jit
 def _strips(counted, WIDTH_TILES: tl.constexpr, ROWS: tl.constexpr, SPLIT_TILES: tl.constexpr, SPLITS: tl.constexpr):
-    """(row tiles, splits) of the sums: split s of row tile r is strip s * row tiles + r of ROWS rows."""
+    """Compute (row tiles, splits) of the sums: split s of row tile r is strip s * row tiles + r of ROWS rows."""
     row_tiles = tl.cdiv(counted, ROWS)
     return row_tiles, tl.maximum(tl.minimum(SPLIT_TILES // (row_tiles * WIDTH_TILES), SPLITS), 1)
 
@@ -234,7 +270,7 @@ def _hidden_sums_kernel(
     SPLITS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """sums [strips * ROWS, HIDDEN] of one split; the first chunk starts them."""
+    """Add a chunk's dlogits W to a tile of sums [strips * ROWS, HIDDEN]; the first chunk starts from zero."""
     counted = tl.load(count)
     if counted == 0:
         return
@@ -256,19 +292,37 @@ def _hidden_sums_kernel(
     for k in range(split * length, tl.minimum(split * length + length, columns), DEPTH):
         dz = load_tile(dlogits, row_tile * ROWS, k, counted, columns, dlogits_row, 1, ROWS, DEPTH, DESCRIPTORS)
         w = load_tile(
-            head, start + k, column_tile * COLUMNS, VOCABULARY, HIDDEN, head_row, head_column, DEPTH, COLUMNS,
+            head,
+            start + k,
+            column_tile * COLUMNS,
+            VOCABULARY,
+            HIDDEN,
+            head_row,
+            head_column,
+            DEPTH,
+            COLUMNS,
             DESCRIPTORS,
-        )  # fmt: skip
+        )
         total = dot(dz, w.to(dz.dtype), total)
     tl.store(at, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _scatter_kernel(
-    sums, slots, count, grad_hidden, num_rows, HIDDEN: tl.constexpr, WIDTH_TILES: tl.constexpr, TILE_ROWS: tl.constexpr,
-    SPLIT_TILES: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """grad_hidden[t] = the splits of row slot[t] in order, or zeros."""
+    sums,
+    slots,
+    count,
+    grad_hidden,
+    num_rows,
+    HIDDEN: tl.constexpr,
+    WIDTH_TILES: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    SPLIT_TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Store the sum of the splits of row slot[t], in order, to grad_hidden[t]; zeros for a row that does not count."""
     row_tiles, splits = _strips(tl.maximum(tl.load(count), 1), WIDTH_TILES, TILE_ROWS, SPLIT_TILES, SPLITS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slots + row, mask=row < num_rows, other=-1).to(tl.int64)

@@ -1,11 +1,12 @@
-"""What both directions of `token_loss` share: which rows count, and one tile of logits.
+"""Code of both directions of `token_loss`: selects the rows that count and computes one tile of logits.
 
-    _select_kernel   1 program: index [T], the rows that count, ascending; slot [T], where each row stands in it or -1;
-                     their number. It stays on the device: grids are upper bounds, programs behind it exit at once.
+    _select_kernel   1 program: index [T], the rows that count, ascending; slot [T], each row's place in index or -1;
+                     count, their number. The number stays on the device, so that grids are upper bounds; programs
+                     behind it exit at once.
     _gather_kernel   grid (row blocks): these rows side by side in the dtype that is multiplied, then rows of zeros.
                      Moving a row once costs 1 / (2 V) of multiplying it, and makes it readable by descriptor.
 
-The dtype multiplied is that of hidden states and heads where they have one, else float32.
+The dtype that is multiplied is that of hidden states and heads if they share one, else float32.
 """
 
 from typing import NamedTuple
@@ -43,45 +44,67 @@ def multiplied_dtype(hidden: Tensor, head: Tensor, ref_hidden: Tensor | None, re
 def select_rows(
     hidden: Tensor, ref_hidden: Tensor | None, labels: Tensor, weights: Tensor | None, dtype: torch.dtype
 ) -> Rows:
-    """Rows whose label is not IGNORED and whose weight is not 0; weights: None to look at labels alone. T >= 1."""
+    """Select the rows whose label is not IGNORED and whose weight is not 0; without weights labels decide. T >= 1."""
     num_rows = len(labels)
     count, index, slot = (torch.empty(n, dtype=torch.int32, device=hidden.device) for n in (1, num_rows, num_rows))
     _select_kernel[(1,)](
-        labels, weights, count, index, slot, num_rows, labels.stride(0), 0 if weights is None else weights.stride(0),
-        BLOCK=1024, num_warps=8,
-    )  # fmt: skip
+        labels,
+        weights,
+        count,
+        index,
+        slot,
+        num_rows,
+        labels.stride(0),
+        0 if weights is None else weights.stride(0),
+        BLOCK=1024,
+        num_warps=8,
+    )
 
     def gather(source: Tensor) -> Tensor:
         width = source.shape[1]
-        # descriptors ask for a distance of rows that is a multiple of 16 bytes
+        # descriptors need rows at a distance that is a multiple of 16 bytes
         gathered = torch.empty(num_rows, triton.cdiv(width, 16) * 16, dtype=dtype, device=source.device)[:, :width]
         _gather_kernel[(triton.cdiv(num_rows, 16),)](
-            source, index, count, gathered, num_rows, *source.stride(), gathered.stride(0),
-            HIDDEN=width, ROWS=16, COLUMNS=128, num_warps=4,
-        )  # fmt: skip
+            source,
+            index,
+            count,
+            gathered,
+            num_rows,
+            *source.stride(),
+            gathered.stride(0),
+            HIDDEN=width,
+            ROWS=16,
+            COLUMNS=128,
+            num_warps=4,
+        )
         return gathered
 
     return Rows(count, index, slot, gather(hidden), None if ref_hidden is None else gather(ref_hidden))
 
 
 def choose_tiles(
-    hidden: Tensor, head: Tensor, ref_head: Tensor | None, bias: Tensor | None, dtype: torch.dtype, kind: str,
+    hidden: Tensor,
+    head: Tensor,
+    ref_head: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    kind: str,
     softcap: float | None,
-) -> configs.TokenLoss:  # fmt: skip
+) -> configs.TokenLoss:
     arch, aligned = configs.architecture(hidden.device), describable(head, ref_head)
     long_epilogue = softcap is not None or bias is not None
     return configs.token_loss(len(hidden), len(head), dtype, arch, kind == "kl", long_epilogue, aligned)
 
 
 def operand(tensor: Tensor | None, block: list[int], described: bool) -> Tensor | TensorDescriptor | None:
-    """`tensor` as `load_tile` takes it."""
+    """Return `tensor` as `load_tile` takes it: by descriptor if `described`."""
     if tensor is None or not described:
         return tensor
     return TensorDescriptor(tensor, tensor.shape, tensor.stride(), block)
 
 
 def describable(*tensors: Tensor | None) -> bool:
-    """Whether TMA descriptors can name all of them: rows contiguous, and 16-byte aligned."""
+    """Return whether TMA descriptors can name all tensors: rows contiguous and 16-byte aligned."""
 
     def fits(t: Tensor) -> bool:
         aligned = t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
@@ -109,9 +132,18 @@ def _select_kernel(labels, weights, count, index, slot, num_rows, label_stride, 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _gather_kernel(
-    source, index, count, gathered, num_rows, source_row, source_column, gathered_row,
-    HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    source,
+    index,
+    count,
+    gathered,
+    num_rows,
+    source_row,
+    source_column,
+    gathered_row,
+    HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < tl.load(count)
     token = tl.load(index + row, mask=live, other=0).to(tl.int64)
@@ -126,8 +158,10 @@ def _gather_kernel(
 
 @triton.jit
 def place(program, rows, columns, GROUP: tl.constexpr):
-    """(row, column) of a program among rows * columns tiles, down GROUP rows before the next column, so that what a
-    wave of programs reads stays in L2; row = rows for a program behind the last tile."""
+    """Return (row, column) of a program among rows * columns tiles; row = rows for a program behind the last tile.
+
+    Programs walk down GROUP rows before the next column, so that the data that a wave of programs reads stay in L2.
+    """
     first = program // (GROUP * columns) * GROUP
     within = program % (GROUP * columns)
     height = tl.maximum(tl.minimum(rows - first, GROUP), 1)
@@ -137,10 +171,18 @@ def place(program, rows, columns, GROUP: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    source, row, column, num_rows, num_columns, row_stride, column_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTOR: tl.constexpr,
-):  # fmt: skip
-    """source[row : row + ROWS, column : column + COLUMNS], zero outside; source: descriptor or pointer."""
+    source,
+    row,
+    column,
+    num_rows,
+    num_columns,
+    row_stride,
+    column_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """Load source[row : row + ROWS, column : column + COLUMNS], zero outside; source: descriptor or pointer."""
     if DESCRIPTOR:
         tile = source.load([row, column])
     else:
@@ -157,8 +199,10 @@ def logits(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """(z, z_ref) [ROWS, COLUMNS] float32 from (row, column) on, -infinity behind the vocabulary; z_ref means nothing
-    without `ref_hidden`. Both come about by the same instructions: equal rows have equal logits."""
+    """Compute (z, z_ref) [ROWS, COLUMNS] float32 from (row, column) on, -infinity behind the vocabulary.
+
+    z_ref has no meaning without `ref_hidden`. The same instructions compute both, so that equal rows have equal logits.
+    """
     z = tl.zeros((ROWS, COLUMNS), tl.float32)
     z_ref = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, HIDDEN, DEPTH):
@@ -190,7 +234,7 @@ def _finish(z, offset, inside, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    """To 4 ulp: a least-squares fit on [0, 0.6] and the exponential beyond."""
+    """Compute tanh(x) to 4 ulp, by a least-squares fit on [0, 0.6] and by the exponential beyond."""
     size = tl.abs(x)
     square = x * x
     small = ((-0.00627638759 * square + 0.021116214) * square - 0.0538751382) * square + 0.13332924
@@ -201,13 +245,13 @@ def _tanh(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) to 4 ulp: what the rounding of 1 + x takes from the logarithm is put back as a factor."""
+    """Compute log(1 + x) to 4 ulp: a factor corrects the logarithm for the rounding of 1 + x."""
     u = 1 + x
     return tl.where(u == 1, x, tl.log(u) * tl.div_rn(x, tl.where(u == 1, 1.0, u - 1)))
 
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1 to 4 ulp for 0 <= x <= 1, by the same correction."""
+    """Compute exp(x) - 1 to 4 ulp for 0 <= x <= 1, with the same correction."""
     u = tl.exp(x)
     return tl.where(u == 1, x, (u - 1) * tl.div_rn(x, tl.where(u == 1, 1.0, tl.log(u))))

@@ -1,25 +1,27 @@
-"""weight_score: scores, their radix histogram and the mask they give; formula and layouts in `ops.weight_score`.
+"""weight_score: computes scores, their radix histogram and the mask; formula and layouts are in `ops.weight_score`.
 
-    weight_score      1 launch; the score tensor, for those who want it
+    weight_score      1 launch; the score tensor, for callers that want it
     score_histogram   1 launch (and the clearing of 512 KB of counts)
-    score_mask        2 launches: how many elements of each span equal the threshold; the words. 1 without ties
+    score_mask        2 launches: one counts each span's elements equal to the threshold, one makes the words. 1 without
+                      ties
 
-Scores live in registers only: a tile [BLOCK, 32] stands for BLOCK mask words. Every operation is IEEE and none can be
-contracted, so the bits are those of the reference.
+Otherwise scores live in registers only: a tile [BLOCK, 32] stands for BLOCK mask words. Every operation is IEEE and
+none can be contracted, so that the bits are those of the reference.
 
-The histogram adds integers, which gives the same counts in any order. Of digit 0 each program counts in shared memory,
-2^15 bins since the sign is gone, and adds each bin to global memory once. That is `tl.histogram` from Triton 3.9 on;
-3.6 votes on every bit of every element, some 4000 instructions an element for so many bins. There, where 128 KB are too
-much, for rows that are no whole words side by side, and for digit 1, which few elements have, each element is added to
-global memory. Zeros are then summed tile by tile first: experts that no forget row reached score exactly zero, and
-would queue for one address.
+The histogram adds integers, which gives the same counts in any order. For digit 0 each program counts in shared memory,
+with 2^15 bins since there is no sign, and adds each bin to global memory once. `tl.histogram` does that from Triton 3.9
+on; 3.6 votes on every bit of every element, some 4000 instructions an element for so many bins. With 3.6, where 128 KB
+are too much, for rows that are not whole words side by side, and for digit 1, which few elements have, each element is
+added to global memory instead. Zeros are then summed tile by tile first: experts that no forget row reached score
+exactly zero, and their elements would queue for one address.
 
 The mask needs the number of equal elements before each element in flat order. At most `configs.MAX_SPANS` programs
-each own a contiguous span of words; the first launch counts the equals of every span (workspace: 8 bytes a span), in
-the second a program adds up the counts of the spans before its own and walks its span in order. Inside a tile ranks
-are integer prefix sums, computed only where an element equals the threshold. No atomics.
+each own a contiguous span of words. The first launch counts the equal elements of every span (workspace: 8 bytes a
+span); in the second a program adds up the counts of the spans before its own and walks its span in order. Inside a tile
+ranks are integer prefix sums, computed only where an element equals the threshold. There are no atomics.
 
-Any strides (more than three dimensions whose middle ones do not merge are copied), int64 offsets, up to 2^36 elements.
+Strides are free (tensors of more than three dimensions whose middle ones do not merge are copied), offsets are int64,
+and up to 2^36 elements are possible.
 """
 
 import torch
@@ -30,13 +32,13 @@ from moe_unlearn.triton_kernels import configs
 from moe_unlearn.triton_kernels.common import as_slices, word_elements
 
 _BINS = 1 << 16
-# from the version on that is known to count in shared memory
+# 3.9 is the first version that is known to count in shared memory
 _SHARED_BINS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 @triton.jit
 def _place(block, rows, columns, num_words, BLOCK: tl.constexpr):
-    """Slice, row and number in the row (int64) of the words of one tile, and which elements [BLOCK, 32] exist."""
+    """Return slice, row and number in the row (int64) of a tile's words, and which elements [BLOCK, 32] exist."""
     per_row = tl.cdiv(columns, 32)
     word = block * BLOCK + tl.arange(0, BLOCK)
     line, at = word // per_row, word % per_row
@@ -47,7 +49,7 @@ def _place(block, rows, columns, num_words, BLOCK: tl.constexpr):
 
 @triton.jit
 def _score(weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, index, row, at, exists):
-    """float32 scores [BLOCK, 32]."""
+    """Compute float32 scores [BLOCK, 32]."""
     w = tl.load(word_elements(weight, weight_strides, index, row, at), mask=exists, other=0.0).to(tl.float32)
     f = tl.load(word_elements(forget, forget_strides, index, row, at), mask=exists, other=0.0).to(tl.float32)
     r = tl.load(word_elements(retain, retain_strides, index, row, at), mask=exists, other=0.0).to(tl.float32)
@@ -56,15 +58,26 @@ def _score(weight, forget, retain, weight_strides, forget_strides, retain_stride
 
 @triton.jit
 def _magnitude(score):
-    """The bit pattern of |score|, int32."""
+    """Return the bit pattern of |score|, int32."""
     return score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _score_kernel(
-    out, weight, forget, retain, out_strides, weight_strides, forget_strides, retain_strides, gamma,
-    rows, columns, num_words, BLOCK: tl.constexpr,
-):  # fmt: skip
+    out,
+    weight,
+    forget,
+    retain,
+    out_strides,
+    weight_strides,
+    forget_strides,
+    retain_strides,
+    gamma,
+    rows,
+    columns,
+    num_words,
+    BLOCK: tl.constexpr,
+):
     index, row, at, exists = _place(tl.program_id(0), rows, columns, num_words, BLOCK)
     score = _score(
         weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, index, row, at, exists
@@ -74,9 +87,21 @@ def _score_kernel(
 
 @triton.jit(do_not_specialize=["prefix"])
 def _histogram_kernel(
-    counts, weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, prefix,
-    rows, columns, num_words, DIGIT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    counts,
+    weight,
+    forget,
+    retain,
+    weight_strides,
+    forget_strides,
+    retain_strides,
+    gamma,
+    prefix,
+    rows,
+    columns,
+    num_words,
+    DIGIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     index, row, at, exists = _place(tl.program_id(0), rows, columns, num_words, BLOCK)
     score = _score(
         weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, index, row, at, exists
@@ -95,10 +120,21 @@ def _histogram_kernel(
 
 @triton.jit
 def _bins_kernel(
-    counts, weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, rows, columns, num_words,
-    BINS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Digit 0 of every num_programs-th tile, counted here and added to `counts` at the end."""
+    counts,
+    weight,
+    forget,
+    retain,
+    weight_strides,
+    forget_strides,
+    retain_strides,
+    gamma,
+    rows,
+    columns,
+    num_words,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Count digit 0 of every num_programs-th tile, and add the counts to `counts` at the end."""
     count = tl.zeros((BINS,), tl.int32)
     for block in range(tl.program_id(0), tl.cdiv(num_words, BLOCK), tl.num_programs(0)):
         index, row, at, exists = _place(block, rows, columns, num_words, BLOCK)
@@ -113,9 +149,21 @@ def _bins_kernel(
 
 @triton.jit(do_not_specialize=["threshold"])
 def _count_ties_kernel(
-    ties_in_span, weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, threshold,
-    rows, columns, num_words, blocks_per_span, BLOCK: tl.constexpr,
-):  # fmt: skip
+    ties_in_span,
+    weight,
+    forget,
+    retain,
+    weight_strides,
+    forget_strides,
+    retain_strides,
+    gamma,
+    threshold,
+    rows,
+    columns,
+    num_words,
+    blocks_per_span,
+    BLOCK: tl.constexpr,
+):
     first = tl.program_id(0) * blocks_per_span
     last = tl.minimum(first + blocks_per_span, tl.cdiv(num_words, BLOCK))
     equal = tl.zeros((BLOCK, 32), tl.int32)
@@ -133,7 +181,10 @@ def _mask_kernel(
     words, ties_taken, ties_in_span, weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma,
     threshold, ties: tl.int64, rows, columns, num_words, blocks_per_span, BLOCK: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
-    """words: contiguous; ties_in_span None: no element that equals the threshold is taken."""
+    """Compute the mask words, contiguous, of one span.
+
+    With ties_in_span None no element that equals the threshold is taken.
+    """
     program = tl.program_id(0)
     if ties_in_span is not None:
         span = tl.arange(0, SPANS)
@@ -167,7 +218,7 @@ def _mask_kernel(
 def weight_score(
     weight: torch.Tensor, grad_forget: torch.Tensor, grad_retain: torch.Tensor, gamma: float
 ) -> torch.Tensor:
-    """float32 scores shaped like `weight`."""
+    """Compute float32 scores shaped like `weight`."""
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     if weight.numel():
         config = configs.weight_score(tuple(weight.shape), weight.dtype, weight.device)
@@ -180,35 +231,55 @@ def weight_score(
 def score_histogram(
     weight: torch.Tensor, grad_forget: torch.Tensor, grad_retain: torch.Tensor, gamma: float, digit: int, prefix: int
 ) -> torch.Tensor:
-    """int64 [65536]: counts of the high 16 bits of |S| (digit 0), or of the low ones behind `prefix` (digit 1)."""
+    """Count |S| by its high 16 bits (digit 0) or, where these equal `prefix`, by its low ones (digit 1).
+
+    Returns int64 [65536].
+    """
     counts = torch.zeros(_BINS, dtype=torch.int64, device=weight.device)
     if not weight.numel():
         return counts
     tensors, strides, sizes = _sliced(weight, grad_forget, grad_retain)
-    # whole words side by side: addresses of others take the registers that hold the sums
+    # only whole words side by side, since other addresses take the registers that hold the sums
     plain = sizes[1] % 32 == 0 and all(stride[2] == 1 for stride in strides)
     bins = configs.score_bins(weight.device) if _SHARED_BINS and digit == 0 and plain else None
     if bins is not None:
         grid = (min(bins.programs, triton.cdiv(sizes[-1], bins.block_words)),)
         _bins_kernel[grid](
-            counts, *tensors, *strides, gamma, *sizes, BINS=_BINS // 2, BLOCK=bins.block_words,
+            counts,
+            *tensors,
+            *strides,
+            gamma,
+            *sizes,
+            BINS=_BINS // 2,
+            BLOCK=bins.block_words,
             num_warps=bins.num_warps,
-        )  # fmt: skip
+        )
     else:
         config = configs.weight_score(tuple(weight.shape), weight.dtype, weight.device)
         grid = (triton.cdiv(sizes[-1], config.block_words),)
         _histogram_kernel[grid](
-            counts, *tensors, *strides, gamma, prefix, *sizes, DIGIT=digit, BLOCK=config.block_words,
+            counts,
+            *tensors,
+            *strides,
+            gamma,
+            prefix,
+            *sizes,
+            DIGIT=digit,
+            BLOCK=config.block_words,
             num_warps=config.num_warps,
-        )  # fmt: skip
+        )
     return counts
 
 
 def score_mask(
-    weight: torch.Tensor, grad_forget: torch.Tensor, grad_retain: torch.Tensor, gamma: float, threshold_bits: int,
+    weight: torch.Tensor,
+    grad_forget: torch.Tensor,
+    grad_retain: torch.Tensor,
+    gamma: float,
+    threshold_bits: int,
     ties: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(int32 words [..., ceil(n / 32)], int64 [] ties taken)."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute (int32 words [..., ceil(n / 32)], int64 [] ties taken)."""
     tensors, strides, sizes = _sliced(weight, grad_forget, grad_retain)
     shape = (*weight.shape[:-1], triton.cdiv(weight.shape[-1], 32)) if weight.dim() else (1,)
     words = torch.empty(shape, dtype=torch.int32, device=weight.device)
@@ -225,14 +296,23 @@ def score_mask(
             ties_in_span = torch.empty(grid, dtype=torch.int64, device=weight.device)
             _count_ties_kernel[grid](ties_in_span, *tensors, *strides, gamma, threshold_bits, *sizes, **launch)
         _mask_kernel[grid](
-            words, taken, ties_in_span, *tensors, *strides, gamma, threshold_bits, ties, *sizes,
-            SPANS=configs.MAX_SPANS, **launch,
-        )  # fmt: skip
+            words,
+            taken,
+            ties_in_span,
+            *tensors,
+            *strides,
+            gamma,
+            threshold_bits,
+            ties,
+            *sizes,
+            SPANS=configs.MAX_SPANS,
+            **launch,
+        )
     return words, taken
 
 
 def _sliced(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], list[tuple[int, ...]], tuple[int, int, int]]:
-    """The tensors as [slices, rows, columns], their strides, and (rows, columns, number of mask words)."""
+    """Return the tensors as [slices, rows, columns], their strides, and (rows, columns, number of mask words)."""
     views = [as_slices(t) for t in tensors]
     num_slices, rows, columns = views[0].shape
     return views, [v.stride() for v in views], (rows, columns, num_slices * rows * triton.cdiv(columns, 32))
