@@ -332,6 +332,23 @@ def test_resume_from_state_is_bitwise(name, model, tmp_path):
     assert not changed(other, weights(model))
 
 
+@pytest.mark.parametrize("side", ["forget", "retain"])
+@pytest.mark.parametrize("name", ["graddiff", "npo", "mollm", "wagle", "trace", "seuf", "pdu"])
+def test_a_state_prepared_on_other_rows_is_refused(name, side, model):
+    """Rows of which nothing is cached were exchanged without a word: GradDiff's, and those a mask was made from."""
+    step, forget, retain = prepared(model, recipe(name))
+    state = step.state_dict()
+    step.close()
+    resumed = UnlearnStep(model, recipe(name))
+    resumed.load_state_dict(state)
+    sides = {"forget": forget, "retain": retain}
+    resumed.prepare(*sides.values())
+    before = sides[side][1]
+    sides[side] = [sides[side][0], before | {"labels": before["labels"].roll(1, 0)}]
+    with pytest.raises(ValueError, match=r"prepare\(\), which saw|prepare\(\) saw"):
+        resumed.prepare(*sides.values())
+
+
 @pytest.mark.quick
 def test_a_prepared_state_is_not_prepared_again(model):
     step, forget, retain = prepared(model, recipe("combined"))

@@ -54,6 +54,7 @@ class Preparation:
     """Results of the stages; None where a stage has not run or the recipe does not need it."""
 
     done: list[str] = dataclasses.field(default_factory=list)
+    rows: dict[str, list[str]] | None = None  # content keys of all rows of "forget", "refusals" and "retain"
     frequencies: dict[str, RoutingFrequencies] | None = None
     selected: Tensor | None = None  # bool [L, E]
     calibration: Calibration | None = None
@@ -125,6 +126,11 @@ _CACHES = {
     "ref_hidden_states_forget": "reference hidden states of the forget rows",
     "ref_layer_states": "reference layer outputs",
 }
+_CACHED_SIDES = dict.fromkeys(_CACHES, "retain") | {
+    "ref_logprobs": "forget",
+    "ref_logprobs_idk": "refusals",
+    "ref_hidden_states_forget": "forget",
+}
 
 
 def needed(recipe: Recipe) -> list[str]:
@@ -155,11 +161,11 @@ def prepare(
 
     `on_stage(name)` is called after each one. `cache_dir` is the folder where references are kept between runs; None
     keeps them in memory only. All ranks do the same work on the same rows (ValueError otherwise), and take the first
-    rank's experts and mask. Where stages were done before, as after a resume, the rows must be those that they saw;
-    otherwise ValueError is raised with the row's number.
+    rank's experts and mask. After an earlier preparation, as in a resume, all rows must be among those that it saw,
+    whatever the recipe; otherwise ValueError is raised with the row's number.
     """
     ranks = Ranks(model) if ranks is None else ranks
-    _check_rows(prepared, forget, retain)
+    rows = _checked_rows(prepared, forget, retain)
     ranks.agree("the rows of prepare()", lambda: [[content_keys(b) for b in side] for side in (forget, retain)])
     folder = None if cache_dir is None or not ranks.first else reference.make_folder(cache_dir)
     work = {
@@ -174,20 +180,37 @@ def prepare(
             if stage in stages and stage not in prepared.done:
                 work[stage](model, recipe, prepared, forget, retain)
                 ranks.share_(prepared.chosen())
+                prepared.rows = rows
                 prepared.done.append(stage)
                 if on_stage is not None:
                     on_stage(stage)
+    prepared.rows = rows
 
 
-def _check_rows(prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> None:
-    """Check that what an earlier preparation cached row by row belongs to these rows; errors as of `known_keys`."""
-    sides = dict.fromkeys(_CACHES, retain) | {"ref_logprobs": forget, "ref_hidden_states_forget": forget}
-    if prepared.ref_logprobs_idk is not None:
-        sides["ref_logprobs_idk"] = [refusal(batch) for batch in forget]
-    for name, batches in sides.items():
+def _checked_rows(prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> dict[str, list[str]]:
+    """Return the content keys of each side's rows, or those of an earlier preparation, which must hold all of these."""
+    sides = {
+        "forget": forget,
+        "refusals": [refusal(batch) for batch in forget if "idk_input_ids" in batch],
+        "retain": retain,
+    }
+    for name, side in _CACHED_SIDES.items():
         cache = getattr(prepared, name)
-        for batch in batches if cache is not None else ():
+        for batch in sides[side] if cache is not None else ():
             cache.known_keys(batch)
+    rows = {side: [key for batch in batches for key in content_keys(batch)] for side, batches in sides.items()}
+    if prepared.rows is None:
+        return rows
+    for side, keys in rows.items():
+        seen = set(prepared.rows[side])
+        for i, key in enumerate(keys):
+            if key not in seen:
+                raise ValueError(
+                    f"row {i} of the {side} rows is none of the {len(seen)} that prepare() saw before: its tokens or "
+                    "labels differ; resume with the rows, the tokenizer and the settings of `data` that the run began "
+                    "with, or prepare again from the original model"
+                )
+    return prepared.rows
 
 
 def _trace(model, recipe, prepared, forget, retain):
