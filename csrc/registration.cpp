@@ -72,6 +72,9 @@ STABLE_TORCH_LIBRARY(moe_unlearn_native, m) {
       "token_loss(Tensor hidden, Tensor head, Tensor labels, Tensor index, Tensor? bias, Tensor? ref_hidden, "
       "Tensor? ref_head, str kind, float scale, float softcap, bool direction, Tensor(a!)? kept, Tensor(b!)? peaks, "
       "Tensor(c!)? spare) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Tokens and vocabulary entries of the forward's and of the backward's tiles; whether products take bfloat16 pairs.
+  m.def("token_loss_tiles() -> (int, int, int, int)");
+  m.def("has_pair_products() -> bool");
   m.def(
       "token_loss_head(Tensor(a!)? grad_head, Tensor(b!)? grad_bias, Tensor upstream, Tensor norm, Tensor ref_norm, "
       "Tensor hidden, Tensor head, Tensor labels, Tensor index, Tensor? bias, Tensor? ref_hidden, Tensor? ref_head, "

@@ -7,6 +7,7 @@ Python module, only the ops `torch.ops.moe_unlearn_native.*`. The package works 
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -45,6 +46,31 @@ def instruction_set(limit: str | None = None) -> str:
     The instruction set changes speed only: all of them give the same bits.
     """
     return torch.ops.moe_unlearn_native.instruction_set(limit)
+
+
+class TokenLossTiles(NamedTuple):
+    """Sizes of the tiles of csrc/cpu/token_loss.cpp, forward and backward, in tokens and entries of the vocabulary."""
+
+    tokens: int
+    entries: int
+    backward_tokens: int
+    backward_entries: int
+
+
+@functools.cache
+def token_loss_tiles() -> TokenLossTiles:
+    """Return the sizes that the CPU kernels of token_loss were built with; raise RuntimeError without the library.
+
+    Whoever asks does so for the implementation `cpu`, which is not there without the library either.
+    """
+    if why := load("cpu"):
+        raise RuntimeError(f"the tiles of token_loss are those of the native library cpu, which is {why}")
+    return TokenLossTiles(*torch.ops.moe_unlearn_native.token_loss_tiles())
+
+
+def has_pair_products() -> bool:
+    """Return whether the CPU kernels multiply bfloat16 in pairs: the library is there, AVX512-BF16 too and in use."""
+    return not load("cpu") and torch.ops.moe_unlearn_native.has_pair_products()
 
 
 def report() -> list[str]:

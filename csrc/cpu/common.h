@@ -121,7 +121,7 @@ struct Rows {
   char* data = nullptr;
   ScalarType dtype = ScalarType::Undefined;
   int64_t width = 1, count = 1;
-  int64_t step = 0;  // bytes between the elements of a row
+  int64_t stride = 0;  // bytes between the elements of a row
   int64_t item = 0;  // bytes of an element
   int64_t dims = 0;  // leading dimensions, after those that form one stride have been merged
   int64_t sizes[max_dims], strides[max_dims];
@@ -129,22 +129,22 @@ struct Rows {
   Rows() = default;
 
   explicit Rows(const Tensor& tensor) {
-    const auto shape = tensor.sizes(), stride = tensor.strides();
+    const auto shape = tensor.sizes(), tensor_strides = tensor.strides();
     const int64_t last = tensor.dim() - 1;
     STD_TORCH_CHECK(last < max_dims, "at most ", max_dims, " dimensions");
     data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
     dtype = tensor.scalar_type();
     item = item_size(dtype);
     if (last >= 0) width = shape[last];
-    step = last >= 0 ? stride[last] * item : item;
+    stride = last >= 0 ? tensor_strides[last] * item : item;
     for (int64_t d = 0; d < last; ++d) {
       count *= shape[d];
-      if (dims > 0 && strides[dims - 1] == shape[d] * stride[d] * item) {
+      if (dims > 0 && strides[dims - 1] == shape[d] * tensor_strides[d] * item) {
         sizes[dims - 1] *= shape[d];
-        strides[dims - 1] = stride[d] * item;
+        strides[dims - 1] = tensor_strides[d] * item;
       } else {
         sizes[dims] = shape[d];
-        strides[dims++] = stride[d] * item;
+        strides[dims++] = tensor_strides[d] * item;
       }
     }
   }
@@ -155,7 +155,7 @@ struct Rows {
 
   /// Dense rows.
   Rows(char* data, ScalarType dtype, int64_t count, int64_t width)
-      : data(data), dtype(dtype), width(width), count(count), step(item_size(dtype)), item(step), dims(1) {
+      : data(data), dtype(dtype), width(width), count(count), stride(item_size(dtype)), item(stride), dims(1) {
     sizes[0] = count;
     strides[0] = width * item;
   }
@@ -209,39 +209,39 @@ struct Format<ScalarType::Half> {
 };
 
 template <ScalarType D>
-MOE_UNLEARN_INLINE void load_as(Word& out, const char* from, int64_t step, int64_t n) {
+MOE_UNLEARN_INLINE void load_as(Word& out, const char* from, int64_t stride, int64_t n) {
   using Bits = typename Format<D>::Bits;
-  if (n == word_bits && step == sizeof(Bits)) {
+  if (n == word_bits && stride == sizeof(Bits)) {
     const auto* raw = reinterpret_cast<const Bits*>(from);
     for (int j = 0; j < word_bits; ++j) out[j] = widen<Format<D>::dtype>(raw[j]);
     return;
   }
   for (int j = 0; j < word_bits; ++j) {
     Bits raw = 0;
-    if (j < n) std::memcpy(&raw, from + j * step, sizeof(raw));
+    if (j < n) std::memcpy(&raw, from + j * stride, sizeof(raw));
     out[j] = widen<Format<D>::dtype>(raw);
   }
 }
 
-/// The first n elements, `step` bytes apart, as float32; the others are 0.
-MOE_UNLEARN_INLINE void load(Word& out, ScalarType dtype, const char* from, int64_t step, int64_t n) {
+/// The first n elements, `stride` bytes apart, as float32; the others are 0.
+MOE_UNLEARN_INLINE void load(Word& out, ScalarType dtype, const char* from, int64_t stride, int64_t n) {
   switch (dtype) {
     case ScalarType::Float:
-      return load_as<ScalarType::Float>(out, from, step, n);
+      return load_as<ScalarType::Float>(out, from, stride, n);
     case ScalarType::BFloat16:
-      return load_as<ScalarType::BFloat16>(out, from, step, n);
+      return load_as<ScalarType::BFloat16>(out, from, stride, n);
     default:
-      return load_as<ScalarType::Half>(out, from, step, n);
+      return load_as<ScalarType::Half>(out, from, stride, n);
   }
 }
 
 template <ScalarType D, bool rounded>
-MOE_UNLEARN_INLINE void store_as(const Word& value, char* to, int64_t step, uint32_t chosen, int64_t n) {
+MOE_UNLEARN_INLINE void store_as(const Word& value, char* to, int64_t stride, uint32_t chosen, int64_t n) {
   using Bits = typename Format<D>::Bits;
   const auto in_bits = [](float x) MOE_UNLEARN_INLINE_LAMBDA {
     return rounded && D == ScalarType::BFloat16 ? bits_of(x) >> 16 : narrow<Format<D>::dtype>(x);
   };
-  if (n == word_bits && step == sizeof(Bits)) {
+  if (n == word_bits && stride == sizeof(Bits)) {
     auto* raw = reinterpret_cast<Bits*>(to);
     // an element that is not chosen keeps its very bits, a NaN's payload too
     for (int j = 0; j < word_bits; ++j)
@@ -250,21 +250,21 @@ MOE_UNLEARN_INLINE void store_as(const Word& value, char* to, int64_t step, uint
   }
   for (int j = 0; j < n; ++j) {
     const Bits raw = static_cast<Bits>(in_bits(value[j]));
-    if (chosen >> j & 1) std::memcpy(to + j * step, &raw, sizeof(raw));
+    if (chosen >> j & 1) std::memcpy(to + j * stride, &raw, sizeof(raw));
   }
 }
 
 /// Write the elements whose bit in `chosen` is set, among the first n, rounded to `dtype` (`rounded`: they are).
 template <bool rounded = false>
 MOE_UNLEARN_INLINE void store(
-    const Word& value, ScalarType dtype, char* to, int64_t step, uint32_t chosen, int64_t n) {
+    const Word& value, ScalarType dtype, char* to, int64_t stride, uint32_t chosen, int64_t n) {
   switch (dtype) {
     case ScalarType::Float:
-      return store_as<ScalarType::Float, rounded>(value, to, step, chosen, n);
+      return store_as<ScalarType::Float, rounded>(value, to, stride, chosen, n);
     case ScalarType::BFloat16:
-      return store_as<ScalarType::BFloat16, rounded>(value, to, step, chosen, n);
+      return store_as<ScalarType::BFloat16, rounded>(value, to, stride, chosen, n);
     default:
-      return store_as<ScalarType::Half, rounded>(value, to, step, chosen, n);
+      return store_as<ScalarType::Half, rounded>(value, to, stride, chosen, n);
   }
 }
 

@@ -95,16 +95,16 @@ void for_chunks(const Layer& layer, const F& f) {
   parallel_by_cost(cost, f);
 }
 
-/// Where the gate and the up of element `first` of a row of pre-activations are, and the step between elements.
+/// Where the gate and the up of element `first` of a row of pre-activations are; elements are `stride` bytes apart.
 struct Halves {
   char *gate, *up;
-  int64_t step;
+  int64_t stride;
 
   MOE_UNLEARN_INLINE Halves(const Layer& layer, char* row, int64_t first)
-      : gate(row), up(row), step(item_size(layer.dtype)) {
-    if (layer.gate.gated) up += layer.gate.interleaved ? step : layer.inner * step;
-    if (layer.gate.gated && layer.gate.interleaved) step *= 2;
-    gate += first * step, up += first * step;
+      : gate(row), up(row), stride(item_size(layer.dtype)) {
+    if (layer.gate.gated) up += layer.gate.interleaved ? stride : layer.inner * stride;
+    if (layer.gate.gated && layer.gate.interleaved) stride *= 2;
+    gate += first * stride, up += first * stride;
   }
 };
 
@@ -116,7 +116,7 @@ MOE_UNLEARN_INLINE void add_bias(char* row, const Matrix& like, const Rows& bias
     const int64_t n = std::min<int64_t>(like.columns - first, word_bits);
     Word value, b;
     load(value, like.dtype, row + first * item, item, n);
-    load(b, bias.dtype, from + first * bias.step, bias.step, n);
+    load(b, bias.dtype, from + first * bias.stride, bias.stride, n);
     for (int j = 0; j < word_bits; ++j) value[j] += b[j];
     store(value, like.dtype, row + first * item, item, 0xFFFFFFFF, n);
   }
@@ -134,8 +134,8 @@ MOE_UNLEARN_INLINE void activate_chunk(
       const int64_t n = std::min<int64_t>(layer.inner - first, word_bits);
       const Halves at(layer, z.row(j), first);
       Word g, u = {}, out;
-      load(g, layer.dtype, at.gate, at.step, n);
-      if (layer.gate.gated) load(u, layer.dtype, at.up, at.step, n);
+      load(g, layer.dtype, at.gate, at.stride, n);
+      if (layer.gate.gated) load(u, layer.dtype, at.up, at.stride, n);
       apply_gate<activation>(layer.gate, g, u, out);
       store(out, layer.dtype, a.row(j) + first * item, item, 0xFFFFFFFF, n);
     }
@@ -167,13 +167,13 @@ MOE_UNLEARN_INLINE void activate_chunk_backward(
       const int64_t n = std::min<int64_t>(layer.inner - first, word_bits);
       const Halves from(layer, z.row(chunk.first + j), first), at(layer, to.dz.row(j), first);
       Word g, u = {}, out, d, weighted;
-      load(g, layer.dtype, from.gate, from.step, n);
-      if (layer.gate.gated) load(u, layer.dtype, from.up, from.step, n);
+      load(g, layer.dtype, from.gate, from.stride, n);
+      if (layer.gate.gated) load(u, layer.dtype, from.up, from.stride, n);
       load(d, layer.dtype, da.row(j) + first * item, item, n);
       for (int k = 0; k < word_bits; ++k) weighted[k] = d[k] * weight;
       apply_gate_backward<activation>(layer.gate, g, u, weighted, out);
-      store(g, layer.dtype, at.gate, at.step, 0xFFFFFFFF, n);
-      if (layer.gate.gated) store(u, layer.dtype, at.up, at.step, 0xFFFFFFFF, n);
+      store(g, layer.dtype, at.gate, at.stride, 0xFFFFFFFF, n);
+      if (layer.gate.gated) store(u, layer.dtype, at.up, at.stride, 0xFFFFFFFF, n);
       for (int k = 0; k < word_bits; ++k) sums[k] = k < n ? __builtin_fmaf(d[k], out[k], sums[k]) : sums[k];
       if (to.scaled.rows == 0) continue;
       for (int k = 0; k < word_bits; ++k) out[k] *= weight;
@@ -216,7 +216,7 @@ MOE_UNLEARN_INLINE void add_bias_products(
       const int64_t n = std::min<int64_t>(grad.columns - first, word_bits);
       Word g, b;
       load(g, grad.dtype, grad.row(j) + first * item, item, n);
-      load(b, bias.dtype, from + first * bias.step, bias.step, n);
+      load(b, bias.dtype, from + first * bias.stride, bias.stride, n);
       for (int k = 0; k < word_bits; ++k) sums[k] = k < n ? __builtin_fmaf(g[k], b[k], sums[k]) : sums[k];
     }
     d_weight[layer.slot[chunk.first + j]] += total(sums);

@@ -76,7 +76,7 @@ class Products {
 
 MOE_UNLEARN_INLINE uint32_t mask_word(const Rows& mask, int64_t row, int64_t word) {
   uint32_t bits = 0xFFFFFFFF;
-  if (mask) std::memcpy(&bits, mask.row(row) + word * mask.step, sizeof(bits));
+  if (mask) std::memcpy(&bits, mask.row(row) + word * mask.stride, sizeof(bits));
   return bits;
 }
 
@@ -168,14 +168,14 @@ MOE_UNLEARN_INLINE void store_block(
     if (accumulate && bits == 0) return;
     Word value, old;
     load_word(value, dw, row, first, n);
-    char* const to = out.row(first_row + row) + first * out.step;
+    char* const to = out.row(first_row + row) + first * out.stride;
     if (accumulate) {
-      load(old, out.dtype, to, out.step, n);
+      load(old, out.dtype, to, out.stride, n);
       for (int j = 0; j < word_bits; ++j) value[j] += old[j];
-      store(value, out.dtype, to, out.step, bits, n);
+      store(value, out.dtype, to, out.stride, bits, n);
     } else {
       for (int j = 0; j < word_bits; ++j) value[j] = bits >> j & 1 ? value[j] : 0.0f;
-      store(value, out.dtype, to, out.step, 0xFFFFFFFF, n);
+      store(value, out.dtype, to, out.stride, 0xFFFFFFFF, n);
     }
   };
   for_each_word(dw, mask, first_row, write);
@@ -246,7 +246,7 @@ MOE_UNLEARN_INLINE void score_block(
     const Matrix& forget, const Matrix& retain, const Rows& weight, int64_t weight_row, float gamma, float* out) {
   const auto write = [&](int64_t row, int64_t first, int64_t n, uint32_t) MOE_UNLEARN_INLINE_LAMBDA {
     Word w, g_f, g_r;
-    load(w, weight.dtype, weight.row(weight_row + row) + first * weight.step, weight.step, n);
+    load(w, weight.dtype, weight.row(weight_row + row) + first * weight.stride, weight.stride, n);
     load_word(g_f, forget, row, first, n);
     load_word(g_r, retain, row, first, n);
     for (int j = 0; j < word_bits; ++j) w[j] = score_of(w[j], g_f[j], g_r[j], gamma);

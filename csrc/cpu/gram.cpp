@@ -35,7 +35,7 @@ MOE_UNLEARN_INLINE void add_products(const double* a, const double* b, int64_t w
 MOE_UNLEARN_INLINE void widen(const Rows& g, const char* row, int64_t word, uint32_t kept, double* to) {
   const int64_t first = word * word_bits;
   Word value;
-  load(value, g.dtype, row + first * g.step, g.step, std::min<int64_t>(g.width - first, word_bits));
+  load(value, g.dtype, row + first * g.stride, g.stride, std::min<int64_t>(g.width - first, word_bits));
   if (kept == 0xFFFFFFFF)
     for (int j = 0; j < word_bits; ++j) to[j] = static_cast<double>(value[j]);
   else  // a choice, not a product: what a mask hides may be NaN

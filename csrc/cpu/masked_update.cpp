@@ -109,8 +109,8 @@ template <class Rule, ScalarType A, bool uniform>
 MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& given, int64_t begin, int64_t end) {
   const Rule rule = given;  // which no store can touch
   const auto dtype = [&](const Rows& rows) MOE_UNLEARN_INLINE_LAMBDA { return uniform ? A : rows.dtype; };
-  const auto step = [&](const Rows& rows) MOE_UNLEARN_INLINE_LAMBDA {
-    return uniform ? static_cast<int64_t>(sizeof(typename Format<A>::Bits)) : rows.step;
+  const auto stride = [&](const Rows& rows) MOE_UNLEARN_INLINE_LAMBDA {
+    return uniform ? static_cast<int64_t>(sizeof(typename Format<A>::Bits)) : rows.stride;
   };
   const int64_t words = o.words(), width = o.param.width;
   const int states = rule.has_state ? Rule::states : 0;
@@ -125,10 +125,10 @@ MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& given, in
     const int64_t last = std::min(end - row * words, words);
     for (int64_t word = std::max<int64_t>(begin - row * words, 0); word < last; ++word) {
       uint32_t bits = 0xFFFFFFFF;
-      if (mask) std::memcpy(&bits, mask + word * o.mask.step, sizeof(bits));
+      if (mask) std::memcpy(&bits, mask + word * o.mask.stride, sizeof(bits));
       if (bits == 0) continue;
       const int64_t first = word * word_bits, n = std::min<int64_t>(width - first, word_bits);
-      const auto at = [&](const Rows& rows, char* row) MOE_UNLEARN_INLINE_LAMBDA { return row + first * step(rows); };
+      const auto at = [&](const Rows& rows, char* row) MOE_UNLEARN_INLINE_LAMBDA { return row + first * stride(rows); };
 
       if (uniform && n == word_bits) {
         const Dense dense{
@@ -142,23 +142,23 @@ MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& given, in
       }
 
       Word w, g, s[2];
-      load(g, dtype(o.grad), at(o.grad, grad), step(o.grad), n);
+      load(g, dtype(o.grad), at(o.grad, grad), stride(o.grad), n);
       if (A != ScalarType::Float && dtype(o.grad) != A)
         for (int j = 0; j < word_bits; ++j) g[j] = round_to<Format<A>::dtype>(g[j]);
       if (master)
-        load(w, ScalarType::Float, at(o.master, master), o.master.step, n);
+        load(w, ScalarType::Float, at(o.master, master), o.master.stride, n);
       else
-        load(w, dtype(o.param), at(o.param, param), step(o.param), n);
-      for (int i = 0; i < states; ++i) load(s[i], dtype(o.state[i]), at(o.state[i], state[i]), step(o.state[i]), n);
+        load(w, dtype(o.param), at(o.param, param), stride(o.param), n);
+      for (int i = 0; i < states; ++i) load(s[i], dtype(o.state[i]), at(o.state[i], state[i]), stride(o.state[i]), n);
 
       apply<Format<A>::dtype>(rule, w, g, s);
 
       constexpr bool is_rounded = A != ScalarType::Float;  // then all that is written has dtype A
       for (int i = 0; i < states; ++i)
-        store<is_rounded>(s[i], dtype(o.state[i]), at(o.state[i], state[i]), step(o.state[i]), bits, n);
-      if (master) store(w, ScalarType::Float, at(o.master, master), o.master.step, bits, n);
+        store<is_rounded>(s[i], dtype(o.state[i]), at(o.state[i], state[i]), stride(o.state[i]), bits, n);
+      if (master) store(w, ScalarType::Float, at(o.master, master), o.master.stride, bits, n);
       if (!uniform && o.stochastic) round_word(w, param_row * width + first, o);
-      store<is_rounded>(w, dtype(o.param), at(o.param, param), step(o.param), bits, n);
+      store<is_rounded>(w, dtype(o.param), at(o.param, param), stride(o.param), bits, n);
     }
   }
 }
@@ -167,7 +167,7 @@ template <class Rule, ScalarType A>
 void run(const UpdateOperands& o, const Rule& rule, int64_t begin, int64_t end) {
   bool uniform = !o.master && !o.stochastic;
   for (const Rows* rows : {&o.param, &o.grad, &o.state[0], &o.state[1]})
-    uniform &= !*rows || (rows->dtype == A && rows->step == rows->item);
+    uniform &= !*rows || (rows->dtype == A && rows->stride == rows->item);
   if (uniform)
     for_this_cpu<update_in<Rule, A, true>, const UpdateOperands&, const Rule&>(o, rule, begin, end);
   else

@@ -38,23 +38,23 @@ class Buffer {
   std::unique_ptr<void, decltype(&std::free)> data_{nullptr, &std::free};
 };
 
-/// Elements in memory that others own; steps are counted in elements.
+/// Elements in memory that others own; strides are counted in elements.
 struct Matrix {
   char* data;
   ScalarType dtype;
-  int64_t rows, columns, step, column_step;
+  int64_t rows, columns, row_stride, column_stride;
 
   Matrix(char* data, ScalarType dtype, int64_t rows, int64_t columns)
       : Matrix(data, dtype, rows, columns, columns, 1) {}
-  Matrix(char* data, ScalarType dtype, int64_t rows, int64_t columns, int64_t step, int64_t column_step)
-      : data(data), dtype(dtype), rows(rows), columns(columns), step(step), column_step(column_step) {}
+  Matrix(char* data, ScalarType dtype, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride)
+      : data(data), dtype(dtype), rows(rows), columns(columns), row_stride(row_stride), column_stride(column_stride) {}
 
-  Matrix transposed() const { return {data, dtype, columns, rows, column_step, step}; }
+  Matrix transposed() const { return {data, dtype, columns, rows, column_stride, row_stride}; }
   Matrix slice(int64_t first, int64_t count) const {
-    return {data + first * step * item_size(dtype), dtype, count, columns, step, column_step};
+    return {data + first * row_stride * item_size(dtype), dtype, count, columns, row_stride, column_stride};
   }
   Matrix first_rows(int64_t count) const { return slice(0, count); }
-  char* row(int64_t index) const { return data + index * step * item_size(dtype); }
+  char* row(int64_t index) const { return data + index * row_stride * item_size(dtype); }
   int64_t row_bytes() const { return columns * item_size(dtype); }
 };
 
@@ -69,7 +69,7 @@ inline Matrix matrix(const Tensor& tensor, int64_t index) {
 /// out = a b
 inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b) {
   const auto view = [](const Matrix& m) {
-    const int64_t sizes[] = {m.rows, m.columns}, strides[] = {m.step, m.column_step};
+    const int64_t sizes[] = {m.rows, m.columns}, strides[] = {m.row_stride, m.column_stride};
     const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
     return torch::stable::from_blob(m.data, {sizes, 2}, {strides, 2}, cpu, m.dtype);
   };
@@ -79,14 +79,14 @@ inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b) {
 /// Copies the row `from` to dense memory `to` in dtype `to_dtype`.
 MOE_UNLEARN_INLINE void copy_row(char* to, ScalarType to_dtype, const Rows& source, const char* from) {
   const int64_t item = item_size(to_dtype);
-  if (source.dtype == to_dtype && source.step == item) {
+  if (source.dtype == to_dtype && source.stride == item) {
     std::memcpy(to, from, source.width * item);
     return;
   }
   for (int64_t first = 0; first < source.width; first += word_bits) {
     const int64_t n = std::min<int64_t>(source.width - first, word_bits);
     Word value;
-    load(value, source.dtype, from + first * source.step, source.step, n);
+    load(value, source.dtype, from + first * source.stride, source.stride, n);
     store(value, to_dtype, to + first * item, item, 0xFFFFFFFF, n);
   }
 }

@@ -25,14 +25,14 @@ MOE_UNLEARN_PAIRS inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
 
 /// One panel for the rows that start at a[0], ..., a[7].
 MOE_UNLEARN_PAIRS void multiply_tile(
-    float* c, int64_t c_row, const char* const* a, int64_t step, int64_t rows, const uint32_t* b, int64_t pairs,
-    bool accumulate, const float* scale) {
+    float* c, int64_t c_stride, const char* const* a, int64_t pair_stride, int64_t rows, const uint32_t* b,
+    int64_t pairs, bool accumulate, const float* scale) {
   __m512 sums[pair_rows][2];
   for (int i = 0; i < pair_rows; ++i)
     for (int half = 0; half < 2; ++half) {
       sums[i][half] = _mm512_setzero_ps();
       if (!accumulate || i >= rows) continue;
-      sums[i][half] = _mm512_loadu_ps(c + i * c_row + 16 * half);
+      sums[i][half] = _mm512_loadu_ps(c + i * c_stride + 16 * half);
       if (scale != nullptr) sums[i][half] = _mm512_mul_ps(sums[i][half], _mm512_set1_ps(scale[i]));
     }
   for (int64_t k = 0; k < pairs; ++k) {
@@ -40,29 +40,29 @@ MOE_UNLEARN_PAIRS void multiply_tile(
 #pragma GCC unroll 8
     for (int i = 0; i < pair_rows; ++i) {
       int32_t pair;
-      std::memcpy(&pair, a[i] + k * step, sizeof(pair));
+      std::memcpy(&pair, a[i] + k * pair_stride, sizeof(pair));
       const __m512i both = _mm512_set1_epi32(pair);
       sums[i][0] = multiply_add(sums[i][0], both, left);
       sums[i][1] = multiply_add(sums[i][1], both, right);
     }
   }
   for (int i = 0; i < rows; ++i)
-    for (int half = 0; half < 2; ++half) _mm512_storeu_ps(c + i * c_row + 16 * half, sums[i][half]);
+    for (int half = 0; half < 2; ++half) _mm512_storeu_ps(c + i * c_stride + 16 * half, sums[i][half]);
 }
 
 }  // namespace
 
 void multiply_pairs(
-    float* c, int64_t c_row, const Pairs& a, int64_t rows, const uint32_t* b, int64_t panels, int64_t pairs,
+    float* c, int64_t c_stride, const Pairs& a, int64_t rows, const uint32_t* b, int64_t panels, int64_t pairs,
     bool accumulate, const float* scale) {
   for (int64_t panel = 0; panel < panels; ++panel)
     for (int64_t first = 0; first < rows; first += pair_rows) {
       const int64_t count = std::min(pair_rows, rows - first);
       const char* starts[pair_rows];
-      for (int64_t i = 0; i < pair_rows; ++i) starts[i] = a.data + (first + std::min(i, count - 1)) * a.row;
+      for (int64_t i = 0; i < pair_rows; ++i) starts[i] = a.data + (first + std::min(i, count - 1)) * a.row_stride;
       multiply_tile(
-          c + first * c_row + panel * word_bits, c_row, starts, a.step, count, b + panel * pairs * word_bits, pairs,
-          accumulate, scale != nullptr ? scale + first : nullptr);
+          c + first * c_stride + panel * word_bits, c_stride, starts, a.pair_stride, count,
+          b + panel * pairs * word_bits, pairs, accumulate, scale != nullptr ? scale + first : nullptr);
     }
 }
 

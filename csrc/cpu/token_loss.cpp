@@ -34,14 +34,16 @@ struct Output {
 class Forward {
  public:
   Forward(const Problem& p, const Output& out)
-      : p_(p), out_(out), tokens_(block), keys_(p, p.model, block), keys_ref_(p, p.reference, p.options.kl ? block : 0),
-        values_(p, out.direction != nullptr), w_(entry_space(p, p.model, width)),
-        w_ref_(entry_space(p, p.reference, p.options.kl ? width : 0)), z_(floats(p.model.head, width, block)),
-        z_ref_(floats(p.model.head, p.options.kl ? width : 0, block)) {}
+      : p_(p), out_(out), tokens_(tile_tokens), keys_(p, p.model, tile_tokens),
+        keys_ref_(p, p.reference, p.options.kl ? tile_tokens : 0), values_(p, out.direction != nullptr),
+        w_(entry_space(p, p.model, tile_entries)),
+        w_ref_(entry_space(p, p.reference, p.options.kl ? tile_entries : 0)),
+        z_(floats(p.model.head, tile_entries, tile_tokens)),
+        z_ref_(floats(p.model.head, p.options.kl ? tile_entries : 0, tile_tokens)) {}
 
   /// The rows index[begin, begin + count).
   void run(int64_t begin, int64_t count) {
-    tokens_.reset(block);
+    tokens_.reset(tile_tokens);
     for (int64_t r = 0; r < count; ++r) tokens_.label[r] = p_.label(begin + r);
     keys_.gather(begin, count);
     if (p_.options.kl) keys_ref_.gather(begin, count);
@@ -68,15 +70,15 @@ class Forward {
   /// f(tile) on products down the vocabulary; with `add` what it leaves goes to the values.
   template <class F>
   void pass(int64_t begin, int64_t count, bool add, const F& f) {
-    for (int64_t first = 0; first < p_.vocabulary; first += width) {
-      const int64_t columns = std::min(width, p_.vocabulary - first);
+    for (int64_t first = 0; first < p_.vocabulary; first += tile_entries) {
+      const int64_t columns = std::min(tile_entries, p_.vocabulary - first);
       if (p_.options.kl) {
         const Tensor w_ref = keys_ref_.entries(w_ref_, first, columns);
         keys_ref_.multiply_head(z_ref_, w_ref, first, columns, 0, count);
       }
       const Tensor w = keys_.entries(w_, first, columns);
       keys_.multiply_head(z_, w, first, columns, 0, count);
-      const Tile tile{data(z_), data(z_ref_), block, 0, count, first, columns};
+      const Tile tile{data(z_), data(z_ref_), tile_tokens, 0, count, first, columns};
       f(tile);
       if (out_.kept)
         for_this_cpu<keep_tile, const Kept&, const Tile&, const Tokens&, int64_t>(out_.kept, tile, tokens_, begin);
@@ -121,7 +123,7 @@ class Forward {
     for (int64_t c = 0; c < p_.hidden; c += word_bits) {
       const int64_t n = std::min<int64_t>(p_.hidden - c, word_bits);
       Word w{};
-      if (!kl) load(w, head.dtype, w_y + c * head.step, head.step, n);
+      if (!kl) load(w, head.dtype, w_y + c * head.stride, head.stride, n);
       for (int64_t j = 0; j < n; ++j) to[c + j] = sums[c + j] * factor - w[j] * label;
     }
   }
@@ -141,14 +143,14 @@ class Backward {
       const Problem& p, const Tokens& tokens, const Keys& keys, const Keys& keys_ref,
       const std::vector<uint32_t>& packed, const Kept& kept, const Rows& grad_head, const Rows& grad_bias)
       : p_(p), tokens_(tokens), keys_(keys), keys_ref_(keys_ref), packed_(packed), kept_(kept), grad_head_(grad_head),
-        grad_bias_(grad_bias), w_(entry_space(p, p.model, backward_width)),
-        w_ref_(entry_space(p, p.reference, p.options.kl ? backward_width : 0)),
-        z_(floats(p.model.head, backward_width, backward_block)),
-        z_ref_(floats(p.model.head, p.options.kl ? backward_width : 0, backward_block)),
-        sums_(floats(p.model.head, grad_head ? backward_width : 0, p.hidden)),
-        part_(floats(p.model.head, grad_head && !p.pairs ? backward_width : 0, p.hidden)),
-        rounded_(grad_head && p.pairs ? backward_width * backward_block : 0), of_label_(backward_block),
-        factor_(kept ? kept.room : 0) {}
+        grad_bias_(grad_bias), w_(entry_space(p, p.model, backward_tile_entries)),
+        w_ref_(entry_space(p, p.reference, p.options.kl ? backward_tile_entries : 0)),
+        z_(floats(p.model.head, backward_tile_entries, backward_tile_tokens)),
+        z_ref_(floats(p.model.head, p.options.kl ? backward_tile_entries : 0, backward_tile_tokens)),
+        sums_(floats(p.model.head, grad_head ? backward_tile_entries : 0, p.hidden)),
+        part_(floats(p.model.head, grad_head && !p.pairs ? backward_tile_entries : 0, p.hidden)),
+        rounded_(grad_head && p.pairs ? backward_tile_entries * backward_tile_tokens : 0),
+        of_label_(backward_tile_tokens), factor_(kept ? kept.room : 0) {}
 
   /// The entries [first, first + columns) of the vocabulary, a group.
   void run(int64_t first, int64_t columns) {
@@ -156,7 +158,7 @@ class Backward {
     if (kept > 0)
       for_this_cpu<scale_group, const Kept&, const Tokens&, int64_t, float*>(kept_, tokens_, first, factor_.data());
     for (int64_t entry = 0, next; entry < columns; entry = next) {
-      next = std::min(entry + backward_width, entry < kept ? kept : columns);
+      next = std::min(entry + backward_tile_entries, entry < kept ? kept : columns);
       run_tiles(first + entry, next - entry, entry < kept ? first : -1, columns);
     }
   }
@@ -164,7 +166,7 @@ class Backward {
  private:
   /// factor = by how much what was kept of a group's tiles is multiplied
   MOE_UNLEARN_INLINE static void scale_group(const Kept& kept, const Tokens& tokens, int64_t first, float* factor) {
-    const float* const peaks = kept.peaks + first / width * kept.tokens;
+    const float* const peaks = kept.peaks + first / tile_entries * kept.tokens;
     for (int64_t i = 0; i < std::min(kept.room, kept.tokens); ++i)
       factor[i] = exp_float(peaks[i] - tokens.peak[i]) * tokens.inverse[i] * tokens.factor[i];
   }
@@ -174,13 +176,13 @@ class Backward {
     const bool kept = group >= 0;
     const Tensor w = kept ? w_ : keys_.entries(w_, first, columns);
     const Tensor w_ref = p_.options.kl ? keys_ref_.entries(w_ref_, first, columns) : w;
-    double bias_sums[backward_width] = {};
+    double bias_sums[backward_tile_entries] = {};
     torch::stable::zero_(sums_);
-    for (int64_t begin = 0; begin < p_.count; begin += backward_block) {
-      const int64_t count = std::min(backward_block, p_.count - begin);
-      const Tile tile{data(z_), data(z_ref_), backward_block, begin, count, first, columns};
+    for (int64_t begin = 0; begin < p_.count; begin += backward_tile_tokens) {
+      const int64_t count = std::min(backward_tile_tokens, p_.count - begin);
+      const Tile tile{data(z_), data(z_ref_), backward_tile_tokens, begin, count, first, columns};
       if (kept) {
-        for_this_cpu<take_tile, const Kept&, const Tile&, int64_t, int64_t, const float*>(
+        for_this_cpu<read_kept_tile, const Kept&, const Tile&, int64_t, int64_t, const float*>(
             kept_, tile, group, group_columns, factor_.data());
         std::copy_n(tokens_.picked.data() + begin, count, of_label_.data());
       } else {
@@ -196,7 +198,7 @@ class Backward {
       for_this_cpu<round_rows, const Rows&, int64_t, const float*, int64_t>(grad_head_, first, data(sums_), columns);
     for (int64_t v = 0; grad_bias_ && v < columns; ++v) {
       const Word value{static_cast<float>(bias_sums[v])};
-      store(value, grad_bias_.dtype, grad_bias_.data + (first + v) * grad_bias_.step, grad_bias_.step, 1, 1);
+      store(value, grad_bias_.dtype, grad_bias_.data + (first + v) * grad_bias_.stride, grad_bias_.stride, 1, 1);
     }
   }
 
@@ -207,8 +209,9 @@ class Backward {
         if (residual && !p_.options.kl) continue;
         for_this_cpu<round_tile, uint16_t*, const Tile&, bool>(rounded_.data(), t, residual);
         multiply_pairs(
-            data(sums_), p_.hidden, {reinterpret_cast<const char*>(rounded_.data()), 2 * backward_block, 4}, t.columns,
-            packed_.data() + t.begin / 2 * p_.hidden, p_.hidden / word_bits, ceil_div(t.count, 2), true, nullptr);
+            data(sums_), p_.hidden, {reinterpret_cast<const char*>(rounded_.data()), 2 * backward_tile_tokens, 4},
+            t.columns, packed_.data() + t.begin / 2 * p_.hidden, p_.hidden / word_bits, ceil_div(t.count, 2), true,
+            nullptr);
       }
     } else {
       multiply(first_rows(part_, t.columns), corner(z_, t.columns, t.count), keys_.rows(t.begin, t.count));
@@ -264,12 +267,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss(
   auto directions = torch::stable::new_zeros(hidden, {direction ? p.tokens : 0, p.hidden}, ScalarType::Float);
   const Output out{
       data(value), data(norm), data(ref_norm), direction ? data(directions) : nullptr, kept_of(p, kept, peaks, spare)};
-  parallel_products(ceil_div(p.count, block), [&](int64_t first, int64_t last) {
+  parallel_products(ceil_div(p.count, tile_tokens), [&](int64_t first, int64_t last) {
     Forward forward(p, out);
-    for (int64_t begin = first * block; begin < std::min(last * block, p.count); begin += block)
-      forward.run(begin, std::min(block, p.count - begin));
+    for (int64_t begin = first * tile_tokens; begin < std::min(last * tile_tokens, p.count); begin += tile_tokens)
+      forward.run(begin, std::min(tile_tokens, p.count - begin));
   });
   return {value, norm, ref_norm, directions};
+}
+
+/// The sizes of forward and backward tiles, for whoever has to know what they take.
+std::tuple<int64_t, int64_t, int64_t, int64_t> token_loss_tiles() {
+  return {tile_tokens, tile_entries, backward_tile_tokens, backward_tile_entries};
 }
 
 /// Writes the gradients of head and bias for dloss/dl = upstream; that of the head in the place of the kept tiles.
@@ -296,19 +304,25 @@ void token_loss_head(
   keys.gather(0, p.count);
   if (p.options.kl) keys_ref.gather(0, p.count);
   std::vector<uint32_t> packed(p.pairs && grad_head.has_value() ? ceil_div(p.count, 2) * p.hidden : 0);
-  for (int64_t begin = 0; begin < p.count && !packed.empty(); begin += backward_block)
+  for (int64_t begin = 0; begin < p.count && !packed.empty(); begin += backward_tile_tokens)
     for_this_cpu<pack_row_pairs<word_bits>, uint32_t*, const Rows&, const int64_t*, int64_t, int64_t>(
         packed.data() + begin / 2 * p.hidden, p.model.hidden, p.index, begin,
-        std::min(backward_block, p.count - begin));
-  parallel_products(ceil_div(p.vocabulary, width), [&](int64_t first, int64_t last) {
+        std::min(backward_tile_tokens, p.count - begin));
+  parallel_products(ceil_div(p.vocabulary, tile_entries), [&](int64_t first, int64_t last) {
     Backward backward(p, tokens, keys, keys_ref, packed, kept, Rows(grad_head), Rows(grad_bias));
-    for (int64_t v = first * width; v < std::min(last * width, p.vocabulary); v += width)
-      backward.run(v, std::min(width, p.vocabulary - v));
+    for (int64_t v = first * tile_entries; v < std::min(last * tile_entries, p.vocabulary); v += tile_entries)
+      backward.run(v, std::min(tile_entries, p.vocabulary - v));
   });
 }
 
 }  // namespace
 }  // namespace moe_unlearn
+
+// no tensor among the arguments, so no dispatch key: one function for all devices
+STABLE_TORCH_LIBRARY_IMPL(moe_unlearn_native, CompositeExplicitAutograd, m) {
+  m.impl("token_loss_tiles", TORCH_BOX(&moe_unlearn::token_loss_tiles));
+  m.impl("has_pair_products", TORCH_BOX(&moe_unlearn::has_pair_products));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(moe_unlearn_native, CPU, m) {
   m.impl("token_loss", TORCH_BOX(&moe_unlearn::token_loss));

@@ -50,7 +50,7 @@ struct Tile {
 
 MOE_UNLEARN_INLINE float bias_of(const Options& o, int64_t entry) {
   Word bias{};
-  if (o.bias) load(bias, o.bias.dtype, o.bias.data + entry * o.bias.step, o.bias.step, 1);
+  if (o.bias) load(bias, o.bias.dtype, o.bias.data + entry * o.bias.stride, o.bias.stride, 1);
   return bias[0];
 }
 
@@ -68,12 +68,12 @@ MOE_UNLEARN_INLINE float slope(const Options& o, float z) {
 
 /// The 32 values of a word of tokens, where a compiler sees that no store touches them.
 template <class T>
-MOE_UNLEARN_INLINE void take(T (&out)[word_bits], const std::vector<T>& from, int64_t token) {
+MOE_UNLEARN_INLINE void read_word(T (&out)[word_bits], const std::vector<T>& from, int64_t token) {
   for (int j = 0; j < word_bits; ++j) out[j] = from[token + j];
 }
 
 template <class T>
-MOE_UNLEARN_INLINE void give(std::vector<T>& to, int64_t token, const T (&values)[word_bits]) {
+MOE_UNLEARN_INLINE void write_word(std::vector<T>& to, int64_t token, const T (&values)[word_bits]) {
   for (int j = 0; j < word_bits; ++j) to[token + j] = values[j];
 }
 
@@ -104,16 +104,16 @@ MOE_UNLEARN_INLINE void finish_logits(const Options& o, const Tile& t, float* z,
   }
 }
 
-/// Moves a softmax to a higher maximum; `up` is by how much.
-MOE_UNLEARN_INLINE void raise(
+/// Moves a softmax from the maximum `before` to `peak`, which is higher by `rise`; `before` becomes the factor of sums.
+MOE_UNLEARN_INLINE void move_to_peak(
     Word& before, const Word& peak, std::vector<float>& rescale, std::vector<double>& sum, int64_t token,
-    double (&up)[word_bits]) {
+    double (&rise)[word_bits]) {
   for (int j = 0; j < word_bits; ++j) {
-    up[j] = static_cast<double>(peak[j]) - static_cast<double>(before[j]);
+    rise[j] = static_cast<double>(peak[j]) - static_cast<double>(before[j]);
     before[j] = exp_float(before[j] - peak[j]);
     sum[token + j] *= static_cast<double>(before[j]);
   }
-  give(rescale, token, before);
+  write_word(rescale, token, before);
 }
 
 /// The softmax of labelled tokens so far; leaves e_v c_v, 0 at the label.
@@ -121,19 +121,19 @@ MOE_UNLEARN_INLINE void label_tile(const Options& o, const Tile& t, Tokens& toke
   for (int64_t r = 0; r < t.count; r += word_bits) {
     const int64_t token = t.begin + r;
     Word before, peak;
-    double up[word_bits];
-    take(before, tokens.peak, token);
-    take(peak, tokens.peak, token);
+    double rise[word_bits];
+    read_word(before, tokens.peak, token);
+    read_word(peak, tokens.peak, token);
     finish_logits(o, t, t.z + r, peak);
-    give(tokens.peak, token, peak);
-    raise(before, peak, tokens.rescale, tokens.sum, token, up);
+    write_word(tokens.peak, token, peak);
+    move_to_peak(before, peak, tokens.rescale, tokens.sum, token, rise);
   }
   for_each_label(t, tokens, [&](int64_t r, int64_t v) MOE_UNLEARN_INLINE_LAMBDA {
     tokens.picked[t.begin + r] = std::exchange(t.z[v * t.stride + r], -std::numeric_limits<float>::infinity());
   });
   for (int64_t r = 0; r < t.count; r += word_bits) {
     Word peak;
-    take(peak, tokens.peak, t.begin + r);
+    read_word(peak, tokens.peak, t.begin + r);
     for (int64_t start = 0; start < t.columns; start += flush) {
       Word sums{};
       for (int64_t v = start; v < std::min(start + flush, t.columns); ++v) {
@@ -155,21 +155,21 @@ MOE_UNLEARN_INLINE void kl_tile(const Options& o, const Tile& t, Tokens& tokens)
   for (int64_t r = 0; r < t.count; r += word_bits) {
     const int64_t token = t.begin + r;
     Word before, before_ref, peak, peak_ref;
-    double up[word_bits], up_ref[word_bits], sum_ref[word_bits];
-    take(before, tokens.peak, token);
-    take(peak, tokens.peak, token);
-    take(before_ref, tokens.peak_ref, token);
-    take(peak_ref, tokens.peak_ref, token);
-    take(sum_ref, tokens.sum_ref, token);
+    double rise[word_bits], rise_ref[word_bits], sum_ref[word_bits];
+    read_word(before, tokens.peak, token);
+    read_word(peak, tokens.peak, token);
+    read_word(before_ref, tokens.peak_ref, token);
+    read_word(peak_ref, tokens.peak_ref, token);
+    read_word(sum_ref, tokens.sum_ref, token);
     finish_logits(o, t, t.z + r, peak);
     finish_logits(o, t, t.z_ref + r, peak_ref);
-    give(tokens.peak, token, peak);
-    give(tokens.peak_ref, token, peak_ref);
-    raise(before, peak, tokens.rescale, tokens.sum, token, up);
-    raise(before_ref, peak_ref, tokens.rescale_ref, tokens.sum_ref, token, up_ref);
+    write_word(tokens.peak, token, peak);
+    write_word(tokens.peak_ref, token, peak_ref);
+    move_to_peak(before, peak, tokens.rescale, tokens.sum, token, rise);
+    move_to_peak(before_ref, peak_ref, tokens.rescale_ref, tokens.sum_ref, token, rise_ref);
     for (int j = 0; j < word_bits; ++j) {
       double& cross = tokens.cross[token + j];
-      cross = (cross + sum_ref[j] * (up[j] - up_ref[j])) * static_cast<double>(before_ref[j]);
+      cross = (cross + sum_ref[j] * (rise[j] - rise_ref[j])) * static_cast<double>(before_ref[j]);
     }
     for (int64_t start = 0; start < t.columns; start += flush) {
       Word sums{}, sums_ref{}, crosses{};
@@ -202,11 +202,11 @@ MOE_UNLEARN_INLINE void gradient_tile(const Options& o, const Tile& t, const Tok
   for (int64_t r = 0; r < t.count; r += word_bits) {
     const int64_t token = t.begin + r, n = std::min<int64_t>(t.count - r, word_bits);
     Word peak, peak_ref, inverse, inverse_ref, factor, share, change;
-    take(peak, tokens.peak, token);
-    take(peak_ref, tokens.peak_ref, token);
-    take(inverse, tokens.inverse, token);
-    take(inverse_ref, tokens.inverse_ref, token);
-    take(factor, tokens.factor, token);
+    read_word(peak, tokens.peak, token);
+    read_word(peak_ref, tokens.peak_ref, token);
+    read_word(inverse, tokens.inverse, token);
+    read_word(inverse_ref, tokens.inverse_ref, token);
+    read_word(factor, tokens.factor, token);
     for (int64_t v = 0; v < t.columns; ++v) {
       const float bias = bias_of(o, t.first + v);
       float* const at = t.z + v * t.stride + r;
@@ -244,7 +244,7 @@ MOE_UNLEARN_INLINE void copy_rows(float* to, const Rows& from, const int64_t* in
     for (int64_t c = 0; c < from.width; c += word_bits) {
       const int64_t n = std::min<int64_t>(from.width - c, word_bits);
       Word value;
-      load(value, from.dtype, row + c * from.step, from.step, n);
+      load(value, from.dtype, row + c * from.stride, from.stride, n);
       std::copy_n(value, n, to + r * from.width + c);
     }
   }
@@ -257,7 +257,7 @@ MOE_UNLEARN_INLINE void round_rows(const Rows& to, int64_t first, const float* f
       const int64_t n = std::min<int64_t>(to.width - c, word_bits);
       Word value{};
       std::copy_n(from + r * to.width + c, n, value);
-      store(value, to.dtype, to.row(first + r) + c * to.step, to.step, 0xFFFFFFFF, n);
+      store(value, to.dtype, to.row(first + r) + c * to.stride, to.stride, 0xFFFFFFFF, n);
     }
 }
 
@@ -277,7 +277,7 @@ MOE_UNLEARN_INLINE void add_row(float* to, const Rows& rows, int64_t row, float 
   for (int64_t c = 0; c < rows.width; c += word_bits) {
     const int64_t n = std::min<int64_t>(rows.width - c, word_bits);
     Word value;
-    load(value, rows.dtype, from + c * rows.step, rows.step, n);
+    load(value, rows.dtype, from + c * rows.stride, rows.stride, n);
     for (int64_t j = 0; j < n; ++j) to[c + j] = __builtin_fmaf(value[j], factor, to[c + j]);
   }
 }
@@ -291,7 +291,7 @@ MOE_UNLEARN_INLINE uint32_t narrowed(float value, bool residual) {
 
 MOE_UNLEARN_INLINE uint32_t half_at(const Rows& rows, int64_t row, int64_t column) {
   uint16_t bits;
-  std::memcpy(&bits, rows.row(row) + column * rows.step, sizeof(bits));
+  std::memcpy(&bits, rows.row(row) + column * rows.stride, sizeof(bits));
   return bits;
 }
 
@@ -317,16 +317,16 @@ MOE_UNLEARN_INLINE void pack_row_pairs(
     const bool both = 2 * k + 1 < count;
     const Bits16 *const low = row(2 * k), *const high = row(both ? 2 * k + 1 : 2 * k);
     const uint32_t kept = both ? 0xFFFFFFFF : 0;
-    const auto pack = [&](int64_t step) MOE_UNLEARN_INLINE_LAMBDA {
+    const auto pack = [&](int64_t stride) MOE_UNLEARN_INLINE_LAMBDA {
       for (int64_t c = 0; c < from.width; c += lanes)
         for (int j = 0; j < lanes; ++j)
           to[(c / lanes * pairs + k) * lanes + j] =
-              low[(c + j) * step] | (static_cast<uint32_t>(high[(c + j) * step]) << 16 & kept);
+              low[(c + j) * stride] | (static_cast<uint32_t>(high[(c + j) * stride]) << 16 & kept);
     };
-    if (from.step == 2)  // a constant step: vector loads
+    if (from.stride == 2)  // a constant stride: vector loads
       pack(1);
     else
-      pack(from.step / 2);
+      pack(from.stride / 2);
   }
 }
 

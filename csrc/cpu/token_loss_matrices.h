@@ -9,10 +9,9 @@
 
 namespace moe_unlearn {
 
-constexpr int64_t block = 128;           // tokens of a forward tile: enough blocks to share, products at full speed
-constexpr int64_t width = 512;           // its entries of the vocabulary
-constexpr int64_t backward_block = 512;  // and those of a backward tile
-constexpr int64_t backward_width = 256;
+constexpr int64_t tile_tokens = 128;   // of a forward tile: enough tiles to share, products at full speed
+constexpr int64_t tile_entries = 512;  // of the vocabulary, of a forward tile
+constexpr int64_t backward_tile_tokens = 512, backward_tile_entries = 256;
 
 struct Side {
   Tensor head;
@@ -20,7 +19,7 @@ struct Side {
 
   Side(const Tensor& hidden, const Tensor& head) : head(head), hidden(hidden), head_rows(head) {}
   bool can_pair() const {
-    return hidden.dtype == ScalarType::BFloat16 && head_rows.dtype == ScalarType::BFloat16 && head_rows.step == 2 &&
+    return hidden.dtype == ScalarType::BFloat16 && head_rows.dtype == ScalarType::BFloat16 && head_rows.stride == 2 &&
         hidden.width % word_bits == 0;
   }
 };
@@ -97,9 +96,10 @@ Tensor entry_space(const Problem& p, const Side& side, int64_t columns) {
 class Values {
  public:
   Values(const Problem& p, bool wanted)
-      : p_(p), sums_(floats(p.model.head, wanted ? block : 0, p.hidden)),
-        part_(floats(p.model.head, wanted && !p.pairs ? block : 0, p.hidden)),
-        head_(wanted && p.pairs ? width / 2 * p.hidden : 0), tile_(wanted && p.pairs ? width / 2 * block : 0) {}
+      : p_(p), sums_(floats(p.model.head, wanted ? tile_tokens : 0, p.hidden)),
+        part_(floats(p.model.head, wanted && !p.pairs ? tile_tokens : 0, p.hidden)),
+        head_(wanted && p.pairs ? tile_entries / 2 * p.hidden : 0),
+        tile_(wanted && p.pairs ? tile_entries / 2 * tile_tokens : 0) {}
 
   void reset() { torch::stable::zero_(sums_); }
 
@@ -134,10 +134,10 @@ class Values {
   std::vector<uint32_t> head_, tile_;
 };
 
-/// What the forward leaves for the gradient of the head, so that fewer logits are made again: of each group of `width`
-/// entries of the vocabulary the tile of the first ones, exp(z - peak) c by token. They lie in the very memory that the
-/// group's gradient is written to, at its end, and further ones in `spare`: a group's rows are written in order, each
-/// when the tiles that it covers have been used.
+/// What the forward leaves for the gradient of the head, so that fewer logits are made again: of each group of
+/// `tile_entries` entries of the vocabulary the tile of the first ones, exp(z - peak) c by token. They lie in the very
+/// memory that the group's gradient is written to, at its end, and further ones in `spare`: a group's rows are written
+/// in order, each when the tiles that it covers have been used.
 struct Kept {
   char *gradient = nullptr, *spare = nullptr;
   float *peaks = nullptr, *slopes = nullptr;  // [groups, tokens]; minus the gradient of l by the label's logit [tokens]
@@ -147,11 +147,11 @@ struct Kept {
   Kept() = default;
   Kept(const Problem& p, const Tensor& gradient, const Tensor& peaks, const Tensor& spare)
       : gradient(static_cast<char*>(gradient.mutable_data_ptr())), spare(static_cast<char*>(spare.mutable_data_ptr())),
-        peaks(data(peaks)), slopes(data(peaks) + ceil_div(p.vocabulary, width) * p.tokens), tokens(p.tokens),
+        peaks(data(peaks)), slopes(data(peaks) + ceil_div(p.vocabulary, tile_entries) * p.tokens), tokens(p.tokens),
         row_bytes(p.hidden * item_size(gradient.scalar_type())), room(ceil_div(p.count, word_bits) * word_bits),
         dtype(p.pairs ? ScalarType::BFloat16 : ScalarType::Float) {
     spare_columns = spare.size(1) * item_size(spare.scalar_type()) / item_size(dtype);
-    const bool fits = gradient.is_contiguous() && peaks.size(0) == ceil_div(p.vocabulary, width) + 1;
+    const bool fits = gradient.is_contiguous() && peaks.size(0) == ceil_div(p.vocabulary, tile_entries) + 1;
     STD_TORCH_CHECK(fits, "no room as this kernel fills it");
   }
 
@@ -162,7 +162,7 @@ struct Kept {
   char* row(int64_t first, int64_t columns, int64_t entry) const {
     const int64_t within = inside(columns);
     return entry < within ? gradient + (first + columns) * row_bytes - (within - entry) * tile_row()
-                          : spare + (first / width * spare_columns + entry - within) * tile_row();
+                          : spare + (first / tile_entries * spare_columns + entry - within) * tile_row();
   }
 
  private:
@@ -171,7 +171,7 @@ struct Kept {
 
 /// Keeps what label_tile has left of a group; `begin` is the tile's first token among all.
 MOE_UNLEARN_INLINE void keep_tile(const Kept& kept, const Tile& t, const Tokens& tokens, int64_t begin) {
-  std::copy_n(tokens.peak.data(), t.count, kept.peaks + t.first / width * kept.tokens + begin);
+  std::copy_n(tokens.peak.data(), t.count, kept.peaks + t.first / tile_entries * kept.tokens + begin);
   const int64_t item = item_size(kept.dtype);
   for (int64_t v = 0; v < kept.count(t.columns); ++v)
     for (int64_t r = 0; r < t.count; r += word_bits) {
@@ -182,7 +182,7 @@ MOE_UNLEARN_INLINE void keep_tile(const Kept& kept, const Tile& t, const Tokens&
 }
 
 /// Makes the gradients of a tile, entries [entry, ...) of its group, of what was kept; `factor` is that of each token.
-MOE_UNLEARN_INLINE void take_tile(
+MOE_UNLEARN_INLINE void read_kept_tile(
     const Kept& kept, const Tile& t, int64_t group, int64_t group_columns, const float* factor) {
   const int64_t item = item_size(kept.dtype);
   for (int64_t v = 0; v < t.columns; ++v)

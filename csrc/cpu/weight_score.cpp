@@ -31,9 +31,9 @@ MOE_UNLEARN_INLINE void for_each_word(const Terms& t, int64_t begin, int64_t end
     for (int64_t word = std::max<int64_t>(begin - row * words, 0); word < last; ++word) {
       const int64_t first = word * word_bits, n = std::min<int64_t>(t.weight.width - first, word_bits);
       Word w, g_f, g_r;
-      load(w, t.weight.dtype, weight + first * t.weight.step, t.weight.step, n);
-      load(g_f, t.grad_forget.dtype, grad_forget + first * t.grad_forget.step, t.grad_forget.step, n);
-      load(g_r, t.grad_retain.dtype, grad_retain + first * t.grad_retain.step, t.grad_retain.step, n);
+      load(w, t.weight.dtype, weight + first * t.weight.stride, t.weight.stride, n);
+      load(g_f, t.grad_forget.dtype, grad_forget + first * t.grad_forget.stride, t.grad_forget.stride, n);
+      load(g_r, t.grad_retain.dtype, grad_retain + first * t.grad_retain.stride, t.grad_retain.stride, n);
       for (int j = 0; j < word_bits; ++j) w[j] = score_of(w[j], g_f[j], g_r[j], t.gamma);
       f(row * words + word, n, w);
     }

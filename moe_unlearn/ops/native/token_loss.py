@@ -11,10 +11,10 @@ The kernel chooses its own tile size: `chunk_rows` is for `ref`.
 import torch
 from torch import Tensor
 
+from moe_unlearn import native
 from moe_unlearn.ops.tiled import token_loss as tiled
 from moe_unlearn.ops.token_loss import IGNORED, _check_labels, _counted, _wide
 
-GROUP = 512  # entries of the vocabulary, `width` in token_loss_matrices.h
 SPARE_BYTES = 2**27
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,8 +28,9 @@ def room(hidden, head, labels, bias, ref_hidden, ref_head, kind, keep, keep_head
     direction = hidden.new_zeros(len(hidden) if keep else 0, hidden.shape[1], dtype=_wide(hidden, head))
     if not keep_head or kind == "kl" or not _can_take(hidden, head, bias):
         return direction, *(head.new_empty(0) for _ in range(3))
-    groups, rows = -(-len(head) // GROUP), -(-len(labels) // 32) * 32
-    columns = min(GROUP // 4, SPARE_BYTES // max(1, groups * rows * head.element_size()))
+    group = native.token_loss_tiles().entries
+    groups, rows = -(-len(head) // group), -(-len(labels) // 32) * 32
+    columns = min(group // 4, SPARE_BYTES // max(1, groups * rows * head.element_size()))
     peaks = head.new_empty(groups + 1, len(labels), dtype=torch.float32)
     return direction, head.new_empty(head.shape), peaks, head.new_empty(groups, columns, rows)
 
