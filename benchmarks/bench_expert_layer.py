@@ -19,6 +19,7 @@ from benchmarks.harness import OURS, Case, Work
 from benchmarks.layers import Layer
 from benchmarks.shapes import Geometry
 from moe_unlearn.ops.bits import pack_bits
+from moe_unlearn.ops.costs import expert_mlp, masked_update
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_
 
 LR = 1e-5
@@ -28,8 +29,6 @@ PEER = {name: f"{name} + compact AdamW" for name in rivals.PEERS}
 NAMES = (OURS, DENSE, FUSED, FAIR, *PEER.values())
 # by share of trained experts: the speed-up asked for over (a), and over (b) with a peer's experts
 TARGETS = {"cpu": {1.0: (2.0, None), 0.2: (3.0, None)}, "cuda": {1.0: (2.3, 1.4), 0.05: (4.4, 2.7)}}
-# bytes moved per trained weight: weight and both moments in bf16, read and written, and one bit of mask
-_UPDATE_BYTES = 3 * 4 + 1 / 8
 
 
 def cases(device: str) -> list[Case]:
@@ -82,8 +81,10 @@ def work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
         contenders,
         {PEER[name]: why for name, why in missing.items()},
         targets={name: t for name, t in ((DENSE, wanted), *((p, of_peer) for p in PEER.values())) if t},
-        flops=shapes.layer_flops(geometry, tokens) * (2 + share),
-        bytes=shapes.forward_bytes(geometry, tokens) + share * parameters * _UPDATE_BYTES,
+        flops=expert_mlp.flops(tokens * geometry.top_k, geometry.expert_weights) * (2 + share),
+        # weights and both moments are in bfloat16
+        bytes=expert_mlp.forward_bytes(*geometry.layer(tokens))
+        + share * parameters * masked_update.bytes_per_weight(2, state=4),
         rounds=3 if _whole_on_cpu(geometry, device) else 7,
         memory=True,
     )

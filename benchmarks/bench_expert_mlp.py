@@ -14,6 +14,7 @@ from benchmarks import rivals, shapes
 from benchmarks.harness import OURS, Case, Work
 from benchmarks.layers import Layer
 from benchmarks.shapes import Geometry
+from moe_unlearn.ops.costs import expert_mlp as costs
 
 NARROW = 4
 EAGER = "transformers eager"
@@ -57,13 +58,13 @@ def work(geometry: Geometry, tokens: int, routing: str, direction: str, device: 
         del peers[EAGER]
     make = forward if direction == "forward" else backward
     asked = device == "cuda" and geometry is shapes.QWEN3 and (tokens, routing) == (8192, "uniform")
-    moved = shapes.forward_bytes if direction == "forward" else shapes.backward_bytes
+    moved = costs.forward_bytes if direction == "forward" else costs.backward_bytes
     return Work(
         {name: make(function, layer) for name, function in {OURS: layer.ours, **peers}.items()},
         missing,
         teraflops_target=TERAFLOPS[direction] if asked else None,
-        flops=shapes.layer_flops(geometry, tokens) * (1 if direction == "forward" else 2),
-        bytes=moved(geometry, tokens),
+        flops=costs.flops(tokens * geometry.top_k, geometry.expert_weights) * (1 if direction == "forward" else 2),
+        bytes=moved(*geometry.layer(tokens)),
         memory=direction == "forward",
     )
 

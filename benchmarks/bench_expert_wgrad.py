@@ -16,6 +16,8 @@ from benchmarks.harness import OURS, Case, Work, side_names, sides
 from benchmarks.shapes import Geometry
 from moe_unlearn.ops import route
 from moe_unlearn.ops.bits import pack_bits
+from moe_unlearn.ops.costs import expert_wgrad as costs
+from moe_unlearn.ops.costs.masked_update import bytes_per_weight
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad, expert_wgrad_adamw_, expert_wgrad_score
 
 GROUPED = "F.grouped_mm"
@@ -86,8 +88,9 @@ def work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
     return Work(
         contenders,
         missing,
-        flops=2.0 * rows * shape[1] * shape[2] * share,
-        bytes=2.0 * share * rows * (shape[1] + shape[2]) + share * weight.numel() * (12 + 1 / 8),
+        flops=costs.flops(rows, *shape[1:], share),
+        # weights and both moments are in bfloat16
+        bytes=costs.bytes_moved(rows, *shape[1:], share) + share * weight.numel() * bytes_per_weight(2, state=4),
         memory=True,
         found={"choice": ["expert_wgrad.adamw", weight.numel()]},
     )
@@ -118,7 +121,7 @@ def part_work(part: str, geometry: Geometry, tokens: int, share: float, device: 
         contenders[GROUPED] = grouped
     else:
         missing[GROUPED] = f"torch {torch.__version__} has no F.grouped_mm"
-    flops = 2.0 * len(grad) * shape[1] * shape[2] * share * (2 if part == "score" else 1)
+    flops = costs.flops(len(grad), *shape[1:], share) * (2 if part == "score" else 1)
     return Work(contenders, missing, flops=flops, found={"choice": [kernel, decides.numel()]})
 
 

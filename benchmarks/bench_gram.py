@@ -12,6 +12,7 @@ import torch
 from benchmarks.harness import OURS, Case, Work
 from moe_unlearn.ops import gram, gram_factors
 from moe_unlearn.ops.bits import pack_bits
+from moe_unlearn.ops.costs.gram import bytes_moved
 
 SHAPES = {
     "cpu": [(8, 512, 1024), (8, 1024, 256), (1024, 1024)],  # 7.3 million elements an objective
@@ -53,7 +54,7 @@ def sets_work(m, dtype, device, masked) -> Work:
     random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     dtype, shapes = getattr(torch, dtype), SHAPES[device]
     sets = [[torch.randn(shape, **random).to(dtype) for shape in shapes] for _ in range(m)]
-    moved = float(m * sum(g.numel() * g.element_size() for g in sets[0]))
+    moved = bytes_moved(gradient for own in sets for gradient in own)
     if masked:
         masks = [torch.rand(shape, **random) < 0.5 for shape in shapes]
         words = [pack_bits(mask) for mask in masks]

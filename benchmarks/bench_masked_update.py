@@ -11,6 +11,7 @@ import torch
 from benchmarks.harness import OURS, Case, Work, side_names, sides
 from moe_unlearn.ops import masked_adamw_, masked_sgd_
 from moe_unlearn.ops.bits import pack_bits
+from moe_unlearn.ops.costs.masked_update import bytes_per_weight
 
 SHAPES = {"cpu": (8, 1024, 2048), "cuda": (64, 1024, 2048)}  # 16.8 million weights; 134 million
 SGD, EXPRESSION = "grad.mul_(mask) + torch SGD", "w.sub_(g * mask * lr)"
@@ -80,7 +81,7 @@ def sgd(dtype, keep, device, momentum) -> Work:
         contenders,
         missing,
         targets={SGD: 8.0} if keep == 0.5 and not momentum and device == "cpu" else {},
-        bytes=param.numel() * ((5 if momentum else 3) * size * fraction(keep) + 1 / 8),
+        bytes=param.numel() * bytes_per_weight(size, size if momentum else 0, size, fraction(keep)),
         dtype=param.dtype,
         found={"choice": ["masked_update.sgd", param.numel()]},
     )
@@ -97,12 +98,12 @@ def adamw(dtype, keep, device, state, rounding) -> Work:
         theirs = parameter(param, grad)
         optimizer = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.0, fused=fused)
         contenders[name] = functools.partial(chain, optimizer, theirs, mask)
-    traffic = 3 * param.element_size() + 4 * m.element_size()
+    size = param.element_size()
     return Work(
         contenders,
         missing,
         targets={ADAMW: 4.0} if keep == 0.5 and state is None and device == "cpu" else {},
-        bytes=param.numel() * (traffic * fraction(keep) + 1 / 8),
+        bytes=param.numel() * bytes_per_weight(size, 2 * m.element_size(), size, fraction(keep)),
         dtype=param.dtype,
         found={"choice": ["masked_update.adamw", param.numel()]},
     )

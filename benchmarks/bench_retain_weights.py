@@ -12,6 +12,7 @@ import torch
 from benchmarks.harness import OURS, Case, Work, side_names, sides
 from moe_unlearn.ops import retain_weights
 from moe_unlearn.ops.bits import pack_bits
+from moe_unlearn.ops.costs.retain_weights import bytes_moved
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
 
 TOKENS, BIAS, CAP = 1 << 16, 0.1, 1.5
@@ -63,7 +64,7 @@ def work(part, size, device) -> Work:
             **each,
         },
         missing,
-        bytes=TOKENS * (size / 8 + (4 if part == "weights" else 0)),
+        bytes=bytes_moved(TOKENS, size, weights=part == "weights"),
         dtype=torch.float64,
         found={"choice": [KERNELS[part], words.numel()]},
     )

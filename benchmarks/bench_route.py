@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.harness import OURS, Case, Work, side_names, sides
 from moe_unlearn.ops import route
+from moe_unlearn.ops.costs.route import bytes_moved
 from moe_unlearn.testing import routing
 
 TORCH, REF = "torch calls", "ref"
@@ -57,7 +58,7 @@ def work(num_tokens, num_experts, top_k, device) -> Work:
         missing,
         targets={TORCH: 5.0} if asked else {},
         microseconds_target=20.0 if asked else None,
-        bytes=num_tokens * (top_k * (8.0 + 4) + 8 + 8),
+        bytes=bytes_moved(num_tokens, top_k),
         dtype=torch.float32,
         graph=True,
         found={"choice": ["route", index.numel()]},

@@ -13,6 +13,7 @@ import torch
 from benchmarks import rivals, shapes
 from benchmarks.harness import OURS, Case, Work
 from moe_unlearn.ops import token_loss
+from moe_unlearn.ops.costs import token_loss as costs
 
 LOGITS, CHUNKED = "logits + cross_entropy", "torch F.linear_cross_entropy, chunked mean"
 PEERS = ("liger fused linear CE", "cut-cross-entropy")
@@ -84,8 +85,8 @@ def work(tokens, hidden, vocabulary, dtype, trained, device) -> Work:
         targets=targets,
         mib_target=1024.0 if device == "cuda" and vocabulary == shapes.QWEN3.vocabulary and not trained else None,
         # a fused loss needs these products: the logits, then one gradient or two
-        flops=2.0 * tokens * hidden * vocabulary * (3 if trained else 2),
-        bytes=h.element_size() * (3.0 * head.numel() if trained else 2.0 * head.numel()),
+        flops=costs.flops(tokens, head.numel(), 3 if trained else 2),
+        bytes=costs.bytes_moved(head.numel(), h.element_size(), trains=trained),
         dtype=dtype,
         rounds=3 if device == "cpu" else 7,
         memory=True,

@@ -11,6 +11,7 @@ import torch
 from benchmarks.harness import OURS, Case, Work, side_names, sides
 from moe_unlearn.ops import score_histogram, score_mask, weight_score
 from moe_unlearn.ops.bits import unpack_bits
+from moe_unlearn.ops.costs.weight_score import bytes_moved
 
 SHAPES = {"cpu": (4, 256, 1024), "cuda": (32, 1024, 1024)}
 TENSORS, KEPT, GAMMA = 4, 0.8, 0.5
@@ -99,7 +100,7 @@ def threshold(dtype, device) -> Work:
         missing,
         targets={ARGSORT: 20.0},
         # the three terms are read once a digit and once for the mask; the mask is written
-        bytes=weights * (9.0 * layers[0][0].element_size() + 1 / 8),
+        bytes=3 * bytes_moved(weights, layers[0][0].element_size()) + weights / 8,
         dtype=layers[0][0].dtype,
         rounds=3 if device == "cpu" else 7,
         memory=True,
@@ -116,7 +117,7 @@ def piece(part, dtype, device) -> Work:
     return Work(
         {OURS: lambda: function(terms, "auto"), REF: lambda: function(terms, "ref"), **each},
         missing,
-        bytes=3.0 * terms[0].numel() * terms[0].element_size(),
+        bytes=bytes_moved(terms[0].numel(), terms[0].element_size()),
         dtype=terms[0].dtype,
         found={"choice": [kernel, terms[0].numel()]},
     )

@@ -24,6 +24,15 @@ class Geometry:
     # biases, a clamped SwiGLU with gate and up interleaved, weights transposed
     gpt_oss: bool = False
 
+    @property
+    def expert_weights(self) -> int:
+        """Return the elements of one expert's matrices: gate, up and down."""
+        return 3 * self.hidden * self.inner
+
+    def layer(self, tokens: int) -> tuple[int, int, int, int, int]:
+        """Return the sizes of a layer: tokens, routed rows, both widths and the number of experts."""
+        return tokens, tokens * self.top_k, self.hidden, self.inner, self.experts
+
     def narrow(self, factor: int) -> "Geometry":
         """Return the geometry with both widths divided by `factor`."""
         return replace(
@@ -50,28 +59,3 @@ ROUTINGS = {"uniform": "uniform", "Zipf": "skewed", "one expert": "one_expert", 
 def routing(name: str, tokens: int, geometry: Geometry) -> Tensor:
     """Return top_k_index [T, K] for a name of ROUTINGS."""
     return testing.routing(ROUTINGS[name], tokens, geometry.experts, geometry.top_k)
-
-
-def layer_flops(geometry: Geometry, tokens: int) -> float:
-    """Return the operations of the three products of useful rows, forward; dgrad and wgrad take as many each."""
-    return 6.0 * tokens * geometry.top_k * geometry.hidden * geometry.inner
-
-
-def forward_bytes(geometry: Geometry, tokens: int, element: int = 2) -> float:
-    """Return the least bytes that a fused forward moves.
-
-    They are the weights once, x, z, the activation, the rows of the output, and the sum over K.
-    """
-    rows, h, i = tokens * geometry.top_k, geometry.hidden, geometry.inner
-    return element * (3.0 * geometry.experts * h * i + 2 * tokens * h + 4 * rows * i + 2 * rows * h)
-
-
-def backward_bytes(geometry: Geometry, tokens: int, element: int = 2) -> float:
-    """Return the least bytes that dgrad and wgrad of all experts move.
-
-    Every weight is read once and every gradient written once.
-    """
-    rows, h, i = tokens * geometry.top_k, geometry.hidden, geometry.inner
-    dgrad = 6 * rows * i + 2 * rows * h + 2 * tokens * h
-    wgrad = 2 * tokens * h + 3 * rows * i
-    return element * (6.0 * geometry.experts * h * i + dgrad + wgrad)

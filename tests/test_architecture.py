@@ -161,6 +161,7 @@ def test_one_op_one_file():
         "gate",
     }  # two formats that ops share
     assert found == OPS
+    assert {p.stem for p in (PACKAGE / "ops" / "costs").glob("*.py")} - {"__init__", "cost"} == OPS
 
 
 def test_top_level_is_fixed():

@@ -1,0 +1,75 @@
+"""The tables of costs: they name registered operations and arguments, and ask the native library for its tiles."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_unlearn import native
+from moe_unlearn.config import Recipe
+from moe_unlearn.ops import costs
+from moe_unlearn.plan import costs as joined
+from moe_unlearn.step import UnlearnStep
+from tests.batches import random_batch
+from tests.models import TINY_MODELS
+
+pytestmark = pytest.mark.quick
+
+OPS = sorted({path.stem for path in Path(costs.__file__).parent.glob("*.py")} - {"__init__", "cost"})
+
+
+def table_of(op):
+    return getattr(importlib.import_module(f"moe_unlearn.ops.costs.{op}"), "COSTS", {})
+
+
+def test_every_table_is_joined():
+    own = {f"moe_unlearn::{name}" for op in OPS for name in table_of(op)}
+    assert own and own == {name for name in joined._COSTS if name.startswith("moe_unlearn::")}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_costs_are_functions_of_arguments_that_the_operation_has(op):
+    importlib.import_module("moe_unlearn.ops.native.token_loss")  # defines an operation of its own
+    for name, cost in table_of(op).items():
+        schema = getattr(torch.ops.moe_unlearn, name).default._schema
+        known = {argument.name for argument in schema.arguments} | {"impl"}
+        for function in filter(None, (cost.flops, cost.workspace)):
+            parameters = inspect.signature(function).parameters.values()
+            asked = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+            assert asked <= known, (name, asked - known)
+        assert not cost.part or "impl" in {argument.name for argument in schema.arguments}
+
+
+def test_tiles_are_those_of_the_library():
+    if why := native.load("cpu"):
+        pytest.skip(why)
+    tiles = native.token_loss_tiles()
+    assert min(tiles) > 0 and tiles.entries % tiles.backward_entries == 0  # a group is whole tiles of the backward
+    try:
+        native.instruction_set("avx2")
+        assert not native.has_pair_products()
+    finally:
+        native.instruction_set("")
+
+
+def test_without_the_library_its_tiles_are_an_error_and_nothing_is_multiplied_in_pairs(monkeypatch):
+    monkeypatch.setattr(native, "load", lambda name: "not built: no C++ compiler")
+    native.token_loss_tiles.cache_clear()
+    with pytest.raises(RuntimeError, match="tiles of token_loss .* not built: no C"):
+        native.token_loss_tiles()
+    assert native.has_pair_products() is False
+
+
+def test_a_plan_needs_no_library(monkeypatch):
+    def missing():
+        raise RuntimeError("not built")
+
+    monkeypatch.setattr(native, "token_loss_tiles", missing)
+    monkeypatch.setenv("MOE_UNLEARN_IMPL", "ref")  # what runs without the library
+    recipe = Recipe.load("graddiff", ["scope.kind=all", "scope.parameters=[]"])
+    model = TINY_MODELS["olmoe"](vocab_size=256, hidden_size=64)
+    plan = UnlearnStep(model, recipe).plan([random_batch(256, 2, 16, seed=1)], [random_batch(256, 2, 16, seed=2)])
+    assert plan.flops["token_loss_backward"] and plan.largest["workspace"]
+    assert not any("not rehearsed" in note for note in plan.notes)
