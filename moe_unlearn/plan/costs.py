@@ -4,9 +4,11 @@ A count covers floating-point operations, the bytes of the operands, and what a 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from moe_unlearn import backend
@@ -16,7 +18,7 @@ from moe_unlearn.ops.costs.cost import Cost
 _MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "dot", "mv")
 
 
-def kernel(function) -> str:
+def kernel(function: OpOverload) -> str:
     """Return the name under which an operation is counted: our operations by name, torch's by kind."""
     namespace, _, name = function._schema.name.partition("::")
     if namespace == "moe_unlearn":
@@ -31,14 +33,14 @@ def nbytes(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def arguments(function, args: tuple, kwargs: Mapping) -> dict:
+def arguments(function: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return an operation's arguments by name, defaults included."""
     declared = function._schema.arguments
     defaults = {argument.name: argument.default_value for argument in declared if argument.has_default_value()}
     return defaults | dict(zip((argument.name for argument in declared), args, strict=False)) | dict(kwargs)
 
 
-def flops(function, args: tuple, kwargs: Mapping, out) -> int:
+def flops(function: OpOverload, args: tuple, kwargs: Mapping[str, Any], out: object) -> int:
     """Count the floating-point operations of the matrix products in one operation; 0 if it has none."""
     own = _COSTS.get(function._schema.name)
     if own is not None:
@@ -47,7 +49,7 @@ def flops(function, args: tuple, kwargs: Mapping, out) -> int:
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
 
-def workspace(function, args: tuple, kwargs: Mapping) -> int:
+def workspace(function: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> int:
     """Return the most bytes that the kernel of one operation holds at a time of memory allocated inside it."""
     own = _COSTS.get(function._schema.name)
     if own is None or own.workspace is None:
@@ -59,23 +61,23 @@ def workspace(function, args: tuple, kwargs: Mapping) -> int:
     return int(own.workspace(**named))
 
 
-def _attention(*, query: Tensor, key: Tensor, value: Tensor, **_) -> int:
+def _attention(*, query: Tensor, key: Tensor, value: Tensor, **_: object) -> int:
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-def _attention_backward(**operands) -> float:
+def _attention_backward(**operands: Any) -> float:
     # the scores are computed again, then the gradients of the operands of both products
     return 2.5 * _attention(**operands)
 
 
-def _attention_space(*, query: Tensor, key: Tensor, **_) -> int:
+def _attention_space(*, query: Tensor, key: Tensor, **_: object) -> int:
     """Return the workspace of torch's CPU flash attention in bytes: a tile of scores and its sums for each thread."""
     rows, keys = _attention_tile(query, key)
     scores = rows * keys * (4 if query.dtype == torch.float32 else 6)
     return torch.get_num_threads() * (scores + 4 * rows * (2 + query.shape[-1]))
 
 
-def _attention_backward_space(*, query: Tensor, key: Tensor, **_) -> int:
+def _attention_backward_space(*, query: Tensor, key: Tensor, **_: object) -> int:
     rows, keys = _attention_tile(query, key)
     return torch.get_num_threads() * 2 * rows * keys * (4 if query.dtype == torch.float32 else 6)
 

@@ -31,12 +31,12 @@ def backward_bytes(tokens: int, rows: int, hidden: int, inner: int, experts: int
     return element * (6 * experts * hidden * inner + dgrad + wgrad)
 
 
-def _forward_flops(*, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, **_) -> int:
+def _forward_flops(*, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, **_: object) -> int:
     return flops(top_k_weights.numel(), (gate_up_proj.numel() + down_proj.numel()) // len(down_proj))
 
 
 def _backward_flops(
-    *, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, needs: Sequence[bool], **_
+    *, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, needs: Sequence[bool], **_: object
 ) -> int:
     need_x, *need_others, _, _ = needs
     weights = gate_up_proj.numel() * need_x + down_proj.numel() * (need_x or any(need_others))
@@ -44,7 +44,7 @@ def _backward_flops(
 
 
 def _forward_space(
-    *, impl: str, hidden_states: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, **_
+    *, impl: str, hidden_states: Tensor, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, **_: object
 ) -> int:
     """Return the workspace of the forward in bytes.
 
@@ -56,7 +56,7 @@ def _forward_space(
     return rows * hidden_states.itemsize * {"cpu": hidden, "triton": hidden + inner}.get(impl, 4 * hidden + wide)
 
 
-def _backward_space(*, impl: str, hidden_states: Tensor, z: Tensor, needs: Sequence[bool], **_) -> int:
+def _backward_space(*, impl: str, hidden_states: Tensor, z: Tensor, needs: Sequence[bool], **_: object) -> int:
     """Return the workspace of the backward in bytes: rows of d hidden_states [N, H], where it is needed."""
     hidden = hidden_states.shape[1]
     if impl in ("cpu", "triton"):

@@ -1,6 +1,7 @@
 """Costs of `expert_wgrad`: one product of factors for each trained expert, whatever becomes of it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -25,16 +26,32 @@ def _product(factors: Factors, experts: Tensor | None) -> float:
     return flops(rows, factors.grad.shape[1], factors.input.shape[1], share)
 
 
-def _one(*, grad: Tensor, input: Tensor, expert_offsets: Tensor, grad_rows, experts, **_) -> float:
+def _one(
+    *,
+    grad: Tensor,
+    input: Tensor,
+    expert_offsets: Tensor,
+    grad_rows: Tensor | None,
+    experts: Tensor | None,
+    **_: object,
+) -> float:
     return _product(Factors(grad, input, expert_offsets, grad_rows), experts)
 
 
-def _score(*, experts: Tensor | None, **sides) -> float:
+def _score(*, experts: Tensor | None, **sides: Any) -> float:
     names = ("grad", "input", "expert_offsets", "grad_rows")
     return sum(_product(Factors(*(sides[f"{name}_{side}"] for name in names)), experts) for side in "fr")
 
 
-def _inner(*, grads: Sequence[Tensor], inputs, expert_offsets, grad_rows, experts: Tensor | None, **_) -> float:
+def _inner(
+    *,
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    expert_offsets: Sequence[Tensor],
+    grad_rows: Sequence[Tensor | None],
+    experts: Tensor | None,
+    **_: object,
+) -> float:
     sides = [Factors(*side) for side in zip(grads, inputs, expert_offsets, grad_rows, strict=True)]
     count = len(expert_offsets[0]) if experts is None else len(experts)
     products = sum(_product(factors, experts) for factors in sides)

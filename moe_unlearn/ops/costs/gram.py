@@ -12,12 +12,12 @@ def bytes_moved(gradients: Iterable[Tensor]) -> int:
     return sum(gradient.numel() * gradient.element_size() for gradient in gradients)
 
 
-def _flops(*, gradients: Sequence[Tensor], **_) -> int:
+def _flops(*, gradients: Sequence[Tensor], **_: object) -> int:
     m = len(gradients)
     return m * (m + 1) * gradients[0].numel()
 
 
-def _factor_flops(*, row_gradients: Sequence[Tensor], inputs: Tensor, expert_offsets: Tensor, **_) -> float:
+def _factor_flops(*, row_gradients: Sequence[Tensor], inputs: Tensor, expert_offsets: Tensor, **_: object) -> float:
     rows, m = inputs.shape[0], len(row_gradients)
     per_expert = rows / max(len(expert_offsets) - 1, 1)
     return 2 * rows * per_expert * (inputs.shape[1] + m**2 * row_gradients[0].shape[1])

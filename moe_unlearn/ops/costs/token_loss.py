@@ -5,6 +5,7 @@ they are asked for only where that implementation runs, so that a plan needs no 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +29,24 @@ def bytes_moved(head: int, element: int, *, trains: bool) -> int:
     return element * head * (3 if trains else 2)
 
 
-def _forward_flops(*, labels: Tensor, head: Tensor, ref_hidden: Tensor | None, kind: str, keep: bool, **_) -> float:
+def _forward_flops(
+    *, labels: Tensor, head: Tensor, ref_hidden: Tensor | None, kind: str, keep: bool, **_: object
+) -> float:
     kept = bool(keep) and kind not in TILED_KINDS
     return flops(_counted_rows(labels), head.numel(), _sides(ref_hidden) + kept)
 
 
 def _backward_flops(
-    *, labels, head, ref_hidden, direction: Tensor, kind: str, softcap, needs_head: bool, needs_hidden: bool, **_
+    *,
+    labels: Tensor,
+    head: Tensor,
+    ref_hidden: Tensor | None,
+    direction: Tensor,
+    kind: str,
+    softcap: float | None,
+    needs_head: bool,
+    needs_hidden: bool,
+    **_: object,
 ) -> float:
     # the slope of a logit margin needs the logits only where there is a softcap
     logits = 0 if kind == "logit_margin" and softcap is None else _sides(ref_hidden)
@@ -43,7 +55,7 @@ def _backward_flops(
     return flops(_counted_rows(labels), head.numel(), products)
 
 
-def _head_flops(*, hidden: Tensor, head: Tensor, labels: Tensor, spare: Tensor, needs_head: bool, **_) -> float:
+def _head_flops(*, hidden: Tensor, head: Tensor, labels: Tensor, spare: Tensor, needs_head: bool, **_: object) -> float:
     rows, group = _counted_rows(labels), min(native.token_loss_tiles().entries, len(head))
     # one kept row of a tile spans all tokens, in float32 unless products take pairs
     tile_row = math.ceil(rows / 32) * 32 * (2 if _pairs(hidden, head) else 4)
@@ -52,7 +64,17 @@ def _head_flops(*, hidden: Tensor, head: Tensor, labels: Tensor, spare: Tensor, 
     return flops(rows, head.numel(), needs_head + again)
 
 
-def _forward_space(*, impl: str, hidden: Tensor, head: Tensor, labels: Tensor, ref_hidden, kind, keep, **_) -> int:
+def _forward_space(
+    *,
+    impl: str,
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    ref_hidden: Tensor | None,
+    kind: str,
+    keep: bool,
+    **_: object,
+) -> int:
     """Return the workspace of the forward in bytes.
 
     It holds tiles of logits, copies of hidden states, and copies of head entries where the head is not float32.
@@ -71,7 +93,15 @@ def _forward_space(*, impl: str, hidden: Tensor, head: Tensor, labels: Tensor, r
 
 
 def _backward_space(
-    *, impl: str, hidden: Tensor, head: Tensor, labels: Tensor, ref_hidden, kind, needs_hidden, **others
+    *,
+    impl: str,
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    ref_hidden: Tensor | None,
+    kind: str,
+    needs_hidden: bool,
+    **others: Any,
 ) -> int:
     """Return the workspace of the backward in bytes; it has the hidden states' gradient in float32."""
     rows, (vocabulary, width), sides = _counted_rows(labels), head.shape, _sides(ref_hidden)
@@ -89,7 +119,14 @@ def _backward_space(
 
 
 def _head_space(
-    *, hidden: Tensor, head: Tensor, labels: Tensor, needs_head: bool, needs_bias: bool, ref_hidden=None, **_
+    *,
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    needs_head: bool,
+    needs_bias: bool,
+    ref_hidden: Tensor | None = None,
+    **_: object,
 ) -> int:
     """Return the workspace for the head's gradient in bytes: tiles of logits, sums, and copies as in the forward."""
     rows, (vocabulary, width), sides = _counted_rows(labels), head.shape, _sides(ref_hidden)
