@@ -18,6 +18,7 @@ from benchmarks import rivals, shapes
 from benchmarks.harness import OURS, Case, Work
 from benchmarks.layers import Layer
 from benchmarks.shapes import Geometry
+from moe_unlearn.ops import AdamW, Update
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.costs import expert_mlp, masked_update
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_
@@ -103,10 +104,8 @@ def ours(layer: Layer) -> Callable[[], object]:
         if not state:
             shape = len(experts), *weight.shape[1:]
             state |= {name: weight.new_zeros(shape) for name in ("exp_avg", "exp_avg_sq")}
-        rows = factors._asdict()
-        expert_wgrad_adamw_(
-            weight, *state.values(), **rows, experts=experts, mask=words[id(weight)], lr=LR, step=1
-        )  # fmt: skip
+        rule, mask = AdamW(lr=LR), words[id(weight)]
+        expert_wgrad_adamw_(weight, *state.values(), factors, rule, Update(step=1), experts=experts, mask=mask)
 
     def step() -> object:
         out = layer.ours(layer.hidden, layer.index, layer.weights, trained_experts=experts, sink=update)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from benchmarks import shapes
 from benchmarks.harness import OURS, Case, Work, side_names, sides
 from benchmarks.shapes import Geometry
-from moe_unlearn.ops import route
+from moe_unlearn.ops import AdamW, Update, route
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.costs import expert_wgrad as costs
 from moe_unlearn.ops.costs.masked_update import bytes_per_weight
@@ -72,9 +72,8 @@ def work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
     def ours(impl="auto"):
         if impl not in moments:  # made at the first step, as by torch's optimizers
             moments[impl] = [weight.new_zeros(len(trained), *shape[1:]) for _ in range(2)]
-        expert_wgrad_adamw_(
-            weight, *moments[impl], grad, x, offsets, experts=trained.int(), mask=words, lr=LR, step=1, impl=impl
-        )  # fmt: skip
+        rule, update, experts = AdamW(lr=LR), Update(step=1), trained.int()
+        expert_wgrad_adamw_(weight, *moments[impl], factors, rule, update, experts=experts, mask=words, impl=impl)
 
     each, missing = sides("expert_wgrad.adamw", device, ours)
     contenders = {OURS: ours, **each}

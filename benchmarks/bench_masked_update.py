@@ -9,7 +9,8 @@ import functools
 import torch
 
 from benchmarks.harness import OURS, Case, Work, side_names, sides
-from moe_unlearn.ops import masked_adamw_, masked_sgd_
+from moe_unlearn.ops import SGD as SGDRule
+from moe_unlearn.ops import AdamW, Update, masked_adamw_, masked_sgd_
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.costs.masked_update import bytes_per_weight
 
@@ -71,7 +72,7 @@ def sgd(dtype, keep, device, momentum) -> Work:
     words, theirs = pack_bits(mask), parameter(param, grad)
     buffer = torch.zeros_like(param) if momentum else None
     optimizer = torch.optim.SGD([theirs], lr=1e-3, momentum=momentum)
-    call = functools.partial(masked_sgd_, param, grad, buffer, words, lr=1e-3, step=2, momentum=momentum)
+    call = functools.partial(masked_sgd_, param, grad, buffer, words, SGDRule(1e-3, momentum), Update(step=2))
     each, missing = sides("masked_update.sgd", device, lambda impl: call(impl=impl))
     contenders = {OURS: call, SGD: lambda: chain(optimizer, theirs, mask), **each}
     if not momentum:
@@ -91,7 +92,8 @@ def adamw(dtype, keep, device, state, rounding) -> Work:
     param, grad, mask = tensors(dtype, keep, device)
     words = pack_bits(mask)
     m, v = (torch.zeros_like(param, dtype=getattr(torch, state or dtype)) for _ in range(2))
-    call = functools.partial(masked_adamw_, param, grad, m, v, words, lr=1e-3, step=2, rounding=rounding)
+    update = Update(step=2, rounding=rounding)
+    call = functools.partial(masked_adamw_, param, grad, m, v, words, AdamW(lr=1e-3), update)
     each, missing = sides("masked_update.adamw", device, lambda impl: call(impl=impl))
     contenders = {OURS: call, **each}
     for name, fused in ((ADAMW, False), (FUSED, True)):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from moe_unlearn.config import Recipe
 from moe_unlearn.ops.bits import keep_where, num_words
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_sgd_
-from moe_unlearn.ops.masked_update import masked_adamw_, masked_sgd_
+from moe_unlearn.ops.masked_update import SGD, AdamW, Update, masked_adamw_, masked_sgd_
 
 NUMERICS = ("parity", "nearest", "stochastic", "fp32_master")
 
@@ -165,20 +165,17 @@ class _Masked(torch.optim.Optimizer):
         _fit_state(state, weight, slices, self._moments(group), group["numerics"])
         state["step"] += 1
         stochastic = group["numerics"] == "stochastic" and weight.dtype not in (torch.float32, torch.float64)
-        options = {
-            "lr": float(group["lr"]), "weight_decay": group["weight_decay"], "step": int(state["step"]),
-            "rounding": "stochastic" if stochastic else "nearest", "seed": group["seed"],
-            "parameter_id": parameter_id, "master": state.get("master"),
-        }  # fmt: skip
+        rounding = "stochastic" if stochastic else "nearest"
+        update = Update(int(state["step"]), rounding, group["seed"], parameter_id)
         if factored:
             if where is not None:
                 shape = weight.shape if slices is None else (len(slices), *weight.shape[1:])
                 compact_mask = keep_where(where, compact_mask, shape)
-            self._apply_factors(group, weight, gradient, compact_mask, state, experts=slices, **options)
+            self._apply_factors(weight, gradient, compact_mask, state, self._rule(group), update, slices)
             return
         if slices is not None and p not in self.gradients:
             gradient = gradient[slices]
-        self._apply(group, weight, gradient, compact_mask, state, slices=slices, **options)
+        self._apply(weight, gradient, compact_mask, state, self._rule(group), update, slices)
 
     def _layout(self, parameter_id: int, p: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if mask is None:
@@ -249,17 +246,17 @@ class MaskedSGD(_Masked):
     def _moments(self, group: dict) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _apply(self, group, p, grad, mask, state, **options) -> None:
-        masked_sgd_(
-            p, grad, state.get("momentum_buffer"), mask, momentum=group["momentum"],
-            dampening=group["dampening"], nesterov=group["nesterov"], **options,
-        )  # fmt: skip
+    def _rule(self, group: dict) -> SGD:
+        names = "momentum", "dampening", "weight_decay", "nesterov"
+        return SGD(float(group["lr"]), *(group[name] for name in names))
 
-    def _apply_factors(self, group, p, factors, mask, state, **options) -> None:
-        expert_wgrad_sgd_(
-            p, state.get("momentum_buffer"), **factors._asdict(), mask=mask, momentum=group["momentum"],
-            dampening=group["dampening"], nesterov=group["nesterov"], **options,
-        )  # fmt: skip
+    def _apply(self, p, grad, mask, state, rule, update, slices) -> None:
+        buffer, master = state.get("momentum_buffer"), state.get("master")
+        masked_sgd_(p, grad, buffer, mask, rule, update, master=master, slices=slices)
+
+    def _apply_factors(self, p, factors, mask, state, rule, update, slices) -> None:
+        buffer, master = state.get("momentum_buffer"), state.get("master")
+        expert_wgrad_sgd_(p, buffer, factors, rule, update, experts=slices, mask=mask, master=master)
 
 
 class MaskedAdamW(_Masked):
@@ -284,17 +281,16 @@ class MaskedAdamW(_Masked):
     def _moments(self, group: dict) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
 
-    def _apply(self, group, p, grad, mask, state, **options) -> None:
-        masked_adamw_(
-            p, grad, state["exp_avg"], state["exp_avg_sq"], mask, betas=tuple(group["betas"]),
-            eps=group["eps"], **options,
-        )  # fmt: skip
+    def _rule(self, group: dict) -> AdamW:
+        return AdamW(float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])
 
-    def _apply_factors(self, group, p, factors, mask, state, **options) -> None:
-        expert_wgrad_adamw_(
-            p, state["exp_avg"], state["exp_avg_sq"], **factors._asdict(), mask=mask, betas=tuple(group["betas"]),
-            eps=group["eps"], **options,
-        )  # fmt: skip
+    def _apply(self, p, grad, mask, state, rule, update, slices) -> None:
+        moments, master = (state["exp_avg"], state["exp_avg_sq"]), state.get("master")
+        masked_adamw_(p, grad, *moments, mask, rule, update, master=master, slices=slices)
+
+    def _apply_factors(self, p, factors, mask, state, rule, update, slices) -> None:
+        moments, master = (state["exp_avg"], state["exp_avg_sq"]), state.get("master")
+        expert_wgrad_adamw_(p, *moments, factors, rule, update, experts=slices, mask=mask, master=master)
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW:

@@ -119,11 +119,12 @@ def _wgrad(impl, factors, experts, mask, out):
 
 
 def _wgrad_update(impl, factors, experts, mask, weight, first, second):
-    rule = {"experts": experts, "mask": mask, "lr": 1e-2, "step": 3, "impl": impl, **factors._asdict()}
-    made = [t.clone() for t in (weight, first, weight, first, second)]
-    expert_wgrad_sgd_(*made[:2], momentum=0.9, weight_decay=0.1, **rule)
-    expert_wgrad_adamw_(*made[2:], weight_decay=0.1, **rule)
-    return tuple(made)
+    weights, buffer, *moments = [weight.clone(), weight.clone()], *(t.clone() for t in (first, first, second))
+    sgd, adamw = ops.SGD(lr=1e-2, momentum=0.9, weight_decay=0.1), ops.AdamW(lr=1e-2, weight_decay=0.1)
+    update, where = ops.Update(step=3), {"experts": experts, "mask": mask, "impl": impl}
+    expert_wgrad_sgd_(weights[0], buffer, factors, sgd, update, **where)
+    expert_wgrad_adamw_(weights[1], *moments, factors, adamw, update, **where)
+    return *weights, buffer, *moments
 
 
 def _wgrad_score(impl, weight, both):
@@ -148,11 +149,11 @@ def _score(impl, weight, g_f, g_r):
 
 
 def _masked(impl, weight, grad, first, second, mask):
-    made = [t.clone() for t in (weight, first, weight, first, second)]
-    rule = {"lr": 1e-2, "step": 3, "rounding": "stochastic", "seed": 5, "impl": impl}
-    ops.masked_sgd_(made[0], grad, made[1], mask, momentum=0.9, **rule)
-    ops.masked_adamw_(made[2], grad, *made[3:], mask, **rule)
-    return tuple(made)
+    weights, buffer, *moments = [weight.clone(), weight.clone()], *(t.clone() for t in (first, first, second))
+    update = ops.Update(step=3, rounding="stochastic", seed=5)
+    ops.masked_sgd_(weights[0], grad, buffer, mask, ops.SGD(lr=1e-2, momentum=0.9), update, impl=impl)
+    ops.masked_adamw_(weights[1], grad, *moments, mask, ops.AdamW(lr=1e-2), update, impl=impl)
+    return *weights, buffer, *moments
 
 
 def _tilted(impl, words, tilt):

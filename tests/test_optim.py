@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_unlearn.ops.bits import pack_bits, unpack_bits
-from moe_unlearn.ops.masked_update import masked_adamw_ref
+from moe_unlearn.ops.masked_update import AdamW, Update, masked_adamw_ref
 from moe_unlearn.optim import NUMERICS, MaskedAdamW, MaskedSGD
 
 BOTH = [MaskedSGD, MaskedAdamW]
@@ -150,11 +150,11 @@ def test_every_numerics_is_the_op_it_names():
         optimizer.set_masks({1: mask})
         optimizer.step()
         zeros = torch.zeros(4, 40, dtype=torch.bfloat16 if numerics == "parity" else torch.float32)
-        expected = masked_adamw_ref(
-            randn(4, 40).bfloat16(), p.grad, zeros, zeros, mask, lr=0.01, weight_decay=0.01, step=1,
-            rounding="stochastic" if numerics == "stochastic" else "nearest", seed=5, parameter_id=1,
-            master=randn(4, 40).bfloat16().float() if numerics == "fp32_master" else None,
-        )  # fmt: skip
+        rounding = "stochastic" if numerics == "stochastic" else "nearest"
+        update = Update(step=1, rounding=rounding, seed=5, parameter_id=1)
+        start, rule = randn(4, 40).bfloat16(), AdamW(lr=0.01, weight_decay=0.01)
+        master = start.float() if numerics == "fp32_master" else None
+        expected = masked_adamw_ref(start, p.grad, zeros, zeros, mask, rule, update, master=master)
         assert torch.equal(p, expected[0])
         assert other not in optimizer.state
         results[numerics] = p

@@ -207,7 +207,9 @@ def test_our_ops_in_place_do_what_they_do(kind):
     for context in (torch.no_grad(), arithmetic(kind)):
         param, first, second = start.clone(), torch.zeros(4, 40), torch.zeros(4, 40)
         with context:
-            ops.masked_adamw_(param, grad, first, second, mask=None, lr=1e-2, weight_decay=0.1, step=3)
+            ops.masked_adamw_(
+                param, grad, first, second, None, ops.AdamW(lr=1e-2, weight_decay=0.1), ops.Update(step=3)
+            )
         results.append((param, first, second))
     for ours, other in zip(*results, strict=True):
         assert (ours - other).abs().max() < 1e-6 and not torch.equal(other, torch.zeros(4, 40))

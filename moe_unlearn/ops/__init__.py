@@ -4,16 +4,27 @@ from moe_unlearn.ops.expert_mlp import expert_mlp, expert_mlp_ref
 from moe_unlearn.ops.expert_wgrad import expert_wgrad, expert_wgrad_ref
 from moe_unlearn.ops.gate import Gate
 from moe_unlearn.ops.gram import gram, gram_factors, gram_ref
-from moe_unlearn.ops.masked_update import masked_adamw_, masked_adamw_ref, masked_sgd_, masked_sgd_ref
+from moe_unlearn.ops.masked_update import (
+    SGD,
+    AdamW,
+    Update,
+    masked_adamw_,
+    masked_adamw_ref,
+    masked_sgd_,
+    masked_sgd_ref,
+)
 from moe_unlearn.ops.retain_weights import RetainWeights, retain_weights, retain_weights_ref
 from moe_unlearn.ops.route import Routing, route, route_ref
 from moe_unlearn.ops.token_loss import token_loss, token_loss_ref
 from moe_unlearn.ops.weight_score import score_histogram, score_mask, weight_score, weight_score_ref
 
 __all__ = [
+    "SGD",
+    "AdamW",
     "Gate",
     "RetainWeights",
     "Routing",
+    "Update",
     "expert_mlp",
     "expert_mlp_ref",
     "expert_wgrad",

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import num_words, unpack_bits
-from moe_unlearn.ops.masked_update import masked_adamw_, masked_sgd_
+from moe_unlearn.ops.masked_update import SGD, AdamW, Update, masked_adamw_, masked_sgd_, unflattened
+from moe_unlearn.ops.schema import fields
 from moe_unlearn.ops.weight_score import weight_score_ref
 
 
@@ -109,70 +110,76 @@ def _products(factors: Factors, experts: Tensor | None, dtype: torch.dtype) -> I
 
 
 def expert_wgrad_sgd_(
-    weight: Tensor, momentum_buffer: Tensor | None, grad: Tensor, input: Tensor, expert_offsets: Tensor, *,
-    lr: float, step: int, grad_rows: Tensor | None = None, input_rows: Tensor | None = None,
-    experts: Tensor | None = None, mask: Tensor | None = None, master: Tensor | None = None,
-    momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False,
-    rounding: str = "nearest", seed: int = 0, parameter_id: int = 0, impl: str = "auto",
-) -> None:  # fmt: skip
-    """Update weight[experts] in place by masked SGD with dW; the options are those of `masked_sgd_`.
+    weight: Tensor,
+    momentum_buffer: Tensor | None,
+    factors: Factors,
+    rule: SGD,
+    update: Update,
+    *,
+    experts: Tensor | None = None,
+    mask: Tensor | None = None,
+    master: Tensor | None = None,
+    impl: str = "auto",
+) -> None:
+    """Update weight[experts] in place by masked SGD with the dW of `factors`; see `masked_sgd_`.
 
     `experts` are distinct. momentum_buffer and master are compact, [M_e, M, P]. dW is float32 up to the
     update, which rounds it only where `masked_update` says. Weights whose bit is 0 and experts that are not
     listed stay bitwise untouched. Raises TypeError or ValueError for arguments that do not fit.
     """
-    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
     _check(factors, experts, mask, {"momentum_buffer": momentum_buffer, "master": master}, weight)
-    _sgd(weight, momentum_buffer, master, *factors, experts, mask, float(lr), float(momentum), float(dampening),
-         float(weight_decay), nesterov, step, rounding, seed, parameter_id, impl)  # fmt: skip
+    _sgd(weight, momentum_buffer, master, *factors, experts, mask, *rule, *update, impl)
 
 
-def expert_wgrad_sgd_ref_(weight, momentum_buffer, master, grad, input, expert_offsets, grad_rows, input_rows,
-                          experts, mask, lr, momentum, dampening, weight_decay, nesterov, *random):  # fmt: skip
-    """Compute `expert_wgrad_sgd_` one expert after the other, in place."""
-    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
-    for (buffer, own), words, rule in _updates(weight, factors, experts, mask, (momentum_buffer, master), *random):
-        masked_sgd_(weight, rule.pop("grad"), buffer, words, master=own, lr=lr, momentum=momentum,
-                    dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, **rule)  # fmt: skip
+def expert_wgrad_sgd_ref_(weight, momentum_buffer, master, *operands):
+    """Compute `expert_wgrad_sgd_` one expert after the other, in place, from the op's operands."""
+    factors, experts, mask, rule, update = update_operands(SGD, operands)
+    for dw, one, words, (buffer, own) in _by_expert(weight, factors, experts, mask, (momentum_buffer, master)):
+        masked_sgd_(weight, dw, buffer, words, rule, update, master=own, slices=one, impl="ref")
 
 
 def expert_wgrad_adamw_(
-    weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, input: Tensor, expert_offsets: Tensor, *,
-    lr: float, step: int, grad_rows: Tensor | None = None, input_rows: Tensor | None = None,
-    experts: Tensor | None = None, mask: Tensor | None = None, master: Tensor | None = None,
-    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-    rounding: str = "nearest", seed: int = 0, parameter_id: int = 0, impl: str = "auto",
-) -> None:  # fmt: skip
-    """Update weight[experts] in place by masked AdamW with dW; the options are those of `masked_adamw_`.
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    factors: Factors,
+    rule: AdamW,
+    update: Update,
+    *,
+    experts: Tensor | None = None,
+    mask: Tensor | None = None,
+    master: Tensor | None = None,
+    impl: str = "auto",
+) -> None:
+    """Update weight[experts] in place by masked AdamW with the dW of `factors`; see `masked_adamw_`.
 
     exp_avg, exp_avg_sq and master are compact, [M_e, M, P]; all else is as in `expert_wgrad_sgd_`.
     """
-    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
-    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master}
-    _check(factors, experts, mask, state, weight)
-    _adamw(weight, exp_avg, exp_avg_sq, master, *factors, experts, mask, float(lr), float(betas[0]),
-           float(betas[1]), float(eps), float(weight_decay), step, rounding, seed, parameter_id, impl)  # fmt: skip
+    _check(factors, experts, mask, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master}, weight)
+    _adamw(weight, exp_avg, exp_avg_sq, master, *factors, experts, mask, *rule, *update, impl)
 
 
-def expert_wgrad_adamw_ref_(weight, exp_avg, exp_avg_sq, master, grad, input, expert_offsets, grad_rows, input_rows,
-                            experts, mask, lr, beta1, beta2, eps, weight_decay, *random):  # fmt: skip
-    """Compute `expert_wgrad_adamw_` one expert after the other, in place."""
-    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
-    for (m, v, own), words, rule in _updates(weight, factors, experts, mask, (exp_avg, exp_avg_sq, master), *random):
-        masked_adamw_(weight, rule.pop("grad"), m, v, words, master=own, lr=lr, betas=(beta1, beta2), eps=eps,
-                      weight_decay=weight_decay, **rule)  # fmt: skip
+def expert_wgrad_adamw_ref_(weight, exp_avg, exp_avg_sq, master, *operands):
+    """Compute `expert_wgrad_adamw_` one expert after the other, in place, from the op's operands."""
+    factors, experts, mask, rule, update = update_operands(AdamW, operands)
+    for dw, one, words, (m, v, own) in _by_expert(weight, factors, experts, mask, (exp_avg, exp_avg_sq, master)):
+        masked_adamw_(weight, dw, m, v, words, rule, update, master=own, slices=one, impl="ref")
 
 
-def _updates(weight, factors, experts, mask, state, step, rounding, seed, parameter_id):
-    """Yield each listed expert's compact state, its mask and the arguments that both update rules share."""
+def update_operands(kind, operands) -> tuple[Factors, Tensor | None, Tensor | None, SGD | AdamW, Update]:
+    """Return (factors, experts, mask, rule, update) from what follows the state in an update's operands."""
+    grad, input, expert_offsets, grad_rows, input_rows, experts, mask, *numbers = operands
+    return Factors(grad, input, expert_offsets, grad_rows, input_rows), experts, mask, *unflattened(kind, numbers)
+
+
+def _by_expert(weight, factors, experts, mask, state):
+    """Yield each listed expert's gradient [1, M, P], index [1], mask and compact state."""
     if experts is None:
         experts = torch.arange(len(weight), device=weight.device)
     for i, dw in enumerate(_products(factors, experts, _wide(weight.dtype))):
         one = slice(i, i + 1)
-        yield [None if s is None else s[one] for s in state], None if mask is None else mask[one], {
-            "grad": dw[None], "slices": experts[one].long(), "step": step, "rounding": rounding, "seed": seed,
-            "parameter_id": parameter_id, "impl": "ref",
-        }  # fmt: skip
+        words = None if mask is None else mask[one]
+        yield dw[None], experts[one].long(), words, [None if s is None else s[one] for s in state]
 
 
 def expert_wgrad_score(
@@ -196,12 +203,19 @@ def expert_wgrad_score(
     return _score(weight, *forget, *retain, experts, float(gamma), impl)
 
 
-def expert_wgrad_score_ref(weight, *arguments):
-    """Compute `expert_wgrad_score` in plain PyTorch."""
-    forget, retain, (experts, gamma) = Factors(*arguments[:5]), Factors(*arguments[5:10]), arguments[10:]
+def expert_wgrad_score_ref(weight, *operands):
+    """Compute `expert_wgrad_score` in plain PyTorch, from the op's operands."""
+    forget, retain, experts, gamma = score_operands(operands)
     dtype = _wide(weight.dtype)
     g_f, g_r = (expert_wgrad_ref(*side, experts, None, dtype) for side in (forget, retain))
     return weight_score_ref(weight if experts is None else weight[experts.long()], g_f, g_r, gamma)
+
+
+def score_operands(operands) -> tuple[Factors, Factors, Tensor | None, float]:
+    """Return (forget, retain, experts, gamma) from what follows the weight in a score's operands."""
+    *factors, experts, gamma = operands
+    forget, retain = (Factors(*one) for one in zip(*[iter(factors)] * len(Factors._fields), strict=True))
+    return forget, retain, experts, gamma
 
 
 def expert_wgrad_inner(
@@ -246,13 +260,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@torch.library.custom_op("moe_unlearn::expert_wgrad", mutates_args=())
-def _expert_wgrad(
-    grad: Tensor, input: Tensor, expert_offsets: Tensor, grad_rows: Tensor | None, input_rows: Tensor | None,
-    experts: Tensor | None, mask: Tensor | None, out_dtype: torch.dtype, impl: str,
-) -> Tensor:  # fmt: skip
-    kernel = backend.resolve("expert_wgrad", impl, grad)
-    return kernel(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, out_dtype)
+_FACTORS = f"{fields(Factors)}, Tensor? experts, Tensor? mask"
+
+
+@torch.library.custom_op(
+    "moe_unlearn::expert_wgrad",
+    mutates_args=(),
+    schema=f"({_FACTORS}, ScalarType out_dtype, str impl) -> Tensor",
+)
+def _expert_wgrad(grad, *operands):
+    *operands, impl = operands
+    return backend.resolve("expert_wgrad", impl, grad)(grad, *operands)
 
 
 @_expert_wgrad.register_fake
@@ -260,71 +278,70 @@ def _(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, out_dty
     return grad.new_empty(_count(expert_offsets, experts), grad.shape[1], input.shape[1], dtype=out_dtype)
 
 
-@torch.library.custom_op("moe_unlearn::expert_wgrad_accumulate", mutates_args={"out"})
-def _accumulate(
-    out: Tensor, grad: Tensor, input: Tensor, expert_offsets: Tensor, grad_rows: Tensor | None,
-    input_rows: Tensor | None, experts: Tensor | None, mask: Tensor | None, impl: str,
-) -> None:  # fmt: skip
-    kernel = backend.resolve("expert_wgrad.accumulate", impl, grad)
-    kernel(out, grad, input, expert_offsets, grad_rows, input_rows, experts, mask)
+@torch.library.custom_op(
+    "moe_unlearn::expert_wgrad_accumulate",
+    mutates_args={"out"},
+    schema=f"(Tensor(a0!) out, {_FACTORS}, str impl) -> ()",
+)
+def _accumulate(out, grad, *operands):
+    *operands, impl = operands
+    backend.resolve("expert_wgrad.accumulate", impl, grad)(out, grad, *operands)
 
 
-@torch.library.custom_op("moe_unlearn::expert_wgrad_sgd", mutates_args={"weight", "momentum_buffer", "master"})
-def _sgd(
-    weight: Tensor, momentum_buffer: Tensor | None, master: Tensor | None, grad: Tensor, input: Tensor,
-    expert_offsets: Tensor, grad_rows: Tensor | None, input_rows: Tensor | None, experts: Tensor | None,
-    mask: Tensor | None, lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool,
-    step: int, rounding: str, seed: int, parameter_id: int, impl: str,
-) -> None:  # fmt: skip
-    backend.resolve("expert_wgrad.sgd", impl, weight)(
-        weight, momentum_buffer, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask, lr,
-        momentum, dampening, weight_decay, nesterov, step, rounding, seed, parameter_id,
-    )  # fmt: skip
+@torch.library.custom_op(
+    "moe_unlearn::expert_wgrad_sgd",
+    mutates_args={"weight", "momentum_buffer", "master"},
+    schema=f"(Tensor(a0!) weight, Tensor(a1!)? momentum_buffer, Tensor(a2!)? master, {_FACTORS}, "
+    f"{fields(SGD, Update)}, str impl) -> ()",
+)
+def _sgd(weight, *operands):
+    *operands, impl = operands
+    backend.resolve("expert_wgrad.sgd", impl, weight)(weight, *operands)
 
 
-@torch.library.custom_op("moe_unlearn::expert_wgrad_adamw", mutates_args={"weight", "exp_avg", "exp_avg_sq", "master"})
-def _adamw(
-    weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None, grad: Tensor, input: Tensor,
-    expert_offsets: Tensor, grad_rows: Tensor | None, input_rows: Tensor | None, experts: Tensor | None,
-    mask: Tensor | None, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
-    step: int, rounding: str, seed: int, parameter_id: int, impl: str,
-) -> None:  # fmt: skip
-    backend.resolve("expert_wgrad.adamw", impl, weight)(
-        weight, exp_avg, exp_avg_sq, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask,
-        lr, beta1, beta2, eps, weight_decay, step, rounding, seed, parameter_id,
-    )  # fmt: skip
+@torch.library.custom_op(
+    "moe_unlearn::expert_wgrad_adamw",
+    mutates_args={"weight", "exp_avg", "exp_avg_sq", "master"},
+    schema=f"(Tensor(a0!) weight, Tensor(a1!) exp_avg, Tensor(a2!) exp_avg_sq, Tensor(a3!)? master, {_FACTORS}, "
+    f"{fields(AdamW, Update)}, str impl) -> ()",
+)
+def _adamw(weight, *operands):
+    *operands, impl = operands
+    backend.resolve("expert_wgrad.adamw", impl, weight)(weight, *operands)
 
 
 for _mutating in (_accumulate, _sgd, _adamw):
-    _mutating.register_fake(lambda *arguments: None)
+    _mutating.register_fake(lambda *operands: None)
 
 
-@torch.library.custom_op("moe_unlearn::expert_wgrad_score", mutates_args=())
-def _score(
-    weight: Tensor, grad_f: Tensor, input_f: Tensor, expert_offsets_f: Tensor, grad_rows_f: Tensor | None,
-    input_rows_f: Tensor | None, grad_r: Tensor, input_r: Tensor, expert_offsets_r: Tensor,
-    grad_rows_r: Tensor | None, input_rows_r: Tensor | None, experts: Tensor | None, gamma: float, impl: str,
-) -> Tensor:  # fmt: skip
-    return backend.resolve("expert_wgrad.score", impl, weight)(
-        weight, grad_f, input_f, expert_offsets_f, grad_rows_f, input_rows_f, grad_r, input_r, expert_offsets_r,
-        grad_rows_r, input_rows_r, experts, gamma,
-    )  # fmt: skip
+@torch.library.custom_op(
+    "moe_unlearn::expert_wgrad_score",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor grad_f, Tensor input_f, Tensor expert_offsets_f, Tensor? grad_rows_f, "
+    "Tensor? input_rows_f, Tensor grad_r, Tensor input_r, Tensor expert_offsets_r, Tensor? grad_rows_r, "
+    "Tensor? input_rows_r, Tensor? experts, float gamma, str impl) -> Tensor",
+)
+def _score(weight, *operands):
+    *operands, impl = operands
+    return backend.resolve("expert_wgrad.score", impl, weight)(weight, *operands)
 
 
 @_score.register_fake
-def _(weight, *arguments):
-    experts = arguments[10]
+def _(weight, *operands):
+    *_, experts, _, _ = operands
     count = weight.shape[0] if experts is None else experts.shape[0]
     return weight.new_empty(count, *weight.shape[1:], dtype=_wide(weight.dtype))
 
 
-@torch.library.custom_op("moe_unlearn::expert_wgrad_inner", mutates_args=())
-def _inner(
-    grads: list[Tensor], inputs: list[Tensor], expert_offsets: list[Tensor], grad_rows: list[Tensor | None],
-    input_rows: list[Tensor | None], experts: Tensor | None, mask: Tensor | None, impl: str,
-) -> Tensor:  # fmt: skip
-    kernel = backend.resolve("expert_wgrad.inner", impl, grads[0])
-    return kernel(grads, inputs, expert_offsets, grad_rows, input_rows, experts, mask)
+@torch.library.custom_op(
+    "moe_unlearn::expert_wgrad_inner",
+    mutates_args=(),
+    schema="(Tensor[] grads, Tensor[] inputs, Tensor[] expert_offsets, Tensor?[] grad_rows, Tensor?[] input_rows, "
+    "Tensor? experts, Tensor? mask, str impl) -> Tensor",
+)
+def _inner(grads, *operands):
+    *operands, impl = operands
+    return backend.resolve("expert_wgrad.inner", impl, grads[0])(grads, *operands)
 
 
 @_inner.register_fake
@@ -340,30 +357,19 @@ def _count(expert_offsets: Tensor, experts: Tensor | None) -> int:
     return expert_offsets.shape[0] - (1 if expert_offsets.dim() == 1 else 0)
 
 
-backend.register("expert_wgrad", "ref", expert_wgrad_ref)
-backend.register("expert_wgrad.accumulate", "ref", _accumulate_ref)
-backend.register("expert_wgrad.sgd", "ref", expert_wgrad_sgd_ref_)
-backend.register("expert_wgrad.adamw", "ref", expert_wgrad_adamw_ref_)
-backend.register("expert_wgrad.score", "ref", expert_wgrad_score_ref)
-backend.register("expert_wgrad.inner", "ref", expert_wgrad_inner_ref)
-_NATIVE = "moe_unlearn.ops.native.expert_wgrad:"
-native.register("expert_wgrad", _NATIVE + "store")
-native.register("expert_wgrad.accumulate", _NATIVE + "accumulate")
-native.register("expert_wgrad.sgd", _NATIVE + "sgd")
-native.register("expert_wgrad.adamw", _NATIVE + "adamw")
-native.register("expert_wgrad.score", _NATIVE + "score")
-native.register("expert_wgrad.inner", _NATIVE + "inner")
-native.register("expert_wgrad", _NATIVE + "store_cuda", "cuda")
-native.register("expert_wgrad.accumulate", _NATIVE + "accumulate_cuda", "cuda")
-native.register("expert_wgrad.sgd", _NATIVE + "sgd_cuda", "cuda")
-native.register("expert_wgrad.adamw", _NATIVE + "adamw_cuda", "cuda")
-native.register("expert_wgrad.score", _NATIVE + "score_cuda", "cuda")
-backend.register("expert_wgrad", "triton", "moe_unlearn.triton_kernels.expert_wgrad:expert_wgrad")
-backend.register("expert_wgrad.accumulate", "triton", "moe_unlearn.triton_kernels.expert_wgrad:accumulate_")
-backend.register("expert_wgrad.sgd", "triton", "moe_unlearn.triton_kernels.expert_wgrad:sgd_")
-backend.register("expert_wgrad.adamw", "triton", "moe_unlearn.triton_kernels.expert_wgrad:adamw_")
-backend.register("expert_wgrad.score", "triton", "moe_unlearn.triton_kernels.expert_wgrad:score")
-backend.register("expert_wgrad.inner", "triton", "moe_unlearn.triton_kernels.expert_wgrad:inner")
+for _name, _reference, _kernel, _launcher in (
+    ("expert_wgrad", expert_wgrad_ref, "store", "expert_wgrad"),
+    ("expert_wgrad.accumulate", _accumulate_ref, "accumulate", "accumulate_"),
+    ("expert_wgrad.sgd", expert_wgrad_sgd_ref_, "sgd", "sgd_"),
+    ("expert_wgrad.adamw", expert_wgrad_adamw_ref_, "adamw", "adamw_"),
+    ("expert_wgrad.score", expert_wgrad_score_ref, "score", "score"),
+    ("expert_wgrad.inner", expert_wgrad_inner_ref, "inner", "inner"),
+):
+    backend.register(_name, "ref", _reference)
+    native.register(_name, f"moe_unlearn.ops.native.expert_wgrad:{_kernel}")
+    if _kernel != "inner":
+        native.register(_name, f"moe_unlearn.ops.native.expert_wgrad:{_kernel}_cuda", "cuda")
+    backend.register(_name, "triton", f"moe_unlearn.triton_kernels.expert_wgrad:{_launcher}")
 
 
 def _check(factors, experts, mask, buffers, weight=None):
@@ -387,8 +393,8 @@ def _check(factors, experts, mask, buffers, weight=None):
     words = (*shape[:-1], num_words(shape[-1]))
     if mask is not None and (mask.dtype != torch.int32 or mask.shape != words):
         raise ValueError(f"mask must be int32 words {list(words)}; got {mask.dtype} {list(mask.shape)}")
-    tensors = {"input": input, "expert_offsets": offsets, "grad_rows": grad_rows, "input_rows": input_rows,
-               "experts": experts, "mask": mask, "weight": weight, **buffers}  # fmt: skip
+    tensors = {"input": input, "expert_offsets": offsets, "grad_rows": grad_rows, "input_rows": input_rows}
+    tensors |= {"experts": experts, "mask": mask, "weight": weight, **buffers}
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != grad.device:
             raise ValueError(f"{name} must be on {grad.device} like grad; got {tensor.device}")

@@ -31,81 +31,90 @@ The update is deterministic, since no element depends on another. Source: the do
 and AdamW (decoupled weight decay); the masking of the update and compact state are our specification.
 """
 
-from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import num_words, philox, round_stochastic, unpack_bits
+from moe_unlearn.ops.schema import fields
 
 ROUNDINGS = ("nearest", "stochastic")
 _BLOCK_ELEMENTS = 1 << 20
 
 
-@torch.no_grad()
-def masked_sgd_(
-    param: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor | None,
-    mask: Tensor | None,
-    *,
-    lr: float,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    weight_decay: float = 0.0,
-    nesterov: bool = False,
-    step: int,
-    rounding: str = "nearest",
-    seed: int = 0,
-    parameter_id: int = 0,
-    master: Tensor | None = None,
-    slices: Tensor | None = None,
-    impl: str = "auto",
-) -> None:
-    """Run one SGD step in place; formula, shapes and numerics are in the module docstring.
+class SGD(NamedTuple):
+    """The numbers of SGD, as in the formula of the module."""
 
-    Args:
-        param: any float dtype and strides. grad: any float dtype, shaped like param or param[slices].
-        momentum_buffer: shaped like grad, in param's dtype or float32; needed if momentum is not 0. Its
-            content is not read at step 1.
-        step: 1 for the first step of this parameter.
-        rounding: "nearest" or, for bfloat16 parameters, "stochastic".
-        master: float32, shaped like grad; with rounding "nearest" only.
-        slices: int64 [M], distinct indices into dimension 0.
+    lr: float
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
 
-    Raises TypeError or ValueError for a dtype, shape, device or option that does not fit.
+    def updated(self, step: int, w: Tensor, g: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Compute (new weight, new momentum buffer) from operands of one dtype."""
+        if self.weight_decay != 0:
+            g = _add(g, w, self.weight_decay)
+        if self.momentum != 0:
+            b = g if step == 1 else _add(b * self.momentum, g, 1 - self.dampening)
+            g = _add(g, b, self.momentum) if self.nesterov else b
+        return _add(w, g, -self.lr), b
+
+    def native(self, update: "Update") -> tuple:
+        """Return the numbers that the native kernels take."""
+        return self.lr, self.momentum, 1 - self.dampening, self.weight_decay, self.nesterov, *update.native()
+
+
+class AdamW(NamedTuple):
+    """The numbers of AdamW, as in the formula of the module."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def updated(self, step: int, w: Tensor, g: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute (new weight, new first moment, new second moment) from operands of one dtype."""
+        if self.weight_decay != 0:
+            w = w * (1 - self.lr * self.weight_decay)
+        m = torch.lerp(m, g, 1 - self.beta1)
+        v = torch.addcmul(v * self.beta2, g, g, value=1 - self.beta2)
+        # torch uses MKL's float32 square root, which is not correctly rounded on every CPU; by way of float64 it is
+        root = v.double().sqrt().to(v.dtype) if v.dtype == torch.float32 else v.sqrt()
+        denominator = root / (1 - self.beta2**step) ** 0.5 + self.eps
+        return torch.addcdiv(w, m, denominator, value=-(self.lr / (1 - self.beta1**step))), m, v
+
+    def native(self, update: "Update") -> tuple:
+        """Return the numbers that the native kernels take."""
+        root_correction, step_size = (1 - self.beta2**update.step) ** 0.5, -(self.lr / (1 - self.beta1**update.step))
+        decay = 1 - self.lr * self.weight_decay
+        return decay, self.beta1, self.beta2, root_correction, self.eps, step_size, *update.native()
+
+
+class Update(NamedTuple):
+    """Which update of which parameter this is, and how its result is rounded.
+
+    step: 1 for the first update of this parameter. rounding: "nearest" or, for bfloat16 parameters, "stochastic"; its
+    random bits depend on the other numbers.
     """
-    _check_momentum(momentum_buffer, momentum, dampening, nesterov)
-    _check(param, grad, {"momentum_buffer": momentum_buffer}, mask, step, rounding, master, slices)
-    _masked_sgd(
-        param, grad, momentum_buffer, mask, master, slices, float(lr), float(momentum), float(dampening),
-        float(weight_decay), nesterov, step, rounding, seed, parameter_id, impl,
-    )  # fmt: skip
+
+    step: int
+    rounding: str = "nearest"
+    seed: int = 0
+    parameter_id: int = 0
+
+    def native(self) -> tuple[int, bool, int, int]:
+        """Return the numbers that the native kernels take."""
+        return self.step, self.rounding == "stochastic", self.seed, self.parameter_id
 
 
-def masked_sgd_ref(
-    param, grad, momentum_buffer, mask, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
-    step, rounding="nearest", seed=0, parameter_id=0, master=None, slices=None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Compute the new (param, momentum_buffer, master) of `masked_sgd_`; no input changes."""
-
-    rule = partial(_sgd, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
-                   nesterov=nesterov, step=step)  # fmt: skip
-    rows, (buffer,), master = _updated_rows(
-        rule, param, grad, (momentum_buffer,), mask, master, slices, step, rounding, seed, parameter_id
-    )
-    return _with_rows(param, rows, slices), buffer, master
-
-
-def _sgd(w, g, b, *, lr, momentum, dampening, weight_decay, nesterov, step):
-    """Compute (new weight, new momentum buffer) from operands of one dtype."""
-    if weight_decay != 0:
-        g = _add(g, w, weight_decay)
-    if momentum != 0:
-        b = g if step == 1 else _add(b * momentum, g, 1 - dampening)
-        g = _add(g, b, momentum) if nesterov else b
-    return _add(w, g, -lr), b
+def unflattened(kind: type[SGD] | type[AdamW], numbers: list) -> tuple[SGD | AdamW, Update]:
+    """Return the rule and the update whose numbers a kernel takes one after the other."""
+    *rule, step, rounding, seed, parameter_id = numbers
+    return kind(*rule), Update(step, rounding, seed, parameter_id)
 
 
 def _add(a, b, alpha):
@@ -117,21 +126,52 @@ def _add(a, b, alpha):
 
 
 @torch.no_grad()
+def masked_sgd_(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    mask: Tensor | None,
+    rule: SGD,
+    update: Update,
+    *,
+    master: Tensor | None = None,
+    slices: Tensor | None = None,
+    impl: str = "auto",
+) -> None:
+    """Run one SGD step in place; formula, shapes and numerics are in the module docstring.
+
+    Args:
+        param: any float dtype and strides. grad: any float dtype, shaped like param or param[slices].
+        momentum_buffer: shaped like grad, in param's dtype or float32; needed if momentum is not 0. Its
+            content is not read at step 1.
+        master: float32, shaped like grad; with rounding "nearest" only.
+        slices: int64 [M], distinct indices into dimension 0.
+
+    Raises TypeError or ValueError for a dtype, shape, device or option that does not fit.
+    """
+    _check_momentum(momentum_buffer, rule)
+    _check(param, grad, {"momentum_buffer": momentum_buffer}, mask, update, master, slices)
+    _masked_sgd(param, grad, momentum_buffer, mask, master, slices, *rule, *update, impl)
+
+
+def masked_sgd_ref(
+    param, grad, momentum_buffer, mask, rule, update, *, master=None, slices=None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute the new (param, momentum_buffer, master) of `masked_sgd_`; no input changes."""
+    rows, (buffer,), master = _updated_rows(rule, update, param, grad, (momentum_buffer,), mask, master, slices)
+    return _with_rows(param, rows, slices), buffer, master
+
+
+@torch.no_grad()
 def masked_adamw_(
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     mask: Tensor | None,
+    rule: AdamW,
+    update: Update,
     *,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    step: int,
-    rounding: str = "nearest",
-    seed: int = 0,
-    parameter_id: int = 0,
     master: Tensor | None = None,
     slices: Tensor | None = None,
     impl: str = "auto",
@@ -145,45 +185,25 @@ def masked_adamw_(
 
     Raises TypeError or ValueError for a dtype, shape, device or option that does not fit.
     """
-    _check(param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, mask, step, rounding, master, slices)
-    _masked_adamw(
-        param, grad, exp_avg, exp_avg_sq, mask, master, slices, float(lr), float(betas[0]), float(betas[1]),
-        float(eps), float(weight_decay), step, rounding, seed, parameter_id, impl,
-    )  # fmt: skip
+    _check(param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, mask, update, master, slices)
+    _masked_adamw(param, grad, exp_avg, exp_avg_sq, mask, master, slices, *rule, *update, impl)
 
 
 def masked_adamw_ref(
-    param, grad, exp_avg, exp_avg_sq, mask, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-    step, rounding="nearest", seed=0, parameter_id=0, master=None, slices=None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    param, grad, exp_avg, exp_avg_sq, mask, rule, update, *, master=None, slices=None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Compute the new (param, exp_avg, exp_avg_sq, master) of `masked_adamw_`; no input changes."""
-    rule = partial(_adamw, lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay,
-                   step=step)  # fmt: skip
-    rows, (m, v), master = _updated_rows(
-        rule, param, grad, (exp_avg, exp_avg_sq), mask, master, slices, step, rounding, seed, parameter_id
-    )
+    rows, (m, v), master = _updated_rows(rule, update, param, grad, (exp_avg, exp_avg_sq), mask, master, slices)
     return _with_rows(param, rows, slices), m, v, master
 
 
-def _adamw(w, g, m, v, *, lr, beta1, beta2, eps, weight_decay, step):
-    """Compute (new weight, new first moment, new second moment) from operands of one dtype."""
-    if weight_decay != 0:
-        w = w * (1 - lr * weight_decay)
-    m = torch.lerp(m, g, 1 - beta1)
-    v = torch.addcmul(v * beta2, g, g, value=1 - beta2)
-    # torch uses MKL's float32 square root, which is not correctly rounded on every CPU; by way of float64 it is
-    root = v.double().sqrt().to(v.dtype) if v.dtype == torch.float32 else v.sqrt()
-    denominator = root / (1 - beta2**step) ** 0.5 + eps
-    return torch.addcdiv(w, m, denominator, value=-(lr / (1 - beta1**step))), m, v
-
-
-def _updated_rows(rule, param, grad, state, mask, master, slices, step, rounding, seed, parameter_id):
-    """Compute (new param[slices], new state, new master) by `rule`: (w, g, *state) -> (w, *state) of one dtype."""
+def _updated_rows(rule, update, param, grad, state, mask, master, slices):
+    """Compute (new param[slices], new state, new master)."""
     rows = param if slices is None else param[slices]
-    dtype = _arithmetic_dtype(param, state, rounding, master)
+    dtype = _arithmetic_dtype(param, state, update.rounding, master)
     weight = (rows if master is None else master).to(dtype)
     operands = [None if s is None else s.to(dtype) for s in (grad, *state)]
-    new, *new_state = rule(weight, *operands)
+    new, *new_state = rule.updated(update.step, weight, *operands)
 
     kept = None if mask is None else unpack_bits(mask, rows.shape[-1] if rows.dim() else 1).view(rows.shape)
 
@@ -194,8 +214,9 @@ def _updated_rows(rule, param, grad, state, mask, master, slices, step, rounding
         return new.to(old.dtype) if kept is None else torch.where(kept, new.to(old.dtype), old)
 
     new_master = select(new, master)
-    if rounding == "stochastic" and dtype != rows.dtype:
-        new = round_stochastic(new, philox(_flat_index(param, slices), step, seed, parameter_id))
+    if update.rounding == "stochastic" and dtype != rows.dtype:
+        random = philox(_flat_index(param, slices), update.step, update.seed, update.parameter_id)
+        new = round_stochastic(new, random)
     return select(new, rows), [select(n, s) for n, s in zip(new_state, state, strict=True)], new_master
 
 
@@ -219,55 +240,42 @@ def _with_rows(param: Tensor, rows: Tensor, slices: Tensor | None) -> Tensor:
     return rows if slices is None else param.index_copy(0, slices, rows)
 
 
-@torch.library.custom_op("moe_unlearn::masked_sgd", mutates_args={"param", "momentum_buffer", "master"})
-def _masked_sgd(
-    param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, mask: Tensor | None, master: Tensor | None,
-    slices: Tensor | None, lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool,
-    step: int, rounding: str, seed: int, parameter_id: int, impl: str,
-) -> None:  # fmt: skip
-    backend.resolve("masked_update.sgd", impl, param)(
-        param, grad, momentum_buffer, mask, master, slices, lr, momentum, dampening, weight_decay, nesterov,
-        step, rounding, seed, parameter_id,
-    )  # fmt: skip
+@torch.library.custom_op(
+    "moe_unlearn::masked_sgd",
+    mutates_args={"param", "momentum_buffer", "master"},
+    schema="(Tensor(a0!) param, Tensor grad, Tensor(a2!)? momentum_buffer, Tensor? mask, Tensor(a4!)? master, "
+    f"Tensor? slices, {fields(SGD, Update)}, str impl) -> ()",
+)
+def _masked_sgd(param, *operands):
+    *operands, impl = operands
+    backend.resolve("masked_update.sgd", impl, param)(param, *operands)
 
 
-@torch.library.custom_op("moe_unlearn::masked_adamw", mutates_args={"param", "exp_avg", "exp_avg_sq", "master"})
-def _masked_adamw(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, mask: Tensor | None,
-    master: Tensor | None, slices: Tensor | None, lr: float, beta1: float, beta2: float, eps: float,
-    weight_decay: float, step: int, rounding: str, seed: int, parameter_id: int, impl: str,
-) -> None:  # fmt: skip
-    backend.resolve("masked_update.adamw", impl, param)(
-        param, grad, exp_avg, exp_avg_sq, mask, master, slices, lr, beta1, beta2, eps, weight_decay, step,
-        rounding, seed, parameter_id,
-    )  # fmt: skip
+@torch.library.custom_op(
+    "moe_unlearn::masked_adamw",
+    mutates_args={"param", "exp_avg", "exp_avg_sq", "master"},
+    schema="(Tensor(a0!) param, Tensor grad, Tensor(a2!) exp_avg, Tensor(a3!) exp_avg_sq, Tensor? mask, "
+    f"Tensor(a5!)? master, Tensor? slices, {fields(AdamW, Update)}, str impl) -> ()",
+)
+def _masked_adamw(param, *operands):
+    *operands, impl = operands
+    backend.resolve("masked_update.adamw", impl, param)(param, *operands)
 
 
-@_masked_sgd.register_fake
-def _(*arguments):
-    return None
+for _mutating in (_masked_sgd, _masked_adamw):
+    _mutating.register_fake(lambda *operands: None)
 
 
-@_masked_adamw.register_fake
-def _(*arguments):
-    return None
+def _sgd_in_place(param, grad, momentum_buffer, mask, master, slices, *numbers):
+    _in_place(*unflattened(SGD, numbers), param, grad, (momentum_buffer,), mask, master, slices)
 
 
-def _sgd_in_place(param, grad, momentum_buffer, mask, master, slices, lr, momentum, dampening, weight_decay,
-                  nesterov, step, *random):  # fmt: skip
-    rule = partial(_sgd, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
-                   nesterov=nesterov, step=step)  # fmt: skip
-    _in_place(rule, param, grad, (momentum_buffer,), mask, master, slices, step, *random)
+def _adamw_in_place(param, grad, exp_avg, exp_avg_sq, mask, master, slices, *numbers):
+    _in_place(*unflattened(AdamW, numbers), param, grad, (exp_avg, exp_avg_sq), mask, master, slices)
 
 
-def _adamw_in_place(param, grad, exp_avg, exp_avg_sq, mask, master, slices, lr, beta1, beta2, eps,
-                    weight_decay, step, *random):  # fmt: skip
-    rule = partial(_adamw, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step)
-    _in_place(rule, param, grad, (exp_avg, exp_avg_sq), mask, master, slices, step, *random)
-
-
-def _in_place(rule, param, grad, state, mask, master, slices, *random):
-    """Apply `rule` block by block of slices, so that temporaries stay small beside a large parameter."""
+def _in_place(rule, update, param, grad, state, mask, master, slices):
+    """Apply the rule block by block of slices, so that temporaries stay small beside a large parameter."""
     param, grad, mask, master, *state = (
         None if t is None else torch.atleast_1d(t) for t in (param, grad, mask, master, *state)
     )
@@ -279,34 +287,23 @@ def _in_place(rule, param, grad, state, mask, master, slices, *random):
         block = slice(start, start + size)
         rows = slices[block]
         g, bits, weights, *old = (None if t is None else t[block] for t in (grad, mask, master, *state))
-        new, new_state, new_weights = _updated_rows(rule, param, g, old, bits, weights, rows, *random)
+        new, new_state, new_weights = _updated_rows(rule, update, param, g, old, bits, weights, rows)
         param.index_copy_(0, rows, new)
         for into, value in zip((weights, *old), (new_weights, *new_state), strict=True):
             if into is not None:
                 into.copy_(value)
 
 
-def _sgd_native(param, grad, momentum_buffer, mask, master, slices, lr, momentum, dampening, weight_decay,
-                nesterov, step, rounding, seed, parameter_id):  # fmt: skip
-    operands = _native_operands(param, grad, (momentum_buffer,), mask, master, slices, rounding)
-    torch.ops.moe_unlearn_native.masked_sgd_(
-        *operands, lr, momentum, 1 - dampening, weight_decay, nesterov, step, rounding == "stochastic", seed,
-        parameter_id,
-    )  # fmt: skip
+def _sgd_native(param, grad, momentum_buffer, mask, master, slices, *numbers):
+    rule, update = unflattened(SGD, numbers)
+    operands = _native_operands(param, grad, (momentum_buffer,), mask, master, slices, update.rounding)
+    torch.ops.moe_unlearn_native.masked_sgd_(*operands, *rule.native(update))
 
 
-def _adamw_native(param, grad, exp_avg, exp_avg_sq, mask, master, slices, lr, beta1, beta2, eps, weight_decay,
-                  step, rounding, seed, parameter_id):  # fmt: skip
-    operands = _native_operands(param, grad, (exp_avg, exp_avg_sq), mask, master, slices, rounding)
-    torch.ops.moe_unlearn_native.masked_adamw_(
-        *operands, *_adamw_scalars(lr, beta1, beta2, eps, weight_decay, step), step, rounding == "stochastic", seed,
-        parameter_id,
-    )  # fmt: skip
-
-
-def _adamw_scalars(lr, beta1, beta2, eps, weight_decay, step):
-    """Compute the numbers that a native AdamW step takes: decay, beta1, beta2, root_correction, eps, step_size."""
-    return 1 - lr * weight_decay, beta1, beta2, (1 - beta2**step) ** 0.5, eps, -(lr / (1 - beta1**step))
+def _adamw_native(param, grad, exp_avg, exp_avg_sq, mask, master, slices, *numbers):
+    rule, update = unflattened(AdamW, numbers)
+    operands = _native_operands(param, grad, (exp_avg, exp_avg_sq), mask, master, slices, update.rounding)
+    torch.ops.moe_unlearn_native.masked_adamw_(*operands, *rule.native(update))
 
 
 def _native_operands(param, grad, state, mask, master, slices, rounding):
@@ -333,13 +330,13 @@ backend.register("masked_update.sgd", "triton", "moe_unlearn.triton_kernels.mask
 backend.register("masked_update.adamw", "triton", "moe_unlearn.triton_kernels.masked_update:masked_adamw_")
 
 
-def _check(param, grad, state, mask, step, rounding, master, slices):
+def _check(param, grad, state, mask, update, master, slices):
     if not param.is_floating_point():
         raise TypeError(f"param must be a floating-point tensor; got {param.dtype}")
     if not grad.is_floating_point():
         raise TypeError(f"grad must be a floating-point tensor; got {grad.dtype}")
-    if step < 1:
-        raise ValueError(f"step counts from 1; got {step}")
+    if update.step < 1:
+        raise ValueError(f"step counts from 1; got {update.step}")
     shape = list(param.shape)
     if slices is not None:
         if slices.dtype != torch.int64:
@@ -350,7 +347,7 @@ def _check(param, grad, state, mask, step, rounding, master, slices):
                 f"for a param of shape {shape}"
             )
         shape[0] = len(slices)
-    _check_rounding(param, rounding, master)
+    _check_rounding(param, update.rounding, master)
     for name, tensor in {"grad": grad, "master": master, **state}.items():
         if tensor is not None and list(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}; got {list(tensor.shape)}")
@@ -370,11 +367,11 @@ def _check(param, grad, state, mask, step, rounding, master, slices):
             raise ValueError(f"{name} must be on {param.device} like param; got {tensor.device}")
 
 
-def _check_momentum(momentum_buffer, momentum, dampening, nesterov):
-    if momentum != 0 and momentum_buffer is None:
-        raise ValueError(f"momentum {momentum} needs a momentum_buffer; got None")
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise ValueError(f"nesterov needs momentum > 0 and dampening 0; got {momentum} and {dampening}")
+def _check_momentum(momentum_buffer, rule):
+    if rule.momentum != 0 and momentum_buffer is None:
+        raise ValueError(f"momentum {rule.momentum} needs a momentum_buffer; got None")
+    if rule.nesterov and (rule.momentum <= 0 or rule.dampening != 0):
+        raise ValueError(f"nesterov needs momentum > 0 and dampening 0; got {rule.momentum} and {rule.dampening}")
 
 
 def _check_rounding(param, rounding, master):

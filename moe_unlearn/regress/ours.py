@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_unlearn import ops
 from moe_unlearn.ops.gram import gram_factors
 from moe_unlearn.regress.case import Case, forget, register
+from moe_unlearn.regress.flat import by_keyword
 from moe_unlearn.regress.ours_layers import (
     DTYPES,
     PATTERNS,
@@ -222,22 +223,18 @@ def _masked_update_inputs(seed, *, experts, rows, columns, dtype):
 
 def _sgd_step(param, grad, first, second, mask, slices, *, rounding, impl):
     param, first = param.clone(), first.clone()
-    ops.masked_sgd_(
-        param, grad, first, mask, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1, step=3,
-        rounding=_rounding(param, rounding), seed=5, slices=slices, impl=impl,
-    )  # fmt: skip
+    rule, update = {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, _third(param, rounding)
+    by_keyword(ops.masked_sgd_)(param, grad, first, mask, **rule, **update, slices=slices, impl=impl)
     return {"param": param, "momentum": first}
 
 
 def _adamw_step(param, grad, first, second, mask, slices, *, rounding, impl):
     param, first, second = param.clone(), first.clone(), second.clone()
-    ops.masked_adamw_(
-        param, grad, first, second, mask, lr=1e-2, weight_decay=0.1, step=3,
-        rounding=_rounding(param, rounding), seed=5, slices=slices, impl=impl,
-    )  # fmt: skip
+    rule, update = {"lr": 1e-2, "weight_decay": 0.1}, _third(param, rounding)
+    by_keyword(ops.masked_adamw_)(param, grad, first, second, mask, **rule, **update, slices=slices, impl=impl)
     return {"param": param, "exp_avg": first, "exp_avg_sq": second}
 
 
-def _rounding(param: Tensor, rounding: str) -> str:
-    """Return the rounding to use; float64 is not rounded at all."""
-    return "nearest" if param.dtype == torch.float64 else rounding
+def _third(param: Tensor, rounding: str) -> dict:
+    """Return which update it is, and its rounding; float64 is not rounded at all."""
+    return {"step": 3, "rounding": "nearest" if param.dtype == torch.float64 else rounding, "seed": 5}

@@ -10,6 +10,7 @@ from moe_unlearn import ops
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_inner, expert_wgrad_score
 from moe_unlearn.regress.case import Case
+from moe_unlearn.regress.flat import by_keyword
 from moe_unlearn.testing import integers, routing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,8 +44,8 @@ def expert_mlp(impl: str) -> Iterator[Case]:
         for pattern in PATTERNS:
             yield Case(
                 f"expert_mlp/{dtype}/{pattern}",
-                function=functools.partial(ops.expert_mlp, impl=impl),
-                reference=ops.expert_mlp_ref,
+                function=functools.partial(by_keyword(ops.expert_mlp), impl=impl),
+                reference=by_keyword(ops.expert_mlp_ref),
                 inputs=functools.partial(_expert_mlp_inputs, dtype=dtype, bias=False),
                 sizes=sizes,
                 routing=pattern,
@@ -53,8 +54,8 @@ def expert_mlp(impl: str) -> Iterator[Case]:
         options = {"gate": gpt_oss, "transposed": True, "interleaved": True}
         yield Case(
             f"expert_mlp/{dtype}/gpt_oss",
-            function=functools.partial(ops.expert_mlp, impl=impl, **options),
-            reference=functools.partial(ops.expert_mlp_ref, **options),
+            function=functools.partial(by_keyword(ops.expert_mlp), impl=impl, **options),
+            reference=functools.partial(by_keyword(ops.expert_mlp_ref), **options),
             inputs=functools.partial(_expert_mlp_inputs, dtype=dtype, bias=True),
             sizes={**sizes, "tokens": 24},
             routing="uniform",
@@ -132,12 +133,11 @@ def _adamw(grad, input, expert_offsets, input_rows, experts, mask, weight, *, im
     """Return the weight and both moments after the second of two steps, on copies."""
     weight = weight.clone()
     wide = torch.promote_types(weight.dtype, torch.float32)
+    factors = {"grad": grad, "input": input, "expert_offsets": expert_offsets, "input_rows": input_rows}
     m, v = (torch.zeros(len(experts), *weight.shape[1:], dtype=wide, device=weight.device) for _ in range(2))
     for step in (1, 2):
-        expert_wgrad_adamw_(
-            weight, m, v, grad, input, expert_offsets, input_rows=input_rows, experts=experts, mask=mask, lr=1e-2,
-            step=step, weight_decay=0.1, impl=impl,
-        )  # fmt: skip
+        rule = {"lr": 1e-2, "weight_decay": 0.1, "step": step}
+        by_keyword(expert_wgrad_adamw_)(weight, m, v, **factors, **rule, experts=experts, mask=mask, impl=impl)
     return {"weight": weight, "exp_avg": m, "exp_avg_sq": v}
 
 
@@ -161,8 +161,8 @@ def token_loss(impl: str) -> Iterator[Case]:
         for dtype in DTYPES:
             yield Case(
                 f"token_loss/{kind}/{dtype}",
-                function=functools.partial(_loss, ops.token_loss, kind=kind, impl=impl),
-                reference=functools.partial(_loss, ops.token_loss_ref, kind=kind),
+                function=functools.partial(_loss, by_keyword(ops.token_loss), kind=kind, impl=impl),
+                reference=functools.partial(_loss, by_keyword(ops.token_loss_ref), kind=kind),
                 inputs=functools.partial(_token_loss_inputs, kind=kind, dtype=dtype),
                 sizes={"tokens": 300, "hidden": 24, "vocabulary": 97},
                 smallest={"vocabulary": 2},
@@ -193,4 +193,4 @@ def _token_loss_inputs(seed, *, tokens, hidden, vocabulary, kind, dtype):
 def _loss(function, hidden_states, lm_head, ref_hidden_states=None, **arguments):
     if ref_hidden_states is not None:
         arguments["ref_hidden_states"] = ref_hidden_states.t()
-    return function(hidden_states.t(), lm_head.t(), **arguments)
+    return function(hidden_states.t(), lm_head=lm_head.t(), **arguments)

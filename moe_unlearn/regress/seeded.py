@@ -20,6 +20,7 @@ from torch import Tensor
 from moe_unlearn import ops
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.regress import numeric, ours
+from moe_unlearn.regress.flat import by_keyword
 from moe_unlearn.regress.seeded_kernels import CASES, KERNEL_BUGS, KERNEL_CHANGES
 from moe_unlearn.testing import yardstick
 
@@ -191,7 +192,7 @@ def _adamw(**change) -> Break:
         param, first, second = param.clone(), first.clone(), second.clone()
         options = {"lr": 1e-2, "weight_decay": 0.1, "step": 3, "seed": 5, "mask": mask} | change
         options |= {"rounding": "nearest"} if param.dtype != torch.bfloat16 else {}
-        ops.masked_adamw_(param, grad, first, second, slices=slices, **options)
+        by_keyword(ops.masked_adamw_)(param, grad, first, second, slices=slices, **options)
         return {"param": param, "exp_avg": first, "exp_avg_sq": second}
 
     return _instead(other)
@@ -247,7 +248,7 @@ def _bugs() -> Iterator[tuple[str, str, str, Break]]:
         "token_loss/uce/float32",
         "formula",
         "nll for uce",
-        lambda kernel: lambda **i: kernel.func(ops.token_loss, **i, kind="nll"),
+        lambda kernel: lambda **i: kernel.func(by_keyword(ops.token_loss), **i, kind="nll"),
     )
     yield "token_loss/kl/float32", "sign", "of the bias gradient", _gradient("bias", torch.neg)
     yield "token_loss/nll/float32", "accumulation", "losses kept in bfloat16", _result(lambda y: y.bfloat16().float())
@@ -314,7 +315,8 @@ def _bugs() -> Iterator[tuple[str, str, str, Break]]:
 def _changes() -> Iterator[tuple[str, str, str, Break]]:
     def permuted(hidden_states, gate_up_proj, **rest):
         order = torch.arange(hidden_states.shape[1] - 1, -1, -1)
-        made = ops.expert_mlp(hidden_states[:, order], gate_up_proj=gate_up_proj[:, :, order], **rest_down(rest, order))
+        layer = by_keyword(ops.expert_mlp)
+        made = layer(hidden_states[:, order], gate_up_proj=gate_up_proj[:, :, order], **rest_down(rest, order))
         return made[:, order]
 
     def rest_down(rest, order):

@@ -226,7 +226,7 @@ def test_retain_weights_overflow_strides_and_solver(gpu):
 
 @pytest.mark.parametrize("dtypes", update_cases.DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "rule, options", [("sgd", o) for o in update_cases.SGD] + [("adamw", o) for o in update_cases.ADAMW]
+    "rule, options", [("sgd", o) for o in update_cases.SGD_CASES] + [("adamw", o) for o in update_cases.ADAMW_CASES]
 )
 def test_masked_update_has_the_bits_of_ref(gpu, rule, options, dtypes):
     update_cases.test_same_bits_as_ref(rule, options, dtypes, None)

@@ -8,6 +8,9 @@ import torch
 from moe_unlearn import native
 from moe_unlearn.backend import Unfit
 from moe_unlearn.ops import (
+    SGD,
+    AdamW,
+    Update,
     expert_wgrad_ref,
     masked_adamw_,
     masked_sgd_,
@@ -209,7 +212,7 @@ def check_update(rule, tensors, layout="contiguous", **options):
 
 @pytest.mark.parametrize("dtypes", update_cases.DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "rule, options", [("sgd", o) for o in update_cases.SGD] + [("adamw", o) for o in update_cases.ADAMW]
+    "rule, options", [("sgd", o) for o in update_cases.SGD_CASES] + [("adamw", o) for o in update_cases.ADAMW_CASES]
 )
 def test_masked_update_has_the_bits_of_ref(rule, options, dtypes):
     for shape in ((4, 5, 70), (3, 64), (40, 33, 256)):
@@ -266,7 +269,7 @@ def test_offsets_beyond_two_to_the_31():
     grad = torch.ones_like(param)
     mask = torch.zeros(rows, 1 << 15, dtype=torch.int32, device="cuda")
     mask[-1, -2:] = -1
-    masked_sgd_(param, grad, None, mask, lr=1.0, step=1, rounding="stochastic", impl="cuda")
+    masked_sgd_(param, grad, None, mask, SGD(lr=1.0), Update(step=1, rounding="stochastic"), impl="cuda")
     assert int((param != 0).sum()) == 64 and bool((param[-1, -64:] == -1).all())
     words, taken = score_mask(param, grad, param, gamma=1.0, threshold_bits=0, ties=0, impl="cuda")
     assert int(taken) == 0 and not bool(words.any())  # S = (-1 + 1) * 1
@@ -281,7 +284,16 @@ def test_work_goes_to_the_current_stream():
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)
-        masked_adamw_(param, grad, torch.zeros_like(param), torch.zeros_like(param), None, lr=1.0, step=1, impl="cuda")
+        masked_adamw_(
+            param,
+            grad,
+            torch.zeros_like(param),
+            torch.zeros_like(param),
+            None,
+            AdamW(lr=1.0),
+            Update(step=1),
+            impl="cuda",
+        )
     early = param.clone()
     stream.synchronize()
     assert not bool(early.any()) and bool((param < 0).all())

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from moe_unlearn import native
-from moe_unlearn.ops import expert_wgrad, expert_wgrad_ref, masked_adamw_, masked_sgd_, route, weight_score
+from moe_unlearn.ops import (
+    AdamW,
+    Update,
+    expert_wgrad,
+    expert_wgrad_ref,
+    masked_adamw_,
+    masked_sgd_,
+    route,
+    weight_score,
+)
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.expert_wgrad import (
     Factors,
@@ -17,6 +26,7 @@ from moe_unlearn.ops.expert_wgrad import (
 )
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison, routing
 from moe_unlearn.testing.yardstick import Reference
+from tests.support.updates import by_keyword
 
 pytestmark = pytest.mark.quick
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -209,13 +219,14 @@ def check_update(
     copies = [None if t is None else t.clone() for t in (weight, master, *state)]
     moved = [None if t is None else in_layout(t.clone(), layout) for t in (weight, master, *state)]
     for step in (1, 2):
-        ours, theirs = (expert_wgrad_adamw_, masked_adamw_) if states == 2 else (expert_wgrad_sgd_, masked_sgd_)
+        pair = (expert_wgrad_adamw_, masked_adamw_) if states == 2 else (expert_wgrad_sgd_, masked_sgd_)
+        ours, theirs = map(by_keyword, pair)
+        rest = options | random | {"step": step, "impl": impl}
         buffers = moved[2:] if states else [None]
-        ours(moved[0], *buffers, *made[:3], input_rows=made.input_rows, experts=experts, mask=mask, master=moved[1],
-             step=step, impl=impl, **options, **random)  # fmt: skip
+        ours(moved[0], *buffers, made, experts=experts, mask=mask, master=moved[1], **rest)
         dw = store(made, impl, experts=experts, out_dtype=made.grad.dtype if narrow else F32)
-        theirs(copies[0], dw, *(copies[2:] if states else [None]), mask, master=copies[1], slices=experts, step=step,
-               impl=impl, **options, **random)  # fmt: skip
+        buffers = copies[2:] if states else [None]
+        theirs(copies[0], dw, *buffers, mask, master=copies[1], slices=experts, **rest)
     for ours, theirs in zip(moved, copies, strict=True):
         if ours is not None:
             bits = {2: torch.int16, 4: torch.int32}[ours.element_size()]
@@ -252,8 +263,8 @@ def test_experts_without_rows_still_decay_and_others_are_untouched():
     made = factors(pattern="half_empty", dtype=BF16)
     weight, m, v = torch.randn(E, *SMALL).bfloat16(), *(torch.ones(2, *SMALL).bfloat16() for _ in range(2))
     before = weight.clone()
-    expert_wgrad_adamw_(weight, m, v, *made[:3], input_rows=made.input_rows, experts=torch.tensor([0, 1]), lr=0.1,
-                        step=3, impl="cpu")  # fmt: skip
+    experts = torch.tensor([0, 1])
+    expert_wgrad_adamw_(weight, m, v, made, AdamW(lr=0.1), Update(step=3), experts=experts, impl="cpu")
     assert (weight[0] != before[0]).all() and torch.equal(weight[2:], before[2:])
     assert torch.equal(m[0], torch.full(SMALL, 0.9).bfloat16())
 
@@ -267,7 +278,7 @@ def test_bad_options_of_an_update():
         ({"step": 1, "nesterov": True}, "nesterov needs momentum"),
     ):
         with pytest.raises(ValueError, match=message):
-            expert_wgrad_sgd_(weight, None, *made[:3], input_rows=made.input_rows, lr=1, impl="cpu", **options)
+            by_keyword(expert_wgrad_sgd_)(weight, None, made, lr=1, impl="cpu", **options)
 
 
 # ---- score and inner products --------------------------------------------------------------------------------
@@ -312,8 +323,7 @@ def everything(dtype, exact=False):
     made = factors(BLOCKS, dtype, "sentinels", tokens=500, exact=exact)
     experts = torch.tensor([4, 1, 3])
     weight, state = torch.ones(E, *BLOCKS, dtype=dtype), [torch.zeros(3, *BLOCKS, dtype=dtype) for _ in range(2)]
-    expert_wgrad_adamw_(weight, *state, *made[:3], input_rows=made.input_rows, experts=experts, lr=0.1, step=1,
-                        impl="cpu")  # fmt: skip
+    expert_wgrad_adamw_(weight, *state, made, AdamW(lr=0.1), Update(step=1), experts=experts, impl="cpu")
     return (
         store(made), store(made, out=torch.ones(E, *BLOCKS)), weight, *state,
         expert_wgrad_score(weight, made, made, gamma=1.0, impl="cpu"),

@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from moe_unlearn.ops import masked_adamw_, masked_sgd_
+from moe_unlearn.ops import SGD, Update, masked_adamw_, masked_sgd_
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.testing import LAYOUTS, in_layout
+from tests.support.updates import by_keyword
 
 pytestmark = pytest.mark.quick
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # dtypes of param, grad and state
 DTYPES = [(F32, F32, F32), (F32, BF16, F32), (BF16, BF16, BF16), (BF16, F32, BF16), (BF16, F32, F32),
           (BF16, F16, F32), (F16, F16, F16), (F16, F32, F32), (BF16, torch.float64, BF16)]  # fmt: skip
-SGD = [{}, {"weight_decay": 0.1}, {"momentum": 0.9, "dampening": 0.3}, {"momentum": 0.9, "nesterov": True}]
-ADAMW = [{}, {"weight_decay": 0.1, "betas": (0.3, 0.95), "eps": 1e-6}]
+SGD_CASES = [{}, {"weight_decay": 0.1}, {"momentum": 0.9, "dampening": 0.3}, {"momentum": 0.9, "nesterov": True}]
+ADAMW_CASES = [{}, {"weight_decay": 0.1, "betas": (0.3, 0.95), "eps": 1e-6}]
 
 
 def case(shape=(4, 5, 70), dtypes=(F32, F32, F32), slices=None, keep=0.5, master=False, seed=0):
@@ -44,9 +45,9 @@ def run(rule, tensors, impl, **options):
 def update(rule, t, impl, **options):
     common = {"lr": 0.03, "step": 3, "master": t["master"], "slices": t["slices"], "impl": impl} | options
     if rule == "adamw":
-        masked_adamw_(t["param"], t["grad"], t["first"], t["second"], t["mask"], **common)
+        by_keyword(masked_adamw_)(t["param"], t["grad"], t["first"], t["second"], t["mask"], **common)
     else:
-        masked_sgd_(t["param"], t["grad"], t["first"], t["mask"], **common)
+        by_keyword(masked_sgd_)(t["param"], t["grad"], t["first"], t["mask"], **common)
 
 
 def assert_same_bits(actual, expected):
@@ -63,7 +64,7 @@ def check(rule, tensors, **options):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("rule, options", [("sgd", o) for o in SGD] + [("adamw", o) for o in ADAMW])
+@pytest.mark.parametrize("rule, options", [("sgd", o) for o in SGD_CASES] + [("adamw", o) for o in ADAMW_CASES])
 def test_same_bits_as_ref(rule, options, dtypes, instruction_set):
     check(rule, case(dtypes=dtypes), **options)
     check(rule, case(dtypes=dtypes, keep=None), step=1, **options)
@@ -137,7 +138,7 @@ def test_conversions_round_as_torch_does(dtype, instruction_set):
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, -1)
     every = every[~every.isnan()].view(1, -1)
     wide = torch.zeros(every.shape)
-    masked_sgd_(wide, every, None, None, lr=-1.0, step=1, impl="cpu")
+    masked_sgd_(wide, every, None, None, SGD(lr=-1.0), Update(step=1), impl="cpu")
     assert torch.equal(wide, every.float())
     finite = every[every.isfinite()].float()
     near = torch.cat([finite.view(torch.int32) + i * (1 << 12) + j for i in range(16) for j in (-1, 0, 1)])
@@ -145,7 +146,7 @@ def test_conversions_round_as_torch_does(dtype, instruction_set):
     near = near[near.isfinite()].view(1, -1)
     state = torch.zeros(near.shape)
     narrow = torch.zeros(near.shape, dtype=dtype)
-    masked_sgd_(narrow, near, state, None, lr=-1.0, momentum=0.9, step=1, impl="cpu")
+    masked_sgd_(narrow, near, state, None, SGD(lr=-1.0, momentum=0.9), Update(step=1), impl="cpu")
     assert torch.equal(narrow, near.to(dtype)) and torch.equal(state, near)
 
 

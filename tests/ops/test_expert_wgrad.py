@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from moe_unlearn.ops import expert_wgrad, expert_wgrad_ref, masked_adamw_, masked_sgd_, route, weight_score
+from moe_unlearn.ops import (
+    SGD,
+    AdamW,
+    Update,
+    expert_wgrad,
+    expert_wgrad_ref,
+    masked_adamw_,
+    masked_sgd_,
+    route,
+    weight_score,
+)
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.expert_wgrad import (
     Factors,
@@ -14,6 +24,7 @@ from moe_unlearn.ops.expert_wgrad import (
 )
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison, routing
 from moe_unlearn.testing.yardstick import Reference
+from tests.support.updates import by_keyword
 
 T, K, E, M, P = 21, 2, 5, 12, 40
 
@@ -186,9 +197,9 @@ def test_sgd_epilogue_is_store_then_masked_sgd(dtype, options):
     buffers = [torch.zeros(2, M, P) for _ in range(2)]
     for step in (1, 2):
         rest = options | {"momentum": 0.9, "step": step}
-        expert_wgrad_sgd_(weight, buffers[0], **made, experts=experts, mask=mask, **rest)
+        by_keyword(expert_wgrad_sgd_)(weight, buffers[0], Factors(**made), experts=experts, mask=mask, **rest)
         dw = expert_wgrad(**made, experts=experts, out_dtype=torch.float32)
-        masked_sgd_(other, dw, buffers[1], mask, slices=experts, **rest)
+        by_keyword(masked_sgd_)(other, dw, buffers[1], mask, slices=experts, **rest)
     assert torch.equal(weight, other) and torch.equal(*buffers)
 
 
@@ -201,9 +212,10 @@ def test_adamw_epilogue_leaves_everything_else_bitwise_alone(dtype, options):
     weight[0], before[0], other[0] = torch.nan, torch.nan, torch.nan
     moments = [torch.zeros(2, M, P) for _ in range(4)]
     for step in (1, 2, 3):
-        expert_wgrad_adamw_(weight, *moments[:2], **made, experts=experts, mask=mask, step=step, **options)
+        rest = options | {"step": step}
+        by_keyword(expert_wgrad_adamw_)(weight, *moments[:2], Factors(**made), experts=experts, mask=mask, **rest)
         dw = expert_wgrad(**made, experts=experts, out_dtype=torch.float32)
-        masked_adamw_(other, dw, *moments[2:], mask, slices=experts, step=step, **options)
+        by_keyword(masked_adamw_)(other, dw, *moments[2:], mask, slices=experts, **rest)
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(weight.view(bits), other.view(bits))
     touched = torch.zeros(E, M, P, dtype=torch.bool)
@@ -218,9 +230,9 @@ def test_epilogues_keep_a_master_and_take_all_experts_by_default():
     made, weight, _, _ = update_case(torch.bfloat16)
     master, other = weight.float(), weight.clone()
     other_master = master.clone()
-    expert_wgrad_sgd_(weight, None, **made, master=master, lr=1e-3, step=1)
+    expert_wgrad_sgd_(weight, None, Factors(**made), SGD(lr=1e-3), Update(step=1), master=master)
     dw = expert_wgrad(**made, out_dtype=torch.float32)
-    masked_sgd_(other, dw, None, None, master=other_master, lr=1e-3, step=1)
+    masked_sgd_(other, dw, None, None, SGD(lr=1e-3), Update(step=1), master=other_master)
     assert torch.equal(weight, other) and torch.equal(master, other_master)
     assert torch.equal(master.bfloat16(), weight) and not torch.equal(master, weight.float())
 
@@ -231,7 +243,7 @@ def test_autograd_notices_an_update_of_a_weight_it_still_needs():
     weight.requires_grad_()
     loss = (weight**2).sum()
     with torch.no_grad():
-        expert_wgrad_sgd_(weight, None, **made, experts=experts, mask=None, lr=0.1, step=1)
+        expert_wgrad_sgd_(weight, None, Factors(**made), SGD(lr=0.1), Update(step=1), experts=experts)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -277,10 +289,10 @@ def test_bad_gradient_sets():
     with pytest.raises(ValueError, match=r"weight must be float \[5, 12, 40\]; got .* \[5, 40, 12\]"):
         expert_wgrad_score(torch.randn(E, P, M), one, one, gamma=1)
     with pytest.raises(ValueError, match=r"momentum_buffer must be float \[2, 12, 40\]"):
-        expert_wgrad_sgd_(torch.randn(E, M, P), torch.zeros(E, M, P), **case(), experts=torch.tensor([1, 3]),
-                          lr=1, momentum=0.9, step=1)  # fmt: skip
+        buffer, rule = torch.zeros(E, M, P), SGD(lr=1, momentum=0.9)
+        expert_wgrad_sgd_(torch.randn(E, M, P), buffer, one, rule, Update(step=1), experts=torch.tensor([1, 3]))
     with pytest.raises(ValueError, match="step counts from 1; got 0"):
-        expert_wgrad_sgd_(torch.randn(E, M, P), None, **case(), lr=1, step=0)
+        expert_wgrad_sgd_(torch.randn(E, M, P), None, one, SGD(lr=1), Update(step=0))
 
 
 def test_opcheck_of_the_epilogues():
@@ -289,11 +301,9 @@ def test_opcheck_of_the_epilogues():
     made, weight, experts, kept = update_case()
     factors, mask = Factors(**made), pack_bits(kept)
     state = [torch.rand(2, M, P) for _ in range(2)]
-    tail = (0.0, 2, "nearest", 0, 0, "auto")
-    check(ops.expert_wgrad_sgd.default,
-          (weight, state[0], None, *factors, experts, mask, 0.1, 0.9, 0.0, 0.0, False, *tail[1:]))  # fmt: skip
-    check(ops.expert_wgrad_adamw.default,
-          (weight, *state, None, *factors, experts, mask, 0.1, 0.9, 0.99, 1e-8, *tail))  # fmt: skip
+    sgd, adamw = (*SGD(lr=0.1, momentum=0.9), *Update(step=2)), (*AdamW(lr=0.1, beta2=0.99), *Update(step=2))
+    check(ops.expert_wgrad_sgd.default, (weight, state[0], None, *factors, experts, mask, *sgd, "auto"))
+    check(ops.expert_wgrad_adamw.default, (weight, *state, None, *factors, experts, mask, *adamw, "auto"))
     check(ops.expert_wgrad_score.default, (weight, *factors, *factors, experts, 0.5, "auto"))
     lists = map(list, zip(factors, factors, strict=True))
     check(ops.expert_wgrad_inner.default, (*lists, experts, mask, "auto"))

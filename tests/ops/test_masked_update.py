@@ -1,25 +1,36 @@
 """masked_update against torch.optim, against its reference, and in the corners where masks leak."""
 
+import functools
+
 import pytest
 import torch
 
 from moe_unlearn import backend
 from moe_unlearn.ops import masked_update as module
 from moe_unlearn.ops.bits import pack_bits, philox, round_stochastic
-from moe_unlearn.ops.masked_update import masked_adamw_, masked_adamw_ref, masked_sgd_, masked_sgd_ref
+from moe_unlearn.ops.masked_update import (
+    SGD,
+    AdamW,
+    Update,
+    masked_adamw_,
+    masked_adamw_ref,
+    masked_sgd_,
+    masked_sgd_ref,
+)
 from moe_unlearn.testing import LAYOUTS, assert_as_accurate, check_against_ref, in_layout, poison
+from tests.support.updates import by_keyword
 
 # Triton's are in tests/triton_kernels: the square root of torch on the CPU is one ulp off IEEE's now and then
 IMPLS = [impl for impl in ("ref", "cpu") if backend.has("masked_update.adamw", impl, "cpu")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SGD = {
+SGD_CASES = {
     "plain": {},
     "decay": {"weight_decay": 0.1},
     "momentum": {"momentum": 0.9, "weight_decay": 0.1},
     "dampening": {"momentum": 0.8, "dampening": 0.3},
     "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
 }
-ADAMW = {"default": {}, "decay": {"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}}
+ADAMW_CASES = {"default": {}, "decay": {"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}}
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -47,7 +58,7 @@ def moments(shape, dtype, seed=0):
 @pytest.mark.quick
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", ADAMW.values(), ids=ADAMW)
+@pytest.mark.parametrize("options", ADAMW_CASES.values(), ids=ADAMW_CASES)
 def test_adamw_is_torch_adamw_where_the_mask_allows(options, dtype, impl, rounded_sqrt):
     start, mask = randn(5, 6, 37, dtype=dtype), random_mask(5, 6, 37)
     theirs, ours = torch.nn.Parameter(start.clone()), start.clone()
@@ -56,7 +67,8 @@ def test_adamw_is_torch_adamw_where_the_mask_allows(options, dtype, impl, rounde
     optimizer = torch.optim.AdamW([theirs], lr=1e-2, foreach=False, fused=False, **options)
     for step in range(1, 21):
         theirs.grad = randn(5, 6, 37, seed=step, dtype=dtype)
-        masked_adamw_(ours, theirs.grad.clone(), m, v, pack_bits(mask), lr=1e-2, step=step, impl=impl, **options)
+        update = by_keyword(masked_adamw_)
+        update(ours, theirs.grad.clone(), m, v, mask=pack_bits(mask), lr=1e-2, step=step, impl=impl, **options)
         optimizer.step()
     state = optimizer.state[theirs]
     for mine, other in ((ours, theirs), (m, state["exp_avg"]), (v, state["exp_avg_sq"])):
@@ -68,7 +80,7 @@ def test_adamw_is_torch_adamw_where_the_mask_allows(options, dtype, impl, rounde
 @pytest.mark.quick
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", SGD.values(), ids=SGD)
+@pytest.mark.parametrize("options", SGD_CASES.values(), ids=SGD_CASES)
 def test_sgd_is_torch_sgd_where_the_mask_allows(options, dtype, impl):
     """Bitwise in float32 and float64; as accurate as torch where torch rounds lr to the narrow dtype too."""
     start, mask = randn(7, 41, dtype=dtype), random_mask(7, 41)
@@ -78,7 +90,8 @@ def test_sgd_is_torch_sgd_where_the_mask_allows(options, dtype, impl):
     for step in range(1, 11):
         theirs.grad = randn(7, 41, seed=step, dtype=dtype)
         gold.grad = theirs.grad.double()
-        masked_sgd_(ours, theirs.grad.clone(), buffer, pack_bits(mask), lr=0.05, step=step, impl=impl, **options)
+        rule = SGD(lr=0.05, **options)
+        masked_sgd_(ours, theirs.grad.clone(), buffer, pack_bits(mask), rule, Update(step=step), impl=impl)
         for optimizer in optimizers:
             optimizer.step()
     assert same_bits(ours[~mask], start[~mask])
@@ -95,15 +108,15 @@ def test_sgd_is_torch_sgd_where_the_mask_allows(options, dtype, impl):
 
 
 def adamw(param, grad, exp_avg, exp_avg_sq, master=None, impl="auto", **keywords):
-    """`masked_adamw_` in the form of its reference."""
+    """`masked_adamw_` in the form of its reference, all numbers by keyword."""
     copies = [None if t is None else t.clone() for t in (param, exp_avg, exp_avg_sq, master)]
-    masked_adamw_(copies[0], grad, *copies[1:3], master=copies[3], impl=impl, **keywords)
+    by_keyword(masked_adamw_)(copies[0], grad, *copies[1:3], master=copies[3], impl=impl, **keywords)
     return tuple(copies)
 
 
 def sgd(param, grad, momentum_buffer, master=None, impl="auto", **keywords):
     copies = [None if t is None else t.clone() for t in (param, momentum_buffer, master)]
-    masked_sgd_(copies[0], grad, copies[1], master=copies[2], impl=impl, **keywords)
+    by_keyword(masked_sgd_)(copies[0], grad, copies[1], master=copies[2], impl=impl, **keywords)
     return tuple(copies)
 
 
@@ -125,8 +138,11 @@ def test_the_op_is_as_accurate_as_its_reference(compact, numerics, impl):
         "step": 3,
     }
     m, v = moments(shape, state)
-    check_against_ref(lambda **k: adamw(**k, impl=impl), masked_adamw_ref, inputs | {"exp_avg": m, "exp_avg_sq": v})
-    check_against_ref(lambda **k: sgd(**k, impl=impl), masked_sgd_ref, inputs | {"momentum_buffer": m, "momentum": 0.9})
+    for function, ref, state in (
+        (adamw, masked_adamw_ref, {"exp_avg": m, "exp_avg_sq": v}),
+        (sgd, masked_sgd_ref, {"momentum_buffer": m, "momentum": 0.9}),
+    ):
+        check_against_ref(functools.partial(function, impl=impl), by_keyword(ref), inputs | state)
 
 
 @pytest.mark.quick
@@ -156,7 +172,7 @@ def test_every_memory_layout_gives_the_same_bits(layout, impl):
     expected = adamw(param, grad, *state, mask=mask, lr=0.1, step=2, slices=slices, impl=impl)
     actual = [in_layout(t, layout) for t in (param, *state)]
     grad, mask, slices = (in_layout(t, layout) for t in (grad, mask, slices))
-    masked_adamw_(actual[0], grad, *actual[1:], mask, lr=0.1, step=2, slices=slices, impl=impl)
+    masked_adamw_(actual[0], grad, *actual[1:], mask, AdamW(lr=0.1), Update(step=2), slices=slices, impl=impl)
     for a, e in zip(actual, expected, strict=False):
         assert same_bits(a, e)
 
@@ -197,9 +213,9 @@ def test_small_bf16_steps_are_lost_by_nearest_and_kept_by_stochastic_and_master(
     master, steps = start.float(), 30
     for step in range(1, steps + 1):
         grad = torch.full_like(master, 0.1)
-        masked_sgd_(nearest, grad, None, None, lr=1e-5, step=step, impl=impl)
-        masked_sgd_(stochastic, grad, None, None, lr=1e-5, step=step, rounding="stochastic", impl=impl)
-        masked_sgd_(copied, grad, None, None, lr=1e-5, step=step, master=master, impl=impl)
+        masked_sgd_(nearest, grad, None, None, SGD(lr=1e-5), Update(step=step), impl=impl)
+        masked_sgd_(stochastic, grad, None, None, SGD(lr=1e-5), Update(step=step, rounding="stochastic"), impl=impl)
+        masked_sgd_(copied, grad, None, None, SGD(lr=1e-5), Update(step=step), master=master, impl=impl)
     assert same_bits(nearest, start)
     assert (master < 1.5).all() and same_bits(copied, master.bfloat16())
     # each element steps down by 2^-7 with probability p = 1e-6 / 2^-7 a step: 1.2 million Bernoulli trials,
@@ -274,7 +290,7 @@ def test_an_update_between_forward_and_backward_is_caught():
     weight = torch.nn.Parameter(randn(3, 3))
     x = randn(2, 3).requires_grad_()
     loss = (x @ weight).square().sum()
-    masked_sgd_(weight, torch.ones(3, 3), None, None, lr=0.1, step=1)
+    masked_sgd_(weight, torch.ones(3, 3), None, None, SGD(lr=0.1), Update(step=1))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -296,8 +312,8 @@ def test_opcheck():
 
 def test_compiles_as_one_graph():
     def update(param, grad, m, v, mask, slices):
-        masked_adamw_(param, grad, m, v, mask, lr=0.1, step=2, slices=slices, rounding="stochastic")
-        masked_sgd_(param, grad, None, mask, lr=0.1, step=2, slices=slices)
+        masked_adamw_(param, grad, m, v, mask, AdamW(lr=0.1), Update(step=2, rounding="stochastic"), slices=slices)
+        masked_sgd_(param, grad, None, mask, SGD(lr=0.1), Update(step=2), slices=slices)
         return param * 2
 
     def inputs():
@@ -341,15 +357,15 @@ def test_bad_arguments(error, message, change):
     good = {"param": torch.ones(3, 40), "grad": torch.ones(3, 40), "exp_avg": torch.zeros(3, 40),
             "exp_avg_sq": torch.zeros(3, 40), "mask": None, "lr": 0.1, "step": 1}  # fmt: skip
     with pytest.raises(error, match=message):
-        masked_adamw_(**(good | change))
+        by_keyword(masked_adamw_)(**(good | change))
 
 
 @pytest.mark.quick
 def test_bad_sgd_options():
     param = torch.ones(2, 3)
     with pytest.raises(ValueError, match="needs a momentum_buffer"):
-        masked_sgd_(param, param, None, None, lr=0.1, momentum=0.9, step=1)
+        masked_sgd_(param, param, None, None, SGD(lr=0.1, momentum=0.9), Update(step=1))
     with pytest.raises(ValueError, match="nesterov needs momentum"):
-        masked_sgd_(param, param, None, None, lr=0.1, nesterov=True, step=1)
+        masked_sgd_(param, param, None, None, SGD(lr=0.1, nesterov=True), Update(step=1))
     with pytest.raises(RuntimeError, match="no implementation cuda"):
-        masked_sgd_(param, param, None, None, lr=0.1, step=1, impl="cuda")
+        masked_sgd_(param, param, None, None, SGD(lr=0.1), Update(step=1), impl="cuda")

@@ -11,6 +11,9 @@ from unittest import mock
 import torch
 
 from moe_unlearn.ops import (
+    SGD,
+    AdamW,
+    Update,
     expert_mlp,
     expert_wgrad,
     gram,
@@ -39,6 +42,7 @@ from tests.checkers.case import Case
 from tests.ops import test_expert_mlp, test_expert_wgrad, test_gram, test_masked_update, test_token_loss
 from tests.ops import test_weight_score as scores
 from tests.ops.test_retain_weights import random_members
+from tests.support.updates import by_keyword
 
 BF16 = torch.bfloat16
 CASES: dict[str, Callable[[], Case]] = {}
@@ -210,6 +214,16 @@ def _wgrad(name, dtype=BF16, seed=0, masked=True):
     return made, torch.tensor([2, 1]), mask, weight  # of a half empty layer 1 has rows
 
 
+def _updating(update, rule, step):
+    """The update with this rule that takes the factors of its gradient by name."""
+
+    def function(grad, input, expert_offsets, input_rows, **state):
+        factors = Factors(grad, input, expert_offsets, None, input_rows)
+        return update(factors=factors, rule=rule, update=step, **state)
+
+    return function
+
+
 for _name in _SIZES:
 
     @case(f"expert_wgrad/store {_name}")
@@ -241,16 +255,16 @@ for _name in _SIZES:
     def _(name=_name):
         made, experts, mask, weight = _wgrad(name)
         state = {"weight": weight, "momentum_buffer": torch.zeros_like(weight[:2])}
-        return compared(functools.partial(expert_wgrad_sgd_, lr=0.1, momentum=0.9, step=2),
-                    made | state | {"experts": experts, "mask": mask}, mutates=tuple(state))  # fmt: skip
+        function = _updating(expert_wgrad_sgd_, SGD(lr=0.1, momentum=0.9), Update(step=2))
+        return compared(function, made | state | {"experts": experts, "mask": mask}, mutates=tuple(state))
 
     @case(f"expert_wgrad/adamw {_name}")
     def _(name=_name):
         made, experts, mask, weight = _wgrad(name)
-        state = {"weight": weight, "exp_avg": torch.zeros_like(weight[:2]), "exp_avg_sq": torch.zeros_like(weight[:2]),
-                 "master": weight[experts].float()}  # fmt: skip
-        return Case(functools.partial(expert_wgrad_adamw_, lr=0.1, step=1, impl="triton"),
-                    made | state | {"experts": experts, "mask": mask}, mutates=tuple(state))  # fmt: skip
+        state = {"weight": weight, "exp_avg": torch.zeros_like(weight[:2]), "exp_avg_sq": torch.zeros_like(weight[:2])}
+        state["master"] = weight[experts].float()
+        function = functools.partial(_updating(expert_wgrad_adamw_, AdamW(lr=0.1), Update(step=1)), impl="triton")
+        return Case(function, made | state | {"experts": experts, "mask": mask}, mutates=tuple(state))
 
     @case(f"expert_wgrad/score {_name}")
     def _(name=_name):
@@ -388,7 +402,7 @@ for _shape in [(5, 6, 37), (1, 1), (3, 2, 1030)]:
                     options |= {"rounding": "stochastic", "seed": 3, "parameter_id": 5}
                 mask = pack_bits(test_masked_update.random_mask(*compact)) if masked else None
                 rest = {"grad": randn(*compact, seed=1), "mask": mask, "slices": slices}
-                function = functools.partial(rule, lr=0.1, step=2, impl="triton", **options)
+                function = functools.partial(by_keyword(rule), lr=0.1, step=2, impl="triton", **options)
                 return Case(function, state | rest, mutates=tuple(state))
 
             for _rule in (masked_sgd_, masked_adamw_):
@@ -404,4 +418,5 @@ def _():
     param = in_layout(test_masked_update.randn(150), "strided")
     slices = torch.randperm(150, generator=torch.Generator().manual_seed(4))[:70]
     rest = {"grad": test_masked_update.randn(70, seed=1), "momentum_buffer": None, "mask": None, "slices": slices}
-    return compared(functools.partial(masked_sgd_, lr=0.5, step=1), {"param": param, **rest}, mutates=("param",))
+    function = functools.partial(masked_sgd_, rule=SGD(lr=0.5), update=Update(step=1))
+    return compared(function, {"param": param, **rest}, mutates=("param",))

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from moe_unlearn.ops.bits import keep_where, unpack_bits
-from moe_unlearn.ops.expert_wgrad import expert_wgrad_adamw_, expert_wgrad_ref, expert_wgrad_sgd_
+from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_ref, expert_wgrad_sgd_
+from moe_unlearn.ops.masked_update import SGD, AdamW, Update
 from moe_unlearn.testing import LAYOUTS, in_layout
 from tests.ops.test_masked_update import adamw, randn, same_bits, sgd
+from tests.support.updates import by_keyword
 from tests.triton_kernels.test_expert_wgrad import (  # noqa: F401  fixtures
     BF16,
     FP32,
@@ -51,8 +53,8 @@ def epilogue(function, made, common, device, layout="contiguous"):
     experts, mask = (None if t is None else t.to(device) for t in (common["slices"], common["mask"]))
     weight, master, *state = (tensors[k] for k in ("param", "master", *STATE[function]))
     update = expert_wgrad_adamw_ if function is adamw else expert_wgrad_sgd_
-    update(weight, *state, **{k: v.to(device) for k, v in made.items()}, experts=experts, mask=mask, master=master,
-           impl="triton", **rest)  # fmt: skip
+    factors = Factors(**{k: v.to(device) for k, v in made.items()})
+    by_keyword(update)(weight, *state, factors, experts=experts, mask=mask, master=master, impl="triton", **rest)
     return [None if tensors[k] is None else tensors[k].cpu() for k in names]
 
 
@@ -165,13 +167,13 @@ def test_nothing_to_do(device, small_tiles):  # noqa: F811
 
 
 def test_compile(device, small_tiles):  # noqa: F811
-    made = case(device, dtype=BF16, exact=True)
+    factors = Factors(**case(device, dtype=BF16, exact=True))
     weights = [randn(4, SIZES["M"], SIZES["P"], dtype=BF16).to(device) for _ in range(2)]
     states = [[torch.zeros_like(weights[0]) for _ in range(2)] for _ in weights]
 
     def step(weight, m, v):
-        expert_wgrad_adamw_(weight, m, v, **made, lr=0.1, step=1, impl="triton")
-        expert_wgrad_sgd_(weight, m, **made, lr=0.1, momentum=0.9, step=2, impl="triton")
+        expert_wgrad_adamw_(weight, m, v, factors, AdamW(lr=0.1), Update(step=1), impl="triton")
+        expert_wgrad_sgd_(weight, m, factors, SGD(lr=0.1, momentum=0.9), Update(step=2), impl="triton")
 
     torch.compile(step, fullgraph=True, backend="aot_eager")(weights[0], *states[0])
     step(weights[1], *states[1])

@@ -9,11 +9,30 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from moe_unlearn.ops.bits import pack_bits, unpack_bits
-from moe_unlearn.ops.masked_update import masked_adamw_, masked_adamw_ref, masked_sgd_, masked_sgd_ref
+from moe_unlearn.ops.masked_update import (
+    SGD,
+    AdamW,
+    Update,
+    masked_adamw_,
+    masked_adamw_ref,
+    masked_sgd_,
+    masked_sgd_ref,
+)
 from moe_unlearn.testing import LAYOUTS, check_against_ref, in_layout, poison
 from moe_unlearn.triton_kernels import configs
 from moe_unlearn.triton_kernels.common import INTERPRET
-from tests.ops.test_masked_update import ADAMW, SGD, adamw, bits, moments, randn, random_mask, same_bits, sgd
+from tests.ops.test_masked_update import (
+    ADAMW_CASES,
+    SGD_CASES,
+    adamw,
+    bits,
+    moments,
+    randn,
+    random_mask,
+    same_bits,
+    sgd,
+)
+from tests.support.updates import by_keyword
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # name: dtype of the parameter, of the state, rounding, master
@@ -30,7 +49,9 @@ NUMERICS = {
     "fp16 fp32 state": (FP16, FP32, "nearest", False),
     "fp16 master": (FP16, FP16, "nearest", True),
 }
-RULES = {f"adamw {k}": (adamw, v) for k, v in ADAMW.items()} | {f"sgd {k}": (sgd, v) for k, v in SGD.items()}
+RULES = {f"adamw {k}": (adamw, v) for k, v in ADAMW_CASES.items()} | {
+    f"sgd {k}": (sgd, v) for k, v in SGD_CASES.items()
+}
 RULES["adamw far ends"] = adamw, {"betas": (0.25, 0.5), "eps": 0.3, "weight_decay": 0.2}
 FEW_NUMERICS = ("fp32", "bf16", "bf16 fp32 state stochastic", "bf16 master")
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NaN and infinity are meant
@@ -170,7 +191,7 @@ def test_every_layout(layout, shape, slices, device):
     moved = {k: in_layout(v, layout).to(device) if isinstance(v, torch.Tensor) else v for k, v in common.items()}
     moments_ = [in_layout(t.to(device), layout) for t in state]
     param = moved["param"] = in_layout(common["param"].to(device), layout)
-    masked_adamw_(exp_avg=moments_[0], exp_avg_sq=moments_[1], impl="triton", **moved)
+    by_keyword(masked_adamw_)(exp_avg=moments_[0], exp_avg_sq=moments_[1], impl="triton", **moved)
     assert_same((expected[:3], [t.cpu() for t in (param, *moments_)]))
     for view in (param, *moments_):
         if view._base is not None and layout in ("sliced", "strided", "offset"):
@@ -186,7 +207,7 @@ def test_each_tensor_may_have_its_own_layout(device):
     layouts = iter(["transposed", "strided", "sliced", "offset"])
     moved = {k: in_layout(v.to(device), next(layouts)) if isinstance(v, torch.Tensor) else v for k, v in common.items()}
     m, v = in_layout(state[0].to(device), "transposed"), in_layout(state[1].to(device), "strided")
-    masked_adamw_(exp_avg=m, exp_avg_sq=v, impl="triton", **moved)
+    by_keyword(masked_adamw_)(exp_avg=m, exp_avg_sq=v, impl="triton", **moved)
     assert_same((expected, [t.cpu() for t in (moved["param"], m, v, moved["master"])]))
 
 
@@ -232,7 +253,7 @@ def test_only_what_is_needed_is_loaded_and_stored(master, monkeypatch):
 
     record("create_masked_load", 0, loaded)
     record("create_masked_store", 1, stored)
-    masked_sgd_(momentum_buffer=buffer, momentum=0.9, impl="triton", **common | {"step": 1})
+    by_keyword(masked_sgd_)(momentum_buffer=buffer, momentum=0.9, impl="triton", **common | {"step": 1})
     live = [i for i in range(256) if words[0, i // 32]]
     partial = [i for i in live if words[0, i // 32] != -1]
     assert elements(loaded, words) == list(range(8))
@@ -264,8 +285,8 @@ def test_as_accurate_as_the_reference(numerics, device):
     def triton(function):
         return lambda **keywords: function(**keywords, impl="triton")
 
-    check_against_ref(triton(adamw), masked_adamw_ref, given | {"exp_avg": m, "exp_avg_sq": v})
-    check_against_ref(triton(sgd), masked_sgd_ref, given | {"momentum_buffer": m, "momentum": 0.9})
+    check_against_ref(triton(adamw), by_keyword(masked_adamw_ref), given | {"exp_avg": m, "exp_avg_sq": v})
+    check_against_ref(triton(sgd), by_keyword(masked_sgd_ref), given | {"momentum_buffer": m, "momentum": 0.9})
 
 
 @pytest.mark.quick
@@ -288,7 +309,13 @@ def test_many_steps_stay_on_the_bits_of_the_reference(device):
         for step in (1, 2, 3, 2**33):
             grad = randn(4, 70, seed=step % 1000, dtype=BF16).to(where)
             masked_adamw_(
-                tensors[0], grad, *tensors[1:], mask, lr=0.01, step=step, rounding="stochastic", seed=-3, impl=impl
+                tensors[0],
+                grad,
+                *tensors[1:],
+                mask,
+                AdamW(lr=0.01),
+                Update(step=step, rounding="stochastic", seed=-3),
+                impl=impl,
             )
         runs[impl] = [t.cpu() for t in tensors]
     assert_same((runs["ref"], runs["triton"]))
@@ -304,8 +331,10 @@ def test_two_runs_give_the_same_bits(device):
 @pytest.mark.quick
 def test_compiles_as_one_graph(device):
     def update(param, grad, m, v, mask, slices):
-        masked_adamw_(param, grad, m, v, mask, lr=0.1, step=2, slices=slices, rounding="stochastic", impl="triton")
-        masked_sgd_(param, grad, None, mask, lr=0.1, step=2, slices=slices, impl="triton")
+        masked_adamw_(
+            param, grad, m, v, mask, AdamW(lr=0.1), Update(step=2, rounding="stochastic"), slices=slices, impl="triton"
+        )
+        masked_sgd_(param, grad, None, mask, SGD(lr=0.1), Update(step=2), slices=slices, impl="triton")
         return param * 2
 
     def arguments():

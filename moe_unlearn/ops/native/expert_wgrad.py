@@ -4,8 +4,6 @@ The kernels have no float64: factors, buffers and results of that dtype go to `r
 bfloat16 factors, and has no inner products.
 """
 
-import functools
-
 import torch
 
 from moe_unlearn.backend import Unfit
@@ -16,8 +14,10 @@ from moe_unlearn.ops.expert_wgrad import (
     expert_wgrad_ref,
     expert_wgrad_score_ref,
     expert_wgrad_sgd_ref_,
+    score_operands,
+    update_operands,
 )
-from moe_unlearn.ops.masked_update import _adamw_scalars, _check, _check_momentum
+from moe_unlearn.ops.masked_update import SGD, AdamW, _check, _check_momentum
 
 
 def store(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, out_dtype):
@@ -37,43 +37,33 @@ def accumulate(out, grad, input, expert_offsets, grad_rows, input_rows, experts,
     torch.ops.moe_unlearn_native.expert_wgrad_(out, *_operands(factors, experts), mask, True)
 
 
-def sgd(weight, momentum_buffer, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask, lr,
-        momentum, dampening, weight_decay, nesterov, step, rounding, seed, parameter_id):  # fmt: skip
-    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
-    if grad.dtype == torch.float64:
-        return expert_wgrad_sgd_ref_(
-            weight, momentum_buffer, master, *factors, experts, mask, lr, momentum, dampening, weight_decay,
-            nesterov, step, rounding, seed, parameter_id,
-        )  # fmt: skip
+def sgd(weight, momentum_buffer, master, *operands):
+    factors, experts, mask, rule, update = update_operands(SGD, operands)
+    if factors.grad.dtype == torch.float64:
+        return expert_wgrad_sgd_ref_(weight, momentum_buffer, master, *operands)
     listed = _listed(weight, experts)
-    _check_momentum(momentum_buffer, momentum, dampening, nesterov)
-    _check(weight, _like(weight, listed), {"momentum_buffer": momentum_buffer}, mask, step, rounding, master, listed)
+    _check_momentum(momentum_buffer, rule)
+    _check(weight, _like(weight, listed), {"momentum_buffer": momentum_buffer}, mask, update, master, listed)
     torch.ops.moe_unlearn_native.expert_wgrad_sgd_(
-        weight, momentum_buffer, master, *_operands(factors, experts), listed, mask, lr, momentum,
-        1 - dampening, weight_decay, nesterov, step, rounding == "stochastic", seed, parameter_id,
-    )  # fmt: skip
+        weight, momentum_buffer, master, *_operands(factors, experts), listed, mask, *rule.native(update)
+    )
 
 
-def adamw(weight, exp_avg, exp_avg_sq, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask,
-          lr, beta1, beta2, eps, weight_decay, step, rounding, seed, parameter_id):  # fmt: skip
-    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
-    if grad.dtype == torch.float64:
-        return expert_wgrad_adamw_ref_(
-            weight, exp_avg, exp_avg_sq, master, *factors, experts, mask, lr, beta1, beta2, eps, weight_decay,
-            step, rounding, seed, parameter_id,
-        )  # fmt: skip
-    listed, state = _listed(weight, experts), {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    _check(weight, _like(weight, listed), state, mask, step, rounding, master, listed)
+def adamw(weight, exp_avg, exp_avg_sq, master, *operands):
+    factors, experts, mask, rule, update = update_operands(AdamW, operands)
+    if factors.grad.dtype == torch.float64:
+        return expert_wgrad_adamw_ref_(weight, exp_avg, exp_avg_sq, master, *operands)
+    listed = _listed(weight, experts)
+    _check(weight, _like(weight, listed), {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, mask, update, master, listed)
     torch.ops.moe_unlearn_native.expert_wgrad_adamw_(
-        weight, exp_avg, exp_avg_sq, master, *_operands(factors, experts), listed, mask,
-        *_adamw_scalars(lr, beta1, beta2, eps, weight_decay, step), step, rounding == "stochastic", seed, parameter_id,
-    )  # fmt: skip
+        weight, exp_avg, exp_avg_sq, master, *_operands(factors, experts), listed, mask, *rule.native(update)
+    )
 
 
-def score(weight, *arguments):
-    forget, retain, (experts, gamma) = Factors(*arguments[:5]), Factors(*arguments[5:10]), arguments[10:]
+def score(weight, *operands):
+    forget, retain, experts, gamma = score_operands(operands)
     if torch.float64 in (forget.grad.dtype, retain.grad.dtype):
-        return expert_wgrad_score_ref(weight, *arguments)
+        return expert_wgrad_score_ref(weight, *operands)
     listed = _listed(weight, experts)
     out = weight.new_empty(len(listed), *weight.shape[1:], dtype=torch.float32)
     torch.ops.moe_unlearn_native.expert_wgrad_score_(
@@ -86,8 +76,8 @@ def inner(grads, inputs, expert_offsets, grad_rows, input_rows, experts, mask):
     gradients = [Factors(*one) for one in zip(grads, inputs, expert_offsets, grad_rows, input_rows, strict=True)]
     sides = []
     for factors in gradients:
-        rows = [_positions(factors) if r is None else r for r in factors[3:]]
-        sides.append(_operands(factors._replace(grad_rows=rows[0], input_rows=rows[1]), experts))
+        rows = {name: _positions(factors) for name in ("grad_rows", "input_rows") if getattr(factors, name) is None}
+        sides.append(_operands(factors._replace(**rows), experts))
     out = grads[0].new_empty(len(sides[0][2]), len(sides), len(sides), dtype=torch.float64)
     torch.ops.moe_unlearn_native.expert_wgrad_inner_(out, *map(list, zip(*sides, strict=True)), mask)
     return out
@@ -115,19 +105,6 @@ def _positions(factors):
     return torch.arange(max(len(factors.grad), len(factors.input)))
 
 
-def _for_hopper(kernel, factors, updates=False):
-    """Wrap `kernel` in a check that csrc/cuda/expert_wgrad.cuh takes its arguments; `factors` is grad's position."""
-
-    @functools.wraps(kernel)
-    def checked(*arguments):
-        _check_hopper(torch.cuda.get_device_capability(arguments[0].device), *arguments[factors : factors + 2])
-        if updates and arguments[0].dtype == torch.float16:
-            raise Unfit("CUDA's expert_wgrad has no update of float16 weights")
-        return kernel(*arguments)
-
-    return checked
-
-
 def _check_hopper(capability, *factors):
     """Raise Unfit on any GPU but Hopper, and for factors that the wgmma kernel cannot copy 16 bytes at a time."""
     if capability != (9, 0):
@@ -141,13 +118,37 @@ def _check_hopper(capability, *factors):
             )
 
 
-store_cuda = _for_hopper(store, 0)
-accumulate_cuda = _for_hopper(accumulate, 1)
-sgd_cuda = _for_hopper(sgd, 3, updates=True)
-adamw_cuda = _for_hopper(adamw, 4, updates=True)
+def _check_gpu(*factors):
+    _check_hopper(torch.cuda.get_device_capability(factors[0].device), *factors)
 
 
-def score_cuda(weight, *arguments):
-    capability = torch.cuda.get_device_capability(weight.device)
-    _check_hopper(capability, *arguments[:2], *arguments[5:7])
-    return score(weight, *arguments)
+def _check_update(weight, *factors):
+    _check_gpu(*factors)
+    if weight.dtype == torch.float16:
+        raise Unfit("CUDA's expert_wgrad has no update of float16 weights")
+
+
+def store_cuda(grad, input, *operands):
+    _check_gpu(grad, input)
+    return store(grad, input, *operands)
+
+
+def accumulate_cuda(out, grad, input, *operands):
+    _check_gpu(grad, input)
+    accumulate(out, grad, input, *operands)
+
+
+def sgd_cuda(weight, momentum_buffer, master, grad, input, *operands):
+    _check_update(weight, grad, input)
+    sgd(weight, momentum_buffer, master, grad, input, *operands)
+
+
+def adamw_cuda(weight, exp_avg, exp_avg_sq, master, grad, input, *operands):
+    _check_update(weight, grad, input)
+    adamw(weight, exp_avg, exp_avg_sq, master, grad, input, *operands)
+
+
+def score_cuda(weight, *operands):
+    forget, retain, *_ = score_operands(operands)
+    _check_gpu(forget.grad, forget.input, retain.grad, retain.input)
+    return score(weight, *operands)
