@@ -8,8 +8,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from benchmarks import shapes
 from benchmarks.shapes import Geometry
-from moe_unlearn.ops import expert_mlp, route
-from moe_unlearn.ops.gate import Gate
+from moe_unlearn.ops import ExpertLayout, ExpertWeights, Gate, expert_mlp, route
 
 GPT_OSS_GATE = Gate("silu", 1.702, 7.0, 1.0)
 
@@ -57,10 +56,12 @@ class Layer:
         where = rows.sorted_rows, rows.expert_offsets
         if self.geometry.gpt_oss:
             own = {name: p for name, p in self.experts.named_parameters()}
-            matrices = own["gate_up_proj"], own["down_proj"], own["gate_up_proj_bias"], own["down_proj_bias"]
-            layout = {"gate": GPT_OSS_GATE, "transposed": True, "interleaved": True}
-            return expert_mlp(hidden, weights, *where, *matrices, **layout, **options)
-        return expert_mlp(hidden, weights, *where, self.experts.gate_up_proj, self.experts.down_proj, **options)
+            biases = own["gate_up_proj_bias"], own["down_proj_bias"]
+            matrices = ExpertWeights(own["gate_up_proj"], own["down_proj"], *biases)
+            layout = ExpertLayout(GPT_OSS_GATE, transposed=True, interleaved=True)
+            return expert_mlp(hidden, weights, *where, matrices, layout=layout, **options)
+        matrices = ExpertWeights(self.experts.gate_up_proj, self.experts.down_proj)
+        return expert_mlp(hidden, weights, *where, matrices, **options)
 
 
 def _experts(geometry: Geometry, device: str) -> torch.nn.Module:

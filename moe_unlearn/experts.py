@@ -30,7 +30,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from moe_unlearn.ops.expert_mlp import expert_mlp
 from moe_unlearn.ops.expert_wgrad import Factors
-from moe_unlearn.ops.gate import ACTIVATIONS, Gate, activate
+from moe_unlearn.ops.gate import ACTIVATIONS, ExpertLayout, ExpertWeights, Gate, activate
 from moe_unlearn.ops.route import Routing, route
 
 NAME = "moe_unlearn"
@@ -128,11 +128,16 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     if sink is not None and not (hidden_states.requires_grad or top_k_weights.requires_grad):
         trained = state.inputs.weight_gradients.experts(weights)
     return expert_mlp(
-        hidden_states, top_k_weights, routing.sorted_rows, routing.expert_offsets, up, self.down_proj, *biases,
-        gate=state.gate, transposed=self.is_transposed, interleaved=state.interleaved,
-        gated=self.has_gate, trained_experts=trained, sink=sink,
+        hidden_states,
+        top_k_weights,
+        routing.sorted_rows,
+        routing.expert_offsets,
+        ExpertWeights(up, self.down_proj, *biases),
+        layout=ExpertLayout(state.gate, self.is_transposed, state.interleaved, self.has_gate),
+        trained_experts=trained,
+        sink=sink,
         bounded=sink is not None and state.inputs.weight_gradients.bounded,
-    )  # fmt: skip
+    )
 
 
 def _sink(state: _State, weights: list[Tensor]) -> Callable | None:

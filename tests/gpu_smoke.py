@@ -167,7 +167,8 @@ def _loss(kind, impl, h, head, labels, weights, **more):
 
 def _mlp(impl, x, weights, index, gate_up, down):
     made = ops.route(index, EXPERTS, impl="ref" if impl == "ref" else "auto")
-    return (ops.expert_mlp(x, weights, made.sorted_rows, made.expert_offsets, gate_up, down, impl=impl),)
+    matrices = ops.ExpertWeights(gate_up, down)
+    return (ops.expert_mlp(x, weights, made.sorted_rows, made.expert_offsets, matrices, impl=impl),)
 
 
 # ---- running a check -----------------------------------------------------------------------------------------
@@ -235,10 +236,10 @@ def layer(geometry: shapes.Geometry, tokens: int, impl: str, device: str) -> Non
     places = rows.sorted_rows, rows.expert_offsets
 
     def ours(x: Tensor, weights: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        return ops.expert_mlp(x, weights, *places, w1, w2, impl=impl)
+        return ops.expert_mlp(x, weights, *places, ops.ExpertWeights(w1, w2), impl=impl)
 
     def ref(x: Tensor, weights: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        return ops.expert_mlp_ref(x, weights, *places, w1, w2)
+        return ops.expert_mlp_ref(x, weights, *places, ops.ExpertWeights(w1, w2))
 
     given = {"x": made.hidden.detach(), "weights": made.weights.detach(), "w1": gate_up.detach(), "w2": down.detach()}
     check_against_ref(ours, ref, given, gradients=("x", "weights"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_unlearn.ops.expert_mlp import expert_mlp
+from moe_unlearn.ops.gate import ExpertWeights
 from moe_unlearn.ops.route import route
 from moe_unlearn.ops.token_loss import token_loss
 from moe_unlearn.plan.dry_run import Rehearsal
@@ -96,7 +97,7 @@ def layer(dtype, impl, tokens=192, top_k=4, hidden=64, inner=96, experts=8):
     routing = route(index, experts)
 
     def run(x, w, up, down):
-        return expert_mlp(x, w, routing.sorted_rows, routing.expert_offsets, up, down, impl=impl).sum()
+        return expert_mlp(x, w, routing.sorted_rows, routing.expert_offsets, ExpertWeights(up, down), impl=impl).sum()
 
     shapes = (tokens, hidden), (tokens, top_k), (experts, 2 * inner, hidden), (experts, hidden, inner)
     return run, [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.model.head import final_hidden_states
-from moe_unlearn.ops import bits, expert_mlp
+from moe_unlearn.ops import bits
 from moe_unlearn.ops.expert_wgrad import Factors
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.step import UnlearnStep, sinks
@@ -25,6 +25,7 @@ from tests.models import tiny_olmoe
 from tests.ops.test_expert_mlp import case
 from tests.static.ledger import ROOT
 from tests.steps import VOCAB, changed, data, prepared, recipe, weights
+from tests.support.by_keyword import expert_mlp
 
 pytestmark = pytest.mark.quick
 _aten = torch.ops.aten

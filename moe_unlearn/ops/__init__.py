@@ -2,7 +2,7 @@
 
 from moe_unlearn.ops.expert_mlp import expert_mlp, expert_mlp_ref
 from moe_unlearn.ops.expert_wgrad import expert_wgrad, expert_wgrad_ref
-from moe_unlearn.ops.gate import Gate
+from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights, Gate
 from moe_unlearn.ops.gram import gram, gram_factors, gram_ref
 from moe_unlearn.ops.masked_update import (
     SGD,
@@ -21,6 +21,8 @@ from moe_unlearn.ops.weight_score import score_histogram, score_mask, weight_sco
 __all__ = [
     "SGD",
     "AdamW",
+    "ExpertLayout",
+    "ExpertWeights",
     "Gate",
     "RetainWeights",
     "Routing",

@@ -28,6 +28,7 @@ The op is deterministic: no atomics, a fixed order of additions. Source: our spe
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +36,10 @@ from torch.autograd.function import once_differentiable
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad
-from moe_unlearn.ops.gate import ACTIVATIONS, Gate, activate, activate_backward
+from moe_unlearn.ops.gate import ACTIVATIONS, ExpertLayout, ExpertWeights, activate, activate_backward
+from moe_unlearn.ops.schema import fields
+
+_PLAIN = ExpertLayout()
 
 
 def expert_mlp(
@@ -43,15 +47,9 @@ def expert_mlp(
     top_k_weights: Tensor,
     sorted_rows: Tensor,
     expert_offsets: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
+    weights: ExpertWeights,
     *,
-    gate: Gate = Gate(),  # noqa: B008 -- an immutable tuple
-    transposed: bool = False,
-    interleaved: bool = False,
-    gated: bool = True,
+    layout: ExpertLayout = _PLAIN,
     trained_experts: Tensor | None = None,
     sink: Callable[[Tensor, Factors], None] | None = None,
     bounded: bool = False,
@@ -62,9 +60,7 @@ def expert_mlp(
     Args:
         hidden_states: [T, H]; top_k_weights: [T, K], of its own float dtype (float32 in a bf16 model is kept).
         sorted_rows, expert_offsets: int32 [N] and [E + 1] of `ops.route`.
-        gate_up_proj: [E, 2I, H], or [E, H, 2I] if `transposed`; [E, I, H] if not `gated`.
-        down_proj: [E, H, I], or [E, I, H] if `transposed`; biases [E, 2I] and [E, H].
-        interleaved: gate and up alternate (gate0, up0, ...) instead of standing one after the other.
+        weights, layout: shapes as `ExpertWeights` and `ExpertLayout` say.
         trained_experts: int32 [M_e], distinct: the experts whose weights and biases get a gradient; None for all.
             The gradient of the others is exactly zero and costs nothing. A `sink` must want the factors of
             these experts only.
@@ -79,87 +75,70 @@ def expert_mlp(
     """
     device = hidden_states.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # asking for meta is an error
-        narrow = [_autocast(t) for t in (hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias)]
+        narrow = ExpertWeights(*map(_autocast, weights))
         if sink is not None:
-            own = dict(zip(narrow[1:], (gate_up_proj, down_proj, gate_up_bias, down_bias), strict=True))
-            sink = functools.partial(_through, sink, own)
+            sink = functools.partial(_through, sink, dict(zip(narrow, weights, strict=True)))
+        same = {"layout": layout, "trained_experts": trained_experts, "bounded": bounded, "impl": impl}
+        routed = _autocast(hidden_states), top_k_weights, sorted_rows, expert_offsets
         with torch.autocast(device, enabled=False):
-            return expert_mlp(
-                narrow[0], top_k_weights, sorted_rows, expert_offsets, *narrow[1:], gate=gate, impl=impl,
-                transposed=transposed, interleaved=interleaved, gated=gated, trained_experts=trained_experts,
-                sink=sink, bounded=bounded,
-            ).to(hidden_states.dtype)  # fmt: skip
-    _check(hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj,
-           gate_up_bias, down_bias, gate, transposed, gated, trained_experts)  # fmt: skip
+            return expert_mlp(*routed, narrow, sink=sink, **same).to(hidden_states.dtype)
+    operands = hidden_states, top_k_weights, sorted_rows, expert_offsets, *weights, trained_experts
+    _check(hidden_states, top_k_weights, sorted_rows, expert_offsets, weights, layout, trained_experts)
     layer = _expert_mlp if sink is None else functools.partial(_WithSink.apply, sink, bounded)
-    return layer(
-        hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias,
-        down_bias, trained_experts, *gate, transposed, interleaved, gated, impl,
-    )[0]  # fmt: skip
+    return layer(*operands, *layout.flat(), impl)[0]
 
 
-def expert_mlp_ref(
-    hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias=None,
-    down_bias=None, *, gate=Gate(), transposed=False, interleaved=False, gated=True,  # noqa: B008
-) -> Tensor:  # fmt: skip
+def expert_mlp_ref(hidden_states, top_k_weights, sorted_rows, expert_offsets, weights, *, layout=_PLAIN) -> Tensor:
     """Compute `expert_mlp` in plain PyTorch, differentiable by autograd; same arguments and shapes."""
-    return _forward_ref(
-        hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias,
-        down_bias, *gate, transposed, interleaved, gated,
-    )[0]  # fmt: skip
+    return _forward_ref(hidden_states, top_k_weights, sorted_rows, expert_offsets, *weights, *layout.flat())[0]
 
 
-def _forward_ref(
-    x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias, down_bias,
-    activation, alpha, limit, shift, transposed, interleaved, gated,
-):  # fmt: skip
+def _forward_ref(x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias, down_bias, *flat):
     """Compute output [T, H] and pre-activations [N, 2I] in sorted order, zero behind the last expert."""
+    gate, transposed, interleaved, gated = ExpertLayout.of(*flat)
     num_tokens, top_k = weights.shape
     rows = sorted_rows[: int(expert_offsets[-1])].long()
     z = _grouped_linear(x[rows // top_k], gate_up_proj, gate_up_bias, expert_offsets, transposed)
-    a = activate(z, Gate(activation, alpha, limit, shift), interleaved, gated)
+    a = activate(z, gate, interleaved, gated)
     y = _grouped_linear(a, down_proj, down_bias, expert_offsets, transposed)
     slots = _slots(y * weights.flatten()[rows, None], rows, weights.numel())
     return slots.view(num_tokens, top_k, x.shape[1]).sum(1).to(x.dtype), _padded(z, weights.numel())
 
 
-def _backward_ref(
-    grad_out, x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, down_bias, z,
-    activation, alpha, limit, shift, transposed, interleaved, gated, needs,
-):  # fmt: skip
+def _backward_ref(grad_out, x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, down_bias, z, *operands):
     """Compute d hidden_states [T, H], d top_k_weights [T, K], dz [N, 2I], weighted activation [N, I], largest [2].
 
-    `needs` says which are wanted; the others have no rows. `largest` has the largest |dz| and weighted |activation|
+    `Needs` say which are wanted; the others have no rows. `largest` has the largest |dz| and weighted |activation|
     as stored, NaN if one is NaN, 0 for a factor that is not wanted; float32, or float64 for float64 factors.
     """
-    need_x, need_weights, need_z, need_scaled, need_largest = needs
+    *flat, needs = operands
+    (gate, transposed, interleaved, gated), needs = ExpertLayout.of(*flat), Needs(*needs)
     (num_tokens, top_k), num_rows, hidden = weights.shape, weights.numel(), x.shape[1]
-    gate = Gate(activation, alpha, limit, shift)
     wide = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
     rows = sorted_rows[: int(expert_offsets[-1])].long()
     z, w = z[: len(rows)], weights.flatten()[rows, None]
     a = activate(z, gate, interleaved, gated)
     d_x, d_weights = x.new_empty(0, hidden), weights.new_empty(0, top_k)
     dz, scaled = z.new_empty(0, z.shape[1]), z.new_empty(0, a.shape[1])
-    if need_scaled:
+    if needs.scaled:
         scaled = _padded((a * w).to(z.dtype), num_rows)
-    if need_x or need_weights or need_z:
+    if needs.hidden_states or needs.top_k_weights or needs.dz:
         g = grad_out[rows // top_k]
         da = _grouped_linear(g, down_proj, None, expert_offsets, not transposed).to(wide)
-    if need_weights:
+    if needs.top_k_weights:
         dw = (da * a).sum(1)
         if down_bias is not None:
             expert = torch.repeat_interleave(torch.arange(len(down_bias), device=x.device), expert_offsets.diff())
             dw = dw + (g.to(wide) * down_bias[expert]).sum(1)
         d_weights = _slots(dw.to(weights.dtype), rows, num_rows).view(num_tokens, top_k)
-    if need_x or need_z:
+    if needs.hidden_states or needs.dz:
         dz_here = activate_backward(z, da * w, gate, interleaved, gated)
-    if need_z:
+    if needs.dz:
         dz = _padded(dz_here, num_rows)
-    if need_x:
+    if needs.hidden_states:
         d_rows = _grouped_linear(dz_here, gate_up_proj, None, expert_offsets, not transposed)
         d_x = _slots(d_rows, rows, num_rows).view(num_tokens, top_k, hidden).sum(1)
-    return d_x, d_weights, dz, scaled, largest_of(dz, scaled) if need_largest else z.new_empty(0, dtype=_bound(z))
+    return d_x, d_weights, dz, scaled, largest_of(dz, scaled) if needs.largest else z.new_empty(0, dtype=_bound(z))
 
 
 def largest_of(dz: Tensor, scaled: Tensor) -> Tensor:
@@ -206,59 +185,67 @@ def _autocast(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
-@torch.library.custom_op("moe_unlearn::expert_mlp", mutates_args=())
-def _expert_mlp(
-    hidden_states: Tensor, top_k_weights: Tensor, sorted_rows: Tensor, expert_offsets: Tensor,
-    gate_up_proj: Tensor, down_proj: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None,
-    trained_experts: Tensor | None, activation: str, alpha: float, limit: float, shift: float,
-    transposed: bool, interleaved: bool, gated: bool, impl: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    kernel = backend.resolve("expert_mlp", impl, hidden_states)
-    return kernel(
-        hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias,
-        down_bias, activation, alpha, limit, shift, transposed, interleaved, gated,
-    )  # fmt: skip
+_ROUTED = "Tensor hidden_states, Tensor top_k_weights, Tensor sorted_rows, Tensor expert_offsets"
+
+
+@torch.library.custom_op(
+    "moe_unlearn::expert_mlp",
+    mutates_args=(),
+    schema=f"({_ROUTED}, {fields(ExpertWeights)}, Tensor? trained_experts, {fields(ExpertLayout)}, str impl) "
+    "-> (Tensor, Tensor)",
+)
+def _expert_mlp(x, weights, sorted_rows, expert_offsets, w1, w2, b1, b2, trained_experts, *operands):
+    *flat, impl = operands
+    return backend.resolve("expert_mlp", impl, x)(x, weights, sorted_rows, expert_offsets, w1, w2, b1, b2, *flat)
 
 
 @_expert_mlp.register_fake
-def _(x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, b1, b2, trained_experts,
-      activation, alpha, limit, shift, transposed, interleaved, gated, impl):  # fmt: skip
+def _(x, weights, sorted_rows, expert_offsets, gate_up_proj, *operands):
+    *_, transposed, _, _, _ = operands
     width = gate_up_proj.shape[2 if transposed else 1]
     return x.new_empty(x.shape), x.new_empty(sorted_rows.shape[0], width)
 
 
-@torch.library.custom_op("moe_unlearn::expert_mlp_backward", mutates_args=())
-def _expert_mlp_backward(
-    grad_out: Tensor, hidden_states: Tensor, top_k_weights: Tensor, sorted_rows: Tensor,
-    expert_offsets: Tensor, gate_up_proj: Tensor, down_proj: Tensor, down_bias: Tensor | None, z: Tensor,
-    activation: str, alpha: float, limit: float, shift: float,
-    transposed: bool, interleaved: bool, gated: bool, needs: list[bool], impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    kernel = backend.resolve("expert_mlp.backward", impl, hidden_states)
-    return kernel(
-        grad_out, hidden_states, top_k_weights, sorted_rows, expert_offsets, gate_up_proj, down_proj,
-        down_bias, z, activation, alpha, limit, shift, transposed, interleaved, gated, needs,
-    )  # fmt: skip
+class Needs(NamedTuple):
+    """Which results of the backward are wanted."""
+
+    hidden_states: bool
+    top_k_weights: bool
+    dz: bool
+    scaled: bool
+    largest: bool
+
+
+@torch.library.custom_op(
+    "moe_unlearn::expert_mlp_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, {_ROUTED}, Tensor gate_up_proj, Tensor down_proj, Tensor? down_bias, Tensor z, "
+    f"{fields(ExpertLayout)}, bool[] needs, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _expert_mlp_backward(grad_out, hidden_states, *operands):
+    *operands, impl = operands
+    return backend.resolve("expert_mlp.backward", impl, hidden_states)(grad_out, hidden_states, *operands)
 
 
 @_expert_mlp_backward.register_fake
-def _(grad_out, x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, down_bias, z,
-      activation, alpha, limit, shift, transposed, interleaved, gated, needs, impl):  # fmt: skip
+def _(grad_out, x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, down_bias, z, *operands):
+    *_, transposed, _, _, needs, _ = operands
+    needs = Needs(*needs)
     (num_tokens, top_k), num_rows = weights.shape, z.shape[0]
     width = down_proj.shape[1 if transposed else 2]
     return (
-        x.new_empty(num_tokens if needs[0] else 0, x.shape[1]),
-        weights.new_empty(num_tokens if needs[1] else 0, top_k),
-        z.new_empty(num_rows if needs[2] else 0, z.shape[1]),
-        z.new_empty(num_rows if needs[3] else 0, width),
-        z.new_empty(2 if needs[4] else 0, dtype=_bound(z)),
+        x.new_empty(num_tokens if needs.hidden_states else 0, x.shape[1]),
+        weights.new_empty(num_tokens if needs.top_k_weights else 0, top_k),
+        z.new_empty(num_rows if needs.dz else 0, z.shape[1]),
+        z.new_empty(num_rows if needs.scaled else 0, width),
+        z.new_empty(2 if needs.largest else 0, dtype=_bound(z)),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    (*tensors, ctx.activation, ctx.alpha, ctx.limit, ctx.shift, ctx.transposed, ctx.interleaved, ctx.gated,
-     ctx.impl) = inputs  # fmt: skip
-    ctx.save_for_backward(*tensors, output[1])
+    x, weights, rows, offsets, w1, w2, b1, b2, trained, *flat, ctx.impl = inputs
+    ctx.layout = ExpertLayout.of(*flat)
+    ctx.save_for_backward(x, weights, rows, offsets, w1, w2, b1, b2, trained, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -286,17 +273,17 @@ def _dgrad(ctx, grad_out, needs, bounded=False):
     need_x, need_weights, _, _, need_w1, need_w2, need_b1, need_b2, *_ = needs
     if trained is not None and not (need_x or need_weights):
         rows, offsets, z = _rows_of(trained, rows, offsets, z)
+    wanted = Needs(need_x, need_weights, need_w1 or need_b1, need_w2, bounded)
+    flat = *ctx.layout.flat(), list(wanted), ctx.impl
     d_x, d_weights, dz, scaled, largest = torch.ops.moe_unlearn.expert_mlp_backward(
-        grad_out, x, weights, rows, offsets, w1, w2, b2, z, ctx.activation, ctx.alpha, ctx.limit, ctx.shift,
-        ctx.transposed, ctx.interleaved, ctx.gated,
-        [need_x, need_weights, need_w1 or need_b1, need_w2, bounded], ctx.impl,
-    )  # fmt: skip
+        grad_out, x, weights, rows, offsets, w1, w2, b2, z, *flat
+    )
     token = rows // weights.shape[1]
     up = BoundedFactors(dz, x, offsets, None, token)
     down = BoundedFactors(grad_out, scaled, offsets, token, None)
     if bounded:
         up.largest, down.largest = (largest[0], None), (None, largest[1])
-    if ctx.transposed:
+    if ctx.layout.transposed:
         up, down = _swapped(up), _swapped(down)
     factors = [up if need_w1 else None, down if need_w2 else None, None, None]
     if need_b1:
@@ -330,9 +317,9 @@ class _WithSink(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, sink, bounded, *inputs):
-        output = _expert_mlp(*inputs)
+        output, (_, _, _, _, w1, w2, b1, b2, *_) = _expert_mlp(*inputs), inputs
         # kept here, since saved tensors come back detached from a gradient checkpoint
-        ctx.sink, ctx.bounded, ctx.weights = sink, bounded, inputs[4:8]
+        ctx.sink, ctx.bounded, ctx.weights = sink, bounded, ExpertWeights(w1, w2, b1, b2)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -362,13 +349,15 @@ backend.register("expert_mlp", "triton", "moe_unlearn.triton_kernels.expert_mlp:
 backend.register("expert_mlp.backward", "triton", "moe_unlearn.triton_kernels.expert_mlp_backward:expert_mlp_backward")
 
 
-def _check(x, weights, sorted_rows, expert_offsets, w1, w2, b1, b2, gate, transposed, gated, trained):
+def _check(x, top_k_weights, sorted_rows, expert_offsets, weights, layout, trained):
+    (gate, transposed, _, gated), (w1, w2, b1, b2) = layout, weights
     if gate.activation not in ACTIVATIONS:
         raise ValueError(f"gate.activation must be one of {ACTIVATIONS}; got {gate.activation!r}")
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"hidden_states must be float [T, H]; got {x.dtype} {tuple(x.shape)}")
-    if weights.dim() != 2 or not weights.is_floating_point() or weights.shape[1] == 0:
-        raise ValueError(f"top_k_weights must be float [T, K] with K >= 1; got {weights.dtype} {tuple(weights.shape)}")
+    if top_k_weights.dim() != 2 or not top_k_weights.is_floating_point() or top_k_weights.shape[1] == 0:
+        got = f"{top_k_weights.dtype} {tuple(top_k_weights.shape)}"
+        raise ValueError(f"top_k_weights must be float [T, K] with K >= 1; got {got}")
     integers = {"sorted_rows": sorted_rows, "expert_offsets": expert_offsets, "trained_experts": trained}
     for name, ids in integers.items():
         if ids is not None and (ids.dtype != torch.int32 or ids.dim() != 1):
@@ -380,8 +369,8 @@ def _check(x, weights, sorted_rows, expert_offsets, w1, w2, b1, b2, gate, transp
     inner = w2.shape[1 if transposed else 2]
     wide = 2 * inner if gated else inner
     expected = {
-        "top_k_weights": (weights, (len(x), weights.shape[1])),
-        "sorted_rows": (sorted_rows, (weights.numel(),)),
+        "top_k_weights": (top_k_weights, (len(x), top_k_weights.shape[1])),
+        "sorted_rows": (sorted_rows, (top_k_weights.numel(),)),
         "expert_offsets": (expert_offsets, (num_experts + 1,)),
         "gate_up_proj": (w1, (num_experts, hidden, wide) if transposed else (num_experts, wide, hidden)),
         "down_proj": (w2, (num_experts, inner, hidden) if transposed else (num_experts, hidden, inner)),

@@ -1,4 +1,4 @@
-"""Computes the activation between the expert projections, for the reference of expert_mlp."""
+"""Describes the weights of experts and their layout, and computes the activation between the projections."""
 
 import math
 from typing import NamedTuple
@@ -23,6 +23,41 @@ class Gate(NamedTuple):
     alpha: float = 1.0
     limit: float = math.inf
     shift: float = 0.0
+
+
+class ExpertWeights(NamedTuple):
+    """The weights of all experts of a layer; the layer's `ExpertLayout` says what they are.
+
+    gate_up_proj: [E, 2I, H], or [E, H, 2I] if transposed; [E, I, H] if not gated. down_proj: [E, H, I], or [E, I, H] if
+    transposed. The biases are [E, 2I] and [E, H].
+    """
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+class ExpertLayout(NamedTuple):
+    """The activation of an experts layer and how its weights lie in memory; see `ExpertWeights`.
+
+    transposed: weights are [inputs, outputs]. interleaved: gate and up alternate (gate0, up0, ...) instead of standing
+    one after the other. gated: there are both gate and up.
+    """
+
+    gate: Gate = Gate()
+    transposed: bool = False
+    interleaved: bool = False
+    gated: bool = True
+
+    def flat(self) -> tuple:
+        """Return the fields, those of the gate first, as kernels take them."""
+        return *self.gate, self.transposed, self.interleaved, self.gated
+
+    @classmethod
+    def of(cls, activation: str, alpha: float, limit: float, shift: float, *flags: bool) -> "ExpertLayout":
+        """Return the layout whose `flat` fields these are."""
+        return cls(Gate(activation, alpha, limit, shift), *flags)
 
 
 def activate(z: Tensor, gate: Gate, interleaved: bool = False, gated: bool = True) -> Tensor:

@@ -17,5 +17,9 @@ _NAMES = {
 
 
 def fields(*kinds: type) -> str:
-    """Return the fields of these NamedTuples as a schema lists them."""
-    return ", ".join(f"{_NAMES[get_type_hints(kind)[name]]} {name}" for kind in kinds for name in kind._fields)
+    """Return the fields of these NamedTuples as a schema lists them, and in place of a NamedTuple its own fields."""
+    return ", ".join(_field(get_type_hints(kind)[name], name) for kind in kinds for name in kind._fields)
+
+
+def _field(kind: type, name: str) -> str:
+    return fields(kind) if hasattr(kind, "_fields") else f"{_NAMES[kind]} {name}"

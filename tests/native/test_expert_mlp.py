@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from moe_unlearn import native
-from moe_unlearn.ops import Gate, expert_mlp, expert_mlp_ref
+from moe_unlearn.ops import Gate
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, check_against_ref, in_layout, integers, poison, routing
 from tests.ops.test_expert_mlp import GATES, GPT_OSS, GRADIENTS, LAYOUT_FLAGS, case
+from tests.support.by_keyword import expert_mlp, expert_mlp_ref
 
 pytestmark = pytest.mark.quick
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -26,7 +26,7 @@ from moe_unlearn.ops.expert_wgrad import (
 )
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison, routing
 from moe_unlearn.testing.yardstick import Reference
-from tests.support.updates import by_keyword
+from tests.support.by_keyword import by_keyword
 
 pytestmark = pytest.mark.quick
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64

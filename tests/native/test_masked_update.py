@@ -6,7 +6,7 @@ import torch
 from moe_unlearn.ops import SGD, Update, masked_adamw_, masked_sgd_
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.testing import LAYOUTS, in_layout
-from tests.support.updates import by_keyword
+from tests.support.by_keyword import by_keyword
 
 pytestmark = pytest.mark.quick
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_unlearn import backend
-from moe_unlearn.ops import Gate, expert_mlp, expert_mlp_ref, route
+from moe_unlearn.ops import ExpertLayout, ExpertWeights, Gate, route
 from moe_unlearn.ops.gate import ACTIVATIONS, activate, activate_backward
 from moe_unlearn.testing import (
     LAYOUTS,
@@ -19,15 +19,28 @@ from moe_unlearn.testing import (
     routing,
 )
 from moe_unlearn.testing.yardstick import Reference
+from tests.support.by_keyword import expert_mlp, expert_mlp_ref
 
 GRADIENTS = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
 GPT_OSS = Gate("silu", 1.702, 7.0, 1.0)
 GATES = [*map(Gate, ACTIVATIONS), GPT_OSS, Gate("silu", 1.0, 0.5), Gate("gelu", limit=0.3)]
 
 
-def case(pattern="skewed", tokens=19, hidden=24, inner=16, experts=5, top_k=2, *, dtype=torch.float32, bias=False,
-         transposed=False, interleaved=False, gated=True, gate=Gate(), seed=0):  # noqa: B008  # fmt: skip
-    """Arguments of the op for one routing pattern and layout."""
+def case(
+    pattern="skewed",
+    tokens=19,
+    hidden=24,
+    inner=16,
+    experts=5,
+    top_k=2,
+    *,
+    dtype=torch.float32,
+    bias=False,
+    seed=0,
+    **layout,
+):
+    """Arguments of the op for one routing pattern and the fields of a `ExpertLayout`."""
+    layout = ExpertLayout(**layout)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -35,9 +48,9 @@ def case(pattern="skewed", tokens=19, hidden=24, inner=16, experts=5, top_k=2, *
 
     index = routing(pattern, tokens, experts, top_k, seed=seed)
     made = route(index, experts)
-    wide = 2 * inner if gated else inner
-    w1 = normal(experts, hidden, wide) if transposed else normal(experts, wide, hidden)
-    w2 = normal(experts, inner, hidden) if transposed else normal(experts, hidden, inner)
+    wide = 2 * inner if layout.gated else inner
+    w1 = normal(experts, hidden, wide) if layout.transposed else normal(experts, wide, hidden)
+    w2 = normal(experts, inner, hidden) if layout.transposed else normal(experts, hidden, inner)
     arguments = {
         "hidden_states": normal(tokens, hidden),
         "top_k_weights": torch.rand((tokens, top_k), generator=generator).to(dtype) + 0.1,
@@ -45,10 +58,7 @@ def case(pattern="skewed", tokens=19, hidden=24, inner=16, experts=5, top_k=2, *
         "expert_offsets": made.expert_offsets,
         "gate_up_proj": w1 / hidden**0.5,
         "down_proj": w2 / inner**0.5,
-        "gate": gate,
-        "transposed": transposed,
-        "interleaved": interleaved,
-        "gated": gated,
+        **layout._asdict(),
     }
     if bias:
         arguments |= {"gate_up_bias": normal(experts, wide), "down_bias": normal(experts, hidden)}
@@ -322,10 +332,10 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights_own()
 
 def flat(arguments, impl="auto"):
     """Positional arguments of the custom op."""
-    a = {"gate_up_bias": None, "down_bias": None, "trained_experts": None} | arguments
-    names = ("hidden_states", "top_k_weights", "sorted_rows", "expert_offsets", "gate_up_proj", "down_proj",
-             "gate_up_bias", "down_bias", "trained_experts")  # fmt: skip
-    return (*(a[n] for n in names), *a["gate"], a["transposed"], a["interleaved"], a["gated"], impl)
+    routed = (arguments[name] for name in ("hidden_states", "top_k_weights", "sorted_rows", "expert_offsets"))
+    weights = ExpertWeights(**{name: arguments[name] for name in ExpertWeights._fields if name in arguments})
+    layout = ExpertLayout(**{name: arguments[name] for name in ExpertLayout._fields})
+    return *routed, *weights, arguments.get("trained_experts"), *layout.flat(), impl
 
 
 @pytest.mark.parametrize("bias", [False, True])

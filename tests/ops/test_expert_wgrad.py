@@ -24,7 +24,7 @@ from moe_unlearn.ops.expert_wgrad import (
 )
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison, routing
 from moe_unlearn.testing.yardstick import Reference
-from tests.support.updates import by_keyword
+from tests.support.by_keyword import by_keyword
 
 T, K, E, M, P = 21, 2, 5, 12, 40
 

@@ -18,7 +18,7 @@ from moe_unlearn.ops.masked_update import (
     masked_sgd_ref,
 )
 from moe_unlearn.testing import LAYOUTS, assert_as_accurate, check_against_ref, in_layout, poison
-from tests.support.updates import by_keyword
+from tests.support.by_keyword import by_keyword
 
 # Triton's are in tests/triton_kernels: the square root of torch on the CPU is one ulp off IEEE's now and then
 IMPLS = [impl for impl in ("ref", "cpu") if backend.has("masked_update.adamw", impl, "cpu")]

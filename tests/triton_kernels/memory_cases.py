@@ -14,7 +14,6 @@ from moe_unlearn.ops import (
     SGD,
     AdamW,
     Update,
-    expert_mlp,
     expert_wgrad,
     gram,
     gram_factors,
@@ -42,7 +41,7 @@ from tests.checkers.case import Case
 from tests.ops import test_expert_mlp, test_expert_wgrad, test_gram, test_masked_update, test_token_loss
 from tests.ops import test_weight_score as scores
 from tests.ops.test_retain_weights import random_members
-from tests.support.updates import by_keyword
+from tests.support.by_keyword import by_keyword, expert_mlp
 
 BF16 = torch.bfloat16
 CASES: dict[str, Callable[[], Case]] = {}

@@ -11,11 +11,12 @@ import itertools
 import pytest
 import torch
 
-from moe_unlearn.ops import Gate, expert_mlp, expert_mlp_ref
+from moe_unlearn.ops import Gate
 from moe_unlearn.ops.expert_mlp import largest_of
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, check_against_ref, in_layout, integers, poison
 from moe_unlearn.triton_kernels import configs
 from tests.ops.test_expert_mlp import GATES, GPT_OSS, GRADIENTS, LAYOUT_FLAGS, case, flat
+from tests.support.by_keyword import expert_mlp, expert_mlp_ref
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, FP16, FP32)
@@ -235,8 +236,8 @@ def test_integers_are_exact(device, small_tiles, flags):
     """relu on small integers: any order of additions must give the same bits, forward and backward."""
     transposed, interleaved, bias, gated = flags
     small_tiles(ARCHITECTURES[sum(flags) % 2])
-    arguments = case("sentinels", **SHAPE, transposed=transposed, interleaved=interleaved, bias=bias, gated=gated,
-                     gate=Gate("relu"))  # fmt: skip
+    layout = {"transposed": transposed, "interleaved": interleaved, "gated": gated, "gate": Gate("relu")}
+    arguments = case("sentinels", **SHAPE, bias=bias, **layout)
     names = GRADIENTS + (("gate_up_bias", "down_bias") if bias else ())
     for k in names:
         arguments[k] = integers(*arguments[k].shape, seed=len(k))
@@ -258,9 +259,8 @@ def test_gradients_of_the_public_op(device, small_tiles, dtype, on_arch):
     # enough rows that no single one, whose slope may be next to zero, makes up a row of a weight gradient
     arguments = on(device, case("uniform", **SHAPE | {"tokens": 40, "experts": 2}, bias=True, dtype=dtype))
     with poison():
-        check_against_ref(
-            triton_mlp, expert_mlp_ref, arguments, gradients=(*GRADIENTS, "gate_up_bias", "down_bias")
-        )  # fmt: skip
+        biased = (*GRADIENTS, "gate_up_bias", "down_bias")
+        check_against_ref(triton_mlp, expert_mlp_ref, arguments, gradients=biased)
 
 
 @pytest.mark.quick

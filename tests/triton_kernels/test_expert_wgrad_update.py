@@ -12,7 +12,7 @@ from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wg
 from moe_unlearn.ops.masked_update import SGD, AdamW, Update
 from moe_unlearn.testing import LAYOUTS, in_layout
 from tests.ops.test_masked_update import adamw, randn, same_bits, sgd
-from tests.support.updates import by_keyword
+from tests.support.by_keyword import by_keyword
 from tests.triton_kernels.test_expert_wgrad import (  # noqa: F401  fixtures
     BF16,
     FP32,

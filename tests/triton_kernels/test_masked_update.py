@@ -32,7 +32,7 @@ from tests.ops.test_masked_update import (
     same_bits,
     sgd,
 )
-from tests.support.updates import by_keyword
+from tests.support.by_keyword import by_keyword
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # name: dtype of the parameter, of the state, rounding, master

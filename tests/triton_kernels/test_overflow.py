@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_unlearn.ops import Gate, expert_mlp
+from moe_unlearn.ops import ExpertLayout, ExpertWeights, Gate, expert_mlp
 from moe_unlearn.testing import integers
 from moe_unlearn.triton_kernels.common import INTERPRET
 from tests.checkers.case import Case, bits
@@ -148,7 +148,7 @@ def test_the_layer_of_expert_mlp_may_reach_past_2_to_the_31(hidden, inner, monke
         gate_up[0, -last:, -last:] = gate_up[0, inner - last : inner, -last:] = values(last, last)
         down[0, -last:, -last:] = torch.ones(last, last)
         routed = {"sorted_rows": torch.arange(ROWS).int(), "expert_offsets": torch.tensor([0, ROWS]).int()}
-        weights = {"gate_up_proj": gate_up, "down_proj": down, "gate": Gate("relu")}
+        weights, layout = ExpertWeights(gate_up, down), ExpertLayout(Gate("relu"))
         results = []
         for impl, rows in (("triton", ROWS), ("ref", last)):
             tokens = x[-rows:].detach().requires_grad_()
@@ -156,7 +156,7 @@ def test_the_layer_of_expert_mlp_may_reach_past_2_to_the_31(hidden, inner, monke
                 routed = {"sorted_rows": torch.arange(last).int(), "expert_offsets": torch.tensor([0, last]).int()}
             shares = torch.ones(rows, 1).requires_grad_()
             with lazily() if impl == "triton" else contextlib.nullcontext(), watch(programs=far_end):
-                out = expert_mlp(tokens, shares, **routed, **weights, impl=impl)
+                out = expert_mlp(tokens, shares, **routed, weights=weights, layout=layout, impl=impl)
                 gradients = torch.autograd.grad(out, (tokens, shares), upstream[-rows:])
             results.append([tensor[-last:, -last:].detach().clone() for tensor in (out, *gradients)])
         for ours, theirs in zip(*results, strict=True):
