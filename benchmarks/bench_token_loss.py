@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import rivals, shapes
 from benchmarks.harness import OURS, Case, Work
-from moe_unlearn.ops import token_loss
+from moe_unlearn.ops import Head, token_loss
 from moe_unlearn.ops.costs import token_loss as costs
 
 LOGITS, CHUNKED = "logits + cross_entropy", "torch F.linear_cross_entropy, chunked mean"
@@ -64,7 +64,7 @@ def work(tokens, hidden, vocabulary, dtype, trained, device) -> Work:
         del peers[widened]
 
     def ours(h, head, labels, weights):
-        return token_loss(h, head, labels, token_weights=weights).sum()
+        return token_loss(h, Head(head), labels, token_weights=weights).sum()
 
     def step(function, rounded=False):
         own = weights.to(dtype) if rounded else weights

@@ -153,10 +153,8 @@ def kl(
     flows into the reference.
     """
     labels = torch.zeros(len(hidden_states), dtype=torch.int64, device=hidden_states.device)
-    values = token_loss(
-        labels=labels, **operands(hidden_states, head, ref_hidden_states, ref_lm_head, ref_bias),
-        token_weights=weights, kind="kl", logit_scale=head.logit_scale, logit_softcap=head.logit_softcap,
-    )  # fmt: skip
+    rows, head, reference = operands(hidden_states, head, ref_hidden_states, ref_lm_head, ref_bias)
+    values = token_loss(rows, head, labels, token_weights=weights, kind="kl", reference=reference)
     return values.sum() / max(len(values), 1)
 
 
@@ -175,11 +173,9 @@ def logit_margin(model: nn.Module, batch: Batch, hidden_states: Tensor) -> Tenso
     Source: arXiv 2506.05314, "logit margin flattening". Its authors' trainer in open-unlearning takes the positions of
     the labelled tokens themselves, one later; the trainers of `integrations.open_unlearning` ask for these.
     """
-    mask, head = margin_mask(batch), head_of(model)
-    values = token_loss(
-        hidden_states.flatten(0, 1), head.weight, torch.where(mask, 0, IGNORED).flatten(), bias=head.bias,
-        kind="logit_margin", logit_scale=head.logit_scale, logit_softcap=head.logit_softcap,
-    )  # fmt: skip
+    mask = margin_mask(batch)
+    labels = torch.where(mask, 0, IGNORED).flatten()
+    values = token_loss(hidden_states.flatten(0, 1), head_of(model), labels, kind="logit_margin")
     return values.sum() / mask.sum().clamp_min(1)
 
 

@@ -162,7 +162,7 @@ def _tilted(impl, words, tilt):
 
 
 def _loss(kind, impl, h, head, labels, weights, **more):
-    return (ops.token_loss(h, head, labels, token_weights=weights, kind=kind, impl=impl, **more),)
+    return (ops.token_loss(h, ops.Head(head), labels, token_weights=weights, kind=kind, impl=impl, **more),)
 
 
 def _mlp(impl, x, weights, index, gate_up, down):

@@ -8,9 +8,9 @@ import torch
 from moe_unlearn.ops.expert_mlp import expert_mlp
 from moe_unlearn.ops.gate import ExpertWeights
 from moe_unlearn.ops.route import route
-from moe_unlearn.ops.token_loss import token_loss
 from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.plan.memory import Ledger, measured_peak
+from tests.support.by_keyword import token_loss
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("measurable_memory")]
 CPU = torch.device("cpu")

@@ -112,12 +112,11 @@ READS = {
     "_products": (2, "a reference"),
     "gram_factors_ref": (1, "a reference"),
     "_counted": (1, "a reference"),
-    "_check_labels": (2, "a reference"),
+    "check_labels": (2, "a reference"),
     "_gram_factors_native": (1, "offsets of the CPU"),
     "tensor_digest": (2, "a digest of weights, in prepare()"),
     "gather": (4, "values of ranks, which are on the CPU"),
     "expert_wgrad_score": (1, "options"),
-    "token_loss": (3, "options"),
     "architecture": (1, "a variable of the environment"),
     "tile_for": (1, "a list"),
 }
@@ -287,7 +286,7 @@ STEP = (
     "step/unlearn", "step/tally", "step/dual", "step/gradients", "step/sinks", "step/objectives", "optim", "losses",
     "experts", "model/batches", "model/head", "model/states", "ranks", "prepare/rows",
 )  # fmt: skip
-OPS = ("route", "expert_mlp", "expert_wgrad", "token_loss", "masked_update", "gram", "bits")
+OPS = ("route", "expert_mlp", "expert_wgrad", "token_loss", "tiled/token_loss", "masked_update", "gram", "bits")
 METHODS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "synchronize"}
 # what Python does with a tensor when it wants a number, or a truth
 NUMBERS, TRUTHS = {"int", "float", "bool"}, {"any", "all"}

@@ -1,14 +1,13 @@
 """Finds the output head of a causal language model and computes per-token losses from hidden states with it."""
 
 import contextlib
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from moe_unlearn.model.batches import Batch, inputs, target_mask
 from moe_unlearn.model.modes import checkpoints_with_graph, evaluation_mode
-from moe_unlearn.ops.token_loss import IGNORED, token_loss
+from moe_unlearn.ops.token_loss import IGNORED, Head, Reference, token_loss
 from moe_unlearn.ranks import local
 
 # config field -> its factor on the logits; fields of a config are read, never names of models
@@ -21,16 +20,6 @@ _LOGIT_FACTORS = {
 
 # widened heads have a multiple of this many columns, so that every row begins where GPU kernels can load it in blocks
 _COLUMNS = 16
-
-
-@dataclass(frozen=True)
-class Head:
-    """Output head of a model, as `token_loss` takes it."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
 
 
 def head_of(model: nn.Module) -> Head:
@@ -91,23 +80,19 @@ def token_losses(
     are not the model's own. Errors as `token_loss`.
     """
     states = final_hidden_states(model, batch) if hidden_states is None else hidden_states
-    head = head_of(model)
     targets = torch.full_like(batch["labels"], IGNORED)
     targets[:, :-1] = batch["labels"][:, 1:]
     targets = torch.where(target_mask(batch), targets, IGNORED)
+    ref_states = None if ref_hidden_states is None else ref_hidden_states.flatten(0, 1)
+    rows, head, reference = operands(states.flatten(0, 1), head_of(model), ref_states, ref_lm_head, ref_bias)
+    weights = None if token_weights is None else token_weights.flatten()
     losses = token_loss(
-        labels=targets.flatten(),
-        **operands(
-            states.flatten(0, 1),
-            head,
-            None if ref_hidden_states is None else ref_hidden_states.flatten(0, 1),
-            ref_lm_head,
-            ref_bias,
-        ),
-        token_weights=None if token_weights is None else token_weights.flatten(),
+        rows,
+        head,
+        targets.flatten(),
+        token_weights=weights,
         kind=kind,
-        logit_scale=head.logit_scale,
-        logit_softcap=head.logit_softcap,
+        reference=reference,
         label_penalty=label_penalty,
     )
     return losses.view(targets.shape)
@@ -119,26 +104,20 @@ def operands(
     ref_hidden_states: Tensor | None,
     ref_lm_head: Tensor | None = None,
     ref_bias: Tensor | None = None,
-) -> dict[str, Tensor | None]:
-    """Return the arguments of `token_loss` that give the logits of a model and of its reference, from [T, H] each.
+) -> tuple[Tensor, Head, Reference | None]:
+    """Return the hidden states, head and reference with which `token_loss` gives both logits, from [T, H] each.
 
     `token_loss` has one bias for both. A reference's own bias b therefore becomes a column of the head, as the model's
     does: W h + b = [W | b | 0] [h; 1; 0]. Gradients of W and b pass through it. That costs a copy of both heads for
     the time of the loss, and only for a `ref_bias`. The identity is exact; zeros fill a multiple of 16 columns.
     """
-    weight, bias = head.weight, head.bias
     if ref_bias is not None:
         one = hidden_states.new_ones(len(hidden_states), 1)
         hidden_states, ref_hidden_states = _widened(hidden_states, one), _widened(ref_hidden_states, one)
-        ref_lm_head = _widened(weight.detach() if ref_lm_head is None else ref_lm_head, ref_bias[:, None])
-        weight, bias = _widened(weight, bias[:, None]), None
-    return {
-        "hidden_states": hidden_states,
-        "lm_head": weight,
-        "bias": bias,
-        "ref_hidden_states": ref_hidden_states,
-        "ref_lm_head": ref_lm_head,
-    }
+        ref_lm_head = _widened(head.weight.detach() if ref_lm_head is None else ref_lm_head, ref_bias[:, None])
+        head = head._replace(weight=_widened(head.weight, head.bias[:, None]), bias=None)
+    known = ref_hidden_states is not None or ref_lm_head is not None
+    return hidden_states, head, Reference(ref_hidden_states, ref_lm_head) if known else None
 
 
 def _widened(rows: Tensor, column: Tensor) -> Tensor:

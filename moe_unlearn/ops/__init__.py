@@ -15,7 +15,7 @@ from moe_unlearn.ops.masked_update import (
 )
 from moe_unlearn.ops.retain_weights import RetainWeights, retain_weights, retain_weights_ref
 from moe_unlearn.ops.route import Routing, route, route_ref
-from moe_unlearn.ops.token_loss import token_loss, token_loss_ref
+from moe_unlearn.ops.token_loss import Head, Reference, token_loss, token_loss_ref
 from moe_unlearn.ops.weight_score import score_histogram, score_mask, weight_score, weight_score_ref
 
 __all__ = [
@@ -24,6 +24,8 @@ __all__ = [
     "ExpertLayout",
     "ExpertWeights",
     "Gate",
+    "Head",
+    "Reference",
     "RetainWeights",
     "Routing",
     "Update",

@@ -34,10 +34,13 @@ logit margin flattening (arXiv 2506.05314), as its authors' trainer in open-unle
 2 was read in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping are ours.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from moe_unlearn import backend, native
+from moe_unlearn.ops.schema import fields
 
 KINDS = ("nll", "uce", "kl")
 TILED_KINDS = ("ce", "logit_margin")  # kinds that only `ref` computes
@@ -48,66 +51,111 @@ _DEFAULT_ROWS = 4096
 _KEPT = "token_loss.kept"
 
 
+class Head(NamedTuple):
+    """The output head of a model: weight W [V, H], bias b [V], and what is done to its logits."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+
+class Reference(NamedTuple):
+    """What gives the targets q: hidden states [T, H], and a head [V, H] if the reference had one of its own."""
+
+    hidden_states: Tensor
+    lm_head: Tensor | None = None
+
+
+class Operands(NamedTuple):
+    """The tensors of a loss, as kernels take them."""
+
+    hidden: Tensor
+    head: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    weights: Tensor | None
+    ref_hidden: Tensor | None
+    ref_head: Tensor | None
+
+
+class Formula(NamedTuple):
+    """Which loss it is and how it is computed."""
+
+    kind: str
+    scale: float
+    softcap: float | None
+    drop_zero_weights: bool
+    chunk_rows: int | None
+    label_penalty: float = 0.0
+
+
+class Softmax(NamedTuple):
+    """What the forward leaves of each row: l [T], (max z, sum exp(z - max z)) [2, T], and those of the reference."""
+
+    value: Tensor
+    norm: Tensor
+    ref_norm: Tensor
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    head: bool
+    bias: bool
+
+
 def token_loss(
     hidden_states: Tensor,
-    lm_head: Tensor,
+    head: Head,
     labels: Tensor,
     *,
-    bias: Tensor | None = None,
     token_weights: Tensor | None = None,
     kind: str = "nll",
-    ref_hidden_states: Tensor | None = None,
-    ref_lm_head: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
+    reference: Reference | None = None,
     label_penalty: float = 0.0,
     chunk_rows: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Compute loss [T], float32 (float64 for float64); differentiable in hidden_states, lm_head, bias and weights.
+    """Compute loss [T], float32 (float64 for float64); differentiable in hidden_states, head and weights.
 
     Args:
-        hidden_states, lm_head, bias: any float dtypes; [T, H], [V, H] and [V].
+        hidden_states: [T, H]. It and the tensors of the head may have any float dtypes.
         labels: int64 [T], -100 is ignored; for "kl" and "logit_margin" they only say which rows count.
         token_weights: float [T]; None stands for 1.
         kind: "nll", "uce", "kl", "ce" or "logit_margin".
-        ref_hidden_states: [T, H], required by "kl", optional for "ce"; ref_lm_head: [V, H], if the reference had
-            another head than `lm_head`.
-        logit_scale, logit_softcap: as in the formula. label_penalty: at least 0, for "ce" only.
+        reference: required by "kl", optional for "ce".
+        label_penalty: at least 0, for "ce" only.
         chunk_rows: rows per tile, None for a default; the number of columns of a tile follows from it.
 
     Raises TypeError or ValueError for a dtype, shape, device, option or label that does not fit. There is
     no double backward; `token_loss_ref` has one.
     """
-    _check(hidden_states, lm_head, labels, bias, token_weights, kind, ref_hidden_states, ref_lm_head,
-           logit_softcap, label_penalty, chunk_rows)  # fmt: skip
-    drop_zero_weights = token_weights is not None and not token_weights.requires_grad
-    return _token_loss(
-        hidden_states, lm_head, labels, bias, token_weights, ref_hidden_states, ref_lm_head, kind,
-        float(logit_scale), None if logit_softcap is None else float(logit_softcap), drop_zero_weights,
-        chunk_rows, impl, _trained(hidden_states), _trained(lm_head, bias), float(label_penalty),
-    )[0]  # fmt: skip
+    operands = _operands(hidden_states, head, labels, token_weights, reference)
+    formula = Formula(kind, head.logit_scale, head.logit_softcap, _drops(token_weights), chunk_rows, label_penalty)
+    _check(operands, formula)
+    keep, keep_head = _trained(hidden_states), _trained(head.weight, head.bias)
+    return _token_loss(*operands, *formula, impl, keep, keep_head)[0]
 
 
 def token_loss_ref(
-    hidden_states, lm_head, labels, *, bias=None, token_weights=None, kind="nll", ref_hidden_states=None,
-    ref_lm_head=None, logit_scale=1.0, logit_softcap=None, label_penalty=0.0,
-) -> Tensor:  # fmt: skip
+    hidden_states, head, labels, *, token_weights=None, kind="nll", reference=None, label_penalty=0.0
+) -> Tensor:
     """Compute `token_loss` in plain PyTorch, all logits at once, differentiable by autograd."""
-    dtype = _wide(hidden_states, lm_head)
-    drop_zero_weights = token_weights is not None and not token_weights.requires_grad
-    rows = _counted(labels, token_weights, drop_zero_weights)
-    z = _logits(hidden_states[rows].to(dtype), lm_head, bias, logit_scale, logit_softcap)
+    h, weight, labels, bias, weights, h_ref, ref_head = _operands(hidden_states, head, labels, token_weights, reference)
+    dtype, cap = _wide(h, weight), (head.logit_scale, head.logit_softcap)
+    rows = _counted(labels, weights, _drops(weights))
+    z = _logits(h[rows].to(dtype), weight, bias, *cap)
     log_p = torch.log_softmax(z, 1)
     if kind == "logit_margin":
         loss = (z.max(1).values - z.mean(1)).square()
     elif kind in ("kl", "ce"):
         z_ref = z.detach()
-        if ref_hidden_states is not None:
-            head = lm_head if ref_lm_head is None else ref_lm_head
-            z_ref = _logits(ref_hidden_states[rows].to(dtype), head, bias, logit_scale, logit_softcap).detach()
+        if h_ref is not None:
+            z_ref = _logits(h_ref[rows].to(dtype), weight if ref_head is None else ref_head, bias, *cap).detach()
         if label_penalty:
-            at_label = torch.nn.functional.one_hot(labels[rows], len(lm_head)).bool()
+            at_label = torch.nn.functional.one_hot(labels[rows], len(weight)).bool()
             z_ref = torch.where(at_label, z_ref - label_penalty, z_ref)
         log_q = torch.log_softmax(z_ref, 1)
         q = log_q.exp()
@@ -115,9 +163,18 @@ def token_loss_ref(
     else:
         log_py = log_p.gather(1, labels[rows, None]).squeeze(1)
         loss = -log_py if kind == "nll" else -torch.log1p(-log_py.exp() / 2)
-    if token_weights is not None:
-        loss = token_weights[rows].to(dtype) * loss
+    if weights is not None:
+        loss = weights[rows].to(dtype) * loss
     return torch.zeros(labels.shape, dtype=dtype, device=labels.device).index_put((rows,), loss)
+
+
+def _operands(hidden_states, head, labels, token_weights, reference) -> Operands:
+    ref_hidden, ref_head = (None, None) if reference is None else reference
+    return Operands(hidden_states, head.weight, labels, head.bias, token_weights, ref_hidden, ref_head)
+
+
+def _drops(token_weights: Tensor | None) -> bool:
+    return token_weights is not None and not token_weights.requires_grad
 
 
 def _trained(*tensors: Tensor | None) -> bool:
@@ -147,13 +204,13 @@ def _logits(h: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap:
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-@torch.library.custom_op("moe_unlearn::token_loss", mutates_args=())
-def _token_loss(
-    hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
-    ref_hidden: Tensor | None, ref_head: Tensor | None, kind: str, scale: float, softcap: float | None,
-    drop_zero_weights: bool, chunk_rows: int | None, impl: str, keep: bool = False, keep_head: bool = False,
-    label_penalty: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+@torch.library.custom_op(
+    "moe_unlearn::token_loss",
+    mutates_args=(),
+    schema=f"({fields(Operands, Formula)}, str impl, bool keep, bool keep_head) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _token_loss(*operands):
     """Compute the losses and everything that the backward needs of the forward.
 
     Returns (loss [T], l [T], max z and sum exp(z - max z) of the softmax [2, T], those of the reference [2, T], dl/dh,
@@ -161,15 +218,19 @@ def _token_loss(
     backward, empty unless `keep` is set and the kernel can keep it; the last three are for the gradients of head and
     bias, kept if `keep_head` is set.
     """
-    arguments = (hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
-                 drop_zero_weights, chunk_rows)  # fmt: skip
+    hidden, *tensors, kind, scale, softcap, drop, chunk_rows, penalty, impl, keep, keep_head = operands
     kept = _kept(hidden, impl, kind, keep or keep_head)
     kernel = backend.resolve(kept or _name(kind), impl, hidden)
-    if kind == "ce":
-        arguments += (label_penalty,)
+    numbers = scale, softcap, drop, chunk_rows, *((penalty,) if kind == "ce" else ())  # the others take no penalty
     with torch.autocast(hidden.device.type, enabled=False):
-        none = [hidden.new_empty(0) for _ in range(4)]
-        return kernel(*arguments, keep, keep_head) if kept else (*kernel(*arguments), *none)
+        if kept:
+            return kernel(hidden, *tensors, kind, *numbers, keep, keep_head)
+        return *kernel(hidden, *tensors, kind, *numbers), *(hidden.new_empty(0) for _ in range(4))
+
+
+def unflattened(hidden, head, labels, bias, weights, ref_hidden, ref_head, *formula) -> tuple[Operands, Formula]:
+    """Return the tensors and the formula of a loss from what its kernels take one after the other."""
+    return Operands(hidden, head, labels, bias, weights, ref_hidden, ref_head), Formula(*formula)
 
 
 def _name(kind: str) -> str:
@@ -185,67 +246,77 @@ def _kept(hidden: Tensor, impl: str, kind: str, keep: bool) -> str:
 
 
 @_token_loss.register_fake
-def _(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap, drop, chunk_rows, impl,
-      keep=False, keep_head=False, label_penalty=0.0):  # fmt: skip
-    loss = hidden.new_empty(labels.shape, dtype=_wide(hidden, head))
-    pair = loss.new_empty(2, *labels.shape)
-    kept = [hidden.new_empty(0) for _ in range(4)]
-    if _kept(hidden, impl, kind, keep or keep_head):
-        room = backend.resolve("token_loss.room", impl, hidden)
-        kept = room(hidden, head, labels, bias, ref_hidden, ref_head, kind, keep, keep_head)
+def _(*operands):
+    *flat, impl, keep, keep_head = operands
+    tensors, formula = unflattened(*flat)
+    hidden = tensors.hidden
+    loss = hidden.new_empty(tensors.labels.shape, dtype=_wide(hidden, tensors.head))
+    pair, kept = loss.new_empty(2, *loss.shape), [hidden.new_empty(0) for _ in range(4)]
+    if _kept(hidden, impl, formula.kind, keep or keep_head):
+        kept = backend.resolve("token_loss.room", impl, hidden)(tensors, formula.kind, keep, keep_head)
     return loss, torch.empty_like(loss), pair, torch.empty_like(pair), *kept
 
 
-@torch.library.custom_op("moe_unlearn::token_loss_backward", mutates_args=())
-def _token_loss_backward(
-    grad: Tensor, hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
-    ref_hidden: Tensor | None, ref_head: Tensor | None, value: Tensor, norm: Tensor, ref_norm: Tensor,
-    direction: Tensor, kind: str, scale: float, softcap: float | None, drop_zero_weights: bool, chunk_rows: int | None,
-    needs_hidden: bool, needs_head: bool, needs_bias: bool, impl: str, label_penalty: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+@torch.library.custom_op(
+    "moe_unlearn::token_loss_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {fields(Operands, Softmax, Formula)}, bool needs_hidden, bool needs_head, bool needs_bias, "
+    "Tensor direction, str impl) -> (Tensor, Tensor, Tensor)",
+)
+def _token_loss_backward(grad, hidden, *operands):
     """Compute the gradients of hidden, head and bias; an empty tensor for one that is not needed."""
+    *tensors, kind, scale, softcap, drop, rows, penalty, need_hidden, need_head, need_bias, direction, impl = operands
+    numbers = scale, softcap, drop, rows, *((penalty,) if kind == "ce" else ())
     kernel = backend.resolve(f"{_name(kind)}.backward", impl, hidden)
     kept = {"direction": direction} if direction.numel() else {}
-    if kind == "ce":
-        kept["label_penalty"] = label_penalty
     with torch.autocast(hidden.device.type, enabled=False):
-        return kernel(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm,
-                      ref_norm, kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden,
-                      needs_head, needs_bias, **kept)  # fmt: skip
+        return kernel(grad, hidden, *tensors, kind, *numbers, need_hidden, need_head, need_bias, **kept)
+
+
+def backward_operands(
+    hidden, head, labels, bias, weights, ref_hidden, ref_head, *rest
+) -> tuple[Operands, Softmax, Formula, Needs]:
+    """Return the objects whose fields the kernels of the backward take one after the other."""
+    value, norm, ref_norm, *formula, needs_hidden, needs_head, needs_bias = rest
+    needs = Needs(needs_hidden, needs_head, needs_bias)
+    tensors, formula = unflattened(hidden, head, labels, bias, weights, ref_hidden, ref_head, *formula)
+    return tensors, Softmax(value, norm, ref_norm), formula, needs
 
 
 @_token_loss_backward.register_fake
-def _(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm, direction, kind, scale,
-      softcap, drop, chunk_rows, needs_hidden, needs_head, needs_bias, impl, label_penalty=0.0):  # fmt: skip
+def _(grad, hidden, head, labels, bias, *operands):
+    *_, needs_hidden, needs_head, needs_bias, _, _ = operands
     grad_bias = bias.new_empty(bias.shape) if needs_bias else head.new_empty(0)
     grad_head = head.new_empty(head.shape if needs_head else 0)
     return hidden.new_empty(hidden.shape if needs_hidden else 0), grad_head, grad_bias
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, ctx.impl, _, _, ctx.penalty = inputs
-    ctx.save_for_backward(*tensors, *output[1:5])
-    ctx.kept = output[5:]  # not saved: the first backward overwrites it, a second one recomputes it
-    ctx.mark_non_differentiable(*output[1:])
+    *flat, ctx.impl, _, _ = inputs
+    operands, ctx.formula = unflattened(*flat)
+    _, value, norm, ref_norm, direction, *kept = output
+    ctx.save_for_backward(*operands, value, norm, ref_norm, direction)
+    ctx.kept = kept  # not saved: the first backward overwrites it, a second one recomputes it
+    ctx.mark_non_differentiable(value, norm, ref_norm, direction, *kept)
     ctx.set_materialize_grads(False)  # zero gradients of the kept tensors would be as large as these
 
 
 def _backward(ctx, grad, *unused):
-    hidden, head, labels, bias, weights, ref_hidden, ref_head, value, *saved = ctx.saved_tensors
-    *needs, needs_weights = (grad is not None and ctx.needs_input_grad[i] for i in (0, 1, 3, 4))
-    grads, kept, ctx.kept = [None] * 3, ctx.kept, ()
-    if any(needs[1:]) and kept and kept[0].numel() and not torch.is_grad_enabled():
-        kernel = backend.resolve("token_loss.head", ctx.impl, hidden)
-        bias_grad = kernel(grad, hidden, head, labels, bias, weights, value, *saved[:2], *kept, ctx.kind, ctx.scale,
-                           ctx.softcap, ctx.drop, *needs[1:])  # fmt: skip
-        grads, needs = [None, kept[0] if needs[1] else None, bias_grad if needs[2] else None], [needs[0], False, False]
+    *operands, value, norm, ref_norm, direction = ctx.saved_tensors
+    operands, softmax = Operands(*operands), Softmax(value, norm, ref_norm)
+    hidden, head, labels, bias, weights, *_ = operands
+    need_hidden, need_head, _, need_bias, need_weights, *_ = (grad is not None and n for n in ctx.needs_input_grad)
+    needs, grads, kept, ctx.kept = Needs(need_hidden, need_head, need_bias), [None] * 3, ctx.kept, ()
+    if (need_head or need_bias) and kept and kept[0].numel() and not torch.is_grad_enabled():
+        kernel, (kind, scale, softcap, drop, *_) = backend.resolve("token_loss.head", ctx.impl, hidden), ctx.formula
+        tensors = grad, hidden, head, labels, bias, weights, *softmax, *kept
+        bias_grad = kernel(*tensors, kind, scale, softcap, drop, need_head, need_bias)
+        grads = [None, kept[0] if need_head else None, bias_grad if need_bias else None]
+        needs = Needs(need_hidden, False, False)
     if any(needs):
-        results = _token_loss_backward(
-            grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, *saved,
-            ctx.kind, ctx.scale, ctx.softcap, ctx.drop, ctx.chunk_rows, *needs, ctx.impl, ctx.penalty,
-        )  # fmt: skip
+        results = _token_loss_backward(grad, *operands, *softmax, *ctx.formula, *needs, direction, ctx.impl)
         grads = [result if need else old for result, need, old in zip(results, needs, grads, strict=True)]
-    grad_weights = torch.where(labels == IGNORED, 0, grad * value).to(weights.dtype) if needs_weights else None
+    grad_weights = torch.where(labels == IGNORED, 0, grad * value).to(weights.dtype) if need_weights else None
     return grads[0], grads[1], None, grads[2], grad_weights, *[None] * 11
 
 
@@ -275,7 +346,9 @@ backend.register("token_loss", "triton", "moe_unlearn.triton_kernels.token_loss:
 backend.register("token_loss.backward", "triton", "moe_unlearn.triton_kernels.token_loss:token_loss_backward")
 
 
-def _check(hidden, head, labels, bias, weights, kind, ref_hidden, ref_head, softcap, penalty, chunk_rows):
+def _check(operands: Operands, formula: Formula) -> None:
+    hidden, head, labels, bias, weights, ref_hidden, ref_head = operands
+    kind, _, softcap, _, chunk_rows, penalty = formula
     if kind not in KINDS + TILED_KINDS:
         raise ValueError(f"kind must be one of {KINDS + TILED_KINDS}; got {kind!r}")
     if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1] or len(head) == 0:
@@ -298,10 +371,14 @@ def _check(hidden, head, labels, bias, weights, kind, ref_hidden, ref_head, soft
         )
     (tokens, _), vocabulary = hidden.shape, len(head)
     shapes = {
-        "hidden_states": (hidden, hidden.shape), "lm_head": (head, head.shape), "labels": (labels, (tokens,)),
-        "bias": (bias, (vocabulary,)), "token_weights": (weights, (tokens,)),
-        "ref_hidden_states": (ref_hidden, hidden.shape), "ref_lm_head": (ref_head, head.shape),
-    }  # fmt: skip
+        "hidden_states": (hidden, hidden.shape),
+        "lm_head": (head, head.shape),
+        "labels": (labels, (tokens,)),
+        "bias": (bias, (vocabulary,)),
+        "token_weights": (weights, (tokens,)),
+        "ref_hidden_states": (ref_hidden, hidden.shape),
+        "ref_lm_head": (ref_head, head.shape),
+    }
     for name, (tensor, shape) in shapes.items():
         if tensor is None:
             continue
@@ -315,11 +392,3 @@ def _check(hidden, head, labels, bias, weights, kind, ref_hidden, ref_head, soft
         raise ValueError(f"logit_softcap must be above 0, or None for none; got {softcap}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
-
-
-def _check_labels(labels, kind, vocabulary):
-    if kind == "kl" or labels.numel() == 0:
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= vocabulary:
-        raise ValueError(f"labels must be in [0, {vocabulary}) or {IGNORED}; got {low if low < 0 else high}")

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from moe_unlearn import native
-from moe_unlearn.ops.token_loss import IGNORED, KINDS, token_loss, token_loss_ref
+from moe_unlearn.ops.token_loss import IGNORED, KINDS
 from moe_unlearn.testing import LAYOUTS, assert_as_accurate, integers, poison
 from moe_unlearn.testing.yardstick import Reference
 from tests.ops.test_token_loss import GRADIENTS, HEAD_OPTIONS, check, make
+from tests.support.by_keyword import token_loss, token_loss_ref
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # tokens: three forward blocks; vocabulary: three forward tiles and six of the backward, the last ones odd

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from moe_unlearn import backend
-from moe_unlearn.ops.token_loss import IGNORED, KINDS, token_loss, token_loss_ref
+from moe_unlearn.ops.token_loss import IGNORED, KINDS, Formula, Operands
 from moe_unlearn.testing import LAYOUTS, check_against_ref, in_layout, integers, poison
+from tests.support.by_keyword import token_loss, token_loss_ref
 
 # the package re-exports the function under the name of its module
 module = importlib.import_module("moe_unlearn.ops.token_loss")
@@ -35,10 +36,8 @@ def check(inputs, impl, *, gradients=GRADIENTS, layout="contiguous", **options):
 
         return call
 
-    check_against_ref(
-        on_rows(token_loss, impl=impl, **options), on_rows(token_loss_ref), inputs, gradients=gradients,
-        gradient_layout=layout,
-    )  # fmt: skip
+    op = on_rows(token_loss, impl=impl, **options)
+    check_against_ref(op, on_rows(token_loss_ref), inputs, gradients=gradients, gradient_layout=layout)
 
 
 def make(tokens=600, hidden=24, vocabulary=97, *, kind="nll", dtype=torch.float32, seed=0, weights=True):
@@ -352,11 +351,9 @@ def test_deterministic():
 def test_opcheck(kind):
     inputs = make(6, 5, 7, kind=kind)
     h, w, b, weights = (inputs[k].requires_grad_() for k in GRADIENTS)
-    torch.library.opcheck(
-        torch.ops.moe_unlearn.token_loss.default,
-        (h, w, inputs["labels"], b, weights, inputs.get("ref_hidden_states"), None, kind, 2.0, 3.0, False,
-         4, "auto"),
-    )  # fmt: skip
+    operands = Operands(h, w, inputs["labels"], b, weights, inputs.get("ref_hidden_states"), None)
+    formula = Formula(kind, 2.0, 3.0, drop_zero_weights=False, chunk_rows=4)
+    torch.library.opcheck(torch.ops.moe_unlearn.token_loss.default, (*operands, *formula, "auto", False, False))
 
 
 @pytest.mark.parametrize("kind", ["nll", "kl"])

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from moe_unlearn.ops.token_loss import IGNORED, token_loss
+from moe_unlearn.ops.token_loss import IGNORED, Formula, Operands
 from tests.ops.test_token_loss import DTYPES, GRADIENTS, HEAD_OPTIONS, check, make, small_workspace
+from tests.support.by_keyword import token_loss
 
 pytestmark = pytest.mark.quick
 
@@ -61,10 +62,9 @@ def test_labels_say_only_which_rows_count():
 def test_opcheck_and_one_graph():
     inputs = margins(tokens=6, hidden=5, vocabulary=7)
     h, w, b, weights = (inputs[name].requires_grad_() for name in GRADIENTS)
-    torch.library.opcheck(
-        torch.ops.moe_unlearn.token_loss.default,
-        (h, w, inputs["labels"], b, weights, None, None, "logit_margin", 2.0, 3.0, False, 4, "auto", False, False, 0.0),
-    )
+    operands = Operands(h, w, inputs["labels"], b, weights, None, None)
+    formula = Formula("logit_margin", 2.0, 3.0, drop_zero_weights=False, chunk_rows=4)
+    torch.library.opcheck(torch.ops.moe_unlearn.token_loss.default, (*operands, *formula, "auto", False, False))
     compiled = torch.compile(lambda: token_loss(**inputs).square().sum(), fullgraph=True, backend="aot_eager")
     eager = torch.autograd.grad(token_loss(**inputs).square().sum(), (h, w, b, weights))
     for found, expected in zip(torch.autograd.grad(compiled(), (h, w, b, weights)), eager, strict=True):

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from moe_unlearn.ops.token_loss import IGNORED, token_loss, token_loss_ref
+from moe_unlearn.ops.token_loss import IGNORED, Formula, Operands
 from tests.ops.test_token_loss import DTYPES, GRADIENTS, HEAD_OPTIONS, check, make, small_workspace
+from tests.support.by_keyword import token_loss, token_loss_ref
 
 pytestmark = pytest.mark.quick
 PENALTIES = (0.0, 4.0, math.inf)
@@ -92,11 +93,9 @@ def test_a_frozen_head_for_the_reference():
 def test_opcheck_and_one_graph():
     inputs = targets("reference", 4.0, tokens=6, hidden=5, vocabulary=7)
     h, w, b, weights = (inputs[name].requires_grad_() for name in GRADIENTS)
-    torch.library.opcheck(
-        torch.ops.moe_unlearn.token_loss.default,
-        (h, w, inputs["labels"], b, weights, inputs["ref_hidden_states"], None, "ce", 2.0, 3.0, False, 4, "auto", False,
-         False, 4.0),
-    )  # fmt: skip
+    operands = Operands(h, w, inputs["labels"], b, weights, inputs["ref_hidden_states"], None)
+    formula = Formula("ce", 2.0, 3.0, drop_zero_weights=False, chunk_rows=4, label_penalty=4.0)
+    torch.library.opcheck(torch.ops.moe_unlearn.token_loss.default, (*operands, *formula, "auto", False, False))
     compiled = torch.compile(lambda: token_loss(**inputs).square().sum(), fullgraph=True, backend="aot_eager")
     eager = torch.autograd.grad(token_loss(**inputs).square().sum(), (h, w, b, weights))
     for found, expected in zip(torch.autograd.grad(compiled(), (h, w, b, weights)), eager, strict=True):
@@ -109,7 +108,7 @@ def test_opcheck_and_one_graph():
         ({"label_penalty": -1.0}, "label_penalty must be at least 0.*; got -1.0 for 'ce'"),
         ({"label_penalty": math.nan}, "label_penalty must be at least 0"),
         ({"kind": "nll"}, "label_penalty must be .* 0 for kinds other than 'ce'; got 4.0 for 'nll'"),
-        ({"ref_lm_head": torch.ones(97, 24)}, "kind 'kl' needs ref_hidden_states, 'ce' takes them"),
+        ({"ref_hidden_states": None, "ref_lm_head": torch.ones(97, 24)}, "kind 'kl' needs ref_hidden_states"),
         ({"labels": torch.full((600,), 97)}, r"labels must be in \[0, 97\) or -100; got 97"),
     ],
 )

@@ -23,7 +23,6 @@ from moe_unlearn.ops import (
     route,
     score_histogram,
     score_mask,
-    token_loss,
     weight_score,
 )
 from moe_unlearn.ops.bits import pack_bits
@@ -41,7 +40,7 @@ from tests.checkers.case import Case
 from tests.ops import test_expert_mlp, test_expert_wgrad, test_gram, test_masked_update, test_token_loss
 from tests.ops import test_weight_score as scores
 from tests.ops.test_retain_weights import random_members
-from tests.support.by_keyword import by_keyword, expert_mlp
+from tests.support.by_keyword import by_keyword, expert_mlp, token_loss
 
 BF16 = torch.bfloat16
 CASES: dict[str, Callable[[], Case]] = {}

@@ -11,12 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_unlearn.ops.token_loss import IGNORED, KINDS, token_loss
+from moe_unlearn.ops.token_loss import IGNORED, KINDS
 from moe_unlearn.testing import LAYOUTS, integers, poison, ulp
 from moe_unlearn.triton_kernels import configs
 from moe_unlearn.triton_kernels.token_loss_logits import _tanh, expm1, log1p
 from tests.ops import test_token_loss as reference
 from tests.ops.test_token_loss import GRADIENTS, HEAD_OPTIONS
+from tests.support.by_keyword import token_loss
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # float32 has no descriptors: its kernels are the same everywhere

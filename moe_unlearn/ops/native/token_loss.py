@@ -9,24 +9,33 @@ The kernel chooses its own tile size: `chunk_rows` is for `ref`.
 """
 
 import torch
-from torch import Tensor
 
 from moe_unlearn import native
+from moe_unlearn.ops.schema import fields
 from moe_unlearn.ops.tiled import token_loss as tiled
-from moe_unlearn.ops.token_loss import IGNORED, _check_labels, _counted, _wide
+from moe_unlearn.ops.token_loss import (
+    IGNORED,
+    Softmax,
+    _counted,
+    _wide,
+    backward_operands,
+    unflattened,
+)
 
 SPARE_BYTES = 2**27
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def forward(*arguments):
-    return forward_kept(*arguments, False, False)[:4]
+def forward(*operands):
+    loss, value, norm, ref_norm, *_ = forward_kept(*operands, False, False)
+    return loss, value, norm, ref_norm
 
 
-def room(hidden, head, labels, bias, ref_hidden, ref_head, kind, keep, keep_head):
+def room(operands, kind, keep, keep_head):
     """Allocate the tensors to keep: dl/dh, exponentials in the head gradient's memory, their maxima, the spare ones."""
+    hidden, head, labels, bias, *_ = operands
     direction = hidden.new_zeros(len(hidden) if keep else 0, hidden.shape[1], dtype=_wide(hidden, head))
-    if not keep_head or kind == "kl" or not _can_take(hidden, head, bias):
+    if not keep_head or kind == "kl" or not _can_take(operands):
         return direction, *(head.new_empty(0) for _ in range(3))
     group = native.token_loss_tiles().entries
     groups, rows = -(-len(head) // group), -(-len(labels) // 32) * 32
@@ -35,58 +44,60 @@ def room(hidden, head, labels, bias, ref_hidden, ref_head, kind, keep, keep_head
     return direction, head.new_empty(head.shape), peaks, head.new_empty(groups, columns, rows)
 
 
-def forward_kept(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap, drop_zero_weights,
-                 chunk_rows, keep, keep_head):  # fmt: skip
+def forward_kept(*operands):
     """Compute the results of the op; tensors that are not kept are empty."""
-    arguments = hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap
-    if not _can_take(hidden, head, bias, ref_hidden, ref_head):
-        outputs = tiled.forward(*arguments, drop_zero_weights, chunk_rows)
-        return *outputs, *room(hidden, head, labels, bias, ref_hidden, ref_head, kind, keep, keep_head)
-    index = _counted(labels, weights, drop_zero_weights)
-    _check_labels(labels[index], kind, len(head))
-    problem = _problem(hidden, head, labels, index, bias, ref_hidden, ref_head, kind, scale, softcap)
-    kept = room(hidden, head, labels, bias, ref_hidden, ref_head, kind, False, keep_head)[1:]
+    *flat, keep, keep_head = operands
+    tensors, formula = unflattened(*flat)
+    _, head, labels, _, weights, *_ = tensors
+    if not _can_take(tensors):
+        return *tiled.forward(*flat), *room(tensors, formula.kind, keep, keep_head)
+    index = _counted(labels, weights, formula.drop_zero_weights)
+    tiled.check_labels(labels[index], formula.kind, len(head))
+    _, *kept = room(tensors, formula.kind, False, keep_head)
     kernel = torch.ops.moe_unlearn_native.token_loss
-    value, norm, ref_norm, direction = kernel(*problem, keep, *(kept if kept[0].numel() else [None] * 3))
+    places = kept if kept[0].numel() else [None] * 3
+    value, norm, ref_norm, direction = kernel(*_problem(tensors, formula, index), keep, *places)
     weighted = value.clone() if weights is None else value * weights.float()
     # the product would be NaN in an ignored row whose weight is NaN
     return torch.where(labels == IGNORED, 0, weighted), value, norm, ref_norm, direction, *kept
 
 
-def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm, kind, scale,
-             softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head, needs_bias, direction=None):  # fmt: skip
-    if not _can_take(hidden, head, bias, ref_hidden, ref_head):
-        return tiled.backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm,
-                              kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head,
-                              needs_bias)  # fmt: skip
-    index = _counted(labels, weights, drop_zero_weights)
-    problem = _problem(hidden, head, labels, index, bias, ref_hidden, ref_head, kind, scale, softcap)
-    upstream = _upstream(grad, weights, value, index, kind)
-    grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else 0)
-    if needs_hidden:
+def backward(grad, *operands, direction=None):
+    tensors, softmax, formula, needs = backward_operands(*operands)
+    hidden, head, labels, bias, weights, *_ = tensors
+    if not _can_take(tensors):
+        return tiled.backward(grad, *operands)
+    index = _counted(labels, weights, formula.drop_zero_weights)
+    problem = _problem(tensors, formula, index)
+    upstream = _upstream(grad, weights, softmax.value, index, formula.kind)
+    grad_hidden = hidden.new_empty(hidden.shape if needs.hidden else 0)
+    if needs.hidden:
         if direction is None:
-            direction = torch.ops.moe_unlearn_native.token_loss(*problem, True, None, None, None)[3]
+            *_, direction = torch.ops.moe_unlearn_native.token_loss(*problem, True, None, None, None)
         torch.mul(direction, upstream[:, None], out=grad_hidden)
-    grad_head = head.new_empty(head.shape if needs_head else 0)
-    grad_bias = head.new_empty(0) if not needs_bias else bias.new_empty(bias.shape)
-    if needs_head or needs_bias:
+    grad_head = head.new_empty(head.shape if needs.head else 0)
+    grad_bias = head.new_empty(0) if not needs.bias else bias.new_empty(bias.shape)
+    if needs.head or needs.bias:
+        grads = grad_head if needs.head else None, grad_bias if needs.bias else None
         torch.ops.moe_unlearn_native.token_loss_head(
-            grad_head if needs_head else None, grad_bias if needs_bias else None, upstream, norm, ref_norm, *problem,
-            None, None, None,
-        )  # fmt: skip
+            *grads, upstream, softmax.norm, softmax.ref_norm, *problem, None, None, None
+        )
     return grad_hidden, grad_head, grad_bias
 
 
-@torch.library.custom_op("moe_unlearn::token_loss_head_", mutates_args=("kept",))
-def head_gradient_(
-    grad: Tensor, hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, weights: Tensor | None,
-    value: Tensor, norm: Tensor, ref_norm: Tensor, kept: Tensor, peaks: Tensor, spare: Tensor, kind: str, scale: float,
-    softcap: float | None, drop_zero_weights: bool, needs_head: bool, needs_bias: bool,
-) -> Tensor:  # fmt: skip
+@torch.library.custom_op(
+    "moe_unlearn::token_loss_head_",
+    mutates_args=("kept",),
+    schema="(Tensor grad, Tensor hidden, Tensor head, Tensor labels, Tensor? bias, Tensor? weights, "
+    f"{fields(Softmax)}, Tensor(a9!) kept, Tensor peaks, Tensor spare, str kind, float scale, float? softcap, "
+    "bool drop_zero_weights, bool needs_head, bool needs_bias) -> Tensor",
+)
+def head_gradient_(grad, hidden, head, labels, bias, weights, *operands):
     """Turn `kept` into the gradient of the head, if needed; return that of the bias, or an empty tensor."""
-    index = _counted(labels, weights, drop_zero_weights)
-    problem = _problem(hidden, head, labels, index, bias, None, None, kind, scale, softcap)
-    upstream = _upstream(grad, weights, value, index, kind)
+    value, norm, ref_norm, kept, peaks, spare, *numbers, needs_head, needs_bias = operands
+    tensors, formula = unflattened(hidden, head, labels, bias, weights, None, None, *numbers, None)
+    index = _counted(labels, weights, formula.drop_zero_weights)
+    upstream, problem = _upstream(grad, weights, value, index, formula.kind), _problem(tensors, formula, index)
     grad_bias = bias.new_empty(bias.shape) if needs_bias else head.new_empty(0)
     grads = kept if needs_head else None, grad_bias if needs_bias else None
     torch.ops.moe_unlearn_native.token_loss_head(*grads, upstream, norm, ref_norm, *problem, kept, peaks, spare)
@@ -94,8 +105,9 @@ def head_gradient_(
 
 
 @head_gradient_.register_fake
-def _(grad, hidden, head, labels, bias, *rest):
-    return bias.new_empty(bias.shape) if rest[-1] else head.new_empty(0)
+def _(grad, hidden, head, labels, bias, *operands):
+    *_, needs_bias = operands
+    return bias.new_empty(bias.shape) if needs_bias else head.new_empty(0)
 
 
 def _upstream(grad, weights, value, index, kind):
@@ -105,12 +117,14 @@ def _upstream(grad, weights, value, index, kind):
     return upstream * -torch.expm1(value) if kind == "uce" else upstream
 
 
-def _can_take(*tensors: Tensor | None) -> bool:
-    return all(t is None or t.dtype in _DTYPES for t in tensors)
+def _can_take(operands) -> bool:
+    hidden, head, _, bias, _, ref_hidden, ref_head = operands
+    return all(t is None or t.dtype in _DTYPES for t in (hidden, head, bias, ref_hidden, ref_head))
 
 
-def _problem(hidden, head, labels, index, bias, ref_hidden, ref_head, kind, scale, softcap):
+def _problem(operands, formula, index):
     """Return the kernels' arguments, detached, since torch's threads do not inherit that gradients are off."""
-    tensors = [None if t is None else t.detach() for t in (hidden, head, labels, index, bias, ref_hidden, ref_head)]
-    tensors[2] = tensors[2].contiguous()
-    return *tensors, kind, scale, softcap or 0.0
+    hidden, head, labels, bias, _, ref_hidden, ref_head = operands
+    tensors = [hidden, head, labels.contiguous(), index, bias, ref_hidden, ref_head]
+    detached = [None if t is None else t.detach() for t in tensors]
+    return *detached, formula.kind, formula.scale, formula.softcap or 0.0

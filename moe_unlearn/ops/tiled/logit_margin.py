@@ -7,12 +7,22 @@ first one if several are largest. Without a softcap the backward computes no log
 import torch
 
 from moe_unlearn.ops.tiled.token_loss import gradients
-from moe_unlearn.ops.token_loss import _DEFAULT_ROWS, IGNORED, _counted, _logits, _tiles, _wide
+from moe_unlearn.ops.token_loss import (
+    _DEFAULT_ROWS,
+    IGNORED,
+    _counted,
+    _logits,
+    _tiles,
+    _wide,
+    backward_operands,
+    unflattened,
+)
 
 
-def forward(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
-            drop_zero_weights, chunk_rows):  # fmt: skip
+def forward(*operands):
     """Compute (loss [T], l [T], norm [2, T], ref_norm [2, T]), 0 in the rows that do not count."""
+    (hidden, head, labels, bias, weights, _, _), formula = unflattened(*operands)
+    _, scale, softcap, drop_zero_weights, chunk_rows, _ = formula
     dtype = _wide(hidden, head)
     value = torch.zeros(labels.shape, dtype=dtype, device=labels.device)
     norm, ref_norm = value.new_zeros(2, *labels.shape), value.new_zeros(2, *labels.shape)
@@ -33,9 +43,10 @@ def forward(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, sca
     return torch.where(labels == IGNORED, 0, weighted), value, norm, ref_norm
 
 
-def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm,
-             kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head, needs_bias):  # fmt: skip
+def backward(grad, *operands):
     """Compute the gradients of hidden [T, H], head [V, H] and bias [V]; empty for one that is not needed."""
+    (hidden, head, labels, bias, weights, _, _), (_, norm, ref_norm), formula, needs = backward_operands(*operands)
+    _, scale, softcap, drop_zero_weights, chunk_rows, _ = formula
     dtype = norm.dtype
     upstream = grad.to(dtype) if weights is None else grad.to(dtype) * weights.to(dtype)
     outer = 2 * scale * upstream * (norm[0] - norm[1])
@@ -48,4 +59,4 @@ def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, va
             dz = dz * (1 - (_logits(h, w, b, scale, softcap) / softcap).square())
         return dz * outer[rows, None]
 
-    return gradients(slope, chunks, hidden, head, bias, dtype, (needs_hidden, needs_head, needs_bias))
+    return gradients(slope, chunks, hidden, head, bias, dtype, needs)

@@ -7,19 +7,30 @@ same numbers of their logits.
 import torch
 from torch import Tensor
 
-from moe_unlearn.ops.token_loss import _DEFAULT_ROWS, IGNORED, _check_labels, _counted, _logits, _tiles, _wide
+from moe_unlearn.ops.token_loss import (
+    _DEFAULT_ROWS,
+    IGNORED,
+    _counted,
+    _logits,
+    _tiles,
+    _wide,
+    backward_operands,
+    unflattened,
+)
 
 _WITH_TARGETS = ("kl", "ce")
 
 
-def forward(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, scale, softcap,
-            drop_zero_weights, chunk_rows, label_penalty=0.0):  # fmt: skip
+def forward(*operands):
     """Compute (loss [T], l [T], norm [2, T], ref_norm [2, T]), 0 in the rows that do not count."""
+    tensors, formula = unflattened(*operands)
+    hidden, head, labels, bias, weights, ref_hidden, _ = tensors
+    kind, scale, softcap, drop_zero_weights, chunk_rows, _ = formula
     dtype = _wide(hidden, head)
     value = torch.zeros(labels.shape, dtype=dtype, device=labels.device)
     norm, ref_norm = value.new_zeros(2, *labels.shape), value.new_zeros(2, *labels.shape)
     counted = _counted(labels, weights, drop_zero_weights)
-    _check_labels(labels[counted], kind, len(head))
+    check_labels(labels[counted], kind, len(head))
     for rows in counted.split(chunk_rows or _DEFAULT_ROWS):
         h, y = hidden[rows].to(dtype), labels[rows]
         h_ref = None if ref_hidden is None else ref_hidden[rows].to(dtype)
@@ -30,7 +41,7 @@ def forward(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, sca
             z = _logits(h, head[tile], b, scale, softcap)
             parts.append(_peak_and_sum(z))
             if kind in _WITH_TARGETS:
-                z_ref = _targets(z, h_ref, head, ref_head, tile, b, scale, softcap, y, label_penalty)
+                z_ref = _targets(z, h_ref, y, tile, tensors, formula)
                 ref_parts.append(_peak_and_sum(z_ref))
                 z, z_ref = z - parts[-1][0][:, None], z_ref - ref_parts[-1][0][:, None]
                 q = z_ref.exp()
@@ -55,10 +66,11 @@ def forward(hidden, head, labels, bias, weights, ref_hidden, ref_head, kind, sca
     return torch.where(labels == IGNORED, 0, weighted), value, norm, ref_norm
 
 
-def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, value, norm, ref_norm,
-             kind, scale, softcap, drop_zero_weights, chunk_rows, needs_hidden, needs_head,
-             needs_bias, label_penalty=0.0):  # fmt: skip
+def backward(grad, *operands):
     """Compute the gradients of hidden [T, H], head [V, H] and bias [V]; empty for one that is not needed."""
+    tensors, (value, norm, ref_norm), formula, needs = backward_operands(*operands)
+    hidden, head, labels, bias, weights, ref_hidden, _ = tensors
+    kind, scale, softcap, drop_zero_weights, chunk_rows, _ = formula
     dtype = norm.dtype
     upstream = grad.to(dtype) if weights is None else grad.to(dtype) * weights.to(dtype)
     if kind == "uce":
@@ -71,7 +83,7 @@ def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, va
         z, y = _logits(h, w, b, scale, softcap), labels[rows]
         dz = (z - norm[0, rows, None]).exp() / norm[1, rows, None]
         if kind in _WITH_TARGETS:
-            z_ref = _targets(z, references[i], head, ref_head, tile, b, scale, softcap, y, label_penalty)
+            z_ref = _targets(z, references[i], y, tile, tensors, formula)
             dz = dz - (z_ref - ref_norm[0, rows, None]).exp() / ref_norm[1, rows, None]
         else:
             column, inside = _column(y, tile)
@@ -79,49 +91,61 @@ def backward(grad, hidden, head, labels, bias, weights, ref_hidden, ref_head, va
         dz = dz * (upstream[rows] * scale)[:, None]
         return dz if softcap is None else dz * (1 - (z / softcap).square())
 
-    return gradients(slope, chunks, hidden, head, bias, dtype, (needs_hidden, needs_head, needs_bias))
+    return gradients(slope, chunks, hidden, head, bias, dtype, needs)
 
 
-def gradients(slope, chunks, hidden, head, bias, dtype, needed) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of hidden, head and bias; empty for one that is not `needed` (a truth for each).
+def check_labels(labels, kind, vocabulary):
+    if kind == "kl" or labels.numel() == 0:
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"labels must be in [0, {vocabulary}) or {IGNORED}; got {low if low < 0 else high}")
+
+
+def gradients(slope, chunks, hidden, head, bias, dtype, needs) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of hidden, head and bias; empty for one that is not needed.
 
     slope(i, h, w, b, tile) gives the gradient of the logits of rows `chunks[i]` at the columns of a tile, from hidden
     states h and weights w in `dtype` and the bias b.
     """
-    needs_hidden, needs_head, needs_bias = needed
     states = [hidden[rows].to(dtype) for rows in chunks]
-    sums = [torch.zeros_like(h) if needs_hidden else None for h in states]
-    grad_head = head.new_zeros(head.shape if needs_head else 0)
-    grad_bias = head.new_zeros(0) if not needs_bias else bias.new_zeros(bias.shape)
+    sums = [torch.zeros_like(h) if needs.hidden else None for h in states]
+    grad_head = head.new_zeros(head.shape if needs.head else 0)
+    grad_bias = head.new_zeros(0) if not needs.bias else bias.new_zeros(bias.shape)
     # the outer loop is over the vocabulary, so that each tile of the head's gradient is completed and rounded once
     for tile in _tiles(len(chunks[0]), len(head), dtype):
         w, b = head[tile].to(dtype), None if bias is None else bias[tile]
-        grad_w, grad_b = torch.zeros_like(w) if needs_head else None, torch.zeros_like(w[:, 0])
+        grad_w, grad_b = torch.zeros_like(w) if needs.head else None, torch.zeros_like(w[:, 0])
         for i, (h, grad_h) in enumerate(zip(states, sums, strict=True)):
             dz = slope(i, h, w, b, tile)
-            if needs_hidden:
+            if needs.hidden:
                 grad_h += dz @ w
-            if needs_head:
+            if needs.head:
                 grad_w += dz.t() @ h
-            if needs_bias:
+            if needs.bias:
                 grad_b += dz.sum(0)
-        if needs_head:
+        if needs.head:
             grad_head[tile] = grad_w.to(head.dtype)
-        if needs_bias:
+        if needs.bias:
             grad_bias[tile] = grad_b.to(bias.dtype)
-    grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else 0)
-    if needs_hidden:
+    grad_hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0)
+    if needs.hidden:
         for rows, grad_h in zip(chunks, sums, strict=True):
             grad_hidden[rows] = grad_h.to(hidden.dtype)
     return grad_hidden, grad_head, grad_bias
 
 
-def _targets(z, h_ref, head, ref_head, tile, bias, scale, softcap, labels, penalty) -> Tensor:
+def _targets(z, h_ref, labels, tile, tensors, formula) -> Tensor:
     """Compute a tile of the targets' logits: those of the reference, or `z` without one, lowered at the label."""
-    z_ref = z if h_ref is None else _logits(h_ref, (head if ref_head is None else ref_head)[tile], bias, scale, softcap)
-    if penalty:
+    z_ref = z
+    if h_ref is not None:
+        head = tensors.head if tensors.ref_head is None else tensors.ref_head
+        bias = None if tensors.bias is None else tensors.bias[tile]
+        z_ref = _logits(h_ref, head[tile], bias, formula.scale, formula.softcap)
+    if formula.label_penalty:
         column, inside = _column(labels, tile)
-        z_ref = z_ref.scatter_add(1, column, torch.where(inside, -penalty, 0.0).to(z_ref.dtype)[:, None])
+        penalty = torch.where(inside, -formula.label_penalty, 0.0).to(z_ref.dtype)
+        z_ref = z_ref.scatter_add(1, column, penalty[:, None])
     return z_ref
 
 
