@@ -238,10 +238,9 @@ class MaskedSGD(_Masked):
             raise ValueError(f"momentum must be at least 0; got {momentum}")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("nesterov needs momentum above 0 and dampening 0")
-        super().__init__(params, {
-            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-            "nesterov": nesterov, "maximize": maximize, "numerics": numerics, "seed": seed,
-        })  # fmt: skip
+        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        common = {"nesterov": nesterov, "maximize": maximize, "numerics": numerics, "seed": seed}
+        super().__init__(params, defaults | common)
 
     def _moments(self, group: dict) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
@@ -273,10 +272,8 @@ class MaskedAdamW(_Masked):
             raise ValueError(f"betas must be in [0, 1); got {betas}")
         if not eps >= 0:
             raise ValueError(f"eps must be at least 0; got {eps}")
-        super().__init__(params, {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-            "numerics": numerics, "seed": seed,
-        })  # fmt: skip
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"maximize": maximize, "numerics": numerics, "seed": seed})
 
     def _moments(self, group: dict) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")

@@ -52,13 +52,16 @@ def test_padding_bits_are_zero_and_ignored():
     assert not unpack_bits(words | -32, 5).any()
 
 
-@pytest.mark.parametrize("view", [
-    lambda m: m.transpose(0, 1),
-    lambda m: m[:, ::2],
-    lambda m: m[1:, 3:50],
-    lambda m: m[:1].expand(4, 90),
-    lambda m: m.flip(1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda m: m.transpose(0, 1),
+        lambda m: m[:, ::2],
+        lambda m: m[1:, 3:50],
+        lambda m: m[:1].expand(4, 90),
+        lambda m: m.flip(1),
+    ],
+)
 def test_memory_layouts(view):
     mask = view(random_mask(7, 90))
     assert torch.equal(pack_bits(mask), pack_bits(mask.clone(memory_format=torch.contiguous_format)))
@@ -132,8 +135,13 @@ def test_philox_is_the_scalar_definition(index, step, seed, parameter_id):
 def test_philox_words_differ_in_every_argument():
     index = torch.arange(1000)
     base = philox(index, 1, 2, 3)
-    others = [philox(index + 1000, 1, 2, 3), philox(index, 2, 2, 3), philox(index, 1, 3, 3), philox(index, 1, 2, 4),
-              philox(index + 2**32, 1, 2, 3)]  # fmt: skip
+    others = [
+        philox(index + 1000, 1, 2, 3),
+        philox(index, 2, 2, 3),
+        philox(index, 1, 3, 3),
+        philox(index, 1, 2, 4),
+        philox(index + 2**32, 1, 2, 3),
+    ]
     # two independent streams of 1000 words meet with probability 1000 / 2^32
     assert all(not (base == other).any() for other in others)
     assert ((base >= 0) & (base < 2**32)).all()

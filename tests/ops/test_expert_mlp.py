@@ -409,7 +409,7 @@ BAD = {
     "impl": ({"impl": "cuda"}, RuntimeError, "no implementation cuda"),
     "impl name": ({"impl": "fast"}, ValueError, "'fast'"),
     "device": ({"down_proj": torch.randn(5, 24, 16, device="meta")}, ValueError, "must be on cpu"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.quick

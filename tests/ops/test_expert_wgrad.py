@@ -332,7 +332,7 @@ BAD = {
     "experts": ({"experts": torch.ones(1, 1, dtype=torch.int64)}, ValueError, "experts must be int32 or int64"),
     "out": ({"out": torch.zeros(E, M, P + 1)}, ValueError, r"out must be float \[5, 12, 40\]"),
     "mask": ({"mask": torch.zeros(E, M, 1, dtype=torch.int32)}, ValueError, r"int32 words \[5, 12, 2\]"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.quick

@@ -56,8 +56,9 @@ def test_integers_match_bitwise(m, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_accurate_far_below_float32(dtype):
-    sets = gradient_sets(3, lambda shape, seed: torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed)).to(dtype))  # fmt: skip
+    sets = gradient_sets(
+        3, lambda shape, seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    )
     truth = by_hand(sets)
     # rounded to float32 at the end, so that a sum in float32 would fail and another float64 order passes
     assert_as_accurate(gram(sets).float(), truth.float(), truth)
@@ -180,7 +181,6 @@ def test_bad_input_is_named(sets, masks, error, message):
     ],
 )
 def test_bad_factors_are_named(change, message):
-    good = {"row_gradients": [torch.ones(5, 3)], "inputs": torch.ones(5, 2),
-            "expert_offsets": torch.tensor([0, 5])}  # fmt: skip
+    good = {"row_gradients": [torch.ones(5, 3)], "inputs": torch.ones(5, 2), "expert_offsets": torch.tensor([0, 5])}
     with pytest.raises(ValueError, match=message):
         gram_factors(**{**good, **change})

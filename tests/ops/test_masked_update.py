@@ -298,16 +298,12 @@ def test_an_update_between_forward_and_backward_is_caught():
 def test_opcheck():
     param, mask = randn(4, 40), pack_bits(random_mask(2, 40))
     grad, (m, v), slices = randn(2, 40, seed=1), moments((2, 40), torch.float32), torch.tensor([3, 0])
-    torch.library.opcheck(
-        torch.ops.moe_unlearn.masked_adamw.default,
-        (param, grad, m, v, mask, None, slices, 0.1, 0.9, 0.99, 1e-8, 0.1, 2, "nearest", 0, 0, "auto"),
-    )
+    check, ops, update = torch.library.opcheck, torch.ops.moe_unlearn, Update(step=2)
+    sgd, adamw = SGD(lr=0.1, weight_decay=0.1), AdamW(lr=0.1, beta2=0.99, weight_decay=0.1)
+    check(ops.masked_adamw.default, (param, grad, m, v, mask, None, slices, *adamw, *update, "auto"))
     for buffer, master in ((m, None), (None, randn(2, 40, seed=5))):
-        torch.library.opcheck(
-            torch.ops.moe_unlearn.masked_sgd.default,
-            (param.bfloat16(), grad, buffer, mask, master, slices,
-             0.1, 0.0, 0.0, 0.1, False, 2, "nearest", 0, 0, "auto"),
-        )  # fmt: skip
+        tensors = param.bfloat16(), grad, buffer, mask, master, slices
+        check(ops.masked_sgd.default, (*tensors, *sgd, *update, "auto"))
 
 
 def test_compiles_as_one_graph():
@@ -318,8 +314,8 @@ def test_compiles_as_one_graph():
 
     def inputs():
         m, v = moments((2, 40), torch.float32)
-        return [randn(4, 40, dtype=torch.bfloat16), randn(2, 40), m, v, pack_bits(random_mask(2, 40)),
-                torch.tensor([3, 0])]  # fmt: skip
+        mask, slices = pack_bits(random_mask(2, 40)), torch.tensor([3, 0])
+        return [randn(4, 40, dtype=torch.bfloat16), randn(2, 40), m, v, mask, slices]
 
     eager, compiled = inputs(), inputs()
     expected = update(*eager)
@@ -335,27 +331,43 @@ BAD = {
     "moment shape": (ValueError, "exp_avg must have shape", {"exp_avg": torch.ones(3, 1)}),
     "moment dtype": (TypeError, "exp_avg_sq must be", {"exp_avg_sq": torch.ones(3, 40).half()}),
     "bool mask": (TypeError, "packed int32 words", {"mask": torch.ones(3, 40, dtype=torch.bool)}),
-    "mask shape": (ValueError, r"\[3, 2\] for weights \[3, 40\]; got \[3, 1\]",
-                   {"mask": torch.ones(3, 1, dtype=torch.int32)}),
+    "mask shape": (
+        ValueError,
+        r"\[3, 2\] for weights \[3, 40\]; got \[3, 1\]",
+        {"mask": torch.ones(3, 1, dtype=torch.int32)},
+    ),
     "slices dtype": (TypeError, "slices must be int64", {"slices": torch.ones(3).int()}),
     "slices shape": (ValueError, r"slices must be \[M\]", {"slices": torch.ones(3, 1).long()}),
     "compact grad": (ValueError, r"grad must have shape \[2, 40\]", {"slices": torch.tensor([0, 1])}),
     "rounding": (ValueError, "rounding must be one of", {"rounding": "up"}),
-    "half": (TypeError, "stochastic rounding is to bfloat16",
-             {"param": torch.ones(3, 40).half(), "rounding": "stochastic"}),
+    "half": (
+        TypeError,
+        "stochastic rounding is to bfloat16",
+        {"param": torch.ones(3, 40).half(), "rounding": "stochastic"},
+    ),
     "master dtype": (TypeError, "master must be float32", {"master": torch.ones(3, 40).bfloat16()}),
-    "master rounding": (ValueError, "master needs rounding 'nearest'",
-                        {"master": torch.ones(3, 40), "rounding": "stochastic"}),
+    "master rounding": (
+        ValueError,
+        "master needs rounding 'nearest'",
+        {"master": torch.ones(3, 40), "rounding": "stochastic"},
+    ),
     "step": (ValueError, "step counts from 1; got 0", {"step": 0}),
     "device": (ValueError, "grad must be on cpu like param", {"grad": torch.ones(3, 40, device="meta")}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("error, message, change", BAD.values(), ids=BAD)
 def test_bad_arguments(error, message, change):
-    good = {"param": torch.ones(3, 40), "grad": torch.ones(3, 40), "exp_avg": torch.zeros(3, 40),
-            "exp_avg_sq": torch.zeros(3, 40), "mask": None, "lr": 0.1, "step": 1}  # fmt: skip
+    good = {
+        "param": torch.ones(3, 40),
+        "grad": torch.ones(3, 40),
+        "exp_avg": torch.zeros(3, 40),
+        "exp_avg_sq": torch.zeros(3, 40),
+        "mask": None,
+        "lr": 0.1,
+        "step": 1,
+    }
     with pytest.raises(error, match=message):
         by_keyword(masked_adamw_)(**(good | change))
 

@@ -289,8 +289,9 @@ def test_opcheck_and_compile():
     words, tilt = pack_bits(random_members(20, [0.3] * 35)), torch.randn(35).double()
     opcheck(_moments, (words, tilt, 0.1, 2.0, "ref"))
     opcheck(_tilted_weights, (words, tilt, 0.1, 2.0, "ref"))
-    function = torch.compile(lambda w, t: (tilted_weights(w, t, 0.1, cap=2.0), *moments(w, t, 0.1)),
-                             fullgraph=True, backend="aot_eager")  # fmt: skip
+    function = torch.compile(
+        lambda w, t: (tilted_weights(w, t, 0.1, cap=2.0), *moments(w, t, 0.1)), fullgraph=True, backend="aot_eager"
+    )
     plain = (tilted_weights(words, tilt, 0.1, cap=2.0), *moments(words, tilt, 0.1))
     assert all(torch.equal(a, b) for a, b in zip(function(words, tilt), plain, strict=True))
 

@@ -42,8 +42,7 @@ def test_equals_counting_by_hand(size, pattern, impl):
     histogram, offsets, order, added = by_hand(index, num_experts, group.tolist(), 3, log_tilt)
     log_weight = before.clone()
     with poison():
-        out = route(index, num_experts, group=group, num_groups=3, log_tilt=log_tilt, log_weight=log_weight,
-                    impl=impl)  # fmt: skip
+        out = route(index, num_experts, group=group, num_groups=3, log_tilt=log_tilt, log_weight=log_weight, impl=impl)
     assert torch.equal(out.tokens_per_expert, histogram)
     assert torch.equal(out.expert_offsets, offsets)
     assert torch.equal(out.sorted_rows, order)
@@ -69,16 +68,28 @@ def test_layout_and_integer_type_do_not_matter(layout, dtype, impl):
     results = []
     for given in (index, in_layout(index, layout)):
         log_weight = torch.zeros(50)
-        out = route(given, 6, group=in_layout(group, layout), num_groups=2, log_tilt=in_layout(tilt, layout),
-                    log_weight=log_weight, impl=impl)  # fmt: skip
+        out = route(
+            given,
+            6,
+            group=in_layout(group, layout),
+            num_groups=2,
+            log_tilt=in_layout(tilt, layout),
+            log_weight=log_weight,
+            impl=impl,
+        )
         results.append((*out, log_weight))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_negative_ids_and_ignored_tokens_count_nowhere():
     log_weight = torch.zeros(3)
-    out = route(torch.tensor([[-1, 0], [1, 9], [1, 0]]), 2, group=torch.tensor([0, -1, 7]),
-                log_tilt=torch.tensor([1.0, 10.0]), log_weight=log_weight)  # fmt: skip
+    out = route(
+        torch.tensor([[-1, 0], [1, 9], [1, 0]]),
+        2,
+        group=torch.tensor([0, -1, 7]),
+        log_tilt=torch.tensor([1.0, 10.0]),
+        log_weight=log_weight,
+    )
     assert out.tokens_per_expert.tolist() == [[1, 0]]
     # the groups leave tokens out of the histogram only: the rows still have to be computed
     assert out.expert_offsets.tolist() == [0, 2, 4]

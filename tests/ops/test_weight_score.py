@@ -81,8 +81,7 @@ def test_blocks_give_the_same_bits(monkeypatch):
 
     weight, g_f, g_r = (integers(30, 5, seed=s) for s in range(3))
     arguments = {"gamma": 1.0, "threshold_bits": 0x40000000, "ties": 7}
-    whole, histogram = score_mask(weight, g_f, g_r, **arguments), score_histogram(
-        weight, g_f, g_r, gamma=1.0, digit=0)  # fmt: skip
+    whole, histogram = score_mask(weight, g_f, g_r, **arguments), score_histogram(weight, g_f, g_r, gamma=1.0, digit=0)
     monkeypatch.setattr(sys.modules["moe_unlearn.ops.weight_score"], "BLOCK", 11)
     blocks = score_mask(weight, g_f, g_r, **arguments)
     assert torch.equal(whole[0], blocks[0]) and int(whole[1]) == int(blocks[1]) > 0
@@ -95,8 +94,8 @@ def test_layout_does_not_matter(layout):
     moved = [in_layout(t, layout) for t in given]
     assert torch.equal(weight_score(*moved, gamma=0.5), weight_score(*given, gamma=0.5))
     for digit in (0, 1):
-        assert torch.equal(score_histogram(*moved, gamma=0.5, digit=digit, prefix=0x3D00),
-                           score_histogram(*given, gamma=0.5, digit=digit, prefix=0x3D00))  # fmt: skip
+        both = (score_histogram(*terms, gamma=0.5, digit=digit, prefix=0x3D00) for terms in (moved, given))
+        assert torch.equal(*both)
     words = [score_mask(*t, gamma=0.5, threshold_bits=0x3D000000, ties=2)[0] for t in (moved, given)]
     assert torch.equal(*words)
 
@@ -160,8 +159,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(threads):
 )
 def test_bad_input_is_named(change, error, message):
     ones = torch.ones(2, 3)
-    good = {"weight": ones, "grad_forget": ones, "grad_retain": ones, "gamma": 1.0, "threshold_bits": 0,
-            "ties": 0}  # fmt: skip
+    good = {"weight": ones, "grad_forget": ones, "grad_retain": ones, "gamma": 1.0, "threshold_bits": 0, "ties": 0}
     with pytest.raises(error, match=message):
         score_mask(**{**good, **change})
 
