@@ -8,18 +8,26 @@ QWEN3, OLMOE = (151_936, 2048), (50_304, 2048)
 
 
 def _both(
-    kind, shape=QWEN3, tokens=8192, *, dtype=torch.bfloat16, trained_head=False, bias=False, weights=True,
-    own_head=False, transposed=False, softcap=None, scale=1.0,
-):  # fmt: skip
+    kind,
+    shape=QWEN3,
+    tokens=8192,
+    *,
+    dtype=torch.bfloat16,
+    trained_head=False,
+    bias=False,
+    weights=True,
+    own_head=False,
+    transposed=False,
+    scale_and_softcap=(1.0, None),
+):
     vocabulary, width = shape
     hidden = torch.empty(tokens, width, dtype=dtype)
     head = torch.empty(width, vocabulary, dtype=dtype).t() if transposed else torch.empty(shape, dtype=dtype)
-    arguments = (
-        hidden, head, torch.empty(tokens, dtype=torch.int64), torch.empty(vocabulary, dtype=dtype) if bias else None,
-        torch.empty(tokens) if weights else None, torch.empty_like(hidden) if kind == "kl" else None,
-        torch.empty_like(head) if own_head else None,
-    )  # fmt: skip
-    options = kind, scale, softcap, True, None
+    labels, token_weights = torch.empty(tokens, dtype=torch.int64), torch.empty(tokens) if weights else None
+    reference = torch.empty_like(hidden) if kind == "kl" else None, torch.empty_like(head) if own_head else None
+    column = torch.empty(vocabulary, dtype=dtype) if bias else None
+    arguments = hidden, head, labels, column, token_weights, *reference
+    options = kind, *scale_and_softcap, True, None
     _, value, norm, ref_norm = token_loss(*arguments, *options)
     token_loss_backward(torch.empty(tokens), *arguments, value, norm, ref_norm, *options, True, trained_head, bias)
 
@@ -27,7 +35,7 @@ def _both(
 CASES = {
     "nll, qwen3": lambda: _both("nll"),
     "nll, head trained": lambda: _both("nll", trained_head=True, weights=False),
-    "uce, softcap": lambda: _both("uce", scale=0.5, softcap=30.0),
+    "uce, softcap": lambda: _both("uce", scale_and_softcap=(0.5, 30.0)),
     "kl, qwen3": lambda: _both("kl", trained_head=True),
     "kl, head of its own": lambda: _both("kl", own_head=True),
     "nll, bias": lambda: _both("nll", OLMOE, trained_head=True, bias=True),
