@@ -11,7 +11,7 @@ name. It never guesses an activation from attributes: it calls the module's own 
 compares the result with the known formulas. Modules that it cannot compute go to transformers' "grouped_mm" with
 one warning: those with an unknown gate, a gate with parameters, a norm after each expert or quantised weights.
 
-Per-step inputs (token groups, tilt, trained experts) live in one `StepInputs` on each experts module, which
+Per-step inputs (token groups, tilt, the sink of gradients) live in one `StepInputs` on each experts module, which
 `step_inputs` sets and clears.
 """
 
@@ -48,8 +48,8 @@ class GradientSink(Protocol):
     def enter(self, weight: Tensor) -> None:
         """Note that a forward pass uses `weight`."""
 
-    def experts(self, weights: Sequence[Tensor]) -> Tensor | None:
-        """Return the experts, ascending int32 [M_e], for which any of `weights` keeps a gradient; None for all."""
+    def trained_slices(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """Return the slices that train of any of one layer's `weights`, ascending int32 [M_e]; None for all."""
 
     def take(self, weight: Tensor, factors: Factors) -> None:
         """Take the factors of a gradient of `weight` from the backward pass."""
@@ -59,12 +59,11 @@ class GradientSink(Protocol):
 class StepInputs:
     """Inputs of one step for one layer; all tensors or plain numbers.
 
-    Every forward pass adds to two tensors while `armed` (the recompute of a gradient checkpoint does not):
+    Every forward pass adds to two tensors (the recompute of a gradient checkpoint does not):
     `tokens_per_expert` int64 [G, E] counts the tokens of each `group` [T]; `log_weight` float32 [T] collects
     `log_tilt` [E] over a token's experts.
 
-    `trained_experts` int32 [M_e] are the experts whose weights get a gradient; None stands for all of them. With
-    `weight_gradients` no weight gets a gradient: its factors go to that sink.
+    With `weight_gradients` no weight gets a gradient: its factors go to that sink.
     """
 
     group: Tensor | None = None
@@ -72,9 +71,7 @@ class StepInputs:
     log_tilt: Tensor | None = None
     log_weight: Tensor | None = None
     tokens_per_expert: Tensor | None = None
-    trained_experts: Tensor | None = None
     weight_gradients: GradientSink | None = None
-    armed: bool = True
 
 
 @dataclass
@@ -123,10 +120,9 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     if self.has_bias:
         biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias)
     weights = [w for w in (up, self.down_proj, *biases) if w is not None and w.requires_grad]
-    trained = None if state.inputs is None else state.inputs.trained_experts
-    sink = _sink(state, weights)
+    trained, sink = None, _sink(state, weights)
     if sink is not None and not (hidden_states.requires_grad or top_k_weights.requires_grad):
-        trained = state.inputs.weight_gradients.experts(weights)
+        trained = state.inputs.weight_gradients.trained_slices(weights)
     return expert_mlp(
         hidden_states,
         top_k_weights,
@@ -167,7 +163,7 @@ def _fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Te
 def _counted_routing(module: nn.Module, state: _State, top_k_index: Tensor) -> Routing | None:
     """Route the tokens and add to the counters of the step's inputs; None if there is nothing to count."""
     inputs = state.inputs
-    if inputs is None or not inputs.armed or _recomputing():
+    if inputs is None or _recomputing():
         return None
     routing = route(
         top_k_index, module.num_experts, group=inputs.group, num_groups=inputs.num_groups,
@@ -236,21 +232,19 @@ def step_inputs(
     log_tilt: Tensor | None = None,
     log_weight: Tensor | None = None,
     tokens_per_expert: Tensor | None = None,
-    trained_experts: list[Tensor | None] | None = None,
     weight_gradients: GradientSink | None = None,
-) -> Iterator[list[StepInputs]]:
+) -> Iterator[None]:
     """Set the inputs of every experts module for the passes inside, and restore the previous ones afterwards.
 
-    log_tilt [L, E], tokens_per_expert [L, G, E] and the L entries of trained_experts belong to the layers in
-    the order of `experts_modules`; all layers share group [T], log_weight [T] and weight_gradients. See
-    `StepInputs`.
+    log_tilt [L, E] and tokens_per_expert [L, G, E] belong to the layers in the order of `experts_modules`; all layers
+    share group [T], log_weight [T] and weight_gradients. See `StepInputs`.
 
-    The backward pass may run inside. It must run inside where trained_experts or weight_gradients meet gradient
-    checkpointing, since the recompute reads them. Where these two are missing, those of an enclosing
-    `step_inputs` stay in force. Raises ValueError if an argument has not one entry per layer.
+    The backward pass may run inside. It must run inside where weight_gradients meets gradient checkpointing, since the
+    recompute reads it. Where it is missing, that of an enclosing `step_inputs` stays in force. Raises ValueError if an
+    argument has not one entry per layer.
     """
     states = [_state(module) for module in experts_modules(model).values()]
-    by_layer = {"log_tilt": log_tilt, "tokens_per_expert": tokens_per_expert, "trained_experts": trained_experts}
+    by_layer = {"log_tilt": log_tilt, "tokens_per_expert": tokens_per_expert}
     for name, value in by_layer.items():
         if value is not None and len(value) != len(states):
             raise ValueError(f"{name} must have one entry for each of {len(states)} MoE layers; got {len(value)}")
@@ -258,15 +252,12 @@ def step_inputs(
     made = []
     for layer, before in enumerate(previous):
         own = {name: None if value is None else value[layer] for name, value in by_layer.items()}
-        own["weight_gradients"] = weight_gradients
-        for name in ("trained_experts", "weight_gradients"):
-            if own[name] is None and before is not None:
-                own[name] = getattr(before, name)
-        made.append(StepInputs(group=group, num_groups=num_groups, log_weight=log_weight, **own))
+        sink = before.weight_gradients if weight_gradients is None and before is not None else weight_gradients
+        made.append(StepInputs(group=group, num_groups=num_groups, log_weight=log_weight, weight_gradients=sink, **own))
     try:
         for state, inputs in zip(states, made, strict=True):
             state.inputs = inputs
-        yield made
+        yield
     finally:
         for state, before in zip(states, previous, strict=True):
             state.inputs = before

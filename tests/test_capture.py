@@ -5,7 +5,7 @@ import torch
 
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.model.batches import target_mask
-from moe_unlearn.model.capture import collect_routing, count_experts, evaluation_mode, routing_capture
+from moe_unlearn.model.capture import collect_routing, evaluation_mode, routing_capture
 from tests.batches import random_batch
 from tests.models import TINY_MODELS, tiny_olmoe
 
@@ -34,6 +34,14 @@ def expected_routing(model, batch):
     return torch.stack(seen)
 
 
+def hits(model, batch, mask):
+    """The top-K hits [L, E] over the positions in `mask`."""
+    group = torch.where(mask.flatten(), 0, -1).int()
+    with torch.no_grad(), evaluation_mode(model), routing_capture(model, group=group) as capture:
+        run(model, batch)
+    return capture.counts
+
+
 def counted(index, mask, num_experts):
     return torch.stack([torch.bincount(i[mask.flatten()].flatten(), minlength=num_experts) for i in index])
 
@@ -50,7 +58,7 @@ def test_ids_are_the_routers(model):
 def test_counts_leave_out_what_the_mask_leaves_out(model):
     batch = random_batch(VOCAB)
     mask = target_mask(batch)
-    counts = count_experts(model, batch, mask)
+    counts = hits(model, batch, mask)
     assert torch.equal(counts, counted(collect_routing(model, batch), mask, 8))
     assert counts.dtype == torch.int64 and counts.sum(1).tolist() == [2 * int(mask.sum())] * 2
     assert 0 < int(mask.sum()) < int(batch["attention_mask"].sum())
@@ -73,7 +81,7 @@ def test_every_family(family):
     model = TINY_MODELS[family](VOCAB).eval()
     batch = random_batch(VOCAB)
     mask = target_mask(batch)
-    counts = count_experts(model, batch, mask)
+    counts = hits(model, batch, mask)
     modules = list(experts_modules(model).values())
     assert counts.shape == (len(modules), modules[0].num_experts)
     assert torch.equal(counts, counted(collect_routing(model, batch), mask, modules[0].num_experts))
@@ -98,10 +106,10 @@ def test_forward_passes_add_up(model):
         for batch in batches:
             capture.group = torch.where(target_mask(batch).flatten(), 0, -1)
             run(model, batch)
-    assert torch.equal(capture.counts, sum(count_experts(model, b, target_mask(b)) for b in batches))
+    assert torch.equal(capture.counts, sum(hits(model, b, target_mask(b)) for b in batches))
     assert torch.equal(capture.top_k_index, torch.cat([collect_routing(model, b) for b in batches], 1))
     run(model, batches[0])  # the context is over: nothing more is counted
-    assert torch.equal(capture.counts, sum(count_experts(model, b, target_mask(b)) for b in batches))
+    assert torch.equal(capture.counts, sum(hits(model, b, target_mask(b)) for b in batches))
 
 
 @pytest.mark.quick
@@ -109,7 +117,7 @@ def test_forward_passes_add_up(model):
 def test_a_checkpoints_recompute_is_not_counted(model, reentrant):
     batch = random_batch(VOCAB)
     everything = torch.ones_like(target_mask(batch))
-    expected = count_experts(model, batch, everything)
+    expected = hits(model, batch, everything)
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     calls = []

@@ -78,7 +78,7 @@ READS = {
     "rows_of": (1, "what is cached of a row is on the CPU; in prepare()"),
     "Objectives._forget_side": (2, "SEUF's one expert"),
     "embed_diff": (0, "RMU takes the rows that count"),
-    "CompactSink.experts": (1, "the experts of the lowest layer that trains"),
+    "CompactSink.trained_slices": (1, "the experts of the lowest layer that trains"),
     "UpdateSink.take": (1, "a bound that is on the CPU"),
     "_extremes": (1, "an offset that is on the CPU"),
     "join": (1, "factors of several passes, for MOLLM or several micro-batches"),

@@ -124,11 +124,3 @@ def collect_routing(model: nn.Module, batch: Batch) -> Tensor:
     with torch.no_grad(), evaluation_mode(model), routing_capture(model, keep_index=True) as capture:
         final_hidden_states(model, batch)
     return capture.top_k_index
-
-
-def count_experts(model: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
-    """Count the top-K hits [L, E] int64 over the positions in `mask` (bool [B, S]), in evaluation mode."""
-    group = torch.where(mask.flatten(), 0, -1).int()
-    with torch.no_grad(), evaluation_mode(model), routing_capture(model, group=group) as capture:
-        final_hidden_states(model, batch)
-    return capture.counts

@@ -39,8 +39,8 @@ class CompactSink:
     def enter(self, weight: Tensor) -> None:
         """Note that a forward pass uses `weight`."""
 
-    def experts(self, weights: Sequence[Tensor]) -> Tensor | None:
-        """Return the experts that need a gradient of any of `weights`, ascending int32 [M_e]; None means all."""
+    def trained_slices(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """Return the slices that train of any of one layer's `weights`, ascending int32 [M_e]; None for all."""
         layouts = [found for found in map(self.optimizer.layout, weights) if found is not None]
         if any(slices is None for slices, _ in layouts):
             return None
