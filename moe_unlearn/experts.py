@@ -166,9 +166,13 @@ def _counted_routing(module: nn.Module, state: _State, top_k_index: Tensor) -> R
     if inputs is None or _recomputing():
         return None
     routing = route(
-        top_k_index, module.num_experts, group=inputs.group, num_groups=inputs.num_groups,
-        log_tilt=inputs.log_tilt, log_weight=inputs.log_weight,
-    )  # fmt: skip
+        top_k_index,
+        module.num_experts,
+        group=inputs.group,
+        num_groups=inputs.num_groups,
+        log_tilt=inputs.log_tilt,
+        log_weight=inputs.log_weight,
+    )
     if inputs.tokens_per_expert is not None:
         inputs.tokens_per_expert += routing.tokens_per_expert
     return routing

@@ -22,34 +22,49 @@ is the position over all groups. The optimizers are deterministic.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe_unlearn.config import Recipe
 from moe_unlearn.ops.bits import keep_where, num_words
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_sgd_
 from moe_unlearn.ops.masked_update import SGD, AdamW, Update, masked_adamw_, masked_sgd_
 
+# by parameter, what replaces its `.grad`: see `step`
+Gradients = Mapping[Tensor, Tensor | Factors]
 NUMERICS = ("parity", "nearest", "stochastic", "fp32_master")
+
+
+class Layout(NamedTuple):
+    """The slices along dimension 0 that train, int64 [M], and their packed mask; None where all of them do."""
+
+    trained_slices: Tensor | None
+    mask: Tensor | None
+
+
+class Slot(NamedTuple):
+    """A parameter's place in an optimizer, with its mask; `parameter_id` is the position over all groups."""
+
+    group: dict
+    parameter: Tensor
+    mask: Tensor | None
+    parameter_id: int
 
 
 class _Masked(torch.optim.Optimizer):
     """Base of both optimizers: masks, compact state, the loop over parameters."""
 
     def __init__(self, params: Iterable, defaults: dict):
-        # parameter id -> (mask, its version, slices, mask of the slices); a cache, never saved
-        self._layouts: dict[int, tuple] = {}
+        # parameter id -> (mask, its version, layout); a cache, never saved
+        self._layouts: dict[int, tuple[Tensor, int, Layout]] = {}
         # parameter -> (number of its group, place in it) when last looked up; a place is checked before its use
         self._places: dict[Tensor, tuple[int, int]] = {}
-        #: by parameter, a replacement of `.grad`: a compact gradient, [M, ...] for the M slices that train, or the
-        #: factors of an expert weight's gradient, from which `step` updates without storing the gradient
-        self.gradients: dict[Tensor, Tensor | Factors] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._layouts, self._places, self.gradients = {}, {}, {}
+        self._layouts, self._places = {}, {}
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group as torch does; it may bring its `masks`, otherwise None for each parameter."""
@@ -85,31 +100,28 @@ class _Masked(torch.optim.Optimizer):
             group["masks"], new = new[:count], new[count:]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None):
-        """Update every parameter that has a gradient once; return the closure's value."""
+    def step(self, closure: Callable[[], float] | None = None, *, gradients: Gradients | None = None):
+        """Update every parameter that has a gradient once; return the closure's value.
+
+        `gradients` replace `.grad`, by parameter: a compact gradient, [M, ...] for the M slices that train, or the
+        factors of an expert weight's gradient, from which the weight is updated without storing the gradient.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, p, mask, parameter_id in self._parameters():
-            if p in self.gradients:
-                self._update(group, p, mask, parameter_id, self.gradients[p])
-            elif p.grad is not None:
-                self._update(group, p, mask, parameter_id, _local(p.grad))
+        for slot in self.slots():
+            given = None if gradients is None else gradients.get(slot.parameter)
+            if given is not None:
+                self._update(slot, given)
+            elif slot.parameter.grad is not None:
+                self._update(slot, _local(slot.parameter.grad), whole=True)
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients as torch does, and drop the compact ones."""
-        super().zero_grad(set_to_none)
-        self.gradients.clear()
-
-    def layout(self, p: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
-        """Return (slices, mask) of a parameter; None for a parameter of no group.
-
-        slices: int64 [M] along dimension 0 that train, None for all; mask: theirs, packed, None if all weights train.
-        """
-        found = self._find(p)
-        return None if found is None else self._layout(found[2], _local(p), found[1])
+    def layout(self, p: Tensor) -> Layout | None:
+        """Return the layout of a parameter; None for a parameter of no group."""
+        slot = self._find(p)
+        return None if slot is None else self._layout(slot.parameter_id, _local(p), slot.mask)
 
     @torch.no_grad()
     def update_from(self, p: Tensor, factors: Factors, where: Tensor | None = None) -> None:
@@ -118,42 +130,46 @@ class _Masked(torch.optim.Optimizer):
         The gradient is never stored, and is float32 up to the update. If `where`, bool [] on the device, is False,
         only the count of steps is written. Raises ValueError for a parameter of no group.
         """
-        found = self._find(p)
-        if found is None:
+        slot = self._find(p)
+        if slot is None:
             raise ValueError(f"expected a parameter of this optimizer; got one of shape {list(p.shape)}")
-        group, mask, parameter_id = found
-        self._update(group, p, mask, parameter_id, factors, where)
+        self._update(slot, factors, where)
 
-    def _find(self, p: Tensor) -> tuple[dict, Tensor | None, int] | None:
-        """Return (group, mask, parameter id) of a parameter; None if it is in no group."""
+    def _find(self, p: Tensor) -> Slot | None:
+        """Return the slot of a parameter; None if it is in no group."""
         place = self._places.get(p)
         if place is None or not self._is_at(p, *place):  # a wrapper may have replaced parameters
-            self._places = {q: (k, at) for k, group in enumerate(self.param_groups)
-                            for at, q in enumerate(group["params"])}  # fmt: skip
+            self._places = {
+                q: (k, at) for k, group in enumerate(self.param_groups) for at, q in enumerate(group["params"])
+            }
             place = self._places.get(p)
         if place is None:
             return None
         number, at = place
         group = _whole(self.param_groups[number])
-        return group, group["masks"][at], at + sum(len(g["params"]) for g in self.param_groups[:number])
+        return Slot(group, p, group["masks"][at], at + sum(len(g["params"]) for g in self.param_groups[:number]))
 
     def _is_at(self, p: Tensor, number: int, at: int) -> bool:
         """Return whether a parameter stands at this place of this group."""
         parameters = self.param_groups[number]["params"] if number < len(self.param_groups) else []
         return at < len(parameters) and parameters[at] is p
 
-    def _parameters(self) -> Iterator[tuple[dict, Tensor, Tensor | None, int]]:
-        """Yield (group, parameter, mask, parameter id) of each parameter."""
+    def slots(self) -> Iterator[Slot]:
+        """Yield the slot of each parameter."""
         parameter_id = 0
         for group in self.param_groups:
             for p, mask in zip(group["params"], _whole(group)["masks"], strict=True):
-                yield group, p, mask, parameter_id
+                yield Slot(group, p, mask, parameter_id)
                 parameter_id += 1
 
-    def _update(self, group, p, mask, parameter_id, gradient: Tensor | Factors, where: Tensor | None = None) -> None:
+    def _update(
+        self, slot: Slot, gradient: Tensor | Factors, where: Tensor | None = None, *, whole: bool = False
+    ) -> None:
+        """Update one parameter; a gradient that is neither factors nor `whole` covers the trained slices alone."""
+        group, p, mask, parameter_id = slot
         weight = _local(p)
-        slices, compact_mask = self._layout(parameter_id, weight, mask)
-        if slices is not None and len(slices) == 0:
+        trained_slices, compact_mask = self._layout(parameter_id, weight, mask)
+        if trained_slices is not None and len(trained_slices) == 0:
             self.state.pop(p, None)
             return
         factored = isinstance(gradient, Factors)
@@ -162,40 +178,40 @@ class _Masked(torch.optim.Optimizer):
         if group["maximize"]:
             gradient = gradient._replace(grad=-gradient.grad) if factored else -gradient
         state = self.state[p]
-        _fit_state(state, weight, slices, self._moments(group), group["numerics"])
+        _fit_state(state, weight, trained_slices, self._moments(group), group["numerics"])
         state["step"] += 1
         stochastic = group["numerics"] == "stochastic" and weight.dtype not in (torch.float32, torch.float64)
         rounding = "stochastic" if stochastic else "nearest"
         update = Update(int(state["step"]), rounding, group["seed"], parameter_id)
         if factored:
             if where is not None:
-                shape = weight.shape if slices is None else (len(slices), *weight.shape[1:])
+                shape = weight.shape if trained_slices is None else (len(trained_slices), *weight.shape[1:])
                 compact_mask = keep_where(where, compact_mask, shape)
-            self._apply_factors(weight, gradient, compact_mask, state, self._rule(group), update, slices)
+            self._apply_factors(weight, gradient, compact_mask, state, self._rule(group), update, trained_slices)
             return
-        if slices is not None and p not in self.gradients:
-            gradient = gradient[slices]
-        self._apply(weight, gradient, compact_mask, state, self._rule(group), update, slices)
+        if whole and trained_slices is not None:
+            gradient = gradient[trained_slices]
+        self._apply(weight, gradient, compact_mask, state, self._rule(group), update, trained_slices)
 
-    def _layout(self, parameter_id: int, p: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _layout(self, parameter_id: int, p: Tensor, mask: Tensor | None) -> Layout:
         if mask is None:
-            return None, None
+            return Layout(None, None)
         known = self._layouts.get(parameter_id)
         if known is not None and known[0] is mask and known[1] == mask._version:
-            return known[2:]
+            return known[2]
         _check_mask(p, mask, parameter_id)
-        slices = _trained_slices(p, mask)
-        compact = mask if slices is None else mask[slices]
+        trained_slices = _slices_with_a_bit(p, mask)
+        compact = mask if trained_slices is None else mask[trained_slices]
         if bool((compact == -1).all()) and p.dim() and p.shape[-1] % 32 == 0:
             compact = None  # every weight of these slices trains
-        self._layouts[parameter_id] = (mask, mask._version, slices, compact)
-        return slices, compact
+        self._layouts[parameter_id] = (mask, mask._version, Layout(trained_slices, compact))
+        return self._layouts[parameter_id][2]
 
     def state_size(self, p: Tensor, mask: Tensor | None) -> int:
         """Compute the bytes of moments and master weights that `p` has, or will have under `mask`."""
-        group, _, _ = self._find(p)
-        slices = None if mask is None else _trained_slices(p, mask)
-        share = 1 if slices is None else len(slices) / max(len(p), 1) if p.dim() else 0
+        group = self._find(p).group
+        trained_slices = None if mask is None else _slices_with_a_bit(p, mask)
+        share = 1 if trained_slices is None else len(trained_slices) / max(len(p), 1) if p.dim() else 0
         copies = len(self._moments(group)) + _needs_master(p, group["numerics"])
         return round(p.numel() * share) * _state_dtype(p, group["numerics"]).itemsize * copies
 
@@ -290,19 +306,6 @@ class MaskedAdamW(_Masked):
         expert_wgrad_adamw_(p, *moments, factors, rule, update, experts=slices, mask=mask, master=master)
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW:
-    """Build the recipe's masked optimizer over every parameter that requires a gradient."""
-    settings = recipe.optimizer
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    numerics = settings.numerics
-    if numerics is None:
-        numerics = "stochastic" if any(p.dtype == torch.bfloat16 for p in parameters) else "parity"
-    common = {"lr": settings.lr, "weight_decay": settings.weight_decay, "numerics": numerics, "seed": recipe.seed}
-    if settings.name == "sgd":
-        return MaskedSGD(parameters, momentum=settings.momentum, **common)
-    return MaskedAdamW(parameters, betas=tuple(settings.betas), eps=settings.eps, **common)
-
-
 def _whole(group: dict) -> dict:
     """Return the group; ValueError unless it has a mask for each parameter."""
     if len(group["masks"]) != len(group["params"]):
@@ -323,38 +326,38 @@ def _needs_master(p: Tensor, numerics: str) -> bool:
     return numerics == "fp32_master" and p.dtype not in (torch.float32, torch.float64)
 
 
-def _trained_slices(p: Tensor, mask: Tensor) -> Tensor | None:
+def _slices_with_a_bit(p: Tensor, mask: Tensor) -> Tensor | None:
     """Return the int64 indices along dimension 0 with a set bit, None for all; a vector or scalar is one slice."""
     trained = mask.flatten(1).ne(0).any(1) if mask.dim() > 1 else mask.ne(0).any().expand(p.shape[:1] or 1)
     return None if trained.all() else trained.nonzero().squeeze(1)
 
 
-def _fit_state(state: dict, p: Tensor, slices: Tensor | None, moments: tuple[str, ...], numerics: str) -> None:
-    """Fit `state` to `slices`: keep the state of slices that stay, and make fresh state for the others."""
+def _fit_state(state: dict, p: Tensor, trained_slices: Tensor | None, moments: tuple[str, ...], numerics: str) -> None:
+    """Fit `state` to `trained_slices`: keep the state of slices that stay, and make fresh state for the others."""
     if "step" not in state:
         state["step"] = torch.tensor(0.0)
     old, tensors = state.get("slices"), [k for k in (*moments, "master") if k in state]
-    if old is not slices and not (old is not None and slices is not None and torch.equal(old, slices)):
+    if old is not trained_slices and (old is None or trained_slices is None or not torch.equal(old, trained_slices)):
         source = torch.full((len(p),), -1, device=p.device)
         held = torch.arange(len(p), device=p.device) if old is None else old
         source[held] = torch.arange(len(held), device=p.device)
-        source = source if slices is None else source[slices]
+        source = source if trained_slices is None else source[trained_slices]
         kept = source >= 0
         for name in tensors:
-            fresh = _fresh(name, p, slices, state[name].dtype)
+            fresh = _fresh(name, p, trained_slices, state[name].dtype)
             fresh[kept] = state[name][source[kept]]
             state[name] = fresh
-    if slices is None:
+    if trained_slices is None:
         state.pop("slices", None)
     else:
-        state["slices"] = slices
+        state["slices"] = trained_slices
     for name in (*moments, *(["master"] if _needs_master(p, numerics) else [])):
         if name not in state:
-            state[name] = _fresh(name, p, slices, _state_dtype(p, numerics))
+            state[name] = _fresh(name, p, trained_slices, _state_dtype(p, numerics))
 
 
-def _fresh(name: str, p: Tensor, slices: Tensor | None, dtype: torch.dtype) -> Tensor:
-    trained = p if slices is None else p[slices]
+def _fresh(name: str, p: Tensor, trained_slices: Tensor | None, dtype: torch.dtype) -> Tensor:
+    trained = p if trained_slices is None else p[trained_slices]
     if name == "master":
         return trained.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     return torch.zeros(trained.shape, dtype=dtype, device=p.device)

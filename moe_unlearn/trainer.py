@@ -69,10 +69,15 @@ def _paired(rows: Mapping, recipe: Recipe, tokenizer) -> ForgetRetainDataset:
     for side, own in rows.items():
         check_rows(side, own)
         sides[side] = encode_rows(
-            own, tokenizer, settings.max_length, side=side, chat=Chat.chosen(settings), seam=settings.seam,
+            own,
+            tokenizer,
+            settings.max_length,
+            side=side,
+            chat=Chat.chosen(settings),
+            seam=settings.seam,
             prompt_tokens=settings.prompt_tokens if side == "forget" else 0,
             alternates=side == "forget" and recipe.forget.replacement == "alternate",
-        )  # fmt: skip
+        )
     if shared := overlap(sides["forget"], sides["retain"]):
         raise ValueError(f"forget and retain overlap: {shared} of {len(sides['forget'])} forget examples are in retain")
     return ForgetRetainDataset(

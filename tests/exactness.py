@@ -162,7 +162,7 @@ def check_steps(subject: Subject, steps: int) -> dict[str, float | int]:
         synchronise(step)
     assert changed(step.model, before), "nothing has moved"
     for name, p in step.model.named_parameters():
-        held = name not in dict(step._trained())
+        held = name not in dict(step.view().trained)
         if name in step.masks or held:
             kept = torch.zeros_like(p, dtype=torch.bool)
             if not held:

@@ -21,7 +21,7 @@ FLOORS = [
     {"native"},
     {"ops"},
     {"experts", "masks", "optim", "regress"},
-    {"model"},
+    {"model", "view"},
     {"data", "losses", "seuf", "trace", "verify", "wagle"},
     {"prepare", "router_aux"},
     {"metrics", "plan"},
@@ -186,6 +186,40 @@ def test_one_place_switches_modes():
             if (method and node.args) or (written and path.name != "modes.py"):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not wrong
+
+
+def pokes_into_a_step(node: ast.AST) -> bool:
+    """Whether a node takes a private attribute of a step, or is a function with an untyped parameter `step`."""
+    names = r"(self\.)?_?(unlearn_)?(step|twin|shadow)"
+    if isinstance(node, ast.Attribute):
+        private = node.attr.startswith("_") and not node.attr.startswith("__")
+        return private and re.fullmatch(names, ast.unparse(node.value)) is not None
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
+        target, name, *_ = map(ast.unparse, node.args)
+        return name.startswith("'_") and re.fullmatch(names, target) is not None
+    if isinstance(node, ast.FunctionDef):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        return any(argument.arg == "step" and argument.annotation is None for argument in arguments)
+    return False
+
+
+def test_a_step_is_seen_through_its_view():
+    """Outside of `step`, whose functions know its parts; in ops and regress a step is an optimizer's count."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node).splitlines()[0]}"
+        for path in sources()
+        if room_of(path) not in ("step", "ops", "regress", "triton_kernels")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if pokes_into_a_step(node)
+    ]
+    assert not wrong
+
+
+def test_what_pokes_into_a_step_is_seen():
+    for source in ("step._norm", "self.step._masks.x", "getattr(self._step, '_norm', 0)", "def f(step): pass"):
+        allowed = source.replace("._n", ".n").replace("._m", ".m").replace("'_", "'").replace("(step)", "(step: Step)")
+        seen = [any(map(pokes_into_a_step, ast.walk(ast.parse(text)))) for text in (source, allowed)]
+        assert seen == [True, False], source
 
 
 def leaves_the_encoding_to_the_locale(call: ast.Call) -> bool:

@@ -55,7 +55,7 @@ def test_descent_is_the_inner_product_of_gradient_and_update(update, model):
             metrics |= step.finish()
         known.append({key for key in metrics if key.startswith("descent_")})
         for name, gradient in gradients.items() if known[-1] else ():
-            moved = sum((gradient[n] * (p.detach() - before[n])).sum() for n, p in step._trained() if n in gradient)
+            moved = sum((gradient[n] * (p.detach() - before[n])).sum() for n, p in step.view().trained if n in gradient)
             assert metrics[f"descent_{name}"] == pytest.approx(float(moved), rel=2**-20), (i, name)
     every, free = {"descent_forget", "descent_retain", "descent_kl"}, update.startswith("plain") or update == "clipped"
     assert known == [every, every if free else set()] * 2
@@ -66,7 +66,7 @@ def gradients_of(step, forget, retain):
     values = step.objectives(forget, retain)
     found = {}
     for name, value in values.items():
-        named = step._trained()
+        named = step.view().trained
         made = torch.autograd.grad(value, [p for _, p in named], retain_graph=True, allow_unused=True)
         found[name] = {n: g for (n, _), g in zip(named, made, strict=True) if g is not None}
     return found
@@ -75,8 +75,9 @@ def gradients_of(step, forget, retain):
 def test_no_descent_where_nothing_moves(model):
     """A stationary point has no update, whatever a direction would have done."""
     step, forget, retain = prepared(model, recipe("mollm", "mollm.kl=false", "optimizer.name=sgd"))
+    step.gradients.begin(step.view().trained, step.masks)
     for objective, sign in (("forget", 1), ("retain", -1)):
-        step.gradients.sets[objective] = [sign * torch.ones_like(p) for _, p in step._trained()]
+        step.gradients.sets[objective] = [sign * torch.ones_like(p) for _, p in step.view().trained]
     products, active = step.gradients.products(), torch.ones(2, dtype=torch.bool)
     assert step.gradients.descend(step.recipe.mollm, products, active, measure=True).stationary
     assert step.gradients.descent() == {"forget": 0.0, "retain": 0.0}

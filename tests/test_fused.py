@@ -14,9 +14,10 @@ from moe_unlearn.optim import MaskedSGD
 from moe_unlearn.plan.ways import paths
 from moe_unlearn.prepare.stages import Preparation
 from moe_unlearn.step import UnlearnStep
-from moe_unlearn.step.gradients import Gradients
+from moe_unlearn.step.factors import inner_products, join
+from moe_unlearn.step.gradients import GradientStore
 from moe_unlearn.step.objectives import Objectives
-from moe_unlearn.step.sinks import CompactSink, UpdateSink, inner_products, join
+from moe_unlearn.step.sinks import CompactSink, FactorSink, UpdateSink
 from moe_unlearn.testing.yardstick import Reference
 from tests.batches import random_batch
 from tests.models import TINY_MODELS, tiny_olmoe
@@ -80,20 +81,20 @@ def check_against_plain(model, made, steps=2, **options):
 def test_a_fused_step_is_the_plain_step(name, optimizer, way, model):
     made = recipe(name, f"optimizer.name={optimizer}", "optimizer.weight_decay=0.1", "forget.gamma=0.5", *WAYS[way])
     step = check_against_plain(model, made)
-    assert {path.way for path in paths(step)} == {way}
+    assert {path.way for path in paths(step.view())} == {way}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_mollm_with_compact_gradients_is_the_plain_step(optimizer, model):
     made = recipe("mollm", f"optimizer.name={optimizer}", "mollm.gradients=compact", "optimizer.weight_decay=0.1")
     step = check_against_plain(model, made)
-    assert {path.way for path in paths(step)} == {"compact"}
+    assert {path.way for path in paths(step.view())} == {"compact"}
 
 
 def test_the_strict_guard_keeps_factors_where_they_are_smaller(model, monkeypatch):
-    kept, settle = [], Gradients.settle
+    kept, settle = [], GradientStore.settle
     monkeypatch.setattr(
-        Gradients, "settle", lambda own: (kept.append((set(own.factors), set(own.optimizer.gradients))), settle(own))[1]
+        GradientStore, "settle", lambda own: (kept.append((set(own.factors), set(own.collected))), settle(own))[1]
     )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("experts" in name)
@@ -113,10 +114,11 @@ def test_factors_that_may_overflow_are_made_gradients_first(model):
     weight = model.model.layers[0].mlp.experts.down_proj
     offsets = torch.arange(0, 2 * len(weight) + 1, 2, dtype=torch.int32)
     grad, x = torch.ones(len(weight) * 2, weight.shape[1]), torch.ones(len(weight) * 2, weight.shape[2])
+    step.gradients.begin(step.view().trained, step.masks)
     for scale, way in ((1.0, Factors), (1e20, torch.Tensor)):
         step.gradients.factors[weight] = [Factors(scale * grad, scale * x, offsets)]
         assert step.gradients.settle() == (way is Factors)
-        assert isinstance(step.optimizer.gradients[weight], way)
+        assert isinstance(step.gradients.collected[weight], way)
     step.gradients.factors[weight] = [Factors(math.nan * grad, x, offsets)]
     with pytest.raises(NonFiniteError, match="layers.0.mlp.experts.down_proj is not finite"):
         step.gradients.settle()
@@ -127,7 +129,7 @@ def test_factors_that_may_overflow_are_made_gradients_first(model):
 def test_the_two_phases_of_mollm_are_the_plain_step(name, optimizer, model):
     made = recipe(name, f"optimizer.name={optimizer}", "mollm.gradients=factors", "optimizer.weight_decay=0.1")
     step = check_against_plain(model, made)
-    assert {path.way for path in paths(step)} == {"factors"}
+    assert {path.way for path in paths(step.view())} == {"factors"}
 
 
 def test_factors_and_compact_gradients_have_the_same_products(model):
@@ -176,15 +178,16 @@ def test_auto_keeps_factors_where_those_of_all_micro_batches_are_smaller(like, w
     """Of one micro-batch among 16 they are, of all 16 they are not; and what is chosen holds for the step."""
     step, _, _ = prepared(model, recipe("mollm"))
     weight = experts_modules(model)["model.layers.0.mlp.experts"].down_proj
-    rows = 8
+    rows, named = 8, step.view().trained
+    step.gradients.begin(named, step.masks)
     factors = Factors(torch.ones(rows, weight.shape[1]), torch.ones(rows, weight.shape[2]),
                       torch.full((9,), rows, dtype=torch.int32).index_fill(0, torch.tensor([0]), 0))  # fmt: skip
     for micro_batches in (like, 17 - like):
-        sink = step._sink(whole=False, single_pass=False)
+        sink = FactorSink(step.gradients, "auto")
         sink.micro_batches = micro_batches
         sink.take(weight, factors)
         step.gradients.collect("forget")
-    (held,) = [g for (_, p), g in zip(step._trained(), step.gradients.sets["forget"], strict=True) if p is weight]
+    (held,) = [g for (_, p), g in zip(named, step.gradients.sets["forget"], strict=True) if p is weight]
     assert isinstance(held, way)
 
 
@@ -220,7 +223,7 @@ def test_gradients_are_compact_and_masked_weights_and_frozen_experts_have_none(m
     for count, module in zip(selected, experts_modules(model).values(), strict=True):
         for p in module.parameters():
             assert p.grad is None
-            gradient = step.optimizer.gradients.get(p)
+            gradient = step.gradients.collected.get(p)
             assert gradient is None if count == 0 else gradient.shape == (count, *p.shape[1:])
 
 
@@ -232,7 +235,7 @@ def test_one_pass_leaves_no_gradient_of_an_expert_weight(model):
 
     def watch(sink, weight, factors):
         original(sink, weight, factors)
-        seen.append((weight.grad, dict(sink.gradients)))
+        seen.append((weight.grad, dict(sink.store.collected)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(UpdateSink, "take", watch)
@@ -274,8 +277,8 @@ def test_under_autocast_experts_learn_as_on_the_plain_path(overrides, model):
 
 def test_an_update_below_a_retained_graph_is_noticed_by_autograd(model):
     step, forget, retain = prepared(model, recipe("graddiff", *ONE_PASS))
-    names = {p: name for name, p in model.named_parameters()}
-    with step_inputs(model, weight_gradients=UpdateSink(step.optimizer, step.optimizer.gradients, names)):
+    step.gradients.begin(step.view().trained, step.masks)
+    with step_inputs(model, weight_gradients=UpdateSink(step.gradients)):
         loss = sum(step.objectives(forget[0], retain[0]).values())
         loss.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -320,16 +323,17 @@ def test_in_one_pass_a_bad_gradient_stops_at_its_layer_and_names_what_was_update
     assert {name.rpartition(".")[0] for name in caught.value.updated} == {upper}
     assert f"the gradient of {lower}" in str(caught.value)
     assert not changed(model, before)
-    assert not step.optimizer.gradients and all(p.grad is None for p in model.parameters())
+    assert not step.gradients.collected and all(p.grad is None for p in model.parameters())
 
 
 def test_a_product_that_may_overflow_is_stored_and_checked_first():
     weight = torch.nn.Parameter(torch.zeros(2, 4, 4))
-    optimizer = MaskedSGD([weight], lr=1.0)
-    sink = UpdateSink(optimizer, optimizer.gradients, {weight: "w"})
+    store = GradientStore(MaskedSGD([weight], lr=1.0))
+    store.begin([("w", weight)], {})
+    sink = UpdateSink(store)
     huge = torch.full((3, 4), 1e20)
     sink.take(weight, Factors(huge, huge, torch.tensor([0, 3, 3], dtype=torch.int32)))
-    assert not sink.updated and not weight.any() and not optimizer.gradients[weight].isfinite().all()
+    assert not sink.updated and not weight.any() and not store.collected[weight].isfinite().all()
 
 
 def test_the_retain_budget_stops_before_the_update(model):
@@ -349,14 +353,16 @@ def test_what_forbids_one_pass_is_said():
     }.items():
         step = UnlearnStep(tiny_olmoe(vocab_size=VOCAB), recipe("graddiff", *ONE_PASS, override))
         assert reason in step.obstacle, override
-        assert {p.way for p in paths(step)} <= {"compact", "factors"} and all(reason in p.reason for p in paths(step))
+        assert {p.way for p in paths(step.view())} <= {"compact", "factors"} and all(
+            reason in p.reason for p in paths(step.view())
+        )
 
 
 def test_paths_below_the_lowest_trained_layer_keep_no_graph(model):
     last = list(experts_modules(model))[-1]
     name = last.replace(".", r"\.") + r"\.down_proj"
     step, forget, retain = prepared(model, recipe("graddiff", f"scope.parameters=['{name}']", "scope.kind=parameters"))
-    assert [p.way for p in paths(step)] == ["below"] * (len(paths(step)) - 1) + ["factors"]
+    assert [p.way for p in paths(step.view())] == ["below"] * (len(paths(step.view())) - 1) + ["factors"]
     inputs = []
     for module in experts_modules(model).values():
         module.register_forward_pre_hook(lambda m, args: inputs.append(args[0].requires_grad))
@@ -368,7 +374,7 @@ def test_a_weight_without_a_trained_bit_is_frozen(model):
     step, forget, retain = prepared(model, recipe("wagle", "wagle.keep=0.5"))
     name, p = next((n, p) for n, p in model.named_parameters() if "down_proj" in n)
     step.prepared.mask.words(name).zero_()
-    step._apply_masks()
+    step.apply_preparation()
     assert not p.requires_grad
     before = p.detach().clone()
     step(forget[0], retain[0])
@@ -389,7 +395,7 @@ def test_a_compact_sink_adds_up_and_masks():
     optimizer = MaskedSGD([weight], lr=1.0)
     optimizer.set_masks([pack_bits(mask)])
     factors = Factors(torch.ones(4, 2), torch.ones(4, 33), torch.tensor([0, 1, 4, 4], dtype=torch.int32))
-    sink = CompactSink(optimizer, {})
+    sink = CompactSink(GradientStore(optimizer))
     sink.take(weight, factors)
     sink.take(weight, factors)
-    assert torch.equal(sink.gradients[weight], torch.where(mask[1:2], 6.0, 0.0))
+    assert torch.equal(sink.store.collected[weight], torch.where(mask[1:2], 6.0, 0.0))

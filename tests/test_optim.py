@@ -325,14 +325,15 @@ def test_a_parameter_is_found_without_a_walk_through_all(kind):
     walks = second["params"].walks
     for _ in range(3):
         for i, p in enumerate(params):
-            group, mask, parameter_id = optimizer._find(p)
-            assert group is (first, second)[i > 0] and mask is masks[i] and parameter_id == i
+            slot = optimizer._find(p)
+            assert slot.group is (first, second)[i > 0] and slot.mask is masks[i] and slot.parameter_id == i
+            assert slot.parameter is p
     assert second["params"].walks == walks
     second["params"][0], second["params"][2] = second["params"][2], second["params"][0]
-    assert optimizer._find(params[3])[2] == 1 and optimizer._find(params[1])[2] == 3
+    assert optimizer._find(params[3]).parameter_id == 1 and optimizer._find(params[1]).parameter_id == 3
     first["params"] = [torch.nn.Parameter(params[0].detach().clone()), params[0]]
     first["masks"] = [masks[0], None]
-    assert optimizer._find(params[0])[1:] == (None, 1) and optimizer._find(params[3])[2] == 2
+    assert optimizer._find(params[0])[2:] == (None, 1) and optimizer._find(params[3]).parameter_id == 2
     del second["params"][1:], second["masks"][1:]
     assert optimizer._find(params[1]) is optimizer._find(torch.nn.Parameter(torch.ones(2))) is None
     second["masks"].clear()

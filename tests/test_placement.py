@@ -18,7 +18,7 @@ FACTORIES = {"tensor", "as_tensor", "asarray", "empty", "zeros", "ones", "full",
              "randn", "randint", "randperm", "empty_strided", "from_numpy", "frombuffer", "scalar_tensor"}  # fmt: skip
 # where a step or what prepares it makes a tensor on the host, how many, and why; any other is a fault
 ON_THE_HOST = {
-    "UnlearnStep._combine_mollm": (1, "MOLLM solves for its direction on the CPU"),
+    "GradientStore.common_descent": (1, "MOLLM solves for its direction on the CPU"),
     "_fit_state": (1, "the count of steps is on the CPU, as torch's is"),
     "_loaded": (2, "the count of steps is on the CPU, as torch's is"),
     "_probe": (1, "once for each model"),

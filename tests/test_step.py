@@ -196,7 +196,7 @@ def test_mollm_direction_lowers_every_masked_objective(model):
     step.accumulate(forget[0], retain[0])
     raw = {name: [None if g is None else g.clone() for g in gs] for name, gs in step.gradients.sets.items()}
     metrics = step.combine()
-    kept = [unpack_bits(step.masks[name], p.shape[-1]).view(p.shape) for name, p in step._trained()]
+    kept = [unpack_bits(step.masks[name], p.shape[-1]).view(p.shape) for name, p in step.view().trained]
 
     def flat(gradients):
         parts = [
@@ -205,7 +205,7 @@ def test_mollm_direction_lowers_every_masked_objective(model):
         ]
         return torch.cat(parts).double()
 
-    d = flat([p.grad for _, p in step._trained()])
+    d = flat([p.grad for _, p in step.view().trained])
     assert float(d.norm()) > 0
     for name, gradients in raw.items():
         g = flat(gradients)

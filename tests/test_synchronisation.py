@@ -1,4 +1,4 @@
-"""A fused step never waits for the device but where it says so: in `sinks.look`, and where a preparation is new.
+"""A fused step never waits for the device but where it says so: in `factors.look`, and where a preparation is new.
 
 On a CPU two checks stand in for a GPU's: a dispatch mode sees every operation that would wait there, in a step that
 takes a GPU's way, and a walk over the sources sees every call that could.
@@ -19,8 +19,11 @@ from moe_unlearn.model.head import final_hidden_states
 from moe_unlearn.ops import bits
 from moe_unlearn.ops.expert_wgrad import Factors
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
-from moe_unlearn.step import UnlearnStep, sinks
-from moe_unlearn.step.sinks import UpdateSink, largest_sum
+from moe_unlearn.step import UnlearnStep
+from moe_unlearn.step import factors as step_factors
+from moe_unlearn.step.factors import largest_sum
+from moe_unlearn.step.gradients import GradientStore
+from moe_unlearn.step.sinks import UpdateSink
 from tests.models import tiny_olmoe
 from tests.ops.test_expert_mlp import case
 from tests.static.ledger import ROOT
@@ -61,7 +64,7 @@ def model():
 def as_on_a_gpu(monkeypatch):
     """The CPU takes the way of a device that is not waited for."""
     monkeypatch.setattr(UpdateSink, "_waits", lambda self, bound: False)
-    monkeypatch.setattr(sinks, "_extremes", sinks._extremes_on_device)
+    monkeypatch.setattr(step_factors, "_extremes", step_factors._extremes_on_device)
 
 
 # where a step or what prepares it may wait: how many such calls stand there, and why; any other is a fault
@@ -83,16 +86,16 @@ READS = {
     "_extremes": (1, "an offset that is on the CPU"),
     "join": (1, "factors of several passes, for MOLLM or several micro-batches"),
     "inner_products": (2, "MOLLM: the cheaper form for each expert"),
-    "UnlearnStep._combine_mollm": (3, "MOLLM solves for its direction on the CPU"),
-    "Gradients.descend": (4, "MOLLM solves for its direction on the CPU"),
-    "Gradients.descent": (1, "MOLLM's log of descent"),
+    "GradientStore.common_descent": (3, "MOLLM solves for its direction on the CPU"),
+    "GradientStore.descend": (4, "MOLLM solves for its direction on the CPU"),
+    "GradientStore.descent": (1, "MOLLM's log of descent"),
     "Tally.count": (1, "a number"),
     "_counts": (1, "a number"),
     "Ranks.sums": (1, "a tensor that was made on the CPU"),
     "Ranks.add_": (1, "a tensor that was made on the CPU"),
-    "UnlearnStep._apply_masks": (1, "once, behind prepare()"),
+    "TrainedWeights.mask": (1, "once, behind prepare()"),
     "_Masked._layout": (1, "once for each mask"),
-    "_trained_slices": (2, "once for each mask"),
+    "_slices_with_a_bit": (2, "once for each mask"),
     "_fit_state": (1, "once for each mask"),
     "_Masked.load_state_dict": (1, "the count of steps is on the CPU"),
     "_loaded": (1, "the count of steps is on the CPU"),
@@ -167,7 +170,8 @@ def test_from_a_bad_weight_on_nothing_is_written(factor, message, kind, width, a
     params = [torch.nn.Parameter(torch.randn(3, 16, width, generator=generator)) for _ in range(3)]
     optimizer = kind(params, lr=0.1, weight_decay=0.1)
     optimizer.set_masks([None, bits.pack_bits(torch.rand(3, 16, width, generator=generator) < 0.5), None])
-    names = dict(zip(params, "abc", strict=True))
+    store = GradientStore(optimizer)
+    store.begin([*zip("abc", params, strict=True)], {})
     offsets = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
 
     def backward(sink, factor):
@@ -178,15 +182,15 @@ def test_from_a_bad_weight_on_nothing_is_written(factor, message, kind, width, a
             sink.take(p, Factors(grad, x, offsets))
         sink.settle()
 
-    sink = UpdateSink(optimizer, optimizer.gradients, names)
+    sink = UpdateSink(store)
     backward(sink, 1.0)
     assert sink.updated == ["a", "b", "c"]
     before = [p.detach().clone() for p in params]
     state = copy.deepcopy(optimizer.state_dict()["state"])
-    sink = UpdateSink(optimizer, optimizer.gradients, names)
+    sink = UpdateSink(store)
     with pytest.raises(NonFiniteError, match=f"the gradient of b .*{message}") as caught:
         backward(sink, factor)
-    assert caught.value.updated == ("a",) and not optimizer.gradients
+    assert caught.value.updated == ("a",) and not store.collected
     assert [torch.equal(p, old) for p, old in zip(params, before, strict=True)] == [False, True, True]
     now = optimizer.state_dict()["state"]
     assert [int(now[i]["step"]) for i in range(3)] == [2, 1, 1]
@@ -199,7 +203,9 @@ def test_weights_that_are_waited_for_are_updated_behind_those_that_are_not(bad, 
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(2, 8, 32, generator=generator)) for _ in range(3)]
     optimizer = MaskedSGD(params, lr=0.1)
-    sink = UpdateSink(optimizer, optimizer.gradients, dict(zip(params, "abc", strict=True)))
+    store = GradientStore(optimizer)
+    store.begin([*zip("abc", params, strict=True)], {})
+    sink = UpdateSink(store)
     before = [p.detach().clone() for p in params]
     offsets = torch.tensor([0, 2, 4], dtype=torch.int32)
     with pytest.raises(NonFiniteError, match=f"the gradient of {'abc'[bad]} is not finite") as caught:
@@ -222,7 +228,7 @@ def test_the_bound_is_the_same_on_a_device(value, rows, indexed, monkeypatch):
     order = torch.tensor([0, 1, 2, 3, 0][:rows]) if indexed else None
     factors = Factors(grad, x[:4] if indexed else x, torch.tensor([0, 1, rows], dtype=torch.int32), order, order)
     bound = largest_sum(factors)
-    monkeypatch.setattr(sinks, "_extremes", sinks._extremes_on_device)
+    monkeypatch.setattr(step_factors, "_extremes", step_factors._extremes_on_device)
     assert torch.equal(bound.nan_to_num(nan=-1.0), largest_sum(factors).nan_to_num(nan=-1.0))
     assert bound.dtype == torch.float64 and (rows > 0 or bound == 0)
     if rows == 3 and not indexed:
@@ -273,7 +279,7 @@ def test_on_a_gpu_every_other_wait_is_an_error(guard, model, monkeypatch):
     forget, retain = ([{k: v.cuda() for k, v in batch.items()} for batch in side] for side in data())
     step.prepare(forget, retain)
     step(forget[0], retain[0])
-    for function in (sinks.look, final_hidden_states):
+    for function in (step_factors.look, final_hidden_states):
         allowed(monkeypatch, function)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -283,7 +289,8 @@ def test_on_a_gpu_every_other_wait_is_an_error(guard, model, monkeypatch):
 
 
 STEP = (
-    "step/unlearn", "step/tally", "step/dual", "step/gradients", "step/sinks", "step/objectives", "optim", "losses",
+    "step/unlearn", "step/checks", "step/tally", "step/dual", "step/gradients", "step/factors", "step/sinks",
+    "step/objectives", "step/weights", "view", "optim", "losses",
     "experts", "model/batches", "model/head", "model/states", "ranks", "prepare/rows",
 )  # fmt: skip
 OPS = ("route", "expert_mlp", "expert_wgrad", "token_loss", "tiled/token_loss", "masked_update", "gram", "bits")

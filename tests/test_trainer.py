@@ -181,7 +181,7 @@ def test_clipping_limits_the_norm(original, dataset, tmp_path):
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **keywords):
-            compact = trainer.unlearn_step.optimizer.gradients
+            compact = trainer.unlearn_step.gradients.collected
             grads = [g for p in model.parameters() if (g := compact.get(p, p.grad)) is not None]
             norms.append(float(torch.stack([g.norm() for g in grads]).norm()))
 

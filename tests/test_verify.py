@@ -7,7 +7,7 @@ import torch
 
 from moe_unlearn.optim import MaskedSGD
 from moe_unlearn.step import UnlearnStep
-from moe_unlearn.step.gradients import Gradients
+from moe_unlearn.step.gradients import GradientStore
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.sinks import CompactSink, UpdateSink
 from moe_unlearn.verify import VerificationError
@@ -31,7 +31,7 @@ def skip_the_mask(patch):
 
     def take(sink, weight, factors):
         layout = sink.optimizer.layout
-        sink.optimizer.layout = lambda p: layout(p) and (layout(p)[0], None)
+        sink.optimizer.layout = lambda p: layout(p) and layout(p)._replace(mask=None)
         original[1](sink, weight, factors)
         del sink.optimizer.layout
 
@@ -89,7 +89,7 @@ def mask_moves(patch):
 
     def finish(self):
         if self.fused:
-            p = next(p for p in self.optimizer.gradients if p.dim() == 3)
+            p = next(p for p in self.gradients.collected if p.dim() == 3)
             with torch.no_grad():
                 p.mul_(0.99)
         return original(self)
@@ -98,8 +98,8 @@ def mask_moves(patch):
 
 
 def forget_the_divisor(patch):
-    original = Gradients.divide
-    patch.setattr(Gradients, "divide", lambda g, n: original(g, 1 if g.optimizer.gradients else n))
+    original = GradientStore.divide
+    patch.setattr(GradientStore, "divide", lambda g, n: original(g, 1 if g.collected else n))
 
 
 BUGS = {
@@ -131,7 +131,7 @@ def test_a_wrong_step_is_stopped_and_undone(bug, optimizer, numerics, monkeypatc
     assert "NOT the plain step" in str(caught.value) and "0 steps done" in str(caught.value)
     assert not changed(model, before) and step.steps == 0
     assert step.optimizer.state_dict()["state"] == state["state"] == {}
-    assert not step.optimizer.gradients and all(p.grad is None for p in model.parameters())
+    assert not step.gradients.collected and all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(("bits", "passes"), [(1, True), (4, False)])
@@ -239,8 +239,8 @@ def test_a_bad_number_of_steps(verify, model):
 
 def test_a_plain_path_that_stops_is_a_difference(model, monkeypatch):
     step, forget, retain = prepared(model, recipe("graddiff", *UPDATE), verify=True)
-    before, norm = weights(model), Gradients.norm
-    monkeypatch.setattr(Gradients, "norm", lambda g: norm(g) if step.gradients is g else float("nan"))
+    before, norm = weights(model), GradientStore.norm
+    monkeypatch.setattr(GradientStore, "norm", lambda g: norm(g) if step.gradients is g else float("nan"))
     with pytest.raises(VerificationError, match="the plain path stops"):
         step(forget[0], retain[0])
     assert not changed(model, before) and step.steps == 0

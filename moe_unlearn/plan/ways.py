@@ -9,6 +9,7 @@ from torch import nn
 
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.model.scope import wrapped_name
+from moe_unlearn.view import StepView
 
 _STRICT = "guard 'strict' knows every gradient before the first update (guard: loss allows it)"
 _ADAPTED = "the weights are made of others (an adapter)"
@@ -28,50 +29,50 @@ class Path(NamedTuple):
     reason: str
 
 
-def obstacle(step) -> str:
-    """Return why an `UnlearnStep` does not update expert weights in its backward pass; empty if it does."""
-    return need(step) or ("" if step.recipe.guard == "loss" else _STRICT)
+def obstacle(view: StepView) -> str:
+    """Return why a step does not update expert weights in its backward pass; empty if it does."""
+    return need(view) or ("" if view.recipe.guard == "loss" else _STRICT)
 
 
-def need(step) -> str:
+def need(view: StepView) -> str:
     """Return why a step needs whole gradients before the first update; empty if it does not."""
-    recipe, separate = step.recipe, step.objectives.separate
-    reasons = {
-        "the plain path was asked for": not step.fused,
-        f"the gradients of {step.ranks.count} ranks are added up": step.ranks.count > 1,
-        "MOLLM's direction needs every gradient": recipe.mollm is not None,
-        f"two forward passes use each weight: {separate}": bool(separate) and recipe.retain.objective != "none",
-        "clipping needs every gradient (optimizer.max_grad_norm: null allows it)":
-            recipe.optimizer.max_grad_norm is not None,
-        "several micro-batches make one gradient": step.micro_batches > 1,
-        step.held_back: bool(step.held_back),
-    }  # fmt: skip
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    recipe, separate = view.recipe, view.separate
+    clips = recipe.optimizer.max_grad_norm is not None
+    reasons = (
+        (not view.fused, "the plain path was asked for"),
+        (view.ranks > 1, f"the gradients of {view.ranks} ranks are added up"),
+        (recipe.mollm is not None, "MOLLM's direction needs every gradient"),
+        (separate and recipe.retain.objective != "none", f"two forward passes use each weight: {separate}"),
+        (clips, "clipping needs every gradient (optimizer.max_grad_norm: null allows it)"),
+        (view.micro_batches > 1, "several micro-batches make one gradient"),
+        (view.held_back, view.held_back),
+    )
+    return next((reason for holds, reason in reasons if holds), "")
 
 
-def form(step) -> str:
+def form(view: StepView) -> str:
     """Return the form in which gradients are kept until the update.
 
     The forms are "compact", "factors", and "auto" for the smaller of the two.
     """
-    if step.ranks.count > 1:
+    if view.ranks > 1:
         return "compact"
-    if step.recipe.mollm is not None:
-        return step.recipe.mollm.gradients
-    return "compact" if need(step) else "auto"
+    if view.recipe.mollm is not None:
+        return view.recipe.mollm.gradients
+    return "compact" if need(view) else "auto"
 
 
-def paths(step) -> list[Path]:
+def paths(view: StepView) -> list[Path]:
     """Return the way of every MoE layer, in the order of `experts_modules`."""
-    blocked, made = obstacle(step), []
-    trains = {name for name, p in step.model.named_parameters() if p.requires_grad}
-    modules = experts_modules(step.model)
-    order = [name for name, _ in step.model.named_modules()]
+    blocked, made = obstacle(view), []
+    trains = {name for name, _ in view.trained}
+    modules = experts_modules(view.model)
+    order = [name for name, _ in view.model.named_modules()]
     lowest = min((order.index(name.rpartition(".")[0]) for name in trains), default=len(order))
     for name, module in modules.items():
         own = {suffix: p for suffix, p in module.named_parameters() if p.requires_grad}
         if own:
-            path = _way(step, module, own, blocked)
+            path = _way(view, module, own, blocked)
         elif any(parameter.startswith(wrapped_name(name) + ".") for parameter in trains):
             path = "autograd", "adapters", _ADAPTED
         elif lowest > order.index(name):
@@ -82,18 +83,19 @@ def paths(step) -> list[Path]:
     return made
 
 
-def _way(step, module: nn.Module, own: dict[str, nn.Parameter], blocked: str) -> tuple[str, str, str]:
-    layouts = {suffix: step.optimizer.layout(p) for suffix, p in own.items()}
-    counts = {len(p) if not layout or layout[0] is None else len(layout[0]) for p, layout in
-              zip(own.values(), layouts.values(), strict=True)}  # fmt: skip
+def _way(view: StepView, module: nn.Module, own: dict[str, nn.Parameter], blocked: str) -> tuple[str, str, str]:
+    layouts = [(p, view.optimizer.layout(p)) for p in own.values()]
+    counts = [
+        len(p if layout is None or layout.trained_slices is None else layout.trained_slices) for p, layout in layouts
+    ]
     trained = f"{max(counts)} of {module.num_experts} experts"
-    if not step.fused:
+    if not view.fused:
         return "autograd", trained, blocked
     # with an adapter the experts use a computed sum of weights; autograd carries its gradient on to the adapter
     weights = {suffix for suffix, _ in module.named_parameters(recurse=False)}
     if not own.keys() <= weights or not all(p.is_leaf for p in own.values()):
         return "autograd", trained, _ADAPTED
     if blocked:
-        return "compact" if form(step) == "compact" else "factors", trained, blocked
+        return "compact" if form(view) == "compact" else "factors", trained, blocked
     biases = any(p.dim() != 3 for p in own.values())
     return "update", trained, "in the epilogue of the weight gradient" + (", biases compact" if biases else "")

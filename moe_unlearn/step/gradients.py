@@ -1,37 +1,58 @@
-"""The gradients of one step, in `.grad` or, compact or as factors, in `optimizer.gradients`.
+"""The gradient store of a step: every gradient that it has accumulated, and what is computed from them.
+
+A gradient has one of three forms:
+
+    whole      in `.grad`, where autograd leaves it
+    compact    [M, ...] for the M slices that train, with the mask applied; a sink (`sinks`) adds it up
+    factors    of an expert weight's gradient, which a sink keeps
 
 MOLLM has a set of gradients for each objective:
 
     one set      g = grad sum_i w_i L_i
     MOLLM        g = sum_i c_i grad L_i, c from the Gram matrix of the masked gradients; |g|^2 = c^T Gram c
 
-The gradients of expert weights are where a sink (`sinks`) collects them: compact, which means only the slices that
-train, with the mask applied; or as factors. With factors a step has two phases. First all factors become known, and
-MOLLM's inner products are computed from them without storing a gradient. Then each weight gradient is made by a kernel
-whose epilogue updates the weight.
+With factors a step has two phases. First all factors become known, and MOLLM's inner products are computed from them
+without storing a gradient. Then each weight gradient is made by a kernel whose epilogue updates the weight.
 """
+
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from moe_unlearn import mollm
 from moe_unlearn.config import Mollm
+from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.ops import gram
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.ranks import Ranks
-from moe_unlearn.step.sinks import inner_products, join, largest_sum, look, may_overflow
+from moe_unlearn.step.factors import inner_products, join, largest_sum, look, may_overflow
 
 Gradient = Tensor | list[Factors] | None
 
 
-class Gradients:
-    """Gradients that a step has accumulated, for its `trained` parameters (name, parameter) and `masks` by name."""
+class GradientStore:
+    """The gradients of the step in progress; one store serves an optimizer from step to step.
 
-    def __init__(
-        self, optimizer: MaskedSGD | MaskedAdamW, trained: list[tuple[str, nn.Parameter]], masks: dict[str, Tensor]
-    ):
-        self.optimizer, self.trained, self.masks = optimizer, trained, masks
+    The optimizer takes `collected` in place of `.grad`, also where somebody else steps it, such as a trainer.
+    """
+
+    def __init__(self, optimizer: MaskedSGD | MaskedAdamW):
+        self.optimizer = optimizer
+        #: parameter -> the step's gradient that is not in `.grad`: compact, or factors
+        self.collected: dict[Tensor, Tensor | Factors] = {}
+        self._hook = optimizer.register_step_pre_hook(self._hand_over)
+        self.begin([], {})
+
+    def begin(self, trained: Sequence[tuple[str, nn.Parameter]], masks: Mapping[str, Tensor]) -> None:
+        """Begin a step that trains these parameters by name, under these masks by name."""
+        self.trained, self.masks = trained, masks
+        self.names = {p: name for name, p in trained}
+        self._reset()
+
+    def _reset(self) -> None:
         #: objective -> for each trained parameter a gradient, a list of factors or None; empty without MOLLM
         self.sets: dict[str, list[Gradient]] = {}
         #: where a `FactorSink` leaves the factors of a backward pass
@@ -43,17 +64,44 @@ class Gradients:
         self._rates: dict[str, float] = {}  # g_i . update, where it follows from the direction
         self._before: list[Tensor] = []  # the weights before the update, where the update is to be measured
 
+    def __getstate__(self) -> dict:
+        """Return the state without the hook: a copy of the optimizer has no hooks, and a copy of this makes its own."""
+        return {name: value for name, value in vars(self).items() if name != "_hook"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._hook = self.optimizer.register_step_pre_hook(self._hand_over)
+
+    def close(self) -> None:
+        """Hand the optimizer no more gradients."""
+        self._hook.remove()
+
+    def _hand_over(self, optimizer, args: tuple, keywords: dict) -> tuple[tuple, dict] | None:
+        """Add the collected gradients to the arguments of `optimizer.step`."""
+        given = keywords.get("gradients")
+        if given is self.collected:
+            return None
+        collected = self.collected if given is None else ChainMap(self.collected, given)
+        return args, {**keywords, "gradients": collected}
+
     def of(self, p: nn.Parameter) -> Tensor | Factors | None:
         """Return the step's gradient of `p`: whole, compact or as factors."""
-        return self.optimizer.gradients.get(p, p.grad)
+        return self.collected.get(p, p.grad)
 
     def made(self, p: nn.Parameter) -> Tensor | None:
         """Return the step's gradient of `p`, whole or compact; compute it from its factors if need be."""
         gradient = self.of(p)
         if not isinstance(gradient, Factors):
             return gradient
-        experts, mask = self.optimizer.layout(p)
-        return expert_wgrad(**gradient._asdict(), experts=experts, mask=mask, out_dtype=p.dtype)
+        trained_slices, mask = self.optimizer.layout(p)
+        return expert_wgrad(**gradient._asdict(), experts=trained_slices, mask=mask, out_dtype=p.dtype)
+
+    def backward(self, losses: Mapping[str, Tensor]) -> None:
+        """Go backward from the loss of each of MOLLM's objectives, and collect its gradients."""
+        for i, (name, value) in enumerate(losses.items()):
+            # forget has a graph of its own; retain and KL share one, which the last of the two frees
+            value.backward(retain_graph=name != "forget" and i + 1 < len(losses))
+            self.collect(name)
 
     def collect(self, objective: str) -> None:
         """Add the gradients that a backward pass of this objective left to the objective's set."""
@@ -65,8 +113,8 @@ class Gradients:
             elif new is not None:
                 held[i] = new if held[i] is None else held[i].add_(new)
                 p.grad = None
-        self._compact |= self.optimizer.gradients.keys()
-        self.optimizer.gradients.clear()
+        self._compact |= self.collected.keys()
+        self.collected.clear()
         self.factors.clear()
 
     def settle(self) -> bool:
@@ -74,14 +122,13 @@ class Gradients:
 
         Raises NonFiniteError if a factor is not finite. Where a sum could overflow, the gradient itself is computed.
         """
-        names = {p: name for name, p in self.trained}
         made = {p: _whole([(1.0, f) for f in parts]) for p, parts in self.factors.items()}
-        self.optimizer.gradients.update(made)
+        self.collected.update(made)
         for p, bound in zip(made, look([largest_sum(gradient) for gradient in made.values()]), strict=True):
-            if may_overflow(bound, names[p]):
-                self.optimizer.gradients[p] = self.made(p)
+            if may_overflow(bound, self.names[p]):
+                self.collected[p] = self.made(p)
         self.factors.clear()
-        return any(isinstance(g, Factors) for g in self.optimizer.gradients.values())
+        return any(isinstance(g, Factors) for g in self.collected.values())
 
     def add_up(self, ranks: Ranks) -> None:
         """Add up the gradients of all ranks in place; none of them may be factors."""
@@ -112,7 +159,7 @@ class Gradients:
         for _, p in self.trained:
             gradient = self.of(p)
             if isinstance(gradient, Factors):
-                self.optimizer.gradients[p] = gradient._replace(grad=gradient.grad * factor)
+                self.collected[p] = gradient._replace(grad=gradient.grad * factor)
             elif gradient is not None:
                 gradient.mul_(factor)
 
@@ -127,6 +174,19 @@ class Gradients:
                 index = torch.tensor(present, device=total.device)
                 total[index[:, None], index] += inner_products(whole, *self.optimizer.layout(p)).to(total.device)
         return total
+
+    def common_descent(self, settings: Mollm, left_out: Sequence[str], *, measure: bool) -> dict[str, float]:
+        """Make the common descent direction of the objectives but those `left_out` the step's gradient; see `descend`.
+
+        Returns metrics. Raises NonFiniteError if a gradient is not finite.
+        """
+        names, products = list(self.sets), self.products()
+        if not torch.isfinite(products).all():
+            raise NonFiniteError("a gradient is not finite: stopped before the update")
+        active = torch.tensor([name not in left_out for name in names])
+        direction = self.descend(settings, products, active, measure=measure)
+        metrics = {f"lambda_{n}": float(w) for n, w in zip(names, direction.weights, strict=True)}
+        return metrics | {"stationary": float(direction.stationary)}
 
     def descend(self, settings: Mollm, products: Tensor, active: Tensor, *, measure: bool) -> mollm.CommonDescent:
         """Make the common descent direction the step's gradient.
@@ -153,14 +213,14 @@ class Gradients:
             if not terms:
                 continue
             if isinstance(terms[0][1], list):
-                self.optimizer.gradients[p] = _whole([(c_j, f) for c_j, parts in terms for f in parts])
+                self.collected[p] = _whole([(c_j, f) for c_j, parts in terms for f in parts])
                 continue
             (first, total), *others = terms
             total = first * total if keep else total.mul_(first)
             for c_j, gradient in others:
                 total.add_(gradient, alpha=c_j)
             if p in self._compact:
-                self.optimizer.gradients[p] = total
+                self.collected[p] = total
             else:
                 p.grad = total
         if not keep:
@@ -198,7 +258,7 @@ class Gradients:
     def held(self) -> list[Tensor]:
         """Return every tensor that holds a gradient or one of its factors."""
         found = [p.grad for _, p in self.trained if p.grad is not None]
-        groups = (self.optimizer.gradients.values(), *self.sets.values(), *self.factors.values())
+        groups = (self.collected.values(), *self.sets.values(), *self.factors.values())
         for gradient in (g for group in groups for g in group):
             for part in gradient if isinstance(gradient, list) else [gradient]:
                 found += [v for v in (part if isinstance(part, Factors) else [part]) if v is not None]
@@ -207,10 +267,8 @@ class Gradients:
     def clear(self) -> None:
         """Drop all gradients and all that was derived from them."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.sets, self._norm, self._rates, self._before = {}, None, {}, []
-        self.factors.clear()
-        self.kept.clear()
-        self._compact.clear()
+        self.collected.clear()
+        self._reset()
 
     def _each_set(self) -> list[list[Gradient]]:
         """Return the sets of gradients; without MOLLM the step's gradient is the only one."""
@@ -219,10 +277,10 @@ class Gradients:
     def _rows(self, p: nn.Parameter) -> Tensor:
         """Return the part of a parameter that its gradient covers: the trained slices if the gradient is compact."""
         layout = self.optimizer.layout(p) if p in self._compact else None
-        return p.detach() if layout is None or layout[0] is None else p.detach()[layout[0]]
+        return p.detach() if layout is None or layout.trained_slices is None else p.detach()[layout.trained_slices]
 
     def _gram(self, sets: list[list[Tensor | None]]) -> Tensor:
-        compact = self._compact | self.optimizer.gradients.keys()
+        compact = self._compact | self.collected.keys()
         return gram(sets, masks=[None if p in compact else self.masks.get(name) for name, p in self.trained])
 
 

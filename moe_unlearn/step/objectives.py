@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from moe_unlearn import losses, router_aux, seuf, trace
 from moe_unlearn.config import Recipe
-from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
+from moe_unlearn.errors import NotPreparedError
 from moe_unlearn.experts import experts_modules, step_inputs
 from moe_unlearn.model.batches import Batch, attended_mask, forgotten, refusal, stack, state_mask, target_mask
 from moe_unlearn.model.head import final_hidden_states, token_losses
@@ -37,23 +37,6 @@ TOKEN_LOSSES = {
     "wga": lambda nll, forget: losses.wga(nll, forget.beta),
     "satimp": lambda nll, forget: losses.satimp(nll, forget.beta1, forget.beta2),
 }
-
-
-def check_finite(metrics: dict[str, float], steps: int) -> None:
-    """Raise NonFiniteError, which states the number of steps done, if a loss is not finite."""
-    bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        raise NonFiniteError(f"{', '.join(bad)}: stopped before the update; {steps} steps done")
-
-
-def check_budget(recipe: Recipe, metrics: dict[str, float], steps: int) -> None:
-    """Raise RetainBudgetError, which states the number of steps done, if the retain loss exceeds the budget."""
-    budget, retain = recipe.retain_budget, metrics.get("retain_loss")
-    if budget is not None and retain is not None and retain > budget:
-        raise RetainBudgetError(
-            f"retain_loss is {retain:.6g}, above the budget of {budget:.6g}: stopped before the update; "
-            f"{steps} steps done, weights unchanged by this one"
-        )
 
 
 class Objectives:
@@ -89,6 +72,20 @@ class Objectives:
         """Compute the weighted sum of losses by name, which a step without MOLLM minimises; MOLLM's KL counts once."""
         factors = self.factors
         return sum(factors.get(name, 1.0) * value for name, value in values.items()) - self.dual.offset
+
+    def merged(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the losses by MOLLM's objectives: anchor and router_aux are part of another objective.
+
+        Their factors do not include that objective's own.
+        """
+        merged, parts = (
+            dict(values),
+            {"anchor": ("forget", self.factors["anchor"]), "router_aux": ("retain", self.router_aux)},
+        )
+        for name, (whole, factor) in parts.items():
+            if name in merged:
+                merged[whole] = merged[whole] + factor * merged.pop(name)
+        return merged
 
     @property
     def separate(self) -> str:
@@ -221,9 +218,13 @@ class Objectives:
                 for module in experts_modules(self.model).values()
             ]
         with step_inputs(
-            self.model, group=group, num_groups=1 if group is None else 2, tokens_per_expert=counts,
-            log_tilt=tilt, log_weight=log_weight,
-        ):  # fmt: skip
+            self.model,
+            group=group,
+            num_groups=1 if group is None else 2,
+            tokens_per_expert=counts,
+            log_tilt=tilt,
+            log_weight=log_weight,
+        ):
             if layer is None:
                 states = final_hidden_states(self.model, batch)
             else:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_unlearn.model.batches import Sizes
 from moe_unlearn.ranks import Ranks
-from moe_unlearn.step.sinks import look
+from moe_unlearn.step.factors import look
 
 
 class Part(NamedTuple):

@@ -20,8 +20,7 @@ The fused step (the default) sends forget and retain rows through one forward pa
 the gradients of the expert weights where they are made (`sinks`), in one of three forms: compact, of the trained
 experts only and with the mask applied; as factors, where these are smaller, so that dW exists only inside the kernel
 that updates the weight; or, under `guard: loss`, as the update itself during the backward pass. `obstacle` gives the
-reason where this last form is not possible. `fused=False` takes the plain path, autograd and one masked optimizer, and
-the fused step must give the same result.
+reason where this last form is not possible. `fused=False` takes the plain path, of autograd, to the same result.
 
 Under `guard: strict` every gradient, or its factors, is known before the first weight changes: a value that is not
 finite leaves the weights bitwise as they were. `guard: loss` checks losses likewise, but gradients of experts layer by
@@ -33,29 +32,33 @@ With a `process_group` each process is one of several ranks (`ranks`). Every ran
 `prepare` with all rows; losses, and so the checks that stop a step, are means over the rows of all ranks.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_unlearn import mollm
-from moe_unlearn.config import Recipe
-from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
-from moe_unlearn.experts import enable, step_inputs
-from moe_unlearn.model import scope
+from moe_unlearn.config import Mollm, Recipe
+from moe_unlearn.errors import NonFiniteError, RetainBudgetError
+from moe_unlearn.experts import copy_gate, enable, experts_modules, step_inputs
 from moe_unlearn.model.batches import Batch, Sizes, check_batches, checked, counted_row
 from moe_unlearn.model.head import verify_head
-from moe_unlearn.optim import MaskedAdamW, MaskedSGD, build_optimizer
+from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.plan import Plan, make_plan, ways
-from moe_unlearn.prepare.stages import STAGES, Preparation, needed, prepare
+from moe_unlearn.prepare.stages import STAGES, Preparation, prepare
 from moe_unlearn.ranks import Ranks, local
-from moe_unlearn.step.gradients import Gradients
-from moe_unlearn.step.objectives import Objectives, check_budget, check_finite
-from moe_unlearn.step.sinks import CompactSink, FactorSink, UpdateSink
+from moe_unlearn.step.checks import check_budget, check_finite, check_prepared, check_recipe
+from moe_unlearn.step.gradients import GradientStore
+from moe_unlearn.step.objectives import Objectives
+from moe_unlearn.step.sinks import sink_of
 from moe_unlearn.step.tally import Tally
+from moe_unlearn.step.weights import TrainedWeights, build_optimizer, twin_of
 from moe_unlearn.verify import Verifier
+from moe_unlearn.view import StepView
 
 
 class UnlearnStep:
@@ -99,12 +102,11 @@ class UnlearnStep:
         self.prepared = Preparation()
         self.objectives = Objectives(self.model, self.recipe, self.prepared)
         self._implementation = enable(self.model)
-        self._flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
-        self.masks: dict[str, Tensor] = {}
+        self.weights = TrainedWeights(self.model, self.recipe)
         self.steps = 0
         #: whether the last step saw a forget loss at or below `recipe.stop_forget_loss`
         self.done = False
-        self._apply_scope()
+        self.weights.restrict(self.prepared)
         if optimizer is None:
             optimizer = build_optimizer(self.model, self.recipe)
         elif not isinstance(optimizer, MaskedSGD | MaskedAdamW):
@@ -112,7 +114,7 @@ class UnlearnStep:
         self.optimizer = optimizer
         #: record of the micro-batches of this step
         self.tally = Tally(self.ranks)
-        self.gradients = Gradients(self.optimizer, self._trained(), self.masks)
+        self.gradients = GradientStore(self.optimizer)
         self._updated: list[str] = []
         self._norm: float | None = None
         self.verifier = Verifier(self, verify)
@@ -137,12 +139,12 @@ class UnlearnStep:
         verify_head(self.model, counted_row(retain))
 
         def after(stage: str) -> None:
-            self._apply_scope()
+            self.weights.restrict(self.prepared)
             if on_stage is not None:
                 on_stage(stage)
 
         prepare(self.model, self.recipe, self.prepared, forget, retain, after, cache_dir, self.ranks, stages)
-        self._apply_masks()
+        self.weights.mask(self.prepared, self.optimizer)
         return self.prepared
 
     def __call__(
@@ -160,9 +162,8 @@ class UnlearnStep:
 
     def sizes(self, pairs: Iterable[tuple[Batch, Batch]]) -> dict[str, int]:
         """Count the units (`Objectives.units`) of a step with these (forget, retain) pairs, on all ranks."""
-        return self.tally.count([
-            self.objectives.units(checked(forget, "forget"), checked(retain, "retain")) for forget, retain in pairs
-        ])  # fmt: skip
+        sides = [(checked(forget, "forget"), checked(retain, "retain")) for forget, retain in pairs]
+        return self.tally.count([self.objectives.units(*pair) for pair in sides])
 
     def accumulate(
         self, forget_batch: Batch, retain_batch: Batch, *, sizes: Sizes | None = None, last: bool = False
@@ -172,19 +173,16 @@ class UnlearnStep:
         `last` says that no micro-batch follows before the update: if it is also the first, and there is no
         `obstacle`, expert weights are nevertheless updated in the backward pass.
         """
-        missing = [stage for stage in needed(self.recipe) if stage not in self.prepared.done]
-        if missing:
-            raise NotPreparedError(
-                f"recipe {self.recipe.name!r} needs prepare(forget_batches, retain_batches) first; "
-                f"stages not run: {', '.join(missing)}"
-            )
+        check_prepared(self.recipe, self.prepared)
         self.tally.expect(sizes)
         forget_batch, retain_batch = checked(forget_batch, "forget"), checked(retain_batch, "retain")
         whole = last and not self.tally.parts
-        single_pass = whole and not self.obstacle
+        view, sink = self.view(), None
         if not self.tally.parts:
-            self.gradients = Gradients(self.optimizer, self._trained(), self.masks)
-        sink = self._sink(whole, single_pass)
+            self.gradients.begin(view.trained, view.masks)
+        if self.fused:
+            late = ways.form(view) if whole or self.recipe.mollm is not None else "compact"
+            sink = sink_of(self.gradients, "update" if whole and not ways.obstacle(view) else late)
         try:
             # the backward pass belongs inside: with gradient checkpointing the recomputation needs the sink again
             with step_inputs(self.model, weight_gradients=sink), self.verifier.watch(forget_batch, retain_batch, sizes):
@@ -195,21 +193,21 @@ class UnlearnStep:
                 part = self.tally.measure(values, units)
                 check_finite(part.losses, self.steps)
                 if whole:
-                    self._check_budget(part.losses)
+                    check_budget(self.recipe, part.losses, self.steps)
                 shares = self.tally.shares(part, sizes, last)
                 if sink is not None:
                     sink.micro_batches = 1 / max(min(shares.values()), 1e-9)
                 self._backward({name: (shares[f"{name}_loss"], value) for name, value in values.items()})
                 if sink is not None:
                     sink.settle()
-        except NonFiniteError as error:
+        except (NonFiniteError, RetainBudgetError) as error:
             raise self._stopped(error) from None
-        self._updated = sink.updated if single_pass else []
+        self._updated = [] if sink is None else sink.updated
         self.tally.add(part, sizes, last)
         return dict(part.losses)
 
     def combine(self) -> dict[str, float]:
-        """Turn the accumulated gradients into the step's, in `.grad` or `optimizer.gradients`; no weight changes.
+        """Turn the accumulated gradients into the step's, which the optimizer takes; no weight changes.
 
         This is for callers that step the optimizer themselves: combine, clip, `optimizer.step()`, `finish()`. Returns
         metrics, the step's losses among them. Raises NonFiniteError or RetainBudgetError after dropping the gradients.
@@ -217,17 +215,17 @@ class UnlearnStep:
         if not self.tally.parts:
             raise RuntimeError("nothing accumulated: call accumulate(), or the step itself, first")
         metrics = self.tally.losses() | self.objectives.dual.metrics()
-        self._check_budget(metrics)
-        self.gradients.add_up(self.ranks)
-        self.gradients.divide(self.tally.divisor)
-        if self.recipe.mollm is not None:
-            metrics |= self._combine_mollm()
         try:
+            check_budget(self.recipe, metrics, self.steps)
+            self.gradients.add_up(self.ranks)
+            self.gradients.divide(self.tally.divisor)
+            if self.recipe.mollm is not None:
+                metrics |= self._descend(self.recipe.mollm)
             factored = self.recipe.mollm is None and self.gradients.settle()
             norm = self.gradients.norm()
             if not math.isfinite(norm):
                 raise NonFiniteError(f"the gradient norm is {norm}: stopped before the update", self._updated)
-        except NonFiniteError as error:
+        except (NonFiniteError, RetainBudgetError) as error:
             raise self._stopped(error) from None
         # with updates in the backward pass or from factors the whole gradient never exists
         self._norm = None if self._updated or factored else norm
@@ -241,7 +239,7 @@ class UnlearnStep:
         """Combine and clip the gradients, step the optimizer and finish the step; return its metrics."""
         metrics = self.combine()
         self.clip(self.recipe.optimizer.max_grad_norm)
-        self.optimizer.step()
+        self.optimizer.step(gradients=self.gradients.collected)
         metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
         return metrics | self.finish()
 
@@ -296,73 +294,93 @@ class UnlearnStep:
 
     def load_state_dict(self, state: dict) -> None:
         """Restore a `state_dict`; raise ValueError if it belongs to another recipe."""
-        own = self.recipe.to_dict()
-        different = [k for k in own if k not in _MAY_DIFFER and own[k] != state["recipe"].get(k)]
-        if different:
-            raise ValueError(
-                f"the state belongs to another recipe: {different[0]} was "
-                f"{state['recipe'].get(different[0])!r}, is {own[different[0]]!r}"
-            )
+        check_recipe(self.recipe, state["recipe"])
         self.discard()
         self.prepared.load_state_dict(state["prepared"])
-        self.steps = state["steps"]
-        self.objectives.dual.value = state.get("dual", self.recipe.retain.alpha)
-        self._apply_scope()
-        self._apply_masks()
-        if "optimizer" in state:
-            self.optimizer.load_state_dict(state["optimizer"])
+        self.apply_preparation()
+        self.rewind(state["steps"], state.get("dual", self.recipe.retain.alpha), state.get("optimizer"))
+
+    def rewind(self, steps: int, alpha: float, optimizer: dict | None) -> None:
+        """Set the steps done, the multiplier of the retain loss and, but for None, the optimizer's state; no weight."""
+        self.discard()
+        self.steps, self.objectives.dual.value = steps, alpha
+        if optimizer is not None:
+            self.optimizer.load_state_dict(optimizer)
+
+    def apply_preparation(self) -> None:
+        """Let exactly those weights train that the scope and what is prepared allow."""
+        self.weights.restrict(self.prepared)
+        self.weights.mask(self.prepared, self.optimizer)
 
     def close(self) -> None:
         """Restore the model's experts implementation and `requires_grad` flags as they were before."""
         self.discard()
-        scope.set_trainable(self.model, self._flags, set(self._flags))
+        self.gradients.close()
+        self.weights.restore()
         self._implementation.disable()
 
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-
-    def _apply_scope(self) -> None:
-        scope.restrict(self.model, self.recipe.scope, self._flags, self.prepared.selected)
-
-    def _apply_masks(self) -> None:
-        prepared = self.prepared
-        self.masks = scope.weight_masks(self.model, self.recipe.scope, prepared.selected, prepared.mask)
-        by_parameter = {p: self.masks.get(name) for name, p in self.model.named_parameters()}
-        for group in self.optimizer.param_groups:
-            group["masks"] = [by_parameter.get(p) for p in group["params"]]
-        for name, p in self._trained():
-            if name in self.masks and not self.masks[name].any():
-                p.requires_grad_(False)
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Return the packed masks by name of the parameter; without one, all its weights may change."""
+        return self.weights.masks
 
     @property
     def obstacle(self) -> str:
         """Return why expert weights are not updated in the backward pass itself; empty if they are."""
-        return ways.obstacle(self)
+        return ways.obstacle(self.view())
 
-    def _sink(self, whole: bool, single_pass: bool) -> CompactSink | None:
-        if not self.fused:
-            return None
-        held = self.optimizer, self.optimizer.gradients
-        if single_pass:
-            return UpdateSink(*held, {p: name for name, p in self._trained()})
-        form = ways.form(self) if whole or self.recipe.mollm else "compact"
-        factored = self.gradients.factors, self.gradients.kept, form
-        return CompactSink(*held) if form == "compact" else FactorSink(*held, *factored)
+    def view(self) -> StepView:
+        """Return what the step shows of itself at this moment."""
+        return StepView(
+            model=self.model,
+            recipe=self.recipe,
+            optimizer=self.optimizer,
+            masks=self.masks,
+            fused=self.fused,
+            ranks=self.ranks.count,
+            micro_batches=self.micro_batches,
+            separate=self.objectives.separate,
+            held_back=self.held_back,
+            steps=self.steps,
+            alpha=self.objectives.dual.value,
+            losses=[part.losses for part in self.tally.parts],
+            updated=self._updated,
+            gradients=self.gradients,
+        )
 
-    def _stopped(self, error: NonFiniteError) -> NonFiniteError:
-        """Drop the gradients and return the error, extended by what state the weights are in."""
+    def twin(self, model: nn.Module) -> "UnlearnStep":
+        """Return a plain step over `model`, a copy of this step's model, prepared alike and with no retain budget.
+
+        Its optimizer has the same options, and no state.
+        """
+        recipe = dataclasses.replace(self.recipe, retain_budget=None)
+        twin = type(self)(model, recipe, twin_of(self.optimizer, self.model, model), fused=False)
+        twin.load_state_dict({"recipe": recipe.to_dict(), "steps": self.steps, "prepared": self.prepared.state_dict()})
+        return twin
+
+    def shadow(self, copied: Callable[[Any, dict], Any], prepared: Preparation) -> "UnlearnStep":
+        """Return a copy of the step for a rehearsal, by `copied(step, memo)` as in copy.deepcopy, and `prepared`.
+
+        It has no accumulated gradients and, until `apply_preparation`, no masks.
+        """
+        memo = {id(self.prepared): prepared, id(self.masks): {}}
+        memo |= {id(mask): mask for slot in self.optimizer.slots() if (mask := slot.mask) is not None}
+        shadow = copied(self, memo)
+        for own, copy in zip(*(experts_modules(step.model).values() for step in (self, shadow)), strict=True):
+            copy_gate(own, copy)
+        shadow.objectives.dual.warns = False  # its losses are not real
+        shadow.discard()
+        return shadow
+
+    def _stopped(self, error: NonFiniteError | RetainBudgetError) -> NonFiniteError | RetainBudgetError:
+        """Drop the gradients and return the error, which says what state the weights are in."""
         self.discard()
+        if isinstance(error, RetainBudgetError):
+            return error
         if not error.updated:
             return NonFiniteError(f"{error}, weights unchanged by this one")
         restored = "no checkpoint was restored" if self.restore is None else self.restore()
         return NonFiniteError(f"{error}; updated already: {', '.join(error.updated)}; {restored}", error.updated)
-
-    def _check_budget(self, step_losses: dict[str, float]) -> None:
-        try:
-            check_budget(self.recipe, step_losses, self.steps)
-        except RetainBudgetError:
-            self.discard()
-            raise
 
     def _backward(self, weighed: dict[str, tuple[float, Tensor]]) -> None:
         factors = self.objectives.factors
@@ -370,31 +388,10 @@ class UnlearnStep:
             sum(factors[name] * share * value for name, (share, value) in weighed.items()).backward()
             return
         values = {name: share * value for name, (share, value) in weighed.items()}
-        # anchor and router_aux are part of another objective, with a factor that does not include that objective's own
-        for name, whole, factor in (
-            ("anchor", "forget", factors["anchor"]),
-            ("router_aux", "retain", self.objectives.router_aux),
-        ):
-            if name in values:
-                values[whole] = values[whole] + factor * values.pop(name)
-        for i, (name, value) in enumerate(values.items()):
-            # forget has a graph of its own; retain and KL share one, which the last of the two frees
-            value.backward(retain_graph=name != "forget" and i + 1 < len(values))
-            self.gradients.collect(name)
+        self.gradients.backward(self.objectives.merged(values))
 
-    def _combine_mollm(self) -> dict[str, float]:
-        settings, names = self.recipe.mollm, list(self.gradients.sets)
-        products = self.gradients.products()
-        active = torch.ones(len(names), dtype=torch.bool)
-        if "kl" in names:
-            value = self.tally.losses()["kl_loss"]
-            active[names.index("kl")] = mollm.kl_active(value, self.prepared.kl_floor, factor=settings.kl_floor)
-        if not torch.isfinite(products).all():
-            raise self._stopped(NonFiniteError("a gradient is not finite: stopped before the update"))
-        measure = self.steps % settings.log_descent_every == 0
-        direction = self.gradients.descend(settings, products, active, measure=measure)
-        metrics = {f"lambda_{n}": float(w) for n, w in zip(names, direction.weights, strict=True)}
-        return metrics | {"stationary": float(direction.stationary)}
-
-
-_MAY_DIFFER = ("name", "steps", "data", "guard", "retain_budget")
+    def _descend(self, settings: Mollm) -> dict[str, float]:
+        kl = self.tally.losses().get("kl_loss")
+        active = kl is None or mollm.kl_active(kl, self.prepared.kl_floor, factor=settings.kl_floor)
+        left_out = [] if active else ["kl"]
+        return self.gradients.common_descent(settings, left_out, measure=self.steps % settings.log_descent_every == 0)

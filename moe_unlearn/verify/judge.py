@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.ops.bits import philox, round_stochastic, unpack_bits
+from moe_unlearn.optim import Slot
 from moe_unlearn.testing import AccuracyError, assert_as_accurate, ulp
 from moe_unlearn.testing.yardstick import Baseline
+from moe_unlearn.view import StepView
 
 _WORST = 8  # the number of tensors that a report names
 
@@ -64,35 +66,31 @@ class Run:
     state: dict[str, dict]  # the optimizer's state
 
     @classmethod
-    def of(cls, step) -> "Run":
+    def of(cls, view: StepView) -> "Run":
         """Copy the results of a step after its update, before it is finished."""
-        named = step._trained()
         return cls(
-            [dict(part.losses) for part in step.tally.parts],
-            {name: _clone(step.gradients.made(p)) for name, p in named},
-            {name for name, p in named if p in step.optimizer.gradients},
-            set(step._updated),
-            {name: p.detach().clone() for name, p in named},
-            {name: {k: v.clone() for k, v in step.optimizer.state.get(p, {}).items()} for name, p in named},
+            [dict(losses) for losses in view.losses],
+            {name: _clone(view.gradients.made(p)) for name, p in view.trained},
+            {name for name, p in view.trained if p in view.gradients.collected},
+            set(view.updated),
+            {name: p.detach().clone() for name, p in view.trained},
+            {name: {k: v.clone() for k, v in view.optimizer.state.get(p, {}).items()} for name, p in view.trained},
         )
 
 
+@dataclass
 class Comparison:
-    """Judges a step after its update and fills `report`.
+    """Judges a step after its update and fills `report`."""
 
-    Args:
-        step, plain: the step itself and the plain one.
-        before, masters: the weights before the step by name, and their master copies, compact, by parameter.
-        ours, baseline, gold, others: the runs of the step, of the plain step, of the plain step in float64, and of
-            float64 steps on weights perturbed by rounding.
-    """
-
-    def __init__(
-        self, step, plain, before: dict[str, Tensor], masters: dict[Tensor, Tensor], report: Report,
-        ours: Run, baseline: Run, gold: Run, others: list[Run],
-    ):  # fmt: skip
-        self.step, self.plain, self.before, self.masters, self.report = step, plain, before, masters, report
-        self.ours, self.baseline, self.gold, self.others = ours, baseline, gold, others
+    view: StepView
+    plain: StepView  # of the plain step
+    before: dict[str, Tensor]  # the weights before the step by name
+    masters: dict[Tensor, Tensor]  # their master copies, compact, by parameter
+    report: Report
+    ours: Run
+    baseline: Run  # of the plain step
+    gold: Run  # of the plain step in float64
+    others: list[Run]  # of float64 steps on weights perturbed by rounding
 
     def run(self) -> None:
         """Judge losses, gradients, optimizer state and weights."""
@@ -106,17 +104,16 @@ class Comparison:
                 # a loss is a difference of logarithms of order one: however small, it is no closer than their last bit
                 last_bit = torch.finfo(torch.float32).eps
                 self._judge(at, torch.tensor(value, dtype=torch.float32), loss, last_bit)
-        names = {p: name for name, p in self.step._trained()}
+        names = {p: name for name, p in self.view.trained}
         # the options are taken from the plain step, whose optimizer was loaded with the state before the step
-        for (_, p, _, i), (group, _, mask, _) in zip(
-            self.step.optimizer._parameters(), self.plain.optimizer._parameters(), strict=True
-        ):
-            if p in names:
-                self._parameter(names[p], group, p, mask, i)
+        for own, plain in zip(self.view.optimizer.slots(), self.plain.optimizer.slots(), strict=True):
+            if own.parameter in names:
+                self._parameter(names[own.parameter], plain._replace(parameter=own.parameter))
 
-    def _parameter(self, name: str, group: dict, p: nn.Parameter, mask: Tensor | None, parameter_id: int) -> None:
-        slices, _ = self.step.optimizer.layout(p)
-        slices = slice(None) if slices is None else slices
+    def _parameter(self, name: str, slot: Slot) -> None:
+        group, p, mask, parameter_id = slot
+        trained_slices = self.view.optimizer.layout(p).trained_slices
+        slices = slice(None) if trained_slices is None else trained_slices
         kept = torch.ones_like(p, dtype=torch.bool)
         if mask is not None:
             kept = unpack_bits(mask, p.shape[-1] if p.dim() else 1).view(p.shape)
@@ -164,8 +161,8 @@ class Comparison:
         if update.rounds:
             slack = self._slack(update, gradient)
             wrong = [int(update.off(*pair, start, slack).sum()) for pair in zip(ends, truths, strict=True)]
-            self._require(wrong[0] <= wrong[1], f"weight {name}: {wrong[0]} of {kept.numel()} weights are not the "
-                          "rounding of their update")  # fmt: skip
+            problem = f"weight {name}: {wrong[0]} of {kept.numel()} weights are not the rounding of their update"
+            self._require(wrong[0] <= wrong[1], problem)
             return
         ours, plain = (end.double() - truth for end, truth in zip(ends, truths, strict=True))
         change, dtype = truths[0] - start, torch.promote_types(p.dtype, torch.float32)

@@ -34,18 +34,20 @@ Deterministic. Source: our specification.
 
 import contextlib
 import copy
-import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.model.batches import Batch, Sizes
+from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.testing import yardstick
 from moe_unlearn.verify.forced_routing import Routes
 from moe_unlearn.verify.judge import Comparison, Report, Run
+from moe_unlearn.view import StepView
 
 PERTURBATIONS = 8  # float64 runs on weights perturbed by rounding; if there were two, both might be accurate by luck
 # the perturbation in last bits, for float32 (True) and narrower numbers (False): float32 sums round at every addition,
@@ -61,10 +63,32 @@ class VerificationError(ArithmeticError):
         self.report = report
 
 
+class Step(Protocol):
+    """A step that can be verified: it shows its view, and its twin makes the same step on the plain path."""
+
+    def view(self) -> StepView:
+        """Return what the step shows of itself at this moment."""
+
+    def twin(self, model: nn.Module) -> "Step":
+        """Return a plain step over `model`, a copy of this step's model, prepared alike."""
+
+    def rewind(self, steps: int, alpha: float, optimizer: dict | None) -> None:
+        """Set the steps done, the multiplier of the retain loss and, but for None, the optimizer's state; no weight."""
+
+    def accumulate(self, forget_batch: Batch, retain_batch: Batch, *, sizes: Sizes | None) -> dict[str, float]:
+        """Compute losses and gradients of one micro-batch and add the gradients up."""
+
+    def combine(self) -> dict[str, float]:
+        """Turn the accumulated gradients into the step's."""
+
+    def clip(self, limit: float | None) -> float:
+        """Scale the combined gradient down to the norm `limit`."""
+
+
 class Verifier:
     """Watches an `UnlearnStep` and verifies its first `steps` updates, or all of them for True."""
 
-    def __init__(self, step, steps: int | bool):
+    def __init__(self, step: Step, steps: int | bool):
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"verify must be a number of steps, or True for all of them; got {steps!r}")
         self.step = step
@@ -73,7 +97,7 @@ class Verifier:
         #: the limit that the gradient norm was clipped to
         self.clipped_to: float | None = None
         self._micro_batches: list[tuple] = []
-        self._twins: dict[torch.dtype | None, object] = {}
+        self._twins: dict[torch.dtype | None, Step] = {}
 
     @contextlib.contextmanager
     def watch(self, forget: Batch, retain: Batch, sizes: Sizes | None) -> Iterator[None]:
@@ -84,15 +108,15 @@ class Verifier:
         if not self.remaining:
             yield
             return
-        step = self.step
-        if not step.tally.parts:
+        view = self.step.view()
+        if not view.losses:
             self._micro_batches, self.clipped_to = [], None
-            self._weights = {name: p.detach().clone() for name, p in step._trained()}
-            self._optimizer = copy.deepcopy(step.optimizer.state_dict())
-            self._routes = Routes(step.model)
-        device = next(step.model.parameters()).device
+            self._weights = {name: p.detach().clone() for name, p in view.trained}
+            self._optimizer = copy.deepcopy(view.optimizer.state_dict())
+            self._routes = Routes(view.model)
+        device = next(view.model.parameters()).device
         before = _random_state(device)
-        with self._routes.record(step.model):
+        with self._routes.record(view.model):
             yield
         if not torch.equal(before, _random_state(device)):
             self._undo()
@@ -111,51 +135,51 @@ class Verifier:
         if not self.remaining or not self._micro_batches:
             return {}
         self.remaining -= 1
-        step = self.step
+        view = self.step.view()
         try:
-            report = self._report(Run.of(step))
+            report = self._report(view)
         except NonFiniteError as error:
             self._undo()
-            raise VerificationError(Report(step.steps + 1, problems=["the plain path stops"]), str(error)) from error
+            raise VerificationError(Report(view.steps + 1, problems=["the plain path stops"]), str(error)) from error
         self.reports.append(report)
         self._micro_batches = []
         if not self.remaining:
             self._twins.clear()
         if report.problems:
             self._undo()
-            raise VerificationError(report, f"stopped; {step.steps} steps done, weights and optimizer as before this")
+            raise VerificationError(report, f"stopped; {view.steps} steps done, weights and optimizer as before this")
         return {"verify_difference": report.largest}
 
-    def _report(self, ours: Run) -> Report:
+    def _report(self, view: StepView) -> Report:
         """Compare the step with its replays; return the report."""
-        step = self.step
+        ours = Run.of(view)
         baseline, routes = self._replay(None)
         gold, _ = self._replay(torch.float64)
-        saved = _by_parameter(step.optimizer, self._optimizer["state"])
+        saved = _by_parameter(view.optimizer, self._optimizer["state"])
         masters = {p: state["master"] for p, state in saved.items() if "master" in state}
         # perturbed runs only ever allow more, so they are not needed where the step passes without them
         for seeds in (range(0), range(PERTURBATIONS)):
             others = [self._replay(torch.float64, seed)[0] for seed in seeds]
-            report = Report(step.steps + 1, routed=self._routes.count, rerouted=routes.rerouted)
+            report = Report(view.steps + 1, routed=self._routes.count, rerouted=routes.rerouted)
             report.compared = routes.equal(self._routes)
             if report.compared:
-                Comparison(step, self.plain, self._weights, masters, report, ours, baseline, gold, others).run()
+                plain = self._twins[None].view()
+                Comparison(view, plain, self._weights, masters, report, ours, baseline, gold, others).run()
             if not report.problems:
                 break
         return report
 
     @property
-    def plain(self):
+    def plain(self) -> Step | None:
         """Return the plain step in its state after the last verified update; None before the first."""
         return self._twins.get(None)
 
     def memory(self) -> int:
         """Return the largest number of bytes that verifying a step adds; see the module docstring."""
-        step = self.step
-        weights = list(step.model.parameters())
-        trained = [(p, step.masks.get(name)) for name, p in step._trained()]
-        state = sum(step.optimizer.state_size(p, mask) for p, mask in trained)
-        moved = sum(p.numel() for p, _ in trained)
+        view = self.step.view()
+        weights = list(view.model.parameters())
+        state = sum(view.optimizer.state_size(p, view.masks.get(name)) for name, p in view.trained)
+        moved = sum(p.numel() for _, p in view.trained)
         width = max(p.element_size() for p in weights)
         # bytes of what is kept from before the step, of one run's result, and of the model that the run was made on
         narrow = [width * moved + state, 2 * width * moved + state, width * sum(map(torch.numel, weights))]
@@ -168,22 +192,21 @@ class Verifier:
 
     @torch.no_grad()
     def _undo(self) -> None:
-        for name, p in self.step.model.named_parameters():
+        view = self.step.view()
+        for name, p in view.model.named_parameters():
             if name in self._weights:
                 p.copy_(self._weights[name])
-        self.step.optimizer.load_state_dict(self._optimizer)
-        self.step.discard()
+        self.step.rewind(view.steps, view.alpha, self._optimizer)
 
-    def _replay(self, dtype: torch.dtype | None, perturb: int | None = None):
+    def _replay(self, dtype: torch.dtype | None, perturb: int | None = None) -> tuple[Run, Routes]:
         """Make the plain step from the state before the step; return its `Run` and the routes it took."""
-        step = self.step
         if dtype not in self._twins:
             self._twins[dtype] = self._twin(dtype)
-        twin = self._twins[dtype]
+        model, twin = self.step.view().model, self._twins[dtype]
         generator = torch.Generator().manual_seed(perturb or 0)
         enabled, narrow = self._micro_batches[0][3]
         with torch.no_grad():
-            for (name, source), p in zip(step.model.named_parameters(), twin.model.parameters(), strict=True):
+            for (name, source), p in zip(model.named_parameters(), twin.view().model.parameters(), strict=True):
                 p.copy_(self._weights.get(name, source))
                 if perturb is not None:
                     off = 2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1
@@ -192,13 +215,11 @@ class Verifier:
         with yardstick.applied():
             return self._made(twin, dtype)
 
-    def _made(self, twin, dtype: torch.dtype | None):
+    def _made(self, twin: Step, dtype: torch.dtype | None) -> tuple[Run, Routes]:
         """Make the step on a twin whose weights are those before the step; return its `Run` and routes."""
-        step = self.step
-        twin.discard()
-        twin.optimizer.load_state_dict(self._optimizer)
-        twin.steps, twin.objectives.dual.value = step.steps, step.objectives.dual.value
-        model = twin.model
+        own = self.step.view()
+        twin.rewind(own.steps, own.alpha, self._optimizer)
+        model, optimizer = twin.view().model, twin.view().optimizer
         routes = Routes(model)
         for forget, retain, sizes, (enabled, narrow) in self._micro_batches:
             device = forget["input_ids"].device.type
@@ -210,47 +231,35 @@ class Verifier:
         twin.combine()
         twin.clip(self.clipped_to)
         if dtype is not None:
-            _take_masters(twin, self._optimizer["state"])
-        twin.optimizer.step()
-        return Run.of(twin), routes
+            _take_masters(optimizer, self._optimizer["state"])
+        optimizer.step()
+        return Run.of(twin.view()), routes
 
-    def _twin(self, dtype: torch.dtype | None):
+    def _twin(self, dtype: torch.dtype | None) -> Step:
         """Return a plain step over a copy of the model."""
-        step = self.step
-        model = copy.deepcopy(step.model).to(dtype)
+        model = copy.deepcopy(self.step.view().model).to(dtype)
         for module in model.modules():
             # checkpointing changes no result, and its recomputation would choose routes anew
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
-        recipe = dataclasses.replace(step.recipe, retain_budget=None)
-        twin = type(step)(model, recipe, _twin_optimizer(step, model), fused=False)
-        state = {"recipe": recipe.to_dict(), "steps": step.steps, "prepared": step.prepared.state_dict()}
-        twin.load_state_dict(state)
-        return twin
-
-
-def _twin_optimizer(step, model: nn.Module):
-    """Return an optimizer like the step's over the parameters of `model`, a copy of its model."""
-    twins = dict(zip(step.model.parameters(), model.parameters(), strict=True))
-    groups = [{**group, "params": [twins[p] for p in group["params"]]} for group in step.optimizer.param_groups]
-    return type(step.optimizer)(groups)
+        return self.step.twin(model)
 
 
 @torch.no_grad()
-def _take_masters(step, saved: dict) -> None:
+def _take_masters(optimizer: MaskedSGD | MaskedAdamW, saved: dict) -> None:
     """Set a float64 twin's weights to the saved master weights, since it keeps no masters of its own.
 
     Call this after the gradient has been computed from the rounded weights.
     """
-    for p, state in _by_parameter(step.optimizer, saved).items():
-        own = step.optimizer.state[p]
+    for p, state in _by_parameter(optimizer, saved).items():
+        own = optimizer.state[p]
         if "master" in state:
             p[own["slices"] if "slices" in own else slice(None)] = state["master"].to(p.dtype)
             del own["master"]
 
 
-def _by_parameter(optimizer, state: dict) -> dict:
-    return {p: state[i] for _, p, _, i in optimizer._parameters() if i in state}
+def _by_parameter(optimizer: MaskedSGD | MaskedAdamW, state: dict) -> dict[Tensor, dict]:
+    return {slot.parameter: state[slot.parameter_id] for slot in optimizer.slots() if slot.parameter_id in state}
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -1,0 +1,48 @@
+"""Checks that stop a step, or refuse to begin one."""
+
+import math
+
+from moe_unlearn.config import Recipe
+from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
+from moe_unlearn.prepare.stages import Preparation, needed
+
+# keys of a recipe in which a saved state may differ from the step that takes it
+MAY_DIFFER = ("name", "steps", "data", "guard", "retain_budget")
+
+
+def check_prepared(recipe: Recipe, prepared: Preparation) -> None:
+    """Raise NotPreparedError, which names them, if stages that the recipe needs have not run."""
+    missing = [stage for stage in needed(recipe) if stage not in prepared.done]
+    if missing:
+        raise NotPreparedError(
+            f"recipe {recipe.name!r} needs prepare(forget_batches, retain_batches) first; "
+            f"stages not run: {', '.join(missing)}"
+        )
+
+
+def check_recipe(recipe: Recipe, saved: dict) -> None:
+    """Raise ValueError if a state with the `saved` recipe belongs to another recipe."""
+    own = recipe.to_dict()
+    different = [k for k in own if k not in MAY_DIFFER and own[k] != saved.get(k)]
+    if different:
+        raise ValueError(
+            f"the state belongs to another recipe: {different[0]} was "
+            f"{saved.get(different[0])!r}, is {own[different[0]]!r}"
+        )
+
+
+def check_finite(metrics: dict[str, float], steps: int) -> None:
+    """Raise NonFiniteError, which states the number of steps done, if a loss is not finite."""
+    bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if bad:
+        raise NonFiniteError(f"{', '.join(bad)}: stopped before the update; {steps} steps done")
+
+
+def check_budget(recipe: Recipe, metrics: dict[str, float], steps: int) -> None:
+    """Raise RetainBudgetError, which states the number of steps done, if the retain loss exceeds the budget."""
+    budget, retain = recipe.retain_budget, metrics.get("retain_loss")
+    if budget is not None and retain is not None and retain > budget:
+        raise RetainBudgetError(
+            f"retain_loss is {retain:.6g}, above the budget of {budget:.6g}: stopped before the update; "
+            f"{steps} steps done, weights unchanged by this one"
+        )

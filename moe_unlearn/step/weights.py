@@ -1,0 +1,57 @@
+"""The weights that a step trains, within the recipe's scope, the selection and the mask, and the optimizer for them."""
+
+import torch
+from torch import Tensor, nn
+
+from moe_unlearn.config import Recipe
+from moe_unlearn.model import scope
+from moe_unlearn.optim import MaskedAdamW, MaskedSGD
+from moe_unlearn.prepare.stages import Preparation
+
+
+class TrainedWeights:
+    """Decides which weights of a model may change, until `restore`; frozen ones stay frozen."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe):
+        self.model, self.scope = model, recipe.scope
+        #: packed masks by name of the parameter
+        self.masks: dict[str, Tensor] = {}
+        self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
+
+    def restrict(self, prepared: Preparation) -> None:
+        """Freeze the parameters outside the scope; ValueError if none is left to train."""
+        scope.restrict(self.model, self.scope, self._flags, prepared.selected)
+
+    def mask(self, prepared: Preparation, optimizer: MaskedSGD | MaskedAdamW) -> None:
+        """Give the masks of the preparation to the optimizer, and freeze the parameters without a set bit."""
+        self.masks = scope.weight_masks(self.model, self.scope, prepared.selected, prepared.mask)
+        by_parameter = {p: self.masks.get(name) for name, p in self.model.named_parameters()}
+        for group in optimizer.param_groups:
+            group["masks"] = [by_parameter.get(p) for p in group["params"]]
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and name in self.masks and not self.masks[name].any():
+                p.requires_grad_(False)
+
+    def restore(self) -> None:
+        """Restore the `requires_grad` flags that the parameters had at first."""
+        scope.set_trainable(self.model, self._flags, set(self._flags))
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW:
+    """Build the recipe's masked optimizer over every parameter that requires a gradient."""
+    settings = recipe.optimizer
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    numerics = settings.numerics
+    if numerics is None:
+        numerics = "stochastic" if any(p.dtype == torch.bfloat16 for p in parameters) else "parity"
+    common = {"lr": settings.lr, "weight_decay": settings.weight_decay, "numerics": numerics, "seed": recipe.seed}
+    if settings.name == "sgd":
+        return MaskedSGD(parameters, momentum=settings.momentum, **common)
+    return MaskedAdamW(parameters, betas=tuple(settings.betas), eps=settings.eps, **common)
+
+
+def twin_of(optimizer: MaskedSGD | MaskedAdamW, model: nn.Module, twin: nn.Module) -> MaskedSGD | MaskedAdamW:
+    """Return an optimizer with the same options over the parameters of `twin`, a copy of the optimizer's `model`."""
+    twins = dict(zip(model.parameters(), twin.parameters(), strict=True))
+    groups = [{**group, "params": [twins[p] for p in group["params"]]} for group in optimizer.param_groups]
+    return type(optimizer)(groups)
