@@ -23,6 +23,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -91,14 +92,14 @@ def choose(name: str, impl: str, device_type: str, dtype: torch.dtype | None = N
     return _choices(name, impl, device_type, dtype)[0]
 
 
-def _run_on(device: torch.device, kernel: Callable, *arguments, **options):
+def _run_on(device: torch.device, kernel: Callable, *arguments: Any, **options: Any) -> Any:
     """Run the kernel with `device` as the current one: a launch goes to the current device and its stream."""
     with torch.cuda.device(device):
         return kernel(*arguments, **options)
 
 
 def _first_that_fits(name: str, choices: tuple[str, ...]) -> Callable:
-    def first_that_fits(*arguments, **options):
+    def first_that_fits(*arguments: Any, **options: Any) -> Any:
         for choice in choices:
             try:
                 return _kernel(name, choice)(*arguments, **options)
@@ -111,18 +112,19 @@ def _first_that_fits(name: str, choices: tuple[str, ...]) -> Callable:
 
 def _kernel(name: str, impl: str) -> Callable:
     """Import and return the kernel; RuntimeError, with the cause, if the import fails."""
-    kernel = _kernels[name, impl]
-    if not isinstance(kernel, str):
-        return kernel
-    module, _, function = kernel.partition(":")
+    registered = _kernels[name, impl]
+    if not isinstance(registered, str):
+        return registered
+    module, _, function = registered.partition(":")
     try:
-        kernel = _kernels[name, impl] = getattr(importlib.import_module(module), function)
+        kernel: Callable = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever a damaged installation raises
         why = f"{type(error).__name__}: {error}"
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("moe_unlearn."):
             why += "; `pip install --no-deps --no-build-isolation -e .` installs it"
         _broken[name, impl] = why
         raise RuntimeError(f"{name!r} has no usable implementation {impl}: {why}") from error
+    _kernels[name, impl] = kernel
     return kernel
 
 
@@ -136,8 +138,9 @@ def _why_not(name: str, impl: str) -> str:
 
 def _candidates(name: str, device_type: str, elements: int | None = None) -> tuple[str, ...]:
     """List the implementations registered for the device, fastest first, whether or not they can be imported."""
-    order = _FASTEST_FIRST.get(device_type, ("ref",))
-    if (first := measured.first(name, device_type, elements)) in order:
+    order: tuple[str, ...] = _FASTEST_FIRST.get(device_type, ("ref",))
+    first = measured.first(name, device_type, elements)
+    if first is not None and first in order:
         order = (first, *(impl for impl in order if impl != first))
     return tuple(impl for impl in order if (name, impl) in _kernels and _can_run(impl, device_type))
 

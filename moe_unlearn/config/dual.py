@@ -18,7 +18,7 @@ class Dual:
     step_size: float = 1.0  # what times the excess is added to the factor of the retain loss after a step
     warmup_steps: int = 0  # steps that leave that factor alone
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.retain_loss_eps is None:
             raise ValueError(
                 "dual.retain_loss_eps must say what the retain loss is held at, somewhat above that of the model as it "

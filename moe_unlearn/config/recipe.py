@@ -19,6 +19,7 @@ import datetime
 import typing
 from dataclasses import dataclass, field
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import yaml
@@ -60,7 +61,7 @@ class Forget:
     ignore_first_n_answer_tokens: int = 1  # labelled tokens at the head of a row that CE-U leaves alone
     replacement: str = "refusal"  # what idk_dpo and idk_nll have in the answer's place
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         one_of("forget.objective", self.objective, FORGET_OBJECTIVES)
         one_of("forget.replacement", self.replacement, REPLACEMENTS)
         if self.replacement != "refusal" and self.objective not in NEED_REFUSALS:
@@ -85,7 +86,7 @@ class Retain:
     alpha: float = 1.0  # factor of the retain loss in the sum of the losses
     router_aux: str | float = "auto"  # factor of the load-balancing loss; auto: the model's own
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         one_of("retain.objective", self.objective, RETAIN_OBJECTIVES)
         if isinstance(self.router_aux, str):
             if self.router_aux not in ("auto", "off"):
@@ -115,7 +116,7 @@ class Trace:
     refresh: str = "offline"  # token weights of the unchanged model, or of each step's own routing
     allow_empty: bool = False  # whether a run goes on where no expert is forget-critical
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         above("trace.per_layer", self.per_layer, 0)
         between("trace.eta", self.eta, 0, 1)
         one_of("trace.refresh", self.refresh, ("offline", "online"))
@@ -138,7 +139,7 @@ class Wagle:
     accumulation: int = 1  # with official: micro-batches of a step there, which divide gradients
     mask: str | None = None  # a saved mask, which is read in place of computing one
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         between("wagle.keep", self.keep, 0, 1)
         above("wagle.gamma", self.gamma, 0)
         above("wagle.accumulation", self.accumulation, 0)
@@ -164,7 +165,7 @@ class Mollm:
     log_descent_every: int = 10  # steps between measurements of g . update
     gradients: str = "auto"  # the form of expert gradients; auto: the smaller one
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         one_of("mollm.normalize", self.normalize, ("none", "unit", "mean_norm"))
         one_of("mollm.rescale", self.rescale, ("none", "mean_gradient"))
         one_of("mollm.gradients", self.gradients, ("auto", "compact", "factors"))
@@ -181,7 +182,7 @@ class Scope:
     parameters: list[str] = field(default_factory=list)  # with kind parameters: regular expressions
     anchor: float = 1.0  # with kind seuf: the factor of the anchor loss
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         one_of("scope.kind", self.kind, SCOPES)
         if (self.kind == "parameters") != bool(self.parameters):
             raise ValueError(
@@ -206,7 +207,7 @@ class Optimizer:
     numerics: str | None = None  # null: stochastic for bf16, else parity
     max_grad_norm: float | None = None  # length to which gradients are clipped; null: not at all
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         one_of("optimizer.name", self.name, ("sgd", "adamw"))
         at_least("optimizer.lr", self.lr, 0)
         at_least("optimizer.warmup_steps", self.warmup_steps, 0)
@@ -243,7 +244,7 @@ class Data:
     forget_rows: int | None = None  # rows drawn of more; a plan without documents assumes them
     retain_rows: int | None = None  # rows drawn of more; a plan without documents assumes them
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         above("data.max_length", self.max_length, 1)
         one_of("data.seam", self.seam, SEAMS)
         for name in ("enable_thinking", "system", "date"):
@@ -286,7 +287,7 @@ class Recipe:
     guard: str = "strict"  # whether gradients are known before the first update, see `step`
     seed: int = 0  # what decides the order of rows, draws, RMU's vector and stochastic rounding
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate"):
             above(name, getattr(self, name), 0)
         at_least("retain_per_forget", self.retain_per_forget, 1)
@@ -334,7 +335,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML text."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
 def shipped() -> tuple[str, ...]:
@@ -349,10 +350,11 @@ def models() -> tuple[str, ...]:
 
 def geometry(model: str) -> dict:
     """Return the keywords of the transformers config of a model in `models()`, with `model_type` and `dtype`."""
-    return _read_model(model)["config"]
+    config: dict = _read_model(model)["config"]
+    return config
 
 
-def _names(folder) -> tuple[str, ...]:
+def _names(folder: Traversable) -> tuple[str, ...]:
     return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
 
 
@@ -363,7 +365,7 @@ def _read_model(name: str) -> dict:
 
 
 def _read_yaml(source: str | Path) -> dict:
-    path = Path(source)
+    path: Traversable = Path(source)
     if str(source) in shipped():
         path = _FOLDER / f"{source}.yaml"
     elif not path.is_file():

@@ -9,28 +9,33 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Collection
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import yaml
+
+_T = typing.TypeVar("_T")
 
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML loader that also refuses duplicate keys and aliases (which can expand a few lines to gigabytes)."""
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
             raise ValueError(f"YAML aliases are not allowed in a recipe{self.peek_event().start_mark}")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise ValueError(f"duplicate key {key!r} in recipe{node.start_mark}")
-        return super().construct_mapping(node, deep)
+        values: dict = super().construct_mapping(node, deep)
+        return values
 
 
-def parse(path, source: str | Path) -> dict:
+def parse(path: Traversable, source: str | Path) -> dict:
     """Read the mapping of a YAML file; raise ValueError that names `source` for anything else."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -66,7 +71,7 @@ def override(values: dict, text: str) -> None:
         raise ValueError(f"override {text!r}: the value is not YAML: {error}") from error
 
 
-def build(cls, values, path: str):
+def build(cls: type[_T], values: object, path: str) -> _T:
     """Make a dataclass from nested dictionaries; raise ValueError for unknown keys and wrong types."""
     if not isinstance(values, dict):
         raise ValueError(f"{path or 'recipe'} must be a mapping of keys; got {values!r}")
@@ -82,7 +87,7 @@ def build(cls, values, path: str):
     return cls(**arguments)
 
 
-def _convert(hint, value, name: str):
+def _convert(hint: typing.Any, value: typing.Any, name: str) -> typing.Any:
     if isinstance(hint, types.UnionType):
         kinds = typing.get_args(hint)
         if value is None and type(None) in kinds:
@@ -90,7 +95,7 @@ def _convert(hint, value, name: str):
         if {str, float} <= set(kinds):
             return _word_or_number(value, name)
         hint = next(h for h in kinds if h is not type(None))
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         # `trace: true` is the lever with its defaults
         return hint() if value is True else build(hint, value, name)
     if typing.get_origin(hint) is list:
@@ -114,37 +119,38 @@ def _convert(hint, value, name: str):
     return value
 
 
-def _word_or_number(value, name: str) -> str | float:
+def _word_or_number(value: object, name: str) -> str | float:
     """Convert to a number however it is written, else to a word; YAML 1.1 reads the word off as false."""
     if value is False:
         return "off"
     try:
-        return _convert(float, value, name)
+        number: float = _convert(float, value, name)
+        return number
     except ValueError:
         if isinstance(value, str):
             return value
         raise ValueError(f"{name} must be a word or a finite number; got {value!r}") from None
 
 
-def one_of(name, value, allowed):
+def one_of(name: str, value: str, allowed: Collection[str]) -> None:
     """Raise ValueError unless the value is one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
-def above(name, value, low):
+def above(name: str, value: float, low: float) -> None:
     """Raise ValueError unless value > low."""
     if not value > low:
         raise ValueError(f"{name} must be above {low}; got {value}")
 
 
-def at_least(name, value, low):
+def at_least(name: str, value: float, low: float) -> None:
     """Raise ValueError unless value >= low."""
     if not value >= low:
         raise ValueError(f"{name} must be at least {low}; got {value}")
 
 
-def between(name, value, low, high):
+def between(name: str, value: float, low: float, high: float) -> None:
     """Raise ValueError unless low < value <= high."""
     if not low < value <= high:
         raise ValueError(f"{name} must be in ({low}, {high}]; got {value}")

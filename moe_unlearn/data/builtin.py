@@ -94,8 +94,8 @@ def read_dictd(path: Path) -> list[Document]:
         if not headword.startswith(("00database", "00-database")):
             entries.setdefault(span, headword)
     documents = []
-    for (offset, length), headword in sorted(entries.items()):
-        body = _one_line(text[offset : offset + length].decode("utf-8"))
+    for (start, size), headword in sorted(entries.items()):
+        body = _one_line(text[start : start + size].decode("utf-8"))
         if body.lower().startswith(headword.lower()):
             body = body[len(headword) :].lstrip(" ,")
         if len(body) >= SHORTEST:

@@ -9,9 +9,12 @@ answer.
 import datetime
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from moe_unlearn.config import Data
 from moe_unlearn.data.corpus import Document
 from moe_unlearn.data.seams import ids_of, split
 from moe_unlearn.data.special import special_ids
@@ -35,7 +38,7 @@ class Chat:
     system: str = ""
     date: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.date is not None:
             try:
                 datetime.date.fromisoformat(self.date)
@@ -43,7 +46,7 @@ class Chat:
                 raise ValueError(f"expected a date as 2026-11-29; got {self.date!r}") from None
 
     @classmethod
-    def chosen(cls, settings) -> "bool | Chat":
+    def chosen(cls, settings: Data) -> "bool | Chat":
         """Return how a recipe's data section asks questions: a `Chat` for the chat template, or False without one."""
         names = ("enable_thinking", "system", "date")
         return settings.chat_template and cls(**{name: getattr(settings, name) for name in names})
@@ -80,7 +83,7 @@ class Turn:
     straddled: bool
 
 
-def turns(tokenizer, chat: Chat, *, seam: str = "joint") -> Callable[[Document], Turn]:
+def turns(tokenizer: Tokenizer, chat: Chat, *, seam: str = "joint") -> Callable[[Document], Turn]:
     """Return a function that gives the `Turn` of a document.
 
     With seam="separate", as in open-unlearning, everything after the generation prompt is the answer, and the
@@ -94,12 +97,13 @@ def turns(tokenizer, chat: Chat, *, seam: str = "joint") -> Callable[[Document],
     keywords = chat.keywords(tokenizer.get_chat_template())
 
     def render(before: Sequence[Mapping], answer: str | None) -> str:
-        messages = [*before]
+        messages = [dict(message) for message in before]
         if chat.system and before[0]["role"] not in ("system", "developer"):
             messages.insert(0, {"role": "system", "content": chat.system})
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None, **keywords)
+        asking = answer is None
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking, **keywords))
 
     def rendered(before: Sequence[Mapping], answer: str) -> tuple[str, str]:
         """Return the generation prompt and the rest of the conversation behind it."""
@@ -131,19 +135,19 @@ def turns(tokenizer, chat: Chat, *, seam: str = "joint") -> Callable[[Document],
             length = len(ids) - len(ids_of(tokenizer, after, special=True))
         else:
             places = [i for i, token in enumerate(ids) if token == end]
-            length = next(iter(places[-after.count(tokenizer.convert_ids_to_tokens(end)) :]), len(ids) - 1) + 1
+            length = next(iter(places[-after.count(str(tokenizer.convert_ids_to_tokens(end))) :]), len(ids) - 1) + 1
         return Turn(prompt, ids[:length], ids[length:], None, found.straddled)
 
     return turn
 
 
-def special_token_in(document: Document, tokenizer) -> str | None:
+def special_token_in(document: Document, tokenizer: Tokenizer) -> str | None:
     """Return a special token that the question or the answer spells out, or None; a template would encode it as one.
 
     Added tokens that are ordinary text, such as runs of spaces and `</think>`, do not count: any text is encoded
     with them.
     """
-    special = sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))))
+    special = sorted(_spelled(tokenizer, special_ids(tokenizer)))
     text = "\n".join([*(message["content"] for message in _messages(document)), document.text])
     return next((token for token in special if token in text), None)
 
@@ -153,11 +157,16 @@ def _messages(document: Document) -> Sequence[Mapping]:
     return document.messages or [{"role": "user", "content": document.question or document.prompt}]
 
 
-def _first_added(text: str, tokenizer) -> int | None:
+def _first_added(text: str, tokenizer: Tokenizer) -> int | None:
     """Return the token that ends an answer: the first special token in the text behind it, else the first added one."""
     for ids in (special_ids(tokenizer), tokenizer.added_tokens_decoder):
-        spelled = {tokenizer.convert_ids_to_tokens(i): i for i in sorted(ids)}
+        spelled = _spelled(tokenizer, ids)
         found = [(text.index(token), -len(token), i) for token, i in spelled.items() if token.strip() and token in text]
         if found:
             return min(found)[2]
     return None
+
+
+def _spelled(tokenizer: Tokenizer, ids: Iterable[int]) -> dict[str, int]:
+    """Return the ids by the tokens as they are spelled, in the order of the ids."""
+    return {str(tokenizer.convert_ids_to_tokens(i)): i for i in sorted(ids)}

@@ -4,13 +4,13 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_unlearn.data.records import kind
 
 SUFFIXES = (".jsonl", ".json", ".txt")
-OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
 ENCODINGS = ("utf-8", "latin-1", "cp1252")  # the byte 0x0a ends a line in each of them, so lines can be decoded singly
 RECORD_BYTES = 64 << 20  # the longest record that a stream holds in memory
 _BOM = b"\xef\xbb\xbf"
@@ -115,7 +115,8 @@ def _json_list(path: Path, encoding: str, limit: int | None) -> Iterator[tuple[o
 
 
 def _paragraphs(path: Path, lines: Iterator[tuple[int, str]], limit: int | None) -> Iterator[tuple[str, str]]:
-    paragraph, start, size = [], 1, 0
+    paragraph: list[str] = []
+    start, size = 1, 0
     for number, line in lines:
         for part in line.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n"):
             if part.strip():

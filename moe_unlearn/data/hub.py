@@ -1,7 +1,8 @@
 """Read records through the `datasets` library (the extra `[data]`): hub names, folders in hub layout, parquet files."""
 
 import contextlib
-from collections.abc import Iterator
+import importlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -45,13 +46,12 @@ def parquet_records(path: Path, *, streaming: bool = False) -> Iterator[tuple[ob
 def library() -> ModuleType:
     """Return the module `datasets`, or raise MissingLibraryError saying what to install."""
     try:
-        import datasets
+        return importlib.import_module("datasets")
     except ImportError as error:
         raise MissingLibraryError(
             "hub data sets, folders in hub layout and parquet files are read through the library 'datasets', which is "
             f'missing: pip install "moe-unlearn[data]" (.jsonl, .json and .txt files need nothing); {error}'
         ) from None
-    return datasets
 
 
 def _config_and_split(name: str, part: str | None, datasets: ModuleType) -> tuple[str | None, str | None]:
@@ -67,7 +67,7 @@ def _config_and_split(name: str, part: str | None, datasets: ModuleType) -> tupl
     return "default" if "default" in configs else configs[0], part
 
 
-def _rows(loaded, name: str) -> Iterator[tuple[object, str]]:
+def _rows(loaded: Iterable[object], name: str) -> Iterator[tuple[object, str]]:
     for number, row in enumerate(loaded, 1):
         yield row, f"{name}, row {number}"
 

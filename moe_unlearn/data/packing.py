@@ -8,6 +8,7 @@ from one example to the next unless told otherwise, so `check_packing` measures 
 
 import bisect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,13 +79,14 @@ def check_packing(model: nn.Module) -> None:
     final hidden states with respect to the others' embeddings is exactly 0. The check runs 12 tokens forward and
     backward; weights, gradients and mode stay as they are.
     """
-    embedding = model.get_input_embeddings()
+    causal: Any = model
+    embedding = causal.get_input_embeddings()
     device = embedding.weight.device
     positions = torch.cat([torch.arange(n, device=device) for n in PROBE])[None]
     ids = torch.arange(positions.numel(), device=device)[None] % embedding.num_embeddings
     with torch.enable_grad():
         embedded = embedding(ids).detach().requires_grad_()
-        states = model.get_decoder()(
+        states = causal.get_decoder()(
             inputs_embeds=embedded, position_ids=positions, attention_mask=None, use_cache=False
         ).last_hidden_state
         last = states[:, -PROBE[-1] :]

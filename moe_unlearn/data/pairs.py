@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data.seams import continued
 from moe_unlearn.data.special import added, special_ids
@@ -48,7 +49,8 @@ class ForgetRetainDataset(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the partners of this epoch."""
-        draw, rows = generator(self.seed, epoch), []
+        draw = generator(self.seed, epoch)
+        rows: list[int] = []
         bounds = [math.floor(i * self.retain_per_forget) for i in range(len(self.forget) + 1)]
         while len(rows) < bounds[-1]:
             rows += torch.randperm(len(self.retain), generator=draw).tolist()
@@ -98,7 +100,7 @@ def side_batches(
     return [collator(items[i : i + size])[side] for i in range(0, len(items), size)]
 
 
-def refusals(examples: Sequence[Example], tokenizer, *, seed: int = 0) -> list[Example]:
+def refusals(examples: Sequence[Example], tokenizer: Tokenizer, *, seed: int = 0) -> list[Example]:
     """Return the prompt of each example with a randomly drawn refusal that begins and ends as its answer does.
 
     Raises ValueError for an example without a prompt, since it asks nothing that could be refused.
@@ -114,8 +116,8 @@ def refusals(examples: Sequence[Example], tokenizer, *, seed: int = 0) -> list[E
                 "(`prompt` and `gt`, or `question` and `answer`), or texts with data.prompt_tokens above 0"
             )
         prompt, answer = example.input_ids[:masked], [label for label in example.labels[masked:] if label != IGNORED]
-        text = tokenizer.decode(prompt + answer, skip_special_tokens=True)
-        text = text.removeprefix(tokenizer.decode(prompt, skip_special_tokens=True))
+        text = str(tokenizer.decode(prompt + answer, skip_special_tokens=True))
+        text = text.removeprefix(str(tokenizer.decode(prompt, skip_special_tokens=True)))
         space = text[: len(text) - len(text.lstrip())]
         end = answer[-1:] if special.intersection(answer[-1:]) else last
         refusal = continued(tokenizer, prompt, space + REFUSALS[choice]) + end
@@ -125,6 +127,7 @@ def refusals(examples: Sequence[Example], tokenizer, *, seed: int = 0) -> list[E
 
 def alternates(examples: Sequence[Example]) -> list[Example]:
     """Return each example's row with its alternate answer; raise ValueError for an example without one."""
+    found = [example.alternate for example in examples if example.alternate is not None]
     for number, example in enumerate(examples):
         if example.alternate is None:
             raise ValueError(
@@ -132,7 +135,7 @@ def alternates(examples: Sequence[Example]) -> list[Example]:
                 "its question and answer (`moe-unlearn alternates` has the model write them), which under a "
                 "chat template spells no special token"
             )
-    return [example.alternate for example in examples]
+    return found
 
 
 def draw(examples: Sequence[Example], count: int, *, seed: int) -> list[Example]:

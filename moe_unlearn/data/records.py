@@ -98,8 +98,8 @@ def _preference(record: Mapping, where: str, answers: str | None) -> Document:
     choice = _choice(answers, where)
     if "chosen" in record:
         if is_conversation(record[choice]):
-            asked = record.get("prompt")
-            return conversation([*(asked if is_conversation(asked) else ()), *record[choice]], record, where)
+            before = record["prompt"] if is_conversation(record.get("prompt")) else ()
+            return conversation([*before, *record[choice]], record, where)
         answer = _text(record, choice, where)
     else:
         answer = _text(dict(zip(("chosen", "rejected"), record["output"], strict=True)), choice, where)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from moe_unlearn.data import files, hub
 from moe_unlearn.data.builtin import load_builtin
@@ -28,10 +29,10 @@ class Benchmark:
     local: dict[str, tuple[str, ...]] = field(default_factory=dict)
     note: str = ""
 
-    def files(self, side: str) -> list[str]:
+    def files(self, side: str | None) -> list[str]:
         """Return the names, without suffix, that the side's file may have in a folder."""
-        part = [self.sides[side], self.sides[side].partition("/")[0]] if side in self.sides else []
-        return [*self.local.get(side, ()), *part]
+        part = [self.sides[side], self.sides[side].partition("/")[0]] if side and side in self.sides else []
+        return [*(self.local.get(side, ()) if side else ()), *part]
 
 
 _MUSE = {"forget": "raw/forget", "retain": "raw/retain1", "holdout": "raw/holdout"}
@@ -76,7 +77,7 @@ class Options:
     min_words: int = 0
     deduplicate: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.answers is not None and self.answers not in ANSWERS:
             raise ValueError(f"expected answers to be one of {', '.join(ANSWERS)}; got {self.answers!r}")
         if self.min_words < 0:
@@ -91,7 +92,7 @@ def load(
     streaming: bool = False,
     exclude: Iterable[Document] = (),
     report: DataReport | None = None,
-    **options,
+    **options: Any,
 ) -> "list[Document] | DocumentStream":
     """Return the documents of a source in its order, none of them empty.
 
@@ -169,7 +170,7 @@ class DocumentStream:
             documents = getattr(load_builtin(self.name), _builtin_part(self.name, self.split, self.side))
             yield from ((document, f"{self.name}, document {number}") for number, document in enumerate(documents, 1))
             return
-        answers = self.options.answers or SIDE_ANSWERS.get(self.side)
+        answers = self.options.answers or (SIDE_ANSWERS.get(self.side) if self.side else None)
         for record, where in _records(self.name, self.split, self.side, self.options, self.limit):
             documents = list(documents_of(record, where, answers=answers, abstract=self.options.abstract))
             if not documents:
@@ -183,7 +184,7 @@ def _parsed(source: str, split: str | None, options: dict) -> tuple[str, str | N
     name, query = source, ""
     if not Path(source).expanduser().exists():
         name, _, query = source.partition("?")
-    texts = dict(_option(item, source) for item in query.split("&") if item)
+    texts: dict[str, Any] = dict(_option(item, source) for item in query.split("&") if item)
     if double := texts.keys() & options.keys():
         raise ValueError(f"{source!r}: option {', '.join(sorted(double))} is given twice")
     if not name.startswith("builtin:") and not Path(name).expanduser().exists():
@@ -239,7 +240,7 @@ def _records(name: str, split: str | None, side: str | None, options: Options, l
         if split is None and side not in known.sides:
             given = f"no part of {name} serves as {side}" if side else "expected a split or a side"
             raise ValueError("; ".join(filter(None, (f"{name}: {given}", known.note))))
-        yield from hub.records(known.hub, split or known.sides[side], streaming=limit is not None)
+        yield from hub.records(known.hub, split or known.sides[str(side)], streaming=limit is not None)
     elif _HUB_NAME.fullmatch(name):
         yield from hub.records(name, split, streaming=limit is not None)
     else:

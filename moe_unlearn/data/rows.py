@@ -1,6 +1,9 @@
 """Make examples of rows in memory: texts, records, documents, a `datasets.Dataset` or tokens."""
 
 from collections.abc import Iterable, Mapping, Sized
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data.corpus import Document
 from moe_unlearn.data.records import SIDE_ANSWERS, documents_of
@@ -19,7 +22,7 @@ def check_rows(side: str, rows: object) -> None:
         raise ValueError(f"{side}: expected at least one document or example; the set is empty")
 
 
-def encode_rows(rows: Iterable, tokenizer, max_length: int, *, side: str, **encoding) -> list[Example]:
+def encode_rows(rows: Iterable, tokenizer: Tokenizer, max_length: int, *, side: str, **encoding: Any) -> list[Example]:
     """Return the examples of all rows, in their order; `encoding` holds further keywords of `encode`.
 
     A row is an `Example`, a `Document`, a text, a record as `load` knows them (of two answers, the side's is taken),
@@ -45,7 +48,7 @@ def encode_rows(rows: Iterable, tokenizer, max_length: int, *, side: str, **enco
     return made
 
 
-def _encoded(document: Document, where: str, tokenizer, max_length: int, encoding: dict) -> list[Example]:
+def _encoded(document: Document, where: str, tokenizer: Tokenizer, max_length: int, encoding: dict) -> list[Example]:
     try:
         return encode([document], tokenizer, max_length, **encoding)
     except ValueError as error:
@@ -65,7 +68,8 @@ def _tokens(row: Mapping, where: str) -> Example:
 
 def _attended(row: Mapping, count: int, where: str) -> range:
     """Return the range of a row's tokens that are not padding."""
-    mask, positions = row.get("attention_mask"), row.get("position_ids")
+    mask: Any = row.get("attention_mask")
+    positions = row.get("position_ids")
     attended = list(range(count)) if mask is None else [i for i, one in enumerate(mask) if one]
     kept = range(attended[0], attended[-1] + 1) if attended else range(0)
     if not attended or len(attended) != len(kept) or (mask is not None and len(mask) != count):

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
 from moe_unlearn.config import SEAMS
 
 
@@ -31,7 +33,7 @@ def check(seam: str) -> None:
         raise ValueError(f"expected seam {' or '.join(map(repr, SEAMS))}; got {seam!r}")
 
 
-def split(tokenizer, parts: Sequence[str], *, seam: str = "joint", special: bool = False) -> Split:
+def split(tokenizer: Tokenizer, parts: Sequence[str], *, seam: str = "joint", special: bool = False) -> Split:
     """Encode `parts` as one text and split its tokens.
 
     With seam="joint" a part begins with the first token that reaches into it. With "separate", as in open-unlearning,
@@ -45,7 +47,7 @@ def split(tokenizer, parts: Sequence[str], *, seam: str = "joint", special: bool
         found = {}
     elif getattr(tokenizer, "is_fast", False):
         made = tokenizer(text, add_special_tokens=False, split_special_tokens=not special, return_offsets_mapping=True)
-        ids, ends = made["input_ids"], [end for _, end in made["offset_mapping"]]
+        ids, ends = made.input_ids, [end for _, end in made.offset_mapping]
         found = {bound: next((i for i, end in enumerate(ends) if end > bound), len(ids)) for bound in seams}
     else:
         ids, ends = ids_of(tokenizer, text, special=special), None
@@ -66,14 +68,17 @@ def split(tokenizer, parts: Sequence[str], *, seam: str = "joint", special: bool
     return Split([ids[a:b] for a, b in pairwise([0, *starts, len(ids)])], straddled, asked)
 
 
-def ids_of(tokenizer, text: str, *, special: bool = False) -> list[int]:
+def ids_of(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
     """Return the tokens of a text, none added around it; special tokens that it spells stay text unless `special`."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"] if text else []
+    ids: list[int] = (
+        tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids if text else []
+    )
+    return ids
 
 
-def continued(tokenizer, prompt: list[int], text: str) -> list[int]:
+def continued(tokenizer: Tokenizer, prompt: list[int], text: str) -> list[int]:
     """Return the tokens that `text` has behind the tokens `prompt` when both are encoded as one text."""
-    found = split(tokenizer, [tokenizer.decode(prompt, skip_special_tokens=True), text])
+    found = split(tokenizer, [str(tokenizer.decode(prompt, skip_special_tokens=True)), text])
     return ids_of(tokenizer, text) if found.straddled else found.parts[1]
 
 

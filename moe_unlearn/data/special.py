@@ -1,6 +1,9 @@
 """Find the special tokens that a tokenizer adds by itself, and those that are not text."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _PROBE = "a"
 
@@ -17,18 +20,18 @@ class Added:
     end: list[int]
     answer_end: list[int]
 
-    def describe(self, tokenizer) -> dict[str, list[str]]:
+    def describe(self, tokenizer: Tokenizer) -> dict[str, list[str]]:
         """Return the tokens as they are spelled, for a report."""
-        return {name: tokenizer.convert_ids_to_tokens(ids) for name, ids in vars(self).items()}
+        return {name: list(tokenizer.convert_ids_to_tokens(ids)) for name, ids in vars(self).items()}
 
 
-def added(tokenizer) -> Added:
+def added(tokenizer: Tokenizer) -> Added:
     """Return what the tokenizer adds around a text, found by encoding one: a begin token it has may not be in use.
 
     Raises ValueError where a text does not have the same tokens with and without special tokens.
     """
-    whole = tokenizer(_PROBE)["input_ids"]
-    bare = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    encode: Callable[..., Mapping[str, list[int]]] = tokenizer
+    whole, bare = (encode(_PROBE, add_special_tokens=flag)["input_ids"] for flag in (True, False))
     starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
     if not bare or not starts:
         raise ValueError(
@@ -40,6 +43,6 @@ def added(tokenizer) -> Added:
     return Added(whole[: starts[0]], end, end or last)
 
 
-def special_ids(tokenizer) -> set[int]:
+def special_ids(tokenizer: Tokenizer) -> set[int]:
     """Return the ids of all special tokens, without added tokens that are text (runs of spaces, `</think>`)."""
     return {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}

@@ -3,9 +3,11 @@
 import itertools
 import random
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data.chats import Chat
 from moe_unlearn.data.corpus import Document
@@ -56,7 +58,7 @@ class ExampleStream(IterableDataset):
     def __init__(
         self,
         documents: Iterable[Document],
-        tokenizer,
+        tokenizer: Tokenizer,
         max_length: int,
         *,
         rank: int = 0,
@@ -75,7 +77,7 @@ class ExampleStream(IterableDataset):
         self.documents, self.tokenizer, self.max_length = documents, tokenizer, max_length
         self.rank, self.world_size, self.ends = rank, world_size, ends
         self.seed, self.shuffle_buffer, self.epoch = seed, shuffle_buffer, 0
-        self.encoding = {"overflow": overflow, "chat": chat, "seam": seam, "report": report}
+        self.encoding: dict[str, Any] = {"overflow": overflow, "chat": chat, "seam": seam, "report": report}
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which decides the order of the next pass."""

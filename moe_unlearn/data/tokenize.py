@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from moe_unlearn.data import chats, seams
 from moe_unlearn.data.corpus import Document
@@ -37,15 +39,15 @@ class Example:
         return len(self.input_ids)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int):
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer of at most `vocab_size` tokens; return a `PreTrainedTokenizerFast`.
 
     The vocabulary starts with <pad>, <s>, </s> and the 256 bytes, so any text can be encoded and decodes to
     itself. `tokenizer(text)` begins with <s> and ends with </s>. Training is deterministic. Raises ValueError if
     `vocab_size` is below 259 or there is no text.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer as Trained
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
     smallest = 256 + len(SPECIAL)
     if vocab_size < smallest:
@@ -53,7 +55,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     texts = list(texts)
     if not any(texts):
         raise ValueError("expected some text to train the tokenizer on; got none")
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Trained(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -72,7 +74,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
 
 def encode(
     documents: Iterable[Document],
-    tokenizer,
+    tokenizer: Tokenizer,
     max_length: int,
     *,
     overflow: str = "split",
@@ -93,7 +95,7 @@ def encode(
 
 def iter_examples(
     documents: Iterable[Document],
-    tokenizer,
+    tokenizer: Tokenizer,
     max_length: int,
     *,
     overflow: str = "split",
@@ -290,7 +292,7 @@ def generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(f"{seed} {epoch}").getrandbits(32))
 
 
-def pad_token_id(tokenizer) -> int:
+def pad_token_id(tokenizer: Tokenizer) -> int:
     """Return the tokenizer's padding id, else its end id, else 0; padding carries no loss and no attention."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((i for i in candidates if i is not None), 0)
