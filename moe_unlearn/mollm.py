@@ -187,7 +187,7 @@ def _active_set(cosines: Tensor, w: Tensor) -> Tensor:
         best, best_value = y, value
 
 
-def _checked(gram, normalize, rescale, active) -> Tensor:
+def _checked(gram: Tensor, normalize: str, rescale: str, active: Tensor | None) -> Tensor:
     if normalize not in NORMALIZE:
         raise ValueError(f"normalize must be one of {NORMALIZE}; got {normalize!r}")
     if rescale not in RESCALE:

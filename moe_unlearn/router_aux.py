@@ -21,9 +21,10 @@ float32 for narrower logits.
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class Layer(NamedTuple):
     """Routing of one layer in a forward pass: router logits [T, E] with their gradient, experts visited [T, K]."""
 
     logits: Tensor
-    index: Tensor
+    top_k_index: Tensor
 
     def rows(self, shape: tuple[int, int], rows: slice, length: int) -> "Layer":
         """Return the routing of the first `length` positions of some rows of a batch of `shape` [B, S]."""
@@ -58,10 +59,10 @@ def routing(model: nn.Module) -> Iterator[list[Layer]]:
     """
     collected: list[Layer] = []
 
-    def ask(module, args, kwargs):
+    def ask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, kwargs | {"output_router_logits": True}
 
-    def take(module, args, output):
+    def take(module: nn.Module, args: tuple, output: Any) -> None:
         if collected:
             return
         logits = output.get("router_logits") or ()
@@ -71,7 +72,7 @@ def routing(model: nn.Module) -> Iterator[list[Layer]]:
                 "load-balancing loss cannot be made (retain.router_aux: off leaves it out)"
             )
         # logits and gates are both in the order of the layers
-        collected.extend(Layer(z.flatten(0, -2), g.index) for z, g in zip(logits, gates.values(), strict=True))
+        collected.extend(Layer(z.flatten(0, -2), g.top_k_index) for z, g in zip(logits, gates.values(), strict=True))
 
     decoder = decoder_of(model)
     with seuf.gates(model) as gates:
@@ -85,20 +86,22 @@ def routing(model: nn.Module) -> Iterator[list[Layer]]:
 
 def load_balancing_loss(layers: list[Layer], attended: Tensor) -> Tensor:
     """Compute L [] over the set positions of `attended`, bool [T]; 0 where none is set. See the module docstring."""
-    kept = attended[:, None]
-    visits, probability = 0, 0
-    for logits, index in (_on(layer, attended.device) for layer in layers):
-        experts = logits.shape[1]
-        # padding may hold NaN, so that it is taken out before the softmax too
-        wide = torch.where(kept, logits if logits.dtype == torch.float64 else logits.float(), 0)
-        probability = probability + torch.where(kept, wide.softmax(1), 0).sum(0)
-        # ids behind the last expert mean "not here"
-        ids = torch.where(kept, index.long(), experts).clamp_max(experts).flatten()
-        visits = visits + torch.zeros(experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(
-            0, ids, torch.ones_like(ids)
-        )
+    parts = zip(*(_sums(_on(layer, attended.device), attended) for layer in layers), strict=True)
+    visits, probability = (functools.reduce(torch.add, of_layers) for of_layers in parts)
     n = len(layers) * attended.sum().clamp_min(1)
-    return experts * (visits[:-1] / n * (probability / n)).sum()
+    loss: Tensor = len(visits) * (visits / n * (probability / n)).sum()
+    return loss
+
+
+def _sums(layer: Layer, attended: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute each expert's visits [E] in one layer and its summed probability [E] over the attended positions."""
+    kept, experts = attended[:, None], layer.logits.shape[1]
+    # padding may hold NaN, so that it is taken out before the softmax too
+    wide = torch.where(kept, layer.logits if layer.logits.dtype == torch.float64 else layer.logits.float(), 0)
+    # ids behind the last expert mean "not here"
+    ids = torch.where(kept, layer.top_k_index.long(), experts).clamp_max(experts).flatten()
+    visits = torch.zeros(experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
+    return visits[:-1], torch.where(kept, wide.softmax(1), 0).sum(0)
 
 
 def _on(layer: Layer, device: torch.device) -> Layer:
@@ -117,7 +120,7 @@ def coefficient(model: nn.Module, recipe: Recipe) -> float:
     if setting == "off":
         return 0.0
     if isinstance(setting, str):
-        return 0.0 if _left_out(model, recipe) else _own(model)
+        return 0.0 if _left_out(model, recipe) else _own(model) or 0.0
     if setting and not _has_loss(model):
         raise ValueError(
             f"retain.router_aux is {setting:g}, but {type(unwrapped(model)).__name__} has no load-balancing loss "
@@ -158,14 +161,15 @@ def _has_loss(model: nn.Module) -> bool:
 def _own(model: nn.Module) -> float | None:
     """Return the coefficient by which the model multiplies the loss: its own attribute, else its config's."""
     causal = unwrapped(model)
-    return getattr(causal, _COEFFICIENT, getattr(_config(causal), _COEFFICIENT, None))
+    own: float | None = getattr(causal, _COEFFICIENT, getattr(_config(causal), _COEFFICIENT, None))
+    return own
 
 
 def _switched_on(model: nn.Module) -> bool:
     return bool(getattr(_config(unwrapped(model)), "output_router_logits", False))
 
 
-def _config(causal: nn.Module):
+def _config(causal: Any) -> Any:
     return causal.config.get_text_config() if hasattr(causal.config, "get_text_config") else causal.config
 
 

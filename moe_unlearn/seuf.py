@@ -16,8 +16,9 @@ mean over tokens in L_anchor is our reading: the paper prints one token's vector
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +31,15 @@ from moe_unlearn.model.head import final_hidden_states
 class Gate(NamedTuple):
     """Routing of one layer's tokens in a forward pass: top_k_index and top_k_weights [T, K]."""
 
-    index: Tensor
+    top_k_index: Tensor
     weights: Tensor
     num_experts: int
 
     def dense(self) -> Tensor:
         """Return the gate [T, E] with its gradient, 0 for experts that a token does not visit."""
         # ids behind the last expert mean "not here"
-        gate = self.weights.new_zeros(len(self.index), self.num_experts + 1)
-        return gate.scatter_add(1, self.index.clamp_max(self.num_experts), self.weights)[:, :-1]
+        gate = self.weights.new_zeros(len(self.top_k_index), self.num_experts + 1)
+        return gate.scatter_add(1, self.top_k_index.clamp_max(self.num_experts), self.weights)[:, :-1]
 
 
 @contextlib.contextmanager
@@ -51,15 +52,15 @@ def gates(model: nn.Module, names: list[str] | None = None) -> Iterator[dict[str
     collected: dict[str, Gate] = {}
     with_graph = torch.is_grad_enabled()
 
-    def hook(name):
-        def collect(module, args, kwargs):
+    def hook(name: str) -> Callable[[nn.Module, tuple, dict], None]:
+        def collect(module: Any, args: tuple, kwargs: dict) -> None:
             if torch.is_grad_enabled() != with_graph:
                 raise RuntimeError(
                     f"{name} runs in a reentrant gradient checkpoint that is not transformers': a loss of its routing "
                     "would have no gradient; expected a checkpoint with use_reentrant=False"
                 )
-            index = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
-            weights = kwargs.get("top_k_weights", args[2] if len(args) > 2 else None)
+            index: Any = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
+            weights: Any = kwargs.get("top_k_weights", args[2] if len(args) > 2 else None)
             # nothing may be computed here: a checkpoint runs the layer again without the hook, and would miss it
             collected.setdefault(name, Gate(index, weights, module.num_experts))
 
@@ -81,16 +82,16 @@ def affinity(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
 
     `batches` are padded ones of `model.batches`.
     """
-    total, sequences = 0.0, 0
+    totals, sequences = [], 0
     for batch in batches:
         with gates(model) as collected:
             final_hidden_states(model, batch)
         mask = attended_mask(batch).to(torch.float64)
         per_layer = [g.dense().double().view(*mask.shape, -1) for g in collected.values()]
         length = mask.sum(1).clamp_min(1)
-        total = total + torch.stack([((g * mask[..., None]).sum(1) / length[:, None]).sum(0) for g in per_layer])
+        totals.append(torch.stack([((g * mask[..., None]).sum(1) / length[:, None]).sum(0) for g in per_layer]))
         sequences += len(mask)
-    return total / sequences
+    return functools.reduce(torch.add, totals) / sequences
 
 
 def select(score: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ def _ratios(forget: Tensor, retain: Tensor, min_load: float) -> Tensor:
     return torch.where(loaded, torch.where(retain > 0, forget / retain, torch.inf), -torch.inf)
 
 
-def _check(top_k_index, selected, target):
+def _check(top_k_index: Tensor, selected: Tensor, target: Tensor) -> None:
     if top_k_index.is_floating_point() or top_k_index.dtype == torch.bool:
         raise TypeError(f"top_k_index must be an integer tensor; got {top_k_index.dtype}")
     if top_k_index.dim() != 3 or top_k_index.shape[1] == 0:

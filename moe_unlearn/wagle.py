@@ -40,6 +40,9 @@ from moe_unlearn.ops.weight_score import FIRST_NON_FINITE_BIN, score_histogram, 
 
 _log = logging.getLogger(__name__)
 
+#: (model, batch) -> per-token losses [B, S]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
 
 def weight_mask(
     model: nn.Module,
@@ -50,8 +53,8 @@ def weight_mask(
     gamma: float,
     official: bool = False,
     accumulation: int = 1,
-    forget_loss: Callable[[nn.Module, Batch], Tensor] = token_losses,
-    retain_loss: Callable[[nn.Module, Batch], Tensor] = token_losses,
+    forget_loss: Loss = token_losses,
+    retain_loss: Loss = token_losses,
 ) -> WeightMask:
     """Score all weights and keep the top fraction; see the module docstring.
 
@@ -94,7 +97,9 @@ def weight_mask(
     return WeightMask(shapes, packed, keep, gamma, official, magnitudes)
 
 
-def _gradients(model, batches, loss, divided: int | None, side) -> dict[str, Tensor]:
+def _gradients(
+    model: nn.Module, batches: Iterable[Batch], loss: Loss, divided: int | None, side: str
+) -> dict[str, Tensor]:
     """Compute the float32 gradients of a set's loss.
 
     The loss is the mean over the set's tokens or, with `divided`, the sum over batches of their means / `divided`.
@@ -105,9 +110,10 @@ def _gradients(model, batches, loss, divided: int | None, side) -> dict[str, Ten
         raise ValueError(f"the {side} set carries no loss: it is empty or all its labels are -100")
     sums: dict[str, Tensor] = {}
 
-    def take(name):
-        def hook(p):
+    def take(name: str) -> Callable[[Tensor], None]:
+        def hook(p: Tensor) -> None:
             # one parameter at a time, so that no second gradient of the model is ever held
+            assert p.grad is not None  # the hook runs once it is accumulated
             wide = p.grad.to(torch.promote_types(p.dtype, torch.float32))
             sums[name] = sums[name] + wide if name in sums else wide
             p.grad = None
@@ -138,7 +144,9 @@ def _gradients(model, batches, loss, divided: int | None, side) -> dict[str, Ten
 class _Scored:
     """The three tensors of each parameter's score; parameters without a forget gradient score exactly 0."""
 
-    def __init__(self, parameters, forget, retain, gamma):
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], forget: dict[str, Tensor], retain: dict[str, Tensor], gamma: float
+    ) -> None:
         self.parameters, self.forget, self.retain, self.gamma = parameters, forget, retain, gamma
 
     def items(self) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
@@ -152,7 +160,7 @@ class _Scored:
 
     def histogram(self, digit: int, prefix: int = 0) -> Tensor:
         """Compute the histogram of the whole model, int64 [65536] on the CPU."""
-        total = 0
+        total = torch.zeros(1 << 16, dtype=torch.int64)
         for name, terms in self.items():
             counts = score_histogram(*terms, gamma=self.gamma, digit=digit, prefix=prefix).cpu()
             if digit == 0 and counts[FIRST_NON_FINITE_BIN:].any():

@@ -14,6 +14,7 @@ Memory: three bytes for each weight, since the official form takes a byte a weig
 import copy
 import difflib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,19 +79,20 @@ def load(path: str | Path, model: nn.Module) -> WeightMask:
 
 def to_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert tensors with the names and shapes of parameters in memory to those of a checkpoint on disk."""
-    return revert_weight_conversion(_plain(model), dict(tensors))
+    converted: dict[str, Tensor] = revert_weight_conversion(_plain(model), dict(tensors))
+    return converted
 
 
 def from_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Undo `to_hub`; ValueError if transformers' conversions for this model do not go both ways."""
-    conversions = getattr(_plain(model), "_weight_conversions", None) or get_model_conversion_mapping(
-        model, add_legacy=False
-    )
+    plain = _plain(model)
+    conversions = getattr(plain, "_weight_conversions", None) or get_model_conversion_mapping(plain, add_legacy=False)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     own = {name for name, _ in model.named_parameters()}
-    out, collected = {}, {}
+    out: dict[str, Tensor] = {}
+    collected: dict[str, WeightConverter] = {}
     # sorted so that experts are stacked in the order of their numbers
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters)
@@ -98,9 +100,10 @@ def from_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             out[target] = tensors[name]
         else:
             converter = collected.setdefault(target, copy.deepcopy(by_pattern[pattern]))
-            converter.add_tensor(target, name, pattern, tensors[name])
+            tensor: Any = tensors[name]  # transformers asks for a future of one, and takes either
+            converter.add_tensor(target, name, pattern, tensor)
     for target, converter in collected.items():
-        converted = converter.convert(target, model=model, config=model.config)
+        converted = converter.convert(target, model=plain, config=plain.config)
         out |= {name: t[0] if isinstance(t, list) else t for name, t in converted.items()}
     back = to_hub(model, out) if out.keys() == own else {}
     if back.keys() != tensors.keys() or not all(torch.equal(back[name], t) for name, t in tensors.items()):

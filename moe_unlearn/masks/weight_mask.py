@@ -1,7 +1,7 @@
 """The class of weight masks, one packed bit for each weight of a model, with its safetensors file."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -186,5 +186,5 @@ def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def _shape(shape) -> str:
+def _shape(shape: Sequence[int] | None) -> str:
     return "absent" if shape is None else str(list(shape))

@@ -210,9 +210,9 @@ def _checked(batch: Batch, what: str, prefix: str = "") -> Batch:
     _require("attention_mask", rows, what, prefix)
     if len(rows["input_ids"]) == 0:
         raise ValueError(f"{what} has no rows")
-    count, got = list(rows["input_ids"].shape[:1]), list(rows["index"].shape) if "index" in rows else None
-    if got not in (None, count):
-        raise ValueError(f"{what}: {prefix}index must be [B] = {count}; got {got}")
+    count = rows["input_ids"].shape[:1]
+    if "index" in rows and rows["index"].shape != count:
+        raise ValueError(f"{what}: {prefix}index must be [B] = {list(count)}; got {list(rows['index'].shape)}")
     rows = {key: value for key, value in rows.items() if key not in _PACKED}
     if "position_ids" in rows:
         rows["position_ids"] = rows["position_ids"].expand(shape)

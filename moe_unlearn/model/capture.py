@@ -8,7 +8,8 @@ during the backward pass; the hooks recognise a backward pass and count nothing 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ class RoutingCapture:
         self.num_groups = num_groups
         self.keep_index = keep_index
         self.group: Tensor | None = None
-        self._num_experts = next(iter(layers.values())).num_experts
+        first: Any = next(iter(layers.values()))
+        self._num_experts: int = first.num_experts
         self._model_name = model_name
         self._counts: dict[str, Tensor] = {}
         self._index: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -69,7 +71,7 @@ class RoutingCapture:
     def _device(self) -> torch.device:
         return self._counts[self.layers[0]].device
 
-    def _require_all(self, seen) -> None:
+    def _require_all(self, seen: Container[str]) -> None:
         missing = [name for name in self.layers if name not in seen]
         if missing:
             raise RuntimeError(
@@ -103,8 +105,8 @@ def routing_capture(
     capture = RoutingCapture(type(model).__name__, modules, num_groups, keep_index)
     capture.group = group
 
-    def hook(name):
-        def collect(module, args, kwargs):
+    def hook(name: str) -> Callable[[nn.Module, tuple, dict], None]:
+        def collect(module: nn.Module, args: tuple, kwargs: dict) -> None:
             # the id is -1 outside backward passes; inside one, only a checkpoint's recompute calls a forward
             if torch._C._current_graph_task_id() == -1:
                 capture.collect(name, kwargs["top_k_index"] if "top_k_index" in kwargs else args[1])

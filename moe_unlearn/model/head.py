@@ -1,9 +1,11 @@
 """Finds the output head of a causal language model and computes per-token losses from hidden states with it."""
 
 import contextlib
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moe_unlearn.model.batches import Batch, inputs, target_mask
 from moe_unlearn.model.modes import checkpoints_with_graph, evaluation_mode
@@ -22,6 +24,13 @@ _LOGIT_FACTORS = {
 _COLUMNS = 16
 
 
+class ReferenceHead(TypedDict):
+    """What is kept of a reference's head where it is not the model's own, as `token_losses` takes it."""
+
+    ref_lm_head: Tensor | None
+    ref_bias: Tensor | None
+
+
 def head_of(model: nn.Module) -> Head:
     """Return the head of a causal language model, PEFT-wrapped or not, with its config's scale and soft-cap.
 
@@ -29,7 +38,7 @@ def head_of(model: nn.Module) -> Head:
     Nothing is guessed beyond the config; `verify_head` finds out whether the config says everything.
     """
     causal = unwrapped(model)
-    layer = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
+    layer = getattr(causal, "get_output_embeddings", lambda: None)()
     if layer is None:
         raise ValueError(f"{type(causal).__name__} has no output head: a causal language model is needed")
     if hasattr(layer, "base_layer"):
@@ -51,14 +60,16 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """Return a causal LM without its head."""
     causal = unwrapped(model)
     decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else None
-    return getattr(causal, causal.base_model_prefix) if decoder is None or decoder is causal else decoder
+    whole: nn.Module = getattr(causal, causal.base_model_prefix) if decoder is None or decoder is causal else decoder
+    return whole
 
 
 def final_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """Compute the output [B, S, H] of the decoder's last norm, the input of the head; the head does not run."""
     with checkpoints_with_graph(model) if torch.is_grad_enabled() else contextlib.nullcontext():
         out = decoder_of(model)(**inputs(batch), use_cache=False)
-    return out.last_hidden_state
+    states: Tensor = out.last_hidden_state
+    return states
 
 
 def token_losses(
@@ -112,6 +123,8 @@ def operands(
     the time of the loss, and only for a `ref_bias`. The identity is exact; zeros fill a multiple of 16 columns.
     """
     if ref_bias is not None:
+        # a reference is the same model, so that it has a bias of its own only where the model has one
+        assert ref_hidden_states is not None and head.bias is not None
         one = hidden_states.new_ones(len(hidden_states), 1)
         hidden_states, ref_hidden_states = _widened(hidden_states, one), _widened(ref_hidden_states, one)
         ref_lm_head = _widened(head.weight.detach() if ref_lm_head is None else ref_lm_head, ref_bias[:, None])
@@ -155,7 +168,9 @@ def verify_head(model: nn.Module, batch: Batch) -> None:
         )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """Return the causal language model inside data-parallel and PEFT wrappers."""
     model = local(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapper: Any = model
+    causal: PreTrainedModel = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
+    return causal

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -12,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from moe_unlearn.config import geometry, models
@@ -26,15 +29,16 @@ def model_folder(folder: str | Path) -> Path:
     return folder
 
 
-def load_model(folder: str | Path):
+def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model and the tokenizer of a folder written by `save_pretrained`.
 
     Raises ValueError, naming the folder and what it lacks.
     """
-    return _load(folder, AutoModelForCausalLM, "causal language model")[:2]
+    model, tokenizer, _ = _load(folder, AutoModelForCausalLM, "causal language model")
+    return model, tokenizer
 
 
-def load_classifier(folder: str | Path):
+def load_classifier(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model and the tokenizer of a sequence classifier (Toxic-BERT) in a folder; errors as `load_model`."""
     model, tokenizer, missing = _load(folder, AutoModelForSequenceClassification, "sequence classifier")
     if missing:  # transformers fills them with random numbers
@@ -42,7 +46,7 @@ def load_classifier(folder: str | Path):
     return model, tokenizer
 
 
-def _load(folder: str | Path, kind: type, name: str):
+def _load(folder: str | Path, kind: Any, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]:
     """Load a model and its tokenizer; return them and the names of the weights that the folder lacks."""
     folder = model_folder(folder)
     try:
@@ -71,7 +75,8 @@ def meta_model(source: str | Path) -> nn.Module:
     else:
         raise ValueError(f"no model {str(source)!r}: a folder, a config.json or one of {', '.join(models())}")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(made, dtype=made.dtype)
+        model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=made.dtype)
+    return model
 
 
 @contextmanager

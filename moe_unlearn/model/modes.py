@@ -4,7 +4,7 @@ No other module switches these. Afterwards everything is as the model's owner ha
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from torch import nn
@@ -37,7 +37,8 @@ def checkpoints_with_graph(model: nn.Module) -> Iterator[None]:
     of a tensor that a hook caught inside has no gradient, and neither have weights whose inputs need none. The other
     kind computes the same numbers in the same memory. Checkpoints that are not transformers' stay as they are.
     """
-    replaced = [(module, own) for module in model.modules() if _reentrant(own := vars(module).get(_CHECKPOINT))]
+    present = [(module, vars(module)[_CHECKPOINT]) for module in model.modules() if _CHECKPOINT in vars(module)]
+    replaced = [(module, own) for module, own in present if _reentrant(own)]
     for module, own in replaced:
         # a partial of a partial keeps the arguments of the inner one
         setattr(module, _CHECKPOINT, partial(own, use_reentrant=False))
@@ -48,7 +49,7 @@ def checkpoints_with_graph(model: nn.Module) -> Iterator[None]:
             setattr(module, _CHECKPOINT, own)
 
 
-def _reentrant(function) -> bool:
+def _reentrant(function: Callable | None) -> bool:
     if isinstance(function, partial):
-        return function.keywords.get("use_reentrant", function.func is checkpoint)
+        return bool(function.keywords.get("use_reentrant", function.func is checkpoint))
     return function is checkpoint

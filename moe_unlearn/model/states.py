@@ -24,9 +24,9 @@ def layer_states(model: nn.Module, batch: Batch, layer: int) -> Tensor:
     layers = decoder_layers(model)
     if not 0 <= layer < len(layers):
         raise ValueError(f"forget.layer must be in [0, {len(layers)}) for this model; got {layer}")
-    captured = []
+    captured: list[Tensor] = []
 
-    def stop(module, args, output):
+    def stop(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         captured.append(output[0] if isinstance(output, tuple) else output)
         raise _Reached
 
@@ -53,4 +53,5 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def control_vector(seed: int, steering: float, hidden_size: int) -> Tensor:
     """Draw RMU's steering target c * u, u uniform in [0, 1)^H and normalised; float32 [H]."""
     u = torch.rand(hidden_size, generator=torch.Generator().manual_seed(seed))
-    return steering * u / u.norm()
+    vector: Tensor = steering * u / u.norm()
+    return vector

@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +44,14 @@ def base_model(model: nn.Module) -> Iterator[None]:
     Afterwards, and after an exception, adapters and `requires_grad` flags are as before. Raises ValueError if
     adapters are merged into the weights, which then are not the base model's.
     """
-    model = local(model)
-    layers = _adapters(model)
+    wrapper: Any = local(model)
+    layers = _adapters(wrapper)
     merged = [name for name, layer in layers.items() if getattr(layer, "merged", False) is True]
     if merged:
         raise ValueError(f"adapters are merged into the weights of {merged[0]}: call unmerge_adapter() first")
-    flags = [(p, p.requires_grad) for p in model.parameters()] if layers else []
+    flags = [(p, p.requires_grad) for p in wrapper.parameters()] if layers else []
     try:
-        with model.disable_adapter() if hasattr(model, "disable_adapter") else _disabled(layers.values()):
+        with wrapper.disable_adapter() if hasattr(wrapper, "disable_adapter") else _disabled(layers.values()):
             yield
     finally:
         # PEFT lets every active adapter train when it enables them again
@@ -79,7 +80,7 @@ def model_digest(model: nn.Module, *, adapters: bool = True) -> str:
         for key, value in base.config.to_dict().items()
         if not key.startswith("_") and key not in _NOT_THE_FUNCTION
     }
-    content = [
+    content: list = [
         f"{type(base).__module__}.{type(base).__qualname__}",
         config,
         {name: digests[tensor] for name, tensor in tensors.items()},
@@ -145,7 +146,7 @@ def _adapters(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextlib.contextmanager
 def _disabled(layers: Iterable[nn.Module]) -> Iterator[None]:
-    enabled = [layer for layer in layers if not layer.disable_adapters]
+    enabled: list[Any] = [layer for layer in layers if not layer.disable_adapters]
     try:
         for layer in enabled:
             layer.enable_adapters(enabled=False)
@@ -171,7 +172,7 @@ def _adapter_state(layer: nn.Module) -> list:
     return [type(layer).__qualname__, *(getattr(layer, name, None) for name in attributes)]
 
 
-def _plain(value) -> object:
+def _plain(value: object) -> object:
     """Convert a value for which JSON has no form; sets are sorted, so that the process's hash seed plays no role."""
     return sorted(value, key=str) if isinstance(value, set | frozenset) else repr(value)
 
@@ -181,7 +182,7 @@ def _tensors(module: nn.Module, prefix: str = "", *, adapters: bool) -> Iterator
     if not adapters and hasattr(module, "adapter_layer_names"):
         for name in ("base_layer", "original_module"):
             if name in module._modules:
-                yield from _tensors(module._modules[name], prefix, adapters=False)
+                yield from _tensors(module.get_submodule(name), prefix, adapters=False)
                 return
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None:

@@ -27,7 +27,7 @@ from moe_unlearn.masks import WeightMask
 from moe_unlearn.model import states as forward
 from moe_unlearn.model.batches import Batch, forgotten, refusal, target_mask
 from moe_unlearn.model.capture import collect_routing
-from moe_unlearn.model.head import Head, final_hidden_states, head_of, token_losses
+from moe_unlearn.model.head import Head, ReferenceHead, final_hidden_states, head_of, token_losses
 from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.prepare import reference
 from moe_unlearn.prepare.rows import RowCache, content_keys
@@ -71,7 +71,7 @@ class Preparation:
     inactive: bool = False  # TRACE found no expert and the recipe allows that
 
     @property
-    def ref_head(self) -> dict[str, Tensor | None]:
+    def ref_head(self) -> ReferenceHead:
         """Return what is kept of the reference's head, as `token_losses` takes it."""
         return {"ref_lm_head": self.ref_lm_head, "ref_bias": self.ref_bias}
 
@@ -82,7 +82,7 @@ class Preparation:
 
     def state_dict(self) -> dict:
         """Return the results as a nested dict of tensors and plain values."""
-        state = {}
+        state: dict = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, RowCache | WeightMask):
@@ -168,7 +168,7 @@ def prepare(
     rows = _checked_rows(prepared, forget, retain)
     ranks.agree("the rows of prepare()", lambda: [[content_keys(b) for b in side] for side in (forget, retain)])
     folder = None if cache_dir is None or not ranks.first else reference.make_folder(cache_dir)
-    work = {
+    work: dict[str, Callable] = {
         "trace": _trace,
         "seuf": _seuf,
         "reference": partial(_reference, folder=folder),
@@ -213,12 +213,13 @@ def _checked_rows(prepared: Preparation, forget: list[Batch], retain: list[Batch
     return prepared.rows
 
 
-def _trace(model, recipe, prepared, forget, retain):
+def _trace(model: nn.Module, recipe: Recipe, prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> None:
     settings = recipe.trace
+    assert settings is not None  # the stage runs for this lever only
     f = trace.routing_frequencies(model, forget)
     r = trace.routing_frequencies(model, retain)
     prepared.frequencies = {"forget": f, "retain": r}
-    prepared.selected = trace.select_experts(
+    prepared.selected = selected = trace.select_experts(
         f,
         r,
         per_layer=settings.per_layer,
@@ -227,14 +228,14 @@ def _trace(model, recipe, prepared, forget, retain):
         # in the scope "experts" only TRACE's experts train: without any there would be no weight to train
         allow_empty=settings.allow_empty and recipe.scope.kind != "experts",
     )
-    if not prepared.selected.any():
+    if not selected.any():
         prepared.inactive = True
         return
     target = trace.calibration_target(f, r, settings.eta)
     routing = [collect_routing(model, batch) for batch in retain]  # each [L, B * S, K]
     masks = [target_mask(batch) for batch in retain]
     counted = torch.cat([i[:, m.flatten()] for i, m in zip(routing, masks, strict=True)], dim=1)
-    result = trace.retain_weights(counted, prepared.selected, target, cap=settings.cap)
+    result = trace.retain_weights(counted, selected, target, cap=settings.cap)
     prepared.calibration = Calibration(
         tilt=result.tilt,
         bias=float(result.bias),
@@ -243,20 +244,27 @@ def _trace(model, recipe, prepared, forget, retain):
         largest_weight=float(result.weights.max()),
     )
     if settings.refresh == "offline":
-        prepared.token_weights = RowCache(_CACHES["token_weights"])
+        prepared.token_weights = token_weights = RowCache(_CACHES["token_weights"])
         parts = result.weights.split([int(m.sum()) for m in masks])
         for batch, mask, part in zip(retain, masks, parts, strict=True):
             weights = part.new_zeros(mask.shape)
             weights[mask] = part
-            prepared.token_weights.put(batch, weights)
+            token_weights.put(batch, weights)
 
 
-def _seuf(model, recipe, prepared, forget, retain):
+def _seuf(model: nn.Module, recipe: Recipe, prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> None:
     prepared.selected = seuf.select(seuf.affinity(model, forget))
 
 
 @torch.no_grad()
-def _reference(model, recipe, prepared, forget, retain, folder):
+def _reference(
+    model: nn.Module,
+    recipe: Recipe,
+    prepared: Preparation,
+    forget: list[Batch],
+    retain: list[Batch],
+    folder: Path | None,
+) -> None:
     trained_head = head_of(model)
     with reference.reference_model(model, recipe.reference):
         head = head_of(model)
@@ -264,19 +272,26 @@ def _reference(model, recipe, prepared, forget, retain, folder):
         with_adapters = recipe.reference != "base"
         digest = None if folder is None else reference.model_digest(model, adapters=with_adapters)
 
-        def cached(kind, batches, compute, dtype, shape=(), **settings):
+        def cached(
+            kind: str,
+            batches: list[Batch],
+            compute: Callable[[Batch], Tensor],
+            dtype: torch.dtype,
+            shape: tuple[int, ...] = (),
+            **settings: int,
+        ) -> None:
             store = None
-            if digest is not None:
+            if digest is not None and folder is not None:
                 store = reference.open_store(folder, kind, digest, dtype, shape, **settings)
             setattr(prepared, kind, reference.fill(RowCache(_CACHES[kind]), batches, compute, store))
 
-        def token_logprobs(batch):
+        def token_logprobs(batch: Batch) -> Tensor:
             return -token_losses(model, batch, kind="nll").float()
 
-        def hidden_states(batch):
+        def hidden_states(batch: Batch) -> Tensor:
             return final_hidden_states(model, batch).to(torch.bfloat16)
 
-        def layer_states(batch):
+        def layer_states(batch: Batch) -> Tensor:
             return forward.layer_states(model, batch, layer).to(torch.bfloat16)
 
         if recipe.forget.objective in ("npo", "idk_dpo"):
@@ -296,8 +311,12 @@ def _reference(model, recipe, prepared, forget, retain, folder):
 
 
 @torch.no_grad()
-def _kl_floor(model, recipe, prepared, forget, retain):
+def _kl_floor(
+    model: nn.Module, recipe: Recipe, prepared: Preparation, forget: list[Batch], retain: list[Batch]
+) -> None:
     total, positions = 0.0, 0
+    kept = prepared.ref_hidden_states
+    assert kept is not None  # the stage `reference` runs before this one
     with reference.reference_model(model, recipe.reference):
         for batch in retain:
             states = final_hidden_states(model, batch)
@@ -306,7 +325,7 @@ def _kl_floor(model, recipe, prepared, forget, retain):
                 batch,
                 kind="kl",
                 hidden_states=states,
-                ref_hidden_states=prepared.ref_hidden_states.get(batch).to(states.dtype),
+                ref_hidden_states=kept.get(batch).to(states.dtype),
                 **prepared.ref_head,
             )
             total += float(per_token.double().sum())
@@ -314,8 +333,9 @@ def _kl_floor(model, recipe, prepared, forget, retain):
     prepared.kl_floor = total / max(positions, 1)
 
 
-def _wagle(model, recipe, prepared, forget, retain):
+def _wagle(model: nn.Module, recipe: Recipe, prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> None:
     settings = recipe.wagle
+    assert settings is not None  # the stage runs for this lever only
     if settings.mask is not None:
         prepared.mask = masks.load(settings.mask, model)
         return
@@ -337,9 +357,10 @@ def head_to_keep(trained: Head, reference: Head) -> tuple[Tensor | None, Tensor 
     An adapter may bring its own head, which is not the reference's even where it is frozen.
     """
     pairs = (trained.weight, reference.weight), (trained.bias, reference.bias)
-    return tuple(
+    weight, bias = (
         theirs if own is not theirs or (own is not None and own.requires_grad) else None for own, theirs in pairs
     )
+    return weight, bias
 
 
 def uses_kl(recipe: Recipe) -> bool:
