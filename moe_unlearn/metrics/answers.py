@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Chat, Document, Example, added, encode, pad_token_id
 from moe_unlearn.metrics.conventions import OURS, Conventions, decode, prompt_of, stops, without_end
@@ -52,7 +53,13 @@ def texts(rows: Sequence, names: Sequence[str], where: str) -> list[dict]:
 
 
 def pair(
-    tokenizer, prompt: str, answer: str, max_length: int, *, chat: bool | Chat = False, ways: Conventions = OURS
+    tokenizer: Tokenizer,
+    prompt: str,
+    answer: str,
+    max_length: int,
+    *,
+    chat: bool | Chat = False,
+    ways: Conventions = OURS,
 ) -> Example:
     """Return one example: the prompt is masked, the answer and its end are labelled, and it is cut to `max_length`.
 
@@ -67,7 +74,7 @@ def pair(
     return encode([Document("", answer, prompt)], tokenizer, max_length, chat=chat, seam=ways.seam)[0]
 
 
-def text_example(tokenizer, text: str, max_length: int, ways: Conventions = OURS) -> Example:
+def text_example(tokenizer: Tokenizer, text: str, max_length: int, ways: Conventions = OURS) -> Example:
     """Return a text's example without end token, cut to `max_length`; with `drop_last` the end token is kept."""
     if ways.text_window:
         max_length = min(max_length + len(added(tokenizer).begin), 2**31)
@@ -75,7 +82,9 @@ def text_example(tokenizer, text: str, max_length: int, ways: Conventions = OURS
     return example if ways.drop_last else without_end(example, tokenizer, ways)
 
 
-def continuation(tokenizer, prompt: str, text: str, max_length: int, tokens: int, ways: Conventions = OURS) -> Example:
+def continuation(
+    tokenizer: Tokenizer, prompt: str, text: str, max_length: int, tokens: int, ways: Conventions = OURS
+) -> Example:
     """Return one example of a text that continues the prompt, without end token, cut to `max_length`.
 
     With `drop_last`, which leaves the last token out of the count, the example keeps the tokenizer's end and has at
@@ -103,7 +112,7 @@ def room(model: nn.Module, max_length: int) -> int:
     return min(max_length, context_length(model) or max_length)
 
 
-def probability(model: nn.Module, tokenizer, examples: Sequence[Example], *, batch_size: int) -> list[dict]:
+def probability(model: nn.Module, tokenizer: Tokenizer, examples: Sequence[Example], *, batch_size: int) -> list[dict]:
     """Return `prob` = exp(-`avg_loss`) and `avg_loss`, the mean NLL of the labelled tokens in nats, for each example.
 
     Both are None where no token carries a label.
@@ -122,7 +131,7 @@ def _likelihood(score: TokenScores) -> dict:
 
 def completions(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
     *,
     new_tokens: int,
@@ -150,7 +159,7 @@ def completions(
 
 def rouge(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
     answers: Sequence[str],
     *,

@@ -26,10 +26,11 @@ model that never saw the rows. open-unlearning falls back on 0.5 silently; with 
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Example, pad_token_id
 from moe_unlearn.metrics.conventions import Conventions, without_end
@@ -46,23 +47,35 @@ UNSEEN = 0.5
 
 
 def membership(
-    run: Evaluation, model, tokenizer, rows, examples: dict[str, list[Example]], *, fraction: float, ways: Conventions,
-    batch_size: int, gradient_norm: bool = False, reference_model: nn.Module | None = None,
-) -> None:  # fmt: skip
+    run: Evaluation,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    rows: Sequence,
+    examples: dict[str, list[Example]],
+    *,
+    fraction: float,
+    ways: Conventions,
+    batch_size: int,
+    gradient_norm: bool = False,
+    reference_model: nn.Module | None = None,
+) -> None:
     """Add the attacks on the forget and holdout examples made of `rows`, and the comparisons of their AUC.
 
     `mia_gradnorm` is added with `gradient_norm`, `mia_reference` with a `reference_model`.
     """
-    pad, known = pad_token_id(tokenizer), {}
+    pad = pad_token_id(tokenizer)
+    known: dict[str, dict[str, list[TokenScores]]] = {}
     counted = examples
     if ways.drop_last:
         counted = {name: [without_end(e, tokenizer, ways) for e in own] for name, own in examples.items()}
 
+    sources = {"whole": (model, examples), "counted": (model, counted)}
+    if reference_model is not None:
+        sources["reference"] = (reference_model, examples)
+
     def scores(which: str) -> dict[str, list[TokenScores]]:
         if which not in known:
-            of, own = {
-                "whole": (model, examples), "counted": (model, counted), "reference": (reference_model, examples)
-            }[which]  # fmt: skip
+            of, own = sources[which]
             if which == "counted" and not ways.drop_last:
                 return scores("whole")
             known[which] = {
@@ -71,7 +84,7 @@ def membership(
             }
         return known[which]
 
-    def add(name: str, score, data=rows) -> None:
+    def add(name: str, score: Callable[[str], torch.Tensor | list[float]], data: object = rows) -> None:
         def measured() -> Result:
             sides = {side: torch.as_tensor(score(side), dtype=torch.float64) for side in examples}
             value = auc(sides["forget"], sides["holdout"])
@@ -80,12 +93,15 @@ def membership(
 
         run.add(f"mia_{name}", data, measured)
 
+    def standard(side: str) -> list[torch.Tensor]:
+        return [s.standard[s.counted] for s in scores("counted")[side] if s.standard is not None]
+
     def loss(side: str, which: str = "whole") -> torch.Tensor:
         return -min_k(scores(which)[side], 1.0)
 
     add("loss", loss)
     add("min_k", lambda side: -min_k(scores("counted")[side], fraction))
-    add("min_k_plus_plus", lambda side: -lowest([s.standard[s.counted] for s in scores("counted")[side]], fraction))
+    add("min_k_plus_plus", lambda side: -lowest(standard(side), fraction))
     add("zlib", lambda side: loss(side) / torch.tensor([compressed(e, tokenizer) for e in examples[side]]))
     if gradient_norm:
         # which parameters the mean is over is no part of the model's digest
@@ -109,21 +125,21 @@ def check_asked(gradient_norm: bool, reference_model: nn.Module | None, forget: 
 def _compare(run: Evaluation, ways: Conventions) -> None:
     ours, reference = run.results["mia_min_k"]["agg_value"], run.from_reference("mia_min_k")
 
-    def add(key: str, compare, theirs: float) -> None:
+    def add(key: str, compare: Callable[[float], float | None], theirs: float) -> None:
         value = {"agg_value": compare(theirs), "auc_muse": 1 - ours, "auc_muse_retrained": 1 - theirs}
         run.add(key, [run.digest("mia_min_k"), theirs], lambda: value)
 
     add("privleak_unseen", lambda theirs: privleak(1 - ours, 1 - theirs), UNSEEN)
-    if reference is not None or ways.unseen_auc is not None:
-        theirs = ways.unseen_auc if reference is None else reference["agg_value"]
-        add("privleak", lambda theirs: privleak(1 - ours, 1 - theirs), theirs)
-        add("rel_diff", lambda theirs: rel_diff(ours, theirs), theirs)
+    unseen = ways.unseen_auc if reference is None else reference["agg_value"]
+    if unseen is not None:
+        add("privleak", lambda theirs: privleak(1 - ours, 1 - theirs), unseen)
+        add("rel_diff", lambda theirs: rel_diff(ours, theirs), unseen)
 
 
-def compressed(example: Example, tokenizer) -> int:
+def compressed(example: Example, tokenizer: Tokenizer) -> int:
     """Return the number of bytes to which zlib compresses the text of the labelled tokens."""
     ids = [label for label in example.labels if label != IGNORED]
-    return len(zlib.compress(tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8")))
+    return len(zlib.compress(str(tokenizer.decode(ids, skip_special_tokens=True)).encode("utf-8")))
 
 
 def gradient_norms(model: nn.Module, examples: Sequence[Example]) -> list[float]:

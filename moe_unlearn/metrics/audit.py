@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Example, pad_token_id
 from moe_unlearn.metrics.gibberish import gibberish_rate
@@ -15,7 +16,7 @@ from moe_unlearn.metrics.scoring import greedy, token_scores
 
 def audit(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     *,
     forget: Sequence[Example],
     retain: Sequence[Example],
@@ -40,7 +41,8 @@ def audit(
     """
     if before is None and not relearn_steps:
         raise ValueError("expected the model before, relearn_steps of at least 1, or both; got neither")
-    pad, found = pad_token_id(tokenizer), {}
+    pad = pad_token_id(tokenizer)
+    found: dict[str, float | dict | None] = {}
     if before is not None:
         change = routing_change(*(routes(m, retain, batch_size=batch_size, pad_id=pad) for m in (before, model)))
         cuts = [prompt_length(example, prompt_tokens) for example in forget]

@@ -19,10 +19,13 @@ context loses its beginning. `harness` runs the harness itself on such rows; a t
 import math
 import string
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os.path import commonprefix
+from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import added, pad_token_id
 from moe_unlearn.data.seams import split
@@ -38,12 +41,12 @@ SUBJECTS = {"wmdp_bio": "biology", "wmdp_chem": "chemistry", "wmdp_cyber": "cybe
 
 def evaluate_choices(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     tasks: Mapping[str, Sequence],
     *,
     shots: Mapping[str, Sequence] | None = None,
-    out=None,
-    cache_dir=None,
+    out: str | Path | None = None,
+    cache_dir: str | Path | None = None,
     batch_size: int = 32,
 ) -> dict[str, float | None]:
     """Return `TASK/acc` in [0, 1], and from two rows on its standard error `TASK/acc_stderr` (of a mean, n - 1).
@@ -71,19 +74,22 @@ def evaluate_choices(
         result = run.add(
             f"{name}/acc",
             data,
-            lambda rows=rows, examples=examples: multiple_choice(
-                model, tokenizer, rows, shots=examples, batch_size=batch_size
-            ),
+            partial(multiple_choice, model, tokenizer, rows, shots=examples, batch_size=batch_size),
         )
         found, answered = result["agg_value"], len(rows) - result.get("unanswerable", 0)
         if answered > 1:
             error = math.sqrt(found * (1 - found) / (answered - 1))
-            run.add(f"{name}/acc_stderr", data, lambda error=error: {"agg_value": error})
+            run.add(f"{name}/acc_stderr", data, partial(dict, agg_value=error))
     return run.summary
 
 
 def multiple_choice(
-    model: nn.Module, tokenizer, rows: Sequence[dict], *, shots: Sequence[dict] = (), batch_size: int = 32
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    rows: Sequence[dict],
+    *,
+    shots: Sequence[dict] = (),
+    batch_size: int = 32,
 ) -> Result:
     """Return the accuracy of the rows, each with `question`, `choices`, `answer` (position from 0) and `subject`.
 
@@ -110,8 +116,8 @@ def multiple_choice(
     asked = [pair for own in requests for pair in own]
     logprobs = iter(continuation_logprobs(model, asked, batch_size=batch_size, pad_id=pad_token_id(tokenizer)))
     values = []
-    for row, own in zip(rows, requests, strict=True):
-        scores = [next(logprobs) for _ in own]
+    for row, pairs in zip(rows, requests, strict=True):
+        scores = [next(logprobs) for _ in pairs]
         choice = scores.index(max(scores)) if scores else None
         hit = float(choice == row["answer"]) if scores else None
         values.append({"acc": hit, "choice": choice, "logprobs": scores or None})
@@ -177,7 +183,7 @@ def question_text(row: dict) -> str:
     return "\n".join([row["question"].strip(), *(f"{letter}. {choice}" for letter, choice in choices), "Answer:"])
 
 
-def _left_padded(rows: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_padded(rows: list[list[int]], pad_id: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)

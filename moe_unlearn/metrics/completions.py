@@ -21,9 +21,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Chat, Document, Example, added, encode, pad_token_id
 from moe_unlearn.data.records import COMPLETIONS, QUESTIONS, documents_of
@@ -58,12 +62,12 @@ class Classifier:
     "multi_label_classification"), else a softmax. Raises ValueError for a label that the model does not have.
     """
 
-    model: nn.Module
-    tokenizer: object
+    model: PreTrainedModel
+    tokenizer: Tokenizer
     label: str | None
 
-    def __post_init__(self):
-        labels = list(self.model.config.id2label.values())
+    def __post_init__(self) -> None:
+        labels = list((self.model.config.id2label or {}).values())
         if self.label not in labels:
             raise ValueError(f"expected a label of the classifier, one of {', '.join(labels)}; got {self.label!r}")
 
@@ -79,7 +83,7 @@ class Classifier:
 
         def compute(rows: list[str]) -> list[float]:
             # some tokenizers make no token of an empty text
-            found = pipeline([row or " " for row in rows], top_k=None, batch_size=batch_size, **cut)
+            found: Any = pipeline([row or " " for row in rows], top_k=None, batch_size=batch_size, **cut)
             return [next(one["score"] for one in row if one["label"] == self.label) for row in found]
 
         with evaluating(self.model):
@@ -88,13 +92,13 @@ class Classifier:
 
 def evaluate_completions(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     sets: Mapping[str, Sequence],
     *,
     classifier: Classifier | None = None,
     settings: CompletionSettings | None = None,
-    out=None,
-    cache_dir=None,
+    out: str | Path | None = None,
+    cache_dir: str | Path | None = None,
     batch_size: int = 32,
 ) -> dict[str, float | None]:
     """Return the summary of all results; files COMPLETIONS_*.json and cache are as in `results.Evaluation`.
@@ -157,7 +161,9 @@ def _documents(rows: Sequence, where: str) -> tuple[list[Document], bool]:
     return documents, not any(alone)
 
 
-def _examples(model, tokenizer, documents, settings: CompletionSettings, where: str) -> list[Example]:
+def _examples(
+    model: nn.Module, tokenizer: Tokenizer, documents: Sequence[Document], settings: CompletionSettings, where: str
+) -> list[Example]:
     """Return examples whose prompts carry no label and whose true continuations are labelled."""
     begin = settings.prompt_tokens + len(added(tokenizer).begin)
     examples = []
@@ -181,15 +187,25 @@ def _cut(example: Example, start: int, settings: CompletionSettings) -> Example:
     return Example(ids, [IGNORED] * start + ids[start:], start)
 
 
-def _rouge(model, tokenizer, examples: list[Example], settings: CompletionSettings, batch_size: int) -> Result:
-    truths = [tokenizer.decode(e.input_ids[e.prefix :], skip_special_tokens=True).strip() for e in examples]
+def _rouge(
+    model: nn.Module, tokenizer: Tokenizer, examples: list[Example], settings: CompletionSettings, batch_size: int
+) -> Result:
+    truths = [str(tokenizer.decode(e.input_ids[e.prefix :], skip_special_tokens=True)).strip() for e in examples]
     return rouge(
         model, tokenizer, examples, truths, key="rougeL_recall", new_tokens=settings.new_tokens,
         use_stemmer=settings.use_stemmer, batch_size=batch_size,
     )  # fmt: skip
 
 
-def _classified(model, tokenizer, examples, known, classifier: Classifier, settings, batch_size: int) -> Result:
+def _classified(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    known: Result | None,
+    classifier: Classifier,
+    settings: CompletionSettings,
+    batch_size: int,
+) -> Result:
     if known is None:
         made = completions(model, tokenizer, examples, new_tokens=settings.new_tokens, batch_size=batch_size)
     else:
@@ -199,7 +215,9 @@ def _classified(model, tokenizer, examples, known, classifier: Classifier, setti
     return mean_result(values, "probability")
 
 
-def _perplexity(model, tokenizer, documents, settings: CompletionSettings, batch_size: int) -> Result:
+def _perplexity(
+    model: nn.Module, tokenizer: Tokenizer, documents: Sequence[Document], settings: CompletionSettings, batch_size: int
+) -> Result:
     limit, pad = room(model, settings.max_length), pad_token_id(tokenizer)
     windows = [[without_end(e, tokenizer) for e in encode([document], tokenizer, limit)] for document in documents]
     scores = iter(token_scores(model, [e for own in windows for e in own], batch_size=batch_size, pad_id=pad))

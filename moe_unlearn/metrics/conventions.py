@@ -26,7 +26,11 @@ of open-unlearning's ways are not offered here: it cuts a question with its few-
 a chat template it shows these as turns.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Example, added, special_ids
 from moe_unlearn.ops.token_loss import IGNORED
@@ -56,10 +60,15 @@ LIKE = {
     "muse_bench": Conventions(name="muse_bench", seam="separate", stop_at_end=True, truth="alone", text_window=True),
 }  # fmt: skip
 # settings of a benchmark that belong to a project's ways
-_SETTINGS = {"open-unlearning": {"use_stemmer": True}, "muse_bench": {"use_stemmer": False, "max_length": 2**31}}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "open-unlearning": {"use_stemmer": True},
+    "muse_bench": {"use_stemmer": False, "max_length": 2**31},
+}
+
+_Settings = TypeVar("_Settings")
 
 
-def like(name: str, settings: type, **changes) -> object:
+def like(name: str, settings: Callable[..., _Settings], **changes: Any) -> _Settings:
     """Return the `settings` of a benchmark that make its numbers comparable with those of project `name`.
 
     Raises ValueError for another name.
@@ -69,19 +78,19 @@ def like(name: str, settings: type, **changes) -> object:
     return settings(like=LIKE[name], **(_SETTINGS[name] | changes))
 
 
-def stops(tokenizer, ways: Conventions) -> set[int]:
+def stops(tokenizer: Tokenizer, ways: Conventions) -> set[int]:
     """Return the tokens that end an answer."""
     return set(added(tokenizer).answer_end) if ways.stop_at_end else special_ids(tokenizer)
 
 
-def decode(tokenizer, ids: list[int], ways: Conventions) -> str:
+def decode(tokenizer: Tokenizer, ids: list[int], ways: Conventions) -> str:
     """Return the text of tokens."""
     if not ways.stop_at_end:
-        return tokenizer.decode(ids)
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        return str(tokenizer.decode(ids))
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True))
 
 
-def truth(tokenizer, example: Example, answer: str, ways: Conventions, *, tokens: int | None = None) -> str:
+def truth(tokenizer: Tokenizer, example: Example, answer: str, ways: Conventions, *, tokens: int | None = None) -> str:
     """Return the text with which an answer to the prompt of `example` is compared.
 
     `answer` is the answer in the data, and `tokens` is how many of its tokens count (for VerbMem).
@@ -106,7 +115,7 @@ def prompt_of(example: Example) -> list[int]:
     return example.input_ids[:start]
 
 
-def without_end(example: Example, tokenizer, ways: Conventions = OURS) -> Example:
+def without_end(example: Example, tokenizer: Tokenizer, ways: Conventions = OURS) -> Example:
     """Return the example without its end token, which metrics about the text itself do not count.
 
     With `drop_last` it loses its last token, whatever that is.
@@ -120,5 +129,5 @@ def without_end(example: Example, tokenizer, ways: Conventions = OURS) -> Exampl
             length -= 1
     if length <= 0:
         return example
-    kept = {"input_ids": example.input_ids[:length], "labels": example.labels[:length]}
+    kept: dict[str, Any] = {"input_ids": example.input_ids[:length], "labels": example.labels[:length]}
     return replace(example, prefix=min(example.prefix, length), **kept)

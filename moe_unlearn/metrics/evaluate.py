@@ -5,6 +5,7 @@ from contextlib import suppress
 from functools import partial
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Example, pad_token_id
 from moe_unlearn.metrics.memorization import NothingToMeasureError, extraction, knowmem, verbmem
@@ -16,7 +17,7 @@ NAMES = ("nll", "verbmem", "knowmem", "extraction", "minkauc", "privleak")
 
 def evaluate(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     *,
     forget: Sequence[Example],
     retain: Sequence[Example],

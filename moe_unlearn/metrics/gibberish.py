@@ -74,7 +74,13 @@ def gibberish_rate(
     return GibberishRate(*(len(share) / len(prompts) for share in shares))
 
 
-def _measures(judge, prompts, generations, batch_size, pad_id) -> dict[int, tuple[float, float]]:
+def _measures(
+    judge: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    generations: Sequence[Sequence[int]],
+    batch_size: int,
+    pad_id: int,
+) -> dict[int, tuple[float, float]]:
     """Return repetition and mean NLL of the non-empty generations, by position."""
     kept = [i for i, tokens in enumerate(generations) if len(tokens)]
     if not kept:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import MissingLibraryError
 from moe_unlearn.metrics.answers import fields
@@ -16,7 +17,7 @@ from moe_unlearn.ranks import local
 
 def harness(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     tasks: Sequence[str],
     *,
     include_path: str | Path | None = None,

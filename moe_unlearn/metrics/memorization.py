@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Example, pad_token_id, special_ids
 from moe_unlearn.data.scripts import spaceless, unicode_words
@@ -17,7 +18,7 @@ class NothingToMeasureError(ValueError):
 
 def verbmem(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
     *,
     prompt_tokens: int = 16,
@@ -40,7 +41,7 @@ def verbmem(
     prompts = [e.asked or e.input_ids[:cut] for e, cut in kept]
     answers = greedy(model, prompts, longest, pad_id=pad_token_id(tokenizer), stop=special)
     scorer = rouge_scorer(["rougeL"], use_stemmer=False)
-    scores = []
+    scores: list[float] = []
     for truth, answer, (e, cut) in zip(truths, answers, kept, strict=True):
         # an example cut to max_length has no end token for the model to reach: stop where the text stops
         answer = answer[: min(new_tokens, len(e) - cut)]
@@ -96,7 +97,7 @@ def extraction_strength(score: TokenScores, *, like_open_unlearning: bool = Fals
 
 def knowmem(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
     *,
     words: int = 5,
@@ -123,7 +124,7 @@ def knowmem(
     return sum(fractions) / len(fractions)
 
 
-def cloze_spans(example: Example, tokenizer, words: int, *, min_letters: int = 4) -> list[tuple[int, int]]:
+def cloze_spans(example: Example, tokenizer: Tokenizer, words: int, *, min_letters: int = 4) -> list[tuple[int, int]]:
     """Return the token spans [start, stop) of the words to ask for, in the order of the text.
 
     These are the longest words of at least `min_letters` letters that stand after the prefix and do not occur to
@@ -158,21 +159,21 @@ def _cloze_words(text: str, min_letters: int) -> Iterator[tuple[str, int, int]]:
             last = -1
 
 
-def _characters(tokens: Sequence[int], tokenizer) -> tuple[str, list[tuple[int, int]]]:
+def _characters(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int]]]:
     """Return the text of the tokens and, for each of its characters, the tokens [start, stop) that spell it."""
-    pieces = [_surface(token) for token in tokenizer.convert_ids_to_tokens(tokens)]
+    pieces = [_surface(token) for token in tokenizer.convert_ids_to_tokens(list(tokens))]
     if "".join(pieces).isascii():
         return "".join(pieces), [(i, i + 1) for i, piece in enumerate(pieces) for _ in piece]
     # byte-level vocabularies may spell one character in several tokens, so decode until it is whole; a few tokens to
     # the left are decoded too, because the beginning of a text may be spelt in another way
     text, owners, context, start, before = "", [], 0, 0, ""
     for i in range(len(tokens)):
-        decoded = tokenizer.decode(tokens[context : i + 1], clean_up_tokenization_spaces=False)
+        decoded = str(tokenizer.decode(list(tokens[context : i + 1]), clean_up_tokenization_spaces=False))
         if len(decoded) > len(before) and not decoded.endswith("\ufffd"):
             text += decoded[len(before) :]
             owners += [(start, i + 1)] * (len(decoded) - len(before))
             context, start = start, i + 1
-            before = tokenizer.decode(tokens[context:start], clean_up_tokenization_spaces=False)
+            before = str(tokenizer.decode(list(tokens[context:start]), clean_up_tokenization_spaces=False))
     return text, owners
 
 

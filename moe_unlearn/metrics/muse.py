@@ -19,11 +19,13 @@ PrivLeak from MUSE's: 0 is a model like the retrained one, and negative means un
 `conventions.like(NAME, MuseSettings)` gives settings that follow one of them in everything.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Chat, Example, pad_token_id
 from moe_unlearn.metrics.answers import QUESTION, continuation, fields, pair, room, rouge, text_example
@@ -31,7 +33,7 @@ from moe_unlearn.metrics.attacks import check_asked, membership
 from moe_unlearn.metrics.conventions import OURS, Conventions, truth, without_end
 from moe_unlearn.metrics.memorization import exact_memorization, extraction_strength
 from moe_unlearn.metrics.results import Evaluation, Result, mean_result
-from moe_unlearn.metrics.scoring import token_scores
+from moe_unlearn.metrics.scoring import TokenScores, token_scores
 
 CUT_AT = ("\n\n", "\nQuestion", "Question:")
 
@@ -73,13 +75,13 @@ class MuseSettings:
 
 def evaluate_muse(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     data: MuseData,
     *,
     settings: MuseSettings | None = None,
-    out=None,
-    cache_dir=None,
-    reference_run=None,
+    out: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    reference_run: str | Path | None = None,
     batch_size: int = 32,
     gradient_norm: bool = False,
     reference_model: nn.Module | None = None,
@@ -119,7 +121,7 @@ def evaluate_muse(
         run.add(
             f"{side}_knowmem_ROUGE",
             [rows, shots],
-            lambda rows=rows, shots=shots: _knowmem(model, tokenizer, rows, shots, settings, batch_size),
+            partial(_knowmem, model, tokenizer, rows, shots, settings, batch_size),
         )
     if verbatim:
         _verbatim(run, model, tokenizer, verbatim, settings, batch_size)
@@ -136,7 +138,14 @@ def _shots(rows: Sequence, where: str) -> list[dict]:
     return fields(rows, ("question", "answer"), where) if len(rows) else []
 
 
-def _knowmem(model, tokenizer, rows, shots, settings, batch_size) -> Result:
+def _knowmem(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    rows: Sequence[dict],
+    shots: Sequence[dict],
+    settings: MuseSettings,
+    batch_size: int,
+) -> Result:
     shown = "".join(f"{settings.question.format(question=s['question'])}{s['answer']}\n\n" for s in shots)
     examples = []
     for row in rows:
@@ -152,7 +161,14 @@ def _knowmem(model, tokenizer, rows, shots, settings, batch_size) -> Result:
     )  # fmt: skip
 
 
-def _verbatim(run: Evaluation, model, tokenizer, rows, settings, batch_size) -> None:
+def _verbatim(
+    run: Evaluation,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    rows: Sequence[dict],
+    settings: MuseSettings,
+    batch_size: int,
+) -> None:
     limit, cut, ways = room(model, settings.max_length), settings.verbmem_tokens, settings.like
     examples = [continuation(tokenizer, row["prompt"], row["gt"], limit, cut, ways) for row in rows]
 
@@ -169,14 +185,22 @@ def _verbatim(run: Evaluation, model, tokenizer, rows, settings, batch_size) -> 
     memorised(run, model, tokenizer, rows, examples, ways, batch_size)
 
 
-def memorised(run: Evaluation, model, tokenizer, rows, examples, ways: Conventions, batch_size: int) -> None:
+def memorised(
+    run: Evaluation,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    rows: Sequence[dict],
+    examples: Sequence[Example],
+    ways: Conventions,
+    batch_size: int,
+) -> None:
     """Add `extraction_strength`, ours and open-unlearning's, and `exact_memorization`, from one pass over `examples`.
 
     With open-unlearning's `like`, its value has the usual name and ours is left out.
     """
     scores: list = []
 
-    def measured(metric) -> Result:
+    def measured(metric: Callable[[TokenScores], float | None]) -> Result:
         if not scores:
             scores.extend(token_scores(model, examples, batch_size=batch_size, pad_id=pad_token_id(tokenizer)))
         return mean_result([{"score": metric(score)} for score in scores], "score")
@@ -188,8 +212,11 @@ def memorised(run: Evaluation, model, tokenizer, rows, examples, ways: Conventio
     run.add("exact_memorization", rows, lambda: measured(exact_memorization))
 
 
-def _texts(model, tokenizer, texts, settings) -> dict[str, list[Example]]:
-    limit, sides = room(model, settings.max_length), {}
+def _texts(
+    model: nn.Module, tokenizer: Tokenizer, texts: Sequence[Sequence[dict]], settings: MuseSettings
+) -> dict[str, list[Example]]:
+    limit = room(model, settings.max_length)
+    sides: dict[str, list[Example]] = {}
     for name, rows in zip(("forget", "holdout"), texts, strict=True):
         sides[name] = [text_example(tokenizer, row["text"], limit, settings.like) for row in rows]
         short = next((i for i, e in enumerate(sides[name]) if len(e) - settings.like.drop_last < 2), None)

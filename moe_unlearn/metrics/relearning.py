@@ -81,7 +81,17 @@ def relearning_attack(
         return _attack(attacked, examples, steps, lr, batch_size, every, pad_id, seed, measure)
 
 
-def _attack(attacked, examples, steps, lr, batch_size, every, pad_id, seed, measure) -> RelearningCurve:
+def _attack(
+    attacked: nn.Module,
+    examples: Sequence[Example],
+    steps: int,
+    lr: float,
+    batch_size: int,
+    every: int,
+    pad_id: int,
+    seed: int,
+    measure: Measure,
+) -> RelearningCurve:
     optimizer = torch.optim.AdamW(attacked.parameters(), lr, weight_decay=0.0)
     device = next(attacked.parameters()).device
     curve = RelearningCurve([0], [_measured(attacked, measure)])

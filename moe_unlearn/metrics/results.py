@@ -19,6 +19,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -28,7 +29,7 @@ from moe_unlearn.prepare.reference import autocast_dtypes, model_digest
 from moe_unlearn.ranks import gather, sharded
 
 FORMAT = "moe-unlearn evaluation 2"  # to be raised when the same model, data and settings give other numbers
-Result = dict[str, object]
+Result = dict[str, Any]
 
 
 def mean_result(values: list[dict], key: str) -> Result:

@@ -16,8 +16,10 @@ stand. Here `rouge-score` compares lower-cased letters and digits alone (`unicod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Chat, Example
 from moe_unlearn.data.seams import continued
@@ -60,12 +62,12 @@ class RwkuSettings:
 
 def evaluate_rwku(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     data: RwkuData,
     *,
     settings: RwkuSettings | None = None,
-    out=None,
-    cache_dir=None,
+    out: str | Path | None = None,
+    cache_dir: str | Path | None = None,
     batch_size: int = 32,
 ) -> dict[str, float | None]:
     """Return the summary of all results that `data` allows.
@@ -99,11 +101,13 @@ def evaluate_rwku(
         own = [f"{name}_ROUGE" for name in sets if name.startswith(f"{side}_level")]
         if len(own) > 1:
             mean = sum(run.results[key]["agg_value"] for key in own) / len(own)
-            run.add(f"{side}_ROUGE", [run.digest(key) for key in own], lambda mean=mean: {"agg_value": mean})
+            run.add(f"{side}_ROUGE", [run.digest(key) for key in own], partial(dict, agg_value=mean))
     return run.summary
 
 
-def _examples(model, tokenizer, name: str, rows: list[dict], settings: RwkuSettings) -> list[Example]:
+def _examples(
+    model: nn.Module, tokenizer: Tokenizer, name: str, rows: list[dict], settings: RwkuSettings
+) -> list[Example]:
     if name.startswith("mia_"):
         return [text_example(tokenizer, row["text"], room(model, settings.max_length)) for row in rows]
     probes = [_probe(tokenizer, name, row, settings.chat) for row in rows]
@@ -112,7 +116,7 @@ def _examples(model, tokenizer, name: str, rows: list[dict], settings: RwkuSetti
     return probes
 
 
-def _probe(tokenizer, name: str, row: dict, chat: bool | Chat) -> Example:
+def _probe(tokenizer: Tokenizer, name: str, row: dict, chat: bool | Chat) -> Example:
     """Return the prompt of a probe alone, with no token labelled."""
     kind = row.get("type")
     form = EXAMPLES if kind == "incontext learning" else BLANK if name.endswith("level1") else QUESTION
@@ -125,5 +129,5 @@ def _probe(tokenizer, name: str, row: dict, chat: bool | Chat) -> Example:
     return Example(ids, [IGNORED] * len(ids), len(ids))
 
 
-def _nll(model, tokenizer, examples: list[Example], batch_size: int) -> Result:
+def _nll(model: nn.Module, tokenizer: Tokenizer, examples: list[Example], batch_size: int) -> Result:
     return mean_result(probability(model, tokenizer, examples, batch_size=batch_size), "avg_loss")

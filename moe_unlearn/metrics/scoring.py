@@ -3,9 +3,10 @@
 Both process batches of rows of several lengths, and all ranks of torch.distributed share the rows (`workers`).
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def context_length(model: nn.Module) -> int | None:
     """Return how many tokens the model's positions reach (`max_position_embeddings`), None if it does not say."""
-    config = getattr(local(model), "config", None)
+    config: Any = getattr(local(model), "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    length: int | None = getattr(config, "max_position_embeddings", None)
+    return length
 
 
 def token_scores(
@@ -159,7 +161,15 @@ def sampled(
     return _continued(model, prompts, new_tokens, choices, batch_size, pad_id, stop)
 
 
-def _continued(model, prompts, new_tokens: int, choices: Callable, batch_size: int, pad_id: int, stop) -> list[list]:
+def _continued(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    choices: Callable,
+    batch_size: int,
+    pad_id: int,
+    stop: Iterable[int],
+) -> list[list]:
     """Return the continuations of all prompts.
 
     `choices`, given the numbers of a batch's prompts, returns a function that chooses ids [B, 1] from logits [B, V].
@@ -185,7 +195,14 @@ def _continued(model, prompts, new_tokens: int, choices: Callable, batch_size: i
         return share(plain, list(enumerate(prompts)), compute) if new_tokens else [[] for _ in prompts]
 
 
-def _decode(model, prompts, new_tokens: int, choose: Callable, pad_id: int, stop: frozenset[int]) -> list[list[int]]:
+def _decode(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    choose: Callable,
+    pad_id: int,
+    stop: frozenset[int],
+) -> list[list[int]]:
     longest, device = max(map(len, prompts)), next(model.parameters()).device
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -193,7 +210,8 @@ def _decode(model, prompts, new_tokens: int, choose: Callable, pad_id: int, stop
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     stops = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    cache, generated = None, []
+    cache: Any = None
+    generated: list[Tensor] = []
     while True:
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
         ids, cache = choose(out.logits[:, -1], len(generated)), out.past_key_values

@@ -40,8 +40,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Chat, Example, MissingLibraryError
 from moe_unlearn.metrics.answers import QUESTION, fields, pair, probability, room, rouge, texts
@@ -89,13 +91,13 @@ class TofuSettings:
 
 def evaluate_tofu(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     data: TofuData,
     *,
     settings: TofuSettings | None = None,
-    out=None,
-    cache_dir=None,
-    reference_run=None,
+    out: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    reference_run: str | Path | None = None,
     batch_size: int = 32,
     gradient_norm: bool = False,
     reference_model: nn.Module | None = None,
@@ -139,13 +141,13 @@ def evaluate_tofu(
             value = {"agg_value": kolmogorov_smirnov(ours, theirs)}
             run.add("forget_quality", [run.digest("forget_truth_ratio"), theirs], lambda: value)
     if unseen:
-        rows = [[{key: row[key] for key in ("question", "answer")} for row in sets["forget"]], unseen]
+        both = [[{key: row[key] for key in ("question", "answer")} for row in sets["forget"]], unseen]
         examples = {
             name: [_example(model, tokenizer, settings, row, row["answer"]) for row in own]
-            for name, own in zip(("forget", "holdout"), rows, strict=True)
+            for name, own in zip(("forget", "holdout"), both, strict=True)
         }
         membership(
-            run, model, tokenizer, rows, examples, fraction=settings.min_k, ways=settings.like, batch_size=batch_size,
+            run, model, tokenizer, both, examples, fraction=settings.min_k, ways=settings.like, batch_size=batch_size,
             gradient_norm=gradient_norm, reference_model=reference_model,
         )  # fmt: skip
     if all(key in run.results for key in UTILITY):
@@ -234,13 +236,21 @@ def _accuracy(found: dict[str, Result], side: str) -> float:
     return sum(hits) / len(hits)
 
 
-def _example(model, tokenizer, settings: TofuSettings, row: dict, answer: str) -> Example:
+def _example(model: nn.Module, tokenizer: Tokenizer, settings: TofuSettings, row: dict, answer: str) -> Example:
     prompt = row["question"] if settings.chat else settings.question.format(question=row["question"])
     limit = room(model, settings.max_length)
     return pair(tokenizer, prompt, answer, limit, chat=settings.chat, ways=settings.like)
 
 
-def _side(run: Evaluation, model, tokenizer, side: str, rows: list[dict], settings, batch_size: int) -> None:
+def _side(
+    run: Evaluation,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    side: str,
+    rows: list[dict],
+    settings: TofuSettings,
+    batch_size: int,
+) -> None:
     example = partial(_example, model, tokenizer, settings)
 
     def likelihoods(key: str) -> Result:
@@ -265,7 +275,7 @@ def _side(run: Evaluation, model, tokenizer, side: str, rows: list[dict], settin
     parts = {"Prob": "answer", "PERT_Prob": "perturbed_answer"}
     parts |= {"PARA_Prob": "paraphrased_answer"} if paraphrased else {}
     found = {
-        name: list(run.add(f"{side}_Q_A_{name}", rows, lambda key=key: likelihoods(key))["value_by_index"].values())
+        name: list(run.add(f"{side}_Q_A_{name}", rows, partial(likelihoods, key))["value_by_index"].values())
         for name, key in parts.items()
     }
     run.add(f"{side}_Q_A_ROUGE", rows, answered)

@@ -1,7 +1,8 @@
 """Compute ROUGE of texts in any script with the `rouge-score` package."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from moe_unlearn.data.scripts import unicode_words
 
@@ -21,19 +22,19 @@ class UnicodeTokenizer:
     def __init__(self, use_stemmer: bool):
         from rouge_score.tokenizers import DefaultTokenizer
 
-        self._ascii = DefaultTokenizer(use_stemmer)
+        self._ascii: Callable[[str], list[str]] = DefaultTokenizer(use_stemmer).tokenize
 
     def tokenize(self, text: str) -> list[str]:
         """Return the words of a text, in order."""
         if text.isascii():
-            return self._ascii.tokenize(text)
-        words = []
+            return self._ascii(text)
+        words: list[str] = []
         for word, _, _ in unicode_words(unicodedata.normalize("NFKC", text).lower()):
-            words += self._ascii.tokenize(word) if word.isascii() else [word]
+            words += self._ascii(word) if word.isascii() else [word]
         return words
 
 
-def rouge_scorer(kinds: Sequence[str], *, use_stemmer: bool):
+def rouge_scorer(kinds: Sequence[str], *, use_stemmer: bool) -> Any:
     """Return a `RougeScorer` of these kinds ("rouge1", "rougeL") with `UnicodeTokenizer`."""
     from rouge_score.rouge_scorer import RougeScorer
 
