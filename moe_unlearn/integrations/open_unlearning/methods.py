@@ -65,13 +65,14 @@ ceu.py at 2231e31, undial.py at 5a7dfb4, pdu.py at fdeb28f.
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moe_unlearn.config import Recipe
@@ -106,17 +107,17 @@ class _Method(UnlearnTrainer):
         retain: dict,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
-        data_collator=None,
-        tokenizer=None,
-        processing_class=None,
+        data_collator: Callable | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         evaluators: Mapping | None = None,
-        template_args=None,
+        template_args: Mapping | None = None,
         trace: Mapping | None = None,
         wagle: Mapping | None = None,
         mollm: Mapping | None = None,
         dual: Mapping | None = None,
         scope: Mapping | None = None,
-        **keywords,
+        **keywords: Any,
     ):
         self.evaluators, self.template_args = evaluators, template_args
         tokenizer = processing_class if tokenizer is None else tokenizer
@@ -138,7 +139,7 @@ class _Method(UnlearnTrainer):
             model,
             args,
             recipe,
-            train_dataset,
+            train_dataset,  # type: ignore[arg-type]  # a trainer that only evaluates has none
             # the Trainer demands an eval_dataset unless eval_strategy is "no", but evaluators bring their own data
             eval_dataset=() if eval_dataset is None and evaluators else eval_dataset,
             data_collator=data_collator or Collator(0 if tokenizer is None else pad_token_id(tokenizer)),
@@ -146,7 +147,13 @@ class _Method(UnlearnTrainer):
             **keywords,
         )
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         """Compute gamma * L_forget + alpha * (L_retain - the bound of `dual`) of one batch.
 
         With `return_outputs` also returns the forget rows' outputs. Training takes `training_step` instead. Raises
@@ -155,13 +162,19 @@ class _Method(UnlearnTrainer):
         inputs = self._prepare_inputs(inputs)
         objectives = self.unlearn_step.objectives
         forget, retain = checked(inputs["forget"], "forget"), checked(inputs["retain"], "retain")
-        loss = objectives.weighed(objectives(forget, retain))
+        loss: Any = objectives.weighed(objectives(forget, retain))
         if not return_outputs:
             return loss
         with torch.no_grad():
             return loss, model(**{key: forget[key] for key in ROW if key in forget})
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", trial=None) -> dict[str, float]:
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        trial: Any = None,
+    ) -> dict[str, float]:
         """Run open-unlearning's evaluators, if given, into `checkpoint-STEP/evals`; else the Trainer's evaluation."""
         if not self.evaluators:
             if eval_dataset is None and self.eval_dataset is None:
@@ -180,10 +193,10 @@ class _Method(UnlearnTrainer):
         self.log(dict(metrics))  # a copy, because log adds entries to it
         return metrics
 
-    def _item(self, side: str, index: int):
+    def _item(self, side: str, index: int) -> object:
         return getattr(self.train_dataset, side)[index]
 
-    def _prepare_inputs(self, inputs):
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
         sides = [side for side in ("forget", "retain") if isinstance(inputs.get(side), Mapping)]
         return {**inputs, **{side: self._rows(inputs[side]) for side in sides}}
@@ -197,7 +210,7 @@ class _Method(UnlearnTrainer):
 class GradAscent(_Method):
     """Gradient ascent: -NLL of the forget rows, and no retain loss."""
 
-    def __init__(self, *, gamma: float = 1.0, **keywords):
+    def __init__(self, *, gamma: float = 1.0, **keywords: Any):
         super().__init__(forget={"objective": "ga", "gamma": gamma}, retain={"objective": "none"}, **keywords)
 
 
@@ -207,7 +220,13 @@ class GradDiff(_Method):
     forget_objective = "ga"
 
     def __init__(
-        self, *, gamma: float = 1.0, alpha: float = 1.0, retain_loss_type: str = "NLL", forget=None, **keywords
+        self,
+        *,
+        gamma: float = 1.0,
+        alpha: float = 1.0,
+        retain_loss_type: str = "NLL",
+        forget: dict | None = None,
+        **keywords: Any,
     ):
         if retain_loss_type not in _RETAIN:
             raise ValueError(f"retain_loss_type must be one of {', '.join(_RETAIN)}; got {retain_loss_type!r}")
@@ -223,7 +242,7 @@ class NPO(GradDiff):
 
     forget_objective = "npo"
 
-    def __init__(self, *, beta: float = 1.0, **keywords):
+    def __init__(self, *, beta: float = 1.0, **keywords: Any):
         super().__init__(forget={"beta": beta}, **keywords)
 
 
@@ -232,7 +251,7 @@ class SimNPO(GradDiff):
 
     forget_objective = "simnpo"
 
-    def __init__(self, *, delta: float = 0.0, beta: float = 1.0, **keywords):
+    def __init__(self, *, delta: float = 0.0, beta: float = 1.0, **keywords: Any):
         super().__init__(forget={"beta": beta, "delta": delta}, **keywords)
 
 
@@ -241,7 +260,7 @@ class WGA(GradDiff):
 
     forget_objective = "wga"
 
-    def __init__(self, *, beta: float = 1.0, **keywords):
+    def __init__(self, *, beta: float = 1.0, **keywords: Any):
         super().__init__(forget={"beta": beta}, **keywords)
 
 
@@ -250,14 +269,14 @@ class SatImp(GradDiff):
 
     forget_objective = "satimp"
 
-    def __init__(self, *, beta1: float = 5.0, beta2: float = 1.0, alpha: float = 0.1, **keywords):
+    def __init__(self, *, beta1: float = 5.0, beta2: float = 1.0, alpha: float = 0.1, **keywords: Any):
         super().__init__(forget={"beta1": beta1, "beta2": beta2}, alpha=alpha, **keywords)
 
 
 class CEU(_Method):
     """CE-U: cross-entropy of the forget rows against the model's own prediction without the label; no retain loss."""
 
-    def __init__(self, *, ignore_first_n_answer_tokens: int = 1, **keywords):
+    def __init__(self, *, ignore_first_n_answer_tokens: int = 1, **keywords: Any):
         forget = {"objective": "ceu", "ignore_first_n_answer_tokens": ignore_first_n_answer_tokens}
         super().__init__(forget=forget, retain={"objective": "none"}, **keywords)
 
@@ -267,7 +286,7 @@ class UNDIAL(GradDiff):
 
     forget_objective = "undial"
 
-    def __init__(self, *, beta: float = 1.0, **keywords):
+    def __init__(self, *, beta: float = 1.0, **keywords: Any):
         super().__init__(forget={"beta": beta}, **keywords)
 
 
@@ -280,11 +299,12 @@ class DPO(GradDiff):
 
     forget_objective = "idk_dpo"
 
-    def __init__(self, *, beta: float = 1.0, args: TrainingArguments, train_dataset: Dataset, **keywords):
+    def __init__(self, *, beta: float = 1.0, args: TrainingArguments, train_dataset: Dataset, **keywords: Any):
         if len(getattr(train_dataset, "forget", ())):
             # a copy, so that the caller's own dataset still draws alternates anew
-            train_dataset = copy.copy(train_dataset)
-            train_dataset.forget = Drawn(train_dataset.forget, args.seed)
+            copied: Any = copy.copy(train_dataset)
+            copied.forget = Drawn(copied.forget, args.seed)
+            train_dataset = copied
         super().__init__(forget={"beta": beta}, args=args, train_dataset=train_dataset, **keywords)
 
     def _rows(self, batch: Mapping) -> dict[str, torch.Tensor]:
@@ -317,7 +337,7 @@ class RMU(GradDiff):
         ),
         steering_coeff: float = 20.0,
         retain_loss_type: str = "EMBED_DIFF",
-        **keywords,
+        **keywords: Any,
     ):  # fmt: skip
         super().__init__(
             model=model,
@@ -340,7 +360,7 @@ def _layer(model: nn.Module, pattern: str) -> int:
     return next(i for i, layer in enumerate(layers) if layer is module)
 
 
-def _plain(value):
+def _plain(value: object) -> object:
     """Convert a value that may be a Hydra config into dicts and lists."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}

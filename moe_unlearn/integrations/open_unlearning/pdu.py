@@ -1,15 +1,16 @@
 """open-unlearning's PDU, which flattens forget logits while a dual variable bounds the retain loss; see `step.dual`."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_unlearn.data import generator
 from moe_unlearn.integrations.open_unlearning.methods import GradDiff
-from moe_unlearn.losses import IGNORED
 from moe_unlearn.model.batches import attended_mask
 from moe_unlearn.model.modes import evaluation_mode
+from moe_unlearn.ops.token_loss import IGNORED
 from moe_unlearn.step.tally import Tally
 
 UPON = ("step", "epoch")
@@ -39,7 +40,7 @@ class PDU(GradDiff):
         dual_step_size: float = 1.0,
         dual_update_upon: str = "step",
         dual_warmup_epochs: float = 0,
-        **keywords,
+        **keywords: Any,
     ):
         if dual_update_upon not in UPON:
             raise ValueError(f"dual_update_upon must be one of {', '.join(UPON)}; got {dual_update_upon!r}")
@@ -58,9 +59,10 @@ class PDU(GradDiff):
     @torch.no_grad()
     def retain_losses(self, epoch: int) -> dict[str, float]:
         """Compute a step's retain losses over the retain rows drawn for this epoch, which come with each forget row."""
-        step, rows, size = self.unlearn_step, self.train_dataset, self.args.per_device_train_batch_size
+        step, size = self.unlearn_step, self.args.per_device_train_batch_size
+        rows: Any = self.train_dataset
         tally = Tally(step.ranks)
-        with torch.random.fork_rng([]), evaluation_mode(self.model):
+        with torch.random.fork_rng([]), evaluation_mode(step.model):
             torch.default_generator.manual_seed(generator(self.args.seed, epoch).initial_seed())
             for start in range(0, len(rows), size):
                 items = [rows[i] for i in range(start, min(start + size, len(rows)))]
@@ -77,7 +79,9 @@ class _ByEpoch(TrainerCallback):
     def __init__(self, trainer: PDU, upon: str, warmup: float):
         self.trainer, self.upon, self.warmup = trainer, upon, warmup
 
-    def on_epoch_begin(self, args, state, control, **keywords):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
         # this is done when the next epoch begins, not when one ends, because a checkpoint between them may be resumed
         epoch, objectives = int(state.epoch or 0), self.trainer.unlearn_step.objectives
         warm = epoch >= self.warmup

@@ -27,17 +27,22 @@ def register(registry: MutableMapping[str, type] | None = None) -> None:
 
     Raises ImportError if its package `trainer` cannot be imported, ValueError if a name is taken.
     """
-    if registry is None:
-        try:
-            from trainer import TRAINER_REGISTRY as registry
-        except ImportError as error:
-            raise ImportError(
-                "open-unlearning's package `trainer` cannot be imported: run inside its checkout with src/ on the "
-                "path, or pass its TRAINER_REGISTRY"
-            ) from error
+    registry = _registry() if registry is None else registry
     for method in METHODS:
         if registry.setdefault(f"{PREFIX}{method.__name__}", method) is not method:
             raise ValueError(f"the registry has another trainer named {PREFIX}{method.__name__}")
+
+
+def _registry() -> MutableMapping[str, type]:
+    try:
+        from trainer import TRAINER_REGISTRY
+    except ImportError as error:
+        raise ImportError(
+            "open-unlearning's package `trainer` cannot be imported: run inside its checkout with src/ on the path, or "
+            "pass its TRAINER_REGISTRY"
+        ) from error
+    registry: MutableMapping[str, type] = TRAINER_REGISTRY
+    return registry
 
 
 def config_folder() -> Path:

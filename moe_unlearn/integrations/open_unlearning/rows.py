@@ -1,6 +1,7 @@
 """Rows of open-unlearning's datasets in the form that the engine takes: drawn once and padded on the right."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -17,7 +18,7 @@ class Drawn(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Any:
         with torch.random.fork_rng([]):
             torch.manual_seed(generator(self.seed, index).initial_seed())
             return self.rows[index]
@@ -29,8 +30,8 @@ class Collator:
     def __init__(self, pad_id: int):
         self.pad_id = pad_id
 
-    def __call__(self, items: Sequence[Mapping]) -> dict[str, dict[str, torch.Tensor]]:
-        out = {}
+    def __call__(self, items: Sequence[Mapping]) -> dict[str, dict]:
+        out: dict[str, dict] = {}
         for side in ("forget", "retain"):
             rows = [item[side] for item in items]
             if "original" in rows[0]:
@@ -40,5 +41,6 @@ class Collator:
         return out
 
     def _padded(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        examples = [Example(*(torch.as_tensor(r[k]).tolist() for k in ("input_ids", "labels")), 0) for r in rows]
+        ids, labels = ([torch.as_tensor(row[key]).tolist() for row in rows] for key in ("input_ids", "labels"))
+        examples = [Example(*pair, 0) for pair in zip(ids, labels, strict=True)]
         return collate(examples, range(len(rows)), pad_id=self.pad_id)
