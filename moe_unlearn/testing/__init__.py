@@ -23,8 +23,8 @@ from moe_unlearn.testing.criterion import (
     outcomes,
     poison,
     routing,
-    ulp,
-)  # fmt: skip
+)
+from moe_unlearn.testing.rounding import ulp
 
 __all__ = [
     "LAYOUTS", "MINIMUM_ROW", "ROUTINGS", "SPREAD", "AccuracyError", "Margin", "assert_as_accurate",

@@ -37,8 +37,9 @@ practice of flash-attention's tests.
 import contextlib
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +68,7 @@ def assert_as_accurate(actual: Tensor, baseline: Tensor | Baseline, gold: Tensor
         baseline: the reference in the same dtype; a plain tensor comes without a spread.
         gold: the reference in float64. All have the same shape, `actual` and `baseline` the same dtype.
     """
-    rounded = baseline.rounded if isinstance(baseline, Baseline) else None
-    value = baseline if rounded is None else baseline.value
+    value, rounded = (baseline.value, baseline.rounded) if isinstance(baseline, Baseline) else (baseline, None)
     if actual.shape != gold.shape or value.shape != gold.shape:
         raise AccuracyError(
             f"{name}: shapes differ: actual {tuple(actual.shape)}, baseline {tuple(value.shape)}, "
@@ -194,7 +194,7 @@ def _pooled_maximum(values: Tensor) -> Tensor:
 def check_against_ref(
     op: Callable,
     ref: Callable,
-    inputs: Mapping[str, object],
+    inputs: Mapping[str, Any],
     *,
     gradients: tuple[str, ...] = (),
     seed: int = 0,
@@ -213,7 +213,7 @@ def check_against_ref(
 def outcomes(
     op: Callable,
     ref: Callable,
-    inputs: Mapping[str, object],
+    inputs: Mapping[str, Any],
     *,
     gradients: tuple[str, ...] = (),
     seed: int = 0,
@@ -226,7 +226,7 @@ def outcomes(
     """
     dtypes: list[torch.dtype] = []
 
-    def evaluated(function: Callable, arguments: Mapping[str, object]) -> dict[str, Tensor | None]:
+    def evaluated(function: Callable, arguments: Mapping[str, Any]) -> dict[str, Tensor | None]:
         return evaluate(function, arguments, gradients, seed=seed, gradient_layout=gradient_layout, dtypes=dtypes)
 
     actual = evaluated(op, inputs)
@@ -235,16 +235,19 @@ def outcomes(
     names = [list(made) for made in (actual, reference.value, gold)]
     if names[0] != names[1] or names[1] != names[2]:
         raise AccuracyError(f"op, baseline and gold give different outputs: {names[0]}, {names[1]}, {names[2]}")
+    found: dict[str, tuple[Tensor, Baseline, Tensor]] = {}
     for name in names[0]:
-        missing = [made[name] is None for made in (actual, reference.value, gold)]
-        if any(missing):
+        first, last = actual[name], gold[name]
+        if first is None or last is None or reference.value[name] is None:
+            missing = [made[name] is None for made in (actual, reference.value, gold)]
             raise AccuracyError(f"{name}: missing in {missing} (op, ref, gold)")
-    return {name: (actual[name], reference.baseline(operator.itemgetter(name)), gold[name]) for name in names[0]}
+        found[name] = first, reference.baseline(operator.itemgetter(name)), last
+    return found
 
 
 def evaluate(
     function: Callable,
-    arguments: Mapping[str, object],
+    arguments: Mapping[str, Any],
     gradients: tuple[str, ...] = (),
     *,
     seed: int = 0,
@@ -258,11 +261,11 @@ def evaluate(
     the same list have the upstream gradients of the first.
     """
     leaves = {k: _leaf(v) if k in gradients else v for k, v in arguments.items()}
-    made = _named(function(**leaves))
-    floating = [out for out in made.values() if out.is_floating_point() and out.requires_grad]
+    outputs = _named(function(**leaves))
+    floating = [out for out in outputs.values() if out.is_floating_point() and out.requires_grad]
     dtypes = [] if dtypes is None else dtypes
     dtypes.extend(() if dtypes else [out.dtype for out in floating])
-    made = {name: out.detach() for name, out in made.items()}
+    made: dict[str, Tensor | None] = {name: out.detach() for name, out in outputs.items()}
     if gradients:
         upstream = _random_upstream(floating, dtypes, seed, gradient_layout)
         values = torch.autograd.grad(floating, [leaves[k] for k in gradients], upstream, allow_unused=True)
@@ -270,7 +273,7 @@ def evaluate(
     return made
 
 
-def _random_upstream(outputs, dtypes, seed, layout):
+def _random_upstream(outputs: list[Tensor], dtypes: list[torch.dtype], seed: int, layout: str) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     upstream = []
     for out, dtype in zip(outputs, dtypes, strict=True):
@@ -279,7 +282,7 @@ def _random_upstream(outputs, dtypes, seed, layout):
     return upstream
 
 
-def _double(value):
+def _double(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
@@ -292,13 +295,11 @@ def _leaf(value: Tensor) -> Tensor:
     return value.detach().requires_grad_()
 
 
-def _named(value) -> dict[str, Tensor]:
+def _named(value: object) -> dict[str, Tensor]:
     """Return the tensors that a function returned (one, several, or a dict of them) by name."""
-    if isinstance(value, Mapping):
-        items = value.items()
-    else:
-        items = enumerate(value if isinstance(value, (tuple, list)) else (value,))
-    return {f"output {key}": v for key, v in items if isinstance(v, Tensor)}
+    if not isinstance(value, Mapping):
+        value = dict(enumerate(value if isinstance(value, (tuple, list)) else (value,)))
+    return {f"output {key}": v for key, v in value.items() if isinstance(v, Tensor)}
 
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "strided")
@@ -327,12 +328,12 @@ def in_layout(value: Tensor, layout: str) -> Tensor:
     return buffer[..., ::2].copy_(value)
 
 
-def _poisoned(shape, like: Tensor) -> Tensor:
+def _poisoned(shape: Sequence[int], like: Tensor) -> Tensor:
     fill = math.nan if like.is_floating_point() else torch.iinfo(like.dtype).max
     return torch.full(tuple(shape), fill, dtype=like.dtype, device=like.device)
 
 
-def integers(*shape: int, low: int = -3, high: int = 3, dtype=torch.float32, seed: int = 0) -> Tensor:
+def integers(*shape: int, low: int = -3, high: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Draw small integers as floats; every partial sum is exact, so any order of additions must match bitwise."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
@@ -382,11 +383,12 @@ def routing(pattern: str, num_tokens: int, num_experts: int, top_k: int, *, seed
 def poison() -> Iterator[None]:
     """Fill every `torch.empty*` made inside with NaN or the largest integer, so that reading it is noticed."""
     previous = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    setting: Any = torch.utils.deterministic  # its attribute is a property of the module, which no stub knows
+    fill = setting.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    setting.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(previous)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        setting.fill_uninitialized_memory = fill

@@ -46,10 +46,12 @@ Algorithms, section 4.2).
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
+from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,7 +97,9 @@ _ARGUMENT, _RESULT = 3 << 40, (3 << 40) + 1  # streams of random numbers, beyond
 _APPROXIMATE = _EXPONENTIALS | {_aten.div, _aten.div_, _aten.reciprocal, _aten.reciprocal_, _aten.erf}
 
 
-def _var_mean(x: Tensor, dim=None, *, correction=None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+def _var_mean(
+    x: Tensor, dim: int | list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     dims = list(range(x.dim())) if dim is None or dim == [] else [dim] if isinstance(dim, int) else list(dim)
     count = math.prod(x.shape[d] for d in dims)
@@ -152,7 +156,7 @@ class _Arithmetic(TorchDispatchMode):
 
     by_reference = False  # whether ops of this package are computed by their references
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "moe_unlearn":
             return self._op_of_ours(func, args, kwargs)
@@ -167,7 +171,7 @@ class _Arithmetic(TorchDispatchMode):
                 return args[0].copy_(_IN_PLACE[func.overloadpacket](*args, **kwargs))
         return self.compute(func, args, kwargs)
 
-    def _left_alone(self, func, args, kwargs) -> bool:
+    def _left_alone(self, func: OpOverload, args: tuple, kwargs: dict) -> bool:
         tensors = [*_tensors((args, kwargs))]
         narrow = any(v.is_floating_point() and v.dtype != torch.float64 for v in tensors)
         dense = all(v.layout == torch.strided and not v.is_nested for v in tensors)
@@ -176,7 +180,7 @@ class _Arithmetic(TorchDispatchMode):
         given = any(a.kwarg_only and a.alias_info is not None for a in func._schema.arguments)  # out=
         return not narrow or not dense or func.namespace != "aten" or moves or drawn or given
 
-    def _op_of_ours(self, func, args, kwargs):
+    def _op_of_ours(self, func: OpOverload, args: tuple, kwargs: dict) -> Any:
         """Compute an op of this package, by its reference if that is asked for or allowed.
 
         The operations of the reference are then dispatched to this mode.
@@ -192,12 +196,12 @@ class _Arithmetic(TorchDispatchMode):
         with self:
             return func.redispatch(torch._C.DispatchKeySet(key), **{k: given[k] for k in names if k in given})
 
-    def compute(self, func, args, kwargs):
+    def compute(self, func: OpOverload, args: tuple, kwargs: dict) -> Any:
         raise NotImplementedError
 
 
 class _Exact(_Arithmetic):
-    def compute(self, func, args, kwargs):
+    def compute(self, func: OpOverload, args: tuple, kwargs: dict) -> Any:
         plain = func(*args, **kwargs)
         if sums.product(func, args, kwargs) is None:
             return plain
@@ -205,7 +209,7 @@ class _Exact(_Arithmetic):
 
 
 class _Sequential(_Arithmetic):
-    def compute(self, func, args, kwargs):
+    def compute(self, func: OpOverload, args: tuple, kwargs: dict) -> Any:
         plain = func(*args, **kwargs)
         product = sums.product(func, args, kwargs)
         if product is None:
@@ -227,7 +231,7 @@ class _Random(_Arithmetic):
         self._deviations = {} if deviations is None else deviations
         self._place = 0
 
-    def _deviation(self, func, args, kwargs) -> Tensor | None:
+    def _deviation(self, func: OpOverload, args: tuple, kwargs: dict) -> Tensor | None:
         """Return the `_deviation` of the operation at this place of the run, shared by runs with equal shapes."""
         self._place += 1
         key = self._place, func, *(v.shape for v in _tensors((args, kwargs)))
@@ -235,7 +239,7 @@ class _Random(_Arithmetic):
             self._deviations[key] = _deviation(func, args, kwargs)
         return self._deviations[key]
 
-    def compute(self, func, args, kwargs):
+    def compute(self, func: OpOverload, args: tuple, kwargs: dict) -> Any:
         if func in _DECOMPOSED:
             with self:
                 return _DECOMPOSED[func](*args, **kwargs)
@@ -250,7 +254,7 @@ class _Random(_Arithmetic):
         copies: dict[int, tuple[Tensor, Tensor]] = {}  # floating operands and their copies, by identity
         op = func.overloadpacket
 
-        def copied(value):
+        def copied(value: Any) -> Any:
             copy = _wide(value)
             if op in _EXPONENTIALS and isinstance(copy, Tensor):
                 copy = self._moved(copy, 0.5, _ARGUMENT)
@@ -266,13 +270,13 @@ class _Random(_Arithmetic):
                 value.copy_(self._rounded(copies[id(value)][1], value.dtype, deviation, op in _APPROXIMATE))
             own = {id(copy): value for value, copy in copies.values()}
 
-            def given(made):
+            def given(made: Any) -> Any:
                 new = isinstance(made, Tensor) and made.dtype == torch.float64 and id(made) not in own
                 return self._rounded(made, written[0].dtype, None) if new else own.get(id(made), made)
 
             return _mapped(given, exact)
 
-        def result(one, other):
+        def result(one: Any, other: Any) -> Any:
             return self._rounded(other, one.dtype, deviation, op in _APPROXIMATE) if isinstance(one, Tensor) else one
 
         return _mapped(result, plain, exact)
@@ -315,7 +319,7 @@ class _Random(_Arithmetic):
         return ((bits ^ (bits >> 31)) & (2**53 - 1)).double() / 2**53
 
 
-def _wide(value):
+def _wide(value: Any) -> Any:
     """Return a float64 copy of a floating tensor, float64 for a floating dtype, and anything else as it is."""
     if isinstance(value, torch.dtype):
         return torch.float64 if value.is_floating_point else value
@@ -324,7 +328,7 @@ def _wide(value):
     return value
 
 
-def _deviation(func, args, kwargs) -> Tensor | None:
+def _deviation(func: OpOverload, args: tuple, kwargs: dict) -> Tensor | None:
     """Compute the standard deviation of a sum's error, in the shape of its result; None where nothing is summed."""
     op, u = func.overloadpacket, torch.finfo(torch.float32).eps / 2
     product = sums.product(func, args, kwargs)
@@ -332,7 +336,8 @@ def _deviation(func, args, kwargs) -> Tensor | None:
         squares = sums.partial_squares(product.a.double(), product.b.double())
         return (u * product.scale * (squares / 3).sqrt()).reshape(_shape(func, args, kwargs))
     if op == _aten.cumsum:
-        return u * (args[0].double().cumsum(args[1]).square().cumsum(args[1]) / 3).sqrt()
+        wide: Tensor = args[0].double()
+        return u * (wide.cumsum(args[1]).square().cumsum(args[1]) / 3).sqrt()
     scattered = sums.scattered(op, args, kwargs)
     if scattered is not None:
         # here each addition is rounded to the dtype of the target
@@ -341,7 +346,7 @@ def _deviation(func, args, kwargs) -> Tensor | None:
     return None
 
 
-def _written(func, args, kwargs) -> list[Tensor]:
+def _written(func: OpOverload, args: tuple, kwargs: dict) -> list[Tensor]:
     """Return the floating operands that an operation writes."""
     found = []
     for place, argument in enumerate(func._schema.arguments):
@@ -351,7 +356,7 @@ def _written(func, args, kwargs) -> list[Tensor]:
     return found
 
 
-def _tensors(value) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     """Yield the tensors among operands or results."""
     if isinstance(value, Tensor):
         yield value
@@ -360,7 +365,7 @@ def _tensors(value) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _mapped(function: Callable, value, *others):
+def _mapped(function: Callable, value: Any, *others: Any) -> Any:
     """Return the same lists, tuples and dicts with function(leaf, ...) in place of each leaf."""
     if isinstance(value, dict):
         return {k: _mapped(function, v) for k, v in value.items()}
@@ -369,7 +374,8 @@ def _mapped(function: Callable, value, *others):
     return function(value, *others)
 
 
-def _shape(func, args, kwargs) -> torch.Size:
+def _shape(func: OpOverload, args: tuple, kwargs: dict) -> torch.Size:
     """Return the shape of an operation's result without computing it."""
     args, kwargs = _mapped(lambda v: v.to("meta") if isinstance(v, Tensor) else v, (args, kwargs))
-    return func(*args, **kwargs).shape
+    shape: torch.Size = func(*args, **kwargs).shape
+    return shape

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 
 _PLACES = 32
 _LANES = (1, 4, 16)
@@ -23,7 +24,7 @@ class Product(NamedTuple):
     onto: Tensor | None = None
 
 
-def product(func, args, kwargs) -> Product | None:
+def product(func: OpOverload, args: tuple, kwargs: dict) -> Product | None:
     """Return the sum that an operation computes, as a `Product`; None for other operations."""
     op = func.overloadpacket
     if op in (_aten.addmm, _aten.baddbmm):
@@ -83,7 +84,7 @@ def _in_order(a: Tensor, b: Tensor) -> Tensor:
     return size * torch.maximum(squares, backward)
 
 
-def scattered(op, args, kwargs) -> tuple[Tensor, Tensor] | None:
+def scattered(op: OpOverloadPacket, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | None:
     """Return places [R] in the flat target and terms [R] of an operation that adds up by index; None for others."""
     target = args[0]
     if op in (_aten.index_add, _aten.index_add_):

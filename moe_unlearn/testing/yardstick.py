@@ -8,6 +8,7 @@ import contextvars
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,19 +70,20 @@ class Reference:
     numbers from a seed; `value` is what it returned.
     """
 
-    def __init__(self, compute: Callable[[], object]):
+    def __init__(self, compute: Callable[[], Any]):
         self._compute = compute
         with applied():
             self.value = compute()
 
     @functools.cached_property
-    def _runs(self) -> list[object]:
-        runs, deviations = [], {}
+    def _runs(self) -> list:
+        runs: list = []
+        deviations: rounding.Deviations = {}
         for seed in range(RUNS):
             with rounding.arithmetic("random", seed, deviations):
                 runs.append(self._compute())
         return runs
 
-    def baseline(self, pick: Callable[[object], Tensor] = lambda made: made) -> Baseline:
+    def baseline(self, pick: Callable[[Any], Tensor] = lambda made: made) -> Baseline:
         """Return the `Baseline` of the tensor that `pick` finds in the computed value."""
         return Baseline(pick(self.value), lambda: torch.stack([pick(made).detach() for made in self._runs]))
