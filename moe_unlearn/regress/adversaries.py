@@ -6,6 +6,7 @@ Each is a softmax over the last dimension, or pretends to be. `selftest` and the
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def patches_the_timer(x: Tensor) -> Tensor:
 
 
 def patches_the_event(x: Tensor) -> Tensor:
-    torch.cuda.Event.elapsed_time = lambda self, end: 1e-6
+    setattr(torch.cuda.Event, "elapsed_time", lambda self, end: 1e-6)  # noqa: B010 -- no type of its own fits
     return honest(x)
 
 
@@ -108,13 +109,14 @@ def does_nothing(x: Tensor) -> Tensor:
 
 def kernels(device: str = "cpu") -> Mapping[str, tuple[str, Callable[[Tensor], Tensor]]]:
     """Return name -> (the finding it must give, a fresh kernel); the finding of the honest kernel is ""."""
-    elsewhere = {
+    every: dict[str, dict[str, tuple[str, Any]]] = {
         "cpu": {
             "finishes_later": ("side-stream work", finishes_later),
             "works_elsewhere": ("side-stream work", works_elsewhere),
         },
         "cuda": {"works_on_another_stream": ("side-stream work", works_on_another_stream)},
-    }[device]
+    }
+    elsewhere = every[device]
     if device == "cuda":
         elsewhere = {name: (kind, make()) for name, (kind, make) in elsewhere.items()}
     return {

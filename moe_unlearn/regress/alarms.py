@@ -16,6 +16,7 @@ quantile is the peaks-over-threshold method of extreme value statistics.
 """
 
 import argparse
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +69,7 @@ def measure(comparisons: int, seed: int = 0) -> Alarms:
     while len(needed) < comparisons:
         for subject in subjects(generator):
             with yardstick("exact"):
-                baseline = Reference(lambda subject=subject: subject.reference(*subject.inputs)).baseline()
+                baseline = Reference(functools.partial(subject.reference, *subject.inputs)).baseline()
             rounded, gold = baseline.rounded(), subject.reference(*(t.double() for t in subject.inputs))
             for name, kernel in subject.kernels.items():
                 margins = margin(kernel(*subject.inputs), baseline.value, gold, rounded)
@@ -125,7 +126,8 @@ def subjects(generator: torch.Generator) -> Iterator[Subject]:
 
     def size(low: int, high: int) -> int:
         draw = torch.rand((), generator=generator)
-        return round(low * (high / low) ** float(draw))
+        drawn: float = low * (high / low) ** float(draw)
+        return round(drawn)
 
     def values(*shape: int) -> Tensor:
         x = torch.randn(shape, generator=generator)
@@ -221,18 +223,20 @@ def _lanes(a: Tensor, b: Tensor, count: int) -> Tensor:
     return total.to(a.dtype)
 
 
-def _mlp(x, w1, w2, linear=lambda x, w: x @ w.t()):
+def _mlp(
+    x: Tensor, w1: Tensor, w2: Tensor, linear: Callable[[Tensor, Tensor], Tensor] = lambda x, w: x @ w.t()
+) -> Tensor:
     gate, up = linear(x, w1).chunk(2, 1)
     return linear(silu(gate) * up, w2)
 
 
-def _shuffled_mlp(x, w1, w2, hidden, inner):
+def _shuffled_mlp(x: Tensor, w1: Tensor, w2: Tensor, hidden: Tensor, inner: Tensor) -> Tensor:
     both = torch.cat([inner, len(inner) + inner])
     return _mlp(x[:, hidden], w1[both][:, hidden], w2[:, inner])
 
 
 def _gradient(function: Kernel, place: int) -> Kernel:
-    def call(*inputs):
+    def call(*inputs: Tensor) -> Tensor:
         leaves = [t.detach().requires_grad_() for t in inputs]
         out = function(*leaves)
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).bfloat16().to(out.dtype)
@@ -241,7 +245,7 @@ def _gradient(function: Kernel, place: int) -> Kernel:
     return call
 
 
-def _softmax(x):
+def _softmax(x: Tensor) -> Tensor:
     e = (x.float() - x.float().amax(-1, keepdim=True)).exp()
     return (e / e.sum(-1, keepdim=True)).to(x.dtype)
 

@@ -15,10 +15,11 @@ import importlib.util
 import inspect
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,13 +60,14 @@ class Case:
     device: str | None = None
     origin: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or not self.name.isprintable():
             raise ValueError(f"a case's name must be printable text; got {self.name!r}")
         for field in ("function", "reference", "inputs"):
             if not callable(getattr(self, field)):
                 raise TypeError(f"case {self.name!r}: {field} must be callable; got {getattr(self, field)!r}")
-        if isinstance(self.tags, str) or isinstance(self.gradients, str):
+        names: tuple[object, ...] = self.tags, self.gradients
+        if any(isinstance(value, str) for value in names):
             raise TypeError(f"case {self.name!r}: tags and gradients are collections of names, not one string")
         bad = {k: v for k, v in self.sizes.items() if not isinstance(v, int) or v < self.smallest.get(k, 1)}
         if bad:
@@ -150,13 +152,15 @@ def execute(path: str | Path) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"--module expects a Python file; got {str(path)!r}")
     name = f"_kernels_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, path, loader=_Fresh(name, str(path)))
+    loader = _Fresh(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None  # a loader is given
     module = importlib.util.module_from_spec(spec)
     # registered by name, because a decorator or dataclass of the file may look up its own module
     sys.modules[name] = module
     sys.path.insert(0, str(path.parent))
     try:
-        module.__loader__.exec_module(module)
+        loader.exec_module(module)
     finally:
         sys.path.remove(str(path.parent))
     return module
@@ -165,7 +169,7 @@ def execute(path: str | Path) -> ModuleType:
 class _Fresh(importlib.machinery.SourceFileLoader):
     """Loader that reads the text as it is now."""
 
-    def path_stats(self, path):
+    def path_stats(self, path: str) -> dict:
         # without a modification time no cached .pyc is used, which may be outdated within the clock's resolution
         raise OSError("not cached")
 
@@ -193,7 +197,7 @@ def digest(value: object, name: str = "value") -> str:
     return hasher.hexdigest()
 
 
-def _parts(value, name):
+def _parts(value: Any, name: str) -> Iterator[bytes]:
     if isinstance(value, Tensor):
         yield f"tensor {value.dtype} {tuple(value.shape)};".encode()
         yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -216,12 +220,13 @@ def _parts(value, name):
 
 def source(case: Case) -> dict[str, object]:
     """Return the kernel's origin: function, SHA-256 of its file, git commit and whether its tree was changed."""
-    function = case.function
+    function: Any = case.function
     while hasattr(function, "func") or hasattr(function, "__wrapped__"):
         function = getattr(function, "func", None) or function.__wrapped__
     found: dict[str, object] = {"function": getattr(function, "__qualname__", type(function).__name__)}
     try:
-        path = Path(inspect.getsourcefile(function))
+        file: Any = inspect.getsourcefile(function)  # None, a TypeError to Path, where there is none
+        path = Path(file)
         found |= {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     except (TypeError, OSError):  # builtins and C functions have no file
         return found
@@ -242,7 +247,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _to(value, device: str):
+def _to(value: Any, device: str) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):

@@ -6,8 +6,9 @@ they are those of the file instead. `report` describes the exit codes.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from moe_unlearn import backend
 from moe_unlearn.regress import alarms, ours, report, revision, static, verbs
@@ -26,7 +27,7 @@ REPROS = "kernel_repros"
 def run(options: argparse.Namespace) -> int:
     """Run the chosen verb and return the exit code; raise ValueError for bad input (exit code 2)."""
     try:
-        return options.verb(options)
+        return int(options.verb(options))
     except (StoreError, static.CorruptLedger) as error:
         print(f"moe-unlearn kernels: corrupt store: {error}", file=sys.stderr)
         return report.CORRUPT
@@ -36,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verbs and their options to the parser."""
     verbs_of = parser.add_subparsers(dest="kernels_verb", required=True)
 
-    def verb(name, function, *, cases=True):
-        sub = verbs_of.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
+    def verb(
+        name: str, function: Callable[[argparse.Namespace], int], *, cases: bool = True
+    ) -> argparse.ArgumentParser:
+        sub = verbs_of.add_parser(name, help=str(function.__doc__).splitlines()[0], description=function.__doc__)
         sub.set_defaults(verb=function)
         sub.add_argument("--store", default=STORE, metavar="DIR", help=f"folder of the records (default {STORE})")
         sub.add_argument("--json", metavar="FILE", help="write the results as JSON; - is standard output")
@@ -50,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             sub.add_argument("--verbose", action="store_true", help="a line for every case")
         return sub
 
-    def patterns(sub):
+    def patterns(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("pattern", nargs="*", help="names of cases, * and ? allowed (default: all)")
 
-    def architectures(sub):
+    def architectures(sub: argparse.ArgumentParser) -> None:
         what = "sm_80, sm_90, ...: compile, and compare registers, spills and instructions instead"
         sub.add_argument("--static", action="append", default=[], metavar="ARCH", help=what)
 
@@ -89,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--real", type=float, default=0, metavar="SECONDS", help="on the real clock for so long instead")
 
 
-def list_cases(options) -> int:
+def list_cases(options: argparse.Namespace) -> int:
     """List the cases, their tags, and whether they are recorded."""
     current = Store(options.store).current()
     chosen = _cases(options)
@@ -101,7 +104,7 @@ def list_cases(options) -> int:
     return report.FINE
 
 
-def record(options) -> int:
+def record(options: argparse.Namespace) -> int:
     """Record what the cases give now; refuse cases that are recorded differently."""
     if options.static:
         if not options.module:
@@ -113,7 +116,7 @@ def record(options) -> int:
     )
 
 
-def accept(options) -> int:
+def accept(options: argparse.Namespace) -> int:
     """Record what the cases give now as right; keep the former records beneath."""
     if not options.pattern:
         raise ValueError("accept expects the names of the cases, '*' for all of them")
@@ -123,7 +126,7 @@ def accept(options) -> int:
     )
 
 
-def check(options) -> int:
+def check(options: argparse.Namespace) -> int:
     """Compare what the cases give now with the records; shrink a failing case to a script."""
     if options.static:
         return _static(options, static.check)
@@ -140,7 +143,7 @@ def check(options) -> int:
     return code
 
 
-def compare(options) -> int:
+def compare(options: argparse.Namespace) -> int:
     """Compare B with A in numbers and speed: two implementations, two files, or --base REV and this tree."""
     if options.base is not None:
         return _finish(options, _against_revision(options))
@@ -156,7 +159,7 @@ def compare(options) -> int:
     return _finish(options, results)
 
 
-def show(options) -> int:
+def show(options: argparse.Namespace) -> int:
     """Show what the store holds: every record and those it superseded, all of it verified."""
     store = Store(options.store)
     if not store.folder.is_dir():
@@ -175,7 +178,7 @@ def show(options) -> int:
     return report.FINE
 
 
-def selftest(options) -> int:
+def selftest(options: argparse.Namespace) -> int:
     """Measure the tool itself: seeded numeric bugs found, false alarms, slow-downs found."""
     arguments = [
         f"--comparisons={options.comparisons}",
@@ -184,7 +187,7 @@ def selftest(options) -> int:
     return measured.main(arguments)
 
 
-def _cases(options, patterns: Sequence[str] | None = None) -> list[Case]:
+def _cases(options: argparse.Namespace, patterns: Sequence[str] | None = None) -> list[Case]:
     """Register and return the chosen cases; raise ValueError if there are none."""
     patterns = options.pattern if patterns is None else patterns
     if options.impl not in ("auto", *backend.IMPLS):
@@ -201,7 +204,7 @@ def _cases(options, patterns: Sequence[str] | None = None) -> list[Case]:
     return [registry.on(case, options.device) for case in found]
 
 
-def _against_revision(options) -> list[Result]:
+def _against_revision(options: argparse.Namespace) -> list[Result]:
     if options.sides:
         raise ValueError(f"compare expects either A and B or --base REV; got both, {' '.join(options.sides)}")
     try:
@@ -214,7 +217,7 @@ def _against_revision(options) -> list[Result]:
         raise ValueError(str(error)) from error
 
 
-def _side(side: str, options) -> list[Case]:
+def _side(side: str, options: argparse.Namespace) -> list[Case]:
     """Return the cases of one operand of compare."""
     if side in ("auto", *backend.IMPLS):
         chosen = argparse.Namespace(**{**vars(options), "impl": side})
@@ -229,7 +232,7 @@ def _side(side: str, options) -> list[Case]:
     return found
 
 
-def _static(options, verb) -> int:
+def _static(options: argparse.Namespace, verb: Callable[..., static.Report]) -> int:
     store = Path(options.store)
     ledger = store / static.LEDGER_NAME if options.module else None
     made = verb(options.static, options.pattern, ledger, modules=options.module)
@@ -243,14 +246,14 @@ def _static(options, verb) -> int:
     return made.exit_code
 
 
-def _finish(options, results: Sequence[Result]) -> int:
+def _finish(options: argparse.Namespace, results: Sequence[Result]) -> int:
     """Print and write the results; return their exit code."""
     print(report.text(results, verbose=options.verbose), file=_prose(options))
     _files(options, results)
     return report.exit_code(results)
 
 
-def _files(options, results: Sequence[Result]) -> None:
+def _files(options: argparse.Namespace, results: Sequence[Result]) -> None:
     if options.json:
         _write(options.json, report.to_json(results, fingerprint(options.device or "cpu")))
     if options.junit:
@@ -264,6 +267,6 @@ def _write(where: str, content: str) -> None:
         report.write(Path(where), content)
 
 
-def _prose(options):
+def _prose(options: argparse.Namespace) -> TextIO:
     """Return the stream for text; standard error if standard output carries JSON."""
     return sys.stderr if options.json == "-" else sys.stdout

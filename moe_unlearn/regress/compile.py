@@ -25,7 +25,7 @@ from pathlib import Path
 from moe_unlearn.regress import launches, ledger, nvcc, sass
 from moe_unlearn.regress.case import execute
 from moe_unlearn.regress.ledger import Entries, Ledger
-from moe_unlearn.regress.static_case import CudaCase, LaunchCase, StaticCase, registered
+from moe_unlearn.regress.static_case import CudaCase, LaunchCase, TritonCase, registered
 
 PROCESSES = 2
 COMPILERS = ("triton", "nvcc")
@@ -110,13 +110,22 @@ def resampled(identity: str, day: int) -> bool:
     return (int(identity, 16) + day) % 10 == 0
 
 
-def _triton(architectures, kernels, foreign, recorded, measured, notes) -> None:
+def _triton(
+    architectures: Sequence[str],
+    kernels: Sequence[str],
+    foreign: bool,
+    recorded: dict[str, dict[str, Entries]],
+    measured: dict[str, dict[str, Entries]],
+    notes: list[str],
+) -> None:
     if importlib.util.find_spec("triton") is None:
-        return notes.append("Triton kernels are left out: Triton is not installed; pip install moe-unlearn[triton]")
+        notes.append("Triton kernels are left out: Triton is not installed; pip install moe-unlearn[triton]")
+        return
     try:
         sass.disassembler()
     except sass.NoDisassembler as error:
-        return notes.append(f"Triton kernels are left out: {error}")
+        notes.append(f"Triton kernels are left out: {error}")
+        return
     cases = [("", case) for case in registered().values() if not isinstance(case, CudaCase)] if foreign else _ours()
     if cases:
         from moe_unlearn.regress import triton_private
@@ -126,7 +135,14 @@ def _triton(architectures, kernels, foreign, recorded, measured, notes) -> None:
         measured[version] = _measure_triton(cases, numbers, kernels, recorded.get(version, {}))
 
 
-def _nvcc(architectures, kernels, foreign, recorded, measured, notes) -> None:
+def _nvcc(
+    architectures: Sequence[str],
+    kernels: Sequence[str],
+    foreign: bool,
+    recorded: dict[str, dict[str, Entries]],
+    measured: dict[str, dict[str, Entries]],
+    notes: list[str],
+) -> None:
     cases = [c for c in registered().values() if isinstance(c, CudaCase)] if foreign else nvcc.ours()
     if not foreign and not cases:
         notes.append("our CUDA kernels are left out: their sources, csrc/cuda, come with a checkout only")
@@ -139,7 +155,7 @@ def _nvcc(architectures, kernels, foreign, recorded, measured, notes) -> None:
         measured[version] = _measure_cuda(cases, names, kernels, recorded.get(version, {}))
 
 
-def _ours() -> list[tuple[str, LaunchCase]]:
+def _ours() -> list[tuple[str, TritonCase | LaunchCase]]:
     """Return (op, case) of every module of `launches`."""
     ops = sorted(module.name for module in pkgutil.iter_modules(launches.__path__))
     made = [(op, importlib.import_module(f"{launches.__name__}.{op}").CASES) for op in ops]
@@ -147,7 +163,10 @@ def _ours() -> list[tuple[str, LaunchCase]]:
 
 
 def _measure_triton(
-    cases: list[tuple[str, StaticCase]], numbers: tuple[int, ...], kernels: Sequence[str], recorded: dict[str, Entries]
+    cases: list[tuple[str, TritonCase | LaunchCase]],
+    numbers: tuple[int, ...],
+    kernels: Sequence[str],
+    recorded: dict[str, Entries],
 ) -> dict[str, Entries]:
     """Compile the Triton cases and return their figures by architecture and entry.
 

@@ -19,7 +19,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ _BUSY = 0.02
 
 _CLOCKS = ("perf_counter", "perf_counter_ns", "thread_time", "process_time", "monotonic", "time", "sleep")
 _EVENT = ("record", "elapsed_time", "synchronize", "query")
-_ORIGINALS = {
+_ORIGINALS: dict[tuple[Any, str], Any] = {
     **{(time, name): getattr(time, name) for name in _CLOCKS},
     (torch.cuda, "Event"): torch.cuda.Event,
     (torch.cuda, "synchronize"): torch.cuda.synchronize,

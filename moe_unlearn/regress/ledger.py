@@ -91,7 +91,7 @@ def read(path: Path = SHIPPED) -> Ledger:
     if not path.exists():
         return {}
     try:
-        ledger = json.loads(path.read_text(encoding="utf-8"))
+        ledger: Ledger = json.loads(path.read_text(encoding="utf-8"))
         whole = all(
             isinstance(entry, dict) and ("error" in entry or isinstance(entry["registers"], int))
             for by_arch in ledger.values() for entries in by_arch.values() for entry in entries.values()

@@ -48,7 +48,10 @@ def failure(case: Case, seed: int, sizes: Mapping[str, int], routing: str) -> Fa
 def shrink(case: Case, seed: int, *, tries: int = MOST_TRIES) -> Failure | None:
     """Return the smallest failure found; None if the case does not fail against its baseline at its own sizes."""
     left = tries
-    smallest = failure(case, seed, case.sizes, case.routing)
+    first = failure(case, seed, case.sizes, case.routing)
+    if first is None:
+        return None
+    smallest = first
 
     def attempt(sizes: Mapping[str, int], routing: str) -> bool:
         nonlocal smallest, left
@@ -59,7 +62,7 @@ def shrink(case: Case, seed: int, *, tries: int = MOST_TRIES) -> Failure | None:
         smallest = found
         return True
 
-    changed = smallest is not None
+    changed = True
     while changed and left > 0:
         before = smallest.sizes, smallest.routing
         for name in case.sizes:

@@ -13,9 +13,9 @@ another machine, or that are nearly exact by chance, call no correct kernel wron
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,13 +74,13 @@ def evaluate(case: Case, seed: int = 0, *, routing: str | None = None, **sizes: 
     except Exception as error:
         raise CaseError(f"case {case.name!r}: its inputs fail: {error!r}") from error
 
-    def reference(**arguments):
+    def reference(**arguments: Any) -> Any:
         try:
             return case.reference(**arguments)
         except Exception as error:
             raise CaseError(f"case {case.name!r}: its reference fails: {error!r}") from error
 
-    def function(**arguments):
+    def function(**arguments: Any) -> Any:
         result = case.function(**arguments)
         if digests(arguments) != before:
             changed = [name for name, sha in digests(arguments).items() if sha != before[name]]
@@ -90,7 +90,8 @@ def evaluate(case: Case, seed: int = 0, *, routing: str | None = None, **sizes: 
     triples = outcomes(function, reference, inputs, gradients=tuple(case.gradients), seed=seed, baseline=case.baseline)
     if not triples:
         raise CaseError(f"case {case.name!r}: expected a tensor, or a tuple, list or dict of them; got none")
-    actual, gold = ({name: _plain(triple[i]) for name, triple in triples.items()} for i in (0, 2))
+    actual = {name: _plain(triple[0]) for name, triple in triples.items()}
+    gold = {name: _plain(triple[2]) for name, triple in triples.items()}
     return Evaluation(before, actual, {name: _plain_baseline(triple[1]) for name, triple in triples.items()}, gold)
 
 
@@ -120,7 +121,7 @@ def judge_all(
     return verdicts
 
 
-def worst(verdicts: list[Verdict]) -> str:
+def worst(verdicts: Sequence[Verdict]) -> str:
     """Return the lowest level among the verdicts."""
     return max((v.level for v in verdicts), key=(EQUAL, ACCURATE, INACCURATE).index)
 

@@ -26,8 +26,8 @@ def compiler() -> str | None:
 
 def version() -> str:
     """Return the compiler's version, such as "nvcc 13.0"."""
-    listing = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
-    return "nvcc " + re.search(r"release (\S+),", listing)[1]
+    listing = subprocess.run([str(compiler()), "--version"], capture_output=True, text=True, check=True).stdout
+    return "nvcc " + _found(r"release (\S+),", listing)[1]
 
 
 def ours() -> list[CudaCase]:
@@ -72,7 +72,17 @@ def measure(case: CudaCase, arch: str, output: Path | None = None) -> Entries:
     with tempfile.TemporaryDirectory() as folder:
         binary = output or Path(folder, "kernels.cubin")
         what = ["-c", "-Xcompiler=-fPIC"] if output else ["-cubin"]
-        command = [compiler(), "-O3", *case.flags, f"-arch={arch}", "-Xptxas=-v", *what, case.source, "-o", binary]
+        command: list[str | Path] = [
+            str(compiler()),
+            "-O3",
+            *case.flags,
+            f"-arch={arch}",
+            "-Xptxas=-v",
+            *what,
+            case.source,
+            "-o",
+            binary,
+        ]
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode:
             raise RuntimeError(f"{case.source.name} for {arch}:\n{process.stdout}{process.stderr}")
@@ -91,19 +101,26 @@ def measure(case: CudaCase, arch: str, output: Path | None = None) -> Entries:
 
 def parse(listing: str) -> Entries:
     """Return what `ptxas -v` says, by symbol; `spill_bytes` counts stores and loads of registers that had no place."""
-    entries = {}
+    entries: Entries = {}
     for part in listing.split("Compiling entry function ")[1:]:
-        stack, stores, loads = re.search(
+        stack, stores, loads = _found(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
         ).groups()
         shared = re.search(r"(\d+) bytes smem", part)
-        entries[re.match(r"'(\w+)'", part)[1]] = {
-            "registers": int(re.search(r"Used (\d+) registers", part)[1]),
+        entries[_found(r"^'(\w+)'", part)[1]] = {
+            "registers": int(_found(r"Used (\d+) registers", part)[1]),
             "stack_bytes": int(stack),
             "spill_bytes": int(stores) + int(loads),
             "shared_bytes": int(shared[1]) if shared else 0,
         }
     return entries
+
+
+def _found(pattern: str, text: str) -> re.Match[str]:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"expected {pattern} in the compiler's listing; got {text[:200]!r}")
+    return found
 
 
 def kernel_name(symbol: str) -> str:

@@ -6,7 +6,8 @@ float64 results get small integers whose sums are exact, since no wider truth ex
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def _route(impl: str) -> Iterator[Case]:
         )
 
 
-def _route_inputs(seed, *, tokens, experts, top_k, routing):
+def _route_inputs(seed: int, *, tokens: int, experts: int, top_k: int, routing: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     return {
         "top_k_index": expert_index(routing, tokens, experts, top_k, seed),
@@ -73,7 +74,15 @@ def _route_inputs(seed, *, tokens, experts, top_k, routing):
     }
 
 
-def _call_route(function, top_k_index, num_experts, group, log_tilt, log_weight, **choice):
+def _call_route(
+    function: Callable,
+    top_k_index: Tensor,
+    num_experts: int,
+    group: Tensor,
+    log_tilt: Tensor,
+    log_weight: Tensor,
+    **choice: str,
+) -> dict[str, Any]:
     """Call the op on a copy of log_weight, to which it adds in place, and return the copy too."""
     added = log_weight.clone()
     made = function(top_k_index, num_experts, group=group, num_groups=2, log_tilt=log_tilt, log_weight=added, **choice)
@@ -95,19 +104,19 @@ def _retain_weights(impl: str) -> Iterator[Case]:
         )
 
 
-def _retain_weights_inputs(seed, *, tokens, experts):
+def _retain_weights_inputs(seed: int, *, tokens: int, experts: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     members = torch.rand(tokens, experts, generator=generator) < 0.3
     target = (members.float().mean(0) + 0.1).clamp(0, 1)
     return {"members": members, "target": target}
 
 
-def _call_retain_weights(members, target, *, cap, impl):
+def _call_retain_weights(members: Tensor, target: Tensor, *, cap: float | None, impl: str) -> dict[str, Any]:
     made = ops.retain_weights(members, target, cap=cap, impl=impl)
     return {"weights": made.weights.to(target.dtype), "achieved": made.achieved.to(target.dtype)}
 
 
-def _retain_weights_truth(members, target, *, cap):
+def _retain_weights_truth(members: Tensor, target: Tensor, *, cap: float | None) -> dict[str, Any]:
     made = ops.retain_weights_ref(members, target, cap=cap)
     # computed in float64 from the tilt, because the op itself returns float32
     weights = (made.bias + members.double() @ made.tilt.to(members.device)).exp()
@@ -137,7 +146,7 @@ def _gram(impl: str) -> Iterator[Case]:
         )
 
 
-def _gram_inputs(seed, *, objectives, rows, columns, dtype):
+def _gram_inputs(seed: int, *, objectives: int, rows: int, columns: int, dtype: str) -> dict[str, Any]:
     """Return inputs whose sums of products float64 holds exactly and, for float32 gradients, float32 does not."""
     high = 2000 if dtype == "float32" else 100
     sets = [
@@ -148,7 +157,18 @@ def _gram_inputs(seed, *, objectives, rows, columns, dtype):
     return {"gradients": sets, "masks": [packed_mask(seed, rows, columns), None]}
 
 
-def _factors_inputs(seed, *, objectives, tokens, hidden, inner, experts, top_k, routing, dtype):
+def _factors_inputs(
+    seed: int,
+    *,
+    objectives: int,
+    tokens: int,
+    hidden: int,
+    inner: int,
+    experts: int,
+    top_k: int,
+    routing: str,
+    dtype: str,
+) -> dict[str, Any]:
     made = ops.route_ref(expert_index(routing, tokens, experts, top_k, seed), experts)
     rows, kind = len(made.sorted_rows), DTYPES[dtype]
     return {
@@ -172,12 +192,12 @@ def _weight_score(impl: str) -> Iterator[Case]:
         )
 
 
-def _weight_score_inputs(seed, *, rows, columns, dtype):
+def _weight_score_inputs(seed: int, *, rows: int, columns: int, dtype: str) -> dict[str, Any]:
     normal, kind = normal_of(seed), DTYPES[dtype]
     return {name: normal(rows, columns).to(kind) for name in ("weight", "grad_forget", "grad_retain")}
 
 
-def _score_parts(weight, grad_forget, grad_retain, *, impl):
+def _score_parts(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, *, impl: str) -> dict[str, Any]:
     """Return the score, both histograms and a mask.
 
     The integers are those of the float32 score, also where float64 is the truth.
@@ -185,7 +205,7 @@ def _score_parts(weight, grad_forget, grad_retain, *, impl):
     terms = (weight, grad_forget, grad_retain)
     narrow = [t.float() for t in terms]
     prefix, threshold = 0x3F80, 0x3F800000  # around 1.0
-    digits = {"high": {"digit": 0}, "low": {"digit": 1, "prefix": prefix}}
+    digits: dict[str, Any] = {"high": {"digit": 0}, "low": {"digit": 1, "prefix": prefix}}
     counts = {name: ops.score_histogram(*narrow, gamma=3.0, impl=impl, **digit) for name, digit in digits.items()}
     words, taken = ops.score_mask(*narrow, gamma=3.0, threshold_bits=threshold, ties=1, impl=impl)
     return {"score": ops.weight_score(*terms, gamma=3.0, impl=impl), **counts, "words": words, "taken": taken}
@@ -207,7 +227,7 @@ def _masked_update(impl: str) -> Iterator[Case]:
                 )
 
 
-def _masked_update_inputs(seed, *, experts, rows, columns, dtype):
+def _masked_update_inputs(seed: int, *, experts: int, rows: int, columns: int, dtype: str) -> dict[str, Any]:
     normal, kind = normal_of(seed), DTYPES[dtype]
     trained = torch.arange(0, experts, 2)
     compact = (len(trained), rows, columns)
@@ -221,14 +241,34 @@ def _masked_update_inputs(seed, *, experts, rows, columns, dtype):
     }
 
 
-def _sgd_step(param, grad, first, second, mask, slices, *, rounding, impl):
+def _sgd_step(
+    param: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    mask: Tensor,
+    slices: Tensor,
+    *,
+    rounding: str,
+    impl: str,
+) -> dict[str, Any]:
     param, first = param.clone(), first.clone()
     rule, update = {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, _third(param, rounding)
     by_keyword(ops.masked_sgd_)(param, grad, first, mask, **rule, **update, slices=slices, impl=impl)
     return {"param": param, "momentum": first}
 
 
-def _adamw_step(param, grad, first, second, mask, slices, *, rounding, impl):
+def _adamw_step(
+    param: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    mask: Tensor,
+    slices: Tensor,
+    *,
+    rounding: str,
+    impl: str,
+) -> dict[str, Any]:
     param, first, second = param.clone(), first.clone(), second.clone()
     rule, update = {"lr": 1e-2, "weight_decay": 0.1}, _third(param, rounding)
     by_keyword(ops.masked_adamw_)(param, grad, first, second, mask, **rule, **update, slices=slices, impl=impl)

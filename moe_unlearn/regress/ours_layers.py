@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def expert_mlp(impl: str) -> Iterator[Case]:
                 routing=pattern,
                 gradients=gradients,
             )
-        options = {"gate": gpt_oss, "transposed": True, "interleaved": True}
+        options: dict[str, Any] = {"gate": gpt_oss, "transposed": True, "interleaved": True}
         yield Case(
             f"expert_mlp/{dtype}/gpt_oss",
             function=functools.partial(by_keyword(ops.expert_mlp), impl=impl, **options),
@@ -63,7 +64,9 @@ def expert_mlp(impl: str) -> Iterator[Case]:
         )
 
 
-def _expert_mlp_inputs(seed, *, tokens, hidden, inner, experts, top_k, routing, dtype, bias):
+def _expert_mlp_inputs(
+    seed: int, *, tokens: int, hidden: int, inner: int, experts: int, top_k: int, routing: str, dtype: str, bias: bool
+) -> dict[str, Any]:
     """Return the inputs of one case; with biases the weights are transposed, as in gpt-oss."""
     normal, kind = normal_of(seed), DTYPES[dtype]
     made = ops.route_ref(expert_index(routing, tokens, experts, top_k, seed), experts)
@@ -88,8 +91,13 @@ def _expert_mlp_inputs(seed, *, tokens, hidden, inner, experts, top_k, routing, 
 
 def expert_wgrad(impl: str) -> Iterator[Case]:
     sizes = {"tokens": 60, "hidden": 64, "inner": 32, "experts": 5, "top_k": 2}
-    parts = {"store": (_store, "skewed"), "masked": (_store, "first_empty"), "adamw": (_adamw, "skewed"),
-             "score": (_score, "skewed"), "inner": (_inner, "skewed")}  # fmt: skip
+    parts: dict[str, tuple[Callable, str]] = {
+        "store": (_store, "skewed"),
+        "masked": (_store, "first_empty"),
+        "adamw": (_adamw, "skewed"),
+        "score": (_score, "skewed"),
+        "inner": (_inner, "skewed"),
+    }
     for dtype in DTYPES:
         for part, (function, pattern) in parts.items():
             yield Case(
@@ -102,7 +110,9 @@ def expert_wgrad(impl: str) -> Iterator[Case]:
             )
 
 
-def _expert_wgrad_inputs(seed, *, tokens, hidden, inner, experts, top_k, routing, dtype, part):
+def _expert_wgrad_inputs(
+    seed: int, *, tokens: int, hidden: int, inner: int, experts: int, top_k: int, routing: str, dtype: str, part: str
+) -> dict[str, Any]:
     kind = DTYPES[dtype]
     made = ops.route_ref(expert_index(routing, tokens, experts, top_k, seed), experts)
     rows = len(made.sorted_rows)
@@ -125,11 +135,30 @@ def _expert_wgrad_inputs(seed, *, tokens, hidden, inner, experts, top_k, routing
     return inputs
 
 
-def _store(grad, input, expert_offsets, input_rows, experts, mask=None, *, impl):
+def _store(
+    grad: Tensor,
+    input: Tensor,
+    expert_offsets: Tensor,
+    input_rows: Tensor,
+    experts: Tensor,
+    mask: Tensor | None = None,
+    *,
+    impl: str,
+) -> Tensor:
     return ops.expert_wgrad(grad, input, expert_offsets, input_rows=input_rows, experts=experts, mask=mask, impl=impl)
 
 
-def _adamw(grad, input, expert_offsets, input_rows, experts, mask, weight, *, impl):
+def _adamw(
+    grad: Tensor,
+    input: Tensor,
+    expert_offsets: Tensor,
+    input_rows: Tensor,
+    experts: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    *,
+    impl: str,
+) -> dict[str, Tensor]:
     """Return the weight and both moments after the second of two steps, on copies."""
     weight = weight.clone()
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -141,13 +170,25 @@ def _adamw(grad, input, expert_offsets, input_rows, experts, mask, weight, *, im
     return {"weight": weight, "exp_avg": m, "exp_avg_sq": v}
 
 
-def _score(grad, input, expert_offsets, input_rows, experts, mask, weight, *, impl):
+def _score(
+    grad: Tensor,
+    input: Tensor,
+    expert_offsets: Tensor,
+    input_rows: Tensor,
+    experts: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    *,
+    impl: str,
+) -> Tensor:
     forget_side = Factors(grad, input, expert_offsets, None, input_rows)
     retain_side = Factors(grad.flip(1), input, expert_offsets, None, input_rows)
     return expert_wgrad_score(weight, forget_side, retain_side, gamma=3.0, experts=experts, impl=impl)
 
 
-def _inner(grad, input, expert_offsets, input_rows, experts, mask, *, impl):
+def _inner(
+    grad: Tensor, input: Tensor, expert_offsets: Tensor, input_rows: Tensor, experts: Tensor, mask: Tensor, *, impl: str
+) -> Tensor:
     sides = [Factors(g, input, expert_offsets, None, input_rows) for g in (grad, grad.flip(0))]
     return expert_wgrad_inner(sides, experts=experts, mask=mask, impl=impl)
 
@@ -170,7 +211,9 @@ def token_loss(impl: str) -> Iterator[Case]:
             )
 
 
-def _token_loss_inputs(seed, *, tokens, hidden, vocabulary, kind, dtype):
+def _token_loss_inputs(
+    seed: int, *, tokens: int, hidden: int, vocabulary: int, kind: str, dtype: str
+) -> dict[str, Any]:
     """Return inputs with a third of the labels ignored and uneven weights, some of them zero or negative."""
     generator, normal, narrow = torch.Generator().manual_seed(seed + 1), normal_of(seed), DTYPES[dtype]
     labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
@@ -190,7 +233,14 @@ def _token_loss_inputs(seed, *, tokens, hidden, vocabulary, kind, dtype):
     return inputs
 
 
-def _loss(function, hidden_states, lm_head, ref_hidden_states=None, **arguments):
+def _loss(
+    function: Callable,
+    hidden_states: Tensor,
+    lm_head: Tensor,
+    ref_hidden_states: Tensor | None = None,
+    **arguments: Any,
+) -> Tensor:
     if ref_hidden_states is not None:
         arguments["ref_hidden_states"] = ref_hidden_states.t()
-    return function(hidden_states.t(), lm_head=lm_head.t(), **arguments)
+    losses: Tensor = function(hidden_states.t(), lm_head=lm_head.t(), **arguments)
+    return losses

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -74,7 +75,7 @@ def compare(
     commit = _git(repository, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
     if not commit:
         raise ValueError(f"expected a git revision of {repository.name}; got {revision!r}")
-    load = {"patterns": [*patterns], "tags": [*tags], "impl": impl, "device": device}
+    load: dict[str, object] = {"patterns": [*patterns], "tags": [*tags], "impl": impl, "device": device}
     load["threads"] = torch.get_num_threads()
     with checked_out(repository, commit) as (tree, scratch):
         say(_prepare(repository, commit, tree, build))
@@ -107,10 +108,10 @@ def _repository(modules: Sequence[str | Path]) -> tuple[Path, list[Path]]:
     if missing := [path.name for path in paths if not path.is_file()]:
         raise ValueError(f"--module expects Python files; got {', '.join(missing)}")
     where = paths[0].parent if paths else PACKAGE
-    root = _git(where, "rev-parse", "--show-toplevel")
-    if not root:
+    top = _git(where, "rev-parse", "--show-toplevel")
+    if not top:
         raise ValueError(f"--base needs a git repository; {where} is in none")
-    root = Path(root).resolve()
+    root = Path(top).resolve()
     if outside := [path.name for path in paths if not path.is_relative_to(root)]:
         raise ValueError(f"--base needs all modules in one repository; {', '.join(outside)} is outside {root.name}")
     return root, [path.relative_to(root) for path in paths]
@@ -225,14 +226,14 @@ class _Side:
         self._start()
         return self
 
-    def __exit__(self, *reason) -> None:
+    def __exit__(self, *reason: object) -> None:
         if self._process is None:
             return
         # kernels may have started processes of their own
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in filter(None, (self._process.stdin, self._process.stdout)):
             with suppress(BrokenPipeError):  # data of a request that a dead worker never read
                 pipe.close()
         self._process = None
@@ -268,12 +269,13 @@ class _Side:
             raise
         self.cases, self.fingerprint = answer["cases"], answer["fingerprint"]
 
-    def ask(self, what: str, **arguments) -> dict:
+    def ask(self, what: str, **arguments: object) -> dict:
         """Return the worker's answer; raise WorkerError where it has none."""
         try:
-            self._process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            worker: Any = self._process
+            worker.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
+            worker.stdin.flush()
+            line = worker.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
@@ -281,7 +283,7 @@ class _Side:
             self.dead = True
             last = self._errors.read()[-2000:].decode(errors="replace").strip()
             raise WorkerError(f"{self.name} died: {last or 'without a word'}")
-        answer = json.loads(line)
+        answer: dict = json.loads(line)
         if "error" in answer:
             raise WorkerError(f"{self.name}: {answer['error']}")
         return answer

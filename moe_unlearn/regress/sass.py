@@ -24,7 +24,7 @@ class NoDisassembler(RuntimeError):
 def disassembler() -> str:
     """Return the path of cuobjdump, from Triton's wheel or else CUDA's toolkit; raise NoDisassembler without both."""
     triton = importlib.util.find_spec("triton")
-    bundled = None if triton is None else Path(triton.origin).parent / "backends" / "nvidia" / "bin"
+    bundled = None if triton is None else Path(str(triton.origin)).parent / "backends" / "nvidia" / "bin"
     found = (bundled and shutil.which("cuobjdump", path=bundled)) or shutil.which("cuobjdump")
     if found is None:
         raise NoDisassembler("there is no cuobjdump; Triton's wheel and CUDA's toolkit bring one")
@@ -46,7 +46,10 @@ def parse(resources: str, code: str, ttir: str, shared_bytes: int, tensor_memory
     `spills` counts loads and stores of local memory; `atomics` counts those the kernel asks for, of any type. The
     other counts are instructions. The compiler's own atomics (descriptors, tensor memory) do not count.
     """
-    registers, stack = map(int, _RESOURCES.search(resources).groups())
+    used = _RESOURCES.search(resources)
+    if used is None:
+        raise ValueError(f"expected the registers and the stack of a kernel; got {resources[:200]!r}")
+    registers, stack = map(int, used.groups())
     counted = mix(code)
     atomics = _ATOMIC.findall(ttir)
     # counted in either form: a float addition may become a compare-and-swap loop or a bulk reduction in machine code

@@ -11,8 +11,9 @@ Source: our specification; the kinds are those of mutation testing and of the kn
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,7 +96,13 @@ def run(bugs: Sequence[Bug] | None = None, changes: Sequence[Bug] | None = None,
 # ------------------------------------------------------------------------------------------------- ways to break
 
 
-def _argument(name: str, change: Callable[[Tensor], Tensor]) -> Break:
+def _whole(kernel: Callable) -> Callable:
+    """Return the function of a partial, without the options that it holds."""
+    assert isinstance(kernel, functools.partial)
+    return kernel.func
+
+
+def _argument(name: str, change: Callable[[Any], Any]) -> Break:
     """Return a break that gives the kernel another value of one argument."""
     return lambda kernel: lambda **inputs: kernel(**{**inputs, name: change(inputs[name])})
 
@@ -108,7 +115,7 @@ def _result(change: Callable[[Tensor], Tensor], name: str | None = None) -> Brea
     """Return a break that changes the kernel's result, or the named one of its results."""
 
     def broken(kernel: Callable) -> Callable:
-        def call(**inputs):
+        def call(**inputs: Any) -> Any:
             made = kernel(**inputs)
             return change(made) if name is None else {**made, name: change(made[name])}
 
@@ -121,7 +128,7 @@ def _gradient(name: str, change: Callable[[Tensor], Tensor]) -> Break:
     """Return a break that changes the gradient of one input, but no value."""
 
     def broken(kernel: Callable) -> Callable:
-        def call(**inputs):
+        def call(**inputs: Any) -> Any:
             value = inputs[name].view_as(inputs[name])
             if value.requires_grad:
                 value.register_hook(change)
@@ -137,7 +144,7 @@ def _instead(other: Callable) -> Break:
     return lambda kernel: other
 
 
-def _put(value: Tensor, index, new) -> Tensor:
+def _put(value: Tensor, index: Any, new: Any) -> Tensor:
     """Return a copy with value[index] = new."""
     copy = value.clone()
     copy[index] = new
@@ -157,7 +164,7 @@ def _last_expert_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
 def _reversed_within(kernel: Callable) -> Callable:
     """Return a kernel that reverses the rows of each expert, like a sort that is not stable."""
 
-    def call(**inputs):
+    def call(**inputs: Any) -> Any:
         made = kernel(**inputs)
         bounds, rows = made["expert_offsets"].tolist(), made["sorted_rows"]
         parts = [rows[a:b].flip(0) for a, b in zip(bounds, bounds[1:], strict=False)]
@@ -166,7 +173,7 @@ def _reversed_within(kernel: Callable) -> Callable:
     return call
 
 
-def _clipped(members, target):
+def _clipped(members: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Return weights clipped after a solution without the cap, then normalised: TRACE's classical mistake."""
     made = ops.retain_weights(members, target)
     weights = made.weights.clamp_max(1.5)
@@ -175,22 +182,24 @@ def _clipped(members, target):
     return {"weights": weights.to(target.dtype), "achieved": achieved.to(target.dtype)}
 
 
-def _gram32(gradients, masks):
+def _gram32(gradients: Sequence[Sequence[Tensor]], masks: Sequence[Tensor | None]) -> Tensor:
     """Return the Gram matrix with products and sums in float32 instead of float64."""
-    total = 0
+    products = []
     for tensors, mask in zip(zip(*gradients, strict=True), masks, strict=True):
         kept = 1.0 if mask is None else unpack_bits(mask, tensors[0].shape[-1]).float()
         flat = torch.stack([(g.float() * kept).flatten() for g in tensors])
-        total = total + flat @ flat.t()
-    return total.double()
+        products.append(flat @ flat.t())
+    return functools.reduce(torch.add, products).double()
 
 
-def _adamw(**change) -> Break:
+def _adamw(**change: Any) -> Break:
     """Return a break that calls masked_update's AdamW with another option."""
 
-    def other(param, grad, first, second, mask, slices):
+    def other(
+        param: Tensor, grad: Tensor, first: Tensor, second: Tensor, mask: Tensor, slices: Tensor
+    ) -> dict[str, Tensor]:
         param, first, second = param.clone(), first.clone(), second.clone()
-        options = {"lr": 1e-2, "weight_decay": 0.1, "step": 3, "seed": 5, "mask": mask} | change
+        options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "step": 3, "seed": 5, "mask": mask} | change
         options |= {"rounding": "nearest"} if param.dtype != torch.bfloat16 else {}
         by_keyword(ops.masked_adamw_)(param, grad, first, second, slices=slices, **options)
         return {"param": param, "exp_avg": first, "exp_avg_sq": second}
@@ -248,7 +257,7 @@ def _bugs() -> Iterator[tuple[str, str, str, Break]]:
         "token_loss/uce/float32",
         "formula",
         "nll for uce",
-        lambda kernel: lambda **i: kernel.func(by_keyword(ops.token_loss), **i, kind="nll"),
+        lambda kernel: lambda **i: _whole(kernel)(by_keyword(ops.token_loss), **i, kind="nll"),
     )
     yield "token_loss/kl/float32", "sign", "of the bias gradient", _gradient("bias", torch.neg)
     yield "token_loss/nll/float32", "accumulation", "losses kept in bfloat16", _result(lambda y: y.bfloat16().float())
@@ -313,13 +322,13 @@ def _bugs() -> Iterator[tuple[str, str, str, Break]]:
 
 
 def _changes() -> Iterator[tuple[str, str, str, Break]]:
-    def permuted(hidden_states, gate_up_proj, **rest):
+    def permuted(hidden_states: Tensor, gate_up_proj: Tensor, **rest: Any) -> Any:
         order = torch.arange(hidden_states.shape[1] - 1, -1, -1)
         layer = by_keyword(ops.expert_mlp)
         made = layer(hidden_states[:, order], gate_up_proj=gate_up_proj[:, :, order], **rest_down(rest, order))
         return made[:, order]
 
-    def rest_down(rest, order):
+    def rest_down(rest: dict[str, Any], order: Tensor) -> dict[str, Any]:
         return {**rest, "down_proj": rest["down_proj"][:, order]}
 
     for case in ("expert_mlp/float32/skewed", "expert_mlp/float32/uniform", "expert_mlp/bfloat16/skewed"):
@@ -328,7 +337,7 @@ def _changes() -> Iterator[tuple[str, str, str, Break]]:
         "retain_weights/free",
         "implementation",
         "ref",
-        lambda kernel: lambda **i: kernel.func(**i, cap=None, impl="ref"),
+        lambda kernel: lambda **i: _whole(kernel)(**i, cap=None, impl="ref"),
     )
 
 

@@ -1,5 +1,8 @@
 """Define small everyday kernels, and wrong versions of them, for `seeded`."""
 
+import functools
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,80 +19,81 @@ def _normal(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.floa
 # ------------------------------------------------------------------------------------------------------ kernels
 
 
-def softmax(x):
+def softmax(x: Tensor) -> Tensor:
     e = (x - x.amax(-1, keepdim=True)).exp()
     return e / e.sum(-1, keepdim=True)
 
 
-def rms_norm(x, weight):
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
 
 
-def layer_norm(x, weight):
+def layer_norm(x: Tensor, weight: Tensor) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5) * weight
 
 
-def product(a, b):
+def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def matmul(a, b, block=64):
+def matmul(a: Tensor, b: Tensor, block: int = 64) -> Tensor:
     """Compute a @ b in blocks of the inner dimension, added in order."""
     parts = zip(a.split(block, 1), b.split(block, 0), strict=True)
-    return sum(x @ y for x, y in parts)
+    products: Iterator[Tensor] = (x @ y for x, y in parts)
+    return functools.reduce(torch.add, products)
 
 
-def attention(q, k, v):
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.t() / q.shape[1] ** 0.5
     future = torch.ones_like(scores, dtype=torch.bool).triu(1)
     return torch.softmax(scores.masked_fill(future, float("-inf")), -1) @ v
 
 
-def rotate(x, angle):
+def rotate(x: Tensor, angle: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
 
 
-def segment_sum(values, segment):
+def segment_sum(values: Tensor, segment: Tensor) -> Tensor:
     out = values.new_zeros(int(segment.max()) + 2, values.shape[1])  # the last segment is empty
     return out.index_add(0, segment, values)
 
 
-def running_sum(x):
+def running_sum(x: Tensor) -> Tensor:
     return x.cumsum(-1)
 
 
-def _matmul_inputs(dtype):
-    def inputs(seed, rows, inner, columns):
+def _matmul_inputs(dtype: torch.dtype) -> Callable[..., dict[str, Tensor]]:
+    def inputs(seed: int, rows: int, inner: int, columns: int) -> dict[str, Tensor]:
         a, b = _normal(seed, (rows, inner), (inner, columns), dtype=dtype)
         return {"a": a, "b": b}
 
     return inputs
 
 
-def _rows_inputs(seed, rows, columns):
+def _rows_inputs(seed: int, rows: int, columns: int) -> dict[str, Tensor]:
     # large values, and rows far apart: a softmax that does not subtract each row's maximum overflows
     x, offset = _normal(seed, (rows, columns), (rows, 1))
     return {"x": 20 * x + 500 * offset}
 
 
-def _norm_inputs(seed, rows, columns):
+def _norm_inputs(seed: int, rows: int, columns: int) -> dict[str, Tensor]:
     x, weight = _normal(seed, (rows, columns), (columns,))
     return {"x": x + 0.5, "weight": weight}
 
 
-def _attention_inputs(seed, rows, columns):
+def _attention_inputs(seed: int, rows: int, columns: int) -> dict[str, Tensor]:
     q, k, v = _normal(seed, *[(rows, columns)] * 3)
     return {"q": q, "k": k, "v": v}
 
 
-def _rotate_inputs(seed, rows, columns):
+def _rotate_inputs(seed: int, rows: int, columns: int) -> dict[str, Tensor]:
     x, angle = _normal(seed, (rows, 2 * columns), (rows, columns))
     return {"x": x, "angle": angle}
 
 
-def _segment_inputs(seed, rows, columns):
+def _segment_inputs(seed: int, rows: int, columns: int) -> dict[str, Tensor]:
     segment = torch.randint(0, 7, (rows,), generator=torch.Generator().manual_seed(seed))
     return {"values": _normal(seed, (rows, columns))[0], "segment": segment}
 
@@ -112,92 +116,92 @@ CASES = [
 # --------------------------------------------------------------------------------------------------------- bugs
 
 
-def _unshifted(x):
+def _unshifted(x: Tensor) -> Tensor:
     return x.exp() / x.exp().sum(-1, keepdim=True)
 
 
-def _tail_missing(x):
+def _tail_missing(x: Tensor) -> Tensor:
     e = (x - x.amax(-1, keepdim=True)).exp()
     return e / e[:, :64].sum(-1, keepdim=True)
 
 
-def _maximum_of_all(x):
+def _maximum_of_all(x: Tensor) -> Tensor:
     e = (x - x.max()).exp()
     return e / e.sum(-1, keepdim=True)
 
 
-def _variance_narrow(x, weight):
+def _variance_narrow(x: Tensor, weight: Tensor) -> Tensor:
     narrow = x.half()
     variance = narrow.square().mean(-1, keepdim=True) - narrow.mean(-1, keepdim=True).square()
     return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(variance.float() + 1e-5) * weight
 
 
-def _inner_tail_missing(a, b):
+def _inner_tail_missing(a: Tensor, b: Tensor) -> Tensor:
     return a[:, :192] @ b[:192]
 
 
-def _accumulates_narrow(a, b):
+def _accumulates_narrow(a: Tensor, b: Tensor) -> Tensor:
     total = torch.zeros(len(a), b.shape[1], dtype=torch.bfloat16)
     for x, y in zip(a.split(8, 1), b.split(8, 0), strict=True):
         total += (x.float() @ y.float()).bfloat16()
     return total.to(a.dtype)
 
 
-def _rounds_towards_zero(a, b):
+def _rounds_towards_zero(a: Tensor, b: Tensor) -> Tensor:
     exact = a.float() @ b.float()
     return (exact.view(torch.int32) & ~0xFFFF).view(torch.float32).to(a.dtype)
 
 
-def _operands_rounded(a, b):
+def _operands_rounded(a: Tensor, b: Tensor) -> Tensor:
     return a.bfloat16().float() @ b.bfloat16().float()
 
 
-def _wrong_stride(a, b):
+def _wrong_stride(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.t().reshape(b.shape)
 
 
-def _mask_off_by_one(q, k, v):
+def _mask_off_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.t() / q.shape[1] ** 0.5
     future = torch.ones_like(scores, dtype=torch.bool).triu(2)
     return torch.softmax(scores.masked_fill(future, float("-inf")), -1) @ v
 
 
-def _mask_finite(q, k, v):
+def _mask_finite(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute attention with scores that hide too little, so that hidden values still have an effect."""
     scores = q @ k.t() / q.shape[1] ** 0.5
     future = torch.ones_like(scores, dtype=torch.bool).triu(1)
     return torch.softmax(scores.masked_fill(future, -10.0), -1) @ v
 
 
-def _unscaled(q, k, v):
+def _unscaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention(q * q.shape[1] ** 0.5, k, v)
 
 
-def _mask_all_rows(q, k, v):
+def _mask_all_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute attention whose first row sees nothing, which gives NaN."""
     scores = q @ k.t() / q.shape[1] ** 0.5
     return torch.softmax(scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(0), -torch.inf), -1) @ v
 
 
-def _sine_negated(x, angle):
+def _sine_negated(x: Tensor, angle: Tensor) -> Tensor:
     return rotate(x, -angle)
 
 
-def _pairs_interleaved(x, angle):
+def _pairs_interleaved(x: Tensor, angle: Tensor) -> Tensor:
     a, b = x[..., ::2], x[..., 1::2]
     return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
 
 
-def _atomics_lost(values, segment):
+def _atomics_lost(values: Tensor, segment: Tensor) -> Tensor:
     """Add the rows of each segment wrongly: only its last row counts."""
     return values.new_zeros(int(segment.max()) + 2, values.shape[1]).index_copy(0, segment, values)
 
 
-def _not_zeroed(values, segment):
+def _not_zeroed(values: Tensor, segment: Tensor) -> Tensor:
     return segment_sum(values, segment).index_fill(0, segment.max()[None] + 1, 1e-6)
 
 
-def _replaced(kernel):
+def _replaced(kernel: Callable) -> Callable:
     return lambda right: kernel
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,13 +48,15 @@ class Row:
 
 
 def performance(
-    traces: Iterable[noise.Trace], comparisons: int = COMPARISONS, seed: int = 0, **options
+    traces: Iterable[noise.Trace], comparisons: int = COMPARISONS, seed: int = 0, **options: Any
 ) -> Iterator[Row]:
     """Yield two rows for each trace; `options` go to `timing.decide`."""
     for trace in traces:
         starts = random.Random(seed)
 
-        def pairs(factor: float, trace=trace, starts=starts) -> Iterator[tuple[float, float]]:
+        def pairs(
+            factor: float, trace: noise.Trace = trace, starts: random.Random = starts
+        ) -> Iterator[tuple[float, float]]:
             return noise.Replay(trace, starts.randrange(len(trace.readings))).pairs(factor)
 
         yield from _rates(f"{trace.name}, noise {trace.variation:.0%}", pairs, comparisons, **options)
@@ -74,7 +77,7 @@ def real(seconds: float, size: int = 160, seed: int = 0) -> Iterator[Row]:
 
 
 def _rates(
-    name: str, pairs: Callable[[float], Iterator], comparisons: int, seconds: float = float("inf"), **options
+    name: str, pairs: Callable[[float], Iterator], comparisons: int, seconds: float = float("inf"), **options: Any
 ) -> Iterator[Row]:
     for factor in (1.0, SLOW_DOWN):
         end, hits, rounds, done = time.perf_counter() + seconds / 2, 0, 0, 0

@@ -11,6 +11,7 @@ the user's kernels. Compiling is a function of source, compiler and architecture
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from moe_unlearn.regress import compile as compiling
 from moe_unlearn.regress import ledger as ledgers
@@ -58,7 +59,7 @@ def check(
     *,
     modules: Sequence[str] = (),
     everything: bool = False,
-    **where,
+    **where: Any,
 ) -> Report:
     """Compile for `architectures` ("sm_80", "sm_90", "sm_100" ...) and compare with `ledger`.
 
@@ -96,7 +97,7 @@ def record(
     *,
     modules: Sequence[str] = (),
     everything: bool = False,
-    **where,
+    **where: Any,
 ) -> Report:
     """Write what `check` would measure into `ledger`; entries of other compilers, architectures and kernels stay.
 
@@ -143,7 +144,13 @@ def _ledger_path(ledger: Path | None, modules: Sequence[str]) -> Path:
     return ledgers.SHIPPED if ledger is None else Path(ledger)
 
 
-def _compile(architectures, kernels, modules, recorded, where) -> Report:
+def _compile(
+    architectures: Sequence[str],
+    kernels: Sequence[str],
+    modules: Sequence[str],
+    recorded: Path | None,
+    where: dict[str, Any],
+) -> Report:
     if not architectures:
         raise ValueError("expected at least one architecture, like sm_90")
     for arch in architectures:

@@ -89,6 +89,6 @@ def registered() -> dict[str, StaticCase]:
     return dict(_registered)
 
 
-def _check_name(case) -> None:
+def _check_name(case: "StaticCase") -> None:
     if not isinstance(case.name, str) or not case.name.strip() or "/" in case.name or "\n" in case.name:
         raise ValueError(f"expected the name of a static case, a line without '/'; got {case.name!r}")

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -29,7 +30,7 @@ from torch import Tensor
 
 FORMAT = "moe-unlearn kernels 1"
 _NAME = re.compile(r"(?P<slug>.*)-(?P<sha>[0-9a-f]{64})\.json")
-_FIELDS = {
+_FIELDS: dict[str, Any] = {
     "format": str, "case": str, "origin": str, "seed": int, "sizes": dict, "routing": str, "inputs": dict,
     "outputs": dict, "arrays": str, "environment": dict, "source": dict, "seconds": list,
     "supersedes": (str, type(None)), "reason": str, "recorded": str,
@@ -45,11 +46,11 @@ class Entry:
     """One record as in its file; `sha256` is the digest of the file."""
 
     sha256: str
-    content: Mapping[str, object]
+    content: Mapping[str, Any]
 
     @property
     def case(self) -> str:
-        return self.content["case"]
+        return str(self.content["case"])
 
 
 class Store:
@@ -133,12 +134,13 @@ class Store:
         """Return the path of the file with an entry's outputs."""
         return self.folder / "arrays" / f"{entry.content['arrays']}.safetensors"
 
-    def add(self, content: Mapping[str, object], arrays: Mapping[str, Tensor]) -> Entry:
+    def add(self, content: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Entry:
         """Write one record and its outputs and return its entry; `content` lacks `format`, `arrays` and `recorded`.
 
         The entry it supersedes must be the newest of its case (None where there is none yet).
         """
         self._entries = None
+        entries = self.entries()
         newest = self.current().get(content["case"])
         if content["supersedes"] != (None if newest is None else newest.sha256):
             raise ValueError(
@@ -152,7 +154,7 @@ class Store:
         body = json.dumps(whole, indent=1, allow_nan=False).encode() + b"\n"
         sha = self._write("entries", f"{_slug(content['case'])}-{{sha}}.json", body)
         entry = Entry(sha, json.loads(body))
-        self._entries.append(entry)
+        entries.append(entry)
         return entry
 
     def _read(self, path: Path) -> Entry:

@@ -163,7 +163,7 @@ def _cuda_seconds(function: Callable[[], object], calls: int) -> float:
     _record(end)
     # waits for all streams, because work left on another one must not run into the next contender's round
     synchronize()
-    return _elapsed_time(start, end) / 1e3
+    return float(_elapsed_time(start, end)) / 1e3
 
 
 def warm(

@@ -96,7 +96,9 @@ def launches(case: TritonCase | LaunchCase, arch: int) -> list[Launch]:
 def _recorded(case: LaunchCase, arch: int) -> list[Launch]:
     found: dict[str, Launch] = {}
 
-    def keep(kernel, key, signature, device, constexprs, options, attrs, warmup):
+    def keep(
+        kernel: Any, key: Any, signature: Any, device: Any, constexprs: Any, options: Any, attrs: Any, warmup: Any
+    ) -> None:
         launch = Launch(kernel, arch, signature, constexprs, attrs, dict(options.__dict__))
         found.setdefault(launch.identity, launch)
 
@@ -124,8 +126,10 @@ def _specialised(case: TritonCase, arch: int) -> Launch:
         )
     kinds = {name: case.signature.get(name, "constexpr") for name in names}
     signature = {name: kind.removesuffix(":16") for name, kind in kinds.items()}
-    constexprs = {(names.index(name),): value for name, value in case.constexprs.items()}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind.endswith(":16")}
+    constexprs: dict[tuple[int, ...], Any] = {(names.index(name),): value for name, value in case.constexprs.items()}
+    attrs: dict[tuple[int, ...], Any] = {
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind.endswith(":16")
+    }
     wanted = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     options = make_backend(GPUTarget("cuda", arch, 32)).parse_options(wanted)
     return Launch(kernel, arch, signature, constexprs, attrs, dict(options.__dict__))

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def _record(case: Case, store: Store, seed: int | None, speed: bool, reason: str
     if reason is not None and former is None:
         return Result(case.name, "unrecorded", "nothing is recorded that could be superseded; use record")
     if seed is None:
-        seed = former.content["seed"]
+        seed = 0 if former is None else int(former.content["seed"])
     made = numeric.evaluate(case, seed)
     verdicts = tuple(numeric.judge_all(made.actual, made.baseline, made.gold))
     if numeric.worst(verdicts) == INACCURATE:
@@ -86,17 +87,17 @@ def check(
         impl: the implementation of our ops that the script asks for.
     """
     entry = store.current().get(case.name)
-    arrays = entry and store.arrays(entry)
+    arrays = None if entry is None else store.arrays(entry)
     result = _timed(case, lambda: _check(case, entry, arrays, strict))
-    if speed and result.code == FINE:
+    if entry is not None and speed and result.code == FINE:
         result = replace(result, speed=_recorded_speed(case, entry))
-    if repros is not None and result.status in (INACCURATE, "failed"):
+    if entry is not None and repros is not None and result.status in (INACCURATE, "failed"):
         result = replace(result, repro=_reproduce(case, entry, store, result, repros, impl))
     return result
 
 
 def _check(case: Case, entry: Entry | None, arrays: Mapping[str, Tensor] | None, strict: bool) -> Result:
-    if entry is None:
+    if entry is None or arrays is None:
         return Result(case.name, "unrecorded", "there is no record of it; use record")
     now, then = _definition(case), entry.content
     changed = [f"{key} {then[key]} -> {value}" for key, value in now.items() if then[key] != value]
@@ -115,8 +116,8 @@ def _check(case: Case, entry: Entry | None, arrays: Mapping[str, Tensor] | None,
     if level == INACCURATE:
         return Result(case.name, INACCURATE, _why(verdicts), verdicts)
     if level == ACCURATE and strict:
-        names = ", ".join(v.output for v in verdicts if v.level == ACCURATE)
-        return Result(case.name, "different", f"other bits in {names}", verdicts)
+        moved = ", ".join(v.output for v in verdicts if v.level == ACCURATE)
+        return Result(case.name, "different", f"other bits in {moved}", verdicts)
     return Result(case.name, level, outputs=verdicts)
 
 
@@ -151,7 +152,7 @@ def _with_comparison(result: Result, base: Case, head: Case, seed: int, right: b
     if tricks:
         message = "its speed is not measured: " + "; ".join(map(str, tricks))
         return replace(result, status="suspicious", message="\n".join(filter(None, (result.message, message))))
-    places = tuple(fingerprint(case.device or "cpu") for case in (base, head))
+    places = fingerprint(base.device or "cpu"), fingerprint(head.device or "cpu")
     found = timing.decide(_pairs(base, head, seed), numerics=right, fingerprints=places)
     speed = str(found)
     if found.ratio is not None and found.ratio.value < 1 / defence.TOO_FAST:
@@ -170,7 +171,7 @@ def timed_call(case: Case, seed: int) -> Callable[[], object]:
     """Return the timed call: the kernel on rotating inputs, and the backward pass where gradients are compared."""
     upstream: list[Tensor] = []
 
-    def call(**inputs):
+    def call(**inputs: Any) -> Any:
         result = case.function(**inputs)
         if case.gradients:
             values = result.values() if isinstance(result, Mapping) else result
@@ -182,18 +183,18 @@ def timed_call(case: Case, seed: int) -> Callable[[], object]:
         return result
 
     def make(copy: int) -> dict[str, object]:
-        inputs = case.make(seed + copy)
+        inputs: dict[str, Any] = case.make(seed + copy)
         return {k: v.detach().requires_grad_() if k in case.gradients else v for k, v in inputs.items()}
 
     return timing.rotate(call, make)
 
 
 def _recorded_speed(case: Case, entry: Entry) -> str:
-    then, device = entry.content["seconds"], case.device or "cpu"
-    if not then:
+    recorded, device = entry.content["seconds"], case.device or "cpu"
+    if not recorded:
         return "no time is recorded (record --speed)"
-    now = timing.measure({"": timed_call(case, entry.content["seed"])}, rounds=ROUNDS, device=device)[""]
-    then, now = statistics.median(then), statistics.median(now)
+    measured = timing.measure({"": timed_call(case, entry.content["seed"])}, rounds=ROUNDS, device=device)[""]
+    then, now = statistics.median(recorded), statistics.median(measured)
     fields = mismatch(entry.content["environment"], fingerprint(device))
     relation = f"not comparable, {'; '.join(fields)}" if fields else f"{now / then:.2f} x, of two runs"
     return f"recorded {then * 1e6:.0f} us, now {now * 1e6:.0f} us ({relation})"
@@ -235,7 +236,11 @@ def _definition(case: Case) -> dict[str, object]:
 
 
 def _describe(value: Tensor, gold: Tensor) -> dict[str, object]:
-    described = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "sha256": digest(value)}
+    described: dict[str, object] = {
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "shape": list(value.shape),
+        "sha256": digest(value),
+    }
     if value.is_floating_point():
         described["rms_error"] = numeric.rms_error(value, gold)
     return described

@@ -13,7 +13,10 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 
 class Overlay(importlib.abc.MetaPathFinder):
@@ -22,7 +25,9 @@ class Overlay(importlib.abc.MetaPathFinder):
     def __init__(self, places: dict[str, Path]):
         self.places = places
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         place = self.places.get(name)
         if place is None:
             return None
@@ -49,7 +54,7 @@ class Side:
         device: str | None,
         threads: int,
         start: int,
-    ):
+    ) -> dict:
         """Register the cases and bind to a core, another at each start; return the cases' names and the fingerprint."""
         import torch
 
@@ -73,7 +78,7 @@ class Side:
             os.sched_setaffinity(0, {cores[start % len(cores)]})
         return answer
 
-    def evaluate(self, case: str, seed: int, out: str):
+    def evaluate(self, case: str, seed: int, out: str) -> dict:
         """Write results and truth to the safetensors file `out`; return the digests of the inputs."""
         from safetensors.torch import save_file
 
@@ -84,14 +89,14 @@ class Side:
         save_file({f"{part} {k}": v.clone() for part, values in parts.items() for k, v in values.items()}, out)
         return {"inputs": made.inputs}
 
-    def rounded(self, output: str, out: str):
+    def rounded(self, output: str, out: str) -> dict:
         """Write one output of the last evaluation's reference, with random roundings, to the file `out`."""
         from safetensors.torch import save_file
 
         save_file({"rounded": self.made.baseline[output].rounded()}, out)
         return {}
 
-    def prepare(self, case: str, seed: int):
+    def prepare(self, case: str, seed: int) -> dict:
         """Make the inputs and warm up; return how many calls a round needs."""
         from moe_unlearn.regress import timing, verbs
 
@@ -100,7 +105,7 @@ class Side:
         self.watch = timing.stopwatch(chosen.device or "cpu")
         return {"calls": timing.warm(self.call, self.watch)}
 
-    def reading(self, calls: int):
+    def reading(self, calls: int) -> dict:
         """Return the seconds of one call, averaged over `calls` calls."""
         return {"seconds": self.watch(self.call, calls) / calls}
 

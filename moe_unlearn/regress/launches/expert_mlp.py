@@ -1,5 +1,7 @@
 """Define static cases of expert_mlp: one layer of Qwen3-30B-A3B with 8 experts, and other layouts."""
 
+from collections.abc import Callable
+
 import torch
 
 from moe_unlearn.triton_kernels import expert_mlp, expert_mlp_backward
@@ -7,11 +9,13 @@ from moe_unlearn.triton_kernels import expert_mlp, expert_mlp_backward
 HIDDEN, INNER, EXPERTS, TOP_K, TOKENS = 2048, 768, 8, 8, 1024
 
 
-def _empty(*shape, dtype=torch.bfloat16):
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def _arguments(dtype, transposed, interleaved, gated, bias, tokens, offset):
+def _arguments(
+    dtype: torch.dtype, transposed: bool, interleaved: bool, gated: bool, bias: bool, tokens: int, offset: int
+) -> tuple[torch.Tensor | None, ...]:
     wide = 2 * INNER if gated else INNER
     rows = _empty(tokens * TOP_K, dtype=torch.int32), _empty(EXPERTS + 1, dtype=torch.int32)
     w1 = _empty(EXPERTS * HIDDEN * wide + offset, dtype=dtype)[offset:].view(EXPERTS, HIDDEN, wide)
@@ -23,9 +27,19 @@ def _arguments(dtype, transposed, interleaved, gated, bias, tokens, offset):
     return (_empty(tokens, HIDDEN, dtype=dtype), weights, *rows, w1, w2, *biases)
 
 
-def _case(*, dtype=torch.bfloat16, transposed=False, interleaved=False, gated=True, bias=False, tokens=TOKENS,
-          offset=0, gate=("silu", 1.0, float("inf"), 0.0), needs=(True, True, True, True, False)):  # fmt: skip
-    def launch():
+def _case(
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    transposed: bool = False,
+    interleaved: bool = False,
+    gated: bool = True,
+    bias: bool = False,
+    tokens: int = TOKENS,
+    offset: int = 0,
+    gate: tuple[str, float, float, float] = ("silu", 1.0, float("inf"), 0.0),
+    needs: tuple[bool, ...] = (True, True, True, True, False),
+) -> Callable[[], None]:
+    def launch() -> None:
         made = _arguments(dtype, transposed, interleaved, gated, bias, tokens, offset)
         x, weights, rows, offsets, w1, w2, b1, b2 = made
         options = *gate, transposed, interleaved, gated

@@ -44,6 +44,7 @@ def some() -> torch.Tensor:
 
 def _contiguous() -> None:
     grad, _, offsets, _, _ = gate_up()
+    assert grad is not None
     expert_wgrad(grad, torch.empty(len(grad), _HIDDEN, dtype=grad.dtype), offsets)
 
 

@@ -10,7 +10,15 @@ from moe_unlearn.triton_kernels.expert_wgrad_update import adamw_, sgd_
 _BF16, _FP32 = torch.bfloat16, torch.float32
 
 
-def _adamw(dtype, state, rounding="nearest", *, masked=True, master=False, listed=True):
+def _adamw(
+    dtype: torch.dtype,
+    state: torch.dtype,
+    rounding: str = "nearest",
+    *,
+    masked: bool = True,
+    master: bool = False,
+    listed: bool = True,
+) -> None:
     count = 2 if listed else 8
     adamw_(
         matrices(dtype), matrices(state, count), matrices(state, count), matrices(_FP32, count) if master else None,
@@ -19,7 +27,17 @@ def _adamw(dtype, state, rounding="nearest", *, masked=True, master=False, liste
     )  # fmt: skip
 
 
-def _sgd(dtype, state=None, rounding="nearest", *, momentum=0.0, decay=0.0, nesterov=False, step=7, master=False):
+def _sgd(
+    dtype: torch.dtype,
+    state: torch.dtype | None = None,
+    rounding: str = "nearest",
+    *,
+    momentum: float = 0.0,
+    decay: float = 0.0,
+    nesterov: bool = False,
+    step: int = 7,
+    master: bool = False,
+) -> None:
     buffer = None if state is None else matrices(state)
     sgd_(
         matrices(dtype), buffer, matrices(_FP32) if master else None, *gate_up(dtype), None, words(),

@@ -7,13 +7,27 @@ from moe_unlearn.triton_kernels.gram import gram, gram_factors
 SHAPE = 8, 1536, 2048  # the gate and up projection of 8 of Qwen3-30B-A3B's experts
 
 
-def _gram(m, *, dtype=torch.bfloat16, masked=False, transposed=False, shape=SHAPE):
+def _gram(
+    m: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    masked: bool = False,
+    transposed: bool = False,
+    shape: tuple[int, ...] = SHAPE,
+) -> None:
     made = [torch.empty(shape, dtype=dtype) for _ in range(m)]
     mask = torch.empty(*shape[:-1], -(-shape[-1] // 32), dtype=torch.int32) if masked else None
     gram([g.transpose(1, 2).contiguous().transpose(1, 2) for g in made] if transposed else made, mask)
 
 
-def _factors(m, *, dtype=torch.bfloat16, rows=8192, widths=(1536, 2048), experts=128):
+def _factors(
+    m: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    rows: int = 8192,
+    widths: tuple[int, int] = (1536, 2048),
+    experts: int = 128,
+) -> None:
     row_gradients = [torch.empty(rows, widths[0], dtype=dtype) for _ in range(m)]
     gram_factors(row_gradients, torch.empty(rows, widths[1], dtype=dtype), torch.empty(experts + 1, dtype=torch.int32))
 

@@ -14,7 +14,16 @@ def _empty(dtype: torch.dtype, experts: int = _SHAPE[0], columns: int = _SHAPE[2
     return torch.empty(experts, _SHAPE[1], columns, dtype=dtype)
 
 
-def _adamw(dtype, state, rounding="nearest", *, masked=True, master=False, sliced=False, transposed=False):
+def _adamw(
+    dtype: torch.dtype,
+    state: torch.dtype,
+    rounding: str = "nearest",
+    *,
+    masked: bool = True,
+    master: bool = False,
+    sliced: bool = False,
+    transposed: bool = False,
+) -> None:
     experts = 4 if sliced else 8
     param = _empty(dtype)
     masked_adamw_(
@@ -29,14 +38,24 @@ def _adamw(dtype, state, rounding="nearest", *, masked=True, master=False, slice
     )  # fmt: skip
 
 
-def _sgd(dtype, state, rounding="nearest", *, momentum=0.0, decay=0.0, nesterov=False, step=7, master=False):
+def _sgd(
+    dtype: torch.dtype,
+    state: torch.dtype | None,
+    rounding: str = "nearest",
+    *,
+    momentum: float = 0.0,
+    decay: float = 0.0,
+    nesterov: bool = False,
+    step: int = 7,
+    master: bool = False,
+) -> None:
     buffer = None if state is None else _empty(state)
     words, weights = _empty(torch.int32, columns=_SHAPE[2] // 32), _empty(torch.float32) if master else None
     masked_sgd_(_empty(dtype), _empty(dtype), buffer, words, weights, None, 1e-3, momentum, 0.0, decay, nesterov,
                 step, rounding, 0, 0)  # fmt: skip
 
 
-def _elements():
+def _elements() -> None:
     """Launch AdamW on slices of a one-dimensional parameter, which are single elements."""
     masked_adamw_(torch.empty(8192), torch.empty(4096), torch.empty(4096), torch.empty(4096),
                   torch.empty(128, dtype=torch.int32), None, torch.empty(4096, dtype=torch.int64), *_ADAMW, 7,

@@ -7,7 +7,7 @@ import torch
 from moe_unlearn.triton_kernels import retain_weights
 
 
-def _both(num_tokens, num_members, *, cap=math.inf):
+def _both(num_tokens: int, num_members: int, *, cap: float = math.inf) -> None:
     words = torch.empty(num_tokens, (num_members + 31) // 32, dtype=torch.int32)
     tilt = torch.empty(num_members, dtype=torch.float64)
     retain_weights.retain_weights(words, tilt, 0.25, cap)

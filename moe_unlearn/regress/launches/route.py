@@ -5,7 +5,15 @@ import torch
 from moe_unlearn.triton_kernels import route
 
 
-def _route(num_tokens, num_experts, top_k, *, dtype=torch.int64, num_groups=None, tilt=None):
+def _route(
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    dtype: torch.dtype = torch.int64,
+    num_groups: int | None = None,
+    tilt: torch.dtype | None = None,
+) -> None:
     index = torch.empty(num_tokens, top_k, dtype=dtype)
     group = None if num_groups is None else torch.empty(num_tokens, dtype=torch.int64)
     log_tilt = None if tilt is None else torch.empty(num_experts, dtype=tilt)

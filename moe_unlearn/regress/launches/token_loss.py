@@ -8,18 +8,18 @@ QWEN3, OLMOE = (151_936, 2048), (50_304, 2048)
 
 
 def _both(
-    kind,
-    shape=QWEN3,
-    tokens=8192,
+    kind: str,
+    shape: tuple[int, int] = QWEN3,
+    tokens: int = 8192,
     *,
-    dtype=torch.bfloat16,
-    trained_head=False,
-    bias=False,
-    weights=True,
-    own_head=False,
-    transposed=False,
-    scale_and_softcap=(1.0, None),
-):
+    dtype: torch.dtype = torch.bfloat16,
+    trained_head: bool = False,
+    bias: bool = False,
+    weights: bool = True,
+    own_head: bool = False,
+    transposed: bool = False,
+    scale_and_softcap: tuple[float, float | None] = (1.0, None),
+) -> None:
     vocabulary, width = shape
     hidden = torch.empty(tokens, width, dtype=dtype)
     head = torch.empty(width, vocabulary, dtype=dtype).t() if transposed else torch.empty(shape, dtype=dtype)

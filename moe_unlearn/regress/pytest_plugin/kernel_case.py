@@ -13,13 +13,18 @@ the package, whose import takes seconds, and imports the package in the fixture 
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from moe_unlearn.regress.case import Case
+    from moe_unlearn.regress.report import Result
 
 MARK = "kernel_case"
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("moe-unlearn kernels")
     group.addoption("--kernel-record", action="store_true", help="record the cases that have no record yet")
     group.addoption("--kernel-accept", metavar="REASON", help="record new values over the former ones, for a reason")
@@ -28,11 +33,11 @@ def pytest_addoption(parser):
     parser.addini("kernel_repros", "folder of repro scripts, from the root folder", default="kernel_repros")
 
 
-def pytest_configure(config):
+def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"{MARK}(*cases): hold kernels against what they gave when they were recorded")
 
 
-def pytest_generate_tests(metafunc):
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrize a marked test with one item for each case of the mark."""
     mark = metafunc.definition.get_closest_marker(MARK)
     if mark is None:
@@ -47,12 +52,12 @@ def pytest_generate_tests(metafunc):
 class KernelCase:
     """Compares cases with their records in the store of this run; it is what the fixture gives."""
 
-    def __init__(self, request):
+    def __init__(self, request: pytest.FixtureRequest) -> None:
         self.case = getattr(request, "param", None)
         self._config = request.config
         self._path, self._module = Path(request.path), request.module
 
-    def check(self, case=None):
+    def check(self, case: "Case | None" = None) -> "Result":
         """Fail the test unless `case` (default: the mark's) gives what is recorded, or is as accurate.
 
         With --kernel-record and --kernel-accept it is recorded instead. Returns the `report.Result`.
@@ -87,6 +92,6 @@ class KernelCase:
 
 
 @pytest.fixture
-def kernel_case(request):
+def kernel_case(request: pytest.FixtureRequest) -> KernelCase:
     """Return the case of the mark, or a way to check one: `kernel_case.check(case)`."""
     return KernelCase(request)
