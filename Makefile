@@ -3,7 +3,7 @@
 # make quick   the developers' tier; at most 3 minutes
 # make extremes   what a library's products decide, held against the most and the least accurate products; 5 minutes
 # make portable   the same as on other processors too: AVX2, AVX-512, with BF16, none; at most 15 minutes
-# make lint    ruff check and format
+# make lint    ruff check and format, and mypy on the package
 # make ledger  compile every Triton and CUDA kernel and record its registers, spills ...; no GPU needed
 # make mutants   the tests against wrong versions of every Triton kernel; about half an hour on 2 cores
 # make soak    the full exactness matrix of the fused step; 2 hours on 2 cores; `make soak SOAK="--minutes 30"` a sample
@@ -75,6 +75,7 @@ portable: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 ledger: .venv/.installed $(OLDEST)
 	$(BIN)/python -m tests.static.ledger
