@@ -24,7 +24,7 @@ from benchmarks.pool import Pool
 from benchmarks.study_run import Spec, run
 from moe_unlearn.benchmark.tiny_models import Settings
 from moe_unlearn.benchmark.trained_cache import cache_folder
-from moe_unlearn.checkpoint import write_text
+from moe_unlearn.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "study"
 RUNS = "runs.jsonl"

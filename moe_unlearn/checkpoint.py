@@ -1,25 +1,21 @@
 """Checkpoints that are either complete, with the bits that were written, or not used at all.
 
-A commit writes its files into a temporary sibling folder, syncs each of them, writes a manifest of sizes
-and SHA-256 digests, syncs the folder and renames it to `step-00000042`; older checkpoints are removed only
-after that. Reading verifies sizes, then digests; the newest complete checkpoint is used, and a broken
-one is reported. Nothing is pickled: tensors are stored as safetensors, everything else as JSON.
+A commit writes its files and a manifest of their sizes and SHA-256 digests into one whole folder, `step-00000042`;
+older checkpoints are removed only after that. Reading verifies sizes, then digests; the newest complete checkpoint is
+used, and a broken one is reported. Nothing is pickled: tensors are stored as safetensors, everything else as JSON.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import secrets
 import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from moe_unlearn.files import read_sealed, remove_unfinished, whole_folder, write_sealed
 
 FORMAT = "moe-unlearn checkpoint 1"
 _MANIFEST = "manifest"
@@ -28,25 +24,6 @@ _TENSOR = "__tensor__"
 
 class CheckpointError(ValueError):
     """A checkpoint differs from what was written; the message names the file and the difference."""
-
-
-@contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[str]:
-    """Yield the name of a temporary file beside `path`, which is synced and replaces `path` when the block ends.
-
-    If the block raises, the temporary file is removed.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}-")
-    os.close(descriptor)
-    try:
-        yield temporary
-        _sync(Path(temporary))
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def save_state(folder: Path, name: str, state: object) -> None:
@@ -70,47 +47,22 @@ def load_state(folder: Path, name: str) -> object:
 def commit(root: str | Path, step: int, states: dict[str, object], *, keep: int = 2) -> Path:
     """Write `states` (name -> a state for `save_state`) as the checkpoint of `step`; keep the newest `keep`.
 
-    Nothing is visible under the final name before every byte is on disk; an interrupted commit leaves only
-    a `.tmp-` folder, which the next commit removes.
+    Nothing is visible under the final name before every byte is on disk; what an interrupted commit leaves, the next
+    one removes.
     """
     root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
-    for name, state in states.items():
-        save_state(temporary, name, state)
-    files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
-    manifest = {"format": FORMAT, "step": step, "states": sorted(states), "files": files}
-    body = json.dumps(manifest, indent=1).encode()
-    # the first line is the digest of the rest, so that a flipped bit in the manifest is noticed too
-    (temporary / _MANIFEST).write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-    for path in temporary.iterdir():
-        _sync(path)
-    _sync(temporary)
+    remove_unfinished(root)
     final = root / f"step-{step:08d}"
-    if final.exists():
-        # a rename cannot replace a folder that is not empty, so the old one is moved aside first
-        final.rename(root / f".tmp-replaced-{step}")
-    temporary.rename(final)
-    _sync(root)
+    with whole_folder(final) as folder:
+        for name, state in states.items():
+            save_state(folder, name, state)
+        files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+        manifest = {"format": FORMAT, "step": step, "states": sorted(states), "files": files}
+        # sealed, so that a flipped bit in the manifest is noticed too
+        write_sealed(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
     for old in _checkpoints(root)[keep:]:
         shutil.rmtree(old)
     return final
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to the file `path`, either all of it or nothing; its folder is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def verify(folder: str | Path) -> dict:
@@ -120,15 +72,14 @@ def verify(folder: str | Path) -> dict:
     """
     folder = Path(folder)
     try:
-        digest, _, body = (folder / _MANIFEST).read_bytes().partition(b"\n")
-        if hashlib.sha256(body).hexdigest().encode() != digest:
-            raise CheckpointError(f"{folder}: the manifest does not match its own SHA-256")
-        manifest = json.loads(body)
+        manifest = json.loads(read_sealed(folder / _MANIFEST))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder}: expected format {FORMAT!r}; got {manifest['format']!r}")
         for name, described in manifest["files"].items():
             _verify_file(folder, name, described["size"], described["sha256"])
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder}: no readable manifest: {error!r}") from error
     return manifest
 
@@ -182,14 +133,6 @@ def _describe(path: Path) -> dict:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _split(value, tensors: dict) -> object:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.pool import Pool
 from benchmarks.stamp import RESULTS, stamp
-from moe_unlearn.checkpoint import write_text
+from moe_unlearn.files import write_text
 from tests import exactness
 from tests.exactness import Subject, check_bits, check_free_running, check_steps, named
 

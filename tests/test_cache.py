@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from moe_unlearn.files import UNFINISHED
 from moe_unlearn.prepare.rows import RowCache, RowStore, content_keys, row_keys, rows_of, tensor_digest
 
 pytestmark = pytest.mark.quick
@@ -287,7 +288,7 @@ def test_foreign_files_are_left_alone(store):
 
 def test_what_a_killed_process_left_goes_when_it_is_old(store):
     store.write(rows("a"))
-    old, young = store.folder / ".rows-old", store.folder / ".rows-young"
+    old, young = (store.folder / f"{UNFINISHED}{age}" for age in ("old", "young"))
     for path in (old, young):
         path.write_text("half", encoding="utf-8")
     hours_ago = time.time() - 7200

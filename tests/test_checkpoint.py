@@ -15,6 +15,7 @@ import torch
 
 from moe_unlearn import checkpoint
 from moe_unlearn.checkpoint import CheckpointError
+from moe_unlearn.files import UNFINISHED
 
 STATE = {
     "weights": {"a.weight": torch.arange(6.0).view(2, 3).t(), "b": torch.ones(3, dtype=torch.bfloat16)},
@@ -160,7 +161,7 @@ def test_a_killed_writer_loses_no_acknowledged_checkpoint(tmp_path):
         assert step >= acknowledged
         assert states["run"]["step"] == step and (states["run"]["t"] == step).all()
         checkpoint.commit(root, step + 1, {"run": {}})
-        assert not list(root.glob(".tmp-*"))
+        assert not list(root.glob(f"{UNFINISHED}*"))
 
 
 @pytest.mark.quick

@@ -12,6 +12,7 @@ from moe_unlearn.benchmark import tiny_models, trained_cache
 from moe_unlearn.benchmark.tiny_models import SIZES, Settings
 from moe_unlearn.data import Example
 from moe_unlearn.data.corpus import runs
+from moe_unlearn.files import UNFINISHED
 from moe_unlearn.model import loading
 
 TINY = replace(SIZES["test"], forget=6, retain=8, holdout=4, epochs=2)
@@ -65,7 +66,7 @@ def test_other_settings_are_other_models(made, change, monkeypatch):
     cache, _ = made
     trained = []
     monkeypatch.setattr(tiny_models, "train", lambda *_, name, **__: trained.append(name))
-    monkeypatch.setattr(trained_cache.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tiny_models.prepare_experiment("builtin:pydoc", 0, cache, size=replace(TINY, **change))
     assert trained == ["training target"]
@@ -176,7 +177,7 @@ def test_clean_cache_removes_models_only(tmp_path):
         (folder / "weights").write_text("1", encoding="utf-8")
 
     trained_cache.ensure(tmp_path / "target-1", build)
-    (tmp_path / ".building-x").mkdir()
+    (tmp_path / f"{UNFINISHED}x").mkdir()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep", encoding="utf-8")
     assert trained_cache.clean_cache(tmp_path) == 1 and trained_cache.clean_cache(tmp_path / "none") == 0

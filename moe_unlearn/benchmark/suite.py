@@ -24,10 +24,10 @@ from torch import nn
 
 from moe_unlearn import __version__, data, metrics, trace
 from moe_unlearn.benchmark.table import RETRAIN, Table, checked
-from moe_unlearn.checkpoint import write_text
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Document, Example
 from moe_unlearn.data.pairs import side_batches
+from moe_unlearn.files import write_text
 from moe_unlearn.metrics.evaluate import NAMES as EVALUATED
 from moe_unlearn.model import loading
 from moe_unlearn.ops.token_loss import IGNORED

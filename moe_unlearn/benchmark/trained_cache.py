@@ -4,13 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from moe_unlearn.files import remove_unfinished, whole_folder, write_json
+
 MANIFEST = "manifest.json"
-BUILDING = ".building-"
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
@@ -20,8 +20,7 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 def clean_cache(cache_dir: str | Path | None = None) -> int:
     """Remove the cached models and unfinished ones, and nothing else; return how many finished ones there were."""
-    for unfinished in cache_folder(cache_dir).glob(f"{BUILDING}*"):  # left by processes that were killed
-        shutil.rmtree(unfinished, ignore_errors=True)
+    remove_unfinished(cache_folder(cache_dir))
     manifests = list(cache_folder(cache_dir).glob(f"*/{MANIFEST}"))
     for manifest in manifests:
         shutil.rmtree(manifest.parent)
@@ -35,16 +34,10 @@ def ensure(entry: Path, build: Callable[[Path], None]) -> None:
         return
     if entry.exists():
         warnings.warn(f"cached model {entry} is damaged ({problem}); it is trained again", stacklevel=4)
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    # built beside the entry and then renamed, so that a reader never sees half a model
-    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=BUILDING) as building:
-        folder = Path(building) / entry.name
-        folder.mkdir()
+    # another process may be faster; its model stays
+    with whole_folder(entry, stays=lambda: damage(entry) is None) as folder:
         build(folder)
-        (folder / MANIFEST).write_text(json.dumps(_checksums(folder), indent=1), encoding="utf-8")
-        if damage(entry) is not None:  # unless another process was faster
-            shutil.rmtree(entry, ignore_errors=True)
-            os.replace(folder, entry)
+        write_json(folder / MANIFEST, _checksums(folder))
 
 
 def damage(entry: Path) -> str | None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from torch import nn
 
 from moe_unlearn import data
-from moe_unlearn.checkpoint import write_text
 from moe_unlearn.cli.arguments import SOURCE, add_chat, add_model, chat_of, positive, writable
 from moe_unlearn.data import Chat, Document
+from moe_unlearn.files import write_text
 from moe_unlearn.metrics import context_length, sampled
 from moe_unlearn.metrics.conventions import prompt_of
 from moe_unlearn.model import loading

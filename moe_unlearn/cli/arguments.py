@@ -104,9 +104,3 @@ def writable(out: str | Path | None, *, folder: bool = False) -> None:
             pass
     except OSError as error:
         raise OSError(error.errno, f"--out cannot be written: {error.strerror}", str(out)) from error
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file and the folders it needs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")

@@ -1,13 +1,13 @@
 """`moe-unlearn eval`, which measures a model on the user's own text or on a benchmark's sets."""
 
 import argparse
-import json
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 from moe_unlearn import data, metrics
-from moe_unlearn.cli.arguments import add_data, chat_of, examples_of, steps, writable, write
+from moe_unlearn.cli.arguments import add_data, chat_of, examples_of, steps, writable
+from moe_unlearn.files import write_json
 from moe_unlearn.model import loading
 
 # benchmark -> its function, the class of its sets (None: the user chooses their names), the class of its settings
@@ -83,7 +83,7 @@ def run(options) -> None:
             value = ", ".join(f"{v['nll']:.3f} at {i}" for i, v in zip(value["steps"], value["values"], strict=True))
         print(f"{name:<15} {f'{value:.4f}' if isinstance(value, float) else value}")
     if options.out:
-        write(Path(options.out), json.dumps(result, indent=1))
+        write_json(options.out, result)
 
 
 def _benchmark(options) -> None:

@@ -19,11 +19,12 @@ import torch
 from moe_unlearn import backend, benchmark, data, masks, native, trace, wagle
 from moe_unlearn.benchmark.trained_cache import clean_cache
 from moe_unlearn.cli import alternates, evaluate
-from moe_unlearn.cli.arguments import add_data, examples_of, positive, steps, writable, write
+from moe_unlearn.cli.arguments import add_data, examples_of, positive, steps, writable
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import enable
+from moe_unlearn.files import write_json
 from moe_unlearn.model import loading
 from moe_unlearn.model.batches import target_mask
 from moe_unlearn.prepare.stages import CHOOSING, needed
@@ -108,11 +109,11 @@ def stats(options) -> None:
           f"{forget.tokens} forget and {retain.tokens} retain tokens counted")  # fmt: skip
     if options.out:
         content = {
-            "forget": forget.to_dict(),
-            "retain": retain.to_dict(),
+            "forget": forget.to_dict() | {"counts": forget.counts.tolist()},
+            "retain": retain.to_dict() | {"counts": retain.counts.tolist()},
             "selected": selected.nonzero().tolist(),
         }
-        write(Path(options.out), json.dumps(content, default=lambda t: t.tolist(), indent=1))
+        write_json(options.out, content)
 
 
 def mask(options) -> None:

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from moe_unlearn.checkpoint import whole_file
+from moe_unlearn.files import whole_file
 from moe_unlearn.masks.weight_mask import WeightMask
 from moe_unlearn.ops.bits import pack_bits
 
@@ -47,7 +47,7 @@ def save(mask: WeightMask, path: str | Path, model: nn.Module, format: str = "na
         return
     named = to_hub(model, {name: mask.kept(name).cpu() for name in mask.names})
     # an open file, since torch refuses some names; clones, since torch saves a view with the whole tensor behind it
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
         torch.save({name: kept.clone() for name, kept in named.items()}, file)
 
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moe_unlearn.checkpoint import whole_file
+from moe_unlearn.files import whole_file
 from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
 
 FORMAT = "moe-unlearn weight mask 1"
@@ -110,8 +110,8 @@ class WeightMask:
         """Write one safetensors file, which appears under its name whole or not at all."""
         state = self.state_dict()
         tensors = {name: words.cpu().contiguous() for name, words in state.pop("packed").items()}
-        with whole_file(path) as temporary:
-            save_file(tensors, temporary, {"format": FORMAT, "state": json.dumps(state)})
+        with whole_file(path) as unfinished:
+            save_file(tensors, unfinished, {"format": FORMAT, "state": json.dumps(state)})
 
     @classmethod
     def load(cls, path: str | Path) -> "WeightMask":

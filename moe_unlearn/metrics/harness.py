@@ -8,9 +8,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import MissingLibraryError
+from moe_unlearn.files import write_text
 from moe_unlearn.metrics.answers import fields
 from moe_unlearn.metrics.choices import DESCRIPTION, SUBJECTS
-from moe_unlearn.metrics.results import write_text
 from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ranks import local
 

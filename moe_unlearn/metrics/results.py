@@ -15,7 +15,6 @@ scores, with which PrivLeak and forget quality compare.
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 from torch import nn
 
 from moe_unlearn.data import added
+from moe_unlearn.files import read_sealed, write_sealed, write_text
 from moe_unlearn.metrics.workers import is_first, on_first
 from moe_unlearn.prepare.reference import autocast_dtypes, model_digest
 from moe_unlearn.ranks import gather, sharded
@@ -155,8 +155,7 @@ class Evaluation:
         if result is None:
             result = compute()
             if path is not None:
-                body = json.dumps(result)
-                on_first(lambda: write_text(path, hashlib.sha256(body.encode()).hexdigest() + "\n" + body))
+                on_first(lambda: write_sealed(path, json.dumps(result).encode()))
         self.results[key] = result
         if self._out is not None:
             on_first(self._write)
@@ -183,10 +182,7 @@ class Evaluation:
         # only one rank looks, so that either all have the result or all compute it together
         if path is not None and is_first() and path.is_file():
             try:
-                digest, _, body = path.read_text("utf-8").partition("\n")
-                if hashlib.sha256(body.encode()).hexdigest() != digest:
-                    raise ValueError("its content does not match its SHA-256")
-                found = json.loads(body)
+                found = json.loads(read_sealed(path))
             except (OSError, ValueError) as error:
                 warnings.warn(f"{path} is damaged ({error}); it is computed again", stacklevel=3)
         return gather(found)[0]
@@ -204,20 +200,6 @@ class Evaluation:
         for suffix, content in (("SETTINGS", settings), ("EVAL", self.results), ("SUMMARY", self.summary)):
             text = json.dumps(_finite(content), indent=4, sort_keys=True)
             write_text(self._out / f"{self.name}_{suffix}.json", text + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def tokenizer_digest(tokenizer) -> str:

@@ -6,13 +6,9 @@ content that it named is kept too and compared. On disk (`RowStore`) rows are fo
 are stored for the attended positions only.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import secrets
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from moe_unlearn.files import remove_unfinished, write_bytes
 from moe_unlearn.model.batches import ROW, attended_mask
 from moe_unlearn.ops.token_loss import IGNORED
 
 FORMAT = "moe-unlearn rows 1"
 _CHUNK = 2**24  # bytes copied at a time from a device, or from strided memory
-_UNFINISHED = ".rows-"
 _ABANDONED = 3600  # seconds after which an unfinished file counts as abandoned; writing takes far less
 
 
@@ -214,20 +210,12 @@ class RowStore:
         described = json.dumps(header)
         body = save({"values": values}, {"rows": described, "sha256": _checksum(described, values)})
         name = hashlib.sha256("".join(rows).encode()).hexdigest()[:32]
-        path, unfinished = self.folder / f"{name}.safetensors", self.folder / f"{_UNFINISHED}{secrets.token_hex(8)}"
+        path = self.folder / f"{name}.safetensors"
+        remove_unfinished(self.folder, seconds=_ABANDONED)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_abandoned()
-            with unfinished.open("xb") as file:
-                file.write(body)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
+            write_bytes(path, body)
         except OSError as error:
             raise OSError(error.errno, f"cannot write to the cache: {error.strerror}", str(path)) from error
-        finally:
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
 
     def _read_file(self, path: Path, wanted: dict[str, int]) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
@@ -249,12 +237,6 @@ class RowStore:
         if wrong:
             raise ValueError(f"row {wrong[0]} has {wanted[wrong[0]]} tokens; got {len(found[wrong[0]])}")
         return found
-
-    def _remove_abandoned(self) -> None:
-        for path in self.folder.glob(f"{_UNFINISHED}*"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _ABANDONED:
-                    path.unlink()
 
 
 def tensor_digest(tensor: Tensor, prefix: bytes = b"") -> str:

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from moe_unlearn.checkpoint import write_text
+from moe_unlearn.files import write_text
 
 SHIPPED = Path(__file__).with_name("ledger.json")  # of the kernels of this package
 # shared memory that a block may use, in KB by compute capability (CUDA C++ programming guide, technical specifications)

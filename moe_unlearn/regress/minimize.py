@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_unlearn.checkpoint import write_text
+from moe_unlearn.files import write_text
 from moe_unlearn.regress import numeric, ours
 from moe_unlearn.regress.case import Case
 from moe_unlearn.testing import AccuracyError

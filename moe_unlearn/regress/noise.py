@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from moe_unlearn.files import write_text
 from moe_unlearn.regress.fingerprint import fingerprint
 from moe_unlearn.regress.timing import take_turns
 
@@ -175,9 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out.exists():
             before = json.loads(options.out.read_text(encoding="utf-8"))["traces"]
             content["traces"] = before | content["traces"]
-        temporary = options.out.with_suffix(".partial")
-        temporary.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
-        temporary.replace(options.out)
+        write_text(options.out, json.dumps(content, separators=(",", ":")) + "\n")
     for trace in load(options.out):
         print(
             f"{trace.name:12} {len(trace.readings)} rounds, variation {trace.variation:.1%}, "

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from moe_unlearn.checkpoint import write_text
+from moe_unlearn.files import write_text
 from moe_unlearn.regress.alarms import Alarms
 from moe_unlearn.regress.fingerprint import cpu
 from moe_unlearn.regress.numeric import EQUAL, Verdict

@@ -5,10 +5,10 @@
                                      from before it was kept have none), and the entry it supersedes
     arrays/<sha256>.safetensors      the outputs
 
-Every file is named by the SHA-256 of its bytes, written under a temporary name and moved into place, so it is there
-whole or not at all. An entry names the one it supersedes, so a former entry that disappeared is noticed. The newest
-entry of a case is the one that no other supersedes. There is no pickle; nothing in a store is ever imported or run.
-Entries of different cases never share a file, so a store lives well in git.
+Every file is named by the SHA-256 of its bytes and is there whole or not at all. An entry names the one it supersedes,
+so a former entry that disappeared is noticed. The newest entry of a case is the one that no other supersedes. There is
+no pickle; nothing in a store is ever imported or run. Entries of different cases never share a file, so a store lives
+well in git.
 
 Source: our specification.
 """
@@ -16,9 +16,7 @@ Source: our specification.
 import datetime
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,8 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
+
+from moe_unlearn.files import write_bytes, write_text
 
 FORMAT = "moe-unlearn kernels 1"
 _NAME = re.compile(r"(?P<slug>.*)-(?P<sha>[0-9a-f]{64})\.json")
@@ -178,28 +178,16 @@ class Store:
         """Write `data`, whole or not at all, under the name its digest gives; an equal file is left as it is."""
         sha = hashlib.sha256(data).hexdigest()
         target = self.folder / folder / name.format(sha=sha)
-        target.parent.mkdir(parents=True, exist_ok=True)
         self._keep_bytes()
-        if target.exists() and target.read_bytes() == data:
-            return sha
-        handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=target.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        if not target.exists() or target.read_bytes() != data:
+            write_bytes(target, data)
         return sha
 
     def _keep_bytes(self) -> None:
         """Have git keep the bytes, since a checkout with other line ends would not match the digests."""
         attributes = self.folder / ".gitattributes"
         if not attributes.exists():
-            attributes.write_text("* -text\n", encoding="utf-8")
+            write_text(attributes, "* -text\n")
 
 
 def _bytes(path: Path) -> bytes:

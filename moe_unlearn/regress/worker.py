@@ -3,9 +3,10 @@
     python -P worker.py TREE PACKAGE HARNESS
 
 `revision` starts it by its path. `moe_unlearn` is imported from the folder PACKAGE and the Triton kernels from TREE,
-if it has them. `moe_unlearn.regress` and `moe_unlearn.testing` come from the package folder HARNESS, so that both
-sides measure the same cases in the same way. TREE and TREE/src come first in the search path.
-Requests and answers are JSON, one a line, on standard input and output; what kernels print goes to standard error.
+if it has them. `moe_unlearn.regress`, `moe_unlearn.testing` and `moe_unlearn.files`, which they write with, come from
+the package folder HARNESS, so that both sides measure the same cases in the same way. TREE and TREE/src come first in
+the search path. Requests and answers are JSON, one a line, on standard input and output; what kernels print goes to
+standard error.
 """
 
 import importlib.abc
@@ -113,7 +114,8 @@ class Side:
 def serve(tree: Path, package: Path, harness: Path) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    places = {"moe_unlearn": package} | {f"moe_unlearn.{name}": harness / name for name in ("regress", "testing")}
+    places = {"moe_unlearn": package, "moe_unlearn.files": harness / "files.py"}
+    places |= {f"moe_unlearn.{name}": harness / name for name in ("regress", "testing")}
     if (tree / "triton_kernels").is_dir() and package.parent == tree:
         places["moe_unlearn.triton_kernels"] = tree / "triton_kernels"
     sys.meta_path.insert(0, Overlay(places))

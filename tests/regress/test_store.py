@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from moe_unlearn.files import UNFINISHED
 from moe_unlearn.regress.store import Store, StoreError
 
 ARRAYS = {"output 0": torch.tensor([1.0, -0.0, float("nan")]), "empty": torch.zeros(0, 3), "ids": torch.arange(3)}
@@ -73,7 +74,7 @@ def test_adding_changes_no_file(store):
     before = {p: p.read_bytes() for p in store.folder.rglob("*") if p.is_file()}
     store.add(content("third"), ARRAYS)
     assert all(p.read_bytes() == data for p, data in before.items())
-    assert not list(store.folder.rglob(".tmp-*"))
+    assert not list(store.folder.rglob(f"{UNFINISHED}*"))
 
 
 def test_an_interrupted_write_leaves_nothing(store, monkeypatch):

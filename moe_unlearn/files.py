@@ -1,0 +1,116 @@
+"""Write files and folders whole or not at all.
+
+What is written has a name of its own beside the target until every byte is on the disk; then it takes the target's
+name. Whoever reads finds what was there before or what is new, never a part of it, even if a process is killed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+UNFINISHED = ".moe-unlearn-"  # how the names of files and folders begin that have not taken their target's name
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield the path of an empty file beside `path`, which replaces `path` when the block ends; both are synced.
+
+    The folders of `path` are made. If anything fails, `path` stays as it was, and an OSError names it.
+    """
+    path = Path(path)
+    unfinished = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.open("xb").close()
+        yield unfinished
+        _sync(unfinished)
+        unfinished.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        if error.errno is None or str(error.filename or unfinished) != str(unfinished):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path, *, stays: Callable[[], bool] = lambda: False) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which replaces `path` when the block ends; all its files are synced.
+
+    If `stays()` is true by then, or anything fails, `path` stays as it was. A folder that is replaced is moved aside
+    first, so that a process killed between these two steps leaves no `path`.
+    """
+    path = Path(path)
+    unfinished, former = _beside(path), _beside(path)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for inside in [*unfinished.rglob("*"), unfinished]:
+            _sync(inside)
+        if not stays():
+            if path.exists():
+                path.rename(former)
+            os.replace(unfinished, path)
+            _sync(path.parent)
+    finally:
+        if former.exists() and not path.exists():
+            former.rename(path)
+        for leftover in (unfinished, former):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file as `whole_file` does."""
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
+        file.write(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, in UTF-8, as `whole_file` does."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write an indented JSON file as `whole_file` does."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_sealed(path: str | Path, content: bytes) -> None:
+    """Write the SHA-256 of `content` as a first line, and then `content`, as `whole_file` does."""
+    write_bytes(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+
+def read_sealed(path: str | Path) -> bytes:
+    """Return the content that `write_sealed` wrote; ValueError if it differs from what was written."""
+    digest, _, content = Path(path).read_bytes().partition(b"\n")
+    if hashlib.sha256(content).hexdigest().encode() != digest:
+        raise ValueError("its content does not match its SHA-256")
+    return content
+
+
+def remove_unfinished(folder: Path, *, seconds: float = 0) -> None:
+    """Remove what killed processes left in `folder`, unless it was written to in the last `seconds`."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= seconds:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

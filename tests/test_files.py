@@ -1,0 +1,149 @@
+"""Files and folders are written whole or not at all, whatever fails and whenever it fails."""
+
+import hashlib
+import os
+import stat
+
+import pytest
+
+from moe_unlearn.files import (
+    UNFINISHED,
+    read_sealed,
+    remove_unfinished,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_sealed,
+    write_text,
+)
+
+pytestmark = pytest.mark.quick
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_file_is_replaced_and_its_folders_are_made(tmp_path):
+    path = tmp_path / "a" / "b" / "größe.json"
+    for content in ([1, 2], {"größe": None}):
+        write_json(path, content)
+    assert path.read_bytes() == b'{\n "gr\\u00f6\\u00dfe": null\n}\n'
+    write_text(str(path), "größe\r\n")
+    assert path.read_bytes() == "größe\r\n".encode()
+    assert names(tmp_path) == ["a", "a/b", "a/b/größe.json"]
+
+
+def test_a_file_may_be_read_by_whom_the_umask_allows(tmp_path):
+    former = os.umask(0o027)
+    try:
+        write_text(tmp_path / "file", "x")
+        with whole_folder(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(former)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_everything_is_on_the_disk_before_the_name_changes(tmp_path, monkeypatch, call):
+    """The order of the calls; and if any of them fails, nothing has changed."""
+    calls, path = [], tmp_path / "file"
+    write_text(path, "former")
+    real = {name: getattr(os, name) for name in ("fsync", "replace")}
+
+    def watched(name):
+        def run(*arguments):
+            calls.append(name)
+            if fails and name == call:
+                raise OSError(28, "No space left on device")
+            return real[name](*arguments)
+
+        return run
+
+    for name in real:
+        monkeypatch.setattr(os, name, watched(name))
+    fails = True
+    with pytest.raises(OSError, match=f"No space left on device: .*{path}") as caught:
+        write_text(path, "new")
+    assert caught.value.errno == 28
+    with pytest.raises(OSError, match="No space left"), whole_folder(tmp_path / "folder") as folder:
+        write_text(folder / "inside", "new")
+    assert path.read_text(encoding="utf-8") == "former" and names(tmp_path) == ["file"]
+    fails = False
+    calls.clear()
+    write_text(path, "new")
+    assert calls == ["fsync", "replace", "fsync"]
+    calls.clear()
+    with whole_folder(tmp_path / "folder") as folder:
+        (folder / "inside").write_text("new", encoding="utf-8")
+    assert calls == ["fsync", "fsync", "replace", "fsync"], "the file, its folder, the name, the folder around it"
+
+
+def test_an_error_in_the_block_leaves_what_was_there(tmp_path):
+    write_text(tmp_path / "file", "former")
+    with whole_folder(tmp_path / "folder") as folder:
+        (folder / "kept").write_text("former", encoding="utf-8")
+    before = names(tmp_path)
+    for error in (KeyboardInterrupt, OSError("no number"), FileNotFoundError(2, "No such file", "another")):
+        for whole in (whole_file, whole_folder):
+            with pytest.raises(error if isinstance(error, type) else type(error)) as caught:
+                with whole(tmp_path / whole.__name__.removeprefix("whole_")) as unfinished:
+                    assert unfinished.exists() and unfinished.parent == tmp_path
+                    raise error
+            assert caught.value is error or error is KeyboardInterrupt
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "former" and names(tmp_path) == before
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    write_text(tmp_path / "file", "x")
+    with pytest.raises(OSError, match=f"{tmp_path}/file"):
+        write_text(tmp_path / "file" / "below", "x")
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path}'"):
+        write_text(tmp_path, "x")
+    refused = PermissionError(13, "Permission denied")
+    monkeypatch.setattr(type(tmp_path), "open", lambda *_: (_ for _ in ()).throw(refused))
+    with pytest.raises(PermissionError, match=f"Permission denied: '{tmp_path}/new'"):
+        write_text(tmp_path / "new", "x")
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_takes_the_place_of_another_unless_that_stays(tmp_path, monkeypatch):
+    target = tmp_path / "folder"
+    for number in (1, 2):
+        with whole_folder(target) as folder:
+            (folder / f"file{number}").write_text("x", encoding="utf-8")
+    assert names(tmp_path) == ["folder", "folder/file2"]
+    with whole_folder(target, stays=lambda: True) as folder:
+        (folder / "file3").write_text("x", encoding="utf-8")
+    assert names(tmp_path) == ["folder", "folder/file2"]
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), whole_folder(target):
+        pass
+    assert names(tmp_path) == ["folder", "folder/file2"], "the former folder is back"
+
+
+def test_a_sealed_file_is_a_digest_and_its_content(tmp_path):
+    path, content = tmp_path / "sealed", b'{"a": 1}\nb'
+    # as files of earlier versions are: the first line is the SHA-256 of the rest
+    path.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    assert read_sealed(path) == content
+    written = path.read_bytes()
+    write_sealed(path, content)
+    assert path.read_bytes() == written
+    for damaged in (written[:-1], written + b" ", b"", content, written.replace(b"1}", b"2}"), b"x" + written[1:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="does not match its SHA-256"):
+            read_sealed(path)
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path):
+    write_text(tmp_path / "file", "x")
+    (tmp_path / f"{UNFINISHED}1").write_text("half", encoding="utf-8")
+    (tmp_path / f"{UNFINISHED}2" / "below").mkdir(parents=True)
+    remove_unfinished(tmp_path, seconds=60)
+    assert len(names(tmp_path)) == 4
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == ["file"]
+    remove_unfinished(tmp_path / "nowhere")
