@@ -11,7 +11,6 @@ import argparse
 import datetime
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from benchmarks import gpu_summary, journal, readme, record, stamp
 from benchmarks.gpu_summary import Finding
 from benchmarks.journal import of_kind
 from moe_unlearn import choices
+from moe_unlearn.files import write_json, write_text
 
 # an implementation must be faster by this factor to take another's place
 MARGIN = 1.03
@@ -117,14 +117,6 @@ def _now(before: Mapping[str, list[dict]], name: str, elements: int) -> str:
     return own[-1] if own else "cuda"  # the order of `backend`
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def choices_text(content: Mapping) -> str:
     """Return the text of choices.json, with one line for each kernel."""
     kernels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(es)}" for name, es in content["cuda"].items())
@@ -144,18 +136,18 @@ def report(
         found = {"stamp": where, "runs": sorted(runs)}
         found |= gpu_summary.correctness(all_lines)
         path = results / stamp.folder_of(where["device"]) / "correctness.json"
-        write(path, json.dumps(found, indent=1))
+        write_json(path, found)
         lines.append(f"{path}")
     content = recorded(runs, where)
     if content is not None:
         path = path_of(content, results)
-        write(path, json.dumps(content, indent=1))
+        write_json(path, content)
         lines.append(f"{path}: {content['state']}")
         before = json.loads(choices_file.read_text(encoding="utf-8"))
         entries = choice(content["rows"], before["cuda"])
         if entries != before["cuda"]:
             measured = {key: where[key] for key in ("device", "commit", "kernel_sources")}
-            write(choices_file, choices_text({"measured": measured, "cuda": entries}))
+            write_text(choices_file, choices_text({"measured": measured, "cuda": entries}) + "\n")
             lines.append(f"{choices_file}")
     return lines, gpu_summary.findings(all_lines)
 

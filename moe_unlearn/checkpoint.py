@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moe_unlearn.files import read_sealed, remove_unfinished, whole_folder, write_sealed
+from moe_unlearn.files import read_sealed, remove_unfinished, whole_file, whole_folder, write_sealed, write_text
 
 FORMAT = "moe-unlearn checkpoint 1"
 _MANIFEST = "manifest"
@@ -27,11 +27,12 @@ class CheckpointError(ValueError):
 
 
 def save_state(folder: Path, name: str, state: object) -> None:
-    """Write nested dicts, lists, tensors and JSON values as `name.safetensors` and `name.json`."""
+    """Write nested dicts, lists, tensors and JSON values as `name.safetensors` and `name.json`, each of them whole."""
     tensors: dict[str, torch.Tensor] = {}
     tree = _split(state, tensors)
-    save_file(tensors, folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(json.dumps(tree), encoding="utf-8")
+    with whole_file(folder / f"{name}.safetensors") as unfinished:
+        save_file(tensors, unfinished)
+    write_text(folder / f"{name}.json", json.dumps(tree))
 
 
 def load_state(folder: Path, name: str) -> object:
