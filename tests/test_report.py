@@ -33,8 +33,8 @@ def shifted(by):
 
 def text_of(results, routing=None):
     summary = summarise(results)
-    seeds = {"corpus": "builtin:x", "results": {str(seed): r for seed, r in results.items()}}
-    return report.markdown(summary, seeds, routing or {}, {})
+    content = report.Content(summary, "builtin:x", {str(seed): r for seed, r in results.items()}, {}, routing or {})
+    return report.markdown(content, {})
 
 
 @pytest.mark.quick
@@ -112,24 +112,27 @@ def test_bad_folders_are_named(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        report.write(tmp_path)
+        report.read(tmp_path)
 
 
 def content():
     steps = [{"step": i, "nll_f": 0.1 + i, "nll_r": 0.1 + 0.1 * i, "note": "x"} for i in range(3)]
-    return report.Content("builtin:x", {0: RESULTS, 1: RESULTS}, {"npo": steps}, ROUTING)
+    results = {0: RESULTS, 1: RESULTS}
+    routing = {key: table.tolist() for key, table in ROUTING.items()}
+    return report.Content(summarise(results), "builtin:x", results, {"npo": steps}, routing)
 
 
 def test_a_demo_folder_is_complete_and_can_be_rebuilt(tmp_path):
-    summary = report.write_demo(tmp_path, content())
+    report.save(tmp_path, content())
+    written, summary = report.write(tmp_path, content()), content().summary
     assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == summary
     assert summary["npo"]["verbmem_f"] == pytest.approx(0.3) and summary["npo"]["verbmem_f_sd"] == 0
     first = (tmp_path / "report.md").read_text(encoding="utf-8")
     (tmp_path / "report.md").unlink()
-    paths = report.write(tmp_path).splitlines()
+    assert report.write(tmp_path, report.read(tmp_path)) == written
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == first
     figures = {"pareto.png", "trajectories.png", "experts.png"}
-    assert {p.rsplit("/", 1)[1] for p in paths} == figures | {"report.md"}
+    assert {p.name for p in written} == figures | {"report.md"}
     for name in figures:
         assert f"](figures/{name})" in first
         assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
@@ -138,7 +141,7 @@ def test_a_demo_folder_is_complete_and_can_be_rebuilt(tmp_path):
 def test_only_what_there_is_gets_drawn(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps({"npo": {"verbmem_f": 0.2, "verbmem_r": 0.9}}), encoding="utf-8")
     (tmp_path / "trajectory.json").write_text('{"npo": [{"step": 1, "forget_loss": 3.0}]}', encoding="utf-8")
-    assert report.write(tmp_path) == str(tmp_path / "report.md")
+    assert report.write(tmp_path, report.read(tmp_path)) == [tmp_path / "report.md"]
     assert "Figures" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 

@@ -61,8 +61,10 @@ def demo(
     first = {name: done[name, corpus, seeds[0], size] for name in runs}
     trajectories = {name: found[1] for name, found in first.items()}
     routing = next((found[2] for found in first.values() if found[2]), {})
-    content = report.Content(corpus=corpus, results=table.results, trajectories=trajectories, routing=routing)
-    return report.write_demo(out, content)
+    content = report.Content(table.summary(), corpus, table.results, trajectories, routing)
+    report.save(out, content)
+    report.write(out, content)
+    return content.summary
 
 
 def _train(name: str, corpus: str, seed: int, size: str | Settings) -> float:

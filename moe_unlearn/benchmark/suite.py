@@ -26,21 +26,19 @@ from moe_unlearn import __version__, data, metrics, trace
 from moe_unlearn.benchmark.table import RETRAIN, Table, checked
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Document, Example
-from moe_unlearn.data.pairs import side_batches
+from moe_unlearn.data.pairs import carry_loss
 from moe_unlearn.files import write_text
 from moe_unlearn.metrics.evaluate import NAMES as EVALUATED
 from moe_unlearn.model import loading
-from moe_unlearn.ops.token_loss import IGNORED
 from moe_unlearn.prepare.reference import model_digest
+from moe_unlearn.runs.run import SIDES, Run
 from moe_unlearn.step import UnlearnStep
-from moe_unlearn.trainer import pair_collator
 
 Model = nn.Module | str | Path | Callable[[], object]
 Metric = str | Callable[[nn.Module, object, dict[str, list[Example]]], Mapping[str, float]]
 Item = Example | Document | str | Mapping
 
 NAMES = (*EVALUATED, "routing_drift")
-SIDES = ("forget", "retain")
 _ROWS, _TABLE = "rows", "table.json"
 
 
@@ -146,32 +144,32 @@ def unlearning(
 
 def _run(source, trained, sets, recipe: Recipe, asked, on_step) -> dict[str, float]:
     torch.manual_seed(recipe.seed)
-    model = source.fresh()
-    step, seconds = _unlearn(model, source.tokenizer, trained, recipe, on_step)
-    values = _measure(model.eval(), source.tokenizer, sets, asked) | {"seconds": seconds}
+    run = Run(source.fresh(), source.tokenizer, recipe, **trained)
+    step, seconds = _unlearn(run, on_step)
+    values = _measure(run.model.eval(), source.tokenizer, sets, asked) | {"seconds": seconds}
     counted = step.prepared.frequencies
     if counted is not None and "routing_drift" in asked:
         batches = data.batches(trained["forget"], 32, pad_id=data.pad_token_id(source.tokenizer))
-        after = trace.routing_frequencies(model, [_on(batch, model) for batch in batches])
+        after = trace.routing_frequencies(run.model, [_on(batch, run.model) for batch in batches])
         values["routing_drift"] = metrics.routing_drift(counted["forget"].frequency, after.frequency)[1]
     return values
 
 
-def _unlearn(model: nn.Module, tokenizer, trained, recipe: Recipe, on_step) -> tuple[UnlearnStep, float]:
-    """Make one run on `model`; return the step and the seconds spent in it."""
-    step, size = UnlearnStep(model, recipe), recipe.batch_size
-    start = time.perf_counter()
-    pairs = data.ForgetRetainDataset(
-        trained["forget"], trained["retain"], seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
-    )
-    collator = pair_collator(recipe, tokenizer, trained["forget"])
-    step.prepare(*([_on(b, model) for b in side_batches(pairs, side, size, collator)] for side in SIDES))
+def _unlearn(run: Run, on_step) -> tuple[UnlearnStep, float]:
+    """Make the steps of a run; return the step and the seconds spent in it.
+
+    The loop is not `UnlearnTrainer`'s, which would change the numbers of earlier tables: it draws other rows, warms the
+    learning rate up, ends a step where an epoch ends, and switches a model in evaluation mode to training.
+    """
+    recipe, start = run.recipe, time.perf_counter()
+    step = UnlearnStep(run.model, recipe)
+    step.prepare(*([_on(batch, run.model) for batch in run.batches(side)] for side in SIDES))
     seconds = time.perf_counter() - start
     on_step(Progress(recipe.name, recipe.seed, 0, False, {}, step))
     for i in range(recipe.steps):
         start = time.perf_counter()
-        batches = [collator(_items(pairs, i * recipe.accumulate + part, size)) for part in range(recipe.accumulate)]
-        micro_batches = [tuple(_on(batch[side], model) for side in SIDES) for batch in batches]
+        batches = [run.micro_batch(i * recipe.accumulate + part) for part in range(recipe.accumulate)]
+        micro_batches = [tuple(_on(batch[side], run.model) for side in SIDES) for batch in batches]
         sizes = step.sizes(micro_batches) if len(micro_batches) > 1 else None
         for sides in micro_batches:
             values = step(*sides, update=sides is micro_batches[-1], sizes=sizes)
@@ -181,15 +179,6 @@ def _unlearn(model: nn.Module, tokenizer, trained, recipe: Recipe, on_step) -> t
         if last:
             break
     return step, seconds
-
-
-def _items(pairs: data.ForgetRetainDataset, i: int, size: int) -> list:
-    """Return the pairs of batch i; the forget set is permuted by seed, in a new order every epoch."""
-    per_epoch = -(-len(pairs) // size)
-    epoch, position = divmod(i, per_epoch)
-    pairs.set_epoch(epoch)
-    order = torch.randperm(len(pairs), generator=data.generator(pairs.seed, epoch)).tolist()
-    return [pairs[j] for j in order[position * size : (position + 1) * size]]
 
 
 def _on(batch: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -317,7 +306,7 @@ def _metrics(asked: Sequence[Metric] | None, evaluation, baselines) -> list[Metr
 
 def _encoded(side: str, items: Sequence[Item], tokenizer, max_length: int) -> list[Example]:
     made = data.encode_rows(items, tokenizer, max_length, side=side)
-    if not any(label != IGNORED for example in made for label in example.labels[1:]):
+    if not carry_loss(made):
         raise ValueError(f"{side}: no example has a token to predict")
     return made
 

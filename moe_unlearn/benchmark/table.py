@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from moe_unlearn.metrics import privleak
+from moe_unlearn.metrics.privacy import add_privleak
 from moe_unlearn.runs.summary import COLUMNS, Summary, summarise, table
 
 RETRAIN = "retrain"  # the run that PrivLeak is relative to
@@ -82,10 +82,7 @@ class Table:
                     raise ValueError(f"two tables have run {sorted(both)[0]!r} of seed {seed}")
                 results[seed] |= {run: dict(values) for run, values in rows.items()}
         for rows in results.values():
-            reference = rows.get(RETRAIN, {}).get("minkauc")
-            for values in rows.values():
-                if reference is not None and "minkauc" in values:
-                    values["privleak"] = privleak(values["minkauc"], reference)
+            add_privleak(rows.values(), rows.get(RETRAIN, {}))
         return cls(results)
 
 

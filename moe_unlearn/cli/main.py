@@ -21,19 +21,16 @@ from moe_unlearn.benchmark.trained_cache import clean_cache
 from moe_unlearn.cli import alternates, evaluate
 from moe_unlearn.cli.arguments import add_data, examples_of, positive, steps, writable
 from moe_unlearn.config import Recipe, models, shipped
-from moe_unlearn.data.pairs import side_batches
+from moe_unlearn.data.pairs import carry_loss
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import enable
 from moe_unlearn.files import write_json
 from moe_unlearn.model import loading
-from moe_unlearn.model.batches import target_mask
-from moe_unlearn.prepare.stages import CHOOSING, needed
 from moe_unlearn.regress import command as regression
 from moe_unlearn.runs import report
-from moe_unlearn.runs.run import unlearn
+from moe_unlearn.runs.run import Run, unlearn
 from moe_unlearn.runs.summary import table
 from moe_unlearn.step import UnlearnStep
-from moe_unlearn.trainer import pair_collator
 from moe_unlearn.verify import VerificationError
 
 _BAD_INPUT = (
@@ -171,16 +168,8 @@ def run(options) -> None:
             print(f"{side}: {rows:,} of {len(sets[side]):,} rows are drawn, data.{side}_rows", file=sys.stderr)
             sets[side] = data.draw(sets[side], rows, seed=recipe.seed)
             reports[side].rows = rows
-    pairs = data.ForgetRetainDataset(sets["forget"], sets["retain"])
-    collator = pair_collator(recipe, tokenizer, sets["forget"])
-    batches = {
-        side: _with_loss(side_batches(pairs, side, recipe.batch_size, collator), side) for side in ("forget", "retain")
-    }
     if options.dry_run:
-        step = UnlearnStep(model, recipe, verify=options.verify)
-        if not set(needed(recipe)).isdisjoint(CHOOSING):
-            step.prepare(batches["forget"], batches["retain"], stages=CHOOSING)
-        print(step.plan(batches["forget"], batches["retain"]))
+        print(Run(model, tokenizer, recipe, sets["forget"], sets["retain"]).plan(verify=options.verify))
         return
     out = Path(options.out)
     # the cache folder changes no result, so it is not part of the recipe
@@ -198,7 +187,8 @@ def run(options) -> None:
 
 def write_report(options) -> None:
     """Rebuild report.md and the figures of a run folder from its summary.json."""
-    print(report.write(Path(options.folder)))
+    folder = Path(options.folder)
+    print(*report.write(folder, report.read(folder)), sep="\n")
 
 
 def demo(options) -> None:
@@ -277,13 +267,9 @@ def _data_overrides(options) -> list[str]:
 
 
 def _batches(examples: list, tokenizer, batch_size: int, side: str) -> list:
-    return _with_loss(data.batches(examples, batch_size, pad_id=data.pad_token_id(tokenizer)), side)
-
-
-def _with_loss(batches: list, side: str) -> list:
-    if not any(target_mask(batch).any() for batch in batches):
+    if not carry_loss(examples):
         raise ValueError(f"the {side} set carries no loss: all its labels are -100")
-    return batches
+    return data.batches(examples, batch_size, pad_id=data.pad_token_id(tokenizer))
 
 
 def _require_moe(model) -> None:

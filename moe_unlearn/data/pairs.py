@@ -148,3 +148,8 @@ def overlap(forget: Sequence[Example], retain: Sequence[Example]) -> int:
     """Return how many forget examples also stand in the retain set, token by token."""
     kept = {tuple(e.input_ids) for e in retain}
     return sum(tuple(e.input_ids) in kept for e in forget)
+
+
+def carry_loss(examples: Sequence[Example]) -> bool:
+    """Return whether any of the examples has a token to predict: a label, other than -100, behind its first token."""
+    return any(label != IGNORED for example in examples for label in example.labels[1:])

@@ -1,7 +1,7 @@
 """Measure whether training on a document shows: Min-40 % scores, their AUC, and PrivLeak."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -77,3 +77,10 @@ def privleak(auc_unlearned: float, auc_retrained: float) -> float:
     is no reference.
     """
     return rel_diff(auc_unlearned, auc_retrained)
+
+
+def add_privleak(rows: Iterable[dict[str, float]], retrained: Mapping[str, float]) -> None:
+    """Add `privleak` to the metrics of each model that has a `minkauc`, if the retrained model's have one too."""
+    for values in rows:
+        if "minkauc" in values and "minkauc" in retrained:
+            values["privleak"] = privleak(values["minkauc"], retrained["minkauc"])

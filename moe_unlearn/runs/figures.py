@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from moe_unlearn.files import whole_file
 from moe_unlearn.runs.summary import KEEP, RUNS, WITHIN, Summary, ordered
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker of its own for every run
@@ -23,8 +24,8 @@ def draw(folder: Path, summary: Summary, trajectory: dict, routing: dict) -> dic
     for name, drawing, arguments in drawings:
         if drawn := drawing(*arguments):
             figure, made[name] = drawn
-            folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / name, dpi=150)
+            with whole_file(folder / name) as unfinished:
+                figure.savefig(unfinished, dpi=150, format="png")
     return made
 
 

@@ -1,4 +1,4 @@
-"""Report of a run folder: report.md and its figures, made from the folder's numbers.
+"""Report of a run: report.md and its figures, and the JSON files of which they can be made again.
 
 A folder holds `summary.json` (run name -> flat metrics; with several seeds the mean, and `<key>_sd` the
 sample standard deviation) and, where there are any, `seeds.json` (`corpus`; `results`: seed -> run name ->
@@ -12,75 +12,64 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moe_unlearn.files import write_json, write_text
 from moe_unlearn.runs import figures
-from moe_unlearn.runs.summary import (
-    BASELINE,
-    CLEAR,
-    KEEP,
-    LEGEND,
-    LEVERS,
-    RUNS,
-    WITHIN,
-    Summary,
-    ordered,
-    summarise,
-    table,
-)
+from moe_unlearn.runs.summary import BASELINE, CLEAR, KEEP, LEGEND, LEVERS, RUNS, WITHIN, Summary, ordered, table
 
 
 @dataclass(frozen=True)
 class Content:
-    """Results of the embedded experiment: metrics by seed and run; trajectories and routing of one seed."""
+    """Content of a report: means over seeds, and what they were made of; trajectories and routing are of one seed."""
 
-    corpus: str
-    results: dict[int, Summary]
+    summary: Summary
+    corpus: str = ""
+    results: dict[int | str, Summary] = field(default_factory=dict)  # by seed
     trajectories: dict[str, list[dict]] = field(default_factory=dict)
     routing: dict = field(default_factory=dict)
 
 
-def write_demo(folder: str | Path, content: Content) -> Summary:
-    """Write the JSON files, report.md and the figures of `content` into `folder`; return the summary over seeds."""
-    folder = Path(folder)
-    summary = summarise(content.results)
-    seeds = {"corpus": content.corpus, "results": content.results}
-    routing = {key: as_list(table) for key, table in content.routing.items()}
-    files = {"summary": summary, "seeds": seeds, "trajectory": content.trajectories, "routing": routing}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, value in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    write(folder)
-    return summary
+def save(folder: Path, content: Content) -> None:
+    """Write the JSON files of which `read` makes this content."""
+    write_json(folder / "summary.json", content.summary)
+    write_json(folder / "seeds.json", {"corpus": content.corpus, "results": content.results})
+    write_json(folder / "trajectory.json", content.trajectories)
+    write_json(folder / "routing.json", content.routing)
 
 
-def write(folder: str | Path) -> str:
-    """Write report.md and the figures of a run folder from its JSON files; return the paths written, one per line.
+def read(folder: Path) -> Content:
+    """Read the JSON files of a run folder.
 
     Raises ValueError that names the file if `summary.json` is missing or a file has other content than expected.
     """
-    folder = Path(folder)
     summary = _read(folder / "summary.json")
     if not summary or not all(isinstance(metrics, dict) for metrics in summary.values()):
         raise ValueError(f"{folder / 'summary.json'}: expected an object of run name -> metrics")
-    seeds, trajectory, routing = (
+    seeds, trajectories, routing = (
         _read(folder / f"{name}.json", optional=True) for name in ("seeds", "trajectory", "routing")
     )
-    made = figures.draw(folder / "figures", summary, trajectory, routing)
+    return Content(summary, seeds.get("corpus", ""), seeds.get("results", {}), trajectories, routing)
+
+
+def write(folder: Path, content: Content) -> list[Path]:
+    """Write report.md and the figures for which there is data into a run folder; return the paths written."""
+    made = figures.draw(folder / "figures", content.summary, content.trajectories, content.routing)
     path = folder / "report.md"
-    path.write_text(markdown(summary, seeds, routing, made), encoding="utf-8")
-    return "\n".join(str(p) for p in (path, *(folder / "figures" / name for name in made)))
+    write_text(path, markdown(content, made))
+    return [path, *(folder / "figures" / name for name in made)]
 
 
-def markdown(summary: Summary, seeds: dict, routing: dict, made: dict[str, str]) -> str:
+def markdown(content: Content, made: dict[str, str]) -> str:
     """Return the text of report.md; `made` maps figure files to captions."""
-    results = {seed: s for seed, s in seeds.get("results", {}).items() if s}
-    parts = [f"# Unlearning report{': ' + seeds['corpus'] if seeds.get('corpus') else ''}"]
+    summary = content.summary
+    results = {seed: s for seed, s in content.results.items() if s}
+    parts = [f"# Unlearning report{': ' + content.corpus if content.corpus else ''}"]
     if len(results) > 1:
         parts.append(f"Mean ± sample standard deviation over seeds {', '.join(map(str, results))}.")
     elif results:
         parts.append(f"One seed ({next(iter(results))}): no spread is known.")
     parts += [table(summary, markdown=True), LEGEND.rstrip(), "## Verdict", *_verdict(summary, results)]
-    if routing:
-        parts.append(_selection(routing))
+    if content.routing:
+        parts.append(_selection(content.routing))
     if made:
         first = f"Trajectories and routing are those of seed {next(iter(results))}." if results else ""
         parts += ["## Figures", *([first] if first else [])]
@@ -155,11 +144,6 @@ def _selection(routing: dict) -> str:
     if not chosen:
         return f"**TRACE inactive**: {routing.get('inactive', 'no forget-critical expert')}."
     return f"TRACE's forget-critical experts ({len(chosen)}): {'; '.join(chosen)}."
-
-
-def as_list(table) -> object:
-    """Return a tensor's values as nested lists; return anything else as it is."""
-    return table.tolist() if hasattr(table, "tolist") else table
 
 
 def _read(path: Path, *, optional: bool = False) -> dict:

@@ -1,6 +1,5 @@
-"""One unlearning run on a user's data, from the recipe to the folder of results."""
+"""One unlearning run: the model, the recipe and the data put together, and what a user's run writes."""
 
-import json
 import time
 from pathlib import Path
 
@@ -10,10 +9,90 @@ from transformers import TrainingArguments
 
 from moe_unlearn import data, metrics, trace
 from moe_unlearn.config import Recipe
+from moe_unlearn.data import Example
+from moe_unlearn.data.pairs import carry_loss, side_batches
+from moe_unlearn.files import write_json, write_text
+from moe_unlearn.metrics.privacy import add_privleak
 from moe_unlearn.model import loading
+from moe_unlearn.model.batches import Batch
+from moe_unlearn.plan import Plan
+from moe_unlearn.prepare.stages import CHOOSING, needed
 from moe_unlearn.runs import report
 from moe_unlearn.step import UnlearnStep
-from moe_unlearn.trainer import UnlearnTrainer
+from moe_unlearn.trainer import UnlearnTrainer, pair_collator
+
+SIDES = ("forget", "retain")
+
+
+class Run:
+    """A recipe on a model and two sets of examples, put together once for whoever plans it or makes its steps.
+
+    Raises ValueError if the sets do not fit the recipe (see `pair_collator`), or if one carries no loss.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, recipe: Recipe, forget: list[Example], retain: list[Example]):
+        self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
+        self.pairs = data.ForgetRetainDataset(
+            forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
+        )
+        self.collator = pair_collator(recipe, tokenizer, forget)
+        for side, examples in zip(SIDES, (forget, retain), strict=True):
+            if not carry_loss(examples):
+                raise ValueError(f"the {side} set carries no loss: all its labels are -100")
+
+    def batches(self, side: str) -> list[Batch]:
+        """Return one side in batches of the recipe's size, every example once and in order."""
+        return side_batches(self.pairs, side, self.recipe.batch_size, self.collator)
+
+    def micro_batch(self, i: int) -> dict[str, Batch]:
+        """Return both sides of micro-batch i; the seed permutes the forget set, in a new order every epoch."""
+        size = self.recipe.batch_size
+        epoch, position = divmod(i, -(-len(self.pairs) // size))
+        self.pairs.set_epoch(epoch)
+        order = torch.randperm(len(self.pairs), generator=data.generator(self.pairs.seed, epoch)).tolist()
+        return self.collator([self.pairs[j] for j in order[position * size : (position + 1) * size]])
+
+    def plan(self, *, verify: int | bool = 0) -> Plan:
+        """Plan the steps; the stages that choose experts or weights run first, since the costs depend on them."""
+        step = UnlearnStep(self.model, self.recipe, verify=verify)
+        forget, retain = map(self.batches, SIDES)
+        if not set(needed(self.recipe)).isdisjoint(CHOOSING):
+            step.prepare(forget, retain, stages=CHOOSING)
+        return step.plan(forget, retain)
+
+    def trainer(self, folder: Path, *, cache_dir: Path | None = None, verify: int | bool = 0) -> UnlearnTrainer:
+        """Make the trainer of this run, which keeps its checkpoints in `folder`; ValueError for several processes."""
+        recipe = self.recipe
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=recipe.steps,
+            per_device_train_batch_size=recipe.batch_size,
+            gradient_accumulation_steps=recipe.accumulate,
+            learning_rate=recipe.optimizer.lr,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=recipe.optimizer.warmup_steps,
+            max_grad_norm=recipe.optimizer.max_grad_norm or 0.0,
+            logging_steps=1,
+            save_strategy="steps",
+            save_steps=max(1, recipe.steps // 5),
+            save_total_limit=2,
+            seed=recipe.seed,
+            dataloader_pin_memory=torch.cuda.is_available(),  # torch warns about it where there is no GPU
+            report_to="none",
+        )
+        if arguments.world_size > 1:
+            count = arguments.world_size
+            raise ValueError(f"one process writes a run's folder; got {count}: for these use UnlearnTrainer")
+        return UnlearnTrainer(
+            self.model,
+            arguments,
+            recipe,
+            train_dataset=self.pairs,
+            data_collator=self.collator,
+            cache_dir=cache_dir,
+            verify=verify,
+            processing_class=self.tokenizer,
+        )
 
 
 def unlearn(
@@ -37,83 +116,52 @@ def unlearn(
     does not fit model or data. With `resume` the run continues from the newest checkpoint. References are kept in
     `cache_dir`, by default `out/cache`. Returns the summary: run name -> metrics, empty without `evaluate`.
     """
-    arguments = TrainingArguments(
-        output_dir=str(out / "checkpoints"),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulate,
-        learning_rate=recipe.optimizer.lr,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=recipe.optimizer.warmup_steps,
-        max_grad_norm=recipe.optimizer.max_grad_norm or 0.0,
-        logging_steps=1,
-        save_strategy="steps",
-        save_steps=max(1, recipe.steps // 5),
-        save_total_limit=2,
-        seed=recipe.seed,
-        dataloader_pin_memory=torch.cuda.is_available(),  # torch warns about it where there is no GPU
-        report_to="none",
-    )
-    if arguments.world_size > 1:
-        raise ValueError(f"one process writes a run's folder; got {arguments.world_size}: for these use UnlearnTrainer")
-    dataset = data.ForgetRetainDataset(
-        sets["forget"], sets["retain"], seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
-    )
-    trainer = UnlearnTrainer(
-        model, arguments, recipe, dataset, processing_class=tokenizer, cache_dir=cache_dir or out / "cache",
-        verify=verify,
-    )  # fmt: skip
+    run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"])
+    trainer = run.trainer(out / "checkpoints", cache_dir=cache_dir or out / "cache", verify=verify)
     start = time.perf_counter()
     if not resume:
         trainer.prepare()
     seconds = time.perf_counter() - start
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    write_text(out / "recipe.yaml", recipe.to_yaml())
     if reports is not None:
-        _write_json(out / "data.json", {side: own.to_dict() for side, own in reports.items()})
+        write_json(out / "data.json", {side: own.to_dict() for side, own in reports.items()})
     summary = {}
-    reference = None
     if evaluate:
         if recipe.data.reference is not None:
             retrained, _ = loading.load_model(recipe.data.reference)
             summary["retrain"] = metrics.evaluate(retrained, tokenizer, **sets)
-            reference = summary["retrain"].get("minkauc")
-        summary["target"] = metrics.evaluate(model, tokenizer, **sets, reference_auc=reference)
+        summary["target"] = metrics.evaluate(model, tokenizer, **sets)
     start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=resume)
     finally:
         if verify:
-            (out / "verified.txt").write_text(trainer.unlearn_step.verifier.summary() + "\n", encoding="utf-8")
+            write_text(out / "verified.txt", trainer.unlearn_step.verifier.summary() + "\n")
     seconds += time.perf_counter() - start
     # save_model would also write a pickle of the training arguments beside the weights
     trainer.model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
-    trajectory = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
-    _write_json(out / "trajectory.json", {recipe.name: trajectory})
+    trajectories = {recipe.name: [entry for entry in trainer.state.log_history if "forget_loss" in entry]}
+    write_json(out / "trajectory.json", trajectories)
     if routing := routing_of(trainer.unlearn_step):
-        _write_json(out / "routing.json", {key: report.as_list(table) for key, table in routing.items()})
+        write_json(out / "routing.json", routing)
     if evaluate:
-        after = metrics.evaluate(trainer.model, tokenizer, **sets, reference_auc=reference)
-        summary[recipe.name] = after | {"seconds": seconds}
-        _write_json(out / "summary.json", summary)
-        report.write(out)
+        summary[recipe.name] = metrics.evaluate(trainer.model, tokenizer, **sets) | {"seconds": seconds}
+        add_privleak([summary["target"], summary[recipe.name]], summary.get("retrain", {}))
+        write_json(out / "summary.json", summary)
+        report.write(out, report.Content(summary, trajectories=trajectories, routing=routing))
     return summary
 
 
 def routing_of(step: UnlearnStep) -> dict:
-    """Return the frequencies TRACE measured and the experts it chose, as `report` reads them; empty without TRACE."""
+    """Return the frequencies TRACE measured and the experts it chose, as `report` has them; empty without TRACE."""
     recipe, prepared = step.recipe.trace, step.prepared
     if prepared.frequencies is None:
         return {}
-    routing = {side: counted.frequency for side, counted in prepared.frequencies.items()}
-    routing["selected"] = prepared.selected
+    routing = {side: counted.frequency.tolist() for side, counted in prepared.frequencies.items()}
+    routing["selected"] = prepared.selected.tolist()
     if prepared.inactive:
         routing["inactive"] = trace.why_empty(
             **prepared.frequencies, min_ratio=recipe.min_ratio, min_load=recipe.min_load
         )
     return routing
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from moe_unlearn.metrics import (
     routing_drift,
     token_scores,
 )
+from moe_unlearn.metrics.privacy import add_privleak
 
 pytestmark = pytest.mark.quick
 
@@ -94,3 +95,11 @@ def test_evaluate_is_flat_and_leaves_the_model_alone(random_model, tokenizer, ex
     assert random_model.training
     assert all(torch.equal(v, weights[k]) for k, v in random_model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in random_model.parameters())
+
+
+def test_privleak_is_added_where_both_models_have_an_auc():
+    rows = [{"minkauc": 0.25}, {"nll_f": 1.0}, {"minkauc": 0.5, "privleak": 3.0}]
+    add_privleak(rows, {"minkauc": 0.5})
+    assert rows == [{"minkauc": 0.25, "privleak": -50.0}, {"nll_f": 1.0}, {"minkauc": 0.5, "privleak": 0.0}]
+    add_privleak(rows, {})
+    assert rows[0]["privleak"] == -50.0
