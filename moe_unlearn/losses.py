@@ -38,7 +38,6 @@ from torch.nn.functional import logsigmoid
 
 from moe_unlearn.model.batches import Batch, state_mask, target_mask
 from moe_unlearn.model.head import (
-    Head,
     decoder_of,
     final_hidden_states,
     head_of,
@@ -47,7 +46,7 @@ from moe_unlearn.model.head import (
     unwrapped,
     verify_head,
 )
-from moe_unlearn.ops.token_loss import IGNORED, token_loss
+from moe_unlearn.ops.token_loss import IGNORED, Head, token_loss
 
 # with what makes per-token losses of a model, so that `losses` is all that an objective of a user's own needs
 __all__ = [

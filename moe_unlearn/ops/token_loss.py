@@ -63,7 +63,7 @@ class Head(NamedTuple):
 class Reference(NamedTuple):
     """What gives the targets q: hidden states [T, H], and a head [V, H] if the reference had one of its own."""
 
-    hidden_states: Tensor
+    hidden_states: Tensor | None
     lm_head: Tensor | None = None
 
 

@@ -27,8 +27,9 @@ from moe_unlearn.masks import WeightMask
 from moe_unlearn.model import states as forward
 from moe_unlearn.model.batches import Batch, forgotten, refusal, target_mask
 from moe_unlearn.model.capture import collect_routing
-from moe_unlearn.model.head import Head, ReferenceHead, final_hidden_states, head_of, token_losses
+from moe_unlearn.model.head import ReferenceHead, final_hidden_states, head_of, token_losses
 from moe_unlearn.model.modes import evaluation_mode
+from moe_unlearn.ops import Head
 from moe_unlearn.prepare import reference
 from moe_unlearn.prepare.rows import RowCache, content_keys
 from moe_unlearn.ranks import Ranks

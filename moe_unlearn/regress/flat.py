@@ -5,7 +5,8 @@ A comparison of revisions runs these cases on ops of earlier trees too, which ha
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from moe_unlearn import ops
 from moe_unlearn.ops.expert_wgrad import Factors
@@ -19,7 +20,7 @@ def by_keyword(op: Callable) -> Callable:
     kinds = _objects(op.__name__, inspect.signature(op).parameters)
 
     @functools.wraps(op)
-    def call(*arguments, **options):
+    def call(*arguments: Any, **options: Any) -> Any:
         if "rule" in kinds and "betas" in options:  # as torch's optimizer has them
             options["beta1"], options["beta2"] = options.pop("betas")
         for name, (kind, fields) in kinds.items():
@@ -34,7 +35,7 @@ def by_keyword(op: Callable) -> Callable:
 _OPTIONAL = ("factors", "reference")  # what may be given as it is, or not at all
 
 
-def _objects(op: str, parameters) -> dict[str, tuple[type, dict[str, str]]]:
+def _objects(op: str, parameters: Mapping[str, inspect.Parameter]) -> dict[str, tuple[type, dict[str, str]]]:
     """Return, by the parameter, the type of each object that an op takes and the fields by their flat names."""
     known = {
         "factors": lambda: (Factors, {}),
