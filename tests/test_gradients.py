@@ -34,7 +34,7 @@ def test_whoever_steps_the_optimizer_takes_the_gradients(form, inside, model):
         if own:
             step(forget[0], retain[0])
         elif inside:
-            assert step.optimizer.step(combined) < 0
+            assert step.optimizer.step(combined) == step.tally.losses()["forget_loss"]
             step.finish()
         else:
             combined()
@@ -68,7 +68,7 @@ def test_gradients_of_two_stores_and_of_the_caller_are_all_taken():
     assert all((weight == -1).all() for weight in weights)
     stores[0].close()
     optimizer.step()
-    assert [float(weight[0, 0]) for weight in weights] == [-1, -2, -1]
+    assert [weight.unique().tolist() for weight in weights] == [[-1], [-2], [-1]]
 
 
 def test_a_closed_step_hands_nothing_over(model):
