@@ -11,6 +11,8 @@ from moe_unlearn.regress import nvcc
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 CASES = {case.name: case for case in nvcc.ours()}
+# an index beyond an array, which a GPU would not notice either, ends the process
+BOUNDS = ("-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
 
 
 def cuda_include() -> str:
@@ -36,7 +38,7 @@ def build_emulation(folder: Path) -> Path:
     # kept though they stand before the source
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
     library = folder / "libemulation.so"
-    compile_host("emulation.cpp", library, *flags, *nvcc.torch_includes(), *libraries)
+    compile_host("emulation.cpp", library, *flags, *BOUNDS, *nvcc.torch_includes(), *libraries)
     return library
 
 

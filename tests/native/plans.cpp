@@ -1,6 +1,8 @@
-// The host's half of a launch: grids, spans and shared memory, as functions of shape and GPU. Prints what is wrong.
+// The host's half of a launch: grids, spans and shared memory, as functions of shape and GPU; and that a launch writes
+// nothing behind its output. Prints what is wrong.
 
 #include <cstdio>
+#include <vector>
 
 #include "cuda/expert_wgrad.cuh"
 #include "cuda/masked_update.cuh"
@@ -71,6 +73,16 @@ void check_moments() {
           CHECK(MomentsPlan::tile(row, column, plan.words) == next++);
       CHECK(next == plan.tiles);
     }
+}
+
+/// The last block has more threads than there are tokens left.
+void check_end_of_weights() {
+  constexpr int64_t count = Weights::threads + 44;
+  const std::vector<uint32_t> words(count + 1, 1);
+  const double tilt = 0;
+  std::vector<float> out(count + 1, -1.0f);
+  CHECK(retain_weights({words.data(), &tilt, count, 1, 1, 0.0, 2.0}, out.data(), nullptr) == cudaSuccess);
+  CHECK(out[count - 1] == 1.0f && out[count] == -1.0f);
 }
 
 void check_wgrad() {
@@ -145,6 +157,7 @@ int main() {
   check_route();
   check_mask();
   check_moments();
+  check_end_of_weights();
   check_wgrad();
   check_rows();
   check_arithmetic_dtype();

@@ -123,6 +123,24 @@ def test_integer_valued_inputs_match_bitwise(dtype, instruction_set, threads):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("limit", ["baseline", "avx2"])
+def test_below_avx512_nothing_is_multiplied_in_pairs(limit):
+    """The instruction that multiplies pairs of bfloat16 takes a denormal for 0; a product of float32 does not."""
+    size, generator = 64, torch.Generator().manual_seed(0)
+    hot, labels = (torch.randint(0, size, (40,), generator=generator) for _ in range(2))
+    labels[::3] = hot[::3]
+    h = (2.0**-127 * torch.nn.functional.one_hot(hot, size)).to(BF16)
+    head = (2.0**127 * torch.eye(size)).to(BF16)
+    try:
+        if native.instruction_set(limit) != limit:
+            pytest.skip(f"this CPU has no {limit}")
+        loss = token_loss(h, head, labels, logit_scale=256.0, impl="cpu")
+    finally:
+        native.instruction_set("")
+    assert torch.equal(loss, torch.where(hot == labels, 0.0, 256.0))
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropped_rows_may_hold_anything(kind, dtype):
