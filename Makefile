@@ -5,7 +5,8 @@
 # make portable   the same as on other processors too: AVX2, AVX-512, with BF16, none; at most 15 minutes
 # make lint    ruff check and format, and mypy on the package
 # make ledger  compile every Triton and CUDA kernel and record its registers, spills ...; no GPU needed
-# make mutants   the tests against wrong versions of every Triton kernel; about half an hour on 2 cores
+# make mutants   the tests against wrong versions of every Triton, C++ and CUDA kernel; about an hour on 2 cores;
+#              `make mutants MUTANTS="--family native"` those of C++ and CUDA
 # make soak    the full exactness matrix of the fused step; 2 hours on 2 cores; `make soak SOAK="--minutes 30"` a sample
 # make gpu-rehearsal   all of the next that can be done without a GPU: build, load, collect, compile; several gigabytes
 # make gpu     the kernels proven on this machine's GPU, in at most 5 minutes; `make gpu GPU="--out DIR"` elsewhere
@@ -25,6 +26,8 @@ BIN := .venv/bin
 DEMO ?=
 # further arguments of the soak
 SOAK ?=
+# further arguments of the mutants
+MUTANTS ?=
 # further arguments of the benchmark suite
 BENCH ?=
 # further arguments of a GPU run, and where its lines lie
@@ -81,7 +84,7 @@ ledger: .venv/.installed $(OLDEST)
 	$(BIN)/python -m tests.static.ledger
 
 mutants: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(MUTANTS)
 
 soak: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --jobs $$(nproc) $(SOAK)

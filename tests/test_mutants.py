@@ -4,11 +4,15 @@ import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.equivalent_mutants import EQUIVALENT
-from tests.mutants import KERNELS, PER_FILE, ROOT, drawn, identity, mutants_of
+from tests.mutants import cplusplus, native, runs, triton
+from tests.mutants.equivalent import EQUIVALENT
+from tests.mutants.mutant import ROOT
+
+FAMILIES = pytest.mark.parametrize("family", [triton, native], ids=["triton", "native"])
 
 KERNEL = '''"""A kernel."""
 import triton
@@ -57,7 +61,7 @@ EXPECTED = {
 def made(tmp_path):
     path = tmp_path / "a.py"
     path.write_text(KERNEL, encoding="utf-8")
-    return mutants_of(path)
+    return triton.mutants_of(path)
 
 
 def plain(line):
@@ -84,22 +88,130 @@ def test_mutants_change_the_code_of_kernels_alone(made):
         assert not mutant.text.startswith("tl.program_id(0 + 1)")
 
 
+SOURCE = """// A kernel; 1 + 1.
+#include "cpu/common.h"
+namespace moe_unlearn {
+struct Rows {
+  static constexpr int64_t most = 2 + 3;
+  int64_t width = 1, count = 0;
+  int64_t bytes(int64_t size) const { return -width * size; }
+};
+
+#if defined(__CUDACC__)
+void unseen(int64_t count) { work(count + 1); }
+#else
+void run(const Rows& rows, float* const out, const char* from, int64_t begin, int64_t end, int64_t row_stride,
+         int64_t stride) {
+  STD_TORCH_CHECK(begin <= end, "no more than ", end + 1);
+  double sums[4] = {};
+  for (int64_t row = begin; row < end && row < rows.count; ++row) {
+    sums[row % 4] += static_cast<double>(load<float, 2>(from + row * row_stride));
+    if (row == 3) barrier();
+  }
+  out[0] = rows.width > 0 ? std::max(sums[0], sums[1]) : 0.5f;
+  out[stride] = out[0];
+}
+#endif
+}  // namespace moe_unlearn
+STABLE_TORCH_LIBRARY_IMPL(moe_unlearn_native, CPU, m) {
+  m.impl("run", TORCH_BOX(&moe_unlearn::run));
+}
+"""
+LOOP = "for (int64_t row = begin; row < end && row < rows.count; ++row) {"
+ADDED = "sums[row % 4] += static_cast<double>(load<float, 2>(from + row * row_stride));"
+CHOICE = "out[0] = rows.width > 0 ? std::max(sums[0], sums[1]) : 0.5f;"
+EXPECTED_OF_SOURCE = {
+    "comparison": LOOP.replace("row < rows", "row <= rows"),
+    "sign": ADDED.replace("+ row", "- row"),
+    "term dropped": ADDED.replace("+ row * row_stride", ""),
+    "factor dropped": ADDED.replace("* row_stride", ""),
+    "other operator": LOOP.replace("&&", "||"),
+    "condition term dropped": LOOP.replace("row < end &&", ""),
+    "accumulate dropped": ADDED.replace("+=", "="),
+    "branches swapped": "out[0] = rows.width > 0 ? 0.5f : std::max(sums[0], sums[1]);",
+    "negation dropped": "int64_t bytes(int64_t size) const { return width * size; }",
+    "condition negated": "if (!(row == 3)) barrier();",
+    "constant": CHOICE.replace("0.5f", "(0.5f + 1)"),
+    "other function": CHOICE.replace("max", "min"),
+    "other name": LOOP.replace("row < end", "row < begin"),
+    "cast dropped": ADDED.replace("static_cast<double>", ""),
+    "float for double": "float sums[4] = {};",
+    "index off by one": "out[(stride) + 1] = out[0];",
+    "first round dropped": LOOP.replace("= begin", "= (begin) + 1"),
+    "last round dropped": LOOP.replace("row < end", "row < (end) - 1"),
+    "call dropped": "if (row == 3) ;",
+    "stride swapped": ADDED.replace("row_stride", "stride"),
+}
+
+
+@pytest.fixture
+def made_of_source(tmp_path):
+    path = tmp_path / "a.cpp"
+    path.write_text(SOURCE, encoding="utf-8")
+    return cplusplus.mutants_of(path, "csrc/cpu/a.cpp")
+
+
 @pytest.mark.quick
-def test_the_same_mutants_are_drawn_again_and_enough_of_them():
-    mutants = drawn()
-    assert mutants == drawn() != drawn(seed=1)
+def test_every_kind_of_native_mutant_is_made(made_of_source):
+    by_kind = {}
+    for mutant in made_of_source:
+        by_kind.setdefault(mutant.kind, []).append(mutant.diff(SOURCE)[1])
+    for kind, line in EXPECTED_OF_SOURCE.items():
+        assert " ".join(line.split()) in by_kind.get(kind, []), kind
+    assert set(by_kind) == set(EXPECTED_OF_SOURCE)
+
+
+@pytest.mark.quick
+def test_native_mutants_change_what_the_tests_build_and_run(made_of_source):
+    """Neither declarations, nor what is for a GPU's compiler, nor checks, nor the types in angle brackets."""
+    for mutant in made_of_source:
+        before, after = mutant.diff(SOURCE)
+        assert mutant.kernel == ("bytes" if "bytes" in before else "run") and before != after
+        assert not any(
+            word in before for word in ("most", "unseen", "work", "CHECK", "impl", "namespace", "const Rows&")
+        )
+        assert "<float, 2>" in after or "<float, (2 + 1)>" in after or "load" not in after
+
+
+@pytest.mark.quick
+@FAMILIES
+def test_the_same_mutants_are_drawn_again_and_enough_of_them(family):
+    mutants = family.drawn()
+    assert mutants == family.drawn() != family.drawn(seed=1)
     assert len(mutants) >= 60
-    for mutant in mutants:
-        ast.parse(mutant.apply((KERNELS / mutant.file).read_text(encoding="utf-8")))
-    per_file = {path.name: len(mutants_of(path)) for path in KERNELS.glob("*.py")}
-    for file, made in per_file.items():
-        assert sum(mutant.file == file for mutant in mutants) == min(made, PER_FILE), file
+    for path in family.files():
+        made = len(family.mutants_of(path))
+        assert sum(family.path_of(mutant.file) == path for mutant in mutants) == min(made, family.PER_FILE), path
+    if family is triton:
+        for mutant in mutants:
+            ast.parse(mutant.apply(family.path_of(mutant.file).read_text(encoding="utf-8")))
+
+
+@pytest.mark.quick
+def test_native_mutants_are_of_every_source_and_run_the_tests_of_every_op():
+    files = {mutant.file for mutant in native.drawn()}
+    assert files >= {str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").iterdir() if p.stem != "pair_product"}
+    ops = {stage.op for file in files for stage in native.stages(file) if stage.library == "cpu"}
+    assert ops == {path.stem.removeprefix("test_") for path in native.TESTS.glob("test_*.py")
+                   if not path.stem.startswith(("test_build", "test_cuda"))}  # fmt: skip
+    assert native.users("csrc/cpu/common.cpp", "cpu") == native.users("csrc/element.h", "cpu")
+    assert native.users("csrc/cpu/pair_product.cpp", "cpu") == ["token_loss"]
+    assert set(native.users("csrc/element.h", "cuda")) == {p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    for file in files:
+        assert native.stages(file)
+        for stage in native.stages(file):
+            assert all(Path(path).exists() for path in stage.arguments if path.endswith(".py")), stage
 
 
 @pytest.mark.quick
 def test_equivalent_mutants_exist_and_have_reasons():
     """An entry whose line has changed says nothing any more."""
-    made = {identity(mutant) for path in KERNELS.glob("*.py") for mutant in mutants_of(path)}
+    made = {
+        runs.identity(family, mutant)
+        for family in (triton, native)
+        for path in family.files()
+        for mutant in family.mutants_of(path)
+    }
     assert not set(EQUIVALENT) - made
     assert all(len(reason) > 10 for reason in EQUIVALENT.values())
 
@@ -118,14 +230,14 @@ from pathlib import Path
 import pytest
 
 import moe_unlearn.ops
-from tests import mutants
+from tests.mutants import runs, triton
+from tests.mutants.mutant import Mutant
 
 folder = Path(sys.argv[1])
-mutants.KERNELS = folder / "kernels"
+triton.KERNELS = folder / "kernels"
+mutant = Mutant("gram.py", "a_kernel", "constant", 8, 9, "2", 1)
 for name in sys.argv[2:]:
-    mutants.stages = lambda file: [[str(folder / name)]]
-    mutant = mutants.Mutant("gram.py", "a_kernel", "constant", 8, 9, "2", 1)
-    print(mutants.run(mutant, "gram.py", 9)[0])
+    print(runs.run(triton, mutant, [triton.Stage((str(folder / name),))], 9)[0])
 """
 
 
@@ -157,6 +269,6 @@ def test_no_kernel_is_imported_before_it_is_mutated():
 def test_ten_mutants_die():
     """Other ones for every commit; what it prints says how to run the same again."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.mutants", "--sample", "10", "--jobs", "1"]
+    command = [sys.executable, "-m", "tests.mutants", "--family", "triton", "--sample", "10", "--jobs", "1"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

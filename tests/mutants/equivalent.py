@@ -50,4 +50,10 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "r = tl.load(word_elements(retain, retain_strides, index, row, at), mask=exists, other=0.0).to(tl.float32)",
         "r = tl.load(word_elements(retain, retain_strides, index, row, at), mask=exists, other=1).to(tl.float32)",
     ): "whoever asks for a score leaves out what does not exist",
+    (
+        "csrc/cpu/weight_score.cpp",
+        "for_each_word",
+        "for (int64_t row = begin / words; row * words < end; ++row) {",
+        "for (int64_t row = begin / words; row * words <= end; ++row) {",
+    ): "no word of the row behind the last one is looked at; its address is computed in vain",
 }
