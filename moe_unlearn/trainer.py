@@ -23,13 +23,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from moe_unlearn.checkpoint import load_state, save_state
 from moe_unlearn.config import NEED_REFUSALS, Recipe
 from moe_unlearn.data import (
-    Chat,
     Example,
     ForgetRetainDataset,
     PairCollator,
     alternates,
     check_rows,
-    encode_rows,
+    draw,
+    encode_side,
     overlap,
     pad_token_id,
     refusals,
@@ -60,7 +60,7 @@ def pair_collator(recipe: Recipe, tokenizer, forget: Sequence[Example]) -> PairC
 
 
 def _paired(rows: Mapping, recipe: Recipe, tokenizer) -> ForgetRetainDataset:
-    """Return the pairs of two sets of rows, encoded as the recipe's data section says."""
+    """Return the pairs of two sets of rows, encoded and drawn as the recipe's data section says."""
     settings, sides = recipe.data, {}
     if rows.keys() != {"forget", "retain"}:
         raise ValueError(f"expected train_dataset to have forget and retain; got {', '.join(map(str, rows)) or 'none'}")
@@ -68,21 +68,13 @@ def _paired(rows: Mapping, recipe: Recipe, tokenizer) -> ForgetRetainDataset:
         raise ValueError("rows need processing_class, a tokenizer, to be encoded")
     for side, own in rows.items():
         check_rows(side, own)
-        sides[side] = encode_rows(
-            own,
-            tokenizer,
-            settings.max_length,
-            side=side,
-            chat=Chat.chosen(settings),
-            seam=settings.seam,
-            prompt_tokens=settings.prompt_tokens if side == "forget" else 0,
-            alternates=side == "forget" and recipe.forget.replacement == "alternate",
-        )
+        replaced = recipe.forget.replacement == "alternate"
+        sides[side] = encode_side(own, tokenizer, settings, side=side, alternates=replaced)
     if shared := overlap(sides["forget"], sides["retain"]):
         raise ValueError(f"forget and retain overlap: {shared} of {len(sides['forget'])} forget examples are in retain")
-    return ForgetRetainDataset(
-        sides["forget"], sides["retain"], seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
-    )
+    forget = draw(sides["forget"], settings.forget_rows, seed=recipe.seed)
+    retain = draw(sides["retain"], settings.retain_rows, seed=recipe.seed)
+    return ForgetRetainDataset(forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget)
 
 
 class UnlearnTrainer(Trainer):

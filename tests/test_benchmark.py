@@ -147,6 +147,31 @@ def test_micro_batches_and_steps_are_told():
     assert seen[3].unlearn_step.steps == 3
 
 
+def test_the_learning_rate_warms_up_as_in_a_run_of_the_recipe():
+    seen = []
+    table_of(recipes=[small("graddiff", "steps=5", "optimizer.warmup_steps=4")], on_step=seen.append)
+    assert [progress.metrics["lr"] for progress in seen[1:]] == [0.0, 0.0025, 0.005, 0.0075, 0.01]
+
+
+def test_rows_are_encoded_and_drawn_as_the_recipes_say():
+    rows, seen = [], []
+
+    def unlabelled(model, tokenizer, sets):
+        rows.extend(sets["forget"])
+        return {side: sum(example.labels.count(-100) for example in examples) for side, examples in sets.items()}
+
+    forget = [f"{n} {text} {n}".replace("the", f"the {n}") for n, text in enumerate(FORGET)]
+    options = ["data.prompt_tokens=3", "data.max_length=16", "data.forget_rows=2"]
+    recipes = [small("graddiff", *options), small("npo", *options[:2])]
+    table = table_of(forget=forget, recipes=recipes, metrics=[unlabelled], on_step=seen.append)
+    assert all(len(row.input_ids) <= 16 for row in rows), "at most data.max_length tokens"
+    assert all(row["forget"] >= 3 * len(FORGET) and row["retain"] == 0 for row in table), "a prompt carries no labels"
+    used = {p.run: len(p.unlearn_step.prepared.rows["forget"]) for p in seen}
+    assert used["graddiff"] == 2 < used["npo"]
+    table_of(forget=forget, recipes=recipes[:1], metrics=[unlabelled], max_length=64)
+    assert max(len(row.input_ids) for row in rows) > 16, "max_length of the call comes before the recipes'"
+
+
 def test_an_interrupted_call_loses_only_the_run_in_progress(tmp_path):
     made = []
 
@@ -200,6 +225,10 @@ def test_an_interrupted_call_loses_only_the_run_in_progress(tmp_path):
         ({"recipes": ["npo"], "baselines": {"npo": None}}, "a recipe and a baseline are both named 'npo'"),
         ({"recipes": [dataclasses.replace(small("npo"), name="target")]}, "both named 'target'"),
         ({"recipes": [], "baselines": {}}, "got neither"),
+        (
+            {"recipes": ["npo", small("graddiff", "data.prompt_tokens=3")]},
+            "'npo' and 'graddiff' encode rows otherwise: data.prompt_tokens is 0 and 3; give both the same",
+        ),
         ({"metrics": ["rouge"]}, "expected metrics among nll, .*; got 'rouge'"),
         ({"metrics": ["nll", "nll"]}, "'nll' is asked for twice"),
         ({"metrics": [length_of, length_of]}, "'length_of' is asked for twice"),

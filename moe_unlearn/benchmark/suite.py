@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
+from transformers import get_constant_schedule_with_warmup
 
 from moe_unlearn import __version__, data, metrics, trace
 from moe_unlearn.benchmark.table import RETRAIN, Table, checked
-from moe_unlearn.config import Recipe
+from moe_unlearn.config import Data, Recipe
 from moe_unlearn.data import Document, Example
 from moe_unlearn.data.pairs import carry_loss
 from moe_unlearn.files import write_text
@@ -65,7 +66,7 @@ def unlearning(
     evaluation: Mapping[str, Sequence[Item]] | None = None,
     baselines: Mapping[str, Model] | None = None,
     seeds: Sequence[int] = (0,),
-    max_length: int = 512,
+    max_length: int | None = None,
     out: str | Path | None = None,
     on_step: Callable[[Progress], None] | None = None,
 ) -> Table:
@@ -74,8 +75,9 @@ def unlearning(
     Args:
         model: a model (copied for each run, itself untouched), the folder of one, or a function that makes one anew
             at every call and returns the model, or the pair of model and tokenizer.
-        forget, retain: the data that unlearning sees: texts, records and `Document`s (cut to examples of `max_length`
-            tokens) or `Example`s, in a list or a `datasets.Dataset` (`data.encode_rows`).
+        forget, retain: the data that unlearning sees: texts, records and `Document`s, encoded as the data sections of
+            the recipes say (which must agree), or `Example`s, in a list or a `datasets.Dataset` (`data.encode_side`).
+            A recipe with `data.forget_rows` or `data.retain_rows` unlearns on so many of them, drawn by the seed.
         recipes: names of shipped recipes, paths of YAML files or `Recipe`s; the row has the recipe's name.
         metrics: names among `NAMES`, and functions (model, tokenizer, sets) -> {name: number}, called in this order in
             evaluation mode; they leave the model as they found it. Default: every name that the sets allow.
@@ -85,6 +87,7 @@ def unlearning(
             in `sets`.
         baselines: models measured as they are, a row each. Default: {"target": model}. With one named "retrain", which
             never saw `forget`, and `minkauc`, every row has `privleak`.
+        max_length: tokens of an example, at most, instead of the recipes' `data.max_length`.
         seeds: each recipe runs once for each, instead of its own `seed`. A baseline is measured once.
         out: a folder where each finished row is kept under the content of model, data, recipe and metrics (of a
             function its name and source text), so that an interrupted call continues with the run it was in. It also
@@ -111,9 +114,10 @@ def unlearning(
     if baselines is not None:
         sources = {name: source if made is model else _Source(name, made, source.tokenizer)
                    for name, made in baselines.items()}  # fmt: skip
-    trained, further = (
-        {side: _encoded(side, items, source.tokenizer, max_length) for side, items in sides.items()} for sides in given
-    )
+    encode = partial(_encoded, tokenizer=source.tokenizer, settings=_encoding(chosen, given, max_length))
+    replaced = any(recipe.forget.replacement == "alternate" for recipe in chosen)
+    trained = {side: encode(side, items, alternates=replaced) for side, items in given[0].items()}
+    further = {side: encode(side, items, alternates=False) for side, items in given[1].items()}
     sets = trained | further
     if shared := data.overlap(trained["forget"], trained["retain"]):
         raise ValueError(
@@ -158,12 +162,13 @@ def _run(source, trained, sets, recipe: Recipe, asked, on_step) -> dict[str, flo
 def _unlearn(run: Run, on_step) -> tuple[UnlearnStep, float]:
     """Make the steps of a run; return the step and the seconds spent in it.
 
-    The loop is not `UnlearnTrainer`'s, which would change the numbers of earlier tables: it draws other rows, warms the
-    learning rate up, ends a step where an epoch ends, and switches a model in evaluation mode to training.
+    The loop is not `UnlearnTrainer`'s, which would change the numbers of earlier tables: it draws other rows, ends a
+    step where an epoch ends, and switches a model in evaluation mode to training.
     """
     recipe, start = run.recipe, time.perf_counter()
     step = UnlearnStep(run.model, recipe)
     step.prepare(*([_on(batch, run.model) for batch in run.batches(side)] for side in SIDES))
+    warmup = get_constant_schedule_with_warmup(step.optimizer, recipe.optimizer.warmup_steps)
     seconds = time.perf_counter() - start
     on_step(Progress(recipe.name, recipe.seed, 0, False, {}, step))
     for i in range(recipe.steps):
@@ -173,6 +178,7 @@ def _unlearn(run: Run, on_step) -> tuple[UnlearnStep, float]:
         sizes = step.sizes(micro_batches) if len(micro_batches) > 1 else None
         for sides in micro_batches:
             values = step(*sides, update=sides is micro_batches[-1], sizes=sizes)
+        warmup.step()
         seconds += time.perf_counter() - start
         last = step.done or i + 1 == recipe.steps
         on_step(Progress(recipe.name, recipe.seed, i + 1, last, values, step))
@@ -304,8 +310,27 @@ def _metrics(asked: Sequence[Metric] | None, evaluation, baselines) -> list[Metr
     return list(asked)
 
 
-def _encoded(side: str, items: Sequence[Item], tokenizer, max_length: int) -> list[Example]:
-    made = data.encode_rows(items, tokenizer, max_length, side=side)
+def _encoding(recipes: Sequence[Recipe], given: Sequence[Mapping], max_length: int | None) -> Data:
+    """Return the data section by which all rows are encoded, since one table measures every run on the same examples.
+
+    Raises ValueError if two recipes encode rows otherwise, unless all rows are examples already.
+    """
+    names = ("chat_template", "enable_thinking", "system", "date", "prompt_tokens", "seam")
+    names += ("max_length",) if max_length is None else ()
+    to_encode = any(not isinstance(item, Example) for sides in given for items in sides.values() for item in items)
+    for recipe, name in itertools.product(recipes if to_encode else (), names):
+        first, other = getattr(recipes[0].data, name), getattr(recipe.data, name)
+        if first != other:
+            raise ValueError(
+                f"the recipes {recipes[0].name!r} and {recipe.name!r} encode rows otherwise: data.{name} is {first!r} "
+                f"and {other!r}; give both the same, give Examples, or make a table of each"
+            )
+    settings = recipes[0].data if recipes else Data()
+    return settings if max_length is None else dataclasses.replace(settings, max_length=max_length)
+
+
+def _encoded(side: str, items: Sequence[Item], *, tokenizer, settings: Data, alternates: bool) -> list[Example]:
+    made = data.encode_side(items, tokenizer, settings, side=side, alternates=alternates)
     if not carry_loss(made):
         raise ValueError(f"{side}: no example has a token to predict")
     return made

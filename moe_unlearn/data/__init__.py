@@ -50,7 +50,7 @@ from moe_unlearn.data.hub import MissingLibraryError
 from moe_unlearn.data.packing import check_packing, pack, packed_batches
 from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, alternates, draw, overlap, refusals
 from moe_unlearn.data.registry import BENCHMARKS, DocumentStream, load
-from moe_unlearn.data.rows import check_rows, encode_rows
+from moe_unlearn.data.rows import check_rows, encode_rows, encode_side
 from moe_unlearn.data.selection import DataReport, select
 from moe_unlearn.data.special import Added, added, special_ids
 from moe_unlearn.data.stream import ExampleStream, shard
@@ -88,6 +88,7 @@ __all__ = [
     "drop_shared_runs",
     "encode",
     "encode_rows",
+    "encode_side",
     "generator",
     "iter_examples",
     "load",

@@ -138,8 +138,10 @@ def alternates(examples: Sequence[Example]) -> list[Example]:
     return found
 
 
-def draw(examples: Sequence[Example], count: int, *, seed: int) -> list[Example]:
-    """Return `count` of the examples, drawn by `seed`, in their order, or all of them if there are no more."""
+def draw(examples: Sequence[Example], count: int | None, *, seed: int) -> list[Example]:
+    """Return `count` of the examples, drawn by `seed`, in their order; all of them for None or if there are no more."""
+    if count is None:
+        return list(examples)
     chosen = torch.randperm(len(examples), generator=generator(seed, 0))[:count]
     return [examples[i] for i in sorted(chosen.tolist())]
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from moe_unlearn.config import Data
+from moe_unlearn.data.chats import Chat
 from moe_unlearn.data.corpus import Document
 from moe_unlearn.data.records import SIDE_ANSWERS, documents_of
 from moe_unlearn.data.tokenize import Example, encode
@@ -46,6 +48,24 @@ def encode_rows(rows: Iterable, tokenizer: Tokenizer, max_length: int, *, side: 
         else:
             raise TypeError(f"{where}: expected a text, a record, a Document or an Example; got {type(row).__name__}")
     return made
+
+
+def encode_side(rows: Iterable, tokenizer: Tokenizer, settings: Data, *, side: str, alternates: bool) -> list[Example]:
+    """Return the examples of one side's rows, encoded as a recipe's data section says; errors as of `encode_rows`.
+
+    `alternates` says that the forget rows are needed with their alternate answers. Rows that are examples or tokens
+    stay as they are.
+    """
+    return encode_rows(
+        rows,
+        tokenizer,
+        settings.max_length,
+        side=side,
+        chat=Chat.chosen(settings),
+        seam=settings.seam,
+        prompt_tokens=0 if side == "retain" else settings.prompt_tokens,
+        alternates=alternates and side == "forget",
+    )
 
 
 def _encoded(document: Document, where: str, tokenizer: Tokenizer, max_length: int, encoding: dict) -> list[Example]:

@@ -27,11 +27,14 @@ SIDES = ("forget", "retain")
 class Run:
     """A recipe on a model and two sets of examples, put together once for whoever plans it or makes its steps.
 
+    Of more examples than the recipe's `data.forget_rows` and `data.retain_rows`, that many are drawn.
     Raises ValueError if the sets do not fit the recipe (see `pair_collator`), or if one carries no loss.
     """
 
     def __init__(self, model: nn.Module, tokenizer, recipe: Recipe, forget: list[Example], retain: list[Example]):
         self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
+        forget = data.draw(forget, recipe.data.forget_rows, seed=recipe.seed)
+        retain = data.draw(retain, recipe.data.retain_rows, seed=recipe.seed)
         self.pairs = data.ForgetRetainDataset(
             forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
         )

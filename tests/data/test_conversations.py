@@ -186,6 +186,9 @@ def test_the_trainer_takes_data_sets_of_rows(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 2
     assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+    drawing = Recipe.load("npo", ["data.max_length=32", "data.forget_rows=1", "data.retain_rows=2"])
+    drawn = UnlearnTrainer(model, arguments, drawing, rows, processing_class=TOKENIZER).train_dataset
+    assert (len(drawn.forget), len(drawn.retain)) == (1, 2)
     with pytest.raises(ValueError, match="rows need processing_class"):
         UnlearnTrainer(model, arguments, "npo", rows)
     with pytest.raises(ValueError, match="to have forget and retain; got forget"):
