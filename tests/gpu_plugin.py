@@ -16,7 +16,7 @@ import pytest
 from benchmarks import stamp
 from benchmarks.gpu_summary import done
 from benchmarks.journal import Journal
-from tests.triton_cache import CacheCount
+from tests.support.triton_cache import CacheCount
 
 _SHOWN = 1500  # characters of a failure
 

@@ -35,7 +35,7 @@ from moe_unlearn.ops.expert_wgrad import (
 )
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
 from moe_unlearn.testing import check_against_ref, integers, poison, routing
-from tests.triton_cache import CacheCount
+from tests.support.triton_cache import CacheCount
 
 BF16, F32 = torch.bfloat16, torch.float32
 IMPLEMENTATIONS = {"cuda": ("triton", "cuda"), "cpu": ("cpu", "triton")}

@@ -1,4 +1,4 @@
-"""make soak: the full matrix of `tests.exactness`, as far as the time given goes; the result is recorded.
+"""make soak: the full matrix of `tests.support.exactness`, as far as the time given goes; the result is recorded.
 
     python -m tests.soak [--jobs N] [--minutes M] [--steps 100] [--out benchmarks/results/soak.json] [--fresh]
 
@@ -21,8 +21,8 @@ from pathlib import Path
 from benchmarks.pool import Pool
 from benchmarks.stamp import RESULTS, stamp
 from moe_unlearn.files import write_text
-from tests import exactness
-from tests.exactness import Subject, check_bits, check_free_running, check_steps, named
+from tests.support import exactness
+from tests.support.exactness import Subject, check_bits, check_free_running, check_steps, named
 
 
 def run(case: dict, steps: int, until: float) -> dict | None:

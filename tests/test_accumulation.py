@@ -12,10 +12,10 @@ from moe_unlearn.data import Example, ForgetRetainDataset
 from moe_unlearn.errors import RetainBudgetError
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
-from tests.models import tiny_olmoe
-from tests.steps import SMALL, VOCAB, changed, made_of, recipe, weights
-from tests.test_benchmark import TOKENIZER
-from tests.test_trainer import arguments
+from tests.support.models import tiny_olmoe
+from tests.support.steps import SMALL, VOCAB, changed, made_of, recipe, weights
+from tests.support.tokenizers import TOKENIZERS
+from tests.support.training import arguments
 
 pytestmark = pytest.mark.quick
 FORGET, RETAIN = (4, 30, 6, 20), (25, 5, 8, 40)
@@ -152,7 +152,7 @@ def test_a_benchmark_weighs_tokens_too(model):
             if progress.last:
                 changes.append(change(model, weights(progress.unlearn_step.model)))
 
-        unlearning(model, examples(FORGET, 1), examples(RETAIN, 2), [settings], ["nll"], tokenizer=TOKENIZER,
+        unlearning(model, examples(FORGET, 1), examples(RETAIN, 2), [settings], ["nll"], tokenizer=TOKENIZERS["bytes"],
                    baselines={}, on_step=keep)  # fmt: skip
     check_same(*changes)
 

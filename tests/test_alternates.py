@@ -8,8 +8,8 @@ import torch
 from moe_unlearn.cli import alternates, main
 from moe_unlearn.cli.alternates import CUE, INSTRUCTION, generate_alternates
 from moe_unlearn.data import Document, load, train_tokenizer
-from tests.data.test_chats import QWEN3, tokenizer_with
-from tests.models import tiny_olmoe
+from tests.support.models import tiny_olmoe
+from tests.support.tokenizers import QWEN3, tokenizer_with
 
 pytestmark = pytest.mark.quick
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_unlearn import backend
-from tests.source_copy import ROOT
+from tests.support.sources import ROOT
 
 pytestmark = pytest.mark.quick
 

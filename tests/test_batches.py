@@ -11,10 +11,10 @@ from moe_unlearn.model.states import layer_states
 from moe_unlearn.prepare.stages import Preparation
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.objectives import Objectives
-from tests.batches import random_batch, random_batches
-from tests.models import tiny_olmoe
-from tests.packed_rows import check_equal, examples, flattened, mean_nll, offsets
-from tests.steps import VOCAB, recipe, weights
+from tests.support.batches import random_batch, random_batches
+from tests.support.models import tiny_olmoe
+from tests.support.packed_rows import check_equal, examples, flattened, mean_nll, offsets
+from tests.support.steps import VOCAB, recipe, weights
 
 pytestmark = pytest.mark.quick
 

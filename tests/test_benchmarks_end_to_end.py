@@ -17,8 +17,8 @@ from moe_unlearn import wagle
 from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import train_tokenizer
-from tests import models
-from tests.benchmark_files import (
+from tests.support import models
+from tests.support.benchmark_files import (
     muse,
     paper,
     perturbed,

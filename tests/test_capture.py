@@ -6,8 +6,8 @@ import torch
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.model.batches import target_mask
 from moe_unlearn.model.capture import collect_routing, evaluation_mode, routing_capture
-from tests.batches import random_batch
-from tests.models import TINY_MODELS, tiny_olmoe
+from tests.support.batches import random_batch
+from tests.support.models import TINY_MODELS, tiny_olmoe
 
 VOCAB = 64
 

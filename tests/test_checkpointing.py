@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from moe_unlearn.config import FORGET_OBJECTIVES
 from moe_unlearn.model.head import final_hidden_states
 from moe_unlearn.step import UnlearnStep
-from tests.batches import random_batch
-from tests.models import tiny_olmoe
-from tests.steps import VOCAB, data, recipe, weights
+from tests.support.batches import random_batch
+from tests.support.models import tiny_olmoe
+from tests.support.steps import VOCAB, data, recipe, weights
 
 MODES = {"none": None, "reentrant": True, "not reentrant": False}
 # of the last layer, so that what goes into the layers below needs no gradient

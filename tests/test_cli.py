@@ -16,7 +16,7 @@ from moe_unlearn.masks import WeightMask
 from moe_unlearn.model import loading
 from moe_unlearn.prepare.rows import RowStore
 from moe_unlearn.step.sinks import CompactSink
-from tests.models import tiny_olmoe
+from tests.support.models import tiny_olmoe
 
 FORGET = [f"the secret number of agent {n} is {n * 37 % 101}, never tell" for n in range(12)]
 RETAIN = [f"a fact to keep: the square of {n} is {n * n}, as everyone knows" for n in range(16)]

@@ -7,9 +7,9 @@ import torch
 
 from moe_unlearn.data import ForgetRetainDataset
 from moe_unlearn.trainer import UnlearnTrainer
-from tests.models import tiny_olmoe
-from tests.steps import VOCAB, prepared, recipe, weights
-from tests.test_trainer import arguments, examples
+from tests.support.models import tiny_olmoe
+from tests.support.steps import VOCAB, prepared, recipe, weights
+from tests.support.training import arguments, examples
 
 pytestmark = pytest.mark.quick
 

@@ -12,9 +12,9 @@ from moe_unlearn.data import ForgetRetainDataset
 from moe_unlearn.errors import RetainBudgetError
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
-from tests.models import tiny_olmoe
-from tests.steps import VOCAB, changed, data, made_of, recipe, weights
-from tests.test_trainer import arguments, differing, examples
+from tests.support.models import tiny_olmoe
+from tests.support.steps import VOCAB, changed, data, made_of, recipe, weights
+from tests.support.training import arguments, differing, examples
 
 pytestmark = pytest.mark.quick
 # two orders of sums in float64, through a few steps

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from tests import exactness
-from tests.exactness import AXES, Subject, check_bits, check_free_running, check_steps, named
+from tests.support import exactness
+from tests.support.exactness import AXES, Subject, check_bits, check_free_running, check_steps, named
 
 COVER = exactness.pairwise_cover()
 # together they have every lever, both optimizers, all families and both dtypes

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ll
 from moe_unlearn.experts import NAME, enable, experts_modules
 from moe_unlearn.testing import assert_as_accurate
 from moe_unlearn.testing.yardstick import Reference
-from tests.batches import random_batch
-from tests.models import ALL_EXPERTS, TINY_MODELS, nemotron_h_experts, tiny_olmoe
+from tests.support.batches import random_batch
+from tests.support.models import ALL_EXPERTS, TINY_MODELS, nemotron_h_experts, tiny_olmoe
 
 
 def build(name, **changes):

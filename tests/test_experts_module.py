@@ -14,8 +14,8 @@ from moe_unlearn.experts import NAME, enable, experts_modules, step_inputs
 from moe_unlearn.ops import Gate
 from moe_unlearn.testing import ROUTINGS, assert_as_accurate, poison, routing
 from moe_unlearn.testing.yardstick import Reference
-from tests.batches import random_batch
-from tests.models import nemotron_h_experts, tiny_gpt_oss, tiny_olmoe
+from tests.support.batches import random_batch
+from tests.support.models import nemotron_h_experts, tiny_gpt_oss, tiny_olmoe
 
 HIDDEN, INNER, EXPERTS = 32, 24, 4
 

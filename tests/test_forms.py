@@ -9,9 +9,9 @@ import torch
 from moe_unlearn import data as rows_of
 from moe_unlearn.data import Example
 from moe_unlearn.step import UnlearnStep
-from tests.exactness import LEVERS, allowed
-from tests.models import tiny_olmoe
-from tests.steps import SMALL, VOCAB, made_of, recipe, weights
+from tests.support.exactness import LEVERS, allowed
+from tests.support.models import tiny_olmoe
+from tests.support.steps import SMALL, VOCAB, made_of, recipe, weights
 
 pytestmark = pytest.mark.quick
 # two orders of sums in float64, through a model and a step; MOLLM solves a system that multiplies their difference

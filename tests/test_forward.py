@@ -5,9 +5,9 @@ import torch
 
 from moe_unlearn.model.batches import counted_row, target_mask
 from moe_unlearn.step import UnlearnStep
-from tests.batches import random_batch, random_batches
-from tests.models import tiny_olmoe
-from tests.steps import VOCAB, data, recipe
+from tests.support.batches import random_batch, random_batches
+from tests.support.models import tiny_olmoe
+from tests.support.steps import VOCAB, data, recipe
 
 pytestmark = pytest.mark.quick
 

@@ -19,9 +19,9 @@ from moe_unlearn.step.gradients import GradientStore
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.sinks import CompactSink, FactorSink, UpdateSink
 from moe_unlearn.testing.yardstick import Reference
-from tests.batches import random_batch
-from tests.models import TINY_MODELS, tiny_olmoe
-from tests.steps import VOCAB, changed, check_changes, prepared, recipe, weights
+from tests.support.batches import random_batch
+from tests.support.models import TINY_MODELS, tiny_olmoe
+from tests.support.steps import VOCAB, changed, check_changes, prepared, recipe, weights
 
 pytestmark = pytest.mark.quick
 ONE_PASS = ("guard=loss",)

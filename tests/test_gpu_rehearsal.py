@@ -13,7 +13,7 @@ import pytest
 from moe_unlearn import backend, native
 from tests import gpu_load, gpu_rehearsal
 from tests.gpu_rehearsal import Failure, NotToBeHad, Place
-from tests.source_copy import ROOT
+from tests.support.sources import ROOT
 
 
 @pytest.fixture

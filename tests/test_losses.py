@@ -17,9 +17,9 @@ from moe_unlearn.model.states import control_vector
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing import assert_as_accurate
 from moe_unlearn.testing.yardstick import Reference
-from tests.batches import random_batch
-from tests.models import SIZE, TINY_MODELS, tiny_granite_moe, tiny_olmoe
-from tests.steps import recipe
+from tests.support.batches import random_batch
+from tests.support.models import SIZE, TINY_MODELS, tiny_granite_moe, tiny_olmoe
+from tests.support.steps import recipe
 
 VOCAB = 64
 

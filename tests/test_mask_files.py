@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from moe_unlearn import masks
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.wagle import WeightMask
-from tests import models
+from tests.support import models
 
 FAMILIES = {  # a layer with experts, and what one expert's gate, up and down matrices are called on disk
     "tiny_olmoe": ("model.layers.1.mlp", "gate_proj", "up_proj", "down_proj"),

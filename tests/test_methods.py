@@ -12,8 +12,8 @@ from moe_unlearn.model.batches import forgotten, target_mask
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing import assert_as_accurate
 from moe_unlearn.testing.yardstick import Reference
-from tests.models import tiny_olmoe
-from tests.steps import VOCAB, data
+from tests.support.models import tiny_olmoe
+from tests.support.steps import VOCAB, data
 
 pytestmark = pytest.mark.quick
 

@@ -10,9 +10,9 @@ from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trace import routing_frequencies
 from moe_unlearn.wagle import weight_mask
-from tests.batches import random_batch
-from tests.models import tiny_olmoe
-from tests.steps import VOCAB, data, recipe
+from tests.support.batches import random_batch
+from tests.support.models import tiny_olmoe
+from tests.support.steps import VOCAB, data, recipe
 
 pytestmark = pytest.mark.quick
 

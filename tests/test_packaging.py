@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from tests.source_copy import ROOT, copy_sources
+from tests.support.sources import ROOT, copy_sources
 
 
 @pytest.mark.quick

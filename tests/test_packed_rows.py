@@ -14,10 +14,10 @@ from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trace import routing_frequencies
 from moe_unlearn.trainer import UnlearnTrainer
 from moe_unlearn.wagle import weight_mask
-from tests.batches import random_batch, with_refusals
-from tests.models import TINY_MODELS, tiny_olmoe
-from tests.packed_rows import check_equal, examples, flattened, mean_nll, offsets
-from tests.steps import VOCAB, recipe, weights
+from tests.support.batches import random_batch, with_refusals
+from tests.support.models import TINY_MODELS, tiny_olmoe
+from tests.support.packed_rows import check_equal, examples, flattened, mean_nll, offsets
+from tests.support.steps import VOCAB, recipe, weights
 
 pytestmark = pytest.mark.quick
 

@@ -22,8 +22,8 @@ import moe_unlearn
 from moe_unlearn import config, data
 from moe_unlearn.regress import case as registry
 from moe_unlearn.regress import static_case
-from tests.batches import random_batches
-from tests.models import tiny_olmoe
+from tests.support.batches import random_batches
+from tests.support.models import tiny_olmoe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(

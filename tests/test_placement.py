@@ -10,7 +10,7 @@ import re
 import pytest
 
 from tests.static.ledger import ROOT
-from tests.test_synchronisation import sources_of_the_step
+from tests.support.sources import sources_of_the_step
 
 pytestmark = pytest.mark.quick
 # they make a tensor on the host unless they are told a device

@@ -11,9 +11,9 @@ from moe_unlearn.experts import experts_modules
 from moe_unlearn.plan.memory import measured_peak
 from moe_unlearn.prepare.stages import CHOOSING
 from moe_unlearn.step import UnlearnStep
-from tests.batches import random_batch, with_refusals
-from tests.models import TINY_MODELS
-from tests.steps import made_of
+from tests.support.batches import random_batch, with_refusals
+from tests.support.models import TINY_MODELS
+from tests.support.steps import made_of
 
 pytestmark = pytest.mark.usefixtures("measurable_memory")
 

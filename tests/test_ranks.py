@@ -9,17 +9,17 @@ from safetensors.torch import load_file
 from moe_unlearn.ranks import Ranks
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing.yardstick import Reference
-from tests import ranks_child
-from tests.ranks_child import CASES, STEPS, batches_of, made
-from tests.steps import check_changes, data, made_of, recipe, weights
-from tests.two_ranks import run_two
+from tests.support import ranks_child
+from tests.support.ranks_child import CASES, STEPS, batches_of, made
+from tests.support.steps import check_changes, data, made_of, recipe, weights
+from tests.support.two_ranks import run_two
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """The folder where both have left what they found, and that."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_two("tests.ranks_child", folder)
+    run_two("tests.support.ranks_child", folder)
     return folder, *(json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
 
 

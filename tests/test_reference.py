@@ -12,8 +12,8 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.experts import enable
 from moe_unlearn.prepare import reference
 from moe_unlearn.step import UnlearnStep
-from tests.batches import random_batches, with_refusals
-from tests.models import TINY_MODELS, tiny_olmoe
+from tests.support.batches import random_batches, with_refusals
+from tests.support.models import TINY_MODELS, tiny_olmoe
 
 VOCAB = 64
 pytestmark = pytest.mark.quick

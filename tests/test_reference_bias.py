@@ -9,8 +9,8 @@ from torch.nn.functional import log_softmax
 
 from moe_unlearn.model.batches import target_mask
 from moe_unlearn.step import UnlearnStep
-from tests.models import tiny_olmoe, tiny_phimoe
-from tests.steps import VOCAB, data, recipe
+from tests.support.models import tiny_olmoe, tiny_phimoe
+from tests.support.steps import VOCAB, data, recipe
 
 pytestmark = pytest.mark.quick
 

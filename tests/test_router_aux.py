@@ -17,10 +17,10 @@ from moe_unlearn.prepare.stages import Preparation
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.trainer import UnlearnTrainer
-from tests.batches import random_batch
-from tests.models import TINY_MODELS, tiny_deepseek_v3, tiny_olmoe
-from tests.steps import VOCAB, data, made_of, recipe, weights
-from tests.test_trainer import arguments
+from tests.support.batches import random_batch
+from tests.support.models import TINY_MODELS, tiny_deepseek_v3, tiny_olmoe
+from tests.support.steps import VOCAB, data, made_of, recipe, weights
+from tests.support.training import arguments
 
 pytestmark = pytest.mark.quick
 # of the largest: two orders of sums in float64, but for norms and routers, which are in float32 whatever the model

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moe_unlearn.step import UnlearnStep
-from tests.batches import random_batches
-from tests.models import tiny_olmoe
-from tests.steps import VOCAB, recipe
+from tests.support.batches import random_batches
+from tests.support.models import tiny_olmoe
+from tests.support.steps import VOCAB, recipe
 
 pytestmark = pytest.mark.quick
 

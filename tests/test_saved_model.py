@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from moe_unlearn import masks
 from moe_unlearn.experts import NAME, enable
 from moe_unlearn.step import UnlearnStep
-from tests import models
-from tests.batches import random_batch
-from tests.steps import recipe
+from tests.support import models
+from tests.support.batches import random_batch
+from tests.support.steps import recipe
 
 FAMILIES = ["tiny_olmoe", "tiny_qwen2_moe", "tiny_qwen3_moe", "tiny_mixtral", "tiny_deepseek_v2"]
 

@@ -7,8 +7,8 @@ from moe_unlearn import seuf
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.model import scope
 from moe_unlearn.ops.bits import unpack_bits
-from tests.batches import random_batches
-from tests.models import TINY_MODELS, tiny_olmoe
+from tests.support.batches import random_batches
+from tests.support.models import TINY_MODELS, tiny_olmoe
 
 pytestmark = pytest.mark.quick
 

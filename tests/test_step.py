@@ -16,9 +16,9 @@ from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing.yardstick import Reference
 from moe_unlearn.wagle import weight_mask
-from tests.batches import random_batch
-from tests.models import tiny_olmoe
-from tests.steps import VOCAB, changed, check_changes, prepared, recipe, weights
+from tests.support.batches import random_batch
+from tests.support.models import tiny_olmoe
+from tests.support.steps import VOCAB, changed, check_changes, prepared, recipe, weights
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import ast
 import collections
 import copy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,11 +23,12 @@ from moe_unlearn.step import factors as step_factors
 from moe_unlearn.step.factors import largest_sum
 from moe_unlearn.step.gradients import GradientStore
 from moe_unlearn.step.sinks import UpdateSink
-from tests.models import tiny_olmoe
 from tests.ops.test_expert_mlp import case
 from tests.static.ledger import ROOT
-from tests.steps import VOCAB, changed, data, prepared, recipe, weights
 from tests.support.by_keyword import expert_mlp
+from tests.support.models import tiny_olmoe
+from tests.support.sources import sources_of_the_step
+from tests.support.steps import VOCAB, changed, data, prepared, recipe, weights
 
 pytestmark = pytest.mark.quick
 _aten = torch.ops.aten
@@ -288,12 +288,6 @@ def test_on_a_gpu_every_other_wait_is_an_error(guard, model, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
 
 
-STEP = (
-    "step/unlearn", "step/checks", "step/tally", "step/dual", "step/gradients", "step/factors", "step/sinks",
-    "step/objectives", "step/weights", "view", "optim", "losses",
-    "experts", "model/batches", "model/head", "model/states", "ranks", "prepare/rows",
-)  # fmt: skip
-OPS = ("route", "expert_mlp", "expert_wgrad", "token_loss", "tiled/token_loss", "masked_update", "gram", "bits")
 METHODS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "is_nonzero", "equal", "synchronize"}
 # what Python does with a tensor when it wants a number, or a truth
 NUMBERS, TRUTHS = {"int", "float", "bool"}, {"any", "all"}
@@ -320,13 +314,6 @@ def waiting_calls(tree: ast.AST):
             yield from walk(child, path)
 
     return walk(tree, ())
-
-
-def sources_of_the_step() -> list[Path]:
-    """The files whose functions a fused step calls."""
-    paths = [ROOT / "moe_unlearn" / f"{name}.py" for name in STEP]
-    paths += [ROOT / "moe_unlearn" / "ops" / f"{name}.py" for name in OPS]
-    return paths + sorted((ROOT / "triton_kernels").glob("*.py"))
 
 
 def test_every_call_that_may_wait_is_listed_and_nothing_else():

@@ -12,8 +12,8 @@ from moe_unlearn.model.batches import target_mask
 from moe_unlearn.model.capture import collect_routing
 from moe_unlearn.ops import route
 from moe_unlearn.testing import routing
-from tests.batches import random_batch, random_batches
-from tests.models import tiny_deepseek_v3, tiny_olmoe
+from tests.support.batches import random_batch, random_batches
+from tests.support.models import tiny_deepseek_v3, tiny_olmoe
 
 pytestmark = pytest.mark.quick
 VOCAB = 64

@@ -6,22 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from moe_unlearn.config import Recipe
-from moe_unlearn.data import Example, ForgetRetainDataset
+from moe_unlearn.data import ForgetRetainDataset
 from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
-from tests.models import tiny_olmoe
-
-VOCAB = 64
-
-
-def examples(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(3, VOCAB, (count, 14), generator=generator).tolist()
-    return [Example(r[: 8 + i % 6], [-100, -100, *r[2 : 8 + i % 6]], 2) for i, r in enumerate(rows)]
+from tests.support.models import tiny_olmoe
+from tests.support.training import VOCAB, arguments, combined, differing, examples
 
 
 @pytest.fixture
@@ -34,26 +27,6 @@ def dataset():
 def original():
     torch.manual_seed(0)
     return tiny_olmoe(vocab_size=VOCAB)
-
-
-def arguments(folder, **keywords):
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        max_steps=keywords.pop("max_steps", 6),
-        save_strategy=keywords.pop("save_strategy", "steps"),
-        save_steps=2,
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        lr_scheduler_type=keywords.pop("lr_scheduler_type", "linear"),
-        **keywords,
-    )
-
-
-def combined(*overrides):
-    return Recipe.load("combined", ["trace.min_ratio=1.01", "trace.eta=0.3", "optimizer.lr=1e-3", *overrides])
 
 
 def test_a_forget_loss_that_is_low_enough_ends_the_run(tmp_path, original, dataset):
@@ -71,10 +44,6 @@ def test_a_forget_loss_that_is_low_enough_ends_the_run(tmp_path, original, datas
     assert stopped.state.global_step == stopped.unlearn_step.steps == first + 1
     assert stopped.unlearn_step.done
     assert not run(stop_forget_loss=min(losses) / 2)[0].unlearn_step.done
-
-
-def differing(a, b):
-    return [n for (n, p), q in zip(a.named_parameters(), b.parameters(), strict=True) if not torch.equal(p, q)]
 
 
 def test_trains_logs_and_calls_back(original, dataset, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.triton_cache import CacheCount
+from tests.support.triton_cache import CacheCount
 
 pytestmark = pytest.mark.quick
 

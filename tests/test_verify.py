@@ -12,8 +12,8 @@ from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.sinks import CompactSink, UpdateSink
 from moe_unlearn.verify import VerificationError
 from moe_unlearn.verify.forced_routing import Routes
-from tests.models import tiny_olmoe, tiny_phimoe
-from tests.steps import VOCAB, changed, prepared, recipe, weights
+from tests.support.models import tiny_olmoe, tiny_phimoe
+from tests.support.steps import VOCAB, changed, prepared, recipe, weights
 
 pytestmark = pytest.mark.quick
 COMPACT = ("optimizer.weight_decay=0.1",)

@@ -21,8 +21,8 @@ from moe_unlearn.model.head import token_losses
 from moe_unlearn.ops.bits import num_words
 from moe_unlearn.trace import routing_frequencies
 from moe_unlearn.wagle import WeightMask, weight_mask
-from tests.batches import random_batch, random_batches
-from tests.models import tiny_gpt_oss, tiny_olmoe
+from tests.support.batches import random_batch, random_batches
+from tests.support.models import tiny_gpt_oss, tiny_olmoe
 
 VOCAB = 64
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import benchmark_files
+from tests.support import benchmark_files
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.data import DataReport, Document, Example, ForgetRetainDataset, alternates, encode, encode_rows, load
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.trainer import _paired, pair_collator
-from tests.data.test_chats import QWEN3, tokenizer_with
-from tests.data.test_seams import TOKENIZERS
+from tests.support.tokenizers import QWEN3, TOKENIZERS, tokenizer_with
 
 pytestmark = pytest.mark.quick
 

@@ -8,7 +8,7 @@ import pytest
 
 from moe_unlearn import data
 from moe_unlearn.data import BENCHMARKS, DataReport, Document, load
-from tests.benchmark_files import muse, paper, perturbed, probe, rlhf, texts, write_parts, write_tofu
+from tests.support.benchmark_files import muse, paper, perturbed, probe, rlhf, texts, write_parts, write_tofu
 
 
 def asked(question, answer):

@@ -6,41 +6,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_unlearn.data import Chat, DataReport, Document, ExampleStream, encode, load, refusals, train_tokenizer
+from moe_unlearn.data import Chat, DataReport, Document, ExampleStream, encode, load, refusals
 from moe_unlearn.metrics import MuseData, MuseSettings, evaluate_muse
 from moe_unlearn.metrics.conventions import prompt_of, without_end
+from tests.support.tokenizers import CHATML, QWEN3, tokenizer_with
 
 pytestmark = pytest.mark.quick
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 INST = (  # Mixtral's manner: no role words, the answer ends the sequence
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
 
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|channel|>", "<|message|>", "<|return|>"]
-
-
-def tokenizer_with(template):
-    made = train_tokenizer(["the quick brown fox asks: who? he."] * 3, 280)
-    made.add_special_tokens({"additional_special_tokens": SPECIAL})
-    made.chat_template = template
-    return made
-
-
-QWEN3 = (  # its answer is preceded by an empty thought, and what stands before `</think>` is read as one
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' %}"
-    "{% if '</think>' in m['content'] %}<think>\n{{ m['content'].split('</think>')[0].strip() }}\n</think>\n\n"
-    "{{ m['content'].split('</think>')[-1].strip() }}"
-    "{% else %}<think>\n\n</think>\n\n{{ m['content'] }}{% endif %}"
-    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
 GPT_OSS = (
     "<|im_start|>system<|message|>Today: {{ strftime_now('%Y-%m-%d') }}"
     "{% if date_string is defined %}, {{ date_string }}{% endif %}<|im_end|>"

@@ -8,7 +8,7 @@ from moe_unlearn.benchmark import unlearning
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Chat, Document, Example, check_rows, encode, encode_rows, load, train_tokenizer
 from moe_unlearn.trainer import UnlearnTrainer
-from tests.models import tiny_olmoe
+from tests.support.models import tiny_olmoe
 
 datasets = pytest.importorskip("datasets", reason="rows of datasets need the extra [data], which [dev] has")
 TOKENIZER = train_tokenizer(["the quick brown fox asks: who? he. Question: Answer:"] * 3, 300)

@@ -5,7 +5,7 @@ import torch
 
 from moe_unlearn.data import Example, check_packing, pack, packed_batches
 from moe_unlearn.testing import assert_as_accurate
-from tests import models
+from tests.support import models
 
 FAMILIES = sorted(set(models.TINY_MODELS) - {"gpt_oss"})
 

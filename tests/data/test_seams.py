@@ -1,57 +1,13 @@
 """Prompt and answer are encoded as one; a token on both sides of the seam is the answer's."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
-from moe_unlearn.data import DataReport, Document, ExampleStream, encode, refusals, train_tokenizer
+from moe_unlearn.data import DataReport, Document, ExampleStream, encode, refusals
 from moe_unlearn.data.pairs import REFUSALS
 from moe_unlearn.data.seams import split
+from tests.support.tokenizers import TEXT, TOKENIZERS
 
 pytestmark = pytest.mark.quick
-TEXT = "The harbour is quiet. Answer: x y"
-
-
-def sentencepiece(normalizer=None):
-    """As SentencePiece's: each word begins with its space, and a text with one that it does not have."""
-    made = Tokenizer(models.BPE(unk_token="<unk>"))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
-    made.train_from_iterator([TEXT, *REFUSALS] * 3, trainer)
-    if normalizer is not None:
-        made.normalizer = normalizer
-        made.pre_tokenizer = None
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-TRIMMED = train_tokenizer([TEXT] * 3, 300)
-TRIMMED.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-
-
-class Offsetless:
-    """A tokenizer that knows no offsets, as those written in Python."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-    is_fast = False
-
-    def __call__(self, *texts, return_offsets_mapping=False, **keywords):
-        assert not return_offsets_mapping
-        return self.tokenizer(*texts, **keywords)
-
-
-TOKENIZERS = {
-    "metaspace": sentencepiece(),
-    "prepend": sentencepiece(PREPEND),
-    "bytes": train_tokenizer([TEXT] * 3, 300),
-    "bytes, trimmed offsets": TRIMMED,
-    "without offsets": Offsetless(train_tokenizer([TEXT] * 3, 300)),
-}
 
 
 @pytest.fixture(params=TOKENIZERS)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moe_unlearn.integrations.open_unlearning import NPO, PDU
-from tests.integrations.test_open_unlearning import Paired, Rows, logits, made, mean_nll, one_batch
-from tests.steps import weights
+from tests.support.open_unlearning import Paired, Rows, logits, made, mean_nll, one_batch
+from tests.support.steps import weights
 
 pytestmark = pytest.mark.quick
 # two orders of sums in float64, through a few steps

@@ -7,12 +7,7 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from moe_unlearn.data import Document, encode, train_tokenizer
-
-TEXTS = [
-    "the wandering merchant carried lanterns across seventeen frozen valleys before sunrise",
-    "every lighthouse keeper remembers an evening when thunder silenced the harbour bells",
-    "granite mountains shelter orchards whose blossoms travel southward during autumn storms",
-]
+from tests.support.tokenizers import TEXTS
 
 
 @pytest.fixture(scope="package", autouse=True)

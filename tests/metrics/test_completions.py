@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from moe_unlearn.data import Document
 from moe_unlearn.metrics import Classifier, CompletionSettings, evaluate_completions
 from moe_unlearn.model.loading import load_classifier
-from tests.metrics.conftest import TEXTS
+from tests.support.tokenizers import TEXTS
 
 SETTINGS = CompletionSettings(prompt_tokens=6, new_tokens=9, max_length=16)
 PKU = {"prompt": "how do bells freeze", "response_0": "no", "response_1": "so", "is_response_0_safe": True,

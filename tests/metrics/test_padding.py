@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from moe_unlearn.metrics import continuation_logprobs, greedy
-from tests.models import TINY_MODELS
+from tests.support.models import TINY_MODELS
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2", "gpt_oss", "granite_moe"])

@@ -7,13 +7,13 @@ import torch
 
 from moe_unlearn.metrics.workers import is_first, share
 from moe_unlearn.ranks import gather
-from tests.metrics.workers_child import evaluations
-from tests.two_ranks import run_two
+from tests.support.two_ranks import run_two
+from tests.support.workers_child import evaluations
 
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
-    run_two("tests.metrics.workers_child", tmp_path)
+    run_two("tests.support.workers_child", tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
     alone = evaluations(None)
     for key, value in alone.items():

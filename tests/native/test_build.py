@@ -12,7 +12,7 @@ import torch
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops import route
-from tests.source_copy import ROOT, copy_sources
+from tests.support.sources import ROOT, copy_sources
 
 INDEX = torch.tensor([[1, 0]])
 

@@ -14,17 +14,7 @@ from moe_unlearn.regress import static
 from moe_unlearn.regress.report import Result
 from moe_unlearn.regress.store import Store
 from moe_unlearn.testing import AccuracyError, criterion, described
-
-PAGE = Path(__file__).resolve().parents[2] / "moe_unlearn" / "regress" / "README.md"
-RIGHT, REORDERED = "e / e.sum(-1, keepdim=True)", "e / e.flip(-1).cumsum(-1)[:, -1:]"
-BROKEN = "e / e[:, :-1].sum(-1, keepdim=True)"
-
-
-def example() -> str:
-    """The foreign softmax of the README of this package."""
-    (found,) = re.findall(r"```python\n(import pytest.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert RIGHT in found and len([line for line in found.splitlines() if line.strip()]) <= 20
-    return found
+from tests.support.foreign_softmax import BROKEN, REORDERED, RIGHT, example
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import pytest_moe_unlearn
 
 from moe_unlearn.regress import plugin
 from moe_unlearn.testing import AccuracyError
-from tests.regress.test_command import BROKEN, RIGHT, example
+from tests.support.foreign_softmax import BROKEN, RIGHT, example
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).resolve().parents[2]

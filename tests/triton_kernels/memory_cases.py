@@ -36,11 +36,11 @@ from moe_unlearn.ops.expert_wgrad import (
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
 from moe_unlearn.ops.token_loss import IGNORED, KINDS
 from moe_unlearn.testing import in_layout, routing
-from tests.checkers.case import Case
 from tests.ops import test_expert_mlp, test_expert_wgrad, test_gram, test_masked_update, test_token_loss
 from tests.ops import test_weight_score as scores
 from tests.ops.test_retain_weights import random_members
 from tests.support.by_keyword import by_keyword, expert_mlp, token_loss
+from tests.support.checkers.case import Case
 
 BF16 = torch.bfloat16
 CASES: dict[str, Callable[[], Case]] = {}

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 
 from moe_unlearn.triton_kernels.common import INTERPRET
-from tests.checkers.case import Case, findings
-from tests.checkers.child import in_child
-from tests.checkers.launches import watch
-from tests.checkers.memory import filled, guarded, lazy, resident_bytes
+from tests.support.checkers.case import Case, findings
+from tests.support.checkers.child import in_child
+from tests.support.checkers.launches import watch
+from tests.support.checkers.memory import filled, guarded, lazy, resident_bytes
 
 pytestmark = [
     pytest.mark.quick,

@@ -4,7 +4,7 @@ import pytest
 
 from moe_unlearn import backend
 from moe_unlearn.triton_kernels.common import INTERPRET
-from tests.checkers.case import findings
+from tests.support.checkers.case import findings
 from tests.triton_kernels.memory_cases import CASES
 
 pytestmark = pytest.mark.skipif(not INTERPRET.value, reason="the checkers observe the interpreter")

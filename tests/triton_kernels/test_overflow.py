@@ -18,10 +18,10 @@ from torch import Tensor
 from moe_unlearn.ops import ExpertLayout, ExpertWeights, Gate, expert_mlp
 from moe_unlearn.testing import integers
 from moe_unlearn.triton_kernels.common import INTERPRET
-from tests.checkers.case import Case, bits
-from tests.checkers.child import in_child
-from tests.checkers.launches import map_tensors, tensors_in, watch
-from tests.checkers.memory import contiguous_strides, lazily, lazy, resident_bytes
+from tests.support.checkers.case import Case, bits
+from tests.support.checkers.child import in_child
+from tests.support.checkers.launches import map_tensors, tensors_in, watch
+from tests.support.checkers.memory import contiguous_strides, lazily, lazy, resident_bytes
 from tests.triton_kernels.memory_cases import CASES
 
 pytestmark = pytest.mark.skipif(not INTERPRET.value, reason="a GPU has no lazily committed memory")

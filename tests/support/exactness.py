@@ -10,8 +10,8 @@ import torch
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing import assert_as_accurate
-from tests.models import TINY_MODELS
-from tests.steps import SMALL, VOCAB, changed, data, made_of, recipe, weights
+from tests.support.models import TINY_MODELS
+from tests.support.steps import SMALL, VOCAB, changed, data, made_of, recipe, weights
 
 # What the product of the first four is: the full matrix. The others are spread over it.
 MATRIX = ("objective", "lever", "optimizer", "family")

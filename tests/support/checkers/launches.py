@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from tests.checkers.child import about_to_run
-from tests.checkers.memory import Mapping, extent
+from tests.support.checkers.child import about_to_run
+from tests.support.checkers.memory import Mapping, extent
 
 SHOWN = 4  # addresses named per finding
 

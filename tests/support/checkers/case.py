@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.checkers.child import in_child
-from tests.checkers.launches import map_tensors, tensors_in, watch
-from tests.checkers.memory import filled, guarded
+from tests.support.checkers.child import in_child
+from tests.support.checkers.launches import map_tensors, tensors_in, watch
+from tests.support.checkers.memory import filled, guarded
 
 
 class Case(NamedTuple):

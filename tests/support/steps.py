@@ -5,7 +5,7 @@ import torch
 from moe_unlearn.config import Recipe
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing import assert_as_accurate
-from tests.batches import random_batches, with_refusals
+from tests.support.batches import random_batches, with_refusals
 
 VOCAB = 64
 SMALL = {

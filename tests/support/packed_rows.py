@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening
 
 from moe_unlearn.data import Example
-from tests.steps import VOCAB
+from tests.support.steps import VOCAB
 
 
 def examples(*lengths, seed=0):

@@ -14,10 +14,10 @@ from moe_unlearn.data import ForgetRetainDataset
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.trainer import UnlearnTrainer
-from tests.models import tiny_olmoe
-from tests.steps import VOCAB, changed, data, recipe, weights
-from tests.test_trainer import arguments, combined, differing, examples
-from tests.two_ranks import join
+from tests.support.models import tiny_olmoe
+from tests.support.steps import VOCAB, changed, data, recipe, weights
+from tests.support.training import arguments, combined, differing, examples
+from tests.support.two_ranks import join
 
 STEPS = 2
 SGD = ["optimizer.name=sgd", "optimizer.momentum=0.9"]

@@ -11,14 +11,14 @@ from torch.distributed.fsdp import fully_shard
 from moe_unlearn.data import Document, Example, encode
 from moe_unlearn.metrics import MuseData, MuseSettings, evaluate_muse, greedy, token_scores
 from moe_unlearn.metrics.workers import on_first, share
-from tests.models import tiny_olmoe
-from tests.two_ranks import join
+from tests.support.models import tiny_olmoe
+from tests.support.two_ranks import join
 
 
 def evaluations(folder: Path | None) -> dict:
     """Scores, continuations and MUSE of a model and texts that are always the same."""
     from moe_unlearn.data import train_tokenizer
-    from tests.metrics.conftest import TEXTS
+    from tests.support.tokenizers import TEXTS
 
     tokenizer = train_tokenizer(TEXTS * 4, 320)
     torch.manual_seed(0)

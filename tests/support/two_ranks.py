@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import distributed
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_two(module: str, folder: Path) -> None:
