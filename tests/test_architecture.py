@@ -165,6 +165,38 @@ def test_one_op_one_file():
     assert {p.stem for p in (PACKAGE / "ops" / "costs").glob("*.py")} - {"__init__", "cost"} == OPS
 
 
+# errors.py has three classes of one line each, which the tests of whatever raises them see
+WITHOUT_TESTS = {"errors", "triton_kernels"}
+
+
+def test_every_room_has_tests_of_its_name():
+    names = {path.name for path in (ROOT / "tests").iterdir()}
+    missing = {
+        room
+        for room in FLOOR.keys() - WITHOUT_TESTS
+        if room not in names and not any(name.startswith(f"test_{room}") for name in names)
+    }
+    assert not missing and WITHOUT_TESTS <= FLOOR.keys()
+
+
+# the cases of an op stand beside the tests of its reference or of its C++ kernels, whence those of its other kernels
+# and of all that calls it take them
+CASES = re.compile(r"tests\.(ops|native|triton_kernels)(\.test_|$)")
+
+
+def test_no_test_imports_a_test():
+    """What tests share is in tests/support."""
+    wrong, found = [], 0
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("tests"):
+                found += 1
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                if any(".test_" in name or ".conftest" in name for name in names) and not CASES.match(node.module):
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {', '.join(names)}")
+    assert found > 200 and not wrong, "\n".join(wrong)
+
+
 def test_top_level_is_fixed():
     """Of what is tracked: whoever works here may keep other folders beside it."""
     if shutil.which("git") is None:

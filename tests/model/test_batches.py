@@ -178,6 +178,7 @@ def test_shapes_that_do_not_go_together(changes, message):
 
 @pytest.mark.parametrize("name", ["graddiff", "rmu", "npo", "kl_min", "seuf", "combined"])
 @pytest.mark.parametrize("form", [lambda mask: mask * 2, lambda mask: mask / 4], ids=["2", "1/4"])
+@pytest.mark.slow(but=1)
 def test_a_token_is_attended_wherever_the_mask_is_not_0(model, name, form):
     results = []
     for changed in (lambda mask: mask, form):
