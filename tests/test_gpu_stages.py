@@ -63,9 +63,8 @@ def test_the_matrix_has_every_cuda_test_a_sample_of_the_triton_ones_and_nothing_
     file, _, name = WAIT_TESTS.partition("::")
     assert found.keys() == {CUDA_TESTS, file, *TRITON_TESTS} and found[CUDA_TESTS] > 400
     assert f"def {name}(" in Path(ROOT, file).read_text(encoding="utf-8")
-    sample = sum(found[name] for name in TRITON_TESTS)
     # twelve workers have 140 seconds, compilation included
-    assert sample < 0.5 * (sample + left_out) and sum(found.values()) < 1000
+    assert left_out > 400 and sum(found.values()) < 1000
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.sinks import CompactSink, UpdateSink
 from moe_unlearn.verify import VerificationError
 from moe_unlearn.verify.forced_routing import Routes
+from tests.support.covers import cover
 from tests.support.models import tiny_olmoe, tiny_phimoe
 from tests.support.steps import VOCAB, changed, prepared, recipe, weights
 
@@ -113,9 +114,8 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("numerics", ["float32", "bfloat16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("bug", BUGS)
+@cover(full=True, numerics=("float32", "bfloat16"), optimizer=("adamw", "sgd"), bug=tuple(BUGS))
+@pytest.mark.slow(but=1)
 def test_a_wrong_step_is_stopped_and_undone(bug, optimizer, numerics, monkeypatch):
     inject, name, overrides, found = BUGS[bug]
     torch.manual_seed(0)

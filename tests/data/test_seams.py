@@ -19,16 +19,16 @@ def whole(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("cut", range(len(TEXT) + 1))
-def test_the_tokens_are_those_of_the_whole_wherever_it_is_cut(tokenizer, cut):
-    found = split(tokenizer, [TEXT[:cut], TEXT[cut:]])
-    prompt, answer = found.parts
-    assert prompt + answer == whole(tokenizer, TEXT)
-    # all of the prompt's tokens end in it, and the answer's first token does not
-    shown = [tokenizer.decode(whole(tokenizer, TEXT)[:n]) for n in (len(prompt), len(prompt) + 1)]
-    assert len(shown[0].rstrip()) <= cut and (cut == len(TEXT) or len(shown[1]) > cut)
-    begins = len(shown[0]) < cut and TEXT[len(shown[0]) : cut].strip() != ""
-    assert found.straddled or not begins
+def test_the_tokens_are_those_of_the_whole_wherever_it_is_cut(tokenizer):
+    for cut in range(len(TEXT) + 1):
+        found = split(tokenizer, [TEXT[:cut], TEXT[cut:]])
+        prompt, answer = found.parts
+        assert prompt + answer == whole(tokenizer, TEXT), cut
+        # all of the prompt's tokens end in it, and the answer's first token does not
+        shown = [tokenizer.decode(whole(tokenizer, TEXT)[:n]) for n in (len(prompt), len(prompt) + 1)]
+        assert len(shown[0].rstrip()) <= cut and (cut == len(TEXT) or len(shown[1]) > cut)
+        begins = len(shown[0]) < cut and TEXT[len(shown[0]) : cut].strip() != ""
+        assert found.straddled or not begins, cut
 
 
 def test_a_word_in_two_and_a_space_too_many(tokenizer):

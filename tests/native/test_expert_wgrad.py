@@ -115,6 +115,7 @@ def test_store_is_exact_on_integers_and_writes_every_element(pattern, dtype):
 @pytest.mark.parametrize(
     "dtypes", [(F32, F32), (BF16, BF16), (BF16, F32), (F32, BF16), (F16, F16), (F16, BF16)], ids=str
 )
+@pytest.mark.slow(but=7)
 def test_store_accuracy(shape, dtypes, instruction_set):
     dtype, out_dtype = dtypes
     made = factors(shape, dtype, tokens=200)

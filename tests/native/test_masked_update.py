@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from moe_unlearn import native
 from moe_unlearn.ops import SGD, Update, masked_adamw_, masked_sgd_
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.testing import LAYOUTS, in_layout
 from tests.support.by_keyword import by_keyword
+from tests.support.covers import cover
 
 pytestmark = pytest.mark.quick
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -15,6 +17,7 @@ DTYPES = [(F32, F32, F32), (F32, BF16, F32), (BF16, BF16, BF16), (BF16, F32, BF1
           (BF16, F16, F32), (F16, F16, F16), (F16, F32, F32), (BF16, torch.float64, BF16)]  # fmt: skip
 SGD_CASES = [{}, {"weight_decay": 0.1}, {"momentum": 0.9, "dampening": 0.3}, {"momentum": 0.9, "nesterov": True}]
 ADAMW_CASES = [{}, {"weight_decay": 0.1, "betas": (0.3, 0.95), "eps": 1e-6}]
+RULES = [("sgd", options) for options in SGD_CASES] + [("adamw", options) for options in ADAMW_CASES]
 
 
 def case(shape=(4, 5, 70), dtypes=(F32, F32, F32), slices=None, keep=0.5, master=False, seed=0):
@@ -63,9 +66,9 @@ def check(rule, tensors, **options):
     assert_same_bits(run(rule, tensors, "cpu", **options), run(rule, tensors, "ref", **options))
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("rule, options", [("sgd", o) for o in SGD_CASES] + [("adamw", o) for o in ADAMW_CASES])
-def test_same_bits_as_ref(rule, options, dtypes, instruction_set):
+@cover(indirect=["instruction_set"], rule=RULES, dtypes=DTYPES, instruction_set=native.INSTRUCTION_SETS)
+def test_same_bits_as_ref(rule, dtypes, instruction_set):
+    rule, options = rule
     check(rule, case(dtypes=dtypes), **options)
     check(rule, case(dtypes=dtypes, keep=None), step=1, **options)
 
@@ -93,9 +96,13 @@ def test_shapes(shape, slices):
         check("sgd", case(shape, (F32, F32, F32), slices, keep), momentum=0.9)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("slices", [None, [3, 1]])
-@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, F16, BF16)], ids=str)
+@cover(
+    indirect=["instruction_set"],
+    layout=tuple(LAYOUTS),
+    slices=(None, [3, 1]),
+    dtypes=((F32, F32, F32), (BF16, F16, BF16)),
+    instruction_set=native.INSTRUCTION_SETS,
+)
 def test_every_memory_layout(dtypes, slices, layout, instruction_set):
     tensors = case((4, 3, 2, 41), dtypes, slices)
     expected = run("adamw", tensors, "ref")

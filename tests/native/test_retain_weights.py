@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+from moe_unlearn import native
 from moe_unlearn.ops import retain_weights
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
 from moe_unlearn.testing import assert_as_accurate, integers, poison
+from tests.support.covers import cover
 
 pytestmark = pytest.mark.quick
 BIAS = -0.3
@@ -30,9 +32,13 @@ def oracle(members, tilt, cap):
     return raw.clamp_max(cap), extended.t() @ raw.clamp_max(cap), (extended * free[:, None]).t() @ extended
 
 
-@pytest.mark.parametrize("cap", [math.inf, 1.1])
-@pytest.mark.parametrize("num_tokens", [0, 1, 40, 9001])
-@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 70])
+@cover(
+    indirect=["instruction_set"],
+    cap=(math.inf, 1.1),
+    num_tokens=(0, 1, 40, 9001),
+    size=(0, 1, 31, 32, 33, 70),
+    instruction_set=native.INSTRUCTION_SETS,
+)
 def test_against_the_formulas(size, num_tokens, cap, instruction_set):
     members, words, tilt = case(num_tokens, size)
     with poison():

@@ -5,6 +5,7 @@ import torch
 
 from moe_unlearn.ops import route
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, in_layout, poison, routing
+from tests.support.covers import cover
 
 pytestmark = pytest.mark.quick
 SIZES = [(0, 4, 2), (1, 8, 1), (7, 3, 3), (257, 33, 5), (2600, 64, 8)]
@@ -38,8 +39,7 @@ def assert_same(actual, expected):
         assert a.dtype == e.dtype and torch.equal(a, e)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("pattern", ROUTINGS)
+@cover(indirect=["threads"], size=SIZES, pattern=tuple(ROUTINGS), threads=(1, 2, 3))
 def test_same_bits_as_ref_for_any_number_of_threads(pattern, size, threads):
     arguments = inputs(size, pattern)
     assert_same(run(arguments, "cpu"), run(arguments, "ref"))

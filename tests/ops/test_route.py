@@ -8,6 +8,7 @@ from moe_unlearn import backend
 from moe_unlearn.ops import route, route_ref
 from moe_unlearn.ops.route import _route
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, in_layout, integers, poison, routing
+from tests.support.covers import cover
 
 pytestmark = pytest.mark.quick
 IMPLS = [impl for impl in ("ref", "cpu") if backend.has("route", impl, "cpu")]
@@ -31,9 +32,7 @@ def by_hand(top_k_index, num_experts, group, num_groups, log_tilt):
     return histogram, torch.tensor(offsets).int(), torch.tensor(order).int(), added
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("pattern", ROUTINGS)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@cover(impl=IMPLS, pattern=tuple(ROUTINGS), size=SIZES)
 def test_equals_counting_by_hand(size, pattern, impl):
     num_tokens, num_experts, top_k = size
     index = routing(pattern, num_tokens, num_experts, top_k, seed=num_tokens)

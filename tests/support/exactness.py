@@ -1,7 +1,6 @@
-"""The exactness of the fused step: the cases, a pairwise cover of them, and what is checked of one."""
+"""The exactness of the fused step: the cases, and what is checked of one."""
 
 import copy
-import itertools
 import random
 from collections.abc import Iterator
 
@@ -10,6 +9,8 @@ import torch
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing import assert_as_accurate
+from tests.support import covers
+from tests.support.covers import Case
 from tests.support.models import TINY_MODELS
 from tests.support.steps import SMALL, VOCAB, changed, data, made_of, recipe, weights
 
@@ -41,53 +42,23 @@ FORBIDDEN = [
     *({"scope": "experts", "objective": o} for o in ("ga", "rmu")),
 ]
 
-Case = dict[str, object]
-
 
 def allowed(case: Case) -> bool:
-    """Whether a case, or a part of one, can be run."""
+    """Return whether a case, or a part of one, can be run."""
     return not any(all(case.get(k) == v for k, v in rule.items()) for rule in FORBIDDEN)
 
 
-def pairs(case: Case) -> set[tuple]:
-    """Every two settings of a case."""
-    return set(itertools.combinations(sorted(case.items(), key=lambda item: list(AXES).index(item[0])), 2))
-
-
-def all_pairs() -> set[tuple]:
-    """Every two settings that go together in some case."""
-    found = set()
-    for a, b in itertools.combinations(AXES, 2):
-        found |= {((a, x), (b, y)) for x in AXES[a] for y in AXES[b] if allowed({a: x, b: y})}
-    return found
-
-
-def complete(part: Case, draw: random.Random) -> Case:
-    """A case with the settings of `part`, the others drawn."""
-    while True:
-        case = {axis: part.get(axis, draw.choice(values)) for axis, values in AXES.items()}
-        if allowed(case):
-            return case
-
-
-def pairwise_cover(seed: int = 0, candidates: int = 40) -> list[Case]:
-    """Cases in which every two settings that go together do: greedily the best of some drawn ones."""
-    draw, left, cover = random.Random(seed), all_pairs(), []
-    while left:
-        first = min(left, key=repr)
-        drawn = [complete(dict(first), draw) for _ in range(candidates)]
-        cover.append(max(drawn, key=lambda case: len(pairs(case) & left)))
-        left -= pairs(cover[-1])
-    return cover
+def pairwise_cover() -> list[Case]:
+    """Return cases in which every two settings that go together do."""
+    return covers.pairwise(AXES, allowed)
 
 
 def full_matrix(seed: int = 0) -> Iterator[Case]:
     """Every case of `MATRIX` in a drawn order, the other axes drawn for each."""
     draw = random.Random(seed)
-    product = [dict(zip(MATRIX, values, strict=True)) for values in itertools.product(*(AXES[a] for a in MATRIX))]
-    product = [case for case in product if allowed(case)]
-    draw.shuffle(product)
-    return (complete(case, draw) for case in product)
+    cases = list(covers.product({axis: AXES[axis] for axis in MATRIX}, allowed))
+    draw.shuffle(cases)
+    return (covers.complete(case, AXES, draw, allowed) for case in cases)
 
 
 def named(case: Case) -> str:

@@ -17,11 +17,16 @@ from moe_unlearn.testing import LAYOUTS, ROUTINGS, check_against_ref, in_layout,
 from moe_unlearn.triton_kernels import configs
 from tests.ops.test_expert_mlp import GATES, GPT_OSS, GRADIENTS, LAYOUT_FLAGS, case, flat
 from tests.support.by_keyword import expert_mlp, expert_mlp_ref
+from tests.support.covers import cover, pairwise
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, FP16, FP32)
 ARCHITECTURES = (80, 90)
 ALL = (True, True, True, True, True)
+# each alone, and every two of them wanted together, one of them alone and neither
+NEEDS = [tuple(i == j for j in range(5)) for i in range(5)]
+NEEDS += [tuple(case.values()) for case in pairwise({f"need {i}": (False, True) for i in range(5)})]
+NEEDS = sorted(set(NEEDS) - {ALL})
 # one and a half tiles of depth and of columns, 16 bytes long in every dtype, as descriptors need them
 SHAPE = {"tokens": 19, "hidden": 24, "inner": 24, "experts": 3, "top_k": 2}
 triton_mlp = functools.partial(expert_mlp, impl="triton")
@@ -110,6 +115,7 @@ ROUTED = [(p, 1 + i % 3, ARCHITECTURES[i % 2]) for i, p in enumerate(ROUTINGS)]
 
 @pytest.mark.quick
 @pytest.mark.parametrize("pattern,top_k,on_arch", [*ROUTED, ("skewed", 3, 90)])
+@pytest.mark.slow(but=1)
 def test_routing_patterns(device, small_tiles, pattern, top_k, on_arch):
     small_tiles(on_arch)
     check(device, case(pattern, **SHAPE | {"top_k": top_k, "experts": 4}, bias=True))
@@ -141,11 +147,11 @@ def test_gradient_is_cut_at_the_clamp_as_torch_cuts_it_and_nan_is_never_lost(dev
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 3e38])
-@pytest.mark.parametrize("gated,interleaved", [(True, False), (True, True), (False, False)])
-@pytest.mark.parametrize("place", [0, 17, 31])
-def test_the_largest_values_are_those_of_one_place(device, small_tiles, gated, interleaved, value, place):
+@cover(value=(torch.nan, -torch.inf, 3e38), halves=((True, False), (True, True), (False, False)), place=(0, 17, 31))
+@pytest.mark.slow(but=2)
+def test_the_largest_values_are_those_of_one_place(device, small_tiles, halves, value, place):
     """A weight of one row, or a gradient of one token, makes the largest; which it is says NaN and infinity too."""
+    gated, interleaved = halves
     small_tiles(80 if place else 90)
     arguments = case("uniform", 32, 24, 20, experts=3, top_k=1, gated=gated, interleaved=interleaved)
     arguments["top_k_weights"][place] = value
@@ -206,6 +212,7 @@ def test_expanded_inputs(device, small_tiles):
 @pytest.mark.parametrize(
     "tokens,experts,top_k,on_arch", [(1, 5, 1, 90), (1, 5, 5, 80), (33, 1, 1, 80), (1, 40, 16, 90)]
 )
+@pytest.mark.slow(but=1)
 def test_few_tokens_and_many_experts(device, small_tiles, tokens, experts, top_k, on_arch):
     small_tiles(on_arch)
     check(device, case("uniform", tokens, experts=experts, top_k=top_k, bias=True))
@@ -267,6 +274,7 @@ def test_gradients_of_the_public_op(device, small_tiles, dtype, on_arch):
 @pytest.mark.parametrize(
     "pattern,interleaved,on_arch", [("sentinels", False, 80), ("sentinels", True, 90), ("all_sentinels", True, 80)]
 )
+@pytest.mark.slow
 def test_rows_behind_the_last_expert_come_out_as_zero_whatever_they_hold(
     device, small_tiles, pattern, interleaved, on_arch
 ):
@@ -302,7 +310,8 @@ def test_a_nan_token_stays_in_its_row(device, arch):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("needs", [n for n in itertools.product([False, True], repeat=5) if n != ALL], ids=str)
+@pytest.mark.parametrize("needs", NEEDS, ids=str)
+@pytest.mark.slow(but=1)
 def test_only_what_is_asked_for_and_the_same_bits(device, small_tiles, needs):
     small_tiles(ARCHITECTURES[sum(needs) % 2])
     both = backward_case(device, case("sentinels", tokens=9, bias=True, interleaved=needs[0]))
@@ -317,6 +326,7 @@ def test_only_what_is_asked_for_and_the_same_bits(device, small_tiles, needs):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_the_same_bits_again_and_inputs_untouched(device, arch):
     both = backward_case(device, case(**SHAPE, dtype=BF16, bias=True))
     arguments = {k: v for k, v in both.items() if k not in ("z", "grad_out")}

@@ -1,5 +1,7 @@
 """route in Triton: integers and log_weight bit for bit as the reference, for every routing, size and layout."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from moe_unlearn.ops import route, route_ref
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, in_layout, poison, routing
 from moe_unlearn.triton_kernels import configs
 from tests.ops.test_route import SIZES
+from tests.support.covers import cover
 
 # small blocks and tiles: several tiles per block, several blocks per chunk, several chunks, ragged ends of each
 TINY = configs.Route(tokens_per_block=11, blocks=0, count_tile=16, tile=16, chunk=2, cells=4, num_warps=4)
@@ -53,9 +56,8 @@ def inputs(size, pattern, device, seed=0):
 
 
 @pytest.mark.quick
-@BOTH
-@pytest.mark.parametrize("pattern", ROUTINGS)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@cover(indirect=["shipped_or_tiny"], size=SIZES, pattern=tuple(ROUTINGS), shipped_or_tiny=("shipped", "tiny"))
+@pytest.mark.slow(but=7)
 def test_every_routing_and_size(size, pattern, shipped_or_tiny, device, request):
     # the interpreter takes a second for the 117 tiny blocks of the largest size, and the others have all edges
     if "tiny" in request.node.name and size == SIZES[-1]:
@@ -72,18 +74,19 @@ def test_the_worked_example(device):
     assert out.sorted_rows.tolist() == [1, 2, 0, 3]
 
 
-@BOTH
-@pytest.mark.parametrize("num_groups", [1, 3])
-@pytest.mark.parametrize("with_group", [False, True])
-@pytest.mark.parametrize("with_tilt", [False, True])
+@cover(
+    indirect=["shipped_or_tiny"],
+    num_groups=(1, 3),
+    with_group=(False, True),
+    with_tilt=(False, True),
+    shipped_or_tiny=("shipped", "tiny"),
+)
 def test_optional_arguments(with_tilt, with_group, num_groups, shipped_or_tiny, device):
     index, num_experts, group, _, *tilt = inputs((130, 20, 3), "sentinels", device)
     check(index, num_experts, group if with_group else None, num_groups, *(tilt if with_tilt else (None, None)))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("group_dtype", [torch.int8, torch.int32, torch.int64], ids=str)
+@cover(layout=tuple(LAYOUTS), dtype=(torch.int32, torch.int64), group_dtype=(torch.int8, torch.int32, torch.int64))
 def test_layouts_and_integer_types(group_dtype, dtype, layout, device):
     index, num_experts, group, groups, tilt, weight = inputs((120, 9, 3), "sentinels", device)
     index, group = index.to(dtype), group.to(group_dtype)
@@ -122,6 +125,7 @@ def test_ids_and_groups_far_outside(device):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.slow(but=1)
 def test_log_weight_adds_its_terms_in_order(dtype, device):
     """Terms whose sum depends on the order, of any float type; NaN of an expert no token uses stays out."""
     generator = torch.Generator().manual_seed(1)
@@ -152,17 +156,16 @@ def test_many_blocks_of_several_tiles_as_shipped(size, device):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("num_tokens", [0, 1, 2, 127, 8191, 8192, 8193, 2**17, 2**20])
-@pytest.mark.parametrize("top_k", [1, 2, 8, 16, 300])
-@pytest.mark.parametrize("num_experts", [1, 8, 128, 512, 5000])
-def test_the_shipped_tiles_cover_every_shape(num_tokens, top_k, num_experts):
-    config = configs.route(num_tokens, top_k, num_experts)
-    assert 1 <= config.blocks <= 256 and config.tokens_per_block >= 1
-    assert (config.blocks - 1) * config.tokens_per_block <= num_tokens - (num_tokens > 0)
-    assert config.blocks * config.tokens_per_block >= num_tokens
-    # the compiled histogram counts every row once only if no thread repeats another's
-    assert min(config.tile, config.count_tile) >= 32 * config.num_warps
-    assert all(n & (n - 1) == 0 for n in (config.tile, config.count_tile, config.chunk, config.cells))
+def test_the_shipped_tiles_cover_every_shape():
+    tokens = (0, 1, 2, 127, 8191, 8192, 8193, 2**17, 2**20)
+    for num_tokens, top_k, num_experts in itertools.product(tokens, (1, 2, 8, 16, 300), (1, 8, 128, 512, 5000)):
+        config, shape = configs.route(num_tokens, top_k, num_experts), (num_tokens, top_k, num_experts)
+        assert 1 <= config.blocks <= 256 and config.tokens_per_block >= 1, shape
+        assert (config.blocks - 1) * config.tokens_per_block <= num_tokens - (num_tokens > 0), shape
+        assert config.blocks * config.tokens_per_block >= num_tokens, shape
+        # the compiled histogram counts every row once only if no thread repeats another's
+        assert min(config.tile, config.count_tile) >= 32 * config.num_warps, shape
+        assert all(n & (n - 1) == 0 for n in (config.tile, config.count_tile, config.chunk, config.cells)), shape
 
 
 @pytest.mark.quick
