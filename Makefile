@@ -1,6 +1,8 @@
 # make demo    watch a Mixture-of-Experts model forget, from a fresh machine; at most 8 minutes on 2 cores
-# make test    every test; at most 40 minutes on 2 cores
-# make quick   the developers' tier; at most 3 minutes
+# make quick   the developers' tier; at most 2 minutes on 2 cores
+# make test    every test that a change must pass; at most 20 minutes on 2 cores
+# make nightly   what that leaves out: other architectures, the oldest Triton, repetitions, whole mutants, samples of the
+#              soak and of the study; some 2 hours on 2 cores
 # make extremes   what a library's products decide, held against the most and the least accurate products; 5 minutes
 # make portable   the same as on other processors too: AVX2, AVX-512, with BF16, none; at most 15 minutes
 # make lint    ruff check and format, and mypy on the package
@@ -40,7 +42,7 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
 # a change here builds the native extension again
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test quick extremes portable lint ledger mutants soak gpu gpu-install gpu-rehearsal gpu-wheels gpu-report
+.PHONY: demo quick test nightly nightly-tests soak-sample extremes portable lint ledger mutants soak gpu gpu-install gpu-rehearsal gpu-wheels gpu-report
 .PHONY: bench bench-step bench-gpu study clean-cache clean
 
 # without build isolation, so that the native extension is built against this very torch
@@ -63,11 +65,21 @@ $(OLDEST): | .venv/.installed
 demo: .venv/.installed
 	$(BIN)/moe-unlearn demo $(DEMO)
 
-test: .venv/.installed $(OLDEST)
-	$(PYTEST)
-
 quick: .venv/.installed
-	$(PYTEST) -m quick
+	$(PYTEST) -m "quick and not slow"
+
+test: .venv/.installed
+	$(PYTEST) -m "not nightly"
+
+# each whatever became of those before it: a night finds more than one fault
+nightly:
+	$(MAKE) --keep-going nightly-tests portable mutants study soak-sample
+
+nightly-tests: .venv/.installed $(OLDEST)
+	$(PYTEST) -m nightly
+
+soak-sample: SOAK := --minutes 30
+soak-sample: soak
 
 extremes: .venv/.installed
 	$(BIN)/python -m tests.portable --only products

@@ -100,6 +100,7 @@ def check_same(one, other):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow(but=4)
 def test_micro_batches_make_the_step_of_one_batch(case, model):
     name, overrides = CASES[case]
     (whole, expected), *others = (updated(model, made(name, *overrides), size) for size in (4, 2, 1))

@@ -263,6 +263,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_dry_run_selects_the_experts(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "out", "trace.min_ratio=1.001", "--dry-run", recipe="trace") == 0
     assert "experts selected, effective retain sample" in capsys.readouterr().out

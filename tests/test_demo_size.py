@@ -8,7 +8,7 @@ from moe_unlearn.benchmark import tiny_models
 from moe_unlearn.benchmark.tiny_models import SIZES
 from moe_unlearn.config import Recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 @pytest.mark.parametrize("corpus", ["builtin:pydoc", "builtin:devil"])

@@ -34,6 +34,7 @@ UPDATES = {
 
 
 @pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.slow(but=2)
 def test_descent_is_the_inner_product_of_gradient_and_update(update, model):
     """Of each step that logs it, whoever steps the optimizer, and none is logged that was not known."""
     made = recipe("mollm", "mollm.kl_floor=0", "mollm.log_descent_every=2", *UPDATES[update], lr=1e-2)

@@ -43,6 +43,7 @@ def weights_of(cache, **keywords):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_a_cached_model_is_the_trained_one(made, tmp_path, monkeypatch):
     cache, first = made
     fresh = weights_of(tmp_path)

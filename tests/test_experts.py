@@ -55,6 +55,7 @@ def check(model, batch, dtype):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.slow(but=1)
 def test_equals_eager_in_float32_forward_and_every_gradient(name):
     check(build(name), random_batch(64, seed=1), torch.float32)
 

@@ -126,6 +126,7 @@ def check_same(found, expected, close):
 
 
 @pytest.mark.parametrize("seed", range(48))
+@pytest.mark.slow(but=2)
 def test_a_step_of_any_micro_batches_is_the_plain_step_of_all_rows(seed, model):
     case, rows = drawn(seed)
     settings, pairs = settings_of(case), batches_of(rows)

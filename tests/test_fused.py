@@ -78,6 +78,7 @@ def check_against_plain(model, made, steps=2, **options):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("name", ["graddiff", "wagle"])
+@pytest.mark.slow(but=1)
 def test_a_fused_step_is_the_plain_step(name, optimizer, way, model):
     made = recipe(name, f"optimizer.name={optimizer}", "optimizer.weight_decay=0.1", "forget.gamma=0.5", *WAYS[way])
     step = check_against_plain(model, made)
@@ -126,6 +127,7 @@ def test_factors_that_may_overflow_are_made_gradients_first(model):
 
 @pytest.mark.parametrize("name", ["mollm", "combined"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.slow
 def test_the_two_phases_of_mollm_are_the_plain_step(name, optimizer, model):
     made = recipe(name, f"optimizer.name={optimizer}", "mollm.gradients=factors", "optimizer.weight_decay=0.1")
     step = check_against_plain(model, made)

@@ -89,6 +89,7 @@ def loss_and_gradients(loss, model):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_loss_and_gradients_are_the_papers(name, model):
     recipe, (forget, retain) = made(name), data()
     given, more = forget[1], []
@@ -135,6 +136,7 @@ def test_ceu_leaves_out_predicted_tokens_of_a_text(model):
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("overrides", [[], ["mollm=true"], ["guard=loss", "optimizer.name=sgd"]], ids=str)
+@pytest.mark.slow(but=2)
 def test_the_fused_step_is_the_plain_one(name, overrides, model):
     step = UnlearnStep(model, made(name, *overrides), verify=2)
     forget, retain = data()

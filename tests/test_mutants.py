@@ -1,4 +1,4 @@
-"""The mutants: made as promised, judged rightly on a small kernel, and ten of the real ones must die."""
+"""The mutants: made as promised, judged rightly on a small kernel, and two of the real ones must die."""
 
 import ast
 import os
@@ -266,9 +266,9 @@ def test_no_kernel_is_imported_before_it_is_mutated():
 
 
 @pytest.mark.slow
-def test_ten_mutants_die():
-    """Other ones for every commit; what it prints says how to run the same again."""
+def test_two_mutants_die():
+    """Other ones for every commit; what it prints says how to run the same again. `make nightly` runs them all."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.mutants", "--family", "triton", "--sample", "10", "--jobs", "1"]
+    command = [sys.executable, "-m", "tests.mutants", "--family", "triton", "--sample", "2", "--jobs", "1"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

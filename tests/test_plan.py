@@ -83,6 +83,7 @@ def test_memory_follows_the_objective(name):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("override", ["guard=loss", "mollm.gradients=factors", "mollm.gradients=compact"])
+@pytest.mark.slow
 def test_memory_follows_the_way_of_the_gradients(override):
     name = "graddiff" if override == "guard=loss" else "mollm"
     forget, retain = batch(1), batch(2)
@@ -126,6 +127,7 @@ def held(step):
         ("trace", ["trace.refresh=offline"]),
     ],
 )
+@pytest.mark.slow(but=1)
 def test_the_caches_are_counted_once_before_and_after_prepare(name, overrides, rehearsed):
     model, forget, retain = tiny("olmoe"), batch(1, rows=2), batch(2)
     if not rehearsed:
@@ -155,6 +157,7 @@ def test_memory_with_micro_batches_and_state():
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_factors_of_micro_batches_add_up():
     accumulate = 6
     overrides = "mollm.gradients=factors", "optimizer.name=sgd", f"accumulate={accumulate}"
@@ -244,6 +247,7 @@ def test_planning_changes_nothing():
 
 @pytest.mark.quick
 @pytest.mark.parametrize(("family", "name"), [("gpt_oss", "graddiff"), ("olmoe", "combined")])
+@pytest.mark.slow
 def test_a_model_without_weights_gets_the_plan_of_the_real_one(family, name):
     forget, retain = batch(1), batch(2)
     plans = {}

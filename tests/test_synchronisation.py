@@ -237,6 +237,7 @@ def test_the_bound_is_the_same_on_a_device(value, rows, indexed, monkeypatch):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("impl", ["ref", "auto", "triton"])
+@pytest.mark.slow(but=1)
 def test_the_bound_takes_what_the_kernel_says(impl, transposed):
     """Factors that the layer's backward pass made are not read again; a changed copy of them has no known bound."""
     if impl == "triton":

@@ -185,8 +185,15 @@ def test_short_rows_are_pooled():
     assert criterion._pooled_maximum(torch.tensor(2.0)).shape == (1,)
 
 
-@pytest.mark.parametrize("shape,dtype", [((16, 64), torch.float32), ((4, 256), torch.float32),
-                                         ((16, 64), torch.bfloat16)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shape,dtype",
+    [
+        ((16, 64), torch.float32),
+        pytest.param((4, 256), torch.float32, marks=pytest.mark.nightly),
+        pytest.param((16, 64), torch.bfloat16, marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
 def test_false_rejections_are_rare(shape, dtype):
     """10,000 sums of 48 terms added in another order: at most one may be rejected."""
     generator = torch.Generator().manual_seed(1)

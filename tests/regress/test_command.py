@@ -48,6 +48,7 @@ def softmax(verb, *arguments):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_a_foreign_kernel_is_recorded_broken_and_caught(package, capsys):
     assert softmax("check") == 2
     assert "there is no record of it" in capsys.readouterr().out

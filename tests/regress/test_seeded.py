@@ -13,6 +13,7 @@ def test_all_are_found_and_no_harmless_change_is():
     assert not outcome.missed and not outcome.alarms, str(outcome)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_on_other_seeds(seed):
     outcome = seeded.run(seed=seed)

@@ -89,6 +89,7 @@ def triton(made, **options):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("pattern", ROUTINGS)
+@pytest.mark.slow(but=6)
 def test_store_is_exact_on_integers_and_writes_every_element(device, variant, pattern):
     dtype, sizes = variant
     made = case(device, pattern, dtype, exact=True, sizes=sizes)
@@ -220,6 +221,7 @@ def test_a_bf16_buffer_is_rounded_once(device, arch):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("pattern", ["skewed", "half_empty", "one_expert", "all_sentinels"])
+@pytest.mark.slow(but=1)
 def test_split_rows(device, arch, pattern):
     """Four parts of blocks of 16 rows: some are empty, some end inside a block."""
     made, experts = case(device, pattern, BF16, exact=True), torch.tensor([2, 0], device=device)
@@ -287,6 +289,7 @@ def test_score(device, variant, layout):
 
 
 @pytest.mark.parametrize("m", [1, pytest.param(2, marks=pytest.mark.quick), 3, 4])
+@pytest.mark.slow(but=1)
 def test_inner_products_are_exact_on_integers_and_masked(device, variant, m):
     dtype, sizes = variant
     cases = [case(device, p, dtype, i, exact=True, sizes=sizes) for i, p in enumerate(ROUTINGS[:m])]

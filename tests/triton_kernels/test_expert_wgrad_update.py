@@ -75,6 +75,7 @@ def _numerics_and_rules():
 
 
 @pytest.mark.parametrize("numerics, rule", list(_numerics_and_rules()))
+@pytest.mark.slow(but=1)
 def test_every_rule_has_the_bits_of_the_reference(device, small_tiles, numerics, rule):  # noqa: F811
     check(*prepared(numerics, rule), device)
 
@@ -87,6 +88,7 @@ def test_architectures_and_sizes(device, arch, sizes, rule):  # noqa: F811
 
 @pytest.mark.quick
 @pytest.mark.parametrize("rule", ["adamw decay", "sgd decay"])
+@pytest.mark.slow(but=1)
 def test_contiguous_factors(device, arch, rule):  # noqa: F811
     function, made, common = prepared("bf16", rule, pattern="sentinels")
     made = direct(made)
@@ -116,6 +118,7 @@ def test_shipped_tiles(device, numerics, rule):
 @pytest.mark.quick
 @pytest.mark.parametrize("numerics", ["bf16 fp32 state", "bf16 master"])
 @pytest.mark.parametrize("rule", ["adamw decay", "sgd momentum"])
+@pytest.mark.slow(but=1)
 def test_what_the_mask_keeps_out_stays_untouched(device, small_tiles, rule, numerics):  # noqa: F811
     """A tile without a bit, rows without a bit, words without a bit, words of one bit and of all, any bits."""
     function, made, common = prepared(numerics, rule, sizes=SIZES)
@@ -183,6 +186,7 @@ def test_compile(device, small_tiles):  # noqa: F811
 @pytest.mark.quick
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("rule", ["adamw decay", "sgd nesterov"])
+@pytest.mark.slow
 def test_a_condition_that_the_device_knows(device, small_tiles, rule, masked):  # noqa: F811
     """The update as it is where the condition holds; where not, not a bit is written."""
     function, made, common = prepared("bf16 fp32 state stochastic", rule, masked=masked)

@@ -162,6 +162,7 @@ SHAPES = {
 @pytest.mark.quick
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("shape, slices", SHAPES.values(), ids=SHAPES)
+@pytest.mark.slow(but=6)
 def test_every_shape(shape, slices, compact, device):
     for numerics, function in (("bf16 fp32 state stochastic", adamw), ("bf16 master", sgd)):
         common, state = inputs(numerics, shape, slices=slices if compact else None)
@@ -172,6 +173,7 @@ def test_every_shape(shape, slices, compact, device):
 @pytest.mark.quick
 @pytest.mark.parametrize("block_words", [1, 4, 128])
 @pytest.mark.parametrize("shape", [(3, 5, 70), (2, 130)], ids=str)
+@pytest.mark.slow(but=1)
 def test_the_size_of_blocks_changes_no_bit(shape, block_words, monkeypatch, device):
     monkeypatch.setattr(configs, "masked_update", lambda *_: configs.MaskedUpdate(block_words, 4))
     for layout in ("contiguous", "transposed"):

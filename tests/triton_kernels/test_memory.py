@@ -12,15 +12,22 @@ pytestmark = pytest.mark.skipif(not INTERPRET.value, reason="the checkers observ
 ARCHITECTURES = {"80": 1, "90": 16}
 # `make quick` takes the smallest cases, on one architecture
 QUICK = ("one token", "5x6x37")
+# the other ops have the same kernels on every architecture: `make nightly` takes them on both
+DESCRIPTORS = ("expert_mlp", "expert_wgrad", "token_loss")
+# cases of several tiles are slow: each takes one architecture in turn, and `make nightly` the other
+TILES = [name for name in CASES if "tiles" in name]
+
+
+def marks(name, architecture):
+    if architecture == "90" and any(small in name for small in QUICK):
+        return pytest.mark.quick
+    chosen = ("80", "90")[TILES.index(name) % 2] if name in TILES else "80"
+    both = name not in TILES and name.startswith(DESCRIPTORS)
+    return () if both or architecture == chosen else pytest.mark.nightly
 
 
 @pytest.mark.parametrize(
-    "name, architecture",
-    [
-        pytest.param(n, a, marks=pytest.mark.quick if a == "90" and any(q in n for q in QUICK) else ())
-        for n in CASES
-        for a in ARCHITECTURES
-    ],
+    "name, architecture", [pytest.param(n, a, marks=marks(n, a)) for n in CASES for a in ARCHITECTURES]
 )
 def test_memory_and_order(name, architecture, monkeypatch):
     monkeypatch.setenv("MOE_UNLEARN_TRITON_ARCH", architecture)

@@ -84,6 +84,7 @@ def test_value_and_gradients(device, small, arch, dtype, kind):
 @pytest.mark.parametrize(
     "arch, dtype, kind", [(90, FP32, "nll"), *itertools.product((80, 90), (BF16,), KINDS)], ids=str
 )
+@pytest.mark.slow(but=1)
 def test_shipped_tiles(device, shipped, arch, dtype, kind):
     shipped(arch)
     # more rows than a tile has, and more columns
@@ -150,6 +151,7 @@ def test_float64_of_the_head_is_refused(device):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow(but=1)
 def test_dropped_rows_are_exactly_zero_whatever_they_hold(device, small, kind):
     small(90)
     inputs, upstream = make(device, kind=kind, dtype=BF16), uneven().to(device)
@@ -201,6 +203,7 @@ def test_only_the_gradients_needed(device, small, needed):
 @pytest.mark.quick
 @pytest.mark.parametrize("sizes", [(75, 48, 48), (1, 8, 1), (1, 7, 5), (40, 16, 65)], ids=str)
 @pytest.mark.parametrize("arch, dtype", VARIANTS, ids=str)
+@pytest.mark.slow(but=3)
 def test_integer_valued_inputs_match_bitwise(device, small, arch, dtype, sizes):
     """One logit dominates, so softmax is exactly one-hot and every gradient is a sum of integers."""
     small(arch)

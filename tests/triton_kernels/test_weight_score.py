@@ -59,6 +59,7 @@ def check_everything(given, device, *, gamma=0.7, all_ties=(0, 1, 3, 10**12)):
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 2, 3, 37), (1, 1), (3, 1)], ids=str)
+@pytest.mark.slow(but=3)
 def test_every_shape_and_dtype(shape, dtype, device):
     with poison():
         check_everything(terms(shape, dtype=dtype), device)
@@ -99,6 +100,7 @@ def test_tiles_and_spans_change_no_bit(shape, small_spans, device):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("ties", [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 383, 384, 385, 899, 900, 901])
+@pytest.mark.slow(but=3)
 def test_ties_are_taken_in_flat_order(ties, small_spans, device):
     given = [torch.ones(9, 100, device=device)] * 2 + [torch.zeros((), device=device).expand(9, 100)]
     words, taken = score_mask(*given, gamma=1.0, threshold_bits=0x3F800000, ties=ties, impl="triton")
