@@ -7,8 +7,8 @@ import torch
 
 from moe_unlearn.optim import MaskedSGD
 from moe_unlearn.step.gradients import GradientStore
-from tests.models import tiny_olmoe
-from tests.steps import VOCAB, changed, prepared, recipe, weights
+from tests.support.models import tiny_olmoe
+from tests.support.steps import VOCAB, changed, prepared, recipe, weights
 
 pytestmark = pytest.mark.quick
 FORMS = {"factors": (), "compact": ("optimizer.max_grad_norm=1e9",)}

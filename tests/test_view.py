@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moe_unlearn.model.scope import expert_masks
-from tests.models import tiny_olmoe
-from tests.steps import VOCAB, prepared, recipe, weights
+from tests.support.models import tiny_olmoe
+from tests.support.steps import VOCAB, prepared, recipe, weights
 
 pytestmark = pytest.mark.quick
 

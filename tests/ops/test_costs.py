@@ -12,8 +12,8 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.ops import costs
 from moe_unlearn.plan import costs as joined
 from moe_unlearn.step import UnlearnStep
-from tests.batches import random_batch
-from tests.models import TINY_MODELS
+from tests.support.batches import random_batch
+from tests.support.models import TINY_MODELS
 
 pytestmark = pytest.mark.quick
 
