@@ -310,6 +310,13 @@ def test_fewer_trained_experts_take_less():
 
 
 @pytest.mark.quick
+def test_a_step_that_verifies_is_rehearsed_too():
+    """Its copy verified itself, which no copy on fake tensors can do."""
+    plans = [UnlearnStep(tiny("olmoe"), made("graddiff"), verify=n).plan([batch(1)], [batch(2)]) for n in (0, 2)]
+    assert plans[0].memory == plans[1].memory and plans[0].peak > plans[0].memory["weights"]
+
+
+@pytest.mark.quick
 def test_what_cannot_be_rehearsed_is_said():
     model = tiny("olmoe")
     model.model.norm.register_forward_pre_hook(lambda module, args: float(args[0].detach().numpy()[0, 0, 0]) and None)

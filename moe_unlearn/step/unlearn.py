@@ -369,6 +369,7 @@ class UnlearnStep:
         for own, copy in zip(*(experts_modules(step.model).values() for step in (self, shadow)), strict=True):
             copy_gate(own, copy)
         shadow.objectives.dual.warns = False  # its losses are not real
+        shadow.verifier.remaining = 0
         shadow.discard()
         return shadow
 
