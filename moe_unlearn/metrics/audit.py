@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moe_unlearn.data import Example, pad_token_id
+from moe_unlearn.data import Example, pad_token_id, special_ids
 from moe_unlearn.metrics.gibberish import gibberish_rate
-from moe_unlearn.metrics.memorization import prompt_length
+from moe_unlearn.metrics.memorization import with_prompts
 from moe_unlearn.metrics.privacy import nll
 from moe_unlearn.metrics.relearning import relearning_attack
 from moe_unlearn.metrics.routing import routes, routing_change
@@ -34,8 +34,8 @@ def audit(
     (`RoutingChange`), and `gibberish`, the rate in [0, 1] among greedy continuations of the forget documents'
     prompts, judged against those of `before` (`gibberish_rate`). With `relearn_steps` there is `relearning`, the
     curve of the forget NLL as a dictionary. With both there is `relearn_half`, the first measured step at which half
-    of the rise in forget NLL is undone, or None if it never is. Prompts are those of `verbmem`. The models are left
-    as they were; deterministic given `seed`.
+    of the rise in forget NLL is undone, or None if it never is. Prompts are those of `verbmem`, and so are the tokens
+    that end an answer. The models are left as they were; deterministic given `seed`.
 
     Raises ValueError if neither is asked for, and as the four metrics do.
     """
@@ -45,9 +45,8 @@ def audit(
     found: dict[str, float | dict | None] = {}
     if before is not None:
         change = routing_change(*(routes(m, retain, batch_size=batch_size, pad_id=pad) for m in (before, model)))
-        cuts = [prompt_length(example, prompt_tokens) for example in forget]
-        prompts = [e.input_ids[:cut] for e, cut in zip(forget, cuts, strict=True)]
-        stop = set(tokenizer.all_special_ids)
+        prompts = [prompt for _, _, prompt in with_prompts(forget, prompt_tokens)]
+        stop = special_ids(tokenizer)
         typical, generated = (greedy(m, prompts, new_tokens, pad_id=pad, stop=stop) for m in (before, model))
         rate = gibberish_rate(before, prompts, generated, typical, batch_size=batch_size, pad_id=pad).rate
         found |= {**change.means(), "gibberish": rate}

@@ -31,18 +31,14 @@ def verbmem(
     compared as text by `unicode_rouge.rouge_scorer`, without stemming. Examples with nothing but the prompt are left
     out. Raises NothingToMeasureError if none remains.
     """
-    cuts = [prompt_length(e, prompt_tokens) for e in examples]
-    kept = [(e, cut) for e, cut in zip(examples, cuts, strict=True) if len(e) > cut]
-    if not kept:
-        raise NothingToMeasureError(f"expected an example longer than its prompt of {prompt_tokens} tokens; got none")
-    special = special_ids(tokenizer)
-    truths = [_until(e.input_ids[cut : cut + new_tokens], special) for e, cut in kept]
+    kept, special = with_prompts(examples, prompt_tokens), special_ids(tokenizer)
+    truths = [_until(e.input_ids[cut : cut + new_tokens], special) for e, cut, _ in kept]
     longest = max(map(len, truths))
-    prompts = [e.asked or e.input_ids[:cut] for e, cut in kept]
+    prompts = [prompt for _, _, prompt in kept]
     answers = greedy(model, prompts, longest, pad_id=pad_token_id(tokenizer), stop=special)
     scorer = rouge_scorer(["rougeL"], use_stemmer=False)
     scores: list[float] = []
-    for truth, answer, (e, cut) in zip(truths, answers, kept, strict=True):
+    for truth, answer, (e, cut, _) in zip(truths, answers, kept, strict=True):
         # an example cut to max_length has no end token for the model to reach: stop where the text stops
         answer = answer[: min(new_tokens, len(e) - cut)]
         score = scorer.score(tokenizer.decode(truth), tokenizer.decode(answer))
@@ -66,7 +62,7 @@ def extraction(
     kept = [(e, cut) for e, cut in zip(examples, cuts, strict=True) if len(e) >= cut + tokens]
     if not kept:
         raise NothingToMeasureError(f"expected an example with {tokens} tokens after its prefix; got none")
-    answers = greedy(model, [e.input_ids[:cut] for e, cut in kept], tokens)
+    answers = greedy(model, [e.asked or e.input_ids[:cut] for e, cut in kept], tokens)
     pairs = zip(kept, answers, strict=True)
     return sum(answer == e.input_ids[cut : cut + tokens] for (e, cut), answer in pairs) / len(kept)
 
@@ -182,10 +178,21 @@ def _surface(token: str) -> str:
     return token.replace("Ġ", " ").replace("Ċ", "\n").replace("▁", " ")
 
 
-def prompt_length(example: Example, prompt_tokens: int) -> int:
-    """Return the number of tokens of the example's masked prompt, or `prompt_tokens` where it has none."""
-    masked = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
-    return masked or prompt_tokens
+def with_prompts(examples: Sequence[Example], prompt_tokens: int) -> list[tuple[Example, int, list[int]]]:
+    """Return the examples with tokens behind their prompts, where these end, and what a model is asked with.
+
+    The prompt is the masked one, or the first `prompt_tokens` tokens where there is none. Raises
+    NothingToMeasureError if no example is longer than its prompt.
+    """
+    kept = []
+    for example in examples:
+        masked = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
+        cut = masked or prompt_tokens
+        if len(example) > cut:
+            kept.append((example, cut, example.asked or example.input_ids[:cut]))
+    if not kept:
+        raise NothingToMeasureError(f"expected an example longer than its prompt of {prompt_tokens} tokens; got none")
+    return kept
 
 
 def _until(tokens: list[int], special: set[int]) -> list[int]:

@@ -113,3 +113,11 @@ def test_extraction_strength_of_known_hits(hits, ours, theirs):
 
 def test_extraction_strength_of_nothing_is_none():
     assert extraction_strength(TokenScores(torch.zeros(2), torch.ones(2).bool(), torch.zeros(2).bool())) is None
+
+
+def test_extraction_asks_with_the_prompt_encoded_alone_where_the_seam_gives_it(oracle, tokenizer):
+    [example] = encode([Document("", "the bells.", "Who rang? ", "Who rang?")], tokenizer, 64, seam="separate")
+    assert example.asked != example.input_ids[: example.prefix]
+    model = oracle()
+    model.rows = [example.asked + example.input_ids[example.prefix :]]
+    assert extraction(model, [example], tokens=3) == 1
