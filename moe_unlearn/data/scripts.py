@@ -10,6 +10,8 @@ SPACELESS = (
     "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TAI ", "NEW TAI ", "BALINESE ", "JAVANESE ",
 )  # fmt: skip
 _ZERO_WIDTH_SPACE = "\u200b"
+_REPLACEMENT = "\ufffd"  # stands for bytes that spell no character
+_PICTURES = range(0x1F000, 0x1FB00)  # the blocks of emoji, of which Python's tables of Unicode may not know all
 
 
 def unicode_words(text: str, *, digits: bool = True) -> Iterator[tuple[str, int, int]]:
@@ -18,7 +20,7 @@ def unicode_words(text: str, *, digits: bool = True) -> Iterator[tuple[str, int,
     A word is a longest run of letters, digits and the marks on them (Unicode categories L, N, M); without `digits` a
     digit ends it. Invisible format characters (joiners, soft hyphens; not the zero-width space) do not end a word and
     are left out of it. In scripts that put no space between words (`SPACELESS`) every letter is a word, together with
-    its marks.
+    its marks, and so is every symbol (category S, and emoji) that is not ASCII.
     """
     word, start, end, alone = "", 0, 0, False
     for i, character in enumerate(text):
@@ -49,4 +51,6 @@ def _kind(character: str, digits: bool) -> str:
         return "mark"
     if category[0] == "L" or (digits and category[0] == "N"):
         return "alone" if spaceless(character) else "part"
+    if (category[0] == "S" and not character.isascii() and character != _REPLACEMENT) or ord(character) in _PICTURES:
+        return "alone"
     return "" if category == "Cf" and character != _ZERO_WIDTH_SPACE else "end"

@@ -24,6 +24,7 @@ from torch import nn
 
 from moe_unlearn.data import added
 from moe_unlearn.files import read_sealed, write_sealed, write_text
+from moe_unlearn.metrics.unicode_rouge import TOKENIZER
 from moe_unlearn.metrics.workers import is_first, on_first
 from moe_unlearn.prepare.reference import autocast_dtypes, model_digest
 from moe_unlearn.ranks import gather, sharded
@@ -144,7 +145,7 @@ class Evaluation:
         elif cache_dir is not None:
             self._cache = Path(cache_dir)
             self._identity = [
-                FORMAT, model_digest(model), *autocast_dtypes(), tokenizer_digest(tokenizer), name, settings
+                FORMAT, TOKENIZER, model_digest(model), *autocast_dtypes(), tokenizer_digest(tokenizer), name, settings
             ]  # fmt: skip
 
     def add(self, key: str, data: object, compute: Callable[[], Result], *, digest: str | None = None) -> Result:

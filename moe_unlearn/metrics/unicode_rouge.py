@@ -7,7 +7,7 @@ from typing import Any
 from moe_unlearn.data.scripts import unicode_words
 
 #: how results describe the words that ROUGE compared
-TOKENIZER = "rouge-score's for ASCII text; else Unicode words, single characters in scripts without spaces"
+TOKENIZER = "rouge-score's for ASCII text; else Unicode words, single characters in scripts without spaces, and symbols"
 
 
 class UnicodeTokenizer:

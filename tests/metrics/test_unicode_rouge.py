@@ -7,8 +7,10 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 from moe_unlearn.data import DataReport, Document, encode, select, train_tokenizer
+from moe_unlearn.data.scripts import unicode_words
 from moe_unlearn.metrics import cloze_spans, knowmem, verbmem
 from moe_unlearn.metrics.answers import rouge
+from moe_unlearn.metrics.memorization import _cloze_words
 from moe_unlearn.metrics.unicode_rouge import UnicodeTokenizer, rouge_scorer
 
 pytestmark = pytest.mark.quick
@@ -50,6 +52,25 @@ def test_what_the_words_are():
     assert words("한국어 문장") == ["한국어", "문장"]
     assert words("re\u0301sume\u0301 ＡＢＣ") == ["résumé", "abc"]
     assert words("don’t be naïve, running") == ["don", "t", "be", "naïve", "run"]  # ASCII words are stemmed
+
+
+def test_symbols_are_words_of_their_own():
+    words = UnicodeTokenizer(use_stemmer=True).tokenize
+    assert words("👍👍 ❤\ufe0f") == ["👍", "👍", "❤\ufe0f"]
+    assert words("👩\u200d🚀 20 °C, £5 → €6") == ["👩", "🚀", "20", "°", "c", "£", "5", "→", "€", "6"]
+    assert words("\U0001fae8") == ["\U0001fae8"]  # younger than this Python's tables of Unicode
+    assert words("Ёлка — «Привет» … “so”") == ["ёлка", "привет", "so"]  # punctuation is none
+    assert words("долин\ufffd + 2") == ["долин", "2"]  # nor are bytes that spell nothing, nor ASCII symbols
+    assert words("20 C + $5 ~ ok") == ["20", "c", "5", "ok"]
+    score = rouge_scorer(["rougeL"], use_stemmer=False).score("👍👍", "👍👍")
+    assert score["rougeL"].fmeasure == 1
+
+
+def test_symbols_change_no_cloze_word():
+    text = "долины→горы流浪的商人👍提着灯笼"
+    letters = [word for word, _, _ in unicode_words(text, digits=False) if word not in "→👍"]
+    assert letters == ["долины", "горы", *"流浪的商人提着灯笼"]
+    assert [word for word, _, _ in _cloze_words(text, 4)] == ["долины", "горы", "流浪的商", "提着灯笼"]
 
 
 @pytest.mark.parametrize("stem", [False, True])
