@@ -68,7 +68,7 @@ def generate_alternates(
         try:
             prompts[number] = _prompt(document, tokenizer, room, chat, instruction)
         except ValueError as error:
-            refused.append(f"document {number}: {str(error).removeprefix('document 0: ')}")
+            refused.append(f"document {number}: {error.reason if isinstance(error, data.DocumentError) else error}")
     if not prompts:
         raise ValueError(f"expected at least one question with its answer; {refused[0] if refused else 'got none'}")
     found: dict[tuple[int, int], str] = {}

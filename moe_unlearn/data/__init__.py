@@ -55,6 +55,7 @@ from moe_unlearn.data.selection import DataReport, select
 from moe_unlearn.data.special import Added, added, special_ids
 from moe_unlearn.data.stream import ExampleStream, shard
 from moe_unlearn.data.tokenize import (
+    DocumentError,
     Example,
     batches,
     collate,
@@ -72,6 +73,7 @@ __all__ = [
     "Corpus",
     "DataReport",
     "Document",
+    "DocumentError",
     "DocumentStream",
     "Example",
     "ExampleStream",

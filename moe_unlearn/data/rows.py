@@ -9,7 +9,7 @@ from moe_unlearn.config import Data
 from moe_unlearn.data.chats import Chat
 from moe_unlearn.data.corpus import Document
 from moe_unlearn.data.records import SIDE_ANSWERS, documents_of
-from moe_unlearn.data.tokenize import Example, encode
+from moe_unlearn.data.tokenize import DocumentError, Example, encode
 from moe_unlearn.ops.token_loss import IGNORED
 
 
@@ -72,7 +72,7 @@ def _encoded(document: Document, where: str, tokenizer: Tokenizer, max_length: i
     try:
         return encode([document], tokenizer, max_length, **encoding)
     except ValueError as error:
-        raise ValueError(f"{where}: {str(error).removeprefix('document 0: ')}") from None
+        raise ValueError(f"{where}: {error.reason if isinstance(error, DocumentError) else error}") from None
 
 
 def _tokens(row: Mapping, where: str) -> Example:

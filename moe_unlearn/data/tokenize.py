@@ -18,6 +18,14 @@ from moe_unlearn.ops.token_loss import IGNORED
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
+class DocumentError(ValueError):
+    """Error for a document of which no example can be made; `reason` says why, without the place of the document."""
+
+    def __init__(self, reason: str, where: str = ""):
+        super().__init__(f"{where}: {reason}" if where else reason)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Example:
     """One row of token ids with its labels (-100 carries no loss) and the length of its prefix.
@@ -128,7 +136,7 @@ def iter_examples(
     become its prompt, so that objectives that answer prompts can use a book. A piece no longer than that is in no
     example.
 
-    Raises ValueError for a prompt that leaves no room for its text, with `chat` for a text that spells a special
+    Raises DocumentError for a prompt that leaves no room for its text, with `chat` for a text that spells a special
     token of the template (with `alternates`, also for an alternate that does), and for a text no longer than
     `prompt_tokens`. With a `report` such a document is instead dropped and counted there, and documents that were cut
     are counted too. Raises ValueError also if `max_length` is below 2, `prompt_tokens` is not below it, `seam` or
@@ -240,7 +248,7 @@ def _with_alternate(document: Document) -> Document | None:
 
 def _refuse(report: DataReport | None, reason: str, where: str, message: str) -> None:
     if report is None:
-        raise ValueError(f"{where}: {message}")
+        raise DocumentError(message, where)
     report.drop(reason, where)
     report.kept -= 1
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moe_unlearn.data import Chat, Document, Example, added, encode, pad_token_id
+from moe_unlearn.data import Chat, Document, DocumentError, Example, added, encode, pad_token_id
 from moe_unlearn.metrics.conventions import OURS, Conventions, decode, prompt_of, stops, without_end
 from moe_unlearn.metrics.results import Result, mean_result
 from moe_unlearn.metrics.scoring import TokenScores, context_length, greedy, token_scores
@@ -63,22 +63,26 @@ def pair(
 ) -> Example:
     """Return one example: the prompt is masked, the answer and its end are labelled, and it is cut to `max_length`.
 
-    With `chat` the tokenizer's chat template asks the prompt (`data.encode`). Raises ValueError if the prompt leaves
-    no room for the answer.
+    With `chat` the tokenizer's chat template asks the prompt (`data.encode`). Raises DocumentError if the prompt leaves
+    no room for the answer, if the answer has no tokens, and with `chat` if they spell a special token.
     """
     if ways.seam == "joint":
         # white space before the answer becomes part of the answer
         asked = prompt.rstrip()
         space = prompt[len(asked) :]
         prompt, answer = asked, space + (answer.lstrip() if space else answer)
-    return encode([Document("", answer, prompt)], tokenizer, max_length, chat=chat, seam=ways.seam)[0]
+    return _only(encode([Document("", answer, prompt)], tokenizer, max_length, chat=chat, seam=ways.seam))
 
 
-def text_example(tokenizer: Tokenizer, text: str, max_length: int, ways: Conventions = OURS) -> Example:
-    """Return a text's example without end token, cut to `max_length`; with `drop_last` the end token is kept."""
-    if ways.text_window:
-        max_length = min(max_length + len(added(tokenizer).begin), 2**31)
-    example = encode([Document("", text)], tokenizer, max_length, overflow="truncate")[0]
+def text_example(
+    model: nn.Module, tokenizer: Tokenizer, text: str, max_length: int, ways: Conventions = OURS
+) -> Example:
+    """Return a text's example without end token, cut to `max_length` and to the model's context.
+
+    With `drop_last` the end token is kept. Raises DocumentError for a text without tokens.
+    """
+    limit = room(model, max_length + (len(added(tokenizer).begin) if ways.text_window else 0))
+    example = _only(encode([Document("", text)], tokenizer, limit, overflow="truncate"))
     return example if ways.drop_last else without_end(example, tokenizer, ways)
 
 
@@ -98,13 +102,20 @@ def continuation(
     return replace(example, input_ids=(example.input_ids + end)[:length], labels=(example.labels + end)[:length])
 
 
-def check_fit(model: nn.Module, example: Example, new_tokens: int, where: str) -> None:
-    """Raise ValueError for a prompt that with `new_tokens` exceeds the model's context."""
+def _only(examples: list[Example]) -> Example:
+    if not examples:
+        raise DocumentError("expected a text of at least one token; got none")
+    return examples[0]
+
+
+def fitting(model: nn.Module, example: Example, new_tokens: int) -> Example:
+    """Return the example; raise DocumentError if its prompt and `new_tokens` exceed the model's context."""
     context, prompt = context_length(model), len(prompt_of(example))
     if context is not None and prompt + new_tokens > context:
-        raise ValueError(
-            f"{where}: its prompt of {prompt} tokens and {new_tokens} new ones exceed the model's context of {context}"
+        raise DocumentError(
+            f"its prompt of {prompt} tokens and {new_tokens} new ones exceed the model's context of {context}"
         )
+    return example
 
 
 def room(model: nn.Module, max_length: int) -> int:

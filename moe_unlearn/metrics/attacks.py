@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Example, pad_token_id
 from moe_unlearn.metrics.conventions import Conventions, without_end
+from moe_unlearn.metrics.left_out import Kept, labelled, marks
 from moe_unlearn.metrics.privacy import auc, lowest, min_k, privleak, rel_diff
 from moe_unlearn.metrics.results import Evaluation, Result, by_index
 from moe_unlearn.metrics.scoring import TokenScores, token_scores
@@ -51,7 +52,7 @@ def membership(
     model: nn.Module,
     tokenizer: Tokenizer,
     rows: Sequence,
-    examples: dict[str, list[Example]],
+    sides: dict[str, Kept],
     *,
     fraction: float,
     ways: Conventions,
@@ -61,13 +62,17 @@ def membership(
 ) -> None:
     """Add the attacks on the forget and holdout examples made of `rows`, and the comparisons of their AUC.
 
-    `mia_gradnorm` is added with `gradient_norm`, `mia_reference` with a `reference_model`.
+    A row is left out of all attacks if no token of it counts in one of them. `mia_gradnorm` is added with
+    `gradient_norm`, `mia_reference` with a `reference_model`.
     """
-    pad = pad_token_id(tokenizer)
-    known: dict[str, dict[str, list[TokenScores]]] = {}
-    counted = examples
-    if ways.drop_last:
-        counted = {name: [without_end(e, tokenizer, ways) for e in own] for name, own in examples.items()}
+    pad, known = pad_token_id(tokenizer), {}
+
+    def both(example: Example) -> tuple[Example, Example]:
+        return example, labelled(without_end(example, tokenizer, ways) if ways.drop_last else example)
+
+    sides = {name: kept.then(both) for name, kept in sides.items()}
+    examples = {name: [whole for whole, _ in kept.values] for name, kept in sides.items()}
+    counted = {name: [part for _, part in kept.values] for name, kept in sides.items()}
 
     sources = {"whole": (model, examples), "counted": (model, counted)}
     if reference_model is not None:
@@ -86,10 +91,12 @@ def membership(
 
     def add(name: str, score: Callable[[str], torch.Tensor | list[float]], data: object = rows) -> None:
         def measured() -> Result:
-            sides = {side: torch.as_tensor(score(side), dtype=torch.float64) for side in examples}
-            value = auc(sides["forget"], sides["holdout"])
-            values = {n: {"value_by_index": by_index([{"score": v} for v in s.tolist()])} for n, s in sides.items()}
-            return {"agg_value": value, "auc": value, "auc_muse": 1 - value, **values}
+            found = {side: torch.as_tensor(score(side), dtype=torch.float64) for side in sides}
+            value, values = auc(found["forget"], found["holdout"]), {}
+            for side, kept in sides.items():
+                own = kept.placed({"value_by_index": by_index([{"score": v} for v in found[side].tolist()])})
+                values[side] = {"value_by_index": own["value_by_index"]}
+            return {"agg_value": value, "auc": value, "auc_muse": 1 - value, **values, **marks(*sides.values())}
 
         run.add(f"mia_{name}", data, measured)
 

@@ -18,7 +18,7 @@ context loses its beginning. `harness` runs the harness itself on such rows; a t
 
 import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from os.path import commonprefix
 from pathlib import Path
@@ -27,9 +27,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moe_unlearn.data import added, pad_token_id
+from moe_unlearn.data import DocumentError, added, pad_token_id
 from moe_unlearn.data.seams import split
 from moe_unlearn.metrics.answers import fields
+from moe_unlearn.metrics.left_out import keep
 from moe_unlearn.metrics.results import Evaluation, Result, mean_result
 from moe_unlearn.metrics.scoring import context_length, evaluating
 from moe_unlearn.metrics.workers import share
@@ -74,9 +75,9 @@ def evaluate_choices(
         result = run.add(
             f"{name}/acc",
             data,
-            partial(multiple_choice, model, tokenizer, rows, shots=examples, batch_size=batch_size),
+            partial(multiple_choice, model, tokenizer, rows, shots=examples, batch_size=batch_size, name=name),
         )
-        found, answered = result["agg_value"], len(rows) - result.get("unanswerable", 0)
+        found, answered = result["agg_value"], len(rows) - len(result.get("left_out", ()))
         if answered > 1:
             error = math.sqrt(found * (1 - found) / (answered - 1))
             run.add(f"{name}/acc_stderr", data, partial(dict, agg_value=error))
@@ -90,18 +91,22 @@ def multiple_choice(
     *,
     shots: Sequence[dict] = (),
     batch_size: int = 32,
+    name: str = "rows",
 ) -> Result:
-    """Return the accuracy of the rows, each with `question`, `choices`, `answer` (position from 0) and `subject`.
+    """Return the accuracy of the rows of set `name`.
 
+    A row has `question`, `choices`, `answer` (position from 0) and `subject`.
     Each row has the values `acc` (0 or 1), `choice` (the answered position) and `logprobs` of the letters in nats.
     Where a token stands on both sides of the prompt's end, the scored part begins with it, for all letters of the
-    row; `straddled` counts such rows. `unanswerable` counts rows whose letters have equal tokens and so cannot be
-    told apart; their `acc` is None.
+    row; `straddled` counts such rows. `left_out` names the rows that cannot be answered: letters with equal tokens
+    cannot be told apart, and a letter may be longer than the model's context. Their `acc` is None.
 
     Raises ValueError if no row can be answered.
     """
-    requests, begin, straddled = [], added(tokenizer).begin, 0
-    for row in rows:
+    begin, context_tokens, straddled = added(tokenizer).begin, context_length(model), 0
+
+    def asked(row: dict) -> list[tuple[list[int], list[int]]]:
+        nonlocal straddled
         own = [shot for shot in shots if shot["subject"] == row["subject"]]
         context = DESCRIPTION.format(subject=row["subject"].replace("_", " "))
         context += "".join(f"{question_text(s)} {string.ascii_uppercase[s['answer']]}\n\n" for s in own)
@@ -111,18 +116,23 @@ def multiple_choice(
         # tokens that stand before all letters
         start = min(len(commonprefix(wholes)), *(len(one.parts[0]) for one in found))
         straddled += any(one.straddled for one in found)
-        told = len({tuple(whole[start:]) for whole in wholes}) == len(wholes)
-        requests.append([(begin + whole[:start], whole[start:]) for whole in wholes] if told else [])
-    asked = [pair for own in requests for pair in own]
-    logprobs = iter(continuation_logprobs(model, asked, batch_size=batch_size, pad_id=pad_token_id(tokenizer)))
+        if len({tuple(whole[start:]) for whole in wholes}) < len(wholes):
+            raise DocumentError("its letters have equal tokens, which cannot be told apart")
+        requests = [(begin + whole[:start], whole[start:]) for whole in wholes]
+        longest = max(len(after) for _, after in requests)
+        if context_tokens is not None and longest > context_tokens:
+            raise DocumentError(f"a letter of {longest} tokens exceeds the model's context of {context_tokens}")
+        return requests
+
+    kept = keep(name, rows, asked)
+    requests = [request for own in kept.values for request in own]
+    logprobs = iter(continuation_logprobs(model, requests, batch_size=batch_size, pad_id=pad_token_id(tokenizer)))
     values = []
-    for row, pairs in zip(rows, requests, strict=True):
-        scores = [next(logprobs) for _ in pairs]
-        choice = scores.index(max(scores)) if scores else None
-        hit = float(choice == row["answer"]) if scores else None
-        values.append({"acc": hit, "choice": choice, "logprobs": scores or None})
-    counts = {"straddled": straddled, "unanswerable": sum(not own for own in requests)}
-    return mean_result(values, "acc") | {name: count for name, count in counts.items() if count}
+    for row, own in zip(kept.of(rows), kept.values, strict=True):
+        scores = [next(logprobs) for _ in own]
+        choice = scores.index(max(scores))
+        values.append({"acc": float(choice == row["answer"]), "choice": choice, "logprobs": scores})
+    return kept.placed(mean_result(values, "acc")) | ({"straddled": straddled} if straddled else {})
 
 
 def continuation_logprobs(
@@ -194,6 +204,11 @@ def _checked(rows: Sequence, task: str) -> list[dict]:
     names = ["question", "choices", "answer", *([] if task.split()[-1] in SUBJECTS else ["subject"])]
     checked = []
     for number, row in enumerate(fields(rows, names, task)):
+        for name in {"question", "subject"} & row.keys():
+            if not isinstance(row[name], str):
+                raise ValueError(f"{task}, row {number}: expected {name} to be a text; got {row[name]!r}")
+        if isinstance(row["choices"], str | Mapping) or not isinstance(row["choices"], Iterable):
+            raise ValueError(f"{task}, row {number}: expected choices to be a list; got {row['choices']!r}")
         choices, answer = list(row["choices"]), row["answer"]
         if isinstance(answer, str) and len(answer) == 1 and answer in string.ascii_uppercase:
             answer = string.ascii_uppercase.index(answer)

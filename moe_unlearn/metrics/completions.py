@@ -29,10 +29,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moe_unlearn.data import Chat, Document, Example, added, encode, pad_token_id
+from moe_unlearn.data import Chat, Document, DocumentError, Example, added, encode, pad_token_id
 from moe_unlearn.data.records import COMPLETIONS, QUESTIONS, documents_of
-from moe_unlearn.metrics.answers import check_fit, completions, room, rouge
+from moe_unlearn.metrics.answers import completions, fitting, room, rouge
 from moe_unlearn.metrics.conventions import without_end
+from moe_unlearn.metrics.left_out import Kept, keep, marks
 from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result, tokenizer_digest
 from moe_unlearn.metrics.scoring import context_length, evaluating, token_scores
 from moe_unlearn.metrics.workers import share
@@ -103,9 +104,10 @@ def evaluate_completions(
 ) -> dict[str, float | None]:
     """Return the summary of all results; files COMPLETIONS_*.json and cache are as in `results.Evaluation`.
 
-    Raises ValueError for no sets, a set without rows, rows of other forms, a set in which only some rows have a
-    truth, a set without truths where there is no classifier, texts with no token after the prompt, and prompts that
-    with `new_tokens` exceed the model's context.
+    Texts with no token after the prompt, and rows that the model or the tokenizer cannot take, such as prompts that
+    with `new_tokens` exceed the model's context, are left out of what is completed (`left_out`; `value_by_index` has
+    an entry a completion). Raises ValueError for no sets, a set without rows, rows of other forms, a set in which only
+    some rows have a truth, a set without truths where there is no classifier, and a set of which no row is left.
     """
     settings = settings or CompletionSettings()
     run = Evaluation("COMPLETIONS", model, tokenizer, asdict(settings), out=out, cache_dir=cache_dir)
@@ -116,18 +118,20 @@ def evaluate_completions(
         documents, true = _documents(rows, name)
         if not true and classifier is None:
             raise ValueError(f"{name}: expected true answers, or a classifier for completions without; got neither")
-        examples = [] if name == UTILITY else _examples(model, tokenizer, documents, settings, name)
-        prepared[name] = documents, true, examples
+        completed = None
+        if name != UTILITY:
+            completed = keep(name, documents, partial(_examples, model, tokenizer, settings))
+        prepared[name] = documents, true, completed
     judge = [] if classifier is None else [model_digest(classifier.model), tokenizer_digest(classifier.tokenizer)]
-    for name, (documents, true, examples) in prepared.items():
+    for name, (documents, true, completed) in prepared.items():
         plain = [[d.title, d.prompt, d.question, d.text] for d in documents]
-        if examples and true:
-            run.add(f"{name}_ROUGE", plain, partial(_rouge, model, tokenizer, examples, settings, batch_size))
-        if examples and classifier is not None:
+        if completed and true:
+            run.add(f"{name}_ROUGE", plain, partial(_rouge, model, tokenizer, completed, settings, batch_size))
+        if completed and classifier is not None:
             known = run.results.get(f"{name}_ROUGE")
             run.add(
                 f"{name}_p_{classifier.label}", [plain, *judge],
-                partial(_classified, model, tokenizer, examples, known, classifier, settings, batch_size),
+                partial(_classified, model, tokenizer, completed, known, classifier, settings, batch_size),
             )  # fmt: skip
         if not any(document.prompt for document in documents):
             run.add(
@@ -162,24 +166,20 @@ def _documents(rows: Sequence, where: str) -> tuple[list[Document], bool]:
 
 
 def _examples(
-    model: nn.Module, tokenizer: Tokenizer, documents: Sequence[Document], settings: CompletionSettings, where: str
+    model: nn.Module, tokenizer: Tokenizer, settings: CompletionSettings, document: Document
 ) -> list[Example]:
-    """Return examples whose prompts carry no label and whose true continuations are labelled."""
+    """Return a document's examples, whose prompts carry no label and whose true continuations are labelled."""
     begin = settings.prompt_tokens + len(added(tokenizer).begin)
-    examples = []
-    for number, document in enumerate(documents):
-        length = 2**31 if document.prompt else begin + settings.new_tokens
-        pieces = encode([document], tokenizer, length, chat=settings.chat)
-        made = [_cut(without_end(e, tokenizer), e.prefix if document.prompt else begin, settings) for e in pieces]
-        made = [example for example in made if len(example) > example.prefix]
-        if not made:
-            raise ValueError(
-                f"{where}, row {number}: expected a text of more than prompt_tokens = {settings.prompt_tokens} tokens; "
-                f"got {document.text[:60]!r}"
-            )
-        check_fit(model, made[0], settings.new_tokens, f"{where}, row {number}")
-        examples += made
-    return examples
+    length = 2**31 if document.prompt else begin + settings.new_tokens
+    pieces = encode([document], tokenizer, length, chat=settings.chat)
+    made = [_cut(without_end(e, tokenizer), e.prefix if document.prompt else begin, settings) for e in pieces]
+    made = [example for example in made if len(example) > example.prefix]
+    if not made:
+        raise DocumentError(
+            f"expected a text of more than prompt_tokens = {settings.prompt_tokens} tokens; got {document.text[:60]!r}"
+        )
+    fitting(model, made[0], settings.new_tokens)
+    return made
 
 
 def _cut(example: Example, start: int, settings: CompletionSettings) -> Example:
@@ -188,31 +188,34 @@ def _cut(example: Example, start: int, settings: CompletionSettings) -> Example:
 
 
 def _rouge(
-    model: nn.Module, tokenizer: Tokenizer, examples: list[Example], settings: CompletionSettings, batch_size: int
+    model: nn.Module, tokenizer: Tokenizer, completed: Kept, settings: CompletionSettings, batch_size: int
 ) -> Result:
+    examples = list(itertools.chain(*completed.values))
     truths = [str(tokenizer.decode(e.input_ids[e.prefix :], skip_special_tokens=True)).strip() for e in examples]
-    return rouge(
+    found = rouge(
         model, tokenizer, examples, truths, key="rougeL_recall", new_tokens=settings.new_tokens,
         use_stemmer=settings.use_stemmer, batch_size=batch_size,
     )  # fmt: skip
+    return found | marks(completed)
 
 
 def _classified(
     model: nn.Module,
     tokenizer: Tokenizer,
-    examples: Sequence[Example],
+    completed: Kept,
     known: Result | None,
     classifier: Classifier,
     settings: CompletionSettings,
     batch_size: int,
 ) -> Result:
     if known is None:
+        examples = list(itertools.chain(*completed.values))
         made = completions(model, tokenizer, examples, new_tokens=settings.new_tokens, batch_size=batch_size)
     else:
         made = [row["generation"] for row in known["value_by_index"].values()]
     found = classifier.probabilities(made, batch_size=batch_size)
     values = [{"probability": p, "generation": text} for p, text in zip(found, made, strict=True)]
-    return mean_result(values, "probability")
+    return mean_result(values, "probability") | marks(completed)
 
 
 def _perplexity(

@@ -12,11 +12,17 @@
     truth           the answer as it stands; VerbMem's cut  decoded from its tokens,         decoded; VerbMem's encoded
                     at 128 tokens                           VerbMem's cut at 128             alone and cut at 128, its
                                                                                              begin token counted
-    text_window     `max_length` counts the begin token     it does not                      nothing is cut
+    text_window     `max_length` counts the begin token     it does not                      nothing is cut, but here
+                                                                                             at the model's context
     unseen_auc      no privleak and no rel_diff without     0.5 stands for the retrained     (needs the run)
                     a reference run                         model's AUC
     last_extracted  the extraction strength of a row with   its last token counts as         (has no such number)
                     a wrong last token is 0                 extracted: at least 1 / n
+
+A row that cannot be measured is left out and reported, whosever ways are followed (`left_out`). open-unlearning does
+not look for such rows: it encodes a special token that a text spells as that token; it cuts a question that fills its
+window and labels the end token alone; a row without a label makes its mean NaN; and it generates beyond the model's
+context. So a number of theirs that such rows are part of has no counterpart here.
 
 This package's ways follow what a user's model is asked and what it answers: no token at the seam that training did
 not have, no label on a prompt's token, and no label missing at the end of a text.

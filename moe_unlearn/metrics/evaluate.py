@@ -7,10 +7,12 @@ from functools import partial
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moe_unlearn.data import Example, pad_token_id
+from moe_unlearn.data import DocumentError, Example, pad_token_id
+from moe_unlearn.metrics.left_out import keep
 from moe_unlearn.metrics.memorization import NothingToMeasureError, extraction, knowmem, verbmem
 from moe_unlearn.metrics.privacy import membership_auc, nll, privleak
-from moe_unlearn.metrics.scoring import token_scores
+from moe_unlearn.metrics.results import report_left_out
+from moe_unlearn.metrics.scoring import TokenScores, token_scores
 
 NAMES = ("nll", "verbmem", "knowmem", "extraction", "minkauc", "privleak")
 
@@ -34,7 +36,9 @@ def evaluate(
     `verbmem_*`, `knowmem_*` (cloze), `extraction_*` are fractions in [0, 1] (MUSE prints the first two times
     100); `nll_*` are nats a token. With `holdout` documents there are also `nll_h` and `minkauc`, and with
     the retrained model as `reference`, or its `minkauc` as `reference_auc`, also `privleak` in percent. Keys
-    that cannot be computed are absent. `only` chooses among `NAMES`, without suffix; privleak includes minkauc.
+    that cannot be computed are absent. Examples without a labelled token, such as a last piece of one token, are left
+    out of `minkauc`; `minkauc_left_out` counts them and stderr names them. `only` chooses among `NAMES`, without
+    suffix; privleak includes minkauc.
 
     The model is left as found: its mode is restored, and nothing keeps a gradient.
     """
@@ -58,12 +62,27 @@ def evaluate(
         if "nll" in wanted:
             results["nll_h"] = nll(unseen)
         if "minkauc" in wanted:
-            results["minkauc"] = membership_auc(scored["f"], unseen)
+            results["minkauc"], left_out = _min_k_auc(scored["f"], unseen)
+            report_left_out(left_out)
+            if left_out:
+                results["minkauc_left_out"] = len(left_out)
         if "privleak" in wanted and reference_auc is None and reference is not None:
             known, new = (
                 token_scores(reference, examples, batch_size=batch_size, pad_id=pad) for examples in (forget, holdout)
             )
-            reference_auc = membership_auc(known, new)
+            reference_auc = _min_k_auc(known, new)[0]
         if "privleak" in wanted and reference_auc is not None:
             results["privleak"] = privleak(results["minkauc"], reference_auc)
     return results
+
+
+def _min_k_auc(forget: Sequence[TokenScores], holdout: Sequence[TokenScores]) -> tuple[float, list[dict]]:
+    """Return `membership_auc` of the examples with a labelled token, and a record of each of the others."""
+    sides = [keep(name, scores, _labelled) for name, scores in (("forget", forget), ("holdout", holdout))]
+    return membership_auc(*(side.values for side in sides)), [record for side in sides for record in side.records]
+
+
+def _labelled(score: TokenScores) -> TokenScores:
+    if not score.counted.any():
+        raise DocumentError("no token of the example carries a label that Min-40 % could count")
+    return score

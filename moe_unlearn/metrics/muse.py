@@ -27,10 +27,11 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moe_unlearn.data import Chat, Example, pad_token_id
-from moe_unlearn.metrics.answers import QUESTION, continuation, fields, pair, room, rouge, text_example
+from moe_unlearn.data import Chat, DocumentError, Example, pad_token_id
+from moe_unlearn.metrics.answers import QUESTION, continuation, fitting, pair, room, rouge, text_example, texts
 from moe_unlearn.metrics.attacks import check_asked, membership
 from moe_unlearn.metrics.conventions import OURS, Conventions, truth, without_end
+from moe_unlearn.metrics.left_out import Kept, keep, labelled
 from moe_unlearn.metrics.memorization import exact_memorization, extraction_strength
 from moe_unlearn.metrics.results import Evaluation, Result, mean_result
 from moe_unlearn.metrics.scoring import TokenScores, token_scores
@@ -92,73 +93,85 @@ def evaluate_muse(
     it there is no `privleak`. `gradient_norm` and `reference_model` add their `attacks`. `privleak` is None where the
     retrained model's AUC is 0 (MUSE).
 
-    Raises ValueError for rows without their fields, for nothing to measure, for `gradient_norm` or `reference_model`
-    without forget and holdout texts, for tokens that the models do not have, for prompts that exceed the
-    model's context, and for a reference run that does not fit.
+    Rows that the model or the tokenizer cannot take, such as prompts that exceed the model's context, are left out of
+    their set (`left_out`). Raises ValueError for rows without their fields, for nothing to measure, for
+    `gradient_norm` or `reference_model` without forget and holdout texts, for tokens that the models do not have, for
+    a set of which no row is left, and for a reference run that does not fit.
     """
     settings = settings or MuseSettings()
     check_asked(gradient_norm, reference_model, data.forget, data.holdout)
     run = Evaluation(
         "MUSE", model, tokenizer, asdict(settings), out=out, cache_dir=cache_dir, reference_run=reference_run
     )
-    asked = {"forget": (data.forget_qa, data.forget_qa_icl), "retain": (data.retain_qa, data.retain_qa_icl)}
-    # all rows are checked before the first forward pass
+    # all rows are checked, and made into examples, before the first forward pass
     qa = {
-        side: (fields(rows, ("question", "answer"), f"{side}_qa"), _shots(icl, f"{side}_qa_icl"))
-        for side, (rows, icl) in asked.items()
+        side: (texts(rows, ("question", "answer"), f"{side}_qa"), _shots(icl, f"{side}_qa_icl"))
+        for side, rows, icl in (
+            ("forget", data.forget_qa, data.forget_qa_icl), ("retain", data.retain_qa, data.retain_qa_icl)
+        )
         if len(rows)
-    }
-    verbatim = fields(data.verbmem, ("prompt", "gt"), "verbmem") if len(data.verbmem) else []
+    }  # fmt: skip
+    verbatim = texts(data.verbmem, ("prompt", "gt"), "verbmem") if len(data.verbmem) else []
     if bool(len(data.forget)) != bool(len(data.holdout)):
         raise ValueError(f"privleak needs both sides; got {len(data.forget)} forget and {len(data.holdout)} holdout")
-    texts = [fields(rows, ("text",), side) for side, rows in (("forget", data.forget), ("holdout", data.holdout))
+    whole = [texts(rows, ("text",), side) for side, rows in (("forget", data.forget), ("holdout", data.holdout))
              if len(rows)]  # fmt: skip
-    if not (qa or verbatim or texts):
+    if not (qa or verbatim or whole):
         raise ValueError("expected rows of at least one of MUSE's sets; got none")
-    if run.reference is not None and not texts:
+    if run.reference is not None and not whole:
         raise ValueError("a reference run is for privleak, which needs forget and holdout texts; got none")
+    asked = {
+        side: keep(f"{side}_qa", rows, partial(_question, model, tokenizer, shots, settings))
+        for side, (rows, shots) in qa.items()
+    }
+    continued = keep("verbmem", verbatim, partial(_continuation, model, tokenizer, settings)) if verbatim else None
+    sides = {
+        side: keep(side, rows, partial(_text, model, tokenizer, settings))
+        for side, rows in zip(("forget", "holdout"), whole, strict=False)
+    }
     for side, (rows, shots) in qa.items():
         run.add(
-            f"{side}_knowmem_ROUGE",
-            [rows, shots],
-            partial(_knowmem, model, tokenizer, rows, shots, settings, batch_size),
-        )
-    if verbatim:
-        _verbatim(run, model, tokenizer, verbatim, settings, batch_size)
-    if texts:
-        examples = _texts(model, tokenizer, texts, settings)
+            f"{side}_knowmem_ROUGE", [rows, shots],
+            partial(_knowmem, model, tokenizer, rows, asked[side], settings, batch_size),
+        )  # fmt: skip
+    if continued is not None:
+        _verbatim(run, model, tokenizer, verbatim, continued, settings, batch_size)
+    if sides:
         membership(
-            run, model, tokenizer, texts, examples, fraction=settings.min_k, ways=settings.like, batch_size=batch_size,
+            run, model, tokenizer, whole, sides, fraction=settings.min_k, ways=settings.like, batch_size=batch_size,
             gradient_norm=gradient_norm, reference_model=reference_model,
         )  # fmt: skip
     return run.summary
 
 
 def _shots(rows: Sequence, where: str) -> list[dict]:
-    return fields(rows, ("question", "answer"), where) if len(rows) else []
+    return texts(rows, ("question", "answer"), where) if len(rows) else []
+
+
+def _question(model: nn.Module, tokenizer: Tokenizer, shots: list[dict], settings: MuseSettings, row: dict) -> Example:
+    shown = "".join(f"{settings.question.format(question=s['question'])}{s['answer']}\n\n" for s in shots)
+    prompt = shown + (row["question"] if settings.chat else settings.question.format(question=row["question"]))
+    example = pair(tokenizer, prompt, row["answer"], room(model, 2**31), chat=settings.chat, ways=settings.like)
+    return fitting(model, example, settings.knowmem_tokens)
 
 
 def _knowmem(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    rows: Sequence[dict],
-    shots: Sequence[dict],
-    settings: MuseSettings,
-    batch_size: int,
+    model: nn.Module, tokenizer: Tokenizer, rows: Sequence[dict], asked: Kept, settings: MuseSettings, batch_size: int
 ) -> Result:
-    shown = "".join(f"{settings.question.format(question=s['question'])}{s['answer']}\n\n" for s in shots)
-    examples = []
-    for row in rows:
-        prompt = shown + settings.question.format(question=row["question"])
-        if settings.chat:
-            prompt = shown + row["question"]
-        limit = room(model, 2**31)
-        examples.append(pair(tokenizer, prompt, row["answer"], limit, chat=settings.chat, ways=settings.like))
-    truths = [truth(tokenizer, e, row["answer"], settings.like) for e, row in zip(examples, rows, strict=True)]
-    return rouge(
-        model, tokenizer, examples, truths, key="rougeL_f1", cut_at=CUT_AT, new_tokens=settings.knowmem_tokens,
-        use_stemmer=settings.use_stemmer, batch_size=batch_size, ways=settings.like,
+    pairs = zip(asked.values, asked.of(rows), strict=True)
+    truths = [truth(tokenizer, example, row["answer"], settings.like) for example, row in pairs]
+    return asked.placed(
+        rouge(
+            model, tokenizer, asked.values, truths, key="rougeL_f1", cut_at=CUT_AT, new_tokens=settings.knowmem_tokens,
+            use_stemmer=settings.use_stemmer, batch_size=batch_size, ways=settings.like,
+        )
     )  # fmt: skip
+
+
+def _continuation(model: nn.Module, tokenizer: Tokenizer, settings: MuseSettings, row: dict) -> Example:
+    limit, cut = room(model, settings.max_length), settings.verbmem_tokens
+    example = continuation(tokenizer, row["prompt"], row["gt"], limit, cut, settings.like)
+    return fitting(model, example, cut)
 
 
 def _verbatim(
@@ -166,23 +179,26 @@ def _verbatim(
     model: nn.Module,
     tokenizer: Tokenizer,
     rows: Sequence[dict],
+    continued: Kept,
     settings: MuseSettings,
     batch_size: int,
 ) -> None:
-    limit, cut, ways = room(model, settings.max_length), settings.verbmem_tokens, settings.like
-    examples = [continuation(tokenizer, row["prompt"], row["gt"], limit, cut, ways) for row in rows]
+    cut, ways = settings.verbmem_tokens, settings.like
 
     def verbmem() -> Result:
-        truths = [truth(tokenizer, e, row["gt"], ways, tokens=cut) for e, row in zip(examples, rows, strict=True)]
-        return rouge(
-            model, tokenizer, examples, truths, key="rougeL_f1", new_tokens=cut,
-            use_stemmer=settings.use_stemmer, batch_size=batch_size, ways=ways,
+        pairs = zip(continued.values, continued.of(rows), strict=True)
+        truths = [truth(tokenizer, example, row["gt"], ways, tokens=cut) for example, row in pairs]
+        return continued.placed(
+            rouge(
+                model, tokenizer, continued.values, truths, key="rougeL_f1", new_tokens=cut,
+                use_stemmer=settings.use_stemmer, batch_size=batch_size, ways=ways,
+            )
         )  # fmt: skip
 
     run.add("forget_verbmem_ROUGE", rows, verbmem)
     if ways.drop_last:
-        examples = [without_end(example, tokenizer, ways) for example in examples]
-    memorised(run, model, tokenizer, rows, examples, ways, batch_size)
+        continued = continued.then(lambda example: without_end(example, tokenizer, ways))
+    memorised(run, model, tokenizer, rows, continued, ways, batch_size)
 
 
 def memorised(
@@ -190,20 +206,21 @@ def memorised(
     model: nn.Module,
     tokenizer: Tokenizer,
     rows: Sequence[dict],
-    examples: Sequence[Example],
+    kept: Kept,
     ways: Conventions,
     batch_size: int,
 ) -> None:
-    """Add `extraction_strength`, ours and open-unlearning's, and `exact_memorization`, from one pass over `examples`.
+    """Add `extraction_strength`, ours and open-unlearning's, and `exact_memorization`, from one pass over `kept`.
 
     With open-unlearning's `like`, its value has the usual name and ours is left out.
     """
-    scores: list = []
+    kept = kept.then(labelled)
+    scores: list[TokenScores] = []
 
     def measured(metric: Callable[[TokenScores], float | None]) -> Result:
         if not scores:
-            scores.extend(token_scores(model, examples, batch_size=batch_size, pad_id=pad_token_id(tokenizer)))
-        return mean_result([{"score": metric(score)} for score in scores], "score")
+            scores.extend(token_scores(model, kept.values, batch_size=batch_size, pad_id=pad_token_id(tokenizer)))
+        return kept.placed(mean_result([{"score": metric(score)} for score in scores], "score"))
 
     theirs = partial(extraction_strength, like_open_unlearning=True)
     run.add("extraction_strength", rows, lambda: measured(theirs if ways.last_extracted else extraction_strength))
@@ -212,16 +229,8 @@ def memorised(
     run.add("exact_memorization", rows, lambda: measured(exact_memorization))
 
 
-def _texts(
-    model: nn.Module, tokenizer: Tokenizer, texts: Sequence[Sequence[dict]], settings: MuseSettings
-) -> dict[str, list[Example]]:
-    limit = room(model, settings.max_length)
-    sides: dict[str, list[Example]] = {}
-    for name, rows in zip(("forget", "holdout"), texts, strict=True):
-        sides[name] = [text_example(tokenizer, row["text"], limit, settings.like) for row in rows]
-        short = next((i for i, e in enumerate(sides[name]) if len(e) - settings.like.drop_last < 2), None)
-        if short is not None:
-            raise ValueError(
-                f"{name}, row {short}: expected a text of at least two tokens; got {rows[short]['text']!r}"
-            )
-    return sides
+def _text(model: nn.Module, tokenizer: Tokenizer, settings: MuseSettings, row: dict) -> Example:
+    example = text_example(model, tokenizer, row["text"], settings.max_length, settings.like)
+    if len(example) - settings.like.drop_last < 2:
+        raise DocumentError(f"expected a text of at least two tokens; got {row['text']!r}")
+    return example

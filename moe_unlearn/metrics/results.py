@@ -1,7 +1,9 @@
 """Keep the results of one benchmark on one model: compute each once, cache it by content, and write it at once.
 
 A result is a dictionary in open-unlearning's form: `agg_value`, the reported number, and usually `value_by_index`,
-the values it is made of, one entry a row of the data. A run's folder has three files:
+the values it is made of, one entry a row of the data. `left_out`, present only if it is not empty, lists the rows
+that could not be measured, each with its `set`, `row` (from 0) and `reason`; their entries have None, and stderr
+reports them. A run's folder has three files:
 
     NAME_EVAL.json      result name -> result (with the values of every row)
     NAME_SUMMARY.json   result name -> agg_value, flat
@@ -15,8 +17,9 @@ scores, with which PrivLeak and forget quality compare.
 import hashlib
 import json
 import math
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from moe_unlearn.ranks import gather, sharded
 
 FORMAT = "moe-unlearn evaluation 2"  # to be raised when the same model, data and settings give other numbers
 Result = dict[str, Any]
+_PLACES = 3  # how many rows that are left out of a set stderr names
 
 
 def mean_result(values: list[dict], key: str) -> Result:
@@ -139,6 +143,7 @@ class Evaluation:
         self._out = None if out is None else Path(out)
         self._special_tokens = added(tokenizer).describe(tokenizer)
         self._data: dict[str, str] = {}
+        self._reported: set[tuple[str, int]] = set()
         self._cache = None
         if cache_dir is not None and sharded(model):
             warnings.warn("results of a model with sharded weights are not cached", stacklevel=3)
@@ -158,6 +163,7 @@ class Evaluation:
             if path is not None:
                 on_first(lambda: write_sealed(path, json.dumps(result).encode()))
         self.results[key] = result
+        self._report(result.get("left_out", ()))
         if self._out is not None:
             on_first(self._write)
         return result
@@ -177,6 +183,12 @@ class Evaluation:
     def summary(self) -> dict[str, float | None]:
         """Return result name -> number, sorted; None where it is not a number."""
         return {key: _number(result["agg_value"]) for key, result in sorted(self.results.items())}
+
+    def _report(self, left_out: Sequence[dict]) -> None:
+        """Print on stderr the rows that a result leaves out, except those of which an earlier one said so."""
+        new = [record for record in left_out if (record["set"], record["row"]) not in self._reported]
+        self._reported |= {(record["set"], record["row"]) for record in new}
+        report_left_out(new)
 
     def _cached(self, path: Path | None) -> Result | None:
         found = None
@@ -201,6 +213,17 @@ class Evaluation:
         for suffix, content in (("SETTINGS", settings), ("EVAL", self.results), ("SUMMARY", self.summary)):
             text = json.dumps(_finite(content), indent=4, sort_keys=True)
             write_text(self._out / f"{self.name}_{suffix}.json", text + "\n")
+
+
+def report_left_out(records: Sequence[dict]) -> None:
+    """Print on stderr how many rows of each set are left out, the first of them and the reasons; one rank prints."""
+    rows: dict[str, list[str]] = {}
+    for record in records:
+        rows.setdefault(record["set"], []).append(f"row {record['row']}: {record['reason']}")
+    for name, own in rows.items():
+        if is_first():
+            more = "; ..." if len(own) > _PLACES else ""
+            print(f"{name}: left out {len(own)}: {'; '.join(own[:_PLACES])}{more}", file=sys.stderr)
 
 
 def tokenizer_digest(tokenizer) -> str:

@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Chat, Example
 from moe_unlearn.data.seams import continued
-from moe_unlearn.metrics.answers import check_fit, pair, probability, room, rouge, text_example, texts
+from moe_unlearn.metrics.answers import fitting, pair, probability, rouge, text_example, texts
+from moe_unlearn.metrics.left_out import Kept, keep, labelled
 from moe_unlearn.metrics.results import Evaluation, Result, mean_result
 from moe_unlearn.ops.token_loss import IGNORED
 
@@ -72,8 +73,9 @@ def evaluate_rwku(
 ) -> dict[str, float | None]:
     """Return the summary of all results that `data` allows.
 
-    Files RWKU_*.json and cache are as in `results.Evaluation`. Raises ValueError for rows without their fields, no
-    rows at all, and prompts that exceed the model's context.
+    Files RWKU_*.json and cache are as in `results.Evaluation`. Rows that the model or the tokenizer cannot take,
+    such as prompts that exceed the model's context, are left out of their set (`left_out`). Raises ValueError for rows
+    without their fields, no rows at all, and a set of which no row is left.
     """
     settings = settings or RwkuSettings()
     run = Evaluation("RWKU", model, tokenizer, asdict(settings), out=out, cache_dir=cache_dir)
@@ -84,19 +86,15 @@ def evaluate_rwku(
             sets[name] = texts(rows, wanted + (["type"] if name == "forget_level3" else []), name)
     if not sets:
         raise ValueError("expected rows of at least one of RWKU's sets; got none")
-    examples = {name: _examples(model, tokenizer, name, rows, settings) for name, rows in sets.items()}
+    examples = {
+        name: keep(name, rows, partial(_example, model, tokenizer, name, settings)) for name, rows in sets.items()
+    }
     for name, rows in sets.items():
         if name.startswith("mia_"):
             run.add(f"{name}_nll", rows, partial(_nll, model, tokenizer, examples[name], batch_size))
         else:
-            truths = [row["answer"] for row in rows]
-            run.add(
-                f"{name}_ROUGE", rows,
-                partial(
-                    rouge, model, tokenizer, examples[name], truths, key="rougeL_recall", cut_at=("\n",),
-                    new_tokens=settings.new_tokens, use_stemmer=settings.use_stemmer, batch_size=batch_size,
-                ),
-            )  # fmt: skip
+            asked = partial(_rouge, model, tokenizer, rows, examples[name], settings, batch_size)
+            run.add(f"{name}_ROUGE", rows, asked)
     for side in ("forget", "neighbor"):
         own = [f"{name}_ROUGE" for name in sets if name.startswith(f"{side}_level")]
         if len(own) > 1:
@@ -105,15 +103,10 @@ def evaluate_rwku(
     return run.summary
 
 
-def _examples(
-    model: nn.Module, tokenizer: Tokenizer, name: str, rows: list[dict], settings: RwkuSettings
-) -> list[Example]:
+def _example(model: nn.Module, tokenizer: Tokenizer, name: str, settings: RwkuSettings, row: dict) -> Example:
     if name.startswith("mia_"):
-        return [text_example(tokenizer, row["text"], room(model, settings.max_length)) for row in rows]
-    probes = [_probe(tokenizer, name, row, settings.chat) for row in rows]
-    for number, probe in enumerate(probes):
-        check_fit(model, probe, settings.new_tokens, f"{name}, row {number}")
-    return probes
+        return labelled(text_example(model, tokenizer, row["text"], settings.max_length))
+    return fitting(model, _probe(tokenizer, name, row, settings.chat), settings.new_tokens)
 
 
 def _probe(tokenizer: Tokenizer, name: str, row: dict, chat: bool | Chat) -> Example:
@@ -129,5 +122,16 @@ def _probe(tokenizer: Tokenizer, name: str, row: dict, chat: bool | Chat) -> Exa
     return Example(ids, [IGNORED] * len(ids), len(ids))
 
 
-def _nll(model: nn.Module, tokenizer: Tokenizer, examples: list[Example], batch_size: int) -> Result:
-    return mean_result(probability(model, tokenizer, examples, batch_size=batch_size), "avg_loss")
+def _rouge(
+    model: nn.Module, tokenizer: Tokenizer, rows: list[dict], probes: Kept, settings: RwkuSettings, batch_size: int
+) -> Result:
+    return probes.placed(
+        rouge(
+            model, tokenizer, probes.values, [row["answer"] for row in probes.of(rows)], key="rougeL_recall",
+            cut_at=("\n",), new_tokens=settings.new_tokens, use_stemmer=settings.use_stemmer, batch_size=batch_size,
+        )
+    )  # fmt: skip
+
+
+def _nll(model: nn.Module, tokenizer: Tokenizer, kept: Kept, batch_size: int) -> Result:
+    return kept.placed(mean_result(probability(model, tokenizer, kept.values, batch_size=batch_size), "avg_loss"))

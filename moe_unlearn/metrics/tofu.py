@@ -46,9 +46,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Chat, Example, MissingLibraryError
-from moe_unlearn.metrics.answers import QUESTION, fields, pair, probability, room, rouge, texts
+from moe_unlearn.metrics.answers import QUESTION, fields, fitting, pair, probability, room, rouge, texts
 from moe_unlearn.metrics.attacks import check_asked, membership
 from moe_unlearn.metrics.conventions import OURS, Conventions, truth, without_end
+from moe_unlearn.metrics.left_out import Kept, keep, labelled, measured
 from moe_unlearn.metrics.muse import memorised
 from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result
 
@@ -107,10 +108,11 @@ def evaluate_tofu(
     `reference_run` is the folder of the retrained model's evaluation on the same data with the same settings; without
     it there is no `forget_quality` and no `privleak`. `gradient_norm` and `reference_model` add their `attacks`.
 
-    Raises ValueError for rows without their fields, no rows at all, `gradient_norm` or `reference_model` without
-    forget and holdout rows, tokens that the models do not have, or a reference run that does not fit. Raises
-    MissingLibraryError without scipy (extra `eval`) for forget quality, and where forget, retain and holdout give
-    WAGLE's numbers.
+    Rows that the model or the tokenizer cannot take, such as questions that leave no room for an answer, are left out
+    of their set (`left_out`). Raises ValueError for rows without their fields, no rows at all, a set of which no row
+    is left, `gradient_norm` or `reference_model` without forget and holdout rows, tokens that the models do not have,
+    or a reference run that does not fit. Raises MissingLibraryError without scipy (extra `eval`) for forget quality,
+    and where forget, retain and holdout give WAGLE's numbers.
     """
     settings = settings or TofuSettings()
     check_asked(gradient_norm, reference_model, data.forget, data.holdout)
@@ -132,22 +134,29 @@ def evaluate_tofu(
     if not sets:
         raise ValueError("expected rows of at least one of TOFU's sets; got none")
     unseen = texts(data.holdout, ("question", "answer"), "holdout") if len(data.holdout) else []
+    kept = {
+        side: keep(name, sets[side], partial(_examples, model, tokenizer, settings))
+        for name, side in SHORT.items()
+        if side in sets
+    }
+    fresh = keep("holdout", unseen, partial(_examples, model, tokenizer, settings)) if unseen else None
+    asked = {
+        side: own.then(lambda examples: fitting(model, _answer(examples), settings.new_tokens))
+        for side, own in kept.items()
+    }
     for side, rows in sets.items():
-        _side(run, model, tokenizer, side, rows, settings, batch_size)
+        _side(run, model, tokenizer, side, rows, kept[side], asked[side], settings, batch_size)
     if "forget" in sets:
         reference = run.from_reference("forget_truth_ratio")
         if reference is not None:
             ours, theirs = (_ratios(r) for r in (run.results["forget_truth_ratio"], reference))
             value = {"agg_value": kolmogorov_smirnov(ours, theirs)}
             run.add("forget_quality", [run.digest("forget_truth_ratio"), theirs], lambda: value)
-    if unseen:
+    if fresh is not None:
         both = [[{key: row[key] for key in ("question", "answer")} for row in sets["forget"]], unseen]
-        examples = {
-            name: [_example(model, tokenizer, settings, row, row["answer"]) for row in own]
-            for name, own in zip(("forget", "holdout"), both, strict=True)
-        }
+        sides = {"forget": kept["forget"].then(_answer), "holdout": fresh.then(_answer)}
         membership(
-            run, model, tokenizer, both, examples, fraction=settings.min_k, ways=settings.like, batch_size=batch_size,
+            run, model, tokenizer, both, sides, fraction=settings.min_k, ways=settings.like, batch_size=batch_size,
             gradient_norm=gradient_norm, reference_model=reference_model,
         )  # fmt: skip
     if all(key in run.results for key in UTILITY):
@@ -224,7 +233,7 @@ def _accuracy(found: dict[str, Result], side: str) -> float:
     """Return the share of a side's rows that count as answered; the module docstring says which do."""
 
     def rows(name: str) -> list[dict]:
-        return list(found[f"{side}_Q_A_{name}"]["value_by_index"].values())
+        return measured(found[f"{side}_Q_A_{name}"])
 
     if side in ("ra", "wf"):
         hits = [row["ground_truth"].casefold() in row["generation"].casefold() for row in rows("ROUGE")]
@@ -236,10 +245,17 @@ def _accuracy(found: dict[str, Result], side: str) -> float:
     return sum(hits) / len(hits)
 
 
-def _example(model: nn.Module, tokenizer: Tokenizer, settings: TofuSettings, row: dict, answer: str) -> Example:
+def _examples(model: nn.Module, tokenizer: Tokenizer, settings: TofuSettings, row: dict) -> dict[str, list[Example]]:
+    """Return an example of each answer of the row, under its field."""
     prompt = row["question"] if settings.chat else settings.question.format(question=row["question"])
     limit = room(model, settings.max_length)
-    return pair(tokenizer, prompt, answer, limit, chat=settings.chat, ways=settings.like)
+    answered = partial(pair, tokenizer, prompt, max_length=limit, chat=settings.chat, ways=settings.like)
+    said = {key: _listed(answers) for key, answers in row.items() if key != "question"}
+    return {key: [labelled(answered(answer)) for answer in answers] for key, answers in said.items()}
+
+
+def _answer(examples: dict[str, list[Example]]) -> Example:
+    return examples["answer"][0]
 
 
 def _side(
@@ -248,45 +264,50 @@ def _side(
     tokenizer: Tokenizer,
     side: str,
     rows: list[dict],
+    kept: Kept,
+    asked: Kept,
     settings: TofuSettings,
     batch_size: int,
 ) -> None:
-    example = partial(_example, model, tokenizer, settings)
+    """Add the results of one side: from `kept`, its rows' examples, and for ROUGE from `asked`, those it can answer."""
 
     def likelihoods(key: str) -> Result:
-        flat = [example(row, answer) for row in rows for answer in _listed(row[key])]
+        flat = [example for own in kept.values for example in own[key]]
         found = iter(probability(model, tokenizer, flat, batch_size=batch_size))
         values = []
-        for row in rows:
+        for row in kept.of(rows):
             own = [next(found) for _ in _listed(row[key])]
             lists = {name: [v[name] for v in own] for name in ("prob", "avg_loss")}
             values.append(lists if isinstance(row[key], list) else own[0])
-        return mean_result(values, "prob")
+        return kept.placed(mean_result(values, "prob"))
 
     def answered() -> Result:
-        examples = [example(row, row["answer"]) for row in rows]
-        truths = [truth(tokenizer, e, row["answer"], settings.like) for e, row in zip(examples, rows, strict=True)]
-        return rouge(
-            model, tokenizer, examples, truths, key="rougeL_recall", new_tokens=settings.new_tokens,
-            use_stemmer=settings.use_stemmer, batch_size=batch_size, ways=settings.like,
+        pairs = zip(asked.values, asked.of(rows), strict=True)
+        truths = [truth(tokenizer, example, row["answer"], settings.like) for example, row in pairs]
+        return asked.placed(
+            rouge(
+                model, tokenizer, asked.values, truths, key="rougeL_recall", new_tokens=settings.new_tokens,
+                use_stemmer=settings.use_stemmer, batch_size=batch_size, ways=settings.like,
+            )
         )  # fmt: skip
 
     paraphrased = side in ("forget", "retain")
     parts = {"Prob": "answer", "PERT_Prob": "perturbed_answer"}
     parts |= {"PARA_Prob": "paraphrased_answer"} if paraphrased else {}
     found = {
-        name: list(run.add(f"{side}_Q_A_{name}", rows, partial(likelihoods, key))["value_by_index"].values())
-        for name, key in parts.items()
+        name: measured(run.add(f"{side}_Q_A_{name}", rows, partial(likelihoods, key))) for name, key in parts.items()
     }
     run.add(f"{side}_Q_A_ROUGE", rows, answered)
     if not paraphrased:
-        run.add(f"{side}_Q_A_Prob_normalised", rows, lambda: _normalised(found["Prob"], found["PERT_Prob"]))
+        normalised = partial(_normalised, found["Prob"], found["PERT_Prob"])
+        run.add(f"{side}_Q_A_Prob_normalised", rows, lambda: kept.placed(normalised()))
     name = "forget_truth_ratio" if side == "forget" else f"{side}_Truth_Ratio"
     correct = found["PARA_Prob" if paraphrased else "Prob"]
-    run.add(name, rows, lambda: truth_ratio(correct, found["PERT_Prob"], forget=side == "forget"))
+    ratios = partial(truth_ratio, correct, found["PERT_Prob"], forget=side == "forget")
+    run.add(name, rows, lambda: kept.placed(ratios()))
     if side == "forget":
-        examples = [without_end(example(row, row["answer"]), tokenizer, settings.like) for row in rows]
-        memorised(run, model, tokenizer, rows, examples, settings.like, batch_size)
+        bare = kept.then(lambda own: without_end(_answer(own), tokenizer, settings.like))
+        memorised(run, model, tokenizer, rows, bare, settings.like, batch_size)
 
 
 def _normalised(correct: list[dict], wrong: list[dict]) -> Result:
@@ -299,8 +320,7 @@ def _normalised(correct: list[dict], wrong: list[dict]) -> Result:
 
 def _rows(rows: list[dict], where: str) -> list[dict]:
     for number, row in enumerate(rows):
-        for key in row.keys() - {"question"}:
-            answers = row[key]
+        for key, answers in row.items():
             text = isinstance(answers, str) if key != "perturbed_answer" else isinstance(answers, list)
             if not text or not all(isinstance(a, str) and a.strip() for a in _listed(answers)) or not answers:
                 kind = "a list of texts" if key == "perturbed_answer" else "a text"

@@ -100,6 +100,10 @@ def test_continuations_of_several_lengths_and_a_short_context(model):
         ({"wmdp_bio": [{**BIO[0], "answer": 4}]}, "2 to 26 choices .* got 4 and 4"),
         ({"wmdp_bio": [{**BIO[0], "answer": "E"}]}, "got 4 and 'E'"),
         ({"wmdp_bio": [{**BIO[0], "choices": ["a"]}]}, "got 1 and 0"),
+        ({"wmdp_bio": [BIO[0], {**BIO[0], "question": 7}]}, "row 1: expected question to be a text; got 7"),
+        ({"mmlu": [{**BIO[0], "subject": 7}]}, "mmlu, row 0: expected subject to be a text; got 7"),
+        ({"wmdp_bio": [{**BIO[0], "choices": "abcd"}]}, "expected choices to be a list; got 'abcd'"),
+        ({"wmdp_bio": [{**BIO[0], "choices": 4}]}, "expected choices to be a list; got 4"),
     ],
 )
 def test_what_cannot_be_asked_says_why(model, tokenizer, tasks, message):
@@ -116,7 +120,7 @@ def merging_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def test_a_token_across_the_seam_is_part_of_the_answer_and_ends_no_evaluation(model, tmp_path):
+def test_a_token_across_the_seam_is_part_of_the_answer_and_ends_no_evaluation(model, tmp_path, capsys):
     tokenizer = merging_tokenizer()
     prompt = question_text(BIO[0])
     alone = tokenizer(prompt)["input_ids"]
@@ -125,7 +129,9 @@ def test_a_token_across_the_seam_is_part_of_the_answer_and_ends_no_evaluation(mo
     unknown = {**BIO[1], "choices": [f"choice {i}" for i in range(26)], "answer": 2}
     found = evaluate_choices(model, tokenizer, {"wmdp_bio": [*BIO, unknown]}, out=tmp_path)
     result = json.loads((tmp_path / "LMEval_EVAL.json").read_text(encoding="utf-8"))["wmdp_bio/acc"]
-    assert result["straddled"] == 6 and result["unanswerable"] == 1
+    reason = "its letters have equal tokens, which cannot be told apart"
+    assert result["straddled"] == 6 and result["left_out"] == [{"set": "wmdp_bio", "row": 5, "reason": reason}]
+    assert f"wmdp_bio: left out 1: row 5: {reason}" in capsys.readouterr().err
     rows = list(result["value_by_index"].values())
     assert rows[-1] == {"acc": None, "choice": None, "logprobs": None}
     context = DESCRIPTION.format(subject="biology") + prompt
@@ -141,8 +147,11 @@ def test_a_token_across_the_seam_is_part_of_the_answer_and_ends_no_evaluation(mo
     share = sum(row["acc"] for row in rows[:-1]) / 5
     assert found["wmdp_bio/acc"] == share
     assert found["wmdp_bio/acc_stderr"] == pytest.approx((share * (1 - share) / 4) ** 0.5)
-    with pytest.raises(ValueError, match="at least one row with a value of 'acc'; got none of 1"):
+    with pytest.raises(ValueError, match="wmdp_bio, row 0: its letters have equal tokens"):
         evaluate_choices(model, tokenizer, {"wmdp_bio": [unknown]})
+    model.config.max_position_embeddings = 1
+    with pytest.raises(ValueError, match=r"a letter of \d tokens exceeds .* of 1; none of its 5 rows"):
+        evaluate_choices(model, tokenizer, {"wmdp_bio": BIO})
 
 
 def test_a_task_file_is_the_harness_own_form(tmp_path):

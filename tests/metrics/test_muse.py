@@ -171,7 +171,14 @@ def test_stemming_is_a_setting(model, tokenizer, oracle):
         ({"forget": FORGET}, "needs both sides; got 2 forget and 0 holdout"),
         ({"verbmem": [{"prompt": "a"}]}, "verbmem, row 0: expected prompt, gt; gt is missing"),
         ({"forget_qa": [QA[0], {"question": "?"}]}, "forget_qa, row 1: .* answer is missing"),
-        ({"forget": [{"text": ""}], "holdout": HOLDOUT}, "forget, row 0: expected a text"),
+        (
+            {"forget": [{"text": ""}], "holdout": HOLDOUT},
+            "forget, row 0: expected text to be a text, not empty",
+        ),
+        ({"forget": FORGET, "holdout": [*HOLDOUT, {"text": 7}]}, "holdout, row 3: expected text to be a text"),
+        ({"forget_qa": [QA[0], {**QA[0], "answer": 1912}]}, "forget_qa, row 1: expected answer to be a text"),
+        ({"retain_qa": QA, "retain_qa_icl": [{**ICL[0], "question": " "}]}, "retain_qa_icl, row 0: expected question"),
+        ({"verbmem": [VERBMEM[0], {"prompt": "", "gt": "a"}]}, "verbmem, row 1: expected prompt to be a text"),
         ({"verbmem": [{"prompt": "the " * 300, "gt": "end"}]}, "leaves no room"),
     ],
 )

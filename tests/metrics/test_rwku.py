@@ -145,10 +145,7 @@ def test_asked_through_the_chat_template_the_assistant_has_begun(model, tokenize
         ),
         ({"neighbor_level2": [probe(7, "a", "2")]}, "expected query to be a text, not empty; got 7"),
         ({"mia_forget": [{"text": " "}]}, "mia_forget, row 0: expected text"),
-        (
-            {"forget_level1": [*BLANKS, probe("the " * 500, "a", "1")]},
-            "forget_level1, row 1: .* tokens and 30 new",
-        ),
+        ({"forget_level1": [probe("the " * 500, "a", "1")]}, "forget_level1, row 0: .* tokens and 30 new"),
     ],
 )
 def test_what_cannot_be_measured_says_why(model, tokenizer, rows, message):

@@ -227,6 +227,7 @@ def test_the_harmonic_mean():
         ({"forget": [row("q", "a", "b")]}, "forget, row 0: .* paraphrased_answer is missing"),
         ({"world_facts": [row("q", "a")]}, "world_facts, row 0: expected perturbed_answer to be a list"),
         ({"world_facts": [row("q", "", "b")]}, "expected answer to be a text"),
+        ({"world_facts": [row(7, "a", "b")]}, "world_facts, row 0: expected question to be a text"),
         ({"world_facts": FACTS, "holdout": HOLDOUT}, "holdout rows are compared with forget rows; got none"),
         ({"forget": FORGET, "holdout": [{"question": "q"}]}, "holdout, row 0: .* answer is missing"),
         ({"forget": FORGET, "holdout": [{"question": "q", "answer": " "}]}, "holdout, row 0: expected answer to be"),
