@@ -73,7 +73,7 @@ def test_rows_have_the_tokens_that_the_tokenizer_adds(case):
 
 def test_metrics_show_the_model_what_users_send(case, tmp_path):
     tokenizer, begin, end = case
-    assert text_example(tokenizer, TEXT, 99).input_ids == begin + bare(TEXT)
+    assert text_example(model(), tokenizer, TEXT, 99).input_ids == begin + bare(TEXT)
     assert without_end(pair(tokenizer, "the fox", " a dog", 99), tokenizer).input_ids == begin + bare("the fox a dog")
     asked = []
     network = model()
