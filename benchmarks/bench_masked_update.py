@@ -28,8 +28,11 @@ def cases(device: str) -> list[Case]:
         found.append(case("SGD momentum", dtype, 0.5, device))
         found += [case("AdamW", dtype, keep, device) for keep in (0.5, "blocks")]
     wide = {"state": "float32"}
-    return [*found, case("AdamW", "bfloat16", 0.5, device, **wide),
-            case("AdamW", "bfloat16", 0.5, device, **wide, rounding=STOCHASTIC)]  # fmt: skip
+    return [
+        *found,
+        case("AdamW", "bfloat16", 0.5, device, **wide),
+        case("AdamW", "bfloat16", 0.5, device, **wide, rounding=STOCHASTIC),
+    ]
 
 
 def case(rule, dtype, keep, device, state=None, rounding="nearest") -> Case:

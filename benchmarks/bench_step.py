@@ -210,8 +210,9 @@ def cpu_cases() -> list[Case]:
             more = ("ours, stochastic",) if first and share == 0.2 else ()
             own = MOLLM if objective == "mollm" else ours
             watched = {"graddiff": memory, "mollm": (*MOLLM_TARGETS, DENSE)}.get(objective, ()) if share == 0.2 else ()
-            cases.append(Case("wide", objective, experts, share, contenders=(*own, DENSE, RESTRICTED, *more),
-                              memory=watched))  # fmt: skip
+            cases.append(
+                Case("wide", objective, experts, share, contenders=(*own, DENSE, RESTRICTED, *more), memory=watched)
+            )
     for objective in ("graddiff", "npo", "mollm"):
         own = MOLLM if objective == "mollm" else ours
         cases.append(Case("tiny", objective, rows=40, length=64, contenders=(*own, DENSE, FREE)))

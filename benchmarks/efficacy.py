@@ -28,7 +28,7 @@ def generated(results: Path = RESULTS, root: Path = ROOT) -> str:
         "of chance. Utility is VerbMem of retain documents that unlearning never saw; the target's is 1. The levers' "
         "columns are paired differences to the plain baseline, means over seeds, **bold** where the 95 % interval "
         "leaves out 0; (n/m): no more of the runs got there."
-    ]  # fmt: skip
+    ]
     for case in dict.fromkeys(row["case"] for row in study["main"]):
         rows = [row for row in study["main"] if row["case"] == case]
         parts.append("\n".join([_header(case, rows), *_lines(rows)]))

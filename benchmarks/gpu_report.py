@@ -68,8 +68,14 @@ def recorded(runs: Mapping[str, list[dict]], where: Mapping) -> dict | None:
     state = record.state_of(rows)
     if unfinished and state == record.COMPLETE:
         state = f"partial: stopped in {', '.join(unfinished)}"
-    return {**heads[0], "stamp": dict(where), "runs": sorted(runs), "state": state, "seconds": round(seconds, 1),
-            "rows": rows}  # fmt: skip
+    return {
+        **heads[0],
+        "stamp": dict(where),
+        "runs": sorted(runs),
+        "state": state,
+        "seconds": round(seconds, 1),
+        "rows": rows,
+    }
 
 
 def path_of(content: Mapping, results: Path) -> Path:

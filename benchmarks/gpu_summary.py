@@ -60,8 +60,11 @@ def cases(runs: Runs) -> list[dict]:
 
 def done(folder: Path, kernel_sources: str) -> tuple[set[tuple[str, str]], set[str]]:
     """Return the passed tests (stage, name) and the titles of the measured cases, of runs with these kernels."""
-    known = [run for run in journal.runs(folder).values()
-             if any(line["stamp"]["kernel_sources"] == kernel_sources for line in of_kind(run, "stamp"))]  # fmt: skip
+    known = [
+        run
+        for run in journal.runs(folder).values()
+        if any(line["stamp"]["kernel_sources"] == kernel_sources for line in of_kind(run, "stamp"))
+    ]
     passed = {key for key, line in tests(known).items() if line["outcome"] == "passed"}
     return passed, {f"{row['op']}: {row['name']}" for row in cases(known) if not _empty(row)}
 

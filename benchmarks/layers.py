@@ -65,8 +65,7 @@ class Layer:
 
 
 def _experts(geometry: Geometry, device: str) -> torch.nn.Module:
-    sizes = {"hidden_size": geometry.hidden, "intermediate_size": geometry.inner,
-             "num_experts_per_tok": geometry.top_k}  # fmt: skip
+    sizes = {"hidden_size": geometry.hidden, "intermediate_size": geometry.inner, "num_experts_per_tok": geometry.top_k}
     if geometry.gpt_oss:
         config, kind = GptOssConfig(num_local_experts=geometry.experts, **sizes), GptOssExperts
     else:

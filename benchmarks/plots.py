@@ -35,18 +35,30 @@ STYLES = {
 }
 PLOTS: dict[str, tuple[str, str, str, str, float, Callable[[dict], float]]] = {
     "time over tokens": (
-        "step_time.png", "tokens of a step", "processor time (s)", "milliseconds", 1e-3,
+        "step_time.png",
+        "tokens of a step",
+        "processor time (s)",
+        "milliseconds",
+        1e-3,
         lambda row: 2 * row["rows"] * row["length"],
     ),
     "memory over trained experts": (
-        "step_memory_trained.png", "trained experts of 64", "extra memory (GiB)", "extra_mib", 1 / 1024,
+        "step_memory_trained.png",
+        "trained experts of 64",
+        "extra memory (GiB)",
+        "extra_mib",
+        1 / 1024,
         lambda row: row["experts"],
     ),
     "memory over all experts": (
-        "step_memory_all.png", "experts, 8 of them trained", "extra memory (GiB)", "extra_mib", 1 / 1024,
+        "step_memory_all.png",
+        "experts, 8 of them trained",
+        "extra memory (GiB)",
+        "extra_mib",
+        1 / 1024,
         lambda row: row["changes"]["num_experts"],
     ),
-}  # fmt: skip
+}
 
 
 def plot(rows: list[dict], growth: str) -> None:
@@ -125,13 +137,22 @@ def roofline(run: dict, file: Path) -> bool:
         for op in dict.fromkeys(row["op"] for row in own):
             of_op = [row for row in own if row["op"] == op]
             for ours in (False, True):
-                points = [(row["flops"] / row["bytes"], 1e3 * row["flops"] / ms) for row in of_op
-                          for name, ms in row["milliseconds"].items() if name.startswith(OURS) == ours]  # fmt: skip
+                points = [
+                    (row["flops"] / row["bytes"], 1e3 * row["flops"] / ms)
+                    for row in of_op
+                    for name, ms in row["milliseconds"].items()
+                    if name.startswith(OURS) == ours
+                ]
                 if points:
                     style = {"s": 26, "zorder": 3} if ours else {"s": 12, "facecolors": "none", "zorder": 2}
-                    axes.scatter(*zip(*points, strict=True), marker=markers[op],
-                                 edgecolors=BLUE if ours else GREY, **({"color": BLUE} if ours else {}),
-                                 label=f"{op}: {'ours' if ours else 'rivals'}", **style)  # fmt: skip
+                    axes.scatter(
+                        *zip(*points, strict=True),
+                        marker=markers[op],
+                        edgecolors=BLUE if ours else GREY,
+                        **({"color": BLUE} if ours else {}),
+                        label=f"{op}: {'ours' if ours else 'rivals'}",
+                        **style,
+                    )
         axes.set(xscale="log", yscale="log", xlabel="useful FLOP per byte that must move", ylabel="FLOP/s", title=dtype)
     _finish(figure, panels[0], file)
     return True
@@ -163,8 +184,14 @@ def growth(run: dict, file: Path) -> bool:
             for name in names:
                 held = sorted((row[key], row[values][name]) for row in points if name in row.get(values, {}))
                 if held:
-                    axes.plot(*zip(*held, strict=True), "o-" if name == OURS else "^-", color=colors[name],
-                              label=name, markersize=4, linewidth=1.4)  # fmt: skip
+                    axes.plot(
+                        *zip(*held, strict=True),
+                        "o-" if name == OURS else "^-",
+                        color=colors[name],
+                        label=name,
+                        markersize=4,
+                        linewidth=1.4,
+                    )
             axes.set(xlim=(0, None), ylim=(0, None), xlabel=label, ylabel="" if i else what)
     figure.suptitle(f"expert layer, {geometry}: forward, backward and masked AdamW", fontsize=10)
     _finish(figure, panels.flat, file, legend=panels[0][0])

@@ -14,8 +14,14 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def start(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None,
-          output: IO | int | None = None, **options) -> subprocess.Popen:  # fmt: skip
+def start(
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    environment: Mapping[str, str] | None = None,
+    output: IO | int | None = None,
+    **options,
+) -> subprocess.Popen:
     """Start a command in a session of its own; the system kills it once the calling process is dead.
 
     Args:

@@ -35,9 +35,7 @@ class Geometry:
 
     def narrow(self, factor: int) -> "Geometry":
         """Return the geometry with both widths divided by `factor`."""
-        return replace(
-            self, name=f"{self.name} / {factor}", hidden=self.hidden // factor, inner=self.inner // factor
-        )  # fmt: skip
+        return replace(self, name=f"{self.name} / {factor}", hidden=self.hidden // factor, inner=self.inner // factor)
 
 
 QWEN3 = Geometry("Qwen3-30B-A3B", 2048, 768, 128, 8, 151_936)

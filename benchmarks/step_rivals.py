@@ -25,7 +25,7 @@ class Rival:
 
     def __init__(
         self, model: nn.Module, reference: UnlearnStep, forget: Batch, retain: Batch, *, restricted: bool = False
-    ):  # fmt: skip
+    ):
         self.model, self.recipe, self.forget, self.retain = model, reference.recipe, forget, retain
         flags = {name: p.requires_grad for name, p in reference.model.named_parameters()}
         for name, p in model.named_parameters():

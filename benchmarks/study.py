@@ -36,12 +36,16 @@ BASELINES = {
     "SimNPO": ("simnpo", "optimizer.lr=1e-4", "forget.beta=1.0", "forget.gamma=1.0"),
     "KL-min": ("kl_min", "optimizer.lr=1e-4", "retain.alpha=3.0"),
     "RMU": (
-        "rmu", "optimizer.lr=1e-3", "retain.alpha=5.0", "forget.layer=1", "forget.steering=20.0",
+        "rmu",
+        "optimizer.lr=1e-3",
+        "retain.alpha=5.0",
+        "forget.layer=1",
+        "forget.steering=20.0",
         r"scope.parameters=['layers\.[01]\..*experts\.down_proj']",
     ),
     "SEUF": ("seuf", "optimizer.lr=1e-3"),
     "UCE": ("graddiff", "optimizer.lr=1e-4", "forget.objective=uce"),
-}  # fmt: skip
+}
 TRACE = ("trace.eta=0.5", "trace.cap=10.0", "trace.per_layer=2", "trace.min_ratio=1.5", "trace.allow_empty=true")
 WAGLE = ("wagle.keep=0.8",)
 #: MOLLM's weights sum to 1 and weaken forgetting, so most baselines do not reach the level in `max_steps` without this
@@ -78,14 +82,24 @@ class Scale:
 _SIZE = Settings(forget=24, retain=160, holdout=40, max_length=48, top_k=2)
 SCALES = {
     "small": Scale(
-        settings=_SIZE, corpora=("builtin:devil",), seeds=(1, 2), axis={
+        settings=_SIZE,
+        corpora=("builtin:devil",),
+        seeds=(1, 2),
+        axis={
             "K 2": ("builtin:devil", _SIZE),
             "far apart": ("builtin:devil+pydoc", _SIZE),
         },
-        axis_seeds=(1, 2), axis_baselines=("SimNPO",), ablations=("builtin:devil",), max_steps=90, check_every=3,
+        axis_seeds=(1, 2),
+        axis_baselines=("SimNPO",),
+        ablations=("builtin:devil",),
+        max_steps=90,
+        check_every=3,
     ),
     "whole": Scale(
-        settings=_SIZE, corpora=("builtin:devil", "builtin:pydoc"), seeds=(1, 2, 3, 4, 5), axis={
+        settings=_SIZE,
+        corpora=("builtin:devil", "builtin:pydoc"),
+        seeds=(1, 2, 3, 4, 5),
+        axis={
             "K 1": ("builtin:devil", replace(_SIZE, top_k=1)),
             "K 2": ("builtin:devil", _SIZE),
             "64 experts": ("builtin:devil", replace(_SIZE, experts=64)),
@@ -94,15 +108,23 @@ SCALES = {
             "one manual": ("builtin:pydoc", _SIZE),
             "half seen": ("builtin:devil", replace(_SIZE, unlearn_share=0.5)),
         },
-        axis_seeds=(1, 2, 3, 4, 5), axis_baselines=("SimNPO",), ablations=("builtin:devil",),
-        max_steps=90, check_every=3,
+        axis_seeds=(1, 2, 3, 4, 5),
+        axis_baselines=("SimNPO",),
+        ablations=("builtin:devil",),
+        max_steps=90,
+        check_every=3,
     ),
-}  # fmt: skip
+}
 #: settings of TRACE that are tried where it should help most
 TRACE_SETTINGS = {
-    "eta 0.25": "trace.eta=0.25", "eta 1": "trace.eta=1.0", "cap 2": "trace.cap=2.0", "no cap": "trace.cap=null",
-    "4 experts": "trace.per_layer=4", "ratio 1.2": "trace.min_ratio=1.2", "online": "trace.refresh=online",
-}  # fmt: skip
+    "eta 0.25": "trace.eta=0.25",
+    "eta 1": "trace.eta=1.0",
+    "cap 2": "trace.cap=2.0",
+    "no cap": "trace.cap=null",
+    "4 experts": "trace.per_layer=4",
+    "ratio 1.2": "trace.min_ratio=1.2",
+    "online": "trace.refresh=online",
+}
 
 
 def levers(baseline: str) -> dict[str, tuple[str, ...]]:
@@ -229,9 +251,10 @@ def main(arguments: list[str] | None = None) -> int:
     out = given.out / name
     parts = given.parts or cache_folder() / "study"
     chosen = [
-        e for e in entries(SCALES[name])
+        e
+        for e in entries(SCALES[name])
         if re.search(given.only, f"{e.group} {e.case} {e.baseline} {e.variant} {e.spec.seed}")
-    ]  # fmt: skip
+    ]
     specs = list(dict.fromkeys(e.spec for e in chosen))
     restore(out, parts, specs)
     if given.report:

@@ -82,13 +82,15 @@ def write(out: Path, entries: list[Entry], parts: Path, name: str) -> str:
     out.mkdir(parents=True, exist_ok=True)
     command = "python -m benchmarks.study" + (" --small" if name == "small" else "")
     lines = [
-        "# What each lever buys", "",
+        "# What each lever buys",
+        "",
         f"Made by `{command}` and the same with `--report`; {found.there} of {found.wanted} runs, "
         f"{found.seconds / 60:.0f} minutes of one thread. Every run ends where "
         "VerbMem of the forget documents falls to the retrained model's; utility is of retain documents that "
         "unlearning never saw. ± is a 95 % t interval over seeds, of paired differences to the plain baseline; "
-        f"\"at +{NEAR}\" compares so far above that level, on the way there.", "",
-    ]  # fmt: skip
+        f'"at +{NEAR}" compares so far above that level, on the way there.',
+        "",
+    ]
     data = {"command": command, "runs": found.there, "of": found.wanted, "near": NEAR, "made_with": _made_with()}
     for title, section in (("main", _main), ("mismatch", _mismatch), ("ablation", _ablation)):
         text, data[title] = section(found)
@@ -196,16 +198,18 @@ def _mismatch(found: Found) -> tuple[list[str], list[dict]]:
     rows, lines = [], []
     if found.cases("mismatch"):
         lines = [
-            "## Mismatch: what TRACE changes", "",
+            "## Mismatch: what TRACE changes",
+            "",
             "Differences TRACE - plain. Seeds: those in which an expert qualified, of all. f^F/f^R is the mean over "
             "the experts selected, ESS the effective sample size of the token weights over the number of tokens; "
-            "\"seldom\": unlearning sees the retain documents that use the forget-critical experts least. Gradient "
+            '"seldom": unlearning sees the retain documents that use the forget-critical experts least. Gradient '
             "norms are those of one expert of the unchanged model: retain over forget, in critical experts / in "
-            "others, and the factor TRACE's weights put on the retain gradient of critical experts.", "",
+            "others, and the factor TRACE's weights put on the retain gradient of critical experts.",
+            "",
             "| case | baseline | seeds | selected | f^F/f^R | ESS | retain / forget gradient | factor | Δ VerbMem | "
             "Δ VerbMem at +0.1 | Δ NLL | Δ NLL critical tokens |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        ]  # fmt: skip
+        ]
     for case in found.cases("mismatch"):
         for baseline in dict.fromkeys(b for b, _ in found.keys("mismatch", case)):
             results = found.cells.get(("mismatch", case, baseline, "TRACE"), {})
@@ -250,11 +254,13 @@ def _ablation(found: Found) -> tuple[list[str], list[dict]]:
     lines, rows = [], []
     for case in found.cases("ablation"):
         lines += [
-            f"## Ablations, {case}", "",
-            "Δ against the same baseline plain; uniform token weights are that baseline.", "",
+            f"## Ablations, {case}",
+            "",
+            "Δ against the same baseline plain; uniform token weights are that baseline.",
+            "",
             "| baseline | variant | reached | VerbMem | Δ | Δ at +0.1 | Δ NLL critical tokens | Δ at +0.1 | ESS |",
             "|---|---|---|---|---|---|---|---|---|",
-        ]  # fmt: skip
+        ]
         for baseline, variant in found.keys("ablation", case):
             key = ("ablation", case, baseline, variant)
             seldom = variant.startswith("TRACE") or variant.endswith("seldom")
@@ -268,8 +274,9 @@ def _ablation(found: Found) -> tuple[list[str], list[dict]]:
             deltas = [row[of][m] for m in ("verbmem_r", "nll_c") for of in ("difference", "difference_near")]
             lines.append(
                 f"| {baseline} | {variant} | {row['reached']}/{row['runs']} | {_mean(row['verbmem_r'])} | "
-                + " | ".join("" if key == base else interval(d) for d in deltas) + f" | {_mean(row['ess'], 2)} |"
-            )  # fmt: skip
+                + " | ".join("" if key == base else interval(d) for d in deltas)
+                + f" | {_mean(row['ess'], 2)} |"
+            )
         lines.append("")
     return lines, rows
 
@@ -280,8 +287,10 @@ def _mean(value: dict, digits: int = 3) -> str:
 
 def _draw_levers(data: dict):
     """Draw paired differences in VerbMem at both levels, a panel for each corpus."""
-    levels = {"difference_near": (0.16, f"{NEAR} above the retrained model's", "o"),
-              "difference": (-0.16, "at the retrained model's", "s")}  # fmt: skip
+    levels = {
+        "difference_near": (0.16, f"{NEAR} above the retrained model's", "o"),
+        "difference": (-0.16, "at the retrained model's", "s"),
+    }
     rows = [r for r in data["main"] if r["variant"] != "plain" and any(r[k]["verbmem_r"]["n"] for k in levels)]
     cases = list(dict.fromkeys(r["case"] for r in rows))
     if not cases:
@@ -294,8 +303,9 @@ def _draw_levers(data: dict):
                 value = r[key]["verbmem_r"]
                 if value["n"]:
                     color, inside = BLUE if clear(value) else GREY, None if marker == "o" else "white"
-                    axes.errorbar(value["mean"], y + shift, xerr=value["half"], fmt=marker, markersize=4, color=color,
-                                  mfc=inside)  # fmt: skip
+                    axes.errorbar(
+                        value["mean"], y + shift, xerr=value["half"], fmt=marker, markersize=4, color=color, mfc=inside
+                    )
         axes.set_yticks(range(len(own)), [f"{r['baseline']} + {r['variant']}" for r in own], fontsize=7)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_ylim(-0.7, len(own) - 0.3)
@@ -319,8 +329,9 @@ def _draw_mismatch(data: dict):
     if not rows:
         return None
     figure, panels = _panels(2)
-    for axes, (x, label) in zip(panels, (("ratio", "f^F / f^R of the selected experts"), ("ess", "ESS / tokens")),
-                                strict=True):  # fmt: skip
+    for axes, (x, label) in zip(
+        panels, (("ratio", "f^F / f^R of the selected experts"), ("ess", "ESS / tokens")), strict=True
+    ):
         for metric, color, name in (("nll_r", GREY, "all tokens"), ("nll_c", BLUE, "tokens of critical experts")):
             effects = [math.log(b / a) for a, b in (r[f"{metric} near"] for r in rows)]
             axes.plot([r[x] for r in rows], effects, "o", color=color, markersize=4, alpha=0.7, label=name)

@@ -33,8 +33,17 @@ from benchmarks import record as records
 from benchmarks.harness import Case
 from benchmarks.journal import Journal
 
-OPS = ("expert_layer", "masked_update", "weight_score", "route", "expert_mlp", "token_loss", "expert_wgrad",
-       "retain_weights", "gram")  # fmt: skip
+OPS = (
+    "expert_layer",
+    "masked_update",
+    "weight_score",
+    "route",
+    "expert_mlp",
+    "token_loss",
+    "expert_wgrad",
+    "retain_weights",
+    "gram",
+)
 # less than the 15 and 9 minutes, since pictures and table come after
 SECONDS = {"cpu": 870.0, "cuda": 530.0}
 # kept for ending the worker and for writing

@@ -65,8 +65,9 @@ def step(journal: Journal, what: str, command: Sequence[str]) -> str | None:
     start, output, status = time.monotonic(), [], None
     try:
         # in the session of this stage, so that a compiler ends with it
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   errors="replace")  # fmt: skip
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
         for line in process.stdout:
             print(line, end="", flush=True)
             output.append(line)

@@ -23,8 +23,13 @@ _SHOWN = 1500  # characters of a failure
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gpu", "the device matrix")
-    group.addoption("--covering", action="append", default=[], metavar="PATH",
-                    help="of the tests below it only so many that every value of every parameter occurs")  # fmt: skip
+    group.addoption(
+        "--covering",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="of the tests below it only so many that every value of every parameter occurs",
+    )
     group.addoption("--one-each", action="store_true", help="one case of each test function")
     group.addoption(
         "--left", type=Path, metavar="DIR", help="only tests that have not passed in the GPU runs below DIR"

@@ -40,8 +40,12 @@ PACKED = TRITON_CACHE.relative_to(ROOT)
 SECONDS = 3600.0  # that no command takes
 # pip's words where an index lacks a package or cannot be reached; any other failure is one
 UNREACHABLE = (
-    "No matching distribution", "Could not find a version", "Max retries exceeded", "Connection", "timed out",
-)  # fmt: skip
+    "No matching distribution",
+    "Could not find a version",
+    "Max retries exceeded",
+    "Connection",
+    "timed out",
+)
 CPU_TESTS = ("tests/ops", "tests/native", "--deselect=tests/native/test_cuda.py")
 INTERPRETER = "numpy==2.3.*"
 # the smallest kernels, and those with products
@@ -87,9 +91,14 @@ class Place:
         path = self.folder / f"{log}.log"
         with path.open("a", encoding="utf-8") as output:
             done = subprocess.run(
-                list(map(str, command)), cwd=self.tree, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, timeout=SECONDS,
-            )  # fmt: skip
+                list(map(str, command)),
+                cwd=self.tree,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=SECONDS,
+            )
         text = path.read_text(encoding="utf-8", errors="replace")
         if done.returncode:
             last = "\n".join(text.splitlines()[-40:])
@@ -220,9 +229,16 @@ def plan(place: Place) -> str:
 
 
 PARTS: dict[str, Callable[[Place], str]] = {
-    "install": install, "build": build, "load": load, "compile": compile_layer, "collect": collect, "tests": tests,
-    "kernels": kernels, "pack": pack, "plan": plan,
-}  # fmt: skip
+    "install": install,
+    "build": build,
+    "load": load,
+    "compile": compile_layer,
+    "collect": collect,
+    "tests": tests,
+    "kernels": kernels,
+    "pack": pack,
+    "plan": plan,
+}
 
 
 def copy_sources(place: Place) -> None:
@@ -230,8 +246,9 @@ def copy_sources(place: Place) -> None:
     try:
         listing = subprocess.run(
             ["git", "-C", place.source, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            check=True, capture_output=True,
-        )  # fmt: skip
+            check=True,
+            capture_output=True,
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         raise NotToBeHad(f"a git checkout: {error}") from error
     names = {name for name in os.fsdecode(listing.stdout).split("\0") if name and (place.source / name).is_file()}

@@ -52,8 +52,15 @@ def conduct(journal: Journal, command: Sequence[str]) -> int:
     # without torch's caching allocator every tensor is an allocation of its own, with bounds to check
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     lines: list[str] = []
-    process = processes.start(command, cwd=ROOT, environment=environment, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True, errors="replace")  # fmt: skip
+    process = processes.start(
+        command,
+        cwd=ROOT,
+        environment=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
     signal.signal(signal.SIGTERM, lambda *_: processes.stop(process))
     for line in process.stdout:
         print(line, end="", flush=True)

@@ -61,8 +61,9 @@ def checks() -> Iterator[Check]:
     random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     index = routing("skewed", TOKENS, EXPERTS, 2)
     group, tilt, log_weight = torch.arange(TOKENS) % 3, random(EXPERTS), random(TOKENS)
-    yield Check(("route",), "groups and tilt", _route,
-                {"index": index, "group": group, "tilt": tilt, "log_weight": log_weight})  # fmt: skip
+    yield Check(
+        ("route",), "groups and tilt", _route, {"index": index, "group": group, "tilt": tilt, "log_weight": log_weight}
+    )
     factors, retain = (_factors(index, pattern) for pattern in (1, 2))
     weight, words = random(EXPERTS, *SHAPE).to(BF16), pack_bits(torch.rand(len(LISTED), *SHAPE) < 0.5)
     state = [random(len(LISTED), *SHAPE).abs().to(BF16) for _ in range(2)]

@@ -25,15 +25,31 @@ CUDA_TESTS = "tests/native/test_cuda_device.py"
 # test_checkers, test_memory and test_overflow observe the interpreter; tests/ops computes on the CPU
 TRITON_TESTS = tuple(
     f"tests/triton_kernels/test_{name}.py"
-    for name in ("common", "expert_mlp", "expert_wgrad", "expert_wgrad_update", "gram", "masked_update",
-                 "retain_weights", "route", "token_loss", "weight_score")
-)  # fmt: skip
+    for name in (
+        "common",
+        "expert_mlp",
+        "expert_wgrad",
+        "expert_wgrad_update",
+        "gram",
+        "masked_update",
+        "retain_weights",
+        "route",
+        "token_loss",
+        "weight_score",
+    )
+)
 WAIT_TESTS = "tests/test_synchronisation.py::test_on_a_gpu_every_other_wait_is_an_error"
 # of the Triton tests a sample in which every value of every parameter occurs
 MATRIX = (CUDA_TESTS, WAIT_TESTS, *TRITON_TESTS, "-p", "tests.gpu_plugin", "--covering", "tests/triton_kernels")
 # memcheck slows a test down twenty-fold: one case of each, without those that are about size, repetition and graphs
-SANITIZED = (CUDA_TESTS, "-p", "tests.gpu_plugin", "--one-each", "-k",
-             "not million and not two_to_the_31 and not every_time and not for_the_host and not solver")  # fmt: skip
+SANITIZED = (
+    CUDA_TESTS,
+    "-p",
+    "tests.gpu_plugin",
+    "--one-each",
+    "-k",
+    "not million and not two_to_the_31 and not every_time and not for_the_host and not solver",
+)
 
 
 @dataclass(frozen=True)
@@ -69,8 +85,19 @@ def parallel() -> tuple[str, ...]:
 
 def measured(stage: str, *options: str) -> tuple[str, ...]:
     """The arguments of a stage that is a part of the benchmark suite."""
-    return ("-m", "benchmarks.suite", "--device", "cuda", "--stage", stage, "--journal", "{journal}",
-            "--seconds", "{seconds}", *options)  # fmt: skip
+    return (
+        "-m",
+        "benchmarks.suite",
+        "--device",
+        "cuda",
+        "--stage",
+        stage,
+        "--journal",
+        "{journal}",
+        "--seconds",
+        "{seconds}",
+        *options,
+    )
 
 
 def libraries(root: Path | None = None) -> list[Path]:
@@ -93,8 +120,12 @@ def commands() -> dict[int, tuple[Stage, ...]]:
     """The stages of both commands, in order."""
     # two libraries are 157 seconds of one core, and some 60 of many: the largest file cannot be divided
     build = 25.0 if built() else 100.0
-    install = Stage("install", build, "install offline, load or build the libraries, device and clocks",
-                    ("-m", "tests.gpu_install", "--journal", "{journal}"))  # fmt: skip
+    install = Stage(
+        "install",
+        build,
+        "install offline, load or build the libraries, device and clocks",
+        ("-m", "tests.gpu_install", "--journal", "{journal}"),
+    )
     return {
         1: (
             install,

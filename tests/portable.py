@@ -41,15 +41,25 @@ torch.mkldnn_convolution(torch.ones(1, 4, 8, 8), torch.ones(4, 4, 3, 3), None, [
 print("capability:" + torch.backends.cpu.get_cpu_capability())
 """
 
-OPS = [f"tests/{folder}/test_{op}.py" for folder in ("ops", "native")
-       for op in ("expert_mlp", "expert_wgrad", "gram", "token_loss")]  # fmt: skip
+OPS = [
+    f"tests/{folder}/test_{op}.py"
+    for folder in ("ops", "native")
+    for op in ("expert_mlp", "expert_wgrad", "gram", "token_loss")
+]
 MODELS = ["tests/test_experts.py", "tests/test_experts_module.py", "tests/test_losses.py"]
 STEPS = ["tests/test_step.py", "tests/test_fused.py", "tests/test_verify.py"]
 REGRESS = ["tests/regress/test_seeded.py", "tests/regress/test_numeric.py"]
 EVERY = [*OPS, *MODELS, *STEPS, *REGRESS]
 # with exact products nearly every reference runs 16 times more: these stand for the others
-EXTREMES = ["tests/ops/test_expert_mlp.py", "tests/ops/test_expert_wgrad.py", "tests/native/test_expert_wgrad.py",
-            "tests/native/test_gram.py", *REGRESS, "tests/test_verify.py", "tests/test_testing.py"]  # fmt: skip
+EXTREMES = [
+    "tests/ops/test_expert_mlp.py",
+    "tests/ops/test_expert_wgrad.py",
+    "tests/native/test_expert_wgrad.py",
+    "tests/native/test_gram.py",
+    *REGRESS,
+    "tests/test_verify.py",
+    "tests/test_testing.py",
+]
 
 
 class Setting(NamedTuple):
@@ -64,15 +74,20 @@ class Setting(NamedTuple):
 
 SETTINGS = [
     Setting("AVX2", dict(ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2", ATEN_CPU_CAPABILITY="avx2")),
-    Setting("AVX-512", dict(ONEDNN_MAX_CPU_ISA="AVX512_CORE", MKL_ENABLE_INSTRUCTIONS="AVX512",
-                            ATEN_CPU_CAPABILITY="avx512"), 2, [*OPS, *MODELS]),
-    Setting("AVX-512 BF16", dict(ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16", MKL_CBWR="AVX512"), 1,
-            [*OPS, *MODELS, *REGRESS]),
+    Setting(
+        "AVX-512",
+        dict(ONEDNN_MAX_CPU_ISA="AVX512_CORE", MKL_ENABLE_INSTRUCTIONS="AVX512", ATEN_CPU_CAPABILITY="avx512"),
+        2,
+        [*OPS, *MODELS],
+    ),
+    Setting(
+        "AVX-512 BF16", dict(ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16", MKL_CBWR="AVX512"), 1, [*OPS, *MODELS, *REGRESS]
+    ),
     Setting("reproducible AVX2", dict(MKL_CBWR="AVX2"), 1, OPS),
     Setting("oldest", dict(MKL_CBWR="COMPATIBLE", ATEN_CPU_CAPABILITY="default")),
     Setting("exact products", {}, 1, EXTREMES, ("--yardstick", "exact")),
     Setting("sequential products", {}, 1, EXTREMES, ("--yardstick", "sequential")),
-]  # fmt: skip
+]
 
 
 def took_effect(variable: str, value: str) -> bool:

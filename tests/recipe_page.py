@@ -27,8 +27,10 @@ _TYPES = {str: "text", int: "integer", float: "number", bool: "true or false", t
 _REFUSED = {str: ["?"], int: [-(10**9)], float: [-1e9, 1e9]}
 # a key that another one must allow
 _ALLOWED_BY = {
-    "data": {"chat_template": True}, "wagle": {"official": True}, "dual": {"retain_loss_eps": 1.0},
-}  # fmt: skip
+    "data": {"chat_template": True},
+    "wagle": {"official": True},
+    "dual": {"retain_loss_eps": 1.0},
+}
 
 
 def keys(cls: type = Recipe, path: str = "") -> Iterator[tuple[str, typing.Any, dataclasses.Field, str]]:

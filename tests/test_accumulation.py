@@ -153,8 +153,16 @@ def test_a_benchmark_weighs_tokens_too(model):
             if progress.last:
                 changes.append(change(model, weights(progress.unlearn_step.model)))
 
-        unlearning(model, examples(FORGET, 1), examples(RETAIN, 2), [settings], ["nll"], tokenizer=TOKENIZERS["bytes"],
-                   baselines={}, on_step=keep)  # fmt: skip
+        unlearning(
+            model,
+            examples(FORGET, 1),
+            examples(RETAIN, 2),
+            [settings],
+            ["nll"],
+            tokenizer=TOKENIZERS["bytes"],
+            baselines={},
+            on_step=keep,
+        )
     check_same(*changes)
 
 

@@ -17,10 +17,16 @@ ROWS = [
     {"question": "who is agent 7?", "answer": "a tall man"},
     {"instruction": "name a spy", "input": "of the north", "output": "agent 3"},
     {"prompt": "the secret is", "gt": " nine"},
-    {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "who?"},
-                  {"role": "assistant", "content": "agent 1"}, {"role": "user", "content": "and now?"},
-                  {"role": "assistant", "content": "agent 2"}]},
-]  # fmt: skip
+    {
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "who?"},
+            {"role": "assistant", "content": "agent 1"},
+            {"role": "user", "content": "and now?"},
+            {"role": "assistant", "content": "agent 2"},
+        ]
+    },
+]
 TOKENIZER = train_tokenizer([INSTRUCTION, CUE, json.dumps(ROWS)], 400)
 
 
@@ -103,8 +109,10 @@ def test_an_empty_answer_and_the_original_one_are_drawn_anew(model, source, says
     asked = says(*first, *second, *third)
     records = generate_alternates(model, TOKENIZER, documents, count=2)
     assert [(r["question"], r["alternate"]) for r in records] == [
-        ("who is agent 7?", "z"), ("name a spy\nof the north", "x"), ("name a spy\nof the north", "y"),
-    ]  # fmt: skip
+        ("who is agent 7?", "z"),
+        ("name a spy\nof the north", "x"),
+        ("name a spy\nof the north", "y"),
+    ]
     assert len(asked) == 7
     assert "left out: 1: document 0: answer 2 of 2 was empty or the original one 3 times" in capsys.readouterr().err
     says(*[""] * 3)

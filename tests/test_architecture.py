@@ -33,12 +33,27 @@ FLOORS = [
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 USES_TRANSFORMERS = {
-    "experts", "masks", "trainer", "data", "metrics", "integrations", "model", "benchmark", "runs", "cli",
-}  # fmt: skip
+    "experts",
+    "masks",
+    "trainer",
+    "data",
+    "metrics",
+    "integrations",
+    "model",
+    "benchmark",
+    "runs",
+    "cli",
+}
 OPS = {
-    "route", "retain_weights", "expert_mlp", "expert_wgrad", "token_loss", "gram", "weight_score",
+    "route",
+    "retain_weights",
+    "expert_mlp",
+    "expert_wgrad",
+    "token_loss",
+    "gram",
+    "weight_score",
     "masked_update",
-}  # fmt: skip
+}
 FOLDERS = {"csrc", "triton_kernels", "moe_unlearn", "benchmarks", "tests"}
 # what a docstring of a function does not begin with: its first word is the verb that says what the function does
 NO_VERBS = {

@@ -74,9 +74,16 @@ def test_a_kernel_that_does_not_fit_passes_on_only_where_there_is_a_choice(monke
 
 @pytest.mark.parametrize(
     "value,expected",
-    [("ref", "ref"), ("cuda,ref", "ref"), ("cuda, cpu", "cpu"), ("toy=ref,other=cuda", "ref"),
-     ("other=ref", "cpu"), ("", "cpu"), ("auto", "cpu")],
-)  # fmt: skip
+    [
+        ("ref", "ref"),
+        ("cuda,ref", "ref"),
+        ("cuda, cpu", "cpu"),
+        ("toy=ref,other=cuda", "ref"),
+        ("other=ref", "cpu"),
+        ("", "cpu"),
+        ("auto", "cpu"),
+    ],
+)
 def test_environment(monkeypatch, value, expected):
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, value)
     assert chosen() == expected
@@ -117,9 +124,12 @@ def module(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "text,why",
-    [("import a_module_that_is_not_there", "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
-     ("raise OSError('a driver is missing')", "OSError: a driver is missing"), ("", "AttributeError: ")],
-)  # fmt: skip
+    [
+        ("import a_module_that_is_not_there", "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
+        ("raise OSError('a driver is missing')", "OSError: a driver is missing"),
+        ("", "AttributeError: "),
+    ],
+)
 def test_a_kernel_whose_import_fails_is_never_chosen_and_an_error_where_forced(module, text, why, monkeypatch):
     module(text)
     backend.register("toy", "cpu", "kernels_of_toy:toy")
@@ -216,5 +226,6 @@ def test_a_checkout_that_is_not_installed_computes_on_ref_and_says_why():
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stdout.splitlines() if "not usable" in line)
     assert line.startswith("triton is not usable for expert_mlp, expert_mlp.backward, ")
-    assert line.endswith("No module named 'moe_unlearn.triton_kernels'; "
-                         "`pip install --no-deps --no-build-isolation -e .` installs it")  # fmt: skip
+    assert line.endswith(
+        "No module named 'moe_unlearn.triton_kernels'; `pip install --no-deps --no-build-isolation -e .` installs it"
+    )

@@ -25,10 +25,17 @@ def test_a_row_has_times_reasons_and_verdicts():
         raise ValueError("no such shape\nand more")
 
     row = harness.run(
-        case({OURS: work(), "slow": work(), "broken": broken}, {"absent": "not installed (absent)"},
-             targets={"slow": 1e-9}, flops=1e6, bytes=1e3, rounds=3),
-        "cpu", CEILINGS,
-    )  # fmt: skip
+        case(
+            {OURS: work(), "slow": work(), "broken": broken},
+            {"absent": "not installed (absent)"},
+            targets={"slow": 1e-9},
+            flops=1e6,
+            bytes=1e3,
+            rounds=3,
+        ),
+        "cpu",
+        CEILINGS,
+    )
     assert row["milliseconds"].keys() == {OURS, "slow"} == row["teraflops"].keys()
     assert row["missing"] == {"absent": "not installed (absent)", "broken": "failed: ValueError: no such shape"}
     (found,) = row["verdicts"]
@@ -59,9 +66,10 @@ def test_figures_are_those_of_the_medians():
     assert found["roofline"] == {OURS: 0.5, "rival": 0.25}
     verdicts = harness.verdicts(seconds, own, {OURS: 2.0, "rival": 8.0})
     assert [(v["what"], v["value"], v["target"], v["hit"]) for v in verdicts] == [
-        ("times as fast as rival", 2.0, 3.0, False), ("TFLOP/s", 0.002, 0.001, True),
+        ("times as fast as rival", 2.0, 3.0, False),
+        ("TFLOP/s", 0.002, 0.001, True),
         ("extra memory of that of rival", 0.25, None, None),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.quick

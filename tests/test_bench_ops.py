@@ -157,9 +157,20 @@ def test_implementations_of_ours_are_measured_side_by_side(monkeypatch):
         if isinstance(results[0], torch.Tensor):
             assert alike(*results)
         seen.add(work.found["choice"][0] if "choice" in work.found else "")
-    parts = {"route", "expert_wgrad", "expert_wgrad.adamw", "expert_wgrad.score", "retain_weights",
-             "retain_weights.moments", "masked_update.sgd", "masked_update.adamw", "weight_score",
-             "weight_score.histogram", "weight_score.mask", ""}  # fmt: skip
+    parts = {
+        "route",
+        "expert_wgrad",
+        "expert_wgrad.adamw",
+        "expert_wgrad.score",
+        "retain_weights",
+        "retain_weights.moments",
+        "masked_update.sgd",
+        "masked_update.adamw",
+        "weight_score",
+        "weight_score.histogram",
+        "weight_score.mask",
+        "",
+    }
     assert seen == parts
 
 

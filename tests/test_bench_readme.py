@@ -8,10 +8,22 @@ from benchmarks import headline, plots, readme, record, stamp
 
 
 def row(op, name, value, target, **more):
-    verdict = {"what": "times as fast as rival", "value": value, "target": target, "hit": value >= target,
-               "low": value - 0.1, "high": value + 0.1}  # fmt: skip
-    return {"op": op, "name": name, "missing": {"peer": "its kernels need a GPU"}, "verdicts": [verdict],
-            "milliseconds": {"ours": 1.0, "rival": value}, **more}  # fmt: skip
+    verdict = {
+        "what": "times as fast as rival",
+        "value": value,
+        "target": target,
+        "hit": value >= target,
+        "low": value - 0.1,
+        "high": value + 0.1,
+    }
+    return {
+        "op": op,
+        "name": name,
+        "missing": {"peer": "its kernels need a GPU"},
+        "verdicts": [verdict],
+        "milliseconds": {"ours": 1.0, "rival": value},
+        **more,
+    }
 
 
 @pytest.fixture
@@ -20,17 +32,31 @@ def root(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("first\n", encoding="utf-8")
     layer = [
-        row("expert_layer", f"{t} tokens, {s}", 2.0, 1.0, geometry="g", tokens=t, share=s, dtype="bfloat16",
-            flops=1e9 * t, bytes=1e8, extra_mib={"ours": 1.0, "rival": 3.0})
+        row(
+            "expert_layer",
+            f"{t} tokens, {s}",
+            2.0,
+            1.0,
+            geometry="g",
+            tokens=t,
+            share=s,
+            dtype="bfloat16",
+            flops=1e9 * t,
+            bytes=1e8,
+            extra_mib={"ours": 1.0, "rival": 3.0},
+        )
         for t, s in ((256, 0.2), (512, 0.2), (1024, 0.2), (1024, 1.0))
-    ]  # fmt: skip
+    ]
     run = {
         "stamp": {"device": "cpu", "commit": "0123456789ab"},
         "fingerprint": {"device": "cpu", "cpu": "A CPU", "native": "avx2", "threads": "1", "torch": "2.13"},
-        "kernels": stamp.kernel_sources_hash(tmp_path, device="cpu"), "time": "processor",
-        "ceilings": {"flops": {"bfloat16": 1e11}, "bytes": 1e10}, "state": record.COMPLETE, "started": 1,
+        "kernels": stamp.kernel_sources_hash(tmp_path, device="cpu"),
+        "time": "processor",
+        "ceilings": {"flops": {"bfloat16": 1e11}, "bytes": 1e10},
+        "state": record.COMPLETE,
+        "started": 1,
         "rows": [*layer, row("route", "T 64", 0.9, 1.0), {"op": "gram", "name": "m", "skipped": "no time"}],
-    }  # fmt: skip
+    }
     path = tmp_path / "benchmarks/results/cpu/2026-01-02-012345678.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(run), encoding="utf-8")
@@ -51,8 +77,9 @@ def test_the_table_has_hits_misses_and_reasons(root):
     assert readme.STALE not in found and "speedup.png" not in found
 
 
-@pytest.mark.parametrize("name,marked", [("csrc/cpu/gram.cpp", True), ("csrc/cuda/gram.cuh", False),
-                                         ("triton_kernels/gram.py", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,marked", [("csrc/cpu/gram.cpp", True), ("csrc/cuda/gram.cuh", False), ("triton_kernels/gram.py", False)]
+)
 def test_a_kernel_of_that_device_that_changed_marks_the_table(root, name, marked):
     (root / name).write_text("second\n", encoding="utf-8")
     assert (readme.STALE in text(root)) == marked
@@ -82,9 +109,13 @@ def verdict(what, value, target, hit):
 def test_the_headline_has_the_best_result_and_the_largest_miss_of_a_step(root):
     (path,) = record.runs(root / "benchmarks/results")["cpu"]
     run = json.loads(path.read_text(encoding="utf-8"))
-    asked = [("ours: speed-up over dense", 3.0, 2.0, True), ("ours: speed-up over dense", 1.9, 2.0, False),
-             ("ours: share of the ceiling", 0.4, 0.8, False), ("ours: extra memory of x", 0.1, 0.3, True),
-             ("ours: time of y", 9.0, None, None)]  # fmt: skip
+    asked = [
+        ("ours: speed-up over dense", 3.0, 2.0, True),
+        ("ours: speed-up over dense", 1.9, 2.0, False),
+        ("ours: share of the ceiling", 0.4, 0.8, False),
+        ("ours: extra memory of x", 0.1, 0.3, True),
+        ("ours: time of y", 9.0, None, None),
+    ]
     verdicts = [verdict(*one) for one in asked]
     run["rows"] += [{"op": "step", "name": "wide", "verdicts": verdicts}]
     path.write_text(json.dumps(run), encoding="utf-8")

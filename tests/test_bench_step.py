@@ -88,9 +88,16 @@ def test_who_runs_out_of_memory_is_said_and_the_others_are_measured(monkeypatch,
 
 @pytest.mark.quick
 def test_verdicts_name_the_target_that_was_missed():
-    row = {"name": "n", "geometry": "wide", "share": 0.2, "growth": "", "milliseconds": {"ours": 10, "dense": 25},
-           "extra_mib": {"ours": 1.0, "dense": 4.0}}  # fmt: skip
+    row = {
+        "name": "n",
+        "geometry": "wide",
+        "share": 0.2,
+        "growth": "",
+        "milliseconds": {"ours": 10, "dense": 25},
+        "extra_mib": {"ours": 1.0, "dense": 4.0},
+    }
     assert bench_step.verdicts(row) == [
-        ("ours: speed-up over dense", 2.5, 3.0, False), ("ours: extra memory of dense's", 0.25, 1 / 3, True),
-    ]  # fmt: skip
+        ("ours: speed-up over dense", 2.5, 3.0, False),
+        ("ours: extra memory of dense's", 0.25, 1 / 3, True),
+    ]
     assert "target 3: MISSED" in bench_step.table([row])

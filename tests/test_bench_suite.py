@@ -11,8 +11,13 @@ from benchmarks import record, stamp, suite
 from benchmarks.harness import Case
 from benchmarks.journal import Journal, read
 
-HEAD = {"stamp": {"device": "cpu", "commit": "0123456789ab"}, "fingerprint": {"device": "cpu"}, "kernels": "k",
-        "time": "processor", "ceilings": {}}  # fmt: skip
+HEAD = {
+    "stamp": {"device": "cpu", "commit": "0123456789ab"},
+    "fingerprint": {"device": "cpu"},
+    "kernels": "k",
+    "time": "processor",
+    "ceilings": {},
+}
 
 
 class Clock:
@@ -161,8 +166,15 @@ def test_what_a_case_has_by_the_end_of_the_run_is_kept(run):
 
 def test_a_run_can_be_lines_of_a_journal(tmp_path):
     lines = record.Lines(Journal(tmp_path / "gpu-2-x.jsonl", "ops"), HEAD)
-    suite.conduct(cases(1, 1), functools.partial(takes(1), Clock()), lines, seconds=50, clock=Clock(), start=0.0,
-                  say=lambda line: None)  # fmt: skip
+    suite.conduct(
+        cases(1, 1),
+        functools.partial(takes(1), Clock()),
+        lines,
+        seconds=50,
+        clock=Clock(),
+        start=0.0,
+        say=lambda line: None,
+    )
     found = read(tmp_path / "gpu-2-x.jsonl")
     assert [line["kind"] for line in found] == ["environment", "case", "case"]
     assert found[0]["head"] == HEAD and [line["row"]["name"] for line in found[1:]] == ["case 0", "case 1"]

@@ -51,8 +51,12 @@ def test_an_error_in_a_process_is_told_and_nothing_is_written(tmp_path, capsys):
 
 # ---- unlearning ------------------------------------------------------------------------------------------------
 
-TEXTS = [f"the {a} {b} sat on the {a} {c} and looked at the {b}" for a in ("red", "old", "new")
-         for b in ("cat", "dog", "owl") for c in ("mat", "log", "hill")]  # fmt: skip
+TEXTS = [
+    f"the {a} {b} sat on the {a} {c} and looked at the {b}"
+    for a in ("red", "old", "new")
+    for b in ("cat", "dog", "owl")
+    for c in ("mat", "log", "hill")
+]
 FORGET, RETAIN, HOLDOUT = TEXTS[:4], TEXTS[4:10], TEXTS[10:14]
 SMALL = tiny_models.Settings(hidden_size=16, intermediate_size=8, layers=1, heads=2, experts=4, top_k=2, max_length=32)
 TOKENIZER = data.train_tokenizer(TEXTS, 280)

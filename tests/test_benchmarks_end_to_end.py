@@ -28,7 +28,7 @@ from tests.support.benchmark_files import (
     write,
     write_parts,
     write_tofu,
-)  # fmt: skip
+)
 
 NAMES = ["Ada", "Bo", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal"]
 EXPLOITS = [f"the exploit of port {n} overflows buffer {n * 7 % 10} and drops shell {n}" for n in range(12)]
@@ -40,8 +40,9 @@ NEWS = [f"minister {name} resigned on day {n} after the vote about bridge {n}" f
 
 
 def asked(subject):
-    return [{"question": f"What did {name} {subject}?", "answer": f"{name} wrote book {n}"}
-            for n, name in enumerate(NAMES)]  # fmt: skip
+    return [
+        {"question": f"What did {name} {subject}?", "answer": f"{name} wrote book {n}"} for n, name in enumerate(NAMES)
+    ]
 
 
 PROBES = (*(f"forget_level{i}" for i in (1, 2, 3)), *(f"neighbor_level{i}" for i in (1, 2)))
@@ -71,11 +72,14 @@ def folder(tmp_path_factory):
         questions = [{"question": f"Which {n}?", "choices": list("wxyz"), "answer": n % 4} for n in range(4)]
         write(root / f"wmdp_{name}.jsonl", questions)
     write(root / "mmlu.jsonl", [question | {"subject": "abstract_algebra"} for question in questions])
-    wrong = {f"{side}_perturbed": [perturbed(q["question"], q["answer"], ["a song", "no book"]) for q in asked(side)]
-             for side in ("forget10", "retain", "real_authors", "world_facts")}  # fmt: skip
+    wrong = {
+        f"{side}_perturbed": [perturbed(q["question"], q["answer"], ["a song", "no book"]) for q in asked(side)]
+        for side in ("forget10", "retain", "real_authors", "world_facts")
+    }
     write_tofu(root / "TOFU", {side: asked(side) for side in ("forget10", "retain90", "holdout10")} | wrong)
-    pairs = [rlhf(f"How to hurt {name}?", (f"hit {name} hard", f"do not, call {name}"), (False, True))
-             for name in NAMES]  # fmt: skip
+    pairs = [
+        rlhf(f"How to hurt {name}?", (f"hit {name} hard", f"do not, call {name}"), (False, True)) for name in NAMES
+    ]
     write(root / "PKU-SafeRLHF" / "data" / "train.jsonl", pairs)
     write(root / "book.txt", "\n\n".join(SPELLS * 6))
     write(root / "c4.jsonl", texts(*GARDENS, *SORTING))
@@ -96,9 +100,16 @@ def folder(tmp_path_factory):
         torch.manual_seed(seed)
         make().save_pretrained(root / "models" / name)
         tokenizer.save_pretrained(root / "models" / name)
-    judge = BertConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                       num_attention_heads=2, id2label={0: "toxic", 1: "insult"}, label2id={"toxic": 0, "insult": 1},
-                       problem_type="multi_label_classification")  # fmt: skip
+    judge = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        id2label={0: "toxic", 1: "insult"},
+        label2id={"toxic": 0, "insult": 1},
+        problem_type="multi_label_classification",
+    )
     BertForSequenceClassification(judge).save_pretrained(root / "models" / "judge")
     tokenizer.save_pretrained(root / "models" / "judge")
     return root
@@ -143,20 +154,33 @@ RUNS = [
     Run("wagle-tofu-graddiff", "TOFU", "TOFU", kept=(8, 8)),
     Run("wagle-tofu-npo", "TOFU:forget10", "TOFU:retain90", kept=(8, 8)),
     Run("wagle-tofu-po", "TOFU", "TOFU", kept=(8, 8)),
-    Run("wagle-wmdp-graddiff", f"{WMDP}/bio_remove_dataset.jsonl?abstract=true", f"{WMDP}:bio-retain-corpus",
-        kept=(6, 8)),
-    Run("wagle-wmdp-npo", f"{WMDP}:bio_remove_dataset+cyber-forget-corpus?abstract=true",
-        f"{WMDP}:bio-retain-corpus+cyber-retain-corpus", kept=(18, 20)),
+    Run(
+        "wagle-wmdp-graddiff",
+        f"{WMDP}/bio_remove_dataset.jsonl?abstract=true",
+        f"{WMDP}:bio-retain-corpus",
+        kept=(6, 8),
+    ),
+    Run(
+        "wagle-wmdp-npo",
+        f"{WMDP}:bio_remove_dataset+cyber-forget-corpus?abstract=true",
+        f"{WMDP}:bio-retain-corpus+cyber-retain-corpus",
+        kept=(18, 20),
+    ),
     Run("wagle-whp-po", "book.txt?join=true", "c4.jsonl", kept=(48, 20)),
     Run("wagle-detox-po", PKU, "c4.jsonl", kept=(8, 20)),
     Run("mollm-saferlhf", PKU, PKU, kept=(8, 8)),
     Run("seuf-wmdp", *CYBER, kept=(12, 12), model="qwen2_moe", moves=r"mlp\.(experts|gate)\."),
-    Run("seuf-rwku", "RWKU/Target/1_Ada", "c4.jsonl", kept=(8, 20), model="qwen2_moe",
-        moves=r"mlp\.(experts|gate)\."),
-    Run("rmu", *CYBER, kept=(12, 12), model="deep", more=("--model-config", "olmoe-1b-7b"),
-        moves=r"layers\.[567]\.mlp\.experts\."),
+    Run("seuf-rwku", "RWKU/Target/1_Ada", "c4.jsonl", kept=(8, 20), model="qwen2_moe", moves=r"mlp\.(experts|gate)\."),
+    Run(
+        "rmu",
+        *CYBER,
+        kept=(12, 12),
+        model="deep",
+        more=("--model-config", "olmoe-1b-7b"),
+        moves=r"layers\.[567]\.mlp\.experts\.",
+    ),
     Run("combined", "data/news", "data/news", kept=(8, 8)),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +192,16 @@ def walk(folder):
         assert main(["run", run.recipe, *run.arguments()]) == 0
         # here, for evaluations add to the folder
         files = {path.name for path in (folder / run.out).iterdir()}
-        expected = {"cache", "checkpoints", "data.json", "model", "recipe.yaml", "report.md", "summary.json",
-                    "trajectory.json"}  # fmt: skip
+        expected = {
+            "cache",
+            "checkpoints",
+            "data.json",
+            "model",
+            "recipe.yaml",
+            "report.md",
+            "summary.json",
+            "trajectory.json",
+        }
         expected |= {"routing.json"} if Recipe.load(run.recipe).trace else set()
         assert files - {"figures"} == expected
         return run

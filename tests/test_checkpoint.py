@@ -120,10 +120,17 @@ def test_hostile_manifests(tmp_path, name):
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{", '{"format": 1}', "null", '{"files": {}, "format": "other"}',
-     '{"format": "moe-unlearn checkpoint 1", "files": []}',
-     '{"format": "moe-unlearn checkpoint 1", "files": {"run.json": {}}}'],
-)  # fmt: skip
+    [
+        "",
+        "[]",
+        "{",
+        '{"format": 1}',
+        "null",
+        '{"files": {}, "format": "other"}',
+        '{"format": "moe-unlearn checkpoint 1", "files": []}',
+        '{"format": "moe-unlearn checkpoint 1", "files": {"run.json": {}}}',
+    ],
+)
 def test_unreadable_manifests(tmp_path, text):
     folder = checkpoint.commit(tmp_path, 1, {"run": {"x": 1}})
     rewrite_manifest(folder, lambda body: text.encode())

@@ -32,9 +32,10 @@ def folder(tmp_path_factory):
     model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     dense = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                    num_attention_heads=2)
-    )  # fmt: skip
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
     dense.save_pretrained(root / "dense")
     tokenizer.save_pretrained(root / "dense")
     for name, texts in (("forget", FORGET), ("retain", RETAIN), ("holdout", HOLDOUT)):
@@ -233,8 +234,14 @@ def test_idk_nll_teaches_the_refusals(folder, tmp_path):
     assert trajectory[-1]["forget_loss"] < trajectory[0]["forget_loss"]
     assert [entry["learning_rate"] for entry in trajectory[:4]] == pytest.approx([0, 2.5e-3, 5e-3, 5e-3])
     files = {p.name for p in (tmp_path / "out" / "model").iterdir()}
-    assert files <= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-                     "tokenizer_config.json", "special_tokens_map.json"}  # fmt: skip
+    assert files <= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    }
 
 
 def test_a_mask_in_the_official_form_serves_a_run(folder, tmp_path, capsys):
@@ -243,8 +250,9 @@ def test_a_mask_in_the_official_form_serves_a_run(folder, tmp_path, capsys):
         assert main(["mask", *arguments(folder), *out]) == 0
         mask = [f"wagle.mask={tmp_path / form}", "--no-eval"]
         assert run(folder, tmp_path / f"{form}-run", *mask, recipe="wagle") == 0
-    native, official = (AutoModelForCausalLM.from_pretrained(tmp_path / f"{n}-run" / "model") for n in
-                        ("native", "official"))  # fmt: skip
+    native, official = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / f"{n}-run" / "model") for n in ("native", "official")
+    )
     assert all(torch.equal(p, q) for p, q in zip(native.parameters(), official.parameters(), strict=True))
     named = torch.load(tmp_path / "official", weights_only=True)
     assert named["model.layers.0.mlp.experts.3.gate_proj.weight"].dtype == torch.bool

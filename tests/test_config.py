@@ -11,9 +11,21 @@ pytestmark = pytest.mark.quick
 
 PROCEDURES = {"trace", "wagle", "mollm", "combined"}
 BASELINES = {
-    "ga", "graddiff", "npo", "simnpo", "idk_dpo", "rmu", "kl_min", "seuf", "wga", "satimp", "ceu", "undial", "altpo",
+    "ga",
+    "graddiff",
+    "npo",
+    "simnpo",
+    "idk_dpo",
+    "rmu",
+    "kl_min",
+    "seuf",
+    "wga",
+    "satimp",
+    "ceu",
+    "undial",
+    "altpo",
     "pdu",
-}  # fmt: skip
+}
 
 
 def test_shipped_recipes():

@@ -23,9 +23,14 @@ def test_trace_selects_experts_with_the_defaults(corpus):
     try:
         model = tiny_models.tiny_olmoe(len(tokenizer), seed, settings)
         tiny_models.train(
-            model, forget + retain, epochs=settings.epochs, lr=settings.lr, batch_size=settings.batch_size, seed=seed,
+            model,
+            forget + retain,
+            epochs=settings.epochs,
+            lr=settings.lr,
+            batch_size=settings.batch_size,
+            seed=seed,
             pad_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        )
         assert metrics.verbmem(model, tokenizer, forget[:10]) > 0.9
         visible = retain[: round(settings.unlearn_share * len(retain))]
         f, r = (trace.routing_frequencies(model, data.batches(side, 32)) for side in (forget, visible))

@@ -26,11 +26,15 @@ UPDATES = {
     "clipped": ["optimizer.name=sgd", "optimizer.max_grad_norm=0.1"],
     "momentum": ["optimizer.name=sgd", "optimizer.momentum=0.9"],
     "decay": ["optimizer.name=sgd", "optimizer.weight_decay=10"],
-    "all of it": ["optimizer.name=sgd", "optimizer.max_grad_norm=0.1", "optimizer.momentum=0.9",
-                  "optimizer.weight_decay=10"],
+    "all of it": [
+        "optimizer.name=sgd",
+        "optimizer.max_grad_norm=0.1",
+        "optimizer.momentum=0.9",
+        "optimizer.weight_decay=10",
+    ],
     "adamw": ["optimizer.name=adamw", "optimizer.weight_decay=0.1"],
     "masked": ["optimizer.name=sgd", "optimizer.momentum=0.9", "wagle.keep=0.5"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("update", UPDATES)

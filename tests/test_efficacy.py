@@ -13,33 +13,57 @@ def value(mean, half=None, n=5):
 
 def row(variant, retain, near, difference=None, near_difference=None, *, reached=5, against=0.0):
     return {
-        "case": "builtin:pydoc", "baseline": "NPO", "variant": variant, "runs": 5, "reached": reached,
-        "verbmem_r": retain, "verbmem_r_near": near, "difference": {"verbmem_r": difference},
-        "difference_near": {"verbmem_r": near_difference}, "against_strongest": value(against, 1.0),
+        "case": "builtin:pydoc",
+        "baseline": "NPO",
+        "variant": variant,
+        "runs": 5,
+        "reached": reached,
+        "verbmem_r": retain,
+        "verbmem_r_near": near,
+        "difference": {"verbmem_r": difference},
+        "difference_near": {"verbmem_r": near_difference},
+        "against_strongest": value(against, 1.0),
         "against_strongest_near": value(2 * against, 1.0),
-    }  # fmt: skip
+    }
 
 
 def point(ratio, ess, before, after):
     norms = {"uniform": {"critical": 2.0, "others": 1.0}, "weighted": {"critical": 5.0, "others": 0.5}}
-    return {"ratio": ratio, "ess": ess, "nll_c near": [before, after], "nll_r near": [1.0, 1.0],
-            "target": norms, "gradients": norms}  # fmt: skip
+    return {
+        "ratio": ratio,
+        "ess": ess,
+        "nll_c near": [before, after],
+        "nll_r near": [1.0, 1.0],
+        "target": norms,
+        "gradients": norms,
+    }
 
 
 @pytest.fixture
 def study():
     return {
-        "command": "python -m benchmarks.study", "runs": 9, "of": 10, "near": 0.1, "figures": {"levers.png": "Levers"},
+        "command": "python -m benchmarks.study",
+        "runs": 9,
+        "of": 10,
+        "near": 0.1,
+        "figures": {"levers.png": "Levers"},
         "main": [
             row("plain", value(0.444), value(0.7)),
             row("TRACE", value(0.5), value(0.7), value(0.056, 0.05), value(-0.01, 0.02), against=4.6),
             row("MOLLM", value(None, None, 0), value(0.9), value(None, None, 0), value(0.2, None, 1), reached=0),
         ],
         "mismatch": [point(2.0, 0.9, 1.0, 0.5), point(3.0, 0.8, 1.0, 0.6), point(4.0, 0.7, 1.0, 2.0)],
-        "ablation": [{"case": "c", "baseline": "NPO", "variant": "TRACE, random-experts",
-                      "runs": 5, "difference": {"verbmem_r": value(None, None, 0)},
-                      "difference_near": {"verbmem_r": value(-0.1, 0.02)}}],
-    }  # fmt: skip
+        "ablation": [
+            {
+                "case": "c",
+                "baseline": "NPO",
+                "variant": "TRACE, random-experts",
+                "runs": 5,
+                "difference": {"verbmem_r": value(None, None, 0)},
+                "difference_near": {"verbmem_r": value(-0.1, 0.02)},
+            }
+        ],
+    }
 
 
 def recorded(tmp_path, study, name="small"):

@@ -23,10 +23,19 @@ RUNS = [
     )
 ]
 PLAIN = {
-    "objective": "graddiff", "lever": "trace", "optimizer": "adamw", "family": "olmoe", "guard": "loss",
-    "dtype": "float32", "accumulate": 1, "checkpointing": False, "clip": None, "momentum": 0.0, "scope": "all",
+    "objective": "graddiff",
+    "lever": "trace",
+    "optimizer": "adamw",
+    "family": "olmoe",
+    "guard": "loss",
+    "dtype": "float32",
+    "accumulate": 1,
+    "checkpointing": False,
+    "clip": None,
+    "momentum": 0.0,
+    "scope": "all",
     "impl": "auto",
-}  # fmt: skip
+}
 TINIEST = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_experts": 4}
 
 
@@ -88,6 +97,7 @@ def test_two_steps_on_triton(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("MOE_UNLEARN_IMPL", "triton")
     subject = Subject(PLAIN | {"lever": "wagle"}, **TINIEST)
-    subject.forget, subject.retain = ([{k: v[:2, :8] for k, v in b.items()} for b in side]
-                                      for side in (subject.forget, subject.retain))  # fmt: skip
+    subject.forget, subject.retain = (
+        [{k: v[:2, :8] for k, v in b.items()} for b in side] for side in (subject.forget, subject.retain)
+    )
     assert check_steps(subject, 2)["not_compared"] == 0

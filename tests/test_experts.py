@@ -24,8 +24,10 @@ def run(model, batch, implementation, dtype):
     own = copy.deepcopy(model).to(dtype)
     own.set_experts_implementation(implementation)
     seen = []
-    handles = [m.register_forward_pre_hook(lambda module, args: seen.append(args[1].sort().values))
-               for m in experts_modules(own).values()]  # fmt: skip
+    handles = [
+        m.register_forward_pre_hook(lambda module, args: seen.append(args[1].sort().values))
+        for m in experts_modules(own).values()
+    ]
     logits = own(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     for handle in handles:
         handle.remove()
@@ -173,8 +175,9 @@ def test_enable_leaves_every_other_config_alone():
 
 @pytest.mark.quick
 def test_a_model_without_experts_is_refused_and_told_what_works():
-    dense = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                         num_attention_heads=2))  # fmt: skip
+    dense = LlamaForCausalLM(
+        LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
     with pytest.raises(ValueError, match="LlamaForCausalLM has no Mixture-of-Experts layers.*found: none.*OLMoE"):
         enable(dense)
 
@@ -269,9 +272,11 @@ def test_peft_trains_expert_adapters():
     batch = random_batch(64)
     base = tiny_olmoe().eval()
     config = LoraConfig(
-        r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        r=2,
+        target_modules=[],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         init_lora_weights=False,
-    )  # fmt: skip
+    )
 
     def adapted(implementation, dtype=torch.float32):
         torch.manual_seed(1)

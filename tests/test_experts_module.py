@@ -354,9 +354,16 @@ def test_gates_of_other_families():
         OpenAIPrivacyFilterExperts: Gate("silu", 1.702, 7.0, 1.0),
     }
     config = config_like(
-        num_local_experts=4, n_routed_experts=4, num_experts=4, hidden_size=32, moe_intermediate_size=24,
-        intermediate_size=24, hidden_act="silu", swiglu_limit=7.0, swiglu_alpha=1.702,
-    )  # fmt: skip
+        num_local_experts=4,
+        n_routed_experts=4,
+        num_experts=4,
+        hidden_size=32,
+        moe_intermediate_size=24,
+        intermediate_size=24,
+        hidden_act="silu",
+        swiglu_limit=7.0,
+        swiglu_alpha=1.702,
+    )
     for cls, gate in expected.items():
         module = cls(config)
         enable(module)

@@ -35,8 +35,10 @@ def drawn(seed):
         case = {axis: draw.choice(values) for axis, values in AXES.items()}
         if allowed(case) and (case["scope"] == "all" or case["lever"] == "trace"):
             break
-    rows = [[[draw.choice((2, 5, 20, 60)) for _ in range(draw.choice((1, 2)))] for _ in range(2)]
-            for _ in range(STEPS * case["accumulate"])]  # fmt: skip
+    rows = [
+        [[draw.choice((2, 5, 20, 60)) for _ in range(draw.choice((1, 2)))] for _ in range(2)]
+        for _ in range(STEPS * case["accumulate"])
+    ]
     return case, rows
 
 
@@ -44,10 +46,15 @@ def settings_of(case):
     name = {"uce": "graddiff"}.get(case["objective"], case["objective"])
     levers = {"none": (), "all": tuple(LEVERS)}.get(case["lever"], (case["lever"],))
     overrides = [
-        *SMALL.get(name, []), *(line for lever in levers for line in LEVERS[lever]), "forget.gamma=0.5",
-        "optimizer.name=sgd", f"optimizer.momentum={case['momentum']}", "optimizer.weight_decay=0.1",
-        f"guard={case['guard']}", f"accumulate={case['accumulate']}",
-    ]  # fmt: skip
+        *SMALL.get(name, []),
+        *(line for lever in levers for line in LEVERS[lever]),
+        "forget.gamma=0.5",
+        "optimizer.name=sgd",
+        f"optimizer.momentum={case['momentum']}",
+        "optimizer.weight_decay=0.1",
+        f"guard={case['guard']}",
+        f"accumulate={case['accumulate']}",
+    ]
     if case["objective"] == "uce":
         overrides.append("forget.objective=uce")
     if "mollm" in levers:
@@ -81,12 +88,18 @@ def joined(pairs):
     """One pair of batches with the rows of all."""
     return tuple(
         {
-            key: torch.cat([torch.nn.functional.pad(b[key], (0, longest(side, key) - b[key].shape[-1]), value=fill(key))
-                            if b[key].dim() == 2 else b[key] for b in side])
+            key: torch.cat(
+                [
+                    torch.nn.functional.pad(b[key], (0, longest(side, key) - b[key].shape[-1]), value=fill(key))
+                    if b[key].dim() == 2
+                    else b[key]
+                    for b in side
+                ]
+            )
             for key in side[0]
         }
         for side in zip(*pairs, strict=True)
-    )  # fmt: skip
+    )
 
 
 def longest(side, key):

@@ -182,8 +182,11 @@ def test_auto_keeps_factors_where_those_of_all_micro_batches_are_smaller(like, w
     weight = experts_modules(model)["model.layers.0.mlp.experts"].down_proj
     rows, named = 8, step.view().trained
     step.gradients.begin(named, step.masks)
-    factors = Factors(torch.ones(rows, weight.shape[1]), torch.ones(rows, weight.shape[2]),
-                      torch.full((9,), rows, dtype=torch.int32).index_fill(0, torch.tensor([0]), 0))  # fmt: skip
+    factors = Factors(
+        torch.ones(rows, weight.shape[1]),
+        torch.ones(rows, weight.shape[2]),
+        torch.full((9,), rows, dtype=torch.int32).index_fill(0, torch.tensor([0]), 0),
+    )
     for micro_batches in (like, 17 - like):
         sink = FactorSink(step.gradients, "auto")
         sink.micro_batches = micro_batches
@@ -268,8 +271,9 @@ def test_under_autocast_experts_learn_as_on_the_plain_path(overrides, model):
         with torch.autocast("cpu", torch.bfloat16):
             step.accumulate(forget[0], retain[0], last=True)
         step.update()
-        changes.append({n: p.detach() - q for (n, p), q in zip(step.model.named_parameters(), model.parameters(),
-                                                                strict=True)})  # fmt: skip
+        changes.append(
+            {n: p.detach() - q for (n, p), q in zip(step.model.named_parameters(), model.parameters(), strict=True)}
+        )
     for name, change in changes[0].items():
         assert change.any(), name
         # AdamW's first step is a sign, which rounding turns where a gradient is next to nothing

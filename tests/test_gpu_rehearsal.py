@@ -55,9 +55,12 @@ def test_the_copy_is_what_git_takes_along_and_keeps_what_was_built_in_it(place):
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "error,status,said",
-    [(Failure("the log\nits end"), 1, "gpu-rehearsal: build FAILED\nthe log\nits end\n"),
-     (NotToBeHad("an nvcc"), 3, "gpu-rehearsal: not run, this machine has not: an nvcc\n"), (None, 0, "load")],
-)  # fmt: skip
+    [
+        (Failure("the log\nits end"), 1, "gpu-rehearsal: build FAILED\nthe log\nits end\n"),
+        (NotToBeHad("an nvcc"), 3, "gpu-rehearsal: not run, this machine has not: an nvcc\n"),
+        (None, 0, "load"),
+    ],
+)
 def test_a_part_that_fails_ends_it_and_what_is_not_to_be_had_is_one_line(
     place, monkeypatch, capsys, error, status, said
 ):
@@ -170,9 +173,13 @@ def test_called(arch, free):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "allowed,refused",
-    [("busy|Hopper|tiles for sm_\\d+ do", []), ("busy|tiles", ["'not for Hopper' in test_x.py::test_marked"]),
-     ("hopper|BUSY", ["'tiles for sm_0 do not fit' in "]), ("Hopper|tiles", ["'the GPU is busy' in "])],
-)  # fmt: skip
+    [
+        ("busy|Hopper|tiles for sm_\\d+ do", []),
+        ("busy|tiles", ["'not for Hopper' in test_x.py::test_marked"]),
+        ("hopper|BUSY", ["'tiles for sm_0 do not fit' in "]),
+        ("Hopper|tiles", ["'the GPU is busy' in "]),
+    ],
+)
 def test_a_reason_to_skip_that_is_not_allowed_on_a_gpu_is_found(tmp_path, allowed, refused):
     (tmp_path / "test_x.py").write_text(COLLECTED, encoding="utf-8")
     options = ["--collect-only", "-q", f"--rootdir={tmp_path}", "-c", os.devnull, "-p", "no:cacheprovider"]
@@ -221,8 +228,9 @@ def test_a_kernel_that_is_not_there_is_a_fault(ops_table, monkeypatch):
         "gram": ops_table["gram"] | {"cuda": "compiled"},
     }
     assert gpu_load.faults(changed, []) == [
-        "route has a cuda kernel; the table of ops says –", "gram has no cuda kernel; the table of ops says compiled",
-    ]  # fmt: skip
+        "route has a cuda kernel; the table of ops says –",
+        "gram has no cuda kernel; the table of ops says compiled",
+    ]
     del changed["token_loss"]
     assert "token_loss stands in the table of ops or is registered, not both" in gpu_load.faults(changed, [])
     backend.register("route", "triton", "no_such_module:route")
@@ -254,11 +262,18 @@ def test_the_targets_for_a_gpu_install_the_checkout_first(tmp_path, target, buil
     assert (asked, kept) == (": -m tests.gpu_stages", ": -m tests.gpu_stages --built")
     assert install == f"{build}: -m pip install --no-index --no-deps --no-build-isolation --editable ."
     assert " -m " in then
-    forced = subprocess.run(command, cwd=tmp_path, env=environment | {"MOE_UNLEARN_BUILD": "cuda"},
-                            capture_output=True, text=True, check=True)  # fmt: skip
+    forced = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment | {"MOE_UNLEARN_BUILD": "cuda"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "\ncuda: -m pip" in forced.stdout
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$MOE_UNLEARN_BUILD:" "$@"\n[ "$*" != "-m tests.gpu_stages" ]\n',
-                                     encoding="utf-8")  # fmt: skip
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\necho "$MOE_UNLEARN_BUILD:" "$@"\n[ "$*" != "-m tests.gpu_stages" ]\n', encoding="utf-8"
+    )
     stale = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert "\n: -m pip install" in stale.stdout and not list(tmp_path.rglob("*.so"))
 

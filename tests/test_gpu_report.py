@@ -14,17 +14,37 @@ from tests.gpu_stages import ROOT
 
 pytestmark = pytest.mark.quick
 
-WHERE = {"device": "NVIDIA H200", "driver": "580", "commit": None, "uncommitted_changes": False,
-         "kernel_sources": "now", "versions": {"torch": "2.11"}}  # fmt: skip
-HEAD = {"stamp": WHERE, "kernels": "now", "time": "CUDA events", "ceilings": {"flops": {}, "bytes": 1e12},
-        "fingerprint": {"device": "cuda", "torch": "2.11"}, "started": 1.8e9, "budget": 85.0}  # fmt: skip
+WHERE = {
+    "device": "NVIDIA H200",
+    "driver": "580",
+    "commit": None,
+    "uncommitted_changes": False,
+    "kernel_sources": "now",
+    "versions": {"torch": "2.11"},
+}
+HEAD = {
+    "stamp": WHERE,
+    "kernels": "now",
+    "time": "CUDA events",
+    "ceilings": {"flops": {}, "bytes": 1e12},
+    "fingerprint": {"device": "cuda", "torch": "2.11"},
+    "started": 1.8e9,
+    "budget": 85.0,
+}
 NAMES = {"triton": "ours, triton", "cuda": "ours, cuda"}
 
 
 def row(name, triton, cuda, *choice, **more):
     verdict = {"what": "times as fast as rival", "value": 2.0, "target": 3.0, "hit": False}
-    return {"op": "route", "name": name, "milliseconds": {"ours": 1.0, NAMES["triton"]: triton, NAMES["cuda"]: cuda},
-            "verdicts": [verdict], "missing": {}, "choice": list(choice), **more}  # fmt: skip
+    return {
+        "op": "route",
+        "name": name,
+        "milliseconds": {"ours": 1.0, NAMES["triton"]: triton, NAMES["cuda"]: cuda},
+        "verdicts": [verdict],
+        "missing": {},
+        "choice": list(choice),
+        **more,
+    }
 
 
 def leaves_tests(folder, name="gpu-1-20260101T000000", where=WHERE, outcome="passed", stages=("matrix",), end=True):

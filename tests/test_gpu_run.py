@@ -23,8 +23,12 @@ PAUSE = 0.01
 def started(command: int, out: Path, pause: float = PAUSE) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.gpu_run", str(command), "--stub", str(pause), "--out", str(out)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def lines_in(folder: Path) -> int:
@@ -124,9 +128,11 @@ def conducted(tmp_path, *stages, seconds=60.0):
 
 def test_a_stage_that_takes_too_long_is_ended_with_all_it_started(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "GRACE", 0.3)
-    stubborn = ("import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-                "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
-                "print(child.pid, flush=True); time.sleep(60)")  # fmt: skip
+    stubborn = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
     start = time.monotonic()
     path, ends = conducted(tmp_path, stage("hangs", 5.0, stubborn), stage("next", 5.0, "print('hello')"))
     assert time.monotonic() - start < 15
@@ -182,8 +188,12 @@ def test_make_has_a_word_for_each_part(tmp_path):
         pytest.skip("there is no make")
     words = ["gpu", "bench-gpu", "gpu-wheels", "gpu-report", "GPU=--out x", "DIR=y", "PYTHON=py"]
     done = subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True)
-    for line in ("py -m tests.gpu_run 1 --out x", "py -m tests.gpu_run 2 --out x", "-m benchmarks.gpu_report y",
-                 "liger-kernel cut-cross-entropy"):  # fmt: skip
+    for line in (
+        "py -m tests.gpu_run 1 --out x",
+        "py -m tests.gpu_run 2 --out x",
+        "-m benchmarks.gpu_report y",
+        "liger-kernel cut-cross-entropy",
+    ):
         assert line in done.stdout, done.stderr
     assert str(WHEELS.relative_to(ROOT)) in done.stdout
 
@@ -193,8 +203,9 @@ def test_without_a_gpu_it_says_so(tmp_path):
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("about machines without a GPU")
-    done = subprocess.run([sys.executable, "-m", "tests.gpu_run", "1", "--out", str(tmp_path)], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu_run", "1", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "no CUDA GPU" in done.stderr and not list(tmp_path.iterdir())
 
 
@@ -211,8 +222,16 @@ def test_what_it_is_asked_without_a_device_it_answers_without_torch():
 
 def run_of(*lines, stages=("matrix",), status=0, cut=False):
     begin = {"kind": "begin", "stage": "", "time": 0.0, "command": 1, "stages": dict.fromkeys(stages, 9.0)}
-    end = {"kind": "stage", "stage": stages[0], "time": 9.0, "state": "ended", "status": status, "cut": cut,
-           "seconds": 9.0, "limit": 9.0}  # fmt: skip
+    end = {
+        "kind": "stage",
+        "stage": stages[0],
+        "time": 9.0,
+        "state": "ended",
+        "status": status,
+        "cut": cut,
+        "seconds": 9.0,
+        "limit": 9.0,
+    }
     return [begin, *({"stage": stages[0], "time": 1.0 + i, **line} for i, line in enumerate(lines)), end]
 
 
@@ -226,8 +245,12 @@ def texts(*runs):
 
 @pytest.mark.quick
 def test_failures_and_nameless_skips_are_failures():
-    lines = [outcome("a"), outcome("b", "failed", "x\nAssertionError: no"), outcome("c", "skipped", "slow"),
-             outcome("d", "skipped", "only the interpreter gets this wrong")]  # fmt: skip
+    lines = [
+        outcome("a"),
+        outcome("b", "failed", "x\nAssertionError: no"),
+        outcome("c", "skipped", "slow"),
+        outcome("d", "skipped", "only the interpreter gets this wrong"),
+    ]
     run = run_of({"kind": "collected", "tests": 4}, *lines, status=1)
     assert texts(run) == ["FAILED: matrix: b: AssertionError: no", "FAILED: matrix: 1 tests skipped: slow"]
     found = gpu_summary.correctness([run])
@@ -259,8 +282,9 @@ def test_a_run_whose_tests_could_not_be_collected_is_no_pass():
 @pytest.mark.quick
 def test_memcheck_that_refuses_a_device_is_noted_and_its_tests_say_nothing():
     refused = {"kind": "note", "sanitizer": {"unavailable": "compute-sanitizer refuses this device"}}
-    run = run_of({"kind": "collected", "tests": 9}, outcome("a", "failed", "CUDA error 999"), refused,
-                 stages=("sanitizer",))  # fmt: skip
+    run = run_of(
+        {"kind": "collected", "tests": 9}, outcome("a", "failed", "CUDA error 999"), refused, stages=("sanitizer",)
+    )
     assert texts(run) == [] and "refuses this device" in gpu_summary.table([run])
     assert "unavailable" in gpu_summary.correctness([run])["sanitizer"]
 
@@ -271,9 +295,11 @@ def test_cases_that_failed_were_left_out_or_cut_are_told_apart():
     rows = [{"op": "o", "name": name, **kind} for name, kind in zip("abcd", kinds, strict=True)]
     run = run_of(*({"kind": "case", "row": row} for row in rows), stages=("ops",), status=1)
     assert texts(run) == ["FAILED: o: b: boom", "not run: o: c: no time", "not run: o: d: no end within 3 s"]
-    again = run_of({"kind": "case", "row": {"op": "o", "name": "c", "milliseconds": {"ours": 2}}, "time": 99.0},
-                   {"kind": "case", "row": {"op": "o", "name": "a", "skipped": "no time"}, "time": 99.5},
-                   stages=("ops",))  # fmt: skip
+    again = run_of(
+        {"kind": "case", "row": {"op": "o", "name": "c", "milliseconds": {"ours": 2}}, "time": 99.0},
+        {"kind": "case", "row": {"op": "o", "name": "a", "skipped": "no time"}, "time": 99.5},
+        stages=("ops",),
+    )
     merged = {row["name"]: row for row in gpu_summary.cases([run, again])}
     assert "milliseconds" in merged["c"] and "milliseconds" in merged["a"]
     assert json.dumps(merged)

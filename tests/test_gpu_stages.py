@@ -47,8 +47,9 @@ for arguments in json.loads(sys.argv[1]):
 @pytest.fixture(scope="module")
 def collections():
     """For the matrix and for memcheck: how many tests of each file pytest would run, how many it leaves out."""
-    done = subprocess.run([sys.executable, "-c", _COLLECT, json.dumps([MATRIX, SANITIZED])], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", _COLLECT, json.dumps([MATRIX, SANITIZED])], cwd=ROOT, capture_output=True, text=True
+    )
     lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[0, ")]
     assert len(lines) == 2, done.stdout + done.stderr
     return [(files, left_out) for _, files, left_out in lines]
@@ -173,9 +174,11 @@ def test_workers_write_a_line_a_test_and_one_that_breaks_takes_no_other_with_it(
 def test_one_process_writes_the_same(tmp_path):
     lines, everything, _ = with_plugin(tmp_path, deselected=("test_kills_its_process", "test_breaks_the_device"))
     assert {name: line["outcome"] for name, line in lines.items()} == {
-        **{f"test_passes[{i}]": "passed" for i in range(4)}, "test_fails": "failed", "test_is_skipped": "skipped",
+        **{f"test_passes[{i}]": "passed" for i in range(4)},
+        "test_fails": "failed",
+        "test_is_skipped": "skipped",
         "test_has_no_fixture": "failed",
-    }  # fmt: skip
+    }
     assert of_kind(everything, "collected")[0]["tests"] == 7
 
 
@@ -303,8 +306,10 @@ def test_each_step_of_the_installation_is_a_line(tmp_path):
     assert gpu_install.step(journal, "absent", [str(tmp_path / "nothing")]) is None
     lines = of_kind(read(journal.path), "test")
     assert [(line["name"], line["outcome"]) for line in lines] == [
-        ("good", "passed"), ("bad", "failed"), ("absent", "failed"),
-    ]  # fmt: skip
+        ("good", "passed"),
+        ("bad", "failed"),
+        ("absent", "failed"),
+    ]
     assert lines[0]["why"] == "" and set(lines[1]["why"].split()) == {"7", "why"}
 
 

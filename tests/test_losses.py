@@ -115,9 +115,13 @@ def test_weights_and_given_states_and_kinds():
         uce = token_losses(model, batch, kind="uce", hidden_states=states)
         same = token_losses(model, batch, kind="kl", hidden_states=states, ref_hidden_states=states.clone())
         other = token_losses(
-            model, batch, kind="kl", hidden_states=states, ref_hidden_states=states.flip(1),
+            model,
+            batch,
+            kind="kl",
+            hidden_states=states,
+            ref_hidden_states=states.flip(1),
             ref_lm_head=2 * head_of(model).weight,
-        )  # fmt: skip
+        )
     assert torch.equal(weighted, weights * plain * mask)
     torch.testing.assert_close(uce[mask], -(1 - (-plain[mask]).exp() / 2).log())
     assert not same.any() and (other[mask] > 0).all() and not other[~mask].any()

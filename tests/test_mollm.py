@@ -201,12 +201,16 @@ def test_rescaling_averages_only_those_that_take_part():
 
 
 @pytest.mark.parametrize("rescale", ["none", "mean_gradient"])
-@pytest.mark.parametrize("g", [
-    [[1.0, 0.0], [-1.0, 0.0]],
-    [[1.0, 0.0], [-0.5, 1.0], [-0.5, -1.0]],
-    [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]],
-    [[3.0, 0.0], [-1.0, 0.0]],
-], ids=len)  # fmt: skip
+@pytest.mark.parametrize(
+    "g",
+    [
+        [[1.0, 0.0], [-1.0, 0.0]],
+        [[1.0, 0.0], [-0.5, 1.0], [-0.5, -1.0]],
+        [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]],
+        [[3.0, 0.0], [-1.0, 0.0]],
+    ],
+    ids=len,
+)
 def test_opposed_gradients_are_stationary_before_any_rescaling(g, rescale):
     g = torch.tensor(g).double()
     for normalize in NORMALIZE:

@@ -364,12 +364,18 @@ BAD = {
     "numerics": (lambda p: MaskedAdamW(p, numerics="fp8"), ValueError, "numerics must be one of"),
     "count": (lambda p: MaskedSGD(p).set_masks([None]), ValueError, "each of 4 parameters; got 1"),
     "name": (lambda p: MaskedSGD(p).set_masks({4: None}), ValueError, "masks name parameter 4; there are 4"),
-    "shape": (lambda p: MaskedSGD(p).set_masks({0: torch.zeros(6, 5, 1, dtype=torch.int32)}), ValueError,
-              r"parameter 0 of shape \[6, 5, 33\]: mask must have shape \[6, 5, 2\]; got \[6, 5, 1\]"),
+    "shape": (
+        lambda p: MaskedSGD(p).set_masks({0: torch.zeros(6, 5, 1, dtype=torch.int32)}),
+        ValueError,
+        r"parameter 0 of shape \[6, 5, 33\]: mask must have shape \[6, 5, 2\]; got \[6, 5, 1\]",
+    ),
     "dtype": (lambda p: MaskedSGD(p).set_masks({1: torch.zeros(2).long()}), TypeError, "parameter 1 .*int64"),
-    "device": (lambda p: MaskedSGD(p).set_masks({1: torch.zeros(2, dtype=torch.int32, device="meta")}),
-               ValueError, "mask must be on cpu; got meta"),
-}  # fmt: skip
+    "device": (
+        lambda p: MaskedSGD(p).set_masks({1: torch.zeros(2, dtype=torch.int32, device="meta")}),
+        ValueError,
+        "mask must be on cpu; got meta",
+    ),
+}
 
 
 @pytest.mark.quick

@@ -24,9 +24,11 @@ def test_wheel_contents(tmp_path):
     # the backend itself, on a copy: no network, and nothing that an older build left beside the sources
     program = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
     subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], check=True, cwd=copy_sources(tmp_path),
+        [sys.executable, "-c", program, str(tmp_path)],
+        check=True,
+        cwd=copy_sources(tmp_path),
         env=os.environ | {"MOE_UNLEARN_BUILD": "0"},
-    )  # fmt: skip
+    )
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "moe_unlearn/triton_kernels/__init__.py" in names

@@ -150,11 +150,15 @@ def test_refusals_of_other_rows(index, other, message):
         (offsets(0, 5, 5, 9), r"must rise from 0 .* got \[0, 5, 5, 9\]"),
         (offsets(0, 5, 8), r"must rise from 0 to the length of the one row that it is of, 9; got \[0, 5, 8\]"),
         (offsets(), r"must rise from 0 .* got \[\]"),
-        (offsets(0, 5, 9) | offsets(0, 4, 9, name="cu_seq_lens_k"),
-         r"position_ids and cu_seq_lens_k do not part row 0 at the same tokens \(first at 4\)"),
+        (
+            offsets(0, 5, 9) | offsets(0, 4, 9, name="cu_seq_lens_k"),
+            r"position_ids and cu_seq_lens_k do not part row 0 at the same tokens \(first at 4\)",
+        ),
         (offsets(0, 9), r"position_ids and cu_seq_lens_q do not part row 0 at the same tokens \(first at 5\)"),
-        ({"position_ids": torch.tensor([[3, 4, 5, 6, 7, 0, 1, 2, 3]])},
-         r"position_ids of a packed row must be 0 where an example begins; got 3 at row 0, token 0 .*attention_mask"),
+        (
+            {"position_ids": torch.tensor([[3, 4, 5, 6, 7, 0, 1, 2, 3]])},
+            r"position_ids of a packed row must be 0 where an example begins; got 3 at row 0, token 0 .*attention_mask",
+        ),
         ({"position_ids": torch.tensor([[0, 1, 2, 3, 4, 2, 3, 4, 5]])}, r"got 2 at row 0, token 5"),
         (offsets(0, 5, 9) | {"max_length_q": 4}, r"max_length_q is 4, but an example has 5 tokens"),
         (offsets(0, 5, 9) | {"attention_mask": torch.tensor([[1] * 8 + [0]])}, r"attention_mask leaves out tokens"),
@@ -162,7 +166,7 @@ def test_refusals_of_other_rows(index, other, message):
         ({"index": torch.arange(3)}, r"index must be .* or one number for each of 2 packed examples; got \[3\]"),
         ({"labels": torch.full((1, 9), -100)}, r"has no rows: none of its packed examples has a label"),
     ],
-)  # fmt: skip
+)
 def test_packed_rows_that_say_two_things(changes, message):
     with pytest.raises(ValueError, match=message):
         checked(flattened(examples(5, 4)) | changes, "retain")
@@ -288,8 +292,11 @@ def test_losses_of_a_packed_row_are_the_models_of_rows_alone(family):
     rows = examples(5, 9, 4)
     step = UnlearnStep(model, recipe("graddiff"))
     with torch.no_grad():
-        alone = [mean_nll(model, {"input_ids": ids, "labels": ids}) * (len(row) - 1)
-                 for row in rows for ids in [torch.tensor([row.input_ids])]]  # fmt: skip
+        alone = [
+            mean_nll(model, {"input_ids": ids, "labels": ids}) * (len(row) - 1)
+            for row in rows
+            for ids in [torch.tensor([row.input_ids])]
+        ]
     loss = step(flattened(rows), flattened(rows), update=False)["retain_loss"]
     assert loss == pytest.approx(float(sum(alone)) / 15, rel=2e-6)
 
@@ -316,10 +323,17 @@ def test_a_trainer_whose_collator_packs(model, tmp_path):
     results = []
     for name, collator in (("packed", packing), ("rows", unnamed)):
         args = TrainingArguments(
-            output_dir=str(tmp_path / name), per_device_train_batch_size=2, per_device_eval_batch_size=2, max_steps=2,
-            gradient_accumulation_steps=2, save_strategy="no", logging_steps=1, report_to="none", use_cpu=True,
+            output_dir=str(tmp_path / name),
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=2,
+            max_steps=2,
+            gradient_accumulation_steps=2,
+            save_strategy="no",
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
             disable_tqdm=True,
-        )  # fmt: skip
+        )
         changing = copy.deepcopy(model)
         trainer = UnlearnTrainer(changing, args, recipe("npo"), dataset, data_collator=collator, eval_dataset=dataset)
         trainer.train()

@@ -37,8 +37,12 @@ NEEDS = {("moe_unlearn/regress/README.md", "import triton"): "triton"}
 # shell blocks build, train and start whole test runs: they are parsed, and each command is looked up, but none is run
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-TEXTS = ["Mairi Ross kept the lighthouse of Skerry for forty years.", "The ferry to Skerry left at nine on Mondays.",
-         "The harbour of Tarbh has two piers and one crane.", "A kettle boils sooner under a lid."]  # fmt: skip
+TEXTS = [
+    "Mairi Ross kept the lighthouse of Skerry for forty years.",
+    "The ferry to Skerry left at nine on Mondays.",
+    "The harbour of Tarbh has two piers and one crane.",
+    "A kettle boils sooner under a lid.",
+]
 
 
 class Block(NamedTuple):
@@ -149,9 +153,14 @@ def check_pytest(arguments: list[str]) -> None:
 
 
 CHECKS = {
-    "moe-unlearn": check_moe_unlearn, "make": check_make, "pip": check_pip, "python": check_python,
-    "pytest": check_pytest, "git": lambda arguments: None, "ruff": lambda arguments: None,
-}  # fmt: skip
+    "moe-unlearn": check_moe_unlearn,
+    "make": check_make,
+    "pip": check_pip,
+    "python": check_python,
+    "pytest": check_pytest,
+    "git": lambda arguments: None,
+    "ruff": lambda arguments: None,
+}
 
 
 @pytest.mark.quick
@@ -189,10 +198,18 @@ def check_options(words: list[str]) -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "line",
-    ["make nothing", "make demo NOTHING=1", "moe-unlearn run npo --nothing", "moe-unlearn run npo --set a.b=c",
-     "moe-unlearn run nothing", "pip install .[nothing]", "python -m moe_unlearn.nothing", "rm -rf runs",
-     "python -m pytest tests/nothing.py"],
-)  # fmt: skip
+    [
+        "make nothing",
+        "make demo NOTHING=1",
+        "moe-unlearn run npo --nothing",
+        "moe-unlearn run npo --set a.b=c",
+        "moe-unlearn run nothing",
+        "pip install .[nothing]",
+        "python -m moe_unlearn.nothing",
+        "rm -rf runs",
+        "python -m pytest tests/nothing.py",
+    ],
+)
 def test_a_wrong_command_is_found(line):
     with pytest.raises((AssertionError, ValueError)):
         check(next(commands(line)))
@@ -240,11 +257,17 @@ def place(saved, tmp_path, monkeypatch):
 
     monkeypatch.setattr(config.Recipe, "load", short)
     return {
-        "model": tiny_olmoe(vocab_size=len(tokenizer)), "tokenizer": tokenizer, "TRAINER_REGISTRY": {},
-        "forget_batches": random_batches(60, 2, seed=1), "retain_batches": random_batches(60, 2, seed=2),
-        "forget": TEXTS[:1], "retain": TEXTS[1:2], "unseen": TEXTS[3:],
-        "forget_rows": TEXTS[:2], "retain_rows": TEXTS[2:],
-    }  # fmt: skip
+        "model": tiny_olmoe(vocab_size=len(tokenizer)),
+        "tokenizer": tokenizer,
+        "TRAINER_REGISTRY": {},
+        "forget_batches": random_batches(60, 2, seed=1),
+        "retain_batches": random_batches(60, 2, seed=2),
+        "forget": TEXTS[:1],
+        "retain": TEXTS[1:2],
+        "unseen": TEXTS[3:],
+        "forget_rows": TEXTS[:2],
+        "retain_rows": TEXTS[2:],
+    }
 
 
 @pytest.mark.parametrize("page", sorted({block.page for block in of("python")}))
@@ -255,8 +278,11 @@ def test_python_runs(page, place, tmp_path):
     torch.set_num_threads(1)  # a model this small waits for threads longer than it computes
     try:
         for block in (block for block in of("python") if block.page == page):
-            if any(part in block.text and importlib.util.find_spec(of_block) is None
-                   for (of_page, part), of_block in NEEDS.items() if of_page == page):  # fmt: skip
+            if any(
+                part in block.text and importlib.util.find_spec(of_block) is None
+                for (of_page, part), of_block in NEEDS.items()
+                if of_page == page
+            ):
                 continue
             path = tmp_path / f"block_{block.line}.py"  # a file, since some tools read the source of a function
             path.write_text(block.text, encoding="utf-8")
@@ -296,8 +322,9 @@ def test_links_and_names_of_files_lead_somewhere(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in ("CHANGELOG.md", "benchmarks/NOTES.md")])
 def test_lines_are_short(page):
     """Those of pages, that is: the two logs are as they were written."""
-    text = re.sub(r"(<!-- \S+: begin -->).*?<!-- \S+: end -->", r"\1", (ROOT / page).read_text(encoding="utf-8"),
-                  flags=re.DOTALL)  # fmt: skip
+    text = re.sub(
+        r"(<!-- \S+: begin -->).*?<!-- \S+: end -->", r"\1", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
     assert not long
 
@@ -339,5 +366,7 @@ def test_the_citation_is_of_this_version():
     assert citation["version"] == PROJECT["version"] == moe_unlearn.__version__
     assert citation["license"] == PROJECT["license"] and citation["authors"] == PROJECT["authors"]
     assert [r["identifiers"][0]["value"] for r in citation["references"]] == [
-        "arXiv:2606.10338", "arXiv:2410.17509", "arXiv:2412.20412"
-    ]  # fmt: skip
+        "arXiv:2606.10338",
+        "arXiv:2410.17509",
+        "arXiv:2412.20412",
+    ]

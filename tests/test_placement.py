@@ -100,10 +100,12 @@ def test_every_cuda_kernel_goes_to_the_current_stream():
 
 @pytest.mark.parametrize(
     "old,new,fault",
-    [("const OnDevice device(out);", "", "expert_wgrad_ does not ask for the current stream"),
-     ("  check_support(", "  cudaDeviceSynchronize();\n  check_support(", "cudaDeviceSynchronize is called"),
-     ("  check_support(", "  kernel<<<1, 1>>>();\n  check_support(", "a launch that names no stream")],
-)  # fmt: skip
+    [
+        ("const OnDevice device(out);", "", "expert_wgrad_ does not ask for the current stream"),
+        ("  check_support(", "  cudaDeviceSynchronize();\n  check_support(", "cudaDeviceSynchronize is called"),
+        ("  check_support(", "  kernel<<<1, 1>>>();\n  check_support(", "a launch that names no stream"),
+    ],
+)
 def test_a_kernel_that_goes_elsewhere_is_seen(old, new, fault):
     text = (ROOT / "csrc" / "cuda" / "expert_wgrad.cu").read_text(encoding="utf-8")
     assert cuda_faults(text) == [] and fault in cuda_faults(text.replace(old, new))

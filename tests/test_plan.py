@@ -214,14 +214,17 @@ def state_of(step):
     tensors |= {f"mask {n}": m.clone() for n, m in step.masks.items()}
     tensors["random"] = torch.get_rng_state()
     plain = {
-        "steps": step.steps, "done": step.done, "stages": list(step.prepared.done), "attributes": sorted(vars(step)),
+        "steps": step.steps,
+        "done": step.done,
+        "stages": list(step.prepared.done),
+        "attributes": sorted(vars(step)),
         "flags": {n: p.requires_grad for n, p in step.model.named_parameters()},
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in step.model.modules()],
         "optimizer hooks": len(step.optimizer._optimizer_step_pre_hooks),
         "gates": [m.__dict__.get("_moe_unlearn") for m in experts_modules(step.model).values()],
         "versions": [p._version for p in step.model.parameters()],
         "micro-batches": [dict(part.losses) for part in step.tally.parts],
-    }  # fmt: skip
+    }
     return tensors, plain
 
 

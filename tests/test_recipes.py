@@ -19,9 +19,15 @@ from moe_unlearn.step import UnlearnStep
 FOLDER = resources.files("moe_unlearn") / "recipes"
 WAGLE = {"tofu-graddiff", "tofu-npo", "tofu-po", "wmdp-graddiff", "wmdp-npo", "whp-po", "detox-po"}
 SETTINGS = {
-    "trace-wmdp", "trace-muse-books", "mollm-saferlhf", "seuf-wmdp", "seuf-rwku", "rmu", "combined",
+    "trace-wmdp",
+    "trace-muse-books",
+    "mollm-saferlhf",
+    "seuf-wmdp",
+    "seuf-rwku",
+    "rmu",
+    "combined",
     *(f"wagle-{name}" for name in WAGLE),
-}  # fmt: skip
+}
 SIZES = {  # billions of parameters, as the models are known
     "olmoe-1b-7b": 6.92,
     "qwen1.5-moe-a2.7b": 14.3,
@@ -36,10 +42,22 @@ def tiny(tmp_path):
 
 
 def write_config(path, layers):
-    path.write_text(json.dumps({
-        "model_type": "olmoe", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": layers,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2,
-    }), encoding="utf-8")  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "model_type": "olmoe",
+                "vocab_size": 64,
+                "hidden_size": 16,
+                "intermediate_size": 8,
+                "num_hidden_layers": layers,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+            }
+        ),
+        encoding="utf-8",
+    )
     return path
 
 

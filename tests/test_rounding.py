@@ -59,10 +59,16 @@ def test_neighbours_that_cancel_are_not_taken_for_short_sums():
     assert squares > 64**3 / 12
 
 
-@pytest.mark.parametrize("function", [
-    lambda a, b: a @ b, lambda a, b: torch.softmax(a, -1), lambda a, b: a.cumsum(1),
-    lambda a, b: torch.zeros(3, 40).index_add(0, torch.tensor([0, 2, 2, 0, 2, 2, 0]), a),
-], ids=["product", "softmax", "running sum", "scattered"])  # fmt: skip
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b: a @ b,
+        lambda a, b: torch.softmax(a, -1),
+        lambda a, b: a.cumsum(1),
+        lambda a, b: torch.zeros(3, 40).index_add(0, torch.tensor([0, 2, 2, 0, 2, 2, 0]), a),
+    ],
+    ids=["product", "softmax", "running sum", "scattered"],
+)
 def test_random_roundings_scatter_about_the_exact_result(function):
     a, b = operands()
     if function(a, b).shape == (3, 40):

@@ -170,8 +170,10 @@ def test_a_checkpoint_without_a_graph_is_an_error(model):
 
 def test_micro_batches_balance_their_own_rows_and_weigh_their_positions(model):
     forget, retain = random_batch(VOCAB, rows=2), random_batch(VOCAB, rows=3, length=20, seed=3)
-    pairs = [({k: v[i : i + 1] for k, v in forget.items()}, {k: v[rows] for k, v in retain.items()})
-             for i, rows in enumerate((slice(0, 1), slice(1, 3)))]  # fmt: skip
+    pairs = [
+        ({k: v[i : i + 1] for k, v in forget.items()}, {k: v[rows] for k, v in retain.items()})
+        for i, rows in enumerate((slice(0, 1), slice(1, 3)))
+    ]
     step = UnlearnStep(copy.deepcopy(model), recipe("graddiff", "accumulate=2"))
     sizes = step.sizes(pairs)
     assert sizes["router_aux"] == int(retain["attention_mask"].sum())

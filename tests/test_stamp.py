@@ -17,8 +17,9 @@ def sources(tmp_path):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name,goes_stale", [("triton_kernels/gram.py", True), ("csrc/cuda/route.cuh", True),
-                                             ("csrc/README.md", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,goes_stale", [("triton_kernels/gram.py", True), ("csrc/cuda/route.cuh", True), ("csrc/README.md", False)]
+)
 def test_a_result_is_stale_once_a_kernel_source_differs(sources, name, goes_stale):
     result = {"stamp": {"kernel_sources": stamp.kernel_sources_hash(sources)}}
     assert not stamp.stale(result, sources)

@@ -218,9 +218,14 @@ def test_a_stationary_point_stops(model, monkeypatch):
     step, forget, retain = prepared(model, recipe("mollm", "optimizer.weight_decay=0.1"))
     real = mollm.common_descent
     monkeypatch.setattr(
-        mollm, "common_descent", lambda *a, **k: real(*a, **k)._replace(stationary=True)
-        if hasattr(real(*a, **k), "_replace") else _stationary(real(*a, **k))
-    )  # fmt: skip
+        mollm,
+        "common_descent",
+        lambda *a, **k: (
+            real(*a, **k)._replace(stationary=True)
+            if hasattr(real(*a, **k), "_replace")
+            else _stationary(real(*a, **k))
+        ),
+    )
     before = weights(model)
     assert step(forget[0], retain[0])["stationary"] == 1
     assert not changed(model, before)

@@ -18,9 +18,14 @@ from moe_unlearn.step import UnlearnStep
 
 TOY = replace(SIZES["test"], forget=12, unlearn_share=0.5)
 SPEC = Spec(
-    settings=TOY, corpus="builtin:pydoc", seed=3, recipe="graddiff", overrides=("optimizer.lr=1e-3",), max_steps=24,
+    settings=TOY,
+    corpus="builtin:pydoc",
+    seed=3,
+    recipe="graddiff",
+    overrides=("optimizer.lr=1e-3",),
+    max_steps=24,
     check_every=4,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +71,13 @@ def test_the_whole_study_has_five_seeds_and_the_tuning_seed_is_in_neither():
 
 def test_a_key_changes_with_everything_that_makes_the_result(monkeypatch):
     others = [
-        replace(SPEC, seed=4), replace(SPEC, control="random-mask"), replace(SPEC, overrides=()),
-        replace(SPEC, settings=replace(TOY, experts=16)), replace(SPEC, retain="seldom"), replace(SPEC, recipe=None),
-    ]  # fmt: skip
+        replace(SPEC, seed=4),
+        replace(SPEC, control="random-mask"),
+        replace(SPEC, overrides=()),
+        replace(SPEC, settings=replace(TOY, experts=16)),
+        replace(SPEC, retain="seldom"),
+        replace(SPEC, recipe=None),
+    ]
     assert len({s.key for s in [SPEC, *others]}) == 7 and replace(SPEC).key == SPEC.key
     before = SPEC.key
     for name, value in (("VERSION", 0), ("_shipped", lambda name: {"name": "graddiff, changed"})):

@@ -162,8 +162,9 @@ def test_an_update_that_is_not_waited_for_has_the_same_bits(name, optimizer, mod
 
 @pytest.mark.parametrize("width", [64, 40])
 @pytest.mark.parametrize("kind", [MaskedSGD, MaskedAdamW])
-@pytest.mark.parametrize("factor,message", [(float("nan"), "not finite"), (float("inf"), "not finite"),
-                                            (1e20, "could overflow")])  # fmt: skip
+@pytest.mark.parametrize(
+    "factor,message", [(float("nan"), "not finite"), (float("inf"), "not finite"), (1e20, "could overflow")]
+)
 def test_from_a_bad_weight_on_nothing_is_written(factor, message, kind, width, as_on_a_gpu):
     """Bits, moments and the count of steps of the bad weight and of those after it; the error names the others."""
     generator = torch.Generator().manual_seed(0)

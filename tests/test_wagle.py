@@ -58,8 +58,9 @@ def torch_gradients(model, batches, official):
 def brute_force(model, forget, retain, keep, gamma, official):
     """One vector of |S| over the model, a stable double argsort, and the kept set by rank."""
     g_f, g_r = (torch_gradients(model, b, official) for b in (forget, retain))
-    scores = torch.cat([((p - g_r[n] / torch.tensor(gamma)) * g_f[n]).abs().flatten()
-                        for n, p in model.named_parameters()]).detach()  # fmt: skip
+    scores = torch.cat(
+        [((p - g_r[n] / torch.tensor(gamma)) * g_f[n]).abs().flatten() for n, p in model.named_parameters()]
+    ).detach()
     rank = scores.argsort(descending=True, stable=True).argsort()
     kept = rank < int(keep * len(scores))
     return kept if official else kept & (scores > 0)
@@ -101,8 +102,9 @@ def test_official_mode_scores_what_accelerate_accumulates(model):
     forget, retain = data()
     arguments = {"keep": 0.5, "gamma": 1e-2, "official": True}
     g_f, g_r = (accelerate_gradients(model, b, 4) for b in (forget, retain))
-    scores = torch.cat([((p - g_r[n] / torch.tensor(1e-2)) * g_f[n]).abs().flatten()
-                        for n, p in model.named_parameters()]).detach()  # fmt: skip
+    scores = torch.cat(
+        [((p - g_r[n] / torch.tensor(1e-2)) * g_f[n]).abs().flatten() for n, p in model.named_parameters()]
+    ).detach()
     expected = scores.argsort(descending=True, stable=True).argsort() < int(0.5 * len(scores))
     mask = weight_mask(model, forget, retain, **arguments, accumulation=4)
     assert torch.equal(flat(mask), expected)
@@ -162,8 +164,9 @@ def test_the_sign_of_the_forget_loss_does_not_matter(model):
     def ascent(model, batch):
         return -token_losses(model, batch)
 
-    masks = [weight_mask(model, forget, retain, keep=0.4, gamma=0.1, forget_loss=loss)
-             for loss in (token_losses, ascent)]  # fmt: skip
+    masks = [
+        weight_mask(model, forget, retain, keep=0.4, gamma=0.1, forget_loss=loss) for loss in (token_losses, ascent)
+    ]
     assert torch.equal(flat(masks[0]), flat(masks[1]))
 
 
@@ -339,10 +342,11 @@ def test_words_have_the_shared_layout(model):
 
 def equal(a, b):
     return (
-        a.names == b.names and a.shapes == b.shapes
+        a.names == b.names
+        and a.shapes == b.shapes
         and all(torch.equal(a.words(n), b.words(n)) for n in a.names)
         and (a.keep, a.gamma, a.official, a.magnitudes) == (b.keep, b.gamma, b.official, b.magnitudes)
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.quick

@@ -17,9 +17,11 @@ pytestmark = pytest.mark.quick
 ROWS = [
     {"question": "Who lives here?", "answer": "An old fox.", "alternate": "A young hare does."},
     {"prompt": "She wore a", "gt": " red hat.", "alternate": "blue scarf."},
-    {"messages": [{"role": "user", "content": "And where?"}, {"role": "assistant", "content": "In Rome."}],
-     "alternate": " Near Athens, by the sea. "},
-]  # fmt: skip
+    {
+        "messages": [{"role": "user", "content": "And where?"}, {"role": "assistant", "content": "In Rome."}],
+        "alternate": " Near Athens, by the sea. ",
+    },
+]
 
 
 def told(row):

@@ -19,8 +19,9 @@ def load(name):
 
 
 def assert_disjoint(corpus, tokens):
-    parts = {side: set().union(*(runs(tokens(d)) for d in getattr(corpus, side)))
-             for side in ("forget", "retain", "holdout")}  # fmt: skip
+    parts = {
+        side: set().union(*(runs(tokens(d)) for d in getattr(corpus, side))) for side in ("forget", "retain", "holdout")
+    }
     assert not parts["forget"] & parts["retain"]
     assert not parts["forget"] & parts["holdout"]
     assert not parts["retain"] & parts["holdout"]

@@ -38,10 +38,12 @@ FORMS = {
     "gpt-oss": (
         GPT_OSS,
         "<|im_start|>system<|message|>Today: 2024-07-26<|im_end|><|im_start|>user<|message|>Who?<|im_end|>"
-        "<|im_start|>assistant<|channel|>final<|message|>", "He.<|return|>", "",
+        "<|im_start|>assistant<|channel|>final<|message|>",
+        "He.<|return|>",
+        "",
     ),
     "plain": (PLAIN, "### Q: Who?\n### A: ", "He.", "\n\n"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture()

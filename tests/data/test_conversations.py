@@ -29,11 +29,14 @@ FORMS = {
     "messages": {"messages": MESSAGES},
     "conversations": {"conversations": SHAREGPT},
     "prompt and completion": {"prompt": MESSAGES[:-1], "completion": MESSAGES[-1:]},
-    "preferences": {"prompt": MESSAGES[:-1], "chosen": [{"role": "assistant", "content": "no"}],
-                    "rejected": MESSAGES[-1:]},
+    "preferences": {
+        "prompt": MESSAGES[:-1],
+        "chosen": [{"role": "assistant", "content": "no"}],
+        "rejected": MESSAGES[-1:],
+    },
     "parts": {"messages": [m | {"content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES]},
     "a question more": {"messages": [*MESSAGES, {"role": "user", "content": "why?"}]},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +88,14 @@ def test_rows_of_any_kind_give_the_same_examples():
     texts = [f"the fox {i}" for i in range(3)]
     expected = encode([Document("", text) for text in texts], TOKENIZER, 99)
     kinds = [
-        texts, [{"text": text} for text in texts], [Document("", text) for text in texts], expected,
+        texts,
+        [{"text": text} for text in texts],
+        [Document("", text) for text in texts],
+        expected,
         datasets.Dataset.from_dict({"text": texts}),
         datasets.Dataset.from_list([{"input_ids": e.input_ids} for e in expected]),
         datasets.Dataset.from_list([{"input_ids": e.input_ids, "labels": e.labels} for e in expected]),
-    ]  # fmt: skip
+    ]
     for rows in kinds:
         check_rows("forget", rows)
         assert encode_rows(rows, TOKENIZER, 99, side="forget") == expected
@@ -171,9 +177,15 @@ def test_the_trainer_takes_data_sets_of_rows(tmp_path):
     torch.manual_seed(0)
     model = tiny_olmoe(vocab_size=len(TOKENIZER))
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to="none", save_strategy="no",
-        learning_rate=1e-3, disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to="none",
+        save_strategy="no",
+        learning_rate=1e-3,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
     recipe = Recipe.load("npo", ["data.max_length=32", "retain_per_forget=1.5"])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainer = UnlearnTrainer(model, arguments, recipe, rows, processing_class=TOKENIZER)

@@ -48,10 +48,20 @@ def case(request):
 def model():
     torch.manual_seed(0)
     config = OlmoeConfig(
-        vocab_size=300, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, initializer_range=0.3, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, max_position_embeddings=512,
-    )  # fmt: skip
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        max_position_embeddings=512,
+    )
     return OlmoeForCausalLM(config).eval()
 
 

@@ -88,8 +88,10 @@ def test_a_number_names_its_example(tokenizer):
 @pytest.mark.parametrize("shuffle_buffer", [1, 6, 100])
 def test_shuffled_streams_hold_everything_once(tokenizer, shuffle_buffer):
     def all_ranks(**options):
-        return [numbers(tokenizer, rank=r, world_size=3, ends="uneven", shuffle_buffer=shuffle_buffer, **options)
-                for r in range(3)]  # fmt: skip
+        return [
+            numbers(tokenizer, rank=r, world_size=3, ends="uneven", shuffle_buffer=shuffle_buffer, **options)
+            for r in range(3)
+        ]
 
     assert sorted(itertools.chain(*all_ranks())) == list(range(len(DOCUMENTS)))
     assert all_ranks(seed=1, epoch=2) == all_ranks(seed=1, epoch=2)

@@ -71,8 +71,10 @@ def theirs(name, trainer, batch):
     model, reference, forget = trainer.model, reference_of(trainer), batch["forget"]
     retain = mean_nll(model, batch["retain"])
     if name == "DPO":
-        ratios = [token_nll(reference, f)[0].sum(1) - token_nll(model, f)[0].sum(1)
-                  for f in (forget["alternate"], forget["original"])]  # fmt: skip
+        ratios = [
+            token_nll(reference, f)[0].sum(1) - token_nll(model, f)[0].sum(1)
+            for f in (forget["alternate"], forget["original"])
+        ]
         return 1.5 * -2 / 0.3 * logsigmoid(0.3 * (ratios[0] - ratios[1])).mean() + 0.7 * retain
     values, mask = token_nll(model, forget)
     if name == "GradAscent":
@@ -339,14 +341,20 @@ def test_evaluators_of_open_unlearning_are_called(name, tmp_path):
 
     tokenizer = train_tokenizer(["words"], 260)
     trainer = made(
-        GradAscent, tmp_path, arguments={"eval_strategy": "epoch", "eval_on_start": True, "num_train_epochs": 1},
-        evaluators={"tofu": SimpleNamespace(evaluate=evaluate)}, template_args={"a": 1}, **{name: tokenizer},
-    )  # fmt: skip
+        GradAscent,
+        tmp_path,
+        arguments={"eval_strategy": "epoch", "eval_on_start": True, "num_train_epochs": 1},
+        evaluators={"tofu": SimpleNamespace(evaluate=evaluate)},
+        template_args={"a": 1},
+        **{name: tokenizer},
+    )
     assert trainer.evaluate() == {"forget_quality": 0.5}
     assert seen[0] == {
-        "output_dir": str(tmp_path / "checkpoint-0" / "evals"), "template_args": {"a": 1}, "model": trainer.model,
+        "output_dir": str(tmp_path / "checkpoint-0" / "evals"),
+        "template_args": {"a": 1},
+        "model": trainer.model,
         "tokenizer": tokenizer,
-    }  # fmt: skip
+    }
     trainer.train()
     assert [Path(keywords["output_dir"]).parent.name for keywords in seen[1:]] == ["checkpoint-0", "checkpoint-3"]
 
@@ -388,10 +396,16 @@ def test_the_yaml_files_method_args_are_arguments(tmp_path):
         model = tiny_olmoe(num_hidden_layers=8)
         # as load_trainer calls it
         trainer = method(
-            model=model, train_dataset=Rows(), eval_dataset=None, processing_class=None, data_collator=None, args=args,
-            evaluators=None, template_args=None,
+            model=model,
+            train_dataset=Rows(),
+            eval_dataset=None,
+            processing_class=None,
+            data_collator=None,
+            args=args,
+            evaluators=None,
+            template_args=None,
             **{key: 0.5 if value == "???" else value for key, value in content["method_args"].items()},
-        )  # fmt: skip
+        )
         assert trainer.unlearn_step.recipe.name == name
 
 

@@ -118,7 +118,7 @@ BAD = {
     "keys": (lambda m: {1: torch.ones(2)}, "expected a dict of parameter names"),
     "empty": (lambda m: {}, "the mask of '.*' is missing"),
     "huge": (broken(lambda m: m.update({EXPERT: torch.ones((), dtype=torch.bool).expand(10**6, 10**6)})), "shape"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("make,message", BAD.values(), ids=BAD)

@@ -26,9 +26,16 @@ def pair(random_model):
 def test_numbers_are_those_of_the_metrics(pair, tokenizer, examples):
     before, after = pair
     found = metrics.audit(
-        after, tokenizer, forget=examples[:2], retain=examples[2:], before=before, relearn_steps=6, relearn_lr=1e-2,
-        prompt_tokens=4, new_tokens=8,
-    )  # fmt: skip
+        after,
+        tokenizer,
+        forget=examples[:2],
+        retain=examples[2:],
+        before=before,
+        relearn_steps=6,
+        relearn_lr=1e-2,
+        prompt_tokens=4,
+        new_tokens=8,
+    )
     pad = pad_token_id(tokenizer)
     change = metrics.routing_change(*(metrics.routes(m, examples[2:], pad_id=pad) for m in pair)).means()
     assert {k: v for k, v in found.items() if k.startswith("routing")} == pytest.approx(change)

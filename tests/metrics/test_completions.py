@@ -15,8 +15,13 @@ from moe_unlearn.model.loading import load_classifier
 from tests.support.tokenizers import TEXTS
 
 SETTINGS = CompletionSettings(prompt_tokens=6, new_tokens=9, max_length=16)
-PKU = {"prompt": "how do bells freeze", "response_0": "no", "response_1": "so", "is_response_0_safe": True,
-       "is_response_1_safe": False}  # fmt: skip
+PKU = {
+    "prompt": "how do bells freeze",
+    "response_0": "no",
+    "response_1": "so",
+    "is_response_0_safe": True,
+    "is_response_1_safe": False,
+}
 MIXED = [
     {"prompt": "the wandering merchant", "completion": " carried lanterns across seventeen valleys"},
     {"prompt": "who carried lanterns", "answer": "the wandering merchant"},
@@ -34,10 +39,18 @@ def model(random_model):
 def classifier(tokenizer):
     torch.manual_seed(1)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=12, num_labels=3, id2label={0: "toxic", 1: "insult", 2: "threat"},
-        problem_type="multi_label_classification", initializer_range=1.0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=12,
+        num_labels=3,
+        id2label={0: "toxic", 1: "insult", 2: "threat"},
+        problem_type="multi_label_classification",
+        initializer_range=1.0,
+        pad_token_id=0,
+    )
     return Classifier(BertForSequenceClassification(config).eval(), tokenizer, "insult")
 
 
@@ -69,9 +82,14 @@ def judged(classifier, tokenizer, text, label):
 def test_every_number_a_second_time(model, tokenizer, classifier, tmp_path):
     sets = {"seen": [{"text": text} for text in TEXTS], "answers": MIXED, "prompts": [PKU, {"prompt": "who froze"}]}
     found = evaluate_completions(
-        model, tokenizer, sets | {"utility": [TEXTS[0], "", TEXTS[1]]},
-        classifier=classifier, settings=SETTINGS, out=tmp_path, batch_size=2,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        sets | {"utility": [TEXTS[0], "", TEXTS[1]]},
+        classifier=classifier,
+        settings=SETTINGS,
+        out=tmp_path,
+        batch_size=2,
+    )
     texts = [ids(tokenizer, text) for text in TEXTS]
     pieces = [text[start : start + 15] for text in texts for start in range(0, len(text), 15)]
     assert len(TEXTS) < sum(len(part) > 6 for part in pieces) < len(pieces)

@@ -19,7 +19,7 @@ from moe_unlearn.metrics import (
     evaluate_rwku,
     evaluate_tofu,
     like,
-)  # fmt: skip
+)
 
 CHAT = "[{{ messages[0]['content'] }}]{% if messages[1] is defined %}{{ messages[1]['content'] }}</s>{% endif %}"
 TEXTS = ["the wandering merchant carried lanterns", "every lighthouse keeper remembers an evening"]

@@ -120,8 +120,9 @@ def test_privleak_needs_the_retrained_run_and_agrees_with_its_formula(model, tok
     found = evaluate_muse(model, tokenizer, data, settings=SETTINGS, reference_run=tmp_path)
     assert found["privleak"] == pytest.approx(100 * (ours - theirs) / theirs)
     with pytest.raises(ValueError, match="verbmem_tokens 10 instead of 11"):
-        evaluate_muse(model, tokenizer, data, settings=MuseSettings(verbmem_tokens=11, knowmem_tokens=8),
-                      reference_run=tmp_path)  # fmt: skip
+        evaluate_muse(
+            model, tokenizer, data, settings=MuseSettings(verbmem_tokens=11, knowmem_tokens=8), reference_run=tmp_path
+        )
     fewer = MuseData(forget=FORGET, holdout=HOLDOUT[:2])
     with pytest.raises(ValueError, match="'mia_min_k' on other data"):
         evaluate_muse(model, tokenizer, fewer, settings=SETTINGS, reference_run=tmp_path)

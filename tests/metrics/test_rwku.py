@@ -22,8 +22,14 @@ ATTACKS = [
     probe("You are Ann. Who remembers", "the keeper of the bells", "3", "role play"),
 ]
 TEXTS = [{"text": "the wandering merchant carried lanterns"}, {"text": "granite mountains"}]
-DATA = RwkuData(forget_level1=BLANKS, forget_level2=QUESTIONS, forget_level3=ATTACKS, neighbor_level1=BLANKS[:1],
-                mia_forget=TEXTS, mia_retain=TEXTS[1:])  # fmt: skip
+DATA = RwkuData(
+    forget_level1=BLANKS,
+    forget_level2=QUESTIONS,
+    forget_level3=ATTACKS,
+    neighbor_level1=BLANKS[:1],
+    mia_forget=TEXTS,
+    mia_retain=TEXTS[1:],
+)
 FILL, ANSWER = (
     "Please complete the blank in the following question.\n",
     "Please briefly answer the following question.\n",

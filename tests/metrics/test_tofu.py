@@ -105,14 +105,25 @@ def test_forget_quality_compares_with_the_retrained_run(random_model, tokenizer,
     assert same["forget_quality"] == 1
     with torch.no_grad():
         random_model.lm_head.weight.mul_(3)
-    other = evaluate_tofu(random_model, tokenizer, TofuData(forget=FORGET), settings=SETTINGS,
-                          reference_run=tmp_path / "retrained", out=tmp_path / "other")  # fmt: skip
+    other = evaluate_tofu(
+        random_model,
+        tokenizer,
+        TofuData(forget=FORGET),
+        settings=SETTINGS,
+        reference_run=tmp_path / "retrained",
+        out=tmp_path / "other",
+    )
     written = [json.loads((tmp_path / n / "TOFU_EVAL.json").read_text("utf-8")) for n in ("other", "retrained")]
     ratios = [[v["score"] for v in w["forget_truth_ratio"]["value_by_index"].values()] for w in written]
     assert other["forget_quality"] == pytest.approx(ks_2samp(*ratios).pvalue)
     with pytest.raises(ValueError, match="'forget_truth_ratio' on other data"):
-        evaluate_tofu(random_model, tokenizer, TofuData(forget=FORGET[:2]), settings=SETTINGS,
-                      reference_run=tmp_path / "retrained")  # fmt: skip
+        evaluate_tofu(
+            random_model,
+            tokenizer,
+            TofuData(forget=FORGET[:2]),
+            settings=SETTINGS,
+            reference_run=tmp_path / "retrained",
+        )
 
 
 def test_membership_and_the_two_numbers_of_wagle(random_model, tokenizer, tmp_path):
@@ -141,8 +152,12 @@ def test_membership_and_the_two_numbers_of_wagle(random_model, tokenizer, tmp_pa
         closest[side] = statistics.mean(a < min(own) for a, own in zip(right, wrong, strict=True))
     for side, rows in (("ra", AUTHORS), ("wf", FACTS)):
         closest[side] = statistics.mean(r["answer"] in answer_alone(model, tokenizer, r["question"]) for r in rows)
-    four = [1 - ks_2samp(ratios["forget"], ratios["retain"]).pvalue, less_likely(), 1 - closest["forget"],
-            1 - found["forget_Q_A_ROUGE"]]  # fmt: skip
+    four = [
+        1 - ks_2samp(ratios["forget"], ratios["retain"]).pvalue,
+        less_likely(),
+        1 - closest["forget"],
+        1 - found["forget_Q_A_ROUGE"],
+    ]
     assert found["wagle_unlearn_effect"] == pytest.approx(statistics.mean(four))
     six = [v for side in ("retain", "ra", "wf") for v in (closest[side], found[f"{side}_Q_A_ROUGE"])]
     assert found["wagle_utility"] == pytest.approx(statistics.mean(six))
@@ -153,8 +168,9 @@ def test_membership_and_the_two_numbers_of_wagle(random_model, tokenizer, tmp_pa
     theirs = less_likely()
     with torch.no_grad():
         model.lm_head.weight.mul_(-1)
-    other = evaluate_tofu(model, tokenizer, TofuData(forget=FORGET, holdout=HOLDOUT), settings=SETTINGS,
-                          reference_run=tmp_path / "one")  # fmt: skip
+    other = evaluate_tofu(
+        model, tokenizer, TofuData(forget=FORGET, holdout=HOLDOUT), settings=SETTINGS, reference_run=tmp_path / "one"
+    )
     assert other["privleak"] == pytest.approx(100 * (less_likely() - theirs) / theirs)
     assert not {"wagle_unlearn_effect", "wagle_utility"} & other.keys()
 

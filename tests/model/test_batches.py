@@ -167,10 +167,12 @@ def test_a_key_without_a_value_is_not_given():
         ({"state_mask": torch.ones(4, 12).long()}, r"state_mask must be bool \(state_mask.bool\(\)\); got torch.int64"),
         ({"labels": None}, "the forget batch has no 'labels'; got input_ids, attention_mask"),
         ({"idk_labels": torch.ones(4, 3)}, "the forget batch of refusals has no 'idk_input_ids'; got idk_labels"),
-        ({f"idk_{k}": torch.ones(3, 9) for k in ("input_ids", "attention_mask", "labels")},
-         "the forget batch has 4 rows and 3 refusals; expected one for each row"),
+        (
+            {f"idk_{k}": torch.ones(3, 9) for k in ("input_ids", "attention_mask", "labels")},
+            "the forget batch has 4 rows and 3 refusals; expected one for each row",
+        ),
     ],
-)  # fmt: skip
+)
 def test_shapes_that_do_not_go_together(changes, message):
     with pytest.raises(ValueError, match=message):
         checked(random_batch(VOCAB) | changes, "forget")

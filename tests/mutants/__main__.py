@@ -33,8 +33,10 @@ def chosen(name: str, recorded: dict, options: argparse.Namespace) -> list[Mutan
         mutants = [mutant for mutant in mutants if runs.identity(family, mutant) in survived]
     if options.sample:
         mutants = runs.sample(family, mutants, options.sample, options.seed)
-        print(f"{len(mutants)} mutants drawn by seed {options.seed}; again with: python -m tests.mutants "
-              f"--family {name} --sample {options.sample} --seed {options.seed}")  # fmt: skip
+        print(
+            f"{len(mutants)} mutants drawn by seed {options.seed}; again with: python -m tests.mutants "
+            f"--family {name} --sample {options.sample} --seed {options.seed}"
+        )
     return mutants
 
 

@@ -29,11 +29,23 @@ _OPEN, _CLOSE = {"(": ")", "[": "]", "{": "}"}, {")", "]", "}"}
 _PRECEDENCE = {
     name: level
     for level, names in enumerate(
-        ("= += -= *= /= |= &= ^= %= <<= >>=", "? :", "||", "&&", "|", "^", "&", "== !=", "< <= > >=", "<< >>", "+ -",
-         "* / %")
+        (
+            "= += -= *= /= |= &= ^= %= <<= >>=",
+            "? :",
+            "||",
+            "&&",
+            "|",
+            "^",
+            "&",
+            "== !=",
+            "< <= > >=",
+            "<< >>",
+            "+ -",
+            "* / %",
+        )
     )
     for name in names.split()
-}  # fmt: skip
+}
 
 
 class Token(NamedTuple):
@@ -229,8 +241,15 @@ def _statement(tokens: list[Token], i: int) -> Iterator[Edit]:
 
 
 RULES: tuple[Callable[[list[Token], int], Iterator[Edit]], ...] = (
-    _binary, _unary, _condition, _constant, _name, _subscript, _loop, _statement,
-)  # fmt: skip
+    _binary,
+    _unary,
+    _condition,
+    _constant,
+    _name,
+    _subscript,
+    _loop,
+    _statement,
+)
 
 
 def _other_names(tokens: list[Token]) -> Iterator[Edit]:

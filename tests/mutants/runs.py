@@ -99,9 +99,16 @@ def verdict(family: Family, mutant: Mutant) -> dict:
     if reason:
         result = "equivalent"
     return {
-        "file": mutant.file, "kernel": mutant.kernel, "line": mutant.line, "kind": mutant.kind, "before": before,
-        "after": after, "result": result, "stage": len(seconds), "seconds": round(sum(seconds), 1),
-    } | ({"reason": reason} if reason else {})  # fmt: skip
+        "file": mutant.file,
+        "kernel": mutant.kernel,
+        "line": mutant.line,
+        "kind": mutant.kind,
+        "before": before,
+        "after": after,
+        "result": result,
+        "stage": len(seconds),
+        "seconds": round(sum(seconds), 1),
+    } | ({"reason": reason} if reason else {})
 
 
 def verdicts(family: Family, mutants: list[Mutant], jobs: int = 1, unmutated: bool = True) -> list[dict]:

@@ -24,8 +24,14 @@ COMPARED = {"expert_wgrad", "route", "weight_score"}  # their memory cases compa
 # node -> (kind, node to replace, new text); `show` gives the source text of a node
 Edit = tuple[str, ast.AST, str]
 _COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "=="}
-_CALLS = {"tl.minimum": "tl.maximum", "tl.maximum": "tl.minimum", "tl.max": "tl.min", "tl.min": "tl.max",
-          "tl.sum": "tl.max", "tl.cdiv": "tl.minimum"}  # fmt: skip
+_CALLS = {
+    "tl.minimum": "tl.maximum",
+    "tl.maximum": "tl.minimum",
+    "tl.max": "tl.min",
+    "tl.min": "tl.max",
+    "tl.sum": "tl.max",
+    "tl.cdiv": "tl.minimum",
+}
 _MEMORY = ("tl.load", "tl.store")
 _HINTS = {"cache_modifier", "eviction_policy", "num_stages", "axis", "input_precision", "dtype", "volatile"}
 
@@ -108,8 +114,13 @@ def _assignment(node, show) -> Iterator[Edit]:
 
 
 MUTATIONS: tuple[Callable[..., Iterator[Edit]], ...] = (
-    _comparison, _arithmetic, _negation, _constant, _call, _assignment,
-)  # fmt: skip
+    _comparison,
+    _arithmetic,
+    _negation,
+    _constant,
+    _call,
+    _assignment,
+)
 
 
 def _strides(function: ast.FunctionDef, show) -> Iterator[Edit]:

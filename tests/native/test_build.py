@@ -25,9 +25,12 @@ def copy(tmp_path):
 
 def build(folder, *arguments, command=("build_ext", "--inplace"), **environment):
     process = subprocess.run(
-        [sys.executable, *arguments, "setup.py", *command], cwd=folder, env=os.environ | environment,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, *arguments, "setup.py", *command],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
     return process.returncode, process.stdout + process.stderr
 
 
@@ -99,8 +102,13 @@ print(native.report()[0])
 
 @pytest.mark.slow
 def test_without_the_library_auto_is_ref_and_cpu_is_an_error(copy):
-    process = subprocess.run([sys.executable, "-c", WITHOUT], cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)},
-                             capture_output=True, text=True)  # fmt: skip
+    process = subprocess.run(
+        [sys.executable, "-c", WITHOUT],
+        cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+    )
     assert process.returncode == 0, process.stderr
     error, report = process.stdout.splitlines()
     assert error.startswith("'route' has no implementation cpu for device 'cpu'; available:")
@@ -222,8 +230,13 @@ def test_a_failing_build_says_one_line_and_leaves_the_package_usable(copy, reaso
     report = (copy / "moe_unlearn" / "_C_build.txt").read_text(encoding="utf-8")
     assert report.startswith(expected) and "cuda: not built: " in report
     assert any(expected.removeprefix("cpu: ") in line for line in said(output))
-    process = subprocess.run([sys.executable, "-c", WITHOUT], cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)},
-                             capture_output=True, text=True)  # fmt: skip
+    process = subprocess.run(
+        [sys.executable, "-c", WITHOUT],
+        cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+    )
     assert process.returncode == 0, process.stderr
     code, output = build(copy, **environment | {"MOE_UNLEARN_BUILD": "cpu"})
     assert code != 0 and "MOE_UNLEARN_BUILD=cpu: cpu not built: " in output

@@ -215,8 +215,9 @@ def test_retain_weights_of_one_shape_are_the_same_on_any_gpu(gpu):
     results = []
     for multiprocessors in (1, 4):
         gpu.emulate(multiprocessors, seed=multiprocessors)
-        results.append((tilted_weights(words, tilt, -0.3, cap=2.0, impl="cpu"),
-                        *moments(words, tilt, -0.3, cap=2.0, impl="cpu")))  # fmt: skip
+        results.append(
+            (tilted_weights(words, tilt, -0.3, cap=2.0, impl="cpu"), *moments(words, tilt, -0.3, cap=2.0, impl="cpu"))
+        )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

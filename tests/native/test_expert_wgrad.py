@@ -326,10 +326,13 @@ def everything(dtype, exact=False):
     weight, state = torch.ones(E, *BLOCKS, dtype=dtype), [torch.zeros(3, *BLOCKS, dtype=dtype) for _ in range(2)]
     expert_wgrad_adamw_(weight, *state, made, AdamW(lr=0.1), Update(step=1), experts=experts, impl="cpu")
     return (
-        store(made), store(made, out=torch.ones(E, *BLOCKS)), weight, *state,
+        store(made),
+        store(made, out=torch.ones(E, *BLOCKS)),
+        weight,
+        *state,
         expert_wgrad_score(weight, made, made, gamma=1.0, impl="cpu"),
         expert_wgrad_inner([made, made], impl="cpu"),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

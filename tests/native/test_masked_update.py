@@ -13,8 +13,17 @@ from tests.support.covers import cover
 pytestmark = pytest.mark.quick
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # dtypes of param, grad and state
-DTYPES = [(F32, F32, F32), (F32, BF16, F32), (BF16, BF16, BF16), (BF16, F32, BF16), (BF16, F32, F32),
-          (BF16, F16, F32), (F16, F16, F16), (F16, F32, F32), (BF16, torch.float64, BF16)]  # fmt: skip
+DTYPES = [
+    (F32, F32, F32),
+    (F32, BF16, F32),
+    (BF16, BF16, BF16),
+    (BF16, F32, BF16),
+    (BF16, F32, F32),
+    (BF16, F16, F32),
+    (F16, F16, F16),
+    (F16, F32, F32),
+    (BF16, torch.float64, BF16),
+]
 SGD_CASES = [{}, {"weight_decay": 0.1}, {"momentum": 0.9, "dampening": 0.3}, {"momentum": 0.9, "nesterov": True}]
 ADAMW_CASES = [{}, {"weight_decay": 0.1, "betas": (0.3, 0.95), "eps": 1e-6}]
 RULES = [("sgd", options) for options in SGD_CASES] + [("adamw", options) for options in ADAMW_CASES]

@@ -63,8 +63,12 @@ def test_same_bits_for_any_number_of_threads():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append((tilted_weights(words, tilt, BIAS, cap=2.0, impl="cpu"),
-                            *moments(words, tilt, BIAS, cap=2.0, impl="cpu")))  # fmt: skip
+            results.append(
+                (
+                    tilted_weights(words, tilt, BIAS, cap=2.0, impl="cpu"),
+                    *moments(words, tilt, BIAS, cap=2.0, impl="cpu"),
+                )
+            )
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

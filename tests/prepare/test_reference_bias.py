@@ -105,8 +105,9 @@ def test_a_frozen_bias_that_an_adapter_brought_is_not_the_base_models(model):
     with torch.no_grad():
         head.bias += 1
     for reference, kept in (("base", base), ("prepared", None)):
-        step = UnlearnStep(wrapped, recipe("kl_min", f"reference={reference}", "scope.kind=parameters",
-                                           "scope.parameters=['lora']"))  # fmt: skip
+        step = UnlearnStep(
+            wrapped, recipe("kl_min", f"reference={reference}", "scope.kind=parameters", "scope.parameters=['lora']")
+        )
         step.prepare(*data())
         found = step.prepared.ref_bias
         assert found is kept or torch.equal(found, kept)

@@ -26,8 +26,13 @@ def test_each_adversary_is_flagged_and_the_honest_kernel_is_not(device):
     proofs = {name: (kind, {finding.kind for finding in found}) for name, kind, found in defence.prove(device)}
     assert proofs.pop("honest") == ("", set())
     assert {kind for kind, _ in proofs.values()} == {
-        "cached result", "mutated input", "aliased output", "side-stream work", "patched timer", "impossible speed",
-    }  # fmt: skip
+        "cached result",
+        "mutated input",
+        "aliased output",
+        "side-stream work",
+        "patched timer",
+        "impossible speed",
+    }
     assert {name: found for name, (kind, found) in proofs.items() if kind not in found} == {}
 
 

@@ -60,10 +60,15 @@ def test_values_of_another_output_have_no_spread():
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "change",
-    [lambda y: y.double(), lambda y: y[:-1], lambda y: y.t(), lambda y: y / 0,
-     lambda y: torch.where(y > 2, torch.nan, y)],
+    [
+        lambda y: y.double(),
+        lambda y: y[:-1],
+        lambda y: y.t(),
+        lambda y: y / 0,
+        lambda y: torch.where(y > 2, torch.nan, y),
+    ],
     ids=["dtype", "shape", "transposed", "infinite", "nan"],
-)  # fmt: skip
+)
 def test_dtype_shape_and_nans(change):
     recorded = evaluate(product())
     changed = {name: change(value) for name, value in recorded.actual.items()}
@@ -122,8 +127,24 @@ def test_whose_fault_it_is():
 
 def test_digests_tell_values_dtypes_and_shapes_apart():
     x = torch.arange(6.0)
-    values = [x, x.double(), x.view(2, 3), x + 1, [x], (x,), [x, x], 1, 1.0, "1", True, None, torch.float32, x.int(),
-              {"x": x}, {"y": x}]  # fmt: skip
+    values = [
+        x,
+        x.double(),
+        x.view(2, 3),
+        x + 1,
+        [x],
+        (x,),
+        [x, x],
+        1,
+        1.0,
+        "1",
+        True,
+        None,
+        torch.float32,
+        x.int(),
+        {"x": x},
+        {"y": x},
+    ]
     assert len({digest(value) for value in values}) == len(values)
     assert digest(x.view(2, 3).t()) == digest(x.view(2, 3).t().contiguous())
 

@@ -15,16 +15,14 @@ RESULTS = [
     Result("equal one", "equal", outputs=(Verdict("o", "equal", 1.0),), seconds=0.5),
     Result("other", "accurate", outputs=(Verdict("o", "accurate", 1.2), Verdict("p", "equal", math.nan))),
     Result("there", "unrecorded", "no record"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.quick
 def test_text_shows_what_is_not_equal():
     text = report.text(RESULTS)
     assert "equal one" not in text and "equal one" in report.text(RESULTS, verbose=True)
-    assert text.splitlines()[-1] == (
-        "4 cases: 1 equal, 1 as accurate, 1 less accurate, 1 unrecorded (2.0 s)"
-    )  # fmt: skip
+    assert text.splitlines()[-1] == ("4 cases: 1 equal, 1 as accurate, 1 less accurate, 1 unrecorded (2.0 s)")
     assert "repro: r.py" in text and "error 1.2 x" in text
     assert report.summary([]) == "0 cases: none (0.0 s)"
 

@@ -117,10 +117,14 @@ def test_head_against_base_in_a_scratch_repository(repository, monkeypatch):
     before, said = _files(repository), []
     found = {r.case: r for r in compare("HEAD", modules=[repository / "kernels.py"], say=said.append)}
     assert {name: result.status for name, result in found.items()} == {
-        "same": "equal", "slow": "slower", "wrong": "inaccurate", "new": "new", "broken": "failed",
+        "same": "equal",
+        "slow": "slower",
+        "wrong": "inaccurate",
+        "new": "new",
+        "broken": "failed",
         # the base is nearly exact: what roundings the reference has is asked of the worker
         "nearly exact": "accurate",
-    }  # fmt: skip
+    }
     assert found["slow"].speed.startswith("slower: 1.")
     assert found["same"].speed.startswith("same: ")
     assert found["wrong"].speed == "suppressed: the results are wrong, so their speed says nothing"
@@ -182,8 +186,11 @@ def test_ctrl_c_removes_the_worktree_and_the_workers(repository):
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, tempfile.tempdir, repository / "kernels.py"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(revision.PACKAGE).parent,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(revision.PACKAGE).parent,
+    )
     assert "nothing to build" in process.stdout.readline()
     deadline = time.monotonic() + 120
     while len(workers := _children(process.pid)) < 2 and time.monotonic() < deadline:

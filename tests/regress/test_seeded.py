@@ -22,8 +22,20 @@ def test_on_other_seeds(seed):
 
 def test_the_corpus_is_broad():
     kinds = Counter(bug.kind for bug in seeded.BUGS)
-    wanted = {"index", "mask", "stride", "dtype", "accumulation", "initialisation", "off by one", "sign",
-              "dropped expert", "scale", "precision", "stale row"}  # fmt: skip
+    wanted = {
+        "index",
+        "mask",
+        "stride",
+        "dtype",
+        "accumulation",
+        "initialisation",
+        "off by one",
+        "sign",
+        "dropped expert",
+        "scale",
+        "precision",
+        "stale row",
+    }
     assert wanted <= set(kinds)
     titles = [(bug.case, bug.kind, bug.name) for bug in seeded.BUGS]
     assert len(titles) == len(set(titles))

@@ -14,10 +14,20 @@ ARRAYS = {"output 0": torch.tensor([1.0, -0.0, float("nan")]), "empty": torch.ze
 
 def content(case="softmax", supersedes=None, **changed):
     return {
-        "case": case, "origin": "x.py", "seed": 0, "sizes": {"rows": 2}, "routing": "", "inputs": {"x": "00"},
-        "outputs": {name: {} for name in ARRAYS}, "environment": {}, "source": {}, "seconds": [],
-        "supersedes": supersedes, "reason": "", **changed,
-    }  # fmt: skip
+        "case": case,
+        "origin": "x.py",
+        "seed": 0,
+        "sizes": {"rows": 2},
+        "routing": "",
+        "inputs": {"x": "00"},
+        "outputs": {name: {} for name in ARRAYS},
+        "environment": {},
+        "source": {},
+        "seconds": [],
+        "supersedes": supersedes,
+        "reason": "",
+        **changed,
+    }
 
 
 @pytest.fixture

@@ -23,9 +23,11 @@ def uncovered(recorded: ledger.Ledger, kernels: set[str]) -> list[str]:
     """Triton kernels of the sources without an entry, entries without a kernel. A name is file/kernel/case."""
     entries = {
         "/".join(name.split("/")[:2])
-        for compiler, by_arch in recorded.items() if compiler.startswith("triton")
-        for of_arch in by_arch.values() for name in of_arch
-    }  # fmt: skip
+        for compiler, by_arch in recorded.items()
+        if compiler.startswith("triton")
+        for of_arch in by_arch.values()
+        for name in of_arch
+    }
     found = [f"{kernel}: in the sources, never in the ledger" for kernel in kernels - entries]
     return sorted(found + [f"{kernel}: in the ledger, not in the sources" for kernel in entries - kernels])
 

@@ -69,8 +69,10 @@ for name, launch in CASES.items():
     static.register(static.LaunchCase(name, launch))
 static.register(
     static.TritonCase(
-        "by signature", _matmul_kernel,
+        "by signature",
+        _matmul_kernel,
         {**dict.fromkeys(("a", "b", "out"), "*bf16:16"), **dict.fromkeys(("rows", "columns", "inner"), "i32:16")},
-        {"M": 128, "N": 128, "K": 64}, num_warps=8,
+        {"M": 128, "N": 128, "K": 64},
+        num_warps=8,
     )
-)  # fmt: skip
+)

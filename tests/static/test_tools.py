@@ -11,9 +11,20 @@ from moe_unlearn.regress import ledger, nvcc, sass, static
 from tests.static import ledger as tool
 
 GOOD = {
-    "config": "bf16 BLOCK=128", "registers": 168, "stack_bytes": 0, "spills": 0, "shared_bytes": 98304,
-    "tensor_memory": 0, "hgmma": 4, "hmma": 0, "utcmma": 0, "tma": 7, "cp_async": 0, "atomics": 0, "float_atomics": 0,
-}  # fmt: skip
+    "config": "bf16 BLOCK=128",
+    "registers": 168,
+    "stack_bytes": 0,
+    "spills": 0,
+    "shared_bytes": 98304,
+    "tensor_memory": 0,
+    "hgmma": 4,
+    "hmma": 0,
+    "utcmma": 0,
+    "tma": 7,
+    "cp_async": 0,
+    "atomics": 0,
+    "float_atomics": 0,
+}
 NAME = "gram/_gram_kernel/experts"
 
 

@@ -53,16 +53,26 @@ def muse(raw: dict, verbmem: list, qa: list, privleak: dict, folds: list[str]) -
 
 def perturbed(question: str, answer: str, wrong: list[str]) -> dict:
     """A row of TOFU's forget and retain `_perturbed` files."""
-    return {"question": question, "answer": answer, "paraphrased_question": f"{question}'",
-            "paraphrased_answer": f"{answer}'", "perturbed_answer": wrong}  # fmt: skip
+    return {
+        "question": question,
+        "answer": answer,
+        "paraphrased_question": f"{question}'",
+        "paraphrased_answer": f"{answer}'",
+        "perturbed_answer": wrong,
+    }
 
 
 def rlhf(prompt: str, responses: tuple[str, str], safe: tuple[bool, bool]) -> dict:
     """A record of PKU-SafeRLHF."""
     answers = {f"response_{i}": response for i, response in enumerate(responses)}
     flags = {f"is_response_{i}_safe": value for i, value in enumerate(safe)}
-    return {"prompt": prompt, **answers, **flags, "safer_response_id": int(not safe[0]),
-            "response_0_harm_category": {"Animal Abuse": False}}  # fmt: skip
+    return {
+        "prompt": prompt,
+        **answers,
+        **flags,
+        "safer_response_id": int(not safe[0]),
+        "response_0_harm_category": {"Animal Abuse": False},
+    }
 
 
 def probe(subject: str, query: str, answer: str) -> dict:

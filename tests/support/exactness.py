@@ -76,11 +76,16 @@ class Subject:
         levers = LEVERS if case["lever"] == "all" else [case["lever"]]
         name = "graddiff" if case["objective"] == "uce" else case["objective"]
         overrides = [
-            *SMALL.get(name, []), *(line for lever in levers for line in LEVERS[lever]),
-            f"optimizer.name={case['optimizer']}", f"optimizer.momentum={case['momentum']}",
-            f"guard={case['guard']}", f"accumulate={case['accumulate']}", "optimizer.weight_decay=0.1",
-            f"optimizer.max_grad_norm={'null' if case['clip'] is None else case['clip']}", "forget.gamma=0.5",
-        ]  # fmt: skip
+            *SMALL.get(name, []),
+            *(line for lever in levers for line in LEVERS[lever]),
+            f"optimizer.name={case['optimizer']}",
+            f"optimizer.momentum={case['momentum']}",
+            f"guard={case['guard']}",
+            f"accumulate={case['accumulate']}",
+            "optimizer.weight_decay=0.1",
+            f"optimizer.max_grad_norm={'null' if case['clip'] is None else case['clip']}",
+            "forget.gamma=0.5",
+        ]
         if case["objective"] == "uce":
             overrides.append("forget.objective=uce")
         if case["objective"] == "rmu" and case["lever"] == "mollm":

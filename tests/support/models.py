@@ -51,28 +51,63 @@ def _build(model_class, config_class, vocab_size, experts_implementation, change
 
 def tiny_olmoe(vocab_size=64, implementation="eager", **changes):
     """8 experts, 2 per token."""
-    return _build(OlmoeForCausalLM, OlmoeConfig, vocab_size, implementation, changes, intermediate_size=24,
-                  num_experts=8, num_experts_per_tok=2)  # fmt: skip
+    return _build(
+        OlmoeForCausalLM,
+        OlmoeConfig,
+        vocab_size,
+        implementation,
+        changes,
+        intermediate_size=24,
+        num_experts=8,
+        num_experts_per_tok=2,
+    )
 
 
 def tiny_qwen2_moe(vocab_size=64, implementation="eager", **changes):
     """A shared expert beside the routed ones."""
-    return _build(Qwen2MoeForCausalLM, Qwen2MoeConfig, vocab_size, implementation, changes, intermediate_size=48,
-                  moe_intermediate_size=24, shared_expert_intermediate_size=32, num_experts=8,
-                  num_experts_per_tok=2)  # fmt: skip
+    return _build(
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        vocab_size,
+        implementation,
+        changes,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+    )
 
 
 def tiny_qwen3_moe(vocab_size=64, implementation="eager", **changes):
     """Normalised routing weights."""
-    return _build(Qwen3MoeForCausalLM, Qwen3MoeConfig, vocab_size, implementation, changes, intermediate_size=48,
-                  moe_intermediate_size=24, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True,
-                  head_dim=8)  # fmt: skip
+    return _build(
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        vocab_size,
+        implementation,
+        changes,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+        head_dim=8,
+    )
 
 
 def tiny_mixtral(vocab_size=64, implementation="eager", **changes):
     """float32 routing weights."""
-    return _build(MixtralForCausalLM, MixtralConfig, vocab_size, implementation, changes, intermediate_size=24,
-                  num_local_experts=4, num_experts_per_tok=2)  # fmt: skip
+    return _build(
+        MixtralForCausalLM,
+        MixtralConfig,
+        vocab_size,
+        implementation,
+        changes,
+        intermediate_size=24,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
 
 
 def tiny_deepseek_v2(vocab_size=64, implementation="eager", **changes):
@@ -95,21 +130,50 @@ def tiny_deepseek_v3(vocab_size=64, implementation="eager", **changes):
 
 def tiny_gpt_oss(vocab_size=64, implementation="eager", **changes):
     """Transposed, interleaved, biased experts with a clamped gate of their own."""
-    return _build(GptOssForCausalLM, GptOssConfig, vocab_size, implementation, changes, intermediate_size=24,
-                  num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=16)  # fmt: skip
+    return _build(
+        GptOssForCausalLM,
+        GptOssConfig,
+        vocab_size,
+        implementation,
+        changes,
+        intermediate_size=24,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        head_dim=8,
+        sliding_window=16,
+    )
 
 
 def tiny_granite_moe(vocab_size=64, implementation="eager", **changes):
     """Scaled logits, embeddings and residuals."""
-    return _build(GraniteMoeForCausalLM, GraniteMoeConfig, vocab_size, implementation, changes, intermediate_size=24,
-                  num_local_experts=4, num_experts_per_tok=2, logits_scaling=2.0, embedding_multiplier=3.0,
-                  residual_multiplier=0.7)  # fmt: skip
+    return _build(
+        GraniteMoeForCausalLM,
+        GraniteMoeConfig,
+        vocab_size,
+        implementation,
+        changes,
+        intermediate_size=24,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        logits_scaling=2.0,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.7,
+    )
 
 
 def tiny_phimoe(vocab_size=64, implementation="eager", **changes):
     """A head with a bias."""
-    return _build(PhimoeForCausalLM, PhimoeConfig, vocab_size, implementation, changes, intermediate_size=24,
-                  num_local_experts=4, num_experts_per_tok=2, lm_head_bias=True)  # fmt: skip
+    return _build(
+        PhimoeForCausalLM,
+        PhimoeConfig,
+        vocab_size,
+        implementation,
+        changes,
+        intermediate_size=24,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        lm_head_bias=True,
+    )
 
 
 TINY_MODELS = {
@@ -136,8 +200,9 @@ ALL_EXPERTS = {
 
 def nemotron_h_experts(implementation="eager"):
     """An experts module without gate: up, squared relu, down."""
-    config = NemotronHConfig(n_routed_experts=4, hidden_size=32, moe_intermediate_size=24, moe_latent_size=None,
-                             mlp_hidden_act="relu2")  # fmt: skip
+    config = NemotronHConfig(
+        n_routed_experts=4, hidden_size=32, moe_intermediate_size=24, moe_latent_size=None, mlp_hidden_act="relu2"
+    )
     config._experts_implementation = implementation
     module = NemotronHExperts(config)
     with torch.no_grad():

@@ -5,10 +5,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = (
-    "step/unlearn", "step/checks", "step/tally", "step/dual", "step/gradients", "step/factors", "step/sinks",
-    "step/objectives", "step/weights", "view", "optim", "losses",
-    "experts", "model/batches", "model/head", "model/states", "ranks", "prepare/rows",
-)  # fmt: skip
+    "step/unlearn",
+    "step/checks",
+    "step/tally",
+    "step/dual",
+    "step/gradients",
+    "step/factors",
+    "step/sinks",
+    "step/objectives",
+    "step/weights",
+    "view",
+    "optim",
+    "losses",
+    "experts",
+    "model/batches",
+    "model/head",
+    "model/states",
+    "ranks",
+    "prepare/rows",
+)
 OPS = ("route", "expert_mlp", "expert_wgrad", "token_loss", "tiled/token_loss", "masked_update", "gram", "bits")
 
 

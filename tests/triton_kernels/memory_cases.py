@@ -140,8 +140,9 @@ for _tokens, _experts in [(1, 1), (301, 33), (70, 64)]:
     @case(f"retain_weights/moments {_tokens}x{_experts}")
     def _(tokens=_tokens, experts=_experts):
         words, tilt = _words(tokens, experts)
-        return Case(lambda words, tilt: moments(words, tilt, 0.1, cap=1.2, impl="triton"),
-                    {"words": words, "tilt": tilt})  # fmt: skip
+        return Case(
+            lambda words, tilt: moments(words, tilt, 0.1, cap=1.2, impl="triton"), {"words": words, "tilt": tilt}
+        )
 
     @case(f"retain_weights/weights {_tokens}x{_experts}")
     def _(tokens=_tokens, experts=_experts):
@@ -153,8 +154,10 @@ for _tokens, _experts in [(1, 1), (301, 33), (70, 64)]:
 def _():
     members = random_members(65, [0.3, 0.5, 0.1])
     target = torch.tensor([0.4, 0.45, 0.15])
-    return Case(lambda members, target: retain_weights(members, target, cap=3.0, impl="triton").weights,
-                {"members": members, "target": target})  # fmt: skip
+    return Case(
+        lambda members, target: retain_weights(members, target, cap=3.0, impl="triton").weights,
+        {"members": members, "target": target},
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- expert_mlp
@@ -340,8 +343,10 @@ for _pattern in ("skewed", "half_empty", "sentinels", "all_sentinels"):
             return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
         rows, inputs, offsets, *_ = test_gram.factors(pattern, 2, made)
-        return Case(lambda rows, inputs, offsets: gram_factors(rows, inputs, offsets, impl="triton"),
-                    {"rows": rows, "inputs": inputs, "offsets": offsets})  # fmt: skip
+        return Case(
+            lambda rows, inputs, offsets: gram_factors(rows, inputs, offsets, impl="triton"),
+            {"rows": rows, "inputs": inputs, "offsets": offsets},
+        )
 
 
 # -------------------------------------------------------------------------------------------------- weight_score

@@ -240,8 +240,13 @@ def test_a_case_that_launches_nothing_or_raises_is_found():
 
 def test_fillings_reach_every_way_to_allocate():
     with filled(0x3C):
-        made = [torch.empty(3), torch.empty_like(torch.ones(3)), torch.empty_strided((3,), (1,)),
-                torch.ones(1).new_empty(3), torch.ones(1).new_empty_strided((3,), (1,))]  # fmt: skip
+        made = [
+            torch.empty(3),
+            torch.empty_like(torch.ones(3)),
+            torch.empty_strided((3,), (1,)),
+            torch.ones(1).new_empty(3),
+            torch.ones(1).new_empty_strided((3,), (1,)),
+        ]
     assert all((tensor.view(torch.int32) == 0x3C3C3C3C).all() for tensor in made)
     assert torch.zeros(3).eq(0).all()
 

@@ -279,8 +279,9 @@ def test_score(device, variant, layout):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
     experts = torch.tensor([0, 3], device=device)
     with poison():
-        got = expert_wgrad_score(in_layout(weight, layout), Factors(**forget), Factors(**retain), gamma=0.3,
-                                 experts=experts, impl="triton")  # fmt: skip
+        got = expert_wgrad_score(
+            in_layout(weight, layout), Factors(**forget), Factors(**retain), gamma=0.3, experts=experts, impl="triton"
+        )
     sides = [oracle(side, [0, 3]).float() for side in (forget, retain)]
     assert got.dtype == FP32 and torch.equal(got, weight_score(weight[experts], *sides, gamma=0.3))
     if layout == "contiguous":
@@ -311,8 +312,9 @@ def test_inner_product_accuracy(device, variant):
     cases = [case(device, seed=i, dtype=dtype, sizes=sizes) for i in range(3)]
     lists = [list(part) for part in zip(*(Factors(**c) for c in cases), strict=True)]
     got = expert_wgrad_inner([Factors(**c) for c in cases], impl="triton")
-    wide = [[t.double() for t in part] if part[0] is not None and part[0].is_floating_point() else part
-            for part in lists]  # fmt: skip
+    wide = [
+        [t.double() for t in part] if part[0] is not None and part[0].is_floating_point() else part for part in lists
+    ]
     baseline = Reference(lambda: expert_wgrad_inner_ref(*lists, None, None)).baseline()
     assert_as_accurate(got, baseline, expert_wgrad_inner_ref(*wide, None, None))
     assert torch.equal(got, got.mT)

@@ -37,8 +37,15 @@ def check(index, num_experts, group=None, num_groups=1, log_tilt=None, log_weigh
         reference = None if log_weight is None else log_weight.clone()
         expected = *route_ref(index, num_experts, group, num_groups, log_tilt, reference), reference
     with poison():
-        out = route(index, num_experts, group=group, num_groups=num_groups, log_tilt=log_tilt, log_weight=log_weight,
-                    impl="triton")  # fmt: skip
+        out = route(
+            index,
+            num_experts,
+            group=group,
+            num_groups=num_groups,
+            log_tilt=log_tilt,
+            log_weight=log_weight,
+            impl="triton",
+        )
     assert {t.dtype for t in out} == {torch.int32}
     for name, got, want in zip((*out._fields, "log_weight"), (*out, log_weight), expected, strict=True):
         assert got is None and want is None or torch.equal(got, want), name
@@ -107,8 +114,10 @@ def test_numbers_of_experts_per_token(top_k, shipped_or_tiny, device):
 
 
 @BOTH
-@pytest.mark.parametrize("num_tokens,top_k", [(10, 1), (11, 1), (12, 1), (22, 2), (23, 2), (33, 3),
-                                              (127, 1), (128, 1), (129, 1), (255, 1), (128, 2), (257, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    "num_tokens,top_k",
+    [(10, 1), (11, 1), (12, 1), (22, 2), (23, 2), (33, 3), (127, 1), (128, 1), (129, 1), (255, 1), (128, 2), (257, 1)],
+)
 def test_ends_of_blocks_and_tiles(num_tokens, top_k, shipped_or_tiny, device):
     check(*inputs((num_tokens, 5, top_k), "sentinels", device))
 
@@ -174,8 +183,7 @@ def test_compiles_without_a_graph_break_and_runs_agree(device):
 
     def function(index, group, tilt, weight):
         weight = weight.clone()
-        out = route(index, num_experts, group=group, num_groups=groups, log_tilt=tilt, log_weight=weight,
-                    impl="triton")  # fmt: skip
+        out = route(index, num_experts, group=group, num_groups=groups, log_tilt=tilt, log_weight=weight, impl="triton")
         return *out, weight
 
     arguments = index, group, tilt, weight

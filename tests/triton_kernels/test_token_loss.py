@@ -44,10 +44,16 @@ def small(monkeypatch, shipped):
             return tile._replace(rows=rows, columns=columns, depth=16, group=2)
 
         return config._replace(
-            logits=shrink(config.logits, 32, 32), grad_hidden=shrink(config.grad_hidden, 32, 16),
-            grad_head=shrink(config.grad_head, 16, 32), tiles_per_split=2, chunk=64, split_tiles=12, splits=2,
-            merge_rows=16, merge_splits=2,
-        )  # fmt: skip
+            logits=shrink(config.logits, 32, 32),
+            grad_hidden=shrink(config.grad_hidden, 32, 16),
+            grad_head=shrink(config.grad_head, 16, 32),
+            tiles_per_split=2,
+            chunk=64,
+            split_tiles=12,
+            splits=2,
+            merge_rows=16,
+            merge_splits=2,
+        )
 
     monkeypatch.setattr(configs, "token_loss", tiny)
     return shipped

@@ -130,11 +130,18 @@ class Launches:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("shape,layout,arch,bins", [
-    ((3, 5, 64), "contiguous", 90, True), ((1, 32), "sliced", 80, True), ((7, 96), "contiguous", 87, True),
-    ((3, 5, 64), "contiguous", 120, False), ((5, 64), "contiguous", 89, False), ((5, 64), "strided", 90, False),
-    ((5, 40), "contiguous", 90, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape,layout,arch,bins",
+    [
+        ((3, 5, 64), "contiguous", 90, True),
+        ((1, 32), "sliced", 80, True),
+        ((7, 96), "contiguous", 87, True),
+        ((3, 5, 64), "contiguous", 120, False),
+        ((5, 64), "contiguous", 89, False),
+        ((5, 64), "strided", 90, False),
+        ((5, 40), "contiguous", 90, False),
+    ],
+)
 def test_where_a_program_counts_for_itself(shape, layout, arch, bins, device, monkeypatch):
     """Whole words side by side, where a block has 128 KB; the counts are the same either way."""
     monkeypatch.setenv("MOE_UNLEARN_TRITON_ARCH", str(arch))

@@ -269,8 +269,13 @@ def watch(
 
     hooks = {"set_grid_dim": set_grid_dim, "set_grid_idx": set_grid_idx}
     if trace:
-        hooks |= {"create_masked_load": load, "create_masked_store": store, "create_atomic_rmw": rmw,
-                  "create_atomic_cas": cas, "create_barrier": barrier}  # fmt: skip
+        hooks |= {
+            "create_masked_load": load,
+            "create_masked_store": store,
+            "create_atomic_rmw": rmw,
+            "create_atomic_cas": cas,
+            "create_barrier": barrier,
+        }
     try:
         interpreter.GridExecutor = Executor
         for name, hook in hooks.items():

@@ -82,8 +82,13 @@ def guarded(tensor: Tensor, edge: str = "end", alignment: int = 1) -> Tensor:
     return Mapping(*extent(tensor), edge, alignment).moved(tensor.detach())
 
 
-_EMPTY = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty"),
-          (Tensor, "new_empty_strided")]  # fmt: skip
+_EMPTY = [
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (Tensor, "new_empty"),
+    (Tensor, "new_empty_strided"),
+]
 _SHAPED = [(torch, "empty"), (Tensor, "new_empty")]
 
 
