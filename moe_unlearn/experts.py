@@ -235,7 +235,7 @@ def step_inputs(
     num_groups: int = 1,
     log_tilt: Tensor | None = None,
     log_weight: Tensor | None = None,
-    tokens_per_expert: Tensor | None = None,
+    tokens_per_expert: Tensor | Sequence[Tensor] | None = None,
     weight_gradients: GradientSink | None = None,
 ) -> Iterator[None]:
     """Set the inputs of every experts module for the passes inside, and restore the previous ones afterwards.

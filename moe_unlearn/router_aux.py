@@ -45,7 +45,7 @@ class Layer(NamedTuple):
     logits: Tensor
     top_k_index: Tensor
 
-    def rows(self, shape: tuple[int, int], rows: slice, length: int) -> "Layer":
+    def rows(self, shape: torch.Size, rows: slice, length: int) -> "Layer":
         """Return the routing of the first `length` positions of some rows of a batch of `shape` [B, S]."""
         return Layer(*(part.reshape(*shape, -1)[rows, :length].flatten(0, 1) for part in self))
 

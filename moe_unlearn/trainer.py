@@ -10,15 +10,17 @@ resumes through `from_pretrained` instead, and saves the step's own state (selec
 the model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from moe_unlearn.checkpoint import load_state, save_state
 from moe_unlearn.config import NEED_REFUSALS, Recipe
@@ -41,7 +43,7 @@ from moe_unlearn.step import UnlearnStep
 _STATE = "unlearn_step"
 
 
-def pair_collator(recipe: Recipe, tokenizer, forget: Sequence[Example]) -> PairCollator:
+def pair_collator(recipe: Recipe, tokenizer: Tokenizer | None, forget: Sequence[Example]) -> PairCollator:
     """Make the collator for pairs of `forget` examples, with refusals or alternates where the objective needs them.
 
     Raises ValueError if refusals need a `tokenizer` and there is none, or if an example has no prompt to refuse or no
@@ -59,7 +61,7 @@ def pair_collator(recipe: Recipe, tokenizer, forget: Sequence[Example]) -> PairC
     return PairCollator(pad_id, refusals(forget, tokenizer, seed=recipe.seed))
 
 
-def _paired(rows: Mapping, recipe: Recipe, tokenizer) -> ForgetRetainDataset:
+def _paired(rows: Mapping, recipe: Recipe, tokenizer: Tokenizer | None) -> ForgetRetainDataset:
     """Return the pairs of two sets of rows, encoded and drawn as the recipe's data section says."""
     settings, sides = recipe.data, {}
     if rows.keys() != {"forget", "retain"}:
@@ -102,11 +104,11 @@ class UnlearnTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         recipe: Recipe | str | Path,
-        train_dataset: Dataset,
-        data_collator=None,
+        train_dataset: Dataset | Mapping | None,
+        data_collator: Callable[[list], dict[str, Any]] | None = None,
         cache_dir: str | Path | None = None,
         verify: int | bool = 0,
-        **keywords,
+        **keywords: Any,
     ):
         if "optimizers" in keywords or "optimizer_cls_and_kwargs" in keywords:
             raise ValueError("the recipe's optimizer section makes the optimizer; pass no other")
@@ -118,8 +120,9 @@ class UnlearnTrainer(Trainer):
         if isinstance(train_dataset, Mapping):
             recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
             train_dataset = _paired(train_dataset, recipe, keywords.get("processing_class"))
-        for side in ("forget", "retain"):
-            if not len(getattr(train_dataset, side, ())):
+        sides = {side: getattr(train_dataset, side, ()) for side in ("forget", "retain")}
+        for side, examples in sides.items():
+            if not len(examples):
                 raise ValueError(f"train_dataset must have a non-empty list of examples {side!r}")
         args.remove_unused_columns = False
         self.unlearn_step = UnlearnStep(model, recipe, verify=verify, process_group=ranks)
@@ -128,9 +131,7 @@ class UnlearnTrainer(Trainer):
             self.unlearn_step.held_back = "TrainingArguments.max_grad_norm clips (0 does not)"
         self._cache_dir = cache_dir
         if data_collator is None:
-            data_collator = pair_collator(
-                self.unlearn_step.recipe, keywords.get("processing_class"), train_dataset.forget
-            )
+            data_collator = pair_collator(self.unlearn_step.recipe, keywords.get("processing_class"), sides["forget"])
         self._logged: dict[str, list[float]] = {}
         self._sizes: dict[str, int] | None = None  # the sizes of the global batch in progress
         super().__init__(
@@ -147,7 +148,12 @@ class UnlearnTrainer(Trainer):
         self.add_callback(_Bookkeeping(self.unlearn_step, train_dataset, self._log_metrics))
         self.unlearn_step.restore = self._restore
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **keywords):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Prepare on the unchanged model, or restore the checkpoint's preparation, then train.
 
         Raises ValueError if a checkpoint was prepared on other rows than those of the dataset.
@@ -157,9 +163,13 @@ class UnlearnTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ValueError(f"no checkpoint to resume in {self.args.output_dir!r}")
         if resume_from_checkpoint:
-            self.unlearn_step.load_state_dict(load_state(Path(resume_from_checkpoint), _STATE))
+            self._load_step(str(resume_from_checkpoint))
         self.prepare()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **keywords)
+        return super().train(
+            resume_from_checkpoint=resume_from_checkpoint or None,
+            trial=trial,
+            ignore_keys_for_eval=ignore_keys_for_eval,
+        )
 
     def prepare(self) -> None:
         """Run `UnlearnStep.prepare` on all forget and retain examples of the dataset."""
@@ -171,20 +181,24 @@ class UnlearnTrainer(Trainer):
 
         self.unlearn_step.prepare(batches("forget"), batches("retain"), cache_dir=self._cache_dir)
 
-    def _item(self, side: str, index: int):
+    def _item(self, side: str, index: int) -> object:
         """Return what an item of the dataset holds for row `index` of one side."""
         return [(getattr(self.train_dataset, side)[index], index)]
 
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
         """Return the micro-batches of the next step, and count the units of its losses on all ranks."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._sizes = None
         if len(samples) > 1:  # the step itself counts a single micro-batch
-            prepared = [self._prepare_inputs(batch) for batch in samples]
+            prepared: list[dict[str, Any]] = [self._prepare_inputs(batch) for batch in samples]
             self._sizes = self.unlearn_step.sizes((batch["forget"], batch["retain"]) for batch in prepared)
         return samples, items
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """Accumulate one micro-batch; after a step's last one, combine its gradient for the optimizer.
 
         Returns the weighted sum of the step's losses after the last micro-batch, as `prediction_step` weighs those of
@@ -209,7 +223,9 @@ class UnlearnTrainer(Trainer):
         for name, value in metrics.items():
             self._logged.setdefault(name, []).append(value)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Return the weighted sum of a pair's objectives, as in a step without MOLLM; other batches as usual."""
         if "forget" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -218,7 +234,9 @@ class UnlearnTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             forget, retain = (checked(inputs[side], side) for side in ("forget", "retain"))
             values = {**objectives.forget(forget), **objectives.retain(retain)}
-        return objectives.weighed(values), None, None
+        loss = objectives.weighed(values)
+        assert isinstance(loss, torch.Tensor)
+        return loss, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of the step's metrics since the last log added."""
@@ -227,10 +245,10 @@ class UnlearnTrainer(Trainer):
             self._logged.clear()
         super().log(logs, start_time)
 
-    def _clip_grad_norm(self, model):
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         return torch.tensor(self.unlearn_step.clip(self.args.max_grad_norm))
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -239,43 +257,55 @@ class UnlearnTrainer(Trainer):
             save_state(folder, _STATE, state)
         super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        model = self.model if model is None else model
-        if hasattr(model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        dtypes = {p.dtype for p in model.parameters()}
+    def _load_step(self, checkpoint: str) -> None:
+        """Restore the state of the step that a checkpoint holds."""
+        state = load_state(Path(checkpoint), _STATE)
+        assert isinstance(state, dict)
+        self.unlearn_step.load_state_dict(state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        own: Any = self.model if model is None else model
+        if hasattr(own, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, own)
+        dtypes = {p.dtype for p in own.parameters()}
         # float32 holds every narrower value exactly; a model of one dtype is loaded in that dtype
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=dtype)
-        model.load_state_dict(saved.state_dict(), strict=True)
+        saved = type(own).from_pretrained(resume_from_checkpoint, dtype=dtype)
+        own.load_state_dict(saved.state_dict(), strict=True)
 
     def _restore(self) -> str:
         """Restore the newest checkpoint after a step that stopped with some weights updated; return what was done."""
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
         if checkpoint is None:
             return "there is no checkpoint to restore"
         self._load_from_checkpoint(checkpoint)
-        self.unlearn_step.load_state_dict(load_state(Path(checkpoint), _STATE))
+        self._load_step(checkpoint)
         self._load_optimizer_and_scheduler(checkpoint)
         return f"{Path(checkpoint).name} was restored"
 
-    def _load_best_model(self):
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
         if hasattr(self.model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return super()._load_best_model()
-        return self._load_from_checkpoint(self.state.best_model_checkpoint)
+            super()._load_best_model()
+        elif best is not None:
+            self._load_from_checkpoint(best)
 
 
 class _Bookkeeping(TrainerCallback):
     """Callback that tells the dataset of each epoch, and the step of each update of the optimizer."""
 
-    def __init__(self, step: UnlearnStep, dataset: Dataset, log: Callable[[dict[str, float]], None]):
+    def __init__(self, step: UnlearnStep, dataset: object, log: Callable[[dict[str, float]], None]):
         self.step, self.dataset, self.log = step, dataset, log
 
-    def on_epoch_begin(self, args, state, control, **keywords):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
         # accelerate forwards the epoch to the dataset, but not after a resume in the middle of one
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(int(state.epoch or 0))
 
-    def on_optimizer_step(self, args, state, control, **keywords):
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
         self.log(self.step.finish())

@@ -87,7 +87,7 @@ READS = {
     "join": (1, "factors of several passes, for MOLLM or several micro-batches"),
     "inner_products": (2, "MOLLM: the cheaper form for each expert"),
     "GradientStore.common_descent": (3, "MOLLM solves for its direction on the CPU"),
-    "GradientStore.descend": (4, "MOLLM solves for its direction on the CPU"),
+    "GradientStore.descend": (3, "MOLLM solves for its direction on the CPU"),
     "GradientStore.descent": (1, "MOLLM's log of descent"),
     "Tally.count": (1, "a number"),
     "_counts": (1, "a number"),

@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def demo(
         table.results[seed][name]["seconds"] = spent
     first = {name: done[name, corpus, seeds[0], size] for name in runs}
     trajectories = {name: found[1] for name, found in first.items()}
-    routing = next((found[2] for found in first.values() if found[2]), {})
+    routing: dict[str, Any] = next((found[2] for found in first.values() if found[2]), {})
     content = report.Content(table.summary(), corpus, table.results, trajectories, routing)
     report.save(out, content)
     report.write(out, content)
@@ -76,7 +77,8 @@ def _train(name: str, corpus: str, seed: int, size: str | Settings) -> float:
 def _run(name: str, corpus: str, seed: int, size: str | Settings) -> tuple[Table, list[dict], dict]:
     """Return row, trajectory and routing of one run, or of the target or retrained model as it is."""
     made = tiny_models.prepare_experiment(corpus, seed, size=size)
-    trajectory, routing = [], {}
+    trajectory: list[dict] = []
+    routing: dict[str, Any] = {}
 
     def watch(progress: Progress) -> None:
         recipe, step = recipes[0], progress.unlearn_step

@@ -28,7 +28,7 @@ class Workers:
     def __enter__(self) -> "Workers":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         if exception[0] is not None:
             self._steps.value = _STOP
         self._pool.shutdown(cancel_futures=True)
@@ -55,7 +55,7 @@ def advance(steps: int = 1) -> None:
         _steps_done.value += steps
 
 
-def _start_worker(steps) -> None:
+def _start_worker(steps: Any) -> None:
     global _steps_done
     _steps_done = steps
     torch.set_num_threads(1)

@@ -17,10 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import get_constant_schedule_with_warmup
 
 from moe_unlearn import __version__, data, metrics, trace
@@ -36,8 +38,10 @@ from moe_unlearn.runs.run import SIDES, Run
 from moe_unlearn.step import UnlearnStep
 
 Model = nn.Module | str | Path | Callable[[], object]
-Metric = str | Callable[[nn.Module, object, dict[str, list[Example]]], Mapping[str, float]]
+Sets = dict[str, list[Example]]
+Metric = str | Callable[[nn.Module, object, Sets], Mapping[str, float]]
 Item = Example | Document | str | Mapping
+OnStep = Callable[["Progress"], None]
 
 NAMES = (*EVALUATED, "routing_drift")
 _ROWS, _TABLE = "rows", "table.json"
@@ -62,7 +66,7 @@ def unlearning(
     recipes: Sequence[str | Path | Recipe],
     metrics: Sequence[Metric] | None = None,
     *,
-    tokenizer=None,
+    tokenizer: Tokenizer | None = None,
     evaluation: Mapping[str, Sequence[Item]] | None = None,
     baselines: Mapping[str, Model] | None = None,
     seeds: Sequence[int] = (0,),
@@ -146,7 +150,9 @@ def unlearning(
     return table
 
 
-def _run(source, trained, sets, recipe: Recipe, asked, on_step) -> dict[str, float]:
+def _run(
+    source: "_Source", trained: Sets, sets: Sets, recipe: Recipe, asked: Sequence[Metric], on_step: OnStep
+) -> dict[str, float]:
     torch.manual_seed(recipe.seed)
     run = Run(source.fresh(), source.tokenizer, recipe, **trained)
     step, seconds = _unlearn(run, on_step)
@@ -159,7 +165,7 @@ def _run(source, trained, sets, recipe: Recipe, asked, on_step) -> dict[str, flo
     return values
 
 
-def _unlearn(run: Run, on_step) -> tuple[UnlearnStep, float]:
+def _unlearn(run: Run, on_step: OnStep) -> tuple[UnlearnStep, float]:
     """Make the steps of a run; return the step and the seconds spent in it.
 
     The loop is not `UnlearnTrainer`'s, which would change the numbers of earlier tables: it draws other rows, ends a
@@ -174,7 +180,7 @@ def _unlearn(run: Run, on_step) -> tuple[UnlearnStep, float]:
     for i in range(recipe.steps):
         start = time.perf_counter()
         batches = [run.micro_batch(i * recipe.accumulate + part) for part in range(recipe.accumulate)]
-        micro_batches = [tuple(_on(batch[side], run.model) for side in SIDES) for batch in batches]
+        micro_batches = [(_on(batch["forget"], run.model), _on(batch["retain"], run.model)) for batch in batches]
         sizes = step.sizes(micro_batches) if len(micro_batches) > 1 else None
         for sides in micro_batches:
             values = step(*sides, update=sides is micro_batches[-1], sizes=sizes)
@@ -192,10 +198,10 @@ def _on(batch: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Ten
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def _measure(model: nn.Module, tokenizer, sets, asked: Sequence[Metric]) -> dict[str, float]:
+def _measure(model: nn.Module, tokenizer: Tokenizer, sets: Sets, asked: Sequence[Metric]) -> dict[str, float]:
     torch.manual_seed(0)  # a metric that draws random numbers gets the same ones for every row
     names = [name for name in asked if isinstance(name, str)]
-    known = {side: sets[side] for side in ("forget", "retain", "holdout") if side in sets}
+    known: dict[str, Any] = {side: sets[side] for side in ("forget", "retain", "holdout") if side in sets}
     values = metrics.evaluate(model, tokenizer, **known, only=names)
     for metric in asked:
         if not isinstance(metric, str):
@@ -209,10 +215,12 @@ def _measure(model: nn.Module, tokenizer, sets, asked: Sequence[Metric]) -> dict
 class _Source:
     """Source of a model that gives any number of fresh copies."""
 
-    def __init__(self, what: str, model: Model, tokenizer):
-        self.what, self._model, self.tokenizer = what, model, tokenizer
+    def __init__(self, what: str, model: Model, tokenizer: Tokenizer | None):
+        self.what, self._model, self._tokenizer = what, model, tokenizer
         self._first: nn.Module | None = None  # a copy made for its tokenizer or digest and not returned yet
-        self._last, self._digest = lambda: None, None
+        self._last: Callable[[], nn.Module | None] = lambda: None
+        self._digest: str | None = None
+        self._make: Callable[[], object]
         if isinstance(model, nn.Module):
             self._make = lambda: copy.deepcopy(model)
         elif isinstance(model, str | Path):
@@ -224,8 +232,14 @@ class _Source:
             raise TypeError(f"{what}: expected a model, a folder or a function; got {type(model).__name__}")
         if tokenizer is None and not isinstance(model, nn.Module):
             self._first = self.fresh()
-        if self.tokenizer is None:
+        if self._tokenizer is None:
             raise ValueError(f"{what}: expected a tokenizer too, with a model in memory; got none")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer that was given or came with the model."""
+        assert self._tokenizer is not None
+        return self._tokenizer
 
     def fresh(self) -> nn.Module:
         """Return a copy of the model that has not been changed."""
@@ -233,13 +247,13 @@ class _Source:
         if first is not None:
             return first
         made = self._make()
-        made, own = made if isinstance(made, tuple) else (made, None)
-        if not isinstance(made, nn.Module):
-            raise TypeError(f"{self.what}: expected the function to make a model; got {type(made).__name__}")
-        if made is self._last():
+        model, own = made if isinstance(made, tuple) else (made, None)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{self.what}: expected the function to make a model; got {type(model).__name__}")
+        if model is self._last():
             raise ValueError(f"{self.what}: the function gave one model twice; each run needs a fresh one")
-        self._last, self.tokenizer = weakref.ref(made), self.tokenizer or own
-        return made
+        self._last, self._tokenizer = weakref.ref(model), self._tokenizer or own
+        return model
 
     def digest(self) -> str:
         """Return a digest of the model's class, config, weights and adapters, and of which weights are frozen."""
@@ -254,7 +268,9 @@ class _Source:
 class _Rows:
     """Finished rows in a folder, each in a file named by a hash of all that determines it; without a folder, none."""
 
-    def __init__(self, out: str | Path | None, tokenizer, trained, sets, asked: Sequence[Metric]):
+    def __init__(
+        self, out: str | Path | None, tokenizer: Tokenizer, trained: Sets, sets: Sets, asked: Sequence[Metric]
+    ):
         self.folder = None if out is None else Path(out) / _ROWS
         examples = {
             name: {side: [dataclasses.astuple(e) for e in examples] for side, examples in given.items()}
@@ -290,7 +306,7 @@ def _recipes(recipes: Sequence[str | Path | Recipe]) -> list[Recipe]:
     return made
 
 
-def _metrics(asked: Sequence[Metric] | None, evaluation, baselines) -> list[Metric]:
+def _metrics(asked: Sequence[Metric] | None, evaluation: Mapping, baselines: Mapping) -> list[Metric]:
     if asked is None:
         return list(NAMES)
     if isinstance(asked, str) or callable(asked):
@@ -315,8 +331,8 @@ def _encoding(recipes: Sequence[Recipe], given: Sequence[Mapping], max_length: i
 
     Raises ValueError if two recipes encode rows otherwise, unless all rows are examples already.
     """
-    names = ("chat_template", "enable_thinking", "system", "date", "prompt_tokens", "seam")
-    names += ("max_length",) if max_length is None else ()
+    names = ["chat_template", "enable_thinking", "system", "date", "prompt_tokens", "seam"]
+    names += ["max_length"] * (max_length is None)
     to_encode = any(not isinstance(item, Example) for sides in given for items in sides.values() for item in items)
     for recipe, name in itertools.product(recipes if to_encode else (), names):
         first, other = getattr(recipes[0].data, name), getattr(recipe.data, name)
@@ -329,7 +345,9 @@ def _encoding(recipes: Sequence[Recipe], given: Sequence[Mapping], max_length: i
     return settings if max_length is None else dataclasses.replace(settings, max_length=max_length)
 
 
-def _encoded(side: str, items: Sequence[Item], *, tokenizer, settings: Data, alternates: bool) -> list[Example]:
+def _encoded(
+    side: str, items: Sequence[Item], *, tokenizer: Tokenizer, settings: Data, alternates: bool
+) -> list[Example]:
     made = data.encode_side(items, tokenizer, settings, side=side, alternates=alternates)
     if not carry_loss(made):
         raise ValueError(f"{side}: no example has a token to predict")

@@ -28,6 +28,8 @@ from moe_unlearn.benchmark.trained_cache import cache_folder, ensure
 from moe_unlearn.data import Document, Example
 from moe_unlearn.model.loading import no_loading_bars
 
+# a tokenizer, and the forget, retain and holdout examples
+Data = tuple[transformers.PreTrainedTokenizerFast, list[Example], list[Example], list[Example]]
 RECIPE_VERSION = 1  # to be raised when a change below leads to other weights from the same settings
 MODELS = ("target", "retrain")
 
@@ -92,7 +94,9 @@ class Experiment:
     def fresh_target(self) -> nn.Module:
         """Return a copy of the target model to unlearn."""
         with torch.random.fork_rng():
-            model = OlmoeForCausalLM._from_config(self.target.config, experts_implementation="grouped_mm")
+            model: OlmoeForCausalLM = OlmoeForCausalLM._from_config(
+                self.target.config, experts_implementation="grouped_mm"
+            )
         model.load_state_dict(self.target.state_dict())
         return model
 
@@ -147,7 +151,7 @@ def settings_of(size: str | Settings) -> Settings:
     return SIZES[size]
 
 
-def build_data(corpus: str, seed: int, settings: Settings):
+def build_data(corpus: str, seed: int, settings: Settings) -> Data:
     """Build the tokenizer and the forget, retain and holdout examples; no two sets share a run of 12 tokens."""
     whole = data.load_builtin(corpus)
     documents = [*whole.forget, *whole.retain, *whole.holdout]
@@ -163,7 +167,8 @@ def build_data(corpus: str, seed: int, settings: Settings):
         available, wanted = getattr(clean, side), getattr(settings, side)
         order = torch.randperm(len(available), generator=draw).tolist()
         sets.append(encode([available[i] for i in order[:wanted]]))
-    return tokenizer, *sets
+    forget, retain, holdout = sets
+    return tokenizer, forget, retain, holdout
 
 
 def tiny_olmoe(vocab_size: int, seed: int = 0, settings: Settings = SIZES["demo"]) -> OlmoeForCausalLM:
@@ -187,7 +192,8 @@ def tiny_olmoe(vocab_size: int, seed: int = 0, settings: Settings = SIZES["demo"
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return OlmoeForCausalLM._from_config(config, experts_implementation="grouped_mm")
+        model: OlmoeForCausalLM = OlmoeForCausalLM._from_config(config, experts_implementation="grouped_mm")
+    return model
 
 
 def train(
@@ -211,7 +217,8 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1, (i + 1) / 20) * 0.5 * (1 + math.cos(math.pi * i / total))
     )
-    device, last = next(model.parameters()).device, []
+    device = next(model.parameters()).device
+    last: list[float] = []
     model.train()
     silent = None if on_step is None else True
     with tqdm(total=total, desc=name, unit="step", disable=silent, leave=False) as progress:
@@ -235,7 +242,7 @@ def train(
 
 
 def _cached_model(
-    name: str, built: tuple, settings: Settings, seed: int, cache: Path, on_step: Callable[[], None] | None = None
+    name: str, built: Data, settings: Settings, seed: int, cache: Path, on_step: Callable[[], None] | None = None
 ) -> nn.Module:
     tokenizer, forget, retain, _ = built
     examples = forget + retain if name == "target" else retain
@@ -258,4 +265,5 @@ def _cached_model(
         model = AutoModelForCausalLM.from_pretrained(
             entry, local_files_only=True, dtype="auto", experts_implementation="grouped_mm"
         )
-    return model.eval()
+    cached: nn.Module = model.eval()
+    return cached

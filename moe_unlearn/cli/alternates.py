@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import data
 from moe_unlearn.cli.arguments import SOURCE, add_chat, add_model, chat_of, positive, writable
@@ -34,7 +35,7 @@ _PLACES = 3  # the number of documents that a message names
 
 def generate_alternates(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     documents: Sequence[Document],
     *,
     count: int = 5,
@@ -81,7 +82,7 @@ def generate_alternates(
             pad_id=data.pad_token_id(tokenizer), stop=data.special_ids(tokenizer),
         ) if missing else []  # fmt: skip
         for place, tokens in zip(missing, said, strict=True):
-            text = _answer(tokenizer.decode(tokens, skip_special_tokens=True))
+            text = _answer(str(tokenizer.decode(tokens, skip_special_tokens=True)))
             if text and text.split() != documents[place[0]].text.split():
                 found[place] = text
     refused += [
@@ -111,14 +112,14 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", required=True, help="the .jsonl file to write, which is the --forget of `run altpo`")
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """Have the model write alternate answers to the questions of a forget set, for the recipe altpo."""
     out = Path(options.out)
     if out.suffix != ".jsonl":
         raise ValueError(f"expected --out to be a .jsonl file, which `run --forget` reads; got {options.out!r}")
     writable(out)
     model, tokenizer = loading.load_model(options.model)
-    documents = data.load(options.forget, side="forget")
+    documents = [*data.load(options.forget, side="forget")]
     records = generate_alternates(
         model, tokenizer, documents, count=options.count, new_tokens=options.new_tokens,
         temperature=options.temperature, seed=options.seed, chat=chat_of(options), instruction=options.instruction,
@@ -128,7 +129,7 @@ def run(options) -> None:
     print(f"{len(records)} alternate answers to {len(documents)} questions; saved to {out}")
 
 
-def _prompt(document: Document, tokenizer, room: int, chat: bool | Chat, instruction: str) -> list[int]:
+def _prompt(document: Document, tokenizer: Tokenizer, room: int, chat: bool | Chat, instruction: str) -> list[int]:
     """Return the tokens of the model's prompt, fewer than `room`."""
     if not document.prompt:
         raise ValueError("expected a question and its answer; got a text without a prompt")

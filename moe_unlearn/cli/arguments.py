@@ -5,8 +5,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from moe_unlearn import data
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from moe_unlearn import config, data
 
 SOURCE = "a file, folder, benchmark or hub data set: NAME_OR_PATH[:SPLIT][?OPTION=VALUE&...]"
 
@@ -20,7 +23,7 @@ def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget
     sub.add_argument("--max-length", type=int, default=None, help="tokens per example (default 512)")
     sub.add_argument("--prompt-tokens", type=int, default=0, help="tokens at the head of each row of a forget or "
                      "holdout text that are its prompt")  # fmt: skip
-    sub.add_argument("--seam", choices=data.seams.SEAMS, default="joint", help="how a prompt and its answer are told "
+    sub.add_argument("--seam", choices=config.SEAMS, default="joint", help="how a prompt and its answer are told "
                      "apart: encoded as one, or as open-unlearning does")  # fmt: skip
     sub.add_argument("--batch-size", type=positive, default=8)
 
@@ -52,7 +55,7 @@ def steps(text: str) -> int:
     return int(text)
 
 
-def chat_of(settings) -> bool | data.Chat:
+def chat_of(settings: Any) -> bool | data.Chat:
     """Return `Chat.chosen` of a recipe's data or a verb's options.
 
     Raises ValueError for options of a chat template without the template itself.
@@ -64,8 +67,14 @@ def chat_of(settings) -> bool | data.Chat:
 
 
 def examples_of(
-    source: str, tokenizer, settings, side: str, reports: dict | None = None, *, alternates: bool = False
-) -> list:
+    source: str,
+    tokenizer: Tokenizer,
+    settings: config.Data | argparse.Namespace,
+    side: str,
+    reports: dict[str, data.DataReport] | None = None,
+    *,
+    alternates: bool = False,
+) -> list[data.Example]:
     """Return the examples of a source; print what was dropped, and keep the report in `reports` under `side`.
 
     `alternates` says that the forget rows are needed with their alternate answers.

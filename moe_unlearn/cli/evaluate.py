@@ -1,9 +1,11 @@
 """`moe-unlearn eval`, which measures a model on the user's own text or on a benchmark's sets."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from moe_unlearn import data, metrics
 from moe_unlearn.cli.arguments import add_data, chat_of, examples_of, steps, writable
@@ -11,7 +13,7 @@ from moe_unlearn.files import write_json
 from moe_unlearn.model import loading
 
 # benchmark -> its function, the class of its sets (None: the user chooses their names), the class of its settings
-_BENCHMARKS = {
+_BENCHMARKS: dict[str, tuple[Callable[..., dict[str, float | None]], Any, Callable[..., Any] | None]] = {
     "muse": (metrics.evaluate_muse, metrics.MuseData, metrics.MuseSettings),
     "tofu": (metrics.evaluate_tofu, metrics.TofuData, metrics.TofuSettings),
     "wmdp": (metrics.evaluate_choices, None, None),
@@ -47,7 +49,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", help="write the metrics as JSON: a file; with --benchmark a folder")
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """Measure a model on forget, retain and holdout text, or with --benchmark; print and save the metrics."""
     if options.benchmark:
         if options.before or options.relearn:
@@ -66,12 +68,12 @@ def run(options) -> None:
     writable(options.out)
     model, tokenizer = loading.load_model(options.model)
     reference = None if options.reference is None else loading.load_model(options.reference)[0]
-    sets = {
+    sets: dict[str, Any] = {
         side: examples_of(getattr(options, side), tokenizer, options, side)
         for side in ("forget", "retain", "holdout")
         if getattr(options, side) is not None
     }
-    result = metrics.evaluate(model, tokenizer, **sets, reference=reference)
+    result: dict[str, Any] = metrics.evaluate(model, tokenizer, **sets, reference=reference)
     if options.before or options.relearn:
         before = None if options.before is None else loading.load_model(options.before)[0]
         result |= metrics.audit(
@@ -86,7 +88,7 @@ def run(options) -> None:
         write_json(options.out, result)
 
 
-def _benchmark(options) -> None:
+def _benchmark(options: argparse.Namespace) -> None:
     named = [entry.partition("=") for entry in options.data]
     if not named or not all(source for _, _, source in named):
         raise ValueError(f"--benchmark needs --data NAME=SOURCE ...; got {' '.join(options.data) or 'none'}")
@@ -110,9 +112,9 @@ def _benchmark(options) -> None:
         raise ValueError(f"{options.benchmark} has no set {min(unknown)!r}; expected some of {', '.join(sets)}")
     writable(options.out, folder=True)
     rows = {name: _rows(source) for name, source in sources.items()}
-    if options.like:
+    if options.like and settings:
         settings = partial(metrics.like, options.like, settings)
-    more = {"settings": settings(chat=chat_of(options))} if settings else {}
+    more: dict[str, Any] = {"settings": settings(chat=chat_of(options))} if settings else {}
     if options.reference_run:
         more["reference_run"] = options.reference_run
     if options.gradient_norm:
@@ -133,5 +135,5 @@ def _benchmark(options) -> None:
 def _rows(source: str) -> list:
     """Return the records of a file as they are, whatever their fields, or the documents of another source."""
     if data.files.file_format(Path(source)) not in data.files.SUFFIXES:
-        return data.load(source)
+        return [*data.load(source)]
     return [record for record, _ in data.files.records(Path(source))]

@@ -10,11 +10,13 @@ import io
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import backend, benchmark, data, masks, native, trace, wagle
 from moe_unlearn.benchmark.trained_cache import clean_cache
@@ -26,6 +28,7 @@ from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetErr
 from moe_unlearn.experts import enable
 from moe_unlearn.files import write_json
 from moe_unlearn.model import loading
+from moe_unlearn.model.batches import Batch
 from moe_unlearn.regress import command as regression
 from moe_unlearn.runs import report
 from moe_unlearn.runs.run import Run, unlearn
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def env(options) -> None:
+def env(options: argparse.Namespace) -> None:
     """Print versions, devices, and which implementation each op would use here."""
     print(f"python {platform.python_version()} on {platform.machine()}")
     for package in ("moe-unlearn", "torch", "transformers", "triton", "peft", "datasets"):
@@ -84,7 +87,7 @@ def env(options) -> None:
         print(f"{impl} is not usable for {', '.join(names)}: {why}")
 
 
-def stats(options) -> None:
+def stats(options: argparse.Namespace) -> None:
     """Print routing frequencies of forget and retain text, and the experts TRACE would select."""
     writable(options.out)
     model, tokenizer = loading.load_model(options.model)
@@ -113,7 +116,7 @@ def stats(options) -> None:
         write_json(options.out, content)
 
 
-def mask(options) -> None:
+def mask(options: argparse.Namespace) -> None:
     """Compute a WAGLE mask and save it."""
     writable(options.out)
     model, tokenizer = loading.load_model(options.model)
@@ -133,7 +136,7 @@ def mask(options) -> None:
     print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """Unlearn: read a recipe, a model and the data, train, evaluate, report."""
     known = options.model_config if options.model_config in models() else None
     recipe = Recipe.load(options.recipe, [*_data_overrides(options), *options.set], model=known)
@@ -147,6 +150,7 @@ def run(options) -> None:
             raise ValueError(f"data.{key} is missing: give --{key} or set it in the recipe")
     if not options.dry_run:
         writable(options.out, folder=True)
+    assert recipe.data.model is not None
     model, tokenizer = loading.load_model(recipe.data.model)
     _require_moe(model)
     reports: dict[str, data.DataReport] = {}
@@ -185,13 +189,13 @@ def run(options) -> None:
         _print_run(out, summary)
 
 
-def write_report(options) -> None:
+def write_report(options: argparse.Namespace) -> None:
     """Rebuild report.md and the figures of a run folder from its summary.json."""
     folder = Path(options.folder)
     print(*report.write(folder, report.read(folder)), sep="\n")
 
 
-def demo(options) -> None:
+def demo(options: argparse.Namespace) -> None:
     """Run the embedded experiment: target, retrain, baselines, each lever, and the three together."""
     if options.clean_cache:
         print(f"removed {clean_cache()} cached models")
@@ -200,7 +204,7 @@ def demo(options) -> None:
     _print_run(out, benchmark.demo(options.corpus, options.seeds, out))
 
 
-def kernels(options) -> int:
+def kernels(options: argparse.Namespace) -> int:
     """Test kernels, ours or yours, for regressions: are they as right, as fast and as lean as they were?"""
     return regression.run(options)
 
@@ -209,8 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moe-unlearn", description="Unlearn Mixture-of-Experts models.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, function):
-        sub = commands.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
+    def command(name: str, function: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=(function.__doc__ or "").partition("\n")[0], description=function.__doc__)
         sub.set_defaults(function=function)
         sub.add_argument("--traceback", action="store_true", help="show where an error was found")
         return sub
@@ -261,18 +265,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _data_overrides(options) -> list[str]:
+def _data_overrides(options: argparse.Namespace) -> list[str]:
     keys = ("model", "forget", "retain", "holdout", "reference")
     return [f"data.{k}={json.dumps(getattr(options, k))}" for k in keys if getattr(options, k) is not None]
 
 
-def _batches(examples: list, tokenizer, batch_size: int, side: str) -> list:
+def _batches(examples: list[data.Example], tokenizer: Tokenizer, batch_size: int, side: str) -> list[Batch]:
     if not carry_loss(examples):
         raise ValueError(f"the {side} set carries no loss: all its labels are -100")
     return data.batches(examples, batch_size, pad_id=data.pad_token_id(tokenizer))
 
 
-def _require_moe(model) -> None:
+def _require_moe(model: nn.Module) -> None:
     """Raise the error of `enable`, which names the families that work, for other models; leave the model as it is."""
     enable(model).disable()
 

@@ -87,7 +87,7 @@ class PairCollator:
 
 
 def side_batches(
-    dataset: Dataset, side: str, size: int, collator: Callable, item: Callable[[str, int], object] | None = None
+    dataset: object, side: str, size: int, collator: Callable, item: Callable[[str, int], object] | None = None
 ) -> list[dict[str, Tensor]]:
     """Return one side of a `ForgetRetainDataset` in the collator's batches of `size`, every example once and in order.
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import added
 from moe_unlearn.files import read_sealed, write_sealed, write_text
@@ -74,9 +75,10 @@ class ReferenceRun:
 
     def __init__(self, folder: str | Path, name: str):
         self.folder, self.name = Path(folder), name
-        self._results = self._read("EVAL")
-        if self._results is None:
+        results = self._read("EVAL")
+        if results is None:
             raise ValueError(f"expected a folder with the {name}_EVAL.json of an earlier evaluation; got {folder}")
+        self._results = results
         self._written = self._read("SETTINGS")
         if self._written is None:
             warnings.warn(
@@ -135,10 +137,11 @@ class Evaluation:
     """
 
     def __init__(
-        self, name: str, model: nn.Module, tokenizer, settings: dict, *, out: str | Path | None = None,
+        self, name: str, model: nn.Module, tokenizer: Tokenizer, settings: dict, *, out: str | Path | None = None,
         cache_dir: str | Path | None = None, reference_run: str | Path | None = None,
     ):  # fmt: skip
-        self.name, self.settings, self.results = name, settings, {}
+        self.name, self.settings = name, settings
+        self.results: dict[str, Result] = {}
         self.reference = None if reference_run is None else ReferenceRun(reference_run, name)
         self._out = None if out is None else Path(out)
         self._special_tokens = added(tokenizer).describe(tokenizer)
@@ -164,8 +167,9 @@ class Evaluation:
                 on_first(lambda: write_sealed(path, json.dumps(result).encode()))
         self.results[key] = result
         self._report(result.get("left_out", ()))
-        if self._out is not None:
-            on_first(self._write)
+        out = self._out
+        if out is not None:
+            on_first(lambda: self._write(out))
         return result
 
     def digest(self, key: str) -> str:
@@ -198,7 +202,8 @@ class Evaluation:
                 found = json.loads(read_sealed(path))
             except (OSError, ValueError) as error:
                 warnings.warn(f"{path} is damaged ({error}); it is computed again", stacklevel=3)
-        return gather(found)[0]
+        result: Result | None = gather(found)[0]
+        return result
 
     def _path(self, key: str, digest: str) -> Path | None:
         if self._cache is None:
@@ -206,13 +211,13 @@ class Evaluation:
         identity = json.dumps([*self._identity, key, digest], sort_keys=True)
         return self._cache / f"result-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
 
-    def _write(self) -> None:
+    def _write(self, out: Path) -> None:
         settings = {
             "format": FORMAT, "settings": self.settings, "data": self._data, "special_tokens": self._special_tokens
         }  # fmt: skip
         for suffix, content in (("SETTINGS", settings), ("EVAL", self.results), ("SUMMARY", self.summary)):
             text = json.dumps(_finite(content), indent=4, sort_keys=True)
-            write_text(self._out / f"{self.name}_{suffix}.json", text + "\n")
+            write_text(out / f"{self.name}_{suffix}.json", text + "\n")
 
 
 def report_left_out(records: Sequence[dict]) -> None:
@@ -226,7 +231,7 @@ def report_left_out(records: Sequence[dict]) -> None:
             print(f"{name}: left out {len(own)}: {'; '.join(own[:_PLACES])}{more}", file=sys.stderr)
 
 
-def tokenizer_digest(tokenizer) -> str:
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Return the SHA-256 of vocabulary and rules, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = tokenizer.get_vocab() if backend is None else backend.to_str()
@@ -234,7 +239,7 @@ def tokenizer_digest(tokenizer) -> str:
     return data_digest([content, special, getattr(tokenizer, "chat_template", None)])
 
 
-def _number(value: object) -> object:
+def _number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

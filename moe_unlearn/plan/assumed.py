@@ -1,5 +1,7 @@
 """What a rehearsal assumes of a preparation that has not been made: results of the largest shape."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def assumed(view: StepView, own: Preparation, rehearsal: Rehearsal, batches: dic
         kl_floor=own.kl_floor or 0.0,
     )
     forget, retain = batches["forget"], batches["retain"]
-    modules = experts_modules(view.model)
+    modules: dict[str, Any] = experts_modules(view.model)
     hidden = head_of(view.model).weight.shape[1]
 
     def zeros(batch: Batch, *tail: int, dtype: torch.dtype = torch.float32) -> RowCache:
@@ -42,9 +44,11 @@ def assumed(view: StepView, own: Preparation, rehearsal: Rehearsal, batches: dic
         if "seuf" in stages:
             selected[0, 0] = True
         else:
+            assert recipe.trace is not None
             selected[:, : recipe.trace.per_layer] = True
         out.selected = selected
-    if "trace" in stages and not out.inactive:
+    if "trace" in stages and recipe.trace is not None and not out.inactive:
+        assert out.selected is not None
         if out.calibration is None:
             tilt = torch.zeros(out.selected.shape)
             out.calibration = Calibration(tilt, 0.0, tilt, 0.0, 1.0)
@@ -61,12 +65,12 @@ def assumed(view: StepView, own: Preparation, rehearsal: Rehearsal, batches: dic
     out.ref_lm_head, out.ref_bias = (
         None if kept is None else rehearsal.fake(kept) for kept in reference_head(view, own)
     )
-    for kept in out.ref_head.values():
+    for kept in (out.ref_lm_head, out.ref_bias):
         if kept is not None:
             rehearsal.ledger.add(kept, CACHES)
     if recipe.retain.objective == "embed_diff":
         out.ref_layer_states = zeros(retain, hidden, dtype=torch.bfloat16)
-    if "wagle" in stages and out.mask is None:
+    if recipe.wagle is not None and "wagle" in stages and out.mask is None:
         shapes = {name: tuple(p.shape) for name, p in view.model.named_parameters()}
         packed = {
             name: rehearsal.empty((*s[:-1], num_words(s[-1]) if s else 1), torch.int32) for name, s in shapes.items()

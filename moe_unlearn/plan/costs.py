@@ -62,7 +62,8 @@ def workspace(function: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> i
 
 
 def _attention(*, query: Tensor, key: Tensor, value: Tensor, **_: object) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+    count: int = sdpa_flop_count(query.shape, key.shape, value.shape)
+    return count
 
 
 def _attention_backward(**operands: Any) -> float:

@@ -20,9 +20,12 @@ inside is not seen here; `costs.workspace` gives it.
 
 import copy
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,7 +61,7 @@ class Rehearsal(TorchDispatchMode):
         self.flops.clear()
         self.moved.clear()
 
-    def twin(self, value, memo: dict[int, object]):
+    def twin(self, value: Any, memo: dict[int, Any]) -> Any:
         """Return a deep copy of `value` whose floating-point tensors are fakes; `memo` is as in copy.deepcopy."""
         with _Copying(self):
             return copy.deepcopy(value, memo)
@@ -73,7 +76,9 @@ class Rehearsal(TorchDispatchMode):
         with self._fake_mode:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if any(isinstance(t, FakeTensor) for t in tensors):
@@ -85,7 +90,7 @@ class Rehearsal(TorchDispatchMode):
         self._count(function, args, kwargs, tensors, out)
         return out
 
-    def _constructed(self, function, args, kwargs):
+    def _constructed(self, function: OpOverload, args: tuple, kwargs: dict) -> Any:
         with self._fake_mode:
             fake = function(*args, **kwargs)
         if not isinstance(fake, FakeTensor):
@@ -93,7 +98,7 @@ class Rehearsal(TorchDispatchMode):
         limit = _SMALL if fake.is_floating_point() else _LARGE
         return function(*args, **kwargs) if fake.numel() <= limit else fake
 
-    def _on_fakes(self, function, args, kwargs):
+    def _on_fakes(self, function: OpOverload, args: tuple, kwargs: dict) -> Any:
         name = function._schema.name
         if function is aten._local_scalar_dense.default:
             return torch.ones((), dtype=args[0].dtype).item()
@@ -112,8 +117,8 @@ class Rehearsal(TorchDispatchMode):
             return args[0]
         return self._run(function, args, kwargs)
 
-    def _run(self, function, args, kwargs):
-        def faked(value):
+    def _run(self, function: OpOverload, args: tuple, kwargs: dict) -> Any:
+        def faked(value: object) -> object:
             return self.fake(value) if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
 
         if any(isinstance(t, Tensor) and not isinstance(t, FakeTensor) for t in tree_leaves((args, kwargs))):
@@ -127,9 +132,9 @@ class Rehearsal(TorchDispatchMode):
             return self.empty((mask.numel(), mask.dim()), torch.int64)
         return mask.nonzero()
 
-    def _expanded(self, indices):
+    def _expanded(self, indices: Iterable[Tensor | None]) -> list[Tensor | None]:
         """Replace masks among `indices` by index tensors, as torch's indexing does internally."""
-        out = []
+        out: list[Tensor | None] = []
         for index in indices:
             if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
                 found = self._indices(index)
@@ -139,7 +144,7 @@ class Rehearsal(TorchDispatchMode):
                 out.append(index)
         return out
 
-    def _count(self, function, args, kwargs, tensors, out) -> None:
+    def _count(self, function: OpOverload, args: tuple, kwargs: dict, tensors: list[Tensor], out: object) -> None:
         results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if function.is_view:
             return
@@ -154,7 +159,7 @@ class Rehearsal(TorchDispatchMode):
         self.ledger.pulse(costs.workspace(function, args, kwargs), "workspace")
 
 
-def _in_place(function) -> bool:
+def _in_place(function: OpOverload) -> bool:
     """Return whether a torch operation writes its first argument and returns it."""
     first = next(iter(function._schema.arguments), None)
     writes = first is not None and first.alias_info is not None and first.alias_info.is_write
@@ -177,7 +182,9 @@ class _Copying(TorchFunctionMode):
         super().__init__()
         self._rehearsal = rehearsal
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable, types: tuple[type, ...], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if function is torch.Tensor.__deepcopy__:
             tensor, memo = args
             if id(tensor) not in memo:

@@ -7,7 +7,7 @@ the CUDA context, cuBLAS' workspace, scratch of the C++ kernels.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -215,7 +215,7 @@ def _static(view: StepView, prepared: Preparation, caches: int) -> dict[str, int
     return {name: size for name, size in known.items() if size}
 
 
-def _tensors(value) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     """Return the tensors in nested dicts, lists, tuples and plain objects of this package."""
     if isinstance(value, Tensor):
         return [value]
@@ -228,7 +228,7 @@ def _tensors(value) -> list[Tensor]:
     return [tensor for item in value for tensor in _tensors(item)]
 
 
-def _device(named: list[tuple[str, Tensor]]) -> torch.device:
+def _device(named: Sequence[tuple[str, Tensor]]) -> torch.device:
     device = named[0][1].device
     if device.type != "meta":
         return device
@@ -275,10 +275,11 @@ def _levers(view: StepView, prepared: Preparation) -> dict[str, str]:
     if recipe.trace is not None:
         levers["trace"] = "experts selected in prepare()"
         if prepared.inactive:
+            assert prepared.frequencies is not None
             settings, found = recipe.trace, prepared.frequencies
             why = trace.why_empty(**found, min_ratio=settings.min_ratio, min_load=settings.min_load)
             levers["trace"] = f"TRACE inactive: {why}"
-        elif prepared.calibration is not None:
+        elif prepared.calibration is not None and prepared.selected is not None:
             levers["trace"] = (
                 f"{int(prepared.selected.sum())} experts selected, effective retain sample "
                 f"{prepared.calibration.ess:.0f} tokens"
@@ -291,10 +292,10 @@ def _levers(view: StepView, prepared: Preparation) -> dict[str, str]:
         names = ["forget", "retain", *(["kl"] if recipe.mollm.kl else [])]
         levers["mollm"] = f"common descent of {', '.join(names)} ({recipe.mollm.normalize})"
     if recipe.dual is not None:
-        settings = recipe.dual
+        dual = recipe.dual
         levers["dual"] = (
-            f"holds the retain loss at {settings.retain_loss_eps:g}, alpha is {view.alpha:g} and moves by "
-            f"{settings.step_size:g} times the excess after {settings.warmup_steps} steps"
+            f"holds the retain loss at {dual.retain_loss_eps:g}, alpha is {view.alpha:g} and moves by "
+            f"{dual.step_size:g} times the excess after {dual.warmup_steps} steps"
         )
     levers["scope"] = recipe.scope.kind
     if balance := router_aux.described(view.model, recipe):

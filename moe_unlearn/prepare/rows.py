@@ -244,7 +244,7 @@ def tensor_digest(tensor: Tensor, prefix: bytes = b"") -> str:
     digest = hashlib.sha256(prefix)
     digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
     for chunk in _chunks(tensor.detach()):
-        digest.update(chunk.cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(chunk.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

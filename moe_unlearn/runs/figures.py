@@ -1,9 +1,17 @@
 """Drawing of a report's figures."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moe_unlearn.files import whole_file
 from moe_unlearn.runs.summary import KEEP, RUNS, WITHIN, Summary, ordered
+
+if TYPE_CHECKING:  # the figures are drawn where the library is installed
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Drawn = tuple["Figure", str]  # a figure and its caption
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker of its own for every run
 STYLES = {
@@ -15,8 +23,8 @@ STYLES = {
 
 def draw(folder: Path, summary: Summary, trajectory: dict, routing: dict) -> dict[str, str]:
     """Draw the figures for which there is data into `folder`; return their file names and captions."""
-    made = {}
-    drawings = (
+    made: dict[str, str] = {}
+    drawings: tuple[tuple[str, Callable[..., Drawn | None], tuple], ...] = (
         ("pareto.png", pareto, (summary,)),
         ("trajectories.png", trajectory_curves, (trajectory, summary)),
         ("experts.png", expert_frequencies, (routing,)),
@@ -29,7 +37,7 @@ def draw(folder: Path, summary: Summary, trajectory: dict, routing: dict) -> dic
     return made
 
 
-def _new(width: float, height: float, rows: int = 1, columns: int = 1, **keywords):
+def _new(width: float, height: float, rows: int = 1, columns: int = 1, **keywords: Any) -> tuple["Figure", Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # instead of pyplot, which keeps global state and figures to close
 
@@ -38,7 +46,7 @@ def _new(width: float, height: float, rows: int = 1, columns: int = 1, **keyword
     return figure, figure.subplots(rows, columns, squeeze=False, **keywords)
 
 
-def pareto(summary: Summary):
+def pareto(summary: Summary) -> Drawn | None:
     keys = ("verbmem_f", "verbmem_r")
     runs = [r for r in ordered(summary) if set(keys) <= summary[r].keys()]
     if len(runs) < 2:
@@ -78,13 +86,13 @@ def pareto(summary: Summary):
     return figure, caption + "."
 
 
-def _shared_legend(figure, axes) -> None:
+def _shared_legend(figure: "Figure", axes: "Axes") -> None:
     handles, labels = axes.get_legend_handles_labels()
     columns = min(round(figure.get_figwidth() * 0.8), len(labels))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, columnspacing=1.2)
 
 
-def trajectory_curves(trajectory: dict, summary: Summary):
+def trajectory_curves(trajectory: dict, summary: Summary) -> Drawn | None:
     keys = ("nll_f", "nll_r")
     series = {
         run: [s for s in trajectory[run] if all(isinstance(s.get(k), int | float) for k in ("step", *keys))]
@@ -114,7 +122,7 @@ def trajectory_curves(trajectory: dict, summary: Summary):
     return figure, "NLL while unlearning: left should rise to the dashed line, right should stay on it."
 
 
-def expert_frequencies(routing: dict):
+def expert_frequencies(routing: dict) -> Drawn | None:
     if not routing:
         return None
     import numpy

@@ -9,6 +9,7 @@ frequencies and `selected`, all [L, E]; `inactive` says why TRACE selected none)
 import json
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class Content:
 
     summary: Summary
     corpus: str = ""
-    results: dict[int | str, Summary] = field(default_factory=dict)  # by seed
+    results: Mapping[int, Summary] | Mapping[str, Summary] = field(default_factory=dict)  # by seed
     trajectories: dict[str, list[dict]] = field(default_factory=dict)
     routing: dict = field(default_factory=dict)
 
@@ -77,7 +78,7 @@ def markdown(content: Content, made: dict[str, str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _verdict(summary: Summary, results: dict[str, Summary]) -> list[str]:
+def _verdict(summary: Summary, results: dict[int | str, Summary]) -> list[str]:
     lines = []
     if "retrain" not in summary:
         return [
@@ -111,7 +112,7 @@ def _verdict(summary: Summary, results: dict[str, Summary]) -> list[str]:
     return lines
 
 
-def _lever(lever: str, summary: Summary, results: dict[str, Summary]) -> str:
+def _lever(lever: str, summary: Summary, results: dict[int | str, Summary]) -> str:
     complete = [s for s in results.values() if {lever, BASELINE, "retrain"} <= s.keys()] or [summary]
     gains = [_distance(s, BASELINE) - _distance(s, lever) for s in complete]
     gain = statistics.fmean(gains)

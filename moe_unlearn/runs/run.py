@@ -2,9 +2,11 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import TrainingArguments
 
 from moe_unlearn import data, metrics, trace
@@ -18,6 +20,7 @@ from moe_unlearn.model.batches import Batch
 from moe_unlearn.plan import Plan
 from moe_unlearn.prepare.stages import CHOOSING, needed
 from moe_unlearn.runs import report
+from moe_unlearn.runs.summary import Summary
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer, pair_collator
 
@@ -31,7 +34,9 @@ class Run:
     Raises ValueError if the sets do not fit the recipe (see `pair_collator`), or if one carries no loss.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, recipe: Recipe, forget: list[Example], retain: list[Example]):
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer, recipe: Recipe, forget: list[Example], retain: list[Example]
+    ):
         self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
         forget = data.draw(forget, recipe.data.forget_rows, seed=recipe.seed)
         retain = data.draw(retain, recipe.data.retain_rows, seed=recipe.seed)
@@ -100,9 +105,9 @@ class Run:
 
 def unlearn(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     recipe: Recipe,
-    sets: dict[str, list],
+    sets: dict[str, list[Example]],
     out: Path,
     *,
     resume: bool = False,
@@ -128,12 +133,13 @@ def unlearn(
     write_text(out / "recipe.yaml", recipe.to_yaml())
     if reports is not None:
         write_json(out / "data.json", {side: own.to_dict() for side, own in reports.items()})
-    summary = {}
+    summary: Summary = {}
+    measured: dict[str, Any] = {**sets}
     if evaluate:
         if recipe.data.reference is not None:
             retrained, _ = loading.load_model(recipe.data.reference)
-            summary["retrain"] = metrics.evaluate(retrained, tokenizer, **sets)
-        summary["target"] = metrics.evaluate(model, tokenizer, **sets)
+            summary["retrain"] = metrics.evaluate(retrained, tokenizer, **measured)
+        summary["target"] = metrics.evaluate(model, tokenizer, **measured)
     start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=resume)
@@ -142,14 +148,15 @@ def unlearn(
             write_text(out / "verified.txt", trainer.unlearn_step.verifier.summary() + "\n")
     seconds += time.perf_counter() - start
     # save_model would also write a pickle of the training arguments beside the weights
-    trainer.model.save_pretrained(out / "model")
+    unlearned: Any = trainer.model
+    unlearned.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     trajectories = {recipe.name: [entry for entry in trainer.state.log_history if "forget_loss" in entry]}
     write_json(out / "trajectory.json", trajectories)
     if routing := routing_of(trainer.unlearn_step):
         write_json(out / "routing.json", routing)
     if evaluate:
-        summary[recipe.name] = metrics.evaluate(trainer.model, tokenizer, **sets) | {"seconds": seconds}
+        summary[recipe.name] = metrics.evaluate(unlearned, tokenizer, **measured) | {"seconds": seconds}
         add_privleak([summary["target"], summary[recipe.name]], summary.get("retrain", {}))
         write_json(out / "summary.json", summary)
         report.write(out, report.Content(summary, trajectories=trajectories, routing=routing))
@@ -161,9 +168,11 @@ def routing_of(step: UnlearnStep) -> dict:
     recipe, prepared = step.recipe.trace, step.prepared
     if prepared.frequencies is None:
         return {}
-    routing = {side: counted.frequency.tolist() for side, counted in prepared.frequencies.items()}
+    assert prepared.selected is not None  # it comes with the frequencies
+    routing: dict[str, Any] = {side: counted.frequency.tolist() for side, counted in prepared.frequencies.items()}
     routing["selected"] = prepared.selected.tolist()
     if prepared.inactive:
+        assert recipe is not None
         routing["inactive"] = trace.why_empty(
             **prepared.frequencies, min_ratio=recipe.min_ratio, min_load=recipe.min_load
         )

@@ -34,7 +34,7 @@ class Multiplier:
     @property
     def offset(self) -> float:
         """Return lambda eps, which the constraint subtracts from the sum of the losses; it has no gradient."""
-        return 0.0 if self.settings is None else self.value * self.settings.retain_loss_eps
+        return 0.0 if self.settings is None else self.value * _bound(self.settings)
 
     def metrics(self) -> dict[str, float]:
         """Return the metric "retain_alpha", the present value; empty if the value is constant."""
@@ -44,7 +44,7 @@ class Multiplier:
         """Follow the losses of a step before which `steps` were done; `router_aux` multiplies the loss of that name."""
         if self.settings is None:
             return
-        if self.warns and not steps and self._excess(losses, router_aux) > 0:
+        if self.warns and not steps and _excess(self.settings, losses, router_aux) > 0:
             warnings.warn(
                 f"the retain loss is {losses['retain_loss']:.4g} before the first update, above what it is to be held "
                 f"at (dual.retain_loss_eps {self.settings.retain_loss_eps:g}): choose a bound above it",
@@ -55,7 +55,14 @@ class Multiplier:
 
     def ascend(self, losses: Mapping[str, float], router_aux: float) -> None:
         """Move lambda: lambda <- max(0, lambda + step_size (retain_loss + router_aux router_aux_loss - eps))."""
-        self.value = max(0.0, self.value + self.settings.step_size * self._excess(losses, router_aux))
+        assert self.settings is not None
+        self.value = max(0.0, self.value + self.settings.step_size * _excess(self.settings, losses, router_aux))
 
-    def _excess(self, losses: Mapping[str, float], router_aux: float) -> float:
-        return losses["retain_loss"] + router_aux * losses.get("router_aux_loss", 0.0) - self.settings.retain_loss_eps
+
+def _excess(settings: Dual, losses: Mapping[str, float], router_aux: float) -> float:
+    return losses["retain_loss"] + router_aux * losses.get("router_aux_loss", 0.0) - _bound(settings)
+
+
+def _bound(settings: Dual) -> float:
+    assert settings.retain_loss_eps is not None  # the recipe cannot leave it out
+    return settings.retain_loss_eps

@@ -64,7 +64,10 @@ def join(parts: Sequence[tuple[float, Factors]], trained_slices: Tensor | None =
     trains = torch.arange(num_experts + 1, device=device) < num_experts
     if trained_slices is not None:
         trains = torch.zeros_like(trains).index_fill(0, trained_slices.long(), True)
-    expert_of, part_of, rows, starts = [], [], ([], []), [0, 0]
+    expert_of: list[Tensor] = []
+    part_of: list[Tensor] = []
+    rows: tuple[list[Tensor], list[Tensor]] = ([], [])
+    starts = [0, 0]
     for i, (_, f) in enumerate(parts):
         index = next((r for r in (f.grad_rows, f.input_rows) if r is not None), f.grad[:, 0])
         positions = torch.arange(len(index), device=device)
@@ -72,8 +75,8 @@ def join(parts: Sequence[tuple[float, Factors]], trained_slices: Tensor | None =
         position = trains[owner].nonzero().squeeze(1)
         expert_of.append(owner[position])
         part_of.append(torch.full_like(position, i))
-        for side, (values, index) in enumerate(((f.grad, f.grad_rows), (f.input, f.input_rows))):
-            rows[side].append(starts[side] + (position if index is None else index.long()[position]))
+        for side, (values, at) in enumerate(((f.grad, f.grad_rows), (f.input, f.input_rows))):
+            rows[side].append(starts[side] + (position if at is None else at.long()[position]))
             starts[side] += len(values)
     owner = torch.cat(expert_of)
     order = owner.argsort(stable=True)
@@ -95,7 +98,9 @@ def inner_products(gradients: Sequence[Factors], trained_slices: Tensor | None, 
     rows, inputs = first.grad.shape[1], first.input.shape[1]
     if trained_slices is None:
         trained_slices = torch.arange(len(first.expert_offsets) - 1, device=first.grad.device)
-    per_expert = sum(f.expert_offsets.diff() for f in gradients)[trained_slices.long()]
+    in_all = sum(f.expert_offsets.diff() for f in gradients)
+    assert isinstance(in_all, Tensor)  # there is at least one gradient
+    per_expert = in_all[trained_slices.long()]
     ghost = (per_expert * (rows + inputs) < rows * inputs) & (mask is None)
     total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=first.grad.device)
     if ghost.any():

@@ -26,7 +26,7 @@ from moe_unlearn.config import Mollm
 from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.ops import gram
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
-from moe_unlearn.optim import MaskedAdamW, MaskedSGD
+from moe_unlearn.optim import Layout, MaskedAdamW, MaskedSGD
 from moe_unlearn.ranks import Ranks
 from moe_unlearn.step.factors import inner_products, join, largest_sum, look, may_overflow
 
@@ -49,7 +49,7 @@ class GradientStore:
     def begin(self, trained: Sequence[tuple[str, nn.Parameter]], masks: Mapping[str, Tensor]) -> None:
         """Begin a step that trains these parameters by name, under these masks by name."""
         self.trained, self.masks = trained, masks
-        self.names = {p: name for name, p in trained}
+        self.names: dict[Tensor, str] = {p: name for name, p in trained}
         self._reset()
 
     def _reset(self) -> None:
@@ -76,7 +76,7 @@ class GradientStore:
         """Hand the optimizer no more gradients."""
         self._hook.remove()
 
-    def _hand_over(self, optimizer, args: tuple, keywords: dict) -> tuple[tuple, dict] | None:
+    def _hand_over(self, optimizer: torch.optim.Optimizer, args: tuple, keywords: dict) -> tuple[tuple, dict] | None:
         """Add the collected gradients to the arguments of `optimizer.step`."""
         given = keywords.get("gradients")
         if given is self.collected:
@@ -84,16 +84,16 @@ class GradientStore:
         collected = self.collected if given is None else ChainMap(self.collected, given)
         return args, {**keywords, "gradients": collected}
 
-    def of(self, p: nn.Parameter) -> Tensor | Factors | None:
+    def of(self, p: Tensor) -> Tensor | Factors | None:
         """Return the step's gradient of `p`: whole, compact or as factors."""
         return self.collected.get(p, p.grad)
 
-    def made(self, p: nn.Parameter) -> Tensor | None:
+    def made(self, p: Tensor) -> Tensor | None:
         """Return the step's gradient of `p`, whole or compact; compute it from its factors if need be."""
         gradient = self.of(p)
         if not isinstance(gradient, Factors):
             return gradient
-        trained_slices, mask = self.optimizer.layout(p)
+        trained_slices, mask = self._layout(p)
         return expert_wgrad(**gradient._asdict(), experts=trained_slices, mask=mask, out_dtype=p.dtype)
 
     def backward(self, losses: Mapping[str, Tensor]) -> None:
@@ -108,10 +108,14 @@ class GradientStore:
         held = self.sets.setdefault(objective, [None] * len(self.trained))
         for i, (_, p) in enumerate(self.trained):
             new = self.factors.get(p, self.of(p))
+            before = held[i]
+            # the form of a weight's gradient holds for the whole step
             if isinstance(new, list):
-                held[i] = [*(held[i] or []), *new]
+                assert not isinstance(before, Tensor)
+                held[i] = [*(before or []), *new]
             elif new is not None:
-                held[i] = new if held[i] is None else held[i].add_(new)
+                assert isinstance(new, Tensor) and not isinstance(before, list)
+                held[i] = new if before is None else before.add_(new)
                 p.grad = None
         self._compact |= self.collected.keys()
         self.collected.clear()
@@ -125,15 +129,16 @@ class GradientStore:
         made = {p: _whole([(1.0, f) for f in parts]) for p, parts in self.factors.items()}
         self.collected.update(made)
         for p, bound in zip(made, look([largest_sum(gradient) for gradient in made.values()]), strict=True):
-            if may_overflow(bound, self.names[p]):
-                self.collected[p] = self.made(p)
+            if may_overflow(bound, self.names[p]) and (whole := self.made(p)) is not None:
+                self.collected[p] = whole
         self.factors.clear()
         return any(isinstance(g, Factors) for g in self.collected.values())
 
     def add_up(self, ranks: Ranks) -> None:
         """Add up the gradients of all ranks in place; none of them may be factors."""
         for gradients in self._each_set():
-            ranks.add_({name: g for (name, _), g in zip(self.trained, gradients, strict=True)})
+            assert ranks.count == 1 or not any(isinstance(g, list) for g in gradients)
+            ranks.add_({name: _tensor(g) for (name, _), g in zip(self.trained, gradients, strict=True)})
 
     def divide(self, parts: int) -> None:
         """Divide every gradient, a sum over `parts`, by that number, so that it becomes the mean."""
@@ -150,8 +155,8 @@ class GradientStore:
         """Return the norm of the step's gradient, masks applied, leaving out the gradients that are factors."""
         if self._norm is not None:
             return self._norm
-        whole = [self.of(p) for _, p in self.trained]
-        return look([self._gram([[None if isinstance(g, Factors) else g for g in whole]])[0, 0]])[0] ** 0.5
+        norm: float = look([self._gram([[_tensor(self.of(p)) for _, p in self.trained]])[0, 0]])[0] ** 0.5
+        return norm
 
     def scale(self, factor: float) -> None:
         """Multiply the step's gradient by `factor`."""
@@ -166,13 +171,13 @@ class GradientStore:
     def products(self) -> Tensor:
         """Return the Gram matrix [m, m] float64 of the objectives' masked gradients."""
         sets = list(self.sets.values())
-        total = self._gram([[None if isinstance(g, list) else g for g in gradients] for gradients in sets])
+        total = self._gram([[_tensor(g) for g in gradients] for gradients in sets])
         for i, (_, p) in enumerate(self.trained):
-            present = [j for j, gradients in enumerate(sets) if isinstance(gradients[i], list)]
+            present = {j: parts for j, gradients in enumerate(sets) if isinstance(parts := gradients[i], list)}
             if present:
-                whole = [_whole([(1.0, f) for f in sets[j][i]]) for j in present]
-                index = torch.tensor(present, device=total.device)
-                total[index[:, None], index] += inner_products(whole, *self.optimizer.layout(p)).to(total.device)
+                whole = [_whole([(1.0, f) for f in parts]) for parts in present.values()]
+                index = torch.tensor([*present], device=total.device)
+                total[index[:, None], index] += inner_products(whole, *self._layout(p)).to(total.device)
         return total
 
     def common_descent(self, settings: Mollm, left_out: Sequence[str], *, measure: bool) -> dict[str, float]:
@@ -206,17 +211,17 @@ class GradientStore:
         elif keep:
             self._before = [self._rows(p).clone() for _, p in self.trained]
         # at a stationary point no weight may move, not even by momentum or decay: no parameter gets a gradient
-        used = [] if direction.stationary else [j for j, value in enumerate(c.tolist()) if value != 0]
-        sets = list(self.sets.values())
+        used = [] if direction.stationary else [*zip(c.tolist(), self.sets.values(), strict=True)]
+        used = [(c_j, gradients) for c_j, gradients in used if c_j != 0]
         for i, (_, p) in enumerate(self.trained):
-            terms = [(float(c[j]), sets[j][i]) for j in used if sets[j][i] is not None]
+            if parts := [(c_j, f) for c_j, gradients in used if isinstance(g := gradients[i], list) for f in g]:
+                self.collected[p] = _whole(parts)
+                continue
+            terms = [(c_j, g) for c_j, gradients in used if isinstance(g := gradients[i], Tensor)]
             if not terms:
                 continue
-            if isinstance(terms[0][1], list):
-                self.collected[p] = _whole([(c_j, f) for c_j, parts in terms for f in parts])
-                continue
-            (first, total), *others = terms
-            total = first * total if keep else total.mul_(first)
+            (first, own), *others = terms
+            total: Tensor = first * own if keep else own.mul_(first)
             for c_j, gradient in others:
                 total.add_(gradient, alpha=c_j)
             if p in self._compact:
@@ -252,7 +257,7 @@ class GradientStore:
             return self._rates
         change = [self._rows(p) - old for (_, p), old in zip(self.trained, self._before, strict=True)]
         # no masks are needed: the change is zero wherever the mask forbids one
-        products = gram([*self.sets.values(), change])[:-1, -1]
+        products = gram([*([_tensor(g) for g in gradients] for gradients in self.sets.values()), change])[:-1, -1]
         return dict(zip(self.sets, products.tolist(), strict=True))
 
     def held(self) -> list[Tensor]:
@@ -272,7 +277,12 @@ class GradientStore:
 
     def _each_set(self) -> list[list[Gradient]]:
         """Return the sets of gradients; without MOLLM the step's gradient is the only one."""
-        return [*self.sets.values()] or [[self.of(p) for _, p in self.trained]]
+        return [*self.sets.values()] or [[_tensor(self.of(p)) for _, p in self.trained]]
+
+    def _layout(self, p: Tensor) -> Layout:
+        layout = self.optimizer.layout(p)
+        assert layout is not None  # only weights that the optimizer trains have factors
+        return layout
 
     def _rows(self, p: nn.Parameter) -> Tensor:
         """Return the part of a parameter that its gradient covers: the trained slices if the gradient is compact."""
@@ -282,6 +292,11 @@ class GradientStore:
     def _gram(self, sets: list[list[Tensor | None]]) -> Tensor:
         compact = self._compact | self.collected.keys()
         return gram(sets, masks=[None if p in compact else self.masks.get(name) for name, p in self.trained])
+
+
+def _tensor(gradient: Gradient | Factors) -> Tensor | None:
+    """Return a gradient that is a tensor; None for factors."""
+    return gradient if isinstance(gradient, Tensor) else None
 
 
 def _whole(parts: list[tuple[float, Factors]]) -> Factors:

@@ -14,7 +14,8 @@ tokens marked by a batch's `state_mask` [B, S].
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,18 @@ TOKEN_LOSSES = {
     "wga": lambda nll, forget: losses.wga(nll, forget.beta),
     "satimp": lambda nll, forget: losses.satimp(nll, forget.beta1, forget.beta2),
 }
+
+
+_Found = TypeVar("_Found")
+
+
+class _Targets(TypedDict, total=False):
+    """What `token_losses` compares a model with: the states and the head of a reference, a penalty of the label."""
+
+    ref_hidden_states: Tensor
+    ref_lm_head: Tensor | None
+    ref_bias: Tensor | None
+    label_penalty: float
 
 
 class Objectives:
@@ -119,10 +132,10 @@ class Objectives:
             states, log_weight = self._states(stacked, self._tilt(retain), group, layer)
         shape, length = stacked["input_ids"].shape, retain["input_ids"].shape[1]
         routing = [of_layer.rows(shape, rows[-1], length) for of_layer in routing]
-        states = [states[r, : b["input_ids"].shape[1]] for r, b in zip(rows, parts, strict=True)]
+        *others, kept = [states[r, : b["input_ids"].shape[1]] for r, b in zip(rows, parts, strict=True)]
         if log_weight is not None:
             log_weight = log_weight[rows[-1], :length]
-        return {**self._forget_side(forget, *states[:-1]), **self.retain(retain, states[-1], log_weight, routing)}
+        return {**self._forget_side(forget, *others), **self.retain(retain, kept, log_weight, routing)}
 
     def units(self, forget: Batch, retain: Batch) -> dict[str, Tensor]:
         """Count the units that the losses of a pair of batches are means over, int64 [] each, by name.
@@ -199,23 +212,26 @@ class Objectives:
         if with_kl:
             out["kl"] = self._token_sum(batch, states, "kl", None) / positions
         if self.router_aux:
+            assert routing is not None  # states come with the routing of their forward pass
             out["router_aux"] = router_aux.load_balancing_loss(routing, attended_mask(batch).flatten())
         return out
 
-    def _routing(self):
+    def _routing(self) -> contextlib.AbstractContextManager[list[router_aux.Layer]]:
         """Return a context that collects the routing of a forward pass for the load-balancing loss, if that is used."""
         return router_aux.routing(self.model) if self.router_aux else contextlib.nullcontext([])
 
-    def _states(self, batch: Batch, tilt: Tensor | None = None, group: Tensor | None = None, layer: int | None = None):
+    def _states(
+        self, batch: Batch, tilt: Tensor | None = None, group: Tensor | None = None, layer: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Run one forward pass; return hidden states [B, S, H], final or after RMU's layer, and log_weight [B, S]."""
         ids = batch["input_ids"]
         log_weight = None if tilt is None else torch.zeros(ids.numel(), device=ids.device)
         counts = None
         if group is not None:
             group = group.flatten()
+            modules: Iterable[Any] = experts_modules(self.model).values()
             counts = self.tokens_per_expert = [
-                torch.zeros(2, module.num_experts, dtype=torch.int64, device=ids.device)
-                for module in experts_modules(self.model).values()
+                torch.zeros(2, module.num_experts, dtype=torch.int64, device=ids.device) for module in modules
             ]
         with step_inputs(
             self.model,
@@ -235,10 +251,10 @@ class Objectives:
         return self.recipe.forget.layer if objective == kind else None
 
     def _token_sum(self, batch: Batch, states: Tensor, kind: str, weights: Tensor | None) -> Tensor:
-        keywords = {}
+        targets: _Targets = {}
         if kind == "kl":
-            keywords = self._reference_states(batch, states, self.prepared.ref_hidden_states)
-        per_token = token_losses(self.model, batch, kind=kind, token_weights=weights, hidden_states=states, **keywords)
+            targets = self._reference_states(batch, states, self.prepared.ref_hidden_states)
+        per_token = token_losses(self.model, batch, kind=kind, token_weights=weights, hidden_states=states, **targets)
         return per_token.sum()
 
     def _tilt(self, batch: Batch) -> Tensor | None:
@@ -255,6 +271,7 @@ class Objectives:
         if settings.refresh == "offline":
             return self._need("trace", self.prepared.token_weights).get(batch)
         state = self._need("trace", self.prepared.calibration)
+        assert log_weight is not None  # a forward pass with TRACE's tilt adds it up
         return trace.online_weights(log_weight, state.bias, settings.cap or state.largest_weight)
 
     def _forget(self, batch: Batch, states: Tensor | None = None, states_idk: Tensor | None = None) -> Tensor:
@@ -273,7 +290,7 @@ class Objectives:
             mean = per_token.sum() / positions
             return -mean if settings.objective == "ga" else mean
         if settings.objective in ("ceu", "undial"):
-            targets = {"label_penalty": math.inf}
+            targets: _Targets = {"label_penalty": math.inf}
             if settings.objective == "undial":
                 targets = self._reference_states(batch, states, self.prepared.ref_hidden_states_forget)
                 targets["label_penalty"] = settings.beta
@@ -297,11 +314,16 @@ class Objectives:
             settings.beta,
         )
 
-    def _reference_states(self, batch: Batch, states: Tensor, cache: RowCache | None) -> dict:
+    def _reference_states(self, batch: Batch, states: Tensor, cache: RowCache | None) -> _Targets:
         given = batch.get("ref_hidden_states")
         if given is None:
             given = self._need("reference", cache).get(batch)
-        return {"ref_hidden_states": given.to(states.dtype), **self.prepared.ref_head}
+        prepared = self.prepared
+        return {
+            "ref_hidden_states": given.to(states.dtype),
+            "ref_lm_head": prepared.ref_lm_head,
+            "ref_bias": prepared.ref_bias,
+        }
 
     def _reference_logprobs(self, batch: Batch) -> Tensor:
         given = batch.get("ref_logprobs")
@@ -309,7 +331,7 @@ class Objectives:
             given = self._need("reference", self.prepared.ref_logprobs).get(batch)
         return losses.sequence_sums(given, target_mask(batch))
 
-    def _need(self, stage: str, value):
+    def _need(self, stage: str, value: _Found | None) -> _Found:
         if value is None:
             raise NotPreparedError(
                 f"recipe {self.recipe.name!r} needs prepare(forget_batches, retain_batches) first: "

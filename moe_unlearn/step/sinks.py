@@ -51,10 +51,11 @@ class CompactSink(GradientSink):
     def trained_slices(self, weights: Sequence[Tensor]) -> Tensor | None:
         """Return the slices that train of any of one layer's `weights`, ascending int32 [M_e]; None for all."""
         layouts = [found for found in map(self.optimizer.layout, weights) if found is not None]
-        if any(layout.trained_slices is None for layout in layouts):
+        found = [layout.trained_slices for layout in layouts if layout.trained_slices is not None]
+        if len(found) < len(layouts):
             return None
-        found = [layout.trained_slices for layout in layouts]
-        return torch.cat(found or [torch.empty(0, dtype=torch.long, device=weights[0].device)]).unique().int()
+        slices: Tensor = torch.cat(found or [torch.empty(0, dtype=torch.long, device=weights[0].device)]).unique()
+        return slices.int()
 
     def take(self, weight: Tensor, factors: Factors) -> None:
         """Take the factors of a gradient of `weight` from the backward pass."""
@@ -63,6 +64,7 @@ class CompactSink(GradientSink):
             return
         trained_slices, mask = layout
         held = self.store.collected.get(weight)
+        assert not isinstance(held, Factors)  # factors become the step's gradients after its backward passes
         if weight.dim() == 3:
             dw = expert_wgrad(**factors._asdict(), experts=trained_slices, mask=mask, out=held, out_dtype=weight.dtype)
         else:  # a bias, whose mask runs along the other dimension
@@ -95,7 +97,7 @@ class FactorSink(CompactSink):
             kept[weight] = weight.dim() == 3 and (self.form == "factors" or size < trained * weight[0].numel())
         if kept.get(weight):
             # detached, so that they do not keep the graph that they were computed in
-            parts = Factors(*(None if v is None else v.detach() for v in factors))
+            parts = Factors(**{name: v.detach() for name, v in factors._asdict().items() if v is not None})
             self.store.factors.setdefault(weight, []).append(parts)
         else:
             super().take(weight, factors)

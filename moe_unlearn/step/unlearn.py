@@ -224,7 +224,7 @@ class UnlearnStep:
             factored = self.recipe.mollm is None and self.gradients.settle()
             norm = self.gradients.norm()
             if not math.isfinite(norm):
-                raise NonFiniteError(f"the gradient norm is {norm}: stopped before the update", self._updated)
+                raise NonFiniteError(f"the gradient norm is {norm}: stopped before the update", (*self._updated,))
         except (NonFiniteError, RetainBudgetError) as error:
             raise self._stopped(error) from None
         # with updates in the backward pass or from factors the whole gradient never exists
@@ -365,7 +365,7 @@ class UnlearnStep:
         """
         memo = {id(self.prepared): prepared, id(self.masks): {}}
         memo |= {id(mask): mask for slot in self.optimizer.slots() if (mask := slot.mask) is not None}
-        shadow = copied(self, memo)
+        shadow: UnlearnStep = copied(self, memo)
         for own, copy in zip(*(experts_modules(step.model).values() for step in (self, shadow)), strict=True):
             copy_gate(own, copy)
         shadow.objectives.dual.warns = False  # its losses are not real
@@ -386,13 +386,15 @@ class UnlearnStep:
     def _backward(self, weighed: dict[str, tuple[float, Tensor]]) -> None:
         factors = self.objectives.factors
         if self.recipe.mollm is None:
-            sum(factors[name] * share * value for name, (share, value) in weighed.items()).backward()
+            total = sum(factors[name] * share * value for name, (share, value) in weighed.items())
+            assert isinstance(total, Tensor)  # there is always a forget loss
+            total.backward()
             return
         values = {name: share * value for name, (share, value) in weighed.items()}
         self.gradients.backward(self.objectives.merged(values))
 
     def _descend(self, settings: Mollm) -> dict[str, float]:
-        kl = self.tally.losses().get("kl_loss")
-        active = kl is None or mollm.kl_active(kl, self.prepared.kl_floor, factor=settings.kl_floor)
+        kl, floor = self.tally.losses().get("kl_loss"), self.prepared.kl_floor
+        active = kl is None or floor is None or mollm.kl_active(kl, floor, factor=settings.kl_floor)
         left_out = [] if active else ["kl"]
         return self.gradients.common_descent(settings, left_out, measure=self.steps % settings.log_descent_every == 0)

@@ -1,5 +1,7 @@
 """The weights that a step trains, within the recipe's scope, the selection and the mask, and the optimizer for them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -44,10 +46,16 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW
     numerics = settings.numerics
     if numerics is None:
         numerics = "stochastic" if any(p.dtype == torch.bfloat16 for p in parameters) else "parity"
-    common = {"lr": settings.lr, "weight_decay": settings.weight_decay, "numerics": numerics, "seed": recipe.seed}
+    common: dict[str, Any] = {
+        "lr": settings.lr,
+        "weight_decay": settings.weight_decay,
+        "numerics": numerics,
+        "seed": recipe.seed,
+    }
     if settings.name == "sgd":
         return MaskedSGD(parameters, momentum=settings.momentum, **common)
-    return MaskedAdamW(parameters, betas=tuple(settings.betas), eps=settings.eps, **common)
+    first, second = settings.betas
+    return MaskedAdamW(parameters, betas=(first, second), eps=settings.eps, **common)
 
 
 def twin_of(optimizer: MaskedSGD | MaskedAdamW, model: nn.Module, twin: nn.Module) -> MaskedSGD | MaskedAdamW:

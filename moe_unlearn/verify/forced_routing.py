@@ -6,7 +6,9 @@ identified by its place among the attended tokens of all forward passes. Source:
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ class Routes:
     """
 
     def __init__(self, model: nn.Module):
-        self.layers = {name: [] for name in experts_modules(model)}
+        self.layers: dict[str, list[Tensor]] = {name: [] for name in experts_modules(model)}
         self.rerouted = 0
 
     @property
@@ -43,14 +45,14 @@ class Routes:
         """Record the forward passes inside; `forced` are routes to take, `wide` computes everything in float64."""
         mode = _Mode(self, forced, wide)
 
-        def decoder(module, args, keywords):
+        def decoder(module: nn.Module, args: tuple, keywords: dict) -> None:
             # a gradient checkpoint's recomputation belongs to a backward pass and does not call the decoder
             mode.attended, mode.layer = keywords["attention_mask"].bool().flatten(), 0
 
-        def leave(*_):
+        def leave(*_: object) -> None:
             mode.attended = None
 
-        def experts(name, module, args, keywords):
+        def experts(name: str, module: nn.Module, args: tuple, keywords: dict) -> None:
             if mode.attended is not None:
                 index = keywords["top_k_index"] if "top_k_index" in keywords else args[1]
                 self.layers[name].append(index.detach()[mode.attended])
@@ -61,7 +63,7 @@ class Routes:
             own.register_forward_pre_hook(decoder, with_kwargs=True),
             own.register_forward_hook(leave, always_call=True),
             *(
-                module.register_forward_pre_hook(lambda m, a, k, name=name: experts(name, m, a, k), with_kwargs=True)
+                module.register_forward_pre_hook(partial(experts, name), with_kwargs=True)
                 for name, module in experts_modules(model).items()
             ),
         ]
@@ -81,7 +83,9 @@ class _Mode(TorchFunctionMode):
         self.attended: Tensor | None = None
         self.layer = 0
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable, types: tuple[type, ...], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if self.attended is None:
             return function(*args, **kwargs)
@@ -96,7 +100,8 @@ class _Mode(TorchFunctionMode):
             return self._forced(args[0] if args else kwargs["input"], result)
         return result
 
-    def _forced(self, scores: Tensor, result):
+    def _forced(self, scores: Tensor, result: Any) -> Any:
+        assert self.forced is not None and self.attended is not None
         names = list(self.routes.layers)
         if self.layer >= len(names):
             return result

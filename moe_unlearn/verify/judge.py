@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_unlearn.ops.bits import philox, round_stochastic, unpack_bits
 from moe_unlearn.optim import Slot
@@ -98,13 +98,13 @@ class Comparison:
             for name, value in losses.items():
                 at = f"{name} of micro-batch {i}" if len(self.ours.losses) > 1 else name
 
-                def loss(run: Run, name=name, i=i) -> Tensor:
+                def loss(run: Run, name: str = name, i: int = i) -> Tensor:
                     return torch.tensor(run.losses[i][name], dtype=torch.float64)
 
                 # a loss is a difference of logarithms of order one: however small, it is no closer than their last bit
                 last_bit = torch.finfo(torch.float32).eps
                 self._judge(at, torch.tensor(value, dtype=torch.float32), loss, last_bit)
-        names = {p: name for name, p in self.view.trained}
+        names: dict[Tensor, str] = {p: name for name, p in self.view.trained}
         # the options are taken from the plain step, whose optimizer was loaded with the state before the step
         for own, plain in zip(self.view.optimizer.slots(), self.plain.optimizer.slots(), strict=True):
             if own.parameter in names:
@@ -112,7 +112,8 @@ class Comparison:
 
     def _parameter(self, name: str, slot: Slot) -> None:
         group, p, mask, parameter_id = slot
-        trained_slices = self.view.optimizer.layout(p).trained_slices
+        layout = self.view.optimizer.layout(p)
+        trained_slices = None if layout is None else layout.trained_slices
         slices = slice(None) if trained_slices is None else trained_slices
         kept = torch.ones_like(p, dtype=torch.bool)
         if mask is not None:
@@ -139,22 +140,36 @@ class Comparison:
             return
         for key in sorted(ours.keys() - {"step", "slices", "master"}):
             # second moments are judged by their roots, which scale with the gradient as its errors do
-            root = torch.sqrt if key == "exp_avg_sq" else torch.clone
-            self._judge(f"{key} of {name}", root(ours[key]), lambda run, key=key, root=root: root(run.state[name][key]))
+            root: Callable[[Tensor], Tensor] = torch.sqrt if key == "exp_avg_sq" else torch.clone
+
+            def moment(run: Run, key: str = key, root: Callable[[Tensor], Tensor] = root) -> Tensor:
+                return root(run.state[name][key])
+
+            self._judge(f"{key} of {name}", root(ours[key]), moment)
         if ours:
             update = _Update(group, parameter_id, p, slices, count)
             self._weight(name, p, update, before[slices], after[slices], kept[slices], gradient)
         else:
             self._require(torch.equal(before, after), f"weight {name}: moved, which it does not in the plain step")
 
-    def _weight(self, name, p, update: "_Update", before, after, kept, gradient) -> None:
+    def _weight(
+        self,
+        name: str,
+        p: Tensor,
+        update: "_Update",
+        before: Tensor,
+        after: Tensor,
+        kept: Tensor,
+        gradient: Callable[[Run], Tensor],
+    ) -> None:
         """Judge the slices of one weight that train, [M, ...] each."""
         start = self.masters.get(p, before).double()
         runs, gold = (self.ours, self.baseline), self.gold.weights[name][update.slices]
         truths = [torch.where(kept, update.truth(run.state[name], start, gold), start) for run in runs]
 
         def end(run: Run) -> Tensor:
-            return run.state[name].get("master", run.weights[name][update.slices])
+            weights: Tensor = run.state[name].get("master", run.weights[name][update.slices])
+            return weights
 
         ends = [end(run) for run in runs]
         self._difference(f"weight {name}", *ends)
@@ -213,7 +228,7 @@ class Comparison:
 class _Update:
     """Update of one parameter in float64, for the slices that train."""
 
-    def __init__(self, group: dict, parameter_id: int, p: nn.Parameter, slices, count: float):
+    def __init__(self, group: dict, parameter_id: int, p: Tensor, slices: Tensor | slice, count: float):
         self.group, self.parameter_id, self.p, self.slices, self.count = group, parameter_id, p, slices, count
         self.adam = "betas" in group
         self.own_moments = self.adam or (group["momentum"] > 0 and not group["nesterov"])
@@ -227,11 +242,15 @@ class _Update:
         if self.adam:
             first, second = (state[key].double() for key in ("exp_avg", "exp_avg_sq"))
             corrections = [1 - beta**self.count for beta in group["betas"]]
-            decayed = start * (1 - group["lr"] * group["weight_decay"])
-            return decayed - group["lr"] / corrections[0] * first / (
-                second.sqrt() / math.sqrt(corrections[1]) + group["eps"]
+            decayed: Tensor = start * (1 - group["lr"] * group["weight_decay"])
+            step: Tensor = (
+                group["lr"] / corrections[0] * first / (second.sqrt() / math.sqrt(corrections[1]) + group["eps"])
             )
-        return start - group["lr"] * state["momentum_buffer"].double() if self.own_moments else gold
+            return decayed - step
+        if not self.own_moments:
+            return gold
+        step = group["lr"] * state["momentum_buffer"].double()
+        return start - step
 
     def off(self, end: Tensor, truth: Tensor, start: Tensor, slack: Tensor | float) -> Tensor:
         """Return a bool mask of the weights in `end` that are not the rounding of any value close to `truth`.

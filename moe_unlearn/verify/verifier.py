@@ -36,7 +36,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -238,6 +238,7 @@ class Verifier:
     def _twin(self, dtype: torch.dtype | None) -> Step:
         """Return a plain step over a copy of the model."""
         model = copy.deepcopy(self.step.view().model).to(dtype)
+        module: Any
         for module in model.modules():
             # checkpointing changes no result, and its recomputation would choose routes anew
             if getattr(module, "gradient_checkpointing", False):

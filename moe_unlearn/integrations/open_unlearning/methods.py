@@ -139,7 +139,7 @@ class _Method(UnlearnTrainer):
             model,
             args,
             recipe,
-            train_dataset,  # type: ignore[arg-type]  # a trainer that only evaluates has none
+            train_dataset,
             # the Trainer demands an eval_dataset unless eval_strategy is "no", but evaluators bring their own data
             eval_dataset=() if eval_dataset is None and evaluators else eval_dataset,
             data_collator=data_collator or Collator(0 if tokenizer is None else pad_token_id(tokenizer)),
