@@ -10,6 +10,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -66,14 +67,14 @@ def commit(root: str | Path, step: int, states: dict[str, object], *, keep: int 
     return final
 
 
-def verify(folder: str | Path) -> dict:
+def verify(folder: str | Path) -> dict[str, Any]:
     """Check the files of a checkpoint against their recorded sizes and digests; return its manifest.
 
     Raises CheckpointError if they differ.
     """
     folder = Path(folder)
     try:
-        manifest = json.loads(read_sealed(folder / _MANIFEST))
+        manifest: dict[str, Any] = json.loads(read_sealed(folder / _MANIFEST))
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder}: expected format {FORMAT!r}; got {manifest['format']!r}")
         for name, described in manifest["files"].items():
@@ -136,7 +137,7 @@ def _describe(path: Path) -> dict:
     return {"size": path.stat().st_size, "sha256": digest}
 
 
-def _split(value, tensors: dict) -> object:
+def _split(value: object, tensors: dict[str, torch.Tensor]) -> object:
     """Replace tensors by names; dicts become lists of pairs, so that integer keys, which optimizers use, survive."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
@@ -153,7 +154,7 @@ def _split(value, tensors: dict) -> object:
     raise TypeError(f"a checkpoint holds dicts, lists, tensors and JSON values; got {type(value).__name__}")
 
 
-def _join(tree, tensors: dict) -> object:
+def _join(tree: object, tensors: dict[str, torch.Tensor]) -> object:
     if isinstance(tree, list):
         return [_join(item, tensors) for item in tree]
     if not isinstance(tree, dict):

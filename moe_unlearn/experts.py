@@ -18,9 +18,9 @@ Per-step inputs (token groups, tilt, the sink of gradients) live in one `StepInp
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -101,7 +101,7 @@ def copy_gate(source: nn.Module, target: nn.Module) -> None:
         target.__dict__[_ATTRIBUTE] = _probe(source)
 
 
-def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute the experts' output [T, H] from hidden states [T, H], indices and weights [T, K].
 
     Arguments and result are those of transformers' experts implementations.
@@ -113,16 +113,18 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     routing = _counted_routing(self, state, top_k_index)
     if reason := state.reason or _not_computable(up):
         _warn_once(self, state, reason)
-        return ALL_EXPERTS_FUNCTIONS[_FALLBACK](self, hidden_states, top_k_index, top_k_weights)
+        fallback: Tensor = ALL_EXPERTS_FUNCTIONS[_FALLBACK](self, hidden_states, top_k_index, top_k_weights)
+        return fallback
     if routing is None:
         routing = route(top_k_index, self.num_experts)
-    biases = (None, None)
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
     if self.has_bias:
         biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias)
     weights = [w for w in (up, self.down_proj, *biases) if w is not None and w.requires_grad]
     trained, sink = None, _sink(state, weights)
     if sink is not None and not (hidden_states.requires_grad or top_k_weights.requires_grad):
-        trained = state.inputs.weight_gradients.trained_slices(weights)
+        trained = sink.trained_slices(weights)
+    assert state.gate is not None
     return expert_mlp(
         hidden_states,
         top_k_weights,
@@ -131,13 +133,13 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         ExpertWeights(up, self.down_proj, *biases),
         layout=ExpertLayout(state.gate, self.is_transposed, state.interleaved, self.has_gate),
         trained_experts=trained,
-        sink=sink,
-        bounded=sink is not None and state.inputs.weight_gradients.bounded,
+        sink=None if sink is None else sink.take,
+        bounded=sink is not None and sink.bounded,
     )
 
 
-def _sink(state: _State, weights: list[Tensor]) -> Callable | None:
-    """Return the function that takes the weights' gradients; None if they go to the weights.
+def _sink(state: _State, weights: list[Tensor]) -> GradientSink | None:
+    """Return the sink that takes the weights' gradients; None if they go to the weights.
 
     Weights that are computed from others need gradients of their own, so that they get no sink.
     """
@@ -149,7 +151,7 @@ def _sink(state: _State, weights: list[Tensor]) -> Callable | None:
     if not _recomputing():
         for weight in weights:
             inputs.weight_gradients.enter(weight)
-    return inputs.weight_gradients.take
+    return inputs.weight_gradients
 
 
 def _fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -157,10 +159,11 @@ def _fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Te
     state = _state(self)
     _counted_routing(self, state, top_k_index)
     _warn_once(self, state, state.reason or "its weights are quantised")
-    return ALL_FP8_EXPERTS_FUNCTIONS[_FALLBACK](self, hidden_states, top_k_index, top_k_weights)
+    output: Tensor = ALL_FP8_EXPERTS_FUNCTIONS[_FALLBACK](self, hidden_states, top_k_index, top_k_weights)
+    return output
 
 
-def _counted_routing(module: nn.Module, state: _State, top_k_index: Tensor) -> Routing | None:
+def _counted_routing(module: Any, state: _State, top_k_index: Tensor) -> Routing | None:
     """Route the tokens and add to the counters of the step's inputs; None if there is nothing to count."""
     inputs = state.inputs
     if inputs is None or _recomputing():
@@ -190,7 +193,7 @@ class enable:  # noqa: N801 -- used like a function
     """
 
     def __init__(self, model: nn.Module):
-        modules = experts_modules(model)
+        modules: dict[str, Any] = experts_modules(model)
         if not modules:
             raise ValueError(_no_experts(model))
         # each module dispatches on its config, which the parts of a model may or may not share
@@ -212,7 +215,7 @@ class enable:  # noqa: N801 -- used like a function
     def __enter__(self) -> "enable":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.disable()
 
 
@@ -293,7 +296,7 @@ def _not_computable(weight: Tensor) -> str:
 
 
 def _state(module: nn.Module) -> _State:
-    state = module.__dict__.get(_ATTRIBUTE)
+    state: _State | None = module.__dict__.get(_ATTRIBUTE)
     return _new_state(module) if state is None else state
 
 
@@ -305,7 +308,7 @@ def _new_state(module: nn.Module) -> _State:
     return state
 
 
-def _probe(module: nn.Module) -> _State:
+def _probe(module: Any) -> _State:
     """Find the module's gate and layout, or the reason why they cannot be computed here."""
     if getattr(module, "has_post_expert_norm", False):
         return _State(None, reason="it normalises after each expert")

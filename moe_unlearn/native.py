@@ -45,7 +45,8 @@ def instruction_set(limit: str | None = None) -> str:
 
     The instruction set changes speed only: all of them give the same bits.
     """
-    return torch.ops.moe_unlearn_native.instruction_set(limit)
+    name: str = torch.ops.moe_unlearn_native.instruction_set(limit)
+    return name
 
 
 class TokenLossTiles(NamedTuple):

@@ -22,12 +22,13 @@ is the position over all groups. The optimizers are deterministic.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from moe_unlearn.ops.bits import keep_where, num_words
+from moe_unlearn.ops.bits import keep_where
+from moe_unlearn.ops.checks import check_mask
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_sgd_
 from moe_unlearn.ops.masked_update import SGD, AdamW, Update, masked_adamw_, masked_sgd_
 
@@ -50,6 +51,16 @@ class Slot(NamedTuple):
     parameter: Tensor
     mask: Tensor | None
     parameter_id: int
+
+
+class Target(NamedTuple):
+    """What an update of one parameter changes, where, and which update it is."""
+
+    weight: Tensor
+    state: dict
+    mask: Tensor | None
+    slices: Tensor | None
+    update: Update
 
 
 class _Masked(torch.optim.Optimizer):
@@ -94,13 +105,17 @@ class _Masked(torch.optim.Optimizer):
         else:
             new = list(masks)
         for i, (p, mask) in enumerate(zip(parameters, new, strict=True)):
-            _check_mask(_local(p), mask, i)
+            check_mask(_local(p), mask, i)
         for group in self.param_groups:
             count = len(group["params"])
             group["masks"], new = new[:count], new[count:]
 
+    @overload
+    def step(self, closure: None = None, *, gradients: Gradients | None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float], *, gradients: Gradients | None = None) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, *, gradients: Gradients | None = None):
+    def step(self, closure: Callable[[], float] | None = None, *, gradients: Gradients | None = None) -> float | None:
         """Update every parameter that has a gradient once; return the closure's value.
 
         `gradients` replace `.grad`, by parameter: a compact gradient, [M, ...] for the M slices that train, or the
@@ -172,26 +187,28 @@ class _Masked(torch.optim.Optimizer):
         if trained_slices is not None and len(trained_slices) == 0:
             self.state.pop(p, None)
             return
-        factored = isinstance(gradient, Factors)
-        if not factored and gradient.is_sparse:
+        if isinstance(gradient, Tensor) and gradient.is_sparse:
             raise ValueError(f"parameter {parameter_id}: sparse gradients are not supported")
         if group["maximize"]:
-            gradient = gradient._replace(grad=-gradient.grad) if factored else -gradient
+            gradient = gradient._replace(grad=-gradient.grad) if isinstance(gradient, Factors) else -gradient
         state = self.state[p]
         _fit_state(state, weight, trained_slices, self._moments(group), group["numerics"])
         state["step"] += 1
         stochastic = group["numerics"] == "stochastic" and weight.dtype not in (torch.float32, torch.float64)
         rounding = "stochastic" if stochastic else "nearest"
         update = Update(int(state["step"]), rounding, group["seed"], parameter_id)
-        if factored:
-            if where is not None:
-                shape = weight.shape if trained_slices is None else (len(trained_slices), *weight.shape[1:])
-                compact_mask = keep_where(where, compact_mask, shape)
-            self._apply_factors(weight, gradient, compact_mask, state, self._rule(group), update, trained_slices)
-            return
-        if whole and trained_slices is not None:
+        if where is not None:
+            shape = weight.shape if trained_slices is None else (len(trained_slices), *weight.shape[1:])
+            compact_mask = keep_where(where, compact_mask, shape)
+        if whole and trained_slices is not None and isinstance(gradient, Tensor):
             gradient = gradient[trained_slices]
-        self._apply(weight, gradient, compact_mask, state, self._rule(group), update, trained_slices)
+        self._apply(group, gradient, Target(weight, state, compact_mask, trained_slices, update))
+
+    def _moments(self, group: dict) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def _apply(self, group: dict, gradient: Tensor | Factors, to: Target) -> None:
+        raise NotImplementedError
 
     def _layout(self, parameter_id: int, p: Tensor, mask: Tensor | None) -> Layout:
         if mask is None:
@@ -199,17 +216,18 @@ class _Masked(torch.optim.Optimizer):
         known = self._layouts.get(parameter_id)
         if known is not None and known[0] is mask and known[1] == mask._version:
             return known[2]
-        _check_mask(p, mask, parameter_id)
+        check_mask(p, mask, parameter_id)
         trained_slices = _slices_with_a_bit(p, mask)
         compact = mask if trained_slices is None else mask[trained_slices]
-        if bool((compact == -1).all()) and p.dim() and p.shape[-1] % 32 == 0:
-            compact = None  # every weight of these slices trains
-        self._layouts[parameter_id] = (mask, mask._version, Layout(trained_slices, compact))
+        whole = bool((compact == -1).all()) and p.dim() and p.shape[-1] % 32 == 0  # every weight of these slices trains
+        self._layouts[parameter_id] = (mask, mask._version, Layout(trained_slices, None if whole else compact))
         return self._layouts[parameter_id][2]
 
     def state_size(self, p: Tensor, mask: Tensor | None) -> int:
         """Compute the bytes of moments and master weights that `p` has, or will have under `mask`."""
-        group = self._find(p).group
+        slot = self._find(p)
+        assert slot is not None
+        group = slot.group
         trained_slices = None if mask is None else _slices_with_a_bit(p, mask)
         share = 1 if trained_slices is None else len(trained_slices) / max(len(p), 1) if p.dim() else 0
         copies = len(self._moments(group)) + _needs_master(p, group["numerics"])
@@ -265,13 +283,13 @@ class MaskedSGD(_Masked):
         names = "momentum", "dampening", "weight_decay", "nesterov"
         return SGD(float(group["lr"]), *(group[name] for name in names))
 
-    def _apply(self, p, grad, mask, state, rule, update, slices) -> None:
-        buffer, master = state.get("momentum_buffer"), state.get("master")
-        masked_sgd_(p, grad, buffer, mask, rule, update, master=master, slices=slices)
-
-    def _apply_factors(self, p, factors, mask, state, rule, update, slices) -> None:
-        buffer, master = state.get("momentum_buffer"), state.get("master")
-        expert_wgrad_sgd_(p, buffer, factors, rule, update, experts=slices, mask=mask, master=master)
+    def _apply(self, group: dict, gradient: Tensor | Factors, to: Target) -> None:
+        weight, state, mask, slices, update = to
+        buffer, master, rule = state.get("momentum_buffer"), state.get("master"), self._rule(group)
+        if isinstance(gradient, Factors):
+            expert_wgrad_sgd_(weight, buffer, gradient, rule, update, experts=slices, mask=mask, master=master)
+        else:
+            masked_sgd_(weight, gradient, buffer, mask, rule, update, master=master, slices=slices)
 
 
 class MaskedAdamW(_Masked):
@@ -295,15 +313,16 @@ class MaskedAdamW(_Masked):
         return ("exp_avg", "exp_avg_sq")
 
     def _rule(self, group: dict) -> AdamW:
-        return AdamW(float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])
+        beta1, beta2 = group["betas"]
+        return AdamW(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
 
-    def _apply(self, p, grad, mask, state, rule, update, slices) -> None:
-        moments, master = (state["exp_avg"], state["exp_avg_sq"]), state.get("master")
-        masked_adamw_(p, grad, *moments, mask, rule, update, master=master, slices=slices)
-
-    def _apply_factors(self, p, factors, mask, state, rule, update, slices) -> None:
-        moments, master = (state["exp_avg"], state["exp_avg_sq"]), state.get("master")
-        expert_wgrad_adamw_(p, *moments, factors, rule, update, experts=slices, mask=mask, master=master)
+    def _apply(self, group: dict, gradient: Tensor | Factors, to: Target) -> None:
+        weight, state, mask, slices, update = to
+        m, v, master, rule = state["exp_avg"], state["exp_avg_sq"], state.get("master"), self._rule(group)
+        if isinstance(gradient, Factors):
+            expert_wgrad_adamw_(weight, m, v, gradient, rule, update, experts=slices, mask=mask, master=master)
+        else:
+            masked_adamw_(weight, gradient, m, v, mask, rule, update, master=master, slices=slices)
 
 
 def _whole(group: dict) -> dict:
@@ -378,16 +397,3 @@ def _loaded(values: dict, p: Tensor, moments: tuple[str, ...], numerics: str) ->
         # torch.optim.SGD counts no steps; a buffer shows that it has taken the first one
         state["step"] = torch.tensor(1.0 if "momentum_buffer" in state else 0.0)
     return state
-
-
-def _check_mask(p: Tensor, mask: Tensor | None, parameter_id: int) -> None:
-    if mask is None:
-        return
-    words = [*p.shape[:-1], num_words(p.shape[-1])] if p.dim() else [1]
-    where = f"parameter {parameter_id} of shape {list(p.shape)}"
-    if mask.dtype != torch.int32:
-        raise TypeError(f"{where}: mask must be int32 words (ops.bits.pack_bits); got {mask.dtype}")
-    if list(mask.shape) != words:
-        raise ValueError(f"{where}: mask must have shape {words}; got {list(mask.shape)}")
-    if mask.device != p.device:
-        raise ValueError(f"{where}: mask must be on {p.device}; got {mask.device}")

@@ -27,16 +27,17 @@ The op is deterministic: no atomics, a fixed order of additions. Source: our spe
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_unlearn import backend, native
+from moe_unlearn.ops.checks import check_layer
 from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad
-from moe_unlearn.ops.gate import ACTIVATIONS, ExpertLayout, ExpertWeights, activate, activate_backward
+from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights, activate, activate_backward
 from moe_unlearn.ops.schema import fields
 
 _PLAIN = ExpertLayout()
@@ -75,27 +76,41 @@ def expert_mlp(
     """
     device = hidden_states.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # asking for meta is an error
-        narrow = ExpertWeights(*map(_autocast, weights))
+        narrow = ExpertWeights._make(None if w is None else _autocast(w) for w in weights)
         if sink is not None:
             sink = functools.partial(_through, sink, dict(zip(narrow, weights, strict=True)))
-        same = {"layout": layout, "trained_experts": trained_experts, "bounded": bounded, "impl": impl}
+        layer = functools.partial(
+            expert_mlp, layout=layout, trained_experts=trained_experts, sink=sink, bounded=bounded
+        )
         routed = _autocast(hidden_states), top_k_weights, sorted_rows, expert_offsets
         with torch.autocast(device, enabled=False):
-            return expert_mlp(*routed, narrow, sink=sink, **same).to(hidden_states.dtype)
+            return layer(*routed, narrow, impl=impl).to(hidden_states.dtype)
     operands = hidden_states, top_k_weights, sorted_rows, expert_offsets, *weights, trained_experts
-    _check(hidden_states, top_k_weights, sorted_rows, expert_offsets, weights, layout, trained_experts)
-    layer = _expert_mlp if sink is None else functools.partial(_WithSink.apply, sink, bounded)
-    return layer(*operands, *layout.flat(), impl)[0]
+    check_layer(hidden_states, top_k_weights, sorted_rows, expert_offsets, weights, layout, trained_experts)
+    op = _expert_mlp if sink is None else functools.partial(_WithSink.apply, sink, bounded)
+    out: Tensor = op(*operands, *layout.flat(), impl)[0]
+    return out
 
 
-def expert_mlp_ref(hidden_states, top_k_weights, sorted_rows, expert_offsets, weights, *, layout=_PLAIN) -> Tensor:
+def expert_mlp_ref(
+    hidden_states: Tensor,
+    top_k_weights: Tensor,
+    sorted_rows: Tensor,
+    expert_offsets: Tensor,
+    weights: ExpertWeights,
+    *,
+    layout: ExpertLayout = _PLAIN,
+) -> Tensor:
     """Compute `expert_mlp` in plain PyTorch, differentiable by autograd; same arguments and shapes."""
     return _forward_ref(hidden_states, top_k_weights, sorted_rows, expert_offsets, *weights, *layout.flat())[0]
 
 
-def _forward_ref(x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, gate_up_bias, down_bias, *flat):
+def _forward_ref(
+    x: Tensor, weights: Tensor, sorted_rows: Tensor, expert_offsets: Tensor, *operands: Any
+) -> tuple[Tensor, Tensor]:
     """Compute output [T, H] and pre-activations [N, 2I] in sorted order, zero behind the last expert."""
-    gate, transposed, interleaved, gated = ExpertLayout.of(*flat)
+    gate_up_proj, down_proj, gate_up_bias, down_bias = ExpertWeights(*operands[:4])
+    gate, transposed, interleaved, gated = ExpertLayout.of(*operands[4:])
     num_tokens, top_k = weights.shape
     rows = sorted_rows[: int(expert_offsets[-1])].long()
     z = _grouped_linear(x[rows // top_k], gate_up_proj, gate_up_bias, expert_offsets, transposed)
@@ -105,14 +120,16 @@ def _forward_ref(x, weights, sorted_rows, expert_offsets, gate_up_proj, down_pro
     return slots.view(num_tokens, top_k, x.shape[1]).sum(1).to(x.dtype), _padded(z, weights.numel())
 
 
-def _backward_ref(grad_out, x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, down_bias, z, *operands):
+def _backward_ref(
+    grad_out: Tensor, x: Tensor, weights: Tensor, sorted_rows: Tensor, expert_offsets: Tensor, *operands: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute d hidden_states [T, H], d top_k_weights [T, K], dz [N, 2I], weighted activation [N, I], largest [2].
 
     `Needs` say which are wanted; the others have no rows. `largest` has the largest |dz| and weighted |activation|
     as stored, NaN if one is NaN, 0 for a factor that is not wanted; float32, or float64 for float64 factors.
     """
-    *flat, needs = operands
-    (gate, transposed, interleaved, gated), needs = ExpertLayout.of(*flat), Needs(*needs)
+    gate_up_proj, down_proj, down_bias, z, *flat, wanted = operands
+    (gate, transposed, interleaved, gated), needs = ExpertLayout.of(*flat), Needs(*wanted)
     (num_tokens, top_k), num_rows, hidden = weights.shape, weights.numel(), x.shape[1]
     wide = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
     rows = sorted_rows[: int(expert_offsets[-1])].long()
@@ -173,14 +190,18 @@ def _padded(values: Tensor, num_rows: int) -> Tensor:
     return torch.cat([values, values.new_zeros(num_rows - len(values), values.shape[1])])
 
 
-def _through(sink: Callable, own: dict[Tensor | None, Tensor | None], narrow: Tensor, factors: Factors) -> None:
+def _through(
+    sink: Callable[[Tensor, Factors], None], own: dict[Tensor | None, Tensor | None], narrow: Tensor, factors: Factors
+) -> None:
     """Give the factors of a weight's copy in autocast's dtype to the sink under the weight itself."""
-    sink(own[narrow], factors)
+    weight = own[narrow]
+    assert weight is not None
+    sink(weight, factors)
 
 
-def _autocast(tensor: Tensor | None) -> Tensor | None:
+def _autocast(tensor: Tensor) -> Tensor:
     """Cast `tensor` as autocast does for a linear layer; float64 stays."""
-    if tensor is None or tensor.dtype == torch.float64:
+    if tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
@@ -194,14 +215,15 @@ _ROUTED = "Tensor hidden_states, Tensor top_k_weights, Tensor sorted_rows, Tenso
     schema=f"({_ROUTED}, {fields(ExpertWeights)}, Tensor? trained_experts, {fields(ExpertLayout)}, str impl) "
     "-> (Tensor, Tensor)",
 )
-def _expert_mlp(x, weights, sorted_rows, expert_offsets, w1, w2, b1, b2, trained_experts, *operands):
-    *flat, impl = operands
-    return backend.resolve("expert_mlp", impl, x)(x, weights, sorted_rows, expert_offsets, w1, w2, b1, b2, *flat)
+def _expert_mlp(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    tensors, (_, *flat, impl) = operands[:7], operands[7:]
+    out, z = backend.resolve("expert_mlp", impl, x)(x, *tensors, *flat)
+    return out, z
 
 
 @_expert_mlp.register_fake
-def _(x, weights, sorted_rows, expert_offsets, gate_up_proj, *operands):
-    *_, transposed, _, _, _ = operands
+def _(x: Tensor, weights: Tensor, sorted_rows: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    _, gate_up_proj, *_, transposed, _, _, _ = operands
     width = gate_up_proj.shape[2 if transposed else 1]
     return x.new_empty(x.shape), x.new_empty(sorted_rows.shape[0], width)
 
@@ -222,15 +244,18 @@ class Needs(NamedTuple):
     schema=f"(Tensor grad_out, {_ROUTED}, Tensor gate_up_proj, Tensor down_proj, Tensor? down_bias, Tensor z, "
     f"{fields(ExpertLayout)}, bool[] needs, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _expert_mlp_backward(grad_out, hidden_states, *operands):
-    *operands, impl = operands
-    return backend.resolve("expert_mlp.backward", impl, hidden_states)(grad_out, hidden_states, *operands)
+def _expert_mlp_backward(grad_out: Tensor, hidden_states: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    *others, impl = operands
+    results: tuple[Tensor, ...] = backend.resolve("expert_mlp.backward", impl, hidden_states)(
+        grad_out, hidden_states, *others
+    )
+    return results
 
 
 @_expert_mlp_backward.register_fake
-def _(grad_out, x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj, down_bias, z, *operands):
-    *_, transposed, _, _, needs, _ = operands
-    needs = Needs(*needs)
+def _(grad_out: Tensor, x: Tensor, weights: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    _, _, _, down_proj, _, z, *_, transposed, _, _, wanted, _ = operands
+    needs = Needs(*wanted)
     (num_tokens, top_k), num_rows = weights.shape, z.shape[0]
     width = down_proj.shape[1 if transposed else 2]
     return (
@@ -242,7 +267,7 @@ def _(grad_out, x, weights, sorted_rows, expert_offsets, gate_up_proj, down_proj
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weights, rows, offsets, w1, w2, b1, b2, trained, *flat, ctx.impl = inputs
     ctx.layout = ExpertLayout.of(*flat)
     ctx.save_for_backward(x, weights, rows, offsets, w1, w2, b1, b2, trained, output[1])
@@ -250,13 +275,13 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, _):
+def _backward(ctx: Any, grad_out: Tensor | None, _: object) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 17
     d_x, d_weights, weights, factors, trained = _dgrad(ctx, grad_out, ctx.needs_input_grad)
 
-    def wgrad(like, own):
-        if own is None:
+    def wgrad(like: Tensor | None, own: Factors | None) -> Tensor | None:
+        if like is None or own is None:
             return None
         dw = expert_wgrad(**own._asdict(), experts=trained, out_dtype=like.dtype, impl=ctx.impl)
         dw = dw.view(-1, *like.shape[1:])
@@ -265,7 +290,9 @@ def _backward(ctx, grad_out, _):
     return (d_x, d_weights, None, None, *map(wgrad, weights, factors), *[None] * 9)
 
 
-def _dgrad(ctx, grad_out, needs, bounded=False):
+def _dgrad(
+    ctx: Any, grad_out: Tensor, needs: Iterable[bool], bounded: bool = False
+) -> tuple[Tensor | None, Tensor | None, ExpertWeights, list[Factors | None], Tensor | None]:
     """Compute d hidden_states, d top_k_weights, the four weights, the factors of their gradients and the trained
     experts; gradients and factors that are not needed are None. `bounded`: factors carry their largest values."""
     # unpacked once, since a gradient checkpoint returns saved tensors only once
@@ -285,14 +312,14 @@ def _dgrad(ctx, grad_out, needs, bounded=False):
         up.largest, down.largest = (largest[0], None), (None, largest[1])
     if ctx.layout.transposed:
         up, down = _swapped(up), _swapped(down)
-    factors = [up if need_w1 else None, down if need_w2 else None, None, None]
+    factors: list[Factors | None] = [up if need_w1 else None, down if need_w2 else None, None, None]
     if need_b1:
         factors[2] = Factors(dz, dz.new_ones(1, 1).expand(len(dz), 1), offsets, None, None)
     if need_b2:
         column = weights.flatten()[rows.long(), None].to(grad_out.dtype)
         factors[3] = Factors(grad_out, column, offsets, token, None)
     d_x, d_weights = d_x if need_x else None, d_weights if need_weights else None
-    return d_x, d_weights, (w1, w2, b1, b2), factors, trained
+    return d_x, d_weights, ExpertWeights(w1, w2, b1, b2), factors, trained
 
 
 def _swapped(factors: BoundedFactors) -> BoundedFactors:
@@ -316,7 +343,7 @@ class _WithSink(torch.autograd.Function):
     """Variant of the op whose backward hands the factors of its weight gradients to a sink."""
 
     @staticmethod
-    def forward(ctx, sink, bounded, *inputs):
+    def forward(ctx: Any, sink: Callable[[Tensor, Factors], None], bounded: bool, *inputs: Any) -> Any:
         output, (_, _, _, _, w1, w2, b1, b2, *_) = _expert_mlp(*inputs), inputs
         # kept here, since saved tensors come back detached from a gradient checkpoint
         ctx.sink, ctx.bounded, ctx.weights = sink, bounded, ExpertWeights(w1, w2, b1, b2)
@@ -325,7 +352,7 @@ class _WithSink(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, _):
+    def backward(ctx: Any, grad_out: Tensor | None, _: object) -> tuple[Tensor | None, ...]:
         if grad_out is not None:
             d_x, d_weights, _, factors, _ = _dgrad(ctx, grad_out, ctx.needs_input_grad[2:], ctx.bounded)
             for weight, own in zip(ctx.weights, factors, strict=True):
@@ -335,7 +362,7 @@ class _WithSink(torch.autograd.Function):
         return (None,) * 19
 
 
-def _no_double_backward(ctx, *grads):
+def _no_double_backward(ctx: object, *grads: object) -> NoReturn:
     raise RuntimeError("expert_mlp has no double backward: use expert_mlp_ref, which autograd differentiates")
 
 
@@ -347,43 +374,3 @@ native.register("expert_mlp", "moe_unlearn.ops.native.expert_mlp:forward")
 native.register("expert_mlp.backward", "moe_unlearn.ops.native.expert_mlp:backward")
 backend.register("expert_mlp", "triton", "moe_unlearn.triton_kernels.expert_mlp:expert_mlp")
 backend.register("expert_mlp.backward", "triton", "moe_unlearn.triton_kernels.expert_mlp_backward:expert_mlp_backward")
-
-
-def _check(x, top_k_weights, sorted_rows, expert_offsets, weights, layout, trained):
-    (gate, transposed, _, gated), (w1, w2, b1, b2) = layout, weights
-    if gate.activation not in ACTIVATIONS:
-        raise ValueError(f"gate.activation must be one of {ACTIVATIONS}; got {gate.activation!r}")
-    if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"hidden_states must be float [T, H]; got {x.dtype} {tuple(x.shape)}")
-    if top_k_weights.dim() != 2 or not top_k_weights.is_floating_point() or top_k_weights.shape[1] == 0:
-        got = f"{top_k_weights.dtype} {tuple(top_k_weights.shape)}"
-        raise ValueError(f"top_k_weights must be float [T, K] with K >= 1; got {got}")
-    integers = {"sorted_rows": sorted_rows, "expert_offsets": expert_offsets, "trained_experts": trained}
-    for name, ids in integers.items():
-        if ids is not None and (ids.dtype != torch.int32 or ids.dim() != 1):
-            raise TypeError(f"{name} must be int32 with one dimension; got {ids.dtype} {tuple(ids.shape)}")
-    if w1.dim() != 3 or w2.dim() != 3:
-        shapes = f"{tuple(w1.shape)}, {tuple(w2.shape)}"
-        raise ValueError(f"gate_up_proj and down_proj must have three dimensions; got {shapes}")
-    num_experts, hidden = len(w1), x.shape[1]
-    inner = w2.shape[1 if transposed else 2]
-    wide = 2 * inner if gated else inner
-    expected = {
-        "top_k_weights": (top_k_weights, (len(x), top_k_weights.shape[1])),
-        "sorted_rows": (sorted_rows, (top_k_weights.numel(),)),
-        "expert_offsets": (expert_offsets, (num_experts + 1,)),
-        "gate_up_proj": (w1, (num_experts, hidden, wide) if transposed else (num_experts, wide, hidden)),
-        "down_proj": (w2, (num_experts, inner, hidden) if transposed else (num_experts, hidden, inner)),
-        "gate_up_bias": (b1, (num_experts, wide)),
-        "down_bias": (b2, (num_experts, hidden)),
-        "trained_experts": (trained, (0 if trained is None else len(trained),)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}; got {list(tensor.shape)}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} like hidden_states; got {tensor.device}")
-        if name != "top_k_weights" and tensor.is_floating_point() and tensor.dtype != x.dtype:
-            raise TypeError(f"{name} must be {x.dtype} like hidden_states; got {tensor.dtype}")

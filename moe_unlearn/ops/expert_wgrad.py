@@ -22,14 +22,15 @@ deterministic. Source: our specification.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_unlearn import backend, native
-from moe_unlearn.ops.bits import num_words, unpack_bits
-from moe_unlearn.ops.masked_update import SGD, AdamW, Update, masked_adamw_, masked_sgd_, unflattened
+from moe_unlearn.ops.bits import unpack_bits
+from moe_unlearn.ops.checks import check_factors, num_listed
+from moe_unlearn.ops.masked_update import SGD, AdamW, Rule, Update, masked_adamw_, masked_sgd_, unflattened
 from moe_unlearn.ops.schema import fields
 from moe_unlearn.ops.weight_score import weight_score_ref
 
@@ -77,15 +78,23 @@ def expert_wgrad(
     No gradient flows. Raises TypeError or ValueError for arguments that do not fit.
     """
     factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
-    _check(factors, experts, mask, {} if out is None else {"out": out})
+    check_factors(factors, experts, mask, {} if out is None else {"out": out})
     if out is not None:
         _accumulate(out, *factors, experts, mask, impl)
         return out
-    return _expert_wgrad(*factors, experts, mask, grad.dtype if out_dtype is None else out_dtype, impl)
+    dw: Tensor = _expert_wgrad(*factors, experts, mask, grad.dtype if out_dtype is None else out_dtype, impl)
+    return dw
 
 
 def expert_wgrad_ref(
-    grad, input, expert_offsets, grad_rows=None, input_rows=None, experts=None, mask=None, out_dtype=None
+    grad: Tensor,
+    input: Tensor,
+    expert_offsets: Tensor,
+    grad_rows: Tensor | None = None,
+    input_rows: Tensor | None = None,
+    experts: Tensor | None = None,
+    mask: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Compute `expert_wgrad` in plain PyTorch, one matrix product per expert; same arguments and shapes."""
     dtype = grad.dtype if out_dtype is None else out_dtype
@@ -127,11 +136,13 @@ def expert_wgrad_sgd_(
     update, which rounds it only where `masked_update` says. Weights whose bit is 0 and experts that are not
     listed stay bitwise untouched. Raises TypeError or ValueError for arguments that do not fit.
     """
-    _check(factors, experts, mask, {"momentum_buffer": momentum_buffer, "master": master}, weight)
+    check_factors(factors, experts, mask, {"momentum_buffer": momentum_buffer, "master": master}, weight)
     _sgd(weight, momentum_buffer, master, *factors, experts, mask, *rule, *update, impl)
 
 
-def expert_wgrad_sgd_ref_(weight, momentum_buffer, master, *operands):
+def expert_wgrad_sgd_ref_(
+    weight: Tensor, momentum_buffer: Tensor | None, master: Tensor | None, *operands: Any
+) -> None:
     """Compute `expert_wgrad_sgd_` one expert after the other, in place, from the op's operands."""
     factors, experts, mask, rule, update = update_operands(SGD, operands)
     for dw, one, words, (buffer, own) in _by_expert(weight, factors, experts, mask, (momentum_buffer, master)):
@@ -155,24 +166,32 @@ def expert_wgrad_adamw_(
 
     exp_avg, exp_avg_sq and master are compact, [M_e, M, P]; all else is as in `expert_wgrad_sgd_`.
     """
-    _check(factors, experts, mask, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master}, weight)
+    check_factors(factors, experts, mask, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master}, weight)
     _adamw(weight, exp_avg, exp_avg_sq, master, *factors, experts, mask, *rule, *update, impl)
 
 
-def expert_wgrad_adamw_ref_(weight, exp_avg, exp_avg_sq, master, *operands):
+def expert_wgrad_adamw_ref_(
+    weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None, *operands: Any
+) -> None:
     """Compute `expert_wgrad_adamw_` one expert after the other, in place, from the op's operands."""
     factors, experts, mask, rule, update = update_operands(AdamW, operands)
     for dw, one, words, (m, v, own) in _by_expert(weight, factors, experts, mask, (exp_avg, exp_avg_sq, master)):
+        assert m is not None and v is not None
         masked_adamw_(weight, dw, m, v, words, rule, update, master=own, slices=one, impl="ref")
 
 
-def update_operands(kind, operands) -> tuple[Factors, Tensor | None, Tensor | None, SGD | AdamW, Update]:
+def update_operands(
+    kind: type[Rule], operands: Sequence[Any]
+) -> tuple[Factors, Tensor | None, Tensor | None, Rule, Update]:
     """Return (factors, experts, mask, rule, update) from what follows the state in an update's operands."""
     grad, input, expert_offsets, grad_rows, input_rows, experts, mask, *numbers = operands
-    return Factors(grad, input, expert_offsets, grad_rows, input_rows), experts, mask, *unflattened(kind, numbers)
+    rule, update = unflattened(kind, numbers)
+    return Factors(grad, input, expert_offsets, grad_rows, input_rows), experts, mask, rule, update
 
 
-def _by_expert(weight, factors, experts, mask, state):
+def _by_expert(
+    weight: Tensor, factors: Factors, experts: Tensor | None, mask: Tensor | None, state: Sequence[Tensor | None]
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, list[Tensor | None]]]:
     """Yield each listed expert's gradient [1, M, P], index [1], mask and compact state."""
     if experts is None:
         experts = torch.arange(len(weight), device=weight.device)
@@ -197,13 +216,14 @@ def expert_wgrad_score(
     arguments that do not fit.
     """
     for factors in (forget, retain):
-        _check(factors, experts, None, {}, weight)
+        check_factors(factors, experts, None, {}, weight)
     if not gamma > 0:
         raise ValueError(f"gamma must be positive; got {gamma}")
-    return _score(weight, *forget, *retain, experts, float(gamma), impl)
+    score: Tensor = _score(weight, *forget, *retain, experts, float(gamma), impl)
+    return score
 
 
-def expert_wgrad_score_ref(weight, *operands):
+def expert_wgrad_score_ref(weight: Tensor, *operands: Any) -> Tensor:
     """Compute `expert_wgrad_score` in plain PyTorch, from the op's operands."""
     forget, retain, experts, gamma = score_operands(operands)
     dtype = _wide(weight.dtype)
@@ -211,7 +231,7 @@ def expert_wgrad_score_ref(weight, *operands):
     return weight_score_ref(weight if experts is None else weight[experts.long()], g_f, g_r, gamma)
 
 
-def score_operands(operands) -> tuple[Factors, Factors, Tensor | None, float]:
+def score_operands(operands: Sequence[Any]) -> tuple[Factors, Factors, Tensor | None, float]:
     """Return (forget, retain, experts, gamma) from what follows the weight in a score's operands."""
     *factors, experts, gamma = operands
     forget, retain = (Factors(*one) for one in zip(*[iter(factors)] * len(Factors._fields), strict=True))
@@ -229,16 +249,18 @@ def expert_wgrad_inner(
     if not gradients:
         raise ValueError("expected the factors of at least one gradient; got none")
     for factors in gradients:
-        _check(factors, experts, mask, {})
+        check_factors(factors, experts, mask, {})
     shapes = [(f.grad.shape[1], f.input.shape[1], f.grad.dtype) for f in gradients]
     if len(set(shapes)) > 1:
         raise ValueError(f"the gradients must have one M, P and dtype; got {shapes}")
-    return _inner(*map(list, zip(*gradients, strict=True)), experts, mask, impl)
+    grams: Tensor = _inner(*map(list, zip(*gradients, strict=True)), experts, mask, impl)
+    return grams
 
 
-def expert_wgrad_inner_ref(grads, inputs, offsets, grad_rows, input_rows, experts, mask):
-    """Compute `expert_wgrad_inner` in plain PyTorch."""
-    gradients = [Factors(*one) for one in zip(grads, inputs, offsets, grad_rows, input_rows, strict=True)]
+def expert_wgrad_inner_ref(grads: list[Tensor], *operands: Any) -> Tensor:
+    """Compute `expert_wgrad_inner` in plain PyTorch, from the op's operands."""
+    *others, experts, mask = operands
+    gradients = [Factors(*one) for one in zip(grads, *others, strict=True)]
     sides = [_products(factors, experts, _wide(factors.grad.dtype)) for factors in gradients]
     grams = []
     for i, dws in enumerate(zip(*sides, strict=True)):
@@ -251,7 +273,8 @@ def expert_wgrad_inner_ref(grads, inputs, offsets, grad_rows, input_rows, expert
     return torch.stack(grams) if grams else grads[0].new_zeros(0, len(sides), len(sides), dtype=torch.float64)
 
 
-def _accumulate_ref(out, grad, input, expert_offsets, grad_rows, input_rows, experts, mask) -> None:
+def _accumulate_ref(out: Tensor, grad: Tensor, *operands: Any) -> None:
+    input, expert_offsets, grad_rows, input_rows, experts, mask = operands
     dtype = torch.promote_types(out.dtype, _wide(grad.dtype))
     out += expert_wgrad_ref(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, dtype)
 
@@ -268,14 +291,16 @@ _FACTORS = f"{fields(Factors)}, Tensor? experts, Tensor? mask"
     mutates_args=(),
     schema=f"({_FACTORS}, ScalarType out_dtype, str impl) -> Tensor",
 )
-def _expert_wgrad(grad, *operands):
-    *operands, impl = operands
-    return backend.resolve("expert_wgrad", impl, grad)(grad, *operands)
+def _expert_wgrad(grad: Tensor, *operands: Any) -> Tensor:
+    *others, impl = operands
+    dw: Tensor = backend.resolve("expert_wgrad", impl, grad)(grad, *others)
+    return dw
 
 
 @_expert_wgrad.register_fake
-def _(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, out_dtype, impl):
-    return grad.new_empty(_count(expert_offsets, experts), grad.shape[1], input.shape[1], dtype=out_dtype)
+def _(grad: Tensor, input: Tensor, expert_offsets: Tensor, *operands: Any) -> Tensor:
+    _, _, experts, _, out_dtype, _ = operands
+    return grad.new_empty(num_listed(expert_offsets, experts), grad.shape[1], input.shape[1], dtype=out_dtype)
 
 
 @torch.library.custom_op(
@@ -283,9 +308,9 @@ def _(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, out_dty
     mutates_args={"out"},
     schema=f"(Tensor(a0!) out, {_FACTORS}, str impl) -> ()",
 )
-def _accumulate(out, grad, *operands):
-    *operands, impl = operands
-    backend.resolve("expert_wgrad.accumulate", impl, grad)(out, grad, *operands)
+def _accumulate(out: Tensor, grad: Tensor, *operands: Any) -> None:
+    *others, impl = operands
+    backend.resolve("expert_wgrad.accumulate", impl, grad)(out, grad, *others)
 
 
 @torch.library.custom_op(
@@ -294,9 +319,9 @@ def _accumulate(out, grad, *operands):
     schema=f"(Tensor(a0!) weight, Tensor(a1!)? momentum_buffer, Tensor(a2!)? master, {_FACTORS}, "
     f"{fields(SGD, Update)}, str impl) -> ()",
 )
-def _sgd(weight, *operands):
-    *operands, impl = operands
-    backend.resolve("expert_wgrad.sgd", impl, weight)(weight, *operands)
+def _sgd(weight: Tensor, *operands: Any) -> None:
+    *others, impl = operands
+    backend.resolve("expert_wgrad.sgd", impl, weight)(weight, *others)
 
 
 @torch.library.custom_op(
@@ -305,9 +330,9 @@ def _sgd(weight, *operands):
     schema=f"(Tensor(a0!) weight, Tensor(a1!) exp_avg, Tensor(a2!) exp_avg_sq, Tensor(a3!)? master, {_FACTORS}, "
     f"{fields(AdamW, Update)}, str impl) -> ()",
 )
-def _adamw(weight, *operands):
-    *operands, impl = operands
-    backend.resolve("expert_wgrad.adamw", impl, weight)(weight, *operands)
+def _adamw(weight: Tensor, *operands: Any) -> None:
+    *others, impl = operands
+    backend.resolve("expert_wgrad.adamw", impl, weight)(weight, *others)
 
 
 for _mutating in (_accumulate, _sgd, _adamw):
@@ -321,13 +346,14 @@ for _mutating in (_accumulate, _sgd, _adamw):
     "Tensor? input_rows_f, Tensor grad_r, Tensor input_r, Tensor expert_offsets_r, Tensor? grad_rows_r, "
     "Tensor? input_rows_r, Tensor? experts, float gamma, str impl) -> Tensor",
 )
-def _score(weight, *operands):
-    *operands, impl = operands
-    return backend.resolve("expert_wgrad.score", impl, weight)(weight, *operands)
+def _score(weight: Tensor, *operands: Any) -> Tensor:
+    *others, impl = operands
+    score: Tensor = backend.resolve("expert_wgrad.score", impl, weight)(weight, *others)
+    return score
 
 
 @_score.register_fake
-def _(weight, *operands):
+def _(weight: Tensor, *operands: Any) -> Tensor:
     *_, experts, _, _ = operands
     count = weight.shape[0] if experts is None else experts.shape[0]
     return weight.new_empty(count, *weight.shape[1:], dtype=_wide(weight.dtype))
@@ -339,22 +365,17 @@ def _(weight, *operands):
     schema="(Tensor[] grads, Tensor[] inputs, Tensor[] expert_offsets, Tensor?[] grad_rows, Tensor?[] input_rows, "
     "Tensor? experts, Tensor? mask, str impl) -> Tensor",
 )
-def _inner(grads, *operands):
-    *operands, impl = operands
-    return backend.resolve("expert_wgrad.inner", impl, grads[0])(grads, *operands)
+def _inner(grads: list[Tensor], *operands: Any) -> Tensor:
+    *others, impl = operands
+    grams: Tensor = backend.resolve("expert_wgrad.inner", impl, grads[0])(grads, *others)
+    return grams
 
 
 @_inner.register_fake
-def _(grads, inputs, expert_offsets, grad_rows, input_rows, experts, mask, impl):
-    count = _count(expert_offsets[0], experts)
+def _(grads: list[Tensor], *operands: Any) -> Tensor:
+    _, expert_offsets, _, _, experts, _, _ = operands
+    count = num_listed(expert_offsets[0], experts)
     return grads[0].new_empty(count, len(grads), len(grads), dtype=torch.float64)
-
-
-def _count(expert_offsets: Tensor, experts: Tensor | None) -> int:
-    """Return M_e, the number of listed experts."""
-    if experts is not None:
-        return experts.shape[0]
-    return expert_offsets.shape[0] - (1 if expert_offsets.dim() == 1 else 0)
 
 
 for _name, _reference, _kernel, _launcher in (
@@ -370,31 +391,3 @@ for _name, _reference, _kernel, _launcher in (
     if _kernel != "inner":
         native.register(_name, f"moe_unlearn.ops.native.expert_wgrad:{_kernel}_cuda", "cuda")
     backend.register(_name, "triton", f"moe_unlearn.triton_kernels.expert_wgrad:{_launcher}")
-
-
-def _check(factors, experts, mask, buffers, weight=None):
-    grad, input, offsets, grad_rows, input_rows = factors
-    for name, rows in (("grad", grad), ("input", input)):
-        if rows.dim() != 2 or not rows.is_floating_point():
-            raise ValueError(f"{name} must be float with two dimensions; got {rows.dtype} {tuple(rows.shape)}")
-    if grad.dtype != input.dtype:
-        raise TypeError(f"grad and input must have one dtype; got {grad.dtype} and {input.dtype}")
-    bounds = offsets.dim() == 2 and offsets.shape[1] == 2 or offsets.dim() == 1 and len(offsets) > 1
-    if offsets.dtype != torch.int32 or not bounds:
-        raise ValueError(f"expert_offsets must be int32 [E + 1] or [E, 2]; got {offsets.dtype} {tuple(offsets.shape)}")
-    for name, ids in (("grad_rows", grad_rows), ("input_rows", input_rows), ("experts", experts)):
-        if ids is not None and (ids.dtype not in (torch.int32, torch.int64) or ids.dim() != 1):
-            raise ValueError(f"{name} must be int32 or int64 [n]; got {ids.dtype} {tuple(ids.shape)}")
-    whole, shape = ((_count(offsets, e), grad.shape[1], input.shape[1]) for e in (None, experts))
-    floats = {"weight": (weight, whole)} | {name: (buffer, shape) for name, buffer in buffers.items()}
-    for name, (tensor, expected) in floats.items():
-        if tensor is not None and (tensor.shape != expected or not tensor.is_floating_point()):
-            raise ValueError(f"{name} must be float {list(expected)}; got {tensor.dtype} {list(tensor.shape)}")
-    words = (*shape[:-1], num_words(shape[-1]))
-    if mask is not None and (mask.dtype != torch.int32 or mask.shape != words):
-        raise ValueError(f"mask must be int32 words {list(words)}; got {mask.dtype} {list(mask.shape)}")
-    tensors = {"input": input, "expert_offsets": offsets, "grad_rows": grad_rows, "input_rows": input_rows}
-    tensors |= {"experts": experts, "mask": mask, "weight": weight, **buffers}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != grad.device:
-            raise ValueError(f"{name} must be on {grad.device} like grad; got {tensor.device}")

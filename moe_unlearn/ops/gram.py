@@ -54,7 +54,7 @@ def gram(
         present = [i for i, g in enumerate(tensors) if g is not None]
         if present:
             mask = None if masks is None else masks[position]
-            part = _gram([tensors[i] for i in present], mask, impl).to(total.device)
+            part: Tensor = _gram([tensors[i] for i in present], mask, impl).to(total.device)
             index = torch.tensor(present, device=total.device)
             total[index[:, None], index] += part
     return total
@@ -96,7 +96,8 @@ def gram_factors(
     Masks within a weight cannot be applied to factors: use `gram` on the gradients themselves.
     """
     _check_factors(row_gradients, inputs, expert_offsets)
-    return _gram_factors(list(row_gradients), inputs, expert_offsets, impl)
+    total: Tensor = _gram_factors(list(row_gradients), inputs, expert_offsets, impl)
+    return total
 
 
 def gram_factors_ref(row_gradients: list[Tensor], inputs: Tensor, expert_offsets: Tensor) -> Tensor:
@@ -114,32 +115,37 @@ def gram_factors_ref(row_gradients: list[Tensor], inputs: Tensor, expert_offsets
 
 @torch.library.custom_op("moe_unlearn::gram", mutates_args=())
 def _gram(gradients: list[Tensor], mask: Tensor | None, impl: str) -> Tensor:
-    return backend.resolve("gram", impl, gradients[0])(gradients, mask)
+    total: Tensor = backend.resolve("gram", impl, gradients[0])(gradients, mask)
+    return total
 
 
 @_gram.register_fake
-def _(gradients, mask, impl):
+def _(gradients: list[Tensor], mask: Tensor | None, impl: str) -> Tensor:
     return gradients[0].new_empty(len(gradients), len(gradients), dtype=torch.float64)
 
 
 @torch.library.custom_op("moe_unlearn::gram_factors", mutates_args=())
 def _gram_factors(row_gradients: list[Tensor], inputs: Tensor, expert_offsets: Tensor, impl: str) -> Tensor:
-    return backend.resolve("gram.factors", impl, inputs)(row_gradients, inputs, expert_offsets)
+    total: Tensor = backend.resolve("gram.factors", impl, inputs)(row_gradients, inputs, expert_offsets)
+    return total
 
 
 @_gram_factors.register_fake
-def _(row_gradients, inputs, expert_offsets, impl):
+def _(row_gradients: list[Tensor], inputs: Tensor, expert_offsets: Tensor, impl: str) -> Tensor:
     return inputs.new_empty(len(row_gradients), len(row_gradients), dtype=torch.float64)
 
 
-def _gram_native(gradients, mask):
+def _gram_native(gradients: list[Tensor], mask: Tensor | None) -> Tensor:
     if mask is None and all(g.is_contiguous() for g in gradients):
         gradients = [g.view(-1) for g in gradients]  # one row: whole words whatever the last dimension
-    return torch.ops.moe_unlearn_native.gram(gradients, None if mask is None else mask.contiguous())
+    kernel = torch.ops.moe_unlearn_native.gram
+    total: Tensor = kernel(gradients, None if mask is None else mask.contiguous())
+    return total
 
 
-def _gram_factors_native(row_gradients, inputs, expert_offsets):
-    return torch.ops.moe_unlearn_native.gram_factors(row_gradients, inputs, expert_offsets.tolist())
+def _gram_factors_native(row_gradients: list[Tensor], inputs: Tensor, expert_offsets: Tensor) -> Tensor:
+    total: Tensor = torch.ops.moe_unlearn_native.gram_factors(row_gradients, inputs, expert_offsets.tolist())
+    return total
 
 
 backend.register("gram", "ref", gram_ref)
@@ -150,7 +156,7 @@ backend.register("gram", "triton", "moe_unlearn.triton_kernels.gram:gram")
 backend.register("gram.factors", "triton", "moe_unlearn.triton_kernels.gram:gram_factors")
 
 
-def _check(gradients, masks):
+def _check(gradients: Sequence[Sequence[Tensor | None]], masks: Sequence[Tensor | None] | None) -> None:
     lengths = [len(tensors) for tensors in gradients]
     if not lengths or len(set(lengths)) > 1:
         raise ValueError(f"expected at least one gradient set, all of one length; got lengths {lengths}")
@@ -177,7 +183,7 @@ def _check(gradients, masks):
                 )
 
 
-def _check_factors(row_gradients, inputs, expert_offsets):
+def _check_factors(row_gradients: Sequence[Tensor], inputs: Tensor, expert_offsets: Tensor) -> None:
     if not row_gradients:
         raise ValueError("expected at least one block of row gradients; got none")
     if inputs.dim() != 2 or not inputs.is_floating_point():

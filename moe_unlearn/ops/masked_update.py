@@ -31,16 +31,17 @@ The update is deterministic, since no element depends on another. Source: the do
 and AdamW (decoupled weight decay); the masking of the update and compact state are our specification.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from moe_unlearn import backend, native
-from moe_unlearn.ops.bits import num_words, philox, round_stochastic, unpack_bits
+from moe_unlearn.ops.bits import philox, round_stochastic, unpack_bits
+from moe_unlearn.ops.checks import check_momentum, check_update
 from moe_unlearn.ops.schema import fields
 
-ROUNDINGS = ("nearest", "stochastic")
 _BLOCK_ELEMENTS = 1 << 20
 
 
@@ -58,11 +59,15 @@ class SGD(NamedTuple):
         if self.weight_decay != 0:
             g = _add(g, w, self.weight_decay)
         if self.momentum != 0:
-            b = g if step == 1 else _add(b * self.momentum, g, 1 - self.dampening)
+            if step == 1:
+                b = g
+            else:
+                assert b is not None
+                b = _add(b * self.momentum, g, 1 - self.dampening)
             g = _add(g, b, self.momentum) if self.nesterov else b
         return _add(w, g, -self.lr), b
 
-    def native(self, update: "Update") -> tuple:
+    def native(self, update: "Update") -> tuple[float | bool, ...]:
         """Return the numbers that the native kernels take."""
         return self.lr, self.momentum, 1 - self.dampening, self.weight_decay, self.nesterov, *update.native()
 
@@ -87,7 +92,7 @@ class AdamW(NamedTuple):
         denominator = root / (1 - self.beta2**step) ** 0.5 + self.eps
         return torch.addcdiv(w, m, denominator, value=-(self.lr / (1 - self.beta1**step))), m, v
 
-    def native(self, update: "Update") -> tuple:
+    def native(self, update: "Update") -> tuple[float | bool, ...]:
         """Return the numbers that the native kernels take."""
         root_correction, step_size = (1 - self.beta2**update.step) ** 0.5, -(self.lr / (1 - self.beta1**update.step))
         decay = 1 - self.lr * self.weight_decay
@@ -111,13 +116,16 @@ class Update(NamedTuple):
         return self.step, self.rounding == "stochastic", self.seed, self.parameter_id
 
 
-def unflattened(kind: type[SGD] | type[AdamW], numbers: list) -> tuple[SGD | AdamW, Update]:
+Rule = TypeVar("Rule", SGD, AdamW)
+
+
+def unflattened(kind: type[Rule], numbers: Sequence[Any]) -> tuple[Rule, Update]:
     """Return the rule and the update whose numbers a kernel takes one after the other."""
     *rule, step, rounding, seed, parameter_id = numbers
     return kind(*rule), Update(step, rounding, seed, parameter_id)
 
 
-def _add(a, b, alpha):
+def _add(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     """Compute a + alpha * b, rounded once."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.add(a, b, alpha=alpha)
@@ -149,13 +157,21 @@ def masked_sgd_(
 
     Raises TypeError or ValueError for a dtype, shape, device or option that does not fit.
     """
-    _check_momentum(momentum_buffer, rule)
-    _check(param, grad, {"momentum_buffer": momentum_buffer}, mask, update, master, slices)
+    check_momentum(momentum_buffer, rule)
+    check_update(param, grad, {"momentum_buffer": momentum_buffer}, mask, update, master, slices)
     _masked_sgd(param, grad, momentum_buffer, mask, master, slices, *rule, *update, impl)
 
 
 def masked_sgd_ref(
-    param, grad, momentum_buffer, mask, rule, update, *, master=None, slices=None
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    mask: Tensor | None,
+    rule: SGD,
+    update: Update,
+    *,
+    master: Tensor | None = None,
+    slices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Compute the new (param, momentum_buffer, master) of `masked_sgd_`; no input changes."""
     rows, (buffer,), master = _updated_rows(rule, update, param, grad, (momentum_buffer,), mask, master, slices)
@@ -185,42 +201,61 @@ def masked_adamw_(
 
     Raises TypeError or ValueError for a dtype, shape, device or option that does not fit.
     """
-    _check(param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, mask, update, master, slices)
+    check_update(param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, mask, update, master, slices)
     _masked_adamw(param, grad, exp_avg, exp_avg_sq, mask, master, slices, *rule, *update, impl)
 
 
 def masked_adamw_ref(
-    param, grad, exp_avg, exp_avg_sq, mask, rule, update, *, master=None, slices=None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    mask: Tensor | None,
+    rule: AdamW,
+    update: Update,
+    *,
+    master: Tensor | None = None,
+    slices: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Compute the new (param, exp_avg, exp_avg_sq, master) of `masked_adamw_`; no input changes."""
     rows, (m, v), master = _updated_rows(rule, update, param, grad, (exp_avg, exp_avg_sq), mask, master, slices)
     return _with_rows(param, rows, slices), m, v, master
 
 
-def _updated_rows(rule, update, param, grad, state, mask, master, slices):
+def _updated_rows(
+    rule: SGD | AdamW,
+    update: Update,
+    param: Tensor,
+    grad: Tensor,
+    state: Sequence[Tensor | None],
+    mask: Tensor | None,
+    master: Tensor | None,
+    slices: Tensor | None,
+) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
     """Compute (new param[slices], new state, new master)."""
     rows = param if slices is None else param[slices]
     dtype = _arithmetic_dtype(param, state, update.rounding, master)
     weight = (rows if master is None else master).to(dtype)
-    operands = [None if s is None else s.to(dtype) for s in (grad, *state)]
+    operands: list[Any] = [None if s is None else s.to(dtype) for s in (grad, *state)]
     new, *new_state = rule.updated(update.step, weight, *operands)
 
     kept = None if mask is None else unpack_bits(mask, rows.shape[-1] if rows.dim() else 1).view(rows.shape)
 
-    def select(new: Tensor | None, old: Tensor | None) -> Tensor | None:
-        if new is None or old is None:
-            return old
+    def select(new: Tensor, old: Tensor) -> Tensor:
         # cast before the choice, so that a masked element keeps its exact bits, a NaN's payload too
         return new.to(old.dtype) if kept is None else torch.where(kept, new.to(old.dtype), old)
 
-    new_master = select(new, master)
+    new_master = None if master is None else select(new, master)
     if update.rounding == "stochastic" and dtype != rows.dtype:
         random = philox(_flat_index(param, slices), update.step, update.seed, update.parameter_id)
         new = round_stochastic(new, random)
-    return select(new, rows), [select(n, s) for n, s in zip(new_state, state, strict=True)], new_master
+    pairs = zip(new_state, state, strict=True)
+    return select(new, rows), [s if n is None or s is None else select(n, s) for n, s in pairs], new_master
 
 
-def _arithmetic_dtype(param, state, rounding, master) -> torch.dtype:
+def _arithmetic_dtype(
+    param: Tensor, state: Sequence[Tensor | None], rounding: str, master: Tensor | None
+) -> torch.dtype:
     narrow = master is None and all(s is None or s.dtype == param.dtype for s in state)
     if param.dtype == torch.float64 or (narrow and rounding == "nearest"):
         return param.dtype
@@ -246,9 +281,9 @@ def _with_rows(param: Tensor, rows: Tensor, slices: Tensor | None) -> Tensor:
     schema="(Tensor(a0!) param, Tensor grad, Tensor(a2!)? momentum_buffer, Tensor? mask, Tensor(a4!)? master, "
     f"Tensor? slices, {fields(SGD, Update)}, str impl) -> ()",
 )
-def _masked_sgd(param, *operands):
-    *operands, impl = operands
-    backend.resolve("masked_update.sgd", impl, param)(param, *operands)
+def _masked_sgd(param: Tensor, *operands: Any) -> None:
+    *others, impl = operands
+    backend.resolve("masked_update.sgd", impl, param)(param, *others)
 
 
 @torch.library.custom_op(
@@ -257,28 +292,38 @@ def _masked_sgd(param, *operands):
     schema="(Tensor(a0!) param, Tensor grad, Tensor(a2!) exp_avg, Tensor(a3!) exp_avg_sq, Tensor? mask, "
     f"Tensor(a5!)? master, Tensor? slices, {fields(AdamW, Update)}, str impl) -> ()",
 )
-def _masked_adamw(param, *operands):
-    *operands, impl = operands
-    backend.resolve("masked_update.adamw", impl, param)(param, *operands)
+def _masked_adamw(param: Tensor, *operands: Any) -> None:
+    *others, impl = operands
+    backend.resolve("masked_update.adamw", impl, param)(param, *others)
 
 
 for _mutating in (_masked_sgd, _masked_adamw):
     _mutating.register_fake(lambda *operands: None)
 
 
-def _sgd_in_place(param, grad, momentum_buffer, mask, master, slices, *numbers):
+def _sgd_in_place(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, *operands: Any) -> None:
+    mask, master, slices, *numbers = operands
     _in_place(*unflattened(SGD, numbers), param, grad, (momentum_buffer,), mask, master, slices)
 
 
-def _adamw_in_place(param, grad, exp_avg, exp_avg_sq, mask, master, slices, *numbers):
+def _adamw_in_place(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *operands: Any) -> None:
+    mask, master, slices, *numbers = operands
     _in_place(*unflattened(AdamW, numbers), param, grad, (exp_avg, exp_avg_sq), mask, master, slices)
 
 
-def _in_place(rule, update, param, grad, state, mask, master, slices):
+def _in_place(
+    rule: SGD | AdamW,
+    update: Update,
+    param: Tensor,
+    grad: Tensor,
+    state: Sequence[Tensor | None],
+    mask: Tensor | None,
+    master: Tensor | None,
+    slices: Tensor | None,
+) -> None:
     """Apply the rule block by block of slices, so that temporaries stay small beside a large parameter."""
-    param, grad, mask, master, *state = (
-        None if t is None else torch.atleast_1d(t) for t in (param, grad, mask, master, *state)
-    )
+    param, grad = torch.atleast_1d(param), torch.atleast_1d(grad)
+    mask, master, *state = (None if t is None else torch.atleast_1d(t) for t in (mask, master, *state))
     if slices is None:
         slices = torch.arange(len(param), device=param.device)
     # a 1-d parameter is one block, since its mask is packed along the dimension that blocks cut
@@ -286,27 +331,37 @@ def _in_place(rule, update, param, grad, state, mask, master, slices):
     for start in range(0, len(slices), size):
         block = slice(start, start + size)
         rows = slices[block]
-        g, bits, weights, *old = (None if t is None else t[block] for t in (grad, mask, master, *state))
-        new, new_state, new_weights = _updated_rows(rule, update, param, g, old, bits, weights, rows)
+        bits, weights, *old = (None if t is None else t[block] for t in (mask, master, *state))
+        new, new_state, new_weights = _updated_rows(rule, update, param, grad[block], old, bits, weights, rows)
         param.index_copy_(0, rows, new)
         for into, value in zip((weights, *old), (new_weights, *new_state), strict=True):
-            if into is not None:
+            if into is not None and value is not None:
                 into.copy_(value)
 
 
-def _sgd_native(param, grad, momentum_buffer, mask, master, slices, *numbers):
+def _sgd_native(param: Tensor, grad: Tensor, momentum_buffer: Tensor | None, *operands: Any) -> None:
+    mask, master, slices, *numbers = operands
     rule, update = unflattened(SGD, numbers)
-    operands = _native_operands(param, grad, (momentum_buffer,), mask, master, slices, update.rounding)
-    torch.ops.moe_unlearn_native.masked_sgd_(*operands, *rule.native(update))
+    tensors = _native_operands(param, grad, (momentum_buffer,), mask, master, slices, update.rounding)
+    torch.ops.moe_unlearn_native.masked_sgd_(*tensors, *rule.native(update))
 
 
-def _adamw_native(param, grad, exp_avg, exp_avg_sq, mask, master, slices, *numbers):
+def _adamw_native(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *operands: Any) -> None:
+    mask, master, slices, *numbers = operands
     rule, update = unflattened(AdamW, numbers)
-    operands = _native_operands(param, grad, (exp_avg, exp_avg_sq), mask, master, slices, update.rounding)
-    torch.ops.moe_unlearn_native.masked_adamw_(*operands, *rule.native(update))
+    tensors = _native_operands(param, grad, (exp_avg, exp_avg_sq), mask, master, slices, update.rounding)
+    torch.ops.moe_unlearn_native.masked_adamw_(*tensors, *rule.native(update))
 
 
-def _native_operands(param, grad, state, mask, master, slices, rounding):
+def _native_operands(
+    param: Tensor,
+    grad: Tensor,
+    state: Sequence[Tensor | None],
+    mask: Tensor | None,
+    master: Tensor | None,
+    slices: Tensor | None,
+    rounding: str,
+) -> tuple[Tensor | None, ...]:
     """Return (param, grad, *state, mask, master, slices) with at least one dimension, two with slices."""
     if grad.dtype == torch.float64:
         # rounded once, to the dtype of the arithmetic
@@ -328,59 +383,3 @@ for _impl in ("cpu", "cuda"):
     native.register("masked_update.adamw", _adamw_native, _impl)
 backend.register("masked_update.sgd", "triton", "moe_unlearn.triton_kernels.masked_update:masked_sgd_")
 backend.register("masked_update.adamw", "triton", "moe_unlearn.triton_kernels.masked_update:masked_adamw_")
-
-
-def _check(param, grad, state, mask, update, master, slices):
-    if not param.is_floating_point():
-        raise TypeError(f"param must be a floating-point tensor; got {param.dtype}")
-    if not grad.is_floating_point():
-        raise TypeError(f"grad must be a floating-point tensor; got {grad.dtype}")
-    if update.step < 1:
-        raise ValueError(f"step counts from 1; got {update.step}")
-    shape = list(param.shape)
-    if slices is not None:
-        if slices.dtype != torch.int64:
-            raise TypeError(f"slices must be int64; got {slices.dtype}")
-        if slices.dim() != 1 or param.dim() == 0:
-            raise ValueError(
-                f"slices must be [M] into dimension 0 of param; got shape {list(slices.shape)} "
-                f"for a param of shape {shape}"
-            )
-        shape[0] = len(slices)
-    _check_rounding(param, update.rounding, master)
-    for name, tensor in {"grad": grad, "master": master, **state}.items():
-        if tensor is not None and list(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}; got {list(tensor.shape)}")
-    for name, tensor in state.items():
-        if tensor is not None and tensor.dtype not in (param.dtype, torch.float32):
-            raise TypeError(f"{name} must be {param.dtype}, as param, or float32; got {tensor.dtype}")
-    if len({tensor.dtype for tensor in state.values() if tensor is not None}) > 1:
-        raise TypeError(f"{' and '.join(state)} must have one dtype; got {[s.dtype for s in state.values()]}")
-    if mask is not None:
-        words = [*shape[:-1], num_words(shape[-1])] if shape else [1]
-        if mask.dtype != torch.int32:
-            raise TypeError(f"mask must be packed int32 words (ops.bits.pack_bits); got {mask.dtype}")
-        if list(mask.shape) != words:
-            raise ValueError(f"mask must have shape {words} for weights {shape}; got {list(mask.shape)}")
-    for name, tensor in {"grad": grad, "mask": mask, "master": master, "slices": slices, **state}.items():
-        if tensor is not None and tensor.device != param.device:
-            raise ValueError(f"{name} must be on {param.device} like param; got {tensor.device}")
-
-
-def _check_momentum(momentum_buffer, rule):
-    if rule.momentum != 0 and momentum_buffer is None:
-        raise ValueError(f"momentum {rule.momentum} needs a momentum_buffer; got None")
-    if rule.nesterov and (rule.momentum <= 0 or rule.dampening != 0):
-        raise ValueError(f"nesterov needs momentum > 0 and dampening 0; got {rule.momentum} and {rule.dampening}")
-
-
-def _check_rounding(param, rounding, master):
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding must be one of {ROUNDINGS}; got {rounding!r}")
-    if rounding == "stochastic" and param.dtype == torch.float16:
-        raise TypeError("stochastic rounding is to bfloat16; got a float16 param")
-    if master is not None:
-        if master.dtype != torch.float32:
-            raise TypeError(f"master must be float32; got {master.dtype}")
-        if rounding != "nearest":
-            raise ValueError(f"master needs rounding 'nearest'; got {rounding!r}")

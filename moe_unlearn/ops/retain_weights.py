@@ -98,7 +98,8 @@ def tilted_weights(words: Tensor, tilt: Tensor, bias: float, *, cap: float | Non
         words: int32 [T, ceil(S / 32)], the packed members; tilt: float64 [S].
     """
     _check_words(words, tilt)
-    return _tilted_weights(words, tilt.to(words.device), bias, math.inf if cap is None else float(cap), impl)
+    weights: Tensor = _tilted_weights(words, tilt.to(words.device), bias, math.inf if cap is None else float(cap), impl)
+    return weights
 
 
 def tilted_weights_ref(words: Tensor, tilt: Tensor, bias: float, cap: float) -> Tensor:
@@ -116,7 +117,8 @@ def moments(
         words: int32 [T, ceil(S / 32)], the packed members; tilt: float64 [S].
     """
     _check_words(words, tilt)
-    return _moments(words, tilt.to(words.device), bias, math.inf if cap is None else float(cap), impl)
+    first, second = _moments(words, tilt.to(words.device), bias, math.inf if cap is None else float(cap), impl)
+    return first, second
 
 
 def moments_ref(words: Tensor, tilt: Tensor, bias: float, cap: float) -> tuple[Tensor, Tensor]:
@@ -200,31 +202,37 @@ def _newton(
 
 @torch.library.custom_op("moe_unlearn::retain_weights", mutates_args=())
 def _tilted_weights(words: Tensor, tilt: Tensor, bias: float, cap: float, impl: str) -> Tensor:
-    return backend.resolve("retain_weights", impl, words)(words, tilt, bias, cap)
+    weights: Tensor = backend.resolve("retain_weights", impl, words)(words, tilt, bias, cap)
+    return weights
 
 
 @_tilted_weights.register_fake
-def _(words, tilt, bias, cap, impl):
+def _(words: Tensor, tilt: Tensor, bias: float, cap: float, impl: str) -> Tensor:
     return words.new_empty(words.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("moe_unlearn::retain_weights_moments", mutates_args=())
 def _moments(words: Tensor, tilt: Tensor, bias: float, cap: float, impl: str) -> tuple[Tensor, Tensor]:
-    return tuple(backend.resolve("retain_weights.moments", impl, words)(words, tilt, bias, cap))
+    first, second = backend.resolve("retain_weights.moments", impl, words)(words, tilt, bias, cap)
+    return first, second
 
 
 @_moments.register_fake
-def _(words, tilt, bias, cap, impl):
+def _(words: Tensor, tilt: Tensor, bias: float, cap: float, impl: str) -> tuple[Tensor, Tensor]:
     size = tilt.shape[0] + 1
     return tilt.new_empty(size), tilt.new_empty(size, size)
 
 
-def _weights_native(words, tilt, bias, cap):
-    return torch.ops.moe_unlearn_native.retain_weights(words.contiguous(), tilt.contiguous(), bias, cap)
+def _weights_native(words: Tensor, tilt: Tensor, bias: float, cap: float) -> Tensor:
+    kernel = torch.ops.moe_unlearn_native.retain_weights
+    weights: Tensor = kernel(words.contiguous(), tilt.contiguous(), bias, cap)
+    return weights
 
 
-def _moments_native(words, tilt, bias, cap):
-    return torch.ops.moe_unlearn_native.retain_weights_moments(words.contiguous(), tilt.contiguous(), bias, cap)
+def _moments_native(words: Tensor, tilt: Tensor, bias: float, cap: float) -> tuple[Tensor, Tensor]:
+    kernel = torch.ops.moe_unlearn_native.retain_weights_moments
+    first, second = kernel(words.contiguous(), tilt.contiguous(), bias, cap)
+    return first, second
 
 
 backend.register("retain_weights", "ref", tilted_weights_ref)
@@ -236,7 +244,7 @@ backend.register("retain_weights", "triton", "moe_unlearn.triton_kernels.retain_
 backend.register("retain_weights.moments", "triton", "moe_unlearn.triton_kernels.retain_weights:moments")
 
 
-def _check(members, target, cap):
+def _check(members: Tensor, target: Tensor, cap: float | None) -> None:
     if members.is_floating_point() or members.is_complex():
         raise TypeError(f"members must be bool, or integers that count; got {members.dtype}")
     if members.dim() != 2 or members.shape[0] == 0:
@@ -256,7 +264,7 @@ def _check(members, target, cap):
         raise ValueError(f"cap must be at least 1, for the mean weight is 1; got {cap}")
 
 
-def _check_words(words, tilt):
+def _check_words(words: Tensor, tilt: Tensor) -> None:
     if tilt.dim() != 1 or tilt.dtype != torch.float64:
         raise ValueError(f"tilt must be float64 [S]; got {tilt.dtype} {tuple(tilt.shape)}")
     width = num_words(len(tilt))

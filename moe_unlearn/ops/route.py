@@ -20,7 +20,7 @@ The results are deterministic: integers are exact, and `log_weight` adds its K t
 specification; the counting sort by expert is common to every MoE library.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,7 @@ def route_ref(
     histogram = torch.bincount(cell, minlength=num_groups * num_experts).view(num_groups, num_experts)
 
     if log_tilt is not None:
+        assert log_weight is not None
         tilt = torch.nn.functional.pad(log_tilt.to(log_weight.dtype), (0, 1))
         for k in range(top_k):
             log_weight += tilt[expert[:, k]]
@@ -102,19 +103,35 @@ def _route(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernel = backend.resolve("route", impl, top_k_index)
-    return tuple(kernel(top_k_index, num_experts, group, num_groups, log_tilt, log_weight))
+    histogram, offsets, rows = kernel(top_k_index, num_experts, group, num_groups, log_tilt, log_weight)
+    return histogram, offsets, rows
 
 
 @_route.register_fake
-def _(top_k_index, num_experts, group, num_groups, log_tilt, log_weight, impl):
-    def ints(*shape):
+def _(
+    top_k_index: Tensor,
+    num_experts: int,
+    group: Tensor | None,
+    num_groups: int,
+    log_tilt: Tensor | None,
+    log_weight: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def ints(*shape: int) -> Tensor:
         return top_k_index.new_empty(shape, dtype=torch.int32)
 
     return ints(num_groups, num_experts), ints(num_experts + 1), ints(top_k_index.numel())
 
 
-def _route_native(top_k_index, num_experts, group, num_groups, log_tilt, log_weight):
-    return torch.ops.moe_unlearn_native.route(
+def _route_native(
+    top_k_index: Tensor,
+    num_experts: int,
+    group: Tensor | None,
+    num_groups: int,
+    log_tilt: Tensor | None,
+    log_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    histogram, offsets, rows = torch.ops.moe_unlearn_native.route(
         top_k_index.contiguous(),
         num_experts,
         None if group is None else group.contiguous(),
@@ -122,9 +139,10 @@ def _route_native(top_k_index, num_experts, group, num_groups, log_tilt, log_wei
         None if log_tilt is None else log_tilt.to(torch.float32).contiguous(),
         log_weight,
     )
+    return histogram, offsets, rows
 
 
-def _route_cuda(top_k_index, num_experts, *arguments):
+def _route_cuda(top_k_index: Tensor, num_experts: int, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     # the kernel, which counts in shared memory, takes no more experts
     kernel = _route_native if num_experts <= _MOST_EXPERTS_CUDA else route_ref
     return kernel(top_k_index, num_experts, *arguments)
@@ -136,7 +154,14 @@ native.register("route", _route_cuda, "cuda")
 backend.register("route", "triton", "moe_unlearn.triton_kernels.route:route")
 
 
-def _check(top_k_index, num_experts, group, num_groups, log_tilt, log_weight):
+def _check(
+    top_k_index: Tensor,
+    num_experts: int,
+    group: Tensor | None,
+    num_groups: int,
+    log_tilt: Tensor | None,
+    log_weight: Tensor | None,
+) -> None:
     if top_k_index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"top_k_index must be int32 or int64; got {top_k_index.dtype}")
     if top_k_index.dim() != 2 or top_k_index.shape[1] == 0:
@@ -151,7 +176,7 @@ def _check(top_k_index, num_experts, group, num_groups, log_tilt, log_weight):
             raise ValueError(f"group must be [T] = [{num_tokens}]; got shape {tuple(group.shape)}")
     if (log_tilt is None) != (log_weight is None):
         raise ValueError("log_tilt and log_weight go together; got only one of them")
-    if log_tilt is not None:
+    if log_tilt is not None and log_weight is not None:
         if log_tilt.shape != (num_experts,) or not log_tilt.is_floating_point():
             raise ValueError(
                 f"log_tilt must be float [E] = [{num_experts}]; got {log_tilt.dtype} {tuple(log_tilt.shape)}"

@@ -1,6 +1,6 @@
 """Writes the parts of custom ops' schemas that are the fields of an object, which the op takes one after the other."""
 
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from torch import Tensor
 
@@ -18,8 +18,8 @@ _NAMES = {
 
 def fields(*kinds: type) -> str:
     """Return the fields of these NamedTuples as a schema lists them, and in place of a NamedTuple its own fields."""
-    return ", ".join(_field(get_type_hints(kind)[name], name) for kind in kinds for name in kind._fields)
+    return ", ".join(_field(hint, name) for kind in kinds for name, hint in get_type_hints(kind).items())
 
 
-def _field(kind: type, name: str) -> str:
+def _field(kind: Any, name: str) -> str:
     return fields(kind) if hasattr(kind, "_fields") else f"{_NAMES[kind]} {name}"

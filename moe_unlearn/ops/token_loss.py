@@ -34,7 +34,7 @@ logit margin flattening (arXiv 2506.05314), as its authors' trainer in open-unle
 2 was read in the FedOSD code of MOLLM's authors, its use in MOLLM is our reconstruction; tiling and dropping are ours.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -136,11 +136,19 @@ def token_loss(
     formula = Formula(kind, head.logit_scale, head.logit_softcap, _drops(token_weights), chunk_rows, label_penalty)
     _check(operands, formula)
     keep, keep_head = _trained(hidden_states), _trained(head.weight, head.bias)
-    return _token_loss(*operands, *formula, impl, keep, keep_head)[0]
+    loss: Tensor = _token_loss(*operands, *formula, impl, keep, keep_head)[0]
+    return loss
 
 
 def token_loss_ref(
-    hidden_states, head, labels, *, token_weights=None, kind="nll", reference=None, label_penalty=0.0
+    hidden_states: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    kind: str = "nll",
+    reference: Reference | None = None,
+    label_penalty: float = 0.0,
 ) -> Tensor:
     """Compute `token_loss` in plain PyTorch, all logits at once, differentiable by autograd."""
     h, weight, labels, bias, weights, h_ref, ref_head = _operands(hidden_states, head, labels, token_weights, reference)
@@ -168,9 +176,9 @@ def token_loss_ref(
     return torch.zeros(labels.shape, dtype=dtype, device=labels.device).index_put((rows,), loss)
 
 
-def _operands(hidden_states, head, labels, token_weights, reference) -> Operands:
+def _operands(h: Tensor, head: Head, labels: Tensor, weights: Tensor | None, reference: Reference | None) -> Operands:
     ref_hidden, ref_head = (None, None) if reference is None else reference
-    return Operands(hidden_states, head.weight, labels, head.bias, token_weights, ref_hidden, ref_head)
+    return Operands(h, head.weight, labels, head.bias, weights, ref_hidden, ref_head)
 
 
 def _drops(token_weights: Tensor | None) -> bool:
@@ -210,7 +218,7 @@ def _logits(h: Tensor, head: Tensor, bias: Tensor | None, scale: float, softcap:
     schema=f"({fields(Operands, Formula)}, str impl, bool keep, bool keep_head) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _token_loss(*operands):
+def _token_loss(*operands: Any) -> tuple[Tensor, ...]:
     """Compute the losses and everything that the backward needs of the forward.
 
     Returns (loss [T], l [T], max z and sum exp(z - max z) of the softmax [2, T], those of the reference [2, T], dl/dh,
@@ -224,13 +232,13 @@ def _token_loss(*operands):
     numbers = scale, softcap, drop, chunk_rows, *((penalty,) if kind == "ce" else ())  # the others take no penalty
     with torch.autocast(hidden.device.type, enabled=False):
         if kept:
-            return kernel(hidden, *tensors, kind, *numbers, keep, keep_head)
+            return tuple(kernel(hidden, *tensors, kind, *numbers, keep, keep_head))
         return *kernel(hidden, *tensors, kind, *numbers), *(hidden.new_empty(0) for _ in range(4))
 
 
-def unflattened(hidden, head, labels, bias, weights, ref_hidden, ref_head, *formula) -> tuple[Operands, Formula]:
+def unflattened(*operands: Any) -> tuple[Operands, Formula]:
     """Return the tensors and the formula of a loss from what its kernels take one after the other."""
-    return Operands(hidden, head, labels, bias, weights, ref_hidden, ref_head), Formula(*formula)
+    return Operands(*operands[:7]), Formula(*operands[7:])
 
 
 def _name(kind: str) -> str:
@@ -239,14 +247,14 @@ def _name(kind: str) -> str:
 
 def _kept(hidden: Tensor, impl: str, kind: str, keep: bool) -> str:
     """Return the name of the part that keeps dl/dh, if the chosen implementation has it, else ""."""
-    if kind in TILED_KINDS:
+    if kind in TILED_KINDS or not keep:
         return ""
-    chosen = backend.choose("token_loss", impl, hidden.device.type, hidden.dtype) if keep else None
+    chosen = backend.choose("token_loss", impl, hidden.device.type, hidden.dtype)
     return _KEPT if backend.has(_KEPT, chosen, hidden.device.type) else ""
 
 
 @_token_loss.register_fake
-def _(*operands):
+def _(*operands: Any) -> tuple[Tensor, ...]:
     *flat, impl, keep, keep_head = operands
     tensors, formula = unflattened(*flat)
     hidden = tensors.hidden
@@ -263,35 +271,31 @@ def _(*operands):
     schema=f"(Tensor grad, {fields(Operands, Softmax, Formula)}, bool needs_hidden, bool needs_head, bool needs_bias, "
     "Tensor direction, str impl) -> (Tensor, Tensor, Tensor)",
 )
-def _token_loss_backward(grad, hidden, *operands):
+def _token_loss_backward(grad: Tensor, hidden: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     """Compute the gradients of hidden, head and bias; an empty tensor for one that is not needed."""
     *tensors, kind, scale, softcap, drop, rows, penalty, need_hidden, need_head, need_bias, direction, impl = operands
     numbers = scale, softcap, drop, rows, *((penalty,) if kind == "ce" else ())
     kernel = backend.resolve(f"{_name(kind)}.backward", impl, hidden)
     kept = {"direction": direction} if direction.numel() else {}
     with torch.autocast(hidden.device.type, enabled=False):
-        return kernel(grad, hidden, *tensors, kind, *numbers, need_hidden, need_head, need_bias, **kept)
+        return tuple(kernel(grad, hidden, *tensors, kind, *numbers, need_hidden, need_head, need_bias, **kept))
 
 
-def backward_operands(
-    hidden, head, labels, bias, weights, ref_hidden, ref_head, *rest
-) -> tuple[Operands, Softmax, Formula, Needs]:
+def backward_operands(*operands: Any) -> tuple[Operands, Softmax, Formula, Needs]:
     """Return the objects whose fields the kernels of the backward take one after the other."""
-    value, norm, ref_norm, *formula, needs_hidden, needs_head, needs_bias = rest
-    needs = Needs(needs_hidden, needs_head, needs_bias)
-    tensors, formula = unflattened(hidden, head, labels, bias, weights, ref_hidden, ref_head, *formula)
-    return tensors, Softmax(value, norm, ref_norm), formula, needs
+    tensors, softmax, formula, needs = operands[:7], operands[7:10], operands[10:-3], operands[-3:]
+    return Operands(*tensors), Softmax(*softmax), Formula(*formula), Needs(*needs)
 
 
 @_token_loss_backward.register_fake
-def _(grad, hidden, head, labels, bias, *operands):
-    *_, needs_hidden, needs_head, needs_bias, _, _ = operands
+def _(grad: Tensor, hidden: Tensor, head: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+    _, bias, *_, needs_hidden, needs_head, needs_bias, _, _ = operands
     grad_bias = bias.new_empty(bias.shape) if needs_bias else head.new_empty(0)
     grad_head = head.new_empty(head.shape if needs_head else 0)
     return hidden.new_empty(hidden.shape if needs_hidden else 0), grad_head, grad_bias
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *flat, ctx.impl, _, _ = inputs
     operands, ctx.formula = unflattened(*flat)
     _, value, norm, ref_norm, direction, *kept = output
@@ -301,26 +305,27 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # zero gradients of the kept tensors would be as large as these
 
 
-def _backward(ctx, grad, *unused):
-    *operands, value, norm, ref_norm, direction = ctx.saved_tensors
-    operands, softmax = Operands(*operands), Softmax(value, norm, ref_norm)
-    hidden, head, labels, bias, weights, *_ = operands
+def _backward(ctx: Any, grad: Tensor | None, *unused: object) -> tuple[Tensor | None, ...]:
+    *tensors, value, norm, ref_norm, direction = ctx.saved_tensors
+    operands, softmax = Operands(*tensors), Softmax(value, norm, ref_norm)
+    hidden, head, labels, bias, weights, *_ = tensors
     need_hidden, need_head, _, need_bias, need_weights, *_ = (grad is not None and n for n in ctx.needs_input_grad)
-    needs, grads, kept, ctx.kept = Needs(need_hidden, need_head, need_bias), [None] * 3, ctx.kept, ()
+    needs, kept, ctx.kept = Needs(need_hidden, need_head, need_bias), ctx.kept, ()
+    grads: list[Tensor | None] = [None] * 3
     if (need_head or need_bias) and kept and kept[0].numel() and not torch.is_grad_enabled():
         kernel, (kind, scale, softcap, drop, *_) = backend.resolve("token_loss.head", ctx.impl, hidden), ctx.formula
-        tensors = grad, hidden, head, labels, bias, weights, *softmax, *kept
-        bias_grad = kernel(*tensors, kind, scale, softcap, drop, need_head, need_bias)
+        own = grad, hidden, head, labels, bias, weights, *softmax, *kept
+        bias_grad = kernel(*own, kind, scale, softcap, drop, need_head, need_bias)
         grads = [None, kept[0] if need_head else None, bias_grad if need_bias else None]
         needs = Needs(need_hidden, False, False)
     if any(needs):
         results = _token_loss_backward(grad, *operands, *softmax, *ctx.formula, *needs, direction, ctx.impl)
         grads = [result if need else old for result, need, old in zip(results, needs, grads, strict=True)]
-    grad_weights = torch.where(labels == IGNORED, 0, grad * value).to(weights.dtype) if need_weights else None
+    grad_weights = torch.where(labels == IGNORED, 0, value * grad).to(weights.dtype) if need_weights else None
     return grads[0], grads[1], None, grads[2], grad_weights, *[None] * 11
 
 
-def _no_double_backward(ctx, *grads):
+def _no_double_backward(ctx: object, *grads: object) -> NoReturn:
     raise RuntimeError("token_loss has no double backward; token_loss_ref has one")
 
 

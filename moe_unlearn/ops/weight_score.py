@@ -23,7 +23,7 @@ Source: S is equation 7 of WAGLE (NeurIPS 2024, arXiv 2410.17509; paper and code
 operations; threshold and layout are our specification.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ def weight_score(
 ) -> Tensor:
     """Compute S [..., n] float32 (float64 for a float64 weight); raises TypeError or ValueError as `score_mask`."""
     _check(weight, grad_forget, grad_retain, gamma)
-    return _weight_score(weight, grad_forget, grad_retain, gamma, impl)
+    score: Tensor = _weight_score(weight, grad_forget, grad_retain, gamma, impl)
+    return score
 
 
 def weight_score_ref(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float) -> Tensor:
@@ -70,7 +71,8 @@ def score_histogram(
     _check(weight, grad_forget, grad_retain, gamma)
     if digit not in (0, 1) or not 0 <= prefix < BINS:
         raise ValueError(f"digit must be 0 or 1 and prefix in [0, {BINS}); got {digit} and {prefix}")
-    return _score_histogram(weight, grad_forget, grad_retain, gamma, digit, prefix, impl)
+    counts: Tensor = _score_histogram(weight, grad_forget, grad_retain, gamma, digit, prefix, impl)
+    return counts
 
 
 def score_histogram_ref(
@@ -107,7 +109,8 @@ def score_mask(
     _check(weight, grad_forget, grad_retain, gamma)
     if not 0 <= threshold_bits < 1 << 31 or ties < 0:
         raise ValueError(f"threshold_bits must be in [0, 2^31) and ties not negative; got {threshold_bits} and {ties}")
-    return _score_mask(weight, grad_forget, grad_retain, gamma, threshold_bits, ties, impl)
+    words, taken = _score_mask(weight, grad_forget, grad_retain, gamma, threshold_bits, ties, impl)
+    return words, taken
 
 
 def score_mask_ref(
@@ -134,7 +137,8 @@ def _bit_rows(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: f
     flat = [t.reshape(-1, width) for t in (weight, grad_forget, grad_retain)]
     height = max(BLOCK // width, 1)
     for start in range(0, len(flat[0]), height):
-        block = weight_score_ref(*(t[start : start + height] for t in flat), gamma)
+        w, g_f, g_r = (t[start : start + height] for t in flat)
+        block = weight_score_ref(w, g_f, g_r, gamma)
         yield block.to(torch.float32).view(torch.int32) & 0x7FFFFFFF
 
 
@@ -149,11 +153,12 @@ def _score_dtype(weight: Tensor) -> torch.dtype:
 @torch.library.custom_op("moe_unlearn::weight_score", mutates_args=())
 def _weight_score(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, impl: str) -> Tensor:
     kernel = backend.resolve("weight_score", impl, weight)
-    return kernel(weight, grad_forget, grad_retain, gamma).contiguous()
+    score: Tensor = kernel(weight, grad_forget, grad_retain, gamma).contiguous()
+    return score
 
 
 @_weight_score.register_fake
-def _(weight, grad_forget, grad_retain, gamma, impl):
+def _(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, impl: str) -> Tensor:
     return weight.new_empty(weight.shape, dtype=_score_dtype(weight))
 
 
@@ -162,11 +167,14 @@ def _score_histogram(
     weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, digit: int, prefix: int, impl: str
 ) -> Tensor:
     kernel = backend.resolve("weight_score.histogram", impl, weight)
-    return kernel(weight, grad_forget, grad_retain, gamma, digit, prefix)
+    counts: Tensor = kernel(weight, grad_forget, grad_retain, gamma, digit, prefix)
+    return counts
 
 
 @_score_histogram.register_fake
-def _(weight, grad_forget, grad_retain, gamma, digit, prefix, impl):
+def _(
+    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, digit: int, prefix: int, impl: str
+) -> Tensor:
     return weight.new_empty(BINS, dtype=torch.int64)
 
 
@@ -181,31 +189,41 @@ def _score_mask(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     kernel = backend.resolve("weight_score.mask", impl, weight)
-    return tuple(kernel(weight, grad_forget, grad_retain, gamma, threshold_bits, ties))
+    words, taken = kernel(weight, grad_forget, grad_retain, gamma, threshold_bits, ties)
+    return words, taken
 
 
 @_score_mask.register_fake
-def _(weight, grad_forget, grad_retain, gamma, threshold_bits, ties, impl):
+def _(
+    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, threshold_bits: int, ties: int, impl: str
+) -> tuple[Tensor, Tensor]:
     words = weight.new_empty(_words_shape(weight), dtype=torch.int32)
     return words, weight.new_empty((), dtype=torch.int64)
 
 
-def _score_native(weight, grad_forget, grad_retain, gamma):
+def _score_native(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float) -> Tensor:
     terms = _native_terms(weight, grad_forget, grad_retain, flat=True)
-    return torch.ops.moe_unlearn_native.weight_score(*terms, gamma).view(weight.shape)
+    score: Tensor = torch.ops.moe_unlearn_native.weight_score(*terms, gamma)
+    return score.view(weight.shape)
 
 
-def _histogram_native(weight, grad_forget, grad_retain, gamma, digit, prefix):
+def _histogram_native(
+    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, digit: int, prefix: int
+) -> Tensor:
     terms = _native_terms(weight, grad_forget, grad_retain, flat=True)
-    return torch.ops.moe_unlearn_native.weight_score_histogram(*terms, gamma, digit, prefix)
+    counts: Tensor = torch.ops.moe_unlearn_native.weight_score_histogram(*terms, gamma, digit, prefix)
+    return counts
 
 
-def _mask_native(weight, grad_forget, grad_retain, gamma, threshold_bits, ties):
+def _mask_native(
+    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, threshold_bits: int, ties: int
+) -> tuple[Tensor, Tensor]:
     terms = _native_terms(weight, grad_forget, grad_retain, flat=False)
-    return torch.ops.moe_unlearn_native.weight_score_mask(*terms, gamma, threshold_bits, ties)
+    words, taken = torch.ops.moe_unlearn_native.weight_score_mask(*terms, gamma, threshold_bits, ties)
+    return words, taken
 
 
-def _native_terms(weight, *grads, flat):
+def _native_terms(weight: Tensor, *grads: Tensor, flat: bool) -> Sequence[Tensor]:
     """Return the terms with at least one dimension and a dtype of the kernels; as one row if that needs no copy."""
     terms = [torch.atleast_1d(t.float() if t.dtype == torch.float64 else t) for t in (weight, *grads)]
     return [t.view(-1) for t in terms] if flat and all(t.is_contiguous() for t in terms) else terms
@@ -223,7 +241,7 @@ backend.register("weight_score.histogram", "triton", "moe_unlearn.triton_kernels
 backend.register("weight_score.mask", "triton", "moe_unlearn.triton_kernels.weight_score:score_mask")
 
 
-def _check(weight, grad_forget, grad_retain, gamma):
+def _check(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float) -> None:
     if not _SMALLEST_GAMMA <= gamma <= _LARGEST_GAMMA:
         raise ValueError(f"gamma must be in [{_SMALLEST_GAMMA:g}, {_LARGEST_GAMMA:g}]; got {gamma}")
     for name, tensor in (("weight", weight), ("grad_forget", grad_forget), ("grad_retain", grad_retain)):

@@ -38,8 +38,7 @@ def _forward_flops(*, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Te
 def _backward_flops(
     *, top_k_weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, needs: Sequence[bool], **_: object
 ) -> int:
-    need_x, *need_others, _, _ = needs
-    weights = gate_up_proj.numel() * need_x + down_proj.numel() * (need_x or any(need_others))
+    weights = gate_up_proj.numel() * needs[0] + down_proj.numel() * any(needs[:3])
     return flops(top_k_weights.numel(), weights // len(down_proj))
 
 

@@ -4,9 +4,13 @@ The kernels have no float64: factors, buffers and results of that dtype go to `r
 bfloat16 factors, and has no inner products.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from moe_unlearn.backend import Unfit
+from moe_unlearn.ops.checks import check_momentum, check_update
 from moe_unlearn.ops.expert_wgrad import (
     Factors,
     _accumulate_ref,
@@ -17,50 +21,53 @@ from moe_unlearn.ops.expert_wgrad import (
     score_operands,
     update_operands,
 )
-from moe_unlearn.ops.masked_update import SGD, AdamW, _check, _check_momentum
+from moe_unlearn.ops.masked_update import SGD, AdamW
 
 
-def store(grad, input, expert_offsets, grad_rows, input_rows, experts, mask, out_dtype):
-    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
+def store(grad: Tensor, input: Tensor, *operands: Any) -> Tensor:
+    *others, experts, mask, out_dtype = operands
+    factors = Factors(grad, input, *others)
     if torch.float64 in (grad.dtype, out_dtype):
         return expert_wgrad_ref(*factors, experts, mask, out_dtype)
-    operands = _operands(factors, experts)
-    out = grad.new_empty(len(operands[2]), grad.shape[1], input.shape[1], dtype=out_dtype)
-    torch.ops.moe_unlearn_native.expert_wgrad_(out, *operands, mask, False)
+    tensors = _operands(factors, experts)
+    out = grad.new_empty(len(tensors[2]), grad.shape[1], input.shape[1], dtype=out_dtype)
+    torch.ops.moe_unlearn_native.expert_wgrad_(out, *tensors, mask, False)
     return out
 
 
-def accumulate(out, grad, input, expert_offsets, grad_rows, input_rows, experts, mask):
-    factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
+def accumulate(out: Tensor, grad: Tensor, input: Tensor, *operands: Any) -> None:
+    *others, experts, mask = operands
+    factors = Factors(grad, input, *others)
     if torch.float64 in (grad.dtype, out.dtype):
         return _accumulate_ref(out, *factors, experts, mask)
     torch.ops.moe_unlearn_native.expert_wgrad_(out, *_operands(factors, experts), mask, True)
 
 
-def sgd(weight, momentum_buffer, master, *operands):
+def sgd(weight: Tensor, momentum_buffer: Tensor | None, master: Tensor | None, *operands: Any) -> None:
     factors, experts, mask, rule, update = update_operands(SGD, operands)
     if factors.grad.dtype == torch.float64:
         return expert_wgrad_sgd_ref_(weight, momentum_buffer, master, *operands)
     listed = _listed(weight, experts)
-    _check_momentum(momentum_buffer, rule)
-    _check(weight, _like(weight, listed), {"momentum_buffer": momentum_buffer}, mask, update, master, listed)
+    check_momentum(momentum_buffer, rule)
+    check_update(weight, _like(weight, listed), {"momentum_buffer": momentum_buffer}, mask, update, master, listed)
     torch.ops.moe_unlearn_native.expert_wgrad_sgd_(
         weight, momentum_buffer, master, *_operands(factors, experts), listed, mask, *rule.native(update)
     )
 
 
-def adamw(weight, exp_avg, exp_avg_sq, master, *operands):
+def adamw(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None, *operands: Any) -> None:
     factors, experts, mask, rule, update = update_operands(AdamW, operands)
     if factors.grad.dtype == torch.float64:
         return expert_wgrad_adamw_ref_(weight, exp_avg, exp_avg_sq, master, *operands)
     listed = _listed(weight, experts)
-    _check(weight, _like(weight, listed), {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, mask, update, master, listed)
+    moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    check_update(weight, _like(weight, listed), moments, mask, update, master, listed)
     torch.ops.moe_unlearn_native.expert_wgrad_adamw_(
         weight, exp_avg, exp_avg_sq, master, *_operands(factors, experts), listed, mask, *rule.native(update)
     )
 
 
-def score(weight, *operands):
+def score(weight: Tensor, *operands: Any) -> Tensor:
     forget, retain, experts, gamma = score_operands(operands)
     if torch.float64 in (forget.grad.dtype, retain.grad.dtype):
         return expert_wgrad_score_ref(weight, *operands)
@@ -72,8 +79,9 @@ def score(weight, *operands):
     return out
 
 
-def inner(grads, inputs, expert_offsets, grad_rows, input_rows, experts, mask):
-    gradients = [Factors(*one) for one in zip(grads, inputs, expert_offsets, grad_rows, input_rows, strict=True)]
+def inner(grads: list[Tensor], *operands: Any) -> Tensor:
+    *others, experts, mask = operands
+    gradients = [Factors(*one) for one in zip(grads, *others, strict=True)]
     sides = []
     for factors in gradients:
         rows = {name: _positions(factors) for name in ("grad_rows", "input_rows") if getattr(factors, name) is None}
@@ -83,29 +91,30 @@ def inner(grads, inputs, expert_offsets, grad_rows, input_rows, experts, mask):
     return out
 
 
-def _operands(factors, experts):
+def _operands(factors: Factors, experts: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the operands (grad, input, bounds [M_e, 2], grad_rows, input_rows)."""
-    grad, input, offsets, *rows = factors
+    grad, input, offsets, grad_rows, input_rows = factors
     bounds = offsets if offsets.dim() == 2 else torch.stack([offsets[:-1], offsets[1:]], 1)
     if experts is not None:
         bounds = bounds[experts.long()]
-    return grad, input, bounds.long().contiguous(), *(None if r is None else r.long().contiguous() for r in rows)
+    grad_at, input_at = (None if ids is None else ids.long().contiguous() for ids in (grad_rows, input_rows))
+    return grad, input, bounds.long().contiguous(), grad_at, input_at
 
 
-def _listed(weight, experts):
+def _listed(weight: Tensor, experts: Tensor | None) -> Tensor:
     return torch.arange(len(weight), device=weight.device) if experts is None else experts.long().contiguous()
 
 
-def _like(weight, listed):
+def _like(weight: Tensor, listed: Tensor) -> Tensor:
     """Return a stand-in for the gradient of weight[listed] whose shape can be checked."""
     return weight.new_empty(()).expand(len(listed), *weight.shape[1:])
 
 
-def _positions(factors):
+def _positions(factors: Factors) -> Tensor:
     return torch.arange(max(len(factors.grad), len(factors.input)))
 
 
-def _check_hopper(capability, *factors):
+def _check_hopper(capability: tuple[int, int], *factors: Tensor) -> None:
     """Raise Unfit on any GPU but Hopper, and for factors that the wgmma kernel cannot copy 16 bytes at a time."""
     if capability != (9, 0):
         raise Unfit(f"CUDA's expert_wgrad needs a GPU of compute capability 9.0; got {capability[0]}.{capability[1]}")
@@ -118,37 +127,39 @@ def _check_hopper(capability, *factors):
             )
 
 
-def _check_gpu(*factors):
+def _check_gpu(*factors: Tensor) -> None:
     _check_hopper(torch.cuda.get_device_capability(factors[0].device), *factors)
 
 
-def _check_update(weight, *factors):
+def _check_update(weight: Tensor, *factors: Tensor) -> None:
     _check_gpu(*factors)
     if weight.dtype == torch.float16:
         raise Unfit("CUDA's expert_wgrad has no update of float16 weights")
 
 
-def store_cuda(grad, input, *operands):
+def store_cuda(grad: Tensor, input: Tensor, *operands: Any) -> Tensor:
     _check_gpu(grad, input)
     return store(grad, input, *operands)
 
 
-def accumulate_cuda(out, grad, input, *operands):
+def accumulate_cuda(out: Tensor, grad: Tensor, input: Tensor, *operands: Any) -> None:
     _check_gpu(grad, input)
     accumulate(out, grad, input, *operands)
 
 
-def sgd_cuda(weight, momentum_buffer, master, grad, input, *operands):
+def sgd_cuda(weight: Tensor, *operands: Any) -> None:
+    _, _, grad, input, *_ = operands
     _check_update(weight, grad, input)
-    sgd(weight, momentum_buffer, master, grad, input, *operands)
+    sgd(weight, *operands)
 
 
-def adamw_cuda(weight, exp_avg, exp_avg_sq, master, grad, input, *operands):
+def adamw_cuda(weight: Tensor, *operands: Any) -> None:
+    _, _, _, grad, input, *_ = operands
     _check_update(weight, grad, input)
-    adamw(weight, exp_avg, exp_avg_sq, master, grad, input, *operands)
+    adamw(weight, *operands)
 
 
-def score_cuda(weight, *operands):
+def score_cuda(weight: Tensor, *operands: Any) -> Tensor:
     forget, retain, *_ = score_operands(operands)
     _check_gpu(forget.grad, forget.input, retain.grad, retain.input)
     return score(weight, *operands)

@@ -8,13 +8,18 @@ other logits again; it computes all of them again for kl, in a second backward a
 The kernel chooses its own tile size: `chunk_rows` is for `ref`.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from moe_unlearn import native
 from moe_unlearn.ops.schema import fields
 from moe_unlearn.ops.tiled import token_loss as tiled
 from moe_unlearn.ops.token_loss import (
     IGNORED,
+    Formula,
+    Operands,
     Softmax,
     _counted,
     _wide,
@@ -26,12 +31,12 @@ SPARE_BYTES = 2**27
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def forward(*operands):
+def forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss, value, norm, ref_norm, *_ = forward_kept(*operands, False, False)
     return loss, value, norm, ref_norm
 
 
-def room(operands, kind, keep, keep_head):
+def room(operands: Operands, kind: str, keep: bool, keep_head: bool) -> tuple[Tensor, ...]:
     """Allocate the tensors to keep: dl/dh, exponentials in the head gradient's memory, their maxima, the spare ones."""
     hidden, head, labels, bias, *_ = operands
     direction = hidden.new_zeros(len(hidden) if keep else 0, hidden.shape[1], dtype=_wide(hidden, head))
@@ -44,7 +49,7 @@ def room(operands, kind, keep, keep_head):
     return direction, head.new_empty(head.shape), peaks, head.new_empty(groups, columns, rows)
 
 
-def forward_kept(*operands):
+def forward_kept(*operands: Any) -> tuple[Tensor, ...]:
     """Compute the results of the op; tensors that are not kept are empty."""
     *flat, keep, keep_head = operands
     tensors, formula = unflattened(*flat)
@@ -62,7 +67,7 @@ def forward_kept(*operands):
     return torch.where(labels == IGNORED, 0, weighted), value, norm, ref_norm, direction, *kept
 
 
-def backward(grad, *operands, direction=None):
+def backward(grad: Tensor, *operands: Any, direction: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     tensors, softmax, formula, needs = backward_operands(*operands)
     hidden, head, labels, bias, weights, *_ = tensors
     if not _can_take(tensors):
@@ -76,7 +81,7 @@ def backward(grad, *operands, direction=None):
             *_, direction = torch.ops.moe_unlearn_native.token_loss(*problem, True, None, None, None)
         torch.mul(direction, upstream[:, None], out=grad_hidden)
     grad_head = head.new_empty(head.shape if needs.head else 0)
-    grad_bias = head.new_empty(0) if not needs.bias else bias.new_empty(bias.shape)
+    grad_bias = head.new_empty(0) if not needs.bias or bias is None else bias.new_empty(bias.shape)
     if needs.head or needs.bias:
         grads = grad_head if needs.head else None, grad_bias if needs.bias else None
         torch.ops.moe_unlearn_native.token_loss_head(
@@ -92,37 +97,38 @@ def backward(grad, *operands, direction=None):
     f"{fields(Softmax)}, Tensor(a9!) kept, Tensor peaks, Tensor spare, str kind, float scale, float? softcap, "
     "bool drop_zero_weights, bool needs_head, bool needs_bias) -> Tensor",
 )
-def head_gradient_(grad, hidden, head, labels, bias, weights, *operands):
+def head_gradient_(grad: Tensor, *operands: Any) -> Tensor:
     """Turn `kept` into the gradient of the head, if needed; return that of the bias, or an empty tensor."""
-    value, norm, ref_norm, kept, peaks, spare, *numbers, needs_head, needs_bias = operands
-    tensors, formula = unflattened(hidden, head, labels, bias, weights, None, None, *numbers, None)
+    own, (value, norm, ref_norm, kept, peaks, spare, *numbers, needs_head, needs_bias) = operands[:5], operands[5:]
+    tensors, formula = unflattened(*own, None, None, *numbers, None)
+    _, head, labels, bias, weights, *_ = tensors
     index = _counted(labels, weights, formula.drop_zero_weights)
     upstream, problem = _upstream(grad, weights, value, index, formula.kind), _problem(tensors, formula, index)
-    grad_bias = bias.new_empty(bias.shape) if needs_bias else head.new_empty(0)
+    grad_bias = head.new_empty(0) if not needs_bias or bias is None else bias.new_empty(bias.shape)
     grads = kept if needs_head else None, grad_bias if needs_bias else None
     torch.ops.moe_unlearn_native.token_loss_head(*grads, upstream, norm, ref_norm, *problem, kept, peaks, spare)
     return grad_bias
 
 
 @head_gradient_.register_fake
-def _(grad, hidden, head, labels, bias, *operands):
+def _(grad: Tensor, hidden: Tensor, head: Tensor, labels: Tensor, bias: Tensor | None, *operands: Any) -> Tensor:
     *_, needs_bias = operands
-    return bias.new_empty(bias.shape) if needs_bias else head.new_empty(0)
+    return head.new_empty(0) if not needs_bias or bias is None else bias.new_empty(bias.shape)
 
 
-def _upstream(grad, weights, value, index, kind):
+def _upstream(grad: Tensor, weights: Tensor | None, value: Tensor, index: Tensor, kind: str) -> Tensor:
     """Compute dloss / d(nll or kl) of each row."""
     upstream = torch.zeros(value.shape)
     upstream[index] = (grad.float() if weights is None else grad.float() * weights.float())[index]
     return upstream * -torch.expm1(value) if kind == "uce" else upstream
 
 
-def _can_take(operands) -> bool:
+def _can_take(operands: Operands) -> bool:
     hidden, head, _, bias, _, ref_hidden, ref_head = operands
     return all(t is None or t.dtype in _DTYPES for t in (hidden, head, bias, ref_hidden, ref_head))
 
 
-def _problem(operands, formula, index):
+def _problem(operands: Operands, formula: Formula, index: Tensor) -> tuple[Any, ...]:
     """Return the kernels' arguments, detached, since torch's threads do not inherit that gradients are off."""
     hidden, head, labels, bias, _, ref_hidden, ref_head = operands
     tensors = [hidden, head, labels.contiguous(), index, bias, ref_hidden, ref_head]

@@ -4,7 +4,10 @@ The backward gets three numbers of each row: norm = (max z, mean z) and, in ref_
 first one if several are largest. Without a softcap the backward computes no logits.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from moe_unlearn.ops.tiled.token_loss import gradients
 from moe_unlearn.ops.token_loss import (
@@ -19,7 +22,7 @@ from moe_unlearn.ops.token_loss import (
 )
 
 
-def forward(*operands):
+def forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute (loss [T], l [T], norm [2, T], ref_norm [2, T]), 0 in the rows that do not count."""
     (hidden, head, labels, bias, weights, _, _), formula = unflattened(*operands)
     _, scale, softcap, drop_zero_weights, chunk_rows, _ = formula
@@ -43,7 +46,7 @@ def forward(*operands):
     return torch.where(labels == IGNORED, 0, weighted), value, norm, ref_norm
 
 
-def backward(grad, *operands):
+def backward(grad: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of hidden [T, H], head [V, H] and bias [V]; empty for one that is not needed."""
     (hidden, head, labels, bias, weights, _, _), (_, norm, ref_norm), formula, needs = backward_operands(*operands)
     _, scale, softcap, drop_zero_weights, chunk_rows, _ = formula
@@ -52,7 +55,7 @@ def backward(grad, *operands):
     outer = 2 * scale * upstream * (norm[0] - norm[1])
     chunks = _counted(labels, weights, drop_zero_weights).split(chunk_rows or _DEFAULT_ROWS)
 
-    def slope(i, h, w, b, tile):
+    def slope(i: int, h: Tensor, w: Tensor, b: Tensor | None, tile: slice) -> Tensor:
         rows, columns = chunks[i], torch.arange(tile.start, tile.stop, device=labels.device)
         dz = (columns == ref_norm[0, rows, None].long()).to(dtype) - 1 / len(head)
         if softcap is not None:

@@ -4,12 +4,18 @@ The backward gets two numbers of each row, norm = (max z, sum exp(z - max z)), a
 same numbers of their logits.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moe_unlearn.ops.token_loss import (
     _DEFAULT_ROWS,
     IGNORED,
+    Formula,
+    Needs,
+    Operands,
     _counted,
     _logits,
     _tiles,
@@ -18,10 +24,11 @@ from moe_unlearn.ops.token_loss import (
     unflattened,
 )
 
+Slope = Callable[[int, Tensor, Tensor, Tensor | None, slice], Tensor]
 _WITH_TARGETS = ("kl", "ce")
 
 
-def forward(*operands):
+def forward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute (loss [T], l [T], norm [2, T], ref_norm [2, T]), 0 in the rows that do not count."""
     tensors, formula = unflattened(*operands)
     hidden, head, labels, bias, weights, ref_hidden, _ = tensors
@@ -66,7 +73,7 @@ def forward(*operands):
     return torch.where(labels == IGNORED, 0, weighted), value, norm, ref_norm
 
 
-def backward(grad, *operands):
+def backward(grad: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of hidden [T, H], head [V, H] and bias [V]; empty for one that is not needed."""
     tensors, (value, norm, ref_norm), formula, needs = backward_operands(*operands)
     hidden, head, labels, bias, weights, ref_hidden, _ = tensors
@@ -78,7 +85,7 @@ def backward(grad, *operands):
     chunks = _counted(labels, weights, drop_zero_weights).split(chunk_rows or _DEFAULT_ROWS)
     references = [None if ref_hidden is None else ref_hidden[rows].to(dtype) for rows in chunks]
 
-    def slope(i, h, w, b, tile):
+    def slope(i: int, h: Tensor, w: Tensor, b: Tensor | None, tile: slice) -> Tensor:
         rows = chunks[i]
         z, y = _logits(h, w, b, scale, softcap), labels[rows]
         dz = (z - norm[0, rows, None]).exp() / norm[1, rows, None]
@@ -94,7 +101,8 @@ def backward(grad, *operands):
     return gradients(slope, chunks, hidden, head, bias, dtype, needs)
 
 
-def check_labels(labels, kind, vocabulary):
+def check_labels(labels: Tensor, kind: str, vocabulary: int) -> None:
+    """Raise ValueError for a label outside of the vocabulary."""
     if kind == "kl" or labels.numel() == 0:
         return
     low, high = int(labels.min()), int(labels.max())
@@ -102,20 +110,28 @@ def check_labels(labels, kind, vocabulary):
         raise ValueError(f"labels must be in [0, {vocabulary}) or {IGNORED}; got {low if low < 0 else high}")
 
 
-def gradients(slope, chunks, hidden, head, bias, dtype, needs) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(
+    slope: Slope,
+    chunks: Sequence[Tensor],
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of hidden, head and bias; empty for one that is not needed.
 
     slope(i, h, w, b, tile) gives the gradient of the logits of rows `chunks[i]` at the columns of a tile, from hidden
     states h and weights w in `dtype` and the bias b.
     """
     states = [hidden[rows].to(dtype) for rows in chunks]
-    sums = [torch.zeros_like(h) if needs.hidden else None for h in states]
+    sums = [h.new_zeros(h.shape if needs.hidden else 0) for h in states]
     grad_head = head.new_zeros(head.shape if needs.head else 0)
-    grad_bias = head.new_zeros(0) if not needs.bias else bias.new_zeros(bias.shape)
+    grad_bias = head.new_zeros(0) if not needs.bias or bias is None else bias.new_zeros(bias.shape)
     # the outer loop is over the vocabulary, so that each tile of the head's gradient is completed and rounded once
     for tile in _tiles(len(chunks[0]), len(head), dtype):
         w, b = head[tile].to(dtype), None if bias is None else bias[tile]
-        grad_w, grad_b = torch.zeros_like(w) if needs.head else None, torch.zeros_like(w[:, 0])
+        grad_w, grad_b = w.new_zeros(w.shape if needs.head else 0), torch.zeros_like(w[:, 0])
         for i, (h, grad_h) in enumerate(zip(states, sums, strict=True)):
             dz = slope(i, h, w, b, tile)
             if needs.hidden:
@@ -127,7 +143,7 @@ def gradients(slope, chunks, hidden, head, bias, dtype, needs) -> tuple[Tensor, 
         if needs.head:
             grad_head[tile] = grad_w.to(head.dtype)
         if needs.bias:
-            grad_bias[tile] = grad_b.to(bias.dtype)
+            grad_bias[tile] = grad_b.to(grad_bias.dtype)
     grad_hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0)
     if needs.hidden:
         for rows, grad_h in zip(chunks, sums, strict=True):
@@ -135,7 +151,9 @@ def gradients(slope, chunks, hidden, head, bias, dtype, needs) -> tuple[Tensor, 
     return grad_hidden, grad_head, grad_bias
 
 
-def _targets(z, h_ref, labels, tile, tensors, formula) -> Tensor:
+def _targets(
+    z: Tensor, h_ref: Tensor | None, labels: Tensor, tile: slice, tensors: Operands, formula: Formula
+) -> Tensor:
     """Compute a tile of the targets' logits: those of the reference, or `z` without one, lowered at the label."""
     z_ref = z
     if h_ref is not None:
