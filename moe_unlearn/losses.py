@@ -50,10 +50,29 @@ from moe_unlearn.ops.token_loss import IGNORED, Head, token_loss
 
 # with what makes per-token losses of a model, so that `losses` is all that an objective of a user's own needs
 __all__ = [
-    "Head", "decoder_of", "embed_diff", "final_hidden_states", "head_of", "idk_dpo", "kl", "logit_margin",
-    "margin_mask", "nll", "npo", "rmu", "satimp", "sequence_sums", "simnpo", "state_mask", "target_mask",
-    "token_losses", "uce", "unwrapped", "verify_head", "wga",
-]  # fmt: skip
+    "Head",
+    "decoder_of",
+    "embed_diff",
+    "final_hidden_states",
+    "head_of",
+    "idk_dpo",
+    "kl",
+    "logit_margin",
+    "margin_mask",
+    "nll",
+    "npo",
+    "rmu",
+    "satimp",
+    "sequence_sums",
+    "simnpo",
+    "state_mask",
+    "target_mask",
+    "token_losses",
+    "uce",
+    "unwrapped",
+    "verify_head",
+    "wga",
+]
 
 
 def nll(token_logprobs: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -121,8 +121,10 @@ def select_experts(
     if not critical.any():
         message = why_empty(f, r, min_ratio=min_ratio, min_load=min_load)
         if not allow_empty:
-            raise ValueError(f"{message}. Remedies: a lower min_ratio or min_load, or allow_empty, with which every "
-                             "retain token counts the same")  # fmt: skip
+            raise ValueError(
+                f"{message}. Remedies: a lower min_ratio or min_load, or allow_empty, with which every "
+                "retain token counts the same"
+            )
         _log.warning("TRACE inactive: %s; every retain token counts the same", message)
     gap = torch.where(critical, f - r, -torch.inf)
     largest = torch.argsort(gap, dim=1, descending=True, stable=True)[:, :per_layer]

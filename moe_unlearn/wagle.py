@@ -85,8 +85,10 @@ def weight_mask(
     magnitudes = scored.magnitudes()
     _log.info(
         "WAGLE score terms: mean |theta g_f| %.3e, mean |g_r g_f| / gamma %.3e (gamma %g)",
-        magnitudes["forget_term"], magnitudes["retain_term"], gamma,
-    )  # fmt: skip
+        magnitudes["forget_term"],
+        magnitudes["retain_term"],
+        gamma,
+    )
     count = int(keep * sum(p.numel() for p in parameters.values()))
     threshold, ties = _threshold(scored, count, zeros_fill=official)
     packed = {}

@@ -91,10 +91,16 @@ def _run(name: str, corpus: str, seed: int, size: str | Settings) -> tuple[Table
 
     recipes = [] if name in tiny_models.MODELS else [demo_recipe(name, seed)]
     table = unlearning(
-        made.fresh_target, made.forget, made.retain_unlearn, recipes, tokenizer=made.tokenizer,
+        made.fresh_target,
+        made.forget,
+        made.retain_unlearn,
+        recipes,
+        tokenizer=made.tokenizer,
         evaluation={"retain": made.retain_eval, "holdout": made.holdout},
-        baselines={} if recipes else {name: getattr(made, name)}, seeds=[seed], on_step=watch,
-    )  # fmt: skip
+        baselines={} if recipes else {name: getattr(made, name)},
+        seeds=[seed],
+        on_step=watch,
+    )
     return table, trajectory, routing
 
 

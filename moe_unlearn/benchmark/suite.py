@@ -116,8 +116,9 @@ def unlearning(
     source = _Source("model", model, tokenizer)
     sources = {"target": source}
     if baselines is not None:
-        sources = {name: source if made is model else _Source(name, made, source.tokenizer)
-                   for name, made in baselines.items()}  # fmt: skip
+        sources = {
+            name: source if made is model else _Source(name, made, source.tokenizer) for name, made in baselines.items()
+        }
     encode = partial(_encoded, tokenizer=source.tokenizer, settings=_encoding(chosen, given, max_length))
     replaced = any(recipe.forget.replacement == "alternate" for recipe in chosen)
     trained = {side: encode(side, items, alternates=replaced) for side, items in given[0].items()}

@@ -59,10 +59,20 @@ SIZES = {
     "demo": Settings(),
     # trained in a few seconds, for tests that need a model which has memorised something
     "test": Settings(
-        forget=16, retain=32, holdout=16, max_length=32, vocab_size=512, hidden_size=64, intermediate_size=32,
-        experts=8, top_k=2, epochs=40, lr=4e-3, batch_size=8,
+        forget=16,
+        retain=32,
+        holdout=16,
+        max_length=32,
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=32,
+        experts=8,
+        top_k=2,
+        epochs=40,
+        lr=4e-3,
+        batch_size=8,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -123,9 +133,18 @@ def prepare_experiment(
         seconds[name] = time.perf_counter() - start
     cut = max(1, round(settings.unlearn_share * len(retain)))
     return Experiment(
-        corpus, seed, settings, tokenizer, models["target"], models["retrain"],
-        forget, retain[:cut], retain[cut:], holdout, seconds,
-    )  # fmt: skip
+        corpus,
+        seed,
+        settings,
+        tokenizer,
+        models["target"],
+        models["retrain"],
+        forget,
+        retain[:cut],
+        retain[cut:],
+        holdout,
+        seconds,
+    )
 
 
 def train_model(
@@ -254,9 +273,16 @@ def _cached_model(
     def build(folder: Path) -> None:
         model = tiny_olmoe(len(tokenizer), seed, settings)
         train(
-            model, examples, epochs=settings.epochs, lr=settings.lr, batch_size=settings.batch_size,
-            seed=seed, pad_id=tokenizer.pad_token_id, name=f"training {name}", on_step=on_step,
-        )  # fmt: skip
+            model,
+            examples,
+            epochs=settings.epochs,
+            lr=settings.lr,
+            batch_size=settings.batch_size,
+            seed=seed,
+            pad_id=tokenizer.pad_token_id,
+            name=f"training {name}",
+            on_step=on_step,
+        )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -76,11 +76,20 @@ def generate_alternates(
     wanted = [(number, i) for number in prompts for i in range(count)]
     for attempt in range(ATTEMPTS):
         missing = [place for place in wanted if place not in found]
-        said = sampled(
-            model, [prompts[number] for number, _ in missing], new_tokens, temperature=temperature,
-            seed=data.generator(seed, attempt).initial_seed(), batch_size=batch_size,
-            pad_id=data.pad_token_id(tokenizer), stop=data.special_ids(tokenizer),
-        ) if missing else []  # fmt: skip
+        said = (
+            sampled(
+                model,
+                [prompts[number] for number, _ in missing],
+                new_tokens,
+                temperature=temperature,
+                seed=data.generator(seed, attempt).initial_seed(),
+                batch_size=batch_size,
+                pad_id=data.pad_token_id(tokenizer),
+                stop=data.special_ids(tokenizer),
+            )
+            if missing
+            else []
+        )
         for place, tokens in zip(missing, said, strict=True):
             text = _answer(str(tokenizer.decode(tokens, skip_special_tokens=True)))
             if text and text.split() != documents[place[0]].text.split():
@@ -121,10 +130,17 @@ def run(options: argparse.Namespace) -> None:
     model, tokenizer = loading.load_model(options.model)
     documents = [*data.load(options.forget, side="forget")]
     records = generate_alternates(
-        model, tokenizer, documents, count=options.count, new_tokens=options.new_tokens,
-        temperature=options.temperature, seed=options.seed, chat=chat_of(options), instruction=options.instruction,
+        model,
+        tokenizer,
+        documents,
+        count=options.count,
+        new_tokens=options.new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        chat=chat_of(options),
+        instruction=options.instruction,
         batch_size=options.batch_size,
-    )  # fmt: skip
+    )
     write_text(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     print(f"{len(records)} alternate answers to {len(documents)} questions; saved to {out}")
 

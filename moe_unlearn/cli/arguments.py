@@ -21,10 +21,18 @@ def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget
         sub.add_argument(f"--{side}", required=side in required, help=SOURCE)
     add_chat(sub)
     sub.add_argument("--max-length", type=int, default=None, help="tokens per example (default 512)")
-    sub.add_argument("--prompt-tokens", type=int, default=0, help="tokens at the head of each row of a forget or "
-                     "holdout text that are its prompt")  # fmt: skip
-    sub.add_argument("--seam", choices=config.SEAMS, default="joint", help="how a prompt and its answer are told "
-                     "apart: encoded as one, or as open-unlearning does")  # fmt: skip
+    sub.add_argument(
+        "--prompt-tokens",
+        type=int,
+        default=0,
+        help="tokens at the head of each row of a forget or holdout text that are its prompt",
+    )
+    sub.add_argument(
+        "--seam",
+        choices=config.SEAMS,
+        default="joint",
+        help="how a prompt and its answer are told apart: encoded as one, or as open-unlearning does",
+    )
     sub.add_argument("--batch-size", type=positive, default=8)
 
 
@@ -82,10 +90,15 @@ def examples_of(
     report = data.DataReport()
     documents = data.load(source, side=side, report=report)
     examples = data.encode(
-        documents, tokenizer, settings.max_length or 512, chat=chat_of(settings), report=report,
-        prompt_tokens=0 if side == "retain" else settings.prompt_tokens, seam=settings.seam,
+        documents,
+        tokenizer,
+        settings.max_length or 512,
+        chat=chat_of(settings),
+        report=report,
+        prompt_tokens=0 if side == "retain" else settings.prompt_tokens,
+        seam=settings.seam,
         alternates=alternates and side == "forget",
-    )  # fmt: skip
+    )
     if report.dropped or report.truncated or report.straddled:
         print(report, file=sys.stderr)
     if reports is not None:

@@ -31,20 +31,36 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         "with --benchmark muse or tofu a model for the reference attack",
     )
     sub.add_argument("--before", help="the model's folder before unlearning: how far routing moved, gibberish")
-    sub.add_argument("--relearn", type=steps, default=0, metavar="STEPS",
-                     help="attack: fine-tune a copy on the forget set for so many steps")  # fmt: skip
+    sub.add_argument(
+        "--relearn",
+        type=steps,
+        default=0,
+        metavar="STEPS",
+        help="attack: fine-tune a copy on the forget set for so many steps",
+    )
     sub.add_argument("--relearn-lr", type=float, default=1e-4, help="learning rate of the attack (default 1e-4)")
     sub.add_argument("--benchmark", choices=tuple(_BENCHMARKS), help="evaluate its sets, given by --data")
-    sub.add_argument("--data", nargs="+", action="extend", default=[], metavar="NAME=SOURCE",
-                     help="the benchmark's sets, e.g. forget_qa=qa.json; wmdp: wmdp_bio=bio.jsonl; "
-                     "completions: names of your own, utility=wikitext.txt for perplexity alone")  # fmt: skip
-    sub.add_argument("--reference-run", help="folder of the retrained model's evaluation by the same --benchmark, "
-                     "for privleak and forget_quality")  # fmt: skip
+    sub.add_argument(
+        "--data",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="the benchmark's sets, e.g. forget_qa=qa.json; wmdp: wmdp_bio=bio.jsonl; "
+        "completions: names of your own, utility=wikitext.txt for perplexity alone",
+    )
+    sub.add_argument(
+        "--reference-run",
+        help="folder of the retrained model's evaluation by the same --benchmark, for privleak and forget_quality",
+    )
     sub.add_argument("--gradient-norm", action="store_true", help="muse, tofu: the attack by gradient norms too")
     sub.add_argument("--classifier", help="folder of a sequence classifier (Toxic-BERT) that judges completions")
     sub.add_argument("--label", help="the classifier's label whose probability is reported, e.g. toxic")
-    sub.add_argument("--like", choices=tuple(metrics.LIKE), help="compute muse or tofu as that project does: "
-                     "to compare with its numbers")  # fmt: skip
+    sub.add_argument(
+        "--like",
+        choices=tuple(metrics.LIKE),
+        help="compute muse or tofu as that project does: to compare with its numbers",
+    )
     sub.add_argument("--cache", help="folder of results by content of model, data and settings")
     sub.add_argument("--out", help="write the metrics as JSON: a file; with --benchmark a folder")
 
@@ -77,9 +93,15 @@ def run(options: argparse.Namespace) -> None:
     if options.before or options.relearn:
         before = None if options.before is None else loading.load_model(options.before)[0]
         result |= metrics.audit(
-            model, tokenizer, forget=sets["forget"], retain=sets["retain"], before=before,
-            relearn_steps=options.relearn, relearn_lr=options.relearn_lr, batch_size=options.batch_size,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            forget=sets["forget"],
+            retain=sets["retain"],
+            before=before,
+            relearn_steps=options.relearn,
+            relearn_lr=options.relearn_lr,
+            batch_size=options.batch_size,
+        )
     for name, value in result.items():
         if name == "relearning":
             value = ", ".join(f"{v['nll']:.3f} at {i}" for i, v in zip(value["steps"], value["values"], strict=True))
@@ -125,9 +147,14 @@ def _benchmark(options: argparse.Namespace) -> None:
         more["classifier"] = metrics.Classifier(*loading.load_classifier(options.classifier), options.label)
     model, tokenizer = loading.load_model(options.model)
     result = evaluation(
-        model, tokenizer, kind(**rows) if kind else rows, out=options.out, cache_dir=options.cache,
-        batch_size=options.batch_size, **more,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        kind(**rows) if kind else rows,
+        out=options.out,
+        cache_dir=options.cache,
+        batch_size=options.batch_size,
+        **more,
+    )
     for name, value in result.items():
         print(f"{name:<28} {'-' if value is None else format(value, '.4g')}")
 

@@ -105,8 +105,10 @@ def stats(options: argparse.Namespace) -> None:
         f, r = (float(side.frequency[layer, expert]) for side in (forget, retain))
         ratio = f / r if r else float("inf")
         print(f"{forget.layers[layer]:<40} {expert:>6} {f:>8.4f} {r:>8.4f} {ratio:>7.2f}")
-    print(f"{int(selected.sum())} experts selected in {len(forget.layers)} layers; "
-          f"{forget.tokens} forget and {retain.tokens} retain tokens counted")  # fmt: skip
+    print(
+        f"{int(selected.sum())} experts selected in {len(forget.layers)} layers; "
+        f"{forget.tokens} forget and {retain.tokens} retain tokens counted"
+    )
     if options.out:
         content = {
             "forget": forget.to_dict() | {"counts": forget.counts.tolist()},
@@ -178,10 +180,17 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     # the cache folder changes no result, so it is not part of the recipe
     summary = unlearn(
-        model, tokenizer, recipe, sets, out, resume=options.resume, evaluate=not options.no_eval,
-        cache_dir=None if options.cache is None else Path(options.cache), verify=options.verify,
+        model,
+        tokenizer,
+        recipe,
+        sets,
+        out,
+        resume=options.resume,
+        evaluate=not options.no_eval,
+        cache_dir=None if options.cache is None else Path(options.cache),
+        verify=options.verify,
         reports=reports,
-    )  # fmt: skip
+    )
     print(f"model: {out / 'model'}")
     if options.verify:
         print(f"verified: {out / 'verified.txt'}")
@@ -233,24 +242,40 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--accumulation", type=positive, default=1, help="with --official: its micro-batches a step (it has 4)"
     )
-    sub.add_argument("--format", choices=masks.FORMATS, default="native", help="native: safetensors, a bit for "
-                     "each weight; official: the WAGLE code's {name: bool tensor}, expert by expert")  # fmt: skip
+    sub.add_argument(
+        "--format",
+        choices=masks.FORMATS,
+        default="native",
+        help="native: safetensors, a bit for "
+        "each weight; official: the WAGLE code's {name: bool tensor}, expert by expert",
+    )
     sub.add_argument("--out", required=True, help="the file to write; wagle.mask of a recipe reads both formats")
     alternates.add_arguments(command("alternates", alternates.run))
     sub = command("run", run)
     sub.add_argument("recipe", help=f"a YAML file or one of: {', '.join(shipped())}")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override keys")
     sub.add_argument("--model", help="data.model")
-    sub.add_argument("--model-config", metavar="NAME", help=f"take the recipe's values for one of: "
-                     f"{', '.join(models())}; with --dry-run and without --model plan for it, or for the folder or "
-                     "config.json given, without weights and data")  # fmt: skip
+    sub.add_argument(
+        "--model-config",
+        metavar="NAME",
+        help=f"take the recipe's values for one of: "
+        f"{', '.join(models())}; with --dry-run and without --model plan for it, or for the folder or "
+        "config.json given, without weights and data",
+    )
     for side in ("forget", "retain", "holdout", "reference"):
         sub.add_argument(f"--{side}", help=f"data.{side}")
     sub.add_argument("--out", default="runs/unlearn", help="folder of the run")
     sub.add_argument("--cache", help="folder of reference values that runs share (default: OUT/cache)")
     sub.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    sub.add_argument("--verify", type=steps, nargs="?", const=True, default=0, metavar="N",
-                     help="make the first N steps (without N all) beside the plain path and compare")  # fmt: skip
+    sub.add_argument(
+        "--verify",
+        type=steps,
+        nargs="?",
+        const=True,
+        default=0,
+        metavar="N",
+        help="make the first N steps (without N all) beside the plain path and compare",
+    )
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after")
     evaluate.add_arguments(command("eval", evaluate.run))

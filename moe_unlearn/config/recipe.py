@@ -28,8 +28,19 @@ from moe_unlearn.config.dual import Dual
 from moe_unlearn.config.values import above, at_least, between, build, merge, one_of, override, parse
 
 FORGET_OBJECTIVES = (
-    "ga", "npo", "simnpo", "idk_dpo", "idk_nll", "rmu", "uce", "wga", "satimp", "ceu", "undial", "logit_margin",
-)  # fmt: skip
+    "ga",
+    "npo",
+    "simnpo",
+    "idk_dpo",
+    "idk_nll",
+    "rmu",
+    "uce",
+    "wga",
+    "satimp",
+    "ceu",
+    "undial",
+    "logit_margin",
+)
 NEED_REFUSALS = ("idk_dpo", "idk_nll")
 REPLACEMENTS = ("refusal", "alternate")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")

@@ -13,12 +13,41 @@ from moe_unlearn.data.corpus import Corpus, Document, drop_shared_runs
 
 PYDOC_FORGET = ("debugger", "formatstrings", "string-methods", "strings", "typesmapping", "typesseq")
 PYDOC_RETAIN = (
-    "assignment", "async", "atom-identifiers", "attribute-access", "binary", "calls", "class",
-    "comparisons", "compound", "customization", "del", "exceptions", "execmodel", "exprlists", "function",
-    "global", "import", "lambda", "naming", "nonlocal", "numeric-types", "objects", "operator-summary",
-    "raise", "return", "sequence-types", "shifting", "slicings", "subscriptions", "try", "types", "unary",
-    "with", "yield",
-)  # fmt: skip
+    "assignment",
+    "async",
+    "atom-identifiers",
+    "attribute-access",
+    "binary",
+    "calls",
+    "class",
+    "comparisons",
+    "compound",
+    "customization",
+    "del",
+    "exceptions",
+    "execmodel",
+    "exprlists",
+    "function",
+    "global",
+    "import",
+    "lambda",
+    "naming",
+    "nonlocal",
+    "numeric-types",
+    "objects",
+    "operator-summary",
+    "raise",
+    "return",
+    "sequence-types",
+    "shifting",
+    "slicings",
+    "subscriptions",
+    "try",
+    "types",
+    "unary",
+    "with",
+    "yield",
+)
 DICTIONARIES = Path("/usr/share/dictd")
 BLOCK_CHARACTERS = 150  # paragraphs are joined until a block is at least this long
 SHORTEST = 80  # blocks and entries shorter than this are left out

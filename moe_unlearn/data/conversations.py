@@ -6,9 +6,15 @@ from moe_unlearn.data.corpus import Document
 
 # role names of transformers and of ShareGPT
 ROLES = {
-    "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant", "bot": "assistant", "model": "assistant",
-}  # fmt: skip
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
 
 
 def is_conversation(value: object) -> bool:

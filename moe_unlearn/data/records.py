@@ -7,8 +7,12 @@ from moe_unlearn.data.corpus import Document
 
 # a question, asked as "Question: ...\nAnswer:" where no chat template asks it, and its answer
 QUESTIONS = (
-    ("question", "answer"), ("query", "answer"), ("instruction", "output"), ("prompt", "response"), ("prompt", "answer")
-)  # fmt: skip
+    ("question", "answer"),
+    ("query", "answer"),
+    ("instruction", "output"),
+    ("prompt", "response"),
+    ("prompt", "answer"),
+)
 # the text of the second field continues that of the first
 COMPLETIONS = (("prompt", "gt"), ("prompt", "completion"))
 ANSWERS = {"unsafe": "rejected", "rejected": "rejected", "safe": "chosen", "chosen": "chosen"}

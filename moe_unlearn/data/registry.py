@@ -126,9 +126,14 @@ def load(
         raise ValueError(f"expected side {', '.join(SIDES)}; got {side!r}")
     name, split, chosen = _parsed(str(source), split, options)
     stream = DocumentStream(
-        name, split, side, chosen, list(exclude), DataReport() if report is None else report,
+        name,
+        split,
+        side,
+        chosen,
+        list(exclude),
+        DataReport() if report is None else report,
         files.RECORD_BYTES if streaming else None,
-    )  # fmt: skip
+    )
     if not streaming:
         return list(stream)
     if chosen.join:
@@ -156,9 +161,13 @@ class DocumentStream:
         options, report = self.options, self.report
         report.restart(self.name if self.split is None else f"{self.name}:{self.split}")
         kept = select(
-            self._located(), report, min_words=options.min_words, deduplicate=options.deduplicate,
-            subject=options.subject, exclude=self.exclude,
-        )  # fmt: skip
+            self._located(),
+            report,
+            min_words=options.min_words,
+            deduplicate=options.deduplicate,
+            subject=options.subject,
+            exclude=self.exclude,
+        )
         yield from _joined(kept) if options.join else (document for document, _ in kept)
         if not report.kept:
             why = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "there are none"

@@ -6,9 +6,24 @@ from functools import lru_cache
 
 # how the Unicode names of letters begin in scripts that put no space between words
 SPACELESS = (
-    "CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA ", "KATAKANA-HIRAGANA ", "BOPOMOFO ", "YI ", "TANGUT ", "NUSHU ",
-    "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TAI ", "NEW TAI ", "BALINESE ", "JAVANESE ",
-)  # fmt: skip
+    "CJK ",
+    "IDEOGRAPHIC ",
+    "HIRAGANA ",
+    "KATAKANA ",
+    "KATAKANA-HIRAGANA ",
+    "BOPOMOFO ",
+    "YI ",
+    "TANGUT ",
+    "NUSHU ",
+    "THAI ",
+    "LAO ",
+    "KHMER ",
+    "MYANMAR ",
+    "TAI ",
+    "NEW TAI ",
+    "BALINESE ",
+    "JAVANESE ",
+)
 _ZERO_WIDTH_SPACE = "\u200b"
 _REPLACEMENT = "\ufffd"  # stands for bytes that spell no character
 _PICTURES = range(0x1F000, 0x1FB00)  # the blocks of emoji, of which Python's tables of Unicode may not know all

@@ -95,10 +95,17 @@ def encode(
     """Return all examples of `iter_examples` in a list."""
     return list(
         iter_examples(
-            documents, tokenizer, max_length, overflow=overflow, chat=chat, prompt_tokens=prompt_tokens, seam=seam,
-            alternates=alternates, report=report,
+            documents,
+            tokenizer,
+            max_length,
+            overflow=overflow,
+            chat=chat,
+            prompt_tokens=prompt_tokens,
+            seam=seam,
+            alternates=alternates,
+            report=report,
         )
-    )  # fmt: skip
+    )
 
 
 def iter_examples(

@@ -156,9 +156,13 @@ def completions(
     before the first of `cut_at` in its text.
     """
     generated = greedy(
-        model, [prompt_of(example) for example in examples], new_tokens, batch_size=batch_size,
-        pad_id=pad_token_id(tokenizer), stop=stops(tokenizer, ways),
-    )  # fmt: skip
+        model,
+        [prompt_of(example) for example in examples],
+        new_tokens,
+        batch_size=batch_size,
+        pad_id=pad_token_id(tokenizer),
+        stop=stops(tokenizer, ways),
+    )
     texts = []
     for tokens in generated:
         text = decode(tokenizer, tokens, ways)

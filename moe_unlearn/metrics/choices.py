@@ -164,10 +164,17 @@ def continuation_logprobs(
             ids, mask = _left_padded([rows[i][0] for i in chosen], pad_id, device)
             keep = max(len(after) for i in chosen for after in rows[i][1])
             # left padding puts all last tokens into the last column, so no other logits are needed
-            logits = plain(
-                input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-                use_cache=False, logits_to_keep=keep,
-            ).logits.float().log_softmax(-1)  # fmt: skip
+            logits = (
+                plain(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+                    use_cache=False,
+                    logits_to_keep=keep,
+                )
+                .logits.float()
+                .log_softmax(-1)
+            )
             for row, i in enumerate(chosen):
                 found[i] = []
                 for after in rows[i][1]:

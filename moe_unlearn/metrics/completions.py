@@ -130,9 +130,10 @@ def evaluate_completions(
         if completed and classifier is not None:
             known = run.results.get(f"{name}_ROUGE")
             run.add(
-                f"{name}_p_{classifier.label}", [plain, *judge],
+                f"{name}_p_{classifier.label}",
+                [plain, *judge],
                 partial(_classified, model, tokenizer, completed, known, classifier, settings, batch_size),
-            )  # fmt: skip
+            )
         if not any(document.prompt for document in documents):
             run.add(
                 f"{name}_perplexity", plain, partial(_perplexity, model, tokenizer, documents, settings, batch_size)
@@ -193,9 +194,15 @@ def _rouge(
     examples = list(itertools.chain(*completed.values))
     truths = [str(tokenizer.decode(e.input_ids[e.prefix :], skip_special_tokens=True)).strip() for e in examples]
     found = rouge(
-        model, tokenizer, examples, truths, key="rougeL_recall", new_tokens=settings.new_tokens,
-        use_stemmer=settings.use_stemmer, batch_size=batch_size,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        examples,
+        truths,
+        key="rougeL_recall",
+        new_tokens=settings.new_tokens,
+        use_stemmer=settings.use_stemmer,
+        batch_size=batch_size,
+    )
     return found | marks(completed)
 
 

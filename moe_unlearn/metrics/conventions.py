@@ -60,11 +60,18 @@ class Conventions:
 OURS = Conventions()
 LIKE = {
     "open-unlearning": Conventions(
-        name="open-unlearning", seam="separate", insert_space=True, drop_last=True, stop_at_end=True, truth="decoded",
-        text_window=True, last_extracted=True, unseen_auc=0.5,
+        name="open-unlearning",
+        seam="separate",
+        insert_space=True,
+        drop_last=True,
+        stop_at_end=True,
+        truth="decoded",
+        text_window=True,
+        last_extracted=True,
+        unseen_auc=0.5,
     ),
     "muse_bench": Conventions(name="muse_bench", seam="separate", stop_at_end=True, truth="alone", text_window=True),
-}  # fmt: skip
+}
 # settings of a benchmark that belong to a project's ways
 _SETTINGS: dict[str, dict[str, Any]] = {
     "open-unlearning": {"use_stemmer": True},

@@ -43,9 +43,14 @@ def harness(
     plain = local(model)
     with evaluation_mode(plain):
         found = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=batch_size), tasks=list(tasks),
-            task_manager=manager, num_fewshot=num_fewshot, limit=limit, bootstrap_iters=0, log_samples=False,
-        )  # fmt: skip
+            model=HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
     return {
         f"{task}/{name.split(',')[0]}": float(value)
         for task, values in found["results"].items()

@@ -107,15 +107,17 @@ def evaluate_muse(
     qa = {
         side: (texts(rows, ("question", "answer"), f"{side}_qa"), _shots(icl, f"{side}_qa_icl"))
         for side, rows, icl in (
-            ("forget", data.forget_qa, data.forget_qa_icl), ("retain", data.retain_qa, data.retain_qa_icl)
+            ("forget", data.forget_qa, data.forget_qa_icl),
+            ("retain", data.retain_qa, data.retain_qa_icl),
         )
         if len(rows)
-    }  # fmt: skip
+    }
     verbatim = texts(data.verbmem, ("prompt", "gt"), "verbmem") if len(data.verbmem) else []
     if bool(len(data.forget)) != bool(len(data.holdout)):
         raise ValueError(f"privleak needs both sides; got {len(data.forget)} forget and {len(data.holdout)} holdout")
-    whole = [texts(rows, ("text",), side) for side, rows in (("forget", data.forget), ("holdout", data.holdout))
-             if len(rows)]  # fmt: skip
+    whole = [
+        texts(rows, ("text",), side) for side, rows in (("forget", data.forget), ("holdout", data.holdout)) if len(rows)
+    ]
     if not (qa or verbatim or whole):
         raise ValueError("expected rows of at least one of MUSE's sets; got none")
     if run.reference is not None and not whole:
@@ -131,16 +133,25 @@ def evaluate_muse(
     }
     for side, (rows, shots) in qa.items():
         run.add(
-            f"{side}_knowmem_ROUGE", [rows, shots],
+            f"{side}_knowmem_ROUGE",
+            [rows, shots],
             partial(_knowmem, model, tokenizer, rows, asked[side], settings, batch_size),
-        )  # fmt: skip
+        )
     if continued is not None:
         _verbatim(run, model, tokenizer, verbatim, continued, settings, batch_size)
     if sides:
         membership(
-            run, model, tokenizer, whole, sides, fraction=settings.min_k, ways=settings.like, batch_size=batch_size,
-            gradient_norm=gradient_norm, reference_model=reference_model,
-        )  # fmt: skip
+            run,
+            model,
+            tokenizer,
+            whole,
+            sides,
+            fraction=settings.min_k,
+            ways=settings.like,
+            batch_size=batch_size,
+            gradient_norm=gradient_norm,
+            reference_model=reference_model,
+        )
     return run.summary
 
 
@@ -162,10 +173,18 @@ def _knowmem(
     truths = [truth(tokenizer, example, row["answer"], settings.like) for example, row in pairs]
     return asked.placed(
         rouge(
-            model, tokenizer, asked.values, truths, key="rougeL_f1", cut_at=CUT_AT, new_tokens=settings.knowmem_tokens,
-            use_stemmer=settings.use_stemmer, batch_size=batch_size, ways=settings.like,
+            model,
+            tokenizer,
+            asked.values,
+            truths,
+            key="rougeL_f1",
+            cut_at=CUT_AT,
+            new_tokens=settings.knowmem_tokens,
+            use_stemmer=settings.use_stemmer,
+            batch_size=batch_size,
+            ways=settings.like,
         )
-    )  # fmt: skip
+    )
 
 
 def _continuation(model: nn.Module, tokenizer: Tokenizer, settings: MuseSettings, row: dict) -> Example:
@@ -190,10 +209,17 @@ def _verbatim(
         truths = [truth(tokenizer, example, row["gt"], ways, tokens=cut) for example, row in pairs]
         return continued.placed(
             rouge(
-                model, tokenizer, continued.values, truths, key="rougeL_f1", new_tokens=cut,
-                use_stemmer=settings.use_stemmer, batch_size=batch_size, ways=ways,
+                model,
+                tokenizer,
+                continued.values,
+                truths,
+                key="rougeL_f1",
+                new_tokens=cut,
+                use_stemmer=settings.use_stemmer,
+                batch_size=batch_size,
+                ways=ways,
             )
-        )  # fmt: skip
+        )
 
     run.add("forget_verbmem_ROUGE", rows, verbmem)
     if ways.drop_last:

@@ -137,9 +137,16 @@ class Evaluation:
     """
 
     def __init__(
-        self, name: str, model: nn.Module, tokenizer: Tokenizer, settings: dict, *, out: str | Path | None = None,
-        cache_dir: str | Path | None = None, reference_run: str | Path | None = None,
-    ):  # fmt: skip
+        self,
+        name: str,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        settings: dict,
+        *,
+        out: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        reference_run: str | Path | None = None,
+    ):
         self.name, self.settings = name, settings
         self.results: dict[str, Result] = {}
         self.reference = None if reference_run is None else ReferenceRun(reference_run, name)
@@ -153,8 +160,14 @@ class Evaluation:
         elif cache_dir is not None:
             self._cache = Path(cache_dir)
             self._identity = [
-                FORMAT, TOKENIZER, model_digest(model), *autocast_dtypes(), tokenizer_digest(tokenizer), name, settings
-            ]  # fmt: skip
+                FORMAT,
+                TOKENIZER,
+                model_digest(model),
+                *autocast_dtypes(),
+                tokenizer_digest(tokenizer),
+                name,
+                settings,
+            ]
 
     def add(self, key: str, data: object, compute: Callable[[], Result], *, digest: str | None = None) -> Result:
         """Add, write and return result `key`, a function of the model, `data` (plain rows) and the settings."""
@@ -213,8 +226,11 @@ class Evaluation:
 
     def _write(self, out: Path) -> None:
         settings = {
-            "format": FORMAT, "settings": self.settings, "data": self._data, "special_tokens": self._special_tokens
-        }  # fmt: skip
+            "format": FORMAT,
+            "settings": self.settings,
+            "data": self._data,
+            "special_tokens": self._special_tokens,
+        }
         for suffix, content in (("SETTINGS", settings), ("EVAL", self.results), ("SUMMARY", self.summary)):
             text = json.dumps(_finite(content), indent=4, sort_keys=True)
             write_text(out / f"{self.name}_{suffix}.json", text + "\n")

@@ -68,9 +68,11 @@ def routing_change(before: Routes, after: Routes) -> RoutingChange:
     p, q = counts / counts.sum(-1, keepdim=True)
     smooth_p, smooth_q = (counts + 0.5) / (counts + 0.5).sum(-1, keepdim=True)
     stayed = torch.stack(
-        [(a[:, :, None] == b[:, None, :]).any(-1).double().mean()
-         for a, b in zip(before.top_k_index, after.top_k_index, strict=True)]
-    )  # fmt: skip
+        [
+            (a[:, :, None] == b[:, None, :]).any(-1).double().mean()
+            for a, b in zip(before.top_k_index, after.top_k_index, strict=True)
+        ]
+    )
     return RoutingChange((smooth_p * (smooth_p / smooth_q).log()).sum(-1), (p - q).abs().sum(-1), stayed)
 
 

@@ -127,10 +127,17 @@ def _rouge(
 ) -> Result:
     return probes.placed(
         rouge(
-            model, tokenizer, probes.values, [row["answer"] for row in probes.of(rows)], key="rougeL_recall",
-            cut_at=("\n",), new_tokens=settings.new_tokens, use_stemmer=settings.use_stemmer, batch_size=batch_size,
+            model,
+            tokenizer,
+            probes.values,
+            [row["answer"] for row in probes.of(rows)],
+            key="rougeL_recall",
+            cut_at=("\n",),
+            new_tokens=settings.new_tokens,
+            use_stemmer=settings.use_stemmer,
+            batch_size=batch_size,
         )
-    )  # fmt: skip
+    )
 
 
 def _nll(model: nn.Module, tokenizer: Tokenizer, kept: Kept, batch_size: int) -> Result:

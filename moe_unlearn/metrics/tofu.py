@@ -156,9 +156,17 @@ def evaluate_tofu(
         both = [[{key: row[key] for key in ("question", "answer")} for row in sets["forget"]], unseen]
         sides = {"forget": kept["forget"].then(_answer), "holdout": fresh.then(_answer)}
         membership(
-            run, model, tokenizer, both, sides, fraction=settings.min_k, ways=settings.like, batch_size=batch_size,
-            gradient_norm=gradient_norm, reference_model=reference_model,
-        )  # fmt: skip
+            run,
+            model,
+            tokenizer,
+            both,
+            sides,
+            fraction=settings.min_k,
+            ways=settings.like,
+            batch_size=batch_size,
+            gradient_norm=gradient_norm,
+            reference_model=reference_model,
+        )
     if all(key in run.results for key in UTILITY):
         nine = [run.results[key]["agg_value"] for key in UTILITY]
         run.add("model_utility", [run.digest(key) for key in UTILITY], lambda: {"agg_value": harmonic_mean(nine)})
@@ -286,10 +294,17 @@ def _side(
         truths = [truth(tokenizer, example, row["answer"], settings.like) for example, row in pairs]
         return asked.placed(
             rouge(
-                model, tokenizer, asked.values, truths, key="rougeL_recall", new_tokens=settings.new_tokens,
-                use_stemmer=settings.use_stemmer, batch_size=batch_size, ways=settings.like,
+                model,
+                tokenizer,
+                asked.values,
+                truths,
+                key="rougeL_recall",
+                new_tokens=settings.new_tokens,
+                use_stemmer=settings.use_stemmer,
+                batch_size=batch_size,
+                ways=settings.like,
             )
-        )  # fmt: skip
+        )
 
     paraphrased = side in ("forget", "retain")
     parts = {"Prob": "answer", "PERT_Prob": "perturbed_answer"}

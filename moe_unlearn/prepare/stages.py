@@ -342,9 +342,14 @@ def _wagle(model: nn.Module, recipe: Recipe, prepared: Preparation, forget: list
         return
     forget = [forgotten(recipe, batch) for batch in forget]
     prepared.mask = wagle.weight_mask(
-        model, forget, retain, keep=settings.keep, gamma=settings.gamma, official=settings.official,
+        model,
+        forget,
+        retain,
+        keep=settings.keep,
+        gamma=settings.gamma,
+        official=settings.official,
         accumulation=settings.accumulation,
-    )  # fmt: skip
+    )
 
 
 def needs_head(recipe: Recipe) -> bool:

@@ -152,22 +152,37 @@ def subjects(generator: torch.Generator) -> Iterator[Subject]:
     x, w1, w2 = values(rows, hidden), values(2 * inner, hidden) / hidden**0.5, values(hidden, inner) / inner**0.5
     orders = torch.randperm(hidden, generator=generator), torch.randperm(inner, generator=generator)
     inputs = tuple(t.to(dtype) for t in (x, w1, w2))
-    yield Subject(f"mlp {rows} x {hidden} x {inner} {dtype}", _mlp, inputs, {
-        "library": _mlp,
-        "shuffled": lambda x, w1, w2: _shuffled_mlp(x, w1, w2, *orders),
-        "transposed": lambda x, w1, w2: _mlp(x, w1, w2, lambda x, w: (w @ x.t()).t()),
-    })  # fmt: skip
+    yield Subject(
+        f"mlp {rows} x {hidden} x {inner} {dtype}",
+        _mlp,
+        inputs,
+        {
+            "library": _mlp,
+            "shuffled": lambda x, w1, w2: _shuffled_mlp(x, w1, w2, *orders),
+            "transposed": lambda x, w1, w2: _mlp(x, w1, w2, lambda x, w: (w @ x.t()).t()),
+        },
+    )
     for place, name in enumerate(("x", "gate and up", "down")):
-        yield Subject(f"gradient of {name}, {rows} x {hidden} x {inner} {dtype}", _gradient(_mlp, place), inputs, {
-            "library": _gradient(_mlp, place),
-            "shuffled": _gradient(lambda x, w1, w2: _shuffled_mlp(x, w1, w2, *orders), place),
-        })  # fmt: skip
+        yield Subject(
+            f"gradient of {name}, {rows} x {hidden} x {inner} {dtype}",
+            _gradient(_mlp, place),
+            inputs,
+            {
+                "library": _gradient(_mlp, place),
+                "shuffled": _gradient(lambda x, w1, w2: _shuffled_mlp(x, w1, w2, *orders), place),
+            },
+        )
     scores = 10 * values(rows, columns).to(dtype)
-    yield Subject(f"softmax {rows} x {columns} {dtype}", lambda x: torch.softmax(x, -1), (scores,), {
-        "library": lambda x: torch.softmax(x, -1),
-        "by hand": _softmax,
-        "reversed": lambda x: _softmax(x.flip(-1)).flip(-1),
-    })  # fmt: skip
+    yield Subject(
+        f"softmax {rows} x {columns} {dtype}",
+        lambda x: torch.softmax(x, -1),
+        (scores,),
+        {
+            "library": lambda x: torch.softmax(x, -1),
+            "by hand": _softmax,
+            "reversed": lambda x: _softmax(x.flip(-1)).flip(-1),
+        },
+    )
 
 
 def _products(order: Tensor) -> dict[str, Kernel]:

@@ -209,10 +209,17 @@ def _against_revision(options: argparse.Namespace) -> list[Result]:
         raise ValueError(f"compare expects either A and B or --base REV; got both, {' '.join(options.sides)}")
     try:
         return revision.compare(
-            options.base, modules=options.module, patterns=options.case, tags=options.tag, impl=options.impl,
-            device=options.device, seed=options.seed, speed=not options.no_speed, strict=options.strict,
+            options.base,
+            modules=options.module,
+            patterns=options.case,
+            tags=options.tag,
+            impl=options.impl,
+            device=options.device,
+            seed=options.seed,
+            speed=not options.no_speed,
+            strict=options.strict,
             say=lambda line: print(line, file=sys.stderr),
-        )  # fmt: skip
+        )
     except revision.WorkerError as error:
         raise ValueError(str(error)) from error
 

@@ -195,8 +195,11 @@ def _measure_triton(
                     _launches.append(launch)
     known = [recorded.get(arch, {}).get(name, {}) for arch, name in names]
     today = datetime.date.today().toordinal()
-    todo = [i for i, launch in enumerate(_launches)
-            if known[i].get("identity") != launch.identity or resampled(launch.identity, today)]  # fmt: skip
+    todo = [
+        i
+        for i, launch in enumerate(_launches)
+        if known[i].get("identity") != launch.identity or resampled(launch.identity, today)
+    ]
     with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
         compiled = dict(zip(todo, pool.map(_compile, todo, chunksize=1), strict=True))
     measured: dict[str, Entries] = {f"sm_{number}": {} for number in numbers}

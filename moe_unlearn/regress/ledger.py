@@ -16,8 +16,15 @@ SHIPPED = Path(__file__).with_name("ledger.json")  # of the kernels of this pack
 # shared memory that a block may use, in KB by compute capability (CUDA C++ programming guide, technical specifications)
 _SHARED_KB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 GROWS = (
-    "registers", "stack_bytes", "spills", "spill_bytes", "shared_bytes", "tensor_memory", "atomics", "float_atomics",
-)  # fmt: skip
+    "registers",
+    "stack_bytes",
+    "spills",
+    "spill_bytes",
+    "shared_bytes",
+    "tensor_memory",
+    "atomics",
+    "float_atomics",
+)
 LOST = ("hgmma", "hmma", "utcmma", "tma", "cp_async")
 
 Entries = dict[str, dict]
@@ -94,8 +101,10 @@ def read(path: Path = SHIPPED) -> Ledger:
         ledger: Ledger = json.loads(path.read_text(encoding="utf-8"))
         whole = all(
             isinstance(entry, dict) and ("error" in entry or isinstance(entry["registers"], int))
-            for by_arch in ledger.values() for entries in by_arch.values() for entry in entries.values()
-        )  # fmt: skip
+            for by_arch in ledger.values()
+            for entries in by_arch.values()
+            for entry in entries.values()
+        )
     except (ValueError, AttributeError, KeyError) as error:
         raise CorruptLedger(f"{path}: not a ledger of kernels: {error!r}") from error
     if not whole:

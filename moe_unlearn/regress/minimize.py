@@ -125,9 +125,13 @@ def script(case: Case, seed: int, found: Failure, impl: str = "auto", arrays: Pa
     message = re.sub(r'"""|\\', "'", found.message).strip()
     return _SCRIPT.format(
         title=f"{case.name} with seed {seed}: {found.kind}.".replace('"', "'").replace("\\", "/"),
-        message=message, imports="\n".join(imports), find=_finder(case, impl), seed=seed, expected=expected,
+        message=message,
+        imports="\n".join(imports),
+        find=_finder(case, impl),
+        seed=seed,
+        expected=expected,
         keywords=routing + "".join(f", {name}={value}" for name, value in found.sizes.items()),
-    )  # fmt: skip
+    )
 
 
 def write(folder: Path, case: Case, text: str) -> Path:

@@ -150,10 +150,12 @@ def _gram_inputs(seed: int, *, objectives: int, rows: int, columns: int, dtype: 
     """Return inputs whose sums of products float64 holds exactly and, for float32 gradients, float32 does not."""
     high = 2000 if dtype == "float32" else 100
     sets = [
-        [integers(*shape, low=-high, high=high, seed=10 * seed + 2 * i + p, dtype=DTYPES[dtype])
-         for p, shape in enumerate([(rows, columns), (columns,)])]
+        [
+            integers(*shape, low=-high, high=high, seed=10 * seed + 2 * i + p, dtype=DTYPES[dtype])
+            for p, shape in enumerate([(rows, columns), (columns,)])
+        ]
         for i in range(objectives)
-    ]  # fmt: skip
+    ]
     return {"gradients": sets, "masks": [packed_mask(seed, rows, columns), None]}
 
 

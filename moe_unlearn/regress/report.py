@@ -25,11 +25,25 @@ FINE, REGRESSION, USAGE, ENVIRONMENT, CORRUPT = range(5)
 
 # status -> exit code, in the order of the summary
 STATUSES = {
-    "equal": FINE, "accurate": FINE, "recorded": FINE, "unchanged": FINE, "accepted": FINE, "new": FINE,
-    "inaccurate": REGRESSION, "different": REGRESSION, "failed": REGRESSION, "slower": REGRESSION,
-    "suspicious": REGRESSION, "static": REGRESSION, "environment": ENVIRONMENT, "unrecorded": USAGE,
-    "gone": USAGE, "changed": USAGE, "refused": USAGE, "invalid": USAGE,
-}  # fmt: skip
+    "equal": FINE,
+    "accurate": FINE,
+    "recorded": FINE,
+    "unchanged": FINE,
+    "accepted": FINE,
+    "new": FINE,
+    "inaccurate": REGRESSION,
+    "different": REGRESSION,
+    "failed": REGRESSION,
+    "slower": REGRESSION,
+    "suspicious": REGRESSION,
+    "static": REGRESSION,
+    "environment": ENVIRONMENT,
+    "unrecorded": USAGE,
+    "gone": USAGE,
+    "changed": USAGE,
+    "refused": USAGE,
+    "invalid": USAGE,
+}
 _WORDS = {"accurate": "as accurate", "inaccurate": "less accurate", "different": "not bitwise equal"}
 
 
@@ -95,17 +109,25 @@ def to_json(results: Sequence[Result], environment: dict[str, str]) -> str:
         "environment": environment,
         "results": [
             {
-                "case": r.case, "status": r.status, "message": r.message, "seconds": round(r.seconds, 4),
-                "speed": r.speed, "repro": r.repro,
+                "case": r.case,
+                "status": r.status,
+                "message": r.message,
+                "seconds": round(r.seconds, 4),
+                "speed": r.speed,
+                "repro": r.repro,
                 "outputs": [
-                    {"output": v.output, "level": v.level, "message": v.message,
-                     "error_ratio": v.ratio if math.isfinite(v.ratio) else None}
+                    {
+                        "output": v.output,
+                        "level": v.level,
+                        "message": v.message,
+                        "error_ratio": v.ratio if math.isfinite(v.ratio) else None,
+                    }
                     for v in r.outputs
                 ],
             }
             for r in results
         ],
-    }  # fmt: skip
+    }
     return json.dumps(made, indent=1, allow_nan=False)
 
 
@@ -114,9 +136,14 @@ def junit(results: Sequence[Result]) -> str:
     failures = sum(r.code == REGRESSION for r in results)
     errors = sum(r.code in (USAGE, ENVIRONMENT) for r in results)
     suite = ElementTree.Element(
-        "testsuite", name="moe-unlearn kernels", tests=str(len(results)), failures=str(failures), errors=str(errors),
-        skipped="0", time=f"{sum(r.seconds for r in results):.3f}",
-    )  # fmt: skip
+        "testsuite",
+        name="moe-unlearn kernels",
+        tests=str(len(results)),
+        failures=str(failures),
+        errors=str(errors),
+        skipped="0",
+        time=f"{sum(r.seconds for r in results):.3f}",
+    )
     for r in results:
         case = ElementTree.SubElement(suite, "testcase", classname="kernels", name=r.case, time=f"{r.seconds:.3f}")
         if r.code != FINE:

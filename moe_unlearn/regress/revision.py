@@ -91,8 +91,10 @@ def checked_out(repository: Path, commit: str) -> Iterator[tuple[Path, Path]]:
         scratch.mkdir()
         try:
             # the user's hooks are meant for the user's checkouts
-            _run(["git", "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--quiet", "--detach", tree, commit],
-                 repository)  # fmt: skip
+            _run(
+                ["git", "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--quiet", "--detach", tree, commit],
+                repository,
+            )
             yield tree, scratch
         finally:
             subprocess.run(
@@ -253,9 +255,14 @@ class _Side:
             with _interrupts_held():
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", worker, self.tree, package, PACKAGE],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, cwd=self.tree, text=True,
-                    start_new_session=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-                )  # fmt: skip
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._errors,
+                    cwd=self.tree,
+                    text=True,
+                    start_new_session=True,
+                    env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+                )
             modules = [str(self.tree / file) for file in self.files if (self.tree / file).exists()]
             if self.files and not modules:
                 self.cases, self.fingerprint = [], {}

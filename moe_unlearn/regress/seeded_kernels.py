@@ -109,9 +109,14 @@ CASES = [
     Case("attention", attention, attention, _attention_inputs, _SIZES),
     Case("rotate", rotate, rotate, _rotate_inputs, _SIZES),
     Case("segment_sum", segment_sum, segment_sum, _segment_inputs, _SIZES),
-    Case("running_sum", running_sum, running_sum, lambda seed, rows, columns: {
-        "x": _normal(seed, (rows, columns))[0]}, _SIZES),
-]  # fmt: skip
+    Case(
+        "running_sum",
+        running_sum,
+        running_sum,
+        lambda seed, rows, columns: {"x": _normal(seed, (rows, columns))[0]},
+        _SIZES,
+    ),
+]
 
 # --------------------------------------------------------------------------------------------------------- bugs
 
@@ -211,8 +216,12 @@ KERNEL_BUGS = [
     ("softmax", "reduction", "one maximum for all rows", _replaced(_maximum_of_all)),
     ("softmax", "precision", "in bfloat16", _replaced(lambda x: softmax(x.bfloat16()).float())),
     ("rms_norm", "scale", "mean over n - 1", _replaced(lambda x, weight: rms_norm(x, weight) * (95 / 96) ** 0.5)),
-    ("rms_norm", "formula", "eps outside of the root", _replaced(
-        lambda x, weight: x / (x.square().mean(-1, keepdim=True).sqrt() + 1e-3) * weight)),
+    (
+        "rms_norm",
+        "formula",
+        "eps outside of the root",
+        _replaced(lambda x, weight: x / (x.square().mean(-1, keepdim=True).sqrt() + 1e-3) * weight),
+    ),
     ("rms_norm", "index", "weight one off", _replaced(lambda x, weight: rms_norm(x, weight.roll(1)))),
     ("layer_norm", "formula", "not centred", _replaced(rms_norm)),
     ("layer_norm", "cancellation", "variance as E[x^2] - E[x]^2 in float16", _replaced(_variance_narrow)),
@@ -223,8 +232,12 @@ KERNEL_BUGS = [
     ("matmul/float32", "initialisation", "accumulator not zeroed", _replaced(lambda a, b: a @ b + 1e-4)),
     ("matmul/bfloat16", "accumulation", "in bfloat16", _replaced(_accumulates_narrow)),
     ("matmul/bfloat16", "rounding", "towards zero", _replaced(_rounds_towards_zero)),
-    ("matmul/bfloat16", "stale tile", "one tile is the one before", _replaced(
-        lambda a, b: (a @ b).index_copy(0, torch.arange(16, 32), (a @ b)[:16]))),
+    (
+        "matmul/bfloat16",
+        "stale tile",
+        "one tile is the one before",
+        _replaced(lambda a, b: (a @ b).index_copy(0, torch.arange(16, 32), (a @ b)[:16])),
+    ),
     ("attention", "mask", "sees one token ahead", _replaced(_mask_off_by_one)),
     ("attention", "mask", "hidden scores only -10", _replaced(_mask_finite)),
     ("attention", "mask", "first row hidden", _replaced(_mask_all_rows)),
@@ -234,9 +247,13 @@ KERNEL_BUGS = [
     ("segment_sum", "race", "last row wins", _replaced(_atomics_lost)),
     ("segment_sum", "initialisation", "empty segment not zero", _replaced(_not_zeroed)),
     ("running_sum", "off by one", "exclusive", _replaced(lambda x: x.cumsum(-1) - x)),
-    ("running_sum", "accumulation", "carry between blocks lost", _replaced(
-        lambda x: torch.cat([part.cumsum(-1) for part in x.split(32, -1)], -1))),
-]  # fmt: skip
+    (
+        "running_sum",
+        "accumulation",
+        "carry between blocks lost",
+        _replaced(lambda x: torch.cat([part.cumsum(-1) for part in x.split(32, -1)], -1)),
+    ),
+]
 
 KERNEL_CHANGES = [
     ("matmul/float32", "order", "one product", _replaced(product)),
@@ -246,14 +263,38 @@ KERNEL_CHANGES = [
     ("matmul/bfloat16", "precision", "through float32", _replaced(lambda a, b: (a.float() @ b.float()).bfloat16())),
     ("softmax", "implementation", "torch's", _replaced(lambda x: torch.softmax(x, -1))),
     ("softmax", "order", "columns reversed", _replaced(lambda x: softmax(x.flip(-1)).flip(-1))),
-    ("rms_norm", "implementation", "torch's", _replaced(
-        lambda x, weight: torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6))),
-    ("layer_norm", "implementation", "torch's", _replaced(
-        lambda x, weight: torch.nn.functional.layer_norm(x, weight.shape, weight))),
-    ("attention", "implementation", "torch's", _replaced(
-        lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))),
-    ("segment_sum", "order", "rows reversed", _replaced(lambda values, segment: segment_sum(
-        values.flip(0), segment.flip(0)))),
-    ("rotate", "formula", "complex product", _replaced(lambda x, angle: torch.cat(
-        [(z := torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)).real, z.imag], -1))),
-]  # fmt: skip
+    (
+        "rms_norm",
+        "implementation",
+        "torch's",
+        _replaced(lambda x, weight: torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6)),
+    ),
+    (
+        "layer_norm",
+        "implementation",
+        "torch's",
+        _replaced(lambda x, weight: torch.nn.functional.layer_norm(x, weight.shape, weight)),
+    ),
+    (
+        "attention",
+        "implementation",
+        "torch's",
+        _replaced(lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)),
+    ),
+    (
+        "segment_sum",
+        "order",
+        "rows reversed",
+        _replaced(lambda values, segment: segment_sum(values.flip(0), segment.flip(0))),
+    ),
+    (
+        "rotate",
+        "formula",
+        "complex product",
+        _replaced(
+            lambda x, angle: torch.cat(
+                [(z := torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)).real, z.imag], -1
+            )
+        ),
+    ),
+]

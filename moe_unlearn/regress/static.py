@@ -19,16 +19,35 @@ from moe_unlearn.regress.ledger import CorruptLedger, Ledger
 from moe_unlearn.regress.static_case import CudaCase, LaunchCase, TritonCase, register, registered
 
 __all__ = [
-    "LEDGER_NAME", "CorruptLedger", "CudaCase", "LaunchCase", "Report", "TritonCase", "check", "record", "register",
-    "registered", "table",
-]  # fmt: skip
+    "LEDGER_NAME",
+    "CorruptLedger",
+    "CudaCase",
+    "LaunchCase",
+    "Report",
+    "TritonCase",
+    "check",
+    "record",
+    "register",
+    "registered",
+    "table",
+]
 
 LEDGER_NAME = "static.json"  # its name in a store
 COLUMNS = {
-    "registers": "regs", "stack_bytes": "stack", "spills": "spill", "spill_bytes": "spill B", "shared_bytes": "shared",
-    "tensor_memory": "tmem", "hgmma": "HGMMA", "hmma": "HMMA", "utcmma": "UTCMMA", "tma": "TMA",
-    "cp_async": "cp.async", "atomics": "atom", "float_atomics": "fp atom",
-}  # fmt: skip
+    "registers": "regs",
+    "stack_bytes": "stack",
+    "spills": "spill",
+    "spill_bytes": "spill B",
+    "shared_bytes": "shared",
+    "tensor_memory": "tmem",
+    "hgmma": "HGMMA",
+    "hmma": "HMMA",
+    "utcmma": "UTCMMA",
+    "tma": "TMA",
+    "cp_async": "cp.async",
+    "atomics": "atom",
+    "float_atomics": "fp atom",
+}
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,22 @@ from moe_unlearn.files import write_bytes, write_text
 FORMAT = "moe-unlearn kernels 1"
 _NAME = re.compile(r"(?P<slug>.*)-(?P<sha>[0-9a-f]{64})\.json")
 _FIELDS: dict[str, Any] = {
-    "format": str, "case": str, "origin": str, "seed": int, "sizes": dict, "routing": str, "inputs": dict,
-    "outputs": dict, "arrays": str, "environment": dict, "source": dict, "seconds": list,
-    "supersedes": (str, type(None)), "reason": str, "recorded": str,
-}  # fmt: skip
+    "format": str,
+    "case": str,
+    "origin": str,
+    "seed": int,
+    "sizes": dict,
+    "routing": str,
+    "inputs": dict,
+    "outputs": dict,
+    "arrays": str,
+    "environment": dict,
+    "source": dict,
+    "seconds": list,
+    "supersedes": (str, type(None)),
+    "reason": str,
+    "recorded": str,
+}
 
 
 class StoreError(Exception):

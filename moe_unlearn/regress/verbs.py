@@ -49,10 +49,16 @@ def _record(case: Case, store: Store, seed: int | None, speed: bool, reason: str
         message = f"not recorded, wrong by its own reference ({hint}):\n{_why(verdicts)}"
         return Result(case.name, INACCURATE, message, verdicts)
     content = {
-        "case": case.name, "origin": _origin_name(case), "seed": seed, **_definition(case), "inputs": made.inputs,
+        "case": case.name,
+        "origin": _origin_name(case),
+        "seed": seed,
+        **_definition(case),
+        "inputs": made.inputs,
         "outputs": {name: _describe(value, made.gold[name]) for name, value in made.actual.items()},
-        "environment": fingerprint(case.device or "cpu"), "source": source(case), "yardstick": described(),
-    }  # fmt: skip
+        "environment": fingerprint(case.device or "cpu"),
+        "source": source(case),
+        "yardstick": described(),
+    }
     if former is not None:
         same = all(former.content[key] == content[key] for key in ("seed", "sizes", "routing", "inputs", "outputs"))
         if same:

@@ -15,10 +15,15 @@ Drawn = tuple["Figure", str]  # a figure and its caption
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker of its own for every run
 STYLES = {
-    "target": ("#000000", "X"), "retrain": ("#000000", "*"), "graddiff": ("#E69F00", "o"),
-    "npo": ("#56B4E9", "s"), "trace": ("#009E73", "^"), "wagle": ("#0072B2", "v"), "mollm": ("#D55E00", "D"),
+    "target": ("#000000", "X"),
+    "retrain": ("#000000", "*"),
+    "graddiff": ("#E69F00", "o"),
+    "npo": ("#56B4E9", "s"),
+    "trace": ("#009E73", "^"),
+    "wagle": ("#0072B2", "v"),
+    "mollm": ("#D55E00", "D"),
     "combined": ("#CC79A7", "P"),
-}  # fmt: skip
+}
 
 
 def draw(folder: Path, summary: Summary, trajectory: dict, routing: dict) -> dict[str, str]:

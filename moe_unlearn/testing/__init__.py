@@ -27,7 +27,21 @@ from moe_unlearn.testing.criterion import (
 from moe_unlearn.testing.rounding import ulp
 
 __all__ = [
-    "LAYOUTS", "MINIMUM_ROW", "ROUTINGS", "SPREAD", "AccuracyError", "Margin", "assert_as_accurate",
-    "check_against_ref", "described", "evaluate", "in_layout", "integers", "margin", "outcomes", "poison", "routing",
+    "LAYOUTS",
+    "MINIMUM_ROW",
+    "ROUTINGS",
+    "SPREAD",
+    "AccuracyError",
+    "Margin",
+    "assert_as_accurate",
+    "check_against_ref",
+    "described",
+    "evaluate",
+    "in_layout",
+    "integers",
+    "margin",
+    "outcomes",
+    "poison",
+    "routing",
     "ulp",
-]  # fmt: skip
+]

@@ -87,9 +87,11 @@ _DECOMPOSED = get_decompositions([
 
 # in-place operations and the functions that are computed in their stead, since only these are covered
 _IN_PLACE = {
-    _aten.addmm_: _aten.addmm.default, _aten.baddbmm_: _aten.baddbmm.default, _aten.cumsum_: _aten.cumsum.default,
+    _aten.addmm_: _aten.addmm.default,
+    _aten.baddbmm_: _aten.baddbmm.default,
+    _aten.cumsum_: _aten.cumsum.default,
     _aten.sigmoid_: _aten.sigmoid.default,
-}  # fmt: skip
+}
 
 # operations that a GPU computes by approximate instructions: powers of two, after a product, and quotients
 _EXPONENTIALS = frozenset({_aten.exp, _aten.exp_, _aten.exp2, _aten.expm1, _aten.expm1_, _aten.tanh, _aten.tanh_})

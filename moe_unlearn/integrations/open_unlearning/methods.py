@@ -122,19 +122,21 @@ class _Method(UnlearnTrainer):
         self.evaluators, self.template_args = evaluators, template_args
         tokenizer = processing_class if tokenizer is None else tokenizer
         sections = {"trace": trace, "wagle": wagle, "mollm": mollm, "dual": dual, "scope": scope}
-        recipe = Recipe.from_dict({
-            "name": f"{PREFIX}{type(self).__name__}",
-            "forget": forget,
-            "retain": retain,
-            "optimizer": {
-                "lr": float(args.learning_rate),
-                "betas": [args.adam_beta1, args.adam_beta2],
-                "eps": args.adam_epsilon,
-                "weight_decay": args.weight_decay,
-            },
-            "seed": args.seed,
-            **{name: _plain(section) for name, section in sections.items() if section is not None},
-        })  # fmt: skip
+        recipe = Recipe.from_dict(
+            {
+                "name": f"{PREFIX}{type(self).__name__}",
+                "forget": forget,
+                "retain": retain,
+                "optimizer": {
+                    "lr": float(args.learning_rate),
+                    "betas": [args.adam_beta1, args.adam_beta2],
+                    "eps": args.adam_epsilon,
+                    "weight_decay": args.weight_decay,
+                },
+                "seed": args.seed,
+                **{name: _plain(section) for name, section in sections.items() if section is not None},
+            }
+        )
         super().__init__(
             model,
             args,
@@ -332,13 +334,11 @@ class RMU(GradDiff):
         *,
         model: nn.Module,
         module_regex: str = r"model\.layers\.7",
-        trainable_params_regex: Sequence[str] = (
-            r"model\.layers\.[567]\.[^.]+\.experts\.(gate_up_proj|down_proj)",
-        ),
+        trainable_params_regex: Sequence[str] = (r"model\.layers\.[567]\.[^.]+\.experts\.(gate_up_proj|down_proj)",),
         steering_coeff: float = 20.0,
         retain_loss_type: str = "EMBED_DIFF",
         **keywords: Any,
-    ):  # fmt: skip
+    ):
         super().__init__(
             model=model,
             forget={"layer": _layer(model, module_regex), "steering": float(steering_coeff)},

@@ -21,10 +21,23 @@ def _adamw(
 ) -> None:
     count = 2 if listed else 8
     adamw_(
-        matrices(dtype), matrices(state, count), matrices(state, count), matrices(_FP32, count) if master else None,
-        *gate_up(dtype), some() if listed else None, words(count) if masked else None,
-        1e-5, 0.9, 0.95, 1e-8, 0.1, 7, rounding, 0, 0,
-    )  # fmt: skip
+        matrices(dtype),
+        matrices(state, count),
+        matrices(state, count),
+        matrices(_FP32, count) if master else None,
+        *gate_up(dtype),
+        some() if listed else None,
+        words(count) if masked else None,
+        1e-5,
+        0.9,
+        0.95,
+        1e-8,
+        0.1,
+        7,
+        rounding,
+        0,
+        0,
+    )
 
 
 def _sgd(
@@ -40,9 +53,22 @@ def _sgd(
 ) -> None:
     buffer = None if state is None else matrices(state)
     sgd_(
-        matrices(dtype), buffer, matrices(_FP32) if master else None, *gate_up(dtype), None, words(),
-        1e-3, momentum, 0.0, decay, nesterov, step, rounding, 0, 0,
-    )  # fmt: skip
+        matrices(dtype),
+        buffer,
+        matrices(_FP32) if master else None,
+        *gate_up(dtype),
+        None,
+        words(),
+        1e-3,
+        momentum,
+        0.0,
+        decay,
+        nesterov,
+        step,
+        rounding,
+        0,
+        0,
+    )
 
 
 CASES: dict[str, Callable[[], None]] = {

@@ -34,8 +34,12 @@ def _adamw(
         _empty(torch.int32, experts, _SHAPE[2] // 32) if masked else None,
         _empty(torch.float32, experts) if master else None,
         torch.empty(4, dtype=torch.int64) if sliced else None,
-        *_ADAMW, 7, rounding, 0, 0,
-    )  # fmt: skip
+        *_ADAMW,
+        7,
+        rounding,
+        0,
+        0,
+    )
 
 
 def _sgd(
@@ -51,15 +55,41 @@ def _sgd(
 ) -> None:
     buffer = None if state is None else _empty(state)
     words, weights = _empty(torch.int32, columns=_SHAPE[2] // 32), _empty(torch.float32) if master else None
-    masked_sgd_(_empty(dtype), _empty(dtype), buffer, words, weights, None, 1e-3, momentum, 0.0, decay, nesterov,
-                step, rounding, 0, 0)  # fmt: skip
+    masked_sgd_(
+        _empty(dtype),
+        _empty(dtype),
+        buffer,
+        words,
+        weights,
+        None,
+        1e-3,
+        momentum,
+        0.0,
+        decay,
+        nesterov,
+        step,
+        rounding,
+        0,
+        0,
+    )
 
 
 def _elements() -> None:
     """Launch AdamW on slices of a one-dimensional parameter, which are single elements."""
-    masked_adamw_(torch.empty(8192), torch.empty(4096), torch.empty(4096), torch.empty(4096),
-                  torch.empty(128, dtype=torch.int32), None, torch.empty(4096, dtype=torch.int64), *_ADAMW, 7,
-                  "nearest", 0, 0)  # fmt: skip
+    masked_adamw_(
+        torch.empty(8192),
+        torch.empty(4096),
+        torch.empty(4096),
+        torch.empty(4096),
+        torch.empty(128, dtype=torch.int32),
+        None,
+        torch.empty(4096, dtype=torch.int64),
+        *_ADAMW,
+        7,
+        "nearest",
+        0,
+        0,
+    )
 
 
 CASES: dict[str, Callable[[], None]] = {
