@@ -204,4 +204,4 @@ def test_importing_the_report_imports_neither_matplotlib_nor_transformers(module
     names |= {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
     assert names and not {"matplotlib", "transformers", "torch"} & {name.partition(".")[0] for name in names}
     ours = {name for name in names if name.startswith("moe_unlearn")}
-    assert ours <= {"moe_unlearn.runs", "moe_unlearn.runs.summary"}
+    assert ours <= {"moe_unlearn.files", "moe_unlearn.runs", "moe_unlearn.runs.summary"}
