@@ -214,7 +214,9 @@ def enter(folder: Path, stage: Stage) -> None:
     import torch
 
     native, tool = importlib.import_module("moe_unlearn.native"), importlib.import_module("tests.native.cuda")
-    limit = GIGABYTES * 2**30 + 1024 * int(re.search(r"VmSize:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    limit = GIGABYTES * 2**30 + 1024 * int(
+        re.search(r"VmSize:\s*(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]
+    )
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     library = _library(folder, stage)
     if stage.library == "cpu":
