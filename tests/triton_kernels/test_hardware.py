@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from moe_unlearn.ops import Gate, token_loss, token_loss_ref
+from moe_unlearn.ops import Gate
 from moe_unlearn.testing import check_against_ref
 from tests.ops.test_expert_mlp import GPT_OSS, case
+from tests.support.by_keyword import token_loss, token_loss_ref
 from tests.triton_kernels import test_expert_mlp, test_token_loss
 from tests.triton_kernels.hardware import LOG2_E, approximate
 
