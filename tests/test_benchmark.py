@@ -176,6 +176,13 @@ def test_rows_are_encoded_and_drawn_as_the_recipes_say():
     assert max(len(row.input_ids) for row in rows) > 16, "max_length of the call comes before the recipes'"
 
 
+def test_routing_has_not_drifted_where_no_weight_moved():
+    """Before and after are counted on the same rows, those that are drawn."""
+    still = small("trace", "optimizer.lr=0.0", "data.forget_rows=2", "trace.min_ratio=1.001")
+    [_, row] = table_of(recipes=[still], metrics=["routing_drift"])
+    assert row["routing_drift"] == 0
+
+
 def test_an_interrupted_call_loses_only_the_run_in_progress(tmp_path):
     made = []
 

@@ -160,7 +160,7 @@ def _run(
     values = _measure(run.model.eval(), source.tokenizer, sets, asked) | {"seconds": seconds}
     counted = step.prepared.frequencies
     if counted is not None and "routing_drift" in asked:
-        batches = data.batches(trained["forget"], 32, pad_id=data.pad_token_id(source.tokenizer))
+        batches = data.batches(run.pairs.forget, 32, pad_id=data.pad_token_id(source.tokenizer))
         after = trace.routing_frequencies(run.model, [_on(batch, run.model) for batch in batches])
         values["routing_drift"] = metrics.routing_drift(counted["forget"].frequency, after.frequency)[1]
     return values
