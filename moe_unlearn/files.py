@@ -10,6 +10,8 @@ import json
 import os
 import secrets
 import shutil
+import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,17 +23,27 @@ UNFINISHED = ".moe-unlearn-"  # how the names of files and folders begin that ha
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield the path of an empty file beside `path`, which replaces `path` when the block ends; both are synced.
 
-    The folders of `path` are made. If anything fails, `path` stays as it was, and an OSError names it.
+    The folders of `path` are made. A link stays one, and what it points to is replaced; a file keeps its permissions.
+    What is no file, such as a terminal or a pipe, is written to when the block ends. If anything fails, `path` stays as
+    it was, and an OSError names it.
     """
     path = Path(path)
-    unfinished = _beside(path)
+    # a file of /dev or /proc may stand for one that somebody holds open
+    stream = path.exists() and not path.is_dir() and (not path.is_file() or path.is_relative_to("/dev"))
+    target = path if stream else path.resolve()
+    unfinished = Path(tempfile.mkdtemp()) / path.name if stream else _beside(target)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         unfinished.open("xb").close()
         yield unfinished
+        if stream:
+            target.write_bytes(unfinished.read_bytes())
+            return
         _sync(unfinished)
-        unfinished.replace(path)
-        _sync(path.parent)
+        if target.is_file():
+            unfinished.chmod(stat.S_IMODE(target.stat().st_mode))
+        unfinished.replace(target)
+        _sync_folder(target.parent)
     except OSError as error:
         if error.errno is None or str(error.filename or unfinished) != str(unfinished):
             raise
@@ -39,6 +51,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
+        if stream:
+            unfinished.parent.rmdir()
 
 
 @contextlib.contextmanager
@@ -48,23 +62,23 @@ def whole_folder(path: str | Path, *, stays: Callable[[], bool] = lambda: False)
     If `stays()` is true by then, or anything fails, `path` stays as it was. A folder that is replaced is moved aside
     first, so that a process killed between these two steps leaves no `path`.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     unfinished, former = _beside(path), _beside(path)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
         for inside in [*unfinished.rglob("*"), unfinished]:
-            _sync(inside)
+            _sync_folder(inside) if inside.is_dir() else _sync(inside)
         if not stays():
             if path.exists():
                 path.rename(former)
             os.replace(unfinished, path)
-            _sync(path.parent)
+            _sync_folder(path.parent)
     finally:
         if former.exists() and not path.exists():
             former.rename(path)
         for leftover in (unfinished, former):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -101,11 +115,26 @@ def remove_unfinished(folder: Path, *, seconds: float = 0) -> None:
     for path in folder.glob(f"{UNFINISHED}*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime >= seconds:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
 
 
 def _beside(path: Path) -> Path:
     return path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or a file, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _sync_folder(path: Path) -> None:
+    """Sync the names in a folder where that is possible: not every file system syncs folders, or lets one read them."""
+    with contextlib.suppress(OSError):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Files and folders are written whole or not at all, whatever fails and whenever it fails."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -147,3 +148,42 @@ def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path):
     remove_unfinished(tmp_path)
     assert names(tmp_path) == ["file"]
     remove_unfinished(tmp_path / "nowhere")
+
+
+def test_a_link_stays_and_permissions_too(tmp_path):
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    real.write_text("old", encoding="utf-8")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    write_text(link, "new")
+    assert link.is_symlink() and real.read_text(encoding="utf-8") == "new" and real.stat().st_mode & 0o777 == 0o600
+    folder, way = tmp_path / "folder", tmp_path / "way"
+    folder.mkdir()
+    way.symlink_to(folder)
+    with whole_folder(way) as unfinished:
+        (unfinished / "x").write_text("1", encoding="utf-8")
+    assert way.is_symlink() and [path.name for path in folder.iterdir()] == ["x"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link.json", "real.json", "way"]
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "told")
+    assert os.read(reader, 99) == b"told" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
+def test_a_folder_that_cannot_be_synced_loses_nothing(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "this file system syncs no folders")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "a", "1")
+    with whole_folder(tmp_path / "b") as unfinished:
+        (unfinished / "x").write_text("2", encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
