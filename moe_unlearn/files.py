@@ -28,7 +28,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     it was, and an OSError names it.
     """
     path = Path(path)
-    # a file of /dev or /proc may stand for one that somebody holds open
+    # a file under /dev may stand for one that somebody holds open
     stream = path.exists() and not path.is_dir() and (not path.is_file() or path.is_relative_to("/dev"))
     target = path if stream else path.resolve()
     unfinished = Path(tempfile.mkdtemp()) / path.name if stream else _beside(target)

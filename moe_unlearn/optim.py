@@ -54,7 +54,7 @@ class Slot(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What an update of one parameter changes, where, and which update it is."""
+    """Names what an update of one parameter changes, where, and which update it is."""
 
     weight: Tensor
     state: dict

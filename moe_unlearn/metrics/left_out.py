@@ -15,7 +15,7 @@ from moe_unlearn.ops.token_loss import IGNORED
 
 @dataclass(frozen=True)
 class Kept:
-    """What was made of the rows of set `name`, by row, and why the other rows are left out; rows count from 0.
+    """Holds what was made of the rows of set `name`, by row from 0, and why the other rows are left out.
 
     Raises ValueError, with the reason of the first row, if no row is left.
     """

@@ -25,7 +25,7 @@ _COLUMNS = 16
 
 
 class ReferenceHead(TypedDict):
-    """What is kept of a reference's head where it is not the model's own, as `token_losses` takes it."""
+    """Holds a reference's head where it is not the model's own, as `token_losses` takes it."""
 
     ref_lm_head: Tensor | None
     ref_bias: Tensor | None

@@ -61,7 +61,7 @@ class Head(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What gives the targets q: hidden states [T, H], and a head [V, H] if the reference had one of its own."""
+    """Gives the targets q: hidden states [T, H], and a head [V, H] if the reference had one of its own."""
 
     hidden_states: Tensor | None
     lm_head: Tensor | None = None
@@ -91,7 +91,7 @@ class Formula(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """What the forward leaves of each row: l [T], (max z, sum exp(z - max z)) [2, T], and those of the reference."""
+    """Holds l [T] of each row, (max z, sum exp(z - max z)) [2, T], and the same of the reference, for the backward."""
 
     value: Tensor
     norm: Tensor

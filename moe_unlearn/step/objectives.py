@@ -44,7 +44,7 @@ _Found = TypeVar("_Found")
 
 
 class _Targets(TypedDict, total=False):
-    """What `token_losses` compares a model with: the states and the head of a reference, a penalty of the label."""
+    """Holds what `token_losses` compares a model with: states and head of a reference, a penalty of the label."""
 
     ref_hidden_states: Tensor
     ref_lm_head: Tensor | None

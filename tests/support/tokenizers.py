@@ -34,7 +34,7 @@ TEXT = "The harbour is quiet. Answer: x y"
 
 
 def sentencepiece(normalizer=None):
-    """As SentencePiece's: each word begins with its space, and a text with one that it does not have."""
+    """Make a tokenizer like SentencePiece's: each word begins with its space, and a text with one it does not have."""
     made = Tokenizer(models.BPE(unk_token="<unk>"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
