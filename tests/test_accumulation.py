@@ -125,6 +125,7 @@ def test_positions_that_a_batch_names_are_weighed_by_their_number(name, model):
     assert found[0] == pytest.approx(found[1], rel=CLOSE)
 
 
+@pytest.mark.slow
 def test_the_trainer_weighs_tokens_too(model, tmp_path):
     dataset = ForgetRetainDataset(examples(FORGET, 1), examples(RETAIN, 2), seed=0)
     settings = Recipe.load("graddiff", [*SMALL.get("graddiff", []), "optimizer.name=sgd", "forget.gamma=0.5"])

@@ -263,6 +263,7 @@ def test_a_mask_in_the_official_form_serves_a_run(folder, tmp_path, capsys):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "out", "--dry-run", recipe="combined") == 0
     text = capsys.readouterr().out

@@ -115,6 +115,7 @@ def test_the_load_balancing_loss_is_part_of_what_it_follows(model):
     assert metrics["router_aux_loss"] > 1 and step.objectives.dual.value == 2.0 + 0.5 * (loss - 3.0)
 
 
+@pytest.mark.slow
 def test_a_step_that_moves_nothing_leaves_it(model):
     forget, retain = data()
     step = UnlearnStep(model, pdu("retain_budget=1.0"))
@@ -153,6 +154,7 @@ def test_it_is_saved_and_resumed_to_the_last_bit(model, tmp_path):
         UnlearnStep(copy.deepcopy(model), pdu("dual=null")).load_state_dict(whole.state_dict())
 
 
+@pytest.mark.slow
 def test_a_trainer_resumes_it(model, tmp_path):
     dataset = ForgetRetainDataset(examples(10, 1), examples(12, 2), seed=0)
 

@@ -106,6 +106,7 @@ def test_a_damaged_entry_is_noticed_and_rebuilt(made, tmp_path, damage):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_the_sets_are_apart_and_reproducible():
     first = tiny_models.build_data("builtin:pydoc", 3, SIZES["demo"])
     second = tiny_models.build_data("builtin:pydoc", 3, SIZES["demo"])

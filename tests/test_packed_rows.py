@@ -186,6 +186,7 @@ def test_a_packed_row_that_was_not_made_rows_is_not_computed(model):
 
 
 @pytest.mark.parametrize("name", ["graddiff", "simnpo", "rmu", "combined", "seuf-wmdp", "idk_dpo"])
+@pytest.mark.slow
 def test_a_step_of_packed_rows_is_that_of_the_rows(model, name):
     sides = [examples(5, 9, 7, seed=1), examples(4, 8, 6, 3, seed=2)]
     rows = [{k: v for k, v in collate(s, range(len(s))).items() if k != "index"} for s in sides]
@@ -310,6 +311,7 @@ def test_masks_and_frequencies_of_packed_rows_are_those_of_the_rows(model):
     check_equal(found.packed, expected.packed)
 
 
+@pytest.mark.slow
 def test_a_trainer_whose_collator_packs(model, tmp_path):
     dataset = ForgetRetainDataset(examples(5, 9, 7, 6, seed=1), examples(4, 8, 6, 7, 5, seed=2), seed=0)
 

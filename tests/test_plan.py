@@ -95,6 +95,7 @@ def test_memory_follows_the_way_of_the_gradients(override):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("objective", ["npo", "undial"])
+@pytest.mark.slow
 def test_a_plan_with_the_experts_chosen_predicts_the_caches_of_the_stages_to_come(objective):
     forget, retain = batch(1), batch(2)
     step, whole = (UnlearnStep(tiny("olmoe"), made("trace", f"forget.objective={objective}")) for _ in range(2))
@@ -141,6 +142,7 @@ def test_the_caches_are_counted_once_before_and_after_prepare(name, overrides, r
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_memory_with_micro_batches_and_state():
     accumulate = 3
     step = UnlearnStep(tiny("olmoe"), made("graddiff", f"accumulate={accumulate}"))
@@ -274,6 +276,7 @@ def test_a_gate_is_probed_where_there_are_no_weights_too():
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_without_batches_the_recipe_says_their_size():
     step = UnlearnStep(tiny("olmoe"), made("graddiff", "batch_size=2", "data.max_length=32"))
     assert step.plan().shape == "forget 2 x 32, retain 2 x 32"
@@ -330,6 +333,7 @@ def test_what_cannot_be_rehearsed_is_said():
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_the_table_says_paths_costs_and_memory():
     step = UnlearnStep(tiny("olmoe"), made("mollm"))
     plan = step.plan([batch(1)], [batch(2)])

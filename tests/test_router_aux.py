@@ -252,6 +252,7 @@ def test_an_evaluation_weighs_the_losses_as_a_step_does(model, tmp_path):
     torch.testing.assert_close(found, 3 * forget + 2 * (retain + 0.5 * balance))
 
 
+@pytest.mark.slow
 def test_models_without_the_loss():
     torch.manual_seed(0)
     model = tiny_deepseek_v3(vocab_size=VOCAB)

@@ -431,6 +431,7 @@ def test_adapters_learn_and_the_weights_under_them_stay(model, name):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_plan_is_readable_and_counts(model):
     step, forget, retain = prepared(model, recipe("combined"))
     plan = step.plan()

@@ -154,6 +154,7 @@ def test_a_weight_may_miss_its_update_by_the_last_bit_and_no_more(bits, passes, 
             step(forget[0], retain[0])
 
 
+@pytest.mark.slow
 def test_the_first_steps_are_reported_and_the_others_cost_nothing(model):
     step, forget, retain = prepared(model, recipe("graddiff"), verify=2)
     assert "verify runs 2 steps" in str(step.plan()) and step.verifier.memory() > 0

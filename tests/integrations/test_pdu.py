@@ -82,6 +82,7 @@ WAYS = {"step": ("step", 0, 9), "warm step": ("step", 2, 3), "epoch": ("epoch", 
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_a_training_is_open_unlearnings(way, tmp_path):
     upon, warmup, values = WAYS[way]
     # retain rows that are not drawn and have one length: the means of its batches are those of the tokens

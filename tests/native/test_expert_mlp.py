@@ -169,6 +169,7 @@ def test_instruction_sets_give_the_same_bits(dtype, gate):
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("shape", [SEVERAL_CHUNKS, {"tokens": 700, "experts": 7, "hidden": 24, "inner": 40}], ids=str)
+@pytest.mark.slow
 def test_any_number_of_threads(shape, dtype, threads):
     """Ours share the work out alike; what is left is the order of a library's sums, which integers do not show."""
     check(case(**shape, dtype=dtype, bias=True))

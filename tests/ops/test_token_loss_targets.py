@@ -90,6 +90,7 @@ def test_a_frozen_head_for_the_reference():
     assert not torch.allclose(token_loss(**inputs), other)
 
 
+@pytest.mark.slow
 def test_opcheck_and_one_graph():
     inputs = targets("reference", 4.0, tokens=6, hidden=5, vocabulary=7)
     h, w, b, weights = (inputs[name].requires_grad_() for name in GRADIENTS)

@@ -175,6 +175,7 @@ def test_rows_of_others_reach_nobody(device, arch, contiguous):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_masked_store(device, arch):
     made = case(device, dtype=BF16, exact=True)
     kept = random_bits(device, SIZES["E"], SIZES["M"], SIZES["P"])
@@ -212,6 +213,7 @@ def test_accumulate_adds_in_place(device, small_tiles, dtype, layout):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_a_bf16_buffer_is_rounded_once(device, arch):
     made = case(device, dtype=BF16)
     out = torch.randn(4, SIZES["M"], SIZES["P"], generator=torch.Generator().manual_seed(0)).bfloat16().to(device)

@@ -140,6 +140,7 @@ def test_what_the_mask_keeps_out_stays_untouched(device, small_tiles, rule, nume
 
 @pytest.mark.quick
 @pytest.mark.parametrize("word", [1, -(2**31)])
+@pytest.mark.slow
 def test_tiles_of_one_word_alone_are_not_skipped(device, small_tiles, word):  # noqa: F811
     function, made, common = prepared("bf16", "adamw decay")
     common["mask"][:] = word

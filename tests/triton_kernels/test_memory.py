@@ -29,6 +29,7 @@ def marks(name, architecture):
 @pytest.mark.parametrize(
     "name, architecture", [pytest.param(n, a, marks=marks(n, a)) for n in CASES for a in ARCHITECTURES]
 )
+@pytest.mark.slow
 def test_memory_and_order(name, architecture, monkeypatch):
     monkeypatch.setenv("MOE_UNLEARN_TRITON_ARCH", architecture)
     assert findings(CASES[name](), alignment=ARCHITECTURES[architecture]) == []

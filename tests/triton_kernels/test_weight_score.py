@@ -92,6 +92,7 @@ def test_every_layout(shape, layout, device):
 @pytest.mark.parametrize(
     "shape", [pytest.param((5, 70), marks=pytest.mark.quick), (2, 2, 100), (500,), (21, 3), (3, 7, 96)], ids=str
 )
+@pytest.mark.slow
 def test_tiles_and_spans_change_no_bit(shape, small_spans, device):
     """Integers: many ties; the count cuts inside words, at tile and at span boundaries."""
     given = tuple(integers(*shape, seed=s) for s in range(3))
@@ -110,6 +111,7 @@ def test_ties_are_taken_in_flat_order(ties, small_spans, device):
 
 
 @pytest.mark.parametrize("value", [pytest.param(0.0, marks=pytest.mark.quick), -0.0, 1.5, 2.0**-140])
+@pytest.mark.slow
 def test_one_value_everywhere(value, small_spans, device):
     """All of the counts in one bin; zeros are summed before they are added."""
     given = [torch.full((7, 90), value), torch.ones(7, 90), torch.zeros(7, 90)]
@@ -206,6 +208,7 @@ def test_the_threshold_of_a_whole_model_is_that_of_a_sort(keep, dtype, device):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits(small_spans, device):
     given = [t.to(device) for t in terms((30, 70))]
     for function, options in ((score_histogram, {"digit": 0}), (score_mask, {"threshold_bits": 0x3D000000, "ties": 9})):
