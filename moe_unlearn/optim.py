@@ -27,7 +27,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from moe_unlearn.ops.bits import keep_where
+from moe_unlearn.ops.bits import keep_where, slices_with_a_bit
 from moe_unlearn.ops.checks import check_mask
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_sgd_
 from moe_unlearn.ops.masked_update import SGD, AdamW, Update, masked_adamw_, masked_sgd_
@@ -71,11 +71,18 @@ class _Masked(torch.optim.Optimizer):
         self._layouts: dict[int, tuple[Tensor, int, Layout]] = {}
         # parameter -> (number of its group, place in it) when last looked up; a place is checked before its use
         self._places: dict[Tensor, tuple[int, int]] = {}
+        self.zero_grad_hooks: list[Callable[[], None]] = []
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._layouts, self._places = {}, {}
+        self._layouts, self._places, self.zero_grad_hooks = {}, {}, []
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, also those that a step has collected for `step`."""
+        super().zero_grad(set_to_none)
+        for drop in self.zero_grad_hooks:
+            drop()
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group as torch does; it may bring its `masks`, otherwise None for each parameter."""
@@ -217,7 +224,7 @@ class _Masked(torch.optim.Optimizer):
         if known is not None and known[0] is mask and known[1] == mask._version:
             return known[2]
         check_mask(p, mask, parameter_id)
-        trained_slices = _slices_with_a_bit(p, mask)
+        trained_slices = slices_with_a_bit(p, mask)
         compact = mask if trained_slices is None else mask[trained_slices]
         whole = bool((compact == -1).all()) and p.dim() and p.shape[-1] % 32 == 0  # every weight of these slices trains
         self._layouts[parameter_id] = (mask, mask._version, Layout(trained_slices, None if whole else compact))
@@ -228,7 +235,7 @@ class _Masked(torch.optim.Optimizer):
         slot = self._find(p)
         assert slot is not None
         group = slot.group
-        trained_slices = None if mask is None else _slices_with_a_bit(p, mask)
+        trained_slices = None if mask is None else slices_with_a_bit(p, mask)
         share = 1 if trained_slices is None else len(trained_slices) / max(len(p), 1) if p.dim() else 0
         copies = len(self._moments(group)) + _needs_master(p, group["numerics"])
         return round(p.numel() * share) * _state_dtype(p, group["numerics"]).itemsize * copies
@@ -343,12 +350,6 @@ def _state_dtype(p: Tensor, numerics: str) -> torch.dtype:
 
 def _needs_master(p: Tensor, numerics: str) -> bool:
     return numerics == "fp32_master" and p.dtype not in (torch.float32, torch.float64)
-
-
-def _slices_with_a_bit(p: Tensor, mask: Tensor) -> Tensor | None:
-    """Return the int64 indices along dimension 0 with a set bit, None for all; a vector or scalar is one slice."""
-    trained = mask.flatten(1).ne(0).any(1) if mask.dim() > 1 else mask.ne(0).any().expand(p.shape[:1] or 1)
-    return None if trained.all() else trained.nonzero().squeeze(1)
 
 
 def _fit_state(state: dict, p: Tensor, trained_slices: Tensor | None, moments: tuple[str, ...], numerics: str) -> None:

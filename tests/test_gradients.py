@@ -46,6 +46,25 @@ def test_whoever_steps_the_optimizer_takes_the_gradients(form, inside, model):
     assert changed(model, results[0]) and all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_grad_drops_what_a_step_has_collected(form, model):
+    """Else a loop that skips a bad step trains the experts alone, on gradients without the other weights'."""
+    step, forget, retain = prepared(model, recipe("wagle", *FORMS[form]))
+    before = weights(model)
+    for owner in (step, copy.deepcopy(step)):
+        owner.accumulate(forget[0], retain[0], last=True)
+        owner.combine()
+        assert owner.gradients.collected
+        owner.optimizer.zero_grad()
+        owner.optimizer.step()
+        assert not owner.gradients.collected and not changed(owner.model, before)
+        owner.discard()
+    step(forget[0], retain[0])
+    assert changed(model, before)
+    step.close()
+    assert not step.optimizer.zero_grad_hooks
+
+
 def test_the_optimizer_of_a_copied_step_takes_the_gradients_of_the_copy(model):
     step, forget, retain = prepared(model, recipe("graddiff"))
     copied, before = copy.deepcopy(step), weights(model)

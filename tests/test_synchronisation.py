@@ -95,7 +95,7 @@ READS = {
     "Ranks.add_": (1, "a tensor that was made on the CPU"),
     "TrainedWeights.mask": (1, "once, behind prepare()"),
     "_Masked._layout": (1, "once for each mask"),
-    "_slices_with_a_bit": (2, "once for each mask"),
+    "slices_with_a_bit": (2, "once for each mask"),
     "_fit_state": (1, "once for each mask"),
     "_Masked.load_state_dict": (1, "the count of steps is on the CPU"),
     "_loaded": (1, "the count of steps is on the CPU"),

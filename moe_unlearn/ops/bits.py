@@ -59,6 +59,12 @@ def keep_where(condition: Tensor, mask: Tensor | None, shape: Sequence[int]) -> 
     return row.expand(*shape[:-1], num_words(shape[-1]))
 
 
+def slices_with_a_bit(p: Tensor, mask: Tensor) -> Tensor | None:
+    """Return the int64 indices along dimension 0 with a set bit, None for all; a vector or scalar is one slice."""
+    trained = mask.flatten(1).ne(0).any(1) if mask.dim() > 1 else mask.ne(0).any().expand(p.shape[:1] or 1)
+    return None if trained.all() else trained.nonzero().squeeze(1)
+
+
 def philox(index: Tensor, step: int, seed: int, parameter_id: int) -> Tensor:
     """Compute word 0 of Philox4x32-10 for each flat element index; int64 tensor of values in [0, 2^32)."""
     index = index.to(torch.int64)

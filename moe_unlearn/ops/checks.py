@@ -107,6 +107,13 @@ def check_factors(
             raise ValueError(f"{name} must be on {grad.device} like grad; got {tensor.device}")
 
 
+def check_objects(**given: tuple[object, type]) -> None:
+    """Raise TypeError for an operand that is no object of its kind; the numbers of two rules look alike."""
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be {kind.__name__}; got {type(value).__name__}")
+
+
 def check_update(
     param: Tensor,
     grad: Tensor,

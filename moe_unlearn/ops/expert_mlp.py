@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_unlearn import backend, native
-from moe_unlearn.ops.checks import check_layer
+from moe_unlearn.ops.checks import check_layer, check_objects
 from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad
 from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights, activate, activate_backward
 from moe_unlearn.ops.schema import fields
@@ -74,6 +74,7 @@ def expert_mlp(
     linear layers do. Raises TypeError or ValueError for bad shapes, dtypes or devices, and RuntimeError on
     double backward.
     """
+    check_objects(weights=(weights, ExpertWeights), layout=(layout, ExpertLayout))
     device = hidden_states.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # asking for meta is an error
         narrow = ExpertWeights._make(None if w is None else _autocast(w) for w in weights)

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import philox, round_stochastic, unpack_bits
-from moe_unlearn.ops.checks import check_momentum, check_update
+from moe_unlearn.ops.checks import check_momentum, check_objects, check_update
 from moe_unlearn.ops.schema import fields
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -157,6 +157,7 @@ def masked_sgd_(
 
     Raises TypeError or ValueError for a dtype, shape, device or option that does not fit.
     """
+    check_objects(rule=(rule, SGD), update=(update, Update))
     check_momentum(momentum_buffer, rule)
     check_update(param, grad, {"momentum_buffer": momentum_buffer}, mask, update, master, slices)
     _masked_sgd(param, grad, momentum_buffer, mask, master, slices, *rule, *update, impl)
@@ -201,6 +202,7 @@ def masked_adamw_(
 
     Raises TypeError or ValueError for a dtype, shape, device or option that does not fit.
     """
+    check_objects(rule=(rule, AdamW), update=(update, Update))
     check_update(param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, mask, update, master, slices)
     _masked_adamw(param, grad, exp_avg, exp_avg_sq, mask, master, slices, *rule, *update, impl)
 

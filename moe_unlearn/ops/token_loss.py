@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from moe_unlearn import backend, native
+from moe_unlearn.ops.checks import check_objects
 from moe_unlearn.ops.schema import fields
 
 KINDS = ("nll", "uce", "kl")
@@ -122,16 +123,19 @@ def token_loss(
 
     Args:
         hidden_states: [T, H]. It and the tensors of the head may have any float dtypes.
+        head: its weight [V, H], bias [V] or None, scale and soft-cap of the logits.
         labels: int64 [T], -100 is ignored; for "kl" and "logit_margin" they only say which rows count.
         token_weights: float [T]; None stands for 1.
         kind: "nll", "uce", "kl", "ce" or "logit_margin".
-        reference: required by "kl", optional for "ce".
-        label_penalty: at least 0, for "ce" only.
+        reference: required by "kl", optional for "ce"; label_penalty: at least 0, for "ce" only.
         chunk_rows: rows per tile, None for a default; the number of columns of a tile follows from it.
 
     Raises TypeError or ValueError for a dtype, shape, device, option or label that does not fit. There is
     no double backward; `token_loss_ref` has one.
     """
+    check_objects(head=(head, Head))
+    if reference is not None:
+        check_objects(reference=(reference, Reference))
     operands = _operands(hidden_states, head, labels, token_weights, reference)
     formula = Formula(kind, head.logit_scale, head.logit_softcap, _drops(token_weights), chunk_rows, label_penalty)
     _check(operands, formula)
@@ -358,31 +362,28 @@ def _check(operands: Operands, formula: Formula) -> None:
         raise ValueError(f"kind must be one of {KINDS + TILED_KINDS}; got {kind!r}")
     if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1] or len(head) == 0:
         raise ValueError(
-            f"hidden_states and lm_head must be [T, H] and [V, H] with V >= 1; "
+            f"hidden_states and head.weight must be [T, H] and [V, H] with V >= 1; "
             f"got {list(hidden.shape)} and {list(head.shape)}"
         )
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64; got {labels.dtype}")
     known = ref_hidden is not None
     if (known and kind not in ("kl", "ce")) or (not known and (kind == "kl" or ref_head is not None)):
-        given = {"ref_hidden_states": ref_hidden, "ref_lm_head": ref_head}
         raise ValueError(
-            f"kind 'kl' needs ref_hidden_states, 'ce' takes them, both with ref_lm_head, other kinds take neither; "
-            f"got kind {kind!r} with {[name for name, tensor in given.items() if tensor is not None]}"
+            f"kind 'kl' needs a reference with hidden_states, 'ce' may, other kinds take neither; got kind {kind!r} "
+            f"with {'' if known else 'no '}hidden_states and {'no' if ref_head is None else 'a'} head of a reference"
         )
     if not penalty >= 0 or (penalty and kind != "ce"):
-        raise ValueError(
-            f"label_penalty must be at least 0, and 0 for kinds other than 'ce'; got {penalty} for {kind!r}"
-        )
+        raise ValueError(f"label_penalty must be at least 0, 0 for kinds other than 'ce'; got {penalty} for {kind!r}")
     (tokens, _), vocabulary = hidden.shape, len(head)
     shapes = {
         "hidden_states": (hidden, hidden.shape),
-        "lm_head": (head, head.shape),
+        "head.weight": (head, head.shape),
         "labels": (labels, (tokens,)),
-        "bias": (bias, (vocabulary,)),
+        "head.bias": (bias, (vocabulary,)),
         "token_weights": (weights, (tokens,)),
-        "ref_hidden_states": (ref_hidden, hidden.shape),
-        "ref_lm_head": (ref_head, head.shape),
+        "reference.hidden_states": (ref_hidden, hidden.shape),
+        "reference.lm_head": (ref_head, head.shape),
     }
     for name, (tensor, shape) in shapes.items():
         if tensor is None:

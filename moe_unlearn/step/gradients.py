@@ -43,7 +43,7 @@ class GradientStore:
         self.optimizer = optimizer
         #: parameter -> the step's gradient that is not in `.grad`: compact, or factors
         self.collected: dict[Tensor, Tensor | Factors] = {}
-        self._hook = optimizer.register_step_pre_hook(self._hand_over)
+        self._register()
         self.begin([], {})
 
     def begin(self, trained: Sequence[tuple[str, nn.Parameter]], masks: Mapping[str, Tensor]) -> None:
@@ -70,11 +70,23 @@ class GradientStore:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
+        self._register()
+
+    def _register(self) -> None:
+        """Have the optimizer ask for the collected gradients in each step, and drop them in `zero_grad`."""
         self._hook = self.optimizer.register_step_pre_hook(self._hand_over)
+        self.optimizer.zero_grad_hooks.append(self._drop)
+
+    def _drop(self) -> None:
+        self.collected.clear()
+        self.factors.clear()
 
     def close(self) -> None:
-        """Hand the optimizer no more gradients."""
+        """Drop the collected gradients, and hand the optimizer no more of them."""
+        self._drop()
         self._hook.remove()
+        if self._drop in self.optimizer.zero_grad_hooks:
+            self.optimizer.zero_grad_hooks.remove(self._drop)
 
     def _hand_over(self, optimizer: torch.optim.Optimizer, args: tuple, keywords: dict) -> tuple[tuple, dict] | None:
         """Add the collected gradients to the arguments of `optimizer.step`."""
@@ -272,7 +284,6 @@ class GradientStore:
     def clear(self) -> None:
         """Drop all gradients and all that was derived from them."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.collected.clear()
         self._reset()
 
     def _each_set(self) -> list[list[Gradient]]:

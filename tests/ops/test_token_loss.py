@@ -382,13 +382,13 @@ BAD = {
     "labels shape": (ValueError, r"must have shape \[600\]; got \[9\]", {"labels": torch.zeros(9).long()}),
     "label": (ValueError, r"labels must be in \[0, 97\) or -100; got 97", {"labels": torch.full((600,), 97)}),
     "negative label": (ValueError, "got -1", {"labels": torch.full((600,), -1)}),
-    "bias": (ValueError, "bias must have shape", {"bias": torch.ones(24)}),
+    "bias": (ValueError, "head.bias must have shape", {"bias": torch.ones(24)}),
     "weights": (TypeError, "token_weights must be floating", {"token_weights": torch.ones(600).long()}),
-    "no reference": (ValueError, "needs ref_hidden_states", {"kind": "kl"}),
+    "no reference": (ValueError, "needs a reference with hidden_states", {"kind": "kl"}),
     "a reference": (ValueError, "other kinds take neither", {"ref_hidden_states": torch.ones(600, 24)}),
     "softcap": (ValueError, "logit_softcap must be above 0", {"logit_softcap": 0.0}),
     "chunk": (ValueError, "chunk_rows must be at least 1", {"chunk_rows": 0}),
-    "device": (ValueError, "lm_head must be on cpu", {"lm_head": torch.ones(97, 24, device="meta")}),
+    "device": (ValueError, "head.weight must be on cpu", {"lm_head": torch.ones(97, 24, device="meta")}),
     "impl": (RuntimeError, "no implementation cuda", {"impl": "cuda"}),
 }
 

@@ -109,7 +109,10 @@ def test_opcheck_and_one_graph():
         ({"label_penalty": -1.0}, "label_penalty must be at least 0.*; got -1.0 for 'ce'"),
         ({"label_penalty": math.nan}, "label_penalty must be at least 0"),
         ({"kind": "nll"}, "label_penalty must be .* 0 for kinds other than 'ce'; got 4.0 for 'nll'"),
-        ({"ref_hidden_states": None, "ref_lm_head": torch.ones(97, 24)}, "kind 'kl' needs ref_hidden_states"),
+        (
+            {"ref_hidden_states": None, "ref_lm_head": torch.ones(97, 24)},
+            "kind 'kl' needs a reference with hidden_states",
+        ),
         ({"labels": torch.full((600,), 97)}, r"labels must be in \[0, 97\) or -100; got 97"),
     ],
 )
