@@ -76,7 +76,7 @@ class _Masked(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._layouts, self._places, self.zero_grad_hooks = {}, {}, []
+        self._layouts, self._places, self.zero_grad_hooks = {}, {}, getattr(self, "zero_grad_hooks", [])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, also those that a step has collected for `step`."""

@@ -79,7 +79,6 @@ class GradientStore:
 
     def _drop(self) -> None:
         self.collected.clear()
-        self.factors.clear()
 
     def close(self) -> None:
         """Drop the collected gradients, and hand the optimizer no more of them."""
