@@ -212,7 +212,8 @@ def _unfinished(function: Callable, inputs: Inputs) -> list[Finding]:
 def _elsewhere(function: Callable, given: Mapping[str, object]) -> list[Finding]:
     """Compare all threads' processor time with this thread's while `function` runs; the clock sees only the latter."""
     start, own, all_threads = perf_counter(), thread_time(), _process_time()
-    while perf_counter() - start < _BUSY:
+    # on a busy machine the processor time comes slowly; a function that only waits would never use it up
+    while _process_time() - all_threads < _BUSY and perf_counter() - start < 20 * _BUSY:
         function(**given)
     own, all_threads = thread_time() - own, _process_time() - all_threads
     # other threads of the process may wake up now and then

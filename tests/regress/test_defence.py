@@ -36,6 +36,19 @@ def test_each_adversary_is_flagged_and_the_honest_kernel_is_not(device):
     assert {name: found for name, (kind, found) in proofs.items() if kind not in found} == {}
 
 
+def test_work_elsewhere_is_seen_on_a_machine_that_gives_little_time(monkeypatch):
+    """A clock ten times as fast stands for a process that gets a tenth of a processor."""
+    real = time.perf_counter
+    monkeypatch.setattr(defence, "perf_counter", lambda: 10 * real())
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert [f.kind for f in inspect(adversaries.works_elsewhere, adversaries.inputs)] == ["side-stream work"]
+        assert inspect(adversaries.honest, adversaries.inputs) == []
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", ["writes_its_input", "returns_its_input", "patches_the_timer"])
 def test_a_finding_says_what_and_where(name):
     expected = {
