@@ -127,14 +127,14 @@ class _Masked(torch.optim.Optimizer):
 
         `gradients` replace `.grad`, by parameter: a compact gradient, [M, ...] for the M slices that train, or the
         factors of an expert weight's gradient, from which the weight is updated without storing the gradient.
+        Raises ValueError, before any update, for a gradient of a parameter of no group.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for slot in self.slots():
-            given = None if gradients is None else gradients.get(slot.parameter)
-            if given is not None:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        slots, gradients = [*self.slots()], {} if gradients is None else gradients
+        if unknown := [list(p.shape) for p in gradients.keys() - {slot.parameter for slot in slots}]:
+            raise ValueError(f"expected gradients of this optimizer's parameters; got others, of shapes {unknown}")
+        for slot in slots:
+            if (given := gradients.get(slot.parameter)) is not None:
                 self._update(slot, given)
             elif slot.parameter.grad is not None:
                 self._update(slot, _local(slot.parameter.grad), whole=True)

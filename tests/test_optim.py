@@ -290,6 +290,21 @@ def test_missing_gradients_closures_and_a_zero_rate(kind):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_gradient_of_no_parameter_is_not_dropped(kind):
+    params, stranger = parameters(), torch.nn.Parameter(randn(3, 8))
+    optimizer, start = make(kind, params), values(params)
+    given = {p: randn(*p.shape) for p in params}
+    with pytest.raises(
+        ValueError, match=r"gradients of this optimizer's parameters; got others, of shapes \[\[3, 8\]\]"
+    ):
+        optimizer.step(gradients=given | {stranger: randn(3, 8)})
+    assert equal(values(params), start) and not optimizer.state
+    optimizer.step(gradients=given)
+    assert not torch.equal(params[0], start[0])
+
+
+@pytest.mark.quick
 def test_a_wrapper_may_replace_the_parameters():
     """As FSDP does: masks follow the position in the group, not the tensor."""
     params, masks = parameters(), expert_masks(2)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,7 @@ def check_layer(
         shapes = f"{tuple(w1.shape)}, {tuple(w2.shape)}"
         raise ValueError(f"gate_up_proj and down_proj must have three dimensions; got {shapes}")
     num_experts, hidden = len(w1), x.shape[1]
+    check_indices("trained_experts", trained, num_experts)
     inner = w2.shape[1 if transposed else 2]
     wide = 2 * inner if gated else inner
     expected = {
@@ -92,6 +94,7 @@ def check_factors(
     for name, ids in (("grad_rows", grad_rows), ("input_rows", input_rows), ("experts", experts)):
         if ids is not None and (ids.dtype not in (torch.int32, torch.int64) or ids.dim() != 1):
             raise ValueError(f"{name} must be int32 or int64 [n]; got {ids.dtype} {tuple(ids.shape)}")
+    check_indices("experts", experts, num_listed(offsets, None))
     whole, shape = ((num_listed(offsets, e), grad.shape[1], input.shape[1]) for e in (None, experts))
     floats = {"weight": (weight, whole)} | {name: (buffer, shape) for name, buffer in buffers.items()}
     for name, (tensor, expected) in floats.items():
@@ -105,6 +108,21 @@ def check_factors(
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != grad.device:
             raise ValueError(f"{name} must be on {grad.device} like grad; got {tensor.device}")
+
+
+def check_indices(name: str, ids: Tensor | None, count: int) -> None:
+    """Raise ValueError for indices [M] that come twice or lie outside of [0, count); only those on a CPU are read."""
+    if ids is None or not ids.is_cpu or torch.compiler.is_compiling():
+        return
+    numbers = ids.numpy()
+    outside = numbers[(numbers < 0) | (numbers >= count)]
+    if len(outside):
+        raise ValueError(f"{name} must be in [0, {count}); got {outside[0]}")
+    if (numbers[1:] > numbers[:-1]).all():
+        return
+    found, times = np.unique(numbers, return_counts=True)
+    if len(found) < len(numbers):
+        raise ValueError(f"{name} must be distinct; got {found[times > 1].tolist()} more than once")
 
 
 def check_objects(**given: tuple[object, type]) -> None:
@@ -139,6 +157,7 @@ def check_update(
                 f"slices must be [M] into dimension 0 of param; got shape {list(slices.shape)} "
                 f"for a param of shape {shape}"
             )
+        check_indices("slices", slices, shape[0])
         shape[0] = len(slices)
     _check_rounding(param, update.rounding, master)
     for name, tensor in {"grad": grad, "master": master, **state}.items():

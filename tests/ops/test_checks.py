@@ -51,3 +51,38 @@ def test_a_layer_and_a_loss_want_their_objects():
         ops.token_loss(hidden, head, labels)
     with pytest.raises(TypeError, match="reference must be Reference; got Tensor"):
         ops.token_loss(hidden, ops.Head(head), labels, kind="kl", reference=hidden)
+
+
+BAD_INDICES = {
+    (0, 1, 0): r"distinct; got \[0\] more than once",
+    (-1,): r"in \[0, 2\); got -1",
+    (0, 2): "got 2",
+    (1, 0, 3): "got 3",
+}
+
+
+@pytest.mark.parametrize("ids, message", BAD_INDICES.items())
+def test_indices_on_the_cpu_are_distinct_and_in_range(ids, message):
+    """Two entries of one expert raced for its weight, and one of no expert wrote outside of it."""
+    listed, m = torch.tensor(ids), torch.zeros(len(ids), 4, 5)
+    before = torch.zeros(2, 4, 5)
+    p = before.clone()
+    with pytest.raises(ValueError, match=f"slices must be .*{message}"):
+        ops.masked_sgd_(p, torch.ones_like(m), m, None, SGD, FIRST, slices=listed)
+    with pytest.raises(ValueError, match=f"experts must be .*{message}"):
+        expert_wgrad_sgd_(p, m, ROWS, SGD, FIRST, experts=listed)
+    assert torch.equal(p, before) and not m.any()
+    inputs = case()
+    routed = [inputs[name] for name in ("hidden_states", "top_k_weights", "sorted_rows", "expert_offsets")]
+    weights = ops.ExpertWeights(inputs["gate_up_proj"], inputs["down_proj"])
+    beyond = len(weights.gate_up_proj) - 2
+    with pytest.raises(ValueError, match="trained_experts must be (distinct|in)"):
+        trained = torch.tensor([i + beyond * (i > 1) for i in ids], dtype=torch.int32)
+        ops.expert_mlp(*routed, weights, trained_experts=trained)
+
+
+def test_indices_need_no_order():
+    p, m = torch.zeros(2, 4, 5), torch.zeros(2, 4, 5)
+    grad = torch.arange(2.0).view(2, 1, 1).expand(2, 4, 5)
+    ops.masked_sgd_(p, grad, m, None, SGD, FIRST, slices=torch.tensor([1, 0]))
+    assert p[0].any() and not p[1].any()
