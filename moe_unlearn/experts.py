@@ -185,14 +185,24 @@ ExpertsInterface.register(NAME, experts_forward)
 FP8ExpertsInterface.register(NAME, _fp8_experts_forward)
 
 
+def check_model(model: object) -> None:
+    """Raise TypeError, which says how a model is loaded, for what is no torch module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a torch module, as AutoModelForCausalLM.from_pretrained(FOLDER) gives; got "
+            f"{type(model).__name__}"
+        )
+
+
 class enable:  # noqa: N801 -- used like a function
     """Switch a model's experts to "moe_unlearn"; idempotent, undone by `.disable()` or as a context manager.
 
-    The gates are probed here, so that the model may be compiled right away. Raises ValueError for a model
-    without decorated experts modules.
+    The gates are probed here, so that the model may be compiled right away. Raises TypeError for what is no model, and
+    ValueError for a model without decorated experts modules.
     """
 
     def __init__(self, model: nn.Module):
+        check_model(model)
         modules: dict[str, Any] = experts_modules(model)
         if not modules:
             raise ValueError(_no_experts(model))
@@ -211,6 +221,11 @@ class enable:  # noqa: N801 -- used like a function
         for config, implementation in self._previous:
             config._experts_implementation_internal = implementation
         self._previous = []
+
+    @property
+    def enabled(self) -> bool:
+        """Return whether `disable` has not been called."""
+        return len(self._previous) > 0
 
     def __enter__(self) -> "enable":
         return self

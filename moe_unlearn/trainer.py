@@ -85,7 +85,7 @@ class UnlearnTrainer(Trainer):
     Args:
         model: the causal LM to change, already loaded.
         args: TrainingArguments; `remove_unused_columns` is switched off, which nested batches need.
-        recipe: a `Recipe`, a YAML path or the name of a shipped recipe.
+        recipe: a `Recipe`, a mapping of its keys, a YAML path or the name of a shipped recipe.
         train_dataset: a `data.ForgetRetainDataset`, or any dataset with lists `forget` and `retain` of
             examples and items `{"forget": [(example, index)], "retain": [(example, index), ...]}`; or a mapping
             (`datasets.DatasetDict`) of the two to rows, which `processing_class` encodes as recipe.data says.
@@ -103,7 +103,7 @@ class UnlearnTrainer(Trainer):
         self,
         model: nn.Module,
         args: TrainingArguments,
-        recipe: Recipe | str | Path,
+        recipe: Recipe | Mapping | str | Path,
         train_dataset: Dataset | Mapping | None,
         data_collator: Callable[[list], dict[str, Any]] | None = None,
         cache_dir: str | Path | None = None,
@@ -118,7 +118,7 @@ class UnlearnTrainer(Trainer):
         if ranks is not None and (args.fsdp or args.deepspeed):
             raise ValueError("FSDP and DeepSpeed share weights out; every rank of UnlearnTrainer needs all of them")
         if isinstance(train_dataset, Mapping):
-            recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+            recipe = Recipe.of(recipe)
             train_dataset = _paired(train_dataset, recipe, keywords.get("processing_class"))
         sides = {side: getattr(train_dataset, side, ()) for side in ("forget", "retain")}
         for side, examples in sides.items():

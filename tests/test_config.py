@@ -1,6 +1,7 @@
 """Recipes: the shipped ones, round trips, and errors that name the key."""
 
 import dataclasses
+import types
 
 import pytest
 
@@ -129,6 +130,19 @@ def test_missing_file_names_the_shipped_recipes(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff\xfe")
     with pytest.raises(ValueError, match="not a YAML recipe"):
         Recipe.load(tmp_path / "latin.yaml")
+
+
+def test_a_recipe_is_made_of_whatever_describes_one(tmp_path):
+    recipe = Recipe.load("combined", ["steps=3"])
+    (tmp_path / "own.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    given = (recipe, recipe.to_dict(), types.MappingProxyType(recipe.to_dict()), tmp_path / "own.yaml")
+    assert [Recipe.of(one) for one in given] == [recipe] * 4
+    assert Recipe.of(str(tmp_path / "own.yaml")) == recipe and Recipe.of("npo").name == "npo"
+    for wrong in (None, 3, ["npo"]):
+        with pytest.raises(TypeError, match=f"expected a Recipe, .* shipped recipe; got {type(wrong).__name__}"):
+            Recipe.of(wrong)
+    with pytest.raises(ValueError, match="unknown recipe key 'step'; did you mean 'steps'"):
+        Recipe.of({"step": 3})
 
 
 def test_recipes_are_immutable():

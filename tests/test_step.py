@@ -9,7 +9,7 @@ import torch
 from moe_unlearn import mollm, trace
 from moe_unlearn.config import shipped
 from moe_unlearn.errors import NonFiniteError, NotPreparedError
-from moe_unlearn.experts import experts_modules
+from moe_unlearn.experts import enable, experts_modules
 from moe_unlearn.model.batches import refusal, target_mask
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.ops.bits import unpack_bits
@@ -413,6 +413,48 @@ def test_close_gives_the_model_back(model):
     step.close()
     assert flags == {n: p.requires_grad for n, p in model.named_parameters()}
     assert model.config._experts_implementation == implementation
+
+
+@pytest.mark.quick
+def test_a_closed_step_makes_no_step(model):
+    step, forget, retain = prepared(model, recipe("graddiff"))
+    step.close()
+    step.close()
+    before = weights(model)
+    for call in (step, step.accumulate):
+        with pytest.raises(RuntimeError, match="the step is closed, .* make another UnlearnStep"):
+            call(forget[0], retain[0])
+    for call in (step.prepare, step.plan):
+        with pytest.raises(RuntimeError, match="the step is closed"):
+            call(forget, retain)
+    assert changed(model, before) == set() and not any(p.grad is not None for p in model.parameters())
+    assert step.state_dict()["steps"] == 0
+    UnlearnStep(model, recipe("graddiff"))(forget[0], retain[0])
+    assert changed(model, before)
+
+
+@pytest.mark.quick
+def test_what_is_of_another_kind_is_named(model):
+    batch = random_batch(VOCAB)
+    step = UnlearnStep(model, recipe("graddiff").to_dict())
+    assert step.recipe == recipe("graddiff")
+    for call in (step.prepare, step.plan):
+        with pytest.raises(
+            TypeError, match=r"expected the forget batches, in a list .*; got one batch: give \[forget_"
+        ):
+            call(batch, batch)
+        with pytest.raises(TypeError, match="expected the retain batches, .*; got NoneType"):
+            call([batch], None)
+        with pytest.raises(TypeError, match="the retain batch must be a mapping of tensors, .*; got str"):
+            call([batch], ["text"])
+    with pytest.raises(TypeError, match="the forget batch must be a mapping of tensors, .*; got list"):
+        step([batch], batch)
+    for wrong in ("folder", [model], None):
+        for take in (enable, lambda model: UnlearnStep(model, "npo")):
+            with pytest.raises(TypeError, match=f"model: expected a torch module, .*; got {type(wrong).__name__}"):
+                take(wrong)
+    with pytest.raises(TypeError, match="recipe: expected a Recipe, a mapping .*; got NoneType"):
+        UnlearnStep(model, None)
 
 
 @pytest.mark.quick

@@ -13,7 +13,7 @@ import json
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,7 +63,7 @@ def unlearning(
     model: Model,
     forget: Sequence[Item],
     retain: Sequence[Item],
-    recipes: Sequence[str | Path | Recipe],
+    recipes: Sequence[str | Path | Recipe | Mapping],
     metrics: Sequence[Metric] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
@@ -82,7 +82,8 @@ def unlearning(
         forget, retain: the data that unlearning sees: texts, records and `Document`s, encoded as the data sections of
             the recipes say (which must agree), or `Example`s, in a list or a `datasets.Dataset` (`data.encode_side`).
             A recipe with `data.forget_rows` or `data.retain_rows` unlearns on so many of them, drawn by the seed.
-        recipes: names of shipped recipes, paths of YAML files or `Recipe`s; the row has the recipe's name.
+        recipes: names of shipped recipes, paths of YAML files, `Recipe`s or mappings of their keys; the row has the
+            recipe's name.
         metrics: names among `NAMES`, and functions (model, tokenizer, sets) -> {name: number}, called in this order in
             evaluation mode; they leave the model as they found it. Default: every name that the sets allow.
         tokenizer: needed with a model in memory; a folder has its own.
@@ -103,7 +104,10 @@ def unlearning(
     ValueError (TypeError for a wrong kind) before the first model runs.
     """
     chosen = _recipes(recipes)
+    for name, given_sets in (("evaluation", evaluation), ("baselines", baselines)):
+        _check_kind(name, given_sets or {}, Mapping, "a mapping by name")
     asked = _metrics(metrics, evaluation or {}, baselines or {})
+    _check_kind("seeds", seeds, Sequence, "a list of integers")
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise ValueError(f"expected different seeds, integers from 0; got {list(seeds)}")
     if not chosen and baselines is not None and not baselines:
@@ -297,10 +301,17 @@ class _Rows:
         return values
 
 
-def _recipes(recipes: Sequence[str | Path | Recipe]) -> list[Recipe]:
-    if isinstance(recipes, str | Path | Recipe):
+def _check_kind(name: str, given: object, kind: type, expected: str) -> None:
+    """Raise TypeError, which names the argument, for one of another kind."""
+    if not isinstance(given, kind):
+        raise TypeError(f"{name}: expected {expected}; got {type(given).__name__} {given!r}")
+
+
+def _recipes(recipes: Sequence[str | Path | Recipe | Mapping]) -> list[Recipe]:
+    if isinstance(recipes, str | Path | Recipe | Mapping):
         raise TypeError(f"expected a list of recipes; got one: {recipes!r}")
-    made = [recipe if isinstance(recipe, Recipe) else Recipe.load(recipe) for recipe in recipes]
+    _check_kind("recipes", recipes, Iterable, "a list of recipes")
+    made = [Recipe.of(recipe) for recipe in recipes]
     names = [recipe.name for recipe in made]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two recipes are named {twice[0]!r}; give one of them another `name`")
@@ -312,6 +323,7 @@ def _metrics(asked: Sequence[Metric] | None, evaluation: Mapping, baselines: Map
         return list(NAMES)
     if isinstance(asked, str) or callable(asked):
         raise TypeError(f"expected a list of metrics; got one: {asked!r}")
+    _check_kind("metrics", asked, Iterable, "a list of names and functions")
     for metric in asked:
         if not callable(metric) and metric not in NAMES:
             raise ValueError(f"expected metrics among {', '.join(NAMES)}, or functions; got {metric!r}")

@@ -322,6 +322,20 @@ class Recipe:
             raise ValueError("mollm.kl compares final hidden states, where RMU's forward does not go: mollm.kl=false")
 
     @classmethod
+    def of(cls, given: "Recipe | typing.Mapping[str, typing.Any] | str | Path") -> "Recipe":
+        """Return a recipe as it is, build it from mappings, or load it by path or name; TypeError for another kind."""
+        if isinstance(given, Recipe):
+            return given
+        if isinstance(given, typing.Mapping):
+            return cls.from_dict(dict(given))
+        if not isinstance(given, str | Path):
+            raise TypeError(
+                "recipe: expected a Recipe, a mapping of its keys, a YAML file or the name of a shipped recipe; got "
+                f"{type(given).__name__}"
+            )
+        return cls.load(given)
+
+    @classmethod
     def from_dict(cls, values: dict) -> "Recipe":
         """Build a recipe from nested dictionaries, such as those read from YAML."""
         return build(cls, values, "")

@@ -55,10 +55,14 @@ KNOWN = (*ROW, "index", *_GIVEN, *_PACKED, *(f"{_REFUSAL}{key}" for key in (*ROW
 def checked(batch: Batch, side: str) -> Batch:
     """Check the tensors of `batch` and return them, packed rows `padded`; a checked batch comes back unchanged.
 
-    `side`, forget or retain, is named in the errors: ValueError for an unknown tensor, for a known key that is none (a
-    list, an array), for shapes that do not fit together, for a batch without rows, for refusals whose index is not
-    that of the rows, and as `padded` raises.
+    `side`, forget or retain, is named in the errors: TypeError for what is no mapping; ValueError for an unknown tensor
+    and a known key that is none (a list, an array), for shapes that do not fit together, for a batch without rows, for
+    refusals whose index is not that of the rows, and as `padded` raises.
     """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"the {side} batch must be a mapping of tensors, as a collator makes; got {type(batch).__name__}"
+        )
     unknown = [str(key) for key, value in batch.items() if isinstance(value, Tensor) and key not in KNOWN]
     if unknown:
         raise ValueError(
@@ -319,9 +323,17 @@ def forgotten(recipe: Recipe, batch: Batch) -> Batch:
     return refusal(batch) if recipe.forget.objective == "idk_nll" else batch
 
 
+def all_checked(batches: Iterable[Batch], side: str) -> list[Batch]:
+    """Check each batch and return it as `checked` does; TypeError also for a single batch, which is no list of them."""
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        got = f"one batch: give [{side}_batch]" if isinstance(batches, Mapping) else type(batches).__name__
+        raise TypeError(f"expected the {side} batches, in a list or any other iterable; got {got}")
+    return [checked(batch, side) for batch in batches]
+
+
 def check_batches(batches: Iterable[Batch], side: str) -> list[Batch]:
-    """Check each batch and return it as `checked` does; ValueError also if none of them carries a loss."""
-    rows = [checked(batch, side) for batch in batches]
+    """Check batches and return them as `all_checked` does; ValueError also if none of them carries a loss."""
+    rows = all_checked(batches, side)
     if not any(target_mask(batch).any() for batch in rows):
         raise ValueError(f"the {side} set carries no loss: it is empty or all labels are -100")
     return rows

@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_unlearn import router_aux, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.model.batches import Batch, Sizes, attended_mask, checked, refusal
+from moe_unlearn.model.batches import Batch, Sizes, all_checked, attended_mask, refusal
 from moe_unlearn.model.head import head_of
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.plan.assumed import CACHES, assumed, reference_head
@@ -115,14 +115,14 @@ class Step(Protocol):
         """Update the weights from the accumulated gradients."""
 
 
-def make_plan(step: Step, forget: list[Batch], retain: list[Batch]) -> Plan:
+def make_plan(step: Step, forget_batches: Iterable[Batch], retain_batches: Iterable[Batch]) -> Plan:
     """Make the plan of an `UnlearnStep` in its present state, for the largest batch of each side.
 
     Without batches, the recipe's batch size, rows and length are assumed. A model on the meta device is planned for
     CUDA where there is a GPU, for the CPU otherwise. Before prepare(), masks are assumed to keep everything, and as
     many experts to be selected as the recipe allows.
     """
-    forget, retain = [checked(b, "forget") for b in forget], [checked(b, "retain") for b in retain]
+    forget, retain = all_checked(forget_batches, "forget"), all_checked(retain_batches, "retain")
     view, prepared = step.view(), step.prepared
     recipe, named = view.recipe, list(view.model.named_parameters())
     device = _device(named)

@@ -20,6 +20,15 @@ def check_prepared(recipe: Recipe, prepared: Preparation) -> None:
         )
 
 
+def check_open(open_: bool) -> None:
+    """Raise RuntimeError for a step that was closed."""
+    if not open_:
+        raise RuntimeError(
+            "the step is closed, and its model has the experts and the `requires_grad` flags from before: make another "
+            "UnlearnStep of the model to go on"
+        )
+
+
 def check_recipe(recipe: Recipe, saved: dict) -> None:
     """Raise ValueError if a state with the `saved` recipe belongs to another recipe."""
     own = recipe.to_dict()

@@ -34,7 +34,7 @@ With a `process_group` each process is one of several ranks (`ranks`). Every ran
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,14 @@ from torch import Tensor, nn
 from moe_unlearn import mollm
 from moe_unlearn.config import Mollm, Recipe
 from moe_unlearn.errors import NonFiniteError, RetainBudgetError
-from moe_unlearn.experts import copy_gate, enable, experts_modules, step_inputs
+from moe_unlearn.experts import check_model, copy_gate, enable, experts_modules, step_inputs
 from moe_unlearn.model.batches import Batch, Sizes, check_batches, checked, counted_row
 from moe_unlearn.model.head import verify_head
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.plan import Plan, make_plan, ways
 from moe_unlearn.prepare.stages import STAGES, Preparation, prepare
 from moe_unlearn.ranks import Ranks, local
-from moe_unlearn.step.checks import check_budget, check_finite, check_prepared, check_recipe
+from moe_unlearn.step.checks import check_budget, check_finite, check_open, check_prepared, check_recipe
 from moe_unlearn.step.gradients import GradientStore
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.sinks import sink_of
@@ -67,28 +67,29 @@ class UnlearnStep:
     Args:
         model: a transformers causal LM (PEFT-wrapped or not); its experts are switched to the
             "moe_unlearn" implementation and parameters outside the scope are frozen until `close()`.
-        recipe: a `Recipe`, the path of a YAML file or the name of a shipped recipe.
+        recipe: a `Recipe`, a mapping of its keys, the path of a YAML file or the name of a shipped recipe.
         optimizer: a `MaskedSGD` or `MaskedAdamW` over the model's parameters; None builds the recipe's.
         fused: False takes the plain path, for comparison.
         verify: the number of steps, True for all, that are replayed on the plain path and compared; see `verify`.
         process_group: the ranks that train this model; all take the first rank's weights. See `ranks`.
 
-    Raises TypeError for another optimizer. Raises ValueError for a model without MoE layers, with nothing to train in
-    the recipe's scope or with sharded weights, for `verify` with several ranks, and for `retain.router_aux` if the
-    model has no load-balancing loss to multiply.
+    Raises TypeError for a model, recipe or optimizer of another kind. Raises ValueError for a model without MoE layers,
+    with nothing to train in the recipe's scope or with sharded weights, for `verify` with several ranks, and for
+    `retain.router_aux` if the model has no load-balancing loss to multiply.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        recipe: Recipe | str | Path,
+        recipe: Recipe | Mapping | str | Path,
         optimizer: MaskedSGD | MaskedAdamW | None = None,
         *,
         fused: bool = True,
         verify: int | bool = 0,
         process_group: "torch.distributed.ProcessGroup | None" = None,
     ):
-        self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        check_model(model)
+        self.recipe = Recipe.of(recipe)
         self.ranks = Ranks(model, process_group)
         if verify and self.ranks.count > 1:
             raise ValueError(f"verify is for one process; got a model shared by {self.ranks.count} ranks")
@@ -112,8 +113,7 @@ class UnlearnStep:
         elif not isinstance(optimizer, MaskedSGD | MaskedAdamW):
             raise TypeError(f"optimizer must be a MaskedSGD or MaskedAdamW; got {type(optimizer).__name__}")
         self.optimizer = optimizer
-        #: record of the micro-batches of this step
-        self.tally = Tally(self.ranks)
+        self.tally = Tally(self.ranks)  #: record of the micro-batches of this step
         self.gradients = GradientStore(self.optimizer)
         self._updated: list[str] = []
         self._norm: float | None = None
@@ -134,6 +134,7 @@ class UnlearnStep:
         `state_dict()` holds its result. The folder `cache_dir` keeps references from run to run, by the content of
         model and rows; OSError if it cannot be written to. References are of the model as it is, with its adapters.
         """
+        check_open(self._implementation.enabled)
         forget, retain = check_batches(forget_batches, "forget"), check_batches(retain_batches, "retain")
         self.objectives.check(forget, retain)
         verify_head(self.model, counted_row(retain))
@@ -162,7 +163,7 @@ class UnlearnStep:
 
     def sizes(self, pairs: Iterable[tuple[Batch, Batch]]) -> dict[str, int]:
         """Count the units (`Objectives.units`) of a step with these (forget, retain) pairs, on all ranks."""
-        sides = [(checked(forget, "forget"), checked(retain, "retain")) for forget, retain in pairs]
+        sides = ((checked(forget, "forget"), checked(retain, "retain")) for forget, retain in pairs)
         return self.tally.count([self.objectives.units(*pair) for pair in sides])
 
     def accumulate(
@@ -240,8 +241,7 @@ class UnlearnStep:
         metrics = self.combine()
         self.clip(self.recipe.optimizer.max_grad_norm)
         self.optimizer.step(gradients=self.gradients.collected)
-        metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
-        return metrics | self.finish()
+        return metrics | {"lr": float(self.optimizer.param_groups[0]["lr"])} | self.finish()
 
     def clip(self, limit: float | None) -> float:
         """Scale the combined gradient down to the norm `limit`; return the norm before, masks applied.
@@ -262,8 +262,7 @@ class UnlearnStep:
 
         For MOLLM they include `descent_NAME` where it is known, the update's inner product with that gradient.
         """
-        metrics = {f"descent_{name}": value for name, value in self.gradients.descent().items()}
-        metrics |= self.verifier.check()
+        metrics = {f"descent_{name}": value for name, value in self.gradients.descent().items()} | self.verifier.check()
         self.objectives.dual.follow(self.tally.losses(), self.objectives.router_aux, self.steps)
         self.discard()
         self.steps += 1
@@ -280,7 +279,7 @@ class UnlearnStep:
 
         All batches together size the reference caches. The step stays unchanged. Raises ValueError for a bad batch.
         """
-        return make_plan(self, list(forget_batches), list(retain_batches))
+        return make_plan(self, forget_batches, retain_batches)
 
     def state_dict(self) -> dict:
         """Return preparation, optimizer, steps done and dual variable: with the weights, all a bitwise resume needs."""
@@ -330,7 +329,8 @@ class UnlearnStep:
         return ways.obstacle(self.view())
 
     def view(self) -> StepView:
-        """Return what the step shows of itself at this moment."""
+        """Return what the step shows of itself at this moment; RuntimeError after `close()`."""
+        check_open(self._implementation.enabled)
         return StepView(
             model=self.model,
             recipe=self.recipe,
