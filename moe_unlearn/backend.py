@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from moe_unlearn import choices as measured
+from moe_unlearn.errors import UnavailableError
 
 IMPLS = ("triton", "cuda", "cpu", "ref")
 ENVIRONMENT_VARIABLE = "MOE_UNLEARN_IMPL"
@@ -80,7 +81,7 @@ def registered() -> tuple[str, ...]:
 def resolve(name: str, impl: str, tensor: torch.Tensor) -> Callable:
     """Return the kernel that computes `name` on the device and in the dtype of `tensor`.
 
-    Raises ValueError for an unknown `impl` and RuntimeError for a forced one that is not available.
+    Raises ValueError for an unknown `impl` and UnavailableError for a forced one that is not available.
     """
     choices = _choices(name, impl, tensor.device.type, tensor.dtype, tensor.numel())
     kernel = _kernel(name, choices[0]) if len(choices) == 1 else _first_that_fits(name, choices)
@@ -111,7 +112,7 @@ def _first_that_fits(name: str, choices: tuple[str, ...]) -> Callable:
 
 
 def _kernel(name: str, impl: str) -> Callable:
-    """Import and return the kernel; RuntimeError, with the cause, if the import fails."""
+    """Import and return the kernel; UnavailableError, with the cause, if the import fails."""
     registered = _kernels[name, impl]
     if not isinstance(registered, str):
         return registered
@@ -123,7 +124,7 @@ def _kernel(name: str, impl: str) -> Callable:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("moe_unlearn."):
             why += "; `pip install --no-deps --no-build-isolation -e .` installs it"
         _broken[name, impl] = why
-        raise RuntimeError(f"{name!r} has no usable implementation {impl}: {why}") from error
+        raise UnavailableError(f"{name!r} has no usable implementation {impl}: {why}") from error
     _kernels[name, impl] = kernel
     return kernel
 
@@ -131,7 +132,7 @@ def _kernel(name: str, impl: str) -> Callable:
 def _why_not(name: str, impl: str) -> str:
     """Return why the import of a kernel fails, "" if it succeeds."""
     if (name, impl) not in _broken:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(UnavailableError):
             _kernel(name, impl)
     return _broken.get((name, impl), "")
 
@@ -163,7 +164,7 @@ def _choices(
         preference = candidates
     choices = tuple(choice for choice in preference if choice in candidates)
     if not choices:
-        raise RuntimeError(
+        raise UnavailableError(
             f"{name!r} has no implementation {' or '.join(preference)} for device {device_type!r}; "
             f"available: {', '.join(available(name, device_type)) or 'none'}"
         )

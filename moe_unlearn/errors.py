@@ -1,4 +1,4 @@
-"""Errors that stop a step, each of its own class so that callers can tell them apart."""
+"""Errors each of its own class, so that callers can tell them apart: what stops a step, and what cannot run here."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -15,3 +15,7 @@ class NotPreparedError(RuntimeError):
 
 class RetainBudgetError(ArithmeticError):
     """The retain loss is above the recipe's budget; raised before the update, so no weight has changed."""
+
+
+class UnavailableError(RuntimeError):
+    """A forced implementation of an op is missing here, or its import fails."""

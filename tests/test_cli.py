@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 
@@ -10,8 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from moe_unlearn import metrics, wagle
+from moe_unlearn.backend import ENVIRONMENT_VARIABLE
 from moe_unlearn.cli import main
 from moe_unlearn.data import train_tokenizer
+from moe_unlearn.errors import UnavailableError
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.model import loading
 from moe_unlearn.prepare.rows import RowStore
@@ -354,6 +357,31 @@ def test_eval_tells_what_moved_and_how_fast_it_comes_back(folder, tmp_path, caps
     assert "relearning" in printed and " at 3" in printed
     assert main([*after, "--benchmark", "muse", "--data", "verbmem=x", "--relearn", "3"]) == 2
     assert "leave out --benchmark" in error_of(capsys)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("words", [["env"], ["--help"], ["report", "nowhere"]], ids=lambda words: words[0])
+def test_a_reader_that_goes_away_is_no_error(words, monkeypatch, capsys):
+    """As `moe-unlearn env | head -1`: what is left to print goes nowhere, and neither do complaints."""
+    read, write = os.pipe()
+    os.close(read)
+    errors = io.StringIO()
+    with open(write, "w", encoding="utf-8") as closed, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", closed)
+        patch.setattr(sys, "stderr", errors)
+        print("waits in the buffer", file=closed)
+        assert main(words) == 141
+        print("more", file=closed, flush=True)
+    assert errors.getvalue() == "" == capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_a_forced_implementation_that_is_missing_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cuda")
+    assert main(["env"]) == 2
+    assert "error: 'expert_mlp' has no implementation cuda for device 'cpu'; available: cpu, ref" in error_of(capsys)
+    with pytest.raises(UnavailableError):
+        main(["env", "--traceback"])
 
 
 def error_of(capsys):

@@ -8,6 +8,7 @@ files, folders, benchmarks by name (`tofu:forget05`), hub data sets, `builtin:NA
 import argparse
 import io
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from moe_unlearn.cli import alternates, evaluate
 from moe_unlearn.cli.arguments import add_data, examples_of, positive, steps, writable
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import carry_loss
-from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
+from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError, UnavailableError
 from moe_unlearn.experts import enable
 from moe_unlearn.files import write_json
 from moe_unlearn.model import loading
@@ -44,11 +45,30 @@ _BAD_INPUT = (
     RetainBudgetError,
     NotPreparedError,
     VerificationError,
+    UnavailableError,
+    backend.Unfit,
 )
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell sees of other tools
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, as the console script does; return the exit code."""
+    """Run the command line, as the console script does; return the exit code.
+
+    If whoever reads the output has closed it, as `head` does, the rest is dropped without a word.
+    """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # or else the interpreter does when it ends, and complains
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return _BROKEN_PIPE
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         # in a locale without the tables' arrows, printing must not fail and lose the results of a run
@@ -57,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.function(options) or 0
     except _BAD_INPUT as error:
+        sys.stdout.flush()  # fails if it was this that broke
         if options.traceback:
             raise
         print(f"moe-unlearn {options.command}: error: {error}", file=sys.stderr)
