@@ -29,10 +29,10 @@ from moe_unlearn.data import (
     ForgetRetainDataset,
     PairCollator,
     alternates,
+    check_apart,
     check_rows,
     draw,
     encode_side,
-    overlap,
     pad_token_id,
     refusals,
 )
@@ -72,8 +72,7 @@ def _paired(rows: Mapping, recipe: Recipe, tokenizer: Tokenizer | None) -> Forge
         check_rows(side, own)
         replaced = recipe.forget.replacement == "alternate"
         sides[side] = encode_side(own, tokenizer, settings, side=side, alternates=replaced)
-    if shared := overlap(sides["forget"], sides["retain"]):
-        raise ValueError(f"forget and retain overlap: {shared} of {len(sides['forget'])} forget examples are in retain")
+    check_apart(**sides)
     forget = draw(sides["forget"], settings.forget_rows, seed=recipe.seed)
     retain = draw(sides["retain"], settings.retain_rows, seed=recipe.seed)
     return ForgetRetainDataset(forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget)

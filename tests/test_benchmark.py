@@ -284,7 +284,7 @@ def test_bad_models_and_metrics():
         table_of(tokenizer=None)
     with pytest.raises(ValueError, match="is not a folder"):
         table_of("nowhere")
-    with pytest.raises(ValueError, match="overlap: 1 of 2 forget examples are in retain"):
+    with pytest.raises(ValueError, match="the forget and retain sets overlap: 1 of 2 forget examples"):
         table_of(forget=[FORGET[0], RETAIN[0]])
     with pytest.raises(ValueError, match="retain: no example has a token to predict"):
         unlearning(make_model, FORGET, [data.Example([5], [5], 0)], ["npo"], ["nll"], tokenizer=TOKENIZER)

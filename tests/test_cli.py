@@ -396,7 +396,7 @@ def error_of(capsys):
     [
         ({"forget": "missing.jsonl"}, "missing.jsonl"),
         ({"forget": "empty.jsonl"}, "empty"),
-        ({"retain": "overlap.jsonl"}, "forget and retain sets overlap: 3 of 12 forget examples"),
+        ({"retain": "overlap.jsonl"}, "the forget and retain sets overlap: 3 of 12 forget examples"),
         ({"forget": "broken.jsonl"}, "line 2"),
         ({"model": "nowhere"}, "nowhere"),
         ({"model": "dense"}, "OLMoE"),

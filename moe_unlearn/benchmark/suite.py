@@ -128,10 +128,7 @@ def unlearning(
     trained = {side: encode(side, items, alternates=replaced) for side, items in given[0].items()}
     further = {side: encode(side, items, alternates=False) for side, items in given[1].items()}
     sets = trained | further
-    if shared := data.overlap(trained["forget"], trained["retain"]):
-        raise ValueError(
-            f"forget and retain overlap: {shared} of {len(trained['forget'])} forget examples are in retain too"
-        )
+    data.check_apart(**trained)
     rows = _Rows(out, source.tokenizer, trained, sets, asked)
     results: dict[int, dict[str, dict[str, float]]] = {seed: {} for seed in seeds}
 

@@ -63,14 +63,16 @@ def steps(text: str) -> int:
     return int(text)
 
 
-def chat_of(settings: Any) -> bool | data.Chat:
-    """Return `Chat.chosen` of a recipe's data or a verb's options.
-
-    Raises ValueError for options of a chat template without the template itself.
-    """
+def check_chat(settings: Any) -> None:
+    """Raise ValueError for options of a chat template without the template itself."""
     given = [name for name in ("enable_thinking", "system", "date") if getattr(settings, name) not in (None, "")]
     if given and not settings.chat_template:
         raise ValueError(f"--{given[0].replace('_', '-')} is for a chat template: give --chat-template too")
+
+
+def chat_of(settings: Any) -> bool | data.Chat:
+    """Return `Chat.chosen` of a verb's options, which `check_chat` has checked."""
+    check_chat(settings)
     return data.Chat.chosen(settings)
 
 
@@ -87,18 +89,11 @@ def examples_of(
 
     `alternates` says that the forget rows are needed with their alternate answers.
     """
+    check_chat(settings)
     report = data.DataReport()
     documents = data.load(source, side=side, report=report)
-    examples = data.encode(
-        documents,
-        tokenizer,
-        settings.max_length or 512,
-        chat=chat_of(settings),
-        report=report,
-        prompt_tokens=0 if side == "retain" else settings.prompt_tokens,
-        seam=settings.seam,
-        alternates=alternates and side == "forget",
-    )
+    encoding = data.side_encoding(settings, side, alternates=alternates)
+    examples = data.encode(documents, tokenizer, report=report, **encoding)
     if report.dropped or report.truncated or report.straddled:
         print(report, file=sys.stderr)
     if reports is not None:

@@ -183,12 +183,7 @@ def run(options: argparse.Namespace) -> None:
         for side in ("forget", "retain", "holdout")
         if getattr(recipe.data, side) is not None
     }
-    shared = data.overlap(sets["forget"], sets["retain"])
-    if shared:
-        raise ValueError(
-            f"forget and retain sets overlap: {shared} of {len(sets['forget'])} forget examples stand in the "
-            "retain set too; a document cannot be forgotten and kept"
-        )
+    data.check_apart(sets["forget"], sets["retain"])
     for side, rows in (("forget", recipe.data.forget_rows), ("retain", recipe.data.retain_rows)):
         reports[side].rows = len(sets[side])
         if rows is not None and rows < len(sets[side]):

@@ -48,9 +48,9 @@ from moe_unlearn.data.chats import Chat
 from moe_unlearn.data.corpus import Corpus, Document, drop_shared_runs
 from moe_unlearn.data.hub import MissingLibraryError
 from moe_unlearn.data.packing import check_packing, pack, packed_batches
-from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, alternates, draw, overlap, refusals
+from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, alternates, check_apart, draw, overlap, refusals
 from moe_unlearn.data.registry import BENCHMARKS, DocumentStream, load
-from moe_unlearn.data.rows import check_rows, encode_rows, encode_side
+from moe_unlearn.data.rows import check_rows, encode_rows, encode_side, side_encoding
 from moe_unlearn.data.selection import DataReport, select
 from moe_unlearn.data.special import Added, added, special_ids
 from moe_unlearn.data.stream import ExampleStream, shard
@@ -83,6 +83,7 @@ __all__ = [
     "added",
     "alternates",
     "batches",
+    "check_apart",
     "check_packing",
     "check_rows",
     "collate",
@@ -102,6 +103,7 @@ __all__ = [
     "refusals",
     "select",
     "shard",
+    "side_encoding",
     "special_ids",
     "train_tokenizer",
 ]

@@ -152,6 +152,15 @@ def overlap(forget: Sequence[Example], retain: Sequence[Example]) -> int:
     return sum(tuple(e.input_ids) in kept for e in forget)
 
 
+def check_apart(forget: Sequence[Example], retain: Sequence[Example]) -> None:
+    """Raise ValueError, which counts them, if forget examples stand in the retain set too; see `overlap`."""
+    if shared := overlap(forget, retain):
+        raise ValueError(
+            f"the forget and retain sets overlap: {shared} of {len(forget)} forget examples stand in the retain set "
+            "too; a document cannot be forgotten and kept: take it out of one of them"
+        )
+
+
 def carry_loss(examples: Sequence[Example]) -> bool:
     """Return whether any of the examples has a token to predict: a label, other than -100, behind its first token."""
     return any(label != IGNORED for example in examples for label in example.labels[1:])

@@ -56,16 +56,22 @@ def encode_side(rows: Iterable, tokenizer: Tokenizer, settings: Data, *, side: s
     `alternates` says that the forget rows are needed with their alternate answers. Rows that are examples or tokens
     stay as they are.
     """
-    return encode_rows(
-        rows,
-        tokenizer,
-        settings.max_length,
-        side=side,
-        chat=Chat.chosen(settings),
-        seam=settings.seam,
-        prompt_tokens=0 if side == "retain" else settings.prompt_tokens,
-        alternates=alternates and side == "forget",
-    )
+    return encode_rows(rows, tokenizer, side=side, **side_encoding(settings, side, alternates=alternates))
+
+
+def side_encoding(settings: Any, side: str, *, alternates: bool) -> dict[str, Any]:
+    """Return how the rows of one side are encoded, as keywords of `encode`.
+
+    `settings` are the data section of a recipe, or the options of a verb of the same names. Only the forget side has
+    alternates, and the retain side no prompt tokens, since its texts are learned whole.
+    """
+    return {
+        "max_length": settings.max_length or Data.max_length,
+        "chat": Chat.chosen(settings),
+        "seam": settings.seam,
+        "prompt_tokens": 0 if side == "retain" else settings.prompt_tokens,
+        "alternates": alternates and side == "forget",
+    }
 
 
 def _encoded(document: Document, where: str, tokenizer: Tokenizer, max_length: int, encoding: dict) -> list[Example]:

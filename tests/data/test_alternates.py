@@ -6,8 +6,18 @@ from importlib import import_module
 import pytest
 
 from moe_unlearn.cli.arguments import examples_of
-from moe_unlearn.config import Recipe
-from moe_unlearn.data import DataReport, Document, Example, ForgetRetainDataset, alternates, encode, encode_rows, load
+from moe_unlearn.config import Data, Recipe
+from moe_unlearn.data import (
+    DataReport,
+    Document,
+    Example,
+    ForgetRetainDataset,
+    alternates,
+    encode,
+    encode_rows,
+    encode_side,
+    load,
+)
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.trainer import _paired, pair_collator
 from tests.support.tokenizers import QWEN3, TOKENIZERS, tokenizer_with
@@ -96,6 +106,17 @@ def test_such_a_row_is_dropped_and_counted_where_alternates_are_needed(write, ca
     assert len(examples_of(source, tokenizer, settings, "retain", alternates=True)) == 2
     with pytest.raises(ValueError, match=r"its alternate spells the special token '<\|im_end\|>'"):
         _paired({"forget": rows, "retain": ROWS}, replace(made, data=settings), tokenizer)
+
+
+@pytest.mark.parametrize("side", ["forget", "retain", "holdout"])
+def test_the_command_line_encodes_a_side_as_rows_in_memory_are(write, side):
+    rows = [{"question": "Who?", "answer": "x", "alternate": "y"}, {"text": "a text of some words, and some more"}]
+    settings = Data(max_length=40, prompt_tokens=3, chat_template=True, seam="separate")
+    tokenizer, source = tokenizer_with(QWEN3), str(write("side.jsonl", rows))
+    for wanted in (False, True):
+        given = examples_of(source, tokenizer, settings, side, alternates=wanted)
+        assert given == encode_side(rows, tokenizer, settings, side=side, alternates=wanted)
+        assert [example.prefix for example in given[1:]] == [0 if side == "retain" else 3] * len(given[1:])
 
 
 def test_a_run_says_whether_it_needs_alternates(write, monkeypatch, tmp_path):

@@ -206,5 +206,5 @@ def test_the_trainer_takes_data_sets_of_rows(tmp_path):
     with pytest.raises(ValueError, match="to have forget and retain; got forget"):
         UnlearnTrainer(model, arguments, "npo", {"forget": rows["forget"]}, processing_class=TOKENIZER)
     same = {"forget": rows["retain"], "retain": rows["retain"]}
-    with pytest.raises(ValueError, match="forget and retain overlap: 3 of 3"):
+    with pytest.raises(ValueError, match="the forget and retain sets overlap: 3 of 3 forget examples"):
         UnlearnTrainer(model, arguments, "npo", same, processing_class=TOKENIZER)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from torch.utils.data import DataLoader
 
-from moe_unlearn.data import Example, ForgetRetainDataset, PairCollator, draw, overlap
+from moe_unlearn.data import Example, ForgetRetainDataset, PairCollator, check_apart, draw, overlap
 
 pytestmark = pytest.mark.quick
 
@@ -91,3 +91,8 @@ def test_overlap_counts_by_content():
     retain = [Example([1, 2], [-100, 2], 2), Example([4, 5], [4, 5], 1)]
     assert overlap(forget, retain) == 1  # the labels do not matter
     assert overlap(forget, []) == 0
+    check_apart(forget[1:], retain)
+    with pytest.raises(
+        ValueError, match="the forget and retain sets overlap: 1 of 3 forget examples stand in the retain"
+    ):
+        check_apart(forget, retain)
