@@ -53,7 +53,7 @@ def commit(root: str | Path, step: int, states: dict[str, object], *, keep: int 
     one removes.
     """
     root = Path(root)
-    remove_unfinished(root)
+    remove_unfinished(root, former=".tmp-")
     final = root / f"step-{step:08d}"
     with whole_folder(final) as folder:
         for name, state in states.items():

@@ -11,12 +11,15 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 UNFINISHED = ".moe-unlearn-"  # how the names of files and folders begin that have not taken their target's name
+DAY = 86400  # seconds after which what is unfinished belongs to no living process
+_OPEN: set[Path] = set()  # folders that this process has not finished: they sync their files themselves
 
 
 @contextlib.contextmanager
@@ -24,26 +27,29 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield the path of an empty file beside `path`, which replaces `path` when the block ends; both are synced.
 
     The folders of `path` are made. A link stays one, and what it points to is replaced; a file keeps its permissions.
-    What is no file, such as a terminal or a pipe, is written to when the block ends. If anything fails, `path` stays as
-    it was, and an OSError names it.
+    A stream (`stream_of`) is written to when the block ends. If anything fails, `path` stays as it was, and an OSError
+    names it. What killed processes left beside it a day ago is removed.
     """
     path = Path(path)
-    # a file under /dev may stand for one that somebody holds open
-    stream = path.exists() and not path.is_dir() and (not path.is_file() or path.is_relative_to("/dev"))
+    stream = stream_of(path)
     target = path if stream else path.resolve()
     unfinished = Path(tempfile.mkdtemp()) / path.name if stream else _beside(target)
+    remove_unfinished(unfinished.parent, seconds=DAY)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished.open("xb").close()
         yield unfinished
         if stream:
-            target.write_bytes(unfinished.read_bytes())
+            _write_to(stream, unfinished.read_bytes())
             return
-        _sync(unfinished)
+        within = not _OPEN.isdisjoint(target.parents)
+        if not within:
+            _sync(unfinished)
         if target.is_file():
             unfinished.chmod(stat.S_IMODE(target.stat().st_mode))
         unfinished.replace(target)
-        _sync_folder(target.parent)
+        if not within:
+            _sync_folder(target.parent)
     except OSError as error:
         if error.errno is None or str(error.filename or unfinished) != str(unfinished):
             raise
@@ -60,11 +66,14 @@ def whole_folder(path: str | Path, *, stays: Callable[[], bool] = lambda: False)
     """Yield an empty folder beside `path`, which replaces `path` when the block ends; all its files are synced.
 
     If `stays()` is true by then, or anything fails, `path` stays as it was. A folder that is replaced is moved aside
-    first, so that a process killed between these two steps leaves no `path`.
+    first, so that a process killed between these two steps leaves no `path`. What killed processes left beside it a day
+    ago is removed.
     """
     path = Path(path).resolve()
     unfinished, former = _beside(path), _beside(path)
+    remove_unfinished(path.parent, seconds=DAY)
     unfinished.mkdir(parents=True)
+    _OPEN.add(unfinished)
     try:
         yield unfinished
         for inside in [*unfinished.rglob("*"), unfinished]:
@@ -75,10 +84,27 @@ def whole_folder(path: str | Path, *, stays: Callable[[], bool] = lambda: False)
             os.replace(unfinished, path)
             _sync_folder(path.parent)
     finally:
+        _OPEN.discard(unfinished)
         if former.exists() and not path.exists():
             former.rename(path)
         for leftover in (unfinished, former):
             _remove(leftover)
+
+
+def stream_of(path: str | Path) -> Path | None:
+    """Return what a path stands for if that is written to as it is; None for a file or folder, which is replaced.
+
+    Terminals, pipes and devices are written to, and so is what somebody holds open: /dev/stdout, /dev/fd/1 and
+    /proc/self/fd/1 are links below /proc, which may lead on to a file.
+    """
+    path = Path(path).absolute()
+    if not path.exists() or path.is_dir():
+        return None
+    real = path.parent.resolve() / path.name
+    while real.is_symlink() and not real.is_relative_to("/proc"):
+        link = real.parent / real.readlink()
+        real = link.parent.resolve() / link.name
+    return real if real.is_relative_to("/proc") or not real.is_file() else None
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -110,16 +136,30 @@ def read_sealed(path: str | Path) -> bytes:
     return content
 
 
-def remove_unfinished(folder: Path, *, seconds: float = 0) -> None:
-    """Remove what killed processes left in `folder`, unless it was written to in the last `seconds`."""
-    for path in folder.glob(f"{UNFINISHED}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime >= seconds:
-                _remove(path)
+def remove_unfinished(folder: Path, *, seconds: float = 0, former: str = "") -> None:
+    """Remove what killed processes left in `folder`, unless it was written to in the last `seconds`.
+
+    `former` is how the names of such files began in earlier versions, which may still run: those are a day old.
+    """
+    ages = {UNFINISHED: seconds} | ({former: max(seconds, DAY)} if former else {})
+    for prefix, age in ages.items():
+        for path in folder.glob(f"{prefix}*"):
+            with contextlib.suppress(OSError):
+                if path not in _OPEN and time.time() - path.lstat().st_mtime >= age:
+                    _remove(path)
 
 
 def _beside(path: Path) -> Path:
     return path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
+
+
+def _write_to(stream: Path, content: bytes) -> None:
+    """Write to a stream behind what is there: to a descriptor of this process itself, which need not be a file."""
+    own = stream.parent == Path("/proc/self/fd").resolve() and stream.name.isdecimal()
+    for printed in filter(None, (sys.stdout, sys.stderr)):
+        printed.flush()  # what was printed before comes first
+    with os.fdopen(os.dup(int(stream.name)), "wb") if own else stream.open("ab") as file:
+        file.write(content)
 
 
 def _remove(path: Path) -> None:

@@ -3,20 +3,28 @@
 import errno
 import hashlib
 import os
+import socket
 import stat
+import time
+from pathlib import Path
 
 import pytest
+import torch
 
+from moe_unlearn import checkpoint
+from moe_unlearn.benchmark.trained_cache import ensure
 from moe_unlearn.files import (
     UNFINISHED,
     read_sealed,
     remove_unfinished,
+    stream_of,
     whole_file,
     whole_folder,
     write_json,
     write_sealed,
     write_text,
 )
+from moe_unlearn.prepare.rows import RowStore
 
 pytestmark = pytest.mark.quick
 
@@ -80,6 +88,14 @@ def test_everything_is_on_the_disk_before_the_name_changes(tmp_path, monkeypatch
     with whole_folder(tmp_path / "folder") as folder:
         (folder / "inside").write_text("new", encoding="utf-8")
     assert calls == ["fsync", "fsync", "replace", "fsync"], "the file, its folder, the name, the folder around it"
+    calls.clear()
+    with whole_folder(tmp_path / "folder") as folder:
+        write_text(folder / "inside", "new")
+        write_text(folder / "below" / "inside", "new")
+    assert calls == ["replace"] * 2 + ["fsync"] * 4 + ["replace", "fsync"], "each file and each folder once"
+    calls.clear()
+    write_text(tmp_path / "folder" / "inside", "newer")
+    assert calls == ["fsync", "replace", "fsync"]
 
 
 def test_an_error_in_the_block_leaves_what_was_there(tmp_path):
@@ -150,6 +166,39 @@ def test_what_killed_processes_left_is_removed_once_it_is_old(tmp_path):
     remove_unfinished(tmp_path / "nowhere")
 
 
+def aged(path, seconds, *, folder=False):
+    path.mkdir() if folder else path.write_text("half", encoding="utf-8")
+    os.utime(path, (time.time() - seconds,) * 2)
+    return path
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_next_writer_removes_what_a_killed_one_left_a_day_ago(tmp_path, folder):
+    old, young, foreign = (
+        aged(tmp_path / f"{prefix}1{age}", age, folder=folder)
+        for prefix, age in ((UNFINISHED, 90000), (UNFINISHED, 3600), (".tmp-", 9e6))
+    )
+    if folder:
+        with whole_folder(tmp_path / "new"):
+            pass
+    else:
+        write_text(tmp_path / "new", "x")
+    assert not old.exists() and young.exists() and foreign.exists()
+
+
+def test_names_of_earlier_versions_are_removed_where_they_are_the_writers_own(tmp_path):
+    """The checkpoints', the rows' and the trained models' own, a day old; others' and young ones stay."""
+    kept = [aged(tmp_path / f".{name}-young", 3600) for name in ("tmp", "rows", "building")]
+    old = {name: aged(tmp_path / f".{name}-old", 90000, folder=name != "rows") for name in ("tmp", "rows", "building")}
+    checkpoint.commit(tmp_path, 1, {"state": {}})
+    assert [path.exists() for path in old.values()] == [False, True, True]
+    RowStore(tmp_path, torch.float32).write({"a": torch.zeros(2)})
+    assert [path.exists() for path in old.values()] == [False, False, True]
+    ensure(tmp_path / "model", lambda folder: None)
+    assert not any(path.exists() for path in old.values()) and all(path.exists() for path in kept)
+    assert (tmp_path / "model").is_dir() and checkpoint.latest(tmp_path) == tmp_path / "step-00000001"
+
+
 def test_a_link_stays_and_permissions_too(tmp_path):
     real, link = tmp_path / "real.json", tmp_path / "link.json"
     real.write_text("old", encoding="utf-8")
@@ -172,6 +221,37 @@ def test_a_pipe_is_written_to_and_stays(tmp_path):
     write_text(tmp_path / "pipe", "told")
     assert os.read(reader, 99) == b"told" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="there is no /proc")
+@pytest.mark.parametrize("kind", ["file", "pipe", "socket"])
+def test_what_is_held_open_is_written_to_where_it_is(tmp_path, kind):
+    """As `--out /proc/self/fd/1` and `--out /dev/fd/1` with `> file`: it comes behind what was written before."""
+    if kind == "file":
+        descriptor = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+        reader = os.open(tmp_path / "out", os.O_RDONLY)
+    else:
+        ends = [end.detach() for end in socket.socketpair()] if kind == "socket" else os.pipe()
+        reader, descriptor = ends
+    link = tmp_path / "link"
+    link.symlink_to(f"/proc/self/fd/{descriptor}")
+    os.write(descriptor, b"before ")
+    for path in (f"/proc/self/fd/{descriptor}", f"/dev/fd/{descriptor}", link):
+        write_text(path, "told ")
+    os.write(descriptor, b"after")
+    assert os.read(reader, 99) == b"before told told told after" and link.is_symlink()
+    assert names(tmp_path) == (["link", "out"] if kind == "file" else ["link"])
+    for end in (reader, descriptor):
+        os.close(end)
+
+
+def test_what_is_no_stream_is_replaced(tmp_path):
+    write_text(tmp_path / "file", "x")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "loop").symlink_to("loop")
+    for path in ("file", "link", "loop", "nothing", "."):
+        assert stream_of(tmp_path / path) is None
+    assert stream_of("/dev/null") == Path("/dev/null")
 
 
 def test_a_folder_that_cannot_be_synced_loses_nothing(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_unlearn.files import remove_unfinished, whole_folder, write_json
+from moe_unlearn.files import DAY, remove_unfinished, whole_folder, write_json
 
 MANIFEST = "manifest.json"
 
@@ -20,7 +20,7 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 def clean_cache(cache_dir: str | Path | None = None) -> int:
     """Remove the cached models and unfinished ones, and nothing else; return how many finished ones there were."""
-    remove_unfinished(cache_folder(cache_dir))
+    remove_unfinished(cache_folder(cache_dir), former=".building-")
     manifests = list(cache_folder(cache_dir).glob(f"*/{MANIFEST}"))
     for manifest in manifests:
         shutil.rmtree(manifest.parent)
@@ -34,6 +34,7 @@ def ensure(entry: Path, build: Callable[[Path], None]) -> None:
         return
     if entry.exists():
         warnings.warn(f"cached model {entry} is damaged ({problem}); it is trained again", stacklevel=4)
+    remove_unfinished(entry.parent, seconds=DAY, former=".building-")
     # another process may be faster; its model stays
     with whole_folder(entry, stays=lambda: damage(entry) is None) as folder:
         build(folder)

@@ -1,6 +1,8 @@
 """Options that several verbs of the command line share, and the values made from them."""
 
 import argparse
+import errno
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import config, data
+from moe_unlearn.files import stream_of
 
 SOURCE = "a file, folder, benchmark or hub data set: NAME_OR_PATH[:SPLIT][?OPTION=VALUE&...]"
 
@@ -106,11 +109,16 @@ def examples_of(
 def writable(out: str | Path | None, *, folder: bool = False) -> None:
     """Check, before the work, that the file or `folder` that a verb is to write can be written; None is no output.
 
-    The nearest folder that exists is written to for a trial, and nothing stays. Raises OSError that names `out`.
+    The nearest folder that exists is written to for a trial, and nothing stays; nothing is written to a stream, such as
+    /dev/stdout or a pipe. Raises OSError that names `out`.
     """
     if out is None:
         return
     path = Path(out)
+    if not folder and stream_of(path):
+        if not os.access(path, os.W_OK):
+            raise OSError(errno.EACCES, f"--out cannot be written: {os.strerror(errno.EACCES)}", str(out))
+        return
     if not folder and path.is_dir():
         raise OSError(f"expected --out to be a file to write; {out} is a folder")
     where = path if folder else path.parent

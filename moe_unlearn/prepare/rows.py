@@ -211,7 +211,7 @@ class RowStore:
         body = save({"values": values}, {"rows": described, "sha256": _checksum(described, values)})
         name = hashlib.sha256("".join(rows).encode()).hexdigest()[:32]
         path = self.folder / f"{name}.safetensors"
-        remove_unfinished(self.folder, seconds=_ABANDONED)
+        remove_unfinished(self.folder, seconds=_ABANDONED, former=".rows-")
         try:
             write_bytes(path, body)
         except OSError as error:
