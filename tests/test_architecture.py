@@ -1,6 +1,7 @@
 """The house rules: import directions, size budgets, one name per op, nothing dangerous imported."""
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -75,6 +76,12 @@ FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save", "os.system"}
 ALLOWED_CALLS = {"masks": {"torch.load", "torch.save"}}
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Every node of a file; files are parsed once for all tests."""
+    return [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+
+
 def sources():
     return sorted(PACKAGE.rglob("*.py")) + sorted((ROOT / "triton_kernels").glob("*.py"))
 
@@ -88,7 +95,7 @@ def room_of(path: Path) -> str:
 
 def imports(path: Path):
     """Dotted names of everything a file imports, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -135,12 +142,7 @@ def test_who_may_import_what():
 
 
 def test_no_dangerous_calls():
-    calls = [
-        (path, node)
-        for path in sources()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call)
-    ]
+    calls = [(path, node) for path in sources() for node in nodes(path) if isinstance(node, ast.Call)]
     assert calls
     for path, node in calls:
         name = ast.unparse(node.func)
@@ -172,7 +174,7 @@ def test_functions_take_at_most_ten_parameters():
     """What travels together is one object; kernels are launched with each operand by itself."""
     found = set()
     for path in sources():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef) and path.parent != ROOT / "triton_kernels":
                 given = node.args
                 names = [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
@@ -232,7 +234,7 @@ def test_no_test_imports_a_test():
     """What tests share is in tests/support."""
     wrong, found = [], 0
     for path in (ROOT / "tests").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("tests"):
                 found += 1
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -256,7 +258,7 @@ def test_one_place_switches_modes():
     """`train(flag)` gives every submodule one mode; what each had before, only `modes` restores."""
     wrong = []
     for path in sources():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "train"
             written = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr == "training"
             if (method and node.args) or (written and path.name != "modes.py"):
@@ -285,7 +287,7 @@ def test_a_step_is_seen_through_its_view():
         f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node).splitlines()[0]}"
         for path in sources()
         if room_of(path) not in ("step", "ops", "regress", "triton_kernels")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in nodes(path)
         if pokes_into_a_step(node)
     ]
     assert not wrong
@@ -321,7 +323,7 @@ def test_text_files_name_their_encoding():
     nameless = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in paths
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in nodes(path)
         if isinstance(node, ast.Call) and leaves_the_encoding_to_the_locale(node)
     ]
     assert not nameless
@@ -331,7 +333,7 @@ def test_docstrings_of_functions_begin_with_a_verb():
     found, wrong = 0, []
     folders = (PACKAGE, ROOT / "benchmarks", ROOT / "triton_kernels")
     for path in [path for folder in folders for path in folder.rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
             if text is not None:
                 found += 1
