@@ -159,6 +159,7 @@ def test_what_cannot_be_done_is_said_before_the_model_writes(model, source, tmp_
         assert told in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_s_own_alternates_are_unlearned_towards(model, source, tmp_path, capsys):
     """The two verbs, one after the other: AltPO's loss starts at (2 / beta) log 2 and falls."""
     model.save_pretrained(tmp_path / "model")

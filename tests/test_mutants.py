@@ -175,6 +175,7 @@ def test_native_mutants_change_what_the_tests_build_and_run(made_of_source):
 
 @pytest.mark.quick
 @FAMILIES
+@pytest.mark.slow
 def test_the_same_mutants_are_drawn_again_and_enough_of_them(family):
     mutants = family.drawn()
     assert mutants == family.drawn() != family.drawn(seed=1)
@@ -207,6 +208,7 @@ def test_native_mutants_are_of_every_source_and_run_the_tests_of_every_op():
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_equivalent_mutants_exist_and_have_reasons():
     """An entry whose line has changed says nothing any more."""
     made = {

@@ -128,7 +128,7 @@ def held(step):
         ("trace", ["trace.refresh=offline"]),
     ],
 )
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 def test_the_caches_are_counted_once_before_and_after_prepare(name, overrides, rehearsed):
     model, forget, retain = tiny("olmoe"), batch(1, rows=2), batch(2)
     if not rehearsed:
@@ -174,6 +174,7 @@ def test_factors_of_micro_batches_add_up():
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_a_padded_batch_and_a_full_one_take_their_own_attention():
     full = {"input_ids": torch.full((4, 64), 5), "attention_mask": torch.ones(4, 64, dtype=torch.int64)}
     full["labels"] = full["input_ids"]
@@ -306,6 +307,7 @@ def test_flops_are_those_of_the_products():
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_fewer_trained_experts_take_less():
     forget, retain = batch(1), batch(2)
     step = prepared(tiny("olmoe"), made("trace", "trace.per_layer=1"), forget, retain)
@@ -316,6 +318,7 @@ def test_fewer_trained_experts_take_less():
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_a_step_that_verifies_is_rehearsed_too():
     """Its copy verified itself, which no copy on fake tensors can do."""
     plans = [UnlearnStep(tiny("olmoe"), made("graddiff"), verify=n).plan([batch(1)], [batch(2)]) for n in (0, 2)]

@@ -185,7 +185,7 @@ def test_micro_batches_balance_their_own_rows_and_weigh_their_positions(model):
 
 
 @pytest.mark.parametrize("name", ["graddiff", "kl_min", "trace", "combined", "seuf"])
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 def test_a_fused_step_is_verified_in_bfloat16(model, name):
     """The truth takes the step's routes, in f as in the experts; a token near a tie would be an error otherwise."""
     own = copy.deepcopy(model).bfloat16()
@@ -227,7 +227,7 @@ def test_adapters_and_what_no_config_switches_on(model):
         (["scope.kind=parameters", r"scope.parameters=['layers\.1\..*q_proj']"], True, "below routers only"),
     ],
 )
-@pytest.mark.slow(but=2)
+@pytest.mark.slow
 def test_the_plan_says_what_is_added_or_left_out(model, settings, config, words):
     own = copy.deepcopy(model)
     own.config.output_router_logits = config

@@ -115,7 +115,7 @@ BUGS = {
 
 
 @cover(full=True, numerics=("float32", "bfloat16"), optimizer=("adamw", "sgd"), bug=tuple(BUGS))
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 def test_a_wrong_step_is_stopped_and_undone(bug, optimizer, numerics, monkeypatch):
     inject, name, overrides, found = BUGS[bug]
     torch.manual_seed(0)
@@ -135,6 +135,7 @@ def test_a_wrong_step_is_stopped_and_undone(bug, optimizer, numerics, monkeypatc
 
 
 @pytest.mark.parametrize(("bits", "passes"), [(1, True), (4, False)])
+@pytest.mark.slow
 def test_a_weight_may_miss_its_update_by_the_last_bit_and_no_more(bits, passes, model, monkeypatch):
     original = UnlearnStep.finish
 
@@ -168,6 +169,7 @@ def test_the_first_steps_are_reported_and_the_others_cost_nothing(model):
     assert "verify" not in str(step.plan())
 
 
+@pytest.mark.slow
 def test_verifying_changes_nothing(model):
     results = []
     for verify in (False, True):

@@ -259,6 +259,7 @@ def test_frozen_parameters_score_zero(model):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_tied_tensors_count_once():
     torch.manual_seed(0)
     model = tiny_olmoe(vocab_size=VOCAB).eval()

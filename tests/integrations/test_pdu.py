@@ -109,7 +109,7 @@ def test_a_training_is_open_unlearnings(way, tmp_path):
 
 
 @pytest.mark.parametrize("way,at", [("warm step", 5), ("warm step", 7), ("epoch", 3), ("epoch", 4), ("warm epoch", 6)])
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 def test_a_resume_goes_on_where_it_was(way, at, tmp_path):
     """With the end of an epoch between a checkpoint and what follows it, and in the middle of one."""
     upon, warmup, values = WAYS[way]

@@ -117,6 +117,7 @@ def test_a_tensor_that_is_not_known_is_refused(model, side, entry):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_what_is_no_tensor_is_left_alone(model):
     batch = random_batch(VOCAB)
     step, named = UnlearnStep(model, recipe("graddiff")), batch | {"source": ["a", "b"]}
@@ -180,7 +181,7 @@ def test_shapes_that_do_not_go_together(changes, message):
 
 @pytest.mark.parametrize("name", ["graddiff", "rmu", "npo", "kl_min", "seuf", "combined"])
 @pytest.mark.parametrize("form", [lambda mask: mask * 2, lambda mask: mask / 4], ids=["2", "1/4"])
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 def test_a_token_is_attended_wherever_the_mask_is_not_0(model, name, form):
     results = []
     for changed in (lambda mask: mask, form):

@@ -136,6 +136,7 @@ def test_factors_take_other_layouts_and_no_rows():
     assert torch.equal(empty, torch.zeros(1, 1, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_opcheck_and_compile():
     a, b, mask = torch.randn(4, 40), torch.randn(4, 40), pack_bits(torch.rand(4, 40) < 0.5)
     opcheck(_gram, ([a, b], None, "ref"))

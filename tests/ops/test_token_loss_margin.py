@@ -59,6 +59,7 @@ def test_labels_say_only_which_rows_count():
     assert none.shape == other.shape and not none.any()
 
 
+@pytest.mark.slow
 def test_opcheck_and_one_graph():
     inputs = margins(tokens=6, hidden=5, vocabulary=7)
     h, w, b, weights = (inputs[name].requires_grad_() for name in GRADIENTS)

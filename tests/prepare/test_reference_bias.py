@@ -115,6 +115,7 @@ def test_a_frozen_bias_that_an_adapter_brought_is_not_the_base_models(model):
 
 
 @pytest.mark.parametrize("name", ["kl_min", "undial"])
+@pytest.mark.slow
 def test_a_plan_predicts_the_bias(name, model):
     forget, retain = data()
     step = UnlearnStep(model, recipe(name))

@@ -61,6 +61,7 @@ def test_recording(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_what_cannot_be_recorded_or_read_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"expected workloads among .*'gemm'.*; got \['gem'\]"):
         noise.record(["gem"])
