@@ -110,6 +110,7 @@ def test_an_access_before_the_start_dies():
 
 @pytest.mark.parametrize("edge,bug", [("end", "unmasked load"), ("end", "unmasked store"), ("start", "offset -1")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64], ids=str)
+@pytest.mark.slow(but=3)
 def test_a_tensor_made_between_guard_pages_is_guarded_without_hooks(edge, bug, dtype):
     def run(bug):
         x, out = (guarded(torch.ones(SIZE, dtype=dtype), edge) for _ in range(2))

@@ -115,7 +115,7 @@ ROUTED = [(p, 1 + i % 3, ARCHITECTURES[i % 2]) for i, p in enumerate(ROUTINGS)]
 
 @pytest.mark.quick
 @pytest.mark.parametrize("pattern,top_k,on_arch", [*ROUTED, ("skewed", 3, 90)])
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 def test_routing_patterns(device, small_tiles, pattern, top_k, on_arch):
     small_tiles(on_arch)
     check(device, case(pattern, **SHAPE | {"top_k": top_k, "experts": 4}, bias=True))
@@ -148,7 +148,7 @@ def test_gradient_is_cut_at_the_clamp_as_torch_cuts_it_and_nan_is_never_lost(dev
 
 @pytest.mark.quick
 @cover(value=(torch.nan, -torch.inf, 3e38), halves=((True, False), (True, True), (False, False)), place=(0, 17, 31))
-@pytest.mark.slow(but=2)
+@pytest.mark.slow
 def test_the_largest_values_are_those_of_one_place(device, small_tiles, halves, value, place):
     """A weight of one row, or a gradient of one token, makes the largest; which it is says NaN and infinity too."""
     gated, interleaved = halves
@@ -196,6 +196,7 @@ def test_memory_layouts_of_inputs_and_upstream_gradients(device, small_tiles, la
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_expanded_inputs(device, small_tiles):
     """One token, one expert and one gradient, each many times in the same memory."""
     small_tiles(90)
@@ -300,6 +301,7 @@ def test_rows_behind_the_last_expert_come_out_as_zero_whatever_they_hold(
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_a_nan_token_stays_in_its_row(device, arch):
     arguments = on(device, case("uniform", **SHAPE))
     arguments["hidden_states"][7] = torch.nan

@@ -223,7 +223,7 @@ def test_a_bf16_buffer_is_rounded_once(device, arch):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("pattern", ["skewed", "half_empty", "one_expert", "all_sentinels"])
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 def test_split_rows(device, arch, pattern):
     """Four parts of blocks of 16 rows: some are empty, some end inside a block."""
     made, experts = case(device, pattern, BF16, exact=True), torch.tensor([2, 0], device=device)

@@ -75,7 +75,7 @@ def _numerics_and_rules():
 
 
 @pytest.mark.parametrize("numerics, rule", list(_numerics_and_rules()))
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 def test_every_rule_has_the_bits_of_the_reference(device, small_tiles, numerics, rule):  # noqa: F811
     check(*prepared(numerics, rule), device)
 
@@ -88,7 +88,7 @@ def test_architectures_and_sizes(device, arch, sizes, rule):  # noqa: F811
 
 @pytest.mark.quick
 @pytest.mark.parametrize("rule", ["adamw decay", "sgd decay"])
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 def test_contiguous_factors(device, arch, rule):  # noqa: F811
     function, made, common = prepared("bf16", rule, pattern="sentinels")
     made = direct(made)
@@ -148,6 +148,7 @@ def test_tiles_of_one_word_alone_are_not_skipped(device, small_tiles, word):  # 
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_the_first_step_does_not_read_the_momentum_buffer(device, small_tiles):  # noqa: F811
     function, made, common = prepared("bf16 fp32 state", "sgd momentum")
     common |= {"step": 1, "momentum_buffer": torch.full_like(common["momentum_buffer"], torch.nan)}

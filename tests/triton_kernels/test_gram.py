@@ -114,7 +114,7 @@ def test_every_pair_is_in_a_launch_in_ascending_order(m):
 
 @pytest.mark.parametrize("m", [1, pytest.param(2, marks=pytest.mark.quick), 5])  # more than three take several launches
 @pytest.mark.parametrize("pattern", ROUTINGS)
-@pytest.mark.slow(but=2)
+@pytest.mark.slow
 def test_factors_of_integers_match_bitwise(device, small, pattern, m):
     dy, x, offsets, full = reference.factors(pattern, m, lambda s, seed: integers(*s, seed=seed), num_tokens=30)
     with poison():
@@ -125,7 +125,7 @@ def test_factors_of_integers_match_bitwise(device, small, pattern, m):
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", ["skewed", "one_expert"])
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 def test_factors_are_accurate_far_below_float32(device, pattern, dtype):
     """With the tiles of `configs`: an expert of 80 rows has three blocks."""
     made = reference.factors(pattern, 3, lambda s, seed: normal(s, seed).to(dtype))

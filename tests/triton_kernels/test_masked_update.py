@@ -118,6 +118,7 @@ def _every_rule():
 
 
 @pytest.mark.parametrize("numerics, rule", list(_every_rule()))
+@pytest.mark.slow(but=4)
 def test_every_rule_has_the_bits_of_the_reference(numerics, rule, device):
     function, options = RULES[rule]
     for masked in (True, False):
@@ -173,7 +174,7 @@ def test_every_shape(shape, slices, compact, device):
 @pytest.mark.quick
 @pytest.mark.parametrize("block_words", [1, 4, 128])
 @pytest.mark.parametrize("shape", [(3, 5, 70), (2, 130)], ids=str)
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 def test_the_size_of_blocks_changes_no_bit(shape, block_words, monkeypatch, device):
     monkeypatch.setattr(configs, "masked_update", lambda *_: configs.MaskedUpdate(block_words, 4))
     for layout in ("contiguous", "transposed"):
@@ -186,6 +187,7 @@ def test_the_size_of_blocks_changes_no_bit(shape, block_words, monkeypatch, devi
 @pytest.mark.parametrize("slices", [None, [0, 5, 3]])
 @pytest.mark.parametrize("shape", [(6, 5, 34), (6, 64), (6, 2, 3, 33), (6,)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.slow(but=8)
 def test_every_layout(layout, shape, slices, device):
     """Also that nothing outside the views is written."""
     common, state = inputs("bf16 fp32 state", shape, slices=slices)
@@ -324,6 +326,7 @@ def test_many_steps_stay_on_the_bits_of_the_reference(device):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits(device):
     common, state = inputs("bf16 fp32 state stochastic", (3, 40, 70))
     first, second = (both(adamw, common, state, device)[1] for _ in range(2))
@@ -331,6 +334,7 @@ def test_two_runs_give_the_same_bits(device):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_compiles_as_one_graph(device):
     def update(param, grad, m, v, mask, slices):
         masked_adamw_(

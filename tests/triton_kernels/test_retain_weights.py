@@ -95,6 +95,7 @@ def test_no_tokens(device):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("num_members", [31, 32, 40])
+@pytest.mark.slow
 def test_zero_tilt_counts_exactly(num_members, device):
     members, words, tilt = case(70, num_members, device)
     first, second = moments(words, torch.zeros_like(tilt), 0.0, impl="triton")
@@ -149,12 +150,14 @@ def test_overflow_leaves_nan_and_infinity_where_the_reference_does(device):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.slow
 def test_layouts(layout, device):
     members, words, tilt = case(33, 40, device)
     compare(members, in_layout(words, layout), in_layout(tilt, layout), cap=1.0)
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_bits_behind_the_members_are_ignored(device):
     members, words, tilt = case(40, 35, device)
     expected = compare(members, words, tilt)
@@ -178,6 +181,7 @@ def test_the_solver_on_these_passes(cap, device):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_compiles_without_a_graph_break_and_runs_agree(device):
     _, words, tilt = case(40, 35, device)
 

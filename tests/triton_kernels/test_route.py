@@ -178,6 +178,7 @@ def test_the_shipped_tiles_cover_every_shape():
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_compiles_without_a_graph_break_and_runs_agree(device):
     index, num_experts, group, groups, tilt, weight = inputs((64, 8, 2), "sentinels", device)
 

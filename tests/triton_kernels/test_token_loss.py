@@ -90,7 +90,7 @@ def test_value_and_gradients(device, small, arch, dtype, kind):
 @pytest.mark.parametrize(
     "arch, dtype, kind", [(90, FP32, "nll"), *itertools.product((80, 90), (BF16,), KINDS)], ids=str
 )
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 def test_shipped_tiles(device, shipped, arch, dtype, kind):
     shipped(arch)
     # more rows than a tile has, and more columns
@@ -157,7 +157,7 @@ def test_float64_of_the_head_is_refused(device):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 def test_dropped_rows_are_exactly_zero_whatever_they_hold(device, small, kind):
     small(90)
     inputs, upstream = make(device, kind=kind, dtype=BF16), uneven().to(device)
@@ -251,6 +251,7 @@ def test_all_weights_zero(device, small, kind):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("arch, dtype", VARIANTS, ids=str)
+@pytest.mark.slow
 def test_kl_to_itself_is_exactly_zero_and_its_gradient_too(device, small, arch, dtype):
     small(arch)
     inputs = make(device, kind="kl", dtype=dtype)
@@ -261,6 +262,7 @@ def test_kl_to_itself_is_exactly_zero_and_its_gradient_too(device, small, arch, 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_row_of_nan_or_infinity_stays_alone(device, small, kind):
     small(90)
     inputs = make(device, kind=kind, dtype=BF16, weights=False)
@@ -328,6 +330,7 @@ def test_compiles_as_one_graph(device, small):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_the_same_bits_every_time(device, small):
     small(90)
     inputs = make(device, kind="kl", dtype=BF16)

@@ -74,6 +74,7 @@ def test_mixed_dtypes(device):
 @pytest.mark.quick
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(6, 40), (3, 4, 33), (2, 3, 2, 35), (40,)], ids=str)
+@pytest.mark.slow(but=6)
 def test_every_layout(shape, layout, device):
     others = iter(("transposed", "strided", "sliced"))
     given = terms(shape)
