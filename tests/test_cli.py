@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from moe_unlearn import metrics, wagle
 from moe_unlearn.backend import ENVIRONMENT_VARIABLE
 from moe_unlearn.cli import main
+from moe_unlearn.cli.arguments import writable
 from moe_unlearn.data import train_tokenizer
 from moe_unlearn.errors import UnavailableError
 from moe_unlearn.masks import WeightMask
@@ -119,6 +120,16 @@ def test_an_output_that_cannot_be_written_ends_a_verb_before_its_work(folder, ca
     assert main([*command, *arguments(folder), *more, "--out", str(out)]) == 2
     told = error_of(capsys)
     assert "--out cannot be written: " in told and str(out) in told
+
+
+@pytest.mark.quick
+def test_a_stream_may_be_the_output(tmp_path):
+    """Nothing is written to it for a trial: a pipe without a reader would wait for one."""
+    os.mkfifo(tmp_path / "pipe")
+    for stream in (tmp_path / "pipe", "/proc/self/fd/1", "/dev/stdout"):
+        writable(stream)
+    with pytest.raises(NotADirectoryError, match="--out cannot be written"):
+        writable("/dev/stdout", folder=True)
 
 
 @pytest.mark.parametrize("recipe", ["npo", "undial"])
