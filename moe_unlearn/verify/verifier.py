@@ -50,9 +50,8 @@ from moe_unlearn.verify.judge import Comparison, Report, Run
 from moe_unlearn.view import StepView
 
 PERTURBATIONS = 8  # float64 runs on weights perturbed by rounding; if there were two, both might be accurate by luck
-# the perturbation in last bits, for float32 (True) and narrower numbers (False): float32 sums round at every addition,
-# sums of narrower numbers only when they are stored
-_ULPS = {True: 8, False: 1}
+# the perturbation in last bits: sums of float32 round at every addition, those of narrower numbers when they are stored
+_ULPS_OF_FLOAT32, _ULPS_OF_NARROWER = 8, 1
 
 
 class VerificationError(ArithmeticError):
@@ -211,7 +210,8 @@ class Verifier:
                 if perturb is not None:
                     off = 2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1
                     rounded = narrow if enabled else source.dtype
-                    p.mul_(1 + _ULPS[rounded.itemsize >= 4] * torch.finfo(rounded).eps * off.to(p.device))
+                    ulps = _ULPS_OF_NARROWER if rounded.itemsize < 4 else _ULPS_OF_FLOAT32
+                    p.mul_(1 + ulps * torch.finfo(rounded).eps * off.to(p.device))
         with yardstick.applied():
             return self._made(twin, dtype)
 
