@@ -20,9 +20,9 @@ def check_prepared(recipe: Recipe, prepared: Preparation) -> None:
         )
 
 
-def check_open(open_: bool) -> None:
+def check_open(is_open: bool) -> None:
     """Raise RuntimeError for a step that was closed."""
-    if not open_:
+    if not is_open:
         raise RuntimeError(
             "the step is closed, and its model has the experts and the `requires_grad` flags from before: make another "
             "UnlearnStep of the model to go on"
