@@ -63,7 +63,7 @@ def test_a_cached_model_is_the_trained_one(made, tmp_path, monkeypatch):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("change", [{"epochs": 1}, {"lr": 1e-3}, {"experts": 4}, {"retain": 7}, {"batch_size": 4}])
-@pytest.mark.slow(but=1)
+@pytest.mark.slow
 def test_other_settings_are_other_models(made, change, monkeypatch):
     cache, _ = made
     trained = []

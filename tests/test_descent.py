@@ -96,6 +96,7 @@ def test_in_bfloat16_descent_is_measured(model):
     assert metrics["descent_forget"] == metrics["descent_retain"] == 0.0
 
 
+@pytest.mark.slow
 def test_the_trainer_logs_descent(model, tmp_path):
     """It steps the optimizer itself, and clips before it."""
     dataset = ForgetRetainDataset(examples(8, 1), examples(8, 2), seed=0)

@@ -69,6 +69,7 @@ def counted(batch):
     [[], ["guard=loss"], ["dual.warmup_steps=2"], ["dual.retain_loss_eps=6.0", "retain.alpha=1.0"]],
     ids=["rising", "in one pass", "warm-up", "falling to zero"],
 )
+@pytest.mark.slow(but=4)
 def test_steps_and_dual_variable_are_the_papers(overrides, fused, model):
     settings = pdu("optimizer.name=sgd", *overrides)
     pairs = [pair for i in range(2) for pair in zip(*data(seed=10 * i), strict=True)]
@@ -184,6 +185,7 @@ def test_a_bound_that_the_model_is_above_is_warned_of(model, recwarn):
     assert "before the first update, above what it is to be held at (dual.retain_loss_eps 3)" in message
 
 
+@pytest.mark.slow
 def test_the_plan_says_it(model, recwarn):
     lines = str(UnlearnStep(model, pdu("dual.warmup_steps=7")).plan(*data()))
     assert "dual       holds the retain loss at 3, alpha is 2 and moves by 0.5 times the excess after 7 steps" in lines

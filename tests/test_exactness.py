@@ -79,6 +79,7 @@ def test_steps(case, monkeypatch):
     ],
     ids=["update", "compact", "masked update"],
 )
+@pytest.mark.slow(but=1)
 def test_a_few_steps(changes):
     assert check_steps(Subject(PLAIN | changes), 2)["not_compared"] == 0
 

@@ -303,6 +303,7 @@ def test_a_weight_used_twice_waits_for_both_gradients(model):
 @pytest.mark.parametrize("way", ["factors", "compact"])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("name", ["graddiff", "wagle", "mollm"])
+@pytest.mark.slow(but=4)
 def test_under_the_strict_guard_a_bad_gradient_changes_nothing(name, value, way, model):
     step, forget, retain = prepared(model, recipe(name, *WAYS[way]))
     step(forget[0], retain[0])

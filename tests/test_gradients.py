@@ -22,6 +22,7 @@ def model():
 
 @pytest.mark.parametrize("inside", [False, True], ids=["before", "in a closure"])
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow(but=2)
 def test_whoever_steps_the_optimizer_takes_the_gradients(form, inside, model):
     made, results = recipe("wagle", *FORMS[form]), []
     for own in (True, False):

@@ -20,6 +20,7 @@ def floats(count):
     return torch.zeros(count)
 
 
+@pytest.mark.slow
 def test_the_peak_and_its_parts():
     ledger = Ledger(CPU)
     a, b = floats(100), floats(50)

@@ -146,6 +146,7 @@ def test_mollm_has_it_in_its_retain_objective(model):
 @pytest.mark.parametrize(
     "name, scope", [("graddiff", []), ("graddiff", ONE_LAYER), ("mollm", []), ("mollm", ONE_LAYER), ("seuf", [])]
 )
+@pytest.mark.slow(but=4)
 def test_checkpointing_changes_nothing(model, name, scope, mode):
     made, (forget, retain), found = recipe(name, "retain.router_aux=5", *scope, lr=1e-2), data(), []
     for checkpointed in (False, True):

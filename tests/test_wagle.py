@@ -98,6 +98,7 @@ def accelerate_gradients(model, batches, accumulation):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_official_mode_scores_what_accelerate_accumulates(model):
     forget, retain = data()
     arguments = {"keep": 0.5, "gamma": 1e-2, "official": True}
@@ -125,6 +126,7 @@ def test_accumulation_belongs_to_official_mode(model):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_official_recipes_count_their_micro_batches(model):
     official = [r for r in map(Recipe.load, shipped()) if r.wagle is not None and r.wagle.official]
     assert len(official) == 7
@@ -138,6 +140,7 @@ def test_official_recipes_count_their_micro_batches(model):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_official_mode_keeps_exactly_the_number_asked(model):
     forget, retain = data()
     total = sum(p.numel() for p in model.parameters())
@@ -147,6 +150,7 @@ def test_official_mode_keeps_exactly_the_number_asked(model):
 
 
 @pytest.mark.quick
+@pytest.mark.slow
 def test_the_modes_differ_and_native_ignores_how_the_set_is_batched(model):
     forget, retain = [random_batch(VOCAB, rows=4, seed=1)], [random_batch(VOCAB, rows=4, seed=2)]
     split = [{k: v[rows] for k, v in forget[0].items()} for rows in (slice(0, 1), slice(1, 4))]

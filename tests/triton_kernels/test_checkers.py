@@ -91,6 +91,7 @@ def test_a_correct_kernel_passes(alignment):
         ("hides in the input", "x was changed"),
     ],
 )
+@pytest.mark.slow(but=5)
 def test_seeded_bugs_are_found(bug, expected):
     found = findings(case(bug))
     assert any(expected in finding for finding in found), found
