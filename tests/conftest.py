@@ -1,6 +1,7 @@
 """Before anything imports Triton: without a GPU its kernels run in the interpreter."""
 
 import collections
+import fcntl
 import os
 
 import pytest
@@ -49,6 +50,34 @@ def pytest_runtest_setup():
 def device() -> torch.device:
     """Where Triton kernels run: the GPU if there is one, else the CPU with the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory):
+    """The CUDA kernels of every op for emulated threads; one process builds them for all of a session."""
+    from tests.native import cuda
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # a worker's own folder lies in the session's
+    library = folder / "libemulation.so"
+    with open(folder / "libemulation.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            cuda.build_emulation(tmp_path_factory.mktemp("emulation")).rename(library)
+    return cuda.EmulatedOps(library)
+
+
+@pytest.fixture
+def gpu(emulation, monkeypatch):
+    """impl="cpu" runs the CUDA kernels on an emulated GPU, which the fixture's `emulate` describes."""
+    from moe_unlearn import native
+
+    if native.load("cpu"):
+        pytest.skip(f"_C_cpu {native.load('cpu')}")  # nothing would be registered as "cpu"
+    emulation.emulate()
+    monkeypatch.setattr(torch.ops, "moe_unlearn_native", emulation)
+    return emulation
 
 
 @pytest.fixture

@@ -225,8 +225,7 @@ def test_every_room_has_tests_of_its_name():
     assert not missing and WITHOUT_TESTS <= FLOOR.keys()
 
 
-# the cases of an op stand beside the tests of its reference or of its C++ kernels, whence those of its other kernels
-# and of all that calls it take them
+# the cases of an op stand in tests/ops/<op>/cases.py, or still beside the tests of its reference or of its C++ kernels
 CASES = re.compile(r"tests\.(ops|native|triton_kernels)(\.test_|$)")
 
 

@@ -8,7 +8,6 @@ import subprocess
 import pytest
 import torch
 
-from moe_unlearn import native
 from moe_unlearn.backend import Unfit
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.expert_wgrad import expert_wgrad_ref, expert_wgrad_score
@@ -21,10 +20,11 @@ from tests.native import cuda as tool
 from tests.native import test_expert_wgrad as wgrad_cases
 from tests.native import test_masked_update as update_cases
 from tests.native import test_retain_weights as weights_cases
-from tests.native import test_route as route_cases
 from tests.native import test_weight_score as score_cases
+from tests.ops.route import cases as route_cases
 from tests.static.ledger import ARCHITECTURES
 from tests.support.covers import cover
+from tests.support.impls import CPU, REF
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(nvcc.compiler() is None, reason="there is no nvcc")]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -70,23 +70,6 @@ def test_the_ledger_holds_nothing_forbidden_and_every_op():
 # ---- The emulation -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return tool.build_emulation(tmp_path_factory.mktemp("emulation"))
-
-
-@pytest.fixture
-def gpu(library, monkeypatch):
-    """impl="cpu" runs the CUDA kernels on an emulated GPU, which the fixture's `emulate` describes."""
-    if native.load("cpu"):
-        pytest.skip(f"_C_cpu {native.load('cpu')}")  # nothing would be registered as "cpu"
-    ops = tool.EmulatedOps(library)
-    ops.emulate()
-    monkeypatch.setattr(torch.ops, "moe_unlearn_native", ops)
-    yield ops
-    ops.emulate()
-
-
 @pytest.mark.parametrize("source", ["plans.cpp", "hopper.cpp"])
 def test_launch_plans_and_the_emulation_of_hopper(source, tmp_path):
     """Grids, spans and shared memory, from the kernels' own headers; flaws of a Hopper kernel that must show."""
@@ -99,59 +82,31 @@ def test_launch_plans_and_the_emulation_of_hopper(source, tmp_path):
 # ---- route -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", route_cases.SIZES, ids=str)
-@pytest.mark.parametrize("pattern", ROUTINGS)
-def test_route_has_the_bits_of_ref(gpu, pattern, size):
-    arguments = route_cases.inputs(size, pattern)
-    expected = route_cases.run(arguments, "ref")
-    for multiprocessors in (1, 3) if size[0] < 1000 else (1, 5):
-        gpu.emulate(multiprocessors, seed=multiprocessors)
-        route_cases.assert_same(route_cases.run(arguments, "cpu"), expected)
-
-
 def test_route_on_every_number_of_blocks_and_order_of_threads(gpu):
     """Blocks beyond a warp, whose counts are scanned in steps of 32; spans that end inside a step."""
-    arguments = route_cases.inputs((2600, 64, 8), "skewed")
-    expected = route_cases.run(arguments, "ref")
-    for multiprocessors in (2, 33, 64):
-        gpu.emulate(multiprocessors, seed=multiprocessors)
-        route_cases.assert_same(route_cases.run(arguments, "cpu"), expected)
-    arguments = route_cases.inputs((257, 33, 5), "sentinels")
-    expected = route_cases.run(arguments, "ref")
+    for pattern in ROUTINGS:
+        for multiprocessors in (1, 5) if pattern != "skewed" else (1, 2, 5, 33, 64):
+            gpu.emulate(multiprocessors, seed=multiprocessors)
+            route_cases.check(CPU, route_cases.inputs(route_cases.MANY_ROWS, pattern))
     for seed in range(10):
         gpu.emulate(3, seed=seed)
-        route_cases.assert_same(route_cases.run(arguments, "cpu"), expected)
+        route_cases.check(CPU, route_cases.inputs((257, 33, 5), "sentinels"))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("group_dtype", [torch.int8, torch.int32, torch.int64], ids=str)
-def test_route_of_integer_types_and_ids_beyond_the_experts(gpu, dtype, group_dtype):
-    route_cases.test_integer_types_and_ids_beyond_the_experts(dtype, group_dtype)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_route_of_every_layout(gpu, layout):
-    route_cases.test_every_memory_layout(layout)
-
-
-def test_route_without_groups_and_with_many(gpu):
-    route_cases.test_without_groups_and_with_narrow_tilt()
-    route_cases.test_a_negative_zero_weight_meets_the_tilt_of_a_sentinel_as_in_ref()
-    # more cells than shared memory holds, and the most experts
-    for experts, groups in ((64, 300), (1024, 2), (1024, 3)):
-        arguments = route_cases.inputs((200, experts, 4), "uniform")
-        arguments["num_groups"] = groups
-        arguments["group"] = torch.arange(200) % groups
-        route_cases.assert_same(route_cases.run(arguments, "cpu"), route_cases.run(arguments, "ref"))
-
-
-def test_route_beyond_the_most_experts_is_left_to_ref(gpu):
-    arguments = {**route_cases.inputs((20, 1025, 4), "uniform"), "group": None, "num_groups": 1}
-    with pytest.raises(RuntimeError, match="emulated launch"):
-        route_cases.run(arguments, "cpu")
-    module = importlib.import_module("moe_unlearn.ops.route")
-    index = arguments["top_k_index"]
-    route_cases.assert_same(module._route_cuda(index, 1025, None, 1, None, None), module.route_ref(index, 1025))
+@pytest.mark.parametrize("cells", route_cases.MANY_CELLS, ids=str)
+def test_route_with_more_cells_than_shared_memory_holds(gpu, cells):
+    arguments = route_cases.many_cells(200, *cells)
+    for given in (arguments, route_cases.without(arguments, group=True, tilt=True)):
+        if cells[0] <= 1024:
+            route_cases.check(CPU, given)
+            continue
+        # more experts than the kernel takes are left to ref
+        with pytest.raises(RuntimeError, match="emulated launch"):
+            route_cases.run(CPU, given)
+        module = importlib.import_module("moe_unlearn.ops.route")
+        ours = CPU.moved(given)
+        out = module._route_cuda(*ours.values())
+        route_cases.assert_same([*out, ours["log_weight"]], route_cases.run(REF, given))
 
 
 # ---- weight_score ------------------------------------------------------------------------------------------

@@ -27,15 +27,16 @@ from moe_unlearn.testing.yardstick import Reference
 from tests.native import test_expert_wgrad as wgrad_cases
 from tests.native import test_masked_update as update_cases
 from tests.native import test_retain_weights as weights_cases
-from tests.native import test_route as route_cases
 from tests.native import test_weight_score as score_cases
+from tests.ops.route import cases as route_cases
+from tests.support.impls import impl_of
 
 WHY_NOT = (
     "there is no GPU" if not torch.cuda.is_available() else native.load("cuda") and f"_C_cuda {native.load('cuda')}"
 )
 pytestmark = [pytest.mark.quick, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "it runs")]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-GROUP_DTYPES = [torch.int8, torch.int32, torch.int64]
+CUDA = impl_of("cuda")
 
 
 def on_gpu(arguments, layout="contiguous"):
@@ -54,52 +55,26 @@ def on_cpu(tensors):
 # ---- route -------------------------------------------------------------------------------------------------
 
 
-def check_route(arguments, layout="contiguous"):
-    expected = route_cases.run(arguments, "ref")
-    moved = on_gpu(arguments, layout)
-    with poison():
-        out = route(**moved, impl="cuda")
-    weights = [] if moved.get("log_weight") is None else [moved["log_weight"]]
-    route_cases.assert_same(on_cpu([*out, *weights]), expected)
-
-
-@pytest.mark.parametrize("size", [*route_cases.SIZES, (8192, 128, 8), (40000, 512, 16)], ids=str)
+@pytest.mark.parametrize("size", [route_cases.MANY_ROWS, (8192, 128, 8), (40000, 512, 16)], ids=str)
 @pytest.mark.parametrize("pattern", ROUTINGS)
 def test_route_has_the_bits_of_ref(pattern, size):
-    check_route(route_cases.inputs(size, pattern))
+    route_cases.check(CUDA, route_cases.inputs(size, pattern))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("group_dtype", GROUP_DTYPES, ids=str)
-def test_route_of_integer_types_and_ids_beyond_the_experts(dtype, group_dtype):
-    arguments = route_cases.inputs((300, 7, 2), "uniform", dtype, group_dtype)
-    arguments["top_k_index"][::3, 0] = torch.iinfo(dtype).min
-    arguments["top_k_index"][1::3, 1] = torch.iinfo(dtype).max
-    arguments["group"][::5] = torch.iinfo(group_dtype).max
-    check_route(arguments)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_route_of_every_layout(layout):
-    check_route(route_cases.inputs((50, 6, 3), "sentinels"), layout)
-
-
-@pytest.mark.parametrize("experts, groups", [(64, 300), (1024, 3), (1025, 2)])
-def test_route_with_more_cells_than_shared_memory_holds(experts, groups):
-    arguments = route_cases.inputs((3000, experts, 4), "uniform")
-    arguments |= {"num_groups": groups, "group": torch.arange(3000) % groups}
-    check_route(arguments)
-    check_route(arguments | {"group": None, "num_groups": 1, "log_tilt": None, "log_weight": None})
+@pytest.mark.parametrize("cells", route_cases.MANY_CELLS, ids=str)
+def test_route_with_more_cells_than_shared_memory_holds(cells):
+    arguments = route_cases.many_cells(3000, *cells)
+    route_cases.check(CUDA, arguments)
+    route_cases.check(CUDA, route_cases.without(arguments, group=True, tilt=True))
 
 
 def test_route_of_a_million_tokens():
-    check_route(route_cases.inputs((1 << 20, 512, 16), "skewed"))
+    route_cases.check(CUDA, route_cases.inputs((1 << 20, 512, 16), "skewed"))
 
 
 def test_route_never_waits_for_the_host():
     """Work that a graph captures and replays cannot have read anything back."""
-    arguments = on_gpu(route_cases.inputs((2600, 64, 8), "skewed"))
-    arguments |= {"log_tilt": None, "log_weight": None}
+    arguments = CUDA.moved(route_cases.without(route_cases.inputs(route_cases.MANY_ROWS, "skewed"), tilt=True))
     expected = route(**arguments, impl="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -113,7 +88,7 @@ def test_route_never_waits_for_the_host():
             tensor.fill_(-1)
         graph.replay()
         torch.cuda.synchronize()
-        route_cases.assert_same(out, expected)
+        assert all(torch.equal(a, e) for a, e in zip(out, expected, strict=True))
 
 
 # ---- weight_score ------------------------------------------------------------------------------------------
