@@ -12,6 +12,13 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser):
+    parser.addoption(
+        "--impl",
+        action="append",
+        default=[],
+        choices=("ref", "cpu", "triton", "cuda"),
+        help="of tests/ops only what is about this implementation, or these; what names none is about the reference",
+    )
     kinds = ("native", "exact", "sequential")
     parser.addoption(
         "--yardstick", choices=kinds, default="native", help="of references; see moe_unlearn.testing.yardstick"
@@ -64,7 +71,7 @@ def emulation(tmp_path_factory):
     with open(folder / "libemulation.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            cuda.build_emulation(tmp_path_factory.mktemp("emulation")).rename(library)
+            library = cuda.build_emulation(folder)
     return cuda.EmulatedOps(library)
 
 

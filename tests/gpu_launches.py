@@ -26,7 +26,7 @@ from moe_unlearn.regress import launches
 from moe_unlearn.regress.static_case import LaunchCase, register
 from moe_unlearn.triton_kernels import configs
 from tests.gpu_pretend import pretend
-from tests.gpu_stages import TRITON_TESTS
+from tests.gpu_stages import SAMPLED, TRITON_TESTS
 
 MULTIPROCESSORS = 132  # of an H200
 # numbers that no kernel reads: what is larger is not drawn
@@ -126,9 +126,11 @@ def smoke() -> None:
 
 def matrix() -> None:
     """Stage (c), without the tests of the CUDA kernels."""
-    options = ("-p", "no:cacheprovider", "-p", "tests.gpu_plugin", "--covering", "tests/triton_kernels")
+    options = ("-p", "no:cacheprovider", *SAMPLED)
     with _OnTheCpu():
-        pytest.main([*options, "--assert=plain", "--tb=short", "-W", "ignore", *TRITON_TESTS])
+        pytest.main(
+            [*options, "--assert=plain", "--tb=short", "-W", "ignore", *TRITON_TESTS, "tests/ops", "--impl=triton"]
+        )
 
 
 def operations() -> None:

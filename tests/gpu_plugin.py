@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="PATH",
-        help="of the tests below it only so many that every value of every parameter occurs",
+        help="of the tests below it that are not of CUDA only so many that every value of every parameter occurs",
     )
     group.addoption("--one-each", action="store_true", help="one case of each test function")
     group.addoption(
@@ -63,15 +63,19 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def sampled(items: Sequence[pytest.Item], root: Path, below: Sequence[str], *, one_each: bool) -> list[pytest.Item]:
-    """The items to run, in order; those of each function are thinned out where they lie below one of the paths."""
+    """The items to run, in order; those of each function are thinned out where they lie below one of the paths.
+
+    What a function claims of several implementations is a function for each.
+    """
     functions: dict[tuple, list[pytest.Item]] = {}
     for item in items:
-        functions.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+        name, impl = getattr(item, "originalname", item.name), str(_choices(item).get("impl", (str, ""))[1])
+        functions.setdefault((item.path, name, impl), []).append(item)
     kept: set[int] = set()
-    for (path, _), own in functions.items():
+    for (path, _, impl), own in functions.items():
         if one_each:
             chosen = own[:1]
-        elif any(path.is_relative_to(root / folder) for folder in below):
+        elif impl != "cuda" and any(path.is_relative_to(root / folder) for folder in below):
             chosen = [own[i] for i in covering([_choices(item) for item in own])]
         else:
             chosen = own

@@ -46,11 +46,16 @@ UNREACHABLE = (
     "Connection",
     "timed out",
 )
-CPU_TESTS = ("tests/ops", "tests/native", "--deselect=tests/native/test_cuda.py")
+WITHOUT_GPU = ("--impl=ref", "--impl=cpu")
+CPU_TESTS = ("tests/ops", *WITHOUT_GPU, "tests/native", "--deselect=tests/native/test_cuda.py")
 INTERPRETER = "numpy==2.3.*"
 # the smallest kernels, and those with products
-INTERPRETED = tuple(f"tests/triton_kernels/test_{name}.py" for name in ("common", "route", "gram"))
-COMPILED_LAYER = ("tests/ops", "tests/test_experts.py", "-k", "compil")
+INTERPRETED = (
+    *(f"tests/triton_kernels/test_{name}.py" for name in ("common", "route", "gram")),
+    *(f"tests/ops/{op}" for op in ("route", "gram")),
+    "--impl=triton",
+)
+COMPILED_LAYER = ("tests/ops", *WITHOUT_GPU, "tests/test_experts.py", "-k", "compil")
 
 
 class Failure(Exception):

@@ -22,33 +22,29 @@ BUILT = ROOT / "moe_unlearn" / "_C_sources.txt"
 WORKERS = 12
 
 CUDA_TESTS = "tests/native/test_cuda_device.py"
-# test_checkers, test_memory and test_overflow observe the interpreter; tests/ops computes on the CPU
+# what every implementation of an op claims
+OPS_TESTS = ("tests/ops", "--impl=cuda", "--impl=triton")
+# these observe the interpreter or the tiles as numbers
+_NOT_ON_A_GPU = {f"test_{name}" for name in ("checkers", "configs", "hardware", "memory", "overflow")}
 TRITON_TESTS = tuple(
-    f"tests/triton_kernels/test_{name}.py"
-    for name in (
-        "common",
-        "expert_mlp",
-        "expert_wgrad",
-        "expert_wgrad_update",
-        "gram",
-        "masked_update",
-        "retain_weights",
-        "route",
-        "token_loss",
-        "weight_score",
-    )
+    str(path.relative_to(ROOT))
+    for path in sorted((ROOT / "tests" / "triton_kernels").glob("test_*.py"))
+    if path.stem not in _NOT_ON_A_GPU
 )
 WAIT_TESTS = "tests/test_synchronisation.py::test_on_a_gpu_every_other_wait_is_an_error"
 # of the Triton tests a sample in which every value of every parameter occurs
-MATRIX = (CUDA_TESTS, WAIT_TESTS, *TRITON_TESTS, "-p", "tests.gpu_plugin", "--covering", "tests/triton_kernels")
+SAMPLED = ("-p", "tests.gpu_plugin", "--covering", "tests/triton_kernels", "--covering", "tests/ops")
+MATRIX = (CUDA_TESTS, WAIT_TESTS, *TRITON_TESTS, *OPS_TESTS, *SAMPLED)
 # memcheck slows a test down twenty-fold: one case of each, without those that are about size, repetition and graphs
 SANITIZED = (
     CUDA_TESTS,
+    "tests/ops",
+    "--impl=cuda",
     "-p",
     "tests.gpu_plugin",
     "--one-each",
     "-k",
-    "not million and not two_to_the_31 and not every_time and not for_the_host and not solver",
+    "not million and not two_to_the_31 and not every_time and not for_the_host and not solver and not compiles",
 )
 
 

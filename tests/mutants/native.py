@@ -79,13 +79,23 @@ def included(path: Path) -> frozenset[Path]:
     return frozenset({path}).union(*(included(CSRC / name) for name in names))
 
 
+def is_op(source: Path) -> bool:
+    """Return whether a source has the kernels of an op, rather than what several share."""
+    return (ROOT / "moe_unlearn" / "ops" / f"{source.stem}.py").exists()
+
+
 def users(file: str, library: str) -> list[str]:
     """Return the ops of a library that a source belongs to, the shortest op first."""
     path, header = path_of(file), path_of(file).with_suffix(".h")
     sources = sorted((CSRC / library).glob("*.c*"), key=lambda source: source.stat().st_size)
-    ops = [source for source in sources if (TESTS / f"test_{source.stem}.py").exists() and source.suffix != ".cuh"]
+    ops = [source for source in sources if is_op(source) and source.suffix != ".cuh"]
     # a source beside the ops' own is used through its header
     return [op.stem for op in ops if path in included(op) or (path.suffix == ".cpp" and header in included(op))]
+
+
+def claims(op: str) -> tuple[str, ...]:
+    """Return the tests of what every implementation of an op claims, and of its reference."""
+    return tuple(map(str, sorted((ROOT / "tests" / "ops").glob(f"**/test_{op}*.py"))))
 
 
 def stages(file: str) -> list[Stage]:
@@ -93,13 +103,15 @@ def stages(file: str) -> list[Stage]:
     found, later = [], []
     for op in users(file, "cpu"):
         found.append(Stage("cpu", op, (str(TESTS / f"test_{op}.py"),)))
-        later.append(Stage("cpu", op, tuple(map(str, sorted((ROOT / "tests" / "ops").glob(f"test_{op}*.py"))))))
+        later.append(Stage("cpu", op, (*claims(op), "--impl=ref", "--impl=cpu")))
     if Path(file).stem == "common":
         choice = (str(TESTS / "test_build.py"), "-k", "instruction_sets")
         found.insert(0, Stage("cpu", found[0].op, choice))
     if has_nvcc():
         emulated, cuda = str(TESTS / "test_cuda.py"), users(file, "cuda")
-        found += [Stage("cuda", op, (emulated, "-k", EMULATED.get(op, f"test_{op}"))) for op in cuda]
+        for op in cuda:
+            found.append(Stage("cuda", op, (emulated, "-k", EMULATED.get(op, f"test_{op}"))))
+            found.append(Stage("cuda", op, (*claims(op), "--impl=cuda")))
         later += [Stage("cuda", op, (emulated, "-k", "test_launch_plans")) for op in cuda[:1]]
     return found + later
 
@@ -180,7 +192,7 @@ def _build_cpu(folder: Path, op: str, library: Path) -> bool:
     own, others, differs = [], [], False
     for source in _cpu_sources(CSRC):
         as_it_is = compiled(source, CSRC, OBJECTS)
-        if source.stem == op or not (TESTS / f"test_{source.stem}.py").exists():
+        if source.stem == op or not is_op(source):
             own.append(compiled(folder / source.relative_to(CSRC.parent), folder / "csrc", folder))
             differs |= own[-1].read_bytes() != as_it_is.read_bytes()
         else:

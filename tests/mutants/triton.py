@@ -220,11 +220,12 @@ def op_of(stem: str) -> str:
 def stages(file: str) -> list[Stage]:
     """Return the tests of a kernel file, the fastest and likeliest to fail first."""
     op = op_of(Path(file).stem)
-    own = [str(path) for path in sorted(TESTS.glob(f"test_{op}*.py"))]
+    shared = (ROOT / "tests" / "ops").glob(f"**/test_{op}*.py")
+    own = [*map(str, (*sorted(TESTS.glob(f"test_{op}*.py")), *sorted(shared))), "--impl=triton"]
     memory = [str(TESTS / "test_memory.py"), str(TESTS / "test_overflow.py")]
     quick, whole = Stage((*own, "-m", "quick")), Stage((*own,))
     if op == "common":  # the functions that the others call
-        return [quick, Stage((*memory, "-k", "5x6x37")), Stage((str(TESTS / "test_masked_update.py"),))]
+        return [quick, Stage((*memory, "-k", "5x6x37")), *stages("masked_update.py")[2:]]
     cases = Stage((*memory, "-k", f"{op}/ or of_{op}_"))
     return [cases, quick, whole] if op in COMPARED else [quick, cases, whole]
 

@@ -1,6 +1,7 @@
 """The fixture `impl`: a test of tests/ops/<op> that takes it runs once for each implementation that the op has."""
 
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,13 @@ import torch
 from moe_unlearn import native
 from moe_unlearn.regress import nvcc
 from tests.support.impls import Impl, impl_of, impls
+
+HERE = Path(__file__).parent
+
+
+def kind_of(item: pytest.Item) -> str:
+    """Return the implementation that an item of this folder is about."""
+    return getattr(item, "callspec", None) and item.callspec.params.get("impl") or "ref"
 
 
 def pytest_generate_tests(metafunc):
@@ -18,19 +26,31 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_itemcollected(item):
-    """Leave emulated kernels out of `make quick`, and out of everything where nothing compiles them."""
-    if hasattr(item, "callspec") and item.callspec.params.get("impl") == "cuda" and not torch.cuda.is_available():
+    """Skip kernels that cannot run here, for a stated reason, and leave emulated ones out of `make quick`."""
+    kind, why = kind_of(item), None
+    if kind == "cuda" and not torch.cuda.is_available():
         item.add_marker(pytest.mark.slow)
-        item.add_marker(pytest.mark.skipif(nvcc.compiler() is None, reason="there is no nvcc"))
+        # "cpu", in whose place it is emulated, must be registered
+        why = "there is no nvcc" if nvcc.compiler() is None else native.load("cpu") and f"_C_cpu {native.load('cpu')}"
+    elif kind in native.LIBRARIES and native.load(kind):
+        why = f"_C_{kind} {native.load(kind)}"
+    if why:
+        item.add_marker(pytest.mark.skip(reason=why))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep of this folder what --impl names."""
+    wanted = config.getoption("--impl")
+    dropped = [item for item in items if wanted and HERE in item.path.parents and kind_of(item) not in wanted]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture
 def impl(request) -> Impl:
     """The implementation; emulated, it has a GPU of its own size and an order of threads of its own in each test."""
-    kind = request.param
-    if kind == "cuda" and not torch.cuda.is_available():
+    if request.param == "cuda" and not torch.cuda.is_available():
         seed = zlib.crc32(request.node.name.encode())
         request.getfixturevalue("gpu").emulate(1 + seed % 3, seed=seed)
-    elif kind in native.LIBRARIES and native.load(kind):
-        pytest.skip(f"_C_{kind} {native.load(kind)}")
-    return impl_of(kind)
+    return impl_of(request.param)
