@@ -1,6 +1,7 @@
 """The CUDA library on a GPU: the cases of the CPU kernels' tests and a few that need a real device."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,15 +20,13 @@ from moe_unlearn.ops import (
     score_mask,
     weight_score,
 )
-from moe_unlearn.ops.bits import pack_bits
-from moe_unlearn.ops.expert_wgrad import expert_wgrad_score
 from moe_unlearn.ops.retain_weights import moments, retain_weights, tilted_weights
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison
 from moe_unlearn.testing.yardstick import Reference
-from tests.native import test_expert_wgrad as wgrad_cases
 from tests.native import test_masked_update as update_cases
 from tests.native import test_retain_weights as weights_cases
 from tests.native import test_weight_score as score_cases
+from tests.ops.expert_wgrad import cases as wgrad
 from tests.ops.route import cases as route_cases
 from tests.support.impls import impl_of
 
@@ -282,90 +281,44 @@ hopper = pytest.mark.skipif(
 LARGE = (768, 2048)
 
 
-def wgrad(made, **options):
-    moved = on_gpu(options)
-    with poison():
-        return wgrad_cases.store(wgrad_cases.moved_to("cuda", made), "cuda", **moved).cpu()
-
-
 @hopper
-@pytest.mark.parametrize("indexed", wgrad_cases.INDEXED)
+@pytest.mark.parametrize("indexed", wgrad.INDEXED)
 @pytest.mark.parametrize("pattern", ROUTINGS)
 @pytest.mark.parametrize("shape", [(40, 136), (264, 8), (128, 128), LARGE], ids=str)
 def test_wgrad_is_exact_on_integers(shape, pattern, indexed):
     for tokens in (60, 1000) if shape != LARGE else (3000,):
-        made = wgrad_cases.scattered(shape, indexed, pattern, tokens)
-        assert torch.equal(wgrad(made, out_dtype=F32).double(), wgrad_cases.gold(made))
+        made = wgrad.scattered(wgrad.factors(shape, pattern=pattern, tokens=tokens, exact=True), indexed)
+        assert torch.equal(wgrad.store(CUDA, made, out_dtype=F32).double(), wgrad.gold(made))
 
 
 @hopper
 @pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 64, 160, 161])
 def test_wgrad_of_one_expert_with_rows_around_a_stage(tokens):
-    for indexed in wgrad_cases.INDEXED:
-        made = wgrad_cases.scattered((136, 16), indexed, "one_expert", tokens)
-        assert torch.equal(wgrad(made, out_dtype=F32).double(), wgrad_cases.gold(made))
-
-
-@hopper
-@pytest.mark.parametrize("indexed", wgrad_cases.INDEXED)
-def test_wgrad_reads_no_row_of_another_expert(indexed):
-    experts = torch.tensor([3, 1])
-    made, poisoned = wgrad_cases.poisoned_elsewhere(
-        wgrad_cases.scattered((40, 136), indexed, "uniform", tokens=200), experts
-    )
-    assert torch.equal(wgrad(poisoned, experts=experts, out_dtype=F32).double(), wgrad_cases.gold(made, experts))
+    for indexed in wgrad.INDEXED:
+        made = wgrad.scattered(wgrad.factors((136, 16), pattern="one_expert", tokens=tokens, exact=True), indexed)
+        assert torch.equal(wgrad.store(CUDA, made, out_dtype=F32).double(), wgrad.gold(made))
 
 
 @hopper
 @pytest.mark.parametrize("shape", [(40, 136), LARGE], ids=str)
 def test_wgrad_is_accurate_and_the_same_every_time(shape):
-    for indexed in wgrad_cases.INDEXED:
-        made = wgrad_cases.scattered(shape, indexed, tokens=2000, exact=False)
-        first = wgrad(made, out_dtype=F32)
+    for indexed in wgrad.INDEXED:
+        made = wgrad.scattered(wgrad.factors(shape, tokens=2000), indexed)
+        first = wgrad.store(CUDA, made, out_dtype=F32)
         baseline = Reference(lambda made=made: expert_wgrad_ref(*made, None, None, F32)).baseline()
-        assert_as_accurate(first, baseline, wgrad_cases.gold(made))
-        assert all(torch.equal(wgrad(made, out_dtype=F32), first) for _ in range(20))
+        assert_as_accurate(first, baseline, wgrad.gold(made))
+        assert all(torch.equal(wgrad.store(CUDA, made, out_dtype=F32), first) for _ in range(20))
 
 
 @hopper
-@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
-def test_wgrad_is_stored_and_added_under_masks_in_every_layout(dtype):
-    made, kept = wgrad_cases.scattered((40, 136), exact=False), wgrad_cases.keep(wgrad_cases.E, 40, 136)
-    dw, mask = wgrad(made, out_dtype=F32), pack_bits(kept)
-    assert torch.equal(wgrad(made, mask=mask, out_dtype=dtype), torch.where(kept, dw, 0).to(dtype))
-    out = torch.randn(dw.shape).to(dtype)
-    expected = torch.where(kept, (out.float() + dw).to(dtype), out)
-    for layout in LAYOUTS:
-        moved, words = in_layout(out.cuda(), layout), in_layout(mask.cuda(), layout)
-        wgrad_cases.store(wgrad_cases.moved_to("cuda", made), "cuda", out=moved, mask=words)
-        assert torch.equal(moved.cpu(), expected)
-
-
-@hopper
-@pytest.mark.parametrize("numerics", sorted(set(wgrad_cases.NUMERICS) - {"half"}))
-@pytest.mark.parametrize("rule", wgrad_cases.RULES)
-def test_wgrad_update_is_masked_update_of_the_stored_gradient(rule, numerics):
-    if (rule, numerics) != ("sgd", "wide state"):
-        where = {"impl": "cuda", "device": "cuda"}
-        wgrad_cases.check_update(rule, numerics, (40, 136), BF16, **where)
-        wgrad_cases.check_update(rule, numerics, (136, 8), BF16, "transposed", experts=None, **where)
-        wgrad_cases.check_update(rule, numerics, LARGE, BF16, tokens=2000, **where)
-
-
-@hopper
-def test_wgrad_score_is_weight_score_of_the_stored_gradients():
-    sides = [wgrad_cases.scattered((40, 136), name, seed=i) for i, name in enumerate(("input", "grad"))]
-    weight, experts = torch.randn(wgrad_cases.E, 40, 136).bfloat16(), torch.tensor([4, 0])
-    both = [wgrad(side, experts=experts, out_dtype=F32) for side in sides]
-    moved = [wgrad_cases.moved_to("cuda", side) for side in sides]
-    with poison():
-        got = expert_wgrad_score(weight.cuda(), *moved, gamma=0.5, experts=experts.cuda(), impl="cuda").cpu()
-    assert torch.equal(got, weight_score(weight[experts], *both, gamma=0.5, impl="ref"))
+@pytest.mark.parametrize("numerics", [name for name, (dtype, *_) in wgrad.NUMERICS.items() if dtype != F16])
+@pytest.mark.parametrize("rule", wgrad.RULES)
+def test_large_wgrad_update_is_masked_update_of_the_stored_gradient(rule, numerics):
+    wgrad.check_update(CUDA, rule, numerics, wgrad.factors(LARGE, tokens=2000))
 
 
 def test_wgrad_of_other_factors_is_left_to_the_next_implementation():
-    made = wgrad_cases.factors((40, 136), exact=True)
+    made = wgrad.factors(dtype=F32, exact=True)
     with pytest.raises(Unfit, match="CUDA's expert_wgrad needs"):
-        wgrad(made)
-    moved = wgrad_cases.moved_to("cuda", made)
-    assert torch.equal(wgrad_cases.store(moved, "auto").double().cpu(), wgrad_cases.gold(made))
+        wgrad.store(CUDA, made)
+    assert torch.equal(wgrad.store(replace(CUDA, name="auto"), made).double(), wgrad.gold(made))

@@ -9,6 +9,7 @@ import torch
 from moe_unlearn import native
 from moe_unlearn.regress import nvcc
 from tests.support.impls import Impl, impl_of, impls
+from tests.triton_kernels import tiles
 
 HERE = Path(__file__).parent
 
@@ -16,6 +17,11 @@ HERE = Path(__file__).parent
 def kind_of(item: pytest.Item) -> str:
     """Return the implementation that an item of this folder is about."""
     return getattr(item, "callspec", None) and item.callspec.params.get("impl") or "ref"
+
+
+def of_op(item: pytest.Item) -> str:
+    """Return the op whose folder an item stands in."""
+    return item.path.parent.name
 
 
 def pytest_generate_tests(metafunc):
@@ -26,12 +32,19 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_itemcollected(item):
-    """Skip kernels that cannot run here, for a stated reason, and leave emulated ones out of `make quick`."""
+    """Skip kernels that cannot run here, for a stated reason.
+
+    Of slow kernels `make quick` runs little: one case of each test in Triton's interpreter, none of what is emulated.
+    """
     kind, why = kind_of(item), None
     if kind == "cuda" and not torch.cuda.is_available():
         item.add_marker(pytest.mark.slow)
         # "cpu", in whose place it is emulated, must be registered
         why = "there is no nvcc" if nvcc.compiler() is None else native.load("cpu") and f"_C_cpu {native.load('cpu')}"
+    elif kind == "cuda" and of_op(item) == "expert_wgrad" and torch.cuda.get_device_capability() != (9, 0):
+        why = "needs Hopper: wgmma is nowhere else"
+    elif kind == "triton" and hasattr(tiles, of_op(item)):
+        item.add_marker(pytest.mark.slow(but=1))
     elif kind in native.LIBRARIES and native.load(kind):
         why = f"_C_{kind} {native.load(kind)}"
     if why:
@@ -48,9 +61,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
-def impl(request) -> Impl:
-    """The implementation; emulated, it has a GPU of its own size and an order of threads of its own in each test."""
+def impl(request, monkeypatch) -> Impl:
+    """The implementation; emulated, it has a GPU of its own size and an order of threads of its own in each test.
+
+    Triton's has small tiles, where there are some for the op.
+    """
     if request.param == "cuda" and not torch.cuda.is_available():
         seed = zlib.crc32(request.node.name.encode())
         request.getfixturevalue("gpu").emulate(1 + seed % 3, seed=seed)
+    if request.param == "triton" and hasattr(tiles, of_op(request.node)):
+        getattr(tiles, of_op(request.node))(monkeypatch)
     return impl_of(request.param)

@@ -36,8 +36,9 @@ from moe_unlearn.ops.expert_wgrad import (
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
 from moe_unlearn.ops.token_loss import IGNORED, KINDS
 from moe_unlearn.testing import in_layout, routing
-from tests.ops import test_expert_mlp, test_expert_wgrad, test_gram, test_masked_update, test_token_loss
+from tests.ops import test_expert_mlp, test_gram, test_masked_update, test_token_loss
 from tests.ops import test_weight_score as scores
+from tests.ops.expert_wgrad import cases as wgrad
 from tests.ops.test_retain_weights import random_members
 from tests.support.by_keyword import by_keyword, expert_mlp, token_loss
 from tests.support.checkers.case import Case
@@ -184,35 +185,33 @@ for _name, _arguments in {
 
 # -------------------------------------------------------------------------------------------------- expert_wgrad
 
+# routing, and sizes of the factors
 _SIZES = {
     "skewed": {},
-    "half_empty": {},
-    "one_expert": {},
-    "sentinels": {},
-    "all_sentinels": {},
-    "one token": {"T": 1, "K": 1},
-    "tiles": {"T": 90, "E": 3, "M": 136, "P": 168},
-    "odd tiles": {"T": 90, "E": 3, "M": 131, "P": 165},
+    "half_empty": {"pattern": "half_empty"},
+    "one_expert": {"pattern": "one_expert"},
+    "sentinels": {"pattern": "sentinels"},
+    "all_sentinels": {"pattern": "all_sentinels"},
+    "one token": {"tokens": 1, "top_k": 1},
+    "tiles": {"tokens": 90, "shape": (136, 168)},
+    "odd tiles": {"tokens": 90, "shape": (131, 165)},
 }
 
 
-def _wgrad(name, dtype=BF16, seed=0, masked=True):
+def _wgrad(name, dtype=BF16, seed=0):
     """(factors by name, experts, mask words, weight) of a size.
 
     Small integers: any order gives the same bits. No zeros: a sum of negative zeros alone may have either sign.
     """
-    with mock.patch.multiple(test_expert_wgrad, **{"T": test_expert_wgrad.T} | _SIZES[name]):
-        sizes = test_expert_wgrad
-        pattern = name if name in ("half_empty", "one_expert", "sentinels", "all_sentinels") else "skewed"
-        made = sizes.case(pattern, dtype, seed, exact=True)
-        behind = int(made["expert_offsets"][-1])
-        for factor in (made["grad"], made["input"]):
-            factor[factor == 0] = 1
-        made["grad"][behind:] = torch.nan
-        shape = (2, sizes.M, sizes.P)
-        weight = torch.randn(sizes.E, sizes.M, sizes.P).to(dtype)
-    mask = pack_bits(torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.4)
-    return made, torch.tensor([2, 1]), mask, weight  # of a half empty layer 1 has rows
+    made = wgrad.factors(**{"shape": (12, 40), "tokens": 21} | _SIZES[name], dtype=dtype, seed=seed, exact=True)
+    for factor in (made.grad, made.input):
+        factor[factor == 0] = 1
+    made.grad[int(made.expert_offsets[-1]) :] = torch.nan
+    inner = made.grad.shape[1], made.input.shape[1]
+    weight = torch.randn(wgrad.E, *inner).to(dtype)
+    mask = pack_bits(torch.rand((2, *inner), generator=torch.Generator().manual_seed(seed)) > 0.4)
+    named = {k: v for k, v in made._asdict().items() if v is not None}
+    return named, torch.tensor([2, 1]), mask, weight  # of a half empty layer 1 has rows
 
 
 def _updating(update, rule, step):

@@ -1,0 +1,125 @@
+"""The updates in the epilogue of expert_wgrad have, bit for bit, what masked_update makes of the same gradient."""
+
+import pytest
+import torch
+
+from moe_unlearn.ops import SGD, AdamW, Update
+from moe_unlearn.ops.bits import keep_where
+from moe_unlearn.ops.expert_wgrad import expert_wgrad_adamw_, expert_wgrad_sgd_
+from moe_unlearn.testing import LAYOUTS
+from tests.ops.expert_wgrad.cases import (
+    BF16,
+    DTYPES,
+    EXPERTS,
+    INDEXED,
+    NUMERICS,
+    ODD,
+    RULES,
+    SHAPE,
+    E,
+    check_update,
+    factors,
+    keep,
+    scattered,
+    spoiled,
+    takes,
+    words_of,
+)
+from tests.support.by_keyword import by_keyword
+from tests.support.covers import cover
+from tests.support.impls import impls
+
+# NaN and infinity are meant
+pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
+IMPLS = impls("expert_wgrad")
+FEW_RULES = ("sgd nesterov", "adamw decay")
+
+
+@cover(takes, indirect=["impl"], impl=IMPLS, rule=tuple(RULES), numerics=tuple(NUMERICS))
+def test_every_rule_and_numerics(numerics, rule, impl):
+    check_update(impl, rule, numerics)
+
+
+@cover(
+    takes,
+    indirect=["impl"],
+    impl=IMPLS,
+    rule=FEW_RULES,
+    numerics=("bf16 stochastic", "bf16 master"),
+    dtype=DTYPES,
+    shape=(SHAPE, ODD),
+    indexed=INDEXED,
+    experts=(None, (3, 1), EXPERTS),
+    mask=("random", None),
+    layout=LAYOUTS,
+)
+def test_factors_experts_masks_and_layouts(layout, mask, experts, indexed, shape, dtype, numerics, rule, impl):
+    made = scattered(factors(shape, dtype, "sentinels", exact=impl.kind == "triton"), indexed)
+    made = spoiled(made, range(E) if experts is None else experts)
+    check_update(impl, rule, numerics, made, experts=experts, mask=mask, layout=layout)
+
+
+@cover(indirect=["impl"], impl=IMPLS, word=(0, 1, -(2**31), "of one expert", "in the last row"))
+def test_tiles_with_few_bits_or_none(word, impl):
+    words = torch.zeros(3, 40, 3, dtype=torch.int32)
+    if isinstance(word, int):
+        words[:] = word
+    else:
+        words[1, -1 if word == "in the last row" else slice(None)] = -1
+    check_update(impl, "adamw decay", "bf16 fp32 state", experts=(3, 1, 0), mask=words)
+
+
+@cover(indirect=["impl"], impl=IMPLS, rule=FEW_RULES, masked=(True, False))
+def test_a_condition_that_the_device_knows(masked, rule, impl):
+    """The update as it is where the condition holds; where not, not a bit is written."""
+    shape = (3, *SHAPE)
+    for holds in (True, False):
+        words = keep_where(torch.tensor(holds), words_of(keep(*shape)) if masked else None, shape)
+        check_update(impl, rule, "bf16 fp32 state stochastic", mask=words)
+
+
+def test_no_expert_and_no_row(impl):
+    check_update(impl, "adamw decay", "bf16", experts=())
+    check_update(impl, "adamw decay", "bf16", factors(tokens=0))
+
+
+def test_compiles_without_a_graph_break(impl):
+    def updated(step):
+        made = impl.moved(factors())
+        weight = torch.ones(E, *SHAPE, dtype=BF16, device=impl.device)
+        state = [torch.zeros_like(weight) for _ in range(2)]
+        step(weight, *state, made)
+        return weight, *state
+
+    def step(weight, m, v, made):
+        expert_wgrad_adamw_(weight, m, v, made, AdamW(lr=0.1), Update(step=1), impl=impl.name)
+        expert_wgrad_sgd_(weight, m, made, SGD(lr=0.1, momentum=0.9), Update(step=2), impl=impl.name)
+
+    compiled = updated(torch.compile(step, fullgraph=True, backend="aot_eager"))
+    assert all(map(torch.equal, compiled, updated(step)))
+
+
+def test_autograd_notices_an_update_of_a_weight_it_still_needs(impl):
+    weight = torch.randn(E, *SHAPE, device=impl.device).requires_grad_()
+    loss = (weight**2).sum()
+    with torch.no_grad():
+        expert_wgrad_sgd_(weight, None, impl.moved(factors()), SGD(lr=0.1), Update(step=1), impl=impl.name)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@cover(
+    indirect=["impl"],
+    impl=tuple(kind for kind in IMPLS if kind != "triton"),  # whose launcher relies on who calls it
+    bad=(
+        ({"step": 0}, "step counts from 1; got 0"),
+        ({"step": 1, "rounding": "up"}, "rounding must be one of"),
+        ({"step": 1, "momentum": 0.9}, "needs a momentum_buffer"),
+        ({"step": 1, "nesterov": True}, "nesterov needs momentum"),
+    ),
+)
+def test_bad_options(bad, impl):
+    options, message = bad
+    made, weight = impl.moved((factors(), torch.ones(E, *SHAPE)))
+    with pytest.raises(ValueError, match=message):
+        by_keyword(expert_wgrad_sgd_)(weight, None, made, lr=1, impl=impl.name, **options)
