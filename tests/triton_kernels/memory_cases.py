@@ -36,10 +36,11 @@ from moe_unlearn.ops.expert_wgrad import (
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
 from moe_unlearn.ops.token_loss import IGNORED, KINDS
 from moe_unlearn.testing import in_layout, routing
-from tests.ops import test_expert_mlp, test_gram, test_masked_update, test_token_loss
+from tests.ops import test_expert_mlp, test_gram, test_masked_update
 from tests.ops import test_weight_score as scores
 from tests.ops.expert_wgrad import cases as wgrad
 from tests.ops.test_retain_weights import random_members
+from tests.ops.token_loss import cases as loss
 from tests.support.by_keyword import by_keyword, expert_mlp, token_loss
 from tests.support.checkers.case import Case
 
@@ -296,22 +297,22 @@ for _kind in KINDS:
 
             @case(f"token_loss/{_kind} {_name} {str(_dtype)[6:]}")
             def _(kind=_kind, size=_size, dtype=_dtype):
-                made = test_token_loss.make(*size, kind=kind, dtype=dtype, seed=1)
+                made = loss.make(*size, kind=kind, dtype=dtype, seed=1)
                 made["labels"][0] = 0
-                gradients = tuple(k for k in test_token_loss.GRADIENTS if k in made)
+                gradients = tuple(k for k in loss.GRADIENTS if k in made)
                 return differentiated(token_loss, made, gradients)
 
 
 @case("token_loss/nothing counted")
 def _():
-    made = test_token_loss.make(33, 24, 97)
+    made = loss.make(33, 24, 97)
     made["labels"][:] = IGNORED
     return differentiated(token_loss, made, ("hidden_states", "lm_head"))
 
 
 @case("token_loss/frozen head, zero weights, capped")
 def _():
-    made = test_token_loss.make(70, 24, 97, dtype=BF16)
+    made = loss.make(70, 24, 97, dtype=BF16)
     return differentiated(token_loss, made, ("hidden_states",), logit_softcap=2.0, logit_scale=0.5)
 
 

@@ -12,12 +12,13 @@ import torch
 from moe_unlearn.ops import Gate
 from moe_unlearn.testing import check_against_ref
 from tests.ops.test_expert_mlp import GPT_OSS, case
+from tests.ops.token_loss.cases import make
 from tests.support.by_keyword import token_loss, token_loss_ref
-from tests.triton_kernels import test_expert_mlp, test_token_loss
+from tests.support.impls import TRITON
+from tests.triton_kernels import test_expert_mlp, tiles
 from tests.triton_kernels.hardware import LOG2_E, approximate
 
 small_tiles = test_expert_mlp.small_tiles
-shipped, small = test_token_loss.shipped, test_token_loss.small
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # in the interpreter
 
 
@@ -36,9 +37,9 @@ def test_gradients_of_the_gate(device, small_tiles, gate):
 
 
 @pytest.mark.parametrize("kind", ["nll", "uce", "kl"])
-def test_losses(device, small, kind):
-    small(90)
-    inputs = test_token_loss.make(device, kind=kind, tokens=32, seed=1)
+def test_losses(monkeypatch, kind):
+    tiles.token_loss(monkeypatch)
+    inputs = TRITON.moved(make(32, 24, 70, kind=kind, seed=1))
     with approximate(1):
         check_against_ref(
             functools.partial(token_loss, impl="triton"), token_loss_ref, inputs, gradients=("hidden_states",)

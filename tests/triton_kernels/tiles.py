@@ -11,6 +11,27 @@ def expert_wgrad(patch: pytest.MonkeyPatch, arch: int = 90) -> None:
     _shrink(patch, arch, "expert_wgrad", lambda tile: tile._replace(block_m=32, block_p=64, block_rows=16, group=2))
 
 
+def token_loss(patch: pytest.MonkeyPatch, arch: int = 90) -> None:
+    """Tiles of 32 rows and columns, and splits of a few of them: a few dozen rows cross every boundary."""
+
+    def tile(of, rows, columns):
+        return of._replace(rows=rows, columns=columns, depth=16, group=2)
+
+    def small(config):
+        tiles = {"logits": (32, 32), "grad_hidden": (32, 16), "grad_head": (16, 32)}
+        return config._replace(
+            **{name: tile(getattr(config, name), *size) for name, size in tiles.items()},
+            tiles_per_split=2,
+            chunk=64,
+            split_tiles=12,
+            splits=2,
+            merge_rows=16,
+            merge_splits=2,
+        )
+
+    _shrink(patch, arch, "token_loss", small)
+
+
 def _shrink(patch: pytest.MonkeyPatch, arch: int, op: str, small) -> None:
     """Choose the architecture, and change by `small` what `configs` chooses for the op."""
     from moe_unlearn.triton_kernels import configs  # late: mutants replace the package

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from moe_unlearn.ops.token_loss import IGNORED, Formula, Operands
-from tests.ops.test_token_loss import DTYPES, GRADIENTS, HEAD_OPTIONS, check, make, small_workspace
+from tests.ops.token_loss.cases import DTYPES, GRADIENTS, HEAD_OPTIONS, check, make, small_workspace
 from tests.support.by_keyword import token_loss
+from tests.support.impls import REF
 
 pytestmark = pytest.mark.quick
 
@@ -19,13 +20,13 @@ def margins(**options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_value_and_gradients(dtype, monkeypatch):
     small_workspace(monkeypatch)
-    check(margins(dtype=dtype), "ref", chunk_rows=50)
+    check(REF, margins(dtype=dtype), chunk_rows=50)
 
 
 @pytest.mark.parametrize("options", HEAD_OPTIONS, ids=str)
 def test_scale_and_softcap(options, monkeypatch):
     small_workspace(monkeypatch)
-    check(margins() | options, "ref", chunk_rows=50)
+    check(REF, margins() | options, chunk_rows=50)
 
 
 def test_loss_and_slope_by_hand(monkeypatch):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from moe_unlearn.ops.token_loss import IGNORED, Formula, Operands
-from tests.ops.test_token_loss import DTYPES, GRADIENTS, HEAD_OPTIONS, check, make, small_workspace
+from tests.ops.token_loss.cases import DTYPES, GRADIENTS, HEAD_OPTIONS, check, make, small_workspace
 from tests.support.by_keyword import token_loss, token_loss_ref
+from tests.support.impls import REF
 
 pytestmark = pytest.mark.quick
 PENALTIES = (0.0, 4.0, math.inf)
@@ -23,14 +24,14 @@ def targets(of, penalty, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_value_and_gradients(dtype, penalty, of, monkeypatch):
     small_workspace(monkeypatch)
-    check(targets(of, penalty, dtype=dtype), "ref", chunk_rows=50)
+    check(REF, targets(of, penalty, dtype=dtype), chunk_rows=50)
 
 
 @pytest.mark.parametrize("of", ["reference", "itself"])
 @pytest.mark.parametrize("options", HEAD_OPTIONS, ids=str)
 def test_scale_and_softcap(options, of, monkeypatch):
     small_workspace(monkeypatch)
-    check(targets(of, 4.0) | options, "ref", chunk_rows=50)
+    check(REF, targets(of, 4.0) | options, chunk_rows=50)
 
 
 @pytest.mark.parametrize("of", ["reference", "itself"])
@@ -85,7 +86,7 @@ def test_dropped_rows_are_exactly_zero_whatever_they_hold(of):
 
 def test_a_frozen_head_for_the_reference():
     inputs = targets("reference", 4.0) | {"ref_lm_head": make(seed=9)["lm_head"]}
-    check(inputs, "ref")
+    check(REF, inputs)
     other = token_loss_ref(**inputs | {"ref_lm_head": inputs["lm_head"]})
     assert not torch.allclose(token_loss(**inputs), other)
 
