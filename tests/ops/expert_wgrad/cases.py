@@ -87,9 +87,14 @@ def gold(made: Factors, experts=None) -> torch.Tensor:
     return expert_wgrad_ref(*wide, None if experts is None else torch.as_tensor(experts, dtype=torch.int64))
 
 
+def on_device(impl: Impl, made: Factors) -> Factors:
+    """Return the factors on the device of an implementation, in the memory layout that they have."""
+    return Factors(*(None if t is None else t.to(impl.device) for t in made))
+
+
 def store(impl: Impl, made: Factors, **options) -> torch.Tensor:
-    """Return dW, or `out` after it was added, on the CPU."""
-    made, options = impl.moved(made), impl.moved(options)
+    """Return dW, or a copy of `out` after it was added, on the CPU."""
+    made, options = on_device(impl, made), impl.moved(options)
     with poison():
         out = expert_wgrad(*made[:3], grad_rows=made.grad_rows, input_rows=made.input_rows, impl=impl.name, **options)
     return out.cpu()
@@ -189,7 +194,8 @@ def check_update(
     own = {"experts": experts, "out_dtype": dtype if narrow else F32}
     dw = gold(made, experts).float() if impl.kind == "triton" else store(impl, made, **own)
     moved = {k: impl.moved(t, layout) for k, t in tensors.items()}
-    there = impl.moved({"factors": made, "experts": experts, "mask": mask})
+    there = {"factors": on_device(impl, made), "experts": impl.moved(experts)}
+    there["mask"] = None if mask is None else mask.to(impl.device)  # whose rows may be one in memory
     fused, plain = (expert_wgrad_adamw_, masked_adamw_) if states == 2 else (expert_wgrad_sgd_, masked_sgd_)
     for step in (1, 3):
         rest = options | {"lr": 0.03, "step": step, "rounding": rounding, "seed": 2**35 + 5, "parameter_id": 3}
