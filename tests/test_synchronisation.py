@@ -23,7 +23,7 @@ from moe_unlearn.step import factors as step_factors
 from moe_unlearn.step.factors import largest_sum
 from moe_unlearn.step.gradients import GradientStore
 from moe_unlearn.step.sinks import UpdateSink
-from tests.ops.test_expert_mlp import case
+from tests.ops.expert_mlp.cases import case
 from tests.static.ledger import ROOT
 from tests.support.by_keyword import expert_mlp
 from tests.support.models import tiny_olmoe

@@ -36,8 +36,9 @@ from moe_unlearn.ops.expert_wgrad import (
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
 from moe_unlearn.ops.token_loss import IGNORED, KINDS
 from moe_unlearn.testing import in_layout, routing
-from tests.ops import test_expert_mlp, test_gram, test_masked_update
+from tests.ops import test_gram, test_masked_update
 from tests.ops import test_weight_score as scores
+from tests.ops.expert_mlp import cases as mlp
 from tests.ops.expert_wgrad import cases as wgrad
 from tests.ops.test_retain_weights import random_members
 from tests.ops.token_loss import cases as loss
@@ -164,12 +165,11 @@ def _():
 
 # ---------------------------------------------------------------------------------------------------- expert_mlp
 
-_mlp = test_expert_mlp.case
 for _name, _arguments in {
     "skewed": dict(bias=True),
     "one token": dict(tokens=1, top_k=1),
     "bf16": dict(pattern="half_empty", dtype=BF16, bias=True),
-    "sentinels": dict(pattern="sentinels", interleaved=True, gate=test_expert_mlp.GPT_OSS, bias=True),
+    "sentinels": dict(pattern="sentinels", interleaved=True, gate=mlp.GPT_OSS, bias=True),
     "nobody here": dict(pattern="all_sentinels"),
     "transposed": dict(pattern="first_empty", transposed=True, dtype=BF16),
     "no gate": dict(pattern="one_expert", gated=False),
@@ -179,9 +179,8 @@ for _name, _arguments in {
 
     @case(f"expert_mlp/{_name}")
     def _(arguments=_arguments):
-        made = _mlp(**arguments)
-        biases = ("gate_up_bias", "down_bias") if "down_bias" in made else ()
-        return differentiated(expert_mlp, made, (*test_expert_mlp.GRADIENTS, *biases))
+        made = mlp.case(**arguments)
+        return differentiated(expert_mlp, made, mlp.names_of(made))
 
 
 # -------------------------------------------------------------------------------------------------- expert_wgrad

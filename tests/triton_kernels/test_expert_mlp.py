@@ -15,14 +15,27 @@ from moe_unlearn.ops import Gate
 from moe_unlearn.ops.expert_mlp import largest_of
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, check_against_ref, in_layout, integers, poison
 from moe_unlearn.triton_kernels import configs
-from tests.ops.test_expert_mlp import GATES, GPT_OSS, GRADIENTS, LAYOUT_FLAGS, case, flat
+from tests.ops.expert_mlp.cases import (
+    ALL,
+    GATES,
+    GPT_OSS,
+    GRADIENTS,
+    LAYOUT_FLAGS,
+    backward,
+    backward_case,
+    case,
+    forward,
+    gradients,
+    names_of,
+    on,
+)
 from tests.support.by_keyword import expert_mlp, expert_mlp_ref
 from tests.support.covers import cover, pairwise
+from tests.triton_kernels import tiles
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, FP16, FP32)
 ARCHITECTURES = (80, 90)
-ALL = (True, True, True, True, True)
 # each alone, and every two of them wanted together, one of them alone and neither
 NEEDS = [tuple(i == j for j in range(5)) for i in range(5)]
 NEEDS += [tuple(case.values()) for case in pairwise({f"need {i}": (False, True) for i in range(5)})]
@@ -32,67 +45,17 @@ SHAPE = {"tokens": 19, "hidden": 24, "inner": 24, "experts": 3, "top_k": 2}
 triton_mlp = functools.partial(expert_mlp, impl="triton")
 
 
-def shrunk(arch: int, *arguments):
-    """Tiles of 16 x 16 x 16; on sm_90 persistent, and by descriptors in float32 too, whose shipped tiles use none."""
-    *_, aligned = arguments
-    tiles = shipped(*arguments)
-    small = {"rows": 16, "columns": 16, "depth": 16, "group": 2}
-    small |= {"persistent": arch >= 90, "descriptors": arch >= 90 and aligned}
-    changed = {name: getattr(tiles, name)._replace(**small) for name in ("gate_up", "linear", "activation")}
-    return tiles._replace(**changed, activation_slices=2, weights_hidden=32, sum_columns=32)
-
-
-shipped = configs.expert_mlp
-
-
 @pytest.fixture
 def small_tiles(monkeypatch):
     """On architecture `use(arch)`."""
 
-    def use(arch):
-        monkeypatch.setenv("MOE_UNLEARN_TRITON_ARCH", str(arch))
-        monkeypatch.setattr(configs, "expert_mlp", functools.partial(shrunk, arch))
-
-    return use
+    return lambda arch: tiles.expert_mlp(monkeypatch, arch)
 
 
 @pytest.fixture(params=ARCHITECTURES, ids=["sm_80", "sm_90"])
 def arch(request, small_tiles):
     small_tiles(request.param)
     return request.param
-
-
-def on(device, arguments):
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in arguments.items()}
-
-
-def forward(impl, **arguments):
-    """(output, z)"""
-    return torch.ops.moe_unlearn.expert_mlp(*flat(arguments, impl))
-
-
-def backward(impl, *, grad_out, z, needs=ALL, **arguments):
-    """(d_x, d_weights, dz, scaled, largest)"""
-    x, weights, rows, offsets, w1, w2, _, b2, _, *options, _ = flat(arguments)
-    return torch.ops.moe_unlearn.expert_mlp_backward(
-        grad_out, x, weights, rows, offsets, w1, w2, b2, z, *options, list(needs), impl
-    )
-
-
-def gradients(impl, **arguments):
-    """(d_x, d_weights, dz, scaled); the largest values of a kernel are those of what it stored."""
-    *made, largest = backward(impl, **arguments)
-    if impl != "ref":
-        assert torch.equal(largest, largest_of(*made[2:]))
-    return tuple(made)
-
-
-def backward_case(device, arguments, layout="contiguous"):
-    """`arguments` with a random upstream gradient and the z of the reference."""
-    arguments = on(device, arguments)
-    x = arguments["hidden_states"]
-    grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(x)
-    return arguments | {"grad_out": in_layout(grad_out, layout), "z": forward("ref", **arguments)[1]}
 
 
 def check(device, arguments, layout="contiguous"):
@@ -246,7 +209,7 @@ def test_integers_are_exact(device, small_tiles, flags):
     small_tiles(ARCHITECTURES[sum(flags) % 2])
     layout = {"transposed": transposed, "interleaved": interleaved, "gated": gated, "gate": Gate("relu")}
     arguments = case("sentinels", **SHAPE, bias=bias, **layout)
-    names = GRADIENTS + (("gate_up_bias", "down_bias") if bias else ())
+    names = names_of(arguments)
     for k in names:
         arguments[k] = integers(*arguments[k].shape, seed=len(k))
     arguments, upstream = on(device, arguments), integers(19, 24, seed=9).to(device)
@@ -352,8 +315,8 @@ def test_compiles_without_graph_breaks(device, small_tiles):
 @pytest.mark.quick
 @pytest.mark.parametrize("hidden,inner,dtype", [(2048, 768, BF16), (2880, 2880, BF16), (2048, 1408, FP16)], ids=str)
 def test_production_shapes_get_descriptors_on_hopper(hidden, inner, dtype):
-    tiles = configs.expert_mlp(512, hidden, False, dtype, 90, True)
-    for tile in (tiles.gate_up, tiles.linear, tiles.activation):
+    shipped = configs.expert_mlp(512, hidden, False, dtype, 90, True)
+    for tile in (shipped.gate_up, shipped.linear, shipped.activation):
         assert tile.descriptors and tile.persistent and tile.rows == 128
     assert not configs.expert_mlp(512, hidden, False, dtype, 80, True).linear.descriptors
     assert not configs.expert_mlp(512, hidden, False, dtype, 90, False).linear.descriptors

@@ -11,29 +11,26 @@ import torch
 
 from moe_unlearn.ops import Gate
 from moe_unlearn.testing import check_against_ref
-from tests.ops.test_expert_mlp import GPT_OSS, case
+from tests.ops.expert_mlp.cases import GPT_OSS, backward_case, case, gradients
 from tests.ops.token_loss.cases import make
 from tests.support.by_keyword import token_loss, token_loss_ref
 from tests.support.impls import TRITON
-from tests.triton_kernels import test_expert_mlp, tiles
+from tests.triton_kernels import tiles
 from tests.triton_kernels.hardware import LOG2_E, approximate
 
-small_tiles = test_expert_mlp.small_tiles
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # in the interpreter
 
 
 @pytest.mark.parametrize("gate", [Gate("gelu_tanh"), Gate(), GPT_OSS], ids=str)
-def test_gradients_of_the_gate(device, small_tiles, gate):
+def test_gradients_of_the_gate(device, monkeypatch, gate):
     """float32, where a last bit counts, and large pre-activations, whose product with log2 e loses most."""
-    small_tiles(80)
+    tiles.expert_mlp(monkeypatch, 80)
     for seed in range(12 if gate.activation == "gelu_tanh" else 4):
         arguments = case("uniform", 16, 16, 16, experts=2, top_k=1, gate=gate, bias=True, seed=seed)
         arguments["gate_up_proj"] *= 4
-        values = test_expert_mlp.backward_case(device, arguments)
+        values = backward_case(device, arguments)
         with approximate(seed):
-            check_against_ref(
-                *(functools.partial(test_expert_mlp.gradients, impl) for impl in ("triton", "ref")), values
-            )
+            check_against_ref(*(functools.partial(gradients, impl) for impl in ("triton", "ref")), values)
 
 
 @pytest.mark.parametrize("kind", ["nll", "uce", "kl"])

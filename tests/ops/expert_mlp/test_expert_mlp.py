@@ -6,92 +6,37 @@ import pytest
 import torch
 
 from moe_unlearn import backend
-from moe_unlearn.ops import ExpertLayout, ExpertWeights, Gate, route
-from moe_unlearn.ops.gate import ACTIVATIONS, activate, activate_backward
-from moe_unlearn.testing import (
-    LAYOUTS,
-    ROUTINGS,
-    assert_as_accurate,
-    check_against_ref,
-    in_layout,
-    integers,
-    poison,
-    routing,
-)
+from moe_unlearn.ops import Gate, route
+from moe_unlearn.ops.gate import activate, activate_backward
+from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison, routing
 from moe_unlearn.testing.yardstick import Reference
-from tests.support.by_keyword import expert_mlp, expert_mlp_ref
+from tests.ops.expert_mlp.cases import GATES, GRADIENTS, LAYOUT_FLAGS, case, check, flat, names_of, results
+from tests.support.by_keyword import expert_mlp
+from tests.support.covers import cover
+from tests.support.impls import REF
 
-GRADIENTS = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
-GPT_OSS = Gate("silu", 1.702, 7.0, 1.0)
-GATES = [*map(Gate, ACTIVATIONS), GPT_OSS, Gate("silu", 1.0, 0.5), Gate("gelu", limit=0.3)]
-
-
-def case(
-    pattern="skewed",
-    tokens=19,
-    hidden=24,
-    inner=16,
-    experts=5,
-    top_k=2,
-    *,
-    dtype=torch.float32,
-    bias=False,
-    seed=0,
-    **layout,
-):
-    """Arguments of the op for one routing pattern and the fields of a `ExpertLayout`."""
-    layout = ExpertLayout(**layout)
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    index = routing(pattern, tokens, experts, top_k, seed=seed)
-    made = route(index, experts)
-    wide = 2 * inner if layout.gated else inner
-    w1 = normal(experts, hidden, wide) if layout.transposed else normal(experts, wide, hidden)
-    w2 = normal(experts, inner, hidden) if layout.transposed else normal(experts, hidden, inner)
-    arguments = {
-        "hidden_states": normal(tokens, hidden),
-        "top_k_weights": torch.rand((tokens, top_k), generator=generator).to(dtype) + 0.1,
-        "sorted_rows": made.sorted_rows,
-        "expert_offsets": made.expert_offsets,
-        "gate_up_proj": w1 / hidden**0.5,
-        "down_proj": w2 / inner**0.5,
-        **layout._asdict(),
-    }
-    if bias:
-        arguments |= {"gate_up_bias": normal(experts, wide), "down_bias": normal(experts, hidden)}
-    return arguments
-
-
-def check(arguments, **keywords):
-    gradients = GRADIENTS + (("gate_up_bias", "down_bias") if "down_bias" in arguments else ())
-    check_against_ref(expert_mlp, expert_mlp_ref, arguments, gradients=gradients, **keywords)
+HOST = ("ref", "cpu")  # Triton's passes are held against these, value by value, in tests/triton_kernels
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PATTERNS = tuple(pattern for pattern in ROUTINGS if pattern != "all_sentinels")
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("pattern", [p for p in ROUTINGS if p != "all_sentinels"])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_routing_patterns(pattern, top_k):
-    check(case(pattern, top_k=top_k))
+@cover(indirect=["impl"], impl=HOST, pattern=PATTERNS, dtype=DTYPES, top_k=(1, 2), bias=(False, True))
+def test_routing_patterns(bias, top_k, dtype, pattern, impl):
+    check(impl, case(pattern, top_k=top_k, dtype=dtype, bias=bias))
 
 
-LAYOUT_FLAGS = list(itertools.product([False, True], repeat=4))
-
-
-@pytest.mark.parametrize("flags", LAYOUT_FLAGS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_layout_flags(flags, dtype):
+@pytest.mark.quick
+@cover(indirect=["impl"], impl=HOST, flags=LAYOUT_FLAGS, dtype=DTYPES[:2])
+def test_layout_flags(dtype, flags, impl):
     transposed, interleaved, bias, gated = flags
-    check(case(transposed=transposed, interleaved=interleaved, bias=bias, gated=gated, dtype=dtype))
+    check(impl, case(transposed=transposed, interleaved=interleaved, bias=bias, gated=gated, dtype=dtype))
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("gate", GATES, ids=str)
-@pytest.mark.parametrize("gated", [True, False])
-def test_gates(gate, gated):
-    check(case(gate=gate, gated=gated, bias=True, seed=3))
+@cover(indirect=["impl"], impl=HOST, gate=GATES, gated=(True, False))
+def test_gates(gated, gate, impl):
+    check(impl, case(gate=gate, gated=gated, bias=True, seed=3))
 
 
 @pytest.mark.quick
@@ -127,13 +72,13 @@ def test_gradient_is_cut_at_the_clamp_as_torch_cuts_it_and_nan_is_never_lost(gat
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_memory_layouts_of_inputs_and_upstream_gradients(layout):
-    arguments = case(bias=True)
+@cover(indirect=["impl"], impl=HOST, layout=LAYOUTS, dtype=DTYPES[:2])
+def test_memory_layouts_of_inputs_and_upstream_gradients(dtype, layout, impl):
+    arguments = case(bias=True, dtype=dtype)
     moved = {k: in_layout(v, layout) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-    check(moved, gradient_layout=layout)
+    check(impl, moved, gradient_layout=layout)
     expanded = arguments | {"hidden_states": arguments["hidden_states"][:1].expand(19, -1)}
-    check(expanded, gradient_layout=layout)
+    check(impl, expanded, gradient_layout=layout)
 
 
 @pytest.mark.quick
@@ -146,52 +91,52 @@ def test_expanded_upstream_gradient():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("top_k", [1, 5])
-def test_one_token(top_k):
-    check(case("uniform", tokens=1, top_k=top_k, bias=True))
+@cover(indirect=["impl"], impl=HOST, top_k=(1, 5))
+def test_one_token(top_k, impl):
+    check(impl, case("uniform", tokens=1, top_k=top_k, bias=True))
 
 
 @pytest.mark.quick
-def test_no_token():
-    arguments = case("uniform", tokens=0, bias=True)
-    leaves = [arguments[k].requires_grad_() for k in GRADIENTS]
-    out = expert_mlp(**arguments)
+@cover(indirect=["impl"], impl=HOST)
+def test_no_token(impl):
+    arguments = case("uniform", tokens=0, top_k=5, bias=True, dtype=torch.bfloat16)
+    out, *grads = results(impl, arguments)
     assert out.shape == (0, 24)
-    for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
-        assert grad.shape == leaf.shape and (grad == 0).all()
+    for name, grad in zip(names_of(arguments), grads, strict=True):
+        assert grad.shape == arguments[name].shape and not grad.any()
 
 
 @pytest.mark.quick
-def test_one_expert_only():
-    check(case("uniform", experts=1, top_k=1))
+@cover(indirect=["impl"], impl=HOST)
+def test_one_expert_only(impl):
+    check(impl, case("uniform", experts=1, top_k=1))
 
 
 @pytest.mark.quick
-def test_float32_routing_weights_in_a_bf16_layer():
-    arguments = case(dtype=torch.bfloat16)
-    arguments["top_k_weights"] = torch.rand(19, 2) + 0.1
-    check(arguments)
-    weights = arguments["top_k_weights"].requires_grad_()
-    out = expert_mlp(**arguments)
-    assert out.dtype == torch.bfloat16
-    assert torch.autograd.grad(out.float().sum(), weights)[0].dtype == torch.float32
+@cover(indirect=["impl"], impl=HOST, weights=(*DTYPES[:2], torch.float64))
+def test_routing_weights_of_their_own_dtype(weights, impl):
+    arguments = case(dtype=torch.bfloat16 if weights == torch.float32 else torch.float32)
+    arguments["top_k_weights"] = arguments["top_k_weights"].to(weights)
+    check(impl, arguments)
+    out, _, grad, *_ = results(impl, arguments)
+    assert out.dtype == arguments["hidden_states"].dtype and grad.dtype == weights
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("transposed", [False, True])
-def test_integers_are_exact(transposed):
-    """relu on small integers: any order of additions must give the same bits, forward and backward."""
-    arguments = case(transposed=transposed, gate=Gate("relu"))
-    for k in ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj"):
-        arguments[k] = integers(*arguments[k].shape, seed=len(k)).requires_grad_()
-    wide = {k: v.detach().double().requires_grad_() if k in GRADIENTS else v for k, v in arguments.items()}
-    out, gold = expert_mlp(**arguments), expert_mlp_ref(**wide)
-    assert torch.equal(out.double(), gold)
-    upstream = integers(19, 24, seed=9)
-    ours = torch.autograd.grad(out, [arguments[k] for k in GRADIENTS], upstream)
-    theirs = torch.autograd.grad(gold, [wide[k] for k in GRADIENTS], upstream.double())
-    for name, a, b in zip(GRADIENTS, ours, theirs, strict=True):
-        assert torch.equal(a.double(), b), name
+@cover(indirect=["impl"], impl=HOST, transposed=(False, True), dtype=DTYPES[:2])
+def test_integers_are_exact(dtype, transposed, impl):
+    """relu on small integers: any order of additions must give the same bits, forward and in float32 backward."""
+    arguments = case(transposed=transposed, gate=Gate("relu"), tokens=40, hidden=40, inner=33)
+    low = 1 if dtype == torch.bfloat16 else 3  # so that bfloat16 holds every sum
+    arguments |= {k: integers(*arguments[k].shape, seed=len(k), low=-low, high=low, dtype=dtype) for k in GRADIENTS}
+    if dtype == torch.bfloat16:
+        for name in ("gate_up_proj", "down_proj"):
+            arguments[name] *= (torch.rand(arguments[name].shape) < 0.1).to(dtype)
+    wide = {k: v.double() if k in GRADIENTS else v for k, v in arguments.items()}
+    with poison():
+        got, expected = results(impl, arguments, exact=True), results(REF, wide, exact=True)
+    for name, a, b in zip(("output", *GRADIENTS), got, expected, strict=True):
+        assert torch.equal(a.double(), b) or (name != "output" and dtype == torch.bfloat16), name
 
 
 @pytest.mark.quick
@@ -207,28 +152,26 @@ def test_an_empty_expert_has_exactly_zero_gradient(pattern):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("pattern", ["sentinels", "all_sentinels"])
-def test_sentinel_rows_contribute_nothing_even_with_nan_weights(pattern):
-    arguments = case(pattern, bias=True)
-    index = routing(pattern, 19, 5, 2)
-    clean = arguments["top_k_weights"].masked_fill(index == 5, 0.0)
-    arguments["top_k_weights"] = arguments["top_k_weights"].masked_fill(index == 5, torch.nan)
-    leaves = [arguments[k].requires_grad_() for k in GRADIENTS]
+@cover(indirect=["impl"], impl=HOST, pattern=("sentinels", "all_sentinels"), dtype=DTYPES[:2])
+def test_sentinel_rows_contribute_nothing_even_with_nan_weights(dtype, pattern, impl):
+    arguments = case(pattern, bias=True, dtype=dtype)
+    away = routing(pattern, 19, 5, 2) == 5
+    clean = results(impl, arguments | {"top_k_weights": arguments["top_k_weights"].masked_fill(away, 0.0)})
+    arguments["top_k_weights"] = arguments["top_k_weights"].masked_fill(away, torch.nan)
     with poison():
-        out = expert_mlp(**arguments)
-        grads = torch.autograd.grad(out, leaves, torch.ones(19, 24).mul_(torch.arange(24)))
-    assert torch.equal(out, expert_mlp(**arguments | {"top_k_weights": clean}))
-    assert all(g.isfinite().all() for g in grads)
-    assert (grads[1][index == 5] == 0).all()
-    if pattern == "all_sentinels":
-        assert (out == 0).all() and all((g == 0).all() for g in grads)
+        got = results(impl, arguments)
+    for a, b in zip(got, clean, strict=True):
+        assert torch.equal(a, b) and a.isfinite().all()
+    assert not got[2][away].any()
+    assert pattern == "sentinels" or not any(values.any() for values in got)
 
 
 @pytest.mark.quick
-def test_a_nan_token_stays_in_its_row():
-    arguments = case("uniform")
+@cover(indirect=["impl"], impl=HOST, dtype=DTYPES[:2])
+def test_a_nan_token_stays_in_its_row(dtype, impl):
+    arguments = case("uniform", dtype=dtype)
     arguments["hidden_states"][7] = torch.nan
-    out = expert_mlp(**arguments)
+    out = expert_mlp(**arguments, impl=impl.name)
     assert out[7].isnan().all() and out[torch.arange(19) != 7].isfinite().all()
 
 
@@ -328,14 +271,6 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights_own()
     with torch.autocast("cpu", torch.bfloat16):
         wide = {k: v.double() if k in names else v for k, v in arguments.items()}
         assert expert_mlp(**wide).dtype == torch.float64
-
-
-def flat(arguments, impl="auto"):
-    """Positional arguments of the custom op."""
-    routed = (arguments[name] for name in ("hidden_states", "top_k_weights", "sorted_rows", "expert_offsets"))
-    weights = ExpertWeights(**{name: arguments[name] for name in ExpertWeights._fields if name in arguments})
-    layout = ExpertLayout(**{name: arguments[name] for name in ExpertLayout._fields})
-    return *routed, *weights, arguments.get("trained_experts"), *layout.flat(), impl
 
 
 @pytest.mark.parametrize("bias", [False, True])
