@@ -97,7 +97,7 @@ def test_one_token(top_k, impl):
 
 
 @pytest.mark.quick
-@cover(indirect=["impl"], impl=HOST)
+@pytest.mark.parametrize("impl", HOST, indirect=True)
 def test_no_token(impl):
     arguments = case("uniform", tokens=0, top_k=5, bias=True, dtype=torch.bfloat16)
     out, *grads = results(impl, arguments)
@@ -107,7 +107,7 @@ def test_no_token(impl):
 
 
 @pytest.mark.quick
-@cover(indirect=["impl"], impl=HOST)
+@pytest.mark.parametrize("impl", HOST, indirect=True)
 def test_one_expert_only(impl):
     check(impl, case("uniform", experts=1, top_k=1))
 
