@@ -33,7 +33,7 @@ TRITON_TESTS = tuple(
 )
 WAIT_TESTS = "tests/test_synchronisation.py::test_on_a_gpu_every_other_wait_is_an_error"
 # of the Triton tests a sample in which every value of every parameter occurs
-SAMPLED = ("-p", "tests.gpu_plugin", "--covering", "tests/triton_kernels", "--covering", "tests/ops")
+SAMPLED = ("-m", "not nightly", "-p", "tests.gpu_plugin", "--covering=tests/triton_kernels", "--covering=tests/ops")
 MATRIX = (CUDA_TESTS, WAIT_TESTS, *TRITON_TESTS, *OPS_TESTS, *SAMPLED)
 # memcheck slows a test down twenty-fold: one case of each, without those that are about size, repetition and graphs
 SANITIZED = (

@@ -225,19 +225,31 @@ def test_every_room_has_tests_of_its_name():
     assert not missing and WITHOUT_TESTS <= FLOOR.keys()
 
 
-# the cases of an op stand in tests/ops/<op>/cases.py, or still beside the tests of its reference or of its C++ kernels
-CASES = re.compile(r"tests\.(ops|native|triton_kernels)(\.test_|$)")
+def homes() -> dict[str, Path]:
+    """Return the folders of tests/ops by op."""
+    return {path.name: path for path in (ROOT / "tests" / "ops").iterdir() if (path / "cases.py").exists()}
+
+
+def test_an_op_has_one_home_for_its_cases():
+    """There the tests of its reference stand, and of all that its implementations claim alike."""
+    assert len(homes()) >= 4 and homes().keys() <= OPS
+    for op, folder in homes().items():
+        names = {path.name for path in folder.glob("*.py")} - {"cases.py"}
+        assert f"test_{op}.py" in names and all(name.startswith(f"test_{op}") for name in names), folder
 
 
 def test_no_test_imports_a_test():
-    """What tests share is in tests/support."""
+    """What tests share is in tests/support, and in the cases of an op; an op without such has them in its tests."""
+    without = "|".join(OPS - homes().keys()) or "none"
+    cases = re.compile(rf"tests\.(ops|native|triton_kernels)\.test_({without})(_\w+)?(\..*)?")
     wrong, found = [], 0
     for path in (ROOT / "tests").rglob("*.py"):
         for node in nodes(path):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("tests"):
                 found += 1
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
-                if any(".test_" in name or ".conftest" in name for name in names) and not CASES.match(node.module):
+                of_tests = [name for name in names if ".test_" in name or ".conftest" in name]
+                if not all(map(cases.fullmatch, of_tests)):
                     wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {', '.join(names)}")
     assert found > 200 and not wrong, "\n".join(wrong)
 

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 def kind_of(item: pytest.Item) -> str:
     """Return the implementation that an item of this folder is about."""
-    return getattr(item, "callspec", None) and item.callspec.params.get("impl") or "ref"
+    return item.callspec.params.get("impl", "ref") if hasattr(item, "callspec") else "ref"
 
 
 def of_op(item: pytest.Item) -> str:
@@ -53,11 +53,13 @@ def pytest_itemcollected(item):
 
 def pytest_collection_modifyitems(config, items):
     """Keep of this folder what --impl names."""
-    wanted = config.getoption("--impl")
-    dropped = [item for item in items if wanted and HERE in item.path.parents and kind_of(item) not in wanted]
+    wanted, kept, dropped = config.getoption("--impl"), [], []
+    for item in items:
+        ours = wanted and HERE in item.path.parents
+        (dropped if ours and kind_of(item) not in wanted else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item not in dropped]
+        items[:] = kept
 
 
 @pytest.fixture
