@@ -128,6 +128,13 @@ MOE_UNLEARN_ELEMENT float round_stochastic(float value, uint32_t random) {
   return finite ? float_of((bits + (random & 0xFFFF)) & 0xFFFF0000) : value;
 }
 
+/// Which update of which parameter this is, and how its result is rounded: `Update` of masked_update.py.
+struct Update {
+  int64_t step;
+  bool stochastic;
+  int64_t seed, parameter_id, first_row;
+};
+
 // ---- Update rules, every operation rounded to dtype A (float32: not at all) --------------------------------
 //
 // In parts, so that a CPU kernel can run each part over many elements; `apply` is one element's whole update.

@@ -28,11 +28,11 @@ STABLE_TORCH_LIBRARY(moe_unlearn_native, m) {
   m.def(
       "masked_sgd_(Tensor(a!) param, Tensor grad, Tensor(b!)? momentum_buffer, Tensor? mask, "
       "Tensor(c!)? master, Tensor? slices, float lr, float momentum, float grad_scale, float weight_decay, "
-      "bool nesterov, int step, bool stochastic, int seed, int parameter_id) -> ()");
+      "bool nesterov, int step, bool stochastic, int seed, int parameter_id, int first_row) -> ()");
   m.def(
       "masked_adamw_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor? mask, "
       "Tensor(d!)? master, Tensor? slices, float decay, float beta1, float beta2, float root_correction, "
-      "float eps, float step_size, int step, bool stochastic, int seed, int parameter_id) -> ()");
+      "float eps, float step_size, int step, bool stochastic, int seed, int parameter_id, int first_row) -> ()");
 
   m.def(
       "expert_wgrad_(Tensor(a!) out, Tensor grad, Tensor input, Tensor bounds, Tensor? grad_rows, "
@@ -41,12 +41,12 @@ STABLE_TORCH_LIBRARY(moe_unlearn_native, m) {
       "expert_wgrad_sgd_(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor(c!)? master, Tensor grad, "
       "Tensor input, Tensor bounds, Tensor? grad_rows, Tensor? input_rows, Tensor experts, Tensor? mask, float lr, "
       "float momentum, float grad_scale, float weight_decay, bool nesterov, int step, bool stochastic, int seed, "
-      "int parameter_id) -> ()");
+      "int parameter_id, int first_row) -> ()");
   m.def(
       "expert_wgrad_adamw_(Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? master, "
       "Tensor grad, Tensor input, Tensor bounds, Tensor? grad_rows, Tensor? input_rows, Tensor experts, "
       "Tensor? mask, float decay, float beta1, float beta2, float root_correction, float eps, float step_size, "
-      "int step, bool stochastic, int seed, int parameter_id) -> ()");
+      "int step, bool stochastic, int seed, int parameter_id, int first_row) -> ()");
   m.def(
       "expert_wgrad_score_(Tensor(a!) out, Tensor weight, Tensor grad_f, Tensor input_f, Tensor bounds_f, "
       "Tensor? grad_rows_f, Tensor? input_rows_f, Tensor grad_r, Tensor input_r, Tensor bounds_r, "

@@ -43,7 +43,7 @@ from moe_unlearn.triton_kernels.masked_update import (
 @triton.jit
 def _update(
     g, weight, first, second, master, mask, weight_strides, first_strides, second_strides, master_strides, mask_strides,
-    index, expert, m, p, step, seed, parameter_id, scalars,
+    index, expert, m, p, step, seed, parameter_id, first_row, scalars,
     M: tl.constexpr, P: tl.constexpr, ADAMW: tl.constexpr, STEP_DTYPE: tl.constexpr,
     DECAY: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FIRST_STEP: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -53,12 +53,12 @@ def _update(
         g, right = halves(g)
         _update(
             g, weight, first, second, master, mask, weight_strides, first_strides, second_strides, master_strides,
-            mask_strides, index, expert, m, p, step, seed, parameter_id, scalars,
+            mask_strides, index, expert, m, p, step, seed, parameter_id, first_row, scalars,
             M, P, ADAMW, STEP_DTYPE, DECAY, MOMENTUM, NESTEROV, FIRST_STEP, STOCHASTIC,
         )  # fmt: skip
         _update(
             right, weight, first, second, master, mask, weight_strides, first_strides, second_strides, master_strides,
-            mask_strides, index, expert, m, p + g.shape[1], step, seed, parameter_id, scalars,
+            mask_strides, index, expert, m, p + g.shape[1], step, seed, parameter_id, first_row, scalars,
             M, P, ADAMW, STEP_DTYPE, DECAY, MOMENTUM, NESTEROV, FIRST_STEP, STOCHASTIC,
         )  # fmt: skip
     else:
@@ -125,16 +125,16 @@ def _update(
             tl.store(first + at_first, select(new_first, old_first, kept, mask), mask=live)
         if master is not None:
             tl.store(master + at_master, select(w, old_master, kept, mask), mask=live)
-        element, _ = places((M * P, P, 1), expert, m, p, M, P, g.shape[0], g.shape[1])
+        element, _ = places((M * P, P, 1), first_row + expert, m, p, M, P, g.shape[0], g.shape[1])
         new = round_weight(w, weight.dtype.element_ty, element, step, seed, parameter_id, STOCHASTIC)
         tl.store(weight + at_weight, select(new, old, kept, mask), mask=live)
 
 
-@triton.jit(do_not_specialize=["step", "seed", "parameter_id"])
+@triton.jit(do_not_specialize=["step", "seed", "parameter_id", "first_row"])
 def _update_kernel(
     weight, first, second, master, mask, weight_strides, first_strides, second_strides, master_strides, mask_strides,
     grad, input, bounds, grad_rows, input_rows, strides, experts, num_listed,
-    step: tl.int64, seed: tl.int64, parameter_id: tl.int64, scalars,
+    step: tl.int64, seed: tl.int64, parameter_id: tl.int64, first_row: tl.int64, scalars,
     M: tl.constexpr, P: tl.constexpr, ADAMW: tl.constexpr, STEP_DTYPE: tl.constexpr,
     DECAY: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FIRST_STEP: tl.constexpr,
     STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -143,6 +143,7 @@ def _update_kernel(
     """Compute one tile of dW and update its weights.
 
     first, second: exp_avg and exp_avg_sq, or momentum_buffer and None; None where there is no such tensor.
+    first_row: the index of weight's first expert in the weight that it is a shard of.
     """
     index, m, p = find_tile(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, GROUP)
     expert = listed(experts, index)
@@ -154,26 +155,27 @@ def _update_kernel(
     )  # fmt: skip
     _update(
         g, weight, first, second, master, mask, weight_strides, first_strides, second_strides, master_strides,
-        mask_strides, index, expert, m, p, step, seed, parameter_id, scalars,
+        mask_strides, index, expert, m, p, step, seed, parameter_id, first_row, scalars,
         M, P, ADAMW, STEP_DTYPE, DECAY, MOMENTUM, NESTEROV, FIRST_STEP, STOCHASTIC,
     )  # fmt: skip
 
 
 def sgd_(
     weight, momentum_buffer, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask, lr, momentum,
-    dampening, weight_decay, nesterov, step, rounding, seed, parameter_id,
+    dampening, weight_decay, nesterov, step, rounding, seed, parameter_id, first_row,
 ) -> None:  # fmt: skip
     """Update weight[experts] by masked SGD with dW, in place; arguments as in `expert_wgrad_sgd_ref_` of the op."""
     scalars, flags = sgd_constants(lr, momentum, dampening, weight_decay, nesterov, step)
     flags |= {"ADAMW": False, "STEP_DTYPE": step_dtype(weight, (momentum_buffer,), rounding, master)}
     state = (momentum_buffer if flags["MOMENTUM"] else None, None, master)
     factors = (grad, input, expert_offsets, grad_rows, input_rows)
-    _launch(weight, state, mask, factors, experts, (step, seed, parameter_id), rounding, scalars, flags)
+    counter = (step, seed, parameter_id, first_row)
+    _launch(weight, state, mask, factors, experts, counter, rounding, scalars, flags)
 
 
 def adamw_(
     weight, exp_avg, exp_avg_sq, master, grad, input, expert_offsets, grad_rows, input_rows, experts, mask, lr, beta1,
-    beta2, eps, weight_decay, step, rounding, seed, parameter_id,
+    beta2, eps, weight_decay, step, rounding, seed, parameter_id, first_row,
 ) -> None:  # fmt: skip
     """Update weight[experts] by masked AdamW with dW, in place; arguments as in `expert_wgrad_adamw_ref_` of the op."""
     scalars, flags = adamw_constants(lr, beta1, beta2, eps, weight_decay, step)
@@ -181,10 +183,11 @@ def adamw_(
     flags |= {"MOMENTUM": False, "NESTEROV": False, "FIRST_STEP": False}
     factors = (grad, input, expert_offsets, grad_rows, input_rows)
     state = (exp_avg, exp_avg_sq, master)
-    _launch(weight, state, mask, factors, experts, (step, seed, parameter_id), rounding, scalars, flags)
+    counter = (step, seed, parameter_id, first_row)
+    _launch(weight, state, mask, factors, experts, counter, rounding, scalars, flags)
 
 
-def _launch(weight: torch.Tensor, state, mask, factors, experts, key, rounding, scalars, flags) -> None:
+def _launch(weight: torch.Tensor, state, mask, factors, experts, counter, rounding, scalars, flags) -> None:
     if state[2] is not None or rounding == "stochastic":
         epilogue = "update"
     else:
@@ -200,7 +203,7 @@ def _launch(weight: torch.Tensor, state, mask, factors, experts, key, rounding, 
         *side[:6],
         None if experts is None else experts.contiguous(),
         shape[0],
-        *key,
+        *counter,
         tuple(scalars),
         STOCHASTIC=rounding == "stochastic",
         BY_DESCRIPTOR=side.by_descriptor,

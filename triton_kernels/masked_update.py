@@ -17,6 +17,7 @@ The bits are those of the reference: every operation of the rule rounds once and
 fuses, IEEE division and square root). Only the reference's float32 square root on the CPU, MKL's, may be one ulp off.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -44,8 +45,8 @@ from moe_unlearn.triton_kernels.common import (
 # w, g, m, v, b are float32 tiles of one shape: w is the master if there is one, else the widened parameter; g is the
 # float32 gradient. STEP_DTYPE, `step_dtype(param, state, rounding, master)`, is the dtype to which each operation
 # rounds: float32 unless all of the state has the parameter's narrow dtype. index is the int64 flat index in the *whole*
-# parameter. Every product that is added is written as tl.fma and nothing else can be contracted, so that the bits do
-# not depend on enable_fp_fusion.
+# parameter: `first_element` and that in the tensor at hand. Every product that is added is written as tl.fma and
+# nothing else can be contracted, so that the bits do not depend on enable_fp_fusion.
 
 _TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -56,6 +57,11 @@ def step_dtype(
     """Return the dtype to which a rule's operations round: the parameter's if all of the state has it, else float32."""
     narrow = master is None and all(s is None or s.dtype == param.dtype for s in state)
     return _TL_DTYPES[param.dtype] if narrow and rounding == "nearest" else tl.float32
+
+
+def first_element_of(param: torch.Tensor, first_row: int) -> int:
+    """Return the flat index of param's first element in the parameter that it is a shard of."""
+    return first_row * math.prod(param.shape[1:])
 
 
 class SGDScalars(NamedTuple):
@@ -206,11 +212,11 @@ def select(new, old, kept, mask):
     return selected
 
 
-@triton.jit(do_not_specialize=["step", "seed", "parameter_id"])
+@triton.jit(do_not_specialize=["step", "seed", "parameter_id", "first_element"])
 def _update_kernel(
     param, grad, first, second, master, mask, slices,
     param_strides, grad_strides, first_strides, second_strides, master_strides, mask_strides,
-    rows, columns, step: tl.int64, seed: tl.int64, parameter_id: tl.int64, scalars,
+    rows, columns, step: tl.int64, seed: tl.int64, parameter_id: tl.int64, first_element: tl.int64, scalars,
     ADAMW: tl.constexpr, STEP_DTYPE: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr, FIRST_STEP: tl.constexpr, STOCHASTIC: tl.constexpr, GATHER: tl.constexpr,
     ROWS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
@@ -218,6 +224,7 @@ def _update_kernel(
     """Update one tile of a parameter and its state.
 
     first, second: exp_avg and exp_avg_sq, or momentum_buffer and None; None where there is no such tensor.
+    first_element: the flat index of param's first element in the parameter that it is a shard of.
     """
     index, row, at, exists = _position(rows, columns, BLOCK, ROWS_FIRST)
     if mask is None:
@@ -298,35 +305,37 @@ def _update_kernel(
         tl.store(first, select(new_first, old_first, kept, mask), mask=live)
     if master is not None:
         tl.store(master, select(w, old_master, kept, mask), mask=live)
-    new = round_weight(w, param.dtype.element_ty, flat, step, seed, parameter_id, STOCHASTIC)
+    new = round_weight(w, param.dtype.element_ty, first_element + flat, step, seed, parameter_id, STOCHASTIC)
     tl.store(param, select(new, old, kept, mask), mask=live)
 
 
 def masked_sgd_(
     param, grad, momentum_buffer, mask, master, slices, lr, momentum, dampening, weight_decay, nesterov, step,
-    rounding, seed, parameter_id,
+    rounding, seed, parameter_id, first_row,
 ) -> None:  # fmt: skip
     """Run one SGD step in place; arguments as in `ops.masked_update.masked_sgd_`."""
     scalars, flags = sgd_constants(lr, momentum, dampening, weight_decay, nesterov, step)
     dtype = step_dtype(param, (momentum_buffer,), rounding, master)
     state = (momentum_buffer if flags["MOMENTUM"] else None, None)
     flags |= {"ADAMW": False, "STEP_DTYPE": dtype, "STOCHASTIC": rounding == "stochastic"}
-    _launch(param, grad, *state, master, mask, slices, (step, seed, parameter_id), scalars, flags)
+    counter = (step, seed, parameter_id, first_element_of(param, first_row))
+    _launch(param, grad, *state, master, mask, slices, counter, scalars, flags)
 
 
 def masked_adamw_(
     param, grad, exp_avg, exp_avg_sq, mask, master, slices, lr, beta1, beta2, eps, weight_decay, step, rounding,
-    seed, parameter_id,
+    seed, parameter_id, first_row,
 ) -> None:  # fmt: skip
     """Run one AdamW step in place; arguments as in `ops.masked_update.masked_adamw_`."""
     scalars, flags = adamw_constants(lr, beta1, beta2, eps, weight_decay, step)
     dtype = step_dtype(param, (exp_avg, exp_avg_sq), rounding, master)
     flags |= {"ADAMW": True, "STEP_DTYPE": dtype, "STOCHASTIC": rounding == "stochastic"}
     flags |= {"MOMENTUM": False, "NESTEROV": False, "FIRST_STEP": False}
-    _launch(param, grad, exp_avg, exp_avg_sq, master, mask, slices, (step, seed, parameter_id), scalars, flags)
+    counter = (step, seed, parameter_id, first_element_of(param, first_row))
+    _launch(param, grad, exp_avg, exp_avg_sq, master, mask, slices, counter, scalars, flags)
 
 
-def _launch(param, grad, first, second, master, mask, slices, key, scalars, flags) -> None:
+def _launch(param, grad, first, second, master, mask, slices, counter, scalars, flags) -> None:
     if grad.numel() == 0:
         return
     gather = slices is not None and param.dim() == 1
@@ -342,7 +351,7 @@ def _launch(param, grad, first, second, master, mask, slices, key, scalars, flag
         *strides,
         rows,
         columns,
-        *key,
+        *counter,
         tuple(scalars),
         GATHER=gather,
         ROWS_FIRST=strides[0][2] > strides[0][1] and rows > 1,

@@ -208,9 +208,9 @@ void update(const UpdateOperands& whole, const Rule& rule, const Factors& factor
       {factors}, narrow ? factors.grad.dtype : ScalarType::Float, whole.mask,
       [&](const Block& block, const std::vector<Matrix>& dw) {
         UpdateOperands part = whole;
-        part.first_row = block.expert * height + block.first_row;
+        part.grad_start = block.expert * height + block.first_row;
         part.grad = Rows(dw[0].data, dw[0].dtype, dw[0].rows, dw[0].columns);
-        update_words(part, rule, part.first_row * words, (part.first_row + block.rows) * words);
+        update_words(part, rule, part.grad_start * words, (part.grad_start + block.rows) * words);
       });
 }
 
@@ -219,9 +219,10 @@ void expert_wgrad_sgd_(
     const Tensor& grad, const Tensor& input, const Tensor& bounds, const std::optional<Tensor>& grad_rows,
     const std::optional<Tensor>& input_rows, const Tensor& experts, const std::optional<Tensor>& mask, double lr,
     double momentum, double grad_scale, double weight_decay, bool nesterov, int64_t step, bool stochastic,
-    int64_t seed, int64_t parameter_id) {
+    int64_t seed, int64_t parameter_id, int64_t first_row) {
   const int64_t rows = experts.numel() * weight.size(1);
-  UpdateOperands o(weight, Rows(), rows, mask, master, experts, stochastic, step, seed, parameter_id);
+  UpdateOperands o(
+      weight, Rows(), rows, mask, master, experts, {step, stochastic, seed, parameter_id, first_row});
   o.state[0] = Rows(momentum_buffer);
   const Sgd rule(lr, momentum, grad_scale, weight_decay, nesterov, step);
   update(o, rule, {grad, input, bounds, grad_rows, input_rows});
@@ -232,9 +233,10 @@ void expert_wgrad_adamw_(
     const Tensor& grad, const Tensor& input, const Tensor& bounds, const std::optional<Tensor>& grad_rows,
     const std::optional<Tensor>& input_rows, const Tensor& experts, const std::optional<Tensor>& mask,
     double decay, double beta1, double beta2, double root_correction, double eps, double step_size, int64_t step,
-    bool stochastic, int64_t seed, int64_t parameter_id) {
+    bool stochastic, int64_t seed, int64_t parameter_id, int64_t first_row) {
   const int64_t rows = experts.numel() * weight.size(1);
-  UpdateOperands o(weight, Rows(), rows, mask, master, experts, stochastic, step, seed, parameter_id);
+  UpdateOperands o(
+      weight, Rows(), rows, mask, master, experts, {step, stochastic, seed, parameter_id, first_row});
   o.state[0] = Rows(exp_avg), o.state[1] = Rows(exp_avg_sq);
   const AdamW rule(decay, beta1, beta2, root_correction, eps, step_size);
   update(o, rule, {grad, input, bounds, grad_rows, input_rows});

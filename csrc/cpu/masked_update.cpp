@@ -93,7 +93,7 @@ MOE_UNLEARN_INLINE bool try_dense(const AdamW& rule, const Dense& word) {
   return true;
 }
 
-/// Cuts w, the weights from flat element `index` on, to bfloat16.
+/// Cuts w, the weights from flat element `index` of the whole parameter on, to bfloat16.
 MOE_UNLEARN_INLINE void round_word(Word& w, int64_t index, const UpdateOperands& o) {
   uint32_t random[word_bits];
   for (int j = 0; j < word_bits; ++j)
@@ -117,7 +117,7 @@ MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& given, in
   for (int64_t row = begin / words; row * words < end; ++row) {
     const int64_t slice = o.slices ? row / o.rows_per_slice : 0;
     const int64_t param_row = o.slices ? o.slices[slice] * o.rows_per_slice + row % o.rows_per_slice : row;
-    char *const param = o.param.row(param_row), *const grad = o.grad.row(row - o.first_row);
+    char *const param = o.param.row(param_row), *const grad = o.grad.row(row - o.grad_start);
     char* const mask = o.mask ? o.mask.row(row) : nullptr;
     char* const master = !uniform && o.master ? o.master.row(row) : nullptr;
     char* const state[2] = {o.state[0] ? o.state[0].row(row) : nullptr, o.state[1] ? o.state[1].row(row) : nullptr};
@@ -157,7 +157,7 @@ MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& given, in
       for (int i = 0; i < states; ++i)
         store<is_rounded>(s[i], dtype(o.state[i]), at(o.state[i], state[i]), stride(o.state[i]), bits, n);
       if (master) store(w, ScalarType::Float, at(o.master, master), o.master.stride, bits, n);
-      if (!uniform && o.stochastic) round_word(w, param_row * width + first, o);
+      if (!uniform && o.stochastic) round_word(w, o.first_element + param_row * width + first, o);
       store<is_rounded>(w, dtype(o.param), at(o.param, param), stride(o.param), bits, n);
     }
   }
@@ -195,9 +195,9 @@ void masked_sgd_(
     const Tensor& param, const Tensor& grad, const std::optional<Tensor>& momentum_buffer,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& master, const std::optional<Tensor>& slices,
     double lr, double momentum, double grad_scale, double weight_decay, bool nesterov, int64_t step,
-    bool stochastic, int64_t seed, int64_t parameter_id) {
+    bool stochastic, int64_t seed, int64_t parameter_id, int64_t first_row) {
   const Rows g(grad);
-  UpdateOperands o(param, g, g.count, mask, master, slices, stochastic, step, seed, parameter_id);
+  UpdateOperands o(param, g, g.count, mask, master, slices, {step, stochastic, seed, parameter_id, first_row});
   o.state[0] = Rows(momentum_buffer);
   update(o, Sgd(lr, momentum, grad_scale, weight_decay, nesterov, step));
 }
@@ -206,9 +206,9 @@ void masked_adamw_(
     const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& master, const std::optional<Tensor>& slices,
     double decay, double beta1, double beta2, double root_correction, double eps, double step_size, int64_t step,
-    bool stochastic, int64_t seed, int64_t parameter_id) {
+    bool stochastic, int64_t seed, int64_t parameter_id, int64_t first_row) {
   const Rows g(grad);
-  UpdateOperands o(param, g, g.count, mask, master, slices, stochastic, step, seed, parameter_id);
+  UpdateOperands o(param, g, g.count, mask, master, slices, {step, stochastic, seed, parameter_id, first_row});
   o.state[0] = Rows(exp_avg), o.state[1] = Rows(exp_avg_sq);
   update(o, AdamW(decay, beta1, beta2, root_correction, eps, step_size));
 }
@@ -217,11 +217,11 @@ void masked_adamw_(
 
 UpdateOperands::UpdateOperands(
     const Tensor& param, const Rows& grad, int64_t rows, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& master, const std::optional<Tensor>& slices, bool stochastic, int64_t step,
-    int64_t seed, int64_t parameter_id)
-    : grad(grad), mask(mask), master(master), slices(nullptr), rows_per_slice(1), first_row(0), step(step),
-      seed(seed), parameter_id(parameter_id),
-      stochastic(stochastic && param.scalar_type() == ScalarType::BFloat16) {
+    const std::optional<Tensor>& master, const std::optional<Tensor>& slices, const Update& update)
+    : grad(grad), mask(mask), master(master), slices(nullptr), rows_per_slice(1), grad_start(0), step(update.step),
+      seed(update.seed), parameter_id(update.parameter_id),
+      first_element(update.first_row * (param.numel() / std::max<int64_t>(param.size(0), 1))),
+      stochastic(update.stochastic && param.scalar_type() == ScalarType::BFloat16) {
   param.mutable_data_ptr();  // a lazily copied tensor becomes its own before it is written
   this->param = Rows(param);
   if (slices.has_value()) {

@@ -6,21 +6,21 @@
 
 namespace moe_unlearn {
 
-/// Rows of words counted through grad, state, master and mask; those of grad begin at `first_row`, so that it may
+/// Rows of words counted through grad, state, master and mask; those of grad begin at `grad_start`, so that it may
 /// be a block of the whole.
 struct UpdateOperands {
   Rows param, grad, mask, master;
   Rows state[2];
   const int64_t* slices;       // slice of param each slice of the state stands for, or null
   int64_t rows_per_slice;
-  int64_t first_row;
+  int64_t grad_start;
   int64_t step, seed, parameter_id;
+  int64_t first_element;       // of param, in the parameter that it is a shard of
   bool stochastic;
 
   UpdateOperands(
       const Tensor& param, const Rows& grad, int64_t rows, const std::optional<Tensor>& mask,
-      const std::optional<Tensor>& master, const std::optional<Tensor>& slices, bool stochastic, int64_t step,
-      int64_t seed, int64_t parameter_id);
+      const std::optional<Tensor>& master, const std::optional<Tensor>& slices, const Update& update);
 
   int64_t words() const { return ceil_div(param.width, word_bits); }
 

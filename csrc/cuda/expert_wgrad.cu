@@ -43,10 +43,11 @@ void expert_wgrad_sgd_(
     const Tensor& grad, const Tensor& input, const Tensor& bounds, const std::optional<Tensor>& grad_rows,
     const std::optional<Tensor>& input_rows, const Tensor& experts, const std::optional<Tensor>& mask, double lr,
     double momentum, double grad_scale, double weight_decay, bool nesterov, int64_t step, bool stochastic,
-    int64_t seed, int64_t parameter_id) {
+    int64_t seed, int64_t parameter_id, int64_t first_row) {
   const OnDevice device(weight);
   const int64_t rows = experts.numel() * weight.size(1);
-  Operands o = operands_of(weight, rows, mask, master, experts, stochastic, step, seed, parameter_id);
+  const Update update{step, stochastic, seed, parameter_id, first_row};
+  Operands o = operands_of(weight, rows, mask, master, experts, update);
   o.state[0] = rows_of(momentum_buffer);
   const Sgd rule(lr, momentum, grad_scale, weight_decay, nesterov, step);
   check_support(
@@ -58,10 +59,11 @@ void expert_wgrad_adamw_(
     const Tensor& grad, const Tensor& input, const Tensor& bounds, const std::optional<Tensor>& grad_rows,
     const std::optional<Tensor>& input_rows, const Tensor& experts, const std::optional<Tensor>& mask,
     double decay, double beta1, double beta2, double root_correction, double eps, double step_size, int64_t step,
-    bool stochastic, int64_t seed, int64_t parameter_id) {
+    bool stochastic, int64_t seed, int64_t parameter_id, int64_t first_row) {
   const OnDevice device(weight);
   const int64_t rows = experts.numel() * weight.size(1);
-  Operands o = operands_of(weight, rows, mask, master, experts, stochastic, step, seed, parameter_id);
+  const Update update{step, stochastic, seed, parameter_id, first_row};
+  Operands o = operands_of(weight, rows, mask, master, experts, update);
   o.state[0] = rows_of(exp_avg), o.state[1] = rows_of(exp_avg_sq);
   const AdamW rule(decay, beta1, beta2, root_correction, eps, step_size);
   check_support(

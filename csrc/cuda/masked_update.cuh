@@ -18,6 +18,7 @@ struct Operands {
   int64_t num_slices = 0;           // of param
   int64_t rows_per_slice = 1;
   int64_t step = 1, seed = 0, parameter_id = 0;
+  int64_t first_element = 0;        // of param, in the parameter that it is a shard of
   bool stochastic = false;
 };
 
@@ -83,7 +84,7 @@ MOE_UNLEARN_DEVICE bool update_chunk(
     store(o.master, to_master, place, master, chosen);
   }
   if (o.stochastic) {
-    const auto index = static_cast<uint64_t>(param_row * width + place.first);
+    const auto index = static_cast<uint64_t>(o.first_element + param_row * width + place.first);
     const auto seed = static_cast<uint32_t>(o.seed), id = static_cast<uint32_t>(o.parameter_id);
     MOE_UNLEARN_UNROLL
     for (int j = 0; j < chunk_size; ++j)

@@ -19,12 +19,13 @@ inline const int64_t* indices(const std::optional<Tensor>& tensor) {
 /// All but the gradient and the state; `rows` of both.
 inline Operands operands_of(
     const Tensor& param, int64_t rows, const std::optional<Tensor>& mask, const std::optional<Tensor>& master,
-    const std::optional<Tensor>& slices, bool stochastic, int64_t step, int64_t seed, int64_t parameter_id) {
+    const std::optional<Tensor>& slices, const Update& update) {
   Operands o;
   param.mutable_data_ptr();  // a lazily copied tensor becomes its own before it is written
   o.param = rows_of(param), o.mask = rows_of(mask), o.master = rows_of(master);
-  o.step = step, o.seed = seed, o.parameter_id = parameter_id;
-  o.stochastic = stochastic && o.param.dtype == Dtype::bfloat16;
+  o.step = update.step, o.seed = update.seed, o.parameter_id = update.parameter_id;
+  o.first_element = update.first_row * (param.numel() / std::max<int64_t>(param.size(0), 1));
+  o.stochastic = update.stochastic && o.param.dtype == Dtype::bfloat16;
   if (slices.has_value()) {
     STD_TORCH_CHECK(param.dim() > 1, "rows must be at least 1-d");
     o.slices = indices(*slices);

@@ -134,6 +134,8 @@ def check_update(
         raise TypeError(f"grad must be a floating-point tensor; got {grad.dtype}")
     if update.step < 1:
         raise ValueError(f"step counts from 1; got {update.step}")
+    if update.first_row < 0:
+        raise ValueError(f"first_row counts from 0; got {update.first_row}")
     shape = list(param.shape)
     if slices is not None:
         if slices.dtype != torch.int64:

@@ -25,12 +25,14 @@ The arguments choose the numerics:
 
 A float64 parameter is computed in float64. Stochastic rounding is Philox (`ops.bits`) of seed, parameter_id,
 step and the flat index in the *whole* parameter, so it does not depend on slices, order or threads; it
-leaves float32 and float64 parameters, which need no rounding, alone.
+leaves float32 and float64 parameters, which need no rounding, alone. A shard, rows [a, b) of a parameter along
+dimension 0, is rounded as those rows of the whole with first_row = a.
 
 The update is deterministic, since no element depends on another. Source: the documented formulas of torch.optim.SGD
 and AdamW (decoupled weight decay); the masking of the update and compact state are our specification.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -103,17 +105,19 @@ class Update(NamedTuple):
     """Which update of which parameter this is, and how its result is rounded.
 
     step: 1 for the first update of this parameter. rounding: "nearest" or, for bfloat16 parameters, "stochastic"; its
-    random bits depend on the other numbers.
+    random bits depend on the other numbers. first_row: the index along dimension 0 of the parameter's first row in
+    the parameter that it is a shard of.
     """
 
     step: int
     rounding: str = "nearest"
     seed: int = 0
     parameter_id: int = 0
+    first_row: int = 0
 
-    def native(self) -> tuple[int, bool, int, int]:
+    def native(self) -> tuple[int, bool, int, int, int]:
         """Return the numbers that the native kernels take."""
-        return self.step, self.rounding == "stochastic", self.seed, self.parameter_id
+        return self.step, self.rounding == "stochastic", self.seed, self.parameter_id, self.first_row
 
 
 Rule = TypeVar("Rule", SGD, AdamW)
@@ -121,8 +125,8 @@ Rule = TypeVar("Rule", SGD, AdamW)
 
 def unflattened(kind: type[Rule], numbers: Sequence[Any]) -> tuple[Rule, Update]:
     """Return the rule and the update whose numbers a kernel takes one after the other."""
-    *rule, step, rounding, seed, parameter_id = numbers
-    return kind(*rule), Update(step, rounding, seed, parameter_id)
+    count = len(kind._fields)
+    return kind(*numbers[:count]), Update(*numbers[count:])
 
 
 def _add(a: Tensor, b: Tensor, alpha: float) -> Tensor:
@@ -249,7 +253,8 @@ def _updated_rows(
 
     new_master = None if master is None else select(new, master)
     if update.rounding == "stochastic" and dtype != rows.dtype:
-        random = philox(_flat_index(param, slices), update.step, update.seed, update.parameter_id)
+        index = _flat_index(param, slices, update.first_row)
+        random = philox(index, update.step, update.seed, update.parameter_id)
         new = round_stochastic(new, random)
     pairs = zip(new_state, state, strict=True)
     return select(new, rows), [s if n is None or s is None else select(n, s) for n, s in pairs], new_master
@@ -264,13 +269,13 @@ def _arithmetic_dtype(
     return torch.float32
 
 
-def _flat_index(param: Tensor, slices: Tensor | None) -> Tensor:
-    """Compute the int64 index in the flattened `param` of every element of param[slices]."""
+def _flat_index(param: Tensor, slices: Tensor | None, first_row: int) -> Tensor:
+    """Compute the int64 index of every element of param[slices], flattened with the rows before its first one."""
+    inner = math.prod(param.shape[1:])
     if slices is None:
-        return torch.arange(param.numel(), device=param.device).view(param.shape)
-    inner = param[0].numel() if len(param) else 0
+        return first_row * inner + torch.arange(param.numel(), device=param.device).view(param.shape)
     within = torch.arange(inner, device=param.device).view(param.shape[1:])
-    return slices.view(-1, *[1] * (param.dim() - 1)) * inner + within
+    return (first_row + slices.view(-1, *[1] * (param.dim() - 1))) * inner + within
 
 
 def _with_rows(param: Tensor, rows: Tensor, slices: Tensor | None) -> Tensor:

@@ -325,4 +325,4 @@ def test_wgrad_of_an_expert_that_does_not_exist_stops_the_kernel(gpu):
     bounds = torch.tensor([[0, 1]])
     with pytest.raises(RuntimeError, match="trap"):
         gpu.expert_wgrad_sgd_(weight, None, None, *made[:2], bounds, None, made.input_rows, torch.tensor([9]), None,
-                              0.1, 0.0, 1.0, 0.0, False, 1, False, 0, 0)  # fmt: skip
+                              0.1, 0.0, 1.0, 0.0, False, 1, False, 0, 0, 0)  # fmt: skip

@@ -13,7 +13,7 @@ from moe_unlearn.ops.schema import fields
 def test_fields_in_their_order_those_of_an_inner_object_in_its_place():
     assert fields(SGD, Update) == (
         "float lr, float momentum, float dampening, float weight_decay, bool nesterov, "
-        "SymInt step, str rounding, SymInt seed, SymInt parameter_id"
+        "SymInt step, str rounding, SymInt seed, SymInt parameter_id, SymInt first_row"
     )
     assert fields(ExpertLayout) == (
         "str activation, float alpha, float limit, float shift, bool transposed, bool interleaved, bool gated"

@@ -37,6 +37,7 @@ def _adamw(
         rounding,
         0,
         0,
+        0,
     )
 
 
@@ -66,6 +67,7 @@ def _sgd(
         nesterov,
         step,
         rounding,
+        0,
         0,
         0,
     )

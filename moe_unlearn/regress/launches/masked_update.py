@@ -39,6 +39,7 @@ def _adamw(
         rounding,
         0,
         0,
+        0,
     )
 
 
@@ -71,6 +72,7 @@ def _sgd(
         rounding,
         0,
         0,
+        0,
     )
 
 
@@ -87,6 +89,7 @@ def _elements() -> None:
         *_ADAMW,
         7,
         "nearest",
+        0,
         0,
         0,
     )
