@@ -9,7 +9,7 @@ import functools
 import torch
 
 from benchmarks.harness import OURS, Case, Work, side_names, sides
-from moe_unlearn.ops import score_histogram, score_mask, weight_score
+from moe_unlearn.ops import score_histogram, score_mask
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.ops.costs.weight_score import bytes_moved
 
@@ -17,7 +17,6 @@ SHAPES = {"cpu": (4, 256, 1024), "cuda": (32, 1024, 1024)}
 TENSORS, KEPT, GAMMA = 4, 0.8, 0.5
 ARGSORT, KTHVALUE, REF = "concatenate + double argsort", "concatenate + kthvalue", "ref"
 PARTS = {
-    "score": lambda t, impl: weight_score(*t, gamma=GAMMA, impl=impl),
     "histogram": lambda t, impl: score_histogram(*t, gamma=GAMMA, digit=0, impl=impl),
     "mask": lambda t, impl: score_mask(*t, gamma=GAMMA, threshold_bits=0x35000000, ties=5, impl=impl),
 }
@@ -112,7 +111,7 @@ def threshold(dtype, device) -> Work:
 def piece(part, dtype, device) -> Work:
     terms = tensors(dtype, device)[0]
     function = PARTS[part]
-    kernel = "weight_score" if part == "score" else f"weight_score.{part}"
+    kernel = f"weight_score.{part}"
     each, missing = sides(kernel, device, functools.partial(function, terms))
     return Work(
         {OURS: lambda: function(terms, "auto"), REF: lambda: function(terms, "ref"), **each},

@@ -17,7 +17,6 @@ STABLE_TORCH_LIBRARY(moe_unlearn_native, m) {
   m.def("retain_weights(Tensor words, Tensor tilt, float bias, float cap) -> Tensor");
   m.def("retain_weights_moments(Tensor words, Tensor tilt, float bias, float cap) -> (Tensor, Tensor)");
 
-  m.def("weight_score(Tensor weight, Tensor grad_forget, Tensor grad_retain, float gamma) -> Tensor");
   m.def(
       "weight_score_histogram(Tensor weight, Tensor grad_forget, Tensor grad_retain, float gamma, int digit, "
       "int prefix) -> Tensor");

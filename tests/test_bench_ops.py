@@ -166,7 +166,6 @@ def test_implementations_of_ours_are_measured_side_by_side(monkeypatch):
         "retain_weights.moments",
         "masked_update.sgd",
         "masked_update.adamw",
-        "weight_score",
         "weight_score.histogram",
         "weight_score.mask",
         "",

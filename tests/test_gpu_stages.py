@@ -269,14 +269,14 @@ def test_smoke_notices_a_wrong_bit_a_wrong_sum_and_a_kernel_that_raises(tmp_path
         raise RuntimeError("no such device")
 
     monkeypatch.setattr(backend, "_kernels", dict(backend._kernels))
-    for name, kernel in (("route", route), ("token_loss.kept", loss), ("weight_score", score)):
+    for name, kernel in (("route", route), ("token_loss.kept", loss), ("weight_score.mask", score)):
         backend.register(name, "cpu", kernel)
     monkeypatch.setattr(gpu_smoke, "layers", lambda device, toy: iter(()))
     status, lines = smoked(tmp_path / "gpu-1-x.jsonl")
     failed = {name.partition(" ")[0]: line["why"] for name, line in lines.items() if line["outcome"] == "failed"}
-    assert status == 1 and failed.keys() == {"route", "token_loss", "weight_score"}
+    assert status == 1 and failed.keys() == {"route", "token_loss", "weight_score.histogram"}
     assert "8 of 24 elements have other bits" in failed["route"] and "exceeds" in failed["token_loss"]
-    assert failed["weight_score"] == "RuntimeError: no such device"
+    assert failed["weight_score.histogram"] == "RuntimeError: no such device"
 
 
 @pytest.mark.quick

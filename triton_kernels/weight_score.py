@@ -1,11 +1,10 @@
-"""weight_score: computes scores, their radix histogram and the mask; formula and layouts are in `ops.weight_score`.
+"""weight_score: computes the radix histogram of scores and the mask; formula and layouts are in `ops.weight_score`.
 
-    weight_score      1 launch; the score tensor, for callers that want it
     score_histogram   1 launch (and the clearing of 512 KB of counts)
     score_mask        2 launches: one counts each span's elements equal to the threshold, one makes the words. 1 without
                       ties
 
-Otherwise scores live in registers only: a tile [BLOCK, 32] stands for BLOCK mask words. Every operation is IEEE and
+Scores live in registers only: a tile [BLOCK, 32] stands for BLOCK mask words. Every operation is IEEE and
 none can be contracted, so that the bits are those of the reference.
 
 The histogram adds integers, which gives the same counts in any order. For digit 0 each program counts in shared memory,
@@ -60,29 +59,6 @@ def _score(weight, forget, retain, weight_strides, forget_strides, retain_stride
 def _magnitude(score):
     """Return the bit pattern of |score|, int32."""
     return score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _score_kernel(
-    out,
-    weight,
-    forget,
-    retain,
-    out_strides,
-    weight_strides,
-    forget_strides,
-    retain_strides,
-    gamma,
-    rows,
-    columns,
-    num_words,
-    BLOCK: tl.constexpr,
-):
-    index, row, at, exists = _place(tl.program_id(0), rows, columns, num_words, BLOCK)
-    score = _score(
-        weight, forget, retain, weight_strides, forget_strides, retain_strides, gamma, index, row, at, exists
-    )
-    tl.store(word_elements(out, out_strides, index, row, at), score, mask=exists)
 
 
 @triton.jit(do_not_specialize=["prefix"])
@@ -213,19 +189,6 @@ def _mask_kernel(
             left -= total
         word = block * BLOCK + tl.arange(0, BLOCK)
         tl.store(words + word, packed, mask=word < num_words)
-
-
-def weight_score(
-    weight: torch.Tensor, grad_forget: torch.Tensor, grad_retain: torch.Tensor, gamma: float
-) -> torch.Tensor:
-    """Compute float32 scores shaped like `weight`."""
-    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    if weight.numel():
-        config = configs.weight_score(tuple(weight.shape), weight.dtype, weight.device)
-        tensors, strides, sizes = _sliced(out, weight, grad_forget, grad_retain)
-        grid = (triton.cdiv(sizes[-1], config.block_words),)
-        _score_kernel[grid](*tensors, *strides, gamma, *sizes, BLOCK=config.block_words, num_warps=config.num_warps)
-    return out
 
 
 def score_histogram(

@@ -1,4 +1,4 @@
-// weight_score: WAGLE's score S = (weight - grad_retain / gamma) * grad_forget, histograms of the bits of |S|, and
+// weight_score: histograms of the bits of WAGLE's score |S|, S = (weight - grad_retain / gamma) * grad_forget, and
 // the packed mask of the largest, streamed one word (32 elements of a row) at a time; no score is stored.
 
 #include "cpu/common.h"
@@ -38,17 +38,6 @@ MOE_UNLEARN_INLINE void for_each_word(const Terms& t, int64_t begin, int64_t end
       f(row * words + word, n, w);
     }
   }
-}
-
-MOE_UNLEARN_INLINE void score_words(const Terms& t, int64_t begin, int64_t end, float* out) {
-  const int64_t words = t.weight.words(), width = t.weight.width;
-  for_each_word(t, begin, end, [&](int64_t word, int64_t n, const Word& score) MOE_UNLEARN_INLINE_LAMBDA {
-    float* const to = out + word / words * width + word % words * word_bits;
-    if (n == word_bits)
-      for (int j = 0; j < word_bits; ++j) to[j] = score[j];
-    else
-      for (int j = 0; j < n; ++j) to[j] = score[j];
-  });
 }
 
 /// Adds to counts [65536] the high halves (digit 0), or the low halves under the high half `prefix` (digit 1).
@@ -96,16 +85,6 @@ Terms terms(const Tensor& weight, const Tensor& grad_forget, const Tensor& grad_
 }
 
 int64_t total_words(const Terms& t) { return t.weight.count * t.weight.words(); }
-
-Tensor weight_score(const Tensor& weight, const Tensor& grad_forget, const Tensor& grad_retain, double gamma) {
-  const Terms t = terms(weight, grad_forget, grad_retain, gamma);
-  auto out = torch::stable::new_empty(weight, weight.sizes(), ScalarType::Float);
-  float* const to = out.mutable_data_ptr<float>();
-  parallel(total_words(t), grain, [&](int64_t begin, int64_t end) {
-    for_this_cpu<score_words, const Terms&, int64_t, int64_t, float*>(t, begin, end, to);
-  });
-  return out;
-}
 
 Tensor weight_score_histogram(
     const Tensor& weight, const Tensor& grad_forget, const Tensor& grad_retain, double gamma, int64_t digit,
@@ -160,7 +139,6 @@ std::tuple<Tensor, Tensor> weight_score_mask(
 }  // namespace moe_unlearn
 
 STABLE_TORCH_LIBRARY_IMPL(moe_unlearn_native, CPU, m) {
-  m.impl("weight_score", TORCH_BOX(&moe_unlearn::weight_score));
   m.impl("weight_score_histogram", TORCH_BOX(&moe_unlearn::weight_score_histogram));
   m.impl("weight_score_mask", TORCH_BOX(&moe_unlearn::weight_score_mask));
 }

@@ -11,13 +11,6 @@ ScoreTerms terms_of(const Tensor& weight, const Tensor& grad_forget, const Tenso
   return {rows_of(weight), rows_of(grad_forget), rows_of(grad_retain), gamma};
 }
 
-Tensor score(const Tensor& weight, const Tensor& grad_forget, const Tensor& grad_retain, double gamma) {
-  const OnDevice device(weight);
-  auto out = torch::stable::new_empty(weight, weight.sizes(), ScalarType::Float);
-  check(weight_score(terms_of(weight, grad_forget, grad_retain, gamma), rows_of(out), device.stream()));
-  return out;
-}
-
 Tensor histogram(
     const Tensor& weight, const Tensor& grad_forget, const Tensor& grad_retain, double gamma, int64_t digit,
     int64_t prefix) {
@@ -52,7 +45,6 @@ std::tuple<Tensor, Tensor> mask(
 }  // namespace moe_unlearn
 
 STABLE_TORCH_LIBRARY_IMPL(moe_unlearn_native, CUDA, m) {
-  m.impl("weight_score", TORCH_BOX(&moe_unlearn::score));
   m.impl("weight_score_histogram", TORCH_BOX(&moe_unlearn::histogram));
   m.impl("weight_score_mask", TORCH_BOX(&moe_unlearn::mask));
 }

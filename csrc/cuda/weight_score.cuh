@@ -1,7 +1,6 @@
-// weight_score: WAGLE's score S = (weight - grad_retain / gamma) * grad_forget, histograms of the bits of |S|, and
+// weight_score: histograms of the bits of WAGLE's score |S|, S = (weight - grad_retain / gamma) * grad_forget, and
 // the packed mask of the largest. A thread scores 8 elements at a time; no score is stored.
 //
-//     scores       element by element
 //     histogram    digit 0: 2^15 bins (the sign is gone) in 128 KB of shared memory, added to the result at the
 //                  end; on a device with less, and for digit 1, few elements of which count, straight to the result.
 //                  Zeros, the scores of untouched experts, are counted in a register: they would queue for one bin
@@ -39,27 +38,6 @@ MOE_UNLEARN_DEVICE void score_chunk(Chunk& score, const ScoreTerms& t, const Pla
   MOE_UNLEARN_UNROLL
   for (int j = 0; j < chunk_size; ++j) score[j] = score_of(score[j], g_f[j], g_r[j], t.gamma);
 }
-
-struct Scores {
-  static constexpr int threads = 256, resident = 4;
-  struct Arguments {
-    ScoreTerms t;
-    Rows out;
-  };
-
-  template <class Group>
-  static MOE_UNLEARN_DEVICE void run(const Group& group, const Arguments& a, unsigned char*) {
-    const int64_t chunk = group.block() * threads + group.thread();
-    if (chunk >= a.t.chunks) return;
-    const Place place = place_of(chunk, a.t.words, a.t.weight.width);
-    if (place.n == 0) return;
-    Chunk score;
-    score_chunk(score, a.t, place);
-    Raw raw{};
-    narrow<false>(raw, score, Dtype::float32, 0xFF);
-    store(a.out, a.out.row(place.row), place, raw, (1u << place.n) - 1);
-  }
-};
 
 // ---- Histogram ---------------------------------------------------------------------------------------------
 
@@ -220,10 +198,6 @@ struct MaskTies {
 };
 
 // ---- Launchers ---------------------------------------------------------------------------------------------
-
-inline cudaError_t weight_score(const ScoreTerms& t, const Rows& out, cudaStream_t stream) {
-  return launch<Scores>({t, out}, ceil_div<int64_t>(t.chunks, Scores::threads), 0, stream);
-}
 
 template <class Kernel>
 cudaError_t launch_histogram(const HistogramArguments& a, int64_t multiprocessors, cudaStream_t stream) {

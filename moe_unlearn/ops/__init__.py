@@ -16,7 +16,7 @@ from moe_unlearn.ops.masked_update import (
 from moe_unlearn.ops.retain_weights import RetainWeights, retain_weights, retain_weights_ref
 from moe_unlearn.ops.route import Routing, route, route_ref
 from moe_unlearn.ops.token_loss import Head, Reference, token_loss, token_loss_ref
-from moe_unlearn.ops.weight_score import score_histogram, score_mask, weight_score, weight_score_ref
+from moe_unlearn.ops.weight_score import score_histogram, score_mask, weight_score_ref
 
 __all__ = [
     "SGD",
@@ -48,6 +48,5 @@ __all__ = [
     "score_mask",
     "token_loss",
     "token_loss_ref",
-    "weight_score",
     "weight_score_ref",
 ]

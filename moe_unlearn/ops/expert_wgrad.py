@@ -212,7 +212,7 @@ def expert_wgrad_score(
     experts: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Compute WAGLE's score [M_e, M, P] of weight[experts] from its two gradients; see `weight_score`.
+    """Compute WAGLE's score [M_e, M, P] of weight[experts] from its two gradients, as `ops.weight_score` says.
 
     The score and the gradients are float32 (float64 for a float64 weight). Raises TypeError or ValueError for
     arguments that do not fit.

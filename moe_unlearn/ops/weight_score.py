@@ -1,4 +1,4 @@
-"""weight_score: computes WAGLE's score, its exact global threshold by radix histogram, and the packed mask.
+"""weight_score: finds the exact global threshold of WAGLE's score by radix histogram, and packs the mask above it.
 
     S = (theta - g_r / gamma) * g_f
 
@@ -37,18 +37,9 @@ BLOCK = 1 << 20  # elements scored at a time
 _SMALLEST_GAMMA, _LARGEST_GAMMA = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
-def weight_score(
-    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, *, gamma: float, impl: str = "auto"
-) -> Tensor:
-    """Compute S [..., n] float32 (float64 for a float64 weight); raises TypeError or ValueError as `score_mask`."""
-    _check(weight, grad_forget, grad_retain, gamma)
-    score: Tensor = _weight_score(weight, grad_forget, grad_retain, gamma, impl)
-    return score
-
-
 def weight_score_ref(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float) -> Tensor:
-    """Compute `weight_score` in plain PyTorch."""
-    dtype = _score_dtype(weight)
+    """Compute S [..., n], float32 (float64 for a float64 weight), in plain PyTorch."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     # the divisor is a tensor, since CUDA turns a division by a Python number into a product with its reciprocal
     divisor = torch.full((), gamma, dtype=dtype, device=weight.device)
     return (weight.to(dtype) - grad_retain.to(dtype) / divisor) * grad_forget.to(dtype)
@@ -146,22 +137,6 @@ def _words_shape(weight: Tensor) -> tuple[int, ...]:
     return (*weight.shape[:-1], num_words(weight.shape[-1])) if weight.dim() else (1,)
 
 
-def _score_dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
-@torch.library.custom_op("moe_unlearn::weight_score", mutates_args=())
-def _weight_score(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, impl: str) -> Tensor:
-    kernel = backend.resolve("weight_score", impl, weight)
-    score: Tensor = kernel(weight, grad_forget, grad_retain, gamma).contiguous()
-    return score
-
-
-@_weight_score.register_fake
-def _(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, impl: str) -> Tensor:
-    return weight.new_empty(weight.shape, dtype=_score_dtype(weight))
-
-
 @torch.library.custom_op("moe_unlearn::weight_score_histogram", mutates_args=())
 def _score_histogram(
     weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, digit: int, prefix: int, impl: str
@@ -201,12 +176,6 @@ def _(
     return words, weight.new_empty((), dtype=torch.int64)
 
 
-def _score_native(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float) -> Tensor:
-    terms = _native_terms(weight, grad_forget, grad_retain, flat=True)
-    score: Tensor = torch.ops.moe_unlearn_native.weight_score(*terms, gamma)
-    return score.view(weight.shape)
-
-
 def _histogram_native(
     weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, digit: int, prefix: int
 ) -> Tensor:
@@ -229,14 +198,11 @@ def _native_terms(weight: Tensor, *grads: Tensor, flat: bool) -> Sequence[Tensor
     return [t.view(-1) for t in terms] if flat and all(t.is_contiguous() for t in terms) else terms
 
 
-backend.register("weight_score", "ref", weight_score_ref)
 backend.register("weight_score.histogram", "ref", score_histogram_ref)
 backend.register("weight_score.mask", "ref", score_mask_ref)
 for _impl in ("cpu", "cuda"):
-    native.register("weight_score", _score_native, _impl)
     native.register("weight_score.histogram", _histogram_native, _impl)
     native.register("weight_score.mask", _mask_native, _impl)
-backend.register("weight_score", "triton", "moe_unlearn.triton_kernels.weight_score:weight_score")
 backend.register("weight_score.histogram", "triton", "moe_unlearn.triton_kernels.weight_score:score_histogram")
 backend.register("weight_score.mask", "triton", "moe_unlearn.triton_kernels.weight_score:score_mask")
 

@@ -200,17 +200,13 @@ def _weight_score_inputs(seed: int, *, rows: int, columns: int, dtype: str) -> d
 
 
 def _score_parts(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, *, impl: str) -> dict[str, Any]:
-    """Return the score, both histograms and a mask.
-
-    The integers are those of the float32 score, also where float64 is the truth.
-    """
-    terms = (weight, grad_forget, grad_retain)
-    narrow = [t.float() for t in terms]
+    """Return both histograms and a mask, of the float32 score also where float64 is the truth."""
+    narrow = [t.float() for t in (weight, grad_forget, grad_retain)]
     prefix, threshold = 0x3F80, 0x3F800000  # around 1.0
     digits: dict[str, Any] = {"high": {"digit": 0}, "low": {"digit": 1, "prefix": prefix}}
     counts = {name: ops.score_histogram(*narrow, gamma=3.0, impl=impl, **digit) for name, digit in digits.items()}
     words, taken = ops.score_mask(*narrow, gamma=3.0, threshold_bits=threshold, ties=1, impl=impl)
-    return {"score": ops.weight_score(*terms, gamma=3.0, impl=impl), **counts, "words": words, "taken": taken}
+    return {**counts, "words": words, "taken": taken}
 
 
 # ------------------------------------------------------------------------------------------------- masked_update

@@ -12,15 +12,17 @@ from moe_unlearn.backend import Unfit
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.expert_wgrad import expert_wgrad_ref, expert_wgrad_score
 from moe_unlearn.ops.native.expert_wgrad import _check_hopper
+from moe_unlearn.ops.retain_weights import moments, tilted_weights
+from moe_unlearn.ops.weight_score import weight_score_ref
 from moe_unlearn.regress import ledger, nvcc, sass, static
-from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison
+from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, poison
 from moe_unlearn.testing.yardstick import Reference
 from tests.native import cuda as tool
 from tests.native import test_expert_wgrad as wgrad_cases
-from tests.native import test_weight_score as score_cases
-from tests.ops.masked_update import cases as update_cases
-from tests.ops.retain_weights import cases as weights_cases
+from tests.native import test_masked_update as update_cases
+from tests.native import test_retain_weights as weights_cases
 from tests.ops.route import cases as route_cases
+from tests.ops.weight_score import cases as score_cases
 from tests.static.ledger import ARCHITECTURES
 from tests.support.covers import cover
 from tests.support.impls import CPU, REF
@@ -111,90 +113,110 @@ def test_route_with_more_cells_than_shared_memory_holds(gpu, cells):
 # ---- weight_score ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shared_limit", [227 * 1024, 99 * 1024], ids=["large", "small"])
-@pytest.mark.parametrize("shape", score_cases.SHAPES, ids=str)
-def test_weight_score_has_the_bits_of_ref(gpu, shape, shared_limit):
-    gpu.emulate(2, shared_limit, seed=len(shape))
-    score_cases.check(score_cases.terms(shape))
-
-
-@pytest.mark.parametrize("dtypes", [(BF16,) * 3, (F16,) * 3, (BF16, F32, F16), (F32, BF16, torch.float64)], ids=str)
-def test_weight_score_of_every_dtype(gpu, dtypes):
-    score_cases.check(score_cases.terms((3, 70), dtypes))
-    score_cases.check(score_cases.terms((2, 64), dtypes))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_weight_score_of_every_layout(gpu, layout):
-    score_cases.test_every_memory_layout(layout)
-
-
-def test_weight_score_of_nan_infinity_denormals_and_poisoned_padding(gpu):
-    score_cases.test_nan_infinity_and_denormals()
-    score_cases.test_poisoned_padding_is_not_counted()
+def test_weight_score_where_a_block_has_little_shared_memory(gpu):
+    gpu.emulate(2, 99 * 1024)
+    for shape in score_cases.SHAPES:
+        score_cases.check_histograms(CPU, score_cases.terms(shape))
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 4])
 def test_ties_across_spans_are_taken_in_flat_order(gpu, multiprocessors):
     """Spans of five steps and of two, each with ties, on both sides of the last one taken."""
-    arguments = tuple(integers(300, 1000, seed=s, low=-2, high=2) for s in range(3))
-    bits = score_cases.magnitudes(arguments, 1.0)
+    given = score_cases.tied((300, 1000), most=2)
+    bits = score_cases.patterns(given, 1.0)
     threshold = int(bits.median())
     equal = int((bits == threshold).sum())
     assert equal > 3000
     for ties in (5, equal // 2, equal - 1):
         gpu.emulate(multiprocessors, seed=ties)
-        options = {"gamma": 1.0, "threshold_bits": threshold, "ties": ties}
-        with poison():
-            words, taken = score_cases.score_mask(*arguments, **options, impl="cpu")
-        expected, _ = score_cases.score_mask(*arguments, **options, impl="ref")
-        assert torch.equal(words, expected) and int(taken) == ties
+        score_cases.check_mask(CPU, given, gamma=1.0, threshold=threshold, ties=ties)
 
 
 # ---- retain_weights ----------------------------------------------------------------------------------------
 
 
-@cover(full=True, cap=(math.inf, 1.1), size=(0, 1, 31, 32, 33, 70))
-def test_retain_weights_of_several_parts_of_the_tokens(gpu, size, cap):
-    weights_cases.check(CPU, weights_cases.passes(1500, size), cap=cap)
+@cover(full=True, cap=(math.inf, 1.1), num_tokens=(0, 1, 40, 1500), size=(0, 1, 31, 32, 33, 70))
+def test_retain_weights_against_the_formulas(gpu, size, num_tokens, cap):
+    weights_cases.test_against_the_formulas(size, num_tokens, cap, None)
 
 
 def test_retain_weights_of_many_experts_whose_parts_take_several_stages(gpu):
     """18 parts of 512 tokens: the stage in shared memory is filled twice."""
-    weights_cases.check(CPU, weights_cases.passes(4700, 300), cap=1.1)
+    weights_cases.test_against_the_formulas(300, 4700, 1.1, None)
 
 
 def test_retain_weights_of_one_shape_are_the_same_on_any_gpu(gpu):
-    made, results = weights_cases.passes(1500, 37), []
+    _, words, tilt = weights_cases.case(1500, 37)
+    results = []
     for multiprocessors in (1, 4):
         gpu.emulate(multiprocessors, seed=multiprocessors)
-        results.append(weights_cases.run(CPU, made, cap=2.0))
-    weights_cases.assert_same(*results)
+        results.append(
+            (tilted_weights(words, tilt, -0.3, cap=2.0, impl="cpu"), *moments(words, tilt, -0.3, cap=2.0, impl="cpu"))
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_retain_weights_overflow_strides_and_solver(gpu):
+    weights_cases.test_overflow_leaves_nan_and_infinity_where_the_reference_does()
+    weights_cases.test_strided_words_and_tilt()
+    members, _, _ = weights_cases.case(500, 5)
+    target = members.double().mean(0) * 0.9
+    ours, reference = (weights_cases.retain_weights(members, target, impl=impl) for impl in ("cpu", "ref"))
+    assert_as_accurate(ours.weights, reference.weights, reference.weights.double())
 
 
 # ---- masked_update -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtypes", update_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("rule", update_cases.RULES, ids=str)
+def test_masked_update_has_the_bits_of_ref(gpu, rule, dtypes):
+    update_cases.test_same_bits_as_ref(rule, dtypes, None)
+    # whole rows of words, moved 16 bytes at a time
+    rule, options = rule
+    update_cases.check(rule, update_cases.case((3, 64), dtypes), **options)
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, F32, F32), (BF16, BF16, BF16), (F32, F32, F32)], ids=str)
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_masked_update_with_stochastic_rounding_and_masters(gpu, rule, dtypes):
+    update_cases.test_stochastic_rounding_and_masters(rule, dtypes, None)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (3, 1), (1,), (31,), (33,), (2, 2, 2, 64), ()], ids=str)
+@pytest.mark.parametrize("slices", [None, [], [0]])
+def test_masked_update_of_shapes(gpu, shape, slices):
+    update_cases.test_shapes(shape, slices)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("slices", [None, [3, 1]])
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, F16, BF16)], ids=str)
+def test_masked_update_of_every_layout(gpu, dtypes, slices, layout):
+    update_cases.test_every_memory_layout(dtypes, slices, layout, None)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_masked_update_rounds_as_torch_does(gpu, dtype):
-    update_cases.check_conversions(CPU, dtype)
+    update_cases.test_conversions_round_as_torch_does(dtype, None)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16)], ids=str)
+def test_masked_weights_keep_every_bit(gpu, dtypes):
+    update_cases.test_masked_weights_keep_every_bit_and_are_not_read_into_their_neighbours(dtypes, None)
+    update_cases.test_expanded_gradient()
 
 
 def test_a_slice_out_of_range_stops_the_kernel(gpu):
-    common, state = update_cases.inputs("fp32", (4, 5, 70), slices=[0, 1])
     with pytest.raises(RuntimeError, match="trap"):
-        update_cases.run(CPU, update_cases.sgd, common | {"slices": torch.tensor([0, 9])}, state)
+        update_cases.run("sgd", update_cases.case(slices=[0, 1]) | {"slices": torch.tensor([0, 9])}, "cpu")
 
 
 def test_words_in_any_layout_of_the_mask(gpu):
-    common, state = update_cases.inputs("fp32", (4, 5, 70))
-    common["mask"] = in_layout(common["mask"], "strided")
-    update_cases.assert_same(
-        (
-            update_cases.run(REF, update_cases.sgd, common, state),
-            update_cases.apply(CPU, update_cases.sgd, update_cases.given(update_cases.sgd, common, state)),
-        )
-    )
+    tensors = update_cases.case((4, 5, 70))
+    expected = update_cases.run("sgd", tensors, "ref")
+    tensors["mask"] = in_layout(tensors["mask"], "strided")
+    update_cases.assert_same_bits(update_cases.run("sgd", tensors, "cpu"), expected)
 
 
 # ---- expert_wgrad ------------------------------------------------------------------------------------------
@@ -297,7 +319,7 @@ def test_wgrad_score_is_weight_score_of_the_stored_gradients(gpu):
         for layout in ("contiguous", "transposed"):
             with poison():
                 got = expert_wgrad_score(in_layout(weight, layout), *sides, gamma=0.5, experts=experts, impl="cpu")
-            assert torch.equal(got, score_cases.weight_score(weight[experts], *both, gamma=0.5, impl="cpu"))
+            assert torch.equal(got, weight_score_ref(weight[experts], *both, 0.5))
 
 
 def test_wgrad_beyond_what_the_kernel_takes_is_an_error(gpu):

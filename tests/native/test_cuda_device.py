@@ -17,19 +17,18 @@ from moe_unlearn.ops import (
     route,
     score_histogram,
     score_mask,
-    weight_score,
+    weight_score_ref,
 )
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.expert_wgrad import expert_wgrad_score
-from moe_unlearn.ops.retain_weights import retain_weights
+from moe_unlearn.ops.retain_weights import moments, retain_weights, tilted_weights
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison
 from moe_unlearn.testing.yardstick import Reference
 from tests.native import test_expert_wgrad as wgrad_cases
-from tests.native import test_weight_score as score_cases
-from tests.ops.masked_update import cases as update_cases
-from tests.ops.retain_weights import cases as weights_cases
+from tests.native import test_masked_update as update_cases
+from tests.native import test_retain_weights as weights_cases
 from tests.ops.route import cases as route_cases
-from tests.support.covers import cover
+from tests.ops.weight_score import cases as score_cases
 from tests.support.impls import impl_of
 
 WHY_NOT = (
@@ -95,70 +94,33 @@ def test_route_never_waits_for_the_host():
 # ---- weight_score ------------------------------------------------------------------------------------------
 
 
-def check_score(arguments, gamma=0.37, layout="contiguous", thresholds=None):
-    moved = on_gpu(arguments, layout)
-    with poison():
-        score = weight_score(*moved, gamma=gamma, impl="cuda").cpu()
-    expected = score_cases.weight_score_ref(*arguments, gamma)
-    assert score.shape == expected.shape
-    assert torch.equal(score.view(torch.int32), expected.view(torch.int32))
-    bits = score_cases.magnitudes(arguments, gamma)
-    middle = int(bits.median()) if len(bits) else 7
-    for digit, prefix in ((0, 0), (1, middle >> 16), (1, 0)):
-        options = {"gamma": gamma, "digit": digit, "prefix": prefix}
-        histograms = score_histogram(*moved, **options, impl="cuda"), score_histogram(*arguments, **options, impl="ref")
-        assert torch.equal(histograms[0].cpu(), histograms[1])
-    for threshold in thresholds or (0, middle, 0x7F800000):
-        equal = int((bits == threshold).sum())
-        for ties in {0, 1, equal // 2, equal, equal + 3}:
-            options = {"gamma": gamma, "threshold_bits": threshold, "ties": ties}
-            with poison():
-                words, taken = score_mask(*moved, **options, impl="cuda")
-            expected_words, expected_taken = score_mask(*arguments, **options, impl="ref")
-            assert torch.equal(words.cpu(), expected_words) and int(taken) == int(expected_taken)
-
-
-@pytest.mark.parametrize("shape", [*score_cases.SHAPES, (300, 1000), (64, 33, 2048)], ids=str)
-def test_weight_score_has_the_bits_of_ref(shape):
-    check_score(score_cases.terms(shape))
-    check_score(tuple(integers(*shape, seed=s) for s in range(3)), gamma=1.0)
-
-
-@pytest.mark.parametrize("dtypes", [(BF16,) * 3, (F16,) * 3, (BF16, F32, F16), (F32, BF16, torch.float64)], ids=str)
-def test_weight_score_of_every_dtype(dtypes):
-    check_score(score_cases.terms((3, 70), dtypes))
-    check_score(score_cases.terms((2, 64), dtypes))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_weight_score_of_every_layout(layout):
-    check_score(score_cases.terms((3, 4, 41)), layout=layout)
-
-
-def test_weight_score_of_nan_infinity_and_denormals():
-    weight, grad_forget, grad_retain = score_cases.terms((4, 40))
-    weight[0, 0], weight[1, 1], grad_forget[2, 2], grad_retain[3, 3] = torch.nan, torch.inf, -torch.inf, 1e-42
-    weight[3], grad_forget[3] = 1e-39, 1.0
-    arguments = weight, grad_forget, grad_retain
-    for gamma in (1e-30, 0.5):
-        histograms = [
-            score_histogram(*a, gamma=gamma, digit=0, impl=impl).cpu()
-            for a, impl in ((arguments, "ref"), (on_gpu(arguments), "cuda"))
-        ]
-        assert torch.equal(*histograms)
+@pytest.mark.parametrize("shape", [(300, 1000), (64, 33, 2048)], ids=str)
+def test_weight_score_of_many_blocks(shape):
+    score_cases.check(CUDA, score_cases.terms(shape))
+    score_cases.check(CUDA, score_cases.tied(shape), gamma=1.0)
 
 
 # ---- retain_weights ----------------------------------------------------------------------------------------
 
 
-@cover(cap=(math.inf, 1.1), size=(0, 1, 31, 32, 33, 70, 130))
-def test_retain_weights_of_many_tokens(size, cap):
-    made = weights_cases.passes(9001, size)
-    weights_cases.assert_same(weights_cases.check(CUDA, made, cap=cap), weights_cases.run(CUDA, made, cap=cap))
+@pytest.mark.parametrize("cap", [math.inf, 1.1])
+@pytest.mark.parametrize("num_tokens", [0, 1, 40, 9001])
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 70, 130])
+def test_retain_weights_against_the_formulas(size, num_tokens, cap):
+    members, words, tilt = weights_cases.case(num_tokens, size)
+    results = []
+    for _ in range(2):
+        with poison():
+            weights = tilted_weights(words.cuda(), tilt.cuda(), weights_cases.BIAS, cap=cap, impl="cuda")
+            sums = moments(words.cuda(), tilt.cuda(), weights_cases.BIAS, cap=cap, impl="cuda")
+        results.append(on_cpu((weights, *sums)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for got, gold in zip(results[0], weights_cases.oracle(members, tilt, cap), strict=True):
+        assert_as_accurate(got.float(), gold.float(), gold)
 
 
 def test_the_solver_finds_what_it_finds_on_the_reference():
-    members = weights_cases.passes(3000, 12).members
+    members, _, _ = weights_cases.case(3000, 12)
     target = members.double().mean(0) * (1 + 0.2 * integers(12, low=-1, high=1).double())
     ours = retain_weights(members.cuda(), target, cap=3.0, impl="cuda")
     reference = retain_weights(members, target, cap=3.0, impl="ref")
@@ -168,15 +130,61 @@ def test_the_solver_finds_what_it_finds_on_the_reference():
 # ---- masked_update -----------------------------------------------------------------------------------------
 
 
-@cover(update_cases.native_agrees, rule=tuple(update_cases.RULES), numerics=tuple(update_cases.NUMERICS))
-def test_masked_update_of_many_blocks_has_the_bits_of_ref(rule, numerics):
-    function, options = update_cases.RULES[rule]
-    update_cases.check(CUDA, function, *update_cases.inputs(numerics, (40, 33, 256)), **options)
+def check_update(rule, tensors, layout="contiguous", **options):
+    expected = update_cases.run(rule, tensors, "ref", **options)
+    moved = {k: None if v is None else in_layout(v.cuda(), layout) for k, v in tensors.items()}
+    update_cases.update(rule, moved, "cuda", **options)
+    actual = on_cpu(moved[k] for k in ("param", "first", "second", "master"))
+    update_cases.assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_masked_update_rounds_as_torch_does(dtype):
-    update_cases.check_conversions(CUDA, dtype)
+@pytest.mark.parametrize("dtypes", update_cases.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "rule, options", [("sgd", o) for o in update_cases.SGD_CASES] + [("adamw", o) for o in update_cases.ADAMW_CASES]
+)
+def test_masked_update_has_the_bits_of_ref(rule, options, dtypes):
+    for shape in ((4, 5, 70), (3, 64), (40, 33, 256)):
+        check_update(rule, update_cases.case(shape, dtypes), **options)
+    check_update(rule, update_cases.case(dtypes=dtypes, keep=None), step=1, **options)
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, F32, F32), (BF16, BF16, BF16), (F32, F32, F32)], ids=str)
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_masked_update_with_stochastic_rounding_and_masters(rule, dtypes):
+    options = {"weight_decay": 0.1} | ({"momentum": 0.9} if rule == "sgd" else {})
+    random = {"rounding": "stochastic", "seed": -5, "parameter_id": 1 << 33}
+    check_update(rule, update_cases.case(dtypes=dtypes), step=(1 << 32) + 7, **random, **options)
+    for slices in (None, [3, 0]):
+        check_update(rule, update_cases.case(dtypes=dtypes, slices=slices), **random, **options)
+        check_update(rule, update_cases.case(dtypes=dtypes, slices=slices, master=True), **options)
+
+
+@pytest.mark.parametrize("slices", [None, [], [0]])
+@pytest.mark.parametrize("shape", [(3, 0), (3, 1), (1,), (31,), (32,), (33,), (95,), (2, 2, 2, 64)], ids=str)
+def test_masked_update_of_shapes(shape, slices):
+    for keep in (0.5, None):
+        check_update("adamw", update_cases.case(shape, (BF16, F32, F32), slices, keep), rounding="stochastic")
+        check_update("sgd", update_cases.case(shape, (F32, F32, F32), slices, keep), momentum=0.9)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), ()], ids=str)
+def test_masked_update_of_nothing_and_of_one_number(shape):
+    check_update("adamw", update_cases.case(shape, (BF16, F32, F32)), rounding="stochastic")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("slices", [None, [3, 1]])
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, F16, BF16)], ids=str)
+def test_masked_update_of_every_layout(dtypes, slices, layout):
+    check_update("adamw", update_cases.case((4, 3, 2, 41), dtypes, slices), layout)
+
+
+def test_masked_weights_keep_every_bit():
+    for dtypes in ((F32,) * 3, (BF16,) * 3, (F16,) * 3):
+        tensors = update_cases.case((6, 64), dtypes, keep=0.5)
+        kept = update_cases.pack_bits(torch.arange(384).view(6, 64) % 3 == 0)
+        tensors |= {"mask": kept}
+        check_update("adamw", tensors, weight_decay=0.1)
 
 
 @pytest.mark.slow
@@ -305,7 +313,7 @@ def test_wgrad_score_is_weight_score_of_the_stored_gradients():
     moved = [wgrad_cases.moved_to("cuda", side) for side in sides]
     with poison():
         got = expert_wgrad_score(weight.cuda(), *moved, gamma=0.5, experts=experts.cuda(), impl="cuda").cpu()
-    assert torch.equal(got, weight_score(weight[experts], *both, gamma=0.5, impl="ref"))
+    assert torch.equal(got, weight_score_ref(weight[experts], *both, 0.5))
 
 
 def test_wgrad_of_other_factors_is_left_to_the_next_implementation():

@@ -23,7 +23,6 @@ from moe_unlearn.ops import (
     route,
     score_histogram,
     score_mask,
-    weight_score,
 )
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.expert_wgrad import (
@@ -36,11 +35,9 @@ from moe_unlearn.ops.expert_wgrad import (
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
 from moe_unlearn.ops.token_loss import IGNORED, KINDS
 from moe_unlearn.testing import in_layout, routing
-from tests.ops import test_expert_mlp, test_expert_wgrad, test_token_loss
-from tests.ops import test_weight_score as scores
-from tests.ops.gram import cases as gram_cases
-from tests.ops.masked_update import cases as update_cases
-from tests.ops.retain_weights.cases import random_members
+from tests.ops import test_expert_mlp, test_expert_wgrad, test_gram, test_masked_update, test_token_loss
+from tests.ops.test_retain_weights import random_members
+from tests.ops.weight_score import cases as scores
 from tests.support.by_keyword import by_keyword, expert_mlp, token_loss
 from tests.support.checkers.case import Case
 
@@ -324,9 +321,11 @@ for _dtype in (torch.float32, BF16):
 
     @case(f"gram/sets {str(_dtype)[6:]}")
     def _(dtype=_dtype):
-        made = functools.partial(gram_cases.normal, dtype=dtype)
-        sets = gram_cases.gradient_sets(3, made, {(0, 1), (2, 0)})
-        masks = gram_cases.packed(gram_cases.random_masks())
+        def made(shape, seed):
+            return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+        sets = test_gram.gradient_sets(3, made, {(0, 1), (2, 0)})
+        masks = test_gram.packed(test_gram.random_masks())
         return Case(lambda sets, masks: gram(sets, masks=masks, impl="triton"), {"sets": sets, "masks": masks})
 
     @case(f"gram/long {str(_dtype)[6:]}")
@@ -339,8 +338,14 @@ for _pattern in ("skewed", "half_empty", "sentinels", "all_sentinels"):
 
     @case(f"gram/factors {_pattern}")
     def _(pattern=_pattern):
-        rows, _ = gram_cases.factors(pattern, 2, gram_cases.normal)
-        return Case(functools.partial(gram_factors, impl="triton"), rows._asdict())
+        def made(shape, seed):
+            return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+        rows, inputs, offsets, *_ = test_gram.factors(pattern, 2, made)
+        return Case(
+            lambda rows, inputs, offsets: gram_factors(rows, inputs, offsets, impl="triton"),
+            {"rows": rows, "inputs": inputs, "offsets": offsets},
+        )
 
 
 # -------------------------------------------------------------------------------------------------- weight_score
@@ -349,11 +354,10 @@ for _shape in [(3, 5, 7), (1,), (3, 70), (5, 96), (2, 3, 1100)]:
     _what = "x".join(map(str, _shape))
 
     def _score_case(op, shape, dtype, **options):
-        given = dict(zip(("weight", "grad_forget", "grad_retain"), scores.terms(shape, dtype=dtype), strict=True))
+        given = dict(zip(("weight", "grad_forget", "grad_retain"), scores.terms(shape, (dtype,) * 3), strict=True))
         return compared(functools.partial(op, gamma=0.7, **options), given, integer_atomics=True)
 
     CASES |= {
-        f"weight_score/score {_what}": functools.partial(_score_case, weight_score, _shape, BF16),
         f"weight_score/high digits {_what}": functools.partial(
             _score_case, score_histogram, _shape, torch.float32, digit=0
         ),
@@ -361,15 +365,15 @@ for _shape in [(3, 5, 7), (1,), (3, 70), (5, 96), (2, 3, 1100)]:
             _score_case, score_histogram, _shape, torch.float32, digit=1, prefix=0x3E40
         ),
         f"weight_score/mask {_what}": functools.partial(
-            _score_case, score_mask, _shape, torch.float32, threshold_bits=0x3E400000, ties=1
+            _score_case, score_mask, _shape, BF16, threshold_bits=0x3E400000, ties=1
         ),
     }
 
 
 @case("weight_score/mask with ties")
 def _():
-    terms = [scores.integers(7, 333, seed=seed) for seed in range(3)]
-    bits = int(scores.bits_of(scores.weight_score_ref(*terms, 1.0)).median())
+    terms = scores.tied((7, 333))
+    bits = int(scores.patterns(terms, 1.0).median())
     function = functools.partial(score_mask, gamma=1.0, threshold_bits=bits, ties=50)
     return compared(function, dict(zip(("weight", "grad_forget", "grad_retain"), terms, strict=True)))
 
@@ -382,7 +386,7 @@ for _shape in [(5, 6, 37), (1, 1), (3, 2, 1030)]:
 
             def _update_case(rule, shape, dtype, masked):
                 """A rule on two of the parameter's slices, in another order; with a master for narrow weights."""
-                randn = functools.partial(update_cases.randn, dtype=dtype)
+                randn = functools.partial(test_masked_update.randn, dtype=dtype)
                 slices = torch.tensor([2, 0]) if len(shape) == 3 else None
                 compact = (2, *shape[1:]) if len(shape) == 3 else shape
                 param = randn(*shape)
@@ -397,7 +401,7 @@ for _shape in [(5, 6, 37), (1, 1), (3, 2, 1030)]:
                     state["master"] = (param if slices is None else param[slices]).float()
                 elif dtype == BF16:
                     options |= {"rounding": "stochastic", "seed": 3, "parameter_id": 5}
-                mask = pack_bits(update_cases.random_mask(*compact)) if masked else None
+                mask = pack_bits(test_masked_update.random_mask(*compact)) if masked else None
                 rest = {"grad": randn(*compact, seed=1), "mask": mask, "slices": slices}
                 function = functools.partial(by_keyword(rule), lr=0.1, step=2, impl="triton", **options)
                 return Case(function, state | rest, mutates=tuple(state))
@@ -412,8 +416,8 @@ for _shape in [(5, 6, 37), (1, 1), (3, 2, 1030)]:
 @case("masked_update/elements of a vector")
 def _():
     """A parameter of one dimension, whose slices are elements, in other strides than its gradient."""
-    param = in_layout(update_cases.randn(150), "strided")
+    param = in_layout(test_masked_update.randn(150), "strided")
     slices = torch.randperm(150, generator=torch.Generator().manual_seed(4))[:70]
-    rest = {"grad": update_cases.randn(70, seed=1), "momentum_buffer": None, "mask": None, "slices": slices}
+    rest = {"grad": test_masked_update.randn(70, seed=1), "momentum_buffer": None, "mask": None, "slices": slices}
     function = functools.partial(masked_sgd_, rule=SGD(lr=0.5), update=Update(step=1))
     return compared(function, {"param": param, **rest}, mutates=("param",))

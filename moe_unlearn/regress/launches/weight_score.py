@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_unlearn.triton_kernels.weight_score import score_histogram, score_mask, weight_score
+from moe_unlearn.triton_kernels.weight_score import score_histogram, score_mask
 
 
 def _terms(dtype: torch.dtype, *shape: int) -> list[torch.Tensor]:
@@ -14,7 +14,6 @@ def _transposed() -> list[torch.Tensor]:
 
 
 def _all(*terms: torch.Tensor) -> None:
-    weight_score(*terms, 0.5)
     score_histogram(*terms, 0.5, 0, 0)
     score_histogram(*terms, 0.5, 1, 0x3D00)
     score_mask(*terms, 0.5, 0x3D000000, 3)
