@@ -141,7 +141,7 @@ def blocks(tile: configs.MatmulTile) -> dict[str, int]:
 @triton.jit(do_not_specialize=["num_rows"])
 def _gate_up_kernel(
     x, sorted_rows, expert_offsets, weight, bias, z, a, num_rows,
-    x_row, x_depth, stride_expert, stride_column, stride_depth, alpha, limit, shift,
+    stride_x_row, stride_x_depth, stride_expert, stride_column, stride_depth, alpha, limit, shift,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr,
     ACCESS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
@@ -160,12 +160,14 @@ def _gate_up_kernel(
         start = column_tile * BLOCK_COLUMNS
         if GATED and not INTERLEAVED:
             gate, up = product_of_halves(
-                x, token, x_row, x_depth, weight, expert, start, stride_expert, stride_column, stride_depth,
+                x, token, stride_x_row, stride_x_depth, weight, expert, start,
+                stride_expert, stride_column, stride_depth,
                 INNER, HIDDEN, NUM_EXPERTS, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, ACCESS, False,
             )  # fmt: skip
         else:
             gate = product(
-                x, token, x_row, x_depth, weight, expert, BOTH * start, stride_expert, stride_column, stride_depth,
+                x, token, stride_x_row, stride_x_depth, weight, expert, BOTH * start,
+                stride_expert, stride_column, stride_depth,
                 BOTH * INNER, HIDDEN, NUM_EXPERTS, BLOCK_ROWS, BOTH * BLOCK_COLUMNS, BLOCK_DEPTH, ACCESS, False,
             )  # fmt: skip
             up = gate

@@ -96,7 +96,8 @@ def expert_mlp_backward(
 @triton.jit(do_not_specialize=["num_rows"])
 def _activation_gradient_kernel(
     grad_out, sorted_rows, expert_offsets, weight, row_weights, z, dz, scaled, partial, dz_largest,
-    scaled_largest, num_rows, grad_row, grad_depth, stride_expert, stride_column, stride_depth, alpha, limit, shift,
+    scaled_largest, num_rows, stride_grad_row, stride_grad_depth, stride_expert, stride_column, stride_depth,
+    alpha, limit, shift,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr, CLAMPED: tl.constexpr,
     ACCESS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
@@ -117,7 +118,7 @@ def _activation_gradient_kernel(
         start = column_tile * BLOCK_COLUMNS
         if dz is not None or partial is not None:
             da = product(
-                grad_out, slot // TOP_K, grad_row, grad_depth, weight, expert, start,
+                grad_out, slot // TOP_K, stride_grad_row, stride_grad_depth, weight, expert, start,
                 stride_expert, stride_column, stride_depth,
                 INNER, HIDDEN, NUM_EXPERTS, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, ACCESS, False,
             )  # fmt: skip
@@ -216,8 +217,8 @@ def _weights_gradient_kernel(
     bias,
     d_weights,
     num_rows,
-    grad_row,
-    grad_depth,
+    stride_grad_row,
+    stride_grad_depth,
     HIDDEN: tl.constexpr,
     PARTS: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
@@ -237,12 +238,12 @@ def _weights_gradient_kernel(
     for part in range(PARTS):
         total += tl.load(partial + tl.cast(part, tl.int64) * num_rows + row, mask=row < stop, other=0.0)
     if bias is not None:
-        grad = grad_out + (slot // TOP_K)[:, None] * grad_row
+        grad = grad_out + (slot // TOP_K)[:, None] * stride_grad_row
         products = tl.zeros((BLOCK_ROWS, BLOCK_HIDDEN), tl.float32)
         for start in range(0, tl.where(expert < NUM_EXPERTS, HIDDEN, 0), BLOCK_HIDDEN):
             column = start + tl.arange(0, BLOCK_HIDDEN)
             mask = (row[:, None] < stop) & (column[None, :] < HIDDEN)
-            g = tl.load(grad + column[None, :].to(tl.int64) * grad_depth, mask=mask, other=0.0).to(tl.float32)
+            g = tl.load(grad + column[None, :].to(tl.int64) * stride_grad_depth, mask=mask, other=0.0).to(tl.float32)
             products += g * bias_of(bias, expert, column, HIDDEN, NUM_EXPERTS)
         total += tl.sum(products, 1)
     tl.store(d_weights + slot, round_nearest(total, d_weights.dtype.element_ty), mask=row < stop)

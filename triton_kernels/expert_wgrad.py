@@ -83,12 +83,12 @@ def _store_kernel(
     out, out_strides, grad, input, bounds, grad_rows, input_rows, strides, experts, mask, mask_strides, num_listed,
     M: tl.constexpr, P: tl.constexpr, ACCUMULATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
-    BOUNDS_STEP: tl.constexpr,
+    BOUNDS_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Store one tile of dW; with SPLITS > 1 part s of matrix i goes to out[s * num_listed + i], the workspace."""
     matrix, m, p = find_tile(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, GROUP)
     index = matrix // SPLITS
-    start, stop = load_bounds(bounds, listed(experts, index), BOUNDS_STEP)
+    start, stop = load_bounds(bounds, listed(experts, index), BOUNDS_STRIDE)
     if SPLITS > 1:
         part = tl.cdiv(tl.cdiv(stop - start, SPLITS), BLOCK_ROWS) * BLOCK_ROWS
         start += (matrix % SPLITS).to(tl.int32) * part
@@ -166,17 +166,17 @@ def _score_kernel(
     grad_r, input_r, bounds_r, grad_rows_r, input_rows_r, strides_r,
     experts, gamma, num_listed,
     M: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr, BY_DESCRIPTOR_F: tl.constexpr, BOUNDS_STEP_F: tl.constexpr,
-    BY_DESCRIPTOR_R: tl.constexpr, BOUNDS_STEP_R: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr, BY_DESCRIPTOR_F: tl.constexpr, BOUNDS_STRIDE_F: tl.constexpr,
+    BY_DESCRIPTOR_R: tl.constexpr, BOUNDS_STRIDE_R: tl.constexpr,
 ):  # fmt: skip
     index, m, p = find_tile(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, GROUP)
     expert = listed(experts, index)
-    start, stop = load_bounds(bounds_f, expert, BOUNDS_STEP_F)
+    start, stop = load_bounds(bounds_f, expert, BOUNDS_STRIDE_F)
     forget = outer_product(
         grad_f, input_f, grad_rows_f, input_rows_f, strides_f, start, stop, m, p,
         M, P, BLOCK_M, BLOCK_P, BLOCK_ROWS, BY_DESCRIPTOR_F,
     )  # fmt: skip
-    start, stop = load_bounds(bounds_r, expert, BOUNDS_STEP_R)
+    start, stop = load_bounds(bounds_r, expert, BOUNDS_STRIDE_R)
     retain = outer_product(
         grad_r, input_r, grad_rows_r, input_rows_r, strides_r, start, stop, m, p,
         M, P, BLOCK_M, BLOCK_P, BLOCK_ROWS, BY_DESCRIPTOR_R,
@@ -211,13 +211,13 @@ def _inner_kernel(
     experts, num_listed,
     M: tl.constexpr, P: tl.constexpr, SINGLE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr, BY_DESCRIPTOR_A: tl.constexpr,
-    BOUNDS_STEP_A: tl.constexpr, BY_DESCRIPTOR_B: tl.constexpr, BOUNDS_STEP_B: tl.constexpr,
+    BOUNDS_STRIDE_A: tl.constexpr, BY_DESCRIPTOR_B: tl.constexpr, BOUNDS_STRIDE_B: tl.constexpr,
 ):  # fmt: skip
     """Compute partials [num_listed * tiles, 3], <a, a>, <a, b>, <b, b> of each tile; SINGLE: there is only a."""
     index, m, p = find_tile(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, GROUP)
     expert = listed(experts, index)
-    start_a, stop_a = load_bounds(bounds_a, expert, BOUNDS_STEP_A)
-    start_b, stop_b = load_bounds(bounds_b, expert, BOUNDS_STEP_B)
+    start_a, stop_a = load_bounds(bounds_a, expert, BOUNDS_STRIDE_A)
+    start_b, stop_b = load_bounds(bounds_b, expert, BOUNDS_STRIDE_B)
     stop_a = stop_unless_kept(mask, mask_strides, index, m, p, start_a, stop_a, M, P, BLOCK_M, BLOCK_P)
     stop_b = stop_unless_kept(mask, mask_strides, index, m, p, start_b, stop_b, M, P, BLOCK_M, BLOCK_P)
     a = outer_product(
@@ -298,7 +298,7 @@ def _store(out: torch.Tensor, factors, experts, mask, tile: OuterTile, accumulat
         ACCUMULATE=accumulate,
         SPLITS=tile.splits,
         BY_DESCRIPTOR=side.by_descriptor,
-        BOUNDS_STEP=side.bounds_step,
+        BOUNDS_STRIDE=side.bounds_stride,
         **tile_options(shape, tile),
     )
     if tile.splits > 1:
@@ -355,9 +355,9 @@ def score(
         gamma,
         shape[0],
         BY_DESCRIPTOR_F=f.by_descriptor,
-        BOUNDS_STEP_F=f.bounds_step,
+        BOUNDS_STRIDE_F=f.bounds_stride,
         BY_DESCRIPTOR_R=r.by_descriptor,
-        BOUNDS_STEP_R=r.bounds_step,
+        BOUNDS_STRIDE_R=r.bounds_stride,
         **tile_options(shape, tile),
     )
     return out
@@ -389,9 +389,9 @@ def inner(grads, inputs, expert_offsets, grad_rows, input_rows, experts, mask) -
                 shape[0],
                 SINGLE=i == j,
                 BY_DESCRIPTOR_A=a.by_descriptor,
-                BOUNDS_STEP_A=a.bounds_step,
+                BOUNDS_STRIDE_A=a.bounds_stride,
                 BY_DESCRIPTOR_B=b.by_descriptor,
-                BOUNDS_STEP_B=b.bounds_step,
+                BOUNDS_STRIDE_B=b.bounds_stride,
                 **tile_options(shape, tile),
             )
     _sum_products_kernel[(out.numel(),)](out, partials, shape[0], tiles, COUNT=count, BLOCK=_SUM_BLOCK, num_warps=4)

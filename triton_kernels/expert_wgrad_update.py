@@ -138,7 +138,7 @@ def _update_kernel(
     M: tl.constexpr, P: tl.constexpr, ADAMW: tl.constexpr, STEP_DTYPE: tl.constexpr,
     DECAY: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, FIRST_STEP: tl.constexpr,
     STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    GROUP: tl.constexpr, BY_DESCRIPTOR: tl.constexpr, BOUNDS_STEP: tl.constexpr,
+    GROUP: tl.constexpr, BY_DESCRIPTOR: tl.constexpr, BOUNDS_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of dW and update its weights.
 
@@ -147,7 +147,7 @@ def _update_kernel(
     """
     index, m, p = find_tile(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, GROUP)
     expert = listed(experts, index)
-    start, stop = load_bounds(bounds, expert, BOUNDS_STEP)
+    start, stop = load_bounds(bounds, expert, BOUNDS_STRIDE)
     stop = stop_unless_kept(mask, mask_strides, index, m, p, start, stop, M, P, BLOCK_M, BLOCK_P)
     g = outer_product(
         grad, input, grad_rows, input_rows, strides, start, stop, m, p,
@@ -207,7 +207,7 @@ def _launch(weight: torch.Tensor, state, mask, factors, experts, counter, roundi
         tuple(scalars),
         STOCHASTIC=rounding == "stochastic",
         BY_DESCRIPTOR=side.by_descriptor,
-        BOUNDS_STEP=side.bounds_step,
+        BOUNDS_STRIDE=side.bounds_stride,
         enable_fp_fusion=False,
         **flags,
         **tile_options(shape, tile),

@@ -165,14 +165,14 @@ def load_weight(
 
 @triton.jit
 def product(
-    left, rows, left_row, left_depth, weight, expert, column, stride_expert, stride_column, stride_depth,
+    left, rows, stride_left_row, stride_left_depth, weight, expert, column, stride_expert, stride_column, stride_depth,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_DEPTH: tl.constexpr, ACCESS: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
     """Multiply left rows by weight[expert] columns [column, column + WIDTH), in float32; zero for segment E."""
     total = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
     for start in range(0, tl.where(expert < NUM_EXPERTS, DEPTH, 0), BLOCK_DEPTH):
-        tile = load_left(left, rows, left_row, left_depth, start, DEPTH, BLOCK_DEPTH, DESCRIPTOR)
+        tile = load_left(left, rows, stride_left_row, stride_left_depth, start, DEPTH, BLOCK_DEPTH, DESCRIPTOR)
         block = load_weight(
             weight,
             expert,
@@ -194,7 +194,7 @@ def product(
 
 @triton.jit
 def product_of_halves(
-    left, rows, left_row, left_depth, weight, expert, column, stride_expert, stride_column, stride_depth,
+    left, rows, stride_left_row, stride_left_depth, weight, expert, column, stride_expert, stride_column, stride_depth,
     HALF: tl.constexpr, DEPTH: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_DEPTH: tl.constexpr, ACCESS: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +202,7 @@ def product_of_halves(
     first = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
     second = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
     for start in range(0, tl.where(expert < NUM_EXPERTS, DEPTH, 0), BLOCK_DEPTH):
-        tile = load_left(left, rows, left_row, left_depth, start, DEPTH, BLOCK_DEPTH, DESCRIPTOR)
+        tile = load_left(left, rows, stride_left_row, stride_left_depth, start, DEPTH, BLOCK_DEPTH, DESCRIPTOR)
         block = load_weight(
             weight,
             expert,

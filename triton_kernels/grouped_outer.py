@@ -38,7 +38,7 @@ class FactorArguments(NamedTuple):
     input_rows: torch.Tensor | None
     strides: tuple[int, int, int, int]
     by_descriptor: tuple[bool, bool]
-    bounds_step: int
+    bounds_stride: int
 
 
 def tile_for(epilogue: str, factors, experts: torch.Tensor | None) -> tuple[tuple[int, int, int], OuterTile]:
@@ -57,7 +57,7 @@ def tile_for(epilogue: str, factors, experts: torch.Tensor | None) -> tuple[tupl
 def factor_arguments(grad, input, expert_offsets, grad_rows, input_rows, tile: OuterTile) -> FactorArguments:
     """Prepare the factors for a kernel: as descriptors where `tile` wants them and rows and layout allow them.
 
-    `bounds_step` is the distance from one expert's start to the next one's.
+    `bounds_stride` is the distance from one expert's start to the next one's.
     """
     sources, by_descriptor = [], []
     for factor, rows, width in ((grad, grad_rows, tile.block_m), (input, input_rows, tile.block_p)):
@@ -115,9 +115,9 @@ def listed(experts, index):
 
 
 @triton.jit
-def load_bounds(bounds, expert, BOUNDS_STEP: tl.constexpr):
+def load_bounds(bounds, expert, BOUNDS_STRIDE: tl.constexpr):
     """Load (start, stop) of the rows of an expert."""
-    return tl.load(bounds + expert * BOUNDS_STEP), tl.load(bounds + expert * BOUNDS_STEP + 1)
+    return tl.load(bounds + expert * BOUNDS_STRIDE), tl.load(bounds + expert * BOUNDS_STRIDE + 1)
 
 
 @triton.jit

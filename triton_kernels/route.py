@@ -2,9 +2,9 @@
 
 The tokens are cut into at most a few hundred blocks of equal length (`configs.route`).
 
-    _count_kernel    grid (sections, blocks): counts the rows of each expert in a block, counts [sections, blocks, E].
-                     Section 0 counts all rows, section 1 + g those of group g; without groups there is only the
-                     first. Section 0 also adds the tilt to `log_weight`.
+    _count_kernel    grid (sections, blocks): counts the rows of each expert in a block, rows_per_block
+                     [sections, blocks, E]. Section 0 counts all rows, section 1 + g those of group g; without groups
+                     there is only the first. Section 0 also adds the tilt to `log_weight`.
     _scatter_kernel  grid (blocks): the place of the block's first row of each expert = rows of smaller experts
                      + rows of that expert in earlier blocks, both summed anew from section 0 (a few 10 KB out of L2
                      cost less than a third launch). A row's rank among the equal ones before it comes from comparing
@@ -45,7 +45,7 @@ def route(
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=top_k_index.device)
 
-    counts = ints(sections, config.blocks, num_experts)
+    rows_per_block = ints(sections, config.blocks, num_experts)
     tokens_per_expert, expert_offsets = ints(num_groups, num_experts), ints(num_experts + 1)
     sorted_rows = ints(num_tokens * top_k)
     experts = max(32, triton.next_power_of_2(num_experts))
@@ -54,7 +54,7 @@ def route(
         group,
         log_tilt,
         log_weight,
-        counts,
+        rows_per_block,
         num_tokens,
         config.tokens_per_block,
         config.blocks,
@@ -69,7 +69,7 @@ def route(
         num_warps=config.num_warps,
     )
     _scatter_kernel[(config.blocks,)](
-        top_k_index, counts, tokens_per_expert, expert_offsets, sorted_rows,
+        top_k_index, rows_per_block, tokens_per_expert, expert_offsets, sorted_rows,
         num_tokens, config.tokens_per_block, config.blocks, num_groups, num_experts, *top_k_index.stride(),
         GROUPED=group is not None, TOP_K=top_k, EXPERTS=experts,
         TILE=config.tile, CHUNK=config.chunk, CELLS=config.cells, num_warps=config.num_warps,
@@ -93,11 +93,11 @@ def _rows(index, first_token, row, rows, num_experts, stride_t, stride_k, TOP_K:
 
 @triton.jit(do_not_specialize=_CHANGES_WITH_THE_BATCH)
 def _count_kernel(
-    index, group, log_tilt, log_weight, counts,
+    index, group, log_tilt, log_weight, rows_per_block,
     num_tokens, tokens_per_block, num_blocks, num_experts, stride_t, stride_k, stride_group, stride_tilt, stride_weight,
     TOP_K: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Compute counts[section, block, :]; section 0 also adds sum_k log_tilt[index[t, k]] to log_weight[t]."""
+    """Compute rows_per_block[section, block, :]; section 0 also adds sum_k log_tilt[index[t, k]] to log_weight[t]."""
     section, block = tl.program_id(0), tl.program_id(1)
     first_token = block * tokens_per_block
     tokens = tl.minimum(tokens_per_block, num_tokens - first_token)
@@ -114,7 +114,7 @@ def _count_kernel(
         count += tl.histogram(expert, EXPERTS, mask=counted)
     column = tl.arange(0, EXPERTS)
     slot = section.to(tl.int64) * num_blocks + block
-    tl.store(counts + slot * num_experts + column, count, mask=column < num_experts)
+    tl.store(rows_per_block + slot * num_experts + column, count, mask=column < num_experts)
 
     if log_tilt is not None:
         if section == 0:
@@ -133,7 +133,7 @@ def _count_kernel(
 
 @triton.jit
 def _store_histogram(
-    counts,
+    rows_per_block,
     tokens_per_expert,
     block,
     num_blocks,
@@ -155,19 +155,19 @@ def _store_histogram(
         else:
             # all tokens are in group 0, and there is no section for the others
             known = known & (of_group == 0)
-        # counts is contiguous: the blocks of a section are num_experts apart, the sections num_blocks of these
+        # rows_per_block is contiguous: the blocks of a section are num_experts apart, the sections num_blocks of these
         source = section.to(tl.int64) * num_blocks * num_experts + cell % num_experts
         total = tl.zeros((CHUNK, CELLS), tl.int32)
         for first in range(0, num_blocks, CHUNK):
             other = first + part
             mask = (other < num_blocks)[:, None] & known[None, :]
-            total += tl.load(counts + source[None, :] + other[:, None] * num_experts, mask=mask, other=0)
+            total += tl.load(rows_per_block + source[None, :] + other[:, None] * num_experts, mask=mask, other=0)
         tl.store(tokens_per_expert + cell, tl.sum(total, axis=0), mask=cell < num_cells)
 
 
 @triton.jit(do_not_specialize=_CHANGES_WITH_THE_BATCH)
 def _scatter_kernel(
-    index, counts, tokens_per_expert, expert_offsets, sorted_rows,
+    index, rows_per_block, tokens_per_expert, expert_offsets, sorted_rows,
     num_tokens, tokens_per_block, num_blocks, num_groups, num_experts, stride_t, stride_k,
     GROUPED: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
     TILE: tl.constexpr, CHUNK: tl.constexpr, CELLS: tl.constexpr,
@@ -180,7 +180,7 @@ def _scatter_kernel(
     for first in range(0, num_blocks, CHUNK):
         other = first + part[:, None]
         mask = (other < num_blocks) & (expert < num_experts)[None, :]
-        count = tl.load(counts + other * num_experts + expert[None, :], mask=mask, other=0)
+        count = tl.load(rows_per_block + other * num_experts + expert[None, :], mask=mask, other=0)
         all_rows += count
         earlier_rows += tl.where(other < block, count, 0)
     total, earlier = tl.sum(all_rows, axis=0), tl.sum(earlier_rows, axis=0)
@@ -209,4 +209,6 @@ def _scatter_kernel(
         following += tl.histogram(chosen, EXPERTS, mask=here)
         following_away += TILE - tl.sum(here.to(tl.int32), axis=0)
 
-    _store_histogram(counts, tokens_per_expert, block, num_blocks, num_groups, num_experts, GROUPED, CHUNK, CELLS)
+    _store_histogram(
+        rows_per_block, tokens_per_expert, block, num_blocks, num_groups, num_experts, GROUPED, CHUNK, CELLS
+    )

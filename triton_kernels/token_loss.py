@@ -106,7 +106,8 @@ def _peak_and_sum(z, AXIS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows", "splits", "tiles_per_split"])
 def _partials_kernel(
     hidden, ref_hidden, head, ref_head, bias, labels, index, count, partials, num_rows, splits, tiles_per_split,
-    hidden_row, head_row, head_column, ref_head_row, ref_head_column, bias_stride, label_stride,
+    stride_hidden_row, stride_head_row, stride_head_column, stride_ref_head_row, stride_ref_head_column, stride_bias,
+    stride_label,
     VOCABULARY: tl.constexpr, HIDDEN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +119,7 @@ def _partials_kernel(
     row = row_tile * ROWS + tl.arange(0, ROWS)
     live = row < counted
     token = tl.load(index + row, mask=live, other=0).to(tl.int64)
-    label = tl.load(labels + token * label_stride)
+    label = tl.load(labels + token * stride_label)
     m = tl.full((ROWS,), LOWEST, tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
     picked, ref_m, ref_s, cross = s, m, s, s
@@ -126,9 +127,9 @@ def _partials_kernel(
     for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(VOCABULARY, COLUMNS))):
         column = tile * COLUMNS
         z, z_ref = logits(
-            hidden, ref_hidden, head, ref_head, bias, row_tile * ROWS, column, num_rows, hidden_row, head_row,
-            head_column, ref_head_row, ref_head_column, bias_stride, VOCABULARY, HIDDEN, SCALE, SOFTCAP,
-            ROWS, COLUMNS, DEPTH, DESCRIPTORS,
+            hidden, ref_hidden, head, ref_head, bias, row_tile * ROWS, column, num_rows, stride_hidden_row,
+            stride_head_row, stride_head_column, stride_ref_head_row, stride_ref_head_column, stride_bias,
+            VOCABULARY, HIDDEN, SCALE, SOFTCAP, ROWS, COLUMNS, DEPTH, DESCRIPTORS,
         )  # fmt: skip
         tile_m, tile_s = _peak_and_sum(z, 1)
         if ref_hidden is None:
@@ -162,7 +163,7 @@ def _partials_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "splits"])
 def _merge_kernel(
-    partials, slots, labels, weights, loss, value, norm, ref_norm, num_rows, splits, label_stride, weight_stride,
+    partials, slots, labels, weights, loss, value, norm, ref_norm, num_rows, splits, stride_label, stride_weight,
     KIND: tl.constexpr, VOCABULARY: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Compute loss, l and the normalisers of a block of rows; zeros in rows that do not count."""
@@ -171,7 +172,7 @@ def _merge_kernel(
     wide = row.to(tl.int64)
     slot = tl.load(slots + row, mask=inside, other=-1)
     counted = slot >= 0
-    label = tl.load(labels + wide * label_stride, mask=inside, other=IGNORED)
+    label = tl.load(labels + wide * stride_label, mask=inside, other=IGNORED)
     part = splits.to(tl.int64) * num_rows
     m = tl.full((ROWS,), LOWEST, tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
@@ -207,7 +208,7 @@ def _merge_kernel(
     result = tl.where(counted, result, 0.0)
     weighted = result
     if weights is not None:
-        weighted = result * tl.load(weights + wide * weight_stride, mask=inside, other=0.0).to(tl.float32)
+        weighted = result * tl.load(weights + wide * stride_weight, mask=inside, other=0.0).to(tl.float32)
     tl.store(loss + row, tl.where(label == IGNORED, 0.0, weighted), mask=inside)
     tl.store(value + row, result, mask=inside)
     tl.store(norm + row, tl.where(counted, m, 0.0), mask=inside)

@@ -155,8 +155,8 @@ def _launch_hidden_sums(dlogits, head, rows, sums, sums_tiles, start, columns, c
 @triton.jit(do_not_specialize=["num_rows", "columns"])
 def _dlogits_kernel(
     hidden, ref_hidden, head, ref_head, bias, labels, weights, grad, value, norm, ref_norm, index, count, dlogits,
-    column_sums, num_rows, start, columns, hidden_row, head_row, head_column, ref_head_row, ref_head_column,
-    bias_stride, label_stride, weight_stride, grad_stride,
+    column_sums, num_rows, start, columns, stride_hidden_row, stride_head_row, stride_head_column,
+    stride_ref_head_row, stride_ref_head_column, stride_bias, stride_label, stride_weight, stride_grad,
     KIND: tl.constexpr, VOCABULARY: tl.constexpr, HIDDEN: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -168,24 +168,24 @@ def _dlogits_kernel(
         return
     column = start + column_tile * COLUMNS
     z, z_ref = logits(
-        hidden, ref_hidden, head, ref_head, bias, row_tile * ROWS, column, num_rows, hidden_row, head_row, head_column,
-        ref_head_row, ref_head_column, bias_stride, VOCABULARY, HIDDEN, SCALE, SOFTCAP, ROWS, COLUMNS, DEPTH,
-        DESCRIPTORS,
+        hidden, ref_hidden, head, ref_head, bias, row_tile * ROWS, column, num_rows, stride_hidden_row,
+        stride_head_row, stride_head_column, stride_ref_head_row, stride_ref_head_column, stride_bias,
+        VOCABULARY, HIDDEN, SCALE, SOFTCAP, ROWS, COLUMNS, DEPTH, DESCRIPTORS,
     )  # fmt: skip
     row = row_tile * ROWS + tl.arange(0, ROWS)
     live = row < counted
     # rows that do not count read the numbers of token 0 and become zero at the end
     token = tl.load(index + row, mask=live, other=0).to(tl.int64)
-    upstream = tl.load(grad + token * grad_stride).to(tl.float32)
+    upstream = tl.load(grad + token * stride_grad).to(tl.float32)
     if weights is not None:
-        upstream *= tl.load(weights + token * weight_stride).to(tl.float32)
+        upstream *= tl.load(weights + token * stride_weight).to(tl.float32)
     if KIND == "uce":
         upstream *= -expm1(tl.load(value + token))
     dz = _softmax(z, norm, token, num_rows)
     if KIND == "kl":
         dz -= _softmax(z_ref, ref_norm, token, num_rows)
     else:
-        label = tl.load(labels + token * label_stride)
+        label = tl.load(labels + token * stride_label)
         # int32 takes half the registers
         label = tl.where((label >= column) & (label < column + COLUMNS), label - column, -1).to(tl.int32)
         dz = tl.where(label[:, None] == tl.arange(0, COLUMNS)[None, :], dz - 1, dz)
@@ -232,8 +232,8 @@ def _head_gradient_kernel(
     num_rows,
     start,
     columns,
-    dlogits_row,
-    hidden_row,
+    stride_dlogits_row,
+    stride_hidden_row,
     HIDDEN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -246,8 +246,10 @@ def _head_gradient_kernel(
     counted = tl.load(count)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, counted, DEPTH):
-        dz = load_tile(dlogits, k, row_tile * ROWS, counted, columns, dlogits_row, 1, DEPTH, ROWS, DESCRIPTORS)
-        h = load_tile(hidden, k, column_tile * COLUMNS, counted, HIDDEN, hidden_row, 1, DEPTH, COLUMNS, DESCRIPTORS)
+        dz = load_tile(dlogits, k, row_tile * ROWS, counted, columns, stride_dlogits_row, 1, DEPTH, ROWS, DESCRIPTORS)
+        h = load_tile(
+            hidden, k, column_tile * COLUMNS, counted, HIDDEN, stride_hidden_row, 1, DEPTH, COLUMNS, DESCRIPTORS
+        )
         total = dot(dz.T, h, total)
     row, column = row_tile * ROWS + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
     out = grad_head + (start + row_tile * ROWS).to(tl.int64) * HIDDEN
@@ -265,7 +267,7 @@ def _strips(counted, WIDTH_TILES: tl.constexpr, ROWS: tl.constexpr, SPLIT_TILES:
 
 @triton.jit(do_not_specialize=["num_rows", "columns"])
 def _hidden_sums_kernel(
-    dlogits, head, count, sums, num_rows, start, columns, dlogits_row, head_row, head_column,
+    dlogits, head, count, sums, num_rows, start, columns, stride_dlogits_row, stride_head_row, stride_head_column,
     VOCABULARY: tl.constexpr, HIDDEN: tl.constexpr, WIDTH_TILES: tl.constexpr, SPLIT_TILES: tl.constexpr,
     SPLITS: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -290,15 +292,15 @@ def _hidden_sums_kernel(
         total = tl.load(at, mask=inside, other=0.0)
     length = tl.cdiv(tl.cdiv(columns, DEPTH), splits) * DEPTH
     for k in range(split * length, tl.minimum(split * length + length, columns), DEPTH):
-        dz = load_tile(dlogits, row_tile * ROWS, k, counted, columns, dlogits_row, 1, ROWS, DEPTH, DESCRIPTORS)
+        dz = load_tile(dlogits, row_tile * ROWS, k, counted, columns, stride_dlogits_row, 1, ROWS, DEPTH, DESCRIPTORS)
         w = load_tile(
             head,
             start + k,
             column_tile * COLUMNS,
             VOCABULARY,
             HIDDEN,
-            head_row,
-            head_column,
+            stride_head_row,
+            stride_head_column,
             DEPTH,
             COLUMNS,
             DESCRIPTORS,

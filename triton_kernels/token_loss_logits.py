@@ -114,15 +114,15 @@ def describable(*tensors: Tensor | None) -> bool:
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _select_kernel(labels, weights, count, index, slot, num_rows, label_stride, weight_stride, BLOCK: tl.constexpr):
+def _select_kernel(labels, weights, count, index, slot, num_rows, stride_label, stride_weight, BLOCK: tl.constexpr):
     total = 0
     for start in range(0, num_rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
         inside = row < num_rows
         wide = row.to(tl.int64)
-        counted = tl.load(labels + wide * label_stride, mask=inside, other=IGNORED) != IGNORED
+        counted = tl.load(labels + wide * stride_label, mask=inside, other=IGNORED) != IGNORED
         if weights is not None:
-            counted = counted & (tl.load(weights + wide * weight_stride, mask=inside, other=0.0).to(tl.float32) != 0)
+            counted = counted & (tl.load(weights + wide * stride_weight, mask=inside, other=0.0).to(tl.float32) != 0)
         position = total + tl.cumsum(counted.to(tl.int32), 0) - 1
         tl.store(slot + row, tl.where(counted, position, -1), mask=inside)
         tl.store(index + position, row, mask=counted)
@@ -137,9 +137,9 @@ def _gather_kernel(
     count,
     gathered,
     num_rows,
-    source_row,
-    source_column,
-    gathered_row,
+    stride_source_row,
+    stride_source_column,
+    stride_gathered_row,
     HIDDEN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -150,9 +150,9 @@ def _gather_kernel(
     for start in range(0, HIDDEN, COLUMNS):
         column = (start + tl.arange(0, COLUMNS)).to(tl.int64)
         inside = (column < HIDDEN)[None, :]
-        place = source + token[:, None] * source_row + column[None, :] * source_column
+        place = source + token[:, None] * stride_source_row + column[None, :] * stride_source_column
         value = tl.load(place, mask=live[:, None] & inside, other=0.0)
-        place = gathered + row.to(tl.int64)[:, None] * gathered_row + column[None, :]
+        place = gathered + row.to(tl.int64)[:, None] * stride_gathered_row + column[None, :]
         tl.store(place, value.to(gathered.dtype.element_ty), mask=(row < num_rows)[:, None] & inside)
 
 
@@ -176,8 +176,8 @@ def load_tile(
     column,
     num_rows,
     num_columns,
-    row_stride,
-    column_stride,
+    stride_row,
+    stride_column,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
@@ -187,17 +187,17 @@ def load_tile(
         tile = source.load([row, column])
     else:
         r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-        pointers = source + r[:, None].to(tl.int64) * row_stride + c[None, :].to(tl.int64) * column_stride
+        pointers = source + r[:, None].to(tl.int64) * stride_row + c[None, :].to(tl.int64) * stride_column
         tile = tl.load(pointers, mask=(r < num_rows)[:, None] & (c < num_columns)[None, :], other=0.0)
     return tile
 
 
 @triton.jit
 def logits(
-    hidden, ref_hidden, head, ref_head, bias, row, column, num_rows, hidden_row, head_row, head_column,
-    ref_head_row, ref_head_column, bias_stride, VOCABULARY: tl.constexpr, HIDDEN: tl.constexpr,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    hidden, ref_hidden, head, ref_head, bias, row, column, num_rows, stride_hidden_row, stride_head_row,
+    stride_head_column, stride_ref_head_row, stride_ref_head_column, stride_bias,
+    VOCABULARY: tl.constexpr, HIDDEN: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Compute (z, z_ref) [ROWS, COLUMNS] float32 from (row, column) on, -infinity behind the vocabulary.
 
@@ -206,21 +206,32 @@ def logits(
     z = tl.zeros((ROWS, COLUMNS), tl.float32)
     z_ref = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, HIDDEN, DEPTH):
-        h = load_tile(hidden, row, k, num_rows, HIDDEN, hidden_row, 1, ROWS, DEPTH, DESCRIPTORS)
-        w = load_tile(head, column, k, VOCABULARY, HIDDEN, head_row, head_column, COLUMNS, DEPTH, DESCRIPTORS)
+        h = load_tile(hidden, row, k, num_rows, HIDDEN, stride_hidden_row, 1, ROWS, DEPTH, DESCRIPTORS)
+        w = load_tile(
+            head, column, k, VOCABULARY, HIDDEN, stride_head_row, stride_head_column, COLUMNS, DEPTH, DESCRIPTORS
+        )
         z = dot(h, w.to(h.dtype).T, z)
         if ref_hidden is not None:
-            h = load_tile(ref_hidden, row, k, num_rows, HIDDEN, hidden_row, 1, ROWS, DEPTH, DESCRIPTORS)
+            h = load_tile(ref_hidden, row, k, num_rows, HIDDEN, stride_hidden_row, 1, ROWS, DEPTH, DESCRIPTORS)
             if ref_head is not None:
                 w = load_tile(
-                    ref_head, column, k, VOCABULARY, HIDDEN, ref_head_row, ref_head_column, COLUMNS, DEPTH, DESCRIPTORS
+                    ref_head,
+                    column,
+                    k,
+                    VOCABULARY,
+                    HIDDEN,
+                    stride_ref_head_row,
+                    stride_ref_head_column,
+                    COLUMNS,
+                    DEPTH,
+                    DESCRIPTORS,
                 )
             z_ref = dot(h, w.to(h.dtype).T, z_ref)
     v = column + tl.arange(0, COLUMNS)
     inside = v < VOCABULARY
     offset = tl.zeros((COLUMNS,), tl.float32)
     if bias is not None:
-        offset = tl.load(bias + v.to(tl.int64) * bias_stride, mask=inside, other=0.0).to(tl.float32)
+        offset = tl.load(bias + v.to(tl.int64) * stride_bias, mask=inside, other=0.0).to(tl.float32)
     return _finish(z, offset, inside, SCALE, SOFTCAP), _finish(z_ref, offset, inside, SCALE, SOFTCAP)
 
 

@@ -106,7 +106,7 @@ struct Wgrad {
       uint32_t bits = 0;
       if (row < a.f.grad.columns && column < mask->width)
         bits = *reinterpret_cast<const uint32_t*>(
-            mask->row(tile.expert * a.f.grad.columns + row) + column * mask->step);
+            mask->row(tile.expert * a.f.grad.columns + row) + column * mask->stride);
       if (group.any(bits != 0)) return steps;
     }
     return 0;
@@ -122,7 +122,7 @@ struct Wgrad {
 
     MOE_UNLEARN_DEVICE Source(const Factor& f, int thread, int64_t column) : f(f), thread(thread), column(column) {}
 
-    MOE_UNLEARN_DEVICE void look_up(int64_t first, int64_t stop) {
+    MOE_UNLEARN_DEVICE void find_rows(int64_t first, int64_t stop) {
       MOE_UNLEARN_UNROLL
       for (int i = 0; i < rows; ++i) {
         const int64_t at = first + thread / pieces + i * apart;
@@ -165,7 +165,7 @@ struct Wgrad {
       if (count_steps(group, a, tile) == 0) continue;
       const int64_t start = a.f.start(tile.expert), stop = a.f.stop(tile.expert);
       Source grad(a.f.grad, group.thread(), tile.row), input(a.f.input, group.thread(), tile.column);
-      grad.look_up(start, stop), input.look_up(start, stop);
+      grad.find_rows(start, stop), input.find_rows(start, stop);
       for (int64_t first = start; first < stop; first += depth, ++step) {
         const int stage = static_cast<int>(step % stages);
         hopper::wait(barriers.empty[stage], static_cast<uint32_t>(step / stages & 1) ^ 1);
@@ -175,7 +175,7 @@ struct Wgrad {
         input.copy(to + WgradPlan::factor_bytes, whole, first, barriers.full[stage]);
         hopper::commit_copies();
         // the next stage's rows are looked up while this one's copies are on their way
-        grad.look_up(first + depth, stop), input.look_up(first + depth, stop);
+        grad.find_rows(first + depth, stop), input.find_rows(first + depth, stop);
         hopper::wait_for_copies<lag>();
         if (step >= lag) publish(step - lag);
       }
@@ -189,7 +189,7 @@ struct Wgrad {
       float (&sum)[2][64], int64_t step, int64_t steps, uint32_t memory, Barriers& barriers, bool leader) {
     MOE_UNLEARN_UNROLL
     for (int i = 0; i < 64; ++i) sum[0][i] = sum[1][i] = 0;
-    hopper::settle(sum[0]), hopper::settle(sum[1]);
+    hopper::fence_uses(sum[0]), hopper::fence_uses(sum[1]);
     for (const int64_t last = step + steps; step < last; ++step) {
       const int stage = static_cast<int>(step % stages);
       hopper::wait(barriers.full[stage], static_cast<uint32_t>(step / stages & 1));
@@ -208,7 +208,7 @@ struct Wgrad {
     }
     hopper::wait_for_products<0>();
     if (leader && steps > 0) hopper::arrive(barriers.empty[(step - 1) % stages]);
-    hopper::settle(sum[0]), hopper::settle(sum[1]);
+    hopper::fence_uses(sum[0]), hopper::fence_uses(sum[1]);
   }
 
   template <class Group>
@@ -263,18 +263,18 @@ struct Wgrad {
     unsigned char* const behind = shared + (memory - start) + stages * WgradPlan::stage_bytes;
     auto& barriers = *reinterpret_cast<Barriers*>(behind + 8 * WgradPlan::exchange_bytes);
     if (group.thread() == 0) {
-      for (uint64_t& full : barriers.full) hopper::set_up(full, WgradPlan::warpgroup);
-      for (uint64_t& empty : barriers.empty) hopper::set_up(empty, WgradPlan::warpgroup / warp_size);
-      for (uint64_t& turn : barriers.turn) hopper::set_up(turn, WgradPlan::warpgroup);
+      for (uint64_t& full : barriers.full) hopper::init_barrier(full, WgradPlan::warpgroup);
+      for (uint64_t& empty : barriers.empty) hopper::init_barrier(empty, WgradPlan::warpgroup / warp_size);
+      for (uint64_t& turn : barriers.turn) hopper::init_barrier(turn, WgradPlan::warpgroup);
       barriers.step[0] = 0;
       hopper::fence_barriers();
     }
     group.sync();
     if (group.thread() < WgradPlan::warpgroup) {
-      hopper::give_registers<WgradPlan::producer_registers>();
+      hopper::decrease_registers<WgradPlan::producer_registers>();
       produce(group, a, memory, barriers);
     } else {
-      hopper::take_registers<WgradPlan::consumer_registers>();
+      hopper::increase_registers<WgradPlan::consumer_registers>();
       consume(group, a, memory, barriers, reinterpret_cast<float*>(behind));
     }
 #endif

@@ -47,7 +47,7 @@ MOE_UNLEARN_DEVICE uint32_t shared_address(const void* pointer) {
 
 // ---- Barriers: a phase ends when `count` have arrived --------------------------------------------------------
 
-MOE_UNLEARN_DEVICE void set_up(uint64_t& barrier, int count) {
+MOE_UNLEARN_DEVICE void init_barrier(uint64_t& barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count));
 }
 
@@ -72,7 +72,7 @@ MOE_UNLEARN_DEVICE void expect_bytes(uint64_t& barrier, int bytes) {
                : "memory");
 }
 
-/// Makes barriers that have been set up visible to load_box.
+/// Makes initialised barriers visible to load_box.
 MOE_UNLEARN_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 /// Makes ordinary writes to shared memory visible to wgmma.
@@ -140,7 +140,7 @@ MOE_UNLEARN_DEVICE void wait_for_products() {
 }
 
 /// The compiler moves no use of d across this: products write it until they have been waited for.
-MOE_UNLEARN_DEVICE void settle(float (&d)[64]) {
+MOE_UNLEARN_DEVICE void fence_uses(float (&d)[64]) {
   MOE_UNLEARN_UNROLL
   for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
@@ -170,11 +170,11 @@ MOE_UNLEARN_DEVICE void multiply(float (&d)[64], uint64_t a, uint64_t b) {
 }
 
 template <int registers>
-MOE_UNLEARN_DEVICE void take_registers() {
+MOE_UNLEARN_DEVICE void increase_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 template <int registers>
-MOE_UNLEARN_DEVICE void give_registers() {
+MOE_UNLEARN_DEVICE void decrease_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 

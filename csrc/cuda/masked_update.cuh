@@ -27,7 +27,7 @@ MOE_UNLEARN_DEVICE uint32_t chosen_elements(const Rows& mask, const Place& place
   const uint32_t chosen = (1u << place.n) - 1;
   if (!mask || chosen == 0) return chosen;
   const int64_t word = place.first / word_bits;
-  const uint32_t bits = *reinterpret_cast<const uint32_t*>(mask.row(place.row) + word * mask.step);
+  const uint32_t bits = *reinterpret_cast<const uint32_t*>(mask.row(place.row) + word * mask.stride);
   return chosen & bits >> (place.first - word * word_bits);
 }
 

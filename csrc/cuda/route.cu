@@ -27,8 +27,8 @@ std::tuple<Tensor, Tensor, Tensor> route_rows(
   STD_TORCH_CHECK(top_k_index.is_contiguous(), "top_k_index must be contiguous");
   STD_TORCH_CHECK(top_k_index.numel() <= INT32_MAX, "sorted_rows are int32; got ", top_k_index.numel(), " rows");
   const OnDevice device(top_k_index);
-  auto histogram = torch::stable::new_empty(top_k_index, {num_groups, num_experts}, ScalarType::Int);
-  auto offsets = torch::stable::new_empty(top_k_index, {num_experts + 1}, ScalarType::Int);
+  auto tokens_per_expert = torch::stable::new_empty(top_k_index, {num_groups, num_experts}, ScalarType::Int);
+  auto expert_offsets = torch::stable::new_empty(top_k_index, {num_experts + 1}, ScalarType::Int);
   auto sorted_rows = torch::stable::new_empty(top_k_index, {top_k_index.numel()}, ScalarType::Int);
   Routing r{
       .index = top_k_index.const_data_ptr(),
@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> route_rows(
       .log_tilt = log_tilt.has_value() ? log_tilt->const_data_ptr<float>() : nullptr,
       .log_weight = log_weight.has_value() ? log_weight->mutable_data_ptr<float>() : nullptr,
       .log_weight_stride = log_weight.has_value() ? log_weight->stride(0) : 0,
-      .histogram = histogram.mutable_data_ptr<int32_t>(),
-      .offsets = offsets.mutable_data_ptr<int32_t>(),
+      .tokens_per_expert = tokens_per_expert.mutable_data_ptr<int32_t>(),
+      .expert_offsets = expert_offsets.mutable_data_ptr<int32_t>(),
       .sorted_rows = sorted_rows.mutable_data_ptr<int32_t>(),
       .workspace = nullptr,
   };
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> route_rows(
     run<int32_t>(r, top_k_index, device.stream());
   else
     run<int64_t>(r, top_k_index, device.stream());
-  return {histogram, offsets, sorted_rows};
+  return {tokens_per_expert, expert_offsets, sorted_rows};
 }
 
 }  // namespace

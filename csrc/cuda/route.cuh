@@ -1,4 +1,4 @@
-// route: histogram, offsets, stable sort by expert and the tilt of `log_weight`, in one cooperative launch.
+// route: tokens per expert, offsets, stable sort by expert and the tilt of `log_weight`, in one cooperative launch.
 //
 //     1  every warp counts the experts of its span of rows in shared memory; the block writes its sums
 //     -- grid barrier
@@ -26,8 +26,8 @@ struct Routing {
   const float* log_tilt;  // [E] contiguous, or null
   float* log_weight;
   int64_t log_weight_stride;
-  int32_t *histogram, *offsets, *sorted_rows;  // [G, E], [E + 1], [T * K]
-  int32_t* workspace;                          // RoutePlan::workspace
+  int32_t *tokens_per_expert, *expert_offsets, *sorted_rows;  // [G, E], [E + 1], [T * K]
+  int32_t* workspace;                                         // RoutePlan::workspace
 
   int64_t rows() const { return num_tokens * top_k; }
 };
@@ -38,7 +38,7 @@ struct RoutePlan {
   static constexpr int64_t rows_per_warp_at_least = 64;
   static constexpr int most_blocks_per_multiprocessor = 4;
 
-  int64_t cells = 0;  // of the histogram, held in shared memory; 0: it is added to where it lies
+  int64_t cells = 0;  // of tokens_per_expert, held in shared memory; 0: it is added to where it lies
   int64_t blocks = 1, rows_per_warp = 0, workspace = 0;
   size_t shared_bytes = 0;
 
@@ -98,31 +98,31 @@ struct Route {
     const int64_t block = group.block(), blocks = group.blocks();
     const int64_t first_thread = block * threads + thread, all_threads = blocks * threads;
     const int64_t num_cells = r.num_groups * r.num_experts;
-    int* const next = reinterpret_cast<int*>(shared);  // [warps, bins]: counts, then where the next row goes
-    int* const offset = next + warps * bins;           // [bins]
-    int* const sums = offset + bins;                   // [warps]
-    int* const histogram = sums + warps;               // [cells]
-    int* const own = next + warp * bins;
-    int32_t* const counts = r.workspace;               // [bins, blocks]
-    int32_t* const totals = r.workspace + bins * blocks;
+    int* const next_rows = reinterpret_cast<int*>(shared);  // [warps, bins]: counts, then where the next row goes
+    int* const bin_offsets = next_rows + warps * bins;      // [bins]
+    int* const sums = bin_offsets + bins;                   // [warps]
+    int* const block_tokens = sums + warps;                 // [cells]: tokens_per_expert of this block
+    int* const own_rows = next_rows + warp * bins;
+    int32_t* const rows_per_block = r.workspace;                // [bins, blocks]
+    int32_t* const rows_per_bin = r.workspace + bins * blocks;  // [bins]
 
     // 1
-    for (int i = thread; i < warps * bins; i += threads) next[i] = 0;
-    for (int i = thread; i < cells; i += threads) histogram[i] = 0;
-    for (int64_t i = first_thread; i < num_cells; i += all_threads) r.histogram[i] = 0;
+    for (int i = thread; i < warps * bins; i += threads) next_rows[i] = 0;
+    for (int i = thread; i < cells; i += threads) block_tokens[i] = 0;
+    for (int64_t i = first_thread; i < num_cells; i += all_threads) r.tokens_per_expert[i] = 0;
     if (r.log_tilt)
       for (int64_t t = first_thread; t < r.num_tokens; t += all_threads) add_tilt(r, t);
     group.sync();
     const int64_t rows = r.num_tokens * r.top_k;
     const int64_t begin = (block * warps + warp) * a.rows_per_warp;
     const int64_t end = begin + a.rows_per_warp < rows ? begin + a.rows_per_warp : rows;
-    for (int64_t row = begin + lane; row < end; row += warp_size) group.add(&own[expert_of(r, row)], 1);
+    for (int64_t row = begin + lane; row < end; row += warp_size) group.add(&own_rows[expert_of(r, row)], 1);
     group.sync();
     for (int bin = thread; bin < bins; bin += threads) {
       int sum = 0;
       MOE_UNLEARN_UNROLL
-      for (int w = 0; w < warps; ++w) sum += next[w * bins + bin];
-      counts[bin * blocks + block] = sum;
+      for (int w = 0; w < warps; ++w) sum += next_rows[w * bins + bin];
+      rows_per_block[bin * blocks + block] = sum;
     }
     group.sync_grid();
 
@@ -131,12 +131,12 @@ struct Route {
       int before = 0;
       for (int64_t first = 0; first < blocks; first += warp_size) {
         const bool inside = first + lane < blocks;
-        int32_t* const place = counts + bin * blocks + first + lane;
+        int32_t* const place = rows_per_block + bin * blocks + first + lane;
         const int count = inside ? *place : 0, inclusive = warp_scan(group, count);
         if (inside) *place = before + inclusive - count;
         before += group.shuffle(inclusive, warp_size - 1);
       }
-      if (lane == 0) totals[bin] = before;
+      if (lane == 0) rows_per_bin[bin] = before;
     }
     group.sync_grid();
 
@@ -144,22 +144,22 @@ struct Route {
     const int per_thread = ceil_div(bins, threads), first_bin = thread * per_thread;
     const int last_bin = first_bin + per_thread < bins ? first_bin + per_thread : bins;
     int mine = 0, all;
-    for (int bin = first_bin; bin < last_bin; ++bin) mine += totals[bin];
+    for (int bin = first_bin; bin < last_bin; ++bin) mine += rows_per_bin[bin];
     int start = block_scan<threads>(group, mine, sums, all);
     for (int bin = first_bin; bin < last_bin; ++bin) {
-      const int total = totals[bin];
-      offset[bin] = start;
-      if (block == 0) r.offsets[bin] = start;
-      if (block == 0 && !r.group && bin < r.num_experts) r.histogram[bin] = total;
+      const int total = rows_per_bin[bin];
+      bin_offsets[bin] = start;
+      if (block == 0) r.expert_offsets[bin] = start;
+      if (block == 0 && !r.group && bin < r.num_experts) r.tokens_per_expert[bin] = total;
       start += total;
     }
     group.sync();
     for (int bin = thread; bin < bins; bin += threads) {
-      int place = offset[bin] + counts[bin * blocks + block];
+      int place = bin_offsets[bin] + rows_per_block[bin * blocks + block];
       MOE_UNLEARN_UNROLL
       for (int w = 0; w < warps; ++w) {
-        const int count = next[w * bins + bin];
-        next[w * bins + bin] = place;
+        const int count = next_rows[w * bins + bin];
+        next_rows[w * bins + bin] = place;
         place += count;
       }
     }
@@ -171,21 +171,21 @@ struct Route {
       const int expert = inside ? expert_of(r, row) : bins;
       const uint32_t equal = group.match(static_cast<uint32_t>(expert));
       const int rank = count_bits(equal & ((1u << lane) - 1));
-      const int place = inside ? own[expert] : 0;
+      const int place = inside ? own_rows[expert] : 0;
       group.sync_warp();
-      if (inside && rank == 0) own[expert] = place + count_bits(equal);
+      if (inside && rank == 0) own_rows[expert] = place + count_bits(equal);
       group.sync_warp();
       if (!inside) continue;
       r.sorted_rows[place + rank] = static_cast<int32_t>(row);
       if (!r.group || expert >= r.num_experts) continue;
       const int64_t of_token = group_of(r, divide(row, r.top_k));
       if (of_token < 0 || of_token >= r.num_groups) continue;
-      group.add((cells > 0 ? histogram : r.histogram) + of_token * r.num_experts + expert, 1);
+      group.add((cells > 0 ? block_tokens : r.tokens_per_expert) + of_token * r.num_experts + expert, 1);
     }
     if (cells == 0) return;
     group.sync();
     for (int i = thread; i < cells; i += threads)
-      if (histogram[i] != 0) group.add(&r.histogram[i], histogram[i]);
+      if (block_tokens[i] != 0) group.add(&r.tokens_per_expert[i], block_tokens[i]);
   }
 };
 

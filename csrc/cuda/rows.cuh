@@ -20,7 +20,7 @@ struct Rows {
 
   char* data = nullptr;
   int64_t width = 1, count = 1;
-  int64_t step = 0;  // bytes between the elements of a row
+  int64_t stride = 0;  // bytes between the elements of a row
   Dtype dtype = Dtype::none;
   int dims = 0;         // leading dimensions, after those that form one stride have been merged
   bool vector = false;  // whole chunks can be moved 16 bytes at a time
@@ -29,25 +29,25 @@ struct Rows {
   Rows() = default;
 
   /// From sizes and strides in elements; false if the leading dimensions are too many.
-  bool set(void* pointer, Dtype of, int64_t num_dims, const int64_t* shape, const int64_t* stride) {
+  bool set(void* pointer, Dtype of, int64_t num_dims, const int64_t* shape, const int64_t* tensor_strides) {
     const int64_t item = item_size(of), last = num_dims - 1;
     *this = Rows();
     data = static_cast<char*>(pointer), dtype = of;
     width = last >= 0 ? shape[last] : 1;
-    step = last >= 0 ? stride[last] * item : item;
-    vector = (step == item || width == 1) && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+    stride = last >= 0 ? tensor_strides[last] * item : item;
+    vector = (stride == item || width == 1) && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
     for (int64_t d = 0; d < last; ++d) {
       count *= shape[d];
       if (shape[d] == 1) continue;
-      vector &= stride[d] * item % 16 == 0;
-      if (dims > 0 && strides[dims - 1] == shape[d] * stride[d] * item) {
+      vector &= tensor_strides[d] * item % 16 == 0;
+      if (dims > 0 && strides[dims - 1] == shape[d] * tensor_strides[d] * item) {
         sizes[dims - 1] *= shape[d];
-        strides[dims - 1] = stride[d] * item;
+        strides[dims - 1] = tensor_strides[d] * item;
       } else if (dims == max_dims) {
         return false;
       } else {
         sizes[dims] = shape[d];
-        strides[dims++] = stride[d] * item;
+        strides[dims++] = tensor_strides[d] * item;
       }
     }
     return true;
@@ -98,22 +98,22 @@ struct Raw {
 };
 
 template <class Bits>
-MOE_UNLEARN_DEVICE void load_elements(Raw& raw, const char* from, int64_t step, int n) {
+MOE_UNLEARN_DEVICE void load_elements(Raw& raw, const char* from, int64_t stride, int n) {
   MOE_UNLEARN_UNROLL
   for (int j = 0; j < chunk_size; ++j)
-    raw.set<sizeof(Bits)>(j, j < n ? *reinterpret_cast<const Bits*>(from + j * step) : 0);
+    raw.set<sizeof(Bits)>(j, j < n ? *reinterpret_cast<const Bits*>(from + j * stride) : 0);
 }
 
 template <class Bits>
-MOE_UNLEARN_DEVICE void store_elements(const Raw& raw, char* to, int64_t step, uint32_t chosen) {
+MOE_UNLEARN_DEVICE void store_elements(const Raw& raw, char* to, int64_t stride, uint32_t chosen) {
   MOE_UNLEARN_UNROLL
   for (int j = 0; j < chunk_size; ++j)
-    if (chosen >> j & 1) *reinterpret_cast<Bits*>(to + j * step) = static_cast<Bits>(raw.get<sizeof(Bits)>(j));
+    if (chosen >> j & 1) *reinterpret_cast<Bits*>(to + j * stride) = static_cast<Bits>(raw.get<sizeof(Bits)>(j));
 }
 
 /// The n elements from `first` on; the others are 0.
 MOE_UNLEARN_DEVICE Raw load(const Rows& rows, const char* row, const Place& place) {
-  const char* const from = row + place.first * rows.step;
+  const char* const from = row + place.first * rows.stride;
   const bool narrow = item_size(rows.dtype) == 2;
   Raw raw;
   if (rows.vector && place.n == chunk_size) {
@@ -122,25 +122,25 @@ MOE_UNLEARN_DEVICE Raw load(const Rows& rows, const char* row, const Place& plac
     raw = {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
   } else if (narrow) {
     raw = {};
-    load_elements<uint16_t>(raw, from, rows.step, place.n);
+    load_elements<uint16_t>(raw, from, rows.stride, place.n);
   } else {
-    load_elements<uint32_t>(raw, from, rows.step, place.n);
+    load_elements<uint32_t>(raw, from, rows.stride, place.n);
   }
   return raw;
 }
 
 /// Writes the elements whose bit in `chosen` is set; `raw` holds what was there for the others.
 MOE_UNLEARN_DEVICE void store(const Rows& rows, char* row, const Place& place, const Raw& raw, uint32_t chosen) {
-  char* const to = row + place.first * rows.step;
+  char* const to = row + place.first * rows.stride;
   const bool narrow = item_size(rows.dtype) == 2;
   if (rows.vector && place.n == chunk_size) {
     auto* const quads = reinterpret_cast<uint4*>(to);
     quads[0] = {raw.word[0], raw.word[1], raw.word[2], raw.word[3]};
     if (!narrow) quads[1] = {raw.word[4], raw.word[5], raw.word[6], raw.word[7]};
   } else if (narrow) {
-    store_elements<uint16_t>(raw, to, rows.step, chosen);
+    store_elements<uint16_t>(raw, to, rows.stride, chosen);
   } else {
-    store_elements<uint32_t>(raw, to, rows.step, chosen);
+    store_elements<uint32_t>(raw, to, rows.stride, chosen);
   }
 }
 

@@ -33,10 +33,10 @@ std::tuple<Tensor, Tensor> mask(
   std::vector<int64_t> shape(weight.sizes().begin(), weight.sizes().end());
   shape.back() = terms.words;
   auto words = torch::stable::new_empty(weight, shape, ScalarType::Int);
-  auto spans = torch::stable::new_empty(weight, {plan.spans}, ScalarType::Long);
+  auto ties_in_span = torch::stable::new_empty(weight, {plan.spans}, ScalarType::Long);
   auto taken = torch::stable::new_empty(weight, {}, ScalarType::Long);
   check(weight_score_mask(
-      terms, plan, threshold_bits, ties, words.mutable_data_ptr<int32_t>(), spans.mutable_data_ptr<int64_t>(),
+      terms, plan, threshold_bits, ties, words.mutable_data_ptr<int32_t>(), ties_in_span.mutable_data_ptr<int64_t>(),
       taken.mutable_data_ptr<int64_t>(), device.stream()));
   return {words, taken};
 }

@@ -115,8 +115,8 @@ struct MaskArguments {
   ScoreTerms t;
   uint32_t threshold;
   int64_t ties, chunks_per_span;
-  uint8_t* mask;                // a byte per chunk: little-endian words
-  unsigned long long* equal;    // [spans]
+  uint8_t* mask;                     // a byte per chunk: little-endian words
+  unsigned long long* ties_in_span;  // [spans]
   int64_t* taken;
 };
 
@@ -157,7 +157,7 @@ struct MaskAll {
       a.mask[chunk] = static_cast<uint8_t>(above | equal);
     }
     block_scan<threads>(group, count, reinterpret_cast<int64_t*>(shared), total);
-    if (group.thread() == 0) a.equal[group.block()] = static_cast<unsigned long long>(total);
+    if (group.thread() == 0) a.ties_in_span[group.block()] = static_cast<unsigned long long>(total);
   }
 };
 
@@ -170,11 +170,12 @@ struct MaskTies {
   template <class Group>
   static MOE_UNLEARN_DEVICE void run(const Group& group, const Arguments& a, unsigned char* shared) {
     auto* const sums = reinterpret_cast<int64_t*>(shared);
-    const int64_t span = group.block(), count = static_cast<int64_t>(a.equal[span]);
+    const int64_t span = group.block(), count = static_cast<int64_t>(a.ties_in_span[span]);
     const bool last = span == group.blocks() - 1;
     if (count == 0 && !last) return;
     int64_t before = 0, earlier;
-    for (int64_t other = group.thread(); other < span; other += threads) before += static_cast<int64_t>(a.equal[other]);
+    for (int64_t other = group.thread(); other < span; other += threads)
+      before += static_cast<int64_t>(a.ties_in_span[other]);
     block_scan<threads>(group, before, sums, earlier);
     if (last && group.thread() == 0) *a.taken = earlier + count < a.ties ? earlier + count : a.ties;
     if (earlier + count <= a.ties) return;
@@ -219,13 +220,13 @@ inline cudaError_t weight_score_histogram(
   return launch_histogram<ScoreHistogram<0, true>>(a, device.multiprocessors, stream);
 }
 
-/// `spans`: workspace for MaskPlan::spans counts.
+/// `ties_in_span`: workspace for MaskPlan::spans counts.
 inline cudaError_t weight_score_mask(
-    const ScoreTerms& t, const MaskPlan& plan, int64_t threshold_bits, int64_t ties, int32_t* mask, int64_t* spans,
-    int64_t* taken, cudaStream_t stream) {
+    const ScoreTerms& t, const MaskPlan& plan, int64_t threshold_bits, int64_t ties, int32_t* mask,
+    int64_t* ties_in_span, int64_t* taken, cudaStream_t stream) {
   const MaskArguments a{
       t, static_cast<uint32_t>(threshold_bits), ties, plan.chunks_per_span, reinterpret_cast<uint8_t*>(mask),
-      reinterpret_cast<unsigned long long*>(spans), taken};
+      reinterpret_cast<unsigned long long*>(ties_in_span), taken};
   const cudaError_t error = launch<MaskAll>(a, plan.spans, MaskAll::shared_bytes, stream);
   return error != cudaSuccess ? error : launch<MaskTies>(a, plan.spans, MaskTies::shared_bytes, stream);
 }

@@ -50,7 +50,7 @@ void change(uint64_t& barrier, const Change& change) {
   barrier = std::bit_cast<uint64_t>(phase);
 }
 
-inline void set_up(uint64_t& barrier, int count) {
+inline void init_barrier(uint64_t& barrier, int count) {
   barrier = std::bit_cast<uint64_t>(Phase{static_cast<uint8_t>(count), static_cast<uint8_t>(count), 0, 0, 0});
 }
 
@@ -179,12 +179,12 @@ void wait_for_products() {
   emulation::meet(current->block->warps[current->thread / 32].barrier);
 }
 
-inline void settle(float (&)[64]) {}
+inline void fence_uses(float (&)[64]) {}
 
 template <int>
-void take_registers() {}
+void increase_registers() {}
 template <int>
-void give_registers() {}
+void decrease_registers() {}
 
 template <class Kernel>
 cudaError_t is_compiled(bool& compiled, int) {

@@ -35,7 +35,7 @@ struct Product {
     const uint32_t start = hopper::shared_address(shared), a = (start + 1023) / 1024 * 1024, b = a + depth * rows * 2;
     auto& full = *reinterpret_cast<uint64_t*>(shared + (b - start) + depth * columns * 2);
     const int thread = group.thread(), row = thread / 8, piece = thread % 8;
-    if (thread == 0) hopper::set_up(full, flaw == Flaw::arrivals ? threads - 1 : threads);
+    if (thread == 0) hopper::init_barrier(full, flaw == Flaw::arrivals ? threads - 1 : threads);
     group.sync();
     if (thread == 0) {
       if (flaw != Flaw::bytes) hopper::expect_bytes(full, depth * columns * 2);

@@ -134,7 +134,7 @@ void check_rows() {
   CHECK(rows.set(memory, Dtype::bfloat16, 3, shape, padded));
   CHECK(!rows.vector && rows.dims == 1 && rows.strides[0] == 140);
   CHECK(rows.set(memory, Dtype::float32, 3, shape, turned));
-  CHECK(!rows.vector && rows.dims == 2 && rows.step == 48);
+  CHECK(!rows.vector && rows.dims == 2 && rows.stride == 48);
   CHECK(rows.set(memory + 2, Dtype::bfloat16, 3, shape, contiguous) && !rows.vector);
   const int64_t many[] = {2, 2, 2, 2, 2, 2, 2, 2, 2}, apart[] = {1, 4, 16, 64, 256, 1024, 4096, 16384, 65536};
   CHECK(rows.set(memory, Dtype::float32, 8, many, apart));
