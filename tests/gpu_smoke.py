@@ -151,7 +151,7 @@ def _score(impl, weight, g_f, g_r):
 
 def _masked(impl, weight, grad, first, second, mask):
     weights, buffer, *moments = [weight.clone(), weight.clone()], *(t.clone() for t in (first, first, second))
-    update = ops.Update(step=3, rounding="stochastic", seed=5)
+    update = ops.Update(step=3, rounding="stochastic", seed=5, first_row=7)
     ops.masked_sgd_(weights[0], grad, buffer, mask, ops.SGD(lr=1e-2, momentum=0.9), update, impl=impl)
     ops.masked_adamw_(weights[1], grad, *moments, mask, ops.AdamW(lr=1e-2), update, impl=impl)
     return *weights, buffer, *moments
