@@ -38,3 +38,8 @@ def test_what_a_full_one_leaves_out_is_nightly():
 def test_a_cover_is_the_same_again_and_other_for_another_seed():
     axes = {name: range(4) for name in "abcde"}
     assert pairwise(axes) == pairwise(axes) != pairwise(axes, seed=1)
+
+
+def test_a_single_axis_has_every_setting():
+    found, _ = cases(cover(lambda case: case.get("a") != 2, a=(1, 2, 3)))
+    assert found == [{"a": 1}, {"a": 3}]

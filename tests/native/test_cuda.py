@@ -10,25 +10,22 @@ import torch
 
 from moe_unlearn.backend import Unfit
 from moe_unlearn.ops.bits import pack_bits
-from moe_unlearn.ops.expert_wgrad import expert_wgrad_ref, expert_wgrad_score
 from moe_unlearn.ops.native.expert_wgrad import _check_hopper
-from moe_unlearn.ops.retain_weights import moments, tilted_weights
-from moe_unlearn.ops.weight_score import weight_score_ref
 from moe_unlearn.regress import ledger, nvcc, sass, static
-from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, poison
-from moe_unlearn.testing.yardstick import Reference
+from moe_unlearn.testing import ROUTINGS, in_layout
 from tests.native import cuda as tool
-from tests.native import test_expert_wgrad as wgrad_cases
-from tests.native import test_masked_update as update_cases
-from tests.native import test_retain_weights as weights_cases
+from tests.ops.expert_wgrad import cases as wgrad
+from tests.ops.masked_update import cases as update_cases
+from tests.ops.retain_weights import cases as weights_cases
 from tests.ops.route import cases as route_cases
 from tests.ops.weight_score import cases as score_cases
 from tests.static.ledger import ARCHITECTURES
 from tests.support.covers import cover
-from tests.support.impls import CPU, REF
+from tests.support.impls import CPU, REF, impl_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(nvcc.compiler() is None, reason="there is no nvcc")]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+CUDA = impl_of("cuda")
 
 
 # ---- What the compiler says --------------------------------------------------------------------------------
@@ -135,195 +132,100 @@ def test_ties_across_spans_are_taken_in_flat_order(gpu, multiprocessors):
 # ---- retain_weights ----------------------------------------------------------------------------------------
 
 
-@cover(full=True, cap=(math.inf, 1.1), num_tokens=(0, 1, 40, 1500), size=(0, 1, 31, 32, 33, 70))
-def test_retain_weights_against_the_formulas(gpu, size, num_tokens, cap):
-    weights_cases.test_against_the_formulas(size, num_tokens, cap, None)
+@cover(full=True, cap=(math.inf, 1.1), size=(0, 1, 31, 32, 33, 70))
+def test_retain_weights_of_several_parts_of_the_tokens(gpu, size, cap):
+    weights_cases.check(CPU, weights_cases.passes(1500, size), cap=cap)
 
 
 def test_retain_weights_of_many_experts_whose_parts_take_several_stages(gpu):
     """18 parts of 512 tokens: the stage in shared memory is filled twice."""
-    weights_cases.test_against_the_formulas(300, 4700, 1.1, None)
+    weights_cases.check(CPU, weights_cases.passes(4700, 300), cap=1.1)
 
 
 def test_retain_weights_of_one_shape_are_the_same_on_any_gpu(gpu):
-    _, words, tilt = weights_cases.case(1500, 37)
-    results = []
+    made, results = weights_cases.passes(1500, 37), []
     for multiprocessors in (1, 4):
         gpu.emulate(multiprocessors, seed=multiprocessors)
-        results.append(
-            (tilted_weights(words, tilt, -0.3, cap=2.0, impl="cpu"), *moments(words, tilt, -0.3, cap=2.0, impl="cpu"))
-        )
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_retain_weights_overflow_strides_and_solver(gpu):
-    weights_cases.test_overflow_leaves_nan_and_infinity_where_the_reference_does()
-    weights_cases.test_strided_words_and_tilt()
-    members, _, _ = weights_cases.case(500, 5)
-    target = members.double().mean(0) * 0.9
-    ours, reference = (weights_cases.retain_weights(members, target, impl=impl) for impl in ("cpu", "ref"))
-    assert_as_accurate(ours.weights, reference.weights, reference.weights.double())
+        results.append(weights_cases.run(CPU, made, cap=2.0))
+    weights_cases.assert_same(*results)
 
 
 # ---- masked_update -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtypes", update_cases.DTYPES, ids=str)
-@pytest.mark.parametrize("rule", update_cases.RULES, ids=str)
-def test_masked_update_has_the_bits_of_ref(gpu, rule, dtypes):
-    update_cases.test_same_bits_as_ref(rule, dtypes, None)
-    # whole rows of words, moved 16 bytes at a time
-    rule, options = rule
-    update_cases.check(rule, update_cases.case((3, 64), dtypes), **options)
-
-
-@pytest.mark.parametrize("dtypes", [(BF16, F32, F32), (BF16, BF16, BF16), (F32, F32, F32)], ids=str)
-@pytest.mark.parametrize("rule", ["sgd", "adamw"])
-def test_masked_update_with_stochastic_rounding_and_masters(gpu, rule, dtypes):
-    update_cases.test_stochastic_rounding_and_masters(rule, dtypes, None)
-
-
-@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (3, 1), (1,), (31,), (33,), (2, 2, 2, 64), ()], ids=str)
-@pytest.mark.parametrize("slices", [None, [], [0]])
-def test_masked_update_of_shapes(gpu, shape, slices):
-    update_cases.test_shapes(shape, slices)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("slices", [None, [3, 1]])
-@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, F16, BF16)], ids=str)
-def test_masked_update_of_every_layout(gpu, dtypes, slices, layout):
-    update_cases.test_every_memory_layout(dtypes, slices, layout, None)
-
-
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_masked_update_rounds_as_torch_does(gpu, dtype):
-    update_cases.test_conversions_round_as_torch_does(dtype, None)
-
-
-@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16)], ids=str)
-def test_masked_weights_keep_every_bit(gpu, dtypes):
-    update_cases.test_masked_weights_keep_every_bit_and_are_not_read_into_their_neighbours(dtypes, None)
-    update_cases.test_expanded_gradient()
+    update_cases.check_conversions(CPU, dtype)
 
 
 def test_a_slice_out_of_range_stops_the_kernel(gpu):
+    common, state = update_cases.inputs("fp32", (4, 5, 70), slices=[0, 1])
     with pytest.raises(RuntimeError, match="trap"):
-        update_cases.run("sgd", update_cases.case(slices=[0, 1]) | {"slices": torch.tensor([0, 9])}, "cpu")
+        update_cases.run(CPU, update_cases.sgd, common | {"slices": torch.tensor([0, 9])}, state)
 
 
 def test_words_in_any_layout_of_the_mask(gpu):
-    tensors = update_cases.case((4, 5, 70))
-    expected = update_cases.run("sgd", tensors, "ref")
-    tensors["mask"] = in_layout(tensors["mask"], "strided")
-    update_cases.assert_same_bits(update_cases.run("sgd", tensors, "cpu"), expected)
+    common, state = update_cases.inputs("fp32", (4, 5, 70))
+    common["mask"] = in_layout(common["mask"], "strided")
+    update_cases.assert_same(
+        (
+            update_cases.run(REF, update_cases.sgd, common, state),
+            update_cases.apply(CPU, update_cases.sgd, update_cases.given(update_cases.sgd, common, state)),
+        )
+    )
 
 
 # ---- expert_wgrad ------------------------------------------------------------------------------------------
 
-# M and P: parts of tiles, several tiles in each direction, exactly one
-WGRAD_SHAPES = ((40, 136), (264, 8), (128, 128))
+
+@cover(full=True, indexed=wgrad.INDEXED, pattern=ROUTINGS, shape=((264, 8), (128, 128), (40, 136)))
+def test_wgrad_of_parts_of_tiles_several_and_exactly_one(gpu, shape, pattern, indexed):
+    made = wgrad.scattered(wgrad.factors(shape, pattern=pattern, tokens=60, exact=True), indexed)
+    gpu.emulate(1 + len(indexed) % 3, seed=len(indexed))
+    assert torch.equal(wgrad.store(CUDA, made, out_dtype=F32).double(), wgrad.gold(made))
 
 
-def check_wgrad(made):
-    with poison():
-        got = wgrad_cases.store(made, out_dtype=F32)
-    assert torch.equal(got.double(), wgrad_cases.gold(made))
-
-
-@cover(full=True, indexed=wgrad_cases.INDEXED, pattern=tuple(ROUTINGS), shape=WGRAD_SHAPES)
-def test_wgrad_is_exact_on_integers(gpu, shape, pattern, indexed):
-    choice = wgrad_cases.INDEXED.index(indexed)
-    gpu.emulate(1 + choice % 3, seed=choice)
-    check_wgrad(wgrad_cases.scattered(shape, indexed, pattern))
-
-
-@pytest.mark.parametrize("indexed", wgrad_cases.INDEXED)
+@pytest.mark.parametrize("indexed", wgrad.INDEXED)
 def test_wgrad_in_many_orders_of_threads(gpu, indexed):
-    """Experts of up to 11 stages, twice around the ring, and tiles that two consumers have in turn."""
-    made = wgrad_cases.scattered((40, 264), indexed, tokens=400)
+    """Experts of up to 13 stages, twice around the ring, and tiles that two consumers have in turn."""
+    made = wgrad.scattered(wgrad.factors((40, 264), tokens=400, exact=True), indexed)
     assert max(made.expert_offsets.diff()) > 2 * 5 * 32 and min(made.expert_offsets.diff()) > 0
     for seed in range(6):
         gpu.emulate(1 + seed % 3, seed=seed)
-        check_wgrad(made)
+        assert torch.equal(wgrad.store(CUDA, made, out_dtype=F32).double(), wgrad.gold(made))
 
 
-@pytest.mark.parametrize("indexed", wgrad_cases.INDEXED)
+@pytest.mark.parametrize("indexed", wgrad.INDEXED)
 def test_wgrad_of_tiles_without_a_mask_bit_is_not_computed(gpu, indexed):
-    """15 tiles of which 7, an expert's only bit in the last row, and none of another expert are kept."""
-    shape, made = (40, 264), wgrad_cases.scattered((40, 264), indexed, tokens=150)
-    kept = torch.ones(wgrad_cases.E, *shape, dtype=torch.bool)
+    """12 tiles of which 5, an expert's only bit in the last row, and none of another expert are kept."""
+    made = wgrad.scattered(wgrad.factors((40, 264), tokens=150, exact=True), indexed)
+    kept = torch.ones(wgrad.E, 40, 264, dtype=torch.bool)
     kept[::2, :, 128:256] = False
     kept[1] = kept[3] = False
     kept[3, -1, 136] = True
-    expected = torch.where(kept, wgrad_cases.gold(made), 0)
-    for name in ("grad_rows", "input_rows"):
-        if getattr(made, name) is not None:
-            getattr(made, name)[made.expert_offsets[1] : made.expert_offsets[2]] = 10**9  # a crash if it is read
+    expected = torch.where(kept, wgrad.gold(made), 0)
+    for rows in (made.grad_rows, made.input_rows):
+        if rows is not None:
+            rows[made.expert_offsets[1] : made.expert_offsets[2]] = 10**9  # a crash if it is read
     for seed in range(4):
         gpu.emulate(1 + seed % 2, seed=seed)
-        with poison():
-            got = wgrad_cases.store(made, mask=pack_bits(kept), out_dtype=F32)
-        assert torch.equal(got.double(), expected)
+        assert torch.equal(wgrad.store(CUDA, made, mask=pack_bits(kept), out_dtype=F32).double(), expected)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 64, 160, 161])
 def test_wgrad_of_one_expert_with_rows_around_a_stage(gpu, tokens):
-    for indexed in wgrad_cases.INDEXED:
-        check_wgrad(wgrad_cases.scattered((136, 16), indexed, "one_expert", tokens))
+    for indexed in wgrad.INDEXED:
+        made = wgrad.scattered(wgrad.factors((136, 16), pattern="one_expert", tokens=tokens, exact=True), indexed)
+        assert torch.equal(wgrad.store(CUDA, made, out_dtype=F32).double(), wgrad.gold(made))
 
 
-@pytest.mark.parametrize("indexed", wgrad_cases.INDEXED)
-def test_wgrad_reads_no_row_of_another_expert(gpu, indexed):
-    """Rows between the bounds of the listed experts are NaN and infinite; so is what lies beside the columns."""
-    made = wgrad_cases.scattered((40, 136), indexed, "uniform", tokens=200)
-    experts = torch.tensor([3, 1])
-    made, poisoned = wgrad_cases.poisoned_elsewhere(made, experts)
-    expected = wgrad_cases.gold(made, experts)
-    assert torch.equal(wgrad_cases.store(poisoned, experts=experts, out_dtype=F32).double(), expected)
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
-def test_wgrad_is_stored_and_added_under_masks_in_every_layout(gpu, dtype):
-    made, kept = wgrad_cases.scattered((40, 136), exact=False), wgrad_cases.keep(wgrad_cases.E, 40, 136)
-    dw, mask = wgrad_cases.store(made, out_dtype=F32), pack_bits(kept)
-    baseline = Reference(lambda: expert_wgrad_ref(*made, None, None, F32)).baseline()
-    assert_as_accurate(dw, baseline, wgrad_cases.gold(made))
-    with poison():
-        got = wgrad_cases.store(made, mask=mask, out_dtype=dtype)
-    assert torch.equal(got, torch.where(kept, dw, 0).to(dtype))
-    out = torch.randn(dw.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    expected = torch.where(kept, (out.float() + dw).to(dtype), out)
-    for layout in LAYOUTS:
-        moved = in_layout(out.clone(), layout)
-        assert torch.equal(wgrad_cases.store(made, out=moved, mask=in_layout(mask, layout)), expected)
-
-
-@pytest.mark.parametrize("numerics", sorted(set(wgrad_cases.NUMERICS) - {"half"}))
-@pytest.mark.parametrize("rule", wgrad_cases.RULES)
-def test_wgrad_update_is_masked_update_of_the_stored_gradient(gpu, rule, numerics):
-    if (rule, numerics) != ("sgd", "wide state"):
-        wgrad_cases.check_update(rule, numerics, (40, 136), BF16)
-        wgrad_cases.check_update(rule, numerics, (136, 8), BF16, "transposed", experts=None)
-
-
-def test_wgrad_score_is_weight_score_of_the_stored_gradients(gpu):
-    sides = (
-        wgrad_cases.scattered((40, 136), "input", seed=1),
-        wgrad_cases.scattered((40, 136), "grad", "half_empty", seed=2),
-    )
-    experts = torch.tensor([4, 0])
-    for dtype in (BF16, F16, F32):
-        weight = torch.randn(wgrad_cases.E, 40, 136).to(dtype)
-        both = [wgrad_cases.store(side, experts=experts, out_dtype=F32) for side in sides]
-        for layout in ("contiguous", "transposed"):
-            with poison():
-                got = expert_wgrad_score(in_layout(weight, layout), *sides, gamma=0.5, experts=experts, impl="cpu")
-            assert torch.equal(got, weight_score_ref(weight[experts], *both, 0.5))
+def test_wgrad_updates_of_several_tiles(gpu):
+    wgrad.check_update(CUDA, "adamw decay", "bf16 stochastic", wgrad.factors((40, 136)))
+    wgrad.check_update(CUDA, "sgd nesterov", "bf16 master", wgrad.factors((136, 8)), experts=None, layout="transposed")
 
 
 def test_wgrad_beyond_what_the_kernel_takes_is_an_error(gpu):
-    made, fine = wgrad_cases.scattered((40, 136)), torch.zeros(7, 64, dtype=BF16)
+    made, fine = wgrad.scattered(wgrad.factors((40, 136)), "input"), torch.zeros(7, 64, dtype=BF16)
     _check_hopper((9, 0), fine, fine[:, 8:48], fine[3:])
     for capability in ((8, 9), (10, 0)):
         with pytest.raises(Unfit, match="compute capability 9.0"):
@@ -334,16 +236,16 @@ def test_wgrad_beyond_what_the_kernel_takes_is_an_error(gpu):
     # the launcher's own word
     for expected, grad in (("bfloat16", made.grad.float()), ("Hopper", made.grad[:, :39])):
         with pytest.raises(RuntimeError, match=expected):
-            wgrad_cases.store(made._replace(grad=grad, input=made.input.to(grad.dtype)))
+            wgrad.store(CUDA, made._replace(grad=grad, input=made.input.to(grad.dtype)))
     with pytest.raises(RuntimeError, match="Hopper"):
-        wgrad_cases.check_update("adamw", "half", (40, 136), BF16)
+        wgrad.check_update(CUDA, "adamw", "fp16", wgrad.factors((40, 136)))
     gpu.emulate(capability=100)
     with pytest.raises(RuntimeError, match="Hopper"):
-        wgrad_cases.store(made)
+        wgrad.store(CUDA, made)
 
 
 def test_wgrad_of_an_expert_that_does_not_exist_stops_the_kernel(gpu):
-    made, weight = wgrad_cases.scattered((40, 136)), torch.zeros(wgrad_cases.E, 40, 136)
+    made, weight = wgrad.scattered(wgrad.factors((40, 136)), "input"), torch.zeros(wgrad.E, 40, 136)
     bounds = torch.tensor([[0, 1]])
     with pytest.raises(RuntimeError, match="trap"):
         gpu.expert_wgrad_sgd_(weight, None, None, *made[:2], bounds, None, made.input_rows, torch.tensor([9]), None,

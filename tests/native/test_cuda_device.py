@@ -1,6 +1,7 @@
 """The CUDA library on a GPU: the cases of the CPU kernels' tests and a few that need a real device."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,18 +18,16 @@ from moe_unlearn.ops import (
     route,
     score_histogram,
     score_mask,
-    weight_score_ref,
 )
-from moe_unlearn.ops.bits import pack_bits
-from moe_unlearn.ops.expert_wgrad import expert_wgrad_score
-from moe_unlearn.ops.retain_weights import moments, retain_weights, tilted_weights
-from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, in_layout, integers, poison
+from moe_unlearn.ops.retain_weights import retain_weights
+from moe_unlearn.testing import ROUTINGS, assert_as_accurate, in_layout, integers
 from moe_unlearn.testing.yardstick import Reference
-from tests.native import test_expert_wgrad as wgrad_cases
-from tests.native import test_masked_update as update_cases
-from tests.native import test_retain_weights as weights_cases
+from tests.ops.expert_wgrad import cases as wgrad
+from tests.ops.masked_update import cases as update_cases
+from tests.ops.retain_weights import cases as weights_cases
 from tests.ops.route import cases as route_cases
 from tests.ops.weight_score import cases as score_cases
+from tests.support.covers import cover
 from tests.support.impls import impl_of
 
 WHY_NOT = (
@@ -103,24 +102,14 @@ def test_weight_score_of_many_blocks(shape):
 # ---- retain_weights ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cap", [math.inf, 1.1])
-@pytest.mark.parametrize("num_tokens", [0, 1, 40, 9001])
-@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 70, 130])
-def test_retain_weights_against_the_formulas(size, num_tokens, cap):
-    members, words, tilt = weights_cases.case(num_tokens, size)
-    results = []
-    for _ in range(2):
-        with poison():
-            weights = tilted_weights(words.cuda(), tilt.cuda(), weights_cases.BIAS, cap=cap, impl="cuda")
-            sums = moments(words.cuda(), tilt.cuda(), weights_cases.BIAS, cap=cap, impl="cuda")
-        results.append(on_cpu((weights, *sums)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    for got, gold in zip(results[0], weights_cases.oracle(members, tilt, cap), strict=True):
-        assert_as_accurate(got.float(), gold.float(), gold)
+@cover(cap=(math.inf, 1.1), size=(0, 1, 31, 32, 33, 70, 130))
+def test_retain_weights_of_many_tokens(size, cap):
+    made = weights_cases.passes(9001, size)
+    weights_cases.assert_same(weights_cases.check(CUDA, made, cap=cap), weights_cases.run(CUDA, made, cap=cap))
 
 
 def test_the_solver_finds_what_it_finds_on_the_reference():
-    members, _, _ = weights_cases.case(3000, 12)
+    members = weights_cases.passes(3000, 12).members
     target = members.double().mean(0) * (1 + 0.2 * integers(12, low=-1, high=1).double())
     ours = retain_weights(members.cuda(), target, cap=3.0, impl="cuda")
     reference = retain_weights(members, target, cap=3.0, impl="ref")
@@ -130,61 +119,15 @@ def test_the_solver_finds_what_it_finds_on_the_reference():
 # ---- masked_update -----------------------------------------------------------------------------------------
 
 
-def check_update(rule, tensors, layout="contiguous", **options):
-    expected = update_cases.run(rule, tensors, "ref", **options)
-    moved = {k: None if v is None else in_layout(v.cuda(), layout) for k, v in tensors.items()}
-    update_cases.update(rule, moved, "cuda", **options)
-    actual = on_cpu(moved[k] for k in ("param", "first", "second", "master"))
-    update_cases.assert_same_bits(actual, expected)
+@cover(update_cases.native_agrees, rule=tuple(update_cases.RULES), numerics=tuple(update_cases.NUMERICS))
+def test_masked_update_of_many_blocks_has_the_bits_of_ref(rule, numerics):
+    function, options = update_cases.RULES[rule]
+    update_cases.check(CUDA, function, *update_cases.inputs(numerics, (40, 33, 256)), **options)
 
 
-@pytest.mark.parametrize("dtypes", update_cases.DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "rule, options", [("sgd", o) for o in update_cases.SGD_CASES] + [("adamw", o) for o in update_cases.ADAMW_CASES]
-)
-def test_masked_update_has_the_bits_of_ref(rule, options, dtypes):
-    for shape in ((4, 5, 70), (3, 64), (40, 33, 256)):
-        check_update(rule, update_cases.case(shape, dtypes), **options)
-    check_update(rule, update_cases.case(dtypes=dtypes, keep=None), step=1, **options)
-
-
-@pytest.mark.parametrize("dtypes", [(BF16, F32, F32), (BF16, BF16, BF16), (F32, F32, F32)], ids=str)
-@pytest.mark.parametrize("rule", ["sgd", "adamw"])
-def test_masked_update_with_stochastic_rounding_and_masters(rule, dtypes):
-    options = {"weight_decay": 0.1} | ({"momentum": 0.9} if rule == "sgd" else {})
-    random = {"rounding": "stochastic", "seed": -5, "parameter_id": 1 << 33}
-    check_update(rule, update_cases.case(dtypes=dtypes), step=(1 << 32) + 7, **random, **options)
-    for slices in (None, [3, 0]):
-        check_update(rule, update_cases.case(dtypes=dtypes, slices=slices), **random, **options)
-        check_update(rule, update_cases.case(dtypes=dtypes, slices=slices, master=True), **options)
-
-
-@pytest.mark.parametrize("slices", [None, [], [0]])
-@pytest.mark.parametrize("shape", [(3, 0), (3, 1), (1,), (31,), (32,), (33,), (95,), (2, 2, 2, 64)], ids=str)
-def test_masked_update_of_shapes(shape, slices):
-    for keep in (0.5, None):
-        check_update("adamw", update_cases.case(shape, (BF16, F32, F32), slices, keep), rounding="stochastic")
-        check_update("sgd", update_cases.case(shape, (F32, F32, F32), slices, keep), momentum=0.9)
-
-
-@pytest.mark.parametrize("shape", [(0, 4), ()], ids=str)
-def test_masked_update_of_nothing_and_of_one_number(shape):
-    check_update("adamw", update_cases.case(shape, (BF16, F32, F32)), rounding="stochastic")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("slices", [None, [3, 1]])
-@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, F16, BF16)], ids=str)
-def test_masked_update_of_every_layout(dtypes, slices, layout):
-    check_update("adamw", update_cases.case((4, 3, 2, 41), dtypes, slices), layout)
-
-
-def test_masked_weights_keep_every_bit():
-    for dtypes in ((F32,) * 3, (BF16,) * 3, (F16,) * 3):
-        tensors = update_cases.case((6, 64), dtypes, keep=0.5)
-        kept = update_cases.pack_bits(torch.arange(384).view(6, 64) % 3 == 0)
-        tensors |= {"mask": kept}
-        check_update("adamw", tensors, weight_decay=0.1)
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_masked_update_rounds_as_torch_does(dtype):
+    update_cases.check_conversions(CUDA, dtype)
 
 
 @pytest.mark.slow
@@ -235,90 +178,44 @@ hopper = pytest.mark.skipif(
 LARGE = (768, 2048)
 
 
-def wgrad(made, **options):
-    moved = on_gpu(options)
-    with poison():
-        return wgrad_cases.store(wgrad_cases.moved_to("cuda", made), "cuda", **moved).cpu()
-
-
 @hopper
-@pytest.mark.parametrize("indexed", wgrad_cases.INDEXED)
+@pytest.mark.parametrize("indexed", wgrad.INDEXED)
 @pytest.mark.parametrize("pattern", ROUTINGS)
 @pytest.mark.parametrize("shape", [(40, 136), (264, 8), (128, 128), LARGE], ids=str)
 def test_wgrad_is_exact_on_integers(shape, pattern, indexed):
     for tokens in (60, 1000) if shape != LARGE else (3000,):
-        made = wgrad_cases.scattered(shape, indexed, pattern, tokens)
-        assert torch.equal(wgrad(made, out_dtype=F32).double(), wgrad_cases.gold(made))
+        made = wgrad.scattered(wgrad.factors(shape, pattern=pattern, tokens=tokens, exact=True), indexed)
+        assert torch.equal(wgrad.store(CUDA, made, out_dtype=F32).double(), wgrad.gold(made))
 
 
 @hopper
 @pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 64, 160, 161])
 def test_wgrad_of_one_expert_with_rows_around_a_stage(tokens):
-    for indexed in wgrad_cases.INDEXED:
-        made = wgrad_cases.scattered((136, 16), indexed, "one_expert", tokens)
-        assert torch.equal(wgrad(made, out_dtype=F32).double(), wgrad_cases.gold(made))
-
-
-@hopper
-@pytest.mark.parametrize("indexed", wgrad_cases.INDEXED)
-def test_wgrad_reads_no_row_of_another_expert(indexed):
-    experts = torch.tensor([3, 1])
-    made, poisoned = wgrad_cases.poisoned_elsewhere(
-        wgrad_cases.scattered((40, 136), indexed, "uniform", tokens=200), experts
-    )
-    assert torch.equal(wgrad(poisoned, experts=experts, out_dtype=F32).double(), wgrad_cases.gold(made, experts))
+    for indexed in wgrad.INDEXED:
+        made = wgrad.scattered(wgrad.factors((136, 16), pattern="one_expert", tokens=tokens, exact=True), indexed)
+        assert torch.equal(wgrad.store(CUDA, made, out_dtype=F32).double(), wgrad.gold(made))
 
 
 @hopper
 @pytest.mark.parametrize("shape", [(40, 136), LARGE], ids=str)
 def test_wgrad_is_accurate_and_the_same_every_time(shape):
-    for indexed in wgrad_cases.INDEXED:
-        made = wgrad_cases.scattered(shape, indexed, tokens=2000, exact=False)
-        first = wgrad(made, out_dtype=F32)
+    for indexed in wgrad.INDEXED:
+        made = wgrad.scattered(wgrad.factors(shape, tokens=2000), indexed)
+        first = wgrad.store(CUDA, made, out_dtype=F32)
         baseline = Reference(lambda made=made: expert_wgrad_ref(*made, None, None, F32)).baseline()
-        assert_as_accurate(first, baseline, wgrad_cases.gold(made))
-        assert all(torch.equal(wgrad(made, out_dtype=F32), first) for _ in range(20))
+        assert_as_accurate(first, baseline, wgrad.gold(made))
+        assert all(torch.equal(wgrad.store(CUDA, made, out_dtype=F32), first) for _ in range(20))
 
 
 @hopper
-@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
-def test_wgrad_is_stored_and_added_under_masks_in_every_layout(dtype):
-    made, kept = wgrad_cases.scattered((40, 136), exact=False), wgrad_cases.keep(wgrad_cases.E, 40, 136)
-    dw, mask = wgrad(made, out_dtype=F32), pack_bits(kept)
-    assert torch.equal(wgrad(made, mask=mask, out_dtype=dtype), torch.where(kept, dw, 0).to(dtype))
-    out = torch.randn(dw.shape).to(dtype)
-    expected = torch.where(kept, (out.float() + dw).to(dtype), out)
-    for layout in LAYOUTS:
-        moved, words = in_layout(out.cuda(), layout), in_layout(mask.cuda(), layout)
-        wgrad_cases.store(wgrad_cases.moved_to("cuda", made), "cuda", out=moved, mask=words)
-        assert torch.equal(moved.cpu(), expected)
-
-
-@hopper
-@pytest.mark.parametrize("numerics", sorted(set(wgrad_cases.NUMERICS) - {"half"}))
-@pytest.mark.parametrize("rule", wgrad_cases.RULES)
-def test_wgrad_update_is_masked_update_of_the_stored_gradient(rule, numerics):
-    if (rule, numerics) != ("sgd", "wide state"):
-        where = {"impl": "cuda", "device": "cuda"}
-        wgrad_cases.check_update(rule, numerics, (40, 136), BF16, **where)
-        wgrad_cases.check_update(rule, numerics, (136, 8), BF16, "transposed", experts=None, **where)
-        wgrad_cases.check_update(rule, numerics, LARGE, BF16, tokens=2000, **where)
-
-
-@hopper
-def test_wgrad_score_is_weight_score_of_the_stored_gradients():
-    sides = [wgrad_cases.scattered((40, 136), name, seed=i) for i, name in enumerate(("input", "grad"))]
-    weight, experts = torch.randn(wgrad_cases.E, 40, 136).bfloat16(), torch.tensor([4, 0])
-    both = [wgrad(side, experts=experts, out_dtype=F32) for side in sides]
-    moved = [wgrad_cases.moved_to("cuda", side) for side in sides]
-    with poison():
-        got = expert_wgrad_score(weight.cuda(), *moved, gamma=0.5, experts=experts.cuda(), impl="cuda").cpu()
-    assert torch.equal(got, weight_score_ref(weight[experts], *both, 0.5))
+@pytest.mark.parametrize("numerics", [name for name, (dtype, *_) in wgrad.NUMERICS.items() if dtype != F16])
+@pytest.mark.parametrize("rule", wgrad.RULES)
+def test_large_wgrad_update_is_masked_update_of_the_stored_gradient(rule, numerics):
+    wgrad.check_update(CUDA, rule, numerics, wgrad.factors(LARGE, tokens=2000))
 
 
 def test_wgrad_of_other_factors_is_left_to_the_next_implementation():
-    made = wgrad_cases.factors((40, 136), exact=True)
+    made = wgrad.factors(dtype=F32, exact=True)
     with pytest.raises(Unfit, match="CUDA's expert_wgrad needs"):
-        wgrad(made)
-    moved = wgrad_cases.moved_to("cuda", made)
-    assert torch.equal(wgrad_cases.store(moved, "auto").double().cpu(), wgrad_cases.gold(made))
+        wgrad.store(CUDA, made)
+    assert torch.equal(wgrad.store(replace(CUDA, name="auto"), made).double(), wgrad.gold(made))

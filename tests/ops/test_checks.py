@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_unlearn import ops
-from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_sgd_
+from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad, expert_wgrad_adamw_, expert_wgrad_sgd_
 from tests.ops.expert_mlp.cases import case
 
 pytestmark = pytest.mark.quick
@@ -51,3 +51,31 @@ def test_a_layer_and_a_loss_want_their_objects():
         ops.token_loss(hidden, head, labels)
     with pytest.raises(TypeError, match="reference must be Reference; got Tensor"):
         ops.token_loss(hidden, ops.Head(head), labels, kind="kl", reference=hidden)
+
+
+@pytest.mark.parametrize("ids", [[0, 0], [0, 1, 0], [1, 0, 1]])
+def test_what_is_updated_is_listed_once(ids):
+    """Two entries of one expert raced for its weight. A gradient alone may be computed twice."""
+    listed, m = torch.tensor(ids), torch.zeros(len(ids), 4, 5)
+    before = torch.zeros(2, 4, 5)
+    p, told = before.clone(), rf"must be distinct; got \[{max(ids, key=ids.count)}\] more than once"
+    with pytest.raises(ValueError, match=f"slices {told}"):
+        ops.masked_sgd_(p, torch.ones_like(m), m, None, SGD, FIRST, slices=listed)
+    with pytest.raises(ValueError, match=f"experts {told}"):
+        expert_wgrad_sgd_(p, m, ROWS, SGD, FIRST, experts=listed)
+    with pytest.raises(ValueError, match=f"experts {told}"):
+        expert_wgrad_adamw_(p, m, m.clone(), ROWS, ADAMW, FIRST, experts=listed)
+    assert torch.equal(p, before) and not m.any()
+    assert expert_wgrad(**ROWS._asdict(), experts=listed).shape == m.shape
+    inputs = case()
+    routed = [inputs[name] for name in ("hidden_states", "top_k_weights", "sorted_rows", "expert_offsets")]
+    weights = ops.ExpertWeights(inputs["gate_up_proj"], inputs["down_proj"])
+    with pytest.raises(ValueError, match=f"trained_experts {told}"):
+        ops.expert_mlp(*routed, weights, trained_experts=listed.int())
+
+
+def test_indices_need_no_order():
+    p, m = torch.zeros(2, 4, 5), torch.zeros(2, 4, 5)
+    grad = torch.arange(2.0).view(2, 1, 1).expand(2, 4, 5)
+    ops.masked_sgd_(p, grad, m, None, SGD, FIRST, slices=torch.tensor([1, 0]))
+    assert p[0].any() and not p[1].any()

@@ -48,7 +48,12 @@ def complete(part: Case, axes: Axes, draw: random.Random, allowed: Callable[[Cas
 def pairwise(
     axes: Axes, allowed: Callable[[Case], bool] = any_case, *, seed: int = 0, candidates: int = 40
 ) -> list[Case]:
-    """Return cases in which every two settings that go together do: greedily the best of some drawn ones."""
+    """Return cases in which every two settings that go together do: greedily the best of some drawn ones.
+
+    Of a single axis they are its settings.
+    """
+    if len(axes) == 1:
+        return list(product(axes, allowed))
     draw, left, cover = random.Random(seed), all_pairs(axes, allowed), []
     while left:
         first = min(left, key=repr)

@@ -35,8 +35,12 @@ from moe_unlearn.ops.expert_wgrad import (
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
 from moe_unlearn.ops.token_loss import IGNORED, KINDS
 from moe_unlearn.testing import in_layout, routing
-from tests.ops import test_expert_mlp, test_expert_wgrad, test_gram, test_masked_update, test_token_loss
-from tests.ops.test_retain_weights import random_members
+from tests.ops.expert_mlp import cases as mlp
+from tests.ops.expert_wgrad import cases as wgrad
+from tests.ops.gram import cases as gram_cases
+from tests.ops.masked_update import cases as update_cases
+from tests.ops.retain_weights.cases import random_members
+from tests.ops.token_loss import cases as loss
 from tests.ops.weight_score import cases as scores
 from tests.support.by_keyword import by_keyword, expert_mlp, token_loss
 from tests.support.checkers.case import Case
@@ -161,12 +165,11 @@ def _():
 
 # ---------------------------------------------------------------------------------------------------- expert_mlp
 
-_mlp = test_expert_mlp.case
 for _name, _arguments in {
     "skewed": dict(bias=True),
     "one token": dict(tokens=1, top_k=1),
     "bf16": dict(pattern="half_empty", dtype=BF16, bias=True),
-    "sentinels": dict(pattern="sentinels", interleaved=True, gate=test_expert_mlp.GPT_OSS, bias=True),
+    "sentinels": dict(pattern="sentinels", interleaved=True, gate=mlp.GPT_OSS, bias=True),
     "nobody here": dict(pattern="all_sentinels"),
     "transposed": dict(pattern="first_empty", transposed=True, dtype=BF16),
     "no gate": dict(pattern="one_expert", gated=False),
@@ -176,42 +179,39 @@ for _name, _arguments in {
 
     @case(f"expert_mlp/{_name}")
     def _(arguments=_arguments):
-        made = _mlp(**arguments)
-        biases = ("gate_up_bias", "down_bias") if "down_bias" in made else ()
-        return differentiated(expert_mlp, made, (*test_expert_mlp.GRADIENTS, *biases))
+        made = mlp.case(**arguments)
+        return differentiated(expert_mlp, made, mlp.names_of(made))
 
 
 # -------------------------------------------------------------------------------------------------- expert_wgrad
 
+# routing, and sizes of the factors
 _SIZES = {
     "skewed": {},
-    "half_empty": {},
-    "one_expert": {},
-    "sentinels": {},
-    "all_sentinels": {},
-    "one token": {"T": 1, "K": 1},
-    "tiles": {"T": 90, "E": 3, "M": 136, "P": 168},
-    "odd tiles": {"T": 90, "E": 3, "M": 131, "P": 165},
+    "half_empty": {"pattern": "half_empty"},
+    "one_expert": {"pattern": "one_expert"},
+    "sentinels": {"pattern": "sentinels"},
+    "all_sentinels": {"pattern": "all_sentinels"},
+    "one token": {"tokens": 1, "top_k": 1},
+    "tiles": {"tokens": 90, "shape": (136, 168)},
+    "odd tiles": {"tokens": 90, "shape": (131, 165)},
 }
 
 
-def _wgrad(name, dtype=BF16, seed=0, masked=True):
+def _wgrad(name, dtype=BF16, seed=0):
     """(factors by name, experts, mask words, weight) of a size.
 
     Small integers: any order gives the same bits. No zeros: a sum of negative zeros alone may have either sign.
     """
-    with mock.patch.multiple(test_expert_wgrad, **{"T": test_expert_wgrad.T} | _SIZES[name]):
-        sizes = test_expert_wgrad
-        pattern = name if name in ("half_empty", "one_expert", "sentinels", "all_sentinels") else "skewed"
-        made = sizes.case(pattern, dtype, seed, exact=True)
-        behind = int(made["expert_offsets"][-1])
-        for factor in (made["grad"], made["input"]):
-            factor[factor == 0] = 1
-        made["grad"][behind:] = torch.nan
-        shape = (2, sizes.M, sizes.P)
-        weight = torch.randn(sizes.E, sizes.M, sizes.P).to(dtype)
-    mask = pack_bits(torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.4)
-    return made, torch.tensor([2, 1]), mask, weight  # of a half empty layer 1 has rows
+    made = wgrad.factors(**{"shape": (12, 40), "tokens": 21} | _SIZES[name], dtype=dtype, seed=seed, exact=True)
+    for factor in (made.grad, made.input):
+        factor[factor == 0] = 1
+    made.grad[int(made.expert_offsets[-1]) :] = torch.nan
+    inner = made.grad.shape[1], made.input.shape[1]
+    weight = torch.randn(wgrad.E, *inner).to(dtype)
+    mask = pack_bits(torch.rand((2, *inner), generator=torch.Generator().manual_seed(seed)) > 0.4)
+    named = {k: v for k, v in made._asdict().items() if v is not None}
+    return named, torch.tensor([2, 1]), mask, weight  # of a half empty layer 1 has rows
 
 
 def _updating(update, rule, step):
@@ -296,22 +296,22 @@ for _kind in KINDS:
 
             @case(f"token_loss/{_kind} {_name} {str(_dtype)[6:]}")
             def _(kind=_kind, size=_size, dtype=_dtype):
-                made = test_token_loss.make(*size, kind=kind, dtype=dtype, seed=1)
+                made = loss.make(*size, kind=kind, dtype=dtype, seed=1)
                 made["labels"][0] = 0
-                gradients = tuple(k for k in test_token_loss.GRADIENTS if k in made)
+                gradients = tuple(k for k in loss.GRADIENTS if k in made)
                 return differentiated(token_loss, made, gradients)
 
 
 @case("token_loss/nothing counted")
 def _():
-    made = test_token_loss.make(33, 24, 97)
+    made = loss.make(33, 24, 97)
     made["labels"][:] = IGNORED
     return differentiated(token_loss, made, ("hidden_states", "lm_head"))
 
 
 @case("token_loss/frozen head, zero weights, capped")
 def _():
-    made = test_token_loss.make(70, 24, 97, dtype=BF16)
+    made = loss.make(70, 24, 97, dtype=BF16)
     return differentiated(token_loss, made, ("hidden_states",), logit_softcap=2.0, logit_scale=0.5)
 
 
@@ -321,11 +321,9 @@ for _dtype in (torch.float32, BF16):
 
     @case(f"gram/sets {str(_dtype)[6:]}")
     def _(dtype=_dtype):
-        def made(shape, seed):
-            return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-        sets = test_gram.gradient_sets(3, made, {(0, 1), (2, 0)})
-        masks = test_gram.packed(test_gram.random_masks())
+        made = functools.partial(gram_cases.normal, dtype=dtype)
+        sets = gram_cases.gradient_sets(3, made, {(0, 1), (2, 0)})
+        masks = gram_cases.packed(gram_cases.random_masks())
         return Case(lambda sets, masks: gram(sets, masks=masks, impl="triton"), {"sets": sets, "masks": masks})
 
     @case(f"gram/long {str(_dtype)[6:]}")
@@ -338,14 +336,8 @@ for _pattern in ("skewed", "half_empty", "sentinels", "all_sentinels"):
 
     @case(f"gram/factors {_pattern}")
     def _(pattern=_pattern):
-        def made(shape, seed):
-            return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-        rows, inputs, offsets, *_ = test_gram.factors(pattern, 2, made)
-        return Case(
-            lambda rows, inputs, offsets: gram_factors(rows, inputs, offsets, impl="triton"),
-            {"rows": rows, "inputs": inputs, "offsets": offsets},
-        )
+        rows, _ = gram_cases.factors(pattern, 2, gram_cases.normal)
+        return Case(functools.partial(gram_factors, impl="triton"), rows._asdict())
 
 
 # -------------------------------------------------------------------------------------------------- weight_score
@@ -386,7 +378,7 @@ for _shape in [(5, 6, 37), (1, 1), (3, 2, 1030)]:
 
             def _update_case(rule, shape, dtype, masked):
                 """A rule on two of the parameter's slices, in another order; with a master for narrow weights."""
-                randn = functools.partial(test_masked_update.randn, dtype=dtype)
+                randn = functools.partial(update_cases.randn, dtype=dtype)
                 slices = torch.tensor([2, 0]) if len(shape) == 3 else None
                 compact = (2, *shape[1:]) if len(shape) == 3 else shape
                 param = randn(*shape)
@@ -401,7 +393,7 @@ for _shape in [(5, 6, 37), (1, 1), (3, 2, 1030)]:
                     state["master"] = (param if slices is None else param[slices]).float()
                 elif dtype == BF16:
                     options |= {"rounding": "stochastic", "seed": 3, "parameter_id": 5}
-                mask = pack_bits(test_masked_update.random_mask(*compact)) if masked else None
+                mask = pack_bits(update_cases.random_mask(*compact)) if masked else None
                 rest = {"grad": randn(*compact, seed=1), "mask": mask, "slices": slices}
                 function = functools.partial(by_keyword(rule), lr=0.1, step=2, impl="triton", **options)
                 return Case(function, state | rest, mutates=tuple(state))
@@ -416,8 +408,8 @@ for _shape in [(5, 6, 37), (1, 1), (3, 2, 1030)]:
 @case("masked_update/elements of a vector")
 def _():
     """A parameter of one dimension, whose slices are elements, in other strides than its gradient."""
-    param = in_layout(test_masked_update.randn(150), "strided")
+    param = in_layout(update_cases.randn(150), "strided")
     slices = torch.randperm(150, generator=torch.Generator().manual_seed(4))[:70]
-    rest = {"grad": test_masked_update.randn(70, seed=1), "momentum_buffer": None, "mask": None, "slices": slices}
+    rest = {"grad": update_cases.randn(70, seed=1), "momentum_buffer": None, "mask": None, "slices": slices}
     function = functools.partial(masked_sgd_, rule=SGD(lr=0.5), update=Update(step=1))
     return compared(function, {"param": param, **rest}, mutates=("param",))

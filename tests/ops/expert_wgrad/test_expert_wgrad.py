@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_unlearn.ops import SGD, AdamW, Update, expert_wgrad, expert_wgrad_ref, weight_score
+from moe_unlearn.ops import SGD, AdamW, Update, expert_wgrad, expert_wgrad_ref, weight_score_ref
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_inner, expert_wgrad_score, expert_wgrad_sgd_
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, integers
 from moe_unlearn.testing.yardstick import Reference
@@ -182,7 +182,7 @@ def test_score_is_weight_score_of_the_gradients(shape, weight_dtype, dtype, layo
     forget, retain = factors(shape, dtype, exact=True), factors(shape, dtype, "half_empty", exact=True, seed=2)
     sides, experts = impl.moved((forget, scattered(retain, "grad"))), torch.tensor([3, 0])
     weight = torch.randn(E, *shape).to(weight_dtype)
-    expected = weight_score(weight, gold(forget).float(), gold(retain).float(), gamma=0.3, impl="ref")
+    expected = weight_score_ref(weight, gold(forget).float(), gold(retain).float(), 0.3)
     options = {"gamma": 0.3, "impl": impl.name}
     got = expert_wgrad_score(impl.moved(weight, layout), *sides, experts=impl.moved(experts), **options)
     assert got.dtype == F32 and torch.equal(got.cpu(), expected[experts])
