@@ -66,8 +66,15 @@ CLAIMS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "ops"
 def test_the_matrix_has_every_cuda_test_a_sample_of_the_triton_ones_and_nothing_for_the_cpu(collections):
     found, left_out = collections[0]
     file, _, name = WAIT_TESTS.partition("::")
-    assert found.keys() == {CUDA_TESTS, file, *TRITON_TESTS, *CLAIMS}
-    assert sum(found[name] for name in (CUDA_TESTS, *CLAIMS)) > 400
+    assert {CUDA_TESTS, file, *TRITON_TESTS} <= found.keys() <= {CUDA_TESTS, file, *TRITON_TESTS, *CLAIMS}
+    kernels = {path.stem for path in (ROOT / "triton_kernels").glob("*.py")} | {
+        p.stem for p in ROOT.glob("csrc/cuda/*.cu")
+    }
+    homes = {Path(name).parent.name for name in CLAIMS} & kernels
+    assert homes - {Path(name).parent.name for name in found} <= {
+        "expert_mlp"
+    }  # test_expert_mlp of Triton has its claims
+    assert sum(found.get(name, 0) for name in (CUDA_TESTS, *CLAIMS)) > 400
     assert f"def {name}(" in Path(ROOT, file).read_text(encoding="utf-8")
     # twelve workers have 140 seconds, compilation included, which the half that is of CUDA does not need
     assert left_out > 400 and sum(found.values()) < 1200
