@@ -238,7 +238,7 @@ folder = Path(sys.argv[1])
 triton.KERNELS = folder / "kernels"
 mutant = Mutant("gram.py", "a_kernel", "constant", 8, 9, "2", 1)
 for name in sys.argv[2:]:
-    print(runs.run(triton, mutant, [triton.Stage((str(folder / name),))], 9)[0])
+    print(runs.run(triton, mutant, [triton.Stage((str(folder / name),))], 20)[0])
 """
 
 

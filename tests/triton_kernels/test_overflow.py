@@ -95,9 +95,8 @@ def test_every_argument_may_reach_past_2_to_the_31(name, architecture, monkeypat
 @pytest.mark.parametrize("name", ["expert_wgrad/store half_empty", "expert_wgrad/score half_empty"])
 def test_results_may_reach_past_2_to_the_31(name, dim):
     def run():
-        results, allocated = [], []
+        results, allocated, case = [], [], CASES[name]()
         for offset in (0, PAST):
-            case = CASES[name]()
 
             def allocate(shape, dtype, offset=offset):
                 allocated.append(stretched(torch.zeros(shape, dtype=dtype), dim, offset))
