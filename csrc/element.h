@@ -213,7 +213,8 @@ struct AdamW {
   template <Dtype A>
   MOE_UNLEARN_ELEMENT float moved(float w, float m, float v) const {
     const float root = rounded<A>(rounded<A>(sqrtf(v)) / root_correction);
-    return rounded<A>(w + step_size * m / rounded<A>(root + eps));
+    // torch rounds a number that it adds, but none by which it multiplies or divides
+    return rounded<A>(w + step_size * m / rounded<A>(root + rounded<A>(eps)));
   }
 
   /// The new weight w and moments s.

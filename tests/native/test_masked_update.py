@@ -14,7 +14,6 @@ from tests.ops.masked_update.cases import (
     check,
     check_conversions,
     inputs,
-    native_agrees,
     run,
     sgd,
 )
@@ -25,7 +24,6 @@ pytestmark = pytest.mark.quick
 
 
 @cover(
-    native_agrees,
     indirect=["instruction_set"],
     rule=tuple(RULES),
     numerics=tuple(NUMERICS),

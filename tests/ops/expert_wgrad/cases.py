@@ -125,7 +125,7 @@ RULES = {
     "sgd dampening": ({"momentum": 0.8, "dampening": 0.3}, 1),
     "sgd nesterov": ({"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, 1),
     "adamw": ({}, 2),
-    "adamw decay": ({"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}, 2),
+    "adamw decay": ({"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 0.3}, 2),
 }
 # dtypes of weight and state, rounding, whether there is a master
 NUMERICS = {
