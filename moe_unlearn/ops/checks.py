@@ -132,10 +132,7 @@ def check_update(
         raise TypeError(f"param must be a floating-point tensor; got {param.dtype}")
     if not grad.is_floating_point():
         raise TypeError(f"grad must be a floating-point tensor; got {grad.dtype}")
-    if update.step < 1:
-        raise ValueError(f"step counts from 1; got {update.step}")
-    if update.first_row < 0:
-        raise ValueError(f"first_row counts from 0; got {update.first_row}")
+    check_numerics(param, state, update, master)
     shape = list(param.shape)
     if slices is not None:
         if slices.dtype != torch.int64:
@@ -147,17 +144,9 @@ def check_update(
             )
         _check_distinct("slices", slices)
         shape[0] = len(slices)
-    _check_rounding(param, update.rounding, master)
     for name, tensor in {"grad": grad, "master": master, **state}.items():
         if tensor is not None and list(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}; got {list(tensor.shape)}")
-    for name, tensor in state.items():
-        if tensor is not None and tensor.dtype not in (param.dtype, torch.float32):
-            raise TypeError(f"{name} must be {param.dtype}, as param, or float32; got {tensor.dtype}")
-    if len({tensor.dtype for tensor in state.values() if tensor is not None}) > 1:
-        raise TypeError(
-            f"{' and '.join(state)} must have one dtype; got {[s.dtype for s in state.values() if s is not None]}"
-        )
     if mask is not None:
         words = [*shape[:-1], num_words(shape[-1])] if shape else [1]
         if mask.dtype != torch.int32:
@@ -167,6 +156,31 @@ def check_update(
     for name, tensor in {"grad": grad, "mask": mask, "master": master, "slices": slices, **state}.items():
         if tensor is not None and tensor.device != param.device:
             raise ValueError(f"{name} must be on {param.device} like param; got {tensor.device}")
+
+
+def check_numerics(param: Tensor, state: Mapping[str, Tensor | None], update: "Update", master: Tensor | None) -> None:
+    """Raise TypeError or ValueError for numbers, a rounding or dtypes of an update that do not fit."""
+    if update.step < 1:
+        raise ValueError(f"step counts from 1; got {update.step}")
+    if update.first_row < 0:
+        raise ValueError(f"first_row counts from 0; got {update.first_row}")
+    rounding = update.rounding
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}; got {rounding!r}")
+    if rounding == "stochastic" and param.dtype == torch.float16:
+        raise TypeError("stochastic rounding is to bfloat16; got a float16 param")
+    if master is not None:
+        if master.dtype != torch.float32:
+            raise TypeError(f"master must be float32; got {master.dtype}")
+        if rounding != "nearest":
+            raise ValueError(f"master needs rounding 'nearest'; got {rounding!r}")
+    for name, tensor in state.items():
+        if tensor is not None and tensor.dtype not in (param.dtype, torch.float32):
+            raise TypeError(f"{name} must be {param.dtype}, as param, or float32; got {tensor.dtype}")
+    if len({tensor.dtype for tensor in state.values() if tensor is not None}) > 1:
+        raise TypeError(
+            f"{' and '.join(state)} must have one dtype; got {[s.dtype for s in state.values() if s is not None]}"
+        )
 
 
 def check_momentum(momentum_buffer: Tensor | None, rule: "SGD") -> None:
@@ -187,18 +201,6 @@ def _check_distinct(name: str, ids: Tensor | None) -> None:
     found, times = np.unique(numbers, return_counts=True)
     if len(found) < len(numbers):
         raise ValueError(f"{name} must be distinct; got {found[times > 1].tolist()} more than once")
-
-
-def _check_rounding(param: Tensor, rounding: str, master: Tensor | None) -> None:
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding must be one of {ROUNDINGS}; got {rounding!r}")
-    if rounding == "stochastic" and param.dtype == torch.float16:
-        raise TypeError("stochastic rounding is to bfloat16; got a float16 param")
-    if master is not None:
-        if master.dtype != torch.float32:
-            raise TypeError(f"master must be float32; got {master.dtype}")
-        if rounding != "nearest":
-            raise ValueError(f"master needs rounding 'nearest'; got {rounding!r}")
 
 
 def check_mask(p: Tensor, mask: Tensor | None, parameter_id: int) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import unpack_bits
-from moe_unlearn.ops.checks import check_factors, check_objects, num_listed
+from moe_unlearn.ops.checks import check_factors, check_momentum, check_numerics, check_objects, num_listed
 from moe_unlearn.ops.masked_update import SGD, AdamW, Rule, Update, masked_adamw_, masked_sgd_, unflattened
 from moe_unlearn.ops.schema import fields
 from moe_unlearn.ops.weight_score import weight_score_ref
@@ -138,6 +138,8 @@ def expert_wgrad_sgd_(
     """
     check_objects(factors=(factors, Factors), rule=(rule, SGD), update=(update, Update))
     check_factors(factors, experts, mask, {"momentum_buffer": momentum_buffer, "master": master}, weight)
+    check_momentum(momentum_buffer, rule)
+    check_numerics(weight, {"momentum_buffer": momentum_buffer}, update, master)
     _sgd(weight, momentum_buffer, master, *factors, experts, mask, *rule, *update, impl)
 
 
@@ -168,7 +170,9 @@ def expert_wgrad_adamw_(
     exp_avg, exp_avg_sq and master are compact, [M_e, M, P]; all else is as in `expert_wgrad_sgd_`.
     """
     check_objects(factors=(factors, Factors), rule=(rule, AdamW), update=(update, Update))
-    check_factors(factors, experts, mask, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master}, weight)
+    moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    check_factors(factors, experts, mask, {**moments, "master": master}, weight)
+    check_numerics(weight, moments, update, master)
     _adamw(weight, exp_avg, exp_avg_sq, master, *factors, experts, mask, *rule, *update, impl)
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from moe_unlearn.backend import Unfit
-from moe_unlearn.ops.checks import check_momentum, check_update
 from moe_unlearn.ops.expert_wgrad import (
     Factors,
     _accumulate_ref,
@@ -47,23 +46,17 @@ def sgd(weight: Tensor, momentum_buffer: Tensor | None, master: Tensor | None, *
     factors, experts, mask, rule, update = update_operands(SGD, operands)
     if factors.grad.dtype == torch.float64:
         return expert_wgrad_sgd_ref_(weight, momentum_buffer, master, *operands)
-    listed = _listed(weight, experts)
-    check_momentum(momentum_buffer, rule)
-    check_update(weight, _like(weight, listed), {"momentum_buffer": momentum_buffer}, mask, update, master, listed)
-    torch.ops.moe_unlearn_native.expert_wgrad_sgd_(
-        weight, momentum_buffer, master, *_operands(factors, experts), listed, mask, *rule.native(update)
-    )
+    tensors = *_operands(factors, experts), _listed(weight, experts), mask
+    torch.ops.moe_unlearn_native.expert_wgrad_sgd_(weight, momentum_buffer, master, *tensors, *rule.native(update))
 
 
 def adamw(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None, *operands: Any) -> None:
     factors, experts, mask, rule, update = update_operands(AdamW, operands)
     if factors.grad.dtype == torch.float64:
         return expert_wgrad_adamw_ref_(weight, exp_avg, exp_avg_sq, master, *operands)
-    listed = _listed(weight, experts)
-    moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    check_update(weight, _like(weight, listed), moments, mask, update, master, listed)
+    tensors = *_operands(factors, experts), _listed(weight, experts), mask
     torch.ops.moe_unlearn_native.expert_wgrad_adamw_(
-        weight, exp_avg, exp_avg_sq, master, *_operands(factors, experts), listed, mask, *rule.native(update)
+        weight, exp_avg, exp_avg_sq, master, *tensors, *rule.native(update)
     )
 
 
@@ -103,11 +96,6 @@ def _operands(factors: Factors, experts: Tensor | None) -> tuple[Tensor, Tensor,
 
 def _listed(weight: Tensor, experts: Tensor | None) -> Tensor:
     return torch.arange(len(weight), device=weight.device) if experts is None else experts.long().contiguous()
-
-
-def _like(weight: Tensor, listed: Tensor) -> Tensor:
-    """Return a stand-in for the gradient of weight[listed] whose shape can be checked."""
-    return weight.new_empty(()).expand(len(listed), *weight.shape[1:])
 
 
 def _positions(factors: Factors) -> Tensor:

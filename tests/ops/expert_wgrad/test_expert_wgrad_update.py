@@ -11,6 +11,7 @@ from tests.ops.expert_wgrad.cases import (
     BF16,
     DTYPES,
     EXPERTS,
+    F32,
     INDEXED,
     NUMERICS,
     ODD,
@@ -108,18 +109,30 @@ def test_autograd_notices_an_update_of_a_weight_it_still_needs(impl):
         loss.backward()
 
 
-@cover(
-    indirect=["impl"],
-    impl=tuple(kind for kind in IMPLS if kind != "triton"),  # whose launcher relies on who calls it
-    bad=(
-        ({"step": 0}, "step counts from 1; got 0"),
-        ({"step": 1, "rounding": "up"}, "rounding must be one of"),
-        ({"step": 1, "momentum": 0.9}, "needs a momentum_buffer"),
-        ({"step": 1, "nesterov": True}, "nesterov needs momentum"),
-    ),
+# a dtype stands for a tensor of it
+BAD_UPDATES = (
+    ({"step": 0}, ValueError, "step counts from 1; got 0"),
+    ({"first_row": -1}, ValueError, "first_row counts from 0; got -1"),
+    ({"rounding": "up"}, ValueError, "rounding must be one of"),
+    ({"master": BF16}, TypeError, "master must be float32"),
 )
-def test_bad_options(bad, impl):
-    options, message = bad
-    made, weight = impl.moved((factors(), torch.ones(E, *SHAPE)))
-    with pytest.raises(ValueError, match=message):
-        by_keyword(expert_wgrad_sgd_)(weight, None, made, lr=1, impl=impl.name, **options)
+BAD = {
+    "sgd": (
+        *BAD_UPDATES,
+        ({"momentum_buffer": BF16}, TypeError, "momentum_buffer must be"),
+        ({"momentum": 0.9}, ValueError, "needs a momentum_buffer"),
+        ({"nesterov": True}, ValueError, "nesterov needs momentum"),
+    ),
+    "adamw": (*BAD_UPDATES, ({"exp_avg_sq": BF16}, TypeError, "exp_avg_sq must be")),
+}
+STATE = {"sgd": {"momentum_buffer": None}, "adamw": {"exp_avg": F32, "exp_avg_sq": F32}}
+
+
+@cover(indirect=["impl"], impl=IMPLS, rule=tuple(BAD))
+def test_bad_options(rule, impl):
+    function = {"sgd": expert_wgrad_sgd_, "adamw": expert_wgrad_adamw_}[rule]
+    for options, error, message in BAD[rule]:
+        given = {"weight": F32, **STATE[rule], "lr": 1, "step": 1, **options}
+        given = {k: torch.ones(E, *SHAPE, dtype=v) if isinstance(v, torch.dtype) else v for k, v in given.items()}
+        with pytest.raises(error, match=message):
+            by_keyword(function)(**impl.moved(given), factors=impl.moved(factors()), impl=impl.name)
