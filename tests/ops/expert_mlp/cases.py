@@ -8,13 +8,14 @@ import torch
 from moe_unlearn.ops import ExpertLayout, ExpertWeights, Gate, route
 from moe_unlearn.ops.expert_mlp import largest_of
 from moe_unlearn.ops.gate import ACTIVATIONS
-from moe_unlearn.testing import check_against_ref, in_layout, routing
+from moe_unlearn.testing import check_against_ref, in_layout, poison, routing
 from tests.support.by_keyword import expert_mlp, expert_mlp_ref
 from tests.support.impls import Impl
 
 GRADIENTS = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
 GPT_OSS = Gate("silu", 1.702, 7.0, 1.0)
 GATES = [*map(Gate, ACTIVATIONS), GPT_OSS, Gate("silu", 1.0, 0.5), Gate("gelu", limit=0.3)]
+GATES += [Gate("gelu_tanh", 1.702, 0.7, 1.0)]
 LAYOUT_FLAGS = list(itertools.product([False, True], repeat=4))
 ALL = (True, True, True, True, True)  # gradients that are needed
 
@@ -64,18 +65,21 @@ def names_of(arguments: dict) -> tuple[str, ...]:
 
 
 def check(impl: Impl, arguments: dict, **keywords) -> None:
-    """Assert by the criterion that output and gradients are as accurate as the reference's."""
+    """Assert by the criterion that output and gradients are as accurate as the reference's, in memory full of NaN."""
     gradients = {"gradients": names_of(arguments)} | keywords
-    check_against_ref(partial(expert_mlp, impl=impl.name), expert_mlp_ref, arguments, **gradients)
+    with poison():
+        check_against_ref(partial(expert_mlp, impl=impl.name), expert_mlp_ref, on(impl.device, arguments), **gradients)
 
 
 def results(impl: Impl, arguments: dict, exact=False) -> tuple[torch.Tensor, ...]:
-    """Return the output and all gradients, those under integers if `exact`."""
+    """Return on the CPU the output and all gradients, those under integers if `exact`."""
+    arguments = on(impl.device, arguments)
     leaves = {k: arguments[k].detach().requires_grad_() for k in names_of(arguments)}
     out = expert_mlp(**arguments | leaves, impl=impl.name)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
     upstream = upstream.clamp(-1, 1).round() if exact else upstream
-    return out.detach(), *torch.autograd.grad(out, list(leaves.values()), upstream)
+    made = out.detach(), *torch.autograd.grad(out, list(leaves.values()), upstream)
+    return tuple(t.cpu() for t in made)
 
 
 def flat(arguments, impl="auto"):
