@@ -66,7 +66,7 @@ demo: .venv/.installed
 	$(BIN)/moe-unlearn demo $(DEMO)
 
 quick: .venv/.installed
-	$(PYTEST) -m "quick and not slow"
+	$(PYTEST) -m "quick and not slow and not nightly"
 
 test: .venv/.installed
 	$(PYTEST) -m "not nightly"

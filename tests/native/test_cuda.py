@@ -4,6 +4,7 @@ bindings and launchers, run in emulated threads, has the bits of the reference f
 import importlib.util
 import math
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,11 +22,11 @@ from tests.ops.route import cases as route_cases
 from tests.ops.weight_score import cases as score_cases
 from tests.static.ledger import ARCHITECTURES
 from tests.support.covers import cover
-from tests.support.impls import CPU, REF, impl_of
+from tests.support.impls import CPU, REF
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(nvcc.compiler() is None, reason="there is no nvcc")]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-CUDA = impl_of("cuda")
+CUDA = replace(CPU, kind="cuda")  # emulated, on a machine with a GPU too: see the fixture `gpu`
 
 
 # ---- What the compiler says --------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from moe_unlearn.ops import (
     score_mask,
 )
 from moe_unlearn.ops.retain_weights import retain_weights
-from moe_unlearn.testing import ROUTINGS, assert_as_accurate, in_layout, integers
+from moe_unlearn.testing import ROUTINGS, assert_as_accurate, integers
 from moe_unlearn.testing.yardstick import Reference
 from tests.ops.expert_wgrad import cases as wgrad
 from tests.ops.masked_update import cases as update_cases
@@ -36,19 +36,6 @@ WHY_NOT = (
 pytestmark = [pytest.mark.quick, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "it runs")]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CUDA = impl_of("cuda")
-
-
-def on_gpu(arguments, layout="contiguous"):
-    """The tensors among the values (or elements) on the GPU, in a layout."""
-    if isinstance(arguments, dict):
-        return {k: on_gpu(v, layout) for k, v in arguments.items()}
-    if isinstance(arguments, tuple):
-        return tuple(on_gpu(v, layout) for v in arguments)
-    return in_layout(arguments.cuda(), layout) if isinstance(arguments, torch.Tensor) else arguments
-
-
-def on_cpu(tensors):
-    return [None if t is None else t.cpu() for t in tensors]
 
 
 # ---- route -------------------------------------------------------------------------------------------------

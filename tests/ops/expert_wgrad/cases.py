@@ -142,6 +142,11 @@ NUMERICS = {
 }
 
 
+def raw_bits(a: torch.Tensor) -> torch.Tensor:
+    """Return the bits of a tensor as integers, so that a NaN of another payload is another value."""
+    return a.contiguous().view({2: torch.int16, 4: torch.int32}[a.element_size()])
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether two tensors have the bits of each other, where NaN of any payload is NaN."""
     width = {2: torch.int16, 4: torch.int32}[a.element_size()]
@@ -189,7 +194,7 @@ def check_update(
         value = torch.full(shape, torch.nan) if states == 1 else randn(*shape).square() / 16
         tensors[name] = torch.where(kept, value, torch.nan).to(state_dtype)
     tensors |= {"momentum_buffer": None} if states == 0 else {}
-    before = weight.clone()
+    before, starts = weight.clone(), {name: tensors[name].clone() for name in names[:states]}
     narrow = dtype == state_dtype == made.grad.dtype and rounding == "nearest" and not has_master
     own = {"experts": experts, "out_dtype": dtype if narrow else F32}
     dw = gold(made, experts).float() if impl.kind == "triton" else store(impl, made, **own)
@@ -207,5 +212,7 @@ def check_update(
         assert expected is None or same_bits(moved[name].cpu(), expected), name
     touched = torch.zeros(weight.shape, dtype=torch.bool)
     touched[trained] = kept
-    assert same_bits(weight[~touched], before[~touched])
+    for name, expected, kept_back in (("weight", before, ~touched), *((n, starts[n], ~kept) for n in starts)):
+        left, expected = (raw_bits(t[kept_back]) for t in (moved[name].cpu(), expected))
+        assert torch.equal(left, expected), f"{name}: what does not train has other bits"
     assert not kept.any() or not same_bits(weight[touched], before[touched])

@@ -41,6 +41,13 @@ def test_every_rule_and_numerics(numerics, rule, impl):
     check_update(impl, rule, numerics)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", FEW_RULES)
+@cover(takes, indirect=["impl"], impl=IMPLS, numerics=tuple(NUMERICS))
+def test_every_numerics_with_momentum_and_with_moments(numerics, rule, impl):
+    check_update(impl, rule, numerics, layout="transposed")
+
+
 @cover(
     takes,
     indirect=["impl"],
