@@ -311,6 +311,7 @@ def test_gradcheck_in_float64(transposed):
     assert torch.autograd.gradcheck(function, [arguments[n].requires_grad_() for n in names])
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(impl):
     arguments = impl.moved(case(bias=True))
     leaves = [arguments[k].requires_grad_() for k in GRADIENTS]

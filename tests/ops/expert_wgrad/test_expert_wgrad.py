@@ -216,6 +216,7 @@ def test_inner_product_accuracy(dtype, impl):
     assert torch.equal(got, got.mT)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break_and_runs_agree(impl):
     made, words = impl.moved((factors(), words_of(keep(E, *SHAPE))))
     rest = {"input_rows": made.input_rows, "impl": impl.name}

@@ -91,6 +91,7 @@ def test_no_expert_and_no_row(impl):
     check_update(impl, "adamw decay", "bf16", factors(tokens=0))
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break(impl):
     def updated(step):
         made = impl.moved(factors())

@@ -122,6 +122,7 @@ def test_nothing_there_is_zero(impl):
         assert torch.equal(run_factors(impl, of_rows), zero)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph_and_runs_agree(impl):
     sets = impl.moved([normal((9, 130), i) for i in range(2)])
     words = impl.moved(pack_bits(half((9, 130))))

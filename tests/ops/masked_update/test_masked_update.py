@@ -315,6 +315,7 @@ def test_many_steps_stay_on_the_bits_of_the_reference(slices, rule, impl):
         assert_same((expected, apply(impl, function, ours | impl.moved(new))))
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph_and_runs_agree(impl):
     def update(param, grad, m, v, mask, slices):
         stochastic = Update(step=2, rounding="stochastic")

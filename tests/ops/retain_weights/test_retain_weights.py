@@ -103,6 +103,7 @@ def test_layouts_do_not_matter(layout, impl):
     assert_same(run(impl, made, cap=1.0, layout=layout), check(impl, made, cap=1.0))
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break_and_runs_agree(impl):
     _, words, tilt = impl.moved(passes(40, 35))
 

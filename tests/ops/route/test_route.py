@@ -97,6 +97,7 @@ def test_a_token_not_here_turns_minus_zero_into_zero(impl):
     assert not log_weight.any() and not log_weight.signbit().any()
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break_and_runs_agree(impl):
     *given, weight = impl.moved(tuple(inputs((64, 8, 2)).values()))
 

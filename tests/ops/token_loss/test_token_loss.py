@@ -241,6 +241,7 @@ def test_autocast_does_not_reach_inside(impl):
 
 
 @cover(indirect=["impl"], impl=IMPLS, kind=("nll", "kl"))
+@pytest.mark.slow
 def test_compiles_as_one_graph_and_runs_agree(kind, impl):
     inputs = inputs_of(impl, kind, BF16)
     leaves = [inputs[k].requires_grad_() for k in GRADIENTS]

@@ -129,6 +129,7 @@ def test_the_threshold_of_a_whole_model_is_that_of_a_sort(keep, dtype, impl):
     assert torch.equal(torch.cat(masks), expected)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break_and_runs_agree(impl):
     given = impl.moved(terms((4, 33)))
 
