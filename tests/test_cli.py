@@ -373,7 +373,7 @@ def test_eval_tells_what_moved_and_how_fast_it_comes_back(folder, tmp_path, caps
 @pytest.mark.quick
 @pytest.mark.parametrize("words", [["env"], ["--help"], ["report", "nowhere"]], ids=lambda words: words[0])
 def test_a_reader_that_goes_away_is_no_error(words, monkeypatch, capsys):
-    """As `moe-unlearn env | head -1`: what is left to print goes nowhere, and neither do complaints."""
+    """With `moe-unlearn env | head -1` what is left to print goes nowhere, and neither do complaints."""
     read, write = os.pipe()
     os.close(read)
     errors = io.StringIO()

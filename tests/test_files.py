@@ -226,7 +226,7 @@ def test_a_pipe_is_written_to_and_stays(tmp_path):
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="there is no /proc")
 @pytest.mark.parametrize("kind", ["file", "pipe", "socket"])
 def test_what_is_held_open_is_written_to_where_it_is(tmp_path, kind):
-    """As `--out /proc/self/fd/1` and `--out /dev/fd/1` with `> file`: it comes behind what was written before."""
+    """What `--out /proc/self/fd/1` or `/dev/fd/1` writes with `> file` comes behind what was written before."""
     if kind == "file":
         descriptor = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
         reader = os.open(tmp_path / "out", os.O_RDONLY)

@@ -6,6 +6,8 @@ from moe_unlearn.ops import expert_wgrad, expert_wgrad_ref, masked_adamw_, maske
 from moe_unlearn.ops.bits import pack_bits, unpack_bits
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_sgd_
 from moe_unlearn.testing import integers, poison, routing
+from tests.ops.masked_update.cases import NUMERICS as OF_UPDATES
+from tests.ops.masked_update.cases import bits
 from tests.support.by_keyword import by_keyword
 from tests.support.impls import Impl
 
@@ -127,24 +129,8 @@ RULES = {
     "adamw": ({}, 2),
     "adamw decay": ({"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 0.3}, 2),
 }
-# dtypes of weight and state, rounding, whether there is a master
-NUMERICS = {
-    "fp32": (F32, F32, "nearest", False),
-    "fp32 master": (F32, F32, "nearest", True),
-    "bf16": (BF16, BF16, "nearest", False),
-    "bf16 stochastic": (BF16, BF16, "stochastic", False),
-    "bf16 fp32 state": (BF16, F32, "nearest", False),
-    "bf16 fp32 state stochastic": (BF16, F32, "stochastic", False),
-    "bf16 master": (BF16, F32, "nearest", True),
-    "fp16": (F16, F16, "nearest", False),
-    "fp16 fp32 state": (F16, F32, "nearest", False),
-    "fp16 master": (F16, F16, "nearest", True),
-}
-
-
-def raw_bits(a: torch.Tensor) -> torch.Tensor:
-    """Return the bits of a tensor as integers, so that a NaN of another payload is another value."""
-    return a.contiguous().view({2: torch.int16, 4: torch.int32}[a.element_size()])
+# a weight of float32 is never rounded stochastically
+NUMERICS = {name: numerics for name, numerics in OF_UPDATES.items() if name != "fp32 stochastic"}
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -213,6 +199,6 @@ def check_update(
     touched = torch.zeros(weight.shape, dtype=torch.bool)
     touched[trained] = kept
     for name, expected, kept_back in (("weight", before, ~touched), *((n, starts[n], ~kept) for n in starts)):
-        left, expected = (raw_bits(t[kept_back]) for t in (moved[name].cpu(), expected))
+        left, expected = (bits(t[kept_back]) for t in (moved[name].cpu(), expected))
         assert torch.equal(left, expected), f"{name}: what does not train has other bits"
     assert not kept.any() or not same_bits(weight[touched], before[touched])

@@ -19,7 +19,7 @@ KEY = {"step": 3, "rounding": "stochastic", "seed": -5, "parameter_id": 1 << 33}
 
 
 class Operands(NamedTuple):
-    """What one update takes; `kept` are the mask's bits."""
+    """Holds the operands of one update; `kept` are the mask's bits."""
 
     param: Tensor
     grad: Tensor

@@ -4,7 +4,7 @@ import importlib
 
 import torch
 
-from moe_unlearn.ops.token_loss import IGNORED
+from moe_unlearn.ops.token_loss import IGNORED, Formula, Operands
 from moe_unlearn.testing import check_against_ref, in_layout
 from tests.support.by_keyword import token_loss, token_loss_ref
 from tests.support.impls import Impl
@@ -109,3 +109,14 @@ def one_hot(tokens, hidden, vocabulary, dtype=F32):
 def small_workspace(monkeypatch, size=160 * 97) -> None:
     """Give the reference tiles of a few columns, so that every path over tiles is taken."""
     monkeypatch.setattr(module, "WORKSPACE_BYTES", size)
+
+
+def check_opcheck_and_one_graph(inputs: dict, formula: Formula) -> None:
+    """Assert that opcheck accepts the op, and that it compiles as one graph with the gradients of eager mode."""
+    h, w, b, weights = leaves = [inputs[name].requires_grad_() for name in GRADIENTS]
+    operands = Operands(h, w, inputs["labels"], b, weights, inputs.get("ref_hidden_states"), None)
+    torch.library.opcheck(torch.ops.moe_unlearn.token_loss.default, (*operands, *formula, "auto", False, False))
+    compiled = torch.compile(lambda: token_loss(**inputs).square().sum(), fullgraph=True, backend="aot_eager")
+    eager = torch.autograd.grad(token_loss(**inputs).square().sum(), leaves)
+    for found, expected in zip(torch.autograd.grad(compiled(), leaves), eager, strict=True):
+        assert torch.equal(found, expected)

@@ -5,8 +5,16 @@ import math
 import pytest
 import torch
 
-from moe_unlearn.ops.token_loss import IGNORED, Formula, Operands
-from tests.ops.token_loss.cases import DTYPES, GRADIENTS, HEAD_OPTIONS, check, make, small_workspace
+from moe_unlearn.ops.token_loss import IGNORED, Formula
+from tests.ops.token_loss.cases import (
+    DTYPES,
+    GRADIENTS,
+    HEAD_OPTIONS,
+    check,
+    check_opcheck_and_one_graph,
+    make,
+    small_workspace,
+)
 from tests.support.by_keyword import token_loss
 from tests.support.impls import REF
 
@@ -63,14 +71,7 @@ def test_labels_say_only_which_rows_count():
 @pytest.mark.slow
 def test_opcheck_and_one_graph():
     inputs = margins(tokens=6, hidden=5, vocabulary=7)
-    h, w, b, weights = (inputs[name].requires_grad_() for name in GRADIENTS)
-    operands = Operands(h, w, inputs["labels"], b, weights, None, None)
-    formula = Formula("logit_margin", 2.0, 3.0, drop_zero_weights=False, chunk_rows=4)
-    torch.library.opcheck(torch.ops.moe_unlearn.token_loss.default, (*operands, *formula, "auto", False, False))
-    compiled = torch.compile(lambda: token_loss(**inputs).square().sum(), fullgraph=True, backend="aot_eager")
-    eager = torch.autograd.grad(token_loss(**inputs).square().sum(), (h, w, b, weights))
-    for found, expected in zip(torch.autograd.grad(compiled(), (h, w, b, weights)), eager, strict=True):
-        assert torch.equal(found, expected)
+    check_opcheck_and_one_graph(inputs, Formula("logit_margin", 2.0, 3.0, drop_zero_weights=False, chunk_rows=4))
 
 
 @pytest.mark.parametrize(
