@@ -1,0 +1,23 @@
+"""Checkpoints that are either complete, with the bits that were written, or not used at all.
+
+    states     of one process: `commit(root, step, states)`, `load`, `latest`
+
+A manifest of sizes and SHA-256 digests stands beside the files, in one whole folder (`files`). Nothing is pickled:
+tensors are stored as safetensors, everything else as JSON.
+"""
+
+from moe_unlearn.checkpoint.manifest import FORMAT, CheckpointError, latest, verify
+from moe_unlearn.checkpoint.states import commit, load, load_state, random_state, save_state, set_random_state
+
+__all__ = [
+    "FORMAT",
+    "CheckpointError",
+    "commit",
+    "latest",
+    "load",
+    "load_state",
+    "random_state",
+    "save_state",
+    "set_random_state",
+    "verify",
+]

@@ -1,0 +1,91 @@
+"""Checkpoints of one process: named states, each a pair of files.
+
+A commit writes its files and their manifest into one whole folder, `step-00000042`; older checkpoints are removed only
+after that. Reading verifies sizes, then digests; the newest complete checkpoint is used, and a broken one is reported.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from moe_unlearn.checkpoint import tree
+from moe_unlearn.checkpoint.manifest import (
+    FORMAT,
+    CheckpointError,
+    describe,
+    folder_of,
+    remove_old,
+    verify,
+    write_manifest,
+)
+from moe_unlearn.files import remove_unfinished, whole_file, whole_folder, write_text
+
+
+def save_state(folder: Path, name: str, state: object) -> None:
+    """Write nested dicts, lists, tensors and JSON values as `name.safetensors` and `name.json`, each of them whole."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def add(path: tree.Path, value: object) -> str:
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"a checkpoint holds dicts, lists, tensors and JSON values; got {type(value).__name__}")
+        key = str(len(tensors))
+        tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return key
+
+    parts = tree.split(state, add)
+    with whole_file(folder / f"{name}.safetensors") as unfinished:
+        save_file(tensors, unfinished)
+    write_text(folder / f"{name}.json", json.dumps(parts))
+
+
+def load_state(folder: Path, name: str) -> object:
+    """Read what `save_state` wrote; raise CheckpointError if a file is missing or malformed."""
+    try:
+        parts = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / f"{name}.safetensors")
+        return tree.join(parts, lambda key, _: tensors[key])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / name}: not a saved state: {error}") from error
+
+
+def commit(root: str | Path, step: int, states: dict[str, object], *, keep: int = 2) -> Path:
+    """Write `states` (name -> a state for `save_state`) as the checkpoint of `step`; keep the newest `keep`.
+
+    Nothing is visible under the final name before every byte is on disk; what an interrupted commit leaves, the next
+    one removes.
+    """
+    root = Path(root)
+    remove_unfinished(root, former=".tmp-")
+    final = folder_of(root, step)
+    with whole_folder(final) as folder:
+        for name, state in states.items():
+            save_state(folder, name, state)
+        files = {path.name: describe(path) for path in sorted(folder.iterdir())}
+        write_manifest(folder, {"format": FORMAT, "step": step, "states": sorted(states)}, files)
+    remove_old(root, keep=keep)
+    return final
+
+
+def load(folder: str | Path) -> tuple[int, dict[str, object]]:
+    """Verify a checkpoint and return its (step, states); one of ranks is read by `sharded.load`."""
+    folder = Path(folder)
+    manifest = verify(folder)
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{folder}: expected format {FORMAT!r}; got {manifest['format']!r}: see `sharded.load`")
+    return manifest["step"], {name: load_state(folder, name) for name in manifest["states"]}
+
+
+def random_state() -> dict:
+    """Return the state of torch's default CPU and CUDA generators, for a bitwise resume."""
+    cuda = [t for t in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict) -> None:
+    """Restore a state that `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

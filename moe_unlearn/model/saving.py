@@ -1,0 +1,177 @@
+"""Saves a model as transformers does, from one process or from ranks that share its weights out, in little memory.
+
+    save_pretrained(model, folder, tokenizer)        # every rank; the first one writes
+
+The folder has what `model.save_pretrained` writes: weights under the names of the hub, expert by expert where the
+model's family has them so, in files of at most `max_shard_size` and their index. The weights are gathered, converted
+and written one at a time, so that beside the shards no more than one whole weight is in memory, and the folder takes
+its name when all are on the disk.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor, distributed, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from moe_unlearn.checkpoint.tensor_file import kind_of, tensor_file
+from moe_unlearn.files import whole_folder, write_text
+from moe_unlearn.ranks import gather, initialised
+
+Write = Callable[[str, Tensor], None]
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    max_shard_size: int | str = "50GB",
+    group: "distributed.ProcessGroup | None" = None,
+) -> None:
+    """Write model and tokenizer to `folder`, which `from_pretrained` loads with the same bits; every rank calls this.
+
+    A model's folder that is there is replaced as a whole. Raises on all ranks, and changes nothing: ValueError for a
+    model that is no plain transformers model (merge adapters first), is quantized or in tensor parallelism, and for a
+    folder with other content; OSError where the first rank cannot write.
+    """
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"expected a transformers model without adapters; got {type(model).__name__}")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("expected a model that is not quantized")
+    if getattr(getattr(model.config, "distributed_config", None), "tp_size", 1) > 1:
+        raise ValueError("expected weights shared out by FSDP2 or expert parallelism; got tensor parallelism")
+    state = _state(model)
+    layout = _meta(state)
+    groups = _groups(model, layout)
+    first = not initialised() or distributed.get_rank(group) == 0
+    errors: list[Exception] = []
+
+    def attempt(action: Callable, *arguments: Any) -> Any:
+        """Call `action` on the first rank, unless something failed there: the others wait for it meanwhile."""
+        if first and not errors:
+            try:
+                return action(*arguments)
+            except Exception as error:
+                errors.append(error)
+        return None
+
+    with ExitStack() as opened:
+        write = attempt(_begin, model, opened, Path(folder), tokenizer, max_shard_size)
+        _raise_together(errors, group)
+        for names in groups:
+            # all ranks take part in gathering, whatever has become of writing
+            whole = {name: _whole(state[name], keep=first) for name in names}
+            attempt(_convert, model, whole, write)
+        attempt(opened.close)
+        _raise_together(errors, group)
+
+
+def _state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return what is saved of a model, by the names in memory, without ties."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    # the parameters themselves, so that those that are tied are one object
+    state = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in ignored}
+    kept = remove_tied_weights_from_state_dict(_meta(state), model)
+    return {name: state[name] for name in kept}
+
+
+def _meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of the same kinds as the whole ones, without storage; one for tensors that are one."""
+    made = {id(t): torch.empty(t.shape, dtype=t.dtype, device="meta") for t in state.values()}
+    return {name: made[id(t)] for name, t in state.items()}
+
+
+def _groups(model: PreTrainedModel, layout: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return which weights are converted together: each by itself where that gives what all together give.
+
+    The others go layer by layer, such as the three projections that a hub's file holds as one.
+    """
+    expected = {name: kind_of(t) for name, t in revert_weight_conversion(model, dict(layout)).items()}
+
+    def fits(names: Collection[str]) -> bool:
+        try:
+            made = revert_weight_conversion(model, {name: layout[name] for name in names})
+        except Exception:  # a conversion that lacks a tensor may fail in any way
+            return False
+        return all(expected.get(name) == kind_of(t) for name, t in made.items())
+
+    groups: list[list[str]] = []
+    layers: dict[str, list[str]] = {}
+    for name in layout:
+        if fits([name]):
+            groups.append([name])
+        else:
+            number = re.search(r"\.\d+\.", name)
+            layers.setdefault(name[: number.end()] if number else "", []).append(name)
+    groups += layers.values()
+    return groups if all(fits(names) for names in groups) else [list(layout)]
+
+
+def _begin(
+    model: PreTrainedModel,
+    opened: ExitStack,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_shard_size: int | str,
+) -> Write:
+    """Write all but the weights into a folder that is whole when `opened` closes; return what writes the weights."""
+    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"expected no folder, an empty one or one of a model to write to; got {folder}")
+    layout = revert_weight_conversion(model, _meta(_state(model)))
+    unfinished = opened.enter_context(whole_folder(folder))
+    split = split_torch_state_dict_into_shards(
+        layout,
+        filename_pattern=SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
+        max_shard_size=max_shard_size,
+    )
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    model.config.save_pretrained(unfinished)
+    if model.can_generate():
+        model.generation_config.save_pretrained(unfinished)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(unfinished)
+    if split.is_sharded:
+        index = {
+            "metadata": {"total_parameters": model.num_parameters(), **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        write_text(unfinished / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    writers: dict[str, Write] = {}
+    for file, names in split.filename_to_tensors.items():
+        kinds = {name: kind_of(layout[name]) for name in names}
+        write = opened.enter_context(tensor_file(unfinished / file, kinds, {"format": "pt"}))
+        writers |= dict.fromkeys(names, write)
+    return lambda name, tensor: writers[name](name, tensor)
+
+
+def _convert(model: PreTrainedModel, whole: dict[str, Tensor], write: Write) -> None:
+    """Write whole weights in the hub's form."""
+    for name, tensor in revert_weight_conversion(model, whole).items():
+        write(name, tensor)
+
+
+def _whole(tensor: Tensor, *, keep: bool) -> Tensor:
+    """Return a weight as a whole, with all ranks; empty unless it is to be kept."""
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.detach() if keep else tensor.new_empty(0)
+
+
+def _raise_together(errors: list[Exception], group: "distributed.ProcessGroup | None") -> None:
+    """Raise the first rank's error on all ranks."""
+    found = gather([(isinstance(error, OSError), str(error)) for error in errors], group) if initialised() else []
+    if errors:
+        raise errors[0]
+    for os_error, message in (pair for own in found for pair in own):
+        raise (OSError if os_error else ValueError)(message)

@@ -1,0 +1,120 @@
+"""A model saved one weight at a time is the folder that transformers writes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Chunk, WeightConverter
+
+from moe_unlearn.model import saving
+from moe_unlearn.model.saving import save_pretrained
+from tests.support import models
+from tests.support.tokenizers import TRIMMED
+
+FAMILIES = sorted(name for name in dir(models) if name.startswith("tiny_"))
+
+
+def made(family="tiny_olmoe", **changes):
+    torch.manual_seed(0)
+    return getattr(models, family)(**changes).to(torch.bfloat16)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_folder_has_the_bytes_that_transformers_writes(tmp_path, family, tied):
+    model = made(family, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "theirs")
+    save_pretrained(model, tmp_path / "ours")
+    assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
+
+
+def test_files_have_at_most_the_size_asked_for(tmp_path):
+    model = made(tie_word_embeddings=True)
+    save_pretrained(model, tmp_path / "ours", max_shard_size="20KB")
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    sizes = [path.stat().st_size for path in (tmp_path / "ours").glob("*.safetensors")]
+    assert len(sizes) == len(set(index["weight_map"].values())) > 3 and max(sizes) < 30_000
+    assert index["metadata"]["total_parameters"] == model.num_parameters()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert all(torch.equal(loaded.state_dict()[name], t) for name, t in model.state_dict().items())
+
+
+def test_weights_that_a_hub_holds_as_one_are_converted_together(tmp_path):
+    model = made(num_key_value_heads=4)
+    names = [f"self_attn.{x}_proj.weight" for x in "qkv"]
+    model._weight_conversions = [
+        WeightConverter(source_patterns="self_attn.qkv.weight", target_patterns=names, operations=[Chunk(dim=0)])
+    ]
+    state = saving._state(model)
+    groups = [group for group in saving._groups(model, saving._meta(state)) if len(group) > 1]
+    assert groups == [[f"model.layers.{i}.{name}" for name in names] for i in range(2)]
+    model.save_pretrained(tmp_path / "theirs")
+    save_pretrained(model, tmp_path / "ours")
+    assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
+
+
+def test_one_weight_at_a_time_is_converted(tmp_path, monkeypatch):
+    model, seen = made(), []
+    revert = saving.revert_weight_conversion
+
+    def watched(model, tensors):
+        seen.append(sum(t.numel() for t in tensors.values() if t.device.type != "meta"))
+        return revert(model, tensors)
+
+    monkeypatch.setattr(saving, "revert_weight_conversion", watched)
+    save_pretrained(model, tmp_path / "ours")
+    assert max(seen) == max(p.numel() for p in model.parameters()) and sum(seen) == model.num_parameters()
+
+
+def test_a_models_folder_is_replaced_as_a_whole_and_other_folders_are_not(tmp_path):
+    folder, model = tmp_path / "model", made()
+    save_pretrained(model, folder, TRIMMED, max_shard_size="20KB")
+    before = contents(folder)
+    assert "tokenizer.json" in before
+    save_pretrained(model, folder)
+    assert contents(folder).keys() == {"config.json", "generation_config.json", "model.safetensors"}
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="expected no folder, an empty one or one of a model"):
+        save_pretrained(model, folder)
+    assert contents(folder).keys() == {"generation_config.json", "model.safetensors"}
+    shutil.rmtree(folder)
+    folder.mkdir()
+    save_pretrained(model, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("at", ["write", "commit", "gather"])
+def test_what_fails_leaves_the_former_folder(tmp_path, monkeypatch, at):
+    folder, model = tmp_path / "model", made()
+    save_pretrained(model, folder)
+    before = contents(folder)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    target = {
+        "write": "moe_unlearn.checkpoint.tensor_file.bytes_of",
+        "commit": "moe_unlearn.files._sync_folder",
+        "gather": "moe_unlearn.model.saving._whole",
+    }[at]
+    monkeypatch.setattr(target, full)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(made(num_hidden_layers=1), folder)
+    assert contents(folder) == before and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_other_models_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected a transformers model without adapters; got Linear"):
+        save_pretrained(nn.Linear(2, 2), tmp_path / "model")
+    model = made()
+    model.hf_quantizer = object()
+    with pytest.raises(ValueError, match="not quantized"):
+        save_pretrained(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
