@@ -1,9 +1,11 @@
 """Checkpoints that are either complete, with the bits that were written, or not used at all.
 
     states     of one process: `commit(root, step, states)`, `load`, `latest`
+    sharded    of any number of ranks: `save(folder, tree)`, `load`, `commit`; imported by itself, since it needs
+               torch.distributed
 
-A manifest of sizes and SHA-256 digests stands beside the files, in one whole folder (`files`). Nothing is pickled:
-tensors are stored as safetensors, everything else as JSON.
+Both write a manifest of sizes and SHA-256 digests beside their files, and one whole folder (`files`). Nothing is
+pickled: tensors are stored as safetensors, everything else as JSON.
 """
 
 from moe_unlearn.checkpoint.manifest import FORMAT, CheckpointError, latest, verify
