@@ -16,9 +16,8 @@ Per-step inputs (token groups, tilt, the sink of gradients) live in one `StepInp
 """
 
 import contextlib
-import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +29,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from moe_unlearn.ops.expert_mlp import expert_mlp
 from moe_unlearn.ops.expert_wgrad import Factors
-from moe_unlearn.ops.gate import ACTIVATIONS, ExpertLayout, ExpertWeights, Gate, activate
+from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights, Gate, recognise
 from moe_unlearn.ops.route import Routing, route
 
 NAME = "moe_unlearn"
@@ -44,6 +43,8 @@ class GradientSink(Protocol):
 
     #: whether the sink needs the largest absolute value of the factors
     bounded: bool
+    #: by experts module and name of a weight the optimizer's parameter, where a forward pass sees another tensor
+    owners: Mapping[str, Mapping[str, Tensor]] | None
 
     def enter(self, weight: Tensor) -> None:
         """Note that a forward pass uses `weight`."""
@@ -63,7 +64,8 @@ class StepInputs:
     `tokens_per_expert` int64 [G, E] counts the tokens of each `group` [T]; `log_weight` float32 [T] collects
     `log_tilt` [E] over a token's experts.
 
-    With `weight_gradients` no weight gets a gradient: its factors go to that sink.
+    With `weight_gradients` no weight gets a gradient: its factors go to that sink, under the layer's `owners` if the
+    sink has any.
     """
 
     group: Tensor | None = None
@@ -72,6 +74,25 @@ class StepInputs:
     log_weight: Tensor | None = None
     tokens_per_expert: Tensor | None = None
     weight_gradients: GradientSink | None = None
+    owners: Mapping[str, Tensor] | None = None
+
+
+class _OfOnePass(GradientSink):
+    """Hands factors to a sink under the parameters that own the weights of one forward pass."""
+
+    owners = None
+
+    def __init__(self, sink: GradientSink, owner: Mapping[Tensor, Tensor]):
+        self.sink, self.owner, self.bounded = sink, owner, sink.bounded
+
+    def enter(self, weight: Tensor) -> None:
+        self.sink.enter(self.owner[weight])
+
+    def trained_slices(self, weights: Sequence[Tensor]) -> Tensor | None:
+        return self.sink.trained_slices([self.owner[weight] for weight in weights])
+
+    def take(self, weight: Tensor, factors: Factors) -> None:
+        self.sink.take(self.owner[weight], factors)
 
 
 @dataclass
@@ -93,6 +114,12 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     """
     flags = {"is_transposed", "is_concatenated", "has_gate"}
     return {name: module for name, module in model.named_modules() if flags <= vars(module).keys()}
+
+
+def total_experts(module: Any) -> int:
+    """Return the number of a layer's experts on all ranks; `num_experts` are those of this rank's forward pass."""
+    count: int = len(module.down_proj) if _parallel(module) else module.num_experts
+    return count
 
 
 def copy_gate(source: nn.Module, target: nn.Module) -> None:
@@ -120,22 +147,46 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     biases: tuple[Tensor | None, Tensor | None] = (None, None)
     if self.has_bias:
         biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias)
-    weights = [w for w in (up, self.down_proj, *biases) if w is not None and w.requires_grad]
-    trained, sink = None, _sink(state, weights)
+    operands = ExpertWeights(up, self.down_proj, *biases)
+    if state.inputs is not None and state.inputs.owners is not None:
+        operands, sink = _owned(self, state, operands)
+    else:
+        sink = _sink(state, _trained(operands))
+    trained = None
     if sink is not None and not (hidden_states.requires_grad or top_k_weights.requires_grad):
-        trained = sink.trained_slices(weights)
+        trained = sink.trained_slices(_trained(operands))
     assert state.gate is not None
     return expert_mlp(
         hidden_states,
         top_k_weights,
         routing.sorted_rows,
         routing.expert_offsets,
-        ExpertWeights(up, self.down_proj, *biases),
+        operands,
         layout=ExpertLayout(state.gate, self.is_transposed, state.interleaved, self.has_gate),
         trained_experts=trained,
         sink=None if sink is None else sink.take,
         bounded=sink is not None and sink.bounded,
     )
+
+
+def _trained(operands: ExpertWeights) -> list[Tensor]:
+    return [w for w in operands if w is not None and w.requires_grad]
+
+
+def _owned(module: Any, state: _State, operands: ExpertWeights) -> tuple[ExpertWeights, GradientSink | None]:
+    """Return the weights of a forward pass, and the sink that takes their gradients under their owners."""
+    assert state.inputs is not None and state.inputs.owners is not None
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    owners = [state.inputs.owners.get(name) for name in (up, "down_proj", f"{up}_bias", "down_proj_bias")]
+    if state.inputs.weight_gradients is not None and torch.is_grad_enabled():
+        # what an engine makes of its parameters for this pass gets no gradient: the sink has it
+        leaves = [w if w is None or w.is_leaf else w.detach().requires_grad_(w.requires_grad) for w in operands]
+        operands = ExpertWeights._make(leaves)
+    sink = _sink(state, _trained(operands))
+    if sink is None:
+        return operands, None
+    pairs = zip(operands, owners, strict=True)
+    return operands, _OfOnePass(sink, {w: owner for w, owner in pairs if w is not None and owner is not None})
 
 
 def _sink(state: _State, weights: list[Tensor]) -> GradientSink | None:
@@ -165,12 +216,27 @@ def _fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Te
 
 def _counted_routing(module: Any, state: _State, top_k_index: Tensor) -> Routing | None:
     """Route the tokens and add to the counters of the step's inputs; None if there is nothing to count."""
-    inputs = state.inputs
-    if inputs is None or _recomputing():
+    if state.inputs is None or _parallel(module) or _recomputing():
         return None
+    return _counted(module.num_experts, state.inputs, top_k_index)
+
+
+def _count_all(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Count before the tokens of an expert-parallel layer go to other ranks, with the ids of all experts."""
+    inputs = _state(module).inputs
+    if inputs is not None and not _recomputing():
+        _counted(total_experts(module), inputs, kwargs["top_k_index"] if "top_k_index" in kwargs else args[1])
+
+
+def _parallel(module: nn.Module) -> bool:
+    """Return whether transformers has shared out the experts of a layer over ranks."""
+    return getattr(module, "_is_expert_parallel", False)
+
+
+def _counted(num_experts: int, inputs: StepInputs, top_k_index: Tensor) -> Routing:
     routing = route(
         top_k_index,
-        module.num_experts,
+        num_experts,
         group=inputs.group,
         num_groups=inputs.num_groups,
         log_tilt=inputs.log_tilt,
@@ -265,17 +331,19 @@ def step_inputs(
     recompute reads it. Where it is missing, that of an enclosing `step_inputs` stays in force. Raises ValueError if an
     argument has not one entry per layer.
     """
-    states = [_state(module) for module in experts_modules(model).values()]
+    modules = experts_modules(model)
+    states = [_state(module) for module in modules.values()]
     by_layer = {"log_tilt": log_tilt, "tokens_per_expert": tokens_per_expert}
     for name, value in by_layer.items():
         if value is not None and len(value) != len(states):
             raise ValueError(f"{name} must have one entry for each of {len(states)} MoE layers; got {len(value)}")
     previous = [state.inputs for state in states]
     made = []
-    for layer, before in enumerate(previous):
+    for layer, (module, before) in enumerate(zip(modules, previous, strict=True)):
         own = {name: None if value is None else value[layer] for name, value in by_layer.items()}
         sink = before.weight_gradients if weight_gradients is None and before is not None else weight_gradients
-        made.append(StepInputs(group=group, num_groups=num_groups, log_weight=log_weight, weight_gradients=sink, **own))
+        owned = None if sink is None or sink.owners is None else sink.owners[module]
+        made.append(StepInputs(group, num_groups, **own, log_weight=log_weight, weight_gradients=sink, owners=owned))
     try:
         for state, inputs in zip(states, made, strict=True):
             state.inputs = inputs
@@ -320,6 +388,8 @@ def _state(module: nn.Module) -> _State:
 )
 def _new_state(module: nn.Module) -> _State:
     module.__dict__[_ATTRIBUTE] = state = _probe(module)
+    if _parallel(module):
+        module.register_forward_pre_hook(_count_all, with_kwargs=True)
     return state
 
 
@@ -331,37 +401,9 @@ def _probe(module: Any) -> _State:
         return _State(None, reason=f"its weights are {module.down_proj.dtype}")
     device = torch.device("cpu") if module.down_proj.is_meta else module.down_proj.device
     function = module._apply_gate if module.has_gate else module.act_fn
-    # both signs of every size, so that a clamp shows at whatever value it cuts
-    sizes = torch.cat([torch.linspace(0, 8, 33), torch.logspace(1, 5, 25)])
-    values = torch.cat([-sizes, sizes]).to(device)
-    pairs = torch.cartesian_prod(values, values) if module.has_gate else values[:, None]
-    # a large factor magnifies the rounding of an activation that has almost vanished
-    tolerance = 1e-6 * pairs.abs().clamp_min(1).prod(1)
     # the layout of the flag is tried first, but the function itself decides
-    for interleaved in (not module.is_concatenated, module.is_concatenated) if module.has_gate else (False,):
-        probe = (pairs if interleaved else pairs.t()).reshape(1, -1)
-        try:
-            with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-                expected = function(probe.clone())
-        except Exception as error:  # a foreign function may fail in any way on the probe
-            return _State(None, reason=f"its activation fails on a probe ({error})")
-        if expected.requires_grad:
-            return _State(None, reason="its activation has parameters of its own")
-        for gate in _candidates(module):
-            ours = activate(probe, gate, interleaved, module.has_gate)
-            if ours.shape != expected.shape:
-                break
-            if ((ours - expected).abs() <= 1e-5 * expected.abs() + tolerance).all():
-                return _State(gate, interleaved)
-    return _State(None, reason="its activation is none of the known formulas")
-
-
-def _candidates(module: nn.Module) -> Iterator[Gate]:
-    """Yield the gates to compare with, plain ones first; the module's attributes only supply numbers to try."""
+    layouts = (not module.is_concatenated, module.is_concatenated) if module.has_gate else (False,)
+    # the module's attributes only supply numbers to try
     numbers = {float(v) for v in vars(module).values() if type(v) in (int, float) and v > 0}
-    for limit in (math.inf, *sorted(numbers - {math.inf})):
-        for shift in (0.0, 1.0):
-            for activation in ACTIVATIONS:
-                yield Gate(activation, 1.0, limit, shift)
-            for alpha in sorted(numbers | {1.702}):
-                yield Gate("silu", alpha, limit, shift)
+    found = recognise(function, layouts, numbers, device, gated=module.has_gate)
+    return _State(None, reason=found) if isinstance(found, str) else _State(*found)

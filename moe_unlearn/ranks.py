@@ -6,44 +6,61 @@ The ranks add up the step's own gradients, which are compact, so that only gradi
 model need not be in torch's DistributedDataParallel, which takes memory for a gradient of every weight; if it is, the
 wrapper's forward pass is not used and its hooks do nothing.
 
+Weights that an engine shares out (`sharding`) are in parts on the ranks; then the engine and the step's sink add up
+their gradients during the backward pass.
+
 Every rank makes the same calls. Sums have the same bits on all ranks, and so have the weights after a step. An error
-that one rank finds in its own arguments is raised on that rank alone, as everywhere in torch.distributed.
+that one rank finds in its own arguments is raised on that rank alone, as everywhere in torch.distributed, but where
+weights are sharded: there a forward pass needs all ranks, so that they agree on the arguments first.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+
+from moe_unlearn.sharding import check_engine, device_of, exchange_, initialised, is_sharded, reshard
+
+_Found = TypeVar("_Found")
 
 
 class Ranks:
     """The `count` ranks that share a model: those of `group`, else of its DistributedDataParallel, else one.
 
-    All take the first rank's parameters and buffers. Raises ValueError for a model whose weights are sharded.
+    A model with sharded weights has those of torch's default group. All take the first rank's parameters and buffers,
+    but for parameters that are sharded. Raises ValueError, which says why, where their sharding is not supported.
     """
 
     def __init__(self, model: nn.Module, group: "distributed.ProcessGroup | None" = None):
-        if sharded(model):
-            raise ValueError(
-                "expected all weights on every rank; got a model whose weights are sharded (FSDP): leave it whole"
-            )
+        self.sharded = sharded(model)
+        if self.sharded:
+            check_engine(model)
+            reshard(model)
+            group = distributed.group.WORLD if group is None else group
         if group is None and isinstance(model, nn.parallel.DistributedDataParallel):
             group = model.process_group
         self.group = group
         self.count = 1 if self.group is None else distributed.get_world_size(self.group)
-        self.share_(tensor.detach() for tensor in (*model.parameters(), *model.buffers()))
+        whole = (tensor for tensor in (*model.parameters(), *model.buffers()) if not is_sharded(tensor))
+        self.share_(tensor.detach() for tensor in whole)
 
     def __deepcopy__(self, memo: dict) -> "Ranks":
         """Return an object with the same count that does not communicate, for a rehearsal."""
         copied = object.__new__(Ranks)
-        copied.group, copied.count = None, self.count
+        copied.group, copied.count, copied.sharded = None, self.count, self.sharded
         return copied
 
     @property
     def first(self) -> bool:
         """Return whether this is the first rank, which writes files."""
-        return self.group is None or distributed.get_rank(self.group) == 0
+        return self.rank == 0
+
+    @property
+    def rank(self) -> int:
+        """Return the number of this rank, from 0."""
+        return 0 if self.group is None else distributed.get_rank(self.group)
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Return the elementwise sums of all ranks' values; a sum is not finite where a value is not."""
@@ -68,11 +85,17 @@ class Ranks:
             if gradient is not None:
                 self._in_place(gradient, distributed.all_reduce)
 
-    def share_(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the first rank's tensors into those of all ranks, which have the same shapes."""
+    def share_(self, tensors: Iterable[Tensor], rank: int = 0) -> None:
+        """Copy the tensors of one rank, by default the first, into those of all ranks, which have the same shapes."""
         if self.group is not None:
             for tensor in tensors:
-                self._in_place(tensor, lambda t, group: distributed.broadcast(t, group=group, group_src=0))
+                self._in_place(tensor, lambda t, group: distributed.broadcast(t, group=group, group_src=rank))
+
+    def total_(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over all ranks in place, and return it."""
+        if self.group is not None:
+            self._in_place(tensor, distributed.all_reduce)
+        return tensor
 
     def agree(self, what: str, value: Callable[[], object]) -> None:
         """Raise ValueError on all ranks unless their JSON values are equal; `what` names the value in the message."""
@@ -82,12 +105,62 @@ class Ranks:
         if any(other != values[0] for other in values):
             raise ValueError(f"expected {what} to be the same on all {self.count} ranks; they differ")
 
-    def _in_place(self, tensor: Tensor, exchange: Callable) -> None:
-        # collectives need contiguous memory, and those of NCCL need it on the GPU
-        sent = tensor.to(_device(self.group, tensor.device)).contiguous()
-        exchange(sent, group=self.group)
-        if sent is not tensor:
-            tensor.copy_(sent)
+    def together(self, act: Callable[[], tuple[_Found, bool]]) -> tuple[_Found, bool]:
+        """Return act(): its first value of this rank, and whether the second is True on all ranks.
+
+        Where weights are sharded, an error of one rank is raised there, and as a RuntimeError on all others, so that
+        none waits in vain in a forward pass.
+        """
+        if not self.sharded:
+            return act()
+        found, error = None, None
+        try:
+            found = act()
+        except Exception as raised:  # whatever it is, the other ranks must not go on
+            error = raised
+        said = gather(
+            [None if error is None else f"{type(error).__name__}: {error}", found is None or found[1]], self.group
+        )
+        if error is not None:
+            raise error
+        for rank, (message, _) in enumerate(said):
+            if message is not None:
+                raise RuntimeError(f"rank {rank} stopped: {message}")
+        assert found is not None  # else there was an error
+        return found[0], all(holds for _, holds in said)
+
+    def _in_place(self, tensor: Tensor, collective: Callable) -> None:
+        exchange_(tensor, self.group, collective)
+
+
+def turns(batches: int, ranks: Ranks | None) -> Iterator[tuple[int, bool]]:
+    """Yield the numbers of the batches that this rank computes, and whether each counts.
+
+    The ranks take one batch each in turn. All take as many, since a forward pass of sharded weights needs all of them;
+    what a rank computes when there is no batch left for it does not count. Without `ranks` these are all batches.
+    """
+    count, rank = (1, 0) if ranks is None else (ranks.count, ranks.rank)
+    for first in range(0, batches, count):
+        yield min(first + rank, batches - 1), first + rank < batches
+
+
+def shared_work(
+    compute: Callable[[int], Tensor], lengths: Sequence[int], ranks: Ranks | None
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the number and the result of each batch, of which the ranks compute one each at a time.
+
+    `compute(i)` is [lengths[i], ...] with one dtype, device and rest of the shape for all batches.
+    """
+    for i, _ in turns(len(lengths), ranks):
+        own = compute(i)
+        if ranks is None:
+            yield i, own
+            continue
+        first = i - i % ranks.count
+        for rank, k in enumerate(range(first, min(first + ranks.count, len(lengths)))):
+            values = own if rank == ranks.rank else own.new_empty(lengths[k], *own.shape[1:])
+            ranks.share_([values], rank)
+            yield k, values
 
 
 def local(model: nn.Module) -> nn.Module:
@@ -114,7 +187,7 @@ def gather(value: object, group: "distributed.ProcessGroup | None" = None) -> li
     """Return the JSON values of all ranks, in their order; floats keep every bit."""
     if not initialised():
         return [value]
-    device = _device(group, torch.device("cpu"))
+    device = device_of(group, torch.device("cpu"))
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     length = torch.tensor([len(data)], device=device)
     lengths = [torch.empty_like(length) for _ in range(distributed.get_world_size(group))]
@@ -125,15 +198,3 @@ def gather(value: object, group: "distributed.ProcessGroup | None" = None) -> li
     bodies = [torch.empty_like(padded) for _ in lengths]
     distributed.all_gather(bodies, padded, group=group)
     return [json.loads(bytes(b[: int(n)].cpu().numpy())) for b, n in zip(bodies, lengths, strict=True)]
-
-
-def initialised() -> bool:
-    """Return whether this process is a rank of torch.distributed."""
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def _device(group: "distributed.ProcessGroup | None", preferred: torch.device) -> torch.device:
-    """Return the device on which the backend of `group` takes tensors: `preferred` if it can be used."""
-    if distributed.get_backend(group) == "nccl" and preferred.type != "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return preferred

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn.experts import experts_modules
+from moe_unlearn.experts import experts_modules, total_experts
 from moe_unlearn.model.batches import attended_mask
 from moe_unlearn.model.head import final_hidden_states
 
@@ -62,12 +62,13 @@ def gates(model: nn.Module, names: list[str] | None = None) -> Iterator[dict[str
             index: Any = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
             weights: Any = kwargs.get("top_k_weights", args[2] if len(args) > 2 else None)
             # nothing may be computed here: a checkpoint runs the layer again without the hook, and would miss it
-            collected.setdefault(name, Gate(index, weights, module.num_experts))
+            collected.setdefault(name, Gate(index, weights, experts[name]))
 
         return collect
 
     modules = experts_modules(model)
     chosen = modules if names is None else {name: modules[name] for name in names}
+    experts = {name: total_experts(module) for name, module in chosen.items()}
     handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in chosen.items()]
     try:
         yield collected

@@ -30,6 +30,7 @@ from moe_unlearn.model.batches import Batch, padded, target_mask
 from moe_unlearn.model.capture import routing_capture
 from moe_unlearn.model.head import final_hidden_states
 from moe_unlearn.model.modes import evaluation_mode
+from moe_unlearn.ranks import Ranks, turns
 
 _log = logging.getLogger(__name__)
 
@@ -74,21 +75,22 @@ class RetainWeights:
         return math.log(float(self.weights.max()))
 
 
-def routing_frequencies(model: nn.Module, batches: Iterable[Batch]) -> RoutingFrequencies:
+def routing_frequencies(model: nn.Module, batches: Iterable[Batch], ranks: Ranks | None = None) -> RoutingFrequencies:
     """Count the routing of every position that carries a loss, in evaluation mode without gradients.
 
-    The model is left as it was. Raises ValueError if it has no MoE layers or no position counts.
+    `ranks` share the batches, which are the same on all of them. The model is left as it was. Raises ValueError if it
+    has no MoE layers or no position counts.
     """
-    tokens = 0
+    rows = [*map(padded, batches)]
+    tokens = sum(int(target_mask(batch).sum()) for batch in rows)
     with torch.no_grad(), evaluation_mode(model), routing_capture(model) as capture:
-        for batch in map(padded, batches):
-            mask = target_mask(batch)
-            tokens += int(mask.sum())
-            capture.group = torch.where(mask.flatten(), 0, -1).int()
-            final_hidden_states(model, batch)
         if not tokens:
             raise ValueError("no position carries a loss: the set is empty or all its labels are -100")
-    return RoutingFrequencies(capture.counts.cpu(), tokens, capture.layers)
+        for i, counts in turns(len(rows), ranks):
+            capture.group = torch.where(target_mask(rows[i]).flatten() & counts, 0, -1).int()
+            final_hidden_states(model, rows[i])
+    hits = capture.counts.cpu()
+    return RoutingFrequencies(hits if ranks is None else ranks.total_(hits), tokens, capture.layers)
 
 
 def select_experts(

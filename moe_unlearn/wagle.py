@@ -24,6 +24,10 @@ in the model's own dtype; if the two differ, scores next to the threshold may fa
 
 The scores of the model are never stored or sorted: `ops.weight_score` streams histograms, parameter by parameter.
 Memory: two float32 gradients of the trainable parameters, and one bit per weight.
+
+Of weights that are sharded (`sharding`) each rank scores its own rows. Histograms are sums over the ranks, equal scores
+go by the rows of the whole parameter, and every rank gets the whole mask: for equal gradients the bits of one process.
+The ranks share the batches: they compute one each at a time, and add the gradients up.
 """
 
 import logging
@@ -33,15 +37,19 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.masks import WeightMask
+from moe_unlearn.masks.shards import joined_words
 from moe_unlearn.model.batches import Batch, padded, target_mask
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.model.modes import evaluation_mode
-from moe_unlearn.ops.weight_score import FIRST_NON_FINITE_BIN, score_histogram, score_mask
+from moe_unlearn.ops.weight_score import BINS, FIRST_NON_FINITE_BIN, score_histogram, score_mask
+from moe_unlearn.ranks import Ranks, sharded, turns
+from moe_unlearn.sharding import Rows, add_up_gradients, complete_, is_sharded, part, reshard, rows_here
 
 _log = logging.getLogger(__name__)
 
 #: (model, batch) -> per-token losses [B, S]
 Loss = Callable[[nn.Module, Batch], Tensor]
+_ALL_TIES = (1 << 62) - 1
 
 
 def weight_mask(
@@ -76,12 +84,16 @@ def weight_mask(
         raise ValueError(f"gamma must be above 0; got {gamma}")
     if accumulation < 1 or (accumulation != 1 and not official):
         raise ValueError(f"accumulation must be at least 1, and 1 without official; got {accumulation}")
+    ranks = Ranks(model) if sharded(model) else None
     parameters = dict(model.named_parameters())
     with evaluation_mode(model):
         divided = accumulation if official else None
-        forget = _gradients(model, forget_batches, forget_loss, divided, "forget")
-        retain = _gradients(model, retain_batches, retain_loss, divided, "retain")
-    scored = _Scored(parameters, forget, retain, gamma)
+        forget = _gradients(model, forget_batches, forget_loss, divided, "forget", ranks)
+        retain = _gradients(model, retain_batches, retain_loss, divided, "retain", ranks)
+    if ranks is None:
+        scored = _Scored(parameters, forget, retain, gamma)
+    else:
+        scored = _ShardedScored(parameters, forget, retain, gamma, ranks)
     magnitudes = scored.magnitudes()
     _log.info(
         "WAGLE score terms: mean |theta g_f| %.3e, mean |g_r g_f| / gamma %.3e (gamma %g)",
@@ -93,16 +105,16 @@ def weight_mask(
     threshold, ties = _threshold(scored, count, zeros_fill=official)
     packed = {}
     for name, terms in scored.items():
-        packed[name], taken = score_mask(*terms, gamma=gamma, threshold_bits=threshold, ties=ties)
-        ties -= int(taken)
+        packed[name], taken = scored.mask(name, terms, threshold, ties)
+        ties -= taken
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     return WeightMask(shapes, packed, keep, gamma, official, magnitudes)
 
 
 def _gradients(
-    model: nn.Module, batches: Iterable[Batch], loss: Loss, divided: int | None, side: str
+    model: nn.Module, batches: Iterable[Batch], loss: Loss, divided: int | None, side: str, ranks: Ranks | None
 ) -> dict[str, Tensor]:
-    """Compute the float32 gradients of a set's loss.
+    """Compute the float32 gradients of a set's loss; of sharded weights this rank's rows.
 
     The loss is the mean over the set's tokens or, with `divided`, the sum over batches of their means / `divided`.
     """
@@ -116,7 +128,7 @@ def _gradients(
         def hook(p: Tensor) -> None:
             # one parameter at a time, so that no second gradient of the model is ever held
             assert p.grad is not None  # the hook runs once it is accumulated
-            wide = p.grad.to(torch.promote_types(p.dtype, torch.float32))
+            wide = part(p.grad).to(torch.promote_types(p.dtype, torch.float32))
             sums[name] = sums[name] + wide if name in sums else wide
             p.grad = None
 
@@ -125,21 +137,27 @@ def _gradients(
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     held = {name: p.grad for name, p in trainable.items()}
     handles = []
+    undo = None if ranks is None else add_up_gradients(model)
     try:
         for name, p in trainable.items():
             p.grad = None
             handles.append(p.register_post_accumulate_grad_hook(take(name)))
         with torch.enable_grad():
-            for batch, count in zip(batches, tokens, strict=True):
-                value = loss(model, batch).sum() / (count * divided if divided else sum(tokens))
+            for i, counts in turns(len(batches), ranks):
+                value = loss(model, batches[i]).sum() / (tokens[i] * divided if divided else sum(tokens))
                 # the loss has no gradient if every parameter it depends on is frozen
                 if value.requires_grad:
-                    value.backward()
+                    (value if counts else 0 * value).backward()
     finally:
         for handle in handles:
             handle.remove()
         for name, p in trainable.items():
             p.grad = held[name]
+        if undo is not None:
+            undo()
+            reshard(model)
+    if ranks is not None:
+        ranks.add_({name: sums.get(name) for name, p in trainable.items() if not is_sharded(p)})
     return sums
 
 
@@ -154,9 +172,10 @@ class _Scored:
     def items(self) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
         """Yield (name, (weight, grad_forget, grad_retain)) in `named_parameters()` order."""
         for name, p in self.parameters.items():
-            zero = torch.zeros((), dtype=torch.float32, device=p.device).expand(p.shape)
+            own = part(p.detach())
+            zero = torch.zeros((), dtype=torch.float32, device=p.device).expand(own.shape)
             if name in self.forget:
-                yield name, (p.detach(), self.forget[name], self.retain.get(name, zero))
+                yield name, (own, self.forget[name], self.retain.get(name, zero))
             else:
                 yield name, (zero, zero, zero)
 
@@ -165,22 +184,100 @@ class _Scored:
         total = torch.zeros(1 << 16, dtype=torch.int64)
         for name, terms in self.items():
             counts = score_histogram(*terms, gamma=self.gamma, digit=digit, prefix=prefix).cpu()
-            if digit == 0 and counts[FIRST_NON_FINITE_BIN:].any():
-                raise ValueError(
-                    f"the WAGLE score of {name} is not finite in {int(counts[FIRST_NON_FINITE_BIN:].sum())} "
-                    f"of {terms[0].numel()} places: its weights or gradients are not, or gamma is too small"
-                )
+            if digit == 0:
+                self._check_finite(name, int(counts[FIRST_NON_FINITE_BIN:].sum()))
             total = total + counts
         return total
 
+    def mask(self, name: str, terms: tuple[Tensor, Tensor, Tensor], threshold: int, ties: int) -> tuple[Tensor, int]:
+        """Return the packed mask of a parameter, and how many of `ties` scores equal to the threshold it takes."""
+        words, taken = score_mask(*terms, gamma=self.gamma, threshold_bits=threshold, ties=ties)
+        return words, int(taken)
+
     def magnitudes(self) -> dict[str, float]:
         """Compute the means over the model of |theta g_f| and |g_r g_f| / gamma."""
-        first = second = 0.0
-        for _, (weight, g_f, g_r) in self.items():
-            first += float((weight.float() * g_f).abs().sum(dtype=torch.float64))
-            second += float((g_r * g_f).abs().sum(dtype=torch.float64)) / self.gamma
+        first, second = self._sums()
         count = max(sum(p.numel() for p in self.parameters.values()), 1)
         return {"forget_term": first / count, "retain_term": second / count}
+
+    def _sums(self) -> tuple[float, float]:
+        first = second = 0.0
+        for _, terms in self.items():
+            of_forget, of_retain = self._magnitudes(*terms)
+            first, second = first + of_forget, second + of_retain
+        return first, second
+
+    def _magnitudes(self, weight: Tensor, g_f: Tensor, g_r: Tensor) -> tuple[float, float]:
+        """Compute the sums over one parameter of |theta g_f| and |g_r g_f| / gamma."""
+        forget = float((weight.float() * g_f).abs().sum(dtype=torch.float64))
+        return forget, float((g_r * g_f).abs().sum(dtype=torch.float64)) / self.gamma
+
+    def _check_finite(self, name: str, bad: int) -> None:
+        if bad:
+            raise ValueError(
+                f"the WAGLE score of {name} is not finite in {bad} of {self.parameters[name].numel()} places: its "
+                "weights or gradients are not, or gamma is too small"
+            )
+
+
+class _ShardedScored(_Scored):
+    """The terms of this rank's rows; what is computed of them is of the whole model, the same on every rank."""
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        forget: dict[str, Tensor],
+        retain: dict[str, Tensor],
+        gamma: float,
+        ranks: Ranks,
+    ) -> None:
+        super().__init__(parameters, forget, retain, gamma)
+        self.rows = {name: rows_here(name, p, ranks.group) for name, p in parameters.items() if is_sharded(p)}
+
+    def histogram(self, digit: int, prefix: int = 0) -> Tensor:
+        counts, bad = torch.zeros(BINS, dtype=torch.int64), torch.zeros(len(self.parameters), dtype=torch.int64)
+        by_place: dict[tuple, tuple[Tensor, Tensor]] = {}
+        for i, (name, terms) in enumerate(self.items()):
+            own = score_histogram(*terms, gamma=self.gamma, digit=digit, prefix=prefix).cpu()
+            total, own_bad = by_place.setdefault(self._place(name), (counts.clone(), bad.clone()))
+            total += own
+            own_bad[i] = own[FIRST_NON_FINITE_BIN:].sum()
+        for groups, (total, own_bad) in by_place.items():
+            counts += complete_(total, groups)
+            bad += complete_(own_bad, groups)
+        if digit == 0:
+            for name, number in zip(self.parameters, bad.tolist(), strict=True):
+                self._check_finite(name, number)
+        return counts
+
+    def mask(self, name: str, terms: tuple[Tensor, Tensor, Tensor], threshold: int, ties: int) -> tuple[Tensor, int]:
+        rows = self.rows.get(name)
+        if rows is None:
+            return super().mask(name, terms, threshold, ties)
+        # equal scores are taken in the order of the rows, those of the ranks that hold rows before these first
+        equal = torch.zeros(len(rows.blocks), dtype=torch.int64)
+        place = rows.blocks.index(rows.held) if rows.held else 0
+        if rows.held:
+            equal[place] = super().mask(name, terms, threshold, _ALL_TIES)[1]
+        complete_(equal, rows.reduced)
+        words, _ = super().mask(name, terms, threshold, max(ties - int(equal[:place].sum()), 0))
+        return joined_words(words, rows, len(self.parameters[name])), min(ties, int(equal.sum()))
+
+    def _sums(self) -> tuple[float, float]:
+        by_place: dict[tuple, Tensor] = {}
+        for name, terms in self.items():
+            found = torch.tensor(self._magnitudes(*terms), dtype=torch.float64)
+            place = self._place(name)
+            by_place[place] = by_place[place] + found if place in by_place else found
+        total = torch.zeros(2, dtype=torch.float64)
+        for groups, found in by_place.items():
+            total += complete_(found, groups)
+        return float(total[0]), float(total[1])
+
+    def _place(self, name: str) -> tuple:
+        """Return the groups of ranks over which sums of a parameter are completed."""
+        rows: Rows | None = self.rows.get(name)
+        return () if rows is None else rows.reduced
 
 
 def _threshold(scored: _Scored, count: int, *, zeros_fill: bool) -> tuple[int, int]:

@@ -17,8 +17,8 @@ PACKAGE = ROOT / "moe_unlearn"
 
 # Lower floors first: a package, or a module beside the packages, imports only from floors below its own.
 FLOORS = [
-    {"triton_kernels", "choices", "config", "errors", "files", "mollm", "ranks", "sharding", "testing"},
-    {"backend"},
+    {"triton_kernels", "choices", "config", "errors", "files", "mollm", "sharding", "testing"},
+    {"backend", "ranks"},
     {"checkpoint", "native"},
     {"ops"},
     {"experts", "masks", "optim", "regress"},

@@ -406,3 +406,15 @@ def test_a_compact_sink_adds_up_and_masks():
     sink.take(weight, factors)
     sink.take(weight, factors)
     assert torch.equal(sink.store.collected[weight], torch.where(mask[1:2], 6.0, 0.0))
+
+
+@pytest.mark.parametrize("sink", [CompactSink, UpdateSink, lambda store: FactorSink(store, "factors")])
+def test_a_gradient_of_a_weight_that_the_step_does_not_know_is_not_lost(sink):
+    known, foreign, unused = (torch.nn.Parameter(torch.zeros(1, 2, 4)) for _ in range(3))
+    store = GradientStore(MaskedSGD([known], lr=1.0))
+    store.begin([("known", known), ("unused", unused)], {})
+    factors = Factors(torch.ones(1, 2), torch.ones(1, 4), torch.tensor([0, 1], dtype=torch.int32))
+    sink(store).take(unused, factors)  # the optimizer leaves it out: its gradient is dropped on purpose
+    assert not store.collected and not store.factors
+    with pytest.raises(RuntimeError, match=r"a weight \[1, 2, 4\] that is no parameter of the step"):
+        sink(store).take(foreign, factors)

@@ -21,7 +21,6 @@ ON_THE_HOST = {
     "GradientStore.common_descent": (1, "MOLLM solves for its direction on the CPU"),
     "_fit_state": (1, "the count of steps is on the CPU, as torch's is"),
     "_loaded": (2, "the count of steps is on the CPU, as torch's is"),
-    "_probe": (1, "once for each model"),
     "stack": (1, "numbers of rows, on the CPU"),
     "padded": (1, "where examples of packed rows begin, on the CPU"),
     "_from_offsets": (1, "where examples of packed rows begin, on the CPU"),

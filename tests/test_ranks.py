@@ -1,12 +1,13 @@
 """Two ranks make the step that one process makes of both their batches."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe_unlearn.ranks import Ranks
+from moe_unlearn.ranks import Ranks, shared_work, turns
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing.yardstick import Reference
 from tests.support import ranks_child
@@ -73,7 +74,7 @@ def test_what_one_rank_cannot_do_neither_does(ranks):
             "NonFiniteError: forget_loss is nan, retain_loss is nan: stopped before the update",
             "NonFiniteError: the gradient norm is",
             "ValueError: expected the rows of prepare() to be the same on all 2 ranks; they differ",
-            "ValueError: expected all weights on every rank; got a model whose weights are sharded (FSDP)",
+            "ValueError: the model is in FullyShardedDataParallel (FSDP1)",
             "ValueError: verify is for one process; got a model shared by 2 ranks",
             "ValueError: FSDP and DeepSpeed share weights out",
         ),
@@ -91,6 +92,15 @@ def test_one_process_speaks_to_nobody():
     alone.agree("anything", lambda: pytest.fail("nobody to compare with"))
     assert alone.count == 1 and alone.first and alone.sums([1.5]) == [1.5]
     assert torch.equal(gradients["a"], torch.ones(2))
+
+
+@pytest.mark.quick
+def test_ranks_take_turns_and_all_compute_as_many_batches():
+    assert [*turns(3, None)] == [(0, True), (1, True), (2, True)]
+    one, other = ([*turns(3, SimpleNamespace(count=2, rank=rank))] for rank in range(2))
+    assert one == [(0, True), (2, True)] and other == [(1, True), (2, False)]
+    assert [*turns(0, None)] == []
+    assert [*shared_work(lambda i: i, [1, 1], None)] == [(0, 0), (1, 1)]
 
 
 @pytest.mark.quick

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from torch import distributed, nn
 
-from moe_unlearn.ranks import gather, initialised, sharded
+from moe_unlearn.ranks import gather, sharded
+from moe_unlearn.sharding import initialised
 
 
 def share(model: nn.Module, items: Sequence, compute: Callable[[list], list]) -> list:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn.experts import experts_modules
+from moe_unlearn.experts import experts_modules, total_experts
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.model.head import final_hidden_states
 from moe_unlearn.model.modes import evaluation_mode
@@ -30,7 +30,7 @@ class RoutingCapture:
         self.keep_index = keep_index
         self.group: Tensor | None = None
         first: Any = next(iter(layers.values()))
-        self._num_experts: int = first.num_experts
+        self._num_experts = total_experts(first)
         self._model_name = model_name
         self._counts: dict[str, Tensor] = {}
         self._index: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -99,7 +99,7 @@ def routing_capture(
     modules = experts_modules(model)
     if not modules:
         raise ValueError(f"{type(model).__name__} has no Mixture-of-Experts layers that transformers decorates")
-    sizes = {name: module.num_experts for name, module in modules.items()}
+    sizes = {name: total_experts(module) for name, module in modules.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"layers with different numbers of experts are not supported; got {sizes}")
     capture = RoutingCapture(type(model).__name__, modules, num_groups, keep_index)

@@ -11,6 +11,7 @@ from moe_unlearn.model.batches import Batch, inputs, target_mask
 from moe_unlearn.model.modes import checkpoints_with_graph, evaluation_mode
 from moe_unlearn.ops.token_loss import IGNORED, Head, Reference, token_loss
 from moe_unlearn.ranks import local
+from moe_unlearn.sharding import as_forward, is_sharded, reshard
 
 # config field -> its factor on the logits; fields of a config are read, never names of models
 _LOGIT_FACTORS = {
@@ -67,7 +68,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
 def final_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """Compute the output [B, S, H] of the decoder's last norm, the input of the head; the head does not run."""
     with checkpoints_with_graph(model) if torch.is_grad_enabled() else contextlib.nullcontext():
-        out = decoder_of(model)(**inputs(batch), use_cache=False)
+        out = as_forward(model, decoder_of(model))(**inputs(batch), use_cache=False)
     states: Tensor = out.last_hidden_state
     return states
 
@@ -90,12 +91,31 @@ def token_losses(
     `ref_hidden_states` [B, S, H], "ce" a `label_penalty`. `ref_lm_head` and `ref_bias` are the reference's where they
     are not the model's own. Errors as `token_loss`.
     """
+    own = ref_hidden_states, ref_lm_head, ref_bias
+    compute = as_forward(model, _token_losses)
+    return compute(model, batch, kind, token_weights, hidden_states, own, label_penalty)
+
+
+def _token_losses(
+    model: nn.Module,
+    batch: Batch,
+    kind: str,
+    token_weights: Tensor | None,
+    hidden_states: Tensor | None,
+    of_reference: tuple[Tensor | None, Tensor | None, Tensor | None],
+    label_penalty: float,
+) -> Tensor:
     states = final_hidden_states(model, batch) if hidden_states is None else hidden_states
+    head, (ref_hidden_states, ref_lm_head, ref_bias) = head_of(model), of_reference
+    if is_sharded(head.weight):  # FSDP2 has the head by itself, and its own forward pass does not run
+        layer: nn.Module = unwrapped(model).get_output_embeddings()
+        compute = as_forward(layer, _token_losses)
+        return compute(model, batch, kind, token_weights, states, of_reference, label_penalty)
     targets = torch.full_like(batch["labels"], IGNORED)
     targets[:, :-1] = batch["labels"][:, 1:]
     targets = torch.where(target_mask(batch), targets, IGNORED)
     ref_states = None if ref_hidden_states is None else ref_hidden_states.flatten(0, 1)
-    rows, head, reference = operands(states.flatten(0, 1), head_of(model), ref_states, ref_lm_head, ref_bias)
+    rows, head, reference = operands(states.flatten(0, 1), head, ref_states, ref_lm_head, ref_bias)
     weights = None if token_weights is None else token_weights.flatten()
     losses = token_loss(
         rows,
@@ -152,6 +172,7 @@ def verify_head(model: nn.Module, batch: Batch) -> None:
     with evaluation_mode(model):
         ours = -token_losses(model, batch)[mask]
         logits = model(**inputs(batch)).logits[mask]
+        reshard(model)
     targets = batch["labels"].roll(-1, 1)[mask]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     theirs = torch.log_softmax(wide, -1).gather(1, targets[:, None]).squeeze(1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.config import Scope
-from moe_unlearn.experts import experts_modules
+from moe_unlearn.experts import experts_modules, total_experts
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.ops.bits import pack_bits
 
@@ -119,7 +119,7 @@ def router_parameters(model: nn.Module, experts_name: str) -> set[str]:
 
     They are the parameters under the same parent, outside the experts, with one row per expert.
     """
-    num_experts = experts_modules(model)[experts_name].num_experts
+    num_experts = total_experts(experts_modules(model)[experts_name])
     own = wrapped_name(experts_name)
     parent = own.rpartition(".")[0]
     return {

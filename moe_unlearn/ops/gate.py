@@ -1,6 +1,7 @@
 """Describes the weights of experts and their layout, and computes the activation between the projections."""
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,53 @@ def activate(z: Tensor, gate: Gate, interleaved: bool = False, gated: bool = Tru
     if math.isfinite(gate.limit):
         u = u.clamp(-gate.limit, gate.limit)
     return _act(_clamp_above(g, gate.limit), gate) * (u + gate.shift if gate.shift else u)
+
+
+def recognise(
+    function: Callable[[Tensor], Tensor],
+    layouts: Sequence[bool],
+    numbers: set[float],
+    device: torch.device,
+    *,
+    gated: bool,
+) -> tuple[Gate, bool] | str:
+    """Find the gate that `function` computes, and its layout, the first of `layouts` (interleaved or not) that fits.
+
+    The function is called once for each layout, on a fixed probe, and compared with the known formulas with these
+    `numbers` for their parameters. If none fits, the result says why.
+    """
+    # both signs of every size, so that a clamp shows at whatever value it cuts
+    sizes = torch.cat([torch.linspace(0, 8, 33), torch.logspace(1, 5, 25)])
+    values = torch.cat([-sizes, sizes]).to(device)
+    pairs = torch.cartesian_prod(values, values) if gated else values[:, None]
+    # a large factor magnifies the rounding of an activation that has almost vanished
+    tolerance = 1e-6 * pairs.abs().clamp_min(1).prod(1)
+    for interleaved in layouts:
+        probe = (pairs if interleaved else pairs.t()).reshape(1, -1)
+        try:
+            with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                expected = function(probe.clone())
+        except Exception as error:  # a foreign function may fail in any way on the probe
+            return f"its activation fails on a probe ({error})"
+        if expected.requires_grad:
+            return "its activation has parameters of its own"
+        for gate in _candidates(numbers):
+            ours = activate(probe, gate, interleaved, gated)
+            if ours.shape != expected.shape:
+                break
+            if ((ours - expected).abs() <= 1e-5 * expected.abs() + tolerance).all():
+                return gate, interleaved
+    return "its activation is none of the known formulas"
+
+
+def _candidates(numbers: set[float]) -> Iterator[Gate]:
+    """Yield the gates to compare with, plain ones first."""
+    for limit in (math.inf, *sorted(numbers - {math.inf})):
+        for shift in (0.0, 1.0):
+            for activation in ACTIVATIONS:
+                yield Gate(activation, 1.0, limit, shift)
+            for alpha in sorted(numbers | {1.702}):
+                yield Gate("silu", alpha, limit, shift)
 
 
 def _clamp_above(x: Tensor, limit: float) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_unlearn.experts import experts_modules
+from moe_unlearn.experts import experts_modules, total_experts
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.model.batches import Batch, refusal
 from moe_unlearn.model.head import head_of
@@ -40,7 +40,7 @@ def assumed(view: StepView, own: Preparation, rehearsal: Rehearsal, batches: dic
         return cache
 
     if out.selected is None and ("trace" in stages or "seuf" in stages):
-        selected = torch.zeros(len(modules), max(m.num_experts for m in modules.values()), dtype=torch.bool)
+        selected = torch.zeros(len(modules), max(total_experts(m) for m in modules.values()), dtype=torch.bool)
         if "seuf" in stages:
             selected[0, 0] = True
         else:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from moe_unlearn.experts import experts_modules
+from moe_unlearn.experts import experts_modules, total_experts
 from moe_unlearn.model.scope import wrapped_name
 from moe_unlearn.view import StepView
 
@@ -88,7 +88,7 @@ def _way(view: StepView, module: nn.Module, own: dict[str, nn.Parameter], blocke
     counts = [
         len(p if layout is None or layout.trained_slices is None else layout.trained_slices) for p, layout in layouts
     ]
-    trained = f"{max(counts)} of {module.num_experts} experts"
+    trained = f"{max(counts)} of {total_experts(module)} experts"
     if not view.fused:
         return "autograd", trained, blocked
     # with an adapter the experts use a computed sum of weights; autograd carries its gradient on to the adapter

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from moe_unlearn.model.batches import Batch, attended_mask, take
 from moe_unlearn.model.head import unwrapped
 from moe_unlearn.prepare.rows import RowCache, RowStore, content_keys, rows_of, tensor_digest
-from moe_unlearn.ranks import local
+from moe_unlearn.ranks import Ranks, gather, local, shared_work
+from moe_unlearn.sharding import is_sharded, whole
 
 # entries of an adapter's config that tell its origin, not its function
 _NOT_THE_ADAPTER = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
@@ -64,8 +65,9 @@ def model_digest(model: nn.Module, *, adapters: bool = True) -> str:
 
     Adapters enter with their tensors, configs and states (active, merged, disabled, scaling); with `adapters=False`
     a model has the digest of its base model. Weights are read in place, 16 MiB at a time in each of torch's threads,
-    and never copied as a whole. Measured on one thread of a CPU with SHA instructions: 0.6 to 0.9 s per GiB, 1.4 s
-    where strides force copies. Raises ValueError for weights that are not in memory (meta device).
+    and never copied as a whole; sharded ones are put together one at a time, for which all ranks have to call this.
+    Measured on one thread of a CPU with SHA instructions: 0.6 to 0.9 s per GiB, 1.4 s where strides force copies.
+    Raises ValueError for weights that are not in memory (meta device).
     """
     base = unwrapped(model)
     tensors = dict(_tensors(base, adapters=adapters))
@@ -73,8 +75,11 @@ def model_digest(model: nn.Module, *, adapters: bool = True) -> str:
     if absent:
         raise ValueError(f"a cache of references needs the model's weights; {absent[0]} is on the meta device")
     unique = list(dict.fromkeys(tensors.values()))  # tied weights are read once
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        digests = dict(zip(unique, pool.map(tensor_digest, unique), strict=True))
+    if any(map(is_sharded, unique)):  # all ranks put the same tensor together at one time
+        digests = {tensor: tensor_digest(whole(tensor)) for tensor in unique}
+    else:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            digests = dict(zip(unique, pool.map(tensor_digest, unique), strict=True))
     config = {
         key: value
         for key, value in base.config.to_dict().items()
@@ -115,28 +120,52 @@ def open_store(
 
 
 def fill(
-    cache: RowCache, batches: list[Batch], compute: Callable[[Batch], Tensor], store: RowStore | None = None
+    cache: RowCache,
+    batches: list[Batch],
+    compute: Callable[[Batch], Tensor],
+    store: RowStore | None = None,
+    ranks: Ranks | None = None,
 ) -> RowCache:
     """Fill `cache` with the values of all rows of `batches`, read from `store` or computed and stored; return it.
 
     `compute(batch)` returns values [B, S, ...]. It sees each content once, in its batch without the rows that
-    are known already. Its values are on disk before the next batch.
+    are known already. Its values are on disk before the next batch. With `ranks`, all of which have a store or none,
+    the first rank reads and writes, and the ranks share the batches: each computes some, and all get all rows.
     """
     keys = [content_keys(batch) for batch in batches]
     found: dict[str, Tensor] = {}
     if store is not None:
-        lengths = [attended_mask(batch).sum(1).tolist() for batch in batches]
-        found = store.read({k: n for ks, ns in zip(keys, lengths, strict=True) for k, n in zip(ks, ns, strict=True)})
+        counts = [attended_mask(batch).sum(1).tolist() for batch in batches]
+        lengths = {k: n for ks, ns in zip(keys, counts, strict=True) for k, n in zip(ks, ns, strict=True)}
+        found = store.read(lengths) if ranks is None or ranks.first else {}
+        if ranks is not None:
+            found = _shared(found, lengths, store, ranks)
+    parts, missing, known = [], [], set(found)
     for batch, own in zip(batches, keys, strict=True):
-        missing = {key: i for i, key in enumerate(own) if key not in found}
-        if missing:
-            part = take(batch, list(missing.values()))
-            new = dict(zip(missing, rows_of(part, compute(part)), strict=True))
-            if store is not None:
-                store.write(new)
-            found |= new
+        rows = {key: i for i, key in enumerate(own) if key not in known}
+        if rows:
+            parts.append(take(batch, list(rows.values())))
+            missing.append(list(rows))
+            known |= rows.keys()
+    sizes = [attended_mask(part).sum(1).tolist() for part in parts]
+    made = shared_work(lambda i: torch.cat(rows_of(parts[i], compute(parts[i]))), [*map(sum, sizes)], ranks)
+    for i, values in made:
+        new = dict(zip(missing[i], values.split(sizes[i]), strict=True))
+        if store is not None and (ranks is None or ranks.first):
+            store.write(new)
+        found |= new
+    for batch, own in zip(batches, keys, strict=True):
         cache.put_rows(batch, [found[key] for key in own])
     return cache
+
+
+def _shared(found: dict[str, Tensor], lengths: dict[str, int], store: RowStore, ranks: Ranks) -> dict[str, Tensor]:
+    """Return on every rank the rows that the first rank found."""
+    keys = gather(list(found), ranks.group)[0]
+    sizes = [lengths[key] for key in keys]
+    rows = torch.cat(list(found.values())) if found else torch.empty(sum(sizes), *store.shape, dtype=store.dtype)
+    ranks.share_([rows])
+    return dict(zip(keys, (row.clone() for row in rows.split(sizes)), strict=True))
 
 
 def _adapters(model: nn.Module) -> dict[str, nn.Module]:

@@ -32,7 +32,8 @@ from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ops import Head
 from moe_unlearn.prepare import reference
 from moe_unlearn.prepare.rows import RowCache, content_keys
-from moe_unlearn.ranks import Ranks
+from moe_unlearn.ranks import Ranks, gather, shared_work
+from moe_unlearn.sharding import whole
 from moe_unlearn.trace import RoutingFrequencies
 
 STAGES = ("trace", "seuf", "reference", "kl_floor", "wagle")
@@ -127,7 +128,7 @@ _CACHES = {
     "ref_hidden_states_forget": "reference hidden states of the forget rows",
     "ref_layer_states": "reference layer outputs",
 }
-_CACHED_SIDES = dict.fromkeys(_CACHES, "retain") | {
+CACHED_SIDES = dict.fromkeys(_CACHES, "retain") | {
     "ref_logprobs": "forget",
     "ref_logprobs_idk": "refusals",
     "ref_hidden_states_forget": "forget",
@@ -161,18 +162,22 @@ def prepare(
     """Run those of `stages` that the recipe needs and that are not yet in `prepared.done`.
 
     `on_stage(name)` is called after each one. `cache_dir` is the folder where references are kept between runs; None
-    keeps them in memory only. All ranks do the same work on the same rows (ValueError otherwise), and take the first
-    rank's experts and mask. After an earlier preparation, as in a resume, all rows must be among those that it saw,
+    keeps them in memory only. All ranks share the work on the same rows (ValueError if they differ): references and
+    routing are computed by one rank each, WAGLE's gradients too where weights are sharded. They take the first rank's
+    experts and mask. After an earlier preparation, as in a resume, all rows must be among those that it saw,
     whatever the recipe; otherwise ValueError is raised with the row's number.
     """
     ranks = Ranks(model) if ranks is None else ranks
     rows = _checked_rows(prepared, forget, retain)
     ranks.agree("the rows of prepare()", lambda: [[content_keys(b) for b in side] for side in (forget, retain)])
-    folder = None if cache_dir is None or not ranks.first else reference.make_folder(cache_dir)
+    # all ranks share the work, and sharded weights need all of them in every forward pass
+    shared = ranks if ranks.count > 1 else None
+    caches = cache_dir is not None if shared is None else all(gather(cache_dir is not None, ranks.group))
+    folder = reference.make_folder(cache_dir) if caches and cache_dir is not None else None
     work: dict[str, Callable] = {
-        "trace": _trace,
+        "trace": partial(_trace, ranks=shared),
         "seuf": _seuf,
-        "reference": partial(_reference, folder=folder),
+        "reference": partial(_reference, folder=folder, ranks=shared),
         "kl_floor": _kl_floor,
         "wagle": _wagle,
     }
@@ -195,7 +200,7 @@ def _checked_rows(prepared: Preparation, forget: list[Batch], retain: list[Batch
         "refusals": [refusal(batch) for batch in forget if "idk_input_ids" in batch],
         "retain": retain,
     }
-    for name, side in _CACHED_SIDES.items():
+    for name, side in CACHED_SIDES.items():
         cache = getattr(prepared, name)
         for batch in sides[side] if cache is not None else ():
             cache.known_keys(batch)
@@ -214,11 +219,18 @@ def _checked_rows(prepared: Preparation, forget: list[Batch], retain: list[Batch
     return prepared.rows
 
 
-def _trace(model: nn.Module, recipe: Recipe, prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> None:
+def _trace(
+    model: nn.Module,
+    recipe: Recipe,
+    prepared: Preparation,
+    forget: list[Batch],
+    retain: list[Batch],
+    ranks: Ranks | None,
+) -> None:
     settings = recipe.trace
     assert settings is not None  # the stage runs for this lever only
-    f = trace.routing_frequencies(model, forget)
-    r = trace.routing_frequencies(model, retain)
+    f = trace.routing_frequencies(model, forget, ranks)
+    r = trace.routing_frequencies(model, retain, ranks)
     prepared.frequencies = {"forget": f, "retain": r}
     prepared.selected = selected = trace.select_experts(
         f,
@@ -233,9 +245,11 @@ def _trace(model: nn.Module, recipe: Recipe, prepared: Preparation, forget: list
         prepared.inactive = True
         return
     target = trace.calibration_target(f, r, settings.eta)
-    routing = [collect_routing(model, batch) for batch in retain]  # each [L, B * S, K]
     masks = [target_mask(batch) for batch in retain]
-    counted = torch.cat([i[:, m.flatten()] for i, m in zip(routing, masks, strict=True)], dim=1)
+    tokens_first = shared_work(  # [B * S, L, K] of each batch
+        lambda i: collect_routing(model, retain[i]).transpose(0, 1).contiguous(), [m.numel() for m in masks], ranks
+    )
+    counted = torch.cat([ids[masks[i].flatten()] for i, ids in tokens_first]).transpose(0, 1).contiguous()
     result = trace.retain_weights(counted, selected, target, cap=settings.cap)
     prepared.calibration = Calibration(
         tilt=result.tilt,
@@ -265,6 +279,7 @@ def _reference(
     forget: list[Batch],
     retain: list[Batch],
     folder: Path | None,
+    ranks: Ranks | None,
 ) -> None:
     trained_head = head_of(model)
     with reference.reference_model(model, recipe.reference):
@@ -284,7 +299,7 @@ def _reference(
             store = None
             if digest is not None and folder is not None:
                 store = reference.open_store(folder, kind, digest, dtype, shape, **settings)
-            setattr(prepared, kind, reference.fill(RowCache(_CACHES[kind]), batches, compute, store))
+            setattr(prepared, kind, reference.fill(RowCache(_CACHES[kind]), batches, compute, store, ranks))
 
         def token_logprobs(batch: Batch) -> Tensor:
             return -token_losses(model, batch, kind="nll").float()
@@ -305,7 +320,7 @@ def _reference(
             cached("ref_hidden_states_forget", forget, hidden_states, torch.bfloat16, hidden)
         if needs_head(recipe):
             prepared.ref_lm_head, prepared.ref_bias = (
-                None if kept is None else kept.detach().clone() for kept in head_to_keep(trained_head, head)
+                None if kept is None else whole(kept.detach()).clone() for kept in head_to_keep(trained_head, head)
             )
         if recipe.retain.objective == "embed_diff":
             cached("ref_layer_states", retain, layer_states, torch.bfloat16, hidden, layer=layer)

@@ -1,10 +1,43 @@
 """Weights that torch's FSDP2 or transformers' expert parallelism share out over ranks.
 
     rows      what each rank holds, sees and sums of a parameter, by arithmetic
+    engine    what is asked of FSDP2: whole weights inside a forward pass, sums of gradients
 
 Every weight is cut along dimension 0, so that a rank has whole rows of it, mask and optimizer state included.
 """
 
-from moe_unlearn.sharding.rows import Placing, Rows, is_sharded, part, placing_of, rows_of
+from moe_unlearn.sharding.engine import (
+    add_up_gradients,
+    as_forward,
+    check_engine,
+    complete_,
+    device_of,
+    exchange_,
+    initialised,
+    reset,
+    reshard,
+    sum_of_peers,
+)
+from moe_unlearn.sharding.rows import Placing, Rows, first_row, is_sharded, like, part, placing_of, rows_here, whole
 
-__all__ = ["Placing", "Rows", "is_sharded", "part", "placing_of", "rows_of"]
+__all__ = [
+    "Placing",
+    "Rows",
+    "add_up_gradients",
+    "as_forward",
+    "check_engine",
+    "complete_",
+    "device_of",
+    "exchange_",
+    "first_row",
+    "initialised",
+    "is_sharded",
+    "like",
+    "part",
+    "placing_of",
+    "reset",
+    "reshard",
+    "rows_here",
+    "sum_of_peers",
+    "whole",
+]

@@ -5,7 +5,7 @@
             parallelism
     sums    ranks that see the same rows add up their gradients, and each keeps what it holds
 
-`Placing` takes plain numbers, so that a plan may ask for a mesh that does not exist; `rows_of` reads them off a
+`Placing` takes plain numbers, so that a plan may ask for a mesh that does not exist; `rows_here` reads them off a
 parameter. Worked example, 8 experts on 4 ranks, ep 2 x efsdp 2: the rank at (efsdp 1, ep 0) sees experts 0 to 3, holds
 2 and 3, and adds up with the rank at (efsdp 0, ep 0).
 
@@ -109,6 +109,28 @@ def part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def whole(tensor: Any) -> Tensor:
+    """Return all of a tensor; for a sharded one every rank has to call this."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return full
+
+
+def like(parameter: Any, own: Tensor) -> Tensor:
+    """Return `own`, this rank's rows, as the tensor that belongs to a sharded parameter."""
+    # imported here because a single process never needs it and it is slow to import
+    from torch.distributed.tensor import DTensor
+
+    made: Tensor = DTensor.from_local(
+        own,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return made
+
+
 def placing_of(name: str, parameter: Any) -> Placing:
     """Return where a sharded parameter lies; ValueError, which names it, if it is cut other than along dimension 0."""
     splits = []
@@ -125,7 +147,14 @@ def placing_of(name: str, parameter: Any) -> Placing:
     return Placing(tuple(mesh.shape), tuple(splits), tuple(names))
 
 
-def rows_of(name: str, parameter: Any, group: "distributed.ProcessGroup | None" = None) -> Rows:
+def first_row(parameter: Any) -> int:
+    """Return which row of a parameter the first one is that this rank holds, 0 for one that is not sharded."""
+    if not is_sharded(parameter):
+        return 0
+    return placing_of("a parameter", parameter).held(len(parameter), parameter.device_mesh.get_coordinate()).start
+
+
+def rows_here(name: str, parameter: Any, group: "distributed.ProcessGroup | None" = None) -> Rows:
     """Return the rows of a sharded parameter on this rank; `group` are all ranks of the model, None the default group.
 
     No rank waits for another. Raises ValueError, which names the parameter, for a layout that is not supported.

@@ -1,6 +1,7 @@
 """Checks that stop a step, or refuse to begin one."""
 
 import math
+from collections.abc import Callable
 
 from moe_unlearn.config import Recipe
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
@@ -55,3 +56,15 @@ def check_budget(recipe: Recipe, metrics: dict[str, float], steps: int) -> None:
             f"retain_loss is {retain:.6g}, above the budget of {budget:.6g}: stopped before the update; "
             f"{steps} steps done, weights unchanged by this one"
         )
+
+
+def stopped(
+    error: NonFiniteError | RetainBudgetError, restore: Callable[[], str] | None
+) -> NonFiniteError | RetainBudgetError:
+    """Return the error of a step that stopped, which says what state the weights are in, after `restore` if need be."""
+    if isinstance(error, RetainBudgetError):
+        return error
+    if not error.updated:
+        return NonFiniteError(f"{error}, weights unchanged by this one")
+    restored = "no checkpoint was restored" if restore is None else restore()
+    return NonFiniteError(f"{error}; updated already: {', '.join(error.updated)}; {restored}", error.updated)

@@ -149,7 +149,8 @@ class GradientStore:
         """Add up the gradients of all ranks in place; none of them may be factors."""
         for gradients in self._each_set():
             assert ranks.count == 1 or not any(isinstance(g, list) for g in gradients)
-            ranks.add_({name: _tensor(g) for (name, _), g in zip(self.trained, gradients, strict=True)})
+            pairs = zip(self.trained, gradients, strict=True)
+            ranks.add_({name: _tensor(g) for (name, p), g in pairs if self._apart(p)})
 
     def divide(self, parts: int) -> None:
         """Divide every gradient, a sum over `parts`, by that number, so that it becomes the mean."""
@@ -238,7 +239,7 @@ class GradientStore:
             if p in self._compact:
                 self.collected[p] = total
             else:
-                p.grad = total
+                self._leave(p, total)
         if not keep:
             self.sets = dict.fromkeys(self.sets, [])
         return direction
@@ -266,9 +267,12 @@ class GradientStore:
         """
         if not self._before:
             return self._rates
-        change = [self._rows(p) - old for (_, p), old in zip(self.trained, self._before, strict=True)]
+        change: list[Tensor | None] = [
+            self._rows(p) - old for (_, p), old in zip(self.trained, self._before, strict=True)
+        ]
         # no masks are needed: the change is zero wherever the mask forbids one
-        products = gram([*([_tensor(g) for g in gradients] for gradients in self.sets.values()), change])[:-1, -1]
+        sets = [[_tensor(g) for g in gradients] for gradients in self.sets.values()]
+        products = self._inner([*sets, change], [None] * len(change))[:-1, -1]
         return dict(zip(self.sets, products.tolist(), strict=True))
 
     def held(self) -> list[Tensor]:
@@ -301,7 +305,19 @@ class GradientStore:
 
     def _gram(self, sets: list[list[Tensor | None]]) -> Tensor:
         compact = self._compact | self.collected.keys()
-        return gram(sets, masks=[None if p in compact else self.masks.get(name) for name, p in self.trained])
+        return self._inner(sets, [None if p in compact else self.masks.get(name) for name, p in self.trained])
+
+    def _inner(self, sets: list[list[Tensor | None]], masks: list[Tensor | None]) -> Tensor:
+        """Compute the inner products of whole gradients; `ShardedStore` completes those of parts."""
+        return gram(sets, masks=masks)
+
+    def _apart(self, p: nn.Parameter) -> bool:
+        """Return whether each rank has a gradient of `p` of its own until `add_up`."""
+        return True
+
+    def _leave(self, p: nn.Parameter, gradient: Tensor) -> None:
+        """Leave a gradient where the optimizer finds it."""
+        p.grad = gradient
 
 
 def _tensor(gradient: Gradient | Factors) -> Tensor | None:

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from moe_unlearn import losses, router_aux, seuf, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.errors import NotPreparedError
-from moe_unlearn.experts import experts_modules, step_inputs
+from moe_unlearn.experts import experts_modules, step_inputs, total_experts
 from moe_unlearn.model.batches import Batch, attended_mask, forgotten, refusal, stack, state_mask, target_mask
 from moe_unlearn.model.head import final_hidden_states, token_losses
 from moe_unlearn.model.states import control_vector, layer_states, sequence_logprobs
 from moe_unlearn.prepare.rows import RowCache
-from moe_unlearn.prepare.stages import Preparation
+from moe_unlearn.prepare.stages import CACHED_SIDES, Preparation
 from moe_unlearn.step.dual import Multiplier
 
 # the largest share of a joint forward pass's positions that may be padding which separate passes would not have
@@ -117,10 +117,8 @@ class Objectives:
     def __call__(self, forget: Batch, retain: Batch, *, joint: bool = True) -> dict[str, Tensor]:
         """Compute the losses of one pair of batches, by name; `joint=False` keeps the forward passes separate."""
         forget = forgotten(self.recipe, forget)
-        parts = [forget, retain]
-        if self.recipe.forget.objective == "idk_dpo":
-            parts.insert(1, refusal(forget))
-        if not joint or self.separate or _padded_share(parts) > LARGEST_PADDING:
+        parts = self._parts(forget, retain)
+        if not joint or not self._fits(parts):
             return {**self._forget_side(forget), **self.retain(retain)}
         stacked, rows = stack(parts)
         group = torch.full_like(stacked["input_ids"], -1, dtype=torch.int32)
@@ -136,6 +134,18 @@ class Objectives:
         if log_weight is not None:
             log_weight = log_weight[rows[-1], :length]
         return {**self._forget_side(forget, *others), **self.retain(retain, kept, log_weight, routing)}
+
+    def joint(self, forget: Batch, retain: Batch) -> bool:
+        """Return whether the sides of a pair of batches go through one forward pass."""
+        return self._fits(self._parts(forgotten(self.recipe, forget), retain))
+
+    def _fits(self, parts: list[Batch]) -> bool:
+        return not self.separate and _padded_share(parts) <= LARGEST_PADDING
+
+    def _parts(self, forget: Batch, retain: Batch) -> list[Batch]:
+        """Return the batches of a forward pass; `forget` are the rows that carry the forget loss."""
+        refused = [refusal(forget)] if self.recipe.forget.objective == "idk_dpo" else []
+        return [forget, *refused, retain]
 
     def units(self, forget: Batch, retain: Batch) -> dict[str, Tensor]:
         """Count the units that the losses of a pair of batches are means over, int64 [] each, by name.
@@ -167,6 +177,16 @@ class Objectives:
             raise ValueError(f"the forget set carries no {settings.objective} loss: {why}")
         if not any(self.units(forget[0], batch)["retain"] for batch in retain):
             raise ValueError(f"the retain set carries no {kept} loss: its state_mask is false everywhere")
+
+    def check_cached(self, forget: Batch, retain: Batch) -> None:
+        """Raise ValueError if a value that the losses look up for a row of these batches was not prepared."""
+        sides = {"forget": forget, "retain": retain}
+        for name, side in CACHED_SIDES.items():
+            cache: RowCache | None = getattr(self.prepared, name)
+            if cache is not None:
+                batch = refusal(forget) if side == "refusals" else sides[side]
+                if name.removesuffix("_forget") not in batch:  # the batch may bring values of its own
+                    cache.known_keys(batch)
 
     def forget(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the losses of the forget side: {"forget": loss}, with "anchor" added for SEUF."""
@@ -231,7 +251,7 @@ class Objectives:
             group = group.flatten()
             modules: Iterable[Any] = experts_modules(self.model).values()
             counts = self.tokens_per_expert = [
-                torch.zeros(2, module.num_experts, dtype=torch.int64, device=ids.device) for module in modules
+                torch.zeros(2, total_experts(module), dtype=torch.int64, device=ids.device) for module in modules
             ]
         with step_inputs(
             self.model,

@@ -8,12 +8,12 @@ A sink is given to `step_inputs(weight_gradients=...)`. In the forward pass the 
 (`enter`). In the backward pass, after a layer's dgrad, they hand over the factors of each dW (`take`). After the
 backward pass `settle` is called. An UpdateSink takes the compact form for a weight that entered twice, which has two
 gradients to wait for; every sink takes it for a bias, for which there is no kernel that works from factors. Gradients
-of weights that the optimizer does not train are dropped.
+of weights that the optimizer does not train are dropped; a weight that is no parameter of the step is an error.
 
 Deterministic. Source: our specification.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class CompactSink(GradientSink):
     micro_batches = 1.0
     #: whether the sink needs the largest absolute values of the factors
     bounded = False
+    owners: Mapping[str, Mapping[str, Tensor]] | None = None
 
     def __init__(self, store: GradientStore):
         self.store, self.optimizer = store, store.optimizer
@@ -61,6 +62,7 @@ class CompactSink(GradientSink):
         """Take the factors of a gradient of `weight` from the backward pass."""
         layout = self.optimizer.layout(weight)
         if layout is None:
+            self._check_known(weight)
             return
         trained_slices, mask = layout
         held = self.store.collected.get(weight)
@@ -72,6 +74,14 @@ class CompactSink(GradientSink):
             dw = dw if mask is None else torch.where(unpack_bits(mask, dw.shape[1]), dw, 0)
             dw = dw if held is None else held.add_(dw)
         self.store.collected[weight] = dw
+
+    def _check_known(self, weight: Tensor) -> None:
+        """Raise RuntimeError for the gradient of a tensor that is none of the step's parameters: it would be lost."""
+        if weight not in self.store.names:
+            raise RuntimeError(
+                f"the backward pass made a gradient of a weight {list(weight.shape)} that is no parameter of the step: "
+                "something replaced the model's parameters after the step was made"
+            )
 
     def settle(self) -> None:
         """Finish the backward pass; raises NonFiniteError for checks whose results it did not wait for."""

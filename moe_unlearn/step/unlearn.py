@@ -29,12 +29,13 @@ set, should bring back the last checkpoint. On a GPU the device does these check
 written, and the step raises its error after the backward pass.
 
 With a `process_group` each process is one of several ranks (`ranks`). Every rank calls the step with its own rows and
-`prepare` with all rows; losses, and so the checks that stop a step, are means over the rows of all ranks.
+`prepare` with all rows; losses, and so the checks that stop a step, are means over the rows of all ranks. A model that
+FSDP2 shards (`fully_shard`) is trained by all ranks too, each with its part of the weights (`sharded`).
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,21 @@ from torch import Tensor, nn
 from moe_unlearn import mollm
 from moe_unlearn.config import Mollm, Recipe
 from moe_unlearn.errors import NonFiniteError, RetainBudgetError
-from moe_unlearn.experts import check_model, copy_gate, enable, experts_modules, step_inputs
+from moe_unlearn.experts import check_model, enable, step_inputs
 from moe_unlearn.model.batches import Batch, Sizes, check_batches, checked, counted_row
 from moe_unlearn.model.head import verify_head
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.plan import Plan, make_plan, ways
 from moe_unlearn.prepare.stages import STAGES, Preparation, prepare
 from moe_unlearn.ranks import Ranks, local
-from moe_unlearn.step.checks import check_budget, check_finite, check_open, check_prepared, check_recipe
-from moe_unlearn.step.gradients import GradientStore
+from moe_unlearn.sharding import as_forward, reshard
+from moe_unlearn.step import copies
+from moe_unlearn.step.checks import check_budget, check_finite, check_open, check_prepared, check_recipe, stopped
 from moe_unlearn.step.objectives import Objectives
+from moe_unlearn.step.sharded import Shards, store_of
 from moe_unlearn.step.sinks import sink_of
 from moe_unlearn.step.tally import Tally
-from moe_unlearn.step.weights import TrainedWeights, build_optimizer, twin_of
+from moe_unlearn.step.weights import TrainedWeights, build_optimizer
 from moe_unlearn.verify import Verifier
 from moe_unlearn.view import StepView
 
@@ -74,8 +77,8 @@ class UnlearnStep:
         process_group: the ranks that train this model; all take the first rank's weights. See `ranks`.
 
     Raises TypeError for a model, recipe or optimizer of another kind. Raises ValueError for a model without MoE layers,
-    with nothing to train in the recipe's scope or with sharded weights, for `verify` with several ranks, and for
-    `retain.router_aux` if the model has no load-balancing loss to multiply.
+    with nothing to train in the recipe's scope, with weights sharded otherwise than along dimension 0, for `verify` with
+    several ranks, and for `retain.router_aux` if the model has no load-balancing loss to multiply.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class UnlearnStep:
         if verify and self.ranks.count > 1:
             raise ValueError(f"verify is for one process; got a model shared by {self.ranks.count} ranks")
         self.model, self.fused = local(model), fused
+        self.shards = Shards(self.model, self.ranks) if self.ranks.sharded else None
         #: called when a step stopped with some weights updated already; the error's message ends with the returned text
         self.restore: Callable[[], str] | None = None
         #: why the caller needs whole gradients before the update; empty if it does not
@@ -103,7 +107,7 @@ class UnlearnStep:
         self.prepared = Preparation()
         self.objectives = Objectives(self.model, self.recipe, self.prepared)
         self._implementation = enable(self.model)
-        self.weights = TrainedWeights(self.model, self.recipe)
+        self.weights = TrainedWeights(self.model, self.recipe, self.shards)
         self.steps = 0
         #: whether the last step saw a forget loss at or below `recipe.stop_forget_loss`
         self.done = False
@@ -114,7 +118,7 @@ class UnlearnStep:
             raise TypeError(f"optimizer must be a MaskedSGD or MaskedAdamW; got {type(optimizer).__name__}")
         self.optimizer = optimizer
         self.tally = Tally(self.ranks)  #: record of the micro-batches of this step
-        self.gradients = GradientStore(self.optimizer)
+        self.gradients = store_of(self.optimizer, self.shards)
         self._updated: list[str] = []
         self._norm: float | None = None
         self.verifier = Verifier(self, verify)
@@ -135,8 +139,14 @@ class UnlearnStep:
         model and rows; OSError if it cannot be written to. References are of the model as it is, with its adapters.
         """
         check_open(self._implementation.enabled)
-        forget, retain = check_batches(forget_batches, "forget"), check_batches(retain_batches, "retain")
-        self.objectives.check(forget, retain)
+        reshard(self.model)
+
+        def check() -> tuple[tuple[list[Batch], list[Batch]], bool]:
+            sides = check_batches(forget_batches, "forget"), check_batches(retain_batches, "retain")
+            self.objectives.check(*sides)
+            return sides, True
+
+        (forget, retain), _ = self.ranks.together(check)
         verify_head(self.model, counted_row(retain))
 
         def after(stage: str) -> None:
@@ -175,19 +185,26 @@ class UnlearnStep:
         `obstacle`, expert weights are nevertheless updated in the backward pass.
         """
         check_prepared(self.recipe, self.prepared)
-        self.tally.expect(sizes)
-        forget_batch, retain_batch = checked(forget_batch, "forget"), checked(retain_batch, "retain")
+        if self.shards is None:
+            self.tally.expect(sizes)
+            forget_batch, retain_batch = checked(forget_batch, "forget"), checked(retain_batch, "retain")
+            losses = partial(self.objectives, joint=self.fused)
+        else:
+            pair = forget_batch, retain_batch
+            forget_batch, retain_batch, joint = self.shards.admit(self.objectives, self.tally, *pair, sizes)
+            losses = partial(as_forward(self.model, self.objectives), joint=joint and self.fused)
         whole = last and not self.tally.parts
         view, sink = self.view(), None
         if not self.tally.parts:
             self.gradients.begin(view.trained, view.masks)
         if self.fused:
             late = ways.form(view) if whole or self.recipe.mollm is not None else "compact"
-            sink = sink_of(self.gradients, "update" if whole and not ways.obstacle(view) else late)
+            form = "update" if whole and not ways.obstacle(view) else late
+            sink = sink_of(self.gradients, form) if self.shards is None else self.shards.sink(self.gradients)
         try:
             # the backward pass belongs inside: with gradient checkpointing the recomputation needs the sink again
             with step_inputs(self.model, weight_gradients=sink), self.verifier.watch(forget_batch, retain_batch, sizes):
-                values = self.objectives(forget_batch, retain_batch, joint=self.fused)
+                values = losses(forget_batch, retain_batch)
                 # a step of one micro-batch on one rank has nothing to weigh
                 alone = whole and sizes is None and self.ranks.count == 1
                 units = None if alone else self.objectives.units(forget_batch, retain_batch)
@@ -202,7 +219,8 @@ class UnlearnStep:
                 if sink is not None:
                     sink.settle()
         except (NonFiniteError, RetainBudgetError) as error:
-            raise self._stopped(error) from None
+            self.discard()
+            raise stopped(error, self.restore) from None
         self._updated = [] if sink is None else sink.updated
         self.tally.add(part, sizes, last)
         return dict(part.losses)
@@ -227,7 +245,8 @@ class UnlearnStep:
             if not math.isfinite(norm):
                 raise NonFiniteError(f"the gradient norm is {norm}: stopped before the update", (*self._updated,))
         except (NonFiniteError, RetainBudgetError) as error:
-            raise self._stopped(error) from None
+            self.discard()
+            raise stopped(error, self.restore) from None
         # with updates in the backward pass or from factors the whole gradient never exists
         self._norm = None if self._updated or factored else norm
         if self._norm is not None:
@@ -349,39 +368,20 @@ class UnlearnStep:
         )
 
     def twin(self, model: nn.Module) -> "UnlearnStep":
-        """Return a plain step over `model`, a copy of this step's model, prepared alike and with no retain budget.
-
-        Its optimizer has the same options, and no state.
-        """
-        recipe = dataclasses.replace(self.recipe, retain_budget=None)
-        twin = type(self)(model, recipe, twin_of(self.optimizer, self.model, model), fused=False)
-        twin.load_state_dict({"recipe": recipe.to_dict(), "steps": self.steps, "prepared": self.prepared.state_dict()})
-        return twin
+        """Return a plain step over `model`, a copy of this step's model; see `copies.twin`."""
+        return copies.twin(self, model)
 
     def shadow(self, copied: Callable[[Any, dict], Any], prepared: Preparation) -> "UnlearnStep":
-        """Return a copy of the step for a rehearsal, by `copied(step, memo)` as in copy.deepcopy, and `prepared`.
+        """Return a copy of the step for a rehearsal; see `copies.shadow`."""
+        return copies.shadow(self, copied, prepared)
 
-        It has no accumulated gradients and, until `apply_preparation`, no masks.
-        """
-        memo = {id(self.prepared): prepared, id(self.masks): {}}
-        memo |= {id(mask): mask for slot in self.optimizer.slots() if (mask := slot.mask) is not None}
-        shadow: UnlearnStep = copied(self, memo)
-        for own, copy in zip(*(experts_modules(step.model).values() for step in (self, shadow)), strict=True):
-            copy_gate(own, copy)
-        shadow.objectives.dual.warns = False  # its losses are not real
-        shadow.verifier.remaining = 0
-        shadow.discard()
-        return shadow
-
-    def _stopped(self, error: NonFiniteError | RetainBudgetError) -> NonFiniteError | RetainBudgetError:
-        """Drop the gradients and return the error, which says what state the weights are in."""
+    def rebind(self) -> None:
+        """Take up the parameters that an engine has put into model and optimizer; ValueError if it cannot be used."""
         self.discard()
-        if isinstance(error, RetainBudgetError):
-            return error
-        if not error.updated:
-            return NonFiniteError(f"{error}, weights unchanged by this one")
-        restored = "no checkpoint was restored" if self.restore is None else self.restore()
-        return NonFiniteError(f"{error}; updated already: {', '.join(error.updated)}; {restored}", error.updated)
+        self.gradients.close()
+        self.ranks = self.tally.ranks = Ranks(self.model, self.ranks.group)
+        self.weights.shards = self.shards = Shards(self.model, self.ranks) if self.ranks.sharded else None
+        self.gradients = store_of(self.optimizer, self.shards)
 
     def _backward(self, weighed: dict[str, tuple[float, Tensor]]) -> None:
         factors = self.objectives.factors

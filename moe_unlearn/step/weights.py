@@ -9,14 +9,15 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.model import scope
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.prepare.stages import Preparation
+from moe_unlearn.step.sharded import Shards
 
 
 class TrainedWeights:
     """Decides which weights of a model may change, until `restore`; frozen ones stay frozen."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe):
-        self.model, self.scope = model, recipe.scope
-        #: packed masks by name of the parameter
+    def __init__(self, model: nn.Module, recipe: Recipe, shards: Shards | None = None):
+        self.model, self.scope, self.shards = model, recipe.scope, shards
+        #: packed masks by name of the parameter, of what this rank holds of it
         self.masks: dict[str, Tensor] = {}
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
 
@@ -26,12 +27,13 @@ class TrainedWeights:
 
     def mask(self, prepared: Preparation, optimizer: MaskedSGD | MaskedAdamW) -> None:
         """Give the masks of the preparation to the optimizer, and freeze the parameters without a set bit."""
-        self.masks = scope.weight_masks(self.model, self.scope, prepared.selected, prepared.mask)
+        whole = scope.weight_masks(self.model, self.scope, prepared.selected, prepared.mask)
+        self.masks = whole if self.shards is None else self.shards.cut(whole)
         by_parameter = {p: self.masks.get(name) for name, p in self.model.named_parameters()}
         for group in optimizer.param_groups:
             group["masks"] = [by_parameter.get(p) for p in group["params"]]
         for name, p in self.model.named_parameters():
-            if p.requires_grad and name in self.masks and not self.masks[name].any():
+            if p.requires_grad and name in whole and not whole[name].any():
                 p.requires_grad_(False)
 
     def restore(self) -> None:

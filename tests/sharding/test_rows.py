@@ -9,7 +9,7 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moe_unlearn.sharding import Placing, part, placing_of, rows_of
+from moe_unlearn.sharding import Placing, first_row, part, placing_of, rows_here
 
 pytestmark = pytest.mark.quick
 PAIRS = [(a, b) for a in range(1, 9) for b in range(1, 9) if a * b <= 8]
@@ -95,10 +95,11 @@ def test_rows_are_read_off_a_parameter(rank, rank_of):
     mesh = DeviceMesh("cpu", torch.arange(3), mesh_dim_names=("fsdp",))
     whole = torch.arange(10.0).view(5, 2)
     weight = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
-    rows = rows_of("w", weight)
+    rows = rows_here("w", weight)
     held = [range(0, 2), range(2, 4), range(4, 5)]
     assert rows.held == held[rank] and rows.seen == range(5) and rows.parts == rows.blocks == tuple(held)
     assert group_of(rows) == [0, 1, 2] and [*map(distributed.get_process_group_ranks, rows.reduced)] == [[0, 1, 2]]
+    assert first_row(weight) == rows.held.start and first_row(whole) == 0
     assert torch.equal(part(weight), whole[rows.held.start : rows.held.stop]) and part(whole) is whole
 
 
@@ -115,7 +116,7 @@ def test_experts_are_read_off_a_parameter(rank, rank_of):
         shape=(8, 3),
         stride=(3, 1),
     )
-    rows = rows_of("w", weight)
+    rows = rows_here("w", weight)
     assert rows.seen == range(4 * ep, 4 * ep + 4)
     assert rows.parts == (range(4 * ep, 4 * ep + 2), range(4 * ep + 2, 4 * ep + 4)) and rows.held == rows.parts[efsdp]
     assert group_of(rows) == [ep, ep + 2]
@@ -126,7 +127,7 @@ def test_replicas_are_summed_by_all(rank_of):
     rank_of(3, 4)
     mesh = DeviceMesh("cpu", torch.tensor([[0, 2], [1, 3]]), mesh_dim_names=("dp_replicate", "fsdp"))
     weight = distribute_tensor(torch.zeros(6, 2), mesh, [Replicate(), Shard(0)], src_data_rank=None)
-    rows = rows_of("w", weight)
+    rows = rows_here("w", weight)
     # ranks in the order of the group, which is not that of the mesh
     assert rows.parts == (range(3), range(3), range(3, 6), range(3, 6)) and rows.held == range(3, 6)
     assert group_of(rows) == [0, 1, 2, 3] and [distributed.get_process_group_ranks(g) for g in rows.reduced] == [[1, 3]]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import distributed
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_unlearn.data import ForgetRetainDataset
@@ -112,13 +112,13 @@ def refused(rank: int, folder: Path) -> list[str]:
             step.model.model.norm.weight.register_hook(lambda g: g * float("inf"))
         step(*batches_of(0, rank))
 
-    def sharded(step):
-        UnlearnStep(fully_shard(model()), recipe("graddiff"))
+    def flattened(step):
+        UnlearnStep(FullyShardedDataParallel(model(), device_id=torch.device("cpu")), recipe("graddiff"))
 
     attempt(bad_loss)
     attempt(bad_gradient)
     attempt(lambda step: step.prepare(*(side[rank:] for side in data())))
-    attempt(sharded)
+    attempt(flattened)
     attempt(lambda step: UnlearnStep(DistributedDataParallel(model()), recipe("graddiff"), verify=1))
     attempt(lambda step: trained(folder / "fsdp", ddp_backend="gloo", fsdp=True))
     return errors

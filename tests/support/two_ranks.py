@@ -27,7 +27,7 @@ def run_ranks(module: str, folder: Path, count: int) -> None:
         command = [sys.executable, "-m", module, str(rank), str(folder)]
         children.append(subprocess.Popen(command, cwd=ROOT, env=environment))
     try:
-        assert not any(child.wait(timeout=300) for child in children)
+        assert not any(child.wait(timeout=600) for child in children)
     finally:
         for child in children:
             child.kill()

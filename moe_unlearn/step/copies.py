@@ -1,0 +1,41 @@
+"""Copies of a step: the twin that verifies it, and the shadow that rehearses it for a plan."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from moe_unlearn.experts import copy_gate, experts_modules
+from moe_unlearn.prepare.stages import Preparation
+from moe_unlearn.step.weights import twin_of
+
+if TYPE_CHECKING:
+    from moe_unlearn.step.unlearn import UnlearnStep
+
+
+def twin(step: "UnlearnStep", model: nn.Module) -> "UnlearnStep":
+    """Return a plain step over `model`, a copy of the step's model, prepared alike and with no retain budget.
+
+    Its optimizer has the same options, and no state.
+    """
+    recipe = dataclasses.replace(step.recipe, retain_budget=None)
+    made = type(step)(model, recipe, twin_of(step.optimizer, step.model, model), fused=False)
+    made.load_state_dict({"recipe": recipe.to_dict(), "steps": step.steps, "prepared": step.prepared.state_dict()})
+    return made
+
+
+def shadow(step: "UnlearnStep", copied: Callable[[Any, dict], Any], prepared: Preparation) -> "UnlearnStep":
+    """Return a copy of the step for a rehearsal, by `copied(step, memo)` as in copy.deepcopy, and `prepared`.
+
+    It has no accumulated gradients and, until `apply_preparation`, no masks.
+    """
+    memo = {id(step.prepared): prepared, id(step.masks): {}}
+    memo |= {id(mask): mask for slot in step.optimizer.slots() if (mask := slot.mask) is not None}
+    made: UnlearnStep = copied(step, memo)
+    for own, copy in zip(*(experts_modules(s.model).values() for s in (step, made)), strict=True):
+        copy_gate(own, copy)
+    made.objectives.dual.warns = False  # its losses are not real
+    made.verifier.remaining = 0
+    made.discard()
+    return made

@@ -1,0 +1,210 @@
+"""The step on weights that an engine shares out over ranks: see `sharding`.
+
+    Shards         the sharded parameters of a step: which rows this rank holds and which of them train on any rank
+    ShardedStore   the gradient store on parts of gradients; inner products are those of whole gradients
+    ShardedSink    adds up each expert weight's gradient over the ranks in the backward pass that made it
+
+FSDP2 reduces what autograd leaves in `.grad`. The gradients of experts never get there: the sink computes dW of the
+slices that train on any rank, in float32, sends each row to the rank that holds it, adds in the order of the ranks,
+applies the mask and keeps its own rows. Nothing waits for the end of the backward pass, so that no rank ever holds
+the gradients of two layers whole.
+
+Deterministic. Source: our specification.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_unlearn.experts import experts_modules
+from moe_unlearn.masks.shards import own_words
+from moe_unlearn.model.batches import Batch, Sizes, checked
+from moe_unlearn.ops import gram
+from moe_unlearn.ops.bits import slices_with_a_bit, unpack_bits
+from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
+from moe_unlearn.optim import MaskedAdamW, MaskedSGD
+from moe_unlearn.ranks import Ranks
+from moe_unlearn.sharding import (
+    Rows,
+    add_up_gradients,
+    complete_,
+    is_sharded,
+    like,
+    part,
+    reset,
+    reshard,
+    rows_here,
+    sum_of_peers,
+)
+from moe_unlearn.step.gradients import GradientStore
+from moe_unlearn.step.objectives import Objectives
+from moe_unlearn.step.sinks import CompactSink
+from moe_unlearn.step.tally import Tally
+
+
+class Exchange(NamedTuple):
+    """The slices of one weight whose gradient the ranks add up, and how many of them each rank holds.
+
+    slices: int32 [M], counted from the first row that this rank sees; None for all of these rows.
+    """
+
+    slices: Tensor | None
+    counts: tuple[int, ...]
+
+
+class Shards:
+    """The parameters of a model that an engine shares out, on this rank.
+
+    Until `close`, FSDP2 adds up the gradients of ranks, where it would average them.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks):
+        reshard(model)
+        self.model, self.ranks = model, ranks
+        named = dict(model.named_parameters())
+        self.rows: dict[Tensor, Rows] = {
+            p: rows_here(name, p, ranks.group) for name, p in named.items() if is_sharded(p)
+        }
+        #: by experts module its weights by their name in it
+        self.owners = {
+            name: {suffix: named[f"{name}.{suffix}"] for suffix, _ in module.named_parameters(recurse=False)}
+            for name, module in experts_modules(model).items()
+        }
+        self.exchanges = {p: _exchange(p, rows, None) for p, rows in self.rows.items()}
+        self.close = add_up_gradients(model)
+
+    def cut(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what this rank holds of packed masks by name, and have the sink send what any rank trains."""
+        found = {}
+        for name, p in self.model.named_parameters():
+            rows, words = self.rows.get(p), masks.get(name)
+            if rows is not None:
+                self.exchanges[p] = _exchange(p, rows, words)
+            if words is not None:
+                found[name] = words if rows is None else own_words(words, rows, len(p))
+        return found
+
+    def admit(
+        self, objectives: Objectives, tally: Tally, forget: Batch, retain: Batch, sizes: Sizes | None
+    ) -> tuple[Batch, Batch, bool]:
+        """Return the batches of a micro-batch and whether they can share a forward pass on every rank.
+
+        All that a step refuses in its arguments is refused here, on all ranks, before they wait for one another.
+        """
+        reshard(self.model)  # an evaluation may have left weights whole
+        self.ranks.agree("`sizes`", lambda: sizes)
+
+        def check() -> tuple[tuple[Batch, Batch], bool]:
+            tally.expect(sizes)
+            pair = checked(forget, "forget"), checked(retain, "retain")
+            objectives.check_cached(*pair)
+            return pair, objectives.joint(*pair)
+
+        (forget, retain), joint = self.ranks.together(check)
+        return forget, retain, joint
+
+    def sink(self, store: GradientStore) -> "ShardedSink":
+        """Return a new sink of a step's gradients."""
+        return ShardedSink(store, self)
+
+
+def store_of(optimizer: MaskedSGD | MaskedAdamW, shards: Shards | None) -> GradientStore:
+    """Return the store of gradients that serves an optimizer, of parts where weights are sharded."""
+    return GradientStore(optimizer) if shards is None else ShardedStore(optimizer, shards)
+
+
+class ShardedStore(GradientStore):
+    """A gradient store in which the gradient of a sharded parameter is this rank's rows."""
+
+    def __init__(self, optimizer: MaskedSGD | MaskedAdamW, shards: Shards):
+        self.shards = shards
+        super().__init__(optimizer)
+
+    def of(self, p: Tensor) -> Tensor | Factors | None:
+        """Return this rank's rows of the step's gradient of `p`."""
+        gradient = super().of(p)
+        return part(gradient) if isinstance(gradient, Tensor) else gradient
+
+    def clear(self) -> None:
+        """Drop all gradients, and what FSDP2 has left of a pass that stopped half-way."""
+        reset(self.shards.model)
+        super().clear()
+
+    def close(self) -> None:
+        """Drop the collected gradients, and leave FSDP2 as it was."""
+        super().close()
+        self.shards.close()
+
+    def _apart(self, p: nn.Parameter) -> bool:
+        return p not in self.shards.rows
+
+    def _leave(self, p: nn.Parameter, gradient: Tensor) -> None:
+        p.grad = like(p, gradient) if p in self.shards.rows else gradient
+
+    def _rows(self, p: nn.Parameter) -> Tensor:
+        layout = self.optimizer.layout(p) if p in self._compact else None
+        own = part(p.detach())
+        return own if layout is None or layout.trained_slices is None else own[layout.trained_slices]
+
+    def _inner(self, sets: list[list[Tensor | None]], masks: list[Tensor | None]) -> Tensor:
+        """Add up the inner products over the dimensions of the mesh along which each parameter is cut."""
+        places: dict[tuple, list[int]] = {}
+        for i, (_, p) in enumerate(self.trained):
+            rows = self.shards.rows.get(p)
+            places.setdefault(() if rows is None else rows.reduced, []).append(i)
+        device = next((p.device for _, p in self.trained), None)
+        total = torch.zeros(len(sets), len(sets), dtype=torch.float64, device=device)
+        for groups, chosen in places.items():
+            # a rank without rows has gradients without elements
+            own = [[g if g is not None and g.numel() else None for g in (each[i] for i in chosen)] for each in sets]
+            total += complete_(gram(own, masks=[masks[i] for i in chosen]).to(total.device), groups)
+        # groups of ranks may have added in different orders, and all ranks have to clip alike
+        self.shards.ranks.share_([total])
+        return total
+
+
+class ShardedSink(CompactSink):
+    """Adds up the gradient of each sharded weight over the ranks that see the same rows, and keeps those held here."""
+
+    def __init__(self, store: GradientStore, shards: Shards):
+        super().__init__(store)
+        self.shards, self.owners = shards, shards.owners
+
+    def trained_slices(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """Return the slices that train on any rank, counted from the first row that this rank sees."""
+        exchanges = [self.shards.exchanges.get(weight) for weight in weights]
+        if all(exchange is None for exchange in exchanges):
+            return super().trained_slices(weights)
+        found = [exchange.slices for exchange in exchanges if exchange is not None and exchange.slices is not None]
+        return torch.cat(found).unique() if len(found) == len(weights) else None
+
+    def take(self, weight: Tensor, factors: Factors) -> None:
+        exchange, layout = self.shards.exchanges.get(weight), self.optimizer.layout(weight)
+        if exchange is None or layout is None:
+            super().take(weight, factors)
+            return
+        slices, counts = exchange
+        if slices is not None and not len(slices):
+            return
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        dw = expert_wgrad(**factors._asdict(), experts=slices, out_dtype=wide)
+        dw = sum_of_peers(dw if weight.dim() == 3 else dw.squeeze(2), counts, self.shards.rows[weight].group)
+        dw = dw.to(weight.dtype)
+        if layout.mask is not None:
+            dw = torch.where(unpack_bits(layout.mask, dw.shape[-1]), dw, 0)
+        held = self.store.collected.get(weight)
+        assert not isinstance(held, Factors)  # the sharded step keeps none
+        self.store.collected[weight] = dw if held is None else held.add_(dw)
+
+
+def _exchange(p: Tensor, rows: Rows, words: Tensor | None) -> Exchange:
+    """Return what is exchanged of a parameter under the packed mask `words` of all of it."""
+    slices = None if words is None or p.dim() < 2 else slices_with_a_bit(p, words)
+    if slices is None:
+        return Exchange(None, tuple(map(len, rows.parts)))
+    own = slices.tolist()
+    counts = tuple(sum(i in held for i in own) for held in rows.parts)
+    seen = slices[(slices >= rows.seen.start) & (slices < rows.seen.stop)] - rows.seen.start
+    return Exchange(seen.int(), counts)

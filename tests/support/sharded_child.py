@@ -1,0 +1,216 @@
+"""One of the ranks that make unlearning steps on a model whose weights FSDP2 shards; writes its weights and errors."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+
+from moe_unlearn.experts import experts_modules
+from moe_unlearn.sharding import whole
+from moe_unlearn.step import UnlearnStep
+from moe_unlearn.step.objectives import Objectives
+from tests.support.models import TINY_MODELS
+from tests.support.steps import VOCAB, data, made_of, recipe
+from tests.support.two_ranks import join
+
+STEPS = 2
+ADAMW = ("optimizer.name=adamw", "optimizer.weight_decay=0.1", "optimizer.eps=1e-4")
+SGD = ("optimizer.name=sgd", "optimizer.momentum=0.9")
+FLOOR = ("mollm.kl_floor=0", "mollm.gradients=compact")
+# name -> recipe, what is changed in it, what the step itself is asked
+CASES = {
+    "graddiff sgd": ("graddiff", SGD, {}),
+    "graddiff adamw": ("graddiff", ADAMW, {}),
+    "graddiff clip": ("graddiff", (*ADAMW, "optimizer.max_grad_norm=0.5"), {}),
+    "npo": ("npo", ADAMW, {}),
+    "npo plain": ("npo", ADAMW, {"fused": False}),
+    "trace": ("trace", (*ADAMW, "scope.kind=experts"), {}),
+    "wagle npo": ("wagle", (*ADAMW, "wagle.keep=0.3"), {}),
+    "wagle graddiff": ("graddiff", (*ADAMW, "wagle={keep: 0.3}"), {}),
+    "mollm": ("mollm", (*SGD, *FLOOR), {}),
+    "combined": ("combined", (*ADAMW, *FLOOR), {}),
+}
+CASES |= {
+    f"{family} {name}": (*CASES[name][:2], {"family": family})
+    for family in ("qwen3_moe", "gpt_oss")
+    for name in ("graddiff adamw", "wagle npo", "combined")
+}
+# objectives beside those
+MORE = {
+    "ga": ("ga", SGD, {}),
+    "rmu": ("rmu", SGD, {}),
+    "seuf": ("seuf", ADAMW, {}),
+    "simnpo": ("simnpo", ADAMW, {}),
+    "idk_dpo": ("idk_dpo", ADAMW, {}),
+    "kl_min": ("kl_min", ADAMW, {}),
+    "trace online": ("trace", (*ADAMW, "trace.refresh=online"), {}),
+    "checkpointing": ("npo", ADAMW, {"checkpointing": True}),
+}
+ALL = CASES | MORE
+UNEVEN = ("graddiff adamw", "npo", "trace", "wagle npo", "combined")
+# how the weights of a case are shared out; per layer where nothing stands
+APART = {"graddiff adamw": "experts", "trace": "experts", "npo": "head", "mollm": "root"}
+
+
+def model(name: str = "graddiff sgd") -> nn.Module:
+    """The model of a case."""
+    asked = ALL[name][2]
+    torch.manual_seed(0)
+    made = TINY_MODELS[asked.get("family", "olmoe")](VOCAB).eval()
+    if "checkpointing" in asked:
+        made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        made.train()
+    return made
+
+
+def shard(made: nn.Module, how: str = "layers") -> nn.Module:
+    if how == "experts":
+        for module in experts_modules(made).values():
+            fully_shard(module)
+    if how == "head":
+        fully_shard(made.lm_head)
+    if how != "root":
+        for layer in made.model.layers:
+            fully_shard(layer)
+    return fully_shard(made)
+
+
+def batches_of(i: int, rank: int, ranks: int) -> tuple[dict, dict]:
+    """What a rank has as micro-batch `i`; ranks have tokens and rows of their own number."""
+    forget, retain = data()
+    which = (ranks * i + rank) % len(forget)
+    return tuple({key: value[rank % 2 :] for key, value in batch.items()} for batch in (forget[which], retain[which]))
+
+
+def step_of(made: nn.Module, name: str, *, fused: bool = True) -> UnlearnStep:
+    """The prepared step of a case."""
+    base, changes, asked = ALL[name]
+    step = UnlearnStep(made, recipe(base, *changes, lr=1e-2), fused=fused and asked.get("fused", True))
+    step.prepare(*data())
+    return step
+
+
+def weights_of(step: UnlearnStep) -> dict:
+    return {name: whole(p.detach()).clone() for name, p in step.model.named_parameters()}
+
+
+def masks_of(step: UnlearnStep) -> dict:
+    mask = step.prepared.mask
+    return {} if mask is None else {f"mask of {name}": mask.words(name).clone() for name in mask.names}
+
+
+def run(name: str, rank: int, folder: Path) -> list[dict]:
+    """Make the steps of a case and write the weights; return the metrics."""
+    step = step_of(shard(model(name), APART.get(name, "layers")), name)
+    ranks = distributed.get_world_size()
+    metrics = [made_of(step, [batches_of(i, rank, ranks)]) for i in range(STEPS)]
+    after = weights_of(step) | masks_of(step)
+    if rank == 0:
+        save_file(after, folder / f"{name}.safetensors")
+    return metrics
+
+
+class NotFinite(Objectives):
+    """Losses that are all NaN."""
+
+    def __call__(self, *args, **options):
+        return {name: value * float("nan") for name, value in super().__call__(*args, **options).items()}
+
+
+def refused(rank: int) -> list[list]:
+    """What must end on both ranks, though one alone has cause to: the error, whether a weight moved, the next loss."""
+    found = []
+
+    def attempt(name, act):
+        step = UnlearnStep(shard(model()), recipe(name))
+        step.prepare(*data())
+        before = weights_of(step)
+        try:
+            act(step)
+            error = "none"
+        except (ValueError, ArithmeticError, RuntimeError) as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        step.discard()
+        moved = [key for key, value in weights_of(step).items() if not torch.equal(value, before[key])]
+        step.objectives.__class__ = Objectives
+        found.append([error, moved, step(*batches_of(0, rank, 2))["forget_loss"]])
+
+    def bad_loss(step):
+        step.objectives.__class__ = NotFinite if rank else Objectives
+        step(*batches_of(0, rank, 2))
+
+    def bad_gradient(step):
+        def spoil(module, args, output):
+            if rank:
+                output.register_hook(lambda g: g * float("inf"))
+
+        handle = step.model.model.layers[0].register_forward_hook(spoil)
+        try:
+            step(*batches_of(0, rank, 2))
+        finally:
+            handle.remove()
+
+    def bad_batch(step):
+        forget, retain = batches_of(0, rank, 2)
+        step({key: value for key, value in forget.items() if key != "labels" or not rank}, retain)
+
+    def unknown_row(step):
+        forget, retain = batches_of(0, rank, 2)
+        forget = {key: value for key, value in forget.items() if key != "index"}
+        step(forget | {"input_ids": (forget["input_ids"] + rank) % VOCAB}, retain)
+
+    def other_sizes(step):
+        pair = batches_of(0, rank, 2)
+        sizes = step.sizes([pair])
+        step(*pair, sizes={unit: count + rank for unit, count in sizes.items()})
+
+    def nobody_owns(step):
+        """The mutant: without the table of owners the sink must not drop the gradients of experts silently."""
+        owners, step.shards.owners = step.shards.owners, None
+        try:
+            step(*batches_of(0, rank, 2))
+        finally:
+            step.shards.owners = owners
+
+    attempt("graddiff", bad_loss)
+    attempt("graddiff", bad_gradient)
+    attempt("graddiff", bad_batch)
+    attempt("npo", unknown_row)
+    attempt("graddiff", other_sizes)
+    attempt("graddiff", nobody_owns)
+    return found
+
+
+def another_dimension() -> str:
+    """What is said of weights that are cut along another dimension than 0."""
+    made = model()
+    fully_shard(made, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    try:
+        UnlearnStep(made, recipe("graddiff"))
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+def main(rank: int, folder: Path, act: Callable[[int, Path], dict]) -> None:
+    join(rank, folder)
+    found = act(rank, folder)
+    (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    distributed.destroy_process_group()
+
+
+def every_case(rank: int, folder: Path) -> dict:
+    if distributed.get_world_size() == 3:  # rows that three do not share out evenly
+        return {name: run(name, rank, folder) for name in UNEVEN}
+    found = {name: run(name, rank, folder) for name in ALL}
+    return found | {"refused": refused(rank), "another dimension": another_dimension()}
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), every_case)
