@@ -1,0 +1,75 @@
+"""One of four ranks over which transformers shares out a model's experts (ep 2 x efsdp 2), in float64."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import distributed, nn
+from transformers.distributed import DistributedConfig
+
+from moe_unlearn.model.capture import routing_capture
+from moe_unlearn.model.head import final_hidden_states
+from tests.support import sharded_child
+from tests.support.sharded_child import CASES, STEPS, batches_of, masks_of, step_of, weights_of
+from tests.support.steps import data, made_of
+from tests.support.two_ranks import join
+
+EP, RANKS = 2, 4
+OWN = [name for name, (_, _, asked) in CASES.items() if "family" not in asked]
+# experts on one rank each, and on two that share them out
+ENGINES = {"ep 2 x efsdp 2": EP, "ep 4": RANKS}
+
+
+def loaded(folder: Path, ep: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The model of the cases, its experts shared out."""
+    family = type(sharded_child.model())
+    config = DistributedConfig(fsdp_size=RANKS, ep_size=ep)
+    made = family.from_pretrained(
+        folder / "model", distributed_config=config, dtype=dtype, experts_implementation="moe_unlearn"
+    )
+    return made.eval()
+
+
+def counts(model: nn.Module) -> list:
+    with torch.no_grad(), routing_capture(model) as capture:
+        final_hidden_states(model, data()[0][0])
+    return capture.counts.tolist()
+
+
+def halving(folder: Path, ep: int, rank: int) -> dict:
+    """The engine's own gradient of an expert weight, as torch and transformers leave it to a plain training loop."""
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        made = loaded(folder, ep, dtype)
+        forget = data()[0][0]
+        made(
+            input_ids=forget["input_ids"], attention_mask=forget["attention_mask"], labels=forget["labels"]
+        ).loss.backward()
+        weight = dict(made.named_parameters())["model.layers.0.mlp.experts.down_proj"]
+        found[str(dtype)] = float(weight.grad.full_tensor().double().norm())
+    return found
+
+
+def main(rank: int, folder: Path) -> None:
+    join(rank, folder)
+    if rank == 0:
+        sharded_child.model().save_pretrained(folder / "model")
+    distributed.barrier()
+    found: dict = {"halving": {engine: halving(folder, ep, rank) for engine, ep in ENGINES.items()}}
+    for engine, ep in ENGINES.items():
+        found[f"{engine} counts"] = counts(loaded(folder, ep))
+        for name in OWN if ep == EP else ("graddiff sgd", "trace"):
+            step = step_of(loaded(folder, ep), name)
+            case = f"{engine} {name}"
+            found[case] = [made_of(step, [batches_of(i, rank, RANKS)]) for i in range(STEPS)]
+            after = weights_of(step) | masks_of(step)
+            if rank == 0:
+                save_file(after, folder / f"{case}.safetensors")
+    (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
