@@ -39,6 +39,22 @@ def test_the_peak_and_its_parts():
     assert ledger.peak() == {"weights": 400, "gradients": 40, "mask": 1000}
 
 
+def test_what_is_held_resized_and_left_out():
+    ledger = Ledger(CPU)
+    tensor, apart = floats(100), floats(10)
+    ledger.leave_out(apart)
+    ledger.add(tensor, "weights")
+    ledger.add(apart, "weights")
+    key = ledger.hold(1000, "gathered")
+    ledger.resize(tensor, 40)
+    ledger.let_go(key)
+    ledger.pulse(500, "workspace")
+    assert ledger.peak() == {"weights": 400, "gathered": 1000}
+    del tensor
+    ledger.hold(1401, "mask")
+    assert ledger.peak() == {"mask": 1401}
+
+
 def test_a_replacement_takes_the_place_of_what_is_released_at_once():
     for released in (True, False):
         ledger = Ledger(CPU)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_unlearn.plan import costs
@@ -72,8 +72,8 @@ class Rehearsal(TorchDispatchMode):
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a fake of this shape on the rehearsal's device."""
-        with self._fake_mode:
+        """Return a fake of this shape on the rehearsal's device, which is not counted."""
+        with _disable_current_modes(), self._fake_mode:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
     def __torch_dispatch__(

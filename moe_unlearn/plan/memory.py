@@ -24,6 +24,7 @@ class Ledger:
     def __init__(self, device: torch.device):
         self._block = _CUDA_BLOCK if device.type == "cuda" else 1
         self._events: list[tuple[int, int]] = []  # (key, bytes), negative where released
+        self._held: dict[int, int] = defaultdict(int)  # key -> bytes held now
         self._components: list[str] = []  # by key
         self._live: dict[int, int] = {}  # address of a storage -> key
         self._replacement: tuple[int, int, int, int] | None = None  # (old key, new key, new address, bytes)
@@ -33,20 +34,35 @@ class Ledger:
         self._settle()
         if (registered := self._register(tensor, component)) is not None:
             key, _, size = registered
-            self._events.append((key, size))
+            self._record(key, size)
 
-    def hold(self, size: int, component: str) -> None:
-        """Count `size` bytes that are never released."""
-        if size:
-            self._settle()
-            self._events.append((self._key(component), size))
+    def hold(self, size: int, component: str) -> int:
+        """Count `size` bytes until `let_go` of the key that is returned."""
+        self._settle()
+        key = self._key(component)
+        self._record(key, size)
+        return key
+
+    def let_go(self, key: int) -> None:
+        """Count what `hold` returned this key for as released."""
+        self._settle()
+        self._record(key, -self._held[key])
 
     def pulse(self, size: int, component: str) -> None:
         """Count `size` bytes that are allocated and released at once, such as those that a kernel uses inside."""
-        if size:
-            self._settle()
-            key = self._key(component)
-            self._events += [(key, size), (key, -size)]
+        if size:  # else a pending replacement stays one
+            self.let_go(self.hold(size, component))
+
+    def leave_out(self, tensor: Tensor) -> None:
+        """Never count the storage of `tensor`, which outlives the ledger: `hold` counts what it stands for."""
+        self._live[tensor.untyped_storage()._cdata] = self._key("")
+
+    def resize(self, tensor: Tensor, size: int) -> None:
+        """Count the storage of `tensor`, where it is counted, as `size` bytes from now on."""
+        self._settle()
+        key = self._live.get(tensor.untyped_storage()._cdata)
+        if key is not None:
+            self._record(key, size - self._held[key])
 
     def replace(self, old: Tensor, new: Tensor, component: str) -> None:
         """Let `new` take over the memory of `old` if `old` is released before anything else is allocated."""
@@ -56,7 +72,7 @@ class Ledger:
         if key is not None and registered is not None:
             self._replacement = key, *registered
         elif registered is not None:
-            self._events.append((registered[0], registered[2]))
+            self._record(registered[0], registered[2])
 
     def label(self, tensors: Iterable[Tensor], component: str) -> None:
         """Count `tensors` that were allocated as activations or workspace as `component` from their start."""
@@ -101,24 +117,30 @@ class Ledger:
         if address in self._live or not size:
             return None
         self._live[address] = key = self._key(component)
-        weakref.finalize(storage, self._release, address, size).atexit = False
+        weakref.finalize(storage, self._release, address).atexit = False
         return key, address, size
 
-    def _release(self, address: int, size: int) -> None:
+    def _record(self, key: int, size: int) -> None:
+        """Record that `size` bytes more, or less, are held under a key."""
+        if size:
+            self._held[key] += size
+            self._events.append((key, size))
+
+    def _release(self, address: int) -> None:
         key = self._live.pop(address)
         if self._replacement is not None and self._replacement[0] == key:
             # nothing was allocated in between: the new storage takes the place of the old one
             self._live[self._replacement[2]], self._replacement = key, None
             return
         self._settle()
-        self._events.append((key, -size))
+        self._record(key, -self._held[key])
 
     def _settle(self) -> None:
         """Count a pending replacement as an allocation, since its old storage was not released in time."""
         if self._replacement is not None:
             _, key, _, size = self._replacement
             self._replacement = None
-            self._events.append((key, size))
+            self._record(key, size)
 
 
 @dataclass
