@@ -30,6 +30,7 @@ from moe_unlearn.experts import enable
 from moe_unlearn.files import write_json
 from moe_unlearn.model import loading
 from moe_unlearn.model.batches import Batch
+from moe_unlearn.plan import Mesh
 from moe_unlearn.regress import command as regression
 from moe_unlearn.runs import report
 from moe_unlearn.runs.run import Run, unlearn
@@ -161,12 +162,15 @@ def mask(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Unlearn: read a recipe, a model and the data, train, evaluate, report."""
+    mesh = None if options.mesh is None else Mesh.parse(options.mesh)
+    if not options.dry_run and (mesh is not None or options.fits is not None):
+        raise ValueError("--mesh and --fits ask for a plan, and go with --dry-run: a run starts no ranks of its own")
     known = options.model_config if options.model_config in models() else None
     recipe = Recipe.load(options.recipe, [*_data_overrides(options), *options.set], model=known)
     if options.model_config is not None and recipe.data.model is None:
         if not options.dry_run:
             raise ValueError("data.model is missing: --model-config alone gives no weights, only a --dry-run")
-        print(UnlearnStep(loading.meta_model(options.model_config), recipe).plan())
+        print(UnlearnStep(loading.meta_model(options.model_config), recipe).plan(mesh=mesh, fits=options.fits))
         return
     for key in ("model", "forget", "retain"):
         if getattr(recipe.data, key) is None:
@@ -191,7 +195,8 @@ def run(options: argparse.Namespace) -> None:
             sets[side] = data.draw(sets[side], rows, seed=recipe.seed)
             reports[side].rows = rows
     if options.dry_run:
-        print(Run(model, tokenizer, recipe, sets["forget"], sets["retain"]).plan(verify=options.verify))
+        planned = Run(model, tokenizer, recipe, sets["forget"], sets["retain"])
+        print(planned.plan(verify=options.verify, mesh=mesh, fits=options.fits))
         return
     out = Path(options.out)
     # the cache folder changes no result, so it is not part of the recipe
@@ -283,6 +288,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="runs/unlearn", help="folder of the run")
     sub.add_argument("--cache", help="folder of reference values that runs share (default: OUT/cache)")
     sub.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    sub.add_argument(
+        "--mesh",
+        metavar="fsdp=N[,ep=M]",
+        help="with --dry-run: plan for one of N ranks that share out the weights, and experts over M of them",
+    )
+    sub.add_argument("--fits", type=float, metavar="GIB", help="with --dry-run: ask whether devices of this size do")
     sub.add_argument(
         "--verify",
         type=steps,

@@ -2,8 +2,10 @@
 
 `plan` makes the prediction from a `dry_run` of the step's own code on tensors without storage. `ways` says how each
 trained weight gets its update, `costs` gives the work of each operation, and `memory` records what is held at once.
+For a `mesh` of ranks, `one_rank` makes the dry run that of one of them.
 """
 
+from moe_unlearn.plan.mesh import Mesh
 from moe_unlearn.plan.plan import Plan, make_plan
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Mesh", "Plan", "make_plan"]

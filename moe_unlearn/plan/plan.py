@@ -4,8 +4,11 @@ The prediction is a rehearsal: two steps of the step's own code run on tensors w
 follows whatever the step does. Results that prepare() has not made yet are assumed in their largest shape. The step,
 its model and the random state stay unchanged. Not counted are the batches and all memory outside of torch's tensors:
 the CUDA context, cuBLAS' workspace, scratch of the C++ kernels.
+
+For a mesh it is the rehearsal of one rank, the one that holds most, and no rank is started; see `one_rank`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,18 +20,18 @@ from torch import Tensor
 from moe_unlearn import router_aux, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.model.batches import Batch, Sizes, all_checked, attended_mask, refusal
-from moe_unlearn.model.head import head_of
+from moe_unlearn.model.batches import Batch, Sizes, all_checked
 from moe_unlearn.ops.bits import unpack_bits
-from moe_unlearn.plan.assumed import CACHES, assumed, reference_head
+from moe_unlearn.plan.assumed import CACHES, assumed
 from moe_unlearn.plan.dry_run import Rehearsal
+from moe_unlearn.plan.known import cache_bytes, held_at_rest, part_of
+from moe_unlearn.plan.mesh import Mesh
+from moe_unlearn.plan.one_rank import OneRank
 from moe_unlearn.plan.ways import Path, form, obstacle, paths
-from moe_unlearn.prepare.stages import Preparation, needed, uses_kl
+from moe_unlearn.prepare.stages import Preparation
+from moe_unlearn.ranks import Ranks
 from moe_unlearn.verify import Verifier
 from moe_unlearn.view import StepView
-
-_HIDDEN_BYTES = 2  # cached hidden states are bfloat16
-_LOGPROB_BYTES = 4
 
 
 @dataclass
@@ -39,6 +42,9 @@ class Plan:
     component at any time. flops, bytes: by kernel, the operations of matrix products and the bytes read and written,
     for one micro-batch and its update. paths: the way of each layer's gradients (`ways.Path`). Where the step cannot
     be rehearsed, a note says why, and memory holds what is known without: weights, optimizer state, mask and caches.
+
+    With a mesh all of these are of one rank, the one that holds most, but for `weights` and `trained`; traffic: the
+    bytes that it sends to other ranks in a step, by cause. fits: the GiB that a device has, where that is asked for.
     """
 
     recipe: str
@@ -56,6 +62,9 @@ class Plan:
     memory: dict[str, int] = field(default_factory=dict)
     largest: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    mesh: Mesh | None = None
+    traffic: dict[str, int] = field(default_factory=dict)
+    fits: float | None = None
 
     @property
     def peak(self) -> int:
@@ -66,7 +75,8 @@ class Plan:
         share = self.trained / max(self.weights, 1)
         lines = [
             f"recipe {self.recipe}: {self.steps} steps, {self.layers} MoE layers, on {self.device}",
-            f"batch: {self.shape}",
+            *([] if self.mesh is None else [f"mesh: {self.mesh}; below is the rank that holds most"]),
+            f"batch: {self.shape}" + ("" if self.mesh is None else ", on each rank"),
             *([f"data: {self.data}"] if self.data else []),
             f"trained weights: {self.trained:,} of {self.weights:,} ({share:.1%})",
             *(f"  {name:<10} {text}" for name, text in self.levers.items()),
@@ -83,9 +93,24 @@ class Plan:
                 for name, size in self.largest.items()
             ),
             f"  {'peak':<24} {self.peak / 2**20:12.2f}",
+            *self._sent(),
+            *self._fitting(),
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
+
+    def _sent(self) -> list[str]:
+        if self.mesh is None:
+            return []
+        causes = [*sorted(self.traffic.items(), key=lambda item: -item[1]), ("total", sum(self.traffic.values()))]
+        head = f"{'sent in a step (MiB)':<39} {'to others':>12}"
+        return [head, *(f"  {name:<37} {size / 2**20:12.2f}" for name, size in causes)]
+
+    def _fitting(self) -> list[str]:
+        if self.fits is None:
+            return []
+        ranks, answer = 1 if self.mesh is None else self.mesh.fsdp, "yes" if self.peak <= self.fits * 2**30 else "no"
+        return [f"fits on {ranks} x {self.fits:g} GiB: {answer}, {self.peak / 2**30:.3g} GiB each"]
 
 
 class Step(Protocol):
@@ -93,6 +118,7 @@ class Step(Protocol):
 
     prepared: Preparation
     verifier: Verifier
+    ranks: Ranks
 
     def view(self) -> StepView:
         """Return what the step shows of itself at this moment."""
@@ -115,15 +141,31 @@ class Step(Protocol):
         """Update the weights from the accumulated gradients."""
 
 
-def make_plan(step: Step, forget_batches: Iterable[Batch], retain_batches: Iterable[Batch]) -> Plan:
+def make_plan(
+    step: Step,
+    forget_batches: Iterable[Batch],
+    retain_batches: Iterable[Batch],
+    *,
+    mesh: Mesh | str | None = None,
+    fits: float | None = None,
+) -> Plan:
     """Make the plan of an `UnlearnStep` in its present state, for the largest batch of each side.
 
     Without batches, the recipe's batch size, rows and length are assumed. A model on the meta device is planned for
     CUDA where there is a GPU, for the CPU otherwise. Before prepare(), masks are assumed to keep everything, and as
-    many experts to be selected as the recipe allows.
+    many experts to be selected as the recipe allows. `mesh`, a `Mesh` or what its `parse` takes, plans for one rank of
+    several, which has these batches to itself; `fits` asks whether a device of so many GiB is enough.
+
+    Raises ValueError for a bad batch, for a mesh that the model does not fit, and for a model that is sharded already.
     """
+    mesh = Mesh.parse(mesh) if isinstance(mesh, str) else mesh
     forget, retain = all_checked(forget_batches, "forget"), all_checked(retain_batches, "retain")
     view, prepared = step.view(), step.prepared
+    if mesh is not None:
+        mesh.placings(view.model)  # which refuses a model that does not fit
+        view = dataclasses.replace(view, ranks=mesh.fsdp)
+    if fits is not None and not fits > 0:
+        raise ValueError(f"fits must be above 0 GiB; got {fits:g}")
     recipe, named = view.recipe, list(view.model.named_parameters())
     device = _device(named)
     batches = {side: _largest(given, recipe, device) for side, given in (("forget", forget), ("retain", retain))}
@@ -138,20 +180,25 @@ def make_plan(step: Step, forget_batches: Iterable[Batch], retain_batches: Itera
         shape=", ".join(f"{side} {' x '.join(map(str, b['input_ids'].shape))}" for side, b in batches.items()),
         data=_data(recipe, forget, retain),
         paths=paths(view),
+        mesh=mesh,
+        fits=fits,
     )
     if recipe.mollm is not None:
         plan.notes.append(f"MOLLM keeps {2 + recipe.mollm.kl} gradient sets until their Gram matrix is known")
     if recipe.wagle is not None and recipe.wagle.mask is None and prepared.mask is None:
-        size = 2 * 4 * sum(p.numel() for _, p in view.trained) / 2**20
+        part = part_of(view, mesh)
+        size = 2 * 4 * sum(part(p, p.numel()) for _, p in view.trained) / 2**20
         plan.notes.append(f"prepare() makes WAGLE's mask from two float32 gradients, {size:.2f} MiB beside the weights")
     if recipe.scope.kind in ("experts", "seuf") and prepared.selected is None:
         plan.notes.append(
             "prepare() chooses the experts that train: trained weights and paths above count all, memory only as many "
             "as it chooses"
         )
+    if mesh is not None and (padding := mesh.padding(view.model)):
+        plan.notes.append(padding)
     if recipe.optimizer.max_grad_norm is not None:
         plan.notes.append("max_grad_norm needs every gradient before the first update")
-    caches = _cache_bytes(view, prepared, forget, retain)
+    caches = cache_bytes(view, prepared, forget, retain)
     if device.type != "cpu" and caches:
         plan.notes.append(f"reference caches take {caches / 2**20:.2f} MiB on the host")
         caches = 0
@@ -161,7 +208,7 @@ def make_plan(step: Step, forget_batches: Iterable[Batch], retain_batches: Itera
         # some wrappers cannot be copied, and torch's fakes do not know some operations
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         plan.notes.append(f"not rehearsed, so activations, gradients and workspace are unknown ({reason})")
-        plan.memory = plan.largest = _static(view, prepared, caches)
+        plan.memory = plan.largest = held_at_rest(view, prepared, caches, mesh)
     if step.verifier.remaining:
         steps = "every step" if step.verifier.remaining == math.inf else f"{step.verifier.remaining} steps"
         size = step.verifier.memory() / 2**20
@@ -173,8 +220,13 @@ def make_plan(step: Step, forget_batches: Iterable[Batch], retain_batches: Itera
 
 def _rehearse(plan: Plan, step: Step, rehearsal: Rehearsal, batches: dict[str, Batch], caches: int) -> None:
     """Run two steps of a shadow of `step` and write their costs into `plan`."""
-    ledger, view = rehearsal.ledger, step.view()
+    ledger, view, rank = rehearsal.ledger, step.view(), None
     shadow = step.shadow(rehearsal.twin, assumed(view, step.prepared, rehearsal, batches))
+    if plan.mesh is not None:
+        rehearsal.phase = "mask"
+        with rehearsal:
+            shadow.apply_preparation()
+            rank = OneRank(shadow, plan.mesh, rehearsal)
     copied = shadow.view()
     for tensor in (*copied.model.parameters(), *copied.model.buffers()):
         ledger.add(tensor, "weights")
@@ -185,14 +237,17 @@ def _rehearse(plan: Plan, step: Step, rehearsal: Rehearsal, batches: dict[str, B
     pair, factored = (batches["forget"], batches["retain"]), view.recipe.mollm is not None and form(view) != "compact"
     devices = [] if rehearsal.device.type == "cpu" else [rehearsal.device]
     with torch.random.fork_rng(devices), rehearsal:
-        rehearsal.phase = "mask"
-        shadow.apply_preparation()
+        if rank is None:
+            rehearsal.phase = "mask"
+            shadow.apply_preparation()
         sizes = None if view.micro_batches == 1 else shadow.sizes([pair] * view.micro_batches)
         # the first step creates the optimizer's state, the second one has it from its start
         for _ in range(2):
             # two micro-batches are enough: the second finds gradients, and later ones hold no more; but factors add up
             for _ in range(view.micro_batches if factored else min(view.micro_batches, 2)):
                 rehearsal.reset_costs()
+                if rank is not None:
+                    rank.traffic.clear()
                 rehearsal.phase = "activations"
                 shadow.accumulate(*pair, sizes=sizes, last=view.micro_batches == 1)
                 ledger.label(copied.gradients.held(), "gradients")
@@ -202,17 +257,8 @@ def _rehearse(plan: Plan, step: Step, rehearsal: Rehearsal, batches: dict[str, B
     plan.flops = {name: count for name, count in rehearsal.flops.items() if count}
     plan.bytes = dict(rehearsal.moved)
     plan.memory, plan.largest = ledger.peak(), ledger.largest()
-
-
-def _static(view: StepView, prepared: Preparation, caches: int) -> dict[str, int]:
-    """Return the bytes by component that are known without a rehearsal."""
-    known = {
-        "weights": sum(p.numel() * p.element_size() for p in view.model.parameters()),
-        "optimizer state": sum(view.optimizer.state_size(p, view.masks.get(name)) for name, p in view.trained),
-        "mask": sum(words.numel() * words.element_size() for words in view.masks.values()),
-        CACHES: caches + sum(kept.nbytes for kept in reference_head(view, prepared) if kept is not None),
-    }
-    return {name: size for name, size in known.items() if size}
+    if rank is not None:
+        plan.traffic = {cause: size * view.micro_batches for cause, size in rank.traffic.items() if size}
 
 
 def _tensors(value: object) -> list[Tensor]:
@@ -310,39 +356,3 @@ def _kept(parameter: Tensor, words: Tensor | None) -> int:
     if words is None:
         return parameter.numel()
     return int(unpack_bits(words, parameter.shape[-1] if parameter.dim() else 1).sum())
-
-
-def _cache_bytes(view: StepView, prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> int:
-    """Return the bytes of values cached row by row, which lie on the host; the reference's head is on the device."""
-    recipe = view.recipe
-    caches = (
-        prepared.token_weights,
-        prepared.ref_logprobs,
-        prepared.ref_logprobs_idk,
-        prepared.ref_hidden_states,
-        prepared.ref_hidden_states_forget,
-        prepared.ref_layer_states,
-    )
-    if set(needed(recipe)) <= set(prepared.done):
-        return sum(cache.nbytes for cache in caches if cache is not None)
-    hidden = head_of(view.model).weight.shape[1]
-
-    def tokens(batches: list[Batch], rows: int | None) -> int:
-        assumed = (rows or 0) * recipe.data.max_length
-        return sum(int(attended_mask(b).sum()) for b in batches) if batches else assumed
-
-    forgotten, retained = tokens(forget, recipe.data.forget_rows), tokens(retain, recipe.data.retain_rows)
-    predicted = 0
-    if recipe.trace is not None and recipe.trace.refresh == "offline" and not prepared.inactive:
-        predicted += retained * _LOGPROB_BYTES
-    if recipe.forget.objective in ("npo", "idk_dpo"):
-        predicted += forgotten * _LOGPROB_BYTES
-    if recipe.forget.objective == "idk_dpo":
-        predicted += tokens([refusal(b) for b in forget], recipe.data.forget_rows) * _LOGPROB_BYTES
-    if recipe.retain.objective == "embed_diff":
-        predicted += retained * hidden * _HIDDEN_BYTES
-    if uses_kl(recipe):
-        predicted += retained * hidden * _HIDDEN_BYTES
-    if recipe.forget.objective == "undial":
-        predicted += forgotten * hidden * _HIDDEN_BYTES
-    return predicted

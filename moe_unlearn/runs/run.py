@@ -17,7 +17,7 @@ from moe_unlearn.files import write_json, write_text
 from moe_unlearn.metrics.privacy import add_privleak
 from moe_unlearn.model import loading
 from moe_unlearn.model.batches import Batch
-from moe_unlearn.plan import Plan
+from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.prepare.stages import CHOOSING, needed
 from moe_unlearn.runs import report
 from moe_unlearn.runs.summary import Summary
@@ -60,13 +60,16 @@ class Run:
         order = torch.randperm(len(self.pairs), generator=data.generator(self.pairs.seed, epoch)).tolist()
         return self.collator([self.pairs[j] for j in order[position * size : (position + 1) * size]])
 
-    def plan(self, *, verify: int | bool = 0) -> Plan:
-        """Plan the steps; the stages that choose experts or weights run first, since the costs depend on them."""
+    def plan(self, *, verify: int | bool = 0, mesh: Mesh | None = None, fits: float | None = None) -> Plan:
+        """Plan the steps; the stages that choose experts or weights run first, since the costs depend on them.
+
+        `mesh` and `fits` are those of `make_plan`.
+        """
         step = UnlearnStep(self.model, self.recipe, verify=verify)
         forget, retain = map(self.batches, SIDES)
         if not set(needed(self.recipe)).isdisjoint(CHOOSING):
             step.prepare(forget, retain, stages=CHOOSING)
-        return step.plan(forget, retain)
+        return step.plan(forget, retain, mesh=mesh, fits=fits)
 
     def trainer(self, folder: Path, *, cache_dir: Path | None = None, verify: int | bool = 0) -> UnlearnTrainer:
         """Make the trainer of this run, which keeps its checkpoints in `folder`; ValueError for several processes."""

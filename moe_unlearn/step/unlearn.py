@@ -293,12 +293,12 @@ class UnlearnStep:
         self.tally.clear()
         self._updated = []
 
-    def plan(self, forget_batches: Iterable[Batch] = (), retain_batches: Iterable[Batch] = ()) -> Plan:
+    def plan(self, forget_batches: Iterable[Batch] = (), retain_batches: Iterable[Batch] = (), **options: Any) -> Plan:
         """Plan what the step will do and what it will cost for the largest of the given batches; see `plan`.
 
-        All batches together size the reference caches. The step stays unchanged. Raises ValueError for a bad batch.
+        All batches size the reference caches; the step stays unchanged. `mesh`, `fits` and errors are `make_plan`'s.
         """
-        return make_plan(self, forget_batches, retain_batches)
+        return make_plan(self, forget_batches, retain_batches, **options)
 
     def state_dict(self) -> dict:
         """Return preparation, optimizer, steps done and dual variable: with the weights, all a bitwise resume needs."""

@@ -1,0 +1,77 @@
+"""What a plan knows of a step's memory without a rehearsal."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from moe_unlearn.model.batches import Batch, attended_mask, refusal
+from moe_unlearn.model.head import head_of
+from moe_unlearn.plan.assumed import CACHES, reference_head
+from moe_unlearn.plan.mesh import Mesh
+from moe_unlearn.prepare.stages import Preparation, needed, uses_kl
+from moe_unlearn.view import StepView
+
+_HIDDEN_BYTES = 2  # cached hidden states are bfloat16
+_LOGPROB_BYTES = 4
+
+
+def part_of(view: StepView, mesh: Mesh | None) -> Callable[[Tensor, float], int]:
+    """Return a function of a parameter and a size, which gives what of it the first rank of a mesh has; else all."""
+    placings = {} if mesh is None else mesh.placings(view.model)
+
+    def part(p: Tensor, size: float) -> int:
+        placing = placings.get(p)
+        if placing is None:
+            return round(size)
+        return round(size * len(placing.held(len(p), placing.coordinates()[0])) / max(len(p), 1))
+
+    return part
+
+
+def held_at_rest(view: StepView, prepared: Preparation, caches: int, mesh: Mesh | None) -> dict[str, int]:
+    """Return the bytes by component that are known without a rehearsal, on the first rank of a mesh if there is one."""
+    part = part_of(view, mesh)
+    named = dict(view.model.named_parameters())
+    known = {
+        "weights": sum(part(p, p.nbytes) for p in view.model.parameters()),
+        "optimizer state": sum(part(p, view.optimizer.state_size(p, view.masks.get(name))) for name, p in view.trained),
+        "mask": sum(part(named[name], words.nbytes) for name, words in view.masks.items()),
+        CACHES: caches + sum(kept.nbytes for kept in reference_head(view, prepared) if kept is not None),
+    }
+    return {name: size for name, size in known.items() if size}
+
+
+def cache_bytes(view: StepView, prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> int:
+    """Return the bytes of values cached row by row, which lie on the host; the reference's head is on the device."""
+    recipe = view.recipe
+    caches = (
+        prepared.token_weights,
+        prepared.ref_logprobs,
+        prepared.ref_logprobs_idk,
+        prepared.ref_hidden_states,
+        prepared.ref_hidden_states_forget,
+        prepared.ref_layer_states,
+    )
+    if set(needed(recipe)) <= set(prepared.done):
+        return sum(cache.nbytes for cache in caches if cache is not None)
+    hidden = head_of(view.model).weight.shape[1]
+
+    def tokens(batches: list[Batch], rows: int | None) -> int:
+        assumed = (rows or 0) * recipe.data.max_length
+        return sum(int(attended_mask(b).sum()) for b in batches) if batches else assumed
+
+    forgotten, retained = tokens(forget, recipe.data.forget_rows), tokens(retain, recipe.data.retain_rows)
+    predicted = 0
+    if recipe.trace is not None and recipe.trace.refresh == "offline" and not prepared.inactive:
+        predicted += retained * _LOGPROB_BYTES
+    if recipe.forget.objective in ("npo", "idk_dpo"):
+        predicted += forgotten * _LOGPROB_BYTES
+    if recipe.forget.objective == "idk_dpo":
+        predicted += tokens([refusal(b) for b in forget], recipe.data.forget_rows) * _LOGPROB_BYTES
+    if recipe.retain.objective == "embed_diff":
+        predicted += retained * hidden * _HIDDEN_BYTES
+    if uses_kl(recipe):
+        predicted += retained * hidden * _HIDDEN_BYTES
+    if recipe.forget.objective == "undial":
+        predicted += forgotten * hidden * _HIDDEN_BYTES
+    return predicted
