@@ -85,14 +85,18 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     step()
     with Sent(distributed.get_rank() % ep, ep) as sent:
         step()
-    with measured_peak("cpu") as measured:
-        step()
+    peaks = []
+    for _ in range(3):
+        with measured_peak("cpu") as measured:
+            step()
+        peaks.append(measured.peak)
     state = [value for values in optimizer.state.values() for value in values.values()]
     return {
         "weights": sum(local(p).nbytes for p in model.parameters()),
         "buffers": sum(b.nbytes for b in model.buffers()),
         "optimizer state": sum(local(value).nbytes for value in state),
-        "peak": measured.peak,
+        # a buffer that gloo's own thread is the last to release is never seen to be released
+        "peak": min(peaks),
         "sent": sent.total,
         "exchanged": sent.exchanged,
     }
