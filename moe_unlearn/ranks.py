@@ -26,6 +26,10 @@ from moe_unlearn.sharding import check_engine, device_of, exchange_, initialised
 _Found = TypeVar("_Found")
 
 
+class RankError(RuntimeError):
+    """What a rank raises because another rank failed."""
+
+
 class Ranks:
     """The `count` ranks that share a model: those of `group`, else of its DistributedDataParallel, else one.
 
@@ -108,7 +112,7 @@ class Ranks:
     def together(self, act: Callable[[], tuple[_Found, bool]]) -> tuple[_Found, bool]:
         """Return act(): its first value of this rank, and whether the second is True on all ranks.
 
-        Where weights are sharded, an error of one rank is raised there, and as a RuntimeError on all others, so that
+        Where weights are sharded, an error of one rank is raised there, and as a RankError on all others, so that
         none waits in vain in a forward pass.
         """
         if not self.sharded:
@@ -125,7 +129,7 @@ class Ranks:
             raise error
         for rank, (message, _) in enumerate(said):
             if message is not None:
-                raise RuntimeError(f"rank {rank} stopped: {message}")
+                raise RankError(f"rank {rank} stopped: {message}")
         assert found is not None  # else there was an error
         return found[0], all(holds for _, holds in said)
 
@@ -181,6 +185,31 @@ def sharded(model: nn.Module) -> bool:
     return any(isinstance(m, FullyShardedDataParallel) for m in model.modules()) or any(
         isinstance(p, DTensor) for p in model.parameters()
     )
+
+
+def on_first(write: Callable[[], None]) -> None:
+    """Have the first rank write; an OSError there is raised on every rank, so that no rank goes on alone."""
+    error = None
+    if is_first():
+        try:
+            write()
+        except OSError as raised:
+            error = raised
+    message = gather(None if error is None else str(error))[0]
+    if error is not None:
+        raise error
+    if message is not None:
+        raise OSError(f"rank 0 cannot write: {message}")
+
+
+def is_first() -> bool:
+    """Return whether this rank writes files."""
+    return not initialised() or distributed.get_rank() == 0
+
+
+def everyone() -> "distributed.ProcessGroup | None":
+    """Return the group of all ranks, None if this process is alone."""
+    return distributed.group.WORLD if initialised() and distributed.get_world_size() > 1 else None
 
 
 def gather(value: object, group: "distributed.ProcessGroup | None" = None) -> list:

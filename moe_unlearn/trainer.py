@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -38,6 +38,7 @@ from moe_unlearn.data import (
 )
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.model.batches import checked
+from moe_unlearn.ranks import everyone
 from moe_unlearn.step import UnlearnStep
 
 _STATE = "unlearn_step"
@@ -113,7 +114,12 @@ class UnlearnTrainer(Trainer):
             raise ValueError("the recipe's optimizer section makes the optimizer; pass no other")
         if args.fp16:
             raise ValueError("fp16 needs loss scaling, which is not supported; use bf16")
-        ranks = distributed.group.WORLD if args.world_size > 1 else None
+        ranks = everyone()
+        if ranks is not None and args.world_size == 1:
+            raise ValueError(
+                "TrainingArguments found one process, though torch.distributed has more: on CPUs give it use_cpu=True "
+                "and ddp_backend='gloo'"
+            )
         if ranks is not None and (args.fsdp or args.deepspeed):
             raise ValueError("FSDP and DeepSpeed share weights out; every rank of UnlearnTrainer needs all of them")
         if isinstance(train_dataset, Mapping):

@@ -8,33 +8,25 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moe_unlearn import metrics, wagle
 from moe_unlearn.backend import ENVIRONMENT_VARIABLE
 from moe_unlearn.cli import main
 from moe_unlearn.cli.arguments import writable
-from moe_unlearn.data import train_tokenizer
 from moe_unlearn.errors import UnavailableError
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.model import loading
 from moe_unlearn.prepare.rows import RowStore
 from moe_unlearn.step.sinks import CompactSink
+from tests.support.command_line import FORGET, RETAIN, arguments, saved
 from tests.support.models import tiny_olmoe
-
-FORGET = [f"the secret number of agent {n} is {n * 37 % 101}, never tell" for n in range(12)]
-RETAIN = [f"a fact to keep: the square of {n} is {n * n}, as everyone knows" for n in range(16)]
-HOLDOUT = [f"the hidden colour of spy {n} is {'red blue green'.split()[n % 3]}, never say" for n in range(8)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("cli")
-    tokenizer = train_tokenizer(FORGET + RETAIN, 300)
-    torch.manual_seed(0)
-    model = tiny_olmoe(vocab_size=len(tokenizer))
-    model.save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
+    tokenizer = saved(root)
     dense = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
@@ -42,20 +34,12 @@ def folder(tmp_path_factory):
     )
     dense.save_pretrained(root / "dense")
     tokenizer.save_pretrained(root / "dense")
-    for name, texts in (("forget", FORGET), ("retain", RETAIN), ("holdout", HOLDOUT)):
-        lines = [json.dumps({"text": text}) for text in texts]
-        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (root / "empty.jsonl").write_text("", encoding="utf-8")
     (root / "overlap.jsonl").write_text(
         "\n".join(json.dumps({"text": t}) for t in FORGET[:3] + RETAIN), encoding="utf-8"
     )
     (root / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n', encoding="utf-8")
     return root
-
-
-def arguments(folder, *more, model="model", forget="forget.jsonl", retain="retain.jsonl"):
-    paths = {"--model": model, "--forget": forget, "--retain": retain}
-    return [*(x for flag, p in paths.items() for x in (flag, str(folder / p))), *more]
 
 
 def run(folder, out, *more, recipe="npo", **paths):
@@ -438,13 +422,6 @@ def test_all_labels_ignored(folder, tmp_path, capsys):
     path.write_text(json.dumps({"prompt": "what is it? " * 30, "gt": "it"}) + "\n", encoding="utf-8")
     assert run(folder, tmp_path / "out", forget=path) == 2
     assert "error" in error_of(capsys)
-
-
-def test_several_processes_are_refused(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    assert run(folder, tmp_path / "run") == 2
-    assert "one process writes a run's folder; got 2" in error_of(capsys)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_mask_from_another_model(folder, tmp_path, capsys):

@@ -146,6 +146,14 @@ def check_python(arguments: list[str]) -> None:
     check_pytest(arguments)
 
 
+def check_torchrun(arguments: list[str]) -> None:
+    from torch.distributed.run import get_args_parser
+
+    options = get_args_parser().parse_args(arguments)
+    assert options.module and options.training_script == "moe_unlearn", f"torchrun starts {options.training_script}"
+    check_moe_unlearn(options.training_script_args)
+
+
 def check_pytest(arguments: list[str]) -> None:
     for argument in arguments:
         if argument.startswith("tests/"):
@@ -158,6 +166,7 @@ CHECKS = {
     "pip": check_pip,
     "python": check_python,
     "pytest": check_pytest,
+    "torchrun": check_torchrun,
     "git": lambda arguments: None,
     "ruff": lambda arguments: None,
 }
@@ -206,6 +215,8 @@ def check_options(words: list[str]) -> None:
         "moe-unlearn run nothing",
         "pip install .[nothing]",
         "python -m moe_unlearn.nothing",
+        "torchrun --nproc-per-node 2 -m moe_unlearn run nothing",
+        "torchrun --nproc-per-node 2 -m nothing",
         "rm -rf runs",
         "python -m pytest tests/nothing.py",
     ],

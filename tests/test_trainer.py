@@ -264,3 +264,10 @@ def test_mixed_precision_reaches_the_step(original, dataset, tmp_path):
         losses.append(trainer.state.log_history[0]["retain_loss"])
     # bfloat16 keeps 8 bits
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=2**-6)
+
+
+@pytest.mark.quick
+def test_ranks_that_the_arguments_do_not_see_are_no_lone_processes(original, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_unlearn.trainer.everyone", object)
+    with pytest.raises(ValueError, match="found one process, though torch.distributed has more: .* use_cpu=True"):
+        UnlearnTrainer(original, arguments(tmp_path), combined(), dataset)

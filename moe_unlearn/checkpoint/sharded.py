@@ -38,7 +38,8 @@ from moe_unlearn.checkpoint.slices import Slices
 from moe_unlearn.checkpoint.storage import LoadSlices, Reader, SaveSlices, Writer
 from moe_unlearn.checkpoint.tensor_file import DTYPES, Kind, kind_of
 from moe_unlearn.files import remove_unfinished, whole_folder
-from moe_unlearn.ranks import gather, initialised
+from moe_unlearn.ranks import gather
+from moe_unlearn.sharding import initialised
 
 __all__ = ["CheckpointError", "Part", "Slices", "commit", "latest", "load", "save"]
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -22,6 +23,7 @@ from moe_unlearn.files import write_text
 from moe_unlearn.metrics import context_length, sampled
 from moe_unlearn.metrics.conventions import prompt_of
 from moe_unlearn.model import loading
+from moe_unlearn.ranks import on_first
 
 INSTRUCTION = (
     "Give another answer to the last question: as plausible as this one, as long and in the same style, but with other "
@@ -141,7 +143,8 @@ def run(options: argparse.Namespace) -> None:
         instruction=options.instruction,
         batch_size=options.batch_size,
     )
-    write_text(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    on_first(partial(write_text, out, lines))
     print(f"{len(records)} alternate answers to {len(documents)} questions; saved to {out}")
 
 

@@ -11,6 +11,7 @@ from moe_unlearn import data, metrics
 from moe_unlearn.cli.arguments import add_data, chat_of, examples_of, steps, writable
 from moe_unlearn.files import write_json
 from moe_unlearn.model import loading
+from moe_unlearn.ranks import on_first
 
 # benchmark -> its function, the class of its sets (None: the user chooses their names), the class of its settings
 _BENCHMARKS: dict[str, tuple[Callable[..., dict[str, float | None]], Any, Callable[..., Any] | None]] = {
@@ -107,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
             value = ", ".join(f"{v['nll']:.3f} at {i}" for i, v in zip(value["steps"], value["values"], strict=True))
         print(f"{name:<15} {f'{value:.4f}' if isinstance(value, float) else value}")
     if options.out:
-        write_json(options.out, result)
+        on_first(partial(write_json, options.out, result))
 
 
 def _benchmark(options: argparse.Namespace) -> None:

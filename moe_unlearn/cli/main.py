@@ -1,5 +1,8 @@
 """The command line: `moe-unlearn env | stats | mask | alternates | run | eval | report | demo | kernels`.
 
+`torchrun -m moe_unlearn` starts it on several ranks (`launch`), which share the rows of `run`, `eval`, `stats`, `mask`
+and `alternates`.
+
 Bad input ends with one line that says what was expected and what was given, and with exit code 2; `--traceback`
 shows where it was found. Models are folders written by `save_pretrained`; data are whatever `data.load` reads:
 files, folders, benchmarks by name (`tofu:forget05`), hub data sets, `builtin:NAME`.
@@ -12,6 +15,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -23,6 +27,7 @@ from moe_unlearn import backend, benchmark, data, masks, native, trace, wagle
 from moe_unlearn.benchmark.trained_cache import clean_cache
 from moe_unlearn.cli import alternates, evaluate
 from moe_unlearn.cli.arguments import add_data, examples_of, positive, steps, writable
+from moe_unlearn.cli.launch import Outcome, launched
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import carry_loss
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError, UnavailableError
@@ -31,6 +36,7 @@ from moe_unlearn.files import write_json
 from moe_unlearn.model import loading
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.plan import Mesh
+from moe_unlearn.ranks import Ranks, everyone, on_first
 from moe_unlearn.regress import command as regression
 from moe_unlearn.runs import report
 from moe_unlearn.runs.run import Run, unlearn
@@ -38,6 +44,7 @@ from moe_unlearn.runs.summary import table
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.verify import VerificationError
 
+_SHARED = ("run", "eval", "stats", "mask", "alternates")  # the verbs that several ranks can share
 _BAD_INPUT = (
     ValueError,
     OSError,
@@ -53,13 +60,13 @@ _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell sees of other tools
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, as the console script does; return the exit code.
+    """Run the command line, as the console script does, on one process or on ranks; return the exit code.
 
     If whoever reads the output has closed it, as `head` does, the rest is dropped without a word.
     """
     try:
         try:
-            return _run(arguments)
+            return launched(partial(_command, arguments))
         finally:
             sys.stdout.flush()  # or else the interpreter does when it ends, and complains
     except BrokenPipeError:
@@ -69,23 +76,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _BROKEN_PIPE
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _command(arguments: Sequence[str] | None) -> Outcome:
     options = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         # in a locale without the tables' arrows, printing must not fail and lose the results of a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        return options.function(options) or 0
+        if everyone() is not None and options.command not in _SHARED:
+            raise ValueError(f"expected one process; ranks share the work of {', '.join(_SHARED)} only")
+        return options.function(options) or 0, ""
     except _BAD_INPUT as error:
         sys.stdout.flush()  # fails if it was this that broke
         if options.traceback:
             raise
-        print(f"moe-unlearn {options.command}: error: {error}", file=sys.stderr)
-        return 2
+        return 2, f"moe-unlearn {options.command}: error: {error}"
     except KeyboardInterrupt:
-        print("interrupted; finished checkpoints are kept", file=sys.stderr)
-        return 130
+        return 130, "interrupted; finished checkpoints are kept"
 
 
 def env(options: argparse.Namespace) -> None:
@@ -115,8 +122,9 @@ def stats(options: argparse.Namespace) -> None:
     model, tokenizer = loading.load_model(options.model)
     _require_moe(model)
     sides = {side: examples_of(getattr(options, side), tokenizer, options, side) for side in ("forget", "retain")}
+    ranks = Ranks(model, everyone())
     forget, retain = (
-        trace.routing_frequencies(model, _batches(sides[side], tokenizer, options.batch_size, side))
+        trace.routing_frequencies(model, _batches(sides[side], tokenizer, options.batch_size, side), ranks)
         for side in ("forget", "retain")
     )
     selected = trace.select_experts(
@@ -137,7 +145,7 @@ def stats(options: argparse.Namespace) -> None:
             "retain": retain.to_dict() | {"counts": retain.counts.tolist()},
             "selected": selected.nonzero().tolist(),
         }
-        write_json(options.out, content)
+        on_first(partial(write_json, options.out, content))
 
 
 def mask(options: argparse.Namespace) -> None:
@@ -156,7 +164,7 @@ def mask(options: argparse.Namespace) -> None:
         official=options.official,
         accumulation=options.accumulation,
     )
-    masks.save(made, options.out, model, options.format)
+    on_first(partial(masks.save, made, options.out, model, options.format))
     print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
 
 
@@ -273,6 +281,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="the file to write; wagle.mask of a recipe reads both formats")
     alternates.add_arguments(command("alternates", alternates.run))
     sub = command("run", run)
+    sub.epilog = (
+        "Started by torchrun, N processes share the rows: batch_size is that of each, so that a step takes N x "
+        "batch_size x accumulate forget rows, and its weights are those of one process with N x accumulate."
+    )
     sub.add_argument("recipe", help=f"a YAML file or one of: {', '.join(shipped())}")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override keys")
     sub.add_argument("--model", help="data.model")

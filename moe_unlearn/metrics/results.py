@@ -29,9 +29,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from moe_unlearn.data import added
 from moe_unlearn.files import read_sealed, write_sealed, write_text
 from moe_unlearn.metrics.unicode_rouge import TOKENIZER
-from moe_unlearn.metrics.workers import is_first, on_first
 from moe_unlearn.prepare.reference import autocast_dtypes, model_digest
-from moe_unlearn.ranks import gather, sharded
+from moe_unlearn.ranks import gather, is_first, on_first, sharded
 
 FORMAT = "moe-unlearn evaluation 2"  # to be raised when the same model, data and settings give other numbers
 Result = dict[str, Any]

@@ -25,7 +25,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from moe_unlearn.checkpoint.tensor_file import kind_of, tensor_file
 from moe_unlearn.files import whole_folder, write_text
-from moe_unlearn.ranks import gather, initialised
+from moe_unlearn.ranks import gather
+from moe_unlearn.sharding import initialised
 
 Write = Callable[[str, Tensor], None]
 

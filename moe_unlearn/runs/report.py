@@ -2,8 +2,9 @@
 
 A folder holds `summary.json` (run name -> flat metrics; with several seeds the mean, and `<key>_sd` the
 sample standard deviation) and, where there are any, `seeds.json` (`corpus`; `results`: seed -> run name ->
-metrics), `trajectory.json` (run name -> list of {"step", ...}) and `routing.json` (`forget`, `retain`
-frequencies and `selected`, all [L, E]; `inactive` says why TRACE selected none).
+metrics), `trajectory.json` (run name -> list of {"step", ...}), `routing.json` (`forget`, `retain` frequencies and
+`selected`, all [L, E]; `inactive` says why TRACE selected none) and `batch.json` (what one step takes: `ranks`,
+`batch_size` and `accumulate`).
 """
 
 import json
@@ -27,6 +28,7 @@ class Content:
     results: Mapping[int, Summary] | Mapping[str, Summary] = field(default_factory=dict)  # by seed
     trajectories: dict[str, list[dict]] = field(default_factory=dict)
     routing: dict = field(default_factory=dict)
+    batch: dict = field(default_factory=dict)
 
 
 def save(folder: Path, content: Content) -> None:
@@ -45,10 +47,10 @@ def read(folder: Path) -> Content:
     summary = _read(folder / "summary.json")
     if not summary or not all(isinstance(metrics, dict) for metrics in summary.values()):
         raise ValueError(f"{folder / 'summary.json'}: expected an object of run name -> metrics")
-    seeds, trajectories, routing = (
-        _read(folder / f"{name}.json", optional=True) for name in ("seeds", "trajectory", "routing")
+    seeds, trajectories, routing, batch = (
+        _read(folder / f"{name}.json", optional=True) for name in ("seeds", "trajectory", "routing", "batch")
     )
-    return Content(summary, seeds.get("corpus", ""), seeds.get("results", {}), trajectories, routing)
+    return Content(summary, seeds.get("corpus", ""), seeds.get("results", {}), trajectories, routing, batch)
 
 
 def write(folder: Path, content: Content) -> list[Path]:
@@ -68,6 +70,10 @@ def markdown(content: Content, made: dict[str, str]) -> str:
         parts.append(f"Mean ± sample standard deviation over seeds {', '.join(map(str, results))}.")
     elif results:
         parts.append(f"One seed ({next(iter(results))}): no spread is known.")
+    if content.batch:
+        factors = [content.batch[name] for name in ("ranks", "batch_size", "accumulate")]
+        shown = "{} (ranks) x {} (`batch_size`) x {} (`accumulate`)".format(*factors)
+        parts.append(f"A step takes {math.prod(factors)} forget rows with their retain rows: {shown}.")
     parts += [table(summary, markdown=True), LEGEND.rstrip(), "## Verdict", *_verdict(summary, results)]
     if content.routing:
         parts.append(_selection(content.routing))

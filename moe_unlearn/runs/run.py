@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import TrainingArguments
 
@@ -19,6 +19,7 @@ from moe_unlearn.model import loading
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.prepare.stages import CHOOSING, needed
+from moe_unlearn.ranks import everyone, on_first
 from moe_unlearn.runs import report
 from moe_unlearn.runs.summary import Summary
 from moe_unlearn.step import UnlearnStep
@@ -65,15 +66,16 @@ class Run:
 
         `mesh` and `fits` are those of `make_plan`.
         """
-        step = UnlearnStep(self.model, self.recipe, verify=verify)
+        step = UnlearnStep(self.model, self.recipe, verify=verify, process_group=everyone())
         forget, retain = map(self.batches, SIDES)
         if not set(needed(self.recipe)).isdisjoint(CHOOSING):
             step.prepare(forget, retain, stages=CHOOSING)
         return step.plan(forget, retain, mesh=mesh, fits=fits)
 
     def trainer(self, folder: Path, *, cache_dir: Path | None = None, verify: int | bool = 0) -> UnlearnTrainer:
-        """Make the trainer of this run, which keeps its checkpoints in `folder`; ValueError for several processes."""
+        """Make the trainer of this run, which keeps its checkpoints in `folder`."""
         recipe = self.recipe
+        gloo = everyone() is not None and distributed.get_backend() == "gloo"
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=recipe.steps,
@@ -89,11 +91,10 @@ class Run:
             save_total_limit=2,
             seed=recipe.seed,
             dataloader_pin_memory=torch.cuda.is_available(),  # torch warns about it where there is no GPU
+            use_cpu=gloo,  # without it accelerate takes CPUs for no ranks
+            ddp_backend="gloo" if gloo else None,
             report_to="none",
         )
-        if arguments.world_size > 1:
-            count = arguments.world_size
-            raise ValueError(f"one process writes a run's folder; got {count}: for these use UnlearnTrainer")
         return UnlearnTrainer(
             self.model,
             arguments,
@@ -121,11 +122,17 @@ def unlearn(
 ) -> dict:
     """Run `recipe` on `sets` ("forget", "retain" and perhaps "holdout" examples) and write the folder `out`.
 
-    `out` gets `recipe.yaml`, `checkpoints/`, `model/` (which `from_pretrained` loads), `summary.json`,
-    `trajectory.json` and `report.md`; with `reports` (by side) also `data.json`, with `verify` (as in `UnlearnStep`)
-    `verified.txt`, and with TRACE `routing.json`. Preparation comes first, so that nothing is written if the recipe
-    does not fit model or data. With `resume` the run continues from the newest checkpoint. References are kept in
-    `cache_dir`, by default `out/cache`. Returns the summary: run name -> metrics, empty without `evaluate`.
+    `out` gets `recipe.yaml`, `batch.json` (what one step takes), `checkpoints/`, `model/` (which `from_pretrained`
+    loads), `summary.json`, `trajectory.json` and `report.md`; with `reports` (by side) also `data.json`, with `verify`
+    (as in `UnlearnStep`) `verified.txt`, and with TRACE `routing.json`. Preparation comes first, so that nothing is
+    written if the recipe does not fit model or data. With `resume` the run continues from the newest checkpoint.
+    References are kept in `cache_dir`, by default `out/cache`. Returns the summary: run name -> metrics, empty without
+    `evaluate`.
+
+    Ranks of torch.distributed share the rows of every step and every metric: each takes `batch_size` rows at a time, so
+    that a step has `batch_size` times `accumulate` times the number of ranks. The first rank writes; all return the
+    summary. The weights are those of one process whose `accumulate` is as many times larger, up to the rounding of
+    sums, as long as the ranks share the batches of an epoch without a rest.
     """
     run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"])
     trainer = run.trainer(out / "checkpoints", cache_dir=cache_dir or out / "cache", verify=verify)
@@ -133,9 +140,15 @@ def unlearn(
     if not resume:
         trainer.prepare()
     seconds = time.perf_counter() - start
-    write_text(out / "recipe.yaml", recipe.to_yaml())
-    if reports is not None:
-        write_json(out / "data.json", {side: own.to_dict() for side, own in reports.items()})
+    batch = {"ranks": trainer.args.world_size, "batch_size": recipe.batch_size, "accumulate": recipe.accumulate}
+
+    def write_settings() -> None:
+        write_text(out / "recipe.yaml", recipe.to_yaml())
+        write_json(out / "batch.json", batch)
+        if reports is not None:
+            write_json(out / "data.json", {side: own.to_dict() for side, own in reports.items()})
+
+    on_first(write_settings)
     summary: Summary = {}
     measured: dict[str, Any] = {**sets}
     if evaluate:
@@ -150,19 +163,28 @@ def unlearn(
         if verify:
             write_text(out / "verified.txt", trainer.unlearn_step.verifier.summary() + "\n")
     seconds += time.perf_counter() - start
-    # save_model would also write a pickle of the training arguments beside the weights
     unlearned: Any = trainer.model
-    unlearned.save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
     trajectories = {recipe.name: [entry for entry in trainer.state.log_history if "forget_loss" in entry]}
-    write_json(out / "trajectory.json", trajectories)
-    if routing := routing_of(trainer.unlearn_step):
-        write_json(out / "routing.json", routing)
+    routing = routing_of(trainer.unlearn_step)
+
+    def write_results() -> None:
+        # save_model would also write a pickle of the training arguments beside the weights
+        unlearned.save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / "model")
+        write_json(out / "trajectory.json", trajectories)
+        if routing:
+            write_json(out / "routing.json", routing)
+
+    on_first(write_results)
     if evaluate:
         summary[recipe.name] = metrics.evaluate(unlearned, tokenizer, **measured) | {"seconds": seconds}
         add_privleak([summary["target"], summary[recipe.name]], summary.get("retrain", {}))
-        write_json(out / "summary.json", summary)
-        report.write(out, report.Content(summary, trajectories=trajectories, routing=routing))
+
+        def write_report() -> None:
+            write_json(out / "summary.json", summary)
+            report.write(out, report.Content(summary, trajectories=trajectories, routing=routing, batch=batch))
+
+        on_first(write_report)
     return summary
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from moe_unlearn.metrics.workers import is_first, share
-from moe_unlearn.ranks import gather
+from moe_unlearn.metrics.workers import share
+from moe_unlearn.ranks import gather, is_first
 from tests.support.two_ranks import run_two
 from tests.support.workers_child import evaluations
 
@@ -25,7 +25,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
             assert first[key] == value
     assert first["shared"] == second["shared"] == [0.1, 0.2, 3 * 0.1]
     assert first["mine"] == [1, 3] and second["mine"] == [2]
-    assert first["errors"][0] == "RuntimeError: rank 1 failed: KeyError: 'broken'"
+    assert first["errors"][0] == "RankError: rank 1 failed: KeyError: 'broken'"
     assert second["errors"][0] == "KeyError: 'broken'"
     assert first["errors"][1] == "ValueError: expected the same items on every rank; the ranks have [1, 2]"
     assert first["errors"][2] == "OSError: no space" and second["errors"][2] == "OSError: rank 0 cannot write: no space"

@@ -10,7 +10,8 @@ from torch.distributed.fsdp import fully_shard
 
 from moe_unlearn.data import Document, Example, encode
 from moe_unlearn.metrics import MuseData, MuseSettings, evaluate_muse, greedy, token_scores
-from moe_unlearn.metrics.workers import on_first, share
+from moe_unlearn.metrics.workers import share
+from moe_unlearn.ranks import on_first
 from tests.support.models import tiny_olmoe
 from tests.support.two_ranks import join
 

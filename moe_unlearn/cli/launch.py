@@ -1,0 +1,136 @@
+"""One command on several processes, the ranks that `torchrun` starts, or on one.
+
+    torchrun --nproc-per-node 2 -m moe_unlearn run npo --model DIR --forget F --retain R
+
+The environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) says which rank this process
+is. The group of all ranks begins and ends here: nccl where there are GPUs, one a rank, and gloo elsewhere. The first
+rank prints. An error ends all ranks: the rank that met it prints it, once for all, and every rank returns its code; a
+rank that is killed ends the others when their connection to it breaks or the group's time-out is over.
+"""
+
+import contextlib
+import itertools
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from moe_unlearn.ranks import RankError, gather
+from moe_unlearn.sharding import initialised
+
+Outcome = tuple[int, str]  # the exit code, and what stderr is told about it
+
+LOST = 2  # the exit code of a rank that lost another
+_PATIENCE = 10.0  # seconds that a rank gives the others to say or see an error
+_launches = itertools.count()
+_SAID, _ENDED = "said", "ended"  # counters in the store: of messages, of ranks that have seen one
+
+
+def launched(command: Callable[[], Outcome]) -> int:
+    """Run `command` on this process, perhaps one of several ranks, print its message and return its exit code.
+
+    A rank's exception is printed with its traceback, and its code is 1.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not initialised():
+        return _on_ranks(command)
+    code, message = command()
+    if message:
+        print(message, file=sys.stderr)
+    return code
+
+
+def _on_ranks(command: Callable[[], Outcome]) -> int:
+    try:
+        backend = _backend()
+        store, rank, count = next(rendezvous("env://"))
+    except ValueError as error:  # nobody can ask whether another rank has told it already
+        print(f"moe-unlearn: error: the ranks cannot meet: {error}", file=sys.stderr)
+        return LOST
+    # a store of its own for each launch of one process, since gloo must not meet the keys of an earlier group
+    own = PrefixStore(f"moe_unlearn/{next(_launches)}", store)
+    with _terminal(silent=rank > 0) as say:
+        message, elsewhere = "", False  # elsewhere: another rank is about to tell
+        try:
+            distributed.init_process_group(backend, store=own, rank=rank, world_size=count)
+            code, message = command()
+            if not code:
+                gather(None)  # none ends well before all have
+        except SystemExit as ended:  # of the parser, which has told the same on every rank
+            code, elsewhere = int(ended.code or 0), rank > 0
+        except Exception as error:
+            code, message = 1, traceback.format_exc()
+            if _is_lost(error):
+                code, message = LOST, f"moe-unlearn: error: rank {rank} lost another rank: {error}"
+                elsewhere = isinstance(error, RankError)
+        if code:
+            with contextlib.suppress(distributed.DistError):  # the store is lost with its rank
+                if elsewhere:
+                    _wait(lambda: own.add(_SAID, 0) > 0)
+                if own.add(_SAID, 1) > 1:
+                    message = ""
+            if message:
+                say(message)
+        if initialised():
+            # after the message: a rank whose connection breaks has been told why, or nobody can tell it
+            distributed.destroy_process_group()
+        if code:
+            with contextlib.suppress(distributed.DistError):
+                own.add(_ENDED, 1)
+                _wait(lambda: own.add(_ENDED, 0) >= count)
+        return code
+
+
+def _backend() -> str:
+    """Return the backend for this machine, and choose this rank's GPU; ValueError for more ranks than GPUs."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    own, here, there = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if here > there:
+        raise ValueError(f"expected at most {there} ranks on this machine, one a GPU; got {here}")
+    torch.cuda.set_device(own)
+    return "nccl"
+
+
+def _is_lost(error: Exception) -> bool:
+    """Return whether another rank's end is why this one failed; gloo says that with a plain RuntimeError."""
+    return isinstance(error, distributed.DistError | RankError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
+
+
+def _wait(until: Callable[[], bool]) -> None:
+    end = time.monotonic() + _PATIENCE
+    while not until() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _terminal(*, silent: bool) -> Iterator[Callable[[str], None]]:
+    """Yield a function that prints to stderr; with `silent` nothing else inside prints, libraries included."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(stream) for stream in (1, 2)]
+    if silent:
+        # loggers and C++ libraries write to the descriptors, past sys.stderr
+        with open(os.devnull, "wb") as nowhere:
+            for stream in (1, 2):
+                os.dup2(nowhere.fileno(), stream)
+
+    def say(message: str) -> None:
+        sys.stderr.flush()
+        os.write(saved[1], (message.rstrip("\n") + "\n").encode(errors="replace"))
+
+    try:
+        yield say
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, own in zip((1, 2), saved, strict=True):
+            os.dup2(own, stream)
+            os.close(own)

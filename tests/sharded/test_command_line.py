@@ -1,0 +1,174 @@
+"""The command line under torchrun: two ranks give what one process gives, and one rank's error ends both."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moe_unlearn.cli import main
+from moe_unlearn.masks import WeightMask
+from tests.support.command_line import arguments, saved
+from tests.support.command_line_child import commands, unlearning
+from tests.support.two_ranks import ROOT
+
+pytestmark = pytest.mark.slow
+
+CHILD = "tests.support.command_line_child"
+FAILING = {"unknown", "refused", "missing", "one", "fault", "verify"}
+
+
+def torchrun(*command, **environment):
+    """Run a module on two ranks as a user does; return the finished process."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    own = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([*launcher, "-m", *map(str, command)], cwd=ROOT, env=own, capture_output=True, timeout=300)
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("command_line")
+    saved(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """What both ranks printed and returned, by the command's name."""
+    ended = torchrun(CHILD, folder)
+    assert ended.returncode == 0, ended.stderr.decode()
+    return [read(folder / f"rank{rank}.json") for rank in range(2)]
+
+
+def test_the_first_rank_alone_prints(ranks):
+    first, second = ranks
+    assert all(found["out"] == found["err"] == "" for name, found in second.items() if name not in FAILING)
+    assert all(second[name]["out"] == "" for name in FAILING)
+    assert all(first[name]["code"] == second[name]["code"] == 0 for name in first.keys() - FAILING)
+    assert "moe-unlearn run: error" not in first["run"]["err"]
+
+
+def test_a_run_has_the_weights_of_one_process(ranks, folder):
+    assert main(unlearning(folder, "alone", "accumulate=2")) == 0
+    alone, together, resumed = (weights(folder / out) for out in ("alone", "run", "resumed"))
+    before = load_file(folder / "model" / "model.safetensors")
+    assert any(not torch.equal(alone[name], before[name]) for name in alone)
+    assert all(torch.equal(resumed[name], together[name]) for name in alone)
+    moved = math.sqrt(sum(float((alone[name] - before[name]).square().sum()) for name in alone))
+    apart = math.sqrt(sum(float((alone[name] - together[name]).square().sum()) for name in alone))
+    assert apart <= 1e-3 * moved  # sums are rounded otherwise
+    assert read(folder / "run" / "batch.json") == {
+        "ranks": 2,
+        "batch_size": 3,
+        "accumulate": 1,
+    }
+    one, two = (
+        [step["forget_loss"] for step in read(folder / out / "trajectory.json")["npo"]] for out in ("alone", "run")
+    )
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_a_run_is_evaluated_and_reported_once(ranks, folder):
+    assert (
+        main(unlearning(folder, "one", "accumulate=2", steps=1, options=("--holdout", str(folder / "holdout.jsonl"))))
+        == 0
+    )
+    one, two = (read(folder / out / "summary.json") for out in ("one", "evaluated"))
+    for name in ("target", "npo"):
+        assert {k: v for k, v in two[name].items() if k != "seconds"} == pytest.approx(
+            {k: v for k, v in one[name].items() if k != "seconds"}, rel=1e-5
+        )
+    report = (folder / "evaluated" / "report.md").read_text(encoding="utf-8")
+    assert (
+        "A step takes 6 forget rows with their retain rows: 2 (ranks) x 3 (`batch_size`) x 1 (`accumulate`)" in report
+    )
+    assert main(["report", str(folder / "evaluated")]) == 0
+    assert report == (folder / "evaluated" / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_plan_is_that_of_ranks_and_help_says_what_a_step_is(ranks, folder):
+    assert "the gradients of 2 ranks are added up" in ranks[0]["plan"]["out"]
+    assert not (folder / "plan").exists()
+    assert "N processes share the rows" in " ".join(ranks[0]["help"]["out"].split())
+
+
+@pytest.mark.parametrize("verb", ["eval", "stats", "mask"])
+def test_what_ranks_measure_is_what_one_process_does(verb, ranks, folder, capsys):
+    *command, together = commands(folder, 0)[verb]
+    alone = folder / f"alone-{verb}.out"
+    assert main([*command, str(alone)]) == 0
+    one, two = (path.read_bytes() for path in (alone, Path(together)))
+    if verb == "stats":
+        assert one == two and capsys.readouterr().out == ranks[0][verb]["out"]
+    elif verb == "eval":  # rows in batches of other sizes are rounded otherwise
+        assert json.loads(two) == pytest.approx(json.loads(one), rel=1e-5)
+    else:  # gradients are added up in another order, so that weights next to the threshold may change sides
+        mine, theirs = (WeightMask.load(path) for path in (alone, together))
+        differing = sum(int((mine.kept(name) != theirs.kept(name)).sum()) for name in mine.names)
+        assert mine.fraction == pytest.approx(theirs.fraction, rel=1e-3) and mine.fraction > 0.29
+        assert differing <= 1e-3 * sum(mine.kept(name).numel() for name in mine.names)
+
+
+@pytest.mark.parametrize(
+    ("name", "codes", "rank", "words"),
+    [
+        ("unknown", [2, 2], 0, "unrecognized arguments: --wrong"),
+        ("refused", [2, 2], None, "report: error: expected one process; ranks share the work of run, eval"),
+        ("missing", [2, 2], None, "stats: error: expected a model folder written by save_pretrained"),
+        ("one", [2, 2], 1, "none.jsonl"),
+        ("fault", [2, 1], 1, "KeyError: 'a fault of the program'"),
+        ("verify", [2, 2], None, "run: error: verify is for one process; got a model shared by 2 ranks"),
+    ],
+)
+def test_an_error_ends_all_ranks_and_is_said_once(name, codes, rank, words, ranks):
+    """The rank that met the error says it; of an error that both meet, either may be the one."""
+    found = [both[name] for both in ranks]
+    assert [one["code"] for one in found] == codes
+    said = [words in one["err"] for one in found]
+    assert sum(said) == 1 and (rank is None or said[rank])
+    assert sum("error" in one["err"].lower() for one in found) == 1
+
+
+def test_the_next_command_finds_no_trace_of_a_failed_one(ranks, folder):
+    assert [found["again"]["code"] for found in ranks] == [0, 0]
+    assert (folder / "again.json").read_bytes() == (folder / "stats.json").read_bytes()
+    assert not (folder / "fault.json").exists()
+
+
+def test_a_killed_rank_ends_the_other_with_a_message(folder):
+    launch = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FAULT": "killed"} | launch
+    command = [sys.executable, "-m", CHILD, str(folder), "fault"]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    try:
+        assert [child.wait(timeout=120) for child in both] == [0, -signal.SIGKILL]
+    finally:
+        for child in both:
+            child.kill()
+    found = read(folder / "rank0.json")["fault"]
+    assert found["code"] == 2
+    assert found["err"].splitlines()[-1].startswith("moe-unlearn: error: rank 0 lost another rank")
+
+
+def test_the_module_is_what_torchrun_starts(folder):
+    ended = torchrun("moe_unlearn", "stats", *arguments(folder), "--out", folder / "module.json")
+    assert ended.returncode == 0, ended.stderr.decode()
+    assert ended.stdout.decode().count("experts selected in 2 layers") == 1
+    assert read(folder / "module.json")["forget"]["tokens"] > 0

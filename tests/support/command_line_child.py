@@ -1,0 +1,91 @@
+"""One rank of several command lines, one after the other; writes what each printed and returned.
+
+torchrun --nproc-per-node 2 -m tests.support.command_line_child FOLDER
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from unittest import mock
+
+from moe_unlearn import trace
+from moe_unlearn.cli import main
+from tests.support.command_line import arguments
+
+SIZES = ("--max-length", "48", "--batch-size", "4")
+
+
+def unlearning(folder: Path, out: str, *more: str, steps: int = 4, options: tuple = ("--no-eval",)) -> list[str]:
+    """Return the command of a run, whose four micro-batches of an epoch two ranks share without a rest."""
+    chosen = [f"steps={steps}", "batch_size=3", "optimizer.lr=1e-3", "data.max_length=48", *more]
+    return ["run", "npo", *arguments(folder), "--out", str(folder / out), *options, "--set", *chosen]
+
+
+def measuring(folder: Path, verb: str, out: str, *more: str) -> list[str]:
+    return [verb, *arguments(folder), *SIZES, *more, "--out", str(folder / out)]
+
+
+def commands(folder: Path, rank: int) -> dict[str, list[str]]:
+    """Return the commands by name; those of the two ranks differ where one of them is to fail."""
+    lost = folder / ("none.jsonl" if rank else "retain.jsonl")
+    return {
+        "run": unlearning(folder, "run"),
+        "half": unlearning(folder, "resumed", steps=2),
+        "resumed": unlearning(folder, "resumed", options=("--no-eval", "--resume")),
+        "evaluated": unlearning(folder, "evaluated", steps=1, options=("--holdout", str(folder / "holdout.jsonl"))),
+        "plan": unlearning(folder, "plan", options=("--dry-run",)),
+        "eval": measuring(folder, "eval", "eval.json", "--holdout", str(folder / "holdout.jsonl")),
+        "stats": measuring(folder, "stats", "stats.json"),
+        "mask": measuring(folder, "mask", "mask.safetensors", "--keep", "0.3"),
+        "help": ["run", "--help"],
+        "unknown": ["run", "npo", "--wrong"],
+        "refused": ["report", str(folder / "run")],
+        "missing": ["stats", *arguments(folder, model="none")],
+        "one": ["stats", *arguments(folder, retain=lost)],
+        "fault": measuring(folder, "stats", "fault.json"),
+        "verify": unlearning(folder, "verified", options=("--verify", "1")),
+        "again": measuring(folder, "stats", "again.json"),
+    }
+
+
+def said(folder: Path, name: str, rank: int, command: list[str]) -> dict:
+    """Run a command; return its code and what this process wrote to its descriptors meanwhile."""
+    paths = [folder / f"{name}-{rank}.{stream}" for stream in ("out", "err")]
+    kept = [os.dup(1), os.dup(2)]
+    try:
+        for stream, path in zip((1, 2), paths, strict=True):
+            with path.open("wb") as file:
+                os.dup2(file.fileno(), stream)
+        code = main(command)
+    finally:
+        sys.stdout.flush()
+        for stream, own in zip((1, 2), kept, strict=True):
+            os.dup2(own, stream)
+            os.close(own)
+    out, err = (path.read_text(encoding="utf-8") for path in paths)
+    return {"code": code, "out": out, "err": err}
+
+
+def broken(*_: object) -> None:
+    raise KeyError("a fault of the program")
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(folder: Path, only: str | None) -> None:
+    rank, found = int(os.environ["RANK"]), {}
+    for name, command in commands(folder, rank).items():
+        if only in (name, None):
+            fault = {"fault": broken, "killed": killed}.get(os.environ.get("FAULT", name)) if rank else None
+            with mock.patch.object(trace, "routing_frequencies", fault) if fault else contextlib.nullcontext():
+                found[name] = said(folder, name, rank, command)
+    (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
