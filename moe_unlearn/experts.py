@@ -178,8 +178,8 @@ def _owned(module: Any, state: _State, operands: ExpertWeights) -> tuple[ExpertW
     assert state.inputs is not None and state.inputs.owners is not None
     up = "gate_up_proj" if module.has_gate else "up_proj"
     owners = [state.inputs.owners.get(name) for name in (up, "down_proj", f"{up}_bias", "down_proj_bias")]
-    if state.inputs.weight_gradients is not None and torch.is_grad_enabled():
-        # what an engine makes of its parameters for this pass gets no gradient: the sink has it
+    if _parallel(module) and state.inputs.weight_gradients is not None and torch.is_grad_enabled():
+        # expert parallelism makes local tensors of its parameters for each pass: the sink has their gradients
         leaves = [w if w is None or w.is_leaf else w.detach().requires_grad_(w.requires_grad) for w in operands]
         operands = ExpertWeights._make(leaves)
     sink = _sink(state, _trained(operands))

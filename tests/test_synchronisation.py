@@ -96,7 +96,7 @@ READS = {
     "placing_of": (1, "a number of a placement"),
     "rows_here": (2, "the mesh is on the CPU"),
     "check_engine": (1, "numbers of a version"),
-    "_exchange": (1, "once for each mask"),
+    "exchange_of": (1, "once for each mask"),
     "ShardedSink.trained_slices": (1, "the experts of the lowest layer that trains"),
     "TrainedWeights.mask": (1, "once, behind prepare()"),
     "_Masked._layout": (1, "once for each mask"),

@@ -101,14 +101,18 @@ def add_up_gradients(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def sum_of_peers(rows: Tensor, counts: Sequence[int], group: "distributed.ProcessGroup | None") -> Tensor:
+def sum_of_peers(
+    rows: Tensor, counts: Sequence[int], order: Tensor | None, group: "distributed.ProcessGroup | None"
+) -> Tensor:
     """Return the sum over the ranks of `group` of those of `rows` [M, ...] that this rank holds.
 
-    `counts` says how many of them each rank holds, in the order of the group and of the rows. They are added in the
-    order of the ranks: the bits of one process that meets the ranks' batches in this order.
+    `counts` says how many of them each rank holds, in the order of the group; `order` lists these rows, rank by rank,
+    None if they are all rows as they stand. They are added in the order of the ranks: the bits of one process that
+    meets the ranks' batches in this order.
     """
     if group is None:
         return rows
+    rows = rows if order is None else rows[order]
     own, ranks = counts[distributed.get_rank(group)], len(counts)
     received = rows.new_empty(ranks * own, *rows.shape[1:])
     distributed.all_to_all_single(received, rows.contiguous(), [own] * ranks, list(counts), group=group)

@@ -47,11 +47,13 @@ from moe_unlearn.step.tally import Tally
 class Exchange(NamedTuple):
     """The slices of one weight whose gradient the ranks add up, and how many of them each rank holds.
 
-    slices: int32 [M], counted from the first row that this rank sees; None for all of these rows.
+    slices: int32 [M], counted from the first row that this rank sees; None for all of these rows. order: int64, which
+    of them are sent, rank by rank, as replicas get the same ones; None if each goes to one rank, in their order.
     """
 
     slices: Tensor | None
     counts: tuple[int, ...]
+    order: Tensor | None
 
 
 class Shards:
@@ -72,7 +74,8 @@ class Shards:
             name: {suffix: named[f"{name}.{suffix}"] for suffix, _ in module.named_parameters(recurse=False)}
             for name, module in experts_modules(model).items()
         }
-        self.exchanges = {p: _exchange(p, rows, None) for p, rows in self.rows.items()}
+        owned = {p for owners in self.owners.values() for p in owners.values()}
+        self.exchanges = {p: exchange_of(p, rows, None) for p, rows in self.rows.items() if p in owned}
         self.close = add_up_gradients(model)
 
     def cut(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,8 +83,8 @@ class Shards:
         found = {}
         for name, p in self.model.named_parameters():
             rows, words = self.rows.get(p), masks.get(name)
-            if rows is not None:
-                self.exchanges[p] = _exchange(p, rows, words)
+            if rows is not None and p in self.exchanges:
+                self.exchanges[p] = exchange_of(p, rows, words)
             if words is not None:
                 found[name] = words if rows is None else own_words(words, rows, len(p))
         return found
@@ -185,12 +188,13 @@ class ShardedSink(CompactSink):
         if exchange is None or layout is None:
             super().take(weight, factors)
             return
-        slices, counts = exchange
+        slices, counts, order = exchange
         if slices is not None and not len(slices):
             return
         wide = torch.promote_types(weight.dtype, torch.float32)
         dw = expert_wgrad(**factors._asdict(), experts=slices, out_dtype=wide)
-        dw = sum_of_peers(dw if weight.dim() == 3 else dw.squeeze(2), counts, self.shards.rows[weight].group)
+        dw = dw if weight.dim() == 3 else dw.squeeze(2)
+        dw = sum_of_peers(dw, counts, order, self.shards.rows[weight].group)
         dw = dw.to(weight.dtype)
         if layout.mask is not None:
             dw = torch.where(unpack_bits(layout.mask, dw.shape[-1]), dw, 0)
@@ -199,12 +203,13 @@ class ShardedSink(CompactSink):
         self.store.collected[weight] = dw if held is None else held.add_(dw)
 
 
-def _exchange(p: Tensor, rows: Rows, words: Tensor | None) -> Exchange:
+def exchange_of(p: Tensor, rows: Rows, words: Tensor | None) -> Exchange:
     """Return what is exchanged of a parameter under the packed mask `words` of all of it."""
     slices = None if words is None or p.dim() < 2 else slices_with_a_bit(p, words)
-    if slices is None:
-        return Exchange(None, tuple(map(len, rows.parts)))
-    own = slices.tolist()
-    counts = tuple(sum(i in held for i in own) for held in rows.parts)
-    seen = slices[(slices >= rows.seen.start) & (slices < rows.seen.stop)] - rows.seen.start
-    return Exchange(seen.int(), counts)
+    seen = list(rows.seen) if slices is None else [row for row in slices.tolist() if row in rows.seen]
+    sent = [[i for i, row in enumerate(seen) if row in held] for held in rows.parts]
+    flat = [i for places in sent for i in places]
+    order = None if flat == [*range(len(seen))] else torch.tensor(flat, device=p.device)
+    if slices is not None:
+        slices = torch.tensor(seen, dtype=torch.int32, device=p.device) - rows.seen.start
+    return Exchange(slices, tuple(map(len, sent)), order)

@@ -8,6 +8,7 @@ import torch
 from moe_unlearn.masks.shards import own_words
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.sharding import Placing, Rows, as_forward, check_engine, reset, reshard, sum_of_peers
+from moe_unlearn.step.sharded import exchange_of
 
 pytestmark = pytest.mark.quick
 
@@ -18,7 +19,7 @@ def test_without_an_engine_a_function_is_called_itself():
     reshard(model)
     reset(model)
     rows = torch.ones(2, 3)
-    assert sum_of_peers(rows, (2,), None) is rows
+    assert sum_of_peers(rows, (2,), None, None) is rows
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,22 @@ def test_a_mask_is_cut_like_its_weight(shape, ranks):
         rows = Rows(held, range(shape[0]), (held,), None, (), tuple(placing.blocks(shape[0])))
         own = own_words(pack_bits(mask), rows, shape[0])
         assert torch.equal(own, pack_bits(mask[held.start : held.stop]))
+
+
+def test_each_row_is_sent_to_all_who_hold_it():
+    halves = range(3), range(3, 6)
+    rows = Rows(halves[0], range(6), (halves[0], halves[0], halves[1], halves[1]), None, (), halves)
+    weight = torch.zeros(6, 2, 4)
+    every = exchange_of(weight, rows, None)
+    assert every.slices is None and every.counts == (3, 3, 3, 3)
+    assert every.order.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
+    trained = torch.zeros(6, 2, 4, dtype=torch.bool)
+    trained[[1, 4, 5]] = True
+    some = exchange_of(weight, rows, pack_bits(trained))
+    assert some.slices.tolist() == [1, 4, 5] and some.counts == (1, 1, 2, 2)
+    assert some.order.tolist() == [0, 0, 1, 2, 1, 2]
+    # the ranks of one engine without replicas, of which this one sees the second half
+    own = exchange_of(
+        weight, Rows(range(3, 5), halves[1], (range(3, 5), range(5, 6)), None, (), ()), pack_bits(trained)
+    )
+    assert own.slices.tolist() == [1, 2] and own.counts == (1, 1) and own.order is None

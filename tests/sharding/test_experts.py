@@ -1,4 +1,4 @@
-"""Four ranks over which transformers shares out the experts make the step of one process, in float64."""
+"""Four ranks make the step of one process, in float64: with experts shared out, and with replicas of shards."""
 
 import json
 
@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import experts_child, sharded_child
-from tests.support.experts_child import ENGINES, OWN, RANKS
+from tests.support.experts_child import ENGINES, FEW, OWN, RANKS
 from tests.support.sharded_child import STEPS, batches_of, masks_of, step_of, weights_of
 from tests.support.steps import made_of
 from tests.support.two_ranks import run_ranks
 
-FEW = [("ep 4", name) for name in ("graddiff sgd", "trace")]
+SOME = [(engine, name) for engine in ("ep 4", "replicas") for name in FEW]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine,name", [("ep 2 x efsdp 2", name) for name in OWN] + FEW)
+@pytest.mark.parametrize("engine,name", [("ep 2 x efsdp 2", name) for name in OWN] + SOME)
 def test_four_ranks_make_the_step_of_one(engine, name, ranks, alone):
     folder, *found = ranks
     case = f"{engine} {name}"

@@ -10,7 +10,7 @@ from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.testing.yardstick import Reference
 from tests.support import sharded_child
 from tests.support.sharded_child import ALL, STEPS, UNEVEN, batches_of, masks_of, step_of, weights_of
-from tests.support.steps import check_changes, made_of
+from tests.support.steps import check_changes, data, made_of
 from tests.support.two_ranks import run_ranks, run_two
 
 
@@ -102,6 +102,12 @@ def test_what_one_rank_cannot_do_neither_does(name, ranks):
     for error, words in zip(errors, REFUSED[name], strict=True):
         assert error.startswith(words)
     assert moved == ([], []) and losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_references_that_one_rank_has_on_its_disk_are_all_ranks(ranks):
+    (files, same), (others, same_there) = (found["cached"] for found in ranks[1:])
+    assert files == len(data()[0]) and others == 0 and same and same_there
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""One of four ranks over which transformers shares out a model's experts (ep 2 x efsdp 2), in float64."""
+"""One of four ranks over which transformers shares out a model's experts, or FSDP2 its replicas, in float64."""
 
 import json
 import sys
@@ -7,19 +7,27 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers.distributed import DistributedConfig
 
 from moe_unlearn.model.capture import routing_capture
 from moe_unlearn.model.head import final_hidden_states
 from tests.support import sharded_child
-from tests.support.sharded_child import CASES, STEPS, batches_of, masks_of, step_of, weights_of
+from tests.support.sharded_child import CASES, STEPS, batches_of, masks_of, shard, step_of, weights_of
 from tests.support.steps import data, made_of
 from tests.support.two_ranks import join
 
 EP, RANKS = 2, 4
 OWN = [name for name, (_, _, asked) in CASES.items() if "family" not in asked]
+FEW = ("graddiff sgd", "trace", "combined")
 # experts on one rank each, and on two that share them out
 ENGINES = {"ep 2 x efsdp 2": EP, "ep 4": RANKS}
+
+
+def replicated() -> nn.Module:
+    """The model of the cases, shared out over two ranks, twice."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "fsdp"))
+    return shard(sharded_child.model().double(), mesh=mesh)
 
 
 def loaded(folder: Path, ep: int, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -52,6 +60,16 @@ def halving(folder: Path, ep: int, rank: int) -> dict:
     return found
 
 
+def steps_of(model: nn.Module, case: str, name: str, rank: int, folder: Path) -> list[dict]:
+    """Make the steps of a case and write the weights; return the metrics."""
+    step = step_of(model, name)
+    metrics = [made_of(step, [batches_of(i, rank, RANKS)]) for i in range(STEPS)]
+    after = weights_of(step) | masks_of(step)
+    if rank == 0:
+        save_file(after, folder / f"{case}.safetensors")
+    return metrics
+
+
 def main(rank: int, folder: Path) -> None:
     join(rank, folder)
     if rank == 0:
@@ -60,13 +78,11 @@ def main(rank: int, folder: Path) -> None:
     found: dict = {"halving": {engine: halving(folder, ep, rank) for engine, ep in ENGINES.items()}}
     for engine, ep in ENGINES.items():
         found[f"{engine} counts"] = counts(loaded(folder, ep))
-        for name in OWN if ep == EP else ("graddiff sgd", "trace"):
-            step = step_of(loaded(folder, ep), name)
+        for name in OWN if ep == EP else FEW:
             case = f"{engine} {name}"
-            found[case] = [made_of(step, [batches_of(i, rank, RANKS)]) for i in range(STEPS)]
-            after = weights_of(step) | masks_of(step)
-            if rank == 0:
-                save_file(after, folder / f"{case}.safetensors")
+            found[case] = steps_of(loaded(folder, ep), case, name, rank, folder)
+    for name in FEW:
+        found[f"replicas {name}"] = steps_of(replicated(), f"replicas {name}", name, rank, folder)
     (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     distributed.destroy_process_group()
 

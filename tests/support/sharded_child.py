@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import torch
 from safetensors.torch import save_file
 from torch import distributed, nn
@@ -51,6 +52,7 @@ MORE = {
     "kl_min": ("kl_min", ADAMW, {}),
     "trace online": ("trace", (*ADAMW, "trace.refresh=online"), {}),
     "checkpointing": ("npo", ADAMW, {"checkpointing": True}),
+    "lora": ("npo", ADAMW, {"lora": True}),
 }
 ALL = CASES | MORE
 UNEVEN = ("graddiff adamw", "npo", "trace", "wagle npo", "combined")
@@ -66,19 +68,24 @@ def model(name: str = "graddiff sgd") -> nn.Module:
     if "checkpointing" in asked:
         made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         made.train()
+    if "lora" in asked:
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        settings = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
+        made = peft.get_peft_model(made, settings).eval()
     return made
 
 
-def shard(made: nn.Module, how: str = "layers") -> nn.Module:
+def shard(made: nn.Module, how: str = "layers", **keywords) -> nn.Module:
+    inner = made.get_base_model() if hasattr(made, "get_base_model") else made
     if how == "experts":
         for module in experts_modules(made).values():
-            fully_shard(module)
+            fully_shard(module, **keywords)
     if how == "head":
-        fully_shard(made.lm_head)
+        fully_shard(made.lm_head, **keywords)
     if how != "root":
-        for layer in made.model.layers:
-            fully_shard(layer)
-    return fully_shard(made)
+        for layer in inner.model.layers:
+            fully_shard(layer, **keywords)
+    return fully_shard(made, **keywords)
 
 
 def batches_of(i: int, rank: int, ranks: int) -> tuple[dict, dict]:
@@ -187,6 +194,18 @@ def refused(rank: int) -> list[list]:
     return found
 
 
+def cached(rank: int, folder: Path) -> list:
+    """How many files of references each rank keeps after two preparations, and whether the second found the first's."""
+    found = []
+    for _ in range(2):
+        step = UnlearnStep(shard(model()), recipe("npo"))
+        # disks of their own: the first rank's holds the references, the other's nothing
+        step.prepare(*data(), cache_dir=folder / f"cache{rank}")
+        found.append(step.prepared.ref_logprobs)
+    first, second = (torch.cat([cache.get(batch).flatten() for batch in data()[0]]) for cache in found)
+    return [len(list((folder / f"cache{rank}").rglob("*.safetensors"))), torch.equal(first, second)]
+
+
 def another_dimension() -> str:
     """What is said of weights that are cut along another dimension than 0."""
     made = model()
@@ -209,7 +228,8 @@ def every_case(rank: int, folder: Path) -> dict:
     if distributed.get_world_size() == 3:  # rows that three do not share out evenly
         return {name: run(name, rank, folder) for name in UNEVEN}
     found = {name: run(name, rank, folder) for name in ALL}
-    return found | {"refused": refused(rank), "another dimension": another_dimension()}
+    found |= {"refused": refused(rank), "another dimension": another_dimension(), "cached": cached(rank, folder)}
+    return found
 
 
 if __name__ == "__main__":
