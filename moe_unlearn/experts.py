@@ -19,7 +19,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -28,32 +28,14 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS,
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from moe_unlearn.ops.expert_mlp import expert_mlp
-from moe_unlearn.ops.expert_wgrad import Factors
 from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights, Gate, recognise
 from moe_unlearn.ops.route import Routing, route
+from moe_unlearn.ops.sink import GradientSink, OfOnePass
 
 NAME = "moe_unlearn"
 _FALLBACK = "grouped_mm"
 _ATTRIBUTE = "_moe_unlearn"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class GradientSink(Protocol):
-    """Takes the gradients of expert weights where they are made; the sinks of a step are in `step.sinks`."""
-
-    #: whether the sink needs the largest absolute value of the factors
-    bounded: bool
-    #: by experts module and name of a weight the optimizer's parameter, where a forward pass sees another tensor
-    owners: Mapping[str, Mapping[str, Tensor]] | None
-
-    def enter(self, weight: Tensor) -> None:
-        """Note that a forward pass uses `weight`."""
-
-    def trained_slices(self, weights: Sequence[Tensor]) -> Tensor | None:
-        """Return the slices that train of any of one layer's `weights`, ascending int32 [M_e]; None for all."""
-
-    def take(self, weight: Tensor, factors: Factors) -> None:
-        """Take the factors of a gradient of `weight` from the backward pass."""
 
 
 @dataclass
@@ -75,24 +57,6 @@ class StepInputs:
     tokens_per_expert: Tensor | None = None
     weight_gradients: GradientSink | None = None
     owners: Mapping[str, Tensor] | None = None
-
-
-class _OfOnePass(GradientSink):
-    """Hands factors to a sink under the parameters that own the weights of one forward pass."""
-
-    owners = None
-
-    def __init__(self, sink: GradientSink, owner: Mapping[Tensor, Tensor]):
-        self.sink, self.owner, self.bounded = sink, owner, sink.bounded
-
-    def enter(self, weight: Tensor) -> None:
-        self.sink.enter(self.owner[weight])
-
-    def trained_slices(self, weights: Sequence[Tensor]) -> Tensor | None:
-        return self.sink.trained_slices([self.owner[weight] for weight in weights])
-
-    def take(self, weight: Tensor, factors: Factors) -> None:
-        self.sink.take(self.owner[weight], factors)
 
 
 @dataclass
@@ -186,7 +150,7 @@ def _owned(module: Any, state: _State, operands: ExpertWeights) -> tuple[ExpertW
     if sink is None:
         return operands, None
     pairs = zip(operands, owners, strict=True)
-    return operands, _OfOnePass(sink, {w: owner for w, owner in pairs if w is not None and owner is not None})
+    return operands, OfOnePass(sink, {w: owner for w, owner in pairs if w is not None and owner is not None})
 
 
 def _sink(state: _State, weights: list[Tensor]) -> GradientSink | None:

@@ -207,6 +207,7 @@ def test_one_op_one_file():
         "checks",
         "gate",
         "schema",
+        "sink",
     }  # what ops share
     assert found == OPS
     assert {p.stem for p in (PACKAGE / "ops" / "costs").glob("*.py")} - {"__init__", "cost"} == OPS

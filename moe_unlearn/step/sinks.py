@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from moe_unlearn.errors import NonFiniteError
-from moe_unlearn.experts import GradientSink
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
+from moe_unlearn.ops.sink import GradientSink
 from moe_unlearn.step.factors import LARGEST, largest_sum, look, may_overflow
 from moe_unlearn.step.gradients import GradientStore
 
