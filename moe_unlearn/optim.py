@@ -18,7 +18,8 @@ lists those that have. If a mask changes later, state is carried over and new sl
 
 bfloat16 keeps 8 bits, so that SGD at lr 1e-5 under "parity" or "nearest" changes next to nothing.
 The formulas and the random bits are those of `ops.masked_update`; the parameter id that enters the random bits
-is the position over all groups. The optimizers are deterministic.
+is the position over all groups. Of a parameter that an engine shares out over ranks (`sharding`), each rank updates its
+own rows with the random bits that they have in the whole parameter. The optimizers are deterministic.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from moe_unlearn.ops.bits import keep_where, slices_with_a_bit
 from moe_unlearn.ops.checks import check_mask
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_sgd_
 from moe_unlearn.ops.masked_update import SGD, AdamW, Update, masked_adamw_, masked_sgd_
+from moe_unlearn.sharding import first_row, part
 
 # by parameter, what replaces its `.grad`: see `step`
 Gradients = Mapping[Tensor, Tensor | Factors]
@@ -71,12 +73,15 @@ class _Masked(torch.optim.Optimizer):
         self._layouts: dict[int, tuple[Tensor, int, Layout]] = {}
         # parameter -> (number of its group, place in it) when last looked up; a place is checked before its use
         self._places: dict[Tensor, tuple[int, int]] = {}
+        # parameter id -> (parameter, which of its rows this rank's first one is); computed once, never saved
+        self._first_rows: dict[int, tuple[Tensor, int]] = {}
         self.zero_grad_hooks: list[Callable[[], None]] = []
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._layouts, self._places, self.zero_grad_hooks = {}, {}, getattr(self, "zero_grad_hooks", [])
+        self._layouts, self._places, self._first_rows = {}, {}, {}
+        self.zero_grad_hooks = getattr(self, "zero_grad_hooks", [])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, also those that a step has collected for `step`."""
@@ -112,7 +117,7 @@ class _Masked(torch.optim.Optimizer):
         else:
             new = list(masks)
         for i, (p, mask) in enumerate(zip(parameters, new, strict=True)):
-            check_mask(_local(p), mask, i)
+            check_mask(part(p), mask, i)
         for group in self.param_groups:
             count = len(group["params"])
             group["masks"], new = new[:count], new[count:]
@@ -137,13 +142,13 @@ class _Masked(torch.optim.Optimizer):
             if (given := gradients.get(slot.parameter)) is not None:
                 self._update(slot, given)
             elif slot.parameter.grad is not None:
-                self._update(slot, _local(slot.parameter.grad), whole=True)
+                self._update(slot, part(slot.parameter.grad), whole=True)
         return loss
 
     def layout(self, p: Tensor) -> Layout | None:
         """Return the layout of a parameter; None for a parameter of no group."""
         slot = self._find(p)
-        return None if slot is None else self._layout(slot.parameter_id, _local(p), slot.mask)
+        return None if slot is None else self._layout(slot.parameter_id, part(p), slot.mask)
 
     @torch.no_grad()
     def update_from(self, p: Tensor, factors: Factors, where: Tensor | None = None) -> None:
@@ -189,7 +194,7 @@ class _Masked(torch.optim.Optimizer):
     ) -> None:
         """Update one parameter; a gradient that is neither factors nor `whole` covers the trained slices alone."""
         group, p, mask, parameter_id = slot
-        weight = _local(p)
+        weight = part(p)
         trained_slices, compact_mask = self._layout(parameter_id, weight, mask)
         if trained_slices is not None and len(trained_slices) == 0:
             self.state.pop(p, None)
@@ -203,13 +208,20 @@ class _Masked(torch.optim.Optimizer):
         state["step"] += 1
         stochastic = group["numerics"] == "stochastic" and weight.dtype not in (torch.float32, torch.float64)
         rounding = "stochastic" if stochastic else "nearest"
-        update = Update(int(state["step"]), rounding, group["seed"], parameter_id)
+        update = Update(int(state["step"]), rounding, group["seed"], parameter_id, self._first_row(parameter_id, p))
         if where is not None:
             shape = weight.shape if trained_slices is None else (len(trained_slices), *weight.shape[1:])
             compact_mask = keep_where(where, compact_mask, shape)
         if whole and trained_slices is not None and isinstance(gradient, Tensor):
             gradient = gradient[trained_slices]
         self._apply(group, gradient, Target(weight, state, compact_mask, trained_slices, update))
+
+    def _first_row(self, parameter_id: int, p: Tensor) -> int:
+        """Return which row of a parameter the first one is that this rank holds."""
+        known = self._first_rows.get(parameter_id)
+        if known is None or known[0] is not p:
+            known = self._first_rows[parameter_id] = p, first_row(p)
+        return known[1]
 
     def _moments(self, group: dict) -> tuple[str, ...]:
         raise NotImplementedError
@@ -337,11 +349,6 @@ def _whole(group: dict) -> dict:
     if len(group["masks"]) != len(group["params"]):
         raise ValueError(f"a group has {len(group['params'])} parameters but {len(group['masks'])} masks")
     return group
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this process's shard of a distributed tensor; any other tensor unchanged."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _state_dtype(p: Tensor, numerics: str) -> torch.dtype:
