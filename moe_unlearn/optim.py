@@ -73,15 +73,12 @@ class _Masked(torch.optim.Optimizer):
         self._layouts: dict[int, tuple[Tensor, int, Layout]] = {}
         # parameter -> (number of its group, place in it) when last looked up; a place is checked before its use
         self._places: dict[Tensor, tuple[int, int]] = {}
-        # parameter id -> (parameter, which of its rows this rank's first one is); computed once, never saved
-        self._first_rows: dict[int, tuple[Tensor, int]] = {}
         self.zero_grad_hooks: list[Callable[[], None]] = []
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._layouts, self._places, self._first_rows = {}, {}, {}
-        self.zero_grad_hooks = getattr(self, "zero_grad_hooks", [])
+        self._layouts, self._places, self.zero_grad_hooks = {}, {}, getattr(self, "zero_grad_hooks", [])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, also those that a step has collected for `step`."""
@@ -208,20 +205,13 @@ class _Masked(torch.optim.Optimizer):
         state["step"] += 1
         stochastic = group["numerics"] == "stochastic" and weight.dtype not in (torch.float32, torch.float64)
         rounding = "stochastic" if stochastic else "nearest"
-        update = Update(int(state["step"]), rounding, group["seed"], parameter_id, self._first_row(parameter_id, p))
+        update = Update(int(state["step"]), rounding, group["seed"], parameter_id, first_row(p))
         if where is not None:
             shape = weight.shape if trained_slices is None else (len(trained_slices), *weight.shape[1:])
             compact_mask = keep_where(where, compact_mask, shape)
         if whole and trained_slices is not None and isinstance(gradient, Tensor):
             gradient = gradient[trained_slices]
         self._apply(group, gradient, Target(weight, state, compact_mask, trained_slices, update))
-
-    def _first_row(self, parameter_id: int, p: Tensor) -> int:
-        """Return which row of a parameter the first one is that this rank holds."""
-        known = self._first_rows.get(parameter_id)
-        if known is None or known[0] is not p:
-            known = self._first_rows[parameter_id] = p, first_row(p)
-        return known[1]
 
     def _moments(self, group: dict) -> tuple[str, ...]:
         raise NotImplementedError

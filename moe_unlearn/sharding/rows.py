@@ -12,6 +12,7 @@ parameter. Worked example, 8 experts on 4 ranks, ep 2 x efsdp 2: the rank at (ef
 Deterministic. Source: the layouts of torch.distributed.tensor, after which the tests check every case.
 """
 
+import functools
 from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -116,17 +117,18 @@ def whole(tensor: Any) -> Tensor:
 
 
 def like(parameter: Any, own: Tensor) -> Tensor:
-    """Return `own`, this rank's rows, as the tensor that belongs to a sharded parameter."""
+    """Return `own`, this rank's rows of a tensor [len(parameter), ...], shared out as a sharded parameter is."""
     # imported here because a single process never needs it and it is slow to import
     from torch.distributed.tensor import DTensor
 
+    row = torch.empty(0, *own.shape[1:], device="meta")
     made: Tensor = DTensor.from_local(
         own,
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        shape=torch.Size((len(parameter), *own.shape[1:])),
+        stride=row.stride(),
     )
     return made
 
@@ -151,7 +153,13 @@ def first_row(parameter: Any) -> int:
     """Return which row of a parameter the first one is that this rank holds, 0 for one that is not sharded."""
     if not is_sharded(parameter):
         return 0
-    return placing_of("a parameter", parameter).held(len(parameter), parameter.device_mesh.get_coordinate()).start
+    coordinate = tuple(parameter.device_mesh.get_coordinate())
+    return _first_held(placing_of("a parameter", parameter), len(parameter), coordinate)
+
+
+@functools.cache
+def _first_held(placing: Placing, rows: int, coordinate: tuple[int, ...]) -> int:
+    return placing.held(rows, coordinate).start
 
 
 def rows_here(name: str, parameter: Any, group: "distributed.ProcessGroup | None" = None) -> Rows:
