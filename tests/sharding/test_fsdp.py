@@ -84,9 +84,9 @@ def bits_between(ours, theirs):
 REFUSED = {
     "bad loss": ("NonFiniteError: forget_loss is nan", "NonFiniteError: forget_loss is nan"),
     "bad gradient": ("NonFiniteError: the gradient norm is", "NonFiniteError: the gradient norm is"),
-    "bad batch": ("RuntimeError: rank 1 stopped: ", "ValueError: "),
+    "bad batch": ("RankError: rank 1 stopped: ", "ValueError: "),
     "unknown row": (
-        "RuntimeError: rank 1 stopped: ValueError: reference log-probs: rows",
+        "RankError: rank 1 stopped: ValueError: reference log-probs: rows",
         "ValueError: reference log-",
     ),
     "other sizes": ("ValueError: expected `sizes` to be the same on all 2 ranks; they differ",) * 2,
