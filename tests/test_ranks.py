@@ -11,8 +11,9 @@ from moe_unlearn.ranks import Ranks, shared_work, turns
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing.yardstick import Reference
 from tests.support import ranks_child
+from tests.support.batches import random_batches
 from tests.support.ranks_child import CASES, STEPS, batches_of, made
-from tests.support.steps import check_changes, data, made_of, recipe, weights
+from tests.support.steps import VOCAB, check_changes, data, made_of, recipe, weights
 from tests.support.two_ranks import run_two
 
 
@@ -92,6 +93,33 @@ def test_one_process_speaks_to_nobody():
     alone.agree("anything", lambda: pytest.fail("nobody to compare with"))
     assert alone.count == 1 and alone.first and alone.sums([1.5]) == [1.5]
     assert torch.equal(gradients["a"], torch.ones(2))
+
+
+def sums_of(forget, retain, *, apart):
+    """Gradients of two micro-batches, added up in one process, or each by itself first, as ranks do."""
+    step = UnlearnStep(ranks_child.model(), recipe("npo"))
+    step.prepare(forget, retain)
+    pairs = [*zip(forget, retain, strict=True)]
+    sizes, total = step.sizes(pairs), {}
+    for pair in pairs:
+        step.accumulate(*pair, sizes=sizes)
+        if apart:
+            own = {name: step.gradients.of(p) for name, p in step.view().trained}
+            total = {name: total[name] + g if total else g.clone() for name, g in own.items()}
+            step.discard()
+    return total if apart else {name: step.gradients.of(p) for name, p in step.view().trained}
+
+
+@pytest.mark.parametrize("longest,exact", [(12, True), (30, False)])
+def test_ranks_have_the_bits_of_one_process_where_both_sides_share_a_pass(longest, exact):
+    """One process adds the second pass of a micro-batch to all before it, a rank to its first pass alone."""
+    forget, retain = (random_batches(VOCAB, 2, seed=i, length=length) for i, length in ((1, longest), (2, 12)))
+    together, apart = (sums_of(forget, retain, apart=each) for each in (False, True))
+    differing = [name for name in together if not torch.equal(together[name], apart[name])]
+    # autograd adds up the passes of one backward pass by itself
+    assert all(".experts." in name for name in differing) and bool(differing) is not exact
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, apart[name], rtol=0, atol=1e-6 * float(gradient.abs().max()))
 
 
 @pytest.mark.quick
