@@ -26,7 +26,8 @@ The scores of the model are never stored or sorted: `ops.weight_score` streams h
 Memory: two float32 gradients of the trainable parameters, and one bit per weight.
 
 Of weights that are sharded (`sharding`) each rank scores its own rows. Histograms are sums over the ranks, equal scores
-go by the rows of the whole parameter, and every rank gets the whole mask: for equal gradients the bits of one process.
+go by the rows of the whole parameter, and each rank keeps the words of its rows: for equal gradients the bits of one
+process.
 The ranks share the batches: they compute one each at a time, and add the gradients up.
 """
 
@@ -37,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.masks import WeightMask
-from moe_unlearn.masks.shards import joined_words
+from moe_unlearn.masks.shards import shared_words
 from moe_unlearn.model.batches import Batch, padded, target_mask
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.model.modes import evaluation_mode
@@ -261,7 +262,7 @@ class _ShardedScored(_Scored):
             equal[place] = super().mask(name, terms, threshold, _ALL_TIES)[1]
         complete_(equal, rows.reduced)
         words, _ = super().mask(name, terms, threshold, max(ties - int(equal[:place].sum()), 0))
-        return joined_words(words, rows, len(self.parameters[name])), min(ties, int(equal.sum()))
+        return shared_words(words, self.parameters[name], rows), min(ties, int(equal.sum()))
 
     def _sums(self) -> tuple[float, float]:
         by_place: dict[tuple, Tensor] = {}

@@ -39,16 +39,21 @@ _PICKLED = (b"PK\x03\x04", b"\x80")  # torch.save's archive, and its form before
 def save(mask: WeightMask, path: str | Path, model: nn.Module, format: str = "native") -> None:
     """Write `mask` of `model` in one of `FORMATS`; the file appears under its name whole or not at all.
 
-    The official form loses `keep`, `gamma` and the score terms. Raises ValueError for a mask of another model.
+    The official form loses `keep`, `gamma` and the score terms. Where ranks share the mask out, every rank calls this
+    and the first writes. Raises ValueError for a mask of another model.
     """
     mask.check(model)
     if format == "native":
         mask.save(path)
         return
     named = to_hub(model, {name: mask.kept(name).cpu() for name in mask.names})
-    # an open file, since torch refuses some names; clones, since torch saves a view with the whole tensor behind it
-    with whole_file(path) as unfinished, unfinished.open("wb") as file:
-        torch.save({name: kept.clone() for name, kept in named.items()}, file)
+
+    def write() -> None:
+        # an open file, since torch refuses some names; clones, since torch saves a view with the whole tensor behind it
+        with whole_file(path) as unfinished, unfinished.open("wb") as file:
+            torch.save({name: kept.clone() for name, kept in named.items()}, file)
+
+    mask.written_once(write)
 
 
 def load(path: str | Path, model: nn.Module) -> WeightMask:

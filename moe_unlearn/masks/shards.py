@@ -1,26 +1,48 @@
-"""Cuts packed masks into the parts that ranks hold, and puts them together; see `sharding` and `ops.bits`."""
+"""Cuts packed masks into the parts that ranks hold, and puts them together; see `sharding` and `ops.bits`.
+
+The words of a matrix are shared out as the matrix is, in a DTensor. Those of a vector run along the dimension that is
+cut, so that all ranks have them whole.
+"""
 
 import torch
 from torch import Tensor
 
 from moe_unlearn.ops.bits import pack_bits, unpack_bits
-from moe_unlearn.sharding import Rows, complete_
+from moe_unlearn.sharding import Rows, complete_, first_row, is_sharded, like, part
 
 
-def own_words(words: Tensor, rows: Rows, count: int) -> Tensor:
-    """Return what this rank holds of the packed mask of a parameter with `count` rows."""
-    held = slice(rows.held.start, rows.held.stop)
-    # the words of a vector run along the dimension that is cut
-    return words[held].contiguous() if words.dim() > 1 else pack_bits(unpack_bits(words, count)[held])
+def held_words(words: Tensor, parameter: Tensor) -> Tensor:
+    """Return what this rank holds of the packed mask of a parameter, whole or shared out, on the parameter's device."""
+    if is_sharded(words) or not is_sharded(parameter):
+        return part(words).to(parameter.device)
+    start = first_row(parameter)
+    return own_words(words, range(start, start + len(part(parameter))), len(parameter)).to(parameter.device)
 
 
-def joined_words(own: Tensor, rows: Rows, count: int) -> Tensor:
-    """Return the packed mask of a parameter with `count` rows from what the ranks hold; every rank has to call this."""
-    held = slice(rows.held.start, rows.held.stop)
+def own_words(words: Tensor, held: range, count: int) -> Tensor:
+    """Return the packed mask of the rows `held`, in memory of its own, from that of a parameter with `count` rows."""
+    rows = slice(held.start, held.stop)
+    # a view would keep the words of all rows alive
+    return words[rows].clone() if words.dim() > 1 else pack_bits(unpack_bits(words, count)[rows])
+
+
+def shared_words(own: Tensor, parameter: Tensor, rows: Rows) -> Tensor:
+    """Return the packed mask of a sharded parameter from what each rank holds; every rank has to call this."""
     if own.dim() > 1:
-        words = own.new_zeros(count, *own.shape[1:])
-        words[held] = own
-        return complete_(words, rows.reduced)
-    bits = torch.zeros(count, dtype=torch.uint8, device=own.device)
-    bits[held] = unpack_bits(own, len(rows.held)).to(torch.uint8)
+        return like(parameter, own)
+    bits = torch.zeros(len(parameter), dtype=torch.uint8, device=own.device)
+    bits[rows.held.start : rows.held.stop] = unpack_bits(own, len(rows.held)).to(torch.uint8)
     return pack_bits(complete_(bits, rows.reduced).bool())
+
+
+def slices_anywhere(own: Tensor, parameter: Tensor, rows: Rows) -> Tensor | None:
+    """Return the slices of a sharded parameter with a set bit on any rank, ascending int64, from each rank's words.
+
+    None are all slices, and those of a vector. Every rank has to call this.
+    """
+    if own.dim() < 2:
+        return None
+    trained = torch.zeros(len(parameter), dtype=torch.uint8, device=own.device)
+    trained[rows.held.start : rows.held.stop] = own.flatten(1).ne(0).any(1)
+    found = complete_(trained, rows.reduced).bool()
+    return None if found.all() else found.nonzero().squeeze(1)

@@ -1,7 +1,7 @@
 """The class of weight masks, one packed bit for each weight of a model, with its safetensors file."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from moe_unlearn.files import whole_file
 from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
+from moe_unlearn.ranks import on_first
+from moe_unlearn.sharding import is_sharded, whole
 
 FORMAT = "moe-unlearn weight mask 1"
 _BITS_IN_BYTE = torch.tensor([byte.bit_count() for byte in range(256)])
@@ -19,10 +21,14 @@ _BITS_IN_BYTE = torch.tensor([byte.bit_count() for byte in range(256)])
 
 @dataclass(frozen=True)
 class WeightMask:
-    """One bit per weight of a model, packed; made by `weight_mask`."""
+    """One bit per weight of a model, packed; made by `weight_mask`.
+
+    Of a model whose weights ranks share out (`sharding`), each rank holds the words of its rows; then every rank has to
+    call what is computed of the mask, and `save`, which the first rank writes.
+    """
 
     shapes: dict[str, tuple[int, ...]]  # in `named_parameters()` order
-    packed: dict[str, Tensor]  # int32 words, layout `ops.bits`
+    packed: dict[str, Tensor]  # int32 words, layout `ops.bits`; DTensors where ranks share them out
     keep: float  # the fraction asked for
     gamma: float = 1.0
     official: bool = False
@@ -34,13 +40,18 @@ class WeightMask:
         return list(self.shapes)
 
     def words(self, name: str) -> Tensor:
-        """Return the packed int32 words [..., ceil(n / 32)] of one parameter."""
-        return self.packed[name]
+        """Return the packed int32 words [..., ceil(n / 32)] of one parameter, of all its rows."""
+        return whole(self.packed[name])
+
+    @property
+    def shared(self) -> bool:
+        """Return whether ranks share the words out."""
+        return any(map(is_sharded, self.packed.values()))
 
     def kept(self, name: str) -> Tensor:
         """Return a bool tensor of the parameter's shape, True where a weight may move."""
         shape = self.shapes[name]
-        return unpack_bits(self.packed[name], shape[-1] if shape else 1).view(shape)
+        return unpack_bits(self.words(name), shape[-1] if shape else 1).view(shape)
 
     @property
     def fraction(self) -> float:
@@ -67,7 +78,7 @@ class WeightMask:
             owner = _experts_owner(name)
             # parameters of an experts module are stacked by expert along their first dimension
             if owner is not None and len(shape) >= 2:
-                counts = _kept_per_row(self.packed[name]).reshape(shape[0], -1).sum(1)
+                counts = _kept_per_row(self.words(name)).reshape(shape[0], -1).sum(1)
                 kept[owner] = kept.get(owner, 0) + counts.double()
                 total[owner] = total.get(owner, 0) + _numel(shape[1:])
         return {owner: counts / total[owner] for owner, counts in kept.items()}
@@ -83,10 +94,11 @@ class WeightMask:
                 )
 
     def state_dict(self) -> dict:
-        """Return the mask as a nested dict of tensors and plain values."""
+        """Return the mask as a nested dict of tensors and plain values; words that were shared out, on the CPU."""
+        packed = {name: self.words(name).cpu() if is_sharded(own) else own for name, own in self.packed.items()}
         return {
             "shapes": [[name, list(shape)] for name, shape in self.shapes.items()],
-            "packed": dict(self.packed),
+            "packed": packed,
             "keep": self.keep,
             "gamma": self.gamma,
             "official": self.official,
@@ -110,8 +122,19 @@ class WeightMask:
         """Write one safetensors file, which appears under its name whole or not at all."""
         state = self.state_dict()
         tensors = {name: words.cpu().contiguous() for name, words in state.pop("packed").items()}
-        with whole_file(path) as unfinished:
-            save_file(tensors, unfinished, {"format": FORMAT, "state": json.dumps(state)})
+
+        def write() -> None:
+            with whole_file(path) as unfinished:
+                save_file(tensors, unfinished, {"format": FORMAT, "state": json.dumps(state)})
+
+        self.written_once(write)
+
+    def written_once(self, write: Callable[[], None]) -> None:
+        """Run `write`, on the first rank alone if ranks share the mask; its OSError is raised on all of them."""
+        if self.shared:
+            on_first(write)
+        else:
+            write()
 
     @classmethod
     def load(cls, path: str | Path) -> "WeightMask":
@@ -135,7 +158,7 @@ class WeightMask:
             raise ValueError(f"{path}: not a weight mask: {error}") from error
 
     def _count(self, name: str) -> tuple[int, int]:
-        return int(_kept_per_row(self.packed[name]).sum()), _numel(self.shapes[name])
+        return int(_kept_per_row(self.words(name)).sum()), _numel(self.shapes[name])
 
 
 def _kept_per_row(words: Tensor) -> Tensor:

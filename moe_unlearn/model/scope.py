@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from moe_unlearn.config import Scope
 from moe_unlearn.experts import experts_modules, total_experts
 from moe_unlearn.masks import WeightMask
+from moe_unlearn.masks.shards import held_words
 from moe_unlearn.ops.bits import pack_bits
+from moe_unlearn.sharding import first_row, is_sharded, part
 
 
 def matching(model: nn.Module, patterns: list[str]) -> set[str]:
@@ -71,24 +73,29 @@ def restrict(model: nn.Module, settings: Scope, flags: dict[str, bool], selected
 def weight_masks(
     model: nn.Module, settings: Scope, selected: Tensor | None, mask: WeightMask | None
 ) -> dict[str, Tensor]:
-    """Return packed masks by parameter, each on its device: the chosen experts, WAGLE's `mask`, or both combined."""
+    """Return packed masks by parameter, each on its device: the chosen experts, WAGLE's `mask`, or both combined.
+
+    They are of the rows that this rank holds.
+    """
     masks = {}
     if settings.kind in ("experts", "seuf") and selected is not None:
         masks = expert_masks(model, selected)
     if mask is not None:
-        words = {name: mask.words(name) for name in mask.names}
-        masks = combine(masks, {name: words[name] for name, p in model.named_parameters() if p.requires_grad})
-    device = {name: p.device for name, p in model.named_parameters()}
-    return {name: words.to(device[name]) for name, words in masks.items()}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        masks = combine(masks, {name: held_words(mask.packed[name], p) for name, p in trained.items()})
+    return masks
 
 
 def expert_masks(model: nn.Module, selected: Tensor) -> dict[str, Tensor]:
     """Return packed masks of the expert parameters that let the experts in `selected` (bool [L, E]) move.
 
-    Layers follow the order of `experts_modules`; a layer without a selected expert has no entry.
+    Layers follow the order of `experts_modules`; a layer without a selected expert has no entry. Of sharded parameters
+    they are of the rows that this rank holds.
     """
     masks = {}
-    for name, row, p in _selected_parameters(model, selected):
+    for name, row, parameter in _selected_parameters(model, selected):
+        p, start = part(parameter.detach()), first_row(parameter)
+        row = row[start : start + len(p)] if is_sharded(parameter) else row
         # the rows of an expert are alike, so that one of them is packed and repeated
         words = pack_bits(row.to(p.device)[:, None].expand(-1, p.shape[-1]))
         masks[name] = words.view(len(row), *[1] * (p.dim() - 2), -1).expand(*p.shape[:-1], -1).contiguous()

@@ -33,7 +33,7 @@ from moe_unlearn.ops import Head
 from moe_unlearn.prepare import reference
 from moe_unlearn.prepare.rows import RowCache, content_keys
 from moe_unlearn.ranks import Ranks, gather, shared_work
-from moe_unlearn.sharding import whole
+from moe_unlearn.sharding import is_sharded, whole
 from moe_unlearn.trace import RoutingFrequencies
 
 STAGES = ("trace", "seuf", "reference", "kl_floor", "wagle")
@@ -78,12 +78,12 @@ class Preparation:
         return {"ref_lm_head": self.ref_lm_head, "ref_bias": self.ref_bias}
 
     def chosen(self) -> list[Tensor]:
-        """Return the tensors that decide which weights train: the selected experts and the words of the mask."""
+        """Return what decides which weights train and every rank has whole: the selected experts, words of the mask."""
         found = [self.selected, *(self.mask.packed.values() if self.mask is not None else [])]
-        return [tensor for tensor in found if tensor is not None]
+        return [tensor for tensor in found if tensor is not None and not is_sharded(tensor)]
 
     def state_dict(self) -> dict:
-        """Return the results as a nested dict of tensors and plain values."""
+        """Return the results as a nested dict of tensors and plain values, whole; all ranks have to call this."""
         state: dict = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

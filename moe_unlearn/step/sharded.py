@@ -12,6 +12,7 @@ the gradients of two layers whole.
 Deterministic. Source: our specification.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.masks.shards import own_words
+from moe_unlearn.masks import WeightMask
+from moe_unlearn.masks.shards import held_words, slices_anywhere
 from moe_unlearn.model.batches import Batch, Sizes, checked
 from moe_unlearn.ops import gram
-from moe_unlearn.ops.bits import slices_with_a_bit, unpack_bits
+from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.ranks import Ranks
@@ -78,16 +80,25 @@ class Shards:
         self.exchanges = {p: exchange_of(p, rows, None) for p, rows in self.rows.items() if p in owned}
         self.close = add_up_gradients(model)
 
-    def cut(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what this rank holds of packed masks by name, and have the sink send what any rank trains."""
-        found = {}
+    def share_out(self, mask: WeightMask) -> WeightMask:
+        """Return a mask of which this rank holds no more words than those of its rows, and of vectors."""
+        packed = dict(mask.packed)
+        for name, p in self.model.named_parameters():
+            if p in self.rows and p.dim() > 1 and not is_sharded(packed[name]):
+                packed[name] = like(p, held_words(packed[name], p))
+        return dataclasses.replace(mask, packed=packed)
+
+    def take_masks(self, masks: Mapping[str, Tensor], moving: set[str]) -> set[str]:
+        """Have the sink send what any rank trains under `masks`, packed, by name, of the rows held here.
+
+        Return the names of those of which a rank holds a set bit, from `moving`, those of which this one does.
+        """
         for name, p in self.model.named_parameters():
             rows, words = self.rows.get(p), masks.get(name)
             if rows is not None and p in self.exchanges:
-                self.exchanges[p] = exchange_of(p, rows, words)
-            if words is not None:
-                found[name] = words if rows is None else own_words(words, rows, len(p))
-        return found
+                self.exchanges[p] = exchange_of(p, rows, None if words is None else slices_anywhere(words, p, rows))
+        counts = self.ranks.sums([name in moving for name in masks])
+        return {name for name, count in zip(masks, counts, strict=True) if count}
 
     def admit(
         self, objectives: Objectives, tally: Tally, forget: Batch, retain: Batch, sizes: Sizes | None
@@ -203,9 +214,8 @@ class ShardedSink(CompactSink):
         self.store.collected[weight] = dw if held is None else held.add_(dw)
 
 
-def exchange_of(p: Tensor, rows: Rows, words: Tensor | None) -> Exchange:
-    """Return what is exchanged of a parameter under the packed mask `words` of all of it."""
-    slices = None if words is None or p.dim() < 2 else slices_with_a_bit(p, words)
+def exchange_of(p: Tensor, rows: Rows, slices: Tensor | None) -> Exchange:
+    """Return what is exchanged of a parameter of which these `slices` train, None for all."""
     seen = list(rows.seen) if slices is None else [row for row in slices.tolist() if row in rows.seen]
     sent = [[i for i, row in enumerate(seen) if row in held] for held in rows.parts]
     flat = [i for places in sent for i in places]

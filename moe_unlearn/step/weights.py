@@ -27,13 +27,17 @@ class TrainedWeights:
 
     def mask(self, prepared: Preparation, optimizer: MaskedSGD | MaskedAdamW) -> None:
         """Give the masks of the preparation to the optimizer, and freeze the parameters without a set bit."""
-        whole = scope.weight_masks(self.model, self.scope, prepared.selected, prepared.mask)
-        self.masks = whole if self.shards is None else self.shards.cut(whole)
+        if self.shards is not None and prepared.mask is not None:
+            prepared.mask = self.shards.share_out(prepared.mask)
+        self.masks = scope.weight_masks(self.model, self.scope, prepared.selected, prepared.mask)
+        moving = {name for name, words in self.masks.items() if words.any()}
+        if self.shards is not None:
+            moving = self.shards.take_masks(self.masks, moving)
         by_parameter = {p: self.masks.get(name) for name, p in self.model.named_parameters()}
         for group in optimizer.param_groups:
             group["masks"] = [by_parameter.get(p) for p in group["params"]]
         for name, p in self.model.named_parameters():
-            if p.requires_grad and name in whole and not whole[name].any():
+            if p.requires_grad and name in self.masks and name not in moving:
                 p.requires_grad_(False)
 
     def restore(self) -> None:

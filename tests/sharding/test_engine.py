@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_unlearn.masks.shards import own_words
-from moe_unlearn.ops.bits import pack_bits
+from moe_unlearn.ops.bits import pack_bits, slices_with_a_bit
 from moe_unlearn.sharding import Placing, Rows, as_forward, check_engine, reset, reshard, sum_of_peers
 from moe_unlearn.step.sharded import exchange_of
 
@@ -47,8 +47,7 @@ def test_a_mask_is_cut_like_its_weight(shape, ranks):
     placing = Placing.fsdp(ranks)
     for rank in range(ranks):
         held = placing.held(shape[0], (rank,))
-        rows = Rows(held, range(shape[0]), (held,), None, (), tuple(placing.blocks(shape[0])))
-        own = own_words(pack_bits(mask), rows, shape[0])
+        own = own_words(pack_bits(mask), held, shape[0])
         assert torch.equal(own, pack_bits(mask[held.start : held.stop]))
 
 
@@ -61,11 +60,10 @@ def test_each_row_is_sent_to_all_who_hold_it():
     assert every.order.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
     trained = torch.zeros(6, 2, 4, dtype=torch.bool)
     trained[[1, 4, 5]] = True
-    some = exchange_of(weight, rows, pack_bits(trained))
+    slices = slices_with_a_bit(weight, pack_bits(trained))
+    some = exchange_of(weight, rows, slices)
     assert some.slices.tolist() == [1, 4, 5] and some.counts == (1, 1, 2, 2)
     assert some.order.tolist() == [0, 0, 1, 2, 1, 2]
     # the ranks of one engine without replicas, of which this one sees the second half
-    own = exchange_of(
-        weight, Rows(range(3, 5), halves[1], (range(3, 5), range(5, 6)), None, (), ()), pack_bits(trained)
-    )
+    own = exchange_of(weight, Rows(range(3, 5), halves[1], (range(3, 5), range(5, 6)), None, (), ()), slices)
     assert own.slices.tolist() == [1, 2] and own.counts == (1, 1) and own.order is None
