@@ -95,7 +95,7 @@ READS = {
     "Ranks.add_": (1, "a tensor that was made on the CPU"),
     "placing_of": (1, "a number of a placement"),
     "rows_here": (2, "the mesh is on the CPU"),
-    "check_engine": (1, "numbers of a version"),
+    "check_versions": (1, "numbers of a version"),
     "exchange_of": (1, "once for each mask"),
     "ShardedSink.trained_slices": (1, "the experts of the lowest layer that trains"),
     "TrainedWeights.mask": (1, "once, behind prepare()"),

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moe_unlearn.checkpoint.sharded import Part, Slices
+from moe_unlearn.sharding import held_rows
 
 
 def part_of(parameter: Tensor) -> Part:
@@ -25,13 +24,8 @@ def part_of(parameter: Tensor) -> Part:
 
     Raises ValueError for one that is shared out along another dimension than its first.
     """
-    count = len(parameter) if parameter.dim() else 1
-    if not isinstance(parameter, DTensor):
-        return Part(0, count, count, parameter.device)
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    if tuple(shape[1:]) != tuple(parameter.shape[1:]):
-        raise ValueError(f"expected a parameter shared out along dimension 0; got {parameter.placements}")
-    return Part(offset[0], offset[0] + shape[0], count, parameter.device)
+    held, count = held_rows(parameter), len(parameter) if parameter.dim() else 1
+    return Part(held.start, held.stop, count, parameter.device)
 
 
 def to_tree(state: Mapping[str, Any], rows: Part) -> dict[str, Any]:
@@ -59,6 +53,8 @@ def from_tree(tree: Mapping[str, Any], rows: Part) -> dict[str, Any]:
         if isinstance(value, Slices):
             own = value.within(rows.start, rows.stop)
             slices, value = own.ids - rows.start, own.values
+        elif isinstance(value, Tensor):
+            value = value.cpu()  # where optimizers count steps
         state[name] = value
     if slices is None:
         return state

@@ -10,6 +10,7 @@ from moe_unlearn.sharding.engine import (
     add_up_gradients,
     as_forward,
     check_engine,
+    check_versions,
     complete_,
     device_of,
     exchange_,
@@ -18,7 +19,18 @@ from moe_unlearn.sharding.engine import (
     reshard,
     sum_of_peers,
 )
-from moe_unlearn.sharding.rows import Placing, Rows, first_row, is_sharded, like, part, placing_of, rows_here, whole
+from moe_unlearn.sharding.rows import (
+    Placing,
+    Rows,
+    first_row,
+    held_rows,
+    is_sharded,
+    like,
+    part,
+    placing_of,
+    rows_here,
+    whole,
+)
 
 __all__ = [
     "Placing",
@@ -26,10 +38,12 @@ __all__ = [
     "add_up_gradients",
     "as_forward",
     "check_engine",
+    "check_versions",
     "complete_",
     "device_of",
     "exchange_",
     "first_row",
+    "held_rows",
     "initialised",
     "is_sharded",
     "like",

@@ -23,14 +23,19 @@ _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 
 
-def check_engine(model: nn.Module) -> None:
-    """Raise ValueError, which says why, if the sharding of a model's weights is not supported."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
+def check_versions() -> None:
+    """Raise ValueError, which names it, for a library that is too old for sharded weights."""
     for library, least in NEEDS.items():
         found = importlib.metadata.version(library)
         if tuple(int(digits) for digits in found.split("+")[0].split(".")[:2]) < least:
             raise ValueError(f"sharded weights need {library} >= {least[0]}.{least[1]}; this is {library} {found}")
+
+
+def check_engine(model: nn.Module) -> None:
+    """Raise ValueError, which says why, if the sharding of a model's weights is not supported."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    check_versions()
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
             "the model is in FullyShardedDataParallel (FSDP1), which flattens weights; expected FSDP2 (fully_shard)"
@@ -77,7 +82,8 @@ def reset(model: nn.Module) -> None:
     """Have FSDP2 forget a pass that stopped half-way, and put the parts of its weights back in place."""
     inner: set[nn.Module] = set()
     for module in _fsdp_modules(model):
-        if module not in inner:
+        # before its first forward pass FSDP2 has nothing that it could forget, and fails to
+        if module not in inner and module._get_fsdp_state()._is_root is not None:
             module.reset_iter_state()
             inner |= set(module.modules())
 

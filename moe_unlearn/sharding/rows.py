@@ -149,17 +149,22 @@ def placing_of(name: str, parameter: Any) -> Placing:
     return Placing(tuple(mesh.shape), tuple(splits), tuple(names))
 
 
+def held_rows(parameter: Any) -> range:
+    """Return the rows of a parameter that this rank holds, all of one that is not sharded; a scalar is one row."""
+    count = len(parameter) if parameter.dim() else 1
+    if not is_sharded(parameter):
+        return range(count)
+    return _held(placing_of("a parameter", parameter), count, tuple(parameter.device_mesh.get_coordinate()))
+
+
 def first_row(parameter: Any) -> int:
     """Return which row of a parameter the first one is that this rank holds, 0 for one that is not sharded."""
-    if not is_sharded(parameter):
-        return 0
-    coordinate = tuple(parameter.device_mesh.get_coordinate())
-    return _first_held(placing_of("a parameter", parameter), len(parameter), coordinate)
+    return held_rows(parameter).start
 
 
 @functools.cache
-def _first_held(placing: Placing, rows: int, coordinate: tuple[int, ...]) -> int:
-    return placing.held(rows, coordinate).start
+def _held(placing: Placing, rows: int, coordinate: tuple[int, ...]) -> range:
+    return placing.held(rows, coordinate)
 
 
 def rows_here(name: str, parameter: Any, group: "distributed.ProcessGroup | None" = None) -> Rows:
