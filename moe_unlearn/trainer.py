@@ -8,9 +8,16 @@ transformers saves a Mixture-of-Experts checkpoint with one key per expert and, 
 converting back, so that the fused expert weights keep their initial values (transformers issue 48805). This class
 resumes through `from_pretrained` instead, and saves the step's own state (selection, weights, masks, caches) beside
 the model.
+
+Of a model whose weights ranks share out (`sharding`) every rank trains its part. Weights may be shared out before the
+Trainer gets the model, by torch's `fully_shard` or transformers' `DistributedConfig`, or by accelerate's FSDP2 when
+training begins; then the step takes up the parts and prepares with them. A checkpoint of such a model has what each
+rank holds in its folder `unlearn_step`; any number of ranks, with any engine or none, resumes from it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,61 +29,17 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
-from moe_unlearn.checkpoint import load_state, save_state
-from moe_unlearn.config import NEED_REFUSALS, Recipe
-from moe_unlearn.data import (
-    Example,
-    ForgetRetainDataset,
-    PairCollator,
-    alternates,
-    check_apart,
-    check_rows,
-    draw,
-    encode_side,
-    pad_token_id,
-    refusals,
-)
+from moe_unlearn.checkpoint import CheckpointError, load_state, save_state, sharded
+from moe_unlearn.config import Recipe
+from moe_unlearn.data.of_recipe import pair_collator, paired
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.model.batches import checked
+from moe_unlearn.model.saving import save_pretrained
 from moe_unlearn.ranks import everyone
-from moe_unlearn.step import UnlearnStep
+from moe_unlearn.sharding import as_forward
+from moe_unlearn.step import UnlearnStep, saved
 
 _STATE = "unlearn_step"
-
-
-def pair_collator(recipe: Recipe, tokenizer: Tokenizer | None, forget: Sequence[Example]) -> PairCollator:
-    """Make the collator for pairs of `forget` examples, with refusals or alternates where the objective needs them.
-
-    Raises ValueError if refusals need a `tokenizer` and there is none, or if an example has no prompt to refuse or no
-    alternate.
-    """
-    pad_id = 0 if tokenizer is None else pad_token_id(tokenizer)
-    if recipe.forget.objective not in NEED_REFUSALS:
-        return PairCollator(pad_id)
-    if recipe.forget.replacement == "alternate":
-        return PairCollator(pad_id, alternates(forget))
-    if tokenizer is None:
-        raise ValueError(
-            f"forget.objective {recipe.forget.objective!r} needs processing_class, a tokenizer, for its refusals"
-        )
-    return PairCollator(pad_id, refusals(forget, tokenizer, seed=recipe.seed))
-
-
-def _paired(rows: Mapping, recipe: Recipe, tokenizer: Tokenizer | None) -> ForgetRetainDataset:
-    """Return the pairs of two sets of rows, encoded and drawn as the recipe's data section says."""
-    settings, sides = recipe.data, {}
-    if rows.keys() != {"forget", "retain"}:
-        raise ValueError(f"expected train_dataset to have forget and retain; got {', '.join(map(str, rows)) or 'none'}")
-    if tokenizer is None:
-        raise ValueError("rows need processing_class, a tokenizer, to be encoded")
-    for side, own in rows.items():
-        check_rows(side, own)
-        replaced = recipe.forget.replacement == "alternate"
-        sides[side] = encode_side(own, tokenizer, settings, side=side, alternates=replaced)
-    check_apart(**sides)
-    forget = draw(sides["forget"], settings.forget_rows, seed=recipe.seed)
-    retain = draw(sides["retain"], settings.retain_rows, seed=recipe.seed)
-    return ForgetRetainDataset(forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget)
 
 
 class UnlearnTrainer(Trainer):
@@ -95,8 +58,11 @@ class UnlearnTrainer(Trainer):
         verify: how many steps to compare with the plain path, as in `UnlearnStep`.
 
     Further keywords go to `Trainer`, except `optimizers`, which the recipe determines. Several processes (`torchrun`)
-    are ranks, each with all weights; see `ranks`. Raises ValueError for fp16 (its loss scaling would need gradients
-    twice), and for FSDP and DeepSpeed over several processes.
+    are ranks, each with all weights (see `ranks`), or with parts of them under FSDP2 or expert parallelism: of a model
+    that is sharded already, or by `fsdp` in `args` or in accelerate's configuration. Warns where that asks for FSDP and
+    accelerate does not provide it, as on CPUs. Raises ValueError for fp16 (its loss scaling would need gradients
+    twice), for weights shared out by FSDP1, DeepSpeed or tensor parallelism, and for accelerate's own checkpointing of
+    activations, which renames parameters.
     """
 
     def __init__(
@@ -120,11 +86,11 @@ class UnlearnTrainer(Trainer):
                 "TrainingArguments found one process, though torch.distributed has more: on CPUs give it use_cpu=True "
                 "and ddp_backend='gloo'"
             )
-        if ranks is not None and (args.fsdp or args.deepspeed):
-            raise ValueError("FSDP and DeepSpeed share weights out; every rank of UnlearnTrainer needs all of them")
+        if ranks is not None and args.deepspeed:
+            raise ValueError("DeepSpeed shares weights out in a way that is not supported; use FSDP2 (`fsdp=True`)")
         if isinstance(train_dataset, Mapping):
             recipe = Recipe.of(recipe)
-            train_dataset = _paired(train_dataset, recipe, keywords.get("processing_class"))
+            train_dataset = paired(train_dataset, recipe, keywords.get("processing_class"))
         sides = {side: getattr(train_dataset, side, ()) for side in ("forget", "retain")}
         for side, examples in sides.items():
             if not len(examples):
@@ -137,21 +103,51 @@ class UnlearnTrainer(Trainer):
         self._cache_dir = cache_dir
         if data_collator is None:
             data_collator = pair_collator(self.unlearn_step.recipe, keywords.get("processing_class"), sides["forget"])
+        self._saved: dict[str, Any] = {}  # what a checkpoint of ranks has of the step, while it is loaded
         self._logged: dict[str, list[float]] = {}
         self._sizes: dict[str, int] | None = None  # the sizes of the global batch in progress
+        # of a model that transformers has shared out the Trainer saves weights only, and refuses anything else
+        only_model = args.save_only_model
+        args.save_only_model |= self.unlearn_step.ranks.sharded
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             data_collator=data_collator,
-            optimizers=(self.unlearn_step.optimizer, None),
             **keywords,
         )
+        args.save_only_model = only_model
+        # not an argument: the Trainer takes none under FSDP, where accelerate exchanges its parameters
+        self.optimizer = self.unlearn_step.optimizer
+        self._check_engine()
         if ranks is not None:
+            # the step reads each micro-batch's gradient, which FSDP2 would have at the last one only
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        if ranks is not None and not self.is_fsdp_enabled:
             # the step adds up gradients itself, and DistributedDataParallel would hold a gradient for every weight
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-        self.add_callback(_Bookkeeping(self.unlearn_step, train_dataset, self._log_metrics))
+        self.add_callback(_Bookkeeping(self, train_dataset))
         self.unlearn_step.restore = self._restore
+
+    def _check_engine(self) -> None:
+        """Raise ValueError for an engine of accelerate that is not supported, and warn where it shares nothing out."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        asked = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if plugin is None and asked and everyone() is not None and not self.unlearn_step.ranks.sharded:
+            kind = self.accelerator.distributed_type.value
+            warnings.warn(
+                f"FSDP was asked for, but accelerate ignores that where it sees {kind}, and trains as "
+                "DistributedDataParallel does: every rank holds all weights. To share weights out on CPUs, call "
+                "torch's fully_shard on the model, or load it with transformers' DistributedConfig(fsdp_size=...)",
+                stacklevel=3,
+            )
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise ValueError("FSDP1 flattens weights, which is not supported; expected version 2 in `fsdp_config`")
+        if plugin is not None and plugin.activation_checkpointing:
+            raise ValueError(
+                "`activation_checkpointing` in `fsdp_config` renames parameters, which is not supported; use "
+                "`gradient_checkpointing` in TrainingArguments"
+            )
 
     def train(
         self,
@@ -169,12 +165,19 @@ class UnlearnTrainer(Trainer):
                 raise ValueError(f"no checkpoint to resume in {self.args.output_dir!r}")
         if resume_from_checkpoint:
             self._load_step(str(resume_from_checkpoint))
-        self.prepare()
+        if not self.is_fsdp_enabled:
+            self.prepare()
         return super().train(
             resume_from_checkpoint=resume_from_checkpoint or None,
             trial=trial,
             ignore_keys_for_eval=ignore_keys_for_eval,
         )
+
+    def _take_up(self) -> None:
+        """Have the step take up the parts of weights that accelerate has made when training begins, and prepare."""
+        if self.is_fsdp_enabled:
+            self.unlearn_step.rebind()
+            self.prepare()
 
     def prepare(self) -> None:
         """Run `UnlearnStep.prepare` on all forget and retain examples of the dataset."""
@@ -224,6 +227,10 @@ class UnlearnTrainer(Trainer):
         losses = {name.removesuffix("_loss"): value for name, value in step.tally.losses().items()}
         return torch.tensor(step.objectives.weighed(losses), device=self.args.device)
 
+    def _finish_step(self) -> None:
+        """Finish the step whose update the optimizer has made."""
+        self._log_metrics(self.unlearn_step.finish())
+
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._logged.setdefault(name, []).append(value)
@@ -235,10 +242,15 @@ class UnlearnTrainer(Trainer):
         if "forget" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        objectives = self.unlearn_step.objectives
+        step = self.unlearn_step
+        objectives = step.objectives
+
+        def losses() -> dict[str, torch.Tensor]:
+            return {**objectives.forget(forget), **objectives.retain(retain)}
+
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             forget, retain = (checked(inputs[side], side) for side in ("forget", "retain"))
-            values = {**objectives.forget(forget), **objectives.retain(retain)}
+            values = as_forward(step.model, losses)()
         loss = objectives.weighed(values)
         assert isinstance(loss, torch.Tensor)
         return loss, None, None
@@ -250,11 +262,27 @@ class UnlearnTrainer(Trainer):
             self._logged.clear()
         super().log(logs, start_time)
 
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Leave the gradients of adapters beside sharded weights as they are: the step adds them up itself."""
+
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         return torch.tensor(self.unlearn_step.clip(self.args.max_grad_norm))
 
+    @property
+    def _sharded(self) -> bool:
+        """Return whether this rank holds parts of the weights."""
+        return self.unlearn_step.ranks.sharded
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model so that `from_pretrained` loads it; every rank calls this."""
+        if not self._sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        tokenizer = self.processing_class if isinstance(self.processing_class, Tokenizer) else None
+        save_pretrained(self.unlearn_step.model, output_dir or str(self.args.output_dir), tokenizer)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:
+        if self.args.should_save and not self._sharded:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             state = self.unlearn_step.state_dict()
@@ -262,21 +290,51 @@ class UnlearnTrainer(Trainer):
             save_state(folder, _STATE, state)
         super()._save_checkpoint(model, trial)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.lr_scheduler is not None  # training has begun
+        tree = saved.tree_of(self.unlearn_step) | {"schedule": self.lr_scheduler.state_dict()}
+        sharded.save(Path(output_dir) / _STATE, tree)
+
     def _load_step(self, checkpoint: str) -> None:
         """Restore the state of the step that a checkpoint holds."""
-        state = load_state(Path(checkpoint), _STATE)
+        folder = Path(checkpoint)
+        if _of_ranks(folder):
+            self._saved = sharded.load(folder / _STATE, states=["step", "schedule"])
+            self.unlearn_step.load_state_dict(self._saved["step"])
+            return
+        if self._sharded or self.is_fsdp_enabled:
+            raise CheckpointError(
+                f"{folder} was saved with whole weights on every rank; weights that are shared out resume from a "
+                "checkpoint of such: load this one's model as the model to train, and begin anew"
+            )
+        state = load_state(folder, _STATE)
         assert isinstance(state, dict)
         self.unlearn_step.load_state_dict(state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         own: Any = self.model if model is None else model
+        if _of_ranks(Path(resume_from_checkpoint)):
+            saved.load_weights(self.unlearn_step, Path(resume_from_checkpoint) / _STATE)
+            return
         if hasattr(own, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, own)
         dtypes = {p.dtype for p in own.parameters()}
         # float32 holds every narrower value exactly; a model of one dtype is loaded in that dtype
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        saved = type(own).from_pretrained(resume_from_checkpoint, dtype=dtype)
-        own.load_state_dict(saved.state_dict(), strict=True)
+        loaded = type(own).from_pretrained(resume_from_checkpoint, dtype=dtype)
+        own.load_state_dict(loaded.state_dict(), strict=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not _of_ranks(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        saved.load_optimizer(self.unlearn_step, Path(checkpoint) / _STATE, self._saved["step"])
+        assert self.lr_scheduler is not None  # training begins
+        self.lr_scheduler.load_state_dict(self._saved["schedule"])
+        self._saved = {}
 
     def _restore(self) -> str:
         """Restore the newest checkpoint after a step that stopped with some weights updated; return what was done."""
@@ -291,17 +349,29 @@ class UnlearnTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if hasattr(self.model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if best is not None and _of_ranks(Path(best)):
+            self._load_from_checkpoint(best)
+        elif hasattr(self.model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         elif best is not None:
             self._load_from_checkpoint(best)
 
 
-class _Bookkeeping(TrainerCallback):
-    """Callback that tells the dataset of each epoch, and the step of each update of the optimizer."""
+def _of_ranks(checkpoint: Path) -> bool:
+    """Return whether ranks that shared weights out have saved a checkpoint."""
+    return (checkpoint / _STATE).is_dir()
 
-    def __init__(self, step: UnlearnStep, dataset: object, log: Callable[[dict[str, float]], None]):
-        self.step, self.dataset, self.log = step, dataset, log
+
+class _Bookkeeping(TrainerCallback):
+    """Callback that tells the step of the beginning and of each update of the optimizer, the dataset of each epoch."""
+
+    def __init__(self, trainer: UnlearnTrainer, dataset: object):
+        self.trainer, self.dataset = trainer, dataset
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
+        self.trainer._take_up()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
@@ -313,4 +383,4 @@ class _Bookkeeping(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> None:
-        self.log(self.step.finish())
+        self.trainer._finish_step()

@@ -12,18 +12,20 @@ from transformers import TrainingArguments
 from moe_unlearn import data, metrics, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example
+from moe_unlearn.data.of_recipe import pair_collator
 from moe_unlearn.data.pairs import carry_loss, side_batches
 from moe_unlearn.files import write_json, write_text
 from moe_unlearn.metrics.privacy import add_privleak
 from moe_unlearn.model import loading
 from moe_unlearn.model.batches import Batch
+from moe_unlearn.model.saving import save_pretrained
 from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.prepare.stages import CHOOSING, needed
 from moe_unlearn.ranks import everyone, on_first
 from moe_unlearn.runs import report
 from moe_unlearn.runs.summary import Summary
 from moe_unlearn.step import UnlearnStep
-from moe_unlearn.trainer import UnlearnTrainer, pair_collator
+from moe_unlearn.trainer import UnlearnTrainer
 
 SIDES = ("forget", "retain")
 
@@ -167,10 +169,14 @@ def unlearn(
     trajectories = {recipe.name: [entry for entry in trainer.state.log_history if "forget_loss" in entry]}
     routing = routing_of(trainer.unlearn_step)
 
+    # save_model of the Trainer would also write a pickle of the training arguments beside the weights
+    if trainer.unlearn_step.ranks.sharded:
+        save_pretrained(unlearned, out / "model", tokenizer)
+
     def write_results() -> None:
-        # save_model would also write a pickle of the training arguments beside the weights
-        unlearned.save_pretrained(out / "model")
-        tokenizer.save_pretrained(out / "model")
+        if not trainer.unlearn_step.ranks.sharded:
+            unlearned.save_pretrained(out / "model")
+            tokenizer.save_pretrained(out / "model")
         write_json(out / "trajectory.json", trajectories)
         if routing:
             write_json(out / "routing.json", routing)

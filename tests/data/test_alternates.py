@@ -18,8 +18,8 @@ from moe_unlearn.data import (
     encode_side,
     load,
 )
+from moe_unlearn.data.of_recipe import pair_collator, paired
 from moe_unlearn.data.pairs import side_batches
-from moe_unlearn.trainer import _paired, pair_collator
 from tests.support.tokenizers import QWEN3, TOKENIZERS, tokenizer_with
 
 pytestmark = pytest.mark.quick
@@ -105,7 +105,7 @@ def test_such_a_row_is_dropped_and_counted_where_alternates_are_needed(write, ca
     assert "1 dropped, its alternate spells a special token: document 1" in capsys.readouterr().err
     assert len(examples_of(source, tokenizer, settings, "retain", alternates=True)) == 2
     with pytest.raises(ValueError, match=r"its alternate spells the special token '<\|im_end\|>'"):
-        _paired({"forget": rows, "retain": ROWS}, replace(made, data=settings), tokenizer)
+        paired({"forget": rows, "retain": ROWS}, replace(made, data=settings), tokenizer)
 
 
 @pytest.mark.parametrize("side", ["forget", "retain", "holdout"])

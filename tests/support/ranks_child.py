@@ -90,7 +90,7 @@ class NotFinite(Objectives):
         return {name: value * float("nan") for name, value in super().__call__(*args, **options).items()}
 
 
-def refused(rank: int, folder: Path) -> list[str]:
+def refused(rank: int) -> list[str]:
     """What must end on both ranks, though only one of them may have cause to, with no weight moved."""
     errors = []
 
@@ -120,7 +120,6 @@ def refused(rank: int, folder: Path) -> list[str]:
     attempt(lambda step: step.prepare(*(side[rank:] for side in data())))
     attempt(flattened)
     attempt(lambda step: UnlearnStep(DistributedDataParallel(model()), recipe("graddiff"), verify=1))
-    attempt(lambda step: trained(folder / "fsdp", ddp_backend="gloo", fsdp=True))
     return errors
 
 
@@ -132,7 +131,7 @@ def main(rank: int, folder: Path) -> None:
         save_file(after, folder / f"{name}-{rank}.safetensors")
     after, found["trainer"] = trained(folder / "trainer", ddp_backend="gloo")
     save_file(after, folder / f"trainer-{rank}.safetensors")
-    found["errors"] = refused(rank, folder)
+    found["errors"] = refused(rank)
     (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     distributed.destroy_process_group()
 

@@ -1,0 +1,45 @@
+"""Makes pairs of rows and their collator as a recipe asks for them."""
+
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from moe_unlearn.config import NEED_REFUSALS, Recipe
+from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, alternates, check_apart, draw, refusals
+from moe_unlearn.data.rows import check_rows, encode_side
+from moe_unlearn.data.tokenize import Example, pad_token_id
+
+
+def pair_collator(recipe: Recipe, tokenizer: Tokenizer | None, forget: Sequence[Example]) -> PairCollator:
+    """Make the collator for pairs of `forget` examples, with refusals or alternates where the objective needs them.
+
+    Raises ValueError if refusals need a `tokenizer` and there is none, or if an example has no prompt to refuse or no
+    alternate.
+    """
+    pad_id = 0 if tokenizer is None else pad_token_id(tokenizer)
+    if recipe.forget.objective not in NEED_REFUSALS:
+        return PairCollator(pad_id)
+    if recipe.forget.replacement == "alternate":
+        return PairCollator(pad_id, alternates(forget))
+    if tokenizer is None:
+        raise ValueError(
+            f"forget.objective {recipe.forget.objective!r} needs processing_class, a tokenizer, for its refusals"
+        )
+    return PairCollator(pad_id, refusals(forget, tokenizer, seed=recipe.seed))
+
+
+def paired(rows: Mapping, recipe: Recipe, tokenizer: Tokenizer | None) -> ForgetRetainDataset:
+    """Return the pairs of two sets of rows, encoded and drawn as the recipe's data section says."""
+    settings, sides = recipe.data, {}
+    if rows.keys() != {"forget", "retain"}:
+        raise ValueError(f"expected train_dataset to have forget and retain; got {', '.join(map(str, rows)) or 'none'}")
+    if tokenizer is None:
+        raise ValueError("rows need processing_class, a tokenizer, to be encoded")
+    for side, own in rows.items():
+        check_rows(side, own)
+        replaced = recipe.forget.replacement == "alternate"
+        sides[side] = encode_side(own, tokenizer, settings, side=side, alternates=replaced)
+    check_apart(**sides)
+    forget = draw(sides["forget"], settings.forget_rows, seed=recipe.seed)
+    retain = draw(sides["retain"], settings.retain_rows, seed=recipe.seed)
+    return ForgetRetainDataset(forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget)

@@ -1,0 +1,145 @@
+"""A checkpoint of UnlearnTrainer on sharded weights is resumed by any number of ranks, of any engine, and by one."""
+
+import os
+from unittest import mock
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file, save_file
+from torch import distributed
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from moe_unlearn.checkpoint import CheckpointError
+from moe_unlearn.data import ForgetRetainDataset
+from moe_unlearn.trainer import UnlearnTrainer
+from tests.support.forked_ranks import run_forked
+from tests.support.models import tiny_olmoe
+from tests.support.sharded_child import shard, weights_of
+from tests.support.steps import recipe
+from tests.support.trainer_child import FSDP, forced
+from tests.support.training import VOCAB, arguments, examples
+
+pytestmark = pytest.mark.slow
+
+OVERRIDES = ("optimizer.name=adamw", "optimizer.weight_decay=0.1", "wagle={keep: 0.3}", "scope.kind=experts")
+AT = "checkpoint-2"
+# from the checkpoint of (ranks, engine) to the ranks of another
+RESUMED = {"fsdp2 to 2": ("fsdp2", 2), "fsdp2 to 3": ("fsdp2", 3), "ep4 to 2": ("ep4", 2)}
+BY_ACCELERATE = {"fsdp2 to accelerate": ("fsdp2", 2)}
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return tiny_olmoe(VOCAB).double().eval()
+
+
+def trainer(made, folder, **keywords):
+    """A trainer whose 12 micro-batches of an epoch 1, 2, 3 and 4 ranks share without a rest."""
+    pairs = ForgetRetainDataset(examples(24, 1), examples(24, 2), seed=0)
+    settings = arguments(folder, max_steps=4, **keywords)
+    settings.per_device_train_batch_size = 2
+    return UnlearnTrainer(made, settings, recipe("trace", *OVERRIDES, lr=1e-2), pairs)
+
+
+def on_ranks(count, folder, act):
+    """Fork `count` ranks, which must all end well, with what torchrun sets for accelerate."""
+    folder.mkdir()
+
+    def one(rank):
+        launch = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank}
+        os.environ.update({key: str(value) for key, value in launch.items()})
+        PartialState._reset_state()
+        AcceleratorState._reset_state()
+        act(rank)
+
+    ended = run_forked(count, folder, one)
+    assert ended == [0] * count, [path.read_text(encoding="utf-8")[-2000:] for path in folder.glob("error*")]
+
+
+def keep(run, rank, path):
+    weights = weights_of(run.unlearn_step)
+    if rank == 0:
+        save_file(weights, path)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of checkpoints of two runs, and the weights of those that were resumed from them."""
+    root = tmp_path_factory.mktemp("resumed")
+    model().save_pretrained(root / "hub")
+
+    def experts(rank):
+        config = DistributedConfig(fsdp_size=4, ep_size=2)
+        made = tiny_olmoe(VOCAB).__class__.from_pretrained(
+            root / "hub", distributed_config=config, dtype=torch.float64, experts_implementation="grouped_mm"
+        )
+        trainer(made.eval(), root / "ep4", ddp_backend="gloo").train()
+
+    def whole(rank):
+        run = trainer(shard(model()), root / "fsdp2", ddp_backend="gloo")
+        run.train()
+        keep(run, rank, root / "whole.safetensors")
+
+    def resumed(rank):
+        for name, (saved, count) in RESUMED.items():
+            if count == distributed.get_world_size():
+                run = trainer(shard(model(1)), root / "again", save_strategy="no", ddp_backend="gloo")
+                run.train(resume_from_checkpoint=str(root / saved / AT))
+                keep(run, rank, root / f"{name}.safetensors")
+
+    def accelerated(rank):
+        with mock.patch.object(AcceleratorState, "__init__", forced):
+            run = trainer(model(1), root / "accelerate", ddp_backend="gloo", **FSDP)
+            run.train(resume_from_checkpoint=str(root / "fsdp2" / AT))
+        assert run.is_fsdp_enabled
+        keep(run, rank, root / "fsdp2 to accelerate.safetensors")
+
+    on_ranks(4, root / "meet ep4", experts)
+    on_ranks(2, root / "meet fsdp2", whole)
+    on_ranks(2, root / "meet two", resumed)
+    on_ranks(3, root / "meet three", resumed)
+    on_ranks(2, root / "meet accelerate", accelerated)
+    return root
+
+
+def differences(ours, theirs):
+    """Names of weights that differ by more than sums of float64 in another order do."""
+    start = dict(model().named_parameters())
+    apart = {name: (ours[name] - theirs[name]).abs().max() for name in theirs}
+    return [name for name in theirs if apart[name] > 1e-9 * (theirs[name] - start[name].detach()).abs().max()]
+
+
+@pytest.mark.parametrize("name", [*RESUMED, *BY_ACCELERATE])
+def test_any_ranks_go_on_as_one_process_does(name, runs, tmp_path):
+    saved, count = (RESUMED | BY_ACCELERATE)[name]
+    one = trainer(model(2), tmp_path, save_strategy="no", gradient_accumulation_steps=count)
+    one.train(resume_from_checkpoint=str(runs / saved / AT))
+    assert one.unlearn_step.steps == 4
+    ours, theirs = load_file(runs / f"{name}.safetensors"), weights_of(one.unlearn_step)
+    assert any(not torch.equal(theirs[key], p) for key, p in model().named_parameters())
+    assert differences(ours, theirs) == []
+
+
+@pytest.mark.parametrize("name", ["fsdp2 to 2", "fsdp2 to accelerate"])
+def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(name, runs):
+    ours, theirs = (load_file(runs / f"{run}.safetensors") for run in (name, "whole"))
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("saved", ["fsdp2", "accelerate"])
+def test_the_folder_of_a_checkpoint_is_a_model(saved, runs):
+    last = AutoModelForCausalLM.from_pretrained(runs / saved / "checkpoint-4", dtype=torch.float64)
+    theirs = load_file(runs / "whole.safetensors")
+    assert all(torch.equal(p, theirs[name]) for name, p in last.named_parameters())
+
+
+def test_whole_weights_are_no_checkpoint_of_parts(tmp_path):
+    trainer(model(), tmp_path).train()
+    run = trainer(model(), tmp_path)
+    with (
+        mock.patch.object(run.unlearn_step.ranks, "sharded", True),
+        pytest.raises(CheckpointError, match="was saved with whole weights on every rank"),
+    ):
+        run.train(resume_from_checkpoint=True)
