@@ -1,6 +1,7 @@
 """One command on several processes, the ranks that `torchrun` starts, or on one.
 
     torchrun --nproc-per-node 2 -m moe_unlearn run npo --model DIR --forget F --retain R
+    torchrun --nproc-per-node 2 -m moe_unlearn run npo --mesh fsdp=2 --no-eval --model DIR --forget F --retain R
 
 The environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) says which rank this process
 is. The group of all ranks begins and ends here: nccl where there are GPUs, one a rank, and gloo elsewhere. The first

@@ -171,8 +171,8 @@ def mask(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Unlearn: read a recipe, a model and the data, train, evaluate, report."""
     mesh = None if options.mesh is None else Mesh.parse(options.mesh)
-    if not options.dry_run and (mesh is not None or options.fits is not None):
-        raise ValueError("--mesh and --fits ask for a plan, and go with --dry-run: a run starts no ranks of its own")
+    if not options.dry_run:
+        _check_mesh(mesh, options)
     known = options.model_config if options.model_config in models() else None
     recipe = Recipe.load(options.recipe, [*_data_overrides(options), *options.set], model=known)
     if options.model_config is not None and recipe.data.model is None:
@@ -186,7 +186,8 @@ def run(options: argparse.Namespace) -> None:
     if not options.dry_run:
         writable(options.out, folder=True)
     assert recipe.data.model is not None
-    model, tokenizer = loading.load_model(recipe.data.model)
+    shared = {} if mesh is None or options.dry_run else {"fsdp": mesh.fsdp, "ep": mesh.ep}
+    model, tokenizer = loading.load_model(recipe.data.model, **shared)
     _require_moe(model)
     reports: dict[str, data.DataReport] = {}
     alternates_used = recipe.forget.replacement == "alternate"
@@ -225,6 +226,21 @@ def run(options: argparse.Namespace) -> None:
         print(f"verified: {out / 'verified.txt'}")
     if summary:
         _print_run(out, summary)
+
+
+def _check_mesh(mesh: Mesh | None, options: argparse.Namespace) -> None:
+    """Raise ValueError for a mesh, None for whole weights, or an option that this run cannot have."""
+    if options.fits is not None:
+        raise ValueError("--fits asks for a plan, and goes with --dry-run")
+    ranks = everyone()
+    count = 1 if ranks is None else ranks.size()
+    if mesh is not None and mesh.fsdp != count:
+        raise ValueError(f"--mesh is of {mesh}; this run has {count}: start it with torchrun --nproc-per-node")
+    if mesh is not None and mesh.fsdp > 1 and not options.no_eval:
+        raise ValueError(
+            "--mesh shares weights out, and metrics need whole ones: give --no-eval, and measure the result with "
+            "`moe-unlearn eval`"
+        )
 
 
 def write_report(options: argparse.Namespace) -> None:
@@ -303,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--mesh",
         metavar="fsdp=N[,ep=M]",
-        help="with --dry-run: plan for one of N ranks that share out the weights, and experts over M of them",
+        help="share the weights out over the N ranks of torchrun, experts over M of them; with --dry-run: plan it",
     )
     sub.add_argument("--fits", type=float, metavar="GIB", help="with --dry-run: ask whether devices of this size do")
     sub.add_argument(

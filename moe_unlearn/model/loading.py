@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from moe_unlearn.config import geometry, models
+from moe_unlearn.sharding import check_versions
 
 
 def model_folder(folder: str | Path) -> Path:
@@ -29,12 +30,20 @@ def model_folder(folder: str | Path) -> Path:
     return folder
 
 
-def load_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(folder: str | Path, *, fsdp: int = 1, ep: int = 1) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model and the tokenizer of a folder written by `save_pretrained`.
 
-    Raises ValueError, naming the folder and what it lacks.
+    With `fsdp` above 1 that many ranks, which are all there are, share the weights out, as DistributedConfig of
+    transformers does, and groups of `ep` of them the experts. Raises ValueError, naming the folder and what it lacks.
     """
-    model, tokenizer, _ = _load(folder, AutoModelForCausalLM, "causal language model")
+    options = {}
+    if fsdp > 1:
+        check_versions()
+        # imported here because earlier versions of transformers have it otherwise or not at all
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(fsdp_size=fsdp, ep_size=ep)
+    model, tokenizer, _ = _load(folder, AutoModelForCausalLM, "causal language model", **options)
     return model, tokenizer
 
 
@@ -46,12 +55,15 @@ def load_classifier(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedToke
     return model, tokenizer
 
 
-def _load(folder: str | Path, kind: Any, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]:
+def _load(
+    folder: str | Path, kind: Any, name: str, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]:
     """Load a model and its tokenizer; return them and the names of the weights that the folder lacks."""
     folder = model_folder(folder)
     try:
         with no_loading_bars():
-            model, info = kind.from_pretrained(folder, local_files_only=True, dtype="auto", output_loading_info=True)
+            own = {"local_files_only": True, "dtype": "auto", "output_loading_info": True}
+            model, info = kind.from_pretrained(folder, **own, **options)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
         why = str(error).strip().partition("\n")[0]  # the further lines list every model that transformers knows

@@ -187,7 +187,8 @@ def test_the_command_line_says_whether_it_fits(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "fits on 1 x 0.0001 GiB: no, 0.00" in text and "mesh" not in text and "sent in a step" not in text
     for wrong, message in (
-        (["--mesh", "fsdp=2"], "--mesh and --fits ask for a plan, and go with --dry-run"),
+        (["--mesh", "fsdp=2"], "--mesh is of 2 ranks (fsdp 2); this run has 1: start it with torchrun"),
+        (["--fits", "80"], "--fits asks for a plan, and goes with --dry-run"),
         (["--dry-run", "--mesh", "fsdp=8,ep=8,tp=2"], "its dimensions are fsdp and ep; got 'tp'"),
         (["--dry-run", "--fits", "-1"], "fits must be above 0 GiB; got -1"),
     ):

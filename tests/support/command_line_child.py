@@ -48,6 +48,10 @@ def commands(folder: Path, rank: int) -> dict[str, list[str]]:
         "fault": measuring(folder, "stats", "fault.json"),
         "verify": unlearning(folder, "verified", options=("--verify", "1")),
         "again": measuring(folder, "stats", "again.json"),
+        "fsdp": unlearning(folder, "fsdp", options=("--no-eval", "--mesh", "fsdp=2")),
+        "experts": unlearning(folder, "experts", options=("--no-eval", "--mesh", "fsdp=2,ep=2")),
+        "other ranks": unlearning(folder, "mesh", options=("--no-eval", "--mesh", "fsdp=3")),
+        "metrics": unlearning(folder, "mesh", options=("--mesh", "fsdp=2")),
     }
 
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from moe_unlearn.checkpoint import CheckpointError, latest, sharded, states, verify
 from moe_unlearn.checkpoint.sharded import Slices
-from tests.sharded import checkpoint_child as child
-from tests.sharded.checkpoint_child import OLD, RANKS, RESUMED, Trained
+from tests.sharding import checkpoint_child as child
+from tests.sharding.checkpoint_child import OLD, RANKS, RESUMED, Trained
 from tests.support.steps import weights
 from tests.support.two_ranks import run_ranks
 
@@ -28,7 +28,7 @@ def ranks(tmp_path_factory) -> tuple[Path, list[dict]]:
     one.step()
     sharded.save(folder / "one", one.state())
     states.commit(folder, 1, one.state() | {"optimizer": one.moments()})
-    run_ranks("tests.sharded.checkpoint_child", folder, RANKS)
+    run_ranks("tests.sharding.checkpoint_child", folder, RANKS)
     return folder, [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
 
 

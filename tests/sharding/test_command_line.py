@@ -21,7 +21,7 @@ from tests.support.two_ranks import ROOT
 pytestmark = pytest.mark.slow
 
 CHILD = "tests.support.command_line_child"
-FAILING = {"unknown", "refused", "missing", "one", "fault", "verify"}
+FAILING = {"unknown", "refused", "missing", "one", "fault", "verify", "other ranks", "metrics"}
 
 
 def torchrun(*command, **environment):
@@ -82,6 +82,22 @@ def test_a_run_has_the_weights_of_one_process(ranks, folder):
     assert two == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.parametrize("mesh", ["fsdp", "experts"])
+def test_a_mesh_shares_out_the_weights_of_a_run(mesh, ranks, folder):
+    """And its weights are those of ranks that hold them whole, which are those of one process."""
+    whole, parts, before = (weights(folder / out) for out in ("run", mesh, "."))
+    moved = math.sqrt(sum(float((whole[name] - before[name]).square().sum()) for name in before))
+    apart = math.sqrt(sum(float((whole[name] - parts[name]).square().sum()) for name in before))
+    assert moved > 0 and apart <= 1e-3 * moved  # sums are rounded otherwise
+    saved = folder / mesh / "checkpoints" / "checkpoint-4" / "unlearn_step"
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "manifest",
+        "rank-00000.safetensors",
+        "rank-00001.safetensors",
+        "state.json",
+    ]
+
+
 def test_a_run_is_evaluated_and_reported_once(ranks, folder):
     assert (
         main(unlearning(folder, "one", "accumulate=2", steps=1, options=("--holdout", str(folder / "holdout.jsonl"))))
@@ -132,6 +148,8 @@ def test_what_ranks_measure_is_what_one_process_does(verb, ranks, folder, capsys
         ("one", [2, 2], 1, "none.jsonl"),
         ("fault", [2, 1], 1, "KeyError: 'a fault of the program'"),
         ("verify", [2, 2], None, "run: error: verify is for one process; got a model shared by 2 ranks"),
+        ("other ranks", [2, 2], None, "run: error: --mesh is of 3 ranks (fsdp 3); this run has 2: start it with"),
+        ("metrics", [2, 2], None, "run: error: --mesh shares weights out, and metrics need whole ones"),
     ],
 )
 def test_an_error_ends_all_ranks_and_is_said_once(name, codes, rank, words, ranks):
