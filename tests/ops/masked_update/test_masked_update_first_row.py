@@ -8,8 +8,7 @@ from torch import Tensor
 
 from moe_unlearn.ops import SGD, AdamW, Update, masked_adamw_, masked_sgd_
 from moe_unlearn.ops.bits import pack_bits, philox, round_stochastic
-from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_ref, expert_wgrad_sgd_
-from moe_unlearn.testing import LAYOUTS, in_layout, integers, poison
+from moe_unlearn.testing import LAYOUTS
 from tests.support.covers import cover
 from tests.support.impls import REF, Impl, impls
 
@@ -37,10 +36,6 @@ class Rule(NamedTuple):
 RULES = {
     "sgd": Rule(masked_sgd_, SGD(lr=0.02, momentum=0.9), 1),
     "adamw": Rule(masked_adamw_, AdamW(lr=0.02), 2),
-}
-WGRAD_RULES = {
-    "sgd": Rule(expert_wgrad_sgd_, SGD(lr=0.02, momentum=0.9), 1),
-    "adamw": Rule(expert_wgrad_adamw_, AdamW(lr=0.02), 2),
 }
 
 
@@ -112,46 +107,6 @@ def test_the_counter_has_64_bits(start, sliced, shape, impl):
         moved, grad, None, None, SGD(lr=0.02), Update(**KEY, first_row=first_row), slices=slices, impl=impl.name
     )
     assert torch.equal(moved.cpu(), expected)
-
-
-def fitting(impl: Impl) -> None:
-    """Skip CUDA's kernels on a GPU that is not theirs."""
-    if impl.device.type == "cuda" and impl.kind == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs Hopper: wgmma is nowhere else")
-
-
-@cover(
-    indirect=["impl"],
-    impl=impls("expert_wgrad"),
-    rule=tuple(WGRAD_RULES),
-    layout=("contiguous", "transposed"),
-    masked=(False, True),
-    listed=(False, True),
-    first_row=(2, 2**22),
-)
-def test_an_epilogue_rounds_as_masked_update(first_row, listed, masked, layout, rule, impl):
-    """2^22 experts of 40 x 136 weights have counters beyond 2^32. The weight gradients are exact integers."""
-    fitting(impl)
-    experts = torch.tensor([3, 1]) if listed else None
-    shape, inner = (4, 40, 136), (2 if listed else 4, 40, 136)
-    offsets = torch.tensor([0, 7, 7, 12, 20], dtype=torch.int32)
-    factors = Factors(*(integers(20, n, seed=n, low=-2, high=2, dtype=torch.bfloat16) for n in shape[1:]), offsets)
-    generator = torch.Generator().manual_seed(0)
-    param = torch.randn(shape, generator=generator).bfloat16()
-    state = tuple(torch.rand(inner, generator=generator) for _ in range(RULES[rule].states))
-    kept = torch.rand(inner, generator=generator) < 0.7 if masked else None
-    dw = expert_wgrad_ref(*factors, experts=experts, out_dtype=torch.float32)
-    expected = updated(REF, rule, Operands(param, dw, state, kept, experts), first_row=first_row)
-
-    function, numbers, _ = WGRAD_RULES[rule]
-    own, factors, state, mask, experts = impl.moved(
-        (param, factors, state, None if kept is None else pack_bits(kept), experts)
-    )
-    own = in_layout(own, layout)
-    with poison():
-        update = Update(**KEY, first_row=first_row)
-        function(own, *state, factors, numbers, update, experts=experts, mask=mask, impl=impl.name)
-    assert all(torch.equal(a.cpu(), b) for a, b in zip((own, *state), expected, strict=True))
 
 
 def test_a_negative_row_is_an_error():
