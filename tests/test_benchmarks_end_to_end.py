@@ -193,6 +193,7 @@ def walk(folder):
         # here, for evaluations add to the folder
         files = {path.name for path in (folder / run.out).iterdir()}
         expected = {
+            "batch.json",
             "cache",
             "checkpoints",
             "data.json",
