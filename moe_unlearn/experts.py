@@ -112,10 +112,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if self.has_bias:
         biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias)
     operands = ExpertWeights(up, self.down_proj, *biases)
-    if state.inputs is not None and state.inputs.owners is not None:
-        operands, sink = _owned(self, state, operands)
-    else:
-        sink = _sink(state, _trained(operands))
+    operands, sink = _sink(self, state.inputs, operands)
     trained = None
     if sink is not None and not (hidden_states.requires_grad or top_k_weights.requires_grad):
         trained = sink.trained_slices(_trained(operands))
@@ -137,36 +134,42 @@ def _trained(operands: ExpertWeights) -> list[Tensor]:
     return [w for w in operands if w is not None and w.requires_grad]
 
 
-def _owned(module: Any, state: _State, operands: ExpertWeights) -> tuple[ExpertWeights, GradientSink | None]:
-    """Return the weights of a forward pass, and the sink that takes their gradients under their owners."""
-    assert state.inputs is not None and state.inputs.owners is not None
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    owners = [state.inputs.owners.get(name) for name in (up, "down_proj", f"{up}_bias", "down_proj_bias")]
-    if _parallel(module) and state.inputs.weight_gradients is not None and torch.is_grad_enabled():
-        # expert parallelism makes local tensors of its parameters for each pass: the sink has their gradients
-        leaves = [w if w is None or w.is_leaf else w.detach().requires_grad_(w.requires_grad) for w in operands]
-        operands = ExpertWeights._make(leaves)
-    sink = _sink(state, _trained(operands))
-    if sink is None:
-        return operands, None
-    pairs = zip(operands, owners, strict=True)
-    return operands, OfOnePass(sink, {w: owner for w, owner in pairs if w is not None and owner is not None})
-
-
-def _sink(state: _State, weights: list[Tensor]) -> GradientSink | None:
-    """Return the sink that takes the weights' gradients; None if they go to the weights.
+def _sink(module: Any, inputs: StepInputs | None, operands: ExpertWeights) -> tuple[ExpertWeights, GradientSink | None]:
+    """Return the weights of a forward pass, and the sink that takes their gradients; None if they go to the weights.
 
     Weights that are computed from others need gradients of their own, so that they get no sink.
     """
-    inputs = state.inputs
-    if inputs is None or inputs.weight_gradients is None or torch.compiler.is_compiling():
-        return None
-    if not torch.is_grad_enabled() or not weights or not all(w.is_leaf for w in weights):
-        return None
+    sink = None if inputs is None else inputs.weight_gradients
+    if inputs is None or sink is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return operands, None
+    weights = operands
+    if inputs.owners is not None:
+        weights, owner = _owned(module, inputs.owners, operands)
+        sink = OfOnePass(sink, owner)
+    trained = _trained(weights)
+    if not trained or not all(w.is_leaf for w in trained):
+        return operands, None
     if not _recomputing():
-        for weight in weights:
-            inputs.weight_gradients.enter(weight)
-    return inputs.weight_gradients
+        for weight in trained:
+            sink.enter(weight)
+    return weights, sink
+
+
+def _owned(
+    module: Any, owners: Mapping[str, Tensor], operands: ExpertWeights
+) -> tuple[ExpertWeights, dict[Tensor, Tensor]]:
+    """Return the weights of a forward pass, made leaves where they are parts of their owners, and whose each is."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    leaves, owner = list(operands), {}
+    for i, name in enumerate((up, "down_proj", f"{up}_bias", "down_proj_bias")):
+        weight, own = operands[i], owners.get(name)
+        if weight is None or own is None:
+            continue
+        # expert parallelism makes local tensors of its parameters for each pass; that which an adapter makes is no part
+        if _parallel(module) and own.requires_grad and not weight.is_leaf:
+            weight = leaves[i] = weight.detach().requires_grad_()
+        owner[weight] = own
+    return ExpertWeights._make(leaves), owner
 
 
 def _fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -27,7 +27,10 @@ class GradientSink(Protocol):
 
 
 class OfOnePass(GradientSink):
-    """Hands factors to a sink under the parameters that own the weights of one forward pass."""
+    """Hands factors to a sink under the parameters that own the weights of one forward pass.
+
+    A weight without an owner stays itself: the sink refuses it unless it is a parameter of the step.
+    """
 
     owners = None
 
@@ -35,10 +38,13 @@ class OfOnePass(GradientSink):
         self.sink, self.owner, self.bounded = sink, owner, sink.bounded
 
     def enter(self, weight: Tensor) -> None:
-        self.sink.enter(self.owner[weight])
+        self.sink.enter(self._owner(weight))
 
     def trained_slices(self, weights: Sequence[Tensor]) -> Tensor | None:
-        return self.sink.trained_slices([self.owner[weight] for weight in weights])
+        return self.sink.trained_slices([self._owner(weight) for weight in weights])
 
     def take(self, weight: Tensor, factors: Factors) -> None:
-        self.sink.take(self.owner[weight], factors)
+        self.sink.take(self._owner(weight), factors)
+
+    def _owner(self, weight: Tensor) -> Tensor:
+        return self.owner.get(weight, weight)
