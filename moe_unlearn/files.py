@@ -14,7 +14,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 UNFINISHED = ".moe-unlearn-"  # how the names of files and folders begin that have not taken their target's name
@@ -76,8 +76,7 @@ def whole_folder(path: str | Path, *, stays: Callable[[], bool] = lambda: False)
     _OPEN.add(unfinished)
     try:
         yield unfinished
-        for inside in [*unfinished.rglob("*"), unfinished]:
-            _sync_folder(inside) if inside.is_dir() else _sync(inside)
+        _sync_all(unfinished)
         if not stays():
             if path.exists():
                 path.rename(former)
@@ -89,6 +88,58 @@ def whole_folder(path: str | Path, *, stays: Callable[[], bool] = lambda: False)
             former.rename(path)
         for leftover in (unfinished, former):
             _remove(leftover)
+
+
+@contextlib.contextmanager
+def whole_files(
+    path: str | Path, *, last: Sequence[str] = (), stale: Callable[[str], object] = lambda name: False
+) -> Iterator[Path]:
+    """Yield an empty folder, whose files take their places in the folder `path` when the block ends; all are synced.
+
+    What else is in `path` stays, but for the files there whose name is `stale`. Those named in `last` leave their
+    places first and take them last, in this order: a reader who begins with the last one finds what was there before,
+    what is new, or nothing. If anything fails, `path` stays as it was. What killed processes left in it a day ago is
+    removed. A `path` that is not there appears whole, as by `whole_folder`.
+    """
+    path = Path(path).resolve()
+    if not path.exists():
+        with whole_folder(path) as unfinished:
+            yield unfinished
+        return
+    unfinished, former = _beside(path / "new"), _beside(path / "former")
+    remove_unfinished(path, seconds=DAY)
+    unfinished.mkdir()
+    _OPEN.add(unfinished)
+    moves: list[tuple[Path, Path]] = []
+
+    def move(source: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        moves.append((source, target))
+        os.replace(source, target)
+
+    try:
+        yield unfinished
+        _sync_all(unfinished)
+        names = [file.relative_to(unfinished) for file in sorted(unfinished.rglob("*")) if not file.is_dir()]
+        names.sort(key=lambda name: 1 + last.index(str(name)) if str(name) in last else 0)
+        leaving = [*reversed(names), *(Path(name) for name in os.listdir(path) if stale(name))]
+        for name in dict.fromkeys(leaving):
+            if (path / name).is_symlink() or (path / name).is_file():
+                move(path / name, former / name)
+        for name in names:
+            move(unfinished / name, path / name)
+        for folder in {(path / name).parent for name in names}:
+            _sync_folder(folder)
+    except BaseException:
+        for source, target in reversed(moves):
+            if not os.path.lexists(source):  # the last one may not have been made
+                os.replace(target, source)
+        _remove(former)
+        raise
+    finally:
+        _OPEN.discard(unfinished)
+        _remove(unfinished)
+    _remove(former)
 
 
 def stream_of(path: str | Path) -> Path | None:
@@ -169,6 +220,12 @@ def _remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _sync_all(folder: Path) -> None:
+    """Sync a folder and all that is in it."""
+    for inside in [*folder.rglob("*"), folder]:
+        _sync_folder(inside) if inside.is_dir() else _sync(inside)
 
 
 def _sync_folder(path: Path) -> None:

@@ -19,6 +19,7 @@ from moe_unlearn.files import (
     remove_unfinished,
     stream_of,
     whole_file,
+    whole_files,
     whole_folder,
     write_json,
     write_sealed,
@@ -139,6 +140,89 @@ def test_a_folder_takes_the_place_of_another_unless_that_stays(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt), whole_folder(target):
         pass
     assert names(tmp_path) == ["folder", "folder/file2"], "the former folder is back"
+
+
+def texts(folder):
+    return {name: (folder / name).read_text(encoding="utf-8") for name in names(folder) if (folder / name).is_file()}
+
+
+def renew(folder):
+    """Replace two files, the index among them, write a third one and remove what is stale."""
+    with whole_files(folder, last=("index", "config"), stale=lambda name: name.startswith("part")) as new:
+        for name in ("below/new", "config", "index", "part1"):
+            (new / name).parent.mkdir(exist_ok=True)
+            (new / name).write_text("new", encoding="utf-8")
+
+
+FORMER = {"checkpoint/part1": "kept", "config": "old", "index": "old", "notes": "kept", "part1": "old", "part2": "old"}
+RENEWED = {
+    **{"below/new": "new", "checkpoint/part1": "kept", "config": "new", "index": "new", "notes": "kept"},
+    "part1": "new",
+}
+
+
+@pytest.fixture
+def filled(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "checkpoint").mkdir(parents=True)
+    for name, text in FORMER.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_files_take_their_places_among_others_in_order(filled, tmp_path, monkeypatch):
+    seen, replace = [], os.replace
+
+    def watched(source, target):
+        seen.append((source if filled == source.parent else target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    renew(filled)
+    assert texts(filled) == RENEWED
+    assert seen == ["config", "index", "part1", "part2", "new", "part1", "index", "config"]
+    renew(tmp_path / "fresh")
+    assert texts(tmp_path / "fresh") == {name: text for name, text in RENEWED.items() if text == "new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "fresh"]
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_a_place_that_cannot_be_taken_leaves_all_as_it_was(filled, monkeypatch, at):
+    replace, calls = os.replace, iter(range(99))
+
+    def full(source, target):
+        if next(calls) == at:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        renew(filled)
+    assert texts(filled) == FORMER and not list(filled.glob(f"{UNFINISHED}*"))
+
+
+def test_a_folder_of_the_name_of_a_file_stays(filled):
+    (filled / "config").unlink()
+    (filled / "config" / "own").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        renew(filled)
+    assert (filled / "config" / "own").is_dir() and texts(filled).keys() == FORMER.keys() - {"config"}
+    assert not list(filled.glob(f"{UNFINISHED}*"))
+
+
+@pytest.mark.parametrize("at", range(9))
+def test_a_writer_killed_between_the_files_leaves_the_former_the_new_or_no_config(filled, monkeypatch, at):
+    if not (child := os.fork()):
+        replace, calls = os.replace, iter(range(99))
+        os.replace = lambda *paths: os._exit(9) if next(calls) == at else replace(*paths)
+        renew(filled)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (9 if at < 8 else 0)
+    left = {name: text for name, text in texts(filled).items() if not name.startswith(UNFINISHED)}
+    assert left == (FORMER if at == 0 else RENEWED) if at in (0, 8) else "config" not in left
+    assert left["notes"] == left["checkpoint/part1"] == "kept"
+    renew(filled)
+    assert {name: text for name, text in texts(filled).items() if not name.startswith(UNFINISHED)} == RENEWED
 
 
 def test_a_sealed_file_is_a_digest_and_its_content(tmp_path):

@@ -4,8 +4,8 @@
 
 The folder has what `model.save_pretrained` writes: weights under the names of the hub, expert by expert where the
 model's family has them so, in files of at most `max_shard_size` and their index. The weights are gathered, converted
-and written one at a time, so that beside the shards no more than one whole weight is in memory, and the folder takes
-its name when all are on the disk.
+and written one at a time, so that beside the shards no more than one whole weight is in memory, and the files take
+their places when all are on the disk.
 """
 
 import json
@@ -21,14 +21,16 @@ from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from moe_unlearn.checkpoint.tensor_file import kind_of, tensor_file
-from moe_unlearn.files import whole_folder, write_text
+from moe_unlearn.files import whole_files, write_text
 from moe_unlearn.ranks import gather
 from moe_unlearn.sharding import initialised
 
 Write = Callable[[str, Tensor], None]
+#: the names of files with weights: a reader would prefer some that an earlier save has left
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def save_pretrained(
@@ -41,9 +43,10 @@ def save_pretrained(
 ) -> None:
     """Write model and tokenizer to `folder`, which `from_pretrained` loads with the same bits; every rank calls this.
 
-    A model's folder that is there is replaced as a whole. Raises on all ranks, and changes nothing: ValueError for a
-    model that is no plain transformers model (merge adapters first), is quantized or in tensor parallelism, and for a
-    folder with other content; OSError where the first rank cannot write.
+    What else is in the folder stays, but for the weights of an earlier save. A process that is killed while the files
+    take their places leaves no config.json. Raises on all ranks, and changes nothing: ValueError for a model that is no
+    plain transformers model (merge adapters first), is quantized or in tensor parallelism; OSError where the first rank
+    cannot write.
     """
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"expected a transformers model without adapters; got {type(model).__name__}")
@@ -125,11 +128,11 @@ def _begin(
     tokenizer: PreTrainedTokenizerBase | None,
     max_shard_size: int | str,
 ) -> Write:
-    """Write all but the weights into a folder that is whole when `opened` closes; return what writes the weights."""
-    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"expected no folder, an empty one or one of a model to write to; got {folder}")
+    """Write all but the weights, which take their places when `opened` closes; return what writes the weights."""
     layout = revert_weight_conversion(model, _meta(_state(model)))
-    unfinished = opened.enter_context(whole_folder(folder))
+    unfinished = opened.enter_context(
+        whole_files(folder, last=(SAFE_WEIGHTS_INDEX_NAME, CONFIG_NAME), stale=_WEIGHTS.fullmatch)
+    )
     split = split_torch_state_dict_into_shards(
         layout,
         filename_pattern=SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),

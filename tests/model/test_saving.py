@@ -1,7 +1,6 @@
 """A model saved one weight at a time is the folder that transformers writes."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -11,15 +10,13 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from moe_unlearn.model import saving
 from moe_unlearn.model.saving import save_pretrained
-from tests.support import models
+from tests.support.models import TINY_MODELS
 from tests.support.tokenizers import TRIMMED
 
-FAMILIES = sorted(name for name in dir(models) if name.startswith("tiny_"))
 
-
-def made(family="tiny_olmoe", **changes):
+def made(family="olmoe", **changes):
     torch.manual_seed(0)
-    return getattr(models, family)(**changes).to(torch.bfloat16)
+    return TINY_MODELS[family](**changes).to(torch.bfloat16)
 
 
 def contents(folder):
@@ -27,7 +24,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TINY_MODELS)
 def test_the_folder_has_the_bytes_that_transformers_writes(tmp_path, family, tied):
     model = made(family, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path / "theirs")
@@ -73,21 +70,22 @@ def test_one_weight_at_a_time_is_converted(tmp_path, monkeypatch):
     assert max(seen) == max(p.numel() for p in model.parameters()) and sum(seen) == model.num_parameters()
 
 
-def test_a_models_folder_is_replaced_as_a_whole_and_other_folders_are_not(tmp_path):
+def test_a_save_replaces_the_weights_of_an_earlier_one_and_nothing_else(tmp_path):
     folder, model = tmp_path / "model", made()
+    foreign = {"checkpoint-2/model.safetensors": b"weights", "notes.txt": b"mine"}
+    (folder / "checkpoint-2").mkdir(parents=True)
+    for name, content in foreign.items():
+        (folder / name).write_bytes(content)
     save_pretrained(model, folder, TRIMMED, max_shard_size="20KB")
-    before = contents(folder)
-    assert "tokenizer.json" in before
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 3 and (folder / "tokenizer.json").is_file()
     save_pretrained(model, folder)
-    assert contents(folder).keys() == {"config.json", "generation_config.json", "model.safetensors"}
-    (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="expected no folder, an empty one or one of a model"):
-        save_pretrained(model, folder)
-    assert contents(folder).keys() == {"generation_config.json", "model.safetensors"}
-    shutil.rmtree(folder)
-    folder.mkdir()
-    save_pretrained(model, folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    weights = {path.name for path in folder.iterdir() if path.name.startswith("model")}
+    assert weights == {"model.safetensors"} and (folder / "tokenizer.json").is_file()
+    assert all((folder / name).read_bytes() == content for name, content in foreign.items())
+    # from_pretrained would take a model.safetensors that is left before any index
+    save_pretrained(made(num_hidden_layers=1), folder, max_shard_size="20KB")
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 1
+    assert not (folder / "model.safetensors").exists() and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("at", ["write", "commit", "gather"])

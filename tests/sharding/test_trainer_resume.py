@@ -80,6 +80,8 @@ def runs(tmp_path_factory):
     def whole(rank):
         run = trainer(shard(model()), root / "fsdp2", ddp_backend="gloo")
         run.train()
+        for _ in range(2):  # the second finds a model in the folder
+            run.save_model()
         keep(run, rank, root / "whole.safetensors")
 
     def resumed(rank):
@@ -128,9 +130,10 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(name, runs):
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
-@pytest.mark.parametrize("saved", ["fsdp2", "accelerate"])
-def test_the_folder_of_a_checkpoint_is_a_model(saved, runs):
-    last = AutoModelForCausalLM.from_pretrained(runs / saved / "checkpoint-4", dtype=torch.float64)
+@pytest.mark.parametrize("saved", ["fsdp2/checkpoint-4", "accelerate/checkpoint-4", "fsdp2"])
+def test_the_folder_of_a_checkpoint_is_a_model_and_one_is_saved_beside_them(saved, runs):
+    """That the checkpoints outlive a model that is saved beside them is what the resumed runs show."""
+    last = AutoModelForCausalLM.from_pretrained(runs / saved, dtype=torch.float64)
     theirs = load_file(runs / "whole.safetensors")
     assert all(torch.equal(p, theirs[name]) for name, p in last.named_parameters())
 
