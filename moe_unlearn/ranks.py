@@ -112,26 +112,13 @@ class Ranks:
     def together(self, act: Callable[[], tuple[_Found, bool]]) -> tuple[_Found, bool]:
         """Return act(): its first value of this rank, and whether the second is True on all ranks.
 
-        Where weights are sharded, an error of one rank is raised there, and as a RankError on all others, so that
-        none waits in vain in a forward pass.
+        Where weights are sharded, an error of one rank ends all, as in `gathered`, so that none waits in vain in a
+        forward pass.
         """
         if not self.sharded:
             return act()
-        found, error = None, None
-        try:
-            found = act()
-        except Exception as raised:  # whatever it is, the other ranks must not go on
-            error = raised
-        said = gather(
-            [None if error is None else f"{type(error).__name__}: {error}", found is None or found[1]], self.group
-        )
-        if error is not None:
-            raise error
-        for rank, (message, _) in enumerate(said):
-            if message is not None:
-                raise RankError(f"rank {rank} stopped: {message}")
-        assert found is not None  # else there was an error
-        return found[0], all(holds for _, holds in said)
+        (found, _), holding = gathered(act, lambda pair: pair[1], self.group)
+        return found, all(holding)
 
     def _in_place(self, tensor: Tensor, collective: Callable) -> None:
         exchange_(tensor, self.group, collective)
@@ -188,18 +175,47 @@ def sharded(model: nn.Module) -> bool:
 
 
 def on_first(write: Callable[[], None]) -> None:
-    """Have the first rank write; an OSError there is raised on every rank, so that no rank goes on alone."""
-    error = None
-    if is_first():
-        try:
-            write()
-        except OSError as raised:
-            error = raised
-    message = gather(None if error is None else str(error))[0]
-    if error is not None:
-        raise error
-    if message is not None:
-        raise OSError(f"rank 0 cannot write: {message}")
+    """Have the first rank write; an error there ends all ranks, as in `together`."""
+    together(lambda: write() if is_first() else None)
+
+
+def together(
+    act: Callable[[], _Found],
+    group: "distributed.ProcessGroup | None" = None,
+    *,
+    error: Callable[[str], Exception] = RankError,
+) -> _Found:
+    """Return act() of this rank, which has ended well on all ranks of `group`, by default all; see `gathered`."""
+    return gathered(act, lambda _: None, group, error=error)[0]
+
+
+def gathered(
+    act: Callable[[], _Found],
+    tell: Callable[[_Found], object],
+    group: "distributed.ProcessGroup | None" = None,
+    *,
+    error: Callable[[str], Exception] = RankError,
+) -> tuple[_Found, list]:
+    """Return act() of this rank, and the JSON values that `tell` makes of it on all ranks, in their order.
+
+    If `act` or `tell` raises on some ranks, all raise, so that none goes on alone and waits for ever: those ranks what
+    was raised there, the others `error` of a message that names the first of them. Every rank of `group` calls this;
+    without torch.distributed that is this process. Inside `act` no rank waits for another.
+    """
+    raised: Exception | None = None
+    said: object = None
+    try:
+        found = act()
+        said = tell(found)
+    except Exception as caught:  # whatever it is, the other ranks must not go on
+        raised = caught
+    all_said = gather([None if raised is None else f"{type(raised).__name__}: {raised}", said], group)
+    if raised is not None:
+        raise raised
+    for rank, (message, _) in enumerate(all_said):
+        if message is not None:
+            raise error(f"rank {rank} stopped: {message}")
+    return found, [value for _, value in all_said]
 
 
 def is_first() -> bool:

@@ -21,10 +21,10 @@ cut or changed is refused by its name, on all ranks. Each rank computes the dige
 
 import contextlib
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -38,13 +38,12 @@ from moe_unlearn.checkpoint.slices import Slices
 from moe_unlearn.checkpoint.storage import LoadSlices, Reader, SaveSlices, Writer
 from moe_unlearn.checkpoint.tensor_file import DTYPES, Kind, kind_of
 from moe_unlearn.files import remove_unfinished, whole_folder
-from moe_unlearn.ranks import gather
+from moe_unlearn.ranks import gathered, together
 from moe_unlearn.sharding import initialised
 
 __all__ = ["CheckpointError", "Part", "Slices", "commit", "latest", "load", "save"]
 
 Group = distributed.ProcessGroup | None
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def save(folder: str | Path, state: Any, *, step: int | None = None, group: Grou
             unfinished = opened.enter_context(whole_folder(folder)) if _rank(group) == 0 else None
             return tree.split(state, add), unfinished
 
-        parts, unfinished = _together(begin, group)
+        parts, unfinished = together(begin, group, error=CheckpointError)
         writer = Writer(unfinished, step, opened.close)
         with _torch_errors(folder):
             state_dict_saver.save(leaves, storage_writer=writer, planner=SaveSlices(parts), process_group=group)
@@ -104,7 +103,7 @@ def load(folder: str | Path, into: Any = None, *, states: Collection[str] | None
         return read_state(folder, known)
 
     # in two steps: the index is in a file that another rank may find damaged
-    parts, index = _together(opened, group)
+    parts, index = together(opened, group, error=CheckpointError)
 
     def targets() -> Any:
         def take(name: str, target: Any) -> Any:
@@ -117,7 +116,7 @@ def load(folder: str | Path, into: Any = None, *, states: Collection[str] | None
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{folder}: {error}") from error
 
-    result = _together(targets, group)
+    result = together(targets, group, error=CheckpointError)
     with _torch_errors(folder):
         state_dict_loader.load(wanted, storage_reader=Reader(folder, index), planner=LoadSlices(), process_group=group)
     return result
@@ -139,8 +138,12 @@ def commit(root: str | Path, step: int, state: Any, *, keep: int = 2, group: Gro
 
 def latest(root: str | Path, *, group: Group = None) -> Path | None:
     """Return the newest complete checkpoint under `root`, of either format, as the first rank finds it."""
-    found = _together(lambda: manifest.latest(root) if _rank(group) == 0 else None, group)
-    name = gather(None if found is None else found.name, group)[0]
+    _, (name, *_) = gathered(
+        lambda: manifest.latest(root) if _rank(group) == 0 else None,
+        lambda found: None if found is None else found.name,
+        group,
+        error=CheckpointError,
+    )
     return None if name is None else Path(root) / name
 
 
@@ -171,22 +174,6 @@ def _target(name: str, entry: dict[str, Any], target: Any) -> Any:
         ids = sorted(set(ids))
     values = torch.empty((len(ids), *saved.shape[1:]), dtype=saved.dtype, device=part.device)
     return Slices(torch.tensor(ids, dtype=torch.int64, device=part.device), values, part.count)
-
-
-def _together(function: Callable[[], T], group: Group) -> T:
-    """Return `function()`, or raise on all ranks if it raises on one."""
-    error: Exception | None = None
-    try:
-        result = function()
-    except Exception as caught:
-        error = caught
-    found = gather(None if error is None else str(error), group) if initialised() else []
-    if error is not None:
-        raise error
-    for rank, message in enumerate(found):
-        if message is not None:
-            raise CheckpointError(f"rank {rank}: {message}")
-    return result
 
 
 @contextlib.contextmanager

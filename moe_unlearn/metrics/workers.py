@@ -8,36 +8,27 @@ from collections.abc import Callable, Sequence
 
 from torch import distributed, nn
 
-from moe_unlearn.ranks import RankError, gather, sharded
+from moe_unlearn.ranks import gathered, sharded
 from moe_unlearn.sharding import initialised
 
 
 def share(model: nn.Module, items: Sequence, compute: Callable[[list], list]) -> list:
     """Return `compute(items)`, one JSON value an item, in order of the items, which are dealt out to the ranks.
 
-    Every rank must call it with the same number of items (ValueError otherwise). An exception on one rank is
-    raised there, and on the others as a RankError that names the rank, so that no rank waits forever.
+    Every rank must call it with the same number of items (ValueError otherwise). An exception on one rank ends all, as
+    in `ranks.gathered`.
     """
     rank, world = _ranks(model)
     if world == 1:
         return compute(list(items))
-    mine, error = list(items[rank::world]), None
-    try:
-        part = {"items": len(items), "results": compute(mine) if mine else []}
-    except Exception as raised:
-        part, error = {"items": len(items), "error": f"{type(raised).__name__}: {raised}"}, raised
-    parts = gather(part)
-    if error is not None:
-        raise error
-    for number, other in enumerate(parts):
-        if "error" in other:
-            raise RankError(f"rank {number} failed: {other['error']}")
-    counts = [other["items"] for other in parts]
+    mine = list(items[rank::world])
+    _, parts = gathered(lambda: compute(mine) if mine else [], lambda results: [len(items), results])
+    counts = [count for count, _ in parts]
     if len(set(counts)) > 1:
         raise ValueError(f"expected the same items on every rank; the ranks have {counts}")
     merged = [None] * len(items)
-    for number, other in enumerate(parts):
-        merged[number::world] = other["results"]
+    for number, (_, results) in enumerate(parts):
+        merged[number::world] = results
     return merged
 
 

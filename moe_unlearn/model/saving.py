@@ -1,6 +1,6 @@
 """Saves a model as transformers does, from one process or from ranks that share its weights out, in little memory.
 
-    save_pretrained(model, folder, tokenizer)        # every rank; the first one writes
+    save_pretrained(model, folder, tokenizer)        # every rank; the first one writes, and its error ends all
 
 The folder has what `model.save_pretrained` writes: weights under the names of the hub, expert by expert where the
 model's family has them so, in files of at most `max_shard_size` and their index. The weights are gathered, converted
@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from moe_unlearn.checkpoint.tensor_file import kind_of, tensor_file
 from moe_unlearn.files import whole_files, write_text
-from moe_unlearn.ranks import gather
+from moe_unlearn.ranks import together
 from moe_unlearn.sharding import initialised
 
 Write = Callable[[str, Tensor], None]
@@ -71,13 +72,13 @@ def save_pretrained(
 
     with ExitStack() as opened:
         write = attempt(_begin, model, opened, Path(folder), tokenizer, max_shard_size)
-        _raise_together(errors, group)
+        together(partial(_raise_first, errors), group)
         for names in groups:
             # all ranks take part in gathering, whatever has become of writing
             whole = {name: _whole(state[name], keep=first) for name in names}
             attempt(_convert, model, whole, write)
         attempt(opened.close)
-        _raise_together(errors, group)
+        together(partial(_raise_first, errors), group)
 
 
 def _state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -172,10 +173,6 @@ def _whole(tensor: Tensor, *, keep: bool) -> Tensor:
     return tensor.detach() if keep else tensor.new_empty(0)
 
 
-def _raise_together(errors: list[Exception], group: "distributed.ProcessGroup | None") -> None:
-    """Raise the first rank's error on all ranks."""
-    found = gather([(isinstance(error, OSError), str(error)) for error in errors], group) if initialised() else []
-    if errors:
-        raise errors[0]
-    for os_error, message in (pair for own in found for pair in own):
-        raise (OSError if os_error else ValueError)(message)
+def _raise_first(errors: list[Exception]) -> None:
+    for error in errors:
+        raise error

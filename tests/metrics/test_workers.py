@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_unlearn.metrics.workers import share
-from moe_unlearn.ranks import gather, is_first
+from moe_unlearn.ranks import gather, gathered, is_first
 from tests.support.two_ranks import run_two
 from tests.support.workers_child import evaluations
 
@@ -25,10 +25,16 @@ def test_two_processes_give_what_one_gives(tmp_path):
             assert first[key] == value
     assert first["shared"] == second["shared"] == [0.1, 0.2, 3 * 0.1]
     assert first["mine"] == [1, 3] and second["mine"] == [2]
-    assert first["errors"][0] == "RankError: rank 1 failed: KeyError: 'broken'"
+    assert first["errors"][0] == "RankError: rank 1 stopped: KeyError: 'broken'"
     assert second["errors"][0] == "KeyError: 'broken'"
     assert first["errors"][1] == "ValueError: expected the same items on every rank; the ranks have [1, 2]"
-    assert first["errors"][2] == "OSError: no space" and second["errors"][2] == "OSError: rank 0 cannot write: no space"
+    assert first["errors"][2:] == ["OSError: no space", "SafetensorError: no tensor", "OSError: no space"]
+    assert second["errors"][2:] == [
+        "RankError: rank 0 stopped: OSError: no space",
+        "RankError: rank 0 stopped: SafetensorError: no tensor",
+        "CheckpointError: rank 0 stopped: OSError: no space",
+    ]
+    assert first["told"] == second["told"] == ["one", [1, 2]]
     assert first["sharded"] == second["sharded"] and len(first["sharded"]) == 3
     assert json.loads((tmp_path / "run" / "MUSE_SUMMARY.json").read_text(encoding="utf-8")) == first["summary"]
     results = json.loads((tmp_path / "run" / "MUSE_EVAL.json").read_text(encoding="utf-8"))
@@ -39,3 +45,4 @@ def test_two_processes_give_what_one_gives(tmp_path):
 def test_one_process_needs_no_group():
     assert share(torch.nn.Linear(1, 1), (1, 2), lambda items: [2 * i for i in items]) == [2, 4]
     assert gather({"a": 1}) == [{"a": 1}] and is_first()
+    assert gathered(lambda: 1, str) == (1, ["1"])

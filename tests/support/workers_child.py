@@ -5,13 +5,15 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
+from moe_unlearn.checkpoint import CheckpointError
 from moe_unlearn.data import Document, Example, encode
 from moe_unlearn.metrics import MuseData, MuseSettings, evaluate_muse, greedy, token_scores
 from moe_unlearn.metrics.workers import share
-from moe_unlearn.ranks import on_first
+from moe_unlearn.ranks import gathered, on_first, together
 from tests.support.models import tiny_olmoe
 from tests.support.two_ranks import join
 
@@ -79,10 +81,17 @@ def main(rank: int, folder: Path) -> None:
     def full_disk():
         raise OSError("no space")
 
+    def no_tensor():
+        raise SafetensorError("no tensor")
+
+    found["told"] = gathered(lambda: "one", lambda _: rank + 1)
+
     for attempt in (
         lambda: share(plain, [1, 2], fail),
         lambda: share(plain, [1] * (rank + 1), list),
         lambda: on_first(full_disk),
+        lambda: on_first(no_tensor),
+        lambda: together(list if rank else full_disk, error=CheckpointError),
     ):
         try:
             attempt()
