@@ -83,6 +83,13 @@ def test_what_one_rank_cannot_do_neither_does(ranks):
         assert error.startswith(words)
 
 
+@pytest.mark.slow
+def test_a_cache_that_one_rank_cannot_make_ends_both(ranks):
+    _, first, second = ranks
+    assert second["cache"].startswith("FileExistsError: [Errno 17] cache_dir cannot be made a folder: it is a file")
+    assert first["cache"] == f"RankError: rank 1 stopped: {second['cache']}"
+
+
 @pytest.mark.quick
 def test_one_process_speaks_to_nobody():
     alone = Ranks(torch.nn.Linear(1, 1))

@@ -32,7 +32,7 @@ from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ops import Head
 from moe_unlearn.prepare import reference
 from moe_unlearn.prepare.rows import RowCache, content_keys
-from moe_unlearn.ranks import Ranks, gather, shared_work
+from moe_unlearn.ranks import Ranks, gathered, shared_work
 from moe_unlearn.sharding import is_sharded, whole
 from moe_unlearn.trace import RoutingFrequencies
 
@@ -172,8 +172,15 @@ def prepare(
     ranks.agree("the rows of prepare()", lambda: [[content_keys(b) for b in side] for side in (forget, retain)])
     # all ranks share the work, and sharded weights need all of them in every forward pass
     shared = ranks if ranks.count > 1 else None
-    caches = cache_dir is not None if shared is None else all(gather(cache_dir is not None, ranks.group))
-    folder = reference.make_folder(cache_dir) if caches and cache_dir is not None else None
+
+    def make_folder() -> Path | None:
+        return None if cache_dir is None else reference.make_folder(cache_dir)
+
+    if shared is None:
+        folder = make_folder()
+    else:
+        folder, caches = gathered(make_folder, lambda made: made is not None, ranks.group)
+        folder = folder if all(caches) else None
     work: dict[str, Callable] = {
         "trace": partial(_trace, ranks=shared),
         "seuf": _seuf,

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_unlearn.data import ForgetRetainDataset
+from moe_unlearn.ranks import RankError
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.trainer import UnlearnTrainer
@@ -123,6 +124,18 @@ def refused(rank: int) -> list[str]:
     return errors
 
 
+def without_a_folder(rank: int, folder: Path) -> str:
+    """The error of a preparation whose cache one rank cannot make."""
+    taken = folder / "taken"
+    taken.write_text("", encoding="utf-8")
+    step = UnlearnStep(DistributedDataParallel(model()), recipe("npo"))
+    try:
+        step.prepare(*data(), cache_dir=taken if rank else folder / "cache")
+    except (OSError, RankError) as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("expected an error")
+
+
 def main(rank: int, folder: Path) -> None:
     join(rank, folder)
     found = {}
@@ -132,6 +145,7 @@ def main(rank: int, folder: Path) -> None:
     after, found["trainer"] = trained(folder / "trainer", ddp_backend="gloo")
     save_file(after, folder / f"trainer-{rank}.safetensors")
     found["errors"] = refused(rank)
+    found["cache"] = without_a_folder(rank, folder)
     (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     distributed.destroy_process_group()
 
