@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from moe_unlearn.experts import experts_modules, total_experts
 from moe_unlearn.model.batches import attended_mask
 from moe_unlearn.model.head import final_hidden_states
+from moe_unlearn.ranks import Ranks, shared_work
 
 
 class Gate(NamedTuple):
@@ -78,21 +79,23 @@ def gates(model: nn.Module, names: list[str] | None = None) -> Iterator[dict[str
 
 
 @torch.no_grad()
-def affinity(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+def affinity(model: nn.Module, batches: list[dict[str, Tensor]], ranks: Ranks | None = None) -> Tensor:
     """Compute the affinity s [L, E] float64 over the attended tokens, layers in `experts_modules` order.
 
-    `batches` are padded ones of `model.batches`.
+    `batches` are padded ones of `model.batches`; `ranks` share them, and have the same bits as one process.
     """
-    totals, sequences = [], 0
-    for batch in batches:
+
+    def summed(i: int) -> Tensor:
         with gates(model) as collected:
-            final_hidden_states(model, batch)
-        mask = attended_mask(batch).to(torch.float64)
+            final_hidden_states(model, batches[i])
+        mask = attended_mask(batches[i]).to(torch.float64)
         per_layer = [g.dense().double().view(*mask.shape, -1) for g in collected.values()]
         length = mask.sum(1).clamp_min(1)
-        totals.append(torch.stack([((g * mask[..., None]).sum(1) / length[:, None]).sum(0) for g in per_layer]))
-        sequences += len(mask)
-    return functools.reduce(torch.add, totals) / sequences
+        return torch.stack([((g * mask[..., None]).sum(1) / length[:, None]).sum(0) for g in per_layer])
+
+    totals = shared_work(summed, [len(experts_modules(model))] * len(batches), ranks)
+    sequences = sum(len(batch["input_ids"]) for batch in batches)
+    return functools.reduce(torch.add, (of_batch for _, of_batch in totals)) / sequences
 
 
 def select(score: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ bfloat16 (2 H bytes a token), log-probs in float32.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -148,6 +147,19 @@ def needed(recipe: Recipe) -> list[str]:
     return [stage for stage in STAGES if uses[stage]]
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What a stage works on; `ranks` share it, `folder` keeps references."""
+
+    model: nn.Module
+    recipe: Recipe
+    prepared: Preparation
+    forget: list[Batch]
+    retain: list[Batch]
+    folder: Path | None
+    ranks: Ranks | None
+
+
 def prepare(
     model: nn.Module,
     recipe: Recipe,
@@ -181,17 +193,11 @@ def prepare(
     else:
         folder, caches = gathered(make_folder, lambda made: made is not None, ranks.group)
         folder = folder if all(caches) else None
-    work: dict[str, Callable] = {
-        "trace": partial(_trace, ranks=shared),
-        "seuf": _seuf,
-        "reference": partial(_reference, folder=folder, ranks=shared),
-        "kl_floor": _kl_floor,
-        "wagle": _wagle,
-    }
+    work = _Work(model, recipe, prepared, forget, retain, folder, shared)
     with evaluation_mode(model):
         for stage in needed(recipe):
             if stage in stages and stage not in prepared.done:
-                work[stage](model, recipe, prepared, forget, retain)
+                _STAGES[stage](work)
                 ranks.share_(prepared.chosen())
                 prepared.rows = rows
                 prepared.done.append(stage)
@@ -226,18 +232,11 @@ def _checked_rows(prepared: Preparation, forget: list[Batch], retain: list[Batch
     return prepared.rows
 
 
-def _trace(
-    model: nn.Module,
-    recipe: Recipe,
-    prepared: Preparation,
-    forget: list[Batch],
-    retain: list[Batch],
-    ranks: Ranks | None,
-) -> None:
-    settings = recipe.trace
+def _trace(work: _Work) -> None:
+    model, prepared, ranks, settings = work.model, work.prepared, work.ranks, work.recipe.trace
     assert settings is not None  # the stage runs for this lever only
-    f = trace.routing_frequencies(model, forget, ranks)
-    r = trace.routing_frequencies(model, retain, ranks)
+    f = trace.routing_frequencies(model, work.forget, ranks)
+    r = trace.routing_frequencies(model, work.retain, ranks)
     prepared.frequencies = {"forget": f, "retain": r}
     prepared.selected = selected = trace.select_experts(
         f,
@@ -246,48 +245,47 @@ def _trace(
         min_ratio=settings.min_ratio,
         min_load=settings.min_load,
         # in the scope "experts" only TRACE's experts train: without any there would be no weight to train
-        allow_empty=settings.allow_empty and recipe.scope.kind != "experts",
+        allow_empty=settings.allow_empty and work.recipe.scope.kind != "experts",
     )
     if not selected.any():
         prepared.inactive = True
         return
     target = trace.calibration_target(f, r, settings.eta)
-    masks = [target_mask(batch) for batch in retain]
+    masks = [target_mask(batch) for batch in work.retain]
     tokens_first = shared_work(  # [B * S, L, K] of each batch
-        lambda i: collect_routing(model, retain[i]).transpose(0, 1).contiguous(), [m.numel() for m in masks], ranks
+        lambda i: collect_routing(model, work.retain[i]).transpose(0, 1).contiguous(), [m.numel() for m in masks], ranks
     )
     counted = torch.cat([ids[masks[i].flatten()] for i, ids in tokens_first]).transpose(0, 1).contiguous()
     result = trace.retain_weights(counted, selected, target, cap=settings.cap)
+    numbers = torch.tensor([result.bias, result.ess], dtype=torch.float64)
+    if ranks is not None:
+        # processors of several kinds may round the solution otherwise
+        ranks.share_([result.weights, result.achieved, result.tilt, numbers])
+    bias, ess = numbers.tolist()
     prepared.calibration = Calibration(
         tilt=result.tilt,
-        bias=float(result.bias),
+        bias=bias,
         achieved=result.achieved,
-        ess=float(result.ess),
+        ess=ess,
         largest_weight=float(result.weights.max()),
     )
     if settings.refresh == "offline":
         prepared.token_weights = token_weights = RowCache(_CACHES["token_weights"])
         parts = result.weights.split([int(m.sum()) for m in masks])
-        for batch, mask, part in zip(retain, masks, parts, strict=True):
+        for batch, mask, part in zip(work.retain, masks, parts, strict=True):
             weights = part.new_zeros(mask.shape)
             weights[mask] = part
             token_weights.put(batch, weights)
 
 
-def _seuf(model: nn.Module, recipe: Recipe, prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> None:
-    prepared.selected = seuf.select(seuf.affinity(model, forget))
+def _seuf(work: _Work) -> None:
+    work.prepared.selected = seuf.select(seuf.affinity(work.model, work.forget, work.ranks))
 
 
 @torch.no_grad()
-def _reference(
-    model: nn.Module,
-    recipe: Recipe,
-    prepared: Preparation,
-    forget: list[Batch],
-    retain: list[Batch],
-    folder: Path | None,
-    ranks: Ranks | None,
-) -> None:
+def _reference(work: _Work) -> None:
+    model, recipe, prepared, folder = work.model, work.recipe, work.prepared, work.folder
+    forget, retain = work.forget, work.retain
     trained_head = head_of(model)
     with reference.reference_model(model, recipe.reference):
         head = head_of(model)
@@ -306,7 +304,7 @@ def _reference(
             store = None
             if digest is not None and folder is not None:
                 store = reference.open_store(folder, kind, digest, dtype, shape, **settings)
-            setattr(prepared, kind, reference.fill(RowCache(_CACHES[kind]), batches, compute, store, ranks))
+            setattr(prepared, kind, reference.fill(RowCache(_CACHES[kind]), batches, compute, store, work.ranks))
 
         def token_logprobs(batch: Batch) -> Tensor:
             return -token_losses(model, batch, kind="nll").float()
@@ -334,44 +332,48 @@ def _reference(
 
 
 @torch.no_grad()
-def _kl_floor(
-    model: nn.Module, recipe: Recipe, prepared: Preparation, forget: list[Batch], retain: list[Batch]
-) -> None:
-    total, positions = 0.0, 0
+def _kl_floor(work: _Work) -> None:
+    model, retain, prepared = work.model, work.retain, work.prepared
     kept = prepared.ref_hidden_states
     assert kept is not None  # the stage `reference` runs before this one
-    with reference.reference_model(model, recipe.reference):
-        for batch in retain:
-            states = final_hidden_states(model, batch)
-            per_token = token_losses(
-                model,
-                batch,
-                kind="kl",
-                hidden_states=states,
-                ref_hidden_states=kept.get(batch).to(states.dtype),
-                **prepared.ref_head,
-            )
-            total += float(per_token.double().sum())
-            positions += int(target_mask(batch).sum())
+
+    def summed(i: int) -> Tensor:
+        batch = retain[i]
+        states = final_hidden_states(model, batch)
+        per_token = token_losses(
+            model,
+            batch,
+            kind="kl",
+            hidden_states=states,
+            ref_hidden_states=kept.get(batch).to(states.dtype),
+            **prepared.ref_head,
+        )
+        return per_token.double().sum().view(1)
+
+    with reference.reference_model(model, work.recipe.reference):
+        total = sum(float(value) for _, value in shared_work(summed, [1] * len(retain), work.ranks))
+    positions = sum(int(target_mask(batch).sum()) for batch in retain)
     prepared.kl_floor = total / max(positions, 1)
 
 
-def _wagle(model: nn.Module, recipe: Recipe, prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> None:
-    settings = recipe.wagle
+def _wagle(work: _Work) -> None:
+    settings = work.recipe.wagle
     assert settings is not None  # the stage runs for this lever only
     if settings.mask is not None:
-        prepared.mask = masks.load(settings.mask, model)
+        work.prepared.mask = masks.load(settings.mask, work.model)
         return
-    forget = [forgotten(recipe, batch) for batch in forget]
-    prepared.mask = wagle.weight_mask(
-        model,
-        forget,
-        retain,
+    work.prepared.mask = wagle.weight_mask(
+        work.model,
+        [forgotten(work.recipe, batch) for batch in work.forget],
+        work.retain,
         keep=settings.keep,
         gamma=settings.gamma,
         official=settings.official,
         accumulation=settings.accumulation,
     )
+
+
+_STAGES = {"trace": _trace, "seuf": _seuf, "reference": _reference, "kl_floor": _kl_floor, "wagle": _wagle}
 
 
 def needs_head(recipe: Recipe) -> bool:

@@ -147,7 +147,7 @@ class UnlearnStep:
             return sides, True
 
         (forget, retain), _ = self.ranks.together(check)
-        verify_head(self.model, counted_row(retain))
+        self.ranks.together(lambda: (verify_head(self.model, counted_row(retain)), True))
 
         def after(stage: str) -> None:
             self.weights.restrict(self.prepared)
