@@ -80,9 +80,14 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if flags <= vars(module).keys()}
 
 
+def is_parallel(module: nn.Module) -> bool:
+    """Return whether transformers has shared out the experts of a layer over ranks."""
+    return getattr(module, "_is_expert_parallel", False)
+
+
 def total_experts(module: Any) -> int:
     """Return the number of a layer's experts on all ranks; `num_experts` are those of this rank's forward pass."""
-    count: int = len(module.down_proj) if _parallel(module) else module.num_experts
+    count: int = len(module.down_proj) if is_parallel(module) else module.num_experts
     return count
 
 
@@ -166,7 +171,7 @@ def _owned(
         if weight is None or own is None:
             continue
         # expert parallelism makes local tensors of its parameters for each pass; that which an adapter makes is no part
-        if _parallel(module) and own.requires_grad and not weight.is_leaf:
+        if is_parallel(module) and own.requires_grad and not weight.is_leaf:
             weight = leaves[i] = weight.detach().requires_grad_()
         owner[weight] = own
     return ExpertWeights._make(leaves), owner
@@ -183,7 +188,7 @@ def _fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Te
 
 def _counted_routing(module: Any, state: _State, top_k_index: Tensor) -> Routing | None:
     """Route the tokens and add to the counters of the step's inputs; None if there is nothing to count."""
-    if state.inputs is None or _parallel(module) or _recomputing():
+    if state.inputs is None or is_parallel(module) or _recomputing():
         return None
     return _counted(module.num_experts, state.inputs, top_k_index)
 
@@ -193,11 +198,6 @@ def _count_all(module: nn.Module, args: tuple, kwargs: dict) -> None:
     inputs = _state(module).inputs
     if inputs is not None and not _recomputing():
         _counted(total_experts(module), inputs, kwargs["top_k_index"] if "top_k_index" in kwargs else args[1])
-
-
-def _parallel(module: nn.Module) -> bool:
-    """Return whether transformers has shared out the experts of a layer over ranks."""
-    return getattr(module, "_is_expert_parallel", False)
 
 
 def _counted(num_experts: int, inputs: StepInputs, top_k_index: Tensor) -> Routing:
@@ -355,7 +355,7 @@ def _state(module: nn.Module) -> _State:
 )
 def _new_state(module: nn.Module) -> _State:
     module.__dict__[_ATTRIBUTE] = state = _probe(module)
-    if _parallel(module):
+    if is_parallel(module):
         module.register_forward_pre_hook(_count_all, with_kwargs=True)
     return state
 

@@ -3,8 +3,12 @@
 import math
 from collections.abc import Callable
 
+from torch import nn
+
 from moe_unlearn.config import Recipe
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
+from moe_unlearn.experts import experts_modules, is_parallel
+from moe_unlearn.model.scope import wrapped_name
 from moe_unlearn.prepare.stages import Preparation, needed
 
 # keys of a recipe in which a saved state may differ from the step that takes it
@@ -39,6 +43,21 @@ def check_recipe(recipe: Recipe, saved: dict) -> None:
             f"the state belongs to another recipe: {different[0]} was "
             f"{saved.get(different[0])!r}, is {own[different[0]]!r}"
         )
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raise ValueError, which names them, if adapters change weights of experts that are shared out over ranks.
+
+    An adapter is made for the weight of all experts, and a rank computes with those of its own.
+    """
+    for name, module in experts_modules(model).items():
+        wrapper = wrapped_name(name)
+        if is_parallel(module) and wrapper != name:
+            raise ValueError(
+                f"{wrapper} has adapters on weights that expert parallelism shares out, which is not supported; "
+                "expected adapters on other modules alone, experts that FSDP2 shares out (ep_size=1), or weights with "
+                "their adapters merged (merge_and_unload) and saved before they are loaded with ep_size"
+            )
 
 
 def check_finite(metrics: dict[str, float], steps: int) -> None:

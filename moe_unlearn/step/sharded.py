@@ -40,6 +40,7 @@ from moe_unlearn.sharding import (
     rows_here,
     sum_of_peers,
 )
+from moe_unlearn.step.checks import check_adapters
 from moe_unlearn.step.gradients import GradientStore
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.sinks import CompactSink
@@ -61,10 +62,12 @@ class Exchange(NamedTuple):
 class Shards:
     """The parameters of a model that an engine shares out, on this rank.
 
-    Until `close`, FSDP2 adds up the gradients of ranks, where it would average them.
+    Until `close`, FSDP2 adds up the gradients of ranks, where it would average them. Raises ValueError for adapters on
+    experts that are shared out, see `check_adapters`.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks):
+        check_adapters(model)
         reshard(model)
         self.model, self.ranks = model, ranks
         named = dict(model.named_parameters())

@@ -77,8 +77,9 @@ class UnlearnStep:
         process_group: the ranks that train this model; all take the first rank's weights. See `ranks`.
 
     Raises TypeError for a model, recipe or optimizer of another kind. Raises ValueError for a model without MoE layers,
-    with nothing to train in the recipe's scope, with weights sharded otherwise than along dimension 0, for `verify`
-    with several ranks, and for `retain.router_aux` if the model has no load-balancing loss to multiply.
+    with nothing to train in the recipe's scope, with weights sharded otherwise than along dimension 0, with adapters on
+    experts that expert parallelism shares out, for `verify` with several ranks, and for `retain.router_aux` if the
+    model has no load-balancing loss to multiply.
     """
 
     def __init__(

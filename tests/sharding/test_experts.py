@@ -69,6 +69,13 @@ def test_routing_is_counted_with_the_ids_of_all_experts(engine, ranks):
 
 
 @pytest.mark.slow
+def test_adapters_on_experts_that_are_shared_out_are_refused_by_name(ranks):
+    said = {found["adapted"] for found in ranks[1:]}
+    assert len(said) == 1
+    assert said.pop().startswith("base_model.model.model.layers.0.mlp.experts has adapters on weights that expert")
+
+
+@pytest.mark.slow
 def test_the_engine_divides_twice_where_one_rank_has_an_expert_in_float64(ranks):
     """A fault of the engine, which the step's sums avoid: this fails when it is mended, and then says so."""
     norms = ranks[1]["halving"]

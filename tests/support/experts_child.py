@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import peft
 import torch
 from safetensors.torch import save_file
 from torch import distributed, nn
@@ -12,9 +13,10 @@ from transformers.distributed import DistributedConfig
 
 from moe_unlearn.model.capture import routing_capture
 from moe_unlearn.model.head import final_hidden_states
+from moe_unlearn.step import UnlearnStep
 from tests.support import sharded_child
 from tests.support.sharded_child import CASES, STEPS, batches_of, masks_of, shard, step_of, weights_of
-from tests.support.steps import data, made_of
+from tests.support.steps import data, made_of, recipe
 from tests.support.two_ranks import join
 
 EP, RANKS = 2, 4
@@ -60,6 +62,17 @@ def halving(folder: Path, ep: int, rank: int) -> dict:
     return found
 
 
+def adapted(folder: Path) -> str:
+    """What is said of adapters on the weights of experts that are shared out."""
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts)
+    try:
+        UnlearnStep(peft.get_peft_model(loaded(folder, RANKS), settings), recipe("graddiff"))
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
 def steps_of(model: nn.Module, case: str, name: str, rank: int, folder: Path) -> list[dict]:
     """Make the steps of a case and write the weights; return the metrics."""
     step = step_of(model, name)
@@ -76,6 +89,7 @@ def main(rank: int, folder: Path) -> None:
         sharded_child.model().save_pretrained(folder / "model")
     distributed.barrier()
     found: dict = {"halving": {engine: halving(folder, ep, rank) for engine, ep in ENGINES.items()}}
+    found["adapted"] = adapted(folder)
     for engine, ep in ENGINES.items():
         found[f"{engine} counts"] = counts(loaded(folder, ep))
         for name in OWN if ep == EP else FEW:
