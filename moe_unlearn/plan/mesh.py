@@ -1,14 +1,29 @@
 """Mesh, the sizes of a mesh of ranks that need not exist, and what a model must be like to lie on it."""
 
+import math
 import re
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.sharding import Placing
+from moe_unlearn.sharding import EXPERTS, Placing, is_sharded, placing_of
 
 _EXPECTED = "expected a mesh such as fsdp=8 or fsdp=8,ep=4"
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError for a model that is sharded already; it names the mesh with which whole weights are planned."""
+    placings = [placing_of(name, p) for name, p in model.named_parameters() if is_sharded(p)]
+    if not placings:
+        return
+    fsdp = max(math.prod(n for n, split in zip(p.sizes, p.splits, strict=True) if split) for p in placings)
+    ep = max(n for p in placings for n, name in (*zip(p.sizes, p.names, strict=True), (1, EXPERTS)) if name == EXPERTS)
+    mesh = f"fsdp={fsdp}" + (f",ep={ep}" if ep > 1 else "")
+    raise ValueError(
+        f"expected a model with whole weights to plan for; got one that is sharded already: plan a step on the model "
+        f"as it was before that, or on the meta device, with mesh={mesh!r}"
+    )
 
 
 @dataclass(frozen=True)
@@ -58,12 +73,10 @@ class Mesh:
     def placings(self, model: nn.Module) -> dict[Tensor, Placing]:
         """Return where each parameter of a model would lie.
 
-        Raises ValueError for layers whose number of experts `ep` does not divide, and for a model that is sharded.
+        Raises ValueError for layers whose number of experts `ep` does not divide.
         """
         everywhere, of_experts = Placing.fsdp(self.fsdp), Placing.experts(self.ep, self.fsdp // self.ep)
         placings: dict[Tensor, Placing] = dict.fromkeys(model.parameters(), everywhere)
-        if any(hasattr(p, "placements") for p in placings):
-            raise ValueError(f"expected a model with whole weights to plan for {self}; got one that is sharded already")
         for name, p in model.named_parameters():
             if p.dim() == 0:
                 raise ValueError(f"{name} is a scalar, which has no rows that {self} could share out")

@@ -25,7 +25,7 @@ from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.plan.assumed import CACHES, assumed
 from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.plan.known import cache_bytes, held_at_rest, part_of
-from moe_unlearn.plan.mesh import Mesh
+from moe_unlearn.plan.mesh import Mesh, check_whole
 from moe_unlearn.plan.one_rank import OneRank
 from moe_unlearn.plan.ways import Path, form, obstacle, paths
 from moe_unlearn.prepare.stages import Preparation
@@ -156,11 +156,13 @@ def make_plan(
     many experts to be selected as the recipe allows. `mesh`, a `Mesh` or what its `parse` takes, plans for one rank of
     several, which has these batches to itself; `fits` asks whether a device of so many GiB is enough.
 
-    Raises ValueError for a bad batch, for a mesh that the model does not fit, and for a model that is sharded already.
+    Raises ValueError for a bad batch, for a mesh that the model does not fit, and for a model that is sharded already,
+    which says with which `mesh` the model is planned before that.
     """
     mesh = Mesh.parse(mesh) if isinstance(mesh, str) else mesh
     forget, retain = all_checked(forget_batches, "forget"), all_checked(retain_batches, "retain")
     view, prepared = step.view(), step.prepared
+    check_whole(view.model)
     if mesh is not None:
         mesh.placings(view.model)  # which refuses a model that does not fit
         view = dataclasses.replace(view, ranks=mesh.fsdp)

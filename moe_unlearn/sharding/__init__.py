@@ -20,6 +20,7 @@ from moe_unlearn.sharding.engine import (
     sum_of_peers,
 )
 from moe_unlearn.sharding.rows import (
+    EXPERTS,
     Placing,
     Rows,
     first_row,
@@ -33,6 +34,7 @@ from moe_unlearn.sharding.rows import (
 )
 
 __all__ = [
+    "EXPERTS",
     "Placing",
     "Rows",
     "add_up_gradients",

@@ -1,9 +1,12 @@
 """Plans for meshes: one rank's memory and traffic against what four gloo ranks hold and send, and against formulas."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
@@ -58,9 +61,18 @@ def test_a_model_that_does_not_fit_is_refused():
     step = UnlearnStep(tiny(num_experts=6), "graddiff")
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.gate_up_proj has 6 experts, which ep=4 ranks"):
         step.plan(*pair(), mesh="fsdp=8,ep=4")
-    step.model.model.norm.weight.placements = ()  # as torch's DTensor has them
-    with pytest.raises(ValueError, match=r"whole weights to plan for 2 ranks \(fsdp 2\); got one that is sharded"):
-        step.plan(*pair(), mesh="fsdp=2")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("given", [None, "fsdp=2"])
+def test_a_model_that_is_sharded_already_is_refused_with_the_mesh_to_give(given):
+    step = UnlearnStep(tiny(), "graddiff")
+    weight = next(iter(experts_modules(step.model).values())).down_proj
+    # as torch's DTensor has them
+    weight.placements = (_StridedShard(0, split_factor=2), Shard(0))
+    weight.device_mesh = SimpleNamespace(ndim=2, shape=(3, 2), mesh_dim_names=("efsdp", "ep"))
+    with pytest.raises(ValueError, match="sharded already: plan a step .* with mesh='fsdp=6,ep=2'"):
+        step.plan(*pair(), mesh=given)
 
 
 @pytest.fixture(scope="module")

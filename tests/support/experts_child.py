@@ -62,6 +62,15 @@ def halving(folder: Path, ep: int, rank: int) -> dict:
     return found
 
 
+def planned(folder: Path) -> str:
+    """What is said of a plan of a model that is sharded already."""
+    try:
+        UnlearnStep(loaded(folder, EP), recipe("graddiff")).plan(*data())
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
 def adapted(folder: Path) -> str:
     """What is said of adapters on the weights of experts that are shared out."""
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -89,7 +98,7 @@ def main(rank: int, folder: Path) -> None:
         sharded_child.model().save_pretrained(folder / "model")
     distributed.barrier()
     found: dict = {"halving": {engine: halving(folder, ep, rank) for engine, ep in ENGINES.items()}}
-    found["adapted"] = adapted(folder)
+    found |= {"planned": planned(folder), "adapted": adapted(folder)}
     for engine, ep in ENGINES.items():
         found[f"{engine} counts"] = counts(loaded(folder, ep))
         for name in OWN if ep == EP else FEW:
