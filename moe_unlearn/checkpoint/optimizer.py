@@ -52,9 +52,9 @@ def from_tree(tree: Mapping[str, Any], rows: Part) -> dict[str, Any]:
     for name, value in tree.items():
         if isinstance(value, Slices):
             own = value.within(rows.start, rows.stop)
-            slices, value = own.ids - rows.start, own.values
+            slices, value = (own.ids - rows.start).to(rows.device), own.values.to(rows.device)
         elif isinstance(value, Tensor):
-            value = value.cpu()  # where optimizers count steps
+            value = value.cpu().clone()  # where optimizers count steps
         state[name] = value
     if slices is None:
         return state

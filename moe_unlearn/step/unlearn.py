@@ -53,8 +53,8 @@ from moe_unlearn.plan import Plan, make_plan, ways
 from moe_unlearn.prepare.stages import STAGES, Preparation, prepare
 from moe_unlearn.ranks import Ranks, local
 from moe_unlearn.sharding import as_forward, reshard
-from moe_unlearn.step import copies
-from moe_unlearn.step.checks import check_budget, check_finite, check_open, check_prepared, check_recipe, stopped
+from moe_unlearn.step import copies, saved
+from moe_unlearn.step.checks import check_budget, check_finite, check_open, check_prepared, stopped
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.sharded import Shards, store_of
 from moe_unlearn.step.sinks import sink_of
@@ -118,6 +118,7 @@ class UnlearnStep:
         elif not isinstance(optimizer, MaskedSGD | MaskedAdamW):
             raise TypeError(f"optimizer must be a MaskedSGD or MaskedAdamW; got {type(optimizer).__name__}")
         self.optimizer = optimizer
+        self.weights.know(optimizer)
         self.tally = Tally(self.ranks)  #: record of the micro-batches of this step
         self.gradients = store_of(self.optimizer, self.shards)
         self._updated: list[str] = []
@@ -302,22 +303,12 @@ class UnlearnStep:
         return make_plan(self, forget_batches, retain_batches, **options)
 
     def state_dict(self) -> dict:
-        """Return preparation, optimizer, steps done and dual variable: with the weights, all a bitwise resume needs."""
-        return {
-            "recipe": self.recipe.to_dict(),
-            "steps": self.steps,
-            "dual": self.objectives.dual.value,
-            "prepared": self.prepared.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        """Return all but the weights that a bitwise resume needs; where weights are sharded, on every rank: `saved`."""
+        return saved.state_of(self, shared=self.shards is not None)
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore a `state_dict`; raise ValueError if it belongs to another recipe."""
-        check_recipe(self.recipe, state["recipe"])
-        self.discard()
-        self.prepared.load_state_dict(state["prepared"])
-        self.apply_preparation()
-        self.rewind(state["steps"], state.get("dual", self.recipe.retain.alpha), state.get("optimizer"))
+        """Restore a `state_dict`, of one process or of any number of ranks; ValueError if it is of another recipe."""
+        saved.load_state(self, state)
 
     def rewind(self, steps: int, alpha: float, optimizer: dict | None) -> None:
         """Set the steps done, the multiplier of the retain loss and, but for None, the optimizer's state; no weight."""
@@ -377,12 +368,18 @@ class UnlearnStep:
         return copies.shadow(self, copied, prepared)
 
     def rebind(self) -> None:
-        """Take up the parameters that an engine has put into model and optimizer; ValueError if it cannot be used."""
+        """Take up the parameters that an engine has put into the model, and share masks out as it shares weights.
+
+        Every rank calls this, before the first step. Raises ValueError if the sharding is not supported, and if the
+        optimizer has states of the parameters that were there before.
+        """
+        self.weights.take_up(self.optimizer)
         self.discard()
         self.gradients.close()
         self.ranks = self.tally.ranks = Ranks(self.model, self.ranks.group)
         self.weights.shards = self.shards = Shards(self.model, self.ranks) if self.ranks.sharded else None
         self.gradients = store_of(self.optimizer, self.shards)
+        self.apply_preparation()
 
     def _backward(self, weighed: dict[str, tuple[float, Tensor]]) -> None:
         factors = self.objectives.factors

@@ -20,6 +20,7 @@ class TrainedWeights:
         #: packed masks by name of the parameter, of what this rank holds of it
         self.masks: dict[str, Tensor] = {}
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._names: list[list[str]] = []
 
     def restrict(self, prepared: Preparation) -> None:
         """Freeze the parameters outside the scope; ValueError if none is left to train."""
@@ -39,6 +40,25 @@ class TrainedWeights:
         for name, p in self.model.named_parameters():
             if p.requires_grad and name in self.masks and name not in moving:
                 p.requires_grad_(False)
+
+    def know(self, optimizer: MaskedSGD | MaskedAdamW) -> None:
+        """Note the names of the parameters that an optimizer has, for `take_up`."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        self._names = [[names.get(p, "") for p in group["params"]] for group in optimizer.param_groups]
+
+    def take_up(self, optimizer: MaskedSGD | MaskedAdamW) -> None:
+        """Give an optimizer that is known the parameters that the model has now under their names.
+
+        Raises ValueError, and changes nothing, if it has states of others.
+        """
+        named = dict(self.model.named_parameters())
+        if optimizer.state.keys() - named.values():
+            raise ValueError(
+                "the optimizer has states of weights that are no longer in the model: share them out before the first "
+                "step, or load a checkpoint after `rebind`"
+            )
+        for group, names in zip(optimizer.param_groups, self._names, strict=False):  # groups may have been added
+            group["params"] = [named.get(name, p) for name, p in zip(names, group["params"], strict=True)]
 
     def restore(self) -> None:
         """Restore the `requires_grad` flags that the parameters had at first."""

@@ -12,6 +12,7 @@ from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
+from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.sharding import whole
 from moe_unlearn.step import UnlearnStep
@@ -95,10 +96,14 @@ def batches_of(i: int, rank: int, ranks: int) -> tuple[dict, dict]:
     return tuple({key: value[rank % 2 :] for key, value in batch.items()} for batch in (forget[which], retain[which]))
 
 
+def recipe_of(name: str) -> Recipe:
+    base, changes, _ = ALL[name]
+    return recipe(base, *changes, lr=1e-2)
+
+
 def step_of(made: nn.Module, name: str, *, fused: bool = True) -> UnlearnStep:
     """The prepared step of a case."""
-    base, changes, asked = ALL[name]
-    step = UnlearnStep(made, recipe(base, *changes, lr=1e-2), fused=fused and asked.get("fused", True))
+    step = UnlearnStep(made, recipe_of(name), fused=fused and ALL[name][2].get("fused", True))
     step.prepare(*data())
     return step
 
