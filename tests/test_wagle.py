@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moe_unlearn import UnlearnStep, wagle
+from moe_unlearn.checkpoint import tensor_file
 from moe_unlearn.config import Recipe, shipped
-from moe_unlearn.masks import weight_mask as weight_masks
 from moe_unlearn.masks.weight_mask import FORMAT
 from moe_unlearn.model.batches import target_mask
 from moe_unlearn.model.head import token_losses
@@ -374,12 +374,10 @@ def test_a_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch):
     mask.save(path)
     before = path.read_bytes()
 
-    def full_disk(tensors, name, metadata):
-        with open(name, "wb") as file:
-            file.write(b"half")
+    def full_disk(words):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weight_masks, "save_file", full_disk)
+    monkeypatch.setattr(tensor_file, "bytes_of", full_disk)
     with pytest.raises(OSError, match="no space"):
         mask.save(path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moe_unlearn.files import whole_file
+from moe_unlearn.checkpoint.tensor_file import kind_of, tensor_file
 from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
 from moe_unlearn.ranks import on_first
 from moe_unlearn.sharding import is_sharded, whole
@@ -119,13 +118,17 @@ class WeightMask:
         return cls(shapes, dict(state["packed"]), keep, gamma, official, magnitudes)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, which appears under its name whole or not at all."""
+        """Write one safetensors file, the same bytes for equal masks; it appears under its name whole or not at all."""
         state = self.state_dict()
-        tensors = {name: words.cpu().contiguous() for name, words in state.pop("packed").items()}
+        tensors: dict[str, Tensor] = state.pop("packed")
+        about = {"format": FORMAT, "state": json.dumps(state)}
 
         def write() -> None:
-            with whole_file(path) as unfinished:
-                save_file(tensors, unfinished, {"format": FORMAT, "state": json.dumps(state)})
+            # safetensors' own save_file writes the entries of `about` in any order
+            kinds = {name: kind_of(words) for name, words in tensors.items()}
+            with tensor_file(Path(path), kinds, about) as write_tensor:
+                for name, words in tensors.items():
+                    write_tensor(name, words)
 
         self.written_once(write)
 
