@@ -23,12 +23,14 @@ with g the plain sums; `accumulation` is A, 4 in all its configurations. The rel
 in the model's own dtype; if the two differ, scores next to the threshold may fall on the other side.
 
 The scores of the model are never stored or sorted: `ops.weight_score` streams histograms, parameter by parameter.
-Memory: two float32 gradients of the trainable parameters, and one bit per weight.
+Memory: two float32 gradients of the trainable parameters, and one bit per weight. Of N ranks with whole weights each
+holds one N-th of the two, and the gradient of one batch.
 
-Of weights that are sharded (`sharding`) each rank scores its own rows. Histograms are sums over the ranks, equal scores
-go by the rows of the whole parameter, and each rank keeps the words of its rows: for equal gradients the bits of one
-process.
-The ranks share the batches: they compute one each at a time, and add the gradients up.
+Several ranks share the batches, one each at a time. Each scores some rows of every parameter: its own of weights that
+are sharded (`sharding`), and as many of weights that are whole on every rank. Histograms are sums over the ranks, and
+equal scores go by the rows of the whole parameter: for equal gradients a mask has the bits of one process. Gradients of
+whole weights are sent to the rank of their rows after each batch and added in the order of the batches, so that they
+are equal. FSDP2 adds up those of sharded weights itself, N at a time on N ranks.
 """
 
 import logging
@@ -43,14 +45,26 @@ from moe_unlearn.model.batches import Batch, padded, target_mask
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ops.weight_score import BINS, FIRST_NON_FINITE_BIN, score_histogram, score_mask
-from moe_unlearn.ranks import Ranks, sharded, turns
-from moe_unlearn.sharding import Rows, add_up_gradients, complete_, is_sharded, part, reshard, rows_here
+from moe_unlearn.ranks import Ranks, gather, sharded, turns
+from moe_unlearn.sharding import (
+    Rows,
+    add_up_gradients,
+    complete_,
+    is_sharded,
+    of_peers,
+    part,
+    reshard,
+    rows_here,
+    rows_of_work,
+    rowwise,
+)
 
 _log = logging.getLogger(__name__)
 
 #: (model, batch) -> per-token losses [B, S]
 Loss = Callable[[nn.Module, Batch], Tensor]
 _ALL_TIES = (1 << 62) - 1
+_BLOCK = 1 << 20  # elements added up at a time
 
 
 def weight_mask(
@@ -64,6 +78,7 @@ def weight_mask(
     accumulation: int = 1,
     forget_loss: Loss = token_losses,
     retain_loss: Loss = token_losses,
+    ranks: Ranks | None = None,
 ) -> WeightMask:
     """Score all weights and keep the top fraction; see the module docstring.
 
@@ -72,6 +87,7 @@ def weight_mask(
         official: reproduce the released code; accumulation: the A of the module docstring, of official mode only.
         forget_loss, retain_loss: (model, batch) -> per-token losses [B, S], 0 where `model.batches.target_mask` is
             False; the default is the NLL.
+        ranks: those that share the work, all with the same batches; None are those that share the weights out, if any.
 
     The model is scored in evaluation mode; its mode and its `.grad` fields are left as they were. The mean magnitudes
     of both score terms are logged. The result is deterministic if the model's backward pass is.
@@ -85,16 +101,15 @@ def weight_mask(
         raise ValueError(f"gamma must be above 0; got {gamma}")
     if accumulation < 1 or (accumulation != 1 and not official):
         raise ValueError(f"accumulation must be at least 1, and 1 without official; got {accumulation}")
-    ranks = Ranks(model) if sharded(model) else None
+    if ranks is None or ranks.count == 1:
+        ranks = Ranks(model) if sharded(model) else None
     parameters = dict(model.named_parameters())
+    rows = {} if ranks is None else _rows(parameters, ranks)
     with evaluation_mode(model):
         divided = accumulation if official else None
-        forget = _gradients(model, forget_batches, forget_loss, divided, "forget", ranks)
-        retain = _gradients(model, retain_batches, retain_loss, divided, "retain", ranks)
-    if ranks is None:
-        scored = _Scored(parameters, forget, retain, gamma)
-    else:
-        scored = _ShardedScored(parameters, forget, retain, gamma, ranks)
+        forget = _gradients(model, forget_batches, forget_loss, divided, "forget", ranks, rows)
+        retain = _gradients(model, retain_batches, retain_loss, divided, "retain", ranks, rows)
+    scored = (_SharedScored if rows else _Scored)(parameters, forget, retain, gamma, rows)
     magnitudes = scored.magnitudes()
     _log.info(
         "WAGLE score terms: mean |theta g_f| %.3e, mean |g_r g_f| / gamma %.3e (gamma %g)",
@@ -112,10 +127,24 @@ def weight_mask(
     return WeightMask(shapes, packed, keep, gamma, official, magnitudes)
 
 
+def _rows(parameters: dict[str, nn.Parameter], ranks: Ranks) -> dict[str, Rows]:
+    """Return the rows that this rank scores, by parameter; one without is scored whole by every rank."""
+    if ranks.sharded:
+        return {name: rows_here(name, p, ranks.group) for name, p in parameters.items() if is_sharded(p)}
+    assert ranks.group is not None  # there are several
+    return {name: rows_of_work(p, ranks.group) for name, p in parameters.items()}
+
+
 def _gradients(
-    model: nn.Module, batches: Iterable[Batch], loss: Loss, divided: int | None, side: str, ranks: Ranks | None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss: Loss,
+    divided: int | None,
+    side: str,
+    ranks: Ranks | None,
+    rows: dict[str, Rows],
 ) -> dict[str, Tensor]:
-    """Compute the float32 gradients of a set's loss; of sharded weights this rank's rows.
+    """Compute the float32 gradients of a set's loss, of the rows that this rank scores.
 
     The loss is the mean over the set's tokens or, with `divided`, the sum over batches of their means / `divided`.
     """
@@ -123,32 +152,42 @@ def _gradients(
     tokens = [int(target_mask(batch).sum()) for batch in batches]
     if not batches:
         raise ValueError(f"the {side} set carries no loss: it is empty or all its labels are -100")
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sums: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        wide = gradient.to(torch.promote_types(trainable[name].dtype, torch.float32))
+        sums[name] = sums[name] + wide if name in sums else wide
 
     def take(name: str) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:
             # one parameter at a time, so that no second gradient of the model is ever held
             assert p.grad is not None  # the hook runs once it is accumulated
-            wide = part(p.grad).to(torch.promote_types(p.dtype, torch.float32))
-            sums[name] = sums[name] + wide if name in sums else wide
-            p.grad = None
+            gradient, p.grad = part(p.grad), None
+            add(name, gradient)
 
         return hook
 
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # ranks may meet parameters in different orders, so that they exchange gradients after the backward pass
+    exchanged = ranks is not None and not ranks.sharded
     held = {name: p.grad for name, p in trainable.items()}
     handles = []
     undo = None if ranks is None else add_up_gradients(model)
     try:
         for name, p in trainable.items():
             p.grad = None
-            handles.append(p.register_post_accumulate_grad_hook(take(name)))
-        with torch.enable_grad():
-            for i, counts in turns(len(batches), ranks):
-                value = loss(model, batches[i]).sum() / (tokens[i] * divided if divided else sum(tokens))
-                # the loss has no gradient if every parameter it depends on is frozen
-                if value.requires_grad:
-                    (value if counts else 0 * value).backward()
+            if not exchanged:
+                handles.append(p.register_post_accumulate_grad_hook(take(name)))
+        for i, counts in turns(len(batches), ranks):
+            if counts or not exchanged:
+                with torch.enable_grad():
+                    value = loss(model, batches[i]).sum() / (tokens[i] * divided if divided else sum(tokens))
+                    # the loss has no gradient if every parameter it depends on is frozen
+                    if value.requires_grad:
+                        (value if counts else 0 * value).backward()
+            if ranks is not None and exchanged:
+                for name, gradient in _exchanged(trainable, ranks, rows):
+                    add(name, gradient)
     finally:
         for handle in handles:
             handle.remove()
@@ -157,23 +196,52 @@ def _gradients(
         if undo is not None:
             undo()
             reshard(model)
-    if ranks is not None:
+    if ranks is not None and not exchanged:
         ranks.add_({name: sums.get(name) for name, p in trainable.items() if not is_sharded(p)})
     return sums
+
+
+def _exchanged(trainable: dict[str, nn.Parameter], ranks: Ranks, rows: dict[str, Rows]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the gradients of all ranks, of the rows that this one scores: parameter by parameter, rank by rank."""
+    given = gather([name for name, p in trainable.items() if p.grad is not None], ranks.group)
+    holders = {name: [rank for rank, names in enumerate(map(set, given)) if name in names] for name in trainable}
+    for name, p in trainable.items():
+        own, p.grad = p.grad, None
+        if holders[name]:
+            own = torch.zeros_like(p) if own is None else own
+            received = of_peers(rowwise(own.detach()), [*map(len, rows[name].parts)], ranks.group)
+            for rank in holders[name]:
+                yield name, received[rank]
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    """Return the float64 sums of the rows of `values` [R, ...], added in an order that the shape of a row decides."""
+    rows = (values.flatten(1) if values.dim() > 1 else values[:, None]).to(torch.float64, copy=True)
+    count = rows.shape[1]
+    while count > 1:
+        half = count // 2
+        rows[:, :half] += rows[:, count - half : count]
+        count -= half
+    return rows[:, :1].sum(1)
 
 
 class _Scored:
     """The three tensors of each parameter's score; parameters without a forget gradient score exactly 0."""
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], forget: dict[str, Tensor], retain: dict[str, Tensor], gamma: float
+        self,
+        parameters: dict[str, nn.Parameter],
+        forget: dict[str, Tensor],
+        retain: dict[str, Tensor],
+        gamma: float,
+        rows: dict[str, Rows],
     ) -> None:
-        self.parameters, self.forget, self.retain, self.gamma = parameters, forget, retain, gamma
+        self.parameters, self.forget, self.retain, self.gamma, self.rows = parameters, forget, retain, gamma, rows
 
     def items(self) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
         """Yield (name, (weight, grad_forget, grad_retain)) in `named_parameters()` order."""
         for name, p in self.parameters.items():
-            own = part(p.detach())
+            own = self._own(name, p.detach())
             zero = torch.zeros((), dtype=torch.float32, device=p.device).expand(own.shape)
             if name in self.forget:
                 yield name, (own, self.forget[name], self.retain.get(name, zero))
@@ -196,22 +264,28 @@ class _Scored:
         return words, int(taken)
 
     def magnitudes(self) -> dict[str, float]:
-        """Compute the means over the model of |theta g_f| and |g_r g_f| / gamma."""
-        first, second = self._sums()
+        """Compute the means over the model of |theta g_f| and |g_r g_f| / gamma, the same bits for rows of any rank."""
+        sums = sum(_row_sums(self._all_rows(name, self._magnitudes(*terms)).T) for name, terms in self.items())
+        forget, retain = sums.tolist() if isinstance(sums, Tensor) else (0.0, 0.0)
         count = max(sum(p.numel() for p in self.parameters.values()), 1)
-        return {"forget_term": first / count, "retain_term": second / count}
+        return {"forget_term": forget / count, "retain_term": retain / self.gamma / count}
 
-    def _sums(self) -> tuple[float, float]:
-        first = second = 0.0
-        for _, terms in self.items():
-            of_forget, of_retain = self._magnitudes(*terms)
-            first, second = first + of_forget, second + of_retain
-        return first, second
+    def _magnitudes(self, weight: Tensor, g_f: Tensor, g_r: Tensor) -> Tensor:
+        """Compute for each of some rows the sums of |theta g_f| and |g_r g_f|, float64 [R, 2] on the CPU."""
+        found = [torch.zeros(0, 2, dtype=torch.float64)]
+        weight, g_f, g_r = map(rowwise, (weight, g_f, g_r))
+        height = max(_BLOCK // max(weight[:1].numel(), 1), 1)
+        for w, f, r in zip(*(tensor.split(height) for tensor in (weight, g_f, g_r)), strict=True):
+            found.append(torch.stack([_row_sums((w.float() * f).abs()), _row_sums((r * f).abs())], 1).cpu())
+        return torch.cat(found)
 
-    def _magnitudes(self, weight: Tensor, g_f: Tensor, g_r: Tensor) -> tuple[float, float]:
-        """Compute the sums over one parameter of |theta g_f| and |g_r g_f| / gamma."""
-        forget = float((weight.float() * g_f).abs().sum(dtype=torch.float64))
-        return forget, float((g_r * g_f).abs().sum(dtype=torch.float64)) / self.gamma
+    def _own(self, name: str, parameter: Tensor) -> Tensor:
+        """Return the rows of a parameter that this rank scores."""
+        return parameter
+
+    def _all_rows(self, name: str, values: Tensor) -> Tensor:
+        """Return the values [len(parameter), ...] of all rows of a parameter from those of the rows scored here."""
+        return values
 
     def _check_finite(self, name: str, bad: int) -> None:
         if bad:
@@ -221,19 +295,8 @@ class _Scored:
             )
 
 
-class _ShardedScored(_Scored):
+class _SharedScored(_Scored):
     """The terms of this rank's rows; what is computed of them is of the whole model, the same on every rank."""
-
-    def __init__(
-        self,
-        parameters: dict[str, nn.Parameter],
-        forget: dict[str, Tensor],
-        retain: dict[str, Tensor],
-        gamma: float,
-        ranks: Ranks,
-    ) -> None:
-        super().__init__(parameters, forget, retain, gamma)
-        self.rows = {name: rows_here(name, p, ranks.group) for name, p in parameters.items() if is_sharded(p)}
 
     def histogram(self, digit: int, prefix: int = 0) -> Tensor:
         counts, bad = torch.zeros(BINS, dtype=torch.int64), torch.zeros(len(self.parameters), dtype=torch.int64)
@@ -264,20 +327,23 @@ class _ShardedScored(_Scored):
         words, _ = super().mask(name, terms, threshold, max(ties - int(equal[:place].sum()), 0))
         return shared_words(words, self.parameters[name], rows), min(ties, int(equal.sum()))
 
-    def _sums(self) -> tuple[float, float]:
-        by_place: dict[tuple, Tensor] = {}
-        for name, terms in self.items():
-            found = torch.tensor(self._magnitudes(*terms), dtype=torch.float64)
-            place = self._place(name)
-            by_place[place] = by_place[place] + found if place in by_place else found
-        total = torch.zeros(2, dtype=torch.float64)
-        for groups, found in by_place.items():
-            total += complete_(found, groups)
-        return float(total[0]), float(total[1])
+    def _own(self, name: str, parameter: Tensor) -> Tensor:
+        rows = self.rows.get(name)
+        if rows is None or is_sharded(parameter):
+            return part(parameter)
+        return rowwise(parameter)[rows.held.start : rows.held.stop]
+
+    def _all_rows(self, name: str, values: Tensor) -> Tensor:
+        rows = self.rows.get(name)
+        if rows is None:
+            return values
+        complete = values.new_zeros(len(rowwise(self.parameters[name])), *values.shape[1:])
+        complete[rows.held.start : rows.held.stop] = values
+        return complete_(complete, rows.reduced)
 
     def _place(self, name: str) -> tuple:
         """Return the groups of ranks over which sums of a parameter are completed."""
-        rows: Rows | None = self.rows.get(name)
+        rows = self.rows.get(name)
         return () if rows is None else rows.reduced
 
 

@@ -163,6 +163,7 @@ def mask(options: argparse.Namespace) -> None:
         gamma=options.gamma,
         official=options.official,
         accumulation=options.accumulation,
+        ranks=Ranks(model, everyone()),
     )
     on_first(partial(masks.save, made, options.out, model, options.format))
     print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")

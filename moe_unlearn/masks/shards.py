@@ -27,11 +27,19 @@ def own_words(words: Tensor, held: range, count: int) -> Tensor:
 
 
 def shared_words(own: Tensor, parameter: Tensor, rows: Rows) -> Tensor:
-    """Return the packed mask of a sharded parameter from what each rank holds; every rank has to call this."""
-    if own.dim() > 1:
+    """Return the packed mask of a parameter from that of the rows that each rank has; every rank has to call this.
+
+    It is shared out as the parameter is, whole if that is whole.
+    """
+    if own.dim() > 1 and is_sharded(parameter):
         return like(parameter, own)
-    bits = torch.zeros(len(parameter), dtype=torch.uint8, device=own.device)
-    bits[rows.held.start : rows.held.stop] = unpack_bits(own, len(rows.held)).to(torch.uint8)
+    held = slice(rows.held.start, rows.held.stop)
+    if own.dim() > 1:
+        words = own.new_zeros(len(parameter), *own.shape[1:])
+        words[held] = own
+        return complete_(words, rows.reduced)
+    bits = torch.zeros(parameter.numel(), dtype=torch.uint8, device=own.device)
+    bits[held] = unpack_bits(own, len(rows.held)).to(torch.uint8)
     return pack_bits(complete_(bits, rows.reduced).bool())
 
 

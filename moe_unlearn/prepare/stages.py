@@ -174,10 +174,9 @@ def prepare(
     """Run those of `stages` that the recipe needs and that are not yet in `prepared.done`.
 
     `on_stage(name)` is called after each one. `cache_dir` is the folder where references are kept between runs; None
-    keeps them in memory only. All ranks share the work on the same rows (ValueError if they differ): references and
-    routing are computed by one rank each, WAGLE's gradients too where weights are sharded. They take the first rank's
-    experts and mask. After an earlier preparation, as in a resume, all rows must be among those that it saw,
-    whatever the recipe; otherwise ValueError is raised with the row's number.
+    keeps them in memory only. All ranks share the work on the same rows (ValueError if they differ), one batch each at
+    a time, and take the first rank's experts and mask. After an earlier preparation, as in a resume, all rows must be
+    among those that it saw, whatever the recipe; otherwise ValueError is raised with the row's number.
     """
     ranks = Ranks(model) if ranks is None else ranks
     rows = _checked_rows(prepared, forget, retain)
@@ -370,6 +369,7 @@ def _wagle(work: _Work) -> None:
         gamma=settings.gamma,
         official=settings.official,
         accumulation=settings.accumulation,
+        ranks=work.ranks,
     )
 
 

@@ -15,6 +15,7 @@ from moe_unlearn.sharding.engine import (
     device_of,
     exchange_,
     initialised,
+    of_peers,
     reset,
     reshard,
     sum_of_peers,
@@ -30,6 +31,8 @@ from moe_unlearn.sharding.rows import (
     part,
     placing_of,
     rows_here,
+    rows_of_work,
+    rowwise,
     whole,
 )
 
@@ -49,11 +52,14 @@ __all__ = [
     "initialised",
     "is_sharded",
     "like",
+    "of_peers",
     "part",
     "placing_of",
     "reset",
     "reshard",
     "rows_here",
+    "rows_of_work",
+    "rowwise",
     "sum_of_peers",
     "whole",
 ]

@@ -116,16 +116,23 @@ def sum_of_peers(
     None if they are all rows as they stand. They are added in the order of the ranks: the bits of one process that
     meets the ranks' batches in this order.
     """
-    if group is None:
-        return rows
-    rows = rows if order is None else rows[order]
-    own, ranks = counts[distributed.get_rank(group)], len(counts)
-    received = rows.new_empty(ranks * own, *rows.shape[1:])
-    distributed.all_to_all_single(received, rows.contiguous(), [own] * ranks, list(counts), group=group)
-    total, *others = received.view(ranks, own, *rows.shape[1:]).unbind(0)
+    total, *others = of_peers(rows if order is None or group is None else rows[order], counts, group).unbind(0)
     for other in others:
         total = total + other
     return total
+
+
+def of_peers(rows: Tensor, counts: Sequence[int], group: "distributed.ProcessGroup | None") -> Tensor:
+    """Return [ranks, counts[rank], ...]: from each rank of `group` those of its `rows` that this rank holds.
+
+    `counts` says how many of `rows` [sum(counts), ...] each rank holds, in the order of the group.
+    """
+    if group is None:
+        return rows[None]
+    own, ranks = counts[distributed.get_rank(group)], len(counts)
+    received = rows.new_empty(ranks * own, *rows.shape[1:])
+    distributed.all_to_all_single(received, rows.contiguous(), [own] * ranks, list(counts), group=group)
+    return received.view(ranks, own, *rows.shape[1:])
 
 
 def complete_(tensor: Tensor, groups: "Iterable[distributed.ProcessGroup]") -> Tensor:

@@ -197,6 +197,20 @@ def rows_here(name: str, parameter: Any, group: "distributed.ProcessGroup | None
     return Rows(held, seen, parts, summing, reduced, tuple(placing.blocks(count)))
 
 
+def rows_of_work(parameter: Tensor, group: "distributed.ProcessGroup") -> Rows:
+    """Return the rows of a parameter, whole on every rank of `group`, on which this rank works: as FSDP2 cuts them."""
+    count, ranks = len(rowwise(parameter)), distributed.get_world_size(group)
+    placing = Placing.fsdp(ranks)
+    parts = tuple(placing.held(count, (rank,)) for rank in range(ranks))
+    held = parts[distributed.get_rank(group)]
+    return Rows(held, range(count), parts, group, (group,), tuple(placing.blocks(count)))
+
+
+def rowwise(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor that has rows: a scalar is one row."""
+    return tensor if tensor.dim() else tensor.view(1)
+
+
 def _spans(rows: int, ranks: int, index: int, factor: int) -> list[range]:
     """Return the positions that the rank `index` of `ranks` takes of `rows` rows, out of each of `factor` parts."""
     spans = []

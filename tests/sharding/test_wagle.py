@@ -1,0 +1,98 @@
+"""The mask that several ranks make of the batches they share, against that of one process: the bytes of its file."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+
+from moe_unlearn import wagle
+from moe_unlearn.masks.weight_mask import WeightMask
+from moe_unlearn.model.head import token_losses
+from moe_unlearn.ranks import Ranks
+from moe_unlearn.sharding import held_rows
+from tests.support.batches import random_batch, random_batches
+from tests.support.forked_ranks import run_forked
+from tests.support.models import tiny_olmoe
+from tests.support.steps import VOCAB
+
+pytestmark = pytest.mark.slow
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    made = tiny_olmoe(VOCAB).eval()
+    # a scalar, and rows that no number of ranks shares out evenly
+    made.scale, made.shift = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.randn(5, 3))
+    return made
+
+
+def loss(made: nn.Module, batch: dict) -> torch.Tensor:
+    """Losses on which some parameters have no influence in some batches."""
+    losses = token_losses(made, batch)
+    return losses * made.scale + made.shift.sum().sin() * losses if len(batch["input_ids"]) > 2 else losses
+
+
+BATCHES = [random_batch(VOCAB, rows=3, seed=1), random_batch(VOCAB, rows=1, length=7, seed=2)], random_batches(VOCAB, 5)
+
+
+def mask_of(made: nn.Module, ranks: Ranks | None = None) -> WeightMask:
+    given = {"forget_loss": loss, "retain_loss": loss, "ranks": ranks}
+    return wagle.weight_mask(made, *BATCHES, keep=0.3, gamma=0.7, **given)
+
+
+def given(made: nn.Module, batches: list, loss: object, divided: object, side: str, *_: object) -> dict:
+    """Gradients that are the same whatever the ranks: those rows of them that this rank holds."""
+    generator = torch.Generator().manual_seed(len(side) + ord(side[0]))
+    found = {}
+    for name, p in made.named_parameters():
+        rows = held_rows(p)
+        # few values, so that many scores are equal
+        whole = torch.randint(-2, 3, p.shape, generator=generator) + torch.rand((), generator=generator)
+        found[name] = whole[rows.start : rows.stop]
+    return found
+
+
+def mask_of_given(made: nn.Module) -> WeightMask:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wagle, "_gradients", given)
+        return wagle.weight_mask(made, [], [], keep=0.3, gamma=0.7)
+
+
+def written_by(rank: int, folder: Path) -> None:
+    made = model()
+    passes = []
+    made.register_forward_hook(lambda *_: passes.append(None))
+    made.model.register_forward_hook(lambda *_: passes.append(None))
+    mask = mask_of(made, Ranks(made, distributed.group.WORLD))
+    mask.save(folder / f"whole{rank}")
+    assert len(passes) == sum(len(side[rank :: distributed.get_world_size()]) for side in BATCHES)
+    assert all(p.grad is None for p in made.parameters())
+    torch.manual_seed(0)
+    made = tiny_olmoe(VOCAB).eval()
+    for layer in made.model.layers:
+        fully_shard(layer)
+    mask_of_given(fully_shard(made)).save(folder / "given")
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def ranks(request, tmp_path_factory):
+    """How many ranks there were, and the folder with the files that they wrote."""
+    folder = tmp_path_factory.mktemp("masks")
+    assert run_forked(request.param, folder, lambda rank: written_by(rank, folder)) == [0] * request.param
+    return request.param, folder
+
+
+def test_ranks_with_whole_weights_write_the_mask_of_one_process(ranks, tmp_path):
+    count, folder = ranks
+    mask_of(model()).save(tmp_path / "one")
+    for rank in range(count):
+        assert (folder / f"whole{rank}").read_bytes() == (tmp_path / "one").read_bytes()
+
+
+def test_ranks_with_sharded_weights_write_the_mask_that_equal_gradients_make_in_one_process(ranks, tmp_path):
+    _, folder = ranks
+    torch.manual_seed(0)
+    mask_of_given(tiny_olmoe(VOCAB).eval()).save(tmp_path / "one")
+    assert (folder / "given").read_bytes() == (tmp_path / "one").read_bytes()
