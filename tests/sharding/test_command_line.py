@@ -167,10 +167,10 @@ def test_the_next_command_finds_no_trace_of_a_failed_one(ranks, folder):
     assert not (folder / "fault.json").exists()
 
 
-def test_a_killed_rank_ends_the_other_with_a_message(folder):
+def test_a_rank_killed_in_a_step_ends_the_other_with_a_message(folder):
     launch = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FAULT": "killed"} | launch
-    command = [sys.executable, "-m", CHILD, str(folder), "fault"]
+    command = [sys.executable, "-m", CHILD, str(folder), "fsdp"]
     both = [
         subprocess.Popen(command, cwd=ROOT, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
@@ -180,9 +180,16 @@ def test_a_killed_rank_ends_the_other_with_a_message(folder):
     finally:
         for child in both:
             child.kill()
-    found = read(folder / "rank0.json")["fault"]
+    found = read(folder / "rank0.json")["fsdp"]
     assert found["code"] == 2
-    assert found["err"].splitlines()[-1].startswith("moe-unlearn: error: rank 0 lost another rank")
+    assert "moe-unlearn: error: rank 0 lost another rank" in found["err"].splitlines()[-1]
+
+
+def test_torchrun_says_which_rank_was_killed_and_ends_the_other(folder):
+    ended = torchrun(CHILD, folder, "fsdp", FAULT="killed")
+    said = ended.stderr.decode()
+    assert ended.returncode == 1 and "rank      : 1 (local_rank: 1)" in said and "Signal 9 (SIGKILL)" in said
+    assert not (folder / "fsdp" / "model").exists()
 
 
 def test_the_module_is_what_torchrun_starts(folder):

@@ -13,6 +13,7 @@ from unittest import mock
 
 from moe_unlearn import trace
 from moe_unlearn.cli import main
+from moe_unlearn.step import UnlearnStep
 from tests.support.command_line import arguments
 
 SIZES = ("--max-length", "48", "--batch-size", "4")
@@ -81,12 +82,19 @@ def killed(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+# what the second rank meets instead of a function, by the name of a command or by $FAULT
+FAULTS = {
+    "fault": (trace, "routing_frequencies", broken),
+    "killed": (UnlearnStep, "combine", killed),
+}
+
+
 def run(folder: Path, only: str | None) -> None:
     rank, found = int(os.environ["RANK"]), {}
     for name, command in commands(folder, rank).items():
         if only in (name, None):
-            fault = {"fault": broken, "killed": killed}.get(os.environ.get("FAULT", name)) if rank else None
-            with mock.patch.object(trace, "routing_frequencies", fault) if fault else contextlib.nullcontext():
+            fault = FAULTS.get(os.environ.get("FAULT", name)) if rank else None
+            with mock.patch.object(*fault) if fault else contextlib.nullcontext():
                 found[name] = said(folder, name, rank, command)
     (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
