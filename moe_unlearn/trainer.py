@@ -34,7 +34,7 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.data.of_recipe import pair_collator, paired
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.model.batches import checked
-from moe_unlearn.model.saving import save_pretrained
+from moe_unlearn.model.saving import check_savable, save_pretrained
 from moe_unlearn.ranks import everyone
 from moe_unlearn.sharding import as_forward
 from moe_unlearn.step import UnlearnStep, saved
@@ -148,6 +148,8 @@ class UnlearnTrainer(Trainer):
                 "`activation_checkpointing` in `fsdp_config` renames parameters, which is not supported; use "
                 "`gradient_checkpointing` in TrainingArguments"
             )
+        if (self._sharded or plugin is not None) and self.args.save_strategy != "no":
+            check_savable(self.unlearn_step.model)
 
     def train(
         self,

@@ -5,7 +5,8 @@
 The folder has what `model.save_pretrained` writes: weights under the names of the hub, expert by expert where the
 model's family has them so, in files of at most `max_shard_size` and their index. The weights are gathered, converted
 and written one at a time, so that beside the shards no more than one whole weight is in memory, and the files take
-their places when all are on the disk.
+their places when all are on the disk. Of a PeftModel these are `adapter_model.safetensors` and `adapter_config.json`,
+of which all weights are gathered together.
 """
 
 import json
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from moe_unlearn.checkpoint.tensor_file import kind_of, tensor_file
 from moe_unlearn.files import whole_files, write_text
@@ -45,19 +47,10 @@ def save_pretrained(
     """Write model and tokenizer to `folder`, which `from_pretrained` loads with the same bits; every rank calls this.
 
     What else is in the folder stays, but for the weights of an earlier save. A process that is killed while the files
-    take their places leaves no config.json. Raises on all ranks, and changes nothing: ValueError for a model that is no
-    plain transformers model (merge adapters first), is quantized or in tensor parallelism; OSError where the first rank
-    cannot write.
+    take their places leaves no config.json. Raises on all ranks, and changes nothing: ValueError for a model that
+    `check_savable` refuses; OSError where the first rank cannot write.
     """
-    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(f"expected a transformers model without adapters; got {type(model).__name__}")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("expected a model that is not quantized")
-    if getattr(getattr(model.config, "distributed_config", None), "tp_size", 1) > 1:
-        raise ValueError("expected weights shared out by FSDP2 or expert parallelism; got tensor parallelism")
-    state = _state(model)
-    layout = _meta(state)
-    groups = _groups(model, layout)
+    check_savable(model)
     first = not initialised() or distributed.get_rank(group) == 0
     errors: list[Exception] = []
 
@@ -70,6 +63,18 @@ def save_pretrained(
                 errors.append(error)
         return None
 
+    if has_adapters(model):
+        found = attempt(_adapters, model)
+        _raise_together(errors, group)
+        names = gather(found, group)[0]
+        state = model.state_dict(keep_vars=True)
+        whole = {name: _whole(state[name], keep=first) for name in names}
+        attempt(_write_adapters, model, whole, Path(folder), tokenizer)
+        _raise_together(errors, group)
+        return
+    assert isinstance(model, PreTrainedModel)
+    state = _state(model)
+    groups = _groups(model, _meta(state))
     with ExitStack() as opened:
         write = attempt(_begin, model, opened, Path(folder), tokenizer, max_shard_size)
         together(partial(_raise_first, errors), group)
@@ -79,6 +84,53 @@ def save_pretrained(
             attempt(_convert, model, whole, write)
         attempt(opened.close)
         together(partial(_raise_first, errors), group)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Return whether a model is a PeftModel, which saves its adapters alone."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def check_savable(model: Any) -> None:
+    """Raise ValueError, which says why, for a model that `save_pretrained` does not save.
+
+    It saves transformers models, and the adapters of PeftModels of one. It refuses models that have adapters of their
+    own (`model.add_adapter`), those that are quantized and those in tensor parallelism.
+    """
+    base = model.get_base_model() if has_adapters(model) else model
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"expected a transformers model or a PeftModel of one; got {type(base).__name__}")
+    if getattr(base, "_hf_peft_config_loaded", False):
+        raise ValueError("expected adapters by `peft.get_peft_model`; got a model with `add_adapter`")
+    if base is model and getattr(base, "hf_quantizer", None) is not None:
+        raise ValueError("expected a model that is not quantized")
+    if getattr(getattr(base.config, "distributed_config", None), "tp_size", 1) > 1:
+        raise ValueError("expected weights shared out by FSDP2 or expert parallelism; got tensor parallelism")
+
+
+def _adapters(model: Any) -> list[str]:
+    """Return the names, in the model, of the weights that its adapters consist of."""
+    # imported here because only models with adapters need it
+    from peft import get_peft_model_state_dict
+
+    layout = _meta(model.state_dict(keep_vars=True))
+    names = {id(tensor): name for name, tensor in layout.items()}
+    saved = [get_peft_model_state_dict(model, layout, adapter_name=adapter) for adapter in model.peft_config]
+    try:
+        return sorted({names[id(tensor)] for each in saved for tensor in each.values()})
+    except KeyError:
+        raise ValueError(
+            "expected adapters whose files hold weights as they are in the model, as those of LoRA"
+        ) from None
+
+
+def _write_adapters(
+    model: Any, whole: dict[str, Tensor], folder: Path, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    with whole_files(folder, last=(ADAPTER_CONFIG_NAME,)) as unfinished:
+        model.save_pretrained(unfinished, state_dict=whole)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
 
 
 def _state(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def tree_of(step: "UnlearnStep") -> dict[str, Any]:
     """Return what this rank holds of weights, optimizer and step, as `checkpoint.sharded` takes it."""
     reshard(step.model)
     state = state_of(step, shared=True)
-    return {"model": step.model.state_dict(), "optimizer": state["optimizer"].pop("states"), "step": state}
+    return {"model": _weights(step), "optimizer": state["optimizer"].pop("states"), "step": state}
 
 
 def load_weights(step: "UnlearnStep", folder: Path) -> None:
@@ -69,7 +69,7 @@ def load_weights(step: "UnlearnStep", folder: Path) -> None:
     from moe_unlearn.checkpoint import sharded
 
     reshard(step.model)
-    sharded.load(folder, {"model": step.model.state_dict()}, states=["model"], group=step.ranks.group)
+    sharded.load(folder, {"model": _weights(step)}, states=["model"], group=step.ranks.group)
 
 
 def load_optimizer(step: "UnlearnStep", folder: Path, state: Mapping[str, Any]) -> None:
@@ -81,6 +81,14 @@ def load_optimizer(step: "UnlearnStep", folder: Path, state: Mapping[str, Any]) 
     parts = {name: part_of(named[name]) for name in state["optimizer"]["trained"]}
     found = sharded.load(folder, {"optimizer": parts}, states=["optimizer"], group=step.ranks.group)["optimizer"]
     _load_optimizer(step, {**state["optimizer"], "states": found})
+
+
+def _weights(step: "UnlearnStep") -> dict[str, Any]:
+    """Return the weights that are saved: with adapters those that may train, since the others are the base model's."""
+    state = step.model.state_dict()
+    if not hasattr(step.model, "peft_config"):
+        return state
+    return {name: state[name] for name in step.weights.trainable if name in state}
 
 
 def _optimizer(step: "UnlearnStep") -> dict[str, Any]:

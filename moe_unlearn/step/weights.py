@@ -22,6 +22,11 @@ class TrainedWeights:
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self._names: list[list[str]] = []
 
+    @property
+    def trainable(self) -> list[str]:
+        """Return the names of the parameters that were not frozen at first."""
+        return [name for name, trains in self._flags.items() if trains]
+
     def restrict(self, prepared: Preparation) -> None:
         """Freeze the parameters outside the scope; ValueError if none is left to train."""
         scope.restrict(self.model, self.scope, self._flags, prepared.selected)

@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -109,10 +110,25 @@ def test_what_fails_leaves_the_former_folder(tmp_path, monkeypatch, at):
 
 
 def test_other_models_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected a transformers model without adapters; got Linear"):
+    with pytest.raises(ValueError, match="expected a transformers model or a PeftModel of one; got Linear"):
         save_pretrained(nn.Linear(2, 2), tmp_path / "model")
     model = made()
     model.hf_quantizer = object()
     with pytest.raises(ValueError, match="not quantized"):
         save_pretrained(model, tmp_path / "model")
+    model = made()
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="got a model with `add_adapter`"):
+        save_pretrained(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_have_the_bytes_that_peft_writes(tmp_path):
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = peft.LoraConfig(target_modules=["q_proj"], target_parameters=experts, modules_to_save=["lm_head"])
+    model = peft.get_peft_model(made(), settings)
+    model.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "notes.txt").write_bytes(b"mine")
+    save_pretrained(model, tmp_path / "ours")
+    assert contents(tmp_path / "ours") == contents(tmp_path / "theirs") | {"notes.txt": b"mine"}

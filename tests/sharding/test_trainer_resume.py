@@ -3,6 +3,7 @@
 import os
 from unittest import mock
 
+import peft
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -35,12 +36,22 @@ def model(seed=0):
     return tiny_olmoe(VOCAB).double().eval()
 
 
-def trainer(made, folder, **keywords):
+def adapted(seed=0):
+    """The model with adapters, which alone depend on the seed."""
+    made = model()
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
+    torch.manual_seed(seed)
+    return peft.get_peft_model(made, settings).double().eval()
+
+
+def trainer(made, folder, base="trace", **keywords):
     """A trainer whose 12 micro-batches of an epoch 1, 2, 3 and 4 ranks share without a rest."""
     pairs = ForgetRetainDataset(examples(24, 1), examples(24, 2), seed=0)
     settings = arguments(folder, max_steps=4, **keywords)
     settings.per_device_train_batch_size = 2
-    return UnlearnTrainer(made, settings, recipe("trace", *OVERRIDES, lr=1e-2), pairs)
+    changes = OVERRIDES if base == "trace" else OVERRIDES[:2]
+    return UnlearnTrainer(made, settings, recipe(base, *changes, lr=1e-2), pairs)
 
 
 def on_ranks(count, folder, act):
@@ -98,6 +109,15 @@ def runs(tmp_path_factory):
         assert run.is_fsdp_enabled
         keep(run, rank, root / "fsdp2 to accelerate.safetensors")
 
+    def adapters(rank):
+        run = trainer(shard(adapted()), root / "lora", "npo", ddp_backend="gloo")
+        run.train()
+        keep(run, rank, root / "whole lora.safetensors")
+        run = trainer(shard(adapted(1)), root / "again", "npo", save_strategy="no", ddp_backend="gloo")
+        run.train(resume_from_checkpoint=str(root / "lora" / AT))
+        keep(run, rank, root / "lora to 2.safetensors")
+
+    on_ranks(2, root / "meet lora", adapters)
     on_ranks(4, root / "meet ep4", experts)
     on_ranks(2, root / "meet fsdp2", whole)
     on_ranks(2, root / "meet two", resumed)
@@ -106,9 +126,9 @@ def runs(tmp_path_factory):
     return root
 
 
-def differences(ours, theirs):
+def differences(ours, theirs, started=None):
     """Names of weights that differ by more than sums of float64 in another order do."""
-    start = dict(model().named_parameters())
+    start = dict((model() if started is None else started).named_parameters())
     apart = {name: (ours[name] - theirs[name]).abs().max() for name in theirs}
     return [name for name in theirs if apart[name] > 1e-9 * (theirs[name] - start[name].detach()).abs().max()]
 
@@ -136,6 +156,21 @@ def test_the_folder_of_a_checkpoint_is_a_model_and_one_is_saved_beside_them(save
     last = AutoModelForCausalLM.from_pretrained(runs / saved, dtype=torch.float64)
     theirs = load_file(runs / "whole.safetensors")
     assert all(torch.equal(p, theirs[name]) for name, p in last.named_parameters())
+
+
+def test_adapters_are_saved_as_peft_does_and_resumed(runs, tmp_path):
+    ours, theirs = (load_file(runs / f"{run}.safetensors") for run in ("lora to 2", "whole lora"))
+    assert any(not torch.equal(theirs[name], p) for name, p in adapted().named_parameters())
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    folder = runs / "lora" / "checkpoint-4"
+    assert not list(folder.glob("model*.safetensors"))
+    stored = sum(path.stat().st_size for path in (folder / "unlearn_step").iterdir())
+    assert stored < sum(p.nbytes for p in model().parameters()), "the weights of the base model are not stored"
+    loaded = peft.PeftModel.from_pretrained(model(), folder)
+    assert [name for name, p in loaded.named_parameters() if not torch.equal(p, theirs[name])] == []
+    one = trainer(adapted(2), tmp_path, "npo", save_strategy="no", gradient_accumulation_steps=2)
+    one.train(resume_from_checkpoint=str(runs / "lora" / AT))
+    assert differences(theirs, weights_of(one.unlearn_step), adapted()) == []
 
 
 def test_whole_weights_are_no_checkpoint_of_parts(tmp_path):
