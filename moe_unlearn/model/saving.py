@@ -28,7 +28,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from moe_unlearn.checkpoint.tensor_file import kind_of, tensor_file
 from moe_unlearn.files import whole_files, write_text
-from moe_unlearn.ranks import together
+from moe_unlearn.ranks import gathered, together
 from moe_unlearn.sharding import initialised
 
 Write = Callable[[str, Tensor], None]
@@ -64,13 +64,11 @@ def save_pretrained(
         return None
 
     if has_adapters(model):
-        found = attempt(_adapters, model)
-        _raise_together(errors, group)
-        names = gather(found, group)[0]
+        names = gathered(lambda: _adapters(model) if first else None, lambda found: found, group)[1][0]
         state = model.state_dict(keep_vars=True)
         whole = {name: _whole(state[name], keep=first) for name in names}
         attempt(_write_adapters, model, whole, Path(folder), tokenizer)
-        _raise_together(errors, group)
+        together(partial(_raise_first, errors), group)
         return
     assert isinstance(model, PreTrainedModel)
     state = _state(model)

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor
 
 from moe_unlearn.ranks import gather
 from moe_unlearn.sharding import reshard
@@ -123,9 +123,10 @@ def _load_optimizer(step: "UnlearnStep", saved: Mapping[str, Any]) -> None:
 
 def _shared(step: "UnlearnStep", whole: Mapping[str, Any]) -> dict[str, Any]:
     """Return in `Slices` what the optimizer of one process with whole weights has saved."""
-    from moe_unlearn.checkpoint.optimizer import Part, part_of, to_tree
+    from moe_unlearn.checkpoint.optimizer import part_of, to_tree
+    from moe_unlearn.checkpoint.sharded import Part
 
-    names: dict[nn.Parameter, str] = {p: name for name, p in step.model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in step.model.named_parameters()}
     states = {}
     for slot in step.optimizer.slots():
         if values := whole["state"].get(slot.parameter_id):
