@@ -124,15 +124,21 @@ class Ranks:
         exchange_(tensor, self.group, collective)
 
 
-def turns(batches: int, ranks: Ranks | None) -> Iterator[tuple[int, bool]]:
-    """Yield the numbers of the batches that this rank computes, and whether each counts.
+def turns(batches: Iterable[_Found], ranks: Ranks | None) -> Iterator[tuple[_Found, bool]]:
+    """Yield the batches that this rank computes, and whether each counts; no more than one a rank is held.
 
     The ranks take one batch each in turn. All take as many, since a forward pass of sharded weights needs all of them;
     what a rank computes when there is no batch left for it does not count. Without `ranks` these are all batches.
     """
     count, rank = (1, 0) if ranks is None else (ranks.count, ranks.rank)
-    for first in range(0, batches, count):
-        yield min(first + rank, batches - 1), first + rank < batches
+    turn: list[_Found] = []
+    for batch in batches:
+        turn.append(batch)
+        if len(turn) == count:
+            yield turn[rank], True
+            turn = []
+    if turn:
+        yield turn[min(rank, len(turn) - 1)], rank < len(turn)
 
 
 def shared_work(
@@ -142,7 +148,7 @@ def shared_work(
 
     `compute(i)` is [lengths[i], ...] with one dtype, device and rest of the shape for all batches.
     """
-    for i, _ in turns(len(lengths), ranks):
+    for i, _ in turns(range(len(lengths)), ranks):
         own = compute(i)
         if ranks is None:
             yield i, own

@@ -81,15 +81,18 @@ def routing_frequencies(model: nn.Module, batches: Iterable[Batch], ranks: Ranks
     `ranks` share the batches, which are the same on all of them. The model is left as it was. Raises ValueError if it
     has no MoE layers or no position counts.
     """
-    rows = [*map(padded, batches)]
-    tokens = sum(int(target_mask(batch).sum()) for batch in rows)
+    tokens = 0
     with torch.no_grad(), evaluation_mode(model), routing_capture(model) as capture:
+        for batch, counts in turns(map(padded, batches), ranks):
+            mask = target_mask(batch) & counts
+            tokens += int(mask.sum())
+            capture.group = torch.where(mask.flatten(), 0, -1).int()
+            final_hidden_states(model, batch)
+        if ranks is not None:
+            tokens = int(ranks.sums([tokens])[0])
         if not tokens:
             raise ValueError("no position carries a loss: the set is empty or all its labels are -100")
-        for i, counts in turns(len(rows), ranks):
-            capture.group = torch.where(target_mask(rows[i]).flatten() & counts, 0, -1).int()
-            final_hidden_states(model, rows[i])
-    hits = capture.counts.cpu()
+        hits = capture.counts.cpu()
     return RoutingFrequencies(hits if ranks is None else ranks.total_(hits), tokens, capture.layers)
 
 
@@ -169,11 +172,24 @@ def retain_weights(
     Raises TypeError or ValueError if dtypes, shapes or values do not fit.
     """
     _check(top_k_index, selected, target)
+    return weights_of_hits(selected_hits(top_k_index, selected), selected, target, cap=cap, impl=impl)
+
+
+def selected_hits(top_k_index: Tensor, selected: Tensor) -> Tensor:
+    """Count how often each token visits each expert that is `selected`, bool [L, E]: uint8 [T, S], in their order."""
+    index = selected.nonzero().tolist()
+    hits = torch.zeros(top_k_index.shape[1], len(index), dtype=torch.uint8, device=top_k_index.device)
+    for i, (layer, expert) in enumerate(index):
+        hits[:, i] = (top_k_index[layer] == expert).sum(-1, dtype=torch.uint8)
+    return hits
+
+
+def weights_of_hits(
+    hits: Tensor, selected: Tensor, target: Tensor, *, cap: float | None = None, impl: str = "auto"
+) -> RetainWeights:
+    """Calibrate token weights as `retain_weights` does, from the `selected_hits` of all counted retain tokens."""
     chosen = selected.cpu()
-    users = [(top_k_index[layer] == expert).sum(-1, dtype=torch.uint8) for layer, expert in chosen.nonzero().tolist()]
-    nobody = torch.zeros(top_k_index.shape[1], 0, dtype=torch.bool, device=top_k_index.device)
-    members = torch.stack(users, 1) if users else nobody
-    solved = ops.retain_weights(members, target.double().cpu()[chosen], cap=cap, impl=impl)
+    solved = ops.retain_weights(hits, target.double().cpu()[chosen], cap=cap, impl=impl)
     achieved, tilt = (
         torch.zeros(chosen.shape, dtype=torch.float64).masked_scatter(chosen, values)
         for values in (solved.achieved, solved.tilt)

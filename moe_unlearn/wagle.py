@@ -178,7 +178,7 @@ def _gradients(
             p.grad = None
             if not exchanged:
                 handles.append(p.register_post_accumulate_grad_hook(take(name)))
-        for i, counts in turns(len(batches), ranks):
+        for i, counts in turns(range(len(batches)), ranks):
             if counts or not exchanged:
                 with torch.enable_grad():
                     value = loss(model, batches[i]).sum() / (tokens[i] * divided if divided else sum(tokens))

@@ -130,10 +130,10 @@ def test_ranks_have_the_bits_of_one_process_where_both_sides_share_a_pass(longes
 
 @pytest.mark.quick
 def test_ranks_take_turns_and_all_compute_as_many_batches():
-    assert [*turns(3, None)] == [(0, True), (1, True), (2, True)]
-    one, other = ([*turns(3, SimpleNamespace(count=2, rank=rank))] for rank in range(2))
+    assert [*turns(range(3), None)] == [(0, True), (1, True), (2, True)]
+    one, other = ([*turns(range(3), SimpleNamespace(count=2, rank=rank))] for rank in range(2))
     assert one == [(0, True), (2, True)] and other == [(1, True), (2, False)]
-    assert [*turns(0, None)] == []
+    assert [*turns([], None)] == []
     assert [*shared_work(lambda i: i, [1, 1], None)] == [(0, 0), (1, 1)]
 
 

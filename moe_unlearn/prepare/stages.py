@@ -179,7 +179,7 @@ def prepare(
     among those that it saw, whatever the recipe; otherwise ValueError is raised with the row's number.
     """
     ranks = Ranks(model) if ranks is None else ranks
-    rows = _checked_rows(prepared, forget, retain)
+    rows, _ = ranks.together(lambda: (_checked_rows(prepared, forget, retain), True))
     ranks.agree("the rows of prepare()", lambda: [[content_keys(b) for b in side] for side in (forget, retain)])
     # all ranks share the work, and sharded weights need all of them in every forward pass
     shared = ranks if ranks.count > 1 else None
@@ -251,11 +251,12 @@ def _trace(work: _Work) -> None:
         return
     target = trace.calibration_target(f, r, settings.eta)
     masks = [target_mask(batch) for batch in work.retain]
-    tokens_first = shared_work(  # [B * S, L, K] of each batch
-        lambda i: collect_routing(model, work.retain[i]).transpose(0, 1).contiguous(), [m.numel() for m in masks], ranks
-    )
-    counted = torch.cat([ids[masks[i].flatten()] for i, ids in tokens_first]).transpose(0, 1).contiguous()
-    result = trace.retain_weights(counted, selected, target, cap=settings.cap)
+
+    def hits_of(i: int) -> Tensor:
+        return trace.selected_hits(collect_routing(model, work.retain[i])[:, masks[i].flatten()], selected)
+
+    hits = torch.cat([own for _, own in shared_work(hits_of, [int(m.sum()) for m in masks], ranks)])
+    result = trace.weights_of_hits(hits, selected, target, cap=settings.cap)
     numbers = torch.tensor([result.bias, result.ess], dtype=torch.float64)
     if ranks is not None:
         # processors of several kinds may round the solution otherwise
@@ -290,7 +291,7 @@ def _reference(work: _Work) -> None:
         head = head_of(model)
         hidden, layer = (head.weight.shape[1],), recipe.forget.layer
         with_adapters = recipe.reference != "base"
-        digest = None if folder is None else reference.model_digest(model, adapters=with_adapters)
+        digest = None if folder is None else reference.model_digest(model, adapters=with_adapters, ranks=work.ranks)
 
         def cached(
             kind: str,

@@ -1,16 +1,22 @@
 """What several ranks prepare together: the values of one process; the first rank's where ranks compute otherwise."""
 
 import json
+import weakref
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import distributed
+from torch.distributed.fsdp import fully_shard
 
 from moe_unlearn import seuf, trace
-from moe_unlearn.prepare import stages
+from moe_unlearn.prepare import reference, stages
+from moe_unlearn.prepare.rows import RowStore
 from moe_unlearn.prepare.stages import Preparation, prepare
-from moe_unlearn.ranks import Ranks
+from moe_unlearn.ranks import RankError, Ranks
+from tests.support.batches import random_batches
 from tests.support.forked_ranks import run_forked
 from tests.support.models import tiny_olmoe
 from tests.support.steps import VOCAB, data, recipe
@@ -42,7 +48,7 @@ def numbers_of(name: str, ranks: Ranks | None = None) -> dict:
 
 def as_another_processor(patch: pytest.MonkeyPatch) -> None:
     """Let what this rank computes differ in a few bits."""
-    losses, solve = stages.token_losses, trace.retain_weights
+    losses, solve = stages.token_losses, trace.weights_of_hits
 
     def rounded(*arguments, **keywords):
         solved = solve(*arguments, **keywords)
@@ -51,7 +57,65 @@ def as_another_processor(patch: pytest.MonkeyPatch) -> None:
         return trace.RetainWeights(solved.weights, solved.ess + 1, solved.achieved, solved.tilt, solved.bias + 1)
 
     patch.setattr(stages, "token_losses", lambda *a, **k: losses(*a, **k) * (1 + 1e-5))
-    patch.setattr(trace, "retain_weights", rounded)
+    patch.setattr(trace, "weights_of_hits", rounded)
+
+
+def passes_of(cache: Path, ranks: Ranks | None = None) -> int:
+    """How many batches this rank computes for the references of NPO."""
+    made, seen = model(), []
+    made.model.register_forward_hook(lambda *_: seen.append(None))
+    prepare(made, recipe("npo"), Preparation(), *data(), cache_dir=cache, ranks=ranks)
+    return len(seen)
+
+
+def refused(cache: Path, rank: int, ranks: Ranks) -> list[str]:
+    """What each rank says where the first one's disk fails, in what it writes and in what it reads."""
+    said = []
+    for name, error in (("write", SafetensorError("no space left")), ("read", PermissionError("not yours"))):
+        with pytest.MonkeyPatch.context() as patch:
+            if not rank:
+                patch.setattr(RowStore, name, Mock(side_effect=error))
+            try:
+                passes_of(cache / name, ranks)
+            except (RankError, OSError, SafetensorError) as raised:
+                said.append(f"{type(raised).__name__}: {raised}")
+    return said
+
+
+def other_rows(rank: int) -> str:
+    """What a rank says where the weights are sharded and the second one has prepared other rows before."""
+    before = Preparation(rows={"forget": [], "refusals": [], "retain": []} if rank else None)
+    try:
+        prepare(fully_shard(model()), recipe("npo"), before, *data())
+    except (RankError, ValueError) as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return "none"
+
+
+def digested(ranks: Ranks) -> list:
+    """The digest of a model, and how many of its tensors this rank has read for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        read = Mock(side_effect=reference.tensor_digest)
+        patch.setattr(reference, "tensor_digest", read)
+        return [reference.model_digest(model(), ranks=ranks), read.call_count]
+
+
+def streamed(ranks: Ranks) -> list:
+    """Statistics of batches that are made when they are asked for, and how many of them existed at the same time."""
+    made: list[weakref.ref] = []
+    most = 0
+
+    def batches():
+        nonlocal most
+        for batch in random_batches(VOCAB, 7):
+            ids = batch["input_ids"].clone()
+            made.append(weakref.ref(ids))
+            most = max(most, sum(each() is not None for each in made))
+            yield batch | {"input_ids": ids}
+            del ids
+
+    found = trace.routing_frequencies(model(), batches(), ranks)
+    return [found.counts.tolist(), found.tokens, most]
 
 
 def found_by(rank: int, folder: Path) -> None:
@@ -61,6 +125,9 @@ def found_by(rank: int, folder: Path) -> None:
         if rank:
             as_another_processor(patch)
         found |= {f"{name} elsewhere": numbers_of(name, ranks) for name in RECIPES}
+    found["passes"] = [passes_of(folder / f"cache{rank}", ranks) for _ in range(2)]
+    found["refused"] = refused(folder, rank, ranks) + [other_rows(rank)]
+    found["digest"], found["statistics"] = digested(ranks), streamed(ranks)
     (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -68,6 +135,7 @@ def found_by(rank: int, folder: Path) -> None:
 def two(tmp_path_factory):
     """What each of two ranks has found."""
     folder = tmp_path_factory.mktemp("preparation")
+    passes_of(folder / "cache1")  # a disk of the second rank's own, on which all is stored
     assert run_forked(2, folder, lambda rank: found_by(rank, folder)) == [0, 0]
     return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
@@ -82,3 +150,36 @@ def test_ranks_prepare_the_numbers_of_one_process(name, two):
 @pytest.mark.parametrize("name", RECIPES)
 def test_ranks_that_compute_otherwise_decide_alike(name, two):
     assert two[0][f"{name} elsewhere"] == two[1][f"{name} elsewhere"]
+
+
+@pytest.mark.slow
+def test_references_that_any_rank_has_on_its_disk_are_not_computed_again(two):
+    assert [found["passes"] for found in two] == [[0, 0], [0, 0]]
+
+
+@pytest.mark.slow
+def test_a_disk_that_fails_ends_all_ranks(two):
+    (*first, _), (*second, _) = (found["refused"] for found in two)
+    assert first == ["SafetensorError: no space left", "PermissionError: not yours"]
+    assert second == [f"RankError: rank 0 stopped: {error}" for error in first]
+
+
+@pytest.mark.slow
+def test_rows_that_one_rank_has_not_prepared_before_end_all(two):
+    (*_, first), (*_, second) = (found["refused"] for found in two)
+    assert second.startswith("ValueError: row 0 of the forget rows is none of the 0 that prepare() saw before")
+    assert first == f"RankError: rank 1 stopped: {second}"
+
+
+@pytest.mark.slow
+def test_ranks_read_the_weights_for_a_digest_in_turns(two):
+    (digest, read), (other, read_there) = (found["digest"] for found in two)
+    assert digest == other == reference.model_digest(model())
+    assert abs(read - read_there) <= 1 and read + read_there == len({*model().parameters(), *model().buffers()})
+
+
+@pytest.mark.slow
+def test_ranks_hold_as_many_batches_of_their_statistics_as_they_are(two):
+    expected = trace.routing_frequencies(model(), random_batches(VOCAB, 7))
+    for counts, tokens, most in (found["statistics"] for found in two):
+        assert counts == expected.counts.tolist() and tokens == expected.tokens and most <= 3
