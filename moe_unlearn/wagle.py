@@ -35,6 +35,7 @@ are equal. FSDP2 adds up those of sharded weights itself, N at a time on N ranks
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ from moe_unlearn.model.batches import Batch, padded, target_mask
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ops.weight_score import BINS, FIRST_NON_FINITE_BIN, score_histogram, score_mask
-from moe_unlearn.ranks import Ranks, gather, sharded, turns
+from moe_unlearn.ranks import Ranks, gathered, sharded, turns
 from moe_unlearn.sharding import (
     Rows,
     add_up_gradients,
@@ -170,6 +171,16 @@ def _gradients(
 
     # ranks may meet parameters in different orders, so that they exchange gradients after the backward pass
     exchanged = ranks is not None and not ranks.sharded
+
+    def backward(i: int, counts: bool) -> None:
+        if exchanged and not counts:
+            return
+        with torch.enable_grad():
+            value = loss(model, batches[i]).sum() / (tokens[i] * divided if divided else sum(tokens))
+            # the loss has no gradient if every parameter it depends on is frozen
+            if value.requires_grad:
+                (value if counts else 0 * value).backward()
+
     held = {name: p.grad for name, p in trainable.items()}
     handles = []
     undo = None if ranks is None else add_up_gradients(model)
@@ -179,14 +190,10 @@ def _gradients(
             if not exchanged:
                 handles.append(p.register_post_accumulate_grad_hook(take(name)))
         for i, counts in turns(range(len(batches)), ranks):
-            if counts or not exchanged:
-                with torch.enable_grad():
-                    value = loss(model, batches[i]).sum() / (tokens[i] * divided if divided else sum(tokens))
-                    # the loss has no gradient if every parameter it depends on is frozen
-                    if value.requires_grad:
-                        (value if counts else 0 * value).backward()
-            if ranks is not None and exchanged:
-                for name, gradient in _exchanged(trainable, ranks, rows):
+            if ranks is None or ranks.sharded:
+                backward(i, counts)
+            else:
+                for name, gradient in _exchanged(partial(backward, i, counts), trainable, ranks, rows):
                     add(name, gradient)
     finally:
         for handle in handles:
@@ -201,17 +208,19 @@ def _gradients(
     return sums
 
 
-def _exchanged(trainable: dict[str, nn.Parameter], ranks: Ranks, rows: dict[str, Rows]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the gradients of all ranks, of the rows that this one scores: parameter by parameter, rank by rank."""
-    given = gather([name for name, p in trainable.items() if p.grad is not None], ranks.group)
-    holders = {name: [rank for rank, names in enumerate(map(set, given)) if name in names] for name in trainable}
+def _exchanged(
+    backward: Callable[[], None], trainable: dict[str, nn.Parameter], ranks: Ranks, rows: dict[str, Rows]
+) -> Iterator[tuple[str, Tensor]]:
+    """Run a backward pass on each rank; yield their gradients of the rows scored here, by parameter, rank by rank."""
+    made = gathered(backward, lambda _: [name for name, p in trainable.items() if p.grad is not None], ranks.group)[1]
+    holders = {name: [rank for rank, names in enumerate(map(set, made)) if name in names] for name in trainable}
     for name, p in trainable.items():
         own, p.grad = p.grad, None
         if holders[name]:
             own = torch.zeros_like(p) if own is None else own
             received = of_peers(rowwise(own.detach()), [*map(len, rows[name].parts)], ranks.group)
             for rank in holders[name]:
-                yield name, received[rank]
+                yield name, received[rank].clone()  # a view would keep what other ranks hold
 
 
 def _row_sums(values: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
 )
 
 from moe_unlearn.files import whole_file
+from moe_unlearn.masks.shards import shared_out
 from moe_unlearn.masks.weight_mask import WeightMask
 from moe_unlearn.ops.bits import pack_bits
 
@@ -57,10 +58,11 @@ def save(mask: WeightMask, path: str | Path, model: nn.Module, format: str = "na
 
 
 def load(path: str | Path, model: nn.Module) -> WeightMask:
-    """Read a mask of `model` in either format, to the CPU.
+    """Read a mask of `model` in either format, to the CPU; where ranks share weights out, each keeps its rows.
 
-    The `keep` of an official file is the fraction that it keeps. Raises ValueError naming the file and the fault: not a
-    mask, a pickle that holds more than tensors, a name missing or unknown, another shape, values that are not bool.
+    An official file is read whole first. Its `keep` is the fraction that it keeps. Raises ValueError naming the file
+    and the fault: not a mask, a pickle that holds more than tensors, a name missing or unknown, another shape, values
+    that are not bool.
     """
     try:
         with open(path, "rb") as file:
@@ -68,7 +70,7 @@ def load(path: str | Path, model: nn.Module) -> WeightMask:
     except OSError as error:
         raise ValueError(f"{path}: not a weight mask: {error}") from error
     if not pickled:
-        mask = WeightMask.load(path)
+        mask = WeightMask.load(path, model)
         mask.check(model)
         return mask
     try:
@@ -140,6 +142,8 @@ def _from_official(model: nn.Module, named: object) -> WeightMask:
         named = from_hub(model, named)
     packed = {name: pack_bits(named[name] if shape else named[name].view(1)) for name, shape in shapes.items()}
     mask = WeightMask(shapes, packed, keep=1.0, official=True)
+    parameters = dict(model.named_parameters())
+    packed = {name: shared_out(words, parameters[name]) for name, words in packed.items()}
     return WeightMask(shapes, packed, keep=mask.fraction, official=True)
 
 

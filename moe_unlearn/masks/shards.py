@@ -19,8 +19,17 @@ def held_words(words: Tensor, parameter: Tensor) -> Tensor:
     return own_words(words, range(start, start + len(part(parameter))), len(parameter)).to(parameter.device)
 
 
+def shared_out(words: Tensor, parameter: Tensor) -> Tensor:
+    """Return the packed mask of a parameter shared out as that is; words of a vector stay as they are."""
+    if words.dim() < 2 or is_sharded(words) or not is_sharded(parameter):
+        return words
+    return like(parameter, held_words(words, parameter))
+
+
 def own_words(words: Tensor, held: range, count: int) -> Tensor:
-    """Return the packed mask of the rows `held`, in memory of its own, from that of a parameter with `count` rows."""
+    """Return the packed mask of the rows `held` of a parameter with `count` rows; fewer are in memory of their own."""
+    if len(held) == count:
+        return words
     rows = slice(held.start, held.stop)
     # a view would keep the words of all rows alive
     return words[rows].clone() if words.dim() > 1 else pack_bits(unpack_bits(words, count)[rows])

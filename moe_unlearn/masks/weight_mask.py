@@ -10,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moe_unlearn.checkpoint.tensor_file import kind_of, tensor_file
+from moe_unlearn.masks.shards import shared_out
 from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
 from moe_unlearn.ranks import on_first
-from moe_unlearn.sharding import is_sharded, whole
+from moe_unlearn.sharding import is_sharded, part, whole
 
 FORMAT = "moe-unlearn weight mask 1"
 _BITS_IN_BYTE = torch.tensor([byte.bit_count() for byte in range(256)])
@@ -140,15 +141,27 @@ class WeightMask:
             write()
 
     @classmethod
-    def load(cls, path: str | Path) -> "WeightMask":
-        """Read what `save` wrote, to the CPU; ValueError for a missing, damaged or foreign file."""
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> "WeightMask":
+        """Read what `save` wrote, to the CPU; ValueError for a missing, damaged or foreign file.
+
+        Of a `model` whose weights ranks share out, each rank keeps the words of its rows, on their device, and reads
+        those of one parameter at a time.
+        """
+        parameters = {} if model is None else dict(model.named_parameters())
         try:
             with safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"expected format {FORMAT!r}; got {metadata.get('format')!r}")
-                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
-            return cls.from_state_dict({**json.loads(metadata["state"]), "packed": packed})
+                state = json.loads(metadata["state"])
+                shapes = {str(name): tuple(shape) for name, shape in state["shapes"]}
+                packed = {}
+                for name in file.keys():  # noqa: SIM118 -- not a dict
+                    packed[name], parameter = file.get_tensor(name), parameters.get(name)
+                    if parameter is not None and shapes.get(name) == tuple(parameter.shape):
+                        _check_words(name, shapes[name], packed[name])
+                        packed[name] = shared_out(packed[name], parameter)
+            return cls.from_state_dict({**state, "packed": packed})
         except (
             OSError,
             SafetensorError,
@@ -204,7 +217,7 @@ def _check_words(name: str, shape: tuple, words: Tensor) -> None:
             f"mask of {name}: expected int32 words {list(expected)}; got {words.dtype} {list(words.shape)}"
         )
     allowed = pack_bits(torch.ones(width, dtype=torch.bool)).to(words.device)
-    if (words & ~allowed).any():
+    if (part(words) & ~allowed).any():
         raise ValueError(f"mask of {name}: bits are set behind the end of a row")
 
 

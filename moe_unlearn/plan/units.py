@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from moe_unlearn.experts import experts_modules
+from moe_unlearn.masks.shards import own_words
 from moe_unlearn.model.head import unwrapped
 from moe_unlearn.model.states import decoder_layers
-from moe_unlearn.ops.bits import pack_bits, unpack_bits
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD, Slot
 from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.plan.mesh import Mesh
@@ -101,13 +101,13 @@ def cut(view: StepView, mesh: Mesh, kept: Mapping[str, Tensor], rehearsal: Rehea
     for p, placing in placings.items():
         at, words = place(p, rank), masks.get(names[p])
         held, seen = placing.held(len(p), at), placing.seen(len(p), at)
-        own = None if words is None else _words(words, held, len(p))
+        own = None if words is None else own_words(words, held, len(p))
         shards[p] = Shard(
             parameter=cast(nn.Parameter, p),
             slot=slots.get(p),
             whole=rehearsal.empty((len(seen), *p.shape[1:]), p.dtype),
             part=rehearsal.empty((len(held), *p.shape[1:]), p.dtype),
-            whole_mask=None if words is None else _words(words, seen, len(p)),
+            whole_mask=None if words is None else own_words(words, seen, len(p)),
             mask=own,
             ranks=len(placing.peers(at)),
             own=trained[p](held),
@@ -142,12 +142,3 @@ def _trained_rows(optimizer: MaskedSGD | MaskedAdamW, p: Tensor) -> Callable[[ra
     if slices is None or isinstance(slices, FakeTensor):
         return len
     return lambda rows: int(((slices >= rows.start) & (slices < rows.stop)).sum())
-
-
-def _words(words: Tensor, rows: range, count: int) -> Tensor:
-    """Return the packed mask of some rows of a parameter with `count` rows."""
-    if len(rows) == count:
-        return words
-    if words.dim() > 1:
-        return words[rows.start : rows.stop].clone()
-    return pack_bits(unpack_bits(words, count)[rows.start : rows.stop])

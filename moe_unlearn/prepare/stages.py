@@ -15,6 +15,7 @@ bfloat16 (2 H bytes a token), log-probs in float32.
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ops import Head
 from moe_unlearn.prepare import reference
 from moe_unlearn.prepare.rows import RowCache, content_keys
-from moe_unlearn.ranks import Ranks, gathered, shared_work
+from moe_unlearn.ranks import Ranks, gathered, shared_work, together
 from moe_unlearn.sharding import is_sharded, whole
 from moe_unlearn.trace import RoutingFrequencies
 
@@ -262,13 +263,8 @@ def _trace(work: _Work) -> None:
         # processors of several kinds may round the solution otherwise
         ranks.share_([result.weights, result.achieved, result.tilt, numbers])
     bias, ess = numbers.tolist()
-    prepared.calibration = Calibration(
-        tilt=result.tilt,
-        bias=bias,
-        achieved=result.achieved,
-        ess=ess,
-        largest_weight=float(result.weights.max()),
-    )
+    largest = float(result.weights.max())
+    prepared.calibration = Calibration(result.tilt, bias, result.achieved, ess, largest_weight=largest)
     if settings.refresh == "offline":
         prepared.token_weights = token_weights = RowCache(_CACHES["token_weights"])
         parts = result.weights.split([int(m.sum()) for m in masks])
@@ -360,7 +356,8 @@ def _wagle(work: _Work) -> None:
     settings = work.recipe.wagle
     assert settings is not None  # the stage runs for this lever only
     if settings.mask is not None:
-        work.prepared.mask = masks.load(settings.mask, work.model)
+        load = partial(masks.load, settings.mask, work.model)
+        work.prepared.mask = load() if work.ranks is None else together(load, work.ranks.group)
         return
     work.prepared.mask = wagle.weight_mask(
         work.model,

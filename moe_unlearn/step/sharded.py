@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.masks import WeightMask
-from moe_unlearn.masks.shards import held_words, slices_anywhere
+from moe_unlearn.masks.shards import shared_out, slices_anywhere
 from moe_unlearn.model.batches import Batch, Sizes, checked
 from moe_unlearn.ops import gram
 from moe_unlearn.ops.bits import unpack_bits
@@ -85,11 +85,10 @@ class Shards:
 
     def share_out(self, mask: WeightMask) -> WeightMask:
         """Return a mask of which this rank holds no more words than those of its rows, and of vectors."""
-        packed = dict(mask.packed)
-        for name, p in self.model.named_parameters():
-            if p in self.rows and p.dim() > 1 and not is_sharded(packed[name]):
-                packed[name] = like(p, held_words(packed[name], p))
-        return dataclasses.replace(mask, packed=packed)
+        own = {
+            name: shared_out(mask.packed[name], p) for name, p in self.model.named_parameters() if name in mask.packed
+        }
+        return dataclasses.replace(mask, packed=mask.packed | own)
 
     def take_masks(self, masks: Mapping[str, Tensor], moving: set[str]) -> set[str]:
         """Have the sink send what any rank trains under `masks`, packed, by name, of the rows held here.

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
-from moe_unlearn import seuf, trace
+from moe_unlearn import masks, seuf, trace
 from moe_unlearn.prepare import reference, stages
 from moe_unlearn.prepare.rows import RowStore
 from moe_unlearn.prepare.stages import Preparation, prepare
@@ -82,6 +82,17 @@ def refused(cache: Path, rank: int, ranks: Ranks) -> list[str]:
     return said
 
 
+def damaged_mask(rank: int, ranks: Ranks) -> str:
+    """What a rank says where the second one cannot read the mask that the recipe names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masks, "load", Mock(side_effect=ValueError("damaged") if rank else None))
+        try:
+            prepare(model(), recipe("wagle", "wagle.mask=file"), Preparation(), *data(), ranks=ranks)
+        except (RankError, ValueError) as raised:
+            return f"{type(raised).__name__}: {raised}"
+    return "none"
+
+
 def other_rows(rank: int) -> str:
     """What a rank says where the weights are sharded and the second one has prepared other rows before."""
     before = Preparation(rows={"forget": [], "refusals": [], "retain": []} if rank else None)
@@ -127,6 +138,7 @@ def found_by(rank: int, folder: Path) -> None:
         found |= {f"{name} elsewhere": numbers_of(name, ranks) for name in RECIPES}
     found["passes"] = [passes_of(folder / f"cache{rank}", ranks) for _ in range(2)]
     found["refused"] = refused(folder, rank, ranks) + [other_rows(rank)]
+    found["mask"] = damaged_mask(rank, ranks)
     found["digest"], found["statistics"] = digested(ranks), streamed(ranks)
     (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
@@ -169,6 +181,11 @@ def test_rows_that_one_rank_has_not_prepared_before_end_all(two):
     (*_, first), (*_, second) = (found["refused"] for found in two)
     assert second.startswith("ValueError: row 0 of the forget rows is none of the 0 that prepare() saw before")
     assert first == f"RankError: rank 1 stopped: {second}"
+
+
+@pytest.mark.slow
+def test_a_mask_that_one_rank_cannot_read_ends_all(two):
+    assert [found["mask"] for found in two] == ["RankError: rank 1 stopped: ValueError: damaged", "ValueError: damaged"]
 
 
 @pytest.mark.slow

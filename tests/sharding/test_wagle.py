@@ -1,5 +1,7 @@
 """The mask that several ranks make of the batches they share, against that of one process: the bytes of its file."""
 
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,11 +9,12 @@ import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 
-from moe_unlearn import wagle
+from moe_unlearn import masks, wagle
+from moe_unlearn.masks import weight_mask
 from moe_unlearn.masks.weight_mask import WeightMask
 from moe_unlearn.model.head import token_losses
-from moe_unlearn.ranks import Ranks
-from moe_unlearn.sharding import held_rows
+from moe_unlearn.ranks import RankError, Ranks
+from moe_unlearn.sharding import held_rows, is_sharded, part
 from tests.support.batches import random_batch, random_batches
 from tests.support.forked_ranks import run_forked
 from tests.support.models import tiny_olmoe
@@ -37,9 +40,13 @@ def loss(made: nn.Module, batch: dict) -> torch.Tensor:
 BATCHES = [random_batch(VOCAB, rows=3, seed=1), random_batch(VOCAB, rows=1, length=7, seed=2)], random_batches(VOCAB, 5)
 
 
-def mask_of(made: nn.Module, ranks: Ranks | None = None) -> WeightMask:
-    given = {"forget_loss": loss, "retain_loss": loss, "ranks": ranks}
-    return wagle.weight_mask(made, *BATCHES, keep=0.3, gamma=0.7, **given)
+def mask_of(made: nn.Module, ranks: Ranks | None = None, loss: Callable = loss) -> WeightMask:
+    options = {"forget_loss": loss, "retain_loss": loss, "ranks": ranks}
+    return wagle.weight_mask(made, *BATCHES, keep=0.3, gamma=0.7, **options)
+
+
+def without_memory(made: nn.Module, batch: dict) -> torch.Tensor:
+    raise MemoryError("none is left")
 
 
 def given(made: nn.Module, batches: list, loss: object, divided: object, side: str, *_: object) -> dict:
@@ -62,10 +69,13 @@ def mask_of_given(made: nn.Module) -> WeightMask:
 
 def written_by(rank: int, folder: Path) -> None:
     made = model()
+    ranks = Ranks(made, distributed.group.WORLD)
+    with pytest.raises(MemoryError if rank == 1 else RankError, match="none is left"):
+        mask_of(made, ranks, loss=without_memory if rank == 1 else loss)
     passes = []
     made.register_forward_hook(lambda *_: passes.append(None))
     made.model.register_forward_hook(lambda *_: passes.append(None))
-    mask = mask_of(made, Ranks(made, distributed.group.WORLD))
+    mask = mask_of(made, ranks)
     mask.save(folder / f"whole{rank}")
     assert len(passes) == sum(len(side[rank :: distributed.get_world_size()]) for side in BATCHES)
     assert all(p.grad is None for p in made.parameters())
@@ -73,7 +83,36 @@ def written_by(rank: int, folder: Path) -> None:
     made = tiny_olmoe(VOCAB).eval()
     for layer in made.model.layers:
         fully_shard(layer)
-    mask_of_given(fully_shard(made)).save(folder / "given")
+    made = fully_shard(made)
+    mask = mask_of_given(made)
+    mask.save(folder / "given")
+    masks.save(mask, folder / "official", made, "official")
+    distributed.barrier()
+    assert read_again(folder / "given", made, mask) == 1
+    read_again(folder / "official", made, mask)
+
+
+def read_again(path: Path, made: nn.Module, mask: WeightMask) -> int:
+    """How many matrices of words a rank had whole at a time while it read a mask of which it keeps its rows."""
+    found: list[weakref.ref] = []
+    most = 0
+
+    def watched(name: str, shape: tuple, words: torch.Tensor) -> None:
+        nonlocal most
+        if not is_sharded(words) and words.dim() > 1:
+            found.append(weakref.ref(words))
+        most = max(most, sum(each() is not None for each in found))
+        check(name, shape, words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        check = weight_mask._check_words
+        patch.setattr(weight_mask, "_check_words", watched)
+        again = masks.load(path, made)
+    for name, words in mask.packed.items():
+        assert is_sharded(again.packed[name]) is is_sharded(words)
+        own = part(again.packed[name])
+        assert torch.equal(own, part(words)) and own.untyped_storage().nbytes() == own.nbytes
+    return most
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
