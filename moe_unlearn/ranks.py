@@ -9,9 +9,9 @@ wrapper's forward pass is not used and its hooks do nothing.
 Weights that an engine shares out (`sharding`) are in parts on the ranks; then the engine and the step's sink add up
 their gradients during the backward pass.
 
-Every rank makes the same calls. Sums have the same bits on all ranks, and so have the weights after a step. An error
-that one rank finds in its own arguments is raised on that rank alone, as everywhere in torch.distributed, but where
-weights are sharded: there a forward pass needs all ranks, so that they agree on the arguments first.
+Every rank makes the same calls. Sums have the same bits on all ranks, and so have the weights after a step. What
+one rank finds wrong in its own arguments is raised on all ranks, a RankError on the others, which are told before any
+of them waits for that rank.
 """
 
 import json
@@ -112,10 +112,9 @@ class Ranks:
     def together(self, act: Callable[[], tuple[_Found, bool]]) -> tuple[_Found, bool]:
         """Return act(): its first value of this rank, and whether the second is True on all ranks.
 
-        Where weights are sharded, an error of one rank ends all, as in `gathered`, so that none waits in vain in a
-        forward pass.
+        An error of one rank ends all, as in `gathered`.
         """
-        if not self.sharded:
+        if self.group is None:
             return act()
         (found, _), holding = gathered(act, lambda pair: pair[1], self.group)
         return found, all(holding)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.masks.shards import shared_out, slices_anywhere
-from moe_unlearn.model.batches import Batch, Sizes, checked
 from moe_unlearn.ops import gram
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
@@ -42,9 +41,7 @@ from moe_unlearn.sharding import (
 )
 from moe_unlearn.step.checks import check_adapters
 from moe_unlearn.step.gradients import GradientStore
-from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.sinks import CompactSink
-from moe_unlearn.step.tally import Tally
 
 
 class Exchange(NamedTuple):
@@ -101,25 +98,6 @@ class Shards:
                 self.exchanges[p] = exchange_of(p, rows, None if words is None else slices_anywhere(words, p, rows))
         counts = self.ranks.sums([name in moving for name in masks])
         return {name for name, count in zip(masks, counts, strict=True) if count}
-
-    def admit(
-        self, objectives: Objectives, tally: Tally, forget: Batch, retain: Batch, sizes: Sizes | None
-    ) -> tuple[Batch, Batch, bool]:
-        """Return the batches of a micro-batch and whether they can share a forward pass on every rank.
-
-        All that a step refuses in its arguments is refused here, on all ranks, before they wait for one another.
-        """
-        reshard(self.model)  # an evaluation may have left weights whole
-        self.ranks.agree("`sizes`", lambda: sizes)
-
-        def check() -> tuple[tuple[Batch, Batch], bool]:
-            tally.expect(sizes)
-            pair = checked(forget, "forget"), checked(retain, "retain")
-            objectives.check_cached(*pair)
-            return pair, objectives.joint(*pair)
-
-        (forget, retain), joint = self.ranks.together(check)
-        return forget, retain, joint
 
     def sink(self, store: GradientStore) -> "ShardedSink":
         """Return a new sink of a step's gradients."""

@@ -54,7 +54,8 @@ from moe_unlearn.prepare.stages import STAGES, Preparation, prepare
 from moe_unlearn.ranks import Ranks, local
 from moe_unlearn.sharding import as_forward, reshard
 from moe_unlearn.step import copies, saved
-from moe_unlearn.step.checks import check_budget, check_finite, check_open, check_prepared, stopped
+from moe_unlearn.step.admission import admit
+from moe_unlearn.step.checks import check_budget, check_finite, check_open, stopped
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.sharded import Shards, store_of
 from moe_unlearn.step.sinks import sink_of
@@ -186,15 +187,12 @@ class UnlearnStep:
         `last` says that no micro-batch follows before the update: if it is also the first, and there is no
         `obstacle`, expert weights are nevertheless updated in the backward pass.
         """
-        check_prepared(self.recipe, self.prepared)
-        if self.shards is None:
-            self.tally.expect(sizes)
-            forget_batch, retain_batch = checked(forget_batch, "forget"), checked(retain_batch, "retain")
-            losses = partial(self.objectives, joint=self.fused)
-        else:
-            pair = forget_batch, retain_batch
-            forget_batch, retain_batch, joint = self.shards.admit(self.objectives, self.tally, *pair, sizes)
-            losses = partial(as_forward(self.model, self.objectives), joint=joint and self.fused)
+        if self.shards is not None:
+            reshard(self.model)  # an evaluation may have left weights whole
+        forget_batch, retain_batch, joint = admit(
+            self.ranks, self.objectives, self.tally, forget_batch, retain_batch, sizes, last
+        )
+        losses = partial(as_forward(self.model, self.objectives), joint=joint and self.fused)
         whole = last and not self.tally.parts
         view, sink = self.view(), None
         if not self.tally.parts:

@@ -81,29 +81,6 @@ def bits_between(ours, theirs):
     return int(unpack_bits(ours ^ theirs, 32 * ours.shape[-1]).sum())
 
 
-REFUSED = {
-    "bad loss": ("NonFiniteError: forget_loss is nan", "NonFiniteError: forget_loss is nan"),
-    "bad gradient": ("NonFiniteError: the gradient norm is", "NonFiniteError: the gradient norm is"),
-    "bad batch": ("RankError: rank 1 stopped: ", "ValueError: "),
-    "unknown row": (
-        "RankError: rank 1 stopped: ValueError: reference log-probs: rows",
-        "ValueError: reference log-",
-    ),
-    "other sizes": ("ValueError: expected `sizes` to be the same on all 2 ranks; they differ",) * 2,
-    "nobody owns": ("RuntimeError: the backward pass made a gradient of a weight [8, ",) * 2,
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_one_rank_cannot_do_neither_does(name, ranks):
-    place = list(REFUSED).index(name)
-    errors, moved, losses = zip(*(found["refused"][place] for found in ranks[1:]), strict=True)
-    for error, words in zip(errors, REFUSED[name], strict=True):
-        assert error.startswith(words)
-    assert moved == ([], []) and losses[0] == losses[1]
-
-
 @pytest.mark.slow
 def test_references_that_one_rank_has_on_its_disk_are_all_ranks(ranks):
     (files, same), (others, same_there) = (found["cached"] for found in ranks[1:])

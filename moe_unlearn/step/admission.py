@@ -1,0 +1,43 @@
+"""Admits a micro-batch to a step: whatever a step refuses in its arguments is refused here, on all ranks together.
+
+A rank that raised alone would leave the others to wait for it in a collective. Therefore all ranks say once whether
+they can go on, before the first of them waits for another inside the step.
+
+Deterministic. Source: our specification.
+"""
+
+from moe_unlearn.model.batches import Batch, Sizes, checked
+from moe_unlearn.ranks import Ranks, gathered
+from moe_unlearn.step.checks import check_prepared
+from moe_unlearn.step.objectives import Objectives
+from moe_unlearn.step.tally import Tally
+
+
+def admit(
+    ranks: Ranks, objectives: Objectives, tally: Tally, forget: Batch, retain: Batch, sizes: Sizes | None, last: bool
+) -> tuple[Batch, Batch, bool]:
+    """Return the checked batches of a micro-batch, and whether its sides may share a forward pass.
+
+    Where weights are sharded they may if they can on every rank, since each forward pass needs all ranks. Raises
+    NotPreparedError, ValueError for a bad batch, for wrong `sizes` and for ones that differ from rank to rank, and
+    RuntimeError after the last micro-batch of a step; of what one rank alone met, the others raise a RankError.
+    """
+
+    def check() -> tuple[Batch, Batch]:
+        check_prepared(objectives.recipe, objectives.prepared)
+        tally.expect(sizes)
+        return checked(forget, "forget"), checked(retain, "retain")
+
+    if ranks.group is None:
+        return *check(), True
+
+    def check_rank() -> tuple[tuple[Batch, Batch], bool]:
+        pair = check()
+        objectives.check_cached(*pair)
+        return pair, objectives.joint(*pair)
+
+    (pair, _), said = gathered(check_rank, lambda found: [found[1], sizes, last], ranks.group)
+    for what, values in (("`sizes`", [each[1] for each in said]), ("the last micro-batch", [each[2] for each in said])):
+        if any(value != values[0] for value in values):
+            raise ValueError(f"expected {what} to be the same on all {ranks.count} ranks; they differ")
+    return *pair, not ranks.sharded or all(each[0] for each in said)
