@@ -3,10 +3,11 @@
     torchrun --nproc-per-node 2 -m moe_unlearn run npo --model DIR --forget F --retain R
     torchrun --nproc-per-node 2 -m moe_unlearn run npo --mesh fsdp=2 --no-eval --model DIR --forget F --retain R
 
-The environment that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) says which rank this process
-is. The group of all ranks begins and ends here: nccl where there are GPUs, one a rank, and gloo elsewhere. The first
-rank prints. An error ends all ranks: the rank that met it prints it, once for all, and every rank returns its code; a
-rank that is killed ends the others when their connection to it breaks or the group's time-out is over.
+The environment that torchrun sets says which rank this process is; a process that lacks a part of it is alone, since
+schedulers of clusters set WORLD_SIZE for other purposes. The group of all ranks begins and ends here: nccl where there
+are GPUs, one a rank, and gloo elsewhere. The first rank prints. An error ends all ranks: the rank that met it prints
+it, once for all, and every rank returns its code; a rank that is killed ends the others when their connection to it
+breaks or the group's time-out is over. A command whose work ranks cannot share is refused.
 """
 
 import contextlib
@@ -16,41 +17,79 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import distributed
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from moe_unlearn.ranks import RankError, gather
 from moe_unlearn.sharding import initialised
 
 Outcome = tuple[int, str]  # the exit code, and what stderr is told about it
 
-LOST = 2  # the exit code of a rank that lost another
+REFUSED = 2  # the exit code of a command with bad input
+LOST = 2  # that of a rank that lost another
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell sees of other tools
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = 10.0  # seconds that a rank gives the others to say or see an error
 _launches = itertools.count()
 _SAID, _ENDED = "said", "ended"  # counters in the store: of messages, of ranks that have seen one
 
 
-def launched(command: Callable[[], Outcome]) -> int:
-    """Run `command` on this process, perhaps one of several ranks, print its message and return its exit code.
+class Command(NamedTuple):
+    """What a process is to do."""
 
-    A rank's exception is printed with its traceback, and its code is 1.
+    run: Callable[[], Outcome]
+    refusal: str = ""  # why several ranks cannot do it; empty if they can
+
+
+def launched(choose: Callable[[], Command]) -> int:
+    """Run the command that `choose` finds on this process, perhaps one of several ranks; return its exit code.
+
+    Its message is printed, and a rank's exception with its traceback; then the code is 1. If whoever reads the output
+    has closed it, as `head` does, the rest is dropped without a word.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not initialised():
-        return _on_ranks(command)
-    code, message = command()
+    try:
+        try:
+            return _on_ranks(choose) if _one_of_several() and not initialised() else _alone(choose)
+        finally:
+            sys.stdout.flush()  # or else the interpreter does when it ends, and complains
+    except BrokenPipeError:
+        _drop_output()
+        return _BROKEN_PIPE
+
+
+def _one_of_several() -> bool:
+    """Return whether torchrun, or who sets all that it sets, has started this process as one of several."""
+    return all(os.environ.get(name) for name in _TORCHRUN) and os.environ["WORLD_SIZE"] != "1"
+
+
+def _alone(choose: Callable[[], Command]) -> int:
+    try:
+        code, message = choose().run()
+    except RankError as error:  # in a group that the caller made
+        code, message = LOST, f"moe-unlearn: error: {error}"
     if message:
         print(message, file=sys.stderr)
     return code
 
 
-def _on_ranks(command: Callable[[], Outcome]) -> int:
+def _drop_output() -> None:
+    """Send what is printed from now on, and what has not left the buffer, nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _on_ranks(choose: Callable[[], Command]) -> int:
+    # imported here because a single process never needs them
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     try:
         backend = _backend()
         store, rank, count = next(rendezvous("env://"))
-    except ValueError as error:  # nobody can ask whether another rank has told it already
+    except (ValueError, distributed.DistError) as error:  # nobody can ask whether another rank has told it already
         print(f"moe-unlearn: error: the ranks cannot meet: {error}", file=sys.stderr)
         return LOST
     # a store of its own for each launch of one process, since gloo must not meet the keys of an earlier group
@@ -58,10 +97,17 @@ def _on_ranks(command: Callable[[], Outcome]) -> int:
     with _terminal(silent=rank > 0) as say:
         message, elsewhere = "", False  # elsewhere: another rank is about to tell
         try:
-            distributed.init_process_group(backend, store=own, rank=rank, world_size=count)
-            code, message = command()
-            if not code:
-                gather(None)  # none ends well before all have
+            command = choose()
+            code, message = REFUSED, command.refusal
+            if not command.refusal:
+                distributed.init_process_group(backend, store=own, rank=rank, world_size=count)
+                code, message = command.run()
+                sys.stdout.flush()  # here, where the others can still be told that nobody reads it
+                if not code:
+                    gather(None)  # none ends well before all have
+        except BrokenPipeError:  # nothing is said about it, by no rank
+            code = _BROKEN_PIPE
+            _drop_output()
         except SystemExit as ended:  # of the parser, which has told the same on every rank
             code, elsewhere = int(ended.code or 0), rank > 0
         except Exception as error:

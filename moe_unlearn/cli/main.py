@@ -11,7 +11,6 @@ files, folders, benchmarks by name (`tofu:forget05`), hub data sets, `builtin:NA
 import argparse
 import io
 import json
-import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from moe_unlearn import backend, benchmark, data, masks, native, trace, wagle
 from moe_unlearn.benchmark.trained_cache import clean_cache
 from moe_unlearn.cli import alternates, evaluate
 from moe_unlearn.cli.arguments import add_data, examples_of, positive, steps, writable
-from moe_unlearn.cli.launch import Outcome, launched
+from moe_unlearn.cli.launch import REFUSED, Command, Outcome, launched
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import carry_loss
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError, UnavailableError
@@ -56,41 +55,37 @@ _BAD_INPUT = (
     UnavailableError,
     backend.Unfit,
 )
-_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell sees of other tools
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, as the console script does, on one process or on ranks; return the exit code.
-
-    If whoever reads the output has closed it, as `head` does, the rest is dropped without a word.
-    """
-    try:
-        try:
-            return launched(partial(_command, arguments))
-        finally:
-            sys.stdout.flush()  # or else the interpreter does when it ends, and complains
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-        return _BROKEN_PIPE
+    """Run the command line, as the console script does, on one process or on ranks; return the exit code."""
+    return launched(partial(_chosen, arguments))
 
 
-def _command(arguments: Sequence[str] | None) -> Outcome:
+def _chosen(arguments: Sequence[str] | None) -> Command:
     options = _parser().parse_args(arguments)
+    refusal = _error(options, f"expected one process; ranks share the work of {', '.join(_SHARED)} only")
+    return Command(partial(_outcome, options), "" if options.command in _SHARED else refusal)
+
+
+def _error(options: argparse.Namespace, error: object) -> str:
+    return f"moe-unlearn {options.command}: error: {error}"
+
+
+def _outcome(options: argparse.Namespace) -> Outcome:
     for stream in (sys.stdout, sys.stderr):
         # in a locale without the tables' arrows, printing must not fail and lose the results of a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        if everyone() is not None and options.command not in _SHARED:
-            raise ValueError(f"expected one process; ranks share the work of {', '.join(_SHARED)} only")
         return options.function(options) or 0, ""
     except _BAD_INPUT as error:
         sys.stdout.flush()  # fails if it was this that broke
-        if options.traceback:
+        # without a buffer nothing is left that could fail; what breaks of a file has its name
+        unread = isinstance(error, BrokenPipeError) and error.filename is None
+        if options.traceback or unread:
             raise
-        return 2, f"moe-unlearn {options.command}: error: {error}"
+        return REFUSED, _error(options, error)
     except KeyboardInterrupt:
         return 130, "interrupted; finished checkpoints are kept"
 

@@ -21,7 +21,7 @@ from moe_unlearn.model.batches import Batch
 from moe_unlearn.model.saving import save_pretrained
 from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.prepare.stages import CHOOSING, needed
-from moe_unlearn.ranks import everyone, on_first
+from moe_unlearn.ranks import everyone, is_first, on_first
 from moe_unlearn.runs import report
 from moe_unlearn.runs.summary import Summary
 from moe_unlearn.step import UnlearnStep
@@ -162,7 +162,7 @@ def unlearn(
     try:
         trainer.train(resume_from_checkpoint=resume)
     finally:
-        if verify:
+        if verify and is_first():  # alone, since an error may have ended the others elsewhere
             write_text(out / "verified.txt", trainer.unlearn_step.verifier.summary() + "\n")
     seconds += time.perf_counter() - start
     unlearned: Any = trainer.model

@@ -21,7 +21,7 @@ from tests.support.two_ranks import ROOT
 pytestmark = pytest.mark.slow
 
 CHILD = "tests.support.command_line_child"
-FAILING = {"unknown", "refused", "missing", "one", "fault", "verify", "other ranks", "metrics"}
+FAILING = {"unknown", "refused", "missing", "one", "fault", "verify", "pipe", "other ranks", "metrics"}
 
 
 def torchrun(*command, **environment):
@@ -159,6 +159,10 @@ def test_an_error_ends_all_ranks_and_is_said_once(name, codes, rank, words, rank
     said = [words in one["err"] for one in found]
     assert sum(said) == 1 and (rank is None or said[rank])
     assert sum("error" in one["err"].lower() for one in found) == 1
+
+
+def test_a_reader_that_goes_away_ends_both_ranks_without_a_word(ranks):
+    assert [found["pipe"] for found in ranks] == [{"code": code, "out": "", "err": ""} for code in (141, 2)]
 
 
 def test_the_next_command_finds_no_trace_of_a_failed_one(ranks, folder):

@@ -47,6 +47,7 @@ def commands(folder: Path, rank: int) -> dict[str, list[str]]:
         "missing": ["stats", *arguments(folder, model="none")],
         "one": ["stats", *arguments(folder, retain=lost)],
         "fault": measuring(folder, "stats", "fault.json"),
+        "pipe": measuring(folder, "stats", "pipe.json"),
         "verify": unlearning(folder, "verified", options=("--verify", "1")),
         "again": measuring(folder, "stats", "again.json"),
         "fsdp": unlearning(folder, "fsdp", options=("--no-eval", "--mesh", "fsdp=2")),
@@ -57,13 +58,21 @@ def commands(folder: Path, rank: int) -> dict[str, list[str]]:
 
 
 def said(folder: Path, name: str, rank: int, command: list[str]) -> dict:
-    """Run a command; return its code and what this process wrote to its descriptors meanwhile."""
+    """Run a command; return its code and what this process wrote to its descriptors meanwhile.
+
+    Nobody reads what the first rank prints of the command "pipe".
+    """
     paths = [folder / f"{name}-{rank}.{stream}" for stream in ("out", "err")]
     kept = [os.dup(1), os.dup(2)]
     try:
         for stream, path in zip((1, 2), paths, strict=True):
             with path.open("wb") as file:
                 os.dup2(file.fileno(), stream)
+        if name == "pipe":
+            read, write = os.pipe()
+            os.close(read)
+            os.dup2(write, 1)
+            os.close(write)
         code = main(command)
     finally:
         sys.stdout.flush()
