@@ -103,21 +103,28 @@ class Ranks:
 
     def agree(self, what: str, value: Callable[[], object]) -> None:
         """Raise ValueError on all ranks unless their JSON values are equal; `what` names the value in the message."""
-        if self.group is None:
-            return
-        values = gather(value(), self.group)
-        if any(other != values[0] for other in values):
-            raise ValueError(f"expected {what} to be the same on all {self.count} ranks; they differ")
+        if self.group is not None:
+            self._compare([{what: each} for each in gather(value(), self.group)])
 
-    def together(self, act: Callable[[], tuple[_Found, bool]]) -> tuple[_Found, bool]:
+    def together(
+        self, act: Callable[[], tuple[_Found, bool]], same: Callable[[], Mapping[str, object]] = dict
+    ) -> tuple[_Found, bool]:
         """Return act(): its first value of this rank, and whether the second is True on all ranks.
 
-        An error of one rank ends all, as in `gathered`.
+        An error of one rank ends all, as in `gathered`. `same()` is called after `act`: JSON values by what they are
+        called in the ValueError that all ranks raise if they differ.
         """
         if self.group is None:
             return act()
-        (found, _), holding = gathered(act, lambda pair: pair[1], self.group)
-        return found, all(holding)
+        (found, _), said = gathered(act, lambda pair: [pair[1], same()], self.group)
+        self._compare([values for _, values in said])
+        return found, all(holds for holds, _ in said)
+
+    def _compare(self, values: Sequence[Mapping[str, object]]) -> None:
+        """Raise ValueError, naming it, for a value that is not the same on all ranks."""
+        for name, first in values[0].items():
+            if any(other[name] != first for other in values):
+                raise ValueError(f"expected {name} to be the same on all {self.count} ranks; they differ")
 
     def _in_place(self, tensor: Tensor, collective: Callable) -> None:
         exchange_(tensor, self.group, collective)
@@ -211,7 +218,7 @@ def gathered(
     said: object = None
     try:
         found = act()
-        said = tell(found)
+        said = json.loads(json.dumps(tell(found)))  # here, where what is no JSON is an error of all
     except Exception as caught:  # whatever it is, the other ranks must not go on
         raised = caught
     all_said = gather([None if raised is None else f"{type(raised).__name__}: {raised}", said], group)

@@ -33,11 +33,10 @@ from moe_unlearn.checkpoint import CheckpointError, load_state, save_state, shar
 from moe_unlearn.config import Recipe
 from moe_unlearn.data.of_recipe import pair_collator, paired
 from moe_unlearn.data.pairs import side_batches
-from moe_unlearn.model.batches import checked
 from moe_unlearn.model.saving import check_savable, save_pretrained
 from moe_unlearn.ranks import everyone
-from moe_unlearn.sharding import as_forward
 from moe_unlearn.step import UnlearnStep, saved
+from moe_unlearn.step.evaluated import evaluated
 
 _STATE = "unlearn_step"
 
@@ -185,9 +184,10 @@ class UnlearnTrainer(Trainer):
         """Run `UnlearnStep.prepare` on all forget and retain examples of the dataset."""
         size = self.args.per_device_train_batch_size
 
-        def batches(side: str) -> list:
+        def batches(side: str) -> Iterator:
+            # as they are asked for, since an error of one rank concerns all
             made = side_batches(self.train_dataset, side, size, self.data_collator, self._item)
-            return [self._prepare_inputs({side: batch})[side] for batch in made]
+            yield from (self._prepare_inputs({side: batch})[side] for batch in made)
 
         self.unlearn_step.prepare(batches("forget"), batches("retain"), cache_dir=self._cache_dir)
 
@@ -199,11 +199,19 @@ class UnlearnTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """Return the micro-batches of the next step, and count the units of its losses on all ranks."""
-        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step, draw = self.unlearn_step, super().get_batch_samples
+        samples: list = []
+
+        def drawn() -> tuple[torch.Tensor | int | None, bool]:
+            own, items = draw(epoch_iterator, num_batches, device)
+            samples.extend(own)
+            return items, True
+
+        items, _ = step.ranks.together(drawn, lambda: {"the number of micro-batches": len(samples)})
         self._sizes = None
         if len(samples) > 1:  # the step itself counts a single micro-batch
-            prepared: list[dict[str, Any]] = [self._prepare_inputs(batch) for batch in samples]
-            self._sizes = self.unlearn_step.sizes((batch["forget"], batch["retain"]) for batch in prepared)
+            prepared: Iterator[dict[str, Any]] = (self._prepare_inputs(batch) for batch in samples)
+            self._sizes = step.sizes((batch["forget"], batch["retain"]) for batch in prepared)
         return samples, items
 
     def training_step(
@@ -241,20 +249,10 @@ class UnlearnTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Return the weighted sum of a pair's objectives, as in a step without MOLLM; other batches as usual."""
-        if "forget" not in inputs:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        step = self.unlearn_step
-        objectives = step.objectives
-
-        def losses() -> dict[str, torch.Tensor]:
-            return {**objectives.forget(forget), **objectives.retain(retain)}
-
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
-            forget, retain = (checked(inputs[side], side) for side in ("forget", "retain"))
-            values = as_forward(step.model, losses)()
-        loss = objectives.weighed(values)
-        assert isinstance(loss, torch.Tensor)
+            loss = evaluated(self.unlearn_step, self._prepare_inputs(inputs))
+        if loss is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return loss, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

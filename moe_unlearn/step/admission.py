@@ -7,7 +7,7 @@ Deterministic. Source: our specification.
 """
 
 from moe_unlearn.model.batches import Batch, Sizes, checked
-from moe_unlearn.ranks import Ranks, gathered
+from moe_unlearn.ranks import Ranks
 from moe_unlearn.step.checks import check_prepared
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.tally import Tally
@@ -36,8 +36,5 @@ def admit(
         objectives.check_cached(*pair)
         return pair, objectives.joint(*pair)
 
-    (pair, _), said = gathered(check_rank, lambda found: [found[1], sizes, last], ranks.group)
-    for what, values in (("`sizes`", [each[1] for each in said]), ("the last micro-batch", [each[2] for each in said])):
-        if any(value != values[0] for value in values):
-            raise ValueError(f"expected {what} to be the same on all {ranks.count} ranks; they differ")
-    return *pair, not ranks.sharded or all(each[0] for each in said)
+    pair, joint = ranks.together(check_rank, lambda: {"`sizes`": sizes, "`last`": last})
+    return *pair, joint or not ranks.sharded

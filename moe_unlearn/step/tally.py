@@ -11,7 +11,7 @@ on how its rows are cut.
 Source: our specification, after transformers' Trainer, which divides by the tokens of the global batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -53,10 +53,18 @@ class Tally:
         if self.parts and self.sizes != sizes:
             raise ValueError(f"all micro-batches of a step must have the same `sizes`; got {self.sizes}, then {sizes}")
 
-    def count(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, int]:
-        """Return the `sizes` of a step whose micro-batches have these units on this rank, [] each."""
-        if not parts:
+    def count(self, units: Iterable[Mapping[str, Tensor]]) -> dict[str, int]:
+        """Return the `sizes` of a step whose micro-batches have these units on this rank, [] each.
+
+        Raises ValueError if there are none; an error of one rank in counting ends all.
+        """
+
+        def counted() -> tuple[list[Mapping[str, Tensor]], bool]:
+            if found := list(units):
+                return found, True
             raise ValueError("expected the (forget, retain) batches of at least one micro-batch; got none")
+
+        parts, _ = self.ranks.together(counted)
         read = look([count for units in parts for count in units.values()])
         own = [sum(read[i :: len(parts[0])]) for i in range(len(parts[0]))]
         return {unit: int(total) for unit, total in zip(parts[0], self.ranks.sums(own), strict=True)}

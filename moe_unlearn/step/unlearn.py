@@ -149,7 +149,7 @@ class UnlearnStep:
             self.objectives.check(*sides)
             return sides, True
 
-        (forget, retain), _ = self.ranks.together(check)
+        (forget, retain), _ = self.ranks.together(check, lambda: {"`stages`": list(stages)})
         self.ranks.together(lambda: (verify_head(self.model, counted_row(retain)), True))
 
         def after(stage: str) -> None:
@@ -177,7 +177,7 @@ class UnlearnStep:
     def sizes(self, pairs: Iterable[tuple[Batch, Batch]]) -> dict[str, int]:
         """Count the units (`Objectives.units`) of a step with these (forget, retain) pairs, on all ranks."""
         sides = ((checked(forget, "forget"), checked(retain, "retain")) for forget, retain in pairs)
-        return self.tally.count([self.objectives.units(*pair) for pair in sides])
+        return self.tally.count(self.objectives.units(*pair) for pair in sides)
 
     def accumulate(
         self, forget_batch: Batch, retain_batch: Batch, *, sizes: Sizes | None = None, last: bool = False

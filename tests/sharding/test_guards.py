@@ -79,6 +79,19 @@ def other_last(step, rank):
     step(*batches_of(0, rank, 2), update=not rank)
 
 
+def no_json(step, rank):
+    pair = batches_of(0, rank, 2)
+    step(*pair, sizes={unit: torch.tensor(count) if rank else count for unit, count in step.sizes([pair]).items()})
+
+
+def nothing_to_count(step, rank):
+    step.sizes([batches_of(0, rank, 2)][rank:])
+
+
+def other_stages(step, rank):
+    step.prepare(*data(), stages=("reference", "wagle")[: 1 + rank])
+
+
 def bad_preparation(step, rank):
     forget, retain = data()
     step.prepare([without(batch, "labels") if rank else batch for batch in forget], retain)
@@ -104,7 +117,7 @@ def nobody_owns(step, rank):
 
 
 FINITE = "NonFiniteError: forget_loss is nan", "NonFiniteError: the gradient norm is"
-SAME = ("ValueError: expected `sizes` to be the same", "ValueError: expected the last micro-batch to be the same")
+SAME = [f"ValueError: expected `{what}` to be the same" for what in ("sizes", "last", "stages")]
 # recipe, what is done, how the errors of both ranks begin; of what one rank alone finds, the other's says so
 CASES = {
     "a loss": ("graddiff", bad_loss, (FINITE[0],) * 2),
@@ -113,6 +126,9 @@ CASES = {
     "a row": ("npo", unknown_row, ("RankError: rank 1 stopped: ValueError: reference", "ValueError: reference")),
     "sizes": ("graddiff", other_sizes, (SAME[0],) * 2),
     "the last micro-batch": ("graddiff", other_last, (SAME[1],) * 2),
+    "sizes that are no JSON": ("graddiff", no_json, ("RankError: rank 1 stopped: TypeError: ", "TypeError: ")),
+    "nothing to count": ("graddiff", nothing_to_count, ("RankError: rank 1 stopped: ValueError: ", "ValueError: ")),
+    "stages": ("graddiff", other_stages, (SAME[2],) * 2),
     "rows of the preparation": ("npo", bad_preparation, ("RankError: rank 1 stopped: ValueError: ", "ValueError: ")),
     "the preparation": ("npo", unprepared, ("RankError: rank 1 stopped: NotPrepared", "NotPreparedError: ")),
 }
@@ -129,7 +145,7 @@ def attempted(step, act, rank):
     before, error = weights_of(step), "none"
     try:
         act(step, rank)
-    except (ValueError, ArithmeticError, RuntimeError) as raised:
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as raised:
         error = f"{type(raised).__name__}: {raised}"
     step.discard()
     moved = [name for name, value in weights_of(step).items() if not torch.equal(value, before[name])]

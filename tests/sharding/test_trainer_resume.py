@@ -1,5 +1,6 @@
 """A checkpoint of UnlearnTrainer on sharded weights is resumed by any number of ranks, of any engine, and by one."""
 
+import json
 import os
 from unittest import mock
 
@@ -9,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file, save_file
 from torch import distributed
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 from transformers.distributed import DistributedConfig
 
 from moe_unlearn.checkpoint import CheckpointError
@@ -43,6 +44,46 @@ def adapted(seed=0):
     settings = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
     torch.manual_seed(seed)
     return peft.get_peft_model(made, settings).double().eval()
+
+
+def messages(rank, folder):
+    """What a rank says of its own error, and of another's, where a Trainer's ranks wait for one another."""
+    run = trainer(shard(model()), folder, "npo", save_strategy="no", ddp_backend="gloo", gradient_accumulation_steps=2)
+    collate, draw = run.data_collator, Trainer.get_batch_samples
+    batch = run._prepare_inputs(next(iter(run.get_train_dataloader())))
+
+    def unreadable(items):
+        if rank == 1:
+            raise OSError("a row that cannot be read")
+        return collate(items)
+
+    def fewer(self, *args):
+        samples, items = draw(self, *args)
+        return samples[rank:], items
+
+    def stop(act):
+        try:
+            act()
+        except (ValueError, OSError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
+
+    def evaluate(batch):
+        return stop(lambda: run.prediction_step(run.model, batch, True))
+
+    bad = {side: {key: t for key, t in rows.items() if key != "labels" or not rank} for side, rows in batch.items()}
+    found = {"a bad batch": evaluate(bad), "no pair": evaluate(batch if rank else batch["retain"])}
+    run.data_collator = unreadable
+    found["preparing"] = stop(run.train)
+    run.data_collator = collate
+    run.prepare()
+    run.data_collator = unreadable
+    with mock.patch.object(UnlearnTrainer, "prepare"):
+        found["drawing"] = stop(run.train)
+        run.data_collator = collate
+        with mock.patch.object(Trainer, "get_batch_samples", fewer):
+            found["fewer"] = stop(run.train)
+    return found
 
 
 def trainer(made, folder, base="trace", **keywords):
@@ -117,6 +158,11 @@ def runs(tmp_path_factory):
         run.train(resume_from_checkpoint=str(root / "lora" / AT))
         keep(run, rank, root / "lora to 2.safetensors")
 
+    def stopped(rank):
+        found = messages(rank, root / "out")
+        (root / f"messages{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+    on_ranks(2, root / "meet stopped", stopped)
     on_ranks(2, root / "meet lora", adapters)
     on_ranks(4, root / "meet ep4", experts)
     on_ranks(2, root / "meet fsdp2", whole)
@@ -171,6 +217,22 @@ def test_adapters_are_saved_as_peft_does_and_resumed(runs, tmp_path):
     one = trainer(adapted(2), tmp_path, "npo", save_strategy="no", gradient_accumulation_steps=2)
     one.train(resume_from_checkpoint=str(runs / "lora" / AT))
     assert differences(theirs, weights_of(one.unlearn_step), adapted()) == []
+
+
+STOPPED = {
+    "a bad batch": ("RankError: rank 1 stopped: ValueError: ", "ValueError: "),
+    "no pair": ("ValueError: expected whether a batch is a pair to be the same on all 2 ranks; they differ",) * 2,
+    "preparing": ("RankError: rank 1 stopped: OSError: a row that cannot", "OSError: a row that cannot be read"),
+    "drawing": ("RankError: rank 1 stopped: OSError: a row that cannot", "OSError: a row that cannot be read"),
+    "fewer": ("ValueError: expected the number of micro-batches to be the same on all 2 ranks; they differ",) * 2,
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_an_error_of_one_rank_ends_all(name, runs):
+    for rank, words in enumerate(STOPPED[name]):
+        found = json.loads((runs / f"messages{rank}.json").read_text(encoding="utf-8"))
+        assert found[name].startswith(words)
 
 
 def test_whole_weights_are_no_checkpoint_of_parts(tmp_path):
