@@ -15,8 +15,6 @@ training begins; then the step takes up the parts and prepares with them. A chec
 rank holds in its folder `unlearn_step`; any number of ranks, with any engine or none, resumes from it.
 """
 
-import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -35,6 +33,7 @@ from moe_unlearn.data.of_recipe import pair_collator, paired
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.model.saving import check_savable, save_pretrained
 from moe_unlearn.ranks import everyone
+from moe_unlearn.sharding.launched import asked_of_accelerate, check_accelerate, check_deepspeed
 from moe_unlearn.step import UnlearnStep, saved
 from moe_unlearn.step.evaluated import evaluated
 
@@ -85,8 +84,7 @@ class UnlearnTrainer(Trainer):
                 "TrainingArguments found one process, though torch.distributed has more: on CPUs give it use_cpu=True "
                 "and ddp_backend='gloo'"
             )
-        if ranks is not None and args.deepspeed:
-            raise ValueError("DeepSpeed shares weights out in a way that is not supported; use FSDP2 (`fsdp=True`)")
+        check_deepspeed(args.deepspeed or asked_of_accelerate("DEEPSPEED"))
         if isinstance(train_dataset, Mapping):
             recipe = Recipe.of(recipe)
             train_dataset = paired(train_dataset, recipe, keywords.get("processing_class"))
@@ -129,25 +127,10 @@ class UnlearnTrainer(Trainer):
         self.unlearn_step.restore = self._restore
 
     def _check_engine(self) -> None:
-        """Raise ValueError for an engine of accelerate that is not supported, and warn where it shares nothing out."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        asked = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-        if plugin is None and asked and everyone() is not None and not self.unlearn_step.ranks.sharded:
-            kind = self.accelerator.distributed_type.value
-            warnings.warn(
-                f"FSDP was asked for, but accelerate ignores that where it sees {kind}, and trains as "
-                "DistributedDataParallel does: every rank holds all weights. To share weights out on CPUs, call "
-                "torch's fully_shard on the model, or load it with transformers' DistributedConfig(fsdp_size=...)",
-                stacklevel=3,
-            )
-        if plugin is not None and plugin.fsdp_version != 2:
-            raise ValueError("FSDP1 flattens weights, which is not supported; expected version 2 in `fsdp_config`")
-        if plugin is not None and plugin.activation_checkpointing:
-            raise ValueError(
-                "`activation_checkpointing` in `fsdp_config` renames parameters, which is not supported; use "
-                "`gradient_checkpointing` in TrainingArguments"
-            )
-        if (self._sharded or plugin is not None) and self.args.save_strategy != "no":
+        """Raise ValueError for an engine of accelerate that is not supported, or a model that it could not save."""
+        check_deepspeed(self.is_deepspeed_enabled)
+        check_accelerate(self.accelerator, self.args.fsdp, ranks=everyone() is not None, sharded=self._sharded)
+        if (self._sharded or self.is_fsdp_enabled) and self.args.save_strategy != "no":
             check_savable(self.unlearn_step.model)
 
     def train(

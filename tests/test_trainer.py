@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import ForgetRetainDataset
@@ -85,6 +85,24 @@ def test_gradient_checkpointing_changes_nothing(original, dataset, tmp_path):
         trainer.train()
         ends.append(trainer.model)
     assert differing(ends[0], original) and not differing(ends[0], ends[1]) and not differing(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("asked", ["arguments", "environment", "state"])
+def test_deepspeed_is_refused_however_it_is_asked_for(original, dataset, tmp_path, monkeypatch, asked):
+    own, validate = arguments(tmp_path), Trainer._validate_args
+
+    def enabled(self):
+        validate(self)
+        self.is_deepspeed_enabled = True
+
+    if asked == "arguments":
+        own.deepspeed = {"zero_stage": 3}
+    elif asked == "environment":  # what `accelerate launch --use_deepspeed` sets
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    else:
+        monkeypatch.setattr(Trainer, "_validate_args", enabled)
+    with pytest.raises(ValueError, match="DeepSpeed shares weights out in a way that is not supported"):
+        UnlearnTrainer(copy.deepcopy(original), own, combined(), dataset)
 
 
 def test_forgets(original, dataset, tmp_path):
