@@ -12,12 +12,15 @@ the model.
 Of a model whose weights ranks share out (`sharding`) every rank trains its part. Weights may be shared out before the
 Trainer gets the model, by torch's `fully_shard` or transformers' `DistributedConfig`, or by accelerate's FSDP2 when
 training begins; then the step takes up the parts and prepares with them. A checkpoint of such a model has what each
-rank holds in its folder `unlearn_step`; any number of ranks, with any engine or none, resumes from it.
+rank holds in its folder `unlearn_step`; any number of ranks, with any engine or none, resumes from it, and they resume
+from a checkpoint of one process. With `save_only_model` a checkpoint has the weights and the state of the step without
+the optimizer, however it is saved: who resumes from it begins anew with optimizer and schedule.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,7 +34,8 @@ from moe_unlearn.checkpoint import CheckpointError, load_state, save_state, shar
 from moe_unlearn.config import Recipe
 from moe_unlearn.data.of_recipe import pair_collator, paired
 from moe_unlearn.data.pairs import side_batches
-from moe_unlearn.model.saving import check_savable, save_pretrained
+from moe_unlearn.model.resuming import load_pretrained
+from moe_unlearn.model.saving import check_savable, has_adapters, save_pretrained
 from moe_unlearn.ranks import everyone
 from moe_unlearn.sharding.launched import asked_of_accelerate, check_accelerate, check_deepspeed
 from moe_unlearn.step import UnlearnStep, saved
@@ -265,13 +269,19 @@ class UnlearnTrainer(Trainer):
         save_pretrained(self.unlearn_step.model, output_dir or str(self.args.output_dir), tokenizer)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save and not self._sharded:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self._sharded and self.args.save_only_model:
+            sharded.save(folder / _STATE, {"step": self._state()})
+        elif self.args.should_save and not self._sharded:
             folder.mkdir(parents=True, exist_ok=True)
-            state = self.unlearn_step.state_dict()
-            del state["optimizer"]  # the Trainer saves it
-            save_state(folder, _STATE, state)
+            save_state(folder, _STATE, self._state())
         super()._save_checkpoint(model, trial)
+
+    def _state(self) -> dict[str, Any]:
+        """Return the state of the step without the optimizer, which the Trainer saves if it is to be saved."""
+        state = self.unlearn_step.state_dict()
+        del state["optimizer"]
+        return state
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._sharded:
@@ -283,40 +293,46 @@ class UnlearnTrainer(Trainer):
 
     def _load_step(self, checkpoint: str) -> None:
         """Restore the state of the step that a checkpoint holds."""
-        folder = Path(checkpoint)
-        if _of_ranks(folder):
-            self._saved = sharded.load(folder / _STATE, states=["step", "schedule"])
-            self.unlearn_step.load_state_dict(self._saved["step"])
-            return
-        if self._sharded or self.is_fsdp_enabled:
-            raise CheckpointError(
-                f"{folder} was saved with whole weights on every rank; weights that are shared out resume from a "
-                "checkpoint of such: load this one's model as the model to train, and begin anew"
-            )
-        state = load_state(folder, _STATE)
-        assert isinstance(state, dict)
-        self.unlearn_step.load_state_dict(state)
+        found, step = _of_ranks(checkpoint), self.unlearn_step
+        if found:
+            self._saved = sharded.load(Path(checkpoint) / _STATE, states=found & {"step", "schedule"})
+        else:
+            self._saved, _ = step.ranks.together(lambda: ({"step": load_state(Path(checkpoint), _STATE)}, True))
+        step.load_state_dict(self._saved["step"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        own: Any = self.model if model is None else model
-        if _of_ranks(Path(resume_from_checkpoint)):
-            saved.load_weights(self.unlearn_step, Path(resume_from_checkpoint) / _STATE)
-            return
-        if hasattr(own, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, own)
-        dtypes = {p.dtype for p in own.parameters()}
-        # float32 holds every narrower value exactly; a model of one dtype is loaded in that dtype
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        loaded = type(own).from_pretrained(resume_from_checkpoint, dtype=dtype)
-        own.load_state_dict(loaded.state_dict(), strict=True)
+        own, folder, step = self.model if model is None else model, Path(resume_from_checkpoint), self.unlearn_step
+        if self.is_fsdp_enabled and not self._sharded:
+            step.rebind()  # accelerate has just shared the weights out
+        if "model" in _of_ranks(folder):
+            saved.load_weights(step, folder / _STATE)
+        elif self._sharded and has_adapters(step.model):
+            raise CheckpointError(
+                f"{folder} has adapters of whole weights, which do not resume where weights are shared out: load them "
+                "with `peft.PeftModel.from_pretrained` as the model to train, and begin anew"
+            )
+        elif hasattr(own, "peft_config") or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, own)
+        else:
+            load_pretrained(step.model, folder, step.ranks)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not _of_ranks(Path(checkpoint)):
+        found = _of_ranks(checkpoint) if checkpoint is not None else set()
+        if checkpoint is None or not (found or self._sharded):
             super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        saved.load_optimizer(self.unlearn_step, Path(checkpoint) / _STATE, self._saved["step"])
-        assert self.lr_scheduler is not None  # training begins
-        self.lr_scheduler.load_state_dict(self._saved["schedule"])
+        elif "optimizer" in found:
+            saved.load_optimizer(self.unlearn_step, Path(checkpoint) / _STATE, self._saved["step"])
+            assert self.lr_scheduler is not None  # training begins
+            self.lr_scheduler.load_state_dict(self._saved["schedule"])
+        elif not found:
+            # transformers reads the files of a checkpoint of whole weights; of those this rank takes its rows
+            optimizer, fsdp = self.optimizer, self.is_fsdp_enabled
+            self.optimizer = SimpleNamespace(load_state_dict=partial(saved.take_optimizer, self.unlearn_step))
+            self.is_fsdp_enabled = False
+            try:
+                super()._load_optimizer_and_scheduler(checkpoint)
+            finally:
+                self.optimizer, self.is_fsdp_enabled = optimizer, fsdp
         self._saved = {}
 
     def _restore(self) -> str:
@@ -332,7 +348,7 @@ class UnlearnTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if best is not None and _of_ranks(Path(best)):
+        if best is not None and _of_ranks(best):
             self._load_from_checkpoint(best)
         elif hasattr(self.model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
@@ -340,9 +356,10 @@ class UnlearnTrainer(Trainer):
             self._load_from_checkpoint(best)
 
 
-def _of_ranks(checkpoint: Path) -> bool:
-    """Return whether ranks that shared weights out have saved a checkpoint."""
-    return (checkpoint / _STATE).is_dir()
+def _of_ranks(checkpoint: str | Path) -> set[str]:
+    """Return what ranks that shared weights out have saved in a checkpoint; empty if one process has saved it."""
+    folder = Path(checkpoint) / _STATE
+    return set(sharded.entries(folder)) if folder.is_dir() else set()
 
 
 class _Bookkeeping(TrainerCallback):

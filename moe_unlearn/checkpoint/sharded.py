@@ -41,7 +41,7 @@ from moe_unlearn.files import remove_unfinished, whole_folder
 from moe_unlearn.ranks import gathered, together
 from moe_unlearn.sharding import initialised
 
-__all__ = ["CheckpointError", "Part", "Slices", "commit", "latest", "load", "save"]
+__all__ = ["CheckpointError", "Part", "Slices", "commit", "entries", "latest", "load", "save"]
 
 Group = distributed.ProcessGroup | None
 
@@ -120,6 +120,15 @@ def load(folder: str | Path, into: Any = None, *, states: Collection[str] | None
     with _torch_errors(folder):
         state_dict_loader.load(wanted, storage_reader=Reader(folder, index), planner=LoadSlices(), process_group=group)
     return result
+
+
+def entries(folder: str | Path) -> list[str]:
+    """Return the keys of the tree of a checkpoint, which is a dict; CheckpointError if it cannot be read.
+
+    No rank waits for another. Files other than that of the tree are not verified.
+    """
+    known = manifest.read_manifest(folder)
+    return tree.keys_of(read_state(Path(folder), known)[0])
 
 
 def commit(root: str | Path, step: int, state: Any, *, keep: int = 2, group: Group = None) -> Path:

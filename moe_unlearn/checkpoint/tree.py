@@ -74,6 +74,11 @@ def chosen(tree: Any, keys: Collection[str]) -> Any:
     return {_DICT: [[key, entries[key]] for key in keys]}
 
 
+def keys_of(tree: Any) -> list[str]:
+    """Return the keys of a tree that is a dict."""
+    return [key for key, _ in tree[_DICT]]
+
+
 def name_of(path: Path) -> str:
     """Return the name of a leaf: different places have different names."""
     return json.dumps(path)

@@ -54,7 +54,7 @@ def load_state(step: "UnlearnStep", state: Mapping[str, Any]) -> None:
     step.apply_preparation()
     step.rewind(state["steps"], state.get("dual", step.recipe.retain.alpha), None)
     if (optimizer := state.get("optimizer")) is not None:
-        _load_optimizer(step, optimizer)
+        take_optimizer(step, optimizer)
 
 
 def tree_of(step: "UnlearnStep") -> dict[str, Any]:
@@ -80,7 +80,25 @@ def load_optimizer(step: "UnlearnStep", folder: Path, state: Mapping[str, Any]) 
     named = dict(step.model.named_parameters())
     parts = {name: part_of(named[name]) for name in state["optimizer"]["trained"]}
     found = sharded.load(folder, {"optimizer": parts}, states=["optimizer"], group=step.ranks.group)["optimizer"]
-    _load_optimizer(step, {**state["optimizer"], "states": found})
+    take_optimizer(step, {**state["optimizer"], "states": found})
+
+
+def take_optimizer(step: "UnlearnStep", saved: Mapping[str, Any]) -> None:
+    """Load the state of an optimizer, of sharded weights or of whole ones, into that of this step."""
+    if "trained" not in saved and step.shards is None:
+        step.optimizer.load_state_dict(dict(saved))
+        return
+    from moe_unlearn.checkpoint.optimizer import from_tree, part_of
+
+    named, optimizer = dict(step.model.named_parameters()), step.optimizer
+    if "trained" not in saved:
+        saved = _shared(step, saved)
+    optimizer.state.clear()
+    for name, tree in saved.get("states", {}).items():
+        if own := from_tree(tree, part_of(named[name])):
+            optimizer.state[named[name]] = own
+    for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
+        group.update(options)
 
 
 def _weights(step: "UnlearnStep") -> dict[str, Any]:
@@ -101,24 +119,6 @@ def _optimizer(step: "UnlearnStep") -> dict[str, Any]:
     # a rank without rows of a parameter has no state of it, but has to ask for it with the others
     trained = sorted({name for names in gather(list(states), step.ranks.group) for name in names})
     return {"states": states, "trained": trained, "groups": _options(optimizer.param_groups)}
-
-
-def _load_optimizer(step: "UnlearnStep", saved: Mapping[str, Any]) -> None:
-    """Load the state of an optimizer, of sharded weights or of whole ones, into that of this step."""
-    if "trained" not in saved and step.shards is None:
-        step.optimizer.load_state_dict(dict(saved))
-        return
-    from moe_unlearn.checkpoint.optimizer import from_tree, part_of
-
-    named, optimizer = dict(step.model.named_parameters()), step.optimizer
-    if "trained" not in saved:
-        saved = _shared(step, saved)
-    optimizer.state.clear()
-    for name, tree in saved.get("states", {}).items():
-        if own := from_tree(tree, part_of(named[name])):
-            optimizer.state[named[name]] = own
-    for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
-        group.update(options)
 
 
 def _shared(step: "UnlearnStep", whole: Mapping[str, Any]) -> dict[str, Any]:

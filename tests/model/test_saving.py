@@ -9,8 +9,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Chunk, WeightConverter
 
+from moe_unlearn.checkpoint import CheckpointError
 from moe_unlearn.model import saving
+from moe_unlearn.model.resuming import load_pretrained
 from moe_unlearn.model.saving import save_pretrained
+from moe_unlearn.ranks import Ranks
 from tests.support.models import TINY_MODELS
 from tests.support.tokenizers import TRIMMED
 
@@ -107,6 +110,23 @@ def test_what_fails_leaves_the_former_folder(tmp_path, monkeypatch, at):
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(made(num_hidden_layers=1), folder)
     assert contents(folder) == before and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_is_filled_with_what_was_saved_if_that_is_its_own(tmp_path):
+    saved, other = made("mixtral"), made("mixtral")
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    save_pretrained(saved, tmp_path)
+    load_pretrained(other, tmp_path, Ranks(other))
+    assert all(torch.equal(own, saved.state_dict()[name]) for name, own in other.state_dict().items())
+    narrow = made("mixtral", hidden_size=16)
+    before = {name: t.clone() for name, t in narrow.state_dict().items()}
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.weight has the shape \(\d+, \d+\) there, \(\d+, 16\) in the model"
+    ):
+        load_pretrained(narrow, tmp_path, Ranks(narrow))
+    assert all(torch.equal(own, before[name]) for name, own in narrow.state_dict().items())
 
 
 def test_other_models_are_refused(tmp_path):

@@ -10,10 +10,12 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file, save_file
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.distributed import DistributedConfig
 
 from moe_unlearn.checkpoint import CheckpointError
+from moe_unlearn.checkpoint.sharded import entries
 from moe_unlearn.data import ForgetRetainDataset
 from moe_unlearn.trainer import UnlearnTrainer
 from tests.support.forked_ranks import run_forked
@@ -28,8 +30,16 @@ pytestmark = pytest.mark.slow
 OVERRIDES = ("optimizer.name=adamw", "optimizer.weight_decay=0.1", "wagle={keep: 0.3}", "scope.kind=experts")
 AT = "checkpoint-2"
 # from the checkpoint of (ranks, engine) to the ranks of another
-RESUMED = {"fsdp2 to 2": ("fsdp2", 2), "fsdp2 to 3": ("fsdp2", 3), "ep4 to 2": ("ep4", 2)}
-BY_ACCELERATE = {"fsdp2 to accelerate": ("fsdp2", 2)}
+RESUMED = {
+    "fsdp2 to 2": ("fsdp2", 2),
+    "fsdp2 to 3": ("fsdp2", 3),
+    "ep4 to 2": ("ep4", 2),
+    "replicas to 2": ("replicas", 2),
+    "one to 2": ("one", 2),
+    "one without optimizer to 2": ("one without optimizer", 2),
+    "fsdp2 without optimizer to 2": ("fsdp2 without optimizer", 2),
+}
+BY_ACCELERATE = {"fsdp2 to accelerate": ("fsdp2", 2), "one to accelerate": ("one", 2)}
 
 
 def model(seed=0):
@@ -128,6 +138,8 @@ def runs(tmp_path_factory):
             root / "hub", distributed_config=config, dtype=torch.float64, experts_implementation="grouped_mm"
         )
         trainer(made.eval(), root / "ep4", ddp_backend="gloo").train()
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "fsdp"))
+        trainer(shard(model(), mesh=mesh), root / "replicas", ddp_backend="gloo").train()
 
     def whole(rank):
         run = trainer(shard(model()), root / "fsdp2", ddp_backend="gloo")
@@ -135,6 +147,7 @@ def runs(tmp_path_factory):
         for _ in range(2):  # the second finds a model in the folder
             run.save_model()
         keep(run, rank, root / "whole.safetensors")
+        trainer(shard(model()), root / "fsdp2 without optimizer", save_only_model=True, ddp_backend="gloo").train()
 
     def resumed(rank):
         for name, (saved, count) in RESUMED.items():
@@ -144,11 +157,13 @@ def runs(tmp_path_factory):
                 keep(run, rank, root / f"{name}.safetensors")
 
     def accelerated(rank):
-        with mock.patch.object(AcceleratorState, "__init__", forced):
-            run = trainer(model(1), root / "accelerate", ddp_backend="gloo", **FSDP)
-            run.train(resume_from_checkpoint=str(root / "fsdp2" / AT))
-        assert run.is_fsdp_enabled
-        keep(run, rank, root / "fsdp2 to accelerate.safetensors")
+        for name, (saved, _) in BY_ACCELERATE.items():
+            AcceleratorState._reset_state()
+            with mock.patch.object(AcceleratorState, "__init__", forced):
+                run = trainer(model(1), root / "accelerate", ddp_backend="gloo", **FSDP)
+                run.train(resume_from_checkpoint=str(root / saved / AT))
+            assert run.is_fsdp_enabled
+            keep(run, rank, root / f"{name}.safetensors")
 
     def adapters(rank):
         run = trainer(shard(adapted()), root / "lora", "npo", ddp_backend="gloo")
@@ -162,6 +177,8 @@ def runs(tmp_path_factory):
         found = messages(rank, root / "out")
         (root / f"messages{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
+    for name, only in (("one", False), ("one without optimizer", True)):
+        trainer(model(), root / name, gradient_accumulation_steps=2, save_only_model=only).train()
     on_ranks(2, root / "meet stopped", stopped)
     on_ranks(2, root / "meet lora", adapters)
     on_ranks(4, root / "meet ep4", experts)
@@ -235,11 +252,26 @@ def test_an_error_of_one_rank_ends_all(name, runs):
         assert found[name].startswith(words)
 
 
-def test_whole_weights_are_no_checkpoint_of_parts(tmp_path):
-    trainer(model(), tmp_path).train()
-    run = trainer(model(), tmp_path)
+@pytest.mark.parametrize("name", ["one", "fsdp2"])
+def test_a_checkpoint_of_the_model_only_has_neither_optimizer_nor_schedule(name, runs):
+    def of(saved):
+        return {str(path.relative_to(runs / saved / AT)): path for path in (runs / saved / AT).rglob("*")}
+
+    left_out = of(name).keys() - of(f"{name} without optimizer").keys()
+    if name == "one":
+        assert {"optimizer.pt", "scheduler.pt"} <= left_out
+    else:
+        assert entries(runs / "fsdp2 without optimizer" / AT / "unlearn_step") == ["step"]
+    assert (
+        of(f"{name} without optimizer")["model.safetensors"].read_bytes() == of(name)["model.safetensors"].read_bytes()
+    )
+
+
+def test_adapters_of_whole_weights_are_no_checkpoint_of_parts(tmp_path):
+    trainer(adapted(), tmp_path, "npo").train()
+    run = trainer(adapted(), tmp_path, "npo")
     with (
         mock.patch.object(run.unlearn_step.ranks, "sharded", True),
-        pytest.raises(CheckpointError, match="was saved with whole weights on every rank"),
+        pytest.raises(CheckpointError, match="has adapters of whole weights"),
     ):
         run.train(resume_from_checkpoint=True)

@@ -1,0 +1,56 @@
+"""Fills a model with the weights of a folder that `save_pretrained` wrote, also where ranks share the weights out."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_unlearn.checkpoint import CheckpointError
+from moe_unlearn.ranks import Ranks
+from moe_unlearn.sharding import held_rows, part, reshard
+
+
+@torch.no_grad()
+def load_pretrained(model: PreTrainedModel, folder: Path, ranks: Ranks) -> None:
+    """Fill the weights and buffers of a model, of which each rank may have a part; every rank calls this.
+
+    transformers converts what the hub holds in another form as `from_pretrained` does. Where weights are shared out,
+    the first rank alone reads them, in memory for all of them, and sends one after the other. Raises CheckpointError,
+    and fills nothing, if they are of another model; an error of the first rank is raised on all.
+    """
+    reshard(model)
+    state = model.state_dict(keep_vars=True)
+
+    def read() -> tuple[dict[str, Tensor], bool]:
+        if ranks.sharded and not ranks.first:
+            return {}, True
+        dtypes = {p.dtype for p in model.parameters()}
+        # float32 holds every narrower value exactly; a model of one dtype is loaded in that dtype
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        found = _plain(model).from_pretrained(folder, dtype=dtype).state_dict()
+        shapes = [{name: tuple(t.shape) for name, t in each.items()} for each in (state, found)]
+        for name in sorted(shapes[0].keys() | shapes[1].keys()):
+            own, other = (each.get(name) for each in shapes)
+            if own != other:
+                raise CheckpointError(f"{folder}: {name} has the shape {other} there, {own} in the model")
+        return found, True
+
+    whole, _ = ranks.together(read)
+    for name, own in state.items():
+        value = whole.get(name)
+        if ranks.sharded:
+            value = torch.empty(own.shape, dtype=own.dtype) if value is None else value.to(own.dtype)
+            ranks.share_([value])
+        assert value is not None  # a rank that did not read has got it
+        rows = held_rows(own)
+        part(own).copy_(value[rows.start : rows.stop] if own.dim() else value)
+
+
+def _plain(model: nn.Module) -> Any:
+    """Return the class of a model as it was before FSDP2 put one of its own in its place."""
+    # imported here because it is slow to import
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
