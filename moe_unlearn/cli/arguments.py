@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import config, data
 from moe_unlearn.files import stream_of
+from moe_unlearn.plan import Mesh
+from moe_unlearn.ranks import everyone
 
 SOURCE = "a file, folder, benchmark or hub data set: NAME_OR_PATH[:SPLIT][?OPTION=VALUE&...]"
 
@@ -50,6 +52,26 @@ def add_chat(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--enable-thinking", action=argparse.BooleanOptionalAction, help="what the chat template is told")
     sub.add_argument("--system", default="", help="the chat template's system message")
     sub.add_argument("--date", help="the chat template's today, as 2026-11-29 (default: the same day always)")
+
+
+def add_mesh(sub: argparse.ArgumentParser, more: str = "") -> None:
+    """Add the option that shares the weights of a model out."""
+    sub.add_argument(
+        "--mesh",
+        metavar="fsdp=N[,ep=M]",
+        help=f"share the weights out over the N ranks of torchrun, experts over M of them{more}",
+    )
+
+
+def sharing(options: argparse.Namespace) -> dict[str, int]:
+    """Return how `load_model` is to share weights out by `--mesh`; ValueError unless it is of the ranks that run."""
+    if options.mesh is None:
+        return {}
+    mesh, ranks = Mesh.parse(options.mesh), everyone()
+    count = 1 if ranks is None else ranks.size()
+    if mesh.fsdp != count:
+        raise ValueError(f"--mesh is of {mesh}; this run has {count}: start it with torchrun --nproc-per-node")
+    return {"fsdp": mesh.fsdp, "ep": mesh.ep}
 
 
 def positive(text: str) -> int:

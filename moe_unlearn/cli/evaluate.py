@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_unlearn import data, metrics
-from moe_unlearn.cli.arguments import add_data, chat_of, examples_of, steps, writable
+from moe_unlearn.cli.arguments import add_data, add_mesh, chat_of, examples_of, sharing, steps, writable
 from moe_unlearn.files import write_json
 from moe_unlearn.model import loading
 from moe_unlearn.ranks import on_first
@@ -62,16 +62,21 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         choices=tuple(metrics.LIKE),
         help="compute muse or tofu as that project does: to compare with its numbers",
     )
+    add_mesh(sub)
     sub.add_argument("--cache", help="folder of results by content of model, data and settings")
     sub.add_argument("--out", help="write the metrics as JSON: a file; with --benchmark a folder")
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure a model on forget, retain and holdout text, or with --benchmark; print and save the metrics."""
+    for name in ("relearn", "gradient_norm"):
+        if options.mesh and getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} needs whole weights on every rank; leave out --mesh")
+    shared = sharing(options)
     if options.benchmark:
         if options.before or options.relearn:
             raise ValueError("--before and --relearn are for --forget and --retain; leave out --benchmark")
-        _benchmark(options)
+        _benchmark(options, shared)
         return
     for name in ("data", "reference_run", "classifier", "label", "like", "gradient_norm"):
         if getattr(options, name):
@@ -83,8 +88,8 @@ def run(options: argparse.Namespace) -> None:
     if options.reference and not options.holdout:
         raise ValueError("--reference is for privleak, which needs --holdout too")
     writable(options.out)
-    model, tokenizer = loading.load_model(options.model)
-    reference = None if options.reference is None else loading.load_model(options.reference)[0]
+    model, tokenizer = loading.load_model(options.model, **shared)
+    reference = None if options.reference is None else loading.load_model(options.reference, **shared)[0]
     sets: dict[str, Any] = {
         side: examples_of(getattr(options, side), tokenizer, options, side)
         for side in ("forget", "retain", "holdout")
@@ -92,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
     }
     result: dict[str, Any] = metrics.evaluate(model, tokenizer, **sets, reference=reference)
     if options.before or options.relearn:
-        before = None if options.before is None else loading.load_model(options.before)[0]
+        before = None if options.before is None else loading.load_model(options.before, **shared)[0]
         result |= metrics.audit(
             model,
             tokenizer,
@@ -111,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
         on_first(partial(write_json, options.out, result))
 
 
-def _benchmark(options: argparse.Namespace) -> None:
+def _benchmark(options: argparse.Namespace, shared: dict[str, int]) -> None:
     named = [entry.partition("=") for entry in options.data]
     if not named or not all(source for _, _, source in named):
         raise ValueError(f"--benchmark needs --data NAME=SOURCE ...; got {' '.join(options.data) or 'none'}")
@@ -143,10 +148,10 @@ def _benchmark(options: argparse.Namespace) -> None:
     if options.gradient_norm:
         more["gradient_norm"] = True
     if options.reference:
-        more["reference_model"] = loading.load_model(options.reference)[0]
+        more["reference_model"] = loading.load_model(options.reference, **shared)[0]
     if options.classifier:
         more["classifier"] = metrics.Classifier(*loading.load_classifier(options.classifier), options.label)
-    model, tokenizer = loading.load_model(options.model)
+    model, tokenizer = loading.load_model(options.model, **shared)
     result = evaluation(
         model,
         tokenizer,

@@ -1,7 +1,7 @@
 """One command on several processes, the ranks that `torchrun` starts, or on one.
 
     torchrun --nproc-per-node 2 -m moe_unlearn run npo --model DIR --forget F --retain R
-    torchrun --nproc-per-node 2 -m moe_unlearn run npo --mesh fsdp=2 --no-eval --model DIR --forget F --retain R
+    torchrun --nproc-per-node 2 -m moe_unlearn run npo --mesh fsdp=2 --model DIR --forget F --retain R
 
 The environment that torchrun sets says which rank this process is; a process that lacks a part of it is alone, since
 schedulers of clusters set WORLD_SIZE for other purposes. The group of all ranks begins and ends here: nccl where there

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from moe_unlearn import backend, benchmark, data, masks, native, trace, wagle
 from moe_unlearn.benchmark.trained_cache import clean_cache
 from moe_unlearn.cli import alternates, evaluate
-from moe_unlearn.cli.arguments import add_data, examples_of, positive, steps, writable
+from moe_unlearn.cli.arguments import add_data, add_mesh, examples_of, positive, sharing, steps, writable
 from moe_unlearn.cli.launch import REFUSED, Command, Outcome, launched
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import carry_loss
@@ -114,7 +114,7 @@ def env(options: argparse.Namespace) -> None:
 def stats(options: argparse.Namespace) -> None:
     """Print routing frequencies of forget and retain text, and the experts TRACE would select."""
     writable(options.out)
-    model, tokenizer = loading.load_model(options.model)
+    model, tokenizer = loading.load_model(options.model, **sharing(options))
     _require_moe(model)
     sides = {side: examples_of(getattr(options, side), tokenizer, options, side) for side in ("forget", "retain")}
     ranks = Ranks(model, everyone())
@@ -146,7 +146,7 @@ def stats(options: argparse.Namespace) -> None:
 def mask(options: argparse.Namespace) -> None:
     """Compute a WAGLE mask and save it."""
     writable(options.out)
-    model, tokenizer = loading.load_model(options.model)
+    model, tokenizer = loading.load_model(options.model, **sharing(options))
     _require_moe(model)
     made = wagle.weight_mask(
         model,
@@ -160,15 +160,20 @@ def mask(options: argparse.Namespace) -> None:
         accumulation=options.accumulation,
         ranks=Ranks(model, everyone()),
     )
-    on_first(partial(masks.save, made, options.out, model, options.format))
+    save = partial(masks.save, made, options.out, model, options.format)
+    if made.shared:  # all ranks put it together
+        save()
+    else:
+        on_first(save)
     print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
 
 
 def run(options: argparse.Namespace) -> None:
     """Unlearn: read a recipe, a model and the data, train, evaluate, report."""
     mesh = None if options.mesh is None else Mesh.parse(options.mesh)
-    if not options.dry_run:
-        _check_mesh(mesh, options)
+    if not options.dry_run and options.fits is not None:
+        raise ValueError("--fits asks for a plan, and goes with --dry-run")
+    shared = {} if options.dry_run else sharing(options)
     known = options.model_config if options.model_config in models() else None
     recipe = Recipe.load(options.recipe, [*_data_overrides(options), *options.set], model=known)
     if options.model_config is not None and recipe.data.model is None:
@@ -182,7 +187,6 @@ def run(options: argparse.Namespace) -> None:
     if not options.dry_run:
         writable(options.out, folder=True)
     assert recipe.data.model is not None
-    shared = {} if mesh is None or options.dry_run else {"fsdp": mesh.fsdp, "ep": mesh.ep}
     model, tokenizer = loading.load_model(recipe.data.model, **shared)
     _require_moe(model)
     reports: dict[str, data.DataReport] = {}
@@ -224,21 +228,6 @@ def run(options: argparse.Namespace) -> None:
         _print_run(out, summary)
 
 
-def _check_mesh(mesh: Mesh | None, options: argparse.Namespace) -> None:
-    """Raise ValueError for a mesh, None for whole weights, or an option that this run cannot have."""
-    if options.fits is not None:
-        raise ValueError("--fits asks for a plan, and goes with --dry-run")
-    ranks = everyone()
-    count = 1 if ranks is None else ranks.size()
-    if mesh is not None and mesh.fsdp != count:
-        raise ValueError(f"--mesh is of {mesh}; this run has {count}: start it with torchrun --nproc-per-node")
-    if mesh is not None and mesh.fsdp > 1 and not options.no_eval:
-        raise ValueError(
-            "--mesh shares weights out, and metrics need whole ones: give --no-eval, and measure the result with "
-            "`moe-unlearn eval`"
-        )
-
-
 def write_report(options: argparse.Namespace) -> None:
     """Rebuild report.md and the figures of a run folder from its summary.json."""
     folder = Path(options.folder)
@@ -274,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data(sub)
     sub.add_argument("--per-layer", type=int, default=2)
     sub.add_argument("--min-ratio", type=float, default=1.5)
+    add_mesh(sub)
     sub.add_argument("--out", help="write the frequencies as JSON")
     sub = command("mask", mask)
     add_data(sub)
@@ -290,6 +280,7 @@ def _parser() -> argparse.ArgumentParser:
         help="native: safetensors, a bit for "
         "each weight; official: the WAGLE code's {name: bool tensor}, expert by expert",
     )
+    add_mesh(sub)
     sub.add_argument("--out", required=True, help="the file to write; wagle.mask of a recipe reads both formats")
     alternates.add_arguments(command("alternates", alternates.run))
     sub = command("run", run)
@@ -312,11 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="runs/unlearn", help="folder of the run")
     sub.add_argument("--cache", help="folder of reference values that runs share (default: OUT/cache)")
     sub.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    sub.add_argument(
-        "--mesh",
-        metavar="fsdp=N[,ep=M]",
-        help="share the weights out over the N ranks of torchrun, experts over M of them; with --dry-run: plan it",
-    )
+    add_mesh(sub, "; with --dry-run: plan it")
     sub.add_argument("--fits", type=float, metavar="GIB", help="with --dry-run: ask whether devices of this size do")
     sub.add_argument(
         "--verify",

@@ -38,7 +38,7 @@ from moe_unlearn.metrics.left_out import Kept, labelled, marks
 from moe_unlearn.metrics.privacy import auc, lowest, min_k, privleak, rel_diff
 from moe_unlearn.metrics.results import Evaluation, Result, by_index
 from moe_unlearn.metrics.scoring import TokenScores, token_scores
-from moe_unlearn.metrics.workers import share
+from moe_unlearn.metrics.workers import check_whole, share
 from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ops.token_loss import IGNORED
 from moe_unlearn.prepare.reference import model_digest
@@ -154,8 +154,9 @@ def gradient_norms(model: nn.Module, examples: Sequence[Example]) -> list[float]
 
     Parameters without a gradient are left out. The model runs in evaluation mode, with one backward pass an example;
     `grad` of no parameter is touched. Raises ValueError if an example carries no label or no parameter requires a
-    gradient.
+    gradient, and for sharded weights.
     """
+    check_whole(model, "mia_gradnorm")
     plain = local(model)
     weights = [p for p in plain.parameters() if p.requires_grad]
     if not weights:

@@ -11,6 +11,7 @@ from torch import nn
 from moe_unlearn.data import Example, batches
 from moe_unlearn.metrics.privacy import nll
 from moe_unlearn.metrics.scoring import evaluating, token_scores
+from moe_unlearn.metrics.workers import check_whole
 from moe_unlearn.ranks import local
 
 Measure = Callable[[nn.Module], dict[str, float]]
@@ -58,8 +59,9 @@ def relearning_attack(
     `nll`, the forget NLL in nats a token. The model, its gradients and the random state are left as they were.
     The copy and its optimizer take three more times the weights' memory. Every rank makes the same attack.
 
-    Raises ValueError for no examples, examples without labels, or steps or `every` below 1.
+    Raises ValueError for no examples, examples without labels, steps or `every` below 1, or sharded weights.
     """
+    check_whole(model, "the relearning attack")
     if steps < 1 or every < 1:
         raise ValueError(f"expected at least one step, measured every 1 or more; got {steps} and {every}")
     # an example without labels teaches nothing, and a batch of them would have a mean over no tokens

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.data import Example, batches, generator
-from moe_unlearn.metrics.workers import share
+from moe_unlearn.metrics.workers import first_choice, share
 from moe_unlearn.model.modes import evaluation_mode
-from moe_unlearn.ranks import local
+from moe_unlearn.ranks import local, sharded
+from moe_unlearn.sharding import reshard
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,12 @@ class TokenScores:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode without gradients inside, and restore every submodule's own mode, whatever happens."""
-    with evaluation_mode(model), torch.inference_mode():
-        yield
+    # FSDP2 keeps what it makes in its first pass, and what inference mode has made could not be trained later
+    with evaluation_mode(model), torch.no_grad() if sharded(model) else torch.inference_mode():
+        try:
+            yield
+        finally:
+            reshard(model)
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -210,11 +215,12 @@ def _decode(
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     stops = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    agreed = first_choice(model)
     cache: Any = None
     generated: list[Tensor] = []
     while True:
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        ids, cache = choose(out.logits[:, -1], len(generated)), out.past_key_values
+        ids, cache = agreed(choose(out.logits[:, -1], len(generated))), out.past_key_values
         generated.append(ids)
         ended |= torch.isin(ids[:, 0], stops)
         if len(generated) == new_tokens or bool(ended.all()):

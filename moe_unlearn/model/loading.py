@@ -47,6 +47,12 @@ def load_model(folder: str | Path, *, fsdp: int = 1, ep: int = 1) -> tuple[PreTr
     return model, tokenizer
 
 
+def sharing_of(model: nn.Module) -> dict[str, int]:
+    """Return how `load_model` shared a model's weights out: its options `fsdp` and `ep`, none for whole weights."""
+    config: Any = getattr(getattr(model, "config", None), "distributed_config", None)
+    return {} if config is None else {"fsdp": config.fsdp_size or 1, "ep": config.ep_size or 1}
+
+
 def load_classifier(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model and the tokenizer of a sequence classifier (Toxic-BERT) in a folder; errors as `load_model`."""
     model, tokenizer, missing = _load(folder, AutoModelForSequenceClassification, "sequence classifier")

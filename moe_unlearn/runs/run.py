@@ -155,7 +155,7 @@ def unlearn(
     measured: dict[str, Any] = {**sets}
     if evaluate:
         if recipe.data.reference is not None:
-            retrained, _ = loading.load_model(recipe.data.reference)
+            retrained, _ = loading.load_model(recipe.data.reference, **loading.sharing_of(model))
             summary["retrain"] = metrics.evaluate(retrained, tokenizer, **measured)
         summary["target"] = metrics.evaluate(model, tokenizer, **measured)
     start = time.perf_counter()

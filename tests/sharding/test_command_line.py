@@ -21,7 +21,7 @@ from tests.support.two_ranks import ROOT
 pytestmark = pytest.mark.slow
 
 CHILD = "tests.support.command_line_child"
-FAILING = {"unknown", "refused", "missing", "one", "fault", "verify", "pipe", "other ranks", "metrics"}
+FAILING = {"unknown", "refused", "missing", "one", "fault", "verify", "pipe", "other ranks", "relearn"}
 
 
 def torchrun(*command, **environment):
@@ -98,6 +98,39 @@ def test_a_mesh_shares_out_the_weights_of_a_run(mesh, ranks, folder):
     ]
 
 
+def without(option, command):
+    """A command without an option that has one value."""
+    at = command.index(option)
+    return command[:at] + command[at + 2 :]
+
+
+def test_shared_out_weights_are_measured_as_one_process_measures(ranks, folder):
+    """Every rank makes its passes with its batches, so that its bits are theirs, but for experts on other ranks."""
+    one = without("--mesh", commands(folder, 0)["eval fsdp"])
+    assert main([*one[:-1], str(folder / "one-eval.json")]) == 0
+    assert (folder / "one-eval.json").read_bytes() == (folder / "eval-fsdp.json").read_bytes()
+    assert {"minkauc", "routing_overlap", "gibberish"} <= read(folder / "eval-fsdp.json").keys()
+    run = without("--mesh", commands(folder, 0)["fsdp"])
+    run[run.index("--out") + 1] = str(folder / "one-run")
+    assert main([*run, "accumulate=2"]) == 0
+    alone, parts, experts = (read(folder / out / "summary.json") for out in ("one-run", "fsdp", "experts"))
+    assert alone["target"] == parts["target"] and alone["retrain"] == parts["retrain"]
+    for name in ("target", "npo"):
+        assert {k: v for k, v in parts[name].items() if k != "seconds"} == pytest.approx(
+            {k: v for k, v in alone[name].items() if k != "seconds"}, rel=1e-4
+        )
+        assert {k: experts[name][k] for k in ("nll_f", "nll_r")} == pytest.approx(
+            {k: alone[name][k] for k in ("nll_f", "nll_r")}, rel=1e-4
+        )
+
+
+def test_shared_out_weights_have_the_statistics_and_the_mask_of_whole_ones(ranks, folder):
+    assert (folder / "stats.json").read_bytes() == (folder / "stats-fsdp.json").read_bytes()
+    whole, parts = (WeightMask.load(folder / f"{name}.safetensors") for name in ("mask", "mask-fsdp"))
+    differing = sum(int((whole.kept(name) != parts.kept(name)).sum()) for name in whole.names)
+    assert whole.fraction > 0.29 and differing <= 1e-3 * sum(whole.kept(name).numel() for name in whole.names)
+
+
 def test_a_run_is_evaluated_and_reported_once(ranks, folder):
     assert (
         main(unlearning(folder, "one", "accumulate=2", steps=1, options=("--holdout", str(folder / "holdout.jsonl"))))
@@ -149,7 +182,7 @@ def test_what_ranks_measure_is_what_one_process_does(verb, ranks, folder, capsys
         ("fault", [2, 1], 1, "KeyError: 'a fault of the program'"),
         ("verify", [2, 2], None, "run: error: verify is for one process; got a model shared by 2 ranks"),
         ("other ranks", [2, 2], None, "run: error: --mesh is of 3 ranks (fsdp 3); this run has 2: start it with"),
-        ("metrics", [2, 2], None, "run: error: --mesh shares weights out, and metrics need whole ones"),
+        ("relearn", [2, 2], None, "eval: error: --relearn needs whole weights on every rank; leave out --mesh"),
     ],
 )
 def test_an_error_ends_all_ranks_and_is_said_once(name, codes, rank, words, ranks):

@@ -31,14 +31,16 @@ def measuring(folder: Path, verb: str, out: str, *more: str) -> list[str]:
 
 def commands(folder: Path, rank: int) -> dict[str, list[str]]:
     """Return the commands by name; those of the two ranks differ where one of them is to fail."""
+    holdout = ("--holdout", str(folder / "holdout.jsonl"))
+    reference, before = ((option, str(folder / "model")) for option in ("--reference", "--before"))
     lost = folder / ("none.jsonl" if rank else "retain.jsonl")
     return {
         "run": unlearning(folder, "run"),
         "half": unlearning(folder, "resumed", steps=2),
         "resumed": unlearning(folder, "resumed", options=("--no-eval", "--resume")),
-        "evaluated": unlearning(folder, "evaluated", steps=1, options=("--holdout", str(folder / "holdout.jsonl"))),
+        "evaluated": unlearning(folder, "evaluated", steps=1, options=holdout),
         "plan": unlearning(folder, "plan", options=("--dry-run",)),
-        "eval": measuring(folder, "eval", "eval.json", "--holdout", str(folder / "holdout.jsonl")),
+        "eval": measuring(folder, "eval", "eval.json", *holdout),
         "stats": measuring(folder, "stats", "stats.json"),
         "mask": measuring(folder, "mask", "mask.safetensors", "--keep", "0.3"),
         "help": ["run", "--help"],
@@ -50,10 +52,13 @@ def commands(folder: Path, rank: int) -> dict[str, list[str]]:
         "pipe": measuring(folder, "stats", "pipe.json"),
         "verify": unlearning(folder, "verified", options=("--verify", "1")),
         "again": measuring(folder, "stats", "again.json"),
-        "fsdp": unlearning(folder, "fsdp", options=("--no-eval", "--mesh", "fsdp=2")),
-        "experts": unlearning(folder, "experts", options=("--no-eval", "--mesh", "fsdp=2,ep=2")),
+        "fsdp": unlearning(folder, "fsdp", options=(*holdout, *reference, "--mesh", "fsdp=2")),
+        "experts": unlearning(folder, "experts", options=("--mesh", "fsdp=2,ep=2")),
+        "eval fsdp": measuring(folder, "eval", "eval-fsdp.json", *holdout, *before, "--mesh", "fsdp=2"),
+        "stats fsdp": measuring(folder, "stats", "stats-fsdp.json", "--mesh", "fsdp=2"),
+        "mask fsdp": measuring(folder, "mask", "mask-fsdp.safetensors", "--keep", "0.3", "--mesh", "fsdp=2"),
         "other ranks": unlearning(folder, "mesh", options=("--no-eval", "--mesh", "fsdp=3")),
-        "metrics": unlearning(folder, "mesh", options=("--mesh", "fsdp=2")),
+        "relearn": measuring(folder, "eval", "none.json", "--relearn", "3", "--mesh", "fsdp=2"),
     }
 
 
