@@ -16,6 +16,7 @@ of them waits for that rank.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -152,10 +153,11 @@ def shared_work(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the number and the result of each batch, of which the ranks compute one each at a time.
 
-    `compute(i)` is [lengths[i], ...] with one dtype, device and rest of the shape for all batches.
+    `compute(i)` is [lengths[i], ...] with one dtype, device and rest of the shape for all batches. An error of one rank
+    ends all where weights are whole.
     """
     for i, _ in turns(range(len(lengths)), ranks):
-        own = compute(i)
+        own = by_itself(partial(compute, i), ranks)
         if ranks is None:
             yield i, own
             continue
@@ -199,6 +201,14 @@ def together(
 ) -> _Found:
     """Return act() of this rank, which has ended well on all ranks of `group`, by default all; see `gathered`."""
     return gathered(act, lambda _: None, group, error=error)[0]
+
+
+def by_itself(act: Callable[[], _Found], ranks: Ranks | None) -> _Found:
+    """Return act(), a computation with the model, which ends well on all of `ranks` if they have whole weights.
+
+    Sharded weights need all ranks in every forward pass, in which an error of one cannot be told to the others.
+    """
+    return act() if ranks is None or ranks.sharded else together(act, ranks.group)
 
 
 def gathered(

@@ -30,7 +30,7 @@ from moe_unlearn.model.batches import Batch, padded, target_mask
 from moe_unlearn.model.capture import routing_capture
 from moe_unlearn.model.head import final_hidden_states
 from moe_unlearn.model.modes import evaluation_mode
-from moe_unlearn.ranks import Ranks, turns
+from moe_unlearn.ranks import Ranks, by_itself, turns
 
 _log = logging.getLogger(__name__)
 
@@ -81,13 +81,18 @@ def routing_frequencies(model: nn.Module, batches: Iterable[Batch], ranks: Ranks
     `ranks` share the batches, which are the same on all of them. The model is left as it was. Raises ValueError if it
     has no MoE layers or no position counts.
     """
-    tokens = 0
-    with torch.no_grad(), evaluation_mode(model), routing_capture(model) as capture:
+
+    def count() -> int:
+        tokens = 0
         for batch, counts in turns(map(padded, batches), ranks):
             mask = target_mask(batch) & counts
             tokens += int(mask.sum())
             capture.group = torch.where(mask.flatten(), 0, -1).int()
             final_hidden_states(model, batch)
+        return tokens
+
+    with torch.no_grad(), evaluation_mode(model), routing_capture(model) as capture:
+        tokens = by_itself(count, ranks)
         if ranks is not None:
             tokens = int(ranks.sums([tokens])[0])
         if not tokens:

@@ -182,6 +182,7 @@ def prepare(
     ranks = Ranks(model) if ranks is None else ranks
     rows, _ = ranks.together(lambda: (_checked_rows(prepared, forget, retain), True))
     ranks.agree("the rows of prepare()", lambda: [[content_keys(b) for b in side] for side in (forget, retain)])
+    ranks.agree("the stages that prepare() has run", lambda: prepared.done)
     # all ranks share the work, and sharded weights need all of them in every forward pass
     shared = ranks if ranks.count > 1 else None
 

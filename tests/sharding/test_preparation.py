@@ -82,6 +82,21 @@ def refused(cache: Path, rank: int, ranks: Ranks) -> list[str]:
     return said
 
 
+def without_memory(rank: int, ranks: Ranks) -> list[str]:
+    """What a rank says where the second one fails in a forward pass, by the stage that makes it."""
+    said = []
+    for name, where in (("npo", stages), ("trace", trace), ("seuf", seuf)):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank:
+                run = "token_losses" if name == "npo" else "final_hidden_states"
+                patch.setattr(where, run, Mock(side_effect=MemoryError("none is left")))
+            try:
+                prepare(model(), recipe(name), Preparation(), *data(), ranks=ranks)
+            except (RankError, MemoryError) as raised:
+                said.append(f"{type(raised).__name__}: {raised}")
+    return said
+
+
 def damaged_mask(rank: int, ranks: Ranks) -> str:
     """What a rank says where the second one cannot read the mask that the recipe names."""
     with pytest.MonkeyPatch.context() as patch:
@@ -93,14 +108,20 @@ def damaged_mask(rank: int, ranks: Ranks) -> str:
     return "none"
 
 
-def other_rows(rank: int) -> str:
-    """What a rank says where the weights are sharded and the second one has prepared other rows before."""
-    before = Preparation(rows={"forget": [], "refusals": [], "retain": []} if rank else None)
-    try:
-        prepare(fully_shard(model()), recipe("npo"), before, *data())
-    except (RankError, ValueError) as raised:
-        return f"{type(raised).__name__}: {raised}"
-    return "none"
+def other_state(rank: int) -> list[str]:
+    """What a rank says where the second one has prepared other rows before, of sharded weights, and other stages."""
+    said = []
+    cases = (
+        (fully_shard(model()), {"rows": {"forget": [], "refusals": [], "retain": []}}),
+        (model(), {"done": ["trace"]}),
+    )
+    for made, before in cases:
+        ranks = Ranks(made, distributed.group.WORLD)
+        try:
+            prepare(made, recipe("npo"), Preparation(**before if rank else {}), *data(), ranks=ranks)
+        except (RankError, ValueError) as raised:
+            said.append(f"{type(raised).__name__}: {raised}")
+    return said
 
 
 def digested(ranks: Ranks) -> list:
@@ -137,7 +158,8 @@ def found_by(rank: int, folder: Path) -> None:
             as_another_processor(patch)
         found |= {f"{name} elsewhere": numbers_of(name, ranks) for name in RECIPES}
     found["passes"] = [passes_of(folder / f"cache{rank}", ranks) for _ in range(2)]
-    found["refused"] = refused(folder, rank, ranks) + [other_rows(rank)]
+    found["refused"], found["state"] = refused(folder, rank, ranks), other_state(rank)
+    found["memory"] = without_memory(rank, ranks)
     found["mask"] = damaged_mask(rank, ranks)
     found["digest"], found["statistics"] = digested(ranks), streamed(ranks)
     (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
@@ -171,16 +193,24 @@ def test_references_that_any_rank_has_on_its_disk_are_not_computed_again(two):
 
 @pytest.mark.slow
 def test_a_disk_that_fails_ends_all_ranks(two):
-    (*first, _), (*second, _) = (found["refused"] for found in two)
+    first, second = (found["refused"] for found in two)
     assert first == ["SafetensorError: no space left", "PermissionError: not yours"]
     assert second == [f"RankError: rank 0 stopped: {error}" for error in first]
 
 
 @pytest.mark.slow
-def test_rows_that_one_rank_has_not_prepared_before_end_all(two):
-    (*_, first), (*_, second) = (found["refused"] for found in two)
-    assert second.startswith("ValueError: row 0 of the forget rows is none of the 0 that prepare() saw before")
-    assert first == f"RankError: rank 1 stopped: {second}"
+def test_ranks_that_have_prepared_otherwise_before_all_refuse(two):
+    first, second = (found["state"] for found in two)
+    assert second[0].startswith("ValueError: row 0 of the forget rows is none of the 0 that prepare() saw before")
+    assert first[0] == f"RankError: rank 1 stopped: {second[0]}"
+    differ = "ValueError: expected the stages that prepare() has run to be the same on all 2 ranks; they differ"
+    assert first[1:] == second[1:] == [differ]
+
+
+@pytest.mark.slow
+def test_a_rank_without_memory_ends_all(two):
+    error = "MemoryError: none is left"
+    assert [found["memory"] for found in two] == [[f"RankError: rank 1 stopped: {error}"] * 3, [error] * 3]
 
 
 @pytest.mark.slow
