@@ -15,27 +15,29 @@ _HIDDEN_BYTES = 2  # cached hidden states are bfloat16
 _LOGPROB_BYTES = 4
 
 
-def part_of(view: StepView, mesh: Mesh | None) -> Callable[[Tensor, float], int]:
+def first_share(view: StepView, mesh: Mesh | None) -> Callable[[Tensor, float], int]:
     """Return a function of a parameter and a size, which gives what of it the first rank of a mesh has; else all."""
     placings = {} if mesh is None else mesh.placings(view.model)
 
-    def part(p: Tensor, size: float) -> int:
+    def share(p: Tensor, size: float) -> int:
         placing = placings.get(p)
         if placing is None:
             return round(size)
         return round(size * len(placing.held(len(p), placing.coordinates()[0])) / max(len(p), 1))
 
-    return part
+    return share
 
 
 def held_at_rest(view: StepView, prepared: Preparation, caches: int, mesh: Mesh | None) -> dict[str, int]:
     """Return the bytes by component that are known without a rehearsal, on the first rank of a mesh if there is one."""
-    part = part_of(view, mesh)
+    share = first_share(view, mesh)
     named = dict(view.model.named_parameters())
     known = {
-        "weights": sum(part(p, p.nbytes) for p in view.model.parameters()),
-        "optimizer state": sum(part(p, view.optimizer.state_size(p, view.masks.get(name))) for name, p in view.trained),
-        "mask": sum(part(named[name], words.nbytes) for name, words in view.masks.items()),
+        "weights": sum(share(p, p.nbytes) for p in view.model.parameters()),
+        "optimizer state": sum(
+            share(p, view.optimizer.state_size(p, view.masks.get(name))) for name, p in view.trained
+        ),
+        "mask": sum(share(named[name], words.nbytes) for name, words in view.masks.items()),
         CACHES: caches + sum(kept.nbytes for kept in reference_head(view, prepared) if kept is not None),
     }
     return {name: size for name, size in known.items() if size}

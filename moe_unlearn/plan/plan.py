@@ -24,7 +24,7 @@ from moe_unlearn.model.batches import Batch, Sizes, all_checked
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.plan.assumed import CACHES, assumed
 from moe_unlearn.plan.dry_run import Rehearsal
-from moe_unlearn.plan.known import cache_bytes, held_at_rest, part_of
+from moe_unlearn.plan.known import cache_bytes, first_share, held_at_rest
 from moe_unlearn.plan.mesh import Mesh, check_whole
 from moe_unlearn.plan.one_rank import OneRank
 from moe_unlearn.plan.ways import Path, form, obstacle, paths
@@ -188,8 +188,8 @@ def make_plan(
     if recipe.mollm is not None:
         plan.notes.append(f"MOLLM keeps {2 + recipe.mollm.kl} gradient sets until their Gram matrix is known")
     if recipe.wagle is not None and recipe.wagle.mask is None and prepared.mask is None:
-        part = part_of(view, mesh)
-        size = 2 * 4 * sum(part(p, p.numel()) for _, p in view.trained) / 2**20
+        share = first_share(view, mesh)
+        size = 2 * 4 * sum(share(p, p.numel()) for _, p in view.trained) / 2**20
         plan.notes.append(f"prepare() makes WAGLE's mask from two float32 gradients, {size:.2f} MiB beside the weights")
     if recipe.scope.kind in ("experts", "seuf") and prepared.selected is None:
         plan.notes.append(
