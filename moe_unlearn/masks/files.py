@@ -47,9 +47,9 @@ def save(mask: WeightMask, path: str | Path, model: nn.Module, format: str = "na
     if format == "native":
         mask.save(path)
         return
-    named = to_hub(model, {name: mask.kept(name).cpu() for name in mask.names})
 
-    def write() -> None:
+    def write(packed: dict[str, Tensor]) -> None:
+        named = to_hub(model, {name: mask.unpacked(name, words) for name, words in packed.items()})
         # an open file, since torch refuses some names; clones, since torch saves a view with the whole tensor behind it
         with whole_file(path) as unfinished, unfinished.open("wb") as file:
             torch.save({name: kept.clone() for name, kept in named.items()}, file)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from moe_unlearn.checkpoint.tensor_file import kind_of, tensor_file
 from moe_unlearn.masks.shards import shared_out
 from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
-from moe_unlearn.ranks import on_first
+from moe_unlearn.ranks import is_first, on_first
 from moe_unlearn.sharding import is_sharded, part, whole
 
 FORMAT = "moe-unlearn weight mask 1"
@@ -50,8 +51,12 @@ class WeightMask:
 
     def kept(self, name: str) -> Tensor:
         """Return a bool tensor of the parameter's shape, True where a weight may move."""
+        return self.unpacked(name, self.words(name))
+
+    def unpacked(self, name: str, words: Tensor) -> Tensor:
+        """Return `kept` of a parameter from all its words."""
         shape = self.shapes[name]
-        return unpack_bits(self.words(name), shape[-1] if shape else 1).view(shape)
+        return unpack_bits(words, shape[-1] if shape else 1).view(shape)
 
     @property
     def fraction(self) -> float:
@@ -96,9 +101,11 @@ class WeightMask:
     def state_dict(self) -> dict:
         """Return the mask as a nested dict of tensors and plain values; words that were shared out, on the CPU."""
         packed = {name: self.words(name).cpu() if is_sharded(own) else own for name, own in self.packed.items()}
+        return self._settings() | {"packed": packed}
+
+    def _settings(self) -> dict:
         return {
             "shapes": [[name, list(shape)] for name, shape in self.shapes.items()],
-            "packed": packed,
             "keep": self.keep,
             "gamma": self.gamma,
             "official": self.official,
@@ -120,25 +127,31 @@ class WeightMask:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, the same bytes for equal masks; it appears under its name whole or not at all."""
-        state = self.state_dict()
-        tensors: dict[str, Tensor] = state.pop("packed")
-        about = {"format": FORMAT, "state": json.dumps(state)}
+        about = {"format": FORMAT, "state": json.dumps(self._settings())}
 
-        def write() -> None:
+        def write(packed: dict[str, Tensor]) -> None:
             # safetensors' own save_file writes the entries of `about` in any order
-            kinds = {name: kind_of(words) for name, words in tensors.items()}
+            kinds = {name: kind_of(words) for name, words in packed.items()}
             with tensor_file(Path(path), kinds, about) as write_tensor:
-                for name, words in tensors.items():
+                for name, words in packed.items():
                     write_tensor(name, words)
 
         self.written_once(write)
 
-    def written_once(self, write: Callable[[], None]) -> None:
-        """Run `write`, on the first rank alone if ranks share the mask; its OSError is raised on all of them."""
-        if self.shared:
-            on_first(write)
-        else:
-            write()
+    def written_once(self, write: Callable[[dict[str, Tensor]], None]) -> None:
+        """Run `write` of all words on the CPU, by name; if ranks share the mask, on the first alone.
+
+        No other rank has the words of more than one parameter. An error in `write` ends all.
+        """
+        if not self.shared:
+            write({name: words.cpu() for name, words in self.packed.items()})
+            return
+        packed = {}
+        for name in self.packed:
+            words = self.words(name)
+            if is_first():
+                packed[name] = words.cpu()
+        on_first(partial(write, packed))
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> "WeightMask":

@@ -85,11 +85,34 @@ def written_by(rank: int, folder: Path) -> None:
         fully_shard(layer)
     made = fully_shard(made)
     mask = mask_of_given(made)
-    mask.save(folder / "given")
+    assert held_while_saved(mask, folder / "given") == (1 if rank else sum(map(is_sharded, mask.packed.values())))
     masks.save(mask, folder / "official", made, "official")
     distributed.barrier()
     assert read_again(folder / "given", made, mask) == 1
     read_again(folder / "official", made, mask)
+
+
+def held_while_saved(mask: WeightMask, path: Path) -> int:
+    """How many matrices of words a rank has whole when a mask that ranks share is written."""
+    found: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def whole(self: WeightMask, name: str) -> torch.Tensor:
+        words = unwatched(self, name)
+        if is_sharded(self.packed[name]):
+            found.append(weakref.ref(words))
+        return words
+
+    def written(write: Callable) -> None:
+        alive.append(sum(each() is not None for each in found))
+        on_first(write)
+
+    with pytest.MonkeyPatch.context() as patch:
+        unwatched, on_first = WeightMask.words, weight_mask.on_first
+        patch.setattr(WeightMask, "words", whole)
+        patch.setattr(weight_mask, "on_first", written)
+        mask.save(path)
+    return alive[0]
 
 
 def read_again(path: Path, made: nn.Module, mask: WeightMask) -> int:
