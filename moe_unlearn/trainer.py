@@ -327,8 +327,8 @@ class UnlearnTrainer(Trainer):
         elif not found:
             # transformers reads the files of a checkpoint of whole weights; of those this rank takes its rows
             optimizer, fsdp = self.optimizer, self.is_fsdp_enabled
-            self.optimizer = SimpleNamespace(load_state_dict=partial(saved.take_optimizer, self.unlearn_step))
-            self.is_fsdp_enabled = False
+            reader: Any = SimpleNamespace(load_state_dict=partial(saved.take_optimizer, self.unlearn_step))
+            self.optimizer, self.is_fsdp_enabled = reader, False
             try:
                 super()._load_optimizer_and_scheduler(checkpoint)
             finally:

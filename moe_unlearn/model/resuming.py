@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from moe_unlearn.checkpoint import CheckpointError
 from moe_unlearn.ranks import Ranks
@@ -13,7 +12,7 @@ from moe_unlearn.sharding import held_rows, part, reshard
 
 
 @torch.no_grad()
-def load_pretrained(model: PreTrainedModel, folder: Path, ranks: Ranks) -> None:
+def load_pretrained(model: nn.Module, folder: Path, ranks: Ranks) -> None:
     """Fill the weights and buffers of a model, of which each rank may have a part; every rank calls this.
 
     transformers converts what the hub holds in another form as `from_pretrained` does. Where weights are shared out,
