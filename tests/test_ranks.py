@@ -66,6 +66,12 @@ def test_two_ranks_train_what_one_trainer_does(ranks, tmp_path):
 
 
 @pytest.mark.slow
+def test_ranks_that_round_otherwise_take_the_same_step(ranks):
+    _, first, second = ranks
+    assert first["elsewhere"] == second["elsewhere"]
+
+
+@pytest.mark.slow
 def test_what_one_rank_cannot_do_neither_does(ranks):
     _, first, second = ranks
     assert first["errors"] == second["errors"]

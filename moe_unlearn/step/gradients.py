@@ -43,6 +43,7 @@ class GradientStore:
         self.optimizer = optimizer
         #: parameter -> the step's gradient that is not in `.grad`: compact, or factors
         self.collected: dict[Tensor, Tensor | Factors] = {}
+        self._ranks: Ranks | None = None  # those that have added the gradients up
         self._register()
         self.begin([], {})
 
@@ -147,6 +148,7 @@ class GradientStore:
 
     def add_up(self, ranks: Ranks) -> None:
         """Add up the gradients of all ranks in place; none of them may be factors."""
+        self._ranks = ranks
         for gradients in self._each_set():
             assert ranks.count == 1 or not any(isinstance(g, list) for g in gradients)
             pairs = zip(self.trained, gradients, strict=True)
@@ -308,8 +310,12 @@ class GradientStore:
         return self._inner(sets, [None if p in compact else self.masks.get(name) for name, p in self.trained])
 
     def _inner(self, sets: list[list[Tensor | None]], masks: list[Tensor | None]) -> Tensor:
-        """Compute the inner products of whole gradients; `ShardedStore` completes those of parts."""
-        return gram(sets, masks=masks)
+        """Compute the inner products of whole gradients, on the first rank; `ShardedStore` completes those of parts."""
+        total = gram(sets, masks=masks)
+        if self._ranks is not None:
+            # processors of several kinds may round otherwise, and all ranks have to clip alike
+            self._ranks.share_([total])
+        return total
 
     def _apart(self, p: nn.Parameter) -> bool:
         """Return whether each rank has a gradient of `p` of its own until `add_up`."""

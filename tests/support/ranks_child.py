@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -11,8 +12,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_unlearn.data import ForgetRetainDataset
+from moe_unlearn.ops import gram
+from moe_unlearn.prepare.rows import tensor_digest
 from moe_unlearn.ranks import RankError
-from moe_unlearn.step import UnlearnStep
+from moe_unlearn.step import UnlearnStep, gradients
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.trainer import UnlearnTrainer
 from tests.support.models import tiny_olmoe
@@ -136,6 +139,23 @@ def without_a_folder(rank: int, folder: Path) -> str:
     raise AssertionError("expected an error")
 
 
+def elsewhere(rank: int) -> dict[str, str]:
+    """A digest of the weights after a step in which the second rank rounds inner products otherwise, by recipe."""
+    found = {}
+
+    def rounded(*arguments, **keywords):
+        products = gram(*arguments, **keywords)
+        return products * (1 + 1e-4 * rank * torch.eye(len(products)))
+
+    for name in ("graddiff", "mollm"):
+        step = UnlearnStep(model(), made(name)[0], process_group=distributed.group.WORLD)
+        step.prepare(*data())
+        with mock.patch.object(gradients, "gram", rounded):
+            step(*batches_of(0, rank))
+        found[name] = "".join(map(tensor_digest, weights(step.model).values()))
+    return found
+
+
 def main(rank: int, folder: Path) -> None:
     join(rank, folder)
     found = {}
@@ -144,7 +164,7 @@ def main(rank: int, folder: Path) -> None:
         save_file(after, folder / f"{name}-{rank}.safetensors")
     after, found["trainer"] = trained(folder / "trainer", ddp_backend="gloo")
     save_file(after, folder / f"trainer-{rank}.safetensors")
-    found["errors"] = refused(rank)
+    found["errors"], found["elsewhere"] = refused(rank), elsewhere(rank)
     found["cache"] = without_a_folder(rank, folder)
     (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     distributed.destroy_process_group()
