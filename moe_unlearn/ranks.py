@@ -48,13 +48,15 @@ class Ranks:
             group = model.process_group
         self.group = group
         self.count = 1 if self.group is None else distributed.get_world_size(self.group)
+        #: how many of them, at most, add up the gradient of one expert weight
+        self.peers = self.count
         whole = (tensor for tensor in (*model.parameters(), *model.buffers()) if not is_sharded(tensor))
         self.share_(tensor.detach() for tensor in whole)
 
     def __deepcopy__(self, memo: dict) -> "Ranks":
         """Return an object with the same count that does not communicate, for a rehearsal."""
         copied = object.__new__(Ranks)
-        copied.group, copied.count, copied.sharded = None, self.count, self.sharded
+        copied.group, copied.count, copied.peers, copied.sharded = None, self.count, self.peers, self.sharded
         return copied
 
     @property

@@ -36,8 +36,8 @@ class StepView:
     masks: Mapping[str, Tensor]
     #: whether the fused step is asked for, or the plain path
     fused: bool
-    #: the number of ranks that share the model
-    ranks: int
+    #: the number of ranks that add up the gradient of an expert weight
+    peers: int
     #: the number of micro-batches in a step
     micro_batches: int
     #: why forget and retain rows need separate forward passes; empty if they can share one

@@ -146,7 +146,7 @@ def test_ranks_take_turns_and_all_compute_as_many_batches():
 @pytest.mark.quick
 def test_the_plan_of_ranks_says_that_gradients_are_added_up():
     step = UnlearnStep(ranks_child.model(), recipe("graddiff", "guard=loss"))
-    step.ranks.count = 2
+    step.ranks.count = step.ranks.peers = 2
     forget, retain = data()
     plan = step.plan(forget, retain)
     assert {(path.way, path.reason) for path in plan.paths} == {("compact", "the gradients of 2 ranks are added up")}

@@ -66,6 +66,11 @@ class Mesh:
             sizes[name] = int(value)
         return cls(**sizes)
 
+    @property
+    def peers(self) -> int:
+        """Return how many ranks have the same experts, and add up their gradients."""
+        return self.fsdp // self.ep
+
     def __str__(self) -> str:
         sizes = f"fsdp {self.fsdp}" + (f", ep {self.ep}" if self.ep > 1 else "")
         return f"{self.fsdp} ranks ({sizes})"
@@ -75,7 +80,7 @@ class Mesh:
 
         Raises ValueError for layers whose number of experts `ep` does not divide.
         """
-        everywhere, of_experts = Placing.fsdp(self.fsdp), Placing.experts(self.ep, self.fsdp // self.ep)
+        everywhere, of_experts = Placing.fsdp(self.fsdp), Placing.experts(self.ep, self.peers)
         placings: dict[Tensor, Placing] = dict.fromkeys(model.parameters(), everywhere)
         for name, p in model.named_parameters():
             if p.dim() == 0:

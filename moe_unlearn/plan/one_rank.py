@@ -59,7 +59,7 @@ class OneRank:
         if mesh.ep > 1:
             for module in experts_modules(view.model).values():
                 self._dispatch(module)
-        shadow.ranks.count = mesh.fsdp
+        shadow.ranks.count, shadow.ranks.peers = mesh.fsdp, mesh.peers
         shadow.gradients.collected = _Collected(self)
         shadow.objectives = _InsideRoot(shadow.objectives, self)
 

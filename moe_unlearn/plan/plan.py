@@ -165,7 +165,7 @@ def make_plan(
     check_whole(view.model)
     if mesh is not None:
         mesh.placings(view.model)  # which refuses a model that does not fit
-        view = dataclasses.replace(view, ranks=mesh.fsdp)
+        view = dataclasses.replace(view, peers=mesh.peers)
     if fits is not None and not fits > 0:
         raise ValueError(f"fits must be above 0 GiB; got {fits:g}")
     recipe, named = view.recipe, list(view.model.named_parameters())
@@ -205,7 +205,7 @@ def make_plan(
         plan.notes.append(f"reference caches take {caches / 2**20:.2f} MiB on the host")
         caches = 0
     try:
-        _rehearse(plan, step, Rehearsal(device), batches, caches)
+        _rehearse(plan, view, step, Rehearsal(device), batches, caches)
     except (RuntimeError, TypeError) as error:
         # some wrappers cannot be copied, and torch's fakes do not know some operations
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -220,9 +220,11 @@ def make_plan(
     return plan
 
 
-def _rehearse(plan: Plan, step: Step, rehearsal: Rehearsal, batches: dict[str, Batch], caches: int) -> None:
-    """Run two steps of a shadow of `step` and write their costs into `plan`."""
-    ledger, view, rank = rehearsal.ledger, step.view(), None
+def _rehearse(
+    plan: Plan, view: StepView, step: Step, rehearsal: Rehearsal, batches: dict[str, Batch], caches: int
+) -> None:
+    """Run two steps of a shadow of `step` and write their costs into `plan`; `view` is the step on the plan's mesh."""
+    ledger, rank = rehearsal.ledger, None
     shadow = step.shadow(rehearsal.twin, assumed(view, step.prepared, rehearsal, batches))
     if plan.mesh is not None:
         rehearsal.phase = "mask"

@@ -40,7 +40,7 @@ def need(view: StepView) -> str:
     clips = recipe.optimizer.max_grad_norm is not None
     reasons = (
         (not view.fused, "the plain path was asked for"),
-        (view.ranks > 1, f"the gradients of {view.ranks} ranks are added up"),
+        (view.peers > 1, f"the gradients of {view.peers} ranks are added up"),
         (recipe.mollm is not None, "MOLLM's direction needs every gradient"),
         (separate and recipe.retain.objective != "none", f"two forward passes use each weight: {separate}"),
         (clips, "clipping needs every gradient (optimizer.max_grad_norm: null allows it)"),
@@ -55,7 +55,7 @@ def form(view: StepView) -> str:
 
     The forms are "compact", "factors", and "auto" for the smaller of the two.
     """
-    if view.ranks > 1:
+    if view.peers > 1:
         return "compact"
     if view.recipe.mollm is not None:
         return view.recipe.mollm.gradients

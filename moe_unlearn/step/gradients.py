@@ -16,7 +16,7 @@ without storing a gradient. Then each weight gradient is made by a kernel whose 
 """
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ class GradientStore:
 
     The optimizer takes `collected` in place of `.grad`, also where somebody else steps it, such as a trainer.
     """
+
+    #: whether no other rank waits for this process in the backward pass
+    alone = True
 
     def __init__(self, optimizer: MaskedSGD | MaskedAdamW):
         self.optimizer = optimizer
@@ -138,6 +141,13 @@ class GradientStore:
 
         Raises NonFiniteError if a factor is not finite. Where a sum could overflow, the gradient itself is computed.
         """
+        return self.stopping(self._settled)
+
+    def stopping(self, act: Callable[[], bool], updated: Sequence[str] = ()) -> bool:
+        """Return act(), which may raise NonFiniteError after the weights `updated`."""
+        return act()
+
+    def _settled(self) -> bool:
         made = {p: _whole([(1.0, f) for f in parts]) for p, parts in self.factors.items()}
         self.collected.update(made)
         for p, bound in zip(made, look([largest_sum(gradient) for gradient in made.values()]), strict=True):
@@ -150,9 +160,9 @@ class GradientStore:
         """Add up the gradients of all ranks in place; none of them may be factors."""
         self._ranks = ranks
         for gradients in self._each_set():
-            assert ranks.count == 1 or not any(isinstance(g, list) for g in gradients)
-            pairs = zip(self.trained, gradients, strict=True)
-            ranks.add_({name: _tensor(g) for (name, p), g in pairs if self._apart(p)})
+            apart = {name: g for (name, p), g in zip(self.trained, gradients, strict=True) if self._apart(p)}
+            assert ranks.count == 1 or not any(isinstance(g, list) for g in apart.values())
+            ranks.add_({name: _tensor(g) for name, g in apart.items()})
 
     def divide(self, parts: int) -> None:
         """Divide every gradient, a sum over `parts`, by that number, so that it becomes the mean."""
@@ -185,14 +195,15 @@ class GradientStore:
     def products(self) -> Tensor:
         """Return the Gram matrix [m, m] float64 of the objectives' masked gradients."""
         sets = list(self.sets.values())
-        total = self._gram([[_tensor(g) for g in gradients] for gradients in sets])
+        others: dict[Tensor, Tensor] = {}
         for i, (_, p) in enumerate(self.trained):
             present = {j: parts for j, gradients in enumerate(sets) if isinstance(parts := gradients[i], list)}
             if present:
                 whole = [_whole([(1.0, f) for f in parts]) for parts in present.values()]
-                index = torch.tensor([*present], device=total.device)
-                total[index[:, None], index] += inner_products(whole, *self._layout(p)).to(total.device)
-        return total
+                index = torch.tensor([*present], device=p.device)
+                others[p] = torch.zeros(len(sets), len(sets), dtype=torch.float64, device=p.device)
+                others[p][index[:, None], index] = inner_products(whole, *self._layout(p))
+        return self._gram([[_tensor(g) for g in gradients] for gradients in sets], others)
 
     def common_descent(self, settings: Mollm, left_out: Sequence[str], *, measure: bool) -> dict[str, float]:
         """Make the common descent direction of the objectives but those `left_out` the step's gradient; see `descend`.
@@ -274,7 +285,7 @@ class GradientStore:
         ]
         # no masks are needed: the change is zero wherever the mask forbids one
         sets = [[_tensor(g) for g in gradients] for gradients in self.sets.values()]
-        products = self._inner([*sets, change], [None] * len(change))[:-1, -1]
+        products = self._inner([*sets, change], [None] * len(change), {})[:-1, -1]
         return dict(zip(self.sets, products.tolist(), strict=True))
 
     def held(self) -> list[Tensor]:
@@ -305,13 +316,21 @@ class GradientStore:
         layout = self.optimizer.layout(p) if p in self._compact else None
         return p.detach() if layout is None or layout.trained_slices is None else p.detach()[layout.trained_slices]
 
-    def _gram(self, sets: list[list[Tensor | None]]) -> Tensor:
+    def _gram(self, sets: list[list[Tensor | None]], others: Mapping[Tensor, Tensor] | None = None) -> Tensor:
         compact = self._compact | self.collected.keys()
-        return self._inner(sets, [None if p in compact else self.masks.get(name) for name, p in self.trained])
+        masks = [None if p in compact else self.masks.get(name) for name, p in self.trained]
+        return self._inner(sets, masks, others or {})
 
-    def _inner(self, sets: list[list[Tensor | None]], masks: list[Tensor | None]) -> Tensor:
-        """Compute the inner products of whole gradients, on the first rank; `ShardedStore` completes those of parts."""
+    def _inner(
+        self, sets: list[list[Tensor | None]], masks: list[Tensor | None], others: Mapping[Tensor, Tensor]
+    ) -> Tensor:
+        """Compute the inner products of whole gradients, with those of `others`, on the first rank.
+
+        `ShardedStore` completes those of parts.
+        """
         total = gram(sets, masks=masks)
+        for more in others.values():
+            total += more.to(total.device)
         if self._ranks is not None:
             # processors of several kinds may round otherwise, and all ranks have to clip alike
             self._ranks.share_([total])

@@ -4,6 +4,9 @@
     ShardedStore   the gradient store on parts of gradients; inner products are those of whole gradients
     ShardedSink    adds up each expert weight's gradient over the ranks in the backward pass that made it
 
+Where expert parallelism gives each expert to one rank alone, nothing is added up: the sinks are those of one process,
+so that factors and updates in the backward pass stay, and ranks only tell one another whether one has to stop.
+
 FSDP2 reduces what autograd leaves in `.grad`. The gradients of experts never get there: the sink computes dW of the
 slices that train on any rank, in float32, sends each row to the rank that holds it, adds in the order of the ranks,
 applies the mask and keeps its own rows. Nothing waits for the end of the backward pass, so that no rank ever holds
@@ -13,12 +16,13 @@ Deterministic. Source: our specification.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.masks.shards import shared_out, slices_anywhere
@@ -26,7 +30,7 @@ from moe_unlearn.ops import gram
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
-from moe_unlearn.ranks import Ranks
+from moe_unlearn.ranks import Ranks, gather
 from moe_unlearn.sharding import (
     Rows,
     add_up_gradients,
@@ -41,7 +45,7 @@ from moe_unlearn.sharding import (
 )
 from moe_unlearn.step.checks import check_adapters
 from moe_unlearn.step.gradients import GradientStore
-from moe_unlearn.step.sinks import CompactSink
+from moe_unlearn.step.sinks import CompactSink, sink_of
 
 
 class Exchange(NamedTuple):
@@ -77,6 +81,7 @@ class Shards:
             for name, module in experts_modules(model).items()
         }
         owned = {p for owners in self.owners.values() for p in owners.values()}
+        ranks.peers = max((len(self.rows[p].parts) if p in self.rows else ranks.count for p in owned), default=1)
         self.exchanges = {p: exchange_of(p, rows, None) for p, rows in self.rows.items() if p in owned}
         self.close = add_up_gradients(model)
 
@@ -99,9 +104,13 @@ class Shards:
         counts = self.ranks.sums([name in moving for name in masks])
         return {name for name, count in zip(masks, counts, strict=True) if count}
 
-    def sink(self, store: GradientStore) -> "ShardedSink":
-        """Return a new sink of a step's gradients."""
-        return ShardedSink(store, self)
+    def sink(self, store: GradientStore, form: str) -> CompactSink:
+        """Return a new sink of a step's gradients, of one `form` of `sink_of` where each rank has its own experts."""
+        if self.ranks.peers > 1:
+            return ShardedSink(store, self)
+        sink = sink_of(store, form)
+        sink.owners = self.owners
+        return sink
 
 
 def store_of(optimizer: MaskedSGD | MaskedAdamW, shards: Shards | None) -> GradientStore:
@@ -115,6 +124,30 @@ class ShardedStore(GradientStore):
     def __init__(self, optimizer: MaskedSGD | MaskedAdamW, shards: Shards):
         self.shards = shards
         super().__init__(optimizer)
+
+    #: other ranks wait for this one in the backward pass
+    alone = False
+
+    def stopping(self, act: Callable[[], bool], updated: Sequence[str] = ()) -> bool:
+        """Return whether act() is true on any rank; a NonFiniteError on one is raised on all, with `updated` of all."""
+        if self.shards.ranks.peers > 1:
+            return act()  # which has nothing to stop for: no sink keeps factors
+        found, error = False, None
+        try:
+            found = act()
+        except NonFiniteError as raised:
+            error = raised
+        held, failed = self.shards.ranks.sums([found, error is not None])
+        if not failed:
+            return held > 0
+        names = {name for own in gather([*updated], self.shards.ranks.group) for name in own}
+        reason = "a gradient on another rank is not finite: stopped before its update" if error is None else str(error)
+        raise NonFiniteError(reason, tuple(sorted(names)))
+
+    @property
+    def factored(self) -> bool:
+        """Return whether any gradient in the sets exists only as factors on any rank; all ranks ask together."""
+        return self.shards.ranks.peers == 1 and self.shards.ranks.sums([super().factored])[0] > 0
 
     def of(self, p: Tensor) -> Tensor | Factors | None:
         """Return this rank's rows of the step's gradient of `p`."""
@@ -142,7 +175,9 @@ class ShardedStore(GradientStore):
         own = part(p.detach())
         return own if layout is None or layout.trained_slices is None else own[layout.trained_slices]
 
-    def _inner(self, sets: list[list[Tensor | None]], masks: list[Tensor | None]) -> Tensor:
+    def _inner(
+        self, sets: list[list[Tensor | None]], masks: list[Tensor | None], others: Mapping[Tensor, Tensor]
+    ) -> Tensor:
         """Add up the inner products over the dimensions of the mesh along which each parameter is cut."""
         places: dict[tuple, list[int]] = {}
         for i, (_, p) in enumerate(self.trained):
@@ -153,7 +188,11 @@ class ShardedStore(GradientStore):
         for groups, chosen in places.items():
             # a rank without rows has gradients without elements
             own = [[g if g is not None and g.numel() else None for g in (each[i] for i in chosen)] for each in sets]
-            total += complete_(gram(own, masks=[masks[i] for i in chosen]).to(total.device), groups)
+            products = gram(own, masks=[masks[i] for i in chosen]).to(total.device)
+            for i in chosen:
+                if (more := others.get(self.trained[i][1])) is not None:
+                    products += more.to(total.device)
+            total += complete_(products, groups)
         # groups of ranks may have added in different orders, and all ranks have to clip alike
         self.shards.ranks.share_([total])
         return total

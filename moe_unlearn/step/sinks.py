@@ -102,9 +102,11 @@ class FactorSink(CompactSink):
     def take(self, weight: Tensor, factors: Factors) -> None:
         layout, kept = self.optimizer.layout(weight), self.store.kept
         if weight not in kept and layout is not None:
-            trained = len(weight) if layout.trained_slices is None else len(layout.trained_slices)
+            experts = len(factors.expert_offsets) - 1  # of this rank
+            trained = experts if layout.trained_slices is None else len(layout.trained_slices)
             size = self.micro_batches * (factors.grad.numel() + factors.input.numel())
-            kept[weight] = weight.dim() == 3 and (self.form == "factors" or size < trained * weight[0].numel())
+            slice_size = weight.shape[1:].numel()
+            kept[weight] = weight.dim() == 3 and (self.form == "factors" or size < trained * slice_size)
         if kept.get(weight):
             # detached, so that they do not keep the graph that they were computed in
             parts = Factors(**{name: v.detach() for name, v in factors._asdict().items() if v is not None})
@@ -121,6 +123,7 @@ class UpdateSink(CompactSink):
 
     On a GPU the host does not wait for these checks. Factors that fail one of them, and those of every weight after
     them, update nothing, and `settle` raises the error after the backward pass, also for a product that could overflow.
+    So it is on every device where other ranks wait in the backward pass: they all stop after it, for one of them.
     """
 
     bounded = True
@@ -140,7 +143,7 @@ class UpdateSink(CompactSink):
             return
         bound = largest_sum(factors)
         if self._waits(bound):
-            self.settle()  # a model on both CPU and GPU: update this weight only if the earlier ones passed the check
+            self._settled()  # a model on both CPU and GPU: update this weight only if the earlier ones passed the check
             if may_overflow(float(bound), self.store.names[weight], (*self.updated,)):
                 super().take(weight, factors)
                 return
@@ -155,6 +158,10 @@ class UpdateSink(CompactSink):
         self.optimizer.update_from(weight, factors, where=sound)
 
     def settle(self) -> None:
+        self.store.stopping(self._settled, self.updated)
+
+    def _settled(self) -> bool:
+        """Read the checks that were put off and name the weights that passed them; NonFiniteError for others."""
         unseen, self._unseen, self._sound = self._unseen, [], None
         for i, bound in enumerate(look([bound for _, bound in unseen])):
             name = self.store.names[unseen[i][0]]
@@ -167,7 +174,8 @@ class UpdateSink(CompactSink):
                     f"the gradient of {name} could overflow: stopped before its update", (*self.updated,)
                 )
             self.updated.append(name)
+        return True
 
     def _waits(self, bound: Tensor) -> bool:
         """Return whether the bound is read before the update, which is so on the CPU, where reading costs no wait."""
-        return bound.is_cpu
+        return bound.is_cpu and self.store.alone

@@ -78,9 +78,8 @@ class UnlearnStep:
         process_group: the ranks that train this model; all take the first rank's weights. See `ranks`.
 
     Raises TypeError for a model, recipe or optimizer of another kind. Raises ValueError for a model without MoE layers,
-    with nothing to train in the recipe's scope, with weights sharded otherwise than along dimension 0, with adapters on
-    experts that expert parallelism shares out, for `verify` with several ranks, and for `retain.router_aux` if the
-    model has no load-balancing loss to multiply.
+    with nothing to train in the scope, with weights cut along another dimension than 0, with adapters on experts that
+    are shared out, for `verify` with several ranks, and for `retain.router_aux` without a load-balancing loss.
     """
 
     def __init__(
@@ -200,7 +199,7 @@ class UnlearnStep:
         if self.fused:
             late = ways.form(view) if whole or self.recipe.mollm is not None else "compact"
             form = "update" if whole and not ways.obstacle(view) else late
-            sink = sink_of(self.gradients, form) if self.shards is None else self.shards.sink(self.gradients)
+            sink = sink_of(self.gradients, form) if self.shards is None else self.shards.sink(self.gradients, form)
         try:
             # the backward pass belongs inside: with gradient checkpointing the recomputation needs the sink again
             with step_inputs(self.model, weight_gradients=sink), self.verifier.watch(forget_batch, retain_batch, sizes):
@@ -346,7 +345,7 @@ class UnlearnStep:
             optimizer=self.optimizer,
             masks=self.masks,
             fused=self.fused,
-            ranks=self.ranks.count,
+            peers=self.ranks.peers,
             micro_batches=self.micro_batches,
             separate=self.objectives.separate,
             held_back=self.held_back,

@@ -7,12 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import experts_child, sharded_child
-from tests.support.experts_child import ENGINES, FEW, OWN, RANKS
-from tests.support.sharded_child import STEPS, batches_of, masks_of, step_of, weights_of
+from tests.support.experts_child import ENGINES, NAMES, RANKS
+from tests.support.sharded_child import STEPS, UNSENT, batches_of, masks_of, step_of, weights_of
 from tests.support.steps import made_of
 from tests.support.two_ranks import run_ranks
-
-SOME = [(engine, name) for engine in ("ep 4", "replicas") for name in FEW]
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +37,17 @@ def alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine,name", [("ep 2 x efsdp 2", name) for name in OWN] + SOME)
+@pytest.mark.parametrize("engine,name", [(engine, name) for engine, names in NAMES.items() for name in names])
 def test_four_ranks_make_the_step_of_one(engine, name, ranks, alone):
     folder, *found = ranks
     case = f"{engine} {name}"
     ours = load_file(folder / f"{case}.safetensors")
     expected, losses = alone(name)
     assert all(other[case] == found[0][case] for other in found)
-    for mine, theirs in zip(found[0][case], losses, strict=True):
+    obstacle, *metrics = found[0][case]
+    for mine, theirs in zip(metrics, losses, strict=True):
         for key in theirs:
-            if key.endswith(("_loss", "grad_norm")):
+            if key.endswith("_loss") or key in ("grad_norm", "lambda_forget") and key in mine:
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-9)
     start = {name: p.detach() for name, p in sharded_child.model().double().named_parameters()}
     for key, value in expected.items():
@@ -58,6 +57,31 @@ def test_four_ranks_make_the_step_of_one(engine, name, ranks, alone):
             # sums of float64 in another order, against the largest change of a weight
             change = (value - start[key]).abs().max()
             assert (ours[key] - value).abs().max() <= 1e-9 * change, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNSENT)
+def test_experts_of_one_rank_alone_are_updated_as_in_one_process(name, ranks):
+    """In the backward pass, or from factors; where two ranks share them out, their gradients are whole."""
+    obstacle, *metrics = ranks[1][f"ep 4 {name}"]
+    if name.startswith("update"):
+        assert not obstacle and not any("grad_norm" in each for each in metrics)
+        obstacle, *metrics = ranks[1]["ep 2 x efsdp 2 update"]
+        assert obstacle == "the gradients of 2 ranks are added up" and all("grad_norm" in each for each in metrics)
+    else:
+        assert "MOLLM" in obstacle
+
+
+@pytest.mark.slow
+def test_factors_of_one_rank_that_are_not_finite_stop_all(ranks):
+    _, *found = ranks
+    for name, alone in (("graddiff sgd", True), ("update", False)):
+        errors, moved, losses = zip(*(each["stopped"][name] for each in found), strict=True)
+        assert [("on another rank" in error) for error in errors] == [rank != 1 for rank in range(RANKS)]
+        assert "model.layers.1.mlp.experts" in errors[1] and "is not finite" in errors[1]
+        assert all(("weights unchanged" if alone else "all is restored") in error for error in errors)
+        assert len(set(map(tuple, moved))) == 1 and bool(moved[0]) is not alone
+        assert len(set(losses)) == 1
 
 
 @pytest.mark.slow

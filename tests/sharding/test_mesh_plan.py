@@ -143,6 +143,22 @@ def test_every_kind_of_step_is_rehearsed(family, name, mesh):
 
 
 @pytest.mark.quick
+def test_experts_that_one_rank_has_alone_are_updated_in_the_backward_pass():
+    meshes = ("fsdp=4", "fsdp=4,ep=2", "fsdp=4,ep=4")
+    step = UnlearnStep(tiny(), made("graddiff", "guard=loss"))
+    whole, half, own = (step.plan(*pair(), mesh=mesh) for mesh in meshes)
+    for plan, ranks in ((whole, 4), (half, 2)):
+        assert {(path.way, path.reason) for path in plan.paths} == {
+            ("compact", f"the gradients of {ranks} ranks are added up")
+        }
+    assert {path.way for path in own.paths} == {"update"}
+    assert not any("not rehearsed" in note for note in own.notes), own.notes
+    experts = sum(p.nbytes for module in experts_modules(step.model).values() for p in module.parameters()) / 4
+    assert half.largest["gradients"] - own.largest["gradients"] == experts
+    assert "all_to_all of compact gradients" not in own.traffic
+
+
+@pytest.mark.quick
 def test_the_rank_is_the_one_that_holds_most():
     step = UnlearnStep(tiny(), made("trace", "trace.min_ratio=0.01", "trace.per_layer=3", "scope.kind=experts"))
     step.prepare(*pair())

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import peft
 import torch
@@ -11,17 +12,21 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.distributed import DistributedConfig
 
+from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.model.capture import routing_capture
 from moe_unlearn.model.head import final_hidden_states
-from moe_unlearn.step import UnlearnStep
+from moe_unlearn.plan import ways
+from moe_unlearn.step import UnlearnStep, factors, gradients, sinks
 from tests.support import sharded_child
-from tests.support.sharded_child import CASES, STEPS, batches_of, masks_of, shard, step_of, weights_of
+from tests.support.sharded_child import CASES, STEPS, UNSENT, batches_of, masks_of, shard, step_of, weights_of
 from tests.support.steps import data, made_of, recipe
 from tests.support.two_ranks import join
 
 EP, RANKS = 2, 4
 OWN = [name for name, (_, _, asked) in CASES.items() if "family" not in asked]
 FEW = ("graddiff sgd", "trace", "combined")
+# the cases of each engine
+NAMES = {"ep 2 x efsdp 2": [*OWN, "update"], "ep 4": [*FEW, *UNSENT], "replicas": list(FEW)}
 # experts on one rank each, and on two that share them out
 ENGINES = {"ep 2 x efsdp 2": EP, "ep 4": RANKS}
 
@@ -71,6 +76,26 @@ def planned(folder: Path) -> str:
     return "none"
 
 
+def stopped(folder: Path, rank: int, name: str) -> list:
+    """What ends on all ranks where the factors of one of them are not finite: the error, what moved, the next loss."""
+    step, largest = step_of(loaded(folder, RANKS), name), factors.largest_sum
+    step.restore = lambda: "all is restored"
+    before = weights_of(step)
+    spoilt = mock.Mock(side_effect=lambda f: largest(f) + float("inf" if rank == 1 else 0))
+    error = "none"
+    with (
+        mock.patch.object(sinks, "largest_sum", spoilt),
+        mock.patch.object(gradients, "largest_sum", spoilt),
+        mock.patch.object(ways, "form", return_value="factors"),
+    ):
+        try:
+            step(*batches_of(0, rank, RANKS))
+        except NonFiniteError as raised:
+            error = str(raised)
+    moved = sorted(key for key, value in weights_of(step).items() if not torch.equal(value, before[key]))
+    return [error, moved, step(*batches_of(0, rank, RANKS))["forget_loss"]]
+
+
 def adapted(folder: Path) -> str:
     """What is said of adapters on the weights of experts that are shared out."""
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -82,14 +107,15 @@ def adapted(folder: Path) -> str:
     return "none"
 
 
-def steps_of(model: nn.Module, case: str, name: str, rank: int, folder: Path) -> list[dict]:
-    """Make the steps of a case and write the weights; return the metrics."""
+def steps_of(model: nn.Module, case: str, name: str, rank: int, folder: Path) -> list:
+    """Make the steps of a case and write the weights; return their obstacle and metrics."""
     step = step_of(model, name)
+    obstacle = step.obstacle
     metrics = [made_of(step, [batches_of(i, rank, RANKS)]) for i in range(STEPS)]
     after = weights_of(step) | masks_of(step)
     if rank == 0:
         save_file(after, folder / f"{case}.safetensors")
-    return metrics
+    return [obstacle, *metrics]
 
 
 def main(rank: int, folder: Path) -> None:
@@ -98,13 +124,14 @@ def main(rank: int, folder: Path) -> None:
         sharded_child.model().save_pretrained(folder / "model")
     distributed.barrier()
     found: dict = {"halving": {engine: halving(folder, ep, rank) for engine, ep in ENGINES.items()}}
+    found["stopped"] = {name: stopped(folder, rank, name) for name in ("graddiff sgd", "update")}
     found |= {"planned": planned(folder), "adapted": adapted(folder)}
     for engine, ep in ENGINES.items():
         found[f"{engine} counts"] = counts(loaded(folder, ep))
-        for name in OWN if ep == EP else FEW:
+        for name in NAMES[engine]:
             case = f"{engine} {name}"
             found[case] = steps_of(loaded(folder, ep), case, name, rank, folder)
-    for name in FEW:
+    for name in NAMES["replicas"]:
         found[f"replicas {name}"] = steps_of(replicated(), f"replicas {name}", name, rank, folder)
     (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     distributed.destroy_process_group()

@@ -55,6 +55,15 @@ MORE = {
     "lora": ("npo", ADAMW, {"lora": True}),
 }
 ALL = CASES | MORE
+# what takes other roads where nothing is sent
+UNSENT = {
+    "update": ("graddiff", (*SGD, "guard=loss"), {}),
+    "update adamw": ("npo", (*ADAMW, "guard=loss"), {}),
+    "update trace": ("trace", (*ADAMW, "scope.kind=experts", "guard=loss"), {}),
+    "factors": ("mollm", (*SGD, "mollm.kl_floor=0", "mollm.gradients=factors"), {}),
+    "factors trace": ("combined", (*ADAMW, "mollm.kl_floor=0", "mollm.gradients=factors"), {}),
+}
+KNOWN = ALL | UNSENT
 UNEVEN = ("graddiff adamw", "npo", "trace", "wagle npo", "combined")
 # how the weights of a case are shared out; per layer where nothing stands
 APART = {"graddiff adamw": "experts", "trace": "experts", "npo": "head", "mollm": "root"}
@@ -62,7 +71,7 @@ APART = {"graddiff adamw": "experts", "trace": "experts", "npo": "head", "mollm"
 
 def model(name: str = "graddiff sgd") -> nn.Module:
     """The model of a case."""
-    asked = ALL[name][2]
+    asked = KNOWN[name][2]
     torch.manual_seed(0)
     made = TINY_MODELS[asked.get("family", "olmoe")](VOCAB).eval()
     if "checkpointing" in asked:
@@ -96,13 +105,13 @@ def batches_of(i: int, rank: int, ranks: int) -> tuple[dict, dict]:
 
 
 def recipe_of(name: str) -> Recipe:
-    base, changes, _ = ALL[name]
+    base, changes, _ = KNOWN[name]
     return recipe(base, *changes, lr=1e-2)
 
 
 def step_of(made: nn.Module, name: str, *, fused: bool = True) -> UnlearnStep:
     """The prepared step of a case."""
-    step = UnlearnStep(made, recipe_of(name), fused=fused and ALL[name][2].get("fused", True))
+    step = UnlearnStep(made, recipe_of(name), fused=fused and KNOWN[name][2].get("fused", True))
     step.prepare(*data())
     return step
 
