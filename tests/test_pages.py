@@ -150,7 +150,20 @@ def check_torchrun(arguments: list[str]) -> None:
     from torch.distributed.run import get_args_parser
 
     options = get_args_parser().parse_args(arguments)
+    if options.training_script in PROGRAMS:
+        assert not options.module and not options.training_script_args
+        return
     assert options.module and options.training_script == "moe_unlearn", f"torchrun starts {options.training_script}"
+    check_moe_unlearn(options.training_script_args)
+
+
+def check_accelerate(arguments: list[str]) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    assert arguments[0] == "launch"
+    options = launch_command_parser().parse_args(arguments[1:])
+    assert options.module and options.training_script == "moe_unlearn", f"it starts {options.training_script}"
+    assert f"# {options.config_file}" in [block.text.splitlines()[0] for block in of("yaml")]
     check_moe_unlearn(options.training_script_args)
 
 
@@ -160,7 +173,10 @@ def check_pytest(arguments: list[str]) -> None:
             assert (ROOT / argument).exists(), f"there is no {argument}"
 
 
+# files that a page has the user make, of a block
+PROGRAMS = {"train.py"}
 CHECKS = {
+    "accelerate": check_accelerate,
     "moe-unlearn": check_moe_unlearn,
     "make": check_make,
     "pip": check_pip,
@@ -217,6 +233,8 @@ def check_options(words: list[str]) -> None:
         "python -m moe_unlearn.nothing",
         "torchrun --nproc-per-node 2 -m moe_unlearn run nothing",
         "torchrun --nproc-per-node 2 -m nothing",
+        "torchrun --nproc-per-node 2 nothing.py",
+        "accelerate launch --config_file nothing.yaml -m moe_unlearn run npo",
         "rm -rf runs",
         "python -m pytest tests/nothing.py",
     ],
@@ -304,8 +322,15 @@ def test_python_runs(page, place, tmp_path):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("block", of("yaml"), ids=named)
-def test_recipes_are_accepted(block):
-    assert config.Recipe.from_dict(yaml.safe_load(block.text)).name
+def test_recipes_and_configurations_are_accepted(block, tmp_path):
+    content = yaml.safe_load(block.text)
+    if "distributed_type" in content:
+        from accelerate.commands.config.config_args import load_config_from_file
+
+        (tmp_path / "config.yaml").write_text(block.text, encoding="utf-8")
+        assert load_config_from_file(str(tmp_path / "config.yaml")).fsdp_config["fsdp_version"] == 2
+    else:
+        assert config.Recipe.from_dict(content).name
 
 
 @pytest.mark.quick
