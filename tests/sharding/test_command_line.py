@@ -222,11 +222,12 @@ def test_a_rank_killed_in_a_step_ends_the_other_with_a_message(folder):
     assert "moe-unlearn: error: rank 0 lost another rank" in found["err"].splitlines()[-1]
 
 
-def test_torchrun_says_which_rank_was_killed_and_ends_the_other(folder):
-    ended = torchrun(CHILD, folder, "fsdp", FAULT="killed")
+def test_torchrun_says_which_rank_was_killed_and_ends_the_other(tmp_path):
+    saved(tmp_path)
+    ended = torchrun(CHILD, tmp_path, "fsdp", FAULT="killed")
     said = ended.stderr.decode()
     assert ended.returncode == 1 and "rank      : 1 (local_rank: 1)" in said and "Signal 9 (SIGKILL)" in said
-    assert not (folder / "fsdp" / "model").exists()
+    assert not (tmp_path / "fsdp" / "model").exists()
 
 
 def test_the_module_is_what_torchrun_starts(folder):
