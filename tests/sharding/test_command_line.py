@@ -227,7 +227,7 @@ def test_torchrun_says_which_rank_was_killed_and_ends_the_other(tmp_path):
     ended = torchrun(CHILD, tmp_path, "fsdp", FAULT="killed")
     said = ended.stderr.decode()
     assert ended.returncode == 1 and "rank      : 1 (local_rank: 1)" in said and "Signal 9 (SIGKILL)" in said
-    assert not (tmp_path / "fsdp" / "model").exists()
+    assert (tmp_path / "fsdp" / "recipe.yaml").exists() and not (tmp_path / "fsdp" / "model").exists()
 
 
 def test_the_module_is_what_torchrun_starts(folder):
