@@ -1,15 +1,18 @@
-"""Writes safetensors files one tensor at a time, so that no more than one need be in memory.
+"""Writes and reads safetensors files in parts, so that no whole tensor need be in memory.
 
-The file has the bytes that `safetensors.torch.save_file` writes of the same tensors: 8 bytes with the length of the
-header, the header in JSON, and the tensors, sorted by their dtype and then by name.
+A file that is written has the bytes that `safetensors.torch.save_file` writes of the same tensors: 8 bytes with the
+length of the header, the header in JSON, and the tensors, sorted by their dtype and then by name. What is read may have
+them in any order.
 """
 
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -37,6 +40,9 @@ DTYPES = {
     "U64": torch.uint64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: the names of a model's files in hub layout: a reader would prefer some that an earlier save has left
+MODEL_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_HEADER = 100_000_000  # bytes of a header that safetensors reads at most
 
 
 class Kind(NamedTuple):
@@ -52,6 +58,54 @@ class Kind(NamedTuple):
     def size(self) -> int:
         """Return the bytes of such a tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def rows(self) -> int:
+        """Return how many vectors along the last dimension such a tensor has; one with a single number has one."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def row_size(self) -> int:
+        """Return the bytes of a vector along the last dimension."""
+        return math.prod(self.shape[-1:]) * self.dtype.itemsize
+
+
+class Stored(NamedTuple):
+    """The place of a tensor: the file, where its bytes begin there, and its kind."""
+
+    path: Path
+    start: int
+    kind: Kind
+
+
+class Contents(NamedTuple):
+    """The tensors of a safetensors file, in the order of their bytes, its metadata, and the bytes before the first."""
+
+    tensors: dict[str, Stored]
+    about: dict[str, str]
+    start: int
+
+
+class Rows:
+    """Reads the bytes of a stored tensor, row after row; a row is a vector along the last dimension."""
+
+    def __init__(self, stored: Stored):
+        self._stored = stored
+        self._file = stored.path.open("rb")
+        self._file.seek(stored.start)
+
+    def read(self, count: int) -> np.ndarray:
+        """Return the next rows, uint8 [count, bytes of a row]; ValueError if the file ends before."""
+        rows = np.empty((count, self._stored.kind.row_size), np.uint8)
+        if self._file.readinto(rows.data) != rows.nbytes:
+            raise ValueError(f"{self._stored.path}: the file ends within a tensor")
+        return rows
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 def kind_of(tensor: Tensor) -> Kind:
@@ -72,8 +126,9 @@ def tensor_file(
 ) -> Iterator[Callable[[str, Tensor], None]]:
     """Yield `write(name, tensor)`, which writes each tensor of `kinds` to the safetensors file `path`, in any order.
 
-    The file appears when the block ends, as `whole_file` does; `about` is its metadata. Raises TypeError for a dtype
-    that safetensors does not have, and ValueError for a tensor of another kind, and if one was not written.
+    A tensor may also come in parts along its first dimension, one after the other. The file appears when the block
+    ends, as `whole_file` does; `about` is its metadata. Raises TypeError for a dtype that safetensors does not have,
+    and ValueError for a tensor of another kind, if one was not written, and for a header that safetensors cannot read.
     """
     order = {dtype: i for i, dtype in enumerate(NAMES)}
     names = sorted(kinds, key=lambda name: (-order.get(kinds[name].dtype, 0), name))
@@ -89,20 +144,28 @@ def tensor_file(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _HEADER:
+        raise ValueError(f"{path.name}: expected a header of at most {_HEADER:,} bytes; got {len(text):,}")
     start = 8 + len(text)
+    missing = {name: kinds[name].size for name in names}
     with whole_file(path) as unfinished, unfinished.open("r+b") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(start + end)
 
         def write(name: str, tensor: Tensor) -> None:
-            if kind_of(tensor) != kinds[name]:
-                raise ValueError(f"{path.name}: expected {name} to be {kinds[name]}; got {kind_of(tensor)}")
-            file.seek(start + places.pop(name))
+            whole, part = kinds[name], kind_of(tensor)
+            alike = (part.dtype, part.shape[1:]) == (whole.dtype, whole.shape[1:])
+            left = missing.pop(name, 0)
+            if part != whole and not (alike and part.shape) or part.size > left:
+                raise ValueError(f"{path.name}: expected {name} to be {whole}; got {part}")
+            file.seek(start + places[name] + whole.size - left)
             file.write(bytes_of(tensor).data)
+            if part.size < left:
+                missing[name] = left - part.size
 
         yield write
-        if places:
-            raise ValueError(f"{path.name}: {', '.join(places)} not written")
+        if missing:
+            raise ValueError(f"{path.name}: {', '.join(missing)} not written")
 
 
 def bytes_of(tensor: Tensor) -> np.ndarray:
@@ -110,3 +173,43 @@ def bytes_of(tensor: Tensor) -> np.ndarray:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     octets: np.ndarray = flat.view(torch.uint8).numpy()
     return octets
+
+
+def stored_in(path: Path) -> Contents:
+    """Return what a safetensors file holds, without reading a tensor.
+
+    Raises ValueError, naming the file, unless its tensors fill it without a gap and have dtypes of `DTYPES`.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = os.fstat(file.fileno()).st_size
+        if not 2 <= length <= min(_HEADER, size - 8):
+            raise ValueError(f"{path}: expected a whole safetensors file; its header does not fit in")
+        text = file.read(length)
+    tensors: dict[str, Stored] = {}
+    end = 8 + length
+    try:
+        header = json.loads(text)
+        about = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in about.values()):
+            raise TypeError("metadata that is no text")
+        "".join([*header, *about.values()]).encode()  # fails for half a character, which JSON can spell
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            kind = kind_from(entry["dtype"], entry["shape"])
+            start, end = end, end + kind.size
+            if entry["data_offsets"] != [start - 8 - length, end - 8 - length]:
+                raise ValueError(f"the bytes of {name!r} are not where they should be")
+            tensors[name] = Stored(path, start, kind)
+        if end != size:
+            raise ValueError(f"expected {end:,} bytes; got {size:,}")
+    # what is no header may be JSON of any form and depth
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a whole safetensors file: {error}") from error
+    return Contents(tensors, about, 8 + length)
+
+
+def kind_from(dtype: str, shape: list[int]) -> Kind:
+    """Return the kind of the names that safetensors use; ValueError for an unknown dtype or what is no shape."""
+    if dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{dtype!r} {shape!r} is no kind of tensor that is known")
+    return Kind(DTYPES[dtype], tuple(shape))

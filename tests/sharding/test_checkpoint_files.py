@@ -14,7 +14,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from moe_unlearn.checkpoint import CheckpointError, sharded, states, tree
 from moe_unlearn.checkpoint.optimizer import from_tree, to_tree
 from moe_unlearn.checkpoint.sharded import Part, Slices
-from moe_unlearn.checkpoint.tensor_file import kind_of, tensor_file
+from moe_unlearn.checkpoint.tensor_file import Rows, kind_of, stored_in, tensor_file
 from moe_unlearn.files import UNFINISHED
 from tests.support.forked_ranks import run_forked
 
@@ -230,6 +230,54 @@ def test_a_tensor_file_has_the_bytes_that_safetensors_writes(tmp_path, about):
     save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs", metadata=about)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert load_file(tmp_path / "ours").keys() == tensors.keys()
+
+
+def test_a_tensor_may_be_written_and_read_in_parts(tmp_path):
+    tensors = {"a": torch.arange(24).view(4, 2, 3), "b": torch.tensor(2.5), "c": torch.zeros(2, 0), "d": torch.ones(5)}
+    tensors["e"] = torch.randn(3, 2).bfloat16()
+    with tensor_file(tmp_path / "parts", {name: kind_of(t) for name, t in tensors.items()}, {"key": "é"}) as write:
+        write("a", tensors["a"][:1])
+        write("b", tensors["b"])
+        for part in tensors["e"].split(1):
+            write("e", part)
+        write("a", tensors["a"][1:3])
+        write("d", tensors["d"])
+        write("c", tensors["c"])
+        write("a", tensors["a"][3:])
+    save_file(tensors, tmp_path / "whole", metadata={"key": "é"})
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+    stored, about, _ = stored_in(tmp_path / "whole")
+    assert about == {"key": "é"} and {name: s.kind for name, s in stored.items()} == {
+        name: kind_of(t) for name, t in tensors.items()
+    }
+    for name, tensor in tensors.items():
+        with Rows(stored[name]) as rows:
+            kind = stored[name].kind
+            first, rest = rows.read(1), rows.read(kind.rows - 1)
+        assert first.tobytes() + rest.tobytes() == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    whole = (tmp_path / "whole").read_bytes()
+    (tmp_path / "whole").write_bytes(whole[:-1])
+    last = [*stored.values()][-1]
+    with Rows(last) as rows, pytest.raises(ValueError, match=f"{tmp_path / 'whole'}: the file ends within a tensor"):
+        rows.read(last.kind.rows)
+
+
+@pytest.mark.parametrize(
+    "parts", [[2, 3], [5], [0, 2, 2, 1], ["flat"], ["float"], ["wide"]], ids=lambda parts: str(parts)
+)
+def test_parts_that_are_not_the_tensor_are_refused(parts, tmp_path):
+    whole = torch.arange(8).view(4, 2)
+    made = {"float": whole.float(), "wide": torch.zeros(1, 3, dtype=torch.int64), "flat": whole[:2].flatten()}
+    with pytest.raises(ValueError, match=r"expected a to be int64 \[4, 2\]; got"):
+        with tensor_file(tmp_path / "file", {"a": kind_of(whole)}) as write:
+            for part in parts:
+                write("a", torch.zeros(part, 2, dtype=torch.int64) if isinstance(part, int) else made[part])
+    with (
+        pytest.raises(ValueError, match="file: a not written"),
+        tensor_file(tmp_path / "file", {"a": kind_of(whole)}) as w,
+    ):
+        w("a", whole[:3])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tensor_file_is_whole_or_not_there(tmp_path):
