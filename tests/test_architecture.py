@@ -20,7 +20,7 @@ FLOORS = [
     {"triton_kernels", "choices", "config", "errors", "files", "mollm", "sharding", "testing"},
     {"backend", "ranks"},
     {"checkpoint", "native"},
-    {"ops"},
+    {"delta", "ops"},
     {"experts", "masks", "optim", "regress"},
     {"model", "view"},
     {"data", "losses", "seuf", "trace", "verify", "wagle"},

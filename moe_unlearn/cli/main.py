@@ -1,4 +1,4 @@
-"""The command line: `moe-unlearn env | stats | mask | alternates | run | eval | report | demo | kernels`.
+"""The command line: `moe-unlearn env | stats | mask | alternates | run | eval | delta | apply | ...` (see `--help`).
 
 `torchrun -m moe_unlearn` starts it on several ranks (`launch`), which share the rows of `run`, `eval`, `stats`, `mask`
 and `alternates`.
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import backend, benchmark, data, masks, native, trace, wagle
 from moe_unlearn.benchmark.trained_cache import clean_cache
-from moe_unlearn.cli import alternates, evaluate
+from moe_unlearn.cli import alternates, delta, evaluate
 from moe_unlearn.cli.arguments import add_data, add_mesh, examples_of, positive, sharing, steps, writable
 from moe_unlearn.cli.launch import REFUSED, Command, Outcome, launched
 from moe_unlearn.config import Recipe, models, shipped
@@ -208,6 +208,8 @@ def run(options: argparse.Namespace) -> None:
         print(planned.plan(verify=options.verify, mesh=mesh, fits=options.fits))
         return
     out = Path(options.out)
+    if options.delta:
+        delta.check_run(model, recipe.data.model, out)
     # the cache folder changes no result, so it is not part of the recipe
     summary = unlearn(
         model,
@@ -222,6 +224,8 @@ def run(options: argparse.Namespace) -> None:
         reports=reports,
     )
     print(f"model: {out / 'model'}")
+    if options.delta:
+        on_first(partial(delta.write_of_run, recipe, out))
     if options.verify:
         print(f"verified: {out / 'verified.txt'}")
     if summary:
@@ -316,7 +320,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after")
+    sub.add_argument("--delta", action="store_true", help=f"also write what changed since --model, as OUT/{delta.FILE}")
     evaluate.add_arguments(command("eval", evaluate.run))
+    delta.add_arguments(command)
     sub = command("report", write_report)
     sub.add_argument("folder", help="a run folder with summary.json")
     sub = command("demo", demo)

@@ -26,14 +26,12 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from moe_unlearn.checkpoint.tensor_file import kind_of, tensor_file
+from moe_unlearn.checkpoint.tensor_file import MODEL_FILES, Kind, kind_of, tensor_file
 from moe_unlearn.files import whole_files, write_text
 from moe_unlearn.ranks import gathered, together
 from moe_unlearn.sharding import initialised
 
 Write = Callable[[str, Tensor], None]
-#: the names of files with weights: a reader would prefer some that an earlier save has left
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def save_pretrained(
@@ -131,6 +129,11 @@ def _write_adapters(
             tokenizer.save_pretrained(unfinished)
 
 
+def saved_kinds(model: PreTrainedModel) -> dict[str, Kind]:
+    """Return dtype and shape of what `save_pretrained` writes of a model, by the names of the hub."""
+    return {name: kind_of(t) for name, t in revert_weight_conversion(model, _meta(_state(model))).items()}
+
+
 def _state(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return what is saved of a model, by the names in memory, without ties."""
     ignored = set(model._keys_to_ignore_on_save or ())
@@ -182,7 +185,7 @@ def _begin(
     """Write all but the weights, which take their places when `opened` closes; return what writes the weights."""
     layout = revert_weight_conversion(model, _meta(_state(model)))
     unfinished = opened.enter_context(
-        whole_files(folder, last=(SAFE_WEIGHTS_INDEX_NAME, CONFIG_NAME), stale=_WEIGHTS.fullmatch)
+        whole_files(folder, last=(SAFE_WEIGHTS_INDEX_NAME, CONFIG_NAME), stale=MODEL_FILES.fullmatch)
     )
     split = split_torch_state_dict_into_shards(
         layout,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moe_unlearn import delta
 from moe_unlearn.cli import main
 from moe_unlearn.masks import WeightMask
 from tests.support.command_line import arguments, saved
@@ -129,6 +130,14 @@ def test_shared_out_weights_have_the_statistics_and_the_mask_of_whole_ones(ranks
     whole, parts = (WeightMask.load(folder / f"{name}.safetensors") for name in ("mask", "mask-fsdp"))
     differing = sum(int((whole.kept(name) != parts.kept(name)).sum()) for name in whole.names)
     assert whole.fraction > 0.29 and differing <= 1e-3 * sum(whole.kept(name).numel() for name in whole.names)
+
+
+def test_a_mesh_writes_the_delta_of_its_run(ranks, folder, tmp_path):
+    path = folder / "experts" / "delta.safetensors"
+    assert f"delta: {path}: " in ranks[0]["experts"]["out"]
+    assert delta.apply(folder / "model", path, tmp_path / "model").digest == delta.read(path).result
+    made, kept = weights(tmp_path), weights(folder / "experts")
+    assert made.keys() == kept.keys() and all(torch.equal(made[name], kept[name]) for name in made)
 
 
 def test_a_run_is_evaluated_and_reported_once(ranks, folder):

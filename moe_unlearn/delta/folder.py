@@ -1,0 +1,127 @@
+"""Reads models' folders in hub layout: where their tensors are, none of them loaded, and what lies beside them."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from moe_unlearn.checkpoint.tensor_file import NAMES, Kind, Stored, stored_in
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# weights in whatever other form a folder has them: they are not those that a delta changes
+_TORCH, _ELSE = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt"), (".h5", ".msgpack", ".npz", ".gguf")
+_WEIGHTS = (*_TORCH, *_ELSE, ".onnx", ".onnx_data")
+
+
+class ModelFolder:
+    """The weights of a model's folder by name, as they stand in its safetensors files.
+
+    `files` says what each of the files holds, of the single one or those of the index; `tensors` says where each tensor
+    is, in their order. Raises ValueError, naming the file, for a folder without such files, for an index that names
+    what is not there, and for a tensor that is in two files.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder)
+        self._index: Mapping[str, str] = {}
+        if not (self.path / SINGLE).is_file():
+            self._index = self._read_index()
+        names = sorted(set(self._index.values()) or {SINGLE})
+        self.files = {name: stored_in(self.path / name) for name in names}
+        self.tensors: dict[str, Stored] = {}
+        for path, contents in self.files.items():
+            for name, stored in contents.tensors.items():
+                if name in self.tensors:
+                    raise ValueError(f"{self.path}: {name!r} is in {self.tensors[name].path.name} and in {path}")
+                self.tensors[name] = stored
+        if absent := sorted(self._index.keys() - self.tensors.keys()):
+            raise ValueError(f"{self.path / INDEX} names {absent[0]!r}, which no file of the folder has")
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """Return dtype and shape of each tensor."""
+        return {name: stored.kind for name, stored in self.tensors.items()}
+
+    def _read_index(self) -> Mapping[str, str]:
+        """Return which file has which tensor."""
+        path = self.path / INDEX
+        if not path.is_file():
+            raise ValueError(f"expected {SINGLE} or {INDEX} in {self.path}; it has neither")
+        try:
+            files: Mapping[str, str] = json.loads(path.read_bytes())["weight_map"]
+            names = {*files.values()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: expected the index of a model's files: {error!r}") from error
+        for name in names:
+            if not (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name):
+                raise ValueError(f"{path}: expected names of safetensors files beside it; got {name!r}")
+            if not (self.path / name).is_file():
+                raise ValueError(f"{path} names {name}, which is not there")
+        if not names:
+            raise ValueError(f"{path} names no file")
+        return files
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Return the paths that are read: the folder, and its files of weights, which may be links out of it."""
+        return [self.path, *(self.path / name for name in self.files)]
+
+    def copy_others(self, target: Path) -> list[str]:
+        """Copy to `target` all but the weights: config, tokenizer, index and more; return what was left out.
+
+        Links become files. Left out are weights in another form, which are not those that a delta changes, links to
+        folders and, not named, hidden folders.
+        """
+        left_out = []
+        for folder, below, names in os.walk(self.path, onerror=_raise):
+            within = Path(folder).relative_to(self.path)
+            linked = {name for name in below if (Path(folder) / name).is_symlink()}
+            left_out += [f"{within / name}/" for name in linked]
+            below[:] = [name for name in below if not name.startswith(".") and name not in linked]
+            known = {INDEX} if self._index and not within.parts else set()
+            for name in names:
+                if not name.endswith(_WEIGHTS) or name in known:
+                    (target / within).mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(Path(folder) / name, target / within / name)
+                elif within.parts or name not in self.files:
+                    left_out.append(str(within / name))
+        return sorted(left_out)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def digest_of(tensors: Mapping[str, tuple[Kind, str]]) -> str:
+    """Return the digest of a model from kind and SHA-256 of each of its tensors, however files share them out.
+
+    It is the SHA-256 of one line for each tensor, sorted by name: `["name","BF16",[2,3],"SHA-256 of its bytes"]`.
+    """
+    whole = hashlib.sha256()
+    for name, (kind, digest) in sorted(tensors.items()):
+        line = json.dumps([name, NAMES[kind.dtype], list(kind.shape), digest], separators=(",", ":"))
+        whole.update(line.encode() + b"\n")
+    return whole.hexdigest()
+
+
+def check_same(expected: Mapping[str, Kind], got: Mapping[str, Kind], of: str | Path, like: str | Path) -> None:
+    """Raise ValueError, naming a tensor, unless what is `of` one model has the tensors of another that it is `like`."""
+    lacking, more = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
+    for names, what in ((lacking, "lacks"), (more, "also has")):
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"expected {of} to have the tensors of {like}; it {what} {names[0]!r}{others}")
+    for name, kind in expected.items():
+        if got[name] != kind:
+            raise ValueError(f"expected {name!r} of {of} to be {kind}, as in {like}; got {got[name]}")
+
+
+def check_apart(out: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raise ValueError if `out` is one of the inputs or lies in one, through whatever links, or one lies in `out`."""
+    target = Path(out).resolve()
+    for given in inputs:
+        real = Path(given).resolve()
+        if target.is_relative_to(real) or real.is_relative_to(target):
+            raise ValueError(f"expected an output apart from what is read; {out} and {given} overlap")
