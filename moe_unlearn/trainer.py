@@ -17,6 +17,7 @@ from a checkpoint of one process. With `save_only_model` a checkpoint has the we
 the optimizer, however it is saved: who resumes from it begins anew with optimizer and schedule.
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -191,6 +192,8 @@ class UnlearnTrainer(Trainer):
 
         def drawn() -> tuple[torch.Tensor | int | None, bool]:
             own, items = draw(epoch_iterator, num_batches, device)
+            if any(side not in batch for batch in own for side in ("forget", "retain")):
+                raise ValueError('expected batches {"forget": rows, "retain": rows}, as `data.PairCollator` makes them')
             samples.extend(own)
             return items, True
 
@@ -267,6 +270,8 @@ class UnlearnTrainer(Trainer):
             return
         tokenizer = self.processing_class if isinstance(self.processing_class, Tokenizer) else None
         save_pretrained(self.unlearn_step.model, output_dir or str(self.args.output_dir), tokenizer)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -274,6 +279,7 @@ class UnlearnTrainer(Trainer):
             sharded.save(folder / _STATE, {"step": self._state()})
         elif self.args.should_save and not self._sharded:
             folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder / _STATE, ignore_errors=True)  # that of ranks, of an earlier run: it would be resumed
             save_state(folder, _STATE, self._state())
         super()._save_checkpoint(model, trial)
 
@@ -358,8 +364,7 @@ class UnlearnTrainer(Trainer):
 
 def _of_ranks(checkpoint: str | Path) -> set[str]:
     """Return what ranks that shared weights out have saved in a checkpoint; empty if one process has saved it."""
-    folder = Path(checkpoint) / _STATE
-    return set(sharded.entries(folder)) if folder.is_dir() else set()
+    return set(sharded.entries(Path(checkpoint) / _STATE))
 
 
 class _Bookkeeping(TrainerCallback):

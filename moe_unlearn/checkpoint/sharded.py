@@ -122,13 +122,21 @@ def load(folder: str | Path, into: Any = None, *, states: Collection[str] | None
     return result
 
 
-def entries(folder: str | Path) -> list[str]:
-    """Return the keys of the tree of a checkpoint, which is a dict; CheckpointError if it cannot be read.
+def entries(folder: str | Path, *, group: Group = None) -> list[str]:
+    """Return the keys of the tree of a checkpoint, which is a dict; none if there is no folder. Every rank calls this.
 
-    No rank waits for another. Files other than that of the tree are not verified.
+    Files other than that of the tree are not verified. Raises CheckpointError on all ranks if one cannot read it, and
+    if they find different ones.
     """
-    known = manifest.read_manifest(folder)
-    return tree.keys_of(read_state(Path(folder), known)[0])
+    folder = Path(folder)
+
+    def read() -> list[str]:
+        return tree.keys_of(read_state(folder, manifest.read_manifest(folder))[0]) if folder.is_dir() else []
+
+    found = _together(read, group)
+    if any(other != found for other in gather(found, group)):
+        raise CheckpointError(f"{folder}: all ranks must see one file system; they find different checkpoints there")
+    return found
 
 
 def commit(root: str | Path, step: int, state: Any, *, keep: int = 2, group: Group = None) -> Path:

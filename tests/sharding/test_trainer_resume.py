@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from unittest import mock
 
 import peft
@@ -56,7 +57,7 @@ def adapted(seed=0):
     return peft.get_peft_model(made, settings).double().eval()
 
 
-def messages(rank, folder):
+def messages(rank, folder, saved):
     """What a rank says of its own error, and of another's, where a Trainer's ranks wait for one another."""
     run = trainer(shard(model()), folder, "npo", save_strategy="no", ddp_backend="gloo", gradient_accumulation_steps=2)
     collate, draw = run.data_collator, Trainer.get_batch_samples
@@ -71,6 +72,9 @@ def messages(rank, folder):
         samples, items = draw(self, *args)
         return samples[rank:], items
 
+    def one_sided(items):
+        return {side: rows for side, rows in collate(items).items() if side == "forget" or not rank}
+
     def stop(act):
         try:
             act()
@@ -83,13 +87,15 @@ def messages(rank, folder):
 
     bad = {side: {key: t for key, t in rows.items() if key != "labels" or not rank} for side, rows in batch.items()}
     found = {"a bad batch": evaluate(bad), "no pair": evaluate(batch if rank else batch["retain"])}
+    elsewhere = str(saved / AT) if rank == 0 else str(folder / AT)
+    found["another disk"] = stop(lambda: run.train(resume_from_checkpoint=elsewhere))
     run.data_collator = unreadable
     found["preparing"] = stop(run.train)
     run.data_collator = collate
     run.prepare()
-    run.data_collator = unreadable
     with mock.patch.object(UnlearnTrainer, "prepare"):
-        found["drawing"] = stop(run.train)
+        for name, run.data_collator in (("drawing", unreadable), ("one side", one_sided)):
+            found[name] = stop(run.train)
         run.data_collator = collate
         with mock.patch.object(Trainer, "get_batch_samples", fewer):
             found["fewer"] = stop(run.train)
@@ -99,7 +105,7 @@ def messages(rank, folder):
 def trainer(made, folder, base="trace", **keywords):
     """A trainer whose 12 micro-batches of an epoch 1, 2, 3 and 4 ranks share without a rest."""
     pairs = ForgetRetainDataset(examples(24, 1), examples(24, 2), seed=0)
-    settings = arguments(folder, max_steps=4, **keywords)
+    settings = arguments(folder, max_steps=keywords.pop("max_steps", 4), **keywords)
     settings.per_device_train_batch_size = 2
     changes = OVERRIDES if base == "trace" else OVERRIDES[:2]
     return UnlearnTrainer(made, settings, recipe(base, *changes, lr=1e-2), pairs)
@@ -157,10 +163,12 @@ def runs(tmp_path_factory):
                 keep(run, rank, root / f"{name}.safetensors")
 
     def accelerated(rank):
-        for name, (saved, _) in BY_ACCELERATE.items():
+        cases = {name: (saved, model(1), "trace") for name, (saved, _) in BY_ACCELERATE.items()}
+        cases["lora to accelerate"] = "lora", adapted(1), "npo"
+        for name, (saved, made, base) in cases.items():
             AcceleratorState._reset_state()
             with mock.patch.object(AcceleratorState, "__init__", forced):
-                run = trainer(model(1), root / "accelerate", ddp_backend="gloo", **FSDP)
+                run = trainer(made, root / f"{base} accelerate", base, ddp_backend="gloo", **FSDP)
                 run.train(resume_from_checkpoint=str(root / saved / AT))
             assert run.is_fsdp_enabled
             keep(run, rank, root / f"{name}.safetensors")
@@ -174,15 +182,15 @@ def runs(tmp_path_factory):
         keep(run, rank, root / "lora to 2.safetensors")
 
     def stopped(rank):
-        found = messages(rank, root / "out")
+        found = messages(rank, root / "out", root / "fsdp2")
         (root / f"messages{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
     for name, only in (("one", False), ("one without optimizer", True)):
         trainer(model(), root / name, gradient_accumulation_steps=2, save_only_model=only).train()
-    on_ranks(2, root / "meet stopped", stopped)
     on_ranks(2, root / "meet lora", adapters)
     on_ranks(4, root / "meet ep4", experts)
     on_ranks(2, root / "meet fsdp2", whole)
+    on_ranks(2, root / "meet stopped", stopped)
     on_ranks(2, root / "meet two", resumed)
     on_ranks(3, root / "meet three", resumed)
     on_ranks(2, root / "meet accelerate", accelerated)
@@ -207,13 +215,33 @@ def test_any_ranks_go_on_as_one_process_does(name, runs, tmp_path):
     assert differences(ours, theirs) == []
 
 
+def test_what_ranks_have_saved_does_not_outlive_the_checkpoint_of_a_later_run(runs, tmp_path):
+    shutil.copytree(runs / "fsdp2" / AT, tmp_path / AT)
+    run = trainer(model(), tmp_path, gradient_accumulation_steps=2, max_steps=2)
+    run.train()
+    again = trainer(model(1), tmp_path, save_strategy="no", max_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / AT))
+    assert again.unlearn_step.steps == 2
+    ours, theirs = weights_of(again.unlearn_step), weights_of(run.unlearn_step)
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("internal", [False, True])
+def test_a_model_that_the_user_saves_is_pushed_as_transformers_does(internal, tmp_path):
+    run = trainer(model(), tmp_path)
+    run.args.push_to_hub = True
+    with mock.patch.object(run.unlearn_step.ranks, "sharded", True), mock.patch.object(run, "push_to_hub") as pushed:
+        run.save_model(_internal_call=internal)
+    assert pushed.called is not internal and (tmp_path / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("name", ["fsdp2 to 2", "fsdp2 to accelerate"])
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(name, runs):
     ours, theirs = (load_file(runs / f"{run}.safetensors") for run in (name, "whole"))
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
-@pytest.mark.parametrize("saved", ["fsdp2/checkpoint-4", "accelerate/checkpoint-4", "fsdp2"])
+@pytest.mark.parametrize("saved", ["fsdp2/checkpoint-4", "trace accelerate/checkpoint-4", "fsdp2"])
 def test_the_folder_of_a_checkpoint_is_a_model_and_one_is_saved_beside_them(saved, runs):
     """That the checkpoints outlive a model that is saved beside them is what the resumed runs show."""
     last = AutoModelForCausalLM.from_pretrained(runs / saved, dtype=torch.float64)
@@ -221,11 +249,12 @@ def test_the_folder_of_a_checkpoint_is_a_model_and_one_is_saved_beside_them(save
     assert all(torch.equal(p, theirs[name]) for name, p in last.named_parameters())
 
 
-def test_adapters_are_saved_as_peft_does_and_resumed(runs, tmp_path):
-    ours, theirs = (load_file(runs / f"{run}.safetensors") for run in ("lora to 2", "whole lora"))
+@pytest.mark.parametrize("name, saved", [("lora to 2", "lora"), ("lora to accelerate", "npo accelerate")])
+def test_adapters_are_saved_as_peft_does_and_resumed(name, saved, runs, tmp_path):
+    ours, theirs = (load_file(runs / f"{run}.safetensors") for run in (name, "whole lora"))
     assert any(not torch.equal(theirs[name], p) for name, p in adapted().named_parameters())
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
-    folder = runs / "lora" / "checkpoint-4"
+    folder = runs / saved / "checkpoint-4"
     assert not list(folder.glob("model*.safetensors"))
     stored = sum(path.stat().st_size for path in (folder / "unlearn_step").iterdir())
     assert stored < sum(p.nbytes for p in model().parameters()), "the weights of the base model are not stored"
@@ -239,8 +268,10 @@ def test_adapters_are_saved_as_peft_does_and_resumed(runs, tmp_path):
 STOPPED = {
     "a bad batch": ("RankError: rank 1 stopped: ValueError: ", "ValueError: "),
     "no pair": ("ValueError: expected whether a batch is a pair to be the same on all 2 ranks; they differ",) * 2,
+    "another disk": ("CheckpointError: ",) * 2,
     "preparing": ("RankError: rank 1 stopped: OSError: a row that cannot", "OSError: a row that cannot be read"),
     "drawing": ("RankError: rank 1 stopped: OSError: a row that cannot", "OSError: a row that cannot be read"),
+    "one side": ("RankError: rank 1 stopped: ValueError: expected batches", "ValueError: expected batches"),
     "fewer": ("ValueError: expected the number of micro-batches to be the same on all 2 ranks; they differ",) * 2,
 }
 
