@@ -133,8 +133,8 @@ def entries(folder: str | Path, *, group: Group = None) -> list[str]:
     def read() -> list[str]:
         return tree.keys_of(read_state(folder, manifest.read_manifest(folder))[0]) if folder.is_dir() else []
 
-    found = _together(read, group)
-    if any(other != found for other in gather(found, group)):
+    found, all_found = gathered(read, lambda keys: keys, group, error=CheckpointError)
+    if any(other != found for other in all_found):
         raise CheckpointError(f"{folder}: all ranks must see one file system; they find different checkpoints there")
     return found
 
