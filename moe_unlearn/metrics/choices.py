@@ -157,36 +157,31 @@ def continuation_logprobs(
         asked.setdefault(ids, []).append(number)
 
     def compute(rows: list[tuple]) -> list:
-        found: list = [None] * len(rows)
-        by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), i))
-        for start in range(0, len(rows), batch_size):
-            chosen = by_length[start : start + batch_size]
-            ids, mask = _left_padded([rows[i][0] for i in chosen], pad_id, device)
-            keep = max(len(after) for i in chosen for after in rows[i][1])
-            # left padding puts all last tokens into the last column, so no other logits are needed
-            logits = (
-                plain(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-                    use_cache=False,
-                    logits_to_keep=keep,
-                )
-                .logits.float()
-                .log_softmax(-1)
+        ids, mask = _left_padded([before for before, _ in rows], pad_id, device)
+        keep = max(len(after) for _, continuations in rows for after in continuations)
+        # left padding puts all last tokens into the last column, so no other logits are needed
+        logits = (
+            plain(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+                use_cache=False,
+                logits_to_keep=keep,
             )
-            for row, i in enumerate(chosen):
-                found[i] = []
-                for after in rows[i][1]:
-                    tokens = torch.tensor(after, device=device)
-                    found[i].append(logits[row, -len(after) :].gather(1, tokens[:, None]).double().sum().item())
+            .logits.float()
+            .log_softmax(-1)
+        )
+        found: list = []
+        for row, (_, continuations) in zip(logits, rows, strict=True):
+            tokens = [torch.tensor(after, device=device) for after in continuations]
+            found.append([row[-len(t) :].gather(1, t[:, None]).double().sum().item() for t in tokens])
         return found
 
     plain = local(model)
     device = next(plain.parameters()).device
     rows = [(list(ids), [list(requests[n][1]) for n in numbers]) for ids, numbers in asked.items()]
     with evaluating(plain):
-        found = share(plain, rows, compute)
+        found = share(plain, rows, compute, batch_size=batch_size, key=lambda row: len(row[0]))
     logprobs: list = [None] * len(requests)
     for numbers, values in zip(asked.values(), found, strict=True):
         for number, value in zip(numbers, values, strict=True):

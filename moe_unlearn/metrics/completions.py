@@ -88,7 +88,7 @@ class Classifier:
             return [next(one["score"] for one in row if one["label"] == self.label) for row in found]
 
         with evaluating(self.model):
-            return share(self.model, texts, compute)
+            return share(self.model, texts, compute, batch_size=batch_size)
 
 
 def evaluate_completions(

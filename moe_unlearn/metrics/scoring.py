@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.data import Example, batches, generator
-from moe_unlearn.metrics.workers import first_choice, share
+from moe_unlearn.metrics.workers import everywhere, share
 from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ranks import local, sharded
 from moe_unlearn.sharding import reshard
@@ -66,26 +66,24 @@ def token_scores(
     _check(model, [e.input_ids for e in examples], "example")
 
     def compute(rows: list[Example]) -> list:
-        scored: list = [None] * len(rows)
-        # similar lengths go together, so that little is padded
-        by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-        for batch in batches([rows[i] for i in by_length], batch_size, pad_id=pad_id):
-            ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-            logits = plain(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            for row, position in enumerate(batch["index"].tolist()):
-                i = by_length[position]
-                predicted, target = logits[row, : len(rows[i]) - 1].float(), ids[row, 1 : len(rows[i])]
-                chosen = predicted.gather(1, target[:, None])[:, 0]
-                correct = predicted.argmax(1) == target
-                logprobs = chosen - predicted.logsumexp(1)
-                spread = _standard(predicted, logprobs).tolist() if standard else None
-                scored[i] = [logprobs.tolist(), correct.tolist(), spread]
+        scored: list = []
+        (batch,) = batches(rows, len(rows), pad_id=pad_id)
+        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        logits = plain(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for row, example in enumerate(rows):
+            predicted, target = logits[row, : len(example) - 1].float(), ids[row, 1 : len(example)]
+            chosen = predicted.gather(1, target[:, None])[:, 0]
+            correct = predicted.argmax(1) == target
+            logprobs = chosen - predicted.logsumexp(1)
+            spread = _standard(predicted, logprobs).tolist() if standard else None
+            scored.append([logprobs.tolist(), correct.tolist(), spread])
         return scored
 
     plain = local(model)
     device = next(plain.parameters()).device
     with evaluating(plain):
-        scored = share(plain, examples, compute)
+        # similar lengths go together, so that little is padded
+        scored = share(plain, examples, compute, batch_size=batch_size, key=len)
     return [
         TokenScores(
             torch.tensor(logprobs, dtype=torch.float32),
@@ -183,21 +181,18 @@ def _continued(
     stop = frozenset(stop)
 
     def compute(rows: list[tuple[int, Sequence[int]]]) -> list:
-        continuations: list = [None] * len(rows)
-        by_length = sorted(range(len(rows)), key=lambda i: (-len(rows[i][1]), i))
-        for start in range(0, len(rows), batch_size):
-            chosen = by_length[start : start + batch_size]
-            numbers, own = zip(*(rows[i] for i in chosen), strict=True)
-            decoded = _decode(plain, own, new_tokens, choices(numbers, device), pad_id, stop)
-            for i, tokens in zip(chosen, decoded, strict=True):
-                end = next((at for at, token in enumerate(tokens) if token in stop), len(tokens))
-                continuations[i] = tokens[:end]
-        return continuations
+        numbers, own = zip(*rows, strict=True)
+        decoded = _decode(plain, own, new_tokens, choices(numbers, device), pad_id, stop)
+        ends = [next((at for at, token in enumerate(tokens) if token in stop), len(tokens)) for tokens in decoded]
+        return [tokens[:end] for tokens, end in zip(decoded, ends, strict=True)]
 
     plain = local(model)
     device = next(plain.parameters()).device
     with evaluating(plain):
-        return share(plain, list(enumerate(prompts)), compute) if new_tokens else [[] for _ in prompts]
+        if not new_tokens:
+            return [[] for _ in prompts]
+        rows = list(enumerate(prompts))
+        return share(plain, rows, compute, batch_size=batch_size, key=lambda row: -len(row[1]))
 
 
 def _decode(
@@ -215,15 +210,15 @@ def _decode(
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     stops = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    agreed = first_choice(model)
+    finished = everywhere(model)  # ranks that share weights out end together
     cache: Any = None
     generated: list[Tensor] = []
     while True:
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        ids, cache = agreed(choose(out.logits[:, -1], len(generated))), out.past_key_values
+        ids, cache = choose(out.logits[:, -1], len(generated)), out.past_key_values
         generated.append(ids)
         ended |= torch.isin(ids[:, 0], stops)
-        if len(generated) == new_tokens or bool(ended.all()):
+        if len(generated) == new_tokens or finished(ended):
             return torch.cat(generated, 1).tolist()
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
         positions = positions[:, -1:] + 1

@@ -36,6 +36,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
     ]
     assert first["told"] == second["told"] == ["one", [1, 2]]
     assert first["sharded"] == second["sharded"] and len(first["sharded"]) == 3
+    whole = "needs whole weights on every rank; got a model whose weights ranks share out"
+    assert first["refused"] == second["refused"] == [f"the relearning attack {whole}", f"mia_gradnorm {whole}"]
     assert json.loads((tmp_path / "run" / "MUSE_SUMMARY.json").read_text(encoding="utf-8")) == first["summary"]
     results = json.loads((tmp_path / "run" / "MUSE_EVAL.json").read_text(encoding="utf-8"))
     assert len(list((tmp_path / "cache").iterdir())) == len(results)  # one file a result, of one rank
@@ -44,5 +46,10 @@ def test_two_processes_give_what_one_gives(tmp_path):
 @pytest.mark.quick
 def test_one_process_needs_no_group():
     assert share(torch.nn.Linear(1, 1), (1, 2), lambda items: [2 * i for i in items]) == [2, 4]
+    with pytest.raises(ValueError, match="batch_size of at least 1; got 0"):
+        share(torch.nn.Linear(1, 1), (1, 2), list, batch_size=0)
+    words, given = ["ccc", "a", "bb", "dd"], []
+    assert share(torch.nn.Linear(1, 1), words, lambda own: given.append(own) or own, batch_size=2, key=len) == words
+    assert given == [["a", "bb"], ["dd", "ccc"]]
     assert gather({"a": 1}) == [{"a": 1}] and is_first()
     assert gathered(lambda: 1, str) == (1, ["1"])

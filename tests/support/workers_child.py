@@ -11,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 
 from moe_unlearn.checkpoint import CheckpointError
 from moe_unlearn.data import Document, Example, encode
-from moe_unlearn.metrics import MuseData, MuseSettings, evaluate_muse, greedy, token_scores
+from moe_unlearn.metrics import MuseData, MuseSettings, evaluate_muse, greedy, relearning_attack, token_scores
+from moe_unlearn.metrics.attacks import gradient_norms
 from moe_unlearn.metrics.workers import share
 from moe_unlearn.ranks import gathered, on_first, together
 from tests.support.models import tiny_olmoe
@@ -46,8 +47,8 @@ def evaluations(folder: Path | None) -> dict:
     }
 
 
-def sharded_scores() -> list:
-    """Of a model no rank holds alone: every rank must do every forward pass."""
+def sharded_scores() -> tuple[list, list[str]]:
+    """Of a model no rank holds alone, for which every rank must do every forward pass; and what it is refused."""
     torch.manual_seed(0)
     model = tiny_olmoe()
     rows = [Example(list(range(3, n)), list(range(3, n)), 1) for n in (9, 20, 5)]
@@ -57,7 +58,13 @@ def sharded_scores() -> list:
     fully_shard(model)
     together = [s.logprobs for s in token_scores(model, rows, batch_size=1)]
     torch.testing.assert_close(together[0], alone[0])
-    return [row.tolist() for row in together]
+    refused = []
+    for attempt in (lambda: relearning_attack(model, rows), lambda: gradient_norms(model, rows)):
+        try:
+            attempt()
+        except ValueError as error:
+            refused.append(str(error))
+    return [row.tolist() for row in together], refused
 
 
 def main(rank: int, folder: Path) -> None:
@@ -70,7 +77,7 @@ def main(rank: int, folder: Path) -> None:
         return [item * 0.1 for item in items]
 
     found["shared"], found["mine"] = share(plain, [1, 2, 3], work), mine
-    found["sharded"] = sharded_scores()
+    found["sharded"], found["refused"] = sharded_scores()
     found["errors"] = []
 
     def fail(items):
