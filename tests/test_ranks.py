@@ -151,3 +151,12 @@ def test_the_plan_of_ranks_says_that_gradients_are_added_up():
     plan = step.plan(forget, retain)
     assert {(path.way, path.reason) for path in plan.paths} == {("compact", "the gradients of 2 ranks are added up")}
     assert plan.memory["gradients"] > 0
+
+
+def test_the_plan_of_ranks_has_their_part_of_wagles_gradients():
+    step = UnlearnStep(ranks_child.model(), recipe("wagle"))
+    trained = sum(p.numel() for p in step.model.parameters()) / 2**20
+    for ranks, size, shared in ((1, 8 * trained, ""), (4, 6 * trained, " that 4 ranks share and that of a batch")):
+        step.ranks.count = step.ranks.peers = ranks
+        note = f"from two float32 gradients{shared}, {size:.2f} MiB beside the weights"
+        assert any(note in each for each in step.plan(*data()).notes)

@@ -188,9 +188,12 @@ def make_plan(
     if recipe.mollm is not None:
         plan.notes.append(f"MOLLM keeps {2 + recipe.mollm.kl} gradient sets until their Gram matrix is known")
     if recipe.wagle is not None and recipe.wagle.mask is None and prepared.mask is None:
-        share = first_share(view, mesh)
-        size = 2 * 4 * sum(share(p, p.numel()) for _, p in view.trained) / 2**20
-        plan.notes.append(f"prepare() makes WAGLE's mask from two float32 gradients, {size:.2f} MiB beside the weights")
+        share, made_from = first_share(view, mesh), "two float32 gradients"
+        held = 2 * 4 * sum(share(p, p.numel()) for _, p in view.trained)
+        if mesh is None and view.peers > 1:
+            held = held // view.peers + sum(p.nbytes for _, p in view.trained)
+            made_from += f" that {view.peers} ranks share and that of a batch"
+        plan.notes.append(f"prepare() makes WAGLE's mask from {made_from}, {held / 2**20:.2f} MiB beside the weights")
     if recipe.scope.kind in ("experts", "seuf") and prepared.selected is None:
         plan.notes.append(
             "prepare() chooses the experts that train: trained weights and paths above count all, memory only as many "
