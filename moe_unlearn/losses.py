@@ -45,6 +45,7 @@ from moe_unlearn.model.head import (
     token_losses,
     unwrapped,
     verify_head,
+    with_head,
 )
 from moe_unlearn.ops.token_loss import IGNORED, Head, token_loss
 
@@ -193,7 +194,8 @@ def logit_margin(model: nn.Module, batch: Batch, hidden_states: Tensor) -> Tenso
     """
     mask = margin_mask(batch)
     labels = torch.where(mask, 0, IGNORED).flatten()
-    values = token_loss(hidden_states.flatten(0, 1), head_of(model), labels, kind="logit_margin")
+    rows = hidden_states.flatten(0, 1)
+    values = with_head(model, lambda head: token_loss(rows, head, labels, kind="logit_margin"))
     return values.sum() / mask.sum().clamp_min(1)
 
 

@@ -1,6 +1,7 @@
 """Finds the output head of a causal language model and computes per-token losses from hidden states with it."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 import torch
@@ -57,6 +58,14 @@ def head_of(model: nn.Module) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), scale, float(softcap) if softcap else None)
 
 
+def with_head(model: nn.Module, compute: Callable[[Head], Tensor]) -> Tensor:
+    """Return compute(head_of(model)), in a pass of the head where FSDP2 has it by itself; errors as `head_of`."""
+    if not is_sharded(head_of(model).weight):
+        return compute(head_of(model))
+    # its own forward pass does not run, so that nothing else would put the whole weight in place
+    return as_forward(unwrapped(model).get_output_embeddings(), lambda: compute(head_of(model)))()
+
+
 def decoder_of(model: nn.Module) -> nn.Module:
     """Return a causal LM without its head."""
     causal = unwrapped(model)
@@ -106,27 +115,26 @@ def _token_losses(
     label_penalty: float,
 ) -> Tensor:
     states = final_hidden_states(model, batch) if hidden_states is None else hidden_states
-    head, (ref_hidden_states, ref_lm_head, ref_bias) = head_of(model), of_reference
-    if is_sharded(head.weight):  # FSDP2 has the head by itself, and its own forward pass does not run
-        layer: nn.Module = unwrapped(model).get_output_embeddings()
-        compute = as_forward(layer, _token_losses)
-        return compute(model, batch, kind, token_weights, states, of_reference, label_penalty)
+    ref_hidden_states, ref_lm_head, ref_bias = of_reference
     targets = torch.full_like(batch["labels"], IGNORED)
     targets[:, :-1] = batch["labels"][:, 1:]
     targets = torch.where(target_mask(batch), targets, IGNORED)
     ref_states = None if ref_hidden_states is None else ref_hidden_states.flatten(0, 1)
-    rows, head, reference = operands(states.flatten(0, 1), head, ref_states, ref_lm_head, ref_bias)
     weights = None if token_weights is None else token_weights.flatten()
-    losses = token_loss(
-        rows,
-        head,
-        targets.flatten(),
-        token_weights=weights,
-        kind=kind,
-        reference=reference,
-        label_penalty=label_penalty,
-    )
-    return losses.view(targets.shape)
+
+    def compute(head: Head) -> Tensor:
+        rows, widened, reference = operands(states.flatten(0, 1), head, ref_states, ref_lm_head, ref_bias)
+        return token_loss(
+            rows,
+            widened,
+            targets.flatten(),
+            token_weights=weights,
+            kind=kind,
+            reference=reference,
+            label_penalty=label_penalty,
+        )
+
+    return with_head(model, compute).view(targets.shape)
 
 
 def operands(
