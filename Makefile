@@ -15,6 +15,8 @@
 # make bench   every op and the whole step against what else there is: one file, pictures, the tables of results; at most
 #              15 minutes on one core, 15 GB of memory; `make bench BENCH="--only route"` a part
 # make bench-gpu   the same on this machine's GPU, published geometries, what matters first; at most 4 minutes
+# make gpu-ranks    what several GPUs alone can prove of ranks that share weights out: order, memory, overlap, a lost
+#              rank; two GPUs, torch 2.13, some 3 minutes
 # make gpu-wheels   peers that `make bench-gpu` measures too, fetched beforehand into build/gpu-wheels
 # make gpu-report DIR=...   what both left, in results, their tables and the choice of implementations
 # make bench-step  the whole step alone, in full: growth, memory, NPO, MOLLM; 40 minutes, 15 GB of memory
@@ -42,7 +44,7 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
 # a change here builds the native extension again
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo quick test nightly nightly-tests soak-sample extremes portable lint ledger mutants soak gpu gpu-install gpu-rehearsal gpu-wheels gpu-report
+.PHONY: demo quick test nightly nightly-tests soak-sample extremes portable lint ledger mutants soak gpu gpu-install gpu-ranks gpu-rehearsal gpu-wheels gpu-report
 .PHONY: bench bench-step bench-gpu study clean-cache clean
 
 # without build isolation, so that the native extension is built against this very torch
@@ -108,7 +110,7 @@ gpu-install:
 		$(PYTHON) -m pip install --no-index --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m tests.gpu_stages --built
 
-gpu bench-gpu: gpu-install
+gpu bench-gpu gpu-ranks: gpu-install
 
 gpu-rehearsal:
 	$(PYTHON) -m tests.gpu_rehearsal
@@ -116,6 +118,9 @@ gpu-rehearsal:
 # in the machine's own environment: its torch is built for its CUDA and brings the Triton that goes with it
 gpu:
 	$(PYTHON) -m tests.gpu_run 1 $(GPU)
+
+gpu-ranks:
+	$(PYTHON) -m tests.gpu_ranks --out $(DIR) $(GPU)
 
 gpu-wheels:
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --dest build/gpu-wheels liger-kernel cut-cross-entropy
