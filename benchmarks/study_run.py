@@ -303,19 +303,19 @@ def control(spec: Spec) -> Iterator[None]:
         return order < selected.sum(1, keepdim=True)
 
     def mask(score):
-        def weight_mask(model, forget_batches, retain_batches, *, keep, **how):
+        def mask_of(model, forget_batches, retain_batches, rule, **how):
             scores = {name: score(p.detach()) for name, p in model.named_parameters()}
             values = torch.cat([s.flatten() for s in scores.values()])
-            threshold = values.kthvalue(len(values) - int(keep * len(values))).values
+            threshold = values.kthvalue(len(values) - int(rule.keep * len(values))).values
             packed = {name: pack_bits(s > threshold) for name, s in scores.items()}
-            return wagle.WeightMask({n: tuple(s.shape) for n, s in scores.items()}, packed, keep)
+            return wagle.WeightMask({n: tuple(s.shape) for n, s in scores.items()}, packed, rule.keep)
 
-        return weight_mask
+        return mask_of
 
     replaced = {
         "random-experts": (trace, "select_experts", random_experts),
-        "random-mask": (wagle, "weight_mask", mask(lambda p: torch.rand(p.shape, generator=draw))),
-        "magnitude-mask": (wagle, "weight_mask", mask(torch.abs)),
+        "random-mask": (wagle, "mask_of", mask(lambda p: torch.rand(p.shape, generator=draw))),
+        "magnitude-mask": (wagle, "mask_of", mask(torch.abs)),
         "equal-lambda": (mollm, "_minimum", lambda cosines, lengths: torch.full_like(lengths, 1 / len(lengths))),
     }
     with mock.patch.object(*replaced[spec.control]) if spec.control in replaced else contextlib.nullcontext():

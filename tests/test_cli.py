@@ -246,6 +246,10 @@ def test_a_mask_in_the_official_form_serves_a_run(folder, tmp_path, capsys):
     for form in ("native", "official"):
         out = ["--keep", "0.5", "--max-length", "48", "--format", form, "--out", str(tmp_path / form)]
         assert main(["mask", *arguments(folder), *out]) == 0
+        if form == "native":
+            again = [*out[:-1], str(tmp_path / "again"), "--memory", "100KiB"]
+            assert main(["mask", *arguments(folder), *again]) == 0
+            assert (tmp_path / "again").read_bytes() == (tmp_path / form).read_bytes()
         mask = [f"wagle.mask={tmp_path / form}", "--no-eval"]
         assert run(folder, tmp_path / f"{form}-run", *mask, recipe="wagle") == 0
     native, official = (

@@ -147,19 +147,14 @@ def mask(options: argparse.Namespace) -> None:
     """Compute a WAGLE mask and save it."""
     writable(options.out)
     model, tokenizer = loading.load_model(options.model, **sharing(options))
-    _require_moe(model)
-    made = wagle.weight_mask(
-        model,
-        *(
+    rule = wagle.Rule(options.keep, options.gamma, options.official, options.accumulation)
+    with enable(model):
+        forget, retain = (
             _batches(examples_of(getattr(options, side), tokenizer, options, side), tokenizer, options.batch_size, side)
             for side in ("forget", "retain")
-        ),
-        keep=options.keep,
-        gamma=options.gamma,
-        official=options.official,
-        accumulation=options.accumulation,
-        ranks=Ranks(model, everyone()),
-    )
+        )
+        ranks = Ranks(model, everyone())
+        made = wagle.mask_of(model, forget, retain, rule, memory=options.memory, ranks=ranks)
     save = partial(masks.save, made, options.out, model, options.format)
     if made.shared:  # all ranks put it together
         save()
@@ -276,6 +271,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--official", action="store_true", help="reproduce the official code's masks")
     sub.add_argument(
         "--accumulation", type=positive, default=1, help="with --official: its micro-batches a step (it has 4)"
+    )
+    sub.add_argument(
+        "--memory",
+        metavar="BYTES",
+        help="what gradients and scores may take beside the weights, such as 512MiB; default: most of what is free",
     )
     sub.add_argument(
         "--format",

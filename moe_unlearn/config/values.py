@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Collection
@@ -130,6 +131,16 @@ def _word_or_number(value: object, name: str) -> str | float:
         if isinstance(value, str):
             return value
         raise ValueError(f"{name} must be a word or a finite number; got {value!r}") from None
+
+
+def bytes_of(name: str, value: str | float) -> int:
+    """Convert an amount of memory, a number of bytes or a text like 512MiB, to bytes; ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", str(value))
+    if found is None or isinstance(value, bool):
+        raise ValueError(f"{name} must be an amount of memory, such as 512MiB or 32GB; got {value!r}")
+    number, unit = found.groups()
+    base = 1024 if unit and "i" in unit else 1000
+    return int(float(number) * base ** " KMGT".index(unit[0])) if unit and unit != "B" else int(float(number))
 
 
 def one_of(name: str, value: str, allowed: Collection[str]) -> None:

@@ -34,6 +34,7 @@ from moe_unlearn.ops.bits import num_words, pack_bits
 BINS = 1 << 16
 FIRST_NON_FINITE_BIN = 0x7F80
 BLOCK = 1 << 20  # elements scored at a time
+SMALL_BLOCK = 1 << 17  # the same where memory matters more
 _SMALLEST_GAMMA, _LARGEST_GAMMA = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
@@ -104,6 +105,43 @@ def score_mask(
     return words, taken
 
 
+def score_bits(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, *, gamma: float) -> Tensor:
+    """Compute the bit patterns of |S|, int32 in flat order; in plain PyTorch on every device, for a few elements.
+
+    Raises TypeError or ValueError as `score_mask`.
+    """
+    _check(weight, grad_forget, grad_retain, gamma)
+    blocks = [bits.flatten() for bits in _bit_rows(weight, grad_forget, grad_retain, gamma)]
+    return torch.cat(blocks) if blocks else weight.new_empty(0, dtype=torch.int32)
+
+
+def score_between(
+    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, *, gamma: float, low: int, high: int, most: int
+) -> tuple[Tensor, Tensor, int]:
+    """Find the elements whose bit pattern of |S| is in [low, high): (flat indices, bit patterns, number above).
+
+    It stops where it has found more than `most`, after some of the elements. Indices are ascending int64 or, where
+    these can hold them, int32; bit patterns are int32; the number is of elements from `high` on. In plain PyTorch on
+    every device, some rows at a time. Raises TypeError or ValueError as `score_mask`.
+    """
+    _check(weight, grad_forget, grad_retain, gamma)
+    dtype = torch.int32 if weight.numel() < 1 << 31 else torch.int64
+    indices, patterns = [weight.new_empty(0, dtype=dtype)], [weight.new_empty(0, dtype=torch.int32)]
+    above = torch.zeros((), dtype=torch.int64, device=weight.device)
+    first = 0
+    for bits in _bit_rows(weight, grad_forget, grad_retain, gamma, SMALL_BLOCK):
+        flat = bits.flatten()
+        above += (flat >= high).sum()
+        found = ((flat >= low) & (flat < high)).nonzero().squeeze(1)
+        indices.append((found + first).to(dtype))
+        patterns.append(flat[found])
+        first += len(flat)
+        most -= len(found)
+        if most < 0:
+            break
+    return torch.cat(indices), torch.cat(patterns), int(above)
+
+
 def score_mask_ref(
     weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, threshold_bits: int, ties: int
 ) -> tuple[Tensor, Tensor]:
@@ -120,13 +158,15 @@ def score_mask_ref(
     return words.view(shape), seen.clamp_max(ties)
 
 
-def _bit_rows(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float) -> Iterator[Tensor]:
-    """Yield bit patterns of |S|, int32 [rows, n], whole rows of at most about BLOCK elements at a time."""
+def _bit_rows(
+    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, most: int | None = None
+) -> Iterator[Tensor]:
+    """Yield bit patterns of |S|, int32 [rows, n], whole rows of about `most` elements at a time, by default BLOCK."""
     width = weight.shape[-1] if weight.dim() else 1
     if weight.numel() == 0:
         return
     flat = [t.reshape(-1, width) for t in (weight, grad_forget, grad_retain)]
-    height = max(BLOCK // width, 1)
+    height = max((most or BLOCK) // width, 1)
     for start in range(0, len(flat[0]), height):
         w, g_f, g_r = (t[start : start + height] for t in flat)
         block = weight_score_ref(w, g_f, g_r, gamma)

@@ -360,14 +360,12 @@ def _wagle(work: _Work) -> None:
         load = partial(masks.load, settings.mask, work.model)
         work.prepared.mask = load() if work.ranks is None else together(load, work.ranks.group)
         return
-    work.prepared.mask = wagle.weight_mask(
+    work.prepared.mask = wagle.mask_of(
         work.model,
         [forgotten(work.recipe, batch) for batch in work.forget],
         work.retain,
-        keep=settings.keep,
-        gamma=settings.gamma,
-        official=settings.official,
-        accumulation=settings.accumulation,
+        wagle.Rule(settings.keep, settings.gamma, settings.official, settings.accumulation),
+        memory=settings.memory,
         ranks=work.ranks,
     )
 

@@ -13,6 +13,8 @@ from moe_unlearn.prepare.stages import Preparation, needed
 
 # keys of a recipe in which a saved state may differ from the step that takes it
 MAY_DIFFER = ("name", "steps", "data", "guard", "retain_budget")
+# by lever, its keys that change no result
+CHANGE_NOTHING = {"wagle": ("memory",)}
 
 
 def check_prepared(recipe: Recipe, prepared: Preparation) -> None:
@@ -36,13 +38,22 @@ def check_open(is_open: bool) -> None:
 
 def check_recipe(recipe: Recipe, saved: dict) -> None:
     """Raise ValueError if a state with the `saved` recipe belongs to another recipe."""
-    own = recipe.to_dict()
+    own, saved = _deciding(recipe.to_dict()), _deciding(saved)
     different = [k for k in own if k not in MAY_DIFFER and own[k] != saved.get(k)]
     if different:
         raise ValueError(
             f"the state belongs to another recipe: {different[0]} was "
             f"{saved.get(different[0])!r}, is {own[different[0]]!r}"
         )
+
+
+def _deciding(recipe: dict) -> dict:
+    """Return the keys of a recipe but for those that change no result."""
+    kept = dict(recipe)
+    for lever, keys in CHANGE_NOTHING.items():
+        if isinstance(kept.get(lever), dict):
+            kept[lever] = {key: value for key, value in kept[lever].items() if key not in keys}
+    return kept
 
 
 def check_adapters(model: nn.Module) -> None:

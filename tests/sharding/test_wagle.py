@@ -15,6 +15,9 @@ from moe_unlearn.masks.weight_mask import WeightMask
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.ranks import RankError, Ranks
 from moe_unlearn.sharding import held_rows, is_sharded, part
+from moe_unlearn.wagle import mask as making
+from moe_unlearn.wagle.gradients import Side
+from moe_unlearn.wagle.pieces import Piece
 from tests.support.batches import random_batch, random_batches
 from tests.support.forked_ranks import run_forked
 from tests.support.models import tiny_olmoe
@@ -40,31 +43,32 @@ def loss(made: nn.Module, batch: dict) -> torch.Tensor:
 BATCHES = [random_batch(VOCAB, rows=3, seed=1), random_batch(VOCAB, rows=1, length=7, seed=2)], random_batches(VOCAB, 5)
 
 
-def mask_of(made: nn.Module, ranks: Ranks | None = None, loss: Callable = loss) -> WeightMask:
-    options = {"forget_loss": loss, "retain_loss": loss, "ranks": ranks}
-    return wagle.weight_mask(made, *BATCHES, keep=0.3, gamma=0.7, **options)
+def mask_of(
+    made: nn.Module, ranks: Ranks | None = None, loss: Callable = loss, memory: int | None = None
+) -> WeightMask:
+    return wagle.mask_of(made, *BATCHES, wagle.Rule(0.3, 0.7), losses=(loss, loss), ranks=ranks, memory=memory)
 
 
 def without_memory(made: nn.Module, batch: dict) -> torch.Tensor:
     raise MemoryError("none is left")
 
 
-def given(made: nn.Module, batches: list, loss: object, divided: object, side: str, *_: object) -> dict:
+def given(made: nn.Module, side: Side, pieces: list[Piece], ranks: Ranks | None) -> dict:
     """Gradients that are the same whatever the ranks: those rows of them that this rank holds."""
-    generator = torch.Generator().manual_seed(len(side) + ord(side[0]))
+    generator = torch.Generator().manual_seed(len(side.name) + ord(side.name[0]))
     found = {}
-    for name, p in made.named_parameters():
-        rows = held_rows(p)
+    for piece in pieces:
+        rows = held_rows(piece.parameter)
         # few values, so that many scores are equal
-        whole = torch.randint(-2, 3, p.shape, generator=generator) + torch.rand((), generator=generator)
-        found[name] = whole[rows.start : rows.stop]
+        whole = torch.randint(-2, 3, piece.parameter.shape, generator=generator) + torch.rand((), generator=generator)
+        found[piece] = whole[rows.start : rows.stop].flatten()
     return found
 
 
 def mask_of_given(made: nn.Module) -> WeightMask:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wagle, "_gradients", given)
-        return wagle.weight_mask(made, [], [], keep=0.3, gamma=0.7)
+        patch.setattr(making, "gradients", given)
+        return wagle.weight_mask(made, *BATCHES, keep=0.3, gamma=0.7)
 
 
 def written_by(rank: int, folder: Path) -> None:
@@ -79,6 +83,10 @@ def written_by(rank: int, folder: Path) -> None:
     mask.save(folder / f"whole{rank}")
     assert len(passes) == sum(len(side[rank :: distributed.get_world_size()]) for side in BATCHES)
     assert all(p.grad is None for p in made.parameters())
+    # too little on one rank for its rows: each makes the mask alone, in groups
+    memory = sum(p.numel() for p in made.parameters()) * (4 if rank == 0 else 1000)
+    mask_of(made, ranks, memory=memory).save(folder / f"alone{rank}")
+    assert len(passes) > sum(map(len, BATCHES)) * (3 if rank == 0 else 1)
     torch.manual_seed(0)
     made = tiny_olmoe(VOCAB).eval()
     for layer in made.model.layers:
@@ -90,6 +98,8 @@ def written_by(rank: int, folder: Path) -> None:
     distributed.barrier()
     assert read_again(folder / "given", made, mask) == 1
     read_again(folder / "official", made, mask)
+    with pytest.raises(ValueError, match="memory: expected none where ranks share weights out, .*; got '1GiB'"):
+        wagle.weight_mask(made, *BATCHES, keep=0.3, gamma=0.7, memory="1GiB")
 
 
 def held_while_saved(mask: WeightMask, path: Path) -> int:
@@ -151,6 +161,7 @@ def test_ranks_with_whole_weights_write_the_mask_of_one_process(ranks, tmp_path)
     mask_of(model()).save(tmp_path / "one")
     for rank in range(count):
         assert (folder / f"whole{rank}").read_bytes() == (tmp_path / "one").read_bytes()
+        assert (folder / f"alone{rank}").read_bytes() == (tmp_path / "one").read_bytes()
 
 
 def test_ranks_with_sharded_weights_write_the_mask_that_equal_gradients_make_in_one_process(ranks, tmp_path):

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import nn
 
-from moe_unlearn import UnlearnStep, wagle
+from moe_unlearn import UnlearnStep
 from moe_unlearn.checkpoint import tensor_file
 from moe_unlearn.config import Recipe, shipped
 from moe_unlearn.masks.weight_mask import FORMAT
@@ -20,7 +20,7 @@ from moe_unlearn.model.batches import target_mask
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.ops.bits import num_words
 from moe_unlearn.trace import routing_frequencies
-from moe_unlearn.wagle import WeightMask, weight_mask
+from moe_unlearn.wagle import WeightMask, scores, weight_mask
 from tests.support.batches import random_batch, random_batches
 from tests.support.models import tiny_gpt_oss, tiny_olmoe
 
@@ -304,13 +304,13 @@ def test_the_model_is_left_as_it_was(model):
 @pytest.mark.quick
 def test_bfloat16_models_accumulate_in_float32(model, monkeypatch):
     """Sums of many bfloat16 gradients in bfloat16 would lose the last ones."""
-    dtypes, real = set(), wagle.score_histogram
+    dtypes, real = set(), scores.score_histogram
 
     def spy(*terms, **keywords):
         dtypes.add(tuple(t.dtype for t in terms))
         return real(*terms, **keywords)
 
-    monkeypatch.setattr(wagle, "score_histogram", spy)
+    monkeypatch.setattr(scores, "score_histogram", spy)
     weight_mask(model.to(torch.bfloat16), *data(), keep=0.5, gamma=1.0)
     assert dtypes == {(torch.bfloat16, torch.float32, torch.float32)}
 

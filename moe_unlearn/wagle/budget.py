@@ -1,0 +1,112 @@
+"""How much memory a mask may take beside the weights: gradients of a group, and room for remembered scores."""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from moe_unlearn.config.values import bytes_of
+from moe_unlearn.wagle.pieces import Piece, smallest_group
+from moe_unlearn.wagle.threshold import ENTRY
+
+_SHARE = 0.75  # of what is free, by default: activations take memory too
+_SAMPLE = 32  # bytes of a budget for each score of a sample
+_LARGEST_SAMPLE = 1 << 22
+_SMALLEST_SAMPLE = 256
+_ROOM = 8  # a part in so many of a budget is room, where no sample says how much is needed
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What of `size` bytes is for the gradients of a group, of both sides, and for remembered scores.
+
+    `gradients` is None where those of all weights fit, so that there is one group and nothing to remember.
+    """
+
+    size: int
+    least: int = 0  # the bytes of the smallest group
+    gradients: int | None = None
+    room: int = 0
+
+    @property
+    def sample(self) -> int:
+        """Return how many scores to sample; 0 for none."""
+        count = min(self.size // _SAMPLE, _LARGEST_SAMPLE)
+        return count if self.gradients is not None and count >= _SMALLEST_SAMPLE else 0
+
+    def with_room(self, scores: float) -> "Budget | None":
+        """Return the budget with room for about so many scores, None if that is more than half of what may vary."""
+        room = int(1.25 * scores + 64) * ENTRY
+        if room > (self.size - self.least) // 2:
+            return None
+        return replace(self, gradients=self.size - room, room=room)
+
+
+def budget_of(pieces: Sequence[Piece], memory: str | float | None, *, sharded: bool = False) -> Budget:
+    """Return the budget of a mask of whole parameters: `memory`, in bytes or as "512MiB", or most of what is free.
+
+    Sharded weights are one group. Raises ValueError if `memory` is less than the smallest group takes, if it is no
+    amount, or if it is given for sharded weights.
+    """
+    needed = sum(piece.nbytes for piece in pieces)
+    if sharded:
+        if memory is not None:
+            raise ValueError(
+                f"memory: expected none where ranks share weights out, of which a rank scores all its rows at once, in "
+                f"{needed} bytes; got {memory!r}"
+            )
+        return Budget(needed)
+    size, which = _size(pieces, memory), "free are" if memory is None else "got"
+    if needed <= size:
+        return Budget(size)
+    name, least = smallest_group(pieces)
+    if size < least:
+        raise ValueError(
+            f"memory must be at least {least} bytes, which the gradients of one row of {name} take; {which} {size}"
+        )
+    room = min(size // _ROOM, size - least)
+    return Budget(size, least, size - room, room)
+
+
+def shares_fit(pieces: Sequence[Piece], memory: str | float | None) -> bool:
+    """Return whether the gradients of this rank's rows fit, and beside them those of a batch of all whole weights."""
+    batch = sum(piece.parameter.nbytes for piece in pieces if piece.parameter.requires_grad)
+    return batch + sum(piece.nbytes for piece in pieces) <= _size(pieces, memory)
+
+
+def _size(pieces: Sequence[Piece], memory: str | float | None) -> int:
+    if memory is not None:
+        return bytes_of("memory", memory)
+    return int(_SHARE * free_memory(pieces[0].own.device)) if pieces else 0
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that a device has free, or on the CPU those that this process may still take."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    if device.type != "cpu":
+        return 1 << 62
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        limits.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    # of control groups, version 2 and version 1, as a container sees its own
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        root = Path("/sys/fs/cgroup")
+        with suppress(OSError, ValueError):  # "max" is no limit
+            limits.append(int((root / limit).read_text(encoding="ascii")) - int((root / used).read_text("ascii")))
+    with suppress(ImportError, OSError, ValueError):
+        import resource  # not on every platform
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+            limits.append(most - pages * os.sysconf("SC_PAGE_SIZE"))
+    return max(min(limits), 0)
