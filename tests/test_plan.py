@@ -9,7 +9,7 @@ import torch
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.plan.memory import measured_peak
-from moe_unlearn.prepare.stages import CHOOSING
+from moe_unlearn.prepare.stages import CHOOSING, Preparation, prepare
 from moe_unlearn.step import UnlearnStep
 from tests.support.batches import random_batch, with_refusals
 from tests.support.models import TINY_MODELS
@@ -357,3 +357,18 @@ def test_the_table_says_paths_costs_and_memory():
         assert word in text
     plan.paths[0] = plan.paths[0]._replace(way="update", reason="no reason")
     assert "layers.0.mlp.experts: update, 8 of 8 experts; no reason" in str(plan)
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("olmoe", "float32"), ("qwen3_moe", "bfloat16"), ("gpt_oss", "float32")])
+@pytest.mark.parametrize("part", [None, 0.5, 0.2])
+def test_the_memory_of_a_mask_is_what_making_it_allocates(family, dtype, part):
+    model, forget, retain = tiny(family, getattr(torch, dtype)), [batch(1), batch(2)], [batch(3), batch(4)]
+    size = sum(8 * p.numel() for p in model.parameters())
+    recipe = made("wagle", f"wagle.memory={'null' if part is None else int(part * size)}")
+    plan = UnlearnStep(model, recipe).plan(forget, retain)
+    with measured_peak("cpu") as measured:
+        prepare(model, recipe, Preparation(), forget, retain)
+    predicted = sum(plan.mask.values()) - plan.mask["weights"]
+    assert predicted == pytest.approx(measured.peak, rel=0.15), plan.mask
+    (note,) = [note for note in plan.notes if "WAGLE's mask" in note]
+    assert ("groups" in note) == (part is not None) and f"{sum(plan.mask.values()) / 2**20:.2f} MiB at the peak" in note

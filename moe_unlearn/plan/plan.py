@@ -10,7 +10,7 @@ For a mesh it is the rehearsal of one rank, the one that holds most, and no rank
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.plan.assumed import CACHES, assumed
 from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.plan.known import cache_bytes, first_share, held_at_rest
+from moe_unlearn.plan.mask import mask_plan
 from moe_unlearn.plan.mesh import Mesh, check_whole
 from moe_unlearn.plan.one_rank import OneRank
 from moe_unlearn.plan.ways import Path, form, obstacle, paths
@@ -40,8 +41,9 @@ class Plan:
 
     memory: bytes by component at the moment when their sum, `peak`, is largest. largest: the most bytes of each
     component at any time. flops, bytes: by kernel, the operations of matrix products and the bytes read and written,
-    for one micro-batch and its update. paths: the way of each layer's gradients (`ways.Path`). Where the step cannot
-    be rehearsed, a note says why, and memory holds what is known without: weights, optimizer state, mask and caches.
+    for one micro-batch and its update. paths: the way of each layer's gradients (`ways.Path`). mask: as memory, at the
+    peak of making WAGLE's mask in prepare(). Where the step cannot be rehearsed, a note says why, and memory holds what
+    is known without: weights, optimizer state, mask and caches.
 
     With a mesh all of these are of one rank, the one that holds most, but for `weights` and `trained`; traffic: the
     bytes that it sends to other ranks in a step, by cause. fits: the GiB that a device has, where that is asked for.
@@ -61,6 +63,7 @@ class Plan:
     bytes: dict[str, int] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     largest: dict[str, int] = field(default_factory=dict)
+    mask: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     mesh: Mesh | None = None
     traffic: dict[str, int] = field(default_factory=dict)
@@ -188,12 +191,7 @@ def make_plan(
     if recipe.mollm is not None:
         plan.notes.append(f"MOLLM keeps {2 + recipe.mollm.kl} gradient sets until their Gram matrix is known")
     if recipe.wagle is not None and recipe.wagle.mask is None and prepared.mask is None:
-        share, made_from = first_share(view, mesh), "two float32 gradients"
-        held = 2 * 4 * sum(share(p, p.numel()) for _, p in view.trained)
-        if mesh is None and view.peers > 1:
-            held = held // view.peers + sum(p.nbytes for _, p in view.trained)
-            made_from += f" that {view.peers} ranks share and that of a batch"
-        plan.notes.append(f"prepare() makes WAGLE's mask from {made_from}, {held / 2**20:.2f} MiB beside the weights")
+        _plan_mask(plan, view, {"forget": forget, "retain": retain}, batches)
     if recipe.scope.kind in ("experts", "seuf") and prepared.selected is None:
         plan.notes.append(
             "prepare() chooses the experts that train: trained weights and paths above count all, memory only as many "
@@ -221,6 +219,25 @@ def make_plan(
             f"verify runs {steps} beside the plain path, at 5 to 8 times their time and {size:.2f} MiB beside these"
         )
     return plan
+
+
+def _plan_mask(plan: Plan, view: StepView, given: Mapping[str, list[Batch]], batches: Mapping[str, Batch]) -> None:
+    """Say in `plan` how WAGLE's mask will be made; of several ranks, how much its gradients take on one."""
+    share, made_from = first_share(view, plan.mesh), "two float32 gradients"
+    held = 2 * 4 * sum(share(p, p.numel()) for _, p in view.trained)
+    if plan.mesh is None and view.peers > 1:
+        held = held // view.peers + sum(p.nbytes for _, p in view.trained)
+        made_from += f" that {view.peers} ranks share and that of a batch"
+    said = f"prepare() makes WAGLE's mask from {made_from}, {held / 2**20:.2f} MiB beside the weights"
+    if plan.mesh is None and view.peers == 1:
+        # from its second batch on a side has the sums of all gradients beside the activations
+        sides = {side: [batch] * min(len(given[side]) or 2, 2) for side, batch in batches.items()}
+        try:
+            made = mask_plan(view, Rehearsal(torch.device(plan.device)), sides)
+            plan.mask, said = made.memory, str(made)
+        except (RuntimeError, TypeError) as error:
+            said += f"; not rehearsed ({next(iter(str(error).splitlines()), type(error).__name__)})"
+    plan.notes.append(said)
 
 
 def _rehearse(
