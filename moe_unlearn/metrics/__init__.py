@@ -1,10 +1,10 @@
 """Measure what a model remembers, what it can still do, and what it gives away."""
 
-from moe_unlearn.metrics.audit import audit
+from moe_unlearn.metrics.audit import Audit, audit
 from moe_unlearn.metrics.choices import continuation_logprobs, evaluate_choices, multiple_choice
 from moe_unlearn.metrics.completions import Classifier, CompletionSettings, evaluate_completions
 from moe_unlearn.metrics.conventions import LIKE, Conventions, like
-from moe_unlearn.metrics.evaluate import evaluate
+from moe_unlearn.metrics.evaluate import evaluate, min_k_auc
 from moe_unlearn.metrics.gibberish import GibberishRate, gibberish_rate, repetition
 from moe_unlearn.metrics.harness import harness, write_task
 from moe_unlearn.metrics.memorization import (
@@ -25,6 +25,7 @@ from moe_unlearn.metrics.scoring import TokenScores, context_length, evaluating,
 from moe_unlearn.metrics.tofu import TofuData, TofuSettings, evaluate_tofu, kolmogorov_smirnov
 
 __all__ = [
+    "Audit",
     "Classifier",
     "CompletionSettings",
     "Conventions",
@@ -65,6 +66,7 @@ __all__ = [
     "kolmogorov_smirnov",
     "membership_auc",
     "min_k",
+    "min_k_auc",
     "multiple_choice",
     "nll",
     "privleak",

@@ -45,6 +45,8 @@ from moe_unlearn.prepare.reference import model_digest
 from moe_unlearn.ranks import local
 
 UNSEEN = 0.5
+#: a model, or what makes it when it is needed
+ReferenceModel = nn.Module | Callable[[], nn.Module]
 
 
 def membership(
@@ -58,12 +60,12 @@ def membership(
     ways: Conventions,
     batch_size: int,
     gradient_norm: bool = False,
-    reference_model: nn.Module | None = None,
+    reference_model: ReferenceModel | None = None,
 ) -> None:
     """Add the attacks on the forget and holdout examples made of `rows`, and the comparisons of their AUC.
 
     A row is left out of all attacks if no token of it counts in one of them. `mia_gradnorm` is added with
-    `gradient_norm`, `mia_reference` with a `reference_model`.
+    `gradient_norm`, `mia_reference` with a `reference_model`; one that is made by a function is let go afterwards.
     """
     pad, known = pad_token_id(tokenizer), {}
 
@@ -75,8 +77,6 @@ def membership(
     counted = {name: [part for _, part in kept.values] for name, kept in sides.items()}
 
     sources = {"whole": (model, examples), "counted": (model, counted)}
-    if reference_model is not None:
-        sources["reference"] = (reference_model, examples)
 
     def scores(which: str) -> dict[str, list[TokenScores]]:
         if which not in known:
@@ -115,11 +115,16 @@ def membership(
         trained = sorted(name for name, p in local(model).named_parameters() if p.requires_grad)
         add("gradnorm", lambda side: gradient_norms(model, counted[side]), [rows, trained])
     if reference_model is not None:
-        add("reference", lambda side: loss(side) - loss(side, "reference"), [rows, model_digest(reference_model)])
+        made = reference_model if isinstance(reference_model, nn.Module) else reference_model()
+        sources["reference"] = (made, examples)
+        add("reference", lambda side: loss(side) - loss(side, "reference"), [rows, model_digest(made)])
+        del sources["reference"], made
     _compare(run, ways)
 
 
-def check_asked(gradient_norm: bool, reference_model: nn.Module | None, forget: Sequence, holdout: Sequence) -> None:
+def check_asked(
+    gradient_norm: bool, reference_model: ReferenceModel | None, forget: Sequence, holdout: Sequence
+) -> None:
     """Check that there are forget and holdout rows for the attacks that were asked for; ValueError otherwise."""
     for name, asked in (("gradient norms", gradient_norm), ("a reference model", reference_model is not None)):
         if asked and not (len(forget) and len(holdout)):

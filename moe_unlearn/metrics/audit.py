@@ -9,8 +9,8 @@ from moe_unlearn.data import Example, pad_token_id, special_ids
 from moe_unlearn.metrics.gibberish import gibberish_rate
 from moe_unlearn.metrics.memorization import with_prompts
 from moe_unlearn.metrics.privacy import nll
-from moe_unlearn.metrics.relearning import relearning_attack
-from moe_unlearn.metrics.routing import routes, routing_change
+from moe_unlearn.metrics.relearning import RelearningCurve, relearning_attack
+from moe_unlearn.metrics.routing import Routes, routes, routing_change
 from moe_unlearn.metrics.scoring import greedy, token_scores
 
 
@@ -41,21 +41,78 @@ def audit(
     """
     if before is None and not relearn_steps:
         raise ValueError("expected the model before, relearn_steps of at least 1, or both; got neither")
-    pad = pad_token_id(tokenizer)
-    found: dict[str, float | dict | None] = {}
-    if before is not None:
-        change = routing_change(*(routes(m, retain, batch_size=batch_size, pad_id=pad) for m in (before, model)))
-        prompts = [prompt for _, _, prompt in with_prompts(forget, prompt_tokens)]
-        stop = special_ids(tokenizer)
-        typical, generated = (greedy(m, prompts, new_tokens, pad_id=pad, stop=stop) for m in (before, model))
-        rate = gibberish_rate(before, prompts, generated, typical, batch_size=batch_size, pad_id=pad).rate
-        found |= {**change.means(), "gibberish": rate}
-    if relearn_steps:
-        curve = relearning_attack(
-            model, forget, steps=relearn_steps, lr=relearn_lr, batch_size=batch_size, pad_id=pad, seed=seed
-        )
-        found["relearning"] = curve.to_dict()
+    observed = Audit(
+        tokenizer,
+        forget=forget,
+        retain=retain,
+        relearn_steps=relearn_steps,
+        relearn_lr=relearn_lr,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    observed.observe(model, compared=before is not None)
+    return observed.findings(before)
+
+
+class Audit:
+    """An `audit` whose two models need not be in memory together: first `observe` one, then compare it (`findings`)."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        forget: Sequence[Example],
+        retain: Sequence[Example],
+        relearn_steps: int = 0,
+        relearn_lr: float = 1e-4,
+        prompt_tokens: int = 16,
+        new_tokens: int = 64,
+        batch_size: int = 8,
+        seed: int = 0,
+    ):
+        self.forget, self.retain, self.batch_size, self.seed = forget, retain, batch_size, seed
+        self.relearn_steps, self.relearn_lr, self.new_tokens = relearn_steps, relearn_lr, new_tokens
+        self._prompts = [prompt for _, _, prompt in with_prompts(forget, prompt_tokens)]
+        self._pad, self._stop = pad_token_id(tokenizer), special_ids(tokenizer)
+        self._after: tuple[Routes, list[list[int]]] | None = None
+        self._curve: RelearningCurve | None = None
+
+    def observe(self, model: nn.Module, *, compared: bool = True) -> None:
+        """Take of the unlearned model all that is needed: the attack, and with `compared` routes and answers."""
+        if compared:
+            self._after = self._taken(model)
+        if self.relearn_steps:
+            self._curve = relearning_attack(
+                model,
+                self.forget,
+                steps=self.relearn_steps,
+                lr=self.relearn_lr,
+                batch_size=self.batch_size,
+                pad_id=self._pad,
+                seed=self.seed,
+            )
+
+    def findings(self, before: nn.Module | None = None) -> dict[str, float | dict | None]:
+        """Return what `audit` returns, compared with `before` if it is given."""
+        found: dict[str, float | dict | None] = {}
         if before is not None:
-            known = nll(token_scores(before, forget, batch_size=batch_size, pad_id=pad))
-            found["relearn_half"] = curve.steps_until("nll", (curve.values[0]["nll"] + known) / 2)
-    return found
+            if self._after is None:
+                raise ValueError("expected a model that was observed to be compared; observe(model) comes first")
+            (routed, typical), (routed_after, generated) = self._taken(before), self._after
+            rate = gibberish_rate(
+                before, self._prompts, generated, typical, batch_size=self.batch_size, pad_id=self._pad
+            ).rate
+            found |= {**routing_change(routed, routed_after).means(), "gibberish": rate}
+        if self._curve is not None:
+            found["relearning"] = self._curve.to_dict()
+            if before is not None:
+                known = nll(token_scores(before, self.forget, batch_size=self.batch_size, pad_id=self._pad))
+                found["relearn_half"] = self._curve.steps_until("nll", (self._curve.values[0]["nll"] + known) / 2)
+        return found
+
+    def _taken(self, model: nn.Module) -> tuple[Routes, list[list[int]]]:
+        """Return the routes of the retain documents, and what the model says after the prompts."""
+        routed = routes(model, self.retain, batch_size=self.batch_size, pad_id=self._pad)
+        return routed, greedy(model, self._prompts, self.new_tokens, pad_id=self._pad, stop=self._stop)

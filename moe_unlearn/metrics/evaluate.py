@@ -67,13 +67,24 @@ def evaluate(
             if left_out:
                 results["minkauc_left_out"] = len(left_out)
         if "privleak" in wanted and reference_auc is None and reference is not None:
-            known, new = (
-                token_scores(reference, examples, batch_size=batch_size, pad_id=pad) for examples in (forget, holdout)
-            )
-            reference_auc = _min_k_auc(known, new)[0]
+            reference_auc = min_k_auc(reference, tokenizer, forget, holdout, batch_size=batch_size)
         if "privleak" in wanted and reference_auc is not None:
             results["privleak"] = privleak(results["minkauc"], reference_auc)
     return results
+
+
+def min_k_auc(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    forget: Sequence[Example],
+    holdout: Sequence[Example],
+    *,
+    batch_size: int = 32,
+) -> float:
+    """Return the `minkauc` of a model alone: of a retrained one it is the `reference_auc` of `evaluate`."""
+    pad = pad_token_id(tokenizer)
+    known, new = (token_scores(model, examples, batch_size=batch_size, pad_id=pad) for examples in (forget, holdout))
+    return _min_k_auc(known, new)[0]
 
 
 def _min_k_auc(forget: Sequence[TokenScores], holdout: Sequence[TokenScores]) -> tuple[float, list[dict]]:

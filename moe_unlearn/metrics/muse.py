@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Chat, DocumentError, Example, pad_token_id
 from moe_unlearn.metrics.answers import QUESTION, continuation, fitting, pair, room, rouge, text_example, texts
-from moe_unlearn.metrics.attacks import check_asked, membership
+from moe_unlearn.metrics.attacks import ReferenceModel, check_asked, membership
 from moe_unlearn.metrics.conventions import OURS, Conventions, truth, without_end
 from moe_unlearn.metrics.left_out import Kept, keep, labelled
 from moe_unlearn.metrics.memorization import exact_memorization, extraction_strength
@@ -85,7 +85,7 @@ def evaluate_muse(
     reference_run: str | Path | None = None,
     batch_size: int = 32,
     gradient_norm: bool = False,
-    reference_model: nn.Module | None = None,
+    reference_model: ReferenceModel | None = None,
 ) -> dict[str, float | None]:
     """Return the summary of all results that `data` allows; files and cache are as in `results.Evaluation`.
 

@@ -47,7 +47,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Chat, Example, MissingLibraryError
 from moe_unlearn.metrics.answers import QUESTION, fields, fitting, pair, probability, room, rouge, texts
-from moe_unlearn.metrics.attacks import check_asked, membership
+from moe_unlearn.metrics.attacks import ReferenceModel, check_asked, membership
 from moe_unlearn.metrics.conventions import OURS, Conventions, truth, without_end
 from moe_unlearn.metrics.left_out import Kept, keep, labelled, measured
 from moe_unlearn.metrics.muse import memorised
@@ -101,7 +101,7 @@ def evaluate_tofu(
     reference_run: str | Path | None = None,
     batch_size: int = 32,
     gradient_norm: bool = False,
-    reference_model: nn.Module | None = None,
+    reference_model: ReferenceModel | None = None,
 ) -> dict[str, float | None]:
     """Return the summary of all results that `data` allows; files and cache are as in `results.Evaluation`.
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import statistics
+import weakref
 import zlib
 
 import numpy as np
@@ -86,7 +87,14 @@ def check(found, expected):
 def test_muse(model, reference, tokenizer, tmp_path, theirs):
     settings = like("open-unlearning", MuseSettings) if theirs else MuseSettings()
     data = MuseData(forget=[{"text": t} for t in FORGET], holdout=[{"text": t} for t in HOLDOUT])
-    more = {"gradient_norm": True, "reference_model": reference, "batch_size": 2}
+    made = []
+
+    def make():
+        own = copy.deepcopy(reference)
+        made.append(weakref.ref(own))
+        return own
+
+    more = {"gradient_norm": True, "reference_model": make if theirs else reference, "batch_size": 2}
     evaluate_muse(model, tokenizer, data, settings=settings, out=tmp_path, **more)
     expected = {}
     for side, texts in (("forget", FORGET), ("holdout", HOLDOUT)):
@@ -96,6 +104,7 @@ def test_muse(model, reference, tokenizer, tmp_path, theirs):
     found = json.loads((tmp_path / "MUSE_EVAL.json").read_text(encoding="utf-8"))
     check(found, expected)
     assert all(p.grad is None for p in model.parameters())
+    assert [own() for own in made] == [None] * theirs
 
 
 def test_tofu_as_open_unlearning(model, reference, tokenizer, tmp_path):
