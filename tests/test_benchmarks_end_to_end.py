@@ -194,6 +194,7 @@ def walk(folder):
         files = {path.name for path in (folder / run.out).iterdir()}
         expected = {
             "batch.json",
+            "loaded.json",
             "cache",
             "checkpoints",
             "data.json",

@@ -33,6 +33,7 @@ from moe_unlearn.data.pairs import carry_loss
 from moe_unlearn.files import write_text
 from moe_unlearn.metrics.evaluate import NAMES as EVALUATED
 from moe_unlearn.model import loading
+from moe_unlearn.model.batches import beside
 from moe_unlearn.prepare.reference import model_digest
 from moe_unlearn.runs.run import SIDES, Run
 from moe_unlearn.step import UnlearnStep
@@ -77,8 +78,9 @@ def unlearning(
     """Unlearn `forget` by each recipe from a fresh copy of `model` and measure; return a row for each run and seed.
 
     Args:
-        model: a model (copied for each run, itself untouched), the folder of one, or a function that makes one anew
-            at every call and returns the model, or the pair of model and tokenizer.
+        model: a model (copied for each run, itself untouched); the folder of one, or ORG/NAME[@REVISION] on the hub,
+            loaded to the GPU where there is one; or a function that makes one anew at every call, wherever it likes,
+            and returns the model, or the pair of model and tokenizer.
         forget, retain: the data that unlearning sees: texts, records and `Document`s, encoded as the data sections of
             the recipes say (which must agree), or `Example`s, in a list or a `datasets.Dataset` (`data.encode_side`).
             A recipe with `data.forget_rows` or `data.retain_rows` unlearns on so many of them, drawn by the seed.
@@ -162,7 +164,7 @@ def _run(
     counted = step.prepared.frequencies
     if counted is not None and "routing_drift" in asked:
         batches = data.batches(run.pairs.forget, 32, pad_id=data.pad_token_id(source.tokenizer))
-        after = trace.routing_frequencies(run.model, [_on(batch, run.model) for batch in batches])
+        after = trace.routing_frequencies(run.model, [beside(batch, run.model) for batch in batches])
         values["routing_drift"] = metrics.routing_drift(counted["forget"].frequency, after.frequency)[1]
     return values
 
@@ -175,14 +177,14 @@ def _unlearn(run: Run, on_step: OnStep) -> tuple[UnlearnStep, float]:
     """
     recipe, start = run.recipe, time.perf_counter()
     step = UnlearnStep(run.model, recipe)
-    step.prepare(*([_on(batch, run.model) for batch in run.batches(side)] for side in SIDES))
+    step.prepare(*map(run.batches, SIDES))
     warmup = get_constant_schedule_with_warmup(step.optimizer, recipe.optimizer.warmup_steps)
     seconds = time.perf_counter() - start
     on_step(Progress(recipe.name, recipe.seed, 0, False, {}, step))
     for i in range(recipe.steps):
         start = time.perf_counter()
         batches = [run.micro_batch(i * recipe.accumulate + part) for part in range(recipe.accumulate)]
-        micro_batches = [(_on(batch["forget"], run.model), _on(batch["retain"], run.model)) for batch in batches]
+        micro_batches = [(batch["forget"], batch["retain"]) for batch in batches]
         sizes = step.sizes(micro_batches) if len(micro_batches) > 1 else None
         for sides in micro_batches:
             values = step(*sides, update=sides is micro_batches[-1], sizes=sizes)
@@ -193,11 +195,6 @@ def _unlearn(run: Run, on_step: OnStep) -> tuple[UnlearnStep, float]:
         if last:
             break
     return step, seconds
-
-
-def _on(batch: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    device = next(model.parameters()).device
-    return {key: value.to(device) for key, value in batch.items()}
 
 
 def _measure(model: nn.Module, tokenizer: Tokenizer, sets: Sets, asked: Sequence[Metric]) -> dict[str, float]:
@@ -226,8 +223,8 @@ class _Source:
         if isinstance(model, nn.Module):
             self._make = lambda: copy.deepcopy(model)
         elif isinstance(model, str | Path):
-            folder = loading.model_folder(model)
-            self._make = lambda: loading.load_model(folder)
+            loading.located(model)  # which refuses what is no model, before any work
+            self._make = lambda: loading.load_model(model)
         elif callable(model):
             self._make = model
         else:

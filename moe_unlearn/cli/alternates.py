@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import data
-from moe_unlearn.cli.arguments import SOURCE, add_chat, add_model, chat_of, positive, writable
+from moe_unlearn.cli.arguments import SOURCE, add_chat, add_model, chat_of, loading_of, positive, writable
 from moe_unlearn.data import Chat, Document
 from moe_unlearn.files import write_text
 from moe_unlearn.metrics import context_length, sampled
@@ -128,8 +128,9 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.suffix != ".jsonl":
         raise ValueError(f"expected --out to be a .jsonl file, which `run --forget` reads; got {options.out!r}")
+    how = loading_of(options)
     writable(out)
-    model, tokenizer = loading.load_model(options.model)
+    model, tokenizer = loading.load_model(options.model, how)
     documents = [*data.load(options.forget, side="forget")]
     records = generate_alternates(
         model,

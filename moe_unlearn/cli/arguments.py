@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import config, data
 from moe_unlearn.files import stream_of
+from moe_unlearn.model.loading import DTYPES, Loading
 from moe_unlearn.plan import Mesh
 from moe_unlearn.ranks import everyone
 
@@ -42,8 +43,38 @@ def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget
 
 
 def add_model(sub: argparse.ArgumentParser) -> None:
-    """Add the option for the model's folder."""
-    sub.add_argument("--model", required=True, help="folder written by save_pretrained")
+    """Add the options for the model and how it is loaded."""
+    sub.add_argument(
+        "--model", required=True, help="folder written by save_pretrained, or ORG/NAME[@REVISION] of the hub"
+    )
+    add_loading(sub)
+
+
+def add_loading(sub: argparse.ArgumentParser) -> None:
+    """Add the options for how every model of a command is loaded."""
+    sub.add_argument(
+        "--device",
+        default="auto",
+        help="auto (the GPU if there is one), cpu, cuda, cuda:N, or auto-map: over all devices (eval, alternates)",
+    )
+    sub.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: that of the checkpoint")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
+    sub.add_argument(
+        "--allow-weights",
+        metavar="REGEX",
+        help="weights that a checkpoint may lack (they are random then) or have too many",
+    )
+
+
+def loading_of(options: argparse.Namespace) -> Loading:
+    """Return how the models of a verb are loaded; ValueError for a device or ranks that are not here."""
+    return Loading(
+        device=options.device,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        allow_weights=options.allow_weights,
+        **_sharing(options),
+    )
 
 
 def add_chat(sub: argparse.ArgumentParser) -> None:
@@ -63,9 +94,9 @@ def add_mesh(sub: argparse.ArgumentParser, more: str = "") -> None:
     )
 
 
-def sharing(options: argparse.Namespace) -> dict[str, int]:
-    """Return how `load_model` is to share weights out by `--mesh`; ValueError unless it is of the ranks that run."""
-    if options.mesh is None:
+def _sharing(options: argparse.Namespace) -> dict[str, int]:
+    """Return how `--mesh` shares weights out, not at all for a plan; ValueError unless it is of the ranks that run."""
+    if getattr(options, "mesh", None) is None or getattr(options, "dry_run", False):
         return {}
     mesh, ranks = Mesh.parse(options.mesh), everyone()
     count = 1 if ranks is None else ranks.size()

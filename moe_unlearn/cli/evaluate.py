@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_unlearn import data, metrics
-from moe_unlearn.cli.arguments import add_data, add_mesh, chat_of, examples_of, sharing, steps, writable
+from moe_unlearn.cli.arguments import add_data, add_mesh, chat_of, examples_of, loading_of, steps, writable
 from moe_unlearn.files import write_json
 from moe_unlearn.model import loading
 from moe_unlearn.ranks import on_first
@@ -72,11 +72,11 @@ def run(options: argparse.Namespace) -> None:
     for name in ("relearn", "gradient_norm"):
         if options.mesh and getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} needs whole weights on every rank; leave out --mesh")
-    shared = sharing(options)
+    how = loading_of(options)
     if options.benchmark:
         if options.before or options.relearn:
             raise ValueError("--before and --relearn are for --forget and --retain; leave out --benchmark")
-        _benchmark(options, shared)
+        _benchmark(options, how)
         return
     for name in ("data", "reference_run", "classifier", "label", "like", "gradient_norm"):
         if getattr(options, name):
@@ -88,26 +88,34 @@ def run(options: argparse.Namespace) -> None:
     if options.reference and not options.holdout:
         raise ValueError("--reference is for privleak, which needs --holdout too")
     writable(options.out)
-    model, tokenizer = loading.load_model(options.model, **shared)
-    reference = None if options.reference is None else loading.load_model(options.reference, **shared)[0]
+    tokenizer = loading.load_tokenizer(options.model, how)
     sets: dict[str, Any] = {
         side: examples_of(getattr(options, side), tokenizer, options, side)
         for side in ("forget", "retain", "holdout")
         if getattr(options, side) is not None
     }
-    result: dict[str, Any] = metrics.evaluate(model, tokenizer, **sets, reference=reference)
+    # one model at a time is in memory
+    reference_auc = None
+    if options.reference is not None:
+        reference_auc = metrics.min_k_auc(
+            loading.load_model(options.reference, how)[0], tokenizer, sets["forget"], sets["holdout"]
+        )
+    audit = None
     if options.before or options.relearn:
-        before = None if options.before is None else loading.load_model(options.before, **shared)[0]
-        result |= metrics.audit(
-            model,
+        audit = metrics.Audit(
             tokenizer,
             forget=sets["forget"],
             retain=sets["retain"],
-            before=before,
             relearn_steps=options.relearn,
             relearn_lr=options.relearn_lr,
             batch_size=options.batch_size,
         )
+    model, _ = loading.load_model(options.model, how)
+    result: dict[str, Any] = metrics.evaluate(model, tokenizer, **sets, reference_auc=reference_auc)
+    if audit is not None:
+        audit.observe(model, compared=options.before is not None)
+        del model
+        result |= audit.findings(None if options.before is None else loading.load_model(options.before, how)[0])
     for name, value in result.items():
         if name == "relearning":
             value = ", ".join(f"{v['nll']:.3f} at {i}" for i, v in zip(value["steps"], value["values"], strict=True))
@@ -116,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
         on_first(partial(write_json, options.out, result))
 
 
-def _benchmark(options: argparse.Namespace, shared: dict[str, int]) -> None:
+def _benchmark(options: argparse.Namespace, how: loading.Loading) -> None:
     named = [entry.partition("=") for entry in options.data]
     if not named or not all(source for _, _, source in named):
         raise ValueError(f"--benchmark needs --data NAME=SOURCE ...; got {' '.join(options.data) or 'none'}")
@@ -148,10 +156,11 @@ def _benchmark(options: argparse.Namespace, shared: dict[str, int]) -> None:
     if options.gradient_norm:
         more["gradient_norm"] = True
     if options.reference:
-        more["reference_model"] = loading.load_model(options.reference, **shared)[0]
+        loading.located(options.reference)  # it is loaded when its attack begins
+        more["reference_model"] = lambda: loading.load_model(options.reference, how)[0]
     if options.classifier:
-        more["classifier"] = metrics.Classifier(*loading.load_classifier(options.classifier), options.label)
-    model, tokenizer = loading.load_model(options.model, **shared)
+        more["classifier"] = metrics.Classifier(*loading.load_classifier(options.classifier, how), options.label)
+    model, tokenizer = loading.load_model(options.model, how)
     result = evaluation(
         model,
         tokenizer,

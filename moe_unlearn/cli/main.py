@@ -4,8 +4,8 @@
 and `alternates`.
 
 Bad input ends with one line that says what was expected and what was given, and with exit code 2; `--traceback`
-shows where it was found. Models are folders written by `save_pretrained`; data are whatever `data.load` reads:
-files, folders, benchmarks by name (`tofu:forget05`), hub data sets, `builtin:NAME`.
+shows where it was found. Models are folders written by `save_pretrained`, or models of the hub by their ids; data are
+whatever `data.load` reads: files, folders, benchmarks by name (`tofu:forget05`), hub data sets, `builtin:NAME`.
 """
 
 import argparse
@@ -25,7 +25,16 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from moe_unlearn import backend, benchmark, data, masks, native, trace, wagle
 from moe_unlearn.benchmark.trained_cache import clean_cache
 from moe_unlearn.cli import alternates, delta, evaluate
-from moe_unlearn.cli.arguments import add_data, add_mesh, examples_of, positive, sharing, steps, writable
+from moe_unlearn.cli.arguments import (
+    add_data,
+    add_loading,
+    add_mesh,
+    examples_of,
+    loading_of,
+    positive,
+    steps,
+    writable,
+)
 from moe_unlearn.cli.launch import REFUSED, Command, Outcome, launched
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import carry_loss
@@ -33,12 +42,12 @@ from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetErr
 from moe_unlearn.experts import enable
 from moe_unlearn.files import write_json
 from moe_unlearn.model import loading
-from moe_unlearn.model.batches import Batch
+from moe_unlearn.model.batches import Batch, beside
 from moe_unlearn.plan import Mesh
 from moe_unlearn.ranks import Ranks, everyone, on_first
 from moe_unlearn.regress import command as regression
 from moe_unlearn.runs import report
-from moe_unlearn.runs.run import Run, unlearn
+from moe_unlearn.runs.run import Before, Run, retrained, unlearn
 from moe_unlearn.runs.summary import table
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.verify import VerificationError
@@ -113,13 +122,14 @@ def env(options: argparse.Namespace) -> None:
 
 def stats(options: argparse.Namespace) -> None:
     """Print routing frequencies of forget and retain text, and the experts TRACE would select."""
+    how = loading_of(options)
     writable(options.out)
-    model, tokenizer = loading.load_model(options.model, **sharing(options))
+    model, tokenizer = loading.load_model(options.model, how)
     _require_moe(model)
     sides = {side: examples_of(getattr(options, side), tokenizer, options, side) for side in ("forget", "retain")}
     ranks = Ranks(model, everyone())
     forget, retain = (
-        trace.routing_frequencies(model, _batches(sides[side], tokenizer, options.batch_size, side), ranks)
+        trace.routing_frequencies(model, _batches(model, sides[side], tokenizer, options.batch_size, side), ranks)
         for side in ("forget", "retain")
     )
     selected = trace.select_experts(
@@ -145,13 +155,15 @@ def stats(options: argparse.Namespace) -> None:
 
 def mask(options: argparse.Namespace) -> None:
     """Compute a WAGLE mask and save it."""
+    how = loading_of(options)
     writable(options.out)
-    model, tokenizer = loading.load_model(options.model, **sharing(options))
+    model, tokenizer = loading.load_model(options.model, how)
+    _require_moe(model)
     rule = wagle.Rule(options.keep, options.gamma, options.official, options.accumulation)
     with enable(model):
         forget, retain = (
-            _batches(examples_of(getattr(options, side), tokenizer, options, side), tokenizer, options.batch_size, side)
-            for side in ("forget", "retain")
+            _batches(model, examples_of(given, tokenizer, options, side), tokenizer, options.batch_size, side)
+            for side, given in (("forget", options.forget), ("retain", options.retain))
         )
         ranks = Ranks(model, everyone())
         made = wagle.mask_of(model, forget, retain, rule, memory=options.memory, ranks=ranks)
@@ -165,10 +177,10 @@ def mask(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Unlearn: read a recipe, a model and the data, train, evaluate, report."""
+    how = loading_of(options)
     mesh = None if options.mesh is None else Mesh.parse(options.mesh)
     if not options.dry_run and options.fits is not None:
         raise ValueError("--fits asks for a plan, and goes with --dry-run")
-    shared = {} if options.dry_run else sharing(options)
     known = options.model_config if options.model_config in models() else None
     recipe = Recipe.load(options.recipe, [*_data_overrides(options), *options.set], model=known)
     if options.model_config is not None and recipe.data.model is None:
@@ -182,8 +194,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.dry_run:
         writable(options.out, folder=True)
     assert recipe.data.model is not None
-    model, tokenizer = loading.load_model(recipe.data.model, **shared)
-    _require_moe(model)
+    tokenizer = loading.load_tokenizer(recipe.data.model, how)
     reports: dict[str, data.DataReport] = {}
     alternates_used = recipe.forget.replacement == "alternate"
     sets = {
@@ -198,10 +209,20 @@ def run(options: argparse.Namespace) -> None:
             print(f"{side}: {rows:,} of {len(sets[side]):,} rows are drawn, data.{side}_rows", file=sys.stderr)
             sets[side] = data.draw(sets[side], rows, seed=recipe.seed)
             reports[side].rows = rows
+    retrain = None
+    if not options.dry_run and not options.no_eval:
+        retrain = retrained(recipe, tokenizer, sets, how)  # that model is gone before the other one comes
+    model, _ = loading.load_model(recipe.data.model, how)
+    _require_moe(model)
     if options.dry_run:
-        planned = Run(model, tokenizer, recipe, sets["forget"], sets["retain"])
-        print(planned.plan(verify=options.verify, mesh=mesh, fits=options.fits))
+        plan = Run(model, tokenizer, recipe, sets["forget"], sets["retain"]).plan(
+            verify=options.verify, mesh=mesh, fits=options.fits
+        )
+        if how.trust_remote_code:
+            plan.notes.append("code that comes with the model was run (--trust-remote-code)")
+        print(plan)
         return
+    before = Before(loading.described(model, recipe.data.model, how), reports, retrain)
     out = Path(options.out)
     if options.delta:
         delta.check_run(model, recipe.data.model, out)
@@ -216,7 +237,7 @@ def run(options: argparse.Namespace) -> None:
         evaluate=not options.no_eval,
         cache_dir=None if options.cache is None else Path(options.cache),
         verify=options.verify,
-        reports=reports,
+        known=before,
     )
     print(f"model: {out / 'model'}")
     if options.delta:
@@ -295,6 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("recipe", help=f"a YAML file or one of: {', '.join(shipped())}")
     sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override keys")
     sub.add_argument("--model", help="data.model")
+    add_loading(sub)
     sub.add_argument(
         "--model-config",
         metavar="NAME",
@@ -339,15 +361,27 @@ def _data_overrides(options: argparse.Namespace) -> list[str]:
     return [f"data.{k}={json.dumps(getattr(options, k))}" for k in keys if getattr(options, k) is not None]
 
 
-def _batches(examples: list[data.Example], tokenizer: Tokenizer, batch_size: int, side: str) -> list[Batch]:
+def _batches(
+    model: nn.Module, examples: list[data.Example], tokenizer: Tokenizer, batch_size: int, side: str
+) -> list[Batch]:
+    """Return a side in batches on the model's device."""
     if not carry_loss(examples):
         raise ValueError(f"the {side} set carries no loss: all its labels are -100")
-    return data.batches(examples, batch_size, pad_id=data.pad_token_id(tokenizer))
+    made = data.batches(examples, batch_size, pad_id=data.pad_token_id(tokenizer))
+    return [beside(batch, model) for batch in made]
 
 
 def _require_moe(model: nn.Module) -> None:
-    """Raise the error of `enable`, which names the families that work, for other models; leave the model as it is."""
+    """Raise the error of `enable`, which names the families that work, for other models; leave the model as it is.
+
+    Raises ValueError for a model that is spread over several devices.
+    """
     enable(model).disable()
+    if len(devices := {str(p.device) for p in model.parameters()}) > 1:
+        raise ValueError(
+            f"expected a model on one device; got one on {', '.join(sorted(devices))}: --device auto-map is for eval "
+            "and alternates, and --mesh shares the weights of a run out"
+        )
 
 
 def _print_run(out: Path, summary: dict) -> None:

@@ -32,7 +32,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Number
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_unlearn.config import Recipe
 from moe_unlearn.ops.token_loss import IGNORED
@@ -50,6 +50,12 @@ _PACKED = (*_OFFSETS, *_LONGEST, "seq_idx")
 _REFUSAL = "idk_"
 _NUMBERS = (*_LONGEST, *(f"{_REFUSAL}{key}" for key in _LONGEST))
 KNOWN = (*ROW, "index", *_GIVEN, *_PACKED, *(f"{_REFUSAL}{key}" for key in (*ROW, "index", *_PACKED)))
+
+
+def beside(batch: Mapping[str, Tensor], model: nn.Module) -> Batch:
+    """Return the batch on the device of the model's first weight, where its input goes."""
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 def checked(batch: Batch, side: str) -> Batch:

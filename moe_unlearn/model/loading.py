@@ -1,13 +1,20 @@
-"""Loads models and tokenizers from folders, never from a hub."""
+"""Loads models and tokenizers from folders, and from the hub where a model of it is named."""
 
+import json
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from huggingface_hub import try_to_load_from_cache
+from torch import distributed, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,63 +25,248 @@ from transformers import (
 )
 
 from moe_unlearn.config import geometry, models
-from moe_unlearn.sharding import check_versions
+from moe_unlearn.sharding import check_versions, initialised
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_HUB = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
+_ADAPTER = "adapter_config.json"
+_log = getLogger(__name__)
+_SHOWN = 3  # weights that a message names
 
 
-def model_folder(folder: str | Path) -> Path:
-    """Return `folder` as a path; ValueError unless a config.json is in it."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How models are loaded, the same for all that a command loads.
+
+    `device` is "auto" (the current GPU, or the CPU where there is none), "cpu", "cuda", "cuda:N", or "auto-map", which
+    spreads a model over all devices as transformers' device_map="auto" does. `dtype` is "auto" (that of the
+    checkpoint) or one of `DTYPES`. With `trust_remote_code` code that comes with a model is run. Weights that match the
+    regular expression `allow_weights` may be missing from a checkpoint, which transformers then makes random, or have
+    another shape or no place in the model. With `fsdp` above 1 that many ranks, which are all there are, share the
+    weights out, as DistributedConfig of transformers does, and groups of `ep` of them the experts.
+
+    Raises ValueError for what is not here: a GPU, accelerate for "auto-map"; and where several ranks run, which have a
+    GPU each, for another device than theirs.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    allow_weights: str | None = None
+    fsdp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        if re.fullmatch(r"auto|auto-map|cpu|cuda(:\d+)?", self.device) is None:
+            raise ValueError(f"expected a device among auto, cpu, cuda, cuda:N and auto-map; got {self.device!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"expected a dtype among {', '.join(DTYPES)}; got {self.dtype!r}")
+        if self.device.startswith("cuda"):
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if int(self.device.partition(":")[2] or 0) >= count:
+                there = f"cuda:0 to cuda:{count - 1}" if count else "none"
+                raise ValueError(f"device {self.device!r} is not here: the GPUs that torch sees are {there}")
+        if self.device == "auto-map" and find_spec("accelerate") is None:
+            raise ValueError(
+                "device 'auto-map' needs the library 'accelerate', which is missing: pip install accelerate"
+            )
+        if initialised():
+            theirs = "auto" if distributed.get_backend() == "nccl" else "auto or cpu"
+            if self.device not in theirs.split(" or "):
+                raise ValueError(f"each rank has a device of its own: expected {theirs}; got {self.device!r}")
+        if self.allow_weights is not None:
+            try:
+                re.compile(self.allow_weights)
+            except re.error as error:
+                raise ValueError(f"expected a regular expression; got {self.allow_weights!r}: {error}") from error
+
+    @property
+    def device_map(self) -> str | None:
+        """Return what `from_pretrained` is given, which then loads straight to the device; None for the CPU."""
+        if self.device == "auto-map":
+            return "auto"
+        if self.device == "cpu" or not torch.cuda.is_available():
+            return None
+        return self.device if ":" in self.device else f"cuda:{torch.cuda.current_device()}"
+
+
+def located(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """Return a model's folder, or its id on the hub, and what `from_pretrained` needs to find it.
+
+    ORG/NAME or ORG/NAME@REVISION is a model of the hub, unless it is here, or a folder ORG is; nothing else is looked
+    for in the network. Raises ValueError for a folder that is not there or holds neither a model nor an adapter.
+    """
+    folder, on_hub = Path(source), _HUB.fullmatch(str(source))
+    if on_hub and not folder.exists() and not folder.parent.exists():
+        return on_hub[1], {"revision": on_hub[2]} if on_hub[2] else {}
+    if not (folder / "config.json").is_file() and not (folder / _ADAPTER).is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
         raise ValueError(f"expected a model folder written by save_pretrained; {folder} {what}")
-    return folder
+    return str(folder), {"local_files_only": True}
 
 
-def load_model(folder: str | Path, *, fsdp: int = 1, ep: int = 1) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model and the tokenizer of a folder written by `save_pretrained`.
+def load_model(source: str | Path, how: Loading | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer from what `located` finds, straight to the device, in its dtype.
 
-    With `fsdp` above 1 that many ranks, which are all there are, share the weights out, as DistributedConfig of
-    transformers does, and groups of `ep` of them the experts. Raises ValueError, naming the folder and what it lacks.
+    The weights are read one tensor at a time, and there is no second copy of them but for the experts of one layer,
+    while they are put together. Raises ValueError that names the source and what it lacks: weights that are missing,
+    have another shape or no place, and code of its own that `how` does not trust.
+
+    Of a folder with an adapter (PEFT) it is the base model that the adapter names, with the adapter, which alone
+    trains. A base on the hub is taken from its cache on the disk, since nobody named it here. Raises ValueError too
+    without the library peft, and for weights that are to be shared out.
     """
-    options = {}
-    if fsdp > 1:
+    how = Loading() if how is None else how
+    base = _base_of(source)
+    options: dict[str, Any] = {}
+    if how.fsdp > 1:
         check_versions()
         # imported here because earlier versions of transformers have it otherwise or not at all
         from transformers.distributed.configuration_utils import DistributedConfig
 
-        options["distributed_config"] = DistributedConfig(fsdp_size=fsdp, ep_size=ep)
-    model, tokenizer, _ = _load(folder, AutoModelForCausalLM, "causal language model", **options)
-    return model, tokenizer
+        options["distributed_config"] = DistributedConfig(fsdp_size=how.fsdp, ep_size=how.ep)
+    elif how.device_map is not None:
+        options["device_map"] = how.device_map
+    if base is None:
+        return _load(source, AutoModelForCausalLM, "causal language model", how, **options)
+    if how.fsdp > 1:
+        raise ValueError(f"an adapter trains on whole weights; got {source} and weights that ranks share out")
+    model, tokenizer = _load(base, AutoModelForCausalLM, "causal language model", how, **options)
+    return _with_adapter(model, source), load_tokenizer(source, how) if _has_tokenizer(source) else tokenizer
 
 
-def sharing_of(model: nn.Module) -> dict[str, int]:
-    """Return how `load_model` shared a model's weights out: its options `fsdp` and `ep`, none for whole weights."""
-    config: Any = getattr(getattr(model, "config", None), "distributed_config", None)
-    return {} if config is None else {"fsdp": config.fsdp_size or 1, "ep": config.ep_size or 1}
+def described(model: nn.Module, source: str | Path, how: Loading) -> dict[str, Any]:
+    """Return how a model was loaded: the source, the dtype and device(s) of its weights, whether its code was run."""
+    return {
+        "model": str(source),
+        "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})),
+        "device": ", ".join(sorted({str(p.device) for p in model.parameters()})),
+        "trust_remote_code": how.trust_remote_code,
+    }
 
 
-def load_classifier(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_classifier(folder: str | Path, how: Loading | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model and the tokenizer of a sequence classifier (Toxic-BERT) in a folder; errors as `load_model`."""
-    model, tokenizer, missing = _load(folder, AutoModelForSequenceClassification, "sequence classifier")
-    if missing:  # transformers fills them with random numbers
-        raise ValueError(f"expected a sequence classifier in {folder}; it has no weights {', '.join(sorted(missing))}")
-    return model, tokenizer
+    how = Loading() if how is None else how
+    options: dict[str, Any] = {} if how.device_map is None else {"device_map": how.device_map}
+    return _load(folder, AutoModelForSequenceClassification, "sequence classifier", how, **options)
+
+
+def load_tokenizer(source: str | Path, how: Loading | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model alone, of an adapter's base if the adapter has none; errors as `load_model`."""
+    how = Loading() if how is None else how
+    base = None if _has_tokenizer(source) else _base_of(source)
+    name, where = located(source if base is None else base)
+    with _named(source, "the tokenizer"):
+        return _tokenizer(name, where, how)
+
+
+def _has_tokenizer(source: str | Path) -> bool:
+    return any((Path(source) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+
+
+def _base_of(source: str | Path) -> str | None:
+    """Return the folder of the base model that the adapter in a folder names; None for what is no adapter's folder."""
+    path = Path(source) / _ADAPTER
+    if not path.is_file() or (path.parent / "config.json").is_file():
+        return None
+    if find_spec("peft") is None:
+        raise ValueError(f"{source} is an adapter, which needs the library 'peft', which is missing: pip install peft")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"expected base_model_name_or_path in {path}; got {base!r}")
+    if "local_files_only" in located(base)[1]:
+        return base
+    config = try_to_load_from_cache(base, "config.json", revision=revision)
+    if not isinstance(config, str):
+        raise ValueError(f"{source} is an adapter of {base}, which is not in the hub's cache: download it first")
+    return str(Path(config).parent)
+
+
+def _with_adapter(model: PreTrainedModel, source: str | Path) -> PreTrainedModel:
+    # imported here because peft is optional
+    from peft import PeftModel
+
+    with _named(source, "the adapter"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        made: Any = PeftModel.from_pretrained(model, str(source), is_trainable=True, torch_device=str(model.device))
+    adapted: PreTrainedModel = made.eval()
+    return adapted
 
 
 def _load(
-    folder: str | Path, kind: Any, name: str, **options: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]:
-    """Load a model and its tokenizer; return them and the names of the weights that the folder lacks."""
-    folder = model_folder(folder)
+    source: str | Path, kind: Any, what: str, how: Loading, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    name, where = located(source)
+    own = {"dtype": how.dtype, "trust_remote_code": how.trust_remote_code}
+    # shapes that differ are then in `info`, by name, and not in a table on stderr
+    checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _named(source, f"a {what} with its tokenizer"), no_loading_bars():
+        model, info = kind.from_pretrained(name, **where, **own, **checked, **options)
+        tokenizer = _tokenizer(name, where, how)
+    if getattr(model, "_hf_peft_config_loaded", False):  # its save_pretrained would save the adapter alone
+        raise ValueError(
+            f"expected a model, or a folder with nothing but an adapter; {source} is a model with an adapter"
+        )
+    _check_weights(source, info, how.allow_weights)
+    return model.eval(), tokenizer
+
+
+def _tokenizer(name: str, where: dict[str, Any], how: Loading) -> PreTrainedTokenizerBase:
+    made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        name, trust_remote_code=how.trust_remote_code, **where
+    )
+    return made
+
+
+def _check_weights(source: str | Path, info: dict[str, Any], allowed: str | None) -> None:
+    """Raise ValueError, which names them, for weights that a checkpoint lacks, and for those it has for nothing."""
+    found = {
+        "lacks": {*info["missing_keys"]},
+        "has another shape of": {name for name, *_ in info["mismatched_keys"]},
+        "has what this model has not:": {*info["unexpected_keys"]},
+    }
+    for what, names in found.items():
+        let_by = {name for name in names if allowed is not None and re.search(allowed, name)}
+        if wrong := sorted(names - let_by):
+            more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+            raise ValueError(
+                f"expected a whole checkpoint in {source}; it {what} {', '.join(wrong[:_SHOWN])}{more} "
+                "(--allow-weights REGEX lets weights by)"
+            )
+        if let_by:
+            _log.warning("%s %s %s, which is allowed", source, what, ", ".join(sorted(let_by)))
+
+
+@contextmanager
+def _named(source: str | Path, what: str) -> Iterator[None]:
+    """Make one ValueError, which names the source, of all that transformers and safetensors raise inside."""
+    reports: list[str] = []
+
+    def hold_back(record: LogRecord) -> bool:
+        report = "LOAD REPORT" in record.getMessage()  # of transformers: a table of what `_check_weights` says
+        reports.extend([record.getMessage()] * report)
+        return not report
+
+    handlers = transformers.utils.logging.get_logger("transformers").handlers
+    for handler in handlers:
+        handler.addFilter(hold_back)
     try:
-        with no_loading_bars():
-            own = {"local_files_only": True, "dtype": "auto", "output_loading_info": True}
-            model, info = kind.from_pretrained(folder, **own, **options)
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and safetensors raise many kinds for a damaged folder
+        yield
+    except Exception as error:  # they raise many kinds for a damaged folder
         why = str(error).strip().partition("\n")[0]  # the further lines list every model that transformers knows
-        raise ValueError(f"cannot load a {name} with its tokenizer from {folder}: {why}") from error
-    return model.eval(), tokenizer, info["missing_keys"]
+        if misfits := re.findall(r"^(\S+) *\| *CONVERSION", "\n".join(reports), re.MULTILINE):
+            why = f"it lacks parts of {', '.join(misfits[:_SHOWN])}, or they have other shapes"
+        if "trust_remote_code" in str(error):
+            why += " It is run with --trust-remote-code alone."
+        raise ValueError(f"cannot load {what} from {source}: {why}") from error
+    finally:
+        for handler in handlers:
+            handler.removeFilter(hold_back)
 
 
 def meta_model(source: str | Path) -> nn.Module:
@@ -87,13 +279,13 @@ def meta_model(source: str | Path) -> nn.Module:
         made = AutoConfig.for_model(**geometry(source))
     elif Path(source).exists():
         try:
-            made = AutoConfig.from_pretrained(source, local_files_only=True)
+            made = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for a damaged file
             raise ValueError(f"cannot read a model's config from {source}: {error}") from error
     else:
         raise ValueError(f"no model {str(source)!r}: a folder, a config.json or one of {', '.join(models())}")
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=made.dtype)
+        model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=made.dtype, trust_remote_code=False)
     return model
 
 

@@ -3,8 +3,8 @@
 A folder holds `summary.json` (run name -> flat metrics; with several seeds the mean, and `<key>_sd` the
 sample standard deviation) and, where there are any, `seeds.json` (`corpus`; `results`: seed -> run name ->
 metrics), `trajectory.json` (run name -> list of {"step", ...}), `routing.json` (`forget`, `retain` frequencies and
-`selected`, all [L, E]; `inactive` says why TRACE selected none) and `batch.json` (what one step takes: `ranks`,
-`batch_size` and `accumulate`).
+`selected`, all [L, E]; `inactive` says why TRACE selected none), `batch.json` (what one step takes: `ranks`,
+`batch_size` and `accumulate`) and `loaded.json` (how the model was loaded: `loading.described`).
 """
 
 import json
@@ -29,6 +29,7 @@ class Content:
     trajectories: dict[str, list[dict]] = field(default_factory=dict)
     routing: dict = field(default_factory=dict)
     batch: dict = field(default_factory=dict)
+    loaded: dict = field(default_factory=dict)
 
 
 def save(folder: Path, content: Content) -> None:
@@ -47,10 +48,10 @@ def read(folder: Path) -> Content:
     summary = _read(folder / "summary.json")
     if not summary or not all(isinstance(metrics, dict) for metrics in summary.values()):
         raise ValueError(f"{folder / 'summary.json'}: expected an object of run name -> metrics")
-    seeds, trajectories, routing, batch = (
-        _read(folder / f"{name}.json", optional=True) for name in ("seeds", "trajectory", "routing", "batch")
+    seeds, *others = (
+        _read(folder / f"{name}.json", optional=True) for name in ("seeds", "trajectory", "routing", "batch", "loaded")
     )
-    return Content(summary, seeds.get("corpus", ""), seeds.get("results", {}), trajectories, routing, batch)
+    return Content(summary, seeds.get("corpus", ""), seeds.get("results", {}), *others)
 
 
 def write(folder: Path, content: Content) -> list[Path]:
@@ -70,6 +71,9 @@ def markdown(content: Content, made: dict[str, str]) -> str:
         parts.append(f"Mean ± sample standard deviation over seeds {', '.join(map(str, results))}.")
     elif results:
         parts.append(f"One seed ({next(iter(results))}): no spread is known.")
+    if content.loaded:
+        own = "; **its own code was run** (`--trust-remote-code`)" if content.loaded["trust_remote_code"] else ""
+        parts.append("The model is {model}, {dtype} on {device}{own}.".format(**content.loaded, own=own))
     if content.batch:
         factors = [content.batch[name] for name in ("ranks", "batch_size", "accumulate")]
         shown = "{} (ranks) x {} (`batch_size`) x {} (`accumulate`)".format(*factors)

@@ -1,6 +1,7 @@
 """One unlearning run: the model, the recipe and the data put together, and what a user's run writes."""
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moe_unlearn.data.pairs import carry_loss, side_batches
 from moe_unlearn.files import write_json, write_text
 from moe_unlearn.metrics.privacy import add_privleak
 from moe_unlearn.model import loading
-from moe_unlearn.model.batches import Batch
+from moe_unlearn.model.batches import Batch, beside
 from moe_unlearn.model.saving import save_pretrained
 from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.prepare.stages import CHOOSING, needed
@@ -52,16 +53,21 @@ class Run:
                 raise ValueError(f"the {side} set carries no loss: all its labels are -100")
 
     def batches(self, side: str) -> list[Batch]:
-        """Return one side in batches of the recipe's size, every example once and in order."""
-        return side_batches(self.pairs, side, self.recipe.batch_size, self.collator)
+        """Return one side in batches of the recipe's size on the model's device, every example once and in order."""
+        made = side_batches(self.pairs, side, self.recipe.batch_size, self.collator)
+        return [beside(batch, self.model) for batch in made]
 
     def micro_batch(self, i: int) -> dict[str, Batch]:
-        """Return both sides of micro-batch i; the seed permutes the forget set, in a new order every epoch."""
+        """Return both sides of micro-batch i on the model's device.
+
+        The seed permutes the forget set, in a new order every epoch.
+        """
         size = self.recipe.batch_size
         epoch, position = divmod(i, -(-len(self.pairs) // size))
         self.pairs.set_epoch(epoch)
         order = torch.randperm(len(self.pairs), generator=data.generator(self.pairs.seed, epoch)).tolist()
-        return self.collator([self.pairs[j] for j in order[position * size : (position + 1) * size]])
+        made = self.collator([self.pairs[j] for j in order[position * size : (position + 1) * size]])
+        return {side: beside(batch, self.model) for side, batch in made.items()}
 
     def plan(self, *, verify: int | bool = 0, mesh: Mesh | None = None, fits: float | None = None) -> Plan:
         """Plan the steps; the stages that choose experts or weights run first, since the costs depend on them.
@@ -78,7 +84,9 @@ class Run:
         """Make the trainer of this run, which keeps its checkpoints in `folder`."""
         recipe = self.recipe
         gloo = everyone() is not None and distributed.get_backend() == "gloo"
-        arguments = TrainingArguments(
+        device = next(self.model.parameters()).device
+        arguments = _Arguments(
+            model_device="" if everyone() is not None else str(device),
             output_dir=str(folder),
             max_steps=recipe.steps,
             per_device_train_batch_size=recipe.batch_size,
@@ -93,7 +101,7 @@ class Run:
             save_total_limit=2,
             seed=recipe.seed,
             dataloader_pin_memory=torch.cuda.is_available(),  # torch warns about it where there is no GPU
-            use_cpu=gloo,  # without it accelerate takes CPUs for no ranks
+            use_cpu=gloo or device.type == "cpu",  # without it accelerate takes CPUs for no ranks
             ddp_backend="gloo" if gloo else None,
             report_to="none",
         )
@@ -109,6 +117,53 @@ class Run:
         )
 
 
+@dataclass
+class _Arguments(TrainingArguments):
+    """Arguments of a Trainer that leaves one process's model where it is.
+
+    transformers' own move it to the first GPU, and replicate it on all there are.
+    """
+
+    model_device: str = ""  # "" leaves all to transformers, as ranks need it
+
+    @property
+    def device(self) -> torch.device:
+        chosen = super().device  # which also sets accelerate up
+        return torch.device(self.model_device) if self.model_device else chosen
+
+    @property
+    def n_gpu(self) -> int:
+        count: int = super().n_gpu
+        return min(count, 1) if self.model_device else count
+
+
+@dataclass(frozen=True)
+class Before:
+    """What is known before a run and belongs to its folder.
+
+    `loaded` says how the model was loaded (`loading.described`), `reports` what became of the data, by side, and
+    `retrain` has the metrics of the retrained model (`retrained`).
+    """
+
+    loaded: dict[str, Any] = field(default_factory=dict)
+    reports: dict[str, data.DataReport] | None = None
+    retrain: dict[str, float] | None = None
+
+
+def retrained(
+    recipe: Recipe, tokenizer: Tokenizer, sets: dict[str, list[Example]], how: loading.Loading
+) -> dict[str, float] | None:
+    """Return the metrics of the retrained model that a recipe names as `data.reference`, None where it names none.
+
+    No other model needs to be in memory meanwhile, and it is gone afterwards.
+    """
+    if recipe.data.reference is None:
+        return None
+    model, _ = loading.load_model(recipe.data.reference, how)
+    measured: dict[str, Any] = {**sets}
+    return metrics.evaluate(model, tokenizer, **measured)
+
+
 def unlearn(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -120,22 +175,23 @@ def unlearn(
     evaluate: bool = True,
     cache_dir: Path | None = None,
     verify: int | bool = 0,
-    reports: dict[str, data.DataReport] | None = None,
+    known: Before | None = None,
 ) -> dict:
     """Run `recipe` on `sets` ("forget", "retain" and perhaps "holdout" examples) and write the folder `out`.
 
     `out` gets `recipe.yaml`, `batch.json` (what one step takes), `checkpoints/`, `model/` (which `from_pretrained`
-    loads), `summary.json`, `trajectory.json` and `report.md`; with `reports` (by side) also `data.json`, with `verify`
-    (as in `UnlearnStep`) `verified.txt`, and with TRACE `routing.json`. Preparation comes first, so that nothing is
-    written if the recipe does not fit model or data. With `resume` the run continues from the newest checkpoint.
-    References are kept in `cache_dir`, by default `out/cache`. Returns the summary: run name -> metrics, empty without
-    `evaluate`.
+    loads), `summary.json`, `trajectory.json` and `report.md`; from what is `known` also `loaded.json` and `data.json`,
+    with `verify` (as in `UnlearnStep`) `verified.txt`, and with TRACE `routing.json`. Preparation comes first, so that
+    nothing is written if the recipe does not fit model or data. With `resume` the run continues from the newest
+    checkpoint. References are kept in `cache_dir`, by default `out/cache`. Returns the summary: run name -> metrics,
+    empty without `evaluate`.
 
     Ranks of torch.distributed share the rows of every step and every metric: each takes `batch_size` rows at a time, so
     that a step has `batch_size` times `accumulate` times the number of ranks. The first rank writes; all return the
     summary. The weights are those of one process whose `accumulate` is as many times larger, up to the rounding of
     sums, as long as the ranks share the batches of an epoch without a rest.
     """
+    known = Before() if known is None else known
     run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"])
     trainer = run.trainer(out / "checkpoints", cache_dir=cache_dir or out / "cache", verify=verify)
     start = time.perf_counter()
@@ -147,16 +203,17 @@ def unlearn(
     def write_settings() -> None:
         write_text(out / "recipe.yaml", recipe.to_yaml())
         write_json(out / "batch.json", batch)
-        if reports is not None:
-            write_json(out / "data.json", {side: own.to_dict() for side, own in reports.items()})
+        if known.loaded:
+            write_json(out / "loaded.json", known.loaded)
+        if known.reports is not None:
+            write_json(out / "data.json", {side: own.to_dict() for side, own in known.reports.items()})
 
     on_first(write_settings)
     summary: Summary = {}
     measured: dict[str, Any] = {**sets}
     if evaluate:
-        if recipe.data.reference is not None:
-            retrained, _ = loading.load_model(recipe.data.reference, **loading.sharing_of(model))
-            summary["retrain"] = metrics.evaluate(retrained, tokenizer, **measured)
+        if known.retrain is not None:
+            summary["retrain"] = known.retrain
         summary["target"] = metrics.evaluate(model, tokenizer, **measured)
     start = time.perf_counter()
     try:
@@ -186,9 +243,11 @@ def unlearn(
         summary[recipe.name] = metrics.evaluate(unlearned, tokenizer, **measured) | {"seconds": seconds}
         add_privleak([summary["target"], summary[recipe.name]], summary.get("retrain", {}))
 
+        content = report.Content(summary, trajectories=trajectories, routing=routing, batch=batch, loaded=known.loaded)
+
         def write_report() -> None:
             write_json(out / "summary.json", summary)
-            report.write(out, report.Content(summary, trajectories=trajectories, routing=routing, batch=batch))
+            report.write(out, content)
 
         on_first(write_report)
     return summary
