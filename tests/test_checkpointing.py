@@ -82,6 +82,30 @@ def test_checkpointing_changes_nothing(model, case, fused):
         assert all(torch.equal(moved[name], p) for name, p in expected.items()), mode
 
 
+@pytest.mark.parametrize("case", ["kl", "three levers", "seuf trace"])
+def test_a_token_near_a_tie_takes_its_routes_again(model, case):
+    """Experts 0 and 1 score alike, 2 and 3 but for the last bit: the recomputation chooses what was chosen."""
+    tied = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in tied.model.layers:
+            layer.mlp.gate.weight[1] = layer.mlp.gate.weight[0]
+            layer.mlp.gate.weight[3] = layer.mlp.gate.weight[2]
+            layer.mlp.gate.weight[3, 0] = torch.nextafter(layer.mlp.gate.weight[3, 0], torch.tensor(torch.inf))
+    expected, moved, _, state = run(tied, case, "none", True)
+    for mode in MODES:
+        own, first, again = copy.deepcopy(tied), [], []
+
+        def seen(module, args, first=first, again=again):
+            routes = module, args[1].tolist()
+            (first if torch._C._current_graph_task_id() == -1 else again).append(routes)
+
+        for layer in own.model.layers:
+            layer.mlp.experts.register_forward_pre_hook(seen)
+        ours, after, *_ = run(own, case, mode, True, state)
+        assert ours == expected and all(torch.equal(after[name], p) for name, p in moved.items())
+        assert bool(again) == (mode != "none") and all(routes in first for routes in again)
+
+
 def test_the_anchor_pulls_under_checkpointing(model):
     """What went wrong: the anchor loss stayed where it was."""
     own = copy.deepcopy(model)

@@ -298,6 +298,7 @@ class Recipe:
     reference: str = "prepared"  # what losses compare with: the model at prepare(), adapters included; base: without
     retain_budget: float | None = None  # a retain loss above it ends the run before the step's update
     guard: str = "strict"  # whether gradients are known before the first update, see `step`
+    checkpointing: str = "auto"  # whether layers' activations are computed anew; auto: if a step does not fit the GPU
     seed: int = 0  # what decides the order of rows, draws, RMU's vector and stochastic rounding
 
     def __post_init__(self) -> None:
@@ -306,6 +307,7 @@ class Recipe:
         at_least("retain_per_forget", self.retain_per_forget, 1)
         one_of("guard", self.guard, ("strict", "loss"))
         one_of("reference", self.reference, REFERENCES)
+        one_of("checkpointing", self.checkpointing, ("auto", "on", "off"))
         if self.trace is not None and self.retain.objective not in ("nll", "kl"):
             raise ValueError(
                 f"trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; got {self.retain.objective!r}"

@@ -72,6 +72,9 @@ def override(values: dict, text: str) -> None:
         raise ValueError(f"override {text!r}: the value is not YAML: {error}") from error
 
 
+_SWITCHES = ("checkpointing",)  # keys with the words on and off, which YAML 1.1 reads as true and false
+
+
 def build(cls: type[_T], values: object, path: str) -> _T:
     """Make a dataclass from nested dictionaries; raise ValueError for unknown keys and wrong types."""
     if not isinstance(values, dict):
@@ -110,6 +113,8 @@ def _convert(hint: typing.Any, value: typing.Any, name: str) -> typing.Any:
             value = float(value)
         except ValueError:
             raise ValueError(f"{name} must be a number; got {value!r}") from None
+    if name in _SWITCHES and isinstance(value, bool):
+        value = "on" if value else "off"
     if hint is str and type(value) is datetime.date:
         # YAML reads 2026-11-29 as a date
         value = value.isoformat()

@@ -1,4 +1,4 @@
-"""Switches a model for a while, to evaluation mode or to checkpoints that keep the graph.
+"""Switches a model for a while, to evaluation or training mode or to checkpoints that keep the graph.
 
 No other module switches these. Afterwards everything is as the model's owner had set it, after an exception too.
 """
@@ -20,8 +20,22 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     `model.train(flag)` would overwrite all flags with one value: a frozen part that a caller keeps in evaluation mode
     would train with dropout from then on.
     """
+    with _modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Switch the model to training mode inside, where transformers' checkpoints work, and restore as above."""
+    with _modes_kept(model):
+        model.train()
+        yield
+
+
+@contextlib.contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         yield
     finally:

@@ -1,6 +1,8 @@
 """One unlearning run: the model, the recipe and the data put together, and what a user's run writes."""
 
+import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,25 @@ from moe_unlearn.files import write_json, write_text
 from moe_unlearn.metrics.privacy import add_privleak
 from moe_unlearn.model import loading
 from moe_unlearn.model.batches import Batch, beside
+from moe_unlearn.model.modes import training_mode
 from moe_unlearn.model.saving import save_pretrained
 from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.prepare.stages import CHOOSING, needed
-from moe_unlearn.ranks import everyone, is_first, on_first
+from moe_unlearn.ranks import everyone, is_first, on_first, sharded
 from moe_unlearn.runs import report
 from moe_unlearn.runs.summary import Summary
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
 
 SIDES = ("forget", "retain")
+
+
+def room(device: torch.device) -> float:
+    """Return the bytes that this process has on a GPU or may still take there; the CPU's are not counted."""
+    if device.type != "cuda":
+        return math.inf
+    free, _ = torch.cuda.mem_get_info(device)
+    return float(free + torch.cuda.memory_reserved(device))
 
 
 class Run:
@@ -74,11 +85,34 @@ class Run:
 
         `mesh` and `fits` are those of `make_plan`.
         """
+        checkpointed = self.checkpoint_activations()
         step = UnlearnStep(self.model, self.recipe, verify=verify, process_group=everyone())
         forget, retain = map(self.batches, SIDES)
         if not set(needed(self.recipe)).isdisjoint(CHOOSING):
             step.prepare(forget, retain, stages=CHOOSING)
-        return step.plan(forget, retain, mesh=mesh, fits=fits)
+        with training_mode(self.model) if checkpointed else nullcontext():
+            made = step.plan(forget, retain, mesh=mesh, fits=fits)
+        if checkpointed:
+            made.notes.append("checkpointing is on: the backward pass computes each layer's activations anew")
+        return made
+
+    def checkpoint_activations(self) -> bool:
+        """Switch gradient checkpointing on as the recipe says, and return whether it is on; no number depends on it.
+
+        With `auto` it is on if the plan of a step without it exceeds the `room` on the model's device. Weights that
+        ranks share out have no plan here, and none of theirs is switched on. Raises ValueError for a model that has
+        no gradient checkpointing, if it is asked for.
+        """
+        on = self.recipe.checkpointing == "on"
+        device = next(self.model.parameters()).device
+        if self.recipe.checkpointing == "auto" and room(device) < math.inf and not sharded(self.model):
+            step = UnlearnStep(self.model, self.recipe)
+            on = step.plan(*map(self.batches, SIDES)).peak > room(device)
+            step.close()
+        if on:
+            switched: Any = self.model
+            switched.gradient_checkpointing_enable({"use_reentrant": False})
+        return on
 
     def trainer(self, folder: Path, *, cache_dir: Path | None = None, verify: int | bool = 0) -> UnlearnTrainer:
         """Make the trainer of this run, which keeps its checkpoints in `folder`."""
@@ -193,6 +227,7 @@ def unlearn(
     """
     known = Before() if known is None else known
     run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"])
+    run.checkpoint_activations()
     trainer = run.trainer(out / "checkpoints", cache_dir=cache_dir or out / "cache", verify=verify)
     start = time.perf_counter()
     if not resume:

@@ -12,7 +12,7 @@ from moe_unlearn.model.scope import wrapped_name
 from moe_unlearn.prepare.stages import Preparation, needed
 
 # keys of a recipe in which a saved state may differ from the step that takes it
-MAY_DIFFER = ("name", "steps", "data", "guard", "retain_budget")
+MAY_DIFFER = ("name", "steps", "data", "guard", "retain_budget", "checkpointing")
 # by lever, its keys that change no result
 CHANGE_NOTHING = {"wagle": ("memory",)}
 
