@@ -16,11 +16,11 @@ from moe_unlearn.config.recipe import (
     Retain,
     Scope,
     Trace,
-    Wagle,
     geometry,
     models,
     shipped,
 )
+from moe_unlearn.config.wagle import Wagle
 
 __all__ = [
     "Data",
