@@ -4,11 +4,13 @@ import importlib.metadata
 
 import pytest
 import torch
+from transformers.distributed import DistributedConfig
 
 from moe_unlearn.masks.shards import own_words
 from moe_unlearn.ops.bits import pack_bits, slices_with_a_bit
 from moe_unlearn.sharding import Placing, Rows, as_forward, check_engine, reset, reshard, sum_of_peers
 from moe_unlearn.step.sharded import exchange_of
+from tests.support.models import tiny_olmoe
 
 pytestmark = pytest.mark.quick
 
@@ -38,6 +40,16 @@ def test_versions_that_are_too_old_are_refused_by_name(library, version, refused
             check_engine(torch.nn.Linear(1, 1))
     else:
         check_engine(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.filterwarnings("ignore:.enable_expert_parallel. without .ep_size.:FutureWarning")
+def test_the_engine_refuses_its_old_name_for_expert_parallelism():
+    """`enable_expert_parallel` alone leads nowhere, as it asks for ranks without a plan: `ep_size` is the way."""
+    asked = DistributedConfig(tp_size=2, enable_expert_parallel=True)
+    with pytest.raises(ValueError, match="`tp_size=2` was requested, but `OlmoeForCausalLM` has no `tp_plan`"):
+        tiny_olmoe(vocab_size=8)._resolve_parallel_plans(asked)
+    ways = tiny_olmoe(vocab_size=8)._resolve_parallel_plans(DistributedConfig(fsdp_size=2, ep_size=2))
+    assert not ways[0] and all(ways[1:])
 
 
 @pytest.mark.parametrize("shape", [(70,), (7, 33), (7, 3, 40)])
