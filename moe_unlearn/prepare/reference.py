@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.model.batches import Batch, attended_mask, take
+from moe_unlearn.model.digest import tensor_digest
 from moe_unlearn.model.head import unwrapped
-from moe_unlearn.prepare.rows import RowCache, RowStore, content_keys, rows_of, tensor_digest
+from moe_unlearn.prepare.rows import RowCache, RowStore, content_keys, rows_of
 from moe_unlearn.ranks import Ranks, gather, gathered, local, shared_work, together
 from moe_unlearn.sharding import is_sharded, whole
 

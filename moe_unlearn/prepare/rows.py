@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from moe_unlearn.files import remove_unfinished, write_bytes
 from moe_unlearn.model.batches import ROW, attended_mask
+from moe_unlearn.model.digest import tensor_digest
 from moe_unlearn.ops.token_loss import IGNORED
 
 FORMAT = "moe-unlearn rows 1"
-_CHUNK = 2**24  # bytes copied at a time from a device, or from strided memory
 _ABANDONED = 3600  # seconds after which an unfinished file counts as abandoned; writing takes far less
 
 
@@ -239,25 +238,5 @@ class RowStore:
         return found
 
 
-def tensor_digest(tensor: Tensor, prefix: bytes = b"") -> str:
-    """Return the SHA-256 of `prefix` and a tensor's dtype, shape and bytes, whatever its device and strides."""
-    digest = hashlib.sha256(prefix)
-    digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    for chunk in _chunks(tensor.detach()):
-        digest.update(chunk.cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _checksum(described: str, values: Tensor) -> str:
     return tensor_digest(values, described.encode())
-
-
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor's elements in order, in parts, without a copy of the whole."""
-    if tensor.is_contiguous():
-        yield from tensor.view(-1).split(max(_CHUNK // tensor.element_size(), 1))
-    elif tensor.numel() * tensor.element_size() <= _CHUNK:
-        yield tensor.contiguous()
-    else:
-        for part in tensor:
-            yield from _chunks(part)

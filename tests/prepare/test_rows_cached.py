@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moe_unlearn.files import UNFINISHED
-from moe_unlearn.prepare.rows import RowCache, RowStore, content_keys, row_keys, rows_of, tensor_digest
+from moe_unlearn.model.digest import tensor_digest
+from moe_unlearn.prepare.rows import RowCache, RowStore, content_keys, row_keys, rows_of
 
 pytestmark = pytest.mark.quick
 
@@ -342,7 +343,7 @@ def test_many_writers_at_once(store):
 
 @pytest.mark.parametrize("chunk", [1, 64, 160, 10**6])
 def test_digest_is_of_the_content_not_of_its_place(chunk, monkeypatch):
-    monkeypatch.setattr("moe_unlearn.prepare.rows._CHUNK", chunk)
+    monkeypatch.setattr("moe_unlearn.model.digest._CHUNK", chunk)
     x = torch.randn(6, 5, 7)
     digest = tensor_digest(x)
     assert digest == tensor_digest(x.clone()) == tensor_digest(x.transpose(0, 2).contiguous().transpose(0, 2))

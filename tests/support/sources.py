@@ -26,6 +26,7 @@ STEP = (
     "model/states",
     "ranks",
     "prepare/rows",
+    "model/digest",
 )
 OPS = ("route", "expert_mlp", "expert_wgrad", "token_loss", "tiled/token_loss", "masked_update", "gram", "bits")
 
