@@ -123,6 +123,13 @@ class Ranks:
         self._compare([values for _, values in said])
         return found, all(holds for holds, _ in said)
 
+    def said_by_first(self, act: Callable[[], _Found]) -> _Found:
+        """Return the JSON value act() of the first rank, which alone calls it; an error there ends all."""
+        if self.group is None:
+            return act()
+        found: _Found = gathered(lambda: act() if self.first else None, lambda value: value, self.group)[1][0]
+        return found
+
     def _compare(self, values: Sequence[Mapping[str, object]]) -> None:
         """Raise ValueError, naming it, for a value that is not the same on all ranks."""
         for name, first in values[0].items():

@@ -43,6 +43,13 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def copy_modes(source: nn.Module, target: nn.Module) -> None:
+    """Give each submodule of `target` the training flag of the one of `source` under the same name."""
+    flags = {name: module.training for name, module in source.named_modules()}
+    for name, module in target.named_modules():
+        module.training = flags[name]
+
+
 @contextlib.contextmanager
 def checkpoints_with_graph(model: nn.Module) -> Iterator[None]:
     """Switch the gradient checkpoints of the forward passes inside to `use_reentrant=False`.

@@ -215,8 +215,10 @@ def make_plan(
     if step.verifier.remaining:
         steps = "every step" if step.verifier.remaining == math.inf else f"{step.verifier.remaining} steps"
         size = step.verifier.memory() / 2**20
+        where = "" if mesh is None and view.peers == 1 else " on the first rank"
         plan.notes.append(
             f"verify runs {steps} beside the plain path, at 5 to 8 times their time and {size:.2f} MiB beside these"
+            + where
         )
     return plan
 

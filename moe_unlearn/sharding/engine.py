@@ -107,6 +107,13 @@ def add_up_gradients(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
+def narrows(model: nn.Module) -> bool:
+    """Return whether FSDP2 computes, or adds gradients up, with fewer bits than the weights have."""
+    policies = [module._get_fsdp_state()._mp_policy for module in _fsdp_modules(model)]
+    used = {dtype for policy in policies for dtype in (policy.param_dtype, policy.reduce_dtype) if dtype is not None}
+    return any(dtype.itemsize < p.element_size() for dtype in used for p in model.parameters())
+
+
 def sum_of_peers(
     rows: Tensor, counts: Sequence[int], order: Tensor | None, group: "distributed.ProcessGroup | None"
 ) -> Tensor:

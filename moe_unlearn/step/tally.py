@@ -114,14 +114,31 @@ class Tally:
 
     def losses(self) -> dict[str, float]:
         """Return the losses of the step: means over the units of all its micro-batches."""
-        if len(self.parts) == 1:
-            return dict(self.parts[0].losses)
-        out = {}
-        for name in self.parts[0].losses:
-            unit = _unit(name, self.parts[0].units)
-            total = sum(part.units[unit] for part in self.parts)
-            out[name] = sum(part.units[unit] * part.losses[name] for part in self.parts) / max(total, 1)
-        return out
+        return dict(self.parts[0].losses) if len(self.parts) == 1 else _means(self.parts)
+
+    def counted(self) -> Sizes:
+        """Return the `sizes` of a step that has seen all its micro-batches, where they were counted."""
+        return _total(self.parts)
+
+    def join(self, count: int) -> None:
+        """Make one micro-batch of the last `count`, which are those of as many ranks."""
+        if count > 1:
+            units = _total(self.parts[-count:])
+            self.parts[-count:] = [Part(_means(self.parts[-count:]), units, units)]
+
+
+def _total(parts: list[Part]) -> dict[str, float]:
+    return {unit: sum(part.units[unit] for part in parts) for unit in parts[0].units}
+
+
+def _means(parts: list[Part]) -> dict[str, float]:
+    """Return the losses over the units of several micro-batches."""
+    units = _total(parts)
+    out = {}
+    for name in parts[0].losses:
+        unit = _unit(name, units)
+        out[name] = sum(part.units[unit] * part.losses[name] for part in parts) / max(units[unit], 1)
+    return out
 
 
 def _unit(loss: str, units: Sizes) -> str:

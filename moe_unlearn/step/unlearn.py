@@ -74,12 +74,13 @@ class UnlearnStep:
         recipe: a `Recipe`, a mapping of its keys, the path of a YAML file or the name of a shipped recipe.
         optimizer: a `MaskedSGD` or `MaskedAdamW` over the model's parameters; None builds the recipe's.
         fused: False takes the plain path, for comparison.
-        verify: the number of steps, True for all, that are replayed on the plain path and compared; see `verify`.
+        verify: the number of steps, True for all, that are replayed on the plain path and compared; see `verify`. Of
+            several ranks, the first makes the replays, of whole models.
         process_group: the ranks that train this model; all take the first rank's weights. See `ranks`.
 
     Raises TypeError for a model, recipe or optimizer of another kind. Raises ValueError for a model without MoE layers,
     with nothing to train in the scope, with weights cut along another dimension than 0, with adapters on experts that
-    are shared out, for `verify` with several ranks, and for `retain.router_aux` without a load-balancing loss.
+    are shared out, and for `retain.router_aux` without a load-balancing loss.
     """
 
     def __init__(
@@ -95,8 +96,6 @@ class UnlearnStep:
         check_model(model)
         self.recipe = Recipe.of(recipe)
         self.ranks = Ranks(model, process_group)
-        if verify and self.ranks.count > 1:
-            raise ValueError(f"verify is for one process; got a model shared by {self.ranks.count} ranks")
         self.model, self.fused = local(model), fused
         self.shards = Shards(self.model, self.ranks) if self.ranks.sharded else None
         #: called when a step stopped with some weights updated already; the error's message ends with the returned text
@@ -356,9 +355,9 @@ class UnlearnStep:
             gradients=self.gradients,
         )
 
-    def twin(self, model: nn.Module) -> "UnlearnStep":
+    def twin(self, model: nn.Module, prepared: dict) -> "UnlearnStep":
         """Return a plain step over `model`, a copy of this step's model; see `copies.twin`."""
-        return copies.twin(self, model)
+        return copies.twin(self, model, prepared)
 
     def shadow(self, copied: Callable[[Any, dict], Any], prepared: Preparation) -> "UnlearnStep":
         """Return a copy of the step for a rehearsal; see `copies.shadow`."""

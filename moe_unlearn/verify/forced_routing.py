@@ -6,7 +6,7 @@ identified by its place among the attended tokens of all forward passes. Source:
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,15 @@ class Routes:
     @property
     def count(self) -> int:
         return sum(len(index) for parts in self.layers.values() for index in parts)
+
+    def joined(self) -> dict[str, Tensor]:
+        """Return the experts of all tokens, [tokens, K], by layer; layers that no token has met are left out."""
+        return {name: torch.cat(parts) for name, parts in self.layers.items() if parts}
+
+    def add(self, joined: Mapping[str, Tensor]) -> None:
+        """Add the tokens of further forward passes by layer, as `joined` returns them."""
+        for name, index in joined.items():
+            self.layers[name].append(index)
 
     def equal(self, other: "Routes") -> bool:
         """Return whether every token went to the same experts in both."""

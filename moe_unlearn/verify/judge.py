@@ -41,7 +41,7 @@ class Report:
         return max(self.differences.values(), default=0.0) if self.compared else 0.0
 
     def __str__(self) -> str:
-        if not self.compared:
+        if not self.compared and not self.problems:
             return f"step {self.step}: not compared: its router sends tokens elsewhere in another precision"
         worst = sorted(self.differences.items(), key=lambda item: -item[1])[:_WORST]
         lines = [
@@ -82,10 +82,8 @@ class Run:
 class Comparison:
     """Judges a step after its update and fills `report`."""
 
-    view: StepView
     plain: StepView  # of the plain step
-    before: dict[str, Tensor]  # the weights before the step by name
-    masters: dict[Tensor, Tensor]  # their master copies, compact, by parameter
+    before: Run  # weights and state before the step
     report: Report
     ours: Run
     baseline: Run  # of the plain step
@@ -104,21 +102,21 @@ class Comparison:
                 # a loss is a difference of logarithms of order one: however small, it is no closer than their last bit
                 last_bit = torch.finfo(torch.float32).eps
                 self._judge(at, torch.tensor(value, dtype=torch.float32), loss, last_bit)
-        names: dict[Tensor, str] = {p: name for name, p in self.view.trained}
+        names: dict[Tensor, str] = {p: name for name, p in self.plain.model.named_parameters()}
         # the options are taken from the plain step, whose optimizer was loaded with the state before the step
-        for own, plain in zip(self.view.optimizer.slots(), self.plain.optimizer.slots(), strict=True):
-            if own.parameter in names:
-                self._parameter(names[own.parameter], plain._replace(parameter=own.parameter))
+        for slot in self.plain.optimizer.slots():
+            if (name := names[slot.parameter]) in self.ours.weights:
+                self._parameter(name, slot)
 
     def _parameter(self, name: str, slot: Slot) -> None:
         group, p, mask, parameter_id = slot
-        layout = self.view.optimizer.layout(p)
+        layout = self.plain.optimizer.layout(p)
         trained_slices = None if layout is None else layout.trained_slices
         slices = slice(None) if trained_slices is None else trained_slices
         kept = torch.ones_like(p, dtype=torch.bool)
         if mask is not None:
             kept = unpack_bits(mask, p.shape[-1] if p.dim() else 1).view(p.shape)
-        before, after = self.before[name], self.ours.weights[name]
+        before, after = self.before.weights[name], self.ours.weights[name]
         self._require(
             torch.equal(before[~kept], after[~kept]), f"weight {name}: weights moved that the mask holds back"
         )
@@ -163,7 +161,7 @@ class Comparison:
         gradient: Callable[[Run], Tensor],
     ) -> None:
         """Judge the slices of one weight that train, [M, ...] each."""
-        start = self.masters.get(p, before).double()
+        start = self.before.state.get(name, {}).get("master", before).double()
         runs, gold = (self.ours, self.baseline), self.gold.weights[name][update.slices]
         truths = [torch.where(kept, update.truth(run.state[name], start, gold), start) for run in runs]
 

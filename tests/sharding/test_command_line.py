@@ -22,7 +22,7 @@ from tests.support.two_ranks import ROOT
 pytestmark = pytest.mark.slow
 
 CHILD = "tests.support.command_line_child"
-FAILING = {"unknown", "refused", "missing", "one", "fault", "verify", "pipe", "other ranks", "relearn"}
+FAILING = {"unknown", "refused", "missing", "one", "fault", "parted", "pipe", "other ranks", "relearn"}
 
 
 def torchrun(*command, **environment):
@@ -158,6 +158,13 @@ def test_a_run_is_evaluated_and_reported_once(ranks, folder):
     assert report == (folder / "evaluated" / "report.md").read_text(encoding="utf-8")
 
 
+def test_a_run_on_shared_weights_is_verified_against_one_process(ranks, folder):
+    assert f"verified: {folder / 'verified' / 'verified.txt'}" in ranks[0]["verify"]["out"]
+    found, parted = ((folder / out / "verified.txt").read_text(encoding="utf-8") for out in ("verified", "parted"))
+    assert found.count("step 1: equals the plain step") == 1 and "step 2" not in found
+    assert parted.count("step 1: NOT the plain step") == 1 and not (folder / "parted" / "model").exists()
+
+
 def test_the_plan_is_that_of_ranks_and_help_says_what_a_step_is(ranks, folder):
     assert "the gradients of 2 ranks are added up" in ranks[0]["plan"]["out"]
     assert not (folder / "plan").exists()
@@ -189,7 +196,7 @@ def test_what_ranks_measure_is_what_one_process_does(verb, ranks, folder, capsys
         ("missing", [2, 2], None, "stats: error: expected a model folder written by save_pretrained"),
         ("one", [2, 2], 1, "none.jsonl"),
         ("fault", [2, 1], 1, "KeyError: 'a fault of the program'"),
-        ("verify", [2, 2], None, "run: error: verify is for one process; got a model shared by 2 ranks"),
+        ("parted", [2, 2], None, "above the criterion: weight model.embed_tokens.weight: rank 1 has other bits"),
         ("other ranks", [2, 2], None, "run: error: --mesh is of 3 ranks (fsdp 3); this run has 2: start it with"),
         ("relearn", [2, 2], None, "eval: error: --relearn needs whole weights on every rank; leave out --mesh"),
     ],

@@ -50,7 +50,8 @@ def commands(folder: Path, rank: int) -> dict[str, list[str]]:
         "one": ["stats", *arguments(folder, retain=lost)],
         "fault": measuring(folder, "stats", "fault.json"),
         "pipe": measuring(folder, "stats", "pipe.json"),
-        "verify": unlearning(folder, "verified", options=("--verify", "1")),
+        "verify": unlearning(folder, "verified", options=("--verify", "1", "--no-eval", "--mesh", "fsdp=2")),
+        "parted": unlearning(folder, "parted", options=("--verify", "1", "--no-eval")),
         "again": measuring(folder, "stats", "again.json"),
         "fsdp": unlearning(folder, "fsdp", options=(*holdout, *reference, "--mesh", "fsdp=2")),
         "experts": unlearning(folder, "experts", options=("--mesh", "fsdp=2,ep=2", "--delta")),
@@ -96,9 +97,18 @@ def killed(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def wrong(step: UnlearnStep) -> dict[str, float]:
+    """Combine the gradients, and spoil one of them."""
+    metrics = combine(step)
+    next(g for _, p in step.view().trained if (g := step.gradients.of(p)) is not None).mul_(1.5)
+    return metrics
+
+
+combine = UnlearnStep.combine
 # what the second rank meets instead of a function, by the name of a command or by $FAULT
 FAULTS = {
     "fault": (trace, "routing_frequencies", broken),
+    "parted": (UnlearnStep, "combine", wrong),
     "killed": (UnlearnStep, "combine", killed),
 }
 
