@@ -46,7 +46,8 @@ VOCAB, STEPS, PATIENCE = 512, 4, 60.0
 SIZES = {"cuda": (1024, 6, 32), "cpu": (128, 3, 8)}
 ENGINES = ("FSDP2", "experts", "whole weights")
 CASES = {"trace": (), "combined": ("mollm.kl_floor=0", "mollm.gradients=compact")}
-# sums in another order put other weights next to the threshold of a mask, which then move or do not
+# sums in another order put other weights next to the threshold of a mask, which then move or do not: two ranks over
+# gloo end 3e-2 of the change apart in float32, and 2e-15 in float64, which this check does not take
 COMPARED = [(case, engine) for case in CASES for engine in ENGINES if (case, engine) != ("combined", "experts")]
 # sums in another order, against the change that a run makes to all weights
 ROUNDING = 1e-3
