@@ -9,7 +9,8 @@
 # make ledger  compile every Triton and CUDA kernel and record its registers, spills ...; no GPU needed
 # make mutants   the tests against wrong versions of every Triton, C++ and CUDA kernel; about an hour on 2 cores;
 #              `make mutants MUTANTS="--family native"` those of C++ and CUDA
-# make soak    the full exactness matrix of the fused step; 2 hours on 2 cores; `make soak SOAK="--minutes 30"` a sample
+# make soak    the full exactness matrix of the fused step, and steps of two ranks, verified and killed; 2 hours on 2
+#              cores; `make soak SOAK="--minutes 30" SOAK_RANKS="--minutes 10"` a sample
 # make gpu-rehearsal   all of the next that can be done without a GPU: build, load, collect, compile; several gigabytes
 # make gpu     the kernels proven on this machine's GPU, in at most 5 minutes; `make gpu GPU="--out DIR"` elsewhere
 # make bench   every op and the whole step against what else there is: one file, pictures, the tables of results; at most
@@ -28,8 +29,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # further arguments of `moe-unlearn demo`, e.g. make demo DEMO="--seeds 5 6 7"
 DEMO ?=
-# further arguments of the soak
+# further arguments of the soak, and of its part on ranks
 SOAK ?=
+SOAK_RANKS ?=
 # further arguments of the mutants
 MUTANTS ?=
 # further arguments of the benchmark suite
@@ -81,6 +83,7 @@ nightly-tests: .venv/.installed $(OLDEST)
 	$(PYTEST) -m nightly
 
 soak-sample: SOAK := --minutes 30
+soak-sample: SOAK_RANKS := --minutes 10
 soak-sample: soak
 
 extremes: .venv/.installed
@@ -102,6 +105,7 @@ mutants: .venv/.installed
 
 soak: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --jobs $$(nproc) $(SOAK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak_ranks $(SOAK_RANKS)
 
 # offline, into the machine's own environment; libraries of these sources that are there already are not built again
 gpu-install:
