@@ -73,7 +73,7 @@ def test_batches_go_to_the_models_device(folder, tmp_path, monkeypatch, verb):
         raise _Stop
 
     monkeypatch.setattr(trace, "routing_frequencies", seen)
-    monkeypatch.setattr(wagle, "weight_mask", seen)
+    monkeypatch.setattr(wagle, "mask_of", seen)
     monkeypatch.setattr(runs.UnlearnStep, "plan", lambda step, *given, **_: seen(*given))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(_Stop):
@@ -187,3 +187,23 @@ def test_a_run_trains_an_adapter_and_saves_it(folder, tmp_path):
     assert before.keys() == after.keys() and not all(torch.equal(before[name], after[name]) for name in before)
     assert main(["eval", *arguments(folder, model=out / "model"), "--max-length", "48"]) == 0
     assert main(["run", "npo", *given, "--out", str(out), *QUICK, "optimizer.lr=1e-2", "steps=3", "--resume"]) == 0
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("option", ["--model", "--reference"])
+def test_a_run_does_not_overwrite_a_model_that_it_reads(folder, tmp_path, capsys, option):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    given = {"--model": folder / "model", option: tmp_path / "model"}
+    paths = [str(each) for pair in given.items() for each in pair]
+    data = [f"--{side}={folder / side}.jsonl" for side in ("forget", "retain")]
+    assert main(["run", "npo", *paths, *data, "--out", str(tmp_path)]) == 2
+    assert "expected an output apart from what is read" in error_of(capsys)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.quick
+def test_a_model_before_that_is_not_there_is_found_before_any_work(folder, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "load_model", lambda *given: pytest.fail("a model was loaded"))
+    assert main(["eval", *arguments(folder), "--before", str(folder / "none")]) == 2
+    assert "expected a model folder written by save_pretrained" in error_of(capsys)

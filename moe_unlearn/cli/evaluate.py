@@ -88,6 +88,8 @@ def run(options: argparse.Namespace) -> None:
     if options.reference and not options.holdout:
         raise ValueError("--reference is for privleak, which needs --holdout too")
     writable(options.out)
+    if options.before is not None:
+        loading.located(options.before)  # it is loaded only when the model has been measured
     tokenizer = loading.load_tokenizer(options.model, how)
     sets: dict[str, Any] = {
         side: examples_of(getattr(options, side), tokenizer, options, side)

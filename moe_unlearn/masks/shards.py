@@ -42,6 +42,8 @@ def shared_words(own: Tensor, parameter: Tensor, rows: Rows) -> Tensor:
     """
     if own.dim() > 1 and is_sharded(parameter):
         return like(parameter, own)
+    if not parameter.numel():
+        return own
     held = slice(rows.held.start, rows.held.stop)
     if own.dim() > 1:
         words = own.new_zeros(len(parameter), *own.shape[1:])

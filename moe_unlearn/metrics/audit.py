@@ -1,6 +1,7 @@
 """Audit the side effects of unlearning: changed routing, gibberish, and how fast it is undone."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -74,10 +75,15 @@ class Audit:
     ):
         self.forget, self.retain, self.batch_size, self.seed = forget, retain, batch_size, seed
         self.relearn_steps, self.relearn_lr, self.new_tokens = relearn_steps, relearn_lr, new_tokens
-        self._prompts = [prompt for _, _, prompt in with_prompts(forget, prompt_tokens)]
+        self._prompt_tokens = prompt_tokens
         self._pad, self._stop = pad_token_id(tokenizer), special_ids(tokenizer)
         self._after: tuple[Routes, list[list[int]]] | None = None
         self._curve: RelearningCurve | None = None
+
+    @cached_property
+    def _prompts(self) -> list[list[int]]:
+        """Return the prompts of the forget documents, which an attack alone does not need."""
+        return [prompt for _, _, prompt in with_prompts(self.forget, self._prompt_tokens)]
 
     def observe(self, model: nn.Module, *, compared: bool = True) -> None:
         """Take of the unlearned model all that is needed: the attack, and with `compared` routes and answers."""

@@ -237,7 +237,9 @@ def _plan_mask(plan: Plan, view: StepView, given: Mapping[str, list[Batch]], bat
         try:
             made = mask_plan(view, Rehearsal(torch.device(plan.device)), sides)
             plan.mask, said = made.memory, str(made)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, ValueError) and view.recipe.wagle is not None and view.recipe.wagle.memory is not None:
+                raise
             said += f"; not rehearsed ({next(iter(str(error).splitlines()), type(error).__name__)})"
     plan.notes.append(said)
 

@@ -106,7 +106,7 @@ class Run:
         on = self.recipe.checkpointing == "on"
         device = next(self.model.parameters()).device
         if self.recipe.checkpointing == "auto" and room(device) < math.inf and not sharded(self.model):
-            step = UnlearnStep(self.model, self.recipe)
+            step = UnlearnStep(self.model, self.recipe, process_group=everyone())
             on = step.plan(*map(self.batches, SIDES)).peak > room(device)
             step.close()
         if on:
@@ -139,7 +139,7 @@ class Run:
             ddp_backend="gloo" if gloo else None,
             report_to="none",
         )
-        return UnlearnTrainer(
+        made = UnlearnTrainer(
             self.model,
             arguments,
             recipe,
@@ -149,6 +149,9 @@ class Run:
             verify=verify,
             processing_class=self.tokenizer,
         )
+        if arguments.model_device:
+            made.accelerator.device_placement = False  # else accelerate moves the model to the first GPU
+        return made
 
 
 @dataclass

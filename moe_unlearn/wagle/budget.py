@@ -80,7 +80,11 @@ def shares_fit(pieces: Sequence[Piece], memory: str | float | None) -> bool:
 def _size(pieces: Sequence[Piece], memory: str | float | None) -> int:
     if memory is not None:
         return bytes_of("memory", memory)
-    return int(_SHARE * free_memory(pieces[0].own.device)) if pieces else 0
+    if not pieces:
+        return 0
+    device = pieces[0].own.device
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1  # ranks that share what is free
+    return int(_SHARE * free_memory(device)) // max(here, 1)
 
 
 def free_memory(device: torch.device) -> int:
@@ -94,14 +98,7 @@ def free_memory(device: torch.device) -> int:
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         limits.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
-    # of control groups, version 2 and version 1, as a container sees its own
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        root = Path("/sys/fs/cgroup")
-        with suppress(OSError, ValueError):  # "max" is no limit
-            limits.append(int((root / limit).read_text(encoding="ascii")) - int((root / used).read_text("ascii")))
+    limits += left_in_groups(Path("/sys/fs/cgroup"))
     with suppress(ImportError, OSError, ValueError):
         import resource  # not on every platform
 
@@ -110,3 +107,19 @@ def free_memory(device: torch.device) -> int:
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
             limits.append(most - pages * os.sysconf("SC_PAGE_SIZE"))
     return max(min(limits), 0)
+
+
+def left_in_groups(root: Path) -> list[int]:
+    """Return the bytes that control groups leave, of version 2 and version 1, as a container sees its own."""
+    left = []
+    for limit, used, of in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        with suppress(OSError, ValueError):  # "max" is no limit
+            counts = dict(line.split() for line in (root / of).read_text(encoding="ascii").splitlines())
+            # what files have left in memory counts as used, and goes as soon as memory is needed
+            files = int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
+            most, now = (int((root / name).read_text(encoding="ascii")) for name in (limit, used))
+            left.append(most - now + files)
+    return left

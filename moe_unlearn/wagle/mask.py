@@ -45,6 +45,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +55,8 @@ from moe_unlearn.model.batches import Batch
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ops.weight_score import score_bits
-from moe_unlearn.ranks import Ranks, gather, sharded
-from moe_unlearn.wagle.budget import budget_of, shares_fit
+from moe_unlearn.ranks import Ranks, gather, sharded, together
+from moe_unlearn.wagle.budget import Budget, budget_of, shares_fit
 from moe_unlearn.wagle.gradients import Loss, Side, gradients
 from moe_unlearn.wagle.magnitudes import exact
 from moe_unlearn.wagle.pieces import Piece, all_pieces, grouped, sample_of, stride_of
@@ -139,9 +140,13 @@ def mask_of(
     if ranks is None or ranks.count == 1:
         ranks = Ranks(model) if sharded(model) else None
     pieces = all_pieces(model, ranks)
-    if ranks is not None and not ranks.sharded and not all(gather(shares_fit(pieces, memory), ranks.group)):
-        ranks, pieces = None, all_pieces(model, None)
-    budget = budget_of(pieces, memory, sharded=ranks is not None and ranks.sharded)
+    if ranks is None or ranks.sharded:
+        budget = budget_of(pieces, memory, sharded=ranks is not None)
+    elif all(gather(shares_fit(pieces, memory), ranks.group)):
+        budget = Budget(sum(piece.nbytes for piece in pieces))  # what is free may have changed on one rank
+    else:
+        alone = partial(mask_of, model, forget_batches, retain_batches, rule, losses=losses, memory=memory)
+        return together(alone, ranks.group)
     divided = rule.accumulation if rule.official else None
     forget = Side.of("forget", forget_batches, losses[0], divided)
     retain = Side.of("retain", retain_batches, losses[1], divided)

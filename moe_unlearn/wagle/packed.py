@@ -30,6 +30,8 @@ class Packed:
 
     def set(self, piece: Piece, index: Tensor) -> None:
         """Set bits of a piece that are not set, those of its flat elements `index`."""
+        if not len(index):
+            return
         width = self._widths[piece.name]
         bit = torch.tensor([*(1 << i for i in range(WORD_BITS - 1)), -(1 << (WORD_BITS - 1))], dtype=torch.int32)
         bit = bit.to(index.device)

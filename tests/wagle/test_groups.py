@@ -11,7 +11,7 @@ from moe_unlearn.experts import enable, experts_modules
 from moe_unlearn.model.batches import target_mask
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.wagle import gradients, mask, weight_mask
-from moe_unlearn.wagle.budget import budget_of, free_memory
+from moe_unlearn.wagle.budget import budget_of, free_memory, left_in_groups
 from moe_unlearn.wagle.gradients import Side
 from moe_unlearn.wagle.pieces import Piece, all_pieces, grouped
 from tests.support.batches import random_batch, random_batches
@@ -235,6 +235,20 @@ def test_a_budget_is_bytes_or_a_text_and_by_default_most_of_what_is_free(monkeyp
             budget_of(pieces, wrong)
     with pytest.raises(ValueError, match="wagle.memory must be an amount of memory"):
         Recipe.load("wagle", ["wagle.memory=lots"])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_files_have_left_in_memory_is_free_to_a_group(version, tmp_path):
+    names = {1: ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")}
+    names[2] = ("memory.max", "memory.current", "memory.stat")
+    prefix = "total_" if version == 1 else ""
+    said = ("1000", "900", f"inactive_file 1\n{prefix}inactive_file 600\n{prefix}active_file 100\n")
+    for name, text in zip(names[version], said, strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="ascii")
+    assert left_in_groups(tmp_path) == [700]
+    (tmp_path / names[version][0]).write_text("max", encoding="ascii")
+    assert left_in_groups(tmp_path) == []
 
 
 def test_a_limit_on_the_process_counts(monkeypatch):
