@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from moe_unlearn.step.unlearn import UnlearnStep
 
 
-def twin(step: "UnlearnStep", model: nn.Module, prepared: dict) -> "UnlearnStep":
+def twin(step: "UnlearnStep", model: nn.Module, prepared: dict | None = None) -> "UnlearnStep":
     """Return a plain step of one process over `model`, a copy of the step's model, with no retain budget.
 
-    `prepared` is the state of the step's preparation. The twin's optimizer has the same options, and no state.
+    `prepared` is the state of its preparation, None that of the step. Its optimizer has the same options, and no state.
     """
     recipe = dataclasses.replace(step.recipe, retain_budget=None)
     made = type(step)(model, recipe, twin_of(step.optimizer, step.model, model), fused=False)
+    prepared = step.prepared.state_dict() if prepared is None else prepared
     made.load_state_dict({"recipe": recipe.to_dict(), "steps": step.steps, "prepared": prepared})
     return made
 

@@ -355,7 +355,7 @@ class UnlearnStep:
             gradients=self.gradients,
         )
 
-    def twin(self, model: nn.Module, prepared: dict) -> "UnlearnStep":
+    def twin(self, model: nn.Module, prepared: dict | None = None) -> "UnlearnStep":
         """Return a plain step over `model`, a copy of this step's model; see `copies.twin`."""
         return copies.twin(self, model, prepared)
 

@@ -184,7 +184,7 @@ def test_a_folder_of_another_model_is_no_classifier(model, tokenizer, classifier
     assert loaded.probabilities(["bells"]) == pytest.approx([judged(classifier, tokenizer, "bells", 0)], rel=1e-5)
     with pytest.raises(ValueError, match="cannot load a sequence classifier .*lm"):
         load_classifier(tmp_path / "lm")
-    with pytest.raises(ValueError, match="it has no weights classifier.bias, classifier.weight"):
+    with pytest.raises(ValueError, match="lacks classifier.bias, classifier.weight"):
         load_classifier(tmp_path / "body")
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         load_classifier(tmp_path / "nowhere")
