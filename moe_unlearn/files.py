@@ -14,7 +14,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 UNFINISHED = ".moe-unlearn-"  # how the names of files and folders begin that have not taken their target's name
@@ -240,3 +240,12 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_output(out: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raise ValueError if `out` is one of the inputs or lies in one, through whatever links, or one lies in `out`."""
+    target = Path(out).resolve()
+    for given in inputs:
+        real = Path(given).resolve()
+        if target.is_relative_to(real) or real.is_relative_to(target):
+            raise ValueError(f"expected an output apart from what is read; {out} and {given} overlap")

@@ -28,7 +28,7 @@ _Found = TypeVar("_Found")
 
 
 class RankError(RuntimeError):
-    """What a rank raises because another rank failed."""
+    """Ends a rank because another one failed."""
 
 
 class Ranks:

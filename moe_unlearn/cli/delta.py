@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from moe_unlearn import delta
 from moe_unlearn.cli.arguments import writable
 from moe_unlearn.config import Recipe
-from moe_unlearn.delta.folder import check_apart, check_same
+from moe_unlearn.delta.folder import check_same
+from moe_unlearn.files import check_output
 from moe_unlearn.model.saving import saved_kinds
 
 FILE = "delta.safetensors"  # the name in the folder of a run
@@ -59,7 +60,7 @@ def check_run(model: PreTrainedModel, base: str, out: Path) -> None:
     """Raise ValueError, before the work, if a run from the folder `base` to `out` could not write its delta."""
     folder = delta.ModelFolder(base)
     for made in (out / "model", out / FILE):
-        check_apart(made, folder.inputs)
+        check_output(made, folder.inputs)
     check_same(folder.kinds, saved_kinds(model), "what the run saves", folder.path)
 
 

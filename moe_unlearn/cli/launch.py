@@ -37,7 +37,7 @@ _SAID, _ENDED = "said", "ended"  # counters in the store: of messages, of ranks 
 
 
 class Command(NamedTuple):
-    """What a process is to do."""
+    """Holds what a process is to do."""
 
     run: Callable[[], Outcome]
     refusal: str = ""  # why several ranks cannot do it; empty if they can

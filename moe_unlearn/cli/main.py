@@ -38,10 +38,9 @@ from moe_unlearn.cli.arguments import (
 from moe_unlearn.cli.launch import REFUSED, Command, Outcome, launched
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import carry_loss
-from moe_unlearn.delta.folder import check_apart
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError, UnavailableError
 from moe_unlearn.experts import enable
-from moe_unlearn.files import write_json
+from moe_unlearn.files import check_output, write_json
 from moe_unlearn.model import loading
 from moe_unlearn.model.batches import Batch, beside
 from moe_unlearn.plan import Mesh
@@ -194,7 +193,7 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"data.{key} is missing: give --{key} or set it in the recipe")
     if not options.dry_run:
         writable(options.out, folder=True)
-        check_apart(Path(options.out) / "model", filter(None, (recipe.data.model, recipe.data.reference)))
+        check_output(Path(options.out) / "model", filter(None, (recipe.data.model, recipe.data.reference)))
     assert recipe.data.model is not None
     tokenizer = loading.load_tokenizer(recipe.data.model, how)
     reports: dict[str, data.DataReport] = {}

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from moe_unlearn.checkpoint.tensor_file import MODEL_FILES, Kind, Rows, Stored, tensor_file
 from moe_unlearn.delta.file import UNSIGNED, Change, Delta, metadata, pack, read, rows_of, xor_of
-from moe_unlearn.delta.folder import INDEX, ModelFolder, check_apart, check_same, digest_of
-from moe_unlearn.files import stream_of, whole_files
+from moe_unlearn.delta.folder import INDEX, ModelFolder, check_same, digest_of
+from moe_unlearn.files import check_output, stream_of, whole_files
 
 BLOCK = 1 << 20  # bytes of a tensor that are read at once; a row is never divided
 THREADS = 4  # tensors that are read at the same time: their digests take most of the time
@@ -67,7 +67,7 @@ def write(base: str | Path, model: str | Path, out: str | Path, *, recipe: str |
     if stream_of(out):
         raise ValueError(f"expected a file to write; got {out}")
     before, after = ModelFolder(base), ModelFolder(model)
-    check_apart(out, (*before.inputs, *after.inputs))
+    check_output(out, (*before.inputs, *after.inputs))
     check_same(before.kinds, after.kinds, after.path, before.path)
     names = sorted(before.tensors)
     compared = _each(lambda name: _compare(before.tensors[name], after.tensors[name]), names)
@@ -103,7 +103,7 @@ def revert(model: str | Path, delta: str | Path, out: str | Path) -> Applied:
 
 def _change(folder: str | Path, path: str | Path, out: str | Path, *, back: bool) -> Applied:
     model, delta = ModelFolder(folder), read(path)
-    check_apart(out, (*model.inputs, delta.path))
+    check_output(out, (*model.inputs, delta.path))
     kinds = {name: change.kind for name, change in delta.changes.items()}
     check_same(kinds, model.kinds, model.path, delta.path)
     roles = [("base", delta.base), ("result", delta.result)]

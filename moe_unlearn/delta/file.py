@@ -42,7 +42,7 @@ class Change(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """What a delta says about itself; `stored` says where its tensors are, and `size` counts the bytes of these."""
+    """Holds what a delta says about itself; `stored` says where its tensors are, `size` counts the bytes of these."""
 
     path: Path
     base: str

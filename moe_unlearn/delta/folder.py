@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from moe_unlearn.checkpoint.tensor_file import NAMES, Kind, Stored, stored_in
@@ -116,12 +116,3 @@ def check_same(expected: Mapping[str, Kind], got: Mapping[str, Kind], of: str | 
     for name, kind in expected.items():
         if got[name] != kind:
             raise ValueError(f"expected {name!r} of {of} to be {kind}, as in {like}; got {got[name]}")
-
-
-def check_apart(out: str | Path, inputs: Iterable[str | Path]) -> None:
-    """Raise ValueError if `out` is one of the inputs or lies in one, through whatever links, or one lies in `out`."""
-    target = Path(out).resolve()
-    for given in inputs:
-        real = Path(given).resolve()
-        if target.is_relative_to(real) or real.is_relative_to(target):
-            raise ValueError(f"expected an output apart from what is read; {out} and {given} overlap")

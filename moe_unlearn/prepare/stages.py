@@ -150,7 +150,7 @@ def needed(recipe: Recipe) -> list[str]:
 
 @dataclass(frozen=True)
 class _Work:
-    """What a stage works on; `ranks` share it, `folder` keeps references."""
+    """Holds what a stage works on; `ranks` share it, `folder` keeps references."""
 
     model: nn.Module
     recipe: Recipe

@@ -176,7 +176,7 @@ class _Arguments(TrainingArguments):
 
 @dataclass(frozen=True)
 class Before:
-    """What is known before a run and belongs to its folder.
+    """Holds what is known before a run and belongs to its folder.
 
     `loaded` says how the model was loaded (`loading.described`), `reports` what became of the data, by side, and
     `retrain` has the metrics of the retrained model (`retrained`).

@@ -84,7 +84,7 @@ class Placing(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What this rank holds and sees of one parameter.
+    """Says what this rank holds and sees of one parameter.
 
     `parts` are what each rank of `group` holds, in the order of the group; they see the same rows and add up their
     gradients. A group of None is this rank alone. `reduced` are the groups over which sums of all rows are completed,

@@ -72,7 +72,7 @@ class VerificationError(ArithmeticError):
 
 
 class Record(Protocol):
-    """What a step knows of its micro-batches."""
+    """Records what a step knows of its micro-batches."""
 
     def counted(self) -> Sizes:
         """Return the `sizes` of a step that has seen all its micro-batches."""
@@ -82,7 +82,7 @@ class Record(Protocol):
 
 
 class Prepared(Protocol):
-    """What a step has prepared."""
+    """Holds what a step has prepared."""
 
     def state_dict(self) -> dict:
         """Return it whole; all ranks call this."""
@@ -132,7 +132,7 @@ class MicroBatch(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the replays start from and are compared with, of all ranks."""
+    """Holds what the replays start from and are compared with, of all ranks."""
 
     before: Run  # weights of all parameters and optimizer state before the step
     ours: Run

@@ -21,7 +21,7 @@ _ROOM = 8  # a part in so many of a budget is room, where no sample says how muc
 
 @dataclass(frozen=True)
 class Budget:
-    """What of `size` bytes is for the gradients of a group, of both sides, and for remembered scores.
+    """Says what of `size` bytes is for the gradients of a group, of both sides, and for remembered scores.
 
     `gradients` is None where those of all weights fit, so that there is one group and nothing to remember.
     """

@@ -40,7 +40,7 @@ class Remembered(NamedTuple):
 
 
 class Round:
-    """What one round over the groups finds: counts by a digit and, with an interval, the mask but for what is open."""
+    """Finds in one round over the groups counts by a digit and, with an interval, the mask but for what is open."""
 
     def __init__(self, digit: int, prefix: int, interval: range | None, room: int):
         self.digit, self.prefix, self.interval, self.room = digit, prefix, interval, room
