@@ -14,6 +14,7 @@ accepts counts for nothing; one that changes nothing stands in `tests/mutants/eq
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 
@@ -69,16 +70,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
     options = parser.parse_args(arguments)
+    if options.family is None:  # each in a process of its own, since each loads the kernels in its own way
+        again = [sys.executable, "-m", "tests.mutants", *(sys.argv[1:] if arguments is None else arguments)]
+        return max(subprocess.run([*again, "--family", name], cwd=ROOT).returncode for name in FAMILIES)
     if options.seed is None:
         options.seed = runs.rotation()
-    recorded = json.loads(RESULTS.read_text(encoding="utf-8"))
-    survivors = []
-    for name in [options.family] if options.family else FAMILIES:
-        survived, new = judge(name, recorded.get(name, {}), options)
-        survivors += survived
-        if new and new != recorded.get(name):
-            recorded[name] = new
-            RESULTS.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
+    name, recorded = options.family, json.loads(RESULTS.read_text(encoding="utf-8"))
+    survivors, new = judge(name, recorded.get(name, {}), options)
+    if new and new != recorded.get(name):
+        recorded[name] = new
+        RESULTS.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
     for survivor in survivors:
         print("SURVIVED", runs.line_of(survivor))
     return 1 if survivors else 0
