@@ -32,6 +32,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
 from moe_unlearn.checkpoint import CheckpointError, load_state, save_state, sharded
+from moe_unlearn.checkpoint.tensor_file import MODEL_FILES
 from moe_unlearn.config import Recipe
 from moe_unlearn.data.of_recipe import pair_collator, paired
 from moe_unlearn.data.pairs import side_batches
@@ -279,7 +280,11 @@ class UnlearnTrainer(Trainer):
             sharded.save(folder / _STATE, {"step": self._state()})
         elif self.args.should_save and not self._sharded:
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(folder / _STATE, ignore_errors=True)  # that of ranks, of an earlier run: it would be resumed
+            # what an earlier run has left, of ranks, an adapter or a model in other files, would be resumed
+            shutil.rmtree(folder / _STATE, ignore_errors=True)
+            for path in folder.iterdir():
+                if MODEL_FILES.fullmatch(path.name):
+                    path.unlink()
             save_state(folder, _STATE, self._state())
         super()._save_checkpoint(model, trial)
 

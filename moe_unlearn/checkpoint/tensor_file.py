@@ -40,8 +40,10 @@ DTYPES = {
     "U64": torch.uint64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-#: the names of a model's files in hub layout: a reader would prefer some that an earlier save has left
-MODEL_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+#: the names of a model's files in hub layout, and an adapter's: readers would take some that an earlier save has left
+MODEL_FILES = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|adapter_model\.(safetensors|bin)|(adapter_)?config\.json"
+)
 _HEADER = 100_000_000  # bytes of a header that safetensors reads at most
 
 

@@ -44,8 +44,8 @@ def save_pretrained(
 ) -> None:
     """Write model and tokenizer to `folder`, which `from_pretrained` loads with the same bits; every rank calls this.
 
-    What else is in the folder stays, but for the weights of an earlier save. A process that is killed while the files
-    take their places leaves no config.json. Raises on all ranks, and changes nothing: ValueError for a model that
+    What else is in the folder stays, but for an earlier model or adapter. A process that is killed while the files take
+    their places leaves no config.json. Raises on all ranks, and changes nothing: ValueError for a model that
     `check_savable` refuses; OSError where the first rank cannot write.
     """
     check_savable(model)
@@ -91,7 +91,8 @@ def check_savable(model: Any) -> None:
     """Raise ValueError, which says why, for a model that `save_pretrained` does not save.
 
     It saves transformers models, and the adapters of PeftModels of one. It refuses models that have adapters of their
-    own (`model.add_adapter`), those that are quantized and those in tensor parallelism.
+    own (`model.add_adapter`), those that are quantized and those in tensor parallelism, and adapters that are not made
+    of weights of the model.
     """
     base = model.get_base_model() if has_adapters(model) else model
     if not isinstance(base, PreTrainedModel):
@@ -102,6 +103,8 @@ def check_savable(model: Any) -> None:
         raise ValueError("expected a model that is not quantized")
     if getattr(getattr(base.config, "distributed_config", None), "tp_size", 1) > 1:
         raise ValueError("expected weights shared out by FSDP2 or expert parallelism; got tensor parallelism")
+    if base is not model:
+        _adapters(model)
 
 
 def _adapters(model: Any) -> list[str]:
@@ -123,7 +126,7 @@ def _adapters(model: Any) -> list[str]:
 def _write_adapters(
     model: Any, whole: dict[str, Tensor], folder: Path, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    with whole_files(folder, last=(ADAPTER_CONFIG_NAME,)) as unfinished:
+    with whole_files(folder, last=(ADAPTER_CONFIG_NAME,), stale=MODEL_FILES.fullmatch) as unfinished:
         model.save_pretrained(unfinished, state_dict=whole)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)

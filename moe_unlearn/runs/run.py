@@ -22,7 +22,7 @@ from moe_unlearn.metrics.privacy import add_privleak
 from moe_unlearn.model import loading
 from moe_unlearn.model.batches import Batch, beside
 from moe_unlearn.model.modes import training_mode
-from moe_unlearn.model.saving import save_pretrained
+from moe_unlearn.model.saving import check_savable, save_pretrained
 from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.prepare.stages import CHOOSING, needed
 from moe_unlearn.ranks import everyone, is_first, on_first, sharded
@@ -229,6 +229,7 @@ def unlearn(
     sums, as long as the ranks share the batches of an epoch without a rest.
     """
     known = Before() if known is None else known
+    check_savable(model)
     run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"])
     run.checkpoint_activations()
     trainer = run.trainer(out / "checkpoints", cache_dir=cache_dir or out / "cache", verify=verify)
@@ -265,13 +266,9 @@ def unlearn(
     routing = routing_of(trainer.unlearn_step)
 
     # save_model of the Trainer would also write a pickle of the training arguments beside the weights
-    if trainer.unlearn_step.ranks.sharded:
-        save_pretrained(unlearned, out / "model", tokenizer)
+    save_pretrained(unlearned, out / "model", tokenizer)
 
     def write_results() -> None:
-        if not trainer.unlearn_step.ranks.sharded:
-            unlearned.save_pretrained(out / "model")
-            tokenizer.save_pretrained(out / "model")
         write_json(out / "trajectory.json", trajectories)
         if routing:
             write_json(out / "routing.json", routing)

@@ -92,6 +92,19 @@ def test_a_save_replaces_the_weights_of_an_earlier_one_and_nothing_else(tmp_path
     assert not (folder / "model.safetensors").exists() and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_model_and_an_adapter_take_each_others_place(tmp_path):
+    """A reader of a model that has an adapter beside it would load that too, and takes no adapter beside a model."""
+    folder, adapted = tmp_path / "model", peft.get_peft_model(made(), peft.LoraConfig(target_modules=["q_proj"]))
+    others = ("generation_config.json", "README.md")  # peft's card
+    for saved, names in [
+        (adapted, {"adapter_model.safetensors", "adapter_config.json"}),
+        (made(), {"model.safetensors", "config.json"}),
+        (adapted, {"adapter_model.safetensors", "adapter_config.json"}),
+    ]:
+        save_pretrained(saved, folder)
+        assert {path.name for path in folder.iterdir()}.difference(others) == names
+
+
 @pytest.mark.parametrize("at", ["write", "commit", "gather"])
 def test_what_fails_leaves_the_former_folder(tmp_path, monkeypatch, at):
     folder, model = tmp_path / "model", made()
@@ -140,6 +153,9 @@ def test_other_models_are_refused(tmp_path):
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="got a model with `add_adapter`"):
         save_pretrained(model, tmp_path / "model")
+    prompts = peft.get_peft_model(made(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="expected adapters whose files hold weights as they are in the model"):
+        save_pretrained(prompts, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
