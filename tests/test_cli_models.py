@@ -196,7 +196,6 @@ def test_a_run_trains_an_adapter_and_saves_it(folder, tmp_path):
         assert (path / "config.json").is_file() and not list(path.glob("adapter_*"))
 
 
-
 @pytest.mark.quick
 @pytest.mark.parametrize("option", ["--model", "--reference"])
 def test_a_run_does_not_overwrite_a_model_that_it_reads(folder, tmp_path, capsys, option):

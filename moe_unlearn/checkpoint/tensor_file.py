@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -86,6 +86,14 @@ class Contents(NamedTuple):
     tensors: dict[str, Stored]
     about: dict[str, str]
     start: int
+
+
+class Indexed(NamedTuple):
+    """The files that an index names, by name, where the tensors are that they hold together, and its metadata."""
+
+    files: dict[str, Contents]
+    tensors: dict[str, Stored]
+    about: dict[str, Any]
 
 
 class Rows:
@@ -208,6 +216,37 @@ def stored_in(path: Path) -> Contents:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: expected a whole safetensors file: {error}") from error
     return Contents(tensors, about, 8 + length)
+
+
+def stored_by(index: Path, of: str) -> Indexed:
+    """Return what the safetensors files hold that an index names, without reading a tensor; `of` says whose they are.
+
+    Raises ValueError, naming the file: for what is no index, for one that names what is not there, and for a tensor
+    that is in two files.
+    """
+    try:
+        content = json.loads(index.read_bytes())
+        places: dict[str, str] = content["weight_map"]
+        names, about = {*places.values()}, dict(content.get("metadata") or {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index}: expected the index of {of} files: {error!r}") from error
+    for name in names:
+        if not (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name):
+            raise ValueError(f"{index}: expected names of safetensors files beside it; got {name!r}")
+        if not index.with_name(name).is_file():
+            raise ValueError(f"{index} names {name}, which is not there")
+    if not names:
+        raise ValueError(f"{index} names no file")
+    files = {name: stored_in(index.with_name(name)) for name in sorted(names)}
+    tensors: dict[str, Stored] = {}
+    for path, contents in files.items():
+        for name, stored in contents.tensors.items():
+            if name in tensors:
+                raise ValueError(f"{index.parent}: {name!r} is in {tensors[name].path.name} and in {path}")
+            tensors[name] = stored
+    if absent := sorted(places.keys() - tensors.keys()):
+        raise ValueError(f"{index} names {absent[0]!r}, which no file of the folder has")
+    return Indexed(files, tensors, about)
 
 
 def kind_from(dtype: str, shape: list[int]) -> Kind:

@@ -13,9 +13,11 @@ from moe_unlearn.cli.arguments import writable
 from moe_unlearn.config import Recipe
 from moe_unlearn.delta.folder import check_same
 from moe_unlearn.files import check_output
+from moe_unlearn.model import loading
 from moe_unlearn.model.saving import saved_kinds
 
 FILE = "delta.safetensors"  # the name in the folder of a run
+MODEL = "a folder, or ORG/NAME[@REVISION] of the hub"
 
 Verb = Callable[[argparse.Namespace], None]
 
@@ -24,51 +26,64 @@ def write(options: argparse.Namespace) -> None:
     """Write what changed from one model's folder to another's as a delta: whoever has BASE and it has both models."""
     writable(options.out)
     recipe = None if options.recipe is None else _sha256(Path(options.recipe).read_bytes())
-    _print_written(delta.write(options.base, options.changed, options.out, recipe=recipe))
+    base, changed = map(loading.folder_of, (options.base, options.changed))
+    _print_written(delta.write(base, changed, options.out, recipe=recipe))
 
 
 def apply(options: argparse.Namespace) -> None:
     """Apply a delta to the model that it was made from; any other model is refused."""
     writable(options.out, folder=True)
-    _print_applied(options, delta.apply(options.base, options.delta, options.out))
+    _print_applied(options, delta.apply(loading.folder_of(options.base), options.delta, options.out))
 
 
 def revert(options: argparse.Namespace) -> None:
     """Take a delta back from the model that it led to; any other model is refused."""
     writable(options.out, folder=True)
-    _print_applied(options, delta.revert(options.changed, options.delta, options.out))
+    _print_applied(options, delta.revert(loading.folder_of(options.changed), options.delta, options.out))
 
 
 def add_arguments(command: Callable[[str, Verb], argparse.ArgumentParser]) -> None:
     """Add the three verbs."""
     sub = command("delta", write)
-    sub.add_argument("base", metavar="BASE", help="the folder of the model as it was")
-    sub.add_argument("changed", metavar="MODEL", help="the folder of the changed model, of the same tensors")
+    sub.add_argument("base", metavar="BASE", help=f"the model as it was: {MODEL}")
+    sub.add_argument("changed", metavar="MODEL", help="the changed model, of the same tensors")
     sub.add_argument("--recipe", help="a recipe whose SHA-256 the delta carries, such as RUN/recipe.yaml")
     sub.add_argument("--out", required=True, help="the safetensors file to write")
     sub = command("apply", apply)
-    sub.add_argument("base", metavar="BASE", help="the folder of the model that the delta was made from")
+    sub.add_argument("base", metavar="BASE", help=f"the model that the delta was made from: {MODEL}")
     sub.add_argument("delta", metavar="DELTA", help="the file that `delta` or `run --delta` wrote")
     sub.add_argument("--out", required=True, help="the folder to write; a model that is there is replaced")
     sub = command("revert", revert)
-    sub.add_argument("changed", metavar="MODEL", help="the folder of the model that the delta led to")
+    sub.add_argument("changed", metavar="MODEL", help=f"the model that the delta led to: {MODEL}")
     sub.add_argument("delta", metavar="DELTA", help="the file that `delta` or `run --delta` wrote")
     sub.add_argument("--out", required=True, help="the folder to write; a model that is there is replaced")
 
 
-def check_run(model: PreTrainedModel, base: str, out: Path) -> None:
-    """Raise ValueError, before the work, if a run from the folder `base` to `out` could not write its delta."""
-    folder = delta.ModelFolder(base)
+def base_of_run(recipe: Recipe, how: loading.Loading, out: Path) -> Path:
+    """Return the folder of the model that a run to `out` begins with; its weights are not loaded.
+
+    Raises ValueError for a run that could not write its delta.
+    """
+    if recipe.data.model is None:
+        raise ValueError("--delta writes what changed since --model, which is missing")
+    base = loading.folder_of(recipe.data.model)
+    check_saved(loading.weightless(base, how), base)
     for made in (out / "model", out / FILE):
-        check_output(made, folder.inputs)
-    check_same(folder.kinds, saved_kinds(model), "what the run saves", folder.path)
+        check_output(made, delta.ModelFolder(base).inputs)
+    return base
 
 
-def write_of_run(recipe: Recipe, out: Path) -> None:
+def check_saved(model: PreTrainedModel, base: Path) -> None:
+    """Raise ValueError if what a run saves of a model has other tensors than its folder.
+
+    A loaded one may: weights are tied if they are equal, which is not known without storage.
+    """
+    check_same(delta.ModelFolder(base).kinds, saved_kinds(model), "what the run saves", base)
+
+
+def write_of_run(recipe: Recipe, base: Path, out: Path) -> None:
     """Write the delta of a finished run into its folder."""
-    assert recipe.data.model is not None
-    made = delta.write(recipe.data.model, out / "model", out / FILE, recipe=_sha256(recipe.to_yaml().encode()))
-    _print_written(made)
+    _print_written(delta.write(base, out / "model", out / FILE, recipe=_sha256(recipe.to_yaml().encode())))
 
 
 def _print_written(made: delta.Delta) -> None:

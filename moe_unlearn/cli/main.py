@@ -183,6 +183,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--fits asks for a plan, and goes with --dry-run")
     known = options.model_config if options.model_config in models() else None
     recipe = Recipe.load(options.recipe, [*_data_overrides(options), *options.set], model=known)
+    base = delta.base_of_run(recipe, how, Path(options.out)) if options.delta else None
     if options.model_config is not None and recipe.data.model is None:
         if not options.dry_run:
             raise ValueError("data.model is missing: --model-config alone gives no weights, only a --dry-run")
@@ -223,10 +224,10 @@ def run(options: argparse.Namespace) -> None:
             plan.notes.append("code that comes with the model was run (--trust-remote-code)")
         print(plan)
         return
+    if base is not None:
+        delta.check_saved(model, base)
     before = Before(loading.described(model, recipe.data.model, how), reports, retrain)
     out = Path(options.out)
-    if options.delta:
-        delta.check_run(model, recipe.data.model, out)
     # the cache folder changes no result, so it is not part of the recipe
     summary = unlearn(
         model,
@@ -241,8 +242,8 @@ def run(options: argparse.Namespace) -> None:
         known=before,
     )
     print(f"model: {out / 'model'}")
-    if options.delta:
-        on_first(partial(delta.write_of_run, recipe, out))
+    if base is not None:
+        on_first(partial(delta.write_of_run, recipe, base, out))
     if options.verify:
         print(f"verified: {out / 'verified.txt'}")
     if summary:

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_unlearn.checkpoint.tensor_file import MODEL_FILES, Kind, Rows, Stored, tensor_file
-from moe_unlearn.delta.file import UNSIGNED, Change, Delta, metadata, pack, read, rows_of, xor_of
+from moe_unlearn.checkpoint.tensor_file import MODEL_FILES, Kind, Rows, Stored
+from moe_unlearn.delta.file import UNSIGNED, Change, Delta, delta_files, metadata, pack, read, rows_of, xor_of
 from moe_unlearn.delta.folder import INDEX, ModelFolder, check_same, digest_of
 from moe_unlearn.files import check_output, stream_of, whole_files
 
 BLOCK = 1 << 20  # bytes of a tensor that are read at once; a row is never divided
+FILE_SIZE = 50 * 10**9  # bytes of tensors in a file of a delta at most, as in those of models
 THREADS = 4  # tensors that are read at the same time: their digests take most of the time
 
 T = TypeVar("T")
@@ -56,13 +57,16 @@ class _Digests:
         return self._one.hexdigest(), self._other.hexdigest()
 
 
-def write(base: str | Path, model: str | Path, out: str | Path, *, recipe: str | None = None) -> Delta:
+def write(
+    base: str | Path, model: str | Path, out: str | Path, *, recipe: str | None = None, max_file_size: int = FILE_SIZE
+) -> Delta:
     """Write the delta from the model in the folder `base` to that in the folder `model`, as the file `out`.
 
-    `recipe` is a digest that the delta carries. Returns the delta. Raises ValueError for folders that are no models in
-    safetensors files, for models that differ in the names, dtypes or shapes of their tensors, and for an `out` that
-    overlaps one of them; OSError for what cannot be read or written. What fails leaves `out` as it was. The bytes
-    written depend on the tensors and on `recipe` alone.
+    Where its tensors have more than `max_file_size` bytes, they are in several files beside `out` (see `file`), with
+    one tensor at least in each. `recipe` is a digest that the delta carries. Returns the delta. Raises ValueError for
+    folders that are no models in safetensors files, for models that differ in the names, dtypes or shapes of their
+    tensors, and for an `out` that overlaps one of them; OSError for what cannot be read or written. What fails leaves
+    `out` as it was. The bytes written depend on the tensors, `recipe` and `max_file_size` alone.
     """
     if stream_of(out):
         raise ValueError(f"expected a file to write; got {out}")
@@ -76,7 +80,7 @@ def write(base: str | Path, model: str | Path, out: str | Path, *, recipe: str |
     counts = {name: int(rows.sum()) for name, rows in differ.items()}
     changes = {name: Change(before.kinds[name], counts.get(name, 0)) for name in names}
     kinds = {stored: kind for name, change in changes.items() for stored, kind in change.stored(name).items()}
-    with tensor_file(Path(out), kinds, metadata(*digests, recipe, changes)) as put:
+    with delta_files(Path(out), kinds, metadata(*digests, recipe, changes), max_file_size) as put:
         for name, rows in differ.items():
             for part in _xor(before.tensors[name], after.tensors[name], rows):
                 put(xor_of(name), part)
@@ -103,7 +107,7 @@ def revert(model: str | Path, delta: str | Path, out: str | Path) -> Applied:
 
 def _change(folder: str | Path, path: str | Path, out: str | Path, *, back: bool) -> Applied:
     model, delta = ModelFolder(folder), read(path)
-    check_output(out, (*model.inputs, delta.path))
+    check_output(out, (*model.inputs, *delta.inputs))
     kinds = {name: change.kind for name, change in delta.changes.items()}
     check_same(kinds, model.kinds, model.path, delta.path)
     roles = [("base", delta.base), ("result", delta.result)]

@@ -8,19 +8,29 @@ A tensor is taken as rows, vectors along its last dimension. Of a tensor `NAME` 
 The metadata has `format`, `about` and `sha256`, the digest of `about`. That is JSON: the digests of `base` and `result`
 (`folder.digest_of`), the SHA-256 of the file of the `recipe` or null, and of each tensor of the model, changed or not,
 its dtype, its shape and n.
+
+A delta that is too large for one file has several, such as `delta-00001-of-00003.safetensors`, each with that `sha256`,
+and an index, `delta.safetensors.index.json`: JSON with the metadata of the delta, and with `weight_map`, which says
+which file has which tensor.
 """
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from moe_unlearn.checkpoint.tensor_file import NAMES, Kind, Rows, Stored, kind_from, stored_in
+from moe_unlearn.checkpoint.tensor_file import NAMES, Kind, Rows, Stored, kind_from, stored_by, stored_in, tensor_file
+from moe_unlearn.files import whole_files, write_json
 
 FORMAT = "moe-unlearn delta 1"
+INDEX = ".index.json"  # how the name of the index of a delta in several files ends, after that of the delta
+_OF, _SUFFIX = "a delta's", ".safetensors"
 UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 
 
@@ -42,7 +52,10 @@ class Change(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """Holds what a delta says about itself; `stored` says where its tensors are, `size` counts the bytes of these."""
+    """Holds what a delta says about itself; `stored` says where its tensors are, `size` counts the bytes of these.
+
+    `path` is its file, or the index of several.
+    """
 
     path: Path
     base: str
@@ -50,6 +63,11 @@ class Delta(NamedTuple):
     recipe: str | None
     changes: dict[str, Change]
     stored: dict[str, Stored]
+
+    @property
+    def inputs(self) -> set[Path]:
+        """Return the paths of its files."""
+        return {self.path, *(stored.path for stored in self.stored.values())}
 
     @property
     def size(self) -> int:
@@ -103,18 +121,77 @@ def metadata(base: str, result: str, recipe: str | None, changes: dict[str, Chan
     return {"format": FORMAT, "about": about, "sha256": _seal(about)}
 
 
+@contextmanager
+def delta_files(
+    out: Path, kinds: Mapping[str, Kind], about: dict[str, str], limit: int
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """Yield what writes the tensors of a delta, as `tensor_file` does, to the file `out`, or to several with an index.
+
+    Each of several has at most `limit` bytes of tensors, or a single tensor. They take the place of a delta that is
+    there under that name; if anything fails, that stays.
+    """
+    groups: list[list[str]] = [[]]
+    left = limit
+    for name in sorted(kinds):
+        if groups[-1] and kinds[name].size > left:
+            groups.append([])
+            left = limit
+        groups[-1].append(name)
+        left -= kinds[name].size
+    former = _files_of(out)
+    if len(groups) == 1:
+        with tensor_file(out, kinds, about) as write:
+            yield write
+        for name in former - {out.name}:
+            out.with_name(name).unlink()
+        return
+    index, seal = out.name + INDEX, {"format": FORMAT, "sha256": about["sha256"]}
+    names = [f"{out.stem}-{i + 1:05d}-of-{len(groups):05d}{_SUFFIX}" for i in range(len(groups))]
+    with (
+        whole_files(out.parent, last=(index,), stale=former.__contains__) as unfinished,
+        ExitStack() as opened,
+    ):
+        writers: dict[str, Callable[[str, Tensor], None]] = {}
+        for file, group in zip(names, groups, strict=True):
+            own = {name: kinds[name] for name in group}
+            writers |= dict.fromkeys(group, opened.enter_context(tensor_file(unfinished / file, own, seal)))
+        places = {name: file for file, group in zip(names, groups, strict=True) for name in group}
+        write_json(unfinished / index, {"metadata": about, "weight_map": places})
+        yield lambda name, tensor: writers[name](name, tensor)
+
+
+def _files_of(out: Path) -> set[str]:
+    """Return the names of `out` itself and, if it is a delta in several files, of these and of their index."""
+    index = out.with_name(out.name + INDEX)
+    try:
+        found = stored_by(index, _OF)
+    except (OSError, ValueError):
+        return {out.name}
+    return {out.name, index.name, *found.files} if found.about.get("format") == FORMAT else {out.name}
+
+
 def read(path: str | Path) -> Delta:
-    """Read what a delta says about itself.
+    """Read what a delta says about itself, from its file or, if `path` is not there, from its index.
 
     Raises ValueError, naming the file: it is not whole, of another format or version, differs from what was written, or
     lacks a tensor or has one too many. Whether its bits are those that were written shows once they are applied.
     """
     path = Path(path)
-    stored, about, _ = stored_in(path)
+    parts: dict[str, dict[str, str]] = {}
+    if not path.exists() and path.with_name(path.name + INDEX).is_file():
+        path = path.with_name(path.name + INDEX)
+    if path.name.endswith(INDEX):
+        files, stored, about = stored_by(path, _OF)
+        parts = {name: contents.about for name, contents in files.items()}
+    else:
+        stored, about, _ = stored_in(path)
     if about.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a file of the format {FORMAT!r}; got {about.get('format')!r}")
-    if about.get("sha256") != _seal(about.get("about", "")):
+    if about.get("sha256") != _seal(str(about.get("about", ""))):
         raise ValueError(f"{path}: damaged: its metadata does not match its SHA-256")
+    for name, own in parts.items():
+        if own.get("sha256") != about["sha256"]:
+            raise ValueError(f"{path}: damaged: {name} belongs to another delta")
     try:
         content: dict[str, Any] = json.loads(about["about"])
         changes = {

@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from moe_unlearn.checkpoint.tensor_file import NAMES, Kind, Stored, stored_in
+from moe_unlearn.checkpoint.tensor_file import NAMES, Kind, stored_by, stored_in
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# weights in whatever other form a folder has them: they are not those that a delta changes
-_TORCH, _ELSE = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt"), (".h5", ".msgpack", ".npz", ".gguf")
-_WEIGHTS = (*_TORCH, *_ELSE, ".onnx", ".onnx_data")
+#: weights in whatever other form a folder has them: they are not those that a delta changes
+OTHER_FORMS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".gguf", ".onnx", ".onnx_data")
+_WEIGHTS = (".safetensors", ".index.json", *OTHER_FORMS)
 
 
 class ModelFolder:
@@ -25,43 +25,19 @@ class ModelFolder:
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
-        self._index: Mapping[str, str] = {}
-        if not (self.path / SINGLE).is_file():
-            self._index = self._read_index()
-        names = sorted(set(self._index.values()) or {SINGLE})
-        self.files = {name: stored_in(self.path / name) for name in names}
-        self.tensors: dict[str, Stored] = {}
-        for path, contents in self.files.items():
-            for name, stored in contents.tensors.items():
-                if name in self.tensors:
-                    raise ValueError(f"{self.path}: {name!r} is in {self.tensors[name].path.name} and in {path}")
-                self.tensors[name] = stored
-        if absent := sorted(self._index.keys() - self.tensors.keys()):
-            raise ValueError(f"{self.path / INDEX} names {absent[0]!r}, which no file of the folder has")
+        self._indexed = not (self.path / SINGLE).is_file()
+        if not self._indexed:
+            self.files = {SINGLE: stored_in(self.path / SINGLE)}
+            self.tensors = self.files[SINGLE].tensors
+        elif (self.path / INDEX).is_file():
+            self.files, self.tensors, _ = stored_by(self.path / INDEX, "a model's")
+        else:
+            raise ValueError(f"expected {SINGLE} or {INDEX} in {self.path}; it has neither")
 
     @property
     def kinds(self) -> dict[str, Kind]:
         """Return dtype and shape of each tensor."""
         return {name: stored.kind for name, stored in self.tensors.items()}
-
-    def _read_index(self) -> Mapping[str, str]:
-        """Return which file has which tensor."""
-        path = self.path / INDEX
-        if not path.is_file():
-            raise ValueError(f"expected {SINGLE} or {INDEX} in {self.path}; it has neither")
-        try:
-            files: Mapping[str, str] = json.loads(path.read_bytes())["weight_map"]
-            names = {*files.values()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: expected the index of a model's files: {error!r}") from error
-        for name in names:
-            if not (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name):
-                raise ValueError(f"{path}: expected names of safetensors files beside it; got {name!r}")
-            if not (self.path / name).is_file():
-                raise ValueError(f"{path} names {name}, which is not there")
-        if not names:
-            raise ValueError(f"{path} names no file")
-        return files
 
     @property
     def inputs(self) -> list[Path]:
@@ -80,7 +56,7 @@ class ModelFolder:
             linked = {name for name in below if (Path(folder) / name).is_symlink()}
             left_out += [f"{within / name}/" for name in linked]
             below[:] = [name for name in below if not name.startswith(".") and name not in linked]
-            known = {INDEX} if self._index and not within.parts else set()
+            known = {INDEX} if self._indexed and not within.parts else set()
             for name in names:
                 if not name.endswith(_WEIGHTS) or name in known:
                     (target / within).mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from torch import distributed, nn
 from transformers import (
     AutoConfig,
@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from moe_unlearn.config import geometry, models
+from moe_unlearn.delta.folder import OTHER_FORMS
 from moe_unlearn.sharding import check_versions, initialised
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -105,6 +106,20 @@ def located(source: str | Path) -> tuple[str, dict[str, Any]]:
     return str(folder), {"local_files_only": True}
 
 
+def folder_of(source: str | Path) -> Path:
+    """Return the folder with the files of a model: its own, or that of the hub's cache, to which they are downloaded.
+
+    Weights that are not in safetensors files beside its config are not downloaded. Raises ValueError, naming the
+    source, for what is neither a folder nor on the hub, and where the hub cannot be reached and the cache lacks it.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    name, where = located(source)
+    with _named(source, "a model's files"):
+        others = [*(f"*{form}" for form in OTHER_FORMS), "*/*.safetensors"]
+        return Path(snapshot_download(name, revision=where.get("revision"), ignore_patterns=others))
+
+
 def load_model(source: str | Path, how: Loading | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from what `located` finds, straight to the device, in its dtype.
 
@@ -133,6 +148,17 @@ def load_model(source: str | Path, how: Loading | None = None) -> tuple[PreTrain
         raise ValueError(f"an adapter trains on whole weights; got {source} and weights that ranks share out")
     model, tokenizer = _load(base, AutoModelForCausalLM, "causal language model", how, **options)
     return _with_adapter(model, source), load_tokenizer(source, how) if _has_tokenizer(source) else tokenizer
+
+
+def weightless(source: str | Path, how: Loading | None = None) -> PreTrainedModel:
+    """Return a model as `load_model` would load it, without storage: no weight is read. Errors as there.
+
+    Raises ValueError for an adapter too.
+    """
+    if _base_of(source) is not None:
+        raise ValueError(f"expected a whole model; {source} is an adapter")
+    how = Loading() if how is None else how
+    return _load(source, AutoModelForCausalLM, "causal language model", how, device_map="meta")[0]
 
 
 def described(model: nn.Module, source: str | Path, how: Loading) -> dict[str, Any]:

@@ -57,6 +57,10 @@ def test_apply_and_revert_are_exact_in_every_dtype_and_shape(models, shards, blo
     assert (tmp_path / "back" / "config.json").read_text(encoding="utf-8") == "of the result"
     delta.write(a, b, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "d").read_bytes()
+    several = delta.write(a, b, tmp_path / "several" / "d", max_file_size=50)
+    assert several == made._replace(path=tmp_path / "several" / "d.index.json", stored=several.stored)
+    assert delta.apply(a, tmp_path / "several" / "d", tmp_path / "applied") == applied
+    assert delta.revert(b, several.path, tmp_path / "back") == reverted and same(tensors_of(tmp_path / "back"), base)
     write_folder(tmp_path / "plain" / "a", base), write_folder(tmp_path / "plain" / "b", changed)
     monkeypatch.undo()
     delta.write(tmp_path / "plain" / "a", tmp_path / "plain" / "b", tmp_path / "again")
@@ -95,6 +99,28 @@ def test_the_file_is_what_its_description_says(models, tmp_path):
             assert [words[i // 32] >> i % 32 & 1 for i in range(len(which))] == which.int().tolist()
     assert content["base"] == made.base == hashlib.sha256("".join(lines).encode()).hexdigest()
     assert made.size == sum(t.numel() * t.dtype.itemsize for t in stored.values())
+
+
+def test_a_large_delta_has_several_files_which_replace_those_of_another(models, tmp_path):
+    a, b, limit = write_folder(tmp_path / "a", models[0]), write_folder(tmp_path / "b", models[1]), 200
+    one = delta.write(a, b, tmp_path / "one.safetensors")
+    out = tmp_path / "out" / "d.safetensors"
+    write_folder(out.parent, {"other": torch.zeros(2)}, more={"d-00001-of-00099.safetensors": "mine"})
+    foreign = files(out.parent)
+    for size in (limit, 10**9, 64, limit, 10**9):
+        made = delta.write(a, b, out, max_file_size=size)
+        own = files(out.parent).keys() - foreign.keys()
+        parts = sorted(own - {"d.safetensors.index.json"})
+        assert made.stored.keys() == one.stored.keys() and made.changes == one.changes
+        assert files(out.parent).items() >= foreign.items()
+        if size > limit:
+            assert own == {"d.safetensors"}
+            continue
+        assert parts == [f"d-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(own) - 1)]
+        held = [load_file(out.parent / part) for part in parts]
+        assert len(held) > 3 and all(len(t) == 1 or sum(v.nbytes for v in t.values()) <= size for t in held)
+        with pytest.raises(ValueError, match="expected an output apart from what is read"):
+            delta.apply(a, out, out.with_name(parts[0]))
 
 
 def test_a_model_of_experts_takes_what_its_changed_experts_take(tmp_path):
@@ -203,6 +229,7 @@ def test_what_fails_on_the_way_leaves_nothing(models, tmp_path, monkeypatch):
     monkeypatch.setattr(change.Rows, "read", fails)
     for act in (
         lambda: delta.write(a, b, tmp_path / "d"),
+        lambda: delta.write(a, b, tmp_path / "d", max_file_size=100),
         lambda: delta.apply(a, tmp_path / "d", tmp_path / "out"),
         lambda: delta.revert(b, tmp_path / "d", tmp_path / "out"),
     ):

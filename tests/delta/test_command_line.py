@@ -1,15 +1,19 @@
 """`run --delta`, `delta`, `apply` and `revert`: what a user does, on models that transformers saves."""
 
 import hashlib
+import json
 import os
+import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moe_unlearn import delta
 from moe_unlearn.cli import main
+from moe_unlearn.model import loading
 from tests.delta.folders import bits, files
 from tests.support.command_line import arguments, saved
 from tests.support.models import TINY_MODELS
@@ -117,6 +121,58 @@ def test_what_was_left_out_is_said(folder, tmp_path, capsys):
     assert main(["apply", str(base), str(folder / "run/delta.safetensors"), "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err == "left out, weights in another form: pytorch_model.bin\n"
     assert "pytorch_model.bin" not in os.listdir(tmp_path / "out")
+
+
+def test_a_model_of_the_hub_is_a_base(folder, tmp_path, capsys, monkeypatch):
+    """From the hub's cache, as it lies on the disk after a download."""
+    cache, commit = tmp_path / "hub", "a" * 40
+    snapshot = cache / "models--org--name" / "snapshots" / commit
+    (cache / "models--org--name" / "refs").mkdir(parents=True)
+    (cache / "models--org--name" / "refs" / "v1").write_text(commit, encoding="utf-8")
+    shutil.copytree(folder / "model", snapshot)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    path, out = str(folder / "run" / "delta.safetensors"), str(tmp_path / "out")
+    assert main(["delta", "org/name@v1", str(folder / "run" / "model"), "--out", str(tmp_path / "d")]) == 0
+    assert delta.read(tmp_path / "d").result == delta.read(path).result
+    assert main(["apply", "org/name@v1", path, "--out", out]) == 0
+    assert files(tmp_path / "out").keys() == files(folder / "model").keys()
+    shutil.rmtree(snapshot), shutil.copytree(tmp_path / "out", snapshot)
+    assert main(["revert", "org/name@v1", path, "--out", out]) == 0
+    assert files(tmp_path / "out") == files(folder / "model")
+    assert main(["apply", "org/other", path, "--out", out]) == 2
+    assert "cannot load a model's files from org/other: " in error_of(capsys)
+    shutil.rmtree(snapshot), shutil.copytree(folder / "model", snapshot)
+    monkeypatch.setattr(loading.transformers.utils.hub.constants, "HF_HUB_OFFLINE", True)
+    data = [f"--{side}={folder / side}.jsonl" for side in ("forget", "retain")]
+    given = ["--model", "org/name@v1", *data, "--out", out, "--no-eval", "--delta", "--set", *SETTINGS]
+    assert main(["run", "npo", *given]) == 0
+    assert delta.read(tmp_path / "out" / "delta.safetensors").base == delta.read(path).base
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_run_that_could_not_have_a_delta_is_refused_before_a_model_is_loaded(
+    folder, tmp_path, capsys, monkeypatch, more
+):
+    monkeypatch.setattr(loading, "load_model", lambda *given: pytest.fail("a model was loaded"))
+    both = weights(folder / "model")
+    shutil.copytree(folder / "model", tmp_path / "bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    torch.save(both, tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "adapter").mkdir()
+    settings = {"base_model_name_or_path": str(folder / "model"), "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    known = ["--model-config", "olmoe-1b-7b"]
+    for model, given, told in (
+        (folder / "model", ["--dtype", "float32"], "of what the run saves to be bfloat16"),
+        (tmp_path / "bin", [], "expected model.safetensors or model.safetensors.index.json"),
+        (tmp_path / "adapter", [], f"expected a whole model; {tmp_path / 'adapter'} is an adapter"),
+        (None, known, "--delta writes what changed since --model, which is missing"),
+    ):
+        own = [f"--model={model}"] if model else []
+        data = [f"--{side}={folder / side}.jsonl" for side in ("forget", "retain")]
+        assert main(["run", "npo", *own, *data, "--out", str(tmp_path / "run"), "--delta", *given, *more]) == 2
+        assert told in error_of(capsys) and not (tmp_path / "run").exists()
 
 
 def test_a_run_over_its_own_base_cannot_have_a_delta(folder, tmp_path, capsys):

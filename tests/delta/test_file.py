@@ -83,6 +83,38 @@ def test_every_flipped_byte_is_noticed(folder, tmp_path):
     assert noticed > 200
 
 
+def test_files_of_a_delta_that_do_not_belong_together_are_refused(folder, tmp_path):
+    for name, recipe in (("d", "r"), ("other", "s")):
+        made = delta.write(folder / "base", folder / "changed", tmp_path / name, recipe=recipe, max_file_size=1)
+    parts = sorted(path.name for path in tmp_path.glob("d-*"))
+    assert len(parts) == len(made.stored)
+    own = files(tmp_path)
+    index = json.loads(own["d.index.json"])
+    places, about = index["weight_map"], index["metadata"]
+    other = {parts[0]: own[parts[0].replace("d-", "other-")]}
+
+    def indexed(metadata=about, weight_map=places):
+        return {"d.index.json": json.dumps({"metadata": metadata, "weight_map": weight_map}).encode()}
+
+    for damaged, message in (
+        (other, f"damaged: {parts[0]} belongs to another delta"),
+        (indexed(about | {"sha256": "0" * 64}), "damaged: its metadata does not match its SHA-256"),
+        (indexed(about | {"about": 5}), "damaged: its metadata does not match its SHA-256"),
+        (indexed(about | {"format": "pt"}), "the format 'moe-unlearn delta 1'; got 'pt'"),
+        (indexed([]), "the format 'moe-unlearn delta 1'; got None"),
+        (indexed(5), "expected the index of a delta's files"),
+        (indexed(weight_map={"xor/a": places["xor/a"]}), "damaged: expected 'rows/a' to be .*; got nothing"),
+        ({parts[1]: own[parts[1]][:-1]}, "expected a whole safetensors file"),
+        ({parts[1]: None}, f"names {parts[1]}, which is not there"),
+    ):
+        for name, content in (own | damaged).items():
+            if content is None:
+                (tmp_path / name).unlink()
+            else:
+                (tmp_path / name).write_bytes(content)
+        refused(folder, tmp_path / "d", tmp_path / "out", message)
+
+
 def test_another_format_or_version_is_refused(folder, tmp_path):
     tensors, about = contents(folder / "d")
     for metadata in (about | {"format": "moe-unlearn delta 2"}, {"format": "pt"}, None):
