@@ -2,9 +2,11 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -331,6 +333,19 @@ def test_stats_and_mask(folder, tmp_path, capsys):
     assert main(["mask", *arguments(folder, "--keep", "0.5", "--out", str(path))]) == 0
     mask = WeightMask.load(path)
     assert 0 < mask.fraction <= 0.5
+    assert "WAGLE score terms: mean |theta g_f|" in capsys.readouterr().err
+    again = tmp_path / "again"
+    memory = str(4 * sum(math.prod(shape) for shape in mask.shapes.values()))  # of half of the gradients
+    command = ["mask", *arguments(folder, "--keep", "0.5", "--out", str(again), "--memory", memory)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe_unlearn.cli.mask.masks.save", Mock(side_effect=KeyboardInterrupt))
+        assert main(command) == 130
+    assert "is scored; about" in capsys.readouterr().err and (tmp_path / "again.groups").is_dir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe_unlearn.wagle.mask.gradients", None)  # none is needed
+        assert main(command) == 0
+    assert "was scored before" in capsys.readouterr().err
+    assert again.read_bytes() == path.read_bytes() and not (tmp_path / "again.groups").exists()
     assert run(folder, tmp_path / "masked", f"wagle.mask={path}", "--no-eval", recipe="wagle") == 0
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moe_unlearn import backend, benchmark, data, masks, native, trace, wagle
+from moe_unlearn import backend, benchmark, data, masks, native, trace
 from moe_unlearn.benchmark.trained_cache import clean_cache
 from moe_unlearn.cli import alternates, delta, evaluate
 from moe_unlearn.cli.arguments import (
@@ -36,6 +36,7 @@ from moe_unlearn.cli.arguments import (
     writable,
 )
 from moe_unlearn.cli.launch import REFUSED, Command, Outcome, launched
+from moe_unlearn.cli.mask import write_mask
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import carry_loss
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError, UnavailableError
@@ -154,24 +155,17 @@ def stats(options: argparse.Namespace) -> None:
 
 
 def mask(options: argparse.Namespace) -> None:
-    """Compute a WAGLE mask and save it."""
+    """Compute a WAGLE mask and save it; the same command goes on where an earlier one was interrupted."""
     how = loading_of(options)
     writable(options.out)
     model, tokenizer = loading.load_model(options.model, how)
     _require_moe(model)
-    rule = wagle.Rule(options.keep, options.gamma, options.official, options.accumulation)
     with enable(model):
         forget, retain = (
             _batches(model, examples_of(given, tokenizer, options, side), tokenizer, options.batch_size, side)
             for side, given in (("forget", options.forget), ("retain", options.retain))
         )
-        ranks = Ranks(model, everyone())
-        made = wagle.mask_of(model, forget, retain, rule, memory=options.memory, ranks=ranks)
-    save = partial(masks.save, made, options.out, model, options.format)
-    if made.shared:  # all ranks put it together
-        save()
-    else:
-        on_first(save)
+        made = write_mask(options, model, forget, retain)
     print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
 
 

@@ -105,16 +105,6 @@ def score_mask(
     return words, taken
 
 
-def score_bits(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, *, gamma: float) -> Tensor:
-    """Compute the bit patterns of |S|, int32 in flat order; in plain PyTorch on every device, for a few elements.
-
-    Raises TypeError or ValueError as `score_mask`.
-    """
-    _check(weight, grad_forget, grad_retain, gamma)
-    blocks = [bits.flatten() for bits in _bit_rows(weight, grad_forget, grad_retain, gamma)]
-    return torch.cat(blocks) if blocks else weight.new_empty(0, dtype=torch.int32)
-
-
 def score_between(
     weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, *, gamma: float, low: int, high: int, most: int
 ) -> tuple[Tensor, Tensor, int]:

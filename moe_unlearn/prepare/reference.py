@@ -12,6 +12,7 @@ a row (`rows.RowStore`). A model is identified by the content of everything that
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,12 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_unlearn import native
+from moe_unlearn.backend import ENVIRONMENT_VARIABLE
 from moe_unlearn.model.batches import Batch, attended_mask, take
 from moe_unlearn.model.digest import tensor_digest
 from moe_unlearn.model.head import unwrapped
 from moe_unlearn.prepare.rows import RowCache, RowStore, content_keys, rows_of
 from moe_unlearn.ranks import Ranks, gather, gathered, local, shared_work, together
 from moe_unlearn.sharding import is_sharded, whole
+from moe_unlearn.wagle import Resume
 
 # entries of an adapter's config that tell its origin, not its function
 _NOT_THE_ADAPTER = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
@@ -116,6 +120,18 @@ def _digests(tensors: list[Tensor], ranks: Ranks | None) -> list[str]:
 def autocast_dtypes() -> list[str]:
     """Return the dtypes in which autocast has the model compute here, a part of its function that no weight shows."""
     return [str(torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+
+
+def resume_of(model: nn.Module, folder: Path, *, alone: bool = False, ranks: Ranks | None = None) -> Resume:
+    """Return what lets a WAGLE mask of a model go on where the same code on the same machine was interrupted."""
+
+    def digest() -> str:
+        config = unwrapped(model).config
+        chosen = [getattr(config, f"_{part}_implementation", None) for part in ("experts", "attn")]
+        used = [torch.__version__, torch.get_num_threads(), native.report(), os.environ.get(ENVIRONMENT_VARIABLE)]
+        return json.dumps([model_digest(model, ranks=ranks), *autocast_dtypes(), *chosen, *used])
+
+    return Resume(folder, digest, alone=alone)
 
 
 def make_folder(cache_dir: str | Path) -> Path:

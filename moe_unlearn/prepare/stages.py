@@ -9,9 +9,10 @@
 Finished stages are part of the step's state: preparing again after a restore runs only the missing ones. With a
 `cache_dir` the references are also kept on disk, written batch by batch: an interrupted run continues from there, and
 another recipe that needs the same values of the same model and documents reads them. Hidden states are cached in
-bfloat16 (2 H bytes a token), log-probs in float32.
+bfloat16 (2 H bytes a token), log-probs in float32. A mask that is made in groups goes on from its last one there.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -360,14 +361,15 @@ def _wagle(work: _Work) -> None:
         load = partial(masks.load, settings.mask, work.model)
         work.prepared.mask = load() if work.ranks is None else together(load, work.ranks.group)
         return
-    work.prepared.mask = wagle.mask_of(
-        work.model,
-        [forgotten(work.recipe, batch) for batch in work.forget],
-        work.retain,
-        wagle.Rule(settings.keep, settings.gamma, settings.official, settings.accumulation),
-        memory=settings.memory,
-        ranks=work.ranks,
-    )
+    rule = wagle.Rule(settings.keep, settings.gamma, settings.official, settings.accumulation)
+    forget = [forgotten(work.recipe, batch) for batch in work.forget]
+    with contextlib.ExitStack() as inside:
+        resume = None
+        if work.folder is not None:
+            resume = inside.enter_context(reference.resume_of(work.model, work.folder, ranks=work.ranks))
+        work.prepared.mask = wagle.mask_of(
+            work.model, forget, work.retain, rule, memory=settings.memory, ranks=work.ranks, resume=resume
+        )
 
 
 _STAGES = {"trace": _trace, "seuf": _seuf, "reference": _reference, "kl_floor": _kl_floor, "wagle": _wagle}

@@ -1,14 +1,19 @@
-"""How much memory a mask may take beside the weights: gradients of a group, and room for remembered scores."""
+"""How much memory a mask may take beside the weights: gradients of a group, and room for remembered scores.
+
+On ranks the budget is that of each, and all have the least of what each of them has.
+"""
 
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from moe_unlearn.config.values import bytes_of
+from moe_unlearn.ranks import Ranks, gathered
 from moe_unlearn.wagle.pieces import Piece, smallest_group
 from moe_unlearn.wagle.threshold import ENTRY
 
@@ -45,39 +50,29 @@ class Budget:
         return replace(self, gradients=self.size - room, room=room)
 
 
-def budget_of(pieces: Sequence[Piece], memory: str | float | None, *, sharded: bool = False) -> Budget:
+def budget_of(pieces: Sequence[Piece], memory: str | float | None, ranks: Ranks | None = None) -> Budget:
     """Return the budget of a mask of whole parameters: `memory`, in bytes or as "512MiB", or most of what is free.
 
-    Sharded weights are one group. Raises ValueError if `memory` is less than the smallest group takes, if it is no
-    amount, or if it is given for sharded weights.
+    Raises ValueError, on all ranks, if `memory` is less than the smallest group takes or is no amount.
     """
+    size, which = _size(pieces, memory, ranks), "free are" if memory is None else "got"
     needed = sum(piece.nbytes for piece in pieces)
-    if sharded:
-        if memory is not None:
-            raise ValueError(
-                f"memory: expected none where ranks share weights out, of which a rank scores all its rows at once, in "
-                f"{needed} bytes; got {memory!r}"
-            )
-        return Budget(needed)
-    size, which = _size(pieces, memory), "free are" if memory is None else "got"
     if needed <= size:
         return Budget(size)
     name, least = smallest_group(pieces)
     if size < least:
+        what = "one row" if ranks is None else "a rank's rows"
         raise ValueError(
-            f"memory must be at least {least} bytes, which the gradients of one row of {name} take; {which} {size}"
+            f"memory must be at least {least} bytes, which the gradients of {what} of {name} take; {which} {size}"
         )
     room = min(size // _ROOM, size - least)
     return Budget(size, least, size - room, room)
 
 
-def shares_fit(pieces: Sequence[Piece], memory: str | float | None) -> bool:
-    """Return whether the gradients of this rank's rows fit, and beside them those of a batch of all whole weights."""
-    batch = sum(piece.parameter.nbytes for piece in pieces if piece.parameter.requires_grad)
-    return batch + sum(piece.nbytes for piece in pieces) <= _size(pieces, memory)
-
-
-def _size(pieces: Sequence[Piece], memory: str | float | None) -> int:
+def _size(pieces: Sequence[Piece], memory: str | float | None, ranks: Ranks | None) -> int:
+    if ranks is not None:
+        sizes: list[int] = gathered(partial(_size, pieces, memory, None), lambda size: size, ranks.group)[1]
+        return min(sizes)
     if memory is not None:
         return bytes_of("memory", memory)
     if not pieces:

@@ -134,7 +134,7 @@ class _Store:
                 own = torch.zeros_like(p) if own is None else own
                 received = of_peers(rowwise(own.detach()), [*map(len, piece.rows.parts)], ranks.group)
                 for rank in holders:
-                    self.add(piece, received[rank].reshape(-1), piece.elements.start)
+                    self.add(piece, received[rank].reshape(-1), piece.rows.held.start * rowwise(p)[:1].numel())
 
     def _take(self, p: Tensor) -> None:
         if p.grad is not None:  # else the sink has it

@@ -33,35 +33,38 @@ enough. The mask has the same bits for every budget, as long as a layer computes
 and a gradient whichever others are computed. Beside the budget stand the weights, the activations of a pass, and one
 gradient in the dtype of its weights: of a whole parameter, but of experts on our own implementation only of some.
 
-Several ranks share the batches, one each at a time. Each scores some rows of every parameter, all at once: its own of
-weights that are sharded (`sharding`), and as many of weights that are whole on every rank; where these take more than
-the budget, each rank makes the mask alone. Histograms are sums over the ranks, and equal scores go by the rows of the
-whole parameter: for equal gradients a mask has the bits of one process. Gradients of whole weights are sent to the rank
-of their rows after each batch and added in the order of the batches, so that they are equal. FSDP2 adds up those of
-sharded weights itself, N at a time on N ranks.
+Several ranks share the batches, one each at a time. Each scores some rows of every parameter: its own of weights that
+are sharded (`sharding`), and as many of weights that are whole on every rank. The budget is that of each rank, and
+groups are of parameters, the same on all ranks. Histograms are sums over the ranks, and equal scores go by the rows of
+the whole parameter: for equal gradients a mask has the bits of one process, whatever the ranks and the budget.
+Gradients of whole weights are sent to the rank of their rows after each batch and added in the order of the batches, so
+that they are equal. FSDP2 adds up those of sharded weights itself, N at a time on N ranks.
+
+A mask that is made in groups may keep what it has found of each one in a folder (`journal`): a run that was killed goes
+on with the next group.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.model.modes import evaluation_mode
-from moe_unlearn.ops.weight_score import score_bits
-from moe_unlearn.ranks import Ranks, gather, sharded, together
-from moe_unlearn.wagle.budget import Budget, budget_of, shares_fit
+from moe_unlearn.ranks import Ranks, sharded
+from moe_unlearn.wagle.budget import Budget, budget_of
 from moe_unlearn.wagle.gradients import Loss, Side, gradients
+from moe_unlearn.wagle.journal import Journal, Resume, described
 from moe_unlearn.wagle.magnitudes import exact
 from moe_unlearn.wagle.pieces import Piece, all_pieces, grouped, sample_of, stride_of
-from moe_unlearn.wagle.scores import Scored, SharedScored
-from moe_unlearn.wagle.threshold import find, guess_of
+from moe_unlearn.wagle.scores import Scored
+from moe_unlearn.wagle.threshold import Found, find, guess_of
 
 _log = logging.getLogger(__name__)
 
@@ -115,8 +118,7 @@ def weight_mask(
     if the model's backward pass is.
 
     Raises ValueError for keep, gamma or accumulation out of range, a set without a position that carries a loss, a
-    score that is not finite (naming the parameter), a `memory` below the smallest group (naming it), or a `memory` for
-    sharded weights.
+    score that is not finite (naming the parameter), or a `memory` below the smallest group (naming it).
     """
     rule = Rule(keep, gamma, official, accumulation)
     return mask_of(model, forget_batches, retain_batches, rule, losses=(forget_loss, retain_loss), memory=memory)
@@ -131,35 +133,32 @@ def mask_of(
     losses: tuple[Loss, Loss] = (token_losses, token_losses),
     memory: str | float | None = None,
     ranks: Ranks | None = None,
+    resume: Resume | None = None,
 ) -> WeightMask:
     """Make the mask of `weight_mask` on ranks, which share the work and all have the same batches.
 
-    None are the ranks that share the weights out, if any. `losses` are those of forget and retain. Errors as
-    `weight_mask`.
+    None are the ranks that share the weights out, if any. `losses` are those of forget and retain. With `resume`, on
+    all ranks or none, a mask in several groups goes on where an equal call was interrupted. Errors as `weight_mask`.
     """
     if ranks is None or ranks.count == 1:
         ranks = Ranks(model) if sharded(model) else None
     pieces = all_pieces(model, ranks)
-    if ranks is None or ranks.sharded:
-        budget = budget_of(pieces, memory, sharded=ranks is not None)
-    elif all(gather(shares_fit(pieces, memory), ranks.group)):
-        budget = Budget(sum(piece.nbytes for piece in pieces))  # what is free may have changed on one rank
-    else:
-        alone = partial(mask_of, model, forget_batches, retain_batches, rule, losses=losses, memory=memory)
-        return together(alone, ranks.group)
+    budget = budget_of(pieces, memory, ranks)
     divided = rule.accumulation if rule.official else None
     forget = Side.of("forget", forget_batches, losses[0], divided)
     retain = Side.of("retain", retain_batches, losses[1], divided)
     total = sum(p.numel() for p in model.parameters())
-    count, guess = int(rule.keep * total), None
+    count, guess, journal = int(rule.keep * total), None, Journal()
     with evaluation_mode(model):
         scores = _Scores(model, forget, retain, rule.gamma, ranks)
-        if budget.sample:
-            guess, share = guess_of(scores.sample(pieces, budget.sample), count, total)
-            roomy = budget.with_room(share * total)
-            budget, guess = (budget, None) if roomy is None else (roomy, guess)
-        groups = grouped(pieces, budget.gradients)
-        packed, sums = find(scores.rounds(groups), count, zeros_fill=rule.official, guess=guess, room=budget.room)
+        if budget.gradients is not None:
+            if resume is not None:
+                trained = [name for name, p in model.named_parameters() if p.requires_grad]
+                asked = [asdict(rule), str(memory), trained, *map(described, (forget, retain))]
+                journal = resume.journal(asked, ranks)
+            budget, guess = _begun(journal, budget, partial(scores.guess, pieces, budget, count / total))
+        rounds = _Rounds(scores, grouped(pieces, budget.gradients), journal)
+        packed, sums = find(rounds, count, zeros_fill=rule.official, guess=guess, room=budget.room)
     first, second = (exact(row) for row in sums)
     magnitudes = {
         "forget_term": float(first / max(total, 1)),
@@ -175,6 +174,24 @@ def mask_of(
     return WeightMask(shapes, packed, rule.keep, rule.gamma, rule.official, magnitudes)
 
 
+def _begun(
+    journal: Journal, budget: Budget, begin: Callable[[], tuple[Budget, range | None]]
+) -> tuple[Budget, range | None]:
+    """Return the budget and the guess with which a mask began, unless its budget was more than there is now."""
+
+    def make() -> Found:
+        begun, guess = begin()
+        interval = (0, 0) if guess is None else (guess.start, guess.stop)
+        return {"begun": torch.tensor([begun.size, begun.gradients or 0, begun.room, *interval])}
+
+    found = journal.kept("begun", make)["begun"].tolist()
+    if found[0] > budget.size:
+        journal.remove()
+        found = journal.kept("begun", make)["begun"].tolist()
+    size, of_gradients, room, low, high = found
+    return replace(budget, size=size, gradients=of_gradients, room=room), range(low, high) if high else None
+
+
 @dataclass
 class _Scores:
     """The scores of a model's weights, computed group by group."""
@@ -188,29 +205,45 @@ class _Scores:
     def of(self, pieces: Sequence[Piece]) -> Scored:
         """Compute the gradients of some pieces, on both sides."""
         forget, retain = (gradients(self.model, side, pieces, self.ranks) for side in (self.forget, self.retain))
-        return (Scored if self.ranks is None else SharedScored)(pieces, forget, retain, self.gamma)
+        return Scored(pieces, forget, retain, self.gamma)
 
-    def sample(self, pieces: Sequence[Piece], count: int) -> Tensor:
-        """Compute the bit patterns of about `count` scores, int32 on the CPU."""
+    def guess(self, pieces: Sequence[Piece], budget: Budget, share: float) -> tuple[Budget, range | None]:
+        """Guess from a sample in which interval the threshold lies, and make room for it; None without room."""
+        if not budget.sample:
+            return budget, None
         began = time.monotonic()
-        scored = self.of(sample_of(pieces, stride_of(pieces, count)))
-        found = [score_bits(*terms, gamma=self.gamma).cpu() for _, terms in scored.items()]
-        _log.info("WAGLE: a sample of %d scores took %.1f s", sum(map(len, found)), time.monotonic() - began)
-        return torch.cat(found)
+        sample = self.of(sample_of(pieces, stride_of(pieces, budget.sample)))
+        guess, inside = guess_of(sample.histogram, share)
+        _log.info("WAGLE: a sample of the scores took %.1f s", time.monotonic() - began)
+        roomy = budget.with_room(inside * sum(piece.most for piece in pieces))
+        return (budget, None) if roomy is None else (roomy, guess)
 
-    def rounds(self, groups: Sequence[Sequence[Piece]]) -> Callable[[], Iterator[Scored]]:
-        """Return a function that yields the scores of each group; of a single group they are computed once."""
-        if len(groups) == 1:
-            only = [self.of(groups[0])]
-            return lambda: iter(only)
-        return lambda: self._each(groups)
 
-    def _each(self, groups: Sequence[Sequence[Piece]]) -> Iterator[Scored]:
+class _Rounds:
+    """Goes over the groups of a mask, as `threshold.Rounds`; the scores of a single group are computed once."""
+
+    def __init__(self, scores: _Scores, groups: Sequence[Sequence[Piece]], journal: Journal):
+        self.scores, self.groups, self.journal = scores, groups, journal
+        self.number = 0
+        self.single = scores.of(groups[0]) if len(groups) == 1 else None
+
+    def __call__(self, look: Callable[[Scored], Found]) -> Iterator[tuple[Sequence[Piece], Found]]:
+        self.number += 1
+        if self.single is not None:
+            yield self.single.pieces, look(self.single)
+            return
+        took: list[float] = []
+        for i, pieces in enumerate(self.groups, 1):
+            before = len(took)
+            found = self.journal.kept(f"round {self.number} group {i}", partial(self._made, look, pieces, took))
+            yield pieces, found
+            when = "is scored" if len(took) > before else "was scored before"
+            left = sum(took) / max(len(took), 1) * (len(self.groups) - i)
+            named = (self.number, i, len(self.groups), pieces[0].name, pieces[-1].name, when, left)
+            _log.info("WAGLE: round %d, group %d of %d (%s to %s) %s; about %.0f s left", *named)
+
+    def _made(self, look: Callable[[Scored], Found], pieces: Sequence[Piece], took: list[float]) -> Found:
         began = time.monotonic()
-        for i, pieces in enumerate(groups, 1):
-            scored = self.of(pieces)
-            yield scored
-            scored.release()
-            left = (time.monotonic() - began) / i * (len(groups) - i)
-            named = (i, len(groups), pieces[0].name, pieces[-1].name, left)
-            _log.info("WAGLE: group %d of %d (%s to %s) is scored; about %.0f s left", *named)
+        found = look(self.scores.of(pieces))
+        took.append(time.monotonic() - began)
+        return found

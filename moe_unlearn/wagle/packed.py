@@ -1,30 +1,34 @@
 """The words of a mask while it is made, piece by piece; layout as `ops.bits` says."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from moe_unlearn.masks.shards import shared_words
 from moe_unlearn.ops.bits import WORD_BITS, num_words, pack_bits, unpack_bits
 from moe_unlearn.wagle.pieces import Piece
+from moe_unlearn.wagle.totals import allotted
 
 _BLOCK = 1 << 17  # elements at a time
 
 
 class Packed:
-    """The packed masks of parameters by name, in the order in which their pieces came."""
+    """The packed masks of parameters by name, in the order in which their pieces came; of this rank's rows."""
 
     def __init__(self) -> None:
-        self.words: dict[str, Tensor] = {}
-        self._widths: dict[str, int] = {}
+        self._words: dict[str, Tensor] = {}
+        self._pieces: dict[str, Piece] = {}  # one of each parameter
 
     def put(self, piece: Piece, words: Tensor) -> None:
-        """Put the words of a piece into those of its parameter; where ranks share it, they are all of these."""
-        self._widths[piece.name] = piece.width
+        """Put the words of a piece into those of its parameter; where ranks score it, they are all of this rank's."""
+        self._pieces.setdefault(piece.name, piece)
         if piece.whole or piece.rows is not None:
-            self.words[piece.name] = words
+            self._words[piece.name] = words
             return
-        if piece.name not in self.words:
+        if piece.name not in self._words:
             shape = piece.own.shape
-            self.words[piece.name] = words.new_zeros(*shape[:-1], num_words(shape[-1]))
+            self._words[piece.name] = words.new_zeros(*shape[:-1], num_words(shape[-1]))
         rows, start = words.view(-1, words.shape[-1]), piece.elements.start // piece.width
         self._rows(piece.name)[start : start + len(rows)] = rows
 
@@ -32,29 +36,49 @@ class Packed:
         """Set bits of a piece that are not set, those of its flat elements `index`."""
         if not len(index):
             return
-        width = self._widths[piece.name]
+        width, first = self._width(piece.name), 0 if piece.rows is not None else piece.elements.start
         bit = torch.tensor([*(1 << i for i in range(WORD_BITS - 1)), -(1 << (WORD_BITS - 1))], dtype=torch.int32)
         bit = bit.to(index.device)
         for some in index.split(_BLOCK):
-            at = some.long() + piece.elements.start
+            at = some.long() + first
             row, column = at // width, at % width
             place = row * num_words(width) + column // WORD_BITS
             # bits of one word add up to the word
             self._rows(piece.name).view(-1).index_add_(0, place, bit[column % WORD_BITS])
 
     def fill(self, count: int) -> None:
-        """Set the first `count` bits that are not set."""
-        for name, width in self._widths.items():
-            rows = self._rows(name) if self.words[name].numel() else self.words[name]
-            for block in rows.split(max(_BLOCK // max(width, 1), 1)):
-                if count == 0 or not block.numel():
-                    break
-                kept = unpack_bits(block, width)
+        """Set the first `count` bits of all ranks that are not set."""
+        for name, piece in self._pieces.items():
+            if count == 0:
+                break
+            unset = sum(int((~kept).sum()) for _, kept in self._blocks(name))
+            own, taken = allotted(piece, unset, count)
+            count -= taken
+            for words, kept in self._blocks(name):
                 rank = (~kept).flatten().cumsum(0).view_as(kept)
-                filled = kept | (rank <= count)
-                block.copy_(pack_bits(filled))
-                count -= int((filled & ~kept).sum())
+                filled = kept | (rank <= own)
+                words.copy_(pack_bits(filled))
+                own -= int((filled & ~kept).sum())
+
+    def words(self) -> dict[str, Tensor]:
+        """Return the words by parameter: of all its rows, or shared out as it is."""
+        return {
+            name: words if piece.rows is None else shared_words(words, piece.parameter, piece.rows)
+            for (name, words), piece in zip(self._words.items(), self._pieces.values(), strict=True)
+        }
+
+    def _blocks(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield some rows of words at a time, as a view, and their bits."""
+        width = self._width(name)
+        if self._words[name].numel():
+            for words in self._rows(name).split(max(_BLOCK // max(width, 1), 1)):
+                yield words, unpack_bits(words, width)
+
+    def _width(self, name: str) -> int:
+        """Return the elements of a row of the words."""
+        shape = self._pieces[name].shape
+        return shape[-1] if shape else 1
 
     def _rows(self, name: str) -> Tensor:
         """Return the words of a parameter that has elements, as a view [rows, words of a row]."""
-        return self.words[name].view(-1, num_words(self._widths[name]))
+        return self._words[name].view(-1, num_words(self._width(name)))

@@ -1,11 +1,13 @@
 """Parts of parameters, and the groups of them whose gradients fit a budget of memory.
 
 A piece is a range of a parameter's flat elements. In a group it is a run of whole rows, which have whole words of the
-mask: all of a parameter, some experts, or rows of one expert. With a stride it is a sample.
+mask: all of a parameter, some experts, or rows of one expert. With a stride it is a sample. Where ranks score different
+rows of a parameter, a piece is all rows of this rank: the groups of all ranks have the same parameters.
 """
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +63,25 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the gradients of both sides; a parameter that does not train has none."""
-        return self.cost(len(self.elements))
+        """Return the bytes of the gradients of both sides; a parameter that does not train has none.
+
+        Where several ranks score the parameter, these are of the rank with most rows, the same on all. Where it is
+        whole on all of them, the gradient of a batch is too, until they exchange its rows.
+        """
+        exchanged = self.rows is not None and not is_sharded(self.parameter) and self.parameter.requires_grad
+        return self.cost(self.most) + (self.parameter.nbytes if exchanged else 0)
+
+    @property
+    def most(self) -> int:
+        """Return the most elements of the parameter that one rank scores."""
+        if self.rows is None:
+            return len(self.elements)
+        return max(map(len, self.rows.blocks), default=0) * math.prod(self.parameter.shape[1:])
+
+    @property
+    def unit(self) -> int:
+        """Return the bytes of what a group has whole: a row, or all rows of a rank where several score them."""
+        return self.nbytes if self.rows is not None else self.cost(self.width)
 
     def cost(self, elements: int) -> int:
         """Return the bytes of the gradients of both sides of so many elements."""
@@ -110,23 +129,23 @@ def all_pieces(model: nn.Module, ranks: Ranks | None) -> list[Piece]:
 
 def stride_of(pieces: Sequence[Piece], count: int) -> int:
     """Return the stride of a sample of about `count` elements; it is odd, so that it meets every column."""
-    return sum(len(piece.elements) for piece in pieces) // count | 1
+    return sum(piece.most for piece in pieces) // count | 1
 
 
 def sample_of(pieces: Sequence[Piece], stride: int) -> list[Piece]:
-    """Return each `stride`-th element of whole parameters laid end to end."""
+    """Return each `stride`-th element of the pieces laid end to end; all ranks have the same pieces."""
     sampled, first = [], 0
     for piece in pieces:
-        count = len(piece.elements)
-        sampled.append(Piece(piece.name, piece.parameter, range(-first % stride, count, stride)))
-        first += count
-    return [piece for piece in sampled if len(piece.elements)]
+        at = piece.elements
+        sampled.append(replace(piece, elements=range(at.start + -first % stride, at.stop, stride)))
+        first += piece.most
+    return [piece for piece in sampled if len(piece.elements) or piece.rows is not None]
 
 
 def smallest_group(pieces: Iterable[Piece]) -> tuple[str, int]:
-    """Return the name of the parameter whose row takes most memory, and the bytes of both gradients of that row."""
-    rows = [(piece.cost(piece.width), piece.name) for piece in pieces if len(piece.elements)]
-    most, name = max(rows, key=lambda row: row[0], default=(0, ""))
+    """Return the name of the parameter whose `unit` takes most memory, and its bytes."""
+    units = [(piece.unit, piece.name) for piece in pieces if piece.most]
+    most, name = max(units, key=lambda unit: unit[0], default=(0, ""))
     return name, most
 
 
@@ -135,18 +154,20 @@ def grouped(pieces: Sequence[Piece], size: int | None) -> list[list[Piece]]:
 
     The order stays. Groups are filled up; where a parameter is cut, it is cut between experts (slices along its first
     dimension) if a group holds one. None stands for one group of all. A `size` below `smallest_group` is an error.
+    Parameters of which ranks score different rows are not cut.
     """
     if size is None or sum(piece.nbytes for piece in pieces) <= size:
         return [list(pieces)]
     groups: list[list[Piece]] = [[]]
     free = size
     for piece in pieces:
-        count, done = len(piece.elements) // max(piece.width, 1), 0
-        row = piece.cost(piece.width)
+        cut = piece.rows is None
+        count, done = len(piece.elements) // max(piece.width, 1) if cut else 1, 0
+        row = piece.unit
         if not row or not count:
             groups[-1].append(piece)
             continue
-        slices = max(count // max(len(piece.own), 1), 1) if piece.own.dim() > 2 else 1
+        slices = max(count // max(len(piece.own), 1), 1) if cut and piece.own.dim() > 2 else 1
         while done < count:
             fit = min(free // row, count - done)
             whole_slices = (done + fit) // slices * slices - done  # to the last slice that ends within them

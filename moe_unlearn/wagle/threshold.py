@@ -13,8 +13,8 @@ second one's is exact. A wrong guess, or more scores inside than there is room f
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,11 +24,17 @@ from moe_unlearn.wagle.magnitudes import EXPONENTS
 from moe_unlearn.wagle.packed import Packed
 from moe_unlearn.wagle.pieces import Piece
 from moe_unlearn.wagle.scores import Scored
+from moe_unlearn.wagle.totals import Totals, allotted, by_block
 
 NOTHING = 0x7FFFFFFF  # a threshold that no finite score exceeds
 ENTRY = 8  # bytes of a remembered score: its place and its bit pattern
 _MARGIN = 4.0  # standard deviations of a sample's rank
 _LIMIT = 0x7F800000  # the bit pattern of infinity
+
+#: what a round finds in a group, by name, so that it can be kept in a file
+Found = dict[str, Tensor]
+#: goes with `look` over the scores of all groups, and yields the pieces of each with what was found
+Rounds = Callable[[Callable[[Scored], Found]], Iterable[tuple[Sequence[Piece], Found]]]
 
 
 class Remembered(NamedTuple):
@@ -39,30 +45,53 @@ class Remembered(NamedTuple):
     bits: Tensor  # int32
 
 
-class Round:
-    """Finds in one round over the groups counts by a digit and, with an interval, the mask but for what is open."""
+class Counting:
+    """Finds in one round over the groups counts by a digit and, with an interval, the mask but for what is open.
+
+    Counts are of all ranks, places and words of this rank's rows. `room` is what each rank has.
+    """
 
     def __init__(self, digit: int, prefix: int, interval: range | None, room: int):
         self.digit, self.prefix, self.interval, self.room = digit, prefix, interval, room
         self.histogram = torch.zeros(BINS, dtype=torch.int64)
+        self.magnitudes = torch.zeros(2, EXPONENTS, dtype=torch.int64)  # of the first digit's round alone
         self.packed = Packed()
         self.remembered: list[Remembered] = []
         self.above = self.inside = 0  # scores above the interval, and inside
+        self.used = 0  # the most scores inside that one rank may have
 
-    def see(self, scored: Scored) -> None:
-        """Take the scores of the next group."""
-        self.histogram += scored.histogram(self.digit, self.prefix)
-        for piece, terms in scored.items():
-            if self.interval is None:
-                return
-            low, high = self.interval.start, self.interval.stop
-            self.packed.put(piece, scored.mask(piece, terms, high - 1, 0)[0])
-            most = self.room // ENTRY - self.inside
-            places, bits, above = score_between(*terms, gamma=scored.gamma, low=low, high=high, most=most)
-            self.above, self.inside = self.above + above, self.inside + len(places)
-            self.remembered.append(Remembered(piece, places, bits))
-            if self.inside * ENTRY > self.room:
-                self.interval, self.packed, self.remembered = None, Packed(), []
+    def look(self, scored: Scored) -> Found:
+        """Return what this round finds in the next group; without counts if what is open exceeds the room."""
+        found = {"histogram": scored.histogram(self.digit, self.prefix)}
+        if self.digit == 0:
+            found["magnitudes"] = scored.magnitudes()
+        if self.interval is None:
+            return found
+        low, high = self.interval.start, self.interval.stop
+        open_ones: Found = {}
+        above, inside, used = self.above, self.inside, self.used
+        for i, (piece, terms) in enumerate(scored.items()):
+            words, _ = scored.mask(piece, terms, high - 1, 0)
+            most = self.room // ENTRY - used
+            places, bits, own_above = score_between(*terms, gamma=scored.gamma, low=low, high=high, most=most)
+            all_above, all_inside = by_block(piece, own_above, len(places)).tolist()
+            above, inside, used = above + sum(all_above), inside + sum(all_inside), used + max(all_inside, default=0)
+            if used * ENTRY > self.room:
+                return found
+            open_ones |= {f"words {i}": words, f"places {i}": places, f"bits {i}": bits}
+        return found | open_ones | {"counts": torch.tensor([above, inside, used])}
+
+    def add(self, pieces: Sequence[Piece], found: Found) -> None:
+        """Take what `look` found in the next group."""
+        self.histogram += found["histogram"]
+        self.magnitudes += found.get("magnitudes", 0)
+        if "counts" not in found:
+            self.interval, self.packed, self.remembered = None, Packed(), []
+            return
+        self.above, self.inside, self.used = found["counts"].tolist()
+        for i, piece in enumerate(pieces):
+            self.packed.put(piece, found[f"words {i}"])
+            self.remembered.append(Remembered(piece, found[f"places {i}"], found[f"bits {i}"]))
 
     def resolve(self, count: int, *, zeros_fill: bool) -> bool:
         """Finish the mask of the `count` largest scores from what is remembered; return whether that is possible."""
@@ -72,10 +101,10 @@ class Round:
         zeros = max(open_ones - self.inside, 0)  # scores of exactly 0, since no other is left
         threshold, ties = self._inner_threshold(open_ones - zeros)
         for piece, places, bits in self.remembered:
-            taken = bits > threshold
-            equal = (bits == threshold).nonzero().squeeze(1)[:ties]
-            taken[equal] = True
-            ties -= len(equal)
+            taken, equal = bits > threshold, (bits == threshold).nonzero().squeeze(1)
+            own, of_all = allotted(piece, len(equal), ties)
+            taken[equal[:own]] = True
+            ties -= of_all
             self.packed.set(piece, places[taken])
         if zeros_fill:
             self.packed.fill(zeros)
@@ -85,64 +114,93 @@ class Round:
         """Find the bit pattern of the count-th largest remembered score, and how many equal to it are kept."""
         if count == 0:
             return NOTHING, 0
-        high, above = _descend(_counts(bits >> 16 for _, _, bits in self.remembered), count)
-        low_digits = (bits[bits >> 16 == high] & 0xFFFF for _, _, bits in self.remembered)
+        high, above = _descend(_counts((piece, bits >> 16) for piece, _, bits in self.remembered), count)
+        low_digits = ((piece, bits[bits >> 16 == high] & 0xFFFF) for piece, _, bits in self.remembered)
         low, above_low = _descend(_counts(low_digits), count - above)
         return (high << 16) | low, count - above - above_low
 
 
+class Packing:
+    """Packs in one round over the groups the mask above a threshold, and the first `ties` scores equal to it."""
+
+    def __init__(self, threshold: int, ties: int):
+        self.threshold, self.ties, self.packed = threshold, ties, Packed()
+
+    def look(self, scored: Scored) -> Found:
+        """Return the words of the next group, and how many ties are left after it."""
+        found, ties = {}, self.ties
+        for i, (piece, terms) in enumerate(scored.items()):
+            found[f"words {i}"], taken = scored.mask(piece, terms, self.threshold, ties)
+            ties -= taken
+        return found | {"ties": torch.tensor(ties)}
+
+    def add(self, pieces: Sequence[Piece], found: Found) -> None:
+        """Take what `look` found in the next group."""
+        for i, piece in enumerate(pieces):
+            self.packed.put(piece, found[f"words {i}"])
+        self.ties = int(found["ties"])
+
+
 def find(
-    groups: Callable[[], Iterator[Scored]], count: int, *, zeros_fill: bool, guess: range | None, room: int
+    rounds: Rounds, count: int, *, zeros_fill: bool, guess: range | None, room: int
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the packed masks of the `count` largest scores, by name, and the sums of the scores' terms.
 
-    `groups()` yields the scores of each group, in order; each call is a round. Equal scores are kept in their order,
-    scores of exactly 0 only with `zeros_fill`. `guess` is the interval of the first round, which remembers scores in up
-    to `room` bytes; 0 where rounds cost nothing.
+    Each call of `rounds` is a round, and calls `look` for one group after the other, in their order. Equal scores are
+    kept in their order, scores of exactly 0 only with `zeros_fill`. `guess` is the interval of the first round, which
+    remembers scores in up to `room` bytes; 0 where rounds cost nothing.
     """
-    magnitudes = torch.zeros(2, EXPONENTS, dtype=torch.int64)
-    found = Round(0, 0, guess, room)
-    for scored in groups():
-        found.see(scored)
-        magnitudes += scored.magnitudes()
-    if found.resolve(count, zeros_fill=zeros_fill):
-        return found.packed.words, magnitudes
+    first = _gone_through(rounds, Counting(0, 0, guess, room))
+    if first.resolve(count, zeros_fill=zeros_fill):
+        return first.packed.words(), first.magnitudes
     threshold, ties = NOTHING, 0
     if count > 0:
-        high, above = _descend(found.histogram, count)
-        fits = 0 < int(found.histogram[high]) * ENTRY <= room
-        found = Round(1, high, range(max(high << 16, 1), (high + 1) << 16) if fits else None, room)
-        for scored in groups():
-            found.see(scored)
-        if found.resolve(count, zeros_fill=zeros_fill):
-            return found.packed.words, magnitudes
-        low, above_low = _descend(found.histogram, count - above)
+        high, above = _descend(first.histogram, count)
+        fits = 0 < int(first.histogram[high]) * ENTRY <= room
+        interval = range(max(high << 16, 1), (high + 1) << 16) if fits else None
+        second = _gone_through(rounds, Counting(1, high, interval, room))
+        if second.resolve(count, zeros_fill=zeros_fill):
+            return second.packed.words(), first.magnitudes
+        low, above_low = _descend(second.histogram, count - above)
         threshold, ties = (high << 16) | low, count - above - above_low
         if threshold == 0 and not zeros_fill:
             ties = 0
-    packed = Packed()
-    for scored in groups():
-        for piece, terms in scored.items():
-            words, taken = scored.mask(piece, terms, threshold, ties)
-            packed.put(piece, words)
-            ties -= taken
-    return packed.words, magnitudes
+    return _gone_through(rounds, Packing(threshold, ties)).packed.words(), first.magnitudes
 
 
-def guess_of(sample: Tensor, count: int, total: int) -> tuple[range, float]:
-    """Guess in which interval the bit pattern of the count-th largest of `total` scores lies, and their share in it.
+_Round = TypeVar("_Round", Counting, Packing)
 
-    `sample` has the bit patterns of some of the scores, int32 [n]. The interval is wrong for about one sample of ten
+
+def _gone_through(rounds: Rounds, one: _Round) -> _Round:
+    for pieces, found in rounds(one.look):
+        one.add(pieces, found)
+    return one
+
+
+def guess_of(histogram: Callable[[int, int], Tensor], share: float) -> tuple[range, float]:
+    """Guess in which interval the bit pattern lies above which a `share` of all scores is, and their share in it.
+
+    `histogram(digit, prefix)` is that of a sample of the scores. The interval is wrong for about one sample of ten
     thousand.
     """
-    ordered, share = sample.sort(descending=True).values, count / total
-    margin = _margin(len(sample), share)
-    top, bottom = math.floor(share * len(sample) - margin), math.ceil(share * len(sample) + margin)
-    high = int(ordered[top]) + 1 if top >= 0 else _LIMIT
-    low = max(int(ordered[bottom]), 1) if bottom < len(sample) else 1
+    first = histogram(0, 0)
+    sample = int(first.sum())
+    margin = _margin(sample, share)
+
+    def ranked(number: int) -> int:
+        """Return the bit pattern of the score that so many are before, the largest first."""
+        high, above = _descend(first, number + 1)
+        return (high << 16) | _descend(histogram(1, high), number + 1 - above)[0]
+
+    def from_on(bits: int) -> int:
+        high, low = bits >> 16, bits & 0xFFFF
+        return int(first[high + 1 :].sum() + histogram(1, high)[low:].sum())
+
+    top, bottom = math.floor(share * sample - margin), math.ceil(share * sample + margin)
+    high = ranked(top) + 1 if top >= 0 else _LIMIT
+    low = max(ranked(bottom), 1) if bottom < sample else 1
     high = max(high, low)
-    inside = int(((sample >= low) & (sample < high)).sum())
-    return range(low, high), inside / len(sample)
+    return range(low, high), (from_on(low) - from_on(high)) / sample
 
 
 def open_share(sample: int, keep: float) -> float:
@@ -162,9 +220,9 @@ def _descend(histogram: Tensor, count: int) -> tuple[int, int]:
     return len(histogram) - 1 - position, int(from_top[position] - histogram[len(histogram) - 1 - position])
 
 
-def _counts(digits: Iterator[Tensor]) -> Tensor:
-    """Count digits of 16 bits, int64 [65536] on the CPU."""
-    total = torch.zeros(BINS, dtype=torch.int64)
-    for some in digits:
-        total += torch.bincount(some, minlength=BINS).cpu()
-    return total
+def _counts(digits: Iterator[tuple[Piece, Tensor]]) -> Tensor:
+    """Count digits of 16 bits over all ranks, int64 [65536] on the CPU."""
+    total = Totals(BINS)
+    for piece, some in digits:
+        total.add(piece, torch.bincount(some, minlength=BINS))
+    return total.complete()

@@ -1,0 +1,56 @@
+"""`moe-unlearn mask`: makes a WAGLE mask, which an interrupted command goes on with, writes it and compares it."""
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from moe_unlearn import masks, wagle
+from moe_unlearn.files import stream_of
+from moe_unlearn.masks import WeightMask
+from moe_unlearn.model.batches import Batch
+from moe_unlearn.prepare.reference import resume_of
+from moe_unlearn.ranks import Ranks, everyone, on_first
+
+
+def write_mask(
+    options: argparse.Namespace, model: nn.Module, forget: Sequence[Batch], retain: Sequence[Batch]
+) -> WeightMask:
+    """Make and write the mask that the options ask for.
+
+    What was found of finished groups of weights stays in the folder OUT.groups until the mask is written.
+    """
+    rule = wagle.Rule(options.keep, options.gamma, options.official, options.accumulation)
+    ranks = Ranks(model, everyone())
+    with contextlib.ExitStack() as inside:
+        inside.enter_context(_told())
+        resume = None
+        if not stream_of(options.out):
+            groups = Path(f"{options.out}.groups")
+            resume = inside.enter_context(resume_of(model, groups, alone=True, ranks=ranks))
+        made = wagle.mask_of(model, forget, retain, rule, memory=options.memory, ranks=ranks, resume=resume)
+        save = partial(masks.save, made, options.out, model, options.format)
+        if made.shared:  # all ranks put it together
+            save()
+        else:
+            on_first(save)
+    return made
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Print what the package logs, such as how long a mask will take, to stderr inside."""
+    log, printed = logging.getLogger("moe_unlearn"), logging.StreamHandler(sys.stderr)
+    before = log.level
+    log.addHandler(printed)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(printed)
+        log.setLevel(before)
