@@ -343,8 +343,9 @@ def test_stats_and_mask(folder, tmp_path, capsys):
     assert "is scored; about" in capsys.readouterr().err and (tmp_path / "again.groups").is_dir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moe_unlearn.wagle.mask.gradients", None)  # none is needed
-        assert main(command) == 0
-    assert "was scored before" in capsys.readouterr().err
+        assert main([*command, "--compare", str(path)]) == 0
+    out, error = capsys.readouterr()
+    assert "was scored before" in error and f"differs from {path} in 0 of " in out
     assert again.read_bytes() == path.read_bytes() and not (tmp_path / "again.groups").exists()
     assert run(folder, tmp_path / "masked", f"wagle.mask={path}", "--no-eval", recipe="wagle") == 0
 

@@ -303,6 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_mesh(sub)
     sub.add_argument("--out", required=True, help="the file to write; wagle.mask of a recipe reads both formats")
+    sub.add_argument("--compare", metavar="MASK", help="count the weights in which the mask differs from this file's")
     alternates.add_arguments(command("alternates", alternates.run))
     sub = command("run", run)
     sub.epilog = (

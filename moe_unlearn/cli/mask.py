@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -21,12 +22,13 @@ from moe_unlearn.ranks import Ranks, everyone, on_first
 def write_mask(
     options: argparse.Namespace, model: nn.Module, forget: Sequence[Batch], retain: Sequence[Batch]
 ) -> WeightMask:
-    """Make and write the mask that the options ask for.
+    """Make and write the mask that the options ask for, and print in how many weights it differs from another.
 
     What was found of finished groups of weights stays in the folder OUT.groups until the mask is written.
     """
     rule = wagle.Rule(options.keep, options.gamma, options.official, options.accumulation)
     ranks = Ranks(model, everyone())
+    other = None if options.compare is None else masks.load(options.compare, model)
     with contextlib.ExitStack() as inside:
         inside.enter_context(_told())
         resume = None
@@ -39,6 +41,12 @@ def write_mask(
             save()
         else:
             on_first(save)
+    if other is not None:
+        differing = made.differing(other)
+        most = sorted((name for name in differing if differing[name]), key=lambda name: -differing[name])[:5]
+        named = "".join(f"; {name}: {differing[name]}" for name in most)
+        total = sum(math.prod(shape) for shape in made.shapes.values())
+        print(f"differs from {options.compare} in {sum(differing.values())} of {total} weights{named}")
     return made
 
 

@@ -88,6 +88,20 @@ class WeightMask:
                 total[owner] = total.get(owner, 0) + _numel(shape[1:])
         return {owner: counts / total[owner] for owner, counts in kept.items()}
 
+    def differing(self, other: "WeightMask") -> dict[str, int]:
+        """Count the weights that one of two masks of a model keeps and the other does not, by parameter.
+
+        Gradients whose sums have another order, as those of FSDP2 have with more batches than ranks, move scores within
+        their rounding, so that weights next to the threshold may differ. Raises ValueError for masks of other shapes.
+        """
+        if self.shapes != other.shapes:
+            raise ValueError("expected two masks of one model; their parameters differ in name or shape")
+        found = {}
+        for name in self.names:
+            ours, theirs = self.words(name).cpu(), other.words(name).cpu()
+            found[name] = int(_kept_per_row(ours ^ theirs).sum())
+        return found
+
     def check(self, model: nn.Module) -> None:
         """Raise ValueError naming the first parameter in which the mask and the model differ, if there is one."""
         own = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -223,8 +223,11 @@ def test_ties_go_by_parameter_order_then_flat_index():
     # 4 of 7: 3, 2 and then the first two of the ones, both in the first parameter
     mask = line_mask(model, g_f, zero, keep=4.5 / 7, gamma=1.0)
     assert flat(mask).tolist() == [True, True, True, False, True, False, False]
-    mask = line_mask(model, g_f, zero, keep=5.5 / 7, gamma=1.0)
-    assert flat(mask).tolist() == [True, True, True, True, True, False, False]
+    more = line_mask(model, g_f, zero, keep=5.5 / 7, gamma=1.0)
+    assert flat(more).tolist() == [True, True, True, True, True, False, False]
+    assert mask.differing(more) == more.differing(mask) == {"weights.0": 0, "weights.1": 1}
+    with pytest.raises(ValueError, match="expected two masks of one model"):
+        mask.differing(line_mask(Line(2), ([1.0, 2.0],), ([0.0, 0.0],), keep=0.5, gamma=1.0))
 
 
 @pytest.mark.quick
