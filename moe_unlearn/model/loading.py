@@ -4,7 +4,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from logging import LogRecord, getLogger
@@ -26,6 +26,7 @@ from transformers import (
 
 from moe_unlearn.config import geometry, models
 from moe_unlearn.delta.folder import OTHER_FORMS
+from moe_unlearn.model.one_copy import read_in_turn
 from moe_unlearn.sharding import check_versions, initialised
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -231,7 +232,8 @@ def _load(
     own = {"dtype": how.dtype, "trust_remote_code": how.trust_remote_code}
     # shapes that differ are then in `info`, by name, and not in a table on stderr
     checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _named(source, f"a {what} with its tokenizer"), no_loading_bars():
+    in_turn = nullcontext() if {"device_map", "distributed_config"} & options.keys() else read_in_turn()
+    with _named(source, f"a {what} with its tokenizer"), no_loading_bars(), in_turn:
         model, info = kind.from_pretrained(name, **where, **own, **checked, **options)
         tokenizer = _tokenizer(name, where, how)
     if getattr(model, "_hf_peft_config_loaded", False):  # its save_pretrained would save the adapter alone

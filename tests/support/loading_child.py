@@ -1,7 +1,7 @@
 """A process of its own that loads one model and prints how much memory that took, in bytes.
 
-Counted is anonymous memory: pages of the checkpoint's file that are mapped are no copy, and the system drops them
-whenever it needs their place.
+Counted is anonymous memory. `mapped` says how often files of the large model are mapped in the end, whose pages would
+come on top of it.
 """
 
 import json
@@ -34,7 +34,9 @@ def main(small: str, large: str) -> None:
     done.set()
     watcher.join()
     sizes = [parameter.nbytes for parameter in model.parameters()]
-    print(json.dumps({"peak": max(peak, held()) - before, "weights": sum(sizes), "largest": max(sizes)}))
+    mapped = Path("/proc/self/maps").read_text(encoding="utf-8").count(large)
+    found = {"peak": max(peak, held()) - before, "weights": sum(sizes), "largest": max(sizes), "mapped": mapped}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

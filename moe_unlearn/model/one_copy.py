@@ -1,0 +1,52 @@
+"""Lets transformers load weights to the CPU without a second copy of them in memory."""
+
+import ctypes
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import modeling_utils
+
+# of glibc's mallopt
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # what transformers looks up in the environment
+
+
+@contextmanager
+def read_in_turn() -> Iterator[None]:
+    """Have transformers read each weight from its file when its turn comes.
+
+    It maps files otherwise, and a mapping, with the pages of all that was read, stays as long as one weight is a part
+    of it: the parts of experts stay resident beside the experts that were put together. Its threads, which read ahead
+    as fast as they can, would fill memory with parts. A transformers that names no way of reading keeps its own.
+    What is freed meanwhile leaves no holes, since glibc maps each tensor by itself.
+    """
+    files: Any = modeling_utils
+    opened, asked = files.safe_open, os.environ.get(_IN_TURN)
+
+    def reading(*arguments: Any, **options: Any) -> Any:
+        if "backend" in options:
+            options["backend"] = "pread"
+        return opened(*arguments, **options)
+
+    files.safe_open, os.environ[_IN_TURN] = reading, "1"
+    _malloc(mapped=1 << 17, kept=1 << 17)
+    try:
+        yield
+    finally:
+        files.safe_open = opened
+        if asked is None:
+            del os.environ[_IN_TURN]
+        else:
+            os.environ[_IN_TURN] = asked
+        _malloc(mapped=1 << 25, kept=1 << 26)  # to which glibc itself comes where large blocks are freed
+
+
+def _malloc(*, mapped: int, kept: int) -> None:
+    """Have glibc map blocks from so many bytes on, and give back the top of its heap from so many free bytes on."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, mapped)
+        libc.mallopt(_TRIM_THRESHOLD, kept)
