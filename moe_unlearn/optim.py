@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from moe_unlearn.ops.bits import keep_where, slices_with_a_bit
-from moe_unlearn.ops.checks import check_mask
+from moe_unlearn.ops.checks import check_mask, vouch
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_sgd_
 from moe_unlearn.ops.masked_update import SGD, AdamW, Update, masked_adamw_, masked_sgd_
 from moe_unlearn.sharding import first_row, part
@@ -227,6 +227,8 @@ class _Masked(torch.optim.Optimizer):
             return known[2]
         check_mask(p, mask, parameter_id)
         trained_slices = slices_with_a_bit(p, mask)
+        if trained_slices is not None:
+            vouch(max(p.shape[:1], default=1), trained_slices)
         compact = mask if trained_slices is None else mask[trained_slices]
         whole = bool((compact == -1).all()) and p.dim() and p.shape[-1] % 32 == 0  # every weight of these slices trains
         self._layouts[parameter_id] = (mask, mask._version, Layout(trained_slices, None if whole else compact))

@@ -1,7 +1,15 @@
-"""Checks the operands of the ops on experts and of `masked_update`, whose updates `expert_wgrad` takes too."""
+"""Checks the operands of the ops on experts and of `masked_update`, whose updates `expert_wgrad` takes too.
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+Dtypes, shapes, devices and options are checked where a public function is called. The numbers in index tensors are
+checked inside the custom op, before its kernel, so that compiled code is checked too: kernels address memory by them.
+
+On the CPU they are read, one pass for each tensor. On another device reading would wait, so that `torch._assert_async`
+checks them there, as torch's own indexing does: a wrong index ends the use of the device before a kernel reads it.
+That takes 4 to 12 small launches for each tensor, which indices that an op made itself (`vouch`) save.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -63,7 +71,7 @@ def check_layer(
             raise ValueError(f"{name} must be {list(shape)}; got {list(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device} like hidden_states; got {tensor.device}")
-        if name != "top_k_weights" and tensor.is_floating_point() and tensor.dtype != x.dtype:
+        if name not in ("top_k_weights", *integers) and tensor.dtype != x.dtype:
             raise TypeError(f"{name} must be {x.dtype} like hidden_states; got {tensor.dtype}")
 
 
@@ -201,6 +209,99 @@ def _check_distinct(name: str, ids: Tensor | None) -> None:
     found, times = np.unique(numbers, return_counts=True)
     if len(found) < len(numbers):
         raise ValueError(f"{name} must be distinct; got {found[times > 1].tolist()} more than once")
+
+
+def vouch(limit: int, *made: Tensor) -> None:
+    """Note that an op made these indices, below `limit`, or offsets up to it; changing them in place ends that."""
+    for indices in made:
+        if not indices.is_inference():  # such a tensor does not know whether it was changed
+            indices._moe_unlearn_limit = indices._version, limit  # type: ignore[attr-defined]  # ours alone
+
+
+def check_offsets(offsets: Tensor, num_rows: int) -> None:
+    """Raise ValueError unless the offsets [E + 1] rise from 0 to at most `num_rows`, and bounds [E, 2] lie in these."""
+    if _is_vouched(offsets, num_rows):
+        return
+    flat = offsets.dim() == 1
+    expected = f"expert_offsets must rise from 0 to at most {num_rows} rows"
+    if not _is_readable(offsets):
+        starts, stops = (offsets[:-1], offsets[1:]) if flat else offsets.unbind(1)
+        ends = torch.cat([starts, stops - starts, num_rows - stops, -starts[: int(flat)]])
+        torch._assert_async((ends >= 0).all(), expected)
+        return
+    read = offsets.tolist()
+    bounds = list(zip(read, read[1:] or read, strict=False)) if flat else read
+    wrong = [e for e, (start, stop) in enumerate(bounds) if not 0 <= start <= stop <= num_rows]
+    if flat and read[0] != 0:
+        wrong = [0]
+    if wrong:
+        start, stop = bounds[wrong[0]]
+        raise ValueError(f"{expected}; got {start} to {stop} for expert {wrong[0]}")
+
+
+def check_indices(
+    name: str, indices: Tensor | None, size: int, offsets: Tensor | None = None, experts: Tensor | None = None
+) -> None:
+    """Raise IndexError unless all `indices` are in [0, size); with legal `offsets`, unless those of `experts` are."""
+    if indices is None or indices.numel() == 0 or _is_vouched(indices, size):
+        return
+    readable = _is_readable(indices)
+    if readable:
+        numbers = indices.numpy()
+        if numbers.view(f"u{numbers.itemsize}").max() < size:  # a negative number is a large one without its sign
+            return
+    wrong = (indices < 0) | (indices >= size)
+    if offsets is not None:
+        wrong &= _rows_of(offsets, experts, len(indices))
+    if not readable:
+        torch._assert_async(~wrong.any(), f"{name} must be in [0, {size})")
+        return
+    places = wrong.numpy().nonzero()[0]
+    if len(places):
+        raise IndexError(f"{name} must be in [0, {size}); got {numbers[places[0]]} at position {places[0]}")
+
+
+def _rows_of(offsets: Tensor, experts: Tensor | None, num_rows: int) -> Tensor:
+    """Return which of the rows belong to the listed experts, bool [num_rows]; offsets and experts are legal."""
+    bounds = (offsets if offsets.dim() == 2 else torch.stack([offsets[:-1], offsets[1:]], 1)).long()
+    starts, stops = (bounds if experts is None else bounds[experts.long()]).unbind(1)
+    steps = torch.zeros(num_rows + 1, dtype=torch.long, device=offsets.device)
+    steps = steps.index_add(0, starts, torch.ones_like(starts)).index_add(0, stops, -torch.ones_like(stops))
+    return steps.cumsum(0)[:-1] > 0
+
+
+def check_routing(sorted_rows: Tensor, offsets: Tensor, trained_experts: Tensor | None) -> None:
+    """Raise ValueError or IndexError for illegal offsets or trained experts, and unless experts have each row once."""
+    check_offsets(offsets, len(sorted_rows))
+    check_indices("trained_experts", trained_experts, len(offsets) - 1)
+    check_indices("sorted_rows", sorted_rows, len(sorted_rows), offsets)
+    if _is_readable(sorted_rows) and not _has_limit(sorted_rows, len(sorted_rows)):
+        _check_distinct("sorted_rows", sorted_rows[: int(offsets.numpy()[-1])])
+
+
+def check_rows(experts: Tensor | None, *gradients: Sequence[Any]) -> None:
+    """Raise ValueError or IndexError unless the experts exist, and their rows too in the `Factors` of each gradient."""
+    for grad, input, offsets, grad_rows, input_rows in gradients:
+        sides = (grad, grad_rows), (input, input_rows)
+        check_offsets(offsets, min(len(values) if rows is None else len(rows) for values, rows in sides))
+        check_indices("experts", experts, num_listed(offsets, None))
+        check_indices("grad_rows", grad_rows, len(grad), offsets, experts)
+        check_indices("input_rows", input_rows, len(input), offsets, experts)
+
+
+def _is_vouched(indices: Tensor, limit: int) -> bool:
+    """Return whether indices need no look; those on a CPU always get one, since it is cheap."""
+    return not _is_readable(indices) and _has_limit(indices, limit)
+
+
+def _has_limit(indices: Tensor, limit: int) -> bool:
+    version, known = getattr(indices, "_moe_unlearn_limit", (None, 0))
+    return version is not None and known <= limit and version == indices._version
+
+
+def _is_readable(indices: Tensor) -> bool:
+    """Return whether reading does not wait for a device."""
+    return indices.is_cpu
 
 
 def check_mask(p: Tensor, mask: Tensor | None, parameter_id: int) -> None:

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_unlearn import backend, native
-from moe_unlearn.ops.checks import check_layer, check_objects
+from moe_unlearn.ops.checks import check_layer, check_objects, check_routing, vouch
 from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad
 from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights, activate, activate_backward
 from moe_unlearn.ops.schema import fields
@@ -71,8 +71,8 @@ def expert_mlp(
         bounded: give a sink `BoundedFactors`, as far as this op computes the factors itself.
 
     Returns [T, H] in the dtype of `hidden_states`. Under autocast the layer computes in autocast's dtype, as
-    linear layers do. Raises TypeError or ValueError for bad shapes, dtypes or devices, and RuntimeError on
-    double backward.
+    linear layers do. Raises TypeError or ValueError for bad shapes, dtypes or devices, ValueError or IndexError for
+    indices that lead outside, as `ops.checks` says, and RuntimeError on double backward.
     """
     check_objects(weights=(weights, ExpertWeights), layout=(layout, ExpertLayout))
     device = hidden_states.device.type
@@ -217,7 +217,9 @@ _ROUTED = "Tensor hidden_states, Tensor top_k_weights, Tensor sorted_rows, Tenso
     "-> (Tensor, Tensor)",
 )
 def _expert_mlp(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-    tensors, (_, *flat, impl) = operands[:7], operands[7:]
+    tensors, (trained, *flat, impl) = operands[:7], operands[7:]
+    _, sorted_rows, expert_offsets, *_ = tensors
+    check_routing(sorted_rows, expert_offsets, trained)
     out, z = backend.resolve("expert_mlp", impl, x)(x, *tensors, *flat)
     return out, z
 
@@ -307,6 +309,8 @@ def _dgrad(
         grad_out, x, weights, rows, offsets, w1, w2, b2, z, *flat
     )
     token = rows // weights.shape[1]
+    vouch(len(rows), offsets)
+    vouch(len(x), token)
     up = BoundedFactors(dz, x, offsets, None, token)
     down = BoundedFactors(grad_out, scaled, offsets, token, None)
     if bounded:

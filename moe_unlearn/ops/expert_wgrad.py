@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import unpack_bits
-from moe_unlearn.ops.checks import check_factors, check_momentum, check_numerics, check_objects, num_listed
+from moe_unlearn.ops.checks import check_factors, check_momentum, check_numerics, check_objects, check_rows, num_listed
 from moe_unlearn.ops.masked_update import SGD, AdamW, Rule, Update, masked_adamw_, masked_sgd_, unflattened
 from moe_unlearn.ops.schema import fields
 from moe_unlearn.ops.weight_score import weight_score_ref
@@ -75,7 +76,7 @@ def expert_wgrad(
         out: float buffer [M_e, M, P] to which dW is added in place, rounded once; it is returned.
         out_dtype: dtype of a new result, default that of grad.
 
-    No gradient flows. Raises TypeError or ValueError for arguments that do not fit.
+    No gradient flows. Raises TypeError, ValueError or IndexError for arguments that do not fit.
     """
     factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
     check_factors(factors, experts, mask, {} if out is None else {"out": out})
@@ -134,7 +135,7 @@ def expert_wgrad_sgd_(
 
     `experts` are distinct. momentum_buffer and master are compact, [M_e, M, P]. dW is float32 up to the
     update, which rounds it only where `masked_update` says. Weights whose bit is 0 and experts that are not
-    listed stay bitwise untouched. Raises TypeError or ValueError for arguments that do not fit.
+    listed stay bitwise untouched. Raises TypeError, ValueError or IndexError for arguments that do not fit.
     """
     check_objects(factors=(factors, Factors), rule=(rule, SGD), update=(update, Update))
     check_factors(factors, experts, mask, {"momentum_buffer": momentum_buffer, "master": master}, weight)
@@ -289,17 +290,19 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-_FACTORS = f"{fields(Factors)}, Tensor? experts, Tensor? mask"
-
-
-@torch.library.custom_op(
-    "moe_unlearn::expert_wgrad",
-    mutates_args=(),
-    schema=f"({_FACTORS}, ScalarType out_dtype, str impl) -> Tensor",
-)
-def _expert_wgrad(grad: Tensor, *operands: Any) -> Tensor:
+def _run(name: str, tensor: Tensor, factors_at: int, operands: Sequence[Any]) -> Any:
+    """Run the kernel of `name` that `tensor` chooses, on operands whose factors and experts stand at `factors_at`."""
     *others, impl = operands
-    dw: Tensor = backend.resolve("expert_wgrad", impl, grad)(grad, *others)
+    check_rows(others[factors_at + 5], others[factors_at : factors_at + 5])
+    return backend.resolve(name, impl, tensor)(*others)
+
+
+_ROWS = f"{fields(Factors)}, Tensor? experts, Tensor? mask"
+
+
+@custom_op("moe_unlearn::expert_wgrad", mutates_args=(), schema=f"({_ROWS}, ScalarType out_dtype, str impl) -> Tensor")
+def _expert_wgrad(grad: Tensor, *operands: Any) -> Tensor:
+    dw: Tensor = _run("expert_wgrad", grad, 0, (grad, *operands))
     return dw
 
 
@@ -309,43 +312,38 @@ def _(grad: Tensor, input: Tensor, expert_offsets: Tensor, *operands: Any) -> Te
     return grad.new_empty(num_listed(expert_offsets, experts), grad.shape[1], input.shape[1], dtype=out_dtype)
 
 
-@torch.library.custom_op(
-    "moe_unlearn::expert_wgrad_accumulate",
-    mutates_args={"out"},
-    schema=f"(Tensor(a0!) out, {_FACTORS}, str impl) -> ()",
+@custom_op(
+    "moe_unlearn::expert_wgrad_accumulate", mutates_args={"out"}, schema=f"(Tensor(a0!) out, {_ROWS}, str impl) -> ()"
 )
 def _accumulate(out: Tensor, grad: Tensor, *operands: Any) -> None:
-    *others, impl = operands
-    backend.resolve("expert_wgrad.accumulate", impl, grad)(out, grad, *others)
+    _run("expert_wgrad.accumulate", grad, 1, (out, grad, *operands))
 
 
-@torch.library.custom_op(
+@custom_op(
     "moe_unlearn::expert_wgrad_sgd",
     mutates_args={"weight", "momentum_buffer", "master"},
-    schema=f"(Tensor(a0!) weight, Tensor(a1!)? momentum_buffer, Tensor(a2!)? master, {_FACTORS}, "
+    schema=f"(Tensor(a0!) weight, Tensor(a1!)? momentum_buffer, Tensor(a2!)? master, {_ROWS}, "
     f"{fields(SGD, Update)}, str impl) -> ()",
 )
 def _sgd(weight: Tensor, *operands: Any) -> None:
-    *others, impl = operands
-    backend.resolve("expert_wgrad.sgd", impl, weight)(weight, *others)
+    _run("expert_wgrad.sgd", weight, 3, (weight, *operands))
 
 
-@torch.library.custom_op(
+@custom_op(
     "moe_unlearn::expert_wgrad_adamw",
     mutates_args={"weight", "exp_avg", "exp_avg_sq", "master"},
-    schema=f"(Tensor(a0!) weight, Tensor(a1!) exp_avg, Tensor(a2!) exp_avg_sq, Tensor(a3!)? master, {_FACTORS}, "
+    schema=f"(Tensor(a0!) weight, Tensor(a1!) exp_avg, Tensor(a2!) exp_avg_sq, Tensor(a3!)? master, {_ROWS}, "
     f"{fields(AdamW, Update)}, str impl) -> ()",
 )
 def _adamw(weight: Tensor, *operands: Any) -> None:
-    *others, impl = operands
-    backend.resolve("expert_wgrad.adamw", impl, weight)(weight, *others)
+    _run("expert_wgrad.adamw", weight, 4, (weight, *operands))
 
 
 for _mutating in (_accumulate, _sgd, _adamw):
     _mutating.register_fake(lambda *operands: None)
 
 
-@torch.library.custom_op(
+@custom_op(
     "moe_unlearn::expert_wgrad_score",
     mutates_args=(),
     schema="(Tensor weight, Tensor grad_f, Tensor input_f, Tensor expert_offsets_f, Tensor? grad_rows_f, "
@@ -354,6 +352,8 @@ for _mutating in (_accumulate, _sgd, _adamw):
 )
 def _score(weight: Tensor, *operands: Any) -> Tensor:
     *others, impl = operands
+    *sides, experts, _ = score_operands(others)
+    check_rows(experts, *sides)
     score: Tensor = backend.resolve("expert_wgrad.score", impl, weight)(weight, *others)
     return score
 
@@ -365,15 +365,16 @@ def _(weight: Tensor, *operands: Any) -> Tensor:
     return weight.new_empty(count, *weight.shape[1:], dtype=_wide(weight.dtype))
 
 
-@torch.library.custom_op(
+@custom_op(
     "moe_unlearn::expert_wgrad_inner",
     mutates_args=(),
     schema="(Tensor[] grads, Tensor[] inputs, Tensor[] expert_offsets, Tensor?[] grad_rows, Tensor?[] input_rows, "
     "Tensor? experts, Tensor? mask, str impl) -> Tensor",
 )
 def _inner(grads: list[Tensor], *operands: Any) -> Tensor:
-    *others, impl = operands
-    grams: Tensor = backend.resolve("expert_wgrad.inner", impl, grads[0])(grads, *others)
+    *factors, experts, mask, impl = operands
+    check_rows(experts, *zip(grads, *factors, strict=True))
+    grams: Tensor = backend.resolve("expert_wgrad.inner", impl, grads[0])(grads, *factors, experts, mask)
     return grams
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import num_words, unpack_bits
+from moe_unlearn.ops.checks import check_offsets
 
 BLOCK = 1 << 20  # elements widened to float64 at a time
 
@@ -93,7 +94,8 @@ def gram_factors(
         expert_offsets: int32 or int64 [E + 1], exclusive prefix sums as `route` returns them; rows behind
             the last offset take no part.
 
-    Masks within a weight cannot be applied to factors: use `gram` on the gradients themselves.
+    Masks within a weight cannot be applied to factors: use `gram` on the gradients themselves. Raises ValueError for
+    operands that do not fit and for offsets that do not rise from 0 to at most R.
     """
     _check_factors(row_gradients, inputs, expert_offsets)
     total: Tensor = _gram_factors(list(row_gradients), inputs, expert_offsets, impl)
@@ -126,6 +128,7 @@ def _(gradients: list[Tensor], mask: Tensor | None, impl: str) -> Tensor:
 
 @torch.library.custom_op("moe_unlearn::gram_factors", mutates_args=())
 def _gram_factors(row_gradients: list[Tensor], inputs: Tensor, expert_offsets: Tensor, impl: str) -> Tensor:
+    check_offsets(expert_offsets, len(inputs))
     total: Tensor = backend.resolve("gram.factors", impl, inputs)(row_gradients, inputs, expert_offsets)
     return total
 
@@ -195,7 +198,9 @@ def _check_factors(row_gradients: Sequence[Tensor], inputs: Tensor, expert_offse
             raise ValueError(
                 f"row_gradients[{i}] must be {inputs.dtype} on {inputs.device} like inputs; got {g.dtype} on {g.device}"
             )
-    if expert_offsets.dtype not in (torch.int32, torch.int64) or expert_offsets.dim() != 1:
+    if expert_offsets.dtype not in (torch.int32, torch.int64) or expert_offsets.dim() != 1 or not len(expert_offsets):
         raise ValueError(
             f"expert_offsets must be int32 or int64 [E + 1]; got {expert_offsets.dtype} {list(expert_offsets.shape)}"
         )
+    if expert_offsets.device != inputs.device:
+        raise ValueError(f"expert_offsets must be on {inputs.device} like inputs; got {expert_offsets.device}")

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import philox, round_stochastic, unpack_bits
-from moe_unlearn.ops.checks import check_momentum, check_objects, check_update
+from moe_unlearn.ops.checks import check_indices, check_momentum, check_objects, check_update
 from moe_unlearn.ops.schema import fields
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -159,7 +159,8 @@ def masked_sgd_(
         master: float32, shaped like grad; with rounding "nearest" only.
         slices: int64 [M], distinct indices into dimension 0.
 
-    Raises TypeError or ValueError for a dtype, shape, device or option that does not fit.
+    Raises TypeError or ValueError for a dtype, shape, device or option that does not fit, IndexError for a slice that
+    is not there.
     """
     check_objects(rule=(rule, SGD), update=(update, Update))
     check_momentum(momentum_buffer, rule)
@@ -290,6 +291,8 @@ def _with_rows(param: Tensor, rows: Tensor, slices: Tensor | None) -> Tensor:
 )
 def _masked_sgd(param: Tensor, *operands: Any) -> None:
     *others, impl = operands
+    _, _, _, _, slices, *_ = operands
+    check_indices("slices", slices, len(param))
     backend.resolve("masked_update.sgd", impl, param)(param, *others)
 
 
@@ -301,6 +304,8 @@ def _masked_sgd(param: Tensor, *operands: Any) -> None:
 )
 def _masked_adamw(param: Tensor, *operands: Any) -> None:
     *others, impl = operands
+    _, _, _, _, _, slices, *_ = operands
+    check_indices("slices", slices, len(param))
     backend.resolve("masked_update.adamw", impl, param)(param, *others)
 
 

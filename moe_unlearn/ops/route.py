@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 
 from moe_unlearn import backend, native
+from moe_unlearn.ops.checks import vouch
 
 _MOST_EXPERTS_CUDA = 1024
+_MOST_CELLS = 1 << 20  # kernels keep hundreds of histograms while they count
 
 
 class Routing(NamedTuple):
@@ -52,7 +54,7 @@ def route(
 
     Args:
         top_k_index: integer [T, K]; ids outside [0, num_experts) are "not here".
-        num_experts: E >= 1.
+        num_experts: E >= 1, and E * num_groups at most 2^20.
         group: integer [T], the group of each token; a group outside [0, num_groups), by convention -1,
             leaves the token out of the histogram; None puts every token in group 0.
         log_tilt: float [E]; log_weight: float32 [T], to which the tilt is added in place. Give both or neither.
@@ -104,6 +106,7 @@ def _route(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernel = backend.resolve("route", impl, top_k_index)
     histogram, offsets, rows = kernel(top_k_index, num_experts, group, num_groups, log_tilt, log_weight)
+    vouch(len(rows), offsets, rows)
     return histogram, offsets, rows
 
 
@@ -168,6 +171,11 @@ def _check(
         raise ValueError(f"top_k_index must be [T, K] with K >= 1; got shape {tuple(top_k_index.shape)}")
     if num_experts < 1 or num_groups < 1:
         raise ValueError(f"num_experts and num_groups must be >= 1; got {num_experts} and {num_groups}")
+    if num_experts * num_groups > _MOST_CELLS or top_k_index.numel() >= 1 << 31:
+        raise ValueError(
+            f"num_experts * num_groups must be at most {_MOST_CELLS} and T * K below 2^31; got {num_experts} * "
+            f"{num_groups} and {top_k_index.numel()}"
+        )
     num_tokens = top_k_index.shape[0]
     if group is not None:
         if group.dtype not in (torch.int8, torch.int32, torch.int64):

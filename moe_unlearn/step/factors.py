@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.ops import gram_factors
+from moe_unlearn.ops.checks import vouch
 from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad_inner
 
 LARGEST = torch.finfo(torch.float32).max
@@ -85,6 +86,8 @@ def join(parts: Sequence[tuple[float, Factors]], trained_slices: Tensor | None =
     grad = torch.cat([f.grad if c == 1 else f.grad * c for c, f in parts])
     grad_rows, input_rows = (torch.cat(side)[order] for side in rows)
     joined = Factors(grad, torch.cat([f.input for _, f in parts]), offsets.int(), grad_rows, input_rows)
+    for limit, made in (len(order), joined.expert_offsets), (len(grad), grad_rows), (len(joined.input), input_rows):
+        vouch(limit, made)
     return joined, torch.cat(part_of)[order]
 
 

@@ -28,7 +28,17 @@ STEP = (
     "prepare/rows",
     "model/digest",
 )
-OPS = ("route", "expert_mlp", "expert_wgrad", "token_loss", "tiled/token_loss", "masked_update", "gram", "bits")
+OPS = (
+    "route",
+    "expert_mlp",
+    "expert_wgrad",
+    "token_loss",
+    "tiled/token_loss",
+    "masked_update",
+    "gram",
+    "bits",
+    "checks",
+)
 
 
 def copy_sources(folder: Path) -> Path:
