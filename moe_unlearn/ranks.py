@@ -104,11 +104,6 @@ class Ranks:
             self._in_place(tensor, distributed.all_reduce)
         return tensor
 
-    def agree(self, what: str, value: Callable[[], object]) -> None:
-        """Raise ValueError on all ranks unless their JSON values are equal; `what` names the value in the message."""
-        if self.group is not None:
-            self._compare([{what: each} for each in gather(value(), self.group)])
-
     def together(
         self, act: Callable[[], tuple[_Found, bool]], same: Callable[[], Mapping[str, object]] = dict
     ) -> tuple[_Found, bool]:

@@ -101,7 +101,7 @@ def test_one_process_speaks_to_nobody():
     gradients = {"a": torch.ones(2), "b": None}
     alone.add_(gradients)
     alone.share_([gradients["a"]])
-    alone.agree("anything", lambda: pytest.fail("nobody to compare with"))
+    assert alone.together(lambda: ("own", False), lambda: pytest.fail("nobody to compare with")) == ("own", False)
     assert alone.count == 1 and alone.first and alone.sums([1.5]) == [1.5]
     assert torch.equal(gradients["a"], torch.ones(2))
 

@@ -33,7 +33,7 @@ from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ops import Head
 from moe_unlearn.prepare import reference
 from moe_unlearn.prepare.rows import RowCache, content_keys
-from moe_unlearn.ranks import Ranks, gathered, shared_work, together
+from moe_unlearn.ranks import Ranks, shared_work, together
 from moe_unlearn.sharding import is_sharded, whole
 from moe_unlearn.trace import RoutingFrequencies
 
@@ -181,21 +181,21 @@ def prepare(
     among those that it saw, whatever the recipe; otherwise ValueError is raised with the row's number.
     """
     ranks = Ranks(model) if ranks is None else ranks
-    rows, _ = ranks.together(lambda: (_checked_rows(prepared, forget, retain), True))
-    ranks.agree("the rows of prepare()", lambda: [[content_keys(b) for b in side] for side in (forget, retain)])
-    ranks.agree("the stages that prepare() has run", lambda: prepared.done)
+    rows, _ = ranks.together(
+        lambda: (_checked_rows(prepared, forget, retain), True),
+        lambda: {
+            "the rows of prepare()": [[content_keys(batch) for batch in side] for side in (forget, retain)],
+            "the stages that prepare() has run": prepared.done,
+        },
+    )
     # all ranks share the work, and sharded weights need all of them in every forward pass
     shared = ranks if ranks.count > 1 else None
 
-    def make_folder() -> Path | None:
-        return None if cache_dir is None else reference.make_folder(cache_dir)
+    def made_folder() -> tuple[Path | None, bool]:
+        return (None, False) if cache_dir is None else (reference.make_folder(cache_dir), True)
 
-    if shared is None:
-        folder = make_folder()
-    else:
-        folder, caches = gathered(make_folder, lambda made: made is not None, ranks.group)
-        folder = folder if all(caches) else None
-    work = _Work(model, recipe, prepared, forget, retain, folder, shared)
+    folder, everywhere = ranks.together(made_folder)
+    work = _Work(model, recipe, prepared, forget, retain, folder if everywhere else None, shared)
     with evaluation_mode(model):
         for stage in needed(recipe):
             if stage in stages and stage not in prepared.done:
