@@ -8,6 +8,7 @@ import functools
 
 import torch
 
+from benchmarks import mask_groups
 from benchmarks.harness import OURS, Case, Work, side_names, sides
 from moe_unlearn.ops import score_histogram, score_mask
 from moe_unlearn.ops.bits import unpack_bits
@@ -34,7 +35,7 @@ def cases(device: str) -> list[Case]:
             # on a GPU these cases compare the implementations
             tier = 1 if device == "cuda" else 2
             found.append(Case("weight_score", f"{part}, {dtype}", names, make, tier, 3, {"dtype": dtype}))
-    return found
+    return found + mask_groups.cases(device)
 
 
 def tensors(dtype, device):

@@ -14,6 +14,7 @@ from benchmarks import (
     bench_token_loss,
     bench_weight_score,
     harness,
+    mask_groups,
     rivals,
     shapes,
     step_short,
@@ -120,6 +121,17 @@ def test_weight_score_chooses_the_same_weights(monkeypatch):
     assert work.found["elements_chosen_differently"] == 0
     own = work.contenders[bench_weight_score.KTHVALUE]()
     assert sum(int(mask.sum()) for mask in own) == round(0.8 * 4 * 2 * 16 * 64)
+
+
+def test_a_mask_in_groups_is_the_one_that_sorting_finds(monkeypatch):
+    small = {"hidden_size": 32, "intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 64}
+    monkeypatch.setattr(mask_groups, "GEOMETRY", mask_groups.GEOMETRY | small)
+    monkeypatch.setattr(mask_groups, "TOKENS", 32)
+    work = mask_groups.work()
+    assert work.found["elements_chosen_differently"] < 20  # ties: the sort is not stable
+    assert all(passes > 2 for passes in work.found["passes_over_both_sets"].values())
+    packed = [work.contenders[name]().packed for name in (OURS, *map(mask_groups.in_groups, mask_groups.SHARES))]
+    assert all(torch.equal(words, packed[0][name]) for other in packed for name, words in other.items())
 
 
 def test_route_retain_weights_and_gram(monkeypatch):
