@@ -101,10 +101,20 @@ MOE_UNLEARN_ELEMENT uint32_t magnitude_bits(float score) { return bits_of(score)
 
 // ---- Stochastic rounding -----------------------------------------------------------------------------------
 
-/// Word 0 of Philox4x32-10 (Salmon et al., SC 2011) at counter (index, step) and key (seed, parameter id), of
+/// The random bits of a weight, and of its moments: the high half those of the first one, the low half of the second.
+struct RandomWords {
+  uint32_t weight, moments;
+
+  template <int moment>
+  MOE_UNLEARN_ELEMENT uint32_t half() const {
+    return moment == 0 ? moments >> 16 : moments & 0xFFFF;
+  }
+};
+
+/// Words 0 and 1 of Philox4x32-10 (Salmon et al., SC 2011) at counter (index, step) and key (seed, parameter id), of
 /// which the low words count. Lane holds the counter's words: uint32_t, or uint64_t where that vectorises better.
 template <class Lane = uint32_t>
-MOE_UNLEARN_ELEMENT uint32_t philox(uint64_t index, uint64_t step, uint32_t seed, uint32_t parameter_id) {
+MOE_UNLEARN_ELEMENT RandomWords philox(uint64_t index, uint64_t step, uint32_t seed, uint32_t parameter_id) {
   constexpr uint64_t low = 0xFFFFFFFF;
   auto c0 = static_cast<Lane>(index & low), c1 = static_cast<Lane>(index >> 32);
   auto c2 = static_cast<Lane>(step & low), c3 = static_cast<Lane>(step >> 32);
@@ -118,7 +128,7 @@ MOE_UNLEARN_ELEMENT uint32_t philox(uint64_t index, uint64_t step, uint32_t seed
     seed += 0x9E3779B9;
     parameter_id += 0xBB67AE85;
   }
-  return static_cast<uint32_t>(c0);
+  return {static_cast<uint32_t>(c0), static_cast<uint32_t>(c1)};
 }
 
 /// `value` cut to bfloat16 after adding 16 random bits below it; NaN and infinity as they are.
@@ -128,6 +138,51 @@ MOE_UNLEARN_ELEMENT float round_stochastic(float value, uint32_t random) {
   return finite ? float_of((bits + (random & 0xFFFF)) & 0xFFFF0000) : value;
 }
 
+// ---- Packed moments: blocks of 8-bit codes with one scale, as ops/moments.py specifies ----------------------
+
+constexpr int moment_block = 64;
+
+template <class Integer>
+MOE_UNLEARN_ELEMENT Integer code_bytes(Integer width) {  // of a row, before its scales
+  return (width + 3) / 4 * 4;
+}
+
+/// How a block's moments of one kind, 0 (momentum and the first) or 1 (the second), are coded with its scale.
+template <int moment>
+struct Codes {
+  static constexpr float limit = moment == 0 ? 127.0f : 255.0f;
+  static constexpr uint32_t infinite = 0x7F800000;
+  float scale;
+  bool usable;  // whether numbers can be divided by it
+
+  MOE_UNLEARN_ELEMENT explicit Codes(float scale) : scale(scale), usable(bits_of(scale) - 1 < infinite - 1) {}
+
+  /// For numbers whose largest magnitude has these bits.
+  MOE_UNLEARN_ELEMENT explicit Codes(uint32_t most)
+      : Codes(most < infinite ? float_of(most) / limit : float_of(infinite)) {}
+
+  /// The number that stands for a moment.
+  static MOE_UNLEARN_ELEMENT float number(float value) { return moment == 0 ? value : sqrtf(value); }
+
+  MOE_UNLEARN_ELEMENT float widen(uint32_t code) const {
+    const auto integer = moment == 0 ? static_cast<int32_t>(code << 24) >> 24 : static_cast<int32_t>(code);
+    const float number = static_cast<float>(integer) * scale;
+    return moment == 0 ? number : number * number;
+  }
+
+  MOE_UNLEARN_ELEMENT uint32_t code(float number, uint32_t random) const {
+    float place = number / scale + static_cast<float>(static_cast<int32_t>(random)) * 0x1p-16f;
+    place = usable ? place : 0.0f;
+    place = place > limit ? limit : place < -limit ? -limit : place;
+    auto floor = static_cast<int32_t>(place);
+    floor -= static_cast<float>(floor) > place;
+    if (moment == 1) floor = usable && floor == 0 && number > 0 ? 1 : floor;
+    return static_cast<uint32_t>(floor) & 0xFF;
+  }
+};
+
+// ---- Update rules --------------------------------------------------------------------------------------------
+
 /// Which update of which parameter this is, and how its result is rounded: `Update` of masked_update.py.
 struct Update {
   int64_t step;
@@ -135,9 +190,7 @@ struct Update {
   int64_t seed, parameter_id, first_row;
 };
 
-// ---- Update rules, every operation rounded to dtype A (float32: not at all) --------------------------------
-//
-// In parts, so that a CPU kernel can run each part over many elements; `apply` is one element's whole update.
+// Every operation of a rule is rounded to dtype A (float32: not at all). A rule comes in parts, so that a CPU kernel can run each part over many elements; `apply` is one element's whole update.
 
 struct Sgd {
   static constexpr int states = 1;

@@ -24,14 +24,14 @@ def dot(a, b, accumulator):
 
 
 @triton.jit
-def random_bits(index, step, seed, parameter_id):
-    """Compute word 0 of Philox4x32-10, uint32: counter (index, step), key (seed, parameter_id).
+def random_words(index, step, seed, parameter_id):
+    """Compute words 0 and 1 of Philox4x32-10, uint32: counter (index, step), key (seed, parameter_id).
 
-    See `ops.bits.philox`. index: int64 tensor of flat element indices; step: int64 scalar; of seed and parameter_id
-    the low 32 bits count.
+    See `ops.bits.philox_words`. index: int64 tensor of flat element indices; step: int64 scalar; of seed and
+    parameter_id the low 32 bits count.
     """
     zero = tl.zeros_like(index)
-    word0, _, _, _ = philox_impl(
+    word0, word1, _, _ = philox_impl(
         (index & 0xFFFFFFFF).to(tl.uint32),
         (index >> 32).to(tl.uint32),
         ((zero + step) & 0xFFFFFFFF).to(tl.uint32),
@@ -40,7 +40,7 @@ def random_bits(index, step, seed, parameter_id):
         ((zero + parameter_id) & 0xFFFFFFFF).to(tl.uint32),
         10,
     )
-    return word0
+    return word0, word1
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_unlearn.triton_kernels.common import round_nearest, widen
+from moe_unlearn.triton_kernels.common import widen
 from moe_unlearn.triton_kernels.grouped_outer import (
     factor_arguments,
     find_tile,
@@ -29,9 +29,10 @@ from moe_unlearn.triton_kernels.grouped_outer import (
     tile_options,
     unpack_column,
 )
-from moe_unlearn.triton_kernels.masked_update import (
+from moe_unlearn.triton_kernels.update_rules import (
     adamw_constants,
     adamw_rule,
+    round_moment,
     round_weight,
     select,
     sgd_constants,
@@ -81,6 +82,7 @@ def _update(
             at_first, _ = places(first_strides, index, m, p, M, P, g.shape[0], g.shape[1])
             old_first = tl.load(first + at_first, mask=partial if FIRST_STEP else live)
 
+        element, _ = places((M * P, P, 1), first_row + expert, m, p, M, P, g.shape[0], g.shape[1])
         if ADAMW:
             at_second, _ = places(second_strides, index, m, p, M, P, g.shape[0], g.shape[1])
             old_second = tl.load(second + at_second, mask=live)
@@ -100,7 +102,9 @@ def _update(
                 STEP_DTYPE,
                 DECAY,
             )
-            new_second = round_nearest(new_second, second.dtype.element_ty)
+            new_second = round_moment(
+                new_second, second.dtype.element_ty, element, step, seed, parameter_id, STEP_DTYPE, True
+            )
             tl.store(second + at_second, select(new_second, old_second, kept, mask), mask=live)
         else:
             negative_lr, momentum, gradient_share, weight_decay = scalars
@@ -121,11 +125,12 @@ def _update(
             )
 
         if first is not None:
-            new_first = round_nearest(new_first, first.dtype.element_ty)
+            new_first = round_moment(
+                new_first, first.dtype.element_ty, element, step, seed, parameter_id, STEP_DTYPE, False
+            )
             tl.store(first + at_first, select(new_first, old_first, kept, mask), mask=live)
         if master is not None:
             tl.store(master + at_master, select(w, old_master, kept, mask), mask=live)
-        element, _ = places((M * P, P, 1), first_row + expert, m, p, M, P, g.shape[0], g.shape[1])
         new = round_weight(w, weight.dtype.element_ty, element, step, seed, parameter_id, STOCHASTIC)
         tl.store(weight + at_weight, select(new, old, kept, mask), mask=live)
 

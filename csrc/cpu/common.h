@@ -107,6 +107,7 @@ inline int64_t item_size(ScalarType dtype) {
     case ScalarType::Long:
       return 8;
     case ScalarType::Char:
+    case ScalarType::Byte:
     case ScalarType::Bool:
       return 1;
     default:

@@ -202,7 +202,7 @@ void expert_wgrad_(
 
 template <class Rule>
 void update(const UpdateOperands& whole, const Rule& rule, const Factors& factors) {
-  const int64_t height = factors.grad.width, words = whole.words();
+  const int64_t height = factors.grad.width;
   const bool narrow = whole.arithmetic() == factors.grad.dtype;
   for_each_block(
       {factors}, narrow ? factors.grad.dtype : ScalarType::Float, whole.mask,
@@ -210,7 +210,7 @@ void update(const UpdateOperands& whole, const Rule& rule, const Factors& factor
         UpdateOperands part = whole;
         part.grad_start = block.expert * height + block.first_row;
         part.grad = Rows(dw[0].data, dw[0].dtype, dw[0].rows, dw[0].columns);
-        update_words(part, rule, part.grad_start * words, (part.grad_start + block.rows) * words);
+        update_rows(part, rule, part.grad_start, part.grad_start + block.rows);
       });
 }
 

@@ -1,15 +1,15 @@
 // masked_update: SGD and AdamW in place under packed masks, one mask word (32 weights of a row) at a time.
 //
 // A zero word is skipped with its 32 gradients, weights and moments unread. Arithmetic is in float32; where the
-// state is in a narrow dtype every operation is rounded to it, as torch.optim does (A below). Each weight is
-// computed by itself, so threads and order change no bit.
+// state is in a narrow dtype every operation is rounded to it, as torch.optim does (A below). Each weight, and where the
+// state is packed each block of 64, is computed by itself, so threads and order change no bit.
 
 #include "cpu/masked_update.h"
 
 namespace moe_unlearn {
 namespace {
 
-constexpr int64_t grain = 512;  // words per thread at least
+constexpr int64_t grain = 512;  // words (or blocks) per thread at least
 constexpr int64_t ahead = 1024;  // bytes: the prefetch of the hardware stops at every page
 
 /// The new weights w and momenta s[0]; g is scratch.
@@ -93,15 +93,37 @@ MOE_UNLEARN_INLINE bool try_dense(const AdamW& rule, const Dense& word) {
   return true;
 }
 
-/// Cuts w, the weights from flat element `index` of the whole parameter on, to bfloat16.
-MOE_UNLEARN_INLINE void round_word(Word& w, int64_t index, const UpdateOperands& o) {
-  uint32_t random[word_bits];
+/// The random bits of the weights from flat element `index` of the whole parameter on.
+MOE_UNLEARN_INLINE void draw(RandomWords (&random)[word_bits], int64_t index, const UpdateOperands& o) {
   for (int j = 0; j < word_bits; ++j)
     random[j] = philox<uint64_t>(
         static_cast<uint64_t>(index) + j, static_cast<uint64_t>(o.step), static_cast<uint32_t>(o.seed),
         static_cast<uint32_t>(o.parameter_id));
-  for (int j = 0; j < word_bits; ++j) w[j] = round_stochastic(w[j], random[j]);
 }
+
+MOE_UNLEARN_INLINE void round_weights(Word& w, const RandomWords (&random)[word_bits]) {
+  for (int j = 0; j < word_bits; ++j) w[j] = round_stochastic(w[j], random[j].weight);
+}
+
+template <int moment>
+MOE_UNLEARN_INLINE void round_moments(Word& s, const RandomWords (&random)[word_bits]) {
+  for (int j = 0; j < word_bits; ++j) s[j] = round_stochastic(s[j], random[j].half<moment>());
+}
+
+/// Where a row's operands lie; the mask, the master and the state may be absent.
+struct Row {
+  int64_t element;  // the first one's index in the whole parameter
+  char *param, *grad, *mask, *master, *state[2];
+
+  MOE_UNLEARN_INLINE Row(const UpdateOperands& o, int64_t row) {
+    const int64_t slice = o.slices ? row / o.rows_per_slice : 0;
+    const int64_t param_row = o.slices ? o.slices[slice] * o.rows_per_slice + row % o.rows_per_slice : row;
+    element = o.first_element + param_row * o.param.width;
+    param = o.param.row(param_row), grad = o.grad.row(row - o.grad_start);
+    mask = o.mask ? o.mask.row(row) : nullptr, master = o.master ? o.master.row(row) : nullptr;
+    for (int i = 0; i < 2; ++i) state[i] = o.state[i] ? o.state[i].row(row) : nullptr;
+  }
+};
 
 /// The words [begin, end) by `rule` in arithmetic of dtype A. `uniform`: every operand has dtype A and
 /// lies contiguous along its rows, with neither master nor stochastic rounding; then the compiler knows it all.
@@ -114,14 +136,11 @@ MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& given, in
   };
   const int64_t words = o.words(), width = o.param.width;
   const int states = rule.has_state ? Rule::states : 0;
+  const bool narrow = !uniform && A == ScalarType::Float && states > 0 && o.state[0].dtype == ScalarType::BFloat16;
   for (int64_t row = begin / words; row * words < end; ++row) {
-    const int64_t slice = o.slices ? row / o.rows_per_slice : 0;
-    const int64_t param_row = o.slices ? o.slices[slice] * o.rows_per_slice + row % o.rows_per_slice : row;
-    char *const param = o.param.row(param_row), *const grad = o.grad.row(row - o.grad_start);
-    char* const mask = o.mask ? o.mask.row(row) : nullptr;
-    char* const master = !uniform && o.master ? o.master.row(row) : nullptr;
-    char* const state[2] = {o.state[0] ? o.state[0].row(row) : nullptr, o.state[1] ? o.state[1].row(row) : nullptr};
-
+    const Row of(o, row);
+    char *const param = of.param, *const grad = of.grad, *const mask = of.mask, *const* const state = of.state;
+    char* const master = uniform ? nullptr : of.master;
     const int64_t last = std::min(end - row * words, words);
     for (int64_t word = std::max<int64_t>(begin - row * words, 0); word < last; ++word) {
       uint32_t bits = 0xFFFFFFFF;
@@ -154,14 +173,113 @@ MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& given, in
       apply<Format<A>::dtype>(rule, w, g, s);
 
       constexpr bool is_rounded = A != ScalarType::Float;  // then all that is written has dtype A
+      RandomWords random[word_bits];
+      if (!uniform && (o.stochastic || narrow)) draw(random, of.element + first, o);
+      if (narrow) {
+        round_moments<0>(s[0], random);
+        if (states > 1) round_moments<1>(s[1], random);
+      }
       for (int i = 0; i < states; ++i)
         store<is_rounded>(s[i], dtype(o.state[i]), at(o.state[i], state[i]), stride(o.state[i]), bits, n);
       if (master) store(w, ScalarType::Float, at(o.master, master), o.master.stride, bits, n);
-      if (!uniform && o.stochastic) round_word(w, o.first_element + param_row * width + first, o);
+      if (!uniform && o.stochastic) round_weights(w, random);
       store<is_rounded>(w, dtype(o.param), at(o.param, param), stride(o.param), bits, n);
     }
   }
 }
+
+// ---- Packed state --------------------------------------------------------------------------------------------
+
+constexpr int block_words = moment_block / word_bits;
+
+/// A block of one moment, as it lies in memory.
+struct MomentBlock {
+  uint8_t codes[moment_block];
+  char *to_codes, *to_scale;
+
+  template <int moment>
+  MOE_UNLEARN_INLINE void load(Word (&s)[block_words][2], char* row, int64_t block, int64_t width, int64_t n) {
+    to_codes = row + block * moment_block;
+    to_scale = row + code_bytes(width) + block * sizeof(float);
+    float scale;
+    std::memcpy(&scale, to_scale, sizeof(scale));
+    if (n < moment_block) std::memset(codes, 0, sizeof(codes));
+    std::memcpy(codes, to_codes, std::min<int64_t>(n, moment_block));
+    const Codes<moment> from(scale);
+    for (int half = 0; half < block_words; ++half)
+      for (int j = 0; j < word_bits; ++j) s[half][moment][j] = from.widen(codes[half * word_bits + j]);
+  }
+
+  template <int moment>
+  MOE_UNLEARN_INLINE void store(
+      Word (&s)[block_words][2], const RandomWords (&random)[block_words][word_bits], int64_t n) {
+    uint32_t most = 0;
+    for (int half = 0; half < block_words; ++half) {
+      Word& numbers = s[half][moment];
+      for (int j = 0; j < word_bits; ++j) numbers[j] = Codes<moment>::number(numbers[j]);
+      for (int j = 0; j < word_bits; ++j) most = std::max(most, magnitude_bits(numbers[j]));
+    }
+    const Codes<moment> to(most);
+    for (int half = 0; half < block_words; ++half)
+      for (int j = 0; j < word_bits; ++j)
+        codes[half * word_bits + j] =
+            static_cast<uint8_t>(to.code(s[half][moment][j], random[half][j].template half<moment>()));
+    std::memcpy(to_codes, codes, code_bytes(n));
+    std::memcpy(to_scale, &to.scale, sizeof(to.scale));
+  }
+};
+
+/// The blocks [begin, end) by `rule`, whose state is packed.
+template <class Rule>
+MOE_UNLEARN_INLINE void update_packed(const UpdateOperands& o, const Rule& given, int64_t begin, int64_t end) {
+  const Rule rule = given;  // which no store can touch
+  const int64_t width = o.param.width, blocks = ceil_div(width, moment_block), words = o.words();
+  for (int64_t row = begin / blocks; row * blocks < end; ++row) {
+    const Row of(o, row);
+    const int64_t last = std::min(end - row * blocks, blocks);
+    for (int64_t block = std::max<int64_t>(begin - row * blocks, 0); block < last; ++block) {
+      uint32_t bits[block_words], any = 0;
+      for (int half = 0; half < block_words; ++half) {
+        const int64_t word = block * block_words + half;
+        bits[half] = word < words ? 0xFFFFFFFF : 0;
+        if (of.mask && word < words) std::memcpy(&bits[half], of.mask + word * o.mask.stride, sizeof(uint32_t));
+        any |= bits[half];
+      }
+      if (any == 0) continue;
+      const int64_t start = block * moment_block, n = std::min<int64_t>(width - start, moment_block);
+      Word s[block_words][2];
+      MomentBlock moments[2];
+      RandomWords random[block_words][word_bits];
+      moments[0].template load<0>(s, of.state[0], block, width, n);
+      if (Rule::states > 1) moments[1].template load<1>(s, of.state[1], block, width, n);
+
+      for (int half = 0; half < block_words; ++half) {
+        const int64_t first = start + half * word_bits, left = std::clamp<int64_t>(width - first, 0, word_bits);
+        draw(random[half], of.element + first, o);
+        if (bits[half] == 0) continue;
+        const auto at = [&](const Rows& rows, char* row) MOE_UNLEARN_INLINE_LAMBDA { return row + first * rows.stride; };
+        Word w, g, old[2];
+        load(g, o.grad.dtype, at(o.grad, of.grad), o.grad.stride, left);
+        if (of.master)
+          load(w, ScalarType::Float, at(o.master, of.master), o.master.stride, left);
+        else
+          load(w, o.param.dtype, at(o.param, of.param), o.param.stride, left);
+        std::memcpy(old, s[half], sizeof(old));
+        apply<Dtype::float32>(rule, w, g, s[half]);
+        for (int i = 0; i < Rule::states; ++i)
+          for (int j = 0; j < word_bits; ++j)
+            s[half][i][j] = bits[half] >> j & 1 && j < left ? s[half][i][j] : old[i][j];
+        if (of.master) store(w, ScalarType::Float, at(o.master, of.master), o.master.stride, bits[half], left);
+        if (o.stochastic) round_weights(w, random[half]);
+        store(w, o.param.dtype, at(o.param, of.param), o.param.stride, bits[half], left);
+      }
+      moments[0].template store<0>(s, random, n);
+      if (Rule::states > 1) moments[1].template store<1>(s, random, n);
+    }
+  }
+}
+
+// ---- By dtype ------------------------------------------------------------------------------------------------
 
 template <class Rule, ScalarType A>
 void run(const UpdateOperands& o, const Rule& rule, int64_t begin, int64_t end) {
@@ -174,8 +292,16 @@ void run(const UpdateOperands& o, const Rule& rule, int64_t begin, int64_t end) 
     for_this_cpu<update_in<Rule, A, false>, const UpdateOperands&, const Rule&>(o, rule, begin, end);
 }
 
+/// What a row is cut into: words, or blocks where the state that the rule has is packed.
+template <class Rule>
+int64_t units(const UpdateOperands& o, const Rule& rule) {
+  return rule.has_state && o.packed() ? ceil_div(o.param.width, moment_block) : o.words();
+}
+
 template <class Rule>
 void run(const UpdateOperands& o, const Rule& rule, int64_t begin, int64_t end) {
+  if (rule.has_state && o.packed())
+    return for_this_cpu<update_packed<Rule>, const UpdateOperands&, const Rule&>(o, rule, begin, end);
   switch (o.arithmetic()) {
     case ScalarType::BFloat16:
       return run<Rule, ScalarType::BFloat16>(o, rule, begin, end);
@@ -188,7 +314,13 @@ void run(const UpdateOperands& o, const Rule& rule, int64_t begin, int64_t end) 
 
 template <class Rule>
 void update(const UpdateOperands& o, const Rule& rule) {
-  parallel(o.grad.count * o.words(), grain, [&](int64_t begin, int64_t end) { run(o, rule, begin, end); });
+  parallel(o.grad.count * units(o, rule), grain, [&](int64_t begin, int64_t end) { run(o, rule, begin, end); });
+}
+
+template <class Rule>
+void update_rows_by(const UpdateOperands& o, const Rule& rule, int64_t begin, int64_t end) {
+  const int64_t each = units(o, rule);
+  run(o, rule, begin * each, end * each);
 }
 
 void masked_sgd_(
@@ -240,8 +372,12 @@ ScalarType UpdateOperands::arithmetic() const {
   return narrow ? param.dtype : ScalarType::Float;
 }
 
-void update_words(const UpdateOperands& o, const Sgd& rule, int64_t begin, int64_t end) { run(o, rule, begin, end); }
-void update_words(const UpdateOperands& o, const AdamW& rule, int64_t begin, int64_t end) { run(o, rule, begin, end); }
+void update_rows(const UpdateOperands& o, const Sgd& rule, int64_t begin, int64_t end) {
+  update_rows_by(o, rule, begin, end);
+}
+void update_rows(const UpdateOperands& o, const AdamW& rule, int64_t begin, int64_t end) {
+  update_rows_by(o, rule, begin, end);
+}
 
 }  // namespace moe_unlearn
 

@@ -26,10 +26,13 @@ struct UpdateOperands {
 
   /// The dtype whose rounding each operation has (the module docstring of masked_update.py).
   ScalarType arithmetic() const;
+
+  /// Whether the state is blocks of codes.
+  bool packed() const { return state[0].dtype == ScalarType::Byte; }
 };
 
-/// The words [begin, end) by a rule, in the calling thread.
-void update_words(const UpdateOperands& operands, const Sgd& rule, int64_t begin, int64_t end);
-void update_words(const UpdateOperands& operands, const AdamW& rule, int64_t begin, int64_t end);
+/// The rows [begin, end) by a rule, in the calling thread.
+void update_rows(const UpdateOperands& operands, const Sgd& rule, int64_t begin, int64_t end);
+void update_rows(const UpdateOperands& operands, const AdamW& rule, int64_t begin, int64_t end);
 
 }  // namespace moe_unlearn

@@ -48,7 +48,7 @@ void expert_wgrad_sgd_(
   const int64_t rows = experts.numel() * weight.size(1);
   const Update update{step, stochastic, seed, parameter_id, first_row};
   Operands o = operands_of(weight, rows, mask, master, experts, update);
-  o.state[0] = rows_of(momentum_buffer);
+  o.state[0] = state_of(momentum_buffer);
   const Sgd rule(lr, momentum, grad_scale, weight_decay, nesterov, step);
   check_support(
       expert_wgrad_update(factors(grad, input, bounds, grad_rows, input_rows), o, rule, device.stream()));
@@ -64,7 +64,7 @@ void expert_wgrad_adamw_(
   const int64_t rows = experts.numel() * weight.size(1);
   const Update update{step, stochastic, seed, parameter_id, first_row};
   Operands o = operands_of(weight, rows, mask, master, experts, update);
-  o.state[0] = rows_of(exp_avg), o.state[1] = rows_of(exp_avg_sq);
+  o.state[0] = state_of(exp_avg), o.state[1] = state_of(exp_avg_sq);
   const AdamW rule(decay, beta1, beta2, root_correction, eps, step_size);
   check_support(
       expert_wgrad_update(factors(grad, input, bounds, grad_rows, input_rows), o, rule, device.stream()));

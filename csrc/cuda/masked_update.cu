@@ -16,7 +16,7 @@ void masked_sgd_(
   const Rows gradient = rows_of(grad);
   const Update update{step, stochastic, seed, parameter_id, first_row};
   Operands o = operands_of(param, gradient.count, mask, master, slices, update);
-  o.grad = gradient, o.state[0] = rows_of(momentum_buffer);
+  o.grad = gradient, o.state[0] = state_of(momentum_buffer);
   check(masked_update(o, Sgd(lr, momentum, grad_scale, weight_decay, nesterov, step), device.stream()));
 }
 
@@ -29,7 +29,7 @@ void masked_adamw_(
   const Rows gradient = rows_of(grad);
   const Update update{step, stochastic, seed, parameter_id, first_row};
   Operands o = operands_of(param, gradient.count, mask, master, slices, update);
-  o.grad = gradient, o.state[0] = rows_of(exp_avg), o.state[1] = rows_of(exp_avg_sq);
+  o.grad = gradient, o.state[0] = state_of(exp_avg), o.state[1] = state_of(exp_avg_sq);
   check(masked_update(o, AdamW(decay, beta1, beta2, root_correction, eps, step_size), device.stream()));
 }
 

@@ -16,6 +16,19 @@ inline const int64_t* indices(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? indices(*tensor) : nullptr;
 }
 
+/// Moments; packed ones, contiguous bytes, as words.
+inline Rows state_of(const Tensor& tensor) {
+  if (tensor.scalar_type() != ScalarType::Byte) return rows_of(tensor);
+  const int64_t shape[] = {tensor.numel() / std::max<int64_t>(tensor.size(-1), 1), tensor.size(-1) / 4};
+  const int64_t strides[] = {shape[1], 1};
+  Rows rows;
+  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.size(-1) % 4 == 0, "packed moments must be contiguous words");
+  rows.set(const_cast<void*>(tensor.const_data_ptr()), Dtype::word, 2, shape, strides);
+  return rows;
+}
+
+inline Rows state_of(const std::optional<Tensor>& tensor) { return tensor.has_value() ? state_of(*tensor) : Rows(); }
+
 /// All but the gradient and the state; `rows` of both.
 inline Operands operands_of(
     const Tensor& param, int64_t rows, const std::optional<Tensor>& mask, const std::optional<Tensor>& master,

@@ -5,8 +5,9 @@ row is padded with zero bits to a whole word, so that a mask `[..., ceil(n / 32)
 its parameter `[..., n]`. Worked example, n = 34, only elements 0, 33 set: words `[1, 2]`.
 
 **Stochastic rounding.** Philox4x32-10 (Salmon et al., SC 2011) with counter (index, step), key (seed,
-parameter id), each a pair of 32-bit words, low word first; output word 0 belongs to the element with that
-flat index. The bits do not depend on the backend, the device or the number of threads.
+parameter id), each a pair of 32-bit words, low word first; output word 0 belongs to the weight with that
+flat index and word 1 to its moments (`ops.moments`). The bits do not depend on the backend, the device or the number
+of threads.
 """
 
 from collections.abc import Sequence
@@ -67,6 +68,11 @@ def slices_with_a_bit(p: Tensor, mask: Tensor) -> Tensor | None:
 
 def philox(index: Tensor, step: int, seed: int, parameter_id: int) -> Tensor:
     """Compute word 0 of Philox4x32-10 for each flat element index; int64 tensor of values in [0, 2^32)."""
+    return philox_words(index, step, seed, parameter_id)[0]
+
+
+def philox_words(index: Tensor, step: int, seed: int, parameter_id: int) -> tuple[Tensor, Tensor]:
+    """Compute words 0 and 1 of Philox4x32-10, as `philox`."""
     index = index.to(torch.int64)
     c0, c1 = index & _LOW_32, (index >> 32) & _LOW_32
     c2 = torch.full_like(index, step & _LOW_32)
@@ -77,7 +83,7 @@ def philox(index: Tensor, step: int, seed: int, parameter_id: int) -> Tensor:
         high1, low1 = _multiply_32(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) & _LOW_32, (k1 + 0xBB67AE85) & _LOW_32
-    return c0
+    return c0, c1
 
 
 def round_stochastic(value: Tensor, random: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_unlearn.ops.bits import num_words
 from moe_unlearn.ops.gate import ACTIVATIONS, ExpertLayout, ExpertWeights
+from moe_unlearn.ops.moments import PACKED, row_bytes
 
 if TYPE_CHECKING:
     from moe_unlearn.ops.expert_wgrad import Factors
@@ -105,10 +106,14 @@ def check_factors(
     if weight is not None and buffers:  # an update; a gradient may be computed twice
         _check_distinct("experts", experts)
     whole, shape = ((num_listed(offsets, e), grad.shape[1], input.shape[1]) for e in (None, experts))
-    floats = {"weight": (weight, whole)} | {name: (buffer, shape) for name, buffer in buffers.items()}
+    floats = {"weight": (weight, list(whole))} | {name: (buffer, list(shape)) for name, buffer in buffers.items()}
     for name, (tensor, expected) in floats.items():
-        if tensor is not None and (tensor.shape != expected or not tensor.is_floating_point()):
-            raise ValueError(f"{name} must be float {list(expected)}; got {tensor.dtype} {list(tensor.shape)}")
+        if tensor is None:
+            continue
+        packed = name not in ("weight", "master") and tensor.dtype == PACKED
+        expected = _stored(tensor, expected) if packed else expected
+        if list(tensor.shape) != expected or not (packed or tensor.is_floating_point()):
+            raise ValueError(f"{name} must be float {expected}; got {tensor.dtype} {list(tensor.shape)}")
     words = (*shape[:-1], num_words(shape[-1]))
     if mask is not None and (mask.dtype != torch.int32 or mask.shape != words):
         raise ValueError(f"mask must be int32 words {list(words)}; got {mask.dtype} {list(mask.shape)}")
@@ -153,8 +158,9 @@ def check_update(
         _check_distinct("slices", slices)
         shape[0] = len(slices)
     for name, tensor in {"grad": grad, "master": master, **state}.items():
-        if tensor is not None and list(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}; got {list(tensor.shape)}")
+        expected = shape if tensor is None or name not in state else _stored(tensor, shape)
+        if tensor is not None and list(tensor.shape) != expected:
+            raise ValueError(f"{name} must have shape {expected}; got {list(tensor.shape)}")
     if mask is not None:
         words = [*shape[:-1], num_words(shape[-1])] if shape else [1]
         if mask.dtype != torch.int32:
@@ -182,13 +188,27 @@ def check_numerics(param: Tensor, state: Mapping[str, Tensor | None], update: "U
             raise TypeError(f"master must be float32; got {master.dtype}")
         if rounding != "nearest":
             raise ValueError(f"master needs rounding 'nearest'; got {rounding!r}")
+    wide = param.dtype == torch.float64
+    dtypes = (param.dtype, torch.float32) if wide else (param.dtype, torch.float32, torch.bfloat16, PACKED)
     for name, tensor in state.items():
-        if tensor is not None and tensor.dtype not in (param.dtype, torch.float32):
-            raise TypeError(f"{name} must be {param.dtype}, as param, or float32; got {tensor.dtype}")
+        if tensor is not None and tensor.dtype not in dtypes:
+            others = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes[1:])
+            raise TypeError(f"{name} must be {param.dtype}, as param, or one of {others}; got {tensor.dtype}")
+        if tensor is not None and tensor.dtype == PACKED and (param.dim() < 2 or not tensor.is_contiguous()):
+            raise ValueError(
+                f"packed {name} must be contiguous and of a param of at least 2 dimensions; got strides "
+                f"{list(tensor.stride())} and a param of shape {list(param.shape)}"
+            )
     if len({tensor.dtype for tensor in state.values() if tensor is not None}) > 1:
         raise TypeError(
             f"{' and '.join(state)} must have one dtype; got {[s.dtype for s in state.values() if s is not None]}"
         )
+
+
+def _stored(moments: Tensor, shape: Sequence[int]) -> list[int]:
+    """Return the shape that moments of this dtype have for weights of a shape."""
+    packed = moments.dtype == PACKED and len(shape) > 0
+    return [*shape[:-1], row_bytes(shape[-1])] if packed else list(shape)
 
 
 def check_momentum(momentum_buffer: Tensor | None, rule: "SGD") -> None:

@@ -19,14 +19,17 @@ The arguments choose the numerics:
                                         formula rounds to it once: the bits of torch.optim.AdamW, and in
                                         float32 and float64 of SGD, with foreach=False (of float32 AdamW
                                         where torch's square root is correctly rounded)
-    float32 state, or `master`, or      arithmetic in float32 and one rounding at the end: to the nearest,
+    other state, or `master`, or        arithmetic in float32 and one rounding at the end: to the nearest,
     rounding="stochastic"               or stochastically to bfloat16
     master                              float32 weights; the parameter is their rounded copy
+    bfloat16 state, float32 arithmetic  the state is rounded stochastically too
+    packed state, uint8                 blocks of 8-bit codes with a scale, of parameters with at least two
+                                        dimensions; zero before the first step
 
 A float64 parameter is computed in float64. Stochastic rounding is Philox (`ops.bits`) of seed, parameter_id,
 step and the flat index in the *whole* parameter, so it does not depend on slices, order or threads; it
 leaves float32 and float64 parameters, which need no rounding, alone. A shard, rows [a, b) of a parameter along
-dimension 0, is rounded as those rows of the whole with first_row = a.
+dimension 0, is rounded as those rows of the whole with first_row = a. `ops.moments` specifies narrow state.
 
 The update is deterministic, since no element depends on another. Source: the documented formulas of torch.optim.SGD
 and AdamW (decoupled weight decay); the masking of the update and compact state are our specification.
@@ -40,8 +43,9 @@ import torch
 from torch import Tensor
 
 from moe_unlearn import backend, native
-from moe_unlearn.ops.bits import philox, round_stochastic, unpack_bits
+from moe_unlearn.ops.bits import philox_words, round_stochastic, unpack_bits
 from moe_unlearn.ops.checks import check_indices, check_momentum, check_objects, check_update
+from moe_unlearn.ops.moments import is_narrow, narrowed, widened
 from moe_unlearn.ops.schema import fields
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -57,16 +61,17 @@ class SGD(NamedTuple):
     nesterov: bool = False
 
     def updated(self, step: int, w: Tensor, g: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Compute (new weight, new momentum buffer) from operands of one dtype."""
+        """Compute (new weight, new momentum buffer or, without momentum, None) from operands of one dtype."""
         if self.weight_decay != 0:
             g = _add(g, w, self.weight_decay)
-        if self.momentum != 0:
-            if step == 1:
-                b = g
-            else:
-                assert b is not None
-                b = _add(b * self.momentum, g, 1 - self.dampening)
-            g = _add(g, b, self.momentum) if self.nesterov else b
+        if self.momentum == 0:
+            return _add(w, g, -self.lr), None
+        if step > 1:
+            assert b is not None
+            b = _add(b * self.momentum, g, 1 - self.dampening)
+        else:
+            b = g
+        g = _add(g, b, self.momentum) if self.nesterov else b
         return _add(w, g, -self.lr), b
 
     def native(self, update: "Update") -> tuple[float | bool, ...]:
@@ -154,8 +159,8 @@ def masked_sgd_(
 
     Args:
         param: any float dtype and strides. grad: any float dtype, shaped like param or param[slices].
-        momentum_buffer: shaped like grad, in param's dtype or float32; needed if momentum is not 0. Its
-            content is not read at step 1.
+        momentum_buffer: shaped like grad, in param's dtype, float32, bfloat16 or packed; needed if momentum is
+            not 0. Its content is not read at step 1 unless it is packed.
         master: float32, shaped like grad; with rounding "nearest" only.
         slices: int64 [M], distinct indices into dimension 0.
 
@@ -201,8 +206,8 @@ def masked_adamw_(
     """Run one AdamW step in place; formula, shapes and numerics are in the module docstring.
 
     Args:
-        exp_avg, exp_avg_sq: m and v, shaped like grad, both in param's dtype or both float32; zero before
-            the first step.
+        exp_avg, exp_avg_sq: m and v, shaped like grad, both in one dtype: param's, float32, bfloat16 or packed;
+            zero before the first step.
         other arguments: as in `masked_sgd_`.
 
     Raises TypeError or ValueError for a dtype, shape, device or option that does not fit.
@@ -243,22 +248,26 @@ def _updated_rows(
     rows = param if slices is None else param[slices]
     dtype = _arithmetic_dtype(param, state, update.rounding, master)
     weight = (rows if master is None else master).to(dtype)
-    operands: list[Any] = [None if s is None else s.to(dtype) for s in (grad, *state)]
-    new, *new_state = rule.updated(update.step, weight, *operands)
-
-    kept = None if mask is None else unpack_bits(mask, rows.shape[-1] if rows.dim() else 1).view(rows.shape)
+    n = rows.shape[-1] if rows.dim() else 1
+    operands: list[Any] = [None if s is None else widened(s, n, dtype, second=i == 1) for i, s in enumerate(state)]
+    new, *new_state = rule.updated(update.step, weight, grad.to(dtype), *operands)
+    kept = None if mask is None else unpack_bits(mask, n).view(rows.shape)
 
     def select(new: Tensor, old: Tensor) -> Tensor:
         # cast before the choice, so that a masked element keeps its exact bits, a NaN's payload too
         return new.to(old.dtype) if kept is None else torch.where(kept, new.to(old.dtype), old)
 
     new_master = None if master is None else select(new, master)
-    if update.rounding == "stochastic" and dtype != rows.dtype:
+    stochastic, random = update.rounding == "stochastic" and dtype != rows.dtype, None
+    if stochastic or dtype == torch.float32 and any(map(is_narrow, state)):
         index = _flat_index(param, slices, update.first_row)
-        random = philox(index, update.step, update.seed, update.parameter_id)
-        new = round_stochastic(new, random)
-    pairs = zip(new_state, state, strict=True)
-    return select(new, rows), [s if n is None or s is None else select(n, s) for n, s in pairs], new_master
+        of_weights, random = philox_words(index, update.step, update.seed, update.parameter_id)
+        new = round_stochastic(new, of_weights) if stochastic else new
+    made = [
+        None if old is None else old if value is None else narrowed(value, old, kept, random, second=i == 1)
+        for i, (value, old) in enumerate(zip(new_state, state, strict=True))
+    ]
+    return select(new, rows), made, new_master
 
 
 def _arithmetic_dtype(

@@ -8,7 +8,7 @@ import triton.language as tl
 from moe_unlearn.ops import bits
 from moe_unlearn.testing import assert_as_accurate
 from moe_unlearn.testing.yardstick import Reference
-from moe_unlearn.triton_kernels.common import INTERPRET, dot, random_bits, round_stochastic
+from moe_unlearn.triton_kernels.common import INTERPRET, dot, random_words, round_stochastic
 
 pytestmark = pytest.mark.quick
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.quick
 @triton.jit
 def _random_kernel(index, value, words, rounded, step, seed, parameter_id, BLOCK: tl.constexpr):
     offset = tl.arange(0, BLOCK)
-    word = random_bits(tl.load(index + offset), step, seed, parameter_id)
+    word, _ = random_words(tl.load(index + offset), step, seed, parameter_id)
     tl.store(words + offset, word.to(tl.int64))
     tl.store(rounded + offset, round_stochastic(tl.load(value + offset), word))
 

@@ -1,7 +1,7 @@
 """Calls csrc/*/expert_wgrad.*, with dense int64 indices and the row bounds of the listed experts.
 
 The kernels have no float64: factors, buffers and results of that dtype go to `ref`. CUDA's kernel is for Hopper and
-bfloat16 factors, and has no inner products.
+bfloat16 factors, and has neither inner products nor updates with packed moments.
 """
 
 from typing import Any
@@ -21,6 +21,7 @@ from moe_unlearn.ops.expert_wgrad import (
     update_operands,
 )
 from moe_unlearn.ops.masked_update import SGD, AdamW
+from moe_unlearn.ops.moments import PACKED
 
 
 def store(grad: Tensor, input: Tensor, *operands: Any) -> Tensor:
@@ -119,10 +120,12 @@ def _check_gpu(*factors: Tensor) -> None:
     _check_hopper(torch.cuda.get_device_capability(factors[0].device), *factors)
 
 
-def _check_update(weight: Tensor, *factors: Tensor) -> None:
+def _check_update(weight: Tensor, moment: Tensor | None, *factors: Tensor) -> None:
     _check_gpu(*factors)
     if weight.dtype == torch.float16:
         raise Unfit("CUDA's expert_wgrad has no update of float16 weights")
+    if moment is not None and moment.dtype == PACKED:
+        raise Unfit("CUDA's expert_wgrad has no update with packed moments")
 
 
 def store_cuda(grad: Tensor, input: Tensor, *operands: Any) -> Tensor:
@@ -136,14 +139,14 @@ def accumulate_cuda(out: Tensor, grad: Tensor, input: Tensor, *operands: Any) ->
 
 
 def sgd_cuda(weight: Tensor, *operands: Any) -> None:
-    _, _, grad, input, *_ = operands
-    _check_update(weight, grad, input)
+    momentum_buffer, _, grad, input, *_ = operands
+    _check_update(weight, momentum_buffer, grad, input)
     sgd(weight, *operands)
 
 
 def adamw_cuda(weight: Tensor, *operands: Any) -> None:
-    _, _, _, grad, input, *_ = operands
-    _check_update(weight, grad, input)
+    exp_avg, _, _, grad, input, *_ = operands
+    _check_update(weight, exp_avg, grad, input)
     adamw(weight, *operands)
 
 

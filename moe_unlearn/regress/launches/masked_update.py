@@ -102,6 +102,7 @@ CASES: dict[str, Callable[[], None]] = {
     "adamw bf16 stochastic": lambda: _adamw(torch.bfloat16, torch.float32, "stochastic"),
     "adamw bf16 stochastic slices": lambda: _adamw(torch.bfloat16, torch.float32, "stochastic", sliced=True),
     "adamw bf16 transposed": lambda: _adamw(torch.bfloat16, torch.float32, transposed=True),
+    "adamw bf16 stochastic bf16 state": lambda: _adamw(torch.bfloat16, torch.bfloat16, "stochastic"),
     "adamw bf16 master": lambda: _adamw(torch.bfloat16, torch.float32, master=True),
     "adamw fp32": lambda: _adamw(torch.float32, torch.float32),
     "adamw fp32 elements": _elements,

@@ -7,7 +7,7 @@ from moe_unlearn.ops.bits import pack_bits, unpack_bits
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_sgd_
 from moe_unlearn.testing import integers, poison, routing
 from tests.ops.masked_update.cases import NUMERICS as OF_UPDATES
-from tests.ops.masked_update.cases import bits
+from tests.ops.masked_update.cases import PACKED, bits, packed
 from tests.support.by_keyword import by_keyword
 from tests.support.impls import Impl
 
@@ -25,8 +25,9 @@ def takes(case: dict) -> bool:
     """Return whether the implementation has a kernel for what the case says of dtype, shape and numerics."""
     if case.get("impl") != "cuda":
         return True
-    weight = NUMERICS[case["numerics"]][0] if "numerics" in case else F32
-    return case.get("dtype", BF16) == BF16 and case.get("shape", SHAPE) != ODD and weight != F16
+    weight, state, *_ = NUMERICS[case["numerics"]] if "numerics" in case else (F32, F32)
+    has_update = weight != F16 and state != PACKED
+    return case.get("dtype", BF16) == BF16 and case.get("shape", SHAPE) != ODD and has_update
 
 
 def factors(shape=SHAPE, dtype=BF16, pattern="skewed", tokens=40, top_k=2, *, exact=False, seed=0) -> Factors:
@@ -135,6 +136,8 @@ NUMERICS = {name: numerics for name, numerics in OF_UPDATES.items() if name != "
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether two tensors have the bits of each other, where NaN of any payload is NaN."""
+    if a.dtype == PACKED:
+        return torch.equal(a, b)
     width = {2: torch.int16, 4: torch.int32}[a.element_size()]
     a, b = (torch.where(t.isnan(), torch.nan, t).contiguous() for t in (a, b))
     return a.dtype == b.dtype and torch.equal(a.view(width), b.view(width))
@@ -154,7 +157,7 @@ def check_update(
 
     The gradient is what the implementation stores, or the exact one of integers for Triton, whose store may sum in
     another order. NaN stands in the experts that are not listed, in the state of weights without a bit, and in what
-    the first step does not read. Steps 1 and 3 are taken.
+    the first step does not read; but zeros in packed state, of which blocks are coded anew. Steps 1 and 3 are taken.
     """
     options, states = RULES[rule]
     dtype, state_dtype, rounding, has_master = NUMERICS[numerics]
@@ -178,13 +181,17 @@ def check_update(
     names = ("exp_avg", "exp_avg_sq") if states == 2 else ("momentum_buffer",)
     for name in names[:states]:
         value = torch.full(shape, torch.nan) if states == 1 else randn(*shape).square() / 16
-        tensors[name] = torch.where(kept, value, torch.nan).to(state_dtype)
+        if state_dtype == PACKED:
+            value = torch.zeros(shape) if states == 1 else torch.where(kept, value, 0)
+            tensors[name] = packed(value, second=name == "exp_avg_sq")
+        else:
+            tensors[name] = torch.where(kept, value, torch.nan).to(state_dtype)
     tensors |= {"momentum_buffer": None} if states == 0 else {}
     before, starts = weight.clone(), {name: tensors[name].clone() for name in names[:states]}
     narrow = dtype == state_dtype == made.grad.dtype and rounding == "nearest" and not has_master
     own = {"experts": experts, "out_dtype": dtype if narrow else F32}
     dw = gold(made, experts).float() if impl.kind == "triton" else store(impl, made, **own)
-    moved = {k: impl.moved(t, layout) for k, t in tensors.items()}
+    moved = {k: impl.moved(t, layout if t is None or t.dtype != PACKED else "contiguous") for k, t in tensors.items()}
     there = {"factors": on_device(impl, made), "experts": impl.moved(experts)}
     there["mask"] = None if mask is None else mask.to(impl.device)  # whose rows may be one in memory
     fused, plain = (expert_wgrad_adamw_, masked_adamw_) if states == 2 else (expert_wgrad_sgd_, masked_sgd_)
@@ -198,7 +205,8 @@ def check_update(
         assert expected is None or same_bits(moved[name].cpu(), expected), name
     touched = torch.zeros(weight.shape, dtype=torch.bool)
     touched[trained] = kept
-    for name, expected, kept_back in (("weight", before, ~touched), *((n, starts[n], ~kept) for n in starts)):
+    of_state = [] if state_dtype == PACKED else [(n, starts[n], ~kept) for n in starts]
+    for name, expected, kept_back in (("weight", before, ~touched), *of_state):
         left, expected = (bits(t[kept_back]) for t in (moved[name].cpu(), expected))
         assert torch.equal(left, expected), f"{name}: what does not train has other bits"
     assert not kept.any() or not same_bits(weight[touched], before[touched])

@@ -5,6 +5,7 @@ import torch
 from moe_unlearn.ops import SGD, Update, masked_sgd_
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.masked_update import masked_adamw_
+from moe_unlearn.ops.moments import PACKED, narrowed, packed_zeros
 from moe_unlearn.testing import poison
 from tests.support.by_keyword import by_keyword
 from tests.support.impls import REF, Impl
@@ -31,6 +32,11 @@ NUMERICS = {
     "fp16": (F16, F16, "nearest", False),
     "fp16 fp32 state": (F16, F32, "nearest", False),
     "fp16 master": (F16, F16, "nearest", True),
+    "fp32 bf16 state": (F32, BF16, "nearest", False),
+    "bf16 master bf16 state": (BF16, BF16, "nearest", True),
+    "fp32 packed": (F32, PACKED, "nearest", False),
+    "bf16 packed stochastic": (BF16, PACKED, "stochastic", False),
+    "bf16 master packed": (BF16, PACKED, "nearest", True),
 }
 FEW_NUMERICS = ("fp32", "bf16", "bf16 fp32 state stochastic", "bf16 master")
 # a shape and the slices of a compact update of it
@@ -61,7 +67,7 @@ def random_mask(*shape, seed=0, keep=0.5):
 
 def bits(value):
     """The bits of a tensor as integers, so that NaN payloads and signed zeros count."""
-    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    width = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
     return value.detach().contiguous().view(width)
 
 
@@ -80,8 +86,15 @@ def assert_same(pair):
         assert not differ.any(), f"{int(differ.sum())} of {differ.numel()} differ"
 
 
+def packed(m, second=False):
+    """Return float32 moments in blocks of codes."""
+    random = torch.randint(1 << 32, m.shape, generator=torch.Generator().manual_seed(7))
+    return narrowed(m, packed_zeros(m.shape, m.device), None, random, second=second)
+
+
 def moments(shape, dtype, seed=0):
-    return randn(*shape, seed=seed + 101, dtype=dtype), randn(*shape, seed=seed + 102).square().to(dtype)
+    m, v = randn(*shape, seed=seed + 101), randn(*shape, seed=seed + 102).square()
+    return (packed(m), packed(v, second=True)) if dtype == PACKED else (m.to(dtype), v.to(dtype))
 
 
 def adamw(param, grad, exp_avg, exp_avg_sq, master=None, impl="auto", **keywords):
