@@ -17,6 +17,14 @@ lists those that have. If a mask changes later, state is carried over and new sl
     fp32_master   a float32 copy of the trained weights is updated, the parameter is its rounding
 
 bfloat16 keeps 8 bits, so that SGD at lr 1e-5 under "parity" or "nearest" changes next to nothing.
+
+`state` says in what moments are kept; all but float32 need `numerics` "stochastic" or "fp32_master":
+
+    float32       as `numerics` says; 8 bytes of AdamW's moments for each weight that trains
+    bfloat16      rounded stochastically, 4 bytes
+    int8          blocks of 64 codes of 8 bits and a float32 scale, 2.125 bytes; vectors keep float32
+
+The moments of a float64 parameter are float64. `ops.moments` specifies every bit.
 The formulas and the random bits are those of `ops.masked_update`; the parameter id that enters the random bits
 is the position over all groups. Of a parameter that an engine shares out over ranks (`sharding`), each rank updates its
 own rows with the random bits that they have in the whole parameter. The optimizers are deterministic.
@@ -32,6 +40,7 @@ from moe_unlearn.ops.bits import keep_where, slices_with_a_bit
 from moe_unlearn.ops.checks import check_mask, vouch
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_sgd_
 from moe_unlearn.ops.masked_update import SGD, AdamW, Update, masked_adamw_, masked_sgd_
+from moe_unlearn.optim_state import check_state, fit_state, loaded, state_bytes
 from moe_unlearn.sharding import first_row, part
 
 # by parameter, what replaces its `.grad`: see `step`
@@ -93,6 +102,7 @@ class _Masked(torch.optim.Optimizer):
         group.setdefault("masks", [None] * len(group["params"]))
         if group["numerics"] not in NUMERICS:
             raise ValueError(f"numerics must be one of {NUMERICS}; got {group['numerics']!r}")
+        check_state(group)
         for name in ("lr", "weight_decay"):
             if not group[name] >= 0:
                 raise ValueError(f"{name} must be at least 0; got {group[name]}")
@@ -201,7 +211,7 @@ class _Masked(torch.optim.Optimizer):
         if group["maximize"]:
             gradient = gradient._replace(grad=-gradient.grad) if isinstance(gradient, Factors) else -gradient
         state = self.state[p]
-        _fit_state(state, weight, trained_slices, self._moments(group), group["numerics"])
+        fit_state(state, weight, trained_slices, self._moments(group), group)
         state["step"] += 1
         stochastic = group["numerics"] == "stochastic" and weight.dtype not in (torch.float32, torch.float64)
         rounding = "stochastic" if stochastic else "nearest"
@@ -241,8 +251,7 @@ class _Masked(torch.optim.Optimizer):
         group = slot.group
         trained_slices = None if mask is None else slices_with_a_bit(p, mask)
         share = 1 if trained_slices is None else len(trained_slices) / max(len(p), 1) if p.dim() else 0
-        copies = len(self._moments(group)) + _needs_master(p, group["numerics"])
-        return round(p.numel() * share) * _state_dtype(p, group["numerics"]).itemsize * copies
+        return state_bytes(p, share, self._moments(group), group)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state as torch does, bit for bit, or one of torch.optim.AdamW or SGD, which has no masks.
@@ -265,11 +274,11 @@ class _Masked(torch.optim.Optimizer):
             group["masks"] = [mask if mask is None else mask.to(p.device) for mask, p in pairs]
         for i, values in state_dict["state"].items():
             p, group = owner[int(i)]
-            self.state[p] = _loaded(values, p, self._moments(group), group["numerics"])
+            self.state[p] = loaded(values, p, self._moments(group), group)
 
 
 class MaskedSGD(_Masked):
-    """SGD under packed masks; options as in torch.optim.SGD, masks and `numerics` as in the module docstring.
+    """SGD under packed masks; options as in torch.optim.SGD, `numerics` and `state` as in the module docstring.
 
     Raises ValueError for an option out of range.
     """
@@ -277,14 +286,14 @@ class MaskedSGD(_Masked):
     def __init__(
         self, params: Iterable, lr: float = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
         weight_decay: float = 0.0, nesterov: bool = False, *, maximize: bool = False, numerics: str = "parity",
-        seed: int = 0,
+        state: str = "float32", seed: int = 0,
     ):  # fmt: skip
         if not momentum >= 0:
             raise ValueError(f"momentum must be at least 0; got {momentum}")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("nesterov needs momentum above 0 and dampening 0")
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-        common = {"nesterov": nesterov, "maximize": maximize, "numerics": numerics, "seed": seed}
+        common = {"nesterov": nesterov, "maximize": maximize, "numerics": numerics, "state": state, "seed": seed}
         super().__init__(params, defaults | common)
 
     def _moments(self, group: dict) -> tuple[str, ...]:
@@ -304,21 +313,22 @@ class MaskedSGD(_Masked):
 
 
 class MaskedAdamW(_Masked):
-    """AdamW under packed masks; options as in torch.optim.AdamW, masks and `numerics` as in the module docstring.
+    """AdamW under packed masks; options as in torch.optim.AdamW, `numerics` and `state` as in the module docstring.
 
     Raises ValueError for an option out of range.
     """
 
     def __init__(
         self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 1e-2, *, maximize: bool = False, numerics: str = "parity", seed: int = 0,
+        weight_decay: float = 1e-2, *, maximize: bool = False, numerics: str = "parity", state: str = "float32",
+        seed: int = 0,
     ):  # fmt: skip
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1); got {betas}")
         if not eps >= 0:
             raise ValueError(f"eps must be at least 0; got {eps}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"maximize": maximize, "numerics": numerics, "seed": seed})
+        super().__init__(params, defaults | {"maximize": maximize, "numerics": numerics, "state": state, "seed": seed})
 
     def _moments(self, group: dict) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
@@ -341,59 +351,3 @@ def _whole(group: dict) -> dict:
     if len(group["masks"]) != len(group["params"]):
         raise ValueError(f"a group has {len(group['params'])} parameters but {len(group['masks'])} masks")
     return group
-
-
-def _state_dtype(p: Tensor, numerics: str) -> torch.dtype:
-    return p.dtype if numerics == "parity" else torch.promote_types(p.dtype, torch.float32)
-
-
-def _needs_master(p: Tensor, numerics: str) -> bool:
-    return numerics == "fp32_master" and p.dtype not in (torch.float32, torch.float64)
-
-
-def _fit_state(state: dict, p: Tensor, trained_slices: Tensor | None, moments: tuple[str, ...], numerics: str) -> None:
-    """Fit `state` to `trained_slices`: keep the state of slices that stay, and make fresh state for the others."""
-    if "step" not in state:
-        state["step"] = torch.tensor(0.0)
-    old, tensors = state.get("slices"), [k for k in (*moments, "master") if k in state]
-    if old is not trained_slices and (old is None or trained_slices is None or not torch.equal(old, trained_slices)):
-        source = torch.full((len(p),), -1, device=p.device)
-        held = torch.arange(len(p), device=p.device) if old is None else old
-        source[held] = torch.arange(len(held), device=p.device)
-        source = source if trained_slices is None else source[trained_slices]
-        kept = source >= 0
-        for name in tensors:
-            fresh = _fresh(name, p, trained_slices, state[name].dtype)
-            fresh[kept] = state[name][source[kept]]
-            state[name] = fresh
-    if trained_slices is None:
-        state.pop("slices", None)
-    else:
-        state["slices"] = trained_slices
-    for name in (*moments, *(["master"] if _needs_master(p, numerics) else [])):
-        if name not in state:
-            state[name] = _fresh(name, p, trained_slices, _state_dtype(p, numerics))
-
-
-def _fresh(name: str, p: Tensor, trained_slices: Tensor | None, dtype: torch.dtype) -> Tensor:
-    trained = p if trained_slices is None else p[trained_slices]
-    if name == "master":
-        return trained.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
-    return torch.zeros(trained.shape, dtype=dtype, device=p.device)
-
-
-def _loaded(values: dict, p: Tensor, moments: tuple[str, ...], numerics: str) -> dict:
-    """Copy a parameter's saved state, ours or torch's, to new tensors on its device."""
-    state = {}
-    for name, value in values.items():
-        if name == "step":
-            state[name] = torch.as_tensor(value, dtype=torch.float32).cpu().clone()
-        elif name == "slices":
-            state[name] = value.to(p.device, copy=True)
-        elif name in (*moments, "master") and value is not None:
-            dtype = torch.float32 if name == "master" else _state_dtype(p, numerics)
-            state[name] = value.detach().to(p.device, dtype, copy=True)
-    if "step" not in state:
-        # torch.optim.SGD counts no steps; a buffer shows that it has taken the first one
-        state["step"] = torch.tensor(1.0 if "momentum_buffer" in state else 0.0)
-    return state

@@ -21,6 +21,7 @@ FLOORS = [
     {"backend", "ranks"},
     {"checkpoint", "native"},
     {"delta", "ops"},
+    {"optim_state"},
     {"experts", "masks", "optim", "regress"},
     {"model", "view"},
     {"data", "losses", "seuf", "trace", "verify", "wagle"},

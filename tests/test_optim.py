@@ -8,9 +8,13 @@ import torch
 
 from moe_unlearn.ops.bits import pack_bits, unpack_bits
 from moe_unlearn.ops.masked_update import AdamW, Update, masked_adamw_ref
+from moe_unlearn.ops.moments import PACKED, row_bytes, widened
 from moe_unlearn.optim import NUMERICS, MaskedAdamW, MaskedSGD
 
 BOTH = [MaskedSGD, MaskedAdamW]
+# numerics and state
+KINDS = [(numerics, "float32") for numerics in NUMERICS]
+KINDS += [("stochastic", "bfloat16"), ("stochastic", "int8"), ("fp32_master", "int8")]
 OPTIONS = {MaskedSGD: {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}, MaskedAdamW: {"lr": 0.01}}
 SHAPES = [(6, 5, 33), (40,), (), (7, 64)]
 
@@ -100,11 +104,11 @@ def test_parity_with_torch_under_a_scheduler(kind, theirs, options, dtype, round
 
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", BOTH)
-@pytest.mark.parametrize("numerics", NUMERICS)
-def test_state_exists_only_where_something_trains(numerics, kind):
+@pytest.mark.parametrize("numerics, state", KINDS)
+def test_state_exists_only_where_something_trains(numerics, state, kind):
     params = parameters(torch.bfloat16)
     masks = expert_masks(1, 4)
-    optimizer = make(kind, params, masks, numerics=numerics, weight_decay=0.1)
+    optimizer = make(kind, params, masks, numerics=numerics, state=state, weight_decay=0.1)
     predicted = sum(optimizer.state_size(p, mask) for p, mask in zip(params, masks, strict=True))
     start = values(params)
     train(optimizer, params, 3)
@@ -112,9 +116,12 @@ def test_state_exists_only_where_something_trains(numerics, kind):
     assert params[2] not in optimizer.state
     held = [v for state in optimizer.state.values() for k, v in state.items() if k not in ("step", "slices")]
     assert sum(v.numel() * v.element_size() for v in held) == predicted > 0
-    width = 2 if numerics == "parity" else 4
-    count = (1 if kind is MaskedSGD else 2) + (numerics == "fp32_master")
-    assert predicted == width * count * (2 * 5 * 33 + 40 + 7 * 64)
+    elements = 2 * 5 * 33 + 40 + 7 * 64
+    moments = elements * (2 if numerics == "parity" or state == "bfloat16" else 4)
+    if state == "int8":
+        moments = 2 * 5 * row_bytes(33) + 4 * 40 + 7 * row_bytes(64)
+    count = 1 if kind is MaskedSGD else 2
+    assert predicted == count * moments + 4 * elements * (numerics == "fp32_master")
     for p, old, mask in zip(params, start, masks, strict=True):
         assert torch.equal(p[~kept(p, mask)], old[~kept(p, mask)])
     assert (params[0][[1, 4]] != start[0][[1, 4]]).any() and (params[1] != start[1]).any()
@@ -122,15 +129,15 @@ def test_state_exists_only_where_something_trains(numerics, kind):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", BOTH)
-@pytest.mark.parametrize("numerics", NUMERICS)
-def test_compact_state_changes_no_bit(numerics, kind):
+@pytest.mark.parametrize("numerics, state", KINDS)
+def test_compact_state_changes_no_bit(numerics, state, kind):
     """One more bit in every slice turns compaction off; the other weights must not notice."""
     results = []
     for dense in (False, True):
         params, masks = parameters(torch.bfloat16), expert_masks(1, 4)
         if dense:
             masks[0][[0, 2, 3, 5], 0, 0] = 1
-        optimizer = make(kind, params, masks, numerics=numerics)
+        optimizer = make(kind, params, masks, numerics=numerics, state=state)
         train(optimizer, params, 5)
         assert ("slices" in optimizer.state[params[0]]) != dense
         results.append(values(params))
@@ -191,24 +198,77 @@ def saved(optimizer):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("kind", BOTH)
-@pytest.mark.parametrize("numerics", NUMERICS)
-def test_saved_and_resumed_gives_the_same_bits(numerics, kind):
+@pytest.mark.parametrize("numerics, state", KINDS)
+def test_saved_and_resumed_gives_the_same_bits(numerics, state, kind):
     whole = parameters(torch.bfloat16)
-    optimizer = make(kind, whole, expert_masks(0, 5), numerics=numerics, seed=3)
+    optimizer = make(kind, whole, expert_masks(0, 5), numerics=numerics, state=state, seed=3)
     train(optimizer, whole, 3)
-    state, resumed = saved(optimizer), copy.deepcopy(whole)
+    taken, resumed = saved(optimizer), copy.deepcopy(whole)
     train(optimizer, whole, 3, start=3)
 
     fresh = make(kind, resumed, lr=123.0)  # everything comes from the state
-    fresh.load_state_dict(state)
+    fresh.load_state_dict(taken)
     again = saved(fresh)
-    for i, values_of in state["state"].items():
+    for i, values_of in taken["state"].items():
         for name, value in values_of.items():
             assert again["state"][i][name].dtype == value.dtype and torch.equal(again["state"][i][name], value)
     train(fresh, resumed, 3, start=3)
     assert equal(values(whole), values(resumed))
     # the state was copied, not borrowed
-    assert int(state["state"][0]["step"]) == 3
+    assert int(taken["state"][0]["step"]) == 3
+
+
+@pytest.mark.quick
+def test_moments_are_loaded_into_another_state():
+    params = parameters()
+    optimizer = make(MaskedAdamW, params, numerics="stochastic")
+    train(optimizer, params, 3)
+    exact = saved(optimizer)
+    for state, dtype in (("bfloat16", torch.bfloat16), ("int8", PACKED), ("float32", torch.float32)):
+        other = make(MaskedAdamW, copy.deepcopy(params), numerics="stochastic")
+        narrow = copy.deepcopy(exact)
+        narrow["param_groups"][0]["state"] = state
+        other.load_state_dict(narrow)
+        held = other.state[other.param_groups[0]["params"][3]]
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert held[name].dtype == dtype
+            second, truth = name == "exp_avg_sq", exact["state"][3][name]
+            found = widened(held[name], 64, torch.float32, second=second)
+            a, b = (found.sqrt(), truth.sqrt()) if second else (found, truth)
+            # half a code of 127, and a bit for the roundings of its scale
+            assert ((a - b).abs() <= b.abs().amax(1, keepdim=True) * 0.51 / 127).all()
+        narrow["param_groups"][0]["state"] = "float32"
+        back = make(MaskedAdamW, copy.deepcopy(params), numerics="stochastic")
+        back.load_state_dict(saved(other) | {"param_groups": narrow["param_groups"]})
+        assert all(s["exp_avg"].dtype == torch.float32 for s in back.state.values())
+
+
+@pytest.mark.quick
+def test_vectors_and_float64_keep_their_moments():
+    params = [torch.nn.Parameter(randn(64)), torch.nn.Parameter(randn(2, 64).double())]
+    optimizer = MaskedAdamW(params, numerics="stochastic", state="int8")
+    train(optimizer, params, 1)
+    assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [torch.float32, torch.float64]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("state, most", [("bfloat16", 1.1), ("int8", 2)])
+def test_a_narrow_state_descends_as_float32_does(state, most):
+    """Rows whose gradients spread over three decades: what blocks of codes with one scale find hardest."""
+
+    def loss_after(state):
+        scale = 10 ** (-3 * torch.rand(192, generator=torch.Generator().manual_seed(1)))
+        weight = torch.nn.Parameter(torch.zeros(16, 192))
+        target = randn(16, 192, seed=2) / scale.sqrt()
+        optimizer = MaskedAdamW([weight], lr=0.03, weight_decay=0, numerics="stochastic", state=state)
+        for step in range(150):
+            x = randn(32, 192, seed=step) * scale
+            weight.grad = (x @ (weight.detach() - target).T).T @ x / 32
+            optimizer.step()
+        return float((((weight.detach() - target) * scale) ** 2).sum())
+
+    exact, start = loss_after("float32"), float((randn(16, 192, seed=2) ** 2).sum())
+    assert exact < start / 10 and loss_after(state) <= most * exact
 
 
 @pytest.mark.quick
@@ -377,6 +437,12 @@ BAD = {
     "betas": (lambda p: MaskedAdamW(p, betas=(0.9, 1.0)), ValueError, "betas must be in"),
     "eps": (lambda p: MaskedAdamW(p, eps=-1.0), ValueError, "eps must be"),
     "numerics": (lambda p: MaskedAdamW(p, numerics="fp8"), ValueError, "numerics must be one of"),
+    "state": (lambda p: MaskedSGD(p, state="int4"), ValueError, "state must be one of"),
+    "state and numerics": (
+        lambda p: MaskedAdamW(p, state="int8", numerics="nearest"),
+        ValueError,
+        "state 'int8' needs numerics 'stochastic' or 'fp32_master'; got 'nearest'",
+    ),
     "count": (lambda p: MaskedSGD(p).set_masks([None]), ValueError, "each of 4 parameters; got 1"),
     "name": (lambda p: MaskedSGD(p).set_masks({4: None}), ValueError, "masks name parameter 4; there are 4"),
     "shape": (

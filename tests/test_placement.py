@@ -19,8 +19,8 @@ FACTORIES = {"tensor", "as_tensor", "asarray", "empty", "zeros", "ones", "full",
 # where a step or what prepares it makes a tensor on the host, how many, and why; any other is a fault
 ON_THE_HOST = {
     "GradientStore.common_descent": (1, "MOLLM solves for its direction on the CPU"),
-    "_fit_state": (1, "the count of steps is on the CPU, as torch's is"),
-    "_loaded": (2, "the count of steps is on the CPU, as torch's is"),
+    "fit_state": (1, "the count of steps is on the CPU, as torch's is"),
+    "loaded": (2, "the count of steps is on the CPU, as torch's is"),
     "stack": (1, "numbers of rows, on the CPU"),
     "padded": (1, "where examples of packed rows begin, on the CPU"),
     "_from_offsets": (1, "where examples of packed rows begin, on the CPU"),

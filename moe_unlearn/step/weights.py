@@ -76,11 +76,13 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW
     parameters = [p for p in model.parameters() if p.requires_grad]
     numerics = settings.numerics
     if numerics is None:
-        numerics = "stochastic" if any(p.dtype == torch.bfloat16 for p in parameters) else "parity"
+        narrow = settings.state != "float32" or any(p.dtype == torch.bfloat16 for p in parameters)
+        numerics = "stochastic" if narrow else "parity"
     common: dict[str, Any] = {
         "lr": settings.lr,
         "weight_decay": settings.weight_decay,
         "numerics": numerics,
+        "state": settings.state,
         "seed": recipe.seed,
     }
     if settings.name == "sgd":

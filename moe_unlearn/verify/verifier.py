@@ -160,7 +160,7 @@ class Verifier:
         """Record the losses and gradients of one micro-batch inside; at a step's first one, keep the state before it.
 
         Raises ValueError on all ranks if the forward pass of one draws random numbers, because the two paths would draw
-        different ones, and where FSDP2 computes with fewer bits than the weights have.
+        different ones, where FSDP2 computes with fewer bits than the weights have, and for narrow optimizer state.
         """
         if not self.remaining:
             yield
@@ -168,6 +168,7 @@ class Verifier:
         view = self.step.view()
         if not view.losses:
             check_precision(view.model)
+            _check_state(view.optimizer)
             self._micro_batches, self.clipped_to = [], None
             self._weights = {name: p.detach().clone() for name, p in view.trained}
             self._optimizer = copy.deepcopy(view.optimizer.state_dict())
@@ -346,6 +347,13 @@ class Verifier:
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
         return self.step.twin(model, prepared)
+
+
+def _check_state(optimizer: MaskedSGD | MaskedAdamW) -> None:
+    """Raise ValueError for rounded moments, which no longer say how far the weights should have moved."""
+    kinds = {group["state"] for group in optimizer.param_groups} - {"float32"}
+    if kinds:
+        raise ValueError(f"expected optimizer.state float32 to verify; got {sorted(kinds)}: set it, or verify=0")
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ NARROW = {
     "stochastic": ("graddiff", ADAMW),
     "stochastic combined": ("combined", (*ADAMW, *FLOOR)),
     "masters": ("graddiff", (*ADAMW, "optimizer.numerics=fp32_master")),
+    "int8 moments": ("graddiff", (*ADAMW, "optimizer.state=int8")),
 }
 REBOUND = "stochastic combined"
 RESUMED = "combined"
