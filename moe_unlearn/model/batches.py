@@ -205,6 +205,7 @@ def _checked(batch: Batch, what: str, prefix: str = "") -> Batch:
     """Check one side's rows, or its refusals, whose keys in the caller's batch begin with `prefix`."""
     for key in ("input_ids", "labels"):
         _require(key, batch, what, prefix)
+    _check_kinds(batch, what, prefix)
     shape = batch["input_ids"].shape
     for key in (*ROW, "seq_idx", *_GIVEN):
         if key not in batch:
@@ -214,8 +215,6 @@ def _checked(batch: Batch, what: str, prefix: str = "") -> Batch:
         for_all = key == "position_ids" and got == (1, *shape[1:])
         if len(shape) != 2 or not (as_rows or for_all):
             raise ValueError(f"{what}: {prefix}{key} must be [B, S] = {list(shape)}; got {list(got)}")
-    if "state_mask" in batch and batch["state_mask"].dtype != torch.bool:
-        raise ValueError(f"{what}: state_mask must be bool (state_mask.bool()); got {batch['state_mask'].dtype}")
     rows = padded(batch, what)
     _require("attention_mask", rows, what, prefix)
     if len(rows["input_ids"]) == 0:
@@ -227,6 +226,27 @@ def _checked(batch: Batch, what: str, prefix: str = "") -> Batch:
     if "position_ids" in rows:
         rows["position_ids"] = rows["position_ids"].expand(shape)
     return rows
+
+
+def _check_kinds(batch: Batch, what: str, prefix: str) -> None:
+    """Raise ValueError for a dtype that does not fit the key, and for tensors that are sparse or on several devices."""
+    device = batch["input_ids"].device
+    for key, value in batch.items():
+        if key in _NUMBERS:
+            continue
+        fits, expected = not value.is_complex(), "bool, integers or floating point"
+        if key == "state_mask":
+            fits, expected = value.dtype == torch.bool, "bool (state_mask.bool())"
+        elif key in _GIVEN:
+            fits, expected = value.is_floating_point(), "floating point"
+        elif key != "attention_mask":
+            fits, expected = value.dtype in (torch.int32, torch.int64), f"int64 ({prefix}{key}.long())"
+        if not fits:
+            raise ValueError(f"{what}: {prefix}{key} must be {expected}; got {value.dtype}")
+        if value.layout != torch.strided or value.device != device or value.is_meta:
+            raise ValueError(
+                f"{what}: {prefix}{key} must be dense and on {device}, as input_ids; got {value.layout}, {value.device}"
+            )
 
 
 def _paired(rows: Batch, index: Tensor, side: str) -> list[int]:

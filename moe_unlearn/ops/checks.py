@@ -5,7 +5,10 @@ checked inside the custom op, before its kernel, so that compiled code is checke
 
 On the CPU they are read, one pass for each tensor. On another device reading would wait, so that `torch._assert_async`
 checks them there, as torch's own indexing does: a wrong index ends the use of the device before a kernel reads it.
-That takes 4 to 12 small launches for each tensor, which indices that an op made itself (`vouch`) save.
+That takes 4 to 12 small launches for each tensor.
+
+What an op of ours made (`vouch`) is legal and gets no look, until it is changed in place. A change that autograd would
+not notice either, through `.data` or an array that shares the memory, goes unseen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -295,7 +298,7 @@ def check_routing(sorted_rows: Tensor, offsets: Tensor, trained_experts: Tensor 
     check_offsets(offsets, len(sorted_rows))
     check_indices("trained_experts", trained_experts, len(offsets) - 1)
     check_indices("sorted_rows", sorted_rows, len(sorted_rows), offsets)
-    if _is_readable(sorted_rows) and not _has_limit(sorted_rows, len(sorted_rows)):
+    if _is_readable(sorted_rows) and not _is_vouched(sorted_rows, len(sorted_rows)):
         _check_distinct("sorted_rows", sorted_rows[: int(offsets.numpy()[-1])])
 
 
@@ -310,11 +313,7 @@ def check_rows(experts: Tensor | None, *gradients: Sequence[Any]) -> None:
 
 
 def _is_vouched(indices: Tensor, limit: int) -> bool:
-    """Return whether indices need no look; those on a CPU always get one, since it is cheap."""
-    return not _is_readable(indices) and _has_limit(indices, limit)
-
-
-def _has_limit(indices: Tensor, limit: int) -> bool:
+    """Return whether an op of ours made these indices, of at most this limit, and nothing has changed them since."""
     version, known = getattr(indices, "_moe_unlearn_limit", (None, 0))
     return version is not None and known <= limit and version == indices._version
 

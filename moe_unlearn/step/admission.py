@@ -6,6 +6,7 @@ they can go on, before the first of them waits for another inside the step.
 Deterministic. Source: our specification.
 """
 
+from moe_unlearn.model.admissible import check_values
 from moe_unlearn.model.batches import Batch, Sizes, checked
 from moe_unlearn.ranks import Ranks
 from moe_unlearn.step.checks import check_prepared
@@ -20,13 +21,18 @@ def admit(
 
     Where weights are sharded they may if they can on every rank, since each forward pass needs all ranks. Raises
     NotPreparedError, ValueError for a bad batch, for wrong `sizes` and for ones that differ from rank to rank, and
-    RuntimeError after the last micro-batch of a step; of what one rank alone met, the others raise a RankError.
+    RuntimeError after the last micro-batch of a step or amid another thread's; of what one rank alone met, the others
+    raise a RankError.
     """
 
     def check() -> tuple[Batch, Batch]:
         check_prepared(objectives.recipe, objectives.prepared)
+        pair = checked(forget, "forget"), checked(retain, "retain")
+        for batch, side in zip(pair, ("forget", "retain"), strict=True):
+            check_values(batch, side, objectives.model)
+        tally.own()
         tally.expect(sizes)
-        return checked(forget, "forget"), checked(retain, "retain")
+        return pair
 
     if ranks.group is None:
         return *check(), True

@@ -24,6 +24,7 @@ from moe_unlearn import losses, router_aux, seuf, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.errors import NotPreparedError
 from moe_unlearn.experts import experts_modules, step_inputs, total_experts
+from moe_unlearn.model.admissible import check_values
 from moe_unlearn.model.batches import Batch, attended_mask, forgotten, refusal, stack, state_mask, target_mask
 from moe_unlearn.model.head import final_hidden_states, token_losses
 from moe_unlearn.model.states import control_vector, layer_states, sequence_logprobs
@@ -166,7 +167,10 @@ class Objectives:
         return out
 
     def check(self, forget: list[Batch], retain: list[Batch]) -> None:
-        """Raise ValueError if all batches of a side together have no unit that its loss would be a mean over."""
+        """Raise ValueError for what the model cannot take, and for a side without a unit of its loss."""
+        for side, batches in (("forget", forget), ("retain", retain)):
+            for batch in batches:
+                check_values(batch, side, self.model, alone=False)
         settings, kept = self.recipe.forget, self.recipe.retain.objective
         if not any(self.units(batch, retain[0])["forget"] for batch in forget):
             first = f"forget.ignore_first_n_answer_tokens is {settings.ignore_first_n_answer_tokens}"

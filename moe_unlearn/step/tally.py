@@ -12,6 +12,7 @@ Source: our specification, after transformers' Trainer, which divides by the tok
 """
 
 from collections.abc import Iterable, Mapping
+from threading import get_ident
 from typing import NamedTuple
 
 from torch import Tensor
@@ -42,6 +43,15 @@ class Tally:
         self.sizes: Sizes | None = None
         #: whether a micro-batch was said to be the last
         self.closed = False
+        self._owner: dict[str, int] = {}
+
+    def own(self) -> None:
+        """Give the step to this thread until it is cleared; RuntimeError if it is another's."""
+        if self._owner.setdefault("thread", get_ident()) != get_ident():  # atomic, so that one thread alone gets it
+            raise RuntimeError(
+                "another thread is in the middle of this step, whose gradients would mix: expected calls one after the "
+                "other, each from its first micro-batch to its update() or discard()"
+            )
 
     def expect(self, sizes: Sizes | None) -> None:
         """Check that a micro-batch with these `sizes` may follow.

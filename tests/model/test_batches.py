@@ -162,14 +162,17 @@ def test_a_key_without_a_value_is_not_given():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"position_ids": torch.zeros(2, 12)}, r"the forget batch: position_ids must be \[B, S\] = \[4, 12\]; got"),
-        ({"index": torch.zeros(4, 12)}, r"the forget batch: index must be \[B\] = \[4\]; got \[4, 12\]"),
-        ({"state_mask": torch.ones(4)}, r"the forget batch: state_mask must be \[B, S\] = \[4, 12\]; got \[4\]"),
+        (
+            {"position_ids": torch.zeros(2, 12).long()},
+            r"the forget batch: position_ids must be \[B, S\] = \[4, 12\]; got",
+        ),
+        ({"index": torch.zeros(4, 12).long()}, r"the forget batch: index must be \[B\] = \[4\]; got \[4, 12\]"),
+        ({"state_mask": torch.ones(4).bool()}, r"the forget batch: state_mask must be \[B, S\] = \[4, 12\]; got \[4\]"),
         ({"state_mask": torch.ones(4, 12).long()}, r"state_mask must be bool \(state_mask.bool\(\)\); got torch.int64"),
         ({"labels": None}, "the forget batch has no 'labels'; got input_ids, attention_mask"),
         ({"idk_labels": torch.ones(4, 3)}, "the forget batch of refusals has no 'idk_input_ids'; got idk_labels"),
         (
-            {f"idk_{k}": torch.ones(3, 9) for k in ("input_ids", "attention_mask", "labels")},
+            {f"idk_{k}": torch.ones(3, 9).long() for k in ("input_ids", "attention_mask", "labels")},
             "the forget batch has 4 rows and 3 refusals; expected one for each row",
         ),
     ],

@@ -21,6 +21,7 @@ STEP = (
     "optim",
     "losses",
     "experts",
+    "model/admissible",
     "model/batches",
     "model/head",
     "model/states",
