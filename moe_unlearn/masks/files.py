@@ -8,11 +8,14 @@ The official code names experts one by one (`experts.3.gate_proj.weight`); trans
 names and say which tensors are stacked and joined; so every family that they convert works here. An official file may
 also use the names in memory. `torch.load(weights_only=True)` reads it, which runs no code of the file.
 
-Memory: three bytes for each weight, since the official form takes a byte a weight and three copies exist at once.
+Memory beside the packed bits, and beside a few bytes for each weight of one parameter at a time: a byte for each weight
+of the model where the official form is written, since torch saves a whole dict; none where it is read from a file that
+torch can map, as all but those of before torch 1.6.
 """
 
 import copy
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +52,13 @@ def save(mask: WeightMask, path: str | Path, model: nn.Module, format: str = "na
         return
 
     def write(packed: dict[str, Tensor]) -> None:
-        named = to_hub(model, {name: mask.unpacked(name, words) for name, words in packed.items()})
-        # an open file, since torch refuses some names; clones, since torch saves a view with the whole tensor behind it
+        named: dict[str, Tensor] = {}
+        for name, words in packed.items():
+            # clones, since torch saves a view with the whole tensor behind it
+            named |= {key: kept.clone() for key, kept in to_hub(model, {name: mask.unpacked(name, words)}).items()}
+        # an open file, since torch refuses some names
         with whole_file(path) as unfinished, unfinished.open("wb") as file:
-            torch.save({name: kept.clone() for name, kept in named.items()}, file)
+            torch.save(named, file)
 
     mask.written_once(write)
 
@@ -60,13 +66,13 @@ def save(mask: WeightMask, path: str | Path, model: nn.Module, format: str = "na
 def load(path: str | Path, model: nn.Module) -> WeightMask:
     """Read a mask of `model` in either format, to the CPU; where ranks share weights out, each keeps its rows.
 
-    An official file is read whole first. Its `keep` is the fraction that it keeps. Raises ValueError naming the file
-    and the fault: not a mask, a pickle that holds more than tensors, a name missing or unknown, another shape, values
-    that are not bool.
+    Of an official file one parameter is read at a time. Its `keep` is the fraction that it keeps. Raises ValueError
+    naming the file and the fault: not a mask, a pickle that holds more than tensors, a name missing or unknown, another
+    shape, values that are not bool.
     """
     try:
         with open(path, "rb") as file:
-            pickled = file.read(4).startswith(_PICKLED)
+            pickled = (first := file.read(4)).startswith(_PICKLED)
     except OSError as error:
         raise ValueError(f"{path}: not a weight mask: {error}") from error
     if not pickled:
@@ -74,7 +80,7 @@ def load(path: str | Path, model: nn.Module) -> WeightMask:
         mask.check(model)
         return mask
     try:
-        named = torch.load(path, map_location="cpu", weights_only=True)
+        named = torch.load(path, map_location="cpu", weights_only=True, mmap=first == _PICKLED[0])
     except Exception as error:  # torch raises many kinds, and its advice to trust the file is not ours
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path}: cannot be read as tensors alone: {reason}") from None
@@ -90,32 +96,39 @@ def to_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def from_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `to_hub`; ValueError if transformers' conversions for this model do not go both ways."""
+def from_hub(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Undo `to_hub`, one parameter after the other; ValueError if transformers' conversions do not go both ways."""
     plain = _plain(model)
     conversions = getattr(plain, "_weight_conversions", None) or get_model_conversion_mapping(plain, add_legacy=False)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     own = {name for name, _ in model.named_parameters()}
-    out: dict[str, Tensor] = {}
-    collected: dict[str, WeightConverter] = {}
+    sources: dict[str, list[tuple[str, str | None]]] = {}
     # sorted so that experts are stacked in the order of their numbers
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters)
-        if pattern is None:
-            out[target] = tensors[name]
-        else:
-            converter = collected.setdefault(target, copy.deepcopy(by_pattern[pattern]))
+        sources.setdefault(target, []).append((name, pattern))
+    for target, named in sources.items():
+        out = {}
+        collected: WeightConverter | None = None
+        for name, pattern in named:
+            if pattern is None:
+                out[target] = tensors[name]
+                continue
+            collected = collected or copy.deepcopy(by_pattern[pattern])
             tensor: Any = tensors[name]  # transformers asks for a future of one, and takes either
-            converter.add_tensor(target, name, pattern, tensor)
-    for target, converter in collected.items():
-        converted = converter.convert(target, model=plain, config=plain.config)
-        out |= {name: t[0] if isinstance(t, list) else t for name, t in converted.items()}
-    back = to_hub(model, out) if out.keys() == own else {}
-    if back.keys() != tensors.keys() or not all(torch.equal(back[name], t) for name, t in tensors.items()):
-        raise ValueError(f"transformers' weight conversions of {type(model).__name__} do not go both ways")
-    return out
+            collected.add_tensor(target, name, pattern, tensor)
+        if collected is not None:
+            converted = collected.convert(target, model=plain, config=plain.config)
+            out |= {name: t[0] if isinstance(t, list) else t for name, t in converted.items()}
+        back = to_hub(model, out) if out.keys() <= own else {}
+        if back.keys() != {name for name, _ in named} or not all(torch.equal(back[k], tensors[k]) for k in back):
+            raise ValueError(f"transformers' weight conversions of {type(model).__name__} do not go both ways")
+        own -= out.keys()
+        yield from out.items()
+    if own:
+        raise ValueError(f"transformers' weight conversions of {type(model).__name__} make no {sorted(own)[0]}")
 
 
 def _plain(model: nn.Module) -> PreTrainedModel:
@@ -138,9 +151,8 @@ def _from_official(model: nn.Module, named: object) -> WeightMask:
         expected = {name: tuple(t.shape) for name, t in to_hub(model, meta).items()}
     for name in [*named, *expected]:
         _check(name, named.get(name), expected)
-    if not fused:
-        named = from_hub(model, named)
-    packed = {name: pack_bits(named[name] if shape else named[name].view(1)) for name, shape in shapes.items()}
+    found = {name: pack_bits(torch.atleast_1d(k)) for name, k in (named.items() if fused else from_hub(model, named))}
+    packed = {name: found[name] for name in shapes}
     mask = WeightMask(shapes, packed, keep=1.0, official=True)
     parameters = dict(model.named_parameters())
     packed = {name: shared_out(words, parameters[name]) for name, words in packed.items()}

@@ -17,6 +17,7 @@ from moe_unlearn.ranks import is_first, on_first
 from moe_unlearn.sharding import is_sharded, part, whole
 
 FORMAT = "moe-unlearn weight mask 1"
+_BYTES = 1 << 20  # of words counted at a time, of which each takes 16 meanwhile
 _BITS_IN_BYTE = torch.tensor([byte.bit_count() for byte in range(256)])
 
 
@@ -205,8 +206,12 @@ class WeightMask:
 
 
 def _kept_per_row(words: Tensor) -> Tensor:
-    """Count the set bits along the last dimension."""
-    return _BITS_IN_BYTE[words.cpu().contiguous().view(torch.uint8).long()].sum(-1)
+    """Count the set bits along the last dimension, of some rows at a time."""
+    rows = words.cpu().contiguous().view(torch.uint8)
+    some = max(_BYTES // max(rows.shape[-1], 1), 1)
+    blocks = rows.reshape(-1, rows.shape[-1]).split(some) if rows.numel() else []
+    counts = [_BITS_IN_BYTE[block.long()].sum(-1) for block in blocks]
+    return torch.cat(counts).view(rows.shape[:-1]) if counts else torch.zeros(rows.shape[:-1], dtype=torch.int64)
 
 
 def _fractions(entries: Iterable[tuple[str, int, int]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import weakref
 import zipfile
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe_unlearn import masks
+from moe_unlearn.masks import files
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.wagle import WeightMask
 from tests.support import models
@@ -64,6 +66,29 @@ def test_official_names_and_values(family, tmp_path):
     read = masks.load(tmp_path / "with_0.6.pt", model)
     assert same(read, mask) and read.official and read.keep == read.fraction == mask.fraction
     assert os.listdir(tmp_path) == ["with_0.6.pt"]
+
+
+def test_the_experts_of_one_parameter_are_whole_at_a_time(tmp_path, monkeypatch):
+    """A byte a weight, beside what torch saves or maps of an official file."""
+    model, found, alive = models.tiny_olmoe(), [], []
+
+    def watched(real):
+        def watch(*given):
+            made = real(*given)
+            bits = next(each for each in (made, *given) if isinstance(each, torch.Tensor) and each.dtype == torch.bool)
+            if bits.dim() == 3:
+                found.append(weakref.ref(bits))
+                alive.append(sum(each() is not None for each in found))
+            return made
+
+        return watch
+
+    monkeypatch.setattr(WeightMask, "unpacked", watched(WeightMask.unpacked))
+    monkeypatch.setattr(files, "pack_bits", watched(files.pack_bits))
+    masks.save(random_mask(model), tmp_path / "mask", model, "official")
+    written = len(alive)
+    masks.load(tmp_path / "mask", model)
+    assert len(alive) == 2 * written == 8 and max(alive) <= 2
 
 
 def test_names_in_memory_and_the_old_archive_are_read_too(tmp_path):
