@@ -94,7 +94,7 @@ def attempt(engine: str, name: str, folder: Path, steps: int, killed: int | None
 
 
 def run(engine: str, name: str, steps: int) -> dict:
-    """What became of one case."""
+    """Return what became of one case."""
     started, found = time.monotonic(), {"case": f"{engine}, {name}"}
     draw = random.Random(found["case"])
     try:

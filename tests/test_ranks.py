@@ -1,6 +1,5 @@
 """Two ranks make the step that one process makes of both their batches."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -12,17 +11,16 @@ from moe_unlearn.step import UnlearnStep
 from moe_unlearn.testing.yardstick import Reference
 from tests.support import ranks_child
 from tests.support.batches import random_batches
+from tests.support.forked_ranks import found_on
 from tests.support.ranks_child import CASES, STEPS, batches_of, made
 from tests.support.steps import VOCAB, check_changes, data, made_of, recipe, weights
-from tests.support.two_ranks import run_two
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """The folder where both have left what they found, and that."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_two("tests.support.ranks_child", folder)
-    return folder, *(json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
+    return folder, *found_on(2, folder, lambda rank: ranks_child.found_by(rank, folder))
 
 
 def alone(name, dtype=torch.float32, *, fused=True):

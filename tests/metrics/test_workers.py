@@ -7,14 +7,13 @@ import torch
 
 from moe_unlearn.metrics.workers import share
 from moe_unlearn.ranks import gather, gathered, is_first
-from tests.support.two_ranks import run_two
-from tests.support.workers_child import evaluations
+from tests.support.forked_ranks import found_on
+from tests.support.workers_child import evaluations, found_by
 
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
-    run_two("tests.support.workers_child", tmp_path)
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
+    first, second = found_on(2, tmp_path, lambda rank: found_by(rank, tmp_path))
     alone = evaluations(None)
     for key, value in alone.items():
         assert first[key] == second[key]

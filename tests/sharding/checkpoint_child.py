@@ -1,10 +1,8 @@
-"""One of four ranks that save and resume a model and its optimizer under several engines.
+"""Four ranks save and resume a model and its optimizer under several engines.
 
 Every engine makes the update that one process makes: it is elementwise, and so is the gradient here.
 """
 
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +23,6 @@ from moe_unlearn.model.saving import save_pretrained
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.optim import MaskedAdamW
 from tests.support.models import tiny_olmoe
-from tests.support.two_ranks import join
 
 RANKS = 4
 OLD = "step-00000001"  # of one process, in its own format
@@ -134,7 +131,7 @@ def message(function: Callable[[], object]) -> str:
 
 
 def misused(rank: int, folder: Path) -> dict:
-    """What is said of trees that would lose something, on every rank of all four."""
+    """Return what is said of trees that would lose something, on every rank of all four."""
     own = torch.full((2, 3), float(rank))
     found = {"plain": message(lambda: sharded.save(folder / "bad", {"m": own}))}
     found["json"] = message(lambda: sharded.save(folder / "bad", {"here": {"n": rank}}))
@@ -175,7 +172,7 @@ def replicas(rank: int, folder: Path) -> bool:
 
 
 def lost(rank: int, folder: Path) -> list[float]:
-    """What torch's own storage gives back of tensors that differ from rank to rank under one name."""
+    """Return what torch's own storage gives back of tensors that differ from rank to rank under one name."""
     state = {"m": torch.full((2,), float(rank))}
     torch_checkpoint.save(state, checkpoint_id=str(folder / "torch"))
     torch_checkpoint.load(state, checkpoint_id=str(folder / "torch"))
@@ -212,10 +209,8 @@ def of_torch(engines: Engines, folder: Path) -> bool:
     return all(torch.equal(a, b) and b.any() for a, b in zip(after, before, strict=True) if len(b))
 
 
-def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    join(rank, folder)
+def found_by(rank: int, folder: Path) -> dict:
+    """Save, resume and save the model again; return what was said of misuse, and what came back."""
     found = {"lost": lost(rank, folder)}
     torch.save = torch.load = refused
     found["misused"] = misused(rank, folder)
@@ -236,9 +231,4 @@ def main() -> None:
             out = folder / "hub" / f"{saved}-{engine}"
             save_pretrained(trained.model, out, max_shard_size="40KB", group=group)
     distributed.barrier()
-    (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return found

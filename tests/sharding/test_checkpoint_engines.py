@@ -12,8 +12,8 @@ from moe_unlearn.checkpoint import CheckpointError, latest, sharded, states, ver
 from moe_unlearn.checkpoint.sharded import Slices
 from tests.sharding import checkpoint_child as child
 from tests.sharding.checkpoint_child import OLD, RANKS, RESUMED, Trained
+from tests.support.forked_ranks import found_on
 from tests.support.steps import weights
-from tests.support.two_ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +28,7 @@ def ranks(tmp_path_factory) -> tuple[Path, list[dict]]:
     one.step()
     sharded.save(folder / "one", one.state())
     states.commit(folder, 1, one.state() | {"optimizer": one.moments()})
-    run_ranks("tests.sharding.checkpoint_child", folder, RANKS)
-    return folder, [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
+    return folder, found_on(RANKS, folder, lambda rank: child.found_by(rank, folder))
 
 
 def after(steps: int) -> Trained:

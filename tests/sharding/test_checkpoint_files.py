@@ -16,7 +16,7 @@ from moe_unlearn.checkpoint.optimizer import from_tree, to_tree
 from moe_unlearn.checkpoint.sharded import Part, Slices
 from moe_unlearn.checkpoint.tensor_file import Rows, kind_of, stored_in, tensor_file
 from moe_unlearn.files import UNFINISHED
-from tests.support.forked_ranks import run_forked
+from tests.support.forked_ranks import found_on
 
 STATE = {
     "weights": {"a.weight": torch.arange(6.0).view(2, 3).t(), "b": torch.ones(3, dtype=torch.bfloat16)},
@@ -35,8 +35,7 @@ def good(tmp_path_factory):
     """A checkpoint of two ranks."""
     folder = tmp_path_factory.mktemp("good")
     shares = [[0, 1, 3], [4, 7]]
-    act = lambda rank: sharded.save(folder / "kept", STATE | {"m": slices(shares[rank])})  # noqa: E731
-    assert run_forked(2, folder, act) == [0, 0]
+    found_on(2, folder, lambda rank: sharded.save(folder / "kept", STATE | {"m": slices(shares[rank])}))
     return folder / "kept"
 
 

@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 
 from moe_unlearn import delta
 from moe_unlearn.cli import main
 from moe_unlearn.masks import WeightMask
+from tests.support import command_line_child
 from tests.support.command_line import arguments, saved
 from tests.support.command_line_child import commands, unlearning
-from tests.support.two_ranks import ROOT
+from tests.support.forked_ranks import launched
+from tests.support.sources import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +33,19 @@ def torchrun(*command, **environment):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     own = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run([*launcher, "-m", *map(str, command)], cwd=ROOT, env=own, capture_output=True, timeout=300)
+
+
+def commanded(folder, only=None, **environment):
+    """Return how two ranks end that run the commands in `folder` one after the other, or `only` one of them."""
+    # as torchrun's agent, which has the store in which the ranks of each command meet
+    store = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    def act(rank):
+        os.environ.update(meeting | environment)
+        command_line_child.run(folder, only)
+
+    return launched(2, folder, act)
 
 
 def read(path):
@@ -49,9 +65,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    """What both ranks printed and returned, by the command's name."""
-    ended = torchrun(CHILD, folder)
-    assert ended.returncode == 0, ended.stderr.decode()
+    """Return what both ranks printed and returned, by the command's name."""
+    assert commanded(folder) == [0, 0], [path.read_text(encoding="utf-8") for path in folder.glob("error*")]
     return [read(folder / f"rank{rank}.json") for rank in range(2)]
 
 
@@ -221,23 +236,13 @@ def test_the_next_command_finds_no_trace_of_a_failed_one(ranks, folder):
 
 
 def test_a_rank_killed_in_a_step_ends_the_other_with_a_message(folder):
-    launch = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FAULT": "killed"} | launch
-    command = [sys.executable, "-m", CHILD, str(folder), "fsdp"]
-    both = [
-        subprocess.Popen(command, cwd=ROOT, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        assert [child.wait(timeout=120) for child in both] == [0, -signal.SIGKILL]
-    finally:
-        for child in both:
-            child.kill()
+    assert commanded(folder, "fsdp", FAULT="killed") == [0, -signal.SIGKILL]
     found = read(folder / "rank0.json")["fsdp"]
     assert found["code"] == 2
     assert "moe-unlearn: error: rank 0 lost another rank" in found["err"].splitlines()[-1]
 
 
+@pytest.mark.nightly
 def test_torchrun_says_which_rank_was_killed_and_ends_the_other(tmp_path):
     saved(tmp_path)
     ended = torchrun(CHILD, tmp_path, "fsdp", FAULT="killed")

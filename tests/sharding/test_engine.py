@@ -1,4 +1,4 @@
-"""What one process asks of an engine that is not there, and which versions are refused."""
+"""One process refuses an engine that is not there, and versions that are too old."""
 
 import importlib.metadata
 

@@ -1,24 +1,28 @@
 """Four ranks make the step of one process, in float64: with experts shared out, and with replicas of shards."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.support import experts_child, sharded_child
-from tests.support.experts_child import ENGINES, NAMES, RANKS
-from tests.support.sharded_child import STEPS, UNSENT, batches_of, masks_of, step_of, weights_of
+from tests.support.experts_child import ENGINES, MORE, NAMES, RANKS
+from tests.support.forked_ranks import found_on
+from tests.support.sharded_child import STEPS, batches_of, masks_of, step_of, weights_of
 from tests.support.steps import made_of
-from tests.support.two_ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """The folder where all four have left what they found, and that."""
     folder = tmp_path_factory.mktemp("experts")
-    run_ranks("tests.support.experts_child", folder, RANKS)
-    return folder, *(json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS))
+    return folder, *found_on(RANKS, folder, lambda rank: experts_child.found_by(rank, folder))
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory):
+    """The same of the cases that repeat those."""
+    folder = tmp_path_factory.mktemp("more")
+    return folder, *found_on(RANKS, folder, lambda rank: experts_child.made_by(rank, folder, MORE))
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +40,23 @@ def alone():
     return of
 
 
+def cases_of(names):
+    return pytest.mark.parametrize("engine,name", [(engine, name) for engine, own in names.items() for name in own])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine,name", [(engine, name) for engine, names in NAMES.items() for name in names])
+@cases_of(NAMES)
 def test_four_ranks_make_the_step_of_one(engine, name, ranks, alone):
+    check(engine, name, ranks, alone)
+
+
+@pytest.mark.nightly
+@cases_of(MORE)
+def test_four_ranks_make_more_steps_of_one(engine, name, more, alone):
+    check(engine, name, more, alone)
+
+
+def check(engine, name, ranks, alone):
     folder, *found = ranks
     case = f"{engine} {name}"
     ours = load_file(folder / f"{case}.safetensors")
@@ -60,7 +78,7 @@ def test_four_ranks_make_the_step_of_one(engine, name, ranks, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", UNSENT)
+@pytest.mark.parametrize("name", [name for name in NAMES["ep 4"] if name != "combined"])
 def test_experts_of_one_rank_alone_are_updated_as_in_one_process(name, ranks):
     """In the backward pass, or from factors; where two ranks share them out, their gradients are whole."""
     obstacle, *metrics = ranks[1][f"ep 4 {name}"]

@@ -1,7 +1,5 @@
 """Two ranks that FSDP2 shares the weights out to make the step of one process, bit for bit."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,24 +7,22 @@ from safetensors.torch import load_file
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.testing.yardstick import Reference
 from tests.support import sharded_child
+from tests.support.forked_ranks import found_on
 from tests.support.sharded_child import ALL, STEPS, UNEVEN, batches_of, masks_of, step_of, weights_of
 from tests.support.steps import check_changes, data, made_of
-from tests.support.two_ranks import run_ranks, run_two
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """The folder where both have left what they found, and that."""
     folder = tmp_path_factory.mktemp("sharded")
-    run_two("tests.support.sharded_child", folder)
-    return folder, *(json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
+    return folder, *found_on(2, folder, lambda rank: sharded_child.found_by(rank, folder))
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     folder = tmp_path_factory.mktemp("uneven")
-    run_ranks("tests.support.sharded_child", folder, 3)
-    return folder, *(json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(3))
+    return folder, *found_on(3, folder, lambda rank: sharded_child.found_by(rank, folder))
 
 
 def alone(name, ranks=2, dtype=torch.float32, *, fused=True):

@@ -1,7 +1,5 @@
 """What one rank alone refuses, or finds not to be finite, ends the step of all: no weight moves, none waits in vain."""
 
-import json
-
 import pytest
 import torch
 from torch import distributed, nn
@@ -9,7 +7,7 @@ from transformers.distributed import DistributedConfig
 
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.objectives import Objectives
-from tests.support.forked_ranks import run_forked
+from tests.support.forked_ranks import found_on
 from tests.support.sharded_child import batches_of, model, shard, weights_of
 from tests.support.steps import VOCAB, data, recipe
 
@@ -154,7 +152,7 @@ def attempted(step, act, rank):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each of two ranks met, by engine and case."""
+    """Return what each of two ranks met, by engine and case."""
     made = {}
 
     def of(engine):
@@ -167,10 +165,9 @@ def found(tmp_path_factory):
                 for name, (base, stop, _) in cases(engine).items():
                     step = UnlearnStep(ENGINES[engine](folder), recipe(base), process_group=distributed.group.WORLD)
                     own[name] = attempted(step, stop, rank)
-                (folder / f"rank{rank}.json").write_text(json.dumps(own), encoding="utf-8")
+                return own
 
-            assert run_forked(2, folder, act, patience=20) == [0, 0], [*folder.glob("error*")]
-            made[engine] = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+            made[engine] = found_on(2, folder, act)
         return made[engine]
 
     return of

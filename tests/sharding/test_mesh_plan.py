@@ -1,6 +1,5 @@
 """Plans for meshes: one rank's memory and traffic against what four gloo ranks hold and send, and against formulas."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +12,11 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.plan import Mesh
 from moe_unlearn.step import UnlearnStep
+from tests.support import mesh_child
 from tests.support.batches import random_batch, with_refusals
+from tests.support.forked_ranks import found_on
 from tests.support.meshes import CASES, RANKS, VOCAB, batches, model_of, recipe, save
 from tests.support.models import TINY_MODELS
-from tests.support.two_ranks import run_ranks
 
 
 @pytest.mark.quick
@@ -77,11 +77,10 @@ def test_a_model_that_is_sharded_already_is_refused_with_the_mesh_to_give(given)
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """What each rank measured, by case."""
+    """Return what each rank measured, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     save(folder)
-    run_ranks("tests.support.mesh_child", folder, RANKS)
-    found = [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
+    found = found_on(RANKS, folder, lambda rank: mesh_child.found_by(folder))
     return {name: [own[name] for own in found] for name in CASES}
 
 
@@ -123,7 +122,7 @@ def made(name, *overrides):
 RUNS = [
     ("olmoe", "npo", "fsdp=3"),
     ("qwen3_moe", "combined", "fsdp=4,ep=2"),
-    ("gpt_oss", "mollm", "fsdp=4,ep=4"),
+    pytest.param("gpt_oss", "mollm", "fsdp=4,ep=4", marks=pytest.mark.nightly),
     ("olmoe", "rmu", "fsdp=2"),
     ("olmoe", "seuf", "fsdp=4,ep=2"),
 ]

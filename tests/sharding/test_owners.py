@@ -33,12 +33,12 @@ def seeing(module, made, compiling):
 
 
 def local(p):
-    """What transformers' expert parallelism puts in place of a parameter: a part of it, computed for each pass."""
+    """Return what transformers' expert parallelism puts in place of a parameter: a part, computed for each pass."""
     return p.view_as(p)
 
 
 def gathered(p):
-    """What FSDP2 puts in place of a parameter: a leaf of its own, of which only its hooks know the parameter."""
+    """Return what FSDP2 puts in place of a parameter: a leaf of its own, of which only its hooks know the parameter."""
     return p.detach().requires_grad_()
 
 

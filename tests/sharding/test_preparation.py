@@ -1,4 +1,4 @@
-"""What several ranks prepare together: the values of one process; the first rank's where ranks compute otherwise."""
+"""Several ranks prepare the values of one process; the first rank's where ranks compute otherwise."""
 
 import json
 import weakref
@@ -17,7 +17,7 @@ from moe_unlearn.prepare.rows import RowStore
 from moe_unlearn.prepare.stages import Preparation, prepare
 from moe_unlearn.ranks import RankError, Ranks
 from tests.support.batches import random_batches
-from tests.support.forked_ranks import run_forked
+from tests.support.forked_ranks import found_on
 from tests.support.models import tiny_olmoe
 from tests.support.steps import VOCAB, data, recipe
 
@@ -69,7 +69,7 @@ def passes_of(cache: Path, ranks: Ranks | None = None) -> int:
 
 
 def refused(cache: Path, rank: int, ranks: Ranks) -> list[str]:
-    """What each rank says where the first one's disk fails, in what it writes and in what it reads."""
+    """Return what each rank says where the first one's disk fails, in what it writes and in what it reads."""
     said = []
     for name, error in (("write", SafetensorError("no space left")), ("read", PermissionError("not yours"))):
         with pytest.MonkeyPatch.context() as patch:
@@ -83,7 +83,7 @@ def refused(cache: Path, rank: int, ranks: Ranks) -> list[str]:
 
 
 def without_memory(rank: int, ranks: Ranks) -> list[str]:
-    """What a rank says where the second one fails in a forward pass, by the stage that makes it."""
+    """Return what a rank says where the second one fails in a forward pass, by the stage that makes it."""
     said = []
     for name, where in (("npo", stages), ("trace", trace), ("seuf", seuf)):
         with pytest.MonkeyPatch.context() as patch:
@@ -98,7 +98,7 @@ def without_memory(rank: int, ranks: Ranks) -> list[str]:
 
 
 def damaged_mask(rank: int, ranks: Ranks) -> str:
-    """What a rank says where the second one cannot read the mask that the recipe names."""
+    """Return what a rank says where the second one cannot read the mask that the recipe names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masks, "load", Mock(side_effect=ValueError("damaged") if rank else None))
         try:
@@ -109,7 +109,7 @@ def damaged_mask(rank: int, ranks: Ranks) -> str:
 
 
 def other_state(rank: int) -> list[str]:
-    """What a rank says where the second one has prepared other rows before, of sharded weights, and other stages."""
+    """Return what a rank says where the second one has prepared other rows of sharded weights, and other stages."""
     said = []
     cases = (
         (fully_shard(model()), {"rows": {"forget": [], "refusals": [], "retain": []}}),
@@ -150,7 +150,7 @@ def streamed(ranks: Ranks) -> list:
     return [found.counts.tolist(), found.tokens, most]
 
 
-def found_by(rank: int, folder: Path) -> None:
+def found_by(rank: int, folder: Path) -> dict:
     ranks = Ranks(model(), distributed.group.WORLD)
     found = {name: numbers_of(name, ranks) for name in RECIPES}
     with pytest.MonkeyPatch.context() as patch:
@@ -162,16 +162,15 @@ def found_by(rank: int, folder: Path) -> None:
     found["memory"] = without_memory(rank, ranks)
     found["mask"] = damaged_mask(rank, ranks)
     found["digest"], found["statistics"] = digested(ranks), streamed(ranks)
-    (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What each of two ranks has found."""
+    """Return what each of two ranks has found."""
     folder = tmp_path_factory.mktemp("preparation")
     passes_of(folder / "cache1")  # a disk of the second rank's own, on which all is stored
-    assert run_forked(2, folder, lambda rank: found_by(rank, folder)) == [0, 0]
-    return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    return found_on(2, folder, lambda rank: found_by(rank, folder))
 
 
 @pytest.mark.slow

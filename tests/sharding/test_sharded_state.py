@@ -1,6 +1,4 @@
-"""What each of two ranks keeps under FSDP2: random bits of rounding, its part of masks and states, numerics."""
-
-import json
+"""Each of two ranks keeps its own part under FSDP2: random bits of rounding, masks and states, numerics."""
 
 import pytest
 import torch
@@ -8,11 +6,11 @@ from safetensors.torch import load_file
 
 from moe_unlearn import masks
 from moe_unlearn.masks import WeightMask
-from tests.support import sharded_child
+from tests.support import sharded_child, sharded_state_child
+from tests.support.forked_ranks import found_on
 from tests.support.sharded_child import masks_of, weights_of
 from tests.support.sharded_state_child import NARROW, REBOUND, RESUMED, alike, begun, gone_on, micro_batches, narrow
 from tests.support.steps import made_of
-from tests.support.two_ranks import run_two
 
 pytestmark = pytest.mark.slow
 
@@ -22,8 +20,7 @@ def ranks(tmp_path_factory):
     """The folder where both have left what they found, and that."""
     folder = tmp_path_factory.mktemp("state")
     begun(sharded_child.model(), micro_batches(0), folder / "of one")
-    run_two("tests.support.sharded_state_child", folder)
-    return folder, *(json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
+    return folder, *found_on(2, folder, lambda rank: sharded_state_child.found_by(rank, folder))
 
 
 @pytest.mark.parametrize("name", [*NARROW, f"rebound {REBOUND}"])

@@ -1,14 +1,12 @@
 """UnlearnTrainer on weights that an engine shares out over two ranks trains as one process does."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.support import trainer_child
+from tests.support.forked_ranks import found_on
 from tests.support.trainer_child import BITWISE, CASES, CLOSE
-from tests.support.two_ranks import run_two
 
 pytestmark = pytest.mark.slow
 
@@ -17,8 +15,7 @@ pytestmark = pytest.mark.slow
 def ranks(tmp_path_factory):
     """The folder where both have left what they found, and that."""
     folder = tmp_path_factory.mktemp("trainer")
-    run_two("tests.support.trainer_child", folder)
-    return folder, *(json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
+    return folder, *found_on(2, folder, lambda rank: trainer_child.found_by(rank, folder))
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """A checkpoint of UnlearnTrainer on sharded weights is resumed by any number of ranks, of any engine, and by one."""
 
-import json
-import os
 import shutil
 from unittest import mock
 
 import peft
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,7 +17,7 @@ from moe_unlearn.checkpoint import CheckpointError
 from moe_unlearn.checkpoint.sharded import entries
 from moe_unlearn.data import ForgetRetainDataset
 from moe_unlearn.trainer import UnlearnTrainer
-from tests.support.forked_ranks import run_forked
+from tests.support.forked_ranks import found_on
 from tests.support.models import tiny_olmoe
 from tests.support.sharded_child import shard, weights_of
 from tests.support.steps import recipe
@@ -58,7 +56,7 @@ def adapted(seed=0):
 
 
 def messages(rank, folder, saved):
-    """What a rank says of its own error, and of another's, where a Trainer's ranks wait for one another."""
+    """Return what a rank says of its own error, and of another's, where a Trainer's ranks wait for one another."""
     run = trainer(shard(model()), folder, "npo", save_strategy="no", ddp_backend="gloo", gradient_accumulation_steps=2)
     collate, draw = run.data_collator, Trainer.get_batch_samples
     batch = run._prepare_inputs(next(iter(run.get_train_dataloader())))
@@ -109,21 +107,6 @@ def trainer(made, folder, base="trace", **keywords):
     settings.per_device_train_batch_size = 2
     changes = OVERRIDES if base == "trace" else OVERRIDES[:2]
     return UnlearnTrainer(made, settings, recipe(base, *changes, lr=1e-2), pairs)
-
-
-def on_ranks(count, folder, act):
-    """Fork `count` ranks, which must all end well, with what torchrun sets for accelerate."""
-    folder.mkdir()
-
-    def one(rank):
-        launch = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank}
-        os.environ.update({key: str(value) for key, value in launch.items()})
-        PartialState._reset_state()
-        AcceleratorState._reset_state()
-        act(rank)
-
-    ended = run_forked(count, folder, one)
-    assert ended == [0] * count, [path.read_text(encoding="utf-8")[-2000:] for path in folder.glob("error*")]
 
 
 def keep(run, rank, path):
@@ -181,20 +164,21 @@ def runs(tmp_path_factory):
         run.train(resume_from_checkpoint=str(root / "lora" / AT))
         keep(run, rank, root / "lora to 2.safetensors")
 
-    def stopped(rank):
-        found = messages(rank, root / "out", root / "fsdp2")
-        (root / f"messages{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-
     for name, only in (("one", False), ("one without optimizer", True)):
         trainer(model(), root / name, gradient_accumulation_steps=2, save_only_model=only).train()
-    on_ranks(2, root / "meet lora", adapters)
-    on_ranks(4, root / "meet ep4", experts)
-    on_ranks(2, root / "meet fsdp2", whole)
-    on_ranks(2, root / "meet stopped", stopped)
-    on_ranks(2, root / "meet two", resumed)
-    on_ranks(3, root / "meet three", resumed)
-    on_ranks(2, root / "meet accelerate", accelerated)
+    found_on(2, root / "meet lora", adapters)
+    found_on(4, root / "meet ep4", experts)
+    found_on(2, root / "meet fsdp2", whole)
+    found_on(2, root / "meet two", resumed)
+    found_on(3, root / "meet three", resumed)
+    found_on(2, root / "meet accelerate", accelerated)
     return root
+
+
+@pytest.fixture(scope="module")
+def said(runs):
+    """Return what each of two ranks says of its own errors, and of the other's."""
+    return found_on(2, runs / "meet stopped", lambda rank: messages(rank, runs / "out", runs / "fsdp2"))
 
 
 def differences(ours, theirs, started=None):
@@ -277,9 +261,8 @@ STOPPED = {
 
 
 @pytest.mark.parametrize("name", STOPPED)
-def test_an_error_of_one_rank_ends_all(name, runs):
-    for rank, words in enumerate(STOPPED[name]):
-        found = json.loads((runs / f"messages{rank}.json").read_text(encoding="utf-8"))
+def test_an_error_of_one_rank_ends_all(name, said):
+    for found, words in zip(said, STOPPED[name], strict=True):
         assert found[name].startswith(words)
 
 

@@ -1,10 +1,9 @@
 """Two ranks verify their steps against the plain step of one process: with whole weights, under FSDP2 and EP."""
 
-import json
-
 import pytest
 
-from tests.support.two_ranks import run_two
+from tests.support import verify_child
+from tests.support.forked_ranks import found_on
 from tests.support.verify_child import FAULTS, NAMES
 
 VERIFIED = [f"{engine} {name}" for engine, names in NAMES.items() for name in names]
@@ -12,10 +11,9 @@ VERIFIED = [f"{engine} {name}" for engine, names in NAMES.items() for name in na
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What both have found."""
+    """Return what both have found."""
     folder = tmp_path_factory.mktemp("verified")
-    run_two("tests.support.verify_child", folder)
-    return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    return found_on(2, folder, lambda rank: verify_child.found_by(rank, folder))
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def said(folder: Path, name: str, rank: int, command: list[str]) -> dict:
     Nobody reads what the first rank prints of the command "pipe".
     """
     paths = [folder / f"{name}-{rank}.{stream}" for stream in ("out", "err")]
-    kept = [os.dup(1), os.dup(2)]
+    kept, streams = [os.dup(1), os.dup(2)], (sys.stdout, sys.stderr)
     try:
         for stream, path in zip((1, 2), paths, strict=True):
             with path.open("wb") as file:
@@ -79,9 +79,13 @@ def said(folder: Path, name: str, rank: int, command: list[str]) -> dict:
             os.close(read)
             os.dup2(write, 1)
             os.close(write)
+        # those of this process know whether the descriptors could seek before, or are pytest's own
+        sys.stdout, sys.stderr = (open(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))
         code = main(command)
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
         for stream, own in zip((1, 2), kept, strict=True):
             os.dup2(own, stream)
             os.close(own)

@@ -1,7 +1,5 @@
-"""One of four ranks over which transformers shares out a model's experts, or FSDP2 its replicas, in float64."""
+"""Four ranks make steps in float64: transformers shares out the experts, or FSDP2 replicas."""
 
-import json
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -20,13 +18,18 @@ from moe_unlearn.step import UnlearnStep, factors, gradients, sinks
 from tests.support import sharded_child
 from tests.support.sharded_child import CASES, STEPS, UNSENT, batches_of, masks_of, shard, step_of, weights_of
 from tests.support.steps import data, made_of, recipe
-from tests.support.two_ranks import join
 
 EP, RANKS = 2, 4
 OWN = [name for name, (_, _, asked) in CASES.items() if "family" not in asked]
-FEW = ("graddiff sgd", "trace", "combined")
-# the cases of each engine
-NAMES = {"ep 2 x efsdp 2": [*OWN, "update"], "ep 4": [*FEW, *UNSENT], "replicas": list(FEW)}
+FEW = ["graddiff sgd", "trace", "combined"]
+# the cases of each engine: each objective and each road once, and what repeats them
+NAMES = {
+    "ep 2 x efsdp 2": ["graddiff clip", "npo", "trace", "wagle npo", "mollm", "combined", "update"],
+    "ep 4": ["combined", "update", "update adamw", "factors trace"],
+    "replicas": ["combined"],
+}
+ALL = {"ep 2 x efsdp 2": [*OWN, "update"], "ep 4": [*FEW, *UNSENT], "replicas": FEW}
+MORE = {engine: [name for name in names if name not in NAMES[engine]] for engine, names in ALL.items()}
 # experts on one rank each, and on two that share them out
 ENGINES = {"ep 2 x efsdp 2": EP, "ep 4": RANKS}
 
@@ -68,7 +71,7 @@ def halving(folder: Path, ep: int, rank: int) -> dict:
 
 
 def planned(folder: Path) -> str:
-    """What is said of a plan of a model that is sharded already."""
+    """Return what is said of a plan of a model that is sharded already."""
     try:
         UnlearnStep(loaded(folder, EP), recipe("graddiff")).plan(*data())
     except ValueError as error:
@@ -77,7 +80,7 @@ def planned(folder: Path) -> str:
 
 
 def stopped(folder: Path, rank: int, name: str) -> list:
-    """What ends on all ranks where the factors of one of them are not finite: the error, what moved, the next loss."""
+    """Return what all ranks have where the factors of one are not finite: an error, what moved, the next loss."""
     step, largest = step_of(loaded(folder, RANKS), name), factors.largest_sum
     step.restore = lambda: "all is restored"
     before = weights_of(step)
@@ -97,7 +100,7 @@ def stopped(folder: Path, rank: int, name: str) -> list:
 
 
 def adapted(folder: Path) -> str:
-    """What is said of adapters on the weights of experts that are shared out."""
+    """Return what is said of adapters on the weights of experts that are shared out."""
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     settings = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts)
     try:
@@ -118,24 +121,23 @@ def steps_of(model: nn.Module, case: str, name: str, rank: int, folder: Path) ->
     return [obstacle, *metrics]
 
 
-def main(rank: int, folder: Path) -> None:
-    join(rank, folder)
+def made_by(rank: int, folder: Path, names: dict[str, list[str]]) -> dict:
+    """Make the steps of the cases of each engine; return obstacles and metrics."""
     if rank == 0:
         sharded_child.model().save_pretrained(folder / "model")
     distributed.barrier()
-    found: dict = {"halving": {engine: halving(folder, ep, rank) for engine, ep in ENGINES.items()}}
+    found = {}
+    for engine, own in names.items():
+        for name in own:
+            made, case = loaded(folder, ENGINES[engine]) if engine in ENGINES else replicated(), f"{engine} {name}"
+            found[case] = steps_of(made, case, name, rank, folder)
+    return found
+
+
+def found_by(rank: int, folder: Path) -> dict:
+    """Make the steps of the usual cases, and what else ranks with experts of their own meet; return what came of it."""
+    found = made_by(rank, folder, NAMES)
+    found |= {"halving": {engine: halving(folder, ep, rank) for engine, ep in ENGINES.items()}}
     found["stopped"] = {name: stopped(folder, rank, name) for name in ("graddiff sgd", "update")}
     found |= {"planned": planned(folder), "adapted": adapted(folder)}
-    for engine, ep in ENGINES.items():
-        found[f"{engine} counts"] = counts(loaded(folder, ep))
-        for name in NAMES[engine]:
-            case = f"{engine} {name}"
-            found[case] = steps_of(loaded(folder, ep), case, name, rank, folder)
-    for name in NAMES["replicas"]:
-        found[f"replicas {name}"] = steps_of(replicated(), f"replicas {name}", name, rank, folder)
-    (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    return found | {f"{engine} counts": counts(loaded(folder, ep)) for engine, ep in ENGINES.items()}

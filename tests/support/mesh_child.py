@@ -1,7 +1,5 @@
-"""One of four ranks that measure what torch's FSDP2 and transformers' expert parallelism hold and send in a step."""
+"""Four ranks measure what torch's FSDP2 and transformers' expert parallelism hold and send in a step."""
 
-import json
-import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +17,6 @@ from moe_unlearn.prepare.stages import Preparation
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.weights import build_optimizer
 from tests.support.meshes import CASES, RANKS, batches, model_of, recipe
-from tests.support.two_ranks import join
 
 
 class Sent(TorchDispatchMode):
@@ -102,12 +99,5 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     }
 
 
-def main(rank: int, folder: Path) -> None:
-    join(rank, folder)
-    found = {name: measure(name, folder) for name in CASES}
-    (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+def found_by(folder: Path) -> dict[str, dict[str, float]]:
+    return {name: measure(name, folder) for name in CASES}

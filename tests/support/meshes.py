@@ -24,7 +24,7 @@ class Case(NamedTuple):
 CASES = {
     "olmoe, 2 ranks": Case("olmoe", "fsdp=2"),
     "qwen3_moe, 4 ranks": Case("qwen3_moe", "fsdp=4"),
-    "uneven numbers of experts": Case("qwen3_moe", "fsdp=4", changes={"num_experts": 6}),
+    "uneven numbers of experts": Case("qwen3_moe", "fsdp=4", changes={"num_experts": 6, "num_hidden_layers": 3}),
     "experts on 2 x 2 ranks": Case("olmoe", "fsdp=4,ep=2", native=True),
     "experts on 4 ranks": Case("qwen3_moe", "fsdp=4,ep=4", native=True),
 }
@@ -34,7 +34,7 @@ def model_of(name: str) -> torch.nn.Module:
     """Weights that take more memory than what a step computes from its tokens."""
     case = CASES[name]
     torch.manual_seed(0)
-    return TINY_MODELS[case.family](VOCAB, hidden_size=128, num_hidden_layers=3, **case.changes).eval()
+    return TINY_MODELS[case.family](VOCAB, hidden_size=128, **case.changes).eval()
 
 
 def save(folder: Path) -> None:
@@ -49,5 +49,5 @@ def recipe() -> Recipe:
 
 
 def batches() -> tuple[dict, dict]:
-    """What every rank has; the same on all, so that as many tokens come to a rank as go."""
+    """Return what every rank has; the same on all, so that as many tokens come to a rank as go."""
     return random_batch(VOCAB, 2, 16, seed=1), random_batch(VOCAB, 2, 16, seed=2)

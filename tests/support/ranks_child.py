@@ -1,7 +1,5 @@
-"""One of two ranks that make unlearning steps together; writes its weights, and the errors it met."""
+"""Two ranks with whole weights make unlearning steps together; each writes its weights."""
 
-import json
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +19,6 @@ from moe_unlearn.trainer import UnlearnTrainer
 from tests.support.models import tiny_olmoe
 from tests.support.steps import VOCAB, changed, data, recipe, weights
 from tests.support.training import arguments, combined, differing, examples
-from tests.support.two_ranks import join
 
 STEPS = 2
 SGD = ["optimizer.name=sgd", "optimizer.momentum=0.9"]
@@ -49,7 +46,7 @@ def model(seed: int = 0) -> torch.nn.Module:
 
 
 def batches_of(i: int, rank: int) -> tuple[dict, dict]:
-    """What a rank has in step `i`."""
+    """Return what a rank has in step `i`."""
     forget, retain = data()
     which = (2 * i + rank) % len(forget)
     pair = forget[which], retain[which]
@@ -95,7 +92,7 @@ class NotFinite(Objectives):
 
 
 def refused(rank: int) -> list[str]:
-    """What must end on both ranks, though only one of them may have cause to, with no weight moved."""
+    """Return the errors that end both ranks, though only one of them may have cause to; no weight moves."""
     errors = []
 
     def attempt(act):
@@ -155,8 +152,8 @@ def elsewhere(rank: int) -> dict[str, str]:
     return found
 
 
-def main(rank: int, folder: Path) -> None:
-    join(rank, folder)
+def found_by(rank: int, folder: Path) -> dict:
+    """Make every step; return the metrics, and the errors that were met."""
     found = {}
     for name in CASES:
         after, found[name] = run(name, rank, folder)
@@ -165,9 +162,4 @@ def main(rank: int, folder: Path) -> None:
     save_file(after, folder / f"trainer-{rank}.safetensors")
     found["errors"], found["elsewhere"] = refused(rank), elsewhere(rank)
     found["cache"] = without_a_folder(rank, folder)
-    (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    return found

@@ -1,8 +1,5 @@
-"""One of the ranks that make unlearning steps on a model whose weights FSDP2 shards; writes its weights and errors."""
+"""Ranks make unlearning steps on a model whose weights FSDP2 shards; the first writes the weights."""
 
-import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -18,7 +15,6 @@ from moe_unlearn.sharding import whole
 from moe_unlearn.step import UnlearnStep
 from tests.support.models import TINY_MODELS
 from tests.support.steps import VOCAB, data, made_of, recipe
-from tests.support.two_ranks import join
 
 STEPS = 2
 ADAMW = ("optimizer.name=adamw", "optimizer.weight_decay=0.1", "optimizer.eps=1e-4")
@@ -98,7 +94,7 @@ def shard(made: nn.Module, how: str = "layers", **keywords) -> nn.Module:
 
 
 def batches_of(i: int, rank: int, ranks: int) -> tuple[dict, dict]:
-    """What a rank has as micro-batch `i`; ranks have tokens and rows of their own number."""
+    """Return what a rank has as micro-batch `i`; ranks have tokens and rows of their own number."""
     forget, retain = data()
     which = (ranks * i + rank) % len(forget)
     return tuple({key: value[rank % 2 :] for key, value in batch.items()} for batch in (forget[which], retain[which]))
@@ -149,7 +145,7 @@ def cached(rank: int, folder: Path) -> list:
 
 
 def another_dimension() -> str:
-    """What is said of weights that are cut along another dimension than 0."""
+    """Return what is said of weights that are cut along another dimension than 0."""
     made = model()
     fully_shard(made, shard_placement_fn=lambda p: Shard(p.dim() - 1))
     try:
@@ -159,20 +155,10 @@ def another_dimension() -> str:
     return "none"
 
 
-def main(rank: int, folder: Path, act: Callable[[int, Path], dict]) -> None:
-    join(rank, folder)
-    found = act(rank, folder)
-    (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    distributed.destroy_process_group()
-
-
-def every_case(rank: int, folder: Path) -> dict:
+def found_by(rank: int, folder: Path) -> dict:
+    """Make the steps of every case; return the metrics, and the errors that were met."""
     if distributed.get_world_size() == 3:  # rows that three do not share out evenly
         return {name: run(name, rank, folder) for name in UNEVEN}
     found = {name: run(name, rank, folder) for name in ALL}
     found |= {"another dimension": another_dimension(), "cached": cached(rank, folder)}
     return found
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), every_case)

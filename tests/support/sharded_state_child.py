@@ -1,6 +1,5 @@
-"""One of two ranks under FSDP2, where what matters is what a rank keeps: bits of rounding, masks, states, numerics."""
+"""Two ranks make steps under FSDP2 and say what each keeps: bits of rounding, masks, states."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from moe_unlearn.checkpoint import sharded
 from moe_unlearn.sharding import part
 from moe_unlearn.step import UnlearnStep
 from tests.support import sharded_child
-from tests.support.sharded_child import ADAMW, FLOOR, STEPS, batches_of, main, masks_of, shard, weights_of
+from tests.support.sharded_child import ADAMW, FLOOR, STEPS, batches_of, masks_of, shard, weights_of
 from tests.support.steps import data, made_of, recipe
 
 # cases in bfloat16
@@ -93,7 +92,7 @@ def resumed(rank: int, folder: Path) -> None:
 
 
 def rebound(rank: int, folder: Path) -> dict:
-    """What a step keeps whose weights are shared out after its preparation, and what is said after its first step."""
+    """Return what a step keeps whose weights are shared out after its preparation, and what it says if that is late."""
     step = alike(REBOUND, 2, shared=True, late=True)
     after = weights_of(step) | masks_of(step)
     if rank == 0:
@@ -108,7 +107,8 @@ def rebound(rank: int, folder: Path) -> dict:
     return found
 
 
-def all_of(rank: int, folder: Path) -> dict:
+def found_by(rank: int, folder: Path) -> dict:
+    """Make all steps and write their weights; return what this rank keeps."""
     found: dict = {"rebound": rebound(rank, folder)}
     for name in NARROW:
         step = alike(name, 2, shared=True)
@@ -122,7 +122,3 @@ def all_of(rank: int, folder: Path) -> dict:
             found["fraction"] = step.prepared.mask.fraction
     resumed(rank, folder)
     return found
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), all_of)

@@ -1,8 +1,6 @@
-"""One of two ranks that train a model whose weights each engine shares out; writes the weights, losses and refusals."""
+"""Two ranks train a model whose weights each engine shares out; the first writes the weights."""
 
-import json
 import os
-import sys
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -20,7 +18,6 @@ from tests.support.models import tiny_olmoe
 from tests.support.sharded_child import shard
 from tests.support.steps import recipe
 from tests.support.training import VOCAB, arguments, examples
-from tests.support.two_ranks import join
 
 ADAMW = ("optimizer.name=adamw", "optimizer.weight_decay=0.1", "optimizer.eps=1e-4")
 CASES = {"npo": ADAMW, "combined": (*ADAMW, "mollm.kl_floor=0", "mollm.gradients=compact", "wagle.keep=0.3")}
@@ -90,7 +87,7 @@ def afresh() -> None:
 
 
 def message(made: nn.Module, folder: Path, **keywords) -> str:
-    """What is said of a trainer that cannot be made."""
+    """Return what is said of a trainer that cannot be made."""
     deepspeed, init = keywords.pop("deepspeed", None), keywords.pop("init", forced)
     afresh()
     try:
@@ -104,7 +101,7 @@ def message(made: nn.Module, folder: Path, **keywords) -> str:
 
 
 def refused(folder: Path) -> dict:
-    """What is said of engines that are not supported, and of one that accelerate silently leaves out."""
+    """Return what is said of engines that are not supported, and of one that accelerate silently leaves out."""
     found = {
         "tensors": message(engine("tensors", folder)[0], folder),
         "deepspeed": message(model(), folder, deepspeed={"zero_stage": 3}),
@@ -120,8 +117,8 @@ def refused(folder: Path) -> dict:
     return found
 
 
-def main(rank: int, folder: Path) -> None:
-    join(rank, folder)
+def found_by(rank: int, folder: Path) -> dict:
+    """Train every case under every engine; return the losses and refusals."""
     if rank == 0:
         model().save_pretrained(folder / "model")
     distributed.barrier()
@@ -136,9 +133,4 @@ def main(rank: int, folder: Path) -> None:
             if rank == 0:
                 save_file(after, folder / f"{name} {case}.safetensors")
     found["refused"] = refused(folder)
-    (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    return found

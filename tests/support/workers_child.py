@@ -1,12 +1,9 @@
-"""One of two processes that share an evaluation; writes what it found as JSON."""
+"""Two processes share an evaluation, and meet what ends it."""
 
-import json
-import sys
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 from moe_unlearn.checkpoint import CheckpointError
@@ -16,7 +13,6 @@ from moe_unlearn.metrics.attacks import gradient_norms
 from moe_unlearn.metrics.workers import share
 from moe_unlearn.ranks import gathered, on_first, together
 from tests.support.models import tiny_olmoe
-from tests.support.two_ranks import join
 
 
 def evaluations(folder: Path | None) -> dict:
@@ -67,8 +63,8 @@ def sharded_scores() -> tuple[list, list[str]]:
     return [row.tolist() for row in together], refused
 
 
-def main(rank: int, folder: Path) -> None:
-    join(rank, folder)
+def found_by(rank: int, folder: Path) -> dict:
+    """Return scores, continuations and MUSE of this rank, what it shared, and the errors that it met."""
     found = evaluations(folder)
     plain, mine = torch.nn.Linear(1, 1), []
 
@@ -104,9 +100,4 @@ def main(rank: int, folder: Path) -> None:
             attempt()
         except Exception as error:
             found["errors"].append(f"{type(error).__name__}: {error}")
-    (folder / f"rank{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    return found
