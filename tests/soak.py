@@ -26,7 +26,7 @@ from tests.support.exactness import Subject, check_bits, check_free_running, che
 
 
 def run(case: dict, steps: int, until: float) -> dict | None:
-    """What became of one case; None if it is past `until`, in seconds since the epoch."""
+    """Return what became of one case; None if it is past `until`, in seconds since the epoch."""
     if time.time() > until:
         return None
     gc.set_threshold(50_000)  # what the imports made stays: to look through it so often takes a tenth of the time

@@ -89,7 +89,7 @@ def updated(model, settings, size):
 
 
 def change(model, after):
-    """What a run changed in the model's weights."""
+    """Return what a run changed in the model's weights."""
     return {name: after[name] - p.detach() for name, p in model.named_parameters()}
 
 

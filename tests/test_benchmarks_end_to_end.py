@@ -60,7 +60,7 @@ def muse_corpus(forget):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What a user has on disk: benchmarks as published, and models."""
+    """Return what a user has on disk: benchmarks as published, and models."""
     root = tmp_path_factory.mktemp("benchmarks")
     for name, forget in (("books", SPELLS), ("news", NEWS)):
         write_parts(root / "data" / name, muse_corpus(forget), "json")

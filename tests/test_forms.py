@@ -117,7 +117,7 @@ def model():
 
 
 def run(model, settings, pairs, prepared=None, *, fused=True):
-    """What steps of `pairs`, grouped by step, change away from the reference; their metrics; the state before."""
+    """Return what steps of `pairs` change away from the reference, by step; their metrics; the state before."""
     step = UnlearnStep(copy.deepcopy(model), settings, fused=fused)
     every = [pair for group in pairs for pair in group]
     if prepared is None:

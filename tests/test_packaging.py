@@ -1,4 +1,4 @@
-"""What is installed: the wheel's contents, no torch in the build requirements, the import without Triton."""
+"""The wheel has what it should, and no torch in its build requirements; the package imports without Triton."""
 
 import os
 import subprocess

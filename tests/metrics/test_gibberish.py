@@ -1,4 +1,4 @@
-"""What counts as gibberish, on generations whose repetition and likelihood are known."""
+"""Gibberish is told from text, on generations whose repetition and likelihood are known."""
 
 import pytest
 

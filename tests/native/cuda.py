@@ -1,4 +1,4 @@
-"""What the CUDA kernels can show without a GPU: nvcc's figures against the ledger, and a build in emulated threads."""
+"""The CUDA kernels show what they can without a GPU: nvcc's figures against the ledger, emulated threads."""
 
 import ctypes
 import re

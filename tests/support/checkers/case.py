@@ -38,7 +38,7 @@ RUNS = {
 
 
 def findings(case: Case, *, alignment: int = 1) -> list[str]:
-    """What is wrong with the launches of `case`; empty if nothing is.
+    """Return what is wrong with the launches of `case`; empty if nothing is.
 
     Args:
         alignment: bytes; tensors keep their addresses modulo it, as tensor descriptors need (16).
@@ -73,7 +73,7 @@ def _examine(case: Case, alignment: int) -> Iterator[str]:
 
 
 def _results(case: Case, arguments: dict, outputs: list[Tensor]) -> dict[str, bytes]:
-    """What the call returned and what it changed, as bytes."""
+    """Return what the call returned and what it changed, as bytes."""
     after = {f"output {i}": bits(tensor) for i, tensor in enumerate(outputs)}
     return after | {name: b"".join(map(bits, tensors_in(arguments.get(name)))) for name in case.mutates}
 

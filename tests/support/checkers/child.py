@@ -20,7 +20,7 @@ def about_to_run(text: str) -> None:
 
 
 def in_child(function: Callable[[], Iterable[str]], seconds: int = 120) -> list[str]:
-    """What `function` yields in a forked child; its death or exception as a finding of its own."""
+    """Return what `function` yields in a forked child; its death or exception as a finding of its own."""
     about_to_run("")
     read, write = os.pipe()
     child = os.fork()

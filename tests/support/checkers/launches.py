@@ -50,7 +50,7 @@ def tensors_in(value) -> list[Tensor]:
 
 
 class Watch:
-    """What is done with each launch inside `watch`, and what was found."""
+    """Says what is done with each launch inside `watch`, and what was found."""
 
     def __init__(self, edge, alignment, order, programs, trace, integer_atomics, known):
         self.edge, self.alignment, self.programs = edge, alignment, programs
