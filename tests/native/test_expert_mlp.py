@@ -16,6 +16,7 @@ from tests.support.impls import CPU
 pytestmark = pytest.mark.quick
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SEVERAL_CHUNKS = {"tokens": 400, "experts": 2, "hidden": 70, "inner": 45}  # of at most 256 rows
+MANY_ROWS = {"tokens": 700, "experts": 7, "hidden": 24, "inner": 40}
 ours = partial(expert_mlp, impl="cpu")
 
 
@@ -76,8 +77,7 @@ def test_instruction_sets_give_the_same_bits(dtype, gate):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("shape", [SEVERAL_CHUNKS, {"tokens": 700, "experts": 7, "hidden": 24, "inner": 40}], ids=str)
+@cover(indirect=["threads"], threads=(1, 2, 3), shape=(SEVERAL_CHUNKS, MANY_ROWS), dtype=(F32, BF16))
 @pytest.mark.slow
 def test_any_number_of_threads(shape, dtype, threads):
     """Ours share the work out alike; what is left is the order of a library's sums, which integers do not show."""

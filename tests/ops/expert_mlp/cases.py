@@ -16,7 +16,7 @@ GRADIENTS = ("hidden_states", "top_k_weights", "gate_up_proj", "down_proj")
 GPT_OSS = Gate("silu", 1.702, 7.0, 1.0)
 GATES = [*map(Gate, ACTIVATIONS), GPT_OSS, Gate("silu", 1.0, 0.5), Gate("gelu", limit=0.3)]
 GATES += [Gate("gelu_tanh", 1.702, 0.7, 1.0)]
-LAYOUT_FLAGS = list(itertools.product([False, True], repeat=4))
+LAYOUT_FLAGS = list(itertools.product([False, True], repeat=3))  # transposed, interleaved, gated
 ALL = (True, True, True, True, True)  # gradients that are needed
 
 

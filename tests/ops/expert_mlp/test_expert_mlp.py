@@ -27,9 +27,9 @@ def test_routing_patterns(bias, top_k, dtype, pattern, impl):
 
 
 @pytest.mark.quick
-@cover(indirect=["impl"], impl=IMPLS, flags=LAYOUT_FLAGS, dtype=DTYPES[:2])
-def test_layout_flags(dtype, flags, impl):
-    transposed, interleaved, bias, gated = flags
+@cover(indirect=["impl"], full=True, impl=IMPLS, flags=LAYOUT_FLAGS, bias=(False, True), dtype=DTYPES[:2])
+def test_layout_flags(dtype, bias, flags, impl):
+    transposed, interleaved, gated = flags
     layout = {"transposed": transposed, "interleaved": interleaved, "gated": gated}
     check(impl, case(inner=40, bias=bias, dtype=dtype, **layout))
 
