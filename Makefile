@@ -41,8 +41,9 @@ GPU ?=
 DIR ?= benchmarks/results
 # which study: --small or, empty, the whole
 STUDY ?= --small
-# tests start threads of their own, which must not wait for each other in loops
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+# tests start threads of their own, which must not wait for each other in loops; they start interpreters too, which would
+# compile every module anew, and pytest rewrite every test, where the environment forbids to keep bytecode
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 # a change here builds the native extension again
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 

@@ -1,5 +1,7 @@
 """Every op and epilogue under guard pages, fillings, shuffled programs and the tracer, on both code paths."""
 
+import collections
+
 import pytest
 
 from moe_unlearn import backend
@@ -12,18 +14,21 @@ pytestmark = pytest.mark.skipif(not INTERPRET.value, reason="the checkers observ
 ARCHITECTURES = {"80": 1, "90": 16}
 # `make quick` takes the smallest cases, on one architecture
 QUICK = ("one token", "5x6x37")
-# the other ops have the same kernels on every architecture: `make nightly` takes them on both
+# Ops whose kernels differ by architecture take each case on one in turn, and so do all slow cases, those of several
+# tiles; of these an epilogue takes one of two, and a loss one dtype. `make nightly` has the rest, and the other ops,
+# whose kernels are the same, on the second architecture.
 DESCRIPTORS = ("expert_mlp", "expert_wgrad", "token_loss")
-# cases of several tiles are slow: each takes one architecture in turn, and `make nightly` the other
-TILES = [name for name in CASES if "tiles" in name]
+REPEATED = {f"expert_wgrad/{epilogue} tiles" for epilogue in ("accumulate", "adamw", "inner")}
+REPEATED |= {f"expert_wgrad/{epilogue} odd tiles" for epilogue in ("store", "sgd", "score")}
+REPEATED |= {f"token_loss/{case}" for case in ("nll tiles float32", "uce tiles bfloat16", "kl tiles float32")}
+TURNS = [name for name in CASES if (name.startswith(DESCRIPTORS) or "tiles" in name) and name not in REPEATED]
 
 
 def marks(name, architecture):
     if architecture == "90" and any(small in name for small in QUICK):
         return pytest.mark.quick
-    chosen = ("80", "90")[TILES.index(name) % 2] if name in TILES else "80"
-    both = name not in TILES and name.startswith(DESCRIPTORS)
-    return () if both or architecture == chosen else pytest.mark.nightly
+    chosen = ("80", "90")[TURNS.index(name) % 2] if name in TURNS else "80"
+    return () if architecture == chosen and name not in REPEATED else pytest.mark.nightly
 
 
 @pytest.mark.parametrize(
@@ -37,3 +42,10 @@ def test_memory_and_order(name, architecture, monkeypatch):
 
 def test_every_op_and_epilogue_has_a_case():
     assert {name.partition(".")[0] for name in backend.registered()} <= {name.partition("/")[0] for name in CASES}
+
+
+def test_every_epilogue_and_loss_is_checked_on_both_architectures():
+    kinds = collections.Counter(name.split()[0] for name in CASES if name.startswith(("expert_wgrad", "token_loss")))
+    taken = {(n.split()[0], a) for n in CASES for a in ARCHITECTURES if marks(n, a) != pytest.mark.nightly}
+    assert [(k, a) for k, count in kinds.items() for a in ARCHITECTURES if count > 1 and (k, a) not in taken] == []
+    assert REPEATED < CASES.keys()
