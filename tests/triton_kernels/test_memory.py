@@ -7,7 +7,7 @@ import pytest
 from moe_unlearn import backend
 from moe_unlearn.triton_kernels.common import INTERPRET
 from tests.support.checkers.case import findings
-from tests.triton_kernels.memory_cases import CASES
+from tests.triton_kernels.memory_cases import CASES, DESCRIPTORS
 
 pytestmark = pytest.mark.skipif(not INTERPRET.value, reason="the checkers observe the interpreter")
 # Where tensor descriptors may be used, tensors keep their alignment; elsewhere they touch the guard page.
@@ -15,9 +15,8 @@ ARCHITECTURES = {"80": 1, "90": 16}
 # `make quick` takes the smallest cases, on one architecture
 QUICK = ("one token", "5x6x37")
 # Ops whose kernels differ by architecture take each case on one in turn, and so do all slow cases, those of several
-# tiles; of these an epilogue takes one of two, and a loss one dtype. `make nightly` has the rest, and the other ops,
-# whose kernels are the same, on the second architecture.
-DESCRIPTORS = ("expert_mlp", "expert_wgrad", "token_loss")
+# tiles; of these an epilogue takes one of two, and a loss one dtype. `make nightly` has the rest, and the other ops on
+# the second architecture.
 REPEATED = {f"expert_wgrad/{epilogue} tiles" for epilogue in ("accumulate", "adamw", "inner")}
 REPEATED |= {f"expert_wgrad/{epilogue} odd tiles" for epilogue in ("store", "sgd", "score")}
 REPEATED |= {f"token_loss/{case}" for case in ("nll tiles float32", "uce tiles bfloat16", "kl tiles float32")}

@@ -22,7 +22,7 @@ from tests.support.checkers.case import Case, bits
 from tests.support.checkers.child import in_child
 from tests.support.checkers.launches import map_tensors, tensors_in, watch
 from tests.support.checkers.memory import contiguous_strides, lazily, lazy, resident_bytes
-from tests.triton_kernels.memory_cases import CASES
+from tests.triton_kernels.memory_cases import CASES, DESCRIPTORS
 
 pytestmark = pytest.mark.skipif(not INTERPRET.value, reason="a GPU has no lazily committed memory")
 PAST = 2**31
@@ -73,8 +73,14 @@ def _results(case: Case, dim: int, last_offset: int) -> list[bytes]:
     return [bits(tensor) for tensor in [*tensors_in(case.function(**arguments)), *tensors_in(arguments)]]
 
 
-@pytest.mark.parametrize("architecture", ["80", "90"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name,architecture",
+    [
+        pytest.param(name, each, marks=() if each == "80" or name.startswith(DESCRIPTORS) else pytest.mark.nightly)
+        for name in NAMES
+        for each in ("80", "90")
+    ],
+)
 def test_every_argument_may_reach_past_2_to_the_31(name, architecture, monkeypatch):
     monkeypatch.setenv("MOE_UNLEARN_TRITON_ARCH", architecture)
 

@@ -42,8 +42,7 @@ def test_every_rule_and_numerics(numerics, rule, impl):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", FEW_RULES)
-@cover(takes, indirect=["impl"], impl=IMPLS, numerics=tuple(NUMERICS))
+@cover(takes, full=True, indirect=["impl"], impl=IMPLS, numerics=tuple(NUMERICS), rule=FEW_RULES)
 def test_every_numerics_with_momentum_and_with_moments(numerics, rule, impl):
     check_update(impl, rule, numerics, layout="transposed")
 
