@@ -242,6 +242,17 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(cache_dir: str | Path) -> Path:
+    """Return the folder `cache_dir`, made if need be; raise OSError that names it if it cannot be made."""
+    folder = Path(cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = "it is a file" if folder.is_file() else error.strerror
+        raise OSError(error.errno, f"cache_dir cannot be made a folder: {what}", str(folder)) from error
+    return folder
+
+
 def check_output(out: str | Path, inputs: Iterable[str | Path]) -> None:
     """Raise ValueError if `out` is one of the inputs or lies in one, through whatever links, or one lies in `out`."""
     target = Path(out).resolve()

@@ -17,7 +17,7 @@ mean over tokens in L_anchor is our reading: the paper prints one token's vector
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +79,7 @@ def gates(model: nn.Module, names: list[str] | None = None) -> Iterator[dict[str
 
 
 @torch.no_grad()
-def affinity(model: nn.Module, batches: list[dict[str, Tensor]], ranks: Ranks | None = None) -> Tensor:
+def affinity(model: nn.Module, batches: Sequence[dict[str, Tensor]], ranks: Ranks | None = None) -> Tensor:
     """Compute the affinity s [L, E] float64 over the attended tokens, layers in `experts_modules` order.
 
     `batches` are padded ones of `model.batches`; `ranks` share them, and have the same bits as one process.

@@ -18,7 +18,7 @@ the optimizer, however it is saved: who resumes from it begins anew with optimiz
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ from moe_unlearn.checkpoint.tensor_file import MODEL_FILES
 from moe_unlearn.config import Recipe
 from moe_unlearn.data.of_recipe import pair_collator, paired
 from moe_unlearn.data.pairs import side_batches
+from moe_unlearn.lazy import each
 from moe_unlearn.model.resuming import load_pretrained
 from moe_unlearn.model.saving import check_savable, has_adapters, save_pretrained
 from moe_unlearn.ranks import everyone
@@ -173,10 +174,9 @@ class UnlearnTrainer(Trainer):
         """Run `UnlearnStep.prepare` on all forget and retain examples of the dataset."""
         size = self.args.per_device_train_batch_size
 
-        def batches(side: str) -> Iterator:
-            # as they are asked for, since an error of one rank concerns all
+        def batches(side: str) -> Sequence:
             made = side_batches(self.train_dataset, side, size, self.data_collator, self._item)
-            yield from (self._prepare_inputs({side: batch})[side] for batch in made)
+            return each(made, lambda batch: self._prepare_inputs({side: batch})[side])
 
         self.unlearn_step.prepare(batches("forget"), batches("retain"), cache_dir=self._cache_dir)
 

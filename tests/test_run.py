@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 
 from moe_unlearn import data
 from moe_unlearn.benchmark import tiny_models
@@ -20,7 +21,7 @@ SMALL = tiny_models.Settings(hidden_size=16, intermediate_size=8, layers=1, head
 
 def run_of(*overrides, recipe="npo", forget=EXAMPLES[:5], retain=EXAMPLES[5:], seed=0):
     made = Recipe.load(recipe, ["batch_size=2", "steps=2", f"seed={seed}", *overrides])
-    return Run(tiny_models.tiny_olmoe(len(TOKENIZER), settings=SMALL), TOKENIZER, made, list(forget), list(retain))
+    return Run(tiny_models.tiny_olmoe(len(TOKENIZER), settings=SMALL), TOKENIZER, made, forget, retain)
 
 
 def order(run, count):
@@ -45,6 +46,25 @@ def test_the_seed_alone_orders_the_forget_rows_anew_every_epoch():
     assert run.micro_batch(4)["forget"]["index"].tolist() == first[4], "whatever was asked for before"
     partners = [run.micro_batch(i)["retain"]["index"].tolist() for i in (0, 1, 2)]
     assert len(set(itertools.chain(*partners))) == 5, "no retain row twice before all have come"
+
+
+def test_examples_in_a_file_give_the_weights_of_those_in_memory(tmp_path):
+    """Everything that reads rows: refusals, references, statistics, mask, pairs, epochs and drawn rows."""
+    documents = [data.Document("", text, f"{i}:") for i, text in enumerate(TEXTS)]
+    sides = {"forget": documents[:5], "retain": documents[5:]}
+    settings = ["forget.objective=idk_dpo", "trace.allow_empty=true", "retain_per_forget=1.5", "data.retain_rows=6"]
+
+    def trained(kind, encoded):
+        torch.manual_seed(0)
+        run = run_of("steps=4", *settings, recipe="combined", **{side: encoded(own) for side, own in sides.items()})
+        trainer = run.trainer(tmp_path / kind)
+        trainer.train()
+        return [*run.model.parameters()], trainer.unlearn_step.prepared.rows, trainer.state.log_history[:-1]
+
+    weights, *others = trained("memory", lambda own: data.encode(own, TOKENIZER, 32))
+    same, *theirs = trained("file", lambda own: data.stored(own, TOKENIZER, max_length=32))
+    assert all(map(torch.equal, weights, same))
+    assert theirs == others
 
 
 def test_the_plan_knows_the_batches_and_changes_no_weight():

@@ -17,6 +17,7 @@ from moe_unlearn.model.loading import DTYPES, Loading
 from moe_unlearn.plan import Mesh
 from moe_unlearn.ranks import everyone
 
+CACHE = "folder in which examples, and results of --benchmark, stay to be found again by their content"
 SOURCE = "a file, folder, benchmark or hub data set: NAME_OR_PATH[:SPLIT][?OPTION=VALUE&...]"
 
 
@@ -40,6 +41,7 @@ def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget
         help="how a prompt and its answer are told apart: encoded as one, or as open-unlearning does",
     )
     sub.add_argument("--batch-size", type=positive, default=8)
+    sub.add_argument("--cache", help=CACHE)
 
 
 def add_model(sub: argparse.ArgumentParser) -> None:
@@ -140,16 +142,18 @@ def examples_of(
     reports: dict[str, data.DataReport] | None = None,
     *,
     alternates: bool = False,
-) -> list[data.Example]:
+    cache: str | None = None,
+) -> Sequence[data.Example]:
     """Return the examples of a source; print what was dropped, and keep the report in `reports` under `side`.
 
+    They are in a file (`data.stored`), in the folder `cache` if there is one, and read when they are asked for.
     `alternates` says that the forget rows are needed with their alternate answers.
     """
     check_chat(settings)
     report = data.DataReport()
-    documents = data.load(source, side=side, report=report)
+    documents = data.located(source, side=side, report=report)
     encoding = data.side_encoding(settings, side, alternates=alternates)
-    examples = data.encode(documents, tokenizer, report=report, **encoding)
+    examples = data.stored(documents, tokenizer, report=report, cache=cache, **encoding)
     if report.dropped or report.truncated or report.straddled:
         print(report, file=sys.stderr)
     if reports is not None:
@@ -157,6 +161,14 @@ def examples_of(
     if not examples:
         raise ValueError(f"the {side} set {source!r} is empty")
     return examples
+
+
+def sets_of(
+    options: argparse.Namespace, tokenizer: Tokenizer, sides: Sequence[str] = ("forget", "retain")
+) -> dict[str, Sequence[data.Example]]:
+    """Return the examples of those sides that a verb's options name, as `examples_of` does."""
+    given = {side: source for side in sides if (source := getattr(options, side)) is not None}
+    return {side: examples_of(source, tokenizer, options, side, cache=options.cache) for side, source in given.items()}
 
 
 def writable(out: str | Path | None, *, folder: bool = False) -> None:

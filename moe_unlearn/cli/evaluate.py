@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_unlearn import data, metrics
-from moe_unlearn.cli.arguments import add_data, add_mesh, chat_of, examples_of, loading_of, steps, writable
+from moe_unlearn.cli.arguments import add_data, add_mesh, chat_of, loading_of, sets_of, steps, writable
 from moe_unlearn.files import write_json
 from moe_unlearn.model import loading
 from moe_unlearn.ranks import on_first
@@ -63,7 +63,6 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         help="compute muse or tofu as that project does: to compare with its numbers",
     )
     add_mesh(sub)
-    sub.add_argument("--cache", help="folder of results by content of model, data and settings")
     sub.add_argument("--out", help="write the metrics as JSON: a file; with --benchmark a folder")
 
 
@@ -91,11 +90,7 @@ def run(options: argparse.Namespace) -> None:
     if options.before is not None:
         loading.located(options.before)  # it is loaded only when the model has been measured
     tokenizer = loading.load_tokenizer(options.model, how)
-    sets: dict[str, Any] = {
-        side: examples_of(getattr(options, side), tokenizer, options, side)
-        for side in ("forget", "retain", "holdout")
-        if getattr(options, side) is not None
-    }
+    sets: dict[str, Any] = sets_of(options, tokenizer, ("forget", "retain", "holdout"))
     # one model at a time is in memory
     reference_auc = None
     if options.reference is not None:

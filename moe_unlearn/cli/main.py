@@ -32,6 +32,7 @@ from moe_unlearn.cli.arguments import (
     examples_of,
     loading_of,
     positive,
+    sets_of,
     steps,
     writable,
 )
@@ -42,6 +43,7 @@ from moe_unlearn.data.pairs import carry_loss
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError, UnavailableError
 from moe_unlearn.experts import enable
 from moe_unlearn.files import check_output, write_json
+from moe_unlearn.lazy import each
 from moe_unlearn.model import loading
 from moe_unlearn.model.batches import Batch, beside
 from moe_unlearn.plan import Mesh
@@ -127,7 +129,7 @@ def stats(options: argparse.Namespace) -> None:
     writable(options.out)
     model, tokenizer = loading.load_model(options.model, how)
     _require_moe(model)
-    sides = {side: examples_of(getattr(options, side), tokenizer, options, side) for side in ("forget", "retain")}
+    sides = sets_of(options, tokenizer)
     ranks = Ranks(model, everyone())
     forget, retain = (
         trace.routing_frequencies(model, _batches(model, sides[side], tokenizer, options.batch_size, side), ranks)
@@ -162,8 +164,8 @@ def mask(options: argparse.Namespace) -> None:
     _require_moe(model)
     with enable(model):
         forget, retain = (
-            _batches(model, examples_of(given, tokenizer, options, side), tokenizer, options.batch_size, side)
-            for side, given in (("forget", options.forget), ("retain", options.retain))
+            _batches(model, examples, tokenizer, options.batch_size, side)
+            for side, examples in sets_of(options, tokenizer).items()
         )
         made = write_mask(options, model, forget, retain)
     print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
@@ -192,9 +194,9 @@ def run(options: argparse.Namespace) -> None:
     assert recipe.data.model is not None
     tokenizer = loading.load_tokenizer(recipe.data.model, how)
     reports: dict[str, data.DataReport] = {}
-    alternates_used = recipe.forget.replacement == "alternate"
+    kept = {"alternates": recipe.forget.replacement == "alternate", "cache": options.cache}
     sets = {
-        side: examples_of(getattr(recipe.data, side), tokenizer, recipe.data, side, reports, alternates=alternates_used)
+        side: examples_of(getattr(recipe.data, side), tokenizer, recipe.data, side, reports, **kept)
         for side in ("forget", "retain", "holdout")
         if getattr(recipe.data, side) is not None
     }
@@ -324,7 +326,9 @@ def _parser() -> argparse.ArgumentParser:
     for side in ("forget", "retain", "holdout", "reference"):
         sub.add_argument(f"--{side}", help=f"data.{side}")
     sub.add_argument("--out", default="runs/unlearn", help="folder of the run")
-    sub.add_argument("--cache", help="folder of reference values that runs share (default: OUT/cache)")
+    sub.add_argument(
+        "--cache", help="folder of examples and reference values that runs share; default: OUT/cache for the references"
+    )
     sub.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     add_mesh(sub, "; with --dry-run: plan it")
     sub.add_argument("--fits", type=float, metavar="GIB", help="with --dry-run: ask whether devices of this size do")
@@ -359,13 +363,13 @@ def _data_overrides(options: argparse.Namespace) -> list[str]:
 
 
 def _batches(
-    model: nn.Module, examples: list[data.Example], tokenizer: Tokenizer, batch_size: int, side: str
-) -> list[Batch]:
+    model: nn.Module, examples: Sequence[data.Example], tokenizer: Tokenizer, batch_size: int, side: str
+) -> Sequence[Batch]:
     """Return a side in batches on the model's device."""
     if not carry_loss(examples):
         raise ValueError(f"the {side} set carries no loss: all its labels are -100")
     made = data.batches(examples, batch_size, pad_id=data.pad_token_id(tokenizer))
-    return [beside(batch, model) for batch in made]
+    return each(made, lambda batch: beside(batch, model))
 
 
 def _require_moe(model: nn.Module) -> None:

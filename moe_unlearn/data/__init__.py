@@ -1,8 +1,8 @@
 """Read files, benchmarks and hub data sets as documents, and make examples, batches and forget/retain pairs of them.
 
-`load` reads every source below and leaves its text unchanged. `encode` turns documents into examples (`ExampleStream`
-does so for data larger than memory), `batches` pads examples, `packed_batches` packs them, and `shard` shares them
-between ranks. A `DataReport` counts what was dropped or cut, and why.
+`load` reads every source below and leaves its text unchanged. `encode` turns documents into examples (`stored`
+and `ExampleStream` do so for data larger than memory), `batches` pads examples, `packed_batches` packs them, and
+`shard` shares them between ranks. A `DataReport` counts what was dropped or cut, and why.
 
 `load` and the command line take a source as NAME[:SPLIT][?OPTION=VALUE&...]:
 
@@ -49,10 +49,11 @@ from moe_unlearn.data.corpus import Corpus, Document, drop_shared_runs
 from moe_unlearn.data.hub import MissingLibraryError
 from moe_unlearn.data.packing import check_packing, pack, packed_batches
 from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, alternates, check_apart, draw, overlap, refusals
-from moe_unlearn.data.registry import BENCHMARKS, DocumentStream, load
+from moe_unlearn.data.registry import BENCHMARKS, DocumentStream, load, located
 from moe_unlearn.data.rows import check_rows, encode_rows, encode_side, side_encoding
 from moe_unlearn.data.selection import DataReport, select
 from moe_unlearn.data.special import Added, added, special_ids
+from moe_unlearn.data.stored import stored
 from moe_unlearn.data.stream import ExampleStream, shard
 from moe_unlearn.data.tokenize import (
     DocumentError,
@@ -96,6 +97,7 @@ __all__ = [
     "iter_examples",
     "load",
     "load_builtin",
+    "located",
     "overlap",
     "pack",
     "packed_batches",
@@ -105,5 +107,6 @@ __all__ = [
     "shard",
     "side_encoding",
     "special_ids",
+    "stored",
     "train_tokenizer",
 ]

@@ -1,7 +1,9 @@
 """Pair forget examples with retain examples, for trainers that draw both at every step."""
 
+import hashlib
 import itertools
 import math
+from array import array
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from moe_unlearn.data.seams import continued
 from moe_unlearn.data.special import added, special_ids
 from moe_unlearn.data.tokenize import Example, collate, generator
+from moe_unlearn.lazy import Lazy, chosen, each
 from moe_unlearn.model.batches import ROW
 from moe_unlearn.ops.token_loss import IGNORED
 
@@ -88,46 +91,65 @@ class PairCollator:
 
 def side_batches(
     dataset: object, side: str, size: int, collator: Callable, item: Callable[[str, int], object] | None = None
-) -> list[dict[str, Tensor]]:
+) -> Lazy[dict[str, Tensor]]:
     """Return one side of a `ForgetRetainDataset` in the collator's batches of `size`, every example once and in order.
 
-    `item(side, index)` returns what a data set item holds for one example; the default is [(example, index)].
+    They are made when they are asked for. `item(side, index)` returns what a data set item holds for one example; the
+    default is [(example, index)].
     """
     item = item or (lambda side, index: [(getattr(dataset, side)[index], index)])
     other = "retain" if side == "forget" else "forget"
-    filler = item(other, 0)
-    items = [{side: item(side, i), other: filler} for i in range(len(getattr(dataset, side)))]
-    return [collator(items[i : i + size])[side] for i in range(0, len(items), size)]
+    length = len(getattr(dataset, side))
+
+    def batch(i: int) -> dict[str, Tensor]:
+        filler = item(other, 0)
+        rows = range(i * size, min((i + 1) * size, length))
+        made: dict[str, Tensor] = collator([{side: item(side, row), other: filler} for row in rows])[side]
+        return made
+
+    return Lazy(-(-length // size), batch)
 
 
-def refusals(examples: Sequence[Example], tokenizer: Tokenizer, *, seed: int = 0) -> list[Example]:
+def refusals(examples: Sequence[Example], tokenizer: Tokenizer, *, seed: int = 0) -> Sequence[Example]:
     """Return the prompt of each example with a randomly drawn refusal that begins and ends as its answer does.
 
-    Raises ValueError for an example without a prompt, since it asks nothing that could be refused.
+    They are in a list, or `Lazy` if the examples are. Raises ValueError for an example without a prompt, since it asks
+    nothing that could be refused.
     """
     last, special = added(tokenizer).answer_end, special_ids(tokenizer)
-    draw = torch.randint(len(REFUSALS), (len(examples),), generator=generator(seed, 0)).tolist()
-    made = []
-    for number, (example, choice) in enumerate(zip(examples, draw, strict=True)):
-        masked = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
-        if not masked:
+    draw = torch.randint(len(REFUSALS), (len(examples),), generator=generator(seed, 0))
+    for number, example in enumerate(examples):
+        if not _masked(example):
             raise ValueError(
                 f"example {number} has no prompt to refuse: give the forget set as prompt and answer "
                 "(`prompt` and `gt`, or `question` and `answer`), or texts with data.prompt_tokens above 0"
             )
+
+    def refused(number: int) -> Example:
+        example = examples[number]
+        masked = _masked(example)
         prompt, answer = example.input_ids[:masked], [label for label in example.labels[masked:] if label != IGNORED]
         text = str(tokenizer.decode(prompt + answer, skip_special_tokens=True))
         text = text.removeprefix(str(tokenizer.decode(prompt, skip_special_tokens=True)))
         space = text[: len(text) - len(text.lstrip())]
         end = answer[-1:] if special.intersection(answer[-1:]) else last
-        refusal = continued(tokenizer, prompt, space + REFUSALS[choice]) + end
-        made.append(Example(prompt + refusal, [IGNORED] * masked + refusal, masked, example.asked))
-    return made
+        refusal = continued(tokenizer, prompt, space + REFUSALS[int(draw[number])]) + end
+        return Example(prompt + refusal, [IGNORED] * masked + refusal, masked, example.asked)
+
+    made = Lazy(len(examples), refused)
+    return made if isinstance(examples, Lazy) else [*made]
 
 
-def alternates(examples: Sequence[Example]) -> list[Example]:
-    """Return each example's row with its alternate answer; raise ValueError for an example without one."""
-    found = [example.alternate for example in examples if example.alternate is not None]
+def _masked(example: Example) -> int:
+    """Return how many tokens at the head of an example carry no label."""
+    return next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
+
+
+def alternates(examples: Sequence[Example]) -> Sequence[Example]:
+    """Return each example's row with its alternate answer; raise ValueError for an example without one.
+
+    They are in a list, or `Lazy` if the examples are.
+    """
     for number, example in enumerate(examples):
         if example.alternate is None:
             raise ValueError(
@@ -135,21 +157,34 @@ def alternates(examples: Sequence[Example]) -> list[Example]:
                 "its question and answer (`moe-unlearn alternates` has the model write them), which under a "
                 "chat template spells no special token"
             )
-    return found
+
+    def alternate(example: Example) -> Example:
+        assert example.alternate is not None
+        return example.alternate
+
+    return each(examples, alternate)
 
 
-def draw(examples: Sequence[Example], count: int | None, *, seed: int) -> list[Example]:
-    """Return `count` of the examples, drawn by `seed`, in their order; all of them for None or if there are no more."""
-    if count is None:
-        return list(examples)
-    chosen = torch.randperm(len(examples), generator=generator(seed, 0))[:count]
-    return [examples[i] for i in sorted(chosen.tolist())]
+def draw(examples: Sequence[Example], count: int | None, *, seed: int) -> Sequence[Example]:
+    """Return `count` of the examples, drawn by `seed`, in their order; all of them for None or if there are no more.
+
+    They are in a list, or `Lazy` if the examples are.
+    """
+    drawn = torch.randperm(len(examples), generator=generator(seed, 0))[:count]
+    return chosen(examples, drawn.sort().values.tolist())
 
 
 def overlap(forget: Sequence[Example], retain: Sequence[Example]) -> int:
     """Return how many forget examples also stand in the retain set, token by token."""
-    kept = {tuple(e.input_ids) for e in retain}
-    return sum(tuple(e.input_ids) in kept for e in forget)
+    small, large = sorted((forget, retain), key=len)
+    known = set(map(_content, small))
+    both = {content for content in map(_content, large) if content in known}
+    return sum(_content(example) in both for example in forget)
+
+
+def _content(example: Example) -> bytes:
+    """Return a digest of an example's tokens, which takes less memory than these."""
+    return hashlib.blake2b(array("q", example.input_ids).tobytes(), digest_size=16).digest()
 
 
 def check_apart(forget: Sequence[Example], retain: Sequence[Example]) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,23 +122,28 @@ def load(
     Raises OSError for a source that is not there, MissingLibraryError (an ImportError) where `datasets` is needed,
     and ValueError for everything else, naming the place and what was expected, also if no document is left.
     """
+    stream = located(source, split, side=side, exclude=exclude, report=report, **options)
+    if not streaming:
+        return list(stream)
+    if stream.options.join:
+        raise ValueError("join holds all of a corpus in memory: expected join=False with streaming")
+    return replace(stream, limit=files.RECORD_BYTES)
+
+
+def located(
+    source: str | Path,
+    split: str | None = None,
+    *,
+    side: str | None = None,
+    exclude: Iterable[Document] = (),
+    report: DataReport | None = None,
+    **options: Any,
+) -> "DocumentStream":
+    """Return what `load` would read, to be read one document at a time; records may have any size, and be joined."""
     if side is not None and side not in SIDES:
         raise ValueError(f"expected side {', '.join(SIDES)}; got {side!r}")
     name, split, chosen = _parsed(str(source), split, options)
-    stream = DocumentStream(
-        name,
-        split,
-        side,
-        chosen,
-        list(exclude),
-        DataReport() if report is None else report,
-        files.RECORD_BYTES if streaming else None,
-    )
-    if not streaming:
-        return list(stream)
-    if chosen.join:
-        raise ValueError("join holds all of a corpus in memory: expected join=False with streaming")
-    return stream
+    return DocumentStream(name, split, side, chosen, list(exclude), DataReport() if report is None else report, None)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,17 @@ class DataReport:
         self.dropped.clear()
         self.places.clear()
 
+    def add(self, other: "DataReport") -> None:
+        """Add the counts of another report, of the same documents later on, and take its special tokens."""
+        for reason, count in other.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+            places = self.places.setdefault(reason, [])
+            places += other.places[reason][: EXAMPLES - len(places)]
+        self.kept += other.kept
+        self.truncated += other.truncated
+        self.straddled += other.straddled
+        self.special_tokens = other.special_tokens
+
     def to_dict(self) -> dict:
         """Return the report as a dictionary for JSON."""
         return asdict(self)

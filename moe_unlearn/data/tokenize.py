@@ -13,6 +13,7 @@ from moe_unlearn.data import chats, seams
 from moe_unlearn.data.corpus import Document
 from moe_unlearn.data.selection import DataReport
 from moe_unlearn.data.special import added
+from moe_unlearn.lazy import Lazy
 from moe_unlearn.ops.token_loss import IGNORED
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -267,23 +268,27 @@ def batches(
     pad_id: int = 0,
     seed: int | None = None,
     epoch: int = 0,
-) -> list[dict[str, Tensor]]:
+) -> Sequence[dict[str, Tensor]]:
     """Return right-padded batches `input_ids`, `attention_mask`, `labels` [B, S] and `index` [B], all int64.
 
     `index` is the position in `examples`. With a `seed` the order is shuffled, differently in each `epoch`;
-    without one it is kept. Raises ValueError if there are no examples or `batch_size` is below 1.
+    without one it is kept. They are in a list, or made when they are asked for if `examples` are `Lazy`. Raises
+    ValueError if there are no examples or `batch_size` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of at least 1; got {batch_size}")
     if not examples:
         raise ValueError("expected at least one example to make batches of; got none")
-    order = list(range(len(examples)))
+    order: Sequence[int] = range(len(examples))
     if seed is not None:
         order = torch.randperm(len(order), generator=generator(seed, epoch)).tolist()
-    return [
-        collate([examples[i] for i in rows], rows, pad_id=pad_id)
-        for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size))
-    ]
+
+    def batch(i: int) -> dict[str, Tensor]:
+        rows = order[i * batch_size : (i + 1) * batch_size]
+        return collate([examples[row] for row in rows], rows, pad_id=pad_id)
+
+    made = Lazy(-(-len(order) // batch_size), batch)
+    return made if isinstance(examples, Lazy) else [*made]
 
 
 def collate(examples: Sequence[Example], index: Sequence[int], *, pad_id: int = 0) -> dict[str, Tensor]:

@@ -31,10 +31,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import Chat, Document, DocumentError, Example, added, encode, pad_token_id
 from moe_unlearn.data.records import COMPLETIONS, QUESTIONS, documents_of
+from moe_unlearn.data.stored import tokenizer_digest
 from moe_unlearn.metrics.answers import completions, fitting, room, rouge
 from moe_unlearn.metrics.conventions import without_end
 from moe_unlearn.metrics.left_out import Kept, keep, marks
-from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result, tokenizer_digest
+from moe_unlearn.metrics.results import Evaluation, Result, by_index, mean_result
 from moe_unlearn.metrics.scoring import context_length, evaluating, token_scores
 from moe_unlearn.metrics.workers import share
 from moe_unlearn.ops.token_loss import IGNORED

@@ -99,7 +99,7 @@ def _attack(
     curve = RelearningCurve([0], [_measured(attacked, measure)])
     per_epoch = math.ceil(len(examples) / batch_size)
     attacked.eval()  # no dropout: only the order of the examples is random
-    epoch: list = []
+    epoch: Sequence = ()
     for step in range(steps):
         if step % per_epoch == 0:
             epoch = batches(examples, batch_size, pad_id=pad_id, seed=seed, epoch=step // per_epoch)

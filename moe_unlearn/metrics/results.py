@@ -27,6 +27,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.data import added
+from moe_unlearn.data.stored import tokenizer_digest
 from moe_unlearn.files import read_sealed, write_sealed, write_text
 from moe_unlearn.metrics.unicode_rouge import TOKENIZER
 from moe_unlearn.prepare.reference import autocast_dtypes, model_digest
@@ -244,14 +245,6 @@ def report_left_out(records: Sequence[dict]) -> None:
         if is_first():
             more = "; ..." if len(own) > _PLACES else ""
             print(f"{name}: left out {len(own)}: {'; '.join(own[:_PLACES])}{more}", file=sys.stderr)
-
-
-def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Return the SHA-256 of vocabulary and rules, special tokens and chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = tokenizer.get_vocab() if backend is None else backend.to_str()
-    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
-    return data_digest([content, special, getattr(tokenizer, "chat_template", None)])
 
 
 def _number(value: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.data import Example, batches, generator
+from moe_unlearn.lazy import each
 from moe_unlearn.metrics.workers import everywhere, share
 from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ranks import local, sharded
@@ -63,7 +64,7 @@ def token_scores(
     """
     if not examples:
         raise ValueError("expected at least one example to score; got none")
-    _check(model, [e.input_ids for e in examples], "example")
+    _check(model, each(examples, lambda e: e.input_ids), "example")
 
     def compute(rows: list[Example]) -> list:
         scored: list = []

@@ -28,13 +28,14 @@ Sources: transformers' masks and its `DataCollatorWithFlattening`, whose keys th
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Number
 
 import torch
 from torch import Tensor, nn
 
 from moe_unlearn.config import Recipe
+from moe_unlearn.lazy import Lazy, each
 from moe_unlearn.ops.token_loss import IGNORED
 
 Batch = dict[str, Tensor]
@@ -349,15 +350,21 @@ def forgotten(recipe: Recipe, batch: Batch) -> Batch:
     return refusal(batch) if recipe.forget.objective == "idk_nll" else batch
 
 
-def all_checked(batches: Iterable[Batch], side: str) -> list[Batch]:
-    """Check each batch and return it as `checked` does; TypeError also for a single batch, which is no list of them."""
+def all_checked(batches: Iterable[Batch], side: str) -> Sequence[Batch]:
+    """Check each batch and return it as `checked` does; TypeError also for a single batch, which is no list of them.
+
+    They are in a list, or `Lazy` if the batches are, and then checked again each time.
+    """
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
         got = f"one batch: give [{side}_batch]" if isinstance(batches, Mapping) else type(batches).__name__
         raise TypeError(f"expected the {side} batches, in a list or any other iterable; got {got}")
-    return [checked(batch, side) for batch in batches]
+    made = each(batches, lambda batch: checked(batch, side))
+    for _ in made if isinstance(made, Lazy) else ():
+        pass  # what is wrong is said before the work
+    return made
 
 
-def check_batches(batches: Iterable[Batch], side: str) -> list[Batch]:
+def check_batches(batches: Iterable[Batch], side: str) -> Sequence[Batch]:
     """Check batches and return them as `all_checked` does; ValueError also if none of them carries a loss."""
     rows = all_checked(batches, side)
     if not any(target_mask(batch).any() for batch in rows):
@@ -365,7 +372,7 @@ def check_batches(batches: Iterable[Batch], side: str) -> list[Batch]:
     return rows
 
 
-def counted_row(batches: list[Batch]) -> Batch:
+def counted_row(batches: Iterable[Batch]) -> Batch:
     """Return the first row [1, S] that carries a loss, of the first batch that has one; ValueError if none does."""
     for batch in batches:
         counted = target_mask(batch).any(1).nonzero().flatten()

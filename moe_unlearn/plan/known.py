@@ -1,9 +1,10 @@
 """What a plan knows of a step's memory without a rehearsal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from moe_unlearn.lazy import each
 from moe_unlearn.model.batches import Batch, attended_mask, refusal
 from moe_unlearn.model.head import head_of
 from moe_unlearn.plan.assumed import CACHES, reference_head
@@ -43,7 +44,7 @@ def held_at_rest(view: StepView, prepared: Preparation, caches: int, mesh: Mesh 
     return {name: size for name, size in known.items() if size}
 
 
-def cache_bytes(view: StepView, prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> int:
+def cache_bytes(view: StepView, prepared: Preparation, forget: Sequence[Batch], retain: Sequence[Batch]) -> int:
     """Return the bytes of values cached row by row, which lie on the host; the reference's head is on the device."""
     recipe = view.recipe
     caches = (
@@ -58,7 +59,7 @@ def cache_bytes(view: StepView, prepared: Preparation, forget: list[Batch], reta
         return sum(cache.nbytes for cache in caches if cache is not None)
     hidden = head_of(view.model).weight.shape[1]
 
-    def tokens(batches: list[Batch], rows: int | None) -> int:
+    def tokens(batches: Sequence[Batch], rows: int | None) -> int:
         assumed = (rows or 0) * recipe.data.max_length
         return sum(int(attended_mask(b).sum()) for b in batches) if batches else assumed
 
@@ -69,7 +70,7 @@ def cache_bytes(view: StepView, prepared: Preparation, forget: list[Batch], reta
     if recipe.forget.objective in ("npo", "idk_dpo"):
         predicted += forgotten * _LOGPROB_BYTES
     if recipe.forget.objective == "idk_dpo":
-        predicted += tokens([refusal(b) for b in forget], recipe.data.forget_rows) * _LOGPROB_BYTES
+        predicted += tokens(each(forget, refusal), recipe.data.forget_rows) * _LOGPROB_BYTES
     if recipe.retain.objective == "embed_diff":
         predicted += retained * hidden * _HIDDEN_BYTES
     if uses_kl(recipe):

@@ -223,7 +223,7 @@ def make_plan(
     return plan
 
 
-def _plan_mask(plan: Plan, view: StepView, given: Mapping[str, list[Batch]], batches: Mapping[str, Batch]) -> None:
+def _plan_mask(plan: Plan, view: StepView, given: Mapping[str, Sequence[Batch]], batches: Mapping[str, Batch]) -> None:
     """Say in `plan` how WAGLE's mask will be made; of several ranks, how much its gradients take on one."""
     share, made_from = first_share(view, plan.mesh), "two float32 gradients"
     held = 2 * 4 * sum(share(p, p.numel()) for _, p in view.trained)
@@ -309,7 +309,7 @@ def _device(named: Sequence[tuple[str, Tensor]]) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _largest(given: list[Batch], recipe: Recipe, device: torch.device) -> Batch:
+def _largest(given: Sequence[Batch], recipe: Recipe, device: torch.device) -> Batch:
     if given:
         batch = max(given, key=lambda b: b["input_ids"].numel())
         return {key: value.to(device) for key, value in batch.items()}
@@ -318,7 +318,7 @@ def _largest(given: list[Batch], recipe: Recipe, device: torch.device) -> Batch:
     return batch | {f"idk_{key}": value for key, value in batch.items()}
 
 
-def _data(recipe: Recipe, forget: list[Batch], retain: list[Batch]) -> str:
+def _data(recipe: Recipe, forget: Sequence[Batch], retain: Sequence[Batch]) -> str:
     """Describe the rows of both sides, given or the recipe's, and how many epochs the recipe's steps are."""
     sides = {"forget": (forget, recipe.data.forget_rows), "retain": (retain, recipe.data.retain_rows)}
     rows = {side: sum(len(b["input_ids"]) for b in given) or stated for side, (given, stated) in sides.items()}

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -134,17 +134,6 @@ def resume_of(model: nn.Module, folder: Path, *, alone: bool = False, ranks: Ran
     return Resume(folder, digest, alone=alone)
 
 
-def make_folder(cache_dir: str | Path) -> Path:
-    """Return the folder `cache_dir`, made if need be; raise OSError that names it if it cannot be made."""
-    folder = Path(cache_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        what = "it is a file" if folder.is_file() else error.strerror
-        raise OSError(error.errno, f"cache_dir cannot be made a folder: {what}", str(folder)) from error
-    return folder
-
-
 def open_store(
     folder: Path, kind: str, digest: str, dtype: torch.dtype, shape: tuple[int, ...], **settings: int | str
 ) -> RowStore:
@@ -155,7 +144,7 @@ def open_store(
 
 def fill(
     cache: RowCache,
-    batches: list[Batch],
+    batches: Sequence[Batch],
     compute: Callable[[Batch], Tensor],
     store: RowStore | None = None,
     ranks: Ranks | None = None,

@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn import masks, seuf, trace, wagle
+from moe_unlearn import files, masks, seuf, trace, wagle
 from moe_unlearn.config import Recipe
+from moe_unlearn.lazy import each
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.model import states as forward
 from moe_unlearn.model.batches import Batch, forgotten, refusal, target_mask
@@ -156,8 +157,8 @@ class _Work:
     model: nn.Module
     recipe: Recipe
     prepared: Preparation
-    forget: list[Batch]
-    retain: list[Batch]
+    forget: Sequence[Batch]
+    retain: Sequence[Batch]
     folder: Path | None
     ranks: Ranks | None
 
@@ -166,8 +167,8 @@ def prepare(
     model: nn.Module,
     recipe: Recipe,
     prepared: Preparation,
-    forget: list[Batch],
-    retain: list[Batch],
+    forget: Sequence[Batch],
+    retain: Sequence[Batch],
     on_stage: Callable[[str], None] | None = None,
     cache_dir: str | Path | None = None,
     ranks: Ranks | None = None,
@@ -192,7 +193,7 @@ def prepare(
     shared = ranks if ranks.count > 1 else None
 
     def made_folder() -> tuple[Path | None, bool]:
-        return (None, False) if cache_dir is None else (reference.make_folder(cache_dir), True)
+        return (None, False) if cache_dir is None else (files.make_folder(cache_dir), True)
 
     folder, everywhere = ranks.together(made_folder)
     work = _Work(model, recipe, prepared, forget, retain, folder if everywhere else None, shared)
@@ -208,11 +209,11 @@ def prepare(
     prepared.rows = rows
 
 
-def _checked_rows(prepared: Preparation, forget: list[Batch], retain: list[Batch]) -> dict[str, list[str]]:
+def _checked_rows(prepared: Preparation, forget: Sequence[Batch], retain: Sequence[Batch]) -> dict[str, list[str]]:
     """Return the content keys of each side's rows, or those of an earlier preparation, which must hold all of these."""
     sides = {
         "forget": forget,
-        "refusals": [refusal(batch) for batch in forget if "idk_input_ids" in batch],
+        "refusals": each(forget, refusal) if all("idk_input_ids" in batch for batch in forget) else [],
         "retain": retain,
     }
     for name, side in CACHED_SIDES.items():
@@ -253,12 +254,13 @@ def _trace(work: _Work) -> None:
         prepared.inactive = True
         return
     target = trace.calibration_target(f, r, settings.eta)
-    masks = [target_mask(batch) for batch in work.retain]
+    counts = [int(target_mask(batch).sum()) for batch in work.retain]
 
     def hits_of(i: int) -> Tensor:
-        return trace.selected_hits(collect_routing(model, work.retain[i])[:, masks[i].flatten()], selected)
+        batch = work.retain[i]
+        return trace.selected_hits(collect_routing(model, batch)[:, target_mask(batch).flatten()], selected)
 
-    hits = torch.cat([own for _, own in shared_work(hits_of, [int(m.sum()) for m in masks], ranks)])
+    hits = torch.cat([own for _, own in shared_work(hits_of, counts, ranks)])
     result = trace.weights_of_hits(hits, selected, target, cap=settings.cap)
     numbers = torch.tensor([result.bias, result.ess], dtype=torch.float64)
     if ranks is not None:
@@ -269,8 +271,8 @@ def _trace(work: _Work) -> None:
     prepared.calibration = Calibration(result.tilt, bias, result.achieved, ess, largest_weight=largest)
     if settings.refresh == "offline":
         prepared.token_weights = token_weights = RowCache(_CACHES["token_weights"])
-        parts = result.weights.split([int(m.sum()) for m in masks])
-        for batch, mask, part in zip(work.retain, masks, parts, strict=True):
+        for batch, part in zip(work.retain, result.weights.split(counts), strict=True):
+            mask = target_mask(batch)
             weights = part.new_zeros(mask.shape)
             weights[mask] = part
             token_weights.put(batch, weights)
@@ -293,7 +295,7 @@ def _reference(work: _Work) -> None:
 
         def cached(
             kind: str,
-            batches: list[Batch],
+            batches: Sequence[Batch],
             compute: Callable[[Batch], Tensor],
             dtype: torch.dtype,
             shape: tuple[int, ...] = (),
@@ -316,7 +318,7 @@ def _reference(work: _Work) -> None:
         if recipe.forget.objective in ("npo", "idk_dpo"):
             cached("ref_logprobs", forget, token_logprobs, torch.float32)
         if recipe.forget.objective == "idk_dpo":
-            cached("ref_logprobs_idk", [refusal(b) for b in forget], token_logprobs, torch.float32)
+            cached("ref_logprobs_idk", each(forget, refusal), token_logprobs, torch.float32)
         if uses_kl(recipe):
             cached("ref_hidden_states", retain, hidden_states, torch.bfloat16, hidden)
         if recipe.forget.objective == "undial":
@@ -362,7 +364,7 @@ def _wagle(work: _Work) -> None:
         work.prepared.mask = load() if work.ranks is None else together(load, work.ranks.group)
         return
     rule = wagle.Rule(settings.keep, settings.gamma, settings.official, settings.accumulation)
-    forget = [forgotten(work.recipe, batch) for batch in work.forget]
+    forget = each(work.forget, partial(forgotten, work.recipe))
     with contextlib.ExitStack() as inside:
         resume = None
         if work.folder is not None:

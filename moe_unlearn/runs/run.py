@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from moe_unlearn.data import Example
 from moe_unlearn.data.of_recipe import pair_collator
 from moe_unlearn.data.pairs import carry_loss, side_batches
 from moe_unlearn.files import write_json, write_text
+from moe_unlearn.lazy import each
 from moe_unlearn.metrics.privacy import add_privleak
 from moe_unlearn.model import loading
 from moe_unlearn.model.batches import Batch, beside
@@ -50,7 +52,12 @@ class Run:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Tokenizer, recipe: Recipe, forget: list[Example], retain: list[Example]
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        recipe: Recipe,
+        forget: Sequence[Example],
+        retain: Sequence[Example],
     ):
         self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
         forget = data.draw(forget, recipe.data.forget_rows, seed=recipe.seed)
@@ -63,10 +70,13 @@ class Run:
             if not carry_loss(examples):
                 raise ValueError(f"the {side} set carries no loss: all its labels are -100")
 
-    def batches(self, side: str) -> list[Batch]:
-        """Return one side in batches of the recipe's size on the model's device, every example once and in order."""
+    def batches(self, side: str) -> Sequence[Batch]:
+        """Return one side in batches of the recipe's size on the model's device, every example once and in order.
+
+        They are made when they are asked for.
+        """
         made = side_batches(self.pairs, side, self.recipe.batch_size, self.collator)
-        return [beside(batch, self.model) for batch in made]
+        return each(made, lambda batch: beside(batch, self.model))
 
     def micro_batch(self, i: int) -> dict[str, Batch]:
         """Return both sides of micro-batch i on the model's device.
@@ -188,7 +198,7 @@ class Before:
 
 
 def retrained(
-    recipe: Recipe, tokenizer: Tokenizer, sets: dict[str, list[Example]], how: loading.Loading
+    recipe: Recipe, tokenizer: Tokenizer, sets: Mapping[str, Sequence[Example]], how: loading.Loading
 ) -> dict[str, float] | None:
     """Return the metrics of the retrained model that a recipe names as `data.reference`, None where it names none.
 
@@ -205,7 +215,7 @@ def unlearn(
     model: nn.Module,
     tokenizer: Tokenizer,
     recipe: Recipe,
-    sets: dict[str, list[Example]],
+    sets: Mapping[str, Sequence[Example]],
     out: Path,
     *,
     resume: bool = False,

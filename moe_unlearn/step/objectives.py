@@ -14,7 +14,7 @@ tokens marked by a batch's `state_mask` [B, S].
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict, TypeVar
 
 import torch
@@ -166,7 +166,7 @@ class Objectives:
             out["router_aux"] = attended_mask(retain).sum()
         return out
 
-    def check(self, forget: list[Batch], retain: list[Batch]) -> None:
+    def check(self, forget: Sequence[Batch], retain: Sequence[Batch]) -> None:
         """Raise ValueError for what the model cannot take, and for a side without a unit of its loss."""
         for side, batches in (("forget", forget), ("retain", retain)):
             for batch in batches:
@@ -364,7 +364,7 @@ class Objectives:
         return value
 
 
-def _padded_share(batches: list[Batch]) -> float:
+def _padded_share(batches: Sequence[Batch]) -> float:
     """Return the share of positions of the stacked batches that is padding added by stacking."""
     shapes = [batch["input_ids"].shape for batch in batches]
     stacked = sum(rows for rows, _ in shapes) * max(length for _, length in shapes)

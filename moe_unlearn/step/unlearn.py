@@ -142,7 +142,7 @@ class UnlearnStep:
         check_open(self._implementation.enabled)
         reshard(self.model)
 
-        def check() -> tuple[tuple[list[Batch], list[Batch]], bool]:
+        def check() -> tuple[tuple[Sequence[Batch], Sequence[Batch]], bool]:
             sides = check_batches(forget_batches, "forget"), check_batches(retain_batches, "retain")
             self.objectives.check(*sides)
             return sides, True

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.experts import step_inputs
+from moe_unlearn.lazy import chosen, each
 from moe_unlearn.model.batches import Batch, padded, target_mask
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
 from moe_unlearn.ops.sink import GradientSink
@@ -48,11 +49,14 @@ class Side:
 
         Raises ValueError if no position carries a loss.
         """
-        counted = [batch for batch in map(padded, batches) if target_mask(batch).any()]
-        tokens = [int(target_mask(batch).sum()) for batch in counted]
+        rows = each(batches, padded)
+        every = [int(target_mask(batch).sum()) for batch in rows]
+        counted = [i for i, n in enumerate(every) if n]
         if not counted:
             raise ValueError(f"the {name} set carries no loss: it is empty or all its labels are -100")
-        return cls(name, counted, [n * accumulation if accumulation else sum(tokens) for n in tokens], loss)
+        total = sum(every)
+        divisors = [every[i] * accumulation if accumulation else total for i in counted]
+        return cls(name, chosen(rows, counted), divisors, loss)
 
 
 def gradients(model: nn.Module, side: Side, pieces: Sequence[Piece], ranks: Ranks | None) -> Gradients:

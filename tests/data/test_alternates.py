@@ -115,14 +115,14 @@ def test_the_command_line_encodes_a_side_as_rows_in_memory_are(write, side):
     tokenizer, source = tokenizer_with(QWEN3), str(write("side.jsonl", rows))
     for wanted in (False, True):
         given = examples_of(source, tokenizer, settings, side, alternates=wanted)
-        assert given == encode_side(rows, tokenizer, settings, side=side, alternates=wanted)
+        assert [*given] == encode_side(rows, tokenizer, settings, side=side, alternates=wanted)
         assert [example.prefix for example in given[1:]] == [0 if side == "retain" else 3] * len(given[1:])
 
 
 def test_a_run_says_whether_it_needs_alternates(write, monkeypatch, tmp_path):
     asked, main = {}, import_module("moe_unlearn.cli.main")
 
-    def examples(source, tokenizer, settings, side, reports, *, alternates):
+    def examples(source, tokenizer, settings, side, reports, *, alternates, cache):
         asked[settings.model] = alternates
         raise ValueError("enough")
 
