@@ -29,6 +29,7 @@ ON_THE_HOST = {
     "Ranks.add_": (1, "which ranks have a gradient, known on the CPU"),
     "gather": (1, "values of ranks, which are on the CPU"),
     "RowCache.state_dict": (1, "what is cached of a row is on the CPU"),
+    "StoredRow.read": (2, "a row that is on disk is read on the CPU"),
 }
 # of the CUDA runtime: they allocate, copy by way of the host, wait, or make a stream of their own
 FORBIDDEN = re.compile(r"cuda(?:Malloc|Free|Host|Memcpy|Memset|StreamCreate|StreamSynchronize|DeviceSynchronize|Event)")

@@ -27,7 +27,8 @@ from moe_unlearn.backend import ENVIRONMENT_VARIABLE
 from moe_unlearn.model.batches import Batch, attended_mask, take
 from moe_unlearn.model.digest import tensor_digest
 from moe_unlearn.model.head import unwrapped
-from moe_unlearn.prepare.rows import RowCache, RowStore, content_keys, rows_of
+from moe_unlearn.ops import Head
+from moe_unlearn.prepare.rows import Row, RowCache, RowStore, StoredRow, content_keys, rows_of
 from moe_unlearn.ranks import Ranks, gather, gathered, local, shared_work, together
 from moe_unlearn.sharding import is_sharded, whole
 from moe_unlearn.wagle import Resume
@@ -117,6 +118,18 @@ def _digests(tensors: list[Tensor], ranks: Ranks | None) -> list[str]:
     return [parts[i % ranks.count][i // ranks.count] for i in range(len(tensors))]
 
 
+def head_to_keep(trained: Head, reference: Head) -> tuple[Tensor | None, Tensor | None]:
+    """Return the reference's weight and bias, each None where the model's own is and stays the same tensor.
+
+    An adapter may bring its own head, which is not the reference's even where it is frozen.
+    """
+    pairs = (trained.weight, reference.weight), (trained.bias, reference.bias)
+    weight, bias = (
+        theirs if own is not theirs or (own is not None and own.requires_grad) else None for own, theirs in pairs
+    )
+    return weight, bias
+
+
 def autocast_dtypes() -> list[str]:
     """Return the dtypes in which autocast has the model compute here, a part of its function that no weight shows."""
     return [str(torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
@@ -135,11 +148,15 @@ def resume_of(model: nn.Module, folder: Path, *, alone: bool = False, ranks: Ran
 
 
 def open_store(
-    folder: Path, kind: str, digest: str, dtype: torch.dtype, shape: tuple[int, ...], **settings: int | str
+    folder: Path, named: Path, kind: str, digest: str, dtype: torch.dtype, shape: tuple[int, ...], **settings: int | str
 ) -> RowStore:
-    """Open the store in `folder` for one kind of value, the model with this digest and these settings."""
+    """Open the store in `folder` for one kind of value, the model with this digest and these settings.
+
+    A state names the folder `named`, the same on all ranks.
+    """
     identity = json.dumps([digest, str(dtype), list(shape), autocast_dtypes(), settings], sort_keys=True)
-    return RowStore(folder / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:32]}", dtype, shape)
+    name = f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:32]}"
+    return RowStore(folder / name, dtype, shape, named / name)
 
 
 def fill(
@@ -152,67 +169,73 @@ def fill(
     """Fill `cache` with the values of all rows of `batches`, read from `store` or computed and stored; return it.
 
     `compute(batch)` returns values [B, S, ...]. It sees each content once, in its batch without the rows that
-    are known already. Its values are on disk before the next batch. With `ranks`, all of which have a store or none,
-    the first rank writes, rows that any rank has stored are read, and the ranks share the batches: each computes some,
-    and all get all rows. An error of the first rank's disk is raised on all, a RankError on the others.
+    are known already. Its values are on disk before the next batch; with a `store` they stay there, and the cache knows
+    their places. With `ranks`, all of which have a store or none, rows that any rank has stored are read, and the ranks
+    share the batches: each computes some, and all get all rows, on disk in each rank's store. An error of one rank's
+    disk ends all, with a RankError on the others.
     """
     keys = [content_keys(batch) for batch in batches]
-    found: dict[str, Tensor] = {}
-    if store is not None:
-        counts = [attended_mask(batch).sum(1).tolist() for batch in batches]
-        lengths = {k: n for ks, ns in zip(keys, counts, strict=True) for k, n in zip(ks, ns, strict=True)}
-        found = store.read(lengths) if ranks is None else _found_anywhere(store, lengths, ranks)
-    parts, missing, known = [], [], set(found)
+    lengths: dict[str, int] = {}
     for batch, own in zip(batches, keys, strict=True):
-        rows = {key: i for i, key in enumerate(own) if key not in known}
-        if rows:
-            parts.append(take(batch, list(rows.values())))
-            missing.append(list(rows))
+        lengths.update(zip(own, attended_mask(batch).sum(1).tolist(), strict=True))
+    found: dict[str, Row] = {} if store is None else {**_found(store, lengths, ranks)}
+    missing, known = [], set(found)
+    for number, own in enumerate(keys):
+        if rows := {key: i for i, key in enumerate(own) if key not in known}:
+            missing.append((number, rows))
             known |= rows.keys()
-    sizes = [attended_mask(part).sum(1).tolist() for part in parts]
-    made = shared_work(lambda i: torch.cat(rows_of(parts[i], compute(parts[i]))), [*map(sum, sizes)], ranks)
-    for i, values in made:
-        new = dict(zip(missing[i], values.split(sizes[i]), strict=True))
-        if store is not None:
-            _write(store, new, ranks)
-        found |= new
+    sizes = [[lengths[key] for key in rows] for _, rows in missing]
+
+    def computed(i: int) -> Tensor:
+        number, rows = missing[i]
+        part = take(batches[number], list(rows.values()))
+        return torch.cat(rows_of(part, compute(part)))
+
+    for i, values in shared_work(computed, [*map(sum, sizes)], ranks):
+        new = dict(zip(missing[i][1], values.split(sizes[i]), strict=True))
+        found |= new if store is None else _stored(store, new, ranks)
     for batch, own in zip(batches, keys, strict=True):
         cache.put_rows(batch, [found[key] for key in own])
     return cache
 
 
-def _found_anywhere(store: RowStore, lengths: dict[str, int], ranks: Ranks) -> dict[str, Tensor]:
-    """Return on every rank the rows that the first one has in its store, and then those that any other has.
-
-    The first rank stores what it had not.
-    """
-    found: dict[str, Tensor] = {}
-    # where all ranks have one folder, others need not read what the first one has read
-    for readers in (range(1), range(1, ranks.count)):
-        wanted = {key: n for key, n in lengths.items() if key not in found} if ranks.rank in readers else {}
-        own, named = gathered(partial(store.read, wanted), list, ranks.group)
-        for rank, keys in enumerate(named):
-            keys = [key for key in keys if key not in found]
-            if not keys:
+def _found(store: RowStore, lengths: dict[str, int], ranks: Ranks | None) -> dict[str, StoredRow]:
+    """Return the rows that this rank has in its store, which gets those that any other has in its own."""
+    if ranks is None:
+        return store.read(lengths)
+    own, told = gathered(partial(store.read, lengths), _by_file, ranks.group)
+    held = [{key for keys in files for key in keys} for files in told]
+    everywhere = set.intersection(*held)
+    for rank, files in enumerate(told):
+        for keys in files:
+            # those that an earlier rank has told to all are everywhere
+            if not (keys := [key for key in keys if key not in everywhere]):
                 continue
+            everywhere.update(keys)
             sizes = [lengths[key] for key in keys]
             rows = torch.empty(sum(sizes), *store.shape, dtype=store.dtype)
             if rank == ranks.rank:
-                torch.cat([own[key] for key in keys], out=rows)
+                torch.cat([own[key].read() for key in keys], out=rows)
             ranks.share_([rows], rank)
-            new = dict(zip(keys, (row.clone() for row in rows.split(sizes)), strict=True))
-            if rank:
-                _write(store, new, ranks)
-            found |= new
-    return found
+            new = {key: row for key, row in zip(keys, rows.split(sizes), strict=True) if key not in own}
+            own |= together(partial(store.add, new), ranks.group)
+    return own
 
 
-def _write(store: RowStore, rows: dict[str, Tensor], ranks: Ranks | None) -> None:
-    """Store rows, on the first rank; an error there ends all ranks."""
+def _by_file(rows: dict[str, StoredRow]) -> list[list[str]]:
+    """Return the keys of rows, those of one file together."""
+    files: dict[Path, list[str]] = {}
+    for key, row in rows.items():
+        files.setdefault(row.path, []).append(key)
+    return list(files.values())
+
+
+def _stored(store: RowStore, rows: dict[str, Tensor], ranks: Ranks | None) -> dict[str, StoredRow]:
+    """Store rows on every rank's disk, which may be one for all; an error of one ends all."""
     if ranks is None:
-        store.write(rows)
-    else:
-        together(lambda: store.write(rows) if ranks.first else None, ranks.group)
+        return store.write(rows)
+    written = together(lambda: store.write(rows) if ranks.first else {}, ranks.group)
+    return together(lambda: written if ranks.first else store.add(rows), ranks.group)
 
 
 def _adapters(model: nn.Module) -> dict[str, nn.Module]:

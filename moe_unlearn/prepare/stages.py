@@ -7,9 +7,10 @@
     wagle      the weight mask
 
 Finished stages are part of the step's state: preparing again after a restore runs only the missing ones. With a
-`cache_dir` the references are also kept on disk, written batch by batch: an interrupted run continues from there, and
-another recipe that needs the same values of the same model and documents reads them. Hidden states are cached in
-bfloat16 (2 H bytes a token), log-probs in float32. A mask that is made in groups goes on from its last one there.
+`cache_dir` the references are on disk, not in memory, written batch by batch and read by each step: an interrupted run
+continues from there, and another recipe that needs the same values of the same model and documents finds them. A state
+then names their folder, and needs it. Hidden states are cached in bfloat16 (2 H bytes a token), log-probs in float32.
+A mask that is made in groups goes on from its last one there.
 """
 
 import contextlib
@@ -31,10 +32,9 @@ from moe_unlearn.model.batches import Batch, forgotten, refusal, target_mask
 from moe_unlearn.model.capture import collect_routing
 from moe_unlearn.model.head import ReferenceHead, final_hidden_states, head_of, token_losses
 from moe_unlearn.model.modes import evaluation_mode
-from moe_unlearn.ops import Head
 from moe_unlearn.prepare import reference
 from moe_unlearn.prepare.rows import RowCache, content_keys
-from moe_unlearn.ranks import Ranks, shared_work, together
+from moe_unlearn.ranks import Ranks, gathered, shared_work, together
 from moe_unlearn.sharding import is_sharded, whole
 from moe_unlearn.trace import RoutingFrequencies
 
@@ -78,6 +78,14 @@ class Preparation:
     def ref_head(self) -> ReferenceHead:
         """Return what is kept of the reference's head, as `token_losses` takes it."""
         return {"ref_lm_head": self.ref_lm_head, "ref_bias": self.ref_bias}
+
+    def caches(self) -> dict[str, RowCache]:
+        """Return the caches that there are."""
+        return {name: cache for name in _CACHES if (cache := getattr(self, name)) is not None}
+
+    def find(self, cache_dir: Path | None) -> int:
+        """Find the rows on disk of a state that was loaded, as `RowCache.find` does; return how many rows there are."""
+        return sum(cache.find(cache_dir) for cache in self.caches().values())
 
     def chosen(self) -> list[Tensor]:
         """Return what decides which weights train and every rank has whole: the selected experts, words of the mask."""
@@ -160,6 +168,7 @@ class _Work:
     forget: Sequence[Batch]
     retain: Sequence[Batch]
     folder: Path | None
+    named: Path | None  # the first rank's
     ranks: Ranks | None
 
 
@@ -176,10 +185,11 @@ def prepare(
 ) -> None:
     """Run those of `stages` that the recipe needs and that are not yet in `prepared.done`.
 
-    `on_stage(name)` is called after each one. `cache_dir` is the folder where references are kept between runs; None
-    keeps them in memory only. All ranks share the work on the same rows (ValueError if they differ), one batch each at
-    a time, and take the first rank's experts and mask. After an earlier preparation, as in a resume, all rows must be
-    among those that it saw, whatever the recipe; otherwise ValueError is raised with the row's number.
+    `on_stage(name)` is called after each one. `cache_dir` is the folder where references are kept, between runs
+    too, and where those of a state that was loaded are looked for; None keeps them in memory. All ranks share the work
+    on the same rows (ValueError if they differ), one batch each at a time, and take the first rank's experts and mask.
+    After an earlier preparation, as in a resume, all rows must be among those that it saw, whatever the recipe;
+    otherwise ValueError is raised with the row's number.
     """
     ranks = Ranks(model) if ranks is None else ranks
     rows, _ = ranks.together(
@@ -192,11 +202,16 @@ def prepare(
     # all ranks share the work, and sharded weights need all of them in every forward pass
     shared = ranks if ranks.count > 1 else None
 
-    def made_folder() -> tuple[Path | None, bool]:
-        return (None, False) if cache_dir is None else (files.make_folder(cache_dir), True)
+    def own_folder() -> Path | None:
+        return None if cache_dir is None else files.make_folder(cache_dir)
 
-    folder, everywhere = ranks.together(made_folder)
-    work = _Work(model, recipe, prepared, forget, retain, folder if everywhere else None, shared)
+    if shared is None:
+        folder = named = own_folder()
+    else:
+        folder, told = gathered(own_folder, lambda made: made and str(made), ranks.group)
+        folder, named = (folder, Path(told[0])) if all(told) else (None, None)
+    ranks.together(lambda: (prepared.find(folder), True))
+    work = _Work(model, recipe, prepared, forget, retain, folder, named, shared)
     with evaluation_mode(model):
         for stage in needed(recipe):
             if stage in stages and stage not in prepared.done:
@@ -302,8 +317,8 @@ def _reference(work: _Work) -> None:
             **settings: int,
         ) -> None:
             store = None
-            if digest is not None and folder is not None:
-                store = reference.open_store(folder, kind, digest, dtype, shape, **settings)
+            if digest is not None and folder is not None and work.named is not None:
+                store = reference.open_store(folder, work.named, kind, digest, dtype, shape, **settings)
             setattr(prepared, kind, reference.fill(RowCache(_CACHES[kind]), batches, compute, store, work.ranks))
 
         def token_logprobs(batch: Batch) -> Tensor:
@@ -324,8 +339,9 @@ def _reference(work: _Work) -> None:
         if recipe.forget.objective == "undial":
             cached("ref_hidden_states_forget", forget, hidden_states, torch.bfloat16, hidden)
         if needs_head(recipe):
+            parts = reference.head_to_keep(trained_head, head)
             prepared.ref_lm_head, prepared.ref_bias = (
-                None if kept is None else whole(kept.detach()).clone() for kept in head_to_keep(trained_head, head)
+                None if kept is None else whole(kept.detach()).clone() for kept in parts
             )
         if recipe.retain.objective == "embed_diff":
             cached("ref_layer_states", retain, layer_states, torch.bfloat16, hidden, layer=layer)
@@ -380,18 +396,6 @@ _STAGES = {"trace": _trace, "seuf": _seuf, "reference": _reference, "kl_floor": 
 def needs_head(recipe: Recipe) -> bool:
     """Return whether logits of the reference are computed, which need its head where the trained model's differs."""
     return uses_kl(recipe) or recipe.forget.objective == "undial"
-
-
-def head_to_keep(trained: Head, reference: Head) -> tuple[Tensor | None, Tensor | None]:
-    """Return the reference's weight and bias, each None where the model's own is and stays the same tensor.
-
-    An adapter may bring its own head, which is not the reference's even where it is frozen.
-    """
-    pairs = (trained.weight, reference.weight), (trained.bias, reference.bias)
-    weight, bias = (
-        theirs if own is not theirs or (own is not None and own.requires_grad) else None for own, theirs in pairs
-    )
-    return weight, bias
 
 
 def uses_kl(recipe: Recipe) -> bool:

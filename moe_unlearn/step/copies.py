@@ -23,6 +23,8 @@ def twin(step: "UnlearnStep", model: nn.Module, prepared: dict | None = None) ->
     made = type(step)(model, recipe, twin_of(step.optimizer, step.model, model), fused=False)
     prepared = step.prepared.state_dict() if prepared is None else prepared
     made.load_state_dict({"recipe": recipe.to_dict(), "steps": step.steps, "prepared": prepared})
+    for name, cache in step.prepared.caches().items():
+        setattr(made.prepared, name, cache)  # whose rows on disk need not be found again
     return made
 
 

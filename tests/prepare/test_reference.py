@@ -11,6 +11,7 @@ import torch
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import enable
 from moe_unlearn.prepare import reference
+from moe_unlearn.prepare.rows import values_of
 from moe_unlearn.step import UnlearnStep
 from tests.support.batches import random_batches, with_refusals
 from tests.support.models import TINY_MODELS, tiny_olmoe
@@ -43,7 +44,13 @@ def prepare(model, cache_dir=None, name="idk_dpo", overrides=EVERYTHING, sets=No
 
 def values(step):
     made = {name: getattr(step.prepared, name) for name in CACHES}
-    return {name: cache.state_dict() for name, cache in made.items() if cache is not None}
+    return {name: content(cache) for name, cache in made.items() if cache is not None}
+
+
+def content(cache):
+    """Keys, lengths and values, in memory or on disk."""
+    rows = [values_of(row) for row in cache._rows.values()]
+    return {"keys": list(cache._rows), "lengths": list(map(len, rows)), "values": torch.cat(rows)}
 
 
 def check_same(ours, theirs, *, bitwise=True):
@@ -188,6 +195,40 @@ def test_state_saved_after_reading_from_disk_goes_on_bitwise(model, tmp_path):
         assert results[0] == results[1] == results[2]
     for step in (steps[1], restored):
         assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), step.model.parameters(), strict=True))
+
+
+def test_references_on_disk_take_no_memory_and_are_found_where_their_folder_went(model, tmp_path):
+    before, after = tmp_path / "before", tmp_path / "after"
+    made = prepare(copy.deepcopy(model), before)
+    caches = made.prepared.caches()
+    assert caches.keys() == values(made).keys() and not any(cache.nbytes for cache in caches.values())
+    assert "values" not in caches["ref_hidden_states"].state_dict()
+    state, forget, retain = made.state_dict(), *data()
+    before.rename(after)
+
+    def restored():
+        step = UnlearnStep(copy.deepcopy(model), made.recipe)
+        step.load_state_dict(state)
+        return step
+
+    with pytest.raises(
+        ValueError, match=rf"\d+ of \d+ rows are not in {before}/ref_.*: give prepare\(\) the cache_dir"
+    ):
+        restored()(forget[0], retain[0])
+    moved, computed = Forwards(model).during(lambda step: step.prepare(*data(), cache_dir=after) and step, restored())
+    assert computed == []
+    again = restored()
+    again.load_state_dict(moved.state_dict())  # before it was looked for, and after
+    plain = prepare(copy.deepcopy(model))
+    check_same(values(moved), values(plain))
+    assert moved(forget[0], retain[0]) == plain(forget[0], retain[0])
+    damaged = min(after.glob("ref_hidden*/*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(ValueError, match="reference hidden states: 4 of"),
+    ):
+        restored().prepare(*data(), cache_dir=after)
 
 
 @pytest.mark.parametrize("family", TINY_MODELS)

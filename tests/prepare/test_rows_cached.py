@@ -163,7 +163,7 @@ def lengths(stored):
 
 def check_equal(found, expected):
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert all(torch.equal(found[key].read(), expected[key]) for key in expected)
 
 
 @pytest.fixture
