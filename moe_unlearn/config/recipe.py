@@ -47,6 +47,7 @@ REPLACEMENTS = ("refusal", "alternate")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
 _FOLDER = resources.files("moe_unlearn") / "recipes"
 REFERENCES = ("prepared", "base")
+REFERENCE_DTYPES = ("bfloat16", "float8")
 SEAMS = ("joint", "separate")
 SCOPES = ("all", "experts", "parameters", "seuf")
 
@@ -280,6 +281,7 @@ class Recipe:
     accumulate: int = 1  # micro-batches of a step
     stop_forget_loss: float | None = None  # the first step that sees a forget loss this low is the last
     reference: str = "prepared"  # what losses compare with: the model at prepare(), adapters included; base: without
+    reference_dtype: str = "bfloat16"  # of its hidden states in caches (KL, UNDIAL); float8: half the bytes
     retain_budget: float | None = None  # a retain loss above it ends the run before the step's update
     guard: str = "strict"  # whether gradients are known before the first update, see `step`
     checkpointing: str = "auto"  # whether layers' activations are computed anew; auto: if a step does not fit the GPU
@@ -291,6 +293,7 @@ class Recipe:
         at_least("retain_per_forget", self.retain_per_forget, 1)
         one_of("guard", self.guard, ("strict", "loss"))
         one_of("reference", self.reference, REFERENCES)
+        one_of("reference_dtype", self.reference_dtype, REFERENCE_DTYPES)
         one_of("checkpointing", self.checkpointing, ("auto", "on", "off"))
         if self.trace is not None and self.retain.objective not in ("nll", "kl"):
             raise ValueError(

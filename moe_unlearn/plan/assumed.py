@@ -11,6 +11,7 @@ from moe_unlearn.model.batches import Batch, refusal
 from moe_unlearn.model.head import head_of
 from moe_unlearn.ops.bits import num_words
 from moe_unlearn.plan.dry_run import Rehearsal
+from moe_unlearn.prepare import float8
 from moe_unlearn.prepare.reference import head_to_keep
 from moe_unlearn.prepare.rows import RowCache
 from moe_unlearn.prepare.stages import Calibration, Preparation, needed, needs_head, uses_kl
@@ -35,7 +36,9 @@ def assumed(view: StepView, own: Preparation, rehearsal: Rehearsal, batches: dic
     modules: dict[str, Any] = experts_modules(view.model)
     hidden = head_of(view.model).weight.shape[1]
 
-    def zeros(batch: Batch, *tail: int, dtype: torch.dtype = torch.float32) -> RowCache:
+    form = float8.form(hidden, recipe.reference_dtype)
+
+    def zeros(batch: Batch, dtype: torch.dtype = torch.float32, *tail: int) -> RowCache:
         cache = RowCache("stand-in")
         cache.put(batch, torch.zeros(*batch["input_ids"].shape, *tail, dtype=dtype))
         return cache
@@ -60,9 +63,9 @@ def assumed(view: StepView, own: Preparation, rehearsal: Rehearsal, batches: dic
     if recipe.forget.objective == "idk_dpo":
         out.ref_logprobs_idk = zeros(refusal(forget))
     if uses_kl(recipe):
-        out.ref_hidden_states = zeros(retain, hidden, dtype=torch.bfloat16)
+        out.ref_hidden_states = zeros(retain, *form)
     if recipe.forget.objective == "undial":
-        out.ref_hidden_states_forget = zeros(forget, hidden, dtype=torch.bfloat16)
+        out.ref_hidden_states_forget = zeros(forget, *form)
     out.ref_lm_head, out.ref_bias = (
         None if kept is None else rehearsal.fake(kept) for kept in reference_head(view, own)
     )
@@ -70,7 +73,7 @@ def assumed(view: StepView, own: Preparation, rehearsal: Rehearsal, batches: dic
         if kept is not None:
             rehearsal.ledger.add(kept, CACHES)
     if recipe.retain.objective == "embed_diff":
-        out.ref_layer_states = zeros(retain, hidden, dtype=torch.bfloat16)
+        out.ref_layer_states = zeros(retain, torch.bfloat16, hidden)
     if recipe.wagle is not None and "wagle" in stages and out.mask is None:
         shapes = {name: tuple(p.shape) for name, p in view.model.named_parameters()}
         packed = {

@@ -9,10 +9,11 @@ from moe_unlearn.model.batches import Batch, attended_mask, refusal
 from moe_unlearn.model.head import head_of
 from moe_unlearn.plan.assumed import CACHES, reference_head
 from moe_unlearn.plan.mesh import Mesh
+from moe_unlearn.prepare import float8
 from moe_unlearn.prepare.stages import Preparation, needed, uses_kl
 from moe_unlearn.view import StepView
 
-_HIDDEN_BYTES = 2  # cached hidden states are bfloat16
+_HIDDEN_BYTES = 2  # cached layer outputs are bfloat16
 _LOGPROB_BYTES = 4
 
 
@@ -44,6 +45,15 @@ def held_at_rest(view: StepView, prepared: Preparation, caches: int, mesh: Mesh 
     return {name: size for name, size in known.items() if size}
 
 
+def state_bytes(view: StepView) -> int:
+    """Return the bytes of a token's final hidden state in the reference caches; 0 where the recipe has none there."""
+    recipe, hidden = view.recipe, head_of(view.model).weight.shape[1]
+    if not uses_kl(recipe) and recipe.forget.objective != "undial":
+        return 0
+    dtype, width = float8.form(hidden, recipe.reference_dtype)
+    return width * dtype.itemsize
+
+
 def cache_bytes(view: StepView, prepared: Preparation, forget: Sequence[Batch], retain: Sequence[Batch]) -> int:
     """Return the bytes of values cached row by row, which lie on the host; the reference's head is on the device."""
     recipe = view.recipe
@@ -57,7 +67,7 @@ def cache_bytes(view: StepView, prepared: Preparation, forget: Sequence[Batch], 
     )
     if set(needed(recipe)) <= set(prepared.done):
         return sum(cache.nbytes for cache in caches if cache is not None)
-    hidden = head_of(view.model).weight.shape[1]
+    hidden, states = head_of(view.model).weight.shape[1], state_bytes(view)
 
     def tokens(batches: Sequence[Batch], rows: int | None) -> int:
         assumed = (rows or 0) * recipe.data.max_length
@@ -74,7 +84,7 @@ def cache_bytes(view: StepView, prepared: Preparation, forget: Sequence[Batch], 
     if recipe.retain.objective == "embed_diff":
         predicted += retained * hidden * _HIDDEN_BYTES
     if uses_kl(recipe):
-        predicted += retained * hidden * _HIDDEN_BYTES
+        predicted += retained * states
     if recipe.forget.objective == "undial":
-        predicted += forgotten * hidden * _HIDDEN_BYTES
+        predicted += forgotten * states
     return predicted

@@ -24,7 +24,7 @@ from moe_unlearn.model.batches import Batch, Sizes, all_checked
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.plan.assumed import CACHES, assumed
 from moe_unlearn.plan.dry_run import Rehearsal
-from moe_unlearn.plan.known import cache_bytes, first_share, held_at_rest
+from moe_unlearn.plan.known import cache_bytes, first_share, held_at_rest, state_bytes
 from moe_unlearn.plan.mask import mask_plan
 from moe_unlearn.plan.mesh import Mesh, check_whole
 from moe_unlearn.plan.one_rank import OneRank
@@ -202,6 +202,8 @@ def make_plan(
     if recipe.optimizer.max_grad_norm is not None:
         plan.notes.append("max_grad_norm needs every gradient before the first update")
     caches = cache_bytes(view, prepared, forget, retain)
+    if each := state_bytes(view):
+        plan.notes.append(f"the reference's hidden states take {each} bytes a token ({recipe.reference_dtype})")
     if device.type != "cpu" and caches:
         plan.notes.append(f"reference caches take {caches / 2**20:.2f} MiB on the host")
         caches = 0

@@ -9,7 +9,8 @@
 Finished stages are part of the step's state: preparing again after a restore runs only the missing ones. With a
 `cache_dir` the references are on disk, not in memory, written batch by batch and read by each step: an interrupted run
 continues from there, and another recipe that needs the same values of the same model and documents finds them. A state
-then names their folder, and needs it. Hidden states are cached in bfloat16 (2 H bytes a token), log-probs in float32.
+then names their folder, and needs it. Final hidden states are cached in bfloat16 (2 H bytes a token) or in `float8`
+(H + 4, `reference_dtype` of the recipe), layer outputs in bfloat16, log-probs in float32.
 A mask that is made in groups goes on from its last one there.
 """
 
@@ -32,7 +33,7 @@ from moe_unlearn.model.batches import Batch, forgotten, refusal, target_mask
 from moe_unlearn.model.capture import collect_routing
 from moe_unlearn.model.head import ReferenceHead, final_hidden_states, head_of, token_losses
 from moe_unlearn.model.modes import evaluation_mode
-from moe_unlearn.prepare import reference
+from moe_unlearn.prepare import float8, reference
 from moe_unlearn.prepare.rows import RowCache, content_keys
 from moe_unlearn.ranks import Ranks, gathered, shared_work, together
 from moe_unlearn.sharding import is_sharded, whole
@@ -324,8 +325,10 @@ def _reference(work: _Work) -> None:
         def token_logprobs(batch: Batch) -> Tensor:
             return -token_losses(model, batch, kind="nll").float()
 
+        kept_dtype, width = float8.form(*hidden, recipe.reference_dtype)
+
         def hidden_states(batch: Batch) -> Tensor:
-            return final_hidden_states(model, batch).to(torch.bfloat16)
+            return float8.coded(final_hidden_states(model, batch), recipe.reference_dtype)
 
         def layer_states(batch: Batch) -> Tensor:
             return forward.layer_states(model, batch, layer).to(torch.bfloat16)
@@ -335,9 +338,9 @@ def _reference(work: _Work) -> None:
         if recipe.forget.objective == "idk_dpo":
             cached("ref_logprobs_idk", each(forget, refusal), token_logprobs, torch.float32)
         if uses_kl(recipe):
-            cached("ref_hidden_states", retain, hidden_states, torch.bfloat16, hidden)
+            cached("ref_hidden_states", retain, hidden_states, kept_dtype, (width,))
         if recipe.forget.objective == "undial":
-            cached("ref_hidden_states_forget", forget, hidden_states, torch.bfloat16, hidden)
+            cached("ref_hidden_states_forget", forget, hidden_states, kept_dtype, (width,))
         if needs_head(recipe):
             parts = reference.head_to_keep(trained_head, head)
             prepared.ref_lm_head, prepared.ref_bias = (
@@ -361,7 +364,7 @@ def _kl_floor(work: _Work) -> None:
             batch,
             kind="kl",
             hidden_states=states,
-            ref_hidden_states=kept.get(batch).to(states.dtype),
+            ref_hidden_states=float8.unpacked(kept.get(batch)).to(states.dtype),
             **prepared.ref_head,
         )
         return per_token.double().sum().view(1)

@@ -28,6 +28,7 @@ from moe_unlearn.model.admissible import check_values
 from moe_unlearn.model.batches import Batch, attended_mask, forgotten, refusal, stack, state_mask, target_mask
 from moe_unlearn.model.head import final_hidden_states, token_losses
 from moe_unlearn.model.states import control_vector, layer_states, sequence_logprobs
+from moe_unlearn.prepare.float8 import unpacked
 from moe_unlearn.prepare.rows import RowCache
 from moe_unlearn.prepare.stages import CACHED_SIDES, Preparation
 from moe_unlearn.step.dual import Multiplier
@@ -341,7 +342,7 @@ class Objectives:
     def _reference_states(self, batch: Batch, states: Tensor, cache: RowCache | None) -> _Targets:
         given = batch.get("ref_hidden_states")
         if given is None:
-            given = self._need("reference", cache).get(batch)
+            given = unpacked(self._need("reference", cache).get(batch))
         prepared = self.prepared
         return {
             "ref_hidden_states": given.to(states.dtype),
