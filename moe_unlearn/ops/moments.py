@@ -24,6 +24,8 @@ one. So no two roundings share a bit, and the results depend neither on slices n
 Why so: v has twice the decades of m, and code 0 for a v that is not 0 would make its weight jump by m / eps. The square
 root gives both moments the same range, and the floor of 1 keeps |m| / sqrt(v) within what the scales allow. A step
 changes v by a factor beta2 = 0.999, less than a code: rounding to the nearest would never move it, on average u does.
+The square of a rounded root is too large on average, in the long run by at most scale^2 / (4 * (1 - beta2)), which is
+0.4 % of the largest v of the block: weights of small v take shorter steps for it, never longer ones.
 Source: our specification; bitsandbytes and torchao use tables of codes and round to the nearest.
 """
 

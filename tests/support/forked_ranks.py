@@ -32,7 +32,7 @@ def found_on(count: int, folder: Path, act: Callable[[int], object]) -> list:
     return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(count)]
 
 
-def run_forked(count: int, folder: Path, act: Callable[[int], object], patience: float = 60) -> list[int]:
+def run_forked(count: int, folder: Path, act: Callable[[int], object], patience: float = 300) -> list[int]:
     """Return how `act(rank)` ended on each of `count` ranks of a group: 0, 1 after an exception, or minus a signal.
 
     An exception is written to `folder/error{rank}`. The ranks meet in `folder`, which no other group may use, and wait
