@@ -291,6 +291,15 @@ def test_dry_run_selects_the_experts(folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_of_ranks_reads_the_config_alone(folder, tmp_path, capsys):
+    bare = shutil.copytree(folder / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    given = ["checkpointing=on", "--dry-run", "--mesh", "fsdp=2", "--fits", "1"]
+    assert run(folder, tmp_path / "out", *given, model=bare) == 0
+    text = capsys.readouterr().out
+    assert "mesh: 2 ranks (fsdp 2)" in text and "fits on 2 x 1 GiB: yes" in text
+    assert "planned from the model's config" in text and "rows; an epoch is" in text
+
+
 @pytest.mark.parametrize("recipe", ["trace", "combined"])
 def test_ordinary_data_makes_trace_inactive_and_the_report_says_so(recipe, folder, tmp_path, caplog):
     assert run(folder, tmp_path / "out", "trace.min_ratio=50", "steps=2", recipe=recipe) == 0

@@ -7,6 +7,7 @@ import pytest
 
 from moe_unlearn import config
 from moe_unlearn.config import Recipe
+from moe_unlearn.config.values import bytes_of
 
 pytestmark = pytest.mark.quick
 
@@ -148,3 +149,11 @@ def test_a_recipe_is_made_of_whatever_describes_one(tmp_path):
 def test_recipes_are_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe().steps = 5
+
+
+@pytest.mark.parametrize(
+    ("given", "bytes_"), [(1e16, 10**16), (2.5e18, 25 * 10**17), ("512MiB", 2**29), (1.5, 1), ("0.5GB", 5 * 10**8)]
+)
+def test_an_amount_of_memory_may_be_large(given, bytes_):
+    assert bytes_of("wagle.memory", given) == bytes_
+    assert Recipe.from_dict({"wagle": {"memory": given}}).wagle.memory == given

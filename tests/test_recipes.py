@@ -33,6 +33,8 @@ SIZES = {  # billions of parameters, as the models are known
     "qwen1.5-moe-a2.7b": 14.3,
     "qwen3-30b-a3b": 30.5,
     "deepseek-v2-lite": 15.7,
+    "gpt-oss-20b": 20.9,
+    "mixtral-8x7b": 46.7,
 }
 
 
@@ -129,7 +131,7 @@ def test_a_models_values_come_before_the_overrides():
     recipe = Recipe.load("rmu", ["forget.steering=5"], model="deepseek-v2-lite")
     assert (recipe.forget.steering, recipe.forget.layer, recipe.retain.alpha) == (5, 7, 1200)
     assert Recipe.load("npo", model="olmoe-1b-7b") == Recipe.load("npo")
-    with pytest.raises(ValueError, match="no model 'llama' among those shipped: deepseek-v2-lite, olmoe"):
+    with pytest.raises(ValueError, match="no model 'llama' among those shipped: deepseek-v2-lite, gpt-oss"):
         Recipe.load("npo", model="llama")
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import backend, benchmark, data, masks, native, trace
 from moe_unlearn.benchmark.trained_cache import clean_cache
-from moe_unlearn.cli import alternates, delta, evaluate
+from moe_unlearn.cli import alternates, delta, evaluate, plan
 from moe_unlearn.cli.arguments import (
     add_data,
     add_loading,
@@ -52,7 +52,6 @@ from moe_unlearn.regress import command as regression
 from moe_unlearn.runs import report
 from moe_unlearn.runs.run import Before, Run, retrained, unlearn
 from moe_unlearn.runs.summary import table
-from moe_unlearn.step import UnlearnStep
 from moe_unlearn.verify import VerificationError
 
 _SHARED = ("run", "eval", "stats", "mask", "alternates")  # the verbs that several ranks can share
@@ -183,7 +182,7 @@ def run(options: argparse.Namespace) -> None:
     if options.model_config is not None and recipe.data.model is None:
         if not options.dry_run:
             raise ValueError("data.model is missing: --model-config alone gives no weights, only a --dry-run")
-        print(UnlearnStep(loading.meta_model(options.model_config), recipe).plan(mesh=mesh, fits=options.fits))
+        print(plan.of_config(options, recipe, mesh))
         return
     for key in ("model", "forget", "retain"):
         if getattr(recipe.data, key) is None:
@@ -210,15 +209,13 @@ def run(options: argparse.Namespace) -> None:
     retrain = None
     if not options.dry_run and not options.no_eval:
         retrain = retrained(recipe, tokenizer, sets, how)  # that model is gone before the other one comes
+    if options.dry_run and mesh is not None:
+        print(plan.of_mesh(options, recipe, mesh, tokenizer, sets))
+        return
     model, _ = loading.load_model(recipe.data.model, how)
     _require_moe(model)
     if options.dry_run:
-        plan = Run(model, tokenizer, recipe, sets["forget"], sets["retain"]).plan(
-            verify=options.verify, mesh=mesh, fits=options.fits
-        )
-        if how.trust_remote_code:
-            plan.notes.append("code that comes with the model was run (--trust-remote-code)")
-        print(plan)
+        print(plan.of_weights(options, Run(model, tokenizer, recipe, sets["forget"], sets["retain"])))
         return
     if base is not None:
         delta.check_saved(model, base)
@@ -331,7 +328,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     add_mesh(sub, "; with --dry-run: plan it")
-    sub.add_argument("--fits", type=float, metavar="GIB", help="with --dry-run: ask whether devices of this size do")
+    sub.add_argument(
+        "--fits",
+        type=float,
+        nargs="+",
+        metavar="GIB",
+        help="with --dry-run: ask whether devices of these sizes do, and what to change if not (default without a "
+        "model: 80 141)",
+    )
     sub.add_argument(
         "--verify",
         type=steps,

@@ -140,7 +140,9 @@ def _word_or_number(value: object, name: str) -> str | float:
 
 def bytes_of(name: str, value: str | float) -> int:
     """Convert an amount of memory, a number of bytes or a text like 512MiB, to bytes; ValueError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", str(value))
+    # Python writes floats from 1e16 on with an exponent
+    text = f"{value:.0f}" if isinstance(value, float) and value >= 1e16 else str(value)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", text)
     if found is None or isinstance(value, bool):
         raise ValueError(f"{name} must be an amount of memory, such as 512MiB or 32GB; got {value!r}")
     number, unit = found.groups()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download, try_to_load_from_cache
+from safetensors import safe_open
 from torch import distributed, nn
 from transformers import (
     AutoConfig,
@@ -33,6 +34,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _HUB = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 _ADAPTER = "adapter_config.json"
 _log = getLogger(__name__)
+_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _SHOWN = 3  # weights that a message names
 
 
@@ -297,24 +299,47 @@ def _named(source: str | Path, what: str) -> Iterator[None]:
             handler.removeFilter(hold_back)
 
 
-def meta_model(source: str | Path) -> nn.Module:
-    """Build a causal LM without storage, on the meta device, in the dtype of its config.
+def meta_model(source: str | Path, *, layers: int | None = None, dtype: str = "auto") -> nn.Module:
+    """Build a causal LM without storage, on the meta device; `dtype` is as `Loading` has it.
 
-    `source` is a name in `models()`, a folder with a config.json, or the path of such a file. Raises ValueError for
-    anything else.
+    `source` is a name in `models()`, a folder with a config.json, the path of such a file, or a model of the hub, of
+    which the config alone is read; of a folder without a dtype in it, also the head of its first file of weights. With
+    `layers` the model has so many of its first layers alone. Raises ValueError for anything else.
     """
     if source in models():
         made = AutoConfig.for_model(**geometry(source))
-    elif Path(source).exists():
+    else:
+        where: dict[str, Any] = {"local_files_only": True}
+        name = str(source)
+        if not Path(source).exists():
+            if _HUB.fullmatch(name) is None:
+                raise ValueError(f"no model {name!r}: a folder, a config.json or one of {', '.join(models())}")
+            name, where = located(source)
         try:
-            made = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+            made = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
         except Exception as error:  # transformers raises many kinds for a damaged file
             raise ValueError(f"cannot read a model's config from {source}: {error}") from error
-    else:
-        raise ValueError(f"no model {str(source)!r}: a folder, a config.json or one of {', '.join(models())}")
+    if layers is not None:
+        of_layers = {name: value for name, value in vars(made).items() if _one_each(value, made.num_hidden_layers)}
+        made.update({name: value[:layers] for name, value in of_layers.items()} | {"num_hidden_layers": layers})
+    chosen = getattr(torch, dtype) if dtype != "auto" else made.dtype or _dtype_of(Path(source))
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=made.dtype, trust_remote_code=False)
+        model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=chosen, trust_remote_code=False)
     return model
+
+
+def _dtype_of(folder: Path) -> torch.dtype | None:
+    """Return the first floating dtype that a folder's weights have, as transformers takes it; None without weights."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            names = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+        return next((dtype for name, dtype in _FLOATS.items() if name in names), None)
+    return None
+
+
+def _one_each(value: object, layers: int) -> bool:
+    """Return whether a value of a config has an entry for each layer."""
+    return isinstance(value, list | tuple) and len(value) == layers
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from moe_unlearn.model.modes import evaluation_mode
 from moe_unlearn.ops.weight_score import BINS, SMALL_BLOCK
 from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.plan.memory import Ledger
+from moe_unlearn.plan.repeat import collected_later, peaks
 from moe_unlearn.view import StepView
 from moe_unlearn.wagle.budget import Budget, budget_of
 from moe_unlearn.wagle.gradients import Side, gradients
@@ -42,6 +43,37 @@ class MaskPlan:
         return f"prepare() makes WAGLE's mask from two float32 gradients, {within}: {peak}"
 
 
+def mask_at_most(
+    view: StepView, shallow: Sequence[StepView], periods: int, device: torch.device, batches: Mapping[str, Batch]
+) -> MaskPlan:
+    """Bound the memory of the mask of a deep model by rehearsals of two shallow ones, without its groups.
+
+    The gradients take the budget, or those of all weights if it has room for them, and beside them there are all that
+    a forward and a backward pass take at their peak and the mask of all weights.
+    """
+    settings = view.recipe.wagle
+    assert settings is not None
+    pieces = all_pieces(view.model, None)
+    budget = budget_of(pieces, settings.memory)
+    timelines = []
+    for each in shallow:
+        rehearsal = Rehearsal(device)
+        trained = [piece for piece in all_pieces(each.model, None) if piece.parameter.requires_grad]
+        model, sides = _twin(each, rehearsal, {side: [batch] for side, batch in batches.items()})
+        named = dict(model.named_parameters())
+        # a row of the lowest weight and one of the highest: the backward pass goes through all, and nothing is held
+        ends = [
+            replace(piece, parameter=named[piece.name], elements=piece.elements[: piece.width])
+            for piece in {piece.name: piece for piece in (trained[0], trained[-1])}.values()
+        ]
+        with collected_later():
+            _rehearsed(model, rehearsal, sides, ends, Budget(budget.size), 1.0)
+        timelines.append(rehearsal.ledger.timeline())
+    memory, _ = peaks(*timelines, periods)
+    memory["gradients"] = min(budget.size, sum(piece.nbytes for piece in pieces))
+    return MaskPlan(len(grouped(pieces, budget.gradients)), budget.size, memory)
+
+
 def mask_plan(view: StepView, rehearsal: Rehearsal, batches: Mapping[str, Sequence[Batch]]) -> MaskPlan:
     """Rehearse the sample and some groups of the mask of a step with WAGLE, from up to two batches of each side.
 
@@ -49,7 +81,7 @@ def mask_plan(view: StepView, rehearsal: Rehearsal, batches: Mapping[str, Sequen
     ValueError for a budget below the smallest group, and RuntimeError or TypeError for a model that torch's fakes
     cannot run.
     """
-    recipe, settings = view.recipe, view.recipe.wagle
+    settings = view.recipe.wagle
     assert settings is not None
     pieces, total = all_pieces(view.model, None), sum(p.numel() for p in view.model.parameters())
     budget = budget_of(pieces, settings.memory)
@@ -60,18 +92,26 @@ def mask_plan(view: StepView, rehearsal: Rehearsal, batches: Mapping[str, Sequen
     groups = grouped(pieces, budget.gradients)
     # activations are most in the first group, and what is done in the last
     passes += [((i + 1) / len(groups), groups[i]) for i in sorted({0, len(groups) // 2, len(groups) - 1})]
-    model = rehearsal.twin(view.model, {})
+    model, sides = _twin(view, rehearsal, batches)
     named = dict(model.named_parameters())
-    divided = settings.accumulation if settings.official else None
-    sides = [
-        Side.of("forget", [forgotten(recipe, batch) for batch in batches["forget"]], token_losses, divided),
-        Side.of("retain", batches["retain"], token_losses, divided),
-    ]
     found = [
         _rehearsed(model, rehearsal, sides, [replace(p, parameter=named[p.name]) for p in part], budget, done)
         for done, part in passes
     ]
     return MaskPlan(len(groups), budget.size, max(found, key=lambda memory: sum(memory.values())))
+
+
+def _twin(view: StepView, rehearsal: Rehearsal, batches: Mapping[str, Sequence[Batch]]) -> tuple[Any, list[Side]]:
+    """Return the model for a rehearsal, and both sides of its gradients."""
+    settings = view.recipe.wagle
+    assert settings is not None
+    divided = settings.accumulation if settings.official else None
+    forget = [forgotten(view.recipe, batch) for batch in batches["forget"]]
+    sides = [
+        Side.of("forget", forget, token_losses, divided),
+        Side.of("retain", batches["retain"], token_losses, divided),
+    ]
+    return rehearsal.twin(view.model, {}), sides
 
 
 def _rehearsed(

@@ -95,6 +95,11 @@ class Ledger:
             held[self._components[key]] += size
         return {name: size for name, size in held.items() if size}
 
+    def timeline(self) -> list[tuple[str, int]]:
+        """Return the component and the bytes of each event in order, negative where released."""
+        self._settle()
+        return [(self._components[key], size) for key, size in self._events]
+
     def largest(self) -> dict[str, int]:
         """Return the most bytes of each component, each at its own moment."""
         self._settle()

@@ -10,9 +10,8 @@ For a mesh it is the rehearsal of one rank, the one that holds most, and no rank
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,19 +19,18 @@ from torch import Tensor
 from moe_unlearn import router_aux, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.model.batches import Batch, Sizes, all_checked
+from moe_unlearn.model.batches import Batch, all_checked
 from moe_unlearn.ops.bits import unpack_bits
-from moe_unlearn.plan.assumed import CACHES, assumed
 from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.plan.known import cache_bytes, first_share, held_at_rest, state_bytes
-from moe_unlearn.plan.mask import mask_plan
+from moe_unlearn.plan.mask import mask_at_most, mask_plan
 from moe_unlearn.plan.mesh import Mesh, check_whole
-from moe_unlearn.plan.one_rank import OneRank
-from moe_unlearn.plan.ways import Path, form, obstacle, paths
+from moe_unlearn.plan.one_rank import GATHERED
+from moe_unlearn.plan.rehearse import Setting, Step, periods_of, rehearsed
+from moe_unlearn.plan.ways import Path, obstacle, paths
 from moe_unlearn.prepare.stages import Preparation
-from moe_unlearn.ranks import Ranks
-from moe_unlearn.verify import Verifier
 from moe_unlearn.view import StepView
+from moe_unlearn.wagle.budget import SHARE
 
 
 @dataclass
@@ -46,7 +44,8 @@ class Plan:
     is known without: weights, optimizer state, mask and caches.
 
     With a mesh all of these are of one rank, the one that holds most, but for `weights` and `trained`; traffic: the
-    bytes that it sends to other ranks in a step, by cause. fits: the GiB that a device has, where that is asked for.
+    bytes that it sends to other ranks in a step, by cause. fits: the GiB of devices, where it is asked whether they are
+    enough. remedies: what to change where they are not, in lines, by size.
     """
 
     recipe: str
@@ -67,7 +66,9 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     mesh: Mesh | None = None
     traffic: dict[str, int] = field(default_factory=dict)
-    fits: float | None = None
+    fits: tuple[float, ...] = ()
+    remedies: dict[float, list[str]] = field(default_factory=dict)
+    yields: bool = False  # whether the mask's gradients take what a device leaves
 
     @property
     def peak(self) -> int:
@@ -109,39 +110,28 @@ class Plan:
         head = f"{'sent in a step (MiB)':<39} {'to others':>12}"
         return [head, *(f"  {name:<37} {size / 2**20:12.2f}" for name, size in causes)]
 
+    def on(self, size: float) -> dict[str, int]:
+        """Return the bytes by component at the peak of the whole run on a device of `size` GiB: a step, or the mask."""
+        mask = dict(self.mask)
+        if self.yields and mask:
+            free = SHARE * (size * 2**30 - mask["weights"])
+            mask["gradients"] = min(mask.get("gradients", 0), max(int(free), 0))
+        return max(self.memory, mask, key=lambda memory: sum(memory.values()))
+
+    def fits_on(self, size: float) -> bool:
+        """Return whether a device of `size` GiB is enough for the whole run."""
+        return sum(self.on(size).values()) <= size * 2**30
+
     def _fitting(self) -> list[str]:
-        if self.fits is None:
-            return []
-        ranks, answer = 1 if self.mesh is None else self.mesh.fsdp, "yes" if self.peak <= self.fits * 2**30 else "no"
-        return [f"fits on {ranks} x {self.fits:g} GiB: {answer}, {self.peak / 2**30:.3g} GiB each"]
-
-
-class Step(Protocol):
-    """A step as it is planned: it shows its view, and its shadow is rehearsed."""
-
-    prepared: Preparation
-    verifier: Verifier
-    ranks: Ranks
-
-    def view(self) -> StepView:
-        """Return what the step shows of itself at this moment."""
-
-    def shadow(self, copied: Callable[[Any, dict], Any], prepared: Preparation) -> "Step":
-        """Return a copy of the step by `copied`, prepared as given, without accumulated gradients."""
-
-    def apply_preparation(self) -> None:
-        """Let exactly those weights train that the scope and what is prepared allow."""
-
-    def sizes(self, pairs: Iterable[tuple[Batch, Batch]]) -> dict[str, int]:
-        """Count the units of a step with these (forget, retain) pairs."""
-
-    def accumulate(
-        self, forget_batch: Batch, retain_batch: Batch, *, sizes: Sizes | None, last: bool
-    ) -> dict[str, float]:
-        """Compute losses and gradients of one micro-batch and add the gradients up."""
-
-    def update(self) -> dict[str, float]:
-        """Update the weights from the accumulated gradients."""
+        ranks, lines = 1 if self.mesh is None else self.mesh.fsdp, []
+        for size in self.fits:
+            memory = self.on(size)
+            when = " while the mask is made" if memory != self.memory else ""
+            answer = "yes" if self.fits_on(size) else "no"
+            peak = sum(memory.values()) / 2**30
+            lines.append(f"fits on {ranks} x {size:g} GiB: {answer}, {peak:.3g} GiB each{when} (predicted)")
+            lines += [f"  {line}" for line in self.remedies.get(size, [])]
+        return lines
 
 
 def make_plan(
@@ -150,14 +140,17 @@ def make_plan(
     retain_batches: Iterable[Batch],
     *,
     mesh: Mesh | str | None = None,
-    fits: float | None = None,
+    fits: float | Sequence[float] | None = None,
+    shallow: Sequence[Step] = (),
 ) -> Plan:
     """Make the plan of an `UnlearnStep` in its present state, for the largest batch of each side.
 
     Without batches, the recipe's batch size, rows and length are assumed. A model on the meta device is planned for
     CUDA where there is a GPU, for the CPU otherwise. Before prepare(), masks are assumed to keep everything, and as
     many experts to be selected as the recipe allows. `mesh`, a `Mesh` or what its `parse` takes, plans for one rank of
-    several, which has these batches to itself; `fits` asks whether a device of so many GiB is enough.
+    several, which has these batches to itself; `fits` asks whether a device of so many GiB is enough, or of each of
+    several sizes. `shallow` are two steps of this recipe on models with as many layers as `repeat.depths` says, which
+    are rehearsed in place of this one.
 
     Raises ValueError for a bad batch, for a mesh that the model does not fit, and for a model that is sharded already,
     which says with which `mesh` the model is planned before that.
@@ -169,8 +162,9 @@ def make_plan(
     if mesh is not None:
         mesh.placings(view.model)  # which refuses a model that does not fit
         view = dataclasses.replace(view, peers=mesh.peers)
-    if fits is not None and not fits > 0:
-        raise ValueError(f"fits must be above 0 GiB; got {fits:g}")
+    sizes = tuple(fits) if isinstance(fits, Sequence) else () if fits is None else (fits,)
+    if wrong := [size for size in sizes if not size > 0]:
+        raise ValueError(f"fits must be above 0 GiB; got {wrong[0]:g}")
     recipe, named = view.recipe, list(view.model.named_parameters())
     device = _device(named)
     batches = {side: _largest(given, recipe, device) for side, given in (("forget", forget), ("retain", retain))}
@@ -186,12 +180,10 @@ def make_plan(
         data=_data(recipe, forget, retain),
         paths=paths(view),
         mesh=mesh,
-        fits=fits,
+        fits=sizes,
     )
     if recipe.mollm is not None:
         plan.notes.append(f"MOLLM keeps {2 + recipe.mollm.kl} gradient sets until their Gram matrix is known")
-    if recipe.wagle is not None and recipe.wagle.mask is None and prepared.mask is None:
-        _plan_mask(plan, view, {"forget": forget, "retain": retain}, batches)
     if recipe.scope.kind in ("experts", "seuf") and prepared.selected is None:
         plan.notes.append(
             "prepare() chooses the experts that train: trained weights and paths above count all, memory only as many "
@@ -208,12 +200,20 @@ def make_plan(
         plan.notes.append(f"reference caches take {caches / 2**20:.2f} MiB on the host")
         caches = 0
     try:
-        _rehearse(plan, view, step, Rehearsal(device), batches, caches)
+        made = rehearsed(step, shallow, Setting(mesh, device, batches, caches))
+        plan.memory, plan.largest, plan.flops, plan.bytes = made.memory, made.largest, made.flops, made.bytes
+        plan.traffic = {cause: size * view.micro_batches for cause, size in made.traffic.items()}
     except (RuntimeError, TypeError) as error:
         # some wrappers cannot be copied, and torch's fakes do not know some operations
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         plan.notes.append(f"not rehearsed, so activations, gradients and workspace are unknown ({reason})")
         plan.memory = plan.largest = held_at_rest(view, prepared, caches, mesh)
+    if recipe.wagle is not None and recipe.wagle.mask is None and prepared.mask is None:
+        plan.yields = recipe.wagle.memory is None
+        if mesh is not None or view.peers > 1:
+            _plan_shared_mask(plan, view)
+        else:
+            _plan_mask(plan, step, shallow, {"forget": forget, "retain": retain}, batches)
     if step.verifier.remaining:
         steps = "every step" if step.verifier.remaining == math.inf else f"{step.verifier.remaining} steps"
         size = step.verifier.memory() / 2**20
@@ -225,83 +225,42 @@ def make_plan(
     return plan
 
 
-def _plan_mask(plan: Plan, view: StepView, given: Mapping[str, Sequence[Batch]], batches: Mapping[str, Batch]) -> None:
-    """Say in `plan` how WAGLE's mask will be made; of several ranks, how much its gradients take on one."""
-    share, made_from = first_share(view, plan.mesh), "two float32 gradients"
-    held = 2 * 4 * sum(share(p, p.numel()) for _, p in view.trained)
-    if plan.mesh is None and view.peers > 1:
-        held = held // view.peers + sum(p.nbytes for _, p in view.trained)
-        made_from += f" that {view.peers} ranks share and that of a batch"
-    said = f"prepare() makes WAGLE's mask from {made_from}, {held / 2**20:.2f} MiB beside the weights"
-    if plan.mesh is None and view.peers == 1:
-        # from its second batch on a side has the sums of all gradients beside the activations
-        sides = {side: [batch] * min(len(given[side]) or 2, 2) for side, batch in batches.items()}
-        try:
-            made = mask_plan(view, Rehearsal(torch.device(plan.device)), sides)
-            plan.mask, said = made.memory, str(made)
-        except (RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, ValueError) and view.recipe.wagle is not None and view.recipe.wagle.memory is not None:
-                raise
-            said += f"; not rehearsed ({next(iter(str(error).splitlines()), type(error).__name__)})"
+def _plan_mask(
+    plan: Plan, step: Step, shallow: Sequence[Step], given: Mapping[str, Sequence[Batch]], batches: Mapping[str, Batch]
+) -> None:
+    """Say in `plan` how WAGLE's mask will be made on one process."""
+    view, device = step.view(), torch.device(plan.device)
+    try:
+        if shallow:
+            made = mask_at_most(view, [each.view() for each in shallow], periods_of(step, shallow), device, batches)
+        else:
+            # from its second batch on a side has the sums of all gradients beside the activations
+            sides = {side: [batch] * min(len(given[side]) or 2, 2) for side, batch in batches.items()}
+            made = mask_plan(view, Rehearsal(device), sides)
+        plan.mask, said = made.memory, str(made)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and view.recipe.wagle is not None and view.recipe.wagle.memory is not None:
+            raise
+        held = 2 * 4 * sum(p.numel() for _, p in view.trained) / 2**20
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        said = f"prepare() makes WAGLE's mask from two float32 gradients, {held:.2f} MiB beside the weights"
+        said += f"; not rehearsed ({why})"
     plan.notes.append(said)
 
 
-def _rehearse(
-    plan: Plan, view: StepView, step: Step, rehearsal: Rehearsal, batches: dict[str, Batch], caches: int
-) -> None:
-    """Run two steps of a shadow of `step` and write their costs into `plan`; `view` is the step on the plan's mesh."""
-    ledger, rank = rehearsal.ledger, None
-    shadow = step.shadow(rehearsal.twin, assumed(view, step.prepared, rehearsal, batches))
-    if plan.mesh is not None:
-        rehearsal.phase = "mask"
-        with rehearsal:
-            shadow.apply_preparation()
-            rank = OneRank(shadow, plan.mesh, rehearsal)
-    copied = shadow.view()
-    for tensor in (*copied.model.parameters(), *copied.model.buffers()):
-        ledger.add(tensor, "weights")
-    for tensor in _tensors(list(copied.optimizer.state.values())):
-        ledger.add(tensor, "optimizer state")
-    ledger.hold(caches, CACHES)
-    copied.optimizer.register_step_pre_hook(lambda *_: ledger.label(copied.gradients.held(), "gradients"))
-    pair, factored = (batches["forget"], batches["retain"]), view.recipe.mollm is not None and form(view) != "compact"
-    devices = [] if rehearsal.device.type == "cpu" else [rehearsal.device]
-    with torch.random.fork_rng(devices), rehearsal:
-        if rank is None:
-            rehearsal.phase = "mask"
-            shadow.apply_preparation()
-        sizes = None if view.micro_batches == 1 else shadow.sizes([pair] * view.micro_batches)
-        # the first step creates the optimizer's state, the second one has it from its start
-        for _ in range(2):
-            # two micro-batches are enough: the second finds gradients, and later ones hold no more; but factors add up
-            for _ in range(view.micro_batches if factored else min(view.micro_batches, 2)):
-                rehearsal.reset_costs()
-                if rank is not None:
-                    rank.traffic.clear()
-                rehearsal.phase = "activations"
-                shadow.accumulate(*pair, sizes=sizes, last=view.micro_batches == 1)
-                ledger.label(copied.gradients.held(), "gradients")
-            rehearsal.phase = "workspace"
-            shadow.update()
-            ledger.label(_tensors(list(copied.optimizer.state.values())), "optimizer state")
-    plan.flops = {name: count for name, count in rehearsal.flops.items() if count}
-    plan.bytes = dict(rehearsal.moved)
-    plan.memory, plan.largest = ledger.peak(), ledger.largest()
-    if rank is not None:
-        plan.traffic = {cause: size * view.micro_batches for cause, size in rank.traffic.items() if size}
-
-
-def _tensors(value: object) -> list[Tensor]:
-    """Return the tensors in nested dicts, lists, tuples and plain objects of this package."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif type(value).__module__.startswith("moe_unlearn.") and hasattr(value, "__dict__"):
-        value = vars(value).values()
-    elif not isinstance(value, list | tuple):
-        return []
-    return [tensor for item in value for tensor in _tensors(item)]
+def _plan_shared_mask(plan: Plan, view: StepView) -> None:
+    """Say in `plan` how several ranks make WAGLE's mask, and what one holds of it, beside what a step has at most."""
+    share = first_share(view, plan.mesh)
+    held, made_from = 2 * 4 * sum(share(p, p.numel()) for _, p in view.trained), "two float32 gradients"
+    if plan.mesh is None:
+        held = held // view.peers + sum(p.nbytes for _, p in view.trained)
+        made_from += f" that {view.peers} ranks share and that of a batch"
+    weights = sum(share(p, p.nbytes) for p in view.model.parameters())
+    beside = {name: size for name, size in plan.largest.items() if name in ("activations", "workspace", GATHERED)}
+    bits = sum(share(p, p.numel() / 8) for p in view.model.parameters())
+    plan.mask = {"weights": weights, "mask": bits, **beside, "gradients": held}
+    plan.yields = False
+    plan.notes.append(f"prepare() makes WAGLE's mask from {made_from}, {held / 2**20:.2f} MiB beside the weights")
 
 
 def _device(named: Sequence[tuple[str, Tensor]]) -> torch.device:

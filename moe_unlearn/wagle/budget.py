@@ -17,7 +17,7 @@ from moe_unlearn.ranks import Ranks, gathered
 from moe_unlearn.wagle.pieces import Piece, smallest_group
 from moe_unlearn.wagle.threshold import ENTRY
 
-_SHARE = 0.75  # of what is free, by default: activations take memory too
+SHARE = 0.75  # of what is free, by default: activations take memory too
 _SAMPLE = 32  # bytes of a budget for each score of a sample
 _LARGEST_SAMPLE = 1 << 22
 _SMALLEST_SAMPLE = 256
@@ -79,7 +79,7 @@ def _size(pieces: Sequence[Piece], memory: str | float | None, ranks: Ranks | No
         return 0
     device = pieces[0].own.device
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1  # ranks that share what is free
-    return int(_SHARE * free_memory(device)) // max(here, 1)
+    return int(SHARE * free_memory(device)) // max(here, 1)
 
 
 def free_memory(device: torch.device) -> int:

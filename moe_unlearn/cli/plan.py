@@ -1,0 +1,46 @@
+"""The plan that `moe-unlearn run --dry-run` prints."""
+
+import argparse
+from collections.abc import Mapping
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from moe_unlearn import data
+from moe_unlearn.config import Recipe
+from moe_unlearn.data.of_recipe import pair_collator
+from moe_unlearn.data.pairs import side_batches
+from moe_unlearn.plan import Mesh, Plan
+from moe_unlearn.runs.planning import SIZES, plan_of_config
+from moe_unlearn.runs.run import SIDES, Run
+
+
+def of_config(options: argparse.Namespace, recipe: Recipe, mesh: Mesh | None) -> Plan:
+    """Plan for the config that `--model-config` names, without weights and data."""
+    return plan_of_config(options.model_config, recipe, mesh=mesh, fits=options.fits or SIZES)
+
+
+def of_mesh(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    sets: Mapping[str, list[data.Example]],
+) -> Plan:
+    """Plan for ranks that share out the weights of `--model`, of which the config alone is read."""
+    assert recipe.data.model is not None
+    forget, retain = (sets[side] for side in SIDES)
+    pairs = data.ForgetRetainDataset(forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget)
+    collator = pair_collator(recipe, tokenizer, forget)
+    batches = [list(side_batches(pairs, side, recipe.batch_size, collator)) for side in SIDES]
+    fits = options.fits or SIZES
+    made = plan_of_config(recipe.data.model, recipe, *batches, mesh=mesh, fits=fits, dtype=options.dtype)
+    made.notes.append("planned from the model's config: experts and masks are assumed at their largest")
+    return made
+
+
+def of_weights(options: argparse.Namespace, run: Run) -> Plan:
+    """Plan for a model that is loaded, whose experts and mask are chosen first."""
+    made = run.plan(verify=options.verify, fits=options.fits)
+    if options.trust_remote_code:
+        made.notes.append("code that comes with the model was run (--trust-remote-code)")
+    return made

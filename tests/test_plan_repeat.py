@@ -1,0 +1,136 @@
+"""Plans of deep models from shallow ones, against the rehearsal of the whole; knobs against the plans with them."""
+
+import pytest
+import torch
+
+from moe_unlearn.config import Recipe
+from moe_unlearn.model.states import decoder_layers
+from moe_unlearn.plan import Mesh, Plan, knobs
+from moe_unlearn.plan.repeat import NotRepeated, depths, peaks
+from moe_unlearn.step import UnlearnStep
+from tests.support.models import TINY_MODELS
+
+
+def layered(count):
+    """A timeline by hand: weights; forward, backward and an update whose loops go over all layers."""
+    layer = [("activations", 5000), ("workspace", 7000), ("workspace", -7000)]
+    events = [("weights", 10_000)] * count + layer * count
+    events += [("workspace", 50_000), ("workspace", -50_000)]
+    events += [("gradients", 6000), ("activations", -5000)] * count
+    return events + [("workspace", 4), ("optimizer state", 8000)] * count
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("count", [4, 7, 40])
+def test_the_peak_of_any_depth_follows_from_two(count):
+    held, most, memory, largest = {}, 0, {}, {}
+    for name, size in layered(count):
+        held[name] = held.get(name, 0) + size
+        largest[name] = max(largest.get(name, 0), held[name])
+        if sum(held.values()) > most:
+            most, memory = sum(held.values()), dict(held)
+    found = peaks(layered(2), layered(3), count - 2)
+    assert sum(found[0].values()) == most
+    assert found == ({name: size for name, size in memory.items() if size}, largest)
+
+
+@pytest.mark.quick
+def test_timelines_that_differ_otherwise_are_refused():
+    other = [(name, size + 4096 * i) for i, (name, size) in enumerate(layered(30))]
+    with pytest.raises(NotRepeated, match="others"):
+        peaks(layered(20), other, 2)
+    with pytest.raises(NotRepeated, match="fewer"):
+        peaks(layered(3), layered(2), 2)
+
+
+def tiny(family, layers):
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        return TINY_MODELS[family](vocab_size=256, hidden_size=64, num_hidden_layers=layers).eval()
+
+
+GIB = 2**30
+CASES = [
+    ("olmoe", 5, "graddiff", None),
+    ("deepseek_v2", 6, "npo", None),
+    ("qwen3_moe", 6, "trace", "fsdp=4,ep=2"),
+    pytest.param("gpt_oss", 8, "kl_min", None, marks=pytest.mark.nightly),
+    pytest.param("olmoe", 6, "mollm", None, marks=pytest.mark.nightly),
+    pytest.param("mixtral", 7, "graddiff", "fsdp=4", marks=pytest.mark.nightly),
+]
+
+
+@pytest.mark.parametrize(("family", "layers", "name", "mesh"), CASES)
+@pytest.mark.slow(but=1)
+def test_a_plan_from_shallow_models_is_that_of_the_whole(family, layers, name, mesh):
+    recipe = Recipe.load(name, ["batch_size=2", "data.max_length=16"])
+    step = UnlearnStep(tiny(family, layers), recipe)
+    counts = depths(step.model, recipe, None if mesh is None else Mesh.parse(mesh))
+    assert counts[1] < layers
+    shallow = [UnlearnStep(tiny(family, count), recipe) for count in counts]
+    whole, made = step.plan(mesh=mesh), step.plan(mesh=mesh, shallow=shallow)
+    for field in ("memory", "largest", "flops", "bytes", "traffic", "paths", "trained"):
+        assert getattr(made, field) == getattr(whole, field), field
+
+
+@pytest.mark.quick
+def test_layers_of_other_kinds_are_not_repeated():
+    model = tiny("olmoe", 9)
+    assert depths(model, Recipe.load("npo")) == (2, 3)
+    assert depths(tiny("gpt_oss", 9), Recipe.load("npo")) == (5, 7)
+    assert depths(tiny("olmoe", 3), Recipe.load("npo")) is None
+    rmu = Recipe.load("rmu", ["forget.layer=4", r"scope.parameters=['layers\.[23]\..*experts']"])
+    UnlearnStep(model, rmu)
+    assert depths(model, rmu) == (7, 8)
+    assert len(list(decoder_layers(model))) == 9
+
+
+def peak(size):
+    return Plan(
+        recipe="r", levers={}, weights=1, trained=1, layers=8, steps=1, memory={"weights": 10 * GIB, "rest": int(size)}
+    )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("costs", "said"),
+    [
+        # the first knob that suffices; micro-batches make it worse, and are no part of the answer
+        ({"checkpointing": 20}, ["it fits with --set checkpointing=on", "or on several devices with --mesh fsdp=2"]),
+        (
+            {"accumulate": 40},
+            ["it fits with --set batch_size=4 accumulate=2", "or on several devices with --mesh fsdp=2"],
+        ),
+        # two together; the cheaper one that is not needed is dropped
+        (
+            {"checkpointing": 1, "wagle": 3, "scope": 18},
+            [
+                "it fits with --set wagle.memory=5120MiB scope.kind=experts",
+                "or on several devices with --mesh fsdp=2",
+            ],
+        ),
+        ({}, ["no knob of the recipe makes it fit on one device", "it fits on several devices with --mesh fsdp=2"]),
+    ],
+)
+def test_the_cheapest_knobs_that_suffice_are_named(costs, said):
+    recipe = Recipe.load("combined", ["batch_size=8", "checkpointing=off"])
+    tried = []
+
+    def planned(overrides, mesh):
+        tried.append((overrides, mesh))
+        names = {text.split("=")[0].split(".")[0] for text in overrides}
+        return peak((50 - sum(costs.get(name, 0) for name in names)) * GIB / (1 if mesh is None else 8))
+
+    assert knobs.remedies(planned, peak(50 * GIB), recipe, 40.0) == said
+    assert len(tried) < 16
+
+
+@pytest.mark.quick
+def test_no_knob_is_tried_where_the_weights_alone_are_too_large():
+    plan = peak(GIB)
+    refused = knobs.remedies(lambda *_: pytest.fail("planned"), plan, Recipe.load("npo"), 1.0)
+    assert refused == ["no knob of the recipe makes it fit on one device"]
+    plan.mesh = Mesh(2)
+    assert knobs.remedies(lambda *_: pytest.fail("planned"), plan, Recipe.load("npo"), 1.0) == [
+        "the weights of a rank alone take 10 GiB: no knob of the recipe makes it fit"
+    ]
