@@ -69,7 +69,8 @@ def mask_at_most(
         with collected_later():
             _rehearsed(model, rehearsal, sides, ends, Budget(budget.size), 1.0)
         timelines.append(rehearsal.ledger.timeline())
-    memory, _ = peaks(*timelines, periods)
+    low, high = timelines
+    memory, _ = peaks(low, high, periods)
     memory["gradients"] = min(budget.size, sum(piece.nbytes for piece in pieces))
     return MaskPlan(len(grouped(pieces, budget.gradients)), budget.size, memory)
 

@@ -65,7 +65,8 @@ def rehearsed(step: Step, shallow: Sequence[Step], setting: Setting) -> Rehearse
         if shallow:
             # what cannot be repeated is rehearsed as a whole
             with suppress(NotRepeated):
-                return extended(*(_counted(each, setting) for each in shallow), periods_of(step, shallow))
+                low, high = (_counted(each, setting) for each in shallow)
+                return extended(low, high, periods_of(step, shallow))
         return _counted(step, setting).rehearsed()
 
 
