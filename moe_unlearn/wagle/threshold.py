@@ -83,7 +83,7 @@ class Counting:
 
     def add(self, pieces: Sequence[Piece], found: Found) -> None:
         """Take what `look` found in the next group."""
-        self.histogram += found["histogram"]
+        self.histogram += found.pop("histogram")  # not held while the next group is computed
         self.magnitudes += found.get("magnitudes", 0)
         if "counts" not in found:
             self.interval, self.packed, self.remembered = None, Packed(), []
