@@ -109,6 +109,15 @@ def test_an_output_that_cannot_be_written_ends_a_verb_before_its_work(folder, ca
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("option", ["--model", "--forget", "--out"])
+def test_a_variable_of_the_shell_that_is_not_set_is_no_path(option, capsys):
+    """An empty path was the folder that the program runs in."""
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "npo", "--model", "m", "--forget", "f", "--retain", "r", "--out", "o", option, ""])
+    told = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and f"argument {option}: expected a value; got an empty one" in told[-1]
+
+
 def test_a_stream_may_be_the_output(tmp_path):
     """Nothing is written to it for a trial: a pipe without a reader would wait for one."""
     os.mkfifo(tmp_path / "pipe")

@@ -74,7 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _chosen(arguments: Sequence[str] | None) -> Command:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    for name, value in vars(options).items():
+        if (
+            value == "" and name != "system" or isinstance(value, list) and "" in value
+        ):  # as of a shell variable that is not set
+            parser.error(f"argument --{name.replace('_', '-')}: expected a value; got an empty one")
     refusal = _error(options, f"expected one process; ranks share the work of {', '.join(_SHARED)} only")
     return Command(partial(_outcome, options), "" if options.command in _SHARED else refusal)
 

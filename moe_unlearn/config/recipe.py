@@ -25,7 +25,7 @@ from pathlib import Path
 import yaml
 
 from moe_unlearn.config.dual import Dual
-from moe_unlearn.config.values import above, at_least, between, build, merge, one_of, override, parse
+from moe_unlearn.config.values import above, at_least, at_most, between, build, merge, one_of, override, parse
 from moe_unlearn.config.wagle import Wagle
 
 FORGET_OBJECTIVES = (
@@ -202,6 +202,8 @@ class Optimizer:
     def __post_init__(self) -> None:
         one_of("optimizer.name", self.name, ("sgd", "adamw"))
         at_least("optimizer.lr", self.lr, 0)
+        at_most("optimizer.lr", self.lr, 1e3)  # far beyond what any update survives
+        above("optimizer.eps", self.eps, 0)  # without it a weight without a gradient is 0 / 0
         at_least("optimizer.warmup_steps", self.warmup_steps, 0)
         if self.numerics is not None:
             one_of("optimizer.numerics", self.numerics, ("parity", "nearest", "stochastic", "fp32_master"))
@@ -244,6 +246,9 @@ class Data:
 
     def __post_init__(self) -> None:
         above("data.max_length", self.max_length, 1)
+        for name in ("model", "forget", "retain", "holdout", "reference"):
+            if getattr(self, name) == "":
+                raise ValueError(f"data.{name} is empty, which is no source: name one, or leave the key out")
         one_of("data.seam", self.seam, SEAMS)
         for name in ("enable_thinking", "system", "date"):
             if getattr(self, name) not in (None, "") and not self.chat_template:
@@ -291,6 +296,7 @@ class Recipe:
         for name in ("steps", "batch_size", "accumulate"):
             above(name, getattr(self, name), 0)
         at_least("retain_per_forget", self.retain_per_forget, 1)
+        at_most("retain_per_forget", self.retain_per_forget, 1e3)
         one_of("guard", self.guard, ("strict", "loss"))
         one_of("reference", self.reference, REFERENCES)
         one_of("reference_dtype", self.reference_dtype, REFERENCE_DTYPES)

@@ -68,8 +68,9 @@ def override(values: dict, text: str) -> None:
         values = values[key]
     try:
         values[last] = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {text!r}: the value is not YAML: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        shown = text if len(text) < 200 else f"{text[:200]}..."
+        raise ValueError(f"override {shown!r}: the value is not YAML: {error}") from error
 
 
 _SWITCHES = ("checkpointing",)  # keys with the words on and off, which YAML 1.1 reads as true and false
@@ -166,6 +167,12 @@ def at_least(name: str, value: float, low: float) -> None:
     """Raise ValueError unless value >= low."""
     if not value >= low:
         raise ValueError(f"{name} must be at least {low}; got {value}")
+
+
+def at_most(name: str, value: float, high: float) -> None:
+    """Raise ValueError unless value <= high."""
+    if not value <= high:
+        raise ValueError(f"{name} must be at most {high:g}; got {value}")
 
 
 def between(name: str, value: float, low: float, high: float) -> None:

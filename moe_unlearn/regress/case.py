@@ -147,7 +147,10 @@ def load(path: str | Path) -> list[Case]:
 
 
 def execute(path: str | Path) -> ModuleType:
-    """Run the Python file at `path`, as its text is now, and return it as a module; ValueError if it is no file."""
+    """Run the Python file at `path`, as its text is now, and return the module.
+
+    Raises ValueError for what is no file, and for a file that ends the program.
+    """
     path = Path(path).resolve()
     if not path.is_file():
         raise ValueError(f"--module expects a Python file; got {str(path)!r}")
@@ -161,6 +164,10 @@ def execute(path: str | Path) -> ModuleType:
     sys.path.insert(0, str(path.parent))
     try:
         loader.exec_module(module)
+    except SystemExit as ended:
+        raise ValueError(
+            f"{path}: expected a file that defines cases; it ended the program, with {ended.code}"
+        ) from None
     finally:
         sys.path.remove(str(path.parent))
     return module

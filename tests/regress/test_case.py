@@ -66,6 +66,14 @@ def test_a_file_is_read_again(file):
     assert [case.name for case in cases()] == ["four", "one", "two"]
 
 
+@pytest.mark.parametrize("code", [0, 1, "done"])
+def test_a_file_that_ends_the_program_passes_no_check(code, tmp_path):
+    path = tmp_path / "cases.py"
+    path.write_text(f"import sys\nsys.exit({code!r})\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"expected a file that defines cases; it ended the program, with {code}"):
+        load(path)
+
+
 def test_a_file_that_fails_changes_nothing(file):
     load(file)
     before = cases()
