@@ -9,24 +9,33 @@ Deterministic. Source: our specification.
 from moe_unlearn.model.admissible import check_values
 from moe_unlearn.model.batches import Batch, Sizes, checked
 from moe_unlearn.ranks import Ranks
-from moe_unlearn.step.checks import check_prepared
+from moe_unlearn.step.checks import check_finished, check_prepared
+from moe_unlearn.step.gradients import GradientStore
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.tally import Tally
 
 
 def admit(
-    ranks: Ranks, objectives: Objectives, tally: Tally, forget: Batch, retain: Batch, sizes: Sizes | None, last: bool
+    ranks: Ranks,
+    objectives: Objectives,
+    tally: Tally,
+    gradients: GradientStore,
+    forget: Batch,
+    retain: Batch,
+    sizes: Sizes | None,
+    last: bool,
 ) -> tuple[Batch, Batch, bool]:
     """Return the checked batches of a micro-batch, and whether its sides may share a forward pass.
 
     Where weights are sharded they may if they can on every rank, since each forward pass needs all ranks. Raises
     NotPreparedError, ValueError for a bad batch, for wrong `sizes` and for ones that differ from rank to rank, and
-    RuntimeError after the last micro-batch of a step or amid another thread's; of what one rank alone met, the others
-    raise a RankError.
+    RuntimeError after the last micro-batch of a step, amid another thread's and after an error that left an update
+    half-way; of what one rank alone met, the others raise a RankError.
     """
 
     def check() -> tuple[Batch, Batch]:
         check_prepared(objectives.recipe, objectives.prepared)
+        check_finished(gradients.under_way)
         pair = checked(forget, "forget"), checked(retain, "retain")
         for batch, side in zip(pair, ("forget", "retain"), strict=True):
             check_values(batch, side, objectives.model)

@@ -1,7 +1,9 @@
 """Checks that stop a step, or refuse to begin one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -10,6 +12,9 @@ from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetErr
 from moe_unlearn.experts import experts_modules, is_parallel
 from moe_unlearn.model.scope import wrapped_name
 from moe_unlearn.prepare.stages import Preparation, needed
+
+if TYPE_CHECKING:
+    from moe_unlearn.step.unlearn import UnlearnStep
 
 # keys of a recipe in which a saved state may differ from the step that takes it
 MAY_DIFFER = ("name", "steps", "data", "guard", "retain_budget", "checkpointing")
@@ -33,6 +38,15 @@ def check_open(is_open: bool) -> None:
         raise RuntimeError(
             "the step is closed, and its model has the experts and the `requires_grad` flags from before: make another "
             "UnlearnStep of the model to go on"
+        )
+
+
+def check_finished(under_way: bool) -> None:
+    """Raise RuntimeError for a step that an error left while it updated weights."""
+    if under_way:
+        raise RuntimeError(
+            "an error left this step while its update was under way, so that some weights may have changed and others "
+            "not: restore the model and then the step (load_state_dict), or make another UnlearnStep of a whole model"
         )
 
 
@@ -86,6 +100,26 @@ def check_budget(recipe: Recipe, metrics: dict[str, float], steps: int) -> None:
             f"retain_loss is {retain:.6g}, above the budget of {budget:.6g}: stopped before the update; "
             f"{steps} steps done, weights unchanged by this one"
         )
+
+
+@contextmanager
+def left_clean(step: "UnlearnStep") -> Iterator[None]:
+    """Have whatever leaves the block by an exception leave no gradient and no micro-batch of the step in progress.
+
+    Those of micro-batches before stay where this one had not begun to change gradients. NonFiniteError and
+    RetainBudgetError end the step in any case, and get the message of `stopped`.
+    """
+    try:
+        yield
+    except (NonFiniteError, RetainBudgetError) as error:
+        step.discard()
+        raise stopped(error, step.restore) from None
+    except BaseException as error:  # Ctrl-C too
+        try:
+            if step.gradients.touched:
+                step.discard()
+        finally:
+            raise error  # whatever becomes of discarding, such as where FSDP2 waits for a rank that is lost
 
 
 def stopped(

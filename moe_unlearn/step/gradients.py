@@ -17,6 +17,7 @@ without storing a gradient. Then each weight gradient is made by a kernel whose 
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,10 @@ class GradientStore:
         self.optimizer = optimizer
         #: parameter -> the step's gradient that is not in `.grad`: compact, or factors
         self.collected: dict[Tensor, Tensor | Factors] = {}
+        #: whether gradients may have changed since the step's last micro-batch began
+        self.touched = False
+        #: whether the step has begun to change weights, and has not finished
+        self.under_way = False
         self._ranks: Ranks | None = None  # those that have added the gradients up
         self._register()
         self.begin([], {})
@@ -55,6 +60,7 @@ class GradientStore:
         self.trained, self.masks = trained, masks
         self.names: dict[Tensor, str] = {p: name for name, p in trained}
         self._reset()
+        self._begun = bool(trained)
 
     def _reset(self) -> None:
         #: objective -> for each trained parameter a gradient, a list of factors or None; empty without MOLLM
@@ -66,6 +72,7 @@ class GradientStore:
         self._compact: set[Tensor] = set()  # parameters whose gradients in the sets are compact
         self._norm: float | None = None  # the norm of MOLLM's direction
         self._rates: dict[str, float] = {}  # g_i . update, where it follows from the direction
+        self._begun = False  # whether a step is in progress
         self._before: list[Tensor] = []  # the weights before the update, where the update is to be measured
 
     def __getstate__(self) -> dict:
@@ -81,6 +88,10 @@ class GradientStore:
         self._hook = self.optimizer.register_step_pre_hook(self._hand_over)
         self.optimizer.zero_grad_hooks.append(self._drop)
 
+    def note_update(self) -> None:
+        """Note that weights are about to change; outside of a step nothing is noted."""
+        self.under_way |= self._begun
+
     def _drop(self) -> None:
         self.collected.clear()
 
@@ -91,13 +102,22 @@ class GradientStore:
         if self._drop in self.optimizer.zero_grad_hooks:
             self.optimizer.zero_grad_hooks.remove(self._drop)
 
-    def _hand_over(self, optimizer: torch.optim.Optimizer, args: tuple, keywords: dict) -> tuple[tuple, dict] | None:
-        """Add the collected gradients to the arguments of `optimizer.step`."""
+    def _hand_over(self, optimizer: torch.optim.Optimizer, args: tuple, keywords: dict) -> tuple[tuple, dict]:
+        """Add the collected gradients to the arguments of `optimizer.step`, and note that the update begins."""
+        if len(args) > 1 and args[1] is not None:  # a closure, which makes the gradients first
+            args = (args[0], partial(self._noted, args[1]), *args[2:])
+        elif self.held():
+            self.note_update()
         given = keywords.get("gradients")
         if given is self.collected:
-            return None
+            return args, keywords
         collected = self.collected if given is None else ChainMap(self.collected, given)
         return args, {**keywords, "gradients": collected}
+
+    def _noted(self, closure: Callable[[], float]) -> float:
+        value = closure()
+        self.note_update()
+        return value
 
     def of(self, p: Tensor) -> Tensor | Factors | None:
         """Return the step's gradient of `p`: whole, compact or as factors."""

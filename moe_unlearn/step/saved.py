@@ -29,14 +29,18 @@ from torch import Tensor
 
 from moe_unlearn.ranks import gather
 from moe_unlearn.sharding import reshard
-from moe_unlearn.step.checks import check_recipe
+from moe_unlearn.step.checks import check_finished, check_recipe
 
 if TYPE_CHECKING:
     from moe_unlearn.step.unlearn import UnlearnStep
 
 
 def state_of(step: "UnlearnStep", *, shared: bool) -> dict[str, Any]:
-    """Return the state of a step; `shared` says that it is in `Slices`, which every rank can read."""
+    """Return the state of a step; `shared` says that it is in `Slices`, which every rank can read.
+
+    Raises RuntimeError after an error that left an update half-way.
+    """
+    check_finished(step.gradients.under_way)
     return {
         "recipe": step.recipe.to_dict(),
         "steps": step.steps,

@@ -147,6 +147,7 @@ class UpdateSink(CompactSink):
             if may_overflow(float(bound), self.store.names[weight], (*self.updated,)):
                 super().take(weight, factors)
                 return
+            self.store.note_update()
             self.optimizer.update_from(weight, factors)
             self.updated.append(self.store.names[weight])
             return
@@ -155,6 +156,7 @@ class UpdateSink(CompactSink):
             sound = sound & self._sound.to(sound.device, non_blocking=True)
         self._sound = sound
         self._unseen.append((weight, bound))
+        self.store.note_update()
         self.optimizer.update_from(weight, factors, where=sound)
 
     def settle(self) -> None:

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from moe_unlearn import mollm
 from moe_unlearn.config import Mollm, Recipe
-from moe_unlearn.errors import NonFiniteError, RetainBudgetError
+from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.experts import check_model, enable, step_inputs
 from moe_unlearn.model.batches import Batch, Sizes, check_batches, checked, counted_row
 from moe_unlearn.model.head import verify_head
@@ -55,7 +55,7 @@ from moe_unlearn.ranks import Ranks, local
 from moe_unlearn.sharding import as_forward, reshard
 from moe_unlearn.step import copies, saved
 from moe_unlearn.step.admission import admit
-from moe_unlearn.step.checks import check_budget, check_finite, check_open, stopped
+from moe_unlearn.step.checks import check_budget, check_finite, check_open, left_clean
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.sharded import Shards, store_of
 from moe_unlearn.step.sinks import sink_of
@@ -188,39 +188,41 @@ class UnlearnStep:
         if self.shards is not None:
             reshard(self.model)  # an evaluation may have left weights whole
         forget_batch, retain_batch, joint = admit(
-            self.ranks, self.objectives, self.tally, forget_batch, retain_batch, sizes, last
+            self.ranks, self.objectives, self.tally, self.gradients, forget_batch, retain_batch, sizes, last
         )
         losses = partial(as_forward(self.model, self.objectives), joint=joint and self.fused)
         whole = last and not self.tally.parts
         view, sink = self.view(), None
+        self.gradients.touched = self.shards is not None  # FSDP2 has to forget even a forward pass that stopped
         if not self.tally.parts:
             self.gradients.begin(view.trained, view.masks)
         if self.fused:
             late = ways.form(view) if whole or self.recipe.mollm is not None else "compact"
             form = "update" if whole and not ways.obstacle(view) else late
             sink = sink_of(self.gradients, form) if self.shards is None else self.shards.sink(self.gradients, form)
-        try:
-            # the backward pass belongs inside: with gradient checkpointing the recomputation needs the sink again
-            with step_inputs(self.model, weight_gradients=sink), self.verifier.watch(forget_batch, retain_batch, sizes):
-                values = losses(forget_batch, retain_batch)
-                # a step of one micro-batch on one rank has nothing to weigh
-                alone = whole and sizes is None and self.ranks.count == 1
-                units = None if alone else self.objectives.units(forget_batch, retain_batch)
-                part = self.tally.measure(values, units)
-                check_finite(part.losses, self.steps)
-                if whole:
-                    check_budget(self.recipe, part.losses, self.steps)
-                shares = self.tally.shares(part, sizes, last)
-                if sink is not None:
-                    sink.micro_batches = 1 / max(min(shares.values()), 1e-9)
-                self._backward({name: (shares[f"{name}_loss"], value) for name, value in values.items()})
-                if sink is not None:
-                    sink.settle()
-        except (NonFiniteError, RetainBudgetError) as error:
-            self.discard()
-            raise stopped(error, self.restore) from None
-        self._updated = [] if sink is None else sink.updated
-        self.tally.add(part, sizes, last)
+        # the backward pass belongs inside: with gradient checkpointing the recomputation needs the sink again
+        with (
+            left_clean(self),
+            step_inputs(self.model, weight_gradients=sink),
+            self.verifier.watch(forget_batch, retain_batch, sizes),
+        ):
+            values = losses(forget_batch, retain_batch)
+            # a step of one micro-batch on one rank has nothing to weigh
+            alone = whole and sizes is None and self.ranks.count == 1
+            units = None if alone else self.objectives.units(forget_batch, retain_batch)
+            part = self.tally.measure(values, units)
+            check_finite(part.losses, self.steps)
+            if whole:
+                check_budget(self.recipe, part.losses, self.steps)
+            shares = self.tally.shares(part, sizes, last)
+            if sink is not None:
+                sink.micro_batches = 1 / max(min(shares.values()), 1e-9)
+            self.gradients.touched = True
+            self._backward({name: (shares[f"{name}_loss"], value) for name, value in values.items()})
+            if sink is not None:
+                sink.settle()
+            self._updated = [] if sink is None else sink.updated
+            self.tally.add(part, sizes, last)
         return dict(part.losses)
 
     def combine(self) -> dict[str, float]:
@@ -232,7 +234,7 @@ class UnlearnStep:
         if not self.tally.parts:
             raise RuntimeError("nothing accumulated: call accumulate(), or the step itself, first")
         metrics = self.tally.losses() | self.objectives.dual.metrics()
-        try:
+        with left_clean(self):
             check_budget(self.recipe, metrics, self.steps)
             self.gradients.add_up(self.ranks)
             self.gradients.divide(self.tally.divisor)
@@ -242,9 +244,6 @@ class UnlearnStep:
             norm = self.gradients.norm()
             if not math.isfinite(norm):
                 raise NonFiniteError(f"the gradient norm is {norm}: stopped before the update", (*self._updated,))
-        except (NonFiniteError, RetainBudgetError) as error:
-            self.discard()
-            raise stopped(error, self.restore) from None
         # with updates in the backward pass or from factors the whole gradient never exists
         self._norm = None if self._updated or factored else norm
         if self._norm is not None:
@@ -256,8 +255,9 @@ class UnlearnStep:
     def update(self) -> dict[str, float]:
         """Combine and clip the gradients, step the optimizer and finish the step; return its metrics."""
         metrics = self.combine()
-        self.clip(self.recipe.optimizer.max_grad_norm)
-        self.optimizer.step(gradients=self.gradients.collected)
+        with left_clean(self):
+            self.clip(self.recipe.optimizer.max_grad_norm)
+            self.optimizer.step(gradients=self.gradients.collected)
         return metrics | {"lr": float(self.optimizer.param_groups[0]["lr"])} | self.finish()
 
     def clip(self, limit: float | None) -> float:
@@ -279,9 +279,12 @@ class UnlearnStep:
 
         For MOLLM they include `descent_NAME` where it is known, the update's inner product with that gradient.
         """
-        metrics = {f"descent_{name}": value for name, value in self.gradients.descent().items()} | self.verifier.check()
-        self.objectives.dual.follow(self.tally.losses(), self.objectives.router_aux, self.steps)
+        with left_clean(self):
+            metrics = {f"descent_{name}": value for name, value in self.gradients.descent().items()}
+            metrics |= self.verifier.check()
+            self.objectives.dual.follow(self.tally.losses(), self.objectives.router_aux, self.steps)
         self.discard()
+        self.gradients.under_way = False
         self.steps += 1
         return metrics
 
@@ -309,6 +312,7 @@ class UnlearnStep:
     def rewind(self, steps: int, alpha: float, optimizer: dict | None) -> None:
         """Set the steps done, the multiplier of the retain loss and, but for None, the optimizer's state; no weight."""
         self.discard()
+        self.gradients.under_way = False
         self.steps, self.objectives.dual.value = steps, alpha
         if optimizer is not None:
             self.optimizer.load_state_dict(optimizer)
