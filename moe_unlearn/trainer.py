@@ -40,7 +40,7 @@ from moe_unlearn.lazy import each
 from moe_unlearn.model.resuming import load_pretrained
 from moe_unlearn.model.saving import check_savable, has_adapters, save_pretrained
 from moe_unlearn.ranks import everyone
-from moe_unlearn.sharding.launched import asked_of_accelerate, check_accelerate, check_deepspeed
+from moe_unlearn.sharding.launched import asked_of_accelerate, check_accelerate, check_deepspeed, each_batch_synced
 from moe_unlearn.step import UnlearnStep, saved
 from moe_unlearn.step.evaluated import evaluated
 
@@ -124,9 +124,6 @@ class UnlearnTrainer(Trainer):
         # not an argument: the Trainer takes none under FSDP, where accelerate exchanges its parameters
         self.optimizer = self.unlearn_step.optimizer
         self._check_engine()
-        if ranks is not None:
-            # the step reads each micro-batch's gradient, which FSDP2 would have at the last one only
-            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         if ranks is not None and not self.is_fsdp_enabled:
             # the step adds up gradients itself, and DistributedDataParallel would hold a gradient for every weight
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
@@ -158,11 +155,12 @@ class UnlearnTrainer(Trainer):
             self._load_step(str(resume_from_checkpoint))
         if not self.is_fsdp_enabled:
             self.prepare()
-        return super().train(
-            resume_from_checkpoint=resume_from_checkpoint or None,
-            trial=trial,
-            ignore_keys_for_eval=ignore_keys_for_eval,
-        )
+        with each_batch_synced(self.accelerator, wanted=everyone() is not None):
+            return super().train(
+                resume_from_checkpoint=resume_from_checkpoint or None,
+                trial=trial,
+                ignore_keys_for_eval=ignore_keys_for_eval,
+            )
 
     def _take_up(self) -> None:
         """Have the step take up the parts of weights that accelerate has made when training begins, and prepare."""

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import ForgetRetainDataset
 from moe_unlearn.errors import NonFiniteError
+from moe_unlearn.sharding.launched import each_batch_synced
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
 from tests.support.models import tiny_olmoe
@@ -27,6 +29,18 @@ def dataset():
 def original():
     torch.manual_seed(0)
     return tiny_olmoe(vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("before", [{}, {"sync_each_batch": False, "num_steps": 2}])
+def test_what_accelerate_is_told_ends_with_the_training(before):
+    """It holds for all Trainers of a process."""
+    accelerator = SimpleNamespace(gradient_state=SimpleNamespace(plugin_kwargs=dict(before)))
+    for wanted in (True, False):
+        with pytest.raises(KeyboardInterrupt), each_batch_synced(accelerator, wanted=wanted):
+            told = before | ({"sync_each_batch": True} if wanted else {})
+            assert accelerator.gradient_state.plugin_kwargs == told
+            raise KeyboardInterrupt
+        assert accelerator.gradient_state.plugin_kwargs == before
 
 
 def test_a_forget_loss_that_is_low_enough_ends_the_run(tmp_path, original, dataset):

@@ -55,7 +55,10 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         help="folder of the retrained model's evaluation by the same --benchmark, for privleak and forget_quality",
     )
     sub.add_argument("--gradient-norm", action="store_true", help="muse, tofu: the attack by gradient norms too")
-    sub.add_argument("--classifier", help="folder of a sequence classifier (Toxic-BERT) that judges completions")
+    sub.add_argument(
+        "--classifier",
+        help="folder of a sequence classifier (Toxic-BERT) that judges completions; it is in memory beside the model",
+    )
     sub.add_argument("--label", help="the classifier's label whose probability is reported, e.g. toxic")
     sub.add_argument(
         "--like",

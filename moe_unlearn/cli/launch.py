@@ -7,10 +7,11 @@ The environment that torchrun sets says which rank this process is; a process th
 schedulers of clusters set WORLD_SIZE for other purposes. The group of all ranks begins and ends here: nccl where there
 are GPUs, one a rank, and gloo elsewhere. The first rank prints. An error ends all ranks: the rank that met it prints
 it, once for all, and every rank returns its code; a rank that is killed ends the others when their connection to it
-breaks or the group's time-out is over. A command whose work ranks cannot share is refused.
+breaks or the group's time-out, two hours, is over. A command whose work ranks cannot share is refused.
 """
 
 import contextlib
+import datetime
 import itertools
 import os
 import sys
@@ -31,6 +32,8 @@ REFUSED = 2  # the exit code of a command with bad input
 LOST = 2  # that of a rank that lost another
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell sees of other tools
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# what one rank may do while the others wait, such as the delta of a model of 60 GB; nccl's own 10 minutes are too few
+_LONGEST = datetime.timedelta(hours=2)
 _PATIENCE = 10.0  # seconds that a rank gives the others to say or see an error
 _launches = itertools.count()
 _SAID, _ENDED = "said", "ended"  # counters in the store: of messages, of ranks that have seen one
@@ -100,7 +103,7 @@ def _on_ranks(choose: Callable[[], Command]) -> int:
             command = choose()
             code, message = REFUSED, command.refusal
             if not command.refusal:
-                distributed.init_process_group(backend, store=own, rank=rank, world_size=count)
+                distributed.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=_LONGEST)
                 code, message = command.run()
                 sys.stdout.flush()  # here, where the others can still be told that nobody reads it
                 if not code:

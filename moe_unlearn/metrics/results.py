@@ -31,7 +31,7 @@ from moe_unlearn.data.stored import tokenizer_digest
 from moe_unlearn.files import read_sealed, write_sealed, write_text
 from moe_unlearn.metrics.unicode_rouge import TOKENIZER
 from moe_unlearn.prepare.reference import autocast_dtypes, model_digest
-from moe_unlearn.ranks import gather, is_first, on_first, sharded
+from moe_unlearn.ranks import gather, gathered, is_first, on_first, sharded
 
 FORMAT = "moe-unlearn evaluation 2"  # to be raised when the same model, data and settings give other numbers
 Result = dict[str, Any]
@@ -162,7 +162,8 @@ class Evaluation:
             self._identity = [
                 FORMAT,
                 TOKENIZER,
-                model_digest(model),
+                # read by the first rank alone, which has the files; all of them hash as long as it does
+                gathered(lambda: model_digest(model) if is_first() else None, lambda digest: digest)[1][0],
                 *autocast_dtypes(),
                 tokenizer_digest(tokenizer),
                 name,

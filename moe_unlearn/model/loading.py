@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from moe_unlearn.config import geometry, models
 from moe_unlearn.delta.folder import OTHER_FORMS
@@ -231,6 +232,13 @@ def _load(
     source: str | Path, kind: Any, what: str, how: Loading, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     name, where = located(source)
+    with _named(source, f"a {what} with its tokenizer"):
+        adapter = find_adapter_config_file(name, **where)
+    if adapter is not None:  # transformers would load its base too, and save the adapter alone
+        raise ValueError(
+            f"expected a model, or a folder with nothing but an adapter; {source} is a model with an adapter, or an "
+            "adapter on the hub: download that to a folder"
+        )
     own = {"dtype": how.dtype, "trust_remote_code": how.trust_remote_code}
     # shapes that differ are then in `info`, by name, and not in a table on stderr
     checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -238,10 +246,6 @@ def _load(
     with _named(source, f"a {what} with its tokenizer"), no_loading_bars(), in_turn:
         model, info = kind.from_pretrained(name, **where, **own, **checked, **options)
         tokenizer = _tokenizer(name, where, how)
-    if getattr(model, "_hf_peft_config_loaded", False):  # its save_pretrained would save the adapter alone
-        raise ValueError(
-            f"expected a model, or a folder with nothing but an adapter; {source} is a model with an adapter"
-        )
     _check_weights(source, info, how.allow_weights)
     return model.eval(), tokenizer
 

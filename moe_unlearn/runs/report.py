@@ -32,6 +32,9 @@ class Content:
     loaded: dict = field(default_factory=dict)
 
 
+_KEYS = {"batch": ("ranks", "batch_size", "accumulate"), "loaded": ("model", "dtype", "device", "trust_remote_code")}
+
+
 def save(folder: Path, content: Content) -> None:
     """Write the JSON files of which `read` makes this content."""
     write_json(folder / "summary.json", content.summary)
@@ -51,6 +54,11 @@ def read(folder: Path) -> Content:
     seeds, *others = (
         _read(folder / f"{name}.json", optional=True) for name in ("seeds", "trajectory", "routing", "batch", "loaded")
     )
+    for (name, keys), content in zip(_KEYS.items(), others[-2:], strict=True):
+        if content and (missing := [key for key in keys if key not in content]):
+            raise ValueError(f"{folder / f'{name}.json'}: expected the keys {', '.join(keys)}; it lacks {missing[0]!r}")
+    if not all(isinstance(number, int) for number in others[-2].values()):
+        raise ValueError(f"{folder / 'batch.json'}: expected whole numbers; got {others[-2]}")
     return Content(summary, seeds.get("corpus", ""), seeds.get("results", {}), *others)
 
 
@@ -75,7 +83,7 @@ def markdown(content: Content, made: dict[str, str]) -> str:
         own = "; **its own code was run** (`--trust-remote-code`)" if content.loaded["trust_remote_code"] else ""
         parts.append("The model is {model}, {dtype} on {device}{own}.".format(**content.loaded, own=own))
     if content.batch:
-        factors = [content.batch[name] for name in ("ranks", "batch_size", "accumulate")]
+        factors = [content.batch[name] for name in _KEYS["batch"]]
         shown = "{} (ranks) x {} (`batch_size`) x {} (`accumulate`)".format(*factors)
         parts.append(f"A step takes {math.prod(factors)} forget rows with their retain rows: {shown}.")
     parts += [table(summary, markdown=True), LEGEND.rstrip(), "## Verdict", *_verdict(summary, results)]

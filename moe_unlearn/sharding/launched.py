@@ -1,8 +1,28 @@
-"""Checks what a Trainer's arguments and accelerate's configuration ask for, before weights are shared out."""
+"""Checks and changes what a Trainer's arguments and accelerate's configuration ask for."""
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+
+@contextmanager
+def each_batch_synced(accelerator: Any, *, wanted: bool) -> Iterator[None]:
+    """Have FSDP2 add up the gradients of each micro-batch inside, if `wanted`, and as it was set afterwards.
+
+    The step reads each micro-batch's gradient, which accelerate would have at the last one only. What accelerate is
+    told holds for all Trainers of the process.
+    """
+    told = accelerator.gradient_state.plugin_kwargs
+    before = dict(told)
+    if wanted:
+        told["sync_each_batch"] = True
+    try:
+        yield
+    finally:
+        told.clear()
+        told.update(before)
 
 
 def asked_of_accelerate(engine: str) -> bool:

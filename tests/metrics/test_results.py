@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from moe_unlearn.metrics import results
 from moe_unlearn.metrics.results import FORMAT, Evaluation, ReferenceRun, mean_result
 
 pytestmark = pytest.mark.quick
@@ -68,6 +69,15 @@ def test_a_result_is_computed_once_for_a_model_its_data_and_settings(tmp_path, r
         evaluate(count)
     evaluate(count)
     assert count.calls == 7
+
+
+def test_the_first_rank_alone_hashes_the_model(tmp_path, random_model, tokenizer, monkeypatch):
+    hashed = Counter()
+    monkeypatch.setattr(results, "model_digest", lambda model: str(hashed()))
+    for first in (True, False):
+        monkeypatch.setattr(results, "is_first", lambda first=first: first)
+        Evaluation("MUSE", random_model, tokenizer, {}, cache_dir=tmp_path)
+    assert hashed.calls == 1
 
 
 def test_a_damaged_cache_file_is_computed_again(tmp_path, random_model, tokenizer):

@@ -58,6 +58,7 @@ def asked(monkeypatch):
 
     def load(source, how, **more):
         monkeypatch.setattr(loading, "AutoModelForCausalLM", Recorder)
+        monkeypatch.setattr(loading, "find_adapter_config_file", lambda name, **where: None)
         with pytest.raises(ValueError, match="recorded") as caught:
             load_model(source, how, **more)
         return caught.value.__cause__.given
@@ -148,19 +149,26 @@ def test_a_model_of_the_hub_is_loaded_by_its_revision(folder, tmp_path):
     (tmp_path / "hub" / "models--org--name" / "refs").mkdir(parents=True)
     (tmp_path / "hub" / "models--org--name" / "refs" / "v1").write_text("a" * 40, encoding="utf-8")
     shutil.copytree(folder, tmp_path / "hub" / "models--org--name" / "snapshots" / ("a" * 40))
+    shutil.copytree(tmp_path / "hub" / "models--org--name" / "refs", tmp_path / "hub" / "models--org--adapter" / "refs")
+    adapter = tmp_path / "hub" / "models--org--adapter" / "snapshots" / ("a" * 40)
+    adapter.mkdir(parents=True)
+    settings = {"base_model_name_or_path": "org/base", "peft_type": "LORA"}  # a base that would have to be downloaded
+    (adapter / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
     code = (
         "from moe_unlearn.model.loading import load_model, load_tokenizer\n"
         "print(load_model('org/name@v1')[0].config.num_experts, len(load_tokenizer('org/name@v1')))\n"
-        "try: load_model('org/name')\n"
-        "except ValueError as error: print(error)\n"
+        "for name in ('org/name', 'org/adapter@v1'):\n"
+        "    try: load_model(name)\n"
+        "    except ValueError as error: print(error)\n"
     )
     environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PATH": "", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    first, second = done.stdout.splitlines()
+    first, second, third = done.stdout.splitlines()
     assert first.startswith("8 ")
     assert second.startswith("cannot load a causal language model with its tokenizer from org/name: ")
+    assert third.endswith("an adapter on the hub: download that to a folder")
 
 
 def test_a_folder_needs_no_network(folder, monkeypatch):

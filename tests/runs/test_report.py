@@ -104,6 +104,9 @@ def test_inactive_trace_is_said():
         ("summary.json", "{}", "run name -> metrics"),
         ("summary.json", '{"npo": 3}', "run name -> metrics"),
         ("routing.json", "nonsense", "routing.json: expected JSON"),
+        ("batch.json", '{"ranks": 1, "accumulate": 1}', "batch.json: expected the keys .*; it lacks 'batch_size'"),
+        ("batch.json", '{"ranks": 1, "batch_size": "8", "accumulate": 1}', "batch.json: expected whole numbers"),
+        ("loaded.json", '{"model": "m", "dtype": "d", "device": "cpu"}', "json: .* it lacks 'trust_remote_code'"),
     ],
 )
 def test_bad_folders_are_named(tmp_path, name, content, message):
