@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import backend, benchmark, data, masks, native, trace
 from moe_unlearn.benchmark.trained_cache import clean_cache
-from moe_unlearn.cli import alternates, delta, evaluate, plan
+from moe_unlearn.cli import alternates, delta, evaluate, paths, plan
 from moe_unlearn.cli.arguments import (
     add_data,
     add_loading,
@@ -42,7 +42,7 @@ from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.data.pairs import carry_loss
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError, UnavailableError
 from moe_unlearn.experts import enable
-from moe_unlearn.files import check_output, write_json
+from moe_unlearn.files import write_json
 from moe_unlearn.lazy import each
 from moe_unlearn.model import loading
 from moe_unlearn.model.batches import Batch, beside
@@ -95,6 +95,7 @@ def _outcome(options: argparse.Namespace) -> Outcome:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
+        paths.check(options)
         return options.function(options) or 0, ""
     except _BAD_INPUT as error:
         sys.stdout.flush()  # fails if it was this that broke
@@ -195,7 +196,8 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"data.{key} is missing: give --{key} or set it in the recipe")
     if not options.dry_run:
         writable(options.out, folder=True)
-        check_output(Path(options.out) / "model", filter(None, (recipe.data.model, recipe.data.reference)))
+        own, mask = recipe.data, None if recipe.wagle is None else recipe.wagle.mask
+        paths.check(options, (own.model, own.forget, own.retain, own.holdout, own.reference, mask))
     assert recipe.data.model is not None
     tokenizer = loading.load_tokenizer(recipe.data.model, how)
     reports: dict[str, data.DataReport] = {}

@@ -1,0 +1,73 @@
+"""Says for each verb which of its options name what it reads and what it writes; nothing is written over what is read.
+
+What is read are models, data, other runs and files of cases, where an option names a path that is there. A folder that
+a verb writes may hold what it reads, such as RUN/forget.jsonl beside the files of a run, but for the names in `inside`.
+"""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from moe_unlearn.files import check_output, stream_of
+
+
+class Paths(NamedTuple):
+    """The options of a verb that name what is read and what is written, and what `--out` gets if it is a folder."""
+
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
+
+
+_FOLDERS = ("cache", "store", "repro")
+_DATA = ("forget", "retain", "holdout")
+_REPORT = ("summary.json", "seeds.json", "trajectory.json", "routing.json", "report.md", "figures")
+_RUN = ("recipe.yaml", "batch.json", "loaded.json", "data.json", "verified.txt", "checkpoints", "model", *_REPORT)
+VERBS = {
+    "env": Paths(),
+    "stats": Paths(("model", *_DATA), ("out",)),
+    "mask": Paths(("model", *_DATA), ("out",)),
+    "alternates": Paths(("model", "forget"), ("out",)),
+    "run": Paths(("model", *_DATA, "reference"), ("out", "cache"), (*_RUN, "delta.safetensors")),
+    "eval": Paths(("model", *_DATA, "reference", "before", "data", "reference_run", "classifier"), ("out", "cache")),
+    "delta": Paths(("base", "changed", "recipe"), ("out",)),
+    "apply": Paths(("base", "delta"), ("out",)),
+    "revert": Paths(("changed", "delta"), ("out",)),
+    "report": Paths(),  # it reads and writes one folder, files of other names
+    "demo": Paths((), ("out",), _REPORT),
+    "kernels": Paths(("module", "sides"), ("json", "junit", "store", "repro")),
+}
+
+
+def check(options: argparse.Namespace, more: Iterable[str | None] = ()) -> None:
+    """Raise ValueError, before anything is done, if a verb would write over what its options, or `more`, name."""
+    paths = VERBS[options.command]
+    named = [getattr(options, name, None) for name in paths.inputs]
+    inputs = [path for value in (*named, *more) for path in _here(value)]
+    for name in paths.outputs:
+        out = getattr(options, name, None)
+        if not out or out == "-" or stream_of(out) or getattr(options, "dry_run", False):
+            continue
+        inside = paths.inside if name == "out" else ()
+        if getattr(options, "benchmark", None) and name == "out":
+            inside = tuple(f"{_named(options.benchmark)}_{kind}.json" for kind in ("EVAL", "SUMMARY", "SETTINGS"))
+        elif name in _FOLDERS:
+            inside = ("of a name that nothing else has",)
+        for made in [Path(out) / each for each in inside] or [Path(out)]:
+            check_output(made, inputs)
+
+
+def _named(benchmark: str) -> str:
+    """Return how the names of a benchmark's files begin."""
+    return "LMEval" if benchmark == "wmdp" else benchmark.upper()
+
+
+def _here(value: str | list[str] | None) -> Iterator[Path]:
+    """Yield the files and folders that an option names: PATH, NAME=PATH, and PATH[:SPLIT][?OPTIONS] of data."""
+    for text in [value] if isinstance(value, str) else value or ():
+        for source in (text, text.partition("=")[2]):
+            plain = source.partition("?")[0]
+            yield from (
+                Path(part) for part in {source, plain, plain.rpartition(":")[0]} if part and Path(part).exists()
+            )
