@@ -6,7 +6,7 @@ Each row is a case of its own, so a run that must end keeps the rows it has.
 import functools
 from dataclasses import replace
 
-from benchmarks import bench_step, harness
+from benchmarks import bench_step, harness, step_whole
 from benchmarks.bench_step import DENSE, OURS, RESTRICTED
 from benchmarks.harness import Case
 
@@ -18,15 +18,20 @@ _CPU = {
 }
 # on a GPU: how many rows come first, and about how many seconds a row takes when kernels must be compiled
 _GPU_FIRST, _GPU_SECONDS = 3, 30
+_GPU_QWEN3 = 2
 _models: dict[tuple[str, bool], bench_step.Models] = {}
 
 
 def cases(device: str, *, toy: bool = False) -> list[Case]:
     if device == "cuda" or toy:
-        return [
+        found = [
             _case(c, functools.partial(on_gpu, c, device, toy), int(i >= _GPU_FIRST), _GPU_SECONDS)
             for i, c in enumerate(bench_step.gpu_cases())
         ]
+        whole = Case("step", step_whole.NAME, ("ours",), functools.partial(all_stages, device, toy), 0, _GPU_SECONDS,
+                     {"geometry": step_whole.GEOMETRY})  # fmt: skip
+        # behind the cases of the same model, which has been made by then
+        return [*found[:_GPU_QWEN3], whole, *found[_GPU_QWEN3:]]
     found = []
     for case in bench_step.cpu_cases():
         chosen = _CPU.get((case.objective, case.experts)) if case.geometry == "wide" else None
@@ -51,6 +56,11 @@ def on_gpu(case: bench_step.Case, device: str, toy: bool) -> dict:
     models = _models.setdefault((device, toy), bench_step.Models(device, toy=toy))
     (row,) = bench_step.run_gpu([case], models, progress=lambda row: harness.progress(with_verdicts(row)))
     return with_verdicts(row)
+
+
+def all_stages(device: str, toy: bool) -> dict:
+    models = _models.setdefault((device, toy), bench_step.Models(device, toy=toy))
+    return step_whole.measure(models.get(step_whole.GEOMETRY), device, toy=toy)
 
 
 def forget() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_step, step_models
+from benchmarks import bench_step, step_models, step_short, step_whole
 from benchmarks.bench_step import Bench, Case
 from moe_unlearn.experts import experts_modules
 
@@ -101,3 +101,15 @@ def test_verdicts_name_the_target_that_was_missed():
         ("ours: extra memory of dense's", 0.25, 1 / 3, True),
     ]
     assert "target 3: MISSED" in bench_step.table([row])
+
+
+def test_all_stages_of_the_largest_model_are_rehearsed_at_toy_size():
+    found = [case for case in step_short.cases("cpu", toy=True) if case.name == step_whole.NAME]
+    row = found[0].make()
+    (verdict,) = row["verdicts"]
+    weights = sum(p.nbytes for p in step_models.build(step_whole.GEOMETRY, toy=True).parameters())
+    assert len(found) == 1 and weights / 1e9 < verdict["value"] < 5 * weights / 1e9
+    assert verdict["target"] == 110 and verdict["hit"] and 0.3 < row["kept"] <= 0.5
+    assert list(row["seconds_of"]) == ["prepare", "step 1", "step 2"]
+    assert found[0].title == f"step: {row['name']}" and found[0].tier == 0
+    step_short.forget()
