@@ -38,7 +38,7 @@ from moe_unlearn.data.of_recipe import pair_collator, paired
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.lazy import each
 from moe_unlearn.model.resuming import load_pretrained
-from moe_unlearn.model.saving import check_savable, has_adapters, save_pretrained
+from moe_unlearn.model.saving import check_savable, has_adapters, is_savable, save_pretrained
 from moe_unlearn.ranks import everyone
 from moe_unlearn.sharding.launched import asked_of_accelerate, check_accelerate, check_deepspeed, each_batch_synced
 from moe_unlearn.step import UnlearnStep, saved
@@ -263,11 +263,14 @@ class UnlearnTrainer(Trainer):
         return self.unlearn_step.ranks.sharded
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model so that `from_pretrained` loads it; every rank calls this."""
-        if not self._sharded:
+        """Save the model so that `from_pretrained` loads it, one weight at a time; every rank calls this.
+
+        Models that `model.saving` does not save are saved as `Trainer` does.
+        """
+        tokenizer = self.processing_class if isinstance(self.processing_class, Tokenizer) else None
+        if not (self._sharded or (tokenizer is self.processing_class and is_savable(self.unlearn_step.model))):
             super().save_model(output_dir, _internal_call)
             return
-        tokenizer = self.processing_class if isinstance(self.processing_class, Tokenizer) else None
         save_pretrained(self.unlearn_step.model, output_dir or str(self.args.output_dir), tokenizer)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

@@ -41,7 +41,8 @@ def read_in_turn() -> Iterator[None]:
             del os.environ[_IN_TURN]
         else:
             os.environ[_IN_TURN] = asked
-        _malloc(mapped=1 << 25, kept=1 << 26)  # to which glibc itself comes where large blocks are freed
+        # by itself glibc would come to 32 MiB, below which gradients of different sizes leave holes as large
+        _malloc(mapped=1 << 22, kept=1 << 23)
 
 
 def _malloc(*, mapped: int, kept: int) -> None:

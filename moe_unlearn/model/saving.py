@@ -4,9 +4,9 @@
 
 The folder has what `model.save_pretrained` writes: weights under the names of the hub, expert by expert where the
 model's family has them so, in files of at most `max_shard_size` and their index. The weights are gathered, converted
-and written one at a time, so that beside the shards no more than one whole weight is in memory, and the files take
-their places when all are on the disk. Of a PeftModel these are `adapter_model.safetensors` and `adapter_config.json`,
-of which all weights are gathered together.
+and written one at a time, so that beside the shards no more than one whole weight is in memory, on one process no more
+than one expert of it, and the files take their places when all are on the disk. Of a PeftModel these are
+`adapter_model.safetensors` and `adapter_config.json`, of which all weights are gathered together.
 """
 
 import json
@@ -85,6 +85,15 @@ def save_pretrained(
 def has_adapters(model: nn.Module) -> bool:
     """Return whether a model is a PeftModel, which saves its adapters alone."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def is_savable(model: Any) -> bool:
+    """Return whether `save_pretrained` saves a model."""
+    try:
+        check_savable(model)
+    except ValueError:
+        return False
+    return True
 
 
 def check_savable(model: Any) -> None:
@@ -217,9 +226,32 @@ def _begin(
 
 
 def _convert(model: PreTrainedModel, whole: dict[str, Tensor], write: Write) -> None:
-    """Write whole weights in the hub's form."""
-    for name, tensor in revert_weight_conversion(model, whole).items():
-        write(name, tensor)
+    """Write whole weights in the hub's form, experts that it has one by one without a copy of all of them."""
+    named = _names_by_expert(model, whole)
+    parts = [{name: tensor[i : i + 1] for name, tensor in whole.items()} for i in range(len(named))] or [whole]
+    for i, part in enumerate(parts):
+        for name, tensor in revert_weight_conversion(model, part).items():
+            write(named[i][name] if named else name, tensor)
+
+
+def _names_by_expert(model: PreTrainedModel, whole: Mapping[str, Tensor]) -> list[dict[str, str]]:
+    """Return for each expert how the hub names what the conversion makes of it alone, where it is called the first.
+
+    Empty where the hub does not have the experts of these weights one by one, each under its number.
+    """
+    layout = _meta(whole)
+    counts = {t.shape[0] if t.dim() > 2 else 0 for t in layout.values()}
+    if len(counts) != 1 or counts == {0}:
+        return []
+    try:
+        first = revert_weight_conversion(model, {name: t[:1] for name, t in layout.items()})
+    except Exception:  # a conversion that knows only whole weights may fail in any way
+        return []
+    split = {name: name.rpartition(".0.") for name in first}
+    named = [{name: f"{head}.{i}.{tail}" for name, (head, _, tail) in split.items()} for i in range(*counts)]
+    made = {names[name]: kind_of(first[name]) for names in named for name in names}
+    expected = {name: kind_of(t) for name, t in revert_weight_conversion(model, layout).items()}
+    return named if made == expected else []
 
 
 def _whole(tensor: Tensor, *, keep: bool) -> Tensor:

@@ -24,7 +24,7 @@ from moe_unlearn.metrics.privacy import add_privleak
 from moe_unlearn.model import loading
 from moe_unlearn.model.batches import Batch, beside
 from moe_unlearn.model.modes import training_mode
-from moe_unlearn.model.saving import check_savable, save_pretrained
+from moe_unlearn.model.saving import is_savable, save_pretrained
 from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.prepare.stages import CHOOSING, needed
 from moe_unlearn.ranks import everyone, is_first, on_first, sharded
@@ -239,7 +239,6 @@ def unlearn(
     sums, as long as the ranks share the batches of an epoch without a rest.
     """
     known = Before() if known is None else known
-    check_savable(model)
     run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"])
     run.checkpoint_activations()
     trainer = run.trainer(out / "checkpoints", cache_dir=cache_dir or out / "cache", verify=verify)
@@ -276,9 +275,14 @@ def unlearn(
     routing = routing_of(trainer.unlearn_step)
 
     # save_model of the Trainer would also write a pickle of the training arguments beside the weights
-    save_pretrained(unlearned, out / "model", tokenizer)
+    streamed = is_savable(unlearned)
+    if streamed:
+        save_pretrained(unlearned, out / "model", tokenizer)
 
     def write_results() -> None:
+        if not streamed:
+            unlearned.save_pretrained(out / "model")
+            tokenizer.save_pretrained(out / "model")
         write_json(out / "trajectory.json", trajectories)
         if routing:
             write_json(out / "routing.json", routing)
