@@ -21,6 +21,8 @@
 # make gpu-wheels   peers that `make bench-gpu` measures too, fetched beforehand into build/gpu-wheels
 # make gpu-report DIR=...   what both left, in results, their tables and the choice of implementations
 # make bench-step  the whole step alone, in full: growth, memory, NPO, MOLLM; 40 minutes, 15 GB of memory
+# make size    each verb of the command line on a checkpoint of 3.8 GB, its memory held against what is planned; half an
+#              hour, 10 GB of memory, 20 GB of disk
 # make study   what each lever buys, half an hour on 2 cores; `make study STUDY=` the whole study, 2 hours and more,
 #              goes on where it was stopped
 # make clean-cache   forget the trained models of the demo
@@ -48,7 +50,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(B
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
 .PHONY: demo quick test nightly nightly-tests soak-sample extremes portable lint ledger mutants soak gpu gpu-install gpu-ranks gpu-rehearsal gpu-wheels gpu-report
-.PHONY: bench bench-step bench-gpu study clean-cache clean
+.PHONY: bench bench-step bench-gpu size study clean-cache clean
 
 # without build isolation, so that the native extension is built against this very torch
 .venv/.installed: pyproject.toml setup.py constraints.txt $(NATIVE)
@@ -141,6 +143,11 @@ bench: .venv/.installed
 bench-step: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_step
 	$(BIN)/python -m benchmarks.plots
+
+size: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.size || test $$? = 1
+	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.readme
 
 study: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.study $(STUDY)

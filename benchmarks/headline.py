@@ -1,4 +1,4 @@
-"""README's two rows of figures, and the table of the embedded experiment, from what is recorded.
+"""README's rows of figures, and the table of the embedded experiment, from what is recorded.
 
 `benchmarks.readme` puts both where they belong.
 """
@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import record
+from benchmarks import record, size_table
 from benchmarks.stamp import RESULTS
 from moe_unlearn.runs.summary import KEEP, RUNS, WITHIN, ordered
 
@@ -37,7 +37,7 @@ def table(results: Path = RESULTS) -> str:
 
 
 def rows(results: Path, named: Callable[[str], tuple[str, str]], where: Callable[[dict], str]) -> str:
-    """Return one row for quality and one row for each device's speed, the best result beside the largest miss.
+    """Return a row for quality, one for each device's speed and one for memory: the best result, the largest miss.
 
     `named` splits what a verdict says into the result and its rival; `where` says where a run was measured.
     """
@@ -55,6 +55,8 @@ def rows(results: Path, named: Callable[[str], tuple[str, str]], where: Callable
         asked.sort(key=lambda pair: pair[1]["value"] / pair[1]["target"])
         cells = {hit: [_speed(row, v, named) for row, v in asked if v["hit"] == hit] for hit in (True, False)}
         lines.append(_row(f"speed: {where(run)}", cells[True][-1:], cells[False][:1]))
+    if (size := size_table.headline(results)) is not None:
+        lines.append(_row(*size))
     return "\n".join(lines) if len(lines) > 1 else "Nothing is recorded yet."
 
 

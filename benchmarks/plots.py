@@ -8,6 +8,7 @@ From results/cpu/step.json it draws how the whole step grows:
     step_time.png             time over tokens                       linear
     step_memory_trained.png   extra memory over trained experts      linear
     step_memory_all.png       extra memory over all experts          flat, where the same number trains
+From results/cpu/size.json it draws size.png: what each verb takes of a model's size, beside what is planned.
 """
 
 import collections
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import matplotlib
 
-from benchmarks import record
+from benchmarks import record, size_table
 from benchmarks.harness import OURS, RESULTS
 
 matplotlib.use("Agg")
@@ -198,6 +199,20 @@ def growth(run: dict, file: Path) -> bool:
     return True
 
 
+def size(run: dict, file: Path) -> None:
+    """Draw what was measured of each stage, what is planned for it, and its limit."""
+    rows, gib = size_table.stages(run), 1 << 30
+    figure, axes = pyplot.subplots(figsize=(6.4, 0.9 + 0.4 * len(rows)), layout="constrained")
+    for i, row in enumerate(rows):
+        axes.barh(i + 0.2, row["planned"] / gib, height=0.35, color=GREY, label="" if i else "planned")
+        axes.barh(i - 0.2, row["peak"] / gib, height=0.35, color=BLUE, label="" if i else "measured, with libraries")
+        axes.plot([row["limit"] / gib] * 2, [i - 0.42, i + 0.42], color="#c0392b", label="" if i else "limit")
+    axes.set_yticks(range(len(rows)), [row["stage"] for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="GiB resident", xlim=(0, 1.45 * max(row["limit"] for row in rows) / gib))
+    _finish(figure, [axes], file)
+
+
 def _finish(figure, all_axes, file: Path, *, legend: object = True) -> None:
     for axes in all_axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -217,6 +232,8 @@ def main(*named: str) -> None:
         for kind in PLOTS:
             if any(row["growth"] == kind for row in rows):
                 plot(rows, kind)
+    if not named and (run := size_table.read()) is not None:
+        size(run, RESULTS / size_table.FIGURE)
 
 
 if __name__ == "__main__":
