@@ -38,7 +38,7 @@ def table(results: Path = RESULTS) -> str:
     ]
     for row in stages(run):
         sizes = (f"{row[what] / _MIB:,.0f}" for what in ("planned", "limit", "peak", "anonymous"))
-        verdict = "hit" if row["hit"] else "**missed**"
+        verdict = ("hit" if row["hit"] else "**missed**") + (", not to its end" if "cut" in row else "")
         lines.append(f"| {row['stage']} | {row['plan']} | {' | '.join(sizes)} | {row['seconds']:.0f} | {verdict} |")
     lines += ["", *(f"Not measured: {r['stage']}: {r['skipped']}." for r in run["rows"] if "skipped" in r)]
     if (results / "cpu" / FIGURE).exists():
@@ -53,7 +53,7 @@ def headline(results: Path = RESULTS) -> tuple[str, list[str], list[str]] | None
         return None
     ordered = sorted(stages(run), key=lambda row: row["peak"] / row["limit"])
     hits, misses = ([_said(row) for row in ordered if row["hit"] == hit] for hit in (True, False))
-    what = f"memory: each verb on a checkpoint of {run['weights'] / 1e9:.1f} GB, killed above its limit"
+    what = f"memory: each verb on a checkpoint of {run['weights'] / 1e9:.1f} GB against its limit"
     return what, hits[-1:], misses[-1:]
 
 
