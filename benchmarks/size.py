@@ -171,7 +171,7 @@ def _measured(work: Work, stage: Stage, libraries: int) -> dict[str, Any]:
     log = work.folder / f"{stage.name.replace(': ', '-')}.log"
     taken = limited.run(_verb(*stage.arguments), _KILLED * limit, log)
     if taken.status:
-        raise RuntimeError(f"{stage.name} ended with status {taken.status}: {log.read_text()[-2000:]}")
+        raise RuntimeError(f"{stage.name} ended with status {taken.status}: {log.read_text(encoding='utf-8')[-2000:]}")
     row = {"planned": planned, "limit": limit, "peak": taken.peak, "anonymous": taken.anonymous}
     return row | {"seconds": round(taken.seconds, 1), "hit": taken.status == 0 and taken.peak <= limit}
 
