@@ -213,6 +213,8 @@ def test_one_op_one_file():
         "bits",
         "checks",
         "gate",
+        "moments",
+        "packed_wgrad",
         "schema",
         "sink",
     }  # what ops share

@@ -192,9 +192,10 @@ MOE_UNLEARN_INLINE void update_in(const UpdateOperands& o, const Rule& given, in
 
 constexpr int block_words = moment_block / word_bits;
 
-/// A block of one moment, as it lies in memory.
+/// A block of one moment. Codes are computed as 32 bits each: bytes may alias whatever a loop reads.
 struct MomentBlock {
-  uint8_t codes[moment_block];
+  uint8_t bytes[moment_block];
+  uint32_t codes[moment_block];
   char *to_codes, *to_scale;
 
   template <int moment>
@@ -203,8 +204,9 @@ struct MomentBlock {
     to_scale = row + code_bytes(width) + block * sizeof(float);
     float scale;
     std::memcpy(&scale, to_scale, sizeof(scale));
-    if (n < moment_block) std::memset(codes, 0, sizeof(codes));
-    std::memcpy(codes, to_codes, std::min<int64_t>(n, moment_block));
+    if (n < moment_block) std::memset(bytes, 0, sizeof(bytes));
+    std::memcpy(bytes, to_codes, std::min<int64_t>(n, moment_block));
+    for (int j = 0; j < moment_block; ++j) codes[j] = bytes[j];
     const Codes<moment> from(scale);
     for (int half = 0; half < block_words; ++half)
       for (int j = 0; j < word_bits; ++j) s[half][moment][j] = from.widen(codes[half * word_bits + j]);
@@ -222,9 +224,9 @@ struct MomentBlock {
     const Codes<moment> to(most);
     for (int half = 0; half < block_words; ++half)
       for (int j = 0; j < word_bits; ++j)
-        codes[half * word_bits + j] =
-            static_cast<uint8_t>(to.code(s[half][moment][j], random[half][j].template half<moment>()));
-    std::memcpy(to_codes, codes, code_bytes(n));
+        codes[half * word_bits + j] = to.code(s[half][moment][j], random[half][j].template half<moment>());
+    for (int j = 0; j < moment_block; ++j) bytes[j] = static_cast<uint8_t>(codes[j]);
+    std::memcpy(to_codes, bytes, code_bytes(n));
     std::memcpy(to_scale, &to.scale, sizeof(to.scale));
   }
 };
@@ -266,9 +268,8 @@ MOE_UNLEARN_INLINE void update_packed(const UpdateOperands& o, const Rule& given
           load(w, o.param.dtype, at(o.param, of.param), o.param.stride, left);
         std::memcpy(old, s[half], sizeof(old));
         apply<Dtype::float32>(rule, w, g, s[half]);
-        for (int i = 0; i < Rule::states; ++i)
-          for (int j = 0; j < word_bits; ++j)
-            s[half][i][j] = bits[half] >> j & 1 && j < left ? s[half][i][j] : old[i][j];
+        for (int i = 0; i < Rule::states && bits[half] != 0xFFFFFFFF; ++i)
+          for (int j = 0; j < word_bits; ++j) s[half][i][j] = bits[half] >> j & 1 ? s[half][i][j] : old[i][j];
         if (of.master) store(w, ScalarType::Float, at(o.master, of.master), o.master.stride, bits[half], left);
         if (o.stochastic) round_weights(w, random[half]);
         store(w, o.param.dtype, at(o.param, of.param), o.param.stride, bits[half], left);

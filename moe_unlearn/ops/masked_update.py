@@ -66,11 +66,7 @@ class SGD(NamedTuple):
             g = _add(g, w, self.weight_decay)
         if self.momentum == 0:
             return _add(w, g, -self.lr), None
-        if step > 1:
-            assert b is not None
-            b = _add(b * self.momentum, g, 1 - self.dampening)
-        else:
-            b = g
+        b = g if step == 1 or b is None else _add(b * self.momentum, g, 1 - self.dampening)
         g = _add(g, b, self.momentum) if self.nesterov else b
         return _add(w, g, -self.lr), b
 

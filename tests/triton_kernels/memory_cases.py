@@ -415,3 +415,16 @@ def _():
     rest = {"grad": update_cases.randn(70, seed=1), "momentum_buffer": None, "mask": None, "slices": slices}
     function = functools.partial(masked_sgd_, rule=SGD(lr=0.5), update=Update(step=1))
     return compared(function, {"param": param, **rest}, mutates=("param",))
+
+
+@case("masked_update/packed moments of slices")
+def _():
+    """Blocks of codes, the last of a row a short one; some without a mask bit."""
+    shape = (2, 2, 150)
+    mask = update_cases.random_mask(*shape)
+    mask[..., 64:128], mask[1, 0] = False, False
+    exp_avg, exp_avg_sq = update_cases.moments(shape, update_cases.PACKED)
+    tensors = {"param": update_cases.randn(3, *shape[1:], dtype=BF16), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    rest = {"grad": update_cases.randn(*shape, seed=1), "mask": pack_bits(mask), "slices": torch.tensor([2, 0])}
+    options = {"lr": 0.1, "step": 2, "rounding": "stochastic", "seed": 3, "parameter_id": 5, "impl": "triton"}
+    return Case(functools.partial(by_keyword(masked_adamw_), **options), tensors | rest, mutates=tuple(tensors))
