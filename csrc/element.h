@@ -176,7 +176,7 @@ struct Codes {
     place = place > limit ? limit : place < -limit ? -limit : place;
     auto floor = static_cast<int32_t>(place);
     floor -= static_cast<float>(floor) > place;
-    if (moment == 1) floor = usable && floor == 0 && number > 0 ? 1 : floor;
+    if (moment == 1) floor += usable & (floor == 0) & (number > 0);  // without a branch, which keeps loops scalar
     return static_cast<uint32_t>(floor) & 0xFF;
   }
 };
