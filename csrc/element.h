@@ -190,8 +190,8 @@ struct Update {
   int64_t seed, parameter_id, first_row;
 };
 
-// Every operation of a rule is rounded to dtype A (float32: not at all). A rule comes in parts, so that a CPU kernel can
-// run each part over many elements; `apply` is one element's whole update.
+// Every operation of a rule is rounded to dtype A (float32: not at all). A rule comes in parts, so that a CPU kernel
+// can run each part over many elements; `apply` is one element's whole update.
 
 struct Sgd {
   static constexpr int states = 1;

@@ -1,8 +1,8 @@
 // masked_update: SGD and AdamW in place under packed masks, one mask word (32 weights of a row) at a time.
 //
 // A zero word is skipped with its 32 gradients, weights and moments unread. Arithmetic is in float32; where the
-// state is in a narrow dtype every operation is rounded to it, as torch.optim does (A below). Each weight, and where the
-// state is packed each block of 64, is computed by itself, so threads and order change no bit.
+// state is in a narrow dtype every operation is rounded to it, as torch.optim does (A below). Each weight, and where
+// the state is packed each block of 64, is computed by itself, so threads and order change no bit.
 
 #include "cpu/masked_update.h"
 
@@ -259,7 +259,8 @@ MOE_UNLEARN_INLINE void update_packed(const UpdateOperands& o, const Rule& given
         const int64_t first = start + half * word_bits, left = std::clamp<int64_t>(width - first, 0, word_bits);
         draw(random[half], of.element + first, o);
         if (bits[half] == 0) continue;
-        const auto at = [&](const Rows& rows, char* row) MOE_UNLEARN_INLINE_LAMBDA { return row + first * rows.stride; };
+        const auto at = [first](const Rows& rows, char* row)
+                            MOE_UNLEARN_INLINE_LAMBDA { return row + first * rows.stride; };
         Word w, g, old[2];
         load(g, o.grad.dtype, at(o.grad, of.grad), o.grad.stride, left);
         if (of.master)
