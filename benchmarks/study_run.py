@@ -33,7 +33,8 @@ from moe_unlearn.model.batches import target_mask
 from moe_unlearn.model.capture import collect_routing
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.ops.bits import pack_bits
-from moe_unlearn.prepare.stages import Preparation, prepare
+from moe_unlearn.prepare.preparation import Preparation
+from moe_unlearn.prepare.stages import prepare
 from moe_unlearn.step import UnlearnStep
 
 VERSION = 1  # to be raised when the code below measures something else under the same name

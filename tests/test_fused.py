@@ -12,7 +12,7 @@ from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.expert_wgrad import Factors, _products
 from moe_unlearn.optim import MaskedSGD
 from moe_unlearn.plan.ways import paths
-from moe_unlearn.prepare.stages import Preparation
+from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.factors import inner_products, join
 from moe_unlearn.step.gradients import GradientStore

@@ -9,7 +9,8 @@ import torch
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.plan.memory import measured_peak
-from moe_unlearn.prepare.stages import CHOOSING, Preparation, prepare
+from moe_unlearn.prepare.preparation import Preparation
+from moe_unlearn.prepare.stages import CHOOSING, prepare
 from moe_unlearn.step import UnlearnStep
 from tests.support.batches import random_batch, with_refusals
 from tests.support.models import TINY_MODELS

@@ -13,7 +13,7 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example, ForgetRetainDataset
 from moe_unlearn.model.batches import target_mask
 from moe_unlearn.model.head import final_hidden_states, token_losses
-from moe_unlearn.prepare.stages import Preparation
+from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.trainer import UnlearnTrainer

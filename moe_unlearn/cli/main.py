@@ -11,20 +11,17 @@ whatever `data.load` reads: files, folders, benchmarks by name (`tofu:forget05`)
 import argparse
 import io
 import json
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moe_unlearn import backend, benchmark, data, masks, native, trace
+from moe_unlearn import backend, benchmark, data, masks, trace
 from moe_unlearn.benchmark.trained_cache import clean_cache
-from moe_unlearn.cli import alternates, delta, evaluate, paths, plan
+from moe_unlearn.cli import alternates, delta, env, evaluate, paths, plan
 from moe_unlearn.cli.arguments import (
     add_data,
     add_loading,
@@ -106,27 +103,6 @@ def _outcome(options: argparse.Namespace) -> Outcome:
         return REFUSED, _error(options, error)
     except KeyboardInterrupt:
         return 130, "interrupted; finished checkpoints are kept"
-
-
-def env(options: argparse.Namespace) -> None:
-    """Print versions, devices, and which implementation each op would use here."""
-    print(f"python {platform.python_version()} on {platform.machine()}")
-    for package in ("moe-unlearn", "torch", "transformers", "triton", "peft", "datasets"):
-        try:
-            print(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            print(f"{package} not installed")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"device {device}: {name}")
-    for line in native.report():
-        print(f"native library {line}")
-    print()
-    print(f"{'op':<28} {'auto':<8} available")
-    for op in backend.registered():
-        print(f"{op:<28} {backend.choose(op, 'auto', device):<8} {', '.join(backend.available(op, device))}")
-    for (impl, why), names in backend.unusable(device).items():
-        print(f"{impl} is not usable for {', '.join(names)}: {why}")
 
 
 def stats(options: argparse.Namespace) -> None:
@@ -281,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--traceback", action="store_true", help="show where an error was found")
         return sub
 
-    command("env", env)
+    command("env", env.run)
     sub = command("stats", stats)
     add_data(sub)
     sub.add_argument("--per-layer", type=int, default=2)

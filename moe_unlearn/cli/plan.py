@@ -1,7 +1,7 @@
 """The plan that `moe-unlearn run --dry-run` prints."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -24,7 +24,7 @@ def of_mesh(
     recipe: Recipe,
     mesh: Mesh,
     tokenizer: Tokenizer,
-    sets: Mapping[str, list[data.Example]],
+    sets: Mapping[str, Sequence[data.Example]],
 ) -> Plan:
     """Plan for ranks that share out the weights of `--model`, of which the config alone is read."""
     assert recipe.data.model is not None

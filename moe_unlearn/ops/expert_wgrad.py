@@ -14,8 +14,7 @@ input for a transposed weight). `expert_offsets` is int32 [E + 1] and bounds the
 gives start and stop for a part of each expert's rows (those of one token group). Without `grad_rows` or `input_rows`,
 position j reads row j. Only rows inside the bounds are read. An expert without rows has dW exactly zero.
 
-Worked example, two experts, M = P = 1, grad = (1, 2, 3), input = (1, 1, 2), offsets (0, 3, 3):
-dW = (1 * 1 + 2 * 1 + 3 * 2, 0) = (9, 0).
+Worked example, two experts, M = P = 1, grad (1, 2, 3), input (1, 1, 2), offsets (0, 3, 3): dW = (1 + 2 + 6, 0).
 
 Sums run over j in order, in float32 for narrower inputs (one library product per expert), so that the result is
 deterministic. Source: our specification.

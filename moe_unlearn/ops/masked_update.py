@@ -296,8 +296,7 @@ def _with_rows(param: Tensor, rows: Tensor, slices: Tensor | None) -> Tensor:
 )
 def _masked_sgd(param: Tensor, *operands: Any) -> None:
     *others, impl = operands
-    _, _, _, _, slices, *_ = operands
-    check_indices("slices", slices, param.shape[0] if param.dim() else 1)
+    check_indices("slices", others[4], param.shape[0] if param.dim() else 1)
     backend.resolve("masked_update.sgd", impl, param)(param, *others)
 
 
@@ -309,8 +308,7 @@ def _masked_sgd(param: Tensor, *operands: Any) -> None:
 )
 def _masked_adamw(param: Tensor, *operands: Any) -> None:
     *others, impl = operands
-    _, _, _, _, _, slices, *_ = operands
-    check_indices("slices", slices, param.shape[0] if param.dim() else 1)
+    check_indices("slices", others[5], param.shape[0] if param.dim() else 1)
     backend.resolve("masked_update.adamw", impl, param)(param, *others)
 
 

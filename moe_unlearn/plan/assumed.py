@@ -12,9 +12,10 @@ from moe_unlearn.model.head import head_of
 from moe_unlearn.ops.bits import num_words
 from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.prepare import float8
+from moe_unlearn.prepare.preparation import Calibration, Preparation
 from moe_unlearn.prepare.reference import head_to_keep
 from moe_unlearn.prepare.rows import RowCache
-from moe_unlearn.prepare.stages import Calibration, Preparation, needed, needs_head, uses_kl
+from moe_unlearn.prepare.stages import needed, needs_head, uses_kl
 from moe_unlearn.view import StepView
 
 CACHES = "reference caches"

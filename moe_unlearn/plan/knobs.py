@@ -50,6 +50,9 @@ def knobs(recipe: Recipe, layers: int, size: float) -> Iterator[Knob]:
     if recipe.wagle is not None and recipe.wagle.mask is None:
         for part in (8, 64):
             yield Knob("mask", (f"wagle.memory={size * 1024 / part:g}MiB",))
+    if recipe.optimizer.state == "float32" and recipe.optimizer.name == "adamw":
+        for state in ("bfloat16", "int8"):
+            yield Knob("state", (f"optimizer.state={state}",))
     if recipe.scope.kind == "all":
         if recipe.trace is not None:
             yield Knob("scope", ("scope.kind=experts",))

@@ -10,7 +10,8 @@ from moe_unlearn.model.head import head_of
 from moe_unlearn.plan.assumed import CACHES, reference_head
 from moe_unlearn.plan.mesh import Mesh
 from moe_unlearn.prepare import float8
-from moe_unlearn.prepare.stages import Preparation, needed, uses_kl
+from moe_unlearn.prepare.preparation import Preparation
+from moe_unlearn.prepare.stages import needed, uses_kl
 from moe_unlearn.view import StepView
 
 _HIDDEN_BYTES = 2  # cached layer outputs are bfloat16

@@ -19,7 +19,8 @@ from torch import Tensor
 from moe_unlearn import router_aux, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
-from moe_unlearn.model.batches import Batch, all_checked
+from moe_unlearn.model.batch_sets import all_checked
+from moe_unlearn.model.batches import Batch
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.plan.known import cache_bytes, first_share, held_at_rest, state_bytes
@@ -28,7 +29,7 @@ from moe_unlearn.plan.mesh import Mesh, check_whole
 from moe_unlearn.plan.one_rank import GATHERED
 from moe_unlearn.plan.rehearse import Setting, Step, periods_of, rehearsed
 from moe_unlearn.plan.ways import Path, obstacle, paths
-from moe_unlearn.prepare.stages import Preparation
+from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.view import StepView
 from moe_unlearn.wagle.budget import SHARE
 

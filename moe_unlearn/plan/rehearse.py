@@ -16,7 +16,7 @@ from moe_unlearn.plan.mesh import Mesh
 from moe_unlearn.plan.one_rank import OneRank
 from moe_unlearn.plan.repeat import Counted, NotRepeated, Rehearsed, collected_later, extended
 from moe_unlearn.plan.ways import form
-from moe_unlearn.prepare.stages import Preparation
+from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.ranks import Ranks
 from moe_unlearn.verify import Verifier
 from moe_unlearn.view import StepView

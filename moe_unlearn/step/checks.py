@@ -11,7 +11,8 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import experts_modules, is_parallel
 from moe_unlearn.model.scope import wrapped_name
-from moe_unlearn.prepare.stages import Preparation, needed
+from moe_unlearn.prepare.preparation import Preparation
+from moe_unlearn.prepare.stages import needed
 
 if TYPE_CHECKING:
     from moe_unlearn.step.unlearn import UnlearnStep

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from moe_unlearn.experts import copy_gate, experts_modules
-from moe_unlearn.prepare.stages import Preparation
+from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.step.weights import twin_of
 
 if TYPE_CHECKING:

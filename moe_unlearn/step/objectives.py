@@ -29,8 +29,8 @@ from moe_unlearn.model.batches import Batch, attended_mask, forgotten, refusal, 
 from moe_unlearn.model.head import final_hidden_states, token_losses
 from moe_unlearn.model.states import control_vector, layer_states, sequence_logprobs
 from moe_unlearn.prepare.float8 import unpacked
+from moe_unlearn.prepare.preparation import CACHED_SIDES, Preparation
 from moe_unlearn.prepare.rows import RowCache
-from moe_unlearn.prepare.stages import CACHED_SIDES, Preparation
 from moe_unlearn.step.dual import Multiplier
 
 # the largest share of a joint forward pass's positions that may be padding which separate passes would not have

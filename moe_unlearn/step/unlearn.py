@@ -46,11 +46,13 @@ from moe_unlearn import mollm
 from moe_unlearn.config import Mollm, Recipe
 from moe_unlearn.errors import NonFiniteError
 from moe_unlearn.experts import check_model, enable, step_inputs
-from moe_unlearn.model.batches import Batch, Sizes, check_batches, checked, counted_row
+from moe_unlearn.model.batch_sets import check_batches, counted_row
+from moe_unlearn.model.batches import Batch, Sizes, checked
 from moe_unlearn.model.head import verify_head
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.plan import Plan, make_plan, ways
-from moe_unlearn.prepare.stages import STAGES, Preparation, prepare
+from moe_unlearn.prepare.preparation import Preparation
+from moe_unlearn.prepare.stages import STAGES, prepare
 from moe_unlearn.ranks import Ranks, local
 from moe_unlearn.sharding import as_forward, reshard
 from moe_unlearn.step import copies, saved

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moe_unlearn.config import Recipe
 from moe_unlearn.model import scope
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
-from moe_unlearn.prepare.stages import Preparation
+from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.step.sharded import Shards
 
 

@@ -8,7 +8,7 @@ import torch
 
 from moe_unlearn.model.batches import KNOWN, checked, refusal, stack
 from moe_unlearn.model.states import layer_states
-from moe_unlearn.prepare.stages import Preparation
+from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.objectives import Objectives
 from tests.support.batches import random_batch, random_batches

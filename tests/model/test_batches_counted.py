@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moe_unlearn.model.batches import counted_row, target_mask
+from moe_unlearn.model.batch_sets import counted_row
+from moe_unlearn.model.batches import target_mask
 from moe_unlearn.step import UnlearnStep
 from tests.support.batches import random_batch, random_batches
 from tests.support.models import tiny_olmoe

@@ -13,8 +13,9 @@ from torch.distributed.fsdp import fully_shard
 
 from moe_unlearn import masks, seuf, trace
 from moe_unlearn.prepare import reference, stages
+from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.prepare.rows import RowStore
-from moe_unlearn.prepare.stages import Preparation, prepare
+from moe_unlearn.prepare.stages import prepare
 from moe_unlearn.ranks import RankError, Ranks
 from tests.support.batches import random_batches
 from tests.support.forked_ranks import found_on

@@ -13,7 +13,7 @@ from moe_unlearn.experts import enable
 from moe_unlearn.model.states import decoder_layers
 from moe_unlearn.plan.memory import measured_peak
 from moe_unlearn.plan.mesh import Mesh
-from moe_unlearn.prepare.stages import Preparation
+from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.weights import build_optimizer
 from tests.support.meshes import CASES, RANKS, batches, model_of, recipe
