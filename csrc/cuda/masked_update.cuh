@@ -46,11 +46,11 @@ MOE_UNLEARN_DEVICE uint32_t chosen_elements(const Rows& mask, const Place& place
   return chosen & bits >> (place.first - word * word_bits);
 }
 
-/// The random bits of the elements of a chunk from flat element `index` of the whole parameter on.
-MOE_UNLEARN_DEVICE void draw(RandomWords (&random)[chunk_size], uint64_t index, const Operands& o) {
+/// The random bits of element j of a chunk whose row of the parameter is `param_row`.
+MOE_UNLEARN_DEVICE RandomWords draw(const Operands& o, const Place& place, int64_t param_row, int64_t width, int j) {
+  const auto index = static_cast<uint64_t>(o.first_element + param_row * width + place.first);
   const auto seed = static_cast<uint32_t>(o.seed), id = static_cast<uint32_t>(o.parameter_id);
-  MOE_UNLEARN_UNROLL
-  for (int j = 0; j < chunk_size; ++j) random[j] = philox(index + j, static_cast<uint64_t>(o.step), seed, id);
+  return philox(index + j, static_cast<uint64_t>(o.step), seed, id);
 }
 
 /// The row of param for a row of the gradient; false if its slice does not exist.
@@ -81,17 +81,17 @@ struct WeightChunk {
       widen(w, param, o.param.dtype);
   }
 
-  /// `exact`: w has the parameter's dtype.
-  template <bool exact>
+  /// `exact`: w has the parameter's dtype. `random(j)`: the random bits of element j.
+  template <bool exact, class Random>
   MOE_UNLEARN_DEVICE void replace(
-      Chunk& w, const RandomWords (&random)[chunk_size], const Operands& o, const Place& place, uint32_t chosen) {
+      Chunk& w, const Random& random, const Operands& o, const Place& place, uint32_t chosen) {
     if (o.master) {
       narrow<false>(master, w, Dtype::float32, chosen);
       store(o.master, to_master, place, master, chosen);
     }
     if (o.stochastic) {
       MOE_UNLEARN_UNROLL
-      for (int j = 0; j < chunk_size; ++j) w[j] = round_stochastic(w[j], random[j].weight);
+      for (int j = 0; j < chunk_size; ++j) w[j] = round_stochastic(w[j], random(j).weight);
     }
     narrow<exact>(param, w, o.param.dtype, chosen);
     store(o.param, to_param, place, param, chosen);
@@ -132,15 +132,14 @@ MOE_UNLEARN_DEVICE bool update_chunk(
   }
 
   constexpr bool exact = A != Dtype::float32;  // then all that is written has dtype A
-  const bool narrow_state = !exact && states > 0 && o.state[0].dtype == Dtype::bfloat16;
-  RandomWords random[chunk_size];
-  if (o.stochastic || narrow_state)
-    draw(random, static_cast<uint64_t>(o.first_element + param_row * width + place.first), o);
-  if (narrow_state) {
+  // drawn again for each use: to keep the bits would take the registers of 16 words
+  const auto random = [&](int j) { return draw(o, place, param_row, width, j); };
+  if (!exact && states > 0 && o.state[0].dtype == Dtype::bfloat16) {
     MOE_UNLEARN_UNROLL
     for (int j = 0; j < chunk_size; ++j) {
-      s[0][j] = round_stochastic(s[0][j], random[j].half<0>());
-      s[1][j] = round_stochastic(s[1][j], random[j].half<1>());
+      const RandomWords words = random(j);
+      s[0][j] = round_stochastic(s[0][j], words.half<0>());
+      s[1][j] = round_stochastic(s[1][j], words.half<1>());
     }
   }
   MOE_UNLEARN_UNROLL
@@ -251,7 +250,8 @@ struct PackedUpdate {
     if (touched) {
       first.load_to(s[0]);
       if (Rule::states > 1) second.load_to(s[1]);
-      draw(random, static_cast<uint64_t>(o.first_element + param_row * width + place.first), o);
+      MOE_UNLEARN_UNROLL
+      for (int j = 0; j < chunk_size; ++j) random[j] = draw(o, place, param_row, width, j);
     }
     if (touched && chosen) {
       WeightChunk weights(o, place, param_row);
@@ -264,7 +264,7 @@ struct PackedUpdate {
         a.rule.template apply<Dtype::float32>(w[j], g[j], of_state);
         if (chosen >> j & 1) s[0][j] = of_state[0], s[1][j] = of_state[1];
       }
-      weights.replace<false>(w, random, o, place, chosen);
+      weights.replace<false>(w, [&](int j) { return random[j]; }, o, place, chosen);
     }
     first.store(group, s[0], random, touched);
     if (Rule::states > 1) second.store(group, s[1], random, touched);
