@@ -13,10 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moe_unlearn import metrics, wagle
-from moe_unlearn.backend import ENVIRONMENT_VARIABLE
 from moe_unlearn.cli import main
 from moe_unlearn.cli.arguments import writable
-from moe_unlearn.errors import UnavailableError
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.model import loading
 from moe_unlearn.prepare.rows import RowStore
@@ -74,11 +72,12 @@ def test_sources_with_parts_and_options(folder, tmp_path, capsys):
     )
     flags = {"is_response_0_safe": True, "is_response_1_safe": False}
     rows = [{"prompt": f"who {n}?", "response_0": "none", "response_1": f"{n} it was", **flags} for n in range(4)]
-    (tmp_path / "pku.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])) + "\n", encoding="utf-8")
-    (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "retain1.txt").write_text("\n\n".join(RETAIN), encoding="utf-8")
-    sources = {"--forget": f"{tmp_path}/pku.jsonl?deduplicate=true", "--retain": f"{tmp_path}:raw/retain1?join=true"}
-    arguments = ["--model", str(tmp_path / "model"), *(x for pair in sources.items() for x in pair)]
+    sources = tmp_path / "sources"
+    (sources / "raw").mkdir(parents=True)
+    (sources / "pku.jsonl").write_text("\n".join(map(json.dumps, [*rows, rows[0]])) + "\n", encoding="utf-8")
+    (sources / "raw" / "retain1.txt").write_text("\n\n".join(RETAIN), encoding="utf-8")
+    sides = ["--forget", f"{sources}/pku.jsonl?deduplicate=true", "--retain", f"{sources}:raw/retain1?join=true"]
+    arguments = ["--model", str(tmp_path / "model"), *sides]
     settings = ["data.chat_template=true", "data.max_length=48", "steps=2", "batch_size=4"]
     out = tmp_path / "out"
     assert main(["run", "npo", *arguments, "--out", str(out), "--no-eval", "--set", *settings]) == 0
@@ -95,14 +94,15 @@ def test_sources_with_parts_and_options(folder, tmp_path, capsys):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("verb", ["stats", "mask", "eval", "benchmark", "run"])
-def test_an_output_that_cannot_be_written_ends_a_verb_before_its_work(folder, capsys, monkeypatch, verb):
+def test_an_output_that_cannot_be_written_ends_a_verb_before_its_work(folder, tmp_path, capsys, monkeypatch, verb):
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("the work has begun"))
     command, more = [verb], []
     if verb == "run":
         command = ["run", "npo"]
     elif verb == "benchmark":
         command, more = ["eval"], ["--benchmark", "wmdp", "--data", f"a={folder / 'forget.jsonl'}"]
-    out = folder / "forget.jsonl" / "out"
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
     assert main([*command, *arguments(folder), *more, "--out", str(out)]) == 2
     told = error_of(capsys)
     assert "--out cannot be written: " in told and str(out) in told
@@ -326,22 +326,6 @@ def test_what_prepare_refuses_is_refused_before_anything_is_measured(folder, tmp
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-@pytest.mark.quick
-def test_env_lists_every_op(capsys):
-    assert main(["env"]) == 0
-    text = capsys.readouterr().out
-    for op in ("route", "expert_mlp", "token_loss", "gram", "masked_update", "weight_score"):
-        assert op in text
-
-
-def test_what_the_locale_lacks_is_printed_as_a_question_mark(monkeypatch):
-    terminal = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr("platform.machine", lambda: "\N{DOWNWARDS ARROW}")
-    assert main(["env"]) == 0
-    assert terminal.buffer.getvalue().splitlines()[0].endswith(b" on ?")
-
-
 def test_stats_and_mask(folder, tmp_path, capsys):
     assert main(["stats", *arguments(folder, "--min-ratio", "1.01", "--out", str(tmp_path / "s.json"))]) == 0
     assert "experts selected in 2 layers" in capsys.readouterr().out
@@ -429,15 +413,6 @@ def test_a_scheduler_that_tells_a_number_of_processes_starts_no_ranks(missing, m
     assert "python" in capsys.readouterr().out
 
 
-@pytest.mark.quick
-def test_a_forced_implementation_that_is_missing_is_one_line(monkeypatch, capsys):
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cuda")
-    assert main(["env"]) == 2
-    assert "error: 'expert_mlp' has no implementation cuda for device 'cpu'; available: cpu, ref" in error_of(capsys)
-    with pytest.raises(UnavailableError):
-        main(["env", "--traceback"])
-
-
 def error_of(capsys):
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
@@ -496,7 +471,7 @@ def test_a_mask_from_another_model(folder, tmp_path, capsys):
 
 
 def test_divergence_keeps_the_checkpoint(folder, tmp_path, capsys):
-    diverging = ["steps=5", "optimizer.name=sgd", "optimizer.lr=1e18", "--no-eval"]
+    diverging = ["steps=9", "optimizer.name=sgd", "optimizer.lr=1000", "optimizer.weight_decay=1000", "--no-eval"]
     code = run(folder, tmp_path, *diverging, recipe="ga")
     assert code == 2
     assert "stopped before the update" in error_of(capsys)

@@ -75,13 +75,13 @@ def test_the_matrix_has_every_cuda_test_a_sample_of_the_triton_ones_and_nothing_
     assert sum(found.get(name, 0) for name in (CUDA_TESTS, *CLAIMS)) > 400
     assert f"def {name}(" in Path(ROOT, file).read_text(encoding="utf-8")
     # twelve workers have 140 seconds, compilation included, which the half that is of CUDA does not need
-    assert left_out > 400 and sum(found.values()) < 1200
+    assert left_out > 400 and sum(found.values()) < 1300
 
 
 @pytest.mark.slow
-def test_memcheck_has_some_forty_cuda_tests(collections):
+def test_memcheck_has_some_fifty_cuda_tests(collections):
     found, _ = collections[1]
-    assert found.keys() <= {CUDA_TESTS, *CLAIMS} and 25 <= sum(found.values()) <= 50
+    assert found.keys() <= {CUDA_TESTS, *CLAIMS} and 25 <= sum(found.values()) <= 60
 
 
 @pytest.mark.quick

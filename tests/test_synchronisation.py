@@ -77,7 +77,6 @@ READS = {
     "_beginnings": (10, "packed rows: one read of a batch and of each of its offsets; the rest is on the CPU"),
     "content_keys": (2, "rows of a batch are known by their content: one read a batch"),
     "_content_key": (3, "arrays of the CPU"),
-    "check_values": (1, "arrays of the CPU"),
     "_read": (2, "a batch, before its forward pass"),
     "row_keys": (1, "the numbers of a batch's rows"),
     "RowCache.get": (1, "what is cached of a row is on the CPU: one read and one copy a batch"),

@@ -26,8 +26,8 @@ _REPORT = ("summary.json", "seeds.json", "trajectory.json", "routing.json", "rep
 _RUN = ("recipe.yaml", "batch.json", "loaded.json", "data.json", "verified.txt", "checkpoints", "model", *_REPORT)
 VERBS = {
     "env": Paths(),
-    "stats": Paths(("model", *_DATA), ("out",)),
-    "mask": Paths(("model", *_DATA), ("out",)),
+    "stats": Paths(("model", *_DATA), ("out", "cache")),
+    "mask": Paths(("model", *_DATA), ("out", "cache")),
     "alternates": Paths(("model", "forget"), ("out",)),
     "run": Paths(("model", *_DATA, "reference"), ("out", "cache"), (*_RUN, "delta.safetensors")),
     "eval": Paths(("model", *_DATA, "reference", "before", "data", "reference_run", "classifier"), ("out", "cache")),

@@ -28,7 +28,9 @@ def check_values(batch: Batch, side: str, model: nn.Module, *, alone: bool = Tru
         if value.device != device:
             raise ValueError(f"{what}: {key} must be on {device}, as the model; got {value.device}")
     read = {key: _read(value) for key, value in batch.items() if key.removeprefix("idk_") in _READ}
-    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[operator]  # of transformers
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # of transformers
+    # of a plan's rank the weight itself has this rank's rows alone
+    vocabulary = getattr(embeddings, "num_embeddings", len(embeddings.weight))
     for key, numbers in read.items():
         _check_range(f"{what}: {key}", key.removeprefix("idk_"), numbers, vocabulary)
     attended, labelled = read["attention_mask"] != 0, read["labels"] != IGNORED

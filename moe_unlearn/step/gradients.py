@@ -60,7 +60,7 @@ class GradientStore:
         self.trained, self.masks = trained, masks
         self.names: dict[Tensor, str] = {p: name for name, p in trained}
         self._reset()
-        self._begun = bool(trained)
+        self._begun = len(trained) > 0
 
     def _reset(self) -> None:
         #: objective -> for each trained parameter a gradient, a list of factors or None; empty without MOLLM

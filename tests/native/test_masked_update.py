@@ -1,5 +1,7 @@
 """masked_update in C++: the bits of the reference for every instruction set and thread count."""
 
+import sys
+
 import pytest
 import torch
 
@@ -46,8 +48,13 @@ def test_conversions_round_as_torch_does(dtype, instruction_set):
     check_conversions(CPU, dtype)
 
 
-def test_a_slice_out_of_range_is_refused():
+def test_a_slice_out_of_range_is_refused_by_the_kernel_too(monkeypatch):
     common, state = inputs("fp32", (4, 5, 70), slices=[0, 1])
+    wrong = common | {"slices": torch.tensor([0, 9])}
     for function, options in BOTH:
         with pytest.raises(IndexError, match=r"slices must be in \[0, 4\); got 9"):
-            run(CPU, function, common | {"slices": torch.tensor([0, 9])}, state, **options)
+            run(CPU, function, wrong, state, **options)
+    monkeypatch.setattr(sys.modules["moe_unlearn.ops.masked_update"], "check_indices", lambda *given: None)
+    for function, options in BOTH:
+        with pytest.raises(RuntimeError, match="slice 9 of 4"):
+            run(CPU, function, wrong, state, **options)

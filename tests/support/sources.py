@@ -23,6 +23,7 @@ STEP = (
     "losses",
     "experts",
     "model/admissible",
+    "model/batch_sets",
     "model/batches",
     "model/head",
     "model/states",

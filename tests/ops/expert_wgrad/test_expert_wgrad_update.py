@@ -126,11 +126,11 @@ BAD_UPDATES = (
 BAD = {
     "sgd": (
         *BAD_UPDATES,
-        ({"momentum_buffer": BF16}, TypeError, "momentum_buffer must be"),
+        ({"momentum_buffer": torch.float16}, TypeError, "momentum_buffer must be"),
         ({"momentum": 0.9}, ValueError, "needs a momentum_buffer"),
         ({"nesterov": True}, ValueError, "nesterov needs momentum"),
     ),
-    "adamw": (*BAD_UPDATES, ({"exp_avg_sq": BF16}, TypeError, "exp_avg_sq must be")),
+    "adamw": (*BAD_UPDATES, ({"exp_avg_sq": torch.float16}, TypeError, "exp_avg_sq must be")),
 }
 STATE = {"sgd": {"momentum_buffer": None}, "adamw": {"exp_avg": F32, "exp_avg_sq": F32}}
 
