@@ -119,6 +119,8 @@ def left_clean(step: "UnlearnStep") -> Iterator[None]:
         try:
             if step.gradients.touched:
                 step.discard()
+            elif not step.tally.parts:
+                step.tally.clear()  # the step is no thread's again
         finally:
             raise error  # whatever becomes of discarding, such as where FSDP2 waits for a rank that is lost
 

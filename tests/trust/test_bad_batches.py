@@ -174,3 +174,22 @@ def test_threads_on_one_step_do_not_mix(made):
     step.discard()
     assert step(forget, retain, update=False) == outcomes[-1]
     step.discard()
+
+
+def test_an_error_gives_the_step_back_to_other_threads(made):
+    step, good, _ = made
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    def run():
+        hook = step.model.get_input_embeddings().register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            step(good["forget"], good["retain"], update=False)
+        hook.remove()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert step(good["forget"], good["retain"], update=False)
+    step.discard()
