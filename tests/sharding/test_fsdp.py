@@ -80,7 +80,7 @@ def bits_between(ours, theirs):
 @pytest.mark.slow
 def test_references_that_one_rank_has_on_its_disk_are_all_ranks(ranks):
     (files, same), (others, same_there) = (found["cached"] for found in ranks[1:])
-    assert files == len(data()[0]) and others == 0 and same and same_there
+    assert files == others == len(data()[0]) and same and same_there
 
 
 @pytest.mark.slow
