@@ -16,6 +16,7 @@ from moe_unlearn import trace, wagle
 from moe_unlearn.cli import evaluate, main
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import encode, load
+from moe_unlearn.lazy import Lazy
 from moe_unlearn.model import loading
 from moe_unlearn.runs import run as runs
 from moe_unlearn.runs.run import Run
@@ -68,7 +69,7 @@ def test_batches_go_to_the_models_device(folder, tmp_path, monkeypatch, verb):
     monkeypatch.setattr(loading, "load_model", lambda *given: (load(*given)[0].to("meta"), load(*given)[1]))
 
     def seen(*given, **_):
-        batches = [batch for value in given if isinstance(value, list) for batch in value]
+        batches = [batch for value in given if isinstance(value, list | Lazy) for batch in value]
         assert batches and {value.device.type for batch in batches for value in batch.values()} == {"meta"}
         raise _Stop
 
