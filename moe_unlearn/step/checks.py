@@ -114,6 +114,8 @@ def left_clean(step: "UnlearnStep") -> Iterator[None]:
         yield
     except (NonFiniteError, RetainBudgetError) as error:
         step.discard()
+        if isinstance(error, RetainBudgetError) or not error.updated:
+            step.gradients.under_way = False  # updates whose checks were put off have written nothing
         raise stopped(error, step.restore) from None
     except BaseException as error:  # Ctrl-C too
         try:
