@@ -32,7 +32,7 @@ ELSEWHERE = {
     "experts.py",
     "model/capture.py",
     "plan/one_rank.py",
-    "plan/plan.py",
+    "plan/rehearse.py",
     "regress/seeded.py",
     "verify/forced_routing.py",
     "wagle/gradients.py",
