@@ -101,7 +101,7 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(folder, tmp_path, capsy
         (["apply", base, path, "--out", base / "below"], "expected an output apart from what is read"),
         (["apply", base, path, "--out", folder / "run"], "expected an output apart from what is read"),
         (["delta", base, changed, "--out", changed / "d"], "expected an output apart from what is read"),
-        (["delta", base, changed, "--out", changed], "expected --out to be a file to write"),
+        (["delta", base, changed, "--out", tmp_path], "expected --out to be a file to write"),
         (["delta", base, changed, "--recipe", out, "--out", out], "No such file or directory"),
         (["delta", base, tmp_path, "--out", out], "it has neither"),
         (["apply", base, base / "config.json", "--out", out], "expected a whole safetensors file"),
