@@ -150,8 +150,9 @@ def test_what_cannot_be_done_is_said_before_the_model_writes(model, source, tmp_
         assert f"expected a whole number of at least 1; got '{size}'" in capsys.readouterr().err
     assert main([*common, out, "--new-tokens", "600"]) == 2
     assert "leave room for a prompt in the model's 512; got 600" in capsys.readouterr().err
+    (tmp_path / "file").touch()
     for bad, told in (
-        (str(source / "x" / "made.jsonl"), "--out cannot be written"),
+        (tmp_path / "file" / "made.jsonl", "--out cannot be written"),
         (tmp_path / "d.jsonl", "a folder"),
     ):
         (tmp_path / "d.jsonl").mkdir(exist_ok=True)

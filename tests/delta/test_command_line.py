@@ -103,7 +103,7 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(folder, tmp_path, capsy
         (["delta", base, changed, "--out", changed / "d"], "expected an output apart from what is read"),
         (["delta", base, changed, "--out", tmp_path], "expected --out to be a file to write"),
         (["delta", base, changed, "--recipe", out, "--out", out], "No such file or directory"),
-        (["delta", base, tmp_path, "--out", out], "it has neither"),
+        (["delta", base, folder, "--out", out], "it has neither"),
         (["apply", base, base / "config.json", "--out", out], "expected a whole safetensors file"),
         (["apply", base, path, "--out", tmp_path / "file"], "--out cannot be written"),
     ):
