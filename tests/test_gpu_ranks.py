@@ -44,7 +44,7 @@ def test_ranks_that_end_otherwise_than_they_should_fail(tmp_path, monkeypatch, c
     assert gpu_ranks.main(["--out", str(tmp_path), "--device", "cpu", "--only", "memory"]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the steps and the lost rank are those of tests/sharding
 def test_two_ranks_rehearse_it(tmp_path):
     assert gpu_ranks.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
     names = [line["name"] for line in of_kind(read(tmp_path / gpu_ranks.JOURNAL), "test")]
