@@ -18,7 +18,7 @@ INTERVAL = 0.005  # seconds
 
 @dataclass(frozen=True)
 class Taken:
-    """What a process took: bytes at its peak, of them those of no file, when most of these were seen, and seconds.
+    """Says what a process took: bytes at its peak, of them those of no file, when most of these were seen, and seconds.
 
     `status` is its exit status, None where it was killed because it exceeded the limit.
     """

@@ -68,8 +68,9 @@ def base_of_run(recipe: Recipe, how: loading.Loading, out: Path) -> Path:
         raise ValueError("--delta writes what changed since --model, which is missing")
     base = loading.folder_of(recipe.data.model)
     check_saved(loading.weightless(base, how), base)
+    inputs = delta.ModelFolder(base).inputs
     for made in (out / "model", out / FILE):
-        check_output(made, delta.ModelFolder(base).inputs)
+        check_output(made, inputs)
     return base
 
 

@@ -74,9 +74,8 @@ def _chosen(arguments: Sequence[str] | None) -> Command:
     parser = _parser()
     options = parser.parse_args(arguments)
     for name, value in vars(options).items():
-        if (
-            value == "" and name != "system" or isinstance(value, list) and "" in value
-        ):  # as of a shell variable that is not set
+        # as of a shell variable that is not set
+        if value == "" and name != "system" or isinstance(value, list) and "" in value:
             parser.error(f"argument --{name.replace('_', '-')}: expected a value; got an empty one")
     refusal = _error(options, f"expected one process; ranks share the work of {', '.join(_SHARED)} only")
     return Command(partial(_outcome, options), "" if options.command in _SHARED else refusal)

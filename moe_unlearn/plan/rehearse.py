@@ -51,7 +51,7 @@ class Step(Protocol):
 
 
 class Setting(NamedTuple):
-    """What a step is rehearsed with: the batches, and the bytes of caches on its device."""
+    """Holds what a step is rehearsed with: the batches, and the bytes of caches on its device."""
 
     mesh: Mesh | None
     device: torch.device

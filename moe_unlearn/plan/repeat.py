@@ -29,7 +29,7 @@ class NotRepeated(ValueError):
 
 
 class Rehearsed(NamedTuple):
-    """What a rehearsal has counted."""
+    """Holds what a rehearsal has counted."""
 
     memory: dict[str, int]
     largest: dict[str, int]
@@ -39,7 +39,7 @@ class Rehearsed(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """What a rehearsal has counted, with its ledger, from which the memory of other depths follows."""
+    """Holds what a rehearsal has counted, with its ledger, from which the memory of other depths follows."""
 
     ledger: Ledger
     flops: Mapping[str, int]

@@ -19,7 +19,7 @@ FLOAT32 = 1 + 2**-20  # some roundings of float32, in the scale and in two produ
 
 
 def allowed(states):
-    """What each entry may be wrong by, from the format alone."""
+    """Return what each entry may be wrong by, from the format alone."""
     scale = states.abs().amax(-1, keepdim=True) / 448
     return FLOAT32 * torch.maximum(states.abs() * 2**-4, scale * 2**-10)
 
