@@ -53,6 +53,10 @@ class StoreError(Exception):
     """Error for a store that does not hold what was written; the message names the file and what is wrong."""
 
 
+class UnwritableError(OSError):
+    """Error for a store that cannot be written to: no fault of the case that was to be recorded."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One record as in its file; `sha256` is the digest of the file."""
@@ -149,7 +153,8 @@ class Store:
     def add(self, content: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Entry:
         """Write one record and its outputs and return its entry; `content` lacks `format`, `arrays` and `recorded`.
 
-        The entry it supersedes must be the newest of its case (None where there is none yet).
+        The entry it supersedes must be the newest of its case (None where there is none yet). Raises UnwritableError,
+        with the store as it was, where the disk is full or may not be written to.
         """
         self._entries = None
         entries = self.entries()
@@ -190,9 +195,12 @@ class Store:
         """Write `data`, whole or not at all, under the name its digest gives; an equal file is left as it is."""
         sha = hashlib.sha256(data).hexdigest()
         target = self.folder / folder / name.format(sha=sha)
-        self._keep_bytes()
-        if not target.exists() or target.read_bytes() != data:
-            write_bytes(target, data)
+        try:
+            self._keep_bytes()
+            if not target.exists() or target.read_bytes() != data:
+                write_bytes(target, data)
+        except OSError as error:
+            raise UnwritableError(error.errno, error.strerror, str(target)) from error
         return sha
 
     def _keep_bytes(self) -> None:

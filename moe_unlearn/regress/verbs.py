@@ -15,7 +15,7 @@ from moe_unlearn.regress.case import Case, digest, source
 from moe_unlearn.regress.fingerprint import fingerprint, mismatch
 from moe_unlearn.regress.numeric import ACCURATE, INACCURATE, Evaluation
 from moe_unlearn.regress.report import FINE, Result
-from moe_unlearn.regress.store import Entry, Store, StoreError
+from moe_unlearn.regress.store import Entry, Store, StoreError, UnwritableError
 from moe_unlearn.testing import described
 
 ROUNDS = 7
@@ -261,7 +261,7 @@ def _timed(case: Case, judge: Callable[[], Result]) -> Result:
     start = time.perf_counter()
     try:
         result = judge()
-    except StoreError:
+    except (StoreError, UnwritableError):
         raise
     except numeric.CaseError as error:
         result = Result(case.name, "invalid", str(error))
