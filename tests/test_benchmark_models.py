@@ -14,6 +14,7 @@ from moe_unlearn.data import Example
 from moe_unlearn.data.corpus import runs
 from moe_unlearn.files import UNFINISHED
 from moe_unlearn.model import loading
+from tests.support.threads import torch_threads
 
 TINY = replace(SIZES["test"], forget=6, retain=8, holdout=4, epochs=2)
 
@@ -21,10 +22,8 @@ TINY = replace(SIZES["test"], forget=6, retain=8, holdout=4, epochs=2)
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Models this small wait for threads longer than they compute, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

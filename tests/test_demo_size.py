@@ -1,12 +1,12 @@
 """The embedded experiment at the size of the demo: its target model memorises, and TRACE finds experts to protect."""
 
 import pytest
-import torch
 
 from moe_unlearn import data, metrics, trace
 from moe_unlearn.benchmark import tiny_models
 from moe_unlearn.benchmark.tiny_models import SIZES
 from moe_unlearn.config import Recipe
+from tests.support.threads import torch_threads
 
 pytestmark = pytest.mark.nightly
 
@@ -18,9 +18,7 @@ def test_trace_selects_experts_with_the_defaults(corpus):
         tokenizer, forget, retain, _ = tiny_models.build_data(corpus, seed, settings)
     except FileNotFoundError as missing:
         pytest.skip(str(missing))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small wait for threads longer than they compute
-    try:
+    with torch_threads(1):  # models this small wait for threads longer than they compute
         model = tiny_models.tiny_olmoe(len(tokenizer), seed, settings)
         tiny_models.train(
             model,
@@ -34,8 +32,6 @@ def test_trace_selects_experts_with_the_defaults(corpus):
         assert metrics.verbmem(model, tokenizer, forget[:10]) > 0.9
         visible = retain[: round(settings.unlearn_share * len(retain))]
         f, r = (trace.routing_frequencies(model, data.batches(side, 32)) for side in (forget, visible))
-    finally:
-        torch.set_num_threads(threads)
     levers = Recipe.load("trace").trace
     selected = trace.select_experts(
         f, r, per_layer=levers.per_layer, min_ratio=levers.min_ratio, min_load=levers.min_load

@@ -3,10 +3,10 @@
 import random
 
 import pytest
-import torch
 
 from tests.support import covers, exactness
 from tests.support.exactness import AXES, Subject, check_bits, check_free_running, check_steps, named
+from tests.support.threads import torch_threads
 
 COVER = exactness.pairwise_cover()
 # together they have every lever, both optimizers, all families and both dtypes
@@ -41,10 +41,8 @@ TINIEST = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "n
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 @pytest.mark.quick

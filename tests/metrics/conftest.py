@@ -7,16 +7,15 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from moe_unlearn.data import Document, encode, train_tokenizer
+from tests.support.threads import torch_threads
 from tests.support.tokenizers import TEXTS
 
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread():
     """Models this small wait for threads longer than they compute, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")

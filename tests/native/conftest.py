@@ -1,9 +1,9 @@
 """Fixtures of the native kernels' tests; without the library they are skipped, for `ref` is tested elsewhere."""
 
 import pytest
-import torch
 
 from moe_unlearn import native
+from tests.support.threads import torch_threads
 
 WITHOUT_LIBRARY = ("test_build", "test_cuda", "test_cuda_device")
 
@@ -28,7 +28,5 @@ def instruction_set(request):
 @pytest.fixture(params=[1, 2, 3])
 def threads(request):
     """Runs the test once for each number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield request.param

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from moe_unlearn.regress import revision
 from moe_unlearn.regress.revision import WorkerError, compare
+from tests.support.threads import torch_threads
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")]
 
@@ -60,10 +60,8 @@ case("wrong", wrong)
 @pytest.fixture(autouse=True)
 def one_thread():
     """Processor time, which neighbours hardly disturb; both workers take the number of threads from here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture

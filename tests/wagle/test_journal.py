@@ -14,6 +14,7 @@ from moe_unlearn.wagle.pieces import all_pieces
 from tests.support.batches import random_batch
 from tests.support.models import tiny_olmoe
 from tests.support.steps import VOCAB, recipe
+from tests.support.threads import torch_threads
 
 pytestmark = pytest.mark.quick
 SIDES = [random_batch(VOCAB, rows=2, seed=1)], [random_batch(VOCAB, rows=1, seed=2)]
@@ -32,10 +33,8 @@ def model():
 @pytest.fixture(autouse=True)
 def one_thread():
     """The threads of an OpenMP pool do not survive a fork, and their number is part of what computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture
