@@ -13,7 +13,8 @@ own (`limited`), whose peak is held against its limit, and which is killed a qua
     libraries + 1.15 x (peak of its plan)      run, which saves its model and a delta of it too
 
 with `libraries` what the process of `moe-unlearn env` takes, which loads no model. Weights are those of the checkpoint,
-the budget is that of `mask --memory`, and the plan is that of `run --dry-run`, made here without weights.
+the budget is that of `mask --memory`, and the plan is that of `run --dry-run`, made here without weights. Experts train
+with float32 moments of those that TRACE selects, all weights with 8-bit moments.
 """
 
 import argparse
@@ -140,6 +141,7 @@ class Work:
                   lambda: self.budget, plan, ["experts/delta.safetensors"]),
             Stage("mask", ["mask", *data, batch, f"--memory={memory}", "--out", made["mask.safetensors"]],
                   lambda: self.budget, plan),
+            self._run("all in int8", "graddiff", ["scope.kind=all", "optimizer.state=int8"], data),
         ]  # fmt: skip
 
     def _run(self, name: str, recipe: str, more: Sequence[str], data: Sequence[str], *options: str) -> Stage:

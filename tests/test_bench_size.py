@@ -62,10 +62,11 @@ def test_a_stage_is_measured_under_what_is_planned_for_it(work, monkeypatch):
 
 
 def test_the_plan_of_a_run_is_made_from_the_config_alone(work):
-    (run,) = (stage for stage in work.stages() if stage.name == "run: experts")
+    run, whole = (stage for stage in work.stages() if stage.name.startswith("run: "))
     (work.model / "model.safetensors.index.json").rename(work.folder / "aside")
     try:
         assert work.weights < run.planned() < 8 * work.weights  # activations, as much as all weights
+        assert whole.planned() > run.planned()  # the moments of all weights, one byte each
     finally:
         (work.folder / "aside").rename(work.model / "model.safetensors.index.json")
 
@@ -83,7 +84,7 @@ def test_every_stage_ends_before_it_would_be_killed(tmp_path):
     out = tmp_path / "record" / "size.json"
     assert size.main(["--size", "small", "--folder", str(tmp_path / "work"), "--out", str(out)]) in (0, 1)
     _, *rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    assert [row["stage"] for row in rows] == ["stats", "run: experts", "eval", "apply", "mask"]
+    assert [row["stage"] for row in rows] == ["stats", "run: experts", "eval", "apply", "mask", "run: all in int8"]
     assert all(row["peak"] <= 1.25 * row["limit"] for row in rows) and rows[3]["hit"]
 
 

@@ -32,6 +32,7 @@ from moe_unlearn.wagle.pieces import Piece
 Loss = Callable[[nn.Module, Batch], Tensor]
 Gradients = dict[Piece, Tensor]  # flat
 _CHUNK = 1 << 25  # bytes of experts' gradients that a sink makes at a time
+_BLOCK = 1 << 22  # elements that are added at a time
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,9 @@ class _Store:
         taken, place = piece.places(first, len(values))
         if piece not in self.sums:
             self.sums[piece] = values.new_zeros(len(piece.elements), dtype=piece.gradient_dtype)
-        self.sums[piece][place] += values[taken]
+        # in blocks, since a sum of two dtypes begins with a copy of one operand in that of the other
+        for total, some in zip(self.sums[piece][place].split(_BLOCK), values[taken].split(_BLOCK), strict=True):
+            total += some
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
