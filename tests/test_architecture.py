@@ -156,12 +156,14 @@ def test_no_dangerous_calls():
         shell = [k for k in node.keywords if k.arg == "shell"]
         assert not shell, f"{path}:{node.lineno} uses a shell"
         trust = [ast.unparse(k.value) for k in node.keywords if k.arg == "trust_remote_code"]
-        if path.name == "loading.py" and name.endswith(("from_pretrained", "from_config")):
+        if re.search(r"(^|[.])(Auto\w+|kind)\.from_(pretrained|config)$", name):
             # without a word about it transformers asks on the terminal
-            assert name.startswith("PeftModel.") or "**own" in ast.unparse(node) or trust, (
-                f"{path}:{node.lineno} leaves open whether it trusts code"
-            )
-        asked = {"loading.py": "how.trust_remote_code", "arguments.py": "options.trust_remote_code"}
+            assert trust, f"{path}:{node.lineno} leaves open whether it trusts code"
+        asked = {
+            "loading.py": "how.trust_remote_code",
+            "whole.py": "trust_remote_code",
+            "arguments.py": "options.trust_remote_code",
+        }
         assert {*trust} <= {"False", asked.get(path.name)}, f"{path}:{node.lineno} trusts remote code"
 
 

@@ -26,7 +26,7 @@ from transformers import (
 from moe_unlearn import data
 from moe_unlearn.benchmark.trained_cache import cache_folder, ensure
 from moe_unlearn.data import Document, Example
-from moe_unlearn.model.loading import no_loading_bars
+from moe_unlearn.model.whole import no_loading_bars
 
 # a tokenizer, and the forget, retain and holdout examples
 Data = tuple[transformers.PreTrainedTokenizerFast, list[Example], list[Example], list[Example]]
@@ -289,7 +289,11 @@ def _cached_model(
     with no_loading_bars():
         ensure(entry, build)
         model = AutoModelForCausalLM.from_pretrained(
-            entry, local_files_only=True, dtype="auto", experts_implementation="grouped_mm"
+            entry,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype="auto",
+            experts_implementation="grouped_mm",
         )
     cached: nn.Module = model.eval()
     return cached

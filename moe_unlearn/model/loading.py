@@ -3,16 +3,13 @@
 import json
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
-from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import safe_open
 from torch import distributed, nn
@@ -29,14 +26,14 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from moe_unlearn.config import geometry, models
 from moe_unlearn.delta.folder import OTHER_FORMS
 from moe_unlearn.model.one_copy import read_in_turn
+from moe_unlearn.model.whole import named, whole_model
 from moe_unlearn.sharding import check_versions, initialised
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _HUB = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 _ADAPTER = "adapter_config.json"
-_log = getLogger(__name__)
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_SHOWN = 3  # weights that a message names
+_HINT = " (--allow-weights REGEX lets weights by)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +116,7 @@ def folder_of(source: str | Path) -> Path:
     if Path(source).is_dir():
         return Path(source)
     name, where = located(source)
-    with _named(source, "a model's files"):
+    with named(source, "a model's files"):
         others = [*(f"*{form}" for form in OTHER_FORMS), "*/*.safetensors"]
         return Path(snapshot_download(name, revision=where.get("revision"), ignore_patterns=others))
 
@@ -187,7 +184,7 @@ def load_tokenizer(source: str | Path, how: Loading | None = None) -> PreTrained
     how = Loading() if how is None else how
     base = None if _has_tokenizer(source) else _base_of(source)
     name, where = located(source if base is None else base)
-    with _named(source, "the tokenizer"):
+    with named(source, "the tokenizer"):
         return _tokenizer(name, where, how)
 
 
@@ -221,7 +218,7 @@ def _with_adapter(model: PreTrainedModel, source: str | Path) -> PreTrainedModel
     # imported here because peft is optional
     from peft import PeftModel
 
-    with _named(source, "the adapter"), warnings.catch_warnings():
+    with named(source, "the adapter"), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         made: Any = PeftModel.from_pretrained(model, str(source), is_trainable=True, torch_device=str(model.device))
     adapted: PreTrainedModel = made.eval()
@@ -232,21 +229,20 @@ def _load(
     source: str | Path, kind: Any, what: str, how: Loading, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     name, where = located(source)
-    with _named(source, f"a {what} with its tokenizer"):
+    with named(source, f"a {what} with its tokenizer"):
         adapter = find_adapter_config_file(name, **where)
     if adapter is not None:  # transformers would load its base too, and save the adapter alone
         raise ValueError(
             f"expected a model, or a folder with nothing but an adapter; {source} is a model with an adapter, or an "
             "adapter on the hub: download that to a folder"
         )
-    own = {"dtype": how.dtype, "trust_remote_code": how.trust_remote_code}
-    # shapes that differ are then in `info`, by name, and not in a table on stderr
-    checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     in_turn = nullcontext() if {"device_map", "distributed_config"} & options.keys() else read_in_turn()
-    with _named(source, f"a {what} with its tokenizer"), no_loading_bars(), in_turn:
-        model, info = kind.from_pretrained(name, **where, **own, **checked, **options)
+    own = {"dtype": how.dtype, "trust_remote_code": how.trust_remote_code}
+    loaded = f"a {what} with its tokenizer"
+    with in_turn:
+        model = whole_model(name, kind, loaded, source, how.allow_weights, _HINT, **where, **own, **options)
+    with named(source, loaded):
         tokenizer = _tokenizer(name, where, how)
-    _check_weights(source, info, how.allow_weights)
     return model.eval(), tokenizer
 
 
@@ -255,52 +251,6 @@ def _tokenizer(name: str, where: dict[str, Any], how: Loading) -> PreTrainedToke
         name, trust_remote_code=how.trust_remote_code, **where
     )
     return made
-
-
-def _check_weights(source: str | Path, info: dict[str, Any], allowed: str | None) -> None:
-    """Raise ValueError, which names them, for weights that a checkpoint lacks, and for those it has for nothing."""
-    found = {
-        "lacks": {*info["missing_keys"]},
-        "has another shape of": {name for name, *_ in info["mismatched_keys"]},
-        "has what this model has not:": {*info["unexpected_keys"]},
-    }
-    for what, names in found.items():
-        let_by = {name for name in names if allowed is not None and re.search(allowed, name)}
-        if wrong := sorted(names - let_by):
-            more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-            raise ValueError(
-                f"expected a whole checkpoint in {source}; it {what} {', '.join(wrong[:_SHOWN])}{more} "
-                "(--allow-weights REGEX lets weights by)"
-            )
-        if let_by:
-            _log.warning("%s %s %s, which is allowed", source, what, ", ".join(sorted(let_by)))
-
-
-@contextmanager
-def _named(source: str | Path, what: str) -> Iterator[None]:
-    """Make one ValueError, which names the source, of all that transformers and safetensors raise inside."""
-    reports: list[str] = []
-
-    def hold_back(record: LogRecord) -> bool:
-        report = "LOAD REPORT" in record.getMessage()  # of transformers: a table of what `_check_weights` says
-        reports.extend([record.getMessage()] * report)
-        return not report
-
-    handlers = transformers.utils.logging.get_logger("transformers").handlers
-    for handler in handlers:
-        handler.addFilter(hold_back)
-    try:
-        yield
-    except Exception as error:  # they raise many kinds for a damaged folder
-        why = str(error).strip().partition("\n")[0]  # the further lines list every model that transformers knows
-        if misfits := re.findall(r"^(\S+) *\| *CONVERSION", "\n".join(reports), re.MULTILINE):
-            why = f"it lacks parts of {', '.join(misfits[:_SHOWN])}, or they have other shapes"
-        if "trust_remote_code" in str(error):
-            why += " It is run with --trust-remote-code alone."
-        raise ValueError(f"cannot load {what} from {source}: {why}") from error
-    finally:
-        for handler in handlers:
-            handler.removeFilter(hold_back)
 
 
 def meta_model(source: str | Path, *, layers: int | None = None, dtype: str = "auto") -> nn.Module:
@@ -344,16 +294,3 @@ def _dtype_of(folder: Path) -> torch.dtype | None:
 def _one_each(value: object, layers: int) -> bool:
     """Return whether a value of a config has an entry for each layer."""
     return isinstance(value, list | tuple) and len(value) == layers
-
-
-@contextmanager
-def no_loading_bars() -> Iterator[None]:
-    # transformers draws loading bars for models of any size, and into log files too
-    logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.checkpoint import CheckpointError
+from moe_unlearn.model.whole import whole_model
 from moe_unlearn.ranks import Ranks
 from moe_unlearn.sharding import held_rows, part, reshard
 
@@ -17,7 +18,7 @@ def load_pretrained(model: nn.Module, folder: Path, ranks: Ranks) -> None:
 
     transformers converts what the hub holds in another form as `from_pretrained` does. Where weights are shared out,
     the first rank alone reads them, in memory for all of them, and sends one after the other. Raises CheckpointError,
-    and fills nothing, if they are of another model; an error of the first rank is raised on all.
+    and fills nothing, if they are of another model, or not all there; an error of the first rank is raised on all.
     """
     reshard(model)
     state = model.state_dict(keep_vars=True)
@@ -28,7 +29,10 @@ def load_pretrained(model: nn.Module, folder: Path, ranks: Ranks) -> None:
         dtypes = {p.dtype for p in model.parameters()}
         # float32 holds every narrower value exactly; a model of one dtype is loaded in that dtype
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        found = _plain(model).from_pretrained(folder, dtype=dtype).state_dict()
+        try:
+            found = whole_model(folder, _plain(model), "the model", folder, dtype=dtype).state_dict()
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
         shapes = [{name: tuple(t.shape) for name, t in each.items()} for each in (state, found)]
         for name in sorted(shapes[0].keys() | shapes[1].keys()):
             own, other = (each.get(name) for each in shapes)

@@ -230,6 +230,10 @@ DAMAGE = {
         lambda weights: weights.update({"model.norm.weight": torch.ones(3)}),
         "it has another shape of model.norm.weight",
     ),
+    "a number": (
+        lambda weights: weights[f"{EXPERTS}.2.up_proj.weight"][0].fill_(torch.nan),
+        f"expected finite weights in .*; NaN or infinite: {EXPERTS}.gate_up_proj",
+    ),
     "one more": (
         lambda weights: weights.update({"v_head.weight": torch.ones(3)}),
         "it has what this model has not: v_head.weight",
@@ -249,6 +253,26 @@ def test_a_checkpoint_that_is_not_whole_is_refused(copied, capfd, damage):
     assert str(copied) in str(caught.value) and "LOAD REPORT" not in capfd.readouterr().err
     if damage in ("the head", "one more"):
         assert load_model(copied, Loading(allow_weights="head"))[0].lm_head.weight.isfinite().all()
+
+
+def test_an_index_that_leads_out_of_its_folder_is_refused(copied, tmp_path):
+    names = load_file(copied / "model.safetensors").keys()
+    (copied / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = copied / "model.safetensors.index.json"
+    for place in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, place)}), encoding="utf-8")
+        with pytest.raises(ValueError, match="index.json: expected names of files beside it; got '.*outside.safetens"):
+            load_model(copied)
+    index.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(ValueError, match="index.json: expected the index of a model's files"):
+        load_model(copied)
+
+
+def test_more_experts_a_token_than_there_are_is_refused(copied):
+    config = json.loads((copied / "config.json").read_text(encoding="utf-8")) | {"num_experts_per_tok": 9}
+    (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"num_experts_per_tok of at most num_experts \(8\) in .*; got 9"):
+        load_model(copied)
 
 
 def test_loading_holds_the_weights_once(folder, tmp_path):
