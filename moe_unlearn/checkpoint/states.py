@@ -4,12 +4,11 @@ A commit writes its files and their manifest into one whole folder, `step-000000
 after that. Reading verifies sizes, then digests; the newest complete checkpoint is used, and a broken one is reported.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from moe_unlearn.checkpoint import tree
 from moe_unlearn.checkpoint.manifest import (
@@ -21,33 +20,46 @@ from moe_unlearn.checkpoint.manifest import (
     verify,
     write_manifest,
 )
-from moe_unlearn.files import remove_unfinished, whole_file, whole_folder, write_text
+from moe_unlearn.checkpoint.sealed import read_sealed
+from moe_unlearn.checkpoint.tensor_file import kind_of, tensor_file
+from moe_unlearn.files import remove_unfinished, whole_folder, write_text
+
+_STATE = "moe-unlearn state 2"
 
 
 def save_state(folder: Path, name: str, state: object) -> None:
-    """Write nested dicts, lists, tensors and JSON values as `name.safetensors` and `name.json`, each of them whole."""
+    """Write nested dicts, lists, tensors and JSON values as `name.safetensors` and `name.json`, each of them whole.
+
+    The first has a digest of its tensors and of the second.
+    """
     tensors: dict[str, torch.Tensor] = {}
 
     def add(path: tree.Path, value: object) -> str:
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"a checkpoint holds dicts, lists, tensors and JSON values; got {type(value).__name__}")
         key = str(len(tensors))
-        tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[key] = value
         return key
 
-    parts = tree.split(state, add)
-    with whole_file(folder / f"{name}.safetensors") as unfinished:
-        save_file(tensors, unfinished)
-    write_text(folder / f"{name}.json", json.dumps(parts))
+    parts = json.dumps(tree.split(state, add))
+    kinds = {key: kind_of(tensor) for key, tensor in tensors.items()}
+    about = {"format": _STATE, "json": hashlib.sha256(parts.encode()).hexdigest()}
+    with tensor_file(folder / f"{name}.safetensors", kinds, about, sealed=True) as write:
+        for key, tensor in tensors.items():
+            write(key, tensor)
+    write_text(folder / f"{name}.json", parts)
 
 
 def load_state(folder: Path, name: str) -> object:
-    """Read what `save_state` wrote; raise CheckpointError if a file is missing or malformed."""
+    """Read what `save_state` wrote; raise CheckpointError if a file is missing, malformed or not what was written."""
+    remedy = "a checkpoint that is saved from now on has one"
     try:
-        parts = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / f"{name}.safetensors")
-        return tree.join(parts, lambda key, _: tensors[key])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        parts = (folder / f"{name}.json").read_bytes()
+        tensors, about = read_sealed(folder / f"{name}.safetensors", _STATE, former=None, remedy=remedy)
+        if about.get("json", digest := hashlib.sha256(parts).hexdigest()) != digest:
+            raise ValueError(f"damaged: {name}.json does not match its SHA-256")
+        return tree.join(json.loads(parts), lambda key, _: tensors[key])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / name}: not a saved state: {error}") from error
 
 

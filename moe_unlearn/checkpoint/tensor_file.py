@@ -3,8 +3,12 @@
 A file that is written has the bytes that `safetensors.torch.save_file` writes of the same tensors: 8 bytes with the
 length of the header, the header in JSON, and the tensors, sorted by their dtype and then by name. What is read may have
 them in any order.
+
+A sealed file has a digest in its metadata, under `sha256`: the SHA-256 of a JSON list of `digest_of` the tensors and
+the other metadata as sorted pairs. Each tensor is hashed where it is while it is written or read, without a copy.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -40,6 +44,7 @@ DTYPES = {
     "U64": torch.uint64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DIGEST = "sha256"
 #: the names of a model's files in hub layout, and an adapter's: readers would take some that an earlier save has left
 MODEL_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|adapter_model\.(safetensors|bin)|(adapter_)?config\.json"
@@ -118,9 +123,38 @@ class Rows:
         self._file.close()
 
 
+class Seal:
+    """Adds up the digest of tensors, which may come in parts along their first dimension, and of metadata."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[str, Any] = {}
+
+    def add(self, name: str, octets: np.ndarray) -> None:
+        """Take in the next bytes of a tensor."""
+        self._hashes.setdefault(name, hashlib.sha256()).update(octets.data)
+
+    def of(self, kinds: Mapping[str, Kind], about: Mapping[str, str]) -> str:
+        """Return the digest of the tensors, of these kinds, and of the metadata but for a digest that it has."""
+        tensors = digest_of({name: (kind, self._hashes[name].hexdigest()) for name, kind in kinds.items()})
+        others = sorted([key, value] for key, value in about.items() if key != DIGEST)
+        return hashlib.sha256(json.dumps([tensors, others]).encode()).hexdigest()
+
+
 def kind_of(tensor: Tensor) -> Kind:
     """Return the kind of a tensor; of one that is shared out over ranks, that of the whole."""
     return Kind(tensor.dtype, tuple(tensor.shape))
+
+
+def digest_of(tensors: Mapping[str, tuple[Kind, str]]) -> str:
+    """Return the digest of tensors by name from kind and SHA-256 of each, however files share them out.
+
+    It is the SHA-256 of one line for each tensor, sorted by name: `["name","BF16",[2,3],"SHA-256 of its bytes"]`.
+    """
+    whole = hashlib.sha256()
+    for name, (kind, digest) in sorted(tensors.items()):
+        line = json.dumps([name, NAMES[kind.dtype], list(kind.shape), digest], separators=(",", ":"))
+        whole.update(line.encode() + b"\n")
+    return whole.hexdigest()
 
 
 def dtype_name(dtype: torch.dtype, tensor: str) -> str:
@@ -132,17 +166,20 @@ def dtype_name(dtype: torch.dtype, tensor: str) -> str:
 
 @contextmanager
 def tensor_file(
-    path: Path, kinds: Mapping[str, Kind], about: Mapping[str, str] | None = None
+    path: Path, kinds: Mapping[str, Kind], about: Mapping[str, str] | None = None, *, sealed: bool = False
 ) -> Iterator[Callable[[str, Tensor], None]]:
     """Yield `write(name, tensor)`, which writes each tensor of `kinds` to the safetensors file `path`, in any order.
 
     A tensor may also come in parts along its first dimension, one after the other. The file appears when the block
-    ends, as `whole_file` does; `about` is its metadata. Raises TypeError for a dtype that safetensors does not have,
-    and ValueError for a tensor of another kind, if one was not written, and for a header that safetensors cannot read.
+    ends, as `whole_file` does; `about` is its metadata, with a digest if it is `sealed`. Raises TypeError for a dtype
+    that safetensors does not have, and ValueError for a tensor of another kind, if one was not written, and for a
+    header that safetensors cannot read.
     """
     order = {dtype: i for i, dtype in enumerate(NAMES)}
     names = sorted(kinds, key=lambda name: (-order.get(kinds[name].dtype, 0), name))
-    header: dict[str, object] = {} if about is None else {"__metadata__": dict(about)}
+    # the digest takes the place of as many zeros, once all is known
+    metadata = dict(about or {}) | ({DIGEST: "0" * 64} if sealed else {})
+    header: dict[str, object] = {} if about is None and not sealed else {"__metadata__": metadata}
     places, end = {}, 0
     for name in names:
         kind, places[name] = kinds[name], end
@@ -152,14 +189,13 @@ def tensor_file(
             "shape": list(kind.shape),
             "data_offsets": [places[name], end],
         }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > _HEADER:
-        raise ValueError(f"{path.name}: expected a header of at most {_HEADER:,} bytes; got {len(text):,}")
-    start = 8 + len(text)
-    missing = {name: kinds[name].size for name in names}
+    head = _head(header)
+    start, size = len(head), len(head) - 8
+    if size > _HEADER:
+        raise ValueError(f"{path.name}: expected a header of at most {_HEADER:,} bytes; got {size:,}")
+    missing, seal = {name: kinds[name].size for name in names}, Seal()
     with whole_file(path) as unfinished, unfinished.open("r+b") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(head)
         file.truncate(start + end)
 
         def write(name: str, tensor: Tensor) -> None:
@@ -169,13 +205,27 @@ def tensor_file(
             if part != whole and not (alike and part.shape) or part.size > left:
                 raise ValueError(f"{path.name}: expected {name} to be {whole}; got {part}")
             file.seek(start + places[name] + whole.size - left)
-            file.write(bytes_of(tensor).data)
+            octets = bytes_of(tensor)
+            file.write(octets.data)
+            if sealed:
+                seal.add(name, octets)
             if part.size < left:
                 missing[name] = left - part.size
 
         yield write
         if missing:
             raise ValueError(f"{path.name}: {', '.join(missing)} not written")
+        if sealed:
+            metadata[DIGEST] = seal.of(kinds, metadata)
+            file.seek(0)
+            file.write(_head(header))
+
+
+def _head(header: Mapping[str, object]) -> bytes:
+    """Return what stands before the tensors: the length of the header and the header."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def bytes_of(tensor: Tensor) -> np.ndarray:

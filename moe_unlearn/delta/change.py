@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_unlearn.checkpoint.tensor_file import MODEL_FILES, Kind, Rows, Stored
+from moe_unlearn.checkpoint.tensor_file import MODEL_FILES, Kind, Rows, Stored, digest_of
 from moe_unlearn.delta.file import UNSIGNED, Change, Delta, delta_files, metadata, pack, read, rows_of, xor_of
-from moe_unlearn.delta.folder import INDEX, ModelFolder, check_same, digest_of
+from moe_unlearn.delta.folder import INDEX, ModelFolder, check_same
 from moe_unlearn.files import check_output, stream_of, whole_files
 
 BLOCK = 1 << 20  # bytes of a tensor that are read at once; a row is never divided

@@ -6,8 +6,8 @@ A tensor is taken as rows, vectors along its last dimension. Of a tensor `NAME` 
     rows/NAME    [ceil(rows / 32)], int32: bit i % 32 of word i // 32 is 1 if row i differs; absent if all rows do
 
 The metadata has `format`, `about` and `sha256`, the digest of `about`. That is JSON: the digests of `base` and `result`
-(`folder.digest_of`), the SHA-256 of the file of the `recipe` or null, and of each tensor of the model, changed or not,
-its dtype, its shape and n.
+(`tensor_file.digest_of`), the SHA-256 of the file of the `recipe` or null, and of each tensor of the model, changed or
+not, its dtype, its shape and n.
 
 A delta that is too large for one file has several, such as `delta-00001-of-00003.safetensors`, each with that `sha256`,
 and an index, `delta.safetensors.index.json`: JSON with the metadata of the delta, and with `weight_map`, which says

@@ -1,13 +1,11 @@
 """Reads models' folders in hub layout: where their tensors are, none of them loaded, and what lies beside them."""
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from moe_unlearn.checkpoint.tensor_file import NAMES, Kind, stored_by, stored_in
+from moe_unlearn.checkpoint.tensor_file import Kind, stored_by, stored_in
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: weights in whatever other form a folder has them: they are not those that a delta changes
@@ -68,18 +66,6 @@ class ModelFolder:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def digest_of(tensors: Mapping[str, tuple[Kind, str]]) -> str:
-    """Return the digest of a model from kind and SHA-256 of each of its tensors, however files share them out.
-
-    It is the SHA-256 of one line for each tensor, sorted by name: `["name","BF16",[2,3],"SHA-256 of its bytes"]`.
-    """
-    whole = hashlib.sha256()
-    for name, (kind, digest) in sorted(tensors.items()):
-        line = json.dumps([name, NAMES[kind.dtype], list(kind.shape), digest], separators=(",", ":"))
-        whole.update(line.encode() + b"\n")
-    return whole.hexdigest()
 
 
 def check_same(expected: Mapping[str, Kind], got: Mapping[str, Kind], of: str | Path, like: str | Path) -> None:

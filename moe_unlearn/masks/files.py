@@ -8,6 +8,9 @@ The official code names experts one by one (`experts.3.gate_proj.weight`); trans
 names and say which tensors are stacked and joined; so every family that they convert works here. An official file may
 also use the names in memory. `torch.load(weights_only=True)` reads it, which runs no code of the file.
 
+The native form carries a digest of all that it holds. One of the official form stands beside it, in FILE.sha256, as
+`sha256sum` writes and checks it; a file without one is read with a warning.
+
 Memory beside the packed bits, and beside a few bytes for each weight of one parameter at a time: a byte for each weight
 of the model where the official form is written, since torch saves a whole dict; none where it is read from a file that
 torch can map, as all but those of before torch 1.6.
@@ -15,6 +18,7 @@ torch can map, as all but those of before torch 1.6.
 
 import copy
 import difflib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,12 +35,15 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from moe_unlearn.files import whole_file
+from moe_unlearn.checkpoint.manifest import describe
+from moe_unlearn.errors import reason_of
+from moe_unlearn.files import stream_of, whole_file, write_text
 from moe_unlearn.masks.shards import shared_out
 from moe_unlearn.masks.weight_mask import WeightMask
 from moe_unlearn.ops.bits import pack_bits
 
 FORMATS = ("native", "official")
+_log = logging.getLogger(__name__)
 _PICKLED = (b"PK\x03\x04", b"\x80")  # torch.save's archive, and its form before 1.6
 
 
@@ -56,9 +63,16 @@ def save(mask: WeightMask, path: str | Path, model: nn.Module, format: str = "na
         for name, words in packed.items():
             # clones, since torch saves a view with the whole tensor behind it
             named |= {key: kept.clone() for key, kept in to_hub(model, {name: mask.unpacked(name, words)}).items()}
-        # an open file, since torch refuses some names
-        with whole_file(path) as unfinished, unfinished.open("wb") as file:
-            torch.save(named, file)
+        target = Path(path)
+        beside, stream = _digest_file(target), stream_of(target)
+        if not stream:
+            beside.unlink(missing_ok=True)  # a digest of another file would be worse than none
+        with whole_file(target) as unfinished:
+            with unfinished.open("wb") as file:  # an open file, since torch refuses some names
+                torch.save(named, file)
+            digest = describe(unfinished)["sha256"]
+        if not stream:
+            write_text(beside, f"{digest}  {target.name}\n")
 
     mask.written_once(write)
 
@@ -67,8 +81,8 @@ def load(path: str | Path, model: nn.Module) -> WeightMask:
     """Read a mask of `model` in either format, to the CPU; where ranks share weights out, each keeps its rows.
 
     Of an official file one parameter is read at a time. Its `keep` is the fraction that it keeps. Raises ValueError
-    naming the file and the fault: not a mask, a pickle that holds more than tensors, a name missing or unknown, another
-    shape, values that are not bool.
+    naming the file and the fault: not a mask, not what its digest says, a pickle that holds more than tensors, a name
+    missing or unknown, another shape, values that are not bool.
     """
     try:
         with open(path, "rb") as file:
@@ -79,15 +93,31 @@ def load(path: str | Path, model: nn.Module) -> WeightMask:
         mask = WeightMask.load(path, model)
         mask.check(model)
         return mask
+    _check_digest(Path(path))
     try:
         named = torch.load(path, map_location="cpu", weights_only=True, mmap=first == _PICKLED[0])
-    except Exception as error:  # torch raises many kinds, and its advice to trust the file is not ours
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: cannot be read as tensors alone: {reason}") from None
+    except Exception as error:  # torch raises many kinds
+        raise ValueError(f"{path}: cannot be read as tensors alone: {reason_of(error)}") from None
     try:
         return _from_official(model, named)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _check_digest(path: Path) -> None:
+    """Raise ValueError if an official file differs from the digest beside it; log a warning if there is none."""
+    beside = _digest_file(path)
+    if not beside.is_file():
+        make = f"(cd {path.parent} && sha256sum {path.name} > {beside.name})"
+        _log.warning("%s has no digest, so that damage would not show; if it is as it was, make one: %s", path, make)
+        return
+    recorded = beside.read_bytes().partition(b" ")[0].decode("ascii", "replace").removeprefix("\\")
+    if describe(path)["sha256"] != recorded:
+        raise ValueError(f"{path}: damaged: it does not match its SHA-256 in {beside}")
 
 
 def to_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,22 +1,24 @@
 """The class of weight masks, one packed bit for each weight of a model, with its safetensors file."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from moe_unlearn.checkpoint.sealed import read_sealed
 from moe_unlearn.checkpoint.tensor_file import kind_of, tensor_file
 from moe_unlearn.masks.shards import shared_out
 from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
 from moe_unlearn.ranks import is_first, on_first
 from moe_unlearn.sharding import is_sharded, part, whole
 
-FORMAT = "moe-unlearn weight mask 1"
+FORMAT = "moe-unlearn weight mask 2"
+_FORMER = "moe-unlearn weight mask 1"  # without a digest
 _BYTES = 1 << 20  # of words counted at a time, of which each takes 16 meanwhile
 _BITS_IN_BYTE = torch.tensor([byte.bit_count() for byte in range(256)])
 
@@ -35,6 +37,12 @@ class WeightMask:
     gamma: float = 1.0
     official: bool = False
     magnitudes: dict[str, float] = field(default_factory=dict)  # mean |theta g_f|, mean |g_r g_f| / gamma
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.keep <= 1:
+            raise ValueError(f"keep of a mask must be a fraction between 0 and 1; got {self.keep}")
+        if not 0 < self.gamma < math.inf:
+            raise ValueError(f"gamma of a mask must be finite and above 0; got {self.gamma}")
 
     @property
     def names(self) -> list[str]:
@@ -141,13 +149,13 @@ class WeightMask:
         return cls(shapes, dict(state["packed"]), keep, gamma, official, magnitudes)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, the same bytes for equal masks; it appears under its name whole or not at all."""
+        """Write one sealed safetensors file, the same bytes for equal masks; it appears whole or not at all."""
         about = {"format": FORMAT, "state": json.dumps(self._settings())}
 
         def write(packed: dict[str, Tensor]) -> None:
             # safetensors' own save_file writes the entries of `about` in any order
             kinds = {name: kind_of(words) for name, words in packed.items()}
-            with tensor_file(Path(path), kinds, about) as write_tensor:
+            with tensor_file(Path(path), kinds, about, sealed=True) as write_tensor:
                 for name, words in packed.items():
                     write_tensor(name, words)
 
@@ -173,32 +181,27 @@ class WeightMask:
         """Read what `save` wrote, to the CPU; ValueError for a missing, damaged or foreign file.
 
         Of a `model` whose weights ranks share out, each rank keeps the words of its rows, on their device, and reads
-        those of one parameter at a time.
+        those of one parameter at a time. A file of an earlier version has no digest, of which a warning is logged.
         """
         parameters = {} if model is None else dict(model.named_parameters())
+
+        def begun(about: dict[str, str]) -> Callable[[str, Tensor], Tensor]:
+            shapes = {str(name): tuple(shape) for name, shape in json.loads(about["state"])["shapes"]}
+
+            def take(name: str, words: Tensor) -> Tensor:
+                parameter = parameters.get(name)
+                if parameter is None or shapes.get(name) != tuple(parameter.shape):
+                    return words
+                _check_words(name, shapes[name], words)
+                return shared_out(words, parameter)
+
+            return take
+
+        remedy = "WeightMask.load(path).save(path) adds one"
         try:
-            with safe_open(str(path), "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"expected format {FORMAT!r}; got {metadata.get('format')!r}")
-                state = json.loads(metadata["state"])
-                shapes = {str(name): tuple(shape) for name, shape in state["shapes"]}
-                packed = {}
-                for name in file.keys():  # noqa: SIM118 -- not a dict
-                    packed[name], parameter = file.get_tensor(name), parameters.get(name)
-                    if parameter is not None and shapes.get(name) == tuple(parameter.shape):
-                        _check_words(name, shapes[name], packed[name])
-                        packed[name] = shared_out(packed[name], parameter)
-            return cls.from_state_dict({**state, "packed": packed})
-        except (
-            OSError,
-            SafetensorError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            ValueError,
-            RecursionError,
-        ) as error:
+            packed, about = read_sealed(Path(path), FORMAT, former=_FORMER, remedy=remedy, begun=begun)
+            return cls.from_state_dict({**json.loads(about["state"]), "packed": packed})
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a weight mask: {error}") from error
 
     def _count(self, name: str) -> tuple[int, int]:

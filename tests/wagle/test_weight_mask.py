@@ -391,6 +391,14 @@ def state_of(**change):
     return json.dumps({**state, **change})
 
 
+def write_sealed(path, tensors, metadata):
+    """A file with the digest of what it holds, as an attacker would write it."""
+    kinds = {name: tensor_file.kind_of(tensor) for name, tensor in tensors.items()}
+    with tensor_file.tensor_file(path, kinds, metadata, sealed=True) as write:
+        for name, tensor in tensors.items():
+            write(name, tensor)
+
+
 WORDS = {"a": torch.ones(2, 2, dtype=torch.int32)}
 HOSTILE = {
     "no metadata": (WORDS, None),
@@ -407,24 +415,42 @@ HOSTILE = {
     "words of floats": ({"a": torch.ones(2, 2)}, {"format": FORMAT, "state": state_of()}),
     "bits behind the end": ({"a": torch.full((2, 2), -1).int()}, {"format": FORMAT, "state": state_of()}),
     "keep no number": (WORDS, {"format": FORMAT, "state": state_of(keep=[])}),
+    "keep not finite": (WORDS, {"format": FORMAT, "state": state_of(keep=float("nan"))}),
+    "keep below 0": (WORDS, {"format": FORMAT, "state": state_of(keep=-1)}),
+    "keep above 1": (WORDS, {"format": FORMAT, "state": state_of(keep=1.5)}),
+    "gamma 0": (WORDS, {"format": FORMAT, "state": state_of(gamma=0)}),
+    "gamma not finite": (WORDS, {"format": FORMAT, "state": state_of(gamma=float("inf"))}),
 }
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_refused(name, tmp_path):
-    tensors, metadata = HOSTILE[name]
     path = tmp_path / "mask.safetensors"
-    save_file(tensors, path, metadata)
-    with pytest.raises(ValueError, match="mask.safetensors: not a weight mask"):
+    write_sealed(path, *HOSTILE[name])
+    with pytest.raises(ValueError, match="mask.safetensors: not a weight mask: (?!damaged)"):
         WeightMask.load(path)
 
 
 @pytest.mark.quick
 def test_the_hostile_files_would_be_whole_otherwise(tmp_path):
     path = tmp_path / "mask.safetensors"
-    save_file(WORDS, path, {"format": FORMAT, "state": state_of()})
+    write_sealed(path, WORDS, {"format": FORMAT, "state": state_of()})
     assert WeightMask.load(path).kept("a").sum() == 4
+
+
+@pytest.mark.quick
+def test_a_file_without_a_digest_is_read_with_a_warning_if_it_is_old(tmp_path, caplog):
+    path = tmp_path / "mask.safetensors"
+    save_file(WORDS, path, {"format": FORMAT.replace("2", "1"), "state": state_of()})
+    mask = WeightMask.load(path)
+    assert f"{path} has no digest" in caplog.text and "save(path) adds one" in caplog.text
+    caplog.clear()
+    mask.save(path)
+    assert equal(WeightMask.load(path), mask) and not caplog.text
+    save_file(WORDS, path, {"format": FORMAT, "state": state_of()})
+    with pytest.raises(ValueError, match="damaged: what it holds does not match its SHA-256"):
+        WeightMask.load(path)
 
 
 @pytest.mark.quick
