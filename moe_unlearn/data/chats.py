@@ -18,6 +18,7 @@ from moe_unlearn.config import Data
 from moe_unlearn.data.corpus import Document
 from moe_unlearn.data.seams import ids_of, split
 from moe_unlearn.data.special import special_ids
+from moe_unlearn.errors import reason_of
 
 DATE = datetime.date(2024, 7, 26)  # a template's date of today, unless one is given; Llama 3 falls back on it too
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
@@ -103,7 +104,14 @@ def turns(tokenizer: Tokenizer, chat: Chat, *, seam: str = "joint") -> Callable[
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
         asking = answer is None
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking, **keywords))
+        try:
+            made = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking, **keywords)
+        except Exception as error:  # a template is a program, which fails in any way
+            raise ValueError(
+                f"expected a chat template that renders a {' and a '.join(m['role'] for m in messages)} turn; this "
+                f"tokenizer's fails: {type(error).__name__}: {reason_of(error)}"
+            ) from error
+        return str(made)
 
     def rendered(before: Sequence[Mapping], answer: str) -> tuple[str, str]:
         """Return the generation prompt and the rest of the conversation behind it."""

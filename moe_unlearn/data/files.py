@@ -4,8 +4,10 @@ import gzip
 import json
 import lzma
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from moe_unlearn.data.records import kind
 
@@ -13,6 +15,8 @@ SUFFIXES = (".jsonl", ".json", ".txt")
 OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
 ENCODINGS = ("utf-8", "latin-1", "cp1252")  # the byte 0x0a ends a line in each of them, so lines can be decoded singly
 RECORD_BYTES = 64 << 20  # the longest record that a stream holds in memory
+UNPACKED = 100  # bytes that a byte of a compressed file may become, unless `max_bytes` says how many all may be
+SMALL = 1 << 20  # bytes that any compressed file may hold
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -23,14 +27,20 @@ def file_format(path: Path) -> str:
 
 
 def records(
-    path: Path, *, encoding: str = "utf-8", lines_as_text: bool = False, limit: int | None = None
+    path: Path,
+    *,
+    encoding: str = "utf-8",
+    lines_as_text: bool = False,
+    limit: int | None = None,
+    max_bytes: int = 0,
 ) -> Iterator[tuple[object, str]]:
     """Yield the pairs (record, where it stands) of a file.
 
     Only one record is in memory at a time, unless the file is one JSON list. `.jsonl` holds one JSON value a line,
     `.json` a list or JSON lines (TOFU's files), `.txt` texts between blank lines, whose line ends become \\n. A byte
     order mark is dropped. `lines_as_text` gives the lines of a JSON file undecoded. A record (or list) of more than
-    `limit` bytes is an error.
+    `limit` bytes is an error, and so is a file of more than `max_bytes`; if that is 0, a compressed one that holds more
+    than `UNPACKED` times its size, and more than 1 MiB.
 
     Raises FileNotFoundError, and ValueError naming the file, the line and what was expected.
     """
@@ -42,26 +52,50 @@ def records(
         raise ValueError(f"expected encoding {', '.join(ENCODINGS)}; got {encoding!r}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected documents in {', '.join(SUFFIXES)}")
-    lines = _lines(path, encoding, limit)
+    size = _Size(limit, max_bytes or _unpacked(path))
+    lines = _lines(path, encoding, size)
     if format == ".txt":
         return _paragraphs(path, lines, limit)
     if lines_as_text:
         return ((line.rstrip("\r\n"), f"{path}, line {number}") for number, line in lines if line.strip())
-    if format == ".json" and not _first_line_is_object(path, encoding, limit):
-        return _json_list(path, encoding, limit)
+    if format == ".json" and not _first_line_is_object(path, encoding, size):
+        return _json_list(path, encoding, size)
     return _json_lines(path, lines)
 
 
-def _lines(path: Path, encoding: str, limit: int | None) -> Iterator[tuple[int, str]]:
+class _Size(NamedTuple):
+    """How many bytes a record may have, and how many a whole file; None: any number."""
+
+    record: int | None
+    file: int | None
+
+
+def _unpacked(path: Path) -> int | None:
+    """Return how many bytes a compressed file may hold, None for one that is not compressed."""
+    compressed = path.suffix.lower() in OPENERS
+    return max(UNPACKED * path.stat().st_size, SMALL) if compressed else None
+
+
+def _lines(path: Path, encoding: str, size: _Size) -> Iterator[tuple[int, str]]:
     """Yield the numbered lines of a file, with their line ends."""
     opened = OPENERS.get(path.suffix.lower(), open)
     try:
         with opened(path, "rb") as file:
-            number = 0
-            # only the byte 0x0a ends a line: JSON strings may hold U+2028 and the like unescaped
-            while line := file.readline(-1 if limit is None else limit + 1):
+            number = read = 0
+            while True:
+                left = None if size.file is None else size.file - read
+                # only the byte 0x0a ends a line: JSON strings may hold U+2028 and the like unescaped
+                line = file.readline(min((n + 1 for n in (size.record, left) if n is not None), default=-1))
+                if not line:
+                    return
                 number += 1
-                _check_size(len(line), limit, f"{path}, line {number}")
+                read += len(line)
+                if left is not None and len(line) > left:
+                    raise ValueError(
+                        f"{path}: expected at most {size.file:,} bytes of text; it holds more ({path.stat().st_size:,} "
+                        f"are on the disk): {path.name}?max_bytes=N lets it have N"
+                    )
+                _check_size(len(line), size.record, f"{path}, line {number}")
                 yield number, _decoded(line.removeprefix(_BOM) if number == 1 else line, encoding, path, number)
     except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
         raise ValueError(f"{path}: expected {path.suffix.lower()} data; {error}") from None
@@ -89,8 +123,8 @@ def _json_lines(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[
             yield _parse(line, where, number), where
 
 
-def _first_line_is_object(path: Path, encoding: str, limit: int | None) -> bool:
-    for _, line in _lines(path, encoding, limit):
+def _first_line_is_object(path: Path, encoding: str, size: _Size) -> bool:
+    for _, line in _lines(path, encoding, size):
         if line.strip():
             try:
                 return isinstance(json.loads(line), dict)
@@ -99,12 +133,12 @@ def _first_line_is_object(path: Path, encoding: str, limit: int | None) -> bool:
     return False
 
 
-def _json_list(path: Path, encoding: str, limit: int | None) -> Iterator[tuple[object, str]]:
-    content, size = [], 0
-    for _, line in _lines(path, encoding, limit):
+def _json_list(path: Path, encoding: str, size: _Size) -> Iterator[tuple[object, str]]:
+    content, read = [], 0
+    for _, line in _lines(path, encoding, size):
         content.append(line)
-        size += len(line)
-        _check_size(size, limit, f"{path} (one JSON list; JSON lines can be longer)")
+        read += len(line)
+        _check_size(read, size.record, f"{path} (one JSON list; JSON lines can be longer)")
     if not any(line.strip() for line in content):
         return
     items = _parse("".join(content), str(path))
@@ -131,11 +165,26 @@ def _paragraphs(path: Path, lines: Iterator[tuple[int, str]], limit: int | None)
         yield "\n".join(paragraph).strip(), f"{path}, line {start}"
 
 
+class _DuplicateError(ValueError):
+    """Error for an object with a key twice, of which JSON keeps the last one without a word."""
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object of JSON, no key of which may be there twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise _DuplicateError(f"expected each key of an object once; got {twice!r} twice")
+    return made
+
+
 def _parse(text: str, where: str, line: int | None = None) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         where = where if line else f"{where}, line {error.lineno}"
         raise ValueError(f"{where}, column {error.colno}: expected valid JSON; {error.msg}") from None
+    except _DuplicateError as error:
+        raise ValueError(f"{where}: {error}") from None
     except RecursionError:
         raise ValueError(f"{where}: expected a JSON object; got one nested too deeply") from None

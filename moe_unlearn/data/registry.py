@@ -74,14 +74,16 @@ class Options:
     lines_as_text: bool = False
     join: bool = False
     encoding: str = "utf-8"
+    max_bytes: int = 0
     min_words: int = 0
     deduplicate: bool = False
 
     def __post_init__(self) -> None:
         if self.answers is not None and self.answers not in ANSWERS:
             raise ValueError(f"expected answers to be one of {', '.join(ANSWERS)}; got {self.answers!r}")
-        if self.min_words < 0:
-            raise ValueError(f"expected min_words of at least 0; got {self.min_words}")
+        for name in ("min_words", "max_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"expected {name} of at least 0; got {getattr(self, name)}")
 
 
 def load(
@@ -114,6 +116,7 @@ def load(
         join: make one document of all texts, a blank line between them, which `encode` cuts into rows of max_length
             (a book; open-unlearning's pretraining sets). Records with prompts stay as they are
         encoding: "utf-8", "latin-1" or "cp1252", for files
+        max_bytes: what a file may hold, unpacked; default: any number, of a compressed one 100 times its size or 1 MiB
         min_words, deduplicate: see `select`, which also describes `exclude`, the documents of the forget set
 
     `streaming` gives a `DocumentStream` that holds one record at a time (but a whole .json list) and refuses records
@@ -196,12 +199,12 @@ class DocumentStream:
 def _parsed(source: str, split: str | None, options: dict) -> tuple[str, str | None, Options]:
     """Return name, split and options of a source string; an existing file or folder is taken as a name in full."""
     name, query = source, ""
-    if not Path(source).expanduser().exists():
+    if not _path(source).exists():
         name, _, query = source.partition("?")
     texts: dict[str, Any] = dict(_option(item, source) for item in query.split("&") if item)
     if double := texts.keys() & options.keys():
         raise ValueError(f"{source!r}: option {', '.join(sorted(double))} is given twice")
-    if not name.startswith("builtin:") and not Path(name).expanduser().exists():
+    if not name.startswith("builtin:") and not _path(name).exists():
         name, colon, part = name.rpartition(":") if ":" in name else (name, "", "")
         if colon and split is not None:
             raise ValueError(f"{source!r} names the split {part!r} and split={split!r} is given too")
@@ -210,6 +213,14 @@ def _parsed(source: str, split: str | None, options: dict) -> tuple[str, str | N
     if unknown:
         raise TypeError(f"load() got an unexpected option {unknown[0]!r}; options: {', '.join(_OPTIONS)}")
     return name, split, Options(**texts, **options)
+
+
+def _path(name: str) -> Path:
+    """Return a path, in which ~ and ~user are home folders; ValueError for a user that is not known."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{name!r}: no home folder of {name.partition('/')[0]} is known") from None
 
 
 _OPTIONS = {f.name: f.type for f in fields(Options)}
@@ -238,12 +249,13 @@ def _builtin_part(name: str, split: str | None, side: str | None) -> str:
 
 
 def _records(name: str, split: str | None, side: str | None, options: Options, limit: int | None) -> Iterator:
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.is_dir():
         found = _folder_files(path, split, side)
         if not found:
             yield from hub.records(str(path), split, streaming=limit is not None)
         for file in found:
+            _check_within(path, file)
             yield from _file_records(file, options, limit)
     elif path.is_file() or _is_file_name(path):
         if split is not None:
@@ -264,10 +276,18 @@ def _records(name: str, split: str | None, side: str | None, options: Options, l
         )
 
 
+def _check_within(folder: Path, file: Path) -> None:
+    """Raise ValueError for a file that leads out of its folder, as a link may; the hub's cache links within itself."""
+    own = folder.resolve()
+    if not file.resolve().is_relative_to(own.parents[1] if own.parent.name == "snapshots" else own):
+        raise ValueError(f"{folder}: expected files within it; {file.name} is a link out of it: name {file} itself")
+
+
 def _file_records(path: Path, options: Options, limit: int | None) -> Iterator[tuple[object, str]]:
     if files.file_format(path) == ".parquet":
         return hub.parquet_records(path, streaming=limit is not None)
-    return files.records(path, encoding=options.encoding, lines_as_text=options.lines_as_text, limit=limit)
+    chosen = {"encoding": options.encoding, "lines_as_text": options.lines_as_text, "max_bytes": options.max_bytes}
+    return files.records(path, limit=limit, **chosen)
 
 
 def _folder_files(folder: Path, split: str | None, side: str | None) -> list[Path]:
@@ -278,9 +298,11 @@ def _folder_files(folder: Path, split: str | None, side: str | None) -> list[Pat
     hub layout.
     """
     if split is not None:
-        if Path(split).is_absolute() or ".." in Path(split).parts:
-            raise ValueError(f"{folder}: expected a split within the folder; got {split!r}")
-        own = {part: _file_of(folder, part) for part in split.split("+")}
+        parts = split.split("+")
+        for part in map(Path, parts):
+            if part.is_absolute() or ".." in part.parts:
+                raise ValueError(f"{folder}: expected a split within the folder; got {split!r}")
+        own = {part: _file_of(folder, part) for part in parts}
         if any(own.values()):
             split = next((part for part, files in own.items() if not files), split)
     else:
