@@ -295,6 +295,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate"):
             above(name, getattr(self, name), 0)
+            at_most(name, getattr(self, name), 2**31 - 1)
+        at_least("seed", self.seed, 0)
+        at_most("seed", self.seed, 2**32 - 1)  # NumPy's bound
         at_least("retain_per_forget", self.retain_per_forget, 1)
         at_most("retain_per_forget", self.retain_per_forget, 1e3)
         one_of("guard", self.guard, ("strict", "loss"))

@@ -172,7 +172,7 @@ def at_least(name: str, value: float, low: float) -> None:
 def at_most(name: str, value: float, high: float) -> None:
     """Raise ValueError unless value <= high."""
     if not value <= high:
-        raise ValueError(f"{name} must be at most {high:g}; got {value}")
+        raise ValueError(f"{name} must be at most {high if isinstance(high, int) else f'{high:g}'}; got {value}")
 
 
 def between(name: str, value: float, low: float, high: float) -> None:

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from moe_unlearn.files import write_json, write_text
 from moe_unlearn.runs import figures
@@ -32,7 +33,21 @@ class Content:
     loaded: dict = field(default_factory=dict)
 
 
-_KEYS = {"batch": ("ranks", "batch_size", "accumulate"), "loaded": ("model", "dtype", "device", "trust_remote_code")}
+_NUMBER = (int, float, type(None))  # null where there is no number
+_METRICS = {str: {str: _NUMBER}}
+_FACTORS = ("ranks", "batch_size", "accumulate")
+_FORMS: dict[str, tuple[Any, str]] = {  # of each file: its form, and what a message calls that
+    "summary": (_METRICS, "run name -> metrics, which are numbers"),
+    "seeds": ({"corpus": str, "results": {str: _METRICS}}, "corpus, a text, and results: seed -> run name -> metrics"),
+    "trajectory": ({str: [dict]}, "run name -> a list of objects"),
+    "routing": (
+        {"forget": [[_NUMBER]], "retain": [[_NUMBER]], "selected": [[bool]], "inactive": str},
+        "an object of forget, retain and selected, each a list of rows, one a layer",
+    ),
+    "batch": (dict.fromkeys(_FACTORS, int), "whole numbers"),
+    "loaded": ({"model": str, "dtype": str, "device": str, "trust_remote_code": bool}, "texts, and true or false"),
+}
+_NEEDED = {"routing": ("forget", "retain", "selected"), "batch": _FACTORS, "loaded": tuple(_FORMS["loaded"][0])}
 
 
 def save(folder: Path, content: Content) -> None:
@@ -48,17 +63,10 @@ def read(folder: Path) -> Content:
 
     Raises ValueError that names the file if `summary.json` is missing or a file has other content than expected.
     """
-    summary = _read(folder / "summary.json")
-    if not summary or not all(isinstance(metrics, dict) for metrics in summary.values()):
-        raise ValueError(f"{folder / 'summary.json'}: expected an object of run name -> metrics")
-    seeds, *others = (
-        _read(folder / f"{name}.json", optional=True) for name in ("seeds", "trajectory", "routing", "batch", "loaded")
-    )
-    for (name, keys), content in zip(_KEYS.items(), others[-2:], strict=True):
-        if content and (missing := [key for key in keys if key not in content]):
-            raise ValueError(f"{folder / f'{name}.json'}: expected the keys {', '.join(keys)}; it lacks {missing[0]!r}")
-    if not all(isinstance(number, int) for number in others[-2].values()):
-        raise ValueError(f"{folder / 'batch.json'}: expected whole numbers; got {others[-2]}")
+    summary, seeds, *others = (_read(folder, name) for name in _FORMS)
+    for run, measured in summary.items() if "retrain" in summary else ():  # with which all are compared
+        if lacking := {"verbmem_f", "verbmem_r"} - {key for key, value in measured.items() if value is not None}:
+            raise ValueError(f"{folder / 'summary.json'}: expected {min(lacking)} of {run}, since there is a retrain")
     return Content(summary, seeds.get("corpus", ""), seeds.get("results", {}), *others)
 
 
@@ -83,7 +91,7 @@ def markdown(content: Content, made: dict[str, str]) -> str:
         own = "; **its own code was run** (`--trust-remote-code`)" if content.loaded["trust_remote_code"] else ""
         parts.append("The model is {model}, {dtype} on {device}{own}.".format(**content.loaded, own=own))
     if content.batch:
-        factors = [content.batch[name] for name in _KEYS["batch"]]
+        factors = [content.batch[name] for name in _FACTORS]
         shown = "{} (ranks) x {} (`batch_size`) x {} (`accumulate`)".format(*factors)
         parts.append(f"A step takes {math.prod(factors)} forget rows with their retain rows: {shown}.")
     parts += [table(summary, markdown=True), LEGEND.rstrip(), "## Verdict", *_verdict(summary, results)]
@@ -165,15 +173,42 @@ def _selection(routing: dict) -> str:
     return f"TRACE's forget-critical experts ({len(chosen)}): {'; '.join(chosen)}."
 
 
-def _read(path: Path, *, optional: bool = False) -> dict:
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    """Return the content of a file, {} for one that is not there and may be missing."""
+    path = folder / f"{name}.json"
     if not path.is_file():
-        if optional:
-            return {}
-        raise ValueError(f"{path}: no such file; expected the metrics of a run")
+        if name == "summary":
+            raise ValueError(f"{path}: no such file; expected the metrics of a run")
+        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON; {error}") from None
+    form, words = _FORMS[name]
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object; got {type(content).__name__}")
+    if missing := [key for key in _NEEDED.get(name, ()) if content and key not in content]:
+        raise ValueError(f"{path}: expected the keys {', '.join(_NEEDED[name])}; it lacks {missing[0]!r}")
+    if not _fits(content, form) or name == "summary" and not content:
+        raise ValueError(f"{path}: expected {words}; got {_short(content)}")
+    rows = [[len(row) for row in content[key]] for key in _NEEDED["routing"]] if name == "routing" and content else []
+    if any(own != rows[0] or len({*own}) > 1 for own in rows):
+        raise ValueError(f"{path}: expected rows of one length, alike in {', '.join(_NEEDED[name])}")
     return content
+
+
+def _fits(value: object, form: Any) -> bool:
+    """Return whether a value of JSON has a form: a type, [form of each], {str: form of each} or {key: its form}."""
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_fits(item, form[0]) for item in value)
+    if isinstance(form, dict):
+        each = form.get(str)
+        return isinstance(value, dict) and all(
+            _fits(item, form.get(key, object) if each is None else each) for key, item in value.items()
+        )
+    return isinstance(value, form) and (isinstance(value, bool) <= (form in (bool, object)))
+
+
+def _short(content: object) -> str:
+    shown = json.dumps(content)
+    return shown if len(shown) < 200 else f"{shown[:200]}..."

@@ -103,9 +103,33 @@ def test_inactive_trace_is_said():
         ("summary.json", "[]", "summary.json: expected a JSON object; got list"),
         ("summary.json", "{}", "run name -> metrics"),
         ("summary.json", '{"npo": 3}', "run name -> metrics"),
+        ("summary.json", "[" * 100_000, "summary.json: expected JSON"),
+        *(
+            ("summary.json", f'{{"npo": {{"nll_f": {v}}}}}', "metrics, which are numbers")
+            for v in ('"x"', "[1]", "true")
+        ),
+        ("summary.json", '{"retrain": {"verbmem_f": 1}}', "summary.json: expected verbmem_r of retrain"),
+        ("seeds.json", '{"results": {"1": {"npo": 1}}}', "seeds.json: expected corpus, a text, and results"),
+        ("trajectory.json", '{"npo": [1]}', "trajectory.json: expected run name -> a list of objects"),
         ("routing.json", "nonsense", "routing.json: expected JSON"),
+        ("routing.json", '{"forget": [[1]], "retain": [[1]]}', "routing.json: .* it lacks 'selected'"),
+        (
+            "routing.json",
+            '{"forget": [[1]], "retain": [[1]], "selected": [[1]]}',
+            "routing.json: expected an object of",
+        ),
+        (
+            "routing.json",
+            '{"forget": [[1]], "retain": [[1]], "selected": [[true, true]]}',
+            "routing.json: expected rows of one length",
+        ),
         ("batch.json", '{"ranks": 1, "accumulate": 1}', "batch.json: expected the keys .*; it lacks 'batch_size'"),
         ("batch.json", '{"ranks": 1, "batch_size": "8", "accumulate": 1}', "batch.json: expected whole numbers"),
+        (
+            "loaded.json",
+            '{"model": "m", "dtype": "d", "device": "cpu", "trust_remote_code": "no"}',
+            "loaded.json: expected texts, and true or false",
+        ),
         ("loaded.json", '{"model": "m", "dtype": "d", "device": "cpu"}', "json: .* it lacks 'trust_remote_code'"),
     ],
 )
