@@ -5,6 +5,7 @@ name. Whoever reads finds what was there before or what is new, never a part of 
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
     The folders of `path` are made. A link stays one, and what it points to is replaced; a file keeps its permissions.
     A stream (`stream_of`) is written to when the block ends. If anything fails, `path` stays as it was, and an OSError
-    names it. What killed processes left beside it a day ago is removed.
+    names it. What killed processes left beside it is removed (`remove_unfinished`, a day).
     """
     path = Path(path)
     stream = stream_of(path)
@@ -190,18 +191,44 @@ def read_sealed(path: str | Path) -> bytes:
 def remove_unfinished(folder: Path, *, seconds: float = 0, former: str = "") -> None:
     """Remove what killed processes left in `folder`, unless it was written to in the last `seconds`.
 
-    `former` is how the names of such files began in earlier versions, which may still run: those are a day old.
+    What a process of this machine left that is gone is removed whatever its age. `former` is how the names of such
+    files began in earlier versions, which may still run: those are a day old.
     """
     ages = {UNFINISHED: seconds} | ({former: max(seconds, DAY)} if former else {})
     for prefix, age in ages.items():
         for path in folder.glob(f"{prefix}*"):
             with contextlib.suppress(OSError):
-                if path not in _OPEN and time.time() - path.lstat().st_mtime >= age:
+                if path not in _OPEN and (_abandoned(path) or time.time() - path.lstat().st_mtime >= age):
                     _remove(path)
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}")
+    return path.with_name(f"{UNFINISHED}{_here()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+@functools.cache
+def _here() -> str:
+    """Return what names this boot of a machine and, of several containers on it, the one whose processes are seen."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        return hashlib.sha256(f"{boot}{os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:12]
+    except OSError:
+        return secrets.token_hex(6)  # which no other process has
+
+
+def _abandoned(path: Path) -> bool:
+    """Return whether the process that wrote a file or folder with a name by `_beside` ran here and is gone."""
+    where, _, rest = path.name.removeprefix(UNFINISHED).partition("-")
+    process = rest.partition("-")[0]
+    if where != _here() or not process.isdecimal():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
 
 
 def _write_to(stream: Path, content: bytes) -> None:
@@ -243,14 +270,19 @@ def _sync(path: Path) -> None:
 
 
 def make_folder(cache_dir: str | Path) -> Path:
-    """Return the folder `cache_dir`, made if need be; raise OSError that names it if it cannot be made."""
+    """Return the folder `cache_dir`, made private if need be; raise OSError that names it if it cannot be made."""
     folder = Path(cache_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
     except OSError as error:
         what = "it is a file" if folder.is_file() else error.strerror
         raise OSError(error.errno, f"cache_dir cannot be made a folder: {what}", str(folder)) from error
     return folder
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that its owner alone may enter; one that is there keeps its permissions."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def check_output(out: str | Path, inputs: Iterable[str | Path]) -> None:

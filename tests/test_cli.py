@@ -271,6 +271,7 @@ def test_a_mask_in_the_official_form_serves_a_run(folder, tmp_path, capsys):
     assert named["model.layers.0.mlp.experts.3.gate_proj.weight"].dtype == torch.bool
     del named["lm_head.weight"]
     torch.save(named, tmp_path / "official")
+    (tmp_path / "official.sha256").unlink()
     assert run(folder, tmp_path / "bad", *mask, recipe="wagle") == 2
     assert "the mask of 'lm_head.weight' is missing" in error_of(capsys)
 
@@ -323,7 +324,9 @@ def test_what_prepare_refuses_is_refused_before_anything_is_measured(folder, tmp
     settings = ["trace.min_ratio=50", "trace.allow_empty=false"]
     assert run(folder, tmp_path / "out", *settings, recipe="trace") == 2
     assert "Remedies" in error_of(capsys)
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not (tmp_path / "out").exists()
+    assert run(folder, tmp_path / "out", "name=target") == 2
+    assert "name 'target' is that of another row of the report" in error_of(capsys)
 
 
 def test_stats_and_mask(folder, tmp_path, capsys):

@@ -3,7 +3,9 @@
 import gc
 import importlib
 import json
+import re
 import shutil
+import stat
 import weakref
 
 import peft
@@ -104,6 +106,7 @@ def test_the_dtype_is_that_of_the_whole_run(folder, tmp_path):
     assert main(["run", "npo", *arguments(folder), *dtypes, *QUICK]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", dtype="auto")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700  # it holds what is forgotten
     loaded = json.loads((tmp_path / "out" / "loaded.json").read_text(encoding="utf-8"))
     name = str(folder / "model")
     assert loaded == {"model": name, "dtype": "bfloat16", "device": "cpu", "trust_remote_code": False}
@@ -134,6 +137,19 @@ def test_a_model_on_several_devices_is_for_eval(folder, tmp_path, monkeypatch, c
     monkeypatch.setattr(loading, "load_model", lambda *_: (model, tokenizer))
     assert main(["mask", *arguments(folder), "--out", str(tmp_path / "mask"), "--device", "auto-map"]) == 2
     assert "expected a model on one device; got one on cpu, meta" in error_of(capsys)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("verb", ["stats", "mask"])
+def test_tokens_that_a_model_has_not_are_named(folder, tmp_path, capsys, verb):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    tokenizer = loading.load_tokenizer(folder / "model")
+    tokenizer.add_tokens(["agent"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    given = [*arguments(folder, model=tmp_path / "model"), "--max-length", "48"]
+    assert main([*VERBS[verb][:1], *given, *(["--out", str(tmp_path / "mask")] if verb == "mask" else [])]) == 2
+    told = rf"the forget batch: input_ids must be tokens of the model's vocabulary, in \[0, {len(tokenizer) - 1}\)"
+    assert re.search(told, error_of(capsys)) and not (tmp_path / "mask").exists()
 
 
 @pytest.fixture

@@ -270,6 +270,20 @@ def test_the_next_writer_removes_what_a_killed_one_left_a_day_ago(tmp_path, fold
     assert not old.exists() and young.exists() and foreign.exists()
 
 
+def test_the_next_writer_removes_at_once_what_a_process_left_that_is_gone(tmp_path):
+    if not (child := os.fork()):
+        with whole_file(tmp_path / "file"):
+            os._exit(0)  # as if killed: nothing is cleaned up
+    os.waitpid(child, 0)
+    assert [name.startswith(UNFINISHED) for name in names(tmp_path)] == [True]
+    with whole_file(tmp_path / "own"):
+        living = names(tmp_path)
+        assert len(living) == 1 and f"-{os.getpid()}-" in living[0]
+        remove_unfinished(tmp_path, seconds=60)
+        assert names(tmp_path) == living
+    assert names(tmp_path) == ["own"]
+
+
 def test_names_of_earlier_versions_are_removed_where_they_are_the_writers_own(tmp_path):
     """The checkpoints', the rows' and the trained models' own, a day old; others' and young ones stay."""
     kept = [aged(tmp_path / f".{name}-young", 3600) for name in ("tmp", "rows", "building")]

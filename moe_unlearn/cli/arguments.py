@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import config, data
-from moe_unlearn.files import stream_of
+from moe_unlearn.files import DAY, remove_unfinished, stream_of
 from moe_unlearn.model.loading import DTYPES, Loading
 from moe_unlearn.plan import Mesh
 from moe_unlearn.ranks import everyone
@@ -174,8 +174,8 @@ def sets_of(
 def writable(out: str | Path | None, *, folder: bool = False) -> None:
     """Check, before the work, that the file or `folder` that a verb is to write can be written; None is no output.
 
-    The nearest folder that exists is written to for a trial, and nothing stays; nothing is written to a stream, such as
-    /dev/stdout or a pipe. Raises OSError that names `out`.
+    The nearest folder that exists is written to for a trial, and nothing stays, nor what killed processes left there;
+    nothing is written to a stream, such as /dev/stdout or a pipe. Raises OSError that names `out`.
     """
     if out is None:
         return
@@ -194,3 +194,4 @@ def writable(out: str | Path | None, *, folder: bool = False) -> None:
             pass
     except OSError as error:
         raise OSError(error.errno, f"--out cannot be written: {error.strerror}", str(out)) from error
+    remove_unfinished(where, seconds=DAY)

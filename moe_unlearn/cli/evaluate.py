@@ -1,7 +1,10 @@
 """`moe-unlearn eval`, which measures a model on the user's own text or on a benchmark's sets."""
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Any
 
 from moe_unlearn import data, metrics
 from moe_unlearn.cli.arguments import add_data, add_mesh, chat_of, loading_of, sets_of, steps, writable
-from moe_unlearn.files import write_json
+from moe_unlearn.files import make_private, write_json, write_text
 from moe_unlearn.model import loading
 from moe_unlearn.ranks import on_first
 
@@ -67,6 +70,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     )
     add_mesh(sub)
     sub.add_argument("--out", help="write the metrics as JSON: a file; with --benchmark a folder")
+    sub.add_argument("--redact", action="store_true", help="with --benchmark: leave texts out of what is written")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -80,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError("--before and --relearn are for --forget and --retain; leave out --benchmark")
         _benchmark(options, how)
         return
-    for name in ("data", "reference_run", "classifier", "label", "like", "gradient_norm"):
+    for name in ("data", "reference_run", "classifier", "label", "like", "gradient_norm", "redact"):
         if getattr(options, name):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is for a --benchmark; give --forget and --retain without one")
@@ -161,17 +165,45 @@ def _benchmark(options: argparse.Namespace, how: loading.Loading) -> None:
     if options.classifier:
         more["classifier"] = metrics.Classifier(*loading.load_classifier(options.classifier, how), options.label)
     model, tokenizer = loading.load_model(options.model, how)
-    result = evaluation(
-        model,
-        tokenizer,
-        kind(**rows) if kind else rows,
-        out=options.out,
-        cache_dir=options.cache,
-        batch_size=options.batch_size,
-        **more,
-    )
+    with _results_in(options) as out:
+        result = evaluation(
+            model,
+            tokenizer,
+            kind(**rows) if kind else rows,
+            out=out,
+            cache_dir=options.cache,
+            batch_size=options.batch_size,
+            **more,
+        )
     for name, value in result.items():
         print(f"{name:<28} {'-' if value is None else format(value, '.4g')}")
+
+
+@contextlib.contextmanager
+def _results_in(options: argparse.Namespace) -> Iterator[Path | None]:
+    """Yield the folder that a benchmark writes to; with --redact one whose files, without their texts, go to --out."""
+    if options.out is None or not options.redact:
+        if options.out is not None:
+            make_private(Path(options.out))
+        yield None if options.out is None else Path(options.out)
+        return
+    with tempfile.TemporaryDirectory() as private:
+        yield Path(private)
+        make_private(Path(options.out))
+        for path in Path(private).iterdir():  # none on ranks that do not write
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if path.stem.endswith("_EVAL"):
+                content = {key: _redacted(result) for key, result in content.items()}
+            write_text(Path(options.out) / path.name, json.dumps(content, indent=4, sort_keys=True) + "\n")
+
+
+def _redacted(value: Any) -> Any:
+    """Return a value of JSON in which null stands for each text."""
+    if isinstance(value, dict):
+        return {key: _redacted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
+    return None if isinstance(value, str) else value
 
 
 def _rows(source: str) -> list:

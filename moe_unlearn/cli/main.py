@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import backend, benchmark, data, masks, trace
 from moe_unlearn.benchmark.trained_cache import clean_cache
-from moe_unlearn.cli import alternates, delta, env, evaluate, paths, plan
+from moe_unlearn.cli import alternates, delta, env, evaluate, paths, plan, purge
 from moe_unlearn.cli.arguments import (
     add_data,
     add_loading,
@@ -42,13 +42,14 @@ from moe_unlearn.experts import enable
 from moe_unlearn.files import write_json
 from moe_unlearn.lazy import each
 from moe_unlearn.model import loading
+from moe_unlearn.model.admissible import check_values
 from moe_unlearn.model.batches import Batch, beside
 from moe_unlearn.plan import Mesh
 from moe_unlearn.ranks import Ranks, everyone, on_first
 from moe_unlearn.regress import command as regression
 from moe_unlearn.runs import report
 from moe_unlearn.runs.run import Before, Run, retrained, unlearn
-from moe_unlearn.runs.summary import table
+from moe_unlearn.runs.summary import check_name, table
 from moe_unlearn.verify import VerificationError
 
 _SHARED = ("run", "eval", "stats", "mask", "alternates")  # the verbs that several ranks can share
@@ -92,7 +93,8 @@ def _outcome(options: argparse.Namespace) -> Outcome:
             stream.reconfigure(errors="replace")
     try:
         paths.check(options)
-        return options.function(options) or 0, ""
+        with paths.undone(options):
+            return options.function(options) or 0, ""
     except _BAD_INPUT as error:
         sys.stdout.flush()  # fails if it was this that broke
         # without a buffer nothing is left that could fail; what breaks of a file has its name
@@ -160,6 +162,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--fits asks for a plan, and goes with --dry-run")
     known = options.model_config if options.model_config in models() else None
     recipe = Recipe.load(options.recipe, [*_data_overrides(options), *options.set], model=known)
+    check_name(recipe.name)
     base = delta.base_of_run(recipe, how, Path(options.out)) if options.delta else None
     if options.model_config is not None and recipe.data.model is None:
         if not options.dry_run:
@@ -335,6 +338,7 @@ def _parser() -> argparse.ArgumentParser:
     delta.add_arguments(command)
     sub = command("report", write_report)
     sub.add_argument("folder", help="a run folder with summary.json")
+    purge.add_arguments(command("purge", purge.run))
     sub = command("demo", demo)
     sub.add_argument("--corpus", default="builtin:pydoc", help="builtin:pydoc or builtin:devil")
     sub.add_argument("--seeds", type=int, nargs="+", default=[7], help="settings were chosen on seeds 0 to 4")
@@ -352,11 +356,17 @@ def _data_overrides(options: argparse.Namespace) -> list[str]:
 def _batches(
     model: nn.Module, examples: Sequence[data.Example], tokenizer: Tokenizer, batch_size: int, side: str
 ) -> Sequence[Batch]:
-    """Return a side in batches on the model's device."""
+    """Return a side in batches on the model's device, whose tokens are checked when they are asked for."""
     if not carry_loss(examples):
         raise ValueError(f"the {side} set carries no loss: all its labels are -100")
     made = data.batches(examples, batch_size, pad_id=data.pad_token_id(tokenizer))
-    return each(made, lambda batch: beside(batch, model))
+
+    def admitted(batch: Batch) -> Batch:
+        here = beside(batch, model)
+        check_values(here, side, model, alone=False)
+        return here
+
+    return each(made, admitted)
 
 
 def _require_moe(model: nn.Module) -> None:

@@ -5,6 +5,8 @@ a verb writes may hold what it reads, such as RUN/forget.jsonl beside the files 
 """
 
 import argparse
+import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +37,7 @@ VERBS = {
     "apply": Paths(("base", "delta"), ("out",)),
     "revert": Paths(("changed", "delta"), ("out",)),
     "report": Paths(),  # it reads and writes one folder, files of other names
+    "purge": Paths((), ("cache",)),  # it removes from a folder and from this one
     "demo": Paths((), ("out",), _REPORT),
     "kernels": Paths(("module", "sides"), ("json", "junit", "store", "repro")),
 }
@@ -56,6 +59,26 @@ def check(options: argparse.Namespace, more: Iterable[str | None] = ()) -> None:
             inside = ("of a name that nothing else has",)
         for made in [Path(out) / each for each in inside] or [Path(out)]:
             check_output(made, inputs)
+
+
+@contextlib.contextmanager
+def undone(options: argparse.Namespace) -> Iterator[None]:
+    """Remove again, if what is done inside fails, the folders that it made for its outputs and that hold no file."""
+    outs = [getattr(options, name, None) for name in VERBS[options.command].outputs]
+    made = [_first_new(Path(out)) for out in outs if out and not Path(out).exists()]
+    try:
+        yield
+    except BaseException:
+        for top in made:
+            for folder, _, _ in os.walk(top, topdown=False):
+                with contextlib.suppress(OSError):  # it holds something
+                    os.rmdir(folder)
+        raise
+
+
+def _first_new(path: Path) -> Path:
+    """Return the first folder of a path that is not there."""
+    return path if path.parent.exists() else _first_new(path.parent)
 
 
 def _named(benchmark: str) -> str:

@@ -18,7 +18,7 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example
 from moe_unlearn.data.of_recipe import pair_collator
 from moe_unlearn.data.pairs import carry_loss, side_batches
-from moe_unlearn.files import write_json, write_text
+from moe_unlearn.files import make_private, write_json, write_text
 from moe_unlearn.lazy import each
 from moe_unlearn.metrics.privacy import add_privleak
 from moe_unlearn.model import loading
@@ -29,7 +29,7 @@ from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.prepare.stages import CHOOSING, needed
 from moe_unlearn.ranks import everyone, is_first, on_first, sharded
 from moe_unlearn.runs import report
-from moe_unlearn.runs.summary import Summary
+from moe_unlearn.runs.summary import Summary, check_name
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
 
@@ -226,21 +226,23 @@ def unlearn(
 ) -> dict:
     """Run `recipe` on `sets` ("forget", "retain" and perhaps "holdout" examples) and write the folder `out`.
 
-    `out` gets `recipe.yaml`, `batch.json` (what one step takes), `checkpoints/`, `model/` (which `from_pretrained`
-    loads), `summary.json`, `trajectory.json` and `report.md`; from what is `known` also `loaded.json` and `data.json`,
-    with `verify` (as in `UnlearnStep`) `verified.txt`, and with TRACE `routing.json`. Preparation comes first, so that
-    nothing is written if the recipe does not fit model or data. With `resume` the run continues from the newest
-    checkpoint. References are kept in `cache_dir`, by default `out/cache`. Returns the summary: run name -> metrics,
-    empty without `evaluate`.
+    `out`, which its owner alone may enter if it is new, gets `recipe.yaml`, `batch.json` (what one step takes),
+    `checkpoints/`, `model/` (which `from_pretrained` loads), `summary.json`, `trajectory.json` and `report.md`; from
+    what is `known` also `loaded.json` and `data.json`, with `verify` (as in `UnlearnStep`) `verified.txt`, and with
+    TRACE `routing.json`. Preparation comes first, so that nothing is written if the recipe does not fit model or data.
+    With `resume` the run continues from the newest checkpoint. References are kept in `cache_dir`, by default
+    `out/cache`. Returns the summary: run name -> metrics, empty without `evaluate`.
 
     Ranks of torch.distributed share the rows of every step and every metric: each takes `batch_size` rows at a time, so
     that a step has `batch_size` times `accumulate` times the number of ranks. The first rank writes; all return the
     summary. The weights are those of one process whose `accumulate` is as many times larger, up to the rounding of
     sums, as long as the ranks share the batches of an epoch without a rest.
     """
+    check_name(recipe.name)
     known = Before() if known is None else known
     run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"])
     run.checkpoint_activations()
+    make_private(out)
     trainer = run.trainer(out / "checkpoints", cache_dir=cache_dir or out / "cache", verify=verify)
     start = time.perf_counter()
     if not resume:

@@ -60,6 +60,12 @@ CLEAR = 0.01  # the smallest difference that counts
 Summary = dict[str, dict[str, float]]
 
 
+def check_name(recipe: str) -> None:
+    """Raise ValueError for a recipe whose row of a summary would take the place of another."""
+    if recipe in ("target", "retrain"):
+        raise ValueError(f"name {recipe!r} is that of another row of the report; give the recipe a name of its own")
+
+
 def summarise(results: dict[int, Summary]) -> Summary:
     """Return the mean over seeds of every metric that all seeds have and, with two seeds or more, `<key>_sd`."""
     runs = list(dict.fromkeys(run for summary in results.values() for run in summary))

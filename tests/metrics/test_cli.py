@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import stat
 
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
@@ -62,6 +63,21 @@ def test_attacks_without_the_rows_that_they_compare_are_errors(folder, capsys):
     texts = ["--forget", folder / "bio.jsonl", "--retain", folder / "bio.jsonl"]
     assert evaluate(folder, *texts, "--reference", folder / "model") == 2
     assert "--reference is for privleak, which needs --holdout too" in capsys.readouterr().err
+
+
+def test_redacted_results_have_no_texts(folder, capsys):
+    (folder / "verbmem.jsonl").write_text(json.dumps({"prompt": "seven", "gt": " frozen bells"}), encoding="utf-8")
+    asked = ["--benchmark", "muse", "--data", f"verbmem={folder / 'verbmem.jsonl'}", "--out"]
+    assert evaluate(folder, *asked, folder / "whole") == evaluate(folder, *asked, folder / "bare", "--redact") == 0
+    written = {path.name: path.read_text(encoding="utf-8") for path in (folder / "bare").iterdir()}
+    assert len(written) == 3 and not any("frozen bells" in text for text in written.values())
+    whole, bare = (json.loads((folder / name / "MUSE_EVAL.json").read_text("utf-8")) for name in ("whole", "bare"))
+    own, cut = (each["forget_verbmem_ROUGE"]["value_by_index"]["0"] for each in (whole, bare))
+    assert own["ground_truth"].strip() == "frozen bells" and {k for k in own if own[k] != cut[k]} >= {"ground_truth"}
+    assert all(cut[key] is None if isinstance(own[key], str) else cut[key] == own[key] for key in own)
+    assert stat.S_IMODE((folder / "bare").stat().st_mode) == 0o700
+    assert main(["eval", "--model", "m", "--forget", "f", "--retain", "r", "--redact"]) == 2
+    assert "--redact is for a --benchmark" in capsys.readouterr().err
 
 
 def test_a_reference_of_a_smaller_vocabulary_is_named(folder, random_model, capsys):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from safetensors.torch import save_file
 from torch import nn
 
 from moe_unlearn import UnlearnStep
@@ -437,20 +436,6 @@ def test_the_hostile_files_would_be_whole_otherwise(tmp_path):
     path = tmp_path / "mask.safetensors"
     write_sealed(path, WORDS, {"format": FORMAT, "state": state_of()})
     assert WeightMask.load(path).kept("a").sum() == 4
-
-
-@pytest.mark.quick
-def test_a_file_without_a_digest_is_read_with_a_warning_if_it_is_old(tmp_path, caplog):
-    path = tmp_path / "mask.safetensors"
-    save_file(WORDS, path, {"format": FORMAT.replace("2", "1"), "state": state_of()})
-    mask = WeightMask.load(path)
-    assert f"{path} has no digest" in caplog.text and "save(path) adds one" in caplog.text
-    caplog.clear()
-    mask.save(path)
-    assert equal(WeightMask.load(path), mask) and not caplog.text
-    save_file(WORDS, path, {"format": FORMAT, "state": state_of()})
-    with pytest.raises(ValueError, match="damaged: what it holds does not match its SHA-256"):
-        WeightMask.load(path)
 
 
 @pytest.mark.quick

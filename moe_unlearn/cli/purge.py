@@ -1,0 +1,108 @@
+"""`moe-unlearn purge`: removes from the folder of a run what holds, or gives away, the text that was forgotten.
+
+The model stays, and so do numbers: settings, metrics, trajectories, report and figures. `REMOVED` says what goes.
+"""
+
+import argparse
+import os
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from moe_unlearn.checkpoint.tensor_file import stored_in
+from moe_unlearn.files import UNFINISHED
+from moe_unlearn.prepare.preparation import CACHES
+
+_CACHED = {f"{kind}-*": what for kind, what in CACHES.items()} | {
+    "examples-*": "tokens of documents",
+    "result-*.json": "answers and generations of an evaluation",
+    "wagle-*": "scores of a mask that was not finished",
+}
+REMOVED = {
+    "cache": "references: values of the original model on each row",
+    "checkpoints": "states of the run, with masks and references",
+    "data.json": "where the documents lie and which were dropped",
+    "delta.safetensors.index.json": "the way back to the original model",
+    "*.groups": "scores of a mask that was not finished",
+    "*_EVAL.json": "prompts, answers and generations of an evaluation",
+    f"{UNFINISHED}*": "what a killed process left",
+} | _CACHED
+#: what else is removed, by the format in a safetensors file's metadata
+FORMATS = {
+    "moe-unlearn weight mask": "a mask of the weights",
+    "moe-unlearn delta": "the way back to the original model",
+}
+KEPT = (
+    "model",
+    "figures",
+    *("recipe.yaml", "report.md", "verified.txt"),
+    *(f"{name}.json" for name in ("batch", "loaded", "summary", "seeds", "trajectory", "routing")),
+    *("*_SUMMARY.json", "*_SETTINGS.json"),
+)
+#: what a folder has to hold, one line of these, to be that of a run, of a demo or of an evaluation
+_SIGNS = (("recipe.yaml", "batch.json"), ("seeds.json", "summary.json"), ("*_SETTINGS.json", "*_SUMMARY.json"))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Remove from a run's folder all but the model and numbers: copies of what was forgotten, and what reveals it."""
+    folder = Path(options.folder)
+    if not any(all(any(folder.glob(name)) for name in names) for names in _SIGNS):
+        raise ValueError(f"expected the folder of a run or an evaluation; {folder} is none")
+    removed = [*_purged(folder, REMOVED)]
+    if options.cache:
+        cache = Path(options.cache)
+        if not cache.is_dir():
+            raise ValueError(f"expected a folder that was a --cache; {cache} is none")
+        removed += _purged(cache, _CACHED)
+    for line in removed:
+        print(f"removed {line}")
+    for path in sorted(path for path in folder.iterdir() if not _matching(path, KEPT)):
+        print(f"left {path}, which no run writes: look at it yourself")
+    print(f"{len(removed)} removed; the model and numbers stay in {folder}")
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the options of the verb."""
+    sub.add_argument("folder", metavar="RUN", help="the folder of a run, or of an evaluation")
+    sub.add_argument("--cache", help="the folder that was its --cache, where the same is removed for all runs")
+
+
+def _purged(folder: Path, what: dict[str, str]) -> Iterator[str]:
+    """Remove what stands in a folder and matches, or has one of `FORMATS`; yield what it was.
+
+    Of a link only the link goes.
+    """
+    for path in sorted(folder.iterdir()):
+        reason = next((why for pattern, why in what.items() if fnmatch(path.name, pattern)), "") or _format_of(path)
+        if not reason:
+            continue
+        count, size = _measure(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        yield f"{path}: {reason} ({count:,} files, {size:,} bytes)"
+
+
+def _format_of(path: Path) -> str:
+    """Return why a safetensors file of one of `FORMATS` is removed; "" for any other file or folder."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return ""
+    try:
+        format = stored_in(path).about.get("format", "")
+    except ValueError:
+        return ""
+    return next((why for begin, why in FORMATS.items() if format.startswith(begin)), "")
+
+
+def _measure(path: Path) -> tuple[int, int]:
+    """Return how many files a file or folder is, and their bytes."""
+    if path.is_symlink() or not path.is_dir():
+        return 1, path.lstat().st_size
+    files = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
+    return len(files), sum(file.lstat().st_size for file in files)
+
+
+def _matching(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in patterns)

@@ -1,0 +1,90 @@
+"""What a run leaves of the forgotten text is removed by `purge`, and told; the model and numbers stay."""
+
+import stat
+from fnmatch import fnmatch
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moe_unlearn.cli import main, paths, purge
+from moe_unlearn.files import UNFINISHED, make_folder
+from moe_unlearn.masks import WeightMask
+from moe_unlearn.prepare.preparation import CACHES
+
+pytestmark = pytest.mark.quick
+SECRET = "the secret number of agent 7"
+KEPT = ["model/a.safetensors", "recipe.yaml", "batch.json", "summary.json", "figures/pareto.png", "TOFU_SUMMARY.json"]
+GONE = [
+    "cache/ref_logprobs-0/0.safetensors",
+    "checkpoints/checkpoint-3/model.safetensors",
+    "data.json",
+    "delta.safetensors.index.json",
+    "TOFU_EVAL.json",
+    "mask.groups/wagle-0/begun",
+    f"{UNFINISHED}0/half",
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in [*KEPT, *GONE]:
+        path = tmp_path / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(SECRET, encoding="utf-8")
+    words = {"a": torch.ones(2, 1, dtype=torch.int32)}
+    WeightMask({"a": (2, 3)}, words, keep=0.5).save(tmp_path / "run" / "mask.safetensors")
+    save_file(words, tmp_path / "run" / "delta-00001-of-00002.safetensors", {"format": "moe-unlearn delta 1"})
+    save_file(words, tmp_path / "run" / "other.safetensors")
+    return tmp_path / "run"
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+def test_what_is_removed_is_told_and_the_rest_stays(folder, tmp_path, capsys):
+    for name in ("ref_logprobs-1/0.safetensors", "examples-2", "result-3.json", "mine.txt"):
+        (tmp_path / "shared" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "shared" / name).write_text(SECRET, encoding="utf-8")
+    outside = tmp_path / "forget.jsonl"
+    outside.write_text(SECRET, encoding="utf-8")
+    (folder / "cache" / "link").symlink_to(outside)
+    (folder / "data.json").unlink()
+    (folder / "data.json").symlink_to(outside)
+    assert main(["purge", str(folder), "--cache", str(tmp_path / "shared")]) == 0
+    told = capsys.readouterr().out
+    for name in {name.partition("/")[0] for name in GONE} | {"mask.safetensors", "delta-00001-of-00002.safetensors"}:
+        assert f"removed {folder / name}: " in told
+    assert f"{folder / 'cache'}: references: values of the original model on each row (2 files, " in told
+    assert f"left {folder / 'other.safetensors'}, which no run writes: look at it yourself" in told
+    assert files(folder) == sorted([*KEPT, "other.safetensors"])
+    assert files(tmp_path / "shared") == ["mine.txt"] and outside.exists()
+    assert main(["purge", str(folder)]) == 0 and "0 removed" in capsys.readouterr().out
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "own").mkdir()
+    for name in ("cache", "model", "checkpoints"):
+        (tmp_path / "own" / name).mkdir()
+    (tmp_path / "own" / "summary.json").touch()
+    for given in ("own", "absent"):
+        assert main(["purge", str(tmp_path / given)]) == 2
+        assert "expected the folder of a run or an evaluation" in capsys.readouterr().err
+    assert len([*(tmp_path / "own").iterdir()]) == 4
+
+
+def test_all_that_a_run_writes_is_known():
+    """A name that is new in a run's folder has to be said to go or to stay."""
+    made = {name for verb in ("run", "demo") for name in paths.VERBS[verb].inside} | {"cache"}
+    known = (*purge.KEPT, *purge.REMOVED)
+    unknown = {name for name in made if not any(fnmatch(name, pattern) for pattern in known)}
+    assert unknown == {"delta.safetensors"}  # which its format tells
+    assert {f"{kind}-*" for kind in CACHES} <= purge.REMOVED.keys()
+
+
+def test_new_folders_are_private(tmp_path):
+    made = make_folder(tmp_path / "parent" / "cache")
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    made.chmod(0o750)
+    assert stat.S_IMODE(make_folder(made).stat().st_mode) == 0o750  # as its owner wants it
