@@ -202,6 +202,13 @@ def remove_unfinished(folder: Path, *, seconds: float = 0, former: str = "") -> 
                     _remove(path)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder, of which nobody finds a part under its name, even if this process is killed."""
+    unfinished = _beside(path)
+    path.rename(unfinished)
+    _remove(unfinished)
+
+
 def _beside(path: Path) -> Path:
     return path.with_name(f"{UNFINISHED}{_here()}-{os.getpid()}-{secrets.token_hex(4)}")
 

@@ -77,15 +77,25 @@ def test_trains_logs_and_calls_back(original, dataset, tmp_path):
     assert differing(trainer.model, original)
 
 
-def test_a_resume_on_other_rows_is_refused(original, dataset, tmp_path):
-    recipe = Recipe.load("npo", ["optimizer.lr=1e-3"])
+@pytest.mark.parametrize("name", ["npo", "graddiff"])
+def test_a_resume_on_other_rows_is_refused(original, dataset, tmp_path, name):
+    """Also where no cache holds them, and they were trained on without a word."""
+    recipe = Recipe.load(name, ["optimizer.lr=1e-3"])
     UnlearnTrainer(copy.deepcopy(original), arguments(tmp_path, max_steps=2), recipe, dataset).train()
     rows = dataset.forget[:5] + [replace(e, input_ids=e.input_ids[::-1]) for e in dataset.forget[5:]]
-    other = ForgetRetainDataset(rows, dataset.retain, seed=0)
-    again = UnlearnTrainer(copy.deepcopy(original), arguments(tmp_path), recipe, other)
-    with pytest.raises(ValueError, match="reference log-probs: row 1 of this batch has the index 5, under which"):
-        again.train(resume_from_checkpoint=True)
-    assert not differing(again.model, original)
+    told = {
+        "npo": [
+            "row 1 of this batch has the index 5, under which",
+            r"rows \[2\] of this batch were not seen by prepare",
+        ],
+        "graddiff": [r"row 5 of the forget rows is none of the 10 that prepare\(\) saw"],
+    }
+    for forget, words in zip((rows, [*dataset.forget, rows[-1]]), told[name], strict=False):
+        other = ForgetRetainDataset(forget, dataset.retain, seed=0)
+        again = UnlearnTrainer(copy.deepcopy(original), arguments(tmp_path), recipe, other)
+        with pytest.raises(ValueError, match=words):
+            again.train(resume_from_checkpoint=True)
+        assert not differing(again.model, original)
 
 
 def test_gradient_checkpointing_changes_nothing(original, dataset, tmp_path):
@@ -300,6 +310,6 @@ def test_mixed_precision_reaches_the_step(original, dataset, tmp_path):
 
 @pytest.mark.quick
 def test_ranks_that_the_arguments_do_not_see_are_no_lone_processes(original, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("moe_unlearn.trainer.everyone", object)
+    monkeypatch.setattr("moe_unlearn.trainer.trainer.everyone", object)
     with pytest.raises(ValueError, match="found one process, though torch.distributed has more: .* use_cpu=True"):
         UnlearnTrainer(original, arguments(tmp_path), combined(), dataset)

@@ -8,7 +8,7 @@ Both write a manifest of sizes and SHA-256 digests beside their files, and one w
 pickled: tensors are stored as safetensors, everything else as JSON.
 """
 
-from moe_unlearn.checkpoint.manifest import FORMAT, CheckpointError, latest, verify
+from moe_unlearn.checkpoint.manifest import FORMAT, CheckpointError, latest, remove_old, verify
 from moe_unlearn.checkpoint.states import commit, load, load_state, random_state, save_state, set_random_state
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "load",
     "load_state",
     "random_state",
+    "remove_old",
     "save_state",
     "set_random_state",
     "verify",

@@ -1,21 +1,22 @@
 """Writes and checks the manifest of a checkpoint, and finds the newest checkpoint that is complete.
 
-The manifest names the files beside it with their sizes and SHA-256 digests. It is sealed with its own digest, so that a
-flipped bit in the manifest is noticed too.
+The manifest names the files beside it and below with their sizes and SHA-256 digests. It is sealed with its own digest,
+so that a flipped bit in the manifest is noticed too.
 """
 
 import hashlib
 import json
-import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_unlearn.files import read_sealed, write_sealed
+from moe_unlearn.files import read_sealed, remove_folder, write_sealed
 
 FORMAT = "moe-unlearn checkpoint 1"
 SHARDED = "moe-unlearn sharded checkpoint 1"
+FOLDER = "moe-unlearn folder 1"  # files of any kind, such as a Trainer's checkpoint
+STEPS = "step-"  # how the names of checkpoints begin that `commit` makes
 _MANIFEST = "manifest"
 
 
@@ -28,13 +29,33 @@ def write_manifest(folder: Path, about: Mapping[str, Any], files: Mapping[str, d
     write_sealed(folder / _MANIFEST, json.dumps({**about, "files": files}, indent=1).encode())
 
 
+def seal(folder: str | Path, about: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
+    """Write the manifest of `names`, by default of all files in and below a folder, whose content is not looked at.
+
+    What a folder below has in a manifest of its own is taken from there, without reading the files again.
+    """
+    folder = Path(folder)
+    if names is None:
+        names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    wanted = sorted({*names} - {_MANIFEST})
+    known: dict[str, dict] = {}
+    for name in wanted:
+        if Path(name).name == _MANIFEST:
+            inner = read_manifest((folder / name).parent)["files"]
+            known |= {str(Path(name).parent / inside): described for inside, described in inner.items()}
+    files = {name: known.get(name) or describe(folder / name) for name in wanted}
+    write_manifest(folder, {"format": FOLDER, **about}, files)
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint of either format; raise CheckpointError if there is none that can be read."""
+    """Return the manifest of a checkpoint of any format; raise CheckpointError if there is none that can be read."""
     folder = Path(folder)
     try:
         manifest: dict[str, Any] = json.loads(read_sealed(folder / _MANIFEST))
-        if manifest["format"] not in (FORMAT, SHARDED):
-            raise CheckpointError(f"{folder}: expected format {FORMAT!r} or {SHARDED!r}; got {manifest['format']!r}")
+        if manifest["format"] not in (FORMAT, SHARDED, FOLDER):
+            raise CheckpointError(
+                f"{folder}: expected format {FORMAT!r}, {SHARDED!r} or {FOLDER!r}; got {manifest['format']!r}"
+            )
         for described in manifest["files"].values():
             if not (isinstance(described["size"], int) and isinstance(described["sha256"], str)):
                 raise TypeError(f"a file is described by {described!r}")
@@ -58,9 +79,12 @@ def verify(folder: str | Path) -> dict[str, Any]:
 def verify_files(folder: str | Path, files: Mapping[str, dict], digests_of: Iterable[str] | None = None) -> None:
     """Check the sizes of `files`, and the digests of those in `digests_of` (None: of all); errors as `verify`."""
     folder = Path(folder)
+    real = folder.resolve()
     for name, described in files.items():
         path, size = folder / name, described["size"]
-        if Path(name).name != name or path.is_symlink() or not path.is_file():
+        # not through a link, nor out of the folder
+        inside = path.resolve() == real / name and path.resolve().is_relative_to(real)
+        if not inside or not path.is_file():
             raise CheckpointError(f"{folder}: file {name!r} is missing or not a plain file")
         if path.stat().st_size != size:
             raise CheckpointError(f"{path}: expected {size} bytes; got {path.stat().st_size}")
@@ -78,25 +102,47 @@ def describe(path: Path) -> dict[str, Any]:
 
 def latest(root: str | Path) -> Path | None:
     """Return the newest complete checkpoint under `root`; skip broken ones with a warning, without removing them."""
-    for folder in _checkpoints(Path(root)):
+    for folder in checkpoints(Path(root)):
         try:
             verify(folder)
             return folder
         except CheckpointError as error:
-            warnings.warn(f"skipping a broken checkpoint: {error}", stacklevel=2)
+            skip(error)
     return None
+
+
+def skip(error: CheckpointError) -> None:
+    """Warn of a checkpoint that is not used because of `error`."""
+    warnings.warn(f"skipping a broken checkpoint: {error}", stacklevel=3)
 
 
 def folder_of(root: Path, step: int) -> Path:
     """Return the folder of the checkpoint of a step."""
-    return root / f"step-{step:08d}"
+    return root / f"{STEPS}{step:08d}"
 
 
-def remove_old(root: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints under `root`."""
-    for old in _checkpoints(root)[keep:]:
-        shutil.rmtree(old)
+def remove_old(root: Path, *, keep: int, prefix: str = STEPS, spare: Collection[Path] = ()) -> None:
+    """Remove all but `keep` checkpoints under `root`: the newest, those to `spare`, and of the others the newest.
+
+    Those that lack a file, or have one of another size than the manifest says, count for none and stay.
+    """
+    whole = [folder for folder in checkpoints(root, prefix) if _has_all(folder)]
+    others = [folder for folder in whole[1:] if folder not in spare]
+    staying = max(keep - len(whole) + len(others), 0)
+    for old in others[staying:]:
+        remove_folder(old)
 
 
-def _checkpoints(root: Path) -> list[Path]:
-    return sorted((p for p in root.glob("step-*") if p.is_dir()), reverse=True)
+def checkpoints(root: Path, prefix: str = STEPS) -> list[Path]:
+    """Return the folders of checkpoints under `root`, the newest first: their names are `prefix` and a number."""
+    numbers = {path: path.name.removeprefix(prefix) for path in root.glob(f"{prefix}*") if path.is_dir()}
+    return sorted((p for p, n in numbers.items() if n.isdecimal()), key=lambda p: int(numbers[p]), reverse=True)
+
+
+def _has_all(folder: Path) -> bool:
+    """Return whether the files of a checkpoint are there, in their sizes."""
+    try:
+        verify_files(folder, read_manifest(folder)["files"], ())
+    except CheckpointError:
+        return False
+    return True

@@ -21,7 +21,7 @@ cut or changed is refused by its name, on all ranks. Each rank computes the dige
 
 import contextlib
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moe_unlearn.checkpoint import manifest, tree
-from moe_unlearn.checkpoint.index import Index, read_state
+from moe_unlearn.checkpoint.index import read_state
 from moe_unlearn.checkpoint.manifest import CheckpointError, folder_of, remove_old
 from moe_unlearn.checkpoint.slices import Slices
 from moe_unlearn.checkpoint.storage import LoadSlices, Reader, SaveSlices, Writer
@@ -41,7 +41,18 @@ from moe_unlearn.files import remove_unfinished, whole_folder
 from moe_unlearn.ranks import gathered, together
 from moe_unlearn.sharding import initialised
 
-__all__ = ["CheckpointError", "Part", "Slices", "commit", "entries", "latest", "load", "save"]
+__all__ = [
+    "CheckpointError",
+    "Part",
+    "Slices",
+    "commit",
+    "entries",
+    "latest",
+    "load",
+    "save",
+    "sealed_folder",
+    "verify",
+]
 
 Group = distributed.ProcessGroup | None
 
@@ -96,14 +107,9 @@ def load(folder: str | Path, into: Any = None, *, states: Collection[str] | None
     folder = Path(folder)
     wanted: dict[str, Any] = {}
 
-    def opened() -> tuple[Any, Index]:
-        known = manifest.read_manifest(folder)
-        count = distributed.get_world_size(group) if initialised() else 1
-        manifest.verify_files(folder, known["files"], sorted(known["files"])[_rank(group) :: count])
-        return read_state(folder, known)
-
-    # in two steps: the index is in a file that another rank may find damaged
-    parts, index = together(opened, group, error=CheckpointError)
+    known = verify(folder, group=group)
+    # in a step of its own: the index is in a file that another rank may find damaged
+    parts, index = together(lambda: read_state(folder, known), group, error=CheckpointError)
 
     def targets() -> Any:
         def take(name: str, target: Any) -> Any:
@@ -120,6 +126,30 @@ def load(folder: str | Path, into: Any = None, *, states: Collection[str] | None
     with _torch_errors(folder):
         state_dict_loader.load(wanted, storage_reader=Reader(folder, index), planner=LoadSlices(), process_group=group)
     return result
+
+
+@contextlib.contextmanager
+def sealed_folder(folder: str | Path, about: Mapping[str, Any], *, group: Group = None) -> Iterator[Path]:
+    """Yield a folder that takes the place of `folder` when the block ends, with a manifest of all that is in it.
+
+    `about` goes into the manifest. Every rank calls this, and gets one path; the first rank makes the folder, and
+    commits it when all have ended the block. If anything fails, `folder` stays as it was.
+    """
+    with contextlib.ExitStack() as opened:
+
+        def begin() -> str:
+            return str(opened.enter_context(whole_folder(folder))) if _rank(group) == 0 else ""
+
+        unfinished = Path(gathered(begin, lambda path: path, group, error=CheckpointError)[1][0])
+        yield unfinished
+
+        def commit() -> None:
+            if _rank(group) == 0:
+                manifest.seal(unfinished, about)
+                opened.close()
+
+        together(lambda: None, group, error=CheckpointError)
+        together(commit, group, error=CheckpointError)
 
 
 def entries(folder: str | Path, *, group: Group = None) -> list[str]:
@@ -153,15 +183,37 @@ def commit(root: str | Path, step: int, state: Any, *, keep: int = 2, group: Gro
     return folder_of(root, step)
 
 
-def latest(root: str | Path, *, group: Group = None) -> Path | None:
-    """Return the newest complete checkpoint under `root`, of either format, as the first rank finds it."""
-    _, (name, *_) = gathered(
-        lambda: manifest.latest(root) if _rank(group) == 0 else None,
-        lambda found: None if found is None else found.name,
-        group,
-        error=CheckpointError,
-    )
-    return None if name is None else Path(root) / name
+def latest(root: str | Path, *, prefix: str = manifest.STEPS, group: Group = None) -> Path | None:
+    """Return the newest complete checkpoint under `root`, of any format, of those that the first rank finds.
+
+    Broken ones are skipped with a warning, without removing them. Every rank calls this.
+    """
+
+    def names() -> list[str]:
+        return [folder.name for folder in manifest.checkpoints(Path(root), prefix)] if _rank(group) == 0 else []
+
+    for name in gathered(names, lambda found: found, group, error=CheckpointError)[1][0]:
+        try:
+            verify(Path(root) / name, group=group)
+            return Path(root) / name
+        except CheckpointError as error:
+            manifest.skip(error)
+    return None
+
+
+def verify(folder: str | Path, *, group: Group = None) -> dict[str, Any]:
+    """Check the files of a checkpoint, of any format, and return its manifest; every rank calls this.
+
+    Each rank computes the digests of its share. Raises CheckpointError on all ranks.
+    """
+
+    def shared() -> dict[str, Any]:
+        known = manifest.read_manifest(folder)
+        count = distributed.get_world_size(group) if initialised() else 1
+        manifest.verify_files(folder, known["files"], sorted(known["files"])[_rank(group) :: count])
+        return known
+
+    return together(shared, group, error=CheckpointError)
 
 
 def _rank(group: Group) -> int:

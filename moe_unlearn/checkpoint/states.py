@@ -6,8 +6,10 @@ after that. Reading verifies sizes, then digests; the newest complete checkpoint
 
 import hashlib
 import json
+import random
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from moe_unlearn.checkpoint import tree
@@ -91,13 +93,24 @@ def load(folder: str | Path) -> tuple[int, dict[str, object]]:
 
 
 def random_state() -> dict:
-    """Return the state of torch's default CPU and CUDA generators, for a bitwise resume."""
-    cuda = [t for t in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    """Return the states of the default generators of Python, NumPy and torch as JSON values, for a bitwise resume."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        "cpu": torch.get_rng_state().tolist(),
+        "cuda": [state.tolist() for state in cuda],
+    }
 
 
 def set_random_state(state: dict) -> None:
-    """Restore a state that `random_state` returned."""
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    """Restore a state that `random_state` returned; of another number of GPUs, that of those that are here."""
+    version, inside, gauss = state["python"]
+    random.setstate((version, tuple(inside), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(state["cpu"], dtype=torch.uint8))
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device, values in enumerate(state["cuda"][:devices]):
+        torch.cuda.set_rng_state(torch.tensor(values, dtype=torch.uint8), device)

@@ -1,6 +1,7 @@
 """Saves a model as transformers does, from one process or from ranks that share its weights out, in little memory.
 
     save_pretrained(model, folder, tokenizer)        # every rank; the first one writes, and its error ends all
+    save_model(model, folder, tokenizer)             # also models that the former refuses, by transformers
 
 The folder has what `model.save_pretrained` writes: weights under the names of the hub, expert by expert where the
 model's family has them so, in files of at most `max_shard_size` and their index. The weights are gathered, converted
@@ -15,12 +16,12 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, distributed, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -28,16 +29,35 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from moe_unlearn.checkpoint.tensor_file import MODEL_FILES, Kind, kind_of, tensor_file
 from moe_unlearn.files import whole_files, write_text
-from moe_unlearn.ranks import gathered, together
+from moe_unlearn.ranks import gathered, on_first, sharded, together
 from moe_unlearn.sharding import initialised
 
 Write = Callable[[str, Tensor], None]
 
 
+class Processor(Protocol):
+    """What is saved beside a model and writes itself, such as a tokenizer."""
+
+    def save_pretrained(self, save_directory: Any) -> object:
+        """Write to a folder."""
+
+
+def save_model(model: nn.Module, folder: str | Path, processor: Processor | None = None) -> None:
+    """Write a model and its tokenizer as `save_pretrained` does, or as the model does itself; every rank calls this.
+
+    The model does where `check_savable` refuses it and this process has its weights whole. Errors as there.
+    """
+    if is_savable(model) or sharded(model):
+        save_pretrained(model, folder, processor)
+    else:
+        last = ADAPTER_CONFIG_NAME if has_adapters(model) else CONFIG_NAME
+        on_first(partial(_write_itself, model, Path(folder), processor, last))
+
+
 def save_pretrained(
     model: nn.Module,
     folder: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     *,
     max_shard_size: int | str = "50GB",
     group: "distributed.ProcessGroup | None" = None,
@@ -65,7 +85,8 @@ def save_pretrained(
         names = gathered(lambda: _adapters(model) if first else None, lambda found: found, group)[1][0]
         state = model.state_dict(keep_vars=True)
         whole = {name: _whole(state[name], keep=first) for name in names}
-        attempt(_write_adapters, model, whole, Path(folder), tokenizer)
+        itself = partial(_write_itself, state_dict=whole)
+        attempt(itself, model, Path(folder), tokenizer, ADAPTER_CONFIG_NAME)
         together(partial(_raise_first, errors), group)
         return
     assert isinstance(model, PreTrainedModel)
@@ -132,11 +153,10 @@ def _adapters(model: Any) -> list[str]:
         ) from None
 
 
-def _write_adapters(
-    model: Any, whole: dict[str, Tensor], folder: Path, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
-    with whole_files(folder, last=(ADAPTER_CONFIG_NAME,), stale=MODEL_FILES.fullmatch) as unfinished:
-        model.save_pretrained(unfinished, state_dict=whole)
+def _write_itself(model: Any, folder: Path, tokenizer: Processor | None, last: str, **options: Any) -> None:
+    """Write a model by its own method, so that the file `last` takes its place last."""
+    with whole_files(folder, last=(last,), stale=MODEL_FILES.fullmatch) as unfinished:
+        model.save_pretrained(unfinished, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
 
@@ -191,7 +211,7 @@ def _begin(
     model: PreTrainedModel,
     opened: ExitStack,
     folder: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Processor | None,
     max_shard_size: int | str,
 ) -> Write:
     """Write all but the weights, which take their places when `opened` closes; return what writes the weights."""

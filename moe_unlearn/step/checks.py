@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from moe_unlearn.config import Recipe
@@ -13,6 +14,7 @@ from moe_unlearn.experts import experts_modules, is_parallel
 from moe_unlearn.model.scope import wrapped_name
 from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.prepare.stages import needed
+from moe_unlearn.sharding import part
 
 if TYPE_CHECKING:
     from moe_unlearn.step.unlearn import UnlearnStep
@@ -91,6 +93,41 @@ def check_finite(metrics: dict[str, float], steps: int) -> None:
     bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteError(f"{', '.join(bad)}: stopped before the update; {steps} steps done")
+
+
+def check_dtypes(model: nn.Module) -> None:
+    """Raise ValueError, which says what to do, if weights that train are float16.
+
+    Their gradients and updates underflow without loss scaling, which the step does not do, and overflow at 65,504.
+    """
+    narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if narrow:
+        raise ValueError(
+            f"{narrow[0]} is float16, in which updates are lost or overflow: expected weights in bfloat16 or float32, "
+            "such as by dtype=torch.bfloat16 in from_pretrained, or --dtype bfloat16"
+        )
+
+
+@torch.no_grad()
+def check_weights(step: "UnlearnStep") -> None:
+    """Raise NonFiniteError, on all ranks, which names some, if weights that may train are NaN or infinite.
+
+    Losses and gradients tell of those only in the step that follows. The weights are read once, and nothing is copied.
+    """
+    spans = {}
+    for name, p in step.model.named_parameters():
+        if p.requires_grad and (own := part(p)).numel():
+            least, largest = own.aminmax()  # both NaN where one weight is
+            spans[name] = ((largest - largest) + (least - least)).float()  # 0, or NaN
+    finite = torch.stack(list(spans.values())).isfinite().tolist() if spans else []
+    bad = [name for name, holds in zip(spans, finite, strict=True) if not holds]
+    count = round(step.ranks.sums([len(bad)])[0])
+    if count:
+        named = f": {', '.join(bad[:3])}" if bad else ""
+        raise NonFiniteError(
+            f"{count} of the trained parameters hold NaN or infinite weights after {step.steps} steps{named}; expected "
+            "finite ones: a smaller optimizer.lr, optimizer.max_grad_norm or, of a narrow dtype, bfloat16 may help"
+        )
 
 
 def check_budget(recipe: Recipe, metrics: dict[str, float], steps: int) -> None:

@@ -44,6 +44,7 @@ def state_of(step: "UnlearnStep", *, shared: bool) -> dict[str, Any]:
     return {
         "recipe": step.recipe.to_dict(),
         "steps": step.steps,
+        "done": step.done,
         "dual": step.objectives.dual.value,
         "prepared": step.prepared.state_dict(),
         "optimizer": _optimizer(step) if shared else step.optimizer.state_dict(),
@@ -57,6 +58,7 @@ def load_state(step: "UnlearnStep", state: Mapping[str, Any]) -> None:
     step.prepared.load_state_dict(state["prepared"])
     step.apply_preparation()
     step.rewind(state["steps"], state.get("dual", step.recipe.retain.alpha), None)
+    step.done = state.get("done", False)
     if (optimizer := state.get("optimizer")) is not None:
         take_optimizer(step, optimizer)
 

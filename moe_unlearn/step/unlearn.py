@@ -81,8 +81,8 @@ class UnlearnStep:
         process_group: the ranks that train this model; all take the first rank's weights. See `ranks`.
 
     Raises TypeError for a model, recipe or optimizer of another kind. Raises ValueError for a model without MoE layers,
-    with nothing to train in the scope, with weights cut along another dimension than 0, with adapters on experts that
-    are shared out, and for `retain.router_aux` without a load-balancing loss.
+    with nothing to train in the scope or float16 there, with weights cut along another dimension than 0, with adapters
+    on experts that are shared out, and for `retain.router_aux` without a load-balancing loss.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.model import scope
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.prepare.preparation import Preparation
+from moe_unlearn.step.checks import check_dtypes
 from moe_unlearn.step.sharded import Shards
 
 
@@ -28,8 +29,9 @@ class TrainedWeights:
         return [name for name, trains in self._flags.items() if trains]
 
     def restrict(self, prepared: Preparation) -> None:
-        """Freeze the parameters outside the scope; ValueError if none is left to train."""
+        """Freeze the parameters outside the scope; ValueError if none is left to train, and for `check_dtypes`."""
         scope.restrict(self.model, self.scope, self._flags, prepared.selected)
+        check_dtypes(self.model)
 
     def mask(self, prepared: Preparation, optimizer: MaskedSGD | MaskedAdamW) -> None:
         """Give the masks of the preparation to the optimizer, and freeze the parameters without a set bit."""

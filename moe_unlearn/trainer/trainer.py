@@ -4,50 +4,42 @@ The recipe decides what is optimised and how (objectives, levers, scope, optimiz
 `TrainingArguments` decide the loop (steps, batch size, accumulation, schedule, clipping, logging, saving).
 The Trainer provides everything else: callbacks, `report_to`, evaluation, checkpoints.
 
-transformers saves a Mixture-of-Experts checkpoint with one key per expert and, on resume, loads it without
-converting back, so that the fused expert weights keep their initial values (transformers issue 48805). This class
-resumes through `from_pretrained` instead, and saves the step's own state (selection, weights, masks, caches) beside
-the model.
+Its checkpoints are whole (`checkpoints`), and a resume goes on from the newest one that is, with the same bits. A
+resume of a run that is at its end trains no more. All trained weights are finite at every checkpoint, and every
+`CHECKED` steps, or the run ends and the newest checkpoint is restored.
 
 Of a model whose weights ranks share out (`sharding`) every rank trains its part. Weights may be shared out before the
 Trainer gets the model, by torch's `fully_shard` or transformers' `DistributedConfig`, or by accelerate's FSDP2 when
-training begins; then the step takes up the parts and prepares with them. A checkpoint of such a model has what each
-rank holds in its folder `unlearn_step`; any number of ranks, with any engine or none, resumes from it, and they resume
-from a checkpoint of one process. With `save_only_model` a checkpoint has the weights and the state of the step without
-the optimizer, however it is saved: who resumes from it begins anew with optimizer and schedule.
+training begins; then the step takes up the parts and prepares with them.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
-from moe_unlearn.checkpoint import CheckpointError, load_state, save_state, sharded
-from moe_unlearn.checkpoint.tensor_file import MODEL_FILES
 from moe_unlearn.config import Recipe
 from moe_unlearn.data.of_recipe import pair_collator, paired
 from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.lazy import each
-from moe_unlearn.model.resuming import load_pretrained
-from moe_unlearn.model.saving import check_savable, has_adapters, is_savable, save_pretrained
+from moe_unlearn.model.saving import check_savable
 from moe_unlearn.ranks import everyone
 from moe_unlearn.sharding.launched import asked_of_accelerate, check_accelerate, check_deepspeed, each_batch_synced
-from moe_unlearn.step import UnlearnStep, saved
+from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.evaluated import evaluated
+from moe_unlearn.trainer.checkpoints import CheckpointedTrainer
 
-_STATE = "unlearn_step"
+#: steps after which all trained weights are looked at; that reads them once
+CHECKED = 100
 
 
-class UnlearnTrainer(Trainer):
+class UnlearnTrainer(CheckpointedTrainer):
     """A `transformers.Trainer` whose step unlearns.
 
     Args:
@@ -107,7 +99,6 @@ class UnlearnTrainer(Trainer):
         self._cache_dir = cache_dir
         if data_collator is None:
             data_collator = pair_collator(self.unlearn_step.recipe, keywords.get("processing_class"), sides["forget"])
-        self._saved: dict[str, Any] = {}  # what a checkpoint of ranks has of the step, while it is loaded
         self._logged: dict[str, list[float]] = {}
         self._sizes: dict[str, int] | None = None  # the sizes of the global batch in progress
         # of a model that transformers has shared out the Trainer saves weights only, and refuses anything else
@@ -145,19 +136,21 @@ class UnlearnTrainer(Trainer):
     ) -> TrainOutput:
         """Prepare on the unchanged model, or restore the checkpoint's preparation, then train.
 
-        Raises ValueError if a checkpoint was prepared on other rows than those of the dataset.
+        `resume_from_checkpoint` is a checkpoint's folder, or True for the newest whole one in `output_dir`: others are
+        skipped with a warning, and stay. If no step is left, the model gets the checkpoint's weights, and that is said.
+        Raises ValueError if a checkpoint was prepared on other rows than those of the dataset, and CheckpointError
+        for one that differs from what was written.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"no checkpoint to resume in {self.args.output_dir!r}")
-        if resume_from_checkpoint:
-            self._load_step(str(resume_from_checkpoint))
+        checkpoint = self._checkpoint_of(resume_from_checkpoint)
+        if checkpoint is not None:
+            self._load_step(checkpoint)
+            if (ended := self._ended(checkpoint)) is not None:
+                return ended
         if not self.is_fsdp_enabled:
             self.prepare()
         with each_batch_synced(self.accelerator, wanted=everyone() is not None):
             return super().train(
-                resume_from_checkpoint=resume_from_checkpoint or None,
+                resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
                 trial=trial,
                 ignore_keys_for_eval=ignore_keys_for_eval,
             )
@@ -229,6 +222,8 @@ class UnlearnTrainer(Trainer):
     def _finish_step(self) -> None:
         """Finish the step whose update the optimizer has made."""
         self._log_metrics(self.unlearn_step.finish())
+        if self.unlearn_step.steps % CHECKED == 0:
+            self.check_weights()
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -256,121 +251,6 @@ class UnlearnTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         return torch.tensor(self.unlearn_step.clip(self.args.max_grad_norm))
-
-    @property
-    def _sharded(self) -> bool:
-        """Return whether this rank holds parts of the weights."""
-        return self.unlearn_step.ranks.sharded
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model so that `from_pretrained` loads it, one weight at a time; every rank calls this.
-
-        Models that `model.saving` does not save are saved as `Trainer` does.
-        """
-        tokenizer = self.processing_class if isinstance(self.processing_class, Tokenizer) else None
-        if not (self._sharded or (tokenizer is self.processing_class and is_savable(self.unlearn_step.model))):
-            super().save_model(output_dir, _internal_call)
-            return
-        save_pretrained(self.unlearn_step.model, output_dir or str(self.args.output_dir), tokenizer)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self._sharded and self.args.save_only_model:
-            sharded.save(folder / _STATE, {"step": self._state()})
-        elif self.args.should_save and not self._sharded:
-            folder.mkdir(parents=True, exist_ok=True)
-            # what an earlier run has left, of ranks, an adapter or a model in other files, would be resumed
-            shutil.rmtree(folder / _STATE, ignore_errors=True)
-            for path in folder.iterdir():
-                if MODEL_FILES.fullmatch(path.name):
-                    path.unlink()
-            save_state(folder, _STATE, self._state())
-        super()._save_checkpoint(model, trial)
-
-    def _state(self) -> dict[str, Any]:
-        """Return the state of the step without the optimizer, which the Trainer saves if it is to be saved."""
-        state = self.unlearn_step.state_dict()
-        del state["optimizer"]
-        return state
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        assert self.lr_scheduler is not None  # training has begun
-        tree = saved.tree_of(self.unlearn_step) | {"schedule": self.lr_scheduler.state_dict()}
-        sharded.save(Path(output_dir) / _STATE, tree)
-
-    def _load_step(self, checkpoint: str) -> None:
-        """Restore the state of the step that a checkpoint holds."""
-        found, step = _of_ranks(checkpoint), self.unlearn_step
-        if found:
-            self._saved = sharded.load(Path(checkpoint) / _STATE, states=found & {"step", "schedule"})
-        else:
-            self._saved, _ = step.ranks.together(lambda: ({"step": load_state(Path(checkpoint), _STATE)}, True))
-        step.load_state_dict(self._saved["step"])
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        own, folder, step = self.model if model is None else model, Path(resume_from_checkpoint), self.unlearn_step
-        if self.is_fsdp_enabled and not self._sharded:
-            step.rebind()  # accelerate has just shared the weights out
-        if "model" in _of_ranks(folder):
-            saved.load_weights(step, folder / _STATE)
-        elif self._sharded and has_adapters(step.model):
-            raise CheckpointError(
-                f"{folder} has adapters of whole weights, which do not resume where weights are shared out: load them "
-                "with `peft.PeftModel.from_pretrained` as the model to train, and begin anew"
-            )
-        elif hasattr(own, "peft_config") or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, own)
-        else:
-            load_pretrained(step.model, folder, step.ranks)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        found = _of_ranks(checkpoint) if checkpoint is not None else set()
-        if checkpoint is None or not (found or self._sharded):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        elif "optimizer" in found:
-            saved.load_optimizer(self.unlearn_step, Path(checkpoint) / _STATE, self._saved["step"])
-            assert self.lr_scheduler is not None  # training begins
-            self.lr_scheduler.load_state_dict(self._saved["schedule"])
-        elif not found:
-            # transformers reads the files of a checkpoint of whole weights; of those this rank takes its rows
-            optimizer, fsdp = self.optimizer, self.is_fsdp_enabled
-            reader: Any = SimpleNamespace(load_state_dict=partial(saved.take_optimizer, self.unlearn_step))
-            self.optimizer, self.is_fsdp_enabled = reader, False
-            try:
-                super()._load_optimizer_and_scheduler(checkpoint)
-            finally:
-                self.optimizer, self.is_fsdp_enabled = optimizer, fsdp
-        self._saved = {}
-
-    def _restore(self) -> str:
-        """Restore the newest checkpoint after a step that stopped with some weights updated; return what was done."""
-        folder = Path(str(self.args.output_dir))
-        checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-        if checkpoint is None:
-            return "there is no checkpoint to restore"
-        self._load_from_checkpoint(checkpoint)
-        self._load_step(checkpoint)
-        self._load_optimizer_and_scheduler(checkpoint)
-        return f"{Path(checkpoint).name} was restored"
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is not None and _of_ranks(best):
-            self._load_from_checkpoint(best)
-        elif hasattr(self.model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-        elif best is not None:
-            self._load_from_checkpoint(best)
-
-
-def _of_ranks(checkpoint: str | Path) -> set[str]:
-    """Return what ranks that shared weights out have saved in a checkpoint; empty if one process has saved it."""
-    return set(sharded.entries(Path(checkpoint) / _STATE))
 
 
 class _Bookkeeping(TrainerCallback):
