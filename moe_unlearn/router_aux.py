@@ -33,6 +33,7 @@ from moe_unlearn import seuf
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.model.head import decoder_of, unwrapped
+from moe_unlearn.model.packing import Call
 from moe_unlearn.model.scope import router_parameters, wrapped_name
 
 _FUNCTION = "load_balancing_loss_func"  # transformers' name of the loss, in the file of every model that has it
@@ -45,9 +46,9 @@ class Layer(NamedTuple):
     logits: Tensor
     top_k_index: Tensor
 
-    def rows(self, shape: torch.Size, rows: slice, length: int) -> "Layer":
-        """Return the routing of the first `length` positions of some rows of a batch of `shape` [B, S]."""
-        return Layer(*(part.reshape(*shape, -1)[rows, :length].flatten(0, 1) for part in self))
+    def rows(self, call: Call, rows: slice, length: int) -> "Layer":
+        """Return the routing of the first `length` positions of some rows of the batch of a call."""
+        return Layer(*(call.rows(part)[rows, :length].flatten(0, 1) for part in self))
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.experts import experts_modules, total_experts
-from moe_unlearn.model.batches import attended_mask
 from moe_unlearn.model.head import final_hidden_states
+from moe_unlearn.model.packing import call_of
 from moe_unlearn.ranks import Ranks, shared_work
 
 
@@ -86,10 +86,11 @@ def affinity(model: nn.Module, batches: Sequence[dict[str, Tensor]], ranks: Rank
     """
 
     def summed(i: int) -> Tensor:
+        call = call_of(batches[i])
         with gates(model) as collected:
-            final_hidden_states(model, batches[i])
-        mask = attended_mask(batches[i]).to(torch.float64)
-        per_layer = [g.dense().double().view(*mask.shape, -1) for g in collected.values()]
+            final_hidden_states(model, batches[i], call)
+        mask = call.attended.to(torch.float64)
+        per_layer = [call.rows(g.dense().double()) for g in collected.values()]
         length = mask.sum(1).clamp_min(1)
         return torch.stack([((g * mask[..., None]).sum(1) / length[:, None]).sum(0) for g in per_layer])
 

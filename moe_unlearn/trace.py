@@ -30,6 +30,7 @@ from moe_unlearn.model.batches import Batch, padded, target_mask
 from moe_unlearn.model.capture import routing_capture
 from moe_unlearn.model.head import final_hidden_states
 from moe_unlearn.model.modes import evaluation_mode
+from moe_unlearn.model.packing import call_of
 from moe_unlearn.ranks import Ranks, by_itself, turns
 
 _log = logging.getLogger(__name__)
@@ -87,8 +88,9 @@ def routing_frequencies(model: nn.Module, batches: Iterable[Batch], ranks: Ranks
         for batch, counts in turns(map(padded, batches), ranks):
             mask = target_mask(batch) & counts
             tokens += int(mask.sum())
-            capture.group = torch.where(mask.flatten(), 0, -1).int()
-            final_hidden_states(model, batch)
+            call = call_of(batch)
+            capture.group = call.tokens(torch.where(mask, 0, -1).int(), -1)
+            final_hidden_states(model, batch, call)
         return tokens
 
     with torch.no_grad(), evaluation_mode(model), routing_capture(model) as capture:

@@ -17,6 +17,7 @@ from moe_unlearn.cli import main
 from moe_unlearn.cli.arguments import writable
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.model import loading
+from moe_unlearn.model.packing import share_rows
 from moe_unlearn.prepare.rows import RowStore
 from moe_unlearn.step.sinks import CompactSink
 from tests.support.command_line import FORGET, RETAIN, arguments, saved
@@ -334,6 +335,12 @@ def test_stats_and_mask(folder, tmp_path, capsys):
     assert "experts selected in 2 layers" in capsys.readouterr().out
     saved = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
     assert saved["selected"] and len(saved["forget"]["counts"]) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe_unlearn.model.packing.share_rows", shared := Mock(wraps=share_rows))
+        assert main(["stats", *arguments(folder, "--packing", "--out", str(tmp_path / "packed.json"))]) == 0
+    assert {call.args[1] for call in shared.mock_calls} == {512}
+    packed = json.loads((tmp_path / "packed.json").read_text(encoding="utf-8"))
+    assert all(packed[side]["tokens"] == saved[side]["tokens"] for side in ("forget", "retain"))
     path = tmp_path / "mask.safetensors"
     assert main(["mask", *arguments(folder, "--keep", "0.5", "--out", str(path))]) == 0
     mask = WeightMask.load(path)

@@ -44,6 +44,13 @@ def add_data(sub: argparse.ArgumentParser, *, required: Sequence[str] = ("forget
     sub.add_argument("--cache", help=CACHE)
 
 
+def add_packing(sub: argparse.ArgumentParser) -> None:
+    """Add the option that lets the rows of a batch share rows of the model's calls."""
+    sub.add_argument(
+        "--packing", action="store_true", help="call the model with several examples in a row, --max-length at most"
+    )
+
+
 def add_model(sub: argparse.ArgumentParser) -> None:
     """Add the options for the model and how it is loaded."""
     sub.add_argument(

@@ -12,7 +12,7 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from moe_unlearn.cli.arguments import (
     add_data,
     add_loading,
     add_mesh,
+    add_packing,
     examples_of,
     loading_of,
     positive,
@@ -35,7 +36,7 @@ from moe_unlearn.cli.arguments import (
 )
 from moe_unlearn.cli.launch import REFUSED, Command, Outcome, launched
 from moe_unlearn.cli.mask import write_mask
-from moe_unlearn.config import Recipe, models, shipped
+from moe_unlearn.config import Data, Recipe, models, shipped
 from moe_unlearn.data.pairs import carry_loss
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError, UnavailableError
 from moe_unlearn.experts import enable
@@ -114,10 +115,8 @@ def stats(options: argparse.Namespace) -> None:
     _require_moe(model)
     sides = sets_of(options, tokenizer)
     ranks = Ranks(model, everyone())
-    forget, retain = (
-        trace.routing_frequencies(model, _batches(model, sides[side], tokenizer, options.batch_size, side), ranks)
-        for side in ("forget", "retain")
-    )
+    batches = _batches(options, model, tokenizer, sides)
+    forget, retain = (trace.routing_frequencies(model, batches[side], ranks) for side in ("forget", "retain"))
     selected = trace.select_experts(
         forget, retain, per_layer=options.per_layer, min_ratio=options.min_ratio, allow_empty=True
     )
@@ -146,11 +145,8 @@ def mask(options: argparse.Namespace) -> None:
     model, tokenizer = loading.load_model(options.model, how)
     _require_moe(model)
     with enable(model):
-        forget, retain = (
-            _batches(model, examples, tokenizer, options.batch_size, side)
-            for side, examples in sets_of(options, tokenizer).items()
-        )
-        made = write_mask(options, model, forget, retain)
+        batches = _batches(options, model, tokenizer, sets_of(options, tokenizer))
+        made = write_mask(options, model, **batches)
     print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
 
 
@@ -262,12 +258,14 @@ def _parser() -> argparse.ArgumentParser:
     command("env", env.run)
     sub = command("stats", stats)
     add_data(sub)
+    add_packing(sub)
     sub.add_argument("--per-layer", type=int, default=2)
     sub.add_argument("--min-ratio", type=float, default=1.5)
     add_mesh(sub)
     sub.add_argument("--out", help="write the frequencies as JSON")
     sub = command("mask", mask)
     add_data(sub)
+    add_packing(sub)
     sub.add_argument("--keep", type=float, default=0.8, help="fraction of the weights that may move")
     sub.add_argument("--gamma", type=float, default=1.0)
     sub.add_argument("--official", action="store_true", help="reproduce the official code's masks")
@@ -354,19 +352,25 @@ def _data_overrides(options: argparse.Namespace) -> list[str]:
 
 
 def _batches(
-    model: nn.Module, examples: Sequence[data.Example], tokenizer: Tokenizer, batch_size: int, side: str
-) -> Sequence[Batch]:
-    """Return a side in batches on the model's device, whose tokens are checked when they are asked for."""
-    if not carry_loss(examples):
-        raise ValueError(f"the {side} set carries no loss: all its labels are -100")
-    made = data.batches(examples, batch_size, pad_id=data.pad_token_id(tokenizer))
+    options: argparse.Namespace, model: nn.Module, tokenizer: Tokenizer, sets: Mapping[str, Sequence[data.Example]]
+) -> dict[str, Sequence[Batch]]:
+    """Return the sides in batches on the model's device, whose tokens are checked when they are asked for."""
+    if options.packing:
+        data.check_packing(model, rows=2)
+    packing = (options.max_length or Data.max_length) if options.packing else None
 
-    def admitted(batch: Batch) -> Batch:
+    def admitted(side: str, batch: Batch) -> Batch:
         here = beside(batch, model)
         check_values(here, side, model, alone=False)
         return here
 
-    return each(made, admitted)
+    made = {}
+    for side, examples in sets.items():
+        if not carry_loss(examples):
+            raise ValueError(f"the {side} set carries no loss: all its labels are -100")
+        own = data.batches(examples, options.batch_size, pad_id=data.pad_token_id(tokenizer), packing=packing)
+        made[side] = each(own, partial(admitted, side))
+    return made
 
 
 def _require_moe(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ def of_mesh(
     assert recipe.data.model is not None
     forget, retain = (sets[side] for side in SIDES)
     pairs = data.ForgetRetainDataset(forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget)
-    collator = pair_collator(recipe, tokenizer, forget)
+    collator = pair_collator(recipe, tokenizer, forget, None)
     batches = [list(side_batches(pairs, side, recipe.batch_size, collator)) for side in SIDES]
     fits = options.fits or SIZES
     made = plan_of_config(recipe.data.model, recipe, *batches, mesh=mesh, fits=fits, dtype=options.dtype)

@@ -226,7 +226,8 @@ class Data:
     (2026-11-29) as `data.Chat` says. `prompt_tokens`, if not 0, is the number of tokens at the head of each row of a
     forget or holdout text that are its prompt. `seam` says how a prompt and its answer are told apart: "joint", or
     "separate" as in open-unlearning (`data.seams`). If there are more examples than `forget_rows` or `retain_rows`,
-    that many are drawn; a plan without documents assumes these numbers.
+    that many are drawn; a plan without documents assumes these numbers. `packing` lets the rows of a micro-batch share
+    rows of up to `max_length` tokens in the model's calls, whose padding it saves; no number changes but by rounding.
     """
 
     model: str | None = None  # folder of the model
@@ -235,6 +236,7 @@ class Data:
     holdout: str | None = None  # source of documents that the model never saw, for PrivLeak
     reference: str | None = None  # folder of a retrained model, for PrivLeak
     max_length: int = 512  # tokens of a row, at most
+    packing: bool = False  # whether the model is called with several rows in one, of `max_length` tokens at most
     chat_template: bool = False  # whether questions go through the tokenizer's chat template
     enable_thinking: bool | None = None  # what the chat template is told
     system: str = ""  # the chat template's system message

@@ -2,30 +2,37 @@
 
 from collections.abc import Mapping, Sequence
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn.config import NEED_REFUSALS, Recipe
+from moe_unlearn.data.packing import check_packing
 from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, alternates, check_apart, draw, refusals
 from moe_unlearn.data.rows import check_rows, encode_side
 from moe_unlearn.data.tokenize import Example, pad_token_id
 
 
-def pair_collator(recipe: Recipe, tokenizer: Tokenizer | None, forget: Sequence[Example]) -> PairCollator:
+def pair_collator(
+    recipe: Recipe, tokenizer: Tokenizer | None, forget: Sequence[Example], model: nn.Module | None
+) -> PairCollator:
     """Make the collator for pairs of `forget` examples, with refusals or alternates where the objective needs them.
 
-    Raises ValueError if refusals need a `tokenizer` and there is none, or if an example has no prompt to refuse or no
-    alternate.
+    Raises ValueError if refusals need a `tokenizer` and there is none, if an example has no prompt to refuse or no
+    alternate, and for `data.packing` with a `model` that mixes packed examples; a plan that has no model gives None.
     """
     pad_id = 0 if tokenizer is None else pad_token_id(tokenizer)
+    packing = recipe.data.max_length if recipe.data.packing else None
+    if packing is not None and model is not None:
+        check_packing(model, rows=2)
     if recipe.forget.objective not in NEED_REFUSALS:
-        return PairCollator(pad_id)
+        return PairCollator(pad_id, packing=packing)
     if recipe.forget.replacement == "alternate":
-        return PairCollator(pad_id, alternates(forget))
+        return PairCollator(pad_id, alternates(forget), packing=packing)
     if tokenizer is None:
         raise ValueError(
             f"forget.objective {recipe.forget.objective!r} needs processing_class, a tokenizer, for its refusals"
         )
-    return PairCollator(pad_id, refusals(forget, tokenizer, seed=recipe.seed))
+    return PairCollator(pad_id, refusals(forget, tokenizer, seed=recipe.seed), packing=packing)
 
 
 def paired(rows: Mapping, recipe: Recipe, tokenizer: Tokenizer | None) -> ForgetRetainDataset:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.data.tokenize import Example
+from moe_unlearn.model.head import decoder_of, unwrapped
 from moe_unlearn.ops.token_loss import IGNORED
+from moe_unlearn.sharding import as_forward
 
 PROBE = (5, 4, 3)  # lengths of the examples in the row that `check_packing` runs
 
@@ -72,23 +74,27 @@ def packed_batches(
     return [_collate(examples, rows[i : i + batch_size], pad_id) for i in range(0, len(rows), batch_size)]
 
 
-def check_packing(model: nn.Module) -> None:
-    """Raise ValueError unless `model` keeps packed examples apart.
+def check_packing(model: nn.Module, *, rows: int = 1) -> None:
+    """Raise ValueError unless `model` keeps packed examples apart, in a batch of that many rows.
 
     The last example of a packed row must not depend on the others: where attention is masked, the gradient of its
-    final hidden states with respect to the others' embeddings is exactly 0. The check runs 12 tokens forward and
-    backward; weights, gradients and mode stay as they are.
+    final hidden states with respect to the others' embeddings is exactly 0. The check runs 12 tokens of each row
+    forward and backward; weights, gradients and mode stay as they are. All ranks of a sharded model make it together.
     """
-    causal: Any = model
+    causal: Any = unwrapped(model)
     embedding = causal.get_input_embeddings()
     device = embedding.weight.device
-    positions = torch.cat([torch.arange(n, device=device) for n in PROBE])[None]
-    ids = torch.arange(positions.numel(), device=device)[None] % embedding.num_embeddings
-    with torch.enable_grad():
+    positions = torch.cat([torch.arange(n, device=device) for n in PROBE]).expand(rows, -1)
+    ids = torch.arange(positions.shape[1], device=device).expand(rows, -1) % embedding.num_embeddings
+
+    def run() -> tuple[Tensor, Tensor]:
         embedded = embedding(ids).detach().requires_grad_()
-        states = causal.get_decoder()(
+        return embedded, decoder_of(model)(
             inputs_embeds=embedded, position_ids=positions, attention_mask=None, use_cache=False
         ).last_hidden_state
+
+    with torch.enable_grad():
+        embedded, states = as_forward(model, run)()
         last = states[:, -PROBE[-1] :]
         # one fixed direction, because a sum of normalised states may have no gradient at all
         direction = torch.linspace(-1, 1, last.numel(), device=device, dtype=last.dtype).view_as(last)
@@ -99,7 +105,8 @@ def check_packing(model: nn.Module) -> None:
     if foreign.any():
         raise ValueError(
             f"{type(model).__name__} with {_attention(model) or 'its'} attention mixes packed examples: the last of a "
-            f"row depends on those before it (gradient {foreign.abs().max():.1e} instead of 0); use padding (`batches`)"
+            f"row depends on those before it (gradient {foreign.abs().max():.1e} instead of 0); use padding "
+            "(`batches`; data.packing=false in a recipe)"
         )
 
 

@@ -71,17 +71,18 @@ class PairCollator:
     """Collator of `ForgetRetainDataset` items into {"forget": batch, "retain": batch}, each with `index`.
 
     With `refusals` (or `alternates`), one example for each forget example, the forget batch also holds them as
-    `idk_input_ids`, `idk_attention_mask` and `idk_labels`, which preference objectives need.
+    `idk_input_ids`, `idk_attention_mask` and `idk_labels`, which preference objectives need. `packing` is as in
+    `batches`.
     """
 
-    def __init__(self, pad_id: int = 0, refusals: Sequence[Example] | None = None):
-        self.pad_id, self.refusals = pad_id, refusals
+    def __init__(self, pad_id: int = 0, refusals: Sequence[Example] | None = None, *, packing: int | None = None):
+        self.pad_id, self.refusals, self.packing = pad_id, refusals, packing
 
     def __call__(self, items: Sequence[dict[str, list[tuple[Example, int]]]]) -> dict[str, dict[str, Tensor]]:
         sides = {}
         for side in ("forget", "retain"):
             examples, index = zip(*(pair for item in items for pair in item[side]), strict=True)
-            sides[side] = collate(examples, index, pad_id=self.pad_id)
+            sides[side] = collate(examples, index, pad_id=self.pad_id, packing=self.packing)
         if self.refusals is not None:
             rows = [self.refusals[i] for item in items for _, i in item["forget"]]
             refused = collate(rows, range(len(rows)), pad_id=self.pad_id)

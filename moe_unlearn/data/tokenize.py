@@ -268,12 +268,14 @@ def batches(
     pad_id: int = 0,
     seed: int | None = None,
     epoch: int = 0,
+    packing: int | None = None,
 ) -> Sequence[dict[str, Tensor]]:
     """Return right-padded batches `input_ids`, `attention_mask`, `labels` [B, S] and `index` [B], all int64.
 
     `index` is the position in `examples`. With a `seed` the order is shuffled, differently in each `epoch`;
-    without one it is kept. They are in a list, or made when they are asked for if `examples` are `Lazy`. Raises
-    ValueError if there are no examples or `batch_size` is below 1.
+    without one it is kept. With `packing`, for a model that `check_packing` accepts, the rows of a batch may share rows
+    of that many tokens in the model's calls (`model.packing`). Batches are in a list, or made when they are asked for
+    if `examples` are `Lazy`. Raises ValueError if there are no examples or `batch_size` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"expected a batch_size of at least 1; got {batch_size}")
@@ -285,25 +287,28 @@ def batches(
 
     def batch(i: int) -> dict[str, Tensor]:
         rows = order[i * batch_size : (i + 1) * batch_size]
-        return collate([examples[row] for row in rows], rows, pad_id=pad_id)
+        return collate([examples[row] for row in rows], rows, pad_id=pad_id, packing=packing)
 
     made = Lazy(-(-len(order) // batch_size), batch)
     return made if isinstance(examples, Lazy) else [*made]
 
 
-def collate(examples: Sequence[Example], index: Sequence[int], *, pad_id: int = 0) -> dict[str, Tensor]:
-    """Return one batch of these examples; see `batches`."""
+def collate(
+    examples: Sequence[Example], index: Sequence[int], *, pad_id: int = 0, packing: int | None = None
+) -> dict[str, Tensor]:
+    """Return one batch of these examples, with `packing` [B] if it is given; see `batches`."""
     longest = max(map(len, examples))
 
     def padded(rows: Iterable[list[int]], value: int) -> Tensor:
         return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.int64)
 
-    return {
+    batch = {
         "input_ids": padded((e.input_ids for e in examples), pad_id),
         "attention_mask": padded(([1] * len(e) for e in examples), 0),
         "labels": padded((e.labels for e in examples), IGNORED),
         "index": torch.tensor(index, dtype=torch.int64),
     }
+    return batch if packing is None else batch | {"packing": torch.full((len(examples),), packing)}
 
 
 def generator(seed: int, epoch: int) -> torch.Generator:

@@ -4,6 +4,8 @@
                                             a label of -100 carries no loss
     position_ids                            [B, S], or [1, S] for all rows; they are passed to the model
     index                                   [B], the number that identifies each row in the caches of `prepare`
+    packing                                 [B], the tokens of a row that this row may share with others in the model's
+                                            calls; without it each row is one of the call (`model.packing`)
     state_mask                              bool [B, S], the hidden states that RMU steers and keeps; padding has none
     token_weights, ref_logprobs [B, S], ref_hidden_states [B, S, H]      replace prepared ones
 
@@ -43,13 +45,14 @@ Sizes = Mapping[str, float]
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # the arguments of a model
 ROW = (*INPUTS, "labels")
+_OF_ROWS = ("index", "packing")
 _GIVEN = ("state_mask", "token_weights", "ref_logprobs", "ref_hidden_states")
 _OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k")
 _LONGEST = ("max_length_q", "max_length_k")  # plain numbers
 _PACKED = (*_OFFSETS, *_LONGEST, "seq_idx")
 _REFUSAL = "idk_"
 _NUMBERS = (*_LONGEST, *(f"{_REFUSAL}{key}" for key in _LONGEST))
-KNOWN = (*ROW, "index", *_GIVEN, *_PACKED, *(f"{_REFUSAL}{key}" for key in (*ROW, "index", *_PACKED)))
+KNOWN = (*ROW, *_OF_ROWS, *_GIVEN, *_PACKED, *(f"{_REFUSAL}{key}" for key in (*ROW, "index", *_PACKED)))
 
 
 def beside(batch: Mapping[str, Tensor], model: nn.Module) -> Batch:
@@ -118,14 +121,14 @@ def attended_mask(batch: Batch) -> Tensor:
 
 
 def take(batch: Batch, rows: list[int] | Tensor) -> Batch:
-    """Return some rows of a padded batch: model inputs and labels only."""
-    return {key: batch[key][rows] for key in ROW if key in batch}
+    """Return some rows of a padded batch: model inputs, labels and `packing` only."""
+    return {key: batch[key][rows] for key in (*ROW, "packing") if key in batch}
 
 
 def stack(parts: list[Batch]) -> tuple[Batch, list[slice]]:
     """Join the rows of all parts into one call of a model, padded on the right to the longest.
 
-    Returns the arguments of the call and the slice of rows of each part.
+    Returns the arguments of the call, with the `packing` that all parts allow, and the slice of rows of each part.
     """
     length = max(part["input_ids"].shape[1] for part in parts)
     calls = [inputs(part) for part in parts]
@@ -136,6 +139,8 @@ def stack(parts: list[Batch]) -> tuple[Batch, list[slice]]:
         key: torch.cat([torch.nn.functional.pad(call[key], (0, length - call[key].shape[1])) for call in calls])
         for key in calls[0]
     }
+    if all("packing" in part for part in parts):
+        stacked["packing"] = torch.cat([part["packing"] for part in parts])
     ends = torch.tensor([len(part["input_ids"]) for part in parts]).cumsum(0).tolist()
     return stacked, [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -220,8 +225,9 @@ def _checked(batch: Batch, what: str, prefix: str = "") -> Batch:
     if len(rows["input_ids"]) == 0:
         raise ValueError(f"{what} has no rows")
     count = rows["input_ids"].shape[:1]
-    if "index" in rows and rows["index"].shape != count:
-        raise ValueError(f"{what}: {prefix}index must be [B] = {list(count)}; got {list(rows['index'].shape)}")
+    for key in _OF_ROWS:
+        if key in rows and rows[key].shape != count:
+            raise ValueError(f"{what}: {prefix}{key} must be [B] = {list(count)}; got {list(rows[key].shape)}")
     rows = {key: value for key, value in rows.items() if key not in _PACKED}
     if "position_ids" in rows:
         rows["position_ids"] = rows["position_ids"].expand(shape)
@@ -334,7 +340,7 @@ def refusal(batch: Batch) -> Batch:
             f"a forget.objective with refusals (idk_dpo, idk_nll) needs the batch keys {', '.join(missing)}"
         )
     rows = {k: batch[f"idk_{k}"] for k in ROW if f"idk_{k}" in batch}
-    return rows | ({"index": batch["index"]} if "index" in batch else {})
+    return rows | {key: batch[key] for key in _OF_ROWS if key in batch}
 
 
 def forgotten(recipe: Recipe, batch: Batch) -> Batch:

@@ -18,6 +18,7 @@ from moe_unlearn.experts import experts_modules, total_experts
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.model.head import final_hidden_states
 from moe_unlearn.model.modes import evaluation_mode
+from moe_unlearn.model.packing import call_of
 from moe_unlearn.ops.route import route
 
 
@@ -122,7 +123,8 @@ def routing_capture(
 
 
 def collect_routing(model: nn.Module, batch: Batch) -> Tensor:
-    """Return top_k_index [L, B * S, K] int64 of one forward pass in evaluation mode, padding included."""
+    """Return top_k_index [L, B * S, K] int64 of one forward pass in evaluation mode; that of padding means nothing."""
+    call = call_of(batch)
     with torch.no_grad(), evaluation_mode(model), routing_capture(model, keep_index=True) as capture:
-        final_hidden_states(model, batch)
-    return capture.top_k_index
+        final_hidden_states(model, batch, call)
+    return call.rows(capture.top_k_index.transpose(0, 1)).flatten(0, 1).transpose(0, 1)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from moe_unlearn.model.batches import Batch, inputs, target_mask
 from moe_unlearn.model.modes import checkpoints_with_graph, evaluation_mode
+from moe_unlearn.model.packing import Call, call_of
 from moe_unlearn.ops.token_loss import IGNORED, Head, Reference, token_loss
 from moe_unlearn.ranks import local
 from moe_unlearn.sharding import as_forward, is_sharded, reshard
@@ -74,12 +75,15 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return whole
 
 
-def final_hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """Compute the output [B, S, H] of the decoder's last norm, the input of the head; the head does not run."""
-    with checkpoints_with_graph(model) if torch.is_grad_enabled() else contextlib.nullcontext():
-        out = as_forward(model, decoder_of(model))(**inputs(batch), use_cache=False)
-    states: Tensor = out.last_hidden_state
-    return states
+def final_hidden_states(model: nn.Module, batch: Batch, call: Call | None = None) -> Tensor:
+    """Compute the output [B, S, H] of the decoder's last norm, the input of the head; the head does not run.
+
+    `call` is the batch's (`call_of`) where the caller has it already.
+    """
+    call, decoder = call or call_of(batch), decoder_of(model)
+    with call.shown(decoder), checkpoints_with_graph(model) if torch.is_grad_enabled() else contextlib.nullcontext():
+        out = as_forward(model, decoder)(**call.arguments(batch), use_cache=False)
+    return call.rows(out.last_hidden_state.flatten(0, 1))
 
 
 def token_losses(

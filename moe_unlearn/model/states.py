@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.model.head import final_hidden_states, token_losses
+from moe_unlearn.model.packing import Call, call_of
 
 
 def sequence_logprobs(model: nn.Module, batch: Batch, hidden_states: Tensor | None = None) -> Tensor:
@@ -19,12 +20,16 @@ class _Reached(Exception):  # noqa: N818 -- not an error: it ends a forward pass
     """Ends a forward pass once the layer whose output is wanted has run."""
 
 
-def layer_states(model: nn.Module, batch: Batch, layer: int) -> Tensor:
-    """Compute the output [B, S, H] of decoder layer `layer`; the layers behind it do not run."""
+def layer_states(model: nn.Module, batch: Batch, layer: int, call: Call | None = None) -> Tensor:
+    """Compute the output [B, S, H] of decoder layer `layer`; the layers behind it do not run.
+
+    `call` is as of `final_hidden_states`.
+    """
     layers = decoder_layers(model)
     if not 0 <= layer < len(layers):
         raise ValueError(f"forget.layer must be in [0, {len(layers)}) for this model; got {layer}")
     captured: list[Tensor] = []
+    call = call or call_of(batch)
 
     def stop(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         captured.append(output[0] if isinstance(output, tuple) else output)
@@ -33,10 +38,10 @@ def layer_states(model: nn.Module, batch: Batch, layer: int) -> Tensor:
     handle = layers[layer].register_forward_hook(stop)
     try:
         with contextlib.suppress(_Reached):
-            final_hidden_states(model, batch)
+            final_hidden_states(model, batch, call)
     finally:
         handle.remove()
-    return captured[0]
+    return call.rows(captured[0].flatten(0, 1))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -65,7 +65,7 @@ class Run:
         self.pairs = data.ForgetRetainDataset(
             forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
         )
-        self.collator = pair_collator(recipe, tokenizer, forget)
+        self.collator = pair_collator(recipe, tokenizer, forget, model)
         for side, examples in zip(SIDES, (forget, retain), strict=True):
             if not carry_loss(examples):
                 raise ValueError(f"the {side} set carries no loss: all its labels are -100")

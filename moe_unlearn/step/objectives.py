@@ -27,6 +27,7 @@ from moe_unlearn.experts import experts_modules, step_inputs, total_experts
 from moe_unlearn.model.admissible import check_values
 from moe_unlearn.model.batches import Batch, attended_mask, forgotten, refusal, stack, state_mask, target_mask
 from moe_unlearn.model.head import final_hidden_states, token_losses
+from moe_unlearn.model.packing import Call, call_of
 from moe_unlearn.model.states import control_vector, layer_states, sequence_logprobs
 from moe_unlearn.prepare.float8 import unpacked
 from moe_unlearn.prepare.preparation import CACHED_SIDES, Preparation
@@ -128,10 +129,10 @@ class Objectives:
             mask = target_mask(batch)
             group[part, : mask.shape[1]].masked_fill_(mask, side)
         layer = self._layer("rmu", self.recipe.forget.objective)
+        call, length = call_of(stacked), retain["input_ids"].shape[1]
         with self._routing() as routing:
-            states, log_weight = self._states(stacked, self._tilt(retain), group, layer)
-        shape, length = stacked["input_ids"].shape, retain["input_ids"].shape[1]
-        routing = [of_layer.rows(shape, rows[-1], length) for of_layer in routing]
+            states, log_weight = self._states(stacked, call, self._tilt(retain), group, layer)
+        routing = [of_layer.rows(call, rows[-1], length) for of_layer in routing]
         *others, kept = [states[r, : b["input_ids"].shape[1]] for r, b in zip(rows, parts, strict=True)]
         if log_weight is not None:
             log_weight = log_weight[rows[-1], :length]
@@ -206,8 +207,8 @@ class Objectives:
         with seuf.gates(self.model, [name]) as collected:
             loss = self._forget(batch)
         # where there are several forward passes (DPO), the first gate is kept, which is that of the batch itself
-        attended = attended_mask(batch).flatten()
-        return {"forget": loss, "anchor": seuf.anchor_loss(collected[name].dense(), expert, attended)}
+        gate = call_of(batch).rows(collected[name].dense()).flatten(0, 1)
+        return {"forget": loss, "anchor": seuf.anchor_loss(gate, expert, attended_mask(batch).flatten())}
 
     def retain(
         self,
@@ -225,8 +226,10 @@ class Objectives:
         if objective == "none" and not with_kl:
             return {}
         if states is None:
+            call, layer = call_of(batch), self._layer("embed_diff", objective)
             with self._routing() as routing:
-                states, log_weight = self._states(batch, self._tilt(batch), layer=self._layer("embed_diff", objective))
+                states, log_weight = self._states(batch, call, self._tilt(batch), layer=layer)
+            routing = [of_layer.rows(call, slice(None), states.shape[1]) for of_layer in routing]
         if objective == "embed_diff":
             reference = self._need("reference", self.prepared.ref_layer_states).get(batch)
             return {"retain": losses.embed_diff(states, reference.to(states.dtype), state_mask(batch))}
@@ -246,17 +249,22 @@ class Objectives:
         return router_aux.routing(self.model) if self.router_aux else contextlib.nullcontext([])
 
     def _states(
-        self, batch: Batch, tilt: Tensor | None = None, group: Tensor | None = None, layer: int | None = None
+        self,
+        batch: Batch,
+        call: Call,
+        tilt: Tensor | None = None,
+        group: Tensor | None = None,
+        layer: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run one forward pass; return hidden states [B, S, H], final or after RMU's layer, and log_weight [B, S]."""
-        ids = batch["input_ids"]
-        log_weight = None if tilt is None else torch.zeros(ids.numel(), device=ids.device)
+        device = call.attended.device
+        log_weight = None if tilt is None else torch.zeros(call.shape.numel(), device=device)
         counts = None
         if group is not None:
-            group = group.flatten()
+            group = call.tokens(group, -1)
             modules: Iterable[Any] = experts_modules(self.model).values()
             counts = self.tokens_per_expert = [
-                torch.zeros(2, total_experts(module), dtype=torch.int64, device=ids.device) for module in modules
+                torch.zeros(2, total_experts(module), dtype=torch.int64, device=device) for module in modules
             ]
         with step_inputs(
             self.model,
@@ -267,10 +275,10 @@ class Objectives:
             log_weight=log_weight,
         ):
             if layer is None:
-                states = final_hidden_states(self.model, batch)
+                states = final_hidden_states(self.model, batch, call)
             else:
-                states = layer_states(self.model, batch, layer)
-        return states, None if log_weight is None else log_weight.view(ids.shape)
+                states = layer_states(self.model, batch, layer, call)
+        return states, None if log_weight is None else call.rows(log_weight)
 
     def _layer(self, kind: str, objective: str) -> int | None:
         return self.recipe.forget.layer if objective == kind else None
@@ -302,7 +310,7 @@ class Objectives:
     def _forget(self, batch: Batch, states: Tensor | None = None, states_idk: Tensor | None = None) -> Tensor:
         settings = self.recipe.forget
         if states is None:
-            states = self._states(batch, layer=self._layer("rmu", settings.objective))[0]
+            states = self._states(batch, call_of(batch), layer=self._layer("rmu", settings.objective))[0]
         if settings.objective == "rmu":
             control = control_vector(self.recipe.seed, settings.steering, states.shape[-1]).to(states)
             return losses.rmu(states, control, state_mask(batch))
@@ -366,7 +374,9 @@ class Objectives:
 
 
 def _padded_share(batches: Sequence[Batch]) -> float:
-    """Return the share of positions of the stacked batches that is padding added by stacking."""
+    """Return the share of positions of the stacked batches that is padding added by stacking; 0 if they are packed."""
+    if all("packing" in batch for batch in batches):
+        return 0.0
     shapes = [batch["input_ids"].shape for batch in batches]
     stacked = sum(rows for rows, _ in shapes) * max(length for _, length in shapes)
     return 1 - sum(rows * length for rows, length in shapes) / stacked

@@ -98,7 +98,8 @@ class UnlearnTrainer(CheckpointedTrainer):
             self.unlearn_step.held_back = "TrainingArguments.max_grad_norm clips (0 does not)"
         self._cache_dir = cache_dir
         if data_collator is None:
-            data_collator = pair_collator(self.unlearn_step.recipe, keywords.get("processing_class"), sides["forget"])
+            tokenizer = keywords.get("processing_class")
+            data_collator = pair_collator(self.unlearn_step.recipe, tokenizer, sides["forget"], model)
         self._logged: dict[str, list[float]] = {}
         self._sizes: dict[str, int] | None = None  # the sizes of the global batch in progress
         # of a model that transformers has shared out the Trainer saves weights only, and refuses anything else

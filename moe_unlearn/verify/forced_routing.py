@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.model.head import decoder_of
+from moe_unlearn.model.packing import call_in
 
 
 class Routes:
@@ -56,7 +57,8 @@ class Routes:
 
         def decoder(module: nn.Module, args: tuple, keywords: dict) -> None:
             # a gradient checkpoint's recomputation belongs to a backward pass and does not call the decoder
-            mode.attended, mode.layer = keywords["attention_mask"].bool().flatten(), 0
+            call = call_in(module)
+            mode.attended, mode.tokens, mode.layer = call.order(), call.shape.numel(), 0
 
         def leave(*_: object) -> None:
             mode.attended = None
@@ -89,8 +91,8 @@ class _Mode(TorchFunctionMode):
 
     def __init__(self, routes: Routes, forced: Routes | None, wide: bool):
         self.routes, self.forced, self.wide = routes, forced, wide
-        self.attended: Tensor | None = None
-        self.layer = 0
+        self.attended: Tensor | None = None  # their places in the call, in the order of the batch
+        self.tokens = self.layer = 0
 
     def __torch_function__(
         self, function: Callable, types: tuple[type, ...], args: tuple = (), kwargs: dict | None = None
@@ -116,8 +118,8 @@ class _Mode(TorchFunctionMode):
             return result
         known = self.forced.layers[names[self.layer]]
         start = sum(len(index) for index in self.routes.layers[names[self.layer]])
-        index = torch.cat(known)[start : start + int(self.attended.sum())] if known else None
-        if index is None or result.indices.shape != (len(self.attended), index.shape[1]):
+        index = torch.cat(known)[start : start + len(self.attended)] if known else None
+        if index is None or result.indices.shape != (self.tokens, index.shape[1]):
             return result
         own = result.indices.clone()
         self.routes.rerouted += int((own[self.attended].sort(1).values != index.sort(1).values).any(1).sum())

@@ -141,7 +141,7 @@ def test_the_batches_of_a_recipe_hold_them(objective):
     )
     pairs = ForgetRetainDataset(forget, [Example([1, 2], [1, 2], 0)])
     recipe = Recipe.load("altpo", [f"forget.objective={objective}"])
-    [batch] = side_batches(pairs, "forget", 2, pair_collator(recipe, None, forget))
+    [batch] = side_batches(pairs, "forget", 2, pair_collator(recipe, None, forget, None))
     for i, example in enumerate(forget):
         row = example.alternate
         assert batch["idk_input_ids"][i, : len(row)].tolist() == row.input_ids

@@ -128,9 +128,10 @@ def test_what_is_no_tensor_is_left_alone(model):
 @pytest.mark.parametrize("prefix", ["", "idk_"])
 @pytest.mark.parametrize("form", [torch.Tensor.tolist, torch.Tensor.numpy], ids=["list", "array"])
 def test_a_known_key_that_is_no_tensor_is_refused(form, prefix):
-    row = placed(random_batch(VOCAB)) | {"index": torch.arange(4), "token_weights": torch.rand(4, 12)}
+    row = placed(random_batch(VOCAB)) | {"index": torch.arange(4), "packing": torch.full((4,), 12)}
     row |= {
         "state_mask": row["labels"] != -100,
+        "token_weights": torch.rand(4, 12),
         "ref_logprobs": torch.rand(4, 12),
         "ref_hidden_states": torch.rand(4, 12, 2),
     }
