@@ -71,6 +71,7 @@ def test_the_plan_of_a_run_is_made_from_the_config_alone(work):
         (work.folder / "aside").rename(work.model / "model.safetensors.index.json")
 
 
+@pytest.mark.nightly
 def test_a_verb_that_fails_is_no_measurement(work, monkeypatch):
     failing = Stage("bad", ["stats", "--model", "nowhere"], lambda: 1 << 30, "a plan")
     monkeypatch.setattr(Work, "stages", lambda self: [failing])

@@ -24,6 +24,7 @@ def without_seconds(path):
     return seeds
 
 
+@pytest.mark.nightly
 def test_the_runs_side_by_side_are_those_one_after_the_other(tmp_path):
     folders = [tmp_path / "two", tmp_path / "one"]
     for processes, folder in zip((2, 1), folders, strict=True):

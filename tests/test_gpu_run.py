@@ -44,7 +44,7 @@ def whole(command: int, out: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [1, 2])
+@pytest.mark.parametrize("command", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_killed_at_any_point_a_run_leaves_a_record_that_can_be_merged(command, tmp_path):
     total = len(whole(command, tmp_path / "whole"))
     seen = []

@@ -131,6 +131,7 @@ def test_head_against_base_in_a_scratch_repository(repository, monkeypatch):
     assert _files(repository) == before
 
 
+@pytest.mark.nightly
 def test_a_worker_that_cannot_start_and_a_build_that_fails_leave_nothing(repository):
     (repository / "helper.py").unlink()
     said = []
@@ -145,6 +146,7 @@ def test_a_worker_that_cannot_be_started_is_named(repository, monkeypatch):
         compare("HEAD", modules=[repository / "kernels.py"])
 
 
+@pytest.mark.nightly
 def test_a_worker_that_dies_fails_its_own_case(repository):
     source = (repository / "kernels.py").read_text(encoding="utf-8")
     dies = 'case("a case before the others", lambda x: __import__("os")._exit(3))\n'
@@ -202,6 +204,7 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not (revision.PACKAGE.parent / ".git").exists(), reason="needs a git checkout")
 def test_this_project_against_its_last_commit():
     said = []

@@ -85,7 +85,7 @@ static.register(static.TritonCase("a row", softmax_kernel, pointers, {"BLOCK": 1
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @needs_triton
 def test_a_foreign_kernel_is_recorded_broken_and_caught(tmp_path):
     """Recorded, recognised without compiling; then with 32 times the values in a program: caught."""
