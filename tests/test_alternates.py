@@ -178,7 +178,7 @@ def test_a_model_s_own_alternates_are_unlearned_towards(model, source, tmp_path,
     assert main([*run, str(outs[0]), *quick]) == 0
     losses = [e["forget_loss"] for e in json.loads((tmp_path / "out" / "trajectory.json").read_text("utf-8"))["altpo"]]
     assert losses[0] == pytest.approx(13.863, abs=0.01) and losses[-1] < losses[0]
-    assert main([*run, str(source), *quick]) == 2
+    assert main([*run, str(source), "--overwrite", *quick]) == 2
     assert "example 0 has no alternate answer" in capsys.readouterr().err
     assert main(["alternates", *common, "--out", str(tmp_path / "made.json")]) == 2
     assert "expected --out to be a .jsonl file" in capsys.readouterr().err

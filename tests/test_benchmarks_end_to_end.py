@@ -195,6 +195,8 @@ def walk(folder):
         expected = {
             "batch.json",
             "loaded.json",
+            "run.json",
+            "manifest",
             "cache",
             "checkpoints",
             "data.json",

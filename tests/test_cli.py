@@ -128,46 +128,6 @@ def test_a_stream_may_be_the_output(tmp_path):
         writable("/dev/stdout", folder=True)
 
 
-@pytest.mark.parametrize("recipe", ["npo", "undial"])
-def test_a_resume_with_a_row_more_is_refused(folder, tmp_path, capsys, recipe):
-    more = (folder / "forget.jsonl").read_text(encoding="utf-8") + json.dumps({"text": "one agent more"})
-    (tmp_path / "more.jsonl").write_text(more, encoding="utf-8")
-    assert run(folder, tmp_path / "out", "steps=1", "--no-eval", recipe=recipe) == 0
-    again = ["steps=2", "--no-eval", "--resume", "--forget", str(tmp_path / "more.jsonl")]
-    assert run(folder, tmp_path / "out", *again, recipe=recipe) == 2
-    told = error_of(capsys)
-    assert "rows [0] of this batch were not seen by prepare(), which saw 12 rows" in told
-    assert "resume with the rows that the run began with" in told
-
-
-@pytest.mark.parametrize(
-    ("recipe", "changed", "told"),
-    [
-        ("graddiff", ["--forget", "other.jsonl"], "row 0 of the forget rows is none of the 12 that prepare() saw"),
-        (
-            "mollm",
-            ["--retain", "other.jsonl"],
-            "reference hidden states: row 0 of this batch has the index 0, under which prepare() saw another",
-        ),
-        ("npo", ["--retain", "other.jsonl"], "row 0 of the retain rows is none of the 16 that prepare() saw"),
-        (
-            "graddiff",
-            ["--set", "data.prompt_tokens=3"],
-            "row 0 of the forget rows is none of the 12 that prepare() saw",
-        ),
-    ],
-)
-def test_a_resume_on_other_rows_is_refused_whatever_the_recipe(folder, tmp_path, capsys, recipe, changed, told):
-    """Rows that no cache holds, and rows that other settings encode otherwise, were trained on without a word."""
-    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "other words by another writer"}), encoding="utf-8")
-    changed = [str(tmp_path / word) if word.endswith(".jsonl") else word for word in changed]
-    assert run(folder, tmp_path / "out", "steps=1", "--no-eval", recipe=recipe) == 0
-    capsys.readouterr()
-    assert run(folder, tmp_path / "out", "steps=2", "--no-eval", "--resume", *changed, recipe=recipe) == 2
-    assert told in error_of(capsys)
-    assert run(folder, tmp_path / "out", "steps=2", "--no-eval", "--resume", recipe=recipe) == 0
-
-
 def test_verify_compares_the_first_steps_and_writes_what_it_found(folder, tmp_path, capsys, monkeypatch):
     assert run(folder, tmp_path, "--verify", "2", "--no-eval") == 0
     assert f"verified: {tmp_path / 'verified.txt'}" in capsys.readouterr().out

@@ -205,11 +205,8 @@ def test_a_run_trains_an_adapter_and_saves_it(folder, tmp_path):
     assert main(["eval", *arguments(folder, model=out / "model"), "--max-length", "48"]) == 0
     assert main(["run", "npo", *given, "--out", str(out), *QUICK, "optimizer.lr=1e-2", "steps=3", "--resume"]) == 0
     # a run of a whole model in the same folder leaves nothing of the adapter, neither there nor in its checkpoints
-    former = out / "checkpoints" / "checkpoint-2"
-    shutil.rmtree(out / "checkpoints")
-    shutil.copytree(out / "model", former)
-    assert main(["run", "npo", *arguments(folder), "--out", str(out), "--no-eval", *QUICK]) == 0
-    for path in (out / "model", former):
+    assert main(["run", "npo", *arguments(folder), "--out", str(out), "--no-eval", "--overwrite", *QUICK]) == 0
+    for path in (out / "model", out / "checkpoints" / "checkpoint-2"):
         assert (path / "config.json").is_file() and not list(path.glob("adapter_*"))
 
 

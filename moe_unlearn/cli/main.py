@@ -13,6 +13,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +50,8 @@ from moe_unlearn.plan import Mesh
 from moe_unlearn.ranks import Ranks, everyone, on_first
 from moe_unlearn.regress import command as regression
 from moe_unlearn.runs import report
+from moe_unlearn.runs.folder import check_unused
+from moe_unlearn.runs.lock import locked
 from moe_unlearn.runs.run import Before, Run, retrained, unlearn
 from moe_unlearn.runs.summary import check_name, table
 from moe_unlearn.verify import VerificationError
@@ -168,10 +171,21 @@ def run(options: argparse.Namespace) -> None:
     for key in ("model", "forget", "retain"):
         if getattr(recipe.data, key) is None:
             raise ValueError(f"data.{key} is missing: give --{key} or set it in the recipe")
-    if not options.dry_run:
-        writable(options.out, folder=True)
-        own, mask = recipe.data, None if recipe.wagle is None else recipe.wagle.mask
-        paths.check(options, (own.model, own.forget, own.retain, own.holdout, own.reference, mask))
+    with ExitStack() as held:
+        if not options.dry_run:
+            writable(options.out, folder=True)
+            own, mask = recipe.data, None if recipe.wagle is None else recipe.wagle.mask
+            paths.check(options, (own.model, own.forget, own.retain, own.holdout, own.reference, mask))
+            on_first(lambda: held.enter_context(locked(Path(options.out))))
+            if not (options.resume or options.overwrite):
+                on_first(partial(check_unused, Path(options.out)))
+        _run(options, recipe, how, mesh, base)
+
+
+def _run(
+    options: argparse.Namespace, recipe: Recipe, how: loading.Loading, mesh: Mesh | None, base: Path | None
+) -> None:
+    """Plan or make the run of a recipe with model and data."""
     assert recipe.data.model is not None
     tokenizer = loading.load_tokenizer(recipe.data.model, how)
     reports: dict[str, data.DataReport] = {}
@@ -210,12 +224,14 @@ def run(options: argparse.Namespace) -> None:
         recipe,
         sets,
         out,
-        resume=options.resume,
+        existing="resume" if options.resume else "overwrite" if options.overwrite else "refuse",
         evaluate=not options.no_eval,
         cache_dir=None if options.cache is None else Path(options.cache),
         verify=options.verify,
         known=before,
     )
+    if summary is None and (base is None or (out / delta.FILE).exists()):
+        return
     print(f"model: {out / 'model'}")
     if base is not None:
         on_first(partial(delta.write_of_run, recipe, base, out))
@@ -329,7 +345,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="make the first N steps (without N all) beside the plain path and compare",
     )
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    used = sub.add_mutually_exclusive_group()
+    used.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
+    used.add_argument("--overwrite", action="store_true", help="remove what a run has made in --out, and begin anew")
     sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after")
     sub.add_argument("--delta", action="store_true", help=f"also write what changed since --model, as OUT/{delta.FILE}")
     evaluate.add_arguments(command("eval", evaluate.run))

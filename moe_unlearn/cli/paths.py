@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_unlearn.files import check_output, stream_of
+from moe_unlearn.runs import lock
+from moe_unlearn.runs.folder import MADE, REPORT
 
 
 class Paths(NamedTuple):
@@ -24,21 +26,19 @@ class Paths(NamedTuple):
 
 _FOLDERS = ("cache", "store", "repro")
 _DATA = ("forget", "retain", "holdout")
-_REPORT = ("summary.json", "seeds.json", "trajectory.json", "routing.json", "report.md", "figures")
-_RUN = ("recipe.yaml", "batch.json", "loaded.json", "data.json", "verified.txt", "checkpoints", "model", *_REPORT)
 VERBS = {
     "env": Paths(),
     "stats": Paths(("model", *_DATA), ("out", "cache")),
     "mask": Paths(("model", *_DATA), ("out", "cache")),
     "alternates": Paths(("model", "forget"), ("out",)),
-    "run": Paths(("model", *_DATA, "reference"), ("out", "cache"), (*_RUN, "delta.safetensors")),
+    "run": Paths(("model", *_DATA, "reference"), ("out", "cache"), (*MADE, lock.NAME)),
     "eval": Paths(("model", *_DATA, "reference", "before", "data", "reference_run", "classifier"), ("out", "cache")),
     "delta": Paths(("base", "changed", "recipe"), ("out",)),
     "apply": Paths(("base", "delta"), ("out",)),
     "revert": Paths(("changed", "delta"), ("out",)),
     "report": Paths(),  # it reads and writes one folder, files of other names
     "purge": Paths((), ("cache",)),  # it removes from a folder and from this one
-    "demo": Paths((), ("out",), _REPORT),
+    "demo": Paths((), ("out",), REPORT),
     "kernels": Paths(("module", "sides"), ("json", "junit", "store", "repro")),
 }
 

@@ -5,8 +5,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import distributed, nn
@@ -24,16 +25,18 @@ from moe_unlearn.metrics.privacy import add_privleak
 from moe_unlearn.model import loading
 from moe_unlearn.model.batches import Batch, beside
 from moe_unlearn.model.modes import training_mode
-from moe_unlearn.model.saving import is_savable, save_pretrained
+from moe_unlearn.model.saving import save_model
 from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.prepare.stages import CHOOSING, needed
 from moe_unlearn.ranks import everyone, is_first, on_first, sharded
-from moe_unlearn.runs import report
+from moe_unlearn.runs import folder, report
 from moe_unlearn.runs.summary import Summary, check_name
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
+from moe_unlearn.trainer.checkpoints import PREFIX
 
 SIDES = ("forget", "retain")
+Existing = Literal["refuse", "resume", "overwrite"]
 
 
 def room(device: torch.device) -> float:
@@ -124,14 +127,14 @@ class Run:
             switched.gradient_checkpointing_enable({"use_reentrant": False})
         return on
 
-    def trainer(self, folder: Path, *, cache_dir: Path | None = None, verify: int | bool = 0) -> UnlearnTrainer:
-        """Make the trainer of this run, which keeps its checkpoints in `folder`."""
+    def trainer(self, checkpoints: Path, *, cache_dir: Path | None = None, verify: int | bool = 0) -> UnlearnTrainer:
+        """Make the trainer of this run, which keeps its checkpoints in the folder `checkpoints`."""
         recipe = self.recipe
         gloo = everyone() is not None and distributed.get_backend() == "gloo"
         device = next(self.model.parameters()).device
         arguments = _Arguments(
             model_device="" if everyone() is not None else str(device),
-            output_dir=str(folder),
+            output_dir=str(checkpoints),
             max_steps=recipe.steps,
             per_device_train_batch_size=recipe.batch_size,
             gradient_accumulation_steps=recipe.accumulate,
@@ -218,20 +221,24 @@ def unlearn(
     sets: Mapping[str, Sequence[Example]],
     out: Path,
     *,
-    resume: bool = False,
+    existing: Existing = "refuse",
     evaluate: bool = True,
     cache_dir: Path | None = None,
     verify: int | bool = 0,
     known: Before | None = None,
-) -> dict:
+) -> Summary | None:
     """Run `recipe` on `sets` ("forget", "retain" and perhaps "holdout" examples) and write the folder `out`.
 
     `out`, which its owner alone may enter if it is new, gets `recipe.yaml`, `batch.json` (what one step takes),
     `checkpoints/`, `model/` (which `from_pretrained` loads), `summary.json`, `trajectory.json` and `report.md`; from
     what is `known` also `loaded.json` and `data.json`, with `verify` (as in `UnlearnStep`) `verified.txt`, and with
-    TRACE `routing.json`. Preparation comes first, so that nothing is written if the recipe does not fit model or data.
-    With `resume` the run continues from the newest checkpoint. References are kept in `cache_dir`, by default
-    `out/cache`. Returns the summary: run name -> metrics, empty without `evaluate`.
+    TRACE `routing.json`; and what `runs.folder` keeps. Preparation comes first, so that nothing is written if the
+    recipe does not fit model or data. References are kept in `cache_dir`, by default `out/cache`. Returns the summary:
+    run name -> metrics, empty without `evaluate`.
+
+    `existing` says what becomes of a run that `out` has: "refuse", "overwrite", or "resume", which continues from its
+    newest whole checkpoint, or from the beginning where there is none. Of a run that is finished it returns None, says
+    so and changes nothing. Raises ValueError, which names what differs, for the run of something else.
 
     Ranks of torch.distributed share the rows of every step and every metric: each takes `batch_size` rows at a time, so
     that a step has `batch_size` times `accumulate` times the number of ranks. The first rank writes; all return the
@@ -240,17 +247,32 @@ def unlearn(
     """
     check_name(recipe.name)
     known = Before() if known is None else known
+    if existing == "refuse":
+        on_first(partial(folder.check_unused, out))
     run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"])
     run.checkpoint_activations()
     make_private(out)
-    trainer = run.trainer(out / "checkpoints", cache_dir=cache_dir or out / "cache", verify=verify)
+    trainer = run.trainer(out / folder.CHECKPOINTS, cache_dir=cache_dir or out / "cache", verify=verify)
+    ranks = trainer.args.world_size
+    facts = folder.facts_of(trainer.unlearn_step, run.pairs.forget, run.pairs.retain, ranks)
+    resume = False
+    if existing == "resume":
+        on_first(partial(folder.check_same, out, facts, recipe))
+        wanted = ("trajectory.json", "summary.json") if evaluate else ("trajectory.json",)
+        if trainer.unlearn_step.ranks.said_by_first(partial(folder.finished, out, recipe.steps, wanted)):
+            print(f"{out} has this run, and it is finished: nothing is left to do")
+            return None
+        resume = any((out / folder.CHECKPOINTS).glob(f"{PREFIX}*"))
     start = time.perf_counter()
     if not resume:
         trainer.prepare()
     seconds = time.perf_counter() - start
-    batch = {"ranks": trainer.args.world_size, "batch_size": recipe.batch_size, "accumulate": recipe.accumulate}
+    batch = {"ranks": ranks, "batch_size": recipe.batch_size, "accumulate": recipe.accumulate}
 
     def write_settings() -> None:
+        if existing == "overwrite":
+            folder.clear(out)
+        folder.write_facts(out, facts)
         write_text(out / "recipe.yaml", recipe.to_yaml())
         write_json(out / "batch.json", batch)
         if known.loaded:
@@ -273,18 +295,14 @@ def unlearn(
             write_text(out / "verified.txt", trainer.unlearn_step.verifier.summary() + "\n")
     seconds += time.perf_counter() - start
     unlearned: Any = trainer.model
-    trajectories = {recipe.name: [entry for entry in trainer.state.log_history if "forget_loss" in entry]}
+    steps = [dict(sorted(entry.items())) for entry in trainer.state.log_history if "forget_loss" in entry]
+    trajectories = {recipe.name: steps}
     routing = routing_of(trainer.unlearn_step)
 
-    # save_model of the Trainer would also write a pickle of the training arguments beside the weights
-    streamed = is_savable(unlearned)
-    if streamed:
-        save_pretrained(unlearned, out / "model", tokenizer)
+    trainer.check_weights()
+    save_model(unlearned, out / folder.MODEL, tokenizer)
 
     def write_results() -> None:
-        if not streamed:
-            unlearned.save_pretrained(out / "model")
-            tokenizer.save_pretrained(out / "model")
         write_json(out / "trajectory.json", trajectories)
         if routing:
             write_json(out / "routing.json", routing)
@@ -301,6 +319,7 @@ def unlearn(
             report.write(out, content)
 
         on_first(write_report)
+    on_first(partial(folder.seal, out, recipe.steps))
     return summary
 
 

@@ -1,0 +1,142 @@
+"""The folder of a run: of what it is, whether it is finished, and what of it a run has made.
+
+`run.json` says what the run is of, sealed with its digest (`files.write_sealed`):
+
+    model       `prepare.reference.model_digest`: all that the forward pass of the model as it was given reads
+    forget      the SHA-256 of the forget examples: tokens, labels, alternates; so of documents, tokenizer and settings
+    retain      that of the retain examples
+    recipe      the recipe, of which `step.checks` says what may differ
+    code        the version of this package
+    ranks       how many processes share the rows of a step
+
+A resume must agree in all of it. `manifest` has the digests of the model and of the figures of a finished run.
+"""
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_unlearn import __version__
+from moe_unlearn.checkpoint import CheckpointError, manifest
+from moe_unlearn.config import Recipe
+from moe_unlearn.data import Example
+from moe_unlearn.files import read_sealed, write_sealed
+from moe_unlearn.prepare.reference import model_digest
+from moe_unlearn.step import UnlearnStep
+from moe_unlearn.step.checks import check_recipe
+
+CHECKPOINTS, MODEL = "checkpoints", "model"
+REPORT = ("summary.json", "seeds.json", "trajectory.json", "routing.json", "report.md", "figures")
+_FACTS, _MANIFEST = "run.json", "manifest"
+#: what a run makes in its folder, but for references, which are kept by their content
+MADE = (
+    "recipe.yaml",
+    "batch.json",
+    "loaded.json",
+    "data.json",
+    "verified.txt",
+    CHECKPOINTS,
+    MODEL,
+    "delta.safetensors",
+    _FACTS,
+    _MANIFEST,
+    *REPORT,
+)
+
+
+def check_unused(folder: Path) -> None:
+    """Raise ValueError, which says what to do, if a folder has what a run makes."""
+    if used := [name for name in MADE if _is_used(folder / name)]:
+        raise ValueError(
+            f"expected an --out that no run has used; {folder} has {', '.join(used[:3])}: --resume goes on with that "
+            "run, --overwrite removes what it has made and begins anew"
+        )
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run has made in a folder, and nothing else."""
+    for name in MADE:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def facts_of(step: UnlearnStep, forget: Sequence[Example], retain: Sequence[Example], ranks: int) -> dict[str, Any]:
+    """Return what a run is of, as above, before its first step; every rank calls this."""
+    return {
+        "model": model_digest(step.model, ranks=step.ranks),
+        "forget": _digest(forget),
+        "retain": _digest(retain),
+        "recipe": step.recipe.to_dict(),
+        "code": __version__,
+        "ranks": ranks,
+    }
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Write what a run is of into its folder."""
+    write_sealed(folder / _FACTS, json.dumps(facts, indent=1).encode())
+
+
+def check_same(folder: Path, facts: dict[str, Any], recipe: Recipe) -> None:
+    """Raise ValueError, which names all that differs, unless the run in a folder is of these `facts`.
+
+    A folder without a checkpoint and without facts is of no run yet.
+    """
+    path = folder / _FACTS
+    if not path.exists() and not _is_used(folder / CHECKPOINTS):
+        return
+    remedy = "resume with what the run began with, or begin anew with --overwrite or in another --out"
+    try:
+        former = json.loads(read_sealed(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read of what the run is, {path}: {error}; {remedy}") from error
+    try:
+        check_recipe(recipe, former["recipe"])
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be resumed: {error}; {remedy}") from error
+    different = [name for name, value in facts.items() if name != "recipe" and former.get(name) != value]
+    if different:
+        told = [f"{name} (was {_short(former.get(name))}, is {_short(facts[name])})" for name in different]
+        raise ValueError(f"{folder} has a run of something else: {', '.join(told)}; {remedy}")
+
+
+def seal(folder: Path, steps: int) -> None:
+    """Note that a run is finished, of `steps` steps, with the digests of what it has written."""
+    names = [f"{path.relative_to(folder)}" for path in (folder / MODEL).rglob("*") if path.is_file()]
+    names += [name for name in REPORT if name.endswith(".json") and (folder / name).is_file()]
+    manifest.seal(folder, {"steps": steps}, names)
+
+
+def finished(folder: Path, steps: int, wanted: Iterable[str]) -> bool:
+    """Return whether a folder has a finished run of at least `steps` steps with the `wanted` files, as written."""
+    if not (folder / _MANIFEST).exists():
+        return False
+    try:
+        known = manifest.verify(folder)
+    except CheckpointError as error:
+        warnings.warn(f"what the run has written is damaged, and is written again: {error}", stacklevel=2)
+        return False
+    return bool(known.get("steps", -1) >= steps and known["files"].keys() >= set(wanted))
+
+
+def _is_used(path: Path) -> bool:
+    """Return whether a file is there, or a folder with something in it: the Trainer makes its own when it is made."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(example).encode())
+    return digest.hexdigest()
+
+
+def _short(value: object) -> str:
+    return value[:12] if isinstance(value, str) else str(value)

@@ -1,0 +1,172 @@
+"""A run's folder: a finished run stays, a resume is of the same run, one run writes at a time, nothing is lost."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from moe_unlearn.cli import main
+from moe_unlearn.model.loading import load_model
+from moe_unlearn.runs.lock import locked
+from moe_unlearn.step import UnlearnStep
+from tests.support.command_line import arguments, saved
+
+STEPS = 4  # of three an epoch: the run ends within one
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    saved(root)
+    return root
+
+
+def run(inputs, out, *more, options=(), **paths):
+    quick = [f"steps={STEPS}", "batch_size=4", "optimizer.lr=1e-2", "data.max_length=48"]
+    given = arguments(inputs, **paths)
+    return main(["run", "graddiff", *given, "--out", str(out), "--no-eval", *options, "--set", *quick, *more])
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert run(inputs, out) == 0
+    return out
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of the folder of a finished run."""
+    shutil.copytree(finished, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_finished_run_says_so_and_changes_nothing(inputs, out, capsys):
+    """A loop that tries again trained on: checkpoint-5, and other weights."""
+    before = contents(out)
+    assert run(inputs, out, options=["--resume"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{out} has this run, and it is finished: nothing is left to do"]
+    assert contents(out) == before
+    assert run(inputs, out, f"steps={STEPS - 1}", options=["--resume"]) == 0 and contents(out) == before
+
+
+def test_a_run_that_was_stopped_before_its_last_save_only_saves(inputs, out, capsys):
+    """And one whose model was damaged afterwards writes it again."""
+    before = contents(out)
+    for lost in ("model", "manifest"):
+        shutil.rmtree(out / lost) if lost == "model" else (out / lost).unlink()
+    assert run(inputs, out, options=["--resume"]) == 0 and contents(out) == before
+    (out / "model" / "model.safetensors").write_bytes(b"short")
+    with pytest.warns(UserWarning, match="what the run has written is damaged, and is written again: .*model.saf"):
+        assert run(inputs, out, options=["--resume"]) == 0
+    assert contents(out) == before
+
+
+def another_model(inputs, out, monkeypatch):
+    model, tokenizer = load_model(inputs / "model")
+    model.lm_head.weight.data[0, 0] += 1
+    for part in (model, tokenizer):
+        part.save_pretrained(out / "other")
+    return [], {"model": out / "other"}
+
+
+def another_document(inputs, out, monkeypatch):
+    """As long as the one before."""
+    text = (inputs / "retain.jsonl").read_text(encoding="utf-8")
+    (out / "other.jsonl").write_text(text.replace("square", "number"), encoding="utf-8")
+    return [], {"retain": out / "other.jsonl"}
+
+
+def another_version(inputs, out, monkeypatch):
+    monkeypatch.setattr("moe_unlearn.runs.folder.__version__", "9.9")
+    return [], {}
+
+
+OTHERS = {
+    "model": (another_model, r"has a run of something else: model \(was \w+, is \w+\);"),
+    "retain": (another_document, r"has a run of something else: retain \(was \w+, is \w+\);"),
+    "code": (another_version, r"has a run of something else: code \(was .*, is 9.9\);"),
+    "recipe": (lambda *_: (["optimizer.lr=2e-2"], {}), "another recipe: optimizer was"),
+    "settings": (lambda *_: (["data.max_length=47", "data.prompt_tokens=2"], {}), r"something else: forget \("),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_resume_of_something_else_is_refused_naming_it(name, inputs, out, capsys, monkeypatch):
+    """A model, or documents of equal length, gave the former run's weights."""
+    change, told = OTHERS[name]
+    more, paths = change(inputs, out.parent, monkeypatch)
+    before = contents(out)
+    assert run(inputs, out, *more, options=["--resume"], **paths) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert re.search(told, line) and "--overwrite" in line
+    assert contents(out) == before
+
+
+def test_a_used_folder_is_refused_and_begun_anew_on_request(inputs, out, capsys):
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    before = contents(out)
+    assert run(inputs, out) == 2 and "--resume goes on with that run, --overwrite removes" in capsys.readouterr().err
+    assert contents(out) == before
+    # what the new run lacks is gone, and a refused one removes nothing
+    assert run(inputs, out, forget="none.jsonl", options=["--overwrite"]) == 2 and contents(out) == before
+    assert run(inputs, out, "steps=1", options=["--overwrite"]) == 0
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-1"]
+    assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_is_no_first(inputs, tmp_path, capsys):
+    """Both ended with exit code 0, and one with the other's files."""
+    out = tmp_path / "out"
+    with locked(out):
+        own = json.loads((out / "lock").read_text(encoding="utf-8"))
+        assert own["pid"] == os.getpid() and own["host"] == socket.gethostname()
+        assert run(inputs, out) == 2
+        assert f"process {os.getpid()} on {own['host']}, since" in capsys.readouterr().err
+        assert (out / "lock").is_file()
+    assert not out.exists()
+    held = "import pathlib, sys, time; from moe_unlearn.runs.lock import locked\n"
+    held += "with locked(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", held, str(out)], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(BlockingIOError, match=f"process {other.pid} on .* is writing"), locked(out):
+            pass
+        other.kill()
+    with locked(out):
+        assert f"was left by process {other.pid}, which has ended; it is replaced" in capsys.readouterr().err
+    (out / "lock").write_text(json.dumps(own | {"host": "elsewhere"}), encoding="utf-8")
+    with pytest.raises(BlockingIOError, match="on elsewhere, since .* if it is gone, remove"), locked(out):
+        pass
+    (out / "lock").write_text(json.dumps(own | {"started": "1"}), encoding="utf-8")  # the id of a later process
+    with locked(out):
+        assert "it is replaced" in capsys.readouterr().err
+
+
+def test_a_last_update_that_overflows_is_not_saved(inputs, tmp_path, capsys, monkeypatch):
+    """No step follows it, in which a loss would have told."""
+    finish = UnlearnStep.finish
+
+    def overflowing(step):
+        next(iter(step.view().trained))[1].data.view(-1)[-1] = float("nan")
+        return finish(step)
+
+    monkeypatch.setattr(UnlearnStep, "finish", overflowing)
+    assert run(inputs, tmp_path / "out", "steps=1") == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "trained parameters hold NaN or infinite weights after 1 steps" in told
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.quick
+def test_float16_is_refused_with_what_to_do(inputs, tmp_path, capsys):
+    assert run(inputs, tmp_path / "out", options=["--dtype", "float16"]) == 2
+    assert "is float16" in capsys.readouterr().err and not (tmp_path / "out").exists()
