@@ -240,9 +240,11 @@ def test_a_mask_in_the_official_form_serves_a_run(folder, tmp_path, capsys):
 @pytest.mark.quick
 @pytest.mark.slow
 def test_dry_run_prints_the_plan_and_writes_nothing(folder, tmp_path, capsys):
-    assert run(folder, tmp_path / "out", "--dry-run", recipe="combined") == 0
+    assert run(folder, tmp_path / "out", "--dry-run", "--fits", "1", "0.0001", recipe="combined") == 0
     text = capsys.readouterr().out
     assert "trained weights" in text and "optimizer state" in text and "4 steps" in text
+    assert "fits on 1 x 1 GiB: yes" in text and "fits on 1 x 0.0001 GiB: no" in text
+    assert "no knob of the recipe makes it fit on one device" in text
     assert not (tmp_path / "out").exists()
 
 

@@ -10,6 +10,7 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.plan.memory import measured_peak
 from moe_unlearn.prepare.preparation import Preparation
+from moe_unlearn.prepare.rows import RowCache, values_of
 from moe_unlearn.prepare.stages import CHOOSING, prepare
 from moe_unlearn.step import UnlearnStep
 from tests.support.batches import random_batch, with_refusals
@@ -130,16 +131,22 @@ def held(step):
     ],
 )
 @pytest.mark.slow
-def test_the_caches_are_counted_once_before_and_after_prepare(name, overrides, rehearsed):
+def test_the_caches_are_counted_once_before_and_after_prepare(name, overrides, rehearsed, tmp_path):
+    """In memory; and where a step is not rehearsed, of which this does not depend, on disk."""
     model, forget, retain = tiny("olmoe"), batch(1, rows=2), batch(2)
+    on_disk = not rehearsed
     if not rehearsed:
         model.model.embed_tokens.register_forward_hook(lambda module, args, out: [out.detach().numpy()] and None)
     step = UnlearnStep(model, made(name, *overrides))
-    plans = [step.plan([forget], [retain])]
-    step.prepare([forget], [retain])
-    plans.append(step.plan([forget], [retain]))
-    assert [plan.memory["reference caches"] for plan in plans] == [held(step)] * 2
+    plans = [step.plan([forget], [retain], stored=on_disk)]
+    step.prepare([forget], [retain], cache_dir=tmp_path if on_disk else None)
+    plans.append(step.plan([forget], [retain], stored=on_disk))
+    assert [plan.memory.get("reference caches", 0) for plan in plans] == [held(step)] * 2
     assert any("not rehearsed" in note for note in plans[1].notes) != rehearsed
+    caches = [v for k, v in vars(step.prepared).items() if k.startswith("ref_") and isinstance(v, RowCache)]
+    stored = sum(values_of(row).nbytes for cache in caches for row in cache._rows.values()) if on_disk else 0
+    said = [note for note in plans[0].notes if note.endswith("MiB on disk")]
+    assert said == ([f"the reference's values take {stored / 2**20:.2f} MiB on disk"] if stored else [])
 
 
 @pytest.mark.quick

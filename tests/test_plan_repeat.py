@@ -85,10 +85,18 @@ def test_layers_of_other_kinds_are_not_repeated():
     assert len(list(decoder_layers(model))) == 9
 
 
-def peak(size):
+def peak(size, rest=0):
+    """A plan with 10 GiB of weights whose mask takes `size` bytes beside them; a step takes `rest`."""
+    weights = {"weights": 10 * GIB}
     return Plan(
-        recipe="r", levers={}, weights=1, trained=1, layers=8, steps=1, memory={"weights": 10 * GIB, "rest": int(size)}
-    )
+        recipe="r", levers={}, weights=1, trained=1, layers=8, steps=1,
+        memory=weights | {"rest": int(rest)}, mask=weights | {"rest": int(size)},
+    )  # fmt: skip
+
+
+def searched(planned, at_least=lambda overrides, mesh: 0, recipe=None):
+    recipe = Recipe.load("combined", ["batch_size=8", "checkpointing=off"]) if recipe is None else recipe
+    return knobs.Search(planned, at_least, recipe)
 
 
 @pytest.mark.quick
@@ -113,7 +121,6 @@ def peak(size):
     ],
 )
 def test_the_cheapest_knobs_that_suffice_are_named(costs, said):
-    recipe = Recipe.load("combined", ["batch_size=8", "checkpointing=off"])
     tried = []
 
     def planned(overrides, mesh):
@@ -121,16 +128,38 @@ def test_the_cheapest_knobs_that_suffice_are_named(costs, said):
         names = {text.split("=")[0].split(".")[0] for text in overrides}
         return peak((50 - sum(costs.get(name, 0) for name in names)) * GIB / (1 if mesh is None else 8))
 
-    assert knobs.remedies(planned, peak(50 * GIB), recipe, 40.0) == said
-    assert len(tried) < 16
+    assert searched(planned).remedies(peak(50 * GIB), 40.0) == said
+    assert len(tried) < 16 and len(set(tried)) == len(tried)
+
+
+@pytest.mark.quick
+def test_knobs_are_not_planned_that_leave_too_much_at_the_end_of_a_step():
+    """What stays (weights, state) is 50 GiB, 30 with narrow moments and 12 of a quarter; the rest 15, or 5."""
+    tried = []
+
+    def at_least(overrides, mesh):
+        narrow, few = "optimizer.state=int8" in overrides, "scope.kind=parameters" in overrides
+        return (12 if few else 30 if narrow else 50) * GIB // (1 if mesh is None else 2)
+
+    def planned(overrides, mesh):
+        tried.append(overrides)
+        rest = 5 if "checkpointing=on" in overrides else 15
+        whole = (at_least(overrides, mesh) + rest * GIB) / GIB
+        return Plan("r", {}, 1, 1, 8, 1, memory={"weights": 10 * GIB, "rest": int((whole - 10) * GIB)})
+
+    search = searched(planned, at_least, Recipe.load("npo", ["checkpointing=off"]))
+    first, *_ = search.remedies(planned((), None), 40.0)
+    assert first == "it fits with --set checkpointing=on optimizer.state=int8"
+    assert ("checkpointing=on",) not in tried and ("optimizer.state=bfloat16",) not in tried
+    count = len(tried)
+    assert search.remedies(planned((), None), 40.0)[0] == first
+    assert len(tried) == count + 1, "what has been planned is planned again"
 
 
 @pytest.mark.quick
 def test_no_knob_is_tried_where_the_weights_alone_are_too_large():
     plan = peak(GIB)
-    refused = knobs.remedies(lambda *_: pytest.fail("planned"), plan, Recipe.load("npo"), 1.0)
-    assert refused == ["no knob of the recipe makes it fit on one device"]
+    search = searched(lambda *_: pytest.fail("planned"), lambda *_: 10 * GIB)
+    assert search.remedies(plan, 1.0) == ["no knob of the recipe makes it fit on one device"]
     plan.mesh = Mesh(2)
-    assert knobs.remedies(lambda *_: pytest.fail("planned"), plan, Recipe.load("npo"), 1.0) == [
-        "the weights of a rank alone take 10 GiB: no knob of the recipe makes it fit"
-    ]
+    assert search.remedies(plan, 1.0) == ["the weights of a rank alone take 10 GiB: no knob of the recipe makes it fit"]

@@ -7,17 +7,19 @@ planned, and the plan said that it fits.
 """
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import NamedTuple
 
 from moe_unlearn.config import Recipe
 from moe_unlearn.config.values import override
-from moe_unlearn.plan.mesh import Mesh
 from moe_unlearn.plan.plan import Plan
 
 MESHES = ("fsdp=2", "fsdp=4", "fsdp=8", "fsdp=8,ep=8")
-#: (overrides of the recipe, mesh) -> the plan; ValueError for what the model or the recipe does not allow
-Planned = Callable[[list[str], str | None], Plan]
+#: (overrides of the recipe, mesh) -> the plan, or bytes that its peak has at least
+Planned = Callable[[tuple[str, ...], str | None], Plan]
+Bounded = Callable[[tuple[str, ...], str | None], int]
 
 
 class Knob(NamedTuple):
@@ -27,7 +29,7 @@ class Knob(NamedTuple):
     overrides: tuple[str, ...]
 
 
-def changed(recipe: Recipe, overrides: list[str]) -> Recipe:
+def changed(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     """Return a recipe with overrides such as `checkpointing=on`; ValueError for what it does not allow."""
     values = recipe.to_dict()
     for text in overrides:
@@ -60,58 +62,97 @@ def knobs(recipe: Recipe, layers: int, size: float) -> Iterator[Knob]:
         yield Knob("scope", ("scope.kind=parameters", rf"scope.parameters=['layers\.({top})\..*experts']"))
 
 
-def remedies(planned: Planned, plan: Plan, recipe: Recipe, size: float) -> list[str]:
-    """Return in lines what makes a run fit a device of `size` GiB on which its plan does not, or that nothing does."""
-    weights, room = plan.memory.get("weights", 0), size * 2**30
-    if plan.mesh is not None and weights > room:
-        return [f"the weights of a rank alone take {weights / 2**30:.3g} GiB: no knob of the recipe makes it fit"]
-    # no knob makes the weights smaller
-    chosen, fitting = ({}, False) if weights > room else _on_one(planned, plan, recipe, size)
-    lines = []
-    if fitting:
-        lines.append(f"it fits with {_options(chosen)}")
-    for overrides in [[], *([[*_texts(chosen)]] if chosen else [])] if plan.mesh is None else []:
-        wide = [mesh for mesh in MESHES if weights / Mesh.parse(mesh).fsdp <= room]
-        mesh = next((mesh for mesh in wide if _fits(planned, overrides, mesh, size)), None)
-        if mesh is not None:
-            ranks = f"--mesh {mesh} {_options(chosen) if overrides else ''}".strip()
-            lines.append(f"{'or' if fitting else 'it fits'} on several devices with {ranks}")
-            break
-    if not fitting:
-        lines.insert(0, "no knob of the recipe makes it fit" + (" on one device" if plan.mesh is None else ""))
-    return lines
+class Search:
+    """The search for knobs that make a run fit: plans and bounds, each made once.
 
+    `planned` makes the plan with overrides of the recipe on a mesh. `at_least` bounds its peak from below in little
+    time (`known.at_least`). Both raise ValueError for what the model or the recipe does not allow.
+    """
 
-def _on_one(planned: Planned, plan: Plan, recipe: Recipe, size: float) -> tuple[dict[str, Knob], bool]:
-    """Return the knobs that lower the peak, as few as make it fit on this mesh, and whether they do."""
-    mesh = None if plan.mesh is None else f"fsdp={plan.mesh.fsdp},ep={plan.mesh.ep}"
-    chosen: dict[str, Knob] = {}
-    peak = sum(plan.on(size).values())
-    for knob in knobs(recipe, plan.layers, size):
-        tried = chosen | {knob.name: knob}
+    def __init__(self, planned: Planned, at_least: Bounded, recipe: Recipe):
+        self._planned, self._at_least, self.recipe = cache(planned), cache(at_least), recipe
+
+    def plan(self, overrides: Sequence[str] = (), mesh: str | None = None) -> Plan:
+        """Return the plan with overrides of the recipe on a mesh."""
+        return self._planned(tuple(overrides), mesh)
+
+    def remedies(self, plan: Plan, size: float) -> list[str]:
+        """Return in lines what makes a run fit a device of `size` GiB on which `plan` does not; or that nothing does.
+
+        `plan` has no overrides.
+        """
+        weights = plan.memory.get("weights", 0)
+        if plan.mesh is not None and weights > size * 2**30:
+            return [f"the weights of a rank alone take {weights / 2**30:.3g} GiB: no knob of the recipe makes it fit"]
+        chosen, fitting = self._on_one(plan, size)
+        lines = []
+        if fitting:
+            lines.append(f"it fits with {_options(chosen)}")
+        for overrides in [[], *([[*_texts(chosen)]] if chosen else [])] if plan.mesh is None else []:
+            mesh = next((mesh for mesh in MESHES if self._fits(overrides, mesh, size)), None)
+            if mesh is not None:
+                ranks = f"--mesh {mesh} {_options(chosen) if overrides else ''}".strip()
+                lines.append(f"{'or' if fitting else 'it fits'} on several devices with {ranks}")
+                break
+        if not fitting:
+            lines.insert(0, "no knob of the recipe makes it fit" + (" on one device" if plan.mesh is None else ""))
+        return lines
+
+    def _on_one(self, plan: Plan, size: float) -> tuple[dict[str, Knob], bool]:
+        """Return the knobs that lower the peak, as few as make it fit on this mesh, and whether they do."""
+        mesh = None if plan.mesh is None else f"fsdp={plan.mesh.fsdp},ep={plan.mesh.ep}"
+        turned = [*knobs(self.recipe, plan.layers, size)]
+        chosen = self._at_rest(turned, mesh, size)
+        if not self._may_fit([*_texts(chosen)], mesh, size):
+            return chosen, False
+        made = self.plan([*_texts(chosen)], mesh) if chosen else plan
+        for knob in [None, *turned]:
+            if knob is not None:
+                tried = chosen | {knob.name: knob}
+                if knob.name == "mask" and not made.masking(size) or not self._may_fit([*_texts(tried)], mesh, size):
+                    continue
+                try:
+                    lower = self.plan([*_texts(tried)], mesh)
+                except ValueError:
+                    continue  # the recipe or the mesh refuses it
+                if sum(lower.on(size).values()) >= sum(made.on(size).values()):
+                    continue
+                chosen, made = tried, lower
+            if made.fits_on(size):
+                for name in [name for name in reversed(chosen) if knob is None or name != knob.name]:
+                    fewer = {other: knob for other, knob in chosen.items() if other != name}
+                    if self._fits([*_texts(fewer)], mesh, size):
+                        chosen = fewer
+                return {own.name: own for own in turned if own in chosen.values()}, True
+        return chosen, False
+
+    def _at_rest(self, turned: list[Knob], mesh: str | None, size: float) -> dict[str, Knob]:
+        """Return the first knobs that lower what a step ends with, until that fits; with all of them it may still not.
+
+        The others matter only then, so that none of them is planned before.
+        """
+        chosen: dict[str, Knob] = {}
+        for knob in turned:
+            if self._may_fit([*_texts(chosen)], mesh, size):
+                break
+            tried = chosen | {knob.name: knob}
+            with suppress(ValueError):
+                if self._at_least((*_texts(tried),), mesh) < self._at_least((*_texts(chosen),), mesh):
+                    chosen = tried
+        return chosen
+
+    def _may_fit(self, overrides: list[str], mesh: str | None, size: float) -> bool:
+        """Return whether a device is not too small for what every step ends with."""
         try:
-            made = planned([*_texts(tried)], mesh)
+            return self._at_least(tuple(overrides), mesh) <= size * 2**30
         except ValueError:
-            continue  # the recipe or the mesh refuses it
-        lower = sum(made.on(size).values())
-        if lower >= peak:
-            continue
-        chosen, peak = tried, lower
-        if not made.fits_on(size):
-            continue
-        for name in [name for name in reversed(chosen) if name != knob.name]:
-            fewer = {other: knob for other, knob in chosen.items() if other != name}
-            if _fits(planned, [*_texts(fewer)], mesh, size):
-                chosen = fewer
-        return chosen, True
-    return chosen, False
+            return False
 
-
-def _fits(planned: Planned, overrides: list[str], mesh: str | None, size: float) -> bool:
-    try:
-        return planned(overrides, mesh).fits_on(size)
-    except ValueError:
-        return False
+    def _fits(self, overrides: list[str], mesh: str | None, size: float) -> bool:
+        try:
+            return self._may_fit(overrides, mesh, size) and self.plan(overrides, mesh).fits_on(size)
+        except ValueError:
+            return False
 
 
 def _texts(chosen: dict[str, Knob]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """What a plan knows of a step's memory without a rehearsal."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +17,13 @@ from moe_unlearn.view import StepView
 
 _HIDDEN_BYTES = 2  # cached layer outputs are bfloat16
 _LOGPROB_BYTES = 4
+
+
+class Caches(NamedTuple):
+    """Holds the bytes of values cached row by row: those that memory holds, and those that lie on disk."""
+
+    held: int
+    stored: int
 
 
 def first_share(view: StepView, mesh: Mesh | None) -> Callable[[Tensor, float], int]:
@@ -55,8 +63,23 @@ def state_bytes(view: StepView) -> int:
     return width * dtype.itemsize
 
 
-def cache_bytes(view: StepView, prepared: Preparation, forget: Sequence[Batch], retain: Sequence[Batch]) -> int:
-    """Return the bytes of values cached row by row, which lie on the host; the reference's head is on the device."""
+def at_least(view: StepView, prepared: Preparation, mesh: Mesh | None) -> int:
+    """Return bytes that every step ends with, on the first rank of a mesh if there is one: no plan says less.
+
+    The state of weights that prepare() has yet to choose among does not count.
+    """
+    known = held_at_rest(view, prepared, 0, mesh)
+    chosen = prepared.selected is not None or view.recipe.scope.kind not in ("experts", "seuf")
+    return known["weights"] + (known.get("optimizer state", 0) if chosen else 0)
+
+
+def cache_bytes(
+    view: StepView, prepared: Preparation, forget: Sequence[Batch], retain: Sequence[Batch], *, stored: bool
+) -> Caches:
+    """Return the bytes of values cached row by row, which lie on the host; the reference's head is on the device.
+
+    `stored` says that prepare() keeps those of the reference on disk (its `cache_dir`), all but TRACE's token weights.
+    """
     recipe = view.recipe
     caches = (
         prepared.token_weights,
@@ -67,7 +90,7 @@ def cache_bytes(view: StepView, prepared: Preparation, forget: Sequence[Batch], 
         prepared.ref_layer_states,
     )
     if set(needed(recipe)) <= set(prepared.done):
-        return sum(cache.nbytes for cache in caches if cache is not None)
+        return Caches(sum(cache.nbytes for cache in caches if cache is not None), 0)
     hidden, states = head_of(view.model).weight.shape[1], state_bytes(view)
 
     def tokens(batches: Sequence[Batch], rows: int | None) -> int:
@@ -75,17 +98,17 @@ def cache_bytes(view: StepView, prepared: Preparation, forget: Sequence[Batch], 
         return sum(int(attended_mask(b).sum()) for b in batches) if batches else assumed
 
     forgotten, retained = tokens(forget, recipe.data.forget_rows), tokens(retain, recipe.data.retain_rows)
-    predicted = 0
+    weights = reference = 0
     if recipe.trace is not None and recipe.trace.refresh == "offline" and not prepared.inactive:
-        predicted += retained * _LOGPROB_BYTES
+        weights = retained * _LOGPROB_BYTES
     if recipe.forget.objective in ("npo", "idk_dpo"):
-        predicted += forgotten * _LOGPROB_BYTES
+        reference += forgotten * _LOGPROB_BYTES
     if recipe.forget.objective == "idk_dpo":
-        predicted += tokens(each(forget, refusal), recipe.data.forget_rows) * _LOGPROB_BYTES
+        reference += tokens(each(forget, refusal), recipe.data.forget_rows) * _LOGPROB_BYTES
     if recipe.retain.objective == "embed_diff":
-        predicted += retained * hidden * _HIDDEN_BYTES
+        reference += retained * hidden * _HIDDEN_BYTES
     if uses_kl(recipe):
-        predicted += retained * states
+        reference += retained * states
     if recipe.forget.objective == "undial":
-        predicted += forgotten * states
-    return predicted
+        reference += forgotten * states
+    return Caches(weights, reference) if stored else Caches(weights + reference, 0)

@@ -123,11 +123,15 @@ class Plan:
         """Return whether a device of `size` GiB is enough for the whole run."""
         return sum(self.on(size).values()) <= size * 2**30
 
+    def masking(self, size: float) -> bool:
+        """Return whether the peak on a device of `size` GiB is that of making WAGLE's mask."""
+        return self.on(size) != self.memory
+
     def _fitting(self) -> list[str]:
         ranks, lines = 1 if self.mesh is None else self.mesh.fsdp, []
         for size in self.fits:
             memory = self.on(size)
-            when = " while the mask is made" if memory != self.memory else ""
+            when = " while the mask is made" if self.masking(size) else ""
             answer = "yes" if self.fits_on(size) else "no"
             peak = sum(memory.values()) / 2**30
             lines.append(f"fits on {ranks} x {size:g} GiB: {answer}, {peak:.3g} GiB each{when} (predicted)")
@@ -143,6 +147,7 @@ def make_plan(
     mesh: Mesh | str | None = None,
     fits: float | Sequence[float] | None = None,
     shallow: Sequence[Step] = (),
+    stored: bool = False,
 ) -> Plan:
     """Make the plan of an `UnlearnStep` in its present state, for the largest batch of each side.
 
@@ -151,7 +156,7 @@ def make_plan(
     many experts to be selected as the recipe allows. `mesh`, a `Mesh` or what its `parse` takes, plans for one rank of
     several, which has these batches to itself; `fits` asks whether a device of so many GiB is enough, or of each of
     several sizes. `shallow` are two steps of this recipe on models with as many layers as `repeat.depths` says, which
-    are rehearsed in place of this one.
+    are rehearsed in place of this one. `stored` says that prepare() keeps the reference's values on disk (`cache_dir`).
 
     Raises ValueError for a bad batch, for a mesh that the model does not fit, and for a model that is sharded already,
     which says with which `mesh` the model is planned before that.
@@ -194,9 +199,11 @@ def make_plan(
         plan.notes.append(padding)
     if recipe.optimizer.max_grad_norm is not None:
         plan.notes.append("max_grad_norm needs every gradient before the first update")
-    caches = cache_bytes(view, prepared, forget, retain)
+    caches, on_disk = cache_bytes(view, prepared, forget, retain, stored=stored)
     if each := state_bytes(view):
         plan.notes.append(f"the reference's hidden states take {each} bytes a token ({recipe.reference_dtype})")
+    if on_disk:
+        plan.notes.append(f"the reference's values take {on_disk / 2**20:.2f} MiB on disk")
     if device.type != "cpu" and caches:
         plan.notes.append(f"reference caches take {caches / 2**20:.2f} MiB on the host")
         caches = 0

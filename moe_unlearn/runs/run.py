@@ -93,7 +93,7 @@ class Run:
         made = self.collator([self.pairs[j] for j in order[position * size : (position + 1) * size]])
         return {side: beside(batch, self.model) for side, batch in made.items()}
 
-    def plan(self, *, verify: int | bool = 0, mesh: Mesh | None = None, fits: float | None = None) -> Plan:
+    def plan(self, *, verify: int | bool = 0, mesh: Mesh | None = None, fits: Sequence[float] | None = None) -> Plan:
         """Plan the steps; the stages that choose experts or weights run first, since the costs depend on them.
 
         `mesh` and `fits` are those of `make_plan`.
@@ -104,7 +104,7 @@ class Run:
         if not set(needed(self.recipe)).isdisjoint(CHOOSING):
             step.prepare(forget, retain, stages=CHOOSING)
         with training_mode(self.model) if checkpointed else nullcontext():
-            made = step.plan(forget, retain, mesh=mesh, fits=fits)
+            made = step.plan(forget, retain, mesh=mesh, fits=fits, stored=True)
         if checkpointed:
             made.notes.append("checkpointing is on: the backward pass computes each layer's activations anew")
         return made
@@ -120,7 +120,7 @@ class Run:
         device = next(self.model.parameters()).device
         if self.recipe.checkpointing == "auto" and room(device) < math.inf and not sharded(self.model):
             step = UnlearnStep(self.model, self.recipe, process_group=everyone())
-            on = step.plan(*map(self.batches, SIDES)).peak > room(device)
+            on = step.plan(*map(self.batches, SIDES), stored=True).peak > room(device)
             step.close()
         if on:
             switched: Any = self.model

@@ -299,7 +299,7 @@ class UnlearnStep:
     def plan(self, forget_batches: Iterable[Batch] = (), retain_batches: Iterable[Batch] = (), **options: Any) -> Plan:
         """Plan what the step will do and what it will cost for the largest of the given batches; see `plan`.
 
-        All batches size the reference caches; the step stays unchanged. `mesh`, `fits` and errors are `make_plan`'s.
+        All batches size the reference caches; the step stays unchanged. The options and errors are `make_plan`'s.
         """
         return make_plan(self, forget_batches, retain_batches, **options)
 
