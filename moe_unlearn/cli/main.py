@@ -12,13 +12,10 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-
-from torch import nn
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import backend, benchmark, data, masks, trace
 from moe_unlearn.benchmark.trained_cache import clean_cache
@@ -37,15 +34,12 @@ from moe_unlearn.cli.arguments import (
 )
 from moe_unlearn.cli.launch import REFUSED, Command, Outcome, launched
 from moe_unlearn.cli.mask import write_mask
-from moe_unlearn.config import Data, Recipe, models, shipped
-from moe_unlearn.data.pairs import carry_loss
+from moe_unlearn.cli.sides import batches_of, require_moe
+from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError, UnavailableError
 from moe_unlearn.experts import enable
 from moe_unlearn.files import write_json
-from moe_unlearn.lazy import each
 from moe_unlearn.model import loading
-from moe_unlearn.model.admissible import check_values
-from moe_unlearn.model.batches import Batch, beside
 from moe_unlearn.plan import Mesh
 from moe_unlearn.ranks import Ranks, everyone, on_first
 from moe_unlearn.regress import command as regression
@@ -115,10 +109,10 @@ def stats(options: argparse.Namespace) -> None:
     how = loading_of(options)
     writable(options.out)
     model, tokenizer = loading.load_model(options.model, how)
-    _require_moe(model)
+    require_moe(model)
     sides = sets_of(options, tokenizer)
     ranks = Ranks(model, everyone())
-    batches = _batches(options, model, tokenizer, sides)
+    batches = batches_of(options, model, tokenizer, sides)
     forget, retain = (trace.routing_frequencies(model, batches[side], ranks) for side in ("forget", "retain"))
     selected = trace.select_experts(
         forget, retain, per_layer=options.per_layer, min_ratio=options.min_ratio, allow_empty=True
@@ -146,9 +140,9 @@ def mask(options: argparse.Namespace) -> None:
     how = loading_of(options)
     writable(options.out)
     model, tokenizer = loading.load_model(options.model, how)
-    _require_moe(model)
+    require_moe(model)
     with enable(model):
-        batches = _batches(options, model, tokenizer, sets_of(options, tokenizer))
+        batches = batches_of(options, model, tokenizer, sets_of(options, tokenizer))
         made = write_mask(options, model, **batches)
     print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
 
@@ -209,7 +203,7 @@ def _run(
         print(plan.of_mesh(options, recipe, mesh, tokenizer, sets))
         return
     model, _ = loading.load_model(recipe.data.model, how)
-    _require_moe(model)
+    require_moe(model)
     if options.dry_run:
         print(plan.of_weights(options, Run(model, tokenizer, recipe, sets["forget"], sets["retain"])))
         return
@@ -367,41 +361,6 @@ def _parser() -> argparse.ArgumentParser:
 def _data_overrides(options: argparse.Namespace) -> list[str]:
     keys = ("model", "forget", "retain", "holdout", "reference")
     return [f"data.{k}={json.dumps(getattr(options, k))}" for k in keys if getattr(options, k) is not None]
-
-
-def _batches(
-    options: argparse.Namespace, model: nn.Module, tokenizer: Tokenizer, sets: Mapping[str, Sequence[data.Example]]
-) -> dict[str, Sequence[Batch]]:
-    """Return the sides in batches on the model's device, whose tokens are checked when they are asked for."""
-    if options.packing:
-        data.check_packing(model, rows=2)
-    packing = (options.max_length or Data.max_length) if options.packing else None
-
-    def admitted(side: str, batch: Batch) -> Batch:
-        here = beside(batch, model)
-        check_values(here, side, model, alone=False)
-        return here
-
-    made = {}
-    for side, examples in sets.items():
-        if not carry_loss(examples):
-            raise ValueError(f"the {side} set carries no loss: all its labels are -100")
-        own = data.batches(examples, options.batch_size, pad_id=data.pad_token_id(tokenizer), packing=packing)
-        made[side] = each(own, partial(admitted, side))
-    return made
-
-
-def _require_moe(model: nn.Module) -> None:
-    """Raise the error of `enable`, which names the families that work, for other models; leave the model as it is.
-
-    Raises ValueError for a model that is spread over several devices.
-    """
-    enable(model).disable()
-    if len(devices := {str(p.device) for p in model.parameters()}) > 1:
-        raise ValueError(
-            f"expected a model on one device; got one on {', '.join(sorted(devices))}: --device auto-map is for eval "
-            "and alternates, and --mesh shares the weights of a run out"
-        )
 
 
 def _print_run(out: Path, summary: dict) -> None:

@@ -127,7 +127,7 @@ def test_a_run_says_whether_it_needs_alternates(write, monkeypatch, tmp_path):
         raise ValueError("enough")
 
     monkeypatch.setattr(main, "examples_of", examples)
-    monkeypatch.setattr(main, "_require_moe", lambda model: None)
+    monkeypatch.setattr(main, "require_moe", lambda model: None)
     monkeypatch.setattr(main.loading, "load_tokenizer", lambda *_: None)
     for name in ("altpo", "npo"):
         main.main(["run", name, "--model", name, "--forget", "f", "--retain", "r", "--out", str(tmp_path / name)])
