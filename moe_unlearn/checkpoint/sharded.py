@@ -20,6 +20,7 @@ cut or changed is refused by its name, on all ranks. Each rank computes the dige
 """
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -129,11 +130,14 @@ def load(folder: str | Path, into: Any = None, *, states: Collection[str] | None
 
 
 @contextlib.contextmanager
-def sealed_folder(folder: str | Path, about: Mapping[str, Any], *, group: Group = None) -> Iterator[Path]:
+def sealed_folder(
+    folder: str | Path, about: Mapping[str, Any], *, own: Collection[str] = (), group: Group = None
+) -> Iterator[Path]:
     """Yield a folder that takes the place of `folder` when the block ends, with a manifest of all that is in it.
 
     `about` goes into the manifest. Every rank calls this, and gets one path; the first rank makes the folder, and
-    commits it when all have ended the block. If anything fails, `folder` stays as it was.
+    commits it when all have ended the block. If anything fails, `folder` stays as it was. What others keep in folders
+    there, under names that are not the checkpoint's `own`, is copied, and is not in the manifest.
     """
     with contextlib.ExitStack() as opened:
 
@@ -146,6 +150,9 @@ def sealed_folder(folder: str | Path, about: Mapping[str, Any], *, group: Group 
         def commit() -> None:
             if _rank(group) == 0:
                 manifest.seal(unfinished, about)
+                for other in Path(folder).glob("*/"):
+                    if other.name not in own and not (unfinished / other.name).exists():
+                        shutil.copytree(other, unfinished / other.name, symlinks=True)
                 opened.close()
 
         together(lambda: None, group, error=CheckpointError)

@@ -81,7 +81,9 @@ class CheckpointedTrainer(Trainer):
                 self.state.best_model_checkpoint = str(best)
         on_first(lambda: remove_unfinished(root))
         about = {"step": self.state.global_step}
-        with sharded.sealed_folder(folder, about, group=self.unlearn_step.ranks.group) as unfinished:
+        group = self.unlearn_step.ranks.group
+        # evaluators may have written to the folder of this step, as open-unlearning's do
+        with sharded.sealed_folder(folder, about, own=(_STATE,), group=group) as unfinished:
             self.save_model(str(unfinished), _internal_call=True)
             self._save_step(unfinished)
         if self.args.push_to_hub:

@@ -136,7 +136,13 @@ def test_a_damaged_checkpoint_does_not_push_a_whole_one_out(folder):
 def test_a_disk_that_is_full_at_any_file_of_a_checkpoint_leaves_what_was_there(folder, monkeypatch):
     """163 of 324 killed saves left a newest checkpoint that was a part of one, and stood in the way."""
     trainer = made(folder)
+    evaluated = folder / "checkpoint-4" / "evals" / "found.json"
+    for name in ("evals", "unlearn_step"):  # of an evaluator, and of an earlier run of ranks
+        (folder / "checkpoint-4" / name).mkdir()
+    evaluated.write_text("1", encoding="utf-8")
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert evaluated.read_text(encoding="utf-8") == "1" and not (folder / "checkpoint-4" / "unlearn_step").exists()
+    evaluated.write_text("2", encoding="utf-8")  # which damages nothing
     before, sync, left, count = contents(folder), files._sync, [], 0
 
     def full(path):
