@@ -50,6 +50,7 @@ from moe_unlearn.runs.run import Before, Run, retrained, unlearn
 from moe_unlearn.runs.summary import check_name, table
 from moe_unlearn.verify import VerificationError
 
+DRY_RUN = "print what memory it takes, from the model's config and the data, and stop"
 _SHARED = ("run", "eval", "stats", "mask", "alternates")  # the verbs that several ranks can share
 _BAD_INPUT = (
     ValueError,
@@ -106,6 +107,9 @@ def _outcome(options: argparse.Namespace) -> Outcome:
 
 def stats(options: argparse.Namespace) -> None:
     """Print routing frequencies of forget and retain text, and the experts TRACE would select."""
+    if options.dry_run:
+        print(plan.of_stats(options))
+        return
     how = loading_of(options)
     writable(options.out)
     model, tokenizer = loading.load_model(options.model, how)
@@ -137,6 +141,9 @@ def stats(options: argparse.Namespace) -> None:
 
 def mask(options: argparse.Namespace) -> None:
     """Compute a WAGLE mask and save it; the same command goes on where an earlier one was interrupted."""
+    if options.dry_run:
+        print(plan.of_mask(options))
+        return
     how = loading_of(options)
     writable(options.out)
     model, tokenizer = loading.load_model(options.model, how)
@@ -272,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--per-layer", type=int, default=2)
     sub.add_argument("--min-ratio", type=float, default=1.5)
     add_mesh(sub)
+    sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     sub.add_argument("--out", help="write the frequencies as JSON")
     sub = command("mask", mask)
     add_data(sub)
@@ -295,6 +303,7 @@ def _parser() -> argparse.ArgumentParser:
         "each weight; official: the WAGLE code's {name: bool tensor}, expert by expert",
     )
     add_mesh(sub)
+    sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     sub.add_argument("--out", required=True, help="the file to write; wagle.mask of a recipe reads both formats")
     sub.add_argument("--compare", metavar="MASK", help="count the weights in which the mask differs from this file's")
     alternates.add_arguments(command("alternates", alternates.run))

@@ -1,17 +1,24 @@
-"""The plan that `moe-unlearn run --dry-run` prints."""
+"""The plans that `moe-unlearn run`, `stats` and `mask` print with `--dry-run`."""
 
 import argparse
 from collections.abc import Mapping, Sequence
 
+import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import data
+from moe_unlearn.cli.arguments import loading_of, sets_of
 from moe_unlearn.config import Recipe
 from moe_unlearn.data.of_recipe import pair_collator
 from moe_unlearn.data.pairs import side_batches
+from moe_unlearn.model.batches import Batch
+from moe_unlearn.model.loading import load_tokenizer, meta_model
 from moe_unlearn.plan import Mesh, Plan
+from moe_unlearn.plan.stages import StagePlan, default_memory, mask_stage, stats_plan
 from moe_unlearn.runs.planning import SIZES, add_remedies, plan_of_config, search_of
 from moe_unlearn.runs.run import SIDES, Run
+from moe_unlearn.step import UnlearnStep
 
 
 def of_config(options: argparse.Namespace, recipe: Recipe, mesh: Mesh | None) -> Plan:
@@ -53,3 +60,31 @@ def of_weights(options: argparse.Namespace, run: Run) -> Plan:
     if options.trust_remote_code:
         made.notes.append("code that comes with the model was run (--trust-remote-code)")
     return made
+
+
+def of_stats(options: argparse.Namespace) -> StagePlan:
+    """Plan `moe-unlearn stats` from the model's config and the data."""
+    model, sides, device = _unloaded(options)
+    return stats_plan(model, [*sides["forget"], *sides["retain"]], device)
+
+
+def of_mask(options: argparse.Namespace) -> StagePlan:
+    """Plan `moe-unlearn mask` from the model's config and the data."""
+    model, sides, device = _unloaded(options)
+    settings = {"keep": options.keep, "memory": options.memory or default_memory(model, device)}
+    if options.official:
+        settings |= {"official": True, "accumulation": options.accumulation}
+    return mask_stage(UnlearnStep(model, Recipe.from_dict({"wagle": settings})).view(), sides, device)
+
+
+def _unloaded(options: argparse.Namespace) -> tuple[nn.Module, dict[str, list[Batch]], torch.device]:
+    """Return the model on the meta device, the batches of both sides, and the device for which it is planned."""
+    if options.mesh is not None:
+        raise ValueError("--mesh with --dry-run plans a run; leave it out to plan this verb on one process")
+    model = meta_model(options.model, dtype=options.dtype)
+    tokenizer = load_tokenizer(options.model, loading_of(options))
+    pad = data.pad_token_id(tokenizer)
+    sets = sets_of(options, tokenizer)
+    sides = {side: [*data.batches(examples, options.batch_size, pad_id=pad)] for side, examples in sets.items()}
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    return model, sides, torch.device(gpu if options.device == "auto" else options.device)

@@ -1,0 +1,74 @@
+"""Plans of what prepares a run: counting where tokens go, and making a mask, each without the model's weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moe_unlearn.experts import enable
+from moe_unlearn.model.batches import Batch
+from moe_unlearn.plan.dry_run import Rehearsal
+from moe_unlearn.plan.mask import mask_plan
+from moe_unlearn.plan.repeat import collected_later
+from moe_unlearn.trace import routing_frequencies
+from moe_unlearn.view import StepView
+from moe_unlearn.wagle.budget import SHARE, free_memory
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Says what a stage holds at the peak of its memory, in bytes by component; `str(plan)` is what a verb prints."""
+
+    stage: str
+    device: str
+    memory: Mapping[str, int]
+    note: str = ""
+
+    @property
+    def peak(self) -> int:
+        """Return the predicted bytes at the peak, the sum over all components."""
+        return sum(self.memory.values())
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.stage} on {self.device}",
+            f"{'memory (MiB)':<26} {'at the peak':>12}",
+            *(f"  {name:<24} {size / 2**20:12.2f}" for name, size in self.memory.items() if size),
+            f"  {'peak':<24} {self.peak / 2**20:12.2f}",
+            *([f"note: {self.note}"] if self.note else []),
+        ]
+        return "\n".join(lines)
+
+
+def stats_plan(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> StagePlan:
+    """Plan `trace.routing_frequencies` of a model, which may be on the meta device, for the largest of some batches.
+
+    Beside the weights it has the activations of a forward pass; what it counts stays, a number for each expert.
+    """
+    rehearsal = Rehearsal(device)
+    twin = rehearsal.twin(model, {})
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        rehearsal.ledger.add(tensor, "weights")
+    with collected_later(), enable(twin), rehearsal:
+        routing_frequencies(twin, [_largest(batches, device)])
+    return StagePlan("stats", str(device), rehearsal.ledger.peak())
+
+
+def mask_stage(view: StepView, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> StagePlan:
+    """Plan making the mask of a step with WAGLE; `mask_plan` has the details and the errors."""
+    # from its second batch on a side has the sums of all gradients beside the activations
+    sides = {side: [_largest(given, device)] * min(len(given), 2) for side, given in batches.items()}
+    made = mask_plan(view, Rehearsal(device), sides)
+    return StagePlan("mask", str(device), made.memory, str(made).replace("prepare()", "it", 1))
+
+
+def default_memory(model: nn.Module, device: torch.device) -> str:
+    """Return the budget of a mask that names none, once the model will be on its device: most of what is free then."""
+    weights = sum(p.nbytes for p in model.parameters())
+    return f"{max(int(SHARE * (free_memory(device) - weights)), 1)}"
+
+
+def _largest(batches: Sequence[Batch], device: torch.device) -> Batch:
+    batch = max(batches, key=lambda batch: batch["input_ids"].numel())
+    return {name: value.to(device) for name, value in batch.items()}
