@@ -26,7 +26,7 @@ from moe_unlearn.regress.report import CORRUPT
 
 KILLED = 137
 TORN = "torn"  # half of what is written arrives, then the process is killed
-KINDS = {"full": errno.ENOSPC, "broken": errno.EIO, "denied": errno.EACCES, "killed": None, TORN: None}
+ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO, "denied": errno.EACCES, "killed": None, TORN: None}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = ("os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate")
 _FREES = ("os.remove", "os.rmdir")  # a full disk lets these pass
@@ -149,7 +149,7 @@ class _Disk:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         elif now > fault.at:
             return
-        if (code := KINDS[fault.kind]) is not None:
+        if (code := ERRORS[fault.kind]) is not None:
             raise OSError(code, os.strerror(code))
         if fault.kind == TORN:
             half()

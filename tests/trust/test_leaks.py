@@ -14,7 +14,7 @@ import pytest
 
 from moe_unlearn.cli.main import main
 from tests.support.command_line import saved
-from tests.trust.test_faults import SIDES
+from tests.trust.commands import SIDES
 
 MINUTES = float(os.environ.get("MOE_UNLEARN_SOAK_MINUTES", "60"))
 WARM = 0.2  # the part of the time in which caches fill

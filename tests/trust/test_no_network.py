@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from tests.support.command_line import saved
-from tests.trust.test_faults import SIDES, TINY
+from tests.trust.commands import SIDES, TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")  # without them libraries may ask
