@@ -200,9 +200,10 @@ def latest(root: str | Path, *, prefix: str = manifest.STEPS, group: Group = Non
         return [folder.name for folder in manifest.checkpoints(Path(root), prefix)] if _rank(group) == 0 else []
 
     for name in gathered(names, lambda found: found, group, error=CheckpointError)[1][0]:
+        folder = Path(root, name)
         try:
-            verify(Path(root) / name, group=group)
-            return Path(root) / name
+            verify(folder, group=group)
+            return folder
         except CheckpointError as error:
             manifest.skip(error)
     return None

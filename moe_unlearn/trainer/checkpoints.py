@@ -89,7 +89,7 @@ class CheckpointedTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if limit := self.args.save_total_limit:
-            kept = [Path(best)] if (best := self.state.best_model_checkpoint) is not None else []
+            kept = [Path(name)] if (name := self.state.best_model_checkpoint) is not None else []
             on_first(lambda: remove_old(root, keep=limit, prefix=PREFIX, spare=kept))
 
     def _save_step(self, folder: Path) -> None:
@@ -119,7 +119,7 @@ class CheckpointedTrainer(Trainer):
 
     def _note_callbacks(self) -> None:
         """Note the states of callbacks in `state`, which is saved with them."""
-        noted = self.state.stateful_callbacks
+        noted: Any = self.state.stateful_callbacks  # transformers has typed the list from which it makes a dict
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 name, state = type(callback).__name__, callback.state()
