@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import data
-from moe_unlearn.cli.arguments import SOURCE, add_chat, add_model, chat_of, loading_of, positive, writable
+from moe_unlearn.cli.arguments import SOURCE, add_chat, add_mesh, add_model, chat_of, loading_of, positive, writable
 from moe_unlearn.data import Chat, Document
 from moe_unlearn.files import write_text
 from moe_unlearn.metrics import context_length, sampled
@@ -120,6 +120,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--instruction", default=INSTRUCTION, help="what the model is told behind question and answer")
     sub.add_argument("--batch-size", type=positive, default=8)
+    add_mesh(sub)
     sub.add_argument("--out", required=True, help="the .jsonl file to write, which is the --forget of `run altpo`")
 
 

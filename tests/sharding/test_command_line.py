@@ -18,7 +18,7 @@ from moe_unlearn.cli import main
 from moe_unlearn.masks import WeightMask
 from tests.support import command_line_child
 from tests.support.command_line import arguments, saved
-from tests.support.command_line_child import commands, unlearning
+from tests.support.command_line_child import commands, unlearning, writing
 from tests.support.forked_ranks import launched
 from tests.support.sources import ROOT
 
@@ -112,6 +112,12 @@ def test_a_mesh_shares_out_the_weights_of_a_run(mesh, ranks, folder):
         "rank-00001.safetensors",
         "state.json",
     ]
+
+
+def test_a_mesh_writes_the_alternates_of_one_process(ranks, folder):
+    assert main(writing(folder, "alternates.jsonl")) == 0
+    one, shared = ((folder / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("alternates", "alternates-fsdp"))
+    assert one == shared and len(one.splitlines()) > 1
 
 
 def without(option, command):

@@ -29,6 +29,15 @@ def measuring(folder: Path, verb: str, out: str, *more: str) -> list[str]:
     return [verb, *arguments(folder), *SIZES, *more, "--out", str(folder / out)]
 
 
+def writing(folder: Path, out: str) -> list[str]:
+    """Return the command by which the model writes alternates to questions, of which it makes a file."""
+    asked, sizes = folder / f"{out}.asked.jsonl", ("--count=2", "--new-tokens=8", "--instruction=Another.")
+    rows = [{"question": f"the number of agent {n}?", "answer": f"it is {n * 37}"} for n in range(3)]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given = ["--model", str(folder / "model"), "--forget", str(asked)]
+    return ["alternates", *given, *sizes, "--batch-size", "2", "--out", str(folder / out)]
+
+
 def commands(folder: Path, rank: int) -> dict[str, list[str]]:
     """Return the commands by name; those of the two ranks differ where one of them is to fail."""
     holdout = ("--holdout", str(folder / "holdout.jsonl"))
@@ -58,6 +67,7 @@ def commands(folder: Path, rank: int) -> dict[str, list[str]]:
         "eval fsdp": measuring(folder, "eval", "eval-fsdp.json", *holdout, *before, "--mesh", "fsdp=2"),
         "stats fsdp": measuring(folder, "stats", "stats-fsdp.json", "--mesh", "fsdp=2"),
         "mask fsdp": measuring(folder, "mask", "mask-fsdp.safetensors", "--keep", "0.3", "--mesh", "fsdp=2"),
+        "alternates fsdp": [*writing(folder, "alternates-fsdp.jsonl"), "--mesh", "fsdp=2"],
         "other ranks": unlearning(folder, "mesh", options=("--no-eval", "--mesh", "fsdp=3")),
         "relearn": measuring(folder, "eval", "none.json", "--relearn", "3", "--mesh", "fsdp=2"),
     }
