@@ -154,7 +154,7 @@ def test_resume_goes_on_to_the_same_weights(folder, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), parts.parameters(), strict=True))
 
 
-def test_runs_share_the_references_in_a_folder(folder, tmp_path, monkeypatch):
+def test_runs_share_the_references_in_a_folder(folder, tmp_path, monkeypatch, capsys):
     def references(root):
         return {p: p.read_bytes() for p in root.rglob("*.safetensors")}
 
@@ -169,9 +169,12 @@ def test_runs_share_the_references_in_a_folder(folder, tmp_path, monkeypatch):
         raise AssertionError("computed and written although it is on disk")
 
     monkeypatch.setattr(RowStore, "write", refuse)
-    more = ["wagle.keep=0.5", *common, "--cache", str(tmp_path / "cache")]
+    model, _ = loading.load_model(folder / "model")
+    memory = 4 * sum(p.numel() for p in model.parameters())  # of half of the gradients
+    more = ["wagle.keep=0.5", f"wagle.memory={memory}", *common, "--cache", str(tmp_path / "cache")]
     assert run(folder, tmp_path / "second", *more, recipe="wagle") == 0
     assert references(tmp_path / "cache") == first
+    assert "group 1 of" in (said := capsys.readouterr().err) and "is scored; about" in said
 
 
 @pytest.mark.quick

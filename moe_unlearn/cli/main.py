@@ -33,7 +33,7 @@ from moe_unlearn.cli.arguments import (
     writable,
 )
 from moe_unlearn.cli.launch import REFUSED, Command, Outcome, launched
-from moe_unlearn.cli.mask import write_mask
+from moe_unlearn.cli.mask import told, write_mask
 from moe_unlearn.cli.sides import batches_of, require_moe
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError, UnavailableError
@@ -154,6 +154,7 @@ def mask(options: argparse.Namespace) -> None:
     print(f"kept {made.fraction:.4f} of all weights (asked {options.keep:g}); saved to {options.out}")
 
 
+@told()
 def run(options: argparse.Namespace) -> None:
     """Unlearn: read a recipe, a model and the data, train, evaluate, report."""
     how = loading_of(options)

@@ -30,7 +30,7 @@ def write_mask(
     ranks = Ranks(model, everyone())
     other = None if options.compare is None else masks.load(options.compare, model)
     with contextlib.ExitStack() as inside:
-        inside.enter_context(_told())
+        inside.enter_context(told())
         resume = None
         if not stream_of(options.out):
             groups = Path(f"{options.out}.groups")
@@ -51,7 +51,7 @@ def write_mask(
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def told() -> Iterator[None]:
     """Print what the package logs, such as how long a mask will take, to stderr inside."""
     log, printed = logging.getLogger("moe_unlearn"), logging.StreamHandler(sys.stderr)
     before = log.level
