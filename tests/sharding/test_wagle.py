@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
+from transformers.distributed import DistributedConfig
 
 from moe_unlearn import masks, wagle
 from moe_unlearn.masks import weight_mask
@@ -69,7 +70,7 @@ def given(made: nn.Module, side: Side, pieces: list[Piece], ranks: Ranks | None)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{side.name} {piece.name}".encode()))
         rows, at = held_rows(piece.parameter), piece.elements
         # few values, so that many scores are equal
-        whole = torch.randint(-2, 3, piece.parameter.shape, generator=generator) + torch.rand((), generator=generator)
+        whole = torch.randint(-2, 3, piece.parameter.shape, generator=generator) * torch.rand((), generator=generator)
         found[piece] = whole[rows.start : rows.stop].flatten()[at.start : at.stop : at.step]
     return found
 
@@ -118,15 +119,40 @@ def written_by(rank: int, folder: Path) -> None:
         wagle.weight_mask(made, *BATCHES, keep=0.3, gamma=0.7, memory=1000)
     if distributed.get_world_size() > 2:
         return
-    # what FSDP2 adds up does not depend on which other gradients it has
-    at_once, in_groups = (
-        wagle.weight_mask(made, *BATCHES, keep=0.3, gamma=0.7, memory=budget(made, share)) for share in (None, 0.5)
-    )
+    at_once = same_in_groups(made)
     at_once.save(folder / "summed")
-    assert at_once.magnitudes == in_groups.magnitudes
+    interrupted(made, folder, at_once)
+    with_experts_of_their_own(folder)
+
+
+def same_in_groups(made: nn.Module) -> WeightMask:
+    """What the engine adds up does not depend on which other gradients it has."""
+    passes, real = [], making._Scores.of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(making._Scores, "of", lambda *given: passes.append(given) or real(*given))
+        at_once, in_groups = (
+            wagle.weight_mask(made, *BATCHES, keep=0.3, gamma=0.7, memory=budget(made, share)) for share in (None, 0.5)
+        )
+    assert len(passes) > 3 and 0 < at_once.fraction <= 0.3 and at_once.magnitudes == in_groups.magnitudes
     for name, words in at_once.packed.items():
         assert torch.equal(part(words), part(in_groups.packed[name]))
-    interrupted(made, folder, at_once)
+    return at_once
+
+
+def with_experts_of_their_own(folder: Path) -> None:
+    """Ranks of which each has some experts whole, as transformers shares them out."""
+    torch.manual_seed(0)
+    made = tiny_olmoe(VOCAB)
+    if distributed.get_rank() == 0:
+        made.save_pretrained(folder / "model")
+    distributed.barrier()
+    config = DistributedConfig(fsdp_size=2, ep_size=2)
+    settings = {"distributed_config": config, "experts_implementation": "moe_unlearn"}
+    made = type(made).from_pretrained(folder / "model", **settings).eval()
+    experts = made.model.layers[0].mlp.experts
+    assert len(part(experts.down_proj)) == experts.down_proj.shape[0] // 2
+    mask_of_given(made, **GIVEN["filled"]).save(folder / "experts")
+    same_in_groups(made)
 
 
 def interrupted(made: nn.Module, folder: Path, expected: WeightMask) -> None:
@@ -246,9 +272,11 @@ def test_weights_that_fall_on_the_other_side_are_counted_and_next_to_the_thresho
 
 
 def test_sharded_weights_in_groups_too_whatever_the_guess_with_ties_and_zeros(ranks, tmp_path):
-    _, folder = ranks
+    count, folder = ranks
     torch.manual_seed(0)
     made = tiny_olmoe(VOCAB).eval()
     for name, settings in GIVEN.items():
         mask_of_given(made, **settings | {"share": None}).save(tmp_path / "one")
         assert (folder / name).read_bytes() == (tmp_path / "one").read_bytes(), name
+    if count == 2:
+        assert (folder / "experts").read_bytes() == (folder / "filled").read_bytes()
