@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import hub
 
 from moe_unlearn import delta
 from moe_unlearn.cli import main
@@ -143,7 +144,7 @@ def test_a_model_of_the_hub_is_a_base(folder, tmp_path, capsys, monkeypatch):
     assert main(["apply", "org/other", path, "--out", out]) == 2
     assert "cannot load a model's files from org/other: " in error_of(capsys)
     shutil.rmtree(snapshot), shutil.copytree(folder / "model", snapshot)
-    monkeypatch.setattr(loading.transformers.utils.hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     data = [f"--{side}={folder / side}.jsonl" for side in ("forget", "retain")]
     given = ["--model", "org/name@v1", *data, "--out", out, "--no-eval", "--delta", "--set", *SETTINGS]
     assert main(["run", "npo", *given]) == 0
