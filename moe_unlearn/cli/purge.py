@@ -36,8 +36,8 @@ FORMATS = {
 KEPT = (
     "model",
     "figures",
-    *("recipe.yaml", "report.md", "verified.txt"),
-    *(f"{name}.json" for name in ("batch", "loaded", "summary", "seeds", "trajectory", "routing")),
+    *("recipe.yaml", "report.md", "verified.txt", "manifest", "lock"),
+    *(f"{name}.json" for name in ("run", "batch", "loaded", "summary", "seeds", "trajectory", "routing")),
     *("*_SUMMARY.json", "*_SETTINGS.json"),
 )
 #: what a folder has to hold, one line of these, to be that of a run, of a demo or of an evaluation
