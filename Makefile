@@ -23,6 +23,7 @@
 # make bench-step  the whole step alone, in full: growth, memory, NPO, MOLLM; 40 minutes, 15 GB of memory
 # make size    each verb of the command line on a checkpoint of 3.8 GB, its memory held against what is planned; half an
 #              hour, 10 GB of memory, 20 GB of disk
+# make scorecard   what faults of the disk, kills and damaged files do to every verb, an hour of them on 2 cores
 # make study   what each lever buys, half an hour on 2 cores; `make study STUDY=` the whole study, 2 hours and more,
 #              goes on where it was stopped
 # make clean-cache   forget the trained models of the demo
@@ -49,7 +50,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(B
 # a change here builds the native extension again
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo quick test nightly nightly-tests soak-sample extremes portable lint ledger mutants soak gpu gpu-install gpu-ranks gpu-rehearsal gpu-wheels gpu-report
+.PHONY: demo quick test nightly nightly-tests soak-sample extremes portable lint ledger mutants soak scorecard gpu gpu-install gpu-ranks gpu-rehearsal gpu-wheels gpu-report
 .PHONY: bench bench-step bench-gpu size study clean-cache clean
 
 # without build isolation, so that the native extension is built against this very torch
@@ -109,6 +110,9 @@ mutants: .venv/.installed
 soak: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --jobs $$(nproc) $(SOAK)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak_ranks $(SOAK_RANKS)
+
+scorecard: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trust.scorecard --jobs $$(nproc) $(SCORECARD)
 
 # offline, into the machine's own environment; libraries of these sources that are there already are not built again
 gpu-install:

@@ -1,7 +1,7 @@
 """Write the figures of README.md and benchmarks/RESULTS.md from the recorded results: python -m benchmarks.readme
 
 RESULTS.md has the costs of the newest run of each device, the table of the embedded experiment (`headline`), what each
-verb takes at a model's size (`size_table`) and what the levers buy (`efficacy`); README.md has a row for quality, one
+verb takes at a model's size (`size_table`), what faults and damage do (`trust_table`) and what the levers buy (`efficacy`); README.md has a row for quality, one
 for speed and one for memory. The text between two marks is replaced. `tests/test_bench_readme.py` fails where a page
 and the run differ, and where a kernel changed since the run and the page does not say so; another call of this module
 repairs both.
@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import efficacy, headline, record, size_table, stamp
+from benchmarks import efficacy, headline, record, size_table, stamp, trust_table
 
 README, RESULTS = stamp.ROOT / "README.md", stamp.ROOT / "benchmarks" / "RESULTS.md"
 STALE = "**measured before the kernels changed**"
@@ -139,7 +139,13 @@ def marks(section: str) -> tuple[str, str]:
 
 SECTIONS = {
     README: {"headline": headlines},
-    RESULTS: {"demo": headline.table, "suite": generated, "size": size_table.table, "efficacy": efficacy.generated},
+    RESULTS: {
+        "demo": headline.table,
+        "suite": generated,
+        "size": size_table.table,
+        "trust": trust_table.table,
+        "efficacy": efficacy.generated,
+    },
 }
 
 

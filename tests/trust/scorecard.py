@@ -30,7 +30,7 @@ from tests.trust.commands import KINDS, VERBS, Commands
 from tests.trust.faults import ERRORS, Fault
 
 DRAWS = 40  # places of a file for each form of damage
-READ = 500  # times that each file of a mask, and of a state, is damaged for its reader
+READ = 3000  # times that each file of a mask, and of a state, is damaged for its reader
 
 
 @functools.cache
