@@ -1,10 +1,10 @@
 """Write the figures of README.md and benchmarks/RESULTS.md from the recorded results: python -m benchmarks.readme
 
 RESULTS.md has the costs of the newest run of each device, the table of the embedded experiment (`headline`), what each
-verb takes at a model's size (`size_table`), what faults and damage do (`trust_table`) and what the levers buy (`efficacy`); README.md has a row for quality, one
-for speed and one for memory. The text between two marks is replaced. `tests/test_bench_readme.py` fails where a page
-and the run differ, and where a kernel changed since the run and the page does not say so; another call of this module
-repairs both.
+verb takes at a model's size (`size_table`), what faults and damage do (`trust_table`) and what the levers buy
+(`efficacy`); README.md has a row for quality, one for speed and one for memory. The text between two marks is replaced.
+`tests/test_bench_readme.py` fails where a page and the run differ, and where a kernel changed since the run and the
+page does not say so; another call of this module repairs both.
 """
 
 import json
