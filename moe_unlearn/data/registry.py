@@ -286,8 +286,13 @@ def _check_within(folder: Path, file: Path) -> None:
 def _file_records(path: Path, options: Options, limit: int | None) -> Iterator[tuple[object, str]]:
     if files.file_format(path) == ".parquet":
         return hub.parquet_records(path, streaming=limit is not None)
-    chosen = {"encoding": options.encoding, "lines_as_text": options.lines_as_text, "max_bytes": options.max_bytes}
-    return files.records(path, limit=limit, **chosen)
+    return files.records(
+        path,
+        encoding=options.encoding,
+        lines_as_text=options.lines_as_text,
+        limit=limit,
+        max_bytes=options.max_bytes,
+    )
 
 
 def _folder_files(folder: Path, split: str | None, side: str | None) -> list[Path]:

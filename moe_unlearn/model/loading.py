@@ -237,7 +237,7 @@ def _load(
             "adapter on the hub: download that to a folder"
         )
     in_turn = nullcontext() if {"device_map", "distributed_config"} & options.keys() else read_in_turn()
-    own = {"dtype": how.dtype, "trust_remote_code": how.trust_remote_code}
+    own: dict[str, Any] = {"dtype": how.dtype, "trust_remote_code": how.trust_remote_code}
     loaded = f"a {what} with its tokenizer"
     with in_turn:
         model = whole_model(name, kind, loaded, source, how.allow_weights, _HINT, **where, **own, **options)
