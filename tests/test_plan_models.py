@@ -64,7 +64,7 @@ def test_what_a_plan_says_makes_a_run_fit_is_planned_to_fit(tmp_path):
     peak = plan_of_config(tmp_path, recipe, advise=False).peak / 2**30
     size = 0.6 * peak
     said = [shlex.split(line) for line in plan_of_config(tmp_path, recipe, fits=[size]).remedies[size]]
-    assert [("--set" in words, "--mesh" in words) for words in said] == [(True, False), (False, True)], said
+    assert len(said) == 2 and "--set" in said[0] and "--mesh" in said[1], said
     for words in said:
         overrides = words[words.index("--set") + 1 :] if "--set" in words else []
         mesh = words[words.index("--mesh") + 1] if "--mesh" in words else None
