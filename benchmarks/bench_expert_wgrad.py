@@ -2,8 +2,8 @@
 
 The rivals compute `F.grouped_mm` over all experts, multiply by a dense mask, and call torch's fused AdamW over all
 weights (dense) or over compact copies of the trained experts (compact). The mask keeps half of the weights of the
-trained experts. Two more epilogues, storing the gradient and WAGLE's score, are measured against `F.grouped_mm` over
-all experts and torch calls. Where we have several implementations, each is timed.
+trained experts. Storing the gradient is measured against `F.grouped_mm` over all experts. Where we have several
+implementations, each is timed.
 """
 
 import functools
@@ -18,7 +18,7 @@ from moe_unlearn.ops import AdamW, Update, route
 from moe_unlearn.ops.bits import pack_bits
 from moe_unlearn.ops.costs import expert_wgrad as costs
 from moe_unlearn.ops.costs.masked_update import bytes_per_weight
-from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad, expert_wgrad_adamw_, expert_wgrad_score
+from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad, expert_wgrad_adamw_
 
 GROUPED = "F.grouped_mm"
 DENSE, COMPACT = "F.grouped_mm + mask + fused AdamW", "F.grouped_mm + compact fused AdamW"
@@ -27,20 +27,20 @@ LR = 1e-5
 
 def cases(device: str) -> list[Case]:
     geometry, tokens = (shapes.OLMOE.narrow(4), 1024) if device == "cpu" else (shapes.QWEN3, 8192)
-    found = [case(geometry, tokens, share, "", device) for share in (1.0, 0.2, 0.05)]
+    found = [case(geometry, tokens, share, False, device) for share in (1.0, 0.2, 0.05)]
     if device == "cuda":
-        found += [case(geometry, tokens, 0.2, part, device) for part in ("store", "score")]
-        found += [case(shapes.OLMOE, 2048, 0.2, part, device) for part in ("", "store", "score")]
+        found.append(case(geometry, tokens, 0.2, True, device))
+        found += [case(shapes.OLMOE, 2048, 0.2, stored, device) for stored in (False, True)]
     return found
 
 
-def case(geometry: Geometry, tokens: int, share: float, part: str, device: str) -> Case:
-    """Return the case of AdamW as the epilogue, or of another `part`."""
-    rivals, make = ((GROUPED,), functools.partial(part_work, part)) if part else ((DENSE, COMPACT), work)
+def case(geometry: Geometry, tokens: int, share: float, stored: bool, device: str) -> Case:
+    """Return the case of AdamW as the epilogue, or of storing the gradient."""
+    rivals, make = ((GROUPED,), store_work) if stored else ((DENSE, COMPACT), work)
     first = device == "cuda" and geometry is shapes.QWEN3 and share == 0.2
     return Case(
         "expert_wgrad",
-        f"{geometry.name}, {tokens} tokens, {share:.0%} trained{f', {part}' if part else ''}",
+        f"{geometry.name}, {tokens} tokens, {share:.0%} trained{', store' if stored else ''}",
         (OURS, *rivals, *side_names(device)),
         functools.partial(make, geometry, tokens, share, device),
         tier=0 if first else 1,
@@ -95,33 +95,22 @@ def work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
     )
 
 
-def part_work(part: str, geometry: Geometry, tokens: int, share: float, device: str) -> Work:
-    """Return the work of storing the trained experts' gradient, or of computing their score from two gradients."""
+def store_work(geometry: Geometry, tokens: int, share: float, device: str) -> Work:
+    """Return the work of storing the trained experts' gradient."""
     factors, trained = operands(geometry, tokens, share, device)
     grad, x, offsets, *_ = factors
-    experts, shape = trained.int(), (geometry.experts, grad.shape[1], x.shape[1])
-    weight = torch.randn(shape[1:], generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
-    weight = weight.expand(shape).contiguous()
-    calls = {
-        "store": lambda impl: expert_wgrad(**factors._asdict(), experts=experts, impl=impl),
-        "score": lambda impl: expert_wgrad_score(weight, factors, factors, gamma=0.5, experts=experts, impl=impl),
-    }
-    kernel, decides = {"store": ("expert_wgrad", grad), "score": ("expert_wgrad.score", weight)}[part]
-    each, missing = sides(kernel, device, calls[part])
 
-    def grouped():
-        products = [F.grouped_mm(grad.t(), x, offs=offsets[1:]) for _ in range(2 if part == "score" else 1)]
-        if part == "store":
-            return products[0]
-        return (weight[trained].float() - products[0][trained].float() / 0.5) * products[1][trained].float()
+    def ours(impl="auto"):
+        return expert_wgrad(**factors._asdict(), experts=trained.int(), impl=impl)
 
-    contenders = {OURS: functools.partial(calls[part], "auto"), **each}
+    each, missing = sides("expert_wgrad", device, ours)
+    contenders = {OURS: ours, **each}
     if hasattr(F, "grouped_mm"):
-        contenders[GROUPED] = grouped
+        contenders[GROUPED] = lambda: F.grouped_mm(grad.t(), x, offs=offsets[1:])
     else:
         missing[GROUPED] = f"torch {torch.__version__} has no F.grouped_mm"
-    flops = costs.flops(len(grad), *shape[1:], share) * (2 if part == "score" else 1)
-    return Work(contenders, missing, flops=flops, found={"choice": [kernel, decides.numel()]})
+    flops = costs.flops(len(grad), grad.shape[1], x.shape[1], share)
+    return Work(contenders, missing, flops=flops, found={"choice": ["expert_wgrad", grad.numel()]})
 
 
 def theirs(weight, grad, x, offsets, trained, keep, dense):

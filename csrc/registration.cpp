@@ -47,10 +47,6 @@ STABLE_TORCH_LIBRARY(moe_unlearn_native, m) {
       "Tensor? mask, float decay, float beta1, float beta2, float root_correction, float eps, float step_size, "
       "int step, bool stochastic, int seed, int parameter_id, int first_row) -> ()");
   m.def(
-      "expert_wgrad_score_(Tensor(a!) out, Tensor weight, Tensor grad_f, Tensor input_f, Tensor bounds_f, "
-      "Tensor? grad_rows_f, Tensor? input_rows_f, Tensor grad_r, Tensor input_r, Tensor bounds_r, "
-      "Tensor? grad_rows_r, Tensor? input_rows_r, Tensor experts, float gamma) -> ()");
-  m.def(
       "expert_wgrad_inner_(Tensor(a!) out, Tensor[] grads, Tensor[] inputs, Tensor[] bounds, Tensor[] grad_rows, "
       "Tensor[] input_rows, Tensor? mask) -> ()");
 

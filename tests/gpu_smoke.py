@@ -30,7 +30,6 @@ from moe_unlearn.ops.expert_wgrad import (
     Factors,
     expert_wgrad_adamw_,
     expert_wgrad_inner,
-    expert_wgrad_score,
     expert_wgrad_sgd_,
 )
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
@@ -71,7 +70,6 @@ def checks() -> Iterator[Check]:
     yield Check(("expert_wgrad", "expert_wgrad.accumulate"), "store and add", _wgrad, {**common, "out": state[0]})
     update = {**common, "weight": weight, "first": state[0], "second": state[1]}
     yield Check(("expert_wgrad.sgd", "expert_wgrad.adamw"), "updates", _wgrad_update, update)
-    yield Check(("expert_wgrad.score",), "score", _wgrad_score, {"weight": weight, "both": (factors, retain)})
     yield Check(("expert_wgrad.inner",), "inner", _wgrad_inner, {"both": (factors, retain), "mask": words})
     sets = [[integers(*SHAPE, dtype=BF16, seed=s), integers(70, seed=s + 9, dtype=BF16)] for s in range(3)]
     yield Check(("gram",), "integers", lambda impl, sets: (ops.gram(sets, impl=impl),), {"sets": sets})
@@ -126,10 +124,6 @@ def _wgrad_update(impl, factors, experts, mask, weight, first, second):
     expert_wgrad_sgd_(weights[0], buffer, factors, sgd, update, **where)
     expert_wgrad_adamw_(weights[1], *moments, factors, adamw, update, **where)
     return *weights, buffer, *moments
-
-
-def _wgrad_score(impl, weight, both):
-    return (expert_wgrad_score(weight, *both, gamma=0.5, impl=impl),)
 
 
 def _wgrad_inner(impl, both, mask):

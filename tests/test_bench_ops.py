@@ -158,7 +158,7 @@ def test_implementations_of_ours_are_measured_side_by_side(monkeypatch):
     monkeypatch.setattr(bench_retain_weights, "TOKENS", 256)
     both, seen = ("ours, cpu", "ours, ref"), set()
     made = [bench_route.work(64, 8, 2, "cpu"), bench_expert_wgrad.work(TOY, 48, 0.5, "cpu")]
-    made += [bench_expert_wgrad.part_work(part, TOY, 48, 0.5, "cpu") for part in ("store", "score")]
+    made.append(bench_expert_wgrad.store_work(TOY, 48, 0.5, "cpu"))
     made += [harness.built(case) for case in bench_masked_update.cases("cpu")[:6]]
     made += [bench_retain_weights.work(part, 32, "cpu") for part in bench_retain_weights.PARTS]
     made += [bench_weight_score.piece(part, "float32", "cpu") for part in bench_weight_score.PARTS]
@@ -173,7 +173,6 @@ def test_implementations_of_ours_are_measured_side_by_side(monkeypatch):
         "route",
         "expert_wgrad",
         "expert_wgrad.adamw",
-        "expert_wgrad.score",
         "retain_weights",
         "retain_weights.moments",
         "masked_update.sgd",

@@ -95,7 +95,7 @@ def test_both_commands_become_a_record_of_each_kind_and_the_choice(place):
     made = json.loads(file.read_text(encoding="utf-8"))
     assert made["cuda"]["route"] == [{"elements": 0, "first": "cuda"}]
     assert made["cuda"]["expert_wgrad.adamw"] == [{"elements": 0, "first": "triton"}]
-    assert made["cuda"]["expert_wgrad.score"] == choices.table()["cuda"]["expert_wgrad.score"]
+    assert made["cuda"]["expert_wgrad.sgd"] == choices.table()["cuda"]["expert_wgrad.sgd"]
     assert made["measured"] == {"device": "NVIDIA H200", "commit": None, "kernel_sources": "now"}
     assert any(str(path) in line for line in lines)
 

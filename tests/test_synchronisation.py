@@ -126,7 +126,6 @@ READS = {
     "_gram_factors_native": (1, "offsets of the CPU"),
     "tensor_digest": (2, "a digest of weights, in prepare()"),
     "gather": (4, "values of ranks, which are on the CPU"),
-    "expert_wgrad_score": (1, "options"),
     "architecture": (1, "a variable of the environment"),
     "tile_for": (1, "a list"),
     "check_offsets": (2, "indices of the CPU; a flag"),

@@ -2,7 +2,6 @@
 
     expert_wgrad, accumulate_   1 launch; 2 where an expert's rows are split
     sgd_, adamw_                1 launch (`expert_wgrad_update`)
-    score                       1 launch
     inner                       1 launch per pair of gradients, and 1 that adds up
 
 All share one main loop (`grouped_outer`): a program computes a tile of dW of one listed expert in float32 registers,
@@ -13,9 +12,9 @@ hoisted out of a loop over tiles takes registers from the accumulator.
 
 Each element belongs to one program and its sum runs over the rows in order, without atomics: the bits are the same for
 any order of programs. Where there are few tiles and many rows, each expert's rows are cut into `splits` parts, whose
-float32 tiles go to a workspace of splits x 4 bytes an element; a second launch adds them in order. For `score` and
-`inner` a program holds the tiles of two gradients. `inner` writes the three float64 products of each pair of tiles, 24
-bytes a tile, and a last launch adds those of each expert in a fixed order; no gradient reaches memory.
+float32 tiles go to a workspace of splits x 4 bytes an element; a second launch adds them in order. For `inner` a
+program holds the tiles of two gradients. It writes the three float64 products of each pair of tiles, 24 bytes a tile,
+and a last launch adds those of each expert in a fixed order; no gradient reaches memory.
 """
 
 import torch
@@ -42,7 +41,7 @@ from moe_unlearn.triton_kernels.grouped_outer import (
     unpack_column,
 )
 
-__all__ = ["accumulate_", "adamw_", "expert_wgrad", "inner", "score", "sgd_"]
+__all__ = ["accumulate_", "adamw_", "expert_wgrad", "inner", "sgd_"]
 
 _SUM_BLOCK = 256
 
@@ -127,61 +126,6 @@ def _sum_parts_kernel(
         offsets, exists = places(parts_strides, index + part * num_listed, m, p, M, P, BLOCK_M, BLOCK_P)
         total += tl.load(parts + offsets, mask=exists, other=0.0)
     _write(out, out_strides, mask, mask_strides, total, index, m, p, M, P, ACCUMULATE)
-
-
-@triton.jit
-def _score(
-    out,
-    weight,
-    out_strides,
-    weight_strides,
-    forget,
-    retain,
-    index,
-    expert,
-    m,
-    p,
-    gamma,
-    M: tl.constexpr,
-    P: tl.constexpr,
-):
-    if forget.shape[1] > 32:
-        forget, right_forget = halves(forget)
-        retain, right_retain = halves(retain)
-        _score(out, weight, out_strides, weight_strides, forget, retain, index, expert, m, p, gamma, M, P)
-        p += forget.shape[1]
-        forget, retain = right_forget, right_retain
-        _score(out, weight, out_strides, weight_strides, forget, retain, index, expert, m, p, gamma, M, P)
-    else:
-        offsets, exists = places(weight_strides, expert, m, p, M, P, forget.shape[0], forget.shape[1])
-        w = widen(tl.load(weight + offsets, mask=exists, other=0.0))
-        offsets, exists = places(out_strides, index, m, p, M, P, forget.shape[0], forget.shape[1])
-        tl.store(out + offsets, (w - tl.div_rn(retain, gamma)) * forget, mask=exists)
-
-
-@triton.jit
-def _score_kernel(
-    out, weight, out_strides, weight_strides,
-    grad_f, input_f, bounds_f, grad_rows_f, input_rows_f, strides_f,
-    grad_r, input_r, bounds_r, grad_rows_r, input_rows_r, strides_r,
-    experts, gamma, num_listed,
-    M: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, GROUP: tl.constexpr, BY_DESCRIPTOR_F: tl.constexpr, BOUNDS_STRIDE_F: tl.constexpr,
-    BY_DESCRIPTOR_R: tl.constexpr, BOUNDS_STRIDE_R: tl.constexpr,
-):  # fmt: skip
-    index, m, p = find_tile(tl.program_id(0), M, P, BLOCK_M, BLOCK_P, GROUP)
-    expert = listed(experts, index)
-    start, stop = load_bounds(bounds_f, expert, BOUNDS_STRIDE_F)
-    forget = outer_product(
-        grad_f, input_f, grad_rows_f, input_rows_f, strides_f, start, stop, m, p,
-        M, P, BLOCK_M, BLOCK_P, BLOCK_ROWS, BY_DESCRIPTOR_F,
-    )  # fmt: skip
-    start, stop = load_bounds(bounds_r, expert, BOUNDS_STRIDE_R)
-    retain = outer_product(
-        grad_r, input_r, grad_rows_r, input_rows_r, strides_r, start, stop, m, p,
-        M, P, BLOCK_M, BLOCK_P, BLOCK_ROWS, BY_DESCRIPTOR_R,
-    )  # fmt: skip
-    _score(out, weight, out_strides, weight_strides, forget, retain, index, expert, m, p, gamma, M, P)
 
 
 @triton.jit
@@ -319,48 +263,6 @@ def _store(out: torch.Tensor, factors, experts, mask, tile: OuterTile, accumulat
             BLOCK_P=32,
             num_warps=num_warps,
         )
-
-
-def score(
-    weight,
-    grad_f,
-    input_f,
-    expert_offsets_f,
-    grad_rows_f,
-    input_rows_f,
-    grad_r,
-    input_r,
-    expert_offsets_r,
-    grad_rows_r,
-    input_rows_r,
-    experts,
-    gamma,
-) -> torch.Tensor:
-    """Compute WAGLE's score [M_e, M, P] float32 of weight[experts]; no gradient is stored."""
-    forget = (grad_f, input_f, expert_offsets_f, grad_rows_f, input_rows_f)
-    retain = (grad_r, input_r, expert_offsets_r, grad_rows_r, input_rows_r)
-    shape, tile = tile_for("pair", forget, experts)
-    out = torch.empty(shape, dtype=torch.float32, device=weight.device)
-    if out.numel() == 0:
-        return out
-    f, r = factor_arguments(*forget, tile), factor_arguments(*retain, tile)
-    _score_kernel[(num_tiles(shape, tile),)](
-        out,
-        weight,
-        out.stride(),
-        weight.stride(),
-        *f[:6],
-        *r[:6],
-        None if experts is None else experts.contiguous(),
-        gamma,
-        shape[0],
-        BY_DESCRIPTOR_F=f.by_descriptor,
-        BOUNDS_STRIDE_F=f.bounds_stride,
-        BY_DESCRIPTOR_R=r.by_descriptor,
-        BOUNDS_STRIDE_R=r.bounds_stride,
-        **tile_options(shape, tile),
-    )
-    return out
 
 
 def inner(grads, inputs, expert_offsets, grad_rows, input_rows, experts, mask) -> torch.Tensor:

@@ -242,39 +242,6 @@ void expert_wgrad_adamw_(
   update(o, rule, {grad, input, bounds, grad_rows, input_rows});
 }
 
-// ---- score ---------------------------------------------------------------------------------------------------
-
-MOE_UNLEARN_INLINE void score_block(
-    const Matrix& forget, const Matrix& retain, const Rows& weight, int64_t weight_row, float gamma, float* out) {
-  const auto write = [&](int64_t row, int64_t first, int64_t n, uint32_t) MOE_UNLEARN_INLINE_LAMBDA {
-    Word w, g_f, g_r;
-    load(w, weight.dtype, weight.row(weight_row + row) + first * weight.stride, weight.stride, n);
-    load_word(g_f, forget, row, first, n);
-    load_word(g_r, retain, row, first, n);
-    for (int j = 0; j < word_bits; ++j) w[j] = score_of(w[j], g_f[j], g_r[j], gamma);
-    char* const to = reinterpret_cast<char*>(out + row * forget.columns + first);
-    store(w, ScalarType::Float, to, sizeof(float), 0xFFFFFFFF, n);
-  };
-  for_each_word(forget, Rows(), 0, write);
-}
-
-void expert_wgrad_score_(
-    const Tensor& out, const Tensor& weight, const Tensor& grad_f, const Tensor& input_f, const Tensor& bounds_f,
-    const std::optional<Tensor>& grad_rows_f, const std::optional<Tensor>& input_rows_f, const Tensor& grad_r,
-    const Tensor& input_r, const Tensor& bounds_r, const std::optional<Tensor>& grad_rows_r,
-    const std::optional<Tensor>& input_rows_r, const Tensor& experts, double gamma) {
-  const std::vector<Factors> sides{
-      {grad_f, input_f, bounds_f, grad_rows_f, input_rows_f}, {grad_r, input_r, bounds_r, grad_rows_r, input_rows_r}};
-  const Rows weights(weight);
-  const int64_t *const listed = indices(experts), height = weight.size(1), width = weight.size(2);
-  float* const scores = out.mutable_data_ptr<float>();
-  for_each_block(sides, ScalarType::Float, Rows(), [&](const Block& block, const std::vector<Matrix>& dw) {
-    for_this_cpu<score_block, const Matrix&, const Matrix&, const Rows&, int64_t, float, float*>(
-        dw[0], dw[1], weights, listed[block.expert] * height + block.first_row, static_cast<float>(gamma),
-        scores + (block.expert * height + block.first_row) * width);
-  });
-}
-
 // ---- inner products ------------------------------------------------------------------------------------------
 
 MOE_UNLEARN_INLINE void inner_block(
@@ -328,6 +295,5 @@ STABLE_TORCH_LIBRARY_IMPL(moe_unlearn_native, CPU, m) {
   m.impl("expert_wgrad_", TORCH_BOX(&moe_unlearn::expert_wgrad_));
   m.impl("expert_wgrad_sgd_", TORCH_BOX(&moe_unlearn::expert_wgrad_sgd_));
   m.impl("expert_wgrad_adamw_", TORCH_BOX(&moe_unlearn::expert_wgrad_adamw_));
-  m.impl("expert_wgrad_score_", TORCH_BOX(&moe_unlearn::expert_wgrad_score_));
   m.impl("expert_wgrad_inner_", TORCH_BOX(&moe_unlearn::expert_wgrad_inner_));
 }

@@ -70,20 +70,6 @@ void expert_wgrad_adamw_(
       expert_wgrad_update(factors(grad, input, bounds, grad_rows, input_rows), o, rule, device.stream()));
 }
 
-/// `out` holds the retain gradient in between.
-void expert_wgrad_score_(
-    const Tensor& out, const Tensor& weight, const Tensor& grad_f, const Tensor& input_f, const Tensor& bounds_f,
-    const std::optional<Tensor>& grad_rows_f, const std::optional<Tensor>& input_rows_f, const Tensor& grad_r,
-    const Tensor& input_r, const Tensor& bounds_r, const std::optional<Tensor>& grad_rows_r,
-    const std::optional<Tensor>& input_rows_r, const Tensor& experts, double gamma) {
-  expert_wgrad_(out, grad_r, input_r, bounds_r, grad_rows_r, input_rows_r, std::nullopt, false);
-  const OnDevice device(out);
-  const WgradScore score{
-      rows_of(out), rows_of(weight), indices(experts), weight.size(0), weight.size(1), static_cast<float>(gamma)};
-  const Factors forget = factors(grad_f, input_f, bounds_f, grad_rows_f, input_rows_f);
-  check_support(expert_wgrad(forget, score, device.stream()));
-}
-
 }  // namespace
 }  // namespace moe_unlearn
 
@@ -91,5 +77,4 @@ STABLE_TORCH_LIBRARY_IMPL(moe_unlearn_native, CUDA, m) {
   m.impl("expert_wgrad_", TORCH_BOX(&moe_unlearn::expert_wgrad_));
   m.impl("expert_wgrad_sgd_", TORCH_BOX(&moe_unlearn::expert_wgrad_sgd_));
   m.impl("expert_wgrad_adamw_", TORCH_BOX(&moe_unlearn::expert_wgrad_adamw_));
-  m.impl("expert_wgrad_score_", TORCH_BOX(&moe_unlearn::expert_wgrad_score_));
 }

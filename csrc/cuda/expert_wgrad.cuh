@@ -1,5 +1,5 @@
 // expert_wgrad on Hopper: dW = grad^T input over the rows of each listed expert, in bfloat16 with float32 sums. What
-// becomes of a tile of dW (stored, added, updating weights, scored) happens in the block that computed it. Inner
+// becomes of a tile of dW (stored, added, updating weights) happens in the block that computed it. Inner
 // products of several gradients are not here: they need as many tiles at once.
 //
 // One persistent block per multiprocessor goes through a list of 128 x 128 tiles. A producer warpgroup fills a ring of
@@ -98,15 +98,15 @@ struct Wgrad {
   template <class Group>
   static MOE_UNLEARN_DEVICE int64_t count_steps(const Group& group, const Arguments& a, const WgradPlan::Tile& tile) {
     const int64_t steps = WgradPlan::steps(a.f.stop(tile.expert) - a.f.start(tile.expert));
-    const Rows* const mask = a.epilogue.kept();
-    if (!mask || !*mask) return steps;
+    const Rows& mask = a.epilogue.kept();
+    if (!mask) return steps;
     constexpr int words = length / word_bits;
     for (int word = group.thread() % warp_size; word < length * words; word += warp_size) {
       const int64_t row = tile.row + word / words, column = tile.column / word_bits + word % words;
       uint32_t bits = 0;
-      if (row < a.f.grad.columns && column < mask->width)
+      if (row < a.f.grad.columns && column < mask.width)
         bits = *reinterpret_cast<const uint32_t*>(
-            mask->row(tile.expert * a.f.grad.columns + row) + column * mask->stride);
+            mask.row(tile.expert * a.f.grad.columns + row) + column * mask.stride);
       if (group.any(bits != 0)) return steps;
     }
     return 0;

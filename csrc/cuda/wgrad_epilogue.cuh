@@ -12,7 +12,7 @@ struct WgradStore {
   Rows out, mask;
   bool add;
 
-  MOE_UNLEARN_DEVICE const Rows* kept() const { return &mask; }
+  MOE_UNLEARN_DEVICE const Rows& kept() const { return mask; }
 
   MOE_UNLEARN_DEVICE bool operator()(const Place& place, int64_t, const float* gradient) const {
     const uint32_t chosen = chosen_elements(mask, place), written = add ? chosen : (1u << place.n) - 1;
@@ -38,7 +38,7 @@ struct WgradUpdate {
   Operands o;
   Rule rule;
 
-  MOE_UNLEARN_DEVICE const Rows* kept() const { return &o.mask; }
+  MOE_UNLEARN_DEVICE const Rows& kept() const { return o.mask; }
 
   MOE_UNLEARN_DEVICE bool operator()(const Place& place, int64_t width, const float* gradient) const {
     const uint32_t chosen = chosen_elements(o.mask, place);
@@ -48,32 +48,6 @@ struct WgradUpdate {
       for (int j = 0; j < chunk_size; ++j) g[j] = gradient[j];
     };
     return update_chunk<A>(o, rule, place, chosen, width, get_gradient);
-  }
-};
-
-/// WAGLE's score of the listed experts' weights: `out`, float32, holds the retain gradient before, the score after.
-struct WgradScore {
-  Rows out, weight;
-  const int64_t* experts;
-  int64_t num_experts, rows_per_expert;  // of weight
-  float gamma;
-
-  MOE_UNLEARN_DEVICE const Rows* kept() const { return nullptr; }
-
-  MOE_UNLEARN_DEVICE bool operator()(const Place& place, int64_t, const float* gradient) const {
-    const int64_t local = divide(place.row, rows_per_expert), expert = experts[local];
-    if (expert < 0 || expert >= num_experts) return false;
-    char* const to = out.row(place.row);
-    Raw raw = load(out, to, place);
-    const Raw weights = load(weight, weight.row(place.row + (expert - local) * rows_per_expert), place);
-    Chunk value, w;
-    widen(value, raw, Dtype::float32), widen(w, weights, weight.dtype);
-    MOE_UNLEARN_UNROLL
-    for (int j = 0; j < chunk_size; ++j) value[j] = score_of(w[j], gradient[j], value[j], gamma);
-    constexpr uint32_t every = (1u << chunk_size) - 1;
-    narrow<false>(raw, value, Dtype::float32, every);
-    store(out, to, place, raw, every);
-    return true;
   }
 };
 

@@ -6,7 +6,6 @@
     accumulate            out += dW, into a compact buffer                   expert_wgrad(out=...)
     sgd, adamw            the masked update of `masked_update`, straight     expert_wgrad_sgd_, _adamw_
                           from the float32 dW, which is never stored
-    score                 WAGLE's (W - g_r / gamma) * g_f, float32           expert_wgrad_score
     inner products        <g_i, g_j> of m gradients, none of them stored     expert_wgrad_inner
 
 Shapes: grad [R, M], input [R', P], N sorted rows, dW [M_e, M, P] in the layout of the weight (swap grad and
@@ -32,7 +31,6 @@ from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.ops.checks import check_factors, check_momentum, check_numerics, check_objects, check_rows, num_listed
 from moe_unlearn.ops.masked_update import SGD, AdamW, Rule, Update, masked_adamw_, masked_sgd_, unflattened
 from moe_unlearn.ops.schema import fields
-from moe_unlearn.ops.weight_score import weight_score_ref
 
 
 class Factors(NamedTuple):
@@ -207,43 +205,6 @@ def _by_expert(
         yield dw[None], experts[one].long(), words, [None if s is None else s[one] for s in state]
 
 
-def expert_wgrad_score(
-    weight: Tensor,
-    forget: Factors,
-    retain: Factors,
-    *,
-    gamma: float,
-    experts: Tensor | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """Compute WAGLE's score [M_e, M, P] of weight[experts] from its two gradients, as `ops.weight_score` says.
-
-    The score and the gradients are float32 (float64 for a float64 weight). Raises TypeError or ValueError for
-    arguments that do not fit.
-    """
-    for factors in (forget, retain):
-        check_factors(factors, experts, None, {}, weight)
-    if not gamma > 0:
-        raise ValueError(f"gamma must be positive; got {gamma}")
-    score: Tensor = _score(weight, *forget, *retain, experts, float(gamma), impl)
-    return score
-
-
-def expert_wgrad_score_ref(weight: Tensor, *operands: Any) -> Tensor:
-    """Compute `expert_wgrad_score` in plain PyTorch, from the op's operands."""
-    forget, retain, experts, gamma = score_operands(operands)
-    dtype = _wide(weight.dtype)
-    g_f, g_r = (expert_wgrad_ref(*side, experts, None, dtype) for side in (forget, retain))
-    return weight_score_ref(weight if experts is None else weight[experts.long()], g_f, g_r, gamma)
-
-
-def score_operands(operands: Sequence[Any]) -> tuple[Factors, Factors, Tensor | None, float]:
-    """Return (forget, retain, experts, gamma) from what follows the weight in a score's operands."""
-    *factors, experts, gamma = operands
-    forget, retain = (Factors(*one) for one in zip(*[iter(factors)] * len(Factors._fields), strict=True))
-    return forget, retain, experts, gamma
-
-
 def expert_wgrad_inner(
     gradients: Sequence[Factors], *, experts: Tensor | None = None, mask: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
@@ -343,28 +304,6 @@ for _mutating in (_accumulate, _sgd, _adamw):
 
 
 @custom_op(
-    "moe_unlearn::expert_wgrad_score",
-    mutates_args=(),
-    schema="(Tensor weight, Tensor grad_f, Tensor input_f, Tensor expert_offsets_f, Tensor? grad_rows_f, "
-    "Tensor? input_rows_f, Tensor grad_r, Tensor input_r, Tensor expert_offsets_r, Tensor? grad_rows_r, "
-    "Tensor? input_rows_r, Tensor? experts, float gamma, str impl) -> Tensor",
-)
-def _score(weight: Tensor, *operands: Any) -> Tensor:
-    *others, impl = operands
-    *sides, experts, _ = score_operands(others)
-    check_rows(experts, *sides)
-    score: Tensor = backend.resolve("expert_wgrad.score", impl, weight)(weight, *others)
-    return score
-
-
-@_score.register_fake
-def _(weight: Tensor, *operands: Any) -> Tensor:
-    *_, experts, _, _ = operands
-    count = weight.shape[0] if experts is None else experts.shape[0]
-    return weight.new_empty(count, *weight.shape[1:], dtype=_wide(weight.dtype))
-
-
-@custom_op(
     "moe_unlearn::expert_wgrad_inner",
     mutates_args=(),
     schema="(Tensor[] grads, Tensor[] inputs, Tensor[] expert_offsets, Tensor?[] grad_rows, Tensor?[] input_rows, "
@@ -389,7 +328,6 @@ for _name, _reference, _kernel, _launcher in (
     ("expert_wgrad.accumulate", _accumulate_ref, "accumulate", "accumulate_"),
     ("expert_wgrad.sgd", expert_wgrad_sgd_ref_, "sgd", "sgd_"),
     ("expert_wgrad.adamw", expert_wgrad_adamw_ref_, "adamw", "adamw_"),
-    ("expert_wgrad.score", expert_wgrad_score_ref, "score", "score"),
     ("expert_wgrad.inner", expert_wgrad_inner_ref, "inner", "inner"),
 ):
     backend.register(_name, "ref", _reference)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_unlearn import ops
 from moe_unlearn.ops.bits import pack_bits
-from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_inner, expert_wgrad_score
+from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_inner
 from moe_unlearn.regress.case import Case
 from moe_unlearn.regress.flat import by_keyword
 from moe_unlearn.testing import integers, routing
@@ -95,7 +95,6 @@ def expert_wgrad(impl: str) -> Iterator[Case]:
         "store": (_store, "skewed"),
         "masked": (_store, "first_empty"),
         "adamw": (_adamw, "skewed"),
-        "score": (_score, "skewed"),
         "inner": (_inner, "skewed"),
     }
     for dtype in DTYPES:
@@ -130,7 +129,7 @@ def _expert_wgrad_inputs(
     }
     if part != "store":
         inputs["mask"] = packed_mask(seed, len(inputs["experts"]), inner, hidden)
-    if part in ("adamw", "score"):
+    if part == "adamw":
         inputs["weight"] = normal(experts, inner, hidden).to(kind)
     return inputs
 
@@ -168,22 +167,6 @@ def _adamw(
         rule = {"lr": 1e-2, "weight_decay": 0.1, "step": step}
         by_keyword(expert_wgrad_adamw_)(weight, m, v, **factors, **rule, experts=experts, mask=mask, impl=impl)
     return {"weight": weight, "exp_avg": m, "exp_avg_sq": v}
-
-
-def _score(
-    grad: Tensor,
-    input: Tensor,
-    expert_offsets: Tensor,
-    input_rows: Tensor,
-    experts: Tensor,
-    mask: Tensor,
-    weight: Tensor,
-    *,
-    impl: str,
-) -> Tensor:
-    forget_side = Factors(grad, input, expert_offsets, None, input_rows)
-    retain_side = Factors(grad.flip(1), input, expert_offsets, None, input_rows)
-    return expert_wgrad_score(weight, forget_side, retain_side, gamma=3.0, experts=experts, impl=impl)
 
 
 def _inner(

@@ -29,7 +29,6 @@ from moe_unlearn.ops.expert_wgrad import (
     Factors,
     expert_wgrad_adamw_,
     expert_wgrad_inner,
-    expert_wgrad_score,
     expert_wgrad_sgd_,
 )
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
@@ -267,17 +266,6 @@ for _name in _SIZES:
         state["master"] = weight[experts].float()
         function = functools.partial(_updating(expert_wgrad_adamw_, AdamW(lr=0.1), Update(step=1)), impl="triton")
         return Case(function, made | state | {"experts": experts, "mask": mask}, mutates=tuple(state))
-
-    @case(f"expert_wgrad/score {_name}")
-    def _(name=_name):
-        forget, experts, _, weight = _wgrad(name, torch.float32)
-        retain = _wgrad(name, torch.float32, seed=1)[0]
-
-        def function(weight, forget, retain, experts, impl):
-            sides = Factors(**forget), Factors(**retain)
-            return expert_wgrad_score(weight, *sides, gamma=0.5, experts=experts, impl=impl)
-
-        return compared(function, {"weight": weight, "forget": forget, "retain": retain, "experts": experts})
 
     @case(f"expert_wgrad/inner {_name}")
     def _(name=_name):

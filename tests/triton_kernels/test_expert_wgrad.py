@@ -9,9 +9,9 @@ from unittest import mock
 import pytest
 import torch
 
-from moe_unlearn.ops import expert_wgrad_ref
-from moe_unlearn.ops.expert_wgrad import expert_wgrad_inner, expert_wgrad_score
-from moe_unlearn.testing import ROUTINGS, assert_as_accurate, integers
+from moe_unlearn.ops import SGD, Update, expert_wgrad_ref
+from moe_unlearn.ops.expert_wgrad import expert_wgrad_inner, expert_wgrad_sgd_
+from moe_unlearn.testing import ROUTINGS, assert_as_accurate
 from moe_unlearn.testing.yardstick import Reference
 from moe_unlearn.triton_kernels import configs, grouped_outer
 from tests.ops.expert_wgrad.cases import (
@@ -111,9 +111,7 @@ def test_shipped_tiles(monkeypatch, number, dtype):
     assert torch.equal(store(TRITON, made, out_dtype=F32).double(), expected)
     got = store(TRITON, scattered(made, "neither"), mask=words_of(kept), out_dtype=F32)
     assert torch.equal(got.double(), masked)
-    weight, given = integers(1, *shape, dtype=dtype, seed=3), TRITON.moved(made)
-    score = expert_wgrad_score(TRITON.moved(weight), given, given, gamma=0.5, impl="triton").cpu()
-    assert torch.equal(score.double(), (weight.double() - expected / 0.5) * expected)
+    given = TRITON.moved(made)
     inner = expert_wgrad_inner([given] * 2, mask=TRITON.moved(words_of(kept)), impl="triton").cpu()
     assert torch.equal(inner, masked.square().sum((1, 2))[:, None, None].expand(1, 2, 2))
 
@@ -132,7 +130,7 @@ def test_updates_by_pointers(monkeypatch, rule):
     check_update(TRITON, rule, "bf16 stochastic", factors(exact=True), experts=(3, 0))
 
 
-def test_a_score_of_float64_factors_is_an_error():
+def test_an_update_by_float64_factors_is_an_error():
     made, weight = TRITON.moved((factors(dtype=F64), torch.ones(E, *SHAPE)))
     with pytest.raises(TypeError, match="float64 factors"):
-        expert_wgrad_score(weight, made, made, gamma=1.0, impl="triton")
+        expert_wgrad_sgd_(weight, None, made, SGD(lr=0.1), Update(step=1), impl="triton")

@@ -22,7 +22,6 @@ from moe_unlearn.ops.expert_wgrad import (
     Factors,
     expert_wgrad_adamw_,
     expert_wgrad_inner,
-    expert_wgrad_score,
     expert_wgrad_sgd_,
 )
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
@@ -163,21 +162,10 @@ def run_adamw(**operands: Any) -> list[Tensor]:
     return tensors
 
 
-def score(dice: Dice) -> Operands:
+def inner(dice: Dice) -> Operands:
     shape, experts, dtype = (dice.randint(1, 9), dice.randint(1, 9)), dice.randint(1, 4), dice.choice(FLOATS)
     sides = factors(dice, shape, experts, dtype, "f_") | factors(dice, shape, experts, dtype, "r_")
-    return sides | {"weight": dice.normal(experts, *shape, dtype=dtype), "experts": dice.some(experts, torch.int64)}
-
-
-def run_score(weight: Tensor, experts: Tensor | None, impl: str, **operands: Any) -> Tensor:
-    sides = _side(operands, "f_"), _side(operands, "r_")
-    return expert_wgrad_score(weight, *sides, gamma=2.0, experts=experts, impl=impl)
-
-
-def inner(dice: Dice) -> Operands:
-    made = score(dice)
-    del made["weight"]
-    return made
+    return sides | {"experts": dice.some(experts, torch.int64)}
 
 
 def run_inner(experts: Tensor | None, impl: str, **operands: Any) -> Tensor:
@@ -280,7 +268,6 @@ OPS: dict[str, tuple[Callable[[Dice], Operands], Callable[..., Any]]] = {
     "expert_wgrad.accumulate": (accumulate, ops.expert_wgrad),
     "expert_wgrad.sgd": (sgd, run_sgd),
     "expert_wgrad.adamw": (adamw, run_adamw),
-    "expert_wgrad.score": (score, run_score),
     "expert_wgrad.inner": (inner, run_inner),
     "gram": (gram, run_gram),
     "gram.factors": (gram_factors, run_gram_factors),

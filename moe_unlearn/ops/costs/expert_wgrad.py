@@ -1,7 +1,6 @@
 """Costs of `expert_wgrad`: one product of factors for each trained expert, whatever becomes of it."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -38,11 +37,6 @@ def _one(
     return _product(Factors(grad, input, expert_offsets, grad_rows), experts)
 
 
-def _score(*, experts: Tensor | None, **sides: Any) -> float:
-    names = ("grad", "input", "expert_offsets", "grad_rows")
-    return sum(_product(Factors(*(sides[f"{name}_{side}"] for name in names)), experts) for side in "fr")
-
-
 def _inner(
     *,
     grads: Sequence[Tensor],
@@ -63,6 +57,5 @@ COSTS = {
     "expert_wgrad_accumulate": Cost(_one),
     "expert_wgrad_sgd": Cost(_one),
     "expert_wgrad_adamw": Cost(_one),
-    "expert_wgrad_score": Cost(_score),
     "expert_wgrad_inner": Cost(_inner),
 }

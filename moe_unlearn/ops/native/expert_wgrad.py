@@ -15,9 +15,7 @@ from moe_unlearn.ops.expert_wgrad import (
     _accumulate_ref,
     expert_wgrad_adamw_ref_,
     expert_wgrad_ref,
-    expert_wgrad_score_ref,
     expert_wgrad_sgd_ref_,
-    score_operands,
     update_operands,
 )
 from moe_unlearn.ops.masked_update import SGD, AdamW
@@ -59,18 +57,6 @@ def adamw(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | 
     torch.ops.moe_unlearn_native.expert_wgrad_adamw_(
         weight, exp_avg, exp_avg_sq, master, *tensors, *rule.native(update)
     )
-
-
-def score(weight: Tensor, *operands: Any) -> Tensor:
-    forget, retain, experts, gamma = score_operands(operands)
-    if torch.float64 in (forget.grad.dtype, retain.grad.dtype):
-        return expert_wgrad_score_ref(weight, *operands)
-    listed = _listed(weight, experts)
-    out = weight.new_empty(len(listed), *weight.shape[1:], dtype=torch.float32)
-    torch.ops.moe_unlearn_native.expert_wgrad_score_(
-        out, weight, *_operands(forget, experts), *_operands(retain, experts), listed, gamma
-    )
-    return out
 
 
 def inner(grads: list[Tensor], *operands: Any) -> Tensor:
@@ -148,9 +134,3 @@ def adamw_cuda(weight: Tensor, *operands: Any) -> None:
     exp_avg, _, _, grad, input, *_ = operands
     _check_update(weight, exp_avg, grad, input)
     adamw(weight, *operands)
-
-
-def score_cuda(weight: Tensor, *operands: Any) -> Tensor:
-    forget, retain, *_ = score_operands(operands)
-    _check_gpu(forget.grad, forget.input, retain.grad, retain.input)
-    return score(weight, *operands)

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 
 from moe_unlearn.triton_kernels import configs
-from moe_unlearn.triton_kernels.expert_wgrad import accumulate_, expert_wgrad, inner, score
+from moe_unlearn.triton_kernels.expert_wgrad import accumulate_, expert_wgrad, inner
 
 _EXPERTS, _HIDDEN, _INNER, _TOKENS, _TOP_K = 8, 2048, 768, 2048, 8
 _H200_PROGRAMS = 132
@@ -57,10 +57,6 @@ def _split(dtype: torch.dtype) -> None:
         accumulate_(out, grad, input, offsets, grad_rows, None, one, None)
 
 
-def _score(dtype: torch.dtype) -> None:
-    score(matrices(dtype), *gate_up(dtype, bounds=True), *gate_up(dtype, bounds=True), some(), 0.5)
-
-
 def _inner(count: int, dtype: torch.dtype = torch.bfloat16, masked: bool = True) -> None:
     inner(*map(list, zip(*[gate_up(dtype, bounds=True)] * count, strict=True)), None, words() if masked else None)
 
@@ -75,8 +71,6 @@ CASES: dict[str, Callable[[], None]] = {
     "accumulate in fp32": lambda: accumulate_(matrices(torch.float32, 2), *gate_up(), some(), words(2)),
     "split": lambda: _split(torch.bfloat16),
     "split fp32": lambda: _split(torch.float32),
-    "score": lambda: _score(torch.bfloat16),
-    "score fp32": lambda: _score(torch.float32),
     "inner of one": lambda: _inner(1),
     "inner of three": lambda: _inner(3),
     "inner unmasked": lambda: _inner(2, masked=False),

@@ -1,10 +1,10 @@
-"""expert_wgrad in every implementation: the stored gradient, scores and inner products against exact sums."""
+"""expert_wgrad in every implementation: the stored gradient and inner products against exact sums."""
 
 import pytest
 import torch
 
-from moe_unlearn.ops import SGD, AdamW, Update, expert_wgrad, expert_wgrad_ref, weight_score_ref
-from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_inner, expert_wgrad_score, expert_wgrad_sgd_
+from moe_unlearn.ops import SGD, AdamW, Update, expert_wgrad, expert_wgrad_ref
+from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_inner, expert_wgrad_sgd_
 from moe_unlearn.testing import LAYOUTS, ROUTINGS, assert_as_accurate, integers
 from moe_unlearn.testing.yardstick import Reference
 from tests.ops.expert_wgrad.cases import (
@@ -148,15 +148,13 @@ def test_a_masked_infinity_is_zero(impl):
 
 
 def test_nothing_to_do(impl):
-    none, weight = torch.zeros(0, dtype=torch.int64), torch.ones(E, *SHAPE)
+    none = torch.zeros(0, dtype=torch.int64)
     without = factors(tokens=0)
     assert not store(impl, without).any()
     assert store(impl, without, experts=none).shape == (0, *SHAPE)
     assert store(impl, without._replace(grad=without.grad[:, :0])).shape == (E, 0, SHAPE[1])
     assert store(impl, factors(tokens=1, top_k=1)).any()
-    weight, without, none = impl.moved((weight, without, none))
-    assert not expert_wgrad_score(weight, without, without, gamma=1.0, impl=impl.name).any()
-    assert not expert_wgrad_score(weight, without, without, gamma=1.0, experts=none, impl=impl.name).numel()
+    without, none = impl.moved((without, none))
     if impl.kind in INNER:
         assert not expert_wgrad_inner([without] * 2, impl=impl.name).any()
         assert expert_wgrad_inner([without] * 2, experts=none, impl=impl.name).shape == (0, 2, 2)
@@ -174,20 +172,7 @@ def test_float64_goes_to_the_reference(impl):
         assert torch.equal(store(impl, made, out=out), out + store(REF, made, out_dtype=F64))
 
 
-# ---- Scores and inner products -----------------------------------------------------------------------------
-
-
-@cover(takes, indirect=["impl"], impl=IMPLS, layout=LAYOUTS, dtype=DTYPES, weight_dtype=DTYPES, shape=SHAPES)
-def test_score_is_weight_score_of_the_gradients(shape, weight_dtype, dtype, layout, impl):
-    forget, retain = factors(shape, dtype, exact=True), factors(shape, dtype, "half_empty", exact=True, seed=2)
-    sides, experts = impl.moved((forget, scattered(retain, "grad"))), torch.tensor([3, 0])
-    weight = torch.randn(E, *shape).to(weight_dtype)
-    expected = weight_score_ref(weight, gold(forget).float(), gold(retain).float(), 0.3)
-    options = {"gamma": 0.3, "impl": impl.name}
-    got = expert_wgrad_score(impl.moved(weight, layout), *sides, experts=impl.moved(experts), **options)
-    assert got.dtype == F32 and torch.equal(got.cpu(), expected[experts])
-    if layout == "contiguous":
-        assert torch.equal(expert_wgrad_score(impl.moved(weight), *sides, **options).cpu(), expected)
+# ---- Inner products ----------------------------------------------------------------------------------------
 
 
 @cover(indirect=["impl"], impl=INNER, m=(1, 2, 3, 4), dtype=DTYPES, shape=SHAPES)
@@ -224,9 +209,8 @@ def test_compiles_without_a_graph_break_and_runs_agree(impl):
     def function():
         out = torch.ones(E, *SHAPE, device=impl.device)
         expert_wgrad(*made[:3], out=out, mask=words, **rest)
-        score = expert_wgrad_score(out, made, made, gamma=0.5, impl=impl.name)
         inner = [expert_wgrad_inner([made] * 2, impl=impl.name)] if impl.kind in INNER else []
-        return out, expert_wgrad(*made[:3], **rest), score, *inner
+        return out, expert_wgrad(*made[:3], **rest), *inner
 
     runs = [function(), function(), torch.compile(function, fullgraph=True, backend="aot_eager")()]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
@@ -244,7 +228,6 @@ def test_opcheck():
     check(ops.expert_wgrad_accumulate.default, (torch.zeros(2, *SHAPE), *made, experts, words, "auto"))
     check(ops.expert_wgrad_sgd.default, (weight, state[0], None, *made, experts, words, *sgd, "auto"))
     check(ops.expert_wgrad_adamw.default, (weight, *state, None, *made, experts, words, *adamw, "auto"))
-    check(ops.expert_wgrad_score.default, (weight, *made, *made, experts, 0.5, "auto"))
     check(ops.expert_wgrad_inner.default, (*map(list, zip(made, made, strict=True)), experts, words, "auto"))
 
 
@@ -274,10 +257,8 @@ def test_bad_gradient_sets():
         expert_wgrad_inner([])
     with pytest.raises(ValueError, match="one M, P and dtype"):
         expert_wgrad_inner([one, one._replace(grad=torch.randn(ROWS, 41))])
-    with pytest.raises(ValueError, match="gamma must be positive; got 0"):
-        expert_wgrad_score(weight, one, one, gamma=0)
     with pytest.raises(ValueError, match=r"weight must be float \[4, 40, 72\]; got .* \[4, 72, 40\]"):
-        expert_wgrad_score(weight.mT.contiguous(), one, one, gamma=1)
+        expert_wgrad_sgd_(weight.mT.contiguous(), None, one, SGD(lr=1), Update(step=1))
     with pytest.raises(ValueError, match=r"momentum_buffer must be float \[2, 40, 72\]"):
         rule = SGD(lr=1, momentum=0.9)
         expert_wgrad_sgd_(weight, torch.zeros_like(weight), one, rule, Update(step=1), experts=torch.tensor([1, 3]))
