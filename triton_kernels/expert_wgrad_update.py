@@ -86,43 +86,14 @@ def _update(
         if ADAMW:
             at_second, _ = places(second_strides, index, m, p, M, P, g.shape[0], g.shape[1])
             old_second = tl.load(second + at_second, mask=live)
-            decay, gradient_share, beta2, square_share, correction, eps, negative_rate = scalars
-            w, new_first, new_second = adamw_rule(
-                w,
-                g,
-                widen(old_first),
-                widen(old_second),
-                decay,
-                gradient_share,
-                beta2,
-                square_share,
-                correction,
-                eps,
-                negative_rate,
-                STEP_DTYPE,
-                DECAY,
-            )
+            w, new_first, new_second = adamw_rule(w, g, widen(old_first), widen(old_second), scalars, STEP_DTYPE, DECAY)
             new_second = round_moment(
                 new_second, second.dtype.element_ty, element, step, seed, parameter_id, STEP_DTYPE, True
             )
             tl.store(second + at_second, select(new_second, old_second, kept, mask), mask=live)
         else:
-            negative_lr, momentum, gradient_share, weight_decay = scalars
             b = widen(old_first) if MOMENTUM else g
-            w, new_first = sgd_rule(
-                w,
-                g,
-                b,
-                negative_lr,
-                momentum,
-                gradient_share,
-                weight_decay,
-                STEP_DTYPE,
-                DECAY,
-                MOMENTUM,
-                NESTEROV,
-                FIRST_STEP,
-            )
+            w, new_first = sgd_rule(w, g, b, scalars, STEP_DTYPE, DECAY, MOMENTUM, NESTEROV, FIRST_STEP)
 
         if first is not None:
             new_first = round_moment(

@@ -105,43 +105,16 @@ def _update_kernel(
     if ADAMW:
         second = word_elements(second, second_strides, index, row, at)
         old_second = tl.load(second, mask=live)
-        decay, gradient_share, beta2, square_share, correction, eps, negative_rate = scalars
         w, new_first, new_second = adamw_rule(
-            w,
-            g,
-            old_first.to(tl.float32),
-            old_second.to(tl.float32),
-            decay,
-            gradient_share,
-            beta2,
-            square_share,
-            correction,
-            eps,
-            negative_rate,
-            STEP_DTYPE,
-            DECAY,
+            w, g, old_first.to(tl.float32), old_second.to(tl.float32), scalars, STEP_DTYPE, DECAY
         )
         new_second = round_moment(
             new_second, second.dtype.element_ty, first_element + flat, step, seed, parameter_id, STEP_DTYPE, True
         )
         tl.store(second, select(new_second, old_second, kept, mask), mask=live)
     else:
-        negative_lr, momentum, gradient_share, weight_decay = scalars
         b = old_first.to(tl.float32) if MOMENTUM else g
-        w, new_first = sgd_rule(
-            w,
-            g,
-            b,
-            negative_lr,
-            momentum,
-            gradient_share,
-            weight_decay,
-            STEP_DTYPE,
-            DECAY,
-            MOMENTUM,
-            NESTEROV,
-            FIRST_STEP,
-        )
+        w, new_first = sgd_rule(w, g, b, scalars, STEP_DTYPE, DECAY, MOMENTUM, NESTEROV, FIRST_STEP)
 
     if first is not None:
         new_first = round_moment(

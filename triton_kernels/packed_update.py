@@ -109,41 +109,12 @@ def _packed_kernel(
             tl.load(second_scales + at_scale, mask=touched, other=0),
             True,
         )
-        decay, gradient_share, beta2, square_share, correction, eps, negative_rate = scalars
-        w, new_first, new_second = adamw_rule(
-            w,
-            g,
-            old_first,
-            old_second,
-            decay,
-            gradient_share,
-            beta2,
-            square_share,
-            correction,
-            eps,
-            negative_rate,
-            STEP_DTYPE,
-            DECAY,
-        )
+        w, new_first, new_second = adamw_rule(w, g, old_first, old_second, scalars, STEP_DTYPE, DECAY)
         new_codes, scale = _pack(tl.where(kept, new_second, old_second), random & 0xFFFF, True)
         tl.store(second + at_code, new_codes, mask=stored)
         tl.store(second_scales + at_scale, scale, mask=touched)
     else:
-        negative_lr, momentum, gradient_share, weight_decay = scalars
-        w, new_first = sgd_rule(
-            w,
-            g,
-            old_first,
-            negative_lr,
-            momentum,
-            gradient_share,
-            weight_decay,
-            STEP_DTYPE,
-            DECAY,
-            MOMENTUM,
-            NESTEROV,
-            FIRST_STEP,
-        )
+        w, new_first = sgd_rule(w, g, old_first, scalars, STEP_DTYPE, DECAY, MOMENTUM, NESTEROV, FIRST_STEP)
     new_codes, scale = _pack(tl.where(kept, new_first, old_first), random >> 16, False)
     tl.store(first + at_code, new_codes, mask=stored)
     tl.store(first_scales + at_scale, scale, mask=touched)

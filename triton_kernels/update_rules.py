@@ -12,8 +12,8 @@ from moe_unlearn.triton_kernels.common import random_words, round_nearest, round
 # Used like this:
 #
 #     host     scalars, flags = adamw_constants(lr, beta1, beta2, eps, weight_decay, step)
-#              kernel[grid](..., *scalars, STEP_DTYPE=..., **flags)        or sgd_constants(...)
-#     device   w, m, v = adamw_rule(w, g, m, v, <the scalars in order>, STEP_DTYPE, DECAY)
+#              kernel[grid](..., tuple(scalars), STEP_DTYPE=..., **flags)        or sgd_constants(...)
+#     device   w, m, v = adamw_rule(w, g, m, v, scalars, STEP_DTYPE, DECAY)
 #              new = round_weight(w, param.dtype.element_ty, index, step, seed, parameter_id, STOCHASTIC)
 #              new_m = round_moment(m, first.dtype.element_ty, index, step, seed, parameter_id, STEP_DTYPE, False)
 #              tl.store(param, tl.where(bits, new, old), ...)              bits = common.unpack_words(words)
@@ -94,10 +94,7 @@ def sgd_rule(
     w,
     g,
     b,
-    negative_lr,
-    momentum,
-    gradient_share,
-    weight_decay,
+    scalars,
     STEP_DTYPE: tl.constexpr,
     DECAY: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -105,6 +102,7 @@ def sgd_rule(
     FIRST_STEP: tl.constexpr,
 ):
     """Compute (new weight, new momentum buffer), float32 tiles; b is not read without MOMENTUM or at FIRST_STEP."""
+    negative_lr, momentum, gradient_share, weight_decay = scalars
     g = _round(g, STEP_DTYPE)
     if DECAY:
         g = _round(tl.fma(w, weight_decay, g), STEP_DTYPE)
@@ -121,22 +119,9 @@ def sgd_rule(
 
 
 @triton.jit
-def adamw_rule(
-    w,
-    g,
-    m,
-    v,
-    kept,
-    gradient_share,
-    beta2,
-    square_share,
-    correction,
-    eps,
-    negative_rate,
-    STEP_DTYPE: tl.constexpr,
-    DECAY: tl.constexpr,
-):
+def adamw_rule(w, g, m, v, scalars, STEP_DTYPE: tl.constexpr, DECAY: tl.constexpr):
     """Compute (new weight, new first moment, new second moment), float32 tiles."""
+    kept, gradient_share, beta2, square_share, correction, eps, negative_rate = scalars
     g = _round(g, STEP_DTYPE)
     if DECAY:
         w = _round(w * kept, STEP_DTYPE)
