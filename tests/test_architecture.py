@@ -216,7 +216,6 @@ def test_one_op_one_file():
         "checks",
         "gate",
         "moments",
-        "packed_wgrad",
         "schema",
         "sink",
     }  # what ops share

@@ -252,6 +252,11 @@ def expert_wgrad(
     return tile._replace(splits=max(splits, 1)) if epilogue == "store" else tile
 
 
+def packed_rows(num_warps: int) -> int:
+    """Choose the rows of a slice of 64 columns: eight elements a thread. With more, AdamW's packed moments spill."""
+    return 4 * num_warps
+
+
 def expert_wgrad_sum() -> tuple[int, int]:
     """Choose (rows of 32 columns, num_warps) of a program that adds up parts: 16 elements a thread."""
     return 64, 4

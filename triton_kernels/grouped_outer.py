@@ -250,6 +250,13 @@ def halves(tile):
 
 
 @triton.jit
+def row_halves(tile):
+    """Return the upper and the lower half of the rows of a tile."""
+    half: tl.constexpr = tile.shape[0] // 2
+    return tl.split(tl.permute(tl.reshape(tile, (2, half, tile.shape[1])), (1, 2, 0)))
+
+
+@triton.jit
 def places(strides, index, m, p, M: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr):
     """Compute the offsets (int64) of the tile at (m, p) of matrix `index`, and which of its elements exist."""
     row = m + tl.arange(0, BLOCK_M)[:, None]

@@ -1,6 +1,6 @@
 // expert_wgrad on Hopper: dW = grad^T input over the rows of each listed expert, in bfloat16 with float32 sums. What
-// becomes of a tile of dW (stored, added, updating weights) happens in the block that computed it. Inner
-// products of several gradients are not here: they need as many tiles at once.
+// becomes of a tile of dW (stored, added, updating weights) happens in the block that computed it. Inner products of
+// several gradients are not here: they need as many tiles at once.
 //
 // One persistent block per multiprocessor goes through a list of 128 x 128 tiles. A producer warpgroup fills a ring of
 // stages with rows of grad and input; two consumer warpgroups take turns at the tiles: while one has its epilogue, the
@@ -245,9 +245,9 @@ struct Wgrad {
         const int local_row = i / (length / chunk_size), local_column = i % (length / chunk_size) * chunk_size;
         const int64_t row = tile.row + local_row / 16 * 64 + thread / warp_size * 16 + local_row % 16;
         const int64_t column = tile.column + local_column;
-        if (row >= rows || column >= columns) continue;
-        const Place place{tile.expert * rows + row, column, chunk_size};
-        if (!a.epilogue(place, columns, exchange + local_row * width + local_column)) group.fail();
+        const bool inside = row < rows && column < columns;
+        const Place place{tile.expert * rows + row, column, inside ? chunk_size : 0};
+        if (!a.epilogue(group, place, columns, exchange + local_row * width + local_column)) group.fail();
       }
       group.sync_warp();
     }
@@ -281,8 +281,8 @@ struct Wgrad {
   }
 };
 
-/// epilogue(place, columns of dW, float32 dW[8]) for each chunk of dW. cudaErrorNotSupported on anything but Hopper,
-/// in a library that was compiled without sm_90a, and for factors that cannot be copied 16 bytes at a time.
+/// epilogue(group, place, columns of dW, float32 dW[8]) for each chunk of dW. cudaErrorNotSupported on anything but
+/// Hopper, in a library that was compiled without sm_90a, and for factors that cannot be copied 16 bytes at a time.
 template <class Epilogue>
 cudaError_t expert_wgrad(Factors f, const Epilogue& epilogue, cudaStream_t stream) {
   using Kernel = Wgrad<Epilogue>;
@@ -306,6 +306,8 @@ cudaError_t expert_wgrad(Factors f, const Epilogue& epilogue, cudaStream_t strea
 /// One step of Sgd or AdamW; not of a float16 parameter with float16 state.
 template <class Rule>
 cudaError_t expert_wgrad_update(const Factors& f, const Operands& o, const Rule& rule, cudaStream_t stream) {
+  static_assert(WgradPlan::length % moment_block == 0);
+  if (rule.has_state && o.packed()) return expert_wgrad(f, WgradPackedUpdate<Rule>{o, rule}, stream);
   switch (arithmetic_dtype(o)) {
     case Dtype::bfloat16:
       return expert_wgrad(f, WgradUpdate<Rule, Dtype::bfloat16>{o, rule}, stream);

@@ -219,6 +219,45 @@ struct CodedChunk {
   }
 };
 
+/// Updates the chosen elements of a chunk and the codes of its block, which 8 neighbouring threads have; all lanes of a
+/// warp call. False if the chunk's slice does not exist.
+template <class Group, class Rule, class GetGradient>
+MOE_UNLEARN_DEVICE bool update_coded_chunk(
+    const Group& group, const Operands& o, const Rule& rule, const Place& place, int64_t width,
+    const GetGradient& get_gradient) {
+  const uint32_t chosen = chosen_elements(o.mask, place);
+  bool touched = reduce_block(group, chosen, [](uint32_t x, uint32_t y) { return x | y; }) != 0;
+  int64_t param_row = 0;
+  const bool exists = !touched || find_param_row(param_row, o, place.row);
+  touched &= exists;
+  Chunk s[2] = {};
+  RandomWords random[chunk_size] = {};
+  const CodedChunk<0> first(o.state[0], place, width);
+  const CodedChunk<1> second(o.state[Rule::states - 1], place, width);
+  if (touched) {
+    first.load_to(s[0]);
+    if (Rule::states > 1) second.load_to(s[1]);
+    MOE_UNLEARN_UNROLL
+    for (int j = 0; j < chunk_size; ++j) random[j] = draw(o, place, param_row, width, j);
+  }
+  if (touched && chosen) {
+    WeightChunk weights(o, place, param_row);
+    Chunk w, g;
+    get_gradient(g);
+    weights.widen_to(w, o);
+    MOE_UNLEARN_UNROLL
+    for (int j = 0; j < chunk_size; ++j) {
+      float of_state[2] = {s[0][j], s[1][j]};
+      rule.template apply<Dtype::float32>(w[j], g[j], of_state);
+      if (chosen >> j & 1) s[0][j] = of_state[0], s[1][j] = of_state[1];
+    }
+    weights.template replace<false>(w, [&](int j) { return random[j]; }, o, place, chosen);
+  }
+  first.store(group, s[0], random, touched);
+  if (Rule::states > 1) second.store(group, s[1], random, touched);
+  return exists;
+}
+
 /// The update with packed state: 8 threads for each block of 64 elements, all of them in one warp.
 template <class Rule>
 struct PackedUpdate {
@@ -232,42 +271,12 @@ struct PackedUpdate {
 
   template <class Group>
   static MOE_UNLEARN_DEVICE void run(const Group& group, const Arguments& a, unsigned char*) {
-    const Operands& o = a.o;
-    const int64_t chunk = group.block() * threads + group.thread(), width = o.grad.width;
-    Place place = place_of(chunk < a.chunks ? chunk : 0, a.words, width);
+    const Rows& grad = a.o.grad;
+    const int64_t chunk = group.block() * threads + group.thread();
+    Place place = place_of(chunk < a.chunks ? chunk : 0, a.words, grad.width);
     if (chunk >= a.chunks) place.n = 0;
-    const uint32_t chosen = chosen_elements(o.mask, place);
-    bool touched = reduce_block(group, chosen, [](uint32_t x, uint32_t y) { return x | y; }) != 0;
-    int64_t param_row = 0;
-    if (touched && !find_param_row(param_row, o, place.row)) {
-      group.fail();
-      touched = false;
-    }
-    Chunk s[2] = {};
-    RandomWords random[chunk_size] = {};
-    const CodedChunk<0> first(o.state[0], place, width);
-    const CodedChunk<1> second(o.state[Rule::states - 1], place, width);
-    if (touched) {
-      first.load_to(s[0]);
-      if (Rule::states > 1) second.load_to(s[1]);
-      MOE_UNLEARN_UNROLL
-      for (int j = 0; j < chunk_size; ++j) random[j] = draw(o, place, param_row, width, j);
-    }
-    if (touched && chosen) {
-      WeightChunk weights(o, place, param_row);
-      Chunk w, g;
-      widen(g, load(o.grad, o.grad.row(place.row), place), o.grad.dtype);
-      weights.widen_to(w, o);
-      MOE_UNLEARN_UNROLL
-      for (int j = 0; j < chunk_size; ++j) {
-        float of_state[2] = {s[0][j], s[1][j]};
-        a.rule.template apply<Dtype::float32>(w[j], g[j], of_state);
-        if (chosen >> j & 1) s[0][j] = of_state[0], s[1][j] = of_state[1];
-      }
-      weights.replace<false>(w, [&](int j) { return random[j]; }, o, place, chosen);
-    }
-    first.store(group, s[0], random, touched);
-    if (Rule::states > 1) second.store(group, s[1], random, touched);
+    const auto get_gradient = [&](Chunk& g) { widen(g, load(grad, grad.row(place.row), place), grad.dtype); };
+    if (!update_coded_chunk(group, a.o, a.rule, place, grad.width, get_gradient)) group.fail();
   }
 };
 

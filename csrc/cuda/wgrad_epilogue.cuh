@@ -1,5 +1,6 @@
-// What becomes of dW, chunk by chunk, in expert_wgrad. Row m * M + i is row i of the m-th listed expert. An epilogue
-// is false where that expert does not exist; where the mask `kept` is 0 it may be given 0 for dW.
+// What becomes of dW, chunk by chunk, in expert_wgrad. Row m * M + i is row i of the m-th listed expert. All lanes of a
+// warp call an epilogue, for neighbouring chunks; one outside of dW has no elements. It is false where the expert does
+// not exist; where the mask `kept` is 0 it may be given 0 for dW.
 
 #pragma once
 
@@ -14,7 +15,8 @@ struct WgradStore {
 
   MOE_UNLEARN_DEVICE const Rows& kept() const { return mask; }
 
-  MOE_UNLEARN_DEVICE bool operator()(const Place& place, int64_t, const float* gradient) const {
+  template <class Group>
+  MOE_UNLEARN_DEVICE bool operator()(const Group&, const Place& place, int64_t, const float* gradient) const {
     const uint32_t chosen = chosen_elements(mask, place), written = add ? chosen : (1u << place.n) - 1;
     if (written == 0) return true;
     char* const to = out.row(place.row);
@@ -32,6 +34,11 @@ struct WgradStore {
   }
 };
 
+MOE_UNLEARN_DEVICE void copy_gradient(Chunk& g, const float* gradient) {
+  MOE_UNLEARN_UNROLL
+  for (int j = 0; j < chunk_size; ++j) g[j] = gradient[j];
+}
+
 /// The masked update of weights with dW, which is float32 until the update rounds it.
 template <class Rule, Dtype A>
 struct WgradUpdate {
@@ -40,14 +47,27 @@ struct WgradUpdate {
 
   MOE_UNLEARN_DEVICE const Rows& kept() const { return o.mask; }
 
-  MOE_UNLEARN_DEVICE bool operator()(const Place& place, int64_t width, const float* gradient) const {
+  template <class Group>
+  MOE_UNLEARN_DEVICE bool operator()(
+      const Group&, const Place& place, int64_t width, const float* gradient) const {
     const uint32_t chosen = chosen_elements(o.mask, place);
     if (chosen == 0) return true;
-    const auto get_gradient = [&](Chunk& g) {
-      MOE_UNLEARN_UNROLL
-      for (int j = 0; j < chunk_size; ++j) g[j] = gradient[j];
-    };
-    return update_chunk<A>(o, rule, place, chosen, width, get_gradient);
+    return update_chunk<A>(o, rule, place, chosen, width, [&](Chunk& g) { copy_gradient(g, gradient); });
+  }
+};
+
+/// The same with packed state: a tile's columns begin and end between blocks of moments.
+template <class Rule>
+struct WgradPackedUpdate {
+  Operands o;
+  Rule rule;
+
+  MOE_UNLEARN_DEVICE const Rows& kept() const { return o.mask; }
+
+  template <class Group>
+  MOE_UNLEARN_DEVICE bool operator()(
+      const Group& group, const Place& place, int64_t width, const float* gradient) const {
+    return update_coded_chunk(group, o, rule, place, width, [&](Chunk& g) { copy_gradient(g, gradient); });
   }
 };
 

@@ -334,5 +334,4 @@ for _name, _reference, _kernel, _launcher in (
     native.register(_name, f"moe_unlearn.ops.native.expert_wgrad:{_kernel}")
     if _kernel != "inner":
         native.register(_name, f"moe_unlearn.ops.native.expert_wgrad:{_kernel}_cuda", "cuda")
-    _module = "ops.packed_wgrad" if _kernel in ("sgd", "adamw") else "triton_kernels.expert_wgrad"
-    backend.register(_name, "triton", f"moe_unlearn.{_module}:{_launcher}")
+    backend.register(_name, "triton", f"moe_unlearn.triton_kernels.expert_wgrad:{_launcher}")

@@ -226,6 +226,7 @@ def test_wgrad_of_one_expert_with_rows_around_a_stage(gpu, tokens):
 def test_wgrad_updates_of_several_tiles(gpu):
     wgrad.check_update(CUDA, "adamw decay", "bf16 stochastic", wgrad.factors((40, 136)))
     wgrad.check_update(CUDA, "sgd nesterov", "bf16 master", wgrad.factors((136, 8)), experts=None, layout="transposed")
+    wgrad.check_update(CUDA, "adamw decay", "bf16 packed stochastic", wgrad.factors((136, 200)))
 
 
 def test_wgrad_beyond_what_the_kernel_takes_is_an_error(gpu):

@@ -267,6 +267,16 @@ for _name in _SIZES:
         function = functools.partial(_updating(expert_wgrad_adamw_, AdamW(lr=0.1), Update(step=1)), impl="triton")
         return Case(function, made | state | {"experts": experts, "mask": mask}, mutates=tuple(state))
 
+    if _name == "half_empty":
+
+        @case("expert_wgrad/packed moments")
+        def _(name=_name):
+            made, experts, mask, weight = _wgrad(name)
+            moments = update_cases.moments(weight[:2].shape, update_cases.PACKED)
+            state = {"weight": weight, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+            function = _updating(expert_wgrad_adamw_, AdamW(lr=0.1), Update(step=2, rounding="stochastic"))
+            return compared(function, made | state | {"experts": experts, "mask": mask}, mutates=tuple(state))
+
     @case(f"expert_wgrad/inner {_name}")
     def _(name=_name):
         gradients = [_wgrad(name, seed=seed)[0] for seed in range(2)]

@@ -116,7 +116,7 @@ def test_shipped_tiles(monkeypatch, number, dtype):
     assert torch.equal(inner, masked.square().sum((1, 2))[:, None, None].expand(1, 2, 2))
 
 
-@pytest.mark.parametrize("numerics", ["fp32", "bf16 stochastic", "bf16 master"])
+@pytest.mark.parametrize("numerics", ["fp32", "bf16 stochastic", "bf16 master", "bf16 packed stochastic"])
 @pytest.mark.parametrize("rule", ["adamw decay", "sgd nesterov"])
 def test_updates_in_shipped_tiles(numerics, rule):
     made = factors((72, 168), F32 if numerics == "fp32" else BF16, exact=True)

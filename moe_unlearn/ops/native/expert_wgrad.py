@@ -1,7 +1,7 @@
 """Calls csrc/*/expert_wgrad.*, with dense int64 indices and the row bounds of the listed experts.
 
 The kernels have no float64: factors, buffers and results of that dtype go to `ref`. CUDA's kernel is for Hopper and
-bfloat16 factors, and has neither inner products nor updates with packed moments.
+bfloat16 factors, and has no inner products.
 """
 
 from typing import Any
@@ -19,7 +19,6 @@ from moe_unlearn.ops.expert_wgrad import (
     update_operands,
 )
 from moe_unlearn.ops.masked_update import SGD, AdamW
-from moe_unlearn.ops.moments import PACKED
 
 
 def store(grad: Tensor, input: Tensor, *operands: Any) -> Tensor:
@@ -106,12 +105,10 @@ def _check_gpu(*factors: Tensor) -> None:
     _check_hopper(torch.cuda.get_device_capability(factors[0].device), *factors)
 
 
-def _check_update(weight: Tensor, moment: Tensor | None, *factors: Tensor) -> None:
+def _check_update(weight: Tensor, *factors: Tensor) -> None:
     _check_gpu(*factors)
     if weight.dtype == torch.float16:
         raise Unfit("CUDA's expert_wgrad has no update of float16 weights")
-    if moment is not None and moment.dtype == PACKED:
-        raise Unfit("CUDA's expert_wgrad has no update with packed moments")
 
 
 def store_cuda(grad: Tensor, input: Tensor, *operands: Any) -> Tensor:
@@ -125,12 +122,12 @@ def accumulate_cuda(out: Tensor, grad: Tensor, input: Tensor, *operands: Any) ->
 
 
 def sgd_cuda(weight: Tensor, *operands: Any) -> None:
-    momentum_buffer, _, grad, input, *_ = operands
-    _check_update(weight, momentum_buffer, grad, input)
+    _, _, grad, input, *_ = operands
+    _check_update(weight, grad, input)
     sgd(weight, *operands)
 
 
 def adamw_cuda(weight: Tensor, *operands: Any) -> None:
-    exp_avg, _, _, grad, input, *_ = operands
-    _check_update(weight, exp_avg, grad, input)
+    _, _, _, grad, input, *_ = operands
+    _check_update(weight, grad, input)
     adamw(weight, *operands)

@@ -1,11 +1,14 @@
 """The updates in the epilogue of expert_wgrad have, bit for bit, what masked_update makes of the same gradient."""
 
+import sys
+
 import pytest
 import torch
 
 from moe_unlearn.ops import SGD, AdamW, Update
 from moe_unlearn.ops.bits import keep_where
 from moe_unlearn.ops.expert_wgrad import expert_wgrad_adamw_, expert_wgrad_sgd_
+from moe_unlearn.optim import MaskedAdamW
 from moe_unlearn.testing import LAYOUTS
 from tests.ops.expert_wgrad.cases import (
     BF16,
@@ -21,6 +24,8 @@ from tests.ops.expert_wgrad.cases import (
     check_update,
     factors,
     keep,
+    on_device,
+    same_bits,
     scattered,
     spoiled,
     takes,
@@ -28,7 +33,7 @@ from tests.ops.expert_wgrad.cases import (
 )
 from tests.support.by_keyword import by_keyword
 from tests.support.covers import cover
-from tests.support.impls import impls
+from tests.support.impls import REF, impls
 
 # NaN and infinity are meant
 pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
@@ -52,7 +57,7 @@ def test_every_numerics_with_momentum_and_with_moments(numerics, rule, impl):
     indirect=["impl"],
     impl=IMPLS,
     rule=FEW_RULES,
-    numerics=("bf16 stochastic", "bf16 master"),
+    numerics=("bf16 stochastic", "bf16 master", "bf16 packed stochastic"),
     dtype=DTYPES,
     shape=(SHAPE, ODD),
     indexed=INDEXED,
@@ -64,6 +69,25 @@ def test_factors_experts_masks_and_layouts(layout, mask, experts, indexed, shape
     made = scattered(factors(shape, dtype, "sentinels", exact=impl.kind == "triton"), indexed)
     made = spoiled(made, range(E) if experts is None else experts)
     check_update(impl, rule, numerics, made, experts=experts, mask=mask, layout=layout)
+
+
+@pytest.mark.parametrize("impl", IMPLS[1:], indirect=True)
+def test_steps_with_packed_state_store_no_gradient_and_have_one_result(impl, monkeypatch):
+    """Two steps of an optimizer by factors of integers, whose sums have the same bits in any order."""
+    monkeypatch.setattr(sys.modules["moe_unlearn.ops.expert_wgrad"], "_expert_wgrad", None)
+
+    def trained(impl):
+        monkeypatch.setenv("MOE_UNLEARN_IMPL", f"expert_wgrad={impl.name}")
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.nn.Parameter(impl.moved(torch.randn(E, *SHAPE, generator=generator).to(BF16)))
+        optimizer = MaskedAdamW([weight], lr=0.1, numerics="stochastic", state="int8")
+        optimizer.set_masks([impl.moved(words_of(keep(E, *SHAPE)))])
+        for seed in range(2):
+            optimizer.step(gradients={weight: on_device(impl, factors(exact=True, seed=seed))})
+        held = optimizer.state[weight]
+        return [t.detach().cpu() for t in (weight, held["exp_avg"], held["exp_avg_sq"])]
+
+    assert all(same_bits(a, b) for a, b in zip(trained(impl), trained(REF), strict=True))
 
 
 @cover(indirect=["impl"], impl=IMPLS, word=(0, 1, -(2**31), "of one expert", "in the last row"))
