@@ -93,7 +93,7 @@ def cuda_faults(text: str) -> list[str]:
 def test_every_cuda_kernel_goes_to_the_current_stream():
     sources = [*(ROOT / "csrc" / "cuda").glob("*.cu"), *(ROOT / "csrc" / "cuda").glob("*.cuh")]
     texts = {path.name: path.read_text(encoding="utf-8") for path in sources}
-    assert sum(text.count("TORCH_BOX") for text in texts.values()) > 10
+    assert sum(text.count("TORCH_BOX") for text in texts.values()) >= 10
     assert sum(text.count("cudaLaunchKernelEx(") for text in texts.values()) == 1
     assert not {name: faults for name, text in texts.items() if (faults := cuda_faults(text))}
 
