@@ -101,7 +101,6 @@ READS = {
     "exchange_of": (1, "once for each mask"),
     "ShardedSink.trained_slices": (1, "the experts of the lowest layer that trains"),
     "TrainedWeights.mask": (1, "once, behind prepare()"),
-    "check_weights": (1, "before a save, and every 100 steps of a Trainer"),
     "_Masked._layout": (1, "once for each mask"),
     "slices_with_a_bit": (2, "once for each mask"),
     "fit_state": (1, "once for each mask"),

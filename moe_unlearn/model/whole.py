@@ -8,12 +8,11 @@ from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_unlearn.errors import reason_of
-from moe_unlearn.sharding import part
+from moe_unlearn.model.finite import not_finite
 
 _SHOWN = 3  # weights that a message names
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call their number
@@ -94,13 +93,7 @@ def _check_experts(source: str | Path, config: PreTrainedConfig) -> None:
 
 def _check_finite(source: str | Path, model: PreTrainedModel) -> None:
     """Raise ValueError that names the weights with a number that is NaN or infinite."""
-    wrong = []
-    for name, p in model.named_parameters():
-        own = part(p.detach())
-        if own.is_meta or not own.numel() or not own.is_floating_point() or own.itemsize < 2:
-            continue
-        if not all(extreme.isfinite() for extreme in torch.aminmax(own)):  # without a copy; NaN is both extremes
-            wrong.append(name)
+    wrong = not_finite(model.named_parameters())
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise ValueError(f"expected finite weights in {source}; NaN or infinite: {', '.join(wrong[:_SHOWN])}{more}")

@@ -11,10 +11,10 @@ from torch import nn
 from moe_unlearn.config import Recipe
 from moe_unlearn.errors import NonFiniteError, NotPreparedError, RetainBudgetError
 from moe_unlearn.experts import experts_modules, is_parallel
+from moe_unlearn.model.finite import not_finite
 from moe_unlearn.model.scope import wrapped_name
 from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.prepare.stages import needed
-from moe_unlearn.sharding import part
 
 if TYPE_CHECKING:
     from moe_unlearn.step.unlearn import UnlearnStep
@@ -108,19 +108,12 @@ def check_dtypes(model: nn.Module) -> None:
         )
 
 
-@torch.no_grad()
 def check_weights(step: "UnlearnStep") -> None:
     """Raise NonFiniteError, on all ranks, which names some, if weights that may train are NaN or infinite.
 
     Losses and gradients tell of those only in the step that follows. The weights are read once, and nothing is copied.
     """
-    spans = {}
-    for name, p in step.model.named_parameters():
-        if p.requires_grad and (own := part(p)).numel():
-            least, largest = own.aminmax()  # both NaN where one weight is
-            spans[name] = ((largest - largest) + (least - least)).float()  # 0, or NaN
-    finite = torch.stack(list(spans.values())).isfinite().tolist() if spans else []
-    bad = [name for name, holds in zip(spans, finite, strict=True) if not holds]
+    bad = not_finite((name, p) for name, p in step.model.named_parameters() if p.requires_grad)
     count = round(step.ranks.sums([len(bad)])[0])
     if count:
         named = f": {', '.join(bad[:3])}" if bad else ""

@@ -62,7 +62,10 @@ def attempt(arguments: Sequence[str], folder: Path, fault: Fault | None = None) 
         _live(arguments, folder.resolve(), fault, counted[1], said[1])
     for pipe in (counted, said):
         os.close(pipe[1])
-    with os.fdopen(said[0], errors="replace") as printed, os.fdopen(counted[0]) as number:
+    with (
+        os.fdopen(said[0], encoding="utf-8", errors="replace") as printed,
+        os.fdopen(counted[0], encoding="utf-8") as number,
+    ):
         text = printed.read()
         calls = int(number.read() or 0)
     return Attempt(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text, calls)
@@ -74,7 +77,7 @@ def _live(arguments: Sequence[str], folder: Path, fault: Fault | None, counted: 
         os.chdir(folder)
         os.dup2(said, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout, sys.stderr = (open(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))
         torch.set_num_threads(1)  # the threads of an OpenMP pool do not survive a fork
         (folder / "tmp").mkdir(exist_ok=True)
         tempfile.tempdir = str(folder / "tmp")
