@@ -10,19 +10,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_unlearn.files import make_private
+
 NAME = "lock"
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, which is made if need be, for this process: its file `lock` says who does.
+    """Hold `folder`, which is made private if need be, for this process: its file `lock` says who does.
 
     The file has the process's id, its host and when it started. One that a killed process has left on this host is
     replaced, and that is said; one of another host is not, since nobody here knows what became of it. Raises
     BlockingIOError, which says who holds the folder. A folder that was made for it and is still empty is removed.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private(folder)
     path = folder / NAME
     try:
         file = _opened(path)

@@ -58,10 +58,11 @@ def check_recipe(recipe: Recipe, saved: dict) -> None:
     own, saved = _deciding(recipe.to_dict()), _deciding(saved)
     different = [k for k in own if k not in MAY_DIFFER and own[k] != saved.get(k)]
     if different:
-        raise ValueError(
-            f"the state belongs to another recipe: {different[0]} was "
-            f"{saved.get(different[0])!r}, is {own[different[0]]!r}"
-        )
+        name, was, now = different[0], saved.get(different[0]), own[different[0]]
+        if isinstance(was, dict) and isinstance(now, dict):  # of a lever, the first key that differs
+            key = next(key for key in {**now, **was} if now.get(key) != was.get(key))
+            name, was, now = f"{name}.{key}", was.get(key), now.get(key)
+        raise ValueError(f"the state belongs to another recipe: {name} was {was!r}, is {now!r}")
 
 
 def _deciding(recipe: dict) -> dict:
