@@ -37,24 +37,21 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     unfinished = Path(tempfile.mkdtemp()) / path.name if stream else _beside(target)
     remove_unfinished(unfinished.parent, seconds=DAY)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.open("xb").close()
-        yield unfinished
-        if stream:
-            _write_to(stream, unfinished.read_bytes())
-            return
-        within = not _OPEN.isdisjoint(target.parents)
-        if not within:
-            _sync(unfinished)
-        if target.is_file():
-            unfinished.chmod(stat.S_IMODE(target.stat().st_mode))
-        unfinished.replace(target)
-        if not within:
-            _sync_folder(target.parent)
-    except OSError as error:
-        if error.errno is None or str(error.filename or unfinished) != str(unfinished):
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        with _named(unfinished, path, all_of_them=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.open("xb").close()
+            yield unfinished
+            if stream:
+                _write_to(stream, unfinished.read_bytes())
+                return
+            within = not _OPEN.isdisjoint(target.parents)
+            if not within:
+                _sync(unfinished)
+            if target.is_file():
+                unfinished.chmod(stat.S_IMODE(target.stat().st_mode))
+            unfinished.replace(target)
+            if not within:
+                _sync_folder(target.parent)
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
@@ -76,13 +73,14 @@ def whole_folder(path: str | Path, *, stays: Callable[[], bool] = lambda: False)
     unfinished.mkdir(parents=True)
     _OPEN.add(unfinished)
     try:
-        yield unfinished
-        _sync_all(unfinished)
-        if not stays():
-            if path.exists():
-                path.rename(former)
-            os.replace(unfinished, path)
-            _sync_folder(path.parent)
+        with _named(unfinished, path):
+            yield unfinished
+            _sync_all(unfinished)
+            if not stays():
+                if path.exists():
+                    path.rename(former)
+                os.replace(unfinished, path)
+                _sync_folder(path.parent)
     finally:
         _OPEN.discard(unfinished)
         if former.exists() and not path.exists():
@@ -119,8 +117,9 @@ def whole_files(
         os.replace(source, target)
 
     try:
-        yield unfinished
-        _sync_all(unfinished)
+        with _named(unfinished, path):
+            yield unfinished
+            _sync_all(unfinished)
         names = [file.relative_to(unfinished) for file in sorted(unfinished.rglob("*")) if not file.is_dir()]
         names.sort(key=lambda name: 1 + last.index(str(name)) if str(name) in last else 0)
         leaving = [*reversed(names), *(Path(name) for name in os.listdir(path) if stale(name))]
@@ -141,6 +140,21 @@ def whole_files(
         _OPEN.discard(unfinished)
         _remove(unfinished)
     _remove(former)
+
+
+@contextlib.contextmanager
+def _named(unfinished: Path, path: Path, *, all_of_them: bool = False) -> Iterator[None]:
+    """Let an OSError inside name a file of `unfinished` as it will be called, in or as `path`.
+
+    With `all_of_them` one that names no file is taken for one of `unfinished`.
+    """
+    try:
+        yield
+    except OSError as error:
+        file = error.filename or (unfinished if all_of_them else None)
+        if error.errno is None or not isinstance(file, str | Path) or not Path(file).is_relative_to(unfinished):
+            raise
+        raise OSError(error.errno, error.strerror, str(path / Path(file).relative_to(unfinished))) from error
 
 
 def stream_of(path: str | Path) -> Path | None:
