@@ -253,8 +253,8 @@ def expert_wgrad(
 
 
 def packed_rows(num_warps: int) -> int:
-    """Choose the rows of a slice of 64 columns: eight elements a thread. With more, AdamW's packed moments spill."""
-    return 4 * num_warps
+    """Choose the rows of a slice of 64 columns: four elements a thread. With more, AdamW's packed moments spill."""
+    return 2 * num_warps
 
 
 def expert_wgrad_sum() -> tuple[int, int]:
