@@ -24,6 +24,9 @@ bfloat16 keeps 8 bits, so that SGD at lr 1e-5 under "parity" or "nearest" change
     bfloat16      rounded stochastically, 4 bytes
     int8          blocks of 64 codes of 8 bits and a float32 scale, 2.125 bytes; vectors keep float32
 
+A group {"params": ..., "offload": True} keeps moments and masters of parameters on a GPU in the memory of the host
+(`moe_unlearn.offload`), with the same bits. Whoever reads `state` itself calls `settle` before.
+
 The moments of a float64 parameter are float64. `ops.moments` specifies every bit.
 The formulas and the random bits are those of `ops.masked_update`; the parameter id that enters the random bits
 is the position over all groups. Of a parameter that an engine shares out over ranks (`sharding`), each rank updates its
@@ -35,12 +38,14 @@ from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from moe_unlearn.offload import Stage, pieces
 from moe_unlearn.ops.bits import keep_where, slices_with_a_bit
 from moe_unlearn.ops.checks import check_mask, vouch
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad_adamw_, expert_wgrad_sgd_
 from moe_unlearn.ops.masked_update import SGD, AdamW, Update, masked_adamw_, masked_sgd_
-from moe_unlearn.optim_state import check_state, fit_state, loaded, state_bytes
+from moe_unlearn.optim_state import check_state, fit_state, is_offloaded, loaded, state_bytes
 from moe_unlearn.sharding import first_row, part
 
 # by parameter, what replaces its `.grad`: see `step`
@@ -83,11 +88,14 @@ class _Masked(torch.optim.Optimizer):
         # parameter -> (number of its group, place in it) when last looked up; a place is checked before its use
         self._places: dict[Tensor, tuple[int, int]] = {}
         self.zero_grad_hooks: list[Callable[[], None]] = []
-        super().__init__(params, defaults)
+        #: by device, the buffers through which state passes that lies on the host
+        self.stages: dict[torch.device, Stage] = {}
+        super().__init__(params, defaults | {"offload": False})
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._layouts, self._places, self.zero_grad_hooks = {}, {}, getattr(self, "zero_grad_hooks", [])
+        self.stages = {}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, also those that a step has collected for `step`."""
@@ -211,6 +219,8 @@ class _Masked(torch.optim.Optimizer):
         if group["maximize"]:
             gradient = gradient._replace(grad=-gradient.grad) if isinstance(gradient, Factors) else -gradient
         state = self.state[p]
+        if state.get("slices") is not trained_slices:
+            self.settle()
         fit_state(state, weight, trained_slices, self._moments(group), group)
         state["step"] += 1
         stochastic = group["numerics"] == "stochastic" and weight.dtype not in (torch.float32, torch.float64)
@@ -221,7 +231,40 @@ class _Masked(torch.optim.Optimizer):
             compact_mask = keep_where(where, compact_mask, shape)
         if whole and trained_slices is not None and isinstance(gradient, Tensor):
             gradient = gradient[trained_slices]
-        self._apply(group, gradient, Target(weight, state, compact_mask, trained_slices, update))
+        target = Target(weight, state, compact_mask, trained_slices, update)
+        if is_offloaded(weight, group):
+            self._apply_in_pieces(group, gradient, target)
+        else:
+            self._apply(group, gradient, target)
+
+    def _apply_in_pieces(self, group: dict, gradient: Tensor | Factors, to: Target) -> None:
+        """Apply an update whose state lies on the host: see `offload`."""
+        held = {name: to.state[name] for name in (*self._moments(group), "master") if name in to.state}
+        device, count = to.weight.device, max(to.weight.shape[:1], default=1)
+        if device not in self.stages:
+            queued = device.type == "cuda" and not isinstance(to.weight, FakeTensor)
+            self.stages[device] = Stage(device, queued=queued)
+        parts = pieces(held)
+        for rows in parts:
+            piece, own = to, gradient
+            if len(parts) > 1:
+                slices = torch.arange(count, device=device) if to.slices is None else to.slices
+                slices = slices[rows]
+                vouch(count, slices)
+                piece = to._replace(mask=None if to.mask is None else to.mask[rows], slices=slices)
+                own = gradient[rows] if isinstance(gradient, Tensor) else gradient
+            with self.stages[device].brought({name: kept[rows] for name, kept in held.items()}) as there:
+                self._apply(group, own, piece._replace(state=there))
+
+    def settle(self) -> None:
+        """Wait until all state that lies on the host has come back there, so that it may be read."""
+        for stage in self.stages.values():
+            stage.settle()
+
+    def state_dict(self) -> dict:
+        """Return the state as torch does, once it has come back to the host where it lies there."""
+        self.settle()
+        return super().state_dict()
 
     def _moments(self, group: dict) -> tuple[str, ...]:
         raise NotImplementedError
@@ -256,11 +299,13 @@ class _Masked(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state as torch does, bit for bit, or one of torch.optim.AdamW or SGD, which has no masks.
 
-        Options that the saved groups lack (masks, numerics, ...) keep their present values.
+        Options that the saved groups lack (masks, numerics, ...) keep their present values, as `offload` always does.
         """
+        self.settle()
         own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         # strict=False: torch reports a different number of groups
-        groups = [mine | saved for mine, saved in zip(own, state_dict["param_groups"], strict=False)]
+        pairs = zip(own, state_dict["param_groups"], strict=False)
+        groups = [mine | saved | {"offload": mine["offload"]} for mine, saved in pairs]
         groups += state_dict["param_groups"][len(own) :]
         # without the state: torch would cast float32 moments to the dtype of the parameter
         super().load_state_dict(state_dict | {"param_groups": groups, "state": {}})

@@ -1,7 +1,8 @@
 """Makes, fits, sizes and loads what a masked optimizer keeps of one parameter.
 
 It keeps the count of steps, its moments, a float32 `master` copy of the weights where `numerics` asks for one, and the
-`slices` that these are of, where not all train. A group's `numerics` and `state` say in what: see `optim`.
+`slices` that these are of, where not all train. A group's `numerics` and `state` say in what, its `offload` where: see
+`optim`.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_unlearn import offload
 from moe_unlearn.ops.moments import PACKED, narrowed, packed_zeros, row_bytes, widened
 
 STATES = ("float32", "bfloat16", "int8")
@@ -35,6 +37,12 @@ def moment_dtype(p: Tensor, group: Mapping[str, Any]) -> torch.dtype:
     if group["state"] == "bfloat16":
         return torch.bfloat16
     return p.dtype if group["numerics"] == "parity" else torch.float32
+
+
+def is_offloaded(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Return whether moments and master weights of a parameter lie on the host, and not beside it."""
+    wanted: bool = group["offload"]
+    return wanted and offload.is_apart(p.device)
 
 
 def needs_master(p: Tensor, group: Mapping[str, Any]) -> bool:
@@ -62,31 +70,45 @@ def fit_state(
         held = torch.arange(len(p), device=p.device) if old is None else old
         source[held] = torch.arange(len(held), device=p.device)
         source = source if trained_slices is None else source[trained_slices]
-        kept = source >= 0
         for name in tensors:
-            fresh = _fresh(name, p, trained_slices, state[name].dtype)
-            fresh[kept] = state[name][source[kept]]
+            fresh = _fresh(name, p, trained_slices, state[name].dtype, group)
+            there = source.to(fresh.device)
+            kept = there >= 0
+            fresh[kept] = _placed(state[name], p, group)[there[kept]]
             state[name] = fresh
     if trained_slices is None:
         state.pop("slices", None)
     else:
         state["slices"] = trained_slices
     for name in (*moments, *(["master"] if needs_master(p, group) else [])):
-        if name not in state:
-            state[name] = _fresh(name, p, trained_slices, moment_dtype(p, group))
+        if name in state:
+            state[name] = _placed(state[name], p, group)
+        else:
+            state[name] = _fresh(name, p, trained_slices, moment_dtype(p, group), group)
 
 
-def _fresh(name: str, p: Tensor, trained_slices: Tensor | None, dtype: torch.dtype) -> Tensor:
-    trained = p if trained_slices is None else p[trained_slices]
+def _fresh(name: str, p: Tensor, trained_slices: Tensor | None, dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
     if name == "master":
-        return trained.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if dtype == PACKED:
-        return packed_zeros(trained.shape, p.device)
-    return torch.zeros(trained.shape, dtype=dtype, device=p.device)
+        trained = p if trained_slices is None else p[trained_slices]
+        return _placed(trained.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format), p, group)
+    shape = p.shape if trained_slices is None else (len(trained_slices), *p.shape[1:])
+    device = _home(p, group)
+    made = packed_zeros(shape, device) if dtype == PACKED else torch.zeros(shape, dtype=dtype, device=device)
+    return _placed(made, p, group)
+
+
+def _home(p: Tensor, group: Mapping[str, Any]) -> torch.device:
+    """Return where moments and master weights of a parameter lie."""
+    return torch.device("cpu") if is_offloaded(p, group) else p.device
+
+
+def _placed(held: Tensor, p: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """Return what is held of a parameter as it lies at its home."""
+    return offload.at_home(held) if is_offloaded(p, group) else held.to(p.device)
 
 
 def loaded(values: dict, p: Tensor, moments: tuple[str, ...], group: Mapping[str, Any]) -> dict:
-    """Copy a parameter's saved state, ours or torch's, to new tensors on its device.
+    """Copy a parameter's saved state, ours or torch's, to new tensors on its device, or on the host by `offload`.
 
     Moments that were saved in another form are rounded to the nearest.
     """
@@ -97,10 +119,11 @@ def loaded(values: dict, p: Tensor, moments: tuple[str, ...], group: Mapping[str
         elif name == "slices":
             state[name] = value.to(p.device, copy=True)
         elif name == "master" and value is not None:
-            state[name] = value.detach().to(p.device, torch.float32, copy=True)
+            state[name] = _placed(value.detach().to(_home(p, group), torch.float32, copy=True), p, group)
         elif name in moments and value is not None:
-            own = value.detach().to(p.device, copy=True)
-            state[name] = _converted(own, p, moment_dtype(p, group), second=name == "exp_avg_sq")
+            own = value.detach().to(_home(p, group), copy=True)
+            own = _converted(own, p, moment_dtype(p, group), second=name == "exp_avg_sq")
+            state[name] = _placed(own, p, group)
     if "step" not in state:
         # torch.optim.SGD counts no steps; a buffer shows that it has taken the first one
         state["step"] = torch.tensor(1.0 if "momentum_buffer" in state else 0.0)

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "moe_unlearn"
 
 # Lower floors first: a package, or a module beside the packages, imports only from floors below its own.
 FLOORS = [
-    {"triton_kernels", "choices", "config", "errors", "files", "lazy", "mollm", "sharding", "testing"},
+    {"triton_kernels", "choices", "config", "errors", "files", "lazy", "mollm", "offload", "sharding", "testing"},
     {"backend", "ranks"},
     {"checkpoint", "native"},
     {"delta", "ops"},

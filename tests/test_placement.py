@@ -20,6 +20,7 @@ FACTORIES = {"tensor", "as_tensor", "asarray", "empty", "zeros", "ones", "full",
 ON_THE_HOST = {
     "GradientStore.common_descent": (1, "MOLLM solves for its direction on the CPU"),
     "fit_state": (1, "the count of steps is on the CPU, as torch's is"),
+    "at_home": (1, "once for each parameter whose state lies on the host"),
     "loaded": (2, "the count of steps is on the CPU, as torch's is"),
     "stack": (1, "numbers of rows, on the CPU"),
     "padded": (1, "where examples of packed rows begin, on the CPU"),

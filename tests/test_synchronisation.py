@@ -104,6 +104,8 @@ READS = {
     "_Masked._layout": (1, "once for each mask"),
     "slices_with_a_bit": (2, "once for each mask"),
     "fit_state": (1, "once for each mask"),
+    "at_home": (1, "once for each parameter whose state lies on the host"),
+    "Stage.settle": (1, "before state that lies on the host is read: a new mask, a save, a load, a verified step"),
     "_Masked.load_state_dict": (1, "the count of steps is on the CPU"),
     "loaded": (1, "the count of steps is on the CPU"),
     "_Masked._update": (1, "the count of steps is on the CPU"),

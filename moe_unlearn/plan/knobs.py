@@ -1,7 +1,8 @@
 """Knobs that make a run fit a device, cheapest first, and the search for those that suffice.
 
 The order is that of how little a knob changes: first what changes no number and costs time (`checkpointing`,
-micro-batches, the mask's budget), then what rounds the optimizer's state, then what trains fewer weights. Ranks that
+micro-batches, the mask's budget), then what rounds the optimizer's state, then its place on the host, which costs a
+copy there and back every step, then what trains fewer weights. Ranks that
 share the weights out change no formula, but take further devices, and are named apart. Whatever is suggested has been
 planned, and the plan said that it fits.
 """
@@ -12,8 +13,11 @@ from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
 
+import torch
+
 from moe_unlearn.config import Recipe
 from moe_unlearn.config.values import override
+from moe_unlearn.offload import is_apart
 from moe_unlearn.plan.plan import Plan
 
 MESHES = ("fsdp=2", "fsdp=4", "fsdp=8", "fsdp=8,ep=8")
@@ -37,8 +41,10 @@ def changed(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     return Recipe.from_dict(values)
 
 
-def knobs(recipe: Recipe, layers: int, size: float) -> Iterator[Knob]:
+def knobs(recipe: Recipe, layers: int, size: float, *, apart: bool) -> Iterator[Knob]:
     """Yield what may be changed in a recipe for a model of so many layers, and a device of `size` GiB, cheapest first.
+
+    apart: whether the device has a memory of its own, so that the optimizer's state may lie on the host.
 
     A batch becomes micro-batches of the same rows, whose step is the same. The state of the optimizer is rounded. Last
     come the experts that TRACE selects, where it runs, and the experts of the top quarter of the layers.
@@ -55,6 +61,8 @@ def knobs(recipe: Recipe, layers: int, size: float) -> Iterator[Knob]:
     if recipe.optimizer.state == "float32" and recipe.optimizer.name == "adamw":
         for state in ("bfloat16", "int8"):
             yield Knob("state", (f"optimizer.state={state}",))
+    if apart and not recipe.optimizer.offload:
+        yield Knob("offload", ("optimizer.offload=true",))
     if recipe.scope.kind == "all":
         if recipe.trace is not None:
             yield Knob("scope", ("scope.kind=experts",))
@@ -101,7 +109,7 @@ class Search:
     def _on_one(self, plan: Plan, size: float) -> tuple[dict[str, Knob], bool]:
         """Return the knobs that lower the peak, as few as make it fit on this mesh, and whether they do."""
         mesh = None if plan.mesh is None else f"fsdp={plan.mesh.fsdp},ep={plan.mesh.ep}"
-        turned = [*knobs(self.recipe, plan.layers, size)]
+        turned = [*knobs(self.recipe, plan.layers, size, apart=is_apart(torch.device(plan.device)))]
         chosen = self._at_rest(turned, mesh, size)
         if not self._may_fit([*_texts(chosen)], mesh, size):
             return chosen, False

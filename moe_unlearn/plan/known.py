@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from moe_unlearn import offload
 from moe_unlearn.lazy import each
 from moe_unlearn.model.batches import Batch, attended_mask, refusal
 from moe_unlearn.model.head import head_of
@@ -39,14 +41,28 @@ def first_share(view: StepView, mesh: Mesh | None) -> Callable[[Tensor, float], 
     return share
 
 
+def device_of(view: StepView) -> torch.device:
+    """Return the device that a step is planned for: that of its model, or the one that a model on meta would have."""
+    device = next(view.model.parameters()).device
+    if device.type != "meta":
+        return device
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def on_host(view: StepView) -> set[Tensor]:
+    """Return the parameters whose optimizer state lies on the host, beside the device."""
+    groups = view.optimizer.param_groups if offload.is_apart(device_of(view)) else []
+    return {p for group in groups if group["offload"] for p in group["params"]}
+
+
 def held_at_rest(view: StepView, prepared: Preparation, caches: int, mesh: Mesh | None) -> dict[str, int]:
     """Return the bytes by component that are known without a rehearsal, on the first rank of a mesh if there is one."""
-    share = first_share(view, mesh)
+    share, away = first_share(view, mesh), on_host(view)
     named = dict(view.model.named_parameters())
     known = {
         "weights": sum(share(p, p.nbytes) for p in view.model.parameters()),
         "optimizer state": sum(
-            share(p, view.optimizer.state_size(p, view.masks.get(name))) for name, p in view.trained
+            share(p, view.optimizer.state_size(p, view.masks.get(name))) for name, p in view.trained if p not in away
         ),
         "mask": sum(share(named[name], words.nbytes) for name, words in view.masks.items()),
         CACHES: caches + sum(kept.nbytes for kept in reference_head(view, prepared) if kept is not None),

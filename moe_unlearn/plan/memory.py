@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.profiler import profile
 
 TRANSIENT = ("activations", "workspace")
+HOST = "on the host"  # a component that takes none of the device's memory
 _CUDA_BLOCK = 512  # bytes to which torch's CUDA allocator rounds
 
 
@@ -84,29 +85,28 @@ class Ledger:
 
     def peak(self) -> dict[str, int]:
         """Return the bytes by component at the moment when their sum is largest."""
-        self._settle()
+        events = self.timeline()
         total = most = at = 0
-        for i, (_, size) in enumerate(self._events, 1):
+        for i, (_, size) in enumerate(events, 1):
             total += size
             if total > most:
                 most, at = total, i
         held: dict[str, int] = defaultdict(int)
-        for key, size in self._events[:at]:
-            held[self._components[key]] += size
+        for name, size in events[:at]:
+            held[name] += size
         return {name: size for name, size in held.items() if size}
 
     def timeline(self) -> list[tuple[str, int]]:
-        """Return the component and the bytes of each event in order, negative where released."""
+        """Return the component and the bytes of each event on the device in order, negative where released."""
         self._settle()
-        return [(self._components[key], size) for key, size in self._events]
+        named = ((self._components[key], size) for key, size in self._events)
+        return [event for event in named if event[0] != HOST]
 
     def largest(self) -> dict[str, int]:
         """Return the most bytes of each component, each at its own moment."""
-        self._settle()
         held: dict[str, int] = defaultdict(int)
         most: dict[str, int] = defaultdict(int)
-        for key, size in self._events:
-            name = self._components[key]
+        for name, size in self.timeline():
             held[name] += size
             most[name] = max(most[name], held[name])
         return dict(most)

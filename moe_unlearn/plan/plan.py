@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_unlearn import router_aux, trace
+from moe_unlearn import offload, router_aux, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.model.batch_sets import all_checked
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.plan.dry_run import Rehearsal
-from moe_unlearn.plan.known import cache_bytes, first_share, held_at_rest, state_bytes
+from moe_unlearn.plan.known import cache_bytes, device_of, first_share, held_at_rest, on_host, state_bytes
 from moe_unlearn.plan.mask import mask_at_most, mask_plan
 from moe_unlearn.plan.mesh import Mesh, check_whole
 from moe_unlearn.plan.one_rank import GATHERED
@@ -32,6 +32,8 @@ from moe_unlearn.plan.ways import Path, obstacle, paths
 from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.view import StepView
 from moe_unlearn.wagle.budget import SHARE
+
+_BUS = 25e9  # bytes a second that PCIe is assumed to move each way
 
 
 @dataclass
@@ -167,12 +169,13 @@ def make_plan(
     check_whole(view.model)
     if mesh is not None:
         mesh.placings(view.model)  # which refuses a model that does not fit
+        offload.check_alone(view.optimizer.param_groups, shared=True)
         view = dataclasses.replace(view, peers=mesh.peers)
     sizes = tuple(fits) if isinstance(fits, Sequence) else () if fits is None else (fits,)
     if wrong := [size for size in sizes if not size > 0]:
         raise ValueError(f"fits must be above 0 GiB; got {wrong[0]:g}")
     recipe, named = view.recipe, list(view.model.named_parameters())
-    device = _device(named)
+    device = device_of(view)
     batches = {side: _largest(given, recipe, device) for side, given in (("forget", forget), ("retain", retain))}
     plan = Plan(
         recipe=recipe.name,
@@ -197,6 +200,8 @@ def make_plan(
         )
     if mesh is not None and (padding := mesh.padding(view.model)):
         plan.notes.append(padding)
+    if any(group["offload"] for group in view.optimizer.param_groups):
+        plan.notes.append(_of_offload(view))
     if recipe.optimizer.max_grad_norm is not None:
         plan.notes.append("max_grad_norm needs every gradient before the first update")
     caches, on_disk = cache_bytes(view, prepared, forget, retain, stored=stored)
@@ -231,6 +236,19 @@ def make_plan(
             + where
         )
     return plan
+
+
+def _of_offload(view: StepView) -> str:
+    """Say what `optimizer.offload` keeps on the host, and what its copies take."""
+    if not offload.is_apart(device_of(view)):
+        return "optimizer.offload changes nothing here: the device's memory is that of the host"
+    away = on_host(view)
+    size = sum(view.optimizer.state_size(p, view.masks.get(name)) for name, p in view.trained if p in away)
+    return (
+        f"{size / 2**20:.2f} MiB of optimizer state lie on the host: what of it a step trains goes there and back, "
+        f"{size / _BUS * 1e3:.3g} ms each way at an assumed {_BUS / 1e9:g} GB/s (predicted). That pays where the run "
+        "does not fit otherwise; beside other work of the device, copies cost no time"
+    )
 
 
 def _plan_mask(
@@ -269,13 +287,6 @@ def _plan_shared_mask(plan: Plan, view: StepView) -> None:
     plan.mask = {"weights": weights, "mask": bits, **beside, "gradients": held}
     plan.yields = False
     plan.notes.append(f"prepare() makes WAGLE's mask from {made_from}, {held / 2**20:.2f} MiB beside the weights")
-
-
-def _device(named: Sequence[tuple[str, Tensor]]) -> torch.device:
-    device = named[0][1].device
-    if device.type != "meta":
-        return device
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _largest(given: Sequence[Batch], recipe: Recipe, device: torch.device) -> Batch:

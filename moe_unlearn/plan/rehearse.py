@@ -1,7 +1,7 @@
 """The rehearsal of a step: two steps of its shadow, whole or on two shallow models whose layers are repeated."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
@@ -10,8 +10,11 @@ from torch import Tensor
 
 from moe_unlearn.model.batches import Batch, Sizes
 from moe_unlearn.model.states import decoder_layers
+from moe_unlearn.optim import MaskedAdamW, MaskedSGD
+from moe_unlearn.optim_state import is_offloaded
 from moe_unlearn.plan.assumed import CACHES, assumed
 from moe_unlearn.plan.dry_run import Rehearsal
+from moe_unlearn.plan.memory import HOST
 from moe_unlearn.plan.mesh import Mesh
 from moe_unlearn.plan.one_rank import OneRank
 from moe_unlearn.plan.repeat import Counted, NotRepeated, Rehearsed, collected_later, extended
@@ -91,8 +94,9 @@ def _counted(step: Step, setting: Setting) -> Counted:
     copied = shadow.view()
     for tensor in (*copied.model.parameters(), *copied.model.buffers()):
         ledger.add(tensor, "weights")
-    for tensor in _tensors(list(copied.optimizer.state.values())):
-        ledger.add(tensor, "optimizer state")
+    for tensors, component in _held(copied.optimizer):
+        for tensor in tensors:
+            ledger.add(tensor, component)
     ledger.hold(caches, CACHES)
     copied.optimizer.register_step_pre_hook(lambda *_: ledger.label(copied.gradients.held(), "gradients"))
     pair, factored = (batches["forget"], batches["retain"]), view.recipe.mollm is not None and form(view) != "compact"
@@ -114,8 +118,17 @@ def _counted(step: Step, setting: Setting) -> Counted:
                 ledger.label(copied.gradients.held(), "gradients")
             rehearsal.phase = "workspace"
             shadow.update()
-            ledger.label(_tensors(list(copied.optimizer.state.values())), "optimizer state")
+            for tensors, component in _held(copied.optimizer):
+                ledger.label(tensors, component)
     return Counted(ledger, rehearsal.flops, rehearsal.moved, {} if rank is None else rank.traffic)
+
+
+def _held(optimizer: MaskedSGD | MaskedAdamW) -> Iterator[tuple[list[Tensor], str]]:
+    """Yield the tensors of an optimizer's state with their component, and the buffers of what lies on the host."""
+    for slot in optimizer.slots():
+        component = HOST if is_offloaded(slot.parameter, slot.group) else "optimizer state"
+        yield _tensors(optimizer.state.get(slot.parameter, {})), component
+    yield _tensors(optimizer.stages), "optimizer state"
 
 
 def _tensors(value: object) -> list[Tensor]:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # keys of a recipe in which a saved state may differ from the step that takes it
 MAY_DIFFER = ("name", "steps", "data", "guard", "retain_budget", "checkpointing")
-# by lever, its keys that change no result
-CHANGE_NOTHING = {"wagle": ("memory",)}
+# by section, its keys that change no result
+CHANGE_NOTHING = {"wagle": ("memory",), "optimizer": ("offload",)}
 
 
 def check_prepared(recipe: Recipe, prepared: Preparation) -> None:

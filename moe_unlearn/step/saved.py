@@ -142,4 +142,6 @@ def _shared(step: "UnlearnStep", whole: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options(groups: list[dict]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in group.items() if key not in ("params", "masks")} for group in groups]
+    """Return the options of groups that belong to a state, and not to the step that holds it."""
+    left_out = {"params", "masks", "offload"}
+    return [{key: value for key, value in group.items() if key not in left_out} for group in groups]

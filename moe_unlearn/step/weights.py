@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_unlearn import offload
 from moe_unlearn.config import Recipe
 from moe_unlearn.model import scope
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
@@ -34,7 +35,11 @@ class TrainedWeights:
         check_dtypes(self.model)
 
     def mask(self, prepared: Preparation, optimizer: MaskedSGD | MaskedAdamW) -> None:
-        """Give the masks of the preparation to the optimizer, and freeze the parameters without a set bit."""
+        """Give the masks of the preparation to the optimizer, and freeze the parameters without a set bit.
+
+        Raises ValueError for an optimizer whose state lies on the host where weights are shared out.
+        """
+        offload.check_alone(optimizer.param_groups, shared=self.shards is not None)
         if self.shards is not None and prepared.mask is not None:
             prepared.mask = self.shards.share_out(prepared.mask)
         self.masks = scope.weight_masks(self.model, self.scope, prepared.selected, prepared.mask)
@@ -80,6 +85,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW
     if numerics is None:
         narrow = settings.state != "float32" or any(p.dtype == torch.bfloat16 for p in parameters)
         numerics = "stochastic" if narrow else "parity"
+    groups = [{"params": parameters, "offload": settings.offload}]
     common: dict[str, Any] = {
         "lr": settings.lr,
         "weight_decay": settings.weight_decay,
@@ -88,9 +94,9 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW
         "seed": recipe.seed,
     }
     if settings.name == "sgd":
-        return MaskedSGD(parameters, momentum=settings.momentum, **common)
+        return MaskedSGD(groups, momentum=settings.momentum, **common)
     first, second = settings.betas
-    return MaskedAdamW(parameters, betas=(first, second), eps=settings.eps, **common)
+    return MaskedAdamW(groups, betas=(first, second), eps=settings.eps, **common)
 
 
 def twin_of(optimizer: MaskedSGD | MaskedAdamW, model: nn.Module, twin: nn.Module) -> MaskedSGD | MaskedAdamW:

@@ -68,13 +68,18 @@ class Run:
     @classmethod
     def of(cls, view: StepView) -> "Run":
         """Copy the results of a step after its update, before it is finished."""
+        view.optimizer.settle()
+
+        def beside(p: Tensor, held: Tensor) -> Tensor:  # state that lies on the host, but for the count of steps
+            return held.to(p.device if held.dim() else held.device, copy=True)
+
         return cls(
             [dict(losses) for losses in view.losses],
             {name: _clone(view.gradients.made(p)) for name, p in view.trained},
             {name for name, p in view.trained if p in view.gradients.collected},
             set(view.updated),
             {name: p.detach().clone() for name, p in view.trained},
-            {name: {k: v.clone() for k, v in view.optimizer.state.get(p, {}).items()} for name, p in view.trained},
+            {name: {k: beside(p, v) for k, v in view.optimizer.state.get(p, {}).items()} for name, p in view.trained},
         )
 
 

@@ -366,7 +366,7 @@ def _take_masters(optimizer: MaskedSGD | MaskedAdamW, saved: dict) -> None:
         p, master = slot.parameter, saved.get(slot.parameter_id, {}).get("master")
         if master is not None:
             own = optimizer.state[p]
-            p[own["slices"] if "slices" in own else slice(None)] = master.to(p.dtype)
+            p[own["slices"] if "slices" in own else slice(None)] = master.to(p.device, p.dtype)
             del own["master"]
 
 

@@ -19,6 +19,7 @@ STEP = (
     "step/weights",
     "view",
     "optim",
+    "offload",
     "optim_state",
     "losses",
     "experts",
