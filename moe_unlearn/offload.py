@@ -79,7 +79,8 @@ class Stage:
     def __init__(self, device: torch.device, *, queued: bool):
         self.device = device
         self._buffers = [_Buffer(torch.empty(0, device=device)) for _ in range(2)]
-        self._in, self._out = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if queued else (None, None)
+        self._in: torch.cuda.Stream | None = torch.cuda.Stream(device) if queued else None
+        self._out: torch.cuda.Stream | None = torch.cuda.Stream(device) if queued else None
 
     @contextmanager
     def brought(self, held: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

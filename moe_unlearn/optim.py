@@ -304,8 +304,8 @@ class _Masked(torch.optim.Optimizer):
         self.settle()
         own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         # strict=False: torch reports a different number of groups
-        pairs = zip(own, state_dict["param_groups"], strict=False)
-        groups = [mine | saved | {"offload": mine["offload"]} for mine, saved in pairs]
+        both = zip(own, state_dict["param_groups"], strict=False)
+        groups = [mine | saved | {"offload": mine["offload"]} for mine, saved in both]
         groups += state_dict["param_groups"][len(own) :]
         # without the state: torch would cast float32 moments to the dtype of the parameter
         super().load_state_dict(state_dict | {"param_groups": groups, "state": {}})

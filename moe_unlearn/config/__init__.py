@@ -1,6 +1,7 @@
 """Recipes, which describe unlearning runs by typed values that are checked when they are made."""
 
 from moe_unlearn.config.dual import Dual
+from moe_unlearn.config.optimizer import Optimizer
 from moe_unlearn.config.recipe import (
     FORGET_OBJECTIVES,
     NEED_REFUSALS,
@@ -11,7 +12,6 @@ from moe_unlearn.config.recipe import (
     Data,
     Forget,
     Mollm,
-    Optimizer,
     Recipe,
     Retain,
     Scope,
