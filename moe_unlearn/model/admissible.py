@@ -16,16 +16,16 @@ _READ = ("input_ids", "labels", "position_ids", "attention_mask", "state_mask")
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
 
-def check_values(batch: Batch, side: str, model: nn.Module, *, alone: bool = True) -> None:
+def check_values(batch: Batch, side: str, model: nn.Module, *, alone: bool = True, moved: bool = True) -> None:
     """Raise ValueError, which names the key and the number, for a `checked` batch that the model cannot take.
 
     Tokens and labels are in the vocabulary, a label may be -100; positions are not negative; masks are finite and not
-    negative; all is where the model's input goes; and some position carries a loss, unless the batch is not `alone` but
-    one of a set. A batch on a GPU is read, before anything is under way there.
+    negative; all is where the model's input goes, if it has `moved` there; and some position carries a loss, unless the
+    batch is not `alone` but one of a set. A batch on a GPU is read, before anything is under way there.
     """
     what, device = f"the {side} batch", next(model.parameters()).device
     for key, value in batch.items():
-        if value.device != device:
+        if moved and value.device != device:
             raise ValueError(f"{what}: {key} must be on {device}, as the model; got {value.device}")
     read = {key: _read(value) for key, value in batch.items() if key.removeprefix("idk_") in _READ}
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # of transformers
