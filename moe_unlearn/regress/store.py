@@ -200,7 +200,7 @@ class Store:
             if not target.exists() or target.read_bytes() != data:
                 write_bytes(target, data)
         except OSError as error:
-            raise UnwritableError(error.errno, error.strerror, str(target)) from error
+            raise UnwritableError(error.errno, error.strerror or str(error), str(target)) from error
         return sha
 
     def _keep_bytes(self) -> None:

@@ -62,7 +62,7 @@ def commands(folder: Path, rank: int) -> dict[str, list[str]]:
         "verify": unlearning(folder, "verified", options=("--verify", "1", "--no-eval", "--mesh", "fsdp=2")),
         "parted": unlearning(folder, "parted", options=("--verify", "1", "--no-eval")),
         "again": measuring(folder, "stats", "again.json"),
-        "fsdp": unlearning(folder, "fsdp", options=(*holdout, *reference, "--mesh", "fsdp=2")),
+        "fsdp": unlearning(folder, "fsdp", options=(*holdout, *reference, "--mesh", "fsdp=2", "--overwrite")),
         "experts": unlearning(folder, "experts", options=("--mesh", "fsdp=2,ep=2", "--delta")),
         "eval fsdp": measuring(folder, "eval", "eval-fsdp.json", *holdout, *before, "--mesh", "fsdp=2"),
         "stats fsdp": measuring(folder, "stats", "stats-fsdp.json", "--mesh", "fsdp=2"),
