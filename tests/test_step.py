@@ -368,7 +368,7 @@ def test_a_prepared_state_is_not_prepared_again(model):
 @pytest.mark.quick
 def test_state_of_another_recipe_is_refused(model):
     state = UnlearnStep(model, recipe("graddiff")).state_dict()
-    with pytest.raises(ValueError, match="another recipe: forget was .*objective.*is"):
+    with pytest.raises(ValueError, match="another recipe: forget.objective was 'ga', is 'npo'"):
         UnlearnStep(model, recipe("npo")).load_state_dict(state)
 
 

@@ -95,7 +95,7 @@ OTHERS = {
     "model": (another_model, r"has a run of something else: model \(was \w+, is \w+\);"),
     "retain": (another_document, r"has a run of something else: retain \(was \w+, is \w+\);"),
     "code": (another_version, r"has a run of something else: code \(was .*, is 9.9\);"),
-    "recipe": (lambda *_: (["optimizer.lr=2e-2"], {}), "another recipe: optimizer was"),
+    "recipe": (lambda *_: (["optimizer.lr=2e-2"], {}), "another recipe: optimizer.lr was 0.01, is 0.02"),
     "settings": (lambda *_: (["data.max_length=47", "data.prompt_tokens=2"], {}), r"something else: forget \("),
 }
 
