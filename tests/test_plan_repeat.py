@@ -134,7 +134,7 @@ def test_the_cheapest_knobs_that_suffice_are_named(costs, said):
 
 @pytest.mark.quick
 def test_knobs_are_not_planned_that_leave_too_much_at_the_end_of_a_step():
-    """What stays (weights, state) is 50 GiB, 30 with narrow moments and 12 of a quarter; the rest 15, or 5."""
+    """Weights and state stay; they are 50 GiB, 30 with narrow moments and 12 of a quarter; the rest 15, or 5."""
     tried = []
 
     def at_least(overrides, mesh):

@@ -83,8 +83,8 @@ def verify_files(folder: str | Path, files: Mapping[str, dict], digests_of: Iter
     for name, described in files.items():
         path, size = folder / name, described["size"]
         # not through a link, nor out of the folder
-        inside = path.resolve() == real / name and path.resolve().is_relative_to(real)
-        if not inside or not path.is_file():
+        resolved = path.resolve()
+        if resolved != real / name or not resolved.is_relative_to(real) or not path.is_file():
             raise CheckpointError(f"{folder}: file {name!r} is missing or not a plain file")
         if path.stat().st_size != size:
             raise CheckpointError(f"{path}: expected {size} bytes; got {path.stat().st_size}")

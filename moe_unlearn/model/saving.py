@@ -36,7 +36,7 @@ Write = Callable[[str, Tensor], None]
 
 
 class Processor(Protocol):
-    """What is saved beside a model and writes itself, such as a tokenizer."""
+    """Writes itself beside a model, as a tokenizer does."""
 
     def save_pretrained(self, save_directory: Any) -> object:
         """Write to a folder."""

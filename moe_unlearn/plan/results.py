@@ -17,7 +17,7 @@ _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.layout, torch.de
 
 
 class _Form(NamedTuple):
-    """What there is to know of a fake that has its storage to itself."""
+    """Describes all of a fake that has its storage to itself."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]

@@ -126,7 +126,7 @@ def written_by(rank: int, folder: Path) -> None:
 
 
 def same_in_groups(made: nn.Module) -> WeightMask:
-    """What the engine adds up does not depend on which other gradients it has."""
+    """Return the mask that groups make and that one pass makes: an engine's sums depend on no other gradients."""
     passes, real = [], making._Scores.of
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(making._Scores, "of", lambda *given: passes.append(given) or real(*given))

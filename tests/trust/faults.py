@@ -34,7 +34,7 @@ _FREES = ("os.remove", "os.rmdir")  # a full disk lets these pass
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens at the call of number `at`, counted from 0; a full disk stays full, others fail once."""
+    """Names what fails at the call of number `at`, counted from 0; a full disk stays full, others fail once."""
 
     kind: str
     at: int

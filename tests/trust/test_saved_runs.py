@@ -80,7 +80,7 @@ def another_model(inputs, out, monkeypatch):
 
 
 def another_document(inputs, out, monkeypatch):
-    """As long as the one before."""
+    """Return a retain set of other documents, as long as those before."""
     text = (inputs / "retain.jsonl").read_text(encoding="utf-8")
     (out / "other.jsonl").write_text(text.replace("square", "number"), encoding="utf-8")
     return [], {"retain": out / "other.jsonl"}
