@@ -64,8 +64,8 @@ def whole_folder(path: str | Path, *, stays: Callable[[], bool] = lambda: False)
     """Yield an empty folder beside `path`, which replaces `path` when the block ends; all its files are synced.
 
     If `stays()` is true by then, or anything fails, `path` stays as it was. A folder that is replaced is moved aside
-    first, so that a process killed between these two steps leaves no `path`. What killed processes left beside it a day
-    ago is removed.
+    first, so that a process killed between these two steps leaves no `path`. What killed processes left beside it is
+    removed (`remove_unfinished`, a day).
     """
     path = Path(path).resolve()
     unfinished, former = _beside(path), _beside(path)
@@ -86,7 +86,7 @@ def whole_folder(path: str | Path, *, stays: Callable[[], bool] = lambda: False)
         if former.exists() and not path.exists():
             former.rename(path)
         for leftover in (unfinished, former):
-            _remove(leftover)
+            remove(leftover, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -97,8 +97,8 @@ def whole_files(
 
     What else is in `path` stays, but for the files there whose name is `stale`. Those named in `last` leave their
     places first and take them last, in this order: a reader who begins with the last one finds what was there before,
-    what is new, or nothing. If anything fails, `path` stays as it was. What killed processes left in it a day ago is
-    removed. A `path` that is not there appears whole, as by `whole_folder`.
+    what is new, or nothing. If anything fails, `path` stays as it was. What killed processes left in it is removed
+    (`remove_unfinished`, a day). A `path` that is not there appears whole, as by `whole_folder`.
     """
     path = Path(path).resolve()
     if not path.exists():
@@ -134,12 +134,12 @@ def whole_files(
         for source, target in reversed(moves):
             if not os.path.lexists(source):  # the last one may not have been made
                 os.replace(target, source)
-        _remove(former)
+        remove(former, ignore_errors=True)
         raise
     finally:
         _OPEN.discard(unfinished)
-        _remove(unfinished)
-    _remove(former)
+        remove(unfinished, ignore_errors=True)
+    remove(former, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -213,14 +213,14 @@ def remove_unfinished(folder: Path, *, seconds: float = 0, former: str = "") -> 
         for path in folder.glob(f"{prefix}*"):
             with contextlib.suppress(OSError):
                 if path not in _OPEN and (_abandoned(path) or time.time() - path.lstat().st_mtime >= age):
-                    _remove(path)
+                    remove(path, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder, of which nobody finds a part under its name, even if this process is killed."""
     unfinished = _beside(path)
     path.rename(unfinished)
-    _remove(unfinished)
+    remove(unfinished, ignore_errors=True)
 
 
 def _beside(path: Path) -> Path:
@@ -261,13 +261,13 @@ def _write_to(stream: Path, content: bytes) -> None:
         file.write(content)
 
 
-def _remove(path: Path) -> None:
-    """Remove a folder or a file, as far as that is possible."""
+def remove(path: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a folder with all in it, a file, or of a link the link, if it is there; OSError unless `ignore_errors`."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=ignore_errors)
     else:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        with contextlib.suppress(OSError) if ignore_errors else contextlib.nullcontext():
+            path.unlink(missing_ok=True)
 
 
 def _sync_all(folder: Path) -> None:

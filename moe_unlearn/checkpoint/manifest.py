@@ -7,7 +7,7 @@ so that a flipped bit in the manifest is noticed too.
 import hashlib
 import json
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +102,18 @@ def describe(path: Path) -> dict[str, Any]:
 
 def latest(root: str | Path) -> Path | None:
     """Return the newest complete checkpoint under `root`; skip broken ones with a warning, without removing them."""
-    for folder in checkpoints(Path(root)):
+    return first_whole(checkpoints(Path(root)), verify)
+
+
+def first_whole(folders: Iterable[Path], verify: Callable[[Path], object]) -> Path | None:
+    """Return the first folder that `verify` accepts; warn of those before it."""
+    for folder in folders:
         try:
             verify(folder)
             return folder
         except CheckpointError as error:
-            skip(error)
+            warnings.warn(f"skipping a broken checkpoint: {error}", stacklevel=3)
     return None
-
-
-def skip(error: CheckpointError) -> None:
-    """Warn of a checkpoint that is not used because of `error`."""
-    warnings.warn(f"skipping a broken checkpoint: {error}", stacklevel=3)
 
 
 def folder_of(root: Path, step: int) -> Path:

@@ -24,6 +24,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,14 +200,8 @@ def latest(root: str | Path, *, prefix: str = manifest.STEPS, group: Group = Non
     def names() -> list[str]:
         return [folder.name for folder in manifest.checkpoints(Path(root), prefix)] if _rank(group) == 0 else []
 
-    for name in gathered(names, lambda found: found, group, error=CheckpointError)[1][0]:
-        folder = Path(root, name)
-        try:
-            verify(folder, group=group)
-            return folder
-        except CheckpointError as error:
-            manifest.skip(error)
-    return None
+    found = gathered(names, lambda found: found, group, error=CheckpointError)[1][0]
+    return manifest.first_whole([Path(root, name) for name in found], partial(verify, group=group))
 
 
 def verify(folder: str | Path, *, group: Group = None) -> dict[str, Any]:

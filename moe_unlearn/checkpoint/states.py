@@ -58,7 +58,8 @@ def load_state(folder: Path, name: str) -> object:
     try:
         parts = (folder / f"{name}.json").read_bytes()
         tensors, about = read_sealed(folder / f"{name}.safetensors", _STATE, former=None, remedy=remedy)
-        if about.get("json", digest := hashlib.sha256(parts).hexdigest()) != digest:
+        digest = hashlib.sha256(parts).hexdigest()
+        if about.get("json", digest) != digest:  # earlier versions have none
             raise ValueError(f"damaged: {name}.json does not match its SHA-256")
         return tree.join(json.loads(parts), lambda key, _: tensors[key])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

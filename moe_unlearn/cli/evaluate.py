@@ -182,19 +182,22 @@ def _benchmark(options: argparse.Namespace, how: loading.Loading) -> None:
 @contextlib.contextmanager
 def _results_in(options: argparse.Namespace) -> Iterator[Path | None]:
     """Yield the folder that a benchmark writes to; with --redact one whose files, without their texts, go to --out."""
-    if options.out is None or not options.redact:
-        if options.out is not None:
-            make_private(Path(options.out))
-        yield None if options.out is None else Path(options.out)
+    if options.out is None:
+        yield None
+        return
+    out = Path(options.out)
+    if not options.redact:
+        make_private(out)
+        yield out
         return
     with tempfile.TemporaryDirectory() as private:
         yield Path(private)
-        make_private(Path(options.out))
+        make_private(out)
         for path in Path(private).iterdir():  # none on ranks that do not write
             content = json.loads(path.read_text(encoding="utf-8"))
             if path.stem.endswith("_EVAL"):
                 content = {key: _redacted(result) for key, result in content.items()}
-            write_text(Path(options.out) / path.name, json.dumps(content, indent=4, sort_keys=True) + "\n")
+            write_text(out / path.name, json.dumps(content, indent=4, sort_keys=True) + "\n")
 
 
 def _redacted(value: Any) -> Any:

@@ -82,9 +82,9 @@ def _unloaded(options: argparse.Namespace) -> tuple[nn.Module, dict[str, list[Ba
     if options.mesh is not None:
         raise ValueError("--mesh with --dry-run plans a run; leave it out to plan this verb on one process")
     model = meta_model(options.model, dtype=options.dtype)
-    tokenizer = load_tokenizer(options.model, loading_of(options))
+    how = loading_of(options)
+    tokenizer = load_tokenizer(options.model, how)
     pad = data.pad_token_id(tokenizer)
     sets = sets_of(options, tokenizer)
     sides = {side: [*data.batches(examples, options.batch_size, pad_id=pad)] for side, examples in sets.items()}
-    gpu = "cuda" if torch.cuda.is_available() else "cpu"
-    return model, sides, torch.device(gpu if options.device == "auto" else options.device)
+    return model, sides, torch.device(how.device_map or "cpu")

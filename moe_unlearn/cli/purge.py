@@ -5,13 +5,12 @@ The model stays, and so do numbers: settings, metrics, trajectories, report and 
 
 import argparse
 import os
-import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
 from moe_unlearn.checkpoint.tensor_file import stored_in
-from moe_unlearn.files import UNFINISHED
+from moe_unlearn.files import UNFINISHED, remove
 from moe_unlearn.prepare.preparation import CACHES
 
 _CACHED = {f"{kind}-*": what for kind, what in CACHES.items()} | {
@@ -78,10 +77,7 @@ def _purged(folder: Path, what: dict[str, str]) -> Iterator[str]:
         if not reason:
             continue
         count, size = _measure(path)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)
         yield f"{path}: {reason} ({count:,} files, {size:,} bytes)"
 
 

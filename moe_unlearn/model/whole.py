@@ -73,10 +73,7 @@ def _check_weights(source: str | Path, info: dict[str, Any], allowed: str | None
     for what, names in found.items():
         let_by = {name for name in names if allowed is not None and re.search(allowed, name)}
         if wrong := sorted(names - let_by):
-            more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-            raise ValueError(
-                f"expected a whole checkpoint in {source}; it {what} {', '.join(wrong[:_SHOWN])}{more}{hint}"
-            )
+            raise ValueError(f"expected a whole checkpoint in {source}; it {what} {_listed(wrong)}{hint}")
         if let_by:
             _log.warning("%s %s %s, which is allowed", source, what, ", ".join(sorted(let_by)))
 
@@ -95,8 +92,12 @@ def _check_finite(source: str | Path, model: PreTrainedModel) -> None:
     """Raise ValueError that names the weights with a number that is NaN or infinite."""
     wrong = not_finite(model.named_parameters())
     if wrong:
-        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise ValueError(f"expected finite weights in {source}; NaN or infinite: {', '.join(wrong[:_SHOWN])}{more}")
+        raise ValueError(f"expected finite weights in {source}; NaN or infinite: {_listed(wrong)}")
+
+
+def _listed(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 @contextmanager

@@ -2,9 +2,8 @@
 
 The order is that of how little a knob changes: first what changes no number and costs time (`checkpointing`,
 micro-batches, the mask's budget), then what rounds the optimizer's state, then its place on the host, which costs a
-copy there and back every step, then what trains fewer weights. Ranks that
-share the weights out change no formula, but take further devices, and are named apart. Whatever is suggested has been
-planned, and the plan said that it fits.
+copy there and back every step, then what trains fewer weights. Ranks that share the weights out change no formula, but
+take further devices, and are named apart. Whatever is suggested has been planned, and the plan said that it fits.
 """
 
 import shlex

@@ -49,6 +49,12 @@ def device_of(view: StepView) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def largest(batches: Sequence[Batch], device: torch.device) -> Batch:
+    """Return the batch with the most positions, on a device."""
+    batch = max(batches, key=lambda batch: batch["input_ids"].numel())
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 def on_host(view: StepView) -> set[Tensor]:
     """Return the parameters whose optimizer state lies on the host, beside the device."""
     groups = view.optimizer.param_groups if offload.is_apart(device_of(view)) else []

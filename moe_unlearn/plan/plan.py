@@ -23,7 +23,15 @@ from moe_unlearn.model.batch_sets import all_checked
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.plan.dry_run import Rehearsal
-from moe_unlearn.plan.known import cache_bytes, device_of, first_share, held_at_rest, on_host, state_bytes
+from moe_unlearn.plan.known import (
+    cache_bytes,
+    device_of,
+    first_share,
+    held_at_rest,
+    largest,
+    on_host,
+    state_bytes,
+)
 from moe_unlearn.plan.mask import mask_at_most, mask_plan
 from moe_unlearn.plan.mesh import Mesh, check_whole
 from moe_unlearn.plan.one_rank import GATHERED
@@ -291,8 +299,7 @@ def _plan_shared_mask(plan: Plan, view: StepView) -> None:
 
 def _largest(given: Sequence[Batch], recipe: Recipe, device: torch.device) -> Batch:
     if given:
-        batch = max(given, key=lambda b: b["input_ids"].numel())
-        return {key: value.to(device) for key, value in batch.items()}
+        return largest(given, device)
     ids = torch.ones(recipe.batch_size, recipe.data.max_length, dtype=torch.int64, device=device)
     batch = {"input_ids": ids, "attention_mask": ids, "labels": ids}
     return batch | {f"idk_{key}": value for key, value in batch.items()}

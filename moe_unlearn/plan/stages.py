@@ -9,6 +9,7 @@ from torch import nn
 from moe_unlearn.experts import enable
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.plan.dry_run import Rehearsal
+from moe_unlearn.plan.known import largest
 from moe_unlearn.plan.mask import mask_plan
 from moe_unlearn.plan.repeat import collected_later
 from moe_unlearn.trace import routing_frequencies
@@ -51,14 +52,14 @@ def stats_plan(model: nn.Module, batches: Sequence[Batch], device: torch.device)
     for tensor in (*twin.parameters(), *twin.buffers()):
         rehearsal.ledger.add(tensor, "weights")
     with collected_later(), enable(twin), rehearsal:
-        routing_frequencies(twin, [_largest(batches, device)])
+        routing_frequencies(twin, [largest(batches, device)])
     return StagePlan("stats", str(device), rehearsal.ledger.peak())
 
 
 def mask_stage(view: StepView, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> StagePlan:
     """Plan making the mask of a step with WAGLE; `mask_plan` has the details and the errors."""
     # from its second batch on a side has the sums of all gradients beside the activations
-    sides = {side: [_largest(given, device)] * min(len(given), 2) for side, given in batches.items()}
+    sides = {side: [largest(given, device)] * min(len(given), 2) for side, given in batches.items()}
     made = mask_plan(view, Rehearsal(device), sides)
     return StagePlan("mask", str(device), made.memory, str(made).replace("prepare()", "it", 1))
 
@@ -67,8 +68,3 @@ def default_memory(model: nn.Module, device: torch.device) -> str:
     """Return the budget of a mask that names none, once the model will be on its device: most of what is free then."""
     weights = sum(p.nbytes for p in model.parameters())
     return f"{max(int(SHARE * (free_memory(device) - weights)), 1)}"
-
-
-def _largest(batches: Sequence[Batch], device: torch.device) -> Batch:
-    batch = max(batches, key=lambda batch: batch["input_ids"].numel())
-    return {name: value.to(device) for name, value in batch.items()}

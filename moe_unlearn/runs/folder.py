@@ -14,7 +14,6 @@ A resume must agree in all of it. `manifest` has the digests of the model and of
 
 import hashlib
 import json
-import shutil
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from moe_unlearn import __version__
 from moe_unlearn.checkpoint import CheckpointError, manifest
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example
-from moe_unlearn.files import read_sealed, write_sealed
+from moe_unlearn.files import read_sealed, remove, write_sealed
 from moe_unlearn.prepare.reference import model_digest
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.checks import check_recipe
@@ -60,11 +59,7 @@ def check_unused(folder: Path) -> None:
 def clear(folder: Path) -> None:
     """Remove what a run has made in a folder, and nothing else."""
     for name in MADE:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(folder / name)
 
 
 def facts_of(step: UnlearnStep, forget: Sequence[Example], retain: Sequence[Example], ranks: int) -> dict[str, Any]:

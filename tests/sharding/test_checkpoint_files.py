@@ -16,6 +16,7 @@ from moe_unlearn.checkpoint.optimizer import from_tree, to_tree
 from moe_unlearn.checkpoint.sharded import Part, Slices
 from moe_unlearn.checkpoint.tensor_file import Rows, kind_of, stored_in, tensor_file
 from moe_unlearn.files import UNFINISHED
+from tests.support.damage import FORMS, damaged
 from tests.support.forked_ranks import found_on
 
 STATE = {
@@ -81,7 +82,7 @@ def test_targets_that_do_not_fit_are_refused_and_nothing_is_filled(good, into, s
 
 
 def test_every_corruption_is_found(good, tmp_path):
-    """Bit flips, cuts, zeroed runs, files that are gone or another's, 300 seeded ones."""
+    """Damage of every form, pickles, and files that are another's, 300 seeded ones."""
     files = sorted(p.name for p in good.iterdir())
     assert files == ["manifest", "rank-00000.safetensors", "rank-00001.safetensors", "state.json"]
     generator, target = random.Random(0), torch.full((3, 2), 7.0)
@@ -89,22 +90,16 @@ def test_every_corruption_is_found(good, tmp_path):
         bad = tmp_path / f"bad{trial}"
         shutil.copytree(good, bad)
         path = bad / generator.choice(files)
-        data = bytearray(path.read_bytes())
-        position = generator.randrange(len(data))
-        kind = generator.choice(["flip", "cut", "zero", "gone", "pickle", "other"])
-        if kind == "flip":
-            data[position] ^= 1 << generator.randrange(8)
-        elif kind == "cut":
-            del data[position:]
-        elif kind == "zero":
-            data[position : position + 64] = bytes(len(data[position : position + 64]))
-        elif kind == "pickle":
+        kind = generator.choice([*FORMS, "pickle", "other"])
+        if kind == "pickle":
             data = pickle.dumps({"m": 1})
         elif kind == "other":
             data = (good / generator.choice([name for name in files if name != path.name])).read_bytes()
-        if bytes(data) != path.read_bytes() or kind == "gone":
+        else:
+            data = damaged(path.read_bytes(), kind, generator)
+        if data != path.read_bytes():
             path.unlink()
-            if kind != "gone":
+            if data is not None:
                 path.write_bytes(data)
             with pytest.raises(CheckpointError) as error:
                 sharded.load(bad, {"weights": {"a.weight": target}})

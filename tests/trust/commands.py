@@ -98,8 +98,11 @@ class Commands:
             self._whole[verb] = ended.calls, contents(folder)
         return self._whole[verb]
 
-    def meets(self, verb: str, fault: Fault) -> None:
-        """Raise AssertionError unless a verb that meets a fault loses nothing, leaves nothing half, and can go on."""
+    def meets(self, verb: str, fault: Fault) -> str:
+        """Return how a verb ends that meets a fault: "killed", "refused", or with results that are "whole".
+
+        Raises AssertionError unless it loses nothing, leaves nothing half, and can go on.
+        """
         _, whole = self.whole(verb)
         before, folder = contents(self.given), self._copy(self.given)
         ended = attempt(VERBS[verb], folder, fault)
@@ -126,6 +129,7 @@ class Commands:
         for name, content in made.items():
             assert _alike(name, content, whole[name]), f"{told}\n{name}"
         shutil.rmtree(folder)
+        return {KILLED: "killed", 0: "whole"}.get(ended.code, "refused")
 
     def files(self, kind: str) -> list[str]:
         """Return the names of the files of a kind."""
