@@ -1,9 +1,11 @@
 """Results of operations on fakes by the shapes of their operands, so that each is derived once and not in every layer.
 
 torch has such a cache too, but takes longer to look a call up than our kernels' shapes take to derive. Here are calls
-whose result is new memory and follows from shapes, strides, dtypes and plain values alone.
+whose result is new memory and follows from shapes, strides, dtypes and plain values alone. What an implementation keeps
+for its backward differs, so that calls are alike only under one value of MOE_UNLEARN_IMPL.
 """
 
+import os
 from collections.abc import Hashable
 from functools import cache
 from typing import Any, NamedTuple
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from moe_unlearn.backend import ENVIRONMENT_VARIABLE
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.layout, torch.device, torch.memory_format)
 
@@ -33,7 +37,8 @@ def call(function: OpOverload, args: tuple, kwargs: dict) -> Hashable | None:
     if not _makes_new_memory(function):
         return None
     try:
-        return function, torch.get_default_dtype(), _operand(args), _operand(tuple(kwargs.items()))
+        chosen = os.environ.get(ENVIRONMENT_VARIABLE)
+        return function, chosen, torch.get_default_dtype(), _operand(args), _operand(tuple(kwargs.items()))
     except TypeError:
         return None
 

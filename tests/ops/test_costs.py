@@ -66,10 +66,15 @@ def test_a_plan_needs_no_library(monkeypatch):
     def missing():
         raise RuntimeError("not built")
 
+    def planned():
+        recipe = Recipe.load("graddiff", ["scope.kind=all", "scope.parameters=[]"])
+        model = TINY_MODELS["olmoe"](vocab_size=256, hidden_size=64)
+        pair = ([random_batch(256, 2, 16, seed=seed)] for seed in (1, 2))
+        return UnlearnStep(model, recipe).plan(*pair)
+
+    planned()  # a plan with the library before it leaves nothing that one without it would take
     monkeypatch.setattr(native, "token_loss_tiles", missing)
     monkeypatch.setenv("MOE_UNLEARN_IMPL", "ref")  # what runs without the library
-    recipe = Recipe.load("graddiff", ["scope.kind=all", "scope.parameters=[]"])
-    model = TINY_MODELS["olmoe"](vocab_size=256, hidden_size=64)
-    plan = UnlearnStep(model, recipe).plan([random_batch(256, 2, 16, seed=1)], [random_batch(256, 2, 16, seed=2)])
+    plan = planned()
+    assert not any("not rehearsed" in note for note in plan.notes), plan.notes
     assert plan.flops["token_loss_backward"] and plan.largest["workspace"]
-    assert not any("not rehearsed" in note for note in plan.notes)
