@@ -18,14 +18,15 @@ def table(results: Path = RESULTS) -> str:
     possible = run["possible"]
     lines = [
         f"`make scorecard` on {run['processor']}, torch {where['versions']['torch']}, commit "
-        f"{(where['commit'] or 'unknown')[:9]}, {run['minutes']:g} minutes: of {possible['faults']:,} faults and "
-        f"{possible['damage']:,} damages of files those that were drawn (`benchmarks/results/{FILE}`):",
+        f"{(where['commit'] or 'unknown')[:9]}, {run['processor_minutes']:.0f} minutes of processor time. Of "
+        f"{possible['faults']:,} faults and {possible['damage']:,} damages of files those that were drawn "
+        f"(`benchmarks/results/{FILE}`):",
         "",
-        "| trial | trials | ended well | refused, and said so | lost, silent or a traceback |",
+        "| trial | trials | ended well, or killed and went on | refused, and said so | lost, silent or a traceback |",
         "|---|---|---|---|---|",
     ]
     for name, found in tried.items():
-        well = sum(count for what, count in found.items() if what in ("nothing lost", "harmless", "same"))
+        well = sum(count for what, count in found.items() if what in ("killed", "whole", "harmless", "same"))
         cells = (sum(found.values()), well, found.get("refused", 0), found.get("failed", 0))
         lines.append(f"| {name} | {' | '.join(f'{cell:,}' for cell in cells)} |")
     crashes = _total(tried, ("fault: killed", "fault: torn"))

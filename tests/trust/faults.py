@@ -7,6 +7,7 @@ Libraries that write past Python (Rust, C++) meet a full disk too: the kernel le
 
 import builtins
 import errno
+import gc
 import io
 import os
 import resource
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from moe_unlearn.cli.launch import REFUSED
 from moe_unlearn.cli.main import main
@@ -27,6 +29,7 @@ from moe_unlearn.regress.report import CORRUPT
 KILLED = 137
 TORN = "torn"  # half of what is written arrives, then the process is killed
 ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO, "denied": errno.EACCES, "killed": None, TORN: None}
+CRASHES = tuple(kind for kind, code in ERRORS.items() if code is None)
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = ("os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate")
 _FREES = ("os.remove", "os.rmdir")  # a full disk lets these pass
@@ -73,11 +76,13 @@ def attempt(arguments: Sequence[str], folder: Path, fault: Fault | None = None) 
 
 def _live(arguments: Sequence[str], folder: Path, fault: Fault | None, counted: int, said: int) -> None:
     code = 1
+    gc.freeze()  # a collection would write to, and so copy, every object that the parent has made
     try:
         os.chdir(folder)
         os.dup2(said, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.stdout, sys.stderr = (open(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))
+        Figure.draw = lambda *_: None  # type: ignore[method-assign]  # blank figures: their writes stay, not their cost
         torch.set_num_threads(1)  # the threads of an OpenMP pool do not survive a fork
         (folder / "tmp").mkdir(exist_ok=True)
         tempfile.tempdir = str(folder / "tmp")
