@@ -189,9 +189,7 @@ class UnlearnStep:
         """
         if self.shards is not None:
             reshard(self.model)  # an evaluation may have left weights whole
-        forget_batch, retain_batch, joint = admit(
-            self.ranks, self.objectives, self.tally, self.gradients, forget_batch, retain_batch, sizes, last
-        )
+        forget_batch, retain_batch, joint = admit(self, forget_batch, retain_batch, sizes, last)
         losses = partial(as_forward(self.model, self.objectives), joint=joint and self.fused)
         whole = last and not self.tally.parts
         view, sink = self.view(), None

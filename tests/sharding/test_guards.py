@@ -73,6 +73,15 @@ def other_sizes(step, rank):
     step(*pair, sizes={unit: count + rank for unit, count in step.sizes([pair]).items()})
 
 
+def a_step_behind(step, rank):
+    """What an error after the last collective of a step may leave."""
+    step.steps += rank
+    try:
+        step(*batches_of(0, rank, 2))
+    finally:
+        step.steps -= rank
+
+
 def other_last(step, rank):
     step(*batches_of(0, rank, 2), update=not rank)
 
@@ -115,7 +124,8 @@ def nobody_owns(step, rank):
 
 
 FINITE = "NonFiniteError: forget_loss is nan", "NonFiniteError: the gradient norm is"
-SAME = [f"ValueError: expected `{what}` to be the same" for what in ("sizes", "last", "stages")]
+SAMES = ("`sizes`", "`last`", "`stages`", "the number of steps done")
+SAME = [f"ValueError: expected {what} to be the same" for what in SAMES]
 # recipe, what is done, how the errors of both ranks begin; of what one rank alone finds, the other's says so
 CASES = {
     "a loss": ("graddiff", bad_loss, (FINITE[0],) * 2),
@@ -124,6 +134,7 @@ CASES = {
     "a row": ("npo", unknown_row, ("RankError: rank 1 stopped: ValueError: reference", "ValueError: reference")),
     "sizes": ("graddiff", other_sizes, (SAME[0],) * 2),
     "the last micro-batch": ("graddiff", other_last, (SAME[1],) * 2),
+    "the steps done": ("graddiff", a_step_behind, (SAME[3],) * 2),
     "sizes that are no JSON": ("graddiff", no_json, ("RankError: rank 1 stopped: TypeError: ", "TypeError: ")),
     "nothing to count": ("graddiff", nothing_to_count, ("RankError: rank 1 stopped: ValueError: ", "ValueError: ")),
     "stages": ("graddiff", other_stages, (SAME[2],) * 2),
