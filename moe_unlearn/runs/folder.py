@@ -6,10 +6,12 @@
     forget      the SHA-256 of the forget examples: tokens, labels, alternates; so of documents, tokenizer and settings
     retain      that of the retain examples
     recipe      the recipe, of which `step.checks` says what may differ
-    code        the version of this package
+    code        `code.code`: the version of this package and a digest of its sources
+    commit      in a clone, the commit, by which the code is found again; None elsewhere
     ranks       how many processes share the rows of a step
 
-A resume must agree in all of it. `manifest` has the digests of the model and of the figures of a finished run.
+A resume must agree in all of it but the commit. `manifest` has the digests of the model and of the figures of a
+finished run.
 """
 
 import hashlib
@@ -19,18 +21,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_unlearn import __version__
 from moe_unlearn.checkpoint import CheckpointError, manifest
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example
 from moe_unlearn.files import read_sealed, remove, write_sealed
 from moe_unlearn.prepare.reference import model_digest
+from moe_unlearn.runs.code import code, commit
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.checks import check_recipe
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
 REPORT = ("summary.json", "seeds.json", "trajectory.json", "routing.json", "report.md", "figures")
 _FACTS, _MANIFEST = "run.json", "manifest"
+_DIGESTS = ("model", "forget", "retain", "commit")
+_COMPARED = ("model", "forget", "retain", "code", "ranks")  # as they are; a recipe key by key
 #: what a run makes in its folder, but for references, which are kept by their content
 MADE = (
     "recipe.yaml",
@@ -69,7 +73,8 @@ def facts_of(step: UnlearnStep, forget: Sequence[Example], retain: Sequence[Exam
         "forget": _digest(forget),
         "retain": _digest(retain),
         "recipe": step.recipe.to_dict(),
-        "code": __version__,
+        "code": code(),
+        "commit": commit(),
         "ranks": ranks,
     }
 
@@ -96,9 +101,11 @@ def check_same(folder: Path, facts: dict[str, Any], recipe: Recipe) -> None:
         check_recipe(recipe, former["recipe"])
     except ValueError as error:
         raise ValueError(f"{folder} cannot be resumed: {error}; {remedy}") from error
-    different = [name for name, value in facts.items() if name != "recipe" and former.get(name) != value]
+    different = [name for name in _COMPARED if former.get(name) != facts[name]]
     if different:
-        told = [f"{name} (was {_short(former.get(name))}, is {_short(facts[name])})" for name in different]
+        if "code" in different and former.get("commit") != facts["commit"]:
+            different.append("commit")
+        told = [f"{name} (was {_told(name, former)}, is {_told(name, facts)})" for name in different]
         raise ValueError(f"{folder} has a run of something else: {', '.join(told)}; {remedy}")
 
 
@@ -133,5 +140,6 @@ def _digest(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _short(value: object) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
+def _told(name: str, facts: dict[str, Any]) -> str:
+    value = str(facts.get(name))
+    return value[:12] if name in _DIGESTS else value

@@ -12,6 +12,8 @@ import pytest
 
 from moe_unlearn.cli import main
 from moe_unlearn.model.loading import load_model
+from moe_unlearn.runs import folder
+from moe_unlearn.runs.code import code, commit
 from moe_unlearn.runs.lock import locked
 from moe_unlearn.step import UnlearnStep
 from tests.support.command_line import arguments, saved
@@ -86,15 +88,27 @@ def another_document(inputs, out, monkeypatch):
     return [], {"retain": out / "other.jsonl"}
 
 
-def another_version(inputs, out, monkeypatch):
-    monkeypatch.setattr("moe_unlearn.runs.folder.__version__", "9.9")
+def another_code(inputs, out, monkeypatch):
+    monkeypatch.setattr("moe_unlearn.runs.folder.code", lambda: "0.1.0, sources 0123")
+    monkeypatch.setattr("moe_unlearn.runs.folder.commit", lambda: "4567")
+    return [], {}
+
+
+def other_ranks(inputs, out, monkeypatch):
+    """As a launcher of two processes does; what they compute is not reached."""
+    facts_of = folder.facts_of
+    monkeypatch.setattr(folder, "facts_of", lambda *given: facts_of(*given[:-1], 2))
     return [], {}
 
 
 OTHERS = {
     "model": (another_model, r"has a run of something else: model \(was \w+, is \w+\);"),
     "retain": (another_document, r"has a run of something else: retain \(was \w+, is \w+\);"),
-    "code": (another_version, r"has a run of something else: code \(was .*, is 9.9\);"),
+    "code": (
+        another_code,
+        r"something else: code \(was 0.1.0, sources \w{16}, is 0.1.0, sources 0123\), commit \(was .*, is 4567\);",
+    ),
+    "ranks": (other_ranks, r"has a run of something else: ranks \(was 1, is 2\);"),
     "recipe": (lambda *_: (["optimizer.lr=2e-2"], {}), "another recipe: optimizer.lr was 0.01, is 0.02"),
     "settings": (lambda *_: (["data.max_length=47", "data.prompt_tokens=2"], {}), r"something else: forget \("),
 }
@@ -110,6 +124,21 @@ def test_a_resume_of_something_else_is_refused_naming_it(name, inputs, out, caps
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert re.search(told, line) and "--overwrite" in line
     assert contents(out) == before
+
+
+def test_code_is_told_apart_by_its_sources_and_a_clone_by_its_commit(finished, monkeypatch, tmp_path):
+    facts = json.loads((finished / "run.json").read_text(encoding="utf-8").partition("\n")[2])
+    assert facts["code"] == code() and facts["commit"] == commit()
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "one.py").write_text("a = 1", encoding="utf-8")
+    monkeypatch.setattr("moe_unlearn.runs.code._PACKAGE", tmp_path / "package")
+    made = [code.__wrapped__()]
+    (tmp_path / "package" / "one.py").write_text("a = 2", encoding="utf-8")
+    made.append(code.__wrapped__())
+    (tmp_path / "package" / "one.py").rename(tmp_path / "package" / "two.py")
+    made.append(code.__wrapped__())
+    assert len({*made, code()}) == 4
+    assert commit() is None  # whatever repository it is installed in
 
 
 def test_a_used_folder_is_refused_and_begun_anew_on_request(inputs, out, capsys):
