@@ -14,7 +14,7 @@ from moe_unlearn.data.records import kind
 SUFFIXES = (".jsonl", ".json", ".txt")
 OPENERS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
 ENCODINGS = ("utf-8", "latin-1", "cp1252")  # the byte 0x0a ends a line in each of them, so lines can be decoded singly
-RECORD_BYTES = 64 << 20  # the longest record that a stream holds in memory
+RECORD_BYTES = 64 << 20  # the longest record; a tokenizer takes some hundred bytes of memory for a byte of it
 UNPACKED = 100  # bytes that a byte of a compressed file may become, unless `max_bytes` says how many all may be
 SMALL = 1 << 20  # bytes that any compressed file may hold
 _BOM = b"\xef\xbb\xbf"
@@ -38,9 +38,11 @@ def records(
 
     Only one record is in memory at a time, unless the file is one JSON list. `.jsonl` holds one JSON value a line,
     `.json` a list or JSON lines (TOFU's files), `.txt` texts between blank lines, whose line ends become \\n. A byte
-    order mark is dropped. `lines_as_text` gives the lines of a JSON file undecoded. A record (or list) of more than
-    `limit` bytes is an error, and so is a file of more than `max_bytes`; if that is 0, a compressed one that holds more
-    than `UNPACKED` times its size, and more than 1 MiB.
+    order mark is dropped. `lines_as_text` gives the lines of a JSON file undecoded.
+
+    A record of more than `RECORD_BYTES` is an error, and so is a JSON list of more than `limit` bytes. So is a file of
+    more than `max_bytes`; if that is 0, a compressed one that holds more than `UNPACKED` times its size, and more than
+    1 MiB.
 
     Raises FileNotFoundError, and ValueError naming the file, the line and what was expected.
     """
@@ -53,9 +55,9 @@ def records(
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected documents in {', '.join(SUFFIXES)}")
     size = _Size(limit, max_bytes or _unpacked(path))
-    lines = _lines(path, encoding, size)
+    lines = _lines(path, encoding, size._replace(record=RECORD_BYTES))
     if format == ".txt":
-        return _paragraphs(path, lines, limit)
+        return _paragraphs(path, lines)
     if lines_as_text:
         return ((line.rstrip("\r\n"), f"{path}, line {number}") for number, line in lines if line.strip())
     if format == ".json" and not _first_line_is_object(path, encoding, size):
@@ -113,7 +115,10 @@ def _decoded(line: bytes, encoding: str, path: Path, number: int) -> str:
 
 def _check_size(size: int, limit: int | None, where: str) -> None:
     if limit is not None and size > limit:
-        raise ValueError(f"{where}: expected records of at most {limit} bytes in a stream; this one is longer")
+        raise ValueError(
+            f"{where}: expected a record of at most {limit:,} bytes; this one is longer: cut it into several, such as "
+            "one for each chapter"
+        )
 
 
 def _json_lines(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[object, str]]:
@@ -148,7 +153,7 @@ def _json_list(path: Path, encoding: str, size: _Size) -> Iterator[tuple[object,
         yield item, f"{path}, item {number}"
 
 
-def _paragraphs(path: Path, lines: Iterator[tuple[int, str]], limit: int | None) -> Iterator[tuple[str, str]]:
+def _paragraphs(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[str, str]]:
     paragraph: list[str] = []
     start, size = 1, 0
     for number, line in lines:
@@ -157,7 +162,7 @@ def _paragraphs(path: Path, lines: Iterator[tuple[int, str]], limit: int | None)
                 start = start if paragraph else number
                 paragraph.append(part)
                 size += len(part)
-                _check_size(size, limit, f"{path}, line {start}")
+                _check_size(size, RECORD_BYTES, f"{path}, line {start}")
             elif paragraph:
                 yield "\n".join(paragraph).strip(), f"{path}, line {start}"
                 paragraph, size = [], 0

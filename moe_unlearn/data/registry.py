@@ -119,8 +119,8 @@ def load(
         max_bytes: what a file may hold, unpacked; default: any number, of a compressed one 100 times its size or 1 MiB
         min_words, deduplicate: see `select`, which also describes `exclude`, the documents of the forget set
 
-    `streaming` gives a `DocumentStream` that holds one record at a time (but a whole .json list) and refuses records
-    above 64 MiB. `report` counts what was read and dropped; a stream fills it while it is read.
+    `streaming` gives a `DocumentStream` that holds one record at a time (but a whole .json list, of 64 MiB at most).
+    Records above 64 MiB are refused. `report` counts what was read and dropped; a stream fills it while it is read.
 
     Raises OSError for a source that is not there, MissingLibraryError (an ImportError) where `datasets` is needed,
     and ValueError for everything else, naming the place and what was expected, also if no document is left.
@@ -153,8 +153,8 @@ def located(
 class DocumentStream:
     """Documents that are read anew, one at a time, at each iteration; `load` makes it.
 
-    `limit` is the size in bytes of the longest allowed record. None allows any, and `datasets` may then use its cache
-    on disk.
+    `limit` is the size in bytes of the longest allowed .json list. None allows any, and `datasets` may then use its
+    cache on disk.
     """
 
     name: str

@@ -149,7 +149,10 @@ class CheckpointedTrainer(Trainer):
         """Return the checkpoint that `train` is asked to resume, which is whole; None if it is asked for none."""
         if wanted is True:
             if (newest := self._newest()) is None:
-                raise ValueError(f"no checkpoint to resume in {self.args.output_dir!r}: none is there that is whole")
+                raise ValueError(
+                    f"no checkpoint to resume in {self.args.output_dir!r}: none is there that is whole; put one back "
+                    "from a copy, or begin anew: in an empty folder, or with --overwrite where a run is resumed"
+                )
             return newest
         if not wanted:
             return None

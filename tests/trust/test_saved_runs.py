@@ -73,6 +73,18 @@ def test_a_run_that_was_stopped_before_its_last_save_only_saves(inputs, out, cap
     assert contents(out) == before
 
 
+def test_a_run_without_a_whole_checkpoint_says_what_to_do(inputs, out, capsys):
+    (out / "manifest").unlink()
+    for file in out.glob("checkpoints/*/model.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    before = contents(out)
+    with pytest.warns(UserWarning, match="skipping a broken checkpoint"):
+        assert run(inputs, out, options=["--resume"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "none is there that is whole; put one back" in told and "--overwrite" in told
+    assert contents(out) == before
+
+
 def another_model(inputs, out, monkeypatch):
     model, tokenizer = load_model(inputs / "model")
     model.lm_head.weight.data[0, 0] += 1
