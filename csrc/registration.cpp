@@ -23,6 +23,10 @@ STABLE_TORCH_LIBRARY(moe_unlearn_native, m) {
   m.def(
       "weight_score_mask(Tensor weight, Tensor grad_forget, Tensor grad_retain, float gamma, "
       "int threshold_bits, int ties) -> (Tensor, Tensor)");
+  m.def(
+      "weight_score_between(Tensor weight, Tensor grad_forget, Tensor grad_retain, float gamma, int low, int high, "
+      "int most) -> (Tensor, Tensor, Tensor, int)");
+  m.def("weight_score_magnitudes(Tensor weight, Tensor grad_forget, Tensor grad_retain) -> Tensor");
 
   m.def(
       "masked_sgd_(Tensor(a!) param, Tensor grad, Tensor(b!)? momentum_buffer, Tensor? mask, "

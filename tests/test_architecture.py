@@ -214,6 +214,7 @@ def test_one_op_one_file():
         "__init__",
         "bits",
         "checks",
+        "exact_sums",
         "gate",
         "moments",
         "schema",

@@ -1,8 +1,10 @@
-// weight_score: histograms of the bits of WAGLE's score |S|, S = (weight - grad_retain / gamma) * grad_forget, and
-// the packed mask of the largest, streamed one word (32 elements of a row) at a time; no score is stored.
+// weight_score: histograms of the bits of WAGLE's score |S|, S = (weight - grad_retain / gamma) * grad_forget, the
+// packed mask of the largest, the scores of an interval, and exact sums of both terms' magnitudes, streamed one word
+// (32 elements of a row) at a time; no score is stored.
 
 #include "cpu/common.h"
 
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -12,16 +14,20 @@ namespace {
 constexpr int64_t bins = 1 << 16;
 constexpr int64_t grain = 512;             // words per thread at least
 constexpr int64_t largest_part = 1 << 26;  // words counted in 32 bits: 2^31 elements
-constexpr int64_t mask_block = 4096;       // words between two counts of ties
+constexpr int64_t mask_block = 4096;       // words between two counts of ties, and of what an interval has
+constexpr int64_t exponents = 256;         // of float32
+constexpr int mantissa = 23;               // bits
+constexpr int tables = 4;                  // of sums: an element waits for the one before it in the same table
 
 struct Terms {
   Rows weight, grad_forget, grad_retain;
   float gamma;
 };
 
-/// f(word, n, S of its 32 elements) for the words [begin, end); beyond the row's n elements S is 0.
+/// f(word, n, its 32 weights, forget and retain gradients) for the words [begin, end); beyond the row's n elements
+/// all are 0.
 template <class F>
-MOE_UNLEARN_INLINE void for_each_word(const Terms& t, int64_t begin, int64_t end, const F& f) {
+MOE_UNLEARN_INLINE void for_each_terms(const Terms& t, int64_t begin, int64_t end, const F& f) {
   const int64_t words = t.weight.words();
   for (int64_t row = begin / words; row * words < end; ++row) {
     const char* const weight = t.weight.row(row);
@@ -34,10 +40,19 @@ MOE_UNLEARN_INLINE void for_each_word(const Terms& t, int64_t begin, int64_t end
       load(w, t.weight.dtype, weight + first * t.weight.stride, t.weight.stride, n);
       load(g_f, t.grad_forget.dtype, grad_forget + first * t.grad_forget.stride, t.grad_forget.stride, n);
       load(g_r, t.grad_retain.dtype, grad_retain + first * t.grad_retain.stride, t.grad_retain.stride, n);
-      for (int j = 0; j < word_bits; ++j) w[j] = score_of(w[j], g_f[j], g_r[j], t.gamma);
-      f(row * words + word, n, w);
+      f(row * words + word, n, w, g_f, g_r);
     }
   }
+}
+
+/// f(word, n, S of its 32 elements) for the words [begin, end); beyond the row's n elements S is 0.
+template <class F>
+MOE_UNLEARN_INLINE void for_each_word(const Terms& t, int64_t begin, int64_t end, const F& f) {
+  const auto scored = [&](int64_t word, int64_t n, Word& w, Word& g_f, Word& g_r) MOE_UNLEARN_INLINE_LAMBDA {
+    for (int j = 0; j < word_bits; ++j) w[j] = score_of(w[j], g_f[j], g_r[j], t.gamma);
+    f(word, n, w);
+  };
+  for_each_terms(t, begin, end, scored);
 }
 
 /// Adds to counts [65536] the high halves (digit 0), or the low halves under the high half `prefix` (digit 1).
@@ -80,11 +95,85 @@ MOE_UNLEARN_INLINE void mask_words(
   *taken = ties - left;
 }
 
+/// Scores with a bit pattern in [low, high), and where they go once they are counted.
+struct Interval {
+  uint32_t low, high;
+  int32_t* mask;  // of scores from `high` on
+  void* places;   // flat indices, of 64 bits if `wide`
+  int32_t* bits;
+  bool wide;
+};
+
+/// Writes the words [begin, end) of the mask, and sets *inside to how many scores are in the interval and *above to how
+/// many are from its end on; where there are places, writes those inside, from `first` on, instead.
+MOE_UNLEARN_INLINE void interval_words(
+    const Terms& t, int64_t begin, int64_t end, const Interval& interval, int64_t first, int64_t* inside,
+    int64_t* above) {
+  const int64_t words = t.weight.words(), width = t.weight.width;
+  int64_t found = 0, beyond = 0;
+  for_each_word(t, begin, end, [&](int64_t word, int64_t n, const Word& score) MOE_UNLEARN_INLINE_LAMBDA {
+    const uint32_t real = 0xFFFFFFFF >> (word_bits - n);
+    uint32_t bits[word_bits], in = 0, over = 0;
+    for (int j = 0; j < word_bits; ++j) {
+      bits[j] = magnitude_bits(score[j]);
+      over |= choose(bits[j] >= interval.high, 1, 0) << j;
+      in |= choose(bits[j] >= interval.low, 1, 0) << j;
+    }
+    over &= real;
+    in &= real & ~over;
+    beyond += std::popcount(over);
+    if (interval.bits == nullptr) {
+      interval.mask[word] = static_cast<int32_t>(over);
+      found += std::popcount(in);
+      return;
+    }
+    for (; in != 0; in &= in - 1, ++found) {  // few words hold one
+      const int j = std::countr_zero(in);
+      const int64_t place = word / words * width + word % words * word_bits + j, at = first + found;
+      if (interval.wide)
+        static_cast<int64_t*>(interval.places)[at] = place;
+      else
+        static_cast<int32_t*>(interval.places)[at] = static_cast<int32_t>(place);
+      interval.bits[at] = static_cast<int32_t>(bits[j]);
+    }
+  });
+  *inside = found;
+  *above = beyond;
+}
+
+/// Adds the integers of |weight grad_forget| and of |grad_retain grad_forget| to sums [2, 256], by exponent.
+MOE_UNLEARN_INLINE void sum_words(const Terms& t, int64_t begin, int64_t end, int64_t* sums) {
+  int64_t parts[2][tables][exponents] = {};
+  const auto add = [&](const Word& a, const Word& b, int64_t (&into)[tables][exponents]) MOE_UNLEARN_INLINE_LAMBDA {
+    uint32_t exponent[word_bits], integer[word_bits];
+    for (int j = 0; j < word_bits; ++j) {
+      const uint32_t bits = magnitude_bits(a[j] * b[j]);
+      exponent[j] = bits >> mantissa;
+      integer[j] = (bits & ((1u << mantissa) - 1)) | choose(exponent[j] != 0, 1, 0) << mantissa;
+    }
+    for (int j = 0; j < word_bits; ++j) into[j % tables][exponent[j]] += integer[j];
+  };
+  for_each_terms(t, begin, end, [&](int64_t, int64_t, Word& w, Word& g_f, Word& g_r) MOE_UNLEARN_INLINE_LAMBDA {
+    add(w, g_f, parts[0]);
+    add(g_r, g_f, parts[1]);
+  });
+  for (int term = 0; term < 2; ++term)
+    for (int table = 0; table < tables; ++table)
+      for (int64_t e = 0; e < exponents; ++e) sums[term * exponents + e] += parts[term][table][e];
+}
+
 Terms terms(const Tensor& weight, const Tensor& grad_forget, const Tensor& grad_retain, double gamma) {
   return {Rows(weight), Rows(grad_forget), Rows(grad_retain), static_cast<float>(gamma)};
 }
 
 int64_t total_words(const Terms& t) { return t.weight.count * t.weight.words(); }
+
+/// An empty mask of the shape of the terms.
+Tensor new_mask(const Tensor& weight, const Terms& t) {
+  std::vector<int64_t> shape(weight.sizes().begin(), weight.sizes().end());
+  shape.back() = t.weight.words();
+  return torch::stable::new_empty(weight, shape, ScalarType::Int);
+}
 
 Tensor weight_score_histogram(
     const Tensor& weight, const Tensor& grad_forget, const Tensor& grad_retain, double gamma, int64_t digit,
@@ -110,9 +199,7 @@ std::tuple<Tensor, Tensor> weight_score_mask(
     int64_t threshold_bits, int64_t ties) {
   const Terms t = terms(weight, grad_forget, grad_retain, gamma);
   const int64_t words = total_words(t), blocks = ceil_div(words, mask_block);
-  std::vector<int64_t> shape(weight.sizes().begin(), weight.sizes().end());
-  shape.back() = t.weight.words();
-  auto mask = torch::stable::new_empty(weight, shape, ScalarType::Int);
+  auto mask = new_mask(weight, t);
   auto taken = torch::stable::new_empty(weight, {}, ScalarType::Long);
   int32_t* const out = mask.mutable_data_ptr<int32_t>();
 
@@ -135,10 +222,60 @@ std::tuple<Tensor, Tensor> weight_score_mask(
   return {mask, taken};
 }
 
+std::tuple<Tensor, Tensor, Tensor, int64_t> weight_score_between(
+    const Tensor& weight, const Tensor& grad_forget, const Tensor& grad_retain, double gamma, int64_t low, int64_t high,
+    int64_t most) {
+  const Terms t = terms(weight, grad_forget, grad_retain, gamma);
+  const int64_t words = total_words(t), blocks = ceil_div(words, mask_block);
+  auto mask = new_mask(weight, t);
+  Interval interval{
+      static_cast<uint32_t>(low), static_cast<uint32_t>(high), mask.mutable_data_ptr<int32_t>(), nullptr, nullptr, false};
+  std::vector<int64_t> inside(blocks, 0), above(blocks, 0), first(blocks, 0);
+  const auto pass = [&](int64_t block, int64_t begin, int64_t end) {
+    for_this_cpu<
+        interval_words, const Terms&, int64_t, int64_t, const Interval&, int64_t, int64_t*, int64_t*>(
+        t, begin, end, interval, first[block], &inside[block], &above[block]);
+  };
+  parallel_blocks(words, mask_block, pass);
+  // up to the block with which there are more than `most`
+  int64_t found = 0, used = 0;
+  for (; used < blocks && found <= most; ++used) {
+    first[used] = found;
+    found += inside[used];
+  }
+  interval.wide = t.weight.count * t.weight.width >= int64_t{1} << 31;
+  auto places = torch::stable::new_empty(weight, {found}, interval.wide ? ScalarType::Long : ScalarType::Int);
+  auto bits = torch::stable::new_empty(weight, {found}, ScalarType::Int);
+  interval.places = places.mutable_data_ptr();
+  interval.bits = bits.mutable_data_ptr<int32_t>();
+  if (found > 0)
+    parallel_blocks(std::min(words, used * mask_block), mask_block, [&](int64_t block, int64_t begin, int64_t end) {
+      if (inside[block] > 0) pass(block, begin, end);
+    });
+  return {mask, places, bits, std::accumulate(above.begin(), above.begin() + used, int64_t{0})};
+}
+
+Tensor weight_score_magnitudes(const Tensor& weight, const Tensor& grad_forget, const Tensor& grad_retain) {
+  const Terms t = terms(weight, grad_forget, grad_retain, 1.0);
+  const int64_t words = total_words(t), threads = torch::stable::get_num_threads();
+  const int64_t size = std::max(ceil_div(words, threads), grain), parts = ceil_div(words, size);
+  std::vector<int64_t> sums(parts * 2 * exponents, 0);
+  parallel_blocks(words, size, [&](int64_t part, int64_t begin, int64_t end) {
+    for_this_cpu<sum_words, const Terms&, int64_t, int64_t, int64_t*>(
+        t, begin, end, sums.data() + part * 2 * exponents);
+  });
+  auto out = torch::stable::new_zeros(weight, {2, exponents}, ScalarType::Long);
+  int64_t* const total = out.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < parts * 2 * exponents; ++i) total[i % (2 * exponents)] += sums[i];
+  return out;
+}
+
 }  // namespace
 }  // namespace moe_unlearn
 
 STABLE_TORCH_LIBRARY_IMPL(moe_unlearn_native, CPU, m) {
   m.impl("weight_score_histogram", TORCH_BOX(&moe_unlearn::weight_score_histogram));
   m.impl("weight_score_mask", TORCH_BOX(&moe_unlearn::weight_score_mask));
+  m.impl("weight_score_between", TORCH_BOX(&moe_unlearn::weight_score_between));
+  m.impl("weight_score_magnitudes", TORCH_BOX(&moe_unlearn::weight_score_magnitudes));
 }

@@ -10,6 +10,10 @@ streaming passes find the k-th largest of a whole model, without a score tensor 
     digit 1   histogram of the low 16 bits where the high ones agree   -> its exact bit pattern
     mask      bits where |S| > threshold, and the first few equal to it in flat order, to make k
 
+What else a mask needs of scores streams too: those of an interval of bit patterns, by place, with the mask above it
+(`score_between`), and the exact sums of |theta g_f| and |g_r g_f| (`score_magnitudes`). C++ computes both on the CPU,
+where it makes the mask; plain PyTorch does everywhere else.
+
 NaN and infinity land in the bins from 0x7F80 on, so that the histogram also shows whether all scores are finite.
 
 Worked example, gamma = 1, theta = (1, 2), g_r = (0, 1), g_f = (-1, 3): S = (-1, 3), bit patterns of |S|
@@ -23,13 +27,14 @@ Source: S is equation 7 of WAGLE (NeurIPS 2024, arXiv 2410.17509; paper and code
 operations; threshold and layout are our specification.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import num_words, pack_bits
+from moe_unlearn.ops.exact_sums import EXPONENTS, sums_by_exponent
 
 BINS = 1 << 16
 FIRST_NON_FINITE_BIN = 0x7F80
@@ -106,15 +111,36 @@ def score_mask(
 
 
 def score_between(
-    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, *, gamma: float, low: int, high: int, most: int
-) -> tuple[Tensor, Tensor, int]:
-    """Find the elements whose bit pattern of |S| is in [low, high): (flat indices, bit patterns, number above).
+    weight: Tensor,
+    grad_forget: Tensor,
+    grad_retain: Tensor,
+    *,
+    gamma: float,
+    low: int,
+    high: int,
+    most: int,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Find the elements whose bit pattern of |S| is in [low, high): (words, flat indices, bit patterns, number above).
 
-    It stops where it has found more than `most`, after some of the elements. Indices are ascending int64 or, where
-    these can hold them, int32; bit patterns are int32; the number is of elements from `high` on. In plain PyTorch on
-    every device, some rows at a time. Raises TypeError or ValueError as `score_mask`.
+    The words are those of `score_mask` from `high` on, and the number is of these elements. It may stop where it has
+    found more than `most`, after some of the elements: then indices, bit patterns and number are of these. Indices are
+    ascending int64 or, where these can hold them, int32; bit patterns are int32. Raises TypeError or ValueError as
+    `score_mask`, and ValueError for an interval that is none.
     """
     _check(weight, grad_forget, grad_retain, gamma)
+    if not 0 <= low <= high < 1 << 31 or high == 0:
+        raise ValueError(f"low and high must be in order, and high in [1, 2^31); got {low} and {high}")
+    kernel = _beside_the_mask("weight_score.between", impl, weight)
+    words, places, bits, above = kernel(weight, grad_forget, grad_retain, gamma, low, high, most, impl)
+    return words, places, bits, above
+
+
+def score_between_ref(
+    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, low: int, high: int, most: int, impl: str
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Compute `score_between` in plain PyTorch, some rows at a time, but for the words."""
+    words, _ = score_mask(weight, grad_forget, grad_retain, gamma=gamma, threshold_bits=high - 1, ties=0, impl=impl)
     dtype = torch.int32 if weight.numel() < 1 << 31 else torch.int64
     indices, patterns = [weight.new_empty(0, dtype=dtype)], [weight.new_empty(0, dtype=torch.int32)]
     above = torch.zeros((), dtype=torch.int64, device=weight.device)
@@ -129,7 +155,35 @@ def score_between(
         most -= len(found)
         if most < 0:
             break
-    return torch.cat(indices), torch.cat(patterns), int(above)
+    return words, torch.cat(indices), torch.cat(patterns), int(above)
+
+
+def score_magnitudes(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, *, impl: str = "auto") -> Tensor:
+    """Sum |weight grad_forget| and |grad_retain grad_forget|, products rounded to float32, exactly.
+
+    Returns the sums by exponent, int64 [2, 256] on the CPU, which `exact_sums.exact` makes numbers of; they are the
+    same in every order. Raises TypeError or ValueError as `score_mask`.
+    """
+    _check(weight, grad_forget, grad_retain, 1.0)
+    sums: Tensor = _beside_the_mask("weight_score.magnitudes", impl, weight)(weight, grad_forget, grad_retain)
+    return sums
+
+
+def score_magnitudes_ref(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor) -> Tensor:
+    """Compute `score_magnitudes` in plain PyTorch, some elements at a time."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    sums = torch.zeros(2, EXPONENTS, dtype=torch.int64)
+    terms = (term.reshape(-1).split(SMALL_BLOCK) for term in (weight, grad_forget, grad_retain))
+    for blocks in zip(*terms, strict=True):
+        w, g_f, g_r = (block.to(dtype) for block in blocks)
+        sums += torch.stack([sums_by_exponent(w * g_f), sums_by_exponent(g_r * g_f)])
+    return sums
+
+
+def _beside_the_mask(name: str, impl: str, weight: Tensor) -> Callable:
+    """Return the kernel of the implementation that makes the mask, or the reference where that one has none."""
+    chosen = backend.choose("weight_score.mask", impl, weight.device.type, weight.dtype)
+    return backend.resolve(name, chosen if backend.has(name, chosen, weight.device.type) else "ref", weight)
 
 
 def score_mask_ref(
@@ -222,6 +276,20 @@ def _mask_native(
     return words, taken
 
 
+def _between_native(
+    weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, low: int, high: int, most: int, impl: str
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    terms = _native_terms(weight, grad_forget, grad_retain, flat=False)
+    words, *found = torch.ops.moe_unlearn_native.weight_score_between(*terms, gamma, low, high, most)
+    return words, *found
+
+
+def _magnitudes_native(weight: Tensor, grad_forget: Tensor, grad_retain: Tensor) -> Tensor:
+    terms = _native_terms(weight, grad_forget, grad_retain, flat=True)
+    sums: Tensor = torch.ops.moe_unlearn_native.weight_score_magnitudes(*terms)
+    return sums
+
+
 def _native_terms(weight: Tensor, *grads: Tensor, flat: bool) -> Sequence[Tensor]:
     """Return the terms with at least one dimension and a dtype of the kernels; as one row if that needs no copy."""
     terms = [torch.atleast_1d(t.float() if t.dtype == torch.float64 else t) for t in (weight, *grads)]
@@ -230,6 +298,10 @@ def _native_terms(weight: Tensor, *grads: Tensor, flat: bool) -> Sequence[Tensor
 
 backend.register("weight_score.histogram", "ref", score_histogram_ref)
 backend.register("weight_score.mask", "ref", score_mask_ref)
+backend.register("weight_score.between", "ref", score_between_ref)
+backend.register("weight_score.magnitudes", "ref", score_magnitudes_ref)
+native.register("weight_score.between", _between_native)
+native.register("weight_score.magnitudes", _magnitudes_native)
 for _impl in ("cpu", "cuda"):
     native.register("weight_score.histogram", _histogram_native, _impl)
     native.register("weight_score.mask", _mask_native, _impl)

@@ -57,11 +57,11 @@ from moe_unlearn.masks import WeightMask
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.model.modes import evaluation_mode
+from moe_unlearn.ops.exact_sums import exact
 from moe_unlearn.ranks import Ranks, sharded
 from moe_unlearn.wagle.budget import Budget, budget_of
 from moe_unlearn.wagle.gradients import Loss, Side, gradients
 from moe_unlearn.wagle.journal import Journal, Resume, described
-from moe_unlearn.wagle.magnitudes import exact
 from moe_unlearn.wagle.pieces import Piece, all_pieces, grouped, sample_of, stride_of
 from moe_unlearn.wagle.scores import Scored
 from moe_unlearn.wagle.threshold import Found, find, guess_of

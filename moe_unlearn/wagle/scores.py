@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_unlearn.ops.weight_score import BINS, FIRST_NON_FINITE_BIN, score_histogram, score_mask
+from moe_unlearn.ops.exact_sums import EXPONENTS
+from moe_unlearn.ops.weight_score import BINS, FIRST_NON_FINITE_BIN, score_histogram, score_magnitudes, score_mask
 from moe_unlearn.wagle.gradients import Gradients
-from moe_unlearn.wagle.magnitudes import BLOCK, EXPONENTS, sums_by_exponent
 from moe_unlearn.wagle.pieces import Piece
 from moe_unlearn.wagle.totals import Totals, allotted
 
@@ -33,6 +33,8 @@ class Scored:
 
     def __init__(self, pieces: Sequence[Piece], forget: Gradients, retain: Gradients, gamma: float) -> None:
         self.pieces, self.forget, self.retain, self.gamma = pieces, forget, retain, gamma
+        #: the weights of samples, gathered once: kernels read what lies apart far slower
+        self.sampled = {piece: piece.values().contiguous() for piece in pieces if piece.elements.step > 1}
 
     def items(self) -> Iterator[tuple[Piece, Terms]]:
         """Yield each piece with the terms of its scores."""
@@ -41,7 +43,7 @@ class Scored:
             if piece in self.forget:
                 sides = self.forget, self.retain
                 g_f, g_r = (side[piece].view(piece.shape) if piece in side else zero for side in sides)
-                yield piece, Terms(piece.values(), g_f, g_r)
+                yield piece, Terms(self.sampled[piece] if piece in self.sampled else piece.values(), g_f, g_r)
             else:
                 yield piece, Terms(zero, zero, zero)
 
@@ -82,8 +84,5 @@ class Scored:
         """Compute the sums of |theta g_f| and of |g_r g_f|, by exponent: int64 [2, 256] on the CPU."""
         total = Totals(2, EXPONENTS)
         for piece, terms in self.items():
-            own = torch.zeros(2, EXPONENTS, dtype=torch.int64)
-            for weight, g_f, g_r in zip(*(term.reshape(-1).split(BLOCK) for term in terms), strict=True):
-                own += torch.stack([sums_by_exponent(weight.float() * g_f), sums_by_exponent(g_r * g_f)])
-            total.add(piece, own)
+            total.add(piece, score_magnitudes(*terms))
         return total.complete()

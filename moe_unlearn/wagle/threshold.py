@@ -12,6 +12,7 @@ are resolved, and no further round is needed. The first round's interval is a gu
 second one's is exact. A wrong guess, or more scores inside than there is room for, costs another round, and no bit.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
@@ -19,8 +20,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from moe_unlearn.ops.exact_sums import EXPONENTS
 from moe_unlearn.ops.weight_score import BINS, score_between
-from moe_unlearn.wagle.magnitudes import EXPONENTS
 from moe_unlearn.wagle.packed import Packed
 from moe_unlearn.wagle.pieces import Piece
 from moe_unlearn.wagle.scores import Scored
@@ -71,9 +72,8 @@ class Counting:
         open_ones: Found = {}
         above, inside, used = self.above, self.inside, self.used
         for i, (piece, terms) in enumerate(scored.items()):
-            words, _ = scored.mask(piece, terms, high - 1, 0)
             most = self.room // ENTRY - used
-            places, bits, own_above = score_between(*terms, gamma=scored.gamma, low=low, high=high, most=most)
+            words, places, bits, own_above = score_between(*terms, gamma=scored.gamma, low=low, high=high, most=most)
             all_above, all_inside = by_block(piece, own_above, len(places)).tolist()
             above, inside, used = above + sum(all_above), inside + sum(all_inside), used + max(all_inside, default=0)
             if used * ENTRY > self.room:
@@ -186,15 +186,16 @@ def guess_of(histogram: Callable[[int, int], Tensor], share: float) -> tuple[ran
     first = histogram(0, 0)
     sample = int(first.sum())
     margin = _margin(sample, share)
+    below = functools.cache(functools.partial(histogram, 1))  # most of what is asked lies below one or two high digits
 
     def ranked(number: int) -> int:
         """Return the bit pattern of the score that so many are before, the largest first."""
         high, above = _descend(first, number + 1)
-        return (high << 16) | _descend(histogram(1, high), number + 1 - above)[0]
+        return (high << 16) | _descend(below(high), number + 1 - above)[0]
 
     def from_on(bits: int) -> int:
         high, low = bits >> 16, bits & 0xFFFF
-        return int(first[high + 1 :].sum() + histogram(1, high)[low:].sum())
+        return int(first[high + 1 :].sum() + below(high)[low:].sum())
 
     top, bottom = math.floor(share * sample - margin), math.ceil(share * sample + margin)
     high = ranked(top) + 1 if top >= 0 else _LIMIT

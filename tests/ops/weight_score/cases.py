@@ -1,11 +1,14 @@
 """Cases of weight_score: terms, the bits of their scores, and the comparison that every implementation passes."""
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
 from moe_unlearn.ops import score_histogram, score_mask, weight_score_ref
 from moe_unlearn.ops.bits import pack_bits
-from moe_unlearn.ops.weight_score import BINS, FIRST_NON_FINITE_BIN
+from moe_unlearn.ops.exact_sums import exact
+from moe_unlearn.ops.weight_score import BINS, FIRST_NON_FINITE_BIN, score_between, score_magnitudes
 from moe_unlearn.testing import integers, poison
 from tests.support.impls import Impl
 
@@ -95,3 +98,39 @@ def check(impl: Impl, given: Terms, layout: str = "contiguous", *, gamma: float 
         equal = int((bits == threshold).sum())
         for ties in all_ties or {0, 1, equal // 2, equal, equal + 3}:
             check_mask(impl, given, layout, gamma=gamma, threshold=threshold, ties=ties)
+
+
+def check_between(impl: Impl, given: Terms, layout: str = "contiguous", *, gamma: float = 0.37) -> None:
+    """Assert which scores intervals around the middle have: of one pattern, below it, without an end, and none."""
+    bits = patterns(given, gamma)
+    middle = max(int(bits.median()), 1) if len(bits) else 5
+    moved = impl.moved(given, layout)
+    for low, high in ((middle, middle + 1), (1, middle), (0, 1 << 30), (middle, middle)):
+        with poison():
+            words, index, found, above = score_between(
+                *moved, gamma=gamma, low=low, high=high, most=len(bits), impl=impl.name
+            )
+        inside = (bits >= low) & (bits < high)
+        assert torch.equal(index.cpu().long(), inside.nonzero().squeeze(1))
+        assert torch.equal(found.cpu().long(), bits[inside])
+        assert torch.equal(words.cpu(), pack_bits(torch.atleast_1d((bits >= high).view(given[0].shape))))
+        assert above == int((bits >= high).sum()) and index.dtype == found.dtype == torch.int32
+
+
+def check_magnitudes(impl: Impl, given: Terms, layout: str = "contiguous") -> None:
+    """Assert that the sums of both terms are those of exact arithmetic on their products in float32."""
+    weight, grad_forget, grad_retain = given
+    dtype = torch.promote_types(weight.dtype, F32)
+    with poison():
+        sums = score_magnitudes(*impl.moved(given, layout), impl=impl.name)
+    for row, factor in zip(sums, (weight, grad_retain), strict=True):
+        products = (factor.to(dtype) * grad_forget.to(dtype)).float().flatten()
+        assert exact(row) == sum((Fraction(abs(value)) for value in products.tolist()), Fraction())
+
+
+def numbers() -> Terms:
+    """Return terms whose products have every exponent, subnormal ones among them."""
+    mantissa = 1 + torch.rand(277, generator=torch.Generator().manual_seed(0))
+    exponent = torch.arange(277) - 150
+    weight = (mantissa.double() * 2.0 ** exponent.double()).float()  # up to 2^127
+    return weight, torch.ones(277), weight.flip(0)

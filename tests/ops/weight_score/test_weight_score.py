@@ -10,20 +10,31 @@ from torch.library import opcheck
 from moe_unlearn.ops import score_histogram, score_mask, weight_score_ref
 from moe_unlearn.ops import weight_score as op
 from moe_unlearn.ops.bits import unpack_bits
-from moe_unlearn.ops.weight_score import FIRST_NON_FINITE_BIN, _score_histogram, _score_mask, score_between
+from moe_unlearn.ops.exact_sums import exact
+from moe_unlearn.ops.weight_score import (
+    FIRST_NON_FINITE_BIN,
+    _score_histogram,
+    _score_mask,
+    score_between,
+    score_magnitudes,
+)
 from moe_unlearn.testing import LAYOUTS
 from tests.ops.weight_score.cases import (
     BF16,
     DTYPES,
     F16,
     F32,
+    F64,
     SHAPES,
     check,
+    check_between,
     check_histograms,
+    check_magnitudes,
     check_mask,
     denormals_and_infinities,
     histogram,
     mask,
+    numbers,
     patterns,
     terms,
     tied,
@@ -37,6 +48,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
 IMPLS = impls("weight_score")
+BESIDE = ("ref", "cpu")  # of what is computed beside the mask, for which others take the reference
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -214,17 +226,31 @@ def test_bad_digit():
         score_histogram(ones, ones, ones, gamma=1.0, digit=2)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_scores_between_two_bit_patterns(shape, monkeypatch):
+@cover(full=True, indirect=["impl"], impl=BESIDE, shape=SHAPES)
+def test_scores_between_two_bit_patterns(shape, impl, monkeypatch):
     monkeypatch.setattr(op, "SMALL_BLOCK", 128)
-    for given in (terms(shape), tied(shape), terms(shape, (BF16, F32, F32))):
-        bits = patterns(given, 0.37)
-        middle = int(bits.median()) if len(bits) else 5
-        for low, high in ((middle, middle + 1), (1, middle), (0, 1 << 30), (middle, middle)):
-            index, found, above = score_between(*given, gamma=0.37, low=low, high=high, most=len(bits))
-            inside = (bits >= low) & (bits < high)
-            assert torch.equal(index.long(), inside.nonzero().squeeze(1)) and torch.equal(found.long(), bits[inside])
-            assert above == int((bits >= high).sum()) and index.dtype == found.dtype == torch.int32
+    for given in (terms(shape), tied(shape), terms(shape, (BF16, F32, F32)), terms(shape, (F64, F32, F32))):
+        check_between(impl, given)
+
+
+@cover(indirect=["impl"], impl=BESIDE, layout=LAYOUTS)
+def test_scores_between_and_magnitudes_of_every_memory_layout(layout, impl):
+    for shape in ((40,), (3, 4, 41)):
+        check_between(impl, terms(shape), layout)
+        check_magnitudes(impl, terms(shape), layout)
+
+
+@cover(full=True, indirect=["impl"], impl=BESIDE, dtypes=DTYPES)
+def test_magnitudes_of_every_dtype(dtypes, impl):
+    for shape in SHAPES:
+        check_magnitudes(impl, terms(shape, dtypes))
+    check_magnitudes(impl, numbers())
+
+
+@cover(full=True, indirect=["impl"], impl=BESIDE)
+def test_magnitudes_that_are_not_finite_are_infinite(impl):
+    given = impl.moved((torch.tensor([torch.inf, 1.0]), torch.ones(2), torch.tensor([1.0, torch.nan])))
+    assert [exact(row) for row in score_magnitudes(*given, impl=impl.name)] == [float("inf")] * 2
 
 
 def test_scores_between_refuses_what_a_mask_refuses():
@@ -232,11 +258,17 @@ def test_scores_between_refuses_what_a_mask_refuses():
         score_between(torch.ones(3), torch.ones(3), torch.ones(2), gamma=1.0, low=0, high=1, most=3)
     with pytest.raises(ValueError, match="gamma must be in"):
         score_between(torch.ones(3), torch.ones(3), torch.ones(3), gamma=0.0, low=0, high=1, most=3)
+    with pytest.raises(ValueError, match="low and high must be in order, and high in"):
+        score_between(torch.ones(3), torch.ones(3), torch.ones(3), gamma=1.0, low=2, high=1, most=3)
 
 
-def test_a_search_of_scores_stops_where_it_has_found_too_many(monkeypatch):
-    monkeypatch.setattr(op, "SMALL_BLOCK", 40)
-    given = terms((10, 40))
+@cover(full=True, indirect=["impl"], impl=BESIDE)
+def test_a_search_of_scores_stops_where_it_has_found_too_many(impl):
+    """Three blocks of either implementation, of which the first has enough."""
+    given = terms((3, 1 << 17))
     bits = patterns(given, 1.0)
-    index, found, _ = score_between(*given, gamma=1.0, low=0, high=(1 << 31) - 1, most=60)
-    assert index.tolist() == list(range(80)) and torch.equal(found.long(), bits[:80])
+    _, index, found, _ = score_between(
+        *impl.moved(given), gamma=1.0, low=0, high=(1 << 31) - 1, most=60, impl=impl.name
+    )
+    assert torch.equal(index.cpu(), torch.arange(1 << 17, dtype=torch.int32))
+    assert torch.equal(found.cpu().long(), bits[: 1 << 17])

@@ -5,8 +5,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from moe_unlearn.wagle import magnitudes
-from moe_unlearn.wagle.magnitudes import exact, sums_by_exponent
+from moe_unlearn.ops import exact_sums
+from moe_unlearn.ops.exact_sums import exact, sums_by_exponent
 
 pytestmark = pytest.mark.quick
 
@@ -24,7 +24,7 @@ def test_sums_are_exact_in_every_order_and_in_parts(monkeypatch):
     values = numbers()
     expected = sum((Fraction(abs(v)) for v in values.tolist()), Fraction())
     assert exact(sums_by_exponent(values)) == expected
-    monkeypatch.setattr(magnitudes, "BLOCK", 7)
+    monkeypatch.setattr(exact_sums, "BLOCK", 7)
     shuffled = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(1))].view(5, -1)
     assert exact(sums_by_exponent(shuffled[:2]) + sums_by_exponent(shuffled[2:].T)) == expected
     assert exact(sums_by_exponent(torch.zeros(0))) == 0
