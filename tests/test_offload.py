@@ -20,6 +20,7 @@ from moe_unlearn.plan.knobs import changed, knobs
 from moe_unlearn.plan.known import held_at_rest
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.weights import TrainedWeights
+from moe_unlearn.verify import VerificationError
 from tests.support.models import tiny_olmoe
 from tests.support.steps import VOCAB, data, prepared, recipe, weights
 
@@ -157,6 +158,32 @@ def test_steps_save_and_resume_with_the_key_switched(name, guard, copies):
         assert other == metrics
         assert all(torch.equal(ours[key], plain[key]) for key in plain)
         assert all(torch.equal(v, state[i][k]) for i, values in held.items() for k, v in values.items())
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_verified_step_has_its_state_on_the_host(broken, copies, monkeypatch):
+    """Of what comes to the device verify sees each bit: a moment that is not what lies on the host ends the step."""
+    own = recipe("graddiff", "guard=loss", "optimizer.name=adamw", "optimizer.offload=true", lr=1e-2)
+    torch.manual_seed(0)
+    step, forget, retain = prepared(tiny_olmoe(vocab_size=VOCAB).eval(), own, verify=True)
+    step(forget[0], retain[0])
+    assert copies.pieces and step.verifier.summary().startswith("step 1: equals the plain step")
+    if not broken:
+        step(forget[1], retain[1])
+        assert all(report.largest < 1e-4 for report in step.verifier.reports) and len(step.verifier.reports) == 2
+        return
+    real, before = Stage._copy, weights(step.model)
+    made = {memory().untyped_storage().data_ptr() for memory in copies.made if memory() is not None}
+
+    def copy(into, source):
+        real(into, source)
+        if into.untyped_storage().data_ptr() in made and into.is_floating_point():
+            into.mul_(1.5)
+
+    monkeypatch.setattr(Stage, "_copy", staticmethod(copy))
+    with pytest.raises(VerificationError, match="exp_avg|weight"):
+        step(forget[1], retain[1])
+    assert all(torch.equal(p, before[name]) for name, p in step.model.named_parameters())
 
 
 def test_a_plan_leaves_what_lies_on_the_host_out(copies):

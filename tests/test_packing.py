@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import distributed
 from transformers import TrainingArguments
 
 from moe_unlearn.data import Example, batches, collate, train_tokenizer
@@ -16,9 +17,10 @@ from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trace import routing_frequencies
 from moe_unlearn.trainer import UnlearnTrainer
 from moe_unlearn.wagle import weight_mask
+from tests.support.forked_ranks import found_on
 from tests.support.models import TINY_MODELS, tiny_olmoe
 from tests.support.packed_rows import check_equal
-from tests.support.steps import VOCAB, recipe, weights
+from tests.support.steps import VOCAB, made_of, recipe, weights
 
 pytestmark = pytest.mark.quick
 LIMIT = 20
@@ -165,6 +167,39 @@ def test_a_verified_step_follows_the_tokens_of_packed_rows(model):
     step.prepare([forget], [retain])
     step(forget, retain)
     assert step.verifier.summary().startswith("step 1: equals the plain step")
+
+
+@pytest.mark.slow
+def test_packed_rows_on_two_ranks_make_the_step_of_one(model, tmp_path):
+    """Ranks have rows of their own number and length, and each packs its own."""
+    pairs = [
+        (side(12, 4, 7, seed=1, packing=LIMIT), side(9, 3, 14, 5, 2, seed=2, packing=LIMIT)),
+        (side(6, 3, seed=3, packing=LIMIT), side(11, 4, 3, seed=4, packing=LIMIT)),
+    ]
+
+    def made(packed, rank=None):
+        """Weights and losses after two steps, of a rank of two or of one process."""
+        own = [
+            [side if packed else {k: v for k, v in side.items() if k != "packing"} for side in pair] for pair in pairs
+        ]
+        group = None if rank is None else distributed.group.WORLD
+        step = UnlearnStep(copy.deepcopy(model), recipe("graddiff"), process_group=group)
+        step.prepare(*zip(*own, strict=True))
+        for _ in range(2):
+            if rank is None:
+                metrics = made_of(step, own)
+            else:
+                metrics = step(*own[rank], sizes=step.sizes([own[rank]]))
+        losses = [metrics[name] for name in ("forget_loss", "retain_loss")]
+        return losses, {name: weight.tolist() for name, weight in weights(step.model).items()}
+
+    first, second = found_on(2, tmp_path / "ranks", lambda rank: made(True, rank))
+    assert first == second
+    for packed in (True, False):
+        losses, expected = made(packed)
+        assert first[0] == pytest.approx(losses, rel=1e-6)
+        for name, weight in expected.items():
+            torch.testing.assert_close(torch.tensor(first[1][name]), torch.tensor(weight), rtol=1e-6, atol=1e-9)
 
 
 def run_of(family, *overrides, lengths=(12, 4, 7, 20)):
