@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from moe_unlearn import mollm
 from moe_unlearn.config import Mollm
 from moe_unlearn.errors import NonFiniteError
+from moe_unlearn.model.one_copy import add_up
 from moe_unlearn.ops import gram
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
 from moe_unlearn.optim import Layout, MaskedAdamW, MaskedSGD
@@ -268,7 +269,7 @@ class GradientStore:
             (first, own), *others = terms
             total: Tensor = first * own if keep else own.mul_(first)
             for c_j, gradient in others:
-                total.add_(gradient, alpha=c_j)
+                add_up(total, gradient, c_j)
             if p in self._compact:
                 self.collected[p] = total
             else:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moe_unlearn.experts import step_inputs
 from moe_unlearn.lazy import chosen, each
 from moe_unlearn.model.batches import Batch, padded, target_mask
+from moe_unlearn.model.one_copy import add_up
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad
 from moe_unlearn.ops.sink import GradientSink
 from moe_unlearn.ranks import Ranks, gathered, turns
@@ -32,7 +33,6 @@ from moe_unlearn.wagle.pieces import Piece
 Loss = Callable[[nn.Module, Batch], Tensor]
 Gradients = dict[Piece, Tensor]  # flat
 _CHUNK = 1 << 25  # bytes of experts' gradients that a sink makes at a time
-_BLOCK = 1 << 22  # elements that are added at a time
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,7 @@ class _Store:
         taken, place = piece.places(first, len(values))
         if piece not in self.sums:
             self.sums[piece] = values.new_zeros(len(piece.elements), dtype=piece.gradient_dtype)
-        # in blocks, since a sum of two dtypes begins with a copy of one operand in that of the other
-        for total, some in zip(self.sums[piece][place].split(_BLOCK), values[taken].split(_BLOCK), strict=True):
-            total += some
+        add_up(self.sums[piece][place], values[taken])
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:

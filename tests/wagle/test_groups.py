@@ -10,6 +10,7 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.experts import enable, experts_modules
 from moe_unlearn.model.batches import target_mask
 from moe_unlearn.model.head import token_losses
+from moe_unlearn.model.one_copy import BLOCK
 from moe_unlearn.plan.memory import measured_peak
 from moe_unlearn.wagle import gradients, mask, weight_mask
 from moe_unlearn.wagle.budget import budget_of, free_memory, left_in_groups
@@ -129,13 +130,13 @@ def test_a_gradient_is_that_of_plain_autograd_whichever_others_are_computed():
 
 
 def test_a_gradient_is_added_without_a_copy_of_it_in_the_dtype_of_sums(measurable_memory):
-    weight = torch.nn.Parameter(torch.zeros(3 * gradients._BLOCK + 1, dtype=torch.bfloat16))
+    weight = torch.nn.Parameter(torch.zeros(3 * BLOCK + 1, dtype=torch.bfloat16))
     piece, values = Piece("weight", weight, range(weight.numel())), torch.ones_like(weight)
     store = gradients._Store([piece])
     store.add(piece, values, 0)
     with measured_peak("cpu") as measured:
         store.add(piece, values, 0)
-    assert measured.peak <= 4 * gradients._BLOCK
+    assert measured.peak <= 4 * BLOCK
     assert torch.equal(store.sums[piece], torch.full((weight.numel(),), 2.0))
 
 
