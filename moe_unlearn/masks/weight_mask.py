@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_unlearn.checkpoint.sealed import read_sealed
 from moe_unlearn.checkpoint.tensor_file import kind_of, tensor_file
 from moe_unlearn.masks.shards import shared_out
-from moe_unlearn.ops.bits import num_words, pack_bits, unpack_bits
+from moe_unlearn.ops.bits import pack_bits, unpack_bits, words_shape
 from moe_unlearn.ranks import is_first, on_first
 from moe_unlearn.sharding import is_sharded, part, whole
 
@@ -246,7 +246,7 @@ def _check_words(name: str, shape: tuple, words: Tensor) -> None:
     if not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"mask of {name}: a shape is a list of sizes; got {list(shape)}")
     width = shape[-1] if shape else 1
-    expected = (*shape[:-1], num_words(width)) if shape else (1,)
+    expected = words_shape(shape)
     if words.dtype != torch.int32 or tuple(words.shape) != expected:
         raise ValueError(
             f"mask of {name}: expected int32 words {list(expected)}; got {words.dtype} {list(words.shape)}"

@@ -24,6 +24,11 @@ def num_words(n: int) -> int:
     return (n + WORD_BITS - 1) // WORD_BITS
 
 
+def words_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of the words of a tensor of this shape; a tensor without dimensions has one word."""
+    return (*shape[:-1], num_words(shape[-1])) if shape else (1,)
+
+
 def pack_bits(mask: Tensor) -> Tensor:
     """Pack bool [..., n] into int32 words [..., ceil(n / 32)]; a 0-d mask packs as [1]."""
     if mask.dtype != torch.bool:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from moe_unlearn import backend, native
-from moe_unlearn.ops.bits import num_words, pack_bits
+from moe_unlearn.ops.bits import pack_bits, words_shape
 from moe_unlearn.ops.exact_sums import EXPONENTS, sums_by_exponent
 
 BINS = 1 << 16
@@ -197,7 +197,7 @@ def score_mask_ref(
         rank = seen + equal.flatten().cumsum(0).view_as(equal)
         blocks.append(pack_bits((bits > threshold_bits) | (equal & (rank <= ties))))
         seen = seen + equal.sum()
-    shape = _words_shape(weight)
+    shape = words_shape(weight.shape)
     words = torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.int32, device=weight.device)
     return words.view(shape), seen.clamp_max(ties)
 
@@ -215,10 +215,6 @@ def _bit_rows(
         w, g_f, g_r = (t[start : start + height] for t in flat)
         block = weight_score_ref(w, g_f, g_r, gamma)
         yield block.to(torch.float32).view(torch.int32) & 0x7FFFFFFF
-
-
-def _words_shape(weight: Tensor) -> tuple[int, ...]:
-    return (*weight.shape[:-1], num_words(weight.shape[-1])) if weight.dim() else (1,)
 
 
 @torch.library.custom_op("moe_unlearn::weight_score_histogram", mutates_args=())
@@ -256,7 +252,7 @@ def _score_mask(
 def _(
     weight: Tensor, grad_forget: Tensor, grad_retain: Tensor, gamma: float, threshold_bits: int, ties: int, impl: str
 ) -> tuple[Tensor, Tensor]:
-    words = weight.new_empty(_words_shape(weight), dtype=torch.int32)
+    words = weight.new_empty(words_shape(weight.shape), dtype=torch.int32)
     return words, weight.new_empty((), dtype=torch.int64)
 
 

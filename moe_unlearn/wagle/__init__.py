@@ -5,6 +5,7 @@ pieces      the parts of parameters, and the groups of them whose gradients fit 
 gradients   the gradients of a group, which the backward pass adds up where it makes them
 scores      histograms, masks and magnitudes of a group's scores, of whole and of sharded weights
 threshold   the exact threshold of the model, found in few rounds over the groups
+packed      the words of the mask while it is made; `mapped` has their memory in a file
 journal     what was found of each group in files, from which an interrupted run goes on
 """
 

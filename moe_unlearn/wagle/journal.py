@@ -8,7 +8,8 @@ when it is whole; one that is not what was written counts as missing, and is mad
 that was never interrupted.
 
 The files take about as many bytes as the mask and the room for remembered scores, and half a MiB a group; where a guess
-was wrong, as many again for each further round. Each rank keeps its own, and goes on from what all of them have.
+was wrong, as many again for each further round. The mask that is put together lies in a file too (`mapped`). Each rank
+keeps its own, and goes on from what all of them have.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from moe_unlearn.files import read_sealed, write_sealed
 from moe_unlearn.model.digest import tensor_digest
 from moe_unlearn.ranks import Ranks, gather, together
 from moe_unlearn.wagle.gradients import Side
+from moe_unlearn.wagle.mapped import MappedWords
 
 _log = logging.getLogger(__name__)
 _FORMAT = "moe-unlearn groups of a mask 1"
@@ -91,6 +93,10 @@ class Journal:
         else:
             together(write, self.ranks.group)
         return made
+
+    def storage(self, count: int) -> Callable[[], MappedWords] | None:
+        """Return what makes memory in a file for `count` words of a mask; None without a place."""
+        return None if self._own is None else partial(MappedWords, self._own, count)
 
     def remove(self) -> None:
         """Remove the files, and what has become empty by that."""

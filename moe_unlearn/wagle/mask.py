@@ -26,8 +26,9 @@ The scores of the model are never stored or sorted: `ops.weight_score` streams h
 `threshold` finds the exact threshold from them.
 
 Memory: `memory` bytes for the float32 gradients of both sets and for scores next to the threshold, and one bit per
-weight. Where the gradients of all weights take more, they are computed for one group of weights after the other, in
-their order, each time with a pass over both sets: layers, or experts or rows of one where a layer does not fit.
+weight, which lies in a file where there is a journal. Where the gradients of all weights take more, they are computed
+for one group of weights after the other, in their order, each time with a pass over both sets: layers, or experts or
+rows of one where a layer does not fit.
 One pass more takes a sample of all scores, from which the threshold is guessed, so that one round over the groups is
 enough. The mask has the same bits for every budget, as long as a layer computes the same with and without gradients,
 and a gradient whichever others are computed. Beside the budget stand the weights, the activations of a pass, and one
@@ -57,11 +58,13 @@ from moe_unlearn.masks import WeightMask
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.model.modes import evaluation_mode
+from moe_unlearn.model.one_copy import give_back
 from moe_unlearn.ops.exact_sums import exact
 from moe_unlearn.ranks import Ranks, sharded
 from moe_unlearn.wagle.budget import Budget, budget_of
 from moe_unlearn.wagle.gradients import Loss, Side, gradients
 from moe_unlearn.wagle.journal import Journal, Resume, described
+from moe_unlearn.wagle.packed import count_words
 from moe_unlearn.wagle.pieces import Piece, all_pieces, grouped, sample_of, stride_of
 from moe_unlearn.wagle.scores import Scored
 from moe_unlearn.wagle.threshold import Found, find, guess_of
@@ -158,7 +161,8 @@ def mask_of(
                 journal = resume.journal(asked, ranks)
             budget, guess = _begun(journal, budget, partial(scores.guess, pieces, budget, count / total))
         rounds = _Rounds(scores, grouped(pieces, budget.gradients), journal)
-        packed, sums = find(rounds, count, zeros_fill=rule.official, guess=guess, room=budget.room)
+        storage = journal.storage(count_words(pieces))
+        packed, sums = find(rounds, count, zeros_fill=rule.official, guess=guess, room=budget.room, storage=storage)
     first, second = (exact(row) for row in sums)
     magnitudes = {
         "forget_term": float(first / max(total, 1)),
@@ -245,5 +249,6 @@ class _Rounds:
     def _made(self, look: Callable[[Scored], Found], pieces: Sequence[Piece], took: list[float]) -> Found:
         began = time.monotonic()
         found = look(self.scores.of(pieces))
+        give_back()  # else each group's would stand beside the next one's gradients
         took.append(time.monotonic() - began)
         return found

@@ -1,36 +1,52 @@
 """The words of a mask while it is made, piece by piece; layout as `ops.bits` says."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from moe_unlearn.masks.shards import shared_words
-from moe_unlearn.ops.bits import WORD_BITS, num_words, pack_bits, unpack_bits
+from moe_unlearn.ops.bits import WORD_BITS, num_words, pack_bits, unpack_bits, words_shape
+from moe_unlearn.wagle.mapped import MappedWords
 from moe_unlearn.wagle.pieces import Piece
 from moe_unlearn.wagle.totals import allotted
 
 _BLOCK = 1 << 17  # elements at a time
 
 
-class Packed:
-    """The packed masks of parameters by name, in the order in which their pieces came; of this rank's rows."""
+def count_words(pieces: Sequence[Piece]) -> int:
+    """Return how many words the masks of whole parameters have, of this rank's rows."""
+    return sum(math.prod(words_shape(piece.shape)) for piece in pieces)
 
-    def __init__(self) -> None:
+
+class Packed:
+    """The packed masks of parameters by name, in the order in which their pieces came; of this rank's rows.
+
+    With `storage`, what is on the CPU lies in the memory that it makes when the first words come.
+    """
+
+    def __init__(self, storage: Callable[[], MappedWords] | None = None) -> None:
         self._words: dict[str, Tensor] = {}
         self._pieces: dict[str, Piece] = {}  # one of each parameter
+        self._storage = storage
+        self._mapped: MappedWords | None = None
 
     def put(self, piece: Piece, words: Tensor) -> None:
         """Put the words of a piece into those of its parameter; where ranks score it, they are all of this rank's."""
         self._pieces.setdefault(piece.name, piece)
-        if piece.whole or piece.rows is not None:
+        complete = piece.whole or piece.rows is not None
+        mapped = self._storage is not None and words.device.type == "cpu"
+        if complete and not mapped:
             self._words[piece.name] = words
             return
         if piece.name not in self._words:
-            shape = piece.own.shape
-            self._words[piece.name] = words.new_zeros(*shape[:-1], num_words(shape[-1]))
-        rows, start = words.view(-1, words.shape[-1]), piece.elements.start // piece.width
-        self._rows(piece.name)[start : start + len(rows)] = rows
+            shape = words.shape if complete else words_shape(piece.own.shape)
+            self._words[piece.name] = self._zeros(shape) if mapped else words.new_zeros(shape)
+        if words.numel():
+            rows, start = words.view(-1, words.shape[-1]), 0 if complete else piece.elements.start // piece.width
+            self._rows(piece.name)[start : start + len(rows)] = rows
+        self._release()
 
     def set(self, piece: Piece, index: Tensor) -> None:
         """Set bits of a piece that are not set, those of its flat elements `index`."""
@@ -45,6 +61,7 @@ class Packed:
             place = row * num_words(width) + column // WORD_BITS
             # bits of one word add up to the word
             self._rows(piece.name).view(-1).index_add_(0, place, bit[column % WORD_BITS])
+        self._release()
 
     def fill(self, count: int) -> None:
         """Set the first `count` bits of all ranks that are not set."""
@@ -59,6 +76,7 @@ class Packed:
                 filled = kept | (rank <= own)
                 words.copy_(pack_bits(filled))
                 own -= int((filled & ~kept).sum())
+            self._release()
 
     def words(self) -> dict[str, Tensor]:
         """Return the words by parameter: of all its rows, or shared out as it is."""
@@ -66,6 +84,16 @@ class Packed:
             name: words if piece.rows is None else shared_words(words, piece.parameter, piece.rows)
             for (name, words), piece in zip(self._words.items(), self._pieces.values(), strict=True)
         }
+
+    def _zeros(self, shape: Sequence[int]) -> Tensor:
+        if self._mapped is None:
+            assert self._storage is not None
+            self._mapped = self._storage()
+        return self._mapped.zeros(shape)
+
+    def _release(self) -> None:
+        if self._mapped is not None:
+            self._mapped.release()
 
     def _blocks(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield some rows of words at a time, as a view, and their bits."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moe_unlearn.ops.exact_sums import EXPONENTS
 from moe_unlearn.ops.weight_score import BINS, score_between
+from moe_unlearn.wagle.mapped import MappedWords
 from moe_unlearn.wagle.packed import Packed
 from moe_unlearn.wagle.pieces import Piece
 from moe_unlearn.wagle.scores import Scored
@@ -36,6 +37,8 @@ _LIMIT = 0x7F800000  # the bit pattern of infinity
 Found = dict[str, Tensor]
 #: goes with `look` over the scores of all groups, and yields the pieces of each with what was found
 Rounds = Callable[[Callable[[Scored], Found]], Iterable[tuple[Sequence[Piece], Found]]]
+#: makes memory for the words of a mask; None for that of the tensors that come
+Storage = Callable[[], MappedWords] | None
 
 
 class Remembered(NamedTuple):
@@ -52,11 +55,11 @@ class Counting:
     Counts are of all ranks, places and words of this rank's rows. `room` is what each rank has.
     """
 
-    def __init__(self, digit: int, prefix: int, interval: range | None, room: int):
+    def __init__(self, digit: int, prefix: int, interval: range | None, room: int, storage: Storage = None):
         self.digit, self.prefix, self.interval, self.room = digit, prefix, interval, room
         self.histogram = torch.zeros(BINS, dtype=torch.int64)
         self.magnitudes = torch.zeros(2, EXPONENTS, dtype=torch.int64)  # of the first digit's round alone
-        self.packed = Packed()
+        self.packed = Packed(storage)
         self.remembered: list[Remembered] = []
         self.above = self.inside = 0  # scores above the interval, and inside
         self.used = 0  # the most scores inside that one rank may have
@@ -123,8 +126,8 @@ class Counting:
 class Packing:
     """Packs in one round over the groups the mask above a threshold, and the first `ties` scores equal to it."""
 
-    def __init__(self, threshold: int, ties: int):
-        self.threshold, self.ties, self.packed = threshold, ties, Packed()
+    def __init__(self, threshold: int, ties: int, storage: Storage = None):
+        self.threshold, self.ties, self.packed = threshold, ties, Packed(storage)
 
     def look(self, scored: Scored) -> Found:
         """Return the words of the next group, and how many ties are left after it."""
@@ -142,15 +145,15 @@ class Packing:
 
 
 def find(
-    rounds: Rounds, count: int, *, zeros_fill: bool, guess: range | None, room: int
+    rounds: Rounds, count: int, *, zeros_fill: bool, guess: range | None, room: int, storage: Storage = None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the packed masks of the `count` largest scores, by name, and the sums of the scores' terms.
 
     Each call of `rounds` is a round, and calls `look` for one group after the other, in their order. Equal scores are
     kept in their order, scores of exactly 0 only with `zeros_fill`. `guess` is the interval of the first round, which
-    remembers scores in up to `room` bytes; 0 where rounds cost nothing.
+    remembers scores in up to `room` bytes; 0 where rounds cost nothing. `storage` makes the memory of a mask.
     """
-    first = _gone_through(rounds, Counting(0, 0, guess, room))
+    first = _gone_through(rounds, Counting(0, 0, guess, room, storage))
     if first.resolve(count, zeros_fill=zeros_fill):
         return first.packed.words(), first.magnitudes
     threshold, ties = NOTHING, 0
@@ -158,14 +161,14 @@ def find(
         high, above = _descend(first.histogram, count)
         fits = 0 < int(first.histogram[high]) * ENTRY <= room
         interval = range(max(high << 16, 1), (high + 1) << 16) if fits else None
-        second = _gone_through(rounds, Counting(1, high, interval, room))
+        second = _gone_through(rounds, Counting(1, high, interval, room, storage))
         if second.resolve(count, zeros_fill=zeros_fill):
             return second.packed.words(), first.magnitudes
         low, above_low = _descend(second.histogram, count - above)
         threshold, ties = (high << 16) | low, count - above - above_low
         if threshold == 0 and not zeros_fill:
             ties = 0
-    return _gone_through(rounds, Packing(threshold, ties)).packed.words(), first.magnitudes
+    return _gone_through(rounds, Packing(threshold, ties, storage)).packed.words(), first.magnitudes
 
 
 _Round = TypeVar("_Round", Counting, Packing)

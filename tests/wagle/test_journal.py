@@ -90,6 +90,16 @@ def test_a_mask_interrupted_after_each_group_has_the_bytes_of_one_that_was_not(
     assert len(seen) == number and not folder.exists()
 
 
+def test_the_words_lie_in_a_file_and_what_is_freed_is_given_back_after_each_group(model, tmp_path, monkeypatch):
+    given_back = []
+    monkeypatch.setattr(mask, "give_back", lambda: given_back.append(None))
+    packed = made(model, tmp_path / "kept").packed
+    assert len({words.untyped_storage().data_ptr() for words in packed.values()}) == 1
+    assert len(given_back) > 2
+    at_once = made(model, tmp_path / "kept", memory=1.0).packed
+    assert len({words.untyped_storage().data_ptr() for words in at_once.values()}) == len(at_once)
+
+
 def test_a_killed_process_and_damaged_files(model, passes, tmp_path, monkeypatch):
     seen, _ = passes
     expected, folder = bytes_of(made(model, tmp_path / "at once"), tmp_path), tmp_path / "kept"
