@@ -306,6 +306,7 @@ class _Masked(torch.optim.Optimizer):
         # strict=False: torch reports a different number of groups
         both = zip(own, state_dict["param_groups"], strict=False)
         groups = [mine | saved | {"offload": mine["offload"]} for mine, saved in both]
+        masks = [group.pop("masks") for group in groups]  # of which torch would make copies
         groups += state_dict["param_groups"][len(own) :]
         # without the state: torch would cast float32 moments to the dtype of the parameter
         super().load_state_dict(state_dict | {"param_groups": groups, "state": {}})
@@ -314,8 +315,8 @@ class _Masked(torch.optim.Optimizer):
             for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
             for i, p in zip(saved["params"], group["params"], strict=True)
         }
-        for group in self.param_groups:
-            pairs = zip(group["masks"], group["params"], strict=True)
+        for group, given in zip(self.param_groups, masks, strict=True):
+            pairs = zip(given, group["params"], strict=True)
             group["masks"] = [mask if mask is None else mask.to(p.device) for mask, p in pairs]
         for i, values in state_dict["state"].items():
             p, group = owner[int(i)]

@@ -23,6 +23,7 @@ class TrainedWeights:
         self.masks: dict[str, Tensor] = {}
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self._names: list[list[str]] = []
+        self._applied: tuple[object, ...] | None = None  # what the masks were made of, unless flags have changed since
 
     @property
     def trainable(self) -> list[str]:
@@ -31,15 +32,19 @@ class TrainedWeights:
 
     def restrict(self, prepared: Preparation) -> None:
         """Freeze the parameters outside the scope; ValueError if none is left to train, and for `check_dtypes`."""
+        self._applied = None
         scope.restrict(self.model, self.scope, self._flags, prepared.selected)
         check_dtypes(self.model)
 
     def mask(self, prepared: Preparation, optimizer: MaskedSGD | MaskedAdamW) -> None:
         """Give the masks of the preparation to the optimizer, and freeze the parameters without a set bit.
 
-        Raises ValueError for an optimizer whose state lies on the host where weights are shared out.
+        They are made once: a second call for the same masks leaves them, since both would stand in memory. Raises
+        ValueError for an optimizer whose state lies on the host where weights are shared out.
         """
         offload.check_alone(optimizer.param_groups, shared=self.shards is not None)
+        if self._applied is not None and _same(self._applied, self._made_of(prepared, optimizer)):
+            return
         if self.shards is not None and prepared.mask is not None:
             prepared.mask = self.shards.share_out(prepared.mask)
         self.masks = scope.weight_masks(self.model, self.scope, prepared.selected, prepared.mask)
@@ -52,6 +57,11 @@ class TrainedWeights:
         for name, p in self.model.named_parameters():
             if p.requires_grad and name in self.masks and name not in moving:
                 p.requires_grad_(False)
+        self._applied = self._made_of(prepared, optimizer)
+
+    def _made_of(self, prepared: Preparation, optimizer: MaskedSGD | MaskedAdamW) -> tuple[object, ...]:
+        given = [each for group in optimizer.param_groups for each in (*group["params"], *group["masks"])]
+        return prepared.mask, prepared.selected, optimizer, *given
 
     def know(self, optimizer: MaskedSGD | MaskedAdamW) -> None:
         """Note the names of the parameters that an optimizer has, for `take_up`."""
@@ -74,7 +84,13 @@ class TrainedWeights:
 
     def restore(self) -> None:
         """Restore the `requires_grad` flags that the parameters had at first."""
+        self._applied = None
         scope.set_trainable(self.model, self._flags, set(self._flags))
+
+
+def _same(ones: tuple[object, ...], others: tuple[object, ...]) -> bool:
+    """Return whether two tuples have the very same objects."""
+    return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW:
