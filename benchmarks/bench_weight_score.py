@@ -1,18 +1,24 @@
 """Measure the global threshold of WAGLE's score and its mask against what WAGLE's own code does today.
 
 The rival concatenates the scores of all tensors, ranks them by a double argsort, and keeps the largest ranks as one
-bool a weight. A careful user's rival is one partial selection of the concatenated scores.
+bool a weight. A careful user's rival is one partial selection of the concatenated scores. "All of a mask's work" is
+what `wagle` does with scores whose gradients are there, at once and in groups: magnitudes, guess, remembered scores.
 """
 
 import functools
 
 import torch
+from torch import nn
 
 from benchmarks import mask_groups
 from benchmarks.harness import OURS, Case, Work, side_names, sides
 from moe_unlearn.ops import score_histogram, score_mask
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.ops.costs.weight_score import bytes_moved
+from moe_unlearn.wagle.budget import budget_of
+from moe_unlearn.wagle.pieces import Piece, all_pieces, sample_of, stride_of
+from moe_unlearn.wagle.scores import Scored
+from moe_unlearn.wagle.threshold import find, guess_of
 
 SHAPES = {"cpu": (4, 256, 1024), "cuda": (32, 1024, 1024)}
 TENSORS, KEPT, GAMMA = 4, 0.8, 0.5
@@ -30,6 +36,10 @@ def cases(device: str) -> list[Case]:
         found.append(
             Case("weight_score", name, names, functools.partial(threshold, dtype, device), 0, 10, {"dtype": dtype})
         )
+        if device == "cpu":
+            names = (OURS, mask_groups.in_groups(TENSORS), ARGSORT)
+            make = functools.partial(whole, dtype)
+            found.append(Case("weight_score", f"all of a mask's work, {dtype}", names, make, 2, 12, {"dtype": dtype}))
         for part in PARTS:
             make, names = functools.partial(piece, part, dtype, device), (OURS, REF, *side_names(device))
             # on a GPU these cases compare the implementations
@@ -106,6 +116,52 @@ def threshold(dtype, device) -> Work:
         memory=True,
         # the sort is not stable, so it may choose otherwise among equal scores at the threshold
         found={"weights": weights, "elements_chosen_differently": differing, "mask_bits_per_weight": 1},
+    )
+
+
+def whole(dtype) -> Work:
+    """Compare what a mask does with the scores of all tensors at once, and of a tensor at a time, with the sorts."""
+    layers = tensors(dtype, "cpu")
+    model = nn.ParameterList([nn.Parameter(terms[0]) for terms in layers])
+    pieces, weights = all_pieces(model, None), sum(terms[0].numel() for terms in layers)
+    sides = [
+        {piece.name: terms[i].float().flatten() for piece, terms in zip(pieces, layers, strict=True)} for i in (1, 2)
+    ]
+    # half more than the gradients of one tensor: some of it is room for what a guess leaves open
+    budget = budget_of(pieces, 1.5 * pieces[0].nbytes)
+
+    def scored(some: list[Piece]) -> Scored:
+        forget, retain = (
+            {piece: side[piece.name][piece.elements.start : piece.elements.stop : piece.elements.step].contiguous()
+             for piece in some}
+            for side in sides
+        )  # fmt: skip
+        return Scored(some, forget, retain, GAMMA)
+
+    sample = scored(sample_of(pieces, stride_of(pieces, budget.sample)))
+
+    def masks(groups, guess, room):
+        return find(
+            lambda look: ((group, look(scored(group))) for group in groups),
+            round(KEPT * weights),
+            zeros_fill=False,
+            guess=guess,
+            room=room,
+        )
+
+    def in_groups():
+        guess, inside = guess_of(sample.histogram, KEPT)
+        return masks([[piece] for piece in pieces], guess, budget.with_room(inside * weights).room)
+
+    at_once = functools.partial(masks, [pieces], None, 0)
+    (expected, sums), (found, others) = at_once(), in_groups()
+    assert torch.equal(sums, others) and all(torch.equal(words, found[name]) for name, words in expected.items())
+    return Work(
+        {OURS: at_once, mask_groups.in_groups(TENSORS): in_groups, ARGSORT: functools.partial(theirs, layers)},
+        targets={ARGSORT: 20.0},
+        dtype=layers[0][0].dtype,
+        rounds=3,
+        found={"weights": weights, "sample": budget.sample},
     )
 
 

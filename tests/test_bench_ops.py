@@ -123,6 +123,12 @@ def test_weight_score_chooses_the_same_weights(monkeypatch):
     assert sum(int(mask.sum()) for mask in own) == round(0.8 * 4 * 2 * 16 * 64)
 
 
+def test_all_of_a_masks_work_finds_one_mask_at_once_and_in_groups(monkeypatch):
+    monkeypatch.setitem(bench_weight_score.SHAPES, "cpu", (2, 40, 320))
+    work = bench_weight_score.whole("bfloat16")
+    assert work.found["sample"] > 256 and list(work.contenders)[1] == "ours, 4 groups"
+
+
 def test_a_mask_in_groups_is_the_one_that_sorting_finds(monkeypatch):
     small = {"hidden_size": 32, "intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 64}
     monkeypatch.setattr(mask_groups, "GEOMETRY", mask_groups.GEOMETRY | small)
