@@ -62,7 +62,8 @@ def save(mask: WeightMask, path: str | Path, model: nn.Module, format: str = "na
         named: dict[str, Tensor] = {}
         for name, words in packed.items():
             # clones, since torch saves a view with the whole tensor behind it
-            named |= {key: kept.clone() for key, kept in to_hub(model, {name: mask.unpacked(name, words)}).items()}
+            kept = mask.unpacked(name, words.cpu())
+            named |= {key: part.clone() for key, part in to_hub(model, {name: kept}).items()}
         target = Path(path)
         beside, stream = _digest_file(target), stream_of(target)
         if not stream:

@@ -162,12 +162,12 @@ class WeightMask:
         self.written_once(write)
 
     def written_once(self, write: Callable[[dict[str, Tensor]], None]) -> None:
-        """Run `write` of all words on the CPU, by name; if ranks share the mask, on the first alone.
+        """Run `write` of all words, by name, where they lie; if ranks share the mask, on the first alone and the CPU.
 
         No other rank has the words of more than one parameter. An error in `write` ends all.
         """
         if not self.shared:
-            write({name: words.cpu() for name, words in self.packed.items()})
+            write(self.packed)
             return
         packed = {}
         for name in self.packed:

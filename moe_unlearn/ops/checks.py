@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_unlearn.ops.bits import num_words
+from moe_unlearn.ops.bits import words_shape
 from moe_unlearn.ops.gate import ACTIVATIONS, ExpertLayout, ExpertWeights
 from moe_unlearn.ops.moments import PACKED, row_bytes
 
@@ -117,7 +117,7 @@ def check_factors(
         expected = _stored(tensor, expected) if packed else expected
         if list(tensor.shape) != expected or not (packed or tensor.is_floating_point()):
             raise ValueError(f"{name} must be float {expected}; got {tensor.dtype} {list(tensor.shape)}")
-    words = (*shape[:-1], num_words(shape[-1]))
+    words = words_shape(shape)
     if mask is not None and (mask.dtype != torch.int32 or mask.shape != words):
         raise ValueError(f"mask must be int32 words {list(words)}; got {mask.dtype} {list(mask.shape)}")
     tensors = {"input": input, "expert_offsets": offsets, "grad_rows": grad_rows, "input_rows": input_rows}
@@ -165,7 +165,7 @@ def check_update(
         if tensor is not None and list(tensor.shape) != expected:
             raise ValueError(f"{name} must have shape {expected}; got {list(tensor.shape)}")
     if mask is not None:
-        words = [*shape[:-1], num_words(shape[-1])] if shape else [1]
+        words = [*words_shape(shape)]
         if mask.dtype != torch.int32:
             raise TypeError(f"mask must be packed int32 words (ops.bits.pack_bits); got {mask.dtype}")
         if list(mask.shape) != words:
@@ -327,7 +327,7 @@ def check_mask(p: Tensor, mask: Tensor | None, parameter_id: int) -> None:
     """Raise TypeError or ValueError, naming the parameter, for a mask that does not fit it."""
     if mask is None:
         return
-    words = [*p.shape[:-1], num_words(p.shape[-1])] if p.dim() else [1]
+    words = [*words_shape(p.shape)]
     where = f"parameter {parameter_id} of shape {list(p.shape)}"
     if mask.dtype != torch.int32:
         raise TypeError(f"{where}: mask must be int32 words (ops.bits.pack_bits); got {mask.dtype}")

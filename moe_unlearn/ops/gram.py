@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from moe_unlearn import backend, native
-from moe_unlearn.ops.bits import num_words, unpack_bits
+from moe_unlearn.ops.bits import unpack_bits, words_shape
 from moe_unlearn.ops.checks import check_offsets
 
 BLOCK = 1 << 20  # elements widened to float64 at a time
@@ -178,7 +178,7 @@ def _check(gradients: Sequence[Sequence[Tensor | None]], masks: Sequence[Tensor 
             )
         mask, shape = None if masks is None else masks[position], present[0].shape
         if mask is not None:
-            words = (*shape[:-1], num_words(shape[-1])) if shape else (1,)
+            words = words_shape(shape)
             if mask.dtype != torch.int32 or mask.shape != words or mask.device != present[0].device:
                 raise ValueError(
                     f"parameter {position}: mask must be int32 words {list(words)} on {present[0].device}; "

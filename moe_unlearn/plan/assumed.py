@@ -9,7 +9,7 @@ from moe_unlearn.experts import experts_modules, total_experts
 from moe_unlearn.masks import WeightMask
 from moe_unlearn.model.batches import Batch, refusal
 from moe_unlearn.model.head import head_of
-from moe_unlearn.ops.bits import num_words
+from moe_unlearn.ops.bits import words_shape
 from moe_unlearn.plan.dry_run import Rehearsal
 from moe_unlearn.prepare import float8
 from moe_unlearn.prepare.preparation import Calibration, Preparation
@@ -77,9 +77,7 @@ def assumed(view: StepView, own: Preparation, rehearsal: Rehearsal, batches: dic
         out.ref_layer_states = zeros(retain, torch.bfloat16, hidden)
     if recipe.wagle is not None and "wagle" in stages and out.mask is None:
         shapes = {name: tuple(p.shape) for name, p in view.model.named_parameters()}
-        packed = {
-            name: rehearsal.empty((*s[:-1], num_words(s[-1]) if s else 1), torch.int32) for name, s in shapes.items()
-        }
+        packed = {name: rehearsal.empty(words_shape(s), torch.int32) for name, s in shapes.items()}
         out.mask = WeightMask(shapes, packed, recipe.wagle.keep)
     if out.mask is not None:
         for words in out.mask.packed.values():
