@@ -73,6 +73,18 @@ def test_a_plan_from_shallow_models_is_that_of_the_whole(family, layers, name, m
         assert getattr(made, field) == getattr(whole, field), field
 
 
+@pytest.mark.parametrize("overrides", [[], ["scope.kind=parameters", "scope.parameters=['experts']"]])
+def test_the_mask_of_a_deep_model_is_bounded_by_shallow_ones(overrides):
+    recipe = Recipe.load("wagle", ["batch_size=2", "data.max_length=16", "optimizer.name=sgd", *overrides])
+    step = UnlearnStep(tiny("olmoe", 6), recipe)
+    shallow = [UnlearnStep(tiny("olmoe", count), recipe) for count in depths(step.model, recipe)]
+    whole, made = step.plan(), step.plan(shallow=shallow)
+    assert not [note for note in made.notes if "not rehearsed" in note]
+    assert made.memory == whole.memory
+    found, bound = sum(whole.mask.values()), sum(made.mask.values())
+    assert found <= bound <= 1.3 * found
+
+
 @pytest.mark.quick
 def test_layers_of_other_kinds_are_not_repeated():
     model = tiny("olmoe", 9)

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,10 @@ Bounded = Callable[[tuple[str, ...], str | None], int]
 
 
 class Knob(NamedTuple):
-    """One change of a recipe; of several with a name the later replaces the earlier."""
+    """One change of a recipe; of several with a name the later replaces the earlier.
+
+    Of those with a name the last has the lowest peak, but for the scopes, of which either may.
+    """
 
     name: str
     overrides: tuple[str, ...]
@@ -95,7 +99,9 @@ class Search:
         lines = []
         if fitting:
             lines.append(f"it fits with {_options(chosen)}")
-        for overrides in [[], *([[*_texts(chosen)]] if chosen else [])] if plan.mesh is None else []:
+        # what fits one device without a mesh is not named once more with one
+        further = [[], *([[*_texts(chosen)]] if chosen and not fitting else [])] if plan.mesh is None else []
+        for overrides in further:
             mesh = next((mesh for mesh in MESHES if self._fits(overrides, mesh, size)), None)
             if mesh is not None:
                 ranks = f"--mesh {mesh} {_options(chosen) if overrides else ''}".strip()
@@ -113,25 +119,46 @@ class Search:
         if not self._may_fit([*_texts(chosen)], mesh, size):
             return chosen, False
         made = self.plan([*_texts(chosen)], mesh) if chosen else plan
-        for knob in [None, *turned]:
-            if knob is not None:
+        ladders = [[*rungs] for _, rungs in groupby(turned, key=lambda knob: knob.name)]
+        if made.fits_on(size):
+            return self._eased(chosen, "", ladders, mesh, size), True
+        for ladder in ladders:
+            if ladder[0].name == "mask" and not made.masking(size):
+                continue
+            for knob in self._rungs(ladder, chosen, mesh, size):
                 tried = chosen | {knob.name: knob}
-                if knob.name == "mask" and not made.masking(size) or not self._may_fit([*_texts(tried)], mesh, size):
+                if not self._may_fit([*_texts(tried)], mesh, size):
                     continue
                 try:
                     lower = self.plan([*_texts(tried)], mesh)
                 except ValueError:
                     continue  # the recipe or the mesh refuses it
-                if sum(lower.on(size).values()) >= sum(made.on(size).values()):
-                    continue
-                chosen, made = tried, lower
-            if made.fits_on(size):
-                for name in [name for name in reversed(chosen) if knob is None or name != knob.name]:
-                    fewer = {other: knob for other, knob in chosen.items() if other != name}
-                    if self._fits([*_texts(fewer)], mesh, size):
-                        chosen = fewer
-                return {own.name: own for own in turned if own in chosen.values()}, True
+                if sum(lower.on(size).values()) < sum(made.on(size).values()):
+                    chosen, made = tried, lower
+                if made.fits_on(size):
+                    return self._eased(chosen, knob.name, ladders, mesh, size), True
         return chosen, False
+
+    def _rungs(self, ladder: list[Knob], chosen: dict[str, Knob], mesh: str | None, size: float) -> list[Knob]:
+        """Return those of the knobs with one name that are worth a plan: the last one, and all where that suffices."""
+        last = ladder[-1]
+        if last.name == "scope" or self._fits([*_texts(chosen | {last.name: last})], mesh, size):
+            return ladder
+        return [last]
+
+    def _eased(
+        self, chosen: dict[str, Knob], needed: str, ladders: list[list[Knob]], mesh: str | None, size: float
+    ) -> dict[str, Knob]:
+        """Return what still fits without knobs, or with others of their name that change less, in the order of knobs.
+
+        The knob of the name `needed` stays.
+        """
+        for name in [name for name in reversed(chosen) if name != needed]:
+            ladder = next(ladder for ladder in ladders if ladder[0].name == name)
+            fewer = {other: knob for other, knob in chosen.items() if other != name}
+            less = [fewer, *(chosen | {name: knob} for knob in ladder[: ladder.index(chosen[name])])]
+            chosen = next((tried for tried in less if self._fits([*_texts(tried)], mesh, size)), chosen)
+        return {ladder[0].name: chosen[ladder[0].name] for ladder in ladders if ladder[0].name in chosen}
 
     def _at_rest(self, turned: list[Knob], mesh: str | None, size: float) -> dict[str, Knob]:
         """Return the first knobs that lower what a step ends with, until that fits; with all of them it may still not.

@@ -122,7 +122,8 @@ def _rehearsed(
     rehearsal.ledger = ledger = Ledger(rehearsal.device)
     for tensor in (*model.parameters(), *model.buffers()):
         ledger.add(tensor, "weights")
-    ledger.hold(round(done * sum(p.numel() for p in model.parameters()) / 8), "mask")
+    for p in model.parameters():  # one by one, so that those of a layer are repeated with it
+        ledger.hold(round(done * p.numel() / 8), "mask")
     # all gradients of a single group are there before scores are counted
     counts = _HISTOGRAM if done and budget.gradients is not None else 0
     ledger.hold(round(done * budget.room) + counts, "scores")

@@ -79,8 +79,10 @@ def depths(model: nn.Module, recipe: Recipe, mesh: Mesh | None = None) -> tuple[
     ]
     for period in range(1, _MOST_KINDS + 1):
         head = next((i for i in range(len(kinds) - period, 0, -1) if kinds[i - 1] != kinds[i - 1 + period]), 0)
-        # the buffers of three neighbours overlap where ranks gather and reduce them
-        short = head + (2 if mesh is None else 3) * period
+        # the buffers of three neighbours overlap where ranks gather and reduce them; where all that is scored is in
+        # layers, a mask is bounded with the first and the last of them, and neither is as those between
+        ends = recipe.wagle is not None and recipe.scope.kind != "all"
+        short = head + (2 if mesh is None and not ends else 3) * period
         short += (len(layers) - short) % period
         if short + period < len(layers):
             return short, short + period
