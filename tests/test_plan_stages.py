@@ -39,12 +39,16 @@ def test_the_command_line_plans_a_verb_from_the_config_and_writes_nothing(tmp_pa
     given = arguments(tmp_path)
     out = ["--out", str(tmp_path / "out"), "--dry-run"]
     said = {}
-    for verb, more in (("stats", []), ("mask", ["--memory", "64KiB"]), ("mask", ["--memory", "64MiB"])):
+    for verb, more in (
+        ("stats", []), ("stats", ["--packing"]), ("mask", ["--memory", "64KiB"]), ("mask", ["--memory", "64MiB"]),
+        ("mask", ["--memory", "64MiB", "--packing"]),
+    ):  # fmt: skip
         assert main([verb, *given, *more, *out]) == 0
         text = capsys.readouterr().out
         assert text.startswith(f"{verb} on ") and "weights" in text
         said[verb, *more] = float(re.search(r"peak +([\d.]+)$", text, re.M)[1])
     assert said["stats",] < said["mask", "--memory", "64KiB"] < said["mask", "--memory", "64MiB"]
+    assert said["stats", "--packing"] != said["stats",], "rows do not share the rows of a call"
     assert not (tmp_path / "out").exists()
     assert main(["stats", *given, *out, "--mesh", "fsdp=2"]) == 2
     assert "plans a run" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from moe_unlearn import data
 from moe_unlearn.cli.arguments import loading_of, sets_of
+from moe_unlearn.cli.sides import batches_of
 from moe_unlearn.config import Recipe
 from moe_unlearn.data.of_recipe import pair_collator
 from moe_unlearn.data.pairs import side_batches
@@ -84,7 +85,5 @@ def _unloaded(options: argparse.Namespace) -> tuple[nn.Module, dict[str, list[Ba
     model = meta_model(options.model, dtype=options.dtype)
     how = loading_of(options)
     tokenizer = load_tokenizer(options.model, how)
-    pad = data.pad_token_id(tokenizer)
-    sets = sets_of(options, tokenizer)
-    sides = {side: [*data.batches(examples, options.batch_size, pad_id=pad)] for side, examples in sets.items()}
-    return model, sides, torch.device(how.device_map or "cpu")
+    sides = batches_of(options, model, tokenizer, sets_of(options, tokenizer))
+    return model, {side: [*batches] for side, batches in sides.items()}, torch.device(how.device_map or "cpu")

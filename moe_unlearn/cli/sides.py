@@ -19,14 +19,19 @@ from moe_unlearn.model.batches import Batch, beside
 def batches_of(
     options: argparse.Namespace, model: nn.Module, tokenizer: Tokenizer, sets: Mapping[str, Sequence[data.Example]]
 ) -> dict[str, Sequence[Batch]]:
-    """Return the sides in batches on the model's device, whose tokens are checked when they are asked for."""
-    if options.packing:
+    """Return the sides in batches on the model's device, whose tokens are checked when they are asked for.
+
+    For a model on the meta device, of which a plan is made, they stay on the host; whether it keeps packed rows apart
+    can only be seen with its weights.
+    """
+    planned = next(model.parameters()).is_meta
+    if options.packing and not planned:
         data.check_packing(model, rows=2)
     packing = (options.max_length or Data.max_length) if options.packing else None
 
     def admitted(side: str, batch: Batch) -> Batch:
         check_values(batch, side, model, alone=False, moved=False)  # on the host, where reading waits for nothing
-        return beside(batch, model)
+        return batch if planned else beside(batch, model)
 
     made = {}
     for side, examples in sets.items():

@@ -10,6 +10,7 @@ from moe_unlearn import offload
 from moe_unlearn.lazy import each
 from moe_unlearn.model.batches import Batch, attended_mask, refusal
 from moe_unlearn.model.head import head_of
+from moe_unlearn.model.packing import call_of
 from moe_unlearn.plan.assumed import CACHES, reference_head
 from moe_unlearn.plan.mesh import Mesh
 from moe_unlearn.prepare import float8
@@ -50,8 +51,8 @@ def device_of(view: StepView) -> torch.device:
 
 
 def largest(batches: Sequence[Batch], device: torch.device) -> Batch:
-    """Return the batch with the most positions, on a device."""
-    batch = max(batches, key=lambda batch: batch["input_ids"].numel())
+    """Return the batch with the most positions in a call of the model, on a device."""
+    batch = max(batches, key=lambda batch: (call_of(batch).shape.numel(), batch["input_ids"].numel()))
     return {name: value.to(device) for name, value in batch.items()}
 
 
