@@ -99,9 +99,10 @@ class Search:
         lines = []
         if fitting:
             lines.append(f"it fits with {_options(chosen)}")
-        # what fits one device without a mesh is not named once more with one
-        further = [[], *([[*_texts(chosen)]] if chosen and not fitting else [])] if plan.mesh is None else []
-        for overrides in further:
+        further = [[], [*_texts(chosen)]] if plan.mesh is None else []
+        if fitting:  # several devices are named where one takes another experiment
+            further = further[:1] if "scope" in chosen else []
+        for overrides in further[: 1 + bool(chosen)]:
             mesh = next((mesh for mesh in MESHES if self._fits(overrides, mesh, size)), None)
             if mesh is not None:
                 ranks = f"--mesh {mesh} {_options(chosen) if overrides else ''}".strip()
