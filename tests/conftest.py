@@ -2,6 +2,7 @@
 
 import collections
 import fcntl
+import importlib.util
 import os
 
 import pytest
@@ -108,6 +109,18 @@ def trained_models_in_no_home(tmp_path_factory):
     """A user's home may be read-only, and may hold models that older code has trained."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_UNLEARN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def thrifty_interpreter():
+    """Kernels in the interpreter cost a third less; see `thrifty`."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from tests.support.interpreter import thrifty
+
+    with thrifty():
         yield
 
 
