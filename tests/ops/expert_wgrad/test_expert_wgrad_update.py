@@ -41,12 +41,19 @@ IMPLS = impls("expert_wgrad")
 FEW_RULES = ("sgd nesterov", "adamw decay")
 
 
-@cover(takes, indirect=["impl"], impl=IMPLS, rule=tuple(RULES), numerics=tuple(NUMERICS))
-def test_every_rule_and_numerics(numerics, rule, impl):
-    check_update(impl, rule, numerics)
+@cover(
+    takes,
+    indirect=["impl"],
+    impl=IMPLS,
+    rule=tuple(RULES),
+    numerics=tuple(NUMERICS),
+    layout=("contiguous", "transposed"),
+)
+def test_every_rule_and_numerics(layout, numerics, rule, impl):
+    check_update(impl, rule, numerics, layout=layout)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @cover(takes, full=True, indirect=["impl"], impl=IMPLS, numerics=tuple(NUMERICS), rule=FEW_RULES)
 def test_every_numerics_with_momentum_and_with_moments(numerics, rule, impl):
     check_update(impl, rule, numerics, layout="transposed")
