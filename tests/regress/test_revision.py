@@ -1,10 +1,10 @@
 """A tree against a git revision of it: in a scratch repository, and of this project."""
 
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import textwrap
 import time
@@ -172,31 +172,31 @@ def test_what_is_no_revision_or_repository_is_named(repository, tmp_path):
 
 
 def test_ctrl_c_removes_the_worktree_and_the_workers(repository):
-    program = (
-        "import signal, sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+    context = multiprocessing.get_context("fork")
+    said, say = context.Pipe(duplex=False)
+
+    def compared():
         # a job in the background has the signal switched off
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from moe_unlearn.regress.revision import compare\n"
-        "compare('HEAD', modules=[sys.argv[2]], say=lambda line: print(line, flush=True))"
-    )
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            compare("HEAD", modules=[repository / "kernels.py"], say=say.send)
+        except KeyboardInterrupt:
+            say.send("KeyboardInterrupt")
+
     # a kernel that never returns, so that the signal finds the comparison at work
     source = (repository / "kernels.py").read_text(encoding="utf-8")
     (repository / "kernels.py").write_text(
         source + 'case("aaa", lambda x: __import__("time").sleep(600))\n', encoding="utf-8"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, tempfile.tempdir, repository / "kernels.py"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(revision.PACKAGE).parent,
-    )
-    assert "nothing to build" in process.stdout.readline()
+    process = context.Process(target=compared)
+    process.start()
+    assert said.poll(120) and "nothing to build" in said.recv()
     deadline = time.monotonic() + 120
     while len(workers := _children(process.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in process.communicate(timeout=120)[1]
+    os.kill(process.pid, signal.SIGINT)
+    assert said.poll(120) and said.recv() == "KeyboardInterrupt"
+    process.join(120)
     assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
