@@ -58,13 +58,21 @@ def equal(ours, theirs):
     return same and list(ours.packed) == list(theirs.packed) and ours.magnitudes == theirs.magnitudes
 
 
+WAYS = (
+    (("float32", "moe_unlearn"), ("bfloat16", "eager")),
+    (("bfloat16", "moe_unlearn"), ("float32", "grouped_mm")),
+)
+# every family, and every way with one; the other way of the others is nightly
 CASES = [
-    pytest.param(family, dtype, implementation, id=f"{family} {dtype} {implementation}")
+    pytest.param(
+        family,
+        dtype,
+        implementation,
+        id=f"{family} {dtype} {implementation}",
+        marks=pytest.mark.nightly if way and i >= len(WAYS) else (),
+    )
     for i, family in enumerate(TINY_MODELS)
-    for dtype, implementation in (
-        (("float32", "moe_unlearn"), ("bfloat16", "eager")),
-        (("bfloat16", "moe_unlearn"), ("float32", "grouped_mm")),
-    )[i % 2]
+    for way, (dtype, implementation) in enumerate(WAYS[i % 2])
 ]
 
 
