@@ -4,6 +4,7 @@ Importing the package registers transformers' experts implementation "moe_unlear
 """
 
 from moe_unlearn import losses, mollm, ops, trace, wagle
+from moe_unlearn.audit import audit
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import enable
 from moe_unlearn.masks import WeightMask
@@ -18,6 +19,7 @@ __all__ = [
     "UnlearnStep",
     "UnlearnTrainer",
     "WeightMask",
+    "audit",
     "enable",
     "losses",
     "mollm",

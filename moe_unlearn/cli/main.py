@@ -1,7 +1,7 @@
-"""The command line: `moe-unlearn env | stats | mask | alternates | run | eval | delta | apply | ...` (see `--help`).
+"""The command line: `moe-unlearn env | stats | mask | alternates | run | eval | audit | delta | ...` (see `--help`).
 
-`torchrun -m moe_unlearn` starts it on several ranks (`launch`), which share the rows of `run`, `eval`, `stats`, `mask`
-and `alternates`.
+`torchrun -m moe_unlearn` starts it on several ranks (`launch`), which share the rows of `run`, `eval`, `audit`,
+`stats`, `mask` and `alternates`.
 
 Bad input ends with one line that says what was expected and what was given, and with exit code 2; `--traceback`
 shows where it was found. Models are folders written by `save_pretrained`, or models of the hub by their ids; data are
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from moe_unlearn import backend, benchmark, data, masks, trace
 from moe_unlearn.benchmark.trained_cache import clean_cache
-from moe_unlearn.cli import alternates, delta, env, evaluate, paths, plan, purge
+from moe_unlearn.cli import alternates, audit, delta, env, evaluate, paths, plan, purge
 from moe_unlearn.cli.arguments import (
     add_data,
     add_loading,
@@ -51,7 +51,7 @@ from moe_unlearn.runs.summary import check_name, table
 from moe_unlearn.verify import VerificationError
 
 DRY_RUN = "print what memory it takes, from the model's config and the data, and stop"
-_SHARED = ("run", "eval", "stats", "mask", "alternates")  # the verbs that several ranks can share
+_SHARED = ("run", "eval", "audit", "stats", "mask", "alternates")  # the verbs that several ranks can share
 _BAD_INPUT = (
     ValueError,
     OSError,
@@ -355,6 +355,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after")
     sub.add_argument("--delta", action="store_true", help=f"also write what changed since --model, as OUT/{delta.FILE}")
     evaluate.add_arguments(command("eval", evaluate.run))
+    audit.add_arguments(command("audit", audit.run))
     delta.add_arguments(command)
     sub = command("report", write_report)
     sub.add_argument("folder", help="a run folder with summary.json")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from moe_unlearn.audit.report import NAMES as AUDIT
 from moe_unlearn.files import check_output, stream_of
 from moe_unlearn.runs import lock
 from moe_unlearn.runs.folder import MADE, REPORT
@@ -33,6 +34,7 @@ VERBS = {
     "alternates": Paths(("model", "forget"), ("out",)),
     "run": Paths(("model", *_DATA, "reference"), ("out", "cache"), (*MADE, lock.NAME)),
     "eval": Paths(("model", *_DATA, "reference", "before", "data", "reference_run", "classifier"), ("out", "cache")),
+    "audit": Paths(("model", *_DATA, "reference", "before"), ("out", "cache"), AUDIT),
     "delta": Paths(("base", "changed", "recipe"), ("out",)),
     "apply": Paths(("base", "delta"), ("out",)),
     "revert": Paths(("changed", "delta"), ("out",)),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+from moe_unlearn.audit.report import NAMES as AUDIT
 from moe_unlearn.checkpoint.tensor_file import stored_in
 from moe_unlearn.files import UNFINISHED, remove
 from moe_unlearn.prepare.preparation import CACHES
@@ -19,7 +20,7 @@ _CACHED = {f"{kind}-*": what for kind, what in CACHES.items()} | {
     "wagle-*": "scores of a mask that was not finished",
 }
 REMOVED = {
-    "cache": "references: values of the original model on each row",
+    "cache": "references and results: values of the original model and of an audit on each row",
     "checkpoints": "states of the run, with masks and references",
     "data.json": "where the documents lie and which were dropped",
     "delta.safetensors.index.json": "the way back to the original model",
@@ -38,16 +39,17 @@ KEPT = (
     *("recipe.yaml", "report.md", "verified.txt", "manifest", "lock"),
     *(f"{name}.json" for name in ("run", "batch", "loaded", "summary", "seeds", "trajectory", "routing")),
     *("*_SUMMARY.json", "*_SETTINGS.json"),
+    *AUDIT,
 )
-#: what a folder has to hold, one line of these, to be that of a run, of a demo or of an evaluation
-_SIGNS = (("recipe.yaml", "batch.json"), ("seeds.json", "summary.json"), ("*_SETTINGS.json", "*_SUMMARY.json"))
+#: what a folder has to hold, one line of these, to be that of a run, of a demo, of an evaluation or an audit
+_SIGNS = (AUDIT, ("recipe.yaml", "batch.json"), ("seeds.json", "summary.json"), ("*_SETTINGS.json", "*_SUMMARY.json"))
 
 
 def run(options: argparse.Namespace) -> None:
     """Remove from a run's folder all but the model and numbers: copies of what was forgotten, and what reveals it."""
     folder = Path(options.folder)
     if not any(all(any(folder.glob(name)) for name in names) for names in _SIGNS):
-        raise ValueError(f"expected the folder of a run or an evaluation; {folder} is none")
+        raise ValueError(f"expected the folder of a run, an evaluation or an audit; {folder} is none")
     removed = [*_purged(folder, REMOVED)]
     if options.cache:
         cache = Path(options.cache)
@@ -63,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
 
 def add_arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
-    sub.add_argument("folder", metavar="RUN", help="the folder of a run, or of an evaluation")
+    sub.add_argument("folder", metavar="RUN", help="the folder of a run, an evaluation or an audit")
     sub.add_argument("--cache", help="the folder that was its --cache, where the same is removed for all runs")
 
 

@@ -31,6 +31,18 @@ def verbmem(
     compared as text by `unicode_rouge.rouge_scorer`, without stemming. Examples with nothing but the prompt are left
     out. Raises NothingToMeasureError if none remains.
     """
+    return _mean(verbmem_each(model, tokenizer, examples, prompt_tokens=prompt_tokens, new_tokens=new_tokens))
+
+
+def verbmem_each(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    *,
+    prompt_tokens: int = 16,
+    new_tokens: int = 128,
+) -> list[float | None]:
+    """Return the numbers of which `verbmem` is the mean, one an example: None for one that it leaves out."""
     kept, special = with_prompts(examples, prompt_tokens), special_ids(tokenizer)
     truths = [_until(e.input_ids[cut : cut + new_tokens], special) for e, cut, _ in kept]
     longest = max(map(len, truths))
@@ -43,7 +55,7 @@ def verbmem(
         answer = answer[: min(new_tokens, len(e) - cut)]
         score = scorer.score(tokenizer.decode(truth), tokenizer.decode(answer))
         scores.append(score["rougeL"].fmeasure)
-    return sum(scores) / len(scores)
+    return _placed([len(e) > _cut(e, prompt_tokens) for e in examples], scores)
 
 
 def extraction(
@@ -58,13 +70,25 @@ def extraction(
     The prefix is the title or prompt; an example without either is prompted with its first `prompt_tokens` tokens.
     Examples that are too short are left out. Raises NothingToMeasureError if none remains.
     """
+    return _mean(extraction_each(model, examples, tokens=tokens, prompt_tokens=prompt_tokens))
+
+
+def extraction_each(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    tokens: int = 16,
+    prompt_tokens: int = 8,
+) -> list[float | None]:
+    """Return the numbers of which `extraction` is the mean, 0 or 1 an example: None for one that it leaves out."""
     cuts = [e.prefix or prompt_tokens for e in examples]
-    kept = [(e, cut) for e, cut in zip(examples, cuts, strict=True) if len(e) >= cut + tokens]
+    fits = [len(e) >= cut + tokens for e, cut in zip(examples, cuts, strict=True)]
+    kept = [(e, cut) for e, cut, fit in zip(examples, cuts, fits, strict=True) if fit]
     if not kept:
         raise NothingToMeasureError(f"expected an example with {tokens} tokens after its prefix; got none")
     answers = greedy(model, [e.asked or e.input_ids[:cut] for e, cut in kept], tokens)
     pairs = zip(kept, answers, strict=True)
-    return sum(answer == e.input_ids[cut : cut + tokens] for (e, cut), answer in pairs) / len(kept)
+    return _placed(fits, [float(answer == e.input_ids[cut : cut + tokens]) for (e, cut), answer in pairs])
 
 
 def exact_memorization(score: TokenScores) -> float | None:
@@ -109,15 +133,21 @@ def knowmem(
     """
     if scores is None:
         scores = token_scores(model, examples, pad_id=pad_token_id(tokenizer))
-    fractions = []
+    return _mean(knowmem_each(tokenizer, examples, scores, words=words))
+
+
+def knowmem_each(
+    tokenizer: Tokenizer, examples: Sequence[Example], scores: Sequence[TokenScores], *, words: int = 5
+) -> list[float | None]:
+    """Return the numbers of which `knowmem` is the mean, one an example: None for one that it leaves out."""
+    fractions: list[float | None] = []
     for example, score in zip(examples, scores, strict=True):
         spans = cloze_spans(example, tokenizer, words)
-        if spans:
-            filled = [bool(score.correct[start - 1 : stop - 1].all()) for start, stop in spans]
-            fractions.append(sum(filled) / len(filled))
-    if not fractions:
+        filled = [bool(score.correct[start - 1 : stop - 1].all()) for start, stop in spans]
+        fractions.append(sum(filled) / len(filled) if filled else None)
+    if all(own is None for own in fractions):
         raise NothingToMeasureError("expected an example with a word of at least 4 letters after its prefix; got none")
-    return sum(fractions) / len(fractions)
+    return fractions
 
 
 def cloze_spans(example: Example, tokenizer: Tokenizer, words: int, *, min_letters: int = 4) -> list[tuple[int, int]]:
@@ -186,13 +216,29 @@ def with_prompts(examples: Sequence[Example], prompt_tokens: int) -> list[tuple[
     """
     kept = []
     for example in examples:
-        masked = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
-        cut = masked or prompt_tokens
+        cut = _cut(example, prompt_tokens)
         if len(example) > cut:
             kept.append((example, cut, example.asked or example.input_ids[:cut]))
     if not kept:
         raise NothingToMeasureError(f"expected an example longer than its prompt of {prompt_tokens} tokens; got none")
     return kept
+
+
+def _cut(example: Example, prompt_tokens: int) -> int:
+    """Return where the prompt of an example ends: the masked one, or its first `prompt_tokens` tokens."""
+    masked = next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example))
+    return masked or prompt_tokens
+
+
+def _placed(fits: Sequence[bool], scores: Sequence[float]) -> list[float | None]:
+    """Return the scores at the places of the examples that fit, and None at the others."""
+    left = iter(scores)
+    return [next(left) if fit else None for fit in fits]
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known)
 
 
 def _until(tokens: list[int], special: set[int]) -> list[int]:

@@ -1,0 +1,50 @@
+"""Go on along the line from the former weights to the unlearned ones, and ask at every point.
+
+    theta(a) = theta_before + a (theta_after - theta_before),     a in [0, 1.5]
+
+Before a = 1 the point holds a part of the former weights, so that a text that is there says how near it lies and not
+that it was hidden: these points make a curve and no verdict. Beyond a = 1 no former weight is put back; a text that
+returns there was covered, not removed.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_unlearn.audit.attack import Attack, Outcome, Target, Variant
+from moe_unlearn.audit.weights import restored
+from moe_unlearn.metrics.workers import check_whole
+from moe_unlearn.ranks import local
+
+POINTS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.25, 1.5)
+_PART = 2**24  # weights that are moved at a time
+
+
+def _run(target: Target) -> Outcome:
+    check_whole(target.model, "the attack by interpolation")
+    after, before = (dict(local(model).named_parameters()) for model in (target.model, target.before))
+    pairs = {name: (own, before[name]) for name, own in after.items() if not torch.equal(own.cpu(), before[name].cpu())}
+    variants = {}
+    for a in POINTS:
+        with restored(own for own, _ in pairs.values()), torch.no_grad():
+            for own, former in pairs.values():
+                _move(own, former, a)
+            label = f"weights at a = {a:g}"
+            variants[f"{a:g}"] = Variant(label, target.read(), judged=a > 1)
+    return Outcome(variants, {"points": list(POINTS)})
+
+
+def _move(own: Tensor, former: Tensor, a: float) -> None:
+    flat = own.detach().reshape(-1) if own.is_contiguous() else None
+    if flat is None:
+        own.copy_(torch.lerp(former.to(own.device).float(), own.float(), a))
+        return
+    for into, old in zip(flat.split(_PART), former.detach().reshape(-1).split(_PART), strict=True):
+        into.copy_(torch.lerp(old.to(into.device).float(), into.float(), a))
+
+
+ATTACK = Attack(
+    "interpolation",
+    "Along the update",
+    "The weights are moved along the line from the former model to this one, and beyond it.",
+    _run,
+)

@@ -1,0 +1,120 @@
+"""`moe-unlearn audit`, which tries to bring back what a model was made to forget, and says whether it came."""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from moe_unlearn import data
+from moe_unlearn.audit import ATTACKS, Report, Settings
+from moe_unlearn.audit.documents import content_of
+from moe_unlearn.audit.report import NAMES
+from moe_unlearn.audit.run import audit
+from moe_unlearn.audit.summary import rows, summary
+from moe_unlearn.cli.arguments import add_data, examples_of, loading_of, positive, sets_of, writable
+from moe_unlearn.config import Recipe
+from moe_unlearn.files import make_private, read_sealed
+from moe_unlearn.model import loading
+from moe_unlearn.ranks import on_first
+
+_RECIPE, _FACTS = "recipe.yaml", "run.json"
+
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the options of the verb."""
+    add_data(sub, required=("forget", "retain", "holdout"))
+    sub.add_argument("--before", required=True, help="the model's folder before unlearning")
+    sub.add_argument(
+        "--reference", help="the folder of a model retrained without the forget set: the null of every attack"
+    )
+    sub.add_argument("--out", required=True, help="folder of the report, and of what the audit needs to go on")
+    sub.add_argument(
+        "--attacks", metavar="A,B", help=f"of {', '.join(ATTACKS)}: those to make beside the first (default: all)"
+    )
+    sub.add_argument(
+        "--budget", type=float, metavar="MINUTES", help="begin no attack after so long; the others are not tested"
+    )
+    defaults = Settings()
+    sub.add_argument(
+        "--relearn-steps",
+        type=positive,
+        default=defaults.relearn_steps,
+        help=f"steps of the attacks by fine-tuning (default {defaults.relearn_steps})",
+    )
+    sub.add_argument(
+        "--relearn-lr",
+        type=float,
+        default=defaults.relearn_lr,
+        help=f"their step size (default {defaults.relearn_lr:g})",
+    )
+    sub.add_argument("--seed", type=int, default=defaults.seed)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Try to bring the forgotten documents back by every attack, and report whether they are gone or hidden."""
+    how = loading_of(options)
+    attacks = list(ATTACKS) if options.attacks is None else [name for name in options.attacks.split(",") if name]
+    if unknown := [name for name in attacks if name not in ATTACKS]:
+        raise ValueError(f"expected --attacks among {', '.join(ATTACKS)}; got {unknown[0]!r}")
+    out = Path(options.out)
+    writable(out, folder=True)
+    for folder in filter(None, (options.model, options.before, options.reference)):
+        loading.located(folder)  # they are loaded one after the other, long after this
+    tokenizer = loading.load_tokenizer(options.model, how)
+    sets: dict[str, Any] = sets_of(options, tokenizer, ("forget", "retain", "holdout"))
+    trained = trained_on(options, tokenizer)
+    on_first(partial(make_private, out))
+    report = audit(
+        partial(_loaded, options.model, how),
+        tokenizer,
+        before=partial(_loaded, options.before, how),
+        reference=None if options.reference is None else partial(_loaded, options.reference, how),
+        **sets,
+        out=out,
+        trained=trained,
+        attacks=attacks,
+        minutes=options.budget,
+        cache_dir=options.cache or out / "cache",
+        batch_size=options.batch_size,
+        settings=Settings(relearn_steps=options.relearn_steps, relearn_lr=options.relearn_lr, seed=options.seed),
+    )
+    _print(report, out)
+
+
+def trained_on(options: argparse.Namespace, tokenizer: Tokenizer) -> set[tuple[int, ...]]:
+    """Return the content of all rows that the run which made a model, RUN/model, says that it was trained on.
+
+    RUN/recipe.yaml names the sources, which are read again and cut as the audit's rows are, and RUN/run.json the sides
+    that were trained on: forget and retain, and holdout where the run's facts have its digest. Without them, and where
+    a source is not there any more, stderr says that nothing is known.
+    """
+    folder = Path(options.model).resolve().parent
+    if not (folder / _RECIPE).is_file():
+        return set()
+    try:
+        recipe = Recipe.load(folder / _RECIPE)
+        facts = json.loads(read_sealed(folder / _FACTS)) if (folder / _FACTS).is_file() else {}
+        sides = ["forget", "retain", *(["holdout"] if "holdout" in facts else [])]
+        sources = {side: source for side in sides if (source := getattr(recipe.data, side)) is not None}
+        found = [examples_of(source, tokenizer, options, side) for side, source in sources.items()]
+    except (OSError, ValueError, data.MissingLibraryError) as error:
+        print(
+            f"what {options.model} was trained on cannot be read, {error}: holdout rows among it stay", file=sys.stderr
+        )
+        return set()
+    return {content_of(row) for own in found for row in own}
+
+
+def _loaded(folder: str, how: loading.Loading) -> Any:
+    return loading.load_model(folder, how)[0]
+
+
+def _print(report: Report, out: Path) -> None:
+    for title, _, sign, verdict in rows(report):
+        print(f"{title:<24} {verdict:<11} {sign}")
+    print(f"\n{report.verdict}: {summary(report)}")
+    print(*(out / name for name in NAMES), sep="\n")

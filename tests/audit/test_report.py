@@ -1,0 +1,137 @@
+"""The report's three files, what they say, and the command line that writes them."""
+
+import json
+import re
+import stat
+from xml.etree import ElementTree
+
+import pytest
+
+from moe_unlearn.audit import Settings, audit, figures
+from moe_unlearn.audit.attack import SIDES
+from moe_unlearn.audit.report import NAMES, write
+from moe_unlearn.cli import main
+from moe_unlearn.config import Recipe
+from moe_unlearn.files import write_sealed
+
+
+@pytest.fixture(scope="module")
+def report(experiment, rows):
+    few = {side: own[:10] for side, own in rows.items()}
+    return audit(
+        experiment.target, experiment.tokenizer, before=experiment.target, say=lambda line: None, minutes=1.0, **few
+    )
+
+
+def test_the_three_files(report, tmp_path):
+    assert write(tmp_path / "out", report) == [tmp_path / "out" / name for name in NAMES]
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700
+    text, page, plain = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in NAMES)
+    content = json.loads(plain, parse_constant=pytest.fail)  # no NaN, no Infinity
+    assert content["verdict"] == "present" == content["attacks"]["plain"]
+    assert len(content["findings"]) == len(report.findings)
+    assert text.startswith("# Audit of forgetting: present\n") and "| **present** |" in text
+    assert "<svg" in page and not re.search(r"(src|href)=|https?:|url\(|<script", page)
+    assert "prefers-color-scheme: dark" in page
+    for drawn in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(drawn)  # well formed
+
+
+def test_no_report_holds_a_text(report, experiment, rows, tmp_path):
+    write(tmp_path, report)
+    words = experiment.tokenizer.decode(rows["forget"][0].input_ids[8:], skip_special_tokens=True).split()
+    longest = max(words, key=len)
+    assert len(longest) > 6 and not any(longest in (tmp_path / name).read_text(encoding="utf-8") for name in NAMES)
+
+
+def test_what_a_figure_has_nothing_for_is_left_out():
+    assert figures.forest([], 0.1) == figures.curves({}, "x", "y") == figures.heat([], [], []) == ""
+    drawn = figures.heat([[0.5, None]], ["layer 0"], ["expert 0", "expert 1"])
+    assert drawn.count('class="cell"') == drawn.count('class="empty"') == 1
+    assert figures.curves({"a": [(0, 1), (1, 1)], "b": [(0, 2), (1, 1)]}, "x", "y").count("<polyline") == 2
+
+
+@pytest.fixture
+def folder(experiment, tmp_path):
+    documents = {
+        side: [
+            experiment.tokenizer.decode(e.input_ids, skip_special_tokens=True) for e in getattr(experiment, side)[:10]
+        ]
+        for side in ("forget", "retain", "holdout")
+    }
+    for side, texts in documents.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / f"{side}.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    for name, model in (("before", experiment.target), ("run/model", experiment.retrain)):
+        model.save_pretrained(tmp_path / name)
+        experiment.tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def asked(folder, *more, **changed):
+    options = {"model": "run/model", "before": "before", "out": "out"}
+    options |= {side: f"{side}.jsonl" for side in SIDES} | changed
+    return main(["audit", *(f"--{name}={folder / value}" for name, value in options.items()), "--max-length=32", *more])
+
+
+def test_the_command_line_goes_on_where_it_was(folder, capsys):
+    assert asked(folder, "--attacks", "plain") == 0
+    told = capsys.readouterr()
+    assert "Asked as it is" in told.out and "AUDIT.html" in told.out and "former model" in told.err
+    assert stat.S_IMODE((folder / "out").stat().st_mode) == 0o700
+    content = json.loads((folder / "out" / "AUDIT.json").read_text(encoding="utf-8"))
+    assert content["not_tested"]["rounding"] == "it was not asked for"
+    kept = sorted((folder / "out" / "cache").glob("result-*"))
+    assert len(kept) == 2  # of the model and of the one before
+    assert asked(folder, "--attacks", "plain,rounding") == 0
+    assert "former model: asked" not in capsys.readouterr().err  # known
+    assert set(kept) < set((folder / "out" / "cache").glob("result-*"))
+    assert main(["purge", str(folder / "out")]) == 0
+    assert {path.name for path in (folder / "out").iterdir()} == set(NAMES)
+
+
+def test_holdout_rows_that_the_run_trained_on_are_left_out(folder, capsys):
+    def ran_with(*sides):
+        recipe = Recipe.load("graddiff", [f"data.{side}={folder / f'{side}.jsonl'}" for side in sides])
+        (folder / "run" / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+    unseen, trained = (lines_of(folder / f"{side}.jsonl") for side in ("holdout", "retain"))
+    (folder / "holdout.jsonl").write_text("".join([*unseen, *trained[:2]]), encoding="utf-8")
+    (folder / "own.jsonl").write_text("".join(trained[2:]), encoding="utf-8")  # not what the run had
+    ran_with("forget", "retain")
+    assert asked(folder, "--attacks", "plain", retain="own.jsonl") == 0
+    content = json.loads((folder / "out" / "AUDIT.json").read_text(encoding="utf-8"))
+    assert content["documents"]["holdout"] == 10
+    assert content["left_out"] == ["2 holdout rows were trained on, and are no unseen text"]
+    # a run that trained on its holdout rows says so
+    ran_with(*SIDES)
+    write_sealed(folder / "run" / "run.json", json.dumps({"holdout": "digest"}).encode())
+    assert asked(folder, "--attacks", "plain", retain="own.jsonl") == 2
+    assert "holdout: expected documents to audit with; got 12 holdout rows were trained on" in capsys.readouterr().err
+
+
+def lines_of(path):
+    return path.read_text(encoding="utf-8").splitlines(True)
+
+
+@pytest.mark.parametrize(
+    ("more", "changed", "message"),
+    [
+        (["--attacks", "guess"], {}, "expected --attacks among plain"),
+        (["--budget", "0"], {}, "expected a budget above 0 minutes; got 0"),
+        ([], {"before": "nothing"}, "expected a model folder written by save_pretrained"),
+        ([], {"out": "run/model"}, "expected an output apart from what is read"),
+        ([], {"out": "forget.jsonl"}, ""),
+    ],
+)
+def test_refusals_leave_nothing_behind(more, changed, message, folder, capsys):
+    there = sorted(folder.rglob("*"))
+    assert asked(folder, *more, **changed) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and message in told
+    assert sorted(folder.rglob("*")) == there
+
+
+def test_settings_are_written(report):
+    assert report.to_dict()["settings"]["relearn_steps"] == Settings().relearn_steps
