@@ -217,6 +217,7 @@ def test_one_op_one_file():
         "checks",
         "exact_sums",
         "gate",
+        "legal",
         "moments",
         "schema",
         "sink",

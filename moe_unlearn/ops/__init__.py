@@ -4,6 +4,7 @@ from moe_unlearn.ops.expert_mlp import expert_mlp, expert_mlp_ref
 from moe_unlearn.ops.expert_wgrad import expert_wgrad, expert_wgrad_ref
 from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights, Gate
 from moe_unlearn.ops.gram import gram, gram_factors, gram_ref
+from moe_unlearn.ops.legal import check_device
 from moe_unlearn.ops.masked_update import (
     SGD,
     AdamW,
@@ -29,6 +30,7 @@ __all__ = [
     "RetainWeights",
     "Routing",
     "Update",
+    "check_device",
     "expert_mlp",
     "expert_mlp_ref",
     "expert_wgrad",

@@ -3,9 +3,9 @@
 Dtypes, shapes, devices and options are checked where a public function is called. The numbers in index tensors are
 checked inside the custom op, before its kernel, so that compiled code is checked too: kernels address memory by them.
 
-On the CPU they are read, one pass for each tensor. On another device reading would wait, so that `torch._assert_async`
-checks them there, as torch's own indexing does: a wrong index ends the use of the device before a kernel reads it.
-That takes 4 to 12 small launches for each tensor.
+On the CPU they are read, one pass for each tensor. On another device reading would wait, so that public functions make
+them legal there first (`legal`), in 4 to 14 small launches for each tensor. What calls a custom op by its own name has
+`torch._assert_async`, as torch's own indexing: a wrong index ends the use of the device before a kernel reads it.
 
 What an op of ours made (`vouch`) is legal and gets no look, until it is changed in place. A change that autograd would
 not notice either, through `.data` or an array that shares the memory, goes unseen.

@@ -38,6 +38,7 @@ from moe_unlearn import backend, native
 from moe_unlearn.ops.checks import check_layer, check_objects, check_routing, vouch
 from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad
 from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights, activate, activate_backward
+from moe_unlearn.ops.legal import legal_indices, legal_offsets
 from moe_unlearn.ops.schema import fields
 
 _PLAIN = ExpertLayout()
@@ -86,8 +87,11 @@ def expert_mlp(
         routed = _autocast(hidden_states), top_k_weights, sorted_rows, expert_offsets
         with torch.autocast(device, enabled=False):
             return layer(*routed, narrow, impl=impl).to(hidden_states.dtype)
-    operands = hidden_states, top_k_weights, sorted_rows, expert_offsets, *weights, trained_experts
     check_layer(hidden_states, top_k_weights, sorted_rows, expert_offsets, weights, layout, trained_experts)
+    expert_offsets = legal_offsets(expert_offsets, len(sorted_rows))
+    trained_experts = legal_indices("trained_experts", trained_experts, len(expert_offsets) - 1)
+    sorted_rows = legal_indices("sorted_rows", sorted_rows, len(sorted_rows), expert_offsets)
+    operands = hidden_states, top_k_weights, sorted_rows, expert_offsets, *weights, trained_experts
     op = _expert_mlp if sink is None else functools.partial(_WithSink.apply, sink, bounded)
     out: Tensor = op(*operands, *layout.flat(), impl)[0]
     return out

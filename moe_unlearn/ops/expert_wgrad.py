@@ -29,6 +29,7 @@ from torch.library import custom_op
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import unpack_bits
 from moe_unlearn.ops.checks import check_factors, check_momentum, check_numerics, check_objects, check_rows, num_listed
+from moe_unlearn.ops.legal import legal_indices, legal_offsets
 from moe_unlearn.ops.masked_update import SGD, AdamW, Rule, Update, masked_adamw_, masked_sgd_, unflattened
 from moe_unlearn.ops.schema import fields
 
@@ -77,11 +78,23 @@ def expert_wgrad(
     """
     factors = Factors(grad, input, expert_offsets, grad_rows, input_rows)
     check_factors(factors, experts, mask, {} if out is None else {"out": out})
+    factors, experts = _legal(factors, experts)
     if out is not None:
         _accumulate(out, *factors, experts, mask, impl)
         return out
     dw: Tensor = _expert_wgrad(*factors, experts, mask, grad.dtype if out_dtype is None else out_dtype, impl)
     return dw
+
+
+def _legal(factors: Factors, experts: Tensor | None) -> tuple[Factors, Tensor | None]:
+    """Return factors and experts that lead nowhere outside, on a device that is not read."""
+    grad, input, offsets, grad_rows, input_rows = factors
+    sides = (grad, grad_rows), (input, input_rows)
+    offsets = legal_offsets(offsets, min(len(values if rows is None else rows) for values, rows in sides))
+    experts = legal_indices("experts", experts, num_listed(offsets, None))
+    grad_rows = legal_indices("grad_rows", grad_rows, len(grad), offsets, experts)
+    input_rows = legal_indices("input_rows", input_rows, len(input), offsets, experts)
+    return factors._replace(expert_offsets=offsets, grad_rows=grad_rows, input_rows=input_rows), experts
 
 
 def expert_wgrad_ref(
@@ -138,6 +151,7 @@ def expert_wgrad_sgd_(
     check_factors(factors, experts, mask, {"momentum_buffer": momentum_buffer, "master": master}, weight)
     check_momentum(momentum_buffer, rule)
     check_numerics(weight, {"momentum_buffer": momentum_buffer}, update, master)
+    factors, experts = _legal(factors, experts)
     _sgd(weight, momentum_buffer, master, *factors, experts, mask, *rule, *update, impl)
 
 
@@ -171,6 +185,7 @@ def expert_wgrad_adamw_(
     moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     check_factors(factors, experts, mask, {**moments, "master": master}, weight)
     check_numerics(weight, moments, update, master)
+    factors, experts = _legal(factors, experts)
     _adamw(weight, exp_avg, exp_avg_sq, master, *factors, experts, mask, *rule, *update, impl)
 
 
@@ -220,6 +235,8 @@ def expert_wgrad_inner(
     shapes = [(f.grad.shape[1], f.input.shape[1], f.grad.dtype) for f in gradients]
     if len(set(shapes)) > 1:
         raise ValueError(f"the gradients must have one M, P and dtype; got {shapes}")
+    made = [_legal(factors, experts) for factors in gradients]
+    gradients, experts = [factors for factors, _ in made], made[0][1]
     grams: Tensor = _inner(*map(list, zip(*gradients, strict=True)), experts, mask, impl)
     return grams
 

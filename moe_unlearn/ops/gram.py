@@ -27,6 +27,7 @@ from torch import Tensor
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import unpack_bits, words_shape
 from moe_unlearn.ops.checks import check_offsets
+from moe_unlearn.ops.legal import legal_offsets
 
 BLOCK = 1 << 20  # elements widened to float64 at a time
 
@@ -98,6 +99,7 @@ def gram_factors(
     operands that do not fit and for offsets that do not rise from 0 to at most R.
     """
     _check_factors(row_gradients, inputs, expert_offsets)
+    expert_offsets = legal_offsets(expert_offsets, len(inputs))
     total: Tensor = _gram_factors(list(row_gradients), inputs, expert_offsets, impl)
     return total
 

@@ -7,11 +7,11 @@
             m <- m + (1 - beta1) * (g - m);  v <- beta2 * v + (1 - beta2) * g^2
             w <- w - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 
-Shapes: param [n0, ..., n]; `mask` int32 words [..., ceil(n / 32)] (`ops.bits`), None for all ones. A weight
-whose bit is 0 keeps its bits, without weight decay too, and so does its state. `slices` [M] names the slices
-along dimension 0 that train at all: grad, state, master and mask are then compact, [M, ...] standing for
-param[slices]. Worked example, param [64, I, H] (64 experts), slices = [3, 17]: grad and moments are
-[2, I, H], mask [2, I, ceil(H / 32)], and 62 experts have neither gradient nor state.
+Shapes: param [n0, ..., n]; `mask` int32 words [..., ceil(n / 32)] (`ops.bits`), None for all ones. A weight whose bit
+is 0 keeps its bits, without weight decay too, and so does its state. `slices` [M] names the slices along dimension 0
+that train at all: grad, state, master and mask are then compact, [M, ...] standing for param[slices]. Worked example,
+param [64, I, H] (64 experts), slices = [3, 17]: grad and moments are [2, I, H], mask [2, I, ceil(H / 32)], and 62
+experts have neither gradient nor state.
 
 The arguments choose the numerics:
 
@@ -26,10 +26,10 @@ The arguments choose the numerics:
     packed state, uint8                 blocks of 8-bit codes with a scale, of parameters with at least two
                                         dimensions; zero before the first step
 
-A float64 parameter is computed in float64. Stochastic rounding is Philox (`ops.bits`) of seed, parameter_id,
-step and the flat index in the *whole* parameter, so it does not depend on slices, order or threads; it
-leaves float32 and float64 parameters, which need no rounding, alone. A shard, rows [a, b) of a parameter along
-dimension 0, is rounded as those rows of the whole with first_row = a. `ops.moments` specifies narrow state.
+A float64 parameter is computed in float64. Stochastic rounding is Philox (`ops.bits`) of seed, parameter_id, step and
+the flat index in the *whole* parameter, so it does not depend on slices, order or threads; it leaves float32 and
+float64 parameters, which need no rounding, alone. A shard, rows [a, b) of a parameter along dimension 0, is rounded as
+those rows of the whole with first_row = a. `ops.moments` specifies narrow state.
 
 The update is deterministic, since no element depends on another. Source: the documented formulas of torch.optim.SGD
 and AdamW (decoupled weight decay); the masking of the update and compact state are our specification.
@@ -45,6 +45,7 @@ from torch import Tensor
 from moe_unlearn import backend, native
 from moe_unlearn.ops.bits import philox_words, round_stochastic, unpack_bits
 from moe_unlearn.ops.checks import check_indices, check_momentum, check_objects, check_update
+from moe_unlearn.ops.legal import legal_slices
 from moe_unlearn.ops.moments import is_narrow, narrowed, widened
 from moe_unlearn.ops.schema import fields
 
@@ -160,13 +161,12 @@ def masked_sgd_(
         master: float32, shaped like grad; with rounding "nearest" only.
         slices: int64 [M], distinct indices into dimension 0.
 
-    Raises TypeError or ValueError for a dtype, shape, device or option that does not fit, IndexError for a slice that
-    is not there.
+    Raises TypeError or ValueError for a dtype, shape, device or option that does not fit, IndexError for a bad slice.
     """
     check_objects(rule=(rule, SGD), update=(update, Update))
     check_momentum(momentum_buffer, rule)
     check_update(param, grad, {"momentum_buffer": momentum_buffer}, mask, update, master, slices)
-    _masked_sgd(param, grad, momentum_buffer, mask, master, slices, *rule, *update, impl)
+    _masked_sgd(param, grad, momentum_buffer, mask, master, legal_slices(param, slices), *rule, *update, impl)
 
 
 def masked_sgd_ref(
@@ -210,7 +210,7 @@ def masked_adamw_(
     """
     check_objects(rule=(rule, AdamW), update=(update, Update))
     check_update(param, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, mask, update, master, slices)
-    _masked_adamw(param, grad, exp_avg, exp_avg_sq, mask, master, slices, *rule, *update, impl)
+    _masked_adamw(param, grad, exp_avg, exp_avg_sq, mask, master, legal_slices(param, slices), *rule, *update, impl)
 
 
 def masked_adamw_ref(

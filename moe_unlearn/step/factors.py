@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_unlearn.errors import NonFiniteError
-from moe_unlearn.ops import gram_factors
+from moe_unlearn.ops import gram_factors, legal
 from moe_unlearn.ops.checks import vouch
 from moe_unlearn.ops.expert_wgrad import BoundedFactors, Factors, expert_wgrad_inner
 
@@ -48,10 +48,19 @@ def largest_sum(factors: Factors) -> Tensor:
 
 
 def look(values: Sequence[Tensor]) -> list[float]:
-    """Read numbers [] from the device, all in one transfer; this is where a step waits for the device."""
+    """Read numbers [] from the device, all in one transfer; this is where a step waits for the device.
+
+    Raises IndexError if an op has met illegal indices there.
+    """
     if not values:
         return []
-    return torch.stack([value.detach().double().to(values[0].device) for value in values]).tolist()
+    device = values[0].device
+    met = legal.flag(device)
+    asked = [*values, *([] if met is None else [met])]
+    found: list[float] = torch.stack([value.detach().double().to(device) for value in asked]).tolist()
+    if met is not None:
+        legal.raise_if_met(device, int(found.pop()))
+    return found
 
 
 def join(parts: Sequence[tuple[float, Factors]], trained_slices: Tensor | None = None) -> tuple[Factors, Tensor]:

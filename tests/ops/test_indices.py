@@ -7,9 +7,14 @@ import pytest
 import torch
 
 from moe_unlearn import ops
-from moe_unlearn.ops import checks
+from moe_unlearn.ops import checks, legal
 from moe_unlearn.ops.expert_wgrad import Factors, expert_wgrad, expert_wgrad_inner, expert_wgrad_sgd_
+from moe_unlearn.step import UnlearnStep
 from tests.ops.expert_mlp.cases import case
+from tests.support.batches import random_batches
+from tests.support.models import tiny_olmoe
+from tests.support.steps import VOCAB, recipe, weights
+from tests.support.steps import changed as changed_weights
 
 pytestmark = pytest.mark.quick
 ROWS = Factors(torch.ones(3, 4), torch.ones(5, 6), torch.tensor([0, 1, 3]).int(), None, torch.tensor([4, 0, 2]))
@@ -69,13 +74,56 @@ def test_a_wrong_index_is_named(name):
         call()
 
 
-@pytest.mark.parametrize("name", [name for name in WRONG if name != "twice"])
-def test_on_a_device_the_same_is_asserted_without_a_look(name, monkeypatch):
-    """`torch._assert_async` of a CPU's tensor raises at once."""
-    call, _, message = WRONG[name]
+@pytest.fixture
+def on_a_device(monkeypatch):
+    """The CPU takes the way of a device that is not waited for, on which `torch._assert_async` raises at once."""
     monkeypatch.setattr(checks, "_is_readable", lambda indices: False)
-    with pytest.raises(RuntimeError, match=message.partition("; got")[0].partition(" .*")[0]):
-        call()
+    monkeypatch.setattr(legal, "_met", {})
+
+
+@pytest.mark.parametrize("name", [name for name in WRONG if name != "twice"])
+def test_on_a_device_the_same_is_met_without_a_look(name, on_a_device):
+    """The op reads and writes within bounds; whoever looks next is told once."""
+    call, _, message = WRONG[name]
+    call()
+    with pytest.raises(IndexError, match=f"an op on cpu met indices outside .*: {message.split()[0]}"):
+        ops.check_device("cpu")
+    ops.check_device("cpu")
+
+
+def test_illegal_indices_become_legal_ones(on_a_device):
+    assert legal.legal_offsets(ints(1, -4, 2, 1, 9, 5), 6).tolist() == [0, 0, 2, 2, 6, 6]
+    assert legal.legal_offsets(ints(0, 2, 3, 1, -1, 9).view(3, 2), 6).tolist() == [[0, 2], [3, 3], [0, 6]]
+    wild = ints(7, -1, 3, 8)
+    assert legal.legal_indices("grad_rows", wild, 4).tolist() == [0, 0, 3, 0]
+    assert legal.legal_indices("grad_rows", wild, 4, ints(0, 1, 3), ints(1)).tolist() == [7, 0, 3, 8]
+    offsets = ints(0, 2, 6)
+    made = legal.legal_offsets(offsets, 6)
+    assert torch.equal(made, offsets) and legal.legal_offsets(made, 6) is made
+
+
+def test_a_layer_goes_backward_from_illegal_indices(on_a_device):
+    inputs = case(tokens=4, top_k=2, experts=3) | {"sorted_rows": ints(9, *range(1, 8))}
+    layer = ops.ExpertWeights(inputs["gate_up_proj"].requires_grad_(), inputs["down_proj"].requires_grad_())
+    routed = [inputs[name] for name in ("hidden_states", "top_k_weights", "sorted_rows", "expert_offsets")]
+    ops.expert_mlp(*routed, layer, trained_experts=ints(2, 5)).sum().backward()
+    with pytest.raises(IndexError, match="trained_experts, sorted_rows; it took others"):
+        ops.check_device("cpu")
+
+
+@pytest.mark.parametrize("guard", ["strict", "loss"])
+def test_a_step_tells_what_an_op_has_met_before_it_updates(guard, on_a_device):
+    """It looks where it reads its losses anyway."""
+    step = UnlearnStep(tiny_olmoe(VOCAB, num_hidden_layers=1), recipe("graddiff", f"guard={guard}"))
+    forget, retain = (random_batches(VOCAB, 1, rows=2, length=8, seed=seed)[0] for seed in (1, 2))
+    before = weights(step.model)
+    handle = step.model.model.layers[0].register_forward_hook(lambda *_: slices(1, 2))
+    with pytest.raises(IndexError, match="an op on cpu met indices outside of what they index: slices;"):
+        step(forget, retain)
+    assert not changed_weights(step.model, before)
+    handle.remove()
+    step(forget, retain)
+    assert changed_weights(step.model, before)
 
 
 def test_rows_of_experts_that_are_not_listed_may_lead_anywhere(monkeypatch):
@@ -87,10 +135,9 @@ def test_rows_of_experts_that_are_not_listed_may_lead_anywhere(monkeypatch):
         assert torch.equal(expert_wgrad(**wild._asdict(), experts=second), expected)
 
 
-def test_what_an_op_made_is_asserted_only_where_something_changed_it(monkeypatch):
-    asked = []
-    monkeypatch.setattr(checks, "_is_readable", lambda indices: False)
-    monkeypatch.setattr(torch, "_assert_async", lambda fine, message: asked.append(message))
+def test_what_an_op_made_is_looked_at_only_where_something_changed_it(on_a_device, monkeypatch):
+    asked, note = [], legal._note
+    monkeypatch.setattr(legal, "_note", lambda place, wrong: (asked.append(place), note(place, wrong)))
     taken = {}
     inputs = case(tokens=4, top_k=2, experts=3)
     weights = ops.ExpertWeights(inputs["gate_up_proj"].requires_grad_(), inputs["down_proj"].requires_grad_())
@@ -112,9 +159,9 @@ def test_what_an_op_made_is_asserted_only_where_something_changed_it(monkeypatch
     run(made.expert_offsets, trained=torch.tensor([1]).int())
     assert len(asked) == 3
     wider = ops.route(torch.zeros(9, 2, dtype=torch.long), 3)
-    checks.check_offsets(wider.expert_offsets, 18)
+    legal.legal_offsets(wider.expert_offsets, 18)
     assert len(asked) == 3
-    checks.check_offsets(wider.expert_offsets, 8)
+    legal.legal_offsets(wider.expert_offsets, 8)
     assert len(asked) == 4  # those of more rows than these
 
 
