@@ -33,6 +33,7 @@ from moe_unlearn.ops.expert_wgrad import (
     expert_wgrad_sgd_,
 )
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
+from moe_unlearn.ops.weight_score import score_between, score_magnitudes
 from moe_unlearn.testing import check_against_ref, integers, poison, routing
 from tests.support.triton_cache import CacheCount
 
@@ -75,7 +76,8 @@ def checks() -> Iterator[Check]:
     yield Check(("gram",), "integers", lambda impl, sets: (ops.gram(sets, impl=impl),), {"sets": sets})
     yield Check(("gram.factors",), "integers", _gram_factors, {"factors": factors, "other": retain.grad})
     terms = {"weight": weight, "g_f": random(EXPERTS, *SHAPE).to(BF16), "g_r": random(EXPERTS, *SHAPE).to(BF16)}
-    yield Check(("weight_score.histogram", "weight_score.mask"), "both parts", _score, terms)
+    scores = tuple(f"weight_score.{part}" for part in ("histogram", "mask", "between", "magnitudes"))
+    yield Check(scores, "all parts", _score, terms)
     masked = {"weight": weight[0], "grad": random(SHAPE).to(BF16), "first": state[0][0], "second": state[1][0]}
     yield Check(("masked_update.sgd", "masked_update.adamw"), "rounding", _masked, {**masked, "mask": words[0]})
     members = torch.rand(TOKENS, 40) < 0.4
@@ -140,7 +142,8 @@ def _score(impl, weight, g_f, g_r):
     terms = weight, g_f, g_r
     histogram = ops.score_histogram(*terms, gamma=0.5, digit=0, impl=impl)
     words, taken = ops.score_mask(*terms, gamma=0.5, threshold_bits=0x3F000000, ties=5, impl=impl)
-    return histogram, words, taken
+    *between, above = score_between(*terms, gamma=0.5, low=0x3E000000, high=0x3F000000, most=weight.numel(), impl=impl)
+    return histogram, words, taken, *between, torch.tensor(above), score_magnitudes(*terms, impl=impl)
 
 
 def _masked(impl, weight, grad, first, second, mask):

@@ -25,6 +25,7 @@ from moe_unlearn.ops.expert_wgrad import (
     expert_wgrad_sgd_,
 )
 from moe_unlearn.ops.retain_weights import moments, tilted_weights
+from moe_unlearn.ops.weight_score import score_between, score_magnitudes
 
 CLEAR = (TypeError, ValueError, IndexError)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -261,6 +262,11 @@ def run_mask(**operands: Any) -> tuple[Tensor, Tensor]:
     return ops.score_mask(**operands, gamma=2.0, threshold_bits=1 << 29, ties=2)
 
 
+def run_between(**operands: Any) -> tuple[Tensor, ...]:
+    *found, above = score_between(**operands, gamma=2.0, low=1 << 28, high=1 << 29, most=1 << 20)
+    return *found, torch.tensor(above)
+
+
 OPS: dict[str, tuple[Callable[[Dice], Operands], Callable[..., Any]]] = {
     "route": (route, ops.route),
     "expert_mlp": (expert_mlp, layer_with_gradients),
@@ -278,6 +284,8 @@ OPS: dict[str, tuple[Callable[[Dice], Operands], Callable[..., Any]]] = {
     "retain_weights.moments": (members, moments),
     "weight_score.histogram": (scored, run_histogram),
     "weight_score.mask": (scored, run_mask),
+    "weight_score.between": (scored, run_between),
+    "weight_score.magnitudes": (scored, score_magnitudes),
 }
 
 
