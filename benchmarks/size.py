@@ -2,7 +2,7 @@
 
     python -m benchmarks.size                  a checkpoint of 3.8 GB, each verb under its limit; results/cpu/size.json
     python -m benchmarks.size --size small     0.3 GB, in minutes; writes no record unless --out names one
-    python -m benchmarks.size --stages mask    some of the stages
+    python -m benchmarks.size --stages mask    some of the stages; with --out their rows take the place of those there
     python -m benchmarks.size --folder DIR     keep the checkpoint and all that is written there, and use it again
 
 The checkpoint has OLMoE's geometry with fewer layers, random bfloat16 weights and, as the hub has them, a name for
@@ -188,6 +188,20 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['stage']}: {sizes}, {row['seconds']:.0f} s: {'hit' if row['hit'] else 'MISSED'}"
 
 
+def put_in(record: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Return a record in which the stages of another run of that size take the place of its own, with their commit.
+
+    Raises ValueError for a record of another size.
+    """
+    former: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+    for key in ("config", "weights", "memory", "over"):
+        if former[key] != run[key]:
+            raise ValueError(f"{record}: expected a record with the {key} {run[key]}; got {former[key]}")
+    commit = run["stamp"]["commit"]
+    new = {row["stage"]: row | {"commit": commit} for row in run["rows"] if row["stage"] != "libraries"}
+    return former | {"rows": [new.get(row["stage"], row) for row in former["rows"]]}
+
+
 def _verb(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "moe_unlearn", *arguments]
 
@@ -196,7 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the record; return 1 where a stage exceeds its limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="whole")
-    parser.add_argument("--stages", nargs="+", default=[], help="those whose names begin so; writes no record")
+    stages = "those whose names begin so; writes a record, or into it, where --out names one"
+    parser.add_argument("--stages", nargs="+", default=[], help=stages)
     parser.add_argument("--folder", type=Path, help="where the checkpoint stays; default: a temporary folder")
     parser.add_argument("--out", type=Path, help=f"the record; default {RECORD.name} for the whole size")
     options = parser.parse_args(arguments)
@@ -213,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if out is not None:  # a run that is stopped keeps what it has measured
                 about = {"size": options.size, "weights": work.weights, "memory": work.size.memory, "over": OVER}
                 head = {"stamp": stamp.stamp(), "processor": cpu(), "config": work.size.config}
-                write_json(out, {**head, **about, "rows": rows})
+                run = {**head, **about, "rows": rows}
+                write_json(out, put_in(out, run) if options.stages and out.exists() else run)
     finally:
         if not kept:
             shutil.rmtree(folder)

@@ -120,3 +120,21 @@ def test_the_pages_say_what_is_planned_and_measured(tmp_path):
     assert text in size_table.table(tmp_path) and "(results/cpu/size.png)" in size_table.table(tmp_path)
     what, best, miss = size_table.headline(tmp_path)
     assert "4.0 GB" in what and best[0].startswith("`stats`: 4.19 GB") and miss[0].startswith("`eval`: 5.24 GB")
+
+
+@pytest.mark.quick
+def test_a_stage_that_is_measured_again_takes_its_place_with_its_commit(tmp_path):
+    path = tmp_path / "cpu" / size_table.FILE
+    path.parent.mkdir()
+    former = RUN | {"over": 0.15}
+    path.write_text(json.dumps(former), encoding="utf-8")
+    again = former["rows"][2] | {"peak": 4800 * MIB, "hit": True}
+    del again["cut"]
+    rows = [{"stage": "libraries", "peak": 400 * MIB}, again]
+    run = former | {"stamp": RUN["stamp"] | {"commit": "abcdef0123456"}, "rows": rows}
+    merged = size.put_in(path, run)
+    assert merged == former | {"rows": [*RUN["rows"][:2], again | {"commit": "abcdef0123456"}, RUN["rows"][3]]}
+    path.write_text(json.dumps(merged), encoding="utf-8")
+    assert "| 4,800 | 4,000 | 20 | hit, commit abcdef012 |" in size_table.table(tmp_path)
+    with pytest.raises(ValueError, match="expected a record with the memory 1GiB; got 512MiB"):
+        size.put_in(path, run | {"memory": "1GiB"})
