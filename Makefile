@@ -47,6 +47,8 @@ STUDY ?= --small
 # tests start threads of their own, which must not wait for each other in loops; they start interpreters too, which would
 # compile every module anew, and pytest rewrite every test, where the environment forbids to keep bytecode
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+# in the order of tests/support/order.py
+PYTEST += --no-loadscope-reorder
 # a change here builds the native extension again
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 

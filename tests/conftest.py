@@ -35,9 +35,12 @@ def references_by(request):
         yield
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items):
-    """Take the mark `slow(but=2)` off the first two cases of its test."""
+    """Take the mark `slow(but=2)` off the first two cases of its test; give workers the files of what is left in order.
+
+    The order counts where the workers' own is switched off, as `make` does with --no-loadscope-reorder.
+    """
     seen = collections.Counter()
     for item in items:
         mark = item.get_closest_marker("slow")
@@ -46,6 +49,12 @@ def pytest_collection_modifyitems(items):
             seen[name] += 1
             if seen[name] <= mark.kwargs["but"]:
                 item.own_markers.remove(mark)
+    yield
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        from tests.support.order import in_order
+
+        places = {file: place for place, file in enumerate(in_order(item.nodeid for item in items))}
+        items.sort(key=lambda item: places[item.nodeid.partition("::")[0]])
 
 
 @pytest.hookimpl(tryfirst=True)
