@@ -64,7 +64,7 @@ WIDE = {
     "benchmark/suite.py:unlearning",
     "data/stream.py:__init__",
     "integrations/open_unlearning/methods.py:__init__",
-    "metrics/audit.py:audit",
+    "metrics/side_effects.py:side_effects",
     "metrics/evaluate.py:evaluate",
     "regress/revision.py:compare",
 }

@@ -104,9 +104,9 @@ def run(options: argparse.Namespace) -> None:
         reference_auc = metrics.min_k_auc(
             loading.load_model(options.reference, how)[0], tokenizer, sets["forget"], sets["holdout"]
         )
-    audit = None
+    effects = None
     if options.before or options.relearn:
-        audit = metrics.Audit(
+        effects = metrics.SideEffects(
             tokenizer,
             forget=sets["forget"],
             retain=sets["retain"],
@@ -116,10 +116,10 @@ def run(options: argparse.Namespace) -> None:
         )
     model, _ = loading.load_model(options.model, how)
     result: dict[str, Any] = metrics.evaluate(model, tokenizer, **sets, reference_auc=reference_auc)
-    if audit is not None:
-        audit.observe(model, compared=options.before is not None)
+    if effects is not None:
+        effects.observe(model, compared=options.before is not None)
         del model
-        result |= audit.findings(None if options.before is None else loading.load_model(options.before, how)[0])
+        result |= effects.findings(None if options.before is None else loading.load_model(options.before, how)[0])
     for name, value in result.items():
         if name == "relearning":
             value = ", ".join(f"{v['nll']:.3f} at {i}" for i, v in zip(value["steps"], value["values"], strict=True))

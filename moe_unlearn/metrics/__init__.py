@@ -1,6 +1,5 @@
 """Measure what a model remembers, what it can still do, and what it gives away."""
 
-from moe_unlearn.metrics.audit import Audit, audit
 from moe_unlearn.metrics.choices import continuation_logprobs, evaluate_choices, multiple_choice
 from moe_unlearn.metrics.completions import Classifier, CompletionSettings, evaluate_completions
 from moe_unlearn.metrics.conventions import LIKE, Conventions, like
@@ -11,9 +10,12 @@ from moe_unlearn.metrics.memorization import (
     cloze_spans,
     exact_memorization,
     extraction,
+    extraction_each,
     extraction_strength,
     knowmem,
+    knowmem_each,
     verbmem,
+    verbmem_each,
 )
 from moe_unlearn.metrics.muse import MuseData, MuseSettings, evaluate_muse
 from moe_unlearn.metrics.privacy import auc, membership_auc, min_k, nll, privleak, rel_diff
@@ -22,10 +24,10 @@ from moe_unlearn.metrics.results import Evaluation, ReferenceRun
 from moe_unlearn.metrics.routing import Routes, RoutingChange, routes, routing_change, routing_drift
 from moe_unlearn.metrics.rwku import RwkuData, RwkuSettings, evaluate_rwku
 from moe_unlearn.metrics.scoring import TokenScores, context_length, evaluating, greedy, sampled, token_scores
+from moe_unlearn.metrics.side_effects import SideEffects, side_effects
 from moe_unlearn.metrics.tofu import TofuData, TofuSettings, evaluate_tofu, kolmogorov_smirnov
 
 __all__ = [
-    "Audit",
     "Classifier",
     "CompletionSettings",
     "Conventions",
@@ -40,11 +42,11 @@ __all__ = [
     "RoutingChange",
     "RwkuData",
     "RwkuSettings",
+    "SideEffects",
     "TofuData",
     "TofuSettings",
     "TokenScores",
     "auc",
-    "audit",
     "cloze_spans",
     "context_length",
     "continuation_logprobs",
@@ -57,11 +59,13 @@ __all__ = [
     "evaluating",
     "exact_memorization",
     "extraction",
+    "extraction_each",
     "extraction_strength",
     "gibberish_rate",
     "greedy",
     "harness",
     "knowmem",
+    "knowmem_each",
     "like",
     "kolmogorov_smirnov",
     "membership_auc",
@@ -77,7 +81,9 @@ __all__ = [
     "routing_change",
     "routing_drift",
     "sampled",
+    "side_effects",
     "token_scores",
     "verbmem",
+    "verbmem_each",
     "write_task",
 ]

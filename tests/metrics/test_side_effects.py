@@ -1,4 +1,4 @@
-"""What an audit is made of: each number is that of its metric, on the documents it says."""
+"""What side effects are made of: each number is that of its metric, on the documents it says."""
 
 import copy
 import sys
@@ -25,7 +25,7 @@ def pair(random_model):
 
 def test_numbers_are_those_of_the_metrics(pair, tokenizer, examples):
     before, after = pair
-    found = metrics.audit(
+    found = metrics.side_effects(
         after,
         tokenizer,
         forget=examples[:2],
@@ -51,15 +51,15 @@ def test_numbers_are_those_of_the_metrics(pair, tokenizer, examples):
 
 def test_only_what_was_asked_for(pair, tokenizer, examples):
     sides = {"forget": examples[:2], "retain": examples[2:]}
-    assert metrics.audit(pair[0], tokenizer, **sides, relearn_steps=1).keys() == {"relearning"}
-    same = metrics.audit(pair[0], tokenizer, **sides, before=pair[0], prompt_tokens=4, new_tokens=8)
+    assert metrics.side_effects(pair[0], tokenizer, **sides, relearn_steps=1).keys() == {"relearning"}
+    same = metrics.side_effects(pair[0], tokenizer, **sides, before=pair[0], prompt_tokens=4, new_tokens=8)
     assert same == {"routing_kl": 0, "routing_l1": 0, "routing_overlap": 1, "gibberish": 0}
     with pytest.raises(ValueError, match="got neither"):
-        metrics.audit(pair[0], tokenizer, **sides)
+        metrics.side_effects(pair[0], tokenizer, **sides)
 
 
-def asked_by_audit(pair, tokenizer, examples, monkeypatch, **options):
-    """Return the prompts and the stops with which an audit of these forget examples generates."""
+def asked_for(pair, tokenizer, examples, monkeypatch, **options):
+    """Return the prompts and the stops with which side effects on these forget examples are looked for."""
     seen = []
 
     def generate(model, prompts, new_tokens, *, stop, **more):
@@ -67,8 +67,8 @@ def asked_by_audit(pair, tokenizer, examples, monkeypatch, **options):
         return [[9]] * len(prompts)
 
     # the package's attribute of the module's name is the function
-    monkeypatch.setattr(sys.modules["moe_unlearn.metrics.audit"], "greedy", generate)
-    metrics.audit(pair[1], tokenizer, forget=examples, retain=examples, before=pair[0], **options)
+    monkeypatch.setattr(sys.modules["moe_unlearn.metrics.side_effects"], "greedy", generate)
+    metrics.side_effects(pair[1], tokenizer, forget=examples, retain=examples, before=pair[0], **options)
     assert len(seen) == 2 and seen[0] == seen[1]
     return seen[0]
 
@@ -78,7 +78,7 @@ def test_answers_end_at_special_tokens_outside_the_tokenizers_map(pair, monkeypa
     tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True)])
     eot = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert eot not in tokenizer.all_special_ids
-    _, stop = asked_by_audit(pair, tokenizer, encode([Document("", TEXTS[0])], tokenizer, 128), monkeypatch)
+    _, stop = asked_for(pair, tokenizer, encode([Document("", TEXTS[0])], tokenizer, 128), monkeypatch)
     assert eot in stop and tokenizer.eos_token_id in stop
 
 
@@ -88,8 +88,8 @@ def test_prompts_are_those_of_verbmem(pair, tokenizer, monkeypatch):
     assert asked_apart.asked != asked_apart.input_ids[: asked_apart.prefix]
     short, whole = encode([Document("", "ab"), Document("", TEXTS[0])], tokenizer, 128)
     assert short.input_ids[-1] == tokenizer.eos_token_id and len(short) < 8
-    prompts, _ = asked_by_audit(pair, tokenizer, [asked_apart, short, whole], monkeypatch, prompt_tokens=8)
+    prompts, _ = asked_for(pair, tokenizer, [asked_apart, short, whole], monkeypatch, prompt_tokens=8)
     # a document that is no longer than its prompt has nothing to continue, and its end token is no part of a prompt
     assert prompts == [asked_apart.asked, whole.input_ids[:8]]
     with pytest.raises(ValueError, match="longer than its prompt"):
-        asked_by_audit(pair, tokenizer, [short], monkeypatch, prompt_tokens=8)
+        asked_for(pair, tokenizer, [short], monkeypatch, prompt_tokens=8)

@@ -1,4 +1,4 @@
-"""Audit the side effects of unlearning: changed routing, gibberish, and how fast it is undone."""
+"""Measure the side effects of unlearning: changed routing, gibberish, and how fast it is undone."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,7 +15,7 @@ from moe_unlearn.metrics.routing import Routes, routes, routing_change
 from moe_unlearn.metrics.scoring import greedy, token_scores
 
 
-def audit(
+def side_effects(
     model: nn.Module,
     tokenizer: Tokenizer,
     *,
@@ -42,7 +42,7 @@ def audit(
     """
     if before is None and not relearn_steps:
         raise ValueError("expected the model before, relearn_steps of at least 1, or both; got neither")
-    observed = Audit(
+    observed = SideEffects(
         tokenizer,
         forget=forget,
         retain=retain,
@@ -57,8 +57,8 @@ def audit(
     return observed.findings(before)
 
 
-class Audit:
-    """An `audit` whose two models need not be in memory together: first `observe` one, then compare it (`findings`)."""
+class SideEffects:
+    """`side_effects` of models that need not be in memory together: `observe` one, then compare it (`findings`)."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Audit:
             )
 
     def findings(self, before: nn.Module | None = None) -> dict[str, float | dict | None]:
-        """Return what `audit` returns, compared with `before` if it is given."""
+        """Return what `side_effects` returns, compared with `before` if it is given."""
         found: dict[str, float | dict | None] = {}
         if before is not None:
             if self._after is None:
