@@ -16,6 +16,7 @@ NEEDED = {
     "alternates": ("model", "forget"),
     "run": ("model", "forget", "retain"),
     "eval": ("model", "forget", "retain"),
+    "audit": ("model", "before", "forget", "retain", "holdout"),
 }
 POSITIONAL = {"delta": ("base", "changed"), "apply": ("base", "delta"), "revert": ("changed", "delta")}
 

@@ -74,7 +74,7 @@ def prose(page: str) -> str:
 
 @pytest.mark.quick
 def test_every_folder_has_its_page_and_every_block_a_language():
-    folders = ("data", "metrics", "recipes", "regress", "ops", "step", "benchmark", "integrations", "delta")
+    folders = ("data", "metrics", "recipes", "regress", "ops", "step", "benchmark", "integrations", "delta", "audit")
     expected = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md", "benchmarks/RESULTS.md"}
     assert set(PAGES) >= expected | {f"moe_unlearn/{folder}/README.md" for folder in folders}
     found = [block for page in PAGES for block in blocks(page)]

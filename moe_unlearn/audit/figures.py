@@ -7,7 +7,7 @@ from html import escape
 from moe_unlearn.audit.attack import SCORES, Outcome, mean
 from moe_unlearn.audit.judge import Finding
 
-_ROW, _LEFT, _WIDE = 22, 330, 380  # of the forest of shares: a row, its labels, its axis
+_ROW, _LEFT, _WIDE = 22, 370, 360  # of the forest of shares: a row, its labels, its axis
 _LIMIT = (-1.0, 1.5)  # shares that the axis shows
 _STYLES = ("s0", "s1", "s2", "s3", "s4", "s5")  # classes of the page's style sheet: a colour and a dash each
 
@@ -61,7 +61,8 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], across: str, up: 
         _, y = place((low_x, tick))
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in _ticks(low_x, high_x):
+    whole = all(float(point[0]).is_integer() for point in points)
+    for tick in _ticks(low_x, high_x, 1.0 if whole else 0.0):
         x, _ = place((tick, low_y))
         parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 32}" text-anchor="middle">{tick:g}</text>')
     ends = _apart([place(line[-1])[1] for line in lines.values()], 16)
@@ -115,10 +116,11 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Return about five round numbers within a range."""
+def _ticks(low: float, high: float, least: float = 0.0) -> list[float]:
+    """Return about five round numbers within a range, at least `least` apart."""
     power = 10.0 ** math.floor(math.log10((high - low) / 5))
     step = next(power * factor for factor in (1, 2, 5, 10) if (high - low) / (power * factor) <= 6)
+    step = max(step, least)
     return [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

@@ -15,13 +15,14 @@ from moe_unlearn.audit.weights import restored
 from moe_unlearn.metrics.workers import check_whole
 from moe_unlearn.ranks import local
 
-POINTS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.25, 1.5)
+POINTS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5)
 _PART = 2**24  # weights that are moved at a time
 
 
 def _run(target: Target) -> Outcome:
     check_whole(target.model, "the attack by interpolation")
-    after, before = (dict(local(model).named_parameters()) for model in (target.model, target.before))
+    after = dict(local(target.model).named_parameters())
+    before = dict(local(target.before).named_parameters(remove_duplicate=False))
     pairs = {name: (own, before[name]) for name, own in after.items() if not torch.equal(own.cpu(), before[name].cpu())}
     variants = {}
     for a in POINTS:

@@ -62,6 +62,7 @@ class Evidence:
     null: Mapping[str, Outcome] | None = None
     texts_differ: bool = False
     margins: Mapping[str, float] | None = None
+    resamples: int = verdict.RESAMPLES
     seed: int = 0
 
     def findings(self) -> list[Finding]:
@@ -89,7 +90,9 @@ class Evidence:
             return replace(finding, why=why), None
         margins = MARGINS | dict(self.margins or {})
         try:
-            own = verdict.share(_documents(sides, null, kind), whole, margins[kind], seed=self.seed)
+            own = verdict.share(
+                _documents(sides, null, kind), whole, margins[kind], resamples=self.resamples, seed=self.seed
+            )
         except ValueError as error:
             return replace(finding, why=f"{error}"), None
         return replace(finding, share=own.value, low=own.low, high=own.high, p=own.p), own

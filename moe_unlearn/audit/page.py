@@ -10,11 +10,11 @@ from moe_unlearn.audit.summary import ATTACK_COLUMNS, COLUMNS, MEANINGS, cells, 
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 _STYLE = """
-:root { --back: #fff; --ink: #1b1b1b; --faint: #6b6b6b; --line: #ddd; --band: #009e7322;
+:root { --back: #fff; --ink: #1b1b1b; --faint: #6b6b6b; --line: #ddd; --band: #009e73;
   --bad: #d55e00; --warn: #8f6a00; --good: #00795a;
   --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #8f6a00; --c5: #56b4e9 }
 @media (prefers-color-scheme: dark) { :root { --back: #15171a; --ink: #e8e8e8; --faint: #a0a0a0; --line: #3a3d42;
-  --band: #00c89033; --bad: #ff8c42; --warn: #e6c04a; --good: #3ddc9f;
+  --band: #00c890; --bad: #ff8c42; --warn: #e6c04a; --good: #3ddc9f;
   --c0: #56b4e9; --c1: #ff8c42; --c2: #3ddc9f; --c3: #e79ac6; --c4: #e6c04a; --c5: #9ad4f5 } }
 body { background: var(--back); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; max-width: 60rem;
   margin: 2rem auto; padding: 0 1rem }

@@ -1,17 +1,17 @@
 """Train a copy of the model for a few steps and watch how fast documents come back, against ones it never saw.
 
-Of the forget and of the holdout documents one half is trained on and the other only watched. The attacker is that of
-`metrics.relearning_attack`: AdamW at a constant rate on all weights. Of every document the score is the area under its
-curve of log-likelihood, the mean over the measured steps after the first:
+The documents of a side are two halves: one is trained on and the other only watched, then the other way round. The
+attacker is that of `metrics.relearning_attack`: AdamW at a constant rate on all weights. Of every document the score is
+the area under its curve of log-likelihood, the mean over the measured steps after the first:
 
     area_i = mean over steps k > 0 of loglik_i(k)
 
-    forget       half of the forget documents are trained on; the null learns half of the holdout documents instead
-    retain text  retain documents are trained on: what comes back was never shown to the attacker
-    holdout text half of the holdout documents are trained on, and the null are the other half
+    trained on    documents while their own half is trained on; unseen documents learn theirs in the same way
+    watched       documents while the other half of their side is trained on
+    retain text   documents while retain text is trained on: what comes back was never shown to the attacker
+    unseen text   documents while half of the unseen documents is trained on; the null are the other half's
 
-A document that comes back faster than one that was never seen is learned was hidden. `trained` are the documents of the
-half that was trained on, `watched` those of the other half.
+A document that comes back faster than one that was never seen is learned was hidden.
 """
 
 from collections.abc import Sequence
@@ -25,31 +25,31 @@ from moe_unlearn.metrics.scoring import token_scores
 from moe_unlearn.metrics.workers import check_whole
 
 _MEASURES = 4  # how often along an attack, beside its beginning
+_HALVES = (0, 1)  # of a side: the documents with even and with odd numbers
 
 
 def _run(target: Target) -> Outcome:
     check_whole(target.model, "the attack by relearning")
     rows = target.rows
-    of_forget = _Curve(target, rows["forget"][::2], ("forget", "retain"))
-    of_holdout = _Curve(target, rows["holdout"][::2], ("forget", "holdout"))
+    of_forget = [_Curve(target, rows["forget"][half::2], ("forget", "retain")) for half in _HALVES]
+    of_holdout = [_Curve(target, rows["holdout"][half::2], ("forget", "holdout")) for half in _HALVES]
     of_retain = _Curve(target, rows["retain"], ("forget", "retain", "holdout"))
-    halves = {"trained": slice(0, None, 2), "watched": slice(1, None, 2)}
     variants = {}
-    for name, half in halves.items():
-        sides = {
-            "forget": of_forget.areas("forget")[half],
-            "retain": of_forget.areas("retain"),
-            "holdout": of_holdout.areas("holdout")[half],
+    for name, away in (("trained on", 0), ("watched", 1)):
+        sides: Sides = {
+            "forget": _crossed(of_forget, "forget", away),
+            "retain": _together(of_forget, "retain"),
+            "holdout": _crossed(of_holdout, "holdout", away),
         }
-        variants[f"forget, {name}"] = Variant(f"relearning half of the documents: those {name}", {"loglik": sides})
+        variants[name] = Variant(f"relearning half of them, documents {name}", {"loglik": sides})
     variants["retain text"] = Variant("training on retain text", {"loglik": of_retain.sides()})
-    sides = {"forget": of_holdout.areas("forget"), "holdout": of_holdout.areas("holdout")[halves["watched"]]}
-    variants["holdout text"] = Variant("training on unseen text of the kind", {"loglik": sides})
+    sides = {"forget": _together(of_holdout, "forget"), "holdout": _crossed(of_holdout, "holdout", 1)}
+    variants["unseen text"] = Variant("training on unseen text of the kind", {"loglik": sides})
     curves = {
-        "forget documents, half of them trained on": of_forget.means("forget"),
-        "unseen documents, half of them trained on": of_holdout.means("holdout"),
-        "forget documents, retain text trained on": of_retain.means("forget"),
-        "unseen documents, retain text trained on": of_retain.means("holdout"),
+        "forget, half trained on": of_forget[0].means("forget"),
+        "unseen, half trained on": of_holdout[0].means("holdout"),
+        "forget, retain trained on": of_retain.means("forget"),
+        "unseen, retain trained on": of_retain.means("holdout"),
     }
     return Outcome(variants, {"curves": curves})
 
@@ -63,7 +63,8 @@ class _Curve:
 
         def measure(attacked: nn.Module) -> dict[str, float]:
             for side, values in self.values.items():
-                scored = token_scores(attacked, target.rows[side], batch_size=target.batch_size, pad_id=target.pad_id)
+                rows = target.rows[side]
+                scored = token_scores(attacked, rows, batch_size=target.batch_size, pad_id=target.pad_id)
                 values.append(reading(scored)["loglik"])
             return {}
 
@@ -90,6 +91,20 @@ class _Curve:
     def means(self, side: str) -> list[list[float]]:
         """Return [step, mean log-likelihood] of the documents of a side."""
         return [[step, mean(own)] for step, own in zip(self.steps, self.values[side], strict=True)]
+
+
+def _crossed(curves: Sequence[_Curve], side: str, away: int) -> Values:
+    """Return the areas of all documents of a side, each from the curve of its own half, or of the half `away` from it.
+
+    Curve h is of an attack that trains on the documents of number h, h + 2, ...
+    """
+    areas = [curve.areas(side) for curve in curves]
+    return [areas[(number + away) % 2][number] for number in range(len(areas[0]))]
+
+
+def _together(curves: Sequence[_Curve], side: str) -> Values:
+    """Return the mean areas of the documents of a side over several attacks."""
+    return [mean(list(own)) for own in zip(*(curve.areas(side) for curve in curves), strict=True)]
 
 
 ATTACK = Attack(

@@ -94,6 +94,7 @@ class Plan:
     cache_dir: str | Path | None = None
     settings: Settings = field(default_factory=Settings)
     margins: Mapping[str, float] | None = None
+    resamples: int = verdict.RESAMPLES
     batch_size: int = 8
     say: Callable[[str], None] | None = None
     _began: float = field(default_factory=time.monotonic)
@@ -136,7 +137,8 @@ def audit(
     `before` is the model before unlearning, `reference` one that was retrained without the forget documents: models, or
     functions that load them when they are needed. Documents are what `data.encode_rows` takes, texts or examples; those
     of `holdout` were never seen by any of the models, and rows whose tokens are in `trained` are left out of them.
-    `plan` has the fields of `Plan`: `attacks`, `minutes`, `cache_dir`, `settings`, `margins`, `batch_size`, `say`.
+    `plan` has the fields of `Plan`: `attacks`, `minutes`, `cache_dir`, `settings`, `margins`, `resamples`,
+    `batch_size`, `say`.
 
     The models are left bit for bit as they were, but that one which was made here is let go. Raises ValueError for an
     unknown attack, sides without documents, and a `before` of another architecture.
@@ -194,6 +196,7 @@ class _Audit:
             null=null,
             texts_differ=apart is not None and apart.low > 0,
             margins=self.plan.margins,
+            resamples=self.plan.resamples,
             seed=self.plan.settings.seed,
         )
         findings = evidence.findings()
@@ -290,10 +293,15 @@ def _module(model: Model) -> nn.Module:
 
 def _check_alike(model: nn.Module, former: nn.Module, what: str) -> None:
     """Raise ValueError unless both have parameters of the same names and shapes."""
-    ours, theirs = ({name: list(p.shape) for name, p in own.named_parameters()} for own in (model, former))
+    ours, theirs = _shapes(model), _shapes(former)
     if different := [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]:
         name = different[0]
         raise ValueError(
             f"{what}: expected models of one architecture; {name} is {ours.get(name, 'missing')} in one and "
             f"{theirs.get(name, 'missing')} in the other"
         )
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Return the shapes of parameters, tied ones under each of their names: unlearning may have untied them."""
+    return {name: list(p.shape) for name, p in local(model).named_parameters(remove_duplicate=False)}

@@ -10,10 +10,10 @@ h(forget_i, null_j), and its interval comes from resampling documents: forget an
 the null is a retrained model's score of the same document. Of means it is the bootstrap-t interval, of areas, which
 cannot pass 1, the percentile interval (Efron and Tibshirani 1993, ch. 12 and 13):
 
-    means   t* = (U* - U) / se*,   [U - q_{1-a/2}(t*) se, U - q_{a/2}(t*) se],   P(t* >= (U - d) / se)
-    areas                          [q_{a/2}(U*), q_{1-a/2}(U*)],                 P(U* <= d)
+    means   [U - q_{1-a/2}(t*) se, U - q_{a/2}(t*) se],     P(t* >= (U - d) / se),     t* = (U* - U) / max(se*, se / 2)
+    areas   [q_{a/2}(U*), q_{1-a/2}(U*)],                   P(U* <= d)
 
-with se^2 = var_i(mean_j h) / n + var_j(mean_i h) / m, Welch's, and on the right the p-value of "share <= d".
+with se^2 = var_i(mean_j h) / n + var_j(mean_i h) / m, Welch's; behind the interval stands the p-value of "share <= d".
 
 With a margin d a share is called
 
@@ -142,8 +142,8 @@ def share(
     if documents.areas:
         ordered, below, above = drawn.sort().values, drawn <= margin, drawn >= -margin
     else:
-        # a resample that is no other than the documents says 0, one without spread says that anything may be
-        t = ((drawn - value) / errors).nan_to_num(0.0, posinf=torch.inf, neginf=-torch.inf)
+        # few of many documents may differ at all; resamples that miss them are no reason to think that anything may be
+        t = (drawn - value) / errors.clamp_min(error / 2)
         ordered = value - t.sort(descending=True).values * error
         below, above = t >= (value - margin) / error, t <= (value + margin) / error
     cut = max(1, int((resamples + 1) * alpha / 2 + 1e-9))  # the order statistics that leave so many outside

@@ -2,15 +2,20 @@
 
 import copy
 import dataclasses
+import sys
 
 import pytest
 import torch
 
-from moe_unlearn.audit import Settings, audit, plain
+from moe_unlearn.audit import ATTACKS, Settings, audit, plain
+from moe_unlearn.audit.attack import reading
 from moe_unlearn.audit.rounding import GRIDS, NF4, survives
 from moe_unlearn.audit.weights import linear_weights, restored
 from moe_unlearn.benchmark.tiny_models import tiny_olmoe
-from tests.support.planted import less_likely, on_the_grid, quantisable
+from moe_unlearn.metrics import token_scores
+from tests.support.planted import less_likely, on_the_grid, quantisable, rerouted, suppressed
+
+FAST = Settings(new_tokens=16, relearn_steps=8, samples=2, experts=6)
 
 
 def found(report, attack, variant, score="loglik"):
@@ -20,17 +25,26 @@ def found(report, attack, variant, score="loglik"):
 
 
 def made(model, experiment, rows, before, **more):
-    return audit(model, experiment.tokenizer, before=before, say=lambda line: None, **rows, **more)
+    options = {"say": lambda line: None, "resamples": 3999, "settings": FAST} | more
+    return audit(model, experiment.tokenizer, before=before, **rows, **options)
 
 
 def test_a_model_that_never_saw_the_documents_passes(experiment, rows):
-    """Without a retrained model it raises no alarm; against itself as the retrained one it is called gone."""
+    """No attack raises an alarm."""
     report = made(experiment.retrain, experiment, rows, experiment.target)
-    assert report.verdict in ("gone", "undecided")
-    assert {report.of(name) for name in report.outcomes} <= {"gone", "undecided"}
+    assert {report.of(name) for name in ATTACKS} <= {"gone", "undecided", ""} and report.of("rounding")
+    assert list(report.outcomes) == list(ATTACKS) and not report.not_tested
     assert report.told_apart.low <= 0
-    known = made(experiment.retrain, experiment, rows, experiment.target, reference=experiment.retrain)
-    assert known.verdict == "gone" and known.reference
+    assert found(report, "inside", "lens", "lens").verdict == "" == found(report, "inside", "probe", "probe").verdict
+
+
+def test_a_model_like_the_retrained_one_is_gone(experiment, rows):
+    attacks = ["plain", "interpolation", "inside"]
+    report = made(
+        experiment.retrain, experiment, rows, experiment.target, reference=experiment.retrain, attacks=attacks
+    )
+    assert report.verdict == "gone" and report.reference
+    assert {report.of(name) for name in attacks} == {"gone"}
 
 
 def test_a_model_that_forgot_nothing_is_seen(experiment, rows):
@@ -62,6 +76,51 @@ def test_a_truth_that_is_merely_less_likely_is_there(experiment, rows):
     assert by_score["loglik"].verdict == "present" and by_score["min_k"].verdict == "present"
 
 
+def test_what_former_routers_bring_back(experiment, rows):
+    after = rerouted(experiment.target, experiment.forget)
+    report = made(after, experiment, rows, experiment.target, attacks=["routing"])
+    asked, back, forced, more = (
+        found(report, *where)
+        for where in (
+            ("plain", "as it is"),
+            *(("routing", name) for name in ("router back", "routes forced", "top-k +1")),
+        )
+    )
+    assert asked.share < 0.5 and more.share < 0.5
+    assert back.share == pytest.approx(1) and back.verdict in ("hidden", "present")
+    assert 0.6 < forced.share < 1 and forced.verdict in ("hidden", "present")
+    # the experts are as they were: nothing is found in any of them
+    recovered = [value for row in report.outcomes["routing"].more["recovered"] for value in row if value is not None]
+    assert len(recovered) == FAST.experts and max(map(abs, recovered)) < 1e-6
+
+
+def test_where_the_knowledge_was(experiment, rows):
+    """The former self of the one expert that was changed brings back what that change took, and no other does."""
+    after = copy.deepcopy(experiment.target)
+    with torch.no_grad():
+        after.model.layers[1].mlp.experts.down_proj[2].zero_()
+    settings = dataclasses.replace(FAST, experts=64)
+    report = made(after, experiment, rows, experiment.target, attacks=["routing"], settings=settings)
+    table = report.outcomes["routing"].more["recovered"]
+    assert len(table) == 3 and all(len(row) == 8 for row in table)
+    values = {(i, j): value for i, row in enumerate(table) for j, value in enumerate(row) if value is not None}
+    assert values.pop((1, 2)) > 0.01 and max(map(abs, values.values())) < 1e-6
+    together = report.outcomes["routing"].variants["all experts back"]
+    known = reading(token_scores(experiment.target, rows["forget"], batch_size=8))["loglik"]
+    assert together.scores["loglik"]["forget"] == pytest.approx(known, abs=1e-5) and not together.judged
+
+
+def test_what_the_former_head_reads(experiment, rows):
+    """A head that was taught to keep silent leaves the states as they were."""
+    after = suppressed(experiment.target, experiment.forget, strength=6.0)
+    assert not torch.equal(after.lm_head.weight, experiment.target.lm_head.weight)
+    report = made(after, experiment, rows, experiment.target, reference=experiment.retrain, attacks=["inside"])
+    asked, lens = found(report, "plain", "as it is"), found(report, "inside", "lens", "lens")
+    assert asked.share < 0.1 and lens.share == pytest.approx(1, abs=0.02)
+    assert lens.verdict in ("hidden", "present")
+    assert found(report, "inside", "probe", "probe").share is not None
+
+
 def test_models_are_left_bit_for_bit(experiment, rows):
     after = copy.deepcopy(experiment.target)
     with torch.no_grad():
@@ -72,7 +131,9 @@ def test_models_are_left_bit_for_bit(experiment, rows):
     rows = {side: own[:12] for side, own in rows.items()}
     kept = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in models.items()}
     state = torch.get_rng_state()
-    made(after, experiment, rows, experiment.target, reference=experiment.retrain)
+    settings = dataclasses.replace(FAST, relearn_steps=2, experts=1, samples=1)
+    report = made(after, experiment, rows, experiment.target, reference=experiment.retrain, settings=settings)
+    assert list(report.outcomes) == list(ATTACKS)
     for name, model in models.items():
         assert all(torch.equal(v, kept[name][k]) for k, v in model.state_dict().items()), name
         assert all(p.grad is None for p in model.parameters())
@@ -126,7 +187,8 @@ def test_results_are_kept_by_their_content(experiment, rows, tmp_path, monkeypat
     kept = {"attacks": ["plain"], "cache_dir": tmp_path}
     first = made(experiment.retrain, experiment, few, experiment.target, **kept)
     ran = []
-    monkeypatch.setattr("moe_unlearn.audit.run.ATTACKS", {"plain": counted(plain.ATTACK, ran)})
+    # the package's attribute of the same name as the package is the function
+    monkeypatch.setattr(sys.modules["moe_unlearn.audit.run"], "ATTACKS", {"plain": counted(plain.ATTACK, ran)})
     again = made(experiment.retrain, experiment, few, experiment.target, **kept)
     assert not ran and again.findings == first.findings
     made(experiment.retrain, experiment, few, experiment.target, **kept, settings=Settings(seed=1))

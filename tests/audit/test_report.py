@@ -72,7 +72,7 @@ def folder(experiment, tmp_path):
 def asked(folder, *more, **changed):
     options = {"model": "run/model", "before": "before", "out": "out"}
     options |= {side: f"{side}.jsonl" for side in SIDES} | changed
-    return main(["audit", *(f"--{name}={folder / value}" for name, value in options.items()), "--max-length=32", *more])
+    return main(["audit", *(f"--{name}={folder / value}" for name, value in options.items()), "--max-length=64", *more])
 
 
 def test_the_command_line_goes_on_where_it_was(folder, capsys):
