@@ -16,6 +16,7 @@ from moe_unlearn.data import Example, pad_token_id
 from moe_unlearn.metrics.memorization import exact_memorization
 from moe_unlearn.metrics.routing import Routes
 from moe_unlearn.metrics.scoring import TokenScores, token_scores
+from moe_unlearn.ranks import sharded
 
 SIDES = ("forget", "retain", "holdout")
 Values = list[float | None]  # one of each document; None where it cannot be measured
@@ -131,13 +132,23 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack: its name, what the report says of it, what it does, and why it cannot be made of some targets."""
+    """An attack: its name, what the report says of it, what it does, and why it cannot be made of some targets.
+
+    Those that change weights or read them all need them whole on every rank.
+    """
 
     name: str
     title: str
     about: str
     run: Callable[[Target], Outcome]
+    whole: bool = True
     refuses: Callable[[Target], str] = lambda target: ""
+
+    def why_not(self, target: Target) -> str:
+        """Return why the attack cannot be made, "" if it can."""
+        if self.whole and sharded(target.model):
+            return "it needs whole weights on every rank"
+        return self.refuses(target)
 
 
 def reading(scored: Sequence[TokenScores]) -> dict[str, Values]:

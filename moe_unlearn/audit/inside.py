@@ -21,14 +21,12 @@ from moe_unlearn.audit.probe import FOLDS, out_of_fold
 from moe_unlearn.data import Example, batches
 from moe_unlearn.metrics.privacy import auc
 from moe_unlearn.metrics.scoring import evaluating
-from moe_unlearn.metrics.workers import check_whole
 from moe_unlearn.model.batches import target_mask
 from moe_unlearn.model.head import decoder_of, head_of
 from moe_unlearn.ranks import local
 
 
 def _run(target: Target) -> Outcome:
-    check_whole(target.model, "the attack on hidden states")
     ranks, means = {}, {}
     for side, rows in target.rows.items():
         ranks[side], means[side] = _inside(target, rows)

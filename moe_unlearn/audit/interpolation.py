@@ -12,7 +12,6 @@ from torch import Tensor
 
 from moe_unlearn.audit.attack import Attack, Outcome, Target, Variant
 from moe_unlearn.audit.weights import restored
-from moe_unlearn.metrics.workers import check_whole
 from moe_unlearn.ranks import local
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5)
@@ -20,10 +19,9 @@ _PART = 2**24  # weights that are moved at a time
 
 
 def _run(target: Target) -> Outcome:
-    check_whole(target.model, "the attack by interpolation")
     after = dict(local(target.model).named_parameters())
     before = dict(local(target.before).named_parameters(remove_duplicate=False))
-    pairs = {name: (own, before[name]) for name, own in after.items() if not torch.equal(own.cpu(), before[name].cpu())}
+    pairs = {name: (own, before[name]) for name, own in after.items() if not _equal(own, before[name])}
     variants = {}
     for a in POINTS:
         with restored(own for own, _ in pairs.values()), torch.no_grad():
@@ -32,6 +30,10 @@ def _run(target: Target) -> Outcome:
             label = f"weights at a = {a:g}"
             variants[f"{a:g}"] = Variant(label, target.read(), judged=a > 1)
     return Outcome(variants, {"points": list(POINTS)})
+
+
+def _equal(own: Tensor, former: Tensor) -> bool:
+    return torch.equal(own, former.to(own.device))
 
 
 def _move(own: Tensor, former: Tensor, a: float) -> None:

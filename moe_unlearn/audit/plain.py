@@ -62,4 +62,5 @@ ATTACK = Attack(
     "Asked as it is",
     "The model continues and fills in the documents, and membership attacks ask which of them it was trained on.",
     _run,
+    whole=False,
 )

@@ -134,4 +134,5 @@ ATTACK = Attack(
     "Other prompts",
     "The documents are asked for behind longer, quoted, misspelt and other prefixes, and by drawing several answers.",
     _run,
+    whole=False,
 )

@@ -22,14 +22,12 @@ from moe_unlearn.audit.attack import Attack, Outcome, Sides, Target, Values, Var
 from moe_unlearn.data import Example
 from moe_unlearn.metrics.relearning import relearning_attack
 from moe_unlearn.metrics.scoring import token_scores
-from moe_unlearn.metrics.workers import check_whole
 
 _MEASURES = 4  # how often along an attack, beside its beginning
 _HALVES = (0, 1)  # of a side: the documents with even and with odd numbers
 
 
 def _run(target: Target) -> Outcome:
-    check_whole(target.model, "the attack by relearning")
     rows = target.rows
     of_forget = [_Curve(target, rows["forget"][half::2], ("forget", "retain")) for half in _HALVES]
     of_holdout = [_Curve(target, rows["holdout"][half::2], ("forget", "holdout")) for half in _HALVES]

@@ -17,7 +17,6 @@ from torch.nn.functional import pad
 
 from moe_unlearn.audit.attack import Attack, Outcome, Target, Variant
 from moe_unlearn.audit.weights import linear_weights, restored
-from moe_unlearn.metrics.workers import check_whole
 
 NF4 = (
     -1.0,
@@ -93,7 +92,6 @@ def _parts(weight: Tensor, inputs: int) -> list[Tensor]:
 
 
 def _run(target: Target) -> Outcome:
-    check_whole(target.model, "the attack by rounding")
     weights, former = linear_weights(target.model), linear_weights(target.before)
     variants, survived = {}, {}
     for grid in GRIDS:

