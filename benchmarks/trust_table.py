@@ -19,8 +19,8 @@ def table(results: Path = RESULTS) -> str:
     lines = [
         f"`make scorecard` on {run['processor']}, torch {where['versions']['torch']}, commit "
         f"{(where['commit'] or 'unknown')[:9]}, {run['processor_minutes']:.0f} minutes of processor time. Of "
-        f"{possible['faults']:,} faults and {possible['damage']:,} damages of files those that were drawn "
-        f"(`benchmarks/results/{FILE}`):",
+        f"{possible['faults']:,} faults and {possible['damage']:,} damages of files those that were drawn, crashes "
+        f"first (`benchmarks/results/{FILE}`):",
         "",
         "| trial | trials | ended well, or killed and went on | refused, and said so | lost, silent or a traceback |",
         "|---|---|---|---|---|",
