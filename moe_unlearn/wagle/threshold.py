@@ -12,7 +12,6 @@ are resolved, and no further round is needed. The first round's interval is a gu
 second one's is exact. A wrong guess, or more scores inside than there is room for, costs another round, and no bit.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
@@ -189,7 +188,14 @@ def guess_of(histogram: Callable[[int, int], Tensor], share: float) -> tuple[ran
     first = histogram(0, 0)
     sample = int(first.sum())
     margin = _margin(sample, share)
-    below = functools.cache(functools.partial(histogram, 1))  # most of what is asked lies below one or two high digits
+    kept: dict[int, Tensor] = {}
+
+    def below(high: int) -> Tensor:
+        """Return the histogram below a high digit; the last one is kept, since the next one asked for is often it."""
+        if high not in kept:
+            kept.clear()  # before there is another one
+            kept[high] = histogram(1, high)
+        return kept[high]
 
     def ranked(number: int) -> int:
         """Return the bit pattern of the score that so many are before, the largest first."""
@@ -202,9 +208,9 @@ def guess_of(histogram: Callable[[int, int], Tensor], share: float) -> tuple[ran
 
     top, bottom = math.floor(share * sample - margin), math.ceil(share * sample + margin)
     high = ranked(top) + 1 if top >= 0 else _LIMIT
+    beyond = from_on(high)
     low = max(ranked(bottom), 1) if bottom < sample else 1
-    high = max(high, low)
-    return range(low, high), (from_on(low) - from_on(high)) / sample
+    return range(low, high), (from_on(low) - beyond) / sample
 
 
 def open_share(sample: int, keep: float) -> float:
