@@ -197,8 +197,9 @@ def put_in(record: Path, run: dict[str, Any]) -> dict[str, Any]:
     for key in ("config", "weights", "memory", "over"):
         if former[key] != run[key]:
             raise ValueError(f"{record}: expected a record with the {key} {run[key]}; got {former[key]}")
-    commit = run["stamp"]["commit"]
-    new = {row["stage"]: row | {"commit": commit} for row in run["rows"] if row["stage"] != "libraries"}
+    commit, changed = (run["stamp"].get(key) for key in ("commit", "uncommitted_changes"))
+    by = {"commit": (commit or "unknown")[:9] + " with changes" * bool(changed)}
+    new = {row["stage"]: row | by for row in run["rows"] if row["stage"] != "libraries"}
     return former | {"rows": [new.get(row["stage"], row) for row in former["rows"]]}
 
 

@@ -39,7 +39,7 @@ def table(results: Path = RESULTS) -> str:
     for row in stages(run):
         sizes = (f"{row[what] / _MIB:,.0f}" for what in ("planned", "limit", "peak", "anonymous"))
         verdict = ("hit" if row["hit"] else "**missed**") + (", not to its end" if "cut" in row else "")
-        verdict += f", commit {(row['commit'] or 'unknown')[:9]}" if "commit" in row else ""
+        verdict += f", commit {row['commit']}" if "commit" in row else ""
         lines.append(f"| {row['stage']} | {row['plan']} | {' | '.join(sizes)} | {row['seconds']:.0f} | {verdict} |")
     lines += ["", *(f"Not measured: {r['stage']}: {r['skipped']}." for r in run["rows"] if "skipped" in r)]
     if (results / "cpu" / FIGURE).exists():

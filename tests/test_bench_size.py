@@ -131,10 +131,10 @@ def test_a_stage_that_is_measured_again_takes_its_place_with_its_commit(tmp_path
     again = former["rows"][2] | {"peak": 4800 * MIB, "hit": True}
     del again["cut"]
     rows = [{"stage": "libraries", "peak": 400 * MIB}, again]
-    run = former | {"stamp": RUN["stamp"] | {"commit": "abcdef0123456"}, "rows": rows}
+    run = former | {"stamp": RUN["stamp"] | {"commit": "abcdef0123456", "uncommitted_changes": True}, "rows": rows}
     merged = size.put_in(path, run)
-    assert merged == former | {"rows": [*RUN["rows"][:2], again | {"commit": "abcdef0123456"}, RUN["rows"][3]]}
+    assert merged == former | {"rows": [*RUN["rows"][:2], again | {"commit": "abcdef012 with changes"}, RUN["rows"][3]]}
     path.write_text(json.dumps(merged), encoding="utf-8")
-    assert "| 4,800 | 4,000 | 20 | hit, commit abcdef012 |" in size_table.table(tmp_path)
+    assert "| 4,800 | 4,000 | 20 | hit, commit abcdef012 with changes |" in size_table.table(tmp_path)
     with pytest.raises(ValueError, match="expected a record with the memory 1GiB; got 512MiB"):
         size.put_in(path, run | {"memory": "1GiB"})
