@@ -103,6 +103,15 @@ def add_mesh(sub: argparse.ArgumentParser, more: str = "") -> None:
     )
 
 
+def add_dry_run(sub: argparse.ArgumentParser) -> None:
+    """Add the option that plans a verb."""
+    sub.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what memory it takes, from the model's config and the data, and stop",
+    )
+
+
 def _sharing(options: argparse.Namespace) -> dict[str, int]:
     """Return how `--mesh` shares weights out, not at all for a plan; ValueError unless it is of the ranks that run."""
     if getattr(options, "mesh", None) is None or getattr(options, "dry_run", False):

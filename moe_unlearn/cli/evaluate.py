@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_unlearn import data, metrics
-from moe_unlearn.cli.arguments import add_data, add_mesh, chat_of, loading_of, sets_of, steps, writable
+from moe_unlearn.cli import plan
+from moe_unlearn.cli.arguments import add_data, add_dry_run, add_mesh, chat_of, loading_of, sets_of, steps, writable
 from moe_unlearn.files import make_private, write_json, write_text
 from moe_unlearn.model import loading
 from moe_unlearn.ranks import on_first
@@ -69,6 +70,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
         help="compute muse or tofu as that project does: to compare with its numbers",
     )
     add_mesh(sub)
+    add_dry_run(sub)
     sub.add_argument("--out", help="write the metrics as JSON: a file; with --benchmark a folder")
     sub.add_argument("--redact", action="store_true", help="with --benchmark: leave texts out of what is written")
 
@@ -79,6 +81,9 @@ def run(options: argparse.Namespace) -> None:
         if options.mesh and getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} needs whole weights on every rank; leave out --mesh")
     how = loading_of(options)
+    for name in ("benchmark", "relearn"):
+        if options.dry_run and getattr(options, name):
+            raise ValueError(f"--dry-run plans what --forget and --retain are measured by; leave out --{name}")
     if options.benchmark:
         if options.before or options.relearn:
             raise ValueError("--before and --relearn are for --forget and --retain; leave out --benchmark")
@@ -93,6 +98,9 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"--{side} is missing; or give a --benchmark with its --data")
     if options.reference and not options.holdout:
         raise ValueError("--reference is for privleak, which needs --holdout too")
+    if options.dry_run:
+        print(plan.of_eval(options))
+        return
     writable(options.out)
     if options.before is not None:
         loading.located(options.before)  # it is loaded only when the model has been measured

@@ -22,6 +22,7 @@ from moe_unlearn.benchmark.trained_cache import clean_cache
 from moe_unlearn.cli import alternates, audit, delta, env, evaluate, paths, plan, purge
 from moe_unlearn.cli.arguments import (
     add_data,
+    add_dry_run,
     add_loading,
     add_mesh,
     add_packing,
@@ -50,7 +51,6 @@ from moe_unlearn.runs.run import Before, Run, retrained, unlearn
 from moe_unlearn.runs.summary import check_name, table
 from moe_unlearn.verify import VerificationError
 
-DRY_RUN = "print what memory it takes, from the model's config and the data, and stop"
 _SHARED = ("run", "eval", "audit", "stats", "mask", "alternates")  # the verbs that several ranks can share
 _BAD_INPUT = (
     ValueError,
@@ -280,7 +280,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--per-layer", type=int, default=2)
     sub.add_argument("--min-ratio", type=float, default=1.5)
     add_mesh(sub)
-    sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
+    add_dry_run(sub)
     sub.add_argument("--out", help="write the frequencies as JSON")
     sub = command("mask", mask)
     add_data(sub)
@@ -304,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
         "each weight; official: the WAGLE code's {name: bool tensor}, expert by expert",
     )
     add_mesh(sub)
-    sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
+    add_dry_run(sub)
     sub.add_argument("--out", required=True, help="the file to write; wagle.mask of a recipe reads both formats")
     sub.add_argument("--compare", metavar="MASK", help="count the weights in which the mask differs from this file's")
     alternates.add_arguments(command("alternates", alternates.run))

@@ -1,13 +1,15 @@
-"""The plans that `moe-unlearn run`, `stats` and `mask` print with `--dry-run`."""
+"""The plans that `moe-unlearn run`, `stats`, `mask` and `eval` print with `--dry-run`."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moe_unlearn import data
+from moe_unlearn import data, metrics
 from moe_unlearn.cli.arguments import loading_of, sets_of
 from moe_unlearn.cli.sides import batches_of
 from moe_unlearn.config import Recipe
@@ -16,10 +18,12 @@ from moe_unlearn.data.pairs import side_batches
 from moe_unlearn.model.batches import Batch
 from moe_unlearn.model.loading import load_tokenizer, meta_model
 from moe_unlearn.plan import Mesh, Plan
-from moe_unlearn.plan.stages import StagePlan, default_memory, mask_stage, stats_plan
+from moe_unlearn.plan.stages import StagePlan, default_memory, mask_stage, stats_plan, work_plan
 from moe_unlearn.runs.planning import SIZES, add_remedies, plan_of_config, search_of
 from moe_unlearn.runs.run import SIDES, Run
 from moe_unlearn.step import UnlearnStep
+
+_LONGEST = 128  # texts of a set with which an evaluation is planned: the largest batch of any metric
 
 
 def of_config(options: argparse.Namespace, recipe: Recipe, mesh: Mesh | None) -> Plan:
@@ -78,10 +82,50 @@ def of_mask(options: argparse.Namespace) -> StagePlan:
     return mask_stage(UnlearnStep(model, Recipe.from_dict({"wagle": settings})).view(), sides, device)
 
 
-def _unloaded(options: argparse.Namespace) -> tuple[nn.Module, dict[str, list[Batch]], torch.device]:
-    """Return the model on the meta device, the batches of both sides, and the device for which it is planned."""
+def of_eval(options: argparse.Namespace) -> StagePlan:
+    """Plan `moe-unlearn eval` from the models' configs and the longest texts; models are in memory one at a time."""
+    _alone(options)
+    how = loading_of(options)
+    tokenizer = load_tokenizer(options.model, how)
+    sets = sets_of(options, tokenizer, ("forget", "retain", "holdout"))
+    longest: dict[str, Any] = {side: sorted(examples, key=len)[-_LONGEST:] for side, examples in sets.items()}
+    audit = metrics.Audit(tokenizer, forget=longest["forget"], retain=longest["retain"], batch_size=options.batch_size)
+
+    def measured(model: nn.Module) -> None:
+        metrics.evaluate(model, tokenizer, **longest)
+        if options.before is not None:
+            audit.observe(model)
+
+    works: dict[str, tuple[str | None, Callable[[Any], object]]] = {
+        "the model": (options.model, measured),
+        "the reference": (
+            options.reference,
+            lambda model: metrics.min_k_auc(model, tokenizer, longest["forget"], longest["holdout"]),
+        ),
+        "the model before": (options.before, audit.observe),
+    }
+    device, special = torch.device(how.device_map or "cpu"), data.special_ids(tokenizer)
+    token = next(i for i in range(len(special) + 1) if i not in special)  # one that ends no answer
+    made = {
+        name: work_plan("eval", meta_model(source, dtype=options.dtype), device, work, token=token)
+        for name, (source, work) in works.items()
+        if source is not None
+    }
+    most = max(made, key=lambda name: made[name].peak)
+    peaks = ", ".join(f"{name} {plan.peak / 2**20:.2f} MiB" for name, plan in made.items())
+    note = f"one model after the other: {peaks}" if len(made) > 1 else ""
+    return dataclasses.replace(made[most], note=note)
+
+
+def _alone(options: argparse.Namespace) -> None:
+    """Raise ValueError for a mesh, which a run alone is planned for."""
     if options.mesh is not None:
         raise ValueError("--mesh with --dry-run plans a run; leave it out to plan this verb on one process")
+
+
+def _unloaded(options: argparse.Namespace) -> tuple[nn.Module, dict[str, list[Batch]], torch.device]:
+    """Return the model on the meta device, the batches of both sides, and the device for which it is planned."""
+    _alone(options)
     model = meta_model(options.model, dtype=options.dtype)
     how = loading_of(options)
     tokenizer = load_tokenizer(options.model, how)

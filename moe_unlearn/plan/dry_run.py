@@ -20,7 +20,8 @@ inside is not seen here; `costs.workspace` gives it.
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,6 +83,11 @@ class Rehearsal(TorchDispatchMode):
         if function is torch.ops.prim.device.default:  # more than half of all calls, and none is an operation
             return args[0].fake_device
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # where torch leaves it to a mode to take composite operations apart
+            with self:
+                parts = function.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if any(isinstance(t, FakeTensor) for t in tensors):
             out = self._on_fakes(function, args, kwargs)
@@ -110,6 +116,10 @@ class Rehearsal(TorchDispatchMode):
             return self._indices(args[0])
         if function is aten.masked_select.default:
             return self._run(aten.index.Tensor, (args[0], self._expanded([args[1]])), {})
+        if (
+            name == "aten::_grouped_mm" and args[0].dim() == 2 and args[1].dim() == 3
+        ):  # torch's fakes know bfloat16 alone
+            return self.empty((args[0].shape[0], args[1].shape[-1]), args[0].dtype)
         if name in _INNER_PRODUCTS:
             like = self._run(function, args, kwargs)
             return torch.eye(like.shape[-1], dtype=like.dtype, device=self.device).expand(like.shape)
@@ -131,7 +141,7 @@ class Rehearsal(TorchDispatchMode):
         with self._fake_mode:
             out = function(*args, **kwargs)
         if call is not None:
-            results.remember(call, out)
+            results.remember(call, tree_leaves((args, kwargs)), out)
         return out
 
     def _indices(self, mask: Tensor) -> Tensor:
@@ -165,6 +175,24 @@ class Rehearsal(TorchDispatchMode):
             else:
                 self.ledger.add(tensor, self.phase)
         self.ledger.pulse(costs.workspace(function, args, kwargs), "workspace")
+
+
+@contextmanager
+def listed(number: int) -> Iterator[None]:
+    """Let `tolist` of a fake give 1.0, True or `number` at once inside; torch asks for one element after the other."""
+    before = FakeTensor.tolist
+
+    def ones(fake: Tensor) -> Any:
+        value: Any = 1.0 if fake.is_floating_point() else True if fake.dtype == torch.bool else number
+        for size in reversed(fake.shape):
+            value = [value] * size
+        return value
+
+    FakeTensor.tolist = ones  # type: ignore[assignment, method-assign]  # no mode sees the call
+    try:
+        yield
+    finally:
+        FakeTensor.tolist = before  # type: ignore[method-assign]
 
 
 def _in_place(function: OpOverload) -> bool:

@@ -6,7 +6,7 @@ for its backward differs, so that calls are alike only under one value of MOE_UN
 """
 
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -53,11 +53,15 @@ def made(call: Hashable, mode: FakeTensorMode) -> Any:
     return out if several else out[0]
 
 
-def remember(call: Hashable, out: object) -> None:
-    """Keep the form of a call's results, unless one of them shares its memory."""
+def remember(call: Hashable, operands: Iterable[object], out: object) -> None:
+    """Keep the form of a call's results, unless one of them shares its memory, with an operand or in part."""
     several = isinstance(out, tuple | list)
-    forms = tuple(_form(value) for value in (out if isinstance(out, tuple | list) else (out,)))
-    if None not in forms:
+    values = out if isinstance(out, tuple | list) else (out,)
+    taken = {value.untyped_storage()._cdata for value in operands if isinstance(value, Tensor)}
+    # of _unsafe_view the schema does not say so
+    shared = any(isinstance(value, Tensor) and value.untyped_storage()._cdata in taken for value in values)
+    forms = tuple(map(_form, values))
+    if not shared and None not in forms:
         _KNOWN[call] = several, forms
 
 

@@ -1,14 +1,15 @@
-"""Plans of what prepares a run: counting where tokens go, and making a mask, each without the model's weights."""
+"""Plans of what is done beside a run, each without the model's weights: counting where tokens go, masks, measuring."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from moe_unlearn.experts import enable
 from moe_unlearn.model.batches import Batch
-from moe_unlearn.plan.dry_run import Rehearsal
+from moe_unlearn.plan.dry_run import Rehearsal, listed
 from moe_unlearn.plan.known import largest
 from moe_unlearn.plan.mask import mask_plan
 from moe_unlearn.plan.repeat import collected_later
@@ -47,13 +48,33 @@ def stats_plan(model: nn.Module, batches: Sequence[Batch], device: torch.device)
 
     Beside the weights it has the activations of a forward pass; what it counts stays, a number for each expert.
     """
+    rehearsal, twin = _twin(model, device)
+    with collected_later(), enable(twin), rehearsal:
+        routing_frequencies(twin, [largest(batches, device)])
+    return StagePlan("stats", str(device), rehearsal.ledger.peak())
+
+
+def work_plan(
+    stage: str, model: nn.Module, device: torch.device, work: Callable[[Any], object], *, token: int = 1
+) -> StagePlan:
+    """Plan what `work` does with a model, which may be on the meta device; it gets a twin of fakes (`dry_run`).
+
+    `token` is what the model is taken to choose, where its choices are read.
+    Raises RuntimeError or TypeError for what torch's fakes cannot run.
+    """
+    rehearsal, twin = _twin(model, device)
+    with collected_later(), listed(token), rehearsal:
+        work(twin)
+    return StagePlan(stage, str(device), rehearsal.ledger.peak())
+
+
+def _twin(model: nn.Module, device: torch.device) -> tuple[Rehearsal, Any]:
+    """Return a rehearsal whose ledger holds the weights of a model's twin, and the twin."""
     rehearsal = Rehearsal(device)
     twin = rehearsal.twin(model, {})
     for tensor in (*twin.parameters(), *twin.buffers()):
         rehearsal.ledger.add(tensor, "weights")
-    with collected_later(), enable(twin), rehearsal:
-        routing_frequencies(twin, [largest(batches, device)])
-    return StagePlan("stats", str(device), rehearsal.ledger.peak())
+    return rehearsal, twin
 
 
 def mask_stage(view: StepView, batches: Mapping[str, Sequence[Batch]], device: torch.device) -> StagePlan:
