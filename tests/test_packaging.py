@@ -1,4 +1,4 @@
-"""The wheel has what it should, and no torch in its build requirements; the package imports without Triton."""
+"""The wheel has what it should, and no torch in its build requirements."""
 
 import os
 import subprocess
@@ -40,25 +40,3 @@ def test_wheel_contents(tmp_path):
     tops = {n.split("/")[0] for n in names}
     # a top-level triton_kernels would shadow triton-lang's package
     assert {t for t in tops if not t.endswith(".dist-info")} == {"moe_unlearn", "pytest_moe_unlearn"}
-
-
-BLOCKED = """
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "triton":
-            raise ModuleNotFoundError(f"{name} is not installed")
-
-sys.meta_path.insert(0, Refuse())
-import moe_unlearn
-from moe_unlearn.cli import main
-raise SystemExit(main(["env"]))
-"""
-
-
-@pytest.mark.slow
-def test_works_without_triton():
-    result = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    assert "route" in result.stdout and "ref" in result.stdout

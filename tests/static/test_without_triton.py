@@ -1,6 +1,7 @@
 """Triton is optional: the package imports without it, and asking for it by name is an error that says so."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -20,6 +21,8 @@ try:
     route(index, 2, impl="triton")
 except RuntimeError as error:
     print(error)
+from moe_unlearn.cli import main
+raise SystemExit(main(["env"]))
 """
 
 
@@ -29,6 +32,7 @@ def test_the_package_works_and_a_forced_triton_is_refused():
     environment = os.environ | {"TRITON_INTERPRET": "1", "MOE_UNLEARN_IMPL": ""}
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    works, refused = done.stdout.splitlines()
+    works, refused, *told = done.stdout.splitlines()
     assert works == "[0, 2, 4]"
     assert refused.startswith("'route' has no implementation triton for device 'cpu'; available: ")
+    assert any(re.search(r"\broute\b.*\bref\b", line) for line in told), told
