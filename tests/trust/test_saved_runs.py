@@ -1,12 +1,12 @@
 """A run's folder: a finished run stays, a resume is of the same run, one run writes at a time, nothing is lost."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
+import time
 
 import pytest
 
@@ -175,13 +175,21 @@ def test_a_second_run_in_a_folder_is_refused_and_a_killed_one_is_no_first(inputs
         assert f"process {os.getpid()} on {own['host']}, since" in capsys.readouterr().err
         assert (out / "lock").is_file()
     assert not out.exists()
-    held = "import pathlib, sys, time; from moe_unlearn.runs.lock import locked\n"
-    held += "with locked(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(99)"
-    with subprocess.Popen([sys.executable, "-c", held, str(out)], stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        with pytest.raises(BlockingIOError, match=f"process {other.pid} on .* is writing"), locked(out):
-            pass
-        other.kill()
+    context = multiprocessing.get_context("fork")
+    begun, begin = context.Pipe(duplex=False)
+
+    def held():
+        with locked(out):
+            begin.send(True)
+            time.sleep(99)
+
+    other = context.Process(target=held)
+    other.start()
+    assert begun.poll(60)
+    with pytest.raises(BlockingIOError, match=f"process {other.pid} on .* is writing"), locked(out):
+        pass
+    other.kill()
+    other.join()
     with locked(out):
         assert f"was left by process {other.pid}, which has ended; it is replaced" in capsys.readouterr().err
     (out / "lock").write_text(json.dumps(own | {"host": "elsewhere"}), encoding="utf-8")
