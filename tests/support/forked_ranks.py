@@ -16,6 +16,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import distributed
 
+from moe_unlearn import backend
+
 
 def found_on(count: int, folder: Path, act: Callable[[int], object]) -> list:
     """Return what `act(rank)` returns on each of `count` ranks, as JSON has it; all must end well.
@@ -52,6 +54,7 @@ def run_forked(count: int, folder: Path, act: Callable[[int], object], patience:
 
 def launched(count: int, folder: Path, act: Callable[[int], object]) -> list[int]:
     """Return how `act(rank)` ended, as `run_forked` does, in processes that no group has joined yet."""
+    backend.unusable("cpu")  # imports the kernels, which every fork would do for itself
     children = [os.fork() or _live(rank, count, folder, act) for rank in range(count)]
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from moe_unlearn import backend
 from moe_unlearn.cli.launch import REFUSED
 from moe_unlearn.cli.main import main
 from moe_unlearn.regress.report import CORRUPT
@@ -60,6 +61,7 @@ class Attempt:
 def attempt(arguments: Sequence[str], folder: Path, fault: Fault | None = None) -> Attempt:
     """Run the command line in `folder`, in a fork of this process, and let its files below `folder` fail."""
     counted, said = os.pipe(), os.pipe()
+    backend.unusable("cpu")  # imports the kernels, which every fork would do for itself
     child = os.fork()
     if not child:
         _live(arguments, folder.resolve(), fault, counted[1], said[1])
