@@ -2,6 +2,7 @@
 
 import collections
 import fcntl
+import gc
 import importlib.util
 import os
 
@@ -55,6 +56,13 @@ def pytest_collection_modifyitems(items):
 
         places = {file: place for place, file in enumerate(in_order(item.nodeid for item in items))}
         items.sort(key=lambda item: places[item.nodeid.partition("::")[0]])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """What all tests have in common is no garbage: every training of transformers' Trainer would look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
