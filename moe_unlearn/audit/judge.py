@@ -19,6 +19,7 @@ from moe_unlearn.audit.verdict import Documents, Share
 
 PLAIN = "plain"
 MARGINS = {CONTENT: 0.1, MEMBERSHIP: 0.2}  # the same for an area as 0.1 about 1/2
+NO_QUESTION = "it shows where knowledge lies, which is no question of forgotten or not"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Evidence:
 
     def _why_not(self, judged: bool, score: str, null: Sides | None) -> str:
         if not judged:
-            return "it shows where knowledge lies, which is no question of forgotten or not"
+            return NO_QUESTION
         if null is None and score in ("probe", "lens"):
             return "what is inside differs by more than what was trained on: give --reference"
         if null is None and SCORES[score].kind == MEMBERSHIP and self.texts_differ:

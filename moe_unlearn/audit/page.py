@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from moe_unlearn.audit import figures
-from moe_unlearn.audit.judge import MARGINS
+from moe_unlearn.audit.attack import CONTENT
 from moe_unlearn.audit.run import ATTACKS, Report
-from moe_unlearn.audit.summary import ATTACK_COLUMNS, COLUMNS, MEANINGS, cells, more, reading, rows, summary, title
+from moe_unlearn.audit.summary import ATTACK_COLUMNS, COLUMNS, MEANINGS, cells, more, reading, rows, summary, untested
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 _STYLE = """
@@ -46,10 +46,10 @@ def page(report: Report) -> str:
     for name, outcome in report.outcomes.items():
         parts += [f"<h2>{escape(ATTACKS[name].title)}</h2>", _paragraph(ATTACKS[name].about)]
         own = [finding for finding in report.findings if finding.attack == name]
-        parts.append(figures.forest(own, MARGINS["content"]))
+        parts.append(figures.forest(own, report.margins[CONTENT]))
         parts += [f"<h3>{escape(caption)}</h3>{drawn}" for caption, drawn in figures.of(name, outcome) if drawn]
-    if report.not_tested:
-        lines = "".join(f"<li>{escape(title(name))}: {escape(why)}</li>" for name, why in report.not_tested.items())
+    if left := untested(report):
+        lines = "".join(f"<li>{escape(f'{what}: {why}')}</li>" for what, why in left)
         parts.append(f"<h2>Not tested</h2><ul>{lines}</ul>")
     meanings = "".join(f"<dt>{_mark(name)}</dt><dd>{escape(text)}</dd>" for name, text in MEANINGS.items())
     parts += [f"<h2>Verdicts</h2><dl>{meanings}</dl>", f"<details>{_details(report)}</details>"]

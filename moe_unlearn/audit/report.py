@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_unlearn.audit.page import page
 from moe_unlearn.audit.run import Report
-from moe_unlearn.audit.summary import ATTACK_COLUMNS, COLUMNS, MEANINGS, cells, more, reading, rows, summary, title
+from moe_unlearn.audit.summary import ATTACK_COLUMNS, COLUMNS, MEANINGS, cells, more, reading, rows, summary, untested
 from moe_unlearn.files import make_private, write_json, write_text
 from moe_unlearn.ranks import on_first
 
@@ -37,8 +37,8 @@ def markdown(report: Report) -> str:
     parts.append(_table(ATTACK_COLUMNS, [_bold(row) for row in rows(report)]))
     parts += reading(report)
     parts.append("## Verdicts\n\n" + "\n".join(f"* **{name}**: {text}" for name, text in MEANINGS.items()))
-    if report.not_tested:
-        lines = [f"* {title(name)}: {why}." for name, why in report.not_tested.items()]
+    if left := untested(report):
+        lines = [f"* {what}: {why}." for what, why in left]
         parts.append("## Not tested\n\n" + "\n".join(lines))
     parts += ["## Every comparison", _table(COLUMNS, [cells(own) for own in report.findings])]
     parts += [f"## {name}\n\n{_table(head, body)}" for name, head, body in more(report)]

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from moe_unlearn.audit import inside, interpolation, plain, prompts, relearning, rounding, routing, verdict
 from moe_unlearn.audit.attack import Attack, Outcome, Settings, Sides, Target, reading
 from moe_unlearn.audit.documents import Chosen, choose
-from moe_unlearn.audit.judge import PLAIN, Evidence, Finding
+from moe_unlearn.audit.judge import MARGINS, PLAIN, Evidence, Finding
 from moe_unlearn.audit.probe import told_apart
 from moe_unlearn.audit.verdict import Share
 from moe_unlearn.config import Data
@@ -56,6 +56,7 @@ class Report:
     left_out: list[str]
     reference: bool
     settings: Settings
+    margins: dict[str, float]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -81,6 +82,7 @@ class Report:
             "left_out": self.left_out,
             "reference": self.reference,
             "settings": asdict(self.settings),
+            "margins": self.margins,
             "seconds": self.seconds,
         }
 
@@ -212,6 +214,7 @@ class _Audit:
             self.chosen.left_out,
             reference is not None,
             self.plan.settings,
+            MARGINS | dict(self.plan.margins or {}),
             self.seconds,
         )
 

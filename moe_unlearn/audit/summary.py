@@ -1,10 +1,8 @@
 """Say what an audit found in words and tables, of which the report's pages are made."""
 
-import math
-
 from moe_unlearn.audit import verdict
-from moe_unlearn.audit.attack import SCORES
-from moe_unlearn.audit.judge import MARGINS, Finding
+from moe_unlearn.audit.attack import CONTENT, MEMBERSHIP, SCORES
+from moe_unlearn.audit.judge import NO_QUESTION, Finding
 from moe_unlearn.audit.run import ATTACKS, Report
 
 Table = tuple[str, tuple[str, ...], list[list[str]]]  # title, head and rows
@@ -29,9 +27,18 @@ def summary(report: Report) -> str:
         text += f" This is what these attacks found: {', '.join(titles)}."
     elif worst == verdict.GONE:
         text += f" This held under every attack that was made: {', '.join(titles)}."
-    if report.not_tested:
-        text += f" Not tested: {', '.join(title(name).lower() for name in report.not_tested)}."
+    if left := untested(report):
+        text += f" Not tested: {'; '.join(dict.fromkeys(what.lower() for what, _ in left))}."
     return text
+
+
+def untested(report: Report) -> list[tuple[str, str]]:
+    """Return what got no verdict and why: attacks, and scores of attacks that were made."""
+    found = {title(name): why for name, why in report.not_tested.items()}
+    for own in report.findings:
+        if not own.verdict and own.why != NO_QUESTION:
+            found[f"{title(own.attack)}, {SCORES[own.score].title}"] = own.why
+    return list(found.items())
 
 
 def rows(report: Report) -> list[tuple[str, str, str, str]]:
@@ -43,7 +50,8 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
             sign = f"{shown(own[0])} by {SCORES[own[0].score].title}, {own[0].label}"
             made.append((attack.title, attack.about, sign, report.of(name)))
         else:
-            why = report.not_tested.get(name, "it had nothing to judge")
+            reasons = [f.why for f in report.findings if f.attack == name and f.why != NO_QUESTION]
+            why = report.not_tested.get(name) or next(iter(reasons), "it had nothing to judge")
             made.append((attack.title, attack.about, f"not tested: {why}", "not tested"))
     return made
 
@@ -52,8 +60,8 @@ def shown(finding: Finding) -> str:
     """Return a share with its interval as text."""
     if finding.share is None or finding.low is None or finding.high is None:
         return "-"
-    low, high = (f"{end:.0%}" if math.isfinite(end) else "?" for end in (finding.low, finding.high))
-    return f"{finding.share:.0%} [{low}, {high}]"
+    low, share, high = (round(100 * number) for number in (finding.low, finding.share, finding.high))
+    return f"{share} % [{low}, {high}]"
 
 
 def null_of(report: Report) -> str:
@@ -66,14 +74,14 @@ def null_of(report: Report) -> str:
 def reading(report: Report) -> list[str]:
     """Return what a reader has to know to read the tables, a paragraph each."""
     counts = ", ".join(f"{count} {side}" for side, count in report.documents.items())
-    content, membership = MARGINS.values()
+    content, membership = (report.margins[kind] for kind in (CONTENT, MEMBERSHIP))
     paragraphs = [
         f"Documents: {counts}. {null_of(report)} A share of 0 % is a document like an unseen one, 100 % one that is "
         f"known as before unlearning; brackets hold the 95 % interval over documents. Gone means an interval within "
-        f"{content:.0%} of 0 on both sides ({membership:.0%} for membership, where areas are compared).",
+        f"{100 * content:g} % of 0 on both sides ({100 * membership:g} % for membership, where areas are compared).",
         f"The chance of an alarm (present, hidden or overshot) although every share lies within its margin is at most "
-        f"{verdict.ALPHA:.0%}, over all attacks together (Holm); the chance that the audit says gone although some "
-        f"share lies outside is at most {verdict.ALPHA / 2:.1%}.",
+        f"{100 * verdict.ALPHA:g} %, over all attacks together (Holm); the chance that the audit says gone although "
+        f"some share lies outside is at most {50 * verdict.ALPHA:g} %.",
     ]
     if report.told_apart is not None:
         area = 0.5 + report.told_apart.value / 2

@@ -35,6 +35,9 @@ def test_the_three_files(report, tmp_path):
     assert text.startswith("# Audit of forgetting: present\n") and "| **present** |" in text
     assert "<svg" in page and not re.search(r"(src|href)=|https?:|url\(|<script", page)
     assert "prefers-color-scheme: dark" in page
+    for told in (text, page):
+        assert "Looking inside, a probe of hidden states: what is inside differs by more" in told
+    ElementTree.fromstring(re.search("<body>.*</body>", page, re.DOTALL)[0])  # every tag is closed
     for drawn in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(drawn)  # well formed
 
