@@ -24,7 +24,7 @@ from moe_unlearn.audit.judge import MARGINS, PLAIN, Evidence, Finding
 from moe_unlearn.audit.probe import told_apart
 from moe_unlearn.audit.verdict import Share
 from moe_unlearn.config import Data
-from moe_unlearn.data import Example, encode_rows
+from moe_unlearn.data import Example, encode_rows, pad_token_id
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.files import make_folder
 from moe_unlearn.metrics.results import Evaluation, data_digest
@@ -255,7 +255,8 @@ class _Audit:
         return known
 
     def _loglik(self, model: nn.Module, rows: Sequence[Example]) -> list[float | None]:
-        return reading(token_scores(model, rows, batch_size=self.plan.batch_size))["loglik"]
+        pad = pad_token_id(self.tokenizer)
+        return reading(token_scores(model, rows, batch_size=self.plan.batch_size, pad_id=pad))["loglik"]
 
     def _evaluation(self, model: nn.Module, what: str) -> Evaluation:
         return Evaluation(f"AUDIT {what}", model, self.tokenizer, asdict(self.plan.settings), cache_dir=self.cache)

@@ -22,10 +22,12 @@ def summary(report: Report) -> str:
     found = {name: report.of(name) for name in report.outcomes}
     worst = report.verdict
     titles = [ATTACKS[name].title.lower() for name, own in found.items() if own == worst]
-    text = f"{MEANINGS[worst]}"
-    if worst != verdict.GONE and titles:
+    text = MEANINGS[worst]
+    if not titles:
+        text = f"No score could be judged: {next((own.why for own in report.findings if own.why), 'there is none')}."
+    elif worst != verdict.GONE:
         text += f" This is what these attacks found: {', '.join(titles)}."
-    elif worst == verdict.GONE:
+    else:
         text += f" This held under every attack that was made: {', '.join(titles)}."
     if left := untested(report):
         text += f" Not tested: {'; '.join(dict.fromkeys(what.lower() for what, _ in left))}."

@@ -20,7 +20,7 @@ _CACHED = {f"{kind}-*": what for kind, what in CACHES.items()} | {
     "wagle-*": "scores of a mask that was not finished",
 }
 REMOVED = {
-    "cache": "references and results: values of the original model and of an audit on each row",
+    "cache": "references: values of the original model on each row, and results of an audit",
     "checkpoints": "states of the run, with masks and references",
     "data.json": "where the documents lie and which were dropped",
     "delta.safetensors.index.json": "the way back to the original model",

@@ -16,7 +16,7 @@ from moe_unlearn.metrics import token_scores
 from tests.support.forked_ranks import found_on
 from tests.support.planted import less_likely, on_the_grid, quantisable, rerouted, suppressed
 
-FAST = Settings(new_tokens=16, relearn_steps=8, samples=2, experts=6)
+FAST = Settings(new_tokens=16, relearn_steps=8, samples=2, experts=3)
 
 
 def found(report, attack, variant, score="loglik"):
@@ -26,7 +26,7 @@ def found(report, attack, variant, score="loglik"):
 
 
 def made(model, experiment, rows, before, **more):
-    options = {"say": lambda line: None, "resamples": 3999, "settings": FAST} | more
+    options = {"say": lambda line: None, "resamples": 1999, "settings": FAST} | more
     return audit(model, experiment.tokenizer, before=before, **rows, **options)
 
 
@@ -41,7 +41,7 @@ def test_a_model_that_never_saw_the_documents_passes_every_attack(experiment, ro
 
 
 def test_a_model_like_the_retrained_one_is_gone(experiment, rows):
-    attacks = ["plain", "interpolation", "inside"]
+    attacks = ["plain", "inside"]
     report = made(
         experiment.retrain, experiment, rows, experiment.target, reference=experiment.retrain, attacks=attacks
     )
@@ -101,6 +101,7 @@ def test_where_the_knowledge_was(experiment, rows):
     after = copy.deepcopy(experiment.target)
     with torch.no_grad():
         after.model.layers[1].mlp.experts.down_proj[2].zero_()
+    rows = {side: own[:8] for side, own in rows.items()}
     settings = dataclasses.replace(FAST, experts=64)
     report = made(after, experiment, rows, experiment.target, attacks=["routing"], settings=settings)
     table = report.outcomes["routing"].more["recovered"]
@@ -129,12 +130,12 @@ def test_models_are_left_bit_for_bit(experiment, rows):
         after.model.layers[0].mlp.experts.down_proj.mul_(0.9)
     after.train()
     after.lm_head.weight.requires_grad_(False)
-    models = {"after": after, "before": experiment.target, "retrained": experiment.retrain}
-    rows = {side: own[:12] for side, own in rows.items()}
+    models = {"after": after, "before": experiment.target}
+    rows = {side: own[:8] for side, own in rows.items()}
     kept = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in models.items()}
     state = torch.get_rng_state()
     settings = dataclasses.replace(FAST, relearn_steps=2, experts=1, samples=1)
-    report = made(after, experiment, rows, experiment.target, reference=experiment.retrain, settings=settings)
+    report = made(after, experiment, rows, experiment.target, settings=settings)
     assert list(report.outcomes) == list(ATTACKS)
     for name, model in models.items():
         assert all(torch.equal(v, kept[name][k]) for k, v in model.state_dict().items()), name
@@ -211,11 +212,11 @@ def counted(attack, ran):
 
 def test_what_there_was_no_time_for_is_listed(experiment, rows):
     rows = {side: own[:8] for side, own in rows.items()}
-    report = made(experiment.retrain, experiment, rows, experiment.target, minutes=1e-9)
+    asked = ["plain", "rounding"]
+    report = made(experiment.retrain, experiment, rows, experiment.target, attacks=asked, minutes=1e-9)
     assert list(report.outcomes) == ["plain"]
-    assert "budget" in report.not_tested["rounding"] and "interpolation" in report.not_tested
-    asked = made(experiment.retrain, experiment, rows, experiment.target, attacks=["plain"])
-    assert asked.not_tested["rounding"] == "it was not asked for"
+    assert report.not_tested["rounding"] == "the budget of 1e-09 minutes was used up"
+    assert report.not_tested["interpolation"] == "it was not asked for"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from moe_unlearn.audit import Settings, audit, figures
 from moe_unlearn.audit.attack import SIDES
 from moe_unlearn.audit.report import NAMES, write
+from moe_unlearn.audit.summary import summary
 from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
 from moe_unlearn.files import write_sealed
@@ -47,6 +48,12 @@ def test_no_report_holds_a_text(report, experiment, rows, tmp_path):
     words = experiment.tokenizer.decode(rows["forget"][0].input_ids[8:], skip_special_tokens=True).split()
     longest = max(words, key=len)
     assert len(longest) > 6 and not any(longest in (tmp_path / name).read_text(encoding="utf-8") for name in NAMES)
+
+
+def test_a_model_before_that_knew_nothing_gives_no_verdict(report):
+    blank = [dataclasses.replace(own, verdict="", why="the model before shows no more") for own in report.findings]
+    told = summary(dataclasses.replace(report, findings=blank))
+    assert told.startswith("No score could be judged: the model before shows no more.")
 
 
 def test_what_a_figure_has_nothing_for_is_left_out():

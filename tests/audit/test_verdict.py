@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe_unlearn.audit import Documents, holm, share, verdicts, worst
+from moe_unlearn.audit import Documents, Share, holm, share, verdicts, worst
 
 pytestmark = pytest.mark.quick
 DRAW = torch.Generator()
@@ -112,6 +112,15 @@ def test_each_verdict():
     assert found["plain"] == found["covered"] == "present"
     assert worst(list(found.values())) == "present" and worst([]) == "undecided"
     assert worst(["gone", "overshot", "undecided"]) == "overshot"
+
+
+def test_one_of_many_comparisons_has_to_be_clearer_than_one_alone():
+    """At p = 0.02 one comparison is an alarm, one of ten is none."""
+    clear = Share(0.5, 0.2, 0.8, 0.1, 0.01, 1.0, 0.05)
+    like_unseen = Share(0.0, -0.05, 0.05, 0.1, 1.0, 1.0, 0.05)
+    assert verdicts({"own": clear}) == {"own": "hidden"}
+    many = verdicts({"own": clear} | {str(i): like_unseen for i in range(9)})
+    assert many.pop("own") == "undecided" and set(many.values()) == {"gone"}
 
 
 def test_few_documents_are_never_gone():

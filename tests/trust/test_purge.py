@@ -56,7 +56,10 @@ def test_what_is_removed_is_told_and_the_rest_stays(folder, tmp_path, capsys):
     told = capsys.readouterr().out
     for name in {name.partition("/")[0] for name in GONE} | {"mask.safetensors", "delta-00001-of-00002.safetensors"}:
         assert f"removed {folder / name}: " in told
-    assert f"{folder / 'cache'}: references: values of the original model on each row (2 files, " in told
+    assert (
+        f"{folder / 'cache'}: references: values of the original model on each row, and results of an audit (2 files, "
+        in told
+    )
     assert f"left {folder / 'other.safetensors'}, which no run writes: look at it yourself" in told
     assert files(folder) == sorted([*KEPT, "other.safetensors"])
     assert files(tmp_path / "shared") == ["mine.txt"] and outside.exists()
@@ -70,13 +73,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "own" / "summary.json").touch()
     for given in ("own", "absent"):
         assert main(["purge", str(tmp_path / given)]) == 2
-        assert "expected the folder of a run or an evaluation" in capsys.readouterr().err
+        assert "expected the folder of a run, an evaluation or an audit" in capsys.readouterr().err
     assert len([*(tmp_path / "own").iterdir()]) == 4
 
 
 def test_all_that_a_run_writes_is_known():
     """A name that is new in a run's folder has to be said to go or to stay."""
-    made = {name for verb in ("run", "demo") for name in paths.VERBS[verb].inside} | {"cache"}
+    made = {name for verb in ("run", "demo", "audit") for name in paths.VERBS[verb].inside} | {"cache"}
     known = (*purge.KEPT, *purge.REMOVED)
     unknown = {name for name in made if not any(fnmatch(name, pattern) for pattern in known)}
     assert unknown == {"delta.safetensors"}  # which its format tells
