@@ -89,12 +89,14 @@ def of_eval(options: argparse.Namespace) -> StagePlan:
     tokenizer = load_tokenizer(options.model, how)
     sets = sets_of(options, tokenizer, ("forget", "retain", "holdout"))
     longest: dict[str, Any] = {side: sorted(examples, key=len)[-_LONGEST:] for side, examples in sets.items()}
-    audit = metrics.Audit(tokenizer, forget=longest["forget"], retain=longest["retain"], batch_size=options.batch_size)
+    effects = metrics.SideEffects(
+        tokenizer, forget=longest["forget"], retain=longest["retain"], batch_size=options.batch_size
+    )
 
     def measured(model: nn.Module) -> None:
         metrics.evaluate(model, tokenizer, **longest)
         if options.before is not None:
-            audit.observe(model)
+            effects.observe(model)
 
     works: dict[str, tuple[str | None, Callable[[Any], object]]] = {
         "the model": (options.model, measured),
@@ -102,7 +104,7 @@ def of_eval(options: argparse.Namespace) -> StagePlan:
             options.reference,
             lambda model: metrics.min_k_auc(model, tokenizer, longest["forget"], longest["holdout"]),
         ),
-        "the model before": (options.before, audit.observe),
+        "the model before": (options.before, effects.observe),
     }
     device, special = torch.device(how.device_map or "cpu"), data.special_ids(tokenizer)
     token = next(i for i in range(len(special) + 1) if i not in special)  # one that ends no answer
