@@ -16,28 +16,18 @@ of the model where the official form is written, since torch saves a whole dict;
 torch can map, as all but those of before torch 1.6.
 """
 
-import copy
 import difflib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
 
 from moe_unlearn.checkpoint.manifest import describe
 from moe_unlearn.errors import reason_of
 from moe_unlearn.files import stream_of, whole_file, write_text
+from moe_unlearn.masks import hub
 from moe_unlearn.masks.shards import shared_out
 from moe_unlearn.masks.weight_mask import WeightMask
 from moe_unlearn.ops.bits import pack_bits
@@ -57,13 +47,14 @@ def save(mask: WeightMask, path: str | Path, model: nn.Module, format: str = "na
     if format == "native":
         mask.save(path)
         return
+    plain = _plain(model)
 
     def write(packed: dict[str, Tensor]) -> None:
         named: dict[str, Tensor] = {}
         for name, words in packed.items():
             # clones, since torch saves a view with the whole tensor behind it
             kept = mask.unpacked(name, words.cpu())
-            named |= {key: part.clone() for key, part in to_hub(model, {name: kept}).items()}
+            named |= {key: part.clone() for key, part in hub.to_hub(plain, {name: kept}).items()}
         target = Path(path)
         beside, stream = _digest_file(target), stream_of(target)
         if not stream:
@@ -121,47 +112,6 @@ def _check_digest(path: Path) -> None:
         raise ValueError(f"{path}: damaged: it does not match its SHA-256 in {beside}")
 
 
-def to_hub(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert tensors with the names and shapes of parameters in memory to those of a checkpoint on disk."""
-    converted: dict[str, Tensor] = revert_weight_conversion(_plain(model), dict(tensors))
-    return converted
-
-
-def from_hub(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Undo `to_hub`, one parameter after the other; ValueError if transformers' conversions do not go both ways."""
-    plain = _plain(model)
-    conversions = getattr(plain, "_weight_conversions", None) or get_model_conversion_mapping(plain, add_legacy=False)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    own = {name for name, _ in model.named_parameters()}
-    sources: dict[str, list[tuple[str, str | None]]] = {}
-    # sorted so that experts are stacked in the order of their numbers
-    for name in sorted(tensors, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters)
-        sources.setdefault(target, []).append((name, pattern))
-    for target, named in sources.items():
-        out = {}
-        collected: WeightConverter | None = None
-        for name, pattern in named:
-            if pattern is None:
-                out[target] = tensors[name]
-                continue
-            collected = collected or copy.deepcopy(by_pattern[pattern])
-            tensor: Any = tensors[name]  # transformers asks for a future of one, and takes either
-            collected.add_tensor(target, name, pattern, tensor)
-        if collected is not None:
-            converted = collected.convert(target, model=plain, config=plain.config)
-            out |= {name: t[0] if isinstance(t, list) else t for name, t in converted.items()}
-        back = to_hub(model, out) if out.keys() <= own else {}
-        if back.keys() != {name for name, _ in named} or not all(torch.equal(back[k], tensors[k]) for k in back):
-            raise ValueError(f"transformers' weight conversions of {type(model).__name__} do not go both ways")
-        own -= out.keys()
-        yield from out.items()
-    if own:
-        raise ValueError(f"transformers' weight conversions of {type(model).__name__} make no {sorted(own)[0]}")
-
-
 def _plain(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -179,10 +129,11 @@ def _from_official(model: nn.Module, named: object) -> WeightMask:
         expected = shapes
     else:
         meta = {name: torch.empty(shape, dtype=torch.bool, device="meta") for name, shape in shapes.items()}
-        expected = {name: tuple(t.shape) for name, t in to_hub(model, meta).items()}
+        expected = {name: tuple(t.shape) for name, t in hub.to_hub(_plain(model), meta).items()}
     for name in [*named, *expected]:
         _check(name, named.get(name), expected)
-    found = {name: pack_bits(torch.atleast_1d(k)) for name, k in (named.items() if fused else from_hub(model, named))}
+    converted = named.items() if fused else hub.from_hub(_plain(model), named.keys(), named.__getitem__, shapes.keys())
+    found = {name: pack_bits(torch.atleast_1d(kept)) for name, kept in converted}
     packed = {name: found[name] for name in shapes}
     mask = WeightMask(shapes, packed, keep=1.0, official=True)
     parameters = dict(model.named_parameters())

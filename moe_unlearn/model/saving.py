@@ -90,7 +90,7 @@ def save_pretrained(
         together(partial(_raise_first, errors), group)
         return
     assert isinstance(model, PreTrainedModel)
-    state = _state(model)
+    state = saved_state(model)
     groups = _groups(model, _meta(state))
     with ExitStack() as opened:
         write = attempt(_begin, model, opened, Path(folder), tokenizer, max_shard_size)
@@ -163,10 +163,10 @@ def _write_itself(model: Any, folder: Path, tokenizer: Processor | None, last: s
 
 def saved_kinds(model: PreTrainedModel) -> dict[str, Kind]:
     """Return dtype and shape of what `save_pretrained` writes of a model, by the names of the hub."""
-    return {name: kind_of(t) for name, t in revert_weight_conversion(model, _meta(_state(model))).items()}
+    return {name: kind_of(t) for name, t in revert_weight_conversion(model, _meta(saved_state(model))).items()}
 
 
-def _state(model: PreTrainedModel) -> dict[str, Tensor]:
+def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return what is saved of a model, by the names in memory, without ties."""
     ignored = set(model._keys_to_ignore_on_save or ())
     # the parameters themselves, so that those that are tied are one object
@@ -215,7 +215,7 @@ def _begin(
     max_shard_size: int | str,
 ) -> Write:
     """Write all but the weights, which take their places when `opened` closes; return what writes the weights."""
-    layout = revert_weight_conversion(model, _meta(_state(model)))
+    layout = revert_weight_conversion(model, _meta(saved_state(model)))
     unfinished = opened.enter_context(
         whole_files(folder, last=(SAFE_WEIGHTS_INDEX_NAME, CONFIG_NAME), stale=MODEL_FILES.fullmatch)
     )

@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_unlearn.errors import reason_of
@@ -47,7 +48,7 @@ def whole_model(
     model, info = loaded
     _check_weights(source, info, allowed, hint)
     _check_experts(source, model.config)
-    _check_finite(source, model)
+    check_finite(source, model.named_parameters())
     return model
 
 
@@ -88,10 +89,9 @@ def _check_experts(source: str | Path, config: PreTrainedConfig) -> None:
             raise ValueError(f"expected num_experts_per_tok of at most {name} ({count}) in {source}; got {asked}")
 
 
-def _check_finite(source: str | Path, model: PreTrainedModel) -> None:
+def check_finite(source: str | Path, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Raise ValueError that names the weights with a number that is NaN or infinite."""
-    wrong = not_finite(model.named_parameters())
-    if wrong:
+    if wrong := not_finite(weights):
         raise ValueError(f"expected finite weights in {source}; NaN or infinite: {_listed(wrong)}")
 
 

@@ -55,7 +55,7 @@ def test_weights_that_a_hub_holds_as_one_are_converted_together(tmp_path):
     model._weight_conversions = [
         WeightConverter(source_patterns="self_attn.qkv.weight", target_patterns=names, operations=[Chunk(dim=0)])
     ]
-    state = saving._state(model)
+    state = saving.saved_state(model)
     groups = [group for group in saving._groups(model, saving._meta(state)) if len(group) > 1]
     assert groups == [[f"model.layers.{i}.{name}" for name in names] for i in range(2)]
     model.save_pretrained(tmp_path / "theirs")
@@ -143,6 +143,32 @@ def test_a_model_is_filled_with_what_was_saved_if_that_is_its_own(tmp_path):
     ):
         load_pretrained(narrow, tmp_path, Ranks(narrow))
     assert all(torch.equal(own, before[name]) for name, own in narrow.state_dict().items())
+
+
+@pytest.mark.parametrize("family", TINY_MODELS)
+def test_a_model_is_filled_without_another_one(tmp_path, monkeypatch, family):
+    """Experts one by one, in several files, tied weights and buffers of a family included."""
+    saved, other = made(family), made(family)
+    with torch.no_grad():
+        for t in other.state_dict().values():
+            t.zero_()
+    save_pretrained(saved, tmp_path, max_shard_size=20_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    monkeypatch.setattr("moe_unlearn.model.resuming.whole_model", lambda *_, **__: pytest.fail("a second model"))
+    load_pretrained(other, tmp_path, Ranks(other))
+    for name, own in other.state_dict().items():
+        assert torch.equal(own, saved.state_dict()[name]), name
+
+
+def test_numbers_that_are_not_finite_fill_nothing(tmp_path):
+    saved, other = made(), made()
+    with torch.no_grad():
+        list(saved.parameters())[-1].flatten()[0] = torch.nan
+    save_pretrained(saved, tmp_path)
+    before = {name: t.clone() for name, t in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match="expected finite weights in .*; NaN or infinite: "):
+        load_pretrained(other, tmp_path, Ranks(other))
+    assert all(torch.equal(own, before[name]) for name, own in other.state_dict().items())
 
 
 @pytest.mark.parametrize("tied", [False, True])
