@@ -8,7 +8,7 @@ from moe_unlearn.benchmark.tiny_models import SIZES, prepare_experiment
 from tests.support.threads import torch_threads
 
 # as many documents as a verdict of gone needs
-SIZE = dataclasses.replace(SIZES["test"], forget=40, retain=40, holdout=40, epochs=25)
+SIZE = dataclasses.replace(SIZES["test"], forget=40, retain=40, holdout=40, epochs=22, layers=2)
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -88,7 +88,7 @@ def test_what_former_routers_bring_back(experiment, rows):
             *(("routing", name) for name in ("router back", "routes forced", "top-k +1")),
         )
     )
-    assert asked.share < 0.5 and more.share < 0.5
+    assert asked.share < 0.6 and more.share < 0.6
     assert back.share == pytest.approx(1) and back.verdict in ("hidden", "present")
     assert 0.6 < forced.share < 1 and forced.verdict in ("hidden", "present")
     # the experts are as they were: nothing is found in any of them
@@ -105,7 +105,7 @@ def test_where_the_knowledge_was(experiment, rows):
     settings = dataclasses.replace(FAST, experts=64)
     report = made(after, experiment, rows, experiment.target, attacks=["routing"], settings=settings)
     table = report.outcomes["routing"].more["recovered"]
-    assert len(table) == 3 and all(len(row) == 8 for row in table)
+    assert len(table) == 2 and all(len(row) == 8 for row in table)
     values = {(i, j): value for i, row in enumerate(table) for j, value in enumerate(row) if value is not None}
     assert values.pop((1, 2)) > 0.01 and max(map(abs, values.values())) < 1e-6
     together = report.outcomes["routing"].variants["all experts back"]
