@@ -44,7 +44,7 @@ SCORES = {
     "verbmem": Score("VerbMem", "ROUGE-L F1"),
     "knowmem": Score("KnowMem", "share of words"),
     "extraction": Score("extraction", "share of documents"),
-    "lens": Score("rank of the true token, minus its logarithm", "nats", least=0.1),
+    "lens": Score("rank of the next token", "minus its logarithm", least=0.1),
     "loss": Score("membership by loss", "area under ROC", MEMBERSHIP),
     "min_k": Score("membership by min-k (PrivLeak)", "area under ROC", MEMBERSHIP),
     "min_k_plus_plus": Score("membership by min-k++", "area under ROC", MEMBERSHIP),

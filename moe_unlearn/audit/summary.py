@@ -26,7 +26,7 @@ def summary(report: Report) -> str:
     if not titles:
         text = f"No score could be judged: {next((own.why for own in report.findings if own.why), 'there is none')}."
     elif worst != verdict.GONE:
-        text += f" This is what these attacks found: {', '.join(titles)}."
+        text += f" Attacks with this verdict: {', '.join(titles)}."
     else:
         text += f" This held under every attack that was made: {', '.join(titles)}."
     if left := untested(report):
