@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_unlearn.audit.attack import Attack, Outcome, Target, Variant
-from moe_unlearn.audit.weights import restored
+from moe_unlearn.audit.weights import restored, router_tensors
 from moe_unlearn.ranks import local
 
 POINTS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5)
@@ -19,8 +19,9 @@ _PART = 2**24  # weights that are moved at a time
 
 
 def _run(target: Target) -> Outcome:
-    after = dict(local(target.model).named_parameters())
-    before = dict(local(target.before).named_parameters(remove_duplicate=False))
+    # unlearning may have untied weights, and correction biases of routers are buffers
+    after = dict(local(target.model).named_parameters()) | router_tensors(target.model)
+    before = dict(local(target.before).named_parameters(remove_duplicate=False)) | router_tensors(target.before)
     pairs = {name: (own, before[name]) for name, own in after.items() if not _equal(own, before[name])}
     variants = {}
     for a in POINTS:

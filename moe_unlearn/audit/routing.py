@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from moe_unlearn.audit.attack import Attack, Outcome, Sides, Target, Values, Variant, mean, reading
 from moe_unlearn.audit.weights import restored, router_tensors
 from moe_unlearn.data import batches
-from moe_unlearn.experts import experts_modules, total_experts
+from moe_unlearn.experts import experts_modules
 from moe_unlearn.metrics.routing import Routes as FormerRoutes
+from moe_unlearn.metrics.routing import routes
 from moe_unlearn.metrics.scoring import evaluating
 from moe_unlearn.model.batches import target_mask
 from moe_unlearn.model.head import token_losses
@@ -38,7 +39,7 @@ def _run(target: Target) -> Outcome:
     variants = {"router back": Variant("former routers", _with_former_routers(target))}
     variants["routes forced"] = Variant("former routes, token by token", {"loglik": _forced(target)})
     for more in MORE_EXPERTS:
-        with _more_experts(target.model, more) as possible:
+        with _more_experts(target, more) as possible:
             if possible:
                 variants[f"top-k {more:+d}"] = Variant(f"{more:+d} experts a token", target.read())
     for temperature in TEMPERATURES:
@@ -78,21 +79,24 @@ def _forced(target: Target) -> Sides:
 
 
 @contextlib.contextmanager
-def _more_experts(model: nn.Module, more: int) -> Iterator[bool]:
-    """Let every router choose `more` experts a token inside; yield whether that is possible."""
+def _more_experts(target: Target, more: int) -> Iterator[bool]:
+    """Let every router choose `more` experts a token inside; yield whether they do: some have their number built in."""
     routers: list[Any] = [
         module
-        for module in local(model).modules()
+        for module in local(target.model).modules()
         if isinstance(getattr(module, "top_k", None), int) and any(True for _ in module.parameters(recurse=False))
     ]
-    least = min((total_experts(module) for module in experts_modules(local(model)).values()), default=0)
-    possible = bool(routers) and all(0 < router.top_k + more <= least for router in routers)
+    former = target.routes["forget"]
+    wanted = former.top_k_index.shape[2] + more
+    if not routers or not 0 < wanted <= former.num_experts:
+        yield False
+        return
     try:
-        for router in routers if possible else ():
+        for router in routers:
             router.top_k += more
-        yield possible
+        yield routes(target.model, target.rows["forget"][:1]).top_k_index.shape[2] == wanted
     finally:
-        for router in routers if possible else ():
+        for router in routers:
             router.top_k -= more
 
 

@@ -1,5 +1,6 @@
 """What single attacks do to prompts, training and probes, and how often a whole audit is wrong about unseen text."""
 
+import copy
 import dataclasses
 import math
 
@@ -9,8 +10,11 @@ import torch
 from moe_unlearn.audit import ATTACKS, Evidence, Settings, Target, prompts, relearning
 from moe_unlearn.audit.attack import reading
 from moe_unlearn.audit.probe import out_of_fold, told_apart
+from moe_unlearn.audit.weights import router_tensors
 from moe_unlearn.data import Document, encode
-from moe_unlearn.metrics import relearning_attack, token_scores
+from moe_unlearn.metrics import relearning_attack, routes, token_scores
+from tests.support.models import FAMILIES, tiny_model
+from tests.support.tokenizers import TEXTS
 
 
 def target(model, experiment, rows, before, **settings):
@@ -129,3 +133,38 @@ def test_texts_of_two_kinds_are_told_apart(experiment, rows):
     assert same.low <= 0
     other = encode([Document("", f"{i} {i + 1} {i + 2} kettles boil") for i in range(30)], experiment.tokenizer, 32)
     assert told_apart(rows["forget"], other).low > 0.5
+
+
+def test_a_model_without_experts_has_no_routes(experiment, rows):
+    dense = torch.nn.Linear(1, 1)
+    assert ATTACKS["routing"].why_not(target(dense, experiment, rows, dense)) == (
+        "the model has no Mixture-of-Experts layers"
+    )
+    assert ATTACKS["plain"].why_not(target(dense, experiment, rows, dense)) == ""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_attacked(family, experiment):
+    """Routers, experts and heads of all layouts are found, changed and put back."""
+    texts = encode([Document("", text) for text in TEXTS], experiment.tokenizer, 40)[:6]
+    rows = {"forget": texts[:2], "retain": texts[2:4], "holdout": texts[4:]}
+    before = tiny_model(family, vocab_size=len(experiment.tokenizer)).eval()
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        for router in router_tensors(after).values():
+            router.add_(torch.randn_like(router))
+    bits = {name: value.clone() for name, value in after.state_dict().items()}
+    own = dataclasses.replace(
+        target(after, experiment, rows, before, experts=2),
+        routes={side: routes(before, part) for side, part in rows.items()},
+    )
+    found = {name: ATTACKS[name].run(own) for name in ("rounding", "routing", "interpolation", "inside")}
+    assert all(torch.equal(value, bits[name]) for name, value in after.state_dict().items())
+    known = reading(token_scores(before, rows["forget"]))["loglik"]
+    scores = {name: variant.scores["loglik"]["forget"] for name, variant in found["routing"].variants.items()}
+    assert scores["router back"] == pytest.approx(known, abs=1e-4)  # nothing else was changed
+    assert {"routes forced", "all experts back"} <= scores.keys()
+    assert ("top-k -1" in scores) == ("top-k +1" in scores) == (family != "phimoe")  # whose two experts are built in
+    assert scores.get("top-k -1") != pytest.approx(scores["all experts back"], abs=1e-4)
+    assert found["interpolation"].variants["0"].scores["loglik"]["forget"] == pytest.approx(known, abs=1e-4)
