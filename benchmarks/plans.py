@@ -17,6 +17,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ import torch
 from benchmarks.stamp import RESULTS, ROOT
 from moe_unlearn.config import Recipe, models, shipped
 from moe_unlearn.files import write_json, write_text
+from moe_unlearn.model.loading import meta_model
 from moe_unlearn.plan import Plan
+from moe_unlearn.plan.advice import Unloaded, add_remedies
 from moe_unlearn.plan.knobs import Search
-from moe_unlearn.runs.planning import SIZES, add_remedies, search_of
+from moe_unlearn.runs.planning import SIZES
+from moe_unlearn.step import UnlearnStep
 
 RECORD = RESULTS / "plans.json"
 PAGE = ROOT / "moe_unlearn" / "plan" / "MODELS.md"
@@ -80,7 +84,8 @@ def searches(model: str, names: Iterable[str]) -> dict[tuple[str, ...], Search]:
     recipes = {name: Recipe.load(name, model=model) for name in names}
     for name, recipe in recipes.items():
         kinds.setdefault(str(sizes(recipe)), []).append(name)
-    return {tuple(kind): search_of(model, recipes[kind[0]]) for kind in kinds.values()}
+    unloaded = Unloaded(partial(meta_model, model), UnlearnStep, fits=SIZES)
+    return {tuple(kind): unloaded.search(recipes[kind[0]]) for kind in kinds.values()}
 
 
 def rows(model: str, names: Iterable[str]) -> list[dict[str, Any]]:

@@ -3,9 +3,12 @@
 import shlex
 
 import pytest
+import torch
+from torch import nn
 
 from moe_unlearn.config import Recipe
 from moe_unlearn.model.loading import meta_model
+from moe_unlearn.plan.knobs import Search
 from moe_unlearn.plan.known import at_least
 from moe_unlearn.plan.mesh import Mesh
 from moe_unlearn.runs.planning import plan_of_config
@@ -70,3 +73,31 @@ def test_what_a_plan_says_makes_a_run_fit_is_planned_to_fit(tmp_path):
         mesh = words[words.index("--mesh") + 1] if "--mesh" in words else None
         changed = Recipe.load("graddiff", ["batch_size=1", "data.max_length=8", *overrides])
         assert plan_of_config(tmp_path, changed, mesh=mesh, fits=[size], advise=False).fits_on(size), words
+
+
+def test_a_plan_of_a_step_names_what_a_plan_of_its_config_does(tmp_path, monkeypatch):
+    model = TINY_MODELS["olmoe"](vocab_size=64, hidden_size=16).eval()
+    model.config.save_pretrained(tmp_path)
+    recipe = Recipe.load("graddiff", ["batch_size=1", "data.max_length=128"])
+    step = UnlearnStep(model, recipe)
+    plan = step.plan(stored=True, fits=1e-6, advise=False)
+    assert plan.remedies == {}
+    size = 0.99 * plan.peak / 2**30
+    made = step.plan(fits=[size, 2 * size], stored=True)
+    assert made.remedies == {size: ["it fits with --set checkpointing=on"]} and made.remedies[size][0] in str(made)
+    assert plan_of_config(tmp_path, recipe, fits=[size]).remedies == made.remedies
+    # what the model does counts, whatever its recipe asks for
+    monkeypatch.setattr(Search, "remedies", lambda search, plan, size: [search.recipe.checkpointing])
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    assert step.plan(fits=1e-6).remedies == {1e-6: ["on"]}
+
+
+@pytest.mark.quick
+def test_what_would_make_it_fit_is_not_known_of_weights_that_no_config_makes():
+    model = TINY_MODELS["olmoe"](vocab_size=64, hidden_size=16)
+    model.model.layers[0].mlp.gate.register_parameter("extra", nn.Parameter(torch.zeros(4)))
+    plan = UnlearnStep(model, Recipe.load("graddiff", ["batch_size=1", "data.max_length=8"])).plan(fits=1e-6)
+    assert plan.remedies == {} and not plan.fits_on(1e-6)
+    expected = "what would make it fit is not known: model.layers.0.mlp.gate.extra is not the weight"
+    assert [note for note in plan.notes if expected in note], plan.notes

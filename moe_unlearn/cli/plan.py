@@ -19,7 +19,7 @@ from moe_unlearn.model.batches import Batch
 from moe_unlearn.model.loading import load_tokenizer, meta_model
 from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.plan.stages import StagePlan, default_memory, mask_stage, stats_plan, work_plan
-from moe_unlearn.runs.planning import SIZES, add_remedies, plan_of_config, search_of
+from moe_unlearn.runs.planning import SIZES, plan_of_config
 from moe_unlearn.runs.run import SIDES, Run
 from moe_unlearn.step import UnlearnStep
 
@@ -52,16 +52,7 @@ def of_mesh(
 
 def of_weights(options: argparse.Namespace, run: Run) -> Plan:
     """Plan for a model that is loaded, whose experts and mask are chosen first; what makes it fit is of its config."""
-    made, recipe = run.plan(verify=options.verify, fits=options.fits), run.recipe
-    if not all(map(made.fits_on, made.fits)):
-        assert recipe.data.model is not None
-        try:
-            add_remedies(
-                made,
-                search_of(recipe.data.model, recipe, *map(run.batches, SIDES), fits=made.fits, dtype=options.dtype),
-            )
-        except ValueError as error:  # a folder of adapters has no config of a model
-            made.notes.append(f"what would make it fit is not known: {error}")
+    made = run.plan(verify=options.verify, fits=options.fits)
     if options.trust_remote_code:
         made.notes.append("code that comes with the model was run (--trust-remote-code)")
     return made

@@ -1,10 +1,13 @@
 """Loads models and tokenizers from folders, and from the hub where a model of it is named."""
 
+import copy
 import json
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -253,14 +257,16 @@ def _tokenizer(name: str, where: dict[str, Any], how: Loading) -> PreTrainedToke
     return made
 
 
-def meta_model(source: str | Path, *, layers: int | None = None, dtype: str = "auto") -> nn.Module:
+def meta_model(source: str | Path | PreTrainedConfig, *, layers: int | None = None, dtype: str = "auto") -> nn.Module:
     """Build a causal LM without storage, on the meta device; `dtype` is as `Loading` has it.
 
-    `source` is a name in `models()`, a folder with a config.json, the path of such a file, or a model of the hub, of
-    which the config alone is read; of a folder without a dtype in it, also the head of its first file of weights. With
-    `layers` the model has so many of its first layers alone. Raises ValueError for anything else.
+    `source` is a config, a name in `models()`, a folder with a config.json, the path of such a file, or a model of the
+    hub, of which the config alone is read; of a folder without a dtype in it, also the head of its first file of
+    weights. With `layers` the model has so many of its first layers alone. Raises ValueError for anything else.
     """
-    if source in models():
+    if isinstance(source, PreTrainedConfig):
+        made = copy.deepcopy(source)
+    elif source in models():
         made = AutoConfig.for_model(**geometry(source))
     else:
         where: dict[str, Any] = {"local_files_only": True}
@@ -276,10 +282,30 @@ def meta_model(source: str | Path, *, layers: int | None = None, dtype: str = "a
     if layers is not None:
         of_layers = {name: value for name, value in vars(made).items() if _one_each(value, made.num_hidden_layers)}
         made.update({name: value[:layers] for name, value in of_layers.items()} | {"num_hidden_layers": layers})
-    chosen = getattr(torch, dtype) if dtype != "auto" else made.dtype or _dtype_of(Path(source))
+    if dtype != "auto":
+        chosen = getattr(torch, dtype)
+    else:
+        chosen = made.dtype or (None if isinstance(source, PreTrainedConfig) else _dtype_of(Path(source)))
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=chosen, trust_remote_code=False)
     return model
+
+
+def unloaded(model: nn.Module) -> Callable[..., nn.Module]:
+    """Return `meta_model` of a model's own config and dtype, which takes `layers` alone.
+
+    Raises ValueError if that is not this model: its weights have other names or shapes, as with adapters.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"a {type(model).__name__} has no config of transformers")
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    build = partial(meta_model, config, dtype=str(dtype).removeprefix("torch."))
+    own, made = ({name: p.shape for name, p in m.named_parameters()} for m in (model, build()))
+    other = next((name for name in (*own, *made) if own.get(name) != made.get(name)), None)
+    if other is not None:
+        raise ValueError(f"{other} is not the weight of that name that the model's config makes")
+    return build
 
 
 def _dtype_of(folder: Path) -> torch.dtype | None:

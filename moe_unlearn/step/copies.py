@@ -1,4 +1,4 @@
-"""Copies of a step: the twin that verifies it, and the shadow that rehearses it for a plan."""
+"""Copies of a step: the twin that verifies it, the shadow that rehearses it for a plan, and steps of other models."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from moe_unlearn.config import Recipe
 from moe_unlearn.experts import copy_gate, experts_modules
 from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.step.weights import twin_of
@@ -41,4 +42,12 @@ def shadow(step: "UnlearnStep", copied: Callable[[Any, dict], Any], prepared: Pr
     made.objectives.dual.warns = False  # its losses are not real
     made.verifier.remaining = 0
     made.discard()
+    return made
+
+
+def like(step: "UnlearnStep", model: nn.Module, recipe: Recipe) -> "UnlearnStep":
+    """Return a new step of another model and recipe, run as `step` is, that does not communicate."""
+    made = type(step)(model, recipe, fused=step.fused)
+    made.ranks.count, made.ranks.peers = step.ranks.count, step.ranks.peers
+    made.held_back = step.held_back
     return made

@@ -50,7 +50,7 @@ from moe_unlearn.model.batch_sets import check_batches, counted_row
 from moe_unlearn.model.batches import Batch, Sizes, checked
 from moe_unlearn.model.head import verify_head
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
-from moe_unlearn.plan import Plan, make_plan, ways
+from moe_unlearn.plan import Plan, plan_with_advice, ways
 from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.prepare.stages import STAGES, prepare
 from moe_unlearn.ranks import Ranks, local
@@ -297,9 +297,11 @@ class UnlearnStep:
     def plan(self, forget_batches: Iterable[Batch] = (), retain_batches: Iterable[Batch] = (), **options: Any) -> Plan:
         """Plan what the step will do and what it will cost for the largest of the given batches; see `plan`.
 
-        All batches size the reference caches; the step stays unchanged. The options and errors are `make_plan`'s.
+        All batches size the reference caches; the step stays unchanged. Of devices of `fits` GiB, one or several, the
+        plan says whether they are enough, and for those that are not, which overrides of the recipe make the step fit
+        (`Plan.remedies`; none are searched with `advise=False`). The options and errors are `plan_with_advice`'s.
         """
-        return make_plan(self, forget_batches, retain_batches, **options)
+        return plan_with_advice(self, partial(copies.like, self), forget_batches, retain_batches, **options)
 
     def state_dict(self) -> dict:
         """Return all but the weights that a bitwise resume needs; where weights are sharded, on every rank: `saved`."""
