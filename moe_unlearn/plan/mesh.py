@@ -12,20 +12,6 @@ from moe_unlearn.sharding import EXPERTS, Placing, is_sharded, placing_of
 _EXPECTED = "expected a mesh such as fsdp=8 or fsdp=8,ep=4"
 
 
-def check_whole(model: nn.Module) -> None:
-    """Raise ValueError for a model that is sharded already; it names the mesh with which whole weights are planned."""
-    placings = [placing_of(name, p) for name, p in model.named_parameters() if is_sharded(p)]
-    if not placings:
-        return
-    fsdp = max(math.prod(n for n, split in zip(p.sizes, p.splits, strict=True) if split) for p in placings)
-    ep = max(n for p in placings for n, name in (*zip(p.sizes, p.names, strict=True), (1, EXPERTS)) if name == EXPERTS)
-    mesh = f"fsdp={fsdp}" + (f",ep={ep}" if ep > 1 else "")
-    raise ValueError(
-        f"expected a model with whole weights to plan for; got one that is sharded already: plan a step on the model "
-        f"as it was before that, or on the meta device, with mesh={mesh!r}"
-    )
-
-
 @dataclass(frozen=True)
 class Mesh:
     """Sizes of a mesh, as transformers' DistributedConfig(fsdp_size=..., ep_size=...) has them.
@@ -108,4 +94,25 @@ class Mesh:
         return (
             f"{most[0]} has {most[1]} rows for {most[2]} ranks: parts are equally long, so that what is gathered and "
             f"reduced is {share:.0%} more than the weights"
+        )
+
+
+def mesh_of(model: nn.Module) -> Mesh | None:
+    """Return the mesh of the ranks that share out a model's weights; None if every weight is whole."""
+    placings = [placing_of(name, p) for name, p in model.named_parameters() if is_sharded(p)]
+    if not placings:
+        return None
+    fsdp = max(math.prod(n for n, split in zip(p.sizes, p.splits, strict=True) if split) for p in placings)
+    ep = max(n for p in placings for n, name in (*zip(p.sizes, p.names, strict=True), (1, EXPERTS)) if name == EXPERTS)
+    return Mesh(fsdp, ep)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError for a model that is sharded already; it names the mesh with which whole weights are planned."""
+    mesh = mesh_of(model)
+    if mesh is not None:
+        text = f"fsdp={mesh.fsdp}" + (f",ep={mesh.ep}" if mesh.ep > 1 else "")
+        raise ValueError(
+            "expected a model with whole weights to plan for; got one that is sharded already: plan a step on the "
+            f"model as it was before that, or on the meta device, with mesh={text!r}"
         )

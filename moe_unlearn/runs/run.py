@@ -27,8 +27,10 @@ from moe_unlearn.model.batches import Batch, beside
 from moe_unlearn.model.modes import training_mode
 from moe_unlearn.model.saving import save_model
 from moe_unlearn.plan import Mesh, Plan
+from moe_unlearn.plan.advice import Unloaded
+from moe_unlearn.plan.mesh import mesh_of
 from moe_unlearn.prepare.stages import CHOOSING, needed
-from moe_unlearn.ranks import everyone, is_first, on_first, sharded
+from moe_unlearn.ranks import everyone, gathered, is_first, on_first, sharded
 from moe_unlearn.runs import folder, report
 from moe_unlearn.runs.summary import Summary, check_name
 from moe_unlearn.step import UnlearnStep
@@ -112,20 +114,34 @@ class Run:
     def checkpoint_activations(self) -> bool:
         """Switch gradient checkpointing on as the recipe says, and return whether it is on; no number depends on it.
 
-        With `auto` it is on if the plan of a step without it exceeds the `room` on the model's device. Weights that
-        ranks share out have no plan here, and none of theirs is switched on. Raises ValueError for a model that has
-        no gradient checkpointing, if it is asked for.
+        With `auto` it is on if the plan of a step without it exceeds the `room` on the model's device, of several ranks
+        on that of any: all decide the same. Weights that ranks share out are planned from the model's config; where
+        that does not make the model, as with adapters, it stays off. Raises ValueError for a model that has no gradient
+        checkpointing, if it is asked for.
         """
         on = self.recipe.checkpointing == "on"
         device = next(self.model.parameters()).device
-        if self.recipe.checkpointing == "auto" and room(device) < math.inf and not sharded(self.model):
-            step = UnlearnStep(self.model, self.recipe, process_group=everyone())
-            on = step.plan(*map(self.batches, SIDES), stored=True).peak > room(device)
-            step.close()
+        if self.recipe.checkpointing == "auto" and room(device) < math.inf:
+            step = None if sharded(self.model) else UnlearnStep(self.model, self.recipe, process_group=everyone())
+            _, short = gathered(lambda: self._peak(step) > room(device), bool)
+            on = any(short)
+            if step is not None:
+                step.close()
         if on:
             switched: Any = self.model
             switched.gradient_checkpointing_enable({"use_reentrant": False})
         return on
+
+    def _peak(self, step: UnlearnStep | None) -> int:
+        """Plan the peak of a step, or without one that of sharded weights, 0 if these have no plan; no rank waits."""
+        forget, retain = map(self.batches, SIDES)
+        if step is not None:
+            return step.plan(forget, retain, stored=True).peak
+        try:
+            build = loading.unloaded(self.model)
+        except ValueError:
+            return 0
+        return Unloaded(build, UnlearnStep, ([*forget], [*retain]), mesh_of(self.model)).plan(self.recipe).peak
 
     def trainer(self, checkpoints: Path, *, cache_dir: Path | None = None, verify: int | bool = 0) -> UnlearnTrainer:
         """Make the trainer of this run, which keeps its checkpoints in the folder `checkpoints`."""

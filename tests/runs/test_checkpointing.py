@@ -1,6 +1,8 @@
 """Gradient checkpointing of a run: on, off, or where a step would not fit, and the plan counts what it saves."""
 
 import math
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -8,10 +10,13 @@ import torch
 from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import encode, load
-from moe_unlearn.model.loading import load_model
+from moe_unlearn.model.loading import Loading, load_model
+from moe_unlearn.plan import Mesh
 from moe_unlearn.runs import run as runs
+from moe_unlearn.runs.planning import plan_of_config
 from moe_unlearn.step.checks import check_recipe
 from tests.support.command_line import arguments, saved
+from tests.support.forked_ranks import found_on
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +26,15 @@ def folder(tmp_path_factory):
     return root
 
 
+def run_of(folder, *overrides, how=None):
+    model, tokenizer = load_model(folder / "model", how)
+    sets = [encode(load(folder / f"{side}.jsonl"), tokenizer, 48) for side in ("forget", "retain")]
+    return runs.Run(model, tokenizer, Recipe.load("npo", overrides), *sets)
+
+
 @pytest.fixture
 def made(folder):
-    def make(*overrides):
-        model, tokenizer = load_model(folder / "model")
-        sets = [encode(load(folder / f"{side}.jsonl"), tokenizer, 48) for side in ("forget", "retain")]
-        return runs.Run(model, tokenizer, Recipe.load("npo", overrides), *sets)
-
-    return make
+    return partial(run_of, folder)
 
 
 def test_auto_is_on_where_a_step_does_not_fit(made, monkeypatch):
@@ -46,6 +52,25 @@ def test_auto_is_on_where_a_step_does_not_fit(made, monkeypatch):
                 patch.setattr(runs, "room", lambda device, space=space: space)
             assert run.checkpoint_activations() is expected
         assert run.model.is_gradient_checkpointing is expected and not run.model.training
+
+
+def decided(folder, rank):
+    """Return whether a rank switches checkpointing on, by mesh and by the bytes that the second rank lacks."""
+    found = {}
+    for mesh in ("fsdp=2", "fsdp=2,ep=2"):
+        sizes = Mesh.parse(mesh)
+        run = run_of(folder, "checkpointing=auto", how=Loading(fsdp=sizes.fsdp, ep=sizes.ep))
+        peak = plan_of_config(folder / "model", run.recipe, *map(run.batches, runs.SIDES), mesh=mesh, fits=()).peak
+        for lacking in (0, 1):
+            with mock.patch.object(runs, "room", lambda device, space=peak - lacking * rank: space):
+                found[f"{mesh}, {lacking}"] = run.checkpoint_activations(), run.model.is_gradient_checkpointing
+    return found
+
+
+@pytest.mark.slow
+def test_ranks_that_share_weights_out_decide_alike_by_the_one_that_lacks_room(folder, tmp_path):
+    expected = {f"{mesh}, {lacking}": [lacking > 0] * 2 for mesh in ("fsdp=2", "fsdp=2,ep=2") for lacking in (0, 1)}
+    assert found_on(2, tmp_path / "ranks", partial(decided, folder)) == [expected] * 2
 
 
 def test_the_plan_counts_what_checkpointing_saves(made):
