@@ -1,4 +1,7 @@
-"""The embedded experiment, which compares baselines, each lever and their combination on tiny models."""
+"""The embedded experiment, which compares baselines, each lever and their combination on tiny models.
+
+The quick form of an audit then attacks what the last of the runs has made: rounding, routes, ten steps of relearning.
+"""
 
 import time
 from dataclasses import replace
@@ -9,6 +12,9 @@ import torch
 from torch import nn
 
 from moe_unlearn import metrics
+from moe_unlearn.audit import Settings as AuditSettings
+from moe_unlearn.audit import audit
+from moe_unlearn.audit import summary as words
 from moe_unlearn.benchmark import process_pool, tiny_models
 from moe_unlearn.benchmark.suite import Progress, unlearning
 from moe_unlearn.benchmark.table import Table
@@ -28,6 +34,13 @@ DEMO_COMMON = ["batch_size=40", "retain_per_forget=1.625", "optimizer.lr=1e-4", 
 DEMO_OVERRIDES: dict[str, list[str]] = {name: ["steps=75", "stop_forget_loss=0.43"] for name in ("mollm", "combined")}
 TRAJECTORY_POINTS = 6
 
+# the quick form of an audit, of as many documents a side
+QUICK: dict[str, Any] = {
+    "attacks": ("rounding", "routing", "relearning"),
+    "settings": AuditSettings(relearn_steps=10, experts=8),
+}
+QUICK_DOCUMENTS = 40
+
 
 def demo(
     corpus: str,
@@ -38,7 +51,7 @@ def demo(
     size: str | Settings = "demo",
     processes: int | None = None,
 ) -> dict:
-    """Run the embedded experiment on `seeds`; write `summary.json`, `report.md` and figures into `out`.
+    """Run the embedded experiment on `seeds`; write `summary.json`, `report.md`, figures and `audit/` into `out`.
 
     Models are trained and runs made side by side, in `processes` processes of one thread each (by default as many as
     torch has threads), because models this small leave most of a second thread idle. Deterministic on one machine,
@@ -53,16 +66,23 @@ def demo(
         recipes = {name: demo_recipe(name, 0) for name in runs}
         # the longest runs go first, so that none of them keeps a single process busy at the end
         order = sorted(runs, key=lambda name: -recipes[name].steps)
-        tasks = [(name, corpus, seed, size) for name in (*order, *tiny_models.MODELS) for seed in seeds]
+        audited = {(runs[-1], seeds[0]): out / "audit"} if runs else {}
+        tasks = [
+            (name, corpus, seed, size, audited.get((name, seed)))
+            for name in (*order, *tiny_models.MODELS)
+            for seed in seeds
+        ]
         total = len(seeds) * sum(recipe.steps for recipe in recipes.values())
-        done = pool.run("unlearning", _run, tasks, total)
+        made = pool.run("unlearning", _run, tasks, total)
+    done = {task[:4]: found for task, found in made.items()}
     table = Table.joined(done[name, corpus, seed, size][0] for seed in seeds for name in (*tiny_models.MODELS, *runs))
     for (name, _, seed, _), spent in seconds.items():
         table.results[seed][name]["seconds"] = spent
     first = {name: done[name, corpus, seeds[0], size] for name in runs}
     trajectories = {name: found[1] for name, found in first.items()}
     routing: dict[str, Any] = next((found[2] for found in first.values() if found[2]), {})
-    content = report.Content(table.summary(), corpus, table.results, trajectories, routing)
+    quick: dict[str, Any] = next((found[3] for found in done.values() if found[3]), {})
+    content = report.Content(table.summary(), corpus, table.results, trajectories, routing, audit=quick)
     report.save(out, content)
     report.write(out, content)
     return content.summary
@@ -74,11 +94,17 @@ def _train(name: str, corpus: str, seed: int, size: str | Settings) -> float:
     return time.perf_counter() - start
 
 
-def _run(name: str, corpus: str, seed: int, size: str | Settings) -> tuple[Table, list[dict], dict]:
-    """Return row, trajectory and routing of one run, or of the target or retrained model as it is."""
+def _run(
+    name: str, corpus: str, seed: int, size: str | Settings, audited: Path | None
+) -> tuple[Table, list[dict], dict, dict]:
+    """Return row, trajectory, routing and quick audit of one run, or of the target or retrained model as it is.
+
+    The audit's own report is written to the folder `audited`; without one there is none.
+    """
     made = tiny_models.prepare_experiment(corpus, seed, size=size)
     trajectory: list[dict] = []
     routing: dict[str, Any] = {}
+    quick: dict[str, Any] = {}
 
     def watch(progress: Progress) -> None:
         recipe, step = recipes[0], progress.unlearn_step
@@ -88,6 +114,8 @@ def _run(name: str, corpus: str, seed: int, size: str | Settings) -> tuple[Table
             trajectory.append(_measure(step.model, made, progress.step) | progress.metrics)
         if progress.last:
             routing.update(routing_of(step))
+            if audited is not None:
+                quick.update(_audited(name, step.model, made, audited))
 
     recipes = [] if name in tiny_models.MODELS else [demo_recipe(name, seed)]
     table = unlearning(
@@ -101,7 +129,27 @@ def _run(name: str, corpus: str, seed: int, size: str | Settings) -> tuple[Table
         seeds=[seed],
         on_step=watch,
     )
-    return table, trajectory, routing
+    return table, trajectory, routing, quick
+
+
+def _audited(name: str, model: nn.Module, made: Experiment, out: Path) -> dict[str, Any]:
+    """Attack a run's model in the quick form; write the audit's report and return what the run's report shows."""
+    forget, retain, holdout = (rows[:QUICK_DOCUMENTS] for rows in (made.forget, made.retain_eval, made.holdout))
+    found = audit(
+        model,
+        made.tokenizer,
+        forget=forget,
+        retain=retain,
+        holdout=holdout,
+        before=made.target,
+        reference=made.retrain,
+        out=out,
+        batch_size=64,
+        say=lambda line: None,
+        **QUICK,
+    )
+    rows = [list(row) for row in words.rows(found)]
+    return {"run": name, "verdict": found.verdict, "summary": words.summary(found), "rows": rows}
 
 
 def demo_recipe(name: str, seed: int, *overrides: str) -> Recipe:

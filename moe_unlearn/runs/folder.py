@@ -31,7 +31,16 @@ from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.checks import check_recipe
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
-REPORT = ("summary.json", "seeds.json", "trajectory.json", "routing.json", "report.md", "figures")
+REPORT = (
+    "summary.json",
+    "seeds.json",
+    "trajectory.json",
+    "routing.json",
+    "audit.json",
+    "report.md",
+    "figures",
+    "audit",
+)
 _FACTS, _MANIFEST = "run.json", "manifest"
 _DIGESTS = ("model", "forget", "retain", "commit")
 _COMPARED = ("model", "forget", "retain", "code", "ranks")  # as they are; a recipe key by key

@@ -4,7 +4,9 @@ A folder holds `summary.json` (run name -> flat metrics; with several seeds the 
 sample standard deviation) and, where there are any, `seeds.json` (`corpus`; `results`: seed -> run name ->
 metrics), `trajectory.json` (run name -> list of {"step", ...}), `routing.json` (`forget`, `retain` frequencies and
 `selected`, all [L, E]; `inactive` says why TRACE selected none), `batch.json` (what one step takes: `ranks`,
-`batch_size` and `accumulate`) and `loaded.json` (how the model was loaded: `loading.described`).
+`batch_size` and `accumulate`), `loaded.json` (how the model was loaded: `loading.described`) and `audit.json` (of one
+run: its name `run`, `verdict`, `summary`, and `rows`: for each attack its title, what was done, the gravest sign and
+the verdict), beside the audit's own report in `audit/`.
 """
 
 import json
@@ -17,7 +19,19 @@ from typing import Any
 
 from moe_unlearn.files import write_json, write_text
 from moe_unlearn.runs import figures
-from moe_unlearn.runs.summary import BASELINE, CLEAR, KEEP, LEGEND, LEVERS, RUNS, WITHIN, Summary, ordered, table
+from moe_unlearn.runs.summary import (
+    BASELINE,
+    CLEAR,
+    FORGOTTEN,
+    KEEP,
+    LEGEND,
+    LEVERS,
+    RUNS,
+    WITHIN,
+    Summary,
+    ordered,
+    table,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class Content:
     routing: dict = field(default_factory=dict)
     batch: dict = field(default_factory=dict)
     loaded: dict = field(default_factory=dict)
+    audit: dict = field(default_factory=dict)
 
 
 _NUMBER = (int, float, type(None))  # null where there is no number
@@ -46,8 +61,16 @@ _FORMS: dict[str, tuple[Any, str]] = {  # of each file: its form, and what a mes
     ),
     "batch": (dict.fromkeys(_FACTORS, int), "whole numbers"),
     "loaded": ({"model": str, "dtype": str, "device": str, "trust_remote_code": bool}, "texts, and true or false"),
+    "audit": ({"run": str, "verdict": str, "summary": str, "rows": [[str]]}, "texts, and rows of texts"),
 }
-_NEEDED = {"routing": ("forget", "retain", "selected"), "batch": _FACTORS, "loaded": tuple(_FORMS["loaded"][0])}
+_NEEDED = {
+    "routing": ("forget", "retain", "selected"),
+    "batch": _FACTORS,
+    "loaded": tuple(_FORMS["loaded"][0]),
+    "audit": tuple(_FORMS["audit"][0]),
+}
+_AUDIT_COLUMNS = ("attack", "what was done", "gravest sign", "verdict")
+_GONE, _PRESENT, _OVERSHOT = "gone", "present", "overshot"  # an audit's words
 
 
 def save(folder: Path, content: Content) -> None:
@@ -56,6 +79,8 @@ def save(folder: Path, content: Content) -> None:
     write_json(folder / "seeds.json", {"corpus": content.corpus, "results": content.results})
     write_json(folder / "trajectory.json", content.trajectories)
     write_json(folder / "routing.json", content.routing)
+    if content.audit:
+        write_json(folder / "audit.json", content.audit)
 
 
 def read(folder: Path) -> Content:
@@ -94,7 +119,9 @@ def markdown(content: Content, made: dict[str, str]) -> str:
         factors = [content.batch[name] for name in _FACTORS]
         shown = "{} (ranks) x {} (`batch_size`) x {} (`accumulate`)".format(*factors)
         parts.append(f"A step takes {math.prod(factors)} forget rows with their retain rows: {shown}.")
-    parts += [table(summary, markdown=True), LEGEND.rstrip(), "## Verdict", *_verdict(summary, results)]
+    parts += [table(summary, markdown=True), LEGEND.rstrip(), "## Verdict", *_verdict(summary, results, content.audit)]
+    if content.audit:
+        parts += _audit(content.audit)
     if content.routing:
         parts.append(_selection(content.routing))
     if made:
@@ -104,7 +131,7 @@ def markdown(content: Content, made: dict[str, str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _verdict(summary: Summary, results: dict[int | str, Summary]) -> list[str]:
+def _verdict(summary: Summary, results: dict[int | str, Summary], audit: dict) -> list[str]:
     lines = []
     if "retrain" not in summary:
         return [
@@ -113,20 +140,25 @@ def _verdict(summary: Summary, results: dict[int | str, Summary]) -> list[str]:
         ]
     gold, target = summary["retrain"], summary.get("target")
     lines.append(
-        f"Retrain, the reference, has forget VerbMem {gold['verbmem_f']:.3f} and retain VerbMem "
-        f"{gold['verbmem_r']:.3f}. The goal: forget VerbMem at most {WITHIN:.2f} away from that, and at "
-        f"least {KEEP:.0%} of the target's retain VerbMem."
+        "The goal is the retrained model, which never saw the forget documents: VerbMem, KnowMem and extraction at "
+        f"most {WITHIN:.2f} away from its own, PrivLeak at most {FORGOTTEN['privleak'][1]:g} away from 0, NLL at most "
+        f"{FORGOTTEN['nll_f'][1]:.0%} of the way from it to the target, and at least {KEEP:.0%} of the target's retain "
+        f"VerbMem. *{_PRESENT}* is above that, *{_OVERSHOT}* below."
     )
     goals = []
     for run in ordered(summary):
         if run in ("target", "retrain"):
             continue
-        away = abs(summary[run]["verbmem_f"] - gold["verbmem_f"])
-        text, reached = f"forget VerbMem {away:.3f} away from retrain's", away <= WITHIN
+        words = _words(summary[run], gold, target)
+        reached = set(words.values()) == {_GONE}
+        text = ", ".join(f"{FORGOTTEN[key][0]} {word}" for key, word in words.items())
         if target and target["verbmem_r"]:
             kept = summary[run]["verbmem_r"] / target["verbmem_r"]
-            text += f", {kept:.1%} of retain VerbMem kept"
+            text += f"; {kept:.1%} of retain VerbMem kept"
             reached = reached and kept >= KEEP
+        if audit.get("run") == run:
+            text += f"; audit {audit['verdict']}"
+            reached = reached and audit["verdict"] == _GONE
         goals.append(f"* {RUNS.get(run, run)}: {text}: **{'reached' if reached else 'not reached'}**.")
     lines.append("\n".join(goals))
     levers = [_lever(lever, summary, results) for lever in LEVERS if lever in summary and BASELINE in summary]
@@ -136,6 +168,33 @@ def _verdict(summary: Summary, results: dict[int | str, Summary]) -> list[str]:
             "forget and retain VerbMem, paired by seed.\n\n" + "\n".join(levers)
         )
     return lines
+
+
+def _words(metrics: dict[str, float], gold: dict[str, float], target: dict[str, float] | None) -> dict[str, str]:
+    """Return for each forget metric that there is whether what was to be forgotten is gone, present or overshot."""
+    words = {}
+    for key, (_, margin) in FORGOTTEN.items():
+        values = [each.get(key) for each in (metrics, gold, target or {})]
+        own, wanted, former = (math.nan if value is None else value for value in values)
+        more = own - wanted
+        if key == "privleak":
+            more = -own  # negative where a model knows more than retrain
+        elif key == "nll_f":
+            more = (wanted - own) / (wanted - former) if wanted > former else math.nan
+        if not math.isnan(more):
+            words[key] = _PRESENT if more > margin else _OVERSHOT if more < -margin else _GONE
+    return words
+
+
+def _audit(audit: dict) -> list[str]:
+    """Return what the quick audit of one run found, as paragraphs and a table."""
+    rows = [_AUDIT_COLUMNS, ["---"] * len(_AUDIT_COLUMNS), *audit["rows"]]
+    cells = [" | ".join(cell.replace("|", "/") for cell in row) for row in rows]
+    return [
+        f"## Audit of {RUNS.get(audit['run'], audit['run'])}: {audit['verdict']}",
+        f"{audit['summary']} [The whole report](audit/AUDIT.md) has every comparison.",
+        "\n".join(f"| {row} |" for row in cells),
+    ]
 
 
 def _lever(lever: str, summary: Summary, results: dict[int | str, Summary]) -> str:

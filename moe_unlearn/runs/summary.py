@@ -55,6 +55,14 @@ unseen documents; negative is under-unlearned, positive over-unlearned.
 
 # the goal: forget VerbMem at most WITHIN away from retrain's, and the share KEEP or more of the target's retain VerbMem
 WITHIN, KEEP = 0.10, 0.95
+# key: name, and how far it may be away from retrain's; of NLL a share of what lies between target and retrain
+FORGOTTEN = {
+    "verbmem_f": ("VerbMem", WITHIN),
+    "knowmem_f": ("KnowMem", 0.10),
+    "extraction_f": ("extraction", 0.10),
+    "privleak": ("PrivLeak", 10.0),
+    "nll_f": ("NLL", 0.10),
+}
 CLEAR = 0.01  # the smallest difference that counts
 
 Summary = dict[str, dict[str, float]]

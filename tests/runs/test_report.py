@@ -18,7 +18,7 @@ RESULTS = {
     "npo": {"verbmem_f": 0.3, "verbmem_r": 0.9, "nll_f": 4.0, "nll_r": 0.4, "privleak": -30.0},
     "trace": {"verbmem_f": 0.3, "verbmem_r": 0.9, "nll_f": 4.0, "nll_r": 0.4, "privleak": -30.0},
     "wagle": {"verbmem_f": 0.5, "verbmem_r": 0.9, "nll_f": 4.0, "nll_r": 0.4, "privleak": -30.0},
-    "combined": {"verbmem_f": 0.12, "verbmem_r": 0.97, "nll_f": 7.0, "nll_r": 0.2, "privleak": 4.0},
+    "combined": {"verbmem_f": 0.12, "verbmem_r": 0.97, "nll_f": 7.5, "nll_r": 0.2, "privleak": 4.0},
 }
 ROUTING = {
     "forget": torch.tensor([[1.0, 0.5, 0.5], [0.2, 0.9, 0.9]]),
@@ -63,8 +63,10 @@ def test_the_verdict_says_which_lever_helps_and_which_does_not():
     assert "* TRACE (where in the data) **does not help" in text
     assert "* WAGLE (where in the model) **hurts**" in text
     assert "* all three **helps**: distance shorter by +0.1" in text
-    assert "* three levers: forget VerbMem 0.020 away from retrain's, 97.0% of retain VerbMem kept: **reached**" in text
-    assert "* NPO: forget VerbMem 0.200 away from retrain's, 90.0% of retain VerbMem kept: **not reached**" in text
+    kept = "VerbMem gone, PrivLeak gone, NLL gone; 97.0% of retain VerbMem kept"
+    assert f"* three levers: {kept}: **reached**" in text
+    kept = "VerbMem present, PrivLeak present, NLL present; 90.0% of retain VerbMem kept"
+    assert f"* NPO: {kept}: **not reached**" in text
 
 
 @pytest.mark.quick
@@ -76,6 +78,37 @@ def test_a_gain_within_the_spread_is_no_gain():
     # a spread common to both runs of a seed cancels
     paired = {s: shifted({"npo": b, "trace": b - 0.05}) for s, b in enumerate((0.0, 0.2, 0.4))}
     assert "TRACE (where in the data) **helps**" in text_of(paired)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("verbmem_f", 0.21, "VerbMem present"),
+        ("verbmem_f", -0.01, "VerbMem overshot"),
+        ("privleak", -10.5, "PrivLeak present"),
+        ("privleak", 10.5, "PrivLeak overshot"),
+        ("nll_f", 7.2, "NLL present"),
+        ("nll_f", 8.8, "NLL overshot"),
+        ("verbmem_r", 0.94, "94.0% of retain VerbMem kept"),
+    ],
+)
+def test_one_metric_away_from_retrain_is_enough_for_not_reached(key, value, word):
+    text = text_of({0: RESULTS | {"combined": RESULTS["combined"] | {key: value}}})
+    line = next(line for line in text.splitlines() if line.startswith("* three levers: "))
+    assert word in line and line.endswith("**not reached**.")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("verdict", "reached"), [("gone", "reached"), ("hidden", "not reached")])
+def test_an_audit_of_a_run_counts_and_is_shown(tmp_path, verdict, reached):
+    rows = [["rounding", "to int4 | nf4", "98 % [90, 99] by VerbMem, int4", verdict]]
+    audit = {"run": "combined", "verdict": verdict, "summary": "Some words.", "rows": rows}
+    report.save(tmp_path, report.Content(RESULTS, audit=audit))
+    text = report.markdown(report.read(tmp_path), {})
+    assert f"97.0% of retain VerbMem kept; audit {verdict}: **{reached}**." in text
+    assert f"## Audit of three levers: {verdict}\n\nSome words. [The whole report](audit/AUDIT.md)" in text
+    assert f"| rounding | to int4 / nf4 | 98 % [90, 99] by VerbMem, int4 | {verdict} |" in text
 
 
 @pytest.mark.quick
@@ -131,6 +164,12 @@ def test_inactive_trace_is_said():
             "loaded.json: expected texts, and true or false",
         ),
         ("loaded.json", '{"model": "m", "dtype": "d", "device": "cpu"}', "json: .* it lacks 'trust_remote_code'"),
+        ("audit.json", '{"run": "npo", "verdict": "gone"}', "audit.json: expected the keys .*; it lacks 'summary'"),
+        (
+            "audit.json",
+            '{"run": "npo", "verdict": "gone", "summary": "", "rows": [1]}',
+            "audit.json: expected texts, and rows of texts",
+        ),
     ],
 )
 def test_bad_folders_are_named(tmp_path, name, content, message):
