@@ -100,7 +100,9 @@ def test_memory_is_what_ranks_hold(name, measured, plans):
     assert plan.memory["weights"] == max(rank["weights"] + rank["buffers"] for rank in ranks)
     assert plan.memory["optimizer state"] == max(rank["optimizer state"] for rank in ranks)
     beyond = plan.peak - plan.memory["weights"] - plan.memory["optimizer state"]
-    assert beyond == pytest.approx(min(rank["peak"] for rank in ranks), rel=0.1), str(plan)
+    # the plan spreads tokens evenly over the experts, which routers do on the average only; else some scalars differ
+    near = 1e-4 if Mesh.parse(CASES[name].mesh).ep == 1 else 0.1
+    assert beyond == pytest.approx(min(rank["peak"] for rank in ranks), rel=near), str(plan)
 
 
 @pytest.mark.slow
@@ -111,7 +113,7 @@ def test_traffic_is_what_ranks_send(name, measured, plans):
     # the plan spreads tokens evenly over the experts, which routers do on the average only
     assert tokens == pytest.approx(sum(rank["exchanged"] for rank in ranks) / len(ranks), rel=0.1), str(plan)
     rest = [rank["sent"] - rank["exchanged"] for rank in ranks]
-    assert sum(plan.traffic.values()) - tokens == pytest.approx(max(rest), rel=0.1), str(plan)
+    assert sum(plan.traffic.values()) - tokens == max(rest), str(plan)
     assert tokens > 0 or Mesh.parse(CASES[name].mesh).ep == 1
 
 

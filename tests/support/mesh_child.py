@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.distributed import DistributedConfig
 
@@ -14,6 +14,7 @@ from moe_unlearn.model.states import decoder_layers
 from moe_unlearn.plan.memory import measured_peak
 from moe_unlearn.plan.mesh import Mesh
 from moe_unlearn.prepare.preparation import Preparation
+from moe_unlearn.sharding import as_forward
 from moe_unlearn.step.objectives import Objectives
 from moe_unlearn.step.weights import build_optimizer
 from tests.support.meshes import CASES, RANKS, batches, model_of, recipe
@@ -69,11 +70,11 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     enable(model)
     optimizer = build_optimizer(model, recipe())
     objectives, pair = Objectives(model, recipe(), Preparation()), batches()
-    model.__dict__["objectives"] = lambda: objectives(*pair, joint=False)
-    register_fsdp_forward_method(model, "objectives")
+    # as a step makes it: one forward pass, in which FSDP2 keeps the root whole and notes the order of its layers
+    losses = as_forward(model, objectives)
 
     def step() -> None:
-        values = model.objectives()
+        values = losses(*pair, joint=False)
         sum(objectives.factors[loss] * value for loss, value in values.items()).backward()
         optimizer.step()
         optimizer.zero_grad()
