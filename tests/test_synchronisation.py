@@ -66,6 +66,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(UpdateSink, "_waits", lambda self, bound: False)
     monkeypatch.setattr(step_factors, "_extremes", step_factors._extremes_on_device)
     monkeypatch.setattr(checks, "_is_readable", lambda indices: False)
+    monkeypatch.setattr(legal, "_met", {})  # what is met here is not for the CPU's later steps
 
 
 # where a step or what prepares it may wait: how many such calls stand there, and why; any other is a fault

@@ -126,6 +126,14 @@ def test_a_step_tells_what_an_op_has_met_before_it_updates(guard, on_a_device):
     assert changed_weights(step.model, before)
 
 
+def test_a_plan_reads_no_note_of_the_device(on_a_device):
+    step = UnlearnStep(tiny_olmoe(VOCAB, num_hidden_layers=1), recipe("graddiff"))
+    forget, retain = (random_batches(VOCAB, 1, rows=2, length=8, seed=seed)[0] for seed in (1, 2))
+    step(forget, retain)
+    assert legal.flag(torch.device("cpu")) is not None
+    assert step.plan([forget], [retain]).notes == []
+
+
 def test_rows_of_experts_that_are_not_listed_may_lead_anywhere(monkeypatch):
     wild = ROWS._replace(input_rows=torch.tensor([10**9, 0, 2]))
     second = torch.tensor([1])
