@@ -229,7 +229,12 @@ std::tuple<Tensor, Tensor, Tensor, int64_t> weight_score_between(
   const int64_t words = total_words(t), blocks = ceil_div(words, mask_block);
   auto mask = new_mask(weight, t);
   Interval interval{
-      static_cast<uint32_t>(low), static_cast<uint32_t>(high), mask.mutable_data_ptr<int32_t>(), nullptr, nullptr, false};
+      .low = static_cast<uint32_t>(low),
+      .high = static_cast<uint32_t>(high),
+      .mask = mask.mutable_data_ptr<int32_t>(),
+      .places = nullptr,
+      .bits = nullptr,
+      .wide = t.weight.count * t.weight.width >= int64_t{1} << 31};
   std::vector<int64_t> inside(blocks, 0), above(blocks, 0), first(blocks, 0);
   const auto pass = [&](int64_t block, int64_t begin, int64_t end) {
     for_this_cpu<
@@ -243,7 +248,6 @@ std::tuple<Tensor, Tensor, Tensor, int64_t> weight_score_between(
     first[used] = found;
     found += inside[used];
   }
-  interval.wide = t.weight.count * t.weight.width >= int64_t{1} << 31;
   auto places = torch::stable::new_empty(weight, {found}, interval.wide ? ScalarType::Long : ScalarType::Int);
   auto bits = torch::stable::new_empty(weight, {found}, ScalarType::Int);
   interval.places = places.mutable_data_ptr();

@@ -122,5 +122,5 @@ def _unloaded(options: argparse.Namespace) -> tuple[nn.Module, dict[str, list[Ba
     model = meta_model(options.model, dtype=options.dtype)
     how = loading_of(options)
     tokenizer = load_tokenizer(options.model, how)
-    sides = batches_of(options, model, tokenizer, sets_of(options, tokenizer))
+    sides = batches_of(options, model, tokenizer, sets_of(options, tokenizer), planned=True)
     return model, {side: [*batches] for side, batches in sides.items()}, torch.device(how.device_map or "cpu")

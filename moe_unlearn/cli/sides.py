@@ -17,14 +17,18 @@ from moe_unlearn.model.batches import Batch, beside
 
 
 def batches_of(
-    options: argparse.Namespace, model: nn.Module, tokenizer: Tokenizer, sets: Mapping[str, Sequence[data.Example]]
+    options: argparse.Namespace,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    sets: Mapping[str, Sequence[data.Example]],
+    *,
+    planned: bool = False,
 ) -> dict[str, Sequence[Batch]]:
     """Return the sides in batches on the model's device, whose tokens are checked when they are asked for.
 
-    For a model on the meta device, of which a plan is made, they stay on the host; whether it keeps packed rows apart
-    can only be seen with its weights.
+    For a model that is `planned` alone they stay on the host; whether it keeps packed rows apart can only be seen with
+    its weights.
     """
-    planned = next(model.parameters()).is_meta
     if options.packing and not planned:
         data.check_packing(model, rows=2)
     packing = (options.max_length or Data.max_length) if options.packing else None

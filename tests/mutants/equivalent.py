@@ -52,7 +52,7 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ): "whoever asks for a score leaves out what does not exist",
     (
         "csrc/cpu/weight_score.cpp",
-        "for_each_word",
+        "for_each_terms",
         "for (int64_t row = begin / words; row * words < end; ++row) {",
         "for (int64_t row = begin / words; row * words <= end; ++row) {",
     ): "no word of the row behind the last one is looked at; its address is computed in vain",
