@@ -240,4 +240,7 @@ def _check(model: nn.Module, rows: Sequence[Sequence[int]], what: str, more: int
             raise ValueError(f"{what} {number}: expected at least one token; got none")
         if context is not None and length + more > context:
             new = f" and {more} new ones" if more else ""
-            raise ValueError(f"{what} {number}: its {length} tokens{new} exceed the model's context of {context}")
+            raise ValueError(
+                f"{what} {number}: its {length} tokens{new} exceed the model's context of {context}: encode texts with "
+                "a smaller max_length (--max-length)"
+            )
