@@ -2,7 +2,7 @@
 # make quick   the developers' tier; at most 2 minutes on 2 cores
 # make test    every test that a change must pass; at most 20 minutes on 2 cores
 # make nightly   what that leaves out: other architectures, the oldest Triton, repetitions, whole mutants, samples of the
-#              soak and of the study; some 2 hours on 2 cores
+#              soak and of the study; a night on 2 cores
 # make extremes   what a library's products decide, held against the most and the least accurate products; 5 minutes
 # make portable   the same as on other processors too: AVX2, AVX-512, with BF16, none; at most 15 minutes
 # make lint    ruff check and format, and mypy on the package
