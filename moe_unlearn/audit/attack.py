@@ -115,7 +115,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attack found: its variants by name, and `more` that its part of the report shows; all JSON values."""
+    """Holds what an attack found: its variants by name, and `more` for its part of the report; all JSON values."""
 
     variants: dict[str, Variant]
     more: dict[str, Any] = field(default_factory=dict)

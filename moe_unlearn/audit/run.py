@@ -42,7 +42,7 @@ Model = nn.Module | Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class Report:
-    """What an audit found; `verdict` is that of the worst attack.
+    """Holds what an audit found; `verdict` is that of the worst attack.
 
     `outcomes` have the scores of every document, `not_tested` what was left out by its name and why, `told_apart` how
     well texts alone tell forget from holdout documents.
@@ -89,7 +89,7 @@ class Report:
 
 @dataclass(kw_only=True)
 class Plan:
-    """What an audit shall do: which attacks, within which time, where results are kept, and whom it tells."""
+    """Says what an audit shall do: which attacks, within which time, where results are kept, and whom it tells."""
 
     attacks: Sequence[str] = tuple(ATTACKS)
     minutes: float | None = None

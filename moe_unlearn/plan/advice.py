@@ -22,7 +22,7 @@ from moe_unlearn.plan.repeat import depths
 
 @dataclass(frozen=True)
 class Unloaded:
-    """What is planned without its weights.
+    """Plans a run without its weights.
 
     build: makes the model without storage, with `layers=n` its first n layers alone. step_of: makes the step of such a
     model and a recipe. sides: the forget and the retain batches. mesh, fits, stored: as in `make_plan`.

@@ -69,8 +69,9 @@ _NEEDED = {
     "loaded": tuple(_FORMS["loaded"][0]),
     "audit": tuple(_FORMS["audit"][0]),
 }
+# as in moe_unlearn.audit, whose import brings transformers, which a report does without
 _AUDIT_COLUMNS = ("attack", "what was done", "gravest sign", "verdict")
-_GONE, _PRESENT, _OVERSHOT = "gone", "present", "overshot"  # an audit's words
+_GONE, _PRESENT, _OVERSHOT = "gone", "present", "overshot"
 
 
 def save(folder: Path, content: Content) -> None:
