@@ -34,10 +34,9 @@ FORMATS = {
     "moe-unlearn delta": "the way back to the original model",
 }
 KEPT = (
-    "model",
-    "figures",
+    *("model", "figures", "audit"),  # but for what `REMOVED` has inside the audit's folder
     *("recipe.yaml", "report.md", "verified.txt", "manifest", "lock"),
-    *(f"{name}.json" for name in ("run", "batch", "loaded", "summary", "seeds", "trajectory", "routing")),
+    *(f"{name}.json" for name in ("run", "batch", "loaded", "summary", "seeds", "trajectory", "routing", "audit")),
     *("*_SUMMARY.json", "*_SETTINGS.json"),
     *AUDIT,
 )
@@ -50,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     folder = Path(options.folder)
     if not any(all(any(folder.glob(name)) for name in names) for names in _SIGNS):
         raise ValueError(f"expected the folder of a run, an evaluation or an audit; {folder} is none")
-    removed = [*_purged(folder, REMOVED)]
+    removed = [line for each in (folder, folder / "audit") if each.is_dir() for line in _purged(each, REMOVED)]
     if options.cache:
         cache = Path(options.cache)
         if not cache.is_dir():

@@ -15,12 +15,14 @@ from moe_unlearn.prepare.preparation import CACHES
 pytestmark = pytest.mark.quick
 SECRET = "the secret number of agent 7"
 KEPT = ["model/a.safetensors", "recipe.yaml", "batch.json", "summary.json", "figures/pareto.png", "TOFU_SUMMARY.json"]
+KEPT += ["audit.json", "audit/AUDIT.md"]
 GONE = [
     "cache/ref_logprobs-0/0.safetensors",
     "checkpoints/checkpoint-3/model.safetensors",
     "data.json",
     "delta.safetensors.index.json",
     "TOFU_EVAL.json",
+    "audit/result-3.json",
     "mask.groups/wagle-0/begun",
     f"{UNFINISHED}0/half",
 ]
@@ -54,7 +56,8 @@ def test_what_is_removed_is_told_and_the_rest_stays(folder, tmp_path, capsys):
     (folder / "data.json").symlink_to(outside)
     assert main(["purge", str(folder), "--cache", str(tmp_path / "shared")]) == 0
     told = capsys.readouterr().out
-    for name in {name.partition("/")[0] for name in GONE} | {"mask.safetensors", "delta-00001-of-00002.safetensors"}:
+    gone = {name if name.startswith("audit/") else name.partition("/")[0] for name in GONE}
+    for name in gone | {"mask.safetensors", "delta-00001-of-00002.safetensors"}:
         assert f"removed {folder / name}: " in told
     assert (
         f"{folder / 'cache'}: references: values of the original model on each row, and results of an audit (2 files, "
