@@ -177,7 +177,7 @@ def _owned(
     return ExpertWeights._make(leaves), owner
 
 
-def _fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute transformers' FP8 experts, which dispatch on functions of their own, under the same contract."""
     state = _state(self)
     _counted_routing(self, state, top_k_index)
@@ -215,7 +215,7 @@ def _counted(num_experts: int, inputs: StepInputs, top_k_index: Tensor) -> Routi
 
 
 ExpertsInterface.register(NAME, experts_forward)
-FP8ExpertsInterface.register(NAME, _fp8_experts_forward)
+FP8ExpertsInterface.register(NAME, fp8_experts_forward)
 
 
 def check_model(model: object) -> None:

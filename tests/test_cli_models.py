@@ -166,7 +166,7 @@ def alone(monkeypatch):
         seen.append((names[-1], weakref.ref(model)))
         return model, tokenizer
 
-    for module in (loading, importlib.import_module("moe_unlearn.cli.main").loading, evaluate.loading, runs.loading):
+    for module in (loading, importlib.import_module("moe_unlearn.cli.run").loading, evaluate.loading, runs.loading):
         monkeypatch.setattr(module, "load_model", watched)
     return names
 

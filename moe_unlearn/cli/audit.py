@@ -15,43 +15,13 @@ from moe_unlearn.audit.documents import content_of
 from moe_unlearn.audit.report import NAMES
 from moe_unlearn.audit.run import audit
 from moe_unlearn.audit.summary import rows, summary
-from moe_unlearn.cli.arguments import add_data, examples_of, loading_of, positive, sets_of, writable
+from moe_unlearn.cli.arguments import examples_of, loading_of, sets_of, writable
 from moe_unlearn.config import Recipe
 from moe_unlearn.files import make_private, read_sealed
 from moe_unlearn.model import loading
 from moe_unlearn.ranks import on_first
 
 _RECIPE, _FACTS = "recipe.yaml", "run.json"
-
-
-def add_arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of the verb."""
-    add_data(sub, required=("forget", "retain", "holdout"))
-    sub.add_argument("--before", required=True, help="the model's folder before unlearning")
-    sub.add_argument(
-        "--reference", help="the folder of a model retrained without the forget set: the null of every attack"
-    )
-    sub.add_argument("--out", required=True, help="folder of the report, and of what the audit needs to go on")
-    sub.add_argument(
-        "--attacks", metavar="A,B", help=f"of {', '.join(ATTACKS)}: those to make beside the first (default: all)"
-    )
-    sub.add_argument(
-        "--budget", type=float, metavar="MINUTES", help="begin no attack after so long; the others are not tested"
-    )
-    defaults = Settings()
-    sub.add_argument(
-        "--relearn-steps",
-        type=positive,
-        default=defaults.relearn_steps,
-        help=f"steps of the attacks by fine-tuning (default {defaults.relearn_steps})",
-    )
-    sub.add_argument(
-        "--relearn-lr",
-        type=float,
-        default=defaults.relearn_lr,
-        help=f"their step size (default {defaults.relearn_lr:g})",
-    )
-    sub.add_argument("--seed", type=int, default=defaults.seed)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_unlearn.audit.report import NAMES as AUDIT
 from moe_unlearn.files import check_output, stream_of
 from moe_unlearn.runs import lock
-from moe_unlearn.runs.folder import MADE, REPORT
+from moe_unlearn.runs.names import AUDIT, MADE, REPORT
 
 
 class Paths(NamedTuple):

@@ -62,12 +62,6 @@ def run(options: argparse.Namespace) -> None:
     print(f"{len(removed)} removed; the model and numbers stay in {folder}")
 
 
-def add_arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of the verb."""
-    sub.add_argument("folder", metavar="RUN", help="the folder of a run, an evaluation or an audit")
-    sub.add_argument("--cache", help="the folder that was its --cache, where the same is removed for all runs")
-
-
 def _purged(folder: Path, what: dict[str, str]) -> Iterator[str]:
     """Remove what stands in a folder and matches, or has one of `FORMATS`; yield what it was.
 

@@ -46,7 +46,6 @@ the head of each row a prompt. The corpora of open-unlearning's pretraining sets
 from moe_unlearn.data.builtin import load_builtin
 from moe_unlearn.data.chats import Chat
 from moe_unlearn.data.corpus import Corpus, Document, drop_shared_runs
-from moe_unlearn.data.hub import MissingLibraryError
 from moe_unlearn.data.packing import check_packing, pack, packed_batches
 from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, alternates, check_apart, draw, overlap, refusals
 from moe_unlearn.data.registry import BENCHMARKS, DocumentStream, load, located
@@ -66,6 +65,7 @@ from moe_unlearn.data.tokenize import (
     pad_token_id,
     train_tokenizer,
 )
+from moe_unlearn.errors import MissingLibraryError
 
 __all__ = [
     "Added",

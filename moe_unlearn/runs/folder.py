@@ -26,38 +26,15 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example
 from moe_unlearn.files import read_sealed, remove, write_sealed
 from moe_unlearn.prepare.reference import model_digest
+from moe_unlearn.runs import names as given
 from moe_unlearn.runs.code import code, commit
+from moe_unlearn.runs.names import FACTS, MADE, MANIFEST, REPORT
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.checks import check_recipe
 
-CHECKPOINTS, MODEL = "checkpoints", "model"
-REPORT = (
-    "summary.json",
-    "seeds.json",
-    "trajectory.json",
-    "routing.json",
-    "audit.json",
-    "report.md",
-    "figures",
-    "audit",
-)
-_FACTS, _MANIFEST = "run.json", "manifest"
+CHECKPOINTS, MODEL = given.CHECKPOINTS, given.MODEL
 _DIGESTS = ("model", "forget", "retain", "commit")
 _COMPARED = ("model", "forget", "retain", "code", "ranks")  # as they are; a recipe key by key
-#: what a run makes in its folder, but for references, which are kept by their content
-MADE = (
-    "recipe.yaml",
-    "batch.json",
-    "loaded.json",
-    "data.json",
-    "verified.txt",
-    CHECKPOINTS,
-    MODEL,
-    "delta.safetensors",
-    _FACTS,
-    _MANIFEST,
-    *REPORT,
-)
 
 
 def check_unused(folder: Path) -> None:
@@ -90,7 +67,7 @@ def facts_of(step: UnlearnStep, forget: Sequence[Example], retain: Sequence[Exam
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Write what a run is of into its folder."""
-    write_sealed(folder / _FACTS, json.dumps(facts, indent=1).encode())
+    write_sealed(folder / FACTS, json.dumps(facts, indent=1).encode())
 
 
 def check_same(folder: Path, facts: dict[str, Any], recipe: Recipe) -> None:
@@ -98,7 +75,7 @@ def check_same(folder: Path, facts: dict[str, Any], recipe: Recipe) -> None:
 
     A folder without a checkpoint and without facts is of no run yet.
     """
-    path = folder / _FACTS
+    path = folder / FACTS
     if not path.exists() and not _is_used(folder / CHECKPOINTS):
         return
     remedy = "resume with what the run began with, or begin anew with --overwrite or in another --out"
@@ -127,7 +104,7 @@ def seal(folder: Path, steps: int) -> None:
 
 def finished(folder: Path, steps: int, wanted: Iterable[str]) -> bool:
     """Return whether a folder has a finished run of at least `steps` steps with the `wanted` files, as written."""
-    if not (folder / _MANIFEST).exists():
+    if not (folder / MANIFEST).exists():
         return False
     try:
         known = manifest.verify(folder)

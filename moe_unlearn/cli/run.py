@@ -1,0 +1,123 @@
+"""`moe-unlearn run`, which unlearns: it reads a recipe, a model and data, trains, measures and reports."""
+
+import argparse
+import json
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from moe_unlearn import data
+from moe_unlearn.cli import delta, paths, plan
+from moe_unlearn.cli.arguments import examples_of, loading_of, writable
+from moe_unlearn.cli.mask import told
+from moe_unlearn.cli.options import DELTA
+from moe_unlearn.cli.sides import require_moe
+from moe_unlearn.config import Recipe, models
+from moe_unlearn.model import loading
+from moe_unlearn.plan import Mesh
+from moe_unlearn.ranks import on_first
+from moe_unlearn.runs.folder import check_unused
+from moe_unlearn.runs.lock import locked
+from moe_unlearn.runs.run import Before, Run, retrained, unlearn
+from moe_unlearn.runs.summary import check_name, table
+
+
+@told()
+def run(options: argparse.Namespace) -> None:
+    """Unlearn: read a recipe, a model and the data, train, evaluate, report."""
+    how = loading_of(options)
+    mesh = None if options.mesh is None else Mesh.parse(options.mesh)
+    if not options.dry_run and options.fits is not None:
+        raise ValueError("--fits asks for a plan, and goes with --dry-run")
+    known = options.model_config if options.model_config in models() else None
+    recipe = Recipe.load(options.recipe, [*_data_overrides(options), *options.set], model=known)
+    check_name(recipe.name)
+    base = delta.base_of_run(recipe, how, Path(options.out)) if options.delta else None
+    if options.model_config is not None and recipe.data.model is None:
+        if not options.dry_run:
+            raise ValueError("data.model is missing: --model-config alone gives no weights, only a --dry-run")
+        print(plan.of_config(options, recipe, mesh))
+        return
+    for key in ("model", "forget", "retain"):
+        if getattr(recipe.data, key) is None:
+            raise ValueError(f"data.{key} is missing: give --{key} or set it in the recipe")
+    with ExitStack() as held:
+        if not options.dry_run:
+            writable(options.out, folder=True)
+            own, mask = recipe.data, None if recipe.wagle is None else recipe.wagle.mask
+            paths.check(options, (own.model, own.forget, own.retain, own.holdout, own.reference, mask))
+            on_first(lambda: held.enter_context(locked(Path(options.out))))
+            if not (options.resume or options.overwrite):
+                on_first(partial(check_unused, Path(options.out)))
+        _run(options, recipe, how, mesh, base)
+
+
+def _run(
+    options: argparse.Namespace, recipe: Recipe, how: loading.Loading, mesh: Mesh | None, base: Path | None
+) -> None:
+    """Plan or make the run of a recipe with model and data."""
+    assert recipe.data.model is not None
+    tokenizer = loading.load_tokenizer(recipe.data.model, how)
+    reports: dict[str, data.DataReport] = {}
+    kept = {"alternates": recipe.forget.replacement == "alternate", "cache": options.cache}
+    sets = {
+        side: examples_of(getattr(recipe.data, side), tokenizer, recipe.data, side, reports, **kept)
+        for side in ("forget", "retain", "holdout")
+        if getattr(recipe.data, side) is not None
+    }
+    data.check_apart(sets["forget"], sets["retain"])
+    for side, rows in (("forget", recipe.data.forget_rows), ("retain", recipe.data.retain_rows)):
+        reports[side].rows = len(sets[side])
+        if rows is not None and rows < len(sets[side]):
+            print(f"{side}: {rows:,} of {len(sets[side]):,} rows are drawn, data.{side}_rows", file=sys.stderr)
+            sets[side] = data.draw(sets[side], rows, seed=recipe.seed)
+            reports[side].rows = rows
+    retrain = None
+    if not options.dry_run and not options.no_eval:
+        retrain = retrained(recipe, tokenizer, sets, how)  # that model is gone before the other one comes
+    if options.dry_run and mesh is not None:
+        print(plan.of_mesh(options, recipe, mesh, tokenizer, sets))
+        return
+    model, _ = loading.load_model(recipe.data.model, how)
+    require_moe(model)
+    if options.dry_run:
+        print(plan.of_weights(options, Run(model, tokenizer, recipe, sets["forget"], sets["retain"])))
+        return
+    if base is not None:
+        delta.check_saved(model, base)
+    before = Before(loading.described(model, recipe.data.model, how), reports, retrain)
+    out = Path(options.out)
+    # the cache folder changes no result, so it is not part of the recipe
+    summary = unlearn(
+        model,
+        tokenizer,
+        recipe,
+        sets,
+        out,
+        existing="resume" if options.resume else "overwrite" if options.overwrite else "refuse",
+        evaluate=not options.no_eval,
+        cache_dir=None if options.cache is None else Path(options.cache),
+        verify=options.verify,
+        known=before,
+    )
+    if summary is None and (base is None or (out / DELTA).exists()):
+        return
+    print(f"model: {out / 'model'}")
+    if base is not None:
+        on_first(partial(delta.write_of_run, recipe, base, out))
+    if options.verify:
+        print(f"verified: {out / 'verified.txt'}")
+    if summary:
+        print_run(out, summary)
+
+
+def _data_overrides(options: argparse.Namespace) -> list[str]:
+    keys = ("model", "forget", "retain", "holdout", "reference")
+    return [f"data.{k}={json.dumps(getattr(options, k))}" for k in keys if getattr(options, k) is not None]
+
+
+def print_run(out: Path, summary: dict) -> None:
+    """Print the table of a finished run and the paths of its report, which is already written."""
+    print(table(summary))
+    print(*(out / "report.md", *sorted((out / "figures").glob("*.png"))), sep="\n")
