@@ -106,6 +106,12 @@ def run(sub: argparse.ArgumentParser) -> None:
         "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="keys of the recipe with other values"
     )
     sub.add_argument("--model", help=f"the model to unlearn (data.model): {MODEL}")
+    sub.add_argument(
+        "--adapter",
+        metavar="r=N,targets=attention",
+        help="train LoRA adapters alone: the keys of the recipe's section adapter, r, alpha, targets and dropout",
+    )
+    sub.add_argument("--merge", action="store_true", help="save whole weights with the adapter added to them")
     add_loading(sub)
     sub.add_argument(
         "--model-config",

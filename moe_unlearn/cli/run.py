@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from moe_unlearn import data
-from moe_unlearn.cli import delta, paths, plan
+from moe_unlearn.cli import adapter, delta, paths, plan
 from moe_unlearn.cli.arguments import examples_of, loading_of, writable
 from moe_unlearn.cli.mask import told
 from moe_unlearn.cli.options import DELTA
@@ -31,7 +31,8 @@ def run(options: argparse.Namespace) -> None:
     if not options.dry_run and options.fits is not None:
         raise ValueError("--fits asks for a plan, and goes with --dry-run")
     known = options.model_config if options.model_config in models() else None
-    recipe = Recipe.load(options.recipe, [*_data_overrides(options), *options.set], model=known)
+    overrides = [*_data_overrides(options), *adapter.overrides(options), *options.set]
+    recipe = adapter.chosen(options, Recipe.load(options.recipe, overrides, model=known), mesh)
     check_name(recipe.name)
     base = delta.base_of_run(recipe, how, Path(options.out)) if options.delta else None
     if options.model_config is not None and recipe.data.model is None:

@@ -1,5 +1,6 @@
 """Recipes, which describe unlearning runs by typed values that are checked when they are made."""
 
+from moe_unlearn.config.adapter import Adapter
 from moe_unlearn.config.dual import Dual
 from moe_unlearn.config.optimizer import Optimizer
 from moe_unlearn.config.recipe import (
@@ -23,6 +24,7 @@ from moe_unlearn.config.recipe import (
 from moe_unlearn.config.wagle import Wagle
 
 __all__ = [
+    "Adapter",
     "Data",
     "Dual",
     "FORGET_OBJECTIVES",

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import yaml
 
+from moe_unlearn.config.adapter import Adapter
 from moe_unlearn.config.dual import Dual
 from moe_unlearn.config.optimizer import Optimizer
 from moe_unlearn.config.values import above, at_least, at_most, between, build, merge, one_of, override, parse
@@ -244,6 +245,7 @@ class Recipe:
     wagle: Wagle | None = None
     mollm: Mollm | None = None
     dual: Dual | None = None
+    adapter: Adapter | None = None
     scope: Scope = field(default_factory=Scope)
     optimizer: Optimizer = field(default_factory=Optimizer)
     data: Data = field(default_factory=Data)
@@ -283,6 +285,11 @@ class Recipe:
             at_least("retain.alpha, where dual starts,", self.retain.alpha, 0)
         if self.scope.kind == "experts" and self.trace is None:
             raise ValueError("scope.kind 'experts' trains the experts TRACE selects and needs trace")
+        if self.adapter is not None and self.scope.kind in ("experts", "seuf"):
+            raise ValueError(
+                f"adapter trains adapters alone, and scope.kind {self.scope.kind!r} weights under them: adapter=null, "
+                "or scope.kind=all"
+            )
         if self.retain.objective == "embed_diff" and self.forget.objective != "rmu":
             raise ValueError("retain.objective 'embed_diff' is RMU's and needs forget.objective 'rmu'")
         if self.retain.objective == "embed_diff" and self.mollm is not None and self.mollm.kl:

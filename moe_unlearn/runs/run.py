@@ -23,6 +23,7 @@ from moe_unlearn.files import make_private, write_json, write_text
 from moe_unlearn.lazy import each
 from moe_unlearn.metrics.privacy import add_privleak
 from moe_unlearn.model import loading
+from moe_unlearn.model.adapters import adapted, merged
 from moe_unlearn.model.batches import Batch, beside
 from moe_unlearn.model.modes import training_mode
 from moe_unlearn.model.saving import save_model
@@ -52,6 +53,7 @@ def room(device: torch.device) -> float:
 class Run:
     """A recipe on a model and two sets of examples, put together once for whoever plans it or makes its steps.
 
+    A recipe with an adapter puts it on the model (`model.adapters.adapted`), which is `model` of the run then.
     Of more examples than the recipe's `data.forget_rows` and `data.retain_rows`, that many are drawn.
     Raises ValueError if the sets do not fit the recipe (see `pair_collator`), or if one carries no loss.
     """
@@ -64,13 +66,13 @@ class Run:
         forget: Sequence[Example],
         retain: Sequence[Example],
     ):
-        self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
+        self.model, self.tokenizer, self.recipe = adapted(model, recipe), tokenizer, recipe
         forget = data.draw(forget, recipe.data.forget_rows, seed=recipe.seed)
         retain = data.draw(retain, recipe.data.retain_rows, seed=recipe.seed)
         self.pairs = data.ForgetRetainDataset(
             forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
         )
-        self.collator = pair_collator(recipe, tokenizer, forget, model)
+        self.collator = pair_collator(recipe, tokenizer, forget, self.model)
         for side, examples in zip(SIDES, (forget, retain), strict=True):
             if not carry_loss(examples):
                 raise ValueError(f"the {side} set carries no loss: all its labels are -100")
@@ -246,11 +248,12 @@ def unlearn(
     """Run `recipe` on `sets` ("forget", "retain" and perhaps "holdout" examples) and write the folder `out`.
 
     `out`, which its owner alone may enter if it is new, gets `recipe.yaml`, `batch.json` (what one step takes),
-    `checkpoints/`, `model/` (which `from_pretrained` loads), `summary.json`, `trajectory.json` and `report.md`; from
-    what is `known` also `loaded.json` and `data.json`, with `verify` (as in `UnlearnStep`) `verified.txt`, and with
-    TRACE `routing.json`; and what `runs.folder` keeps. Preparation comes first, so that nothing is written if the
-    recipe does not fit model or data. References are kept in `cache_dir`, by default `out/cache`. Returns the summary:
-    run name -> metrics, empty without `evaluate`.
+    `checkpoints/`, `model/` (which `from_pretrained` loads; of a recipe with an adapter that alone, or the model with
+    it merged), `summary.json`, `trajectory.json` and `report.md`; from what is `known` also `loaded.json` and
+    `data.json`, with `verify` (as in `UnlearnStep`) `verified.txt`, and with TRACE `routing.json`; and what
+    `runs.folder` keeps. Preparation comes first, so that nothing is written if the recipe does not fit model or data.
+    References are kept in `cache_dir`, by default `out/cache`. Returns the summary: run name -> metrics, empty without
+    `evaluate`.
 
     `existing` says what becomes of a run that `out` has: "refuse", "overwrite", or "resume", which continues from its
     newest whole checkpoint, or from the beginning where there is none. Of a run that is finished it returns None, says
@@ -302,7 +305,7 @@ def unlearn(
     if evaluate:
         if known.retrain is not None:
             summary["retrain"] = known.retrain
-        summary["target"] = metrics.evaluate(model, tokenizer, **measured)
+        summary["target"] = metrics.evaluate(run.model, tokenizer, **measured)
     start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=resume)
@@ -316,6 +319,8 @@ def unlearn(
     routing = routing_of(trainer.unlearn_step)
 
     trainer.check_weights()
+    if recipe.adapter is not None and recipe.adapter.merge:
+        unlearned = merged(unlearned)  # which is then what the metrics are of
     save_model(unlearned, out / folder.MODEL, tokenizer)
 
     def write_results() -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # keys of a recipe in which a saved state may differ from the step that takes it
 MAY_DIFFER = ("name", "steps", "data", "guard", "retain_budget", "checkpointing")
 # by section, its keys that change no result
-CHANGE_NOTHING = {"wagle": ("memory",), "optimizer": ("offload",)}
+CHANGE_NOTHING = {"wagle": ("memory",), "optimizer": ("offload",), "adapter": ("merge",)}
 
 
 def check_prepared(recipe: Recipe, prepared: Preparation) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moe_unlearn import offload
 from moe_unlearn.config import Recipe
 from moe_unlearn.model import scope
+from moe_unlearn.model.adapters import check_adapted
 from moe_unlearn.optim import MaskedAdamW, MaskedSGD
 from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.step.checks import check_dtypes
@@ -18,6 +19,7 @@ class TrainedWeights:
     """Decides which weights of a model may change, until `restore`; frozen ones stay frozen."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, shards: Shards | None = None):
+        check_adapted(model, recipe)
         self.model, self.scope, self.shards = model, recipe.scope, shards
         #: packed masks by name of the parameter, of what this rank holds of it
         self.masks: dict[str, Tensor] = {}
