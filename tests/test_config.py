@@ -72,6 +72,7 @@ def test_overrides():
         ("optimizer.betas=[a, b]", r"optimizer.betas\[0\] must be a number"),
         ("forget=npo", r"forget must be a mapping of keys; got 'npo'"),
         ("forget.objective=npoo", r"forget.objective must be one of .*npo"),
+        ("router=frosen", r"router.mode must be one of free, frozen.*; got 'frosen'"),
         ("trace.eta=2", r"trace.eta must be in \(0, 1\]; got 2"),
         ("trace.cap=1", r"trace.cap must be above 1"),
         ("scope.parameters=[a]", r"goes with scope.kind 'parameters'"),

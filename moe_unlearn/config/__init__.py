@@ -21,6 +21,7 @@ from moe_unlearn.config.recipe import (
     models,
     shipped,
 )
+from moe_unlearn.config.router import Router
 from moe_unlearn.config.wagle import Wagle
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "RETAIN_OBJECTIVES",
     "Recipe",
     "Retain",
+    "Router",
     "SCOPES",
     "SEAMS",
     "Scope",

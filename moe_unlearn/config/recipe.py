@@ -27,6 +27,7 @@ import yaml
 from moe_unlearn.config.adapter import Adapter
 from moe_unlearn.config.dual import Dual
 from moe_unlearn.config.optimizer import Optimizer
+from moe_unlearn.config.router import Router
 from moe_unlearn.config.values import above, at_least, at_most, between, build, merge, one_of, override, parse
 from moe_unlearn.config.wagle import Wagle
 
@@ -247,6 +248,7 @@ class Recipe:
     dual: Dual | None = None
     adapter: Adapter | None = None
     scope: Scope = field(default_factory=Scope)
+    router: Router = field(default_factory=Router)
     optimizer: Optimizer = field(default_factory=Optimizer)
     data: Data = field(default_factory=Data)
     steps: int = 60  # updates

@@ -101,6 +101,8 @@ def _convert(hint: typing.Any, value: typing.Any, name: str) -> typing.Any:
             return _word_or_number(value, name)
         hint = next(h for h in kinds if h is not type(None))
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if isinstance(value, str) and (key := getattr(hint, "shorthand", "")):
+            value = {key: value}  # `router: frozen`
         # `trace: true` is the lever with its defaults
         return hint() if value is True else build(hint, value, name)
     if typing.get_origin(hint) is list:

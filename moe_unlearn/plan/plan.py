@@ -359,6 +359,8 @@ def _levers(view: StepView, prepared: Preparation) -> dict[str, str]:
             f"{dual.step_size:g} times the excess after {dual.warmup_steps} steps"
         )
     levers["scope"] = recipe.scope.kind
+    if recipe.router.mode != "free":
+        levers["router"] = recipe.router.mode
     if balance := router_aux.described(view.model, recipe):
         levers["router_aux"] = balance
     why = obstacle(view)

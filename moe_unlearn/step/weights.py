@@ -20,7 +20,7 @@ class TrainedWeights:
 
     def __init__(self, model: nn.Module, recipe: Recipe, shards: Shards | None = None):
         check_adapted(model, recipe)
-        self.model, self.scope, self.shards = model, recipe.scope, shards
+        self.model, self.recipe, self.shards = model, recipe, shards
         #: packed masks by name of the parameter, of what this rank holds of it
         self.masks: dict[str, Tensor] = {}
         self._flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -35,7 +35,7 @@ class TrainedWeights:
     def restrict(self, prepared: Preparation) -> None:
         """Freeze the parameters outside the scope; ValueError if none is left to train, and for `check_dtypes`."""
         self._applied = None
-        scope.restrict(self.model, self.scope, self._flags, prepared.selected)
+        scope.restrict(self.model, self.recipe, self._flags, prepared.selected)
         check_dtypes(self.model)
 
     def mask(self, prepared: Preparation, optimizer: MaskedSGD | MaskedAdamW) -> None:
@@ -49,7 +49,7 @@ class TrainedWeights:
             return
         if self.shards is not None and prepared.mask is not None:
             prepared.mask = self.shards.share_out(prepared.mask)
-        self.masks = scope.weight_masks(self.model, self.scope, prepared.selected, prepared.mask)
+        self.masks = scope.weight_masks(self.model, self.recipe.scope, prepared.selected, prepared.mask)
         moving = {name for name, words in self.masks.items() if words.any()}
         if self.shards is not None:
             moving = self.shards.take_masks(self.masks, moving)

@@ -46,6 +46,8 @@ def test_expert_masks_and_routers_on_every_family(name):
     routers = scope.router_parameters(model, first)
     assert routers and all(parameters[r].shape[0] == module.num_experts for r in routers)
     assert not any("shared" in r or "experts." in r for r in routers)
+    everywhere = {name for layer in modules for name in scope.router_parameters(model, layer)}
+    assert scope.routing_parameters(model) == everywhere and len(everywhere) > len(routers)
 
 
 def test_bad_selection(model):
