@@ -4,6 +4,7 @@
     python -m benchmarks.study                      the whole study, hours; if killed, it resumes where it stopped
     python -m benchmarks.study --report [--small]   table, figures and JSON from the parts that are there
     python -m benchmarks.study --list [--small]     every run and whether it is done
+    python -m benchmarks.study --targeted           TRACE in the setting it argues for: `benchmarks.study_targeted`
 
 Every result is a small JSON file, named by a digest of its specification (`study_run.Spec`). So runs that two parts
 of the study share are made once, and those of --small also serve the whole study. They are kept in the folder
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 from benchmarks.pool import Pool
@@ -79,15 +81,15 @@ class Scale:
 
 
 # one size for both scales, so that the whole study reuses what --small has made
-_SIZE = Settings(forget=24, retain=160, holdout=40, max_length=48, top_k=2)
+SIZE = Settings(forget=24, retain=160, holdout=40, max_length=48, top_k=2)
 SCALES = {
     "small": Scale(
-        settings=_SIZE,
+        settings=SIZE,
         corpora=("builtin:devil",),
         seeds=(1, 2),
         axis={
-            "K 2": ("builtin:devil", _SIZE),
-            "far apart": ("builtin:devil+pydoc", _SIZE),
+            "K 2": ("builtin:devil", SIZE),
+            "far apart": ("builtin:devil+pydoc", SIZE),
         },
         axis_seeds=(1, 2),
         axis_baselines=("SimNPO",),
@@ -96,17 +98,17 @@ SCALES = {
         check_every=3,
     ),
     "whole": Scale(
-        settings=_SIZE,
+        settings=SIZE,
         corpora=("builtin:devil", "builtin:pydoc"),
         seeds=(1, 2, 3, 4, 5),
         axis={
-            "K 1": ("builtin:devil", replace(_SIZE, top_k=1)),
-            "K 2": ("builtin:devil", _SIZE),
-            "64 experts": ("builtin:devil", replace(_SIZE, experts=64)),
-            "twice as long": ("builtin:devil", replace(_SIZE, epochs=80)),
-            "far apart": ("builtin:devil+pydoc", _SIZE),
-            "one manual": ("builtin:pydoc", _SIZE),
-            "half seen": ("builtin:devil", replace(_SIZE, unlearn_share=0.5)),
+            "K 1": ("builtin:devil", replace(SIZE, top_k=1)),
+            "K 2": ("builtin:devil", SIZE),
+            "64 experts": ("builtin:devil", replace(SIZE, experts=64)),
+            "twice as long": ("builtin:devil", replace(SIZE, epochs=80)),
+            "far apart": ("builtin:devil+pydoc", SIZE),
+            "one manual": ("builtin:pydoc", SIZE),
+            "half seen": ("builtin:devil", replace(SIZE, unlearn_share=0.5)),
         },
         axis_seeds=(1, 2, 3, 4, 5),
         axis_baselines=("SimNPO",),
@@ -209,6 +211,22 @@ def restore(out: Path, folder: Path, specs: list[Spec]) -> None:
             write_text(part(folder, spec), json.dumps(known[spec.key]))
 
 
+def record(out: Path, runs: dict[str, dict]) -> None:
+    """Write results by their keys into `out`, from where `restore` brings them back."""
+    lines = (json.dumps({"key": key, **_rounded(result)}) for key, result in sorted(runs.items()))
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / RUNS, "\n".join(lines) + "\n")
+
+
+def _rounded(value: object) -> object:
+    """Return plain values with 6 significant digits, which take half the size and are finer than seeds differ."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def execute(folder: Path, spec: Spec) -> float:
     """Make one part and return its processor seconds; a run needs its models' part first."""
     result = run(spec, None if spec.recipe is None else load(folder, spec.models))
@@ -239,7 +257,9 @@ def make(folder: Path, specs: list[Spec], jobs: int, log: Callable[[str], None] 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.partition("\n")[0])
-    parser.add_argument("--small", action="store_true", help="one corpus and fewer seeds")
+    plans = parser.add_mutually_exclusive_group()
+    plans.add_argument("--small", action="store_true", help="one corpus and fewer seeds")
+    plans.add_argument("--targeted", action="store_true", help="TRACE alone, where it should help most")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--parts", type=Path, help="folder of the results of single runs (default: in the cache)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
@@ -247,20 +267,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
     parser.add_argument("--report", action="store_true", help="make the report from the parts that are there")
     given = parser.parse_args(arguments)
-    name = "small" if given.small else "whole"
+    name = "small" if given.small else "targeted" if given.targeted else "whole"
     out = given.out / name
     parts = given.parts or cache_folder() / "study"
-    chosen = [
-        e
-        for e in entries(SCALES[name])
-        if re.search(given.only, f"{e.group} {e.case} {e.baseline} {e.variant} {e.spec.seed}")
-    ]
+    # imported where it is asked for, because it builds on what is above
+    planned = import_module("benchmarks.study_targeted").entries() if given.targeted else entries(SCALES[name])
+    chosen = [e for e in planned if re.search(given.only, f"{e.group} {e.case} {e.baseline} {e.variant} {e.spec.seed}")]
     specs = list(dict.fromkeys(e.spec for e in chosen))
     restore(out, parts, specs)
     if given.report:
-        from benchmarks import study_report
-
-        print(study_report.write(out, chosen, parts, name))
+        report = import_module("benchmarks.study_targeted" if given.targeted else "benchmarks.study_report")
+        print(report.write(out, chosen, parts, name))
         return 0
     if given.list:
         for e in chosen:

@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 
 from benchmarks import stamp
-from benchmarks.study import RUNS, Entry, load
+from benchmarks.study import Entry, load, record
 from benchmarks.study_reading import clear, goal, interval, paired, reading
 from benchmarks.study_run import NEAR
 
@@ -107,18 +107,8 @@ def write(out: Path, entries: list[Entry], parts: Path, name: str) -> str:
     text = "\n".join(lines)
     (out / "study.md").write_text(text, encoding="utf-8")
     (out / "study.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    lines = (json.dumps({"key": key, **_rounded(result)}) for key, result in sorted(found.runs.items()))
-    (out / RUNS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    record(out, found.runs)
     return text
-
-
-def _rounded(value: object) -> object:
-    """Return plain values with 6 significant digits, which take half the size and are finer than seeds differ."""
-    if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(entry) for entry in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _made_with() -> dict:

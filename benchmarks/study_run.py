@@ -24,6 +24,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from benchmarks import study_domains
 from moe_unlearn import data, metrics, mollm, trace, wagle
 from moe_unlearn.benchmark import tiny_models
 from moe_unlearn.benchmark.tiny_models import Experiment, Settings
@@ -49,8 +50,8 @@ CONTROLS = ("random-experts", "shuffled-tokens", "sequence-weights", "random-mas
 class Spec:
     """A run, or, without a recipe, a measurement of the two models it starts from.
 
-    `retain` says which retain documents unlearning sees: a "random" share, or those that use the critical
-    experts "seldom". Utility is measured on the others.
+    `retain` says which retain documents unlearning sees: a "random" share, those that use the critical experts
+    "seldom", or those of "another domain" (`study_domains`). Utility is measured on the others.
     """
 
     settings: Settings
@@ -92,6 +93,8 @@ def _shipped(name: str | None) -> dict | None:
 
 @lru_cache(maxsize=1)
 def _prepared(spec: Spec) -> Experiment:
+    if spec.retain == study_domains.ANOTHER:
+        return study_domains.prepare(spec.corpus, spec.seed, spec.settings)
     made = tiny_models.prepare_experiment(spec.corpus, spec.seed, size=spec.settings)
     if spec.retain == "random":
         return made

@@ -25,7 +25,7 @@ from transformers import (
 
 from moe_unlearn import data
 from moe_unlearn.benchmark.trained_cache import cache_folder, ensure
-from moe_unlearn.data import Document, Example
+from moe_unlearn.data import Corpus, Document, Example
 from moe_unlearn.model.whole import no_loading_bars
 
 # a tokenizer, and the forget, retain and holdout examples
@@ -112,7 +112,7 @@ class Experiment:
 
 
 def prepare_experiment(
-    corpus: str = "builtin:pydoc",
+    corpus: str | Corpus = "builtin:pydoc",
     seed: int = 0,
     cache_dir: str | Path | None = None,
     *,
@@ -120,9 +120,9 @@ def prepare_experiment(
 ) -> Experiment:
     """Prepare documents, tokenizer and both models for one seed, which draws the documents and the initial weights.
 
-    The tokenizer is trained on all documents of the corpus, so that it treats forget, retain and holdout text
-    alike. `size` is a name in `SIZES` or a `Settings`; `cache_dir` is the folder of `cache_folder`. Raises
-    ValueError for an unknown corpus or size, FileNotFoundError when the corpus is not installed.
+    The tokenizer is trained on all documents of the corpus, a name or the documents themselves, so that it treats
+    forget, retain and holdout text alike. `size` is a name in `SIZES` or a `Settings`; `cache_dir` is the folder of
+    `cache_folder`. Raises ValueError for an unknown corpus or size, FileNotFoundError when the corpus is not installed.
     """
     settings = settings_of(size)
     tokenizer, forget, retain, holdout = built = build_data(corpus, seed, settings)
@@ -133,7 +133,7 @@ def prepare_experiment(
         seconds[name] = time.perf_counter() - start
     cut = max(1, round(settings.unlearn_share * len(retain)))
     return Experiment(
-        corpus,
+        corpus if isinstance(corpus, str) else corpus.name,
         seed,
         settings,
         tokenizer,
@@ -170,9 +170,9 @@ def settings_of(size: str | Settings) -> Settings:
     return SIZES[size]
 
 
-def build_data(corpus: str, seed: int, settings: Settings) -> Data:
+def build_data(corpus: str | Corpus, seed: int, settings: Settings) -> Data:
     """Build the tokenizer and the forget, retain and holdout examples; no two sets share a run of 12 tokens."""
-    whole = data.load_builtin(corpus)
+    whole = data.load_builtin(corpus) if isinstance(corpus, str) else corpus
     documents = [*whole.forget, *whole.retain, *whole.holdout]
     tokenizer = data.train_tokenizer((f"{d.title}\n{d.text}" for d in documents), settings.vocab_size)
 

@@ -6,6 +6,7 @@ This repository holds none of these texts; they are read where they are installe
 import gzip
 import re
 import string
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,8 +82,8 @@ def pydoc() -> Corpus:
     from pydoc_data.topics import topics
 
     seen: set[str] = set()
-    retain = _topic_blocks(topics, PYDOC_RETAIN, seen)
-    forget, holdout = _split_holdout(_topic_blocks(topics, PYDOC_FORGET, seen))
+    retain = paragraph_blocks(topics, PYDOC_RETAIN, seen)
+    forget, holdout = _split_holdout(paragraph_blocks(topics, PYDOC_FORGET, seen))
     return drop_shared_runs(Corpus("builtin:pydoc", forget, retain, holdout))
 
 
@@ -139,7 +140,7 @@ def _base64_number(digits: str) -> int:
     return value
 
 
-def _topic_blocks(topics: dict[str, str], names: tuple[str, ...], seen: set[str]) -> list[Document]:
+def paragraph_blocks(topics: Mapping[str, str], names: Iterable[str], seen: set[str]) -> list[Document]:
     """Return the paragraphs not in `seen`, joined into blocks numbered within their topic, and add them to `seen`."""
     documents = []
     for name in names:

@@ -1,0 +1,210 @@
+"""Plan and read the targeted study of TRACE: the setting it argues for, registered in `benchmarks/NOTES.md`.
+
+    python -m benchmarks.study --targeted             the registered runs, in their order; if killed, it resumes
+    python -m benchmarks.study --targeted --report    how many are done, and the analysis once all of its part are
+
+Effects are relative differences in percent of the value at one level of forgetting, a variant's over another's on the
+same models. A seed's effect is the mean over the baselines of which both runs reached the level. No effect is computed
+before every registered run of that K is there.
+"""
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from scipy import stats
+
+from benchmarks.study import BASELINES, SIZE, TRACE, Entry, load, record
+from benchmarks.study_domains import ANOTHER
+from benchmarks.study_reading import GOAL, interval, paired
+from benchmarks.study_run import Spec
+
+CORPUS = "builtin:pydoc"
+SEEDS = range(101, 121)
+TOP_K = (2, 1)  # the primary analysis is that of the first
+STUDIED = ("NPO", "SimNPO", "GradDiff")
+SELDOM = (*TRACE[:-2], "trace.min_ratio=3.0", TRACE[-1])
+#: variant -> its settings and control
+VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "plain": ((), ""),
+    "TRACE": (SELDOM, ""),
+    "TRACE online": ((*SELDOM, "trace.refresh=online"), ""),
+    "sequence weights": (SELDOM, "sequence-weights"),
+}
+LEVEL = "near"
+PRIMARY = {"verbmem_r": "VerbMem, documents", "accuracy_c": "next token, critical tokens"}
+SECONDARY = {"accuracy_r": "next token, all tokens", "nll_c": "NLL, critical tokens", "nll_r": "NLL, all tokens"}
+CONTRASTS = (
+    ("TRACE", "plain"),
+    ("TRACE online", "plain"),
+    ("sequence weights", "plain"),
+    ("TRACE", "sequence weights"),
+)
+
+
+def entries() -> list[Entry]:
+    """Return the registered runs in their order: all seeds of one K, then those of the next."""
+    return list(_entries())
+
+
+def _entries() -> Iterator[Entry]:
+    for top_k in TOP_K:
+        for seed in SEEDS:
+            for baseline in STUDIED:
+                recipe, *own = BASELINES[baseline]
+                for variant, (overrides, control) in VARIANTS.items():
+                    spec = Spec(
+                        settings=replace(SIZE, top_k=top_k),
+                        corpus=CORPUS,
+                        seed=seed,
+                        retain=ANOTHER,
+                        recipe=recipe,
+                        overrides=(*own, *overrides),
+                        control=control,
+                        max_steps=90,
+                        check_every=3,
+                    )
+                    yield Entry("targeted", f"K {top_k}", baseline, variant, spec)
+
+
+class Effects:
+    """Values of the runs of one K, by baseline, variant and seed."""
+
+    def __init__(self, entries: Sequence[Entry], parts: Path):
+        self.results = {(e.baseline, e.variant, e.spec.seed): load(parts, e.spec) for e in entries}
+        self.done = sum(result is not None for result in self.results.values())
+        self.complete = self.done == len(self.results)
+
+    def qualifies(self, seed: int) -> bool:
+        """Say whether TRACE found an expert at the registered ratio; it does so before any step."""
+        return any(
+            result["trace"] is not None
+            for (_, variant, own), result in self.results.items()
+            if own == seed and variant == "TRACE" and result is not None
+        )
+
+    def of_seed(
+        self, contrast: tuple[str, str], metric: str, seed: int, baselines: Sequence[str] = STUDIED, level: str = LEVEL
+    ) -> float | None:
+        """Return a seed's effect in percent, None where no baseline reached the level twice."""
+        found = []
+        for baseline in baselines:
+            pair = [self.results[baseline, variant, seed] for variant in contrast]
+            values = [(result or {}).get("matched", {}).get(level) for result in pair]
+            if all(value is not None and metric in value for value in values):
+                ours, theirs = (value[metric] for value in values)
+                found.append(100 * (ours / theirs - 1))
+        return statistics.fmean(found) if found else None
+
+    def over_seeds(self, contrast: tuple[str, str], metric: str, **how) -> list[float]:
+        """Return the effects of the seeds that qualify and have one."""
+        seeds = sorted({seed for _, _, seed in self.results})
+        effects = [self.of_seed(contrast, metric, seed, **how) for seed in seeds if self.qualifies(seed)]
+        return [effect for effect in effects if effect is not None]
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return Holm's adjusted p values, in the order of `p`."""
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = adjusted[i] = max(largest, min(1.0, (len(p) - rank) * p[i]))
+    return adjusted
+
+
+def write(out: Path, planned: Sequence[Entry], parts: Path, name: str) -> str:
+    """Write `study.md`, `study.json` and `runs.jsonl` into `out` and return the text.
+
+    A K of which a run is missing has its count alone.
+    """
+    known = {spec.key: load(parts, spec) for spec in {e.spec for e in planned} | {e.spec.models for e in planned}}
+    there = {key: result for key, result in known.items() if result is not None}
+    lines = [
+        "# TRACE in the setting it argues for",
+        "",
+        f"Made by `python -m benchmarks.study --{name}` and the same with `--report`; "
+        f"{sum(result['seconds'] for result in there.values()) / 60:.0f} minutes of one thread. "
+        "Hypothesis, setting, stop rule and analysis were registered in `benchmarks/NOTES.md` before the first run.",
+        "",
+    ]
+    record(out, there)
+    groups: dict[str, list[Entry]] = {}
+    for entry in planned:
+        groups.setdefault(entry.case, []).append(entry)
+    data: dict[str, dict] = {}
+    for case, own in groups.items():
+        effects = Effects(own, parts)
+        data[case] = {"runs": effects.done, "of": len(own)}
+        lines += [f"## {case}", "", f"{effects.done} of {len(own)} runs.", ""]
+        if not effects.complete:
+            lines += ["No effect is computed before all of them are there: the stop rule of `benchmarks/NOTES.md`.", ""]
+            continue
+        data[case] |= _analysis(effects)
+        lines += _text(data[case])
+    text = "\n".join(lines)
+    (out / "study.md").write_text(text, encoding="utf-8")
+    (out / "study.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return text
+
+
+def _analysis(effects: Effects) -> dict:
+    """Return the registered analysis of one K."""
+    primary = {metric: effects.over_seeds(CONTRASTS[0], metric) for metric in PRIMARY}
+    p = [_p_value(values) for values in primary.values()]
+    seeds = sorted({seed for _, _, seed in effects.results})
+    return {
+        "qualified": sum(map(effects.qualifies, seeds)),
+        "reached": {
+            f"{baseline}, {variant}": sum(
+                effects.results[baseline, variant, seed]["matched"][LEVEL] is not None for seed in seeds
+            )
+            for baseline in STUDIED
+            for variant in VARIANTS
+        },
+        "primary": {
+            metric: paired(values) | {"p": own, "p_holm": adjusted}
+            for (metric, values), own, adjusted in zip(primary.items(), p, holm(p), strict=True)
+        },
+        "contrasts": {
+            " - ".join(contrast): {
+                metric: paired(effects.over_seeds(contrast, metric)) for metric in PRIMARY | SECONDARY
+            }
+            for contrast in CONTRASTS
+        },
+        "baselines": {
+            baseline: {
+                metric: paired(effects.over_seeds(CONTRASTS[0], metric, baselines=(baseline,)))
+                for metric in PRIMARY | SECONDARY
+            }
+            for baseline in STUDIED
+        },
+        "at the retrained model's level": {
+            metric: paired(effects.over_seeds(CONTRASTS[0], metric, level="retrain")) for metric in PRIMARY | SECONDARY
+        },
+    }
+
+
+def _p_value(values: Sequence[float]) -> float:
+    return float(stats.ttest_1samp(values, 0.0).pvalue) if len(values) > 1 else 1.0
+
+
+def _text(found: dict) -> list[str]:
+    """Return the analysis in sentences and tables."""
+    lines = [f"In {found['qualified']} seeds an expert has f^F/f^R >= 3. Effects in percent, ± 95 % t intervals.", ""]
+    for metric, value in found["primary"].items():
+        if value["half"] is None:
+            lines += [f"{PRIMARY[metric]}: {value['n']} seeds have an effect, too few for an interval.", ""]
+            continue
+        inside = abs(GOAL - value["mean"]) <= value["half"]
+        lines += [
+            f"{PRIMARY[metric]}, TRACE against plain: {interval(value, 2)} in {value['n']} seeds "
+            f"(p by Holm {value['p_holm']:.3f}); the paper's {GOAL} % is {'inside' if inside else 'outside'}.",
+            "",
+        ]
+    named = PRIMARY | SECONDARY
+    lines += ["| contrast | " + " | ".join(named.values()) + " |", "|---" * (len(named) + 1) + "|"]
+    rows = {**found["contrasts"], **{f"TRACE - plain, {b}": v for b, v in found["baselines"].items()}}
+    rows["TRACE - plain, at the retrained model's level"] = found["at the retrained model's level"]
+    lines += [f"| {name} | " + " | ".join(interval(row[m], 2) for m in named) + " |" for name, row in rows.items()]
+    return [*lines, ""]
