@@ -27,6 +27,7 @@ FLOORS = [
         "mollm",
         "offload",
         "on_demand",
+        "page",
         "sharding",
         "testing",
     },

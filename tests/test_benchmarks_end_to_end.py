@@ -17,6 +17,7 @@ from moe_unlearn import wagle
 from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import train_tokenizer
+from moe_unlearn.runs import report
 from tests.support import models
 from tests.support.benchmark_files import (
     muse,
@@ -202,7 +203,7 @@ def walk(folder):
             "data.json",
             "model",
             "recipe.yaml",
-            "report.md",
+            *report.PAGES,
             "summary.json",
             "trajectory.json",
         }

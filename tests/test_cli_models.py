@@ -111,7 +111,7 @@ def test_the_dtype_is_that_of_the_whole_run(folder, tmp_path):
     name = str(folder / "model")
     assert loaded == {"model": name, "dtype": "bfloat16", "device": "cpu", "trust_remote_code": False}
     report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert f"The model is {name}, bfloat16 on cpu.\n" in report
+    assert f"{name}, bfloat16 on cpu " in report
     assert main(["report", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "report.md").read_text(encoding="utf-8") == report
 

@@ -4,14 +4,12 @@ None of them holds a text of the documents. The JSON has every comparison, the p
 in a row an attack what was tried and what came of it.
 """
 
-import math
 from pathlib import Path
-from typing import Any
 
 from moe_unlearn.audit.page import page
 from moe_unlearn.audit.run import Report
 from moe_unlearn.audit.summary import ATTACK_COLUMNS, COLUMNS, MEANINGS, cells, more, reading, rows, summary, untested
-from moe_unlearn.files import make_private, write_json, write_text
+from moe_unlearn.files import finite, make_private, write_json, write_text
 from moe_unlearn.ranks import on_first
 
 NAMES = ("AUDIT.md", "AUDIT.html", "AUDIT.json")
@@ -28,7 +26,7 @@ def _write(folder: Path, content: dict[str, str], report: Report) -> None:
     make_private(folder)
     for name, text in content.items():
         write_text(folder / name, text)
-    write_json(folder / "AUDIT.json", _finite(report.to_dict()))
+    write_json(folder / "AUDIT.json", finite(report.to_dict()))
 
 
 def markdown(report: Report) -> str:
@@ -52,12 +50,3 @@ def _bold(row: tuple[str, str, str, str]) -> list[str]:
 def _table(head: tuple[str, ...], body: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
-
-
-def _finite(value: Any) -> Any:
-    """Return plain values, with None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(own) for key, own in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(own) for own in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from moe_unlearn.audit.report import NAMES as AUDIT
 from moe_unlearn.checkpoint.tensor_file import stored_in
 from moe_unlearn.files import UNFINISHED, remove
 from moe_unlearn.prepare.preparation import CACHES
+from moe_unlearn.runs.names import AUDIT, FACTS, MANIFEST, PAGES, RESULTS
 
 _CACHED = {f"{kind}-*": what for kind, what in CACHES.items()} | {
     "examples-*": "tokens of documents",
@@ -23,6 +23,7 @@ REMOVED = {
     "cache": "references: values of the original model on each row, and results of an audit",
     "checkpoints": "states of the run, with masks and references",
     "data.json": "where the documents lie and which were dropped",
+    "samples.json": "texts of a few rows, before and after",
     "delta.safetensors.index.json": "the way back to the original model",
     "*.groups": "scores of a mask that was not finished",
     "*_EVAL.json": "prompts, answers and generations of an evaluation",
@@ -35,8 +36,8 @@ FORMATS = {
 }
 KEPT = (
     *("model", "figures", "audit"),  # but for what `REMOVED` has inside the audit's folder
-    *("recipe.yaml", "report.md", "verified.txt", "manifest", "lock"),
-    *(f"{name}.json" for name in ("run", "batch", "loaded", "summary", "seeds", "trajectory", "routing", "audit")),
+    *("recipe.yaml", "verified.txt", "lock", "batch.json", "loaded.json", "about.json"),
+    *(FACTS, MANIFEST, *RESULTS, *PAGES),
     *("*_SUMMARY.json", "*_SETTINGS.json"),
     *AUDIT,
 )

@@ -7,6 +7,6 @@ from moe_unlearn.runs import report
 
 
 def run(options: argparse.Namespace) -> None:
-    """Rebuild report.md and the figures of a run folder from its summary.json."""
+    """Rebuild the report of a run folder, as Markdown, one HTML file and JSON, from its JSON files."""
     folder = Path(options.folder)
     print(*report.write(folder, report.read(folder)), sep="\n")

@@ -19,6 +19,7 @@ from moe_unlearn.plan import Mesh
 from moe_unlearn.ranks import on_first
 from moe_unlearn.runs.folder import check_unused
 from moe_unlearn.runs.lock import locked
+from moe_unlearn.runs.names import PAGES
 from moe_unlearn.runs.run import Before, Run, retrained, unlearn
 from moe_unlearn.runs.summary import check_name, table
 
@@ -121,4 +122,4 @@ def _data_overrides(options: argparse.Namespace) -> list[str]:
 def print_run(out: Path, summary: dict) -> None:
     """Print the table of a finished run and the paths of its report, which is already written."""
     print(table(summary))
-    print(*(out / "report.md", *sorted((out / "figures").glob("*.png"))), sep="\n")
+    print(*(out / name for name in PAGES), sep="\n")

@@ -98,7 +98,7 @@ def check_same(folder: Path, facts: dict[str, Any], recipe: Recipe) -> None:
 def seal(folder: Path, steps: int) -> None:
     """Note that a run is finished, of `steps` steps, with the digests of what it has written."""
     names = [f"{path.relative_to(folder)}" for path in (folder / MODEL).rglob("*") if path.is_file()]
-    names += [name for name in REPORT if name.endswith(".json") and (folder / name).is_file()]
+    names += [name for name in _RESULTS if (folder / name).is_file()]
     manifest.seal(folder, {"steps": steps}, names)
 
 

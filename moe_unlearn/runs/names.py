@@ -4,16 +4,10 @@ FACTS, MANIFEST = "run.json", "manifest"
 CHECKPOINTS, MODEL = "checkpoints", "model"
 #: those of an audit's report
 AUDIT = ("AUDIT.md", "AUDIT.html", "AUDIT.json")
-REPORT = (
-    "summary.json",
-    "seeds.json",
-    "trajectory.json",
-    "routing.json",
-    "audit.json",
-    "report.md",
-    "figures",
-    "audit",
-)
+#: what a report shows, and the report; some of it holds texts of the documents, and `purge` removes or rewrites it
+RESULTS = tuple(f"{name}.json" for name in ("summary", "seeds", "trajectory", "routing", "audit", "cost"))
+PAGES = ("report.md", "report.html", "report.json")
+REPORT = (*RESULTS, "about.json", "samples.json", *PAGES, "figures", "audit")
 #: what a run makes in its folder, but for references, which are kept by their content
 MADE = (
     "recipe.yaml",

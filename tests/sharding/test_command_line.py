@@ -172,9 +172,7 @@ def test_a_run_is_evaluated_and_reported_once(ranks, folder):
             {k: v for k, v in one[name].items() if k != "seconds"}, rel=1e-5
         )
     report = (folder / "evaluated" / "report.md").read_text(encoding="utf-8")
-    assert (
-        "A step takes 6 forget rows with their retain rows: 2 (ranks) x 3 (`batch_size`) x 1 (`accumulate`)" in report
-    )
+    assert "6 forget rows with their retain rows: 2 (ranks) x 3 (batch_size) x 1 (accumulate)" in report
     assert main(["report", str(folder / "evaluated")]) == 0
     assert report == (folder / "evaluated" / "report.md").read_text(encoding="utf-8")
 

@@ -8,8 +8,6 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.backends.backend_agg  # noqa: F401  # verbs import it and some others late; here every fork has them
-import matplotlib.pyplot  # noqa: F401
 import PIL.Image
 import rouge_score.rouge_scorer  # noqa: F401
 import safetensors.torch

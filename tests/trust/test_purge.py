@@ -14,7 +14,7 @@ from moe_unlearn.prepare.preparation import CACHES
 
 pytestmark = pytest.mark.quick
 SECRET = "the secret number of agent 7"
-KEPT = ["model/a.safetensors", "recipe.yaml", "batch.json", "summary.json", "figures/pareto.png", "TOFU_SUMMARY.json"]
+KEPT = ["model/a.safetensors", "recipe.yaml", "batch.json", "summary.json", "figures/pareto.svg", "TOFU_SUMMARY.json"]
 KEPT += ["audit.json", "audit/AUDIT.md"]
 GONE = [
     "cache/ref_logprobs-0/0.safetensors",
