@@ -123,7 +123,7 @@ def run(sub: argparse.ArgumentParser) -> None:
     for side, what in SIDES.items():
         sub.add_argument(f"--{side}", metavar="SOURCE", help=f"{what} (data.{side}): {SOURCE}")
     sub.add_argument("--reference", help="folder of a retrained model, for PrivLeak (data.reference)")
-    sub.add_argument("--out", default="runs/unlearn", help="folder of the run (default runs/unlearn)")
+    sub.add_argument("--out", help="folder of the run; default: a new one, runs/DATE-NAME-1 or the next number")
     sub.add_argument(
         "--cache", help="folder of examples and reference values that runs share; default: OUT/cache for the references"
     )

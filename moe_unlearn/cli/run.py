@@ -17,11 +17,13 @@ from moe_unlearn.config import Recipe, models
 from moe_unlearn.model import loading
 from moe_unlearn.plan import Mesh
 from moe_unlearn.ranks import on_first
-from moe_unlearn.runs.folder import check_unused
+from moe_unlearn.runs.folder import check_unused, dated
 from moe_unlearn.runs.lock import locked
 from moe_unlearn.runs.names import PAGES
 from moe_unlearn.runs.run import Before, Run, retrained, unlearn
 from moe_unlearn.runs.summary import check_name, table
+
+_RUNS = Path("runs")  # where the folders of runs without an --out stand
 
 
 @told()
@@ -35,7 +37,9 @@ def run(options: argparse.Namespace) -> None:
     overrides = [*_data_overrides(options), *adapter.overrides(options), *options.set]
     recipe = adapter.chosen(options, Recipe.load(options.recipe, overrides, model=known), mesh)
     check_name(recipe.name)
-    base = delta.base_of_run(recipe, how, Path(options.out)) if options.delta else None
+    if options.out is None and (options.resume or options.overwrite):
+        raise ValueError("--resume and --overwrite are about the folder that a run has used: give it as --out")
+    base = delta.base_of_run(recipe, how, Path(options.out or _RUNS / "new")) if options.delta else None
     if options.model_config is not None and recipe.data.model is None:
         if not options.dry_run:
             raise ValueError("data.model is missing: --model-config alone gives no weights, only a --dry-run")
@@ -46,6 +50,9 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"data.{key} is missing: give --{key} or set it in the recipe")
     with ExitStack() as held:
         if not options.dry_run:
+            if options.out is None:
+                options.out = str(held.enter_context(dated(_RUNS, recipe.name)))
+                on_first(lambda: print(f"the run's folder is {options.out}", file=sys.stderr))
             writable(options.out, folder=True)
             own, mask = recipe.data, None if recipe.wagle is None else recipe.wagle.mask
             paths.check(options, (own.model, own.forget, own.retain, own.holdout, own.reference, mask))

@@ -14,10 +14,14 @@ A resume must agree in all of it but the commit. `manifest` has the digests of t
 finished run.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
+import re
+import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +30,10 @@ from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example
 from moe_unlearn.files import read_sealed, remove, write_sealed
 from moe_unlearn.prepare.reference import model_digest
+from moe_unlearn.ranks import gathered, is_first
 from moe_unlearn.runs import names as given
 from moe_unlearn.runs.code import code, commit
-from moe_unlearn.runs.names import FACTS, MADE, MANIFEST, REPORT
+from moe_unlearn.runs.names import FACTS, MADE, MANIFEST, RESULTS
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.checks import check_recipe
 
@@ -44,6 +49,36 @@ def check_unused(folder: Path) -> None:
             f"expected an --out that no run has used; {folder} has {', '.join(used[:3])}: --resume goes on with that "
             "run, --overwrite removes what it has made and begins anew"
         )
+
+
+@contextlib.contextmanager
+def dated(root: Path, name: str) -> Iterator[Path]:
+    """Make the folder `root`/DATE-`name`-N for a run; N is the first that is free. One that stays empty is removed.
+
+    Of two runs that begin at one time each gets a folder of its own, which its owner alone may enter; all ranks get
+    that of the first one. What the name of a folder should not hold becomes a dash.
+    """
+    new = not root.exists()
+    taken = Path(gathered(lambda: _claimed(root, name) if is_first() else "", lambda path: path)[1][0])
+    try:
+        yield taken
+    finally:
+        for folder in (taken, *([root] if new else [])) if is_first() else ():
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+def _claimed(root: Path, name: str) -> str:
+    """Make the folder of `dated`, and return its path."""
+    root.mkdir(parents=True, exist_ok=True)
+    day = time.strftime("%Y-%m-%d")
+    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+    for number in itertools.count(1):
+        path = root / f"{day}-{plain}-{number}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)  # fails if another has just made it
+            break
+    return str(path)
 
 
 def clear(folder: Path) -> None:
@@ -98,7 +133,7 @@ def check_same(folder: Path, facts: dict[str, Any], recipe: Recipe) -> None:
 def seal(folder: Path, steps: int) -> None:
     """Note that a run is finished, of `steps` steps, with the digests of what it has written."""
     names = [f"{path.relative_to(folder)}" for path in (folder / MODEL).rglob("*") if path.is_file()]
-    names += [name for name in _RESULTS if (folder / name).is_file()]
+    names += [name for name in RESULTS if (folder / name).is_file()]
     manifest.seal(folder, {"steps": steps}, names)
 
 

@@ -123,11 +123,8 @@ def write(folder: Path, content: Content) -> list[Path]:
     """Write `PAGES` and the figures of the first into a run folder; return the paths written."""
     page = pages.of(content)
     plain = {"format": "moe-unlearn report 1"} | finite(dataclasses.asdict(content))
-    texts = {
-        "report.md": page.markdown(),
-        "report.html": page.html(),
-        "report.json": json.dumps(plain, indent=1) + "\n",
-    }
+    contents = (page.markdown(), page.html(), json.dumps(plain, indent=1) + "\n")
+    texts = dict(zip(PAGES, contents, strict=True))
     texts |= {f"figures/{name}": text for name, text in page.figures().items()}
     for name, text in texts.items():
         write_text(folder / name, text)

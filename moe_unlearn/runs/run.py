@@ -1,7 +1,6 @@
 """One unlearning run: the model, the recipe and the data put together, and what a user's run writes."""
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from moe_unlearn.plan.mesh import mesh_of
 from moe_unlearn.prepare.stages import CHOOSING, needed
 from moe_unlearn.ranks import everyone, gathered, is_first, on_first, sharded
 from moe_unlearn.runs import folder, report
+from moe_unlearn.runs.clock import Clock
 from moe_unlearn.runs.summary import Summary, check_name
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
@@ -282,10 +282,12 @@ def unlearn(
             print(f"{out} has this run, and it is finished: nothing is left to do")
             return None
         resume = any((out / folder.CHECKPOINTS).glob(f"{PREFIX}*"))
-    start = time.perf_counter()
-    if not resume:
-        trainer.prepare()
-    seconds = time.perf_counter() - start
+    checkpoint = trainer.checkpoint_of(resume)  # before anything is written: what is refused changes nothing
+    clock = Clock.of_checkpoint(checkpoint)
+    trainer.add_callback(clock)
+    if checkpoint is None:
+        with clock.running():
+            trainer.prepare()
     batch = {"ranks": ranks, "batch_size": recipe.batch_size, "accumulate": recipe.accumulate}
 
     def write_settings() -> None:
@@ -306,13 +308,12 @@ def unlearn(
         if known.retrain is not None:
             summary["retrain"] = known.retrain
         summary["target"] = metrics.evaluate(run.model, tokenizer, **measured)
-    start = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        with clock.running():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         if verify and is_first():  # alone, since an error may have ended the others elsewhere
             write_text(out / "verified.txt", trainer.unlearn_step.verifier.summary() + "\n")
-    seconds += time.perf_counter() - start
     unlearned: Any = trainer.model
     steps = [dict(sorted(entry.items())) for entry in trainer.state.log_history if "forget_loss" in entry]
     trajectories = {recipe.name: steps}
@@ -330,7 +331,7 @@ def unlearn(
 
     on_first(write_results)
     if evaluate:
-        summary[recipe.name] = metrics.evaluate(unlearned, tokenizer, **measured) | {"seconds": seconds}
+        summary[recipe.name] = metrics.evaluate(unlearned, tokenizer, **measured) | {"seconds": clock.seconds}
         add_privleak([summary["target"], summary[recipe.name]], summary.get("retrain", {}))
 
         content = report.Content(summary, trajectories=trajectories, routing=routing, batch=batch, loaded=known.loaded)

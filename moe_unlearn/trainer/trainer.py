@@ -142,7 +142,7 @@ class UnlearnTrainer(CheckpointedTrainer):
         Raises ValueError if a checkpoint was prepared on other rows than those of the dataset, and CheckpointError
         for one that differs from what was written.
         """
-        checkpoint = self._checkpoint_of(resume_from_checkpoint)
+        checkpoint = self.checkpoint_of(resume_from_checkpoint)
         if checkpoint is not None:
             self._load_step(checkpoint)
             if (ended := self._ended(checkpoint)) is not None:
