@@ -1,11 +1,14 @@
 """The performance model adds up what its docstrings say, and reproduces kernels that others measured."""
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
 
+from benchmarks import suite
 from benchmarks.model import __main__ as command
-from benchmarks.model import gpus, published
+from benchmarks.model import design, gpus, kernels, published
 from benchmarks.model.gpus import BLOCK_START, DEPENDENT_LOAD, FIRST_LOAD, HOST_LAUNCH, LAUNCH, UNHIDDEN
 from benchmarks.model.times import Problem, Product, Stream, Tile, makespan, together
 
@@ -16,6 +19,7 @@ TOY = replace(gpus.H100, name="toy", multiprocessors=4, flops=4e12, memory=1e9, 
 FAST_L2 = replace(TOY, supply=1e15)
 TILE = Tile(100, 100, depth=50)  # 1 MFLOP a step, which takes a microsecond
 MICRO = 1e-6
+LAYER = kernels.Layer.routed(design.QWEN3, design.TOKENS)
 
 
 def product(rows, columns, depth, count=1, *, tile=TILE, stored=0.0, moved=0.0, programs=None):
@@ -60,6 +64,10 @@ def test_results_are_stored_after_the_last_step_unless_another_tile_is_in_flight
     assert exposed.total == near(LAUNCH + 2 * (200 * MICRO + FIRST_LOAD + 10 * MICRO))
     hidden = product(800, 100, 500, tile=replace(TILE, in_flight=2), stored=1.0).seconds(TOY)
     assert hidden.total == near(LAUNCH + 2 * 200 * MICRO)
+    # 1e4 exponentials at 1 a ns take as long as 1e4 bytes, and run beside the stores
+    slow = replace(TOY, special=1e9)
+    both = Product("by hand", TILE, [Problem(800, 100, 500)], 1.0, 0.0, special=3.0)
+    assert both.seconds(slow).total == near(LAUNCH + 2 * (200 * MICRO + FIRST_LOAD + 30 * MICRO))
 
 
 def test_blocks_of_one_tile_and_dependent_loads_take_longer():
@@ -105,7 +113,7 @@ def test_published_figures_are_reproduced():
 
 def test_every_constant_of_a_gpu_has_a_source():
     for gpu in gpus.GPUS.values():
-        assert gpu.sources.keys() == {"flops", "memory", "supply"} and all(gpu.sources.values())
+        assert gpu.sources.keys() == {"flops", "memory", "supply", "special"} and all(gpu.sources.values())
     assert gpus.GPUS.keys() >= {"h200", "h100", "a100"} and not gpus.GPUS.keys() & gpus.UNKNOWN.keys()
 
 
@@ -115,3 +123,68 @@ def test_the_table_prints_a_miss_as_a_miss(capsys):
     for name, why in published.MISSES.items():
         (line,) = [line for line in lines if line.startswith(f"{name:<36}")]
         assert line.endswith(f"MISSED: {why}")
+
+
+def test_tiles_are_those_that_were_compiled():
+    forward = {made.name: made for made in kernels.expert_forward(LAYER, gpus.H200)}
+    tile = forward["gate_up"].tile
+    assert (tile.rows, tile.columns, tile.depth, tile.in_flight) == (128, 256, 64, 1)  # 2 x 128 columns: gate and up
+    update = kernels.compiled(gpus.H200, "expert_wgrad_update/_update_kernel/adamw bf16", persistent=False)
+    assert (update.rows, update.columns, update.depth, update.in_flight) == (64, 128, 64, 2)
+    assert kernels.cuda_wgrad() == Tile(128, 128, 32, in_flight=2)
+
+
+def test_registers_and_shared_memory_decide_how_many_blocks_fit():
+    entry = {"registers": 112, "shared_bytes": 74264}  # 65536 / (112 x 256) = 2.3, 228 KB / 75288 = 3.1
+    assert kernels.resident(gpus.H200, entry, 256) == 2
+    assert kernels.resident(gpus.H200, entry | {"registers": 57}, 256) == 3  # by registers 4.0, rounded up to 64
+    assert kernels.resident(gpus.H200, entry | {"registers": 255}, 512) == 1
+
+
+def test_a_layer_counts_the_flop_of_its_geometry():
+    g = LAYER.geometry
+    weights = 3 * g.hidden * g.inner
+    assert kernels.flops(kernels.expert_forward(LAYER, gpus.H200)) == 2 * LAYER.slots * weights
+    for impl in ("cuda", "triton"):
+        backward = [*kernels.expert_dgrad(LAYER, gpus.H200), *kernels.expert_wgrad(LAYER, gpus.H200, impl, False)]
+        assert kernels.flops(backward) == 4 * LAYER.slots * weights
+    loss = kernels.token_loss(8192, 2048, 151_936, gpus.H200)
+    assert kernels.flops(loss) == 3 * 2 * 8192 * 2048 * 151_936
+
+
+def test_every_target_of_the_design_has_a_row_with_a_reason():
+    rows = design.rows(gpus.H200)
+    targets = {(row.work.partition(" vs ")[0], row.target) for row in rows}
+    assert targets >= {("expert_mlp forward", 450), ("expert_mlp dgrad + wgrad", 430), ("route in a graph", 20)}
+    assert sorted(row.target for row in rows) == [1.33, 1.33, 1.4, 2.3, 2.7, 4.4, 5, 20, 430, 450]
+    for row in rows:
+        better = row._replace(predicted=row.target * (0.5 if row.at_most else 2))
+        worse = row._replace(predicted=row.target * (2 if row.at_most else 0.5))
+        assert better.verdict == "predicted hit" and worse.verdict == "PREDICTED MISS"
+        assert re.search(r"\d+%", row.why)
+
+
+def test_nothing_predicted_is_printed_as_measured(capsys):
+    for gpu in gpus.GPUS:
+        assert command.main(["--gpu", gpu]) == 0
+        head, *lines = capsys.readouterr().out.splitlines()
+        assert head.startswith("predicted") and head.endswith("nothing here is measured")
+        figures = [line for line in lines if re.search(r"\d (TFLOP/s|times|us|ms)\b|peer: .*\d$", line)]
+        assert len(figures) >= 18 and all(re.search(r"predicted \d|\(published\)$", line) for line in figures)
+        assert not any("measured" in line for line in lines)
+        assert command.main(["--gpu", gpu, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert all("predicted" in row and "measured" not in row for row in found["rows"])
+        assert "predicted_milliseconds" in found
+
+
+def test_predictions_stand_beside_the_cases_of_the_benchmarks():
+    cases = {case.title: case.names for case in suite.cases("cuda")}
+    for title, predicted in design.by_case(gpus.H200).items():
+        assert {name.removesuffix(", graph") for name in predicted} <= set(cases[title])
+
+
+def test_an_unknown_gpu_is_refused_with_the_known_ones(capsys):
+    assert command.main(["--gpu", "b200"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("expected --gpu to be one of h200, h100, a100; got 'b200' (no published figure")

@@ -28,7 +28,8 @@ class Gpu:
     """What one GPU sustains.
 
     flops: FLOP/s of dense bfloat16 products at the clock that its power allows; memory: bytes/s that a copy reads and
-    writes; supply: bytes/s from L2 into one multiprocessor; shared_bytes: of one multiprocessor.
+    writes; supply: bytes/s from L2 into one multiprocessor; special: exponentials or divisions a second of one
+    multiprocessor; shared_bytes: of one multiprocessor.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Gpu:
     flops: float
     memory: float
     supply: float
+    special: float
     shared_bytes: int
     sources: Mapping[str, str]
     registers: int = 65_536
@@ -49,6 +51,7 @@ class Gpu:
 
 # measured of the data sheet's bandwidth, by a copy on an H200: 4.3 of 4.8 TB/s
 _COPY = 4.3 / 4.8
+_SPECIAL = "16 a clock: CUDA C++ programming guide, throughput of arithmetic instructions"
 _HOPPER_SUPPLY = (
     "38 bytes a clock at 1.755 GHz, the upper end of the 28 to 38 that microbenchmarks of this chip found: "
     "a published product that shares nothing between blocks needs 35 (fast.cu, kernel 6)"
@@ -61,11 +64,13 @@ H200 = Gpu(
     flops=790e12,
     memory=4.3e12,
     supply=38 * 1.755e9,
+    special=16 * 1.755e9,
     shared_bytes=228 * 1024,
     sources={
         "flops": "measured on an H200, of 989 TFLOP/s of the data sheet; Liger's products there: 788 to 791",
         "memory": "measured on an H200, of 4.8 TB/s of the data sheet",
         "supply": _HOPPER_SUPPLY,
+        "special": _SPECIAL,
     },
 )
 H100 = Gpu(
@@ -75,11 +80,13 @@ H100 = Gpu(
     flops=790e12,
     memory=3.35e12 * _COPY,
     supply=38 * 1.755e9,
+    special=16 * 1.755e9,
     shared_bytes=228 * 1024,
     sources={
         "flops": "as of the H200, whose chip and power limit it has (SXM); cuBLAS there: 741 to 798 (fast.cu)",
         "memory": "3.35 TB/s of the data sheet, and the H200's part of it",
         "supply": _HOPPER_SUPPLY,
+        "special": _SPECIAL,
     },
 )
 A100 = Gpu(
@@ -89,11 +96,13 @@ A100 = Gpu(
     flops=270e12,
     memory=2.039e12 * _COPY,
     supply=5.414e12 / 108,
+    special=16 * 1.41e9,
     shared_bytes=164 * 1024,
     sources={
         "flops": "cuBLAS, float16, 8192 x 8192 x 8192: 273 (triton-lang/triton#743), of 312 TFLOP/s of the data sheet",
         "memory": "2.039 TB/s of the data sheet (SXM, 80 GB), and the H200's part of it",
         "supply": "3840 bytes a clock of all at 1.41 GHz, by cp.async (smallscientist1/cuda_microbenchmark)",
+        "special": _SPECIAL,
     },
 )
 GPUS = {gpu.name.lower(): gpu for gpu in (H200, H100, A100)}

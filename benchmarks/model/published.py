@@ -67,7 +67,7 @@ def sonic(model: str, tokens: int, hidden: int, rows: Sequence[tuple[int, int, i
         up = [Problem(each, 2 * inner, hidden, experts)]
         passes = {
             "forward": [
-                Product("up", COOPERATIVE, up, 3, x + 2 * weights + 3 * a),
+                Product("up", COOPERATIVE, up, 3, x + 2 * weights + 3 * a, special=1),
                 Product("down", down, [Problem(each, hidden, inner, experts)], 2, a + weights + y),
                 sums,
             ],

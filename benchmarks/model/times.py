@@ -6,7 +6,8 @@ columns. Before the first step it waits for its first operands, after the last i
 hidden, unless another tile is in flight on the multiprocessor. Tiles are given to whichever place is free first, and
 the last ones leave others idle. The kernel takes the longer of that time and of memory's, and a part of the shorter.
 
-    tile    = steps max(flop / tensor, bytes / supply) + FIRST_LOAD + dependent loads + stored / supply
+    tile    = steps max(flop / tensor, bytes / supply) + FIRST_LOAD + dependent loads
+              + max(stored / supply, special functions / special)
     kernel  = LAUNCH + max(tiles, memory) + UNHIDDEN min(tiles, memory)
 """
 
@@ -84,10 +85,10 @@ class Tile:
         operands = BFLOAT16 * self.depth * (self.rows + self.columns / self.cluster)
         return tensor, max(tensor, operands / gpu.supply)
 
-    def exposed(self, gpu: Gpu, stored: float) -> float:
-        """Return the seconds of a tile outside its steps; stored: bytes for each of its elements."""
+    def exposed(self, gpu: Gpu, stored: float, special: float) -> float:
+        """Return the seconds of a tile outside its steps; stored, special: bytes and functions for each element."""
         start = FIRST_LOAD + self.loads * DEPENDENT_LOAD + (0 if self.persistent else BLOCK_START)
-        return start + self.rows * self.columns * stored / gpu.supply
+        return start + self.rows * self.columns * max(stored / gpu.supply, special / gpu.special)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class Product:
     """A launch that multiplies.
 
     stored: bytes of an epilogue for each element of a tile; moved: bytes between memory and the GPU; programs: those
-    of a persistent kernel, where they are fewer than the multiprocessors.
+    of a persistent kernel, where they are fewer than the multiprocessors; special: exponentials and divisions of an
+    epilogue for each element of a tile.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Product:
     stored: float
     moved: float
     programs: int | None = None
+    special: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -114,7 +117,7 @@ class Product:
         """Predict the time of the launch; its parts are means over all multiprocessors."""
         tile, places = self.tile, (self.programs or gpu.multiprocessors) * self.tile.in_flight
         tensor, supplied = tile.step(gpu)
-        exposed = tile.exposed(gpu, self.stored)
+        exposed = tile.exposed(gpu, self.stored, self.special)
         padded = loops = 0.0
         tiles: list[tuple[int, float]] = []
         for problem in self.problems:

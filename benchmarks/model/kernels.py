@@ -1,0 +1,190 @@
+"""Build our kernels for the model, with the tiles that the ledger says were compiled.
+
+A tile's sides, registers and shared memory are those of the newest Triton of the ledger; from them follow the blocks
+that a multiprocessor holds. CUDA's come from its header. Bytes are those that must move: every operand once.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+from benchmarks import stamp
+from benchmarks.model.gpus import Gpu
+from benchmarks.model.times import MMA_ON_HOPPER, Kernel, Problem, Product, Stream, Tile
+from benchmarks.shapes import Geometry, routing
+from moe_unlearn.regress import ledger
+
+# what the sides of a tile are called in the kernels: rows, columns and the step through the depth
+_SIDES = (
+    ("BLOCK_M", "BLOCK_P", "BLOCK_ROWS"),
+    ("BLOCK_ROWS", "BLOCK_COLUMNS", "BLOCK_DEPTH"),
+    ("ROWS", "COLUMNS", "DEPTH"),
+)
+_RESERVED = 1024  # bytes of shared memory that a block takes for itself
+# bytes that AdamW with moments in bfloat16 moves for a weight: weight and both moments in and out, one bit of mask
+UPDATE = 6 * 2 + 1 / 8
+
+
+class Layer(NamedTuple):
+    """An expert layer at a number of tokens; rows: those of each expert."""
+
+    geometry: Geometry
+    tokens: int
+    rows: tuple[int, ...]
+
+    @classmethod
+    def routed(cls, geometry: Geometry, tokens: int, name: str = "uniform") -> "Layer":
+        """Return the layer under a routing of the benchmarks."""
+        index = routing(name, tokens, geometry)
+        return cls(geometry, tokens, tuple(index.flatten().bincount(minlength=geometry.experts).tolist()))
+
+    @property
+    def slots(self) -> int:
+        """Return the routed rows of all experts."""
+        return self.tokens * self.geometry.top_k
+
+    def by_rows(self, columns: int, depth: int) -> list[Problem]:
+        """Return a product of each expert's rows."""
+        return [Problem(rows, columns, depth) for rows in self.rows]
+
+    def by_depth(self, rows: int, columns: int, share: float = 1.0) -> list[Problem]:
+        """Return a weight gradient of each of the first experts, `share` of all."""
+        return [Problem(rows, columns, depth) for depth in self.rows[: round(share * len(self.rows))]]
+
+
+@cache
+def _entries(architecture: str) -> ledger.Entries:
+    compilers = [name for name in ledger.read() if name.startswith("triton")]
+    newest = max(compilers, key=lambda name: [int(part) for part in name.split()[1].split(".")])
+    return ledger.read()[newest][architecture]
+
+
+def compiled(gpu: Gpu, name: str, *, persistent: bool = True, loads: int = 0, halves: bool = False) -> Tile:
+    """Return the tile of an entry of the ledger; halves: it multiplies gate and up, and counts columns of one."""
+    entry = _entries(gpu.architecture)[name]
+    config = dict(word.split("=", 1) for word in entry["config"].split() if "=" in word)
+    rows, columns, depth = next(
+        tuple(int(config[side]) for side in sides) for sides in _SIDES if all(side in config for side in sides)
+    )
+    slow = gpu.architecture == "sm_90" and entry["hmma"] and not entry["hgmma"]
+    return Tile(
+        rows,
+        columns * (2 if halves else 1),
+        depth,
+        in_flight=1 if persistent else resident(gpu, entry, 32 * int(config["num_warps"])),
+        persistent=persistent,
+        loads=loads,
+        rate=MMA_ON_HOPPER if slow else 1.0,
+    )
+
+
+def resident(gpu: Gpu, entry: dict, threads: int) -> int:
+    """Return how many blocks a multiprocessor holds: as many as its registers and its shared memory allow."""
+    registers = -(-entry["registers"] // 8) * 8 * threads
+    return max(1, min(gpu.registers // registers, gpu.shared_bytes // (entry["shared_bytes"] + _RESERVED)))
+
+
+def expert_forward(layer: Layer, gpu: Gpu) -> list[Kernel]:
+    """Return the launches of `expert_mlp`'s forward pass."""
+    g, n = layer.geometry, layer.slots
+    x, a = 2.0 * layer.tokens * g.hidden, 2.0 * n * g.inner
+    weights = 2.0 * g.experts * g.hidden * g.inner
+    # find_tile and the row numbers come before the rows
+    up = compiled(gpu, "expert_mlp/_gate_up_kernel/qwen3", loads=2, halves=True)
+    products = layer.by_rows(2 * g.inner, g.hidden)
+    return [
+        Product("gate_up", up, products, 3, x + 2 * weights + 3 * a, special=1),
+        *_linear("down", layer, gpu, "expert_mlp/_linear_kernel/qwen3", g.inner, weights),
+    ]
+
+
+def _linear(name: str, layer: Layer, gpu: Gpu, entry: str, depth: int, weights: float) -> list[Kernel]:
+    n, hidden = layer.slots, layer.geometry.hidden
+    out = 2.0 * n * hidden
+    # find_tile before the product, row numbers and their weights after it
+    tile = compiled(gpu, entry, loads=3)
+    moved = 2.0 * n * depth + weights + out
+    sums = Stream("sum over k", out + 2.0 * layer.tokens * hidden)
+    return [Product(name, tile, layer.by_rows(hidden, depth), 2, moved), sums]
+
+
+def expert_dgrad(layer: Layer, gpu: Gpu) -> list[Kernel]:
+    """Return the launches of `expert_mlp`'s backward pass, with the factors of all weight gradients."""
+    g, n = layer.geometry, layer.slots
+    grad, a = 2.0 * layer.tokens * g.hidden, 2.0 * n * g.inner
+    weights = 2.0 * g.experts * g.hidden * g.inner
+    tile = compiled(gpu, "expert_mlp_backward/_activation_gradient_kernel/expert_mlp: qwen3", loads=2)
+    partial = 4.0 * n * -(-g.inner // tile.columns)
+    products = layer.by_rows(g.inner, g.hidden)
+    return [
+        Product("dz", tile, products, 10, grad + weights + 5 * a + partial, special=2),
+        Stream("d_weights", partial + 4.0 * n, loads=3),
+        *_linear("d_x", layer, gpu, "expert_mlp/_linear_kernel/qwen3 #2", 2 * g.inner, 2 * weights),
+    ]
+
+
+def expert_wgrad(layer: Layer, gpu: Gpu, impl: str, update: bool, share: float = 1.0) -> list[Kernel]:
+    """Return the launches of both weight gradients: stored, or applied by AdamW under a mask."""
+    g = layer.geometry
+    stored, found = UPDATE if update else 2.0, []
+    for name, rows, columns in (("gate_up", 2 * g.inner, g.hidden), ("down", g.hidden, g.inner)):
+        problems = layer.by_depth(rows, columns, share)
+        factors = 2.0 * share * layer.slots * (rows + columns)
+        if impl == "cuda":
+            tile = cuda_wgrad()
+        elif update:
+            tile = compiled(gpu, "expert_wgrad_update/_update_kernel/adamw bf16", persistent=False, loads=2)
+        else:
+            of = "store" if name == "gate_up" else "store down"
+            tile = compiled(gpu, f"expert_wgrad/_store_kernel/{of}", persistent=False, loads=2)
+        moved = factors + stored * len(problems) * rows * columns
+        found.append(Product(f"wgrad of {name}", tile, problems, stored, moved))
+    return found
+
+
+def cuda_wgrad() -> Tile:
+    """Return the tile of csrc/cuda/expert_wgrad.cuh, whose two consumers take turns."""
+    text = (stamp.ROOT / "csrc" / "cuda" / "expert_wgrad.cuh").read_text(encoding="utf-8")
+    length, depth = (int(re.search(rf"static constexpr int {name} = (\d+);", text)[1]) for name in ("length", "depth"))
+    return Tile(length, length, depth, in_flight=2)
+
+
+def route(layer: Layer) -> list[Kernel]:
+    """Return the two launches of Triton's `route`, which wait for memory; loads as its kernels chain them."""
+    index, rows = 8.0 * layer.slots, 4.0 * layer.slots
+    return [Stream("count", index, loads=4), Stream("scatter", index + rows, loads=12)]
+
+
+def token_loss(tokens: int, hidden: int, vocabulary: int, gpu: Gpu) -> list[Kernel]:
+    """Return the launches of `token_loss`, nll with a frozen head, forward and backward."""
+    h, head = 2.0 * tokens * hidden, 2.0 * vocabulary * hidden
+    logits = compiled(gpu, "token_loss/_partials_kernel/nll, qwen3", persistent=False, loads=2)
+    again = compiled(gpu, "token_loss_backward/_dlogits_kernel/token_loss: nll, qwen3", persistent=False, loads=2)
+    entry = "token_loss_backward/_hidden_sums_kernel/token_loss: nll, qwen3"
+    into_hidden = compiled(gpu, entry, persistent=False, loads=1)
+    chunk = int(re.search(r"CHUNK=(\d+)", _entries(gpu.architecture)[_DLOGITS]["config"])[1])
+    gather = [Stream("select", 12.0 * tokens, loads=3), Stream("gather", 2 * h, loads=2)]
+    found: list[Kernel] = [
+        *gather,
+        Product("logits", logits, [Problem(tokens, vocabulary, hidden)], 0, h + head, special=1),
+        Stream("merge", 4.0 * tokens * 16, loads=4),
+        *gather,
+    ]
+    for first in range(0, vocabulary, chunk):
+        columns = min(chunk, vocabulary - first)
+        d_logits, part, sums = 2.0 * tokens * columns, head * columns / vocabulary, 2 * h
+        once = Problem(tokens, columns, hidden), Problem(tokens, hidden, columns)
+        found += [
+            Product("dl/dz", again, [once[0]], 2, h + part + d_logits, special=1),
+            Product("sums", into_hidden, [once[1]], 8 if first else 4, d_logits + part + (2 if first else 1) * sums),
+        ]
+    return [*found, Stream("scatter", 3 * h, loads=2)]
+
+
+_DLOGITS = "token_loss_backward/_dlogits_kernel/token_loss: nll, qwen3"
+
+
+def flops(kernels: Sequence[Kernel]) -> float:
+    """Return the FLOP that count of some launches."""
+    return sum(kernel.flops for kernel in kernels if isinstance(kernel, Product))
