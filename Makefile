@@ -13,8 +13,9 @@
 #              cores; `make soak SOAK="--minutes 30" SOAK_RANKS="--minutes 10"` a sample
 # make gpu-rehearsal   all of the next that can be done without a GPU: build, load, collect, compile; several gigabytes
 # make gpu     the kernels proven on this machine's GPU, in at most 5 minutes; `make gpu GPU="--out DIR"` elsewhere
-# make bench   every op and the whole step against what else there is: one file, pictures, the tables of results; at most
-#              15 minutes on one core, 15 GB of memory; `make bench BENCH="--only route"` a part
+# make bench   every op and the whole step against what else there is: one file, pictures, the tables of results, and one
+#              table of ours against every peer, where figures of a GPU that is not here are predicted; at most 15 minutes
+#              on one core, 15 GB of memory; `make bench BENCH="--only route"` a part
 # make bench-gpu   the same on this machine's GPU, published geometries, what matters first; at most 4 minutes
 # make gpu-ranks    what several GPUs alone can prove of ranks that share weights out: order, memory, overlap, a lost
 #              rank; two GPUs, torch 2.13, some 3 minutes
@@ -145,6 +146,7 @@ bench: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.suite $(BENCH)
 	$(BIN)/python -m benchmarks.plots
 	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.peers_table
 
 bench-step: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bench_step

@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks import gpu_summary, journal, readme, record, stamp
 from benchmarks.gpu_summary import Finding
 from benchmarks.journal import of_kind
+from benchmarks.model import design, gpus
 from moe_unlearn import choices
 from moe_unlearn.files import write_json, write_text
 
@@ -149,6 +150,8 @@ def report(
         path = path_of(content, results)
         write_json(path, content)
         lines.append(f"{path}: {content['state']}")
+        gpu = gpus.named(where["device"])
+        lines += map(str, design.beside(content["rows"], gpu) if gpu else ())
         before = json.loads(choices_file.read_text(encoding="utf-8"))
         entries = choice(content["rows"], before["cuda"])
         if entries != before["cuda"]:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import efficacy, headline, record, size_table, stamp, trust_table
+from benchmarks.model import design, gpus
 
 README, RESULTS = stamp.ROOT / "README.md", stamp.ROOT / "benchmarks" / "RESULTS.md"
 STALE = "**measured before the kernels changed**"
@@ -36,7 +37,7 @@ def _device(device: str, results: Path, root: Path) -> str:
     path, run = record.latest(device, results)
     lines = [_where(path, run, root), "", _HEADER]
     lines += [_line(row, found) for row in run["rows"] for found in row.get("verdicts", ()) if _shown(found)]
-    lines += ["", *_remarks(run), *_correctness(path.parent / "correctness.json", root)]
+    lines += ["", *_remarks(run), *_correctness(path.parent / "correctness.json", root), *_beside(run)]
     figure = path.parent / _FIGURE
     if figure.exists():
         lines += ["", f"![Times as fast as each rival]({figure.relative_to(results.parent).as_posix()})"]
@@ -80,6 +81,18 @@ def _line(row: dict, found: dict) -> str:
     verdict = "hit" if found["hit"] else "**missed**"
     cells = f"{row['op']}: {row['name']}", what, of, f"{found['value']:.2f}{limits}", f"{found['target']:.3g}", verdict
     return f"| {' | '.join(cells)} |"
+
+
+def _beside(run: dict) -> list[str]:
+    """Return lines on what the performance model predicted of a GPU's cases, beside what was measured."""
+    gpu = gpus.named(run["stamp"]["device"]) if run["fingerprint"]["device"] == "cuda" else None
+    pairs = design.beside(run["rows"], gpu) if gpu else []
+    head = ["", "| work | contender | predicted ms | measured ms | predicted over measured |", "|---|---|---|---|---|"]
+    lines = [
+        f"| {p.case} | {p.contender} | {p.predicted:.3g} | {p.measured:.3g} | {p.predicted / p.measured:.2f} |"
+        for p in pairs
+    ]
+    return [*head, *lines] if lines else []
 
 
 def _correctness(path: Path, root: Path) -> list[str]:

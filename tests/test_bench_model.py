@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import suite
+from benchmarks import peers_table, record, suite
 from benchmarks.model import __main__ as command
 from benchmarks.model import design, gpus, kernels, published
 from benchmarks.model.gpus import BLOCK_START, DEPENDENT_LOAD, FIRST_LOAD, HOST_LAUNCH, LAUNCH, UNHIDDEN
@@ -176,6 +176,32 @@ def test_nothing_predicted_is_printed_as_measured(capsys):
         found = json.loads(capsys.readouterr().out)
         assert all("predicted" in row and "measured" not in row for row in found["rows"])
         assert "predicted_milliseconds" in found
+
+
+def test_one_table_has_ours_against_every_peer_and_says_what_is_predicted():
+    """A line is marked as measured only for what a run recorded, and as predicted for all that the model says."""
+    head, *lines, last = peers_table.table().splitlines()
+    assert "times as fast" in head and last.startswith("predicted: by benchmarks.model")
+    _, run = record.latest("cpu")
+    recorded = [row for row in run["rows"] if any(not n.startswith("ours") for n in row.get("milliseconds", ()))]
+    kinds = {kind: [line for line in lines if line.startswith(f"{kind} ")] for kind in ("measured", "predicted")}
+    assert sum(map(len, kinds.values())) == len(lines)
+    for row in recorded:
+        (line,) = [line for line in kinds["measured"] if f"  {row['op']}: {row['name']}: " in line]
+        ours, *peers = row["milliseconds"].items()
+        assert f" {ours[1]:.4g} ms; " in line
+        for name, value in peers:
+            assert name.startswith("ours") or f"{value / ours[1]:.2f} x {name}" in line
+    devices = record.runs()
+    assert {line.split()[1] for line in kinds["measured"]} <= set(devices)  # no GPU's before one has run
+    titles = [title for title, times in design.by_case(gpus.H200).items() if len(times) > 1]
+    assert len(kinds["predicted"]) == len(titles)
+    assert all(line.split()[1] == "H200" and "measured" not in line for line in kinds["predicted"])
+
+
+def test_a_driver_s_name_finds_its_gpu():
+    assert gpus.named("NVIDIA H200") is gpus.H200 and gpus.named("NVIDIA A100-SXM4-80GB") is gpus.A100
+    assert gpus.named("NVIDIA H100 80GB HBM3") is gpus.H100 and gpus.named("NVIDIA B200") is None
 
 
 def test_predictions_stand_beside_the_cases_of_the_benchmarks():

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import gpu_report, readme, record, stamp
 from benchmarks.journal import Journal
+from benchmarks.model import design, gpus
 from moe_unlearn import choices
 from tests.gpu_stages import ROOT
 
@@ -115,6 +116,19 @@ def test_a_report_made_again_replaces_itself_and_another_run_does_not(place):
     leaves_cases(back, row("c", 2.0, 1.0, "route", 100), name="gpu-2-20260202T000000")
     report()
     assert len(record.runs(results)["nvidia-h200"]) == 2
+
+
+def test_what_was_predicted_stands_beside_what_was_measured(place):
+    back, results, _, report = place
+    name = "Qwen3-30B-A3B, 8192 tokens, uniform, forward"
+    leaves_cases(back, row("a", 2.0, 1.0, "route", 100), row(name, 2.0, 1.0, "route", 100) | {"op": "expert_mlp"})
+    lines, _ = report()
+    (line,) = [line for line in lines if ", ours: predicted " in line]
+    predicted = design.by_case(gpus.H200)[f"expert_mlp: {name}"]["ours"]
+    figures = f"predicted {predicted:.4g} ms, measured 1 ms: the prediction is {predicted - 1:+.0%} off"
+    assert line == f"expert_mlp: {name}, ours: {figures}"
+    (cells,) = [line for line in readme.generated(results, results.parent).splitlines() if f" {name} | ours |" in line]
+    assert cells.endswith(f"| ours | {predicted:.3g} | 1 | {predicted:.2f} |")
 
 
 def test_runs_of_other_kernels_another_device_or_without_a_stamp_are_left_out_and_named(place):

@@ -4,7 +4,7 @@
 that they stand beside a measurement once there is one. All figures are predictions: `published` says how good.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.model import kernels, peers
@@ -154,6 +154,31 @@ def by_case(gpu: Gpu) -> dict[str, dict[str, float]]:
         case: {name: round(1e3 * together(made, gpu).total, 4) for name, made in contenders.items()}
         for case, contenders in found.items()
     }
+
+
+class Pair(NamedTuple):
+    """Milliseconds of one contender of one case, as predicted and as measured."""
+
+    case: str
+    contender: str
+    predicted: float
+    measured: float
+
+    def __str__(self) -> str:
+        error = self.predicted / self.measured - 1
+        figures = f"predicted {self.predicted:.4g} ms, measured {self.measured:.4g} ms"
+        return f"{self.case}, {self.contender}: {figures}: the prediction is {error:+.0%} off"
+
+
+def beside(recorded: Iterable[Mapping], gpu: Gpu) -> list[Pair]:
+    """Return the predictions of cases that a run on this GPU measured, each beside its measurement."""
+    known = by_case(gpu)
+    found = []
+    for row in recorded:
+        case, times = f"{row['op']}: {row['name']}", row.get("milliseconds", {})
+        shared = [name for name in known.get(case, ()) if name in times]
+        found += [Pair(case, name, known[case][name], times[name]) for name in shared]
+    return found
 
 
 def _rate(work: str, made: Sequence[Kernel], gpu: Gpu, target: float, peer: str) -> Row:

@@ -6,6 +6,7 @@ below them were fitted together, on `published.FITTED` alone: of UNHIDDEN in 0.4
 there). `published.CHECKED` was left out of it. A change here is a commit of its own, without a kernel.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -108,3 +109,9 @@ A100 = Gpu(
 GPUS = {gpu.name.lower(): gpu for gpu in (H200, H100, A100)}
 # what is asked for and not there
 UNKNOWN = {"b200": "no published figure of what its L2 supplies to a multiprocessor was found"}
+
+
+def named(device: str) -> Gpu | None:
+    """Return the GPU that a driver's name means, such as "NVIDIA H200", or None where it is not known here."""
+    words = re.split(r"[^a-z0-9]+", device.lower())
+    return next((gpu for name, gpu in GPUS.items() if name in words), None)
