@@ -416,7 +416,7 @@ def test_bad_paths(folder, tmp_path, capsys, paths, message):
 @pytest.mark.quick
 def test_bad_recipes(folder, tmp_path, capsys):
     assert run(folder, tmp_path, "forget.betta=1") == 2
-    assert "did you mean 'beta'" in error_of(capsys)
+    assert "did you mean 'forget.beta'" in error_of(capsys)
     assert run(folder, tmp_path / "out", recipe="rmu") == 2
     assert "matches no parameter" in error_of(capsys) and not (tmp_path / "out").exists()
     assert run(folder, tmp_path, recipe="nope") == 2

@@ -1,6 +1,7 @@
 """The verb `env`, which needs neither a model nor data."""
 
 import io
+import json
 import sys
 
 import pytest
@@ -16,6 +17,12 @@ def test_env_lists_every_op(capsys):
     text = capsys.readouterr().out
     for op in ("route", "expert_mlp", "token_loss", "gram", "masked_update", "weight_score"):
         assert op in text
+
+
+def test_env_is_json_for_machines(capsys):
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ops"]["gram"]["auto"] in found["ops"]["gram"]["available"] and found["packages"]["torch"]
 
 
 def test_what_the_locale_lacks_is_printed_as_a_question_mark(monkeypatch):

@@ -59,7 +59,7 @@ def test_overrides():
 @pytest.mark.parametrize(
     "override,message",
     [
-        ("forget.betta=1", r"unknown recipe key 'forget.betta'; did you mean 'beta'"),
+        ("forget.betta=1", r"unknown recipe key 'forget.betta'; did you mean 'forget.beta'"),
         ("tracee.eta=1", r"unknown recipe key 'tracee'; did you mean 'trace'"),
         ("steps=many", r"steps must be int; got 'many'"),
         ("steps=1.5", r"steps must be int; got 1.5"),

@@ -1,8 +1,10 @@
 """The verb `env`: what this machine and this installation have."""
 
 import argparse
+import json
 import platform
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -11,20 +13,49 @@ from moe_unlearn import backend, native
 
 def run(options: argparse.Namespace) -> None:
     """Print versions, devices, and which implementation each op would use here."""
-    print(f"python {platform.python_version()} on {platform.machine()}")
-    for package in ("moe-unlearn", "torch", "transformers", "triton", "peft", "datasets"):
-        try:
-            print(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            print(f"{package} not installed")
+    found = environment()
+    print(json.dumps(found, indent=1) if options.json else _text(found))
+
+
+def environment() -> dict[str, Any]:
+    """Return what is here: `python`, `machine`, `packages`, `device`, `native`, `ops` and `unusable` kernels."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"device {device}: {name}")
-    for line in native.report():
-        print(f"native library {line}")
-    print()
-    print(f"{'op':<28} {'auto':<8} available")
-    for op in backend.registered():
-        print(f"{op:<28} {backend.choose(op, 'auto', device):<8} {', '.join(backend.available(op, device))}")
-    for (impl, why), names in backend.unusable(device).items():
-        print(f"{impl} is not usable for {', '.join(names)}: {why}")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "packages": {
+            package: _version(package)
+            for package in ("moe-unlearn", "torch", "transformers", "triton", "peft", "datasets")
+        },
+        "device": device,
+        "name": torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads",
+        "native": native.report(),
+        "ops": {
+            op: {"auto": backend.choose(op, "auto", device), "available": [*backend.available(op, device)]}
+            for op in backend.registered()
+        },
+        "unusable": [
+            {"impl": impl, "ops": [*names], "why": why} for (impl, why), names in backend.unusable(device).items()
+        ],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _text(found: dict[str, Any]) -> str:
+    lines = [
+        f"python {found['python']} on {found['machine']}",
+        *(f"{package} {version or 'not installed'}" for package, version in found["packages"].items()),
+        f"device {found['device']}: {found['name']}",
+        *(f"native library {line}" for line in found["native"]),
+        "",
+        f"{'op':<28} {'auto':<8} available",
+        *(f"{op:<28} {own['auto']:<8} {', '.join(own['available'])}" for op, own in found["ops"].items()),
+        *(f"{own['impl']} is not usable for {', '.join(own['ops'])}: {own['why']}" for own in found["unusable"]),
+    ]
+    return "\n".join(lines)

@@ -13,6 +13,7 @@ A verb is a line of `VERBS`. Its module is imported when it runs, so that --help
 import argparse
 import importlib
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -63,6 +64,34 @@ class Verb(NamedTuple):
 
 _VERBS = (
     Verb("env", "Print versions, devices, and which implementation each op would use here.", of.env),
+    Verb(
+        "recipes",
+        "List the shipped recipes, a line each, by the name that `run` takes.",
+        of.recipes,
+        "settings",
+        "recipes",
+    ),
+    Verb(
+        "show",
+        "Show every key of a recipe with its value, where that comes from, the values it takes and what it means.",
+        of.show,
+        "settings",
+        "show",
+    ),
+    Verb(
+        "schema",
+        "Print the JSON schema of recipe files, by which an editor completes and checks them.",
+        of.schema,
+        "settings",
+        "schema",
+    ),
+    Verb(
+        "completion",
+        "Print what a shell needs to complete verbs, options and recipes; it takes the library argcomplete.",
+        of.completion,
+        "settings",
+        "completion",
+    ),
     Verb(
         "stats",
         "Print routing frequencies of forget and retain text, and the experts TRACE would select.",
@@ -122,7 +151,9 @@ _VERBS = (
         of.purge,
     ),
     Verb(
-        "demo", "Run the embedded experiment: target, retrain, baselines, each lever, and the three together.", of.demo
+        "demo",
+        "Run the embedded experiment: target, retrain, baselines, each lever, and the three together.",
+        of.demo,
     ),
     Verb(
         "kernels",
@@ -131,6 +162,7 @@ _VERBS = (
     ),
 )
 VERBS = {verb.name: verb for verb in _VERBS}
+_COMPLETING = "_ARGCOMPLETE"  # set by a shell that `completion` has told how to complete
 _BAD_INPUT = (
     ValueError,
     OSError,
@@ -151,6 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _chosen(arguments: Sequence[str] | None) -> Command:
     given = sys.argv[1:] if arguments is None else arguments
+    if _COMPLETING in os.environ:
+        importlib.import_module("argcomplete").autocomplete(_parser())  # which ends the process
     parser = _parser(next((word for word in given if not word.startswith("-")), ""))
     options = parser.parse_args(given)
     for name, value in vars(options).items():

@@ -1,6 +1,7 @@
 """The options of each verb, apart from the verbs, so that --help loads neither torch nor transformers."""
 
 import argparse
+from typing import Any
 
 from moe_unlearn.cli.arguments import (
     MODEL,
@@ -25,6 +26,7 @@ BENCHMARKS = ("muse", "tofu", "wmdp", "rwku", "completions")
 LIKE = ("open-unlearning", "muse_bench")
 ATTACKS = ("plain", "rounding", "relearning", "routing", "interpolation", "prompts", "inside")
 RELEARN_STEPS, RELEARN_LR = 20, 1e-4  # of an audit
+SHELLS = ("bash", "zsh", "fish")
 DELTA = "delta.safetensors"  # the name in the folder of a run
 INSTRUCTION = (
     "Give another answer to the last question: as plausible as this one, as long and in the same style, but with other "
@@ -36,7 +38,31 @@ _BEFORE = "folder of the model before unlearning"
 
 
 def env(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `env`, which has none."""
+    """Add the options of `env`."""
+    _add_json(sub, "what is found")
+
+
+def recipes(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `recipes`."""
+    _add_json(sub, "names and descriptions")
+
+
+def show(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `show`."""
+    _add_recipe(sub)
+    sub.add_argument(
+        "--model", choices=models(), metavar="NAME", help=f"take the recipe's values for one of: {', '.join(models())}"
+    )
+    _add_json(sub, "the rows")
+
+
+def schema(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `schema`, which has none."""
+
+
+def completion(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `completion`."""
+    sub.add_argument("shell", choices=SHELLS, help="the shell that reads what is printed")
 
 
 def stats(sub: argparse.ArgumentParser) -> None:
@@ -101,10 +127,7 @@ def run(sub: argparse.ArgumentParser) -> None:
         "Started by torchrun, N processes share the rows: batch_size is that of each, so that a step takes N x "
         "batch_size x accumulate forget rows, and its weights are those of one process with N x accumulate."
     )
-    sub.add_argument("recipe", help=f"a YAML file or one of: {', '.join(shipped())}")
-    sub.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="keys of the recipe with other values"
-    )
+    _add_recipe(sub)
     sub.add_argument("--model", help=f"the model to unlearn (data.model): {MODEL}")
     sub.add_argument(
         "--adapter",
@@ -262,3 +285,15 @@ def demo(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seeds", type=int, nargs="+", default=[7], help="settings were chosen on seeds 0 to 4")
     sub.add_argument("--out", default="runs/demo", help="folder of the report (default runs/demo)")
     sub.add_argument("--clean-cache", action="store_true", help="remove the trained models and stop")
+
+
+def _add_recipe(sub: argparse.ArgumentParser) -> None:
+    recipe: Any = sub.add_argument("recipe", help=f"a YAML file or one of: {', '.join(shipped())}")
+    recipe.completer = lambda **asked: shipped()
+    sub.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="keys of the recipe with other values"
+    )
+
+
+def _add_json(sub: argparse.ArgumentParser, what: str) -> None:
+    sub.add_argument("--json", action="store_true", help=f"print {what} as JSON")

@@ -28,6 +28,10 @@ _FOLDERS = ("cache", "store", "repro")
 _DATA = ("forget", "retain", "holdout")
 VERBS = {
     "env": Paths(),
+    "recipes": Paths(),
+    "show": Paths(),
+    "schema": Paths(),
+    "completion": Paths(),
     "stats": Paths(("model", *_DATA), ("out", "cache")),
     "mask": Paths(("model", *_DATA), ("out", "cache")),
     "alternates": Paths(("model", "forget"), ("out",)),

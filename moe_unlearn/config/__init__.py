@@ -2,6 +2,7 @@
 
 from moe_unlearn.config.adapter import Adapter
 from moe_unlearn.config.dual import Dual
+from moe_unlearn.config.files import geometry, models, shipped
 from moe_unlearn.config.optimizer import Optimizer
 from moe_unlearn.config.recipe import (
     FORGET_OBJECTIVES,
@@ -17,9 +18,6 @@ from moe_unlearn.config.recipe import (
     Retain,
     Scope,
     Trace,
-    geometry,
-    models,
-    shipped,
 )
 from moe_unlearn.config.router import Router
 from moe_unlearn.config.wagle import Wagle

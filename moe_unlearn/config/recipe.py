@@ -18,17 +18,16 @@ import dataclasses
 import datetime
 import typing
 from dataclasses import dataclass, field
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import yaml
 
 from moe_unlearn.config.adapter import Adapter
 from moe_unlearn.config.dual import Dual
+from moe_unlearn.config.files import composed
 from moe_unlearn.config.optimizer import Optimizer
 from moe_unlearn.config.router import Router
-from moe_unlearn.config.values import above, at_least, at_most, between, build, merge, one_of, override, parse
+from moe_unlearn.config.values import above, at_least, at_most, between, build, one_of
 from moe_unlearn.config.wagle import Wagle
 
 FORGET_OBJECTIVES = (
@@ -48,7 +47,6 @@ FORGET_OBJECTIVES = (
 NEED_REFUSALS = ("idk_dpo", "idk_nll")
 REPLACEMENTS = ("refusal", "alternate")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
-_FOLDER = resources.files("moe_unlearn") / "recipes"
 REFERENCES = ("prepared", "base")
 REFERENCE_DTYPES = ("bfloat16", "float8")
 SEAMS = ("joint", "separate")
@@ -314,21 +312,17 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: dict) -> "Recipe":
         """Build a recipe from nested dictionaries, such as those read from YAML."""
-        return build(cls, values, "")
+        return build(cls, values)
 
     @classmethod
     def load(cls, source: str | Path, overrides: typing.Sequence[str] = (), *, model: str | None = None) -> "Recipe":
         """Read a YAML file, or the shipped recipe of that name, and apply overrides like `trace.eta=0.7`.
 
         An override of a lever that is off switches it on; `mollm=null` switches it off. `model`, a name in
-        `models()`, first applies the values of this recipe for that model (such as RMU's layers and steering).
+        `models()`, first applies the values of this recipe for that model (such as RMU's layers and steering). A file
+        that `extends` another one changes what that one says (`config.files`).
         """
-        values = _read_yaml(source)
-        if model is not None:
-            merge(values, _read_model(model).get("recipes", {}).get(values.get("name"), {}))
-        for text in overrides:
-            override(values, text)
-        return cls.from_dict(values)
+        return cls.from_dict(composed(source, overrides, model=model).values)
 
     def to_dict(self) -> dict:
         """Return the recipe as nested plain dictionaries, from which `from_dict` makes an equal recipe."""
@@ -337,38 +331,3 @@ class Recipe:
     def to_yaml(self) -> str:
         """Return the recipe as YAML text."""
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
-
-
-def shipped() -> tuple[str, ...]:
-    """Return the names of the recipes that come with the package."""
-    return _names(_FOLDER)
-
-
-def models() -> tuple[str, ...]:
-    """Return the names of the models whose geometry and values for the recipes come with the package."""
-    return _names(_FOLDER / "models")
-
-
-def geometry(model: str) -> dict:
-    """Return the keywords of the transformers config of a model in `models()`, with `model_type` and `dtype`."""
-    config: dict = _read_model(model)["config"]
-    return config
-
-
-def _names(folder: Traversable) -> tuple[str, ...]:
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
-
-
-def _read_model(name: str) -> dict:
-    if name not in models():
-        raise ValueError(f"no model {name!r} among those shipped: {', '.join(models())}")
-    return parse(_FOLDER / "models" / f"{name}.yaml", name)
-
-
-def _read_yaml(source: str | Path) -> dict:
-    path: Traversable = Path(source)
-    if str(source) in shipped():
-        path = _FOLDER / f"{source}.yaml"
-    elif not path.is_file():
-        raise ValueError(f"no recipe file {str(source)!r}; shipped recipes: {', '.join(shipped())}")
-    return parse(path, source)
