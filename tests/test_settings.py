@@ -70,12 +70,16 @@ def test_every_recipe_is_listed_with_a_line(capsys):
 def test_show_has_every_key_with_value_origin_range_and_meaning(capsys):
     words = ["rmu", "--model", "olmoe-1b-7b", "--set", "wagle.keep=0.5", "optimizer.lr=3e-5"]
     found = json.loads(told(capsys, "show", *words, "--json"))
-    off = {"trace", "mollm", "dual"}
+    recipe = Recipe.load("rmu", ["wagle.keep=0.5"])
+    off = {name for name in keys.section_meanings() if getattr(recipe, name) is None}
+    assert {"trace", "mollm", "dual", "adapter"} <= off
     assert found.keys() == off | {key.name for key in keys.table() if key.name.partition(".")[0] not in off}
     origins = {name: found[name]["origin"] for name in ("steps", "forget.steering", "optimizer.lr", "forget.beta")}
     assert [*origins.values()] == ["recipe rmu", "model olmoe-1b-7b", "--set", "default"]
     assert found["forget.steering"]["value"] == 3000 and found["wagle.keep"]["values"] == "in (0, 1]"
     assert found["trace"]["value"] is None and "TRACE" in found["trace"]["meaning"]
+    switched = json.loads(told(capsys, "show", "npo", "--set", "router=frozen", "trace=true", "--json"))
+    assert [switched[name]["origin"] for name in ("router.mode", "trace.cap")] == ["--set", "default"]
     lines = told(capsys, "show", *words).splitlines()
     [rate] = [line for line in lines if line.startswith("optimizer.lr ")]
     assert rate.split()[1:3] == ["3e-05", "--set"] and "learning rate (at least 0" in rate

@@ -144,7 +144,11 @@ _VERBS = (
         "delta",
         "revert",
     ),
-    Verb("report", "Rebuild the report of a run, as Markdown, one HTML file and JSON, from its JSON files.", of.report),
+    Verb(
+        "report",
+        "Rebuild the report of a run folder, as Markdown, one HTML file and JSON, from its JSON files.",
+        of.report,
+    ),
     Verb(
         "purge",
         "Remove from a run's folder all but the model and numbers: copies of what was forgotten, and what reveals it.",

@@ -67,5 +67,7 @@ def rows(source: str, overrides: list[str], model: str | None) -> Iterator[dict[
                 row = {"key": section, "value": None, "origin": made.origins.get(section, "default")}
                 yield row | {"values": _OFF, "default": None, "meaning": meanings[section]}
             continue
-        row = {"key": key.name, "value": own[name], "origin": made.origins.get(key.name, "default")}
+        # one word for a section, such as `router: frozen`, is where the values come from that are no defaults
+        of_section = made.origins.get(section, "default") if own[name] != key.default else "default"
+        row = {"key": key.name, "value": own[name], "origin": made.origins.get(key.name, of_section)}
         yield row | {"values": key.values, "default": key.default, "meaning": key.meaning}
