@@ -65,6 +65,9 @@ def restrict(model: nn.Module, recipe: Recipe, flags: dict[str, bool], selected:
     Routers that the recipe freezes are in no scope.
     """
     names, without = trained_names(model, recipe.scope, selected), ""
+    if recipe.router.mode == "invariant":  # a bias moves the logits of every input
+        named = dict(model.named_parameters())
+        names -= {name for name in routing_parameters(model) if named[name].dim() == 1}
     if recipe.router.mode == "frozen":
         names, without = names - routing_parameters(model), ", less the routers by router.mode frozen"
     if not any(flags[name] for name in names):

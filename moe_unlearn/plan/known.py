@@ -16,8 +16,10 @@ from moe_unlearn.plan.mesh import Mesh
 from moe_unlearn.prepare import float8
 from moe_unlearn.prepare.preparation import Preparation
 from moe_unlearn.prepare.stages import needed, uses_kl
+from moe_unlearn.routers import kept_bytes, routers_of
 from moe_unlearn.view import StepView
 
+ROUTERS = "kept of routers"
 _HIDDEN_BYTES = 2  # cached layer outputs are bfloat16
 _LOGPROB_BYTES = 4
 
@@ -72,9 +74,19 @@ def held_at_rest(view: StepView, prepared: Preparation, caches: int, mesh: Mesh 
             share(p, view.optimizer.state_size(p, view.masks.get(name))) for name, p in view.trained if p not in away
         ),
         "mask": sum(share(named[name], words.nbytes) for name, words in view.masks.items()),
+        ROUTERS: router_bytes(view),
         CACHES: caches + sum(kept.nbytes for kept in reference_head(view, prepared) if kept is not None),
     }
     return {name: size for name, size in known.items() if size}
+
+
+def router_bytes(view: StepView) -> int:
+    """Return the bytes of what invariant routers keep, at most."""
+    recipe = view.recipe
+    if recipe.router.mode != "invariant":
+        return 0
+    masked = recipe.wagle is not None or bool(view.masks)
+    return sum(kept_bytes(recipe.router, router.weight, masked=masked) for router in routers_of(view.model))
 
 
 def state_bytes(view: StepView) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_unlearn import offload, router_aux, trace
+from moe_unlearn import offload, router_aux, routers, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.model.batch_sets import all_checked
@@ -175,6 +175,7 @@ def make_plan(
     forget, retain = all_checked(forget_batches, "forget"), all_checked(retain_batches, "retain")
     view, prepared = step.view(), step.prepared
     check_whole(view.model)
+    routers.check_whole(view.recipe.router, shared=mesh is not None)
     if mesh is not None:
         mesh.placings(view.model)  # which refuses a model that does not fit
         offload.check_alone(view.optimizer.param_groups, shared=True)
@@ -361,6 +362,8 @@ def _levers(view: StepView, prepared: Preparation) -> dict[str, str]:
     levers["scope"] = recipe.scope.kind
     if recipe.router.mode != "free":
         levers["router"] = recipe.router.mode
+        if prepared.routers and (shut := routers.closed(prepared.routers.values())):
+            levers["router"] += f": {shut}"
     if balance := router_aux.described(view.model, recipe):
         levers["router_aux"] = balance
     why = obstacle(view)

@@ -4,6 +4,7 @@
     seuf       the one expert that may train
     reference  log-probs (NPO, DPO), final hidden states (KL, UNDIAL), layer outputs (RMU); see `reference`
     kl_floor   mean KL measured at the unchanged model: the rounding noise of the cached reference
+    routers    what invariant routers keep, and the routes of retain tokens: see `routers`
     wagle      the weight mask
 
 Finished stages are part of the step's state: preparing again after a restore runs only the missing ones. With a
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_unlearn import files, masks, seuf, trace, wagle
+from moe_unlearn import files, masks, routers, seuf, trace, wagle
 from moe_unlearn.config import Recipe
 from moe_unlearn.lazy import each
 from moe_unlearn.model import states as forward
@@ -37,7 +38,7 @@ from moe_unlearn.prepare.rows import RowCache, content_keys
 from moe_unlearn.ranks import Ranks, gathered, shared_work, together
 from moe_unlearn.sharding import whole
 
-STAGES = ("trace", "seuf", "reference", "kl_floor", "wagle")
+STAGES = ("trace", "seuf", "reference", "kl_floor", "routers", "wagle")
 CHOOSING = ("trace", "seuf")  # stages that choose experts, by forward passes only; they cache only token weights
 
 
@@ -49,6 +50,7 @@ def needed(recipe: Recipe) -> list[str]:
         "seuf": recipe.scope.kind == "seuf",
         "reference": forget in ("npo", "idk_dpo", "undial") or retain in ("kl", "embed_diff") or uses_kl(recipe),
         "kl_floor": mollm is not None and mollm.kl,
+        "routers": recipe.router.mode == "invariant" or recipe.router.stability_every > 0,
         "wagle": recipe.wagle is not None,
     }
     return [stage for stage in STAGES if uses[stage]]
@@ -270,6 +272,15 @@ def _kl_floor(work: _Work) -> None:
     prepared.kl_floor = total / max(positions, 1)
 
 
+def _routers(work: _Work) -> None:
+    # each rank watches all rows and holds one batch; all take what the first has found
+    settings, prepared = work.recipe.router, work.prepared
+    if settings.mode == "invariant":
+        prepared.routers = routers.collect(work.model, work.retain, settings)
+    if settings.stability_every:
+        prepared.routes = routers.routes(work.model, routers.watched_batches(work.retain))
+
+
 def _wagle(work: _Work) -> None:
     settings = work.recipe.wagle
     assert settings is not None  # the stage runs for this lever only
@@ -288,7 +299,14 @@ def _wagle(work: _Work) -> None:
         )
 
 
-_STAGES = {"trace": _trace, "seuf": _seuf, "reference": _reference, "kl_floor": _kl_floor, "wagle": _wagle}
+_STAGES = {
+    "trace": _trace,
+    "seuf": _seuf,
+    "reference": _reference,
+    "kl_floor": _kl_floor,
+    "routers": _routers,
+    "wagle": _wagle,
+}
 
 
 def needs_head(recipe: Recipe) -> bool:

@@ -103,7 +103,13 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> MaskedSGD | MaskedAdamW
     if numerics is None:
         narrow = settings.state != "float32" or any(p.dtype == torch.bfloat16 for p in parameters)
         numerics = "stochastic" if narrow else "parity"
-    groups = [{"params": parameters, "offload": settings.offload}]
+    groups: list[dict[str, Any]] = [{"params": parameters, "offload": settings.offload}]
+    if recipe.router.mode == "invariant" and any(p.dtype == torch.bfloat16 for p in parameters):
+        # small, and what they keep would be lost in the rounding of each update
+        own = {p for name, p in model.named_parameters() if name in scope.routing_parameters(model)}
+        groups[0]["params"] = [p for p in parameters if p not in own]
+        masters = {"params": [p for p in parameters if p in own], "offload": False, "numerics": "fp32_master"}
+        groups = [group for group in (groups[0], masters) if group["params"]]
     common: dict[str, Any] = {
         "lr": settings.lr,
         "weight_decay": settings.weight_decay,

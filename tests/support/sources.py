@@ -17,6 +17,8 @@ STEP = (
     "sharding/engine",
     "step/objectives",
     "step/weights",
+    "step/routers",
+    "routers/kept",
     "view",
     "optim",
     "offload",

@@ -1,0 +1,23 @@
+"""The router lever: what routers give for retain inputs stays as it is while everything else unlearns."""
+
+from moe_unlearn.routers.collect import collect
+from moe_unlearn.routers.kept import Kept, check_whole, closed, hold, kept_bytes, off, restricted
+from moe_unlearn.routers.stability import routes, stability, watched_batches
+from moe_unlearn.routers.watch import Router, routers_of, watched
+
+__all__ = [
+    "Kept",
+    "Router",
+    "check_whole",
+    "closed",
+    "collect",
+    "hold",
+    "kept_bytes",
+    "off",
+    "restricted",
+    "routers_of",
+    "routes",
+    "stability",
+    "watched",
+    "watched_batches",
+]
