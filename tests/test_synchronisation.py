@@ -102,6 +102,7 @@ READS = {
     "exchange_of": (1, "once for each mask"),
     "ShardedSink.trained_slices": (1, "the experts of the lowest layer that trains"),
     "TrainedWeights.mask": (1, "once, behind prepare()"),
+    "closed": (1, "once, behind prepare()"),
     "_Masked._layout": (1, "once for each mask"),
     "slices_with_a_bit": (2, "once for each mask"),
     "fit_state": (1, "once for each mask"),

@@ -25,6 +25,8 @@ class Router:
     margin_inputs: int = 256  # invariant: retain inputs of a layer, those nearest to a tie, whose gaps are watched
     stability_every: int = 0  # steps between measurements of the retain tokens that keep their experts; 0: none
     refresh_below: float | None = None  # invariant: what is kept is found anew where that share is lower
+    correct: bool = False  # whether routers are moved once after the last step, to give retain tokens their logits back
+    ridge: float = 1e-6  # with correct: how much a move of the weights counts beside the logits
 
     def __post_init__(self) -> None:
         one_of("router.mode", self.mode, MODES)
@@ -33,6 +35,9 @@ class Router:
         between("router.margin", self.margin, 0, 1)
         at_least("router.margin_inputs", self.margin_inputs, 0)
         at_least("router.stability_every", self.stability_every, 0)
+        above("router.ridge", self.ridge, 0)
+        if self.correct and self.mode == "frozen":
+            raise ValueError("router.correct moves routers after the last step, which router.mode frozen forbids")
         if self.refresh_below is not None:
             between("router.refresh_below", self.refresh_below, 0, 1)
             if self.mode != "invariant" or not self.stability_every:

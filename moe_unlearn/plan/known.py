@@ -89,6 +89,18 @@ def router_bytes(view: StepView) -> int:
     return sum(kept_bytes(recipe.router, router.weight, masked=masked) for router in routers_of(view.model))
 
 
+def of_routers(view: StepView) -> str:
+    """Describe what invariant routers take; empty without them."""
+    if not (kept := router_bytes(view)):
+        return ""
+    weights = [router.weight for router in routers_of(view.model)]
+    sketches = sum(2 * min(view.recipe.router.rank, w.shape[1]) * w.numel() * max(w.itemsize, 4) for w in weights)
+    return (
+        f"invariant routers keep {kept / 2**20:.2f} MiB, and prepare() has {sketches / 2**20:.2f} MiB of sketches of "
+        "the inputs that it makes this of"
+    )
+
+
 def state_bytes(view: StepView) -> int:
     """Return the bytes of a token's final hidden state in the reference caches; 0 where the recipe has none there."""
     recipe, hidden = view.recipe, head_of(view.model).weight.shape[1]

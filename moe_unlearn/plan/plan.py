@@ -29,6 +29,7 @@ from moe_unlearn.plan.known import (
     first_share,
     held_at_rest,
     largest,
+    of_routers,
     on_host,
     state_bytes,
 )
@@ -211,6 +212,8 @@ def make_plan(
         plan.notes.append(padding)
     if any(group["offload"] for group in view.optimizer.param_groups):
         plan.notes.append(_of_offload(view))
+    if note := of_routers(view):
+        plan.notes.append(note)
     if recipe.optimizer.max_grad_norm is not None:
         plan.notes.append("max_grad_norm needs every gradient before the first update")
     caches, on_disk = cache_bytes(view, prepared, forget, retain, stored=stored)

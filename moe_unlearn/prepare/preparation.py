@@ -60,6 +60,7 @@ class Preparation:
     mask: WeightMask | None = None
     routers: dict[str, Kept] | None = None  # what invariant routers keep, by the name of the weight
     routes: Tensor | None = None  # int16 [L, T, K], the experts of the retain tokens that are watched
+    router_logits: dict[str, Tensor] | None = None  # [T, E] of the same tokens, by the name of the weight
     inactive: bool = False  # TRACE found no expert and the recipe allows that
 
     @property

@@ -50,7 +50,7 @@ def needed(recipe: Recipe) -> list[str]:
         "seuf": recipe.scope.kind == "seuf",
         "reference": forget in ("npo", "idk_dpo", "undial") or retain in ("kl", "embed_diff") or uses_kl(recipe),
         "kl_floor": mollm is not None and mollm.kl,
-        "routers": recipe.router.mode == "invariant" or recipe.router.stability_every > 0,
+        "routers": recipe.router.mode == "invariant" or recipe.router.stability_every > 0 or recipe.router.correct,
         "wagle": recipe.wagle is not None,
     }
     return [stage for stage in STAGES if uses[stage]]
@@ -277,8 +277,11 @@ def _routers(work: _Work) -> None:
     settings, prepared = work.recipe.router, work.prepared
     if settings.mode == "invariant":
         prepared.routers = routers.collect(work.model, work.retain, settings)
-    if settings.stability_every:
-        prepared.routes = routers.routes(work.model, routers.watched_batches(work.retain))
+    watched = routers.watched_batches(work.retain) if settings.stability_every or settings.correct else []
+    if watched:
+        prepared.routes = routers.routes(work.model, watched)
+    if settings.correct:
+        prepared.router_logits = routers.logits(work.model, watched)
 
 
 def _wagle(work: _Work) -> None:

@@ -2,6 +2,7 @@
 
 from moe_unlearn.routers.collect import collect
 from moe_unlearn.routers.kept import Kept, check_whole, closed, hold, kept_bytes, off, restricted
+from moe_unlearn.routers.ridge import corrected, logits
 from moe_unlearn.routers.stability import routes, stability, watched_batches
 from moe_unlearn.routers.watch import Router, routers_of, watched
 
@@ -11,8 +12,10 @@ __all__ = [
     "check_whole",
     "closed",
     "collect",
+    "corrected",
     "hold",
     "kept_bytes",
+    "logits",
     "off",
     "restricted",
     "routers_of",

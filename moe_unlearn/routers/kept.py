@@ -54,7 +54,7 @@ class Kept:
     def closed(self) -> Tensor:
         """Return bool [E], the rows that cannot move: their directions span all coordinates that may."""
         directions = self.basis.square().sum((1, 2)).round()
-        limits = float(self.basis.shape[2]) if self.free is None else self.free.sum(1)
+        limits = self.basis.shape[2] if self.free is None else self.free.sum(1)
         return directions >= limits
 
     @property
@@ -128,18 +128,17 @@ def _within_gaps(change: Tensor, kept: Kept) -> Tensor:
 
 def closed(kept: Iterable[Kept]) -> str:
     """Say how many rows of routers cannot move, since what they keep spans all that may; empty if all can."""
-    shut = torch.cat([each.closed.cpu() for each in kept] or [torch.zeros(0, dtype=torch.bool)])
-    if not shut.any():
+    shut = [row for each in kept for row in each.closed.tolist()]
+    if not any(shut):
         return ""
-    return f"{int(shut.sum())} of the {len(shut)} rows of invariant routers cannot move: retain inputs span all of them"
+    return f"{sum(shut)} of the {len(shut)} rows of invariant routers cannot move: retain inputs span all of them"
 
 
 def check_whole(settings: Router, *, shared: bool) -> None:
-    """Raise ValueError for invariant routers where ranks share weights out."""
-    if settings.mode == "invariant" and shared:
-        raise ValueError(
-            "router.mode invariant needs whole weights on each rank, not those of a mesh: router: frozen, or no mesh"
-        )
+    """Raise ValueError for invariant or corrected routers where ranks share weights out."""
+    if (settings.mode == "invariant" or settings.correct) and shared:
+        asked = "router.correct" if settings.correct else "router.mode invariant"
+        raise ValueError(f"{asked} needs whole weights on each rank, not those of a mesh: router: frozen, or no mesh")
 
 
 def kept_bytes(settings: Router, weight: Tensor, *, masked: bool) -> int:

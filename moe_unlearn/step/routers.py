@@ -102,6 +102,32 @@ class RouterGuard:
                 self.take(prepared, masks)
         return {"routing_stability": share}
 
+    def correct(self, prepared: Preparation, masks: Mapping[str, Tensor], ranks: Ranks) -> dict[str, float]:
+        """Correct the routers as `routers.ridge` says; return the metrics `routing_stability` and that before it.
+
+        A correction that leaves fewer routes as they were than there are is undone. Raises RuntimeError where the rows
+        are not known, or nothing was prepared for it.
+        """
+        if prepared.router_logits is None or prepared.routes is None or not self.rows:
+            raise RuntimeError("routers can be corrected after prepare() with the retain rows and router.correct alone")
+        named, batches = dict(self.model.named_parameters()), routers.watched_batches(self.rows)
+        with evaluation_mode(self.model), torch.no_grad():
+            shares = [routers.stability(prepared.routes, routers.routes(self.model, batches))]
+            before = prepared.router_logits
+            free = {name: unpack_bits(masks[name], named[name].shape[1]) for name in before.keys() & masks.keys()}
+            made = routers.corrected(self.model, batches, before, self.settings.ridge, free)
+            ranks.share_(made.values())
+            former = {name: named[name].detach().clone() for name in made}
+            for name, weight in made.items():
+                named[name].copy_(weight)
+            shares.append(routers.stability(prepared.routes, routers.routes(self.model, batches)))
+            uncorrected, corrected = ranks.said_by_first(lambda: shares)
+            if corrected < uncorrected:
+                for name, weight in former.items():
+                    named[name].copy_(weight)
+                corrected = uncorrected
+        return {"routing_stability": corrected, "routing_stability_uncorrected": uncorrected}
+
     def _from_master(self, name: str, kept: Kept) -> Kept:
         """Return what is kept with changes counted from the float32 master of the weight, where it has one."""
         state = self.optimizer.state.get(dict(self.model.named_parameters())[name], {})

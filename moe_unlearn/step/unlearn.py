@@ -125,7 +125,6 @@ class UnlearnStep:
         self.routers = RouterGuard(self.model, self.recipe, self.optimizer, shared=self.shards is not None)
         self.tally = Tally(self.ranks)  #: record of the micro-batches of this step
         self.gradients = store_of(self.optimizer, self.shards)
-        #: names of the weights that the step in progress has updated in its backward pass
         self.updated: list[str] = []
         self._norm: float | None = None
         self.verifier = Verifier(self, verify)
@@ -283,8 +282,7 @@ class UnlearnStep:
     def finish(self) -> dict[str, float]:
         """Close a step whose update has been made: verify it, drop its gradients and count it; return metrics.
 
-        For MOLLM they include `descent_NAME` where it is known, the update's inner product with that gradient; every
-        `router.stability_every` steps `routing_stability`.
+        For MOLLM they include `descent_NAME` where it is known, the update's inner product with that gradient.
         """
         with left_clean(self):
             metrics = {f"descent_{name}": value for name, value in self.gradients.descent().items()}
@@ -294,6 +292,10 @@ class UnlearnStep:
         self.gradients.under_way = False
         self.steps += 1
         return metrics | self.routers.measure(self.prepared, self.masks, self.steps, self.ranks)
+
+    def correct_routers(self) -> dict[str, float]:
+        """Correct the routers after the last step; return metrics. See `RouterGuard.correct` for errors."""
+        return self.routers.correct(self.prepared, self.masks, self.ranks)
 
     def discard(self) -> None:
         """Drop accumulated gradients and forget the micro-batches."""
@@ -332,7 +334,7 @@ class UnlearnStep:
         self.apply_masks()
 
     def apply_masks(self) -> None:
-        """Give the optimizer the masks of what is prepared, and the routers what they keep under these."""
+        """Give the optimizer the masks of what is prepared, and routers what they keep."""
         self.weights.mask(self.prepared, self.optimizer)
         self.routers.take(self.prepared, self.masks)
 

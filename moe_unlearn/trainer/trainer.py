@@ -146,15 +146,24 @@ class UnlearnTrainer(CheckpointedTrainer):
         if checkpoint is not None:
             self._load_step(checkpoint)
             if (ended := self._ended(checkpoint)) is not None:
+                self._correct_routers()
                 return ended
         if not self.is_fsdp_enabled:
             self.prepare()
         with each_batch_synced(self.accelerator, wanted=everyone() is not None):
-            return super().train(
+            trained = super().train(
                 resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
                 trial=trial,
                 ignore_keys_for_eval=ignore_keys_for_eval,
             )
+        self._correct_routers()
+        return trained
+
+    def _correct_routers(self) -> None:
+        """Correct the routers once after the last step, if the recipe says so; checkpoints have them from before."""
+        if self.unlearn_step.recipe.router.correct:
+            self.prepare()
+            self.log(self.unlearn_step.correct_routers())
 
     def _take_up(self) -> None:
         """Have the step take up the parts of weights that accelerate has made when training begins, and prepare."""

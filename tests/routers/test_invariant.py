@@ -150,6 +150,18 @@ def test_a_verified_step_holds_the_plain_path_to_the_same_projections():
     assert step.verifier.reports[0].compared and not step.verifier.reports[0].problems
 
 
+@pytest.mark.parametrize("name", ["graddiff", "wagle"])
+def test_a_plan_counts_what_routers_keep_and_refuses_a_mesh(name):
+    step, forget, retain = begun(build(), recipe(name, "router={mode: invariant, rank: 16, margin_inputs: 8}"))
+    plan = step.plan(forget, retain)
+    held = [each.nbytes for each in step.routers._held.values()]
+    kept = [each.basis.nbytes for each in step.prepared.routers.values()]
+    assert plan.memory["kept of routers"] == sum(held) + (name == "wagle") * sum(kept)
+    assert any("invariant routers keep" in note and "of sketches" in note for note in plan.notes)
+    with pytest.raises(ValueError, match="router.mode invariant needs whole weights on each rank, not those of a mesh"):
+        step.plan(forget, retain, mesh="fsdp=2")
+
+
 def test_what_cannot_be_kept_is_refused_or_said():
     with pytest.raises(ValueError, match="needs routers that choose the largest logits; that of .* groups of experts"):
         begun(build(tiny_deepseek_v3), recipe("graddiff", ALL))
