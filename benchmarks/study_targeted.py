@@ -1,7 +1,7 @@
 """Plan and read the targeted study of TRACE: the setting it argues for, registered in `benchmarks/NOTES.md`.
 
     python -m benchmarks.study --targeted             the registered runs, in their order; if killed, it resumes
-    python -m benchmarks.study --targeted --report    how many are done, and the analysis once all of its part are
+    python -m benchmarks.study --targeted --report    how many are done, and the analysis once all of a K are
 
 Effects are relative differences in percent of the value at one level of forgetting, a variant's over another's on the
 same models. A seed's effect is the mean over the baselines of which both runs reached the level. No effect is computed
@@ -20,10 +20,10 @@ from benchmarks.study import BASELINES, SIZE, TRACE, Entry, load, record
 from benchmarks.study_domains import ANOTHER
 from benchmarks.study_reading import GOAL, interval, paired
 from benchmarks.study_run import Spec
+from moe_unlearn.audit.verdict import holm
 
 CORPUS = "builtin:pydoc"
 SEEDS = range(101, 121)
-TOP_K = (2, 1)  # the primary analysis is that of the first
 STUDIED = ("NPO", "SimNPO", "GradDiff")
 SELDOM = (*TRACE[:-2], "trace.min_ratio=3.0", TRACE[-1])
 #: variant -> its settings and control
@@ -33,6 +33,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], str]] = {
     "TRACE online": ((*SELDOM, "trace.refresh=online"), ""),
     "sequence weights": (SELDOM, "sequence-weights"),
 }
+STUDIED_AT = {2: tuple(VARIANTS), 1: ("plain", "TRACE")}
 LEVEL = "near"
 PRIMARY = {"verbmem_r": "VerbMem, documents", "accuracy_c": "next token, critical tokens"}
 SECONDARY = {"accuracy_r": "next token, all tokens", "nll_c": "NLL, critical tokens", "nll_r": "NLL, all tokens"}
@@ -50,11 +51,12 @@ def entries() -> list[Entry]:
 
 
 def _entries() -> Iterator[Entry]:
-    for top_k in TOP_K:
+    for top_k in STUDIED_AT:  # the primary analysis is that of the first
         for seed in SEEDS:
             for baseline in STUDIED:
                 recipe, *own = BASELINES[baseline]
-                for variant, (overrides, control) in VARIANTS.items():
+                for variant in STUDIED_AT[top_k]:
+                    overrides, control = VARIANTS[variant]
                     spec = Spec(
                         settings=replace(SIZE, top_k=top_k),
                         corpus=CORPUS,
@@ -63,7 +65,7 @@ def _entries() -> Iterator[Entry]:
                         recipe=recipe,
                         overrides=(*own, *overrides),
                         control=control,
-                        max_steps=90,
+                        max_steps=60,
                         check_every=3,
                     )
                     yield Entry("targeted", f"K {top_k}", baseline, variant, spec)
@@ -91,7 +93,7 @@ class Effects:
         """Return a seed's effect in percent, None where no baseline reached the level twice."""
         found = []
         for baseline in baselines:
-            pair = [self.results[baseline, variant, seed] for variant in contrast]
+            pair = [self.results.get((baseline, variant, seed)) for variant in contrast]
             values = [(result or {}).get("matched", {}).get(level) for result in pair]
             if all(value is not None and metric in value for value in values):
                 ours, theirs = (value[metric] for value in values)
@@ -103,14 +105,6 @@ class Effects:
         seeds = sorted({seed for _, _, seed in self.results})
         effects = [self.of_seed(contrast, metric, seed, **how) for seed in seeds if self.qualifies(seed)]
         return [effect for effect in effects if effect is not None]
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p values, in the order of `p`."""
-    adjusted, largest = [0.0] * len(p), 0.0
-    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        largest = adjusted[i] = max(largest, min(1.0, (len(p) - rank) * p[i]))
-    return adjusted
 
 
 def write(out: Path, planned: Sequence[Entry], parts: Path, name: str) -> str:
@@ -157,14 +151,15 @@ def _analysis(effects: Effects) -> dict:
         "qualified": sum(map(effects.qualifies, seeds)),
         "reached": {
             f"{baseline}, {variant}": sum(
-                effects.results[baseline, variant, seed]["matched"][LEVEL] is not None for seed in seeds
+                result["matched"][LEVEL] is not None
+                for (own, other, _), result in effects.results.items()
+                if (own, other) == (baseline, variant)
             )
-            for baseline in STUDIED
-            for variant in VARIANTS
+            for baseline, variant in dict.fromkeys(key[:2] for key in effects.results)
         },
         "primary": {
-            metric: paired(values) | {"p": own, "p_holm": adjusted}
-            for (metric, values), own, adjusted in zip(primary.items(), p, holm(p), strict=True)
+            metric: paired(values) | {"p": own, "rejected": rejected}
+            for (metric, values), own, rejected in zip(primary.items(), p, holm(p), strict=True)
         },
         "contrasts": {
             " - ".join(contrast): {
@@ -196,10 +191,11 @@ def _text(found: dict) -> list[str]:
         if value["half"] is None:
             lines += [f"{PRIMARY[metric]}: {value['n']} seeds have an effect, too few for an interval.", ""]
             continue
-        inside = abs(GOAL - value["mean"]) <= value["half"]
+        inside = "inside" if abs(GOAL - value["mean"]) <= value["half"] else "outside"
+        clear = "clear" if value["rejected"] else "not clear"
         lines += [
             f"{PRIMARY[metric]}, TRACE against plain: {interval(value, 2)} in {value['n']} seeds "
-            f"(p by Holm {value['p_holm']:.3f}); the paper's {GOAL} % is {'inside' if inside else 'outside'}.",
+            f"(p {value['p']:.3g}, {clear} of 0 by Holm); the paper's {GOAL} % is {inside}.",
             "",
         ]
     named = PRIMARY | SECONDARY

@@ -16,8 +16,8 @@ SETTINGS = replace(SIZES["test"], forget=6, retain=20, holdout=6, unlearn_share=
 @pytest.mark.quick
 def test_what_is_registered_has_the_setting_the_hypothesis_names():
     planned = study_targeted.entries()
-    assert len({e.spec for e in planned}) == len(planned) == 2 * 20 * 3 * 4
-    assert [e.spec.settings.top_k for e in planned[::240]] == [2, 1]
+    assert len({e.spec for e in planned}) == len(planned) == 20 * 3 * 4 + 20 * 3 * 2
+    assert [e.spec.settings.top_k for e in planned[::240]] == [2, 1] and planned[-1].spec.seed == 120
     assert not {e.spec.seed for e in planned} & set(range(10)), "seeds that were looked at before"
     for entry in planned[:12]:
         trace = Recipe.load(entry.spec.recipe, entry.spec.overrides).trace
@@ -84,7 +84,7 @@ def test_no_effect_is_computed_before_every_run_of_its_k_is_there(parts, tmp_pat
     planned = study_targeted.entries()
     text = study_targeted.write(tmp_path / "out", planned, parts(planned[:239]), "targeted")
     content = json.loads((tmp_path / "out" / "study.json").read_text("utf-8"))
-    assert content == {"K 2": {"runs": 239, "of": 240}, "K 1": {"runs": 0, "of": 240}}
+    assert content == {"K 2": {"runs": 239, "of": 240}, "K 1": {"runs": 0, "of": 120}}
     assert "239 of 240 runs" in text and "%" not in text
     assert len((tmp_path / "out" / study.RUNS).read_text("utf-8").splitlines()) == 239
 
@@ -99,7 +99,8 @@ def test_the_analysis_is_of_seeds_and_says_whether_nine_percent_is_inside(parts,
     assert found["reached"]["GradDiff, TRACE"] == 0 and found["reached"]["NPO, plain"] == found["qualified"] == 20
     assert found["contrasts"]["sequence weights - plain"]["verbmem_r"]["mean"] == 0
     assert found["baselines"]["GradDiff"]["verbmem_r"]["n"] == 0
-    assert "VerbMem, documents, TRACE against plain: +10.00 ± 0.00 in 20 seeds" in text
+    assert "VerbMem, documents, TRACE against plain: +10.00 ± 0.00 in 20 seeds" in text and "clear of 0 by Holm" in text
+    assert value["rejected"] and not found["primary"]["accuracy_c"]["p"] > 0.05
     assert "the paper's 9 % is outside" in text
 
 
@@ -110,10 +111,3 @@ def test_a_seed_in_which_no_expert_qualifies_enters_no_effect(parts, tmp_path):
     effects = study_targeted.Effects(planned, folder)
     assert effects.complete and not effects.qualifies(101) and effects.qualifies(102)
     assert len(effects.over_seeds(("TRACE", "plain"), "verbmem_r")) == 19
-
-
-@pytest.mark.quick
-def test_holm_multiplies_the_smallest_by_all_and_never_falls():
-    assert study_targeted.holm([0.01, 0.04]) == [0.02, 0.04]
-    assert study_targeted.holm([0.04, 0.03]) == [pytest.approx(0.06)] * 2
-    assert study_targeted.holm([0.9, 0.8]) == [1.0, 1.0]
