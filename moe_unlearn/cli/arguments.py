@@ -208,6 +208,31 @@ def examples_of(
     return examples
 
 
+def earlier_of(
+    recipe: config.Recipe,
+    tokenizer: Tokenizer,
+    forget: Sequence[data.Example],
+    reports: dict[str, data.DataReport],
+    *,
+    cache: str | None = None,
+) -> list[data.Example]:
+    """Return the examples of all sources in `data.earlier`, read as forget sets; each report is kept as "earlier N".
+
+    Raises ValueError if an example is to be forgotten again, which cannot be held as it is meanwhile.
+    """
+    found: list[data.Example] = []
+    for number, source in enumerate(recipe.data.earlier, 1):
+        own: dict[str, data.DataReport] = {}
+        found += examples_of(source, tokenizer, recipe.data, "forget", own, cache=cache)
+        reports[f"earlier {number}"] = own["forget"]
+    if shared := data.overlap(forget, found):
+        raise ValueError(
+            f"{shared} of {len(forget)} forget examples stand in data.earlier too, whose rows are held as they are: "
+            "take them out of one of the two"
+        )
+    return found
+
+
 def sets_of(
     options: argparse.Namespace, tokenizer: Tokenizer, sides: Sequence[str] = ("forget", "retain")
 ) -> dict[str, Sequence[data.Example]]:

@@ -145,6 +145,12 @@ def run(sub: argparse.ArgumentParser) -> None:
     )
     for side, what in SIDES.items():
         sub.add_argument(f"--{side}", metavar="SOURCE", help=f"{what} (data.{side}): {SOURCE}")
+    sub.add_argument(
+        "--earlier",
+        nargs="+",
+        metavar="SOURCE",
+        help="documents that earlier requests forgot, which stay as they are (data.earlier)",
+    )
     sub.add_argument("--reference", help="folder of a retrained model, for PrivLeak (data.reference)")
     sub.add_argument("--out", help="folder of the run; default: a new one, runs/DATE-NAME-1 or the next number")
     sub.add_argument(

@@ -20,7 +20,7 @@ from moe_unlearn.model.loading import load_tokenizer, meta_model
 from moe_unlearn.plan import Mesh, Plan
 from moe_unlearn.plan.stages import StagePlan, default_memory, mask_stage, stats_plan, work_plan
 from moe_unlearn.runs.planning import SIZES, plan_of_config
-from moe_unlearn.runs.run import SIDES, Run
+from moe_unlearn.runs.run import SIDES, Run, held
 from moe_unlearn.step import UnlearnStep
 
 _LONGEST = 128  # texts of a set with which an evaluation is planned: the largest batch of any metric
@@ -40,7 +40,7 @@ def of_mesh(
 ) -> Plan:
     """Plan for ranks that share out the weights of `--model`, of which the config alone is read."""
     assert recipe.data.model is not None
-    forget, retain = (sets[side] for side in SIDES)
+    forget, retain = sets["forget"], held(recipe, sets["retain"], sets.get("earlier", ()))
     pairs = data.ForgetRetainDataset(forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget)
     collator = pair_collator(recipe, tokenizer, forget, None)
     batches = [list(side_batches(pairs, side, recipe.batch_size, collator)) for side in SIDES]

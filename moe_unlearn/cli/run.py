@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_unlearn import data
 from moe_unlearn.cli import adapter, delta, paths, plan
-from moe_unlearn.cli.arguments import examples_of, loading_of, writable
+from moe_unlearn.cli.arguments import earlier_of, examples_of, loading_of, writable
 from moe_unlearn.cli.mask import told
 from moe_unlearn.cli.options import DELTA
 from moe_unlearn.cli.sides import require_moe
@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> None:
                 on_first(lambda: print(f"the run's folder is {options.out}", file=sys.stderr))
             writable(options.out, folder=True)
             own, mask = recipe.data, None if recipe.wagle is None else recipe.wagle.mask
-            paths.check(options, (own.model, own.forget, own.retain, own.holdout, own.reference, mask))
+            named = (own.model, own.forget, own.retain, own.holdout, own.reference, mask, *own.earlier)
+            paths.check(options, named)
             on_first(lambda: held.enter_context(locked(Path(options.out))))
             if not (options.resume or options.overwrite):
                 on_first(partial(check_unused, Path(options.out)))
@@ -76,6 +77,8 @@ def _run(
         if getattr(recipe.data, side) is not None
     }
     data.check_apart(sets["forget"], sets["retain"])
+    if recipe.data.earlier:
+        sets["earlier"] = earlier_of(recipe, tokenizer, sets["forget"], reports, cache=options.cache)
     for side, rows in (("forget", recipe.data.forget_rows), ("retain", recipe.data.retain_rows)):
         reports[side].rows = len(sets[side])
         if rows is not None and rows < len(sets[side]):
@@ -91,7 +94,8 @@ def _run(
     model, _ = loading.load_model(recipe.data.model, how)
     require_moe(model)
     if options.dry_run:
-        print(plan.of_weights(options, Run(model, tokenizer, recipe, sets["forget"], sets["retain"])))
+        planned = Run(model, tokenizer, recipe, sets["forget"], sets["retain"], sets.get("earlier", ()))
+        print(plan.of_weights(options, planned))
         return
     if base is not None:
         delta.check_saved(model, base)
@@ -122,7 +126,7 @@ def _run(
 
 
 def _data_overrides(options: argparse.Namespace) -> list[str]:
-    keys = ("model", "forget", "retain", "holdout", "reference")
+    keys = ("model", "forget", "retain", "holdout", "earlier", "reference")
     return [f"data.{k}={json.dumps(getattr(options, k))}" for k in keys if getattr(options, k) is not None]
 
 

@@ -47,6 +47,7 @@ FORGET_OBJECTIVES = (
 NEED_REFUSALS = ("idk_dpo", "idk_nll")
 REPLACEMENTS = ("refusal", "alternate")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
+HOLDING = ("kl", "embed_diff")  # those that compare with the model at `prepare`, whatever it knows
 REFERENCES = ("prepared", "base")
 REFERENCE_DTYPES = ("bfloat16", "float8")
 SEAMS = ("joint", "separate")
@@ -189,9 +190,11 @@ class Data:
     Documents are named as `data.load` takes them, from `builtin:pydoc` to `tofu:forget05`. With `chat_template`
     questions are asked through the tokenizer's chat template, rendered with `enable_thinking`, `system` and `date`
     (2026-11-29) as `data.Chat` says. `prompt_tokens`, if not 0, is the number of tokens at the head of each row of a
-    forget or holdout text that are its prompt. `seam` says how a prompt and its answer are told apart: "joint", or
-    "separate" as in open-unlearning (`data.seams`). If there are more examples than `forget_rows` or `retain_rows`,
-    that many are drawn; a plan without documents assumes these numbers. `packing` lets the rows of a micro-batch share
+    forget or holdout text that are its prompt. `earlier` names what former requests forgot: its rows join the retain
+    rows, and a retain loss that compares with the model the request starts from holds them as they are. `seam` says how
+    a prompt and its answer are told apart: "joint", or "separate" as in open-unlearning (`data.seams`). If there are
+    more examples than `forget_rows` or `retain_rows`, that many are drawn; a plan without documents assumes these
+    numbers. `packing` lets the rows of a micro-batch share
     rows of up to `max_length` tokens in the model's calls, whose padding it saves; no number changes but by rounding.
     """
 
@@ -199,6 +202,7 @@ class Data:
     forget: str | None = None  # source of the documents to forget, see the package data
     retain: str | None = None  # source of the documents to keep
     holdout: str | None = None  # source of documents that the model never saw, for PrivLeak
+    earlier: list[str] = field(default_factory=list)  # sources of what earlier requests forgot, held as it is
     reference: str | None = None  # folder of a retrained model, for PrivLeak
     max_length: int = 512  # tokens of a row, at most
     packing: bool = False  # whether the model is called with several rows in one, of `max_length` tokens at most
@@ -216,6 +220,8 @@ class Data:
         for name in ("model", "forget", "retain", "holdout", "reference"):
             if getattr(self, name) == "":
                 raise ValueError(f"data.{name} is empty, which is no source: name one, or leave the key out")
+        if "" in self.earlier:
+            raise ValueError("data.earlier has an empty source: name one, or leave it out")
         one_of("data.seam", self.seam, SEAMS)
         for name in ("enable_thinking", "system", "date"):
             if getattr(self, name) not in (None, "") and not self.chat_template:
@@ -283,6 +289,12 @@ class Recipe:
             if self.retain.objective == "none":
                 raise ValueError("dual bounds the retain loss and needs a retain.objective; got 'none'")
             at_least("retain.alpha, where dual starts,", self.retain.alpha, 0)
+        if self.data.earlier and (self.retain.objective not in HOLDING or self.reference != "prepared"):
+            raise ValueError(
+                "data.earlier is held as the model at the start of this request has it and needs retain.objective 'kl' "
+                "or 'embed_diff' and reference 'prepared', since 'nll' and a base model would teach it again; got "
+                f"{self.retain.objective!r} and {self.reference!r}"
+            )
         if self.scope.kind == "experts" and self.trace is None:
             raise ValueError("scope.kind 'experts' trains the experts TRACE selects and needs trace")
         if self.adapter is not None and self.scope.kind in ("experts", "seuf"):

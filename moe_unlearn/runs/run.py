@@ -50,11 +50,18 @@ def room(device: torch.device) -> float:
     return float(free + torch.cuda.memory_reserved(device))
 
 
+def held(recipe: Recipe, retain: Sequence[Example], earlier: Sequence[Example]) -> Sequence[Example]:
+    """Return the rows that a run holds: those drawn of the retain set, and all that earlier requests forgot."""
+    drawn = data.draw(retain, recipe.data.retain_rows, seed=recipe.seed)
+    return [*drawn, *earlier] if earlier else drawn
+
+
 class Run:
     """A recipe on a model and two sets of examples, put together once for whoever plans it or makes its steps.
 
     A recipe with an adapter puts it on the model (`model.adapters.adapted`), which is `model` of the run then.
     Of more examples than the recipe's `data.forget_rows` and `data.retain_rows`, that many are drawn.
+    `earlier` are those of former requests (`data.earlier`), all of which join the retain rows.
     Raises ValueError if the sets do not fit the recipe (see `pair_collator`), or if one carries no loss.
     """
 
@@ -65,10 +72,11 @@ class Run:
         recipe: Recipe,
         forget: Sequence[Example],
         retain: Sequence[Example],
+        earlier: Sequence[Example] = (),
     ):
         self.model, self.tokenizer, self.recipe = adapted(model, recipe), tokenizer, recipe
         forget = data.draw(forget, recipe.data.forget_rows, seed=recipe.seed)
-        retain = data.draw(retain, recipe.data.retain_rows, seed=recipe.seed)
+        retain = held(recipe, retain, earlier)
         self.pairs = data.ForgetRetainDataset(
             forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
         )
@@ -228,8 +236,12 @@ def retrained(
     if recipe.data.reference is None:
         return None
     model, _ = loading.load_model(recipe.data.reference, how)
-    measured: dict[str, Any] = {**sets}
-    return metrics.evaluate(model, tokenizer, **measured)
+    return metrics.evaluate(model, tokenizer, **_measured(sets))
+
+
+def _measured(sets: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
+    """Return the sets that metrics are of: all but what earlier requests forgot."""
+    return {side: examples for side, examples in sets.items() if side != "earlier"}
 
 
 def unlearn(
@@ -245,7 +257,7 @@ def unlearn(
     verify: int | bool = 0,
     known: Before | None = None,
 ) -> Summary | None:
-    """Run `recipe` on `sets` ("forget", "retain" and perhaps "holdout" examples) and write the folder `out`.
+    """Run `recipe` on `sets` ("forget", "retain", perhaps "holdout" and "earlier" examples) and write the folder `out`.
 
     `out`, which its owner alone may enter if it is new, gets `recipe.yaml`, `batch.json` (what one step takes),
     `checkpoints/`, `model/` (which `from_pretrained` loads; of a recipe with an adapter that alone, or the model with
@@ -268,7 +280,7 @@ def unlearn(
     known = Before() if known is None else known
     if existing == "refuse":
         on_first(partial(folder.check_unused, out))
-    run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"])
+    run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"], sets.get("earlier", ()))
     run.checkpoint_activations()
     make_private(out)
     trainer = run.trainer(out / folder.CHECKPOINTS, cache_dir=cache_dir or out / "cache", verify=verify)
@@ -303,7 +315,7 @@ def unlearn(
 
     on_first(write_settings)
     summary: Summary = {}
-    measured: dict[str, Any] = {**sets}
+    measured = _measured(sets)
     if evaluate:
         if known.retrain is not None:
             summary["retrain"] = known.retrain
