@@ -121,18 +121,30 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     trained = None
     if sink is not None and not (hidden_states.requires_grad or top_k_weights.requires_grad):
         trained = sink.trained_slices(_trained(operands))
-    assert state.gate is not None
     return expert_mlp(
         hidden_states,
         top_k_weights,
         routing.sorted_rows,
         routing.expert_offsets,
         operands,
-        layout=ExpertLayout(state.gate, self.is_transposed, state.interleaved, self.has_gate),
+        layout=_layout(self, state),
         trained_experts=trained,
         sink=None if sink is None else sink.take,
         bounded=sink is not None and sink.bounded,
     )
+
+
+def layout_of(module: nn.Module) -> ExpertLayout:
+    """Return activation and layout of an experts module; ValueError, with the reason, if they cannot be computed."""
+    state = _state(module)
+    if state.gate is None:
+        raise ValueError(f"{type(module).__name__} has experts that are not computed here: {state.reason}")
+    return _layout(module, state)
+
+
+def _layout(module: Any, state: _State) -> ExpertLayout:
+    assert state.gate is not None
+    return ExpertLayout(state.gate, module.is_transposed, state.interleaved, module.has_gate)
 
 
 def _trained(operands: ExpertWeights) -> list[Tensor]:

@@ -37,7 +37,7 @@ FLOORS = [
     {"optim_state"},
     {"experts", "masks", "optim", "regress"},
     {"model", "view"},
-    {"data", "losses", "routers", "seuf", "trace", "verify", "wagle"},
+    {"data", "losses", "routers", "seuf", "survive", "trace", "verify", "wagle"},
     {"prepare", "router_aux"},
     {"metrics", "plan"},
     {"audit", "step"},

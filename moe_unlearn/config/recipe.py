@@ -50,6 +50,7 @@ RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
 HOLDING = ("kl", "embed_diff")  # those that compare with the model at `prepare`, whatever it knows
 REFERENCES = ("prepared", "base")
 REFERENCE_DTYPES = ("bfloat16", "float8")
+GRIDS = ("int8", "int4", "nf4")
 SEAMS = ("joint", "separate")
 SCOPES = ("all", "experts", "parameters", "seuf")
 
@@ -264,6 +265,7 @@ class Recipe:
     reference_dtype: str = "bfloat16"  # of its hidden states in caches (KL, UNDIAL); float8: half the bytes
     retain_budget: float | None = None  # a retain loss above it ends the run before the step's update
     guard: str = "strict"  # whether gradients are known before the first update, see `step`
+    survive: str | None = None  # the grid that deployment rounds to: int8, int4 or nf4; null: weights stay as trained
     checkpointing: str = "auto"  # whether layers' activations are computed anew; auto: if a step does not fit the GPU
     seed: int = 0  # what decides the order of rows, draws, RMU's vector and stochastic rounding
 
@@ -278,6 +280,8 @@ class Recipe:
         one_of("guard", self.guard, ("strict", "loss"))
         one_of("reference", self.reference, REFERENCES)
         one_of("reference_dtype", self.reference_dtype, REFERENCE_DTYPES)
+        if self.survive is not None:
+            one_of("survive", self.survive, GRIDS)
         one_of("checkpointing", self.checkpointing, ("auto", "on", "off"))
         if self.trace is not None and self.retain.objective not in ("nll", "kl"):
             raise ValueError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_unlearn import offload, router_aux, routers, trace
+from moe_unlearn import offload, router_aux, routers, survive, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
 from moe_unlearn.model.batch_sets import all_checked
@@ -216,6 +216,9 @@ def make_plan(
         plan.notes.append(note)
     if recipe.optimizer.max_grad_norm is not None:
         plan.notes.append("max_grad_norm needs every gradient before the first update")
+    if recipe.survive is not None:
+        size = survive.memory(view.model) / 2**20
+        plan.notes.append(f"survive: after the last step {size:.2f} MiB beside the model and the optimizer's state")
     caches, on_disk = cache_bytes(view, prepared, forget, retain, stored=stored)
     if each := state_bytes(view):
         plan.notes.append(f"the reference's hidden states take {each} bytes a token ({recipe.reference_dtype})")

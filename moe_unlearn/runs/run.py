@@ -13,7 +13,7 @@ from torch import distributed, nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import TrainingArguments
 
-from moe_unlearn import data, metrics, trace
+from moe_unlearn import data, metrics, survive, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example
 from moe_unlearn.data.of_recipe import pair_collator
@@ -75,6 +75,8 @@ class Run:
         earlier: Sequence[Example] = (),
     ):
         self.model, self.tokenizer, self.recipe = adapted(model, recipe), tokenizer, recipe
+        if recipe.survive is not None:
+            survive.check_holdable(self.model)
         forget = data.draw(forget, recipe.data.forget_rows, seed=recipe.seed)
         retain = held(recipe, retain, earlier)
         self.pairs = data.ForgetRetainDataset(
@@ -327,6 +329,11 @@ def unlearn(
         if verify and is_first():  # alone, since an error may have ended the others elsewhere
             write_text(out / "verified.txt", trainer.unlearn_step.verifier.summary() + "\n")
     unlearned: Any = trainer.model
+    if recipe.survive is not None:
+        step = trainer.unlearn_step
+        moved = survive.hold(step.model, recipe.survive, *map(run.batches, SIDES), step.masks)
+        if is_first():
+            print(f"survive: {moved.moved:,} of {moved.weights:,} weights moved within reach of {recipe.survive}")
     steps = [dict(sorted(entry.items())) for entry in trainer.state.log_history if "forget_loss" in entry]
     trajectories = {recipe.name: steps}
     routing = routing_of(trainer.unlearn_step)

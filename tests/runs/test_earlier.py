@@ -121,20 +121,21 @@ def test_earlier_rows_join_those_drawn_of_the_retain_set(trained):
     assert run.pairs.retain[3:] == trained.groups[0] and torch.is_tensor(run.batches("retain")[0]["input_ids"])
 
 
-def test_the_command_line_takes_several_sources(tmp_path, capsys):
+def test_the_command_line_takes_several_sources_and_what_deployment_rounds_to(tmp_path, capsys):
     saved(tmp_path)
     for name in ("first", "other"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"the {name} of all the rows"}), encoding="utf-8")
     earlier = [str(tmp_path / f"{name}.jsonl") for name in ("first", "other")]
-    settings = ("steps=1", "batch_size=3", "optimizer.lr=1e-3", "data.max_length=48")
+    settings = ("steps=1", "batch_size=3", "optimizer.lr=1e-3", "data.max_length=48", "survive=int4")
 
     def run(out, *more):
         own = [*arguments(tmp_path), "--out", str(out), "--no-eval", "--set", *settings]
         return main(["run", "kl_min", *own, "--earlier", *earlier, *more])
 
     assert run(tmp_path / "planned", "--dry-run") == 0
-    assert not (tmp_path / "planned").exists()
+    assert "survive: after the last step" in capsys.readouterr().out and not (tmp_path / "planned").exists()
     assert run(tmp_path / "out") == 0
+    assert "moved within reach of int4" in capsys.readouterr().out
     assert Recipe.load(tmp_path / "out" / "recipe.yaml").data.earlier == earlier
     assert {"earlier 1", "earlier 2"} <= json.loads((tmp_path / "out" / "data.json").read_text("utf-8")).keys()
     (tmp_path / "other.jsonl").write_text((tmp_path / "forget.jsonl").read_text("utf-8"), encoding="utf-8")
