@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from unittest.mock import Mock
@@ -195,6 +196,25 @@ def test_idk_dpo_makes_its_refusals_from_questions(folder, tmp_path, capsys):
     assert run(folder, tmp_path / "plain", recipe="idk_dpo") == 2
     assert "has no prompt to refuse" in error_of(capsys)
     assert not (tmp_path / "plain").exists()
+
+
+def test_level_goes_to_unseen_texts_of_their_own(folder, tmp_path, capsys):
+    def asked(unseen, *options):
+        sides = {"unseen": unseen, "holdout": "holdout"}
+        paths = [text for side, name in sides.items() for text in (f"--{side}", str(folder / f"{name}.jsonl"))]
+        return run(folder, tmp_path / "out", *paths, *options, recipe="level")
+
+    assert asked("holdout") == 2
+    assert "unseen texts must be in no other set: 8 of 8 stand in the holdout set too" in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+    assert asked("unseen", "optimizer.lr=1e-2", "steps=8") == 0
+    steps = json.loads((tmp_path / "out" / "trajectory.json").read_text(encoding="utf-8"))["level"]
+    assert steps[0]["hold_loss"] < 1e-6 < steps[-1]["hold_loss"] and steps[-1]["forget_loss"] < steps[0]["forget_loss"]
+    assert "nll_unseen" not in json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["level"]
+    # the run is of these unseen texts, and goes on with no others
+    (folder / "others.jsonl").write_text(json.dumps({"text": "the loud street of cook 3 is high, never go"}), "utf-8")
+    assert asked("others", "optimizer.lr=1e-2", "steps=9", "--resume") == 2
+    assert re.search(r"a run of something else: unseen \(was \w+, is \w+\)", error_of(capsys))
 
 
 def test_idk_nll_teaches_the_refusals(folder, tmp_path):

@@ -18,6 +18,7 @@ BASELINES = {
     "npo",
     "simnpo",
     "idk_dpo",
+    "level",
     "rmu",
     "kl_min",
     "seuf",
@@ -39,7 +40,7 @@ def test_a_shipped_recipe_loads_and_round_trips(name, tmp_path):
     recipe = Recipe.load(name)
     assert recipe.name == name
     levers = {lever for lever in ("trace", "wagle", "mollm") if getattr(recipe, lever) is not None}
-    assert levers == {"combined": {"trace", "wagle", "mollm"}}.get(name, {name} & PROCEDURES)
+    assert levers == {"combined": {"trace", "wagle", "mollm"}, "level": {"mollm"}}.get(name, {name} & PROCEDURES)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")

@@ -146,6 +146,11 @@ def run(sub: argparse.ArgumentParser) -> None:
     for side, what in SIDES.items():
         sub.add_argument(f"--{side}", metavar="SOURCE", help=f"{what} (data.{side}): {SOURCE}")
     sub.add_argument(
+        "--unseen",
+        metavar="SOURCE",
+        help=f"documents that the model never saw, to whose level `level` goes (data.unseen): {SOURCE}",
+    )
+    sub.add_argument(
         "--earlier",
         nargs="+",
         metavar="SOURCE",

@@ -42,7 +42,7 @@ def of_mesh(
     assert recipe.data.model is not None
     forget, retain = sets["forget"], held(recipe, sets["retain"], sets.get("earlier", ()))
     pairs = data.ForgetRetainDataset(forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget)
-    collator = pair_collator(recipe, tokenizer, forget, None)
+    collator = pair_collator(recipe, tokenizer, forget, None, sets.get("unseen"))
     batches = [list(side_batches(pairs, side, recipe.batch_size, collator)) for side in SIDES]
     fits = options.fits or SIZES
     made = plan_of_config(recipe.data.model, recipe, *batches, mesh=mesh, fits=fits, dtype=options.dtype)

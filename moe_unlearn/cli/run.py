@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
                 on_first(lambda: print(f"the run's folder is {options.out}", file=sys.stderr))
             writable(options.out, folder=True)
             own, mask = recipe.data, None if recipe.wagle is None else recipe.wagle.mask
-            named = (own.model, own.forget, own.retain, own.holdout, own.reference, mask, *own.earlier)
+            named = (own.model, own.forget, own.retain, own.unseen, own.holdout, own.reference, mask, *own.earlier)
             paths.check(options, named)
             on_first(lambda: held.enter_context(locked(Path(options.out))))
             if not (options.resume or options.overwrite):
@@ -73,10 +73,11 @@ def _run(
     kept = {"alternates": recipe.forget.replacement == "alternate", "cache": options.cache}
     sets = {
         side: examples_of(getattr(recipe.data, side), tokenizer, recipe.data, side, reports, **kept)
-        for side in ("forget", "retain", "holdout")
+        for side in ("forget", "retain", "unseen", "holdout")
         if getattr(recipe.data, side) is not None
     }
     data.check_apart(sets["forget"], sets["retain"])
+    data.check_unseen(sets)
     if recipe.data.earlier:
         sets["earlier"] = earlier_of(recipe, tokenizer, sets["forget"], reports, cache=options.cache)
     for side, rows in (("forget", recipe.data.forget_rows), ("retain", recipe.data.retain_rows)):
@@ -94,7 +95,8 @@ def _run(
     model, _ = loading.load_model(recipe.data.model, how)
     require_moe(model)
     if options.dry_run:
-        planned = Run(model, tokenizer, recipe, sets["forget"], sets["retain"], sets.get("earlier", ()))
+        earlier, unseen = sets.get("earlier", ()), sets.get("unseen")
+        planned = Run(model, tokenizer, recipe, sets["forget"], sets["retain"], earlier, unseen)
         print(plan.of_weights(options, planned))
         return
     if base is not None:
@@ -126,7 +128,7 @@ def _run(
 
 
 def _data_overrides(options: argparse.Namespace) -> list[str]:
-    keys = ("model", "forget", "retain", "holdout", "earlier", "reference")
+    keys = ("model", "forget", "retain", "unseen", "holdout", "earlier", "reference")
     return [f"data.{k}={json.dumps(getattr(options, k))}" for k in keys if getattr(options, k) is not None]
 
 

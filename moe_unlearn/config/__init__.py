@@ -5,8 +5,10 @@ from moe_unlearn.config.dual import Dual
 from moe_unlearn.config.files import geometry, models, shipped
 from moe_unlearn.config.optimizer import Optimizer
 from moe_unlearn.config.recipe import (
+    COMPARE_COMPANIONS,
     FORGET_OBJECTIVES,
     NEED_REFUSALS,
+    NEED_UNSEEN,
     REFERENCES,
     RETAIN_OBJECTIVES,
     SCOPES,
@@ -24,12 +26,14 @@ from moe_unlearn.config.wagle import Wagle
 
 __all__ = [
     "Adapter",
+    "COMPARE_COMPANIONS",
     "Data",
     "Dual",
     "FORGET_OBJECTIVES",
     "Forget",
     "Mollm",
     "NEED_REFUSALS",
+    "NEED_UNSEEN",
     "Optimizer",
     "REFERENCES",
     "RETAIN_OBJECTIVES",

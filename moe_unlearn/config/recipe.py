@@ -43,8 +43,13 @@ FORGET_OBJECTIVES = (
     "ceu",
     "undial",
     "logit_margin",
+    "level",
 )
 NEED_REFUSALS = ("idk_dpo", "idk_nll")
+NEED_UNSEEN = ("level",)
+#: forget objectives that compare the companions of forget rows with what these were at prepare()
+COMPARE_COMPANIONS = ("idk_dpo", "level")
+UNITS = ("token", "sequence")
 REPLACEMENTS = ("refusal", "alternate")
 RETAIN_OBJECTIVES = ("nll", "kl", "embed_diff", "none")
 HOLDING = ("kl", "embed_diff")  # those that compare with the model at `prepare`, whatever it knows
@@ -63,7 +68,8 @@ class Forget:
     index of the decoder layer whose output is steered, at labelled tokens) and `steering` (c) belong to RMU. CE-U
     leaves out the first `ignore_first_n_answer_tokens` labelled tokens of a row that are predicted: of a text without a
     prompt, those after its first. `replacement` says what idk_dpo and idk_nll put in the answer's place: a "refusal"
-    that is drawn, or the "alternate" answer of the row (AltPO).
+    that is drawn, or the "alternate" answer of the row (AltPO). `unit`, `margin` and `hold` belong
+    to level.
     """
 
     objective: str = "npo"  # the loss on forget rows; `losses` has the formulas
@@ -76,6 +82,9 @@ class Forget:
     steering: float = 2.0  # length of the vector that RMU steers to
     ignore_first_n_answer_tokens: int = 1  # labelled tokens at the head of a row that CE-U leaves alone
     replacement: str = "refusal"  # what idk_dpo and idk_nll have in the answer's place
+    unit: str = "token"  # what level compares with unseen text: a token, or the mean over a sequence
+    margin: float = 0.0  # how far from unseen text, in log-odds, level leaves it alone
+    hold: float = 1.0  # factor of level's second loss, which keeps unseen text where it was
 
     def __post_init__(self) -> None:
         one_of("forget.objective", self.objective, FORGET_OBJECTIVES)
@@ -85,8 +94,9 @@ class Forget:
                 f"forget.replacement {self.replacement!r} stands in the answer's place and needs forget.objective "
                 f"{' or '.join(NEED_REFUSALS)}; got {self.objective!r}"
             )
+        one_of("forget.unit", self.unit, UNITS)
         above("forget.beta", self.beta, 0)
-        for name in ("beta1", "beta2", "ignore_first_n_answer_tokens"):
+        for name in ("beta1", "beta2", "ignore_first_n_answer_tokens", "margin", "hold"):
             at_least(f"forget.{name}", getattr(self, name), 0)
 
 
@@ -191,17 +201,19 @@ class Data:
     Documents are named as `data.load` takes them, from `builtin:pydoc` to `tofu:forget05`. With `chat_template`
     questions are asked through the tokenizer's chat template, rendered with `enable_thinking`, `system` and `date`
     (2026-11-29) as `data.Chat` says. `prompt_tokens`, if not 0, is the number of tokens at the head of each row of a
-    forget or holdout text that are its prompt. `earlier` names what former requests forgot: its rows join the retain
-    rows, and a retain loss that compares with the model the request starts from holds them as they are. `seam` says how
-    a prompt and its answer are told apart: "joint", or "separate" as in open-unlearning (`data.seams`). If there are
-    more examples than `forget_rows` or `retain_rows`, that many are drawn; a plan without documents assumes these
-    numbers. `packing` lets the rows of a micro-batch share
-    rows of up to `max_length` tokens in the model's calls, whose padding it saves; no number changes but by rounding.
+    forget, unseen or holdout text that are its prompt. `unseen` documents, which `level` steers by, belong to no other
+    set, since their losses are trained on. `earlier` names what former requests forgot: its rows join the retain rows,
+    and a retain loss that compares with the model the request starts from holds them as they are. `seam` says how a
+    prompt and its answer are told apart: "joint", or "separate" as in open-unlearning (`data.seams`). If there are more
+    examples than `forget_rows` or `retain_rows`, that many are drawn; a plan without documents assumes these numbers.
+    `packing` lets the rows of a micro-batch share rows of up to `max_length` tokens in the model's calls, whose padding
+    it saves; no number changes but by rounding.
     """
 
     model: str | None = None  # folder of the model
     forget: str | None = None  # source of the documents to forget, see the package data
     retain: str | None = None  # source of the documents to keep
+    unseen: str | None = None  # source of documents that the model never saw, to whose level `level` goes
     holdout: str | None = None  # source of documents that the model never saw, for PrivLeak
     earlier: list[str] = field(default_factory=list)  # sources of what earlier requests forgot, held as it is
     reference: str | None = None  # folder of a retrained model, for PrivLeak
@@ -218,7 +230,7 @@ class Data:
 
     def __post_init__(self) -> None:
         above("data.max_length", self.max_length, 1)
-        for name in ("model", "forget", "retain", "holdout", "reference"):
+        for name in ("model", "forget", "retain", "unseen", "holdout", "reference"):
             if getattr(self, name) == "":
                 raise ValueError(f"data.{name} is empty, which is no source: name one, or leave the key out")
         if "" in self.earlier:
@@ -286,6 +298,11 @@ class Recipe:
         if self.trace is not None and self.retain.objective not in ("nll", "kl"):
             raise ValueError(
                 f"trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; got {self.retain.objective!r}"
+            )
+        if self.data.unseen is not None and self.forget.objective not in NEED_UNSEEN:
+            raise ValueError(
+                f"data.unseen is for forget.objective {' or '.join(NEED_UNSEEN)}, and no other reads it; got "
+                f"{self.forget.objective!r}: leave it out, or give it as data.holdout to measure by it"
             )
         if self.dual is not None:
             if self.mollm is not None:

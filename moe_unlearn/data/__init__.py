@@ -47,7 +47,16 @@ from moe_unlearn.data.builtin import load_builtin
 from moe_unlearn.data.chats import Chat
 from moe_unlearn.data.corpus import Corpus, Document, drop_shared_runs
 from moe_unlearn.data.packing import check_packing, pack, packed_batches
-from moe_unlearn.data.pairs import ForgetRetainDataset, PairCollator, alternates, check_apart, draw, overlap, refusals
+from moe_unlearn.data.pairs import (
+    ForgetRetainDataset,
+    PairCollator,
+    alternates,
+    check_apart,
+    check_unseen,
+    draw,
+    overlap,
+    refusals,
+)
 from moe_unlearn.data.registry import BENCHMARKS, DocumentStream, load, located
 from moe_unlearn.data.rows import check_rows, encode_rows, encode_side, side_encoding
 from moe_unlearn.data.selection import DataReport, select
@@ -85,6 +94,7 @@ __all__ = [
     "alternates",
     "batches",
     "check_apart",
+    "check_unseen",
     "check_packing",
     "check_rows",
     "collate",

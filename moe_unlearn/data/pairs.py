@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -36,18 +36,26 @@ class ForgetRetainDataset(Dataset):
     `retain_per_forget` >= 1 is their average number r: item i has the partners i * r to (i + 1) * r, both rounded
     down, so a batch of all F forget examples holds exactly floor(F * r) retain examples. The partners depend on
     `seed` and the epoch alone: every epoch (`set_epoch`) walks through a fresh permutation of the retain examples, so
-    none comes twice before all have come. Raises ValueError if a side is empty or r < 1.
+    none comes twice before all have come. `unseen` examples are kept for a collator. Raises ValueError if a side is
+    empty or r < 1.
     """
 
     def __init__(
-        self, forget: Sequence[Example], retain: Sequence[Example], *, seed: int = 0, retain_per_forget: float = 1.0
+        self,
+        forget: Sequence[Example],
+        retain: Sequence[Example],
+        *,
+        unseen: Sequence[Example] | None = None,
+        seed: int = 0,
+        retain_per_forget: float = 1.0,
     ):
         for name, side in (("forget", forget), ("retain", retain)):
             if not len(side):
                 raise ValueError(f"expected at least one {name} example; the {name} set is empty")
         if not retain_per_forget >= 1:
             raise ValueError(f"retain_per_forget must be at least 1; got {retain_per_forget}")
-        self.forget, self.retain, self.seed, self.retain_per_forget = forget, retain, seed, retain_per_forget
+        self.forget, self.retain, self.unseen = forget, retain, unseen
+        self.seed, self.retain_per_forget = seed, retain_per_forget
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -70,9 +78,9 @@ class ForgetRetainDataset(Dataset):
 class PairCollator:
     """Collator of `ForgetRetainDataset` items into {"forget": batch, "retain": batch}, each with `index`.
 
-    With `refusals` (or `alternates`), one example for each forget example, the forget batch also holds them as
-    `idk_input_ids`, `idk_attention_mask` and `idk_labels`, which preference objectives need. `packing` is as in
-    `batches`.
+    With `refusals` (or `alternates`, or `dealt` unseen examples), one for each forget example, the forget batch also
+    holds them as `idk_input_ids`, `idk_attention_mask` and `idk_labels`, which preference objectives and `level` need.
+    `packing` is as in `batches`.
     """
 
     def __init__(self, pad_id: int = 0, refusals: Sequence[Example] | None = None, *, packing: int | None = None):
@@ -166,6 +174,15 @@ def alternates(examples: Sequence[Example]) -> Sequence[Example]:
     return each(examples, alternate)
 
 
+def dealt(examples: Sequence[Example], count: int, *, seed: int) -> Sequence[Example]:
+    """Return `count` of the examples, shuffled by `seed`; the same again in the same order once all have come.
+
+    They are in a list, or `Lazy` if the examples are.
+    """
+    order = torch.randperm(len(examples), generator=generator(seed, 0)).tolist()
+    return chosen(examples, [order[i % len(order)] for i in range(count)])
+
+
 def draw(examples: Sequence[Example], count: int | None, *, seed: int) -> Sequence[Example]:
     """Return `count` of the examples, drawn by `seed`, in their order; all of them for None or if there are no more.
 
@@ -186,6 +203,16 @@ def overlap(forget: Sequence[Example], retain: Sequence[Example]) -> int:
 def _content(example: Example) -> bytes:
     """Return a digest of an example's tokens, which takes less memory than these."""
     return hashlib.blake2b(array("q", example.input_ids).tobytes(), digest_size=16).digest()
+
+
+def check_unseen(sets: Mapping[str, Sequence[Example]]) -> None:
+    """Raise ValueError, which counts them, for examples of sets["unseen"] that stand in another of the sets too."""
+    for side, examples in sets.items():
+        if side != "unseen" and "unseen" in sets and (shared := overlap(sets["unseen"], examples)):
+            raise ValueError(
+                f"unseen texts must be in no other set: {shared} of {len(sets['unseen'])} stand in the {side} set too; "
+                "take them out of one of them"
+            )
 
 
 def check_apart(forget: Sequence[Example], retain: Sequence[Example]) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_unlearn import offload
+from moe_unlearn.config import COMPARE_COMPANIONS
 from moe_unlearn.lazy import each
 from moe_unlearn.model.batches import Batch, attended_mask, refusal
 from moe_unlearn.model.head import head_of
@@ -150,7 +151,7 @@ def cache_bytes(
         weights = retained * _LOGPROB_BYTES
     if recipe.forget.objective in ("npo", "idk_dpo"):
         reference += forgotten * _LOGPROB_BYTES
-    if recipe.forget.objective == "idk_dpo":
+    if recipe.forget.objective in COMPARE_COMPANIONS:
         reference += tokens(each(forget, refusal), recipe.data.forget_rows) * _LOGPROB_BYTES
     if recipe.retain.objective == "embed_diff":
         reference += retained * hidden * _HIDDEN_BYTES

@@ -2,7 +2,7 @@
 
     trace      routing frequencies of both sets, forget-critical experts, token weights or tilt
     seuf       the one expert that may train
-    reference  log-probs (NPO, DPO), final hidden states (KL, UNDIAL), layer outputs (RMU); see `reference`
+    reference  log-probs (NPO, DPO, level), final hidden states (KL, UNDIAL), layer outputs (RMU); see `reference`
     kl_floor   mean KL measured at the unchanged model: the rounding noise of the cached reference
     routers    what invariant routers keep, and the routes of retain tokens: see `routers`
     wagle      the weight mask
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn import files, masks, routers, seuf, trace, wagle
-from moe_unlearn.config import Recipe
+from moe_unlearn.config import COMPARE_COMPANIONS, Recipe
 from moe_unlearn.lazy import each
 from moe_unlearn.model import states as forward
 from moe_unlearn.model.batches import Batch, forgotten, refusal, target_mask
@@ -48,7 +48,9 @@ def needed(recipe: Recipe) -> list[str]:
     uses = {
         "trace": recipe.trace is not None,
         "seuf": recipe.scope.kind == "seuf",
-        "reference": forget in ("npo", "idk_dpo", "undial") or retain in ("kl", "embed_diff") or uses_kl(recipe),
+        "reference": forget in ("npo", "undial", *COMPARE_COMPANIONS)
+        or retain in ("kl", "embed_diff")
+        or uses_kl(recipe),
         "kl_floor": mollm is not None and mollm.kl,
         "routers": recipe.router.mode == "invariant" or recipe.router.stability_every > 0 or recipe.router.correct,
         "wagle": recipe.wagle is not None,
@@ -232,7 +234,7 @@ def _reference(work: _Work) -> None:
 
         if recipe.forget.objective in ("npo", "idk_dpo"):
             cached("ref_logprobs", forget, token_logprobs, torch.float32)
-        if recipe.forget.objective == "idk_dpo":
+        if recipe.forget.objective in COMPARE_COMPANIONS:
             cached("ref_logprobs_idk", each(forget, refusal), token_logprobs, torch.float32)
         if uses_kl(recipe):
             cached("ref_hidden_states", retain, hidden_states, kept_dtype, (width,))

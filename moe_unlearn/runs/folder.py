@@ -5,6 +5,7 @@
     model       `prepare.reference.model_digest`: all that the forward pass of the model as it was given reads
     forget      the SHA-256 of the forget examples: tokens, labels, alternates; so of documents, tokenizer and settings
     retain      that of the retain examples
+    unseen      that of the unseen examples, where the recipe's objective steers by some
     recipe      the recipe, of which `step.checks` says what may differ
     code        `code.code`: the version of this package and a digest of its sources
     commit      in a clone, the commit, by which the code is found again; None elsewhere
@@ -21,7 +22,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.checks import check_recipe
 
 CHECKPOINTS, MODEL = given.CHECKPOINTS, given.MODEL
-_DIGESTS = ("model", "forget", "retain", "commit")
-_COMPARED = ("model", "forget", "retain", "code", "ranks")  # as they are; a recipe key by key
+_DIGESTS = ("model", "forget", "retain", "unseen", "commit")
+_COMPARED = ("model", "forget", "retain", "unseen", "code", "ranks")  # as they are; a recipe key by key
 
 
 def check_unused(folder: Path) -> None:
@@ -87,12 +88,11 @@ def clear(folder: Path) -> None:
         remove(folder / name)
 
 
-def facts_of(step: UnlearnStep, forget: Sequence[Example], retain: Sequence[Example], ranks: int) -> dict[str, Any]:
-    """Return what a run is of, as above, before its first step; every rank calls this."""
+def facts_of(step: UnlearnStep, sets: Mapping[str, Sequence[Example]], ranks: int) -> dict[str, Any]:
+    """Return what a run on `sets` by name is of, as above, before its first step; every rank calls this."""
     return {
         "model": model_digest(step.model, ranks=step.ranks),
-        "forget": _digest(forget),
-        "retain": _digest(retain),
+        **{name: _digest(examples) for name, examples in sets.items()},
         "recipe": step.recipe.to_dict(),
         "code": code(),
         "commit": commit(),
@@ -122,7 +122,7 @@ def check_same(folder: Path, facts: dict[str, Any], recipe: Recipe) -> None:
         check_recipe(recipe, former["recipe"])
     except ValueError as error:
         raise ValueError(f"{folder} cannot be resumed: {error}; {remedy}") from error
-    different = [name for name in _COMPARED if former.get(name) != facts[name]]
+    different = [name for name in _COMPARED if former.get(name) != facts.get(name)]
     if different:
         if "code" in different and former.get("commit") != facts["commit"]:
             different.append("commit")

@@ -61,8 +61,9 @@ class Run:
 
     A recipe with an adapter puts it on the model (`model.adapters.adapted`), which is `model` of the run then.
     Of more examples than the recipe's `data.forget_rows` and `data.retain_rows`, that many are drawn.
-    `earlier` are those of former requests (`data.earlier`), all of which join the retain rows.
-    Raises ValueError if the sets do not fit the recipe (see `pair_collator`), or if one carries no loss.
+    `earlier` are those of former requests (`data.earlier`), all of which join the retain rows; the objective `level`
+    steers by `unseen` ones. Raises ValueError if the sets do not fit the recipe (see `pair_collator`), or if one
+    carries no loss.
     """
 
     def __init__(
@@ -73,16 +74,19 @@ class Run:
         forget: Sequence[Example],
         retain: Sequence[Example],
         earlier: Sequence[Example] = (),
+        unseen: Sequence[Example] | None = None,
     ):
         self.model, self.tokenizer, self.recipe = adapted(model, recipe), tokenizer, recipe
         if recipe.survive is not None:
             survive.check_holdable(self.model)
         forget = data.draw(forget, recipe.data.forget_rows, seed=recipe.seed)
         retain = held(recipe, retain, earlier)
+        #: what the steps are made on, by side
+        self.trained = {"forget": forget, "retain": retain} | ({} if unseen is None else {"unseen": unseen})
         self.pairs = data.ForgetRetainDataset(
             forget, retain, seed=recipe.seed, retain_per_forget=recipe.retain_per_forget
         )
-        self.collator = pair_collator(recipe, tokenizer, forget, self.model)
+        self.collator = pair_collator(recipe, tokenizer, forget, self.model, unseen)
         for side, examples in zip(SIDES, (forget, retain), strict=True):
             if not carry_loss(examples):
                 raise ValueError(f"the {side} set carries no loss: all its labels are -100")
@@ -242,8 +246,8 @@ def retrained(
 
 
 def _measured(sets: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
-    """Return the sets that metrics are of: all but what earlier requests forgot."""
-    return {side: examples for side, examples in sets.items() if side != "earlier"}
+    """Return the sets that metrics are of: all but what earlier requests forgot and unseen text."""
+    return {side: examples for side, examples in sets.items() if side not in ("earlier", "unseen")}
 
 
 def unlearn(
@@ -259,7 +263,7 @@ def unlearn(
     verify: int | bool = 0,
     known: Before | None = None,
 ) -> Summary | None:
-    """Run `recipe` on `sets` ("forget", "retain", perhaps "holdout" and "earlier" examples) and write the folder `out`.
+    """Run `recipe` on `sets` ("forget", "retain", perhaps "unseen", "earlier" and "holdout"); write the folder `out`.
 
     `out`, which its owner alone may enter if it is new, gets `recipe.yaml`, `batch.json` (what one step takes),
     `checkpoints/`, `model/` (which `from_pretrained` loads; of a recipe with an adapter that alone, or the model with
@@ -282,12 +286,12 @@ def unlearn(
     known = Before() if known is None else known
     if existing == "refuse":
         on_first(partial(folder.check_unused, out))
-    run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"], sets.get("earlier", ()))
+    run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"], sets.get("earlier", ()), sets.get("unseen"))
     run.checkpoint_activations()
     make_private(out)
     trainer = run.trainer(out / folder.CHECKPOINTS, cache_dir=cache_dir or out / "cache", verify=verify)
     ranks = trainer.args.world_size
-    facts = folder.facts_of(trainer.unlearn_step, run.pairs.forget, run.pairs.retain, ranks)
+    facts = folder.facts_of(trainer.unlearn_step, run.trained, ranks)
     resume = False
     if existing == "resume":
         on_first(partial(folder.check_same, out, facts, recipe))

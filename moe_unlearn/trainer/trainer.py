@@ -99,7 +99,9 @@ class UnlearnTrainer(CheckpointedTrainer):
         self._cache_dir = cache_dir
         if data_collator is None:
             tokenizer = keywords.get("processing_class")
-            data_collator = pair_collator(self.unlearn_step.recipe, tokenizer, sides["forget"], model)
+            data_collator = pair_collator(
+                self.unlearn_step.recipe, tokenizer, sides["forget"], model, getattr(train_dataset, "unseen", None)
+            )
         self._logged: dict[str, list[float]] = {}
         self._sizes: dict[str, int] | None = None  # the sizes of the global batch in progress
         # of a model that transformers has shared out the Trainer saves weights only, and refuses anything else

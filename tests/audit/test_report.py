@@ -14,7 +14,6 @@ from moe_unlearn.audit.report import NAMES, write
 from moe_unlearn.audit.summary import summary
 from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
-from moe_unlearn.files import write_sealed
 
 FAST = Settings(new_tokens=8, relearn_steps=2, samples=1, experts=2)
 
@@ -104,8 +103,9 @@ def test_the_command_line_goes_on_where_it_was(folder, capsys):
 
 
 def test_holdout_rows_that_the_run_trained_on_are_left_out(folder, capsys):
-    def ran_with(*sides):
-        recipe = Recipe.load("graddiff", [f"data.{side}={folder / f'{side}.jsonl'}" for side in sides])
+    def ran_with(*sides, name="graddiff", **others):
+        sources = {side: side for side in sides} | others
+        recipe = Recipe.load(name, [f"data.{side}={folder / source}.jsonl" for side, source in sources.items()])
         (folder / "run" / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
     unseen, trained = (lines_of(folder / f"{side}.jsonl") for side in ("holdout", "retain"))
@@ -116,9 +116,8 @@ def test_holdout_rows_that_the_run_trained_on_are_left_out(folder, capsys):
     content = json.loads((folder / "out" / "AUDIT.json").read_text(encoding="utf-8"))
     assert content["documents"]["holdout"] == 10
     assert content["left_out"] == ["2 holdout rows were trained on, and are no unseen text"]
-    # a run that trained on its holdout rows says so
-    ran_with(*SIDES)
-    write_sealed(folder / "run" / "run.json", json.dumps({"holdout": "digest"}).encode())
+    # level trains on unseen rows, too
+    ran_with("forget", "retain", unseen="holdout", name="level")
     assert asked(folder, "--attacks", "plain", retain="own.jsonl") == 2
     assert "holdout: expected documents to audit with; got 12 holdout rows were trained on" in capsys.readouterr().err
 
