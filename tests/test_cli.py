@@ -202,7 +202,7 @@ def test_level_goes_to_unseen_texts_of_their_own(folder, tmp_path, capsys):
     def asked(unseen, *options):
         sides = {"unseen": unseen, "holdout": "holdout"}
         paths = [text for side, name in sides.items() for text in (f"--{side}", str(folder / f"{name}.jsonl"))]
-        return run(folder, tmp_path / "out", *paths, *options, recipe="level")
+        return run(folder, tmp_path / "out", *options, *paths, recipe="level")
 
     assert asked("holdout") == 2
     assert "unseen texts must be in no other set: 8 of 8 stand in the holdout set too" in error_of(capsys)
