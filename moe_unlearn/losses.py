@@ -141,9 +141,8 @@ def level(
     own, goal = _odds(token_nll, mask), _odds(goal_nll.detach(), goal_mask)
     if unit == "sequence":
         counted = mask.any(1) & goal_mask.any(1)
-        return _beyond(
-            *(torch.where(counted, _row_means(*side), 0) for side in ((own, mask), (goal, goal_mask))), margin
-        )
+        apart = _row_means(own, mask) - _row_means(goal, goal_mask)
+        return _beyond(torch.where(counted, apart, 0), margin)
     count, of = mask.sum(1, keepdim=True), goal_mask.sum(1, keepdim=True)
     rank = torch.arange(own.shape[1], device=own.device)
     counted = (rank < count) & (of > 0)
@@ -152,7 +151,9 @@ def level(
     high = torch.minimum(low + 1, (of - 1).clamp_min(0))
     ranked = _descending(goal, goal_mask)
     between = torch.lerp(ranked.gather(1, low), ranked.gather(1, high), place - low)
-    return _beyond(*(torch.where(counted, side, 0) for side in (_descending(own, mask), between)), margin)
+    # an infinite rest of the sort is taken out before the difference, whose gradient would be NaN
+    own, between = (torch.where(counted, side, 0) for side in (_descending(own, mask), between))
+    return _beyond(own - between, margin)
 
 
 def held(token_nll: Tensor, former_nll: Tensor, mask: Tensor, *, margin: float = 0.0, unit: str = "token") -> Tensor:
@@ -166,7 +167,7 @@ def held(token_nll: Tensor, former_nll: Tensor, mask: Tensor, *, margin: float =
     own, former = _odds(token_nll, mask), _odds(former_nll.detach(), mask)
     if unit == "sequence":
         own, former = _row_means(own, mask), _row_means(former, mask)
-    return _beyond(own, former, margin)
+    return _beyond(own - former, margin)
 
 
 def npo(seq_logprobs: Tensor, ref_seq_logprobs: Tensor, beta: float) -> Tensor:
@@ -259,9 +260,9 @@ def logit_margin(model: nn.Module, batch: Batch, hidden_states: Tensor) -> Tenso
     return values.sum() / mask.sum().clamp_min(1)
 
 
-def _beyond(own: Tensor, goal: Tensor, margin: float) -> Tensor:
-    """Add up the squares by which log-odds of one shape are further apart than `margin`."""
-    return ((own - goal).abs() - margin).clamp_min(0).square().sum()
+def _beyond(apart: Tensor, margin: float) -> Tensor:
+    """Add up the squares of what of each distance is beyond `margin`."""
+    return (apart.abs() - margin).clamp_min(0).square().sum()
 
 
 def _odds(nll: Tensor, mask: Tensor) -> Tensor:
