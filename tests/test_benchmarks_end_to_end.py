@@ -204,6 +204,7 @@ def walk(folder):
             "model",
             "recipe.yaml",
             *report.PAGES,
+            *(f"{name}.json" for name in ("about", "cost", "routes", "samples")),
             "summary.json",
             "trajectory.json",
         }

@@ -58,9 +58,17 @@ def test_run_unlearns_a_saved_model_on_a_users_files(folder, tmp_path, capsys):
     before = AutoModelForCausalLM.from_pretrained(folder / "model")
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
-    assert "NPO" in (tmp_path / "report.md").read_text(encoding="utf-8").upper()
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for told in ("Unlearning report: NPO", "moe-unlearn run npo", "the secret number", "nats per token", "Cost", "GiB"):
+        assert told in text
+    cost = json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))
+    assert cost["measured"] > cost["planned"] > 1000
+    routes = json.loads((tmp_path / "routes.json").read_text(encoding="utf-8"))
+    assert routes["forget"] != routes["after"] and routes["forget"] != routes["retain"]
+    assert summary["npo"]["nll_f_low"] <= summary["npo"]["nll_f"] <= summary["npo"]["nll_f_high"]
     assert "report" in capsys.readouterr().out
     assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == text
     reports = json.loads((tmp_path / "data.json").read_text(encoding="utf-8"))
     assert {side: report["kept"] for side, report in reports.items()} == {"forget": 12, "retain": 16, "holdout": 8}
 

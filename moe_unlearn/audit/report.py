@@ -8,7 +8,6 @@ from pathlib import Path
 
 from moe_unlearn.audit.page import page
 from moe_unlearn.audit.run import Report
-from moe_unlearn.audit.summary import ATTACK_COLUMNS, COLUMNS, MEANINGS, cells, more, reading, rows, summary, untested
 from moe_unlearn.files import finite, make_private, write_json, write_text
 from moe_unlearn.ranks import on_first
 
@@ -17,7 +16,8 @@ NAMES = ("AUDIT.md", "AUDIT.html", "AUDIT.json")
 
 def write(folder: Path, report: Report) -> list[Path]:
     """Write the report into a folder, which is made private if it is new; return the paths written."""
-    content = {"AUDIT.md": markdown(report), "AUDIT.html": page(report)}
+    made = page(report)
+    content = {"AUDIT.md": made.markdown(), "AUDIT.html": made.html()}
     on_first(lambda: _write(folder, content, report))
     return [folder / name for name in NAMES]
 
@@ -27,26 +27,3 @@ def _write(folder: Path, content: dict[str, str], report: Report) -> None:
     for name, text in content.items():
         write_text(folder / name, text)
     write_json(folder / "AUDIT.json", finite(report.to_dict()))
-
-
-def markdown(report: Report) -> str:
-    """Return the text of AUDIT.md."""
-    parts = [f"# Audit of forgetting: {report.verdict}", summary(report), "## Attacks"]
-    parts.append(_table(ATTACK_COLUMNS, [_bold(row) for row in rows(report)]))
-    parts += reading(report)
-    parts.append("## Verdicts\n\n" + "\n".join(f"* **{name}**: {text}" for name, text in MEANINGS.items()))
-    if left := untested(report):
-        lines = [f"* {what}: {why}." for what, why in left]
-        parts.append("## Not tested\n\n" + "\n".join(lines))
-    parts += ["## Every comparison", _table(COLUMNS, [cells(own) for own in report.findings])]
-    parts += [f"## {name}\n\n{_table(head, body)}" for name, head, body in more(report)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _bold(row: tuple[str, str, str, str]) -> list[str]:
-    return [*row[:3], f"**{row[3]}**"]
-
-
-def _table(head: tuple[str, ...], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

@@ -14,6 +14,7 @@ import argparse
 import importlib
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -195,6 +196,7 @@ def _chosen(arguments: Sequence[str] | None) -> Command:
         # as of a shell variable that is not set
         if value == "" and name != "system" or isinstance(value, list) and "" in value:
             parser.error(f"argument --{name.replace('_', '-')}: expected a value; got an empty one")
+    options.command_line = shlex.join(["moe-unlearn", *given])
     shared = [verb.name for verb in _VERBS if verb.ranks]
     refusal = _error(options, f"expected one process; ranks share the work of {', '.join(shared)} only")
     return Command(partial(_outcome, options), "" if options.command in shared else refusal)

@@ -183,6 +183,7 @@ def run(sub: argparse.ArgumentParser) -> None:
     used = sub.add_mutually_exclusive_group()
     used.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in --out")
     used.add_argument("--overwrite", action="store_true", help="remove what a run has made in --out, and begin anew")
+    sub.add_argument("--no-samples", action="store_true", help="keep texts of the documents out of the report")
     sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after")
     sub.add_argument("--delta", action="store_true", help=f"also write what changed since --model, as OUT/{DELTA}")
 

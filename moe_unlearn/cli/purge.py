@@ -1,6 +1,7 @@
 """`moe-unlearn purge`: removes from the folder of a run what holds, or gives away, the text that was forgotten.
 
-The model stays, and so do numbers: settings, metrics, trajectories, report and figures. `REMOVED` says what goes.
+The model stays, and so do numbers: settings, metrics, trajectories and figures. `REMOVED` says what goes; the report is
+written again without it.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 from moe_unlearn.checkpoint.tensor_file import stored_in
 from moe_unlearn.files import UNFINISHED, remove
 from moe_unlearn.prepare.preparation import CACHES
+from moe_unlearn.runs import report
 from moe_unlearn.runs.names import AUDIT, FACTS, MANIFEST, PAGES, RESULTS
 
 _CACHED = {f"{kind}-*": what for kind, what in CACHES.items()} | {
@@ -56,11 +58,25 @@ def run(options: argparse.Namespace) -> None:
         if not cache.is_dir():
             raise ValueError(f"expected a folder that was a --cache; {cache} is none")
         removed += _purged(cache, _CACHED)
+    removed += _rewritten(folder)
     for line in removed:
         print(f"removed {line}")
     for path in sorted(path for path in folder.iterdir() if not _matching(path, KEPT)):
         print(f"left {path}, which no run writes: look at it yourself")
     print(f"{len(removed)} removed; the model and numbers stay in {folder}")
+
+
+def _rewritten(folder: Path) -> Iterator[str]:
+    """Write the pages of a report again, without the texts that they had; yield those that cannot be, which go."""
+    there = [folder / name for name in PAGES if (folder / name).exists()]
+    if not there:
+        return
+    try:
+        report.write(folder, report.read(folder))
+    except ValueError as error:
+        for path in there:
+            remove(path)
+            yield f"{path}: it may hold texts, and cannot be made again without them: {error}"
 
 
 def _purged(folder: Path, what: dict[str, str]) -> Iterator[str]:

@@ -101,7 +101,10 @@ def _run(
         return
     if base is not None:
         delta.check_saved(model, base)
-    before = Before(loading.described(model, recipe.data.model, how), reports, retrain)
+    shown = {"samples": 0} if options.no_samples else {}
+    before = Before(
+        loading.described(model, recipe.data.model, how), reports, retrain, command=options.command_line, **shown
+    )
     out = Path(options.out)
     # the cache folder changes no result, so it is not part of the recipe
     summary = unlearn(

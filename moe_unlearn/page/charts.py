@@ -64,7 +64,7 @@ def scatter(title: str, spots: Sequence[Spot], axes: tuple[Axis, Axis], goal: Se
     An interval that leaves the frame ends in an arrow. Points are hollow, so that those below can be seen, and names
     stand where nothing else does.
     """
-    frame = Frame(*axes, title=title, height=300.0)
+    frame = Frame(*axes, title=title, width=420.0, height=300.0)
     if goal:
         (x0, x1), (y0, y1) = (_held(goal[i : i + 2], axis) for i, axis in ((0, axes[0]), (2, axes[1])))
         if x1 > x0 and y1 > y0:
@@ -127,7 +127,7 @@ def heat(
         return None
     strongest = max(largest if largest is not None else max(known), 1e-9)
     columns = max(map(len, table))
-    size = max(5.0, min(22.0, 372 / max(1, columns)))
+    size = max(5.0, min(22.0, 304 / max(1, columns)))
     left, top = 42.0, 26.0
     parts = [f'<text x="0" y="14" font-weight="bold">{escape(title)}</text>']
     frames = []

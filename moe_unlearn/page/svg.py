@@ -91,8 +91,8 @@ class Frame:
     across: Axis
     up: Axis
     title: str = ""
-    width: float = 420.0
-    height: float = 250.0
+    width: float = 352.0
+    height: float = 210.0
     left: float = 52.0
     top: float = 30.0
     right: float = 12.0

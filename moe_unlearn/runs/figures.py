@@ -15,9 +15,11 @@ _PLANE = ("verbmem_f", "verbmem_r")
 _WEIGHTS = {  # of a step's metrics: what a panel of it is called
     "lambda_forget": "λ of the forget gradient",
     "lambda_retain": "λ of the retain gradient",
+    "lambda_kl": "λ of the KL gradient",
     "retain_alpha": "λ of the retain loss",
     "descent_forget": "forget: gradient · update",
     "descent_retain": "retain: gradient · update",
+    "descent_kl": "KL: gradient · update",
     "grad_norm": "norm of the gradient",
     "lr": "learning rate",
 }
@@ -80,21 +82,23 @@ def trajectories(trajectory: Trajectories, summary: Summary) -> list[Figure]:
     return figures
 
 
-def experts(routing: Mapping[str, Any]) -> list[Figure]:
-    """Draw how often tokens visit each expert, and how that moved."""
-    if not routing:
+def experts(routing: Mapping[str, Any], routes: Mapping[str, Any]) -> list[Figure]:
+    """Draw how often tokens visit each expert, and how that moved, or without `routes` the ratio of both sides."""
+    tables = routes or routing
+    if not tables:
         return []
-    forget, retain, chosen = (routing[key] for key in ("forget", "retain", "selected"))
+    forget, retain, chosen = tables["forget"], tables["retain"], routing.get("selected", ())
     top = max(value for table in (forget, retain) for row in table for value in row)
     panels = [
         heat("Forget: share of tokens", forget, largest=top, chosen=chosen),
         heat("Retain: share of tokens", retain, largest=top, chosen=chosen),
     ]
     told = "How often forget and retain tokens visit each expert"
-    if moved := routing.get("after"):
-        change = [[b - a for a, b in zip(*rows, strict=True)] for rows in zip(forget, moved, strict=True)]
-        panels.append(heat("Moved: forget tokens, after - before", change, chosen=chosen))
-        told += ", and where unlearning moved the forget tokens (blue: there, orange: away)"
+    if routes:
+        change = [[b - a for a, b in zip(*rows, strict=True)] for rows in zip(forget, routes["after"], strict=True)]
+        most = max(abs(value) for row in change for value in row)
+        panels.append(heat(f"Moved: at most {most:.2g}", change, chosen=chosen))
+        told += " before unlearning, and where it moved the forget tokens (blue: there, orange: away)"
     else:
         ratio = [[_ratio(f, r) for f, r in zip(*rows, strict=True)] for rows in zip(forget, retain, strict=True)]
         panels.append(heat("log2 (forget / retain), cut at ±3", ratio, largest=3, chosen=chosen))

@@ -5,7 +5,7 @@ CHECKPOINTS, MODEL = "checkpoints", "model"
 #: those of an audit's report
 AUDIT = ("AUDIT.md", "AUDIT.html", "AUDIT.json")
 #: what a report shows, and the report; some of it holds texts of the documents, and `purge` removes or rewrites it
-RESULTS = tuple(f"{name}.json" for name in ("summary", "seeds", "trajectory", "routing", "audit", "cost"))
+RESULTS = tuple(f"{name}.json" for name in ("summary", "seeds", "trajectory", "routing", "routes", "audit", "cost"))
 PAGES = ("report.md", "report.html", "report.json")
 REPORT = (*RESULTS, "about.json", "samples.json", *PAGES, "figures", "audit")
 #: what a run makes in its folder, but for references, which are kept by their content

@@ -51,7 +51,7 @@ def of(content: "Content") -> Document:
         blocks.append(_selection(content.routing))
     blocks += _samples(content.samples)
     drawn = figures.frontier(summary) + figures.trajectories(content.trajectories, summary)
-    drawn += figures.experts(content.routing)
+    drawn += figures.experts(content.routing, content.routes)
     if drawn:
         blocks.append(Heading("Figures"))
         if results:

@@ -6,7 +6,8 @@ sample standard deviation) and, where there are any, the JSON files of which the
     seeds.json        `corpus`; `results`: seed -> run name -> metrics
     trajectory.json   run name -> list of {"step", ...}
     routing.json      `forget`, `retain` frequencies and `selected`, all [L, E]; `inactive` says why TRACE selected
-                      none; `after`, where it was measured: the frequencies of forget tokens in the unlearned model
+                      none
+    routes.json       of some rows: frequencies of `forget` and `retain` tokens before, of forget tokens `after` [L, E]
     batch.json        what one step takes: `ranks`, `batch_size` and `accumulate`
     loaded.json       how the model was loaded: `loading.described`
     audit.json        of one run: its name `run`, `verdict`, `summary`, and `rows`: for each attack its title, what was
@@ -40,6 +41,7 @@ class Content:
     results: Mapping[int, Summary] | Mapping[str, Summary] = field(default_factory=dict)  # by seed
     trajectories: dict[str, list[dict]] = field(default_factory=dict)
     routing: dict = field(default_factory=dict)
+    routes: dict = field(default_factory=dict)
     batch: dict = field(default_factory=dict)
     loaded: dict = field(default_factory=dict)
     audit: dict = field(default_factory=dict)
@@ -53,6 +55,7 @@ class Content:
 _NUMBER = (int, float, type(None))  # null where there is no number
 _METRICS = {str: {str: _NUMBER}}
 _FACTORS = ("ranks", "batch_size", "accumulate")
+_ROUTES = ("forget", "retain", "after")
 _SAMPLE = dict.fromkeys(("prompt", "truth", "before", "after"), str)
 _FORMS: dict[str, tuple[Any, str]] = {  # of each file: its form, and what a message calls that
     "summary": (_METRICS, "run name -> metrics, which are numbers"),
@@ -64,9 +67,12 @@ _FORMS: dict[str, tuple[Any, str]] = {  # of each file: its form, and what a mes
             "retain": [[_NUMBER]],
             "selected": [[bool]],
             "inactive": str,
-            "after": [[_NUMBER]],
         },
         "an object of forget, retain and selected, each a list of rows, one a layer",
+    ),
+    "routes": (
+        dict.fromkeys(_ROUTES, [[_NUMBER]]),
+        "an object of forget, retain and after, each a list of rows, one a layer",
     ),
     "batch": (dict.fromkeys(_FACTORS, int), "whole numbers"),
     "loaded": ({"model": str, "dtype": str, "device": str, "trust_remote_code": bool}, "texts, and true or false"),
@@ -87,7 +93,7 @@ _FORMS: dict[str, tuple[Any, str]] = {  # of each file: its form, and what a mes
 }
 _NEEDED = {
     "routing": ("forget", "retain", "selected"),
-    **{name: tuple(_FORMS[name][0]) for name in ("batch", "loaded", "audit", "about", "cost")},
+    **{name: tuple(_FORMS[name][0]) for name in ("routes", "batch", "loaded", "audit", "about", "cost")},
 }
 _FIELDS = {"seeds": "", "trajectory": "trajectories"}  # of `Content`, where a file is called something else
 
@@ -98,7 +104,7 @@ def save(folder: Path, content: Content) -> None:
     write_json(folder / "seeds.json", {"corpus": content.corpus, "results": content.results})
     write_json(folder / "trajectory.json", content.trajectories)
     write_json(folder / "routing.json", content.routing)
-    for name in ("audit", "about", "cost", "samples"):
+    for name in ("routes", "audit", "about", "cost", "samples"):
         if own := getattr(content, name):
             write_json(folder / f"{name}.json", own)
 
@@ -149,7 +155,7 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
         raise ValueError(f"{path}: expected the keys {', '.join(_NEEDED[name])}; it lacks {missing[0]!r}")
     if not _fits(content, form) or name == "summary" and not content:
         raise ValueError(f"{path}: expected {words}; got {_short(content)}")
-    tables = [key for key in (*_NEEDED["routing"], "after") if key in content] if name == "routing" else []
+    tables = _NEEDED[name] if content and name in ("routing", "routes") else ()
     rows = [[len(row) for row in content[key]] for key in tables]
     if any(own != rows[0] or len({*own}) > 1 for own in rows):
         raise ValueError(f"{path}: expected rows of one length, alike in {', '.join(tables)}")

@@ -32,7 +32,9 @@ from moe_unlearn.plan.mesh import mesh_of
 from moe_unlearn.prepare.stages import CHOOSING, needed
 from moe_unlearn.ranks import everyone, gathered, is_first, on_first, sharded
 from moe_unlearn.runs import folder, report
+from moe_unlearn.runs.about import Cost, about
 from moe_unlearn.runs.clock import Clock
+from moe_unlearn.runs.seen import Seen
 from moe_unlearn.runs.summary import Summary, check_name
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
@@ -223,13 +225,16 @@ class _Arguments(TrainingArguments):
 class Before:
     """Holds what is known before a run and belongs to its folder.
 
-    `loaded` says how the model was loaded (`loading.described`), `reports` what became of the data, by side, and
-    `retrain` has the metrics of the retrained model (`retrained`).
+    `loaded` says how the model was loaded (`loading.described`), `reports` what became of the data, by side,
+    `retrain` has the metrics of the retrained model (`retrained`), `command` is the command line, and `samples` of how
+    many rows a side the report shows the texts before and after.
     """
 
     loaded: dict[str, Any] = field(default_factory=dict)
     reports: dict[str, data.DataReport] | None = None
     retrain: dict[str, float] | None = None
+    command: str = ""
+    samples: int = 3
 
 
 def retrained(
@@ -242,7 +247,7 @@ def retrained(
     if recipe.data.reference is None:
         return None
     model, _ = loading.load_model(recipe.data.reference, how)
-    return metrics.evaluate(model, tokenizer, **_measured(sets))
+    return metrics.evaluate(model, tokenizer, **_measured(sets), intervals=True)
 
 
 def _measured(sets: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
@@ -267,11 +272,11 @@ def unlearn(
 
     `out`, which its owner alone may enter if it is new, gets `recipe.yaml`, `batch.json` (what one step takes),
     `checkpoints/`, `model/` (which `from_pretrained` loads; of a recipe with an adapter that alone, or the model with
-    it merged), `summary.json`, `trajectory.json` and `report.md`; from what is `known` also `loaded.json` and
-    `data.json`, with `verify` (as in `UnlearnStep`) `verified.txt`, and with TRACE `routing.json`; and what
-    `runs.folder` keeps. Preparation comes first, so that nothing is written if the recipe does not fit model or data.
-    References are kept in `cache_dir`, by default `out/cache`. Returns the summary: run name -> metrics, empty without
-    `evaluate`.
+    it merged), `summary.json`, `trajectory.json` and the report (`runs.report`) with what it is made of; from what is
+    `known` also `loaded.json` and `data.json`, with `verify` (as in `UnlearnStep`) `verified.txt`, and with TRACE
+    `routing.json`; and what `runs.folder` keeps. Preparation comes first, so that nothing is written if the recipe does
+    not fit model or data. References are kept in `cache_dir`, by default `out/cache`. Returns the summary: run name ->
+    metrics, empty without `evaluate`, which writes no report.
 
     `existing` says what becomes of a run that `out` has: "refuse", "overwrite", or "resume", which continues from its
     newest whole checkpoint, or from the beginning where there is none. Of a run that is finished it returns None, says
@@ -300,6 +305,7 @@ def unlearn(
             print(f"{out} has this run, and it is finished: nothing is left to do")
             return None
         resume = any((out / folder.CHECKPOINTS).glob(f"{PREFIX}*"))
+    cost = Cost(next(model.parameters()).device)
     checkpoint = trainer.checkpoint_of(resume)  # before anything is written: what is refused changes nothing
     clock = Clock.of_checkpoint(checkpoint)
     trainer.add_callback(clock)
@@ -312,6 +318,8 @@ def unlearn(
         if existing == "overwrite":
             folder.clear(out)
         folder.write_facts(out, facts)
+        if not (resume and (out / "about.json").exists()):
+            write_json(out / "about.json", about(known.command, recipe.seed, cost.device))
         write_text(out / "recipe.yaml", recipe.to_yaml())
         write_json(out / "batch.json", batch)
         if known.loaded:
@@ -325,7 +333,9 @@ def unlearn(
     if evaluate:
         if known.retrain is not None:
             summary["retrain"] = known.retrain
-        summary["target"] = metrics.evaluate(run.model, tokenizer, **measured)
+        with cost.phase("evaluation before"):
+            summary["target"] = metrics.evaluate(run.model, tokenizer, **measured, intervals=True)
+            seen = Seen(run, tokenizer, known.samples, trainer.unlearn_step.ranks)
     try:
         with clock.running():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -354,14 +364,21 @@ def unlearn(
 
     on_first(write_results)
     if evaluate:
-        summary[recipe.name] = metrics.evaluate(unlearned, tokenizer, **measured) | {"seconds": clock.seconds}
+        cost.seconds["preparation and steps"] = clock.seconds
+        with cost.phase("evaluation after"):
+            measured_after = metrics.evaluate(unlearned, tokenizer, **measured, intervals=True)
+            routes, texts = seen.after()
+        summary[recipe.name] = measured_after | {"seconds": clock.seconds}
         add_privleak([summary["target"], summary[recipe.name]], summary.get("retrain", {}))
-
-        content = report.Content(summary, trajectories=trajectories, routing=routing, batch=batch, loaded=known.loaded)
+        if ranks == 1 and not sharded(model):
+            cost.planned = trainer.unlearn_step.plan(*map(run.batches, SIDES), stored=True).peak
 
         def write_report() -> None:
-            write_json(out / "summary.json", summary)
-            report.write(out, content)
+            made = {"routes": routes, "cost": cost.to_dict(), "samples": texts, "summary": summary}
+            for name, content in made.items():
+                if content:
+                    write_json(out / f"{name}.json", content)
+            report.write(out, report.read(out))
 
         on_first(write_report)
     on_first(partial(folder.seal, out, recipe.steps))

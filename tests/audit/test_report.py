@@ -14,6 +14,8 @@ from moe_unlearn.audit.report import NAMES, write
 from moe_unlearn.audit.summary import summary
 from moe_unlearn.cli import main
 from moe_unlearn.config import Recipe
+from moe_unlearn.page.charts import forest, heat
+from moe_unlearn.page.svg import Axis
 
 FAST = Settings(new_tokens=8, relearn_steps=2, samples=1, experts=2)
 
@@ -32,8 +34,8 @@ def test_the_three_files(report, tmp_path):
     content = json.loads(plain, parse_constant=pytest.fail)  # no NaN, no Infinity
     assert content["verdict"] == "present" == content["attacks"]["plain"]
     assert len(content["findings"]) == len(report.findings)
-    assert text.startswith("# Audit of forgetting: present\n") and "| **present** |" in text
-    assert "<svg" in page and not re.search(r"(src|href)=|https?:|url\(|<script", page)
+    assert text.startswith("# Audit of forgetting: present\n") and re.search(r"\| \*\*present\*\* +\|", text)
+    assert "<svg" in page and not re.search(r"(src|href)=|https?:|url\(", page) and page.count("<script") == 1
     assert "prefers-color-scheme: dark" in page
     for told in (text, page):
         assert "Looking inside, a probe of hidden states: what is inside differs by more" in told
@@ -56,10 +58,15 @@ def test_a_model_before_that_knew_nothing_gives_no_verdict(report):
 
 
 def test_what_a_figure_has_nothing_for_is_left_out():
-    assert figures.forest([], 0.1) == figures.curves({}, "x", "y") == figures.heat([], [], []) == ""
-    drawn = figures.heat([[0.5, None]], ["layer 0"], ["expert 0", "expert 1"])
+    assert figures.shares([], 0.1) == [] and heat("", []) is None is heat("", [[None]])
+    drawn = heat("", [[0.5, None]]).inline()
     assert drawn.count('class="cell"') == drawn.count('class="empty"') == 1
-    assert figures.curves({"a": [(0, 1), (1, 1)], "b": [(0, 2), (1, 1)]}, "x", "y").count("<polyline") == 2
+
+
+def test_an_interval_that_leaves_the_axis_has_an_arrow():
+    axis = Axis("share", -1.0, 1.5)
+    inside, outside = (forest([("x", "gone", ends)], 0.1, axis).inline() for ends in ((0, 0.1, 0.2), (-9, 0.1, 9)))
+    assert inside.count('class="arrow"') == 0 and outside.count('class="arrow"') == 2
 
 
 @pytest.fixture

@@ -234,7 +234,11 @@ def test_no_two_texts_of_a_figure_overlap():
     steps = [{"step": i, "nll_f": 0.1 + i, "nll_r": 0.1 + i} for i in range(3)]
     wide = {k: torch.rand(24, 128).tolist() for k in ("forget", "retain")}
     wide["selected"] = (torch.rand(24, 128) > 0.9).tolist()
-    drawn = [*figures.frontier(runs), *figures.trajectories(dict.fromkeys(RUNS, steps), runs), *figures.experts(wide)]
+    drawn = [
+        *figures.frontier(runs),
+        *figures.trajectories(dict.fromkeys(RUNS, steps), runs),
+        *figures.experts(wide, {}),
+    ]
     assert [figure.name for figure in drawn] == ["pareto", "trajectories", "experts"]
     for drawing in [own for figure in drawn for own in figure.drawings]:
         boxes = list(texts_of(drawing))
@@ -247,7 +251,7 @@ def test_no_two_texts_of_a_figure_overlap():
 
 
 def test_figures_show_the_data():
-    (figure,) = figures.experts({key: table.tolist() for key, table in ROUTING.items()})
+    (figure,) = figures.experts({key: table.tolist() for key, table in ROUTING.items()}, {})
     assert len(figure.drawings) == 3 and all(own.inline().count('class="chosen"') == 1 for own in figure.drawings)
     first = figure.drawings[0].inline()
     assert first.count("<title>") == 6 and "layer 1, expert 0: 0.2</title>" in first
