@@ -18,7 +18,12 @@ NEEDED = {
     "eval": ("model", "forget", "retain"),
     "audit": ("model", "before", "forget", "retain", "holdout"),
 }
-POSITIONAL = {"delta": ("base", "changed"), "apply": ("base", "delta"), "revert": ("changed", "delta")}
+POSITIONAL = {
+    "report": ("folders",),
+    "delta": ("base", "changed"),
+    "apply": ("base", "delta"),
+    "revert": ("changed", "delta"),
+}
 
 
 def verbs():

@@ -14,4 +14,4 @@ def run(options: argparse.Namespace) -> None:
         print(f"removed {clean_cache()} cached models")
         return
     out = Path(options.out)
-    print_run(out, benchmark.demo(options.corpus, options.seeds, out))
+    print_run(out, benchmark.demo(options.corpus, options.seeds, out, command=options.command_line))

@@ -147,7 +147,7 @@ _VERBS = (
     ),
     Verb(
         "report",
-        "Rebuild the report of a run folder, as Markdown, one HTML file and JSON, from its JSON files.",
+        "Write the report of a run again from its JSON files; of several runs, print one table and write what is asked.",
         of.report,
     ),
     Verb(

@@ -282,7 +282,16 @@ def revert(sub: argparse.ArgumentParser) -> None:
 
 def report(sub: argparse.ArgumentParser) -> None:
     """Add the options of `report`."""
-    sub.add_argument("folder", help="a run folder with summary.json")
+    sub.add_argument("folders", nargs="+", metavar="RUN", help="the folder of a run or a demo, with summary.json")
+    told = {
+        "markdown": "the table and a frontier, whose figure goes to figures/ beside it",
+        "html": "the same as one page that loads nothing",
+        "json": "metrics and recipes",
+        "csv": "every number with its interval or spread, unrounded",
+        "latex": "the table as a tabular of booktabs",
+    }
+    for kind, what in told.items():
+        sub.add_argument(f"--{kind}", metavar="FILE", help=f"write {what}")
 
 
 def purge(sub: argparse.ArgumentParser) -> None:

@@ -41,7 +41,8 @@ VERBS = {
     "delta": Paths(("base", "changed", "recipe"), ("out",)),
     "apply": Paths(("base", "delta"), ("out",)),
     "revert": Paths(("changed", "delta"), ("out",)),
-    "report": Paths(),  # it reads and writes one folder, files of other names
+    # of one run it writes the folder that it reads, files of other names
+    "report": Paths(("folders",), ("markdown", "html", "json", "csv", "latex")),
     "purge": Paths((), ("cache",)),  # it removes from a folder and from this one
     "demo": Paths((), ("out",), REPORT),
     "kernels": Paths(("module", "sides"), ("json", "junit", "store", "repro")),

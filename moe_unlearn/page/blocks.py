@@ -100,7 +100,7 @@ class Table:
 
     def html(self) -> str:
         """Return <table>, in a box of its own that scrolls where it is too wide."""
-        right = _numeric([[text.plain(cell) for cell in row] for row in self.rows], len(self.head))
+        right = numeric([[text.plain(cell) for cell in row] for row in self.rows], len(self.head))
         kinds = [' class="n"' if own else "" for own in right]
         top = "".join(f"<th{k}>{text.html(cell)}</th>" for k, cell in zip(kinds, self.head, strict=True))
         lines = "".join(
@@ -197,7 +197,7 @@ def written(blocks: Sequence[Block]) -> Iterator[str]:
 
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> list[str]:
     """Return the lines of a table in columns of one width, numbers to the right, as text or in Markdown."""
-    right = _numeric(rows, len(head))
+    right = numeric(rows, len(head))
     lines = [head, *rows]
     widths = [max(3, *(len(row[i]) for row in lines)) for i in range(len(head))]
     padded = [
@@ -210,6 +210,6 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool =
     return [f"| {' | '.join(row)} |" for row in (padded[0], rule, *padded[1:])]
 
 
-def _numeric(rows: Sequence[Sequence[str]], columns: int) -> list[bool]:
+def numeric(rows: Sequence[Sequence[str]], columns: int) -> list[bool]:
     """Return for each column whether all of its cells begin with a number, or have no value."""
     return [bool(rows) and all(row[i] == NOTHING or _NUMBER.match(row[i]) for row in rows) for i in range(columns)]

@@ -65,12 +65,12 @@ def of(content: "Content") -> Document:
     return Document(f"Unlearning report{': ' + name if name else ''}", blocks)
 
 
-def metrics(summary: Summary) -> list[Block]:
-    """Return the table of metrics, a few runs beside each other and more below each other, and what it says."""
+def metrics(summary: Summary, *, below: bool = False) -> list[Block]:
+    """Return the table of metrics and what it says; many runs stand below each other, few only if asked to."""
     keys = columns(summary)
     runs = ordered(summary)
     names = [RUNS.get(run, run) for run in runs]
-    if len(runs) <= _FEW:
+    if len(runs) <= _FEW and not below:
         rows = [[heading(key), *(cell(summary[run], key) for run in runs), UNITS[key]] for key in keys]
         shown = Table(["metric", *names, "unit"], rows)
     else:

@@ -34,7 +34,7 @@ from moe_unlearn.ranks import everyone, gathered, is_first, on_first, sharded
 from moe_unlearn.runs import folder, report
 from moe_unlearn.runs.about import Cost, about
 from moe_unlearn.runs.clock import Clock
-from moe_unlearn.runs.seen import Seen
+from moe_unlearn.runs.seen import SAMPLES, Seen
 from moe_unlearn.runs.summary import Summary, check_name
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
@@ -234,7 +234,7 @@ class Before:
     reports: dict[str, data.DataReport] | None = None
     retrain: dict[str, float] | None = None
     command: str = ""
-    samples: int = 3
+    samples: int = SAMPLES
 
 
 def retrained(

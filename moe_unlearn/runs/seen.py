@@ -1,7 +1,7 @@
 """What a report shows of a model before and after beside its metrics: texts of a few rows, and where tokens go."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,23 @@ if TYPE_CHECKING:
 
     from moe_unlearn.runs.run import Run
 
-_TOKENS = 64  # of a continuation that is shown
+SAMPLES, TOKENS = 3, 64  # rows of a side that are shown, and tokens of their continuations
 _ROWS = 64  # of a side, whose routing is counted
+
+Texts = Mapping[str, Sequence[Continuation | None]]
+
+
+def paired_texts(before: Texts, after: Texts) -> dict[str, list[dict[str, str]]]:
+    """Return the content of `samples.json`, by side: what two models wrote after the same prompts."""
+    texts = {
+        side: [
+            {"prompt": a.prompt, "truth": a.truth, "before": a.answer, "after": b.answer}
+            for a, b in zip(own, after[side], strict=True)
+            if a and b
+        ]
+        for side, own in before.items()
+    }
+    return {side: rows for side, rows in texts.items() if rows}
 
 
 class Seen:
@@ -38,20 +53,12 @@ class Seen:
         routes: dict[str, Any] = {}
         if all(self._routes.values()):
             routes = {**self._routes, "after": self._frequencies("forget")}
-        texts = {}
-        for side, own in self._shown.items():
-            pairs = zip(self._texts[side], self._continued(own), strict=True)
-            texts[side] = [
-                {"prompt": a.prompt, "truth": a.truth, "before": a.answer, "after": b.answer}
-                for a, b in pairs
-                if a and b
-            ]
-        return routes, {side: rows for side, rows in texts.items() if rows}
+        return routes, paired_texts(self._texts, {side: self._continued(own) for side, own in self._shown.items()})
 
     def _continued(self, examples: Sequence[Example]) -> Sequence[Continuation | None]:
         with suppress(NothingToMeasureError):  # all are as short as their prompts
             if examples:
-                return continuations(self._run.model, self._tokenizer, examples, new_tokens=_TOKENS)
+                return continuations(self._run.model, self._tokenizer, examples, new_tokens=TOKENS)
         return [None] * len(examples)
 
     def _frequencies(self, side: str) -> list[list[float]]:
