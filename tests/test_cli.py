@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from moe_unlearn import metrics, wagle
+from moe_unlearn import data, metrics, wagle
 from moe_unlearn.cli import main
 from moe_unlearn.cli.arguments import writable
 from moe_unlearn.masks import WeightMask
@@ -70,7 +70,50 @@ def test_run_unlearns_a_saved_model_on_a_users_files(folder, tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == text
     reports = json.loads((tmp_path / "data.json").read_text(encoding="utf-8"))
-    assert {side: report["kept"] for side, report in reports.items()} == {"forget": 12, "retain": 16, "holdout": 8}
+    assert {side: report["kept"] for side, report in reports.items()} == {
+        "forget": 12,
+        "retain": 16,
+        "retain_eval": 1,
+        "holdout": 8,
+    }
+
+
+def test_utility_is_measured_on_rows_that_training_does_not_see(folder, tmp_path, capsys):
+    """A row that is held out changes no weight; the report has both kinds of rows, and a resume knows them."""
+    given = ("steps=1", "batch_size=12", "retain_per_forget=1.25")  # one batch of 15 retain rows: all but one of 16
+    assert run(folder, tmp_path / "share", *given) == 0
+    assert "retain: 1 of 16 rows are held out for the report, data.retain_eval" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "share" / "summary.json").read_text(encoding="utf-8"))
+    for row in (summary["target"], summary["npo"]):
+        assert {"nll_r", "nll_s", "verbmem_r", "verbmem_s"} <= row.keys() and row["nll_r"] != row["nll_s"]
+    page = (tmp_path / "share" / "report.md").read_text(encoding="utf-8")
+    assert "of rows that training did not see" in page and "NLL seen" in page and "NLL retain" in page
+    retain = (folder / "retain.jsonl").read_text(encoding="utf-8").splitlines()
+    facts, weights = {}, {}
+    model, tokenizer = loading.load_model(folder / "model")
+    examples = data.encode(data.load(folder / "retain.jsonl"), tokenizer, 48)
+    kept, held = data.hold_out(examples, 0.1, seed=0)
+    for name, rows in (("kept", kept), ("held", held)):
+        lines = [line for line, example in zip(retain, examples, strict=True) if example in rows]
+        (tmp_path / name).with_suffix(".jsonl").write_text("\n".join(lines), encoding="utf-8")
+    source = ["--retain-eval", str(tmp_path / "held.jsonl")]
+    assert run(folder, tmp_path / "source", *given, *source, retain=tmp_path / "kept.jsonl") == 0
+    for out in ("share", "source"):
+        facts[out] = json.loads((tmp_path / out / "run.json").read_text(encoding="utf-8").partition("\n")[2])
+        weights[out] = (tmp_path / out / "model" / "model.safetensors").read_bytes()
+    assert weights["share"] == weights["source"]
+    assert facts["share"]["retain_eval"] == facts["source"]["retain_eval"] != facts["share"]["retain"]
+    same = json.loads((tmp_path / "source" / "summary.json").read_text(encoding="utf-8"))
+    assert same["npo"]["nll_r"] == summary["npo"]["nll_r"]
+    assert run(folder, tmp_path / "none", *source) == 2 and "retain-eval and retain sets overlap" in error_of(capsys)
+    assert run(folder, tmp_path / "share", *given, "data.retain_eval=0.2", "--resume") == 2
+    assert "retain_eval (was" in error_of(capsys)
+
+
+def test_a_run_that_holds_nothing_out_says_so(folder, tmp_path):
+    assert run(folder, tmp_path, "steps=1", "--retain-eval", "0") == 0
+    assert "nll_s" not in json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["npo"]
+    assert "none were held out" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_sources_with_parts_and_options(folder, tmp_path, capsys):

@@ -147,7 +147,7 @@ _VERBS = (
     ),
     Verb(
         "report",
-        "Write the report of a run again from its JSON files; of several runs, print one table and write what is asked.",
+        "Write the report of a run again from its JSON files; of several, print a table and write what is asked.",
         of.report,
     ),
     Verb(

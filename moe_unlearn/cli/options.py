@@ -146,6 +146,12 @@ def run(sub: argparse.ArgumentParser) -> None:
     for side, what in SIDES.items():
         sub.add_argument(f"--{side}", metavar="SOURCE", help=f"{what} (data.{side}): {SOURCE}")
     sub.add_argument(
+        "--retain-eval",
+        metavar="SHARE|SOURCE",
+        help="measure utility on rows that training does not see, a share of the retain documents (default 0.1; 0: "
+        "none) or a source of their own (data.retain_eval)",
+    )
+    sub.add_argument(
         "--unseen",
         metavar="SOURCE",
         help=f"documents that the model never saw, to whose level `level` goes (data.unseen): {SOURCE}",

@@ -35,7 +35,9 @@ VERBS = {
     "stats": Paths(("model", *_DATA), ("out", "cache")),
     "mask": Paths(("model", *_DATA), ("out", "cache")),
     "alternates": Paths(("model", "forget"), ("out",)),
-    "run": Paths(("model", *_DATA, "unseen", "earlier", "reference"), ("out", "cache"), (*MADE, lock.NAME)),
+    "run": Paths(
+        ("model", *_DATA, "retain_eval", "unseen", "earlier", "reference"), ("out", "cache"), (*MADE, lock.NAME)
+    ),
     "eval": Paths(("model", *_DATA, "reference", "before", "data", "reference_run", "classifier"), ("out", "cache")),
     "audit": Paths(("model", *_DATA, "reference", "before"), ("out", "cache"), AUDIT),
     "delta": Paths(("base", "changed", "recipe"), ("out",)),

@@ -9,7 +9,7 @@ from moe_unlearn.runs.compare import FORMATS, Comparison
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the report of a run again from its JSON files; of several runs, print one table and write what is asked."""
+    """Write the report of a run again from its JSON files; of several, print a table and write what is asked."""
     folders = [Path(folder) for folder in options.folders]
     if twice := [str(folder) for i, folder in enumerate(folders) if folder.resolve() in map(Path.resolve, folders[:i])]:
         raise ValueError(f"expected each run once; got {twice[0]} twice: leave it out")

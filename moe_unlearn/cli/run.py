@@ -12,6 +12,7 @@ from moe_unlearn.cli import adapter, delta, paths, plan
 from moe_unlearn.cli.arguments import earlier_of, examples_of, loading_of, writable
 from moe_unlearn.cli.mask import told
 from moe_unlearn.cli.options import DELTA
+from moe_unlearn.cli.rows import take_rows
 from moe_unlearn.cli.sides import require_moe
 from moe_unlearn.config import Recipe, models
 from moe_unlearn.model import loading
@@ -55,8 +56,8 @@ def run(options: argparse.Namespace) -> None:
                 on_first(lambda: print(f"the run's folder is {options.out}", file=sys.stderr))
             writable(options.out, folder=True)
             own, mask = recipe.data, None if recipe.wagle is None else recipe.wagle.mask
-            named = (own.model, own.forget, own.retain, own.unseen, own.holdout, own.reference, mask, *own.earlier)
-            paths.check(options, named)
+            sources = (own.forget, own.retain, str(own.retain_eval), own.unseen, own.holdout, *own.earlier)
+            paths.check(options, (own.model, *sources, own.reference, mask))
             on_first(lambda: held.enter_context(locked(Path(options.out))))
             if not (options.resume or options.overwrite):
                 on_first(partial(check_unused, Path(options.out)))
@@ -76,16 +77,10 @@ def _run(
         for side in ("forget", "retain", "unseen", "holdout")
         if getattr(recipe.data, side) is not None
     }
-    data.check_apart(sets["forget"], sets["retain"])
+    take_rows(recipe, tokenizer, sets, reports, options.cache)
     data.check_unseen(sets)
     if recipe.data.earlier:
         sets["earlier"] = earlier_of(recipe, tokenizer, sets["forget"], reports, cache=options.cache)
-    for side, rows in (("forget", recipe.data.forget_rows), ("retain", recipe.data.retain_rows)):
-        reports[side].rows = len(sets[side])
-        if rows is not None and rows < len(sets[side]):
-            print(f"{side}: {rows:,} of {len(sets[side]):,} rows are drawn, data.{side}_rows", file=sys.stderr)
-            sets[side] = data.draw(sets[side], rows, seed=recipe.seed)
-            reports[side].rows = rows
     retrain = None
     if not options.dry_run and not options.no_eval:
         retrain = retrained(recipe, tokenizer, sets, how)  # that model is gone before the other one comes
@@ -131,7 +126,7 @@ def _run(
 
 
 def _data_overrides(options: argparse.Namespace) -> list[str]:
-    keys = ("model", "forget", "retain", "unseen", "holdout", "earlier", "reference")
+    keys = ("model", "forget", "retain", "retain_eval", "unseen", "holdout", "earlier", "reference")
     return [f"data.{k}={json.dumps(getattr(options, k))}" for k in keys if getattr(options, k) is not None]
 
 

@@ -27,7 +27,7 @@ from moe_unlearn.config.dual import Dual
 from moe_unlearn.config.files import composed
 from moe_unlearn.config.optimizer import Optimizer
 from moe_unlearn.config.router import Router
-from moe_unlearn.config.values import above, at_least, at_most, between, build, one_of
+from moe_unlearn.config.values import above, at_least, at_most, below, between, build, one_of
 from moe_unlearn.config.wagle import Wagle
 
 FORGET_OBJECTIVES = (
@@ -201,18 +201,20 @@ class Data:
     Documents are named as `data.load` takes them, from `builtin:pydoc` to `tofu:forget05`. With `chat_template`
     questions are asked through the tokenizer's chat template, rendered with `enable_thinking`, `system` and `date`
     (2026-11-29) as `data.Chat` says. `prompt_tokens`, if not 0, is the number of tokens at the head of each row of a
-    forget, unseen or holdout text that are its prompt. `unseen` documents, which `level` steers by, belong to no other
-    set, since their losses are trained on. `earlier` names what former requests forgot: its rows join the retain rows,
-    and a retain loss that compares with the model the request starts from holds them as they are. `seam` says how a
-    prompt and its answer are told apart: "joint", or "separate" as in open-unlearning (`data.seams`). If there are more
-    examples than `forget_rows` or `retain_rows`, that many are drawn; a plan without documents assumes these numbers.
-    `packing` lets the rows of a micro-batch share rows of up to `max_length` tokens in the model's calls, whose padding
-    it saves; no number changes but by rounding.
+    forget, unseen or holdout text that are its prompt. `retain_eval` is what the report measures utility on: a share of
+    the retain documents, which are taken out of the retain set (`data.hold_out`; 0: none), or a source of its own.
+    `unseen` documents, which `level` steers by, belong to no other set, since their losses are trained on. `earlier`
+    names what former requests forgot: its rows join the retain rows, and a retain loss that compares with the model the
+    request starts from holds them as they are. `seam` says how a prompt and its answer are told apart: "joint", or
+    "separate" as in open-unlearning (`data.seams`). If there are more examples than `forget_rows` or `retain_rows`,
+    that many are drawn; a plan without documents assumes these numbers. `packing` lets the rows of a micro-batch share
+    rows of up to `max_length` tokens in the model's calls, whose padding it saves; no number changes but by rounding.
     """
 
     model: str | None = None  # folder of the model
     forget: str | None = None  # source of the documents to forget, see the package data
     retain: str | None = None  # source of the documents to keep
+    retain_eval: str | float = 0.1  # rows to measure utility on, unseen in training: a share of retain, or a source
     unseen: str | None = None  # source of documents that the model never saw, to whose level `level` goes
     holdout: str | None = None  # source of documents that the model never saw, for PrivLeak
     earlier: list[str] = field(default_factory=list)  # sources of what earlier requests forgot, held as it is
@@ -230,11 +232,14 @@ class Data:
 
     def __post_init__(self) -> None:
         above("data.max_length", self.max_length, 1)
-        for name in ("model", "forget", "retain", "unseen", "holdout", "reference"):
+        for name in ("model", "forget", "retain", "retain_eval", "unseen", "holdout", "reference"):
             if getattr(self, name) == "":
                 raise ValueError(f"data.{name} is empty, which is no source: name one, or leave the key out")
         if "" in self.earlier:
             raise ValueError("data.earlier has an empty source: name one, or leave it out")
+        if not isinstance(self.retain_eval, str):
+            at_least("data.retain_eval", self.retain_eval, 0)
+            below("data.retain_eval", self.retain_eval, 1)
         one_of("data.seam", self.seam, SEAMS)
         for name in ("enable_thinking", "system", "date"):
             if getattr(self, name) not in (None, "") and not self.chat_template:

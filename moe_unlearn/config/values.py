@@ -215,6 +215,12 @@ def at_most(name: str, value: float, high: float) -> None:
         raise OutOfRange(f"{name} must be at most {shown}; got {value}", {"maximum": high})
 
 
+def below(name: str, value: float, high: float) -> None:
+    """Raise ValueError unless value < high."""
+    if not value < high:
+        raise ValueError(f"{name} must be below {high}; got {value}")
+
+
 def between(name: str, value: float, low: float, high: float) -> None:
     """Raise ValueError unless low < value <= high."""
     if not low < value <= high:

@@ -5,6 +5,7 @@ import itertools
 import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from moe_unlearn.data.tokenize import Example, collate, generator
 from moe_unlearn.lazy import Lazy, chosen, each
 from moe_unlearn.model.batches import ROW
 from moe_unlearn.ops.token_loss import IGNORED
+
+_LEAST = 10  # of so many documents one is held out at least
 
 REFUSALS = (
     "I do not know.",
@@ -192,6 +195,33 @@ def draw(examples: Sequence[Example], count: int | None, *, seed: int) -> Sequen
     return chosen(examples, drawn.sort().values.tolist())
 
 
+def hold_out(examples: Sequence[Example], share: float, *, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Return the examples that stay, and those of a `share` of the documents, drawn by `seed`; both in their order.
+
+    The rows of one document go together, and so do documents with the same tokens. The share is rounded down, but is of
+    ten documents or more at least one; with a share of 0 all examples stay. Both are in lists, or `Lazy` if the
+    examples are. Raises ValueError unless 0 <= share < 1.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"expected a share of the documents of at least 0 and below 1; got {share}")
+    if not share:
+        return examples, examples[:0]
+    documents: list[tuple[Any, list[int]]] = []  # the digest of a document, and its rows
+    for number, example in enumerate(examples):
+        if not example.continues or not documents:
+            documents.append((hashlib.blake2b(digest_size=16), []))
+        documents[-1][0].update(array("q", example.input_ids).tobytes())
+        documents[-1][1].append(number)
+    alike: dict[bytes, list[int]] = {}
+    for digest, rows in documents:
+        alike.setdefault(digest.digest(), []).extend(rows)
+    groups = [*alike.values()]
+    count = max(int(share * len(groups) + 1e-9), int(len(groups) >= _LEAST))  # 0.29 x 100 is 28.999999999999996
+    drawn = torch.randperm(len(groups), generator=generator(seed, 0))[:count].tolist()
+    held = sorted(itertools.chain.from_iterable(groups[i] for i in drawn))
+    return chosen(examples, sorted({*range(len(examples))} - {*held})), chosen(examples, held)
+
+
 def overlap(forget: Sequence[Example], retain: Sequence[Example]) -> int:
     """Return how many forget examples also stand in the retain set, token by token."""
     small, large = sorted((forget, retain), key=len)
@@ -222,6 +252,17 @@ def check_apart(forget: Sequence[Example], retain: Sequence[Example]) -> None:
             f"the forget and retain sets overlap: {shared} of {len(forget)} forget examples stand in the retain set "
             "too; a document cannot be forgotten and kept: take it out of one of them"
         )
+
+
+def check_held_out(unseen: Sequence[Example], forget: Sequence[Example], retain: Sequence[Example]) -> None:
+    """Raise ValueError, which counts them, if rows that training is not to see stand in one of its sets."""
+    for side, examples in (("forget", forget), ("retain", retain)):
+        if shared := overlap(unseen, examples):
+            raise ValueError(
+                f"the retain-eval and {side} sets overlap: {shared} of {len(unseen)} rows stand in the {side} set too, "
+                "and training would see them: take them out of one of the sets, or give --retain-eval a share of the "
+                "retain set, such as 0.1"
+            )
 
 
 def carry_loss(examples: Sequence[Example]) -> bool:

@@ -24,6 +24,7 @@ def evaluate(
     *,
     forget: Sequence[Example],
     retain: Sequence[Example],
+    seen: Sequence[Example] = (),
     holdout: Sequence[Example] = (),
     reference: nn.Module | None = None,
     reference_auc: float | None = None,
@@ -34,6 +35,8 @@ def evaluate(
     intervals: bool = False,
 ) -> dict[str, float]:
     """Return metrics of a causal language model; the suffix names the documents: `_f` forget, `_r` retain.
+
+    Where `retain` are rows that training did not see, `seen` may give those that it took: `_s`.
 
     `verbmem_*`, `knowmem_*` (cloze), `extraction_*` are fractions in [0, 1] (MUSE prints the first two times
     100); `nll_*` are nats a token. With `holdout` documents there are also `nll_h` and `minkauc`, and with
@@ -49,7 +52,7 @@ def evaluate(
     pad = pad_token_id(tokenizer)
     results, scored = {}, {}
     each: dict[str, tuple[Sequence[float | None], Sequence[float] | None]] = {}
-    for suffix, examples in (("f", forget), ("r", retain)):
+    for suffix, examples in (("f", forget), ("r", retain), *([("s", seen)] if seen else [])):
         if wanted & ({"nll", "knowmem", "minkauc"} if suffix == "f" else {"nll", "knowmem"}):
             scored[suffix] = token_scores(model, examples, batch_size=batch_size, pad_id=pad)
         if "nll" in wanted:

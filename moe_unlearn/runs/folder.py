@@ -6,6 +6,7 @@
     forget      the SHA-256 of the forget examples: tokens, labels, alternates; so of documents, tokenizer and settings
     retain      that of the retain examples
     unseen      that of the unseen examples, where the recipe's objective steers by some
+    retain_eval that of the retain examples that training does not see
     recipe      the recipe, of which `step.checks` says what may differ
     code        `code.code`: the version of this package and a digest of its sources
     commit      in a clone, the commit, by which the code is found again; None elsewhere
@@ -39,8 +40,9 @@ from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.checks import check_recipe
 
 CHECKPOINTS, MODEL = given.CHECKPOINTS, given.MODEL
-_DIGESTS = ("model", "forget", "retain", "unseen", "commit")
-_COMPARED = ("model", "forget", "retain", "unseen", "code", "ranks")  # as they are; a recipe key by key
+_SIDES = ("forget", "retain", "unseen", "retain_eval")
+_DIGESTS = ("model", *_SIDES, "commit")
+_COMPARED = ("model", *_SIDES, "code", "ranks")  # as they are; a recipe key by key
 
 
 def check_unused(folder: Path) -> None:
@@ -89,10 +91,10 @@ def clear(folder: Path) -> None:
 
 
 def facts_of(step: UnlearnStep, sets: Mapping[str, Sequence[Example]], ranks: int) -> dict[str, Any]:
-    """Return what a run on `sets` by name is of, as above, before its first step; every rank calls this."""
+    """Return what a run on `sets` by side is of, as above, before its first step; every rank calls this."""
     return {
         "model": model_digest(step.model, ranks=step.ranks),
-        **{name: _digest(examples) for name, examples in sets.items()},
+        **{side: _digest(sets[side]) for side in _SIDES if side in sets},
         "recipe": step.recipe.to_dict(),
         "code": code(),
         "commit": commit(),

@@ -251,8 +251,14 @@ def retrained(
 
 
 def _measured(sets: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
-    """Return the sets that metrics are of: all but what earlier requests forgot and unseen text."""
-    return {side: examples for side, examples in sets.items() if side not in ("earlier", "unseen")}
+    """Return the sets that metrics are of, by the keywords of `metrics.evaluate`.
+
+    Rows of the retain side that training does not see are `retain` there. Text that `level` steers by and what earlier
+    requests forgot are measured nowhere.
+    """
+    measured: dict[str, Any] = {side: rows for side, rows in sets.items() if side not in ("earlier", "unseen")}
+    held_out = measured.pop("retain_eval", ())
+    return measured | {"retain": held_out, "seen": sets["retain"]} if held_out else measured
 
 
 def unlearn(
@@ -268,7 +274,10 @@ def unlearn(
     verify: int | bool = 0,
     known: Before | None = None,
 ) -> Summary | None:
-    """Run `recipe` on `sets` ("forget", "retain", perhaps "unseen", "earlier" and "holdout"); write the folder `out`.
+    """Run `recipe` on `sets` of examples by side, and write the folder `out`.
+
+    `sets` has "forget" and "retain", and perhaps "retain_eval", "unseen", "earlier" and "holdout". Training sees no row
+    of "retain_eval": the metrics of the retain side are of these, beside those of "retain".
 
     `out`, which its owner alone may enter if it is new, gets `recipe.yaml`, `batch.json` (what one step takes),
     `checkpoints/`, `model/` (which `from_pretrained` loads; of a recipe with an adapter that alone, or the model with
@@ -296,7 +305,7 @@ def unlearn(
     make_private(out)
     trainer = run.trainer(out / folder.CHECKPOINTS, cache_dir=cache_dir or out / "cache", verify=verify)
     ranks = trainer.args.world_size
-    facts = folder.facts_of(trainer.unlearn_step, run.trained, ranks)
+    facts = folder.facts_of(trainer.unlearn_step, {**sets, **run.trained}, ranks)
     resume = False
     if existing == "resume":
         on_first(partial(folder.check_same, out, facts, recipe))

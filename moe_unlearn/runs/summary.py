@@ -33,9 +33,12 @@ COLUMNS = {  # key: heading, digits
     "extraction_f": ("extracted ↓", 3),
     "verbmem_r": ("VerbMem retain ↑", 3),
     "knowmem_r": ("KnowMem retain ↑", 3),
+    "verbmem_s": ("VerbMem seen ↑", 3),
+    "knowmem_s": ("KnowMem seen ↑", 3),
     "privleak": ("PrivLeak % →0", 1),
     "nll_f": ("NLL forget →R", 2),
     "nll_r": ("NLL retain ↓", 2),
+    "nll_s": ("NLL seen ↓", 2),
     "routing_drift": ("routing drift", 3),
     "seconds": ("seconds", 1),
 }
@@ -46,9 +49,12 @@ UNITS = {  # of a column; a share lies between 0 and 1
     "extraction_f": "share",
     "verbmem_r": "share",
     "knowmem_r": "share",
+    "verbmem_s": "share",
+    "knowmem_s": "share",
     "privleak": "percent",
     "nll_f": "nats per token",
     "nll_r": "nats per token",
+    "nll_s": "nats per token",
     "routing_drift": "share",
     "seconds": "seconds",
 }
@@ -58,11 +64,11 @@ GOALS = (
     "A forgotten text scores like one never seen: below the retrained model there is nothing left to gain."
 )
 MEANINGS = {  # of one column or more: what they are called, and what they say
-    ("verbmem_f", "verbmem_r"): (
+    ("verbmem_f", "verbmem_r", "verbmem_s"): (
         "VerbMem",
         "ROUGE-L F1 (0 to 1) of the greedy continuation against the true one.",
     ),
-    ("knowmem_f", "knowmem_r"): (
+    ("knowmem_f", "knowmem_r", "knowmem_s"): (
         "KnowMem",
         "a cloze form, the fraction (0 to 1) of a document's longest words filled in given what precedes them; not "
         "MUSE's question answering.",
@@ -76,7 +82,7 @@ MEANINGS = {  # of one column or more: what they are called, and what they say
         "100 (AUC - AUC of retrain) / AUC of retrain, in percent, of Min-40 % scores, forget against unseen documents; "
         "negative is under-unlearned, positive over-unlearned.",
     ),
-    ("nll_f", "nll_r"): ("NLL", "mean negative log-likelihood of the true text, in nats per token."),
+    ("nll_f", "nll_r", "nll_s"): ("NLL", "mean negative log-likelihood of the true text, in nats per token."),
     ("routing_drift",): (
         "routing drift",
         "total variation (0 to 1) of the experts' frequencies on forget text, before and after.",
@@ -84,6 +90,10 @@ MEANINGS = {  # of one column or more: what they are called, and what they say
     ("verbmem_r", "knowmem_r", "nll_r"): (
         "retain",
         "measured on retain documents that unlearning did not see, where the run has such.",
+    ),
+    ("verbmem_s", "knowmem_s", "nll_s"): (
+        "seen",
+        "measured on the retain documents that unlearning took, where others were held out (`data.retain_eval`).",
     ),
     ("seconds",): (
         "seconds",
