@@ -23,6 +23,7 @@ from moe_unlearn.runs.lock import locked
 from moe_unlearn.runs.names import PAGES
 from moe_unlearn.runs.run import Before, Run, retrained, unlearn
 from moe_unlearn.runs.summary import check_name, table
+from moe_unlearn.trainer.arguments import checked
 
 _RUNS = Path("runs")  # where the folders of runs without an --out stand
 
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
     overrides = [*_data_overrides(options), *adapter.overrides(options), *options.set]
     recipe = adapter.chosen(options, Recipe.load(options.recipe, overrides, model=known), mesh)
     check_name(recipe.name)
+    checked(recipe.trainer)
     if options.out is None and (options.resume or options.overwrite):
         raise ValueError("--resume and --overwrite are about the folder that a run has used: give it as --out")
     base = delta.base_of_run(recipe, how, Path(options.out or _RUNS / "new")) if options.delta else None

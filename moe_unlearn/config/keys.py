@@ -19,8 +19,8 @@ from moe_unlearn.config.files import EXTENDS
 from moe_unlearn.config.recipe import Recipe
 from moe_unlearn.config.values import SWITCHES, OutOfRange, leaves, section_of
 
-_TYPES = {str: "text", int: "integer", float: "number", bool: "true or false", types.NoneType: "null"}
-_JSON = {str: "string", int: "integer", float: "number", bool: "boolean", types.NoneType: "null"}
+_TYPES = {str: "text", int: "integer", float: "number", bool: "true or false", dict: "mapping", types.NoneType: "null"}
+_JSON = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", types.NoneType: "null"}
 # values of each type that are out of every range
 _REFUSED: dict[type, list[typing.Any]] = {str: ["?"], int: [-(10**9)], float: [-1e9, 1e9]}
 # a key that another one must allow

@@ -27,6 +27,7 @@ from moe_unlearn.config.dual import Dual
 from moe_unlearn.config.files import composed
 from moe_unlearn.config.optimizer import Optimizer
 from moe_unlearn.config.router import Router
+from moe_unlearn.config.trainer import check_trainer
 from moe_unlearn.config.values import above, at_least, at_most, below, between, build, one_of
 from moe_unlearn.config.wagle import Wagle
 
@@ -273,6 +274,7 @@ class Recipe:
     router: Router = field(default_factory=Router)
     optimizer: Optimizer = field(default_factory=Optimizer)
     data: Data = field(default_factory=Data)
+    trainer: dict = field(default_factory=dict)  # further TrainingArguments of transformers: trackers, schedule, ...
     steps: int = 60  # updates
     batch_size: int = 8  # forget rows of a micro-batch
     retain_per_forget: float = 1.0  # retain rows for each of them
@@ -300,6 +302,7 @@ class Recipe:
         if self.survive is not None:
             one_of("survive", self.survive, GRIDS)
         one_of("checkpointing", self.checkpointing, ("auto", "on", "off"))
+        check_trainer(self.trainer, self.optimizer.warmup_steps)
         if self.trace is not None and self.retain.objective not in ("nll", "kl"):
             raise ValueError(
                 f"trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; got {self.retain.objective!r}"

@@ -7,6 +7,7 @@
     retain      that of the retain examples
     unseen      that of the unseen examples, where the recipe's objective steers by some
     retain_eval that of the retain examples that training does not see
+    trainer     what the recipe's `trainer` section says of the training; what of logs and trackers may differ
     recipe      the recipe, of which `step.checks` says what may differ
     code        `code.code`: the version of this package and a digest of its sources
     commit      in a clone, the commit, by which the code is found again; None elsewhere
@@ -38,11 +39,13 @@ from moe_unlearn.runs.code import code, commit
 from moe_unlearn.runs.names import FACTS, MADE, MANIFEST, RESULTS
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.step.checks import check_recipe
+from moe_unlearn.trainer.arguments import checked
 
 CHECKPOINTS, MODEL = given.CHECKPOINTS, given.MODEL
 _SIDES = ("forget", "retain", "unseen", "retain_eval")
+_TOLD = ("report_to", "run_name", "project", "log", "disable_tqdm", "hub", "push_to_hub")  # how such keys begin
 _DIGESTS = ("model", *_SIDES, "commit")
-_COMPARED = ("model", *_SIDES, "code", "ranks")  # as they are; a recipe key by key
+_COMPARED = ("model", *_SIDES, "trainer", "code", "ranks")  # as they are; a recipe key by key
 
 
 def check_unused(folder: Path) -> None:
@@ -95,6 +98,7 @@ def facts_of(step: UnlearnStep, sets: Mapping[str, Sequence[Example]], ranks: in
     return {
         "model": model_digest(step.model, ranks=step.ranks),
         **{side: _digest(sets[side]) for side in _SIDES if side in sets},
+        "trainer": {key: value for key, value in checked(step.recipe.trainer).items() if not key.startswith(_TOLD)},
         "recipe": step.recipe.to_dict(),
         "code": code(),
         "commit": commit(),

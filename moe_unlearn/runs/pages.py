@@ -97,9 +97,7 @@ def _done(content: "Content") -> list[Block]:
         shown = "{} (ranks) x {} (batch_size) x {} (accumulate)".format(*factors)
         facts.append(("a step", f"{math.prod(factors)} forget rows with their retain rows: {shown}"))
         held_out = any("nll_s" in metrics for metrics in content.summary.values())
-        taken = (
-            "of rows that training did not see" if held_out else "of the rows that training took: none were held out"
-        )
+        taken = "of rows that training did not see" if held_out else "of the rows that training took, none held out"
         facts.append(("retain metrics", f"{taken} (data.retain_eval)"))
     steps = {run: len(own) for run, own in content.trajectories.items() if own and "forget_loss" in own[0]}
     if steps and about:

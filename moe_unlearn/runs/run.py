@@ -38,6 +38,7 @@ from moe_unlearn.runs.seen import SAMPLES, Seen
 from moe_unlearn.runs.summary import Summary, check_name
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
+from moe_unlearn.trainer.arguments import made as arguments_of
 from moe_unlearn.trainer.checkpoints import PREFIX
 
 SIDES = ("forget", "retain")
@@ -161,12 +162,25 @@ class Run:
             return 0
         return Unloaded(build, UnlearnStep, ([*forget], [*retain]), mesh_of(self.model)).plan(self.recipe).peak
 
-    def trainer(self, checkpoints: Path, *, cache_dir: Path | None = None, verify: int | bool = 0) -> UnlearnTrainer:
-        """Make the trainer of this run, which keeps its checkpoints in the folder `checkpoints`."""
+    def trainer(
+        self,
+        checkpoints: Path,
+        *,
+        cache_dir: Path | None = None,
+        verify: int | bool = 0,
+        held_out: Sequence[Example] = (),
+    ) -> UnlearnTrainer:
+        """Make the trainer of this run, which keeps its checkpoints in the folder `checkpoints`.
+
+        Where the recipe's `trainer` section asks for evaluations, they are on the retain rows `held_out`, or on
+        those of training if there are none or if the retain loss looks up what was prepared for a row.
+        """
         recipe = self.recipe
         gloo = everyone() is not None and distributed.get_backend() == "gloo"
         device = next(self.model.parameters()).device
-        arguments = _Arguments(
+        arguments = arguments_of(
+            _Arguments,
+            recipe.trainer,
             model_device="" if everyone() is not None else str(device),
             output_dir=str(checkpoints),
             max_steps=recipe.steps,
@@ -184,6 +198,8 @@ class Run:
             dataloader_pin_memory=torch.cuda.is_available(),  # torch warns about it where there is no GPU
             use_cpu=gloo or device.type == "cpu",  # without it accelerate takes CPUs for no ranks
             ddp_backend="gloo" if gloo else None,
+            per_device_eval_batch_size=recipe.batch_size,
+            run_name=recipe.name,
             report_to="none",
         )
         made = UnlearnTrainer(
@@ -191,6 +207,7 @@ class Run:
             arguments,
             recipe,
             train_dataset=self.pairs,
+            eval_dataset=None if arguments.eval_strategy == "no" else self._evaluated(held_out),
             data_collator=self.collator,
             cache_dir=cache_dir,
             verify=verify,
@@ -199,6 +216,14 @@ class Run:
         if arguments.model_device:
             made.accelerator.device_placement = False  # else accelerate moves the model to the first GPU
         return made
+
+    def _evaluated(self, held_out: Sequence[Example]) -> data.ForgetRetainDataset:
+        """Return the pairs that evaluations during training are of; see `trainer`."""
+        recipe = self.recipe
+        looked_up = recipe.retain.objective not in ("nll", "none") or recipe.trace is not None
+        if looked_up or not held_out or (recipe.mollm is not None and recipe.mollm.kl):
+            return self.pairs
+        return data.ForgetRetainDataset(self.pairs.forget, held_out, seed=recipe.seed)
 
 
 @dataclass
@@ -303,7 +328,12 @@ def unlearn(
     run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"], sets.get("earlier", ()), sets.get("unseen"))
     run.checkpoint_activations()
     make_private(out)
-    trainer = run.trainer(out / folder.CHECKPOINTS, cache_dir=cache_dir or out / "cache", verify=verify)
+    trainer = run.trainer(
+        out / folder.CHECKPOINTS,
+        cache_dir=cache_dir or out / "cache",
+        verify=verify,
+        held_out=sets.get("retain_eval", ()),
+    )
     ranks = trainer.args.world_size
     facts = folder.facts_of(trainer.unlearn_step, {**sets, **run.trained}, ranks)
     resume = False
