@@ -113,6 +113,11 @@ _VERBS = (
     ),
     Verb("run", "Unlearn: read a recipe, a model and the data, train, evaluate, report.", of.run, ranks=True),
     Verb(
+        "sweep",
+        "Run a recipe over a grid of settings and seeds, each run in its own folder, and compare them in one table.",
+        of.sweep,
+    ),
+    Verb(
         "eval",
         "Measure a model on forget, retain and holdout text, or with --benchmark; print and save the metrics.",
         of.evaluate,

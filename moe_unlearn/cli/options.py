@@ -194,6 +194,33 @@ def run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--delta", action="store_true", help=f"also write what changed since --model, as OUT/{DELTA}")
 
 
+def sweep(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `sweep`."""
+    sub.add_argument("recipe", help="a YAML file or the name of a shipped recipe, as for run")
+    sub.add_argument(
+        "--grid",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="KEY=VALUE,VALUE",
+        help="keys of the recipe with their values: every combination is run; forget=npo,simnpo is forget.objective",
+    )
+    sub.add_argument(
+        "--seeds", type=positive, default=1, help="how many seeds each combination has, from the recipe's on"
+    )
+    sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="override keys in all runs")
+    for name in ("model", "model-config", "forget", "retain", "retain-eval", "unseen", "holdout", "reference"):
+        sub.add_argument(f"--{name}", help="as for run")
+    sub.add_argument("--no-samples", action="store_true", help="keep texts of the documents out of the reports")
+    add_loading(sub)
+    sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after each run")
+    sub.add_argument("--cache", help="folder that the runs share for examples and reference values; default: OUT/cache")
+    sub.add_argument("--jobs", type=positive, default=1, help="how many runs are made at a time, each a process")
+    sub.add_argument("--csv", action="store_true", help="also write sweep.csv, every number of every run")
+    sub.add_argument("--latex", action="store_true", help="also write sweep.tex, the table for LaTeX (booktabs)")
+    sub.add_argument("--out", required=True, help="folder of the sweep; the same command goes on where it was stopped")
+
+
 def evaluate(sub: argparse.ArgumentParser) -> None:
     """Add the options of `eval`."""
     add_data(sub, required=())

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from moe_unlearn.files import check_output, stream_of
 from moe_unlearn.runs import lock
-from moe_unlearn.runs.names import AUDIT, MADE, REPORT
+from moe_unlearn.runs.names import AUDIT, MADE, REPORT, SWEEP
 
 
 class Paths(NamedTuple):
@@ -26,6 +26,7 @@ class Paths(NamedTuple):
 
 _FOLDERS = ("cache", "store", "repro")
 _DATA = ("forget", "retain", "holdout")
+_RUN = ("model", *_DATA, "retain_eval", "unseen", "earlier", "reference")
 VERBS = {
     "env": Paths(),
     "recipes": Paths(),
@@ -35,9 +36,8 @@ VERBS = {
     "stats": Paths(("model", *_DATA), ("out", "cache")),
     "mask": Paths(("model", *_DATA), ("out", "cache")),
     "alternates": Paths(("model", "forget"), ("out",)),
-    "run": Paths(
-        ("model", *_DATA, "retain_eval", "unseen", "earlier", "reference"), ("out", "cache"), (*MADE, lock.NAME)
-    ),
+    "run": Paths(_RUN, ("out", "cache"), (*MADE, lock.NAME)),
+    "sweep": Paths(_RUN, ("out", "cache"), (*SWEEP, lock.NAME)),
     "eval": Paths(("model", *_DATA, "reference", "before", "data", "reference_run", "classifier"), ("out", "cache")),
     "audit": Paths(("model", *_DATA, "reference", "before"), ("out", "cache"), AUDIT),
     "delta": Paths(("base", "changed", "recipe"), ("out",)),

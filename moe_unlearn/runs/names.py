@@ -22,3 +22,5 @@ MADE = (
     MANIFEST,
     *REPORT,
 )
+#: tables of a sweep
+SWEEP = ("sweep.json", "sweep.md", "sweep.csv", "sweep.tex")
