@@ -99,7 +99,7 @@ def arguments(verb, read, written, source, target, other):
         chosen = ["compare", str(source), str(other)] if read == "sides" else ["check", "--module", str(source)]
         return ["kernels", *chosen, f"--{written}", str(target)]
     named = [given.pop(name) for name in POSITIONAL.get(verb, ())]
-    extra = ["graddiff"] if verb == "run" else []
+    extra = {"run": ["graddiff"], "sweep": ["graddiff", "--grid=steps=1,2"]}.get(verb, [])
     if written != "out":
         given["out"] = str(target.parent / "elsewhere")
     given[written] = str(target)
