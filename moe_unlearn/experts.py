@@ -18,7 +18,7 @@ Per-step inputs (token groups, tilt, the sink of gradients) live in one `StepInp
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8ExpertsInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
+from moe_unlearn.expert_adapters import Aside
 from moe_unlearn.ops.expert_mlp import expert_mlp
 from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights, Gate, recognise
+from moe_unlearn.ops.low_rank import LowRank, is_grouped, low_rank_mlp
 from moe_unlearn.ops.route import Routing, route
 from moe_unlearn.ops.sink import GradientSink, OfOnePass
 
@@ -61,13 +63,14 @@ class StepInputs:
 
 @dataclass
 class _State:
-    """State kept on an experts module: its gate (if None, `reason` says why) and the step's inputs."""
+    """State kept on an experts module: its gate (if None, `reason` says why), the step's inputs, adapters' factors."""
 
     gate: Gate | None
     interleaved: bool = False
     reason: str = ""
     warned: bool = False
     inputs: StepInputs | None = None
+    low_rank: dict[str, LowRank] = field(default_factory=dict)  # of the weights by name, while an adapter's layer runs
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -117,6 +120,11 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if self.has_bias:
         biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias)
     operands = ExpertWeights(up, self.down_proj, *biases)
+    layout = _layout(self, state)
+    if state.low_rank:
+        changes = [state.low_rank.get(name) for name in ("gate_up_proj" if self.has_gate else "up_proj", "down_proj")]
+        routed = hidden_states, top_k_weights, routing.sorted_rows, routing.expert_offsets
+        return low_rank_mlp(*routed, operands, *changes, layout=layout)
     operands, sink = _sink(self, state.inputs, operands)
     trained = None
     if sink is not None and not (hidden_states.requires_grad or top_k_weights.requires_grad):
@@ -127,7 +135,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         routing.sorted_rows,
         routing.expert_offsets,
         operands,
-        layout=_layout(self, state),
+        layout=layout,
         trained_experts=trained,
         sink=None if sink is None else sink.take,
         bounded=sink is not None and sink.bounded,
@@ -260,12 +268,14 @@ class enable:  # noqa: N801 -- used like a function
         for module in modules.values():
             if not module.down_proj.is_meta:
                 _state(module)
+        self._aside = Aside(model, _low_rank_of)
 
     def disable(self) -> None:
         """Restore the implementation each part had before; a second call changes nothing more."""
         for config, implementation in self._previous:
             config._experts_implementation_internal = implementation
         self._previous = []
+        self._aside.undo()
 
     @property
     def enabled(self) -> bool:
@@ -355,6 +365,18 @@ def _not_computable(weight: Tensor) -> str:
     if hasattr(weight, "__tensor_flatten__"):
         return f"its weights are {type(weight).__name__}"
     return ""
+
+
+def _low_rank_of(module: Any, weight: Tensor) -> dict[str, LowRank] | None:
+    """Return where an experts module takes the factors of an adapter on `weight`; None where it computes with the sum.
+
+    The weight must be frozen, whole, and one with which torch multiplies the rows of all experts at once.
+    """
+    if module.config._experts_implementation != NAME or is_parallel(module) or weight.requires_grad:
+        return None
+    state = _state(module)
+    taken = not state.reason and not _not_computable(weight) and is_grouped(weight)
+    return state.low_rank if taken else None
 
 
 def _state(module: nn.Module) -> _State:

@@ -187,9 +187,10 @@ def test_a_plan_without_weights_counts_the_adapter():
     whole, small = (
         plan_of_config(config, Recipe.load("npo", ["steps=1", *more]), advise=False) for more in ([], ["adapter.r=2"])
     )
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    assert small.trained == layers * 4 * 2 * (hidden + hidden) and whole.trained == whole.weights
-    assert small.memory["optimizer state"] == 8 * small.trained < whole.memory["optimizer state"]
+    trained = sum(p.numel() for p in lora(adapted(tiny_olmoe(), recipe("adapter.r=2"))).values())
+    assert small.trained == trained and whole.trained == whole.weights
+    counters = small.memory["optimizer state"] - 8 * small.trained  # beside two moments in float32
+    assert 0 <= counters < 100 and small.memory["optimizer state"] < whole.memory["optimizer state"]
 
 
 def test_defaults_are_those_of_the_section():

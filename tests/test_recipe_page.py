@@ -20,7 +20,7 @@ def test_the_page_says_what_the_config_says():
 
 
 def test_every_key_is_there_with_a_meaning():
-    levers = Recipe.from_dict({"trace": True, "wagle": True, "mollm": True})
+    levers = Recipe.from_dict({"trace": True, "wagle": True, "mollm": True, "adapter": True})
     bound = Recipe.from_dict({"dual": {"retain_loss_eps": 1.0}})  # which MOLLM has no sum for
     adapted = Recipe.from_dict({"adapter": True})
     complete = levers.to_dict() | {"dual": bound.to_dict()["dual"], "adapter": adapted.to_dict()["adapter"]}

@@ -121,7 +121,7 @@ READS = {
     "UnlearnStep.update": (1, "a number of the optimizer"),
     "_forward_ref": (1, "a reference"),
     "_backward_ref": (1, "a reference"),
-    "_grouped_linear": (1, "a reference"),
+    "grouped_linear": (1, "a reference"),
     "_products": (2, "a reference"),
     "gram_factors_ref": (1, "a reference"),
     "_counted": (1, "a reference"),

@@ -16,6 +16,7 @@ from torch import nn
 
 from moe_unlearn.config import Recipe
 from moe_unlearn.experts import experts_modules
+from moe_unlearn.model.modes import put_in_mode
 from moe_unlearn.model.saving import has_adapters
 from moe_unlearn.ranks import sharded
 
@@ -46,6 +47,7 @@ def adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
     # imported here because peft is optional
     from peft import LoraConfig, get_peft_model
 
+    known, training = {*model.modules()}, model.training
     own, both = recipe.adapter, recipe.adapter.targets == "all"
     settings = LoraConfig(
         r=own.r,
@@ -57,8 +59,8 @@ def adapted(model: nn.Module, recipe: Recipe) -> nn.Module:
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)  # PEFT draws on the CPU; GPUs' generators stay as they are
-        wrapped: Any = get_peft_model(model, settings)
-    made: nn.Module = wrapped.train(model.training)
+        made: nn.Module = get_peft_model(model, settings)
+    put_in_mode(made, training, but=known)
     return made
 
 
