@@ -15,6 +15,10 @@ from benchmarks.model.times import Kernel, Seconds, together
 from benchmarks.shapes import QWEN3
 
 TOKENS = 8192
+_GROUPED, _SONIC = "transformers grouped_mm", "sonic-moe"
+_TITLE = f"{QWEN3.name}, {TOKENS} tokens"
+_LOSS = f"token_loss: {QWEN3.name} head, {TOKENS} tokens, V {QWEN3.vocabulary}, frozen head, bfloat16"
+_ROUTE = f"route: T {TOKENS}, E {QWEN3.experts}, K {QWEN3.top_k}"
 # what a part of a predicted time is called in a reason
 _PARTS = {
     "padding": "rows of tiles that are padding",
@@ -27,7 +31,7 @@ _PARTS = {
 
 
 class Row(NamedTuple):
-    """One target: `predicted` of ours and, where a peer is part of it, what its assumption is."""
+    """One target: what is predicted of ours, what the peer does, why ours is no faster, and how many launches it is."""
 
     work: str
     unit: str
@@ -36,6 +40,7 @@ class Row(NamedTuple):
     at_most: bool
     peer: str
     why: str
+    launches: int
 
     @property
     def hit(self) -> bool:
@@ -55,47 +60,29 @@ def reason(found: Seconds) -> str:
     return ", ".join(f"{_PARTS[part]} {getattr(found, part) / found.total:.0%}" for part in parts)
 
 
-def rows(gpu: Gpu) -> list[Row]:
-    """Return the design's rows for a GPU that were set as times; its targets are meant for an H200."""
-    layer = Layer.routed(QWEN3, TOKENS)
-    forward, dgrad = kernels.expert_forward(layer, gpu), kernels.expert_dgrad(layer, gpu)
-    impl = fastest_update(layer, gpu)
-    stores = [kernels.expert_wgrad(layer, gpu, name, False) for name in implementations(gpu)]
-    backward = dgrad + min(stores, key=lambda made: together(made, gpu).total)
+def rows(gpu: Gpu, routing: str = "uniform") -> list[Row]:
+    """Return the design's rows for a GPU that were set as times; its targets are for an H200 and uniform routing."""
+    cases = contenders(gpu, routing)
+    forward, backward = (cases[f"expert_mlp: {_TITLE}, {routing}, {way}"] for way in ("forward", "backward"))
     found = [
         _rate("expert_mlp forward", forward, gpu, 450, "LigerCute 345, torch grouped_mm 242 (published)"),
         _rate("expert_mlp dgrad + wgrad", backward, gpu, 430, "LigerCute 194 (published)"),
     ]
-    grouped = peers.grouped_mm_forward(layer) + peers.grouped_mm_backward(layer)
-    sonic = peers.sonic_forward(layer) + peers.sonic_backward(layer)
     for share, dense, best in ((1.0, 2.3, 1.4), (0.05, 4.4, 2.7)):
-        ours = forward + dgrad + kernels.expert_wgrad(layer, gpu, impl, True, share)
-        work = f"layer step with AdamW, {share:.0%} of the experts"
-        for name, theirs, target in (
-            ("grouped_mm, dense mask", grouped + peers.update(layer, share, compact=False), dense),
-            ("SonicMoE, compact AdamW", sonic + peers.update(layer, share, compact=True), best),
-        ):
-            found.append(_ratio(f"{work} vs {name.partition(',')[0]}", ours, theirs, gpu, target, name))
-    routes = kernels.route(layer)
-    taken = together(routes, gpu)
-    eager = together(peers.eager_route(layer), gpu, graph=False).total
-    found.append(
-        Row(
-            "route in a graph",
-            "us",
-            1e6 * taken.total,
-            20,
-            True,
-            f"eager calls, predicted {1e6 * eager:.0f} us",
-            reason(taken),
-        )
-    )
-    found.append(_ratio("route vs eager calls", routes, eager, gpu, 5, "ten launches of the host"))
-    loss = kernels.token_loss(TOKENS, QWEN3.hidden, QWEN3.vocabulary, gpu)
-    size = TOKENS, QWEN3.hidden, QWEN3.vocabulary
-    found.append(_ratio("token_loss vs Liger", loss, peers.liger_loss(*size), gpu, 1.33, "none, 128 rows a chunk"))
-    unfiltered = "nothing filtered, its tiles assumed"
-    found.append(_ratio("token_loss vs CCE", loss, peers.cut_cross_entropy(*size), gpu, 1.33, unfiltered))
+        step = cases[_step(share)]
+        for peer, target in ((f"{_GROUPED} + mask + AdamW", dense), (f"{_SONIC} + compact AdamW", best)):
+            work = f"layer step with AdamW, {share:.0%} of the experts, vs {peer.partition(' +')[0]}"
+            found.append(_ratio(work, step, peer, gpu, target))
+    route = {**cases[_ROUTE], "eager calls": peers.eager_route(Layer.routed(QWEN3, TOKENS, routing))}
+    ours = route["ours, triton, graph"]
+    taken = together(ours, gpu)
+    found.append(Row("route in a graph", "us", 1e6 * taken.total, 20, True, "", reason(taken), len(ours)))
+    eager = together(route["eager calls"], gpu, graph=False).total
+    shown = f"predicted {1e6 * eager:.0f} us to {1e6 * taken.total:.2g}, for the host's ten launches"
+    found.append(Row("route vs eager calls", "times", eager / taken.total, 5, False, shown, reason(taken), len(ours)))
+    assumed = {"liger fused linear CE": "128 rows a chunk", "cut-cross-entropy": "nothing filtered, its tiles assumed"}
+    for peer, assumption in assumed.items():
+        found.append(_ratio(f"token_loss vs {peer}", cases[_LOSS], peer, gpu, 1.33, f", {assumption}"))
     return found
 
 
@@ -104,55 +91,49 @@ def implementations(gpu: Gpu) -> tuple[str, ...]:
     return ("cuda", "triton") if gpu.architecture == "sm_90" else ("triton",)
 
 
-def fastest_update(layer: Layer, gpu: Gpu) -> str:
-    """Return the implementation whose update of all experts is predicted to be the fastest."""
-    return min(
-        implementations(gpu),
-        key=lambda impl: together(kernels.expert_wgrad(layer, gpu, impl, True), gpu).total,
-    )
+def contenders(gpu: Gpu, routing: str = "uniform") -> dict[str, dict[str, Sequence[Kernel]]]:
+    """Return the launches of ours and of its peers, by the title of a case of the benchmarks and their names there.
 
+    Of `expert_wgrad`'s implementations the one that is predicted to be the fastest counts.
+    """
+    layer, size = Layer.routed(QWEN3, TOKENS, routing), (TOKENS, QWEN3.hidden, QWEN3.vocabulary)
 
-def by_case(gpu: Gpu) -> dict[str, dict[str, float]]:
-    """Return predicted milliseconds by the title of a case of the benchmarks, and by its contenders there."""
-    layer = Layer.routed(QWEN3, TOKENS)
+    def wgrad(update: bool, share: float = 1.0) -> list[Kernel]:
+        made = [kernels.expert_wgrad(layer, gpu, impl, update, share) for impl in implementations(gpu)]
+        return min(made, key=lambda kernel: together(kernel, gpu).total)
+
     forward, dgrad = kernels.expert_forward(layer, gpu), kernels.expert_dgrad(layer, gpu)
-    impl, title = fastest_update(layer, gpu), f"{QWEN3.name}, {TOKENS} tokens"
-    size = TOKENS, QWEN3.hidden, QWEN3.vocabulary
-    grouped = "transformers grouped_mm"
-    stored = min(
-        (kernels.expert_wgrad(layer, gpu, name, False) for name in implementations(gpu)),
-        key=lambda made: together(made, gpu).total,
-    )
+    theirs = {
+        _GROUPED: (peers.grouped_mm_forward(layer), peers.grouped_mm_backward(layer)),
+        _SONIC: (peers.sonic_forward(layer), peers.sonic_backward(layer)),
+    }
     found: dict[str, dict[str, Sequence[Kernel]]] = {
-        f"expert_mlp: {title}, uniform, forward": {
-            "ours": forward,
-            grouped: peers.grouped_mm_forward(layer),
-            "sonic-moe": peers.sonic_forward(layer),
+        f"expert_mlp: {_TITLE}, {routing}, forward": {"ours": forward, **{name: f for name, (f, _) in theirs.items()}},
+        f"expert_mlp: {_TITLE}, {routing}, backward": {
+            "ours": dgrad + wgrad(False),
+            **{name: b for name, (_, b) in theirs.items()},
         },
-        f"expert_mlp: {title}, uniform, backward": {
-            "ours": dgrad + stored,
-            grouped: peers.grouped_mm_backward(layer),
-            "sonic-moe": peers.sonic_backward(layer),
-        },
-        f"token_loss: {QWEN3.name} head, {TOKENS} tokens, V {QWEN3.vocabulary}, frozen head, bfloat16": {
+        _LOSS: {
             "ours": kernels.token_loss(*size, gpu),
             "liger fused linear CE": peers.liger_loss(*size),
             "cut-cross-entropy": peers.cut_cross_entropy(*size),
         },
-        f"route: T {TOKENS}, E {QWEN3.experts}, K {QWEN3.top_k}": {"ours, triton, graph": kernels.route(layer)},
+        _ROUTE: {"ours, triton, graph": kernels.route(layer)},
     }
-    whole = peers.grouped_mm_forward(layer) + peers.grouped_mm_backward(layer)
-    sonic = peers.sonic_forward(layer) + peers.sonic_backward(layer)
     for share in (1.0, 0.2, 0.05):
-        found[f"expert_layer: {title}, {share:.0%} trained"] = {
-            "ours": forward + dgrad + kernels.expert_wgrad(layer, gpu, impl, True, share),
-            f"{grouped} + mask + AdamW": whole + peers.update(layer, share, compact=False),
-            f"{grouped} + compact AdamW": whole + peers.update(layer, share, compact=True),
-            "sonic-moe + compact AdamW": sonic + peers.update(layer, share, compact=True),
-        }
+        step = {"ours": forward + dgrad + wgrad(True, share)}
+        step[f"{_GROUPED} + mask + AdamW"] = sum(theirs[_GROUPED], []) + peers.update(layer, share, compact=False)
+        for name, passes in theirs.items():
+            step[f"{name} + compact AdamW"] = sum(passes, []) + peers.update(layer, share, compact=True)
+        found[_step(share)] = step
+    return found
+
+
+def by_case(gpu: Gpu) -> dict[str, dict[str, float]]:
+    """Return predicted milliseconds by the title of a case of the benchmarks, and by its contenders there."""
     return {
-        case: {name: round(1e3 * together(made, gpu).total, 4) for name, made in contenders.items()}
-        for case, contenders in found.items()
+        case: {name: round(1e3 * together(launches, gpu).total, 4) for name, launches in made.items()}
+        for case, made in contenders(gpu).items()
     }
 
 
@@ -181,15 +162,20 @@ def beside(recorded: Iterable[Mapping], gpu: Gpu) -> list[Pair]:
     return found
 
 
-def _rate(work: str, made: Sequence[Kernel], gpu: Gpu, target: float, peer: str) -> Row:
-    taken = together(made, gpu)
-    return Row(work, "TFLOP/s", kernels.flops(made) / taken.total / 1e12, target, False, peer, reason(taken))
+def _step(share: float) -> str:
+    return f"expert_layer: {_TITLE}, {share:.0%} trained"
+
+
+def _rate(work: str, made: Mapping[str, Sequence[Kernel]], gpu: Gpu, target: float, peer: str) -> Row:
+    ours = made["ours"]
+    taken = together(ours, gpu)
+    rate = kernels.flops(ours) / taken.total / 1e12
+    return Row(work, "TFLOP/s", rate, target, False, peer, reason(taken), len(ours))
 
 
 def _ratio(
-    work: str, ours: Sequence[Kernel], theirs: Sequence[Kernel] | float, gpu: Gpu, target: float, peer: str
+    work: str, made: Mapping[str, Sequence[Kernel]], peer: str, gpu: Gpu, target: float, assumption: str = ""
 ) -> Row:
-    taken = together(ours, gpu)
-    against = theirs if isinstance(theirs, float) else together(theirs, gpu).total
-    shown = f"{peer}, predicted {1e3 * against:.3g} ms to {1e3 * taken.total:.3g}"
-    return Row(work, "times", against / taken.total, target, False, shown, reason(taken))
+    taken, against = together(made["ours"], gpu), together(made[peer], gpu).total
+    shown = f"{peer}{assumption}, predicted {1e3 * against:.3g} ms to {1e3 * taken.total:.3g}"
+    return Row(work, "times", against / taken.total, target, False, shown, reason(taken), len(made["ours"]))
