@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Return what is here: `python`, `machine`, `packages`, `device`, `native`, `advice`, `ops` and `unusable` kernels."""
+    """Return what is here: `python`, `machine`, `packages`, `device`, `native`, `advice`, `ops`, `unusable` kernels."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "python": platform.python_version(),
