@@ -28,6 +28,7 @@ FLOORS = [
         "offload",
         "on_demand",
         "page",
+        "progress",
         "sharding",
         "testing",
     },

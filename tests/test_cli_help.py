@@ -40,6 +40,13 @@ def test_help_takes_no_torch():
     assert told.stdout == f"{len(VERBS) + 1} []\n"
 
 
+def test_the_demo_says_what_it_does_before_torch_is_loaded():
+    program = "import sys; sys.modules['torch'] = None\nfrom moe_unlearn.cli import main\nmain(['demo', *sys.argv[1:]])"
+    for more, begins in ([], "demo: torch is loaded, two tiny models are trained"), (["--quiet"], "Traceback"):
+        ended = subprocess.run([sys.executable, "-c", program, *more], capture_output=True, text=True)
+        assert ended.returncode == 1 and ended.stderr.startswith(begins), ended.stderr
+
+
 def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as ended:
         _parser("").parse_args(["--version"])

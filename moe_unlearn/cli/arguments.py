@@ -62,6 +62,11 @@ def add_batch_size(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch-size", type=positive, default=8, help="rows of a forward pass (default 8)")
 
 
+def add_progress(sub: argparse.ArgumentParser) -> None:
+    """Add the option that has a verb say less about how far it is."""
+    sub.add_argument("--quiet", action="store_true", help="show no progress: no bars and no lines about it")
+
+
 def add_packing(sub: argparse.ArgumentParser) -> None:
     """Add the option that lets the rows of a batch share rows of the model's calls."""
     sub.add_argument(

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import moe_unlearn
+from moe_unlearn import progress
 from moe_unlearn.cli import options as of
 from moe_unlearn.cli import paths
 from moe_unlearn.cli.launch import REFUSED, Command, Outcome, launched
@@ -40,7 +41,8 @@ class Verb(NamedTuple):
     """Describes a verb: its name, what it does, and who adds its options.
 
     `function` is what runs it, a name in its `module` of `moe_unlearn.cli`, which is the verb's own unless it is said.
-    Without `options` the module has `add_arguments`. Those with `ranks` share their work among several.
+    Without `options` the module has `add_arguments`. Those with `ranks` share their work among several. What a verb
+    `says` is told at once, before torch is loaded.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Verb(NamedTuple):
     module: str = ""
     function: str = "run"
     ranks: bool = False
+    says: str = ""
 
     def add_arguments(self, sub: argparse.ArgumentParser) -> None:
         """Add the options of the verb."""
@@ -164,6 +167,8 @@ _VERBS = (
         "demo",
         "Run the embedded experiment: target, retrain, baselines, each lever, and the three together.",
         of.demo,
+        says="demo: torch is loaded, two tiny models are trained, six recipes unlearn, and the result is measured and "
+        "attacked; some minutes",
     ),
     Verb(
         "kernels",
@@ -218,7 +223,9 @@ def _outcome(options: argparse.Namespace) -> Outcome:
             stream.reconfigure(errors="replace")
     try:
         paths.check(options)
-        with paths.undone(options):
+        with paths.undone(options), progress.shown(_form_of(options)):
+            if VERBS[options.command].says:
+                progress.say(VERBS[options.command].says)
             return VERBS[options.command].work()(options) or 0, ""
     except _BAD_INPUT as error:
         sys.stdout.flush()  # fails if it was this that broke
@@ -229,6 +236,12 @@ def _outcome(options: argparse.Namespace) -> Outcome:
         return REFUSED, _error(options, error)
     except KeyboardInterrupt:
         return 130, "interrupted; finished checkpoints are kept"
+
+
+def _form_of(options: argparse.Namespace) -> progress.Form:
+    """Return what a verb shows of its progress; nothing for a verb that has no --quiet."""
+    bars = not getattr(options, "quiet", True)
+    return progress.Form(bars, getattr(options, "log_every", 0), getattr(options, "json_lines", False))
 
 
 def _parser(only: str | None = None) -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from moe_unlearn.cli.arguments import (
     add_mesh,
     add_model,
     add_packing,
+    add_progress,
     positive,
     steps,
 )
@@ -76,6 +77,7 @@ def stats(sub: argparse.ArgumentParser) -> None:
     add_mesh(sub)
     add_dry_run(sub)
     sub.add_argument("--out", help="the JSON file to which the frequencies are written")
+    add_progress(sub)
 
 
 def mask(sub: argparse.ArgumentParser) -> None:
@@ -104,6 +106,7 @@ def mask(sub: argparse.ArgumentParser) -> None:
     add_dry_run(sub)
     sub.add_argument("--out", required=True, help="the file to write; wagle.mask of a recipe reads both formats")
     sub.add_argument("--compare", metavar="MASK", help="count the weights in which the mask differs from this file's")
+    add_progress(sub)
 
 
 def alternates(sub: argparse.ArgumentParser) -> None:
@@ -119,6 +122,7 @@ def alternates(sub: argparse.ArgumentParser) -> None:
     add_batch_size(sub)
     add_mesh(sub)
     sub.add_argument("--out", required=True, help="the .jsonl file to write, which is the --forget of `run altpo`")
+    add_progress(sub)
 
 
 def run(sub: argparse.ArgumentParser) -> None:
@@ -192,6 +196,17 @@ def run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--no-samples", action="store_true", help="keep texts of the documents out of the report")
     sub.add_argument("--no-eval", action="store_true", help="skip the metrics before and after")
     sub.add_argument("--delta", action="store_true", help=f"also write what changed since --model, as OUT/{DELTA}")
+    sub.add_argument(
+        "--log-every",
+        type=steps,
+        default=10,
+        metavar="N",
+        help="a line about every so many steps; 0: none (default 10)",
+    )
+    sub.add_argument(
+        "--json-lines", action="store_true", help="print these lines to stdout as JSON, all that is logged"
+    )
+    add_progress(sub)
 
 
 def sweep(sub: argparse.ArgumentParser) -> None:
@@ -265,6 +280,7 @@ def evaluate(sub: argparse.ArgumentParser) -> None:
     add_dry_run(sub)
     sub.add_argument("--out", help="write the metrics as JSON: a file; with --benchmark a folder")
     sub.add_argument("--redact", action="store_true", help="with --benchmark: leave texts out of what is written")
+    add_progress(sub)
 
 
 def audit(sub: argparse.ArgumentParser) -> None:
@@ -289,6 +305,7 @@ def audit(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--relearn-lr", type=float, default=RELEARN_LR, help=f"their step size (default {RELEARN_LR:g})")
     sub.add_argument("--seed", type=int, default=0, help="what decides samples and batches (default 0)")
+    add_progress(sub)
 
 
 def delta(sub: argparse.ArgumentParser) -> None:
@@ -339,6 +356,7 @@ def demo(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seeds", type=int, nargs="+", default=[7], help="settings were chosen on seeds 0 to 4")
     sub.add_argument("--out", default="runs/demo", help="folder of the report (default runs/demo)")
     sub.add_argument("--clean-cache", action="store_true", help="remove the trained models and stop")
+    add_progress(sub)
 
 
 def _add_recipe(sub: argparse.ArgumentParser) -> None:

@@ -40,6 +40,7 @@ from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer import UnlearnTrainer
 from moe_unlearn.trainer.arguments import made as arguments_of
 from moe_unlearn.trainer.checkpoints import PREFIX
+from moe_unlearn.trainer.lines import say_in_lines
 
 SIDES = ("forget", "retain")
 Existing = Literal["refuse", "resume", "overwrite"]
@@ -213,6 +214,7 @@ class Run:
             verify=verify,
             processing_class=self.tokenizer,
         )
+        say_in_lines(made)
         if arguments.model_device:
             made.accelerator.device_placement = False  # else accelerate moves the model to the first GPU
         return made
