@@ -146,7 +146,18 @@ def test_a_30b_model_is_planned_within_a_minute_and_little_memory(capsys):
     assert main(["run", "rmu", "--model-config", "qwen3-30b-a3b", "--dry-run"]) == 0
     assert time.process_time() - start < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: 1 GiB of 57 GiB of weights
-    assert re.search(r"weights +58235", capsys.readouterr().out)
+    text = capsys.readouterr().out
+    assert re.search(r"memory \(GiB\) .*\n +weights +56\.87", text) and "fits on 1 x 80 GiB" in text
+
+
+def test_a_plan_is_json_for_machines(tiny, capsys):
+    words = ["run", "npo", "--model-config", str(tiny), "--set", "data.max_length=16"]
+    assert main([*words, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["recipe"] == "npo" and plan["peak"] == sum(plan["memory"].values()) > 0
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--json"])
+    assert ended.value.code == 2 and "--json: expected --dry-run too" in capsys.readouterr().err
 
 
 @pytest.mark.quick

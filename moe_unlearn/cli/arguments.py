@@ -137,6 +137,7 @@ def add_dry_run(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print what memory it takes, from the model's config and the data, and stop",
     )
+    sub.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON, sizes in bytes")
 
 
 def _sharing(options: argparse.Namespace) -> dict[str, int]:
@@ -209,7 +210,9 @@ def examples_of(
     if reports is not None:
         reports[side] = report
     if not examples:
-        raise ValueError(f"the {side} set {source!r} is empty")
+        raise ValueError(
+            f"the {side} set {source!r} is empty: name a source with documents (what was dropped is above)"
+        )
     return examples
 
 

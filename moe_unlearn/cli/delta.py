@@ -43,7 +43,7 @@ def base_of_run(recipe: Recipe, how: loading.Loading, out: Path) -> Path:
     Raises ValueError for a run that could not write its delta.
     """
     if recipe.data.model is None:
-        raise ValueError("--delta writes what changed since --model, which is missing")
+        raise ValueError("--delta writes what changed since --model, which is missing: give --model")
     base = loading.folder_of(recipe.data.model)
     check_saved(loading.weightless(base, how), base)
     inputs = delta.ModelFolder(base).inputs

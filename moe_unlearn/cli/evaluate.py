@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     if options.reference and not options.holdout:
         raise ValueError("--reference is for privleak, which needs --holdout too")
     if options.dry_run:
-        print(plan.of_eval(options))
+        plan.show(options, plan.of_eval(options))
         return
     writable(options.out)
     if options.before is not None:

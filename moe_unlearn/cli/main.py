@@ -206,6 +206,8 @@ def _chosen(arguments: Sequence[str] | None) -> Command:
         # as of a shell variable that is not set
         if value == "" and name != "system" or isinstance(value, list) and "" in value:
             parser.error(f"argument --{name.replace('_', '-')}: expected a value; got an empty one")
+    if getattr(options, "json", False) and getattr(options, "dry_run", True) is False:
+        parser.error("argument --json: expected --dry-run too, whose plan it prints; lines of a run are --json-lines")
     options.command_line = shlex.join(["moe-unlearn", *given])
     shared = [verb.name for verb in _VERBS if verb.ranks]
     refusal = _error(options, f"expected one process; ranks share the work of {', '.join(shared)} only")

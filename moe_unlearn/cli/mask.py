@@ -27,7 +27,7 @@ from moe_unlearn.ranks import Ranks, everyone, on_first
 def run(options: argparse.Namespace) -> None:
     """Compute a WAGLE mask and save it; the same command goes on where an earlier one was interrupted."""
     if options.dry_run:
-        print(plan.of_mask(options))
+        plan.show(options, plan.of_mask(options))
         return
     how = loading_of(options)
     writable(options.out)

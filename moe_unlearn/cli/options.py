@@ -171,7 +171,7 @@ def run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--cache", help="folder of examples and reference values that runs share; default: OUT/cache for the references"
     )
-    sub.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    add_dry_run(sub)
     add_mesh(sub, "; with --dry-run: plan it")
     sub.add_argument(
         "--fits",

@@ -51,12 +51,12 @@ def run(options: argparse.Namespace) -> None:
     """Remove from a run's folder all but the model and numbers: copies of what was forgotten, and what reveals it."""
     folder = Path(options.folder)
     if not any(all(any(folder.glob(name)) for name in names) for names in _SIGNS):
-        raise ValueError(f"expected the folder of a run, an evaluation or an audit; {folder} is none")
+        raise ValueError(f"expected the folder of a run, an evaluation or an audit; {folder} is none: name its --out")
     removed = [line for each in (folder, folder / "audit") if each.is_dir() for line in _purged(each, REMOVED)]
     if options.cache:
         cache = Path(options.cache)
         if not cache.is_dir():
-            raise ValueError(f"expected a folder that was a --cache; {cache} is none")
+            raise ValueError(f"expected a folder that was a --cache; {cache} is none: name it, or leave --cache out")
         removed += _purged(cache, _CACHED)
     removed += _rewritten(folder)
     for line in removed:

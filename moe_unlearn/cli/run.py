@@ -45,8 +45,10 @@ def run(options: argparse.Namespace) -> None:
     base = delta.base_of_run(recipe, how, Path(options.out or _RUNS / "new")) if options.delta else None
     if options.model_config is not None and recipe.data.model is None:
         if not options.dry_run:
-            raise ValueError("data.model is missing: --model-config alone gives no weights, only a --dry-run")
-        print(plan.of_config(options, recipe, mesh))
+            raise ValueError(
+                "data.model is missing: --model-config alone gives no weights, only a --dry-run: give --model too"
+            )
+        plan.show(options, plan.of_config(options, recipe, mesh))
         return
     for key in ("model", "forget", "retain"):
         if getattr(recipe.data, key) is None:
@@ -87,14 +89,14 @@ def _run(
     if not options.dry_run and not options.no_eval:
         retrain = retrained(recipe, tokenizer, sets, how)  # that model is gone before the other one comes
     if options.dry_run and mesh is not None:
-        print(plan.of_mesh(options, recipe, mesh, tokenizer, sets))
+        plan.show(options, plan.of_mesh(options, recipe, mesh, tokenizer, sets))
         return
     model, _ = loading.load_model(recipe.data.model, how)
     require_moe(model)
     if options.dry_run:
         earlier, unseen = sets.get("earlier", ()), sets.get("unseen")
         planned = Run(model, tokenizer, recipe, sets["forget"], sets["retain"], earlier, unseen)
-        print(plan.of_weights(options, planned))
+        plan.show(options, plan.of_weights(options, planned))
         return
     if base is not None:
         delta.check_saved(model, base)

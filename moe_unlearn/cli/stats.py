@@ -15,7 +15,7 @@ from moe_unlearn.ranks import Ranks, everyone, on_first
 def run(options: argparse.Namespace) -> None:
     """Print routing frequencies of forget and retain text, and the experts TRACE would select."""
     if options.dry_run:
-        print(plan.of_stats(options))
+        plan.show(options, plan.of_stats(options))
         return
     how = loading_of(options)
     writable(options.out)

@@ -305,7 +305,8 @@ class Recipe:
         check_trainer(self.trainer, self.optimizer.warmup_steps)
         if self.trace is not None and self.retain.objective not in ("nll", "kl"):
             raise ValueError(
-                f"trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; got {self.retain.objective!r}"
+                f"trace weighs retain tokens and needs retain.objective 'nll' or 'kl'; got {self.retain.objective!r}: "
+                "retain.objective=nll or trace=null"
             )
         if self.data.unseen is not None and self.forget.objective not in NEED_UNSEEN:
             raise ValueError(
@@ -316,23 +317,31 @@ class Recipe:
             if self.mollm is not None:
                 raise ValueError("dual weighs the retain loss in a sum that mollm replaces: mollm=null or dual=null")
             if self.retain.objective == "none":
-                raise ValueError("dual bounds the retain loss and needs a retain.objective; got 'none'")
+                raise ValueError(
+                    "dual bounds the retain loss and needs a retain.objective; got 'none': retain.objective=nll or "
+                    "dual=null"
+                )
             at_least("retain.alpha, where dual starts,", self.retain.alpha, 0)
         if self.data.earlier and (self.retain.objective not in HOLDING or self.reference != "prepared"):
             raise ValueError(
                 "data.earlier is held as the model at the start of this request has it and needs retain.objective 'kl' "
                 "or 'embed_diff' and reference 'prepared', since 'nll' and a base model would teach it again; got "
-                f"{self.retain.objective!r} and {self.reference!r}"
+                f"{self.retain.objective!r} and {self.reference!r}: retain.objective=kl reference=prepared"
             )
         if self.scope.kind == "experts" and self.trace is None:
-            raise ValueError("scope.kind 'experts' trains the experts TRACE selects and needs trace")
+            raise ValueError(
+                "scope.kind 'experts' trains the experts TRACE selects and needs trace: trace=true or scope.kind=all"
+            )
         if self.adapter is not None and self.scope.kind in ("experts", "seuf"):
             raise ValueError(
                 f"adapter trains adapters alone, and scope.kind {self.scope.kind!r} weights under them: adapter=null, "
                 "or scope.kind=all"
             )
         if self.retain.objective == "embed_diff" and self.forget.objective != "rmu":
-            raise ValueError("retain.objective 'embed_diff' is RMU's and needs forget.objective 'rmu'")
+            raise ValueError(
+                "retain.objective 'embed_diff' is RMU's and needs forget.objective 'rmu': set both, or "
+                "retain.objective=nll"
+            )
         if self.retain.objective == "embed_diff" and self.mollm is not None and self.mollm.kl:
             raise ValueError("mollm.kl compares final hidden states, where RMU's forward does not go: mollm.kl=false")
 

@@ -31,10 +31,20 @@ def matching(model: nn.Module, patterns: list[str]) -> set[str]:
         if not found:
             raise ValueError(
                 f"scope.parameters: {pattern!r} matches no parameter; names look like "
-                f"{', '.join(names[:2] + names[-2:])}"
+                f"{', '.join(names[:2] + names[-2:])}{_experts_of_the_last_layers(names)}"
             )
         chosen |= found
     return chosen
+
+
+def _experts_of_the_last_layers(names: list[str]) -> str:
+    """Return how the experts of the last layers are named on the command line, for a model that has any."""
+    layers = sorted({int(found[1]) for name in names if (found := re.search(r"layers\.(\d+)\..*experts", name))})
+    if not layers:
+        return ""
+    last = "|".join(map(str, layers[-3:]))
+    given = f"--set \"scope.parameters=['layers.({last})[.].*experts']\""
+    return f". {given} takes the experts of the last layers; with forget.objective rmu add forget.layer={layers[-1]}"
 
 
 def trained_names(model: nn.Module, settings: Scope, selected: Tensor | None) -> set[str]:

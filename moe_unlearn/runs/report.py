@@ -142,7 +142,7 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
     if not path.is_file():
         if name == "summary":
-            raise ValueError(f"{path}: no such file; expected the metrics of a run")
+            raise ValueError(f"{path}: no such file; expected the metrics of a run: name the --out of a finished one")
         return {}
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -93,7 +93,9 @@ class Run:
         self.collator = pair_collator(recipe, tokenizer, forget, self.model, unseen)
         for side, examples in zip(SIDES, (forget, retain), strict=True):
             if not carry_loss(examples):
-                raise ValueError(f"the {side} set carries no loss: all its labels are -100")
+                raise ValueError(
+                    f"the {side} set carries no loss: all its labels are -100: give texts longer than their prompts"
+                )
 
     def batches(self, side: str) -> Sequence[Batch]:
         """Return one side in batches of the recipe's size on the model's device, every example once and in order.

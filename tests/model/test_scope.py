@@ -1,5 +1,7 @@
 """Scopes: patterns, expert masks over every layout, routers, and SEUF's affinity and anchor."""
 
+import re
+
 import pytest
 import torch
 
@@ -25,6 +27,11 @@ def test_matching_names(model):
     assert "model.layers.1.mlp.experts.down_proj" not in chosen
     with pytest.raises(ValueError, match="'nope' matches no parameter; names look like model.embed"):
         scope.matching(model, ["nope"])
+    with pytest.raises(ValueError, match="with forget.objective rmu add forget.layer=1") as refused:
+        scope.matching(model, ["nope"])
+    [named] = re.findall(r"scope.parameters=\['(.*)'\]", str(refused.value))  # the remedy is one
+    experts = {name for name, _ in model.named_parameters() if "experts" in name}
+    assert scope.matching(model, [named]) == experts
     with pytest.raises(ValueError, match="is no regular expression"):
         scope.matching(model, ["("])
 
