@@ -100,7 +100,7 @@ def arguments(verb, read, written, source, target, other):
         return ["kernels", *chosen, f"--{written}", str(target)]
     named = [given.pop(name) for name in POSITIONAL.get(verb, ())]
     extra = {"run": ["graddiff"], "sweep": ["graddiff", "--grid=steps=1,2"]}.get(verb, [])
-    if written != "out":
+    if written != "out" and "out" in paths.VERBS[verb].outputs:
         given["out"] = str(target.parent / "elsewhere")
     given[written] = str(target)
     return [verb, *extra, *named, *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]

@@ -127,7 +127,7 @@ def heat(
         return None
     strongest = max(largest if largest is not None else max(known), 1e-9)
     columns = max(map(len, table))
-    size = max(5.0, min(22.0, 304 / max(1, columns)))
+    size = max(3.0, min(22.0, 304 / max(1, columns)))
     left, top = 42.0, 26.0
     parts = [f'<text x="0" y="14" font-weight="bold">{escape(title)}</text>']
     frames = []

@@ -36,13 +36,14 @@ h4 { margin: .4rem 0 .2rem; font-size: .8rem; color: var(--faint) }
 a { color: var(--c0) }
 table { border-collapse: collapse; font-size: .875rem; overflow-wrap: normal }
 td, th { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: left; vertical-align: top }
-td { min-width: 4rem; max-width: 32rem } td:first-child { overflow-wrap: break-word }
+td { min-width: 4rem; max-width: min(40rem, 62vw); overflow-wrap: break-word }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap } th.n { white-space: normal }
 th[tabindex] { cursor: pointer } th[aria-sort=ascending]::after { content: " \\25B2" }
 th[aria-sort=descending]::after { content: " \\25BC" }
 .wide { overflow-x: auto; margin: 1rem 0 } tbody tr:hover { background: var(--soft) }
 figure { margin: 1.2rem 0 } figcaption { color: var(--faint); font-size: .875rem; max-width: 60rem }
-.panels { display: flex; flex-wrap: wrap; gap: .5rem 2rem } .panels svg { display: block; width: 100%; height: auto }
+.panels { display: flex; flex-wrap: wrap; align-items: flex-start; gap: .5rem 2rem }
+.panels svg { display: block; width: 100%; height: auto }
 summary { cursor: pointer; margin: 1rem 0; font-weight: bold }
 code, pre { background: var(--soft); font-size: .875em } pre { padding: .6rem; white-space: pre-wrap }
 .compared { border: 1px solid var(--line); border-radius: 6px; padding: .5rem .9rem .9rem; margin: 1rem 0 }

@@ -8,7 +8,7 @@ from moe_unlearn.page.style import COLOURS, DRAWING
 from moe_unlearn.page.text import escape
 
 STYLES = 8  # classes s0 ... of the style sheet: a colour and a dash each, with the marker of the same number
-LETTER = 6.3  # pixels that a letter of 12 px takes on average
+LETTER = 7.2  # pixels that a letter of 12 px takes on average
 
 
 @dataclass(frozen=True)
