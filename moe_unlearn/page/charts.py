@@ -79,7 +79,7 @@ def scatter(title: str, spots: Sequence[Spot], axes: tuple[Axis, Axis], goal: Se
             frame.parts += interval(spot.spread[0 if across else 1], axis, place, (x, y), across)
         told = f"{escape(spot.name)}: {spot.at[0]:.3f}, {spot.at[1]:.3f}"
         frame.parts.append(f"<title>{told}</title>{marker(spot.style, x, y, 6)}</g>")
-    taken = [(frame.x(s.at[0]) - 7, frame.y(s.at[1]) - 7, frame.x(s.at[0]) + 7, frame.y(s.at[1]) + 7) for s in shown]
+    taken = [box for spot in shown for box in _boxes(spot, frame)]
     for spot in shown:
         frame.parts += _named(spot.name, (frame.x(spot.at[0]), frame.y(spot.at[1])), frame, taken)
     return frame.drawing({spot.name: spot.style for spot in shown}, markers=True)
@@ -151,6 +151,16 @@ def heat(
         parts.append(tick(left + size * (j + 0.5), bottom + 15, str(j), "middle"))
     parts.append(tick(left + size * columns / 2, bottom + 31, f"{names[1]} (a row is a {names[0]})", "middle"))
     return Drawing(max(left + size * columns + 6, 260), bottom + 38, [*parts, *frames])
+
+
+def _boxes(spot: Spot, frame: Frame) -> list[tuple[float, float, float, float]]:
+    """Return the rectangles that the marker of a point and its two intervals take, where no name shall stand."""
+    x, y = frame.x(spot.at[0]), frame.y(spot.at[1])
+    (left, right), (low, high) = (
+        _held(ends, axis) for ends, axis in zip(spot.spread, (frame.across, frame.up), strict=True)
+    )
+    bars = [(frame.x(left), y - 2, frame.x(right), y + 2), (x - 2, frame.y(high), x + 2, frame.y(low))]
+    return [(x - 7, y - 7, x + 7, y + 7), *bars]
 
 
 def _held(pair: Sequence[float], axis: Axis) -> list[float]:
