@@ -93,14 +93,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the journal, which a later call continues")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--record", action="store_true", help="write the record of what the journal has")
+    parser.add_argument(
+        "--record", action="store_true", help="measure nothing more; write the record of what the journal has"
+    )
     chosen = parser.parse_args(arguments)
     known = journal.read(chosen.out) if chosen.out.exists() else []
     rows = {(line["row"]["recipe"], line["row"]["mode"], line["row"]["seed"]): line["row"] for line in known
             if line["kind"] == "case"}  # fmt: skip
     for recipe in RECIPES:
         for mode in MODES:
-            if (recipe, mode, chosen.seed) not in rows:
+            if (recipe, mode, chosen.seed) not in rows and not chosen.record:
                 rows[recipe, mode, chosen.seed] = made = measure(recipe, mode, chosen.seed)
                 journal.Journal(chosen.out, "router").write("case", row=made)
                 print(json.dumps(made), flush=True)
