@@ -22,8 +22,8 @@ from moe_unlearn.benchmark.tiny_models import Experiment, Settings
 from moe_unlearn.config import Recipe
 from moe_unlearn.runs import report
 from moe_unlearn.runs.about import Cost, about
-from moe_unlearn.runs.run import routing_of
 from moe_unlearn.runs.seen import SAMPLES, TOKENS, paired_texts
+from moe_unlearn.runs.unlearn import routing_of
 
 RUNS = ("graddiff", "npo", "trace", "wagle", "mollm", "combined")
 

@@ -21,8 +21,9 @@ from moe_unlearn.ranks import on_first
 from moe_unlearn.runs.folder import check_unused, dated
 from moe_unlearn.runs.lock import locked
 from moe_unlearn.runs.names import PAGES
-from moe_unlearn.runs.run import Before, Run, retrained, unlearn
+from moe_unlearn.runs.run import Run
 from moe_unlearn.runs.summary import check_name, table
+from moe_unlearn.runs.unlearn import Before, retrained, unlearn
 from moe_unlearn.trainer.arguments import checked
 
 _RUNS = Path("runs")  # where the folders of runs without an --out stand

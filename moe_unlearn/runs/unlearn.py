@@ -1,0 +1,224 @@
+"""A run from its data to its folder: the steps, the metrics before and after, and all that it writes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from moe_unlearn import data, metrics, survive, trace
+from moe_unlearn.config import Recipe
+from moe_unlearn.data import Example
+from moe_unlearn.files import make_private, write_json, write_text
+from moe_unlearn.metrics.privacy import add_privleak
+from moe_unlearn.model import loading
+from moe_unlearn.model.adapters import merged
+from moe_unlearn.model.saving import save_model
+from moe_unlearn.ranks import is_first, on_first, sharded
+from moe_unlearn.runs import folder, report
+from moe_unlearn.runs.about import Cost, about
+from moe_unlearn.runs.clock import Clock
+from moe_unlearn.runs.run import SIDES, Run
+from moe_unlearn.runs.seen import SAMPLES, Seen
+from moe_unlearn.runs.summary import Summary, check_name
+from moe_unlearn.step import UnlearnStep
+from moe_unlearn.trainer.checkpoints import PREFIX
+
+Existing = Literal["refuse", "resume", "overwrite"]
+
+
+@dataclass(frozen=True)
+class Before:
+    """Holds what is known before a run and belongs to its folder.
+
+    `loaded` says how the model was loaded (`loading.described`), `reports` what became of the data, by side,
+    `retrain` has the metrics of the retrained model (`retrained`), `command` is the command line, and `samples` of how
+    many rows a side the report shows the texts before and after.
+    """
+
+    loaded: dict[str, Any] = field(default_factory=dict)
+    reports: dict[str, data.DataReport] | None = None
+    retrain: dict[str, float] | None = None
+    command: str = ""
+    samples: int = SAMPLES
+
+
+def retrained(
+    recipe: Recipe, tokenizer: Tokenizer, sets: Mapping[str, Sequence[Example]], how: loading.Loading
+) -> dict[str, float] | None:
+    """Return the metrics of the retrained model that a recipe names as `data.reference`, None where it names none.
+
+    No other model needs to be in memory meanwhile, and it is gone afterwards.
+    """
+    if recipe.data.reference is None:
+        return None
+    model, _ = loading.load_model(recipe.data.reference, how)
+    return metrics.evaluate(model, tokenizer, **_measured(sets), intervals=True)
+
+
+def _measured(sets: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
+    """Return the sets that metrics are of, by the keywords of `metrics.evaluate`.
+
+    Rows of the retain side that training does not see are `retain` there. Text that `level` steers by and what earlier
+    requests forgot are measured nowhere.
+    """
+    measured: dict[str, Any] = {side: rows for side, rows in sets.items() if side not in ("earlier", "unseen")}
+    held_out = measured.pop("retain_eval", ())
+    return measured | {"retain": held_out, "seen": sets["retain"]} if held_out else measured
+
+
+def unlearn(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    sets: Mapping[str, Sequence[Example]],
+    out: Path,
+    *,
+    existing: Existing = "refuse",
+    evaluate: bool = True,
+    cache_dir: Path | None = None,
+    verify: int | bool = 0,
+    known: Before | None = None,
+) -> Summary | None:
+    """Run `recipe` on `sets` of examples by side, and write the folder `out`.
+
+    `sets` has "forget" and "retain", and perhaps "retain_eval", "unseen", "earlier" and "holdout". Training sees no row
+    of "retain_eval": the metrics of the retain side are of these, beside those of "retain".
+
+    `out`, which its owner alone may enter if it is new, gets `recipe.yaml`, `batch.json` (what one step takes),
+    `checkpoints/`, `model/` (which `from_pretrained` loads; of a recipe with an adapter that alone, or the model with
+    it merged), `summary.json`, `trajectory.json` and the report (`runs.report`) with what it is made of; from what is
+    `known` also `loaded.json` and `data.json`, with `verify` (as in `UnlearnStep`) `verified.txt`, and with TRACE
+    `routing.json`; and what `runs.folder` keeps. Preparation comes first, so that nothing is written if the recipe does
+    not fit model or data. References are kept in `cache_dir`, by default `out/cache`. Returns the summary: run name ->
+    metrics, empty without `evaluate`, which writes no report.
+
+    `existing` says what becomes of a run that `out` has: "refuse", "overwrite", or "resume", which continues from its
+    newest whole checkpoint, or from the beginning where there is none. Of a run that is finished it returns None, says
+    so and changes nothing. Raises ValueError, which names what differs, for the run of something else.
+
+    Ranks of torch.distributed share the rows of every step and every metric: each takes `batch_size` rows at a time, so
+    that a step has `batch_size` times `accumulate` times the number of ranks. The first rank writes; all return the
+    summary. The weights are those of one process whose `accumulate` is as many times larger, up to the rounding of
+    sums, as long as the ranks share the batches of an epoch without a rest.
+    """
+    check_name(recipe.name)
+    known = Before() if known is None else known
+    if existing == "refuse":
+        on_first(partial(folder.check_unused, out))
+    run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"], sets.get("earlier", ()), sets.get("unseen"))
+    run.checkpoint_activations()
+    make_private(out)
+    trainer = run.trainer(
+        out / folder.CHECKPOINTS,
+        cache_dir=cache_dir or out / "cache",
+        verify=verify,
+        held_out=sets.get("retain_eval", ()),
+    )
+    ranks = trainer.args.world_size
+    facts = folder.facts_of(trainer.unlearn_step, {**sets, **run.trained}, ranks)
+    resume = False
+    if existing == "resume":
+        on_first(partial(folder.check_same, out, facts, recipe))
+        wanted = ("trajectory.json", "summary.json") if evaluate else ("trajectory.json",)
+        if trainer.unlearn_step.ranks.said_by_first(partial(folder.finished, out, recipe.steps, wanted)):
+            print(f"{out} has this run, and it is finished: nothing is left to do")
+            return None
+        resume = any((out / folder.CHECKPOINTS).glob(f"{PREFIX}*"))
+    cost = Cost(next(model.parameters()).device)
+    checkpoint = trainer.checkpoint_of(resume)  # before anything is written: what is refused changes nothing
+    clock = Clock.of_checkpoint(checkpoint)
+    trainer.add_callback(clock)
+    if checkpoint is None:
+        with clock.running():
+            trainer.prepare()
+    batch = {"ranks": ranks, "batch_size": recipe.batch_size, "accumulate": recipe.accumulate}
+
+    def write_settings() -> None:
+        if existing == "overwrite":
+            folder.clear(out)
+        folder.write_facts(out, facts)
+        if not (resume and (out / "about.json").exists()):
+            write_json(out / "about.json", about(known.command, recipe.seed, cost.device))
+        write_text(out / "recipe.yaml", recipe.to_yaml())
+        write_json(out / "batch.json", batch)
+        if known.loaded:
+            write_json(out / "loaded.json", known.loaded)
+        if known.reports is not None:
+            write_json(out / "data.json", {side: own.to_dict() for side, own in known.reports.items()})
+
+    on_first(write_settings)
+    summary: Summary = {}
+    measured = _measured(sets)
+    if evaluate:
+        if known.retrain is not None:
+            summary["retrain"] = known.retrain
+        with cost.phase("evaluation before"):
+            summary["target"] = metrics.evaluate(run.model, tokenizer, **measured, intervals=True)
+            seen = Seen(run, tokenizer, known.samples, trainer.unlearn_step.ranks)
+    try:
+        with clock.running():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        if verify and is_first():  # alone, since an error may have ended the others elsewhere
+            write_text(out / "verified.txt", trainer.unlearn_step.verifier.summary() + "\n")
+    unlearned: Any = trainer.model
+    if recipe.survive is not None:
+        step = trainer.unlearn_step
+        moved = survive.hold(step.model, recipe.survive, *map(run.batches, SIDES), step.masks)
+        if is_first():
+            print(f"survive: {moved.moved:,} of {moved.weights:,} weights moved within reach of {recipe.survive}")
+    steps = [dict(sorted(entry.items())) for entry in trainer.state.log_history if "forget_loss" in entry]
+    trajectories = {recipe.name: steps}
+    routing = routing_of(trainer.unlearn_step)
+
+    trainer.check_weights()
+    if evaluate and ranks == 1 and not sharded(model):
+        cost.planned = trainer.unlearn_step.plan(*map(run.batches, SIDES), stored=True).peak
+    if recipe.adapter is not None and recipe.adapter.merge:
+        unlearned = merged(unlearned)  # which is then what the metrics are of
+    save_model(unlearned, out / folder.MODEL, tokenizer)
+
+    def write_results() -> None:
+        write_json(out / "trajectory.json", trajectories)
+        if routing:
+            write_json(out / "routing.json", routing)
+
+    on_first(write_results)
+    if evaluate:
+        cost.seconds["preparation and steps"] = clock.seconds
+        with cost.phase("evaluation after"):
+            measured_after = metrics.evaluate(unlearned, tokenizer, **measured, intervals=True)
+            routes, texts = seen.after()
+        summary[recipe.name] = measured_after | {"seconds": clock.seconds}
+        add_privleak([summary["target"], summary[recipe.name]], summary.get("retrain", {}))
+
+        def write_report() -> None:
+            made = {"routes": routes, "cost": cost.to_dict(), "samples": texts, "summary": summary}
+            for name, content in made.items():
+                if content:
+                    write_json(out / f"{name}.json", content)
+            report.write(out, report.read(out))
+
+        on_first(write_report)
+    on_first(partial(folder.seal, out, recipe.steps))
+    return summary
+
+
+def routing_of(step: UnlearnStep) -> dict:
+    """Return the frequencies TRACE measured and the experts it chose, as `report` has them; empty without TRACE."""
+    recipe, prepared = step.recipe.trace, step.prepared
+    if prepared.frequencies is None:
+        return {}
+    assert prepared.selected is not None  # it comes with the frequencies
+    routing: dict[str, Any] = {side: counted.frequency.tolist() for side, counted in prepared.frequencies.items()}
+    routing["selected"] = prepared.selected.tolist()
+    if prepared.inactive:
+        assert recipe is not None
+        routing["inactive"] = trace.why_empty(
+            **prepared.frequencies, min_ratio=recipe.min_ratio, min_load=recipe.min_load
+        )
+    return routing
