@@ -190,7 +190,8 @@ def _watched(model: nn.Module, names: Sequence[str], sums: dict[str, Tensor]) ->
         def hook(module: Any, args: tuple, kwargs: dict) -> None:
             keys = ("hidden_states", "top_k_index", "top_k_weights")
             given = dict(zip(keys, args, strict=False)) | kwargs
-            _add_experts(module, prefix, *(given[key][attended[0]] for key in keys), add)
+            hidden, index, weights = (given[key][attended[0]] for key in keys)
+            _add_experts(module, prefix, hidden, index, weights, add)
 
         return hook
 

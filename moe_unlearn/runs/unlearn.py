@@ -168,7 +168,7 @@ def unlearn(
     unlearned: Any = trainer.model
     if recipe.survive is not None:
         step = trainer.unlearn_step
-        moved = survive.hold(step.model, recipe.survive, *map(run.batches, SIDES), step.masks)
+        moved = survive.hold(step.model, recipe.survive, run.batches("forget"), run.batches("retain"), step.masks)
         if is_first():
             print(f"survive: {moved.moved:,} of {moved.weights:,} weights moved within reach of {recipe.survive}")
     steps = [dict(sorted(entry.items())) for entry in trainer.state.log_history if "forget_loss" in entry]
