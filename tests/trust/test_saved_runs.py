@@ -122,7 +122,8 @@ def other_ranks(inputs, out, monkeypatch):
 
 OTHERS = {
     "model": (another_model, r"has a run of something else: model \(was \w+, is \w+\);"),
-    "retain": (another_document, r"has a run of something else: retain \(was \w+, is \w+\);"),
+    # rows that are held out are drawn of all
+    "retain": (another_document, r"has a run of something else: retain \(was \w+, is \w+\)(, retain_eval \(.*\))?;"),
     "code": (
         another_code,
         r"something else: code \(was 0.1.0, sources \w{16}, is 0.1.0, sources 0123\), commit \(was .*, is 4567\);",
