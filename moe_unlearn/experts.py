@@ -18,7 +18,6 @@ Per-step inputs (token groups, tilt, the sink of gradients) live in one `StepInp
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,8 +27,9 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS,
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from moe_unlearn.expert_adapters import Aside
+from moe_unlearn.expert_state import State, StepInputs, not_computable, probe
 from moe_unlearn.ops.expert_mlp import expert_mlp
-from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights, Gate, recognise
+from moe_unlearn.ops.gate import ExpertLayout, ExpertWeights
 from moe_unlearn.ops.low_rank import LowRank, is_grouped, low_rank_mlp
 from moe_unlearn.ops.route import Routing, route
 from moe_unlearn.ops.sink import GradientSink, OfOnePass
@@ -37,40 +37,6 @@ from moe_unlearn.ops.sink import GradientSink, OfOnePass
 NAME = "moe_unlearn"
 _FALLBACK = "grouped_mm"
 _ATTRIBUTE = "_moe_unlearn"
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass
-class StepInputs:
-    """Inputs of one step for one layer; all tensors or plain numbers.
-
-    Every forward pass adds to two tensors (the recompute of a gradient checkpoint does not):
-    `tokens_per_expert` int64 [G, E] counts the tokens of each `group` [T]; `log_weight` float32 [T] collects
-    `log_tilt` [E] over a token's experts.
-
-    With `weight_gradients` no weight gets a gradient: its factors go to that sink, under the layer's `owners` if the
-    sink has any.
-    """
-
-    group: Tensor | None = None
-    num_groups: int = 1
-    log_tilt: Tensor | None = None
-    log_weight: Tensor | None = None
-    tokens_per_expert: Tensor | None = None
-    weight_gradients: GradientSink | None = None
-    owners: Mapping[str, Tensor] | None = None
-
-
-@dataclass
-class _State:
-    """State kept on an experts module: its gate (if None, `reason` says why), the step's inputs, adapters' factors."""
-
-    gate: Gate | None
-    interleaved: bool = False
-    reason: str = ""
-    warned: bool = False
-    inputs: StepInputs | None = None
-    low_rank: dict[str, LowRank] = field(default_factory=dict)  # of the weights by name, while an adapter's layer runs
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -97,7 +63,7 @@ def total_experts(module: Any) -> int:
 def copy_gate(source: nn.Module, target: nn.Module) -> None:
     """Copy the gate of `source` to `target`, a copy of that experts module whose values cannot be read."""
     if _ATTRIBUTE not in target.__dict__:
-        target.__dict__[_ATTRIBUTE] = _probe(source)
+        target.__dict__[_ATTRIBUTE] = probe(source)
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -110,7 +76,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     state = _state(self)
     up = self.gate_up_proj if self.has_gate else self.up_proj
     routing = _counted_routing(self, state, top_k_index)
-    if reason := state.reason or _not_computable(up):
+    if reason := state.reason or not_computable(up):
         _warn_once(self, state, reason)
         fallback: Tensor = ALL_EXPERTS_FUNCTIONS[_FALLBACK](self, hidden_states, top_k_index, top_k_weights)
         return fallback
@@ -150,7 +116,7 @@ def layout_of(module: nn.Module) -> ExpertLayout:
     return _layout(module, state)
 
 
-def _layout(module: Any, state: _State) -> ExpertLayout:
+def _layout(module: Any, state: State) -> ExpertLayout:
     assert state.gate is not None
     return ExpertLayout(state.gate, module.is_transposed, state.interleaved, module.has_gate)
 
@@ -206,7 +172,7 @@ def fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Ten
     return output
 
 
-def _counted_routing(module: Any, state: _State, top_k_index: Tensor) -> Routing | None:
+def _counted_routing(module: Any, state: State, top_k_index: Tensor) -> Routing | None:
     """Route the tokens and add to the counters of the step's inputs; None if there is nothing to count."""
     if state.inputs is None or is_parallel(module) or _recomputing():
         return None
@@ -348,7 +314,7 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _warn_once(module: nn.Module, state: _State, reason: str) -> None:
+def _warn_once(module: nn.Module, state: State, reason: str) -> None:
     if not state.warned:
         state.warned = True
         # all layers warn from this one place: Python shows equal warnings from one place once
@@ -356,15 +322,6 @@ def _warn_once(module: nn.Module, state: _State, reason: str) -> None:
             f"{type(module).__name__}: {reason}; its experts run on {_FALLBACK!r} instead of {NAME!r}",
             stacklevel=2,
         )
-
-
-def _not_computable(weight: Tensor) -> str:
-    """Return why `expert_mlp` cannot take this weight; empty if it can."""
-    if weight.dtype not in _DTYPES:
-        return f"its weights are {weight.dtype}"
-    if hasattr(weight, "__tensor_flatten__"):
-        return f"its weights are {type(weight).__name__}"
-    return ""
 
 
 def _low_rank_of(module: Any, weight: Tensor) -> dict[str, LowRank] | None:
@@ -375,36 +332,20 @@ def _low_rank_of(module: Any, weight: Tensor) -> dict[str, LowRank] | None:
     if module.config._experts_implementation != NAME or is_parallel(module) or weight.requires_grad:
         return None
     state = _state(module)
-    taken = not state.reason and not _not_computable(weight) and is_grouped(weight)
+    taken = not state.reason and not not_computable(weight) and is_grouped(weight)
     return state.low_rank if taken else None
 
 
-def _state(module: nn.Module) -> _State:
-    state: _State | None = module.__dict__.get(_ATTRIBUTE)
+def _state(module: nn.Module) -> State:
+    state: State | None = module.__dict__.get(_ATTRIBUTE)
     return _new_state(module) if state is None else state
 
 
 @torch.compiler.disable(
     reason="call moe_unlearn.enable(model), or the model itself once, before compiling: gates are probed then"
 )
-def _new_state(module: nn.Module) -> _State:
-    module.__dict__[_ATTRIBUTE] = state = _probe(module)
+def _new_state(module: nn.Module) -> State:
+    module.__dict__[_ATTRIBUTE] = state = probe(module)
     if is_parallel(module):
         module.register_forward_pre_hook(_count_all, with_kwargs=True)
     return state
-
-
-def _probe(module: Any) -> _State:
-    """Find the module's gate and layout, or the reason why they cannot be computed here."""
-    if getattr(module, "has_post_expert_norm", False):
-        return _State(None, reason="it normalises after each expert")
-    if module.down_proj.dtype not in _DTYPES:
-        return _State(None, reason=f"its weights are {module.down_proj.dtype}")
-    device = torch.device("cpu") if module.down_proj.is_meta else module.down_proj.device
-    function = module._apply_gate if module.has_gate else module.act_fn
-    # the layout of the flag is tried first, but the function itself decides
-    layouts = (not module.is_concatenated, module.is_concatenated) if module.has_gate else (False,)
-    # the module's attributes only supply numbers to try
-    numbers = {float(v) for v in vars(module).values() if type(v) in (int, float) and v > 0}
-    found = recognise(function, layouts, numbers, device, gated=module.has_gate)
-    return _State(None, reason=found) if isinstance(found, str) else _State(*found)

@@ -35,7 +35,7 @@ FLOORS = [
     {"backend", "ranks"},
     {"checkpoint", "native"},
     {"delta", "ops"},
-    {"expert_adapters", "optim_state"},
+    {"expert_adapters", "expert_state", "optim_state"},
     {"experts", "masks", "optim", "regress"},
     {"model", "view"},
     {"data", "losses", "routers", "seuf", "survive", "trace", "verify", "wagle"},
