@@ -24,6 +24,7 @@ STEP = (
     "offload",
     "optim_state",
     "losses",
+    "expert_state",
     "experts",
     "model/admissible",
     "model/batch_sets",
