@@ -108,7 +108,7 @@ def unlearned(made: Experiment, lever: Lever) -> nn.Module:
         recipe = dataclasses.replace(recipe, retain_per_forget=share)
         retain = retain + sampled(made, lever.samples)
     unseen = unseen_of(made.seed, made.settings) if recipe.forget.objective == "level" else None
-    run = Run(made.fresh_target(), made.tokenizer, recipe, made.forget, retain, unseen)
+    run = Run(made.fresh_target(), made.tokenizer, recipe, made.forget, retain, unseen=unseen)
     step, average = UnlearnStep(run.model, recipe), None
     step.prepare(*map(run.batches, SIDES))
     for i in range(recipe.steps):

@@ -1,10 +1,14 @@
 """The frontier of deep forgetting is resumed where it was, and its section says how far each run is from the goal."""
 
+import inspect
+from types import SimpleNamespace
+
 import pytest
 
 from benchmarks import lasting
 from benchmarks.journal import Journal, read
 from moe_unlearn.config import Recipe
+from moe_unlearn.runs.run import Run
 
 pytestmark = pytest.mark.quick
 NEAR = {
@@ -52,6 +56,26 @@ def test_runs_that_have_a_line_are_not_made_again(tmp_path, monkeypatch):
     assert made == [("mollm", 0), *((name, 1) for name in ("target", "retrain", "level", "mollm"))]
     lasting.main(arguments)
     assert len(made) == 5
+
+
+def test_level_steers_by_its_unseen_documents(monkeypatch):
+    """They were given as what earlier requests forgot, which has another place in the arguments of a run."""
+
+    class Stopped(Exception):
+        pass
+
+    def noted(*given, **named):
+        raise Stopped(inspect.signature(Run).bind(*given, **named).arguments)
+
+    monkeypatch.setattr(lasting, "Run", noted)
+    monkeypatch.setattr(lasting, "unseen_of", lambda seed, settings: ["unseen"])
+    made = SimpleNamespace(
+        seed=0, settings=None, tokenizer=None, forget=["forget"], retain_unlearn=["retain"], fresh_target=lambda: None
+    )
+    with pytest.raises(Stopped) as found:
+        lasting.unlearned(made, lasting.LEVERS["level"])
+    [given] = found.value.args
+    assert given["unseen"] == ["unseen"] and "earlier" not in given
 
 
 def test_the_section_names_what_is_missed_and_says_whether_a_seed_was_kept_back(tmp_path):

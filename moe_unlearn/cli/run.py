@@ -20,10 +20,11 @@ from moe_unlearn.plan import Mesh
 from moe_unlearn.ranks import on_first
 from moe_unlearn.runs.folder import check_unused, dated
 from moe_unlearn.runs.lock import locked
+from moe_unlearn.runs.measured import retrained
 from moe_unlearn.runs.names import PAGES
 from moe_unlearn.runs.run import Run
 from moe_unlearn.runs.summary import check_name, table
-from moe_unlearn.runs.unlearn import Before, retrained, unlearn
+from moe_unlearn.runs.unlearn import Before, unlearn
 from moe_unlearn.trainer.arguments import checked
 
 _RUNS = Path("runs")  # where the folders of runs without an --out stand
@@ -95,8 +96,8 @@ def _run(
     model, _ = loading.load_model(recipe.data.model, how)
     require_moe(model)
     if options.dry_run:
-        earlier, unseen = sets.get("earlier", ()), sets.get("unseen")
-        planned = Run(model, tokenizer, recipe, sets["forget"], sets["retain"], earlier, unseen)
+        others = {"earlier": sets.get("earlier", ()), "unseen": sets.get("unseen")}
+        planned = Run(model, tokenizer, recipe, sets["forget"], sets["retain"], **others)
         plan.show(options, plan.of_weights(options, planned))
         return
     if base is not None:

@@ -66,6 +66,7 @@ class Run:
         recipe: Recipe,
         forget: Sequence[Example],
         retain: Sequence[Example],
+        *,
         earlier: Sequence[Example] = (),
         unseen: Sequence[Example] | None = None,
     ):

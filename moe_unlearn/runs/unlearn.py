@@ -1,4 +1,4 @@
-"""A run from its data to its folder: the steps, the metrics before and after, and all that it writes."""
+"""Makes a run, from its data to its folder: the steps between two measurements, and what it writes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,20 +9,19 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from moe_unlearn import data, metrics, survive, trace
+from moe_unlearn import data, survive, trace
 from moe_unlearn.config import Recipe
 from moe_unlearn.data import Example
 from moe_unlearn.files import make_private, write_json, write_text
-from moe_unlearn.metrics.privacy import add_privleak
-from moe_unlearn.model import loading
 from moe_unlearn.model.adapters import merged
 from moe_unlearn.model.saving import save_model
 from moe_unlearn.ranks import is_first, on_first, sharded
-from moe_unlearn.runs import folder, report
+from moe_unlearn.runs import folder
 from moe_unlearn.runs.about import Cost, about
 from moe_unlearn.runs.clock import Clock
+from moe_unlearn.runs.measured import Measured
 from moe_unlearn.runs.run import SIDES, Run
-from moe_unlearn.runs.seen import SAMPLES, Seen
+from moe_unlearn.runs.seen import SAMPLES
 from moe_unlearn.runs.summary import Summary, check_name
 from moe_unlearn.step import UnlearnStep
 from moe_unlearn.trainer.checkpoints import PREFIX
@@ -44,30 +43,6 @@ class Before:
     retrain: dict[str, float] | None = None
     command: str = ""
     samples: int = SAMPLES
-
-
-def retrained(
-    recipe: Recipe, tokenizer: Tokenizer, sets: Mapping[str, Sequence[Example]], how: loading.Loading
-) -> dict[str, float] | None:
-    """Return the metrics of the retrained model that a recipe names as `data.reference`, None where it names none.
-
-    No other model needs to be in memory meanwhile, and it is gone afterwards.
-    """
-    if recipe.data.reference is None:
-        return None
-    model, _ = loading.load_model(recipe.data.reference, how)
-    return metrics.evaluate(model, tokenizer, **_measured(sets), intervals=True)
-
-
-def _measured(sets: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
-    """Return the sets that metrics are of, by the keywords of `metrics.evaluate`.
-
-    Rows of the retain side that training does not see are `retain` there. Text that `level` steers by and what earlier
-    requests forgot are measured nowhere.
-    """
-    measured: dict[str, Any] = {side: rows for side, rows in sets.items() if side not in ("earlier", "unseen")}
-    held_out = measured.pop("retain_eval", ())
-    return measured | {"retain": held_out, "seen": sets["retain"]} if held_out else measured
 
 
 def unlearn(
@@ -109,7 +84,8 @@ def unlearn(
     known = Before() if known is None else known
     if existing == "refuse":
         on_first(partial(folder.check_unused, out))
-    run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"], sets.get("earlier", ()), sets.get("unseen"))
+    others = {"earlier": sets.get("earlier", ()), "unseen": sets.get("unseen")}
+    run = Run(model, tokenizer, recipe, sets["forget"], sets["retain"], **others)
     run.checkpoint_activations()
     make_private(out)
     trainer = run.trainer(
@@ -118,13 +94,11 @@ def unlearn(
         verify=verify,
         held_out=sets.get("retain_eval", ()),
     )
-    ranks = trainer.args.world_size
-    facts = folder.facts_of(trainer.unlearn_step, {**sets, **run.trained}, ranks)
-    resume = False
-    if existing == "resume":
+    step, ranks, resume = trainer.unlearn_step, trainer.args.world_size, existing == "resume"
+    facts = folder.facts_of(step, {**sets, **run.trained}, ranks)
+    if resume:
         on_first(partial(folder.check_same, out, facts, recipe))
-        wanted = ("trajectory.json", "summary.json") if evaluate else ("trajectory.json",)
-        if trainer.unlearn_step.ranks.said_by_first(partial(folder.finished, out, recipe.steps, wanted)):
+        if _is_finished(out, step, evaluate):
             print(f"{out} has this run, and it is finished: nothing is left to do")
             return None
         resume = any((out / folder.CHECKPOINTS).glob(f"{PREFIX}*"))
@@ -135,7 +109,6 @@ def unlearn(
     if checkpoint is None:
         with clock.running():
             trainer.prepare()
-    batch = {"ranks": ranks, "batch_size": recipe.batch_size, "accumulate": recipe.accumulate}
 
     def write_settings() -> None:
         if existing == "overwrite":
@@ -143,69 +116,64 @@ def unlearn(
         folder.write_facts(out, facts)
         if not (resume and (out / "about.json").exists()):
             write_json(out / "about.json", about(known.command, recipe.seed, cost.device))
-        write_text(out / "recipe.yaml", recipe.to_yaml())
-        write_json(out / "batch.json", batch)
-        if known.loaded:
-            write_json(out / "loaded.json", known.loaded)
-        if known.reports is not None:
-            write_json(out / "data.json", {side: own.to_dict() for side, own in known.reports.items()})
+        _write_settings(out, recipe, ranks, known)
 
     on_first(write_settings)
-    summary: Summary = {}
-    measured = _measured(sets)
+    measured: Measured | None = None
     if evaluate:
-        if known.retrain is not None:
-            summary["retrain"] = known.retrain
-        with cost.phase("evaluation before"):
-            summary["target"] = metrics.evaluate(run.model, tokenizer, **measured, intervals=True)
-            seen = Seen(run, tokenizer, known.samples, trainer.unlearn_step.ranks)
+        measured = Measured(run, sets, cost, step.ranks, retrain=known.retrain, samples=known.samples)
     try:
         with clock.running():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         if verify and is_first():  # alone, since an error may have ended the others elsewhere
-            write_text(out / "verified.txt", trainer.unlearn_step.verifier.summary() + "\n")
-    unlearned: Any = trainer.model
+            write_text(out / "verified.txt", step.verifier.summary() + "\n")
     if recipe.survive is not None:
-        step = trainer.unlearn_step
-        moved = survive.hold(step.model, recipe.survive, run.batches("forget"), run.batches("retain"), step.masks)
-        if is_first():
-            print(f"survive: {moved.moved:,} of {moved.weights:,} weights moved within reach of {recipe.survive}")
-    steps = [dict(sorted(entry.items())) for entry in trainer.state.log_history if "forget_loss" in entry]
-    trajectories = {recipe.name: steps}
-    routing = routing_of(trainer.unlearn_step)
-
+        _survive(run, step, recipe.survive)
     trainer.check_weights()
     if evaluate and ranks == 1 and not sharded(model):
-        cost.planned = trainer.unlearn_step.plan(*map(run.batches, SIDES), stored=True).peak
+        cost.planned = step.plan(*map(run.batches, SIDES), stored=True).peak
+    unlearned: Any = trainer.model
     if recipe.adapter is not None and recipe.adapter.merge:
         unlearned = merged(unlearned)  # which is then what the metrics are of
     save_model(unlearned, out / folder.MODEL, tokenizer)
-
-    def write_results() -> None:
-        write_json(out / "trajectory.json", trajectories)
-        if routing:
-            write_json(out / "routing.json", routing)
-
-    on_first(write_results)
-    if evaluate:
-        cost.seconds["preparation and steps"] = clock.seconds
-        with cost.phase("evaluation after"):
-            measured_after = metrics.evaluate(unlearned, tokenizer, **measured, intervals=True)
-            routes, texts = seen.after()
-        summary[recipe.name] = measured_after | {"seconds": clock.seconds}
-        add_privleak([summary["target"], summary[recipe.name]], summary.get("retrain", {}))
-
-        def write_report() -> None:
-            made = {"routes": routes, "cost": cost.to_dict(), "samples": texts, "summary": summary}
-            for name, content in made.items():
-                if content:
-                    write_json(out / f"{name}.json", content)
-            report.write(out, report.read(out))
-
-        on_first(write_report)
+    on_first(partial(_write_results, out, recipe.name, trainer.state.log_history, routing_of(step)))
+    if measured is not None:
+        measured.after(unlearned, clock.seconds, out)
     on_first(partial(folder.seal, out, recipe.steps))
-    return summary
+    return {} if measured is None else measured.summary
+
+
+def _is_finished(out: Path, step: UnlearnStep, evaluate: bool) -> bool:
+    """Return whether the run in `out` is finished, and was measured if that is asked for; every rank calls this."""
+    wanted = ("trajectory.json", "summary.json") if evaluate else ("trajectory.json",)
+    return step.ranks.said_by_first(partial(folder.finished, out, step.recipe.steps, wanted))
+
+
+def _write_settings(out: Path, recipe: Recipe, ranks: int, known: Before) -> None:
+    """Write what a run is made with: recipe, factors of a step, model and data."""
+    write_text(out / "recipe.yaml", recipe.to_yaml())
+    batch = {"ranks": ranks, "batch_size": recipe.batch_size, "accumulate": recipe.accumulate}
+    write_json(out / "batch.json", batch)
+    if known.loaded:
+        write_json(out / "loaded.json", known.loaded)
+    if known.reports is not None:
+        write_json(out / "data.json", {side: own.to_dict() for side, own in known.reports.items()})
+
+
+def _survive(run: Run, step: UnlearnStep, grid: str) -> None:
+    """Move the trained weights within reach of the grid, and say how many moved."""
+    moved = survive.hold(step.model, grid, run.batches("forget"), run.batches("retain"), step.masks)
+    if is_first():
+        print(f"survive: {moved.moved:,} of {moved.weights:,} weights moved within reach of {grid}")
+
+
+def _write_results(out: Path, name: str, log: Sequence[Mapping[str, Any]], routing: Mapping[str, Any]) -> None:
+    """Write the metrics of every step, and what TRACE measured where it did."""
+    steps = [dict(sorted(entry.items())) for entry in log if "forget_loss" in entry]
+    write_json(out / "trajectory.json", {name: steps})
+    if routing:
+        write_json(out / "routing.json", routing)
 
 
 def routing_of(step: UnlearnStep) -> dict:
