@@ -40,16 +40,16 @@ def _hold_out(
     wanted, all_rows = recipe.data.retain_eval, len(sets["retain"])
     if isinstance(wanted, str):
         own: dict[str, DataReport] = {}
-        unseen = examples_of(wanted, tokenizer, recipe.data, "retain", own, cache=cache)
-        data.check_held_out(unseen, sets["forget"], sets["retain"])
-        reports[NAME], said = own["retain"], f"retain: {len(unseen):,} rows for the report are of {wanted}"
+        held_out = examples_of(wanted, tokenizer, recipe.data, "retain", own, cache=cache)
+        data.check_held_out(held_out, sets["forget"], sets["retain"])
+        reports[NAME], said = own["retain"], f"retain: {len(held_out):,} rows for the report are of {wanted}"
     else:
-        sets["retain"], unseen = data.hold_out(sets["retain"], wanted, seed=recipe.seed)
-        if not unseen:
+        sets["retain"], held_out = data.hold_out(sets["retain"], wanted, seed=recipe.seed)
+        if not held_out:
             return
-        documents = sum(not example.continues for example in unseen)
+        documents = sum(not example.continues for example in held_out)
         reports[NAME] = DataReport(f"{wanted:g} of {reports['retain'].source}", read=documents, kept=documents)
-        said = f"retain: {len(unseen):,} of {all_rows:,} rows are held out for the report"
+        said = f"retain: {len(held_out):,} of {all_rows:,} rows are held out for the report"
     print(f"{said}, data.{NAME}", file=sys.stderr)
-    sets[NAME] = data.draw(unseen, recipe.data.retain_rows, seed=recipe.seed)
+    sets[NAME] = data.draw(held_out, recipe.data.retain_rows, seed=recipe.seed)
     reports[NAME].rows = len(sets[NAME])

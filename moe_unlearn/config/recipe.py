@@ -215,7 +215,7 @@ class Data:
     model: str | None = None  # folder of the model
     forget: str | None = None  # source of the documents to forget, see the package data
     retain: str | None = None  # source of the documents to keep
-    retain_eval: str | float = 0.1  # rows to measure utility on, unseen in training: a share of retain, or a source
+    retain_eval: str | float = 0.1  # rows held out of training to measure utility on: a share of retain, or a source
     unseen: str | None = None  # source of documents that the model never saw, to whose level `level` goes
     holdout: str | None = None  # source of documents that the model never saw, for PrivLeak
     earlier: list[str] = field(default_factory=list)  # sources of what earlier requests forgot, held as it is

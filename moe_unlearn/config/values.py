@@ -218,7 +218,7 @@ def at_most(name: str, value: float, high: float) -> None:
 def below(name: str, value: float, high: float) -> None:
     """Raise ValueError unless value < high."""
     if not value < high:
-        raise ValueError(f"{name} must be below {high}; got {value}")
+        raise OutOfRange(f"{name} must be below {high}; got {value}", {"exclusiveMaximum": high})
 
 
 def between(name: str, value: float, low: float, high: float) -> None:

@@ -254,14 +254,14 @@ def check_apart(forget: Sequence[Example], retain: Sequence[Example]) -> None:
         )
 
 
-def check_held_out(unseen: Sequence[Example], forget: Sequence[Example], retain: Sequence[Example]) -> None:
+def check_held_out(held_out: Sequence[Example], forget: Sequence[Example], retain: Sequence[Example]) -> None:
     """Raise ValueError, which counts them, if rows that training is not to see stand in one of its sets."""
     for side, examples in (("forget", forget), ("retain", retain)):
-        if shared := overlap(unseen, examples):
+        if shared := overlap(held_out, examples):
             raise ValueError(
-                f"the retain-eval and {side} sets overlap: {shared} of {len(unseen)} rows stand in the {side} set too, "
-                "and training would see them: take them out of one of the sets, or give --retain-eval a share of the "
-                "retain set, such as 0.1"
+                f"the retain-eval and {side} sets overlap: {shared} of {len(held_out)} rows stand in the {side} set "
+                "too, and training would see them: take them out of one of the sets, or give --retain-eval a share of "
+                "the retain set, such as 0.1"
             )
 
 

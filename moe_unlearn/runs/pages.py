@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 _AUDIT_COLUMNS = ("attack", "what was done", "gravest sign", "verdict")
 _TEXTS = {"truth": "true continuation", "before": "before", "after": "after"}
 _FEW = 3  # runs that stand beside each other; more stand below each other
-SIDES = ("forget", "retain")
 
 
 def of(content: "Content") -> Document:
