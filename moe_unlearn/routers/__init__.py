@@ -4,7 +4,7 @@ from moe_unlearn.routers.collect import collect
 from moe_unlearn.routers.kept import Kept, check_whole, closed, hold, kept_bytes, off, restricted
 from moe_unlearn.routers.ridge import corrected, logits
 from moe_unlearn.routers.stability import routes, stability, watched_batches
-from moe_unlearn.routers.watch import Router, routers_of, watched
+from moe_unlearn.routers.watch import Router, routers_of
 
 __all__ = [
     "Kept",
@@ -21,6 +21,5 @@ __all__ = [
     "routers_of",
     "routes",
     "stability",
-    "watched",
     "watched_batches",
 ]

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from moe_unlearn.config import Router as Settings
 from moe_unlearn.model.batches import Batch
-from moe_unlearn.model.head import final_hidden_states
-from moe_unlearn.model.packing import call_of
 from moe_unlearn.routers.kept import Kept
-from moe_unlearn.routers.watch import Router, choices, routers_of, watched
+from moe_unlearn.routers.watch import Router, choices, routers_of, watch
 
 _ROUNDING = 2.0**-6  # of the largest logit: by how much logits of a bfloat16 router may seem to be in another order
 
@@ -33,16 +31,11 @@ def collect(model: nn.Module, batches: Iterable[Batch], settings: Settings) -> d
     """
     routers = routers_of(model)
     found = {router.name: _Collected(router, settings) for router in routers}
-    for batch in batches if routers else ():
-        call = call_of(batch)
-        order = call.order()
 
-        def see(router: Router, inputs: Tensor, top_k_index: Tensor, order: Tensor = order) -> None:
-            at = order.to(inputs.device)
-            found[router.name].add(inputs[at], top_k_index[at])
+    def see(router: Router, inputs: Tensor, top_k_index: Tensor) -> None:
+        found[router.name].add(inputs, top_k_index)
 
-        with watched(model, routers, see):
-            final_hidden_states(model, batch, call)
+    watch(model, routers, batches, see)
     return {name: each.kept() for name, each in found.items()}
 
 

@@ -16,23 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from moe_unlearn.model.batches import Batch
-from moe_unlearn.model.head import final_hidden_states
-from moe_unlearn.model.packing import call_of
-from moe_unlearn.routers.watch import Router, routers_of, watched
+from moe_unlearn.routers.watch import Router, routers_of, watch
 
 
 @torch.no_grad()
 def logits(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Return the logits [T, E] of every attended token, float32 or wider, of each router that trains, by its weight."""
     found: dict[str, list[Tensor]] = {}
-    for batch in batches:
-        call = call_of(batch)
 
-        def see(router: Router, inputs: Tensor, top_k_index: Tensor, order: Tensor = call.order()) -> None:  # noqa: B008
-            found.setdefault(router.name, []).append(router.logits(_wide(inputs[order.to(inputs.device)])))
+    def see(router: Router, inputs: Tensor, top_k_index: Tensor) -> None:
+        found.setdefault(router.name, []).append(router.logits(_wide(inputs)))
 
-        with watched(model, routers_of(model), see):
-            final_hidden_states(model, batch, call)
+    watch(model, routers_of(model), batches, see)
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
@@ -50,19 +45,15 @@ def corrected(
     """
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     begins = dict.fromkeys(before, 0)
-    for batch in batches:
-        call = call_of(batch)
 
-        def see(router: Router, inputs: Tensor, top_k_index: Tensor, order: Tensor = call.order()) -> None:  # noqa: B008
-            x = inputs[order.to(inputs.device)].double()
-            begin = begins[router.name]
-            begins[router.name] = begin + len(x)
-            left = before[router.name][begin : begin + len(x)].to(x) - router.logits(x)
-            square, cross = sums.get(router.name, (0, 0))
-            sums[router.name] = square + x.T @ x, cross + x.T @ left
+    def see(router: Router, inputs: Tensor, top_k_index: Tensor) -> None:
+        x, begin = inputs.double(), begins[router.name]
+        begins[router.name] = begin + len(x)
+        left = before[router.name][begin : begin + len(x)].to(x) - router.logits(x)
+        square, cross = sums.get(router.name, (0, 0))
+        sums[router.name] = square + x.T @ x, cross + x.T @ left
 
-        with watched(model, routers_of(model), see):
-            final_hidden_states(model, batch, call)
+    watch(model, routers_of(model), batches, see)
     named = dict(model.named_parameters())
     return {name: named[name].double() + _solved(*both, ridge, free.get(name)) for name, both in sums.items()}
 

@@ -1,13 +1,16 @@
 """Finds the routers of a model, and shows what goes into them and which experts they choose."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moe_unlearn.experts import experts_modules
+from moe_unlearn.model.batches import Batch
+from moe_unlearn.model.head import final_hidden_states
+from moe_unlearn.model.packing import call_of
 from moe_unlearn.model.scope import router_parameters, wrapped_name
 
 Seen = Callable[["Router", Tensor, Tensor], None]
@@ -41,19 +44,35 @@ def routers_of(model: nn.Module, *, trained: bool = True) -> list[Router]:
         biases = [p for p in own.values() if p.dim() == 1]
         if len(weights) != 1 or len(biases) > 1:
             raise ValueError(
-                f"router.mode invariant needs a router of one weight [experts, hidden] and perhaps a bias; the one of "
-                f"{wrapped_name(layer)} has {', '.join(own) or 'none'}: router: frozen, or no adapters on routers"
+                "router.mode invariant and router.correct need a router of one weight [experts, hidden] and perhaps a "
+                f"bias; the one of {wrapped_name(layer)} has {', '.join(own) or 'none'}: router: frozen, or no "
+                "adapters on routers"
             )
         found.append(Router(weights[0], layer, named[weights[0]], biases[0] if biases else None))
     return found
 
 
-@contextlib.contextmanager
-def watched(model: nn.Module, routers: list[Router], see: Seen) -> Iterator[None]:
-    """Call see(router, inputs [T, H], top_k_index [T, K]) for each router in each forward pass inside.
+def watch(model: nn.Module, routers: Sequence[Router], batches: Iterable[Batch], see: Seen) -> None:
+    """Call see(router, inputs [T, H], top_k_index [T, K]) for each router and batch; T are the batch's attended tokens.
 
-    T are the tokens of the model's call. Raises RuntimeError where a router's own forward pass does not run.
+    They stand in the order of the rows, packed or not. Each batch is one forward pass. Raises RuntimeError where a
+    router's own forward pass does not run.
     """
+    for batch in batches if routers else ():
+        call = call_of(batch)
+        order = call.order()
+
+        def see_attended(router: Router, inputs: Tensor, top_k_index: Tensor, order: Tensor = order) -> None:
+            at = order.to(inputs.device)
+            see(router, inputs[at], top_k_index[at])
+
+        with _watched(model, routers, see_attended):
+            final_hidden_states(model, batch, call)
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, routers: Sequence[Router], see: Seen) -> Iterator[None]:
+    """Call `see` for each router in each forward pass inside; T are the tokens of the model's call."""
     waiting: dict[str, Tensor] = {}
 
     def enters(router: Router) -> Callable[[nn.Module, tuple], None]:
