@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import moe_unlearn.ops  # noqa: F401  (each op registers what implements it)
 from moe_unlearn import backend, native
 
 
