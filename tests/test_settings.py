@@ -132,6 +132,18 @@ def test_what_cannot_be_extended_is_refused(base, says, write, capsys):
     assert says in error and len(error.splitlines()) == 1
 
 
+def test_a_circle_through_a_folder_is_told_in_few_words(write, capsys):
+    circle = write("sub/a.yaml", extends="../sub/a.yaml")
+    error = told(capsys, "show", circle, code=2)
+    assert "extends leads back to ../sub/a.yaml" in error and error.count("->") == 1
+
+
+def test_the_origin_of_a_mapping_is_that_of_its_keys(write, capsys):
+    child = write("child.yaml", extends="npo", trainer={"logging_steps": 2})
+    for more, origin in (([], f"recipe {child}"), (["--set", "trainer.save_steps=3"], f"recipe {child}, --set")):
+        assert json.loads(told(capsys, "show", child, "--json", *more))["trainer"]["origin"] == origin
+
+
 @pytest.mark.parametrize("name", shipped())
 def test_the_schema_takes_every_shipped_recipe(name):
     for values in (parse(FOLDER / f"{name}.yaml", name), Recipe.load(name).to_dict()):

@@ -69,5 +69,8 @@ def rows(source: str, overrides: list[str], model: str | None) -> Iterator[dict[
             continue
         # one word for a section, such as `router: frozen`, is where the values come from that are no defaults
         of_section = made.origins.get(section, "default") if own[name] != key.default else "default"
-        row = {"key": key.name, "value": own[name], "origin": made.origins.get(key.name, of_section)}
+        # a mapping, such as `trainer`, comes from wherever its own keys do
+        inside = dict.fromkeys(origin for full, origin in made.origins.items() if full.startswith(f"{key.name}."))
+        origin = made.origins.get(key.name, ", ".join(inside) or of_section)
+        row = {"key": key.name, "value": own[name], "origin": origin}
         yield row | {"values": key.values, "default": key.default, "meaning": key.meaning}

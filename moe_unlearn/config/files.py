@@ -106,11 +106,13 @@ def read_model(name: str) -> dict:
 def _chain(source: str | Path) -> typing.Iterator[tuple[str, dict]]:
     """Yield the name and the values of a recipe file, then of the one that it extends, and so on."""
     seen: list[str] = []
+    met: set[Path] = set()  # the files themselves, which a path such as ../here/a.yaml names anew in each round
     beside = Path()
     while True:
         known = str(source) in shipped()
         path: Traversable = FOLDER / f"{source}.yaml" if known else beside / source
-        if str(path) in seen:
+        place = Path(str(path)).resolve()
+        if place in met:
             raise ValueError(f"{EXTENDS} leads back to {source}: {' -> '.join([*seen, str(path)])}; leave one out")
         if not path.is_file():
             wanted = f"{EXTENDS}: " if seen else ""
@@ -118,6 +120,7 @@ def _chain(source: str | Path) -> typing.Iterator[tuple[str, dict]]:
                 f"{wanted}no recipe file {str(path if seen else source)!r}; shipped recipes: {', '.join(shipped())}"
             )
         seen.append(str(path))
+        met.add(place)
         values = parse(path, source)
         base = values.pop(EXTENDS, None)
         yield str(source), values
