@@ -56,6 +56,7 @@ def fits(value, schema) -> bool:
         "minimum": lambda low: value >= low,
         "exclusiveMinimum": lambda low: value > low,
         "maximum": lambda high: value <= high,
+        "exclusiveMaximum": lambda high: value < high,
     }
     return all(holds(schema[rule]) for rule, holds in rules.items() if rule in schema)
 

@@ -47,7 +47,7 @@ def completion(options: argparse.Namespace) -> None:
         import argcomplete
     except ImportError as error:
         raise ValueError('completion needs argcomplete: pip install "moe-unlearn[completion]"') from error
-    print(argcomplete.shellcode(["moe-unlearn"], shell=options.shell))
+    print(argcomplete.shellcode(["moe-unlearn"], True, options.shell))
 
 
 def rows(source: str, overrides: list[str], model: str | None) -> Iterator[dict[str, Any]]:

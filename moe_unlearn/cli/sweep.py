@@ -37,9 +37,10 @@ def run(options: argparse.Namespace) -> int:
             *(*_given(shared), *existing, "--set", *options.set, *row.overrides),
         ]
 
-    first = Recipe.load(options.recipe, options.set, model=known).seed
-    rows = rows_of(grid_of(options.grid), range(first, first + options.seeds))
+    base = Recipe.load(options.recipe, options.set, model=known)
+    rows = rows_of(grid_of(options.grid), range(base.seed, base.seed + options.seeds))
     of = {"recipe": options.recipe, "set": options.set, **{name: value for name, value in shared.items() if value}}
+    of["values"] = base.to_dict()  # the file may be another one when the sweep goes on
     wanted = ("trajectory.json",) if options.no_eval else ("trajectory.json", "summary.json")
     writable(out, folder=True)
     with locked(out):

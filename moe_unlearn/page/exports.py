@@ -10,6 +10,7 @@ from moe_unlearn.page.text import clean
 _LATEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"},  # other signs in TeX's first fonts
     **{"±": r"$\pm$", "–": "--", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "→": r"$\to$", "λ": r"$\lambda$"},
     **{"[": "{[}", "]": "{]}"},  # after \\ a bracket would begin its argument
 }

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-# what XML has no character for, and halves of a pair, which UTF-8 has no bytes for
-_UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+# what XML has no character for, halves of a pair, which UTF-8 has no bytes for, and the two overrides of direction,
+# which would turn round the numbers and words that follow in the line
+_UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202d\u202e\ud800-\udfff\ufffe\uffff]")
 _SPECIAL = re.compile(r"([\\`*\[\]<|~]|(?<!\w)_|_(?!\w)|&(?=[\w#]))")
 _BEGINS = re.compile(r"^(\s*)([#>+=-]|\d+[.)](?=\s))")  # a heading, a quotation, a list
 

@@ -38,7 +38,7 @@ class Comparison:
                 own = run if run in shared else f"{name} ({RUNS.get(run, run)})"
                 self.summary[own] = content.summary[run]
                 if run not in _BOTH:
-                    self.recipes[own] = _flat(_recipe(content.recipe))
+                    self.recipes[own] = flat(_recipe(content.recipe))
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return head and rows: a run a row, the usual metrics."""
@@ -96,10 +96,11 @@ def _recipe(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by their full names, such as `forget.beta`."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
     return found
 
 

@@ -93,7 +93,7 @@ MEANINGS = {  # of one column or more: what they are called, and what they say
     ),
     ("verbmem_s", "knowmem_s", "nll_s"): (
         "seen",
-        "measured on the retain documents that unlearning took, where others were held out (`data.retain_eval`).",
+        "measured on the retain documents that unlearning took, where others were held out (data.retain_eval).",
     ),
     ("seconds",): (
         "seconds",

@@ -29,6 +29,7 @@ from moe_unlearn.files import write_json, write_text
 from moe_unlearn.page import Document, Paragraph, Table, code
 from moe_unlearn.page.exports import comma_separated, latex
 from moe_unlearn.runs import folder as folders
+from moe_unlearn.runs.compare import flat
 from moe_unlearn.runs.names import SWEEP
 from moe_unlearn.runs.summary import COLUMNS, RUNS, cell, summarise
 
@@ -210,12 +211,12 @@ class Sweep:
         if not path.exists():
             return
         try:
-            former = json.loads(path.read_text(encoding="utf-8"))["of"]
-            different = [key for key in {**former, **self.of} if former.get(key) != self.of.get(key)]
+            former, own = flat(json.loads(path.read_text(encoding="utf-8"))["of"]), flat(self.of)
+            different = [key for key in {**former, **own} if former.get(key) != own.get(key)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not what a sweep writes: {error!r}; give another --out") from None
         if different:
-            told = [f"{key} (was {former.get(key)!r}, is {self.of.get(key)!r})" for key in different]
+            told = [f"{key} (was {former.get(key)!r}, is {own.get(key)!r})" for key in different]
             raise ValueError(f"{self.out} has a sweep of something else: {', '.join(told)}; give another --out")
 
     def _kept(self, row: Row) -> bool:

@@ -72,6 +72,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(folders, 
 
 def test_names_are_no_formulas_and_no_commands():
     assert comma_separated(["run", "x"], [["=1+1", -2.5], ['a,"b', ""]]) == 'run,x\n\'=1+1,-2.5\n"a,""b",\n'
-    cells = latex(["a"], [["\\input{x} & 50 % [1] _ ± →"]]).splitlines()[4]
-    assert cells == r"\textbackslash{}input\{x\} \& 50 \% {[}1{]} \_ $\pm$ $\to$ \\"
+    cells = latex(["a"], [["\\input{x} & 50 % [1] _ ± → <b|"]]).splitlines()[4]
+    written = r"\textbackslash{}input\{x\} \& 50 \% {[}1{]} \_ $\pm$ $\to$ \textless{}b\textbar{}"
+    assert cells == written + r" \\"
     assert not re.search(r"(?<!\\)[%&_#]", latex(["%&_#"], [["%&_#"]]).replace("\n", ""))

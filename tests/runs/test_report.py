@@ -279,6 +279,7 @@ def test_what_lies_below_another_run_is_seen_and_what_leaves_the_frame_has_an_ar
 @pytest.mark.quick
 def test_texts_of_others_say_nothing_in_either_language():
     hostile = "</td><script>alert(1)</script> | **x** [y](javascript:z) `c` \x00 &lt; <img src=x onerror=alert(1)>\n# h"
+    hostile += "\u202e0.1"  # turns round what follows
     summary = {"target": RESULTS["target"], hostile: RESULTS["npo"]}
     sample = {"prompt": hostile, "truth": hostile, "before": hostile, "after": hostile}
     about = {"command": hostile, "started": hostile, "seed": 0, "machine": hostile, "versions": {hostile: hostile}}
@@ -294,6 +295,7 @@ def test_texts_of_others_say_nothing_in_either_language():
         )
     )  # fmt: skip
     page, text = made.html(), made.markdown()
+    assert not {"\u202e", "\x00"} & {*page, *text}
     body = page[page.index("<body>") :].replace("</html>\n", "")
     ElementTree.fromstring(body)  # every tag is closed
     assert "<script" not in body and "<img" not in body and "href=" not in body.replace('href="audit/AUDIT.md"', "")

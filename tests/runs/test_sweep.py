@@ -108,6 +108,17 @@ def test_a_sweep_goes_on_where_it_was_stopped(made, tmp_path):
         made("-1")
 
 
+def test_a_recipe_whose_file_was_changed_is_another_sweep(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep.Sweep, "run", lambda self, jobs, forms: self.write(forms))
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("extends: npo\nsteps: 2\n", encoding="utf-8")
+    given = ["sweep", str(recipe), "--grid", "optimizer.lr=1,2", "--out", str(tmp_path / "out")]
+    assert main(given) == 0 and main(given) == 0
+    recipe.write_text("extends: npo\nsteps: 2\nforget: {beta: 0.2}\n", encoding="utf-8")
+    assert main(given) == 2
+    assert "a sweep of something else: values.forget.beta (was 0.1, is 0.2); give" in capsys.readouterr().err
+
+
 @pytest.mark.nightly
 def test_the_verb_makes_real_runs_of_which_one_fails(tmp_path, capsys):
     """Texts have no question that idk_dpo could refuse."""
