@@ -228,6 +228,8 @@ def earlier_of(
 
     Raises ValueError if an example is to be forgotten again, which cannot be held as it is meanwhile.
     """
+    from moe_unlearn import data
+
     found: list[data.Example] = []
     for number, source in enumerate(recipe.data.earlier, 1):
         own: dict[str, data.DataReport] = {}

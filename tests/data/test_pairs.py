@@ -6,7 +6,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from moe_unlearn.data import Example, ForgetRetainDataset, PairCollator, check_apart, draw, hold_out, overlap
-from moe_unlearn.data.pairs import check_unseen
+from moe_unlearn.data.pairs import check_held_out
 from moe_unlearn.lazy import Lazy
 
 pytestmark = pytest.mark.quick
@@ -125,8 +125,8 @@ def test_rows_that_training_would_see_are_refused():
         with pytest.raises(
             ValueError, match=f"retain-eval and {side} sets overlap: 2 of 3 rows stand in the {side} set"
         ):
-            check_unseen([*EIGHT[:2], *examples(1, 900)], *sets)
-    check_unseen(examples(3, 900), EIGHT, EIGHT)
+            check_held_out([*EIGHT[:2], *examples(1, 900)], *sets)
+    check_held_out(examples(3, 900), EIGHT, EIGHT)
 
 
 def test_overlap_counts_by_content():

@@ -211,7 +211,7 @@ def test_what_ranks_measure_is_what_one_process_does(verb, ranks, folder, capsys
     ("name", "codes", "rank", "words"),
     [
         ("unknown", [2, 2], 0, "unrecognized arguments: --wrong"),
-        ("refused", [2, 2], None, "report: error: expected one process; ranks share the work of run, eval"),
+        ("refused", [2, 2], None, "report: error: expected one process; ranks share the work of stats, mask"),
         ("missing", [2, 2], None, "stats: error: expected a model folder written by save_pretrained"),
         ("one", [2, 2], 1, "none.jsonl"),
         ("fault", [2, 1], 1, "KeyError: 'a fault of the program'"),

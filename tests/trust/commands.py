@@ -66,7 +66,7 @@ KINDS = {
     "records of kernels": Kind("kernel_store/*/*", ("kernels", "check", "--module", "softmax.py"), (), "kernels"),
 }
 _WORKING = {"tmp", "lock", "mask.safetensors.groups"}  # what is there until a command has ended well
-_TIMED = {".json", ".md", ".svg", ".png"}  # what such files say of times differs from run to run
+_TIMED = {".json", ".md", ".html", ".svg", ".png"}  # what such files say of times differs from run to run
 
 
 class Commands:
