@@ -8,7 +8,7 @@ there). `published.CHECKED` was left out of it. A change here is a commit of its
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # the part of the shorter of two times, of products and of memory, that the longer one does not hide
 UNHIDDEN = 0.7
@@ -26,7 +26,7 @@ HOST_LAUNCH = 10.0e-6
 
 @dataclass(frozen=True)
 class Gpu:
-    """What one GPU sustains.
+    """Describes what one GPU sustains.
 
     flops: FLOP/s of dense bfloat16 products at the clock that its power allows; memory: bytes/s that a copy reads and
     writes; supply: bytes/s from L2 into one multiprocessor; special: exponentials or divisions a second of one
@@ -53,10 +53,6 @@ class Gpu:
 # measured of the data sheet's bandwidth, by a copy on an H200: 4.3 of 4.8 TB/s
 _COPY = 4.3 / 4.8
 _SPECIAL = "16 a clock: CUDA C++ programming guide, throughput of arithmetic instructions"
-_HOPPER_SUPPLY = (
-    "38 bytes a clock at 1.755 GHz, the upper end of the 28 to 38 that microbenchmarks of this chip found: "
-    "a published product that shares nothing between blocks needs 35 (fast.cu, kernel 6)"
-)
 
 H200 = Gpu(
     "H200",
@@ -70,24 +66,19 @@ H200 = Gpu(
     sources={
         "flops": "measured on an H200, of 989 TFLOP/s of the data sheet; Liger's products there: 788 to 791",
         "memory": "measured on an H200, of 4.8 TB/s of the data sheet",
-        "supply": _HOPPER_SUPPLY,
+        "supply": "38 bytes a clock at 1.755 GHz, the upper end of the 28 to 38 that microbenchmarks of this chip "
+        "found: a published product that shares nothing between blocks needs 35 (fast.cu, kernel 6)",
         "special": _SPECIAL,
     },
 )
-H100 = Gpu(
-    "H100",
-    "sm_90",
-    multiprocessors=132,
-    flops=790e12,
+H100 = replace(
+    H200,
+    name="H100",
     memory=3.35e12 * _COPY,
-    supply=38 * 1.755e9,
-    special=16 * 1.755e9,
-    shared_bytes=228 * 1024,
     sources={
+        **H200.sources,
         "flops": "as of the H200, whose chip and power limit it has (SXM); cuBLAS there: 741 to 798 (fast.cu)",
         "memory": "3.35 TB/s of the data sheet, and the H200's part of it",
-        "supply": _HOPPER_SUPPLY,
-        "special": _SPECIAL,
     },
 )
 A100 = Gpu(

@@ -22,6 +22,7 @@ _SIDES = (
     ("ROWS", "COLUMNS", "DEPTH"),
 )
 _RESERVED = 1024  # bytes of shared memory that a block takes for itself
+_DLOGITS = "token_loss_backward/_dlogits_kernel/token_loss: nll, qwen3"
 # bytes that AdamW with moments in bfloat16 moves for a weight: weight and both moments in and out, one bit of mask
 UPDATE = 6 * 2 + 1 / 8
 
@@ -43,6 +44,26 @@ class Layer(NamedTuple):
     def slots(self) -> int:
         """Return the routed rows of all experts."""
         return self.tokens * self.geometry.top_k
+
+    @property
+    def x(self) -> float:
+        """Return the bytes of the hidden states."""
+        return 2.0 * self.tokens * self.geometry.hidden
+
+    @property
+    def a(self) -> float:
+        """Return the bytes of the activations of all slots."""
+        return 2.0 * self.slots * self.geometry.inner
+
+    @property
+    def y(self) -> float:
+        """Return the bytes of the outputs of all slots."""
+        return 2.0 * self.slots * self.geometry.hidden
+
+    @property
+    def weights(self) -> float:
+        """Return the bytes of one of the three weights of all experts."""
+        return 2.0 * self.geometry.experts * self.geometry.hidden * self.geometry.inner
 
     def by_rows(self, columns: int, depth: int) -> list[Problem]:
         """Return a product of each expert's rows."""
@@ -87,9 +108,7 @@ def resident(gpu: Gpu, entry: dict, threads: int) -> int:
 
 def expert_forward(layer: Layer, gpu: Gpu) -> list[Kernel]:
     """Return the launches of `expert_mlp`'s forward pass."""
-    g, n = layer.geometry, layer.slots
-    x, a = 2.0 * layer.tokens * g.hidden, 2.0 * n * g.inner
-    weights = 2.0 * g.experts * g.hidden * g.inner
+    g, x, a, weights = layer.geometry, layer.x, layer.a, layer.weights
     # find_tile and the row numbers come before the rows
     up = compiled(gpu, "expert_mlp/_gate_up_kernel/qwen3", loads=2, halves=True)
     products = layer.by_rows(2 * g.inner, g.hidden)
@@ -100,25 +119,24 @@ def expert_forward(layer: Layer, gpu: Gpu) -> list[Kernel]:
 
 
 def _linear(name: str, layer: Layer, gpu: Gpu, entry: str, depth: int, weights: float) -> list[Kernel]:
-    n, hidden = layer.slots, layer.geometry.hidden
-    out = 2.0 * n * hidden
     # find_tile before the product, row numbers and their weights after it
     tile = compiled(gpu, entry, loads=3)
-    moved = 2.0 * n * depth + weights + out
-    sums = Stream("sum over k", out + 2.0 * layer.tokens * hidden)
-    return [Product(name, tile, layer.by_rows(hidden, depth), 2, moved), sums]
+    moved = 2.0 * layer.slots * depth + weights + layer.y
+    return [
+        Product(name, tile, layer.by_rows(layer.geometry.hidden, depth), 2, moved),
+        Stream("sum over k", layer.y + layer.x),
+    ]
 
 
 def expert_dgrad(layer: Layer, gpu: Gpu) -> list[Kernel]:
     """Return the launches of `expert_mlp`'s backward pass, with the factors of all weight gradients."""
     g, n = layer.geometry, layer.slots
-    grad, a = 2.0 * layer.tokens * g.hidden, 2.0 * n * g.inner
-    weights = 2.0 * g.experts * g.hidden * g.inner
+    a, weights = layer.a, layer.weights
     tile = compiled(gpu, "expert_mlp_backward/_activation_gradient_kernel/expert_mlp: qwen3", loads=2)
     partial = 4.0 * n * -(-g.inner // tile.columns)
     products = layer.by_rows(g.inner, g.hidden)
     return [
-        Product("dz", tile, products, 10, grad + weights + 5 * a + partial, special=2),
+        Product("dz", tile, products, 10, layer.x + weights + 5 * a + partial, special=2),
         Stream("d_weights", partial + 4.0 * n, loads=3),
         *_linear("d_x", layer, gpu, "expert_mlp/_linear_kernel/qwen3 #2", 2 * g.inner, 2 * weights),
     ]
@@ -160,7 +178,7 @@ def token_loss(tokens: int, hidden: int, vocabulary: int, gpu: Gpu) -> list[Kern
     """Return the launches of `token_loss`, nll with a frozen head, forward and backward."""
     h, head = 2.0 * tokens * hidden, 2.0 * vocabulary * hidden
     logits = compiled(gpu, "token_loss/_partials_kernel/nll, qwen3", persistent=False, loads=2)
-    again = compiled(gpu, "token_loss_backward/_dlogits_kernel/token_loss: nll, qwen3", persistent=False, loads=2)
+    again = compiled(gpu, _DLOGITS, persistent=False, loads=2)
     entry = "token_loss_backward/_hidden_sums_kernel/token_loss: nll, qwen3"
     into_hidden = compiled(gpu, entry, persistent=False, loads=1)
     chunk = int(re.search(r"CHUNK=(\d+)", _entries(gpu.architecture)[_DLOGITS]["config"])[1])
@@ -180,9 +198,6 @@ def token_loss(tokens: int, hidden: int, vocabulary: int, gpu: Gpu) -> list[Kern
             Product("sums", into_hidden, [once[1]], 8 if first else 4, d_logits + part + (2 if first else 1) * sums),
         ]
     return [*found, Stream("scatter", 3 * h, loads=2)]
-
-
-_DLOGITS = "token_loss_backward/_dlogits_kernel/token_loss: nll, qwen3"
 
 
 def flops(kernels: Sequence[Kernel]) -> float:

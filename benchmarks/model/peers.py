@@ -24,8 +24,7 @@ CCE_TILE = Tile(128, 128, 32, persistent=False, in_flight=2)
 
 def grouped_mm_forward(layer: Layer) -> list[Kernel]:
     """Return the launches of transformers' grouped_mm experts, forward."""
-    g, n = layer.geometry, layer.slots
-    x, a, y, weights = 2.0 * layer.tokens * g.hidden, 2.0 * n * g.inner, 2.0 * n * g.hidden, _weights(layer)
+    g, x, a, y, weights = layer.geometry, layer.x, layer.a, layer.y, layer.weights
     return [
         *_sorting(layer),
         Stream("gather", x + y),
@@ -41,8 +40,7 @@ def grouped_mm_forward(layer: Layer) -> list[Kernel]:
 
 def grouped_mm_backward(layer: Layer) -> list[Kernel]:
     """Return the launches of autograd through it, with both weight gradients of all experts."""
-    g, n = layer.geometry, layer.slots
-    x, a, y, weights = 2.0 * layer.tokens * g.hidden, 2.0 * n * g.inner, 2.0 * n * g.hidden, _weights(layer)
+    g, x, a, y, weights = layer.geometry, layer.x, layer.a, layer.y, layer.weights
     return [
         Stream("back in order", x + y),
         Stream("gradient of the routing weights", 4 * y),
@@ -60,8 +58,7 @@ def grouped_mm_backward(layer: Layer) -> list[Kernel]:
 
 def sonic_forward(layer: Layer) -> list[Kernel]:
     """Return SonicMoE's launches forward, with the tiles of its configuration."""
-    g, n = layer.geometry, layer.slots
-    x, a, y, weights = 2.0 * layer.tokens * g.hidden, 2.0 * n * g.inner, 2.0 * n * g.hidden, _weights(layer)
+    g, x, a, y, weights = layer.geometry, layer.x, layer.a, layer.y, layer.weights
     down = COOPERATIVE if g.inner >= 1024 else PING_PONG
     return [
         *_sorting(layer),
@@ -73,8 +70,7 @@ def sonic_forward(layer: Layer) -> list[Kernel]:
 
 def sonic_backward(layer: Layer) -> list[Kernel]:
     """Return SonicMoE's launches backward, with both weight gradients of all experts."""
-    g, n = layer.geometry, layer.slots
-    x, a, y, weights = 2.0 * layer.tokens * g.hidden, 2.0 * n * g.inner, 2.0 * n * g.hidden, _weights(layer)
+    g, x, a, y, weights = layer.geometry, layer.x, layer.a, layer.y, layer.weights
     dh, dx = Tile(128, 128, cluster=2, in_flight=2), COOPERATIVE if g.inner >= 512 else PING_PONG
     return [
         Product("dH", dh, layer.by_rows(g.inner, g.hidden), 10, x + weights + 5 * a, special=2),
@@ -87,7 +83,7 @@ def sonic_backward(layer: Layer) -> list[Kernel]:
 
 def update(layer: Layer, share: float, *, compact: bool) -> list[Kernel]:
     """Return mask and AdamW: of every weight as lists, or fused over copies of the trained experts."""
-    weights = 1.5 * _weights(layer)  # elements of all three matrices
+    weights = 1.5 * layer.weights  # elements of all three matrices
     if compact:
         return [Stream("mask and fused AdamW over copies", share * weights * (COMPACT + MASKED + FUSED))]
     return [Stream("mask and AdamW", weights * (MASKED + FOREACH))]
@@ -125,7 +121,3 @@ def eager_route(layer: Layer) -> list[Kernel]:
 
 def _sorting(layer: Layer) -> list[Kernel]:
     return [Stream("sort", 8.0 * layer.slots, loads=8)] * 3
-
-
-def _weights(layer: Layer) -> float:
-    return 2.0 * layer.geometry.experts * layer.geometry.hidden * layer.geometry.inner

@@ -27,7 +27,7 @@ def test_a_sample_of_faults(verb, kind, commands):
 @pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_fault(verb, kind, commands):
-    """Those of a run, which is resumed each time, take an hour or two."""
+    """Faults of a run, which is resumed each time, take an hour or two."""
     calls, _ = commands.whole(verb)
     for at in range(calls):
         assert commands.meets(verb, Fault(kind, at)) in ENDS[kind in CRASHES]
