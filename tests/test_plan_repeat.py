@@ -1,5 +1,7 @@
 """Plans of deep models from shallow ones, against the rehearsal of the whole; knobs against the plans with them."""
 
+import tracemalloc
+
 import pytest
 import torch
 
@@ -32,6 +34,17 @@ def test_the_peak_of_any_depth_follows_from_two(count):
     found = peaks(layered(2), layered(3), count - 2)
     assert sum(found[0].values()) == most
     assert found == ({name: size for name, size in memory.items() if size}, largest)
+
+
+@pytest.mark.quick
+def test_long_timelines_take_memory_by_their_length_not_its_square():
+    short, long = layered(2000), layered(3000)
+    tracemalloc.start()
+    found = peaks(short, long, 1)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found[1]["activations"] == 3000 * 5000
+    assert most < 100e6
 
 
 @pytest.mark.quick
