@@ -11,6 +11,7 @@ Settings may be chosen by the seeds `TUNED` alone. Numbers are deterministic on 
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -68,10 +69,14 @@ LEVERS = {
     "sampled": Lever(falling=True, samples=128, rows=24),
     "sampled, smaller steps": Lever(falling=True, samples=128, rows=24, overrides=("optimizer.lr=3e-4",)),
     "sampled, twice as long": Lever(falling=True, samples=128, rows=24, overrides=("steps=80",)),
+    "sampled, 4 x as long": Lever(falling=True, samples=512, rows=48, overrides=("steps=160", "optimizer.lr=3e-4")),
+    "sampled, 8 x as long": Lever(falling=True, samples=1024, rows=48, overrides=("steps=320", "optimizer.lr=2e-4")),
     "sampled, averaged": Lever(falling=True, averaged=True, samples=128, rows=24),
     "sampled, sequences": Lever(falling=True, samples=128, rows=24, overrides=("forget.unit=sequence",)),
     "sampled, WAGLE": Lever(falling=True, samples=128, rows=24, overrides=("wagle.keep=0.8",)),
-    "sampled, TRACE": Lever(falling=True, samples=128, rows=24, overrides=("trace.allow_empty=true",)),
+    "sampled, TRACE": Lever(
+        falling=True, samples=128, rows=24, overrides=("trace.min_ratio=1.2", "trace.allow_empty=true")
+    ),
 }
 
 
@@ -198,39 +203,66 @@ def draw(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
 
 
 def generated(results: Path = RESULTS) -> str:
-    """Return the section of RESULTS.md: means over seeds, and how far each run is from the goal."""
+    """Return the section of RESULTS.md: means over the seeds kept back and over those tuned on, and goals reached."""
     if not (results / REPORT).exists():
         return "No run is recorded yet."
     report = json.loads((results / REPORT).read_text(encoding="utf-8"))
-    found, settings = report["points"], report["settings"]
+    found, settings, tuned = report["points"], report["settings"], report["tuned"]
     seeds = sorted({int(seed) for by_seed in found.values() for seed in by_seed})
-    kept = [str(seed) for seed in seeds if seed not in report["tuned"]]
-    told = "no seed was kept back: nothing here says how the settings do on other documents"
-    if kept:
-        told = f"of these no setting was chosen by {', '.join(kept)}"
-    shown = ("nll_f", "nll_h", "privleak", "verbmem_f", "knowmem_f", "verbmem_r", "knowmem_r")
-    lines = [f"| run | seeds | {' | '.join(shown)} | misses of the goal |", "|---" * (len(shown) + 3) + "|"]
-    for name in sorted(found, key=lambda name: [*tiny_models.MODELS, *LEVERS].index(name)):
-        runs = {seed: values for seed, values in found[name].items() if "privleak" in values}
-        if not runs:
-            continue
-        cells = [f"{statistics.fmean(values[key] for values in runs.values()):.3g}" for key in shown]
-        misses = [_missed(values, found, seed) for seed, values in runs.items()] if name in LEVERS else []
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {'; '.join(dict.fromkeys(misses)) or '–'} |")
+    kept = [seed for seed in seeds if seed not in tuned]
+    chance = math.sqrt((settings["forget"] + settings["holdout"] + 1) / (12 * settings["forget"] * settings["holdout"]))
     text = (
         f"`{report['command']}`: models of {settings['layers']} layers and {settings['experts']} experts, trained on "
-        f"{settings['forget']} forget and {settings['retain']} retain documents; means over seeds "
-        f"{', '.join(map(str, seeds))}; {told}. Utility is measured on retain documents that unlearning never saw. The "
-        "goal: PrivLeak within 10 of 0, VerbMem and KnowMem of the forget documents within 0.05 of the retrained "
-        "model's, those of retain documents at least 95 % of the target's."
+        f"{settings['forget']} forget and {settings['retain']} retain documents. Utility is measured on retain "
+        "documents that unlearning never saw. The goal: PrivLeak within 10 of 0, VerbMem and KnowMem of the forget "
+        "documents within 0.05 of the retrained model's, those of retain documents at least 95 % of the target's. "
+        f"PrivLeak is noisy at this size: of {settings['forget']} documents against {settings['holdout']} the standard "
+        f"error of an AUC is near {chance:.2f} (Mann-Whitney), {100 * chance / 0.5:.0f} of PrivLeak's points. "
+        "Means over seeds; the last column counts the seeds that reach all of the goal, then the misses."
     )
-    figure = f"![VerbMem of retain documents over the NLL of forget documents](results/{FIGURE})"
-    return "\n\n".join([text, "\n".join(lines), figure])
+    parts = [text]
+    if kept:
+        parts += [f"Seeds {_listed(kept)}, by which no setting was chosen:", _table(found, kept)]
+    else:
+        parts.append("No seed was kept back: nothing here says how the settings do on other documents.")
+    if chosen_by := [seed for seed in seeds if seed in tuned]:
+        parts += [f"Seeds {_listed(chosen_by)}, by which settings were chosen:", _table(found, chosen_by)]
+    return "\n\n".join([*parts, f"![VerbMem of retain documents over the NLL of forget documents](results/{FIGURE})"])
 
 
-def _missed(values: dict, found: dict, seed: str) -> str:
-    far = missed(values, found["target"][seed], found["retrain"][seed])
-    return ", ".join(name for name, value in far.items() if value) or "none"
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def _table(found: dict[str, dict[str, dict[str, float]]], seeds: Sequence[int]) -> str:
+    """Return one row for each lever that has a run of these seeds."""
+    columns = {
+        "nll_f": "NLL forget",
+        "nll_h": "NLL held out",
+        "privleak": "\\|PrivLeak\\|",
+        "verbmem_f": "VerbMem forget",
+        "knowmem_f": "KnowMem forget",
+        "verbmem_r": "VerbMem retain",
+        "knowmem_r": "KnowMem retain",
+    }
+    lines = [f"| run | {' | '.join(columns.values())} | reach the goal |", "|---" * (len(columns) + 2) + "|"]
+    for name in sorted(found, key=lambda name: [*tiny_models.MODELS, *LEVERS].index(name)):
+        runs = {str(seed): found[name][str(seed)] for seed in seeds if "privleak" in found[name].get(str(seed), {})}
+        if not runs:
+            continue
+        means = [statistics.fmean(abs(values[key]) for values in runs.values()) for key in columns]
+        cells = [
+            f"{mean:.1f}" if key == "privleak" else f"{mean:.3f}" for key, mean in zip(columns, means, strict=True)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} | {_reached(runs, found) if name in LEVERS else '–'} |")
+    return "\n".join(lines)
+
+
+def _reached(runs: dict[str, dict[str, float]], found: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Say how many runs reach the goal, and how many miss each part of it."""
+    far = [missed(values, found["target"][seed], found["retrain"][seed]) for seed, values in runs.items()]
+    misses = [f"{name} {count}" for name in GOAL if (count := sum(each[name] > 0 for each in far))]
+    return f"{sum(not any(each.values()) for each in far)} of {len(runs)}" + "".join(f"; {text}" for text in misses)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -84,11 +84,14 @@ def test_the_section_names_what_is_missed_and_says_whether_a_seed_was_kept_back(
     lasting.write(tmp_path)
     text = lasting.generated(tmp_path)
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
-    assert rows["level"].endswith("| none |") and rows["mollm"].endswith("| knowmem_f |")
-    assert "no seed was kept back" in text
-    Journal(tmp_path / lasting.JOURNAL).write("run", name="target", seed=8, metrics=MODELS["target"])
+    assert rows["level"].endswith("| 1 of 1 |") and rows["mollm"].endswith("| 0 of 1; knowmem_f 1 |")
+    assert "No seed was kept back" in text
+    for name, values in (MODELS | {"level": NEAR | {"verbmem_r": 0.9}}).items():
+        Journal(tmp_path / lasting.JOURNAL).write("run", name=name, seed=8, metrics=values)
     lasting.write(tmp_path)
-    assert "no setting was chosen by 8" in lasting.generated(tmp_path)
+    first, second = lasting.generated(tmp_path).split("by which settings were chosen")
+    assert "Seeds 8, by which no setting was chosen" in first and "| 0 of 1; verbmem_r 1 |" in first
+    assert "| 1 of 1 |" in second and "verbmem_r 1" not in second
 
 
 def test_every_lever_is_a_recipe():
